@@ -145,6 +145,15 @@ class Catalog:
         return int(number)
 
     @property
+    def stored_bytes(self) -> int:
+        """Bytes of all revisions; weights that several have count once."""
+        ((total,),) = self._reader.rows(
+            "SELECT total(most) FROM "
+            "(SELECT max(bytes) AS most FROM revisions GROUP BY weights)"
+        )
+        return int(total)
+
+    @property
     def empty(self) -> bool:
         """Whether it has neither names nor revisions."""
         ((some,),) = self._reader.rows(

@@ -26,6 +26,7 @@ rebuilds the instance from it, so both sides catch the same classes::
     │   ├── QueueFull               QUEUE_FULL
     │   ├── AdapterBudgetExceeded   ADAPTER_BUDGET_EXCEEDED
     │   ├── QuotaExceeded           QUOTA_EXCEEDED
+    │   ├── RateLimitExceeded       RATE_LIMIT_EXCEEDED
     │   └── DiskFull                DISK_FULL
     ├── Unavailable
     │   ├── DiskFailed              DISK_FAILED
@@ -82,6 +83,7 @@ __all__ = [
     "PermissionDenied",
     "QueueFull",
     "QuotaExceeded",
+    "RateLimitExceeded",
     "ResourceExhausted",
     "ServerUnreachable",
     "StoreLocked",
@@ -265,6 +267,13 @@ class QuotaExceeded(ResourceExhausted):
     """A caller's quota is used up."""
 
     reason = "QUOTA_EXCEEDED"
+
+
+class RateLimitExceeded(ResourceExhausted):
+    """The caller or its tenant is doing as much as it may; retry after ``retry_after_s``
+    (metadata ``account``, ``limit``, ``allowed``)."""
+
+    reason = "RATE_LIMIT_EXCEEDED"
 
 
 class DiskFull(ResourceExhausted):

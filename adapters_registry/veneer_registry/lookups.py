@@ -27,6 +27,9 @@ _MAX_PAGE: Final = 1000
 class Lookups(Part):
     """The part of `Registry` that changes nothing, apart from granting leases."""
 
+    _stored: tuple[int, int] | None = None
+    """Number of a change, and bytes stored after it."""
+
     def __len__(self) -> int:
         """Registered names."""
         return len(self._core.index)
@@ -139,6 +142,14 @@ class Lookups(Part):
         return tuple(
             dict.fromkeys(ref.name for ref in self._core.index.holding(weights_digest))
         )
+
+    def stored_bytes(self) -> int:
+        """Bytes of all kept revisions; weights that several have count once. Reads all rows,
+        unless nothing has changed since the last call."""
+        number = self._core.catalog.number
+        if self._stored is None or self._stored[0] != number:
+            self._stored = (number, self._core.catalog.stored_bytes)
+        return self._stored[1]
 
     def leases(self, weights_digest: str) -> int:
         """Number of requests that hold these weights now."""

@@ -12,6 +12,7 @@ from veneer_registry.disk import disk_full
 from veneer_registry.errors import InvalidField
 from veneer_registry.records import UploadRequest
 from veneer_registry.upload import Upload, check_request
+from veneer_registry.weights import WEIGHTS_FILE
 
 __all__ = ["OpenUploads"]
 
@@ -54,6 +55,11 @@ class OpenUploads:
             else min(file.size, received.get(file.name, 0))
             for file in request.files
         }
+
+    def stores(self, request: UploadRequest) -> bool:
+        """See `Registry.stores`."""
+        weights = [file for file in request.files if file.name == WEIGHTS_FILE]
+        return bool(weights) and all(self._stored(file.sha256) for file in weights)
 
     def _stored(self, sha256: str) -> tuple[str, str] | None:
         found = self._core.catalog.file(sha256)

@@ -111,6 +111,10 @@ class Registry(Lookups, Aliases, Editing, Publishing):
         """
         return self._uploads.committed(request)
 
+    def stores(self, request: UploadRequest) -> bool:
+        """Whether all announced weights are stored already, under any name."""
+        return self._uploads.stores(request)
+
     def begin_upload(self, request: UploadRequest, *, resume: bool = False) -> Upload:
         """Check a request and open its files for writing.
 

@@ -51,6 +51,8 @@ from veneer_client.server_records import (
     ServerInfo,
     ServingStatus,
     Shortfall,
+    TenantUsage,
+    UsageReport,
 )
 from veneer_client.streams import AdapterWatch, GenerationStream
 from veneer_client.types import (
@@ -127,6 +129,7 @@ __all__ = [
     "ServerUnreachable",
     "ServingStatus",
     "Shortfall",
+    "TenantUsage",
     "Text",
     "Tier",
     "Timings",
@@ -134,5 +137,6 @@ __all__ = [
     "Tokens",
     "TopLogprob",
     "Usage",
+    "UsageReport",
     "VeneerError",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
 from typing import Unpack
 
 import grpc
@@ -34,6 +35,7 @@ from veneer_client.server_records import (
     SelfTest,
     ServerInfo,
     ServingStatus,
+    UsageReport,
 )
 from veneer_client.types import Chat, GenerateOptions, Generation, MessageLike, Prompt
 
@@ -143,6 +145,23 @@ class AsyncClient(AsyncAdapterCalls):
             concurrency=concurrency,
         )
         return await self._ask(call, timeout_s)
+
+    async def usage(
+        self,
+        tenant: str = "",
+        *,
+        start: datetime | None = None,
+        end: datetime | None = None,
+        timeout_s: float | None = None,
+    ) -> UsageReport:
+        """What tenants have used: requests, tokens, and adapters stored.
+
+        Args:
+            tenant: whose usage; one's own if empty, and every tenant's for an operator.
+            start, end: with a time zone; rounded down to the hour (UTC), so that periods that
+                follow each other count everything once. Unset: since ever, and until now.
+        """
+        return await self._ask(calls.usage(tenant, start, end), timeout_s)
 
     async def health(
         self, service: str = calls.INFERENCE, *, timeout_s: float | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Final, Generic, Protocol, TypeVar
 
 from grpc_health.v1 import health_pb2
@@ -15,7 +16,7 @@ from veneer_proto.v1 import inference_pb2, server_pb2
 from veneer_registry.errors import InvalidField
 
 from veneer_client import convert, convert_server
-from veneer_client.server_records import Capacity, ServerInfo, ServingStatus
+from veneer_client.server_records import Capacity, ServerInfo, ServingStatus, UsageReport
 from veneer_client.types import GenerateOptions, Generation, Prompt
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "health",
     "info",
     "plan",
+    "usage",
 ]
 
 INFERENCE: Final = "veneer.v1.InferenceService"
@@ -156,6 +158,28 @@ def plan(
         request,
         server_pb2.PlanCapacityResponse.FromString,
         convert_server.capacity,
+    )
+
+
+def usage(
+    tenant: str, start: datetime | None, end: datetime | None
+) -> Call[server_pb2.GetUsageResponse, UsageReport]:
+    """What tenants have used; see `Client.usage`."""
+    request = server_pb2.GetUsageRequest(tenant=tenant)
+    for field, time in (("start", start), ("end", end)):
+        if time is None:
+            continue
+        if time.tzinfo is None:
+            raise InvalidField(
+                f"{field} has no time zone: give one, such as datetime(..., tzinfo=UTC)",
+                metadata={"field": field},
+            )
+        getattr(request, field).FromDatetime(time)
+    return Call(
+        "/veneer.v1.ServerService/GetUsage",
+        request,
+        server_pb2.GetUsageResponse.FromString,
+        convert_server.usage,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
 from typing import Unpack
 
 import grpc
@@ -29,6 +30,7 @@ from veneer_client.server_records import (
     SelfTest,
     ServerInfo,
     ServingStatus,
+    UsageReport,
 )
 from veneer_client.streams import GenerationStream
 from veneer_client.transport import sleep
@@ -138,6 +140,23 @@ class Client(AdapterCalls):
             concurrency=concurrency,
         )
         return self._ask(call, timeout_s)
+
+    def usage(
+        self,
+        tenant: str = "",
+        *,
+        start: datetime | None = None,
+        end: datetime | None = None,
+        timeout_s: float | None = None,
+    ) -> UsageReport:
+        """What tenants have used: requests, tokens, and adapters stored.
+
+        Args:
+            tenant: whose usage; one's own if empty, and every tenant's for an operator.
+            start, end: with a time zone; rounded down to the hour (UTC), so that periods that
+                follow each other count everything once. Unset: since ever, and until now.
+        """
+        return self._ask(calls.usage(tenant, start, end), timeout_s)
 
     def health(
         self, service: str = calls.INFERENCE, *, timeout_s: float | None = None

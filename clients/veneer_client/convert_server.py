@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC
 from typing import Final
 
 from grpc_health.v1 import health_pb2
@@ -25,10 +26,12 @@ from veneer_client.server_records import (
     ServerInfo,
     ServingStatus,
     Shortfall,
+    TenantUsage,
+    UsageReport,
 )
 from veneer_client.types import RequestDefaults
 
-__all__ = ["budget_use", "capacity", "self_test", "server_info", "serving_status"]
+__all__ = ["budget_use", "capacity", "self_test", "server_info", "serving_status", "usage"]
 
 _STATUS: Final = {
     health_pb2.HealthCheckResponse.SERVING: ServingStatus.SERVING,
@@ -127,4 +130,13 @@ def self_test(message: adapters_pb2.SelfTestResponse) -> SelfTest:
         SelfTest,
         message,
         results=tuple(same_names(SelfTestResult, result) for result in message.results),
+    )
+
+
+def usage(message: server_pb2.GetUsageResponse) -> UsageReport:
+    """Usage by tenant."""
+    return UsageReport(
+        start=message.start.ToDatetime(UTC),
+        end=message.end.ToDatetime(UTC),
+        tenants=tuple(same_names(TenantUsage, tenant) for tenant in message.tenants),
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from enum import Enum
 
 from veneer_registry.adapter import BaseFingerprint
@@ -29,6 +30,8 @@ __all__ = [
     "ServerInfo",
     "ServingStatus",
     "Shortfall",
+    "TenantUsage",
+    "UsageReport",
 ]
 
 
@@ -271,3 +274,30 @@ class SelfTest:
     def adapters_tested(self) -> int:
         """Number of adapters that were compared with their references."""
         return sum(bool(result.adapter) for result in self.results)
+
+
+@dataclass(frozen=True, slots=True)
+class TenantUsage:
+    """What a tenant has used.
+
+    Attributes:
+        requests: generate requests that had an answer, or the beginning of one.
+        cached_prompt_tokens: those of ``prompt_tokens`` that were in the prefix cache.
+        adapter_byte_hours: bytes of stored adapters, times hours.
+    """
+
+    tenant: str
+    requests: int
+    prompt_tokens: int
+    cached_prompt_tokens: int
+    generated_tokens: int
+    adapter_byte_hours: float
+
+
+@dataclass(frozen=True, slots=True)
+class UsageReport:
+    """Usage by tenant, from ``start`` to ``end``."""
+
+    start: datetime
+    end: datetime
+    tenants: tuple[TenantUsage, ...]

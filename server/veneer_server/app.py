@@ -19,6 +19,7 @@ from veneer_registry.lock import OwnerLock
 from veneer_registry.registry import Registry
 from veneer_registry.replacing import replace_file
 
+from veneer_server.access.principal import DEFAULT_TENANT
 from veneer_server.config import ServerConfig
 from veneer_server.doors import Bound, Doors
 from veneer_server.engine_client.client import EngineClient, EngineEvent
@@ -28,6 +29,12 @@ from veneer_server.models.source import BaseFolder, resolve_base
 from veneer_server.openai import require_gateway
 from veneer_server.progress import SINK, Display
 from veneer_server.queues.refusal_pace import Pace
+from veneer_server.quotas.meter import Meter
+from veneer_server.quotas.rates import Quotas
+from veneer_server.quotas.stores import RegistryStores
+from veneer_server.quotas.uploads import UploadQuotas
+from veneer_server.quotas.usage import UsageBook
+from veneer_server.quotas.usage_store import UsageStore
 from veneer_server.rpc.adapter_service import AdapterService
 from veneer_server.rpc.health import Health
 from veneer_server.rpc.inference_service import InferenceService
@@ -80,6 +87,7 @@ class App:
         self._health = Health()
         self._events = AdapterEvents()
         self._pace = Pace(config.refusal_rate)
+        self._quotas = Quotas()
         self._stop_asked = asyncio.Event()
         self._doors = Doors(
             config,
@@ -87,6 +95,7 @@ class App:
             calls=self._calls,
             health=self._health,
             pace=self._pace,
+            quotas=self._quotas,
         )
         self._engine_up = False
 
@@ -182,6 +191,8 @@ class App:
         self._resources.callback(registry.close)
         self._doors.scrape(registry, self._resources)
         self._events.name_by(registry.names)
+        stores = RegistryStores(registry, DEFAULT_TENANT)
+        book = await self._open_usage(stores)
         housekeeping = Housekeeping(
             registry,
             self._events,
@@ -220,6 +231,7 @@ class App:
             background=background,
             base_name=base.name,
             constraint_bytes=config.constraint_bytes,
+            meter=Meter(self._quotas, book),
             # When nothing is running, the duration of earlier steps tells nothing.
             step_seconds=lambda: self._metrics.recent_step_s if engine.in_flight else 0.0,
         )
@@ -235,6 +247,7 @@ class App:
                     min_rate=config.min_upload_rate,
                     deadline_s=config.upload_deadline,
                     broken=(config.max_broken_uploads, config.max_broken_upload_bytes),
+                    quotas=UploadQuotas(stores, book),
                 ),
                 self._events,
                 budgets=budgets,
@@ -243,7 +256,9 @@ class App:
                 ),
                 keep_residents=housekeeping.keep_residents,
             ),
-            ServerService(config, base, registry, engine, self._metrics, budgets, defaults),
+            ServerService(
+                config, base, registry, engine, self._metrics, budgets, defaults, book
+            ),
         )
         _log.info("loading", base=base.name, grpc=str(bound.grpc))
         self._resources.push_async_callback(engine.stop)
@@ -299,6 +314,15 @@ class App:
             # By digest: the name that the engine knows may be gone while another has them.
             hold=lambda source: registry.acquire_weights(source.weights_digest),
         )
+
+    async def _open_usage(self, stores: RegistryStores) -> UsageBook:
+        """Count usage until the app's resources are closed."""
+        file = self._config.data_dir / "usage.db"
+        book = UsageBook(await asyncio.to_thread(UsageStore, file), stores)
+        self._resources.push_async_callback(book.stop)
+        await book.start()
+        self._metrics.count_usage(book)
+        return book
 
     def _engine_event(
         self, adapters: AdapterLog, housekeeping: Housekeeping, event: EngineEvent

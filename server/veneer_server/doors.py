@@ -25,6 +25,7 @@ from veneer_server.access.certificates import Certificates
 from veneer_server.access.identity_file import IdentityFile
 from veneer_server.config import Address, ServerConfig
 from veneer_server.queues.refusal_pace import Pace
+from veneer_server.quotas.rates import Quotas
 from veneer_server.rpc.adapter_service import AdapterService
 from veneer_server.rpc.health import SERVICES, Health
 from veneer_server.rpc.inference_service import GENERATE_METHODS, InferenceService
@@ -83,6 +84,7 @@ class Doors:
         calls: Calls,
         health: Health,
         pace: Pace,
+        quotas: Quotas,
     ) -> None:
         """Raises InvalidField if the files with keys or certificates cannot be used."""
         self.gateway: Gateway | None = None
@@ -101,6 +103,7 @@ class Doors:
         self._calls = calls
         self._health = health
         self._pace = pace
+        self._quotas = quotas
         self._server: Any = None
         self._scraping: ScrapeServer | None = None
         self._inference = Later(inference_pb2_grpc.InferenceServiceServicer)
@@ -197,6 +200,7 @@ class Doors:
                     pace=self._pace,
                     access=self._access,
                     audit=self._audit,
+                    quotas=self._quotas,
                 )
             ],
             options=channel_options(
@@ -247,6 +251,7 @@ class Doors:
             access=self._access,
             audit=self._audit,
             tls=self._http_tls,
+            quotas=self._quotas,
         )
         try:
             address = await gateway.start(wanted)

@@ -22,6 +22,7 @@ from veneer_registry.errors import (
     InternalError,
     InvalidArgument,
     QuotaExceeded,
+    RateLimitExceeded,
     Unavailable,
     VeneerError,
 )
@@ -143,10 +144,13 @@ def _details(error: VeneerError, message: str, retry_s: float | None) -> list[Me
                 type=error.reason, subject=_first(metadata, _SUBJECT_KEYS), description=message
             )
             details.append(error_details_pb2.PreconditionFailure(violations=[broken]))
-        case AdapterBudgetExceeded() | QuotaExceeded() | DiskFull():
+        case AdapterBudgetExceeded() | QuotaExceeded() | RateLimitExceeded() | DiskFull():
             over = error_details_pb2.QuotaFailure.Violation(
-                subject=_first(metadata, _SUBJECT_KEYS), description=message
+                subject=_first(metadata, ("account", *_SUBJECT_KEYS)), description=message
             )
+            if "allowed" in metadata:
+                over.quota_metric = metadata["limit"]
+                over.quota_value = int(metadata["allowed"])
             details.append(error_details_pb2.QuotaFailure(violations=[over]))
     if retry_s is not None:
         delay = Duration()

@@ -19,7 +19,7 @@ from veneer_registry.errors import (
     VeneerError,
 )
 
-from veneer_client.cli import adapter, chat, example, generate, login, plan
+from veneer_client.cli import adapter, chat, example, generate, login, plan, usage
 from veneer_client.cli import server as server_commands
 from veneer_client.cli.adapter import adapter_cli
 from veneer_client.cli.context import (
@@ -117,6 +117,7 @@ cli.command("rm", epilog="Examples:\n\n  veneer rm sql\n\n  veneer rm sql@1a2b3c
 cli.command(epilog=login.EXAMPLES)(login.login)
 cli.command()(login.logout)
 cli.command(epilog=plan.EXAMPLES)(plan.plan)
+cli.command(epilog=usage.EXAMPLES)(usage.usage)
 cli.command(epilog=server_commands.BUDGETS_EXAMPLES)(server_commands.budgets)
 cli.command("self-test", epilog=server_commands.SELF_TEST_EXAMPLES)(server_commands.self_test)
 

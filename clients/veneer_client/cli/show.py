@@ -22,7 +22,7 @@ from veneer_client.records import (
     AliasTarget,
     HistoryEntry,
 )
-from veneer_client.server_records import SelfTest, ServerInfo
+from veneer_client.server_records import SelfTest, ServerInfo, UsageReport
 from veneer_client.types import FinishReason, GenerationEnd
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "self_test_table",
     "shares",
     "summary",
+    "usage_table",
 ]
 
 _WIDEST: Final = 10_000
@@ -276,3 +277,19 @@ def info_rows(info: ServerInfo) -> dict[str, str]:
         f"engine {byte_size(info.memory.engine_peak)}"
     )
     return rows
+
+
+def usage_table(report: UsageReport) -> Table:
+    """One row per tenant."""
+    numbers = ("requests", "prompt tokens", "of them cached", "new tokens", "stored, GiB-hours")
+    table = _columns("tenant", *numbers, right=numbers)
+    for each in report.tenants:
+        table.add_row(
+            each.tenant,
+            f"{each.requests:,}",
+            f"{each.prompt_tokens:,}",
+            f"{each.cached_prompt_tokens:,}",
+            f"{each.generated_tokens:,}",
+            f"{each.adapter_byte_hours / (1 << 30):,.3f}",
+        )
+    return table

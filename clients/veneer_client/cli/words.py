@@ -24,6 +24,7 @@ _COMMANDS: Final = {
     "GetHistory": "adapter history",
     "GetServerInfo": "info",
     "PlanCapacity": "plan",
+    "GetUsage": "usage",
     "SelfTest": "self-test",
     "UpdateBudgets": "budgets",
 }

@@ -44,6 +44,11 @@ class ServerServiceStub:
                 request_serializer=veneer__proto_dot_v1_dot_server__pb2.PlanCapacityRequest.SerializeToString,
                 response_deserializer=veneer__proto_dot_v1_dot_server__pb2.PlanCapacityResponse.FromString,
                 _registered_method=True)
+        self.GetUsage = channel.unary_unary(
+                '/veneer.v1.ServerService/GetUsage',
+                request_serializer=veneer__proto_dot_v1_dot_server__pb2.GetUsageRequest.SerializeToString,
+                response_deserializer=veneer__proto_dot_v1_dot_server__pb2.GetUsageResponse.FromString,
+                _registered_method=True)
 
 
 class ServerServiceServicer:
@@ -62,6 +67,13 @@ class ServerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetUsage(self, request, context):
+        """What tenants have used. Counts only grow, and outlive the server.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ServerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -74,6 +86,11 @@ def add_ServerServiceServicer_to_server(servicer, server):
                     servicer.PlanCapacity,
                     request_deserializer=veneer__proto_dot_v1_dot_server__pb2.PlanCapacityRequest.FromString,
                     response_serializer=veneer__proto_dot_v1_dot_server__pb2.PlanCapacityResponse.SerializeToString,
+            ),
+            'GetUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetUsage,
+                    request_deserializer=veneer__proto_dot_v1_dot_server__pb2.GetUsageRequest.FromString,
+                    response_serializer=veneer__proto_dot_v1_dot_server__pb2.GetUsageResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -130,6 +147,33 @@ class ServerService:
             '/veneer.v1.ServerService/PlanCapacity',
             veneer__proto_dot_v1_dot_server__pb2.PlanCapacityRequest.SerializeToString,
             veneer__proto_dot_v1_dot_server__pb2.PlanCapacityResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/veneer.v1.ServerService/GetUsage',
+            veneer__proto_dot_v1_dot_server__pb2.GetUsageRequest.SerializeToString,
+            veneer__proto_dot_v1_dot_server__pb2.GetUsageResponse.FromString,
             options,
             channel_credentials,
             insecure,

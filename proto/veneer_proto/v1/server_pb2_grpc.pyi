@@ -34,6 +34,8 @@ class ServerServiceStub:
     GetServerInfo: _grpc.UnaryUnaryMultiCallable[_server_pb2.GetServerInfoRequest, _server_pb2.GetServerInfoResponse]
     PlanCapacity: _grpc.UnaryUnaryMultiCallable[_server_pb2.PlanCapacityRequest, _server_pb2.PlanCapacityResponse]
     """What would fit into this server's budgets: computed, nothing is loaded."""
+    GetUsage: _grpc.UnaryUnaryMultiCallable[_server_pb2.GetUsageRequest, _server_pb2.GetUsageResponse]
+    """What tenants have used. Counts only grow, and outlive the server."""
 
 @_typing.type_check_only
 class ServerServiceAsyncStub(ServerServiceStub):
@@ -41,6 +43,8 @@ class ServerServiceAsyncStub(ServerServiceStub):
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_server_pb2.GetServerInfoRequest, _server_pb2.GetServerInfoResponse]  # type: ignore[assignment]
     PlanCapacity: _aio.UnaryUnaryMultiCallable[_server_pb2.PlanCapacityRequest, _server_pb2.PlanCapacityResponse]  # type: ignore[assignment]
     """What would fit into this server's budgets: computed, nothing is loaded."""
+    GetUsage: _aio.UnaryUnaryMultiCallable[_server_pb2.GetUsageRequest, _server_pb2.GetUsageResponse]  # type: ignore[assignment]
+    """What tenants have used. Counts only grow, and outlive the server."""
 
 class ServerServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -57,5 +61,13 @@ class ServerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_server_pb2.PlanCapacityResponse, _abc.Awaitable[_server_pb2.PlanCapacityResponse]]:
         """What would fit into this server's budgets: computed, nothing is loaded."""
+
+    @_abc_1.abstractmethod
+    def GetUsage(
+        self,
+        request: _server_pb2.GetUsageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_server_pb2.GetUsageResponse, _abc.Awaitable[_server_pb2.GetUsageResponse]]:
+        """What tenants have used. Counts only grow, and outlive the server."""
 
 def add_ServerServiceServicer_to_server(servicer: ServerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -106,7 +106,8 @@ class Access:
                 return found
             raise _refused("this server wants to know who calls", "no_credential")
         if self._tokens is not None and not secret.startswith(_KEY):
-            return await self._tokens.principal(secret)
+            found = await self._tokens.principal(secret)
+            return found if identities is None else identities.limited(found)
         found = identities and identities.by_key(secret, datetime.now(UTC))
         if not found:
             raise _refused("the API key is unknown, was revoked or has expired", "key")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 
 import tomlkit
 from veneer_registry.disk import FILE_MODE, sync
@@ -31,9 +32,18 @@ class NewKey:
 
 
 def add_key(
-    path: Path, *, name: str, tenant: str, roles: list[Role], expires: datetime | None
+    path: Path,
+    *,
+    name: str,
+    tenant: str,
+    roles: list[Role],
+    expires: datetime | None,
+    limits: Mapping[str, object] = MappingProxyType({}),
 ) -> NewKey:
     """Make a key, and the file if there is none.
+
+    Args:
+        limits: as in `quotas.quota.Quota`, by name.
 
     Raises:
         InvalidField: a value, or the file, is not valid.
@@ -48,6 +58,10 @@ def add_key(
         if expires is not None:
             entry["expires"] = expires.replace(microsecond=0)
         entry["sha256"] = digest
+        if limits:
+            table = tomlkit.inline_table()
+            table.update(limits)
+            entry["limits"] = table
         keys = document.setdefault("keys", tomlkit.table(is_super_table=True))
         keys[id] = entry
     return NewKey(id, key)

@@ -13,7 +13,7 @@ import re
 import secrets
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +21,7 @@ from typing import Any, Final
 from veneer_registry.errors import InvalidField
 
 from veneer_server.access.principal import DEFAULT_TENANT, ROLES, Principal, Role
+from veneer_server.quotas.quota import UNLIMITED, Account, Quota, QuotaInvalid, parse_quota
 
 __all__ = ["MAX_FILE", "TENANT", "ApiKey", "Identities", "make_key", "parse_identities"]
 
@@ -61,10 +62,14 @@ class Identities:
     Attributes:
         keys: by id.
         certificates: by subject alternative name.
+        defaults: limits of each caller that has none of its own.
+        tenants: limits of all of a tenant's calls together, by its name.
     """
 
     keys: Mapping[str, ApiKey]
     certificates: Mapping[str, Principal]
+    defaults: Quota = UNLIMITED
+    tenants: Mapping[str, Account] = field(default_factory=dict)
 
     def by_key(self, key: str, now: datetime) -> Principal | None:
         """Whose key it is; None if it is unknown or has expired. Takes the same time for a
@@ -82,6 +87,11 @@ class Identities:
         listed."""
         found = (self.certificates.get(name) for name in names)
         return next((each for each in found if each is not None), None)
+
+    def limited(self, principal: Principal) -> Principal:
+        """Somebody that the file does not list, with the limits that it has for such."""
+        own = [replace(account, quota=self.defaults) for account in principal.accounts]
+        return _with_accounts(principal, own, self.tenants)
 
 
 def make_key() -> tuple[str, str, str]:
@@ -101,8 +111,14 @@ def parse_identities(text: str, path: Path) -> Identities:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise _wrong(path, "", f"is not valid TOML ({error})") from error
-    if unknown := document.keys() - {"keys", "certificates"}:
-        raise _wrong(path, sorted(unknown)[0], "is unknown: use [keys.ID] and [certificates]")
+    if unknown := document.keys() - {"keys", "certificates", "limits", "tenants"}:
+        raise _wrong(
+            path,
+            sorted(unknown)[0],
+            "is unknown: use [keys.ID], [certificates], [limits] and [tenants.NAME]",
+        )
+    defaults = _quota(path, "limits", document.get("limits", {}))
+    tenants = _tenants(path, document)
     keys = {}
     for id, entry in _tables(document, "keys", path):
         at = f"keys.{id}"
@@ -116,15 +132,62 @@ def parse_identities(text: str, path: Path) -> Identities:
         keys[id] = ApiKey(
             id,
             bytes.fromhex(digest),
-            _principal(path, at, entry, id),
+            _limited(path, at, entry, id, f"key:{id}", defaults, tenants),
             None if expires is None else _time(path, f"{at}.expires", expires),
         )
     certificates = {}
     for name, entry in _tables(document, "certificates", path):
         at = f"certificates.{name!r}"
         _check_fields(path, at, entry, set())
-        certificates[name] = _principal(path, at, entry, name)
-    return Identities(keys, certificates)
+        certificates[name] = _limited(
+            path, at, entry, name, f"certificate:{name}", defaults, tenants
+        )
+    return Identities(keys, certificates, defaults, tenants)
+
+
+def _tenants(path: Path, document: Mapping[str, Any]) -> dict[str, Account]:
+    """The limits of tenants."""
+    accounts = {}
+    for name, entry in _tables(document, "tenants", path):
+        at = f"tenants.{name}"
+        if not TENANT.fullmatch(name):
+            raise _wrong(path, at, "is not a tenant's name")
+        if unknown := entry.keys() - {"limits"}:
+            raise _wrong(path, f"{at}.{sorted(unknown)[0]}", "is unknown: use limits")
+        quota = _quota(path, f"{at}.limits", entry.get("limits", {}))
+        accounts[name] = Account(f"tenant:{name}", quota)
+    return accounts
+
+
+def _quota(path: Path, at: str, given: object, defaults: Quota = UNLIMITED) -> Quota:
+    try:
+        return parse_quota(given, defaults)
+    except QuotaInvalid as error:
+        raise _wrong(path, f"{at}.{error.name}".rstrip("."), str(error)) from error
+
+
+def _limited(
+    path: Path,
+    at: str,
+    entry: Mapping[str, Any],
+    default: str,
+    account: str,
+    defaults: Quota,
+    tenants: Mapping[str, Account],
+) -> Principal:
+    """An entry's principal, with its limits and its tenant's."""
+    quota = _quota(path, f"{at}.limits", entry.get("limits", {}), defaults)
+    principal = _principal(path, at, entry, default)
+    return _with_accounts(principal, [Account(account, quota)], tenants)
+
+
+def _with_accounts(
+    principal: Principal, own: list[Account], tenants: Mapping[str, Account]
+) -> Principal:
+    accounts = [*own, tenants.get(principal.tenant)]
+    # Those without a limit cost no call anything.
+    limited = tuple(a for a in accounts if a is not None and a.quota != UNLIMITED)
+    return replace(principal, accounts=limited)
 
 
 def _tables(document: Mapping[str, Any], name: str, path: Path) -> list[tuple[str, Any]]:
@@ -135,7 +198,7 @@ def _tables(document: Mapping[str, Any], name: str, path: Path) -> list[tuple[st
 
 
 def _check_fields(path: Path, at: str, entry: Mapping[str, Any], own: set[str]) -> None:
-    known = {"name", "tenant", "roles", *own}
+    known = {"name", "tenant", "roles", "limits", *own}
     if unknown := entry.keys() - known:
         raise _wrong(
             path, f"{at}.{sorted(unknown)[0]}", f"is unknown: use {', '.join(sorted(known))}"

@@ -53,6 +53,7 @@ _GRPC: Final[Mapping[str, Mapping[str, frozenset[Role]]]] = {
     "veneer.v1.ServerService": {
         "GetServerInfo": _ANY,
         "PlanCapacity": _ANY,
+        "GetUsage": _ADMINS,
     },
     "grpc.health.v1.Health": {"Check": OPEN, "Watch": OPEN, "List": OPEN},
     "grpc.reflection.v1alpha.ServerReflection": {"ServerReflectionInfo": _ANY},
@@ -81,7 +82,9 @@ METHODS: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
 
 
 AUDITED: Final = frozenset(
-    name for name, roles in METHODS.items() if roles in (_PUBLISHERS, _ADMINS, _OPERATORS)
+    name
+    for name, roles in METHODS.items()
+    if roles in (_PUBLISHERS, _ADMINS, _OPERATORS) and not name.endswith("/GetUsage")
 )
 """Methods that change something: each call is in the audit log."""
 

@@ -9,6 +9,8 @@ from typing import Final, Literal, get_args
 
 from veneer_registry.errors import PermissionDenied
 
+from veneer_server.quotas.quota import Account
+
 __all__ = [
     *("ANYONE", "DEFAULT_TENANT", "PRINCIPAL", "ROLES"),
     *("Principal", "Role", "denied", "require"),
@@ -34,11 +36,13 @@ class Principal:
         name: for the audit log; empty where callers need not say who they are.
         tenant: whose adapters it sees, beside shared ones.
         roles: those that were given; see `has`.
+        accounts: whose limits its calls count towards.
     """
 
     name: str
     tenant: str
     roles: frozenset[Role]
+    accounts: tuple[Account, ...] = ()
 
     def has(self, any_of: Set[Role]) -> bool:
         """Whether one of these roles is among its own, or included in one of them: an admin is

@@ -8,6 +8,7 @@ not answer, known keys stay in use.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import time
@@ -25,6 +26,7 @@ from veneer_registry.errors import InvalidField, Unauthenticated, Unavailable
 from veneer_server.access.keys import TENANT
 from veneer_server.access.principal import DEFAULT_TENANT, ROLES, Principal, Role
 from veneer_server.logs import get_logger
+from veneer_server.quotas.quota import UNLIMITED, Account
 
 __all__ = ["TokenSettings", "Tokens"]
 
@@ -123,7 +125,11 @@ class Tokens:
         roles: list[Role] = [role for role in ROLES if role in words]
         name = claims.get("sub")
         text = name if isinstance(name, str) and name.isprintable() else "token"
-        return Principal(text[:128] or "token", tenant, frozenset(roles))
+        # Any subject has an account of its own, however long or odd it is.
+        plain = text == name and 0 < len(text) <= 128
+        own = text if plain else hashlib.sha256(repr(name).encode()).hexdigest()
+        account = Account(f"token:{tenant}/{own}", UNLIMITED)
+        return Principal(text[:128] or "token", tenant, frozenset(roles), (account,))
 
     async def _key(self, id: str | None) -> jwt.PyJWK | None:
         if self._file is not None:

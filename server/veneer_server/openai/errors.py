@@ -6,6 +6,7 @@ retry, unless ``x-should-retry`` overrides it, so each answer sets that header f
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from typing import Any, Final
 from veneer_registry.errors import (
     AdapterNotFound,
     ContextTooLong,
+    QuotaExceeded,
+    RateLimitExceeded,
     Unauthenticated,
     Unavailable,
     VeneerError,
@@ -46,6 +49,7 @@ PACED: Final = frozenset({400, 401, 403, 404, 405, 413, 415})
 _CODES: Final[Mapping[type[VeneerError], str]] = {
     AdapterNotFound: "model_not_found",
     ContextTooLong: "context_length_exceeded",
+    QuotaExceeded: "insufficient_quota",
     Unauthenticated: "invalid_api_key",
 }
 """Codes that OpenAI's clients know; the others are our reasons in lower case."""
@@ -114,13 +118,19 @@ def http_failure(error: VeneerError | HttpError) -> HttpFailure:
     if status == 401:
         headers["www-authenticate"] = "Bearer"
     if retry_s is not None:
-        headers["retry-after"] = str(max(1, round(retry_s)))
+        headers["retry-after"] = str(max(1, math.ceil(retry_s)))
         headers["retry-after-ms"] = str(max(1, int(retry_s * 1000)))
     code = next(
         (name for kind, name in _CODES.items() if isinstance(error, kind)),
         error.reason.lower(),
     )
-    return HttpFailure(status, _body(message, status, param, code), headers)
+    body = _body(message, status, param, code)
+    if isinstance(error, QuotaExceeded):
+        body["error"]["type"] = code
+    elif isinstance(error, RateLimitExceeded):
+        tokens = error.metadata.get("limit", "").startswith("tokens")
+        body["error"]["type"] = "tokens" if tokens else "requests"
+    return HttpFailure(status, body, headers)
 
 
 def _param(error: VeneerError) -> str | None:
@@ -137,7 +147,7 @@ def _param(error: VeneerError) -> str | None:
     return _OTHER_NAMES.get(name, field)
 
 
-def _body(message: str, status: int, param: str | None, code: str) -> Mapping[str, Any]:
+def _body(message: str, status: int, param: str | None, code: str) -> dict[str, Any]:
     kind = (
         "server_error"
         if status >= 500

@@ -18,6 +18,7 @@ from veneer_server.openai.http.asgi import MAX_BODIES, MAX_LONG_BODIES, Bodies
 from veneer_server.openai.http.connection import connection_class
 from veneer_server.openai.routes import make_app
 from veneer_server.queues.refusal_pace import Pace
+from veneer_server.quotas.rates import Quotas
 from veneer_server.serving.calls import READER_LIMIT_S, Calls
 from veneer_server.system.hosts import AllowedHosts
 from veneer_server.telemetry.metrics import Metrics
@@ -48,6 +49,7 @@ class Gateway:
         access: Access | None = None,
         audit: Audit | None = None,
         tls: ssl.SSLContext | None = None,
+        quotas: Quotas | None = None,
     ) -> None:
         """Args:
         hosts: host names that requests may use.
@@ -58,6 +60,7 @@ class Gateway:
         access: lets requests in; None lets everybody in.
         audit: notes requests that are refused.
         tls: None for plain HTTP.
+        quotas: whose rest callers are told.
         """
         pace = pace or Pace()
         self._core = core = Core(
@@ -68,6 +71,7 @@ class Gateway:
             reader_limit_s=reader_limit_s,
             started=int(time.time()),
             audit=audit or Audit(None),
+            quotas=quotas or Quotas(),
         )
         self._bodies = core.bodies
         app = make_app(core, hosts, access or Access())

@@ -33,6 +33,8 @@ from veneer_server.openai.http.asgi import (
 )
 from veneer_server.openai.requests import chat_call, completion_calls
 from veneer_server.queues.refusal_pace import Pace
+from veneer_server.quotas.meter import Metered
+from veneer_server.quotas.rates import Quotas
 from veneer_server.serving.calls import Calls
 from veneer_server.serving.generation import Generation, Generator
 from veneer_server.serving.records import GenerateCall
@@ -71,6 +73,7 @@ class Core:
     reader_limit_s: float
     started: int
     audit: Audit = field(default_factory=lambda: Audit(None))
+    quotas: Quotas = field(default_factory=Quotas)
     loaded: Loaded | None = None
 
     @property
@@ -277,16 +280,18 @@ async def _generate(
     """
     several = len(calls) > 1
 
-    async def run(at: int, call: GenerateCall) -> None:
+    async def run(at: int, call: GenerateCall, counted: Metered | None) -> None:
         async with (
-            core.generator.admit(call, time_remaining=None, placed=several) as generation,
+            core.generator.admit(
+                call, time_remaining=None, placed=several, counted=counted
+            ) as generation,
             aclosing(generation.deltas()) as deltas,
         ):
             async for delta in deltas:
                 await take(Piece(at, generation, delta))
 
     if not several:
-        await run(0, calls[0])
+        await run(0, calls[0], None)
         return
     wanted, capacity = sum(call.n for call in calls), core.engine.capacity
     if wanted > capacity:
@@ -295,13 +300,13 @@ async def _generate(
             f"most {capacity}: send fewer prompts in a request",
             metadata={"field": "prompt"},
         )
-    try:
-        with core.engine.places(wanted):
+    with core.generator.count(wanted, len(calls)) as counted, core.engine.places(wanted):
+        try:
             async with asyncio.TaskGroup() as group:
                 for at, call in enumerate(calls):
-                    group.create_task(run(at, call))
-    except BaseExceptionGroup as failed:
-        raise failed.exceptions[0] from None
+                    group.create_task(run(at, call, counted))
+        except BaseExceptionGroup as failed:
+            raise failed.exceptions[0] from None
 
 
 def _headers(generation: Generation) -> Mapping[str, str]:

@@ -21,11 +21,13 @@ from veneer_registry.records import AdapterRecord
 from veneer_server import __version__
 from veneer_server.access.authenticate import Access, Credentials
 from veneer_server.access.methods import METHODS
+from veneer_server.access.principal import PRINCIPAL
 from veneer_server.errors import internal_error
 from veneer_server.logs import REQUEST_ID, get_logger
 from veneer_server.openai.errors import PACED, HttpError, http_failure
 from veneer_server.openai.generate import ChatEndpoint, CompletionEndpoint, Core
 from veneer_server.openai.http.asgi import ABORT, CERTIFICATE_NAMES, Receive, Scope, Send
+from veneer_server.quotas.standing import rate_headers
 from veneer_server.serving.calls import Phase
 from veneer_server.serving.who import CALLER
 from veneer_server.system.hosts import AllowedHosts
@@ -38,6 +40,7 @@ PAGE: Final = 100
 _PATHS: Final = frozenset(
     {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/version"}
 )
+_GENERATE: Final = frozenset({"/v1/chat/completions", "/v1/completions"})
 _SECONDS: Final = (0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80)
 
 _log = get_logger(__name__)
@@ -201,6 +204,7 @@ class Edge:
         self._app = app
         self._access = access
         self._audit = core.audit
+        self._quotas = core.quotas
         self._hosts = hosts
         self._pace = core.pace
         self._failures = core.metrics.failures
@@ -267,6 +271,7 @@ class Edge:
                 message["headers"] = [
                     *message["headers"],
                     (b"x-request-id", request_id.encode()),
+                    *self._limits(scope),
                 ]
             await send(message)
 
@@ -294,6 +299,13 @@ class Edge:
             path = path if path in _PATHS else "other"
             self._requests.labels(path, str(status)).inc()
             self._seconds.labels(path).observe(time.perf_counter() - started)
+
+    def _limits(self, scope: Scope) -> list[tuple[bytes, bytes]]:
+        """What is left of the caller's limits, for requests that count towards them."""
+        if scope["path"] not in _GENERATE:
+            return []
+        found = rate_headers(self._quotas, PRINCIPAL.get().accounts)
+        return [(name.encode(), value.encode()) for name, value in found]
 
     def malformed(self, error: HttpError) -> None:
         """Count a request that was not valid HTTP."""

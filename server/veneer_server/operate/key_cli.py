@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+from dataclasses import fields
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,14 +15,17 @@ import typer
 from veneer_registry.command_line import Program
 from veneer_registry.errors import InvalidField
 
+from veneer_server.access.keys import ApiKey
 from veneer_server.access.principal import DEFAULT_TENANT, ROLES
 from veneer_server.config import load_config
 from veneer_server.operate.flags import Debug, Json, guarded, options, with_flags
+from veneer_server.quotas.quota import Quota
 
 __all__ = ["key_cli"]
 
 key_cli = Program(help="API keys: make, list and revoke them.")
 
+_LIMITS = [field.name.replace("_", "-") for field in fields(Quota)]
 _UNITS = {"h": 1, "d": 24, "w": 168}
 
 
@@ -32,7 +36,8 @@ Examples:
 
   veneer-server key new --keys-file keys.toml --name ci --role publisher --expires 90d
 
-  veneer-server key new --keys-file keys.toml --name chat-app --tenant team-a
+  veneer-server key new --keys-file keys.toml --name chat-app --tenant team-a \\
+    --limit requests-per-minute=60 --limit tokens-per-minute=100000
 """,
 )
 @with_flags(options("keys_file"))
@@ -50,6 +55,14 @@ def new_key(
         str,
         typer.Option(help="How long it is valid, such as 12h, 90d or 4w; for ever if unset."),
     ] = "",
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=NUMBER",
+            help=f"What it may use: {', '.join(_LIMITS)}; may be repeated. Bytes may have a "
+            "unit, as in 2GiB. What is unset has the file's default, or no limit.",
+        ),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
     **flags: Any,
@@ -60,7 +73,12 @@ def new_key(
     def run() -> None:
         roles: Any = list(dict.fromkeys(role or ["inference"]))
         made = add_key(
-            _file(flags), name=name, tenant=tenant, roles=roles, expires=_expiry(expires)
+            _file(flags),
+            name=name,
+            tenant=tenant,
+            roles=roles,
+            expires=_expiry(expires),
+            limits=dict(map(_limit, limit or ())),
         )
         if as_json:
             print(json.dumps({"id": made.id, "key": made.key}))
@@ -94,13 +112,14 @@ def list_all(*, as_json: Json = False, debug: Debug = False, **flags: Any) -> No
                             "roles": sorted(key.principal.roles),
                             "expires": key.expires.isoformat() if key.expires else None,
                             "expired": key.expired(now),
+                            "limits": _limits_of(key),
                         }
                         for key in keys
                     ]
                 )
             )
             return
-        rows = [("ID", "NAME", "TENANT", "ROLES", "EXPIRES")]
+        rows = [("ID", "NAME", "TENANT", "ROLES", "EXPIRES", "LIMITS")]
         for key in keys:
             when = "never" if key.expires is None else f"{key.expires:%Y-%m-%d %H:%M} UTC"
             rows.append(
@@ -110,6 +129,10 @@ def list_all(*, as_json: Json = False, debug: Debug = False, **flags: Any) -> No
                     key.principal.tenant,
                     ",".join(sorted(key.principal.roles)),
                     f"{when} (expired)" if key.expired(now) else when,
+                    ",".join(
+                        f"{name.replace('_', '-')}={value}"
+                        for name, value in _limits_of(key).items()
+                    ),
                 )
             )
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -141,6 +164,28 @@ def _file(flags: dict[str, Any]) -> Path:
             metadata={"field": "keys_file"},
         )
     return file
+
+
+def _limit(text: str) -> tuple[str, object]:
+    """A limit as the file has it; its name is checked with the file."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise InvalidField(
+            f"--limit {text} is not allowed: give NAME=NUMBER, such as requests-per-minute=60",
+            metadata={"field": "limit"},
+        )
+    number = int(value) if re.fullmatch(r"[+-]?\d{1,30}", value) else value
+    return name.strip().replace("-", "_"), number
+
+
+def _limits_of(key: ApiKey) -> dict[str, int]:
+    """Its own limits, the file's defaults included."""
+    return {
+        name: value
+        for account in key.principal.accounts
+        if account.id == f"key:{key.id}"
+        for name, value in account.quota.given.items()
+    }
 
 
 def _expiry(text: str) -> datetime | None:

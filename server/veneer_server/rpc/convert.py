@@ -42,6 +42,7 @@ __all__ = [
     "tier_from_proto",
     "tier_to_proto",
     "timestamp",
+    "unix_seconds",
 ]
 
 # ----------------------------------------------------------------------- requests
@@ -165,6 +166,14 @@ def duration(seconds: float) -> Duration:
     """From seconds; negative values become zero."""
     fraction, whole = math.modf(max(0.0, seconds))
     return Duration(seconds=int(whole), nanos=int(fraction * 1e9))
+
+
+def unix_seconds(message: Timestamp, field: str) -> float:
+    """Unix seconds. Raises InvalidField for a time that is none."""
+    try:
+        return message.ToNanoseconds() / 1e9
+    except ValueError as error:
+        raise invalid(field, f"is not a valid time: {error}") from error
 
 
 def timestamp(unix_s: float) -> Timestamp:

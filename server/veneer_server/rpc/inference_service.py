@@ -193,11 +193,12 @@ def _final(generation: Generation) -> inference_pb2.GenerateStreamFinal:
 
 def _trailing(generation: Generation) -> tuple[tuple[str, str], ...]:
     """For clients that read only metadata, such as proxies."""
-    where = generation.provenance
+    where, limits = generation.provenance, generation.counted.rate_headers()
     if where.tier is None:
-        return ()
+        return limits
     return (
         ("veneer-weights-digest", where.weights_digest),
         ("veneer-adapter-tier", where.tier.value),
         ("veneer-revision", where.revision),
+        *limits,
     )

@@ -25,9 +25,13 @@ from veneer_registry.errors import (
 
 from veneer_server.access.audit import Audit
 from veneer_server.access.authenticate import Access, Credentials
+from veneer_server.access.principal import PRINCIPAL
 from veneer_server.errors import internal_error, to_grpc_status, without_frames
 from veneer_server.logs import REQUEST_ID, get_logger
 from veneer_server.queues.refusal_pace import Pace
+from veneer_server.quotas.rates import Quotas
+from veneer_server.quotas.standing import rate_headers
+from veneer_server.rpc.inference_service import GENERATE_METHODS
 from veneer_server.rpc.open_calls import OpenCalls
 from veneer_server.rpc.transport.connections import Connections
 from veneer_server.rpc.transport.decoding import (
@@ -88,6 +92,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         pace: Pace | None = None,
         access: Access | None = None,
         audit: Audit | None = None,
+        quotas: Quotas | None = None,
     ) -> None:
         """Args:
         receiving: decides which requests are read; None for the default bounds.
@@ -98,8 +103,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         pace: delays refusals; None for the default.
         access: lets calls in; None lets everybody in.
         audit: notes calls that change something or are refused.
+        quotas: whose rest a refused generate call is told.
         """
         self._audit = audit or Audit(None)
+        self._quotas = quotas or Quotas()
         self._access = access or Access()
         self._pace = pace or Pace()
         self._checks = checks or {}
@@ -283,7 +290,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             await self._pace.wait(context.peer(), _SIZE.get())
         # Does not wait for the caller: if it reads nothing, gRPC queues the status behind
         # the message that is stuck.
-        return await context.abort(status.code, status.message, status.trailing)
+        trailing = status.trailing
+        if method in GENERATE_METHODS:
+            trailing += rate_headers(self._quotas, PRINCIPAL.get().accounts)
+        return await context.abort(status.code, status.message, trailing)
 
 
 def _certificate_names(context: Any) -> tuple[str, ...]:

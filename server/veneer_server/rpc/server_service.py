@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from typing import Any, Final
 
 from veneer_proto.v1 import server_pb2, server_pb2_grpc
@@ -11,8 +12,10 @@ from veneer_registry.errors import InvalidField
 from veneer_registry.registry import Registry
 
 from veneer_server import __version__
+from veneer_server.access.principal import PRINCIPAL, denied
 from veneer_server.config import ServerConfig
 from veneer_server.engine_client.client import EngineClient
+from veneer_server.quotas.usage import UsageBook
 from veneer_server.rpc import convert
 from veneer_server.serving.adapters.budgets import AdapterBudgets
 from veneer_server.serving.threads import to_the_end
@@ -48,7 +51,9 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
         metrics: Metrics,
         budgets: AdapterBudgets,
         defaults: RequestDefaults,
+        book: UsageBook,
     ) -> None:
+        self._book = book
         self._config = config
         self._base = base
         self._registry = registry
@@ -134,6 +139,28 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
             ],
             front_peak_bytes=peak_bytes("self"),
             engine_peak_bytes=0 if engine is None else peak_bytes(engine),
+        )
+
+    async def GetUsage(
+        self, request: server_pb2.GetUsageRequest, context: Any
+    ) -> server_pb2.GetUsageResponse:
+        """What the caller's tenant has used; an operator may ask for any or all."""
+        principal, wanted = PRINCIPAL.get(), request.tenant
+        operator = principal.has({"operator"})
+        if not operator and wanted not in ("", principal.tenant):
+            raise denied({"operator"}, principal, "another tenant's usage", "GetUsage")
+        report = await self._book.report(
+            wanted or (None if operator else principal.tenant),
+            convert.unix_seconds(request.start, "start") if request.HasField("start") else None,
+            convert.unix_seconds(request.end, "end") if request.HasField("end") else None,
+        )
+        return server_pb2.GetUsageResponse(
+            tenants=[
+                server_pb2.TenantUsage(tenant=tenant, **asdict(counts))
+                for tenant, counts in sorted(report.counts.items())
+            ],
+            start=convert.timestamp(report.start),
+            end=convert.timestamp(report.end),
         )
 
     async def PlanCapacity(

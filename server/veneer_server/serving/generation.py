@@ -10,7 +10,6 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager, nullcontext
 
-import msgspec
 from veneer_registry.adapter import AdapterRef, Tier
 from veneer_registry.errors import ContextTooLong, DeadlineTooShort, VeneerError
 from veneer_registry.lease import RevisionLease
@@ -19,6 +18,7 @@ from veneer_registry.registry import Registry
 from veneer_server.access.principal import PRINCIPAL
 from veneer_server.engine_client.client import EngineClient
 from veneer_server.logs import get_logger
+from veneer_server.quotas.meter import Meter, Metered
 from veneer_server.serving.adapters.use import AdapterUse, source_of
 from veneer_server.serving.limits import (
     check_constraint_size,
@@ -34,7 +34,7 @@ from veneer_server.serving.records import (
     PromptText,
     Provenance,
 )
-from veneer_server.serving.samples import Delta, Sample, SampleStreams, sample_seed
+from veneer_server.serving.samples import Delta, Sample, SampleStreams, sample_request
 from veneer_server.serving.threads import Background
 from veneer_server.serving.who import CALLER
 from veneer_server.telemetry.metrics import Metrics
@@ -65,8 +65,10 @@ class Generation:
         engine: EngineClient,
         generator: Generator,
         arrived: float,
+        counted: Metered,
     ) -> None:
-        """Args: request: that of the first sample; `_of_sample` derives the others."""
+        """Args: request: that of the first sample; `sample_request` derives the others."""
+        self.counted = counted
         self.prompt = prompt
         self.ref = ref
         self.completion_tokens = 0
@@ -137,9 +139,13 @@ class Generation:
         sample.last_output = now
         self.completion_tokens += count
         self._metrics.generation_tokens.inc(count)
+        self.counted.generated(count)
 
     def _first(self, output: SequenceOutput, now: float) -> None:
         self._first_output = output
+        self.counted.first_output(
+            len(self._samples), len(self.prompt.ids), output.cached_tokens
+        )
         self._first_token_s = now - self._arrived
         self._queue_s = output.queue_seconds + (self._submitted - self._arrived)
         self._metrics.queue_time.observe(self._queue_s)
@@ -147,7 +153,7 @@ class Generation:
         if output.tier is not None:
             self._metrics.adapter_found(output.tier)
         for sample in self._samples[1:]:
-            request = _of_sample(self._request, sample.index)
+            request = sample_request(self._request, sample.index)
             self._streams.add(sample.index, self._engine.generate(request))
 
     def facts(self) -> dict[str, float]:
@@ -194,6 +200,7 @@ class Generator:
         background: Background,
         base_name: str,
         step_seconds: Callable[[], float],
+        meter: Meter,
         constraint_bytes: int = 32 << 10,
     ) -> None:
         """Args:
@@ -203,6 +210,7 @@ class Generator:
         self.prompts = prompts
         self.metrics = metrics
         self.base_name = base_name
+        self._meter = meter
         self._engine = engine
         self._registry = registry
         self._defaults = defaults
@@ -213,15 +221,22 @@ class Generator:
 
     @asynccontextmanager
     async def admit(
-        self, call: GenerateCall, *, time_remaining: float | None, placed: bool = False
+        self,
+        call: GenerateCall,
+        *,
+        time_remaining: float | None,
+        placed: bool = False,
+        counted: Metered | None = None,
     ) -> AsyncIterator[Generation]:
         """Submit a request. When the block ends, however it ends, everything is released.
 
         Args:
             time_remaining: seconds to the caller's deadline; None if there is none.
             placed: the caller already holds the engine's places for the request.
+            counted: the request of which this is a part; None if it is the whole.
 
         Raises:
+            RateLimitExceeded, QuotaExceeded: its caller may not have it, now or ever.
             AdapterNotFound, ContextTooLong, DeadlineTooShort, InvalidField,
             TemplateFailed: the request cannot be served as it is.
             QueueFull, EngineFailed: the request cannot be served now.
@@ -239,11 +254,17 @@ class Generator:
         outcome = "cancelled"
         try:
             # Before any work: requests that wait for it then count towards the queue limit.
-            with nullcontext() if placed else self._engine.places(call.n):
+            with (
+                self.count(call.n) if counted is None else nullcontext(counted) as held,
+                nullcontext() if placed else self._engine.places(call.n),
+            ):
                 prompt = await self._prompt(call, lease)
+                await held.prompt(len(prompt.ids))
                 request = self._resolve(call, prompt, lease, deadline)
                 ref = lease.ref if lease is not None else None
-                generation = Generation(call, prompt, ref, request, self._engine, self, arrived)
+                generation = Generation(
+                    call, prompt, ref, request, self._engine, self, arrived, held
+                )
                 try:
                     yield generation
                 finally:
@@ -258,6 +279,11 @@ class Generator:
                 if self._registry.needs_sweep:
                     self._background.start("sweep", self._registry.sweep)
             self._record(generation, lease, outcome)
+
+    def count(self, samples: int, prompts: int = 1) -> Metered:
+        """Count a request of the current caller. See `Meter.request`."""
+        who = PRINCIPAL.get()
+        return self._meter.request(who.accounts, who.tenant, samples, prompts)
 
     def check_text(self, text: bytes) -> None:
         """Raise ContextTooLong for a UTF-8 prompt that cannot fit, before it is copied as
@@ -364,14 +390,3 @@ class Generator:
             tier=generation.tier.value if generation.tier is not None else "",
             **facts,
         )
-
-
-def _of_sample(request: SequenceRequest, index: int) -> SequenceRequest:
-    """The request of a later sample: its own seed, no prompt log-probabilities (the first
-    sample gives them), and no deadline (the first sample's first token has met it)."""
-    sampling = msgspec.structs.replace(
-        request.sampling, seed=sample_seed(request.sampling.seed, index)
-    )
-    return msgspec.structs.replace(
-        request, sampling=sampling, prompt_logprobs=False, deadline=None
-    )

@@ -8,14 +8,15 @@ from collections import deque
 from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import dataclass
 
+import msgspec
 from veneer_registry.errors import InternalError
 
 from veneer_server.serving.records import FinishReason
 from veneer_server.serving.threads import outlast
 from veneer_server.text.detokenizer import Detokenizer, StopStrings, TokenBytes
-from veneer_server.wire.messages import SequenceOutput, Tops
+from veneer_server.wire.messages import SequenceOutput, SequenceRequest, Tops
 
-__all__ = ["Delta", "Sample", "SampleStreams", "sample_seed"]
+__all__ = ["Delta", "Sample", "SampleStreams", "sample_request", "sample_seed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,17 @@ def sample_seed(seed: int, index: int) -> int:
         return seed
     made = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8)
     return int.from_bytes(made.digest())
+
+
+def sample_request(request: SequenceRequest, index: int) -> SequenceRequest:
+    """The request of a later sample: its own seed, no prompt log-probabilities (the first
+    sample gives them), and no deadline (the first sample's first token has met it)."""
+    sampling = msgspec.structs.replace(
+        request.sampling, seed=sample_seed(request.sampling.seed, index)
+    )
+    return msgspec.structs.replace(
+        request, sampling=sampling, prompt_logprobs=False, deadline=None
+    )
 
 
 class Sample:

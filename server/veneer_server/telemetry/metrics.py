@@ -18,7 +18,9 @@ from prometheus_client import (
 )
 
 from veneer_server.engine_client.client import EngineEvent
+from veneer_server.quotas.usage import UsageBook
 from veneer_server.telemetry.adapter_series import AdapterSeries, Catalog
+from veneer_server.telemetry.usage_series import UsageSeries
 from veneer_server.wire.messages import (
     LOST,
     AdapterFailed,
@@ -228,6 +230,10 @@ class Metrics:
         """Set the catalog, which each scrape reads from another thread."""
         self.registered.set_function(lambda: len(catalog))
         self.adapters.catalog = catalog
+
+    def count_usage(self, book: UsageBook) -> None:
+        """Show what tenants have used."""
+        self.registry.register(UsageSeries(book))
 
     def adapter_found(self, tier: TierName) -> None:
         """Count a hit in the tier that had a request's adapter, and misses in nearer tiers."""

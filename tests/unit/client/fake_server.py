@@ -200,6 +200,23 @@ class FakeServer(
             ),
         )
 
+    def GetUsage(self, request, context):  # noqa: N802
+        self.note("GetUsage", request, context)
+        return server_pb2.GetUsageResponse(
+            tenants=[
+                server_pb2.TenantUsage(
+                    tenant=request.tenant or "default",
+                    requests=1234,
+                    prompt_tokens=5,
+                    cached_prompt_tokens=4,
+                    generated_tokens=3,
+                    adapter_byte_hours=1.5 * (1 << 30),
+                )
+            ],
+            start=request.start,
+            end=request.end,
+        )
+
     def PlanCapacity(self, request, context):  # noqa: N802
         self.note("PlanCapacity", request, context)
         short = server_pb2.Shortfall(

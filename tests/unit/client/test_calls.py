@@ -94,6 +94,15 @@ def test_a_plan_takes_one_shape(
     assert server.calls == []
 
 
+def test_a_period_of_usage_has_a_time_zone(server: FakeServer, client: Driver) -> None:
+    start, end = (datetime(2026, month, 1, tzinfo=UTC) for month in (11, 12))
+    report = client.usage("a", start=start, end=end)
+    assert (report.start, report.end, report.tenants[0].tenant) == (start, end, "a")
+    with refused(InvalidField, field="start"):
+        client.usage(start=datetime(2026, 11, 1))
+    assert len(server.calls) == 1
+
+
 def _leaks(value: object) -> bool:
     if dataclasses.is_dataclass(value):
         return any(_leaks(getattr(value, f.name)) for f in dataclasses.fields(value))

@@ -179,6 +179,20 @@ def test_pins(server: FakeServer, run: Run) -> None:
     assert not server.adapters["chat"].pinned
 
 
+def test_usage(server: FakeServer, run: Run) -> None:
+    period = ("--start", "2026-11-01", "--end", "2026-12-01T02:00+02:00")
+    shown = run("usage", "--tenant", "team-a", *period).stdout
+    assert "2026-11-01 00:00 to 2026-12-01 00:00 UTC" in shown
+    for text in ("team-a", "1,234", "1.500"):
+        assert text in shown
+    report = json.loads(run("usage", "--json", *period).stdout)
+    assert report["end"] == "2026-12-01T00:00:00+00:00"
+    assert report["tenants"][0]["adapter_byte_hours"] == 1.5 * (1 << 30)
+    (_, request), *_ = server.calls
+    assert (request.tenant, request.start.ToSeconds()) == ("team-a", 1793491200)
+    assert run("usage", "--end", "soon").exit_code == 1
+
+
 def test_plan_is_an_exit_status_too(server: FakeServer, run: Run) -> None:
     fits = run("plan", "--rank", "8", "--module", "q_proj", "--adapters", "2")
     assert fits.exit_code == 0, fits.output
@@ -363,7 +377,7 @@ def test_call_errors(args: tuple[str, ...], says: str, run: Run) -> None:
 def test_every_help_has_examples(run: Run) -> None:
     commands = [(), ("adapter",)]
     commands += [(c,) for c in ("generate", "chat", "info", "health", "plan", "call")]
-    commands += [(c,) for c in ("budgets", "self-test")]
+    commands += [(c,) for c in ("budgets", "self-test", "usage")]
     commands += [("adapter", c) for c in ("push", "ls", "show", "activate", "evict", "rm")]
     commands += [("adapter", c) for c in ("pin", "unpin", "watch", "alias", "aliases")]
     commands += [("adapter", c) for c in ("rollback", "label", "retain", "history")]

@@ -8,24 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from veneer_proto.v1 import adapters_pb2
 from veneer_registry.errors import Aborted, InvalidField, QuotaExceeded, VeneerError
 from veneer_registry.publishing import Staged
-from veneer_registry.records import Published, UploadFile, UploadRequest
+from veneer_registry.records import Published
 from veneer_registry.registry import Registry
 from veneer_registry.upload import Upload
 
+from veneer_server.access.principal import PRINCIPAL
 from veneer_server.logs import get_logger
+from veneer_server.quotas.uploads import UploadQuotas, UploadReservation
+from veneer_server.serving.adapters.upload_options import UploadOptions, upload_options
 from veneer_server.serving.threads import to_the_end
 from veneer_server.system.priority import lower_priority
 
-__all__ = ["UploadOptions", "Uploads"]
+__all__ = ["Uploads"]
 
 WINDOW_S: Final = 60.0
 """Seconds over which an upload's rate is measured; it may be silent for this long."""
@@ -55,24 +56,11 @@ MAX_DISCARDS: Final = 4
 """Uploads beyond `MAX_AT_ONCE` that may finish sending; each may hold a message."""
 
 MAX_CHUNK: Final = 4 << 20
-MAX_FILES: Final = 16
-MAX_LABELS: Final = 64
 MAX_AT_ONCE: Final = 8
-_SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 _log = get_logger(__name__)
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class UploadOptions:
-    """A checked `UploadSpec`."""
-
-    request: UploadRequest
-    validate_only: bool
-    activate: bool
-    resume: bool
 
 
 class UploadPace:
@@ -160,13 +148,16 @@ class Uploads:
         min_rate: int = MIN_RATE,
         deadline_s: float = DEADLINE_S,
         broken: tuple[int, int] = (MAX_BROKEN, MAX_BROKEN_BYTES),
+        quotas: UploadQuotas | None = None,
     ) -> None:
         """Args:
         min_rate: bytes a second at which each upload must arrive.
         deadline_s: time limit for a whole upload.
         broken: most interrupted uploads that are kept, and most bytes of them.
+        quotas: what callers may upload; None if that is not limited.
         """
         self._registry = registry
+        self._quotas = quotas
         self._min_rate = min_rate
         self._deadline_s = deadline_s
         self._most_broken, self._most_broken_bytes = broken
@@ -180,7 +171,7 @@ class Uploads:
 
     async def committed(self, spec: adapters_pb2.UploadSpec) -> Mapping[str, int]:
         """Bytes of each announced file that the server already has. Raises as `receive`."""
-        request = _options(spec).request
+        request = upload_options(spec).request
         return await to_the_end(lambda: self._registry.committed(request), self._workers)
 
     @contextlib.asynccontextmanager
@@ -191,7 +182,8 @@ class Uploads:
 
         Raises:
             InvalidField, AdapterInvalid, ChecksumMismatch, DiskFull: the upload is refused.
-            QuotaExceeded: too many uploads are running.
+            QuotaExceeded: too many uploads are running, or the caller may not store or send as
+                much.
             Aborted: the upload arrived too slowly, or was resumed elsewhere.
         """
         try:
@@ -206,6 +198,7 @@ class Uploads:
             raise
         messages = aiter(requests)
         upload: Upload | None = None
+        allowed: UploadReservation | None = None
         keep, ended_early = True, False
         try:
             first = await self._next(messages, pace)
@@ -213,7 +206,16 @@ class Uploads:
                 raise InvalidField(
                     "the first message of an upload must be `spec`", metadata={"field": "spec"}
                 )
-            options = _options(first.spec)
+            options = upload_options(first.spec)
+            if self._quotas is not None:
+                principal = PRINCIPAL.get()
+                allowed = await self._quotas.reserve(
+                    principal.accounts,
+                    principal.tenant,
+                    options.request,
+                    publish=not options.validate_only,
+                    resume=options.resume,
+                )
 
             def begin() -> None:
                 nonlocal upload
@@ -221,7 +223,7 @@ class Uploads:
 
             await to_the_end(begin, self._workers)
             assert upload is not None, "begin_upload returned"
-            await self._chunks(messages, upload, pace)
+            await self._chunks(messages, upload, pace, allowed)
             if ended_early := upload.missing_bytes > 0:
                 upload.finish()  # says what is missing
             yield options, upload
@@ -232,6 +234,8 @@ class Uploads:
             raise
         finally:
             self._running.pop(pace, None)
+            if allowed is not None:
+                allowed.close()
             if upload is not None:
                 ended = upload
                 await to_the_end(lambda: self._end(ended, keep=keep), self._workers)
@@ -290,6 +294,7 @@ class Uploads:
         messages: AsyncIterator[adapters_pb2.UploadAdapterRequest],
         upload: Upload,
         pace: UploadPace,
+        allowed: UploadReservation | None,
     ) -> None:
         while (message := await self._next(messages, pace)) is not None:
             if message.WhichOneof("message") != "chunk":
@@ -303,6 +308,8 @@ class Uploads:
                     f"a chunk has {len(chunk.data)} bytes: send at most {MAX_CHUNK}",
                     metadata={"field": "chunk.data"},
                 )
+            if allowed is not None:
+                allowed.received(len(chunk.data))
             missing = upload.missing_bytes
             await to_the_end(_write(upload, chunk), self._workers)
             # Empty chunks, and bytes that were there before, are not progress.
@@ -356,41 +363,3 @@ async def _discard(messages: AsyncIterator[adapters_pb2.UploadAdapterRequest]) -
 
 def _write(upload: Upload, chunk: adapters_pb2.UploadChunk) -> Callable[[], None]:
     return lambda: upload.write(chunk.file, chunk.offset, chunk.data)
-
-
-def _options(spec: adapters_pb2.UploadSpec) -> UploadOptions:
-    if not 1 <= len(spec.files) <= MAX_FILES:
-        raise InvalidField(
-            f"spec.files has {len(spec.files)} files: list each file of the adapter, at most "
-            f"{MAX_FILES}",
-            metadata={"field": "spec.files"},
-        )
-    for file in spec.files:
-        if not _SHA256.fullmatch(file.sha256):
-            raise InvalidField(
-                f"the sha256 of {file.name[:80]!r} must be 64 hex digits in lower case",
-                metadata={"field": "spec.files", "file": file.name[:80]},
-            )
-    if len(spec.labels) > MAX_LABELS:
-        raise InvalidField(
-            f"spec.labels has {len(spec.labels)} labels: give at most {MAX_LABELS}",
-            metadata={"field": "spec.labels"},
-        )
-    if spec.validate_only and spec.activate:
-        raise InvalidField(
-            "spec.activate has no effect with spec.validate_only, which publishes nothing: set "
-            "one of them",
-            metadata={"field": "spec.activate"},
-        )
-    return UploadOptions(
-        UploadRequest(
-            name=spec.name,
-            files=tuple(UploadFile(f.name, f.size, f.sha256) for f in spec.files),
-            labels=dict(spec.labels),
-            allow_replace=spec.allow_replace,
-            etag=spec.etag,
-        ),
-        spec.validate_only,
-        spec.activate,
-        spec.resume,
-    )

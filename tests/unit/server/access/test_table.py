@@ -56,6 +56,8 @@ REQUESTS: Final[Mapping[str, Any]] = {
     "AdapterService/SelfTest": adapters_pb2.SelfTestRequest(),
     "ServerService/GetServerInfo": server_pb2.GetServerInfoRequest(),
     "ServerService/PlanCapacity": server_pb2.PlanCapacityRequest(),
+    "ServerService/GetUsage": server_pb2.GetUsageRequest(),
+    "ServerService/GetUsage of another tenant": server_pb2.GetUsageRequest(tenant="b"),
     "Health/Check": health_pb2.HealthCheckRequest(),
     "Health/Watch": health_pb2.HealthCheckRequest(),
     "Health/List": health_pb2.HealthListRequest(),
@@ -186,7 +188,7 @@ async def test_a_method_answers_those_that_the_page_says(guarded: Guarded, metho
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_the_page_lists_every_method_that_a_port_has(guarded: Guarded) -> None:
-    listed = {re.sub(r" (with|on) .*", "", method) for method in table()}
+    listed = {re.sub(r" (with|on|of) .*", "", method) for method in table()}
     pool = descriptor_pool.Default()
     wanted = reflection_pb2.ServerReflectionRequest(list_services="*")
     metadata = (("authorization", f"Bearer {guarded.keys['operator'][0]}"),)

@@ -37,11 +37,16 @@ EXPECTED = {
 }
 
 
+LIMITS = {errors.QuotaExceeded: "insufficient_quota", errors.RateLimitExceeded: "requests"}
+"""Types that OpenAI has for limits."""
+
+
 @pytest.mark.parametrize("kind", list(tree(VeneerError)))
 def test_status_and_type_follow_the_code(kind: type[VeneerError]) -> None:
     failure = http_failure(kind("why: fix"))
     error = failure.body["error"]
-    assert (failure.status, error["type"]) == EXPECTED[kind.code]
+    status, type_ = EXPECTED[kind.code]
+    assert (failure.status, error["type"]) == (status, LIMITS.get(kind, type_))
     assert error["message"] == "why: fix"
     assert set(error) == {"message", "type", "param", "code"}
 
@@ -76,8 +81,8 @@ def test_fields_have_their_json_names(field: str, param: str) -> None:
 
 
 def test_retries_are_advised_by_what_the_error_knows() -> None:
-    full = http_failure(errors.QueueFull("x", retry_after_s=0.4)).headers
-    assert full == {"retry-after": "1", "retry-after-ms": "400", "x-should-retry": "true"}
+    full = http_failure(errors.QueueFull("x", retry_after_s=1.4)).headers
+    assert full == {"retry-after": "2", "retry-after-ms": "1400", "x-should-retry": "true"}
     assert http_failure(errors.Draining("x")).headers["retry-after"] == "1"
     bug = http_failure(errors.InternalError("x")).headers
     assert bug == {"x-should-retry": "false"}

@@ -20,7 +20,7 @@ from veneer_server.rpc.transport.decoding import (
     last_value,
     values,
 )
-from veneer_server.serving.adapters.uploads import MAX_FILES, MAX_LABELS
+from veneer_server.serving.adapters.upload_options import MAX_FILES, MAX_LABELS
 
 from tests.hostile.wire import length_delimited, tag, varint
 from tests.unit.server.rpc.front_harness import Front, failure

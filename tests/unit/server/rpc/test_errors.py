@@ -19,7 +19,7 @@ DETAIL = {
     "FAILED_PRECONDITION": "PreconditionFailure",
     "UNAVAILABLE": "RetryInfo",
 }
-QUOTA = {"ADAPTER_BUDGET_EXCEEDED", "QUOTA_EXCEEDED", "DISK_FULL"}
+QUOTA = {"ADAPTER_BUDGET_EXCEEDED", "QUOTA_EXCEEDED", "RATE_LIMIT_EXCEEDED", "DISK_FULL"}
 
 
 def tree(cls: type[VeneerError]) -> Iterator[type[VeneerError]]:

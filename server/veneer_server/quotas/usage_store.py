@@ -1,0 +1,265 @@
+"""Usage by tenant and hour, in SQLite: what one bills by must survive the server."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from veneer_registry.database import connect, database_errors
+from veneer_registry.disk import create_file, disk_errors, sync
+from veneer_registry.errors import CatalogDamaged, FailedPrecondition
+
+from veneer_server.logs import get_logger
+
+__all__ = ["HOUR_S", "MAX_DAYS", "MAX_HOURS", "Batch", "Counts", "Found", "UsageStore"]
+
+MAX_HOURS: Final = 2400
+"""Hours for which usage is kept by the hour; what was before is kept as one sum. They are
+hours in which something was used, so that a clock that is set wrongly drops none."""
+
+MAX_DAYS: Final = 7
+"""Days for which uploaded bytes are kept."""
+
+HOUR_S: Final = 3600
+_BEFORE: Final = -1
+"""The hour under which the sum of older hours is kept."""
+_VERSION: Final = 1
+
+_log = get_logger(__name__)
+
+
+@dataclass(slots=True)
+class Counts:
+    """What a tenant has used.
+
+    Attributes:
+        cached_prompt_tokens: those of the prompt tokens that the prefix cache had.
+        adapter_byte_hours: bytes of stored adapters, times hours.
+    """
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    generated_tokens: int = 0
+    adapter_byte_hours: float = 0.0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def __sub__(self, other: Counts) -> Counts:
+        return Counts(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
+_NAMES: Final = tuple(field.name for field in fields(Counts))
+_COLUMNS: Final = ", ".join(_NAMES)
+_SUMS: Final = ", ".join(f"sum({name})" for name in _NAMES)
+_ADDED: Final = (
+    f"ON CONFLICT (tenant, hour) DO UPDATE SET "
+    f"{', '.join(f'{name} = {name} + excluded.{name}' for name in _NAMES)}"
+)
+
+_SCHEMA: Final = f"""
+BEGIN IMMEDIATE;
+CREATE TABLE facts (since REAL NOT NULL, batch INTEGER NOT NULL);
+CREATE TABLE usage (
+    tenant TEXT NOT NULL,
+    hour INTEGER NOT NULL,     -- since 1970; {_BEFORE}: all before the hours that are kept
+    requests INTEGER NOT NULL,
+    prompt_tokens INTEGER NOT NULL,
+    cached_prompt_tokens INTEGER NOT NULL,
+    generated_tokens INTEGER NOT NULL,
+    adapter_byte_hours REAL NOT NULL,
+    PRIMARY KEY (tenant, hour)
+) WITHOUT ROWID;
+CREATE INDEX usage_by_hour ON usage (hour);
+CREATE TABLE uploaded (
+    day INTEGER NOT NULL,      -- since 1970
+    account TEXT NOT NULL,
+    bytes INTEGER NOT NULL,
+    PRIMARY KEY (day, account)
+) WITHOUT ROWID;
+PRAGMA user_version = {_VERSION};
+"""
+
+
+class Batch(NamedTuple):
+    """Changes that are written together, once.
+
+    Attributes:
+        number: the next one after that of the last batch.
+        added: by tenant, to be added to the hour's counts.
+        uploaded: bytes by day and account so far; these replace what is there.
+    """
+
+    number: int
+    hour: int
+    added: Mapping[str, Counts]
+    uploaded: Mapping[tuple[int, str], int]
+
+
+class Found(NamedTuple):
+    """An answer of `UsageStore.report`.
+
+    Attributes:
+        batch: number of the last batch that is in it.
+        oldest: the first hour that is kept by the hour, if older ones are not; else None.
+    """
+
+    counts: dict[str, Counts]
+    batch: int
+    oldest: int | None
+
+
+class UsageStore:
+    """The database at ``path``. One thread at a time."""
+
+    def __init__(self, path: Path) -> None:
+        """Open or make the database. One that is damaged is moved aside, and a new one begun.
+
+        Raises:
+            FailedPrecondition: it is from a newer Veneer.
+            DiskFull, DiskFailed: it cannot be opened.
+        """
+        self._path = path
+        try:
+            self._db, self.since, self.batch = _open(path)
+        except CatalogDamaged as error:
+            aside = _move_aside(path)
+            why = str(error.__cause__ or error)
+            _log.error("usage file damaged, a new one begun", file=aside.name, why=why)
+            self._db, self.since, self.batch = _open(path)
+        self._hour: int | None = None
+        """The hour of the last batch."""
+
+    def write(self, batch: Batch) -> None:
+        """Write a batch, unless that has been done. Raises DiskFull, DiskFailed."""
+        with database_errors(self._path), self._transaction():
+            ((last,),) = self._db.execute("SELECT batch FROM facts")
+            if last >= batch.number:
+                return  # an error was reported after it had been written
+            self._db.execute("UPDATE facts SET batch = ?", (batch.number,))
+            self._db.executemany(
+                f"INSERT INTO usage (tenant, hour, {_COLUMNS}) "
+                f"VALUES (?, ?, {', '.join('?' * len(_NAMES))}) {_ADDED}",
+                [(name, batch.hour, *astuple(each)) for name, each in batch.added.items()],
+            )
+            self._db.executemany(
+                "INSERT OR REPLACE INTO uploaded (day, account, bytes) VALUES (?, ?, ?)",
+                [(day, account, size) for (day, account), size in batch.uploaded.items()],
+            )
+            if batch.hour != self._hour:
+                self._forget()
+        self._hour = batch.hour
+
+    def report(self, tenant: str | None, start: int | None, end: int) -> Found:
+        """Counts by tenant.
+
+        Args:
+            tenant: None for all.
+            start, end: hours; of these, ``end`` is not included. None for all before.
+        """
+        where, values = "hour < ?", [end]
+        if start is not None:
+            where, values = "hour >= ? AND hour < ?", [start, end]
+        given: list[Any] = [*values]
+        if tenant is not None:
+            where, given = f"tenant = ? AND {where}", [tenant, *values]
+        with database_errors(self._path), self._transaction():
+            rows = self._db.execute(
+                f"SELECT tenant, {_SUMS} FROM usage WHERE {where} GROUP BY tenant", given
+            ).fetchall()
+            ((batch,),) = self._db.execute("SELECT batch FROM facts")
+            ((summed,),) = self._db.execute(
+                "SELECT EXISTS (SELECT 1 FROM usage WHERE hour = ?)", (_BEFORE,)
+            )
+            ((oldest,),) = self._db.execute("SELECT min(hour) FROM usage WHERE hour >= 0")
+        counts = {name: Counts(*numbers) for name, *numbers in rows}
+        return Found(counts, batch, oldest if summed else None)
+
+    def uploaded(self) -> dict[tuple[int, str], int]:
+        """Uploaded bytes by day and account."""
+        with database_errors(self._path):
+            rows = self._db.execute("SELECT day, account, bytes FROM uploaded").fetchall()
+        # A bit that flipped may have made another type of one.
+        return {
+            (day, account): size
+            for day, account, size in rows
+            if isinstance(day, int) and isinstance(account, str) and isinstance(size, int)
+        }
+
+    def close(self) -> None:
+        self._db.close()
+
+    def _forget(self) -> None:
+        oldest = self._db.execute(
+            "SELECT DISTINCT hour FROM usage WHERE hour >= 0 "
+            "ORDER BY hour DESC LIMIT 1 OFFSET ?",
+            (MAX_HOURS - 1,),
+        ).fetchone()
+        if oldest is not None:
+            self._db.execute(
+                f"INSERT INTO usage (tenant, hour, {_COLUMNS}) "
+                f"SELECT tenant, {_BEFORE}, {_SUMS} "
+                f"FROM usage WHERE hour >= 0 AND hour < ? GROUP BY tenant {_ADDED}",
+                oldest,
+            )
+            self._db.execute("DELETE FROM usage WHERE hour >= 0 AND hour < ?", oldest)
+        self._db.execute(
+            "DELETE FROM uploaded WHERE day NOT IN "
+            "(SELECT DISTINCT day FROM uploaded ORDER BY day DESC LIMIT ?)",
+            (MAX_DAYS,),
+        )
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        finally:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+
+
+def _open(path: Path) -> tuple[sqlite3.Connection, float, int]:
+    if not path.exists():
+        with disk_errors(path.parent):
+            create_file(path)  # private, as SQLite's other files will be
+            sync(path.parent)
+    with database_errors(path):
+        db = connect(path)
+        try:
+            ((version,),) = db.execute("PRAGMA user_version")
+            if version > _VERSION:
+                raise FailedPrecondition(
+                    f"{path} was written by a newer Veneer: start that version, or move the "
+                    "file away to count anew",
+                    metadata={"file": str(path)},
+                )
+            if version == 0:
+                db.executescript(_SCHEMA)
+                db.execute("INSERT INTO facts VALUES (?, 0)", (time.time(),))
+                db.execute("COMMIT")
+            facts = db.execute("SELECT since, batch FROM facts").fetchall()
+            ((sound,),) = db.execute("PRAGMA quick_check(1)")
+        except BaseException:
+            db.close()
+            raise
+        if sound != "ok" or len(facts) != 1 or list(map(type, facts[0])) != [float, int]:
+            db.close()
+            raise CatalogDamaged(f"quick_check: {sound}; facts: {facts[:2]}")
+    return db, *facts[0]
+
+
+def _move_aside(path: Path) -> Path:
+    aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
+    for end in ("", "-wal", "-shm"):
+        file = path.with_name(path.name + end)
+        if file.exists():
+            file.rename(aside.with_name(aside.name + end))
+    return aside

@@ -1,0 +1,72 @@
+"""Metrics labelled by tenant: what each has used since the server's start, and stores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from veneer_server.quotas.usage import UsageBook
+from veneer_server.quotas.usage_store import Counts
+from veneer_server.telemetry.adapter_series import MAX_NAMES, OTHER
+
+__all__ = ["UsageSeries"]
+
+_COUNTERS: Final = {
+    "requests": ("requests", "Generate requests that had an answer, by tenant."),
+    "prompt_tokens": ("prompt_tokens", "Prompt tokens by tenant."),
+    "cached_prompt_tokens": (
+        "cached_prompt_tokens",
+        "Prompt tokens found in the prefix cache, by tenant.",
+    ),
+    "generation_tokens": ("generated_tokens", "New tokens by tenant."),
+    "adapter_byte_hours": ("adapter_byte_hours", "Bytes of stored adapters, times hours."),
+}
+"""Metric -> field of `Counts`, and help."""
+
+
+class UsageSeries(Collector):
+    """Read by scrapes. The first `MAX_NAMES` tenants become labels, others are summed."""
+
+    def __init__(self, book: UsageBook) -> None:
+        self._book = book
+
+    def describe(self) -> Iterable[Metric]:
+        """Empty families; `registry.register` needs their names."""
+        return [*self._counters().values(), self._gauge()]
+
+    def collect(self) -> Iterable[Metric]:
+        # Copies, since another thread adds to both.
+        totals, stored = dict(self._book.totals), dict(self._book.stored)
+        shown = set([*totals][:MAX_NAMES])
+        counts: dict[str, Counts] = {}
+        for tenant, count in totals.items():
+            name = tenant if tenant in shown else OTHER
+            counts[name] = counts.get(name, Counts()) + count
+        families = self._counters()
+        for name, (field, _) in _COUNTERS.items():
+            for tenant, count in counts.items():
+                families[name].add_metric([tenant], getattr(count, field))
+        sizes: dict[str, int] = {}
+        for tenant, size in stored.items():
+            name = tenant if tenant in shown or len(shown) < MAX_NAMES else OTHER
+            sizes[name] = sizes.get(name, 0) + size
+        gauge = self._gauge()
+        for tenant, size in sizes.items():
+            gauge.add_metric([tenant], size)
+        return [*families.values(), gauge]
+
+    @staticmethod
+    def _counters() -> dict[str, CounterMetricFamily]:
+        return {
+            name: CounterMetricFamily(f"veneer_tenant_{name}", text, labels=["tenant"])
+            for name, (_, text) in _COUNTERS.items()
+        }
+
+    @staticmethod
+    def _gauge() -> GaugeMetricFamily:
+        return GaugeMetricFamily(
+            "veneer_tenant_adapter_bytes", "Bytes of stored adapters.", labels=["tenant"]
+        )
