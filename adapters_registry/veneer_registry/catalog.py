@@ -156,6 +156,7 @@ class Catalog:
         """Every name in order, for the index. A damaged row is counted for the name that it
         seems to be about, or for an empty name."""
         aliases, damage = self._aliases()
+        shared = self._shared()
         # Dominates start-up time: tens of thousands of rows, most names with one revision.
         revisions: dict[str, list[tuple[Any, ...]]] = {}
         for row in self._reader.rows(f"SELECT digest, {REVISION} FROM revisions"):
@@ -176,7 +177,8 @@ class Catalog:
             kept = newest_first(revisions.pop(name, nothing))
             also = tuple(aliases.pop(name, ())) if name in aliases else ()
             bad = damage.pop(name, 0) if damage else 0
-            yield NameRow(name, current, generation, kept, retain, also, bad)
+            open_ = name in shared
+            yield NameRow(name, current, generation, kept, retain, also, bad, open_)
         # The rest belongs to names whose own row is damaged or missing.
         for name in sorted({*revisions, *aliases, *damage}):
             kept = newest_first(revisions.get(name, nothing))
@@ -234,6 +236,18 @@ class Catalog:
             else:
                 found.setdefault(row.name, []).append(row)
         return found, damage
+
+    def _shared(self) -> set[str]:
+        """Names that other tenants may use. A damaged row shares nothing."""
+        rows = self._reader.rows("SELECT name, digest FROM shared")
+        found = {name for name, digest in rows if digest == row_digest("shared", name)}
+        if len(found) < len(rows):
+            _log.error(
+                "%d names are no longer shared with other tenants, because the catalog's rows "
+                "about it are damaged; share them again",
+                len(rows) - len(found),
+            )
+        return found
 
     def quarantined(self) -> dict[str, str]:
         """Weights digest -> why it is damaged."""

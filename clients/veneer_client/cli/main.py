@@ -93,12 +93,19 @@ def place(
     key: Annotated[
         str | None, typer.Option(metavar="FILE", help="Its private key; else VENEER_KEY.")
     ] = None,
+    tenant: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Act in this tenant instead of your own (operators only)."
+        ),
+    ] = None,
     debug: DebugFlag = False,
     version: VersionFlag = False,
 ) -> None:
     """Talk to a Veneer server: generate, and manage adapters."""
     # Every client of this process reads them; a flag takes precedence over its variable.
-    for name, value in (("PROFILE", profile), ("CA", ca), ("CERT", cert), ("KEY", key)):
+    given = {"PROFILE": profile, "CA": ca, "CERT": cert, "KEY": key, "TENANT": tenant}
+    for name, value in given.items():
         if value is not None:
             os.environ[f"VENEER_{name}"] = value
     # gRPC would print a line for each failed handshake, beside our own error.

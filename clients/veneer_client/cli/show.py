@@ -131,6 +131,10 @@ def _columns(*names: str, right: Iterable[str] = ()) -> Table:
 def place_of(adapter: AdapterInfo) -> str:
     """Its tier and notable state: ``disk (pinned, quarantined)``."""
     notes = ["pinned"] if adapter.pinned else []
+    if adapter.tenant:
+        notes.append(f"of {adapter.tenant}")
+    elif adapter.shared:
+        notes.append("shared")
     if adapter.state not in (AdapterState.READY, AdapterState.UNKNOWN):
         notes.append(adapter.state.value.replace("_", " "))
     return adapter.tier.value + (f" ({', '.join(notes)})" if notes else "")

@@ -14,12 +14,11 @@ import msgspec
 from veneer_registry.adapter import AdapterRef, Tier
 from veneer_registry.errors import ContextTooLong, DeadlineTooShort, VeneerError
 from veneer_registry.lease import RevisionLease
-from veneer_registry.registry import Registry
 
 from veneer_server.access.principal import PRINCIPAL
 from veneer_server.engine_client.client import EngineClient
 from veneer_server.logs import get_logger
-from veneer_server.serving.adapters.use import AdapterUse, source_of
+from veneer_server.serving.adapters.use import source_of
 from veneer_server.serving.limits import (
     check_constraint_size,
     check_ids,
@@ -35,6 +34,9 @@ from veneer_server.serving.records import (
     Provenance,
 )
 from veneer_server.serving.samples import Delta, Sample, SampleStreams, sample_seed
+from veneer_server.serving.tenants.tenant import Tenant
+from veneer_server.serving.tenants.tenants import Tenants
+from veneer_server.serving.tenants.visible import Visible
 from veneer_server.serving.threads import Background
 from veneer_server.serving.who import CALLER
 from veneer_server.telemetry.metrics import Metrics
@@ -186,11 +188,10 @@ class Generator:
         self,
         *,
         engine: EngineClient,
-        registry: Registry,
+        tenants: Tenants,
         prompts: Prompts,
         defaults: RequestDefaults,
         metrics: Metrics,
-        use: AdapterUse,
         background: Background,
         base_name: str,
         step_seconds: Callable[[], float],
@@ -204,9 +205,9 @@ class Generator:
         self.metrics = metrics
         self.base_name = base_name
         self._engine = engine
-        self._registry = registry
+        self._tenants = tenants
+        self._visible = Visible(tenants)
         self._defaults = defaults
-        self._use = use
         self._background = background
         self._step_seconds = step_seconds
         self._constraint_bytes = constraint_bytes
@@ -232,16 +233,17 @@ class Generator:
         self._check_deadline(time_remaining)
         if call.constraint is not None:
             check_constraint_size(call.constraint, self._constraint_bytes)
-        lease = None
+        owner, lease = None, None
         if call.adapter:
-            lease = self._registry.acquire(call.adapter, call.session_key)
+            home = await self._tenants.current()
+            owner, lease = self._visible.acquire(home, call.adapter, call.session_key)
         generation: Generation | None = None
         outcome = "cancelled"
         try:
             # Before any work: requests that wait for it then count towards the queue limit.
             with nullcontext() if placed else self._engine.places(call.n):
                 prompt = await self._prompt(call, lease)
-                request = self._resolve(call, prompt, lease, deadline)
+                request = self._resolve(call, prompt, owner, lease, deadline)
                 ref = lease.ref if lease is not None else None
                 generation = Generation(call, prompt, ref, request, self._engine, self, arrived)
                 try:
@@ -253,10 +255,10 @@ class Generator:
             outcome = error.reason
             raise
         finally:
-            if lease is not None:
+            if owner is not None and lease is not None:
                 lease.release()
-                if self._registry.needs_sweep:
-                    self._background.start("sweep", self._registry.sweep)
+                if owner.registry.needs_sweep:
+                    self._background.start(f"sweep {owner.name}", owner.registry.sweep)
             self._record(generation, lease, outcome)
 
     def check_text(self, text: bytes) -> None:
@@ -308,12 +310,14 @@ class Generator:
         self,
         call: GenerateCall,
         prompt: Prompt,
+        owner: Tenant | None,
         lease: RevisionLease | None,
         deadline: float | None,
     ) -> SequenceRequest:
         """The request for the engine, with all defaults filled in.
 
         Args:
+            owner: whose adapter it is.
             deadline: the caller's deadline, on the monotonic clock.
         """
         info = self._engine.info
@@ -321,10 +325,10 @@ class Generator:
         check_ids(info, "sampling.logit_bias", call.sampling.logit_bias)
         check_ids(info, "stopping.stop_token_ids", call.stop_token_ids)
         source = None
-        if lease is not None:
-            source = source_of(self._registry, lease.record)
-            self.metrics.adapters.requested(lease.ref.name)
-            self._use.touch(lease.ref)
+        if owner is not None and lease is not None:
+            source = source_of(owner.registry, lease.record).of(owner.name)
+            self.metrics.adapters.requested(owner.name, lease.ref.name)
+            owner.use.touch(lease.ref)
         self.metrics.prompt_tokens.inc(len(prompt.ids))
         return SequenceRequest(
             prompt.ids,

@@ -177,8 +177,8 @@ def test_engine_events() -> None:
 class Names:
     """FAKE registry: ``d1`` has two names."""
 
-    def names(self, weights_digest: str) -> list[str]:
-        return ["sql", "chat"] if weights_digest == "d1" else []
+    def names(self, key: str) -> list[str]:
+        return ["sql", "chat"] if key.endswith("d1") else []
 
 
 def test_loads_evictions_and_failures_are_told_by_name(stream: io.StringIO) -> None:
@@ -190,7 +190,10 @@ def test_loads_evictions_and_failures_are_told_by_name(stream: io.StringIO) -> N
         AdapterFailed("d1", WireError("DATA_LOSS", "it is gone", {}, None))
     )
     adapters.on_engine_event(Occupancy(3, 4, 1, 1, 4))
-    loaded, evicted, failed = map(json.loads, stream.getvalue().splitlines())
+    adapters.on_engine_event(AdapterLoaded("team-a:d1", "disk", {}))
+    loaded, evicted, failed, other = map(json.loads, stream.getvalue().splitlines())
+    assert "tenant" not in loaded
+    assert (other["tenant"], other["adapter"], other["weights"]) == ("team-a", "chat,sql", "d1")
     assert (loaded["event"], loaded["adapter"], loaded["source"]) == (
         "adapter loaded",
         "chat,sql",

@@ -13,8 +13,13 @@ from typing import Any
 import grpc
 import pytest
 from veneer_proto.v1 import adapters_pb2 as pb
-from veneer_server.serving.adapters import uploads as uploads
-from veneer_server.serving.adapters.uploads import MAX_AT_ONCE, MIN_RATE, WINDOW_S, UploadPace
+from veneer_server.serving.adapters import upload_places as uploads
+from veneer_server.serving.adapters.upload_places import (
+    MAX_AT_ONCE,
+    MIN_RATE,
+    WINDOW_S,
+    UploadPace,
+)
 
 from tests.unit.server.rpc.front_harness import Front, failure, make_adapter, running, until
 from tests.unit.server.rpc.front_harness import upload as messages_of
