@@ -12,7 +12,14 @@ from veneer_registry.errors import PermissionDenied, Unauthenticated
 from veneer_server.access.identity_file import IdentityFile
 from veneer_server.access.keys import TENANT
 from veneer_server.access.methods import OPEN, roles_for
-from veneer_server.access.principal import ANYONE, PRINCIPAL, Principal, denied
+from veneer_server.access.principal import (
+    ANYONE,
+    DEFAULT_TENANT,
+    PRINCIPAL,
+    Principal,
+    denied,
+)
+from veneer_server.logs import TENANT as LOGGED_TENANT
 
 __all__ = ["Access", "Credentials", "TokenCheck"]
 
@@ -88,7 +95,7 @@ class Access:
             PermissionDenied: none of the caller's roles takes the method, or it may not act in
                 the tenant that it names.
         """
-        PRINCIPAL.set(ANYONE)
+        _is(ANYONE)
         roles = roles_for(method)
         if roles is None:
             raise PermissionDenied(
@@ -98,12 +105,12 @@ class Access:
         if roles is OPEN:
             return ANYONE
         principal = await self._principal(credentials) if self.asks else ANYONE
-        PRINCIPAL.set(principal)
+        _is(principal)
         if not principal.has(roles):
             raise denied(roles, principal, method.rpartition("/")[2] or method, method)
         if credentials.tenant and credentials.tenant != principal.tenant:
             principal = _visiting(principal, credentials.tenant)
-            PRINCIPAL.set(principal)
+            _is(principal)
         return principal
 
     async def _principal(self, credentials: Credentials) -> Principal:
@@ -124,6 +131,12 @@ class Access:
         if not found:
             raise _refused("the API key is unknown, was revoked or has expired", "key")
         return found
+
+
+def _is(principal: Principal) -> None:
+    """The current call is from this one."""
+    PRINCIPAL.set(principal)
+    LOGGED_TENANT.set("" if principal.tenant == DEFAULT_TENANT else principal.tenant)
 
 
 def _visiting(principal: Principal, tenant: str) -> Principal:

@@ -30,6 +30,7 @@ from veneer_server.access.keys import TENANT
 from veneer_server.access.principal import DEFAULT_TENANT, PRINCIPAL
 from veneer_server.engine_client.client import EngineEvent
 from veneer_server.logs import get_logger
+from veneer_server.serving.tenants import FOLDER
 from veneer_server.serving.tenants.tenant import Furnish, Tenant
 from veneer_server.serving.threads import outlast, to_the_end
 from veneer_server.wire.messages import (
@@ -41,9 +42,7 @@ from veneer_server.wire.messages import (
     split_key,
 )
 
-__all__ = ["FOLDER", "Tenants"]
-
-FOLDER: Final = "tenants"
+__all__ = ["Tenants"]
 
 _RETRY_S: Final = 5.0
 """How long a tenant that cannot be opened is not tried again."""
@@ -160,7 +159,7 @@ class Tenants:
         task = self._opening.get(name)
         if task is None:
             max_tenants = self._most
-            if len(self._by_name) + len(self._opening) >= max_tenants:
+            if len(self._by_name.keys() | self._opening.keys()) >= max_tenants:
                 raise QuotaExceeded(
                     f"this server has {max_tenants} tenants already: start it with a larger "
                     "--max-tenants (and limit on open files), or move the folder of one that "
