@@ -58,7 +58,8 @@ Examples:
 
 VENEER_SERVER is the server's address (https://HOST:PORT for TLS), VENEER_API_KEY your key
 there, VENEER_CA whose certificates you trust; `veneer login` keeps all three. VENEER_ACTOR is
-who you are in the history of a server without keys (else user@host).
+who you are in the history of a server without keys (else user@host). An operator acts in the
+tenant that VENEER_TENANT or --tenant names.
 """
 
 cli = Program(help="Talk to a Veneer server: generate, and manage adapters.", epilog=_EXAMPLES)

@@ -44,7 +44,7 @@ from veneer_server.wire.messages import (
 
 __all__ = ["Tenants"]
 
-_RETRY_S: Final = 5.0
+RETRY_S: Final = 5.0
 """How long a tenant that cannot be opened is not tried again."""
 
 _MOST_FAILED: Final = 1000
@@ -154,7 +154,7 @@ class Tenants:
 
     async def _opened(self, name: str, *, restore: bool = False) -> Tenant:
         """Open a tenant, once for all who ask meanwhile."""
-        if name in self._failed and time.monotonic() - self._failed[name] < _RETRY_S:
+        if name in self._failed and time.monotonic() - self._failed[name] < RETRY_S:
             raise _cannot_open(name)
         task = self._opening.get(name)
         if task is None:
@@ -249,7 +249,7 @@ def _cannot_open(name: str) -> Unavailable:
     return Unavailable(
         f"the adapters of tenant {name!r} cannot be opened: the server's log says why",
         metadata={"tenant": name},
-        retry_after_s=_RETRY_S,
+        retry_after_s=RETRY_S,
     )
 
 

@@ -16,10 +16,16 @@ import pytest_asyncio
 from veneer_proto.v1 import adapters_pb2, inference_pb2
 from veneer_registry.errors import PermissionDenied
 from veneer_registry.lock import OwnerLock
+from veneer_registry.registry import Registry
+from veneer_server import logs
 from veneer_server.access.authenticate import Access, Credentials
 from veneer_server.access.edit_keys import add_key
+from veneer_server.operate.store_command import verify
+from veneer_server.serving.tenants import tenants as tenants_module
+from veneer_server.wire.messages import AdapterLoaded
 
 from tests.refused import refused
+from tests.unit.registry.kit import BASE
 from tests.unit.server.access.tenants_kit import Caller, Shared, shared
 from tests.unit.server.rpc.fake_engine import fake_tokens
 from tests.unit.server.rpc.front_harness import failure, make_adapter, prompt, running, upload
@@ -139,7 +145,7 @@ async def test_the_same_weights_are_a_copy_of_each(
 
 
 @pytest.mark.asyncio(loop_scope="module")
-async def test_a_thousand_publishes_of_another_reach_no_watch(
+async def test_a_thousand_events_of_another_reach_no_watch(
     server: Shared, here: str, tmp_path: Path
 ) -> None:
     """Nor do they push a watcher out of the events that the server keeps."""
@@ -152,18 +158,16 @@ async def test_a_thousand_publishes_of_another_reach_no_watch(
         if event.event == adapters_pb2.ADAPTER_EVENT_SYNCED:
             break
     since = event.sequence
-    await two.push(folders[0], "chat")
-    tenants = server.front.app._tenants  # private: a thousand real ones would take a minute
-    other = next(each for each in tenants.all if each.name == two.tenant)
-    record = other.registry.get("chat")
-    for _ in range(1500):
-        other.events.made_current(record)
+    pushed = (await two.push(folders[0], "chat")).adapter
+    theirs = f"{two.tenant}:{pushed.weights_digest}"
+    for _ in range(1500):  # real publishes would take a minute
+        server.front.engine.tell(AdapterLoaded(theirs, "disk", {}))
     await one.push(folders[1], "chat", allow_replace=True)
     event = await watch.read()
     watch.cancel()
     assert event.event == adapters_pb2.ADAPTER_EVENT_REPLACED
     assert event.sequence == since + 1
-    assert event.adapter.weights_digest != record.ref.weights_digest
+    assert event.adapter.weights_digest != pushed.weights_digest
 
 
 # ----------------------------------------------------------------------------- sharing
@@ -230,6 +234,20 @@ async def test_a_shared_adapter_can_be_used_and_not_changed_by_others(
     assert taken.code is grpc.StatusCode.ALREADY_EXISTS
     await other.call("DeleteAdapter", name=name)
     assert (await other.call("GetAdapter", name=name)).adapter.tenant == here
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_of_two_that_share_one_name_at_once_one_does(
+    server: Shared, here: str, tmp_path: Path
+) -> None:
+    folder = make_adapter(tmp_path / "1", seed=1)
+    callers = [server.caller(f"{here}-{n}") for n in range(4)]
+    for caller in callers:
+        await caller.push(folder, here)
+    calls = [caller.call("UpdateAdapter", name=here, shared=True) for caller in callers]
+    told = await asyncio.gather(*calls, return_exceptions=True)
+    refused = [each for each in told if isinstance(each, grpc.aio.AioRpcError)]
+    assert [each.code() for each in refused] == [grpc.StatusCode.ALREADY_EXISTS] * 3
 
 
 @pytest.mark.asyncio(loop_scope="module")
@@ -332,11 +350,32 @@ async def test_a_name_that_could_be_a_path_is_refused(name: str) -> None:
         await Access().admit(GET, Credentials(tenant=name))
 
 
+async def test_log_lines_of_a_call_name_its_tenant() -> None:
+    """What each line then says: `test_logs_and_metrics`."""
+    access = Access()
+    for given, logged in (("team-a", "team-a"), ("default", ""), ("", "")):
+        await access.admit(GET, Credentials(tenant=given))
+        assert logs.TENANT.get() == logged
+
+
+def test_the_store_commands_say_that_other_tenants_were_left_alone(tmp_path: Path) -> None:
+    for folder in ("", "tenants/team-a", "tenants/team-b"):
+        Registry.open(tmp_path / folder, BASE).close()
+    told: list[str] = []
+    assert verify(tmp_path, told.append, quarantine=False, as_json=False)
+    assert "2 others (team-a, team-b)" in told[-1]
+    assert str(tmp_path / "tenants" / "team-a") in told[-1]
+    told.clear()
+    alone = tmp_path / "tenants" / "team-a"
+    assert verify(alone, told.append, quarantine=False, as_json=False)
+    assert len(told) == 1
+
+
 # --------------------------------------------------------------- start, stop and trouble
 
 
 async def test_tenants_come_back_after_a_restart_and_one_that_cannot_stops_no_other(
-    base_folder: Path, front_cache: Path, tmp_path: Path
+    base_folder: Path, front_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that is broken, one that a second server owns, one killed before its first upload."""
     data = tmp_path / "front"
@@ -379,7 +418,7 @@ async def test_tenants_come_back_after_a_restart_and_one_that_cannot_stops_no_ot
             assert str(tmp_path) not in told.message
             assert (await server.caller(tenant).generate()).token_ids, "the base needs none"
         lock.release()
-        server.front.app._tenants._failed.clear()  # private: instead of waiting
+        monkeypatch.setattr(tenants_module, "RETRY_S", 0.0)
         assert await server.caller("owned").names() == ["chat"]
         assert {p.name for p in tenants.iterdir()} >= {"Upper", "..x", "default", "a b"}
 

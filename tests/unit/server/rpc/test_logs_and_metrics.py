@@ -53,6 +53,18 @@ def test_json_lines_carry_fields_and_the_request_id(stream: io.StringIO) -> None
     assert "request_id" not in second
 
 
+def test_lines_of_a_tenants_calls_name_it(stream: io.StringIO) -> None:
+    logs.configure("json", stream)
+    log = get_logger("veneer_server.x")
+    token = logs.TENANT.set("team-a")
+    log.info("upload", adapter="chat")
+    log.info("tenant opened", tenant="team-b")
+    logs.TENANT.reset(token)
+    log.info("upload", adapter="chat")
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [line.get("tenant") for line in lines] == ["team-a", "team-b", None]
+
+
 def test_a_console_event_is_one_line_whatever_the_fields(stream: io.StringIO) -> None:
     logs.configure("console", stream)
     get_logger("veneer_server.x").info("request", adapter="a\nb c", seconds=0.123456)
