@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from contextvars import Context, copy_context
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -27,12 +28,13 @@ from veneer_registry.lock import OwnerLock
 from veneer_registry.registry import Registry
 
 from veneer_server.access.keys import TENANT
-from veneer_server.access.principal import DEFAULT_TENANT, PRINCIPAL
+from veneer_server.access.principal import ANYONE, DEFAULT_TENANT, PRINCIPAL
 from veneer_server.engine_client.client import EngineEvent
-from veneer_server.logs import get_logger
+from veneer_server.logs import REQUEST_ID, get_logger
+from veneer_server.logs import TENANT as LOGGED_TENANT
 from veneer_server.serving.tenants import FOLDER
 from veneer_server.serving.tenants.tenant import Furnish, Tenant
-from veneer_server.serving.threads import outlast, to_the_end
+from veneer_server.serving.threads import to_the_end
 from veneer_server.wire.messages import (
     AdapterFailed,
     AdapterLoaded,
@@ -93,7 +95,9 @@ class Tenants:
         for name in await asyncio.to_thread(_named, self._data_dir / FOLDER):
             try:
                 await self._opened(name, restore=True)
-            except VeneerError as error:
+            except Unavailable:
+                pass  # it is logged
+            except QuotaExceeded as error:
                 _log.error("tenant not opened", tenant=name, why=str(error))
 
     async def stop(self) -> None:
@@ -166,7 +170,9 @@ class Tenants:
                     "is not needed away and restart it",
                     metadata={"limit": str(max_tenants), "cause": "tenants"},
                 )
-            task = asyncio.get_running_loop().create_task(self._open_one(name, restore))
+            task = asyncio.get_running_loop().create_task(
+                self._open_one(name, restore), context=_context_of(name)
+            )
             self._opening[name] = task
             task.add_done_callback(partial(self._opening_ended, name))
         # A caller that leaves takes it from nobody else.
@@ -183,23 +189,37 @@ class Tenants:
         assert furnish is not None
         try:
             registry = await to_the_end(lambda: open_(folder, None))
-        except (VeneerError, OSError) as error:
-            _log.error("tenant cannot be opened", tenant=name, why=str(error))
+            tenant = furnish.tenant(name, registry)
+            try:
+                await self._add(tenant, restore=restore)
+            except BaseException:
+                self._remove(tenant)
+                await tenant.housekeeping.stop()
+                registry.close()
+                raise
+        except Exception as error:  # whatever is wrong with one must not stop the others
+            known = isinstance(error, VeneerError | OSError)
+            _log.error("tenant cannot be opened", None if known else error, why=str(error))
             if len(self._failed) >= _MOST_FAILED:
                 self._failed.clear()
             self._failed[name] = time.monotonic()
             raise _cannot_open(name) from error
         self._failed.pop(name, None)
-        tenant = furnish.tenant(name, registry)
-        await outlast(self._add(tenant, restore=restore))
-        _log.info("tenant opened", tenant=name, adapters=len(registry))
+        _log.info("tenant opened", adapters=len(registry))
         return tenant
 
     async def _add(self, tenant: Tenant, *, restore: bool) -> None:
         self._by_name[tenant.name] = tenant
+        self._sort()
+        await tenant.housekeeping.start(tenant.engine, restore=restore)
+
+    def _remove(self, tenant: Tenant) -> None:
+        del self._by_name[tenant.name]
+        self._sort()
+
+    def _sort(self) -> None:
         others = sorted(name for name in self._by_name if name != DEFAULT_TENANT)
         self.all = tuple(self._by_name[name] for name in (DEFAULT_TENANT, *others))
-        await tenant.housekeeping.start(tenant.engine, restore=restore)
 
     # ------------------------------------------------------------------ the engine
 
@@ -243,6 +263,15 @@ class Tenants:
         name, digest = split_key(key)
         tenant = self._by_name.get(name)
         return iter(()) if tenant is None else iter(tenant.registry.names(digest))
+
+
+def _context_of(name: str) -> Context:
+    """For a tenant's upkeep, which outlives the call that opens it."""
+    context = copy_context()
+    context.run(REQUEST_ID.set, "")
+    context.run(PRINCIPAL.set, ANYONE)
+    context.run(LOGGED_TENANT.set, name)
+    return context
 
 
 def _cannot_open(name: str) -> Unavailable:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from veneer_server.access.authenticate import Access, Credentials
 from veneer_server.access.edit_keys import add_key
 from veneer_server.operate.store_command import verify
 from veneer_server.serving.tenants import tenants as tenants_module
-from veneer_server.wire.messages import AdapterLoaded
+from veneer_server.wire.messages import AdapterLoaded, split_key
 
 from tests.refused import refused
 from tests.unit.registry.kit import BASE
@@ -381,7 +382,7 @@ async def test_tenants_come_back_after_a_restart_and_one_that_cannot_stops_no_ot
     data = tmp_path / "front"
     folder = make_adapter(tmp_path / "a", seed=1)
     async with shared(base_folder, front_cache, data) as server:
-        for tenant in ("default", "sound", "broken", "owned"):
+        for tenant in ("default", "sound", "broken", "owned", "hurt"):
             await server.caller(tenant).push(folder, "chat", activate=True)
         await server.caller("sound").call("UpdateAdapter", name="chat", shared=True)
         await server.caller("default", "operator", named="sound").call(
@@ -389,6 +390,11 @@ async def test_tenants_come_back_after_a_restart_and_one_that_cannot_stops_no_ot
         )
     tenants = data / "data" / "tenants"
     (tenants / "broken" / "catalog.sqlite").write_bytes(b"no database" * 999)
+    with sqlite3.connect(tenants / "hurt" / "catalog.sqlite") as db:
+        db.execute("UPDATE names SET generation = generation + 1")
+    db.close()
+    (tenants / "file").mkdir()
+    (tenants / "file" / "store").write_text("no folder")
     (tenants / "empty").mkdir()
     (tenants / "half").mkdir()
     (tenants / "half" / "LOCK").touch()
@@ -397,10 +403,8 @@ async def test_tenants_come_back_after_a_restart_and_one_that_cannot_stops_no_ot
     lock = OwnerLock(tenants / "owned")
     async with shared(base_folder, front_cache, data) as server:
         expected = server.front.engine.expected
-        keys = {resident.source.weights_digest.partition(":")[0] for resident in expected}
-        assert len(expected) == 2, "of those that could be opened"
-        assert "sound" in keys
-        assert [r.pin for r in expected if ":" in r.source.weights_digest] == ["device"]
+        found = {split_key(each.source.weights_digest)[0]: each.pin for each in expected}
+        assert found == {"default": None, "sound": "device", "hurt": None}
         for resident in expected:
             with server.front.engine.hold(resident.source):
                 pass
@@ -411,7 +415,9 @@ async def test_tenants_come_back_after_a_restart_and_one_that_cannot_stops_no_ot
             assert (await caller.call("GetAdapter", name="chat")).adapter.tenant == "sound"
             await caller.push(folder, "mine")
             assert await caller.names() == ["mine"]
-        for tenant in ("broken", "owned"):
+        told = await failure(server.caller("hurt").call("GetAdapter", name="chat"))
+        assert told.code is grpc.StatusCode.DATA_LOSS, "another's of that name is not its own"
+        for tenant in ("broken", "owned", "file"):
             told = await failure(server.caller(tenant).call("ListAdapters"))
             assert told.code is grpc.StatusCode.UNAVAILABLE
             assert told.metadata == {"tenant": tenant}
