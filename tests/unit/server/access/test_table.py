@@ -325,8 +325,27 @@ async def test_the_page_lists_every_method_that_a_port_has(guarded: Guarded) -> 
             "GET /v1/models",
             "wrong or expired key",
         ),
+        (
+            "veneer_server.serving.tenants.tenants",
+            "        found = self._by_name.get(principal.tenant)",
+            "        found = self._by_name.get(DEFAULT_TENANT)",
+            "AdapterService/ListAdapters",
+            OTHER,
+        ),
+        (
+            "veneer_server.serving.tenants.visible",
+            "                if other is not home and other.registry.is_shared(name):\n"
+            "                    return other",
+            "                if other is not home and name in other.registry:\n"
+            "                    return other",
+            "POST /v1/completions",
+            OTHER,
+        ),
     ],
-    ids=["a method is left open", "roles are not checked", "secrets", "expiry"],
+    ids=[
+        *("a method is left open", "roles are not checked", "secrets", "expiry"),
+        *("one tenant for all", "what is not shared"),
+    ],
 )
 async def test_a_planted_hole_is_seen(
     guarded: Guarded, module: str, right: str, wrong: str, method: str, caller: str
@@ -334,7 +353,10 @@ async def test_a_planted_hole_is_seen(
     import importlib
 
     with planted(importlib.import_module(module), right, wrong):
-        told = {await guarded.told(method, key) for key in guarded.keys[caller]}
+        if caller == OTHER:
+            told = {await guarded.told_a_stranger(method)}
+        else:
+            told = {await guarded.told(method, key) for key in guarded.keys[caller]}
     assert told != {table()[method][caller]}
 
 
