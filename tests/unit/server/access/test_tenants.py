@@ -21,6 +21,7 @@ from veneer_registry.registry import Registry
 from veneer_server import logs
 from veneer_server.access.authenticate import Access, Credentials
 from veneer_server.access.edit_keys import add_key
+from veneer_server.engine_client.tenant_engine import TenantEngine
 from veneer_server.operate.store_command import verify
 from veneer_server.serving.tenants import tenants as tenants_module
 from veneer_server.wire.messages import AdapterLoaded, split_key
@@ -143,6 +144,25 @@ async def test_the_same_weights_are_a_copy_of_each(
     watch.cancel()
     assert (event.event, event.detail) == (adapters_pb2.ADAPTER_EVENT_EVICTED, "engine_ended")
     assert (await one.generate(adapter="mine")).provenance.adapter == "mine"
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_what_a_tenant_has_in_memory_is_stored_for_it_alone(
+    server: Shared, here: str, tmp_path: Path
+) -> None:
+    """Else each change of one would be written into every tenant's catalog."""
+    one, two = server.caller(here), server.caller(f"{here}-2")
+    engine: Any = server.front.engine
+    views = [TenantEngine(engine, each.tenant) for each in (one, two)]
+    folder = make_adapter(tmp_path / "a", seed=3)
+    digest = (await one.push(folder, "chat", activate=True)).adapter.weights_digest
+    before = [view.residents_version for view in views]
+    assert [view.resident() for view in views] == [[digest], []]
+    await two.push(folder, "chat", activate=True)
+    assert views[0].residents_version == before[0]
+    assert views[1].residents_version != before[1]
+    for view in views:
+        assert [r.source.weights_digest for r in view.resident_set()] == [digest]
 
 
 @pytest.mark.asyncio(loop_scope="module")
