@@ -152,8 +152,9 @@ def adapter_table(adapters: Iterable[AdapterInfo]) -> Table:
             place_of(adapter),
             str(adapter.rank),
             byte_size(adapter.size),
-            str(adapter.leases),
-            ago(adapter.last_used),
+            # How much others use a shared one is for its own tenant to know.
+            "" if adapter.tenant else str(adapter.leases),
+            "" if adapter.tenant else ago(adapter.last_used),
             escape(" ".join(f"{key}={value}" for key, value in adapter.labels.items())),
         )
     return table

@@ -200,6 +200,7 @@ def test_share(server: FakeServer, run: Run) -> None:
     assert stopped.stdout == "chat: only its own tenant may use it\n"
     server.adapters["chat"].tenant = "team-a"
     assert "(of team-a)" in run("ls").stdout
+    assert " 0 " not in run("ls").stdout, "how much others use it is not told"
     assert "team-a, which shares it" in run("adapter", "show", "chat").stdout
 
 

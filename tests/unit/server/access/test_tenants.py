@@ -358,6 +358,8 @@ async def test_naming_a_tenant_that_does_not_exist_makes_none(
     operator = server.caller("default", "operator", named=here)
     told = await failure(operator.call("ListAdapters"))
     assert (told.reason, told.metadata) == ("INVALID_FIELD", {"field": "veneer-tenant"})
+    http = await operator.http("GET", "/v1/models")
+    assert (http.status_code, http.json()["error"]["param"]) == (400, "veneer-tenant")
     assert not (server.front.data_dir / "tenants" / here).exists()
     await operator.push(make_adapter(tmp_path / "1"), "chat")
     assert await operator.names() == ["chat"]
