@@ -99,7 +99,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
                 "spec is unset: give the name and files of the upload",
                 metadata={"field": "spec"},
             )
-        home = await self._tenants.current()
+        home = await self._tenants.current(publishing=True)  # what a push begins with
         return adapters_pb2.GetUploadResponse(
             committed=await home.uploads.committed(request.spec)
         )

@@ -361,7 +361,10 @@ async def test_naming_a_tenant_that_does_not_exist_makes_none(
     http = await operator.http("GET", "/v1/models")
     assert (http.status_code, http.json()["error"]["param"]) == (400, "veneer-tenant")
     assert not (server.front.data_dir / "tenants" / here).exists()
-    await operator.push(make_adapter(tmp_path / "1"), "chat")
+    folder = make_adapter(tmp_path / "1")
+    spec = next(iter(upload(folder, "chat"))).spec
+    assert await operator.call("GetUpload", spec=spec), "a push begins with this"
+    await operator.push(folder, "chat")
     assert await operator.names() == ["chat"]
 
 
