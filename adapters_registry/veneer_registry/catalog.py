@@ -147,11 +147,8 @@ class Catalog:
     @property
     def stored_bytes(self) -> int:
         """Bytes of all revisions; weights that several have count once."""
-        ((total,),) = self._reader.rows(
-            "SELECT total(most) FROM "
-            "(SELECT max(bytes) AS most FROM revisions GROUP BY weights)"
-        )
-        return int(total)
+        query = "SELECT max(bytes) FROM revisions GROUP BY weights"
+        return sum(size for (size,) in self._reader.rows(query))
 
     @property
     def empty(self) -> bool:
@@ -165,6 +162,7 @@ class Catalog:
         """Every name in order, for the index. A damaged row is counted for the name that it
         seems to be about, or for an empty name."""
         aliases, damage = self._aliases()
+        shared = self._shared()
         # Dominates start-up time: tens of thousands of rows, most names with one revision.
         revisions: dict[str, list[tuple[Any, ...]]] = {}
         for row in self._reader.rows(f"SELECT digest, {REVISION} FROM revisions"):
@@ -185,7 +183,8 @@ class Catalog:
             kept = newest_first(revisions.pop(name, nothing))
             also = tuple(aliases.pop(name, ())) if name in aliases else ()
             bad = damage.pop(name, 0) if damage else 0
-            yield NameRow(name, current, generation, kept, retain, also, bad)
+            open_ = name in shared
+            yield NameRow(name, current, generation, kept, retain, also, bad, open_)
         # The rest belongs to names whose own row is damaged or missing.
         for name in sorted({*revisions, *aliases, *damage}):
             kept = newest_first(revisions.get(name, nothing))
@@ -243,6 +242,17 @@ class Catalog:
             else:
                 found.setdefault(row.name, []).append(row)
         return found, damage
+
+    def _shared(self) -> set[str]:
+        """Names that other tenants may use. A damaged row shares nothing."""
+        rows = self._reader.rows("SELECT name, digest FROM shared")
+        found = {name for name, digest in rows if digest == row_digest("shared", name)}
+        if len(found) < len(rows):
+            _log.error(
+                "%d names are not shared with other tenants: damaged rows; share them again",
+                len(rows) - len(found),
+            )
+        return found
 
     def quarantined(self) -> dict[str, str]:
         """Weights digest -> why it is damaged."""

@@ -118,7 +118,7 @@ class Change:
     def delete_name(self, name: str) -> None:
         """Forget a name with its revisions and aliases."""
         # Not left to ON DELETE CASCADE: the name's own row may be damaged.
-        for table in ("labels", "aliases", "revisions", "names"):
+        for table in ("labels", "aliases", "revisions", "shared", "names"):
             self._db.execute(f"DELETE FROM {table} WHERE name = ?", (name,))
 
     def delete_revisions(self, name: str, revisions: Sequence[str]) -> None:
@@ -176,6 +176,17 @@ class Change:
     def set_retain(self, name: str, retain: int) -> None:
         """Set how many superseded revisions a name keeps."""
         self._update_name(name, "retain = ?", retain)
+
+    def set_shared(self, name: str, shared: bool) -> None:
+        """Let other tenants use a name, or no longer."""
+        self._db.execute("DELETE FROM shared WHERE name = ?", (name,))
+        if shared:
+            self.share(name)
+        self.touch(name)
+
+    def share(self, name: str) -> None:
+        """Let other tenants use a name that is not shared. Its generation stays."""
+        self._db.execute("INSERT INTO shared VALUES (?, ?)", (name, row_digest("shared", name)))
 
     def touch(self, name: str) -> None:
         """Give a name this change's number as its generation."""

@@ -89,6 +89,7 @@ class Core:
             retain=self.retain if retain is None else retain,
             quarantined=self.index.unusable(ref),
             foreign=row.base != self.base_id,
+            shared=entry is not None and entry.shared,
         )
 
     def sweep(self) -> int:

@@ -39,6 +39,7 @@ class Editing(Part):
         remove_labels: Sequence[str] = (),
         retain: int | None = None,
         current: bool = False,
+        shared: bool | None = None,
         etag: str = "",
         who: Who = SERVER,
     ) -> tuple[AdapterRecord, tuple[AdapterRef, ...]]:
@@ -48,6 +49,7 @@ class Editing(Part):
             labels, remove_labels: labels to set, and labels to remove.
             retain: superseded revisions that the name keeps; any beyond are dropped at once.
             current: make this revision the current one.
+            shared: whether other tenants of the server may use the name.
             etag: if not empty, the name's etag must equal it.
 
         Returns:
@@ -76,9 +78,10 @@ class Editing(Part):
             relabelled = wanted != dict(row.labels)
             retained = retain is not None and retain != entry.retain
             moved = current and ref != entry.current
+            opened = shared is not None and shared != entry.shared
             if moved:
                 self._check_base(entry, ref)
-            if not (relabelled or retained or moved):
+            if not (relabelled or retained or moved or opened):
                 return core.record(row), ()
             with core.change(who) as change:
                 if relabelled:
@@ -87,6 +90,9 @@ class Editing(Part):
                 if retained and retain is not None:
                     change.set_retain(ref.name, retain)
                     change.note("retention", ref.name, detail=str(retain))
+                if opened:
+                    change.set_shared(ref.name, bool(shared))
+                    change.note("shared" if shared else "unshared", ref.name)
                 if moved:
                     change.make_current(ref.name, ref.revision)
                     was = "" if entry.current is None else f"before: {entry.current.revision}"
@@ -96,6 +102,7 @@ class Editing(Part):
                 current=ref if moved else entry.current,
                 generation=change.number,
                 retain=retain if retained else entry.retain,
+                shared=bool(shared) if opened else entry.shared,
             )
             dropped = entry.beyond(core.retain) if retained else ()
             gone = tuple(other.revision for other in dropped)

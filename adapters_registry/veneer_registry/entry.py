@@ -38,6 +38,7 @@ class Entry:
         foreign: revisions that were checked against another base.
         retain: superseded revisions to keep; None means the server's default.
         aliases: sorted by name; each target is among `revisions`.
+        shared: whether other tenants of the server may use the name.
     """
 
     current: AdapterRef | None
@@ -46,6 +47,7 @@ class Entry:
     foreign: frozenset[str] = frozenset()
     retain: int | None = None
     aliases: tuple[AliasRow, ...] = ()
+    shared: bool = False
 
     def alias(self, name: str) -> AliasRow | None:
         """The alias of that name (without the adapter's name), or None."""

@@ -28,7 +28,7 @@ from veneer_registry.errors import AdapterCorrupt, AdapterNotFound, BaseModelMis
 from veneer_registry.rows import damaged_row
 from veneer_registry.suggest import NearNames
 
-__all__ = ["Garbage", "Index"]
+__all__ = ["Garbage", "Index", "not_found"]
 
 _Key = TypeVar("_Key")
 
@@ -45,6 +45,17 @@ class Garbage:
     revisions: set[str]
 
 
+def not_found(name: str, near: str | None) -> AdapterNotFound:
+    """The error for a name that does not exist; ``near`` is a similar one that does."""
+    metadata = {"adapter": name}
+    if near is None:
+        hint = "push it first, or list the names with `ListAdapters`"
+    else:
+        metadata["did_you_mean"] = near
+        hint = f"did you mean {near!r}?"
+    return AdapterNotFound(f"no adapter is called {name!r}; {hint}", metadata=metadata)
+
+
 class Index:
     """Counts references (by names) and leases (by requests) to content. Thread-safe."""
 
@@ -54,6 +65,8 @@ class Index:
         self._lock = threading.Lock()
         self._names: dict[str, Entry] = {}
         self._near = NearNames()
+        self._shared: set[str] = set()
+        """Names that other tenants of the server may use."""
         # References to a revision, and to weights. Counted, because while a name's entry is
         # replaced, both the old and the new one refer to a revision. Plain numbers and dicts,
         # since there may be a hundred thousand of them.
@@ -197,14 +210,7 @@ class Index:
         return Found(entry, entry.current)
 
     def _not_found(self, name: str) -> AdapterNotFound:
-        metadata = {"adapter": name}
-        near = self._near.nearest(name, self._names)
-        if near is None:
-            hint = "push it first, or list the names with `ListAdapters`"
-        else:
-            metadata["did_you_mean"] = near
-            hint = f"did you mean {near!r}?"
-        return AdapterNotFound(f"no adapter is called {name!r}; {hint}", metadata=metadata)
+        return not_found(name, self._near.nearest(name, self._names))
 
     # ------------------------------------------------------------------- changes
 
@@ -215,6 +221,7 @@ class Index:
             if old is None:
                 self._near.add(name)
             self._names[name] = entry
+            (self._shared.add if entry.shared else self._shared.discard)(name)
             self._count(entry, 1)
             self._drop(old)
 
@@ -223,6 +230,7 @@ class Index:
         with self._lock:
             old = self._names.pop(name)
             self._near.remove(name)
+            self._shared.discard(name)
             self._drop(old)
 
     def load(self, entries: dict[str, Entry], damaged: Mapping[str, int] = _NO_DAMAGE) -> None:
@@ -235,6 +243,7 @@ class Index:
             self._names = dict(entries)
             self._damaged = dict(damaged)
             self._near = NearNames(entries)
+            self._shared = {name for name, entry in entries.items() if entry.shared}
             for entry in entries.values():
                 self._count(entry, 1)
 
@@ -265,6 +274,15 @@ class Index:
         """Why the content of a revision cannot be served, or None."""
         why = self._quarantined.get(ref.weights_digest)
         return LOST if why is None and self._is_lost(ref) else why
+
+    def is_shared(self, name: str) -> bool:
+        """Whether other tenants of the server may use a plain name."""
+        return name in self._shared
+
+    def shared(self) -> tuple[str, ...]:
+        """The names that other tenants may use, in order."""
+        with self._lock:
+            return tuple(sorted(self._shared))
 
     def names(self) -> tuple[str, ...]:
         """All names, in order."""

@@ -137,6 +137,18 @@ class Lookups(Part):
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and self._core.index.entry(name) is not None
 
+    def knows(self, name: str) -> bool:
+        """Whether a plain name is registered, or may be, by a damaged row. Reads no disk."""
+        return self._core.index.entry(name) is not None or self._core.index.damaged(name)
+
+    def is_shared(self, name: str) -> bool:
+        """Whether other tenants of the server may use a plain name. Reads no disk."""
+        return self._core.index.is_shared(name)
+
+    def shared(self) -> tuple[str, ...]:
+        """The names that other tenants may use, in order. Reads no disk."""
+        return self._core.index.shared()
+
     def names(self, weights_digest: str) -> tuple[str, ...]:
         """All names that have a kept revision with these weights, sorted. Reads no disk."""
         return tuple(

@@ -247,6 +247,7 @@ class Publishing(Part):
             foreign=old.foreign - {ref.revision},
             retain=old.retain,
             aliases=old.aliases,
+            shared=old.shared,
         )
         dropped = moved.beyond(core.retain)
         gone = tuple(other.revision for other in dropped)

@@ -273,6 +273,8 @@ class _Recovery:
                 self._found.current[name] = current
             generation = state.generation if state is not None and kept_as_is else top + 1
             change.put_name(name, current, generation, None if state is None else state.retain)
+            if state is not None and state.shared:
+                change.share(name)
             for place, row in enumerate(kept):
                 change.put_revision(row, place + 1)
         known = {name: {row.revision for row in kept} for name, kept in by_name.items()}

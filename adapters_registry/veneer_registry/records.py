@@ -64,6 +64,7 @@ class AdapterRecord:
         retain: superseded revisions that its name keeps.
         quarantined: why its stored content is not served, or None.
         foreign: whether it was registered for another base.
+        shared: whether other tenants of the server may use its name.
     """
 
     ref: AdapterRef
@@ -77,6 +78,7 @@ class AdapterRecord:
     retain: int = 0
     quarantined: str | None = None
     foreign: bool = False
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)

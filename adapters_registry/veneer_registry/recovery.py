@@ -120,7 +120,7 @@ def _entry(row: NameRow, base_id: str) -> Entry:
             current = ref
         if base != base_id:
             foreign |= {ref.revision}
-    return Entry(current, refs, row.generation, foreign, row.retain, row.aliases)
+    return Entry(current, refs, row.generation, foreign, row.retain, row.aliases, row.shared)
 
 
 def _find_lost(

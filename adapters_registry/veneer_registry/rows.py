@@ -103,6 +103,7 @@ class NameRow:
         retain: superseded revisions to keep; None means the server's default.
         damaged: number of damaged rows about the name, which are left out here. If its own
             row is one of them, only the name itself is known.
+        shared: whether other tenants of the server may use it.
     """
 
     name: str
@@ -112,6 +113,7 @@ class NameRow:
     retain: int | None = None
     aliases: tuple[AliasRow, ...] = ()
     damaged: int = 0
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)

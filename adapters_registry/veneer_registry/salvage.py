@@ -34,6 +34,8 @@ _log = logging.getLogger(__name__)
 
 _DIGESTS: Final = 4
 """The first version whose rows have digests; rows of older versions are trusted."""
+_SHARED: Final = 5
+"""The first version in which names may be shared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,7 @@ class NameState:
     current: str | None
     generation: int
     retain: int | None
+    shared: bool = False
 
 
 @dataclass(slots=True)
@@ -125,6 +128,7 @@ class _Reader:
         self._old = old
         self._checked = version >= _DIGESTS
         self._first = version == 1
+        self._shares = version >= _SHARED
 
     def store_id(self) -> str | None:
         for key, value in self._rows("facts", "key, value") if self._checked else ():
@@ -136,12 +140,15 @@ class _Reader:
         old = self._old
         for (number,) in self._plain("SELECT value FROM counter"):
             old.number = int(number) if isinstance(number, int) else 0
+        shared = {name for (name,) in self._rows("shared", "name")} if self._shares else set()
         retained = "NULL" if self._first else "retain"
         for name, current, generation, retain in self._rows(
             "names", f"name, current, generation, {retained}"
         ):
             with self._sound():
-                old.names[check_name(name)] = NameState(current, generation, retain)
+                old.names[check_name(name)] = NameState(
+                    current, generation, retain, name in shared
+                )
         self._revisions()
         if self._first:
             return

@@ -126,6 +126,12 @@ STEPS: Final = (
         digest TEXT NOT NULL
     ) WITHOUT ROWID;
     """,
+    """
+    CREATE TABLE shared (              -- names that other tenants may use
+        name TEXT PRIMARY KEY REFERENCES names(name) ON DELETE CASCADE,
+        digest TEXT NOT NULL
+    ) WITHOUT ROWID;
+    """,
 )
 
 VERSION: Final = len(STEPS)

@@ -157,6 +157,7 @@ class AsyncAdapterCalls(AsyncConnection):
         remove_labels: Iterable[str] = (),
         retain: int | None = None,
         current: bool | None = None,
+        shared: bool | None = None,
         etag: str = "",
         timeout_s: float | None = None,
     ) -> AdapterInfo:
@@ -168,6 +169,7 @@ class AsyncAdapterCalls(AsyncConnection):
             remove_labels: keys of labels to remove.
             retain: superseded revisions that the name keeps; any beyond are dropped at once.
             current: True makes ``name@revision`` the current one, for example to roll back.
+            shared: True lets other tenants use the name with all its revisions and aliases.
             etag: must equal the name's (`AdapterInfo.etag`), else nothing changes.
         """
         call = calls_admin.update(
@@ -177,6 +179,7 @@ class AsyncAdapterCalls(AsyncConnection):
             remove_labels=remove_labels,
             retain=retain,
             current=current,
+            shared=shared,
             etag=etag,
         )
         return await self._ask(call, timeout_s)

@@ -39,6 +39,7 @@ class AsyncConnection:
         ca: str | PathLike[str] | None = None,
         cert: str | PathLike[str] | None = None,
         key: str | PathLike[str] | None = None,
+        tenant: str | None = None,
     ) -> None:
         """Args:
         address: ``HOST:PORT``, or ``https://HOST:PORT`` for TLS; else VENEER_SERVER, else a
@@ -48,9 +49,9 @@ class AsyncConnection:
         keepalive_s: see `calls.channel_options`.
         actor: the caller's name for the server's history; else VENEER_ACTOR, else
             ``user@host``.
-        api_key, ca, cert, key: see `login.find_login`.
+        api_key, ca, cert, key, tenant: see `login.find_login`.
         """
-        login = find_login(address, api_key=api_key, ca=ca, cert=cert, key=key)
+        login = find_login(address, api_key=api_key, ca=ca, cert=cert, key=key, tenant=tenant)
         self.address = login.address
         self._timeout_s = timeout_s
         self._retry = retry

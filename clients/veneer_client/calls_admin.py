@@ -126,6 +126,7 @@ def update(
     remove_labels: Iterable[str] = (),
     retain: int | None = None,
     current: bool | None = None,
+    shared: bool | None = None,
     etag: str = "",
 ) -> Call[adapters_pb2.UpdateAdapterResponse, AdapterInfo]:
     """Change an adapter's settings. Not retried with an etag: if the first attempt had
@@ -138,6 +139,7 @@ def update(
             remove_labels=remove_labels,
             retain=retain,
             current=current,
+            shared=shared,
             etag=etag,
         )
     )

@@ -158,6 +158,7 @@ class AdapterCalls(Connection):
         remove_labels: Iterable[str] = (),
         retain: int | None = None,
         current: bool | None = None,
+        shared: bool | None = None,
         etag: str = "",
         timeout_s: float | None = None,
     ) -> AdapterInfo:
@@ -169,6 +170,7 @@ class AdapterCalls(Connection):
             remove_labels: keys of labels to remove.
             retain: superseded revisions that the name keeps; any beyond are dropped at once.
             current: True makes ``name@revision`` the current one, for example to roll back.
+            shared: True lets other tenants use the name with all its revisions and aliases.
             etag: must equal the name's (`AdapterInfo.etag`), else nothing changes.
         """
         call = calls_admin.update(
@@ -178,6 +180,7 @@ class AdapterCalls(Connection):
             remove_labels=remove_labels,
             retain=retain,
             current=current,
+            shared=shared,
             etag=etag,
         )
         return self._ask(call, timeout_s)

@@ -24,6 +24,7 @@ __all__ = ["DEFAULT_PROFILE", "Login", "find_login", "forget_profile", "save_pro
 
 DEFAULT_PROFILE: Final = "default"
 _NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_TENANT: Final = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
 _FIELDS: Final = ("server", "api_key", "ca", "cert", "key")
 _MOST_BYTES: Final = 1 << 20
 
@@ -50,15 +51,18 @@ def find_login(
     ca: str | os.PathLike[str] | None = None,
     cert: str | os.PathLike[str] | None = None,
     key: str | os.PathLike[str] | None = None,
+    tenant: str | None = None,
 ) -> Login:
-    """What is not given comes from VENEER_SERVER, VENEER_API_KEY, VENEER_CA, VENEER_CERT and
-    VENEER_KEY, then from the profile that VENEER_PROFILE names, or the one named ``default``.
+    """What is not given comes from VENEER_SERVER, VENEER_API_KEY, VENEER_CA, VENEER_CERT,
+    VENEER_KEY and VENEER_TENANT, then (but for the tenant) from the profile that VENEER_PROFILE
+    names, or the one named ``default``.
 
     Args:
         address: ``HOST:PORT``; ``https://HOST:PORT`` for TLS.
         ca: PEM file with the certificates that are trusted, which also turns TLS on; the
             system's if there is none.
         cert, key: PEM files of the client's own certificate (mTLS).
+        tenant: an operator acts in this tenant instead of its own.
 
     Raises:
         InvalidField: an address, file or profile cannot be used.
@@ -76,8 +80,16 @@ def find_login(
             "the API key has characters that no key has: copy it again",
             metadata={"field": "api_key"},
         )
-    metadata = (("authorization", f"Bearer {secret}"),) if secret else ()
-    return Login(server_address(where), _credentials(is_tls(where), files), metadata)
+    metadata = [("authorization", f"Bearer {secret}")] if secret else []
+    if named := (tenant or os.environ.get("VENEER_TENANT", "")).strip():
+        if not _TENANT.fullmatch(named):
+            raise InvalidField(
+                f"{named[:80]!r} is not a tenant's name: use 1 to 63 lower-case letters, "
+                "digits, '.', '_' or '-', with a letter or digit at both ends",
+                metadata={"field": "tenant"},
+            )
+        metadata.append(("veneer-tenant", named))
+    return Login(server_address(where), _credentials(is_tls(where), files), tuple(metadata))
 
 
 def _credentials(

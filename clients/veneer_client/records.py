@@ -59,6 +59,8 @@ class AdapterInfo:
         aliases: aliases, as ``name/alias``, that have this revision as a target.
         disk_bytes: size of its files on disk.
         retain: superseded revisions that the name keeps.
+        shared: other tenants may use the name.
+        tenant: whose it is, if it is another tenant's that shares it; else "".
     """
 
     name: str
@@ -83,6 +85,8 @@ class AdapterInfo:
     aliases: tuple[str, ...]
     disk_bytes: int
     retain: int
+    shared: bool = False
+    tenant: str = ""
 
     @property
     def short(self) -> str:
@@ -245,7 +249,7 @@ class AdapterEventKind(Enum):
     ALIAS_CHANGED = "alias_changed"
     """An alias was moved or removed; one event per new target."""
     UPDATED = "updated"
-    """Labels or retention changed."""
+    """Labels, retention or sharing changed."""
     UNKNOWN = "unknown"
     """From a newer server."""
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Final
 
 from veneer_registry.adapter import BaseSpec
@@ -19,7 +20,6 @@ from veneer_registry.lock import OwnerLock
 from veneer_registry.registry import Registry
 from veneer_registry.replacing import replace_file
 
-from veneer_server.access.principal import DEFAULT_TENANT
 from veneer_server.config import ServerConfig
 from veneer_server.doors import Bound, Doors
 from veneer_server.engine_client.client import EngineClient, EngineEvent
@@ -31,7 +31,6 @@ from veneer_server.progress import SINK, Display
 from veneer_server.queues.refusal_pace import Pace
 from veneer_server.quotas.meter import Meter
 from veneer_server.quotas.rates import Quotas
-from veneer_server.quotas.stores import RegistryStores
 from veneer_server.quotas.uploads import UploadQuotas
 from veneer_server.quotas.usage import UsageBook
 from veneer_server.quotas.usage_store import UsageStore
@@ -40,13 +39,11 @@ from veneer_server.rpc.health import Health
 from veneer_server.rpc.inference_service import InferenceService
 from veneer_server.rpc.server_service import ServerService
 from veneer_server.serving.adapters.budgets import AdapterBudgets
-from veneer_server.serving.adapters.events import AdapterEvents
-from veneer_server.serving.adapters.self_test import SelfTest
-from veneer_server.serving.adapters.uploads import Uploads
-from veneer_server.serving.adapters.use import AdapterUse
 from veneer_server.serving.calls import Calls, Phase
 from veneer_server.serving.generation import Generator
-from veneer_server.serving.housekeeping import Housekeeping
+from veneer_server.serving.tenants.stores import TenantStores
+from veneer_server.serving.tenants.tenant import Furnish
+from veneer_server.serving.tenants.tenants import Tenants
 from veneer_server.serving.threads import Background
 from veneer_server.sizing.memory_plan import MemoryPlan
 from veneer_server.startup import engine_config, fingerprint_of, memory_for, replan
@@ -85,7 +82,7 @@ class App:
         self._display = Display(structured=config.log_format == "json")
         self._calls = Calls(lambda: self._display.doing)
         self._health = Health()
-        self._events = AdapterEvents()
+        self._tenants = Tenants(config.data_dir)
         self._pace = Pace(config.refusal_rate)
         self._quotas = Quotas()
         self._stop_asked = asyncio.Event()
@@ -149,7 +146,9 @@ class App:
         if config.openai_listen is not None:
             require_gateway()
         descriptors = share_descriptors(
-            wanted=config.max_connections, ports=1 if config.openai_listen is None else 2
+            wanted=config.max_connections,
+            ports=1 if config.openai_listen is None else 2,
+            tenants=config.max_tenants,
         )
         # First of all, so that a second server fails before it has done any work.
         lock = self._resources.enter_context(OwnerLock(config.data_dir))
@@ -179,31 +178,21 @@ class App:
             serving_dtype=config.dtype,
             names=known_names(base_folder.name, base_folder.path, *config.allow_base_name),
         )
-        registry = await asyncio.to_thread(
-            lambda: Registry.open(
-                config.data_dir,
-                base,
-                lock=lock,
-                retain_superseded=config.retain_superseded,
-                max_adapter_bytes=config.max_adapter_bytes,
-            )
-        )
-        self._resources.callback(registry.close)
-        self._doors.scrape(registry, self._resources)
-        self._events.name_by(registry.names)
-        stores = RegistryStores(registry, DEFAULT_TENANT)
+        engine = self._engine(base_folder, base, memory)
+        open_ = partial(_open_registry, config, base)
+        default = await asyncio.to_thread(open_, config.data_dir, lock)
+        tenants = self._tenants
+        self._resources.push_async_callback(tenants.stop)
+        self._doors.scrape(tenants, self._resources)
+        stores = TenantStores(tenants)
         book = await self._open_usage(stores)
-        housekeeping = Housekeeping(
-            registry,
-            self._events,
-            upload_ttl_s=config.upload_ttl * 3600,
-            broken_uploads=(config.max_broken_uploads, config.max_broken_upload_bytes),
-            quarantine_bytes=config.quarantine_bytes,
-            quarantine_ttl_s=config.quarantine_ttl * 3600,
+        await tenants.start(
+            Furnish(config, engine, prompts, UploadQuotas(stores, book)),
+            default,
+            open_=open_,
+            max_tenants=descriptors.tenants,
         )
-        self._resources.push_async_callback(housekeeping.stop)
-        engine = self._engine(base_folder, base, memory, registry, housekeeping)
-        await housekeeping.start(engine)
+        await book.start()
         budgets = AdapterBudgets(
             config.host_cache_bytes,
             config.device_adapter_bytes,
@@ -219,15 +208,14 @@ class App:
             temperature=config.default_temperature,
             top_p=config.default_top_p,
         )
-        use, background = AdapterUse(), Background()
+        background = Background()
         self._resources.push_async_callback(background.finish)
         generator = Generator(
             engine=engine,
-            registry=registry,
+            tenants=tenants,
             prompts=prompts,
             defaults=defaults,
             metrics=self._metrics,
-            use=use,
             background=background,
             base_name=base.name,
             constraint_bytes=config.constraint_bytes,
@@ -235,30 +223,11 @@ class App:
             # When nothing is running, the duration of earlier steps tells nothing.
             step_seconds=lambda: self._metrics.recent_step_s if engine.in_flight else 0.0,
         )
-        self._answer_openai(generator, registry, engine, base)
+        self._answer_openai(generator, engine, base)
         self._doors.answer_grpc(
             InferenceService(generator, reader_limit_s=config.reader_limit),
-            AdapterService(
-                registry,
-                engine,
-                use,
-                Uploads(
-                    registry,
-                    min_rate=config.min_upload_rate,
-                    deadline_s=config.upload_deadline,
-                    broken=(config.max_broken_uploads, config.max_broken_upload_bytes),
-                    quotas=UploadQuotas(stores, book),
-                ),
-                self._events,
-                budgets=budgets,
-                self_test=SelfTest(
-                    registry, engine, prompts, use, dtype=config.dtype, exact=config.exact
-                ),
-                keep_residents=housekeeping.keep_residents,
-            ),
-            ServerService(
-                config, base, registry, engine, self._metrics, budgets, defaults, book
-            ),
+            AdapterService(tenants, budgets=budgets),
+            ServerService(config, base, tenants, engine, budgets, defaults, book),
         )
         _log.info("loading", base=base.name, grpc=str(bound.grpc))
         self._resources.push_async_callback(engine.stop)
@@ -278,7 +247,7 @@ class App:
         self._calls.drain()
         self._tell_ready()
         self._pace.stop()
-        self._events.close()  # watches do not end by themselves
+        self._tenants.close_watches()
         self._doors.stop_accepting()
         if not self._doors.opened:
             return
@@ -302,35 +271,28 @@ class App:
         folder: BaseFolder,
         base: BaseSpec,
         memory: MemoryPlan,
-        registry: Registry,
-        housekeeping: Housekeeping,
     ) -> EngineClient:
         config = self._config
         return self._make_engine(
             engine_config(config, folder, base, memory),
             max_queue=config.max_queue,
-            on_event=partial(self._engine_event, AdapterLog(registry), housekeeping),
+            on_event=partial(self._engine_event, AdapterLog(self._tenants)),
             on_health=self._engine_health,
-            # By digest: the name that the engine knows may be gone while another has them.
-            hold=lambda source: registry.acquire_weights(source.weights_digest),
+            hold=self._tenants.hold,
         )
 
-    async def _open_usage(self, stores: RegistryStores) -> UsageBook:
-        """Count usage until the app's resources are closed."""
+    async def _open_usage(self, stores: TenantStores) -> UsageBook:
+        """Count usage until the app's resources are closed, before the registries are."""
         file = self._config.data_dir / "usage.db"
         book = UsageBook(await asyncio.to_thread(UsageStore, file), stores)
         self._resources.push_async_callback(book.stop)
-        await book.start()
         self._metrics.count_usage(book)
         return book
 
-    def _engine_event(
-        self, adapters: AdapterLog, housekeeping: Housekeeping, event: EngineEvent
-    ) -> None:
+    def _engine_event(self, adapters: AdapterLog, event: EngineEvent) -> None:
         adapters.on_engine_event(event)
         self._metrics.on_event(event)
-        self._events.on_engine_event(event)
-        housekeeping.on_engine_event(event)
+        self._tenants.on_engine_event(event)
 
     def _engine_health(self, healthy: bool) -> None:
         self._health.engine_changed(healthy)
@@ -349,7 +311,7 @@ class App:
         return info.why_not_native if auto else ""
 
     def _answer_openai(
-        self, generator: Generator, registry: Registry, engine: EngineClient, base: BaseSpec
+        self, generator: Generator, engine: EngineClient, base: BaseSpec
     ) -> None:
         if self._doors.gateway is None:
             return
@@ -357,7 +319,7 @@ class App:
         from veneer_server.openai.generate import Loaded
 
         self._doors.gateway.answer_by(
-            Loaded(generator=generator, registry=registry, engine=engine, base=base)
+            Loaded(generator=generator, tenants=self._tenants, engine=engine, base=base)
         )
 
     def _ready(
@@ -383,3 +345,15 @@ class App:
             f"adapters: device {config.device_adapter_bytes >> 20} MiB, "
             f"host {config.host_cache_bytes >> 20} MiB  memory: {memory.summary}"
         )
+
+
+def _open_registry(
+    config: ServerConfig, base: BaseSpec, folder: Path, lock: OwnerLock | None
+) -> Registry:
+    return Registry.open(
+        folder,
+        base,
+        lock=lock,
+        retain_superseded=config.retain_superseded,
+        max_adapter_bytes=config.max_adapter_bytes,
+    )

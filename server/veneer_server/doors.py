@@ -17,7 +17,6 @@ import grpc
 from grpc_reflection.v1alpha import reflection
 from veneer_proto.v1 import adapters_pb2_grpc, inference_pb2_grpc, server_pb2_grpc
 from veneer_registry.errors import VeneerError
-from veneer_registry.registry import Registry
 
 from veneer_server.access.audit import Audit
 from veneer_server.access.authenticate import Access, TokenCheck
@@ -38,6 +37,7 @@ from veneer_server.rpc.transport.credentials import grpc_credentials
 from veneer_server.rpc.transport.later import Later
 from veneer_server.rpc.transport.receiving import Receiving
 from veneer_server.serving.calls import Calls
+from veneer_server.serving.tenants.tenants import Tenants
 from veneer_server.system.hosts import AllowedHosts
 from veneer_server.telemetry.metrics import Metrics
 from veneer_server.telemetry.scrape import ScrapeServer
@@ -139,11 +139,11 @@ class Doors:
         """Whether calls may have arrived."""
         return self._server is not None
 
-    def scrape(self, registry: Registry, resources: AsyncExitStack) -> None:
-        """Let scrapes read the registry too, until ``resources`` is closed."""
+    def scrape(self, tenants: Tenants, resources: AsyncExitStack) -> None:
+        """Let scrapes read the registries too, until ``resources`` is closed."""
         if self._scraping is not None:
-            self._metrics.ask(registry)
-            resources.push_async_callback(self._scraping.stop)  # before the registry closes
+            self._metrics.ask(tenants)
+            resources.push_async_callback(self._scraping.stop)  # before the registries close
 
     def answer_grpc(
         self, inference: InferenceService, adapters: AdapterService, about: ServerService

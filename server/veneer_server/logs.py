@@ -17,10 +17,16 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any, Final, Literal, TextIO
 
-__all__ = ["REQUEST_ID", "Logger", "configure", "get_logger", "show_status", "takes_status"]
+__all__ = [
+    *("REQUEST_ID", "TENANT", "Logger"),
+    *("configure", "get_logger", "show_status", "takes_status"),
+]
 
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 """Id of the call that the current task serves; added to each of its log lines."""
+
+TENANT: ContextVar[str] = ContextVar("tenant", default="")
+"""The tenant of that call, unless it is the default one; added in the same way."""
 
 _FIELDS: Final = "veneer_fields"
 
@@ -47,6 +53,8 @@ class Logger:
     ) -> None:
         if not self._logger.isEnabledFor(level):
             return
+        if (tenant := TENANT.get()) and "tenant" not in fields:
+            fields = {"tenant": tenant, **fields}
         if (request_id := REQUEST_ID.get()) and "request_id" not in fields:
             fields = {"request_id": request_id, **fields}
         self._logger.log(level, event, extra={_FIELDS: fields}, exc_info=error)

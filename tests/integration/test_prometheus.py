@@ -79,8 +79,8 @@ async def test_client_server_and_prometheus_agree(own: Server, prometheus: Prome
         '{"finish_reason": "length"}': len(REQUESTS)
     }
     assert await values("veneer_adapter_requests_total") == {
-        '{"adapter_name": "rank-4"}': 2,
-        '{"adapter_name": "rank-16"}': 1,
+        '{"adapter_name": "rank-4", "tenant": "default"}': 2,
+        '{"adapter_name": "rank-16", "tenant": "default"}': 1,
     }
     for name, of_clients in (
         ("generation_tokens", sum(usage.completion_tokens for usage in usages)),
@@ -107,7 +107,8 @@ async def test_series_of_an_evicted_adapter_end(own: Server, prometheus: Prometh
     await own.adapters.ActivateAdapter(adapters_pb2.ActivateAdapterRequest(name="rank-4"))
     await prometheus.scraped_after(time.time())
     name = 'veneer_adapter_loaded{adapter_name="rank-4"}'
-    device = '{"adapter_name": "rank-4", "pinned": "false", "tier": "device"}'
+    labels = {"adapter_name": "rank-4", "pinned": "false", "tenant": "default"}
+    device = json.dumps({**labels, "tier": "device"})
     assert await prometheus.values(name) == {device: 1}
     await own.adapters.EvictAdapter(adapters_pb2.EvictAdapterRequest(name="rank-4"))
     await prometheus.scraped_after(time.time())

@@ -54,7 +54,7 @@ ADAPTER_FILES: Final = 28
 MATCHES: Final = 49
 
 LONG: Final[Mapping[str, tuple[int, str]]] = {
-    "proto/veneer_proto/v1/adapters.proto": (458, "one service with its messages"),
+    "proto/veneer_proto/v1/adapters.proto": (471, "one service with its messages"),
 }
 FULL: Final[Mapping[str, tuple[int, str]]] = {}
 
@@ -75,8 +75,11 @@ BESIDE: Final[Mapping[str, str]] = {
     "serving/adapters/replacing.py": "administration",
     "serving/adapters/self_test.py": "administration",
     "serving/adapters/subjects.py": "administration",
+    "serving/adapters/upload_places.py": "administration",
     "serving/adapters/uploads.py": "administration",
     "serving/housekeeping.py": "administration",
+    "serving/tenants/tenants.py": "the engine's events",
+    "engine_client/tenant_engine.py": "administration",
     "serving/samples.py": "the digest of a seed",
     "engine/transfers.py": "loading",
     "adapters/loader_process.py": "loading",

@@ -244,6 +244,7 @@ for command, examples in (
     (alias.rollback, alias.ROLLBACK_EXAMPLES),
     (changes.label, changes.LABEL_EXAMPLES),
     (changes.retain, changes.RETAIN_EXAMPLES),
+    (changes.share, changes.SHARE_EXAMPLES),
     (changes.history, changes.HISTORY_EXAMPLES),
     (watch.watch, watch.EXAMPLES),
 ):

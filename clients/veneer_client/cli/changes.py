@@ -1,4 +1,4 @@
-"""``veneer adapter label|retain|history``: settings of adapters, and who changed them."""
+"""``veneer adapter label|retain|share|history``: settings of adapters, and who changed them."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ __all__ = [
     "HISTORY_EXAMPLES",
     "LABEL_EXAMPLES",
     "RETAIN_EXAMPLES",
+    "SHARE_EXAMPLES",
     "history",
     "label",
     "retain",
+    "share",
 ]
 
 LABEL_EXAMPLES = """
@@ -42,6 +44,14 @@ Examples:
   veneer adapter retain chat 5                                keep the last five
 
   veneer adapter retain chat 0                                keep only the current one
+"""
+
+SHARE_EXAMPLES = """
+Examples:
+
+  veneer adapter share chat                                   all tenants may use it
+
+  veneer adapter share chat --stop                            only its own may
 """
 
 HISTORY_EXAMPLES = """
@@ -104,6 +114,23 @@ def retain(
             if json_
             else f"{adapter.name} keeps {adapter.retain} superseded revisions"
         )
+
+
+def share(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="NAME.", autocompletion=adapter_names)],
+    stop: Annotated[
+        bool, typer.Option("--stop", help="No longer; running requests finish.")
+    ] = False,
+    json_: JsonFlag = False,
+    server: ServerOption = None,
+    debug: DebugFlag = False,
+) -> None:
+    """Let other tenants use an adapter by its name, with all revisions and aliases."""
+    with errors_shown(context, debug), connect(context, server) as client:
+        adapter = client.update_adapter(name, shared=not stop)
+        who = "all tenants may use it" if adapter.shared else "only its own tenant may use it"
+        print(as_json(adapter) if json_ else f"{adapter.name}: {who}")
 
 
 def history(

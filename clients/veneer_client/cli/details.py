@@ -38,6 +38,11 @@ def detail_rows(details: AdapterDetails, *, full: bool = False) -> dict[str, str
         "resident": _resident(adapter),
         "in use": f"{_count(adapter.leases, 'request')}, {used}",
     }
+    if adapter.tenant:
+        rows["in use"] = "known to its own tenant only"
+        rows["tenant"] = f"{adapter.tenant}, which shares it"
+    elif adapter.shared:
+        rows["shared"] = "with all tenants"
     rows |= {f"label {key}": value for key, value in adapter.labels.items()}
     for number, revision in enumerate(details.revisions):
         # Labels must be unique, so each further line gets one of blanks.

@@ -58,7 +58,8 @@ Examples:
 
 VENEER_SERVER is the server's address (https://HOST:PORT for TLS), VENEER_API_KEY your key
 there, VENEER_CA whose certificates you trust; `veneer login` keeps all three. VENEER_ACTOR is
-who you are in the history of a server without keys (else user@host).
+who you are in the history of a server without keys (else user@host). An operator acts in the
+tenant that VENEER_TENANT or --tenant names.
 """
 
 cli = Program(help="Talk to a Veneer server: generate, and manage adapters.", epilog=_EXAMPLES)
@@ -93,12 +94,19 @@ def place(
     key: Annotated[
         str | None, typer.Option(metavar="FILE", help="Its private key; else VENEER_KEY.")
     ] = None,
+    tenant: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Act in this tenant instead of your own (operators only)."
+        ),
+    ] = None,
     debug: DebugFlag = False,
     version: VersionFlag = False,
 ) -> None:
     """Talk to a Veneer server: generate, and manage adapters."""
     # Every client of this process reads them; a flag takes precedence over its variable.
-    for name, value in (("PROFILE", profile), ("CA", ca), ("CERT", cert), ("KEY", key)):
+    given = {"PROFILE": profile, "CA": ca, "CERT": cert, "KEY": key, "TENANT": tenant}
+    for name, value in given.items():
         if value is not None:
             os.environ[f"VENEER_{name}"] = value
     # gRPC would print a line for each failed handshake, beside our own error.

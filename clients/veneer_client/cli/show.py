@@ -132,6 +132,10 @@ def _columns(*names: str, right: Iterable[str] = ()) -> Table:
 def place_of(adapter: AdapterInfo) -> str:
     """Its tier and notable state: ``disk (pinned, quarantined)``."""
     notes = ["pinned"] if adapter.pinned else []
+    if adapter.tenant:
+        notes.append(f"of {adapter.tenant}")
+    elif adapter.shared:
+        notes.append("shared")
     if adapter.state not in (AdapterState.READY, AdapterState.UNKNOWN):
         notes.append(adapter.state.value.replace("_", " "))
     return adapter.tier.value + (f" ({', '.join(notes)})" if notes else "")
@@ -149,8 +153,9 @@ def adapter_table(adapters: Iterable[AdapterInfo]) -> Table:
             place_of(adapter),
             str(adapter.rank),
             byte_size(adapter.size),
-            str(adapter.leases),
-            ago(adapter.last_used),
+            # How much others use a shared one is for its own tenant to know.
+            "" if adapter.tenant else str(adapter.leases),
+            "" if adapter.tenant else ago(adapter.last_used),
             escape(" ".join(f"{key}={value}" for key, value in adapter.labels.items())),
         )
     return table

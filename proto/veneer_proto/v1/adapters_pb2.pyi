@@ -136,7 +136,7 @@ class UploadAdapterResponse(_message.Message):
     def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ..., published: _Optional[bool] = ..., replaced: _Optional[bool] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "revision", "weights_digest", "base_model", "rank", "targets", "parameters", "bytes", "tier", "pinned", "leases", "created", "last_used", "labels", "training", "current", "etag", "has_chat_template", "state", "aliases", "disk_bytes", "retain")
+    __slots__ = ("name", "revision", "weights_digest", "base_model", "rank", "targets", "parameters", "bytes", "tier", "pinned", "leases", "created", "last_used", "labels", "training", "current", "etag", "has_chat_template", "state", "aliases", "disk_bytes", "retain", "shared", "tenant")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -173,6 +173,8 @@ class Adapter(_message.Message):
     ALIASES_FIELD_NUMBER: _ClassVar[int]
     DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
     RETAIN_FIELD_NUMBER: _ClassVar[int]
+    SHARED_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     name: str
     revision: str
     weights_digest: str
@@ -195,7 +197,9 @@ class Adapter(_message.Message):
     aliases: _containers.RepeatedScalarFieldContainer[str]
     disk_bytes: int
     retain: int
-    def __init__(self, name: _Optional[str] = ..., revision: _Optional[str] = ..., weights_digest: _Optional[str] = ..., base_model: _Optional[str] = ..., rank: _Optional[int] = ..., targets: _Optional[_Iterable[str]] = ..., parameters: _Optional[int] = ..., bytes: _Optional[int] = ..., tier: _Optional[_Union[_inference_pb2.Tier, str]] = ..., pinned: _Optional[bool] = ..., leases: _Optional[int] = ..., created: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., last_used: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., labels: _Optional[_Mapping[str, str]] = ..., training: _Optional[_Mapping[str, str]] = ..., current: _Optional[bool] = ..., etag: _Optional[str] = ..., has_chat_template: _Optional[bool] = ..., state: _Optional[_Union[AdapterState, str]] = ..., aliases: _Optional[_Iterable[str]] = ..., disk_bytes: _Optional[int] = ..., retain: _Optional[int] = ...) -> None: ...
+    shared: bool
+    tenant: str
+    def __init__(self, name: _Optional[str] = ..., revision: _Optional[str] = ..., weights_digest: _Optional[str] = ..., base_model: _Optional[str] = ..., rank: _Optional[int] = ..., targets: _Optional[_Iterable[str]] = ..., parameters: _Optional[int] = ..., bytes: _Optional[int] = ..., tier: _Optional[_Union[_inference_pb2.Tier, str]] = ..., pinned: _Optional[bool] = ..., leases: _Optional[int] = ..., created: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., last_used: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., labels: _Optional[_Mapping[str, str]] = ..., training: _Optional[_Mapping[str, str]] = ..., current: _Optional[bool] = ..., etag: _Optional[str] = ..., has_chat_template: _Optional[bool] = ..., state: _Optional[_Union[AdapterState, str]] = ..., aliases: _Optional[_Iterable[str]] = ..., disk_bytes: _Optional[int] = ..., retain: _Optional[int] = ..., shared: _Optional[bool] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class GetUploadRequest(_message.Message):
     __slots__ = ("spec",)
@@ -408,7 +412,7 @@ class WatchAdaptersResponse(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., event: _Optional[_Union[AdapterEvent, str]] = ..., adapter: _Optional[_Union[Adapter, _Mapping]] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class UpdateAdapterRequest(_message.Message):
-    __slots__ = ("name", "pinned", "labels", "remove_labels", "retain", "current", "etag")
+    __slots__ = ("name", "pinned", "labels", "remove_labels", "retain", "current", "etag", "shared")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -423,6 +427,7 @@ class UpdateAdapterRequest(_message.Message):
     RETAIN_FIELD_NUMBER: _ClassVar[int]
     CURRENT_FIELD_NUMBER: _ClassVar[int]
     ETAG_FIELD_NUMBER: _ClassVar[int]
+    SHARED_FIELD_NUMBER: _ClassVar[int]
     name: str
     pinned: bool
     labels: _containers.ScalarMap[str, str]
@@ -430,7 +435,8 @@ class UpdateAdapterRequest(_message.Message):
     retain: int
     current: bool
     etag: str
-    def __init__(self, name: _Optional[str] = ..., pinned: _Optional[bool] = ..., labels: _Optional[_Mapping[str, str]] = ..., remove_labels: _Optional[_Iterable[str]] = ..., retain: _Optional[int] = ..., current: _Optional[bool] = ..., etag: _Optional[str] = ...) -> None: ...
+    shared: bool
+    def __init__(self, name: _Optional[str] = ..., pinned: _Optional[bool] = ..., labels: _Optional[_Mapping[str, str]] = ..., remove_labels: _Optional[_Iterable[str]] = ..., retain: _Optional[int] = ..., current: _Optional[bool] = ..., etag: _Optional[str] = ..., shared: _Optional[bool] = ...) -> None: ...
 
 class UpdateAdapterResponse(_message.Message):
     __slots__ = ("adapter",)

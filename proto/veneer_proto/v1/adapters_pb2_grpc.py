@@ -28,6 +28,11 @@ if _version_not_supported:
 class AdapterServiceStub:
     """Adapters by name. A separate service, so that a proxy can guard it by path.
 
+    A caller sees the adapters of its own tenant. Those that another tenant shares are
+    found by GetAdapter, ListAdapters and ListAliases too, and can be used in requests,
+    where no adapter of one's own has the name. An operator acts in another tenant by
+    naming it in metadata `veneer-tenant`.
+
     A call that changes something is carried out whole or not at all, whether or not its
     caller waits for the answer. An upload whose caller leaves before the name has moved
     publishes nothing.
@@ -118,6 +123,11 @@ class AdapterServiceStub:
 
 class AdapterServiceServicer:
     """Adapters by name. A separate service, so that a proxy can guard it by path.
+
+    A caller sees the adapters of its own tenant. Those that another tenant shares are
+    found by GetAdapter, ListAdapters and ListAliases too, and can be used in requests,
+    where no adapter of one's own has the name. An operator acts in another tenant by
+    naming it in metadata `veneer-tenant`.
 
     A call that changes something is carried out whole or not at all, whether or not its
     caller waits for the answer. An upload whose caller leaves before the name has moved
@@ -316,6 +326,11 @@ def add_AdapterServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class AdapterService:
     """Adapters by name. A separate service, so that a proxy can guard it by path.
+
+    A caller sees the adapters of its own tenant. Those that another tenant shares are
+    found by GetAdapter, ListAdapters and ListAliases too, and can be used in requests,
+    where no adapter of one's own has the name. An operator acts in another tenant by
+    naming it in metadata `veneer-tenant`.
 
     A call that changes something is carried out whole or not at all, whether or not its
     caller waits for the answer. An upload whose caller leaves before the name has moved

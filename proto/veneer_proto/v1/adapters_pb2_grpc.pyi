@@ -29,6 +29,11 @@ GRPC_VERSION: str
 class AdapterServiceStub:
     """Adapters by name. A separate service, so that a proxy can guard it by path.
 
+    A caller sees the adapters of its own tenant. Those that another tenant shares are
+    found by GetAdapter, ListAdapters and ListAliases too, and can be used in requests,
+    where no adapter of one's own has the name. An operator acts in another tenant by
+    naming it in metadata `veneer-tenant`.
+
     A call that changes something is carried out whole or not at all, whether or not its
     caller waits for the answer. An upload whose caller leaves before the name has moved
     publishes nothing.
@@ -74,6 +79,11 @@ class AdapterServiceStub:
 class AdapterServiceAsyncStub(AdapterServiceStub):
     """Adapters by name. A separate service, so that a proxy can guard it by path.
 
+    A caller sees the adapters of its own tenant. Those that another tenant shares are
+    found by GetAdapter, ListAdapters and ListAliases too, and can be used in requests,
+    where no adapter of one's own has the name. An operator acts in another tenant by
+    naming it in metadata `veneer-tenant`.
+
     A call that changes something is carried out whole or not at all, whether or not its
     caller waits for the answer. An upload whose caller leaves before the name has moved
     publishes nothing.
@@ -114,6 +124,11 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
 
 class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
     """Adapters by name. A separate service, so that a proxy can guard it by path.
+
+    A caller sees the adapters of its own tenant. Those that another tenant shares are
+    found by GetAdapter, ListAdapters and ListAliases too, and can be used in requests,
+    where no adapter of one's own has the name. An operator acts in another tenant by
+    naming it in metadata `veneer-tenant`.
 
     A call that changes something is carried out whole or not at all, whether or not its
     caller waits for the answer. An upload whose caller leaves before the name has moved

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Final, Protocol
 
 from veneer_registry.errors import PermissionDenied, Unauthenticated
 
 from veneer_server.access.identity_file import IdentityFile
+from veneer_server.access.keys import TENANT
 from veneer_server.access.methods import OPEN, roles_for
-from veneer_server.access.principal import ANYONE, PRINCIPAL, Principal, denied
+from veneer_server.access.principal import (
+    ANYONE,
+    DEFAULT_TENANT,
+    PRINCIPAL,
+    Principal,
+    denied,
+)
+from veneer_server.logs import TENANT as LOGGED_TENANT
 
 __all__ = ["Access", "Credentials", "TokenCheck"]
 
@@ -28,16 +36,24 @@ class Credentials:
         authorization: the header of this name, or gRPC metadata.
         api_key: the header ``x-api-key``.
         names: subject alternative names of the client's certificate, which TLS has verified.
+        tenant: the header ``x-veneer-tenant``, or gRPC metadata ``veneer-tenant``: an operator
+            acts in this tenant. Empty: the caller's own.
     """
 
     authorization: str = ""
     api_key: str = ""
     names: tuple[str, ...] = ()
+    tenant: str = ""
 
     @classmethod
     def of_headers(cls, headers: Mapping[str, str], names: Iterable[str] = ()) -> Credentials:
         """From HTTP headers or gRPC metadata, by lower-case name."""
-        return cls(headers.get("authorization", ""), headers.get("x-api-key", ""), tuple(names))
+        return cls(
+            headers.get("authorization", ""),
+            headers.get("x-api-key", ""),
+            tuple(names),
+            headers.get("veneer-tenant", "") or headers.get("x-veneer-tenant", ""),
+        )
 
     @property
     def secret(self) -> str:
@@ -76,21 +92,25 @@ class Access:
 
         Raises:
             Unauthenticated: no credential, or one that is not valid.
-            PermissionDenied: none of the caller's roles takes the method.
+            PermissionDenied: none of the caller's roles takes the method, or it may not act in
+                the tenant that it names.
         """
-        PRINCIPAL.set(ANYONE)
+        _is(ANYONE)
         roles = roles_for(method)
         if roles is None:
             raise PermissionDenied(
                 f"{method} is not open to callers",
                 metadata={"method": method, "cause": "method"},
             )
-        if not self.asks or roles is OPEN:
+        if roles is OPEN:
             return ANYONE
-        principal = await self._principal(credentials)
-        PRINCIPAL.set(principal)
+        principal = await self._principal(credentials) if self.asks else ANYONE
+        _is(principal)
         if not principal.has(roles):
             raise denied(roles, principal, method.rpartition("/")[2] or method, method)
+        if credentials.tenant and credentials.tenant != principal.tenant:
+            principal = _visiting(principal, credentials.tenant)
+            _is(principal)
         return principal
 
     async def _principal(self, credentials: Credentials) -> Principal:
@@ -112,6 +132,29 @@ class Access:
         if not found:
             raise _refused("the API key is unknown, was revoked or has expired", "key")
         return found
+
+
+def _is(principal: Principal) -> None:
+    """The current call is from this one."""
+    PRINCIPAL.set(principal)
+    LOGGED_TENANT.set("" if principal.tenant == DEFAULT_TENANT else principal.tenant)
+
+
+def _visiting(principal: Principal, tenant: str) -> Principal:
+    """An operator in another tenant than its own."""
+    if not principal.has({"operator"}):
+        raise PermissionDenied(
+            "only an operator may name another tenant than its own: leave the header "
+            "x-veneer-tenant (or metadata veneer-tenant) out",
+            metadata={"roles": "operator", "cause": "tenant"},
+        )
+    if not TENANT.fullmatch(tenant):
+        raise PermissionDenied(
+            f"{tenant[:80]!r} is not a tenant's name: use 1 to 63 lower-case letters, digits, "
+            "'.', '_' or '-', with a letter or digit at both ends",
+            metadata={"cause": "tenant_name"},
+        )
+    return replace(principal, tenant=tenant, visiting=True)
 
 
 def _refused(why: str, cause: str) -> Unauthenticated:

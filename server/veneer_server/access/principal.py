@@ -37,12 +37,14 @@ class Principal:
         tenant: whose adapters it sees, beside shared ones.
         roles: those that were given; see `has`.
         accounts: whose limits its calls count towards.
+        visiting: it is an operator of another tenant, who named this one.
     """
 
     name: str
     tenant: str
     roles: frozenset[Role]
     accounts: tuple[Account, ...] = ()
+    visiting: bool = False
 
     def has(self, any_of: Set[Role]) -> bool:
         """Whether one of these roles is among its own, or included in one of them: an admin is

@@ -211,7 +211,7 @@ class Loader:
         A process that ends is replaced, and one that takes longer than ``limit_s`` is
         killed; then a new one tries, once.
         """
-        ask = msgspec.msgpack.encode(Load(source.folder, source.weights_digest))
+        ask = msgspec.msgpack.encode(Load(source.folder, source.digest))
         began, late = time.monotonic(), False
         for attempt in range(_TRIES):
             try:

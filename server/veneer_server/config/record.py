@@ -80,6 +80,9 @@ class ServerConfig:
     data_dir: Path = setting(
         "~/.local/share/veneer", kinds.FOLDER,
         "Folder for adapters and their catalog; one server owns it.")
+    max_tenants: int = setting(
+        "64", kinds.whole(1, 4096),
+        "Most tenants with adapters of their own; calls of further ones are refused.")
     cache_dir: Path = setting(
         CACHE_DIR, kinds.FOLDER,
         "Folder for imported bases and 4-bit checkpoints; may be shared, or deleted.")

@@ -253,14 +253,15 @@ class ResidentSet:
 
     def expect(self, residents: Iterable[Resident]) -> None:
         """Call before the first engine is up, with the last `snapshot` of the server's
-        previous run."""
+        previous run; perhaps once for each tenant."""
         expected = list(residents)
         for resident in reversed(expected):
             self.used(resident.source)
             self._known[resident.source.weights_digest].pin = resident.pin
-        for resident in sorted(expected, key=lambda r: r.pin is None):
+        for resident in expected:
             lost = Lost(resident.source, resident.tier, resident.pin)
             self._lost[resident.source.weights_digest] = lost
+        self._lost = _pins_first(self._lost)
 
     def lose(self) -> list[Residency]:
         """The engine has died. Returns the new residency of each adapter that it held."""
@@ -280,8 +281,7 @@ class ResidentSet:
                 known.now = None
             if entry is not None:
                 lost[digest] = entry
-        pins_first = sorted(lost.items(), key=lambda item: item[1].pin is None)
-        self._lost = dict(pins_first)
+        self._lost = _pins_first(lost)
         self._used = {"host": 0, "device": 0}
         self._calm.set()
         return changes
@@ -352,6 +352,10 @@ class ResidentSet:
             self._known[lost.source.weights_digest].pin = lost.pin
         if lost.pin is None or (lost.pin, lost.tier) == ("host", "device"):
             await self._activate(lost.source, lost.tier, False)
+
+
+def _pins_first(lost: dict[str, Lost]) -> dict[str, Lost]:
+    return dict(sorted(lost.items(), key=lambda item: item[1].pin is None))
 
 
 def _gone(residency: Residency) -> Residency:

@@ -124,7 +124,7 @@ def _modules(adapter: AdapterSource | None) -> Iterator[Modules]:
     if adapter is None:
         yield {}
         return
-    with open_stored(Path(adapter.folder), adapter.weights_digest) as (_, tensors):
+    with open_stored(Path(adapter.folder), adapter.digest) as (_, tensors):
         yield {(pair.module.layer, pair.module.projection): pair for pair in tensors}
 
 

@@ -11,7 +11,6 @@ from typing import ClassVar
 
 from veneer_registry.adapter import BaseSpec
 from veneer_registry.errors import InvalidField, ModelLoading, QueueFull, VeneerError
-from veneer_registry.registry import Registry
 
 from veneer_server.access.audit import Audit
 from veneer_server.engine_client.client import EngineClient
@@ -38,6 +37,7 @@ from veneer_server.quotas.rates import Quotas
 from veneer_server.serving.calls import Calls
 from veneer_server.serving.generation import Generation, Generator
 from veneer_server.serving.records import GenerateCall
+from veneer_server.serving.tenants.tenants import Tenants
 from veneer_server.serving.who import CALLER
 from veneer_server.telemetry.metrics import Metrics
 
@@ -51,7 +51,7 @@ class Loaded:
     """The parts that exist once the base is known; no call needs them earlier."""
 
     generator: Generator
-    registry: Registry
+    tenants: Tenants
     engine: EngineClient
     base: BaseSpec
 
@@ -86,8 +86,8 @@ class Core:
         return self._there.generator
 
     @property
-    def registry(self) -> Registry:
-        return self._there.registry
+    def tenants(self) -> Tenants:
+        return self._there.tenants
 
     @property
     def engine(self) -> EngineClient:

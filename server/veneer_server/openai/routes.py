@@ -29,6 +29,8 @@ from veneer_server.openai.generate import ChatEndpoint, CompletionEndpoint, Core
 from veneer_server.openai.http.asgi import ABORT, CERTIFICATE_NAMES, Receive, Scope, Send
 from veneer_server.quotas.standing import rate_headers
 from veneer_server.serving.calls import Phase
+from veneer_server.serving.tenants.tenant import Tenant
+from veneer_server.serving.tenants.visible import Visible
 from veneer_server.serving.who import CALLER
 from veneer_server.system.hosts import AllowedHosts
 
@@ -71,19 +73,22 @@ def _add_models(app: FastAPI, core: Core) -> None:
     @app.get("/v1/models")
     async def list_models() -> Response:
         with core.calls.running():
-            first, after = await asyncio.to_thread(_page, core, "")
+            home = await core.tenants.current()
+            first, after = await asyncio.to_thread(_page, core, home, "")
         begin = b'{"object":"list","data":[' + b",".join([_dump(_base_model(core)), *first])
         if not after:
             return Response(begin + b"]}", media_type="application/json")
-        return _ModelList(_pieces(core, begin, after), core.reader_limit_s)
+        return _ModelList(_pieces(core, home, begin, after), core.reader_limit_s)
 
     @app.get("/v1/models/{model:path}")
     async def get_model(model: str) -> JSONResponse:
         with core.calls.running():
             if model == core.base.name:
                 return JSONResponse(_base_model(core))
-            record = await asyncio.to_thread(core.registry.get, model)
-            return JSONResponse({**_adapter_model(core, record), "id": model})
+            home = await core.tenants.current()
+            visible = Visible(core.tenants)
+            owner, record = await asyncio.to_thread(visible.get, home, model)
+            return JSONResponse({**_adapter_model(core, home, owner, record), "id": model})
 
 
 def _add_state(app: FastAPI, core: Core) -> None:
@@ -121,22 +126,22 @@ class _ModelList(StreamingResponse):
             await asyncio.sleep(0)  # lets uvicorn notice, so that it logs no error
 
 
-async def _pieces(core: Core, begin: bytes, after: str) -> AsyncIterator[bytes]:
+async def _pieces(core: Core, home: Tenant, begin: bytes, after: str) -> AsyncIterator[bytes]:
     """The list as JSON, page by page: thousands of adapters in one piece would stall every
     stream, and take megabytes for each slow reader."""
     yield begin
     while after:
-        page, after = await asyncio.to_thread(_page, core, after)
+        page, after = await asyncio.to_thread(_page, core, home, after)
         if page:
             yield b"," + b",".join(page)
     yield b"]}"
 
 
-def _page(core: Core, after: str) -> tuple[list[bytes], str]:
+def _page(core: Core, home: Tenant, after: str) -> tuple[list[bytes], str]:
     """A page of adapters as JSON, and the last one's name; "" if no more can follow."""
-    records = core.registry.list(after=after, limit=PAGE)
-    last = records[-1].ref.name if len(records) == PAGE else ""
-    return [_dump(_adapter_model(core, record)) for record in records], last
+    found = Visible(core.tenants).page(home, after=after, limit=PAGE)
+    last = found[-1][1].ref.name if len(found) == PAGE else ""
+    return [_dump(_adapter_model(core, home, *each)) for each in found], last
 
 
 def _dump(model: Mapping[str, Any]) -> bytes:
@@ -156,13 +161,15 @@ def _base_model(core: Core) -> Mapping[str, Any]:
     }
 
 
-def _adapter_model(core: Core, record: AdapterRecord) -> Mapping[str, Any]:
+def _adapter_model(
+    core: Core, home: Tenant, owner: Tenant, record: AdapterRecord
+) -> Mapping[str, Any]:
     ref = record.ref
     return {
         "id": ref.name,
         "object": "model",
         "created": int(record.created),
-        "owned_by": "veneer",
+        "owned_by": "veneer" if owner is home else owner.name,
         "root": f"{ref.name}@{ref.revision[:SHORT_REVISION]}",
         "parent": core.base.name,
         "max_model_len": core.engine.info.longest_sequence,

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from veneer_registry import rebuild, upkeep
 
+from veneer_server.serving.tenants import FOLDER
+
 __all__ = ["collect", "recover", "verify"]
 
 _MIB = 1 << 20
@@ -48,6 +50,7 @@ def verify(
         tell(f"  {found.unreferenced} folders that no adapter needs: `store gc` removes them")
     if found.uploads:
         tell(f"  {found.uploads} uploads in progress or interrupted")
+    _tell_others(data_dir, tell)
     return not found.damaged
 
 
@@ -75,6 +78,7 @@ def collect(
         f"adapter needs, {removed.uploads} old uploads, {removed.quarantined} from quarantine: "
         f"{removed.bytes / _MIB:.1f} MiB"
     )
+    _tell_others(data_dir, tell)
 
 
 def recover(data_dir: Path, tell: Callable[[str], None], *, as_json: bool) -> None:
@@ -104,6 +108,17 @@ def recover(data_dir: Path, tell: Callable[[str], None], *, as_json: bool) -> No
         tell("  aliases, history, retention and pins that could not be read are lost")
     if found.aside:
         tell(f"  the old catalog is kept: {found.aside}")
+    _tell_others(data_dir, tell)
+
+
+def _tell_others(data_dir: Path, tell: Callable[[str], None]) -> None:
+    """Each tenant has a folder of its own, which was left alone."""
+    others = sorted(path.name for path in (data_dir / FOLDER).glob("*") if path.is_dir())
+    if others:
+        tell(
+            f"  this was the tenant default; {_count(len(others), 'other')} "
+            f"({', '.join(others[:8])}): give --data-dir {data_dir / FOLDER / others[0]}"
+        )
 
 
 def _silent(at: int, total: int) -> None:

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
 from veneer_proto.v1 import adapters_pb2, adapters_pb2_grpc
 from veneer_registry.adapter import Tier
 from veneer_registry.errors import InvalidField, Unimplemented
-from veneer_registry.records import AliasChange
-from veneer_registry.registry import Registry
+from veneer_registry.records import AdapterRecord, AliasChange
 
 from veneer_server.access.principal import require
-from veneer_server.engine_client.client import EngineClient
 from veneer_server.rpc import convert
 from veneer_server.rpc import convert_admin as admin
-from veneer_server.rpc.adapter_view import AdapterView
+from veneer_server.rpc.adapter_view import AdapterView, as_shared
 from veneer_server.rpc.watch import AdapterWatch
 from veneer_server.serving.adapters.budgets import AdapterBudgets
-from veneer_server.serving.adapters.changes import AdapterChanges, Update
-from veneer_server.serving.adapters.events import AdapterEvents
-from veneer_server.serving.adapters.self_test import SelfTest
-from veneer_server.serving.adapters.uploads import Uploads
-from veneer_server.serving.adapters.use import AdapterUse
+from veneer_server.serving.adapters.changes import Update
+from veneer_server.serving.tenants.tenant import Tenant
+from veneer_server.serving.tenants.tenants import Tenants
+from veneer_server.serving.tenants.visible import Visible
 from veneer_server.serving.threads import outlast, to_the_end
 from veneer_server.serving.who import who_calls
 
@@ -34,45 +32,59 @@ _MOST_DIGITS: Final = 18
 """Digits of a history entry's sequence number, at most: SQLite's integers have 63 bits."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """How a tenant's adapters are told to callers."""
+
+    view: AdapterView
+    watch: AdapterWatch
+
+
 class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     """Adapters by name. Methods of later versions answer UNIMPLEMENTED and say what to use."""
 
-    def __init__(
-        self,
-        registry: Registry,
-        engine: EngineClient,
-        use: AdapterUse,
-        uploads: Uploads,
-        events: AdapterEvents,
-        *,
-        budgets: AdapterBudgets,
-        self_test: SelfTest,
-        keep_residents: Callable[[], Awaitable[None]],
-    ) -> None:
-        """Args: keep_residents: records which adapters are in memory, for the next start."""
-        self._registry = registry
-        self._view = AdapterView(registry, engine, use)
-        self._uploads = uploads
-        self._changes = AdapterChanges(
-            registry, engine, use, uploads, events, keep_residents=keep_residents
-        )
+    def __init__(self, tenants: Tenants, *, budgets: AdapterBudgets) -> None:
+        self._tenants = tenants
+        self._visible = Visible(tenants)
         self._budgets = budgets
-        self._self_test = self_test
-        self._watch = AdapterWatch(registry, self._view, events)
+        self._told: dict[str, _Told] = {}
+
+    def _of(self, tenant: Tenant) -> _Told:
+        told = self._told.get(tenant.name)
+        if told is None:
+            view = AdapterView(tenant.registry, tenant.engine, tenant.use)
+            told = _Told(view, AdapterWatch(tenant.registry, view, tenant.events))
+            self._told[tenant.name] = told
+        return told
+
+    def _message(
+        self, home: Tenant, owner: Tenant, record: AdapterRecord
+    ) -> adapters_pb2.Adapter:
+        """An adapter as ``home`` sees it."""
+        message = self._of(owner).view.adapter(record)
+        return message if owner is home else as_shared(message, owner.name)
+
+    async def _own(self, spec: str) -> Tenant:
+        """The caller's tenant, to change its adapter. Raises PermissionDenied if ``spec`` means
+        one that another tenant shares."""
+        home = await self._tenants.current()
+        self._visible.check_own(home, spec)
+        return home
 
     async def UploadAdapter(
         self, request_iterator: Any, context: Any
     ) -> adapters_pb2.UploadAdapterResponse:
         """Publish an adapter, and activate it if requested."""
-        async with self._uploads.receive(request_iterator) as (options, upload):
+        home = await self._tenants.current(publishing=True)
+        async with home.uploads.receive(request_iterator) as (options, upload):
             if options.validate_only:
-                published = await self._uploads.validate(upload)
+                published = await home.uploads.validate(upload)
             else:
-                published = await self._changes.publish(
+                published = await home.changes.publish(
                     upload, activate=options.activate, who=who_calls(context)
                 )
             return adapters_pb2.UploadAdapterResponse(
-                adapter=self._view.adapter(published.record),
+                adapter=self._message(home, home, published.record),
                 published=published.published,
                 replaced=published.replaced,
                 warnings=published.warnings,
@@ -87,20 +99,22 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
                 "spec is unset: give the name and files of the upload",
                 metadata={"field": "spec"},
             )
+        home = await self._tenants.current(publishing=True)  # what a push begins with
         return adapters_pb2.GetUploadResponse(
-            committed=await self._uploads.committed(request.spec)
+            committed=await home.uploads.committed(request.spec)
         )
 
     async def GetAdapter(
         self, request: adapters_pb2.GetAdapterRequest, context: Any
     ) -> adapters_pb2.GetAdapterResponse:
         """The named revision, and all stored revisions of that name."""
-        record = await to_the_end(lambda: self._registry.get(request.name))
-        revisions = await to_the_end(lambda: self._registry.revisions(record.ref.name))
-        adapter = self._view.adapter(record)
+        home = await self._tenants.current()
+        owner, record = await to_the_end(lambda: self._visible.get(home, request.name))
+        revisions = await to_the_end(lambda: owner.registry.revisions(record.ref.name))
+        adapter = self._message(home, owner, record)
         page = admin.Page[adapters_pb2.Adapter](None, taken=adapter.ByteSize())
         for revision in revisions:
-            if not page.add(self._view.adapter(revision)):
+            if not page.add(self._message(home, owner, revision)):
                 break
         return adapters_pb2.GetAdapterResponse(
             adapter=adapter,
@@ -112,26 +126,31 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.ListAdaptersRequest, context: Any
     ) -> adapters_pb2.ListAdaptersResponse:
         """One page of current revisions, in name order."""
+        home = await self._tenants.current()
         page = admin.Page[adapters_pb2.Adapter](admin.page_size(request.page_size))
         tier = convert.tier_from_proto(request.tier, "tier")
         after = admin.decode_token(request.page_token, "ListAdapters")
         labels = admin.label_filter(request.labels)
         while True:
             batch = await to_the_end(
-                lambda after=after: self._registry.list(  # type: ignore[misc]
-                    prefix=request.name_prefix, labels=labels, after=after, limit=admin.BATCH
+                lambda after=after: self._visible.page(  # type: ignore[misc]
+                    home,
+                    prefix=request.name_prefix,
+                    labels=labels,
+                    after=after,
+                    limit=admin.BATCH,
                 )
             )
-            for record in batch:
-                if tier is not None and self._view.tier(record) is not tier:
+            for owner, record in batch:
+                if tier is not None and self._of(owner).view.tier(record) is not tier:
                     continue
-                if not page.add(self._view.adapter(record), record.ref.name):
+                if not page.add(self._message(home, owner, record), record.ref.name):
                     return adapters_pb2.ListAdaptersResponse(
                         adapters=page.entries, next_page_token=page.next_token
                     )
             if len(batch) < admin.BATCH:
                 return adapters_pb2.ListAdaptersResponse(adapters=page.entries)
-            after = batch[-1].ref.name
+            after = batch[-1][1].ref.name
 
     async def ActivateAdapter(
         self, request: adapters_pb2.ActivateAdapterRequest, context: Any
@@ -145,13 +164,14 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             )
         if request.pin:
             require({"operator"}, "pinning an adapter")
-        record = await self._changes.activate(
+        home = await self._own(request.name)
+        record = await home.changes.activate(
             request.name,
             "host" if tier is Tier.HOST else "device",
             pin=request.pin,
             who=who_calls(context),
         )
-        return adapters_pb2.ActivateAdapterResponse(adapter=self._view.adapter(record))
+        return adapters_pb2.ActivateAdapterResponse(adapter=self._message(home, home, record))
 
     async def EvictAdapter(
         self, request: adapters_pb2.EvictAdapterRequest, context: Any
@@ -159,7 +179,8 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         """Free a revision's memory; it stays registered."""
         if request.unpin:
             require({"operator"}, "unpinning an adapter")
-        evicted, freed = await self._changes.evict(
+        home = await self._own(request.name)
+        evicted, freed = await home.changes.evict(
             request.name,
             admin.evict_mode(request.mode),
             unpin=request.unpin,
@@ -171,7 +192,8 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.DeleteAdapterRequest, context: Any
     ) -> adapters_pb2.DeleteAdapterResponse:
         """Remove a revision or a name. Running requests keep the weights they started with."""
-        deleted = await self._changes.delete(
+        home = await self._own(request.name)
+        deleted = await home.changes.delete(
             request.name,
             admin.evict_mode(request.mode),
             etag=request.etag,
@@ -184,16 +206,17 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     ) -> adapters_pb2.SetAliasResponse:
         """Move, roll back or remove an alias."""
         targets, who = admin.alias_targets(request), who_calls(context)
+        home = await self._own(request.alias)
 
         def change() -> AliasChange:
-            registry, etag = self._registry, request.etag
+            registry, etag = home.registry, request.etag
             if request.rollback:
                 return registry.rollback_alias(request.alias, etag=etag, who=who)
             if request.remove:
                 return registry.remove_alias(request.alias, etag=etag, who=who)
             return registry.set_alias(request.alias, targets, etag=etag, who=who)
 
-        changed = await self._changes.alias(request.alias, change)
+        changed = await home.changes.alias(request.alias, change)
         return admin.set_alias_response(changed.alias, changed.before)
 
     async def ListAliases(
@@ -204,7 +227,8 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         page = admin.Page[adapters_pb2.Alias](size)
         after = admin.decode_token(request.page_token, "ListAliases")
         name, _, alias = after.partition("/")
-        rows = await to_the_end(lambda: self._registry.aliases(request.name))
+        home = await self._tenants.current()
+        rows = await to_the_end(lambda: self._visible.aliases(home, request.name))
         start = bisect.bisect_right(rows, (name, alias), key=lambda row: (row.name, row.alias))
         for row in itertools.islice(rows, start, None):
             message = admin.alias_message(row)
@@ -223,9 +247,10 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         if given and not (given.isdecimal() and len(given) <= _MOST_DIGITS):
             raise admin.bad_token("GetHistory")
         before = int(given) if given else None
+        home = await self._tenants.current()
         while True:
             lines = await to_the_end(
-                lambda before=before: self._registry.history(  # type: ignore[misc]
+                lambda before=before: home.registry.history(  # type: ignore[misc]
                     request.name, before=before, limit=admin.BATCH
                 )
             )
@@ -242,12 +267,14 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.WatchAdaptersRequest, context: Any
     ) -> None:
         """Send the events since a sequence number, then new ones as they happen."""
-        await self._watch.serve(request.since_sequence, context.write)
+        home = await self._tenants.current()
+        await self._of(home).watch.serve(request.since_sequence, context.write)
 
     async def UpdateAdapter(
         self, request: adapters_pb2.UpdateAdapterRequest, context: Any
     ) -> adapters_pb2.UpdateAdapterResponse:
-        """Change a revision's labels or pin, or its name's retention or current revision."""
+        """Change a revision's labels or pin, or its name's retention, current revision or
+        whether other tenants may use it."""
         update = Update(
             labels=dict(request.labels),
             remove_labels=list(request.remove_labels),
@@ -255,16 +282,22 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             current=request.current,
             pinned=request.pinned if request.HasField("pinned") else None,
             etag=request.etag,
+            shared=request.shared if request.HasField("shared") else None,
         )
         if not update.registered and update.pinned is None:
             raise InvalidField(
-                "the update is empty: set pinned, labels, remove_labels, retain or current",
+                "the update is empty: set pinned, labels, remove_labels, retain, current or "
+                "shared",
                 metadata={"field": "pinned"},
             )
         if update.pinned is not None:
             require({"operator"}, "pinning an adapter")
-        record = await self._changes.update(request.name, update, who_calls(context))
-        return adapters_pb2.UpdateAdapterResponse(adapter=self._view.adapter(record))
+        home = await self._own(request.name)
+        async with self._tenants.sharing if update.shared else nullcontext():
+            if update.shared:
+                self._visible.check_free(home, request.name)
+            record = await home.changes.update(request.name, update, who_calls(context))
+        return adapters_pb2.UpdateAdapterResponse(adapter=self._message(home, home, record))
 
     async def UpdateBudgets(
         self, request: adapters_pb2.UpdateBudgetsRequest, context: Any
@@ -286,7 +319,8 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.SelfTestRequest, context: Any
     ) -> adapters_pb2.SelfTestResponse:
         """Compare the served outputs with independently computed references."""
-        return await self._self_test.answer(request)
+        home = await self._tenants.current()
+        return await home.self_test.answer(request)
 
     # ------------------------------------------------------------- later versions
 

@@ -7,19 +7,17 @@ from veneer_registry.adapter import Tier
 from veneer_registry.records import AdapterRecord
 from veneer_registry.registry import Registry
 
-from veneer_server.engine_client.client import EngineClient
+from veneer_server.engine_client.tenant_engine import TenantEngine
 from veneer_server.rpc import convert
 from veneer_server.serving.adapters.use import AdapterUse
 
-__all__ = [
-    "AdapterView",
-]
+__all__ = ["AdapterView", "as_shared"]
 
 
 class AdapterView:
     """Builds `Adapter` messages."""
 
-    def __init__(self, registry: Registry, engine: EngineClient, use: AdapterUse) -> None:
+    def __init__(self, registry: Registry, engine: TenantEngine, use: AdapterUse) -> None:
         self._registry = registry
         self._engine = engine
         self._use = use
@@ -55,10 +53,19 @@ class AdapterView:
             aliases=[f"{ref.name}/{alias}" for alias in record.aliases],
             disk_bytes=record.bytes,
             retain=record.retain,
+            shared=record.shared,
         )
         if (last := self._use.last(ref)) is not None:
             message.last_used.CopyFrom(convert.timestamp(last))
         return message
+
+
+def as_shared(message: adapters_pb2.Adapter, owner: str) -> adapters_pb2.Adapter:
+    """The message as other tenants than its owner see it: without what their use tells."""
+    message.tenant = owner
+    for field in ("leases", "last_used", "etag"):
+        message.ClearField(field)
+    return message
 
 
 def _state(record: AdapterRecord) -> adapters_pb2.AdapterState:

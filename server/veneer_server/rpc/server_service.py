@@ -9,7 +9,6 @@ from typing import Any, Final
 from veneer_proto.v1 import server_pb2, server_pb2_grpc
 from veneer_registry.adapter import PROJECTIONS, BaseSpec
 from veneer_registry.errors import InvalidField
-from veneer_registry.registry import Registry
 
 from veneer_server import __version__
 from veneer_server.access.principal import PRINCIPAL, denied
@@ -18,11 +17,12 @@ from veneer_server.engine_client.client import EngineClient
 from veneer_server.quotas.usage import UsageBook
 from veneer_server.rpc import convert
 from veneer_server.serving.adapters.budgets import AdapterBudgets
+from veneer_server.serving.tenants.tenants import Tenants
+from veneer_server.serving.tenants.visible import Visible
 from veneer_server.serving.threads import to_the_end
 from veneer_server.sizing.capacity import Budgets, Capacity, Limit, plan_capacity
 from veneer_server.sizing.memory_plan import BLOCK_TOKENS
 from veneer_server.system.machine import peak_bytes
-from veneer_server.telemetry.metrics import Metrics
 from veneer_server.text.defaults import RequestDefaults
 from veneer_server.wire.sampling import OF_BASE
 
@@ -46,9 +46,8 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
         self,
         config: ServerConfig,
         base: BaseSpec,
-        registry: Registry,
+        tenants: Tenants,
         engine: EngineClient,
-        metrics: Metrics,
         budgets: AdapterBudgets,
         defaults: RequestDefaults,
         book: UsageBook,
@@ -56,9 +55,9 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
         self._book = book
         self._config = config
         self._base = base
-        self._registry = registry
+        self._tenants = tenants
+        self._visible = Visible(tenants)
         self._engine = engine
-        self._metrics = metrics
         self._budgets = budgets
         self._defaults = defaults
         self._started = time.monotonic()
@@ -68,6 +67,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
     ) -> server_pb2.GetServerInfoResponse:
         """Version, base model, budgets, counts, memory."""
         config, info, base = self._config, self._engine.info, self._base
+        tenant = self._tenants.opened()
         return server_pb2.GetServerInfoResponse(
             version=__version__,
             base_model=server_pb2.BaseModel(
@@ -111,8 +111,8 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
             ),
             context_length=info.context_length,
             uptime=convert.duration(time.monotonic() - self._started),
-            adapters_registered=len(self._registry),
-            adapters_on_device=self._metrics.on_device,
+            adapters_registered=0 if tenant is None else len(tenant.registry),
+            adapters_on_device=0 if tenant is None else tenant.events.on_device,
             engine_starts=self._engine.starts,
             memory=self._memory_used(),
             longest_step=convert.duration(info.longest_step_seconds),
@@ -150,7 +150,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
         if not operator and wanted not in ("", principal.tenant):
             raise denied({"operator"}, principal, "another tenant's usage", "GetUsage")
         report = await self._book.report(
-            wanted or (None if operator else principal.tenant),
+            wanted or (None if operator and not principal.visiting else principal.tenant),
             convert.unix_seconds(request.start, "start") if request.HasField("start") else None,
             convert.unix_seconds(request.end, "end") if request.HasField("end") else None,
         )
@@ -199,7 +199,8 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
     async def _parameters(self, request: server_pb2.PlanCapacityRequest) -> int:
         """Parameters in all A and B matrices of the adapter that the request describes."""
         if request.WhichOneof("adapter") == "like":
-            record = await to_the_end(lambda: self._registry.get(request.like))
+            home = await self._tenants.current()
+            _, record = await to_the_end(lambda: self._visible.get(home, request.like))
             return record.manifest.parameters
         rank = request.shape.rank if request.HasField("shape") else _DEFAULT_RANK
         if not 1 <= rank <= MAX_RANK:

@@ -13,13 +13,12 @@ from contextlib import asynccontextmanager, nullcontext
 from veneer_registry.adapter import AdapterRef, Tier
 from veneer_registry.errors import ContextTooLong, DeadlineTooShort, VeneerError
 from veneer_registry.lease import RevisionLease
-from veneer_registry.registry import Registry
 
 from veneer_server.access.principal import PRINCIPAL
 from veneer_server.engine_client.client import EngineClient
 from veneer_server.logs import get_logger
 from veneer_server.quotas.meter import Meter, Metered
-from veneer_server.serving.adapters.use import AdapterUse, source_of
+from veneer_server.serving.adapters.use import source_of
 from veneer_server.serving.limits import (
     check_constraint_size,
     check_ids,
@@ -35,6 +34,9 @@ from veneer_server.serving.records import (
     Provenance,
 )
 from veneer_server.serving.samples import Delta, Sample, SampleStreams, sample_request
+from veneer_server.serving.tenants.tenant import Tenant
+from veneer_server.serving.tenants.tenants import Tenants
+from veneer_server.serving.tenants.visible import Visible
 from veneer_server.serving.threads import Background
 from veneer_server.serving.who import CALLER
 from veneer_server.telemetry.metrics import Metrics
@@ -192,11 +194,10 @@ class Generator:
         self,
         *,
         engine: EngineClient,
-        registry: Registry,
+        tenants: Tenants,
         prompts: Prompts,
         defaults: RequestDefaults,
         metrics: Metrics,
-        use: AdapterUse,
         background: Background,
         base_name: str,
         step_seconds: Callable[[], float],
@@ -212,9 +213,9 @@ class Generator:
         self.base_name = base_name
         self._meter = meter
         self._engine = engine
-        self._registry = registry
+        self._tenants = tenants
+        self._visible = Visible(tenants)
         self._defaults = defaults
-        self._use = use
         self._background = background
         self._step_seconds = step_seconds
         self._constraint_bytes = constraint_bytes
@@ -247,9 +248,10 @@ class Generator:
         self._check_deadline(time_remaining)
         if call.constraint is not None:
             check_constraint_size(call.constraint, self._constraint_bytes)
-        lease = None
+        owner, lease = None, None
         if call.adapter:
-            lease = self._registry.acquire(call.adapter, call.session_key)
+            home = await self._tenants.current()
+            owner, lease = self._visible.acquire(home, call.adapter, call.session_key)
         generation: Generation | None = None
         outcome = "cancelled"
         try:
@@ -260,7 +262,7 @@ class Generator:
             ):
                 prompt = await self._prompt(call, lease)
                 await held.prompt(len(prompt.ids))
-                request = self._resolve(call, prompt, lease, deadline)
+                request = self._resolve(call, prompt, owner, lease, deadline)
                 ref = lease.ref if lease is not None else None
                 generation = Generation(
                     call, prompt, ref, request, self._engine, self, arrived, held
@@ -274,10 +276,10 @@ class Generator:
             outcome = error.reason
             raise
         finally:
-            if lease is not None:
+            if owner is not None and lease is not None:
                 lease.release()
-                if self._registry.needs_sweep:
-                    self._background.start("sweep", self._registry.sweep)
+                if owner.registry.needs_sweep:
+                    self._background.start(f"sweep {owner.name}", owner.registry.sweep)
             self._record(generation, lease, outcome)
 
     def count(self, samples: int, prompts: int = 1) -> Metered:
@@ -334,12 +336,14 @@ class Generator:
         self,
         call: GenerateCall,
         prompt: Prompt,
+        owner: Tenant | None,
         lease: RevisionLease | None,
         deadline: float | None,
     ) -> SequenceRequest:
         """The request for the engine, with all defaults filled in.
 
         Args:
+            owner: whose adapter it is.
             deadline: the caller's deadline, on the monotonic clock.
         """
         info = self._engine.info
@@ -347,10 +351,10 @@ class Generator:
         check_ids(info, "sampling.logit_bias", call.sampling.logit_bias)
         check_ids(info, "stopping.stop_token_ids", call.stop_token_ids)
         source = None
-        if lease is not None:
-            source = source_of(self._registry, lease.record)
-            self.metrics.adapters.requested(lease.ref.name)
-            self._use.touch(lease.ref)
+        if owner is not None and lease is not None:
+            source = source_of(owner.registry, lease.record).of(owner.name)
+            self.metrics.adapters.requested(owner.name, lease.ref.name)
+            owner.use.touch(lease.ref)
         self.metrics.prompt_tokens.inc(len(prompt.ids))
         return SequenceRequest(
             prompt.ids,

@@ -11,8 +11,9 @@ from veneer_registry.errors import AdapterCorrupt, VeneerError
 from veneer_registry.registry import Registry
 from veneer_registry.rows import ResidentRow
 
-from veneer_server.engine_client.client import EngineClient, EngineEvent
+from veneer_server.engine_client.client import EngineEvent
 from veneer_server.engine_client.resident_set import Resident
+from veneer_server.engine_client.tenant_engine import TenantEngine
 from veneer_server.logs import get_logger
 from veneer_server.serving.adapters.events import AdapterEvents
 from veneer_server.serving.adapters.uploads import MAX_BROKEN, MAX_BROKEN_BYTES
@@ -60,15 +61,17 @@ class Housekeeping:
         self._quarantine_ttl_s = quarantine_ttl_s
         self._sweep_s = sweep_s
         self._keep_s = keep_s
-        self._engine: EngineClient | None = None
-        self._kept_version: int | None = None
+        self._engine: TenantEngine | None = None
+        self._kept_version: object = None
         self._keeping = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def start(self, engine: EngineClient) -> None:
-        """Tell the engine what the last run had in memory, and begin; `stop` ends the work."""
+    async def start(self, engine: TenantEngine, *, restore: bool = True) -> None:
+        """Tell the engine what the last run had in memory (``restore``), and begin; `stop` ends
+        the work."""
         self._engine = engine
-        engine.expect_residents(await to_the_end(self._expected))
+        if restore:
+            engine.expect_residents(await to_the_end(self._expected))
         await self.keep_residents()  # drops those that can no longer be loaded
         self._begin(self._sweep())
         self._begin(self._complete())
@@ -168,6 +171,8 @@ class Housekeeping:
                 return
             version, residents = engine.residents_version, engine.resident_set()
             rows = [ResidentRow(r.source.weights_digest, r.tier, r.pin) for r in residents]
+            # Whether it is stored or not if this is cancelled: the next call writes again.
+            self._kept_version = None
             await to_the_end(lambda: self._registry.set_residents(rows))
             self._kept_version = version
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from veneer_registry.rows import Who
 
-from veneer_server.access.principal import ANYONE, PRINCIPAL
+from veneer_server.access.principal import PRINCIPAL
 
 __all__ = ["CALLER", "who_calls"]
 
@@ -24,8 +24,8 @@ _UNPRINTABLE: Final = re.compile(r"[^\x20-\x7e]")
 def who_calls(context: Any) -> Who:
     """The caller's name and its address. Where callers need not say who they are, the name is
     what metadata ``veneer-actor`` claims."""
-    if (principal := PRINCIPAL.get()) is not ANYONE:
-        return Who(principal.name, context.peer())
+    if name := PRINCIPAL.get().name:
+        return Who(name, context.peer())
     metadata = dict(context.invocation_metadata() or ())
     given = str(metadata.get(ACTOR, ""))[:_LONGEST]
     return Who(_UNPRINTABLE.sub("?", given), context.peer())

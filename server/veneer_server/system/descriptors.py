@@ -30,6 +30,9 @@ HANDSHAKES: Final = 32
 """Connections to each HTTP port whose TLS handshake is not done. A further one replaces the
 oldest."""
 
+TENANT: Final = 16
+"""Descriptors for each tenant beside the first: its lock, its catalog and the log of that."""
+
 _KEPT: Final = RESERVE + SCRAPES + 2 * HANDSHAKES
 
 _FEWEST: Final = 8
@@ -44,10 +47,12 @@ class Descriptors:
     Attributes:
         limit: of the process.
         connections: most open connections of the gRPC port, and of the HTTP port.
+        tenants: most that may be open, at least one.
     """
 
     limit: int
     connections: int
+    tenants: int = 1
 
 
 def raise_limit(wanted: int) -> int:
@@ -63,14 +68,15 @@ def raise_limit(wanted: int) -> int:
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
-def share_descriptors(*, wanted: int, ports: int) -> Descriptors:
+def share_descriptors(*, wanted: int, ports: int, tenants: int = 1) -> Descriptors:
     """Raise the limit to what is needed, and divide it.
 
     Args:
         wanted: connections to each port, ``--max-connections``.
         ports: 1, or 2 with the HTTP gateway.
+        tenants: ``--max-tenants``. They get what the connections leave.
     """
-    limit = raise_limit(wanted * ports + _KEPT)
+    limit = raise_limit(wanted * ports + _KEPT + (tenants - 1) * TENANT)
     room = (limit - _KEPT) // ports
     connections = max(_FEWEST, min(wanted, room))
     if connections < wanted:
@@ -81,4 +87,5 @@ def share_descriptors(*, wanted: int, ports: int) -> Descriptors:
             connections=connections,
             needed=wanted * ports + _KEPT,
         )
-    return Descriptors(limit, connections)
+    left = max(0, limit - _KEPT - connections * ports)
+    return Descriptors(limit, connections, min(tenants, 1 + left // TENANT))

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol
 
+from veneer_server.access.principal import DEFAULT_TENANT
 from veneer_server.engine_client.client import EngineEvent
 from veneer_server.logs import get_logger
-from veneer_server.wire.messages import AdapterFailed, AdapterLoaded, Evicted
+from veneer_server.wire.messages import AdapterFailed, AdapterLoaded, Evicted, split_key
 
 __all__ = ["AdapterLog"]
 
@@ -16,17 +17,17 @@ _log = get_logger(__name__)
 
 
 class Names(Protocol):
-    """The part of the registry that this module uses."""
+    """The part of `Tenants` that this module uses."""
 
-    def names(self, weights_digest: str) -> Iterable[str]:
-        """The names that have these weights."""
+    def names(self, key: str) -> Iterable[str]:
+        """The names that have the weights of a resident copy."""
 
 
 class AdapterLog:
     """Listener for `EngineClient`. Weights that no longer have a name appear by digest."""
 
-    def __init__(self, registry: Names) -> None:
-        self._registry = registry
+    def __init__(self, names: Names) -> None:
+        self._names = names
 
     def on_engine_event(self, event: EngineEvent) -> None:
         """Log each load, move, eviction and failure."""
@@ -46,8 +47,10 @@ class AdapterLog:
             case _:
                 pass
 
-    def _which(self, digest: str) -> dict[str, object]:
-        return {
-            "adapter": ",".join(sorted(self._registry.names(digest))),
+    def _which(self, key: str) -> dict[str, object]:
+        tenant, digest = split_key(key)
+        named: dict[str, object] = {
+            "adapter": ",".join(sorted(self._names.names(key))),
             "weights": digest[:_DIGITS],
         }
+        return named if tenant == DEFAULT_TENANT else {"tenant": tenant, **named}

@@ -1,4 +1,4 @@
-"""Metrics labelled by adapter name: bounded in number, and removed with the adapter.
+"""Metrics labelled by tenant and adapter name: bounded in number, and removed with the adapter.
 
 Only here do names become labels. They come from the registry, never from a request, and at
 most `MAX_NAMES` of them are used: all others are summed as ``_other``.
@@ -17,7 +17,7 @@ from prometheus_client import Counter as Series
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from veneer_server.wire.messages import Occupancy, Residency
+from veneer_server.wire.messages import Occupancy, Residency, split_key
 
 __all__ = ["MAX_NAMES", "OTHER", "AdapterSeries", "Catalog"]
 
@@ -28,19 +28,20 @@ OTHER: Final = "_other"
 
 
 class Catalog(Protocol):
-    """The part of the registry that this module uses; thread-safe."""
+    """The part of `Tenants` that this module uses; thread-safe."""
 
-    def __contains__(self, name: object) -> bool: ...
+    def __contains__(self, name: object) -> bool:
+        """Whether a (tenant, name) is registered."""
 
-    def names(self, weights_digest: str) -> Iterable[str]:
-        """The names that have these weights."""
+    def names(self, key: str) -> Iterable[str]:
+        """The names that have the weights of a resident copy."""
 
 
 class _Empty:
     def __contains__(self, name: object) -> bool:
         return False
 
-    def names(self, weights_digest: str) -> Iterable[str]:
+    def names(self, key: str) -> Iterable[str]:
         return ()
 
 
@@ -66,26 +67,28 @@ class AdapterSeries(Collector):
         self._running: tuple[str, ...] = ()
         self._waiting: tuple[str, ...] = ()
         self._changed = clock()
-        self._requested: set[str] = set()
+        self._requested: set[tuple[str, str]] = set()
+        """Tenants and names."""
         registry.register(self)
         # After this collector, which removes stale series.
         self._requests = Series(
             "veneer_adapter_requests_total",
             "Requests by adapter.",
-            ["adapter_name"],
+            ["tenant", "adapter_name"],
             registry=registry,
         )
 
     # -------------------------------------------------------------- updates
 
-    def requested(self, name: str) -> None:
-        """Count a request for a registered adapter."""
+    def requested(self, tenant: str, name: str) -> None:
+        """Count a request for an adapter of a tenant."""
+        key = (tenant, name)
         with self._lock:
-            if name not in self._requested and len(self._requested) >= MAX_NAMES:
-                name = OTHER
+            if key not in self._requested and len(self._requested) >= MAX_NAMES:
+                key = (OTHER, OTHER)
             else:
-                self._requested.add(name)
-            self._requests.labels(name).inc()
+                self._requested.add(key)
+            self._requests.labels(*key).inc()
 
     def residency(self, event: Residency) -> None:
         """Record an adapter's new tier or pin."""
@@ -129,9 +132,9 @@ class AdapterSeries(Collector):
 
     def _forget_deleted(self) -> None:
         """Remove the series of deleted names, which frees their labels for others."""
-        for name in [n for n in self._requested if n not in self.catalog]:
-            self._requested.remove(name)
-            self._requests.remove(name)
+        for key in [k for k in self._requested if k not in self.catalog]:
+            self._requested.remove(key)
+            self._requests.remove(*key)
 
     @staticmethod
     def _families() -> tuple[GaugeMetricFamily, GaugeMetricFamily]:
@@ -139,7 +142,7 @@ class AdapterSeries(Collector):
             GaugeMetricFamily(
                 "veneer_adapter_loaded",
                 "1 for each adapter in memory; tier is the nearest that holds it.",
-                labels=["adapter_name", "tier", "pinned"],
+                labels=["tenant", "adapter_name", "tier", "pinned"],
             ),
             GaugeMetricFamily(
                 "veneer_lora_requests_info",
@@ -148,16 +151,17 @@ class AdapterSeries(Collector):
             ),
         )
 
-    def _loaded(self, resident: list[Residency]) -> Counter[tuple[str, str, str]]:
-        """Number by name, tier and pin: 1, or more for ``_other``."""
+    def _loaded(self, resident: list[Residency]) -> Counter[tuple[str, str, str, str]]:
+        """Number by tenant, name, tier and pin: 1, or more for ``_other``."""
         found = sorted(
-            (name, state.tier, str(state.pinned).lower())
+            ((split_key(state.weights_digest)[0], name), state.tier, str(state.pinned).lower())
             for state in resident
             for name in self.catalog.names(state.weights_digest)
         )
-        shown = set(sorted({name for name, _, _ in found})[:MAX_NAMES])
+        shown = set(sorted({key for key, _, _ in found})[:MAX_NAMES])
+        others = (OTHER, OTHER)
         return Counter(
-            (name if name in shown else OTHER, tier, pinned) for name, tier, pinned in found
+            (*(key if key in shown else others), tier, pinned) for key, tier, pinned in found
         )
 
     def _at_most(self, resident: list[Residency]) -> int:

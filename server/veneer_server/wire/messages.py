@@ -48,6 +48,8 @@ from veneer_server.wire.requests import (
     AdapterSource,
     Constraint,
     SequenceRequest,
+    copy_key,
+    split_key,
 )
 from veneer_server.wire.sampling import SamplingParams
 from veneer_server.wire.to_engine import (
@@ -105,9 +107,11 @@ __all__ = [
     "Unpin",
     "UpdateBudgets",
     "WireError",
+    "copy_key",
     "decode_from_engine",
     "decode_to_engine",
     "encode",
+    "split_key",
     "wire_error",
 ]
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
+from veneer_server.access.principal import DEFAULT_TENANT
 from veneer_server.wire.base import Message
 from veneer_server.wire.sampling import SamplingParams
 
@@ -13,14 +14,34 @@ __all__ = [
     "AdapterSource",
     "Constraint",
     "SequenceRequest",
+    "copy_key",
+    "split_key",
 ]
+
+_MARK: Final = ":"
+"""In neither a tenant's name nor a digest."""
+
+
+def copy_key(tenant: str, weights_digest: str) -> str:
+    """The key of a tenant's resident copy of these weights: two tenants with the same weights
+    have a copy each, so that neither can see or touch what the other has in memory."""
+    if tenant == DEFAULT_TENANT:
+        return weights_digest
+    return f"{tenant}{_MARK}{weights_digest}"
+
+
+def split_key(key: str) -> tuple[str, str]:
+    """The tenant and the weights digest of a `copy_key`."""
+    tenant, _, digest = key.rpartition(_MARK)
+    return tenant or DEFAULT_TENANT, digest
 
 
 class AdapterSource(Message, frozen=True):
     """Where the engine finds the weights of one revision.
 
     Attributes:
-        weights_digest: key of the resident copy; verified when read.
+        weights_digest: key of the resident copy, see `copy_key`; the digest in it is verified
+            when the weights are read.
         folder: local folder with ``adapter_config.json`` and
             ``adapter_model.safetensors`` (made by the registry's store).
         parameters: elements of all A and B; a resident copy takes this many times
@@ -32,6 +53,16 @@ class AdapterSource(Message, frozen=True):
     folder: str
     parameters: int
     name: str
+
+    def of(self, tenant: str) -> AdapterSource:
+        """The tenant's own copy of these weights."""
+        key = copy_key(tenant, self.weights_digest)
+        return msgspec.structs.replace(self, weights_digest=key)
+
+    @property
+    def digest(self) -> str:
+        """The weights digest, whosever copy it is."""
+        return split_key(self.weights_digest)[1]
 
 
 class Constraint(Message, frozen=True):

@@ -169,6 +169,9 @@ class FakeAdapters(FakeUploads):
         if request.HasField("retain"):
             adapter.retain = request.retain
             self._changed("retention", adapter)
+        if request.HasField("shared"):
+            adapter.shared = request.shared
+            self._changed("shared" if request.shared else "unshared", adapter)
         if request.current and not adapter.current:
             name = adapter.name
             kept = [one for one in self._revisions(name) if one is not adapter]

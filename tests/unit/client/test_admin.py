@@ -141,12 +141,15 @@ def test_only_what_is_given_is_changed(server: FakeServer, client: Driver) -> No
     info = client.update_adapter("chat", labels={"team": "y"}, remove_labels=["stage"])
     assert info.labels == {"team": "y"}
     request = last(server)
-    for field in ("pinned", "retain", "current"):
+    for field in ("pinned", "retain", "current", "shared"):
         assert not request.HasField(field)
     assert client.update_adapter("chat", retain=0).retain == 0
     assert last(server) == pb.UpdateAdapterRequest(name="chat", retain=0)
     client.update_adapter("chat", pinned=False)
     assert last(server) == pb.UpdateAdapterRequest(name="chat", pinned=False)
+    assert client.update_adapter("chat", shared=True).shared
+    assert last(server) == pb.UpdateAdapterRequest(name="chat", shared=True)
+    assert not client.update_adapter("chat", shared=False).shared
 
 
 def test_a_kept_revision_comes_back(server: FakeServer, client: Driver) -> None:
@@ -196,6 +199,10 @@ def test_state_aliases_and_sizes_are_told(server: FakeServer, client: Driver) ->
     info = client.get("chat").adapter
     assert (info.state, info.aliases) == (AdapterState.READY, ("chat/prod", "chat/beta"))
     assert (info.disk_bytes, info.retain) == (3 << 20, 2)
+    assert (info.shared, info.tenant) == (False, "")
+    adapter.shared, adapter.tenant = True, "team-a"
+    info = client.get("chat").adapter
+    assert (info.shared, info.tenant) == (True, "team-a")
     for wire, state in (
         (pb.ADAPTER_STATE_QUARANTINED, AdapterState.QUARANTINED),
         (pb.ADAPTER_STATE_OTHER_BASE, AdapterState.OTHER_BASE),

@@ -191,6 +191,19 @@ def test_retain(server: FakeServer, run: Run) -> None:
     assert json.loads(run("adapter", "retain", "chat", "0", "--json").stdout)["retain"] == 0
 
 
+def test_share(server: FakeServer, run: Run) -> None:
+    server.add("chat")
+    assert run("adapter", "share", "chat").stdout == "chat: all tenants may use it\n"
+    assert "(shared)" in run("ls").stdout
+    assert "with all tenants" in run("adapter", "show", "chat").stdout
+    stopped = run("adapter", "share", "chat", "--stop")
+    assert stopped.stdout == "chat: only its own tenant may use it\n"
+    server.adapters["chat"].tenant = "team-a"
+    assert "(of team-a)" in run("ls").stdout
+    assert " 0 " not in run("ls").stdout, "how much others use it is not told"
+    assert "team-a, which shares it" in run("adapter", "show", "chat").stdout
+
+
 def test_history(server: FakeServer, run: Run) -> None:
     assert "no changes under the name chat yet" in (run("adapter", "history", "chat").stdout)
     server.add("chat"), server.add("sql")

@@ -71,6 +71,17 @@ def test_a_profiles_key_goes_to_its_own_server_only(monkeypatch: pytest.MonkeyPa
     assert find_login("one:50051").metadata == ()
 
 
+def test_an_operator_names_a_tenant(monkeypatch: pytest.MonkeyPatch) -> None:
+    save_profile("default", {"server": "one", "api_key": "vn_x"})
+    assert "veneer-tenant" not in dict(find_login().metadata)
+    monkeypatch.setenv("VENEER_TENANT", "team-b")
+    assert dict(find_login().metadata)["veneer-tenant"] == "team-b"
+    assert dict(find_login(tenant="team-a").metadata)["veneer-tenant"] == "team-a"
+    for wrong in ("Team", "..", "a/b", "a" * 64):
+        with refused(InvalidField, field="tenant"):
+            find_login(tenant=wrong)
+
+
 def test_a_key_is_not_in_what_is_printed() -> None:
     assert "vn_secret" not in repr(find_login(api_key="vn_secret"))
 

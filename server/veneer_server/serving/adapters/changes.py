@@ -21,7 +21,7 @@ from veneer_registry.registry import Registry
 from veneer_registry.rows import Who
 from veneer_registry.upload import Upload
 
-from veneer_server.engine_client.client import EngineClient
+from veneer_server.engine_client.tenant_engine import TenantEngine
 from veneer_server.logs import get_logger
 from veneer_server.serving.adapters.events import AdapterEvents
 from veneer_server.serving.adapters.replacing import Replacing, Warm
@@ -58,6 +58,7 @@ class Update:
         labels, remove_labels: labels to set, and labels to remove.
         retain: number of superseded revisions that the name keeps.
         current: make this the name's current revision.
+        shared: let other tenants use the name, or no longer.
         pinned: pin the revision on DEVICE, or unpin it.
         etag: if not empty, the etag that the name must have.
     """
@@ -68,12 +69,17 @@ class Update:
     current: bool
     pinned: bool | None
     etag: str
+    shared: bool | None = None
 
     @property
     def registered(self) -> bool:
         """Whether it changes the registry."""
         return bool(
-            self.labels or self.remove_labels or self.retain is not None or self.current
+            self.labels
+            or self.remove_labels
+            or self.retain is not None
+            or self.current
+            or self.shared is not None
         )
 
 
@@ -83,7 +89,7 @@ class AdapterChanges:
     def __init__(
         self,
         registry: Registry,
-        engine: EngineClient,
+        engine: TenantEngine,
         use: AdapterUse,
         uploads: Uploads,
         events: AdapterEvents,
@@ -223,6 +229,7 @@ class AdapterChanges:
                 remove_labels=update.remove_labels,
                 retain=update.retain,
                 current=update.current,
+                shared=update.shared,
                 etag=update.etag,
                 who=who,
             )

@@ -90,6 +90,11 @@ class AdapterEvents:
         self._residency: dict[str, Residency] = {}
         self._frame: list[_LoadEvent] = []
 
+    @property
+    def on_device(self) -> int:
+        """Weights in the DEVICE tier."""
+        return sum(state.tier == "device" for state in self._residency.values())
+
     # --------------------------------------------------------------------- sources
 
     def name_by(self, names: Callable[[str], Iterable[str]]) -> None:
@@ -129,7 +134,7 @@ class AdapterEvents:
         self._append(adapters_pb2.ADAPTER_EVENT_REPLACED, record)
 
     def updated(self, record: AdapterRecord) -> None:
-        """Labels or retention changed."""
+        """Labels, retention or sharing changed."""
         self._append(adapters_pb2.ADAPTER_EVENT_UPDATED, record)
 
     def alias_changed(self, record: AdapterRecord, alias: str) -> None:

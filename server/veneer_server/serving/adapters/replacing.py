@@ -17,7 +17,7 @@ from veneer_registry.errors import VeneerError
 from veneer_registry.publishing import Staged
 from veneer_registry.registry import Registry
 
-from veneer_server.engine_client.client import EngineClient
+from veneer_server.engine_client.tenant_engine import TenantEngine
 from veneer_server.logs import get_logger
 from veneer_server.serving.adapters.use import source_of
 from veneer_server.serving.threads import outlast
@@ -34,7 +34,7 @@ class Replacing:
     def __init__(
         self,
         registry: Registry,
-        engine: EngineClient,
+        engine: TenantEngine,
         *,
         keep_residents: Callable[[], Awaitable[None]],
     ) -> None:
@@ -77,7 +77,7 @@ class Warm:
     def __init__(
         self,
         registry: Registry,
-        engine: EngineClient,
+        engine: TenantEngine,
         staged: Staged,
         keep_residents: Callable[[], Awaitable[None]],
     ) -> None:

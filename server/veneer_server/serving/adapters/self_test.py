@@ -26,7 +26,7 @@ from veneer_registry.errors import (
 )
 from veneer_registry.registry import Registry
 
-from veneer_server.engine_client.client import EngineClient
+from veneer_server.engine_client.tenant_engine import TenantEngine
 from veneer_server.logs import get_logger
 from veneer_server.serving.adapters.subjects import Subject, Subjects
 from veneer_server.serving.adapters.use import AdapterUse
@@ -96,17 +96,19 @@ class SelfTest:
     def __init__(
         self,
         registry: Registry,
-        engine: EngineClient,
+        engine: TenantEngine,
         prompts: Prompts,
         use: AdapterUse,
         *,
         dtype: str,
         exact: bool = False,
+        turn: asyncio.Lock | None = None,
     ) -> None:
         """Args:
         use: which adapters were requested most recently.
         dtype: the serving dtype, which sets the bound.
         exact: the engine computes each sequence separately, so that none are mixed.
+        turn: held while a test runs; None for one of its own.
         """
         self._registry = registry
         self._engine = engine
@@ -114,7 +116,7 @@ class SelfTest:
         self._subjects = Subjects(registry, engine, use)
         self._bound = BOUNDS[dtype]
         self._exact = exact
-        self._turn = asyncio.Lock()
+        self._turn = turn or asyncio.Lock()
         self._waiting = 0
 
     async def answer(

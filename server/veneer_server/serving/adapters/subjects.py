@@ -17,7 +17,7 @@ from veneer_registry.errors import (
 from veneer_registry.lease import RevisionLease
 from veneer_registry.registry import Registry
 
-from veneer_server.engine_client.client import EngineClient
+from veneer_server.engine_client.tenant_engine import TenantEngine
 from veneer_server.serving.adapters.use import AdapterUse, source_of
 from veneer_server.serving.threads import to_the_end
 from veneer_server.wire.messages import AdapterSource
@@ -45,7 +45,7 @@ class Subject:
 class Subjects:
     """Finds and leases subjects. Their files stay until the caller closes ``leases``."""
 
-    def __init__(self, registry: Registry, engine: EngineClient, use: AdapterUse) -> None:
+    def __init__(self, registry: Registry, engine: TenantEngine, use: AdapterUse) -> None:
         """Args: use: which adapters were requested most recently."""
         self._registry = registry
         self._engine = engine

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import Final, TypeVar
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping
+from typing import Final
 
 from veneer_proto.v1 import adapters_pb2
 from veneer_registry.errors import Aborted, InvalidField, QuotaExceeded, VeneerError
@@ -19,32 +18,21 @@ from veneer_registry.records import Published
 from veneer_registry.registry import Registry
 from veneer_registry.upload import Upload
 
-from veneer_server.access.principal import PRINCIPAL
+from veneer_server.access.principal import DEFAULT_TENANT, PRINCIPAL
 from veneer_server.logs import get_logger
 from veneer_server.quotas.uploads import UploadQuotas, UploadReservation
 from veneer_server.serving.adapters.upload_options import UploadOptions, upload_options
+from veneer_server.serving.adapters.upload_places import (
+    DEADLINE_S,
+    MAX_DISCARDS,
+    MIN_RATE,
+    WINDOW_S,
+    UploadPace,
+    UploadPlaces,
+)
 from veneer_server.serving.threads import to_the_end
-from veneer_server.system.priority import lower_priority
 
 __all__ = ["Uploads"]
-
-WINDOW_S: Final = 60.0
-"""Seconds over which an upload's rate is measured; it may be silent for this long."""
-
-MIN_RATE: Final = 16 << 10
-"""Default of ``--min-upload-rate``, in bytes a second. A 1 Mbit/s line, with 125,000, is far
-above it."""
-
-PATIENCE_S: Final = 10.0
-"""As `WINDOW_S`, for an upload while another one waits for its place."""
-
-DEADLINE_S: Final = 3600.0
-"""Default of ``--upload-deadline``."""
-
-TURN_S: Final = 60.0
-LONG_S: Final = 600.0
-"""An upload that has had its place for `TURN_S`, and at its rate so far would need `LONG_S`
-more, loses the place when another upload needs it."""
 
 MAX_BROKEN: Final = 16
 MAX_BROKEN_BYTES: Final = 512 << 20
@@ -52,94 +40,14 @@ MAX_BROKEN_BYTES: Final = 512 << 20
 
 DISCARD_S: Final = 2.0
 DISCARD_BYTES: Final = 256 << 20
-MAX_DISCARDS: Final = 4
-"""Uploads beyond `MAX_AT_ONCE` that may finish sending; each may hold a message."""
 
 MAX_CHUNK: Final = 4 << 20
-MAX_AT_ONCE: Final = 8
 
 _log = get_logger(__name__)
 
-T = TypeVar("T")
-
-
-class UploadPace:
-    """Whether an upload arrives fast enough: in each `WINDOW_S` of waiting for its client,
-    ``min_rate`` bytes a second must arrive, or the upload's end. So the total waiting time
-    is at most its size divided by the rate, plus one window. Our own processing time counts
-    only towards ``deadline_s``, the limit for the whole upload.
-    """
-
-    def __init__(self, min_rate: int, deadline_s: float = DEADLINE_S) -> None:
-        self._min_rate = min_rate
-        self._window_s = WINDOW_S
-        self._began = asyncio.get_running_loop().time()
-        self._ends = self._began + deadline_s
-        self._waited_s = 0.0
-        """Waiting time since enough bytes last arrived."""
-        self._brought = 0
-        self._total = 0
-        self._missing = 0
-        self._waiting_since: float | None = None
-        self._timeout: asyncio.Timeout | None = None
-        self.displaced = False
-
-    @property
-    def late(self) -> bool:
-        """Whether the deadline has passed."""
-        return asyncio.get_running_loop().time() >= self._ends
-
-    @property
-    def slow(self) -> bool:
-        """Whether its client is so slow that another upload may take its place."""
-        if self._waiting_since is None:
-            return False
-        waited_s = self._waited_s + asyncio.get_running_loop().time() - self._waiting_since
-        return (
-            not self.displaced
-            and waited_s >= min(PATIENCE_S, self._window_s)
-            and self._brought < self._min_rate * waited_s
-        )
-
-    @property
-    def remaining_s(self) -> float:
-        """How long the rest will take at the rate so far; 0 if not known yet."""
-        has_taken_s = asyncio.get_running_loop().time() - self._began
-        if has_taken_s < TURN_S or self.displaced or self._waiting_since is None:
-            return 0.0
-        return self._missing * has_taken_s / max(1, self._total)
-
-    def displace(self) -> None:
-        """End the upload, because another one gets its place."""
-        self.displaced = True
-        if self._timeout is not None:
-            self._timeout.reschedule(asyncio.get_running_loop().time())
-
-    def progressed(self, count: int, missing: int = 0) -> None:
-        """Record ``count`` new bytes; ``missing`` are still to come."""
-        self._total += count
-        self._missing = missing
-        self._brought += count
-        if self._brought >= self._min_rate * self._window_s:
-            self._brought, self._waited_s = 0, 0.0
-
-    async def wait(self, receive: Callable[[], Awaitable[T]]) -> T:
-        """The client's next message. Raises TimeoutError if the client is too slow."""
-        loop = asyncio.get_running_loop()
-        began = self._waiting_since = loop.time()
-        if self.displaced:
-            raise TimeoutError
-        try:
-            until = min(began + self._window_s - self._waited_s, self._ends)
-            async with asyncio.timeout_at(until) as self._timeout:
-                return await receive()
-        finally:
-            self._timeout = self._waiting_since = None
-            self._waited_s += loop.time() - began
-
 
 class Uploads:
-    """Runs uploads, a bounded number of them at once."""
+    """Runs a tenant's uploads."""
 
     def __init__(
         self,
@@ -149,25 +57,25 @@ class Uploads:
         deadline_s: float = DEADLINE_S,
         broken: tuple[int, int] = (MAX_BROKEN, MAX_BROKEN_BYTES),
         quotas: UploadQuotas | None = None,
+        tenant: str = DEFAULT_TENANT,
+        places: UploadPlaces | None = None,
     ) -> None:
         """Args:
         min_rate: bytes a second at which each upload must arrive.
         deadline_s: time limit for a whole upload.
         broken: most interrupted uploads that are kept, and most bytes of them.
         quotas: what callers may upload; None if that is not limited.
+        tenant: whose uploads these are.
+        places: those of all tenants; None for places of its own.
         """
         self._registry = registry
         self._quotas = quotas
         self._min_rate = min_rate
         self._deadline_s = deadline_s
         self._most_broken, self._most_broken_bytes = broken
-        self._running: dict[UploadPace, None] = {}
-        """Oldest first."""
-        self._discarding = 0
-        # At low priority: hashing and checking would compete with the step for cores.
-        self._workers = ThreadPoolExecutor(
-            MAX_AT_ONCE, thread_name_prefix="upload", initializer=lower_priority
-        )
+        self._tenant = tenant
+        self._places = places or UploadPlaces()
+        self._workers = self._places.workers
 
     async def committed(self, spec: adapters_pb2.UploadSpec) -> Mapping[str, int]:
         """Bytes of each announced file that the server already has. Raises as `receive`."""
@@ -186,15 +94,16 @@ class Uploads:
                 much.
             Aborted: the upload arrived too slowly, or was resumed elsewhere.
         """
+        pace = UploadPace(self._min_rate, self._deadline_s)
         try:
-            pace = self._place()
+            self._places.take(self._tenant, pace)
         except QuotaExceeded:
-            if self._discarding < MAX_DISCARDS:
-                self._discarding += 1
+            if self._places.discarding < MAX_DISCARDS:
+                self._places.discarding += 1
                 try:
                     await _discard(aiter(requests))
                 finally:
-                    self._discarding -= 1
+                    self._places.discarding -= 1
             raise
         messages = aiter(requests)
         upload: Upload | None = None
@@ -223,6 +132,7 @@ class Uploads:
 
             await to_the_end(begin, self._workers)
             assert upload is not None, "begin_upload returned"
+            pace.progressed(0, upload.missing_bytes)
             await self._chunks(messages, upload, pace, allowed)
             if ended_early := upload.missing_bytes > 0:
                 upload.finish()  # says what is missing
@@ -233,9 +143,9 @@ class Uploads:
             await _discard(messages)
             raise
         finally:
-            self._running.pop(pace, None)
             if allowed is not None:
                 allowed.close()
+            self._places.leave(pace)
             if upload is not None:
                 ended = upload
                 await to_the_end(lambda: self._end(ended, keep=keep), self._workers)
@@ -255,26 +165,6 @@ class Uploads:
         finally:
             for staged in found:  # even if the caller was cancelled meanwhile
                 await to_the_end(staged.discard, self._workers)
-
-    def _place(self) -> UploadPace:
-        """A place for an upload. If none is free, takes the place of an upload that is slow or
-        has long to go. Raises QuotaExceeded."""
-        if len(self._running) >= MAX_AT_ONCE:
-            slow = next((pace for pace in self._running if pace.slow), None)
-            if slow is None:
-                longest = max(self._running, key=lambda pace: pace.remaining_s)
-                slow = longest if longest.remaining_s > LONG_S else None
-            if slow is None:
-                raise QuotaExceeded(
-                    f"{MAX_AT_ONCE} uploads are already running: retry when one has ended",
-                    metadata={"limit": str(MAX_AT_ONCE)},
-                    retry_after_s=2.0,
-                )
-            slow.displace()
-            del self._running[slow]
-        pace = UploadPace(self._min_rate, self._deadline_s)
-        self._running[pace] = None
-        return pace
 
     def _end(self, upload: Upload, *, keep: bool) -> None:
         """Suspend or abort an upload; does nothing after a commit."""

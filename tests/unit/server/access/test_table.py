@@ -23,7 +23,7 @@ from veneer_server.access.principal import ROLES
 
 from tests.places import REPOSITORY
 from tests.planted import planted
-from tests.unit.server.rpc.front_harness import Front, prompt, running
+from tests.unit.server.rpc.front_harness import Front, make_adapter, prompt, running, upload
 
 PAGE: Final = REPOSITORY / "docs" / "security.md"
 ONE: Final = inference_pb2.StoppingOptions(max_tokens=1)
@@ -62,6 +62,9 @@ REQUESTS: Final[Mapping[str, Any]] = {
     "Health/Watch": health_pb2.HealthCheckRequest(),
     "Health/List": health_pb2.HealthListRequest(),
 }
+THEIRS: Final = "theirs"
+"""An adapter of the tenant ``default``, which a caller of another tenant asks for."""
+OTHER: Final = "another tenant"
 REFUSED: Final = {
     grpc.StatusCode.UNAUTHENTICATED: "401",
     grpc.StatusCode.PERMISSION_DENIED: "403",
@@ -69,7 +72,7 @@ REFUSED: Final = {
 
 
 def table() -> dict[str, dict[str, str]]:
-    """Method -> caller -> "yes", "401" or "403"."""
+    """Method -> caller -> "yes", "401", "403", "404" or "own"."""
     lines = [line for line in PAGE.read_text("utf-8").splitlines() if line.startswith("|")]
     at = next(i for i, line in enumerate(lines) if line.startswith("| method |"))
     callers = [cell.strip() for cell in lines[at].strip("| ").split("|")][1:]
@@ -87,23 +90,84 @@ class Guarded:
     front: Front
     keys: dict[str, list[str]]
     """Caller of the table -> its keys; "" for none."""
+    stranger: str
+    """The key of an operator of another tenant."""
+    folder: Path
+    """The files of `THEIRS`."""
+    etag: str
 
-    async def told(self, method: str, key: str) -> str:
-        """What a caller is told: "yes", "401" or "403"."""
+    async def told(self, method: str, key: str, adapter: str = "") -> str:
+        """What a caller is told: "yes", "401", "403", or "404" if it asks for an adapter."""
         if method.startswith(("GET ", "POST ")):
-            return await self._http(method, key)
+            return await self._http(method, key, adapter)
         metadata = (("authorization", f"Bearer {key}"),) if key else ()
         try:
-            await self._grpc(method, metadata)
+            await self._grpc(method, metadata, adapter)
         except grpc.aio.AioRpcError as error:
+            if adapter and error.code() is grpc.StatusCode.NOT_FOUND:
+                return "404"
             return REFUSED.get(error.code(), "yes")
         return "yes"
 
-    async def _http(self, method: str, key: str) -> str:
+    async def told_a_stranger(self, method: str) -> str:
+        """What another tenant's operator is told who asks for `THEIRS`: "404", "yes", or "own"
+        if the adapter is in no answer although its own tenant's sees it."""
+        told = await self.told(method, self.stranger, THEIRS)
+        if told != "yes" or await self._shows(method, self.stranger):
+            return told
+        return "own" if await self._shows(method, self.keys["operator"][0]) else told
+
+    async def _shows(self, method: str, key: str) -> bool:
+        """Whether an answer says that there is `THEIRS`."""
+        metadata = (("authorization", f"Bearer {key}"),)
+        adapters = self.front.adapters
+        match method:
+            case "AdapterService/UploadAdapter":
+                _, *rest = upload(self.folder, THEIRS, validate_only=True)
+                options = {"validate_only": True, "etag": self.etag}
+                spec = next(iter(upload(self.folder, THEIRS, **options)))
+                try:
+                    await adapters.UploadAdapter(iter([spec, *rest]), metadata=metadata)
+                except grpc.aio.AioRpcError as error:
+                    return error.code() is not grpc.StatusCode.FAILED_PRECONDITION
+                return True
+            case "AdapterService/GetUpload":
+                spec = next(iter(upload(self.folder, "new"))).spec
+                request = adapters_pb2.GetUploadRequest(spec=spec)
+                answer = await adapters.GetUpload(request, metadata=metadata)
+                return any(answer.committed.values())
+            case "AdapterService/WatchAdapters":
+                watch = adapters.WatchAdapters(REQUESTS[method], metadata=metadata)
+                while True:
+                    event = await watch.read()
+                    if event.event == adapters_pb2.ADAPTER_EVENT_SYNCED or event.HasField(
+                        "adapter"
+                    ):
+                        watch.cancel()
+                        return bool(event.adapter.name == THEIRS)
+            case "AdapterService/ListAdapters" | "AdapterService/GetHistory":
+                call: Any = getattr(adapters, method.partition("/")[2])
+                return THEIRS in str(await call(REQUESTS[method], metadata=metadata))
+            case "ServerService/GetServerInfo":
+                info = await self.front.server.GetServerInfo(
+                    REQUESTS[method], metadata=metadata
+                )
+                return bool(info.adapters_registered)
+            case "GET /v1/models":
+                async with httpx.AsyncClient(trust_env=False) as http:
+                    url = f"http://{self.front.addresses['openai']}/v1/models"
+                    return THEIRS in (await http.get(url, headers=dict(metadata))).text
+        return False
+
+    async def _http(self, method: str, key: str, adapter: str) -> str:
         verb, path = method.split()[:2]
         port = "metrics" if path == "/metrics" else "openai"
         headers = {"authorization": f"Bearer {key}"} if key else {}
-        body = {"model": "smollm2-135m", "prompt": "Hi", "max_tokens": 1}
+        body: dict[str, Any] = {"model": adapter or "smollm2-135m", "max_tokens": 1}
+        if path == "/v1/chat/completions" and adapter:
+            body["messages"] = [{"role": "user", "content": "Hi"}]
+        else:
+            body["prompt"] = "Hi"
         async with httpx.AsyncClient(trust_env=False, timeout=60) as http:
             answer = await http.request(
                 verb,
@@ -111,9 +175,10 @@ class Guarded:
                 headers=headers,
                 json=body if verb == "POST" else None,
             )
-        return str(answer.status_code) if answer.status_code in (401, 403) else "yes"
+        refused = (401, 403, 404) if adapter else (401, 403)
+        return str(answer.status_code) if answer.status_code in refused else "yes"
 
-    async def _grpc(self, method: str, metadata: Any) -> None:
+    async def _grpc(self, method: str, metadata: Any, adapter: str) -> None:
         front = self.front
         stubs = {
             "InferenceService": front.inference,
@@ -130,15 +195,35 @@ class Guarded:
             wanted = reflection_pb2.ServerReflectionRequest(list_services="*")
             await first(call(iter([wanted]), metadata=metadata))
         elif name.split()[0] in ("WatchAdapters", "Watch", "GenerateStream"):
-            await first(call(REQUESTS[method], metadata=metadata))
+            await first(call(asking(method, adapter), metadata=metadata))
         else:
-            await call(REQUESTS[method], metadata=metadata)
+            await call(asking(method, adapter), metadata=metadata)
+
+
+def asking(method: str, adapter: str) -> Any:
+    """The request of a method, about an adapter if it names one and any is given."""
+    request = type(REQUESTS[method])()
+    request.CopyFrom(REQUESTS[method])
+    fields = {each.name for each in request.DESCRIPTOR.fields}
+    if not adapter or method.startswith(("Health", "AdapterService/GetHistory")):
+        return request
+    if "adapters" in fields and method == "AdapterService/SelfTest":
+        request.adapters.append(adapter)
+    elif "alias" in fields:
+        request.alias, request.revision = f"{adapter}/prod", "0" * 12
+    else:
+        for name in ("name", "adapter", "like"):
+            if name in fields and method != "AdapterService/RegisterAdapter":
+                setattr(request, name, adapter)
+                break
+    return request
 
 
 async def first(stream: Any) -> None:
-    """The stream's first message, and no more of it."""
+    """The stream's first message, and no more of it; raises its error if it has none."""
     try:
-        await stream.read()
+        if await stream.read() is grpc.aio.EOF:
+            await stream
     finally:
         stream.cancel()
 
@@ -160,6 +245,7 @@ async def guarded(
         roles=["operator"],
         expires=datetime.now(UTC) - timedelta(seconds=1),
     )
+    stranger = add_key(file, name="far", tenant="far", roles=["operator"], expires=None).key
     right = keys["operator"][0]
     wrong = right[:-1] + ("A" if right[-1] != "A" else "B")
     keys["wrong or expired key"] = [old.key, wrong, "nonsense", "vn__", right + " " + right]
@@ -171,13 +257,17 @@ async def guarded(
         keys_file=str(file),
         refusal_rate="0",
     ) as front:
-        yield Guarded(front, keys)
+        folder = make_adapter(data / "adapter")
+        metadata = (("authorization", f"Bearer {right}"),)
+        pushed = await front.adapters.UploadAdapter(upload(folder, THEIRS), metadata=metadata)
+        yield Guarded(front, keys, stranger, folder, pushed.adapter.etag)
 
 
 @pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize("method", sorted(table()))
 async def test_a_method_answers_those_that_the_page_says(guarded: Guarded, method: str) -> None:
     expected = table()[method]
+    assert await guarded.told_a_stranger(method) == expected.pop(OTHER)
     assert expected.keys() == guarded.keys.keys()
     found = {
         caller: {await guarded.told(method, key) for key in keys}
@@ -237,8 +327,27 @@ async def test_the_page_lists_every_method_that_a_port_has(guarded: Guarded) -> 
             "GET /v1/models",
             "wrong or expired key",
         ),
+        (
+            "veneer_server.serving.tenants.tenants",
+            "        found = self._by_name.get(principal.tenant)",
+            "        found = self._by_name.get(DEFAULT_TENANT)",
+            "AdapterService/ListAdapters",
+            OTHER,
+        ),
+        (
+            "veneer_server.serving.tenants.visible",
+            "                if other is not home and other.registry.is_shared(name):\n"
+            "                    return other",
+            "                if other is not home and name in other.registry:\n"
+            "                    return other",
+            "POST /v1/completions",
+            OTHER,
+        ),
     ],
-    ids=["a method is left open", "roles are not checked", "secrets", "expiry"],
+    ids=[
+        *("a method is left open", "roles are not checked", "secrets", "expiry"),
+        *("one tenant for all", "what is not shared"),
+    ],
 )
 async def test_a_planted_hole_is_seen(
     guarded: Guarded, module: str, right: str, wrong: str, method: str, caller: str
@@ -246,7 +355,10 @@ async def test_a_planted_hole_is_seen(
     import importlib
 
     with planted(importlib.import_module(module), right, wrong):
-        told = {await guarded.told(method, key) for key in guarded.keys[caller]}
+        if caller == OTHER:
+            told = {await guarded.told_a_stranger(method)}
+        else:
+            told = {await guarded.told(method, key) for key in guarded.keys[caller]}
     assert told != {table()[method][caller]}
 
 

@@ -356,7 +356,9 @@ async def test_a_reader_that_stops_holds_a_little_of_a_long_list(
     real = Registry.list
     made: list[str] = []
 
-    def many(registry: Registry, *, after: str = "", limit: int) -> tuple[AdapterRecord, ...]:
+    def many(
+        registry: Registry, *, after: str = "", limit: int, **filters: Any
+    ) -> tuple[AdapterRecord, ...]:
         """FAKE: 10,000 adapters of one content."""
         (one,) = real(registry)
         made.append(after)

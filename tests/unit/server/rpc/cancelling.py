@@ -17,14 +17,14 @@ from typing import Any, TypeVar
 import pytest
 from veneer_proto.v1 import adapters_pb2 as pb
 from veneer_registry.registry import Registry
+from veneer_server.config import load_config
 from veneer_server.engine_client import supervisor
 from veneer_server.engine_client.client import EngineClient, EngineEvent
 from veneer_server.rpc.adapter_service import AdapterService
 from veneer_server.serving.adapters.budgets import AdapterBudgets
-from veneer_server.serving.adapters.events import AdapterEvents
-from veneer_server.serving.adapters.uploads import Uploads
-from veneer_server.serving.adapters.use import AdapterUse, source_of
-from veneer_server.serving.housekeeping import Housekeeping
+from veneer_server.serving.adapters.use import source_of
+from veneer_server.serving.tenants.tenant import Furnish
+from veneer_server.serving.tenants.tenants import Tenants
 from veneer_server.telemetry.adapter_log import AdapterLog
 from veneer_server.telemetry.metrics import Metrics
 from veneer_server.wire.messages import (
@@ -133,16 +133,14 @@ class Server:
     def __init__(self, folder: Path) -> None:
         self.registry = Registry.open(folder, BASE)
         self.store = folder / "store" / "weights"
-        self.events = AdapterEvents()
-        self._began = self.events.last
-        self.housekeeping = Housekeeping(self.registry, self.events, upload_ttl_s=3600)
+        self.tenants = Tenants(folder)
         self.engine = EngineClient(
             EngineConfig(
                 "", "", "", "", host_adapter_bytes=BUDGET, device_adapter_bytes=BUDGET
             ),
             max_queue=8,
             on_event=self._on_event,
-            hold=lambda source: self.registry.acquire_weights(source.weights_digest),
+            hold=self.tenants.hold,
         )
         self.metrics = Metrics()
         self.budgets = AdapterBudgets(
@@ -153,27 +151,28 @@ class Server:
             metrics=self.metrics,
             plan=lambda host, device: (host, device),  # type: ignore[arg-type,return-value]
         )
-        self.service = AdapterService(
-            self.registry,
-            self.engine,
-            AdapterUse(),
-            Uploads(self.registry),
-            self.events,
-            budgets=self.budgets,
-            self_test=SimpleNamespace(),  # type: ignore[arg-type]
-            keep_residents=self.housekeeping.keep_residents,
-        )
-        self.events.name_by(self.registry.names)
-        self._log = AdapterLog(self.registry)
+        self.service = AdapterService(self.tenants, budgets=self.budgets)
+        self._log = AdapterLog(self.tenants)
         self._requests = AsyncExitStack()
         self.context = SimpleNamespace(
             invocation_metadata=lambda: (("veneer-actor", "test"),), peer=lambda: "here"
         )
 
+    async def start(self) -> None:
+        await self.engine.start()
+        prompts: Any = None  # only a self-test has some
+        await self.tenants.start(
+            Furnish(load_config({}, {}), self.engine, prompts),
+            self.registry,
+            open_=lambda folder, lock: Registry.open(folder, BASE, lock=lock),
+            max_tenants=1,
+        )
+        self.events = self.tenants.default.events
+        self._began = self.events.last
+
     def _on_event(self, event: EngineEvent) -> None:
         self._log.on_engine_event(event)
-        self.events.on_engine_event(event)
-        self.housekeeping.on_engine_event(event)
+        self.tenants.on_engine_event(event)
 
     @property
     def connection(self) -> Turns:
@@ -254,10 +253,9 @@ async def server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
     monkeypatch.setattr(supervisor, "Connection", Turns)
     made = Server(folder)
     try:
-        await made.engine.start()
-        await made.housekeeping.start(made.engine)
+        await made.start()
         yield made
     finally:
-        await made.housekeeping.stop()
+        await made.tenants.stop()
         await made.engine.stop()
         made.registry.close()

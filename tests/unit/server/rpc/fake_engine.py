@@ -173,6 +173,8 @@ class FakeEngine:
 
     def _outputs(self, request: SequenceRequest) -> list[SequenceOutput]:
         digest = request.adapter.weights_digest if request.adapter is not None else ""
+        weights = request.adapter.digest if request.adapter is not None else ""
+        tokens = fake_tokens(weights, request.prompt, request.sampling.seed, request.max_tokens)
         prompt, count, top_logprobs = request.prompt, request.max_tokens, request.top_logprobs
         tier: TierName = "disk"
         if digest in self.residency:
@@ -197,7 +199,7 @@ class FakeEngine:
                 cached_tokens=0 if i else 16,
                 finish="length" if i == count - 1 else None,
             )
-            for i, token in enumerate(fake_tokens(digest, prompt, request.sampling.seed, count))
+            for i, token in enumerate(tokens)
         ]
 
     async def _permit(self, crashed: asyncio.Queue[VeneerError | None]) -> None:
@@ -250,6 +252,10 @@ class FakeEngine:
         if (state := self.residency.get(weights_digest)) is not None:
             self._set_tier(weights_digest, state.tier, pinned=False)
 
+    async def reference(self, tokens: list[int], adapter: AdapterSource | None) -> list[float]:
+        """What `_outputs` says too."""
+        return [-1.0] * (len(tokens) - 1)
+
     async def update_budgets(
         self, *, host_bytes: int | None, device_bytes: int | None
     ) -> BudgetsState:
@@ -285,7 +291,7 @@ class FakeEngine:
         )
 
     def expect_residents(self, residents: Iterable[Resident]) -> None:
-        self.expected = list(residents)
+        self.expected += residents
 
     def tier(self, weights_digest: str) -> Residency | None:
         return self.residency.get(weights_digest)

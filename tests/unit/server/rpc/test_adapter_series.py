@@ -9,10 +9,13 @@ from veneer_server.wire.messages import Occupancy, Residency, TierName
 
 
 class FakeCatalog(dict[str, str]):
-    """FAKE registry: name -> weights digest."""
+    """FAKE tenants: name -> key of its weights, whichever tenant is asked for the name."""
 
-    def names(self, weights_digest: str) -> list[str]:
-        return sorted(name for name, digest in self.items() if digest == weights_digest)
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, tuple) and super().__contains__(key[1])
+
+    def names(self, key: str) -> list[str]:
+        return sorted(name for name, digest in self.items() if digest == key)
 
 
 class World:
@@ -43,8 +46,13 @@ def world() -> World:
     return World()
 
 
-def loaded(name: str, tier: str, pinned: str = "false") -> str:
-    return f'{{adapter_name="{name}",pinned="{pinned}",tier="{tier}"}}'
+def loaded(name: str, tier: str, pinned: str = "false", tenant: str = "default") -> str:
+    labels = f'adapter_name="{name}",pinned="{pinned}",tenant="{tenant}",tier="{tier}"'
+    return f"{{{labels}}}"
+
+
+def requested(name: str, tenant: str = "default") -> str:
+    return f'{{adapter_name="{name}",tenant="{tenant}"}}'
 
 
 def test_an_adapter_is_shown_by_all_its_names_until_it_is_evicted(world: World) -> None:
@@ -76,26 +84,42 @@ def test_names_beyond_the_cap_are_summed(world: World) -> None:
         name = f"a{n:03}"
         world.catalog[name] = name
         world.resident(name, "device")
-        world.series.requested(name)
-        world.series.requested(name)
+        world.series.requested("default", name)
+        world.series.requested("default", name)
     found = world.shown("adapter_loaded")
     assert len(found) == MAX_NAMES + 1
-    assert found[loaded("_other", "device")] == 50
+    assert found[loaded("_other", "device", tenant="_other")] == 50
     requests = world.shown("adapter_requests_total")
     assert len(requests) == MAX_NAMES + 1
-    assert requests['{adapter_name="_other"}'] == 100
-    assert requests['{adapter_name="a000"}'] == 2
+    assert requests[requested("_other", "_other")] == 100
+    assert requests[requested("a000")] == 2
 
 
 def test_a_deleted_name_ends_its_series_and_frees_its_label(world: World) -> None:
     for n in range(MAX_NAMES):
         world.catalog[f"a{n}"] = "d"
-        world.series.requested(f"a{n}")
+        world.series.requested("default", f"a{n}")
     del world.catalog["a7"]
-    assert '{adapter_name="a7"}' not in world.shown("adapter_requests_total")
+    assert requested("a7") not in world.shown("adapter_requests_total")
     world.catalog["new"] = "d"
-    world.series.requested("new")
-    assert world.shown("adapter_requests_total")['{adapter_name="new"}'] == 1
+    world.series.requested("default", "new")
+    assert world.shown("adapter_requests_total")[requested("new")] == 1
+
+
+def test_a_name_of_two_tenants_has_a_series_of_each(world: World) -> None:
+    world.catalog |= {"chat": "d1", "talk": "team-a:d1"}
+    world.resident("d1", "host")
+    world.resident("team-a:d1", "device")
+    assert world.shown("adapter_loaded") == {
+        loaded("chat", "host"): 1,
+        loaded("talk", "device", tenant="team-a"): 1,
+    }
+    for tenant in ("default", "team-a", "team-a"):
+        world.series.requested(tenant, "chat")
+    assert world.shown("adapter_requests_total") == {
+        requested("chat"): 1,
+        requested("chat", "team-a"): 2,
+    }
 
 
 def info(at_most: int, running: str, waiting: str) -> str:

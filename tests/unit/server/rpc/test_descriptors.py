@@ -54,6 +54,18 @@ def test_where_the_limit_cannot_be_raised_callers_get_fewer(
     assert shared.connections > 300
 
 
+def test_tenants_get_what_the_connections_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a low limit costs a server without tenants nothing."""
+    assert share_descriptors(wanted=64, ports=2, tenants=8).tenants == 8
+    for limit in (300, 1024, 1500):
+        monkeypatch.setattr(descriptors, "raise_limit", lambda wanted, limit=limit: limit)
+        few = share_descriptors(wanted=300, ports=2, tenants=64)
+        assert few.connections == share_descriptors(wanted=300, ports=2).connections
+        assert few.tenants >= 1
+        kept = 2 * few.connections + RESERVE + SCRAPES + (few.tenants - 1) * descriptors.TENANT
+        assert few.tenants == 1 or kept <= limit
+
+
 # ----------------------------------------------------------------------------- scrapes
 
 

@@ -204,7 +204,7 @@ async def test_metrics_count_what_happened(flags: dict[str, Path], tmp_path: Pat
         'veneer_requests_total{finish_reason="length"}': 3,
         'veneer_requests_total{finish_reason="cancelled"}': 1,
         'veneer_request_failures_total{reason="ADAPTER_NOT_FOUND"}': 1,
-        'veneer_adapter_requests_total{adapter_name="style"}': 2,
+        'veneer_adapter_requests_total{adapter_name="style",tenant="default"}': 2,
         'veneer_adapter_cache_lookups_total{result="hit",tier="disk"}': 1,
         'veneer_adapter_cache_lookups_total{result="miss",tier="device"}': 1,
         'veneer_adapter_cache_lookups_total{result="hit",tier="device"}': 1,

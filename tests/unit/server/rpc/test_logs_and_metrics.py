@@ -53,6 +53,18 @@ def test_json_lines_carry_fields_and_the_request_id(stream: io.StringIO) -> None
     assert "request_id" not in second
 
 
+def test_lines_of_a_tenants_calls_name_it(stream: io.StringIO) -> None:
+    logs.configure("json", stream)
+    log = get_logger("veneer_server.x")
+    token = logs.TENANT.set("team-a")
+    log.info("upload", adapter="chat")
+    log.info("tenant opened", tenant="team-b")
+    logs.TENANT.reset(token)
+    log.info("upload", adapter="chat")
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [line.get("tenant") for line in lines] == ["team-a", "team-b", None]
+
+
 def test_a_console_event_is_one_line_whatever_the_fields(stream: io.StringIO) -> None:
     logs.configure("console", stream)
     get_logger("veneer_server.x").info("request", adapter="a\nb c", seconds=0.123456)
@@ -177,8 +189,8 @@ def test_engine_events() -> None:
 class Names:
     """FAKE registry: ``d1`` has two names."""
 
-    def names(self, weights_digest: str) -> list[str]:
-        return ["sql", "chat"] if weights_digest == "d1" else []
+    def names(self, key: str) -> list[str]:
+        return ["sql", "chat"] if key.endswith("d1") else []
 
 
 def test_loads_evictions_and_failures_are_told_by_name(stream: io.StringIO) -> None:
@@ -190,7 +202,10 @@ def test_loads_evictions_and_failures_are_told_by_name(stream: io.StringIO) -> N
         AdapterFailed("d1", WireError("DATA_LOSS", "it is gone", {}, None))
     )
     adapters.on_engine_event(Occupancy(3, 4, 1, 1, 4))
-    loaded, evicted, failed = map(json.loads, stream.getvalue().splitlines())
+    adapters.on_engine_event(AdapterLoaded("team-a:d1", "disk", {}))
+    loaded, evicted, failed, other = map(json.loads, stream.getvalue().splitlines())
+    assert "tenant" not in loaded
+    assert (other["tenant"], other["adapter"], other["weights"]) == ("team-a", "chat,sql", "d1")
     assert (loaded["event"], loaded["adapter"], loaded["source"]) == (
         "adapter loaded",
         "chat,sql",

@@ -13,9 +13,18 @@ from typing import Any
 import grpc
 import pytest
 from veneer_proto.v1 import adapters_pb2 as pb
-from veneer_server.serving.adapters import uploads as uploads
-from veneer_server.serving.adapters.uploads import MAX_AT_ONCE, MIN_RATE, WINDOW_S, UploadPace
+from veneer_registry.errors import QuotaExceeded
+from veneer_server.access.edit_keys import add_key
+from veneer_server.serving.adapters import upload_places as uploads
+from veneer_server.serving.adapters.upload_places import (
+    MAX_AT_ONCE,
+    MIN_RATE,
+    WINDOW_S,
+    UploadPace,
+    UploadPlaces,
+)
 
+from tests.refused import refused
 from tests.unit.server.rpc.front_harness import Front, failure, make_adapter, running, until
 from tests.unit.server.rpc.front_harness import upload as messages_of
 
@@ -328,3 +337,103 @@ async def test_broken_uploads_are_kept_by_number_and_bytes_the_newest_first(
         assert being_sent in kept(front)
         assert (await front.push(large, "large", resume=True)).published
         held.call.cancel()
+
+
+# ------------------------------------------------------------------------ of tenants
+
+
+def uploading(missing: int = 1000) -> UploadPace:
+    """An upload that has so many bytes to come."""
+    pace = UploadPace(MIN_RATE)
+    pace.progressed(0, missing)
+    return pace
+
+
+async def test_one_tenant_cannot_take_all_places() -> None:
+    places = UploadPlaces()
+    hog = [uploading(1000 + n) for n in range(MAX_AT_ONCE)]
+    for pace in hog:
+        places.take("hog", pace)
+    with refused(QuotaExceeded, limit=MAX_AT_ONCE):
+        places.take("hog", uploading())  # it has its share
+    light = [uploading() for _ in range(MAX_AT_ONCE // 2)]
+    for pace in light:
+        places.take("light", pace)
+    assert [pace.displaced for pace in hog] == [False] * 4 + [True] * 4, "most to come first"
+    with refused(QuotaExceeded):
+        places.take("light", uploading())
+    for _ in range(MAX_AT_ONCE // 3):
+        places.take("third", uploading())
+    assert sum(pace.displaced for pace in (*hog, *light)) == 4 + 2
+    with refused(QuotaExceeded):
+        places.take("third", uploading())
+    for pace in (*hog, *light):
+        places.leave(pace)  # a displaced one's place is another's by now
+    for _ in range(MAX_AT_ONCE - MAX_AT_ONCE // 3):
+        places.take("light", uploading())
+    with refused(QuotaExceeded):
+        places.take("light", uploading())
+
+
+async def test_what_is_being_published_keeps_its_place() -> None:
+    """All its bytes are there: it ends soon, and taking its place would gain nothing."""
+    places = UploadPlaces()
+    for _ in range(MAX_AT_ONCE):
+        places.take("hog", uploading(missing=0))
+    with refused(QuotaExceeded):
+        places.take("light", uploading())
+
+
+async def test_a_tenant_beside_a_hog_uploads(
+    base_folder: Path, front_cache: Path, tmp_path: Path
+) -> None:
+    """The hog's upload can be resumed."""
+    folder = make_adapter(tmp_path / "a")
+    keys = tmp_path / "keys.toml"
+    metadata = {
+        tenant: (
+            (
+                "authorization",
+                "Bearer "
+                + add_key(
+                    keys, name=tenant, tenant=tenant, roles=["publisher"], expires=None
+                ).key,
+            ),
+        )
+        for tenant in ("hog", "light")
+    }
+    async with running(
+        base_folder, front_cache, tmp_path / "front", keys_file=str(keys)
+    ) as front:
+        calls = []
+        for n in range(MAX_AT_ONCE):
+            spec, chunk, *_ = messages_of(folder, f"hog-{n}", chunk=100)
+            call: Any = front.adapters.UploadAdapter(metadata=metadata["hog"])
+            await call.write(spec)
+            await call.write(chunk)
+            calls.append(call)
+        await until(lambda: front.calls == MAX_AT_ONCE)
+        told = await failure(
+            front.adapters.UploadAdapter(messages_of(folder, "more"), metadata=metadata["hog"])
+        )
+        assert told.reason == "QUOTA_EXCEEDED"
+        pushed = await front.adapters.UploadAdapter(
+            messages_of(folder, "mine"), metadata=metadata["light"]
+        )
+        assert pushed.published
+        done, _ = await asyncio.wait(
+            [asyncio.ensure_future(_outcome(call)) for call in calls],
+            return_when=asyncio.FIRST_COMPLETED,
+        )
+        assert {each.result() for each in done} == {(grpc.StatusCode.ABORTED, "displaced")}
+        for call in calls:
+            call.cancel()
+        again = await front.adapters.UploadAdapter(
+            messages_of(folder, "hog-0", resume=True), metadata=metadata["hog"]
+        )
+        assert again.published
+
+
+async def _outcome(call: Any) -> tuple[grpc.StatusCode, str]:
+    told = await failure(call)
+    return told.code, told.metadata["cause"]
