@@ -140,7 +140,8 @@ class App:
         if config.openai_listen is not None:
             require_gateway()
         descriptors = share_descriptors(
-            wanted=config.max_connections, ports=1 if config.openai_listen is None else 2
+            wanted=config.max_connections,
+            ports=1 + (config.openai_listen is not None) + (config.admin_listen is not None),
         )
         # First of all, so that a second server fails before it has done any work.
         lock = self._resources.enter_context(OwnerLock(config.data_dir))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final, Protocol
@@ -68,15 +68,19 @@ class Access:
         """Whether callers must say who they are."""
         return self._identities is not None or self._tokens is not None
 
-    async def admit(self, method: str, credentials: Credentials) -> Principal:
+    async def admit(
+        self, method: str, credentials: Credentials, elsewhere: Set[str] = frozenset()
+    ) -> Principal:
         """Who calls; also in `PRINCIPAL` from now on, whether the call is let in or not.
 
         Args:
             method: as in `methods.METHODS`.
+            elsewhere: methods that only another port answers.
 
         Raises:
             Unauthenticated: no credential, or one that is not valid.
-            PermissionDenied: none of the caller's roles takes the method.
+            PermissionDenied: none of the caller's roles takes the method, or it is on another
+                port.
         """
         PRINCIPAL.set(ANYONE)
         roles = roles_for(method)
@@ -85,12 +89,18 @@ class Access:
                 f"{method} is not open to callers",
                 metadata={"method": method, "cause": "method"},
             )
-        if not self.asks or roles is OPEN:
-            return ANYONE
-        principal = await self._principal(credentials)
-        PRINCIPAL.set(principal)
-        if not principal.has(roles):
-            raise denied(roles, principal, method.rpartition("/")[2] or method, method)
+        principal = ANYONE
+        if self.asks and roles is not OPEN:
+            principal = await self._principal(credentials)
+            PRINCIPAL.set(principal)
+            if not principal.has(roles):
+                raise denied(roles, principal, method.rpartition("/")[2] or method, method)
+        if method in elsewhere:
+            raise PermissionDenied(
+                f"{method.rpartition('/')[2]} is answered on this server's admin port only: "
+                "ask its operator for the address",
+                metadata={"method": method, "cause": "admin_port"},
+            )
         return principal
 
     async def _principal(self, credentials: Credentials) -> Principal:

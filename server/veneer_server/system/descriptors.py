@@ -43,7 +43,7 @@ class Descriptors:
 
     Attributes:
         limit: of the process.
-        connections: most open connections of the gRPC port, and of the HTTP port.
+        connections: most open connections of each gRPC port, and of the HTTP port.
     """
 
     limit: int
@@ -68,7 +68,7 @@ def share_descriptors(*, wanted: int, ports: int) -> Descriptors:
 
     Args:
         wanted: connections to each port, ``--max-connections``.
-        ports: 1, or 2 with the HTTP gateway.
+        ports: 1, and one more each for the HTTP gateway and the admin port.
     """
     limit = raise_limit(wanted * ports + _KEPT)
     room = (limit - _KEPT) // ports
