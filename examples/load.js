@@ -4,7 +4,11 @@
 import http from "k6/http";
 import { check } from "k6";
 
-export const options = { vus: Number(__ENV.STREAMS || 2), iterations: Number(__ENV.REQUESTS || 10) };
+export const options = {
+  vus: Number(__ENV.STREAMS || 2),
+  iterations: Number(__ENV.REQUESTS || 10),
+  thresholds: { checks: ["rate==1"] }, // otherwise k6 exits with 0 whatever fails
+};
 
 const url = `${__ENV.URL || "http://localhost:8000"}/v1/completions`;
 const headers = { "Content-Type": "application/json" };
