@@ -85,7 +85,9 @@ AUDITED: Final = frozenset(
 )
 """Methods that change something: each call is in the audit log."""
 
-ADMIN: Final = AUDITED
+ADMIN: Final = frozenset(
+    name for name, roles in METHODS.items() if roles in (_PUBLISHERS, _ADMINS, _OPERATORS)
+)
 """What only the port of ``--admin-listen`` answers, if there is one."""
 
 
