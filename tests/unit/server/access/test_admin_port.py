@@ -55,10 +55,9 @@ async def empty(port: Front, method: str, key: str) -> grpc.aio.AioRpcError | No
     """Call a method with an empty request; the error, if there is one."""
     service, _, name = method.partition("/")
     path = f"/{NAMES.get(service, f'veneer.v1.{service}')}/{name}"
-    # On the wire, one message is a stream, too.
-    call: Any = port.channel.stream_stream(path)(
-        iter([b""]), metadata=(("x-api-key", key),) if key else ()
-    )
+    # On the wire, a stream of one message is the same as a message.
+    metadata = (("x-api-key", key),) if key else ()
+    call: Any = port.channel.unary_stream(path)(b"", metadata=metadata)
     try:
         await call.read()
         return None
@@ -164,6 +163,8 @@ async def test_without_keys_the_ports_are_apart_too(
             "ADAPTER_NOT_FOUND"
         )
         for port in (front, admin):
+            info = await port.server.GetServerInfo(server_pb2.GetServerInfoRequest())
+            assert info.admin_port
             assert (await port.inference.Generate(prompt())).text
             health = health_pb2_grpc.HealthStub(port.channel)
             answer = await health.Check(health_pb2.HealthCheckRequest())
@@ -240,6 +241,8 @@ async def test_without_the_flag_there_is_no_second_port(
 ) -> None:
     async with running(base_folder, front_cache, tmp_path) as front:
         assert front.addresses["admin"] == ""
+        info = await front.server.GetServerInfo(server_pb2.GetServerInfoRequest())
+        assert not info.admin_port
         assert isinstance(front, Front)
         assert (await failure(front.adapters.DeleteAdapter(DELETE))).reason == (
             "ADAPTER_NOT_FOUND"
