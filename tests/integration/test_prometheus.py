@@ -152,7 +152,7 @@ async def test_every_query_of_the_dashboard_has_data(
 
 
 def in_the_container(folder: Path) -> Path:
-    """The configuration of deploy/compose.yaml, with its secrets in a folder of this machine."""
+    """The configuration of deploy/compose.yaml, with its secrets in a folder here."""
     text = RULES.with_name("compose.yml").read_text("utf-8")
     for secret in ("prometheus.key", "ca.pem"):
         assert f"/run/secrets/{secret}" in text
