@@ -32,13 +32,26 @@ FROM python:3.12-slim-trixie
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends libgomp1 \
  && rm -rf /var/lib/apt/lists/* \
- && useradd --system --uid 10001 --create-home --home-dir /var/lib/veneer veneer
+ && useradd --system --uid 10001 --create-home --home-dir /var/lib/veneer veneer \
+ && install --directory --owner=10001 --mode=0700 /run/secrets
 # Owned by root: the server cannot change its own code, the compiled kernels included.
 COPY --from=build /opt/veneer /opt/veneer
+# Open to the container's network, and therefore with keys and TLS: without these files the server
+# does not start. Mount a folder or volume at /run/secrets, not single files, which would not follow
+# a renewal. VENEER_SERVER and VENEER_CA are for `veneer` in here, so for the health check too: set
+# them to a name of your own certificate, and to its authority's certificate. docs/security.md.
 ENV PATH=/opt/veneer/bin:$PATH \
     VENEER_DATA_DIR=/var/lib/veneer/data \
     VENEER_CACHE_DIR=/var/lib/veneer/cache \
     VENEER_LOG_FORMAT=json \
+    VENEER_LISTEN=0.0.0.0:50051 \
+    VENEER_OPENAI_LISTEN=0.0.0.0:8000 \
+    VENEER_METRICS_LISTEN=0.0.0.0:9095 \
+    VENEER_KEYS_FILE=/run/secrets/keys.toml \
+    VENEER_TLS_CERT=/run/secrets/tls/cert.pem \
+    VENEER_TLS_KEY=/run/secrets/tls/key.pem \
+    VENEER_SERVER=https://localhost:50051 \
+    VENEER_CA=/run/secrets/tls/cert.pem \
     PYTHONDONTWRITEBYTECODE=1
 USER 10001
 WORKDIR /var/lib/veneer
@@ -47,8 +60,6 @@ VOLUME ["/var/lib/veneer"]
 EXPOSE 50051 8000 9095
 # SERVING only while the step loop advances. The first start fetches and converts the base.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=600s --retries=3 \
-  CMD ["veneer", "--server", "127.0.0.1:50051", "health"]
+  CMD ["veneer", "health"]
 STOPSIGNAL SIGTERM
-# Without keys and TLS (docs/security.md) the server listens on loopback only: publish ports with
-# `--network host`, or as deploy/compose.yaml does, on the host's loopback.
 ENTRYPOINT ["veneer-server"]

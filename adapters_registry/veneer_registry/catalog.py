@@ -165,7 +165,7 @@ class Catalog:
         shared = self._shared()
         # Dominates start-up time: tens of thousands of rows, most names with one revision.
         revisions: dict[str, list[tuple[Any, ...]]] = {}
-        for row in self._reader.rows(f"SELECT digest, {REVISION} FROM revisions"):
+        for row in self._reader.rows(f"SELECT digest, {REVISION} FROM revisions"):  # nosec B608 # names of ours
             if row[0] != row_digest("revisions", *row[1:]):
                 damage[sound_name(row[1])] += 1
             elif row[1] in revisions:
@@ -200,7 +200,8 @@ class Catalog:
             ("aliases", "name, alias, targets, previous, generation, updated"),
         ):
             for digest, *values in self._reader.rows(
-                f"SELECT digest, {columns} FROM {table} WHERE name = ?", (name,)
+                f"SELECT digest, {columns} FROM {table} WHERE name = ?",  # nosec B608 # names of ours
+                (name,),
             ):
                 count += digest != row_digest(table, *values)
         return count
@@ -248,10 +249,8 @@ class Catalog:
         rows = self._reader.rows("SELECT name, digest FROM shared")
         found = {name for name, digest in rows if digest == row_digest("shared", name)}
         if len(found) < len(rows):
-            _log.error(
-                "%d names are not shared with other tenants: damaged rows; share them again",
-                len(rows) - len(found),
-            )
+            lost = len(rows) - len(found)
+            _log.error("rows of %d shared names are damaged: share them again", lost)
         return found
 
     def quarantined(self) -> dict[str, str]:
@@ -280,7 +279,7 @@ class Catalog:
             where.append("sequence < ?")
             parameters.append(before)
         rows = self._reader.rows(
-            "SELECT sequence, time, name, event, revision, actor, peer, detail, digest "
+            "SELECT sequence, time, name, event, revision, actor, peer, detail, digest "  # nosec B608 # names of ours
             f"FROM history WHERE {' AND '.join(where)} ORDER BY sequence DESC LIMIT ?",
             [*parameters, limit],
         )
@@ -292,7 +291,7 @@ class Catalog:
         last: dict[tuple[str, str], str] = {}
         events = ", ".join(f"'{event}'" for event in (*ENDS, *BEGINNINGS))
         for name, revision, event in self._reader.rows(
-            "SELECT name, revision, event FROM history "
+            "SELECT name, revision, event FROM history "  # nosec B608 # names of ours
             f"WHERE event IN ({events}) ORDER BY sequence"
         ):
             if revision in revisions:
@@ -330,7 +329,7 @@ class Catalog:
         """
         reader = self._urgent if urgent else self._reader
         rows = reader.rows(
-            f"SELECT {COLUMNS} FROM revisions r JOIN names n ON n.name = r.name "
+            f"SELECT {COLUMNS} FROM revisions r JOIN names n ON n.name = r.name "  # nosec B608 # names of ours
             "WHERE r.name = ? AND r.revision = ?",
             (name, revision),
         )
@@ -344,7 +343,7 @@ class Catalog:
     def revisions(self, name: str) -> tuple[RevisionRow, ...]:
         """All revisions of a name whose row is sound, newest first."""
         rows = self._reader.rows(
-            f"SELECT {COLUMNS} FROM revisions r JOIN names n ON n.name = r.name "
+            f"SELECT {COLUMNS} FROM revisions r JOIN names n ON n.name = r.name "  # nosec B608 # names of ours
             "WHERE r.name = ? ORDER BY r.sequence DESC",
             (name,),
         )
@@ -363,7 +362,7 @@ class Catalog:
             first = "labels l CROSS JOIN names n ON n.name = l.name AND n.current = l.revision"
             at = "l"
         sql = (
-            f"SELECT {COLUMNS} FROM {first} CROSS JOIN revisions r ON r.name = n.name "
+            f"SELECT {COLUMNS} FROM {first} CROSS JOIN revisions r ON r.name = n.name "  # nosec B608 # names of ours
             f"AND r.revision = n.current WHERE {at}.name > ? AND {at}.name >= ? "
             f"AND {at}.name < ?"
         )
@@ -394,7 +393,7 @@ class Catalog:
 
         def count(pair: tuple[str, str]) -> int:
             sql = "SELECT 1 FROM labels WHERE key = ? AND value = ? LIMIT ?"
-            ((found,),) = self._reader.rows(f"SELECT count(*) FROM ({sql})", (*pair, _FEW))
+            ((found,),) = self._reader.rows(f"SELECT count(*) FROM ({sql})", (*pair, _FEW))  # nosec B608 # names of ours
             return int(found)
 
         return sorted(labels.items(), key=count)

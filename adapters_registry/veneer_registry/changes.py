@@ -97,7 +97,7 @@ class Change:
         row stays as it is: a new digest would make it look whole."""
         self._check_name(name)
         self._db.execute(
-            f"UPDATE names SET {assignment}, generation = ? WHERE name = ?",
+            f"UPDATE names SET {assignment}, generation = ? WHERE name = ?",  # nosec B608 # names of ours
             (*values, self.number, name),
         )
         self._db.execute(
@@ -119,7 +119,7 @@ class Change:
         """Forget a name with its revisions and aliases."""
         # Not left to ON DELETE CASCADE: the name's own row may be damaged.
         for table in ("labels", "aliases", "revisions", "shared", "names"):
-            self._db.execute(f"DELETE FROM {table} WHERE name = ?", (name,))
+            self._db.execute(f"DELETE FROM {table} WHERE name = ?", (name,))  # nosec B608 # names of ours
 
     def delete_revisions(self, name: str, revisions: Sequence[str]) -> None:
         """Forget some revisions of a name. If the current one is among them, the name is left

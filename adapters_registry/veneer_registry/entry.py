@@ -160,7 +160,7 @@ def _share(alias: AliasRow, key: str) -> str:
         text = f"{alias.name}/{alias.alias}\0{key}".encode()
         at = int.from_bytes(hashlib.sha256(text).digest()[:8], "big") % total
     else:
-        at = random.randrange(total)
+        at = random.randrange(total)  # nosec B311 # not for secrets
     for revision, weight in alias.targets:
         at -= weight
         if at < 0:

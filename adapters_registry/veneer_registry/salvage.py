@@ -211,7 +211,7 @@ class _Reader:
         """Rows of a table whose digest matches."""
         more = ", manifest" if manifest else ""
         digest = "digest" if self._checked else "''"
-        sql = f"SELECT {columns}, {digest}{more} FROM {table}{order}"
+        sql = f"SELECT {columns}, {digest}{more} FROM {table}{order}"  # nosec B608 # names of ours
         for row in self._plain(sql):
             values = list(row[: -2 if manifest else -1])
             if self._checked and row[len(values)] != row_digest(table, *values):

@@ -8,7 +8,7 @@ from typing import Final
 
 from veneer_registry.errors import InvalidField
 
-__all__ = ["DEFAULT_ADDRESS", "is_tls", "server_address"]
+__all__ = ["DEFAULT_ADDRESS", "is_plain", "is_tls", "server_address"]
 
 DEFAULT_ADDRESS: Final = "127.0.0.1:50051"
 _PORT: Final = DEFAULT_ADDRESS.rpartition(":")[2]
@@ -41,7 +41,17 @@ def server_address(given: str | None = None) -> str:
 
 def is_tls(given: str | None) -> bool:
     """Whether the address says that the server has TLS."""
-    return (given or "").strip().lower().partition("://")[0] in _TLS
+    return _scheme(given) in _TLS
+
+
+def is_plain(given: str | None) -> bool:
+    """Whether the address says that the server has no TLS."""
+    return _scheme(given) in _PLAIN
+
+
+def _scheme(given: str | None) -> str:
+    scheme, found, _ = (given or "").strip().lower().partition("://")
+    return scheme if found else ""
 
 
 def _no_address(text: str, fix: str) -> InvalidField:

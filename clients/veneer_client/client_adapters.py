@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import grpc
 from veneer_proto.v1 import adapters_pb2
 from veneer_registry.adapter import Tier
+from veneer_registry.errors import AdapterInvalid, InvalidField, Unimplemented
 
 from veneer_client import calls, calls_admin
 from veneer_client.connection import Connection, sleep_or_raise
@@ -92,6 +94,18 @@ class AdapterCalls(Connection):
                 except grpc.RpcError as error:
                     failure = upload.failed(error, self.address)
                     sleep_or_raise(upload.wait_s(failure), failure, error)
+
+    def check_push(self, name: str, *, timeout_s: float | None = None) -> None:
+        """Ask whether this caller may push under ``name`` here, and send nothing: for programs
+        that have the adapter only after hours.
+
+        Raises:
+            Unauthenticated, PermissionDenied: it may not.
+        """
+        asked = calls_admin.committed(adapters_pb2.UploadSpec(name=name))
+        # The server would let it in, but then misses the files; or is older than the question.
+        with suppress(InvalidField, AdapterInvalid, Unimplemented):
+            self._ask(asked, timeout_s)
 
     def _send(self, upload: Upload) -> adapters_pb2.UploadAdapterResponse:
         send: Any = self._channel.stream_unary(

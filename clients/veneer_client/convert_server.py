@@ -76,6 +76,7 @@ def server_info(message: server_pb2.GetServerInfoResponse) -> ServerInfo:
         longest_step_s=seconds(message.longest_step),
         threads=message.threads,
         why_threads=message.why_threads,
+        admin_port=message.admin_port,
         defaults=same_names(RequestDefaults, message.defaults)
         if message.HasField("defaults")
         else None,

@@ -231,6 +231,6 @@ class Attempts:
             return None
         grown = told * self._policy.growth ** (self._made - 1)
         # Jitter: clients that were refused together should not come back together.
-        wait = min(grown * random.uniform(1.0, 1.25), self._policy.longest_wait_s)
+        wait = min(grown * random.uniform(1.0, 1.25), self._policy.longest_wait_s)  # nosec B311 # not for secrets
         remaining = self.remaining_s()
         return None if remaining is not None and wait >= remaining else wait

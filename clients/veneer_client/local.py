@@ -30,6 +30,7 @@ class LocalServer:
 
     Attributes:
         address: ``HOST:PORT`` of gRPC.
+        url: the same, saying that it has no TLS, if ``flags`` have no certificate.
         metrics_address: ``HOST:PORT`` of Prometheus.
         data_dir: where adapters are stored, unless ``flags`` say otherwise.
         ready_line: the line that the server printed when it was ready.
@@ -85,6 +86,9 @@ class LocalServer:
             self._close()
             raise
         self.address: str = addresses["grpc"]
+        tls = any(flag.startswith("--tls-cert") for flag in flags)
+        # A VENEER_CA that is meant for another server must not turn TLS on for this one.
+        self.url = self.address if tls else f"http://{self.address}"
         self.metrics_address: str = addresses["metrics"]
         # Drain the pipe so that it does not fill up; its content is no longer needed.
         self._drain = threading.Thread(target=self._process.communicate, daemon=True)

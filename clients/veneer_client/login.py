@@ -18,7 +18,7 @@ from typing import Any, Final
 import grpc
 from veneer_registry.errors import InvalidField
 
-from veneer_client.address import is_tls, server_address
+from veneer_client.address import is_plain, is_tls, server_address
 
 __all__ = ["DEFAULT_PROFILE", "Login", "find_login", "forget_profile", "save_profile"]
 
@@ -58,9 +58,9 @@ def find_login(
     names, or the one named ``default``.
 
     Args:
-        address: ``HOST:PORT``; ``https://HOST:PORT`` for TLS.
-        ca: PEM file with the certificates that are trusted, which also turns TLS on; the
-            system's if there is none.
+        address: ``HOST:PORT``; ``https://HOST:PORT`` for TLS, ``http://HOST:PORT`` for none.
+        ca: PEM file with the certificates that are trusted, which turns TLS on for
+            ``HOST:PORT``; the system's if there is none.
         cert, key: PEM files of the client's own certificate (mTLS).
         tenant: an operator acts in this tenant instead of its own.
 
@@ -89,11 +89,11 @@ def find_login(
                 metadata={"field": "tenant"},
             )
         metadata.append(("veneer-tenant", named))
-    return Login(server_address(where), _credentials(is_tls(where), files), tuple(metadata))
+    return Login(server_address(where), _credentials(where, files), tuple(metadata))
 
 
 def _credentials(
-    tls: bool, files: Mapping[str, str | os.PathLike[str] | None]
+    where: str | None, files: Mapping[str, str | os.PathLike[str] | None]
 ) -> grpc.ChannelCredentials | None:
     if (files["cert"] is None) != (files["key"] is None):
         raise InvalidField(
@@ -101,7 +101,7 @@ def _credentials(
             "--key)",
             metadata={"field": "cert"},
         )
-    if not tls and not any(files.values()):
+    if is_plain(where) or not (is_tls(where) or any(files.values())):
         return None
     ca, cert, key = (_pem(name, files[name]) for name in ("ca", "cert", "key"))
     return grpc.ssl_channel_credentials(ca, key, cert)

@@ -121,6 +121,7 @@ class ServerInfo:
         longest_step_s: expected duration of the longest step, as measured before serving.
         threads: of a step on a CPU; 0 from a server that does not report them.
         why_threads: in words, why so many.
+        admin_port: changes are taken at another port, whose address the operator knows.
         defaults: None from a server that does not report them.
     """
 
@@ -140,6 +141,7 @@ class ServerInfo:
     defaults: RequestDefaults | None = None
     threads: int = 0
     why_threads: str = ""
+    admin_port: bool = False
 
 
 class ServingStatus(Enum):

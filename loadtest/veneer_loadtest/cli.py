@@ -6,6 +6,7 @@ import signal
 import sys
 
 from veneer_client.cli.context import VersionFlag
+from veneer_client.cli.login_flags import CaFlag, CertFlag, KeyFlag, ProfileFlag, keep_login
 from veneer_registry.command_line import Program
 
 from veneer_loadtest.commands import find_max, prefix, report, run, swap
@@ -31,8 +32,16 @@ cli = Program(help="Measure a Veneer server, and compare it with others.", epilo
 
 
 @cli.callback()
-def top(version: VersionFlag = False) -> None:
-    """Measure a Veneer server, and compare it with others."""
+def top(
+    profile: ProfileFlag = None,
+    ca: CaFlag = None,
+    cert: CertFlag = None,
+    key: KeyFlag = None,
+    version: VersionFlag = False,
+) -> None:
+    """Measure a Veneer server, and compare it with others. A server's API key comes from
+    VENEER_API_KEY, or from the profile that `veneer login` has made."""
+    keep_login(profile=profile, ca=ca, cert=cert, key=key)
 
 
 cli.command(epilog=run.EXAMPLES)(run.run)

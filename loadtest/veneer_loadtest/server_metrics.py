@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from http.client import HTTPException
 from typing import Final
-from urllib.request import urlopen
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from veneer_loadtest.errors import TargetFailed
+from veneer_loadtest.https import https_context
 from veneer_loadtest.results import Residency, ServerCounts, Totals
 
 __all__ = ["Counters", "MetricsWatch", "read_counters"]
+
+API_KEY: Final = "VENEER_API_KEY"
+"""Environment variable of the API key, which is in no option and no result."""
 
 _EVERY_S: Final = 1.0
 _SETTLE_S: Final = 5.0
@@ -46,25 +52,37 @@ class Counters:
 
 
 async def read_counters(address: str) -> Counters:
-    """Scrape ``HOST:PORT``.
+    """Scrape ``HOST:PORT`` or ``https://HOST:PORT``, with the key in VENEER_API_KEY.
 
     Raises:
         TargetFailed: no server answers there, or it is not Veneer.
+        BadOption: see `https_context`.
     """
+    tls = address.startswith("https://")
+    url = f"{address if tls else f'http://{address}'}/metrics"
+    context = https_context() if tls else None
+    key = os.environ.get(API_KEY, "").strip()
+    headers = {"authorization": f"Bearer {key}"} if key else {}
 
     def get() -> str:
-        with urlopen(f"http://{address}/metrics", timeout=10) as answer:
+        request = Request(url, headers=headers)
+        with urlopen(request, timeout=10, context=context) as answer:  # nosec B310 # an operator's address
             text: bytes = answer.read()
             return text.decode()
 
     try:
         text = await asyncio.to_thread(get)
-    except (OSError, HTTPException, ValueError) as error:
+    except HTTPError as error:
+        error.close()
+        if error.code not in (401, 403):
+            raise _no_metrics(address, str(error)) from error
         raise TargetFailed(
-            f"no metrics at {address} ({error}): give --metrics the server's "
-            "--metrics-listen, or leave it out",
-            metadata={"field": "--metrics", "address": address},
+            f"the metrics at {address} need a key with the role metrics: set {API_KEY}, or "
+            f"leave --metrics out [{error}]",
+            metadata={"field": "--metrics", "address": address, "cause": "api_key"},
         ) from error
+    except (OSError, HTTPException, ValueError) as error:
+        raise _no_metrics(address, str(error)) from error
     samples: Samples = defaultdict(dict)
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -72,6 +90,14 @@ async def read_counters(address: str) -> Counters:
     if "veneer_num_requests_running" not in samples:
         raise TargetFailed(f"{address} serves metrics, but not those of a Veneer server")
     return Counters(samples)
+
+
+def _no_metrics(address: str, why: str) -> TargetFailed:
+    return TargetFailed(
+        f"no metrics at {address} ({why}): give --metrics the server's --metrics-listen "
+        "(https://HOST:PORT if it has TLS), or leave it out",
+        metadata={"field": "--metrics", "address": address},
+    )
 
 
 class MetricsWatch:

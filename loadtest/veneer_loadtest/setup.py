@@ -87,7 +87,7 @@ async def target(
             server = stack.enter_context(LocalServer(all_flags))
         if cpus:
             stack.enter_context(during(cpus.client))
-        async with AsyncClient(server.address, timeout_s=120.0) as client:
+        async with AsyncClient(server.url, timeout_s=120.0) as client:
             yield Target(client, without_folders(server.command), server.data_dir)
 
 

@@ -147,7 +147,7 @@ class App:
             require_gateway()
         descriptors = share_descriptors(
             wanted=config.max_connections,
-            ports=1 if config.openai_listen is None else 2,
+            ports=1 + (config.openai_listen is not None) + (config.admin_listen is not None),
             tenants=config.max_tenants,
         )
         # First of all, so that a second server fails before it has done any work.

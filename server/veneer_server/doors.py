@@ -22,6 +22,7 @@ from veneer_server.access.audit import Audit
 from veneer_server.access.authenticate import Access, TokenCheck
 from veneer_server.access.certificates import Certificates
 from veneer_server.access.identity_file import IdentityFile
+from veneer_server.access.methods import ADMIN
 from veneer_server.config import Address, ServerConfig
 from veneer_server.queues.refusal_pace import Pace
 from veneer_server.quotas.rates import Quotas
@@ -62,6 +63,7 @@ class Bound:
     grpc: Address
     metrics: Address | None
     openai: Address | None
+    admin: Address | None
 
     def told(self, off: str) -> dict[str, str]:
         """The addresses by name, as text; ``off`` for sockets that are off."""
@@ -69,6 +71,7 @@ class Bound:
             "grpc": str(self.grpc),
             "metrics": str(self.metrics or off),
             "openai": str(self.openai or off),
+            "admin": str(self.admin or off),
         }
 
 
@@ -104,8 +107,11 @@ class Doors:
         self._health = health
         self._pace = pace
         self._quotas = quotas
-        self._server: Any = None
+        self._servers: list[Any] = []
         self._scraping: ScrapeServer | None = None
+        # Both gRPC ports share these bounds.
+        self._receiving = Receiving(limit_s=config.reader_limit)
+        self._open_calls = OpenCalls(watchers=config.max_watchers)
         self._inference = Later(inference_pb2_grpc.InferenceServiceServicer)
         self._adapters = Later(adapters_pb2_grpc.AdapterServiceServicer)
         self._about = Later(server_pb2_grpc.ServerServiceServicer)
@@ -124,11 +130,20 @@ class Doors:
         audit_log = self._config.audit_log
         if audit_log is None and self._access.asks:
             audit_log = self._config.data_dir / "audit.jsonl"
-        self._audit = Audit(audit_log)
+        self._audit = Audit(
+            audit_log,
+            on_written=self._metrics.audit_written.inc,
+            on_lost=self._metrics.audit_lost.inc,
+        )
         resources.callback(self._audit.close)
         metrics = await self._open_metrics(resources)
         openai = await self._open_openai(resources, connections)
-        return Bound(await self._open_grpc(resources, connections), metrics, openai)
+        admin = await self._open_admin(resources, connections)
+        elsewhere = frozenset[str]() if admin is None else ADMIN
+        grpc = await self._open_grpc(
+            resources, connections, "--listen", self._config.listen, elsewhere
+        )
+        return Bound(grpc, metrics, openai, admin)
 
     @property
     def _http_tls(self) -> ssl.SSLContext | None:
@@ -137,7 +152,7 @@ class Doors:
     @property
     def opened(self) -> bool:
         """Whether calls may have arrived."""
-        return self._server is not None
+        return bool(self._servers)
 
     def scrape(self, tenants: Tenants, resources: AsyncExitStack) -> None:
         """Let scrapes read the registries too, until ``resources`` is closed."""
@@ -161,8 +176,7 @@ class Doors:
 
     async def stop(self, grace_s: float) -> None:
         """End the remaining calls; answers are flushed within the grace."""
-        if self._server is not None:
-            await self._server.stop(grace_s)
+        await asyncio.gather(*(server.stop(grace_s) for server in self._servers))
         if self.gateway is not None:
             await self.gateway.stop()
 
@@ -182,8 +196,21 @@ class Doors:
         resources.push_async_callback(scraping.stop)
         return address
 
-    async def _open_grpc(self, resources: AsyncExitStack, most: int) -> Address:
-        wanted = self._config.listen
+    async def _open_admin(self, resources: AsyncExitStack, most: int) -> Address | None:
+        wanted = self._config.admin_listen
+        if wanted is None:
+            return None
+        return await self._open_grpc(resources, most, "--admin-listen", wanted, frozenset())
+
+    async def _open_grpc(
+        self,
+        resources: AsyncExitStack,
+        most: int,
+        flag: str,
+        wanted: Address,
+        elsewhere: frozenset[str],
+    ) -> Address:
+        """Open a gRPC port. Args: elsewhere: methods that it refuses."""
         capacity = self._config.max_running + self._config.max_queue
         connections = Connections(most)
         server = grpc.aio.server(
@@ -191,8 +218,8 @@ class Doors:
                 CallInterceptor(
                     self._metrics,
                     self._calls,
-                    Receiving(limit_s=self._config.reader_limit),
-                    open_calls=OpenCalls(watchers=self._config.max_watchers),
+                    self._receiving,
+                    open_calls=self._open_calls,
                     connections=connections,
                     checks=dict.fromkeys(
                         GENERATE_METHODS, lambda request: self._check_wire(request)
@@ -201,6 +228,7 @@ class Doors:
                     access=self._access,
                     audit=self._audit,
                     quotas=self._quotas,
+                    elsewhere=elsewhere,
                 )
             ],
             options=channel_options(
@@ -227,9 +255,9 @@ class Doors:
                 credentials = grpc_credentials(self._certificates)
                 port = server.add_secure_port(str(wanted), credentials)
         except RuntimeError as error:
-            raise _cannot_listen("--listen", wanted, str(error)) from error
+            raise _cannot_listen(flag, wanted, str(error)) from error
         await server.start()
-        self._server = server
+        self._servers.append(server)
         resources.push_async_callback(server.stop, 0)
         resources.callback(asyncio.create_task(connections.watch(port)).cancel)
         return Address(wanted.host, port)

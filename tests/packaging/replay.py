@@ -15,14 +15,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pip._internal.models.index import PyPI
 
 from tests.packaging.dockerfile import Stage, Step, parse
-from tests.packaging.stranger import Failed, Installation, must_say, pip_environment, stage, use
+from tests.packaging.stranger import (
+    Failed,
+    Installation,
+    Login,
+    must_say,
+    pip_environment,
+    stage,
+    use,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ROOT / ".cache" / "tools"
@@ -32,6 +40,8 @@ TAG = f"cp{sys.version_info[0]}{sys.version_info[1]}"
 LIB = f"lib/python{sys.version_info[0]}.{sys.version_info[1]}"
 LIBRARIES = "libssl3t64,libffi8,libsqlite3-0,libbz2-1.0,liblzma5,zlib1g,libuuid1,libstdc++6"
 """Debian packages that a Python in /usr/local needs."""
+SECRETS = "/run/secrets"
+"""Where a container's keys and certificates are."""
 COMPILERS = ("c++", "g++", "gcc", "cc", "clang", "clang++", "as", "ld")
 DIFFERS = """\
 differs from Docker:
@@ -227,7 +237,28 @@ def serve(image: Image, last: Stage, work: Path) -> None:
     must_say(refused, "cannot touch '/opt/veneer/x'", "cannot touch '/x'", image.user)
     _, _, health = last.one("HEALTHCHECK").text.partition(" CMD ")
     entry = last.one("ENTRYPOINT").words
-    use(place, entry, work / "server.log", asked=[Step("CMD", health).words])
+    must_say(place.run(*entry, status=1), "keys.toml", "`veneer-server key new` makes it")
+    with stage("its secrets are made"):
+        login = make_secrets(image, place, entry, work / "secrets")
+    use(place, entry, work / "server.log", asked=[Step("CMD", health).words], login=login)
+
+
+def make_secrets(
+    image: Image, place: Installation, entry: Sequence[str], volume: Path
+) -> Login:
+    """The first run of docs/security.md, on a volume; the server then has it read-only."""
+    mounted = image.root / SECRETS[1:]
+    subprocess.run(["cp", "-a", mounted, volume], check=True)
+    mount("--bind", volume, mounted)
+    names = ("--name", "localhost", "--name", "veneer")
+    place.run(*entry, "tls", "self-signed", *names, "--out", f"{SECRETS}/tls")
+    said = place.run(*entry, "key", "new", "--name", "me", "--role", "operator")
+    (key,) = [line for line in said.splitlines() if line.startswith("vn_")]
+    for each in ("keys.toml", "tls/key.pem"):
+        if (volume / each).stat().st_mode & 0o077:
+            raise Failed(f"others can read {each}")
+    mount("-o", "remount,bind,ro", mounted)
+    return Login(key, volume / "tls" / "cert.pem")
 
 
 def replay(suite: str, work: Path, *, debians: bool) -> None:

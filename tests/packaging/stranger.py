@@ -11,16 +11,18 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Failed", "Installation", "must_say", "pip_environment", "stage", "use"]
+__all__ = ["Failed", "Installation", "Login", "must_say", "pip_environment", "stage", "use"]
 
 WAIT = "300s"
 """Long, since the first start downloads and converts the base."""
@@ -91,6 +93,18 @@ class Installation:
         return ["/usr/bin/env", *words]
 
 
+@dataclass(frozen=True)
+class Login:
+    """What a client needs of a server with TLS and keys.
+
+    Attributes:
+        ca: file with the certificate to trust, as a path outside the chroot.
+    """
+
+    key: str
+    ca: Path
+
+
 def must_say(said: str, *wanted: str) -> None:
     """Print the answer's first line, and check that the answer contains all of these."""
     print(f"     {(said.strip().splitlines() or [''])[0][:150]}", flush=True)
@@ -100,26 +114,34 @@ def must_say(said: str, *wanted: str) -> None:
 
 
 def use(
-    place: Installation, serve: Sequence[str], log: Path, *, asked: Sequence[Sequence[str]] = ()
+    place: Installation,
+    serve: Sequence[str],
+    log: Path,
+    *,
+    asked: Sequence[Sequence[str]] = (),
+    login: Login | None = None,
 ) -> None:
     """Start the server, wait for it, get answers by gRPC and HTTP, stop it.
 
     Args:
         serve: the server's command, without addresses.
         asked: commands that must then succeed; the default address in them is replaced.
+        login: of a server whose own settings give it TLS and keys: it then listens on all
+            addresses, and its clients' settings name the certificate.
 
     Raises:
         Failed: with the end of the server's log.
     """
     grpc, http = free_port(), free_port()
-    here = Installation(
-        {**place.environment, "VENEER_SERVER": f"127.0.0.1:{grpc}"}, place.folder, place.prefix
-    )
-    addresses = (f"--listen=127.0.0.1:{grpc}", f"--openai-listen=127.0.0.1:{http}")
+    host, who = "127.0.0.1", {"VENEER_SERVER": f"127.0.0.1:{grpc}"}
+    if login is not None:
+        host = "0.0.0.0"
+        who = {"VENEER_SERVER": f"https://localhost:{grpc}", "VENEER_API_KEY": login.key}
+    here = Installation({**place.environment, **who}, place.folder, place.prefix)
+    flags = (("listen", grpc), ("openai-listen", http), ("metrics-listen", 0))
+    addresses = [f"--{flag}={host}:{port}" for flag, port in flags]
     with log.open("w") as told:
-        server = place.popen(
-            [*serve, *addresses, "--metrics-listen=127.0.0.1:0"], stdout=told, stderr=told
-        )
+        server = place.popen([*serve, *addresses], stdout=told, stderr=told)
     try:
         with stage("the server starts"):
             _wait(here, server)
@@ -144,7 +166,9 @@ def use(
                 "1",
             )
             must_say(said, "chat@", "first token")
-            must_say(_ask_http(http, question), " ")
+            must_say(_ask_http(http, question, login), " ")
+            if login is not None:
+                _must_be_refused(here, http, login)
     except (Failed, OSError, subprocess.SubprocessError) as error:
         tail = log.read_text()[-3000:]
         raise Failed(f"{error}\nThe server said:\n{tail}") from error
@@ -183,20 +207,35 @@ def _ready_line(log: Path) -> str:
     return ready[0]
 
 
-def _ask_http(port: int, question: str) -> str:
+def _must_be_refused(here: Installation, port: int, login: Login) -> None:
+    """Callers without a key, or with a wrong one."""
+    keyless = {**here.environment, "VENEER_API_KEY": ""}
+    stranger = Installation(keyless, here.folder, here.prefix)
+    must_say(stranger.run("veneer", "ls", status=1), "wants to know who calls")
+    try:
+        _ask_http(port, "Hello?", Login(f"{login.key}x", login.ca))
+    except urllib.error.HTTPError as error:
+        must_say(str(error), "401")
+    else:
+        raise Failed("a wrong key is answered")
+
+
+def _ask_http(port: int, question: str, login: Login | None) -> str:
     """The answer to a request as an OpenAI client sends it."""
     body = {
         "model": "chat",
         "max_tokens": 32,
         "messages": [{"role": "user", "content": question}],
     }
+    where, headers, tls = f"http://127.0.0.1:{port}", {"Content-Type": "application/json"}, None
+    if login is not None:
+        where, tls = f"https://localhost:{port}", ssl.create_default_context(cafile=login.ca)
+        headers["Authorization"] = f"Bearer {login.key}"
     request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/v1/chat/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
+        f"{where}/v1/chat/completions", json.dumps(body).encode(), headers
     )
     print("   $ POST /v1/chat/completions", flush=True)
-    with urllib.request.urlopen(request, timeout=60) as answer:
+    with urllib.request.urlopen(request, timeout=60, context=tls) as answer:
         return str(json.load(answer)["choices"][0]["message"]["content"])
 
 

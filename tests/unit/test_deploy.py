@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import yaml
-from veneer_server.config import load_config
+from veneer_server.config import ConfigInvalid, load_config
 from veneer_server.telemetry.metrics import Metrics
 
 from tests.packaging.dockerfile import parse
+from tests.refused import refused
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -79,7 +80,7 @@ def test_alerts_and_dashboard_read_metrics_that_exist(dashboard: Any) -> None:
 def test_compose_mounts_what_there_is() -> None:
     composed = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
     for service in composed["services"].values():
-        for port in service["ports"]:
+        for port in service.get("ports", ()):
             assert port.startswith("127.0.0.1:")
         for volume in service["volumes"]:
             source = volume.split(":")[0]
@@ -115,26 +116,69 @@ def test_the_container_writes_to_its_volume_and_tmp_alone() -> None:
     (volume,) = last.one("VOLUME").words
     assert veneer["read_only"] is True
     assert veneer["tmpfs"] == ["/tmp"]
-    assert veneer["volumes"] == [f"veneer:{volume}"]
+    writable = [each for each in veneer["volumes"] if not each.endswith(":ro")]
+    assert writable == [f"veneer:{volume}"]
     variables = dict(pair for step in last.steps if step.kind == "ENV" for pair in step.pairs)
     assert variables["VENEER_DATA_DIR"].startswith(f"{volume}/")
     assert variables["VENEER_CACHE_DIR"].startswith(f"{volume}/")
     assert last.one("USER").text not in ("root", "0")
 
 
-def test_the_server_takes_its_command_in_compose() -> None:
-    """Its flags are parsed as they are at a start, and each published port is served."""
+def test_the_container_serves_with_keys_and_tls_and_without_them_not_at_all(
+    tmp_path: Path,
+) -> None:
+    """Its settings are parsed as they are at a start, and each published port is served."""
     veneer = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["veneer"]
-    _, *flags = veneer["command"]
-    given = dict(flag.removeprefix("--").replace("-", "_", 1).split("=") for flag in flags[:-1])
-    assert flags[-1] == "--insecure"
-    config = load_config({**given, "insecure": "true"}, {})
-    listening = {config.listen.port}
-    assert config.openai_listen is not None
-    listening.add(config.openai_listen.port)
-    assert {int(port.rpartition(":")[2]) for port in veneer["ports"]} == listening
-    exposed = set(map(int, STAGES[-1].one("EXPOSE").words))
-    assert listening < exposed
+    assert "command" not in veneer
+    last = STAGES[-1]
+    own = dict(pair for step in last.steps if step.kind == "ENV" for pair in step.pairs)
+    config = load_config({}, own)
+    assert not config.insecure
+    addresses = (config.listen, config.openai_listen, config.metrics_listen)
+    assert not any(address is None or address.loopback for address in addresses)
+    exposed = {address.port for address in addresses if address is not None}
+    assert {str(port) for port in exposed} == set(last.one("EXPOSE").words)
+    assert {int(port.rpartition(":")[2]) for port in veneer["ports"]} < exposed
+    for secret in ("VENEER_KEYS_FILE", "VENEER_TLS_CERT"):
+        with refused(ConfigInvalid, needs="insecure"):
+            load_config({}, {**own, secret: "", "VENEER_TLS_KEY": ""})
+
+
+def test_secrets_are_mounted_as_a_folder_that_only_one_service_writes() -> None:
+    """A single file that is mounted stays the old one when it is replaced."""
+    composed = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    own = dict(pair for step in STAGES[-1].steps if step.kind == "ENV" for pair in step.pairs)
+    for name in ("VENEER_KEYS_FILE", "VENEER_TLS_CERT", "VENEER_TLS_KEY"):
+        assert own[name].startswith("/run/secrets/")
+    mounts = {
+        name: volume
+        for name, service in composed["services"].items()
+        for volume in service.get("volumes", ())
+        if "/run/secrets" in volume
+    }
+    assert mounts == {"veneer": "keys:/run/secrets:ro", "setup": "keys:/run/secrets"}
+    assert composed["services"]["setup"]["profiles"] == ["setup"]
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    for secret in composed["secrets"].values():
+        assert secret["file"].startswith("./secrets/")
+    assert "/deploy/secrets/" in ignored
+    (job,) = yaml.safe_load((DEPLOY / "prometheus" / "compose.yml").read_text())[
+        "scrape_configs"
+    ]
+    asked = {job["authorization"]["credentials_file"], job["tls_config"]["ca_file"]}
+    assert asked == {f"/run/secrets/{name}" for name in composed["secrets"]}
+    assert set(composed["services"]["prometheus"]["secrets"]) == set(composed["secrets"])
+
+
+def test_nothing_that_is_deployed_or_shown_is_insecure() -> None:
+    """The flag is in the help and in what explains it, and in nothing to copy."""
+    shown = [ROOT / "Dockerfile", *DEPLOY.rglob("*"), *(ROOT / "examples").rglob("*")]
+    for file in shown:
+        if (
+            file.suffix in ("", ".yaml", ".yml", ".py", ".md", ".sh", ".toml")
+            and file.is_file()
+        ):
+            assert "insecure" not in file.read_text("utf-8"), file
 
 
 def test_what_the_image_copies_is_there_and_in_its_context() -> None:

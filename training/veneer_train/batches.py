@@ -46,7 +46,7 @@ class Order(torch.utils.data.Sampler[int]):
         return self._count
 
     def __iter__(self) -> Iterator[int]:
-        draw = random.Random(f"{self._seed} {self._epoch}")
+        draw = random.Random(f"{self._seed} {self._epoch}")  # nosec B311 # not for secrets
         order = list(range(self._count))
         draw.shuffle(order)
         if self._lengths is None:

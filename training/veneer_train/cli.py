@@ -6,6 +6,7 @@ from importlib.metadata import version
 from typing import Annotated
 
 import typer
+from veneer_client.cli.login_flags import CaFlag, CertFlag, KeyFlag, ProfileFlag, keep_login
 from veneer_registry.command_line import Program
 
 from veneer_train.commands import adapter, base, data, lab, train
@@ -41,6 +42,10 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def top(
+    profile: ProfileFlag = None,
+    ca: CaFlag = None,
+    cert: CertFlag = None,
+    key: KeyFlag = None,
     show_version: Annotated[
         bool,
         typer.Option(
@@ -48,7 +53,9 @@ def top(
         ),
     ] = False,
 ) -> None:
-    """Train LoRA adapters in the server's own format."""
+    """Train LoRA adapters in the server's own format. The API key of a server to publish to
+    comes from VENEER_API_KEY, or from the profile that `veneer login` has made."""
+    keep_login(profile=profile, ca=ca, cert=cert, key=key)
 
 
 app.command("import-gguf", epilog=base.IMPORT_EXAMPLES)(base.import_gguf)

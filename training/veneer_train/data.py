@@ -388,7 +388,7 @@ def load_split(config: DataConfig, tokenizer: Any, template: str, seed: int) -> 
             metadata={"file": whole.file, "cause": "too_few"},
         )
     order = list(whole.samples)
-    random.Random(seed).shuffle(order)
+    random.Random(seed).shuffle(order)  # nosec B311 # not for secrets
 
     def part(samples: Sequence[Sample]) -> DataSet:
         return DataSet(tuple(samples), whole.file, whole.sha256, whole.dropped, whole.truncated)

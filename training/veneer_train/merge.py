@@ -109,7 +109,7 @@ def source_base(folder: Path) -> Any:
             f"{folder} is in 4 bits: give the 16-bit folder that it was made from",
             metadata={"field": "base"},
         )
-    model = AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(  # nosec B615 # a local folder
         folder, dtype=torch.float32, local_files_only=True
     )
     return model.requires_grad_(False).eval()

@@ -39,7 +39,7 @@ def training_device() -> torch.device:
 
 def load_tokenizer(folder: Path) -> Any:
     """The base's fast tokenizer (masks need its character offsets)."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)  # nosec B615 # a local folder
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise InvalidField(
             "the base needs a tokenizer.json and an end-of-sequence token",
@@ -137,7 +137,7 @@ def load_base(
             bnb_4bit_use_double_quant=quant.double_quant,
             bnb_4bit_compute_dtype=dtype,
         )
-    model = AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(  # nosec B615 # a local folder
         folder,
         dtype=dtype,
         **options,  # omitted rather than None, which would override a 4-bit folder's

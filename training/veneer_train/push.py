@@ -89,6 +89,7 @@ def check_target(target: Target, base: BaseFingerprint | None) -> tuple[str, ...
     Raises:
         InvalidField: the name or alias is not allowed.
         BaseModelMismatch: it serves another base.
+        Unauthenticated, PermissionDenied: it would not let the adapter in.
         ServerUnreachable: no server answers.
     """
     check_name(target.name)
@@ -96,6 +97,7 @@ def check_target(target: Target, base: BaseFingerprint | None) -> tuple[str, ...
         check_name(target.alias)
     with Client(target.address) as client:
         served = client.info().base_model
+        client.check_push(target.name)
     spec = BaseSpec(served.name, 0, {}, BaseFingerprint(**asdict(served.fingerprint)))
     return check_base(base, spec) if base is not None else ()
 

@@ -176,7 +176,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         InvalidField: it cannot be read, is not YAML, or gives a key twice.
     """
     try:
-        raw = yaml.load(path.read_text("utf-8"), Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
+        raw = yaml.load(path.read_text("utf-8"), Loader=_StrictLoader)  # noqa: S506 # nosec B506 # a SafeLoader
     except OSError as error:
         raise bad_setting(
             "config", f"cannot read {path}: {error.strerror}", cause="unreadable"

@@ -33,6 +33,7 @@ from veneer_client.cli.context import (
     errors_shown,
     find_server,
 )
+from veneer_client.cli.login_flags import CaFlag, CertFlag, KeyFlag, ProfileFlag, keep_login
 from veneer_client.cli.show import as_json, info_rows, print_rows
 from veneer_client.reflection import ReflectionClient
 from veneer_client.server_records import ServingStatus
@@ -79,21 +80,10 @@ def place(
             show_default=False,
         ),
     ] = None,
-    profile: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="A profile that `veneer login` has made."),
-    ] = None,
-    ca: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="Certificates to trust, in PEM; else VENEER_CA."),
-    ] = None,
-    cert: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="A certificate of your own; else VENEER_CERT."),
-    ] = None,
-    key: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Its private key; else VENEER_KEY.")
-    ] = None,
+    profile: ProfileFlag = None,
+    ca: CaFlag = None,
+    cert: CertFlag = None,
+    key: KeyFlag = None,
     tenant: Annotated[
         str | None,
         typer.Option(
@@ -104,13 +94,9 @@ def place(
     version: VersionFlag = False,
 ) -> None:
     """Talk to a Veneer server: generate, and manage adapters."""
-    # Every client of this process reads them; a flag takes precedence over its variable.
-    given = {"PROFILE": profile, "CA": ca, "CERT": cert, "KEY": key, "TENANT": tenant}
-    for name, value in given.items():
-        if value is not None:
-            os.environ[f"VENEER_{name}"] = value
-    # gRPC would print a line for each failed handshake, beside our own error.
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    keep_login(profile=profile, ca=ca, cert=cert, key=key)
+    if tenant is not None:
+        os.environ["VENEER_TENANT"] = tenant
     context.obj = Place(server, debug)
 
 

@@ -235,6 +235,12 @@ def _threads(info: ServerInfo) -> dict[str, str]:
     return {"threads": f"{info.threads} ({info.why_threads})"}
 
 
+def _admin_port(info: ServerInfo) -> dict[str, str]:
+    if not info.admin_port:
+        return {}
+    return {"admin port": "yes: pushes, and all else that changes something, go there"}
+
+
 def _defaults(info: ServerInfo) -> dict[str, str]:
     if (given := info.defaults) is None:
         return {}
@@ -261,6 +267,7 @@ def info_rows(info: ServerInfo) -> dict[str, str]:
         "device": f"{info.device}, backend {info.backend}"
         + (f" ({info.why_not_native})" if info.why_not_native else ""),
         **_threads(info),
+        **_admin_port(info),
         "context": f"{info.context_length:,} tokens",
         **_defaults(info),
         "adapters": f"{info.adapters_registered} registered, "

@@ -6,7 +6,7 @@ import io
 import math
 import re
 import warnings
-import xml.etree.ElementTree as ElementTree
+import xml.etree.ElementTree as ElementTree  # nosec B405 # of matplotlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -168,7 +168,7 @@ def svg_of(figure: Any, key: str, title: str) -> str:
     figure.patch.set_alpha(0)
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(out, format="svg", metadata=nothing)
-    svg = ElementTree.fromstring(_NOT_XML.sub("\ufffd", out.getvalue()))
+    svg = ElementTree.fromstring(_NOT_XML.sub("\ufffd", out.getvalue()))  # nosec B314 # of matplotlib
     for part in svg.findall(f".//{_SVG}defs/{_SVG}style/.."):
         part.clear()  # of all plots alike; the page has its own
     for part in svg.findall(f"{_SVG}metadata"):

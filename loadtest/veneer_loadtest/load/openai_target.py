@@ -11,6 +11,7 @@ import aiohttp
 import msgspec
 
 from veneer_loadtest.errors import HttpFailed, TargetFailed
+from veneer_loadtest.https import https_context
 from veneer_loadtest.load.plan import Planned, prompt_ids, prompt_text
 from veneer_loadtest.load.spec import LoadSpec
 from veneer_loadtest.load.targets import OpenAiSpec, Stream, Target
@@ -149,7 +150,7 @@ async def list_models(url: str) -> tuple[str, ...] | None:
     """The models that ``GET /v1/models`` lists; None if the endpoint has no such list.
 
     Raises:
-        TargetFailed: no server answers.
+        TargetFailed: no server answers, or it refuses the API key.
     """
     async with _session() as session:
         return await _models(session, url)
@@ -159,6 +160,12 @@ async def _models(session: aiohttp.ClientSession, url: str) -> tuple[str, ...] |
     limit = aiohttp.ClientTimeout(total=_LIST_TIMEOUT_S)
     with _failures(url):
         async with session.get(f"{url.rstrip('/')}/v1/models", timeout=limit) as answer:
+            if answer.status in (401, 403):
+                raise TargetFailed(
+                    f"{url} refuses the API key, or wants one: set {API_KEY} "
+                    f"[{_refusal(answer.status, await answer.read())}]",
+                    metadata={"address": url, "cause": "api_key"},
+                )
             if answer.status != 200:
                 return None
             listed: dict[str, Any] = msgspec.json.decode(await answer.read())
@@ -172,7 +179,7 @@ def _session() -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
         headers=headers,
         # As many connections as requests: a queue in the client would hide the server's.
-        connector=aiohttp.TCPConnector(limit=0),
+        connector=aiohttp.TCPConnector(limit=0, ssl=https_context()),
         timeout=aiohttp.ClientTimeout(),  # the worker has its own timeout
         read_bufsize=_LONGEST_LINE,
     )
@@ -182,6 +189,12 @@ def _session() -> aiohttp.ClientSession:
 def _failures(url: str) -> Iterator[None]:
     try:
         yield
+    except aiohttp.ClientConnectorCertificateError as error:
+        raise TargetFailed(
+            f"the certificate of {url} is not trusted: give its authority's certificate "
+            f"(--ca FILE, VENEER_CA) [{error.certificate_error}]",
+            metadata={"address": url, "cause": "certificate"},
+        ) from error
     except (
         aiohttp.ClientConnectorError,
         aiohttp.ServerDisconnectedError,

@@ -120,7 +120,7 @@ async def opened(
     flags = ["--base", str(folder), "--threads", str(threads), *target.flags]
     with LocalServer(flags) as server:
         async with _veneer(
-            target, adapters, traced, server.address, server.metrics_address,
+            target, adapters, traced, server.url, server.metrics_address,
             report.without_folders(server.command), tell,
         ) as it:  # fmt: skip
             yield it

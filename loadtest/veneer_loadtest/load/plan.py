@@ -147,7 +147,7 @@ def _length_draws(
 def _leave_draws(
     spec: LoadSpec,
 ) -> Callable[[np.random.Generator], npt.NDArray[np.generic]]:
-    return lambda random: random.random((_BLOCK, 2))
+    return lambda random: random.random((_BLOCK, 2))  # nosec B311 # not for secrets
 
 
 def _which(popularity: Popularity, adapters: int, seed: int) -> Iterator[int]:
@@ -171,7 +171,7 @@ def _which(popularity: Popularity, adapters: int, seed: int) -> Iterator[int]:
             weights = 1.0 / np.arange(1, adapters + 1) ** parameter
             shares = weights / weights.sum()
             while True:
-                yield from (int(p) for p in random.choice(adapters, _BLOCK, p=shares))
+                yield from (int(p) for p in random.choice(adapters, _BLOCK, p=shares))  # nosec B311 # not for secrets
         case "powerlaw":
             while True:
                 drawn = random.power(parameter, _BLOCK) * adapters

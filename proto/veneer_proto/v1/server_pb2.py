@@ -26,55 +26,55 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cveneer_proto/v1/server.proto\x12\tveneer.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x16\n\x14GetServerInfoRequest\"\xeb\x03\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12(\n\nbase_model\x18\x02 \x01(\x0b\x32\x14.veneer.v1.BaseModel\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\x12#\n\x07\x62udgets\x18\x05 \x01(\x0b\x32\x12.veneer.v1.Budgets\x12\x16\n\x0e\x63ontext_length\x18\x06 \x01(\r\x12)\n\x06uptime\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1b\n\x13\x61\x64\x61pters_registered\x18\x08 \x01(\r\x12\x1a\n\x12\x61\x64\x61pters_on_device\x18\t \x01(\r\x12\x15\n\rengine_starts\x18\n \x01(\r\x12!\n\x06memory\x18\x0b \x01(\x0b\x32\x11.veneer.v1.Memory\x12\x16\n\x0ewhy_not_native\x18\x0c \x01(\t\x12/\n\x0clongest_step\x18\r \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\x08\x64\x65\x66\x61ults\x18\x0e \x01(\x0b\x32\x1a.veneer.v1.RequestDefaults\x12\x0f\n\x07threads\x18\x0f \x01(\r\x12\x13\n\x0bwhy_threads\x18\x10 \x01(\t\"\x83\x01\n\x0fRequestDefaults\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x05 \x01(\x01\x12\x12\n\nmax_tokens\x18\x06 \x01(\r\"c\n\x06Memory\x12$\n\x05pools\x18\x01 \x03(\x0b\x32\x15.veneer.v1.MemoryPool\x12\x18\n\x10\x66ront_peak_bytes\x18\x02 \x01(\x04\x12\x19\n\x11\x65ngine_peak_bytes\x18\x03 \x01(\x04\"h\n\nMemoryPool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\"\n\x04uses\x18\x02 \x03(\x0b\x32\x14.veneer.v1.MemoryUse\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12\x13\n\x0blimit_bytes\x18\x04 \x01(\x04\"(\n\tMemoryUse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\"\xcd\x01\n\tBaseModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x14\n\x0cquantization\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x12\n\nparameters\x18\x05 \x01(\x04\x12\r\n\x05\x62ytes\x18\x06 \x01(\x04\x12/\n\x0b\x66ingerprint\x18\x07 \x01(\x0b\x32\x1a.veneer.v1.BaseFingerprint\x12#\n\x05shape\x18\x08 \x01(\x0b\x32\x14.veneer.v1.BaseShape\"`\n\tBaseShape\x12\x0e\n\x06layers\x18\x01 \x01(\r\x12\x12\n\nvocabulary\x18\x02 \x01(\r\x12/\n\x0bprojections\x18\x03 \x03(\x0b\x32\x1a.veneer.v1.ProjectionShape\"J\n\x0fProjectionShape\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bin_features\x18\x02 \x01(\r\x12\x14\n\x0cout_features\x18\x03 \x01(\r\"]\n\x0f\x42\x61seFingerprint\x12\x0f\n\x07weights\x18\x01 \x01(\t\x12\x11\n\ttokenizer\x18\x02 \x01(\t\x12\x14\n\x0cquantization\x18\x03 \x01(\t\x12\x10\n\x08template\x18\x04 \x01(\t\"\xd2\x01\n\x07\x42udgets\x12\x1a\n\x12host_adapter_bytes\x18\x01 \x01(\x04\x12\x1c\n\x14\x64\x65vice_adapter_bytes\x18\x02 \x01(\x04\x12\x16\n\x0ekv_cache_bytes\x18\x03 \x01(\x04\x12\x17\n\x0fkv_cache_tokens\x18\x04 \x01(\x04\x12\x18\n\x10max_batch_tokens\x18\x05 \x01(\r\x12\x13\n\x0bmax_running\x18\x06 \x01(\r\x12\x11\n\tmax_queue\x18\x07 \x01(\r\x12\x1a\n\x12max_prefill_tokens\x18\x08 \x01(\r\"\x99\x01\n\x13PlanCapacityRequest\x12(\n\x05shape\x18\x01 \x01(\x0b\x32\x17.veneer.v1.AdapterShapeH\x00\x12\x0e\n\x04like\x18\x02 \x01(\tH\x00\x12\x10\n\x08\x61\x64\x61pters\x18\x03 \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\x04 \x01(\r\x12\x13\n\x0b\x63oncurrency\x18\x05 \x01(\rB\t\n\x07\x61\x64\x61pter\"-\n\x0c\x41\x64\x61pterShape\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0f\n\x07modules\x18\x02 \x03(\t\"\xac\x01\n\x14PlanCapacityResponse\x12,\n\x08\x61\x64\x61pters\x18\x01 \x01(\x0b\x32\x1a.veneer.v1.AdapterCapacity\x12.\n\tsequences\x18\x02 \x01(\x0b\x32\x1b.veneer.v1.SequenceCapacity\x12\x0c\n\x04\x66its\x18\x03 \x01(\x08\x12(\n\nshortfalls\x18\x04 \x03(\x0b\x32\x14.veneer.v1.Shortfall\"X\n\x0f\x41\x64\x61pterCapacity\x12\x12\n\nparameters\x18\x01 \x01(\x04\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x11\n\ton_device\x18\x03 \x01(\r\x12\x0f\n\x07on_host\x18\x04 \x01(\r\"p\n\x10SequenceCapacity\x12\x16\n\x0e\x63ontext_length\x18\x01 \x01(\r\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x0f\n\x07running\x18\x03 \x01(\r\x12$\n\nlimited_by\x18\x04 \x01(\x0e\x32\x10.veneer.v1.Limit\"n\n\tShortfall\x12\x1f\n\x05limit\x18\x01 \x01(\x0e\x32\x10.veneer.v1.Limit\x12\x0c\n\x04\x66lag\x18\x02 \x01(\t\x12\x0e\n\x06needed\x18\x03 \x01(\x04\x12\x11\n\tavailable\x18\x04 \x01(\x04\x12\x0f\n\x07message\x18\x05 \x01(\t\"u\n\x0fGetUsageRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12)\n\x05start\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x8f\x01\n\x10GetUsageResponse\x12\'\n\x07tenants\x18\x01 \x03(\x0b\x32\x16.veneer.v1.TenantUsage\x12)\n\x05start\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x9a\x01\n\x0bTenantUsage\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x10\n\x08requests\x18\x02 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x04\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x04 \x01(\x04\x12\x18\n\x10generated_tokens\x18\x05 \x01(\x04\x12\x1a\n\x12\x61\x64\x61pter_byte_hours\x18\x06 \x01(\x01*}\n\x05Limit\x12\x15\n\x11LIMIT_UNSPECIFIED\x10\x00\x12\x19\n\x15LIMIT_DEVICE_ADAPTERS\x10\x01\x12\x17\n\x13LIMIT_HOST_ADAPTERS\x10\x02\x12\x12\n\x0eLIMIT_KV_CACHE\x10\x03\x12\x15\n\x11LIMIT_MAX_RUNNING\x10\x04\x32\xf9\x01\n\rServerService\x12R\n\rGetServerInfo\x12\x1f.veneer.v1.GetServerInfoRequest\x1a .veneer.v1.GetServerInfoResponse\x12O\n\x0cPlanCapacity\x12\x1e.veneer.v1.PlanCapacityRequest\x1a\x1f.veneer.v1.PlanCapacityResponse\x12\x43\n\x08GetUsage\x12\x1a.veneer.v1.GetUsageRequest\x1a\x1b.veneer.v1.GetUsageResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cveneer_proto/v1/server.proto\x12\tveneer.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x16\n\x14GetServerInfoRequest\"\xff\x03\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12(\n\nbase_model\x18\x02 \x01(\x0b\x32\x14.veneer.v1.BaseModel\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\x12#\n\x07\x62udgets\x18\x05 \x01(\x0b\x32\x12.veneer.v1.Budgets\x12\x16\n\x0e\x63ontext_length\x18\x06 \x01(\r\x12)\n\x06uptime\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1b\n\x13\x61\x64\x61pters_registered\x18\x08 \x01(\r\x12\x1a\n\x12\x61\x64\x61pters_on_device\x18\t \x01(\r\x12\x15\n\rengine_starts\x18\n \x01(\r\x12!\n\x06memory\x18\x0b \x01(\x0b\x32\x11.veneer.v1.Memory\x12\x16\n\x0ewhy_not_native\x18\x0c \x01(\t\x12/\n\x0clongest_step\x18\r \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\x08\x64\x65\x66\x61ults\x18\x0e \x01(\x0b\x32\x1a.veneer.v1.RequestDefaults\x12\x0f\n\x07threads\x18\x0f \x01(\r\x12\x13\n\x0bwhy_threads\x18\x10 \x01(\t\x12\x12\n\nadmin_port\x18\x11 \x01(\x08\"\x83\x01\n\x0fRequestDefaults\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x05 \x01(\x01\x12\x12\n\nmax_tokens\x18\x06 \x01(\r\"c\n\x06Memory\x12$\n\x05pools\x18\x01 \x03(\x0b\x32\x15.veneer.v1.MemoryPool\x12\x18\n\x10\x66ront_peak_bytes\x18\x02 \x01(\x04\x12\x19\n\x11\x65ngine_peak_bytes\x18\x03 \x01(\x04\"h\n\nMemoryPool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\"\n\x04uses\x18\x02 \x03(\x0b\x32\x14.veneer.v1.MemoryUse\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12\x13\n\x0blimit_bytes\x18\x04 \x01(\x04\"(\n\tMemoryUse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\"\xcd\x01\n\tBaseModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x14\n\x0cquantization\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x12\n\nparameters\x18\x05 \x01(\x04\x12\r\n\x05\x62ytes\x18\x06 \x01(\x04\x12/\n\x0b\x66ingerprint\x18\x07 \x01(\x0b\x32\x1a.veneer.v1.BaseFingerprint\x12#\n\x05shape\x18\x08 \x01(\x0b\x32\x14.veneer.v1.BaseShape\"`\n\tBaseShape\x12\x0e\n\x06layers\x18\x01 \x01(\r\x12\x12\n\nvocabulary\x18\x02 \x01(\r\x12/\n\x0bprojections\x18\x03 \x03(\x0b\x32\x1a.veneer.v1.ProjectionShape\"J\n\x0fProjectionShape\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bin_features\x18\x02 \x01(\r\x12\x14\n\x0cout_features\x18\x03 \x01(\r\"]\n\x0f\x42\x61seFingerprint\x12\x0f\n\x07weights\x18\x01 \x01(\t\x12\x11\n\ttokenizer\x18\x02 \x01(\t\x12\x14\n\x0cquantization\x18\x03 \x01(\t\x12\x10\n\x08template\x18\x04 \x01(\t\"\xd2\x01\n\x07\x42udgets\x12\x1a\n\x12host_adapter_bytes\x18\x01 \x01(\x04\x12\x1c\n\x14\x64\x65vice_adapter_bytes\x18\x02 \x01(\x04\x12\x16\n\x0ekv_cache_bytes\x18\x03 \x01(\x04\x12\x17\n\x0fkv_cache_tokens\x18\x04 \x01(\x04\x12\x18\n\x10max_batch_tokens\x18\x05 \x01(\r\x12\x13\n\x0bmax_running\x18\x06 \x01(\r\x12\x11\n\tmax_queue\x18\x07 \x01(\r\x12\x1a\n\x12max_prefill_tokens\x18\x08 \x01(\r\"\x99\x01\n\x13PlanCapacityRequest\x12(\n\x05shape\x18\x01 \x01(\x0b\x32\x17.veneer.v1.AdapterShapeH\x00\x12\x0e\n\x04like\x18\x02 \x01(\tH\x00\x12\x10\n\x08\x61\x64\x61pters\x18\x03 \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\x04 \x01(\r\x12\x13\n\x0b\x63oncurrency\x18\x05 \x01(\rB\t\n\x07\x61\x64\x61pter\"-\n\x0c\x41\x64\x61pterShape\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0f\n\x07modules\x18\x02 \x03(\t\"\xac\x01\n\x14PlanCapacityResponse\x12,\n\x08\x61\x64\x61pters\x18\x01 \x01(\x0b\x32\x1a.veneer.v1.AdapterCapacity\x12.\n\tsequences\x18\x02 \x01(\x0b\x32\x1b.veneer.v1.SequenceCapacity\x12\x0c\n\x04\x66its\x18\x03 \x01(\x08\x12(\n\nshortfalls\x18\x04 \x03(\x0b\x32\x14.veneer.v1.Shortfall\"X\n\x0f\x41\x64\x61pterCapacity\x12\x12\n\nparameters\x18\x01 \x01(\x04\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x11\n\ton_device\x18\x03 \x01(\r\x12\x0f\n\x07on_host\x18\x04 \x01(\r\"p\n\x10SequenceCapacity\x12\x16\n\x0e\x63ontext_length\x18\x01 \x01(\r\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x0f\n\x07running\x18\x03 \x01(\r\x12$\n\nlimited_by\x18\x04 \x01(\x0e\x32\x10.veneer.v1.Limit\"n\n\tShortfall\x12\x1f\n\x05limit\x18\x01 \x01(\x0e\x32\x10.veneer.v1.Limit\x12\x0c\n\x04\x66lag\x18\x02 \x01(\t\x12\x0e\n\x06needed\x18\x03 \x01(\x04\x12\x11\n\tavailable\x18\x04 \x01(\x04\x12\x0f\n\x07message\x18\x05 \x01(\t\"u\n\x0fGetUsageRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12)\n\x05start\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x8f\x01\n\x10GetUsageResponse\x12\'\n\x07tenants\x18\x01 \x03(\x0b\x32\x16.veneer.v1.TenantUsage\x12)\n\x05start\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x9a\x01\n\x0bTenantUsage\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x10\n\x08requests\x18\x02 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x04\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x04 \x01(\x04\x12\x18\n\x10generated_tokens\x18\x05 \x01(\x04\x12\x1a\n\x12\x61\x64\x61pter_byte_hours\x18\x06 \x01(\x01*}\n\x05Limit\x12\x15\n\x11LIMIT_UNSPECIFIED\x10\x00\x12\x19\n\x15LIMIT_DEVICE_ADAPTERS\x10\x01\x12\x17\n\x13LIMIT_HOST_ADAPTERS\x10\x02\x12\x12\n\x0eLIMIT_KV_CACHE\x10\x03\x12\x15\n\x11LIMIT_MAX_RUNNING\x10\x04\x32\xf9\x01\n\rServerService\x12R\n\rGetServerInfo\x12\x1f.veneer.v1.GetServerInfoRequest\x1a .veneer.v1.GetServerInfoResponse\x12O\n\x0cPlanCapacity\x12\x1e.veneer.v1.PlanCapacityRequest\x1a\x1f.veneer.v1.PlanCapacityResponse\x12\x43\n\x08GetUsage\x12\x1a.veneer.v1.GetUsageRequest\x1a\x1b.veneer.v1.GetUsageResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'veneer_proto.v1.server_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LIMIT']._serialized_start=2815
-  _globals['_LIMIT']._serialized_end=2940
+  _globals['_LIMIT']._serialized_start=2835
+  _globals['_LIMIT']._serialized_end=2960
   _globals['_GETSERVERINFOREQUEST']._serialized_start=108
   _globals['_GETSERVERINFOREQUEST']._serialized_end=130
   _globals['_GETSERVERINFORESPONSE']._serialized_start=133
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=624
-  _globals['_REQUESTDEFAULTS']._serialized_start=627
-  _globals['_REQUESTDEFAULTS']._serialized_end=758
-  _globals['_MEMORY']._serialized_start=760
-  _globals['_MEMORY']._serialized_end=859
-  _globals['_MEMORYPOOL']._serialized_start=861
-  _globals['_MEMORYPOOL']._serialized_end=965
-  _globals['_MEMORYUSE']._serialized_start=967
-  _globals['_MEMORYUSE']._serialized_end=1007
-  _globals['_BASEMODEL']._serialized_start=1010
-  _globals['_BASEMODEL']._serialized_end=1215
-  _globals['_BASESHAPE']._serialized_start=1217
-  _globals['_BASESHAPE']._serialized_end=1313
-  _globals['_PROJECTIONSHAPE']._serialized_start=1315
-  _globals['_PROJECTIONSHAPE']._serialized_end=1389
-  _globals['_BASEFINGERPRINT']._serialized_start=1391
-  _globals['_BASEFINGERPRINT']._serialized_end=1484
-  _globals['_BUDGETS']._serialized_start=1487
-  _globals['_BUDGETS']._serialized_end=1697
-  _globals['_PLANCAPACITYREQUEST']._serialized_start=1700
-  _globals['_PLANCAPACITYREQUEST']._serialized_end=1853
-  _globals['_ADAPTERSHAPE']._serialized_start=1855
-  _globals['_ADAPTERSHAPE']._serialized_end=1900
-  _globals['_PLANCAPACITYRESPONSE']._serialized_start=1903
-  _globals['_PLANCAPACITYRESPONSE']._serialized_end=2075
-  _globals['_ADAPTERCAPACITY']._serialized_start=2077
-  _globals['_ADAPTERCAPACITY']._serialized_end=2165
-  _globals['_SEQUENCECAPACITY']._serialized_start=2167
-  _globals['_SEQUENCECAPACITY']._serialized_end=2279
-  _globals['_SHORTFALL']._serialized_start=2281
-  _globals['_SHORTFALL']._serialized_end=2391
-  _globals['_GETUSAGEREQUEST']._serialized_start=2393
-  _globals['_GETUSAGEREQUEST']._serialized_end=2510
-  _globals['_GETUSAGERESPONSE']._serialized_start=2513
-  _globals['_GETUSAGERESPONSE']._serialized_end=2656
-  _globals['_TENANTUSAGE']._serialized_start=2659
-  _globals['_TENANTUSAGE']._serialized_end=2813
-  _globals['_SERVERSERVICE']._serialized_start=2943
-  _globals['_SERVERSERVICE']._serialized_end=3192
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=644
+  _globals['_REQUESTDEFAULTS']._serialized_start=647
+  _globals['_REQUESTDEFAULTS']._serialized_end=778
+  _globals['_MEMORY']._serialized_start=780
+  _globals['_MEMORY']._serialized_end=879
+  _globals['_MEMORYPOOL']._serialized_start=881
+  _globals['_MEMORYPOOL']._serialized_end=985
+  _globals['_MEMORYUSE']._serialized_start=987
+  _globals['_MEMORYUSE']._serialized_end=1027
+  _globals['_BASEMODEL']._serialized_start=1030
+  _globals['_BASEMODEL']._serialized_end=1235
+  _globals['_BASESHAPE']._serialized_start=1237
+  _globals['_BASESHAPE']._serialized_end=1333
+  _globals['_PROJECTIONSHAPE']._serialized_start=1335
+  _globals['_PROJECTIONSHAPE']._serialized_end=1409
+  _globals['_BASEFINGERPRINT']._serialized_start=1411
+  _globals['_BASEFINGERPRINT']._serialized_end=1504
+  _globals['_BUDGETS']._serialized_start=1507
+  _globals['_BUDGETS']._serialized_end=1717
+  _globals['_PLANCAPACITYREQUEST']._serialized_start=1720
+  _globals['_PLANCAPACITYREQUEST']._serialized_end=1873
+  _globals['_ADAPTERSHAPE']._serialized_start=1875
+  _globals['_ADAPTERSHAPE']._serialized_end=1920
+  _globals['_PLANCAPACITYRESPONSE']._serialized_start=1923
+  _globals['_PLANCAPACITYRESPONSE']._serialized_end=2095
+  _globals['_ADAPTERCAPACITY']._serialized_start=2097
+  _globals['_ADAPTERCAPACITY']._serialized_end=2185
+  _globals['_SEQUENCECAPACITY']._serialized_start=2187
+  _globals['_SEQUENCECAPACITY']._serialized_end=2299
+  _globals['_SHORTFALL']._serialized_start=2301
+  _globals['_SHORTFALL']._serialized_end=2411
+  _globals['_GETUSAGEREQUEST']._serialized_start=2413
+  _globals['_GETUSAGEREQUEST']._serialized_end=2530
+  _globals['_GETUSAGERESPONSE']._serialized_start=2533
+  _globals['_GETUSAGERESPONSE']._serialized_end=2676
+  _globals['_TENANTUSAGE']._serialized_start=2679
+  _globals['_TENANTUSAGE']._serialized_end=2833
+  _globals['_SERVERSERVICE']._serialized_start=2963
+  _globals['_SERVERSERVICE']._serialized_end=3212
 # @@protoc_insertion_point(module_scope)

@@ -29,7 +29,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "base_model", "device", "backend", "budgets", "context_length", "uptime", "adapters_registered", "adapters_on_device", "engine_starts", "memory", "why_not_native", "longest_step", "defaults", "threads", "why_threads")
+    __slots__ = ("version", "base_model", "device", "backend", "budgets", "context_length", "uptime", "adapters_registered", "adapters_on_device", "engine_starts", "memory", "why_not_native", "longest_step", "defaults", "threads", "why_threads", "admin_port")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -46,6 +46,7 @@ class GetServerInfoResponse(_message.Message):
     DEFAULTS_FIELD_NUMBER: _ClassVar[int]
     THREADS_FIELD_NUMBER: _ClassVar[int]
     WHY_THREADS_FIELD_NUMBER: _ClassVar[int]
+    ADMIN_PORT_FIELD_NUMBER: _ClassVar[int]
     version: str
     base_model: BaseModel
     device: str
@@ -62,7 +63,8 @@ class GetServerInfoResponse(_message.Message):
     defaults: RequestDefaults
     threads: int
     why_threads: str
-    def __init__(self, version: _Optional[str] = ..., base_model: _Optional[_Union[BaseModel, _Mapping]] = ..., device: _Optional[str] = ..., backend: _Optional[str] = ..., budgets: _Optional[_Union[Budgets, _Mapping]] = ..., context_length: _Optional[int] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., adapters_registered: _Optional[int] = ..., adapters_on_device: _Optional[int] = ..., engine_starts: _Optional[int] = ..., memory: _Optional[_Union[Memory, _Mapping]] = ..., why_not_native: _Optional[str] = ..., longest_step: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., defaults: _Optional[_Union[RequestDefaults, _Mapping]] = ..., threads: _Optional[int] = ..., why_threads: _Optional[str] = ...) -> None: ...
+    admin_port: bool
+    def __init__(self, version: _Optional[str] = ..., base_model: _Optional[_Union[BaseModel, _Mapping]] = ..., device: _Optional[str] = ..., backend: _Optional[str] = ..., budgets: _Optional[_Union[Budgets, _Mapping]] = ..., context_length: _Optional[int] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., adapters_registered: _Optional[int] = ..., adapters_on_device: _Optional[int] = ..., engine_starts: _Optional[int] = ..., memory: _Optional[_Union[Memory, _Mapping]] = ..., why_not_native: _Optional[str] = ..., longest_step: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., defaults: _Optional[_Union[RequestDefaults, _Mapping]] = ..., threads: _Optional[int] = ..., why_threads: _Optional[str] = ..., admin_port: _Optional[bool] = ...) -> None: ...
 
 class RequestDefaults(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from queue import Full, Queue
@@ -45,10 +46,22 @@ class Audit:
     """
 
     def __init__(
-        self, path: Path | None, *, most_bytes: int = MOST_BYTES, kept: int = KEPT
+        self,
+        path: Path | None,
+        *,
+        most_bytes: int = MOST_BYTES,
+        kept: int = KEPT,
+        on_written: Callable[[], None] = lambda: None,
+        on_lost: Callable[[], None] = lambda: None,
     ) -> None:
-        """Raises InvalidField if the file cannot be opened."""
+        """Args:
+        on_written, on_lost: called for each line, from any thread.
+
+        Raises:
+            InvalidField: the file cannot be opened.
+        """
         self.lost = 0
+        self._on_written, self._on_lost = on_written, on_lost
         self._writer: Thread | None = None
         if path is None:
             return
@@ -117,10 +130,13 @@ class Audit:
                 file.write(line.encode())
             except OSError as error:
                 self._lose(error.strerror or str(error))
+            else:
+                self._on_written()
         file.close()
 
     def _lose(self, why: str) -> None:
         self.lost += 1
+        self._on_lost()
         if self.lost.bit_count() == 1:  # the 1st, 2nd, 4th, 8th ...
             _log.warning("audit lines are lost", why=why, lost=self.lost)
 

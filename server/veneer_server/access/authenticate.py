@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Final, Protocol
@@ -84,16 +84,19 @@ class Access:
         """Whether callers must say who they are."""
         return self._identities is not None or self._tokens is not None
 
-    async def admit(self, method: str, credentials: Credentials) -> Principal:
+    async def admit(
+        self, method: str, credentials: Credentials, elsewhere: Set[str] = frozenset()
+    ) -> Principal:
         """Who calls; also in `PRINCIPAL` from now on, whether the call is let in or not.
 
         Args:
             method: as in `methods.METHODS`.
+            elsewhere: methods that only another port answers.
 
         Raises:
             Unauthenticated: no credential, or one that is not valid.
-            PermissionDenied: none of the caller's roles takes the method, or it may not act in
-                the tenant that it names.
+            PermissionDenied: none of the caller's roles takes the method, it may not act in
+                the tenant that it names, or the method is on another port.
         """
         _is(ANYONE)
         roles = roles_for(method)
@@ -111,6 +114,12 @@ class Access:
         if credentials.tenant and credentials.tenant != principal.tenant:
             principal = _visiting(principal, credentials.tenant)
             _is(principal)
+        if method in elsewhere:
+            raise PermissionDenied(
+                f"{method.rpartition('/')[2]} is answered on this server's admin port only: "
+                "ask its operator for the address",
+                metadata={"method": method, "cause": "admin_port"},
+            )
         return principal
 
     async def _principal(self, credentials: Credentials) -> Principal:

@@ -110,6 +110,9 @@ def _read(path: Path) -> tuple[Identities, _Stamp | None]:
                 why = f"anybody may write to it; run: chmod o-w {path}"
                 raise _unusable(path, why, "writable")
             data = file.read(MAX_FILE + 1)
+    except FileNotFoundError as error:
+        made = "`veneer-server key new` makes it with its first key"
+        raise _unusable(path, f"it is not there; {made}", "missing") from error
     except OSError as error:
         raise _unusable(path, str(error.strerror or error)) from error
     if len(data) > MAX_FILE:

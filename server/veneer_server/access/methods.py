@@ -11,7 +11,7 @@ from typing import Final
 
 from veneer_server.access.principal import ROLES, Role
 
-__all__ = ["AUDITED", "METHODS", "OPEN", "SCRAPE", "roles_for"]
+__all__ = ["ADMIN", "AUDITED", "METHODS", "OPEN", "SCRAPE", "roles_for"]
 
 OPEN: Final[frozenset[Role]] = frozenset()
 """Anybody may call it, also without a credential."""
@@ -87,6 +87,11 @@ AUDITED: Final = frozenset(
     if roles in (_PUBLISHERS, _ADMINS, _OPERATORS) and not name.endswith("/GetUsage")
 )
 """Methods that change something: each call is in the audit log."""
+
+ADMIN: Final = frozenset(
+    name for name, roles in METHODS.items() if roles in (_PUBLISHERS, _ADMINS, _OPERATORS)
+)
+"""What only the port of ``--admin-listen`` answers, if there is one."""
 
 
 def roles_for(method: str) -> frozenset[Role] | None:

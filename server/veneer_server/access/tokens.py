@@ -176,14 +176,34 @@ class Tokens:
 
 def _download(keys: str, issuer: str) -> dict[str | None, jwt.PyJWK]:
     if not keys:
-        keys = json.loads(_get(issuer.rstrip("/") + _DISCOVERY)).get("jwks_uri", "")
+        told = json.loads(_get(issuer.rstrip("/") + _DISCOVERY))
+        named = told.get("issuer") if isinstance(told, dict) else None
+        if named != issuer:
+            raise ValueError(f"it calls itself {named!r}, not {issuer}")
+        keys = str(told.get("jwks_uri", ""))
         _check_url(keys)
     return _parse(_get(keys), keys)
 
 
+class _NoUnsafeRedirect(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to addresses that could be configured, too."""
+
+    def redirect_request(
+        self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
+        try:
+            _check_url(newurl)
+        except InvalidField:
+            fp.close()
+            raise
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
 def _get(url: str) -> bytes:
     try:
-        with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as answer:
+        # With the certificates that OpenSSL trusts: SSL_CERT_FILE can name others.
+        opener = urllib.request.build_opener(_NoUnsafeRedirect)
+        with opener.open(url, timeout=_TIMEOUT_S) as answer:
             data: bytes = answer.read(_MOST_BYTES + 1)
     except urllib.error.HTTPError as error:
         error.close()

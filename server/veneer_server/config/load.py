@@ -14,7 +14,7 @@ from veneer_server.config.setting import PREFIX, ConfigInvalid, Option
 
 __all__ = ["load_config"]
 
-_OTHERS: Final = frozenset({"SERVER", "ACTOR"})
+_OTHERS: Final = frozenset({"SERVER", "ACTOR", "API_KEY", "CA", "CERT", "KEY", "PROFILE"})
 """Variables that the clients read."""
 _KUBERNETES: Final = re.compile(r"SERVICE_(HOST|PORT)|^(\w+_)?PORT(_\d+_(TCP|UDP)\w*)?$")
 _BY_NAME: Final = {option.name: option for option in OPTIONS}
@@ -130,6 +130,7 @@ def _check(config: ServerConfig) -> None:
         ("listen", config.listen),
         ("metrics_listen", config.metrics_listen),
         ("openai_listen", config.openai_listen),
+        ("admin_listen", config.admin_listen),
     ):
         lacks = _lacks(config)
         if address is not None and not address.loopback and lacks and not config.insecure:

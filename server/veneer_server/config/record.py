@@ -35,6 +35,10 @@ class ServerConfig:
     openai_listen: kinds.Address | None = setting(
         "", kinds.optional(kinds.ADDRESS),
         "Address for the OpenAI-compatible HTTP gateway; empty leaves it off.")
+    admin_listen: kinds.Address | None = setting(
+        "", kinds.optional(kinds.ADDRESS),
+        "Address of a second gRPC port: if given, methods that change something are answered "
+        "there only; empty leaves it off.")
     allowed_hosts: tuple[str, ...] = setting(
         "", kinds.HOSTS,
         "Host names that the HTTP gateway and the metrics port accept, besides localhost and "

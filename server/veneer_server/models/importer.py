@@ -36,7 +36,7 @@ def convert(file: Path, out: Path) -> None:
     a turn would teach a model never to stop.
     """
     facts = _facts(file)
-    model = AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(  # nosec B615 # a local folder
         str(file.parent),
         gguf_file=file.name,
         local_files_only=True,
@@ -45,7 +45,7 @@ def convert(file: Path, out: Path) -> None:
     )
     # Explicit, because it is written to tokenizer_config.json, which must not depend on
     # HF_HUB_OFFLINE.
-    tokenizer = AutoTokenizer.from_pretrained(
+    tokenizer = AutoTokenizer.from_pretrained(  # nosec B615 # a local folder
         str(file.parent), gguf_file=file.name, local_files_only=True
     )
     if facts.get("tokenizer.ggml.pre") == _SMOLLM:

@@ -142,7 +142,7 @@ def load_weights(
 
             logging.disable_progress_bar()
             with _counted(reading):
-                return AutoModelForCausalLM.from_pretrained(
+                return AutoModelForCausalLM.from_pretrained(  # nosec B615 # a local folder
                     folder, dtype=dtype, local_files_only=True, **more
                 )
 

@@ -15,7 +15,12 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import Counter, Histogram
 from starlette.routing import Route
 from veneer_registry.adapter import SHORT_REVISION
-from veneer_registry.errors import PermissionDenied, Unauthenticated, VeneerError
+from veneer_registry.errors import (
+    PermissionDenied,
+    Unauthenticated,
+    Unavailable,
+    VeneerError,
+)
 from veneer_registry.records import AdapterRecord
 
 from veneer_server import __version__
@@ -286,7 +291,7 @@ class Edge:
             self._check_host(headers.get(b"host"))
             await self._admit(scope, headers)
             await self._app(scope, receive, tagged)
-        except (HttpError, Unauthenticated, PermissionDenied) as error:
+        except (HttpError, Unauthenticated, PermissionDenied, Unavailable) as error:
             reason = error.code if isinstance(error, HttpError) else error.reason
             if isinstance(error, VeneerError):
                 self._failures.labels(reason).inc()
@@ -294,7 +299,8 @@ class Edge:
                     f"{scope['method']} {_listed(scope['path'])}"[:200], CALLER.get(), error
                 )
             _log.info("call refused", method="http", reason=reason)
-            await self._pace.wait(CALLER.get())
+            if not isinstance(error, Unavailable):  # that is not the caller's fault
+                await self._pace.wait(CALLER.get())
             failure = http_failure(error)
             answer = JSONResponse(failure.body, failure.status, dict(failure.headers))
             await answer(scope, receive, tagged)

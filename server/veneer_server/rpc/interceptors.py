@@ -9,7 +9,7 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import Any, Final
@@ -93,6 +93,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         access: Access | None = None,
         audit: Audit | None = None,
         quotas: Quotas | None = None,
+        elsewhere: Set[str] = frozenset(),
     ) -> None:
         """Args:
         receiving: decides which requests are read; None for the default bounds.
@@ -104,10 +105,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         access: lets calls in; None lets everybody in.
         audit: notes calls that change something or are refused.
         quotas: whose rest a refused generate call is told.
+        elsewhere: methods that only another port answers.
         """
         self._audit = audit or Audit(None)
         self._quotas = quotas or Quotas()
         self._access = access or Access()
+        self._elsewhere = elsewhere
         self._pace = pace or Pace()
         self._checks = checks or {}
         self._metrics = metrics
@@ -278,7 +281,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         headers = {key: value for key, value in metadata if isinstance(value, str)}
         names = _certificate_names(context) if self._access.asks else ()
         credentials = Credentials.of_headers(headers, names)
-        await self._access.admit(method, credentials)
+        await self._access.admit(method, credentials, self._elsewhere)
 
     async def _refuse(self, method: str, error: VeneerError, context: Any) -> Any:
         name = method.rpartition("/")[2]

@@ -99,6 +99,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
             why_not_native=info.why_not_native,
             threads=info.threads,
             why_threads=info.why_threads,
+            admin_port=config.admin_listen is not None,
             budgets=server_pb2.Budgets(
                 host_adapter_bytes=self._budgets.host,
                 device_adapter_bytes=self._budgets.device,

@@ -46,7 +46,7 @@ class Descriptors:
 
     Attributes:
         limit: of the process.
-        connections: most open connections of the gRPC port, and of the HTTP port.
+        connections: most open connections of each gRPC port, and of the HTTP port.
         tenants: most that may be open, at least one.
     """
 
@@ -73,7 +73,7 @@ def share_descriptors(*, wanted: int, ports: int, tenants: int = 1) -> Descripto
 
     Args:
         wanted: connections to each port, ``--max-connections``.
-        ports: 1, or 2 with the HTTP gateway.
+        ports: 1, and one more each for the HTTP gateway and the admin port.
         tenants: ``--max-tenants``. They get what the connections leave.
     """
     limit = raise_limit(wanted * ports + _KEPT + (tenants - 1) * TENANT)

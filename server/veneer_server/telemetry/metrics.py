@@ -158,6 +158,10 @@ class Metrics:
         )
         self.requests = counter("requests_total", "Requests that succeeded.", "finish_reason")
         self.failures = counter("request_failures_total", "Requests that failed.", "reason")
+        self.audit_written = counter("audit_lines_written_total", "Lines of the audit log.")
+        self.audit_lost = counter(
+            "audit_lines_lost_total", "Audit lines that a full or slow disk did not take."
+        )
         self.lookups = counter(
             "adapter_cache_lookups_total", "Look-ups by tier.", "tier", "result"
         )

@@ -22,7 +22,7 @@ from prometheus_client.exposition import (
     choose_encoder,
     gzip_accepted,
 )
-from veneer_registry.errors import PermissionDenied, Unauthenticated
+from veneer_registry.errors import PermissionDenied, Unauthenticated, Unavailable
 
 from veneer_server.access.authenticate import Access, Credentials
 from veneer_server.access.certificates import certificate_names
@@ -280,6 +280,8 @@ class _Connection(asyncio.Protocol):
             self._send(_refusal(HTTPStatus.UNAUTHORIZED, ("WWW-Authenticate", "Bearer")))
         except PermissionDenied:
             self._refuse(HTTPStatus.FORBIDDEN)
+        except Unavailable:  # the issuer of tokens is not there
+            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE)
         except Exception as error:
             _log.error("a scrape failed", error)
             self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR)

@@ -183,6 +183,7 @@ class FakeServer(
             backend="fake",
             context_length=128,
             engine_starts=1,
+            admin_port=True,
             memory=server_pb2.Memory(
                 pools=[
                     server_pb2.MemoryPool(

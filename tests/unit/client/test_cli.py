@@ -326,6 +326,7 @@ def test_info(run: Run) -> None:
     assert "base 1.0 KiB + kv_cache 2.0 KiB = 3.0 KiB of 4.0 KiB" in shown
     assert "front 512 B, engine 2.5 KiB" in shown
     assert json.loads(run("info", "--json").stdout)["context_length"] == 128
+    assert "pushes, and all else that changes something, go there" in shown
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,16 @@ def test_the_address_says_that_there_is_tls(address: str) -> None:
     assert login.credentials is not None
 
 
+@pytest.mark.parametrize("address", ["http://gpu1:50051", "grpc://gpu1"])
+def test_an_address_may_say_that_there_is_none(
+    monkeypatch: pytest.MonkeyPatch, ca: str, address: str
+) -> None:
+    """As that of a server that this program starts, beside a VENEER_CA for another one."""
+    monkeypatch.setenv("VENEER_CA", ca)
+    assert find_login(address).credentials is None
+    assert find_login("gpu1:50051").credentials is not None
+
+
 def test_what_is_given_precedes_variables_and_they_precede_the_profile(
     monkeypatch: pytest.MonkeyPatch, ca: str
 ) -> None:

@@ -131,6 +131,7 @@ def test_what_cannot_be_is_refused() -> None:
     [
         ("127.0.0.1:50051", None, "passive"),
         ("[::1]:50051", None, "passive"),
+        ("https://localhost:50051", None, "passive"),
         ("localhost:50051", "active", "active"),
         ("gpu.example:50051", None, None),
     ],

@@ -18,6 +18,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from veneer_client.address import server_address
 from veneer_registry.errors import VeneerError
 
 __all__ = ["AsJson", "Base", "Debug", "errors", "quiet_libraries", "reporter", "share_cores"]
@@ -84,7 +85,7 @@ def share_cores(server: str) -> None:
     is busy (2 cores). Sleeping threads cost a run that is alone a third of its speed. The run
     also lowers its priority, since people wait for the server's streams.
     """
-    host = server.rpartition(":")[0].strip("[]")
+    host = server_address(server).rpartition(":")[0].strip("[]")
     if host in ("localhost", "::1") or host.startswith("127."):
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         niceness = os.getpriority(os.PRIO_PROCESS, 0)

@@ -68,7 +68,7 @@ def read_architecture(folder: Path) -> Architecture:
     Raises:
         InvalidField: this architecture cannot be exported here.
     """
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)  # nosec B615 # a local folder
     kind = _SUPPORTED.get(config.model_type)
     if kind is None:
         raise InvalidField(

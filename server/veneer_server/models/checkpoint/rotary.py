@@ -14,7 +14,7 @@ def rotary(folder: Path) -> tuple[torch.Tensor, float]:
     config. By transformers' formulas, from a model without layers."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)  # nosec B615 # a local folder
     config.num_hidden_layers, config.layer_types = 0, []
     config.vocab_size, config.pad_token_id = 1, None
     found = AutoModelForCausalLM.from_config(config).model.rotary_emb

@@ -50,6 +50,7 @@ def examine(config: ServerConfig) -> Iterator[Check]:
         ("--listen", config.listen),
         ("--metrics-listen", config.metrics_listen),
         ("--openai-listen", config.openai_listen),
+        ("--admin-listen", config.admin_listen),
     ):
         if address is not None:
             yield places.port_check(flag, address, running=owner is not None)

@@ -176,7 +176,7 @@ class Receiving:
         self._grant()
         try:
             # With jitter, because refusing hundreds at once would stall the event loop.
-            async with asyncio.timeout(self.limit_s * (1 + random.random() * _SPREAD)):
+            async with asyncio.timeout(self.limit_s * (1 + random.random() * _SPREAD)):  # nosec B311 # not for secrets
                 return await waiter
         except BaseException as error:
             if waiter.done() and not waiter.cancelled() and waiter.exception() is None:

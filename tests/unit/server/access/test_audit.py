@@ -25,6 +25,14 @@ from tests.unit.server.rpc.front_harness import (
 
 DELETE = "/veneer.v1.AdapterService/DeleteAdapter"
 SECRETS = ("whisper this", "vn_")
+KINDS = ("written", "lost")
+
+
+def counted(page: str) -> tuple[int, int]:
+    """Lines written and lost, by the metrics page."""
+    found = dict(line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#"))
+    written, lost = (float(found[f"veneer_audit_lines_{kind}_total"]) for kind in KINDS)
+    return int(written), int(lost)
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
@@ -145,6 +153,21 @@ def test_a_full_disk_stops_no_call(tmp_path: Path) -> None:
         audit.note(DELETE, "ipv4:1.2.3.4:5", PermissionDenied("no"))
     audit.close()
     assert audit.lost == 5
+
+
+async def test_lost_and_written_lines_are_metrics(
+    base_folder: Path, front_cache: Path, tmp_path: Path
+) -> None:
+    for log, told in (("/dev/full", (0, 3)), (str(tmp_path / "audit.jsonl"), (3, 0))):
+        async with running(
+            base_folder, front_cache, tmp_path / "front", audit_log=log
+        ) as front:
+            for name in ("x", "y", "z"):
+                gone = adapters_pb2.DeleteAdapterRequest(name=name)
+                await failure(front.adapters.DeleteAdapter(gone))
+            # Lines are written by a thread of their own.
+            while counted(await front.metrics()) != told:
+                pass
 
 
 def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:

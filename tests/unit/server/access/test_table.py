@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
@@ -73,11 +74,11 @@ REFUSED: Final = {
 
 def table() -> dict[str, dict[str, str]]:
     """Method -> caller -> "yes", "401", "403", "404" or "own"."""
-    lines = [line for line in PAGE.read_text("utf-8").splitlines() if line.startswith("|")]
+    lines = PAGE.read_text("utf-8").splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith("| method |"))
     callers = [cell.strip() for cell in lines[at].strip("| ").split("|")][1:]
     found = {}
-    for line in lines[at + 2 :]:
+    for line in itertools.takewhile(lambda line: line.startswith("|"), lines[at + 2 :]):
         method, *cells = (cell.strip() for cell in line.strip("| ").split("|"))
         found[method.replace("`", "")] = dict(zip(callers, cells, strict=True))
     return found

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import ssl
 import subprocess
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import grpc
 import httpx
 import psutil
 import pytest
-import trustme
 from veneer_client import AsyncClient, RetryPolicy, Text
 from veneer_registry.errors import (
     InvalidField,
@@ -30,53 +26,11 @@ from veneer_server.access.edit_keys import add_key
 from veneer_server.config import ConfigInvalid, load_config
 from veneer_server.system.descriptors import HANDSHAKES
 
+from tests.bench.rotation import serial
+from tests.pki import Pki
 from tests.places import REPOSITORY
 from tests.refused import refused
 from tests.unit.server.rpc.front_harness import Front, running, until
-
-
-@dataclass
-class Pki:
-    """Certificates of one authority, as files."""
-
-    folder: Path
-    ca: trustme.CA = field(default_factory=trustme.CA)
-
-    def __post_init__(self) -> None:
-        self.folder.mkdir(exist_ok=True)
-        self.ca.cert_pem.write_to_path(self.ca_file)
-        self.renew()
-
-    @property
-    def ca_file(self) -> str:
-        return str(self.folder / "ca.pem")
-
-    @property
-    def cert(self) -> str:
-        return str(self.folder / "cert.pem")
-
-    @property
-    def key(self) -> str:
-        return str(self.folder / "key.pem")
-
-    def renew(self, name: str = "localhost") -> None:
-        """A new certificate of the server; both files are replaced, one after the other."""
-        made = self.ca.issue_cert(name, "127.0.0.1")
-        for path, blobs in (
-            (Path(self.key), [made.private_key_pem]),
-            (Path(self.cert), made.cert_chain_pems),
-        ):
-            draft = path.with_suffix(".new")
-            draft.write_bytes(b"".join(blob.bytes() for blob in blobs))
-            draft.replace(path)
-
-    def client(self, name: str) -> tuple[str, str]:
-        """Certificate and key of a client."""
-        made = self.ca.issue_cert(name)
-        cert, key = self.folder / f"{name}.pem", self.folder / f"{name}.key"
-        cert.write_bytes(b"".join(blob.bytes() for blob in made.cert_chain_pems))
-        key.write_bytes(made.private_key_pem.bytes())
-        return str(cert), str(key)
 
 
 @pytest.fixture
@@ -119,18 +73,6 @@ async def front_with(
         **files,
     ) as front:
         yield front
-
-
-def serial(port: str, ca: str) -> str:
-    """The serial number of the certificate that a new connection gets."""
-    host, _, number = port.rpartition(":")
-    context = ssl.create_default_context(cafile=ca)
-    with (
-        socket.create_connection((host, int(number)), timeout=20) as plain,
-        context.wrap_socket(plain, server_hostname="localhost") as connection,
-    ):
-        found: Any = connection.getpeercert()
-    return str(found["serialNumber"])
 
 
 async def test_every_port_speaks_tls_and_renews_without_a_failed_call(
@@ -256,7 +198,7 @@ def test_an_open_address_names_what_would_protect_it(tmp_path: Path, pki: Pki) -
     add_key(file, name="a", tenant="default", roles=["inference"], expires=None)
     tls = {"tls_cert": pki.cert, "tls_key": pki.key}
     keys = {"keys_file": str(file)}
-    for listen in ("listen", "metrics_listen", "openai_listen"):
+    for listen in ("listen", "metrics_listen", "openai_listen", "admin_listen"):
         for given, named, not_named in (
             ({}, ["--tls-cert", "--keys-file", "--insecure"], []),
             (tls, ["--keys-file"], ["--tls-cert"]),
@@ -302,7 +244,7 @@ async def test_strangers_that_do_not_speak_tls_disturb_nobody(
     """Half a handshake, none, and noise, on every port, while others call."""
     async with front_with(base_folder, front_cache, tmp_path / "front", pki) as front:
         open_: list[asyncio.StreamWriter] = []
-        for address in front.addresses.values():
+        for address in filter(None, front.addresses.values()):
             host, _, port = address.rpartition(":")
             for noise in (
                 b"",

@@ -47,6 +47,13 @@ class Issuer:
                 if body is not None and outer.up:
                     self.wfile.write(body)
 
+            def do_POST(self) -> None:
+                form = self.rfile.read(int(self.headers["content-length"])).decode()
+                body = outer.grant(self.path, self.headers.get("authorization", ""), form)
+                self.send_response(200 if body is not None else 401)
+                self.end_headers()
+                self.wfile.write(body or b"{}")
+
             def log_message(self, *arguments: object) -> None:
                 pass
 
@@ -58,6 +65,10 @@ class Issuer:
     def rotate(self, id: str) -> None:
         """Sign with a new key, and list only that one."""
         self.signers = {id: rsa.generate_private_key(public_exponent=65537, key_size=2048)}
+
+    def grant(self, path: str, authorization: str, form: str) -> bytes | None:
+        """The token endpoint's answer; None refuses. See `test_oidc`."""
+        return None
 
     def answer(self, path: str) -> bytes | None:
         if path == "/realm/.well-known/openid-configuration":

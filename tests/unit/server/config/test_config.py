@@ -180,6 +180,11 @@ def test_variables_of_others_are_not() -> None:
         {
             "VENEER_SERVER": "gpu1:50051",
             "VENEER_ACTOR": "ada",
+            "VENEER_PROFILE": "team",
+            "VENEER_API_KEY": "vn_x_y",
+            "VENEER_CA": "ca.pem",
+            "VENEER_CERT": "cert.pem",
+            "VENEER_KEY": "key.pem",
             "VENEER_SERVICE_HOST": "10.0.0.1",
             "VENEER_SERVICE_PORT": "50051",
             "VENEER_SERVICE_PORT_GRPC": "50051",

@@ -1,0 +1,39 @@
+"""The flags that say who a program is, and whom it trusts: the same in all our programs."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+__all__ = ["CaFlag", "CertFlag", "KeyFlag", "ProfileFlag", "keep_login"]
+
+ProfileFlag = Annotated[
+    str | None,
+    typer.Option("--profile", metavar="NAME", help="A profile that `veneer login` has made."),
+]
+CaFlag = Annotated[
+    str | None,
+    typer.Option("--ca", metavar="FILE", help="Certificates to trust, in PEM; else VENEER_CA."),
+]
+CertFlag = Annotated[
+    str | None,
+    typer.Option("--cert", metavar="FILE", help="A certificate of your own; else VENEER_CERT."),
+]
+KeyFlag = Annotated[
+    str | None,
+    typer.Option("--key", metavar="FILE", help="Its private key; else VENEER_KEY."),
+]
+
+
+def keep_login(
+    *, profile: str | None, ca: str | None, cert: str | None, key: str | None
+) -> None:
+    """Keep what was given in the environment, where every client of this process and of its
+    children reads it; a flag takes precedence over its variable."""
+    for name, value in (("PROFILE", profile), ("CA", ca), ("CERT", cert), ("KEY", key)):
+        if value is not None:
+            os.environ[f"VENEER_{name}"] = value
+    # gRPC would print a line for each failed handshake, beside our own error.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")

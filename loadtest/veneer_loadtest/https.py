@@ -1,0 +1,31 @@
+"""HTTPS with the certificates that ``--ca``, ``--cert`` and ``--key`` name."""
+
+from __future__ import annotations
+
+import os
+import ssl
+
+from veneer_loadtest.errors import BadOption
+
+__all__ = ["https_context"]
+
+
+def https_context() -> ssl.SSLContext:
+    """Trusts VENEER_CA, else the system's certificates; VENEER_CERT and VENEER_KEY are the
+    program's own.
+
+    Raises:
+        BadOption: a file cannot be used.
+    """
+    ca, cert, key = (os.environ.get(f"VENEER_{name}") for name in ("CA", "CERT", "KEY"))
+    try:
+        context = ssl.create_default_context(cafile=ca or None)
+        if cert or key:
+            context.load_cert_chain(cert or "", key or None)
+    except (OSError, ValueError) as error:  # TLS errors are OSErrors
+        raise BadOption(
+            f"the certificate files cannot be used ({error}): check --ca, --cert and --key, "
+            "or VENEER_CA, VENEER_CERT and VENEER_KEY",
+            metadata={"field": "--ca"},
+        ) from error
+    return context

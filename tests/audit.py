@@ -1,0 +1,132 @@
+"""``python -m tests.audit``: bandit over our code, pip-audit over the packages it runs with.
+
+Both must find nothing. pip-audit asks a database of known vulnerabilities over the network.
+Where that cannot be reached, this says so in a line of its own and exits with 0; with
+``--strict`` (`make audit`) it exits with 1. Whether it can be reached is found out by asking
+about a release that is known to be vulnerable: pip-audit itself reports packages that it cannot
+look up as "no known vulnerabilities found".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import tomllib
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final
+
+ROOT: Final = Path(__file__).resolve().parents[1]
+KNOWN_BAD: Final = "jinja2==2.4.1"
+"""A release with vulnerabilities that every database lists."""
+_SHOWN: Final = "{relpath}:{line}: {test_id} {msg}"
+_NOISE: Final = "nosec encountered"
+"""bandit warns of each mark on a line of which one part of several has the finding."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.audit", description=__doc__)
+    parser.add_argument("--strict", action="store_true", help="fail if it cannot be audited")
+    strict = parser.parse_args().strict
+    failed = run_bandit(shipped())
+    found, audited = run_pip_audit(installed(), ignored())
+    for line in found:
+        print(line)
+    if not audited:
+        print(
+            "pip-audit: SKIPPED, NOTHING WAS AUDITED: no database of vulnerabilities can be "
+            "reached from here; run `make audit` where there is a network"
+        )
+    return int(failed or bool(found) or (strict and not audited))
+
+
+def shipped() -> list[Path]:
+    """The code that users install, and what builds it."""
+    build = _project()["tool"]["hatch"]["build"]["targets"]["wheel"]
+    return [*(ROOT / each for each in build["packages"]), ROOT / "hatch_build.py"]
+
+
+def ignored() -> dict[str, str]:
+    """Vulnerabilities that do not concern us: id -> why, of pyproject.toml."""
+    found: dict[str, str] = _project()["tool"]["veneer-audit"]["ignore"]
+    return found
+
+
+def installed() -> list[str]:
+    """``NAME==VERSION`` of every package in this environment, but for our own."""
+    found = set()
+    for each in metadata.distributions():
+        name = re.sub(r"[-_.]+", "-", each.metadata["Name"]).lower()
+        if not name.startswith("veneer"):
+            found.add(f"{name}=={each.version.partition('+')[0]}")
+    return sorted(found)
+
+
+def run_bandit(paths: list[Path]) -> bool:
+    """Whether it finds anything, which it prints."""
+    settings = ("-q", "-c", str(ROOT / "pyproject.toml"), "-f", "custom")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "bandit", *settings, "--msg-template", _SHOWN),
+            *("-r", *map(str, paths)),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    told = [line for line in done.stderr.splitlines() if _NOISE not in line and line]
+    for line in (*done.stdout.splitlines(), *(told if done.returncode else ())):
+        print(line)
+    return done.returncode != 0
+
+
+def run_pip_audit(packages: list[str], ignore: dict[str, str]) -> tuple[list[str], bool]:
+    """What is wrong, a line each, and whether it could be looked up."""
+    if not any(each["vulns"] for each in look_up([KNOWN_BAD])):
+        return [], False
+    wrong = []
+    for package in look_up(packages):
+        named = f"{package['name']} {package.get('version', '')}"
+        if "skip_reason" in package:
+            print(f"pip-audit: {named.strip()} was not looked up: {package['skip_reason']}")
+        for each in package.get("vulns", ()):
+            if not {each["id"], *each.get("aliases", ())} & ignore.keys():
+                fixed = ", ".join(each["fix_versions"]) or "no release"
+                wrong.append(f"pip-audit: {named}: {each['id']}, fixed in {fixed}")
+    return wrong, True
+
+
+def look_up(packages: list[str]) -> list[dict[str, Any]]:
+    """pip-audit's answer for each package; none at all if it has none."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "packages.txt"
+        file.write_text("\n".join(packages))
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "pip_audit", "-r", str(file), "--no-deps"),
+                *("--disable-pip", "--progress-spinner", "off", "--timeout", "5"),
+                *("--format", "json"),
+            ],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PIP_AUDIT_CACHE_DIR": folder},
+            check=False,
+        )
+    try:
+        answers: list[dict[str, Any]] = json.loads(done.stdout)["dependencies"]
+    except ValueError:
+        return []
+    return [{"vulns": [], **each} for each in answers]
+
+
+def _project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
