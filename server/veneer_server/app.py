@@ -193,6 +193,7 @@ class App:
         self._resources.push_async_callback(housekeeping.stop)
         engine = self._engine(base_folder, base, memory, registry, housekeeping)
         await housekeeping.start(engine)
+        self._metrics.tenants.waiting = engine.places.waiting
         budgets = AdapterBudgets(
             config.host_cache_bytes,
             config.device_adapter_bytes,
@@ -294,6 +295,8 @@ class App:
         return self._make_engine(
             engine_config(config, folder, base, memory),
             max_queue=config.max_queue,
+            max_wait_s=config.max_queue_wait,
+            on_refused=self._metrics.tenants.refused,
             on_event=partial(self._engine_event, AdapterLog(registry), housekeeping),
             on_health=self._engine_health,
             # By digest: the name that the engine knows may be gone while another has them.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Final, Protocol
 
 from veneer_registry.errors import PermissionDenied, Unauthenticated
 
+from veneer_server.access.fairness import FAIRNESS, NOBODYS, Routed, fairness_of
 from veneer_server.access.identity_file import IdentityFile
 from veneer_server.access.methods import OPEN, roles_for
 from veneer_server.access.principal import ANYONE, PRINCIPAL, Principal, denied
@@ -28,16 +29,23 @@ class Credentials:
         authorization: the header of this name, or gRPC metadata.
         api_key: the header ``x-api-key``.
         names: subject alternative names of the client's certificate, which TLS has verified.
+        routed: what a gateway says about the call.
     """
 
     authorization: str = ""
     api_key: str = ""
     names: tuple[str, ...] = ()
+    routed: Routed = field(default_factory=Routed)
 
     @classmethod
     def of_headers(cls, headers: Mapping[str, str], names: Iterable[str] = ()) -> Credentials:
         """From HTTP headers or gRPC metadata, by lower-case name."""
-        return cls(headers.get("authorization", ""), headers.get("x-api-key", ""), tuple(names))
+        return cls(
+            headers.get("authorization", ""),
+            headers.get("x-api-key", ""),
+            tuple(names),
+            Routed.of_headers(headers),
+        )
 
     @property
     def secret(self) -> str:
@@ -69,7 +77,8 @@ class Access:
         return self._identities is not None or self._tokens is not None
 
     async def admit(self, method: str, credentials: Credentials) -> Principal:
-        """Who calls; also in `PRINCIPAL` from now on, whether the call is let in or not.
+        """Who calls; also in `PRINCIPAL` and `FAIRNESS` from now on, whether the call is let in
+        or not.
 
         Args:
             method: as in `methods.METHODS`.
@@ -79,6 +88,7 @@ class Access:
             PermissionDenied: none of the caller's roles takes the method.
         """
         PRINCIPAL.set(ANYONE)
+        FAIRNESS.set(NOBODYS)
         roles = roles_for(method)
         if roles is None:
             raise PermissionDenied(
@@ -89,6 +99,8 @@ class Access:
             return ANYONE
         principal = await self._principal(credentials)
         PRINCIPAL.set(principal)
+        weights = None if self._identities is None else self._identities.latest.weights
+        FAIRNESS.set(fairness_of(principal, credentials.routed, weights))
         if not principal.has(roles):
             raise denied(roles, principal, method.rpartition("/")[2] or method, method)
         return principal

@@ -31,7 +31,13 @@ class NewKey:
 
 
 def add_key(
-    path: Path, *, name: str, tenant: str, roles: list[Role], expires: datetime | None
+    path: Path,
+    *,
+    name: str,
+    tenant: str,
+    roles: list[Role],
+    expires: datetime | None,
+    gateway: bool = False,
 ) -> NewKey:
     """Make a key, and the file if there is none.
 
@@ -45,6 +51,8 @@ def add_key(
         entry["tenant"] = tenant
         entry["roles"] = list(roles)
         entry["created"] = datetime.now(UTC).replace(microsecond=0)
+        if gateway:
+            entry["gateway"] = True
         if expires is not None:
             entry["expires"] = expires.replace(microsecond=0)
         entry["sha256"] = digest

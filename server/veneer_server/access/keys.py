@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from veneer_registry.errors import InvalidField
 
+from veneer_server.access.fairness import MAX_PRIORITY, MAX_WEIGHT, MIN_WEIGHT, Weights
 from veneer_server.access.principal import DEFAULT_TENANT, ROLES, Principal, Role
 
 __all__ = ["MAX_FILE", "TENANT", "ApiKey", "Identities", "make_key", "parse_identities"]
@@ -61,10 +62,12 @@ class Identities:
     Attributes:
         keys: by id.
         certificates: by subject alternative name.
+        weights: of tenants and objectives.
     """
 
     keys: Mapping[str, ApiKey]
     certificates: Mapping[str, Principal]
+    weights: Weights
 
     def by_key(self, key: str, now: datetime) -> Principal | None:
         """Whose key it is; None if it is unknown or has expired. Takes the same time for a
@@ -101,8 +104,12 @@ def parse_identities(text: str, path: Path) -> Identities:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise _wrong(path, "", f"is not valid TOML ({error})") from error
-    if unknown := document.keys() - {"keys", "certificates"}:
-        raise _wrong(path, sorted(unknown)[0], "is unknown: use [keys.ID] and [certificates]")
+    if unknown := document.keys() - {"keys", "certificates", "tenants", "objectives"}:
+        raise _wrong(
+            path,
+            sorted(unknown)[0],
+            "is unknown: use [keys.ID], [certificates], [tenants.NAME] and [objectives.NAME]",
+        )
     keys = {}
     for id, entry in _tables(document, "keys", path):
         at = f"keys.{id}"
@@ -124,7 +131,38 @@ def parse_identities(text: str, path: Path) -> Identities:
         at = f"certificates.{name!r}"
         _check_fields(path, at, entry, set())
         certificates[name] = _principal(path, at, entry, name)
-    return Identities(keys, certificates)
+    return Identities(keys, certificates, _weights(document, path))
+
+
+def _weights(document: Mapping[str, Any], path: Path) -> Weights:
+    tenants, objectives = {}, {}
+    for name, entry in _tables(document, "tenants", path):
+        at = f"tenants.{name}"
+        if not TENANT.fullmatch(name):
+            raise _wrong(path, at, "is not a tenant's name")
+        _check_known(path, at, entry, {"weight"})
+        weight = entry.get("weight", 1.0)
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not number or not MIN_WEIGHT <= weight <= MAX_WEIGHT:
+            raise _wrong(
+                path,
+                f"{at}.weight",
+                f"must be a number from {MIN_WEIGHT:g} to {MAX_WEIGHT:g}",
+            )
+        tenants[name] = float(weight)
+    for name, entry in _tables(document, "objectives", path):
+        at = f"objectives.{name}"
+        _check_known(path, at, entry, {"priority"})
+        priority = entry.get("priority", 0)
+        whole = isinstance(priority, int) and not isinstance(priority, bool)
+        if not whole or not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
+            raise _wrong(
+                path,
+                f"{at}.priority",
+                f"must be a whole number from {-MAX_PRIORITY} to {MAX_PRIORITY}",
+            )
+        objectives[name] = priority
+    return Weights(tenants, objectives)
 
 
 def _tables(document: Mapping[str, Any], name: str, path: Path) -> list[tuple[str, Any]]:
@@ -135,7 +173,10 @@ def _tables(document: Mapping[str, Any], name: str, path: Path) -> list[tuple[st
 
 
 def _check_fields(path: Path, at: str, entry: Mapping[str, Any], own: set[str]) -> None:
-    known = {"name", "tenant", "roles", *own}
+    _check_known(path, at, entry, {"name", "tenant", "roles", "gateway", *own})
+
+
+def _check_known(path: Path, at: str, entry: Mapping[str, Any], known: set[str]) -> None:
     if unknown := entry.keys() - known:
         raise _wrong(
             path, f"{at}.{sorted(unknown)[0]}", f"is unknown: use {', '.join(sorted(known))}"
@@ -158,7 +199,10 @@ def _principal(path: Path, at: str, entry: Mapping[str, Any], default: str) -> P
     if not isinstance(given, list) or not given or any(r not in ROLES for r in given):
         raise _wrong(path, f"{at}.roles", f"must be a list of some of {', '.join(ROLES)}")
     roles: list[Role] = given
-    return Principal(name, tenant, frozenset(roles))
+    gateway = entry.get("gateway", False)
+    if not isinstance(gateway, bool):
+        raise _wrong(path, f"{at}.gateway", "must be true or false")
+    return Principal(name, tenant, frozenset(roles), gateway)
 
 
 def _time(path: Path, at: str, given: object) -> datetime:

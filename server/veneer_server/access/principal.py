@@ -34,11 +34,13 @@ class Principal:
         name: for the audit log; empty where callers need not say who they are.
         tenant: whose adapters it sees, beside shared ones.
         roles: those that were given; see `has`.
+        gateway: whether it may say whom it calls for, see `fairness`.
     """
 
     name: str
     tenant: str
     roles: frozenset[Role]
+    gateway: bool = False
 
     def has(self, any_of: Set[Role]) -> bool:
         """Whether one of these roles is among its own, or included in one of them: an admin is

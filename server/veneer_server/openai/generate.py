@@ -15,6 +15,7 @@ from veneer_registry.registry import Registry
 
 from veneer_server.access.audit import Audit
 from veneer_server.engine_client.client import EngineClient
+from veneer_server.engine_client.places import Place
 from veneer_server.errors import internal_error, without_frames
 from veneer_server.logs import REQUEST_ID, get_logger
 from veneer_server.openai.answers import Answer, Piece
@@ -275,20 +276,19 @@ async def _generate(
         InvalidField: they need more places than the engine has.
         QueueFull: they need more places than are free; none was started.
     """
-    several = len(calls) > 1
 
-    async def run(at: int, call: GenerateCall) -> None:
+    async def run(at: int, call: GenerateCall, place: Place | None = None) -> None:
         async with (
-            core.generator.admit(call, time_remaining=None, placed=several) as generation,
+            core.generator.admit(call, time_remaining=None, place=place) as generation,
             aclosing(generation.deltas()) as deltas,
         ):
             async for delta in deltas:
                 await take(Piece(at, generation, delta))
 
-    if not several:
+    if len(calls) == 1:
         await run(0, calls[0])
         return
-    wanted, capacity = sum(call.n for call in calls), core.engine.capacity
+    wanted, capacity = sum(call.n for call in calls), core.engine.places.capacity
     if wanted > capacity:
         raise InvalidField(
             f"prompt and n need {wanted} sequences, but this server runs and queues at "
@@ -296,10 +296,10 @@ async def _generate(
             metadata={"field": "prompt"},
         )
     try:
-        with core.engine.places(wanted):
+        with core.generator.place(wanted) as place:
             async with asyncio.TaskGroup() as group:
                 for at, call in enumerate(calls):
-                    group.create_task(run(at, call))
+                    group.create_task(run(at, call, place))
     except BaseExceptionGroup as failed:
         raise failed.exceptions[0] from None
 

@@ -50,6 +50,12 @@ def new_key(
         str,
         typer.Option(help="How long it is valid, such as 12h, 90d or 4w; for ever if unset."),
     ] = "",
+    gateway: Annotated[
+        bool,
+        typer.Option(
+            "--gateway", help="It may name whom it calls for, so that those get fair shares."
+        ),
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
     **flags: Any,
@@ -60,7 +66,12 @@ def new_key(
     def run() -> None:
         roles: Any = list(dict.fromkeys(role or ["inference"]))
         made = add_key(
-            _file(flags), name=name, tenant=tenant, roles=roles, expires=_expiry(expires)
+            _file(flags),
+            name=name,
+            tenant=tenant,
+            roles=roles,
+            expires=_expiry(expires),
+            gateway=gateway,
         )
         if as_json:
             print(json.dumps({"id": made.id, "key": made.key}))
@@ -92,6 +103,7 @@ def list_all(*, as_json: Json = False, debug: Debug = False, **flags: Any) -> No
                             "name": key.principal.name,
                             "tenant": key.principal.tenant,
                             "roles": sorted(key.principal.roles),
+                            "gateway": key.principal.gateway,
                             "expires": key.expires.isoformat() if key.expires else None,
                             "expired": key.expired(now),
                         }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 
 import msgspec
 from veneer_registry.adapter import AdapterRef, Tier
@@ -16,8 +16,10 @@ from veneer_registry.errors import ContextTooLong, DeadlineTooShort, VeneerError
 from veneer_registry.lease import RevisionLease
 from veneer_registry.registry import Registry
 
+from veneer_server.access.fairness import FAIRNESS
 from veneer_server.access.principal import PRINCIPAL
 from veneer_server.engine_client.client import EngineClient
+from veneer_server.engine_client.places import Place
 from veneer_server.logs import get_logger
 from veneer_server.serving.adapters.use import AdapterUse, source_of
 from veneer_server.serving.limits import (
@@ -65,6 +67,7 @@ class Generation:
         engine: EngineClient,
         generator: Generator,
         arrived: float,
+        place: Place,
     ) -> None:
         """Args: request: that of the first sample; `_of_sample` derives the others."""
         self.prompt = prompt
@@ -75,6 +78,7 @@ class Generation:
         self.provenance = Provenance(base_model=generator.base_name)
         self._request = request
         self._engine = engine
+        self._place = place
         self._metrics = generator.metrics
         self._samples = [
             Sample(
@@ -107,7 +111,7 @@ class Generation:
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """One delta per output of the engine. Raises what the engine raises; if one
         sample fails, the request fails."""
-        self._streams.add(0, self._engine.generate(self._request))
+        self._streams.add(0, self._engine.generate(self._request, self._place))
         ended = 0
         while ended < len(self._samples):
             index, output = await self._streams.next()
@@ -143,12 +147,13 @@ class Generation:
         self._first_token_s = now - self._arrived
         self._queue_s = output.queue_seconds + (self._submitted - self._arrived)
         self._metrics.queue_time.observe(self._queue_s)
+        self._metrics.tenants.waited(self._request.tenant, self._queue_s)
         self._metrics.first_token.labels(output.tier or "none").observe(self._first_token_s)
         if output.tier is not None:
             self._metrics.adapter_found(output.tier)
         for sample in self._samples[1:]:
             request = _of_sample(self._request, sample.index)
-            self._streams.add(sample.index, self._engine.generate(request))
+            self._streams.add(sample.index, self._engine.generate(request, self._place))
 
     def facts(self) -> dict[str, float]:
         """Log fields of the request, finished or not; never its text."""
@@ -213,13 +218,13 @@ class Generator:
 
     @asynccontextmanager
     async def admit(
-        self, call: GenerateCall, *, time_remaining: float | None, placed: bool = False
+        self, call: GenerateCall, *, time_remaining: float | None, place: Place | None = None
     ) -> AsyncIterator[Generation]:
         """Submit a request. When the block ends, however it ends, everything is released.
 
         Args:
             time_remaining: seconds to the caller's deadline; None if there is none.
-            placed: the caller already holds the engine's places for the request.
+            place: the engine's places for the request, if the caller holds them already.
 
         Raises:
             AdapterNotFound, ContextTooLong, DeadlineTooShort, InvalidField,
@@ -239,11 +244,17 @@ class Generator:
         outcome = "cancelled"
         try:
             # Before any work: requests that wait for it then count towards the queue limit.
-            with nullcontext() if placed else self._engine.places(call.n):
+            with (
+                self.place(call.n, time_remaining)
+                if place is None
+                else nullcontext(place) as held
+            ):
                 prompt = await self._prompt(call, lease)
                 request = self._resolve(call, prompt, lease, deadline)
                 ref = lease.ref if lease is not None else None
-                generation = Generation(call, prompt, ref, request, self._engine, self, arrived)
+                generation = Generation(
+                    call, prompt, ref, request, self._engine, self, arrived, held
+                )
                 try:
                     yield generation
                 finally:
@@ -258,6 +269,10 @@ class Generator:
                 if self._registry.needs_sweep:
                     self._background.start("sweep", self._registry.sweep)
             self._record(generation, lease, outcome)
+
+    def place(self, count: int, within_s: float | None = None) -> AbstractContextManager[Place]:
+        """Places for ``count`` sequences of the current call, see `Places.hold`."""
+        return self._engine.places.hold(count, FAIRNESS.get(), within_s=within_s)
 
     def check_text(self, text: bytes) -> None:
         """Raise ContextTooLong for a UTF-8 prompt that cannot fit, before it is copied as
@@ -326,6 +341,7 @@ class Generator:
             self.metrics.adapters.requested(lease.ref.name)
             self._use.touch(lease.ref)
         self.metrics.prompt_tokens.inc(len(prompt.ids))
+        fairness = FAIRNESS.get()
         return SequenceRequest(
             prompt.ids,
             max_tokens=max_tokens,
@@ -342,6 +358,10 @@ class Generator:
             cache_scope=PRINCIPAL.get().tenant,
             deadline=deadline,
             caller=CALLER.get(),
+            tenant=fairness.tenant,
+            fairness_id=fairness.fairness_id,
+            weight=fairness.weight,
+            priority=call.priority or fairness.priority,
         )
 
     def _record(

@@ -100,6 +100,8 @@ class World:
     starts: list[int] = field(default_factory=list)
     """Sequences in the order in which they (last) started."""
     blocked: tuple[str, float] | None = None
+    overtaken: dict[int, Counter[str | None]] = field(default_factory=dict)
+    """By sequence that has waited for `max_wait`: starts of younger ones, by adapter."""
     most: dict[str, int] = field(default_factory=dict)
     """Allowed bytes by tier: they decrease with each planning until a lowered budget is met."""
     draining: dict[str, set[int]] = field(default_factory=dict)
@@ -162,6 +164,9 @@ class World:
         share: bool = True,
         scores: bool = False,
         penalties: bool = False,
+        tenant: str = "",
+        weight: float = 1.0,
+        priority: int = 0,
     ) -> Sequence:
         request = SequenceRequest(
             prompt=prompt,
@@ -171,6 +176,9 @@ class World:
             use_prefix_cache=share,
             cache_scope=scope,
             prompt_logprobs=scores,
+            tenant=tenant,
+            weight=weight,
+            priority=priority,
         )
         found = self.residency.lease(source) if source else None
         sequence = Sequence(number, request, self.now, found)
@@ -283,10 +291,9 @@ class World:
                 assert used or pinned, f"{digest} is past the {tier} budget, and not in use"
 
     def plan_adapters(self) -> None:
-        waiting = [s.digest for s in self.scheduler.queue if s.digest is not None]
+        waiting, near = self._wanted()
         wants = list(dict.fromkeys([*self.residency.operator_wants, *waiting]))
         overdue = self._lacking()
-        near = {s.digest for s in self.scheduler.queue[: self.max_running]}
         actions, impossible = self.scheduler.plan_adapters(self.now)
         self._check_passed_over(actions, wants, overdue)
         self._check_evicted(actions, wants, {*near, *self.residency.operator_wants})
@@ -295,6 +302,35 @@ class World:
         self._check_drained()
         for digest in impossible:
             self.fail_adapter(digest)
+
+    def _wanted(self) -> tuple[list[str], set[str]]:
+        """Adapters in the order in which they are to be loaded, and those that the sequences
+        at the head of the queue use: preempted ones, then those of all tenants in turn."""
+        queue = self.scheduler.queue
+        head = [s for s in queue if s.place < 0]
+        tenants: dict[str, list[Sequence]] = {}
+        for s in sorted(
+            (s for s in queue if s.place > 0),
+            key=lambda s: (s.arrived + 10 * s.request.priority, s.place),
+        ):
+            tenants.setdefault(s.request.tenant, []).append(s)
+        left = max(0, self.max_running - len(head))
+        each = max(1, left // max(1, len(tenants))) if left else 0
+        ranked: list[tuple[bool, int, tuple[float, int], str | None]] = []
+        for sequences in tenants.values():
+            firsts: dict[tuple[str | None, int], Sequence] = {}
+            for s in sequences:
+                firsts.setdefault((s.digest, s.request.priority), s)
+            used = {(s.digest, s.request.priority) for s in sequences[:each]}
+            for rank, (key, s) in enumerate(firsts.items()):
+                order = (s.arrived + 10 * s.request.priority, s.place)
+                ranked.append((key not in used, rank, order, s.digest))
+        ranked.sort(key=lambda entry: entry[:3])
+        near = [s.digest for s in head[: self.max_running]]
+        near += [digest for far, *_, digest in ranked if not far][:left]
+        order = [s.digest for s in head] + [digest for *_, digest in ranked]
+        wants = dict.fromkeys(digest for digest in order if digest is not None)
+        return list(wants), {digest for digest in near if digest is not None}
 
     def _check_passed_over(
         self, actions: Iterable[Action], wants: list[str], overdue: str | None
@@ -425,25 +461,39 @@ class World:
         held: set[int] = set()
         if lacking is not None:
             places = [i for i, s in enumerate(queue) if s.digest == lacking]
+            behind = queue[places[0] if places else 0 :]
             held = {
                 s.id
-                for s in queue[places[0] if places else 0 :]
+                for s in behind
                 if s.digest is not None and not self.residency.pinned(s.digest, "device")
             }
-            assert not held & {s.id for s in started}, "starts, and keeps the room taken"
+            if len({s.request.tenant for s in queue}) <= 1:
+                assert not held & {s.id for s in started}, "starts, and keeps the room taken"
+            else:
+                held = {s.id for s in queue}  # whose turn it is depends on service, too
         for sequence in queue:
             if sequence.state is not SequenceState.WAITING or sequence.id in held:
                 continue
-            due = sequence.id in self.preempted or (
-                self.now - sequence.arrived >= self.max_wait
-            )
-            if due and sequence.id in resident:
-                younger = [
-                    s.id
-                    for s in started
-                    if s.id not in self.preempted and s.arrived > sequence.arrived
-                ]
+            preempted = sequence.id in self.preempted
+            due = preempted or self.now - sequence.arrived >= self.max_wait
+            if not due or sequence.id not in resident:
+                continue
+            younger = [
+                s
+                for s in started
+                if s.id not in self.preempted and s.arrived > sequence.arrived
+            ]
+            if preempted:
                 assert not younger, f"{sequence.id} is overtaken by {younger}"
+                continue
+            own = [s for s in queue if _class(s) == _class(sequence)]
+            same = [s for s in own if s.digest == sequence.digest]
+            assert not set(same) & set(younger), f"{sequence.id} is overtaken by its own"
+            if min(same, key=lambda s: s.place) is sequence:
+                # Adapters of a tenant take turns: each other one has one turn at most.
+                turns = self.overtaken.setdefault(sequence.id, Counter())
+                turns.update(s.digest for s in younger if s in own)
+                assert max(turns.values(), default=0) <= 1, f"{sequence.id} has had no turn"
 
     def _lacking(self) -> str | None:
         """The want that has found no space for `patience`, by the world's clock."""
@@ -584,6 +634,11 @@ class World:
             assert slot // BLOCK not in taken, f"{p.sequence} writes to a shared block"
             content = None if bad else self._content(sequence, position)
             self.pool[slot] = Cell(content, p.sequence, sequence.request.use_prefix_cache)
+
+
+def _class(sequence: Sequence) -> tuple[str, int]:
+    """Those of one class take turns by adapter."""
+    return sequence.request.tenant, sequence.request.priority
 
 
 def _digest(action: Action) -> str:

@@ -1,0 +1,147 @@
+"""Who starts first: tenants by service, adapters in turn, priorities inside a tenant."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.unit.server.engine.world import SIZE, World, adapter
+
+
+def started(world: World) -> list[int]:
+    """Numbers of the sequences in the order in which they started."""
+    return world.starts
+
+
+def run_until(world: World, number: int, limit: int = 500) -> int:
+    """Steps until a sequence has its first token; loads end at once."""
+    for step in range(1, limit):
+        world.step()
+        while world.pending:
+            world.arrive()
+        if world.outputs[number]:
+            return step
+    raise AssertionError(f"{number} got no token in {limit} steps")
+
+
+def test_a_tenant_with_many_requests_delays_another_ones_by_a_turn() -> None:
+    world = World(blocks=200, max_running=2)
+    for number in range(1, 60):
+        world.ask(number, [-number] * 4, 8, tenant="hog")
+    for _ in range(20):
+        world.step()
+    world.ask(1000, [-1000] * 4, 8, tenant="light")
+    # What runs ends within 8 steps, and then it is the light one's turn.
+    assert run_until(world, 1000) <= 8 + 2
+    world.drain()
+
+
+def test_a_weight_of_three_is_three_times_the_service() -> None:
+    world = World(blocks=200, max_running=1)
+    for number in range(1, 41):
+        world.ask(number, [-number] * 4, 2, tenant="one", weight=1)
+        world.ask(number + 100, [-number - 100] * 4, 2, tenant="three", weight=3)
+    for _ in range(60):
+        world.step()
+    starts = started(world)
+    three = sum(number > 100 for number in starts)
+    assert 2.5 <= three / (len(starts) - three) <= 3.5
+
+
+def test_adapters_of_a_tenant_take_turns() -> None:
+    world = World(device=4 * SIZE, blocks=200, max_running=1, max_wait=0)
+    for number in range(1, 20):
+        world.ask(number, [-number] * 2, 1, adapter("busy"), tenant="a")
+    for _ in range(3):
+        world.step()
+        while world.pending:
+            world.arrive()
+    world.ask(100, [-100] * 2, 1, adapter("quiet"), tenant="a")
+    world.ask(101, [-101] * 2, 1, adapter("quiet"), tenant="a")
+    world.step()
+    while world.pending:
+        world.arrive()
+    world.drain()
+    order = started(world)
+    first, second = order.index(100), order.index(101)
+    assert second - first == 2, "the other adapter's turn is between them"
+    assert first < 8
+
+
+def test_a_priority_counts_inside_its_tenant_only() -> None:
+    world = World(blocks=200, max_running=1)
+    for number in range(1, 11):
+        world.ask(number, [-number] * 2, 1, tenant="a")
+    world.ask(20, [-20] * 2, 1, tenant="a", priority=-5)
+    world.ask(21, [-21] * 2, 1, tenant="a", priority=5)
+    for number in range(31, 41):
+        world.ask(number, [-number] * 2, 1, tenant="b")
+    world.drain()
+    order = started(world)
+    assert order.index(20) <= 1, "the most urgent one of its tenant"
+    assert order.index(21) >= 18, "the least urgent one"
+    ours = [n for n in order if n < 30]
+    assert {n > 30 for n in order[:2]} == {True, False}, "tenants take turns all the same"
+    assert ours[1:11] == list(range(1, 11))
+
+
+def test_ten_seconds_of_waiting_are_worth_a_step_of_priority() -> None:
+    """So a request is overtaken for ever by none."""
+    world = World(blocks=200, max_running=1)
+    world.ask(1, [-1] * 2, 3, tenant="a")
+    world.step(0.0)
+    world.ask(2, [-2] * 2, 1, tenant="a", priority=2)
+    for number in range(10, 60):
+        world.ask(number, [-number] * 2, 1, tenant="a")
+        world.step(1.0)
+    order = started(world)
+    before = [n for n in order[: order.index(2)] if n >= 10]
+    assert 15 <= len(before) <= 25
+
+
+def test_a_tenant_that_waits_for_many_adapters_delays_no_other_ones_load() -> None:
+    world = World(device=100 * SIZE, host=100 * SIZE, blocks=200)
+    for number in range(1, 50):
+        world.ask(number, [-number] * 2, 1, adapter(f"hog {number}"), tenant="hog")
+    world.ask(100, [-100] * 2, 1, adapter("light"), tenant="light")
+    world.plan_adapters()
+    assert ("light", "host") in world.pending
+    world.drain()
+
+
+def test_a_tenant_without_its_adapters_delays_no_other() -> None:
+    world = World(device=100 * SIZE, host=100 * SIZE, blocks=200, max_running=2)
+    for number in range(1, 20):
+        world.ask(number, [-number] * 2, 2, adapter(f"cold {number}"), tenant="cold")
+    for number in range(101, 120):
+        world.ask(number, [-number] * 2, 2, tenant="warm")
+    for _ in range(19 * 2):  # no load ends
+        world.step()
+    assert all(number in world.finished for number in range(101, 120))
+
+
+@pytest.mark.parametrize("served", [0, 30])
+def test_a_want_without_room_holds_back_those_who_have_had_more(served: int) -> None:
+    """One who has had less goes on; it cannot be kept out by another's adapters."""
+    world = World(device=SIZE, host=100 * SIZE, blocks=200, patience=3, max_running=8)
+    world.ask(1, [-1] * 2, 40, adapter("busy"), tenant="running")
+    for _ in range(3):
+        world.step()
+        while world.pending:
+            world.arrive()
+    world.ask(2, [-2] * 2, 1, adapter("lacking"), tenant="waits")
+    share = world.live[2].share
+    world.step()
+    assert share.owner is not None
+    share.charge(served * 10)
+    for _ in range(6):
+        world.step()
+        while world.pending:
+            world.arrive()
+    world.ask(3, [-3] * 2, 1, adapter("busy"), tenant="third")
+    for _ in range(4):
+        world.step()
+        while world.pending:
+            world.arrive()
+    assert (3 in world.finished) == bool(served)
+    assert 2 in world.live
+    world.drain()
