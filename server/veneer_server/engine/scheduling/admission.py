@@ -15,15 +15,16 @@ Two rules about adapters stand inside this order, each with a bound:
   of its tenant, at the same priority, starts at most one sequence before it.
 * A sequence whose adapter is being loaded is passed over. If it finds no *room*, it is
   passed over for `patience` seconds. From then on nothing starts that could keep the room
-  occupied and is behind it: younger sequences of the same share, and those of shares that have
-  had more. So the room becomes free when the sequences now running have ended.
+  occupied and is behind it: younger sequences of its share, and those of other shares whose
+  turn to load an adapter is later. So the room becomes free when the sequences now running
+  have ended.
 """
 
 from __future__ import annotations
 
 import heapq
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, takewhile
 from typing import Final
@@ -101,40 +102,40 @@ class Admission:
         flows = [flow for flow in waiting.flows.values() if flow.ready]
         if not flows:
             return iter(first)
-        ends = {flow: _end_of_room(flow, lacking) for flow in flows}
         contended = len(first) + _ready(flows) > places
         turns = _Turns(
-            self._residency,
             in_batch,
             overdue=now - self._max_wait,
             contended=contended,
+            end=lambda group: self._end(group, lacking),
         )
-        return chain(first, _fairly(flows, {f: turns.of(f, ends[f]) for f in flows}))
+        return chain(first, _fairly(flows, {flow: turns.of(flow) for flow in flows}))
 
     def _preempted(self, flow: Flow, lacking: _Lacking | None) -> Iterator[Sequence]:
-        """Those that may start: if one of them lacks room, or an operator's activation does,
-        those behind it that keep room may not."""
-        end: _Order | None = None
-        if lacking is not None:
-            end = _BEFORE_ALL if lacking.group is None else lacking.group.order
+        """Those that may start."""
         return heapq.merge(
-            *(
-                iter(group)
-                if end is None or not keeps_room(self._residency, group.digest)
-                else takewhile(lambda s: s.urgency < end, group)
-                for group in flow.ready
-            ),
+            *(_until(group, self._end(group, lacking)) for group in flow.ready),
             key=lambda s: s.urgency,
         )
+
+    def _end(self, group: WaitingGroup, lacking: _Lacking | None) -> _Order | None:
+        """From here on nothing of the group may start; None if all may."""
+        if lacking is None or not keeps_room(self._residency, group.digest):
+            return None
+        return lacking.end(group)
 
     def _lacking_group(self, waiting: WaitingSequences, now: float) -> _Lacking | None:
         """Who has waited too long for room, if anybody has."""
         digest = self.lacking_too_long(now)
         if digest is None:
             return None
-        groups = list(waiting.groups(digest))
         # If no queued sequence has this want, it is an operator's, which precedes them all.
-        return _Lacking(min(groups, key=_standing) if groups else None)
+        found = min(
+            ((_standing(group), group) for group in waiting.groups(digest)),
+            key=lambda each: each[0],
+            default=None,
+        )
+        return _Lacking(None, 0) if found is None else _Lacking(found[1], found[0][0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,44 +144,45 @@ class _Lacking:
 
     Attributes:
         group: the sequences whose want it is; None if it is an operator's.
+        rank: how many wants of its flow are before it.
     """
 
     group: WaitingGroup | None
+    rank: int
+
+    def end(self, group: WaitingGroup) -> _Order | None:
+        """From here on nothing of another group may start that keeps an adapter's room; None
+        if all may. Those before the want are the ones whose adapters are planned before it,
+        see `WaitingSequences.wanted`: were they held back, neither would get on."""
+        lacking = self.group
+        if lacking is None:
+            return _BEFORE_ALL
+        if group.flow is lacking.flow:
+            return lacking.order
+        if group.flow is None:
+            return None
+        if lacking.flow is None:
+            return _BEFORE_ALL
+        before = self.rank + (group.flow.since < lacking.flow.since)
+        return None if group in group.flow.in_order[:before] else _BEFORE_ALL
 
 
-def _standing(group: WaitingGroup) -> tuple[float, float, _Order]:
-    """Its order among all groups."""
+def _standing(group: WaitingGroup) -> tuple[int, int]:
+    """Its order among all groups, to be loaded."""
     if group.flow is None:
-        return float("-inf"), 0.0, group.order
-    return (*_counters(group.flow), group.order)
-
-
-def _counters(flow: Flow) -> tuple[float, float]:
-    share = flow.share
-    assert share is not None
-    assert share.owner is not None
-    return share.owner.counter, share.counter
-
-
-def _end_of_room(flow: Flow, lacking: _Lacking | None) -> _Order | None:
-    """From here on nothing of the flow may start that keeps an adapter's room: a sequence
-    before it has waited too long for some. None if all may."""
-    if lacking is None:
-        return None
-    group = lacking.group
-    if group is None or group.flow is None:
-        return _BEFORE_ALL
-    if group.flow is flow:
-        return group.order
-    ours, theirs = _counters(flow), _counters(group.flow)
-    if ours == theirs:
-        return group.order
-    return None if ours < theirs else _BEFORE_ALL
+        return -1, group.first.place
+    return group.flow.in_order.index(group), group.flow.since
 
 
 def _ready(flows: Iterable[Flow]) -> int:
     """Sequences whose adapters are resident; some may be held back."""
     return sum(len(group.sequences) for flow in flows for group in flow.ready)
+
+
+def _until(group: WaitingGroup, end: _Order | None) -> Iterator[Sequence]:
+    if end is None:
+        return iter(group)
+    return takewhile(lambda s: s.urgency < end, group)
 
 
 def keeps_room(residency: Residency, digest: str | None) -> bool:
@@ -196,24 +198,24 @@ class _Turns:
     Attributes:
         overdue: what arrived by then has waited for `max_wait`.
         contended: whether more sequences are ready than there are places.
+        end: from where on nothing of a group may start; None if all may.
     """
 
-    residency: Residency
     in_batch: Collection[str]
     overdue: float
     contended: bool
+    end: Callable[[WaitingGroup], _Order | None]
 
-    def of(self, flow: Flow, end: _Order | None) -> Iterator[Sequence]:
-        """The ready sequences of a flow: by priority, then adapters in turns. Those from
-        ``end`` on that keep their adapter's room are left out."""
+    def of(self, flow: Flow) -> Iterator[Sequence]:
+        """The ready sequences of a flow that may start: by priority, then adapters in turns."""
         levels = self._levels(flow)
         heap = [self._entry(group, levels) for group in flow.ready]
         heapq.heapify(heap)
         while heap:
             *_, group = heapq.heappop(heap)
             sequence = group.first
-            held_back = end is not None and group.order >= end
-            if held_back and keeps_room(self.residency, group.digest):
+            end = self.end(group)
+            if end is not None and group.order >= end:
                 continue
             yield sequence
             # It has started, and its group's turn is over.

@@ -9,10 +9,10 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, KeysView, Set
+from collections.abc import Collection, Iterable, Iterator, KeysView, Set
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Final
 
 from veneer_server.engine.scheduling.fair_shares import FairShares, Share
@@ -102,12 +102,14 @@ class Flow:
         groups: by adapter and priority.
         in_order: the same, by `WaitingGroup.order`.
         ready: those whose adapter is resident.
+        since: its turn to load an adapter; lower is earlier.
     """
 
     share: Share | None
     groups: dict[tuple[str | None, int], WaitingGroup] = field(default_factory=dict)
     in_order: list[WaitingGroup] = field(default_factory=list)
     ready: dict[WaitingGroup, None] = field(default_factory=dict)
+    since: int = 0
 
     def __iter__(self) -> Iterator[Sequence]:
         return _merged(self.in_order)
@@ -182,7 +184,8 @@ class WaitingSequences:
         ``count`` sequences use that are first; ``planned`` of them, or as many as those use.
 
         Preempted sequences are first. Then flows take turns, each with its adapters in the
-        order of their first sequences: one that waits for many delays only itself.
+        order of their first sequences: one that waits for many delays only itself. A flow's
+        turn ends when a sequence of the adapter at its head starts.
         """
         front, flows = self.preempted, self.flows.values()
         queued = sum(map(len, front.groups.values()))
@@ -192,18 +195,14 @@ class WaitingSequences:
         if left := max(0, count - queued):
             each = max(1, left // max(1, len(flows)))
             firsts = [flow.groups_of_first(each) for flow in flows]
-            found = [flow.in_order[:end] for flow, end in zip(flows, firsts, strict=True)]
-            turns = list(_in_turns(found))
+            turns = list(_in_turns(flows, [0] * len(flows), firsts))
             near, far = near + turns[:left], far + turns[left:]
         distinct = len(self._by_digest) - (None in self._by_digest)
         digests = _digests(near, distinct)
         used = len(digests)
         if used < min(planned, distinct):
-            rest = [
-                flow.in_order[end : end + planned]
-                for flow, end in zip(flows, firsts, strict=True)
-            ]
-            groups = chain(near, far, _in_turns(rest))
+            ends = [end + planned for end in firsts]
+            groups = chain(near, far, _in_turns(flows, firsts, ends))
             digests = _digests(groups, min(planned, distinct))
         return digests, used
 
@@ -217,7 +216,7 @@ class WaitingSequences:
         sequence.urgency = moved, sequence.place
         flow = self.flows.get(sequence.share)
         if flow is None:
-            flow = self.flows[sequence.share] = Flow(sequence.share)
+            flow = self.flows[sequence.share] = Flow(sequence.share, since=self._next_turn())
         self._join(flow, sequence, sequence.request.priority, first=False)
 
     def appendleft(self, sequence: Sequence) -> None:
@@ -263,6 +262,8 @@ class WaitingSequences:
         if now is not None:
             group.started(sequence, now)
             group.turn = self._next_turn()
+            if flow.in_order[0] is group:
+                flow.since = group.turn
         leads = group.first is sequence
         if leads:
             flow.take_out(group)
@@ -315,14 +316,22 @@ def _merged(groups: Iterable[WaitingGroup]) -> Iterator[Sequence]:
     return heapq.merge(*found, key=_urgency)
 
 
-def _in_turns(flows: list[list[WaitingGroup]]) -> Iterator[WaitingGroup]:
-    """The first group of each flow, then the second of each, and so on."""
-    if len(flows) == 1:
-        yield from flows[0]
+def _in_turns(
+    flows: Collection[Flow], begins: list[int], ends: list[int]
+) -> Iterator[WaitingGroup]:
+    """The first group of each flow, then the second of each, and so on; of each flow those from
+    its begin to its end."""
+    parts = [
+        (flow.since, flow.in_order[begin:end])
+        for flow, begin, end in zip(flows, begins, ends, strict=True)
+    ]
+    parts.sort(key=itemgetter(0))
+    if len(parts) == 1:
+        yield from parts[0][1]
         return
     rank = 0
-    while row := [flow[rank] for flow in flows if len(flow) > rank]:
-        yield from sorted(row, key=_order)
+    while row := [groups[rank] for _, groups in parts if len(groups) > rank]:
+        yield from row
         rank += 1
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from tests.unit.server.engine.world import SIZE, World, adapter
 
 
@@ -119,29 +117,37 @@ def test_a_tenant_without_its_adapters_delays_no_other() -> None:
     assert all(number in world.finished for number in range(101, 120))
 
 
-@pytest.mark.parametrize("served", [0, 30])
-def test_a_want_without_room_holds_back_those_who_have_had_more(served: int) -> None:
-    """One who has had less goes on; it cannot be kept out by another's adapters."""
+def test_a_want_without_room_holds_back_those_whose_turn_is_later() -> None:
     world = World(device=SIZE, host=100 * SIZE, blocks=200, patience=3, max_running=8)
-    world.ask(1, [-1] * 2, 40, adapter("busy"), tenant="running")
+    world.ask(1, [-1] * 2, 20, adapter("busy"), tenant="running")
     for _ in range(3):
         world.step()
         while world.pending:
             world.arrive()
     world.ask(2, [-2] * 2, 1, adapter("lacking"), tenant="waits")
-    share = world.live[2].share
-    world.step()
-    assert share.owner is not None
-    share.charge(served * 10)
     for _ in range(6):
         world.step()
         while world.pending:
             world.arrive()
     world.ask(3, [-3] * 2, 1, adapter("busy"), tenant="third")
+    world.ask(4, [-4] * 2, 1, tenant="fourth")
+    world.drain()
+    order = started(world)
+    assert order.index(2) < order.index(3), "it kept the room taken"
+    assert order.index(4) < order.index(2), "the base takes no room"
+
+
+def test_scarce_room_goes_to_tenants_in_turn() -> None:
+    """Though each of the hog's wants is older than the light one's."""
+    world = World(device=SIZE, host=100 * SIZE, blocks=200, patience=1)
+    for number in range(1, 31):
+        world.ask(number, [-number] * 2, 2, adapter(f"hog {number}"), tenant="hog")
     for _ in range(4):
         world.step()
         while world.pending:
             world.arrive()
-    assert (3 in world.finished) == bool(served)
-    assert 2 in world.live
+    world.ask(100, [-100] * 2, 2, adapter("light"), tenant="light")
+    before = len(world.finished)
+    run_until(world, 100)
+    assert len(world.finished) - before <= 2
     world.drain()

@@ -100,6 +100,9 @@ class World:
     starts: list[int] = field(default_factory=list)
     """Sequences in the order in which they (last) started."""
     blocked: tuple[str, float] | None = None
+    load_turns: dict[str, int] = field(default_factory=dict)
+    """By tenant: lower ones load an adapter first. A turn ends when a request of the adapter at
+    the tenant's head starts."""
     overtaken: dict[int, Counter[str | None]] = field(default_factory=dict)
     """By sequence that has waited for `max_wait`: starts of younger ones, by adapter."""
     most: dict[str, int] = field(default_factory=dict)
@@ -180,6 +183,8 @@ class World:
             weight=weight,
             priority=priority,
         )
+        if all(s.place < 0 or s.request.tenant != tenant for s in self.scheduler.queue):
+            self.load_turns[tenant] = self._next_turn()
         found = self.residency.lease(source) if source else None
         sequence = Sequence(number, request, self.now, found)
         least = sum(self.scheduler.least_tokens(sequence))
@@ -188,6 +193,9 @@ class World:
         self.live[number] = sequence
         self.outputs[number] = []
         return sequence
+
+    def _next_turn(self) -> int:
+        return 1 + max(self.load_turns.values(), default=0)
 
     def cancel(self, number: int) -> None:
         self.ended_early += 1
@@ -311,20 +319,20 @@ class World:
         tenants: dict[str, list[Sequence]] = {}
         for s in sorted(
             (s for s in queue if s.place > 0),
-            key=lambda s: (s.arrived + 10 * s.request.priority, s.place),
+            key=_order,
         ):
             tenants.setdefault(s.request.tenant, []).append(s)
+        tenants = dict(sorted(tenants.items(), key=lambda item: self.load_turns[item[0]]))
         left = max(0, self.max_running - len(head))
         each = max(1, left // max(1, len(tenants))) if left else 0
-        ranked: list[tuple[bool, int, tuple[float, int], str | None]] = []
-        for sequences in tenants.values():
+        ranked: list[tuple[bool, int, int, str | None]] = []
+        for tenant, sequences in tenants.items():
             firsts: dict[tuple[str | None, int], Sequence] = {}
             for s in sequences:
                 firsts.setdefault((s.digest, s.request.priority), s)
             used = {(s.digest, s.request.priority) for s in sequences[:each]}
-            for rank, (key, s) in enumerate(firsts.items()):
-                order = (s.arrived + 10 * s.request.priority, s.place)
-                ranked.append((key not in used, rank, order, s.digest))
+            for rank, key in enumerate(firsts):
+                ranked.append((key not in used, rank, self.load_turns[tenant], key[0]))
         ranked.sort(key=lambda entry: entry[:3])
         near = [s.digest for s in head[: self.max_running]]
         near += [digest for far, *_, digest in ranked if not far][:left]
@@ -431,6 +439,7 @@ class World:
         waited = {s.id for s in queue}
         # In the order of starts, which within a step differs from the queue's.
         started = [s.id for s in self.scheduler.batch if s.id in waited]
+        self._end_turns(queue, started)
         self.starts = [n for n in self.starts if n not in started] + started
         self.preempted |= preempted
         for number in started:
@@ -440,6 +449,17 @@ class World:
         if plan is not None:
             self._check_plan(plan, running)
         return plan
+
+    def _end_turns(self, queue: list[Sequence], started: list[int]) -> None:
+        left = [s for s in queue if s.id not in self.preempted]
+        for sequence in [self.live[n] for n in started if n not in self.preempted]:
+            head = min(
+                (s for s in left if s.request.tenant == sequence.request.tenant),
+                key=_order,
+            )
+            if (head.digest, _class(head)) == (sequence.digest, _class(sequence)):
+                self.load_turns[sequence.request.tenant] = self._next_turn()
+            left.remove(sequence)
 
     def _on_device(self, sequence: Sequence) -> bool:
         if sequence.digest is None:
@@ -460,8 +480,9 @@ class World:
         # Requests behind the one that lacks space, whose adapters occupy that space.
         held: set[int] = set()
         if lacking is not None:
-            places = [i for i, s in enumerate(queue) if s.digest == lacking]
-            behind = queue[places[0] if places else 0 :]
+            order = sorted(queue, key=_order)
+            places = [i for i, s in enumerate(order) if s.digest == lacking]
+            behind = order[places[0] if places else 0 :]
             held = {
                 s.id
                 for s in behind
@@ -470,7 +491,7 @@ class World:
             if len({s.request.tenant for s in queue}) <= 1:
                 assert not held & {s.id for s in started}, "starts, and keeps the room taken"
             else:
-                held = {s.id for s in queue}  # whose turn it is depends on service, too
+                held = {s.id for s in queue}  # tenants take turns to load, see `_wanted`
         for sequence in queue:
             if sequence.state is not SequenceState.WAITING or sequence.id in held:
                 continue
@@ -634,6 +655,13 @@ class World:
             assert slot // BLOCK not in taken, f"{p.sequence} writes to a shared block"
             content = None if bad else self._content(sequence, position)
             self.pool[slot] = Cell(content, p.sequence, sequence.request.use_prefix_cache)
+
+
+def _order(sequence: Sequence) -> tuple[bool, float, int]:
+    """Of a tenant's sequences: preempted ones, then by arrival, moved by their priority."""
+    if sequence.place < 0:
+        return False, 0, sequence.place
+    return True, sequence.arrived + 10 * sequence.request.priority, sequence.place
 
 
 def _class(sequence: Sequence) -> tuple[str, int]:
