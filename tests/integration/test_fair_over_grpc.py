@@ -14,10 +14,11 @@ from typing import Any
 from unittest.mock import patch
 
 from veneer_proto.v1 import inference_pb2 as pb
-from veneer_server.access import authenticate, fairness
+from veneer_server.access import authenticate
 from veneer_server.engine.execution import backend_choice
 from veneer_server.engine.scheduling.scheduler import Scheduler
 from veneer_server.engine.scheduling.sequence import Sequence
+from veneer_server.queues import fairness
 
 from tests.tiny_llama import make_tiny_llama
 from tests.torture.hash_backend import HashBackend
@@ -98,7 +99,7 @@ async def worst_wait(folder: Path) -> int:
             calls = await beside_a_hog(server, keys)
             assert server.engine_error is None
     assert all(each.tokens == NEW and each.ends == 1 for each in calls)
-    light = [steps for name in LIGHT for steps in waits.get(name, waits.get("default", []))]
+    light = [steps for name in LIGHT for steps in waits.get(name, waits.get("", []))]
     assert len(light) >= len(LIGHT) * EACH
     return max(light)
 

@@ -9,16 +9,23 @@ from typing import Final, Protocol
 
 from veneer_registry.errors import PermissionDenied, Unauthenticated
 
-from veneer_server.access.fairness import FAIRNESS, NOBODYS, Routed, fairness_of
 from veneer_server.access.identity_file import IdentityFile
 from veneer_server.access.methods import OPEN, roles_for
-from veneer_server.access.principal import ANYONE, PRINCIPAL, Principal, denied
+from veneer_server.access.principal import (
+    ANYONE,
+    DEFAULT_TENANT,
+    PRINCIPAL,
+    Principal,
+    denied,
+)
+from veneer_server.queues.fairness import FAIRNESS, Fairness, Routed, fairness_of
 
 __all__ = ["Access", "Credentials", "TokenCheck"]
 
 _BEARER: Final = "bearer "
 _MAX_CREDENTIAL: Final = 8192
 _KEY: Final = "vn_"
+_ANYONES: Final = Fairness(DEFAULT_TENANT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +95,7 @@ class Access:
             PermissionDenied: none of the caller's roles takes the method.
         """
         PRINCIPAL.set(ANYONE)
-        FAIRNESS.set(NOBODYS)
+        FAIRNESS.set(_ANYONES)
         roles = roles_for(method)
         if roles is None:
             raise PermissionDenied(
@@ -100,7 +107,8 @@ class Access:
         principal = await self._principal(credentials)
         PRINCIPAL.set(principal)
         weights = None if self._identities is None else self._identities.latest.weights
-        FAIRNESS.set(fairness_of(principal, credentials.routed, weights))
+        fairness = fairness_of(principal.tenant, principal.gateway, credentials.routed, weights)
+        FAIRNESS.set(fairness)
         if not principal.has(roles):
             raise denied(roles, principal, method.rpartition("/")[2] or method, method)
         return principal

@@ -20,8 +20,8 @@ from typing import Any, Final
 
 from veneer_registry.errors import InvalidField
 
-from veneer_server.access.fairness import MAX_PRIORITY, MAX_WEIGHT, MIN_WEIGHT, Weights
 from veneer_server.access.principal import DEFAULT_TENANT, ROLES, Principal, Role
+from veneer_server.queues.fairness import MAX_PRIORITY, MAX_WEIGHT, MIN_WEIGHT, Weights
 
 __all__ = ["MAX_FILE", "TENANT", "ApiKey", "Identities", "make_key", "parse_identities"]
 

@@ -19,8 +19,8 @@ from typing import Final, Literal, Protocol, get_args
 
 from veneer_registry.errors import DeadlineTooShort, InvalidField, QueueFull, VeneerError
 
-from veneer_server.access.fairness import Fairness
 from veneer_server.engine_client.wait_estimate import WaitEstimate
+from veneer_server.queues.fairness import Fairness
 from veneer_server.wire.messages import SequenceRequest
 
 __all__ = ["REFUSALS", "Place", "Places", "Refusal"]

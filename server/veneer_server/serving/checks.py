@@ -11,7 +11,7 @@ from typing import Final, NoReturn
 
 from veneer_registry.errors import InvalidField
 
-from veneer_server.access.fairness import MAX_PRIORITY
+from veneer_server.queues.fairness import MAX_PRIORITY
 from veneer_server.wire.messages import Constraint
 
 __all__ = [

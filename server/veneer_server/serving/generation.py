@@ -16,11 +16,11 @@ from veneer_registry.errors import ContextTooLong, DeadlineTooShort, VeneerError
 from veneer_registry.lease import RevisionLease
 from veneer_registry.registry import Registry
 
-from veneer_server.access.fairness import FAIRNESS
 from veneer_server.access.principal import PRINCIPAL
 from veneer_server.engine_client.client import EngineClient
 from veneer_server.engine_client.places import Place
 from veneer_server.logs import get_logger
+from veneer_server.queues.fairness import FAIRNESS
 from veneer_server.serving.adapters.use import AdapterUse, source_of
 from veneer_server.serving.limits import (
     check_constraint_size,

@@ -32,9 +32,7 @@ __all__ = ["ROW", "TITLE", "controls", "run"]
 
 ROW = 13
 TITLE = "a needle in batches"
-BAR = (
-    "bitwise equal in exact mode, native also in the default mode; the default's rate published"
-)
+BAR = "bitwise equal in exact mode, native in the default mode too; its rate published"
 
 MODULES: Final = ("self_attn.q_proj", "self_attn.v_proj")
 ADAPTERS, ROOM = 8, 3

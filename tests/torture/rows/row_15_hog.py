@@ -39,7 +39,7 @@ HOG: Final = 10 * len(LIGHT)
 PROMPT, NEW = 96, 24
 
 ONE_TENANT: Final = (
-    "from veneer_server.access import authenticate, fairness\n"
+    "from veneer_server.access import authenticate\nfrom veneer_server.queues import fairness\n"
     "authenticate.fairness_of = lambda *given: fairness.NOBODYS"
 )
 

@@ -14,8 +14,8 @@ import httpx
 import pytest
 from veneer_registry.errors import InvalidField
 from veneer_server.access.edit_keys import add_key
-from veneer_server.access.fairness import MAX_PRIORITY
 from veneer_server.access.keys import parse_identities
+from veneer_server.queues.fairness import MAX_PRIORITY
 from veneer_server.telemetry.metrics import Metrics
 from veneer_server.telemetry.tenant_series import MAX_TENANTS
 from veneer_server.wire.messages import SequenceRequest

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from veneer_registry.errors import DeadlineTooShort, InvalidField, QueueFull, VeneerError
-from veneer_server.access.fairness import Fairness
 from veneer_server.engine_client.places import Place, Places
+from veneer_server.queues.fairness import Fairness
 from veneer_server.wire.messages import SamplingParams, SequenceRequest, StepDone
 
 from tests.refused import refused

@@ -8,8 +8,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Final
 
-from veneer_server.access.principal import DEFAULT_TENANT, Principal
-
 __all__ = [
     *("FAIRNESS", "MAX_PRIORITY", "MAX_WEIGHT", "MIN_WEIGHT", "NOBODYS"),
     *("Fairness", "Routed", "Weights", "fairness_of"),
@@ -79,27 +77,29 @@ class Fairness:
         priority: of requests that have none of their own.
     """
 
-    tenant: str = DEFAULT_TENANT
+    tenant: str = ""
     fairness_id: str = ""
     weight: float = 1.0
     priority: int = 0
 
 
 NOBODYS: Final = Fairness()
-"""That of every call of a server without authentication."""
+"""That of what no caller asks for: the server's own requests."""
 
 FAIRNESS: ContextVar[Fairness] = ContextVar("fairness", default=NOBODYS)
 """Of the current call."""
 
 
-def fairness_of(principal: Principal, routed: Routed, weights: Weights | None) -> Fairness:
+def fairness_of(
+    tenant: str, gateway: bool, routed: Routed, weights: Weights | None
+) -> Fairness:
     """Of a caller's call. What it says counts only if it is a gateway, else anybody could take
     another's share."""
-    weight = 1.0 if weights is None else weights.tenants.get(principal.tenant, 1.0)
-    if not principal.gateway:
-        return Fairness(principal.tenant, weight=weight)
+    weight = 1.0 if weights is None else weights.tenants.get(tenant, 1.0)
+    if not gateway:
+        return Fairness(tenant, weight=weight)
     priority = 0 if weights is None else weights.objectives.get(routed.objective, 0)
-    return Fairness(principal.tenant, routed.fairness_id, weight, priority)
+    return Fairness(tenant, routed.fairness_id, weight, priority)
 
 
 def _first(headers: Mapping[str, str], names: tuple[str, ...]) -> str:
