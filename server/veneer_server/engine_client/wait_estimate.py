@@ -18,6 +18,8 @@ OUTPUT_COST: Final = 2.0
 
 _RECENT_S: Final = 10.0
 """Older steps count less: a step of this many seconds ago 1 / e."""
+_GUESS: Final = 128
+"""New tokens of a sequence, before one has ended."""
 _SMOOTHING: Final = 0.05
 """Weight of the newest request in means over requests."""
 
@@ -63,7 +65,7 @@ class WaitEstimate:
         """Work of a sequence, also counted in `mean_work`: as much of its prompt as recent
         requests did not find in the prefix cache, and as many new tokens as they had."""
         computed = 1.0 - (self._found / self._asked if self._asked else 0.0)
-        output = max_tokens if self._output is None else min(max_tokens, self._output)
+        output = min(max_tokens, _GUESS if self._output is None else self._output)
         work = prompt_tokens * computed + OUTPUT_COST * output
         before = self.mean_work or work
         self.mean_work = before + _SMOOTHING * (work - before)
@@ -78,7 +80,7 @@ class WaitEstimate:
             ours, weight: waiting work of the flow, and its weight.
             others: the same of each other flow.
         """
-        if not self.rate:
+        if not self.rate or self._output is None:
             return 0.0
         ahead, mean = ours, self.mean_work
         for work, other in others:

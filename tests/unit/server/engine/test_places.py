@@ -176,7 +176,9 @@ def test_those_that_a_gateway_calls_for_share_its_part(stack: ExitStack) -> None
 
 
 def busy(among: Places, seconds: float = 1.0) -> None:
-    """Steps of 10 decode rows in a tenth of ``seconds``: a work of 200 per ``seconds``."""
+    """Steps of 10 decode rows in a tenth of ``seconds``: a work of 200 per ``seconds``. And
+    sequences have 40 tokens when they end."""
+    among.estimate.ended(40)
     for number in range(20):
         among.estimate.step(StepDone(number, seconds / 10, 0, 10, 0))
 

@@ -33,6 +33,28 @@ def test_a_tenant_with_many_requests_delays_another_ones_by_a_turn() -> None:
     world.drain()
 
 
+def test_who_alternates_idling_and_bursts_gains_nothing() -> None:
+    world = World(blocks=200, max_running=1)
+    number = 0
+    for burst in range(6):
+        for _ in range(30):  # idle, while the other one is served
+            number += 1
+            world.ask(number, [-number] * 4, 2, tenant="steady")
+            world.step()
+        before = len(started(world))
+        for each in range(20):
+            bursty = 1000 + 100 * burst + each
+            world.ask(bursty, [-bursty] * 4, 2, tenant="bursty")
+        for _ in range(40):
+            world.step()
+        during = started(world)[before:][:16]
+        assert sum(n < 1000 for n in during) >= 7, "half of them are the steady one's"
+        for each in list(world.live):
+            if each >= 1000:
+                world.cancel(each)
+    world.drain()
+
+
 def test_a_weight_of_three_is_three_times_the_service() -> None:
     world = World(blocks=200, max_running=1)
     for number in range(1, 41):
