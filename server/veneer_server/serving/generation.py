@@ -108,6 +108,11 @@ class Generation:
         first delta on."""
         return self._first_output.cached_tokens if self._first_output is not None else 0
 
+    @property
+    def tenant(self) -> str:
+        """Whose service it counts as."""
+        return self._request.tenant
+
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """One delta per output of the engine. Raises what the engine raises; if one
         sample fails, the request fails."""
@@ -380,6 +385,7 @@ class Generator:
         _log.info(
             "request",
             outcome=outcome,
+            tenant=generation.tenant,
             adapter=lease.ref.short if lease is not None else "",
             tier=generation.tier.value if generation.tier is not None else "",
             **facts,
