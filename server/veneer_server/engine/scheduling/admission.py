@@ -264,15 +264,17 @@ def _fairly(flows: list[Flow], turns: dict[Flow, Iterator[Sequence]]) -> Iterato
 
 
 def _least_first(parts: list[tuple[Share, Iterator[Sequence]]]) -> Iterator[Sequence]:
-    """The next sequence of the share with the least counter, over and over."""
+    """The next sequence of the share with the least counter, over and over; of equal ones, of
+    that which came last. It has just been lifted to the others' counter, and they have had
+    service meanwhile."""
     if len(parts) == 1:
         yield from parts[0][1]
         return
-    heap = [(share.counter, at) for at, (share, _) in enumerate(parts)]
+    heap = [(share.counter, -at) for at, (share, _) in enumerate(parts)]
     heapq.heapify(heap)
     while heap:
         _, at = heap[0]
-        share, sequences = parts[at]
+        share, sequences = parts[-at]
         sequence = next(sequences, None)
         if sequence is None:
             heapq.heappop(heap)

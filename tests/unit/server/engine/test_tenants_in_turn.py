@@ -173,3 +173,17 @@ def test_scarce_room_goes_to_tenants_in_turn() -> None:
     run_until(world, 100)
     assert len(world.finished) - before <= 2
     world.drain()
+
+
+def test_of_tenants_with_equal_service_the_newcomer_goes_first() -> None:
+    """Who comes back from idle is lifted to the other's service, and so is equal to it."""
+    world = World(blocks=200, max_running=1)
+    for number in range(1, 10):
+        world.ask(number, [-number] * 4, 4, tenant="hog")
+    while len(world.finished) < 2:
+        world.step()
+    assert world.scheduler.running == 0, "the place has just become free"
+    world.ask(100, [-100] * 4, 4, tenant="light")
+    before = len(started(world))
+    run_until(world, 100)
+    assert started(world)[before] == 100
