@@ -76,6 +76,7 @@ class Generation:
         self.finish: FinishReason | None = None
         """That of the last sample to end, once all have ended."""
         self.provenance = Provenance(base_model=generator.base_name)
+        self.tenant = request.tenant
         self._request = request
         self._engine = engine
         self._place = place
@@ -107,11 +108,6 @@ class Generation:
         """Prompt tokens that the first sample found in the prefix cache; known from the
         first delta on."""
         return self._first_output.cached_tokens if self._first_output is not None else 0
-
-    @property
-    def tenant(self) -> str:
-        """Whose service it counts as."""
-        return self._request.tenant
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """One delta per output of the engine. Raises what the engine raises; if one
