@@ -98,6 +98,7 @@ def _request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.Generate
         adapter=options.get("adapter", ""),
         request_id=options.get("request_id", ""),
         session_key=options.get("session_key", ""),
+        priority=options.get("priority", 0),
     )
     match prompt:
         case Text(text):

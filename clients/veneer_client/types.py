@@ -162,6 +162,8 @@ class BoundOptions(SamplingNumbers, total=False):
     """Unset: the server's default."""
     session_key: str
     """For an alias with several targets: the same key always gets the same one."""
+    priority: int
+    """-100 to 100: lower starts earlier, among requests of the same tenant."""
     timeout_s: float
     """Deadline of the whole call, retries included; none if unset."""
 

@@ -40,7 +40,7 @@ from veneer_server.rpc.inference_service import InferenceService
 from veneer_server.rpc.server_service import ServerService
 from veneer_server.serving.adapters.budgets import AdapterBudgets
 from veneer_server.serving.calls import Calls, Phase
-from veneer_server.serving.generation import Generator
+from veneer_server.serving.generator import Generator
 from veneer_server.serving.tenants.stores import TenantStores
 from veneer_server.serving.tenants.tenant import Furnish
 from veneer_server.serving.tenants.tenants import Tenants
@@ -193,6 +193,7 @@ class App:
             max_tenants=descriptors.tenants,
         )
         await book.start()
+        self._metrics.tenants.waiting = engine.places.waiting
         budgets = AdapterBudgets(
             config.host_cache_bytes,
             config.device_adapter_bytes,
@@ -276,6 +277,8 @@ class App:
         return self._make_engine(
             engine_config(config, folder, base, memory),
             max_queue=config.max_queue,
+            max_wait_s=config.max_queue_wait,
+            on_refused=self._metrics.tenants.refused,
             on_event=partial(self._engine_event, AdapterLog(self._tenants)),
             on_health=self._engine_health,
             hold=self._tenants.hold,

@@ -136,6 +136,14 @@ def generate(
         typer.Option("--prefix-cache/--no-prefix-cache", help="Default: the server's."),
     ] = None,
     session: SessionOption = None,
+    priority: Annotated[
+        int | None,
+        typer.Option(
+            help="Lower starts earlier among your tenant's requests; -100 to 100, 0 if unset.",
+            min=-100,
+            max=100,
+        ),
+    ] = None,
     timeout: Annotated[
         float | None, typer.Option(help="Seconds for the whole call, retries included.")
     ] = None,
@@ -161,6 +169,7 @@ def generate(
             top_logprobs=top_logprobs,
             use_prefix_cache=prefix_cache,
             session_key=session,
+            priority=priority,
             timeout_s=timeout,
         )
         text = sys.stdin.read() if prompt == "-" else prompt

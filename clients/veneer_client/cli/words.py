@@ -45,6 +45,7 @@ _OPTIONS: Final = {
     "constraint.choice": "--choice",
     "use_prefix_cache": "--prefix-cache",
     "session_key": "--session",
+    "priority": "--priority",
     "prompt": "--raw",
     "spec.labels": "--label",
     "spec.activate": "--activate",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Final, Protocol
 
@@ -20,12 +20,14 @@ from veneer_server.access.principal import (
     denied,
 )
 from veneer_server.logs import TENANT as LOGGED_TENANT
+from veneer_server.queues.fairness import FAIRNESS, Fairness, Routed, fairness_of
 
 __all__ = ["Access", "Credentials", "TokenCheck"]
 
 _BEARER: Final = "bearer "
 _MAX_CREDENTIAL: Final = 8192
 _KEY: Final = "vn_"
+_ANYONES: Final = Fairness(DEFAULT_TENANT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +40,14 @@ class Credentials:
         names: subject alternative names of the client's certificate, which TLS has verified.
         tenant: the header ``x-veneer-tenant``, or gRPC metadata ``veneer-tenant``: an operator
             acts in this tenant. Empty: the caller's own.
+        routed: what a gateway says about the call.
     """
 
     authorization: str = ""
     api_key: str = ""
     names: tuple[str, ...] = ()
     tenant: str = ""
+    routed: Routed = field(default_factory=Routed)
 
     @classmethod
     def of_headers(cls, headers: Mapping[str, str], names: Iterable[str] = ()) -> Credentials:
@@ -53,6 +57,7 @@ class Credentials:
             headers.get("x-api-key", ""),
             tuple(names),
             headers.get("veneer-tenant", "") or headers.get("x-veneer-tenant", ""),
+            Routed.of_headers(headers),
         )
 
     @property
@@ -87,7 +92,8 @@ class Access:
     async def admit(
         self, method: str, credentials: Credentials, elsewhere: Set[str] = frozenset()
     ) -> Principal:
-        """Who calls; also in `PRINCIPAL` from now on, whether the call is let in or not.
+        """Who calls; also in `PRINCIPAL` and `FAIRNESS` from now on, whether the call is let in
+        or not.
 
         Args:
             method: as in `methods.METHODS`.
@@ -99,6 +105,7 @@ class Access:
                 the tenant that it names, or the method is on another port.
         """
         _is(ANYONE)
+        FAIRNESS.set(_ANYONES)
         roles = roles_for(method)
         if roles is None:
             raise PermissionDenied(
@@ -114,6 +121,9 @@ class Access:
         if credentials.tenant and credentials.tenant != principal.tenant:
             principal = _visiting(principal, credentials.tenant)
             _is(principal)
+        weights = None if self._identities is None else self._identities.latest.weights
+        routed = credentials.routed
+        FAIRNESS.set(fairness_of(principal.tenant, principal.gateway, routed, weights))
         if method in elsewhere:
             raise PermissionDenied(
                 f"{method.rpartition('/')[2]} is answered on this server's admin port only: "

@@ -39,6 +39,7 @@ def add_key(
     roles: list[Role],
     expires: datetime | None,
     limits: Mapping[str, object] = MappingProxyType({}),
+    gateway: bool = False,
 ) -> NewKey:
     """Make a key, and the file if there is none.
 
@@ -55,6 +56,8 @@ def add_key(
         entry["tenant"] = tenant
         entry["roles"] = list(roles)
         entry["created"] = datetime.now(UTC).replace(microsecond=0)
+        if gateway:
+            entry["gateway"] = True
         if expires is not None:
             entry["expires"] = expires.replace(microsecond=0)
         entry["sha256"] = digest

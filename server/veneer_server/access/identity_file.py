@@ -54,6 +54,11 @@ class IdentityFile:
         """Whether the file as it is now is in use."""
         return not self._reported
 
+    @property
+    def latest(self) -> Identities:
+        """The file's content when it was last read."""
+        return self._identities
+
     async def current(self) -> Identities:
         """The file's content as of this call, or later."""
         before = self._begun

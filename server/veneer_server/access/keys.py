@@ -21,6 +21,7 @@ from typing import Any, Final
 from veneer_registry.errors import InvalidField
 
 from veneer_server.access.principal import DEFAULT_TENANT, ROLES, Principal, Role
+from veneer_server.queues.fairness import MAX_PRIORITY, MAX_WEIGHT, MIN_WEIGHT, Weights
 from veneer_server.quotas.quota import UNLIMITED, Account, Quota, QuotaInvalid, parse_quota
 
 __all__ = ["MAX_FILE", "TENANT", "ApiKey", "Identities", "make_key", "parse_identities"]
@@ -34,6 +35,14 @@ _NAME: Final = re.compile(r"[\x21-\x7e]{1,128}")
 TENANT: Final = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
 """A tenant's name."""
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
+_TABLES: Final = {
+    "keys": "keys.ID",
+    "certificates": "certificates",
+    "limits": "limits",
+    "tenants": "tenants.NAME",
+    "objectives": "objectives.NAME",
+}
+"""Tables of the file, and how messages name them."""
 _NOBODY: Final = hashlib.sha256(b"").digest()
 
 
@@ -62,12 +71,14 @@ class Identities:
     Attributes:
         keys: by id.
         certificates: by subject alternative name.
+        weights: of tenants and objectives.
         defaults: limits of each caller that has none of its own.
         tenants: limits of all of a tenant's calls together, by its name.
     """
 
     keys: Mapping[str, ApiKey]
     certificates: Mapping[str, Principal]
+    weights: Weights
     defaults: Quota = UNLIMITED
     tenants: Mapping[str, Account] = field(default_factory=dict)
 
@@ -111,14 +122,14 @@ def parse_identities(text: str, path: Path) -> Identities:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise _wrong(path, "", f"is not valid TOML ({error})") from error
-    if unknown := document.keys() - {"keys", "certificates", "limits", "tenants"}:
+    if unknown := document.keys() - {*_TABLES}:
         raise _wrong(
             path,
             sorted(unknown)[0],
-            "is unknown: use [keys.ID], [certificates], [limits] and [tenants.NAME]",
+            f"is unknown: use {', '.join(f'[{table}]' for table in _TABLES.values())}",
         )
     defaults = _quota(path, "limits", document.get("limits", {}))
-    tenants = _tenants(path, document)
+    tenants, weights = _tenants(path, document)
     keys = {}
     for id, entry in _tables(document, "keys", path):
         at = f"keys.{id}"
@@ -142,21 +153,43 @@ def parse_identities(text: str, path: Path) -> Identities:
         certificates[name] = _limited(
             path, at, entry, name, f"certificate:{name}", defaults, tenants
         )
-    return Identities(keys, certificates, defaults, tenants)
+    return Identities(keys, certificates, weights, defaults, tenants)
 
 
-def _tenants(path: Path, document: Mapping[str, Any]) -> dict[str, Account]:
-    """The limits of tenants."""
-    accounts = {}
+def _tenants(path: Path, document: Mapping[str, Any]) -> tuple[dict[str, Account], Weights]:
+    """The limits of tenants; the weights of tenants and objectives."""
+    accounts: dict[str, Account] = {}
+    weights: dict[str, float] = {}
+    objectives: dict[str, int] = {}
     for name, entry in _tables(document, "tenants", path):
         at = f"tenants.{name}"
         if not TENANT.fullmatch(name):
             raise _wrong(path, at, "is not a tenant's name")
-        if unknown := entry.keys() - {"limits"}:
-            raise _wrong(path, f"{at}.{sorted(unknown)[0]}", "is unknown: use limits")
+        _check_known(path, at, entry, {"limits", "weight"})
         quota = _quota(path, f"{at}.limits", entry.get("limits", {}))
         accounts[name] = Account(f"tenant:{name}", quota)
-    return accounts
+        weight = entry.get("weight", 1.0)
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not number or not MIN_WEIGHT <= weight <= MAX_WEIGHT:
+            raise _wrong(
+                path,
+                f"{at}.weight",
+                f"must be a number from {MIN_WEIGHT:g} to {MAX_WEIGHT:g}",
+            )
+        weights[name] = float(weight)
+    for name, entry in _tables(document, "objectives", path):
+        at = f"objectives.{name}"
+        _check_known(path, at, entry, {"priority"})
+        priority = entry.get("priority", 0)
+        whole = isinstance(priority, int) and not isinstance(priority, bool)
+        if not whole or not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
+            raise _wrong(
+                path,
+                f"{at}.priority",
+                f"must be a whole number from {-MAX_PRIORITY} to {MAX_PRIORITY}",
+            )
+        objectives[name] = priority
+    return accounts, Weights(weights, objectives)
 
 
 def _quota(path: Path, at: str, given: object, defaults: Quota = UNLIMITED) -> Quota:
@@ -198,7 +231,10 @@ def _tables(document: Mapping[str, Any], name: str, path: Path) -> list[tuple[st
 
 
 def _check_fields(path: Path, at: str, entry: Mapping[str, Any], own: set[str]) -> None:
-    known = {"name", "tenant", "roles", "limits", *own}
+    _check_known(path, at, entry, {"name", "tenant", "roles", "limits", "gateway", *own})
+
+
+def _check_known(path: Path, at: str, entry: Mapping[str, Any], known: set[str]) -> None:
     if unknown := entry.keys() - known:
         raise _wrong(
             path, f"{at}.{sorted(unknown)[0]}", f"is unknown: use {', '.join(sorted(known))}"
@@ -221,7 +257,10 @@ def _principal(path: Path, at: str, entry: Mapping[str, Any], default: str) -> P
     if not isinstance(given, list) or not given or any(r not in ROLES for r in given):
         raise _wrong(path, f"{at}.roles", f"must be a list of some of {', '.join(ROLES)}")
     roles: list[Role] = given
-    return Principal(name, tenant, frozenset(roles))
+    gateway = entry.get("gateway", False)
+    if not isinstance(gateway, bool):
+        raise _wrong(path, f"{at}.gateway", "must be true or false")
+    return Principal(name, tenant, frozenset(roles), gateway=gateway)
 
 
 def _time(path: Path, at: str, given: object) -> datetime:

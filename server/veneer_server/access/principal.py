@@ -38,6 +38,7 @@ class Principal:
         roles: those that were given; see `has`.
         accounts: whose limits its calls count towards.
         visiting: it is an operator of another tenant, who named this one.
+        gateway: whether it may say whom it calls for, see `fairness`.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Principal:
     roles: frozenset[Role]
     accounts: tuple[Account, ...] = ()
     visiting: bool = False
+    gateway: bool = False
 
     def has(self, any_of: Set[Role]) -> bool:
         """Whether one of these roles is among its own, or included in one of them: an admin is

@@ -129,7 +129,12 @@ class ServerConfig:
         "the torch backend, this is much slower and turns the prefix cache off.")
     max_queue: int = setting(
         "256", kinds.whole(0, 1 << 20),
-        "Most sequences that may wait (a request may have several); more are refused.")
+        "Most sequences that may wait (a request may have several); more are refused, first of "
+        "the tenant that has most for its weight.")
+    max_queue_wait: float = setting(
+        "0", kinds.SECONDS,
+        "Longest time that a request may wait for its first token; one that would, or does, is "
+        "refused. 0 sets no limit.")
     default_max_tokens: int = setting(
         "512", kinds.whole(1, 1 << 31),
         "Most new tokens of a request that sets no max_tokens; 16 for /v1/completions.")

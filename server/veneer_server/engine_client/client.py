@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import AsyncGenerator, Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 from veneer_registry.errors import (
     EngineFailed,
-    InvalidField,
     ModelLoading,
-    QueueFull,
     VeneerError,
     error_for_reason,
 )
 
+from veneer_server.engine_client.places import Place, Places, Refusal
 from veneer_server.engine_client.resident_set import Resident, ResidentSet
 from veneer_server.engine_client.streams import OutputStream
 from veneer_server.engine_client.supervisor import Supervisor
@@ -80,7 +79,7 @@ class EngineClient:
 
     Attributes:
         info: the running engine's description of itself; set by `start`.
-        capacity: most sequences running and waiting at once.
+        places: of requests among the running and waiting sequences.
     """
 
     info: EngineInfo
@@ -90,17 +89,22 @@ class EngineClient:
         config: EngineConfig,
         *,
         max_queue: int,
+        max_wait_s: float = 0.0,
+        on_refused: Callable[[str, Refusal], None] = lambda tenant, why: None,
         on_event: Callable[[EngineEvent], None] = lambda event: None,
         on_health: Callable[[bool], None] = lambda healthy: None,
         hold: Callable[[AdapterSource], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         """Args:
+        max_queue, max_wait_s, on_refused: see `Places`.
         on_event: called with each change in the engine.
         on_health: called when `healthy` changes.
         hold: keeps an adapter's files while a restarted engine reads them again;
             raises `VeneerError` if the adapter is gone.
         """
-        self.capacity = config.max_running + max_queue
+        self.places = Places(
+            config.max_running, max_queue, max_wait_s=max_wait_s, on_refused=on_refused
+        )
         self._on_event = on_event
         self._supervisor = Supervisor(
             config,
@@ -111,7 +115,8 @@ class EngineClient:
         )
         self._numbers = itertools.count(1)
         self._streams: dict[int, OutputStream] = {}
-        self._taken = 0
+        self._waiting: dict[int, Place] = {}
+        """By sequence, while it has had no output."""
         self._operations: dict[int, asyncio.Future[OperationDone]] = {}
         self._residents = ResidentSet(
             host_budget=config.host_adapter_bytes,
@@ -166,6 +171,8 @@ class EngineClient:
         """Deliver a message from the engine to its recipient."""
         match message:
             case SequenceOutput():
+                if (place := self._waiting.pop(message.sequence, None)) is not None:
+                    self.places.started(place)
                 if (stream := self._streams.get(message.sequence)) is not None:
                     stream.put(message)
             case SequenceFailed():
@@ -183,9 +190,11 @@ class EngineClient:
             case Occupancy():
                 self._residents.occupancy(message)
                 self._on_event(message)
+            case StepDone():
+                self.places.estimate.step(message)
+                self._on_event(message)
             case (
-                StepDone()
-                | AdapterLoaded()
+                AdapterLoaded()
                 | AdapterFailed()
                 | Evicted()
                 | ConstraintDone()
@@ -195,6 +204,7 @@ class EngineClient:
 
     def fail_everything(self, error: VeneerError) -> None:
         """The process has ended: fail what it was running, and report its adapters as gone."""
+        self.places.estimate.restart()
         for stream in self._streams.values():
             stream.fail(error)
         for waiting in self._operations.values():
@@ -207,57 +217,41 @@ class EngineClient:
 
     # ------------------------------------------------------------------ requests
 
-    @contextmanager
-    def places(self, count: int) -> Iterator[None]:
-        """Hold places among the running and waiting sequences while the block runs.
-
-        A request takes the places of all its samples at once, so that it is refused before
-        its first token or not at all.
-
-        Raises:
-            QueueFull: fewer places are free now.
-            InvalidField: ``count`` exceeds `capacity`.
-        """
-        if count > self.capacity:
-            raise InvalidField(
-                f"output.n is {count}, but this server runs and queues at most "
-                f"{self.capacity} sequences: ask for fewer samples",
-                metadata={"field": "output.n", "limit": str(self.capacity)},
-            )
-        if self._taken + count > self.capacity:
-            raise QueueFull(
-                f"{self._taken} of {self.capacity} sequences are running or waiting; retry "
-                "later, or start the server with a larger --max-queue",
-                retry_after_s=1.0,
-            )
-        self._taken += count
-        try:
-            yield
-        finally:
-            self._taken -= count
-
-    async def generate(self, request: SequenceRequest) -> AsyncGenerator[SequenceOutput, None]:
+    async def generate(
+        self, request: SequenceRequest, place: Place | None = None
+    ) -> AsyncGenerator[SequenceOutput, None]:
         """Submit a sequence; yields a `SequenceOutput` for each step it took part in.
         Outputs that are waiting when the caller comes back (a slow reader) are joined.
 
-        The caller holds a place for it (see `places`). Raises, at the first iteration,
-        `EngineFailed` (process down, being restarted) or `ModelLoading`. Use
-        ``contextlib.aclosing`` so that leaving the loop early cancels the sequence.
+        The caller holds a place for it, see `Places`. Raises, at the first iteration,
+        `EngineFailed` (process down, being restarted) or `ModelLoading`; and `QueueFull`
+        if the place is taken away before the first output. Use ``contextlib.aclosing`` so
+        that leaving the loop early cancels the sequence.
         """
         self._check_ready()
         if request.adapter is not None:
             self._residents.used(request.adapter)
         number = next(self._numbers)
-        stream = self._streams[number] = OutputStream()
-        ended = False
+        stream = OutputStream()
+        if place is not None:
+            place.check()
+            place.add(stream)
+            self.places.resolved(place, request)
+            self._waiting[number] = place
+        self._streams[number] = stream
+        ended, count = False, 0
         try:
             self._supervisor.write(Submit(number, request))
             while not ended:
                 output = await stream.get()
+                count += len(output.tokens)
                 ended = output.finish is not None
+                if output.finish in ("stop", "length"):
+                    self.places.estimate.ended(count)
                 yield output
         finally:
             del self._streams[number]
+            self._waiting.pop(number, None)
             if not ended:
                 # A no-op if the engine has ended the sequence itself.
                 self._supervisor.write(Cancel(number))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable
-from contextlib import AbstractContextManager
 
 import msgspec
 
 from veneer_server.engine_client.client import EngineClient
+from veneer_server.engine_client.places import Place, Places
 from veneer_server.engine_client.resident_set import Resident
 from veneer_server.wire.messages import (
     AdapterSource,
@@ -39,21 +39,21 @@ class TenantEngine:
         return self._engine.info
 
     @property
-    def capacity(self) -> int:
-        return self._engine.capacity
-
-    @property
     def in_flight(self) -> int:
         """Unfinished sequences, of all tenants."""
         return self._engine.in_flight
 
-    def places(self, count: int) -> AbstractContextManager[None]:
-        return self._engine.places(count)
+    @property
+    def places(self) -> Places:
+        """Those of all tenants."""
+        return self._engine.places
 
-    def generate(self, request: SequenceRequest) -> AsyncGenerator[SequenceOutput, None]:
+    def generate(
+        self, request: SequenceRequest, place: Place | None = None
+    ) -> AsyncGenerator[SequenceOutput, None]:
         if request.adapter is not None:
             request = msgspec.structs.replace(request, adapter=request.adapter.of(self._tenant))
-        return self._engine.generate(request)
+        return self._engine.generate(request, place)
 
     async def reference(self, tokens: list[int], adapter: AdapterSource | None) -> list[float]:
         # It is read from its files, whosever copy is in memory.

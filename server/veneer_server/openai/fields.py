@@ -36,7 +36,6 @@ IGNORED: Final = frozenset(
         "metadata",
         "parallel_tool_calls",
         "prediction",
-        "priority",
         "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
@@ -84,6 +83,7 @@ REFUSED: Final[Mapping[str, tuple[tuple[Any, ...], str]]] = {
 }
 """Fields that would change the answer: the values that have no effect, and the alternative."""
 
+_INT32: Final = (1 << 31) - 1
 _UINT32: Final = (1 << 32) - 1
 _UINT64: Final = (1 << 64) - 1
 _Count = Annotated[int, Field(ge=0, le=_UINT32)]
@@ -166,6 +166,7 @@ class CommonFields(_Fields):
     top_k: Annotated[int, Field(ge=-1, le=_UINT32)] | None = None
     stop_token_ids: _Counts = []
     ignore_eos: bool = False
+    priority: Annotated[int, Field(ge=-_INT32, le=_INT32)] = 0
     use_prefix_cache: bool | None = None
     guided_json: dict[str, Any] | bool | str | None = None
     guided_regex: str | None = None

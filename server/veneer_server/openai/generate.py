@@ -14,6 +14,7 @@ from veneer_registry.errors import InvalidField, ModelLoading, QueueFull, Veneer
 
 from veneer_server.access.audit import Audit
 from veneer_server.engine_client.client import EngineClient
+from veneer_server.engine_client.places import Place
 from veneer_server.errors import internal_error, without_frames
 from veneer_server.logs import REQUEST_ID, get_logger
 from veneer_server.openai.answers import Answer, Piece
@@ -35,7 +36,8 @@ from veneer_server.queues.refusal_pace import Pace
 from veneer_server.quotas.meter import Metered
 from veneer_server.quotas.rates import Quotas
 from veneer_server.serving.calls import Calls
-from veneer_server.serving.generation import Generation, Generator
+from veneer_server.serving.generation import Generation
+from veneer_server.serving.generator import Generator
 from veneer_server.serving.records import GenerateCall
 from veneer_server.serving.tenants.tenants import Tenants
 from veneer_server.serving.who import CALLER
@@ -278,33 +280,38 @@ async def _generate(
         InvalidField: they need more places than the engine has.
         QueueFull: they need more places than are free; none was started.
     """
-    several = len(calls) > 1
 
-    async def run(at: int, call: GenerateCall, counted: Metered | None) -> None:
+    async def run(
+        at: int,
+        call: GenerateCall,
+        counted: Metered | None = None,
+        place: Place | None = None,
+    ) -> None:
         async with (
             core.generator.admit(
-                call, time_remaining=None, placed=several, counted=counted
+                call, time_remaining=None, counted=counted, place=place
             ) as generation,
             aclosing(generation.deltas()) as deltas,
         ):
             async for delta in deltas:
                 await take(Piece(at, generation, delta))
 
-    if not several:
-        await run(0, calls[0], None)
+    if len(calls) == 1:
+        await run(0, calls[0])
         return
-    wanted, capacity = sum(call.n for call in calls), core.engine.capacity
+    wanted, capacity = sum(call.n for call in calls), core.engine.places.capacity
     if wanted > capacity:
         raise InvalidField(
             f"prompt and n need {wanted} sequences, but this server runs and queues at "
             f"most {capacity}: send fewer prompts in a request",
             metadata={"field": "prompt"},
         )
-    with core.generator.count(wanted, len(calls)) as counted, core.engine.places(wanted):
+    generator = core.generator
+    with generator.count(wanted, len(calls)) as counted, generator.place(wanted) as place:
         try:
             async with asyncio.TaskGroup() as group:
                 for at, call in enumerate(calls):
-                    group.create_task(run(at, call, counted))
+                    group.create_task(run(at, call, counted, place))
         except BaseExceptionGroup as failed:
             raise failed.exceptions[0] from None
 

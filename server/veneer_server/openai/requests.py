@@ -115,6 +115,7 @@ def _common(fields: CommonFields, base: str) -> dict[str, Any]:
         "n": fields.n,
         "constraint": _constraint(fields),
         "use_prefix_cache": fields.use_prefix_cache,
+        "priority": fields.priority,
         # Keeps a user on the same target of a canary. Hashed, as it may have any length.
         "session_key": hashlib.sha256(fields.user.encode()).hexdigest() if fields.user else "",
     }

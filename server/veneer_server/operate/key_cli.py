@@ -63,6 +63,12 @@ def new_key(
             "unit, as in 2GiB. What is unset has the file's default, or no limit.",
         ),
     ] = None,
+    gateway: Annotated[
+        bool,
+        typer.Option(
+            "--gateway", help="It may name whom it calls for, so that those get fair shares."
+        ),
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
     **flags: Any,
@@ -79,6 +85,7 @@ def new_key(
             roles=roles,
             expires=_expiry(expires),
             limits=dict(map(_limit, limit or ())),
+            gateway=gateway,
         )
         if as_json:
             print(json.dumps({"id": made.id, "key": made.key}))
@@ -110,6 +117,7 @@ def list_all(*, as_json: Json = False, debug: Debug = False, **flags: Any) -> No
                             "name": key.principal.name,
                             "tenant": key.principal.tenant,
                             "roles": sorted(key.principal.roles),
+                            "gateway": key.principal.gateway,
                             "expires": key.expires.isoformat() if key.expires else None,
                             "expired": key.expired(now),
                             "limits": _limits_of(key),

@@ -76,6 +76,7 @@ def generate_call(request: inference_pb2.GenerateRequest) -> GenerateCall:
         constraint=_constraint(request),
         use_prefix_cache=_optional(request, "use_prefix_cache"),
         session_key=request.session_key,
+        priority=request.priority,
     )
 
 

@@ -14,7 +14,8 @@ from veneer_server.logs import REQUEST_ID
 from veneer_server.rpc import convert
 from veneer_server.rpc.transport.decoding import count_numbers, last_value, values
 from veneer_server.serving.calls import READER_LIMIT_S
-from veneer_server.serving.generation import Delta, Generation, Generator
+from veneer_server.serving.generation import Delta, Generation
+from veneer_server.serving.generator import Generator
 from veneer_server.wire.messages import Tops
 
 __all__ = ["GENERATE_METHODS", "InferenceService"]

@@ -11,12 +11,14 @@ from typing import Final, NoReturn
 
 from veneer_registry.errors import InvalidField
 
+from veneer_server.queues.fairness import MAX_PRIORITY
 from veneer_server.wire.messages import Constraint
 
 __all__ = [
     "check_constraint",
     "check_messages",
     "check_number",
+    "check_priority",
     "check_stops",
     "choice",
     "invalid",
@@ -51,6 +53,12 @@ def check_number(field: str, value: float | None, least: float, most: float, fix
     """Raises InvalidField for a value outside its range, NaN included; None means unset."""
     if value is not None and not least <= value <= most:
         refuse(field, f"is {value}: {fix}")
+
+
+def check_priority(priority: int) -> None:
+    """Raises InvalidField for a priority outside its range."""
+    if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
+        refuse("priority", f"is {priority}: give {-MAX_PRIORITY} to {MAX_PRIORITY}, or none")
 
 
 def check_logit_bias(given: Mapping[int, float]) -> None:

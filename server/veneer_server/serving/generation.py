@@ -1,54 +1,27 @@
-"""One generate request from admission to its end; both generate calls use it.
-
-Only `Generator.admit` acquires and releases what a request holds: the revision lease and
-the engine's sequence.
-"""
+"""An admitted generate request: its tokens and its end."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import asynccontextmanager, nullcontext
+from collections.abc import AsyncGenerator
 
 from veneer_registry.adapter import AdapterRef, Tier
-from veneer_registry.errors import ContextTooLong, DeadlineTooShort, VeneerError
-from veneer_registry.lease import RevisionLease
 
-from veneer_server.access.principal import PRINCIPAL
 from veneer_server.engine_client.client import EngineClient
-from veneer_server.logs import get_logger
-from veneer_server.quotas.meter import Meter, Metered
-from veneer_server.serving.adapters.use import source_of
-from veneer_server.serving.limits import (
-    check_constraint_size,
-    check_ids,
-    most_prompt_tokens,
-    resolve_sampling,
-    room,
-)
+from veneer_server.engine_client.places import Place
+from veneer_server.quotas.meter import Metered
 from veneer_server.serving.records import (
-    ChatMessages,
     FinishReason,
     GenerateCall,
-    PromptText,
     Provenance,
 )
 from veneer_server.serving.samples import Delta, Sample, SampleStreams, sample_request
-from veneer_server.serving.tenants.tenant import Tenant
-from veneer_server.serving.tenants.tenants import Tenants
-from veneer_server.serving.tenants.visible import Visible
-from veneer_server.serving.threads import Background
-from veneer_server.serving.who import CALLER
 from veneer_server.telemetry.metrics import Metrics
-from veneer_server.text.defaults import RequestDefaults
-from veneer_server.text.prompts import Prompt, Prompts, Room
-from veneer_server.text.tokenizer import TooManyTokens
+from veneer_server.text.prompts import Prompt
+from veneer_server.text.tokenizer import TextTokenizer
 from veneer_server.wire.messages import SequenceOutput, SequenceRequest
 
-__all__ = ["Delta", "Generation", "Generator"]
-
-
-_log = get_logger(__name__)
+__all__ = ["Delta", "Generation"]
 
 
 class Generation:
@@ -65,9 +38,13 @@ class Generation:
         ref: AdapterRef | None,
         request: SequenceRequest,
         engine: EngineClient,
-        generator: Generator,
         arrived: float,
         counted: Metered,
+        place: Place,
+        *,
+        base_name: str,
+        metrics: Metrics,
+        tokenizer: TextTokenizer,
     ) -> None:
         """Args: request: that of the first sample; `sample_request` derives the others."""
         self.counted = counted
@@ -76,14 +53,16 @@ class Generation:
         self.completion_tokens = 0
         self.finish: FinishReason | None = None
         """That of the last sample to end, once all have ended."""
-        self.provenance = Provenance(base_model=generator.base_name)
+        self.provenance = Provenance(base_model=base_name)
+        self.tenant = request.tenant
         self._request = request
         self._engine = engine
-        self._metrics = generator.metrics
+        self._place = place
+        self._metrics = metrics
         self._samples = [
             Sample(
                 index,
-                generator.prompts.tokenizer,
+                tokenizer,
                 stops=call.stops,
                 stop_token_ids=call.stop_token_ids,
             )
@@ -111,7 +90,7 @@ class Generation:
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """One delta per output of the engine. Raises what the engine raises; if one
         sample fails, the request fails."""
-        self._streams.add(0, self._engine.generate(self._request))
+        self._streams.add(0, self._engine.generate(self._request, self._place))
         ended = 0
         while ended < len(self._samples):
             index, output = await self._streams.next()
@@ -151,12 +130,13 @@ class Generation:
         self._first_token_s = now - self._arrived
         self._queue_s = output.queue_seconds + (self._submitted - self._arrived)
         self._metrics.queue_time.observe(self._queue_s)
+        self._metrics.tenants.waited(self._request.tenant, self._queue_s)
         self._metrics.first_token.labels(output.tier or "none").observe(self._first_token_s)
         if output.tier is not None:
             self._metrics.adapter_found(output.tier)
         for sample in self._samples[1:]:
             request = sample_request(self._request, sample.index)
-            self._streams.add(sample.index, self._engine.generate(request))
+            self._streams.add(sample.index, self._engine.generate(request, self._place))
 
     def facts(self) -> dict[str, float]:
         """Log fields of the request, finished or not; never its text."""
@@ -184,213 +164,4 @@ class Generation:
             load_s=first.load_seconds,
             first_token_s=self._first_token_s,
             total_s=now - self._arrived,
-        )
-
-
-class Generator:
-    """Admits requests: resolves the revision, builds the prompt, checks its size, submits."""
-
-    def __init__(
-        self,
-        *,
-        engine: EngineClient,
-        tenants: Tenants,
-        prompts: Prompts,
-        defaults: RequestDefaults,
-        metrics: Metrics,
-        background: Background,
-        base_name: str,
-        step_seconds: Callable[[], float],
-        meter: Meter,
-        constraint_bytes: int = 32 << 10,
-    ) -> None:
-        """Args:
-        step_seconds: recent duration of a step; 0 if unknown.
-        constraint_bytes: size of the largest constraint allowed.
-        """
-        self.prompts = prompts
-        self.metrics = metrics
-        self.base_name = base_name
-        self._meter = meter
-        self._engine = engine
-        self._tenants = tenants
-        self._visible = Visible(tenants)
-        self._defaults = defaults
-        self._background = background
-        self._step_seconds = step_seconds
-        self._constraint_bytes = constraint_bytes
-
-    @asynccontextmanager
-    async def admit(
-        self,
-        call: GenerateCall,
-        *,
-        time_remaining: float | None,
-        placed: bool = False,
-        counted: Metered | None = None,
-    ) -> AsyncIterator[Generation]:
-        """Submit a request. When the block ends, however it ends, everything is released.
-
-        Args:
-            time_remaining: seconds to the caller's deadline; None if there is none.
-            placed: the caller already holds the engine's places for the request.
-            counted: the request of which this is a part; None if it is the whole.
-
-        Raises:
-            RateLimitExceeded, QuotaExceeded: its caller may not have it, now or ever.
-            AdapterNotFound, ContextTooLong, DeadlineTooShort, InvalidField,
-            TemplateFailed: the request cannot be served as it is.
-            QueueFull, EngineFailed: the request cannot be served now.
-        """
-        arrived = time.perf_counter()
-        # A point in time, not a duration: the clock runs while the request waits.
-        deadline = None if time_remaining is None else time.monotonic() + time_remaining
-        self._check_deadline(time_remaining)
-        if call.constraint is not None:
-            check_constraint_size(call.constraint, self._constraint_bytes)
-        owner, lease = None, None
-        if call.adapter:
-            home = await self._tenants.current()
-            owner, lease = self._visible.acquire(home, call.adapter, call.session_key)
-        generation: Generation | None = None
-        outcome = "cancelled"
-        try:
-            # Before any work: requests that wait for it then count towards the queue limit.
-            with (
-                self.count(call.n) if counted is None else nullcontext(counted) as held,
-                nullcontext() if placed else self._engine.places(call.n),
-            ):
-                prompt = await self._prompt(call, lease)
-                await held.prompt(len(prompt.ids))
-                request = self._resolve(call, prompt, owner, lease, deadline)
-                ref = lease.ref if lease is not None else None
-                generation = Generation(
-                    call, prompt, ref, request, self._engine, self, arrived, held
-                )
-                try:
-                    yield generation
-                finally:
-                    await generation.close()
-            outcome = generation.finish or "cancelled"
-        except VeneerError as error:
-            outcome = error.reason
-            raise
-        finally:
-            if owner is not None and lease is not None:
-                lease.release()
-                if owner.registry.needs_sweep:
-                    self._background.start(f"sweep {owner.name}", owner.registry.sweep)
-            self._record(generation, lease, outcome)
-
-    def count(self, samples: int, prompts: int = 1) -> Metered:
-        """Count a request of the current caller. See `Meter.request`."""
-        who = PRINCIPAL.get()
-        return self._meter.request(who.accounts, who.tenant, samples, prompts)
-
-    def check_text(self, text: bytes) -> None:
-        """Raise ContextTooLong for a UTF-8 prompt that cannot fit, before it is copied as
-        protobuf, text and tokens."""
-        self.prompts.check_bytes(text, most_prompt_tokens(self._engine.info), "prompt")
-
-    def check_count(self, tokens: int) -> None:
-        """Raise ContextTooLong if a prompt has too many token ids, before they are used."""
-        room(self._engine.info, None, tokens)
-
-    @property
-    def ready(self) -> bool:
-        """Whether the engine's limits are known."""
-        return self._engine.healthy
-
-    def _check_deadline(self, time_remaining: float | None) -> None:
-        if time_remaining is not None and time_remaining <= self._step_seconds():
-            raise DeadlineTooShort(
-                f"the deadline leaves {max(0.0, time_remaining) * 1000:.0f} ms, less than one "
-                "step takes: allow more time"
-            )
-
-    async def _prompt(self, call: GenerateCall, lease: RevisionLease | None) -> Prompt:
-        info = self._engine.info
-        space = Room(info.vocab_size, most_prompt_tokens(info))
-        try:
-            match call.input:
-                case PromptText(text):
-                    return await self.prompts.from_text(text, space)
-                case ChatMessages(messages):
-                    template = None if lease is None else lease.record.manifest.chat_template
-                    return await self.prompts.from_messages(
-                        messages, template, space, CALLER.get()
-                    )
-                case tokens:
-                    room(info, call.max_tokens, len(tokens.ids))  # before they are copied
-                    return await self.prompts.from_ids(tokens.ids, space, with_text=call.echo)
-        except TooManyTokens as error:
-            count = error.count
-        if count is not None:
-            room(info, call.max_tokens, count)
-        raise ContextTooLong(
-            f"the prompt has far more tokens than the {space.tokens} that fit: shorten it",
-            metadata={"field": "prompt", "largest": str(space.tokens)},
-        )
-
-    def _resolve(
-        self,
-        call: GenerateCall,
-        prompt: Prompt,
-        owner: Tenant | None,
-        lease: RevisionLease | None,
-        deadline: float | None,
-    ) -> SequenceRequest:
-        """The request for the engine, with all defaults filled in.
-
-        Args:
-            owner: whose adapter it is.
-            deadline: the caller's deadline, on the monotonic clock.
-        """
-        info = self._engine.info
-        max_tokens = room(info, call.max_tokens, len(prompt.ids), self._defaults.max_tokens)
-        check_ids(info, "sampling.logit_bias", call.sampling.logit_bias)
-        check_ids(info, "stopping.stop_token_ids", call.stop_token_ids)
-        source = None
-        if owner is not None and lease is not None:
-            source = source_of(owner.registry, lease.record).of(owner.name)
-            self.metrics.adapters.requested(owner.name, lease.ref.name)
-            owner.use.touch(lease.ref)
-        self.metrics.prompt_tokens.inc(len(prompt.ids))
-        return SequenceRequest(
-            prompt.ids,
-            max_tokens=max_tokens,
-            sampling=resolve_sampling(call.sampling, self._defaults),
-            adapter=source,
-            ignore_eos=call.ignore_eos,
-            logprobs=call.logprobs,
-            prompt_logprobs=call.logprobs and call.echo,
-            top_logprobs=call.top_logprobs,
-            stop_token_ids=list(call.stop_token_ids),
-            constraint=call.constraint,
-            use_prefix_cache=call.use_prefix_cache is not False,
-            # How many tokens were cached tells what somebody else has asked.
-            cache_scope=PRINCIPAL.get().tenant,
-            deadline=deadline,
-            caller=CALLER.get(),
-        )
-
-    def _record(
-        self, generation: Generation | None, lease: RevisionLease | None, outcome: str
-    ) -> None:
-        """Metrics and one log line for a request that has ended."""
-        if generation is None:
-            return  # the call's own log line says why it was refused
-        metrics, facts = self.metrics, generation.facts()
-        if outcome in ("stop", "length", "cancelled"):
-            metrics.requests.labels(outcome).inc()
-            metrics.request_prompt_tokens.observe(facts["prompt_tokens"])
-            metrics.request_generation_tokens.observe(facts["new_tokens"])
-        if generation.finish is not None:
-            metrics.latency.observe(facts["total_s"])
-        _log.info(
-            "request",
-            outcome=outcome,
-            adapter=lease.ref.short if lease is not None else "",
-            tier=generation.tier.value if generation.tier is not None else "",
-            **facts,
         )

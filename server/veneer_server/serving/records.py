@@ -94,6 +94,7 @@ class GenerateCall:
         max_tokens: None means the server's default.
         n: samples for the same prompt.
         use_prefix_cache: None means the server's default.
+        priority: among requests of the same tenant; lower starts earlier.
     """
 
     adapter: str
@@ -110,6 +111,7 @@ class GenerateCall:
     constraint: Constraint | None = None
     use_prefix_cache: bool | None = None
     session_key: str = ""
+    priority: int = 0
 
     def __post_init__(self) -> None:
         if self.max_tokens == 0:
@@ -120,6 +122,7 @@ class GenerateCall:
         checks.check_output(self.n, self.logprobs, self.top_logprobs)
         if self.constraint is not None:
             checks.check_constraint(self.constraint)
+        checks.check_priority(self.priority)
         if len(self.session_key) > checks.MAX_SESSION_KEY:
             checks.refuse(
                 "session_key",

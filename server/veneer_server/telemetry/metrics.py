@@ -20,6 +20,7 @@ from prometheus_client import (
 from veneer_server.engine_client.client import EngineEvent
 from veneer_server.quotas.usage import UsageBook
 from veneer_server.telemetry.adapter_series import AdapterSeries, Catalog
+from veneer_server.telemetry.tenant_series import TenantSeries
 from veneer_server.telemetry.usage_series import UsageSeries
 from veneer_server.wire.messages import (
     LOST,
@@ -184,6 +185,8 @@ class Metrics:
         )
         self.adapters = AdapterSeries(registry)
         """Metrics by adapter name."""
+        self.tenants = TenantSeries(registry)
+        """Metrics by tenant."""
         self.handled = Counter(
             "grpc_server_handled_total",
             "Calls ended.",

@@ -77,7 +77,7 @@ class Constraint(Message, frozen=True):
 
 
 class SequenceRequest(Message, frozen=True):
-    """A request for one sequence: made once, by `serving.generation`, and then only passed on.
+    """A request for one sequence: made once, by `serving.generator`, and then only passed on.
 
     Lengths and ranges have been checked.
 
@@ -93,6 +93,10 @@ class SequenceRequest(Message, frozen=True):
             of a machine share; a sequence that cannot meet it is refused.
         caller: who sent the request, if known; callers take turns in the queue for
             compiling constraints.
+        tenant, fairness_id: whose service it counts as: a tenant's, and within a gateway's
+            that of one whom the gateway calls for.
+        weight: the tenant's.
+        priority: within those; lower starts earlier.
     """
 
     prompt: list[int]
@@ -109,3 +113,7 @@ class SequenceRequest(Message, frozen=True):
     cache_scope: str = ""
     deadline: float | None = None
     caller: str = ""
+    tenant: str = ""
+    fairness_id: str = ""
+    weight: float = 1.0
+    priority: int = 0

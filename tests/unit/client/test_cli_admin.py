@@ -313,6 +313,12 @@ def test_generate_with_a_session(server: FakeServer, run: Run) -> None:
     assert server.calls[-1][1].session_key == ""
 
 
+def test_generate_with_a_priority(server: FakeServer, run: Run) -> None:
+    run("generate", "hi", "--priority", "-3")
+    assert server.calls[-1][1].priority == -3
+    assert run("generate", "hi", "--priority", "101").exit_code == 2
+
+
 def sessions(server: FakeServer) -> list[str]:
     return [r.session_key for name, r in server.calls if name == "GenerateStream"]
 

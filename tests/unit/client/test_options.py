@@ -44,6 +44,7 @@ def test_every_option_arrives(server: FakeServer, client: Driver) -> None:
         top_logprobs=5,
         n=3,
         use_prefix_cache=False,
+        priority=-5,
     )
     assert request == pb.GenerateRequest(
         prompt="x",
@@ -57,6 +58,7 @@ def test_every_option_arrives(server: FakeServer, client: Driver) -> None:
         stopping=pb.StoppingOptions(stop_token_ids=[3, 4]),
         output=pb.OutputOptions(logprobs=True, top_logprobs=5, n=3),
         use_prefix_cache=False,
+        priority=-5,
     )
 
 

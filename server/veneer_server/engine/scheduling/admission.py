@@ -1,20 +1,23 @@
 """Which waiting sequences may start, in what order, and how long one can be overtaken.
 
-Order is arrival order, with three exceptions and a bound on each:
+* Preempted sequences go first, the last one first.
+* Then goes the tenant that has had the least service (`fair_shares`); below a gateway's tenant,
+  of those that it calls for, the one that has had the least.
+* Of its sequences, those of the most urgent priority (`Sequence.urgency`): a priority is worth
+  seconds of waiting, so none waits for ever.
+* Of those, adapters take turns; within an adapter, in order of arrival.
 
-* A sequence whose adapter is being loaded is passed over: nothing that starts
-  meanwhile delays the transfer, and when it ends the sequence is the oldest.
-* A sequence whose adapter finds no *room* is passed over for `patience` seconds.
-  From then on no younger sequence's adapter is loaded into the missing room, and
-  nothing younger starts that could keep it occupied, so the room becomes free when
-  the sequences now running have ended.
-* While more sequences are ready than there are places, those that add no adapter to
-  the batch go first, since each further adapter makes a step more expensive. This
-  stops for a sequence `max_wait` seconds after its arrival: from then on, and after a
-  preemption, nothing younger starts before it.
+Two rules about adapters stand inside this order, each with a bound:
 
-So once a sequence is `max_wait` old and its adapter is resident, only older sequences
-and those already running are ahead of it, and all of them end.
+* While more sequences are ready than there are places, of a tenant's adapters those that
+  the batch already has go first, since each further one makes a step more expensive. This
+  stops for a sequence `max_wait` seconds after its arrival: from then on each other adapter
+  of its tenant, at the same priority, starts at most one sequence before it.
+* A sequence whose adapter is being loaded is passed over. If it finds no *room*, it is
+  passed over for `patience` seconds. From then on nothing starts that could keep the room
+  occupied and is behind it: younger sequences of its share, and those of other shares whose
+  turn to load an adapter is later. So the room becomes free when the sequences now running
+  have ended.
 """
 
 from __future__ import annotations
@@ -23,16 +26,20 @@ import heapq
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, dropwhile, islice, takewhile
+from itertools import chain, takewhile
 from typing import Final
 
 from veneer_server.engine.residency.residency import Residency
+from veneer_server.engine.scheduling.fair_shares import Share
 from veneer_server.engine.scheduling.sequence import Sequence
-from veneer_server.engine.scheduling.waiting import WaitingGroup, WaitingSequences
+from veneer_server.engine.scheduling.waiting import Flow, WaitingGroup, WaitingSequences
 
 __all__ = ["Admission"]
 
-_BEFORE_ALL: Final = -sys.maxsize
+_Order = tuple[float, int]
+"""As `WaitingGroup.order`."""
+
+_BEFORE_ALL: Final[_Order] = (float("-inf"), -sys.maxsize)
 
 
 class Admission:
@@ -47,11 +54,11 @@ class Admission:
         self._patience = patience
         self._max_wait = max_wait
         self._lacking: tuple[str, float] | None = None
-        """(adapter, since): the oldest want that finds no room."""
+        """(adapter, since): the first want that finds no room."""
 
     @property
     def lacking(self) -> str | None:
-        """The oldest want that finds no room, no matter for how long."""
+        """The first want that finds no room, no matter for how long."""
         return self._lacking[0] if self._lacking else None
 
     def note_lack_of_room(self, digest: str | None, now: float) -> None:
@@ -61,99 +68,217 @@ class Admission:
         elif self._lacking is None or self._lacking[0] != digest:
             self._lacking = (digest, now)
 
+    def lacking_too_long(self, now: float) -> str | None:
+        """The first want that finds no room, if it has found none for `patience` seconds."""
+        if self._lacking is None or now - self._lacking[1] < self._patience:
+            return None
+        return self._lacking[0]
+
+    def note(self, waiting: WaitingSequences, now: float) -> None:
+        """Which sequences could start; once per step, before `order`."""
+        waiting.note_resident(self._residency.ready_among(waiting.keys), now)
+
     def order(
         self,
         waiting: WaitingSequences,
         *,
         in_batch: Collection[str],
         places: int,
-        most: int,
         now: float,
-    ) -> list[Sequence]:
-        """Sequences that may start now, in order. The caller must stop at the first one
-        that gets no blocks, or younger ones would take the blocks that it waits for.
+    ) -> Iterator[Sequence]:
+        """Sequences that may start now, in order. Lazy: the caller starts each before it asks
+        for the next one, so that its service counts. It must stop at the first one that gets
+        no blocks, or others would take the blocks that it waits for.
 
         Args:
             in_batch: adapters of running sequences.
             places: how many more sequences may run.
-            most: how many to return at most.
         """
-        resident = self._residency.ready_among(waiting.keys)
-        waiting.note_resident(resident, now)
         if places <= 0:
-            return []
-        # Places before which a sequence may start though it keeps its adapter's room.
-        end = self._end_of_room(waiting, now)
-        ready: list[_Ready] = []
-        for digest in (None, *resident):
-            group = waiting.group(digest)
-            if group is not None:
-                ready.append(_Ready(group, end if self._keeps_room(digest) else None))
-        if not _more_than(places, ready):
-            return list(islice(_merged(each.all() for each in ready), most))
-        # Ties in order of arrival: what goes first whatever its adapter, then those that add
-        # no adapter to the batch, then the others.
-        first = _merged(takewhile(self._overdue(now), each.all()) for each in ready)
-        rest: dict[bool, list[Iterator[Sequence]]] = {True: [], False: []}
-        for each in ready:
-            digest = each.group.digest
-            adds_none = digest is None or digest in in_batch
-            rest[adds_none].append(dropwhile(self._overdue(now), each.all()))
-        return list(islice(chain(first, _merged(rest[True]), _merged(rest[False])), most))
+            return iter(())
+        lacking = self._lacking_group(waiting, now)
+        # A sequence that is preempted keeps its place; it may be passed over by the caller.
+        first = list(self._preempted(waiting.preempted, lacking))
+        flows = [flow for flow in waiting.flows.values() if flow.ready]
+        if not flows:
+            return iter(first)
+        contended = len(first) + _ready(flows) > places
+        turns = _Turns(
+            in_batch,
+            overdue=now - self._max_wait,
+            contended=contended,
+            end=lambda group: self._end(group, lacking),
+        )
+        return chain(first, _fairly(flows, {flow: turns.of(flow) for flow in flows}))
 
-    def _end_of_room(self, waiting: WaitingSequences, now: float) -> int | None:
-        """From this place on nothing may start that keeps an adapter's room: a sequence has
-        waited too long for some. None if there is no such place."""
-        lacking = self.lacking_too_long(now)
-        if lacking is None:
+    def _preempted(self, flow: Flow, lacking: _Lacking | None) -> Iterator[Sequence]:
+        """Those that may start."""
+        return heapq.merge(
+            *(_until(group, self._end(group, lacking)) for group in flow.ready),
+            key=lambda s: s.urgency,
+        )
+
+    def _end(self, group: WaitingGroup, lacking: _Lacking | None) -> _Order | None:
+        """From here on nothing of the group may start; None if all may."""
+        if lacking is None or not keeps_room(self._residency, group.digest):
             return None
-        group = waiting.group(lacking)
+        return lacking.end(group)
+
+    def _lacking_group(self, waiting: WaitingSequences, now: float) -> _Lacking | None:
+        """Who has waited too long for room, if anybody has."""
+        digest = self.lacking_too_long(now)
+        if digest is None:
+            return None
         # If no queued sequence has this want, it is an operator's, which precedes them all.
-        return _BEFORE_ALL if group is None else group.place
-
-    def _overdue(self, now: float) -> Callable[[Sequence], bool]:
-        """Whether a sequence was preempted, or has waited for `max_wait`. In a group those that
-        are go first."""
-        return lambda s: s.admitted is not None or now - s.arrived >= self._max_wait
-
-    def lacking_too_long(self, now: float) -> str | None:
-        """The oldest want that finds no room, if it has found none for `patience` seconds."""
-        if self._lacking is None or now - self._lacking[1] < self._patience:
-            return None
-        return self._lacking[0]
-
-    def _keeps_room(self, digest: str | None) -> bool:
-        """Whether running a sequence would prevent its adapter's eviction. An adapter that is
-        pinned to DEVICE cannot be evicted anyway."""
-        return digest is not None and not self._residency.pinned(digest, "device")
+        found = min(
+            ((_standing(group), group) for group in waiting.groups(digest)),
+            key=lambda each: each[0],
+            default=None,
+        )
+        return _Lacking(None, 0) if found is None else _Lacking(found[1], found[0][0])
 
 
 @dataclass(frozen=True, slots=True)
-class _Ready:
-    """Sequences whose adapter is resident: those before place ``end``, or all."""
+class _Lacking:
+    """A want that has found no room for too long.
 
-    group: WaitingGroup
-    end: int | None
+    Attributes:
+        group: the sequences whose want it is; None if it is an operator's.
+        rank: how many wants of its flow are before it.
+    """
 
-    def all(self) -> Iterator[Sequence]:
-        if self.end is None:
-            return iter(self.group)
-        end = self.end
-        return takewhile(lambda s: s.place < end, self.group)
+    group: WaitingGroup | None
+    rank: int
+
+    def end(self, group: WaitingGroup) -> _Order | None:
+        """From here on nothing of another group may start that keeps an adapter's room; None
+        if all may. Those before the want are the ones whose adapters are planned before it,
+        see `WaitingSequences.wanted`: were they held back, neither would get on."""
+        lacking = self.group
+        if lacking is None:
+            return _BEFORE_ALL
+        if group.flow is lacking.flow:
+            return lacking.order
+        if group.flow is None:
+            return None
+        if lacking.flow is None:
+            return _BEFORE_ALL
+        before = self.rank + (group.flow.since < lacking.flow.since)
+        return None if group in group.flow.in_order[:before] else _BEFORE_ALL
 
 
-def _more_than(places: int, ready: Iterable[_Ready]) -> bool:
-    count = 0
-    for each in ready:
-        if each.end is None:
-            count += len(each.group)
-        else:
-            count += sum(1 for _ in islice(each.all(), places + 1 - count))
-        if count > places:
-            return True
-    return False
+def _standing(group: WaitingGroup) -> tuple[int, int]:
+    """Its order among all groups, to be loaded."""
+    if group.flow is None:
+        return -1, group.first.place
+    return group.flow.in_order.index(group), group.flow.since
 
 
-def _merged(groups: Iterable[Iterator[Sequence]]) -> Iterator[Sequence]:
-    """Of all, in order of their places."""
-    return heapq.merge(*groups, key=lambda s: s.place)
+def _ready(flows: Iterable[Flow]) -> int:
+    """Sequences whose adapters are resident; some may be held back."""
+    return sum(len(group.sequences) for flow in flows for group in flow.ready)
+
+
+def _until(group: WaitingGroup, end: _Order | None) -> Iterator[Sequence]:
+    if end is None:
+        return iter(group)
+    return takewhile(lambda s: s.urgency < end, group)
+
+
+def keeps_room(residency: Residency, digest: str | None) -> bool:
+    """Whether running a sequence would prevent its adapter's eviction. An adapter that is
+    pinned to DEVICE cannot be evicted anyway."""
+    return digest is not None and not residency.pinned(digest, "device")
+
+
+@dataclass(frozen=True, slots=True)
+class _Turns:
+    """Read-only context of a step's order.
+
+    Attributes:
+        overdue: what arrived by then has waited for `max_wait`.
+        contended: whether more sequences are ready than there are places.
+        end: from where on nothing of a group may start; None if all may.
+    """
+
+    in_batch: Collection[str]
+    overdue: float
+    contended: bool
+    end: Callable[[WaitingGroup], _Order | None]
+
+    def of(self, flow: Flow) -> Iterator[Sequence]:
+        """The ready sequences of a flow that may start: by priority, then adapters in turns."""
+        levels = self._levels(flow)
+        heap = [self._entry(group, levels) for group in flow.ready]
+        heapq.heapify(heap)
+        while heap:
+            *_, group = heapq.heappop(heap)
+            sequence = group.first
+            end = self.end(group)
+            if end is not None and group.order >= end:
+                continue
+            yield sequence
+            # It has started, and its group's turn is over.
+            if group.sequences:
+                assert group.first is not sequence, "a sequence was passed over"
+                heapq.heappush(heap, self._entry(group, levels))
+
+    @staticmethod
+    def _levels(flow: Flow) -> dict[int, _Order]:
+        """By priority: the order of its first sequence. Empty if there is only one."""
+        levels: dict[int, _Order] = {}
+        priorities = {group.priority for group in flow.ready}
+        if len(priorities) > 1:
+            for group in flow.ready:
+                order = group.order
+                levels[group.priority] = min(order, levels.get(group.priority, order))
+        return levels
+
+    def _entry(
+        self, group: WaitingGroup, levels: dict[int, _Order]
+    ) -> tuple[_Order, int, int, WaitingGroup]:
+        return (
+            levels.get(group.priority, _BEFORE_ALL),
+            self._rank(group) if self.contended else 0,
+            group.turn,
+            group,
+        )
+
+    def _rank(self, group: WaitingGroup) -> int:
+        if group.first.arrived <= self.overdue:
+            return 0
+        return 1 if group.digest is None or group.digest in self.in_batch else 2
+
+
+def _fairly(flows: list[Flow], turns: dict[Flow, Iterator[Sequence]]) -> Iterator[Sequence]:
+    """Of all flows, the sequences in the order of their shares' counters."""
+    if len(flows) == 1:
+        return turns[flows[0]]
+    tenants: dict[Share, list[tuple[Share, Iterator[Sequence]]]] = {}
+    for flow in flows:
+        share = flow.share
+        assert share is not None
+        assert share.owner is not None
+        tenants.setdefault(share.owner, []).append((share, turns[flow]))
+    return _least_first([(owner, _least_first(parts)) for owner, parts in tenants.items()])
+
+
+def _least_first(parts: list[tuple[Share, Iterator[Sequence]]]) -> Iterator[Sequence]:
+    """The next sequence of the share with the least counter, over and over; of equal ones, of
+    that which came last. It has just been lifted to the others' counter, and they have had
+    service meanwhile."""
+    if len(parts) == 1:
+        yield from parts[0][1]
+        return
+    heap = [(share.counter, -at) for at, (share, _) in enumerate(parts)]
+    heapq.heapify(heap)
+    while heap:
+        _, at = heap[0]
+        share, sequences = parts[-at]
+        sequence = next(sequences, None)
+        if sequence is None:
+            heapq.heappop(heap)
+            continue
+        yield sequence
+        # It has started, and was charged.
+        heapq.heapreplace(heap, (share.counter, at))

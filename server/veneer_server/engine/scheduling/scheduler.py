@@ -2,9 +2,9 @@
 
 A step is filled in this order: every running sequence that decodes gets its one token,
 so that no stream is left out; then each running prefill gets a chunk, oldest first;
-then waiting sequences start in the order that `Admission` gives, while tokens,
-places and KV blocks last. A step that decodes takes only a few prompt tokens
-(`prefill_beside_decode`), since every stream waits for the whole step.
+then waiting sequences start in the order that `Admission` gives, fair between tenants,
+while tokens, places and KV blocks last. A step that decodes takes only a few prompt
+tokens (`prefill_beside_decode`), since every stream waits for the whole step.
 
 When KV blocks run out, the sequence that started last is preempted: it loses its blocks
 and goes back to the head of the queue. The one that started first is never preempted,
@@ -22,6 +22,7 @@ from veneer_server.engine.residency.residency import Residency
 from veneer_server.engine.residency.tiers import Action
 from veneer_server.engine.scheduling.admission import Admission
 from veneer_server.engine.scheduling.block_manager import BlockManager
+from veneer_server.engine.scheduling.fair_shares import OUTPUT_COST, PROMPT_COST, FairShares
 from veneer_server.engine.scheduling.prefill_room import PrefillRoom
 from veneer_server.engine.scheduling.sequence import (
     Finish,
@@ -45,6 +46,7 @@ class Scheduler:
 
     Attributes:
         admission: in what order waiting sequences start.
+        shares: what each tenant has had.
     """
 
     def __init__(
@@ -58,7 +60,8 @@ class Scheduler:
         self.blocks = blocks
         self.residency = residency
         self._eos = eos_token_ids
-        self._waiting = WaitingSequences()
+        self.shares = FairShares()
+        self._waiting = WaitingSequences(self.shares)
         self._running: OrderedDict[int, Sequence] = OrderedDict()
         self._by_id: dict[int, Sequence] = {}
         self._held: set[int] = set()
@@ -93,8 +96,7 @@ class Scheduler:
     def waiting_for_adapter(self) -> int:
         """Sequences whose adapter is not where a step needs it."""
         ready = self.residency.ready_among(self._waiting.keys)
-        groups = map(self._waiting.group, (None, *ready))
-        return len(self._waiting) - sum(len(group) for group in groups if group is not None)
+        return len(self._waiting) - sum(map(self._waiting.count, (None, *ready)))
 
     @property
     def running_adapters(self) -> tuple[str, ...]:
@@ -103,8 +105,9 @@ class Scheduler:
 
     @property
     def waiting_adapters(self) -> tuple[str, ...]:
-        """Weights digests, sorted: at most `planned_adapters`, the longest waiting ones."""
-        return tuple(sorted(self._waiting.wanted(self.limits.planned_adapters)))
+        """Weights digests, sorted: at most `planned_adapters`, the longest waiting ones of
+        each tenant."""
+        return tuple(sorted(self._waiting.wanted(0, self.limits.planned_adapters)[0]))
 
     def least_tokens(self, sequence: Sequence) -> tuple[int, int]:
         """Fewest tokens to compute before a sequence that is not queued yet can get its
@@ -136,7 +139,9 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence that already holds its lease."""
+        request = sequence.request
         self._by_id[sequence.id] = sequence
+        sequence.share = self.shares.hold(request.tenant, request.fairness_id, request.weight)
         self._waiting.append(sequence)
 
     def cancel(self, sequence_id: int) -> tuple[Sequence | None, list[Action]]:
@@ -154,6 +159,7 @@ class Scheduler:
             self._waiting.remove(sequence)
         sequence.state = SequenceState.FINISHED
         del self._by_id[sequence.id]
+        self.shares.release(sequence.share)
         self._held.discard(sequence.id)
         return self.residency.release(sequence.digest) if sequence.digest else []
 
@@ -172,8 +178,8 @@ class Scheduler:
     def plan_adapters(self, now: float) -> tuple[tuple[Action, ...], tuple[str, ...]]:
         """Loads, moves and drops to start for the waiting sequences, and the
         adapters that pins leave no room for (their sequences must be failed)."""
-        near = self._waiting.adapters_of_first(self.limits.max_running)
-        wanted = self._waiting.wanted(max(near, self.limits.planned_adapters))
+        limits = self.limits
+        wanted, near = self._waiting.wanted(limits.max_running, limits.planned_adapters)
         plan = self.residency.plan(wanted, self.admission.lacking_too_long(now), near)
         self.admission.note_lack_of_room(plan.blocked, now)
         return plan.actions, plan.impossible
@@ -183,6 +189,7 @@ class Scheduler:
     def schedule(self, now: float) -> StepPlan | None:
         """The next step, or None if no sequence can run."""
         self._preempted = False
+        self.admission.note(self._waiting, now)
         chosen: dict[int, PlannedSequence] = {}
         started = [s for s in self._running.values() if s.id not in self._held]
         for sequence in (s for s in started if s.remaining == 1):
@@ -243,13 +250,11 @@ class Scheduler:
         sequence.prompt_top_logprobs.clear()
         self._waiting.appendleft(sequence)
 
-    def _candidates(self, now: float) -> list[Sequence]:
+    def _candidates(self, now: float) -> Iterator[Sequence]:
         return self.admission.order(
             self._waiting,
             in_batch={s.digest for s in self._running.values() if s.digest is not None},
             places=self.limits.max_running - len(self._running),
-            # Those that are held are passed over.
-            most=self.limits.max_running - len(self._running) + len(self._held),
             now=now,
         )
 
@@ -272,6 +277,8 @@ class Scheduler:
         if sequence.admitted is None:
             sequence.admitted = now
             sequence.cached_tokens = sequence.computed
+            computed = sequence.prompt_length - sequence.cached_tokens
+            sequence.share.charge(PROMPT_COST * max(1, computed))
             if self.blocks.shares(sequence):
                 self._lookups = PrefixLookups(
                     self._lookups.asked + sequence.prompt_length,
@@ -293,6 +300,7 @@ class Scheduler:
         step ran are left out. The caller must carry out the actions next."""
         updates: list[Update] = []
         actions: list[Action] = []
+        charged = self.shares.several
         for planned, result in zip(plan.sequences, results, strict=True):
             sequence = self._running.get(planned.sequence)
             if sequence is None:
@@ -328,6 +336,8 @@ class Scheduler:
             if token is None:
                 continue
             sequence.tokens.append(token)
+            if charged:
+                sequence.share.charge(OUTPUT_COST)
             finish = self._finish(sequence, token, result.following is Following.COMPLETE)
             first = sequence.generated == 1
             logprob, tops = result.logprob, result.tops
@@ -351,6 +361,7 @@ class Scheduler:
         """Assert, when there is no sequence, that no place, block, lease or hold is left.
         Cheap enough to run after every message."""
         assert not self._by_id, "a sequence that neither runs nor waits"
+        self.shares.check_unused()
         self.blocks.check_unused()
         self.residency.check_unused()
 

@@ -10,6 +10,7 @@ from array import array
 from dataclasses import dataclass, field
 from enum import Enum
 
+from veneer_server.engine.scheduling.fair_shares import Share
 from veneer_server.step.plan import PlannedSequence
 from veneer_server.step.token_counts import Seen, TokenCounts
 from veneer_server.wire.messages import (
@@ -58,10 +59,12 @@ class Sequence:
         published: leading blocks that other sequences may find.
         cached_tokens: prompt tokens that it found in the prefix cache when it first started.
         prompt_logprobs: filled chunk by chunk during prefill, if requested.
-        place: its order among waiting sequences; lower goes first.
+        place: its order of arrival among waiting sequences; negative once it was preempted.
+        urgency: its order in its flow, see `WaitingSequences`.
         load_seconds: time spent waiting for the adapter; complete while it runs.
         admitted: monotonic seconds of its first step.
         token_counts: for penalties; None until a token first needs them.
+        share: whose service it counts as; set when it is queued.
     """
 
     id: int
@@ -79,9 +82,11 @@ class Sequence:
     prompt_logprobs: list[float] = field(default_factory=list)
     prompt_top_logprobs: list[Tops] = field(default_factory=list)
     place: int = 0
+    urgency: tuple[float, int] = (0.0, 0)
     load_seconds: float = 0.0
     admitted: float | None = None
     token_counts: TokenCounts | None = None
+    share: Share = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)

@@ -1,38 +1,51 @@
-"""Sequences that wait, grouped by adapter.
+"""Sequences that wait: preempted ones, and per share those that have not started, by adapter.
 
 What a step asks of them (who may start, which adapters to load) takes time by the number of
-adapters and of places, not by the number of sequences: thousands may wait.
+adapters, shares and places, not by the number of sequences: thousands may wait.
 """
 
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, KeysView, Set
+from collections.abc import Collection, Iterable, Iterator, KeysView, Set
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
+from operator import attrgetter, itemgetter
+from typing import Final
 
+from veneer_server.engine.scheduling.fair_shares import FairShares, Share
 from veneer_server.engine.scheduling.sequence import Sequence
 
-__all__ = ["WaitingGroup", "WaitingSequences"]
+__all__ = ["PRIORITY_SECONDS", "Flow", "WaitingGroup", "WaitingSequences"]
+
+PRIORITY_SECONDS: Final = 10.0
+"""A priority is worth this many seconds of waiting for each of its steps: so a request is
+overtaken for its priority only by those that arrive within so long after it."""
 
 
-def _place(sequence: Sequence) -> int:
-    return sequence.place
+_urgency = attrgetter("urgency")
+_place = attrgetter("place")
+_order = attrgetter("order")
 
 
 @dataclass(slots=True, eq=False)
 class WaitingGroup:
-    """The waiting sequences of one adapter, or of the base; never empty.
+    """The waiting sequences of one flow, adapter (or the base) and priority; never empty.
 
     Attributes:
         digest: None for the base.
-        sequences: by id, in order of their places.
+        flow: None for preempted ones.
+        sequences: by id, in the order in which they may start.
+        turn: the group of a flow with the lowest one is next.
     """
 
     digest: str | None
+    flow: Flow | None
+    priority: int = 0
     sequences: OrderedDict[int, Sequence] = field(default_factory=OrderedDict)
+    turn: int = 0
     _new: list[Sequence] = field(default_factory=list)
     """Their wait for the adapter has not begun yet."""
     _since: float | None = None
@@ -47,9 +60,13 @@ class WaitingGroup:
         return iter(self.sequences.values())
 
     @property
-    def place(self) -> int:
-        """Of its first sequence."""
-        return next(iter(self.sequences.values())).place
+    def first(self) -> Sequence:
+        return next(iter(self.sequences.values()))
+
+    @property
+    def order(self) -> tuple[float, int]:
+        """`Sequence.urgency` of the first one."""
+        return self.first.urgency
 
     def join(self, sequence: Sequence, *, first: bool) -> None:
         """Add a sequence, behind the others or in front of them."""
@@ -76,73 +93,160 @@ class WaitingGroup:
         return self._missed + (0.0 if self._since is None else now - self._since)
 
 
-class WaitingSequences:
-    """All of them. A sequence's ``place`` is its order among all: lower goes first."""
+@dataclass(slots=True, eq=False)
+class Flow:
+    """The waiting sequences of one share, or all preempted ones; empty only in the latter case.
 
-    def __init__(self) -> None:
-        self._groups: dict[str | None, WaitingGroup] = {}
-        self._in_order: list[WaitingGroup] = []
-        """By the places of their first sequences."""
+    Attributes:
+        share: None for preempted ones.
+        groups: by adapter and priority.
+        in_order: the same, by `WaitingGroup.order`.
+        ready: those whose adapter is resident.
+        since: its turn to load an adapter; lower is earlier.
+    """
+
+    share: Share | None
+    groups: dict[tuple[str | None, int], WaitingGroup] = field(default_factory=dict)
+    in_order: list[WaitingGroup] = field(default_factory=list)
+    ready: dict[WaitingGroup, None] = field(default_factory=dict)
+    since: int = 0
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return _merged(self.in_order)
+
+    def put(self, group: WaitingGroup) -> None:
+        """Into `in_order`, after its first sequence has changed."""
+        order = group.order
+        if not self.in_order or self.in_order[-1].order < order:
+            self.in_order.append(group)
+            return
+        at = bisect_left(self.in_order, order, key=_order)
+        self.in_order.insert(at, group)
+
+    def take_out(self, group: WaitingGroup) -> None:
+        """Out of `in_order`, before its first sequence changes."""
+        at = bisect_left(self.in_order, group.order, key=_order)
+        assert self.in_order[at] is group, "groups are out of order"
+        del self.in_order[at]
+
+    def groups_of_first(self, count: int) -> int:
+        """How many groups the first ``count`` sequences are in: the first ones in order."""
+        if count <= 0 or len(self.in_order) <= 1:
+            return min(count, len(self.in_order))
+        # Each group before the last of them has one of those sequences at least.
+        *_, last = islice(_merged(self.in_order[:count]), count)
+        return bisect_right(self.in_order, last.urgency, key=_order)
+
+
+class WaitingSequences:
+    """All of them.
+
+    A sequence's ``place`` is its order of arrival among all, and negative if it was preempted;
+    its ``urgency`` is its order in its flow: by arrival, moved by its priority.
+    """
+
+    def __init__(self, shares: FairShares) -> None:
+        self._shares = shares
+        self.preempted = Flow(None)
+        self.flows: dict[Share, Flow] = {}
+        """By share; none is empty."""
+        self._by_digest: dict[str | None, dict[WaitingGroup, None]] = {}
         self._changed: set[str | None] = set()
-        """Groups that sequences joined since residency was last noted."""
+        """Adapters whose groups sequences joined since residency was last noted."""
         self._resident: Set[str] = frozenset()
-        self._count = self._front = self._back = 0
+        self._count = self._front = self._back = self._turn = 0
 
     def __len__(self) -> int:
         return self._count
 
     def __iter__(self) -> Iterator[Sequence]:
         """In order: preempted sequences, the last one first, then those that arrived."""
-        return heapq.merge(*self._groups.values(), key=_place)
+        groups = (group for found in self._by_digest.values() for group in found)
+        return iter(sorted((s for group in groups for s in group), key=_place))
 
-    def group(self, digest: str | None) -> WaitingGroup | None:
-        """The sequences of an adapter, if any wait."""
-        return self._groups.get(digest)
+    def groups(self, digest: str | None) -> Iterable[WaitingGroup]:
+        """Those that wait for an adapter, or for the base."""
+        return self._by_digest.get(digest, ())
+
+    def count(self, digest: str | None) -> int:
+        """Sequences that wait for an adapter, or for the base."""
+        return sum(map(len, self.groups(digest)))
 
     @property
     def keys(self) -> KeysView[str | None]:
         """Weights digests, and None if sequences of the base wait."""
-        return self._groups.keys()
+        return self._by_digest.keys()
 
-    def wanted(self, most: int) -> list[str]:
-        """Weights digests by their oldest sequences, the oldest first."""
-        found = (g.digest for g in self._in_order if g.digest is not None)
-        return list(islice(found, most))
+    # ------------------------------------------------------------------ wanted adapters
 
-    def adapters_of_first(self, count: int) -> int:
-        """How many adapters the first ``count`` sequences use."""
-        # They are in the first groups: each group before the last of them has one at least.
-        first = heapq.merge(*self._in_order[:count], key=_place)
-        return len({s.digest for s in islice(first, count)} - {None})
+    def wanted(self, count: int, planned: int) -> tuple[list[str], int]:
+        """Weights digests in the order in which to load them, and how many of them the
+        ``count`` sequences use that are first; ``planned`` of them, or as many as those use.
+
+        Preempted sequences are first. Then flows take turns, each with its adapters in the
+        order of their first sequences: one that waits for many delays only itself. A flow's
+        turn ends when a sequence of the adapter at its head starts.
+        """
+        front, flows = self.preempted, self.flows.values()
+        queued = sum(map(len, front.groups.values()))
+        used = front.groups_of_first(count)
+        near, far = front.in_order[:used], front.in_order[used:]
+        firsts = [0] * len(flows)
+        if left := max(0, count - queued):
+            each = max(1, left // max(1, len(flows)))
+            firsts = [flow.groups_of_first(each) for flow in flows]
+            turns = list(_in_turns(flows, [0] * len(flows), firsts))
+            near, far = near + turns[:left], far + turns[left:]
+        distinct = len(self._by_digest) - (None in self._by_digest)
+        digests = _digests(near, distinct)
+        used = len(digests)
+        if used < min(planned, distinct):
+            ends = [end + planned for end in firsts]
+            groups = chain(near, far, _in_turns(flows, firsts, ends))
+            digests = _digests(groups, min(planned, distinct))
+        return digests, used
 
     # ------------------------------------------------------------------ in and out
 
     def append(self, sequence: Sequence) -> None:
-        """Add a sequence behind all others."""
+        """Add a sequence that has arrived."""
         self._back += 1
         sequence.place = self._back
-        self._join(sequence, first=False)
+        moved = sequence.arrived + PRIORITY_SECONDS * sequence.request.priority
+        sequence.urgency = moved, sequence.place
+        flow = self.flows.get(sequence.share)
+        if flow is None:
+            flow = self.flows[sequence.share] = Flow(sequence.share, since=self._next_turn())
+        self._join(flow, sequence, sequence.request.priority, first=False)
 
     def appendleft(self, sequence: Sequence) -> None:
         """Add a preempted sequence before all others."""
         self._front -= 1
         sequence.place = self._front
-        self._join(sequence, first=True)
+        sequence.urgency = float("-inf"), sequence.place
+        self._join(self.preempted, sequence, 0, first=True)
 
-    def _join(self, sequence: Sequence, *, first: bool) -> None:
-        group = self._groups.get(sequence.digest)
+    def _join(self, flow: Flow, sequence: Sequence, priority: int, *, first: bool) -> None:
+        key = sequence.digest, priority
+        group = flow.groups.get(key)
         if group is None:
-            group = self._groups[sequence.digest] = WaitingGroup(sequence.digest)
+            group = flow.groups[key] = WaitingGroup(
+                sequence.digest, None if flow.share is None else flow, priority
+            )
+            group.turn = self._next_turn()
+            self._by_digest.setdefault(sequence.digest, {})[group] = None
         elif first:
-            self._take_out(group)
+            flow.take_out(group)
         new = not group.sequences
         group.join(sequence, first=first)
-        if first:
-            self._in_order.insert(0, group)
-        elif new:
-            self._in_order.append(group)
+        if first or new:
+            flow.put(group)
         self._changed.add(sequence.digest)
         self._count += 1
+
+    def _next_turn(self) -> int:
+        self._turn += 1
+        return self._turn
 
     def remove(self, sequence: Sequence, now: float | None = None) -> None:
         """Remove a sequence.
@@ -150,35 +254,93 @@ class WaitingSequences:
         Args:
             now: it starts; None if it ends.
         """
-        group = self._groups[sequence.digest]
+        key, flow = (sequence.digest, sequence.request.priority), self.flows.get(sequence.share)
+        if sequence.place < 0:
+            key, flow = (sequence.digest, 0), self.preempted
+        assert flow is not None, "a sequence that waits is in a flow"
+        group = flow.groups[key]
         if now is not None:
             group.started(sequence, now)
-        leads = group.place == sequence.place
+            group.turn = self._next_turn()
+            if flow.in_order[0] is group:
+                flow.since = group.turn
+        leads = group.first is sequence
         if leads:
-            self._take_out(group)
+            flow.take_out(group)
         del group.sequences[sequence.id]
-        if not group.sequences:
-            del self._groups[sequence.digest]
-        elif leads:
-            at = bisect_left(self._in_order, group.place, key=lambda each: each.place)
-            self._in_order.insert(at, group)
         self._count -= 1
-
-    def _take_out(self, group: WaitingGroup) -> None:
-        at = bisect_left(self._in_order, group.place, key=lambda each: each.place)
-        assert self._in_order[at] is group, "groups are out of order"
-        del self._in_order[at]
+        if group.sequences:
+            if leads:
+                flow.put(group)
+            return
+        del flow.groups[key]
+        del self._by_digest[sequence.digest][group]
+        if not self._by_digest[sequence.digest]:
+            del self._by_digest[sequence.digest]
+        self._set_ready(flow, group, ready=False)
+        if not flow.groups and flow.share is not None:
+            del self.flows[flow.share]
 
     # ------------------------------------------------------------------ adapters
 
     def note_resident(self, resident: Set[str], now: float) -> None:
-        """Measure waits for adapters.
+        """Measure waits for adapters, and which flows could start a sequence.
 
         Args:
             resident: of the adapters that sequences wait for, those that are resident.
         """
         for digest in (resident ^ self._resident) | self._changed:
-            if (group := self._groups.get(digest)) is not None:
-                group.note(digest is None or digest in resident, now)
+            ready = digest is None or digest in resident
+            for group in self.groups(digest):
+                group.note(ready, now)
+                self._set_ready(group.flow or self.preempted, group, ready=ready)
         self._changed.clear()
         self._resident = resident
+
+    def _set_ready(self, flow: Flow, group: WaitingGroup, *, ready: bool) -> None:
+        if ready == (group in flow.ready):
+            return
+        if ready:
+            flow.ready[group] = None
+        else:
+            del flow.ready[group]
+        if flow.share is not None and len(flow.ready) == int(ready):
+            self._shares.set_runnable(flow.share, ready)
+
+
+def _merged(groups: Iterable[WaitingGroup]) -> Iterator[Sequence]:
+    """The sequences of a flow's groups, in order."""
+    found = list(groups)
+    if len(found) == 1:
+        return iter(found[0])
+    return heapq.merge(*found, key=_urgency)
+
+
+def _in_turns(
+    flows: Collection[Flow], begins: list[int], ends: list[int]
+) -> Iterator[WaitingGroup]:
+    """The first group of each flow, then the second of each, and so on; of each flow those from
+    its begin to its end."""
+    parts = [
+        (flow.since, flow.in_order[begin:end])
+        for flow, begin, end in zip(flows, begins, ends, strict=True)
+    ]
+    parts.sort(key=itemgetter(0))
+    if len(parts) == 1:
+        yield from parts[0][1]
+        return
+    rank = 0
+    while row := [groups[rank] for _, groups in parts if len(groups) > rank]:
+        yield from row
+        rank += 1
+
+
+def _digests(groups: Iterable[WaitingGroup], most: int) -> list[str]:
+    """The adapters of groups, each once."""
+    found: dict[str, None] = {}
+    for group in groups:
+        if len(found) >= most:
+            break
+        if group.digest is not None:
+            found[group.digest] = None
+    return list(found)

@@ -26,6 +26,7 @@ from veneer_registry.errors import (
 )
 from veneer_registry.registry import Registry
 
+from veneer_server.engine_client.places import Place
 from veneer_server.engine_client.tenant_engine import TenantEngine
 from veneer_server.logs import get_logger
 from veneer_server.serving.adapters.subjects import Subject, Subjects
@@ -211,7 +212,7 @@ class SelfTest:
     @property
     def _most(self) -> int:
         """Most adapters per test; the base and one more sequence need places too."""
-        return max(0, min(MAX_ADAPTERS, self._engine.capacity - 2))
+        return max(0, min(MAX_ADAPTERS, self._engine.places.capacity - 2))
 
     async def _run(self, subjects: Sequence[Subject]) -> tuple[list[Verdict], int]:
         """The verdicts, and how many adapters shared a step with the base."""
@@ -273,9 +274,10 @@ class SelfTest:
             # An extra sequence first: while an idle engine computes it, the others arrive
             # and then start together.
             sources.insert(0, None)
-        with self._engine.places(len(sources)):
+        with self._engine.places.hold(len(sources)) as place:
             results = await asyncio.gather(
-                *(self._score(tokens, source) for source in sources), return_exceptions=True
+                *(self._score(tokens, source, place) for source in sources),
+                return_exceptions=True,
             )
         for result in results:
             if isinstance(result, BaseException):
@@ -286,7 +288,9 @@ class SelfTest:
             if isinstance(result, _Served)
         }
 
-    async def _score(self, tokens: list[int], source: AdapterSource | None) -> _Served:
+    async def _score(
+        self, tokens: list[int], source: AdapterSource | None, place: Place
+    ) -> _Served:
         """Run the tokens as a request for prompt log-probabilities."""
         outputs = self._engine.generate(
             SequenceRequest(
@@ -296,7 +300,8 @@ class SelfTest:
                 adapter=source,
                 prompt_logprobs=True,
                 use_prefix_cache=False,
-            )
+            ),
+            place=place,
         )
         try:
             async with aclosing(outputs):

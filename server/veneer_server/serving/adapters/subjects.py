@@ -64,9 +64,9 @@ class Subjects:
             return [], "no adapter is registered: only the base was tested"
         if not most:
             return [], (
-                f"this server runs and queues at most {self._engine.capacity} sequences, too "
-                "few for the base and an adapter: start it with a larger --max-running or "
-                "--max-queue"
+                f"this server runs and queues at most {self._engine.places.capacity} "
+                "sequences, too few for the base and an adapter: start it with a larger "
+                "--max-running or --max-queue"
             )
         in_memory = (
             partial(self._registry.acquire_weights, digest)

@@ -254,12 +254,12 @@ def test_the_command_line(file: Path) -> None:
             check=False,
         )
 
-    made = run("new", "--name", "ci", "--role", "publisher", "--expires", "90d")
+    made = run("new", "--name", "ci", "--role", "publisher", "--expires", "90d", "--gateway")
     key = made.stdout.strip()
     assert key.startswith("vn_")
     listed = json.loads(run("ls", "--json").stdout)
-    assert [(k["name"], k["roles"], k["expired"]) for k in listed] == [
-        ("ci", ["publisher"], False)
+    assert [(k["name"], k["roles"], k["expired"], k["gateway"]) for k in listed] == [
+        ("ci", ["publisher"], False, True)
     ]
     assert key.split("_", 2)[2] not in run("ls").stdout
     assert run("revoke", listed[0]["id"]).returncode == 0

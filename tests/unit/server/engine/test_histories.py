@@ -80,6 +80,7 @@ class Ask:
     new: int
     adapter: str | None
     scope: str
+    priority: int
     alone: bool
     scores: bool
 
@@ -91,6 +92,7 @@ ASKS = st.builds(
     new=st.sampled_from([1, 4, 12, 20]),
     adapter=st.none() | NAMES,
     scope=st.sampled_from(["", "", "other"]),
+    priority=st.sampled_from([0, 0, 0, -1]),
     alone=SOMETIMES,
     scores=SOMETIMES,
 )
@@ -161,6 +163,8 @@ class Histories(RuleBasedStateMachine):
                 new,
                 self._adapter(ask.adapter) if ask.adapter else None,
                 scope=ask.scope,
+                tenant=ask.scope,
+                priority=ask.priority,
                 share=not ask.alone,
                 scores=ask.scores,
                 penalties=number % 3 == 0,
@@ -464,8 +468,8 @@ def _nobody_is_overdue(patch: pytest.MonkeyPatch) -> None:
     _edit(
         patch,
         admission,
-        "lambda s: s.admitted is not None or now - s.arrived >= self._max_wait",
-        "lambda s: False",
+        "if group.first.arrived <= self.overdue:",
+        "if False:",
     )
 
 

@@ -100,6 +100,11 @@ class World:
     starts: list[int] = field(default_factory=list)
     """Sequences in the order in which they (last) started."""
     blocked: tuple[str, float] | None = None
+    load_turns: dict[str, int] = field(default_factory=dict)
+    """By tenant: lower ones load an adapter first. A turn ends when a request of the adapter at
+    the tenant's head starts."""
+    overtaken: dict[int, Counter[str | None]] = field(default_factory=dict)
+    """By sequence that has waited for `max_wait`: starts of younger ones, by adapter."""
     most: dict[str, int] = field(default_factory=dict)
     """Allowed bytes by tier: they decrease with each planning until a lowered budget is met."""
     draining: dict[str, set[int]] = field(default_factory=dict)
@@ -162,6 +167,9 @@ class World:
         share: bool = True,
         scores: bool = False,
         penalties: bool = False,
+        tenant: str = "",
+        weight: float = 1.0,
+        priority: int = 0,
     ) -> Sequence:
         request = SequenceRequest(
             prompt=prompt,
@@ -171,7 +179,12 @@ class World:
             use_prefix_cache=share,
             cache_scope=scope,
             prompt_logprobs=scores,
+            tenant=tenant,
+            weight=weight,
+            priority=priority,
         )
+        if all(s.place < 0 or s.request.tenant != tenant for s in self.scheduler.queue):
+            self.load_turns[tenant] = self._next_turn()
         found = self.residency.lease(source) if source else None
         sequence = Sequence(number, request, self.now, found)
         least = sum(self.scheduler.least_tokens(sequence))
@@ -180,6 +193,9 @@ class World:
         self.live[number] = sequence
         self.outputs[number] = []
         return sequence
+
+    def _next_turn(self) -> int:
+        return 1 + max(self.load_turns.values(), default=0)
 
     def cancel(self, number: int) -> None:
         self.ended_early += 1
@@ -283,10 +299,9 @@ class World:
                 assert used or pinned, f"{digest} is past the {tier} budget, and not in use"
 
     def plan_adapters(self) -> None:
-        waiting = [s.digest for s in self.scheduler.queue if s.digest is not None]
+        waiting, near = self._wanted()
         wants = list(dict.fromkeys([*self.residency.operator_wants, *waiting]))
         overdue = self._lacking()
-        near = {s.digest for s in self.scheduler.queue[: self.max_running]}
         actions, impossible = self.scheduler.plan_adapters(self.now)
         self._check_passed_over(actions, wants, overdue)
         self._check_evicted(actions, wants, {*near, *self.residency.operator_wants})
@@ -295,6 +310,35 @@ class World:
         self._check_drained()
         for digest in impossible:
             self.fail_adapter(digest)
+
+    def _wanted(self) -> tuple[list[str], set[str]]:
+        """Adapters in the order in which they are to be loaded, and those that the sequences
+        at the head of the queue use: preempted ones, then those of all tenants in turn."""
+        queue = self.scheduler.queue
+        head = [s for s in queue if s.place < 0]
+        tenants: dict[str, list[Sequence]] = {}
+        for s in sorted(
+            (s for s in queue if s.place > 0),
+            key=_order,
+        ):
+            tenants.setdefault(s.request.tenant, []).append(s)
+        tenants = dict(sorted(tenants.items(), key=lambda item: self.load_turns[item[0]]))
+        left = max(0, self.max_running - len(head))
+        each = max(1, left // max(1, len(tenants))) if left else 0
+        ranked: list[tuple[bool, int, int, str | None]] = []
+        for tenant, sequences in tenants.items():
+            firsts: dict[tuple[str | None, int], Sequence] = {}
+            for s in sequences:
+                firsts.setdefault((s.digest, s.request.priority), s)
+            used = {(s.digest, s.request.priority) for s in sequences[:each]}
+            for rank, key in enumerate(firsts):
+                ranked.append((key not in used, rank, self.load_turns[tenant], key[0]))
+        ranked.sort(key=lambda entry: entry[:3])
+        near = [s.digest for s in head[: self.max_running]]
+        near += [digest for far, *_, digest in ranked if not far][:left]
+        order = [s.digest for s in head] + [digest for *_, digest in ranked]
+        wants = dict.fromkeys(digest for digest in order if digest is not None)
+        return list(wants), {digest for digest in near if digest is not None}
 
     def _check_passed_over(
         self, actions: Iterable[Action], wants: list[str], overdue: str | None
@@ -395,6 +439,7 @@ class World:
         waited = {s.id for s in queue}
         # In the order of starts, which within a step differs from the queue's.
         started = [s.id for s in self.scheduler.batch if s.id in waited]
+        self._end_turns(queue, started)
         self.starts = [n for n in self.starts if n not in started] + started
         self.preempted |= preempted
         for number in started:
@@ -404,6 +449,17 @@ class World:
         if plan is not None:
             self._check_plan(plan, running)
         return plan
+
+    def _end_turns(self, queue: list[Sequence], started: list[int]) -> None:
+        left = [s for s in queue if s.id not in self.preempted]
+        for sequence in [self.live[n] for n in started if n not in self.preempted]:
+            head = min(
+                (s for s in left if s.request.tenant == sequence.request.tenant),
+                key=_order,
+            )
+            if (head.digest, _class(head)) == (sequence.digest, _class(sequence)):
+                self.load_turns[sequence.request.tenant] = self._next_turn()
+            left.remove(sequence)
 
     def _on_device(self, sequence: Sequence) -> bool:
         if sequence.digest is None:
@@ -424,26 +480,41 @@ class World:
         # Requests behind the one that lacks space, whose adapters occupy that space.
         held: set[int] = set()
         if lacking is not None:
-            places = [i for i, s in enumerate(queue) if s.digest == lacking]
+            order = sorted(queue, key=_order)
+            places = [i for i, s in enumerate(order) if s.digest == lacking]
+            behind = order[places[0] if places else 0 :]
             held = {
                 s.id
-                for s in queue[places[0] if places else 0 :]
+                for s in behind
                 if s.digest is not None and not self.residency.pinned(s.digest, "device")
             }
-            assert not held & {s.id for s in started}, "starts, and keeps the room taken"
+            if len({s.request.tenant for s in queue}) <= 1:
+                assert not held & {s.id for s in started}, "starts, and keeps the room taken"
+            else:
+                held = {s.id for s in queue}  # tenants take turns to load, see `_wanted`
         for sequence in queue:
             if sequence.state is not SequenceState.WAITING or sequence.id in held:
                 continue
-            due = sequence.id in self.preempted or (
-                self.now - sequence.arrived >= self.max_wait
-            )
-            if due and sequence.id in resident:
-                younger = [
-                    s.id
-                    for s in started
-                    if s.id not in self.preempted and s.arrived > sequence.arrived
-                ]
+            preempted = sequence.id in self.preempted
+            due = preempted or self.now - sequence.arrived >= self.max_wait
+            if not due or sequence.id not in resident:
+                continue
+            younger = [
+                s
+                for s in started
+                if s.id not in self.preempted and s.arrived > sequence.arrived
+            ]
+            if preempted:
                 assert not younger, f"{sequence.id} is overtaken by {younger}"
+                continue
+            own = [s for s in queue if _class(s) == _class(sequence)]
+            same = [s for s in own if s.digest == sequence.digest]
+            assert not set(same) & set(younger), f"{sequence.id} is overtaken by its own"
+            if min(same, key=lambda s: s.place) is sequence:
+                # Adapters of a tenant take turns: each other one has one turn at most.
+                turns = self.overtaken.setdefault(sequence.id, Counter())
+                turns.update(s.digest for s in younger if s in own)
+                assert max(turns.values(), default=0) <= 1, f"{sequence.id} has had no turn"
 
     def _lacking(self) -> str | None:
         """The want that has found no space for `patience`, by the world's clock."""
@@ -584,6 +655,18 @@ class World:
             assert slot // BLOCK not in taken, f"{p.sequence} writes to a shared block"
             content = None if bad else self._content(sequence, position)
             self.pool[slot] = Cell(content, p.sequence, sequence.request.use_prefix_cache)
+
+
+def _order(sequence: Sequence) -> tuple[bool, float, int]:
+    """Of a tenant's sequences: preempted ones, then by arrival, moved by their priority."""
+    if sequence.place < 0:
+        return False, 0, sequence.place
+    return True, sequence.arrived + 10 * sequence.request.priority, sequence.place
+
+
+def _class(sequence: Sequence) -> tuple[str, int]:
+    """Those of one class take turns by adapter."""
+    return sequence.request.tenant, sequence.request.priority
 
 
 def _digest(action: Action) -> str:

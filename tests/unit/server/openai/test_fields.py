@@ -75,6 +75,7 @@ def test_every_field_that_is_served_arrives() -> None:
         top_logprobs=4,
         n=3,
         use_prefix_cache=False,
+        priority=-2,
         response_format={"type": "json_schema", "json_schema": {"name": "s", "schema": {}}},
     )
     assert call == GenerateCall(
@@ -107,6 +108,7 @@ def test_every_field_that_is_served_arrives() -> None:
         top_logprobs=4,
         n=3,
         use_prefix_cache=False,
+        priority=-2,
         constraint=Constraint("json_schema", "{}"),
     )
 

@@ -93,7 +93,7 @@ async def test_more_prompts_than_there_are_places_can_never_be_served(
     front: Front, http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Told to retry, a client would come back for ever, and throw away work each time."""
-    monkeypatch.setattr(front.engine, "capacity", 3)
+    monkeypatch.setattr(front.engine.places, "capacity", 3)
     for prompts, n in ((4, 1), (2, 2)):
         answer = await post(http, TEXT, prompt=["Hi"] * prompts, n=n)
         assert answer.status_code == 400
@@ -109,7 +109,7 @@ async def test_more_prompts_than_there_are_places_can_never_be_served(
 async def test_several_prompts_start_together_or_not_at_all(
     front: Front, http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(front.engine, "capacity", 3)
+    monkeypatch.setattr(front.engine.places, "capacity", 3)
     front.engine.pace = asyncio.Semaphore(0)
     running = asyncio.create_task(post(http, TEXT))
     await until(lambda: front.engine.in_flight == 1)
@@ -120,7 +120,7 @@ async def test_several_prompts_start_together_or_not_at_all(
     for _ in range(4):
         front.engine.pace.release()
     assert (await running).status_code == 200
-    assert front.engine.taken == 0
+    assert front.engine.places.taken == 0
 
 
 async def test_an_error_in_a_stream_is_an_event_and_its_end(

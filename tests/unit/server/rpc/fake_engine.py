@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Literal
 
 from veneer_registry.errors import (
     AdapterBudgetExceeded,
     AdapterInUse,
     EngineFailed,
-    QueueFull,
     VeneerError,
 )
 from veneer_server.engine_client.client import EngineEvent
+from veneer_server.engine_client.places import Place, Places, Refusal
 from veneer_server.engine_client.resident_set import Resident
 from veneer_server.wire.messages import (
     AdapterSource,
@@ -50,6 +50,13 @@ def _tops(token: int, count: int) -> list[tuple[int, float]]:
     return [(token + i, -0.5 - i) for i in range(count)]
 
 
+class _Ended(asyncio.Queue["VeneerError | None"]):
+    """What ends a stream from outside."""
+
+    def fail(self, error: VeneerError) -> None:
+        self.put_nowait(error)
+
+
 class FakeEngine:
     """Replaces `EngineClient`; see the module docstring."""
 
@@ -58,6 +65,8 @@ class FakeEngine:
         config: EngineConfig,
         *,
         max_queue: int,
+        max_wait_s: float = 0.0,
+        on_refused: Callable[[str, Refusal], None] = lambda tenant, why: None,
         on_event: Callable[[EngineEvent], None],
         on_health: Callable[[bool], None],
         hold: Callable[[AdapterSource], AbstractContextManager[object]],
@@ -85,8 +94,9 @@ class FakeEngine:
         self.healthy = False
         self.in_flight = 0
         self.pid: int | None = None
-        self.capacity = config.max_running + max_queue
-        self.taken = 0
+        self.places = Places(
+            config.max_running, max_queue, max_wait_s=max_wait_s, on_refused=on_refused
+        )
         self.load_gate = asyncio.Event()
         self.load_gate.set()
         self.residency: dict[str, Residency] = {}
@@ -97,7 +107,7 @@ class FakeEngine:
         self._on_event = on_event
         self._on_health = on_health
         self.hold = hold
-        self._streams: set[asyncio.Queue[VeneerError | None]] = set()
+        self._streams: set[_Ended] = set()
 
     def reset(self) -> None:
         """Reset all state of tests."""
@@ -138,23 +148,19 @@ class FakeEngine:
         """End every stream as a dead engine process does."""
         self.set_health(False)
         for stream in self._streams:
-            stream.put_nowait(EngineFailed("the engine ended; retry", retry_after_s=2.0))
+            stream.fail(EngineFailed("the engine ended; retry", retry_after_s=2.0))
 
-    @contextmanager
-    def places(self, count: int) -> Iterator[None]:
-        if self.taken + count > self.capacity:
-            raise QueueFull("no place: retry", retry_after_s=1.0)
-        self.taken += count
-        try:
-            yield
-        finally:
-            self.taken -= count
-
-    async def generate(self, request: SequenceRequest) -> AsyncIterator[SequenceOutput]:
+    async def generate(
+        self, request: SequenceRequest, place: Place | None = None
+    ) -> AsyncIterator[SequenceOutput]:
+        assert place is not None, "a request without a place"
+        place.check()
         self.submitted.append(request)
         outputs: Sequence[SequenceOutput | VeneerError] = self.script or self._outputs(request)
-        crashed: asyncio.Queue[VeneerError | None] = asyncio.Queue()
+        crashed = _Ended()
         self._streams.add(crashed)
+        place.add(crashed)
+        self.places.resolved(place, request)
         self.in_flight += 1
         ended = False
         try:
@@ -164,6 +170,7 @@ class FakeEngine:
                 if isinstance(output, VeneerError):
                     ended = True
                     raise output
+                self.places.started(place)
                 ended = output.finish is not None
                 yield output
         finally:
@@ -202,7 +209,7 @@ class FakeEngine:
             for i, token in enumerate(tokens)
         ]
 
-    async def _permit(self, crashed: asyncio.Queue[VeneerError | None]) -> None:
+    async def _permit(self, crashed: _Ended) -> None:
         assert self.pace is not None
         permit = asyncio.ensure_future(self.pace.acquire())
         crash = asyncio.ensure_future(crashed.get())

@@ -73,10 +73,10 @@ async def test_requests_that_are_being_prepared_are_in_the_queue(
     """Else any number of them could wait there, with prompt and lease, and none be told."""
     gate = Gate()
     gate.close(monkeypatch)
-    monkeypatch.setattr(front.engine, "capacity", 2)
+    monkeypatch.setattr(front.engine.places, "capacity", 2)
     calls = [front.inference.Generate(prompt(text)) for text in "ab"]
     await until(lambda: gate.begun == 2)
-    assert front.engine.taken == 2
+    assert front.engine.places.taken == 2
     for refused in (prompt("c"), prompt()):
         failed = await failure(front.inference.Generate(refused))
         assert (failed.code, failed.reason) == (
@@ -86,7 +86,7 @@ async def test_requests_that_are_being_prepared_are_in_the_queue(
     gate.opened.set()
     for call in calls:
         assert len((await call).token_ids) == 4
-    await until(lambda: front.engine.taken == 0)
+    await until(lambda: front.engine.places.taken == 0)
 
 
 async def test_places_come_back_from_requests_that_are_never_submitted(
@@ -102,15 +102,15 @@ async def test_places_come_back_from_requests_that_are_never_submitted(
         ("ADAPTER_NOT_FOUND", prompt(adapter="none")),
     ):
         assert (await failure(front.inference.Generate(request))).reason == reason
-        assert front.engine.taken == 0, reason
+        assert front.engine.places.taken == 0, reason
     gate = Gate()
     gate.close(monkeypatch)
     calls = [front.inference.Generate(prompt(text)) for text in "ab"]
     await until(lambda: gate.begun == 2)
-    assert front.engine.taken == 2
+    assert front.engine.places.taken == 2
     for call in calls:
         call.cancel()
-    await until(lambda: front.engine.taken == 0)
+    await until(lambda: front.engine.places.taken == 0)
     assert front.engine.submitted == []
 
 

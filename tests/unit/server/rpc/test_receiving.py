@@ -359,7 +359,7 @@ async def test_a_dribble_is_ended_all_the_same(
 
 async def test_streams_of_a_connection_are_bounded(front: Front) -> None:
     async with await Connection.open(front.addresses["grpc"]) as connection:
-        assert connection.max_streams == front.engine.capacity + SPARE_STREAMS
+        assert connection.max_streams == front.engine.places.capacity + SPARE_STREAMS
 
 
 async def test_a_call_without_a_request_is_the_callers_error(front: Front) -> None:

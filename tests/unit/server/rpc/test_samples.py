@@ -70,13 +70,13 @@ async def test_the_others_are_submitted_when_the_first_token_has_come(front: Fro
     call = front.inference.GenerateStream(samples(4))
     reading = asyncio.ensure_future(anext(aiter(call)))
     await until(lambda: front.engine.in_flight == 1)
-    assert front.engine.taken == 4
+    assert front.engine.places.taken == 4
     assert len(front.engine.submitted) == 1
     front.engine.pace.release()
     await reading
     await until(lambda: front.engine.in_flight == 4)
     call.cancel()
-    await until(lambda: front.engine.taken == 0)
+    await until(lambda: front.engine.places.taken == 0)
     assert (front.engine.in_flight, front.engine.cancelled) == (0, 4)
 
 
@@ -96,7 +96,7 @@ async def test_one_failed_sample_fails_the_call_and_ends_the_others(front: Front
     ]
     failed = await failure(front.inference.Generate(samples(3)))
     assert failed.reason == "NON_FINITE_OUTPUT"
-    await until(lambda: front.engine.in_flight == front.engine.taken == 0)
+    await until(lambda: front.engine.in_flight == front.engine.places.taken == 0)
 
 
 async def test_a_stop_string_ends_its_sample_only(
@@ -114,7 +114,7 @@ async def test_a_stop_string_ends_its_sample_only(
 async def test_samples_that_find_no_places_are_refused_before_anything_is_submitted(
     front: Front,
 ) -> None:
-    front.engine.taken = front.engine.capacity - 2
+    front.engine.places.taken = front.engine.places.capacity - 2
     try:
         failed = await failure(front.inference.Generate(samples(3)))
         assert (failed.code, failed.reason) == (
@@ -124,7 +124,7 @@ async def test_samples_that_find_no_places_are_refused_before_anything_is_submit
         assert front.engine.submitted == []
         assert len((await front.inference.Generate(samples(2))).others) == 1
     finally:
-        front.engine.taken = 0
+        front.engine.places.taken = 0
 
 
 async def test_top_logprobs_are_beside_each_entry(

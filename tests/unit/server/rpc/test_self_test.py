@@ -20,6 +20,7 @@ from veneer_registry.errors import (
     QueueFull,
 )
 from veneer_server.adapters import references
+from veneer_server.engine_client.places import Place
 from veneer_server.serving.adapters.self_test import MAX_ADAPTERS, MAX_WAITING, SelfTest
 from veneer_server.serving.adapters.use import source_of
 from veneer_server.serving.adapters.verdicts import BOUNDS
@@ -204,11 +205,11 @@ async def test_adapters_that_came_too_late_for_the_batch_are_tried_again(
         generate, base_answered = made.client.generate, asyncio.Event()
         left = 2  # the base, and the one that goes before it
 
-        async def late(request: SequenceRequest) -> AsyncIterator[Any]:
+        async def late(request: SequenceRequest, place: Place) -> AsyncIterator[Any]:
             nonlocal left
             if request.adapter is not None:
                 await base_answered.wait()
-            async with aclosing(generate(request)) as outputs:
+            async with aclosing(generate(request, place)) as outputs:
                 async for output in outputs:
                     left -= request.adapter is None
                     if not left:
@@ -331,14 +332,14 @@ async def test_an_adapter_that_cannot_be_loaded_is_refused(tmp_path: Path) -> No
 
 async def test_a_full_server_refuses_it(tmp_path: Path) -> None:
     async with bench(tmp_path) as made:
-        with made.client.places(made.client.capacity - 3), pytest.raises(QueueFull):
+        with made.client.places.hold(made.client.places.capacity - 3), pytest.raises(QueueFull):
             await made.run("one", "two")
         assert (await made.run("one", "two")).passed
 
 
 async def test_a_server_with_one_place_tests_its_base_and_says_so(tmp_path: Path) -> None:
     async with bench(tmp_path) as made:
-        made.client.capacity = 1
+        made.client.places.capacity = 1
         report = await made.run()
         assert [(v.name, v.passed) for v in report.verdicts] == [("", True)]
         assert not report.passed

@@ -1,0 +1,273 @@
+"""Admits generate requests, for both generate calls.
+
+Only `Generator.admit` acquires and releases what a request holds: the revision lease and
+the engine's sequence.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+
+from veneer_registry.errors import ContextTooLong, DeadlineTooShort, VeneerError
+from veneer_registry.lease import RevisionLease
+
+from veneer_server.access.principal import PRINCIPAL
+from veneer_server.engine_client.client import EngineClient
+from veneer_server.engine_client.places import Place
+from veneer_server.logs import get_logger
+from veneer_server.queues.fairness import FAIRNESS
+from veneer_server.quotas.meter import Meter, Metered
+from veneer_server.serving.adapters.use import source_of
+from veneer_server.serving.generation import Generation
+from veneer_server.serving.limits import (
+    check_constraint_size,
+    check_ids,
+    most_prompt_tokens,
+    resolve_sampling,
+    room,
+)
+from veneer_server.serving.records import (
+    ChatMessages,
+    GenerateCall,
+    PromptText,
+)
+from veneer_server.serving.tenants.tenant import Tenant
+from veneer_server.serving.tenants.tenants import Tenants
+from veneer_server.serving.tenants.visible import Visible
+from veneer_server.serving.threads import Background
+from veneer_server.serving.who import CALLER
+from veneer_server.telemetry.metrics import Metrics
+from veneer_server.text.defaults import RequestDefaults
+from veneer_server.text.prompts import Prompt, Prompts, Room
+from veneer_server.text.tokenizer import TooManyTokens
+from veneer_server.wire.messages import SequenceRequest
+
+__all__ = ["Generator"]
+
+
+_log = get_logger(__name__)
+
+
+class Generator:
+    """Admits requests: resolves the revision, builds the prompt, checks its size, submits."""
+
+    def __init__(
+        self,
+        *,
+        engine: EngineClient,
+        tenants: Tenants,
+        prompts: Prompts,
+        defaults: RequestDefaults,
+        metrics: Metrics,
+        background: Background,
+        base_name: str,
+        step_seconds: Callable[[], float],
+        meter: Meter,
+        constraint_bytes: int = 32 << 10,
+    ) -> None:
+        """Args:
+        step_seconds: recent duration of a step; 0 if unknown.
+        constraint_bytes: size of the largest constraint allowed.
+        """
+        self.prompts = prompts
+        self.metrics = metrics
+        self.base_name = base_name
+        self._meter = meter
+        self._engine = engine
+        self._tenants = tenants
+        self._visible = Visible(tenants)
+        self._defaults = defaults
+        self._background = background
+        self._step_seconds = step_seconds
+        self._constraint_bytes = constraint_bytes
+
+    @asynccontextmanager
+    async def admit(
+        self,
+        call: GenerateCall,
+        *,
+        time_remaining: float | None,
+        counted: Metered | None = None,
+        place: Place | None = None,
+    ) -> AsyncIterator[Generation]:
+        """Submit a request. When the block ends, however it ends, everything is released.
+
+        Args:
+            time_remaining: seconds to the caller's deadline; None if there is none.
+            counted, place: of the request of which this is a part; None if it is the whole.
+
+        Raises:
+            RateLimitExceeded, QuotaExceeded: its caller may not have it, now or ever.
+            AdapterNotFound, ContextTooLong, DeadlineTooShort, InvalidField,
+            TemplateFailed: the request cannot be served as it is.
+            QueueFull, EngineFailed: the request cannot be served now.
+        """
+        arrived = time.perf_counter()
+        # A point in time, not a duration: the clock runs while the request waits.
+        deadline = None if time_remaining is None else time.monotonic() + time_remaining
+        self._check_deadline(time_remaining)
+        if call.constraint is not None:
+            check_constraint_size(call.constraint, self._constraint_bytes)
+        owner, lease = None, None
+        if call.adapter:
+            home = await self._tenants.current()
+            owner, lease = self._visible.acquire(home, call.adapter, call.session_key)
+        generation: Generation | None = None
+        outcome = "cancelled"
+        try:
+            # Before any work: requests that wait for it then count towards the queue limit.
+            with (
+                self.count(call.n) if counted is None else nullcontext(counted) as measured,
+                self.place(call.n, time_remaining)
+                if place is None
+                else nullcontext(place) as held,
+            ):
+                prompt = await self._prompt(call, lease)
+                await measured.prompt(len(prompt.ids))
+                request = self._resolve(call, prompt, owner, lease, deadline)
+                ref = lease.ref if lease is not None else None
+                generation = Generation(
+                    *(call, prompt, ref, request, self._engine, arrived, measured, held),
+                    base_name=self.base_name,
+                    metrics=self.metrics,
+                    tokenizer=self.prompts.tokenizer,
+                )
+                try:
+                    yield generation
+                finally:
+                    await generation.close()
+            outcome = generation.finish or "cancelled"
+        except VeneerError as error:
+            outcome = error.reason
+            raise
+        finally:
+            if owner is not None and lease is not None:
+                lease.release()
+                if owner.registry.needs_sweep:
+                    self._background.start(f"sweep {owner.name}", owner.registry.sweep)
+            self._record(generation, lease, outcome)
+
+    def count(self, samples: int, prompts: int = 1) -> Metered:
+        """Count a request of the current caller. See `Meter.request`."""
+        who = PRINCIPAL.get()
+        return self._meter.request(who.accounts, who.tenant, samples, prompts)
+
+    def place(self, count: int, within_s: float | None = None) -> AbstractContextManager[Place]:
+        """Places for ``count`` sequences of the current call, see `Places.hold`."""
+        return self._engine.places.hold(count, FAIRNESS.get(), within_s=within_s)
+
+    def check_text(self, text: bytes) -> None:
+        """Raise ContextTooLong for a UTF-8 prompt that cannot fit, before it is copied as
+        protobuf, text and tokens."""
+        self.prompts.check_bytes(text, most_prompt_tokens(self._engine.info), "prompt")
+
+    def check_count(self, tokens: int) -> None:
+        """Raise ContextTooLong if a prompt has too many token ids, before they are used."""
+        room(self._engine.info, None, tokens)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the engine's limits are known."""
+        return self._engine.healthy
+
+    def _check_deadline(self, time_remaining: float | None) -> None:
+        if time_remaining is not None and time_remaining <= self._step_seconds():
+            raise DeadlineTooShort(
+                f"the deadline leaves {max(0.0, time_remaining) * 1000:.0f} ms, less than one "
+                "step takes: allow more time"
+            )
+
+    async def _prompt(self, call: GenerateCall, lease: RevisionLease | None) -> Prompt:
+        info = self._engine.info
+        space = Room(info.vocab_size, most_prompt_tokens(info))
+        try:
+            match call.input:
+                case PromptText(text):
+                    return await self.prompts.from_text(text, space)
+                case ChatMessages(messages):
+                    template = None if lease is None else lease.record.manifest.chat_template
+                    return await self.prompts.from_messages(
+                        messages, template, space, CALLER.get()
+                    )
+                case tokens:
+                    room(info, call.max_tokens, len(tokens.ids))  # before they are copied
+                    return await self.prompts.from_ids(tokens.ids, space, with_text=call.echo)
+        except TooManyTokens as error:
+            count = error.count
+        if count is not None:
+            room(info, call.max_tokens, count)
+        raise ContextTooLong(
+            f"the prompt has far more tokens than the {space.tokens} that fit: shorten it",
+            metadata={"field": "prompt", "largest": str(space.tokens)},
+        )
+
+    def _resolve(
+        self,
+        call: GenerateCall,
+        prompt: Prompt,
+        owner: Tenant | None,
+        lease: RevisionLease | None,
+        deadline: float | None,
+    ) -> SequenceRequest:
+        """The request for the engine, with all defaults filled in.
+
+        Args:
+            owner: whose adapter it is.
+            deadline: the caller's deadline, on the monotonic clock.
+        """
+        info = self._engine.info
+        max_tokens = room(info, call.max_tokens, len(prompt.ids), self._defaults.max_tokens)
+        check_ids(info, "sampling.logit_bias", call.sampling.logit_bias)
+        check_ids(info, "stopping.stop_token_ids", call.stop_token_ids)
+        source = None
+        if owner is not None and lease is not None:
+            source = source_of(owner.registry, lease.record).of(owner.name)
+            self.metrics.adapters.requested(owner.name, lease.ref.name)
+            owner.use.touch(lease.ref)
+        self.metrics.prompt_tokens.inc(len(prompt.ids))
+        fairness = FAIRNESS.get()
+        return SequenceRequest(
+            prompt.ids,
+            max_tokens=max_tokens,
+            sampling=resolve_sampling(call.sampling, self._defaults),
+            adapter=source,
+            ignore_eos=call.ignore_eos,
+            logprobs=call.logprobs,
+            prompt_logprobs=call.logprobs and call.echo,
+            top_logprobs=call.top_logprobs,
+            stop_token_ids=list(call.stop_token_ids),
+            constraint=call.constraint,
+            use_prefix_cache=call.use_prefix_cache is not False,
+            # How many tokens were cached tells what somebody else has asked.
+            cache_scope=PRINCIPAL.get().tenant,
+            deadline=deadline,
+            caller=CALLER.get(),
+            tenant=fairness.tenant,
+            fairness_id=fairness.fairness_id,
+            weight=fairness.weight,
+            priority=call.priority or fairness.priority,
+        )
+
+    def _record(
+        self, generation: Generation | None, lease: RevisionLease | None, outcome: str
+    ) -> None:
+        """Metrics and one log line for a request that has ended."""
+        if generation is None:
+            return  # the call's own log line says why it was refused
+        metrics, facts = self.metrics, generation.facts()
+        if outcome in ("stop", "length", "cancelled"):
+            metrics.requests.labels(outcome).inc()
+            metrics.request_prompt_tokens.observe(facts["prompt_tokens"])
+            metrics.request_generation_tokens.observe(facts["new_tokens"])
+        if generation.finish is not None:
+            metrics.latency.observe(facts["total_s"])
+        _log.info(
+            "request",
+            outcome=outcome,
+            tenant=generation.tenant,
+            adapter=lease.ref.short if lease is not None else "",
+            tier=generation.tier.value if generation.tier is not None else "",
+            **facts,
+        )
