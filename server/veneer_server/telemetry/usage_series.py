@@ -15,16 +15,21 @@ from veneer_server.telemetry.adapter_series import MAX_NAMES, OTHER
 __all__ = ["UsageSeries"]
 
 _COUNTERS: Final = {
-    "requests": ("requests", "Generate requests that had an answer, by tenant."),
-    "prompt_tokens": ("prompt_tokens", "Prompt tokens by tenant."),
+    "requests": ("requests", 1, "Generate requests that had an answer, by tenant."),
+    "prompt_tokens": ("prompt_tokens", 1, "Prompt tokens by tenant."),
     "cached_prompt_tokens": (
         "cached_prompt_tokens",
+        1,
         "Prompt tokens found in the prefix cache, by tenant.",
     ),
-    "generation_tokens": ("generated_tokens", "New tokens by tenant."),
-    "adapter_byte_hours": ("adapter_byte_hours", "Bytes of stored adapters, times hours."),
+    "generation_tokens": ("generated_tokens", 1, "New tokens by tenant."),
+    "adapter_byte_seconds": (
+        "adapter_byte_hours",
+        3600,  # Prometheus counts time in seconds
+        "Bytes of stored adapters, times seconds.",
+    ),
 }
-"""Metric -> field of `Counts`, and help."""
+"""Metric -> field of `Counts`, times what, and help."""
 
 
 class UsageSeries(Collector):
@@ -46,9 +51,9 @@ class UsageSeries(Collector):
             name = tenant if tenant in shown else OTHER
             counts[name] = counts.get(name, Counts()) + count
         families = self._counters()
-        for name, (field, _) in _COUNTERS.items():
+        for name, (field, times, _) in _COUNTERS.items():
             for tenant, count in counts.items():
-                families[name].add_metric([tenant], getattr(count, field))
+                families[name].add_metric([tenant], getattr(count, field) * times)
         sizes: dict[str, int] = {}
         for tenant, size in stored.items():
             name = tenant if tenant in shown or len(shown) < MAX_NAMES else OTHER
@@ -62,7 +67,7 @@ class UsageSeries(Collector):
     def _counters() -> dict[str, CounterMetricFamily]:
         return {
             name: CounterMetricFamily(f"veneer_tenant_{name}", text, labels=["tenant"])
-            for name, (_, text) in _COUNTERS.items()
+            for name, (_, _, text) in _COUNTERS.items()
         }
 
     @staticmethod

@@ -125,7 +125,7 @@ async def test_metrics_by_tenant(limited: Limited) -> None:
         ("prompt_tokens", 7),
         ("cached_prompt_tokens", 16),
         ("generation_tokens", 2),
-        ("adapter_byte_hours", 0),
+        ("adapter_byte_seconds", 0),
     ):
         assert f"veneer_tenant_{name}_total{label} {value}.0" in page
     assert 'veneer_tenant_adapter_bytes{tenant="default"}' in page
