@@ -10,6 +10,7 @@ from typing import Final
 
 from veneer_registry.errors import QueueFull, QuotaExceeded, VeneerError
 
+from veneer_server.access.principal import PRINCIPAL
 from veneer_server.rpc.inference_service import GENERATE_METHODS
 
 __all__ = [
@@ -55,12 +56,19 @@ class OpenCalls:
     Each kind has its own limit, so calls of one kind never crowd out another. Generate calls
     are not counted here, since the engine's capacity bounds them. Calls whose request is
     still arriving are bounded by `Receiving`.
+
+    Once a second tenant has called, none may hold more than half of a kind's places: calls that
+    wait do not give way to others, so one tenant's must not fill them.
     """
 
     def __init__(self, *, watchers: int = MAX_WATCHERS) -> None:
         """Args: watchers: maximum number of open `WatchAdapters` calls."""
         self._watchers = watchers
         self._count: Counter[str] = Counter()
+        self._held: Counter[tuple[str, str]] = Counter()
+        """By kind and tenant; those that hold none are left out."""
+        self._tenants: set[str] = set()
+        """Those that have called."""
 
     @contextmanager
     def one(self, method: str) -> Iterator[None]:
@@ -73,18 +81,28 @@ class OpenCalls:
         if kind is None:
             yield
             return
-        if self._count[kind.name] >= kind.most:
+        tenant = PRINCIPAL.get().tenant
+        key = kind.name, tenant
+        self._tenants.add(tenant)
+        share = kind.most if len(self._tenants) == 1 else kind.most // 2
+        if self._held[key] >= share or self._count[kind.name] >= kind.most:
+            most, whose = (
+                (share, "a tenant") if self._held[key] >= share else (kind.most, "this server")
+            )
             raise kind.error(
-                f"{kind.most} {kind.name} are open, the most that this server allows: "
-                f"{kind.fix}",
-                metadata={"limit": str(kind.most)},
+                f"{most} {kind.name} are open, the most that {whose} may have: {kind.fix}",
+                metadata={"limit": str(most)},
                 retry_after_s=kind.retry_s,
             )
         self._count[kind.name] += 1
+        self._held[key] += 1
         try:
             yield
         finally:
             self._count[kind.name] -= 1
+            self._held[key] -= 1
+            if not self._held[key]:
+                del self._held[key]
 
     def _kind(self, method: str) -> _Kind | None:
         """None for calls that are not counted."""

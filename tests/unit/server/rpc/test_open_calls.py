@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from veneer_proto.v1 import adapters_pb2 as pb
 from veneer_proto.v1 import adapters_pb2_grpc, server_pb2
 from veneer_registry.errors import QueueFull
+from veneer_server.access.principal import ANYONE, PRINCIPAL
 from veneer_server.rpc.open_calls import MAX_OTHER_CALLS, OpenCalls
 from veneer_server.serving.adapters.self_test import MAX_WAITING, SelfTest
 from veneer_server.serving.adapters.verdicts import Verdict
@@ -45,6 +48,31 @@ async def test_other_calls_have_a_limit_of_their_own() -> None:
                 held.enter_context(calls.one(f"/veneer.v1.{method}"))
     with calls.one(SELF_TEST):
         pass
+
+
+async def test_a_tenant_does_not_fill_the_places_of_others() -> None:
+    calls = OpenCalls()
+    here, there = contextvars.copy_context(), contextvars.copy_context()
+    there.run(PRINCIPAL.set, dataclasses.replace(ANYONE, tenant="team-b"))
+
+    def hold(context: contextvars.Context, most: int) -> int:
+        """How many it gets, of so many that it tries."""
+        before = len(held)
+        for _ in range(most):
+            call = calls.one(SELF_TEST)
+            with contextlib.suppress(QueueFull):
+                context.run(call.__enter__)
+                held.append(call)
+        return len(held) - before
+
+    held: list[contextlib.AbstractContextManager[None]] = []
+
+    assert hold(here, MAX_OTHER_CALLS // 2 + 10) == MAX_OTHER_CALLS // 2 + 10  # it is alone
+    assert hold(there, MAX_OTHER_CALLS) == MAX_OTHER_CALLS // 2 - 10  # the rest, and waits
+    assert hold(here, 10) == 0
+    calls = OpenCalls()
+    assert hold(there, 1) == 1
+    assert hold(here, MAX_OTHER_CALLS) == MAX_OTHER_CALLS // 2
 
 
 async def test_self_tests_that_wait_keep_nobody_else_out(
