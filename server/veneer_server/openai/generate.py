@@ -318,12 +318,12 @@ async def _generate(
 
 def _headers(generation: Generation) -> Mapping[str, str]:
     """Which weights answer, for clients and proxies that read headers."""
-    ref, tier = generation.ref, generation.tier
-    if ref is None:
+    where, tier = generation.provenance, generation.tier
+    if not where.adapter:
         return {}
     headers = {
-        "veneer-revision": ref.revision,
-        "veneer-weights-digest": ref.weights_digest,
+        "veneer-revision": where.revision,
+        "veneer-weights-digest": where.weights_digest,
     }
     if tier is not None:
         headers["veneer-adapter-tier"] = tier.value

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 
-from veneer_registry.adapter import AdapterRef, Tier
+from veneer_registry.adapter import Tier
 
 from veneer_server.engine_client.client import EngineClient
 from veneer_server.engine_client.places import Place
@@ -35,25 +36,24 @@ class Generation:
         self,
         call: GenerateCall,
         prompt: Prompt,
-        ref: AdapterRef | None,
+        provenance: Provenance,
         request: SequenceRequest,
         engine: EngineClient,
         arrived: float,
         counted: Metered,
         place: Place,
         *,
-        base_name: str,
         metrics: Metrics,
         tokenizer: TextTokenizer,
     ) -> None:
         """Args: request: that of the first sample; `sample_request` derives the others."""
         self.counted = counted
         self.prompt = prompt
-        self.ref = ref
         self.completion_tokens = 0
         self.finish: FinishReason | None = None
         """That of the last sample to end, once all have ended."""
-        self.provenance = Provenance(base_model=base_name)
+        self.provenance = provenance
+        """What took how long is in it once all have ended."""
         self.tenant = request.tenant
         self._request = request
         self._engine = engine
@@ -152,13 +152,10 @@ class Generation:
         }
 
     def _provenance(self, now: float) -> Provenance:
-        first, ref = self._first_output, self.ref
+        first = self._first_output
         assert first is not None, "a request ends with an output"
-        return Provenance(
-            base_model=self.provenance.base_model,
-            adapter=ref.name if ref else "",
-            revision=ref.revision if ref else "",
-            weights_digest=ref.weights_digest if ref else "",
+        return replace(
+            self.provenance,
             tier=self.tier,
             queue_s=self._queue_s,
             load_s=first.load_seconds,

@@ -32,6 +32,7 @@ from veneer_server.serving.records import (
     ChatMessages,
     GenerateCall,
     PromptText,
+    Provenance,
 )
 from veneer_server.serving.tenants.tenant import Tenant
 from veneer_server.serving.tenants.tenants import Tenants
@@ -129,8 +130,8 @@ class Generator:
                 request = self._resolve(call, prompt, owner, lease, deadline)
                 ref = lease.ref if lease is not None else None
                 generation = Generation(
-                    *(call, prompt, ref, request, self._engine, arrived, measured, held),
-                    base_name=self.base_name,
+                    *(call, prompt, Provenance.of(self.base_name, ref), request),
+                    *(self._engine, arrived, measured, held),
                     metrics=self.metrics,
                     tokenizer=self.prompts.tokenizer,
                 )

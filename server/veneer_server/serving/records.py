@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from veneer_registry.adapter import Tier
+from veneer_registry.adapter import AdapterRef, Tier
 
 from veneer_server.serving import checks
 from veneer_server.wire.messages import Constraint
@@ -144,3 +144,10 @@ class Provenance:
     load_s: float = 0.0
     first_token_s: float = 0.0
     total_s: float = 0.0
+
+    @classmethod
+    def of(cls, base_model: str, ref: AdapterRef | None) -> Provenance:
+        """Before anything was measured."""
+        if ref is None:
+            return cls(base_model)
+        return cls(base_model, ref.name, ref.revision, ref.weights_digest)
