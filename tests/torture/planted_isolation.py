@@ -22,6 +22,7 @@ from veneer_server.engine.execution.exact import ExactRunner
 from veneer_server.engine.residency.residency import Residency
 from veneer_server.engine.scheduling import block_manager, prefix_cache
 from veneer_server.serving import generation
+from veneer_server.serving.records import Provenance
 from veneer_server.step.adapter_table import AdapterTable
 from veneer_server.step.inbox import Arrived
 from veneer_server.step.plan import SequenceResult, StepPlan
@@ -154,22 +155,22 @@ def _holds_ignored() -> Iterator[None]:
 @contextmanager
 def _late_name() -> Iterator[None]:
     """The answer names the revision that is current when it ends."""
-    acquire, right = Registry.acquire, generation.Provenance
+    acquire, right = Registry.acquire, generation.replace
     registries: list[Registry] = []
 
     def acquiring(self: Registry, *args: Any) -> Any:
         registries[:] = [self]
         return acquire(self, *args)
 
-    def late(**fields: Any) -> Any:
-        if fields.get("adapter"):
-            ref = registries[0].resolve(fields["adapter"])
+    def late(provenance: Provenance, **fields: Any) -> Provenance:
+        if provenance.adapter:
+            ref = registries[0].resolve(provenance.adapter)
             fields |= {"revision": ref.revision, "weights_digest": ref.weights_digest}
-        return right(**fields)
+        return right(provenance, **fields)
 
     with (
         patch.object(Registry, "acquire", acquiring),
-        patch.object(generation, "Provenance", late),
+        patch.object(generation, "replace", late),
     ):
         yield
 
