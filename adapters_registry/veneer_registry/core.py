@@ -21,7 +21,7 @@ from veneer_registry.adapter import AdapterRef, BaseSpec
 from veneer_registry.catalog import Catalog
 from veneer_registry.changes import Change
 from veneer_registry.entry import Entry
-from veneer_registry.errors import AdapterCorrupt, EtagMismatch, VeneerError
+from veneer_registry.errors import AdapterCorrupt, EtagMismatch, VeneerError, cause_of
 from veneer_registry.index import Index
 from veneer_registry.lock import OwnerLock
 from veneer_registry.manifest_json import manifest_from_json
@@ -139,7 +139,7 @@ class Core:
                 except (OSError, ValueError, KeyError, TypeError) as error:
                     raise AdapterCorrupt(
                         "nothing is removed while the catalog has damaged rows and "
-                        f"bundle.json of {revision[:12]} cannot be read: {error}"
+                        f"bundle.json of {revision[:12]} cannot be read: {cause_of(error)}"
                     ) from error
                 needed |= {revision, weights}
         return needed

@@ -50,10 +50,10 @@ def database_errors(path: Path) -> Iterator[None]:
         if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN):
             # SQLite does not report the errno.
             full = shutil.disk_usage(folder).free < _FULL_BYTES
-            failed = disk_full(folder) if full else disk_failed(folder, str(error))
+            failed = disk_full(folder) if full else disk_failed(folder, error)
             raise failed from error
         if code == sqlite3.SQLITE_READONLY and not os.access(path, os.W_OK):
-            raise disk_failed(folder, str(error)) from error
+            raise disk_failed(folder, error) from error
         if code == sqlite3.SQLITE_READONLY:  # its header forbids writing
             raise damaged(path, str(error)) from error
         if type(error) is sqlite3.DatabaseError or _DAMAGE.search(str(error)):

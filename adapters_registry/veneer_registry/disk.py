@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
-from veneer_registry.errors import DiskFailed, DiskFull, InvalidField
+from veneer_registry.errors import DiskFailed, DiskFull, InvalidField, cause_of
 
 __all__ = [
     "FILE_MODE",
@@ -50,24 +50,26 @@ def disk_errors(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise disk_full(folder) from error
-        raise disk_failed(folder, str(error)) from error
+        raise disk_failed(folder, error) from error
 
 
 def disk_full(folder: Path) -> DiskFull:
     """The error for a full disk."""
     return DiskFull(
-        f"the disk of {folder} is full, nothing was published; delete adapters or free space",
-        metadata={"folder": str(folder)},
+        "the server's disk is full, nothing was published; delete adapters or free space",
+        detail=f"the disk of {folder}",
     )
 
 
-def disk_failed(folder: Path, why: str) -> DiskFailed:
+def disk_failed(folder: Path, error: Exception) -> DiskFailed:
     """The error for a disk that cannot be written to or read."""
+    cause = cause_of(error)[:200]
     return DiskFailed(
-        f"the disk of {folder} failed ({why[:200]}), nothing was changed; check the system's "
-        "log, and try again",
-        metadata={"folder": str(folder), "why": why[:200]},
+        f"the server's disk failed ({cause}), nothing was changed; check the system's log, and "
+        "try again",
+        metadata={"why": cause},
         retry_after_s=5.0,
+        detail=f"the disk of {folder}: {error}",
     )
 
 

@@ -48,6 +48,7 @@ rebuilds the instance from it, so both sides catch the same classes::
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
@@ -93,6 +94,7 @@ __all__ = [
     "Unavailable",
     "Unimplemented",
     "VeneerError",
+    "cause_of",
     "error_for_reason",
 ]
 
@@ -108,6 +110,8 @@ class VeneerError(Exception):
             word.
         retry_after_s: seconds after which a retry may succeed, or None if a retry
             of the same call cannot help (``google.rpc.RetryInfo``).
+        detail: what only the operator may read, such as a path: part of ``str(error)``, which
+            logs and commands show, but not of ``message``, which callers get.
     """
 
     code: ClassVar[str] = "UNKNOWN"
@@ -119,14 +123,16 @@ class VeneerError(Exception):
         *,
         metadata: Mapping[str, str] | None = None,
         retry_after_s: float | None = None,
+        detail: str = "",
     ) -> None:
         super().__init__(message)
         self.message = message
         self.metadata: dict[str, str] = dict(metadata or {})
         self.retry_after_s = retry_after_s
+        self.detail = detail
 
     def __str__(self) -> str:
-        return self.message
+        return f"{self.message} ({self.detail})" if self.detail else self.message
 
 
 class InvalidArgument(VeneerError):
@@ -384,6 +390,14 @@ class InternalError(VeneerError):
 
     code = "INTERNAL"
     reason = "INTERNAL"
+
+
+def cause_of(error: BaseException) -> str:
+    """What an unexpected error says; of a path only the last part, so callers may read it."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    name = os.path.basename(os.fsdecode(error.filename)) if error.filename else ""
+    return f"{name}: {error.strerror}" if name else error.strerror
 
 
 def _tree(cls: type[VeneerError]) -> Iterator[type[VeneerError]]:

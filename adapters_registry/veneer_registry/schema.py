@@ -140,10 +140,11 @@ VERSION: Final = len(STEPS)
 def damaged(path: Path, why: str) -> CatalogDamaged:
     """The error for a catalog that cannot be read."""
     return CatalogDamaged(
-        f"{path} is damaged ({why[:200]}); nothing was changed. Restore it from a backup, or "
-        f"stop the server and run `veneer-server store recover --data-dir {path.parent}`: it "
-        "keeps what can still be read and takes the rest from the stored adapters",
-        metadata={"file": str(path), "why": why[:200], "fix": "veneer-server store recover"},
+        f"the server's {path.name} is damaged ({why[:200]}); nothing was changed. Restore it "
+        "from a backup, or stop the server and run `veneer-server store recover`: it keeps "
+        "what can still be read and takes the rest from the stored adapters",
+        metadata={"file": path.name, "why": why[:200], "fix": "veneer-server store recover"},
+        detail=f"{path}; veneer-server store recover --data-dir {path.parent}",
     )
 
 

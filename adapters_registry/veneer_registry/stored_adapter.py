@@ -13,7 +13,7 @@ from typing import Final
 
 from veneer_registry.adapter import AdapterManifest, LoraModule
 from veneer_registry.bundle_files import read_small
-from veneer_registry.errors import AdapterCorrupt, AdapterInvalid
+from veneer_registry.errors import AdapterCorrupt, AdapterInvalid, cause_of
 from veneer_registry.format import describe
 from veneer_registry.lora_config import CONFIG_FILE, LoraSettings, parse_config
 from veneer_registry.regular_files import open_regular
@@ -98,7 +98,7 @@ def open_unverified(folder: Path, digest: str) -> Iterator[Stored]:
             modules = find_modules(header, settings, None)
             content = stack.enter_context(mapped(file))
         except (AdapterInvalid, OSError) as error:
-            raise _damaged(digest, str(error)[:200], "files") from error
+            raise _damaged(digest, cause_of(error)[:200], "files") from error
 
         def verify() -> None:
             pieces: Pieces = lambda tensor: (content[tensor.begin : tensor.end],)  # noqa: E731

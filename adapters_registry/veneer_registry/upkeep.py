@@ -180,7 +180,7 @@ def check_weights(folder: Path, digest: str) -> str | None:
     try:
         verify_weights(folder, digest)
     except AdapterCorrupt as error:
-        return error.message
+        return str(error)
     return None
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "MAX_VALUE",
     "GrpcStatus",
     "clip",
+    "detail_for_log",
     "internal_error",
     "one_line",
     "to_grpc_status",
@@ -95,6 +96,12 @@ def to_grpc_status(error: VeneerError) -> GrpcStatus:
     if retry_s is not None:
         trailing.append(("grpc-retry-pushback-ms", str(int(retry_s * 1000))))
     return GrpcStatus(code, message, tuple(trailing))
+
+
+def detail_for_log(error: Exception) -> dict[str, str]:
+    """What callers are not told of an error, as fields of a log line."""
+    detail = error.detail if isinstance(error, VeneerError) else ""
+    return {"detail": detail} if detail else {}
 
 
 def clip(text: str, size: int) -> str:

@@ -23,7 +23,12 @@ from typing import Final
 
 import msgspec
 from veneer_registry.adapter import LoraModule, Projection
-from veneer_registry.errors import AdapterBudgetExceeded, InternalError, VeneerError
+from veneer_registry.errors import (
+    AdapterBudgetExceeded,
+    InternalError,
+    VeneerError,
+    cause_of,
+)
 
 from veneer_server.adapters.pages import (
     SEGMENT,
@@ -214,7 +219,8 @@ def _load(setup: Setup, load: Load, job: _Job) -> Loaded:
     except BrokenPipeError:
         raise
     except Exception as error:
-        why = f"the adapter could not be loaded ({type(error).__name__}: {error}); retry"
+        cause = f"{type(error).__name__}: {cause_of(error)}"
+        why = f"the adapter could not be loaded ({cause}); retry"
         return Loaded({}, (InternalError.reason, why, {}))
     return Loaded(stages)
 

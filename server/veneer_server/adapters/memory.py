@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
 import torch
-from veneer_registry.errors import AdapterBudgetExceeded, InternalError, VeneerError
+from veneer_registry.errors import AdapterBudgetExceeded, InternalError, VeneerError, cause_of
 
 from veneer_server.adapters.loader_process import NO_MEMORY, Setup
 from veneer_server.adapters.loaders import HostCopy, Loaders
@@ -140,8 +140,8 @@ class LoraMemory:
         except Exception as error:
             log.exception("adapter %s could not be loaded", digest[:12])
             failure = InternalError(
-                f"the adapter could not be loaded ({type(error).__name__}: {error}); the "
-                "server's log has the details"
+                f"the adapter could not be loaded ({type(error).__name__}: {cause_of(error)}); "
+                "the server's log has the details"
             )
             self._inbox.put(Arrived(digest, tier, {}, failure))
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from veneer_registry.errors import AdapterCorrupt, InternalError, VeneerError
+from veneer_registry.errors import AdapterCorrupt, InternalError, VeneerError, cause_of
 from veneer_registry.fingerprint import weights_fingerprint
 
 from veneer_server.models.config import Quantization
@@ -85,10 +85,10 @@ class References:
                 return None
             cause, why = "changed", "have changed since the server started"
         except (VeneerError, OSError) as error:
-            cause, why = "unreadable", f"cannot be read: {error}"
+            cause, why = "unreadable", f"cannot be read: {cause_of(error)}"
         return BaseDamaged(
-            f"the base's files in {base.folder} {why}; the served base cannot be compared "
-            "with them: put them back, or restart the server",
+            f"the base's files {why}; the served base cannot be compared with them: put them "
+            "back, or restart the server",
             metadata={"cause": cause},
         )
 
@@ -99,9 +99,10 @@ class References:
             return [error] * len(together)
         except Exception as error:
             log.exception("a reference could not be computed")
+            cause = f"{type(error).__name__}: {cause_of(error)}"
             failure = InternalError(
-                f"the reference could not be computed ({type(error).__name__}: {error}); the "
-                "server's log has the details",
+                f"the reference could not be computed ({cause}); the server's log has the "
+                "details",
                 metadata={"error": type(error).__name__},
             )
             return [failure] * len(together)

@@ -317,7 +317,7 @@ def main() -> None:
             ).start()
             info, scheduler, residency, runner, memory, grammars = build_engine(config, inbox)
     except VeneerError as error:
-        log.error("%s", error.message)
+        log.error("%s", error)
         sys.exit(1)
     except (SystemExit, BrokenPipeError, ConnectionResetError):
         log.info("the front process has ended")

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import msgspec
 from veneer_registry.child_python import child_python
-from veneer_registry.errors import EngineFailed
+from veneer_registry.errors import EngineFailed, cause_of
 
 from veneer_server.progress import SINK, Part, StartStopped, stage
 from veneer_server.wire.frames import LENGTH, framed
@@ -67,8 +67,8 @@ class Connection:
             process, ours = await _spawn()
         except OSError as error:
             raise EngineFailed(
-                f"the engine process could not be started: {error}. Free memory, or allow "
-                "more processes and open files",
+                f"the engine process could not be started: {cause_of(error)}. Free memory, or "
+                "allow more processes and open files",
                 metadata={
                     "cause": "not_started",
                     "errno": errno.errorcode.get(error.errno or 0, ""),

@@ -15,7 +15,7 @@ from veneer_registry.errors import InvalidField, ModelLoading, QueueFull, Veneer
 from veneer_server.access.audit import Audit
 from veneer_server.engine_client.client import EngineClient
 from veneer_server.engine_client.places import Place
-from veneer_server.errors import internal_error, without_frames
+from veneer_server.errors import detail_for_log, internal_error, without_frames
 from veneer_server.logs import REQUEST_ID, get_logger
 from veneer_server.openai.answers import Answer, Piece
 from veneer_server.openai.chat import ChatAnswer
@@ -184,7 +184,8 @@ class GenerateEndpoint(ABC):
             self._core.metrics.failures.labels(reason).inc()
             self._core.audit.note(self.method, CALLER.get(), error)
         if not isinstance(error, ModelLoading):  # waiting clients retry over and over
-            _log.info("call refused", method=type(self).__name__, reason=reason)
+            why = {"reason": reason, **detail_for_log(error)}
+            _log.info("call refused", method=type(self).__name__, **why)
         if not reply.started and http_failure(error).status in PACED:
             await self._core.pace.wait(CALLER.get(), size)
         try:

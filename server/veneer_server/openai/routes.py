@@ -27,7 +27,7 @@ from veneer_server import __version__
 from veneer_server.access.authenticate import Access, Credentials
 from veneer_server.access.methods import METHODS
 from veneer_server.access.principal import PRINCIPAL
-from veneer_server.errors import internal_error
+from veneer_server.errors import detail_for_log, internal_error
 from veneer_server.logs import REQUEST_ID, get_logger
 from veneer_server.openai.errors import PACED, HttpError, http_failure
 from veneer_server.openai.generate import ChatEndpoint, CompletionEndpoint, Core
@@ -298,7 +298,7 @@ class Edge:
                 self._audit.note(
                     f"{scope['method']} {_listed(scope['path'])}"[:200], CALLER.get(), error
                 )
-            _log.info("call refused", method="http", reason=reason)
+            _log.info("call refused", method="http", reason=reason, **detail_for_log(error))
             if not isinstance(error, Unavailable):  # that is not the caller's fault
                 await self._pace.wait(CALLER.get())
             failure = http_failure(error)

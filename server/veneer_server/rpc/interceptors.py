@@ -26,7 +26,12 @@ from veneer_registry.errors import (
 from veneer_server.access.audit import Audit
 from veneer_server.access.authenticate import Access, Credentials
 from veneer_server.access.principal import PRINCIPAL
-from veneer_server.errors import internal_error, to_grpc_status, without_frames
+from veneer_server.errors import (
+    detail_for_log,
+    internal_error,
+    to_grpc_status,
+    without_frames,
+)
 from veneer_server.logs import REQUEST_ID, get_logger
 from veneer_server.queues.refusal_pace import Pace
 from veneer_server.quotas.rates import Quotas
@@ -286,7 +291,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     async def _refuse(self, method: str, error: VeneerError, context: Any) -> Any:
         name = method.rpartition("/")[2]
         if not isinstance(error, ModelLoading):  # waiting clients retry over and over
-            _log.info("call refused", method=name, code=error.code, reason=error.reason)
+            why = {"code": error.code, "reason": error.reason, **detail_for_log(error)}
+            _log.info("call refused", method=name, **why)
         status = to_grpc_status(error)
         self._metrics.failures.labels(error.reason).inc()
         if error.code in _PACED:

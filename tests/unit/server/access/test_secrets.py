@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno
 import hashlib
 import importlib
 import itertools
 import json
 import logging
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -28,7 +30,13 @@ from veneer_server.access.edit_keys import add_key
 from veneer_server.access.principal import ROLES
 
 from tests.planted import planted
-from tests.unit.server.rpc.front_harness import Front, running
+from tests.unit.server.rpc.front_harness import (
+    Front,
+    failure,
+    make_adapter,
+    running,
+    upload,
+)
 
 LINES: Final = 10_000
 ONE: Final = inference_pb2.StoppingOptions(max_tokens=1)
@@ -274,6 +282,58 @@ async def test_none_of_ten_thousand_lines_has_a_secret_a_prompt_or_a_path(
     told = {"log": len(heard.log), "answers": len(heard.answers), "audit": len(heard.audit)}
     assert sum(told.values()) > LINES, told
     assert all(count > 1000 for count in told.values()), told
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
+    fails(monkeypatch, errno.ENOSPC)
+
+
+def broken_disk(monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
+    fails(monkeypatch, errno.EIO)
+
+
+def fails(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Let no folder be renamed, as a publish does."""
+
+    def rename(source: Any, to: Any, **given: Any) -> None:
+        raise OSError(number, os.strerror(number), str(source), None, str(to))
+
+    monkeypatch.setattr(os, "rename", rename)
+
+
+def damaged_catalog(monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
+    for file in data.glob("catalog.sqlite*"):
+        file.write_bytes(b"\xff" * file.stat().st_size)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (full_disk, "DISK_FULL"),
+        (broken_disk, "DISK_FAILED"),
+        (damaged_catalog, "CATALOG_DAMAGED"),
+    ],
+)
+async def test_who_is_told_of_a_damaged_disk_is_not_told_of_its_folders(
+    base_folder: Path,
+    front_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[pytest.MonkeyPatch, Path], None],
+    reason: str,
+) -> None:
+    async with server(base_folder, front_cache, tmp_path) as driven:
+        damage(monkeypatch, tmp_path / "front/data")
+        key = (("authorization", f"Bearer {driven.keys['publisher']}"),)
+        files = upload(make_adapter(tmp_path / "adapter"), "mine")
+        error = await failure(driven.front.adapters.UploadAdapter(files, metadata=key))
+        monkeypatch.undo()
+    heard = driven.heard
+    heard.answers += [error.message, repr(error.metadata), repr(error.trailing)]
+    assert error.reason == reason
+    assert heard.leaks(driven.secrets, folders(base_folder, front_cache, tmp_path)) == []
+    refused = [line for line in heard.log if reason in line]
+    assert any(str(tmp_path) in line for line in refused), "the operator's log must say where"
 
 
 @pytest.mark.parametrize(
