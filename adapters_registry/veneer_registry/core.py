@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from veneer_registry import registration
-from veneer_registry.adapter import AdapterRef, BaseSpec
+from veneer_registry.adapter import AdapterManifest, AdapterRef, BaseSpec
 from veneer_registry.catalog import Catalog
 from veneer_registry.changes import Change
 from veneer_registry.entry import Entry
@@ -31,7 +31,9 @@ from veneer_registry.rows import SERVER, RevisionRow, Who
 from veneer_registry.store import Store
 from veneer_registry.values import SERVING_BYTES
 
-__all__ = ["Core", "Part", "check_etag"]
+__all__ = ["Core", "Part", "ReadAdapter", "check_etag"]
+
+ReadAdapter = Callable[[Path, BaseSpec | None], AdapterManifest]
 
 _CACHED_MANIFESTS: Final = 256
 
@@ -46,6 +48,7 @@ class Core:
         base_id: identity of the base, for whether an adapter was checked against it.
         retain: superseded revisions that a name keeps, unless it sets its own number.
         clock: returns Unix seconds.
+        read: checks the files of an upload, as `format.read_adapter`.
         changes: see the module docstring.
     """
 
@@ -58,6 +61,7 @@ class Core:
     base_id: str
     retain: int
     clock: Callable[[], float]
+    read: ReadAdapter
     changes: threading.Lock = dataclasses.field(default_factory=threading.Lock, init=False)
 
     def __post_init__(self) -> None:

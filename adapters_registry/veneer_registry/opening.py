@@ -7,7 +7,7 @@ from pathlib import Path
 
 from veneer_registry.adapter import BaseSpec
 from veneer_registry.catalog import Catalog
-from veneer_registry.core import Core
+from veneer_registry.core import Core, ReadAdapter
 from veneer_registry.disk import make_private
 from veneer_registry.index import Index
 from veneer_registry.lock import OwnerLock
@@ -24,6 +24,7 @@ def open_core(
     lock: OwnerLock,
     retain: int,
     clock: Callable[[], float],
+    read: ReadAdapter,
 ) -> Core:
     """Open the parts of a data folder; the caller holds its lock. Raises as `Registry.open`."""
     root = data_dir / "store"
@@ -53,6 +54,7 @@ def open_core(
         base_id=base_identity(base),
         retain=retain,
         clock=clock,
+        read=read,
     )
 
 

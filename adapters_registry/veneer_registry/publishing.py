@@ -17,7 +17,6 @@ from veneer_registry.changes import Change
 from veneer_registry.core import Part, check_etag
 from veneer_registry.entry import Entry
 from veneer_registry.errors import AdapterCorrupt, AdapterExists, VeneerError
-from veneer_registry.format import read_adapter
 from veneer_registry.manifest_json import manifest_to_json
 from veneer_registry.records import AdapterRecord, Published, UploadRequest
 from veneer_registry.rows import SERVER, RevisionRow, Who
@@ -97,7 +96,7 @@ class Publishing(Part):
 
         Raises:
             InvalidField, ChecksumMismatch: the upload is incomplete, or damaged in transit.
-            AdapterInvalid, BaseModelMismatch: see `read_adapter`.
+            AdapterInvalid, BaseModelMismatch: see `format.read_adapter`.
             AdapterExists: the name holds other content, and ``allow_replace`` is not set.
             EtagMismatch: the request has an etag that is not the name's.
             DiskFull: nothing of the upload is left.
@@ -166,7 +165,7 @@ class Publishing(Part):
         """Check a complete upload and return its row and content."""
         request = upload.request
         upload.finish()
-        manifest = read_adapter(upload.folder, self._core.base)
+        manifest = self._core.read(upload.folder, self._core.base)
         sums = {file.name: file.sha256 for file in request.files}
         extra = {name: sha for name, sha in sums.items() if name not in REQUIRED_FILES}
         bundle = Bundle(manifest.weights_digest, extra)

@@ -20,8 +20,9 @@ from typing import Self
 from veneer_registry.adapter import AdapterRef, BaseSpec
 from veneer_registry.aliases import Aliases
 from veneer_registry.completing import Completing
-from veneer_registry.core import Core
+from veneer_registry.core import Core, ReadAdapter
 from veneer_registry.editing import Editing
+from veneer_registry.format import read_adapter
 from veneer_registry.lock import OwnerLock
 from veneer_registry.lookups import Lookups
 from veneer_registry.open_uploads import OpenUploads
@@ -53,6 +54,7 @@ class Registry(Lookups, Aliases, Editing, Publishing):
         retain_superseded: int = 2,
         max_adapter_bytes: int = 2 << 30,
         clock: Callable[[], float] = time.time,
+        read: ReadAdapter = read_adapter,
     ) -> Self:
         """Lock the folder, check that its parts belong together, and fill the index.
 
@@ -64,6 +66,7 @@ class Registry(Lookups, Aliases, Editing, Publishing):
             retain_superseded: revisions kept behind the current one of each name.
             max_adapter_bytes: largest ``adapter_model.safetensors`` accepted.
             clock: returns Unix seconds, for `AdapterRecord.created`.
+            read: checks the files of an upload; raises what `read_adapter` does.
 
         Raises:
             StoreLocked: another process owns the folder.
@@ -76,7 +79,7 @@ class Registry(Lookups, Aliases, Editing, Publishing):
         if lock is None:
             lock = OwnerLock(data_dir)
         try:
-            core = open_core(data_dir, base, lock, retain_superseded, clock)
+            core = open_core(data_dir, base, lock, retain_superseded, clock, read)
             return cls(core, max_adapter_bytes=max_adapter_bytes)
         except BaseException:
             lock.release()

@@ -16,10 +16,12 @@ from typing import Final
 
 from veneer_registry.adapter import BaseSpec
 from veneer_registry.base_names import known_names
+from veneer_registry.core import ReadAdapter
 from veneer_registry.lock import OwnerLock
 from veneer_registry.registry import Registry
 from veneer_registry.replacing import replace_file
 
+from veneer_server.adapters.checkers import Checkers
 from veneer_server.config import ServerConfig
 from veneer_server.doors import Bound, Doors
 from veneer_server.engine_client.client import EngineClient, EngineEvent
@@ -39,6 +41,8 @@ from veneer_server.rpc.health import Health
 from veneer_server.rpc.inference_service import InferenceService
 from veneer_server.rpc.server_service import ServerService
 from veneer_server.serving.adapters.budgets import AdapterBudgets
+from veneer_server.serving.adapters.upload_flow import UploadFlow
+from veneer_server.serving.adapters.upload_places import UploadPlaces
 from veneer_server.serving.calls import Calls, Phase
 from veneer_server.serving.generator import Generator
 from veneer_server.serving.tenants.stores import TenantStores
@@ -69,14 +73,17 @@ class App:
         config: ServerConfig,
         announce: Callable[[str], None],
         make_engine: Callable[..., EngineClient] = EngineClient,
+        read: ReadAdapter | None = None,
     ) -> None:
         """Args:
         announce: called with one line when the server is ready.
         make_engine: takes the arguments of `EngineClient`; tests pass a substitute.
+        read: checks uploads; None does so in processes of their own.
         """
         self._config = config
         self._announce = announce
         self._make_engine = make_engine
+        self._read = read
         self._resources = AsyncExitStack()
         self._metrics = Metrics()
         self._display = Display(structured=config.log_format == "json")
@@ -179,15 +186,21 @@ class App:
             names=known_names(base_folder.name, base_folder.path, *config.allow_base_name),
         )
         engine = self._engine(base_folder, base, memory)
-        open_ = partial(_open_registry, config, base)
+        if (read := self._read) is None:
+            checkers = Checkers()
+            self._resources.callback(checkers.close)
+            read = checkers.read
+        open_ = partial(_open_registry, config, base, read)
         default = await asyncio.to_thread(open_, config.data_dir, lock)
         tenants = self._tenants
         self._resources.push_async_callback(tenants.stop)
         self._doors.scrape(tenants, self._resources)
         stores = TenantStores(tenants)
         book = await self._open_usage(stores)
+        # Uploads give way to sequences.
+        places = UploadPlaces(UploadFlow(busy=lambda: engine.in_flight > 0))
         await tenants.start(
-            Furnish(config, engine, prompts, UploadQuotas(stores, book)),
+            Furnish(config, engine, prompts, places, UploadQuotas(stores, book)),
             default,
             open_=open_,
             max_tenants=descriptors.tenants,
@@ -351,7 +364,11 @@ class App:
 
 
 def _open_registry(
-    config: ServerConfig, base: BaseSpec, folder: Path, lock: OwnerLock | None
+    config: ServerConfig,
+    base: BaseSpec,
+    read: ReadAdapter,
+    folder: Path,
+    lock: OwnerLock | None,
 ) -> Registry:
     return Registry.open(
         folder,
@@ -359,4 +376,5 @@ def _open_registry(
         lock=lock,
         retain_superseded=config.retain_superseded,
         max_adapter_bytes=config.max_adapter_bytes,
+        read=read,
     )

@@ -6,7 +6,6 @@ import logging
 import os
 import queue
 import socket
-import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,9 +15,9 @@ from typing import Final
 import msgspec
 import torch
 from veneer_registry.adapter import LoraModule
-from veneer_registry.child_python import child_python
 from veneer_registry.errors import DiskFailed, InternalError, VeneerError, error_for_reason
 
+from veneer_server.adapters.child import TRIES, Child
 from veneer_server.adapters.loader_process import (
     Begun,
     Load,
@@ -37,16 +36,12 @@ log = logging.getLogger(__name__)
 
 MODULE: Final = "veneer_server.adapters.loader_process"
 """The module that a loader runs."""
-_TRIES: Final = 2
-
 LIMIT_S: Final = 20.0
 """Seconds that a load may take, plus one for each `BYTES_A_SECOND`."""
 
 BYTES_A_SECOND: Final = 4 << 20
 
 _SOON_S: Final = 0.01
-_STOP_S: Final = 5.0
-"""How long a process may take to end before it is killed, and after that."""
 
 
 @dataclass(slots=True)
@@ -184,24 +179,12 @@ class Loader:
     """One process, started on first use and restarted when it has ended."""
 
     def __init__(self, setup: Setup) -> None:
-        self._setup = msgspec.msgpack.encode(setup)
-        self._process: subprocess.Popen[bytes] | None = None
-        self._connection: socket.socket | None = None
+        self._child = Child(MODULE, msgspec.msgpack.encode(setup))
         self._segments = _Segments()
 
     def start(self) -> socket.socket:
         """The connection to the process, which is started if there is none."""
-        if self._connection is not None:
-            return self._connection
-        ours, theirs = socket.socketpair()
-        with theirs:
-            command = child_python("-m", MODULE, str(theirs.fileno()))
-            self._process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
-            )
-        self._connection = ours
-        ours.sendall(framed(self._setup))
-        return ours
+        return self._child.start()
 
     def load(
         self, source: AdapterSource, prepare: _Prepare, limit_s: float
@@ -213,7 +196,7 @@ class Loader:
         """
         ask = msgspec.msgpack.encode(Load(source.folder, source.digest))
         began, late = time.monotonic(), False
-        for attempt in range(_TRIES):
+        for attempt in range(TRIES):
             try:
                 connection = self.start()
                 deadline = time.monotonic() + limit_s
@@ -240,14 +223,14 @@ class Loader:
         if late:
             raise DiskFailed(
                 f"adapter {source.name} could not be read within {limit_s:.0f} s, tried "
-                f"{_TRIES} times: the disk hangs or the machine is overloaded; retry",
-                metadata={"adapter": source.name, "loaders": str(_TRIES)},
+                f"{TRIES} times: the disk hangs or the machine is overloaded; retry",
+                metadata={"adapter": source.name, "loaders": str(TRIES)},
                 retry_after_s=5.0,
             )
         raise InternalError(
             f"adapter {source.name} could not be loaded: the process that reads it ended "
-            f"{_TRIES} times ({ended}); check the disk and push it again",
-            metadata={"loaders": str(_TRIES)},
+            f"{TRIES} times ({ended}); check the disk and push it again",
+            metadata={"loaders": str(TRIES)},
         )
 
     def _loaded(
@@ -269,41 +252,15 @@ class Loader:
                     raise error_for_reason(reason)(message, metadata=metadata)
         return None
 
-    def __del__(self) -> None:
-        self.end()
-
     @property
     def pid(self) -> int | None:
         """The process id; None if it is not running."""
-        return None if self._connection is None or self._process is None else self._process.pid
+        return self._child.pid
 
     def end(self, *, kill: bool = False) -> str:
         """End the process, or clean up after it; returns how it ended."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-        process, self._process = self._process, None
         segments, self._segments = self._segments, _Segments()
         try:
-            return _ended(process, kill=kill)
+            return self._child.end(kill=kill)
         finally:
             segments.close()
-
-
-def _ended(process: subprocess.Popen[bytes] | None, *, kill: bool) -> str:
-    """Wait for a process to end; returns how it did."""
-    if process is None:
-        return "it could not be started"
-    if kill:
-        process.kill()
-    for last in (False, True):
-        try:
-            code = process.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            # It is suspended, or blocked on a disk that hangs.
-            process.kill()
-            if last:
-                return f"process {process.pid} cannot be killed"
-        else:
-            break
-    return f"signal {-code}" if code < 0 else f"status {code}"

@@ -14,7 +14,7 @@ from typing import Final, TypeVar
 
 from veneer_registry.errors import QuotaExceeded
 
-from veneer_server.system.priority import lower_priority
+from veneer_server.serving.adapters.upload_flow import UploadFlow
 
 __all__ = [
     *("DEADLINE_S", "LONG_S", "MAX_AT_ONCE", "MAX_DISCARDS", "MIN_RATE", "PATIENCE_S"),
@@ -62,6 +62,7 @@ class UploadPace:
         self._waited_s = 0.0
         """Waiting time since enough bytes last arrived."""
         self._brought = 0
+        self._held_s = 0.0
         self._total = 0
         self._missing = 0
         self._waiting_since: float | None = None
@@ -98,7 +99,7 @@ class UploadPace:
     @property
     def remaining_s(self) -> float:
         """How long the rest will take at the rate so far; 0 if not known yet."""
-        has_taken_s = asyncio.get_running_loop().time() - self._began
+        has_taken_s = asyncio.get_running_loop().time() - self._began - self._held_s
         if has_taken_s < TURN_S or self.displaced or self._waiting_since is None:
             return 0.0
         return self._missing * has_taken_s / max(1, self._total)
@@ -108,6 +109,10 @@ class UploadPace:
         self.displaced = True
         if self._timeout is not None:
             self._timeout.reschedule(asyncio.get_running_loop().time())
+
+    def held(self, seconds: float) -> None:
+        """Record time for which the server held the upload back; it does not count."""
+        self._held_s += seconds
 
     def progressed(self, count: int, missing: int = 0) -> None:
         """Record ``count`` new bytes; ``missing`` are still to come."""
@@ -137,15 +142,19 @@ class UploadPlaces:
 
     Attributes:
         discarding: refused uploads that may finish sending.
-        workers: at low priority, since hashing and checking would compete with the step for
-            cores.
+        flow: how fast uploads are received.
+        workers: at normal priority: at a low one, a thread that holds the GIL may get no CPU
+            time to release it, and the event loop would wait for it. What takes long, the
+            check, runs in a process of its own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, flow: UploadFlow | None = None) -> None:
+        """Args:
+        flow: None for as fast as uploads come.
+        """
         self.discarding = 0
-        self.workers = ThreadPoolExecutor(
-            MAX_AT_ONCE, thread_name_prefix="upload", initializer=lower_priority
-        )
+        self.flow = flow or UploadFlow(lambda: False)
+        self.workers = ThreadPoolExecutor(MAX_AT_ONCE, thread_name_prefix="upload")
         self._running: dict[UploadPace, str] = {}
         """Whose each upload is; oldest first."""
 

@@ -151,12 +151,12 @@ class Uploads:
                 await to_the_end(lambda: self._end(ended, keep=keep), self._workers)
 
     async def validate(self, upload: Upload) -> Published:
-        """`Registry.validate`, at low priority."""
+        """`Registry.validate`, in a worker thread."""
         return await to_the_end(lambda: self._registry.validate(upload), self._workers)
 
     @contextlib.asynccontextmanager
     async def stage(self, upload: Upload) -> AsyncIterator[Staged]:
-        """`Registry.stage`, at low priority. Discarded at the end of the block, unless
+        """`Registry.stage`, in a worker thread. Discarded at the end of the block, unless
         committed."""
         found: list[Staged] = []
         try:
@@ -205,6 +205,7 @@ class Uploads:
             # Empty chunks, and bytes that were there before, are not progress.
             left = upload.missing_bytes
             pace.progressed(missing - left, left)
+            pace.held(await self._places.flow.hold(len(chunk.data)))
 
     async def _next(
         self, messages: AsyncIterator[adapters_pb2.UploadAdapterRequest], pace: UploadPace

@@ -51,8 +51,8 @@ class Furnish:
     config: ServerConfig
     engine: EngineClient
     prompts: Prompts
+    places: UploadPlaces
     quotas: UploadQuotas | None = None
-    places: UploadPlaces = field(default_factory=UploadPlaces)
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def tenant(self, name: str, registry: Registry) -> Tenant:

@@ -22,6 +22,7 @@ from veneer_server.adapters.loaders import Loaders
 from veneer_server.step.adapter_table import AdapterTable
 from veneer_server.wire.messages import LOST, AdapterSource
 
+from tests.child_module import run_instead
 from tests.planted import planted
 from tests.refused import refused
 from tests.unit.registry.kit import SHAPES, make_adapter, make_tensors
@@ -155,7 +156,7 @@ def test_an_adapter_that_ends_every_loader_is_an_error_and_no_more(
     wanted = source(make_adapter(tmp_path / "a"))
     reader = make("float32")
     with monkeypatch.context() as patch:
-        patch.setattr(loaders, "MODULE", "this")  # prints a poem and leaves
+        run_instead(patch, "this")  # prints a poem and leaves
         with refused(InternalError, loaders=2):
             reader.read(wanted)
     assert reader.read(wanted)[0].run.numel()
@@ -288,7 +289,7 @@ def test_a_load_that_takes_too_long_each_time_may_be_tried_again(
     setup = Setup(dict(SHAPES), 2, "float32")
     reader = Loaders(setup, torch.float32, count=1, pinned=False, limit_s=0.2)
     with monkeypatch.context() as patch:
-        patch.setattr(loaders, "MODULE", "sleeps_for_ever")
+        run_instead(patch, "sleeps_for_ever")
         with pytest.raises(DiskFailed) as caught:
             reader.read(wanted)
     assert caught.value.retry_after_s

@@ -22,6 +22,7 @@ from veneer_server.engine_client import supervisor
 from veneer_server.engine_client.client import EngineClient, EngineEvent
 from veneer_server.rpc.adapter_service import AdapterService
 from veneer_server.serving.adapters.budgets import AdapterBudgets
+from veneer_server.serving.adapters.upload_places import UploadPlaces
 from veneer_server.serving.adapters.use import source_of
 from veneer_server.serving.tenants.tenant import Furnish
 from veneer_server.serving.tenants.tenants import Tenants
@@ -162,7 +163,7 @@ class Server:
         await self.engine.start()
         prompts: Any = None  # only a self-test has some
         await self.tenants.start(
-            Furnish(load_config({}, {}), self.engine, prompts),
+            Furnish(load_config({}, {}), self.engine, prompts, UploadPlaces()),
             self.registry,
             open_=lambda folder, lock: Registry.open(folder, BASE, lock=lock),
             max_tenants=1,

@@ -23,6 +23,7 @@ from veneer_proto.v1 import (
     inference_pb2_grpc,
     server_pb2_grpc,
 )
+from veneer_registry.format import read_adapter
 from veneer_server.app import App
 from veneer_server.config import load_config
 
@@ -204,7 +205,7 @@ async def running(
         return engines[0]
 
     ready, made = asyncio.Event(), asyncio.Event()
-    app = App(config, lambda line: ready.set(), make_engine)
+    app = App(config, lambda line: ready.set(), make_engine, read_adapter)
     task = asyncio.create_task(app.run())
     waiting = asyncio.create_task((made if loading else ready).wait())
     await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import selectors
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -24,37 +23,13 @@ from veneer_server.serving.adapters.upload_places import (
     UploadPlaces,
 )
 
+from tests.fake_clock import in_no_time
 from tests.refused import refused
 from tests.unit.server.rpc.front_harness import Front, failure, make_adapter, running, until
 from tests.unit.server.rpc.front_harness import upload as messages_of
 
 MBIT = 125_000
 """Bytes a second of a line of 1 Mbit/s."""
-
-
-class _Skipping(selectors.DefaultSelector):
-    """Waits for nothing: time jumps."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 0.0
-
-    def select(self, timeout: float | None = None) -> Any:
-        ready = super().select(0)
-        if not ready and timeout:
-            self.now += timeout
-        return ready
-
-
-def in_no_time(work: Coroutine[Any, Any, float]) -> float:
-    """FAKE clock: run work that only sleeps, in no time; what it gives."""
-    selector = _Skipping()
-    loop = asyncio.SelectorEventLoop(selector)
-    loop.time = lambda: selector.now  # type: ignore[method-assign]
-    try:
-        return loop.run_until_complete(work)
-    finally:
-        loop.close()
 
 
 @pytest.fixture

@@ -1,0 +1,137 @@
+"""The front's side of the processes that check uploads: starts, uses and restarts them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from pathlib import Path
+from typing import Final
+
+import msgspec
+from veneer_registry.adapter import AdapterManifest, BaseSpec
+from veneer_registry.errors import DiskFailed, InternalError, error_for_reason
+from veneer_registry.manifest_json import manifest_from_json
+
+from veneer_server.adapters.check_process import Check, Checked
+from veneer_server.adapters.child import TRIES, Child
+from veneer_server.wire.frames import framed, read_frame
+
+__all__ = ["Checkers"]
+
+log = logging.getLogger(__name__)
+
+MODULE: Final = "veneer_server.adapters.check_process"
+"""The module that a process runs."""
+
+LIMIT_S: Final = 60.0
+"""Seconds that a check may take, plus one for each `BYTES_A_SECOND` of its files."""
+
+BYTES_A_SECOND: Final = 4 << 20
+
+_KEPT: Final = 1
+"""Idle processes that wait for the next upload; others end when they have done their check."""
+
+
+class Checkers:
+    """Checks each adapter in a process of its own; any thread may call `read`. Callers bound
+    how many checks run at once.
+
+    Args:
+        limit_s: see `LIMIT_S`.
+    """
+
+    def __init__(self, *, limit_s: float = LIMIT_S) -> None:
+        self._limit_s = limit_s
+        self._lock = threading.Lock()
+        self._idle: list[Child] = []
+        self._closed = False
+
+    def read(self, folder: Path, base: BaseSpec | None) -> AdapterManifest:
+        """`veneer_registry.format.read_adapter`, in another process.
+
+        Raises:
+            VeneerError: as `read_adapter`.
+            DiskFailed: every attempt takes too long.
+            InternalError: every process that checks it ends.
+        """
+        ask = framed(msgspec.msgpack.encode(Check(str(folder), base)))
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        limit_s = self._limit_s + size / BYTES_A_SECOND
+        child = self._take()
+        try:
+            checked = _ask(child, ask, limit_s)
+        finally:
+            self._give_back(child)
+        if (failed := checked.failure) is not None:
+            raise error_for_reason(failed.reason)(
+                failed.message,
+                metadata=failed.metadata,
+                retry_after_s=failed.retry_after_s,
+                detail=failed.detail,
+            )
+        return manifest_from_json(checked.manifest)
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Process ids of the idle processes."""
+        with self._lock:
+            return tuple(child.pid for child in self._idle if child.pid is not None)
+
+    def close(self) -> None:
+        """End all idle processes, and others when they have done their check."""
+        with self._lock:
+            self._closed = True
+            idle, self._idle = self._idle, []
+        for child in idle:
+            child.end()
+
+    def _take(self) -> Child:
+        with self._lock:
+            return self._idle.pop() if self._idle else Child(MODULE)
+
+    def _give_back(self, child: Child) -> None:
+        with self._lock:
+            keep = child.pid is not None and not self._closed and len(self._idle) < _KEPT
+            if keep:
+                self._idle.append(child)
+        if not keep:
+            child.end()
+
+
+def _ask(child: Child, ask: bytes, limit_s: float) -> Checked:
+    """The answer of a process; one that ends or takes too long is replaced, once."""
+    why = ""
+    for _ in range(TRIES):
+        deadline = time.monotonic() + limit_s
+        try:
+            connection = child.start()
+            connection.settimeout(limit_s)
+            connection.sendall(ask)
+            connection.settimeout(max(0.01, deadline - time.monotonic()))
+            if (body := read_frame(connection)) is not None:
+                return msgspec.msgpack.decode(body, type=Checked)
+            late = False
+        except TimeoutError:
+            late = True
+        except OSError:
+            late = False  # it has ended: see below
+        except BaseException:
+            child.end(kill=True)  # what it still sends must not be taken for another answer
+            raise
+        why = f"killed after {limit_s:.0f} s" if late else child.end()
+        if late:
+            child.end(kill=True)
+        log.warning("a process that checks uploads ended (%s)", why)
+    if late:
+        raise DiskFailed(
+            f"the adapter could not be checked within {limit_s:.0f} s, tried {TRIES} times: "
+            "the server's disk hangs or its machine is overloaded; push it again",
+            metadata={"tries": str(TRIES)},
+            retry_after_s=5.0,
+        )
+    raise InternalError(
+        f"the adapter could not be checked: the process that checks it ended {TRIES} times "
+        f"({why}); the machine may be short of memory; push it again",
+        metadata={"tries": str(TRIES)},
+    )

@@ -1,0 +1,87 @@
+"""A child process of ours and the socket to it: started on first use, and ended cleanly.
+
+Uses neither torch nor numpy: the front process, too, has such children.
+"""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+from typing import Final
+
+from veneer_registry.child_python import child_python
+
+from veneer_server.wire.frames import framed
+
+__all__ = ["TRIES", "Child"]
+
+TRIES: Final = 2
+"""How many processes try to do something: one that ends, or takes too long, is replaced."""
+
+_STOP_S: Final = 5.0
+"""How long a process may take to end before it is killed, and after that."""
+
+
+class Child:
+    """One process. Not thread-safe.
+
+    Args:
+        module: what it runs; its argument is the socket's file descriptor.
+        setup: the body of the first frame that it gets; None for no such frame.
+    """
+
+    def __init__(self, module: str, setup: bytes | None = None) -> None:
+        self._module = module
+        self._setup = setup
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: socket.socket | None = None
+
+    def start(self) -> socket.socket:
+        """The connection to the process, which is started if there is none."""
+        if self._connection is not None:
+            return self._connection
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = child_python("-m", self._module, str(theirs.fileno()))
+            self._process = subprocess.Popen(
+                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+            )
+        self._connection = ours
+        if self._setup is not None:
+            ours.sendall(framed(self._setup))
+        return ours
+
+    @property
+    def pid(self) -> int | None:
+        """The process id; None if it is not running."""
+        return None if self._connection is None or self._process is None else self._process.pid
+
+    def end(self, *, kill: bool = False) -> str:
+        """End the process, or clean up after it; returns how it ended."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        process, self._process = self._process, None
+        return _ended(process, kill=kill)
+
+    def __del__(self) -> None:
+        self.end()
+
+
+def _ended(process: subprocess.Popen[bytes] | None, *, kill: bool) -> str:
+    """Wait for a process to end; returns how it did."""
+    if process is None:
+        return "it could not be started"
+    if kill:
+        process.kill()
+    for last in (False, True):
+        try:
+            code = process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            # It is suspended, or blocked on a disk that hangs.
+            process.kill()
+            if last:
+                return f"process {process.pid} cannot be killed"
+        else:
+            break
+    return f"signal {-code}" if code < 0 else f"status {code}"
