@@ -110,6 +110,10 @@ class Connection:
         """Reset a stream."""
         self._writer.write(_frame(_RESET, 0, stream, _CANCEL))
 
+    def ping(self) -> None:
+        """Ask for a sign of life."""
+        self._writer.write(_frame(_PING, 0, 0, b"veneer--"))
+
     async def until_ended(self, stream: int) -> None:
         """Wait until the server has ended the stream, or the connection."""
         while stream not in self.ended and not self.lost.is_set():
