@@ -21,6 +21,7 @@ from veneer_registry.lock import OwnerLock
 from veneer_registry.registry import Registry
 from veneer_registry.replacing import replace_file
 
+from veneer_server import __version__
 from veneer_server.adapters.checkers import Checkers
 from veneer_server.config import ServerConfig
 from veneer_server.doors import Bound, Doors
@@ -54,6 +55,7 @@ from veneer_server.startup import engine_config, fingerprint_of, memory_for, rep
 from veneer_server.system.descriptors import share_descriptors
 from veneer_server.telemetry.adapter_log import AdapterLog
 from veneer_server.telemetry.metrics import Metrics
+from veneer_server.telemetry.tracing import Tracing
 from veneer_server.text.defaults import read_defaults
 from veneer_server.text.prompts import Prompts
 from veneer_server.wire.messages import EngineInfo
@@ -152,6 +154,8 @@ class App:
         config = self._config
         if config.openai_listen is not None:
             require_gateway()
+        tracing = Tracing.to(config.otlp_traces_endpoint, __version__)
+        self._resources.push_async_callback(asyncio.to_thread, tracing.stop)
         descriptors = share_descriptors(
             wanted=config.max_connections,
             ports=1 + (config.openai_listen is not None) + (config.admin_listen is not None),
@@ -234,6 +238,7 @@ class App:
             base_name=base.name,
             constraint_bytes=config.constraint_bytes,
             meter=Meter(self._quotas, book),
+            tracing=tracing,
             # When nothing is running, the duration of earlier steps tells nothing.
             step_seconds=lambda: self._metrics.recent_step_s if engine.in_flight else 0.0,
         )

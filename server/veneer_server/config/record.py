@@ -35,6 +35,10 @@ class ServerConfig:
     openai_listen: kinds.Address | None = setting(
         "", kinds.optional(kinds.ADDRESS),
         "Address for the OpenAI-compatible HTTP gateway; empty leaves it off.")
+    otlp_traces_endpoint: str = setting(
+        "", kinds.TEXT,
+        "OTLP receiver of traces, such as http://127.0.0.1:4317; empty sends none, unless "
+        "OTEL_EXPORTER_OTLP_ENDPOINT is set.")
     admin_listen: kinds.Address | None = setting(
         "", kinds.optional(kinds.ADDRESS),
         "Address of a second gRPC port: if given, methods that change something are answered "

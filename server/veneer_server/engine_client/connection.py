@@ -169,7 +169,7 @@ async def _spawn() -> tuple[asyncio.subprocess.Process, socket.socket]:
             # Only the front gets the terminal's Ctrl-C. No setsid: with autogroup, Linux
             # would then give the engine half of the CPU time and the front's other processes
             # the rest, regardless of their nice values.
-            preexec_fn=os.setpgrp,
+            process_group=0,
         )
         failed.pop_all()
     return process, ours

@@ -38,6 +38,7 @@ from veneer_server.serving.tenants.tenant import Tenant
 from veneer_server.serving.tenants.visible import Visible
 from veneer_server.serving.who import CALLER
 from veneer_server.system.hosts import AllowedHosts
+from veneer_server.telemetry.tracing import INGRESS, Ingress
 
 __all__ = ["Edge", "make_app"]
 
@@ -263,6 +264,7 @@ class Edge:
         text = {
             name.decode("latin-1"): value.decode("latin-1") for name, value in headers.items()
         }
+        INGRESS.set(Ingress.of(f"{verb} {path}", text))
         names = scope.get("state", {}).get(CERTIFICATE_NAMES, ())
         credentials = Credentials.of_headers(text, names)
         await self._access.admit(f"{verb} {path}", credentials)

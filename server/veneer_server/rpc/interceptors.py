@@ -49,6 +49,7 @@ from veneer_server.rpc.transport.receiving import Receiving
 from veneer_server.serving.calls import Calls
 from veneer_server.serving.who import CALLER
 from veneer_server.telemetry.metrics import Metrics
+from veneer_server.telemetry.tracing import INGRESS, Ingress
 
 __all__ = ["CallInterceptor"]
 
@@ -247,6 +248,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             CALLER.set(peer := context.peer())
             try:
                 with self._connections.call(peer):
+                    INGRESS.set(Ingress.of(f"{service}/{name}", _headers(context)))
                     await self._admit(method, context)
                     self._calls.check_phase()
                     request = await receive(requests, context)
@@ -282,8 +284,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     async def _admit(self, method: str, context: Any) -> None:
         """Before anything of the request is read."""
-        metadata = context.invocation_metadata() or ()
-        headers = {key: value for key, value in metadata if isinstance(value, str)}
+        headers = _headers(context)
         names = _certificate_names(context) if self._access.asks else ()
         credentials = Credentials.of_headers(headers, names)
         await self._access.admit(method, credentials, self._elsewhere)
@@ -303,6 +304,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if method in GENERATE_METHODS:
             trailing += rate_headers(self._quotas, PRINCIPAL.get().accounts)
         return await context.abort(status.code, status.message, trailing)
+
+
+def _headers(context: Any) -> dict[str, str]:
+    metadata = context.invocation_metadata() or ()
+    return {key: value for key, value in metadata if isinstance(value, str)}
 
 
 def _certificate_names(context: Any) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from veneer_registry.lease import RevisionLease
 from veneer_server.access.principal import PRINCIPAL
 from veneer_server.engine_client.client import EngineClient
 from veneer_server.engine_client.places import Place
-from veneer_server.logs import get_logger
+from veneer_server.logs import REQUEST_ID, get_logger
 from veneer_server.queues.fairness import FAIRNESS
 from veneer_server.quotas.meter import Meter, Metered
 from veneer_server.serving.adapters.use import source_of
@@ -40,6 +40,7 @@ from veneer_server.serving.tenants.visible import Visible
 from veneer_server.serving.threads import Background
 from veneer_server.serving.who import CALLER
 from veneer_server.telemetry.metrics import Metrics
+from veneer_server.telemetry.tracing import Phases, Tracing
 from veneer_server.text.defaults import RequestDefaults
 from veneer_server.text.prompts import Prompt, Prompts, Room
 from veneer_server.text.tokenizer import TooManyTokens
@@ -66,16 +67,19 @@ class Generator:
         base_name: str,
         step_seconds: Callable[[], float],
         meter: Meter,
+        tracing: Tracing | None = None,
         constraint_bytes: int = 32 << 10,
     ) -> None:
         """Args:
         step_seconds: recent duration of a step; 0 if unknown.
+        tracing: None makes no spans.
         constraint_bytes: size of the largest constraint allowed.
         """
         self.prompts = prompts
         self.metrics = metrics
         self.base_name = base_name
         self._meter = meter
+        self._tracing = tracing or Tracing()
         self._engine = engine
         self._tenants = tenants
         self._visible = Visible(tenants)
@@ -108,16 +112,16 @@ class Generator:
         arrived = time.perf_counter()
         # A point in time, not a duration: the clock runs while the request waits.
         deadline = None if time_remaining is None else time.monotonic() + time_remaining
-        self._check_deadline(time_remaining)
-        if call.constraint is not None:
-            check_constraint_size(call.constraint, self._constraint_bytes)
         owner, lease = None, None
-        if call.adapter:
-            home = await self._tenants.current()
-            owner, lease = self._visible.acquire(home, call.adapter, call.session_key)
         generation: Generation | None = None
-        outcome = "cancelled"
+        outcome, failed = "cancelled", ""
         try:
+            self._check_deadline(time_remaining)
+            if call.constraint is not None:
+                check_constraint_size(call.constraint, self._constraint_bytes)
+            if call.adapter:
+                home = await self._tenants.current()
+                owner, lease = self._visible.acquire(home, call.adapter, call.session_key)
             # Before any work: requests that wait for it then count towards the queue limit.
             with (
                 self.count(call.n) if counted is None else nullcontext(counted) as measured,
@@ -141,14 +145,15 @@ class Generator:
                     await generation.close()
             outcome = generation.finish or "cancelled"
         except VeneerError as error:
-            outcome = error.reason
+            outcome, failed = error.reason, error.message
             raise
         finally:
             if owner is not None and lease is not None:
                 lease.release()
                 if owner.registry.needs_sweep:
                     self._background.start(f"sweep {owner.name}", owner.registry.sweep)
-            self._record(generation, lease, outcome)
+            trace = self._trace(generation, lease, outcome, failed)
+            self._record(generation, lease, outcome, trace)
 
     def count(self, samples: int, prompts: int = 1) -> Metered:
         """Count a request of the current caller. See `Meter.request`."""
@@ -252,9 +257,13 @@ class Generator:
         )
 
     def _record(
-        self, generation: Generation | None, lease: RevisionLease | None, outcome: str
+        self,
+        generation: Generation | None,
+        lease: RevisionLease | None,
+        outcome: str,
+        trace: str,
     ) -> None:
-        """Metrics and one log line for a request that has ended."""
+        """Metrics and one log line for a request that has ended; ``trace`` is its id."""
         if generation is None:
             return  # the call's own log line says why it was refused
         metrics, facts = self.metrics, generation.facts()
@@ -271,4 +280,42 @@ class Generator:
             adapter=lease.ref.short if lease is not None else "",
             tier=generation.tier.value if generation.tier is not None else "",
             **facts,
+            **({"trace": trace} if trace else {}),
         )
+
+    def _trace(
+        self,
+        generation: Generation | None,
+        lease: RevisionLease | None,
+        outcome: str,
+        failed: str,
+    ) -> str:
+        """Spans of a request that has ended, under the names of OpenTelemetry's conventions for
+        generative models where it has some. Returns the trace's id, "" without tracing."""
+        attributes: dict[str, str | int | tuple[str, ...]] = {
+            "gen_ai.system": "veneer",
+            "gen_ai.request.model": self.base_name,
+            "gen_ai.request.id": REQUEST_ID.get(),
+            "veneer.tenant": PRINCIPAL.get().tenant,
+        }
+        if lease is not None:
+            attributes |= {
+                "veneer.adapter": lease.ref.name,
+                "veneer.adapter.revision": lease.ref.revision,
+            }
+        if generation is None:
+            return self._tracing.request(None, outcome, attributes, failed=failed)
+        facts = generation.facts()
+        if generation.tier is not None:
+            attributes["veneer.adapter.tier"] = generation.tier.value
+        if generation.finish is not None:
+            attributes["gen_ai.response.finish_reasons"] = (generation.finish,)
+        attributes |= {
+            "gen_ai.usage.input_tokens": int(facts["prompt_tokens"]),
+            "gen_ai.usage.output_tokens": int(facts["new_tokens"]),
+            "veneer.cached_prompt_tokens": int(facts["cached_tokens"]),
+        }
+        phases = Phases(
+            facts["queue_s"], facts["load_s"], facts["first_token_s"], facts["total_s"]
+        )
+        return self._tracing.request(phases, outcome, attributes, failed=failed)

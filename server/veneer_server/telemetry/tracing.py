@@ -1,0 +1,192 @@
+"""Traces of generate requests, sent over OTLP; off unless an endpoint is set.
+
+A request's spans are made when it has ended, from the times that it knows anyway, so a token
+costs nothing. OpenTelemetry's own variables (OTEL_EXPORTER_OTLP_*, OTEL_TRACES_SAMPLER) set
+headers, certificates and what is sampled. No text of prompts or answers is in a span.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from veneer_registry.errors import InvalidField
+
+from veneer_server.logs import get_logger
+
+__all__ = ["INGRESS", "Ingress", "Phases", "Tracing"]
+
+_log = get_logger(__name__)
+
+_ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+_HEADERS: Final = ("traceparent", "tracestate")
+_STOP_S: Final = 2.0
+"""Most time that a stopping server waits for the receiver of its spans."""
+
+Attribute = str | int | float | tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ingress:
+    """Where and when a call came in.
+
+    Attributes:
+        method: of gRPC, or HTTP's verb and path.
+        began: `time.perf_counter` at its arrival.
+        parent: its ``traceparent`` and ``tracestate``, as far as it has them.
+    """
+
+    method: str
+    began: float
+    parent: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, method: str, headers: Mapping[str, str]) -> Ingress:
+        """A call that arrives now."""
+        parent = {name: headers[name] for name in _HEADERS if name in headers}
+        return cls(method, time.perf_counter(), parent)
+
+
+INGRESS: ContextVar[Ingress | None] = ContextVar("ingress", default=None)
+"""That of the current call; None outside of one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Phases:
+    """What an admitted request spent its time on: one after the other, in seconds.
+
+    Attributes:
+        first_token_s: from its arrival; 0 if it got none.
+        total_s: from its arrival.
+    """
+
+    queue_s: float = 0.0
+    load_s: float = 0.0
+    first_token_s: float = 0.0
+    total_s: float = 0.0
+
+
+class Tracing:
+    """Makes the spans of requests that have ended."""
+
+    def __init__(self, tracer: Any = None, stop: Callable[[], None] = lambda: None) -> None:
+        """Args:
+        tracer: OpenTelemetry's; None makes no spans.
+        stop: sends what has not been sent.
+        """
+        self._tracer = tracer
+        self.stop = stop
+
+    @classmethod
+    def to(cls, endpoint: str, version: str) -> Tracing:
+        """Send to an OTLP receiver over gRPC. No endpoint means that of OpenTelemetry's
+        variables; if there is none either, nothing is sent.
+
+        Raises:
+            InvalidField: OpenTelemetry is not installed, or the endpoint is no URL.
+        """
+        if not endpoint and not any(os.environ.get(name) for name in _ENDPOINTS):
+            return cls()
+        if endpoint and not endpoint.startswith(("http://", "https://")):
+            raise InvalidField(
+                f"--otlp-traces-endpoint is {endpoint[:100]!r}: give a URL such as "
+                "http://127.0.0.1:4317, or https:// for a receiver with TLS",
+                metadata={"field": "otlp_traces_endpoint"},
+            )
+        try:
+            from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+            from opentelemetry.sdk.resources import Resource
+            from opentelemetry.sdk.trace import TracerProvider
+            from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        except ImportError as error:
+            raise InvalidField(
+                f"tracing needs OpenTelemetry ({error}): pip install 'veneer[tracing]', or "
+                "leave --otlp-traces-endpoint and OTEL_EXPORTER_OTLP_ENDPOINT unset",
+                metadata={"field": "otlp_traces_endpoint"},
+            ) from error
+        exporter = OTLPSpanExporter(endpoint=endpoint or None)
+        # OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES take precedence.
+        named = "veneer" if "OTEL_SERVICE_NAME" not in os.environ else None
+        given = {"service.version": version, **({"service.name": named} if named else {})}
+        provider = TracerProvider(resource=Resource.create(given), shutdown_on_exit=False)
+        processor = BatchSpanProcessor(exporter)
+        provider.add_span_processor(processor)
+        _log.info("traces are sent", endpoint=endpoint or "as OTEL_EXPORTER_OTLP_* say")
+
+        def stop() -> None:
+            # Neither flushing nor the provider's end has a limit of its own.
+            flush = threading.Thread(target=processor.force_flush, daemon=True)
+            flush.start()
+            flush.join(_STOP_S)
+            if flush.is_alive():
+                exporter.shutdown()  # ends its tries
+            provider.shutdown()
+
+        return cls(provider.get_tracer("veneer", version), stop)
+
+    def request(
+        self,
+        phases: Phases | None,
+        outcome: str,
+        attributes: Mapping[str, Attribute],
+        *,
+        failed: str = "",
+    ) -> str:
+        """Make the spans of a request that has just ended; returns the trace's id, "" without.
+
+        Args:
+            phases: None if it was refused before it was admitted.
+            outcome: its finish reason, or that of its error.
+            failed: why; "" if it did not.
+        """
+        ingress = INGRESS.get()
+        if self._tracer is None or ingress is None:
+            return ""
+        from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        now, ended = time.perf_counter(), time.time_ns()
+        began = ended - _nanoseconds(now - ingress.began)
+        context = TraceContextTextMapPropagator().extract(dict(ingress.parent))
+        span = self._tracer.start_span(
+            ingress.method, context, kind=SpanKind.SERVER, start_time=began
+        )
+        if span.is_recording():
+            for name, value in attributes.items():
+                span.set_attribute(name, value)
+            span.set_attribute("veneer.outcome", outcome)
+            if failed:
+                span.set_attribute("error.type", outcome)
+                span.set_status(Status(StatusCode.ERROR, failed))
+            if phases is not None:
+                inside = set_span_in_context(span, context)
+                start = ended - _nanoseconds(phases.total_s)
+                for name, seconds in _parts(phases):
+                    end = min(ended, start + _nanoseconds(seconds))
+                    self._tracer.start_span(name, inside, start_time=start).end(end)
+                    start = end
+        span.end(ended)
+        return f"{span.get_span_context().trace_id:032x}"
+
+
+def _parts(phases: Phases) -> list[tuple[str, float]]:
+    """Name and seconds of the phases that a request came to, in their order."""
+    if not phases.first_token_s:
+        return [("queue", phases.total_s)]
+    waited = phases.queue_s + phases.load_s
+    load = [("adapter load", phases.load_s)] if phases.load_s else []
+    return [
+        ("queue", phases.queue_s),
+        *load,
+        ("prefill", max(0.0, phases.first_token_s - waited)),
+        ("decode", max(0.0, phases.total_s - phases.first_token_s)),
+    ]
+
+
+def _nanoseconds(seconds: float) -> int:
+    return int(seconds * 1e9)
