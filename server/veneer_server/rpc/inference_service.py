@@ -92,6 +92,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                     message = inference_pb2.GenerateStreamResponse(
                         request_id=request_id,
                         text=prefixes[delta.index] + delta.text,
+                        reasoning=delta.reasoning,
                         token_ids=delta.tokens,
                         logprobs=_logprobs(delta, self._label),
                         prompt_logprobs=_prompt_logprobs(generation, delta, self._label),
@@ -125,12 +126,14 @@ class _Whole:
     def __init__(self, label: _Label) -> None:
         self._label = label
         self._text: list[str] = []
+        self._reasoning: list[str] = []
         self._tokens: list[int] = []
         self._logprobs: list[inference_pb2.TokenLogprob] = []
         self._finish: convert.FinishReason | None = None
 
     def add(self, delta: Delta) -> None:
         self._text.append(delta.text)
+        self._reasoning.append(delta.reasoning)
         self._tokens.extend(delta.tokens)
         self._logprobs.extend(_logprobs(delta, self._label))
         self._finish = delta.finish
@@ -140,6 +143,7 @@ class _Whole:
     ) -> None:
         assert self._finish is not None, "deltas were read to their end"
         message.text = prefix + "".join(self._text)
+        message.reasoning = "".join(self._reasoning)
         message.token_ids.extend(self._tokens)
         message.logprobs.extend(self._logprobs)
         message.finish_reason = convert.finish_reason(self._finish)
