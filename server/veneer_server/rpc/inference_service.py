@@ -12,7 +12,7 @@ from veneer_registry.errors import Aborted
 
 from veneer_server.logs import REQUEST_ID
 from veneer_server.rpc import convert
-from veneer_server.rpc.transport.decoding import count_numbers, last_value, values
+from veneer_server.rpc.transport.decoding import count_numbers, holds, last_value, values
 from veneer_server.serving.calls import READER_LIMIT_S
 from veneer_server.serving.generation import Delta, Generation
 from veneer_server.serving.generator import Generator
@@ -27,6 +27,7 @@ GENERATE_METHODS: Final = (
 
 _PROMPT_FIELD: Final = inference_pb2.GenerateRequest.PROMPT_FIELD_NUMBER
 _TOKENS_FIELD: Final = inference_pb2.GenerateRequest.TOKEN_IDS_FIELD_NUMBER
+_TRUNCATE_FIELD: Final = inference_pb2.GenerateRequest.TRUNCATE_PROMPT_TOKENS_FIELD_NUMBER
 _IDS_FIELD: Final = inference_pb2.TokenIds.IDS_FIELD_NUMBER
 
 _Label = Callable[[int], str]
@@ -49,7 +50,10 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         because a prompt that is too long would be held as protobuf, text and tokens."""
         if not self._generator.ready:
             return
-        self._generator.check_text(last_value(request, _PROMPT_FIELD))
+        cut = holds(request, _TRUNCATE_FIELD)
+        self._generator.check_text(last_value(request, _PROMPT_FIELD), cut=cut)
+        if cut:
+            return  # of token ids, only as many as are kept are copied
         for ids in values(request, _TOKENS_FIELD):
             self._generator.check_count(sum(map(count_numbers, values(ids, _IDS_FIELD))))
 

@@ -161,10 +161,16 @@ class Generator:
         """Places for ``count`` sequences of the current call, see `Places.hold`."""
         return self._engine.places.hold(count, FAIRNESS.get(), within_s=within_s)
 
-    def check_text(self, text: bytes) -> None:
+    def check_text(self, text: bytes, *, cut: bool = False) -> None:
         """Raise ContextTooLong for a UTF-8 prompt that cannot fit, before it is copied as
-        protobuf, text and tokens."""
-        self.prompts.check_bytes(text, most_prompt_tokens(self._engine.info), "prompt")
+        protobuf, text and tokens.
+
+        Args:
+            cut: only its last tokens will be kept.
+        """
+        info = self._engine.info
+        space = Room(info.vocab_size, most_prompt_tokens(info))
+        self.prompts.check_bytes(text, (space.to_cut if cut else space).tokens, "prompt")
 
     def check_count(self, tokens: int) -> None:
         """Raise ContextTooLong if a prompt has too many token ids, before they are used."""

@@ -48,15 +48,15 @@ class TemplateOptions:
     def __post_init__(self) -> None:
         for name in _OWN:
             if name in self.kwargs:
-                raise _invalid("chat_template_kwargs", f"may not set {name}: send it as a field")
+                raise _invalid("template.kwargs", f"may not set {name}: send it as a field")
         if self.kwargs and len(json.dumps(self.kwargs)) > MAX_KWARGS:
             raise _invalid(
-                "chat_template_kwargs",
+                "template.kwargs",
                 f"has more than {MAX_KWARGS} characters as JSON: send less",
             )
         if self.continue_final and self.add_generation_prompt:
             raise _invalid(
-                "continue_final_message",
+                "template.continue_final_message",
                 "excludes add_generation_prompt: an answer continues the last message or "
                 "follows it; set one of them",
             )
@@ -80,7 +80,7 @@ class TemplateOptions:
         if effort is not None:
             if effort not in EFFORTS:
                 raise _invalid(
-                    "reasoning_effort", f"is {effort[:40]!r}: give one of {', '.join(EFFORTS)}"
+                    "template.reasoning_effort", f"is {effort[:40]!r}: give one of {', '.join(EFFORTS)}"
                 )
             kwargs = {
                 "enable_thinking": effort != "none",
