@@ -41,7 +41,7 @@ from veneer_server.constraints.grammar import (
     first_problem,
     library_limits,
 )
-from veneer_server.constraints.numbers import Digits
+from veneer_server.constraints.matcher.numbers import Digits
 from veneer_server.constraints.trial import HARD_FACTOR, too_slow
 from veneer_server.wire.messages import Constraint, ConstraintLimits
 
