@@ -196,7 +196,7 @@ class Generator:
                 info, call.truncate_prompt, call.max_tokens, self._defaults.max_tokens
             )
             prompt = await self._read(call, lease, space.to_cut, kept)
-            return prompt.last(kept, self.prompts.tokenizer)
+            return await self.prompts.last(prompt, kept, with_text=call.echo)
         return await self._read(call, lease, space, None)
 
     async def _read(

@@ -42,13 +42,6 @@ class Prompt:
     ids: list[int]
     thinking: Thinking = Thinking.NONE
 
-    def last(self, count: int, tokenizer: TextTokenizer) -> Prompt:
-        """Its last ``count`` tokens."""
-        if len(self.ids) <= count:
-            return self
-        ids = self.ids[-count:]
-        return replace(self, text=tokenizer.decode(ids), ids=ids)
-
 
 _PLAIN: Final = TemplateOptions()
 
@@ -182,6 +175,19 @@ class Prompts:
             size = len(checked)
             text = await self._lanes.run(size, lambda: self.tokenizer.decode(checked))
         return Prompt(text, checked)
+
+    async def last(self, prompt: Prompt, count: int, *, with_text: bool) -> Prompt:
+        """The last ``count`` tokens of a prompt.
+
+        Args:
+            with_text: decode their text as well.
+        """
+        if len(prompt.ids) <= count:
+            return prompt
+        ids, text = prompt.ids[-count:], ""
+        if with_text:
+            text = await self._lanes.run(count, lambda: self.tokenizer.decode(ids))
+        return replace(prompt, text=text, ids=ids)
 
     async def _tokenize(
         self, text: str, room: Room, field: str, *, add_special_tokens: bool

@@ -19,6 +19,9 @@ EFFORTS: Final[tuple[str, ...]] = get_args(Effort)
 MAX_KWARGS: Final = 16 << 10
 """Most characters of a template's variables as JSON: a caller's loops over them stay short."""
 
+MAX_DEPTH: Final = 64
+"""Most nested lists and objects in them."""
+
 _OWN: Final = (
     "messages",
     "tools",
@@ -49,6 +52,8 @@ class TemplateOptions:
         for name in _OWN:
             if name in self.kwargs:
                 raise _invalid("template.kwargs", f"may not set {name}: send it as a field")
+        if _nested(self.kwargs) > MAX_DEPTH:
+            raise _invalid("template.kwargs", f"is nested more than {MAX_DEPTH} deep: flatten it")
         if self.kwargs and len(json.dumps(self.kwargs)) > MAX_KWARGS:
             raise _invalid(
                 "template.kwargs",
@@ -101,13 +106,34 @@ def kwargs_of(text: str) -> dict[str, Any]:
     found: object = None
     if len(text) <= MAX_KWARGS:
         with contextlib.suppress(ValueError, RecursionError):
-            found = json.loads(text)
+            found = json.loads(text, parse_constant=_no_constant)
+            json.dumps(found, ensure_ascii=False).encode()  # half of a surrogate pair is no text
     if not isinstance(found, dict):
         raise _invalid(
             "template.kwargs",
             f"is not a JSON object of at most {MAX_KWARGS} characters: send one",
         )
     return found
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _nested(value: object) -> int:
+    """How deeply a JSON value is nested, as far as `MAX_DEPTH` + 1."""
+    level, depth = [value], 0
+    while level and depth <= MAX_DEPTH:
+        inside = [each for each in level if isinstance(each, list | dict)]
+        level = [
+            inner
+            for each in inside
+            for inner in (each.values() if isinstance(each, dict) else each)
+        ]
+        depth += bool(inside)
+        if not inside:
+            break
+    return depth
 
 
 def _invalid(field: str, problem: str) -> InvalidField:

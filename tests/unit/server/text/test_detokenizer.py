@@ -174,7 +174,7 @@ def test_text_that_was_no_stop_string_after_all_comes_out() -> None:
     assert stopper.flush() == "<"
 
 
-@settings(max_examples=300, print_blob=True)
+@settings(max_examples=300, deadline=None, print_blob=True)
 @given(
     early=st.lists(st.sampled_from(["a", "b", "ab", "c", ""]), max_size=6),
     late=st.lists(st.sampled_from(["a", "b", "ab", "c", ""]), max_size=6),

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from veneer_registry.errors import InvalidField, TemplateFailed
-from veneer_server.text.templates.options import MAX_KWARGS, TemplateOptions, kwargs_of
+from veneer_server.text.templates.options import (
+    MAX_DEPTH,
+    MAX_KWARGS,
+    TemplateOptions,
+    kwargs_of,
+)
 from veneer_server.text.templates.template import ChatTemplate
 from veneer_server.text.templates.uploaded import UploadedTemplates
 
@@ -15,6 +22,7 @@ TURNS = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+NO_TEXT = ('{"a": "\\ud800"}', '{"a": NaN}')
 CONTINUED = TemplateOptions(add_generation_prompt=False, continue_final=True)
 
 
@@ -33,10 +41,20 @@ def test_variables_are_bounded() -> None:
     TemplateOptions({"a": "x" * (MAX_KWARGS - 10)})
     with refused(InvalidField, field="template.kwargs"):
         TemplateOptions({"a": "x" * MAX_KWARGS})
-    for text in ("[1]", "{", "x" * (MAX_KWARGS + 1), "[" * 10_000):
+    for text in ("[1]", "{", "x" * (MAX_KWARGS + 1), "[" * 10_000, *NO_TEXT):
         with refused(InvalidField, field="template.kwargs"):
             kwargs_of(text)
     assert kwargs_of('{"a": [1, null]}') == {"a": [1, None]}
+    TemplateOptions(deep(MAX_DEPTH))
+    with refused(InvalidField, field="template.kwargs"):
+        TemplateOptions(deep(MAX_DEPTH + 1))
+
+
+def deep(levels: int) -> dict[str, Any]:
+    value: Any = 1
+    for _ in range(levels - 1):
+        value = [value]
+    return {"a": value}
 
 
 def test_no_answer_is_begun_if_nobody_wants_one() -> None:
