@@ -106,8 +106,9 @@ def kwargs_of(text: str) -> dict[str, Any]:
     found: object = None
     if len(text) <= MAX_KWARGS:
         with contextlib.suppress(ValueError, RecursionError):
-            found = json.loads(text, parse_constant=_no_constant)
-            json.dumps(found, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+            read = json.loads(text, parse_constant=_no_constant)
+            json.dumps(read, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+            found = read
     if not isinstance(found, dict):
         raise _invalid(
             "template.kwargs",
