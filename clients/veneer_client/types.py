@@ -82,8 +82,8 @@ def _message(message: MessageLike) -> ChatMessage:
     keys = set(message) - {"reasoning"}
     if keys != {"role", "content"} or not all(map(_is_text, message.values())):
         raise InvalidField(
-            f"a chat message has the keys {sorted(message)}: give `role` and `content`, perhaps "
-            "`reasoning`, all strings, and nothing else",
+            f"a chat message has the keys {sorted(message)}: give `role` and `content`, "
+            "perhaps `reasoning`, all strings, and nothing else",
             metadata={"field": "messages"},
         )
     return ChatMessage(**message)

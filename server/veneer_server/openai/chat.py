@@ -46,7 +46,9 @@ class ChatAnswer(Answer):
     def _choice_chunks(
         self, at: int, text: str, tokens: list[TokenScore], piece: Piece, choice: Choice
     ) -> Iterator[Json]:
-        def chunk(delta: Mapping[str, str | None], logprobs: Json | None, finish: str | None) -> Json:
+        def chunk(
+            delta: Mapping[str, str | None], logprobs: Json | None, finish: str | None
+        ) -> Json:
             return {
                 "index": at,
                 "delta": delta,

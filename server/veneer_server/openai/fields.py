@@ -15,7 +15,6 @@ from veneer_registry.errors import InvalidField
 
 from veneer_server.openai.extensions.base import Fields, is_neutral
 from veneer_server.openai.extensions.fields import ChatExtensions, SharedExtensions
-
 from veneer_server.serving.checks import MAX_BIAS, MAX_BIASES, MAX_MESSAGES
 from veneer_server.wire.sampling import FRACTIONS
 
@@ -128,14 +127,14 @@ class CommonFields(SharedExtensions):
     n: Annotated[int, Field(ge=1, le=_UINT32)] = 1
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    stop: str | _Texts = []
+    stop: str | _Texts = Field(default_factory=list)
     user: str | None = None
     seed: Annotated[int, Field(ge=0, le=_UINT64)] | None = None
-    logit_bias: dict[str, float] = {}
+    logit_bias: dict[str, float] = Field(default_factory=dict)
     response_format: ResponseFormat | None = None
 
     top_k: Annotated[int, Field(ge=-1, le=_UINT32)] | None = None
-    stop_token_ids: _Counts = []
+    stop_token_ids: _Counts = Field(default_factory=list)
     ignore_eos: bool = False
     priority: Annotated[int, Field(ge=-_INT32, le=_INT32)] = 0
     use_prefix_cache: bool | None = None
@@ -204,7 +203,8 @@ class Message(Fields):
         for at, part in enumerate(given):
             kind = part.get("type") if isinstance(part, dict) else None
             kind = kind[:40] if isinstance(kind, str) else None
-            text = part.get(_TEXTS[kind]) if kind in _TEXTS else None
+            where = _TEXTS.get(kind or "")
+            text = part.get(where) if where else None
             if not isinstance(text, str):
                 raise ValueError(f"part {at} is of type {kind!r}: only text is served")
             texts.append(text)
@@ -284,7 +284,9 @@ def parse_fields(kind: type[FieldsT], given: object) -> FieldsT:
 def _check_unserved(kind: type[CommonFields], name: str, value: object) -> None:
     known = REFUSED.get(name)
     if name in ChatFields.model_fields:
-        if is_neutral(value) or value == ChatFields.model_fields[name].get_default():
+        if is_neutral(value) or value == ChatFields.model_fields[name].get_default(
+            call_default_factory=True
+        ):
             return
         known = (), "it is a field of /v1/chat/completions"
     if known is not None:

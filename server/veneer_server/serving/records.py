@@ -46,7 +46,7 @@ class ChatMessages:
     """Messages (role, content, perhaps reasoning) for a chat template."""
 
     messages: tuple[Mapping[str, str], ...]
-    options: TemplateOptions = TemplateOptions()
+    options: TemplateOptions = field(default_factory=TemplateOptions)
 
     def __post_init__(self) -> None:
         checks.check_messages(self.messages)
@@ -155,7 +155,6 @@ class GenerateCall:
                 f"has {len(self.session_key)} characters: give at most "
                 f"{checks.MAX_SESSION_KEY}",
             )
-
 
     @property
     def prompt_tops(self) -> int | None:

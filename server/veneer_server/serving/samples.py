@@ -13,8 +13,8 @@ from veneer_registry.errors import InternalError
 
 from veneer_server.serving.records import FinishReason
 from veneer_server.serving.threads import outlast
-from veneer_server.text.replies import deltas as replies
 from veneer_server.text.detokenizer import Detokenizer, StopStrings, TokenBytes
+from veneer_server.text.replies import deltas as replies
 from veneer_server.wire.messages import SequenceOutput, SequenceRequest, Tops
 
 __all__ = ["Delta", "Sample", "SampleStreams", "sample_request", "sample_seed"]
@@ -129,7 +129,9 @@ class Sample:
             text="".join(p.text for p in pieces if isinstance(p, replies.Content)),
             tokens=output.tokens[:count],
             logprobs=output.logprobs and output.logprobs[:count],
-            top_logprobs=_first(output.top_logprobs and output.top_logprobs[:count], self._tops),
+            top_logprobs=_first(
+                output.top_logprobs and output.top_logprobs[:count], self._tops
+            ),
             prompt_logprobs=output.prompt_logprobs,
             prompt_top_logprobs=_first(output.prompt_top_logprobs, self._prompt_tops or 0),
             finish=finish,

@@ -95,7 +95,7 @@ class StopStrings:
         return self._hold(text)
 
     def skip(self, text: str) -> str:
-        """The same for text in which no stop string ends anything, though one may begin in it."""
+        """The same for text in which no stop string ends anything; one may begin in it."""
         if not self._stops or self.stopped:
             return self.feed(text)
         return self._hold(self._held + text)

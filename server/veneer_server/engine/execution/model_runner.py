@@ -151,7 +151,7 @@ class ModelRunner:
 def _others_left(
     forbidden: tuple[int, ...], allowed: NDArray[np.bool_] | None
 ) -> tuple[int, ...]:
-    """The forbidden tokens, but none if the constraint allows no others: it is then complete."""
+    """The forbidden tokens; none if the constraint allows no others: it is then complete."""
     if not forbidden or allowed is None:
         return forbidden
     inside = [token for token in forbidden if token < len(allowed)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from pydantic import BaseModel, ConfigDict, model_validator
 
 __all__ = ["Fields", "is_neutral"]
@@ -11,6 +13,11 @@ def is_neutral(value: object) -> bool:
     """Whether a member that nobody knows can be left out: null, or nothing at all. SDKs write
     these for what was never set."""
     return value is None or (isinstance(value, list | dict | str) and not value)
+
+
+@cache
+def _members_of(kind: type[BaseModel]) -> frozenset[str]:
+    return frozenset(each.alias or name for name, each in kind.model_fields.items())
 
 
 class Fields(BaseModel):
@@ -24,13 +31,11 @@ class Fields(BaseModel):
     def _members(cls, given: object) -> object:
         if not isinstance(given, dict):
             return given
-        known = {each.alias or name for name, each in cls.model_fields.items()}
+        known = _members_of(cls)
         kept = {
-            name: value
-            for name, value in given.items()
-            if name in known and value is not None
+            name: value for name, value in given.items() if name in known and value is not None
         }
-        # One unknown member is enough: pydantic makes an error for each, which is slow for many.
+        # Only one: pydantic makes an error for each, which is slow for many.
         for name, value in given.items():
             if name not in known and not is_neutral(value):
                 return {**kept, name: value}

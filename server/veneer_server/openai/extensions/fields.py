@@ -42,7 +42,7 @@ class ChatExtensions(Fields):
         add_generation_prompt: unset means yes, unless ``continue_final_message``.
     """
 
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     reasoning_effort: Effort | None = None
     include_reasoning: bool = True
     add_generation_prompt: bool | None = None

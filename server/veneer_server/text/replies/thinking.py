@@ -49,8 +49,8 @@ class _Where(Enum):
 class ThinkingParser:
     """A `ReplyParser`: all `Reasoning` comes before the first `Content`.
 
-    Thinking begins where the answer begins, white space before its tag is dropped; a tag further
-    on is ordinary text. An answer that ends before the closing tag is thinking to its end.
+    Thinking begins where the answer begins, white space before its tag is dropped; a tag
+    further on is ordinary text. An answer that ends before the closing tag is thinking to its end.
     Otherwise not a character is changed. Each is looked at a bounded number of times.
     """
 

@@ -53,7 +53,9 @@ class TemplateOptions:
             if name in self.kwargs:
                 raise _invalid("template.kwargs", f"may not set {name}: send it as a field")
         if _nested(self.kwargs) > MAX_DEPTH:
-            raise _invalid("template.kwargs", f"is nested more than {MAX_DEPTH} deep: flatten it")
+            raise _invalid(
+                "template.kwargs", f"is nested more than {MAX_DEPTH} deep: flatten it"
+            )
         if self.kwargs and len(json.dumps(self.kwargs)) > MAX_KWARGS:
             raise _invalid(
                 "template.kwargs",
@@ -85,7 +87,8 @@ class TemplateOptions:
         if effort is not None:
             if effort not in EFFORTS:
                 raise _invalid(
-                    "template.reasoning_effort", f"is {effort[:40]!r}: give one of {', '.join(EFFORTS)}"
+                    "template.reasoning_effort",
+                    f"is {effort[:40]!r}: give one of {', '.join(EFFORTS)}",
                 )
             kwargs = {
                 "enable_thinking": effort != "none",

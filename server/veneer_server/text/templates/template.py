@@ -46,8 +46,8 @@ MAX_ERROR: Final = 500
 _PLAIN: Final = TemplateOptions()
 
 _OPEN_END: Final = f"{secrets.token_hex(8)}:end"
-"""Appended to a last message that is to be continued: the prompt ends where this stands, however
-the template treats the white space and what follows. Nobody else can know it."""
+"""Appended to a last message that is to be continued: the prompt ends where this stands,
+however the template treats the white space and what follows. Nobody else can know it."""
 
 _SPECIAL: Final = ("bos_token", "eos_token", "unk_token", "pad_token")
 

@@ -91,7 +91,9 @@ def tokenizer(base_folder: Path) -> TextTokenizer:
 
 
 @pytest.fixture(scope="module", params=[0, 6])
-def bounded(request: pytest.FixtureRequest, base_folder: Path) -> Iterator[tuple[int, Grammars]]:
+def bounded(
+    request: pytest.FixtureRequest, base_folder: Path
+) -> Iterator[tuple[int, Grammars]]:
     limits = ConstraintLimits(number_digits=request.param)
     made = Grammars.of_base(
         base_folder,

@@ -188,7 +188,12 @@ def test_vllms_extensions_arrive() -> None:
     call = chat(
         messages=[
             {"role": "user", "content": "1+1"},
-            {"role": "assistant", "content": "2", "reasoning": "easy", "reasoning_content": "x"},
+            {
+                "role": "assistant",
+                "content": "2",
+                "reasoning": "easy",
+                "reasoning_content": "x",
+            },
         ],
         min_tokens=3,
         prompt_logprobs=2,

@@ -40,7 +40,9 @@ def says(front: Front, tokenizer: TextTokenizer, text: str) -> list[int]:
     """Let the engine say a text, a token at a time."""
     ids = tokenizer.encode(text, add_special_tokens=False)
     front.engine.script = [
-        SequenceOutput(1, [token], logprobs=[-0.5], finish=None if at + 1 < len(ids) else "stop")
+        SequenceOutput(
+            1, [token], logprobs=[-0.5], finish=None if at + 1 < len(ids) else "stop"
+        )
         for at, token in enumerate(ids)
     ]
     return ids
@@ -130,7 +132,13 @@ async def test_thinking_goes_back_into_the_template(
     for name in ("reasoning", "reasoning_content"):
         given["messages"] = [
             {"role": "user", "content": "Hi"},
-            {"role": "assistant", "content": "Yes", name: "hm", "tool_calls": [], "audio": None},
+            {
+                "role": "assistant",
+                "content": "Yes",
+                name: "hm",
+                "tool_calls": [],
+                "audio": None,
+            },
             {"role": "user", "content": "Why?"},
         ]
         await ok(http, given, max_tokens=1)
@@ -146,4 +154,6 @@ async def test_thinking_goes_back_into_the_template(
         stopping=pb.StoppingOptions(max_tokens=1),
     )
     await front.inference.Generate(request)
-    assert tokenizer.decode(front.engine.submitted[-1].prompt) == expected.split("</><user>W")[0]
+    assert (
+        tokenizer.decode(front.engine.submitted[-1].prompt) == expected.split("</><user>W")[0]
+    )

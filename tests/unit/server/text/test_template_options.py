@@ -28,7 +28,8 @@ CONTINUED = TemplateOptions(add_generation_prompt=False, continue_final=True)
 
 def test_variables_reach_the_template_but_replace_nothing_of_the_servers() -> None:
     template = ChatTemplate(
-        "{{ bos_token }}{{ effort }}{{ deep.a[1] }}{{ messages | length }}", {"bos_token": "<s>"}
+        "{{ bos_token }}{{ effort }}{{ deep.a[1] }}{{ messages | length }}",
+        {"bos_token": "<s>"},
     )
     kwargs = {"effort": "low", "deep": {"a": [0, 7]}, "bos_token": "no"}
     assert template.render(CHAT, TemplateOptions(kwargs)) == "<s>low72"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -73,12 +74,14 @@ _PARTS = st.lists(
 @given(text=_PARTS, cuts=st.lists(st.integers(0, 80), max_size=8), opened=st.booleans())
 def test_streamed_is_as_whole(text: str, cuts: list[int], opened: bool) -> None:
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    pieces = [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    pieces = [text[a:b] for a, b in pairwise(edges)]
     whole = taken_apart(ThinkingParser(opened=opened), [text])
     assert taken_apart(ThinkingParser(opened=opened), pieces) == whole
     reasoning, content, _ = whole
     kept = reasoning + content
-    assert kept in (text, text.replace("</think>", "", 1)) or text.lstrip().startswith("<think>")
+    assert kept in (text, text.replace("</think>", "", 1)) or text.lstrip().startswith(
+        "<think>"
+    )
 
 
 def test_text_is_passed_on_as_early_as_it_is_certain() -> None:
