@@ -256,6 +256,12 @@ class CompletionFields(CommonFields):
         return given
 
 
+_KINDS: Final[Mapping[str, type[CommonFields]]] = {
+    "/v1/chat/completions": ChatFields,
+    "/v1/completions": CompletionFields,
+}
+
+
 def parse_fields(kind: type[FieldsT], given: object) -> FieldsT:
     """Check a parsed JSON body; null is the same as leaving a field out.
 
@@ -283,12 +289,11 @@ def parse_fields(kind: type[FieldsT], given: object) -> FieldsT:
 
 def _check_unserved(kind: type[CommonFields], name: str, value: object) -> None:
     known = REFUSED.get(name)
-    if name in ChatFields.model_fields:
-        if is_neutral(value) or value == ChatFields.model_fields[name].get_default(
-            call_default_factory=True
-        ):
-            return
-        known = (), "it is a field of /v1/chat/completions"
+    for path, other in _KINDS.items():
+        if (there := other.model_fields.get(name)) is not None:
+            if is_neutral(value) or value == there.get_default(call_default_factory=True):
+                return
+            known = (), f"it is a field of {path}"
     if known is not None:
         neutral, instead = known
         if value in neutral:

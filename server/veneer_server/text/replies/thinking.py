@@ -50,7 +50,7 @@ class ThinkingParser:
     """A `ReplyParser`: all `Reasoning` comes before the first `Content`.
 
     Thinking begins where the answer begins, white space before its tag is dropped; a tag
-    further on is ordinary text. An answer that ends before the closing tag is thinking to its end.
+    further on is ordinary text. An answer that ends before the closing tag is all thinking.
     Otherwise not a character is changed. Each is looked at a bounded number of times.
     """
 

@@ -165,7 +165,10 @@ def test_values_of_request_fields_that_change_nothing() -> None:
     }
     assert chat(**neutral) == chat()
     # Fields of the other endpoint, which say nothing there.
-    assert completions(add_generation_prompt=None, chat_template_kwargs={}) == completions()
+    assert completions(include_reasoning=True, chat_template_kwargs={}) == completions()
+    assert chat(echo=False, best_of=None) == chat()
+    with refused(InvalidField, field="echo"):
+        chat(echo=True)
     with refused(InvalidField, field="reasoning_effort"):
         completions(reasoning_effort="low")
 
