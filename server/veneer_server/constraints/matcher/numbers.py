@@ -3,7 +3,8 @@
 A schema says that a number ends somewhere, not where: a small model writes 0.8499999999...
 until its tokens are used up, and the answer is no JSON. So after so many digits in a row,
 tokens that begin with a digit are left out of the mask, unless the schema allows no others.
-What is written stays valid by the schema, and what only a longer number can match is not refused.
+What is written stays valid by the schema, and nothing that only a longer number matches is
+refused.
 """
 
 from __future__ import annotations
