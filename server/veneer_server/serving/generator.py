@@ -208,10 +208,10 @@ class Generator:
             match call.input:
                 case PromptText(text):
                     return await self.prompts.from_text(text, space)
-                case ChatMessages(messages, options):
+                case ChatMessages(messages=messages, options=options):
                     template = None if lease is None else lease.record.manifest.chat_template
                     return await self.prompts.from_messages(
-                        messages, template, space, CALLER.get(), options
+                        messages, template, space, CALLER.get(), options=options
                     )
                 case tokens:
                     ids = tokens.ids if kept is None else tokens.ids[-kept:]

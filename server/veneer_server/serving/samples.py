@@ -26,9 +26,9 @@ class Delta:
 
     Attributes:
         index: the sample's, from 0.
-        text: for the user; `pieces` joined, as far as they are that.
+        text: for the user.
         reasoning: what the model thought, before its text.
-        pieces: the same, with what else a parser of replies found, in order.
+        parts: both, and what else a parser of replies found, in order; empty without one.
         logprobs, top_logprobs: one entry for each of `tokens`, if requested.
         prompt_logprobs, prompt_top_logprobs: one entry for each prompt token after
             the first; only in sample 0's first delta, if requested.
@@ -43,7 +43,7 @@ class Delta:
     prompt_top_logprobs: list[Tops] | None
     finish: FinishReason | None
     reasoning: str = ""
-    pieces: tuple[replies.Delta, ...] = ()
+    parts: Sequence[replies.Delta] = ()
 
 
 def sample_seed(seed: int, index: int) -> int:
@@ -123,10 +123,13 @@ class Sample:
         if stops.stopped:
             finish = "stop"
         self.finish = finish
-        pieces = self._pieces(text, ended=finish is not None)
+        parts: Sequence[replies.Delta] = ()
+        if self._parser is not None:
+            parts = self._parts(self._parser, text, ended=finish is not None)
+            text = "".join(part.text for part in parts if isinstance(part, replies.Content))
         return Delta(
             index=self.index,
-            text="".join(p.text for p in pieces if isinstance(p, replies.Content)),
+            text=text,
             tokens=output.tokens[:count],
             logprobs=output.logprobs and output.logprobs[:count],
             top_logprobs=_first(
@@ -135,18 +138,18 @@ class Sample:
             prompt_logprobs=output.prompt_logprobs,
             prompt_top_logprobs=_first(output.prompt_top_logprobs, self._prompt_tops or 0),
             finish=finish,
-            reasoning="".join(p.text for p in pieces if isinstance(p, replies.Reasoning)),
-            pieces=pieces,
+            reasoning="".join(p.text for p in parts if isinstance(p, replies.Reasoning)),
+            parts=parts,
         )
 
-    def _pieces(self, text: str, *, ended: bool) -> tuple[replies.Delta, ...]:
-        """A text taken apart by the parser."""
-        if self._parser is None:
-            return (replies.Content(text),) if text else ()
-        pieces = [*self._parser.feed(text), *(self._parser.finish() if ended else ())]
-        if not self._show_reasoning:
-            pieces = [piece for piece in pieces if not isinstance(piece, replies.Reasoning)]
-        return tuple(pieces)
+    def _parts(
+        self, parser: replies.ReplyParser, text: str, *, ended: bool
+    ) -> list[replies.Delta]:
+        """A text taken apart."""
+        parts = [*parser.feed(text), *(parser.finish() if ended else ())]
+        if self._show_reasoning:
+            return parts
+        return [part for part in parts if not isinstance(part, replies.Reasoning)]
 
     def _feed(self, output: SequenceOutput) -> tuple[str, int]:
         """Text of an output's tokens, and how many tokens there are up to the one that

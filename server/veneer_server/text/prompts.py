@@ -127,6 +127,7 @@ class Prompts:
         adapter_template: str | None,
         room: Room,
         caller: str = "",
+        *,
         options: TemplateOptions = _PLAIN,
     ) -> Prompt:
         """Render a chat and tokenize it.
@@ -141,7 +142,9 @@ class Prompts:
             ContextTooLong, TooManyTokens, InvalidField: as `from_text`.
         """
         if adapter_template is not None:
-            text = await self._uploaded.render(adapter_template, messages, caller, options)
+            text = await self._uploaded.render(
+                adapter_template, messages, caller, options=options
+            )
         elif (base := self._base) is None:
             raise TemplateFailed(
                 "neither the adapter nor the base model has a chat template: send `prompt` "
@@ -150,7 +153,7 @@ class Prompts:
             )
         else:
             size = sum(len(message["content"]) for message in messages)
-            text = await self._lanes.run(size, lambda: base.render(messages, options))
+            text = await self._lanes.run(size, lambda: base.render(messages, options=options))
         ids = await self._tokenize(text, room, "messages", add_special_tokens=False)
         checked = self._checked(ids, "messages", room.vocab_size)
         source = self._base_source if adapter_template is None else adapter_template

@@ -121,7 +121,7 @@ def _do(job: Job, compiled: Recent[str, ChatTemplate]) -> Done:
             compiled[job.source] = template
         doing = TooSlow.RENDERING
         with _limited(job.limit_s):
-            return Done(template.render(job.messages, job.options))
+            return Done(template.render(job.messages, options=job.options))
     except TemplateFailed as error:
         return Done(error=error.message, cause=cast(Cause, error.metadata["cause"]))
     except _Interrupted:

@@ -112,6 +112,7 @@ class ChatTemplate:
     def render(
         self,
         messages: Sequence[Mapping[str, str]],
+        *,
         options: TemplateOptions = _PLAIN,
     ) -> str:
         """The prompt for an assistant's answer to ``messages`` (role, content, perhaps

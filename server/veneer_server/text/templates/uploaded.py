@@ -94,6 +94,7 @@ class UploadedTemplates:
         source: str,
         messages: Sequence[Mapping[str, str]],
         caller: str = "",
+        *,
         options: TemplateOptions = _PLAIN,
     ) -> str:
         """The prompt for an assistant's answer to ``messages``, see `ChatTemplate.render`.

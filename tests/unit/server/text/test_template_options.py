@@ -32,7 +32,7 @@ def test_variables_reach_the_template_but_replace_nothing_of_the_servers() -> No
         {"bos_token": "<s>"},
     )
     kwargs = {"effort": "low", "deep": {"a": [0, 7]}, "bos_token": "no"}
-    assert template.render(CHAT, TemplateOptions(kwargs)) == "<s>low72"
+    assert template.render(CHAT, options=TemplateOptions(kwargs)) == "<s>low72"
     for name in ("messages", "tools", "add_generation_prompt", "chat_template"):
         with refused(InvalidField, field="template.kwargs"):
             TemplateOptions({name: []})
@@ -62,22 +62,22 @@ def test_no_answer_is_begun_if_nobody_wants_one() -> None:
     template = ChatTemplate(TURNS, {})
     assert template.render(CHAT[:1]) == "<user>Hi</><assistant>"
     options = TemplateOptions(add_generation_prompt=False)
-    assert template.render(CHAT[:1], options) == "<user>Hi</>"
+    assert template.render(CHAT[:1], options=options) == "<user>Hi</>"
 
 
 @pytest.mark.parametrize("content", ["Well, ", "", "  two\nlines", "</>"])
 def test_a_last_message_is_continued_where_it_ends(content: str) -> None:
     """Even if the template trims messages: what comes next is the model's to say."""
     chat = [CHAT[0], {"role": "assistant", "content": content}]
-    rendered = ChatTemplate(TURNS, {}).render(chat, CONTINUED)
+    rendered = ChatTemplate(TURNS, {}).render(chat, options=CONTINUED)
     assert rendered == f"<user>Hi</><assistant>{content.lstrip()}"
-    raw = ChatTemplate(TURNS.replace(" | trim", ""), {}).render(chat, CONTINUED)
+    raw = ChatTemplate(TURNS.replace(" | trim", ""), {}).render(chat, options=CONTINUED)
     assert raw == f"<user>Hi</><assistant>{content}"
 
 
 def test_a_message_that_the_template_leaves_out_cannot_be_continued() -> None:
     with refused(TemplateFailed, cause="rendering"):
-        ChatTemplate("{{ messages[0].content }}", {}).render(CHAT, CONTINUED)
+        ChatTemplate("{{ messages[0].content }}", {}).render(CHAT, options=CONTINUED)
 
 
 async def test_uploaded_templates_get_the_same() -> None:
