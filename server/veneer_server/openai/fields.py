@@ -299,6 +299,8 @@ def _check_unserved(kind: type[CommonFields], name: str, value: object) -> None:
         if value in neutral:
             return
         raise InvalidField(f"{name} is not served: {instead}", metadata={"field": name})
+    if is_neutral(value):
+        return
     shown, near = name[:60], list[str]()
     if shown == name:  # comparing a name of several megabytes is slow
         near = difflib.get_close_matches(name, kind.model_fields, n=1, cutoff=0.6)

@@ -162,8 +162,12 @@ def test_values_of_request_fields_that_change_nothing() -> None:
         "allowed_token_ids": [],
         "chat_template_kwargs": {},
         "documents": [],
+        "mm_processor_kwargs": {},
+        "nobody_knows": [],
     }
     assert chat(**neutral) == chat()
+    with refused(InvalidField, field="web_search_options"):
+        chat(web_search_options={})  # this one asks for something
     # Fields of the other endpoint, which say nothing there.
     assert completions(include_reasoning=True, chat_template_kwargs={}) == completions()
     assert chat(echo=False, best_of=None) == chat()
