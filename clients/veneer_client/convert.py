@@ -106,7 +106,9 @@ def _request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.Generate
         case Chat(messages):
             request.messages.SetInParent()
             for message in messages:
-                request.messages.messages.add(role=message.role, content=message.content)
+                request.messages.messages.add(
+                    role=message.role, content=message.content, reasoning=message.reasoning
+                )
         case Tokens(ids):
             request.token_ids.SetInParent()
             request.token_ids.ids.extend(ids)
@@ -120,6 +122,9 @@ def _request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.Generate
     request.stopping.stop.extend(options.get("stop", ()))
     request.stopping.stop_token_ids.extend(options.get("stop_token_ids", ()))
     request.stopping.ignore_eos = options.get("ignore_eos", False)
+    request.stopping.min_tokens = options.get("min_tokens", 0)
+    if "prompt_logprobs" in options:
+        request.output.prompt_logprobs = options["prompt_logprobs"]
     request.output.top_logprobs = options.get("top_logprobs", 0)
     request.output.logprobs = options.get("logprobs", request.output.top_logprobs > 0)
     request.output.echo = options.get("echo", False)
@@ -127,12 +132,21 @@ def _request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.Generate
         request.output.n = options["n"]
     if "use_prefix_cache" in options:
         request.use_prefix_cache = options["use_prefix_cache"]
+    if "truncate_prompt_tokens" in options:
+        request.truncate_prompt_tokens = options["truncate_prompt_tokens"]
+    if "template_kwargs" in options:
+        request.template.kwargs = json.dumps(options["template_kwargs"])
+    if "reasoning_effort" in options:
+        request.template.reasoning_effort = options["reasoning_effort"]
+    if "continue_final_message" in options:
+        request.template.continue_final_message = options["continue_final_message"]
     _constrain(request, options)
     return request
 
 
 def _constrain(request: inference_pb2.GenerateRequest, options: GenerateOptions) -> None:
-    given = [name for name in ("json_schema", "regex", "choice") if name in options]
+    kinds = ("json_schema", "regex", "choice", "grammar")
+    given = [name for name in kinds if name in options]
     if len(given) > 1:
         raise InvalidField(
             f"{' and '.join(given)} constrain the same output: give one of them",
@@ -145,6 +159,8 @@ def _constrain(request: inference_pb2.GenerateRequest, options: GenerateOptions)
     elif "choice" in options:
         request.constraint.choice.SetInParent()
         request.constraint.choice.texts.extend(options["choice"])
+    elif "grammar" in options:
+        request.constraint.grammar = options["grammar"]
 
 
 def generation(message: inference_pb2.GenerateResponse) -> Generation:
@@ -164,9 +180,11 @@ def generation(message: inference_pb2.GenerateResponse) -> Generation:
                 token_ids=tuple(sample.token_ids),
                 logprobs=_logprobs(sample.logprobs),
                 finish_reason=_FINISH[sample.finish_reason],
+                reasoning=sample.reasoning,
             )
             for sample in message.others
         ),
+        reasoning=message.reasoning,
     )
 
 
@@ -179,6 +197,7 @@ def chunk(message: inference_pb2.GenerateStreamResponse) -> Chunk:
         prompt_logprobs=_logprobs(message.prompt_logprobs),
         index=message.index,
         finish_reason=_FINISH.get(message.finish_reason),
+        reasoning=message.reasoning,
     )
 
 

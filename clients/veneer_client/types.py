@@ -42,14 +42,20 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
-    """One message; ``role`` is for example ``system``, ``user`` or ``assistant``."""
+    """One message; ``role`` is for example ``system``, ``user`` or ``assistant``.
+
+    Attributes:
+        reasoning: what an assistant thought before, for templates that show it.
+    """
 
     role: str
     content: str
+    reasoning: str = ""
 
 
 MessageLike = ChatMessage | Mapping[str, str]
-"""A message, or the usual mapping: ``{"role": ..., "content": ...}``."""
+"""A message, or the usual mapping: ``{"role": ..., "content": ...}``, perhaps with
+``reasoning``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +79,14 @@ class Chat:
 def _message(message: MessageLike) -> ChatMessage:
     if isinstance(message, ChatMessage):
         return message
-    if set(message) != {"role", "content"} or not all(map(_is_text, message.values())):
+    keys = set(message) - {"reasoning"}
+    if keys != {"role", "content"} or not all(map(_is_text, message.values())):
         raise InvalidField(
-            f"a chat message has the keys {sorted(message)}: give `role` and `content`, both "
-            "strings, and nothing else",
+            f"a chat message has the keys {sorted(message)}: give `role` and `content`, "
+            "perhaps `reasoning`, all strings, and nothing else",
             metadata={"field": "messages"},
         )
-    return ChatMessage(message["role"], message["content"])
+    return ChatMessage(**message)
 
 
 def _is_text(value: object) -> bool:
@@ -144,12 +151,16 @@ class BoundOptions(SamplingNumbers, total=False):
     stop_token_ids: Sequence[int]
     """Generation ends at any of these tokens, which is not part of the text."""
     ignore_eos: bool
+    min_tokens: int
+    """Stop tokens and stop strings end nothing before the output has so many tokens."""
     logprobs: bool
     """Log-probabilities of the raw distribution, one for each new token."""
     top_logprobs: int
     """The most likely tokens beside each one, at most 20; implies ``logprobs``."""
     echo: bool
     """The text starts with the prompt; with ``logprobs``, also its log-probabilities."""
+    prompt_logprobs: int
+    """Log-probabilities of the prompt, with so many most likely tokens beside each."""
     n: int
     """Samples of the same prompt, 1 to 16."""
     json_schema: Mapping[str, object]
@@ -158,6 +169,16 @@ class BoundOptions(SamplingNumbers, total=False):
     """The whole output matches this regular expression."""
     choice: Sequence[str]
     """The output is one of these texts."""
+    grammar: str
+    """The output matches this grammar, in llguidance's form of Lark."""
+    truncate_prompt_tokens: int
+    """Keep only the prompt's last tokens, so many; -1: as many as leave room for the output."""
+    template_kwargs: Mapping[str, object]
+    """Variables of the chat template, such as ``enable_thinking``."""
+    reasoning_effort: str
+    """For templates that know it: none, minimal, low, medium, high, xhigh or max."""
+    continue_final_message: bool
+    """The output continues the chat's last message."""
     use_prefix_cache: bool
     """Unset: the server's default."""
     session_key: str
@@ -181,7 +202,7 @@ class RequestDefaults:
 
 
 class GenerateOptions(BoundOptions, total=False):
-    """All options; at most one of ``json_schema``, ``regex`` and ``choice``."""
+    """All options; at most one of ``json_schema``, ``regex``, ``choice`` and ``grammar``."""
 
     adapter: str
     """``name``, ``name@revision``, ``name/alias``, or nothing for the base model."""
@@ -290,6 +311,7 @@ class Chunk:
             token after the first.
         index: the sample that it belongs to, from 0.
         finish_reason: set in a sample's last chunk, which may have no text.
+        reasoning: new text of what the model thought, see `Generation`.
     """
 
     text: str
@@ -298,6 +320,7 @@ class Chunk:
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     index: int = 0
     finish_reason: FinishReason | None = None
+    reasoning: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,6 +341,7 @@ class Sample:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]
     finish_reason: FinishReason
+    reasoning: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,6 +350,8 @@ class Generation:
 
     Attributes:
         others: with ``n``, the further samples.
+        reasoning: what the model thought before ``text``, if its chat template has
+            ``<think>``.
     """
 
     request_id: str
@@ -337,3 +363,4 @@ class Generation:
     usage: Usage
     provenance: Provenance
     others: tuple[Sample, ...] = ()
+    reasoning: str = ""

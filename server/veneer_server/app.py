@@ -178,7 +178,7 @@ class App:
             # A folder stored in 4 bits is served as it is, regardless of the flag.
             config = self._config = replace(config, quantization=decoder.quantization)
         memory = await asyncio.to_thread(memory_for, decoder, config)
-        prompts = Prompts(base_folder.path)
+        prompts = Prompts(base_folder.path, config.reasoning_parser)
         self._resources.push_async_callback(prompts.close)
         fingerprint = await asyncio.to_thread(fingerprint_of, base_folder.path, config)
         base = BaseSpec(

@@ -104,5 +104,6 @@ def engine_config(
             mask_seconds=config.constraint_mask_seconds,
             fuel=config.constraint_fuel,
             matcher_memory=config.constraint_matcher_memory,
+            number_digits=config.constraint_number_digits,
         ),
     )

@@ -23,7 +23,7 @@ from veneer_client.cli.generate import (
     given,
 )
 from veneer_client.cli.sampling_flags import flag
-from veneer_client.cli.show import summary
+from veneer_client.cli.show import summary, write_reasoning
 from veneer_client.cli.words import in_cli_words
 from veneer_client.client import Client
 from veneer_client.types import BoundOptions, ChatMessage
@@ -187,6 +187,7 @@ class Session:
         stopped = False
         try:
             for chunk in stream:
+                write_reasoning(chunk)
                 pieces.append(chunk.text)
                 sys.stdout.write(chunk.text)
                 sys.stdout.flush()

@@ -22,7 +22,7 @@ from veneer_client.cli.context import (
     errors_shown,
 )
 from veneer_client.cli.sampling_flags import flag_parameters
-from veneer_client.cli.show import as_json, summary
+from veneer_client.cli.show import as_json, summary, write_reasoning
 from veneer_client.client import Client
 from veneer_client.types import (
     Chat,
@@ -234,6 +234,7 @@ def _stream(client: Client, prompt: Prompt, options: GenerateOptions) -> None:
     ended_line = True
     with client.generate_stream(prompt, **options) as stream:
         for chunk in stream:
+            write_reasoning(chunk)
             if chunk.text:
                 sys.stdout.write(chunk.text)
                 sys.stdout.flush()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from enum import Enum
@@ -23,7 +24,7 @@ from veneer_client.records import (
     HistoryEntry,
 )
 from veneer_client.server_records import SelfTest, ServerInfo, UsageReport
-from veneer_client.types import FinishReason, GenerationEnd
+from veneer_client.types import Chunk, FinishReason, GenerationEnd
 
 __all__ = [
     "adapter_table",
@@ -42,6 +43,7 @@ __all__ = [
     "shares",
     "summary",
     "usage_table",
+    "write_reasoning",
 ]
 
 _WIDEST: Final = 10_000
@@ -305,3 +307,10 @@ def usage_table(report: UsageReport) -> Table:
             f"{each.adapter_byte_hours / (1 << 30):,.3f}",
         )
     return table
+
+
+def write_reasoning(chunk: Chunk) -> None:
+    """Show what the model thinks on standard error: standard output has the answer alone."""
+    if chunk.reasoning:
+        sys.stderr.write(chunk.reasoning)
+        sys.stderr.flush()

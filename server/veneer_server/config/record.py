@@ -228,6 +228,14 @@ class ServerConfig:
     constraint_matcher_memory: int = setting(
         "48MiB", kinds.bytes_between("16MiB", "64GiB"),
         "Memory for all running constraints; slow ones get half as much again.")
+    constraint_number_digits: int = setting(
+        "20", kinds.whole(0, 1000),
+        "Most digits in a row of numbers in JSON, before the point and behind it, where the "
+        "schema allows fewer too; 0 does not bound them.")
+    reasoning_parser: Literal["auto", "think", "none"] = setting(
+        "auto", kinds.one_of("auto", "think", "none"),
+        "Split <think>...</think> off the answers to chats: of templates that have the tag "
+        "(auto), of all (think), or of none.")
     log_format: Literal["console", "json"] = setting(
         "console", kinds.one_of("console", "json"),
         "Format of the log on stderr.")

@@ -97,6 +97,8 @@ def _grammar(constraint: Constraint) -> str:
         case "choice":
             texts = json.loads(constraint.text)
             return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, texts)))
+        case "grammar":
+            return LLMatcher.grammar_from_lark(constraint.text)
 
 
 def _sentence(problem: str) -> str:

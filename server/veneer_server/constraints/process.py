@@ -39,7 +39,7 @@ from veneer_server.constraints.frames import (
     decode,
 )
 from veneer_server.constraints.grammar import load_tokenizer
-from veneer_server.constraints.matching import MARKER, run_matching
+from veneer_server.constraints.matcher.matching import MARKER, run_matching
 from veneer_server.constraints.trial import run_trial
 from veneer_server.system.heap import data_bytes, fill_holes
 from veneer_server.wire.messages import ConstraintLimits

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from veneer_server.openai.extensions.answers import Additions, labels
 from veneer_server.openai.fields import CommonFields
 from veneer_server.serving.generation import Delta, Generation
 from veneer_server.text.detokenizer import Detokenizer
@@ -74,6 +75,7 @@ class Choice:
     """
 
     text: list[str] = field(default_factory=list)
+    reasoning: list[str] = field(default_factory=list)
     tokens: list[TokenScore] = field(default_factory=list)
     finish: str | None = None
     offsets: Offsets | None = None
@@ -118,6 +120,8 @@ class Answer(ABC):
         fingerprint: hash of the base model's weights.
         """
         self._tokenizer = tokenizer
+        self._additions = Additions(fields, tokenizer)
+        self._label = labels(fields, tokenizer)
         self._logprobs = logprobs
         self._echo = echo
         self._n = fields.n
@@ -136,8 +140,10 @@ class Answer(ABC):
 
     def add(self, piece: Piece) -> None:
         """Keep a piece for `whole`."""
-        _, choice = self._choice(piece)
+        at, choice = self._choice(piece)
+        self._additions.add(at, piece.prompt, piece.generation, piece.delta)
         choice.text.append(self._text(piece, choice))
+        choice.reasoning.append(piece.delta.reasoning)
         if self._logprobs:
             choice.tokens.extend(self._tokens(piece, choice))
         choice.finish = piece.delta.finish
@@ -210,7 +216,7 @@ class Answer(ABC):
 
     def _tokens(self, piece: Piece, choice: Choice) -> Iterator[TokenScore]:
         delta, prompt = piece.delta, piece.generation.prompt
-        if delta.prompt_logprobs is not None:
+        if delta.prompt_logprobs is not None and self._echo:
             offsets = Offsets(self._tokenizer, prompt=prompt.text)
             self._echoed[piece.prompt] = [
                 TokenScore(prompt.ids[0], offsets.of(prompt.ids[0]), None, ()),

@@ -9,6 +9,11 @@ from veneer_server.openai.answers import Answer, Choice, Json, Piece, TokenScore
 __all__ = ["ChatAnswer"]
 
 
+def _reasoning(text: str) -> dict[str, str | None]:
+    """What the model thought, under DeepSeek's name, which most programs know, and vLLM's."""
+    return {"reasoning_content": text, "reasoning": text} if text else {}
+
+
 class ChatAnswer(Answer):
     """``chat.completion`` and its chunks."""
 
@@ -17,17 +22,33 @@ class ChatAnswer(Answer):
     id_prefix = "chatcmpl"
 
     def _whole_choice(self, at: int, text: str, choice: Choice) -> Json:
+        message = {"role": "assistant", "content": text, "refusal": None}
         return {
             "index": at,
-            "message": {"role": "assistant", "content": text, "refusal": None},
+            "message": message | _reasoning("".join(choice.reasoning)),
             "logprobs": self._logprob_object(choice.tokens),
             "finish_reason": choice.finish,
+            **self._additions.of_choice(at),
         }
+
+    def whole(self) -> Json:
+        """See `Answer.whole`. What belongs to the one prompt is beside the choices."""
+        return super().whole() | self._additions.of_prompt(0)
+
+    def chunks(self, piece: Piece) -> list[Json]:
+        """See `Answer.chunks`."""
+        _, choice = self._choice(piece)
+        started, shown = choice.started, super().chunks(piece)
+        if not started and shown:
+            shown[0] |= self._additions.of_start(piece.generation)
+        return shown
 
     def _choice_chunks(
         self, at: int, text: str, tokens: list[TokenScore], piece: Piece, choice: Choice
     ) -> Iterator[Json]:
-        def chunk(delta: Mapping[str, str], logprobs: Json | None, finish: str | None) -> Json:
+        def chunk(
+            delta: Mapping[str, str | None], logprobs: Json | None, finish: str | None
+        ) -> Json:
             return {
                 "index": at,
                 "delta": delta,
@@ -37,8 +58,13 @@ class ChatAnswer(Answer):
 
         if not choice.started:
             yield chunk({"role": "assistant", "content": ""}, None, None)
-        if text or tokens:
-            yield chunk({"content": text}, self._logprob_object(tokens), None)
+        # The tokens go with the first chunk that has any of their text.
+        scores, ids = self._logprob_object(tokens), self._additions.of_delta(piece.delta)
+        if reasoning := piece.delta.reasoning:
+            yield chunk(_reasoning(reasoning), scores, None) | ids
+            scores, ids = None, {}
+        if text or (not reasoning and (tokens or (ids and piece.delta.tokens))):
+            yield chunk({"content": text}, scores, None) | ids
         if piece.delta.finish is not None:
             yield chunk({}, None, piece.delta.finish)
 
@@ -57,7 +83,7 @@ class ChatAnswer(Answer):
     def _entry(self, token: int, logprob: float | None) -> Json:
         data = self._tokenizer.token_bytes(token)
         return {
-            "token": self._tokenizer.token_label(token),
+            "token": self._label(token),
             "logprob": logprob,
             "bytes": list(data) if data else None,
         }

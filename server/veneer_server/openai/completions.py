@@ -21,25 +21,31 @@ class CompletionAnswer(Answer):
             "text": text,
             "logprobs": self._logprob_object(choice.tokens),
             "finish_reason": choice.finish,
+            **self._additions.of_choice(at),
+            **self._additions.of_prompt(at // self._n),
         }
 
     def _choice_chunks(
         self, at: int, text: str, tokens: list[TokenScore], piece: Piece, choice: Choice
     ) -> Iterator[Json]:
         finish = piece.delta.finish
-        if text or tokens or finish is not None:
+        ids = self._additions.of_delta(piece.delta)
+        if not choice.started:
+            ids |= self._additions.of_start(piece.generation)
+        if text or tokens or finish is not None or (ids and piece.delta.tokens):
             yield {
                 "index": at,
                 "text": text,
                 "logprobs": self._logprob_object(tokens),
                 "finish_reason": finish,
+                **ids,
             }
 
     def _logprob_object(self, tokens: Sequence[TokenScore]) -> Json | None:
         if not self._logprobs:
             return None
         return {
-            "tokens": [self._tokenizer.token_label(token.id) for token in tokens],
+            "tokens": [self._label(token.id) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [self._top_object(token) for token in tokens],
             "text_offset": [token.offset for token in tokens],
@@ -50,4 +56,4 @@ class CompletionAnswer(Answer):
         if token.logprob is None:
             return None
         scores = (*token.tops, (token.id, token.logprob))
-        return {self._tokenizer.token_label(other): logprob for other, logprob in scores}
+        return {self._label(other): logprob for other, logprob in scores}

@@ -56,7 +56,7 @@ _CODES: Final[Mapping[type[VeneerError], str]] = {
 
 _UNAVAILABLE_RETRY_S: Final = 1.0
 
-_OUR_FIELDS: Final = re.compile(r"\b(?:sampling|stopping|output)\.(?=[a-z])")
+_OUR_FIELDS: Final = re.compile(r"\b(?:sampling|stopping|output|template)\.(?=[a-z])")
 """Prefixes of protobuf fields whose JSON name is the part after the prefix."""
 
 _OTHER_NAMES: Final = {
@@ -65,10 +65,14 @@ _OTHER_NAMES: Final = {
     "token_ids": "prompt",
     "input": "prompt",
     "constraint": "response_format",
+    "kwargs": "chat_template_kwargs",
 }
 
 
-_CONSTRAINTS: Final = ("constraint.json_schema", "constraint.regex", "constraint.choice")
+_CONSTRAINTS: Final = (
+    *("constraint.json_schema", "constraint.regex"),
+    *("constraint.choice", "constraint.grammar"),
+)
 
 
 class HttpError(Exception):

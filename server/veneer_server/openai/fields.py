@@ -10,17 +10,11 @@ import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    create_model,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationError, create_model, field_validator
 from veneer_registry.errors import InvalidField
 
+from veneer_server.openai.extensions.base import Fields, is_neutral
+from veneer_server.openai.extensions.fields import ChatExtensions, SharedExtensions
 from veneer_server.serving.checks import MAX_BIAS, MAX_BIASES, MAX_MESSAGES
 from veneer_server.wire.sampling import FRACTIONS
 
@@ -50,33 +44,24 @@ IGNORED: Final = frozenset(
 _SAME_TEXT: Final = "the text of an answer never holds special tokens or stop strings"
 
 REFUSED: Final[Mapping[str, tuple[tuple[Any, ...], str]]] = {
-    "add_generation_prompt": ((True,), "send the text as a prompt to /v1/completions"),
     "add_special_tokens": ((), "send token ids to /v1/completions"),
-    "allowed_token_ids": ((), "use structured_outputs or logit_bias"),
+    "allowed_token_ids": (([],), "use structured_outputs or logit_bias"),
     "audio": ((), "only text is served"),
     "bad_words": (([],), "use logit_bias"),
-    "chat_template": ((), "publish the template with the adapter"),
-    "chat_template_kwargs": (({},), "publish the template with the adapter"),
-    "continue_final_message": ((False,), "send the text as a prompt to /v1/completions"),
+    "chat_template": (("",), "publish the template with the adapter"),
     "documents": (([],), "put them into a message"),
     "function_call": (("none",), "ask for JSON with response_format"),
     "functions": (([],), "ask for JSON with response_format"),
-    "guided_grammar": ((), "use structured_outputs with json, regex or choice"),
     "include_stop_str_in_output": ((False,), _SAME_TEXT),
     "length_penalty": ((1.0,), "beam search is not served"),
     "logits_processors": (([],), "use logit_bias"),
-    "min_tokens": ((0,), "use ignore_eos with max_tokens"),
     "modalities": ((["text"],), "only text is served"),
     "moderation": ((), "check the texts with a model of your choice"),
-    "prompt_logprobs": ((), "use echo with logprobs on /v1/completions"),
-    "reasoning_effort": (("none",), "say it in a message"),
-    "return_tokens_as_token_ids": ((False,), "call the server over gRPC for token ids"),
     "skip_special_tokens": ((True,), _SAME_TEXT),
     "spaces_between_special_tokens": ((True, False), _SAME_TEXT),
     "suffix": (("",), "put it into the prompt"),
     "tool_choice": (("none", "auto"), "ask for JSON with response_format"),
     "tools": (([],), "ask for JSON with response_format"),
-    "truncate_prompt_tokens": ((), "shorten the prompt"),
     "use_beam_search": ((False,), "use n to get several answers"),
     "verbosity": (("medium",), "say it in a message"),
     "web_search_options": ((), "put what was found into a message"),
@@ -94,23 +79,7 @@ _Counts = Annotated[list[_Count], Field(fail_fast=True)]
 _Texts = Annotated[list[str], Field(fail_fast=True)]
 
 
-class _Fields(BaseModel):
-    """Drops null members: that is how SDKs send unset optional ones."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _members(cls, given: object) -> object:
-        if not isinstance(given, dict):
-            return given
-        kept = {name: value for name, value in given.items() if value is not None}
-        if len(kept) > len(cls.model_fields):  # otherwise pydantic makes an error for each
-            raise ValueError(f"has {len(kept)} members: leave out those that are not served")
-        return kept
-
-
-class StreamOptions(_Fields):
+class StreamOptions(Fields):
     """What a stream carries besides the text.
 
     Attributes:
@@ -123,7 +92,7 @@ class StreamOptions(_Fields):
     include_obfuscation: bool = False
 
 
-class JsonSchema(_Fields):
+class JsonSchema(Fields):
     """A schema, as `response_format` carries it."""
 
     name: str | None = None
@@ -132,23 +101,24 @@ class JsonSchema(_Fields):
     strict: bool | None = None
 
 
-class ResponseFormat(_Fields):
+class ResponseFormat(Fields):
     """The format that the answer must have."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
-class StructuredOutputs(_Fields):
+class StructuredOutputs(Fields):
     """vLLM's name for the same, with more kinds."""
 
     json_: dict[str, Any] | bool | str | None = Field(default=None, alias="json")
     regex: str | None = None
     choice: _Texts | None = None
     json_object: bool = False
+    grammar: str | None = None
 
 
-class CommonFields(_Fields):
+class CommonFields(SharedExtensions):
     """Fields of both endpoints, except those that `_with_fractions` adds. Ranges that gRPC has
     too are checked in code shared with it."""
 
@@ -157,14 +127,14 @@ class CommonFields(_Fields):
     n: Annotated[int, Field(ge=1, le=_UINT32)] = 1
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    stop: str | _Texts = []
+    stop: str | _Texts = Field(default_factory=list)
     user: str | None = None
     seed: Annotated[int, Field(ge=0, le=_UINT64)] | None = None
-    logit_bias: dict[str, float] = {}
+    logit_bias: dict[str, float] = Field(default_factory=dict)
     response_format: ResponseFormat | None = None
 
     top_k: Annotated[int, Field(ge=-1, le=_UINT32)] | None = None
-    stop_token_ids: _Counts = []
+    stop_token_ids: _Counts = Field(default_factory=list)
     ignore_eos: bool = False
     priority: Annotated[int, Field(ge=-_INT32, le=_INT32)] = 0
     use_prefix_cache: bool | None = None
@@ -200,17 +170,29 @@ class CommonFields(_Fields):
         return given
 
 
-class Message(_Fields):
+_TEXTS: Final = {
+    "text": "text",
+    "input_text": "text",
+    "output_text": "text",
+    "refusal": "refusal",
+}
+"""Parts that are text, and where that is."""
+
+
+class Message(Fields):
     """One chat message; parts of type text are joined.
 
     Attributes:
         name: accepted, but not passed to chat templates.
+        reasoning: what an assistant thought before; ``reasoning_content`` is the older name.
     """
 
     role: str
     content: str
     name: str = ""
     refusal: str = ""
+    reasoning: str = ""
+    reasoning_content: str = ""
 
     @field_validator("content", mode="before")
     @classmethod
@@ -220,10 +202,12 @@ class Message(_Fields):
         texts = []
         for at, part in enumerate(given):
             kind = part.get("type") if isinstance(part, dict) else None
-            if kind != "text" or not isinstance(part.get("text"), str):
-                shown = kind[:40] if isinstance(kind, str) else None
-                raise ValueError(f"part {at} is of type {shown!r}: only text is served")
-            texts.append(part["text"])
+            kind = kind[:40] if isinstance(kind, str) else None
+            where = _TEXTS.get(kind or "")
+            text = part.get(where) if where else None
+            if not isinstance(text, str):
+                raise ValueError(f"part {at} is of type {kind!r}: only text is served")
+            texts.append(text)
         return "".join(texts)
 
 
@@ -238,7 +222,7 @@ def _with_fractions(kind: type[FieldsT]) -> type[FieldsT]:
 
 
 @_with_fractions
-class ChatFields(CommonFields):
+class ChatFields(CommonFields, ChatExtensions):
     """``POST /v1/chat/completions``."""
 
     messages: Annotated[list[Message], Field(fail_fast=True, max_length=MAX_MESSAGES)]
@@ -272,6 +256,12 @@ class CompletionFields(CommonFields):
         return given
 
 
+_KINDS: Final[Mapping[str, type[CommonFields]]] = {
+    "/v1/chat/completions": ChatFields,
+    "/v1/completions": CompletionFields,
+}
+
+
 def parse_fields(kind: type[FieldsT], given: object) -> FieldsT:
     """Check a parsed JSON body; null is the same as leaving a field out.
 
@@ -299,11 +289,18 @@ def parse_fields(kind: type[FieldsT], given: object) -> FieldsT:
 
 def _check_unserved(kind: type[CommonFields], name: str, value: object) -> None:
     known = REFUSED.get(name)
+    for path, other in _KINDS.items():
+        if (there := other.model_fields.get(name)) is not None:
+            if is_neutral(value) or value == there.get_default(call_default_factory=True):
+                return
+            known = (), f"it is a field of {path}"
     if known is not None:
         neutral, instead = known
         if value in neutral:
             return
         raise InvalidField(f"{name} is not served: {instead}", metadata={"field": name})
+    if is_neutral(value):
+        return
     shown, near = name[:60], list[str]()
     if shown == name:  # comparing a name of several megabytes is slow
         near = difflib.get_close_matches(name, kind.model_fields, n=1, cutoff=0.6)
@@ -316,17 +313,19 @@ def _check_unserved(kind: type[CommonFields], name: str, value: object) -> None:
 def _refusal(kind: type[CommonFields], error: ValidationError) -> InvalidField:
     """The first problem as a sentence; for a union, that of its first member."""
     first = error.errors(include_url=False, include_input=False)[0]
-    path = ""
+    path, unknown = "", first["type"] == "extra_forbidden"
     for step in first["loc"]:
         if isinstance(step, int):
             path += f"[{step}]"
         elif not path:
             path = step
-        elif step.isidentifier() and step not in ("str", "int", "bool"):
+        elif (step.isidentifier() or unknown) and step not in ("str", "int", "bool"):
             path += f".{step}"
     path = path[:100]  # it may contain a name that the caller chose
     if first["type"] == "missing":
         return InvalidField(f"{path} is missing: send it", metadata={"field": path})
+    if unknown:
+        return InvalidField(f"{path} is not served: leave it out", metadata={"field": path})
     problem = first["msg"].removeprefix("Value error, ")
     problem = problem[:1].lower() + problem[1:]
     return InvalidField(f"{path}: {problem}", metadata={"field": path})

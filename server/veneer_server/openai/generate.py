@@ -227,7 +227,8 @@ class CompletionEndpoint(GenerateEndpoint):
         core, fields = self._core, parse_fields(CompletionFields, body)
         for prompt in [fields.prompt] if isinstance(fields.prompt, str) else fields.prompt:
             if isinstance(prompt, str):
-                core.generator.check_text(prompt.encode())
+                cut = fields.truncate_prompt_tokens is not None
+                core.generator.check_text(prompt.encode(), cut=cut)
         calls = completion_calls(fields, core.base.name)
         answer = CompletionAnswer(
             fields,

@@ -20,7 +20,9 @@ from veneer_server.serving.records import (
     PromptText,
     PromptTokens,
     Sampling,
+    chat_message,
 )
+from veneer_server.text.templates.options import TemplateOptions
 from veneer_server.wire.messages import Constraint, SamplingParams
 
 __all__ = ["chat_call", "completion_calls"]
@@ -47,11 +49,22 @@ def chat_call(fields: ChatFields, base: str) -> GenerateCall:
     if fields.top_logprobs and not fields.logprobs:
         raise invalid("top_logprobs", "needs logprobs: set it to true")
     messages = tuple(
-        {"role": _ROLES.get(message.role, message.role), "content": message.content}
+        chat_message(
+            _ROLES.get(message.role, message.role),
+            message.content,
+            message.reasoning or message.reasoning_content,
+        )
         for message in fields.messages
     )
+    options = TemplateOptions.of(
+        fields.chat_template_kwargs,
+        fields.reasoning_effort,
+        fields.add_generation_prompt,
+        fields.continue_final_message,
+    )
     return GenerateCall(
-        input=ChatMessages(messages),
+        input=ChatMessages(messages, options),
+        include_reasoning=fields.include_reasoning,
         max_tokens=max_tokens,
         logprobs=fields.logprobs,
         top_logprobs=fields.top_logprobs,
@@ -97,6 +110,8 @@ def _prompts(
 
 def _check_options(fields: CommonFields) -> None:
     options = fields.stream_options
+    if fields.stream and fields.prompt_logprobs is not None:
+        raise invalid("prompt_logprobs", "is not streamed: leave out one of it and stream")
     if not fields.stream and options != StreamOptions():
         raise invalid("stream_options", "needs stream: set it to true")
     if options.continuous_usage_stats and not options.include_usage:
@@ -112,6 +127,9 @@ def _common(fields: CommonFields, base: str) -> dict[str, Any]:
         "stops": (fields.stop,) if isinstance(fields.stop, str) else tuple(fields.stop),
         "stop_token_ids": tuple(fields.stop_token_ids),
         "ignore_eos": fields.ignore_eos,
+        "min_tokens": fields.min_tokens,
+        "prompt_logprobs": fields.prompt_logprobs,
+        "truncate_prompt": fields.truncate_prompt_tokens,
         "n": fields.n,
         "constraint": _constraint(fields),
         "use_prefix_cache": fields.use_prefix_cache,
@@ -160,6 +178,8 @@ def _constraint(fields: CommonFields) -> Constraint | None:
         add("guided_regex", Constraint("regex", fields.guided_regex))
     if fields.guided_choice is not None:
         add("guided_choice", choice(fields.guided_choice))
+    if fields.guided_grammar is not None:
+        add("guided_grammar", Constraint("grammar", fields.guided_grammar))
     if (more := fields.structured_outputs) is not None:
         if more.json_ is not None:
             add(
@@ -172,6 +192,8 @@ def _constraint(fields: CommonFields) -> Constraint | None:
             add("structured_outputs", Constraint("regex", more.regex))
         if more.choice is not None:
             add("structured_outputs", choice(more.choice))
+        if more.grammar is not None:
+            add("structured_outputs", Constraint("grammar", more.grammar))
     if len(found) > 1:
         raise invalid(
             found[1][0], f"conflicts with {found[0][0]}: constrain the output only once"

@@ -12,8 +12,9 @@ __all__ = ["in_openai_words"]
 
 _SAME: Final = {
     "sampling": SamplingParams.__struct_fields__,
-    "stopping": ("max_tokens", "stop", "stop_token_ids", "ignore_eos"),
-    "output": ("n", "logprobs", "top_logprobs", "echo"),
+    "stopping": ("max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos"),
+    "output": ("n", "logprobs", "top_logprobs", "echo", "prompt_logprobs"),
+    "template": ("reasoning_effort", "add_generation_prompt", "continue_final_message"),
 }
 
 in_openai_words: Final = Translation(
@@ -22,6 +23,8 @@ in_openai_words: Final = Translation(
         "constraint.json_schema": "response_format",
         "constraint.regex": "structured_outputs.regex",
         "constraint.choice": "structured_outputs.choice",
+        "constraint.grammar": "structured_outputs.grammar",
+        "template.kwargs": "chat_template_kwargs",
         "token_ids": "prompt",
         "session_key": "user",
         "prompt": "prompt of /v1/completions",

@@ -24,7 +24,9 @@ from veneer_server.serving.records import (
     PromptTokens,
     Provenance,
     Sampling,
+    chat_message,
 )
+from veneer_server.text.templates.options import TemplateOptions, kwargs_of
 from veneer_server.wire.messages import Constraint
 
 __all__ = [
@@ -77,6 +79,9 @@ def generate_call(request: inference_pb2.GenerateRequest) -> GenerateCall:
         use_prefix_cache=_optional(request, "use_prefix_cache"),
         session_key=request.session_key,
         priority=request.priority,
+        min_tokens=stopping.min_tokens,
+        prompt_logprobs=_optional(output, "prompt_logprobs"),
+        truncate_prompt=_optional(request, "truncate_prompt_tokens"),
     )
 
 
@@ -103,8 +108,10 @@ def _constraint(request: inference_pb2.GenerateRequest) -> Constraint | None:
             return Constraint("regex", given.regex)
         case "choice":
             return choice(given.choice.texts)
+        case "grammar":
+            return Constraint("grammar", given.grammar)
     raise invalid(
-        "constraint", "is empty: give json_schema, regex or choice, or leave it unset"
+        "constraint", "is empty: give json_schema, regex, choice or grammar, or leave it unset"
     )
 
 
@@ -116,11 +123,23 @@ def _input(
             return PromptText(request.prompt)
         case "messages":
             messages = request.messages.messages
-            return ChatMessages(tuple({"role": m.role, "content": m.content} for m in messages))
+            return ChatMessages(
+                tuple(chat_message(m.role, m.content, m.reasoning) for m in messages),
+                _template_options(request.template),
+            )
         case "token_ids":
             # Not copied: their number is first compared with the context length.
             return PromptTokens(request.token_ids.ids)
     raise invalid("input", "is missing: send prompt, messages or token_ids")
+
+
+def _template_options(given: inference_pb2.TemplateOptions) -> TemplateOptions:
+    return TemplateOptions.of(
+        kwargs_of(given.kwargs) if given.kwargs else {},
+        given.reasoning_effort or None,
+        _optional(given, "add_generation_prompt"),
+        given.continue_final_message,
+    )
 
 
 # ---------------------------------------------------------------------- responses

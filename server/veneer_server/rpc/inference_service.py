@@ -12,7 +12,7 @@ from veneer_registry.errors import Aborted
 
 from veneer_server.logs import REQUEST_ID
 from veneer_server.rpc import convert
-from veneer_server.rpc.transport.decoding import count_numbers, last_value, values
+from veneer_server.rpc.transport.decoding import count_numbers, holds, last_value, values
 from veneer_server.serving.calls import READER_LIMIT_S
 from veneer_server.serving.generation import Delta, Generation
 from veneer_server.serving.generator import Generator
@@ -27,6 +27,7 @@ GENERATE_METHODS: Final = (
 
 _PROMPT_FIELD: Final = inference_pb2.GenerateRequest.PROMPT_FIELD_NUMBER
 _TOKENS_FIELD: Final = inference_pb2.GenerateRequest.TOKEN_IDS_FIELD_NUMBER
+_TRUNCATE_FIELD: Final = inference_pb2.GenerateRequest.TRUNCATE_PROMPT_TOKENS_FIELD_NUMBER
 _IDS_FIELD: Final = inference_pb2.TokenIds.IDS_FIELD_NUMBER
 
 _Label = Callable[[int], str]
@@ -49,7 +50,10 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         because a prompt that is too long would be held as protobuf, text and tokens."""
         if not self._generator.ready:
             return
-        self._generator.check_text(last_value(request, _PROMPT_FIELD))
+        cut = holds(request, _TRUNCATE_FIELD)
+        self._generator.check_text(last_value(request, _PROMPT_FIELD), cut=cut)
+        if cut:
+            return  # of token ids, only as many as are kept are copied
         for ids in values(request, _TOKENS_FIELD):
             self._generator.check_count(sum(map(count_numbers, values(ids, _IDS_FIELD))))
 
@@ -92,6 +96,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                     message = inference_pb2.GenerateStreamResponse(
                         request_id=request_id,
                         text=prefixes[delta.index] + delta.text,
+                        reasoning=delta.reasoning,
                         token_ids=delta.tokens,
                         logprobs=_logprobs(delta, self._label),
                         prompt_logprobs=_prompt_logprobs(generation, delta, self._label),
@@ -125,12 +130,14 @@ class _Whole:
     def __init__(self, label: _Label) -> None:
         self._label = label
         self._text: list[str] = []
+        self._reasoning: list[str] = []
         self._tokens: list[int] = []
         self._logprobs: list[inference_pb2.TokenLogprob] = []
         self._finish: convert.FinishReason | None = None
 
     def add(self, delta: Delta) -> None:
         self._text.append(delta.text)
+        self._reasoning.append(delta.reasoning)
         self._tokens.extend(delta.tokens)
         self._logprobs.extend(_logprobs(delta, self._label))
         self._finish = delta.finish
@@ -140,6 +147,7 @@ class _Whole:
     ) -> None:
         assert self._finish is not None, "deltas were read to their end"
         message.text = prefix + "".join(self._text)
+        message.reasoning = "".join(self._reasoning)
         message.token_ids.extend(self._tokens)
         message.logprobs.extend(self._logprobs)
         message.finish_reason = convert.finish_reason(self._finish)

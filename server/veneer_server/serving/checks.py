@@ -17,9 +17,12 @@ from veneer_server.wire.messages import Constraint
 __all__ = [
     "check_constraint",
     "check_messages",
+    "check_min_tokens",
     "check_number",
     "check_priority",
+    "check_prompt_logprobs",
     "check_stops",
+    "check_truncation",
     "choice",
     "invalid",
     "refuse",
@@ -107,6 +110,24 @@ def check_output(n: int, logprobs: bool, top_logprobs: int) -> None:
         refuse("output.top_logprobs", "needs output.logprobs: set that as well")
     if not 1 <= n <= MAX_SAMPLES:
         refuse("output.n", f"is {n}: give 1 to {MAX_SAMPLES}, or leave it unset")
+
+
+def check_min_tokens(least: int, most: int | None) -> None:
+    """Raises InvalidField for a least number of tokens above the most, if that is given."""
+    if most is not None and least > most:
+        refuse("stopping.min_tokens", f"is {least}: give at most max_tokens, {most}")
+
+
+def check_prompt_logprobs(tops: int | None) -> None:
+    """Raises InvalidField for too many top tokens."""
+    if tops is not None and tops > MAX_TOP_LOGPROBS:
+        refuse("output.prompt_logprobs", f"is {tops}: give at most {MAX_TOP_LOGPROBS}")
+
+
+def check_truncation(tokens: int | None) -> None:
+    """Raises InvalidField for a number of tokens that no prompt can have."""
+    if tokens is not None and (tokens < -1 or tokens == 0):
+        refuse("truncate_prompt_tokens", f"is {tokens}: give 1 or more, or -1")
 
 
 def choice(texts: Sequence[str]) -> Constraint:

@@ -19,6 +19,8 @@ from veneer_server.serving.records import (
 from veneer_server.serving.samples import Delta, Sample, SampleStreams, sample_request
 from veneer_server.telemetry.metrics import Metrics
 from veneer_server.text.prompts import Prompt
+from veneer_server.text.replies.pipeline import reply_parser
+from veneer_server.text.replies.thinking import Thinking
 from veneer_server.text.tokenizer import TextTokenizer
 from veneer_server.wire.messages import SequenceOutput, SequenceRequest
 
@@ -65,6 +67,14 @@ class Generation:
                 tokenizer,
                 stops=call.stops,
                 stop_token_ids=call.stop_token_ids,
+                min_tokens=call.min_tokens,
+                tops=call.top_logprobs,
+                prompt_tops=call.prompt_tops,
+                parser=reply_parser(
+                    Thinking.NONE if call.constraint is not None else prompt.thinking
+                ),
+                show_reasoning=call.include_reasoning,
+                only_prompt=call.max_tokens == 0,
             )
             for index in range(call.n)
         ]

@@ -19,11 +19,13 @@ from veneer_server.engine_client.places import Place
 from veneer_server.logs import REQUEST_ID, get_logger
 from veneer_server.queues.fairness import FAIRNESS
 from veneer_server.quotas.meter import Meter, Metered
+from veneer_server.serving import checks
 from veneer_server.serving.adapters.use import source_of
 from veneer_server.serving.generation import Generation
 from veneer_server.serving.limits import (
     check_constraint_size,
     check_ids,
+    kept_tokens,
     most_prompt_tokens,
     resolve_sampling,
     room,
@@ -164,10 +166,16 @@ class Generator:
         """Places for ``count`` sequences of the current call, see `Places.hold`."""
         return self._engine.places.hold(count, FAIRNESS.get(), within_s=within_s)
 
-    def check_text(self, text: bytes) -> None:
+    def check_text(self, text: bytes, *, cut: bool = False) -> None:
         """Raise ContextTooLong for a UTF-8 prompt that cannot fit, before it is copied as
-        protobuf, text and tokens."""
-        self.prompts.check_bytes(text, most_prompt_tokens(self._engine.info), "prompt")
+        protobuf, text and tokens.
+
+        Args:
+            cut: only its last tokens will be kept.
+        """
+        info = self._engine.info
+        space = Room(info.vocab_size, most_prompt_tokens(info))
+        self.prompts.check_bytes(text, (space.to_cut if cut else space).tokens, "prompt")
 
     def check_count(self, tokens: int) -> None:
         """Raise ContextTooLong if a prompt has too many token ids, before they are used."""
@@ -188,18 +196,32 @@ class Generator:
     async def _prompt(self, call: GenerateCall, lease: RevisionLease | None) -> Prompt:
         info = self._engine.info
         space = Room(info.vocab_size, most_prompt_tokens(info))
+        if call.truncate_prompt is not None:
+            kept = kept_tokens(
+                info, call.truncate_prompt, call.max_tokens, self._defaults.max_tokens
+            )
+            prompt = await self._read(call, lease, space.to_cut, kept)
+            return await self.prompts.last(prompt, kept, with_text=call.echo)
+        return await self._read(call, lease, space, None)
+
+    async def _read(
+        self, call: GenerateCall, lease: RevisionLease | None, space: Room, kept: int | None
+    ) -> Prompt:
+        """The whole prompt; of token ids only the last ``kept``, if it is set."""
+        info = self._engine.info
         try:
             match call.input:
                 case PromptText(text):
                     return await self.prompts.from_text(text, space)
-                case ChatMessages(messages):
+                case ChatMessages(messages=messages, options=options):
                     template = None if lease is None else lease.record.manifest.chat_template
                     return await self.prompts.from_messages(
-                        messages, template, space, CALLER.get()
+                        messages, template, space, CALLER.get(), options=options
                     )
                 case tokens:
-                    room(info, call.max_tokens, len(tokens.ids))  # before they are copied
-                    return await self.prompts.from_ids(tokens.ids, space, with_text=call.echo)
+                    ids = tokens.ids if kept is None else tokens.ids[-kept:]
+                    room(info, call.max_tokens, len(ids))  # before they are copied
+                    return await self.prompts.from_ids(ids, space, with_text=call.echo)
         except TooManyTokens as error:
             count = error.count
         if count is not None:
@@ -224,7 +246,9 @@ class Generator:
             deadline: the caller's deadline, on the monotonic clock.
         """
         info = self._engine.info
-        max_tokens = room(info, call.max_tokens, len(prompt.ids), self._defaults.max_tokens)
+        wanted = 1 if call.max_tokens == 0 else call.max_tokens  # it is not shown
+        max_tokens = room(info, wanted, len(prompt.ids), self._defaults.max_tokens)
+        checks.check_min_tokens(call.min_tokens, max_tokens)
         check_ids(info, "sampling.logit_bias", call.sampling.logit_bias)
         check_ids(info, "stopping.stop_token_ids", call.stop_token_ids)
         source = None
@@ -241,9 +265,10 @@ class Generator:
             adapter=source,
             ignore_eos=call.ignore_eos,
             logprobs=call.logprobs,
-            prompt_logprobs=call.logprobs and call.echo,
-            top_logprobs=call.top_logprobs,
+            prompt_logprobs=call.prompt_tops is not None,
+            top_logprobs=max(call.top_logprobs, call.prompt_tops or 0),
             stop_token_ids=list(call.stop_token_ids),
+            min_tokens=call.min_tokens,
             constraint=call.constraint,
             use_prefix_cache=call.use_prefix_cache is not False,
             # How many tokens were cached tells what somebody else has asked.

@@ -16,6 +16,7 @@ from veneer_server.wire.messages import Constraint, EngineInfo, SamplingParams
 __all__ = [
     "check_constraint_size",
     "check_ids",
+    "kept_tokens",
     "most_prompt_tokens",
     "resolve_sampling",
     "room",
@@ -58,6 +59,30 @@ def room(
             metadata={"field": "stopping.max_tokens", "largest": str(left), **numbers},
         )
     return min(left, default or left) if wanted is None else wanted
+
+
+def kept_tokens(
+    info: EngineInfo, truncate: int, wanted: int | None, default: int | None
+) -> int:
+    """How many tokens of a prompt to keep, at least 1.
+
+    Args:
+        truncate: `GenerateCall.truncate_prompt`.
+        wanted, default: most new tokens, if set.
+
+    Raises:
+        InvalidField: more than the context holds.
+    """
+    most = most_prompt_tokens(info)
+    if truncate > most:
+        raise InvalidField(
+            f"truncate_prompt_tokens is {truncate}, but a prompt may have {most} tokens: give "
+            "at most that",
+            metadata={"field": "truncate_prompt_tokens", "largest": str(most)},
+        )
+    if truncate > 0:
+        return truncate
+    return max(1, info.longest_sequence - max(1, wanted or default or 1))
 
 
 def check_constraint_size(constraint: Constraint, most: int) -> None:

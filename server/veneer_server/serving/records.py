@@ -12,6 +12,7 @@ from typing import Any, Literal
 from veneer_registry.adapter import AdapterRef, Tier
 
 from veneer_server.serving import checks
+from veneer_server.text.templates.options import TemplateOptions
 from veneer_server.wire.messages import Constraint
 from veneer_server.wire.sampling import RANGES
 
@@ -23,6 +24,7 @@ __all__ = [
     "PromptTokens",
     "Provenance",
     "Sampling",
+    "chat_message",
 ]
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -41,12 +43,22 @@ class PromptText:
 
 @dataclass(frozen=True, slots=True)
 class ChatMessages:
-    """Messages (role, content) for a chat template."""
+    """Messages (role, content, perhaps reasoning) for a chat template."""
 
     messages: tuple[Mapping[str, str], ...]
+    options: TemplateOptions = field(default_factory=TemplateOptions)
 
     def __post_init__(self) -> None:
         checks.check_messages(self.messages)
+
+
+def chat_message(role: str, content: str, reasoning: str = "") -> Mapping[str, str]:
+    """A message as templates know it. An assistant's thinking has two names in them: DeepSeek's
+    and vLLM's newer one."""
+    message = {"role": role, "content": content}
+    if reasoning:
+        message |= {"reasoning_content": reasoning, "reasoning": reasoning}
+    return message
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +103,13 @@ class GenerateCall:
     Attributes:
         adapter: ``name``, ``name@revision`` or ``name/alias``; empty for the base model.
         session_key: selects the target of an alias; the same key selects the same target.
-        max_tokens: None means the server's default.
+        max_tokens: None means the server's default; 0, with echo, only the prompt.
+        min_tokens: neither stop tokens nor stop strings end the output before it has so many.
+        prompt_logprobs: report the prompt's log-probabilities, with so many most likely tokens
+            beside each; None: only if ``echo`` and ``logprobs`` ask for them.
+        truncate_prompt: keep only so many tokens, the prompt's last ones; -1: as many as leave
+            room for ``max_tokens``; None: refuse a prompt that is too long.
+        include_reasoning: whether the caller wants to see what the model thought.
         n: samples for the same prompt.
         use_prefix_cache: None means the server's default.
         priority: among requests of the same tenant; lower starts earlier.
@@ -112,14 +130,22 @@ class GenerateCall:
     use_prefix_cache: bool | None = None
     session_key: str = ""
     priority: int = 0
+    min_tokens: int = 0
+    prompt_logprobs: int | None = None
+    truncate_prompt: int | None = None
+    include_reasoning: bool = True
 
     def __post_init__(self) -> None:
-        if self.max_tokens == 0:
+        if self.max_tokens == 0 and not self.echo:
             checks.refuse(
-                "stopping.max_tokens", "is 0: ask for at least 1 token, or leave it unset"
+                "stopping.max_tokens",
+                "is 0: ask for at least 1 token, or leave it unset; 0 needs output.echo",
             )
+        checks.check_min_tokens(self.min_tokens, self.max_tokens)
         checks.check_stops(self.stops, self.stop_token_ids)
         checks.check_output(self.n, self.logprobs, self.top_logprobs)
+        checks.check_prompt_logprobs(self.prompt_logprobs)
+        checks.check_truncation(self.truncate_prompt)
         if self.constraint is not None:
             checks.check_constraint(self.constraint)
         checks.check_priority(self.priority)
@@ -129,6 +155,14 @@ class GenerateCall:
                 f"has {len(self.session_key)} characters: give at most "
                 f"{checks.MAX_SESSION_KEY}",
             )
+
+    @property
+    def prompt_tops(self) -> int | None:
+        """How many most likely tokens to report beside each of the prompt's log-probabilities;
+        None: no such log-probabilities."""
+        if self.prompt_logprobs is not None:
+            return self.prompt_logprobs
+        return self.top_logprobs if self.logprobs and self.echo else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from veneer_registry.errors import InternalError
 from veneer_server.serving.records import FinishReason
 from veneer_server.serving.threads import outlast
 from veneer_server.text.detokenizer import Detokenizer, StopStrings, TokenBytes
+from veneer_server.text.replies import deltas as replies
 from veneer_server.wire.messages import SequenceOutput, SequenceRequest, Tops
 
 __all__ = ["Delta", "Sample", "SampleStreams", "sample_request", "sample_seed"]
@@ -25,6 +26,9 @@ class Delta:
 
     Attributes:
         index: the sample's, from 0.
+        text: for the user.
+        reasoning: what the model thought, before its text.
+        parts: both, and what else a parser of replies found, in order; empty without one.
         logprobs, top_logprobs: one entry for each of `tokens`, if requested.
         prompt_logprobs, prompt_top_logprobs: one entry for each prompt token after
             the first; only in sample 0's first delta, if requested.
@@ -38,6 +42,8 @@ class Delta:
     prompt_logprobs: list[float] | None
     prompt_top_logprobs: list[Tops] | None
     finish: FinishReason | None
+    reasoning: str = ""
+    parts: Sequence[replies.Delta] = ()
 
 
 def sample_seed(seed: int, index: int) -> int:
@@ -69,8 +75,28 @@ class Sample:
         *,
         stops: Sequence[str],
         stop_token_ids: Collection[int],
+        min_tokens: int = 0,
+        tops: int = 0,
+        prompt_tops: int | None = None,
+        parser: replies.ReplyParser | None = None,
+        show_reasoning: bool = True,
+        only_prompt: bool = False,
     ) -> None:
+        """Args:
+        min_tokens: stop strings within the first so many tokens end nothing.
+        tops, prompt_tops: most likely tokens that the caller wants beside each
+            log-probability; the engine may report more.
+        parser: takes the text apart; None passes it on.
+        only_prompt: the caller wants none of the tokens.
+        """
         self.index = index
+        self._min_tokens = min_tokens
+        self._tops = tops
+        self._prompt_tops = prompt_tops
+        self._parser = parser
+        self._show_reasoning = show_reasoning
+        self._only_prompt = only_prompt
+        self._count = 0
         self.finish: FinishReason | None = None
         self.last_output: float | None = None
         """When the last output arrived, for the inter-token latency."""
@@ -80,6 +106,14 @@ class Sample:
 
     def delta(self, output: SequenceOutput) -> Delta:
         """Convert an output of the engine."""
+        if self._only_prompt:
+            output = msgspec.structs.replace(
+                output,
+                tokens=[],
+                logprobs=output.logprobs and [],
+                top_logprobs=output.top_logprobs and [],
+                finish="length" if output.finish == "stop" else output.finish,
+            )
         stops = self._stops
         finish: FinishReason | None = output.finish
         text, count = self._feed(output)
@@ -89,23 +123,43 @@ class Sample:
         if stops.stopped:
             finish = "stop"
         self.finish = finish
+        parts: Sequence[replies.Delta] = ()
+        if self._parser is not None:
+            parts = self._parts(self._parser, text, ended=finish is not None)
+            text = "".join(part.text for part in parts if isinstance(part, replies.Content))
         return Delta(
             index=self.index,
             text=text,
             tokens=output.tokens[:count],
             logprobs=output.logprobs and output.logprobs[:count],
-            top_logprobs=output.top_logprobs and output.top_logprobs[:count],
+            top_logprobs=_first(
+                output.top_logprobs and output.top_logprobs[:count], self._tops
+            ),
             prompt_logprobs=output.prompt_logprobs,
-            prompt_top_logprobs=output.prompt_top_logprobs,
+            prompt_top_logprobs=_first(output.prompt_top_logprobs, self._prompt_tops or 0),
             finish=finish,
+            reasoning="".join(p.text for p in parts if isinstance(p, replies.Reasoning)),
+            parts=parts,
         )
+
+    def _parts(
+        self, parser: replies.ReplyParser, text: str, *, ended: bool
+    ) -> list[replies.Delta]:
+        """A text taken apart."""
+        parts = [*parser.feed(text), *(parser.finish() if ended else ())]
+        if self._show_reasoning:
+            return parts
+        return [part for part in parts if not isinstance(part, replies.Reasoning)]
 
     def _feed(self, output: SequenceOutput) -> tuple[str, int]:
         """Text of an output's tokens, and how many tokens there are up to the one that
         completes a stop string: an output joined from several steps may continue past it."""
         texts = []
         for count, token in enumerate(self._shown(output), 1):
-            texts.append(self._stops.feed(self._detokenizer.feed([token])))
+            self._count += 1
+            early = self._count <= self._min_tokens
+            feed = self._stops.skip if early else self._stops.feed
+            texts.append(feed(self._detokenizer.feed([token])))
             if self._stops.stopped:
                 return "".join(texts), count
         return "".join(texts), len(output.tokens)
@@ -116,6 +170,13 @@ class Sample:
         if output.finish == "stop" and tokens and tokens[-1] in self._stop_token_ids:
             return tokens[:-1]
         return tokens
+
+
+def _first(tops: list[Tops] | None, count: int) -> list[Tops] | None:
+    """The likeliest ``count`` tokens at each place; None if none are wanted."""
+    if not tops or not count:
+        return tops if count else None
+    return [each[:count] for each in tops] if len(tops[0]) > count else tops
 
 
 class SampleStreams:

@@ -27,12 +27,14 @@ class Choice:
         position: index of the new token.
         token_counts: the tokens so far, if `params` needs them.
         allowed: [vocab] bool with at least one True, or None if every token is allowed.
+        forbidden: token ids that may not be chosen; some other token is allowed.
     """
 
     params: SamplingParams
     position: int
     token_counts: Seen | None = None
     allowed: NDArray[np.bool_] | None = None
+    forbidden: tuple[int, ...] = ()
 
 
 class Draws(Protocol):

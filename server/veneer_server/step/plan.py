@@ -64,6 +64,7 @@ class PlannedSequence:
         top_logprobs: how many most likely tokens to report beside each log-probability.
         token_counts: the tokens so far, if a token is sampled with penalties.
         constraint: what the output must match; the runner has its state.
+        forbidden: tokens that would end it too early.
     """
 
     sequence: int
@@ -79,6 +80,7 @@ class PlannedSequence:
     top_logprobs: int = 0
     token_counts: Seen | None = None
     constraint: Constraint | None = None
+    forbidden: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,6 +92,16 @@ class StopStrings:
             self.stopped = True
             self._held = ""
             return text[: min(found)[1]]
+        return self._hold(text)
+
+    def skip(self, text: str) -> str:
+        """The same for text in which no stop string ends anything; one may begin in it."""
+        if not self._stops or self.stopped:
+            return self.feed(text)
+        return self._hold(self._held + text)
+
+    def _hold(self, text: str) -> str:
+        """Hold the end of a text back that may begin a stop string; return the rest."""
         keep = 0
         for size in range(min(self._reach, len(text)), 0, -1):
             if text[-size:] in self._prefixes:

@@ -3,29 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from veneer_registry.errors import ContextTooLong, InvalidField, TemplateFailed
 
 from veneer_server.text.lanes import Lanes
+from veneer_server.text.replies.thinking import OPEN, Thinking, thinking_of
+from veneer_server.text.templates.options import TemplateOptions
 from veneer_server.text.templates.template import ChatTemplate, read_base_template
 from veneer_server.text.templates.uploaded import UploadedTemplates
 from veneer_server.text.tokenizer import TextTokenizer
 
-__all__ = ["Prompt", "Prompts", "Room"]
+__all__ = ["Prompt", "Prompts", "Reasoning", "Room"]
 
 INLINE_CHARACTERS: Final = 2000
 """Longer texts are tokenized in a thread; shorter ones take about a millisecond."""
 
 
+MAX_CUT: Final = 1 << 16
+"""Most tokens of a prompt that is to be cut; the context may allow more."""
+
+Reasoning = Literal["auto", "think", "none"]
+"""Which answers to chats may begin with thinking in tags: those whose template names the tags,
+all, or none."""
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt as text and as token ids (at least one)."""
+    """A prompt as text and as token ids (at least one).
+
+    Attributes:
+        thinking: what may be thinking in the answer.
+    """
 
     text: str
     ids: list[int]
+    thinking: Thinking = Thinking.NONE
+
+
+_PLAIN: Final = TemplateOptions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +59,11 @@ class Room:
     vocab_size: int
     tokens: int
 
+    @property
+    def to_cut(self) -> Room:
+        """The limits for a prompt of which only the last tokens will be kept."""
+        return replace(self, tokens=max(self.tokens, MAX_CUT))
+
 
 class Prompts:
     """Tokenises, and renders chats with an adapter's template or the base's.
@@ -48,8 +71,9 @@ class Prompts:
     Close it to end its threads and processes.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Args: folder: the base model's Hugging Face folder.
+    def __init__(self, folder: Path, reasoning: Reasoning = "auto") -> None:
+        """Args:
+        folder: the base model's Hugging Face folder.
 
         Raises:
             TokenizerUnsupported, TemplateFailed: the folder cannot be served.
@@ -57,6 +81,8 @@ class Prompts:
         self.tokenizer = TextTokenizer.from_folder(folder)
         source, special = read_base_template(folder)
         self._base = ChatTemplate(source, special) if source is not None else None
+        self._base_source = source or ""
+        self._reasoning = reasoning
         self._uploaded = UploadedTemplates(special)
         self._lanes = Lanes()
 
@@ -101,11 +127,14 @@ class Prompts:
         adapter_template: str | None,
         room: Room,
         caller: str = "",
+        *,
+        options: TemplateOptions = _PLAIN,
     ) -> Prompt:
         """Render a chat and tokenize it.
 
         Args:
             caller: its connection; callers with slow templates take turns.
+            options: for the template.
 
         Raises:
             TemplateFailed: there is no template, or it rejects these messages.
@@ -113,7 +142,9 @@ class Prompts:
             ContextTooLong, TooManyTokens, InvalidField: as `from_text`.
         """
         if adapter_template is not None:
-            text = await self._uploaded.render(adapter_template, messages, caller)
+            text = await self._uploaded.render(
+                adapter_template, messages, caller, options=options
+            )
         elif (base := self._base) is None:
             raise TemplateFailed(
                 "neither the adapter nor the base model has a chat template: send `prompt` "
@@ -122,9 +153,15 @@ class Prompts:
             )
         else:
             size = sum(len(message["content"]) for message in messages)
-            text = await self._lanes.run(size, lambda: base.render(messages))
+            text = await self._lanes.run(size, lambda: base.render(messages, options=options))
         ids = await self._tokenize(text, room, "messages", add_special_tokens=False)
-        return Prompt(text, self._checked(ids, "messages", room.vocab_size))
+        checked = self._checked(ids, "messages", room.vocab_size)
+        source = self._base_source if adapter_template is None else adapter_template
+        thinking = Thinking.NONE
+        if self._reasoning == "think" or (self._reasoning == "auto" and OPEN in source):
+            begun = messages[-1]["content"] if options.continue_final else ""
+            thinking = thinking_of(text, begun)
+        return Prompt(text, checked, thinking)
 
     async def from_ids(self, ids: Sequence[int], room: Room, *, with_text: bool) -> Prompt:
         """Check token ids against the model's vocabulary. Their number must have been checked.
@@ -141,6 +178,19 @@ class Prompts:
             size = len(checked)
             text = await self._lanes.run(size, lambda: self.tokenizer.decode(checked))
         return Prompt(text, checked)
+
+    async def last(self, prompt: Prompt, count: int, *, with_text: bool) -> Prompt:
+        """The last ``count`` tokens of a prompt.
+
+        Args:
+            with_text: decode their text as well.
+        """
+        if len(prompt.ids) <= count:
+            return prompt
+        ids, text = prompt.ids[-count:], ""
+        if with_text:
+            text = await self._lanes.run(count, lambda: self.tokenizer.decode(ids))
+        return replace(prompt, text=text, ids=ids)
 
     async def _tokenize(
         self, text: str, room: Room, field: str, *, add_special_tokens: bool

@@ -22,6 +22,8 @@ class ConstraintLimits(Message, frozen=True):
         fuel: the same in the library's own units (`step_lexer_fuel`).
         matcher_memory: of the process that follows sequences, for all of them together; the
             process for slow ones has half of it.
+        number_digits: most digits in a row of a number in JSON, if the schema allows fewer as
+            well; 0 is off.
     """
 
     workers: int = 2
@@ -30,6 +32,7 @@ class ConstraintLimits(Message, frozen=True):
     mask_seconds: float = 0.1
     fuel: int = 50_000
     matcher_memory: int = 48 << 20
+    number_digits: int = 20
 
 
 class EngineConfig(Message, frozen=True):

@@ -69,10 +69,11 @@ class Constraint(Message, frozen=True):
     """What the output must match; the front has checked that it compiles.
 
     Attributes:
-        text: a JSON schema, a regular expression, or a JSON array of strings.
+        text: a JSON schema, a regular expression, a JSON array of strings, or a grammar in
+            llguidance's form of Lark.
     """
 
-    kind: Literal["json_schema", "regex", "choice"]
+    kind: Literal["json_schema", "regex", "choice", "grammar"]
     text: str
 
 
@@ -87,6 +88,8 @@ class SequenceRequest(Message, frozen=True):
         prompt_logprobs: also report the prompt's log-probabilities.
         top_logprobs: how many most likely tokens to report beside each log-probability.
         stop_token_ids: end the sequence, in addition to the model's own.
+        min_tokens: neither these nor the model's own are sampled earlier, unless a constraint
+            allows nothing else; at most ``max_tokens``.
         use_prefix_cache: whether to share K and V with other sequences of the same prefix.
         cache_scope: prefixes are shared only within a scope, the caller's tenant.
         deadline: when the first token is due, on the monotonic clock, which the processes
@@ -108,6 +111,7 @@ class SequenceRequest(Message, frozen=True):
     prompt_logprobs: bool = False
     top_logprobs: int = 0
     stop_token_ids: list[int] = msgspec.field(default_factory=list)
+    min_tokens: int = 0
     constraint: Constraint | None = None
     use_prefix_cache: bool = True
     cache_scope: str = ""

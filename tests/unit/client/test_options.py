@@ -75,6 +75,9 @@ def test_no_option_is_forgotten(server: FakeServer, client: Driver) -> None:
         "json_schema": {},
         "regex": "a",
         "choice": ["a"],
+        "grammar": "a",
+        "template_kwargs": {"a": 1},
+        "reasoning_effort": "low",
     }
     for name in GenerateOptions.__optional_keys__ - {"timeout_s"}:
         request = asked(server, client, **{name: values.get(name, 1)})
@@ -98,10 +101,19 @@ def test_constraints(server: FakeServer, client: Driver) -> None:
     assert json.loads(sent.json_schema) == schema
     assert asked(server, client, json_schema={}).constraint.json_schema == "{}"
     assert asked(server, client, regex="a|b").constraint.regex == "a|b"
+    assert asked(server, client, grammar="start: /a/").constraint.grammar == "start: /a/"
     assert list(asked(server, client, choice=["a", "b"]).constraint.choice.texts) == ["a", "b"]
     nothing = asked(server, client, choice=[])
     assert nothing.constraint.WhichOneof("kind") == "choice", "the server says what is wrong"
     assert not asked(server, client).HasField("constraint")
+
+
+def test_what_templates_are_told(server: FakeServer, client: Driver) -> None:
+    sent = asked(server, client, template_kwargs={"on": False, "n": [1, "ä"]})
+    assert json.loads(sent.template.kwargs) == {"on": False, "n": [1, "ä"]}
+    client.chat([{"role": "assistant", "content": "Hi", "reasoning": "hm"}])
+    [message] = server.calls[-1][1].messages.messages
+    assert (message.content, message.reasoning) == ("Hi", "hm")
 
 
 def test_two_constraints_are_refused_here(server: FakeServer, client: Driver) -> None:
@@ -144,6 +156,7 @@ def test_samples_and_top_logprobs_of_an_answer(server: FakeServer, client: Drive
         ]
         return pb.GenerateResponse(
             text="a",
+            reasoning="hm",
             token_ids=[7],
             logprobs=[pb.TokenLogprob(token_id=7, logprob=-0.5, token=" a", top=top)],
             finish_reason=pb.FINISH_REASON_STOP,
@@ -158,6 +171,7 @@ def test_samples_and_top_logprobs_of_an_answer(server: FakeServer, client: Drive
     top = (TopLogprob(7, -0.5, " a"), TopLogprob(9, -2.0, "bytes:\\xf0"))
     assert got.logprobs == (TokenLogprob(7, -0.5, top, " a"),)
     assert got.others == (Sample("b", (8, 8), (), FinishReason.LENGTH),)
+    assert got.reasoning == "hm"
     assert got.usage.cached_prompt_tokens == 8
 
 

@@ -136,6 +136,7 @@ class ModelRunner:
             position=sequence.position,
             token_counts=sequence.token_counts,
             allowed=allowed,
+            forbidden=_others_left(sequence.forbidden, allowed),
         )
 
     def _advance(self, results: dict[int, SequenceResult]) -> None:
@@ -145,6 +146,16 @@ class ModelRunner:
         until = time.monotonic() + _PATIENCE_S
         for sequence, following in self._grammars.advance(chosen, until).items():
             results[sequence].following = following
+
+
+def _others_left(
+    forbidden: tuple[int, ...], allowed: NDArray[np.bool_] | None
+) -> tuple[int, ...]:
+    """The forbidden tokens; none if the constraint allows no others: it is then complete."""
+    if not forbidden or allowed is None:
+        return forbidden
+    inside = [token for token in forbidden if token < len(allowed)]
+    return forbidden if allowed.sum() > allowed[inside].sum() else ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,8 @@ The order is the usual one:
 2. repetition penalty, of tokens in prompt or output (Keskar et al. 2019; as in
    transformers: a positive logit is divided by it, a negative one multiplied)
 3. presence and frequency penalties, of tokens in the output (as OpenAI defines them)
-4. the constraint's mask
+4. the constraint's mask, and the tokens that are forbidden because they would end the output
+   too early
 5. temperature; 0 takes the likeliest token here, and nothing below matters
 6. top-k, then top-p over what it left, then min-p: each keeps the likeliest tokens
 7. one sample, with the random number of the request's seed and the token's position
@@ -115,6 +116,7 @@ def _changes(choice: Choice) -> bool:
         or params.presence_penalty
         or params.frequency_penalty
         or choice.allowed is not None
+        or choice.forbidden
     )
 
 
@@ -140,6 +142,11 @@ def penalized(logits: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:
         allowed = torch.from_numpy(np.stack(list(masks.values())))
         rows = torch.tensor(list(masks), device=logits.device)
         logits[rows] = logits[rows].masked_fill(~allowed.to(logits.device), _LOWEST)
+    vocab = logits.shape[1]
+    forbidden = [(i, t) for i, c in enumerate(choices) for t in c.forbidden if t < vocab]
+    if forbidden:
+        row, token = torch.tensor(forbidden, device=logits.device).unbind(dim=1)
+        logits[row, token] = _LOWEST
     return logits
 
 

@@ -208,7 +208,7 @@ class Scheduler:
             count = self._start(sequence, room, now)
             if not count:
                 break
-            chosen[sequence.id] = plan_sequence(sequence, count)
+            chosen[sequence.id] = plan_sequence(sequence, count, self._eos)
             room.take(count, sequence.remaining, sequence.computed)
         if not chosen:
             return None
@@ -223,7 +223,7 @@ class Scheduler:
             return 0  # just preempted for an older one
         if not self._grow_or_preempt(sequence, count, chosen):
             return 0
-        chosen[sequence.id] = plan_sequence(sequence, count)
+        chosen[sequence.id] = plan_sequence(sequence, count, self._eos)
         return count
 
     def _grow_or_preempt(

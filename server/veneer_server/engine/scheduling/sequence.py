@@ -126,8 +126,14 @@ class Sequence:
         return self.token_counts.seen()
 
 
-def plan_sequence(sequence: Sequence, count: int) -> PlannedSequence:
-    """The part of ``sequence`` in a step that computes its next ``count`` tokens."""
+def plan_sequence(
+    sequence: Sequence, count: int, eos: frozenset[int] = frozenset()
+) -> PlannedSequence:
+    """The part of ``sequence`` in a step that computes its next ``count`` tokens.
+
+    Args:
+        eos: the model's own stop tokens.
+    """
     start, end = sequence.computed, sequence.computed + count
     score: tuple[int, ...] = ()
     if sequence.scores_prompt:
@@ -149,4 +155,14 @@ def plan_sequence(sequence: Sequence, count: int) -> PlannedSequence:
         top_logprobs=sequence.request.top_logprobs,
         token_counts=sequence.seen() if samples and counted else None,
         constraint=sequence.request.constraint,
+        forbidden=_forbidden(sequence, eos) if samples else (),
     )
+
+
+def _forbidden(sequence: Sequence, eos: frozenset[int]) -> tuple[int, ...]:
+    """The tokens that would end it before it has its least number of tokens. As in vLLM, the
+    model's own are among them even if they would not end it."""
+    request = sequence.request
+    if sequence.generated >= request.min_tokens:
+        return ()
+    return tuple(sorted(eos.union(request.stop_token_ids)))

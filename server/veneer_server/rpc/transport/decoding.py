@@ -21,6 +21,7 @@ __all__ = [
     "count_fields",
     "count_numbers",
     "decoder",
+    "holds",
     "last_value",
     "values",
 ]
@@ -114,6 +115,27 @@ def values(data: bytes, field: int) -> list[bytes]:
                 at += size
             elif wire_type == 5:
                 at += 4
+    except IndexError:
+        pass
+    return found
+
+
+def holds(data: bytes, field: int) -> bool:
+    """Whether a message that is well-formed so far has a number at its top level under this
+    field number. For messages with few fields."""
+    at, found = 0, False
+    try:
+        while at < len(data):
+            number, at = _varint(data, at)
+            wire_type = number & 7
+            if wire_type == 0:
+                found = found or number >> 3 == field
+                _, at = _varint(data, at)
+            elif wire_type == 2:
+                size, at = _varint(data, at)
+                at += size
+            else:
+                at += {1: 8, 5: 4}.get(wire_type, 0)
     except IndexError:
         pass
     return found

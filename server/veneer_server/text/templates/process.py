@@ -9,6 +9,7 @@ long inside C code cannot be interrupted this way; a second timer then ends the 
 
 from __future__ import annotations
 
+import json
 import resource
 import signal
 import sys
@@ -24,6 +25,7 @@ from veneer_registry.errors import TemplateFailed
 
 from veneer_server.queues.recent import Recent
 from veneer_server.system.priority import lower_priority
+from veneer_server.text.templates.options import TemplateOptions
 from veneer_server.text.templates.template import Cause, ChatTemplate
 from veneer_server.wire.frames import LENGTH, framed
 
@@ -55,6 +57,7 @@ class Job(msgspec.Struct, frozen=True, array_like=True):
     Attributes:
         compile_limit_s: limit on the CPU time of compiling.
         limit_s: limit on the CPU time of rendering.
+        kwargs: `TemplateOptions.kwargs` as JSON text.
     """
 
     source: str
@@ -62,6 +65,15 @@ class Job(msgspec.Struct, frozen=True, array_like=True):
     messages: list[dict[str, str]]
     compile_limit_s: float
     limit_s: float
+    kwargs: str = "{}"
+    add_generation_prompt: bool = True
+    continue_final: bool = False
+
+    @property
+    def options(self) -> TemplateOptions:
+        return TemplateOptions(
+            json.loads(self.kwargs), self.add_generation_prompt, self.continue_final
+        )
 
 
 class Done(msgspec.Struct, frozen=True, array_like=True):
@@ -109,7 +121,7 @@ def _do(job: Job, compiled: Recent[str, ChatTemplate]) -> Done:
             compiled[job.source] = template
         doing = TooSlow.RENDERING
         with _limited(job.limit_s):
-            return Done(template.render(job.messages))
+            return Done(template.render(job.messages, options=job.options))
     except TemplateFailed as error:
         return Done(error=error.message, cause=cast(Cause, error.metadata["cause"]))
     except _Interrupted:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, NoReturn
@@ -18,6 +19,8 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from veneer_registry.errors import TemplateFailed
+
+from veneer_server.text.templates.options import TemplateOptions
 
 __all__ = [
     "MAX_ERROR",
@@ -39,6 +42,12 @@ MAX_OUTPUT: Final = 4 << 20
 
 MAX_ERROR: Final = 500
 """Most characters of a template's error message that are passed on."""
+
+_PLAIN: Final = TemplateOptions()
+
+_OPEN_END: Final = f"{secrets.token_hex(8)}:end"
+"""Appended to a last message that is to be continued: the prompt ends where this stands,
+however the template treats the white space and what follows. Nobody else can know it."""
 
 _SPECIAL: Final = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -100,17 +109,43 @@ class ChatTemplate:
             ) from error
         self._special = dict(special_tokens)
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The prompt for an assistant's answer to ``messages`` (role, content).
+    def render(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        options: TemplateOptions = _PLAIN,
+    ) -> str:
+        """The prompt for an assistant's answer to ``messages`` (role, content, perhaps
+        reasoning), or for more of the last one.
 
         Raises:
             TemplateFailed: the template rejects these messages, or exceeds a bound.
         """
+        if not options.continue_final:
+            return self._render(messages, options)
+        *before, last = messages
+        open_end = {**last, "content": last["content"] + _OPEN_END}
+        text = self._render([*before, open_end], options)
+        end = text.rfind(_OPEN_END)
+        if end < 0:
+            raise _failed(
+                "rendering",
+                "the chat template leaves out the last message's end, so it cannot be "
+                "continued: leave continue_final_message out",
+            )
+        return text[:end]
+
+    def _render(self, messages: Sequence[Mapping[str, str]], options: TemplateOptions) -> str:
         pieces: list[str] = []
         size = 0
         try:
             for piece in self._template.generate(
-                messages=messages, add_generation_prompt=True, **self._special
+                {
+                    **options.kwargs,
+                    **self._special,
+                    "messages": messages,
+                    "add_generation_prompt": options.add_generation_prompt,
+                }
             ):
                 size += len(piece)
                 if size > MAX_OUTPUT:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -25,6 +26,7 @@ from veneer_registry.errors import TemplateFailed
 
 from veneer_server.logs import get_logger
 from veneer_server.queues.recent import Recent
+from veneer_server.text.templates.options import TemplateOptions
 from veneer_server.text.templates.process import MEMORY_LIMIT, Done, Job, TooSlow
 from veneer_server.text.templates.turns import Accounts, Turns
 from veneer_server.text.templates.worker import Cause, Ended, Worker
@@ -48,6 +50,8 @@ _TRIES: Final = 2
 """Attempts at a rendering whose process something else kills."""
 
 _KNOWN: Final = 1000
+
+_PLAIN: Final = TemplateOptions()
 
 _log = get_logger(__name__)
 
@@ -86,9 +90,14 @@ class UploadedTemplates:
             await self.slow.kill()
 
     async def render(
-        self, source: str, messages: Sequence[Mapping[str, str]], caller: str = ""
+        self,
+        source: str,
+        messages: Sequence[Mapping[str, str]],
+        caller: str = "",
+        *,
+        options: TemplateOptions = _PLAIN,
     ) -> str:
-        """The prompt for an assistant's answer to ``messages`` (role, content).
+        """The prompt for an assistant's answer to ``messages``, see `ChatTemplate.render`.
 
         Args:
             caller: its connection.
@@ -99,7 +108,16 @@ class UploadedTemplates:
         """
         key = hashlib.sha256(source.encode()).digest()
         limit = self._limit_s
-        job = Job(source, self._special, [dict(each) for each in messages], limit, limit)
+        job = Job(
+            source,
+            self._special,
+            [dict(each) for each in messages],
+            compile_limit_s=limit,
+            limit_s=limit,
+            kwargs=json.dumps(options.kwargs),
+            add_generation_prompt=options.add_generation_prompt,
+            continue_final=options.continue_final,
+        )
         tries = _TRIES
         try:
             done = await self._quickly(key, caller, job)

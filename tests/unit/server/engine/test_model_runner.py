@@ -297,3 +297,67 @@ def test_a_row_that_nothing_can_be_drawn_from_ends_alone(grammars: Grammars) -> 
     assert (none.tokens, none.finish) == ([], None)
     assert [(len(a.tokens), a.finish) for a in (first, last)] == [(5, "length")] * 2
     assert len(grammars) == 0
+
+
+def test_stop_tokens_wait_for_the_least_number_of_tokens(grammars: Grammars) -> None:
+    def asked(**more: Any) -> dict[str, Any]:
+        return {
+            "prompt": [10] * 6,
+            "max_tokens": 9,
+            "sampling": SamplingParams(temperature=0),
+            **more,
+        }
+
+    [free] = run(grammars, 200, [asked()])
+    first, fifth = free.tokens[0], free.tokens[4]
+    early, held = run(
+        grammars,
+        200,
+        [asked(stop_token_ids=[first]), asked(stop_token_ids=[first], min_tokens=4)],
+    )
+    assert (early.tokens, early.finish) == ([first], "stop")
+    assert len(held.tokens) >= 4
+    assert first not in held.tokens[:4]
+    # One that comes when it may ends the output, like one that nobody held up.
+    [in_time] = run(grammars, 200, [asked(stop_token_ids=[fifth], min_tokens=4)])
+    assert (in_time.tokens, in_time.finish) == (free.tokens[:5], "stop")
+    # Preempted or not: what counts is what was generated.
+    requests = [asked(prompt=[20 + n] * 6, max_tokens=40, min_tokens=30) for n in range(4)]
+    assert run(grammars, 16, requests) == run(grammars, 200, requests)
+
+
+def test_a_complete_constraint_ends_before_the_least_number_of_tokens(
+    grammars: Grammars,
+) -> None:
+    sampling = SamplingParams(temperature=0)
+    word = {
+        "prompt": [10] * 6,
+        "max_tokens": 9,
+        "min_tokens": 9,
+        "sampling": sampling,
+        "constraint": Constraint("choice", '["yes", "no"]'),
+    }
+    endless = {**word, "constraint": Constraint("regex", "[a-z]+")}
+    done, goes_on = run(grammars, 200, [word, endless])
+    assert done.finish == "stop"
+    assert len(done.tokens) < 9
+    assert len(goes_on.tokens) == 9, "the constraint would allow an end earlier"
+
+
+def test_a_grammar(grammars: Grammars) -> None:
+    grammar = Constraint("grammar", 'start: ("a" | "b") "-" NUMBER\nNUMBER: /[0-9]{3}/')
+    answers = run(
+        grammars,
+        200,
+        [
+            {
+                "prompt": [10] * 6,
+                "max_tokens": 20,
+                "sampling": SamplingParams(temperature=0),
+                "constraint": constraint,
+            }
+            for constraint in (grammar, Constraint("grammar", "start: nothing"))
+        ],
+    )
+    assert answers[0].finish == "stop"
+    assert answers[1].error is not None

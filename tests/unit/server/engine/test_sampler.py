@@ -36,6 +36,8 @@ def oracle(logits: torch.Tensor, choice: Choice) -> int | None:
             values[token] -= params.presence_penalty + params.frequency_penalty * count
     if choice.allowed is not None:
         values = [v if ok else -math.inf for v, ok in zip(values, choice.allowed, strict=True)]
+    for token in choice.forbidden:
+        values[token] = -math.inf
     order = sorted(range(vocab), key=lambda token: (-values[token], token))
     if params.temperature == 0:
         close = values[order[0]] - values[order[1]] < 1e-4
@@ -99,7 +101,8 @@ def random_choice(rng: random.Random) -> Choice:
     )
     begin = rng.randint(0, len(history))
     text = seen_in(history[:begin], history[begin:])
-    return Choice(params, rng.randint(1, 5000), text, allowed)
+    forbidden = rng.sample(range(VOCAB), 1000) if allowed is None and rng.random() < 0.3 else ()
+    return Choice(params, rng.randint(1, 5000), text, allowed, tuple(forbidden))
 
 
 def random_logits(rng: random.Random, rows: int) -> torch.Tensor:

@@ -28,6 +28,7 @@ from veneer_server.serving.records import (
     PromptTokens,
     Sampling,
 )
+from veneer_server.text.templates.options import TemplateOptions
 from veneer_server.wire.messages import Constraint
 
 from tests.refused import refused
@@ -137,6 +138,115 @@ def test_an_assistant_message_as_the_sdk_writes_it_back() -> None:
 
 
 @pytest.mark.parametrize(
+    "member",
+    [
+        {"tool_calls": []},
+        {"annotations": []},
+        {"function_call": {}},
+        {"refusal": ""},
+        {"reasoning_content": ""},
+        {"nobody_knows": None},
+    ],
+)
+def test_what_is_empty_changes_nothing(member: dict[str, Any]) -> None:
+    plain = {"role": "assistant", "content": "Hi"}
+    assert chat(messages=[{**plain, **member}]) == chat(messages=[plain])
+
+
+def test_values_of_request_fields_that_change_nothing() -> None:
+    neutral = {
+        "tools": [],
+        "functions": [],
+        "tool_choice": "none",
+        "audio": None,
+        "allowed_token_ids": [],
+        "chat_template_kwargs": {},
+        "documents": [],
+        "mm_processor_kwargs": {},
+        "nobody_knows": [],
+    }
+    assert chat(**neutral) == chat()
+    with refused(InvalidField, field="web_search_options"):
+        chat(web_search_options={})  # this one asks for something
+    # Fields of the other endpoint, which say nothing there.
+    assert completions(include_reasoning=True, chat_template_kwargs={}) == completions()
+    assert chat(echo=False, best_of=None) == chat()
+    with refused(InvalidField, field="echo"):
+        chat(echo=True)
+    with refused(InvalidField, field="reasoning_effort"):
+        completions(reasoning_effort="low")
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        ({"messages": [{"role": "user", "content": "Hi", "a": 1, "b": 2, "c": 3}]}, "a"),
+        ({"messages": [{"role": "user", "content": "Hi", "x-y": [0]}]}, "x-y"),
+        ({"messages": [{"role": "user", "content": "Hi", "audio": {"id": "1"}}]}, "audio"),
+    ],
+)
+def test_an_unknown_member_of_a_message_is_named(given: dict[str, Any], field: str) -> None:
+    error = refusal(**given)
+    assert error.metadata["field"] == f"messages[0].{field}"
+    assert field in error.message
+
+
+def test_vllms_extensions_arrive() -> None:
+    call = chat(
+        messages=[
+            {"role": "user", "content": "1+1"},
+            {
+                "role": "assistant",
+                "content": "2",
+                "reasoning": "easy",
+                "reasoning_content": "x",
+            },
+        ],
+        min_tokens=3,
+        prompt_logprobs=2,
+        truncate_prompt_tokens=-1,
+        chat_template_kwargs={"enable_thinking": False, "deep": [1, {"a": None}]},
+        reasoning_effort="low",
+        include_reasoning=False,
+        continue_final_message=True,
+        structured_outputs={"grammar": "start: /a+/"},
+    )
+    assert call.constraint == Constraint("grammar", "start: /a+/")
+    assert call.constraint == chat(guided_grammar="start: /a+/").constraint
+    assert (call.min_tokens, call.prompt_logprobs, call.truncate_prompt) == (3, 2, -1)
+    assert not call.include_reasoning
+    assert call.input == ChatMessages(
+        (
+            {"role": "user", "content": "1+1"},
+            {
+                "role": "assistant",
+                "content": "2",
+                "reasoning": "easy",
+                "reasoning_content": "easy",
+            },
+        ),
+        TemplateOptions(
+            {"enable_thinking": False, "deep": [1, {"a": None}], "reasoning_effort": "low"},
+            add_generation_prompt=False,
+            continue_final=True,
+        ),
+    )
+    assert chat(reasoning_effort="none").input == ChatMessages(
+        ({"role": "user", "content": "Hi"},),
+        TemplateOptions({"enable_thinking": False, "reasoning_effort": "none"}),
+    )
+
+
+def test_an_echo_without_an_answer() -> None:
+    [call] = completions(max_tokens=0, echo=True)
+    assert (call.max_tokens, call.echo) == (0, True)
+    with refused(InvalidField, field="stopping.max_tokens"):
+        completions(max_tokens=0)
+    with refused(InvalidField, field="stopping.max_tokens"):
+        chat(max_tokens=0)
+
+
+@pytest.mark.parametrize(
     ("prompt", "expected"),
     [
         ("text", ["text"]),
@@ -229,6 +339,22 @@ def test_constraints(given: dict[str, Any], expected: Constraint | None) -> None
         ({"max_tokens": 1.5}, "max_tokens", "integer"),
         ({"n": 0}, "n", "greater"),
         ({"seed": -1}, "seed", "greater"),
+        ({"min_tokens": -1}, "min_tokens", "greater"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens", "at most max_tokens, 4"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs", "less"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "stream"),
+        ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens", "greater"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "1 or more"),
+        ({"reasoning_effort": "huge"}, "reasoning_effort", "low"),
+        ({"chat_template_kwargs": {"a": "x" * 20_000}}, "template.kwargs", "less"),
+        ({"chat_template_kwargs": {"messages": []}}, "template.kwargs", "messages"),
+        (
+            {"continue_final_message": True, "add_generation_prompt": True},
+            "template.continue_final_message",
+            "one of them",
+        ),
+        ({"guided_grammar": "start: /a/", "guided_regex": "a"}, "guided_grammar", "once"),
+        ({"structured_outputs": {"grammar": ""}}, "constraint.grammar", "empty"),
         ({"seed": 2**64}, "seed", "less"),
         ({"stream": "yes"}, "stream", "boolean"),
         ({"stop": [1]}, "stop", "string"),
@@ -268,7 +394,8 @@ def test_what_is_wrong_names_the_field_and_the_fix(
     error = refusal(**given)
     assert says in error.message
     if field is not None:
-        assert error.metadata["field"] == field
+        # The core has its own names for some; see `openai.words`.
+        assert error.metadata["field"] in (field, f"stopping.{field}")
         assert field in error.message
 
 

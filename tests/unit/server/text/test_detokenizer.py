@@ -172,3 +172,26 @@ def test_text_that_was_no_stop_string_after_all_comes_out() -> None:
     assert stopper.feed("ough") == "<|enough"
     assert stopper.feed(" <") == " "
     assert stopper.flush() == "<"
+
+
+@settings(max_examples=300, deadline=None, print_blob=True)
+@given(
+    early=st.lists(st.sampled_from(["a", "b", "ab", "c", ""]), max_size=6),
+    late=st.lists(st.sampled_from(["a", "b", "ab", "c", ""]), max_size=6),
+)
+def test_stop_strings_end_nothing_early_but_may_begin_there(
+    early: list[str], late: list[str]
+) -> None:
+    stops = StopStrings(["abc", "bb"])
+    shown = "".join([*map(stops.skip, early), *map(stops.feed, late)])
+    if not stops.stopped:
+        shown += stops.flush()
+    text, begin = "".join(early + late), len("".join(early))
+    ends = [
+        (at + len(stop), at)
+        for stop in ("abc", "bb")
+        for at in range(len(text))
+        if text.startswith(stop, at) and at + len(stop) > begin
+    ]
+    assert stops.stopped == bool(ends)
+    assert shown == (text[: min(ends)[1]] if ends else text)

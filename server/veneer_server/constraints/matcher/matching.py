@@ -41,6 +41,7 @@ from veneer_server.constraints.grammar import (
     first_problem,
     library_limits,
 )
+from veneer_server.constraints.matcher.numbers import Digits
 from veneer_server.constraints.trial import HARD_FACTOR, too_slow
 from veneer_server.wire.messages import Constraint, ConstraintLimits
 
@@ -80,6 +81,7 @@ class _Followed:
     cost: float = 0.0
     grown: int = 0
     wanted: Constraint | None = None
+    digits: Digits | None = None
     tokens: list[int] = field(default_factory=list)
 
 
@@ -164,9 +166,17 @@ class _Matching:
     def _follow(self, message: Follow) -> None:
         followed = self._followed.setdefault(message.sequence, _Followed())
         followed.wanted = followed.wanted or message.constraint
+        if message.constraint is not None and followed.digits is None:
+            followed.digits = self._digits_of(message.constraint)
         followed.tokens += message.tokens
         if message.last:
             self._to_compile[message.sequence] = None
+
+    def _digits_of(self, constraint: Constraint) -> Digits | None:
+        most = self._limits.number_digits
+        if constraint.kind != "json_schema" or not most:
+            return None
+        return Digits(most, lambda token: self._tokenizer.decode_bytes([token]))
 
     def _advance(self, message: Advance) -> None:
         rows = []
@@ -181,6 +191,8 @@ class _Matching:
             self._marker[: MARKER.size] = MARKER.pack(sequence)
             good = followed.matcher.consume_token(token)  # panics become errors
             followed.count += 1
+            if followed.digits is not None:
+                followed.digits.take([token])
             if not good:
                 self._fail(sequence, first_problem(followed.matcher))
                 continue
@@ -234,6 +246,8 @@ class _Matching:
         if not tokens:
             self._say(Masks([Mask(sequence, 0, prototype.seconds, prototype.bits)]))
             return
+        if followed.digits is not None:
+            followed.digits.take(tokens)
         self._guard(self._limits.compile_seconds + len(tokens) * self._limits.mask_seconds)
         if not followed.matcher.consume_tokens(tokens):
             raise first_problem(followed.matcher)
@@ -263,6 +277,8 @@ class _Matching:
         assert followed.matcher is not None, "only compiled sequences get here"
         bits, seconds = self._bits(followed.matcher)
         followed.cost = max(seconds, _FORGETTING * followed.cost)
+        if followed.digits is not None:
+            bits = followed.digits.bounded(bits)
         self._masks.append(Mask(sequence, followed.count, seconds, bits))
 
     def _send_masks(self) -> None:

@@ -1,0 +1,1 @@
+"""What runs in a matcher process: it follows sequences and computes their masks."""

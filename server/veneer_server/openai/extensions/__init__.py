@@ -1,0 +1,1 @@
+"""What vLLM adds to OpenAI's requests and answers."""
