@@ -233,6 +233,7 @@ class App:
             background=background,
             base_name=base.name,
             constraint_bytes=config.constraint_bytes,
+            tool_parser=config.tool_parser,
             meter=Meter(self._quotas, book),
             # When nothing is running, the duration of earlier steps tells nothing.
             step_seconds=lambda: self._metrics.recent_step_s if engine.in_flight else 0.0,

@@ -14,6 +14,7 @@ from typing import Any, Final
 from veneer_server.openai.fields import CommonFields
 from veneer_server.serving.generation import Delta, Generation
 from veneer_server.text.detokenizer import Detokenizer
+from veneer_server.text.replies.deltas import Delta as Part
 from veneer_server.text.tokenizer import TextTokenizer
 
 __all__ = ["Answer", "Choice", "Json", "Piece", "TokenScore"]
@@ -74,6 +75,7 @@ class Choice:
     """
 
     text: list[str] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
     tokens: list[TokenScore] = field(default_factory=list)
     finish: str | None = None
     offsets: Offsets | None = None
@@ -138,6 +140,7 @@ class Answer(ABC):
         """Keep a piece for `whole`."""
         _, choice = self._choice(piece)
         choice.text.append(self._text(piece, choice))
+        choice.parts.extend(piece.delta.parts)
         if self._logprobs:
             choice.tokens.extend(self._tokens(piece, choice))
         choice.finish = piece.delta.finish

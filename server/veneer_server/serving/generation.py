@@ -11,6 +11,7 @@ from veneer_registry.adapter import Tier
 from veneer_server.engine_client.client import EngineClient
 from veneer_server.engine_client.places import Place
 from veneer_server.quotas.meter import Metered
+from veneer_server.serving.reading import ToolReader
 from veneer_server.serving.records import (
     FinishReason,
     GenerateCall,
@@ -45,8 +46,12 @@ class Generation:
         *,
         metrics: Metrics,
         tokenizer: TextTokenizer,
+        reader: ToolReader | None = None,
     ) -> None:
-        """Args: request: that of the first sample; `sample_request` derives the others."""
+        """Args:
+        request: that of the first sample; `sample_request` derives the others.
+        reader: takes the samples' texts apart.
+        """
         self.counted = counted
         self.prompt = prompt
         self.completion_tokens = 0
@@ -62,9 +67,10 @@ class Generation:
         self._samples = [
             Sample(
                 index,
-                tokenizer,
+                tokenizer if reader is None else reader.tokens,
                 stops=call.stops,
                 stop_token_ids=call.stop_token_ids,
+                reading=None if reader is None else reader.reading(),
             )
             for index in range(call.n)
         ]

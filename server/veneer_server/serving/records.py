@@ -12,6 +12,7 @@ from typing import Any, Literal
 from veneer_registry.adapter import AdapterRef, Tier
 
 from veneer_server.serving import checks
+from veneer_server.serving.tools.use import Tool, ToolUse
 from veneer_server.wire.messages import Constraint
 from veneer_server.wire.sampling import RANGES
 
@@ -25,7 +26,7 @@ __all__ = [
     "Sampling",
 ]
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "tool_calls"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +42,14 @@ class PromptText:
 
 @dataclass(frozen=True, slots=True)
 class ChatMessages:
-    """Messages (role, content) for a chat template."""
+    """Messages (role, content, and what `History` adds) for a chat template.
 
-    messages: tuple[Mapping[str, str], ...]
+    Attributes:
+        tools: that the template shows to the model.
+    """
+
+    messages: tuple[Mapping[str, Any], ...]
+    tools: tuple[Tool, ...] = ()
 
     def __post_init__(self) -> None:
         checks.check_messages(self.messages)
@@ -95,6 +101,7 @@ class GenerateCall:
         n: samples for the same prompt.
         use_prefix_cache: None means the server's default.
         priority: among requests of the same tenant; lower starts earlier.
+        tools: whether and how the answer may call tools; None if it may not.
     """
 
     adapter: str
@@ -112,6 +119,7 @@ class GenerateCall:
     use_prefix_cache: bool | None = None
     session_key: str = ""
     priority: int = 0
+    tools: ToolUse | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens == 0:

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import msgspec
 from veneer_registry.errors import InternalError
 
+from veneer_server.serving.reading import Reading
 from veneer_server.serving.records import FinishReason
 from veneer_server.serving.threads import outlast
 from veneer_server.text.detokenizer import Detokenizer, StopStrings, TokenBytes
+from veneer_server.text.replies import deltas as replies
 from veneer_server.wire.messages import SequenceOutput, SequenceRequest, Tops
 
 __all__ = ["Delta", "Sample", "SampleStreams", "sample_request", "sample_seed"]
@@ -28,6 +30,7 @@ class Delta:
         logprobs, top_logprobs: one entry for each of `tokens`, if requested.
         prompt_logprobs, prompt_top_logprobs: one entry for each prompt token after
             the first; only in sample 0's first delta, if requested.
+        parts: the same text taken apart, if the answer is: `text` is that of its `Content`.
     """
 
     index: int
@@ -38,6 +41,7 @@ class Delta:
     prompt_logprobs: list[float] | None
     prompt_top_logprobs: list[Tops] | None
     finish: FinishReason | None
+    parts: Sequence[replies.Delta] = ()
 
 
 def sample_seed(seed: int, index: int) -> int:
@@ -69,6 +73,7 @@ class Sample:
         *,
         stops: Sequence[str],
         stop_token_ids: Collection[int],
+        reading: Reading | None = None,
     ) -> None:
         self.index = index
         self.finish: FinishReason | None = None
@@ -77,6 +82,7 @@ class Sample:
         self._detokenizer = Detokenizer(tokens, continues=True)
         self._stops = StopStrings(stops)
         self._stop_token_ids = stop_token_ids
+        self._reading = reading
 
     def delta(self, output: SequenceOutput) -> Delta:
         """Convert an output of the engine."""
@@ -88,6 +94,9 @@ class Sample:
             text += stops.flush()
         if stops.stopped:
             finish = "stop"
+        parts: Sequence[replies.Delta] = ()
+        if self._reading is not None:
+            text, parts, finish = self._reading.read(text, finish)
         self.finish = finish
         return Delta(
             index=self.index,
@@ -98,6 +107,7 @@ class Sample:
             prompt_logprobs=output.prompt_logprobs,
             prompt_top_logprobs=output.prompt_top_logprobs,
             finish=finish,
+            parts=parts,
         )
 
     def _feed(self, output: SequenceOutput) -> tuple[str, int]:

@@ -100,17 +100,25 @@ class ChatTemplate:
             ) from error
         self._special = dict(special_tokens)
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The prompt for an assistant's answer to ``messages`` (role, content).
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
+        """The prompt for an assistant's answer to ``messages`` (role, content ...).
+
+        Args:
+            tools: in OpenAI's form; without any, the template's ``tools`` is undefined.
 
         Raises:
             TemplateFailed: the template rejects these messages, or exceeds a bound.
         """
         pieces: list[str] = []
         size = 0
+        offered = {"tools": tools} if tools else {}
         try:
             for piece in self._template.generate(
-                messages=messages, add_generation_prompt=True, **self._special
+                messages=messages, add_generation_prompt=True, **offered, **self._special
             ):
                 size += len(piece)
                 if size > MAX_OUTPUT:

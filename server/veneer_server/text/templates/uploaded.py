@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 from veneer_registry.errors import TemplateFailed
@@ -86,12 +86,17 @@ class UploadedTemplates:
             await self.slow.kill()
 
     async def render(
-        self, source: str, messages: Sequence[Mapping[str, str]], caller: str = ""
+        self,
+        source: str,
+        messages: Sequence[Mapping[str, Any]],
+        caller: str = "",
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> str:
-        """The prompt for an assistant's answer to ``messages`` (role, content).
+        """The prompt for an assistant's answer to ``messages`` (role, content ...).
 
         Args:
             caller: its connection.
+            tools: see `ChatTemplate.render`.
 
         Raises:
             TemplateFailed: the template rejects these messages, or exceeded a limit.
@@ -99,7 +104,14 @@ class UploadedTemplates:
         """
         key = hashlib.sha256(source.encode()).digest()
         limit = self._limit_s
-        job = Job(source, self._special, [dict(each) for each in messages], limit, limit)
+        job = Job(
+            source,
+            self._special,
+            [dict(each) for each in messages],
+            limit,
+            limit,
+            [dict(each) for each in tools],
+        )
         tries = _TRIES
         try:
             done = await self._quickly(key, caller, job)
