@@ -13,6 +13,8 @@ from typing import Annotated, TypedDict
 from veneer_registry.adapter import SHORT_REVISION, Tier
 from veneer_registry.errors import InvalidField
 
+from veneer_client.tool_types import Tool, ToolCall, ToolCallDelta, ToolMode
+
 __all__ = [
     "BoundOptions",
     "Chat",
@@ -42,10 +44,18 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
-    """One message; ``role`` is for example ``system``, ``user`` or ``assistant``."""
+    """One message; ``role`` is for example ``system``, ``user``, ``assistant`` or ``tool``.
+
+    Attributes:
+        tool_calls: that an assistant's message holds.
+        tool_call_id, tool_name: of the call whose result a tool's message is.
+    """
 
     role: str
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
+    tool_name: str = ""
 
 
 MessageLike = ChatMessage | Mapping[str, str]
@@ -158,6 +168,12 @@ class BoundOptions(SamplingNumbers, total=False):
     """The whole output matches this regular expression."""
     choice: Sequence[str]
     """The output is one of these texts."""
+    tools: Sequence[Tool]
+    """Functions that the model may call; needs a `Chat`."""
+    tool_choice: ToolMode | str
+    """Whether it calls, or the name of the one that it must call."""
+    parallel_tool_calls: bool
+    """Unset: an answer may hold several calls."""
     use_prefix_cache: bool
     """Unset: the server's default."""
     session_key: str
@@ -198,6 +214,8 @@ class FinishReason(Enum):
     LENGTH = "length"
     """``max_tokens`` or the end of the context."""
     CANCELLED = "cancelled"
+    TOOL_CALLS = "tool_calls"
+    """By itself, with calls of tools; `STOP` after a call that was asked for by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,6 +308,7 @@ class Chunk:
             token after the first.
         index: the sample that it belongs to, from 0.
         finish_reason: set in a sample's last chunk, which may have no text.
+        tool_calls: new pieces of calls.
     """
 
     text: str
@@ -298,6 +317,7 @@ class Chunk:
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     index: int = 0
     finish_reason: FinishReason | None = None
+    tool_calls: tuple[ToolCallDelta, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,6 +338,7 @@ class Sample:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]
     finish_reason: FinishReason
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,6 +347,7 @@ class Generation:
 
     Attributes:
         others: with ``n``, the further samples.
+        tool_calls: what the answer calls; ``text`` is what it says besides.
     """
 
     request_id: str
@@ -337,3 +359,4 @@ class Generation:
     usage: Usage
     provenance: Provenance
     others: tuple[Sample, ...] = ()
+    tool_calls: tuple[ToolCall, ...] = ()
