@@ -55,6 +55,7 @@ from veneer_client.server_records import (
     UsageReport,
 )
 from veneer_client.streams import AdapterWatch, GenerationStream
+from veneer_client.tool_types import Tool, ToolCall, ToolCallDelta, ToolMode
 from veneer_client.types import (
     BoundOptions,
     Chat,
@@ -135,6 +136,10 @@ __all__ = [
     "Timings",
     "TokenLogprob",
     "Tokens",
+    "Tool",
+    "ToolCall",
+    "ToolCallDelta",
+    "ToolMode",
     "TopLogprob",
     "Usage",
     "UsageReport",

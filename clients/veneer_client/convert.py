@@ -16,6 +16,8 @@ from veneer_proto.v1 import inference_pb2
 from veneer_registry.adapter import Tier
 from veneer_registry.errors import InvalidField
 
+from veneer_client import convert_tools
+from veneer_client.tool_types import ToolCallDelta
 from veneer_client.types import (
     Chat,
     Chunk,
@@ -58,6 +60,7 @@ _FINISH: Final = {
     inference_pb2.FINISH_REASON_STOP: FinishReason.STOP,
     inference_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH,
     inference_pb2.FINISH_REASON_CANCELLED: FinishReason.CANCELLED,
+    inference_pb2.FINISH_REASON_TOOL_CALLS: FinishReason.TOOL_CALLS,
 }
 _SAMPLING: Final = tuple(
     field.name
@@ -106,9 +109,7 @@ def _request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.Generate
         case Chat(messages):
             request.messages.SetInParent()
             for message in messages:
-                request.messages.messages.add(
-                    role=message.role, content=message.content, reasoning=message.reasoning
-                )
+                convert_tools.add_message(request.messages, message)
         case Tokens(ids):
             request.token_ids.SetInParent()
             request.token_ids.ids.extend(ids)
@@ -141,6 +142,7 @@ def _request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.Generate
     if "continue_final_message" in options:
         request.template.continue_final_message = options["continue_final_message"]
     _constrain(request, options)
+    convert_tools.offer(request, options)
     return request
 
 
@@ -181,10 +183,12 @@ def generation(message: inference_pb2.GenerateResponse) -> Generation:
                 logprobs=_logprobs(sample.logprobs),
                 finish_reason=_FINISH[sample.finish_reason],
                 reasoning=sample.reasoning,
+                tool_calls=convert_tools.calls(sample.tool_calls),
             )
             for sample in message.others
         ),
         reasoning=message.reasoning,
+        tool_calls=convert_tools.calls(message.tool_calls),
     )
 
 
@@ -198,6 +202,10 @@ def chunk(message: inference_pb2.GenerateStreamResponse) -> Chunk:
         index=message.index,
         finish_reason=_FINISH.get(message.finish_reason),
         reasoning=message.reasoning,
+        tool_calls=tuple(
+            ToolCallDelta(piece.index, piece.id, piece.name, piece.arguments)
+            for piece in message.tool_calls
+        ),
     )
 
 

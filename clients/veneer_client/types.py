@@ -13,6 +13,8 @@ from typing import Annotated, TypedDict
 from veneer_registry.adapter import SHORT_REVISION, Tier
 from veneer_registry.errors import InvalidField
 
+from veneer_client.tool_types import Tool, ToolCall, ToolCallDelta, ToolMode
+
 __all__ = [
     "BoundOptions",
     "Chat",
@@ -42,15 +44,20 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
-    """One message; ``role`` is for example ``system``, ``user`` or ``assistant``.
+    """One message; ``role`` is for example ``system``, ``user``, ``assistant`` or ``tool``.
 
     Attributes:
         reasoning: what an assistant thought before, for templates that show it.
+        tool_calls: that an assistant's message holds.
+        tool_call_id, tool_name: of the call whose result a tool's message is.
     """
 
     role: str
     content: str
     reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
+    tool_name: str = ""
 
 
 MessageLike = ChatMessage | Mapping[str, str]
@@ -179,6 +186,12 @@ class BoundOptions(SamplingNumbers, total=False):
     """For templates that know it: none, minimal, low, medium, high, xhigh or max."""
     continue_final_message: bool
     """The output continues the chat's last message."""
+    tools: Sequence[Tool]
+    """Functions that the model may call; needs a `Chat`."""
+    tool_choice: ToolMode | str
+    """Whether it calls, or the name of the one that it must call."""
+    parallel_tool_calls: bool
+    """Unset: an answer may hold several calls."""
     use_prefix_cache: bool
     """Unset: the server's default."""
     session_key: str
@@ -219,6 +232,8 @@ class FinishReason(Enum):
     LENGTH = "length"
     """``max_tokens`` or the end of the context."""
     CANCELLED = "cancelled"
+    TOOL_CALLS = "tool_calls"
+    """By itself, with calls of tools; `STOP` after a call that was asked for by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,6 +327,7 @@ class Chunk:
         index: the sample that it belongs to, from 0.
         finish_reason: set in a sample's last chunk, which may have no text.
         reasoning: new text of what the model thought, see `Generation`.
+        tool_calls: new pieces of calls.
     """
 
     text: str
@@ -321,6 +337,7 @@ class Chunk:
     index: int = 0
     finish_reason: FinishReason | None = None
     reasoning: str = ""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,6 +359,7 @@ class Sample:
     logprobs: tuple[TokenLogprob, ...]
     finish_reason: FinishReason
     reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,6 +370,7 @@ class Generation:
         others: with ``n``, the further samples.
         reasoning: what the model thought before ``text``, if its chat template has
             ``<think>``.
+        tool_calls: what the answer calls; ``text`` is what it says besides.
     """
 
     request_id: str
@@ -364,3 +383,4 @@ class Generation:
     provenance: Provenance
     others: tuple[Sample, ...] = ()
     reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()

@@ -237,6 +237,7 @@ class App:
             background=background,
             base_name=base.name,
             constraint_bytes=config.constraint_bytes,
+            tool_parser=config.tool_parser,
             meter=Meter(self._quotas, book),
             tracing=tracing,
             # When nothing is running, the duration of earlier steps tells nothing.

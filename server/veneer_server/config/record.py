@@ -207,6 +207,9 @@ class ServerConfig:
     reader_limit: float = setting(
         "30", kinds.SECONDS,
         "How long a stream waits for a caller that reads nothing before it is ended.")
+    tool_parser: Literal["auto", "hermes", "llama3_json", "mistral", "none"] = setting(
+        "auto", kinds.one_of("auto", "hermes", "llama3_json", "mistral", "none"),
+        "Format of tool calls in answers; auto: as the chat template has it.")
     constraint_bytes: int = setting(
         "32KiB", kinds.bytes_between("1KiB", "128KiB"),
         "Largest JSON schema, regular expression or list of choices.")

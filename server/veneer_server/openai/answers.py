@@ -15,6 +15,7 @@ from veneer_server.openai.extensions.answers import Additions, labels
 from veneer_server.openai.fields import CommonFields
 from veneer_server.serving.generation import Delta, Generation
 from veneer_server.text.detokenizer import Detokenizer
+from veneer_server.text.replies.deltas import Delta as Part
 from veneer_server.text.tokenizer import TextTokenizer
 
 __all__ = ["Answer", "Choice", "Json", "Piece", "TokenScore"]
@@ -76,6 +77,7 @@ class Choice:
 
     text: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
     tokens: list[TokenScore] = field(default_factory=list)
     finish: str | None = None
     offsets: Offsets | None = None
@@ -144,6 +146,7 @@ class Answer(ABC):
         self._additions.add(at, piece.prompt, piece.generation, piece.delta)
         choice.text.append(self._text(piece, choice))
         choice.reasoning.append(piece.delta.reasoning)
+        choice.parts.extend(piece.delta.parts)
         if self._logprobs:
             choice.tokens.extend(self._tokens(piece, choice))
         choice.finish = piece.delta.finish

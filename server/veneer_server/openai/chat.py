@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from veneer_server.openai.answers import Answer, Choice, Json, Piece, TokenScore
+from veneer_server.openai.fields import ChatFields
+from veneer_server.openai.tools.answers import CallDeltas, Calls
 
 __all__ = ["ChatAnswer"]
 
@@ -21,15 +24,28 @@ class ChatAnswer(Answer):
     chunk_kind = "chat.completion.chunk"
     id_prefix = "chatcmpl"
 
+    def __init__(self, fields: ChatFields, *args: Any, **options: Any) -> None:
+        super().__init__(fields, *args, **options)
+        self._legacy = bool(fields.functions)
+
     def _whole_choice(self, at: int, text: str, choice: Choice) -> Json:
-        message = {"role": "assistant", "content": text, "refusal": None}
+        calls = Calls(self._legacy)
+        calls.add(choice.parts)
+        message = {
+            "role": "assistant",
+            "content": None if calls and not text else text,
+            "refusal": None,
+        }
         return {
             "index": at,
-            "message": message | _reasoning("".join(choice.reasoning)),
+            "message": message | _reasoning("".join(choice.reasoning)) | calls.whole(),
             "logprobs": self._logprob_object(choice.tokens),
-            "finish_reason": choice.finish,
+            "finish_reason": self._finish(choice.finish),
             **self._additions.of_choice(at),
         }
+
+    def _finish(self, reason: str | None) -> str | None:
+        return "function_call" if self._legacy and reason == "tool_calls" else reason
 
     def whole(self) -> Json:
         """See `Answer.whole`. What belongs to the one prompt is beside the choices."""
@@ -46,9 +62,7 @@ class ChatAnswer(Answer):
     def _choice_chunks(
         self, at: int, text: str, tokens: list[TokenScore], piece: Piece, choice: Choice
     ) -> Iterator[Json]:
-        def chunk(
-            delta: Mapping[str, str | None], logprobs: Json | None, finish: str | None
-        ) -> Json:
+        def chunk(delta: Mapping[str, Any], logprobs: Json | None, finish: str | None) -> Json:
             return {
                 "index": at,
                 "delta": delta,
@@ -60,13 +74,19 @@ class ChatAnswer(Answer):
             yield chunk({"role": "assistant", "content": ""}, None, None)
         # The tokens go with the first chunk that has any of their text.
         scores, ids = self._logprob_object(tokens), self._additions.of_delta(piece.delta)
+        deltas: list[Mapping[str, Any]] = []
         if reasoning := piece.delta.reasoning:
-            yield chunk(_reasoning(reasoning), scores, None) | ids
+            deltas.append(_reasoning(reasoning))
+        if text:
+            deltas.append({"content": text})
+        deltas += CallDeltas(self._legacy).of(piece.delta.parts)
+        if not deltas and (tokens or (ids and piece.delta.tokens)):
+            deltas.append({"content": ""})
+        for delta in deltas:
+            yield chunk(delta, scores, None) | ids
             scores, ids = None, {}
-        if text or (not reasoning and (tokens or (ids and piece.delta.tokens))):
-            yield chunk({"content": text}, scores, None) | ids
         if piece.delta.finish is not None:
-            yield chunk({}, None, piece.delta.finish)
+            yield chunk({}, None, self._finish(piece.delta.finish))
 
     def _logprob_object(self, tokens: Sequence[TokenScore]) -> Json | None:
         if not self._logprobs:

@@ -28,7 +28,6 @@ IGNORED: Final = frozenset(
         "guided_decoding_backend",
         "guided_whitespace_pattern",
         "metadata",
-        "parallel_tool_calls",
         "prediction",
         "prompt_cache_key",
         "prompt_cache_options",
@@ -50,18 +49,19 @@ REFUSED: Final[Mapping[str, tuple[tuple[Any, ...], str]]] = {
     "bad_words": (([],), "use logit_bias"),
     "chat_template": (("",), "publish the template with the adapter"),
     "documents": (([],), "put them into a message"),
-    "function_call": (("none",), "ask for JSON with response_format"),
-    "functions": (([],), "ask for JSON with response_format"),
+    "function_call": (("none",), "send messages to /v1/chat/completions"),
+    "functions": (([],), "send messages to /v1/chat/completions"),
     "include_stop_str_in_output": ((False,), _SAME_TEXT),
     "length_penalty": ((1.0,), "beam search is not served"),
     "logits_processors": (([],), "use logit_bias"),
     "modalities": ((["text"],), "only text is served"),
     "moderation": ((), "check the texts with a model of your choice"),
+    "parallel_tool_calls": ((True, False), "send messages to /v1/chat/completions"),
     "skip_special_tokens": ((True,), _SAME_TEXT),
     "spaces_between_special_tokens": ((True, False), _SAME_TEXT),
     "suffix": (("",), "put it into the prompt"),
-    "tool_choice": (("none", "auto"), "ask for JSON with response_format"),
-    "tools": (([],), "ask for JSON with response_format"),
+    "tool_choice": (("none", "auto"), "send messages to /v1/chat/completions"),
+    "tools": (([],), "send messages to /v1/chat/completions"),
     "use_beam_search": ((False,), "use n to get several answers"),
     "verbosity": (("medium",), "say it in a message"),
     "web_search_options": ((), "put what was found into a message"),
@@ -77,6 +77,7 @@ _Count = Annotated[int, Field(ge=0, le=_UINT32)]
 # for each, which takes seconds and gigabytes for a body of a few megabytes.
 _Counts = Annotated[list[_Count], Field(fail_fast=True)]
 _Texts = Annotated[list[str], Field(fail_fast=True)]
+_Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 
 
 class StreamOptions(Fields):
@@ -183,16 +184,20 @@ class Message(Fields):
     """One chat message; parts of type text are joined.
 
     Attributes:
-        name: accepted, but not passed to chat templates.
+        name: accepted, but passed to chat templates only with a tool's result.
+        content: only a message with calls may have none.
         reasoning: what an assistant thought before; ``reasoning_content`` is the older name.
     """
 
     role: str
-    content: str
+    content: str | None = None
     name: str = ""
     refusal: str = ""
     reasoning: str = ""
     reasoning_content: str = ""
+    tool_calls: _Objects = []
+    function_call: dict[str, Any] | None = None
+    tool_call_id: str = Field(default="", max_length=256)
 
     @field_validator("content", mode="before")
     @classmethod
@@ -229,6 +234,12 @@ class ChatFields(CommonFields, ChatExtensions):
     max_completion_tokens: _Count | None = None
     logprobs: bool = False
     top_logprobs: _Count = 0
+    # Read by `veneer_server.openai.tools.requests`.
+    tools: _Objects = []
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool = True
+    functions: _Objects = []
+    function_call: str | dict[str, Any] | None = None
 
 
 @_with_fractions

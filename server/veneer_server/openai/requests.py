@@ -13,6 +13,7 @@ from veneer_server.openai.fields import (
     CompletionFields,
     StreamOptions,
 )
+from veneer_server.openai.tools.requests import template_messages, tools_of
 from veneer_server.serving.checks import choice, invalid
 from veneer_server.serving.records import (
     ChatMessages,
@@ -20,15 +21,11 @@ from veneer_server.serving.records import (
     PromptText,
     PromptTokens,
     Sampling,
-    chat_message,
 )
 from veneer_server.text.templates.options import TemplateOptions
 from veneer_server.wire.messages import Constraint, SamplingParams
 
 __all__ = ["chat_call", "completion_calls"]
-
-_ROLES: Final = {"developer": "system"}
-"""OpenAI's newer role names. Templates do not know them, and many drop such messages."""
 
 _COMPLETION_TOKENS: Final = 16
 """max_tokens of a completion that sets none, as in OpenAI and vLLM. Clients of this older
@@ -48,14 +45,14 @@ def chat_call(fields: ChatFields, base: str) -> GenerateCall:
         max_tokens = fields.max_completion_tokens
     if fields.top_logprobs and not fields.logprobs:
         raise invalid("top_logprobs", "needs logprobs: set it to true")
-    messages = tuple(
-        chat_message(
-            _ROLES.get(message.role, message.role),
-            message.content,
-            message.reasoning or message.reasoning_content,
-        )
-        for message in fields.messages
-    )
+    use, common = tools_of(fields), _common(fields, base)
+    if use is not None and use.forced:
+        if common["constraint"] is not None and fields.response_format is None:
+            raise invalid(
+                "structured_outputs", "conflicts with a forced call: send one of them"
+            )
+        # As in vLLM, the call takes the place of a response format.
+        common["constraint"] = use.constraint()
     options = TemplateOptions.of(
         fields.chat_template_kwargs,
         fields.reasoning_effort,
@@ -63,13 +60,17 @@ def chat_call(fields: ChatFields, base: str) -> GenerateCall:
         fields.continue_final_message,
     )
     return GenerateCall(
-        input=ChatMessages(messages, options),
+        input=ChatMessages(
+            template_messages(fields.messages), options, () if use is None else use.tools
+        ),
         include_reasoning=fields.include_reasoning,
         max_tokens=max_tokens,
         logprobs=fields.logprobs,
         top_logprobs=fields.top_logprobs,
         echo=False,
-        **_common(fields, base),
+        # Output of a given format holds no calls.
+        tools=use if use is None or use.forced or common["constraint"] is None else None,
+        **common,
     )
 
 

@@ -15,6 +15,7 @@ from veneer_proto.v1 import inference_pb2
 from veneer_registry.adapter import Tier
 from veneer_registry.errors import Unimplemented
 
+from veneer_server.rpc import convert_tools
 from veneer_server.serving.checks import choice, invalid, refuse
 from veneer_server.serving.records import (
     ChatMessages,
@@ -24,8 +25,8 @@ from veneer_server.serving.records import (
     PromptTokens,
     Provenance,
     Sampling,
-    chat_message,
 )
+from veneer_server.serving.tools.use import ToolUse
 from veneer_server.text.templates.options import TemplateOptions, kwargs_of
 from veneer_server.wire.messages import Constraint
 
@@ -63,9 +64,14 @@ def generate_call(request: inference_pb2.GenerateRequest) -> GenerateCall:
             metadata={"field": "adapters"},
         )
     stopping, output = request.stopping, request.output
+    tools, constraint = convert_tools.tool_use(request), _constraint(request)
+    if tools is not None and tools.forced:
+        if constraint is not None:
+            raise invalid("constraint", "conflicts with a forced call: send one of them")
+        constraint = tools.constraint()
     return GenerateCall(
         adapter=request.adapter,
-        input=_input(request),
+        input=_input(request, tools),
         sampling=_sampling(request.sampling),
         max_tokens=_optional(stopping, "max_tokens"),
         stops=tuple(stopping.stop),
@@ -75,13 +81,15 @@ def generate_call(request: inference_pb2.GenerateRequest) -> GenerateCall:
         top_logprobs=output.top_logprobs,
         n=output.n if output.HasField("n") else 1,
         stop_token_ids=tuple(stopping.stop_token_ids),
-        constraint=_constraint(request),
+        constraint=constraint,
         use_prefix_cache=_optional(request, "use_prefix_cache"),
         session_key=request.session_key,
         priority=request.priority,
         min_tokens=stopping.min_tokens,
         prompt_logprobs=_optional(output, "prompt_logprobs"),
         truncate_prompt=_optional(request, "truncate_prompt_tokens"),
+        # Output of a given format holds no calls, unless it is one.
+        tools=tools if constraint is None or (tools is not None and tools.forced) else None,
     )
 
 
@@ -116,16 +124,16 @@ def _constraint(request: inference_pb2.GenerateRequest) -> Constraint | None:
 
 
 def _input(
-    request: inference_pb2.GenerateRequest,
+    request: inference_pb2.GenerateRequest, tools: ToolUse | None
 ) -> PromptText | ChatMessages | PromptTokens:
     match request.WhichOneof("input"):
         case "prompt":
             return PromptText(request.prompt)
         case "messages":
-            messages = request.messages.messages
             return ChatMessages(
-                tuple(chat_message(m.role, m.content, m.reasoning) for m in messages),
+                convert_tools.messages(request.messages.messages),
                 _template_options(request.template),
+                () if tools is None else tools.tools,
             )
         case "token_ids":
             # Not copied: their number is first compared with the context length.
@@ -155,6 +163,7 @@ _FINISH: Final = {
     "stop": inference_pb2.FINISH_REASON_STOP,
     "length": inference_pb2.FINISH_REASON_LENGTH,
     "cancelled": inference_pb2.FINISH_REASON_CANCELLED,
+    "tool_calls": inference_pb2.FINISH_REASON_TOOL_CALLS,
 }
 
 

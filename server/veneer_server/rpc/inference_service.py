@@ -11,11 +11,12 @@ from veneer_proto.v1 import inference_pb2, inference_pb2_grpc
 from veneer_registry.errors import Aborted
 
 from veneer_server.logs import REQUEST_ID
-from veneer_server.rpc import convert
+from veneer_server.rpc import convert, convert_tools
 from veneer_server.rpc.transport.decoding import count_numbers, holds, last_value, values
 from veneer_server.serving.calls import READER_LIMIT_S
 from veneer_server.serving.generation import Delta, Generation
 from veneer_server.serving.generator import Generator
+from veneer_server.text.replies.deltas import Delta as Part
 from veneer_server.wire.messages import Tops
 
 __all__ = ["GENERATE_METHODS", "InferenceService"]
@@ -101,6 +102,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                         logprobs=_logprobs(delta, self._label),
                         prompt_logprobs=_prompt_logprobs(generation, delta, self._label),
                         index=delta.index,
+                        tool_calls=convert_tools.call_deltas(delta.parts),
                     )
                     prefixes[delta.index] = ""
                     if delta.finish is not None:
@@ -133,6 +135,7 @@ class _Whole:
         self._reasoning: list[str] = []
         self._tokens: list[int] = []
         self._logprobs: list[inference_pb2.TokenLogprob] = []
+        self._parts: list[Part] = []
         self._finish: convert.FinishReason | None = None
 
     def add(self, delta: Delta) -> None:
@@ -140,6 +143,7 @@ class _Whole:
         self._reasoning.append(delta.reasoning)
         self._tokens.extend(delta.tokens)
         self._logprobs.extend(_logprobs(delta, self._label))
+        self._parts.extend(delta.parts)
         self._finish = delta.finish
 
     def fill(
@@ -150,6 +154,7 @@ class _Whole:
         message.reasoning = "".join(self._reasoning)
         message.token_ids.extend(self._tokens)
         message.logprobs.extend(self._logprobs)
+        message.tool_calls.extend(convert_tools.calls(self._parts))
         message.finish_reason = convert.finish_reason(self._finish)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 from veneer_registry.errors import InvalidField
 
@@ -76,7 +76,7 @@ def check_logit_bias(given: Mapping[int, float]) -> None:
             )
 
 
-def check_messages(messages: Sequence[Mapping[str, str]]) -> None:
+def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
     """Raises InvalidField for no messages, too many, or one without a valid role."""
     if not messages:
         refuse("messages", "is empty: send at least one message")

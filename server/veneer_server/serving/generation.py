@@ -11,6 +11,7 @@ from veneer_registry.adapter import Tier
 from veneer_server.engine_client.client import EngineClient
 from veneer_server.engine_client.places import Place
 from veneer_server.quotas.meter import Metered
+from veneer_server.serving.reading import Reading, ToolReader
 from veneer_server.serving.records import (
     FinishReason,
     GenerateCall,
@@ -47,8 +48,12 @@ class Generation:
         *,
         metrics: Metrics,
         tokenizer: TextTokenizer,
+        reader: ToolReader | None = None,
     ) -> None:
-        """Args: request: that of the first sample; `sample_request` derives the others."""
+        """Args:
+        request: that of the first sample; `sample_request` derives the others.
+        reader: takes the samples' texts apart.
+        """
         self.counted = counted
         self.prompt = prompt
         self.completion_tokens = 0
@@ -64,16 +69,13 @@ class Generation:
         self._samples = [
             Sample(
                 index,
-                tokenizer,
+                tokenizer if reader is None else reader.tokens,
                 stops=call.stops,
                 stop_token_ids=call.stop_token_ids,
                 min_tokens=call.min_tokens,
                 tops=call.top_logprobs,
                 prompt_tops=call.prompt_tops,
-                parser=reply_parser(
-                    Thinking.NONE if call.constraint is not None else prompt.thinking
-                ),
-                show_reasoning=call.include_reasoning,
+                reading=_reading(call, prompt, reader),
                 only_prompt=call.max_tokens == 0,
             )
             for index in range(call.n)
@@ -172,3 +174,17 @@ class Generation:
             first_token_s=self._first_token_s,
             total_s=now - self._arrived,
         )
+
+
+def _reading(call: GenerateCall, prompt: Prompt, reader: ToolReader | None) -> Reading | None:
+    """What takes one sample's text apart; None if nothing needs to."""
+    # Output of a given format has no thinking in it.
+    thinking = Thinking.NONE if call.constraint is not None else prompt.thinking
+    parser = reply_parser(thinking, None if reader is None else reader.parser())
+    if parser is None:
+        return None
+    return Reading(
+        parser,
+        ends_with_calls=reader is not None and reader.use.ends_with_calls,
+        show_reasoning=call.include_reasoning,
+    )

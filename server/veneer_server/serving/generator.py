@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from typing import get_args
 
 from veneer_registry.errors import ContextTooLong, DeadlineTooShort, VeneerError
 from veneer_registry.lease import RevisionLease
@@ -30,8 +31,10 @@ from veneer_server.serving.limits import (
     resolve_sampling,
     room,
 )
+from veneer_server.serving.reading import Shown, ToolReader
 from veneer_server.serving.records import (
     ChatMessages,
+    FinishReason,
     GenerateCall,
     PromptText,
     Provenance,
@@ -40,11 +43,13 @@ from veneer_server.serving.tenants.tenant import Tenant
 from veneer_server.serving.tenants.tenants import Tenants
 from veneer_server.serving.tenants.visible import Visible
 from veneer_server.serving.threads import Background
+from veneer_server.serving.tools.use import about_tools
 from veneer_server.serving.who import CALLER
 from veneer_server.telemetry.metrics import Metrics
 from veneer_server.telemetry.tracing import Phases, Tracing
 from veneer_server.text.defaults import RequestDefaults
 from veneer_server.text.prompts import Prompt, Prompts, Room
+from veneer_server.text.replies.tools.families import markers
 from veneer_server.text.tokenizer import TooManyTokens
 from veneer_server.wire.messages import SequenceRequest
 
@@ -71,11 +76,13 @@ class Generator:
         meter: Meter,
         tracing: Tracing | None = None,
         constraint_bytes: int = 32 << 10,
+        tool_parser: str = "auto",
     ) -> None:
         """Args:
         step_seconds: recent duration of a step; 0 if unknown.
         tracing: None makes no spans.
         constraint_bytes: size of the largest constraint allowed.
+        tool_parser: as the flag has it.
         """
         self.prompts = prompts
         self.metrics = metrics
@@ -89,6 +96,7 @@ class Generator:
         self._background = background
         self._step_seconds = step_seconds
         self._constraint_bytes = constraint_bytes
+        self._tool_parser = tool_parser
 
     @asynccontextmanager
     async def admit(
@@ -131,6 +139,7 @@ class Generator:
                 if place is None
                 else nullcontext(place) as held,
             ):
+                reader = self._reader(call, lease)
                 prompt = await self._prompt(call, lease)
                 await measured.prompt(len(prompt.ids))
                 request = self._resolve(call, prompt, owner, lease, deadline)
@@ -140,6 +149,7 @@ class Generator:
                     *(self._engine, arrived, measured, held),
                     metrics=self.metrics,
                     tokenizer=self.prompts.tokenizer,
+                    reader=reader,
                 )
                 try:
                     yield generation
@@ -148,6 +158,8 @@ class Generator:
             outcome = generation.finish or "cancelled"
         except VeneerError as error:
             outcome, failed = error.reason, error.message
+            if call.tools is not None and call.tools.forced:
+                raise about_tools(error) from error
             raise
         finally:
             if owner is not None and lease is not None:
@@ -193,6 +205,19 @@ class Generator:
                 "step takes: allow more time"
             )
 
+    def _reader(self, call: GenerateCall, lease: RevisionLease | None) -> ToolReader | None:
+        """What takes the answer apart. Raises InvalidField if its calls could not be read."""
+        if call.tools is None:
+            return None
+        family = self.prompts.family(_template(lease), self._tool_parser)
+        tokenizer = self.prompts.tokenizer
+        shown = {}
+        if family is not None and not call.tools.forced:
+            shown = tokenizer.special_ids(markers(family))
+        reader = ToolReader(call.tools, family, Shown(tokenizer, shown) if shown else tokenizer)
+        reader.parser()  # raises what the samples' readers would, before any work
+        return reader
+
     async def _prompt(self, call: GenerateCall, lease: RevisionLease | None) -> Prompt:
         info = self._engine.info
         space = Room(info.vocab_size, most_prompt_tokens(info))
@@ -213,10 +238,11 @@ class Generator:
             match call.input:
                 case PromptText(text):
                     return await self.prompts.from_text(text, space)
-                case ChatMessages(messages=messages, options=options):
-                    template = None if lease is None else lease.record.manifest.chat_template
+                case ChatMessages(messages=messages, options=options, tools=tools):
                     return await self.prompts.from_messages(
-                        messages, template, space, CALLER.get(), options=options
+                        *(messages, _template(lease), space, CALLER.get()),
+                        tools=[tool.for_template() for tool in tools],
+                        options=options,
                     )
                 case tokens:
                     ids = tokens.ids if kept is None else tokens.ids[-kept:]
@@ -292,8 +318,9 @@ class Generator:
         if generation is None:
             return  # the call's own log line says why it was refused
         metrics, facts = self.metrics, generation.facts()
-        if outcome in ("stop", "length", "cancelled"):
-            metrics.requests.labels(outcome).inc()
+        if outcome in get_args(FinishReason):
+            ended = "stop" if outcome == "tool_calls" else outcome
+            metrics.requests.labels(ended).inc()
             metrics.request_prompt_tokens.observe(facts["prompt_tokens"])
             metrics.request_generation_tokens.observe(facts["new_tokens"])
         if generation.finish is not None:
@@ -344,3 +371,8 @@ class Generator:
             facts["queue_s"], facts["load_s"], facts["first_token_s"], facts["total_s"]
         )
         return self._tracing.request(phases, outcome, attributes, failed=failed)
+
+
+def _template(lease: RevisionLease | None) -> str | None:
+    """The chat template that an adapter brings along."""
+    return None if lease is None else lease.record.manifest.chat_template

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from veneer_registry.adapter import AdapterRef, Tier
 
 from veneer_server.serving import checks
+from veneer_server.serving.tools.use import Tool, ToolUse
 from veneer_server.text.templates.options import TemplateOptions
 from veneer_server.wire.messages import Constraint
 from veneer_server.wire.sampling import RANGES
@@ -24,10 +25,9 @@ __all__ = [
     "PromptTokens",
     "Provenance",
     "Sampling",
-    "chat_message",
 ]
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "tool_calls"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,22 +43,18 @@ class PromptText:
 
 @dataclass(frozen=True, slots=True)
 class ChatMessages:
-    """Messages (role, content, perhaps reasoning) for a chat template."""
+    """Messages (role, content, and what `History` adds) for a chat template.
 
-    messages: tuple[Mapping[str, str], ...]
+    Attributes:
+        tools: that the template shows to the model.
+    """
+
+    messages: tuple[Mapping[str, Any], ...]
     options: TemplateOptions = field(default_factory=TemplateOptions)
+    tools: tuple[Tool, ...] = ()
 
     def __post_init__(self) -> None:
         checks.check_messages(self.messages)
-
-
-def chat_message(role: str, content: str, reasoning: str = "") -> Mapping[str, str]:
-    """A message as templates know it. An assistant's thinking has two names in them: DeepSeek's
-    and vLLM's newer one."""
-    message = {"role": role, "content": content}
-    if reasoning:
-        message |= {"reasoning_content": reasoning, "reasoning": reasoning}
-    return message
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +109,7 @@ class GenerateCall:
         n: samples for the same prompt.
         use_prefix_cache: None means the server's default.
         priority: among requests of the same tenant; lower starts earlier.
+        tools: whether and how the answer may call tools; None if it may not.
     """
 
     adapter: str
@@ -134,6 +131,7 @@ class GenerateCall:
     prompt_logprobs: int | None = None
     truncate_prompt: int | None = None
     include_reasoning: bool = True
+    tools: ToolUse | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens == 0 and not self.echo:

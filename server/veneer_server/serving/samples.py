@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import msgspec
 from veneer_registry.errors import InternalError
 
+from veneer_server.serving.reading import Reading
 from veneer_server.serving.records import FinishReason
 from veneer_server.serving.threads import outlast
 from veneer_server.text.detokenizer import Detokenizer, StopStrings, TokenBytes
@@ -28,7 +29,7 @@ class Delta:
         index: the sample's, from 0.
         text: for the user.
         reasoning: what the model thought, before its text.
-        parts: both, and what else a parser of replies found, in order; empty without one.
+        parts: both, and calls of tools, in order; empty if the answer is not taken apart.
         logprobs, top_logprobs: one entry for each of `tokens`, if requested.
         prompt_logprobs, prompt_top_logprobs: one entry for each prompt token after
             the first; only in sample 0's first delta, if requested.
@@ -78,23 +79,20 @@ class Sample:
         min_tokens: int = 0,
         tops: int = 0,
         prompt_tops: int | None = None,
-        parser: replies.ReplyParser | None = None,
-        show_reasoning: bool = True,
+        reading: Reading | None = None,
         only_prompt: bool = False,
     ) -> None:
         """Args:
         min_tokens: stop strings within the first so many tokens end nothing.
         tops, prompt_tops: most likely tokens that the caller wants beside each
             log-probability; the engine may report more.
-        parser: takes the text apart; None passes it on.
+        reading: takes the text apart; None passes it on.
         only_prompt: the caller wants none of the tokens.
         """
         self.index = index
         self._min_tokens = min_tokens
         self._tops = tops
         self._prompt_tops = prompt_tops
-        self._parser = parser
-        self._show_reasoning = show_reasoning
         self._only_prompt = only_prompt
         self._count = 0
         self.finish: FinishReason | None = None
@@ -103,6 +101,7 @@ class Sample:
         self._detokenizer = Detokenizer(tokens, continues=True)
         self._stops = StopStrings(stops)
         self._stop_token_ids = stop_token_ids
+        self._reading = reading
 
     def delta(self, output: SequenceOutput) -> Delta:
         """Convert an output of the engine."""
@@ -122,11 +121,10 @@ class Sample:
             text += stops.flush()
         if stops.stopped:
             finish = "stop"
-        self.finish = finish
         parts: Sequence[replies.Delta] = ()
-        if self._parser is not None:
-            parts = self._parts(self._parser, text, ended=finish is not None)
-            text = "".join(part.text for part in parts if isinstance(part, replies.Content))
+        if self._reading is not None:
+            text, parts, finish = self._reading.read(text, finish)
+        self.finish = finish
         return Delta(
             index=self.index,
             text=text,
@@ -141,15 +139,6 @@ class Sample:
             reasoning="".join(p.text for p in parts if isinstance(p, replies.Reasoning)),
             parts=parts,
         )
-
-    def _parts(
-        self, parser: replies.ReplyParser, text: str, *, ended: bool
-    ) -> list[replies.Delta]:
-        """A text taken apart."""
-        parts = [*parser.feed(text), *(parser.finish() if ended else ())]
-        if self._show_reasoning:
-            return parts
-        return [part for part in parts if not isinstance(part, replies.Reasoning)]
 
     def _feed(self, output: SequenceOutput) -> tuple[str, int]:
         """Text of an output's tokens, and how many tokens there are up to the one that

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from veneer_registry.errors import ContextTooLong, InvalidField, TemplateFailed
 
 from veneer_server.text.lanes import Lanes
 from veneer_server.text.replies.thinking import OPEN, Thinking, thinking_of
+from veneer_server.text.replies.tools.families import Family, family_of, knows_tools
 from veneer_server.text.templates.options import TemplateOptions
 from veneer_server.text.templates.template import ChatTemplate, read_base_template
+from veneer_server.text.templates.tool_words import in_words, needs_words
 from veneer_server.text.templates.uploaded import UploadedTemplates
 from veneer_server.text.tokenizer import TextTokenizer
 
@@ -80,8 +82,8 @@ class Prompts:
         """
         self.tokenizer = TextTokenizer.from_folder(folder)
         source, special = read_base_template(folder)
+        self._base_source = source
         self._base = ChatTemplate(source, special) if source is not None else None
-        self._base_source = source or ""
         self._reasoning = reasoning
         self._uploaded = UploadedTemplates(special)
         self._lanes = Lanes()
@@ -123,10 +125,11 @@ class Prompts:
 
     async def from_messages(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         adapter_template: str | None,
         room: Room,
         caller: str = "",
+        tools: Sequence[Mapping[str, Any]] = (),
         *,
         options: TemplateOptions = _PLAIN,
     ) -> Prompt:
@@ -134,6 +137,7 @@ class Prompts:
 
         Args:
             caller: its connection; callers with slow templates take turns.
+            tools: for the template; one that does not know tools gets them as text.
             options: for the template.
 
         Raises:
@@ -141,9 +145,11 @@ class Prompts:
             QueueFull: too many requests wait for the adapter's template.
             ContextTooLong, TooManyTokens, InvalidField: as `from_text`.
         """
+        if needs_words(messages, tools) and not knows_tools(self._source(adapter_template)):
+            messages, tools = in_words(messages, tools), ()
         if adapter_template is not None:
             text = await self._uploaded.render(
-                adapter_template, messages, caller, options=options
+                adapter_template, messages, caller, tools, options=options
             )
         elif (base := self._base) is None:
             raise TemplateFailed(
@@ -153,15 +159,31 @@ class Prompts:
             )
         else:
             size = sum(len(message["content"]) for message in messages)
-            text = await self._lanes.run(size, lambda: base.render(messages, options=options))
+            text = await self._lanes.run(
+                size, lambda: base.render(messages, tools, options=options)
+            )
         ids = await self._tokenize(text, room, "messages", add_special_tokens=False)
         checked = self._checked(ids, "messages", room.vocab_size)
-        source = self._base_source if adapter_template is None else adapter_template
+        source = self._source(adapter_template) or ""
         thinking = Thinking.NONE
         if self._reasoning == "think" or (self._reasoning == "auto" and OPEN in source):
             begun = messages[-1]["content"] if options.continue_final else ""
             thinking = thinking_of(text, begun)
         return Prompt(text, checked, thinking)
+
+    def family(self, adapter_template: str | None, chosen: str = "auto") -> Family | None:
+        """The format of tool calls that an adapter's template, or else the base's, asks for.
+
+        Args:
+            chosen: by the operator, for templates that know tools; ``none``: read none.
+        """
+        template = self._source(adapter_template)
+        if chosen == "auto" or (chosen != "none" and not knows_tools(template)):
+            return family_of(template)
+        return None if chosen == "none" else Family(chosen)
+
+    def _source(self, adapter_template: str | None) -> str | None:
+        return self._base_source if adapter_template is None else adapter_template
 
     async def from_ids(self, ids: Sequence[int], room: Room, *, with_text: bool) -> Prompt:
         """Check token ids against the model's vocabulary. Their number must have been checked.

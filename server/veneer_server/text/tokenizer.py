@@ -190,6 +190,12 @@ class TextTokenizer:
         """The token as the vocabulary spells it, such as ``<|im_end|>``; empty if unknown."""
         return self._rust.id_to_token(token) or ""
 
+    def special_ids(self, names: Iterable[str]) -> dict[int, bytes]:
+        """Those of some texts that are special tokens, by id. The text of an answer has none,
+        but a parser may need to see them."""
+        found = {self._rust.token_to_id(name): name.encode() for name in names}
+        return {token: name for token, name in found.items() if token in self._special}
+
     def token_label(self, token: int) -> str:
         """A token's label in log-probabilities; no two tokens share a label.
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from types import FrameType
-from typing import BinaryIO, Final, cast
+from typing import Any, BinaryIO, Final, cast
 
 import msgspec
 from veneer_registry.errors import TemplateFailed
@@ -62,12 +62,13 @@ class Job(msgspec.Struct, frozen=True, array_like=True):
 
     source: str
     special_tokens: dict[str, str]
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
     compile_limit_s: float
     limit_s: float
     kwargs: str = "{}"
     add_generation_prompt: bool = True
     continue_final: bool = False
+    tools: list[dict[str, Any]] = []
 
     @property
     def options(self) -> TemplateOptions:
@@ -121,7 +122,7 @@ def _do(job: Job, compiled: Recent[str, ChatTemplate]) -> Done:
             compiled[job.source] = template
         doing = TooSlow.RENDERING
         with _limited(job.limit_s):
-            return Done(template.render(job.messages, options=job.options))
+            return Done(template.render(job.messages, job.tools, options=job.options))
     except TemplateFailed as error:
         return Done(error=error.message, cause=cast(Cause, error.metadata["cause"]))
     except _Interrupted:

@@ -111,21 +111,25 @@ class ChatTemplate:
 
     def render(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
         *,
         options: TemplateOptions = _PLAIN,
     ) -> str:
         """The prompt for an assistant's answer to ``messages`` (role, content, perhaps
-        reasoning), or for more of the last one.
+        reasoning and calls), or for more of the last one.
+
+        Args:
+            tools: in OpenAI's form; without any, the template's ``tools`` is undefined.
 
         Raises:
             TemplateFailed: the template rejects these messages, or exceeds a bound.
         """
         if not options.continue_final:
-            return self._render(messages, options)
+            return self._render(messages, tools, options)
         *before, last = messages
         open_end = {**last, "content": last["content"] + _OPEN_END}
-        text = self._render([*before, open_end], options)
+        text = self._render([*before, open_end], tools, options)
         end = text.rfind(_OPEN_END)
         if end < 0:
             raise _failed(
@@ -135,14 +139,21 @@ class ChatTemplate:
             )
         return text[:end]
 
-    def _render(self, messages: Sequence[Mapping[str, str]], options: TemplateOptions) -> str:
+    def _render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]],
+        options: TemplateOptions,
+    ) -> str:
         pieces: list[str] = []
         size = 0
+        offered = {"tools": tools} if tools else {}
         try:
             for piece in self._template.generate(
                 {
                     **options.kwargs,
                     **self._special,
+                    **offered,
                     "messages": messages,
                     "add_generation_prompt": options.add_generation_prompt,
                 }

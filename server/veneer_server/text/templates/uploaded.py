@@ -19,7 +19,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 from veneer_registry.errors import TemplateFailed
@@ -92,8 +92,9 @@ class UploadedTemplates:
     async def render(
         self,
         source: str,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         caller: str = "",
+        tools: Sequence[Mapping[str, Any]] = (),
         *,
         options: TemplateOptions = _PLAIN,
     ) -> str:
@@ -101,6 +102,7 @@ class UploadedTemplates:
 
         Args:
             caller: its connection.
+            tools: see `ChatTemplate.render`.
 
         Raises:
             TemplateFailed: the template rejects these messages, or exceeded a limit.
@@ -117,6 +119,7 @@ class UploadedTemplates:
             kwargs=json.dumps(options.kwargs),
             add_generation_prompt=options.add_generation_prompt,
             continue_final=options.continue_final,
+            tools=[dict(each) for each in tools],
         )
         tries = _TRIES
         try:

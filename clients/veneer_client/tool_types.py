@@ -1,0 +1,59 @@
+"""Tools that a model may call, and its calls: frozen records, no protobuf."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+__all__ = ["Tool", "ToolCall", "ToolCallDelta", "ToolMode"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that the model may call; you run it, and send its result.
+
+    Attributes:
+        parameters: the JSON schema of an object; None if it has no arguments.
+    """
+
+    name: str
+    description: str = ""
+    parameters: Mapping[str, object] | None = None
+
+
+class ToolMode(Enum):
+    """Whether the model calls a tool."""
+
+    AUTO = "auto"
+    NONE = "none"
+    REQUIRED = "required"
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that the model has made.
+
+    Attributes:
+        id: the result's message has it as ``tool_call_id``.
+        arguments: JSON text as the model wrote it, which need not be valid unless the call
+            was forced.
+    """
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """A piece of a call in a stream: the first one has id and name, the others arguments.
+
+    Attributes:
+        index: of the call within its answer, from 0.
+    """
+
+    index: int
+    id: str
+    name: str
+    arguments: str

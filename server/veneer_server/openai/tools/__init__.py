@@ -1,0 +1,1 @@
+"""Tools in OpenAI's form: how requests name them, and how answers hold their calls."""

@@ -1,0 +1,77 @@
+"""JSON schemas of forced calls: one tool's arguments, or a list of calls."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+__all__ = ["arguments_schema", "calls_schema"]
+
+_MAPS: Final = frozenset(
+    {"properties", "patternProperties", "dependentSchemas", "$defs", "definitions"}
+)
+"""Members whose value maps names to schemas; the names may be anything, ``$ref`` included."""
+_VALUES: Final = frozenset({"const", "default", "enum", "example", "examples"})
+"""Members that hold values, not schemas."""
+_SAYS_MORE: Final = frozenset(
+    {"$ref", "additionalProperties", "allOf", "anyOf", "oneOf", "patternProperties"}
+)
+
+
+def arguments_schema(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The schema of a tool's arguments: an object, and without members that the tool does not
+    have unless it says that it takes others. A tool without parameters has no arguments."""
+    schema = {"type": "object", **(parameters or {})}
+    if not schema.keys() & _SAYS_MORE:
+        schema["additionalProperties"] = False
+    return schema
+
+
+def calls_schema(
+    tools: Sequence[tuple[str, Mapping[str, Any] | None]], *, parallel: bool
+) -> str:
+    """The schema, as JSON, of a list of at least one call.
+
+    Args:
+        tools: names and parameters.
+        parallel: allow more than one call.
+    """
+    calls, parts = [], {}
+    for number, (name, parameters) in enumerate(tools):
+        # Schemas may refer to parts of themselves: give each a place of its own.
+        part = f"tool{number}"
+        parts[part] = _moved(arguments_schema(parameters), f"#/$defs/{part}")
+        calls.append(
+            {
+                "type": "object",
+                "properties": {
+                    "name": {"const": name},
+                    "arguments": {"$ref": f"#/$defs/{part}"},
+                },
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+        )
+    schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
+    if not parallel:
+        schema["maxItems"] = 1
+    return json.dumps({**schema, "$defs": parts})
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """A schema with its references to itself changed to a new place. As deep as the schema is
+    nested, which is bounded."""
+    if isinstance(schema, list):
+        return [_moved(each, place) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {}
+    for name, value in schema.items():
+        if name == "$ref" and isinstance(value, str) and value.startswith("#"):
+            moved[name] = place + value[1:]
+        elif name in _MAPS and isinstance(value, dict):
+            moved[name] = {key: _moved(each, place) for key, each in value.items()}
+        else:
+            moved[name] = value if name in _VALUES else _moved(value, place)
+    return moved
