@@ -12,7 +12,7 @@ endif
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install base demo test check protos check-python check-cpp protos-check client-sync audit bench bench-guard bench-kernels format-cpp sanitize mutants test-matrix test-matrix-quick test-numeric torture-quick torture attacks attacks-quick docs-check terminal-svg tools packages dashboard docker-lint wheel wheel-arm wheel-check image-replay clean
+.PHONY: help install base demo test check protos check-python check-cpp protos-check client-sync audit bench bench-guard bench-kernels format-cpp sanitize mutants test-matrix test-matrix-quick test-numeric torture-quick torture attacks attacks-quick docs-check terminal-svg tools clients packages dashboard docker-lint wheel wheel-arm wheel-check image-replay clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -124,7 +124,7 @@ docs-check: base ## Every command of README and docs, slow ones too, beside what
 terminal-svg: base ## Record README's picture anew: a session in a terminal
 	$(BIN)/python -m tests.docs.terminal docs/terminal.svg
 
-tools: .cache/tools/usr/bin/prometheus .cache/tools/arm/usr/bin/qemu-aarch64 packages ## Bring what the tests need from Debian: Prometheus, a compiler and an emulator for ARM, Chromium, strace
+tools: .cache/tools/usr/bin/prometheus .cache/tools/arm/usr/bin/qemu-aarch64 packages clients ## Bring what the tests need: Prometheus, a compiler and an emulator for ARM, Chromium, strace, clients in other languages
 
 # Unpacked, not installed: no root, no service that starts.
 .cache/tools/usr/bin/prometheus:
@@ -169,6 +169,53 @@ wheel: ## Build the wheel, with compiled kernels where there is a C++ compiler, 
 	@ls dist/*.whl
 	@if test -x $(BIN)/python; then $(BIN)/python deploy/sbom.py dist/*.whl; \
 	else echo 'no SBOM was written: `make install` first'; fi
+
+# The examples in Go and TypeScript, generated from proto/ and built. Go and its libraries are
+# unpacked from Debian 13; npm brings those for TypeScript, where there is npm.
+CLIENTS := .cache/clients
+GO_TOOLS := .cache/tools/go/usr
+GO_PACKAGES := golang-1.24-go golang-1.24-src golang-google-grpc-dev golang-google-protobuf-dev \
+  golang-google-genproto-dev golang-github-golang-protobuf-1-5-dev golang-golang-x-net-dev golang-golang-x-sys-dev \
+  golang-golang-x-text-dev protoc-gen-go-1-5 protoc-gen-go-grpc
+clients: $(CLIENTS)/go/client $(if $(shell command -v npm),$(CLIENTS)/typescript/dist/client.js) ## Generate and build the example clients in Go and TypeScript
+	@command -v npm >/dev/null || echo 'no npm: the client in TypeScript is not built'
+
+$(GO_TOOLS)/bin/protoc-gen-go:
+	mkdir -p .cache/tools/go
+	cd .cache/tools/go && { apt-get download -q $(GO_PACKAGES) || \
+	  { apt-get update -q && apt-get download -q $(GO_PACKAGES); }; }
+	cd .cache/tools/go && for deb in *.deb; do dpkg-deb -x $$deb .; done
+	rm .cache/tools/go/*.deb
+
+# By GOPATH, not as a module: what Debian ships is used as it lies there.
+$(CLIENTS)/go/client: $(GO_TOOLS)/bin/protoc-gen-go $(wildcard examples/clients/go/*) $(PROTOS) | install
+	rm -rf $(CLIENTS)/go/src
+	PATH=$(CURDIR)/$(GO_TOOLS)/bin:$$PATH $(BIN)/buf generate proto \
+	  --template examples/clients/go/buf.gen.yaml -o $(CLIENTS)/go/src/veneer
+	GOROOT=$(CURDIR)/$(GO_TOOLS)/lib/go-1.24 GO111MODULE=off GOENV=off GOFLAGS= CGO_ENABLED=0 \
+	  GOCACHE=$(CURDIR)/$(CLIENTS)/go/cache \
+	  GOPATH=$(CURDIR)/$(CLIENTS)/go:$(CURDIR)/$(GO_TOOLS)/share/gocode \
+	  $(GO_TOOLS)/lib/go-1.24/bin/go build -o $@ examples/clients/go/main.go
+
+$(CLIENTS)/typescript/node_modules/.package-lock.json: examples/clients/typescript/package-lock.json
+	mkdir -p $(CLIENTS)/typescript
+	cp examples/clients/typescript/package*.json $(CLIENTS)/typescript
+	cd $(CLIENTS)/typescript && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error
+	touch $@
+
+# The messages of google.rpc, which errors carry, are those of a Python dependency.
+$(CLIENTS)/typescript/dist/client.js: $(CLIENTS)/typescript/node_modules/.package-lock.json \
+  $(wildcard examples/clients/typescript/*) $(PROTOS) | install
+	cp examples/clients/typescript/client.ts examples/clients/typescript/tsconfig.json $(CLIENTS)/typescript
+	rm -rf $(CLIENTS)/typescript/gen $(CLIENTS)/typescript/dist
+	mkdir -p $(CLIENTS)/googleapis/google/rpc
+	cp "$$($(BIN)/python -c 'from google.rpc import error_details_pb2 as made; print(made.__file__[:-7])').proto" \
+	  $(CLIENTS)/googleapis/google/rpc
+	for protos in proto $(CLIENTS)/googleapis; do \
+	  PATH=$(CURDIR)/$(CLIENTS)/typescript/node_modules/.bin:$$PATH $(BIN)/buf generate $$protos \
+	    --template examples/clients/typescript/buf.gen.yaml -o $(CLIENTS)/typescript || exit 1; \
+	done
+	cd $(CLIENTS)/typescript && node_modules/.bin/tsc
 
 # The compiler that make tools unpacks.
 wheel-arm: ## Cross-compile the wheel for 64-bit ARM

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import grpc
-from grpc_reflection.v1alpha import reflection
 from veneer_proto.v1 import adapters_pb2_grpc, inference_pb2_grpc, server_pb2_grpc
 from veneer_registry.errors import VeneerError
 
@@ -31,6 +30,7 @@ from veneer_server.rpc.health import SERVICES, Health
 from veneer_server.rpc.inference_service import GENERATE_METHODS, InferenceService
 from veneer_server.rpc.interceptors import CallInterceptor
 from veneer_server.rpc.open_calls import OpenCalls
+from veneer_server.rpc.reflection import enable_reflection
 from veneer_server.rpc.server_service import ServerService
 from veneer_server.rpc.transport.channel import channel_options
 from veneer_server.rpc.transport.connections import Connections
@@ -245,9 +245,7 @@ class Doors:
         about: Any = self._about
         server_pb2_grpc.add_ServerServiceServicer_to_server(about, server)
         await self._health.add_to(server)
-        reflection.enable_server_reflection(
-            [*SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME], server
-        )
+        enable_reflection([*SERVICES, "grpc.health.v1.Health"], server)
         try:
             if self._certificates is None:
                 port = server.add_insecure_port(str(wanted))

@@ -56,6 +56,7 @@ _GRPC: Final[Mapping[str, Mapping[str, frozenset[Role]]]] = {
         "GetUsage": _ADMINS,
     },
     "grpc.health.v1.Health": {"Check": OPEN, "Watch": OPEN, "List": OPEN},
+    "grpc.reflection.v1.ServerReflection": {"ServerReflectionInfo": _ANY},
     "grpc.reflection.v1alpha.ServerReflection": {"ServerReflectionInfo": _ANY},
 }
 

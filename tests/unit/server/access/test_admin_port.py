@@ -40,7 +40,7 @@ DELETE = adapters_pb2.DeleteAdapterRequest(name="none")
 KINDS = ("no key", "wrong or expired key", *ROLES)
 NAMES = {
     "Health": "grpc.health.v1.Health",
-    "ServerReflection": "grpc.reflection.v1alpha.ServerReflection",
+    "ServerReflection": "grpc.reflection.v1.ServerReflection",
 }
 """Services that are not ``veneer.v1``'s."""
 REFUSED = {"UNAUTHENTICATED": "401", "PERMISSION_DENIED": "403"}

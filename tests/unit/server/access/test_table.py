@@ -192,13 +192,24 @@ class Guarded:
         call: Any = getattr(stubs[service], name.split()[0])
         if name == "UploadAdapter":
             await call(iter([adapters_pb2.UploadAdapterRequest()]), metadata=metadata)
-        elif name == "ServerReflectionInfo":
+        elif name.startswith("ServerReflectionInfo"):
             wanted = reflection_pb2.ServerReflectionRequest(list_services="*")
+            if not name.endswith("v1alpha"):
+                call = v1_reflection(front)
             await first(call(iter([wanted]), metadata=metadata))
         elif name.split()[0] in ("WatchAdapters", "Watch", "GenerateStream"):
             await first(call(asking(method, adapter), metadata=metadata))
         else:
             await call(asking(method, adapter), metadata=metadata)
+
+
+def v1_reflection(front: Front) -> Any:
+    """The call, whose messages are v1alpha's."""
+    return front.channel.stream_stream(
+        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+        request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+        response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+    )
 
 
 def asking(method: str, adapter: str) -> Any:

@@ -171,6 +171,7 @@ async def running(
     *,
     loading: bool = False,
     credentials: grpc.ChannelCredentials | None = None,
+    engine: type[FakeEngine] = FakeEngine,
     **flags: str,
 ) -> AsyncIterator[Front]:
     """Start an app; stop it at the end and check that it ended cleanly.
@@ -178,6 +179,7 @@ async def running(
     Args:
         loading: keep its engine loading until `load_gate` is opened.
         credentials: of the client's channel; None for plain text.
+        engine: what is made in the engine's place.
     """
     port_file = _port_file(data)
     config = load_config(
@@ -198,7 +200,7 @@ async def running(
     engines: list[FakeEngine] = []
 
     def make_engine(*args: Any, **kwargs: Any) -> Any:
-        engines.append(FakeEngine(*args, **kwargs))
+        engines.append(engine(*args, **kwargs))
         if loading:
             engines[0].load_gate.clear()
             made.set()

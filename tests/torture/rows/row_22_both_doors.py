@@ -1,0 +1,98 @@
+"""Row 22: random requests through gRPC and HTTP, whole and streamed.
+
+All four answers have the text, the usage, the finish reasons and the log-probabilities that a
+plain reference computes from the tokens: emoji and other characters are cut at every token, by
+`max_tokens` and by stop strings, some bytes never become a character, tokens are split over
+outputs at random. Prompts as text, as ids that begin and end within characters, several at
+once, and chats; adapters, one of which has a template; several samples; echo. The real front
+process on real sockets, with a FAKE engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Final
+
+from veneer_server.models.source import import_bundled
+from veneer_server.openai import chat
+from veneer_server.rpc import inference_service
+from veneer_server.serving import generation, samples
+from veneer_server.text import detokenizer
+
+from tests.places import cache_dir
+from tests.planted import planted
+from tests.torture.doors.judge import Report, ask_both_doors
+from tests.torture.row import Control, Outcome, Scale
+
+__all__ = ["ROW", "TITLE", "controls", "run"]
+
+ROW = 22
+TITLE = "both doors"
+BAR: Final = "all four answers are what a plain reference says"
+
+PLANTED: Final[tuple[tuple[str, ModuleType, str, str], ...]] = (
+    (
+        "a character that max_tokens cuts is dropped",
+        detokenizer,
+        'return self._decoder.decode(b"", final=True)',
+        'return self._decoder.decode(b"", final=False)',
+    ),
+    (
+        "text that looked like a stop string is lost at the end",
+        samples,
+        "text += stops.flush()",
+        'text += ""',
+    ),
+    (
+        "a stream over HTTP has no scores for a token without text",
+        chat,
+        "if text or tokens:",
+        "if text:",
+    ),
+    (
+        "a stream over gRPC repeats the prompt",
+        inference_service,
+        'prefixes[delta.index] = ""',
+        'prefixes[delta.index] += ""',
+    ),
+    (
+        "tokens past a stop string are counted",
+        generation,
+        "self._count(sample, output, len(delta.tokens), now)",
+        "self._count(sample, output, len(output.tokens), now)",
+    ),
+)
+
+
+def run(scale: Scale) -> Outcome:
+    """10,000 requests, or 150."""
+    report = _asked(scale, scale.pick(150, 10_000))
+    return Outcome(
+        figure=(
+            f"{report.cases} requests, each four times: {report.choices} choices, "
+            f"{report.tokens} tokens; {report.cut} end in a cut character, {report.stopped} "
+            f"at a stop string"
+        ),
+        bar=BAR,
+        failures=tuple(report.failures),
+    )
+
+
+def controls(scale: Scale) -> Iterator[Control]:
+    """Each is to be seen within 150 requests."""
+    for name, module, old, new in PLANTED:
+        place = Scale(scale.full, scale.seed, scale.folder(name.replace(" ", "-")))
+        with planted(module, old, new):
+            report = _asked(place, 150, until_one=True)
+        yield Control.of(name, Outcome("", BAR, failures=tuple(report.failures)))
+
+
+def _asked(scale: Scale, count: int, *, until_one: bool = False) -> Report:
+    logging.getLogger("veneer_server").addHandler(logging.NullHandler())
+    base: Path = import_bundled(cache_dir()).path
+    folder, rng = scale.folder("doors"), scale.random("doors")
+    return asyncio.run(ask_both_doors(base, folder, rng, count, until_one=until_one))
