@@ -24,7 +24,15 @@ from veneer_registry.errors import InvalidField
 from veneer_server.serving.checks import MAX_BIAS, MAX_BIASES, MAX_MESSAGES
 from veneer_server.wire.sampling import FRACTIONS
 
-__all__ = ["ChatFields", "CommonFields", "CompletionFields", "Message", "parse_fields"]
+__all__ = [
+    "ChatFields",
+    "CommonFields",
+    "CompletionFields",
+    "Message",
+    "RequestFields",
+    "parse_fields",
+    "with_fractions",
+]
 
 MAX_PROMPTS: Final = 128
 """Most prompts in one request; each becomes a separate generate call."""
@@ -148,8 +156,12 @@ class StructuredOutputs(_Fields):
     json_object: bool = False
 
 
-class CommonFields(_Fields):
-    """Fields of both endpoints, except those that `_with_fractions` adds. Ranges that gRPC has
+class RequestFields(_Fields):
+    """Fields of a whole request."""
+
+
+class CommonFields(RequestFields):
+    """Fields of both endpoints, except those that `with_fractions` adds. Ranges that gRPC has
     too are checked in code shared with it."""
 
     model: str = Field(min_length=1, max_length=512)
@@ -227,17 +239,17 @@ class Message(_Fields):
         return "".join(texts)
 
 
-FieldsT = TypeVar("FieldsT", bound=CommonFields)
+FieldsT = TypeVar("FieldsT", bound=RequestFields)
 
 
-def _with_fractions(kind: type[FieldsT]) -> type[FieldsT]:
+def with_fractions(kind: type[FieldsT]) -> type[FieldsT]:
     """Add the sampling options that are fractions: OpenAI and vLLM use the same names for them
     as our table."""
     fractions: Any = dict.fromkeys(FRACTIONS, (float | None, None))
     return create_model(kind.__name__, __base__=kind, __doc__=kind.__doc__, **fractions)
 
 
-@_with_fractions
+@with_fractions
 class ChatFields(CommonFields):
     """``POST /v1/chat/completions``."""
 
@@ -247,7 +259,7 @@ class ChatFields(CommonFields):
     top_logprobs: _Count = 0
 
 
-@_with_fractions
+@with_fractions
 class CompletionFields(CommonFields):
     """``POST /v1/completions``.
 
@@ -297,7 +309,7 @@ def parse_fields(kind: type[FieldsT], given: object) -> FieldsT:
         raise _refusal(kind, error) from error
 
 
-def _check_unserved(kind: type[CommonFields], name: str, value: object) -> None:
+def _check_unserved(kind: type[RequestFields], name: str, value: object) -> None:
     known = REFUSED.get(name)
     if known is not None:
         neutral, instead = known
@@ -313,7 +325,7 @@ def _check_unserved(kind: type[CommonFields], name: str, value: object) -> None:
     )
 
 
-def _refusal(kind: type[CommonFields], error: ValidationError) -> InvalidField:
+def _refusal(kind: type[RequestFields], error: ValidationError) -> InvalidField:
     """The first problem as a sentence; for a union, that of its first member."""
     first = error.errors(include_url=False, include_input=False)[0]
     path = ""
