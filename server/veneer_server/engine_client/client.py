@@ -166,9 +166,9 @@ class EngineClient:
 
     def _up(self, info: EngineInfo) -> None:
         self.info = info
-        self._residents.restore(info.adapter_itemsize)
         if self.paused:  # before the process is asked for anything else
             self._supervisor.write(Pause(next(self._numbers), paused=True))
+        self._residents.restore(info.adapter_itemsize)
 
     # ------------------------------------------------------------------ messages
 
@@ -338,9 +338,16 @@ class EngineClient:
     async def pause(self, paused: bool) -> None:
         """Run no step from when this returns, until it is called with False. Sequences keep
         their places, blocks and adapters, and new requests wait. Also after a restart of the
-        engine."""
+        engine.
+
+        Raises:
+            EngineFailed, ModelLoading: there is no engine to pause.
+        """
+        if paused:
+            self._check_ready()
         self.paused = paused
-        await self._operate(lambda number: Pause(number, paused))
+        if self._supervisor.connection is not None:  # one that starts later is not paused
+            await self._operate(lambda number: Pause(number, paused))
 
     def _take_budgets(self, budgets: BudgetsState) -> None:
         host, device = budgets.host_budget, budgets.device_budget
