@@ -17,13 +17,14 @@ async def test_requests_wait_and_are_answered_after(
     front: Front, http: httpx.AsyncClient
 ) -> None:
     whole = (await post(http, TEXT, seed=1, max_tokens=6)).json()["choices"]
-    front.engine.pace = asyncio.Semaphore(2)
+    gate = front.engine.pace = asyncio.Semaphore(2)
     running = asyncio.create_task(post(http, TEXT, seed=1, max_tokens=6))
     await until(lambda: front.engine.in_flight == 1)
     paused = await http.post("/pause", params={"mode": "keep", "clear_cache": "true"})
     assert (paused.status_code, paused.json()) == (200, {"status": "paused"})
     assert (await http.get("/is_paused")).json() == {"is_paused": True}
-    front.engine.pace = None
+    for _ in range(100):
+        gate.release()
     new = asyncio.create_task(post(http, TEXT, seed=1, max_tokens=6))
     await until(lambda: front.engine.in_flight == 2)
     assert (await http.get("/health")).status_code == 200

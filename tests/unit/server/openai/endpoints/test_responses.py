@@ -184,6 +184,11 @@ async def test_openais_client_streams_and_parses(
             model="style", input="Hi", max_output_tokens=4
         )
         assert raw.headers["veneer-revision"]
+        # Its helper takes no response.incomplete for an end.
+        front.engine.script = [
+            SequenceOutput(1, [1000]),
+            SequenceOutput(1, [1001], finish="stop"),
+        ]
         async with client.responses.stream(
             model="style", input="Hi", max_output_tokens=4, store=False
         ) as stream:
@@ -191,6 +196,7 @@ async def test_openais_client_streams_and_parses(
                 [e.delta async for e in stream if e.type == "response.output_text.delta"]
             )
             assert (await stream.get_final_response()).output_text == text
+        front.engine.script = None
         with pytest.raises(BadRequestError) as refused:
             await client.responses.create(
                 model="style", input="Hi", previous_response_id=whole.id
