@@ -336,13 +336,8 @@ class EngineClient:
         return done.budgets
 
     async def pause(self, paused: bool) -> None:
-        """Run no step from when this returns, until it is called with False. Sequences keep
-        their places, blocks and adapters, and new requests wait. Also after a restart of the
-        engine.
-
-        Raises:
-            EngineFailed, ModelLoading: there is no engine to pause.
-        """
+        """Run no step from when this returns, until it is called with False; see `Pause`. Also
+        after a restart of the engine. Raises if there is no engine to pause."""
         if paused:
             self._check_ready()
         self.paused = paused

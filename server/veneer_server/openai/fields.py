@@ -157,7 +157,7 @@ class StructuredOutputs(_Fields):
 
 
 class RequestFields(_Fields):
-    """Fields of a whole request."""
+    """Fields of a request, or of a part of one."""
 
 
 class CommonFields(RequestFields):

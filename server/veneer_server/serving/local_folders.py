@@ -7,13 +7,13 @@ following any: a link that is put in between is refused, not followed.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import os
 import stat
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -23,7 +23,7 @@ from veneer_registry.errors import AdapterInvalid, InvalidField, Unimplemented
 
 from veneer_server.serving.threads import to_the_end
 
-__all__ = ["LocalFile", "LocalFolders", "uploaded"]
+__all__ = ["LocalFile", "LocalFolders"]
 
 _PIECE: Final = 1 << 20
 _MOST_PATH: Final = 4096
@@ -51,6 +51,51 @@ class LocalFolders:
 
     roots: tuple[Path, ...] = ()
     most_bytes: int = 2 << 30
+    _reader: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="local-folder")
+    )
+    """One thread, so that a slow disk holds up nothing but other loads."""
+
+    @asynccontextmanager
+    async def opened(self, given: str) -> AsyncIterator[tuple[LocalFile, ...]]:
+        """The files of the adapter in a folder, open while the block runs. Raises as `open`."""
+        with ExitStack() as stack:
+            opening = self.open(given)
+            yield await to_the_end(lambda: stack.enter_context(opening), self._reader)
+
+    async def messages(
+        self, files: Sequence[LocalFile], spec: adapters_pb2.UploadSpec
+    ) -> AsyncGenerator[adapters_pb2.UploadAdapterRequest, None]:
+        """The messages of an upload of open files, as a client would send them. A file that
+        changes meanwhile does not have its SHA-256 any more, and is refused.
+
+        Args:
+            spec: all but its files.
+        """
+        for file in files:
+            found = hashlib.sha256()
+            for at in range(0, file.size, _PIECE):
+                await self._piece(file, at, found.update)
+            spec.files.add(name=file.name, size=file.size, sha256=found.hexdigest())
+        yield adapters_pb2.UploadAdapterRequest(spec=spec)
+        for file in files:
+            for at in range(0, file.size, _PIECE):
+                data = await self._piece(file, at, len)
+                chunk = adapters_pb2.UploadChunk(file=file.name, offset=at, data=data)
+                yield adapters_pb2.UploadAdapterRequest(chunk=chunk)
+
+    async def _piece(
+        self, file: LocalFile, at: int, look: Callable[[bytes], object]
+    ) -> bytes:
+        """A piece of a file, at which ``look`` has looked in the thread."""
+
+        def read() -> bytes:
+            data = os.pread(file.descriptor, min(_PIECE, file.size - at), at)
+            look(data)
+            return data
+
+        # To the end, since the descriptor may be closed and used again after it.
+        return await to_the_end(read, self._reader)
 
     @contextmanager
     def open(self, given: str) -> Iterator[tuple[LocalFile, ...]]:
@@ -132,34 +177,6 @@ class LocalFolders:
             finally:
                 os.close(descriptor)
         return None
-
-
-async def uploaded(
-    files: Sequence[LocalFile], spec: adapters_pb2.UploadSpec
-) -> AsyncIterator[adapters_pb2.UploadAdapterRequest]:
-    """The messages of an upload of open files, as a client would send them. A file that
-    changes meanwhile does not have its digest any more, and is refused.
-
-    Args:
-        spec: all but its files.
-    """
-    for file in files:
-        digest = await to_the_end(lambda file=file: _digest(file))  # type: ignore[misc]
-        spec.files.add(name=file.name, size=file.size, sha256=digest)
-    yield adapters_pb2.UploadAdapterRequest(spec=spec)
-    for file in files:
-        for at in range(0, file.size, _PIECE):
-            length = min(_PIECE, file.size - at)
-            data = await asyncio.to_thread(os.pread, file.descriptor, length, at)
-            chunk = adapters_pb2.UploadChunk(file=file.name, offset=at, data=data)
-            yield adapters_pb2.UploadAdapterRequest(chunk=chunk)
-
-
-def _digest(file: LocalFile) -> str:
-    digest = hashlib.sha256()
-    for at in range(0, file.size, _PIECE):
-        digest.update(os.pread(file.descriptor, min(_PIECE, file.size - at), at))
-    return digest.hexdigest()
 
 
 def _check_kind(name: str, mode: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, Literal
@@ -17,7 +17,6 @@ from veneer_server.openai.endpoints.json_endpoint import Answering, JsonEndpoint
 from veneer_server.openai.fields import RequestFields, parse_fields
 from veneer_server.openai.http.asgi import Reply
 from veneer_server.serving.checks import invalid
-from veneer_server.serving.local_folders import uploaded
 from veneer_server.serving.tenants.visible import Visible
 from veneer_server.serving.threads import to_the_end
 from veneer_server.serving.who import CALLER
@@ -85,14 +84,15 @@ class LoadEndpoint(JsonEndpoint):
             activate=True,
             allow_replace=fields.load_inplace,
         )
-        with ExitStack() as opened:
-            opening = core.local.open(fields.lora_path)
-            files = await to_the_end(lambda: opened.enter_context(opening))
-            try:
-                async with home.uploads.receive(uploaded(files, spec)) as (_, upload):
-                    published = await home.changes.publish(upload, activate=True, who=_who())
-            except AdapterExists:  # meanwhile
-                raise _loaded(name) from None
+        try:
+            async with (
+                core.local.opened(fields.lora_path) as files,
+                aclosing(core.local.messages(files, spec)) as messages,
+                home.uploads.receive(messages) as (_, upload),
+            ):
+                published = await home.changes.publish(upload, activate=True, who=_who())
+        except AdapterExists:  # meanwhile
+            raise _loaded(name) from None
         await reply.text(f"Success: LoRA adapter '{name}' added successfully.")
         return _Changed(published.record.ref)
 

@@ -10,12 +10,12 @@ from pydantic import Field
 
 from veneer_server.openai.endpoints.core import Core
 from veneer_server.openai.endpoints.json_endpoint import Answering, JsonEndpoint
+from veneer_server.openai.endpoints.tokens import Tokenizing
 from veneer_server.openai.fields import ChatFields, Message, RequestFields, parse_fields
 from veneer_server.openai.http.asgi import Reply
 from veneer_server.openai.requests import chat_call
 from veneer_server.serving.checks import MAX_MESSAGES, invalid
 from veneer_server.serving.records import ChatMessages
-from veneer_server.serving.tokenizing import Tokenizing
 
 __all__ = ["DetokenizeEndpoint", "TokenizeEndpoint"]
 

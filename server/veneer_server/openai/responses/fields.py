@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from veneer_server.openai.fields import CommonFields, with_fractions
+from veneer_server.openai.fields import CommonFields, RequestFields, with_fractions
 
 __all__ = ["ResponseFields", "TextFormat"]
 
 
-class _Part(BaseModel):
-    """As fields of a chat, but null members stay, which means that they are unset."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-
-class TextFormat(_Part):
+class TextFormat(RequestFields):
     """The format that the answer must have."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
@@ -27,14 +21,14 @@ class TextFormat(_Part):
     strict: bool | None = None
 
 
-class TextOptions(_Part):
+class TextOptions(RequestFields):
     """``text``."""
 
     format: TextFormat | None = None
     verbosity: Literal["medium"] | None = None
 
 
-class Reasoning(_Part):
+class Reasoning(RequestFields):
     """``reasoning``."""
 
     effort: str | None = None

@@ -26,13 +26,14 @@ class Tokenizing:
         self._engine = engine
         self._tenants = tenants
 
-    async def of_text(self, text: str, adapter: str, *, add_special_tokens: bool) -> list[int]:
+    async def of_text(self, text: str, model: str, *, add_special_tokens: bool) -> list[int]:
         """Raises ContextTooLong, AdapterNotFound.
 
         Args:
-            adapter: empty for the base; any one that the caller sees gives the same tokens.
+            model: an adapter that the caller sees, or empty for the base; the tokens are the
+                same.
         """
-        await self._template(adapter)
+        await self._template(model)
         try:
             return await self._prompts.token_ids(
                 text, self._room, add_special_tokens=add_special_tokens
@@ -41,7 +42,7 @@ class Tokenizing:
             raise self._too_many(error.count) from None
 
     async def of_messages(
-        self, messages: Sequence[Mapping[str, str]], adapter: str
+        self, messages: Sequence[Mapping[str, str]], model: str
     ) -> list[int]:
         """The tokens of a chat, by the adapter's template or the base's.
 
@@ -49,7 +50,7 @@ class Tokenizing:
             ContextTooLong, AdapterNotFound: as `of_text`.
             TemplateFailed, QueueFull: as `Prompts.from_messages`.
         """
-        template = await self._template(adapter)
+        template = await self._template(model)
         try:
             prompt = await self._prompts.from_messages(
                 messages, template, self._room, CALLER.get()
@@ -58,22 +59,22 @@ class Tokenizing:
             raise self._too_many(error.count) from None
         return prompt.ids
 
-    async def text(self, ids: Sequence[int], adapter: str) -> str:
+    async def text(self, ids: Sequence[int], model: str) -> str:
         """The text of tokens. Raises InvalidField, ContextTooLong, AdapterNotFound."""
-        await self._template(adapter)
+        await self._template(model)
         info = self._engine.info
         if len(ids) > info.longest_sequence:
             room(info, None, len(ids))
         check_ids(info, "tokens", ids)
         return await self._prompts.text_of(ids)
 
-    async def _template(self, adapter: str) -> str | None:
+    async def _template(self, model: str) -> str | None:
         """The adapter's chat template; None if it has none."""
-        if not adapter:
+        if not model:
             return None
         home = await self._tenants.current()
         visible = Visible(self._tenants)
-        _, lease = visible.acquire(home, adapter, "")
+        _, lease = visible.acquire(home, model, "")
         with lease:
             return lease.record.manifest.chat_template
 
