@@ -338,7 +338,7 @@ class App:
         if self._doors.gateway is None:
             return
         # Imported here, since its dependencies are an optional extra.
-        from veneer_server.openai.generate import Loaded
+        from veneer_server.openai.endpoints.core import Loaded
 
         self._doors.gateway.answer_by(
             Loaded(generator=generator, tenants=self._tenants, engine=engine, base=base)

@@ -38,9 +38,11 @@ from veneer_server.rpc.transport.credentials import grpc_credentials
 from veneer_server.rpc.transport.later import Later
 from veneer_server.rpc.transport.receiving import Receiving
 from veneer_server.serving.calls import Calls
+from veneer_server.serving.local_folders import LocalFolders
 from veneer_server.serving.tenants.tenants import Tenants
 from veneer_server.system.hosts import AllowedHosts
 from veneer_server.telemetry.metrics import Metrics
+from veneer_server.telemetry.pages import Pages
 from veneer_server.telemetry.scrape import ScrapeServer
 
 if TYPE_CHECKING:
@@ -109,6 +111,7 @@ class Doors:
         self._quotas = quotas
         self._servers: list[Any] = []
         self._scraping: ScrapeServer | None = None
+        self._pages = Pages(metrics.registry)
         # Both gRPC ports share these bounds.
         self._receiving = Receiving(limit_s=config.reader_limit)
         self._open_calls = OpenCalls(watchers=config.max_watchers)
@@ -136,14 +139,19 @@ class Doors:
             on_lost=self._metrics.audit_lost.inc,
         )
         resources.callback(self._audit.close)
+        resources.callback(self._pages.close)
         metrics = await self._open_metrics(resources)
         openai = await self._open_openai(resources, connections)
         admin = await self._open_admin(resources, connections)
-        elsewhere = frozenset[str]() if admin is None else ADMIN
         grpc = await self._open_grpc(
-            resources, connections, "--listen", self._config.listen, elsewhere
+            resources, connections, "--listen", self._config.listen, self._elsewhere
         )
         return Bound(grpc, metrics, openai, admin)
+
+    @property
+    def _elsewhere(self) -> frozenset[str]:
+        """Methods that only the admin port answers."""
+        return frozenset() if self._config.admin_listen is None else ADMIN
 
     @property
     def _http_tls(self) -> ssl.SSLContext | None:
@@ -156,9 +164,12 @@ class Doors:
 
     def scrape(self, tenants: Tenants, resources: AsyncExitStack) -> None:
         """Let scrapes read the registries too, until ``resources`` is closed."""
+        if self._scraping is None and self.gateway is None:
+            return
+        self._metrics.ask(tenants)
+        resources.callback(self._pages.close)  # before the registries close
         if self._scraping is not None:
-            self._metrics.ask(tenants)
-            resources.push_async_callback(self._scraping.stop)  # before the registries close
+            resources.push_async_callback(self._scraping.stop)
 
     def answer_grpc(
         self, inference: InferenceService, adapters: AdapterService, about: ServerService
@@ -185,9 +196,7 @@ class Doors:
         if wanted is None:
             return None
         hosts = AllowedHosts(wanted, self._config.allowed_hosts)
-        scraping = ScrapeServer(
-            self._metrics.registry, hosts, access=self._access, tls=self._http_tls
-        )
+        scraping = ScrapeServer(self._pages, hosts, access=self._access, tls=self._http_tls)
         try:
             address = await scraping.start(wanted)
         except OSError as error:
@@ -266,6 +275,7 @@ class Doors:
             return None
         # Imported here, since its dependencies are an optional extra.
         from veneer_server.openai.gateway import Gateway
+        from veneer_server.openai.http.cors import Cors
 
         gateway = Gateway(
             calls=self._calls,
@@ -278,6 +288,10 @@ class Doors:
             audit=self._audit,
             tls=self._http_tls,
             quotas=self._quotas,
+            pages=self._pages,
+            cors=Cors(self._config.cors_origin),
+            local=LocalFolders(self._config.lora_root, self._config.max_adapter_bytes),
+            elsewhere=self._elsewhere,
         )
         try:
             address = await gateway.start(wanted)

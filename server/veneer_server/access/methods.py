@@ -11,7 +11,7 @@ from typing import Final
 
 from veneer_server.access.principal import ROLES, Role
 
-__all__ = ["ADMIN", "AUDITED", "METHODS", "OPEN", "SCRAPE", "roles_for"]
+__all__ = ["ADMIN", "AUDITED", "HTTP_PATHS", "METHODS", "OPEN", "SCRAPE", "roles_for"]
 
 OPEN: Final[frozenset[Role]] = frozenset()
 """Anybody may call it, also without a credential."""
@@ -24,6 +24,7 @@ _READERS: Final[frozenset[Role]] = frozenset({"inference", "publisher"})
 _PUBLISHERS: Final[frozenset[Role]] = frozenset({"publisher"})
 _ADMINS: Final[frozenset[Role]] = frozenset({"admin"})
 _OPERATORS: Final[frozenset[Role]] = frozenset({"operator"})
+_SCRAPERS: Final[frozenset[Role]] = frozenset({"metrics"})
 
 SCRAPE: Final = "scrape"
 """Any path of the metrics port."""
@@ -63,10 +64,25 @@ _GRPC: Final[Mapping[str, Mapping[str, frozenset[Role]]]] = {
 _HTTP: Final[Mapping[str, frozenset[Role]]] = {
     "POST /v1/chat/completions": _CALLERS,
     "POST /v1/completions": _CALLERS,
+    "POST /v1/responses": _CALLERS,
+    "POST /tokenize": _CALLERS,
+    "POST /detokenize": _CALLERS,
     "GET /v1/models": _READERS,
+    "POST /v1/load_lora_adapter": _PUBLISHERS,
+    "POST /v1/unload_lora_adapter": _PUBLISHERS,
+    "POST /pause": _OPERATORS,
+    "POST /resume": _OPERATORS,
+    "GET /is_paused": _ANY,
+    "GET /load": _ANY,
     "GET /version": _ANY,
+    "GET /metrics": _SCRAPERS,
     "GET /health": OPEN,
+    "GET /ping": OPEN,
+    "POST /ping": OPEN,
 }
+
+HTTP_PATHS: Final = frozenset(name.split()[1] for name in _HTTP)
+"""Paths of the HTTP gateway."""
 
 METHODS: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
     {
@@ -76,7 +92,7 @@ METHODS: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
             for name, roles in methods.items()
         },
         **_HTTP,
-        SCRAPE: frozenset[Role]({"metrics"}),
+        SCRAPE: _SCRAPERS,
     }
 )
 """By gRPC path (``/service/method``), or HTTP verb and path."""

@@ -21,9 +21,11 @@ __all__ = [
     "CPU_SECONDS",
     "FILE",
     "FOLDER",
+    "FOLDERS",
     "HOSTS",
     "HOURS",
     "NAMES",
+    "ORIGINS",
     "SECONDS",
     "SOME_SECONDS",
     "SWITCH",
@@ -219,6 +221,32 @@ def _names(value: Any) -> tuple[str, ...]:
     return tuple(name for part in parts for p in part.split(",") if (name := p.strip()))
 
 
+def _folders(value: Any) -> tuple[Path, ...]:
+    """Several absolute folders: a list, or comma-separated text."""
+    try:
+        folders = tuple(Path(name).expanduser() for name in _names(value))
+    except ValueError:
+        raise ValueError("give folders, such as /srv/adapters") from None
+    for folder in folders:
+        if not folder.is_absolute():
+            raise ValueError(f"{str(folder)!r} is not an absolute path")
+    return folders
+
+
+def _origins(value: Any) -> tuple[str, ...]:
+    """Several origins of web pages: a list, or comma-separated text."""
+    origins = tuple(name.lower().removesuffix("/") for name in _names(value))
+    for origin in origins:
+        if origin != "*" and not re.fullmatch(
+            r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?", origin
+        ):
+            raise ValueError(
+                f"{origin!r} is not an origin: give scheme, host and port, such as "
+                "https://chat.example.org or http://localhost:3000, or *"
+            )
+    return origins
+
+
 _SHORT: Final = {
     "bf16": "bfloat16",
     "fp16": "float16",
@@ -267,8 +295,10 @@ TEXT: Final = Kind("TEXT", _maybe_text)
 ADDRESS: Final = Kind("HOST:PORT", _address)
 HOSTS: Final = Kind("NAME,NAME", _hosts)
 NAMES: Final = Kind("NAME", _names)
+ORIGINS: Final = Kind("ORIGIN", _origins)
 SWITCH: Final = Kind("", _flag)
 FOLDER: Final = Kind("DIR", _path)
+FOLDERS: Final = Kind("DIR", _folders)
 FILE: Final = Kind("FILE", _path)
 BYTES: Final = Kind("BYTES", _bytes)
 HOURS: Final = Kind("HOURS", _time("hours", 8760))

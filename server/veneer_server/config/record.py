@@ -47,6 +47,11 @@ class ServerConfig:
         "", kinds.HOSTS,
         "Host names that the HTTP gateway and the metrics port accept, besides localhost and "
         "their address; * accepts any. Empty accepts any if other machines can connect.")
+    cors_origin: tuple[str, ...] = setting(
+        "", kinds.ORIGINS,
+        "Let web pages of ORIGIN, such as https://chat.example.org, call the HTTP gateway from "
+        "a browser (CORS); may be repeated, * lets all.",
+        repeated=True)
     keys_file: Path | None = setting(
         "", kinds.optional(kinds.FILE),
         "File with the API keys that callers need, made by `veneer-server key new`; empty lets "
@@ -200,6 +205,11 @@ class ServerConfig:
     allow_base_name: tuple[str, ...] = setting(
         "", kinds.NAMES,
         "Also accept adapters whose config gives NAME as their base; may be repeated.",
+        repeated=True)
+    lora_root: tuple[Path, ...] = setting(
+        "", kinds.FOLDERS,
+        "Let publishers load adapters from folders below DIR of this machine, by vLLM's "
+        "/v1/load_lora_adapter; may be repeated.",
         repeated=True)
     grace: float = setting(
         "30", kinds.SECONDS,

@@ -38,6 +38,7 @@ from veneer_server.wire.messages import (
     FromEngine,
     MatcherEnded,
     OperationDone,
+    Pause,
     Ping,
     Pong,
     Reference,
@@ -128,6 +129,7 @@ class StepLoop:
         self._transfers = Transfers(scheduler, residency, memory, self._outbox, self._ended)
         self._pace = Pace(scheduler.limits.prompt_tokens)
         self._next_check = self._clock() + CHECK_SECONDS
+        self._paused = False
         self.steps = 0
 
     def run(self) -> None:
@@ -142,7 +144,7 @@ class StepLoop:
         if not self._take_messages(block=False):
             return Turn.STOPPED
         self._transfers.start(self._clock())
-        plan = self._scheduler.schedule(self._clock())
+        plan = None if self._paused else self._scheduler.schedule(self._clock())
         if plan is not None:
             if not self._outbox.empty:
                 # The answer to a cancel or an evict does not wait for the end of a step.
@@ -206,6 +208,9 @@ class StepLoop:
                 self._transfers.unpin(message)
             case UpdateBudgets():
                 self._transfers.update_budgets(message, self._clock())
+            case Pause():
+                self._paused = message.paused
+                self._outbox.add(OperationDone(message.operation))
             case Reference():
                 self._memory.reference(message)
             case Unheld():

@@ -41,6 +41,7 @@ from veneer_server.wire.messages import (
     MemoryTier,
     Occupancy,
     OperationDone,
+    Pause,
     Reference,
     Residency,
     SequenceFailed,
@@ -80,6 +81,7 @@ class EngineClient:
     Attributes:
         info: the running engine's description of itself; set by `start`.
         places: of requests among the running and waiting sequences.
+        paused: whether no step is to run, see `pause`.
     """
 
     info: EngineInfo
@@ -113,6 +115,7 @@ class EngineClient:
             on_down=self.fail_everything,
             on_health=on_health,
         )
+        self.paused = False
         self._numbers = itertools.count(1)
         self._streams: dict[int, OutputStream] = {}
         self._waiting: dict[int, Place] = {}
@@ -163,6 +166,8 @@ class EngineClient:
 
     def _up(self, info: EngineInfo) -> None:
         self.info = info
+        if self.paused:  # before the process is asked for anything else
+            self._supervisor.write(Pause(next(self._numbers), paused=True))
         self._residents.restore(info.adapter_itemsize)
 
     # ------------------------------------------------------------------ messages
@@ -329,6 +334,15 @@ class EngineClient:
         )
         assert done.budgets is not None
         return done.budgets
+
+    async def pause(self, paused: bool) -> None:
+        """Run no step from when this returns, until it is called with False; see `Pause`. Also
+        after a restart of the engine. Raises if there is no engine to pause."""
+        if paused:
+            self._check_ready()
+        self.paused = paused
+        if self._supervisor.connection is not None:  # one that starts later is not paused
+            await self._operate(lambda number: Pause(number, paused))
 
     def _take_budgets(self, budgets: BudgetsState) -> None:
         host, device = budgets.host_budget, budgets.device_budget

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from veneer_server.openai.extensions.answers import Additions, labels
 from veneer_server.openai.fields import CommonFields
+from veneer_server.openai.http.asgi import DATA_ONLY, Framing
 from veneer_server.serving.generation import Delta, Generation
 from veneer_server.text.detokenizer import Detokenizer
 from veneer_server.text.replies.deltas import Delta as Part
@@ -105,6 +106,8 @@ class Answer(ABC):
     """Object type of a whole answer."""
     chunk_kind: str
     id_prefix: str
+    framing: Framing = DATA_ONLY
+    """Of its chunks."""
 
     def __init__(
         self,

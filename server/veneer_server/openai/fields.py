@@ -18,7 +18,15 @@ from veneer_server.openai.extensions.fields import ChatExtensions, SharedExtensi
 from veneer_server.serving.checks import MAX_BIAS, MAX_BIASES, MAX_MESSAGES
 from veneer_server.wire.sampling import FRACTIONS
 
-__all__ = ["ChatFields", "CommonFields", "CompletionFields", "Message", "parse_fields"]
+__all__ = [
+    "ChatFields",
+    "CommonFields",
+    "CompletionFields",
+    "Message",
+    "RequestFields",
+    "parse_fields",
+    "with_fractions",
+]
 
 MAX_PROMPTS: Final = 128
 """Most prompts in one request; each becomes a separate generate call."""
@@ -119,8 +127,12 @@ class StructuredOutputs(Fields):
     grammar: str | None = None
 
 
-class CommonFields(SharedExtensions):
-    """Fields of both endpoints, except those that `_with_fractions` adds. Ranges that gRPC has
+class RequestFields(Fields):
+    """Fields of a request, or of a part of one."""
+
+
+class CommonFields(SharedExtensions, RequestFields):
+    """Fields of both endpoints, except those that `with_fractions` adds. Ranges that gRPC has
     too are checked in code shared with it."""
 
     model: str = Field(min_length=1, max_length=512)
@@ -216,17 +228,17 @@ class Message(Fields):
         return "".join(texts)
 
 
-FieldsT = TypeVar("FieldsT", bound=CommonFields)
+FieldsT = TypeVar("FieldsT", bound=RequestFields)
 
 
-def _with_fractions(kind: type[FieldsT]) -> type[FieldsT]:
+def with_fractions(kind: type[FieldsT]) -> type[FieldsT]:
     """Add the sampling options that are fractions: OpenAI and vLLM use the same names for them
     as our table."""
     fractions: Any = dict.fromkeys(FRACTIONS, (float | None, None))
     return create_model(kind.__name__, __base__=kind, __doc__=kind.__doc__, **fractions)
 
 
-@_with_fractions
+@with_fractions
 class ChatFields(CommonFields, ChatExtensions):
     """``POST /v1/chat/completions``."""
 
@@ -242,7 +254,7 @@ class ChatFields(CommonFields, ChatExtensions):
     function_call: str | dict[str, Any] | None = None
 
 
-@_with_fractions
+@with_fractions
 class CompletionFields(CommonFields):
     """``POST /v1/completions``.
 
@@ -298,7 +310,7 @@ def parse_fields(kind: type[FieldsT], given: object) -> FieldsT:
         raise _refusal(kind, error) from error
 
 
-def _check_unserved(kind: type[CommonFields], name: str, value: object) -> None:
+def _check_unserved(kind: type[RequestFields], name: str, value: object) -> None:
     known = REFUSED.get(name)
     for path, other in _KINDS.items():
         if (there := other.model_fields.get(name)) is not None:
@@ -321,7 +333,7 @@ def _check_unserved(kind: type[CommonFields], name: str, value: object) -> None:
     )
 
 
-def _refusal(kind: type[CommonFields], error: ValidationError) -> InvalidField:
+def _refusal(kind: type[RequestFields], error: ValidationError) -> InvalidField:
     """The first problem as a sentence; for a union, that of its first member."""
     first = error.errors(include_url=False, include_input=False)[0]
     path, unknown = "", first["type"] == "extra_forbidden"

@@ -13,15 +13,18 @@ from veneer_server.access.audit import Audit
 from veneer_server.access.authenticate import Access
 from veneer_server.access.handshakes import Handshakes
 from veneer_server.config import Address
-from veneer_server.openai.generate import Core, Loaded
+from veneer_server.openai.endpoints.core import Core, Loaded
 from veneer_server.openai.http.asgi import MAX_BODIES, MAX_LONG_BODIES, Bodies
 from veneer_server.openai.http.connection import connection_class
-from veneer_server.openai.routes import make_app
+from veneer_server.openai.http.cors import Cors
+from veneer_server.openai.routes import Admission, make_app
 from veneer_server.queues.refusal_pace import Pace
 from veneer_server.quotas.rates import Quotas
 from veneer_server.serving.calls import READER_LIMIT_S, Calls
+from veneer_server.serving.local_folders import LocalFolders
 from veneer_server.system.hosts import AllowedHosts
 from veneer_server.telemetry.metrics import Metrics
+from veneer_server.telemetry.pages import Pages
 
 __all__ = ["Gateway"]
 
@@ -50,9 +53,17 @@ class Gateway:
         audit: Audit | None = None,
         tls: ssl.SSLContext | None = None,
         quotas: Quotas | None = None,
+        pages: Pages | None = None,
+        cors: Cors | None = None,
+        local: LocalFolders | None = None,
+        elsewhere: frozenset[str] = frozenset(),
     ) -> None:
         """Args:
         hosts: host names that requests may use.
+        pages: of metrics; None makes its own.
+        cors: which pages of browsers may call; None lets none.
+        local: folders of this machine from which adapters may be loaded; None for none.
+        elsewhere: methods that only another port answers.
         reader_limit_s: longest wait for a client to send or read a piece.
         max_connections: most that may be open. A further one replaces the oldest idle
             connection, or is closed if none is idle.
@@ -72,9 +83,11 @@ class Gateway:
             started=int(time.time()),
             audit=audit or Audit(None),
             quotas=quotas or Quotas(),
+            pages=pages or Pages(metrics.registry),
+            local=local or LocalFolders(),
         )
         self._bodies = core.bodies
-        app = make_app(core, hosts, access or Access())
+        app = make_app(core, hosts, Admission(access or Access(), cors or Cors(), elsewhere))
         config = uvicorn.Config(
             app,
             http=connection_class(reader_limit_s, max_connections, pace, app.malformed),

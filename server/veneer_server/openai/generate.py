@@ -1,107 +1,35 @@
-"""A POST to a generate endpoint, from reading its body to the last byte of the answer."""
+"""A POST to a generate endpoint, from its checked fields to the last byte of the answer."""
 
 from __future__ import annotations
 
 import asyncio
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass
+from functools import partial
 
-from veneer_registry.adapter import BaseSpec
-from veneer_registry.errors import InvalidField, ModelLoading, QueueFull, VeneerError
+from veneer_registry.errors import InvalidField
 
-from veneer_server.access.audit import Audit
-from veneer_server.engine_client.client import EngineClient
 from veneer_server.engine_client.places import Place
-from veneer_server.errors import detail_for_log, internal_error, without_frames
-from veneer_server.logs import REQUEST_ID, get_logger
+from veneer_server.logs import REQUEST_ID
 from veneer_server.openai.answers import Answer, Piece
 from veneer_server.openai.chat import ChatAnswer
 from veneer_server.openai.completions import CompletionAnswer
-from veneer_server.openai.errors import PACED, HttpError, http_failure
+from veneer_server.openai.endpoints.core import Core
+from veneer_server.openai.endpoints.json_endpoint import Answering, JsonEndpoint
 from veneer_server.openai.fields import ChatFields, CompletionFields, parse_fields
-from veneer_server.openai.http.asgi import (
-    Bodies,
-    ClientGone,
-    Receive,
-    Reply,
-    Scope,
-    Send,
-    read_json,
-)
+from veneer_server.openai.http.asgi import Reply
 from veneer_server.openai.requests import chat_call, completion_calls
-from veneer_server.queues.refusal_pace import Pace
 from veneer_server.quotas.meter import Metered
-from veneer_server.quotas.rates import Quotas
-from veneer_server.serving.calls import Calls
 from veneer_server.serving.generation import Generation
-from veneer_server.serving.generator import Generator
 from veneer_server.serving.records import GenerateCall
-from veneer_server.serving.tenants.tenants import Tenants
-from veneer_server.serving.who import CALLER
-from veneer_server.telemetry.metrics import Metrics
 
-__all__ = ["ChatEndpoint", "CompletionEndpoint", "Core", "Loaded"]
-
-_log = get_logger(__name__)
+__all__ = ["ChatEndpoint", "CompletionEndpoint", "GenerateEndpoint", "Job"]
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
-    """The parts that exist once the base is known; no call needs them earlier."""
-
-    generator: Generator
-    tenants: Tenants
-    engine: EngineClient
-    base: BaseSpec
-
-
-@dataclass(slots=True)
-class Core:
-    """The parts that gRPC and HTTP share.
-
-    Attributes:
-        reader_limit_s: longest wait for a client to send or read a piece.
-        started: when the server started, in Unix seconds.
-        loaded: set before `Calls` lets calls through.
-    """
-
-    calls: Calls
-    metrics: Metrics
-    bodies: Bodies
-    pace: Pace
-    reader_limit_s: float
-    started: int
-    audit: Audit = field(default_factory=lambda: Audit(None))
-    quotas: Quotas = field(default_factory=Quotas)
-    loaded: Loaded | None = None
-
-    @property
-    def _there(self) -> Loaded:
-        assert self.loaded is not None, "no call gets this far while the server is loading"
-        return self.loaded
-
-    @property
-    def generator(self) -> Generator:
-        return self._there.generator
-
-    @property
-    def tenants(self) -> Tenants:
-        return self._there.tenants
-
-    @property
-    def engine(self) -> EngineClient:
-        return self._there.engine
-
-    @property
-    def base(self) -> BaseSpec:
-        return self._there.base
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
+class Job:
     """A checked request.
 
     Attributes:
@@ -114,87 +42,15 @@ class _Job:
     stream: bool
 
 
-class GenerateEndpoint(ABC):
-    """An ASGI application for one path.
+class GenerateEndpoint(JsonEndpoint):
+    """An ASGI application for one path that generates."""
 
-    Attributes:
-        method: as in `access.methods.METHODS`.
-    """
-
-    method: ClassVar[str]
-
-    def __init__(self, core: Core) -> None:
-        self._core = core
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer; if the client disconnects, the work ends within a step."""
-        reply = Reply(scope, send, self._core.reader_limit_s)
-        size, failure = 0, None
-        with self._core.bodies.share() as share:
-
-            def take(count: int) -> None:
-                nonlocal size
-                size += count
-                share(count)
-
-            try:
-                failure = await self._answer(scope, receive, reply, take)
-            except ClientGone:
-                return
-        if failure is not None:  # may wait: the body's share has been released
-            await self._fail(reply, failure, size)
-
-    async def _answer(
-        self, scope: Scope, receive: Receive, reply: Reply, take: Callable[[int], None]
-    ) -> VeneerError | HttpError | None:
-        """Read the body and answer it. Returns an error that is still to be sent, if any."""
-        core = self._core
-        try:
-            body = await read_json(scope, receive, core.reader_limit_s, core.bodies, take)
-        except (QueueFull, HttpError) as error:
-            return without_frames(error)
-        work = asyncio.create_task(self._work(body, reply))
-        gone = asyncio.create_task(_disconnected(receive))
-        del body  # the parsed body is many times as large; keep only the checked request
-        try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            gone.cancel()
-            work.cancel()
-            await asyncio.wait({work, gone})
-        return None if work.cancelled() else work.result()
-
-    async def _work(self, body: object, reply: Reply) -> VeneerError | None:
-        """Answer a body. Returns an error that is still to be sent, if any."""
-        try:
-            with self._core.calls.running():
-                job = self._parse(body)
-                del body
-                await (_stream if job.stream else _collect)(self._core, job, reply)
-            return None
-        except VeneerError as error:
-            return without_frames(error)
-        except Exception as error:
-            _log.error("request failed", error)
-            return internal_error(REQUEST_ID.get())
-
-    async def _fail(self, reply: Reply, error: VeneerError | HttpError, size: int) -> None:
-        reason = error.reason if isinstance(error, VeneerError) else error.code
-        if isinstance(error, VeneerError):
-            self._core.metrics.failures.labels(reason).inc()
-            self._core.audit.note(self.method, CALLER.get(), error)
-        if not isinstance(error, ModelLoading):  # waiting clients retry over and over
-            why = {"reason": reason, **detail_for_log(error)}
-            _log.info("call refused", method=type(self).__name__, **why)
-        if not reply.started and http_failure(error).status in PACED:
-            await self._core.pace.wait(CALLER.get(), size)
-        try:
-            await reply.fail(error)
-        except VeneerError:
-            _log.info("the caller did not read the error", reason=str(error))
+    def _check(self, body: object) -> Answering:
+        job = self._parse(body)
+        return Answering(partial(_stream if job.stream else _collect, self._core, job))
 
     @abstractmethod
-    def _parse(self, body: object) -> _Job:
+    def _parse(self, body: object) -> Job:
         """Check the fields. Raises InvalidField."""
 
 
@@ -203,7 +59,7 @@ class ChatEndpoint(GenerateEndpoint):
 
     method = "POST /v1/chat/completions"
 
-    def _parse(self, body: object) -> _Job:
+    def _parse(self, body: object) -> Job:
         core, fields = self._core, parse_fields(ChatFields, body)
         call = chat_call(fields, core.base.name)
         answer = ChatAnswer(
@@ -215,7 +71,7 @@ class ChatEndpoint(GenerateEndpoint):
             request_id=REQUEST_ID.get(),
             fingerprint=core.base.fingerprint.weights,
         )
-        return _Job([call], answer, fields.stream)
+        return Job([call], answer, fields.stream)
 
 
 class CompletionEndpoint(GenerateEndpoint):
@@ -223,7 +79,7 @@ class CompletionEndpoint(GenerateEndpoint):
 
     method = "POST /v1/completions"
 
-    def _parse(self, body: object) -> _Job:
+    def _parse(self, body: object) -> Job:
         core, fields = self._core, parse_fields(CompletionFields, body)
         for prompt in [fields.prompt] if isinstance(fields.prompt, str) else fields.prompt:
             if isinstance(prompt, str):
@@ -239,16 +95,12 @@ class CompletionEndpoint(GenerateEndpoint):
             request_id=REQUEST_ID.get(),
             fingerprint=core.base.fingerprint.weights,
         )
-        return _Job(calls, answer, fields.stream)
+        return Job(calls, answer, fields.stream)
 
 
-async def _disconnected(receive: Receive) -> None:
-    """Return when the client has disconnected. The body must have been read."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+async def _stream(core: Core, job: Job, reply: Reply) -> None:
+    reply.framing = job.answer.framing
 
-
-async def _stream(core: Core, job: _Job, reply: Reply) -> None:
     async def take(piece: Piece) -> None:
         chunks = job.answer.chunks(piece)
         if chunks or not reply.started:
@@ -260,7 +112,7 @@ async def _stream(core: Core, job: _Job, reply: Reply) -> None:
     await reply.end_events()
 
 
-async def _collect(core: Core, job: _Job, reply: Reply) -> None:
+async def _collect(core: Core, job: Job, reply: Reply) -> None:
     headers: dict[str, str] = {}
 
     async def take(piece: Piece) -> None:

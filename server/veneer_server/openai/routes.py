@@ -2,59 +2,71 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 from fastapi import FastAPI, HTTPException, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from prometheus_client import Counter, Histogram
 from starlette.routing import Route
-from veneer_registry.adapter import SHORT_REVISION
 from veneer_registry.errors import (
     PermissionDenied,
     Unauthenticated,
     Unavailable,
     VeneerError,
 )
-from veneer_registry.records import AdapterRecord
 
 from veneer_server import __version__
 from veneer_server.access.authenticate import Access, Credentials
-from veneer_server.access.methods import METHODS
+from veneer_server.access.methods import HTTP_PATHS, METHODS
 from veneer_server.access.principal import PRINCIPAL
 from veneer_server.errors import detail_for_log, internal_error
 from veneer_server.logs import REQUEST_ID, get_logger
+from veneer_server.openai.endpoints.core import Core
+from veneer_server.openai.endpoints.lora import LoadEndpoint, UnloadEndpoint
+from veneer_server.openai.endpoints.models import model_routes
+from veneer_server.openai.endpoints.pause import pause_routes
+from veneer_server.openai.endpoints.state import state_routes
+from veneer_server.openai.endpoints.tokenize import DetokenizeEndpoint, TokenizeEndpoint
 from veneer_server.openai.errors import PACED, HttpError, http_failure
-from veneer_server.openai.generate import ChatEndpoint, CompletionEndpoint, Core
-from veneer_server.openai.http.asgi import ABORT, CERTIFICATE_NAMES, Receive, Scope, Send
+from veneer_server.openai.generate import ChatEndpoint, CompletionEndpoint
+from veneer_server.openai.http.asgi import CERTIFICATE_NAMES, Receive, Scope, Send
+from veneer_server.openai.http.cors import Cors
+from veneer_server.openai.responses.endpoint import ResponsesEndpoint
 from veneer_server.quotas.standing import rate_headers
-from veneer_server.serving.calls import Phase
-from veneer_server.serving.tenants.tenant import Tenant
-from veneer_server.serving.tenants.visible import Visible
 from veneer_server.serving.who import CALLER
 from veneer_server.system.hosts import AllowedHosts
 from veneer_server.telemetry.tracing import INGRESS, Ingress
 
-__all__ = ["Edge", "make_app"]
+__all__ = ["Admission", "Edge", "make_app"]
 
 _REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
-PAGE: Final = 100
-"""Adapters per page of the model list."""
-_PATHS: Final = frozenset(
-    {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/version"}
-)
-_GENERATE: Final = frozenset({"/v1/chat/completions", "/v1/completions"})
+_GENERATE: Final = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses"})
+_MODEL: Final = "/v1/models/"
 _SECONDS: Final = (0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80)
 
 _log = get_logger(__name__)
 
 
-def make_app(core: Core, hosts: AllowedHosts, access: Access) -> Edge:
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """Who may call what.
+
+    Attributes:
+        cors: which pages of browsers may call.
+        elsewhere: methods that only another port answers.
+    """
+
+    access: Access
+    cors: Cors
+    elsewhere: frozenset[str]
+
+
+def make_app(core: Core, hosts: AllowedHosts, admission: Admission) -> Edge:
     """The ASGI application."""
     app = FastAPI(
         title="Veneer",
@@ -67,122 +79,18 @@ def make_app(core: Core, hosts: AllowedHosts, access: Access) -> Edge:
         routes=[
             Route("/v1/chat/completions", ChatEndpoint(core), methods=["POST"]),
             Route("/v1/completions", CompletionEndpoint(core), methods=["POST"]),
+            Route("/v1/responses", ResponsesEndpoint(core), methods=["POST"]),
+            Route("/tokenize", TokenizeEndpoint(core), methods=["POST"]),
+            Route("/detokenize", DetokenizeEndpoint(core), methods=["POST"]),
+            Route("/v1/load_lora_adapter", LoadEndpoint(core), methods=["POST"]),
+            Route("/v1/unload_lora_adapter", UnloadEndpoint(core), methods=["POST"]),
+            *model_routes(core),
+            *pause_routes(core),
+            *state_routes(core),
         ],
     )
-    _add_models(app, core)
-    _add_state(app, core)
     _add_errors(app, core)
-    return Edge(app, core, hosts, access)
-
-
-def _add_models(app: FastAPI, core: Core) -> None:
-    @app.get("/v1/models")
-    async def list_models() -> Response:
-        with core.calls.running():
-            home = await core.tenants.current()
-            first, after = await asyncio.to_thread(_page, core, home, "")
-        begin = b'{"object":"list","data":[' + b",".join([_dump(_base_model(core)), *first])
-        if not after:
-            return Response(begin + b"]}", media_type="application/json")
-        return _ModelList(_pieces(core, home, begin, after), core.reader_limit_s)
-
-    @app.get("/v1/models/{model:path}")
-    async def get_model(model: str) -> JSONResponse:
-        with core.calls.running():
-            if model == core.base.name:
-                return JSONResponse(_base_model(core))
-            home = await core.tenants.current()
-            visible = Visible(core.tenants)
-            owner, record = await asyncio.to_thread(visible.get, home, model)
-            return JSONResponse({**_adapter_model(core, home, owner, record), "id": model})
-
-
-def _add_state(app: FastAPI, core: Core) -> None:
-    @app.get("/health")
-    async def health() -> JSONResponse:
-        phase = core.calls.phase
-        up = phase is Phase.SERVING and core.engine.healthy
-        state = "engine_failed" if phase is Phase.SERVING and not up else phase.value
-        body = {"status": state}
-        if phase is Phase.LOADING and (doing := core.calls.doing()):
-            body["doing"] = doing
-        return JSONResponse(body, 200 if up else 503)
-
-    @app.get("/version")
-    async def version() -> JSONResponse:
-        return JSONResponse({"version": __version__})
-
-
-class _ModelList(StreamingResponse):
-    """A long list, of which each reader holds a page at a time. A client that has not read it
-    all within the limit is disconnected."""
-
-    media_type = "application/json"
-
-    def __init__(self, pieces: AsyncIterator[bytes], limit_s: float) -> None:
-        super().__init__(pieces)
-        self._limit_s = limit_s
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            async with asyncio.timeout(self._limit_s):
-                await super().__call__(scope, receive, send)
-        except TimeoutError:
-            scope["state"][ABORT]()
-            await asyncio.sleep(0)  # lets uvicorn notice, so that it logs no error
-
-
-async def _pieces(core: Core, home: Tenant, begin: bytes, after: str) -> AsyncIterator[bytes]:
-    """The list as JSON, page by page: thousands of adapters in one piece would stall every
-    stream, and take megabytes for each slow reader."""
-    yield begin
-    while after:
-        page, after = await asyncio.to_thread(_page, core, home, after)
-        if page:
-            yield b"," + b",".join(page)
-    yield b"]}"
-
-
-def _page(core: Core, home: Tenant, after: str) -> tuple[list[bytes], str]:
-    """A page of adapters as JSON, and the last one's name; "" if no more can follow."""
-    found = Visible(core.tenants).page(home, after=after, limit=PAGE)
-    last = found[-1][1].ref.name if len(found) == PAGE else ""
-    return [_dump(_adapter_model(core, home, *each)) for each in found], last
-
-
-def _dump(model: Mapping[str, Any]) -> bytes:
-    return json.dumps(model, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-def _base_model(core: Core) -> Mapping[str, Any]:
-    name = core.base.name
-    return {
-        "id": name,
-        "object": "model",
-        "created": core.started,
-        "owned_by": "veneer",
-        "root": name,
-        "parent": None,
-        "max_model_len": core.engine.info.longest_sequence,
-    }
-
-
-def _adapter_model(
-    core: Core, home: Tenant, owner: Tenant, record: AdapterRecord
-) -> Mapping[str, Any]:
-    ref = record.ref
-    return {
-        "id": ref.name,
-        "object": "model",
-        "created": int(record.created),
-        "owned_by": "veneer" if owner is home else owner.name,
-        "root": f"{ref.name}@{ref.revision[:SHORT_REVISION]}",
-        "parent": core.base.name,
-        "max_model_len": core.engine.info.longest_sequence,
-        "revision": ref.revision,
-        "weights_digest": ref.weights_digest,
-        "rank": record.manifest.max_rank,
-    }
+    return Edge(app, core, hosts, admission)
 
 
 def _add_errors(app: FastAPI, core: Core) -> None:
@@ -213,9 +121,11 @@ def _add_errors(app: FastAPI, core: Core) -> None:
 class Edge:
     """The outermost layer: request id, metrics, and an answer whatever happens inside."""
 
-    def __init__(self, app: FastAPI, core: Core, hosts: AllowedHosts, access: Access) -> None:
+    def __init__(
+        self, app: FastAPI, core: Core, hosts: AllowedHosts, admission: Admission
+    ) -> None:
         self._app = app
-        self._access = access
+        self._admission = admission
         self._audit = core.audit
         self._quotas = core.quotas
         self._hosts = hosts
@@ -249,9 +159,7 @@ class Edge:
     async def _admit(self, scope: Scope, headers: Mapping[bytes, bytes]) -> None:
         """Raises if the caller may not use the path. Paths that are not listed do not exist."""
         verb, path = scope["method"], _listed(scope["path"])
-        allowed = [name.split()[0] for name in METHODS if name.endswith(f" {path}")]
-        if not allowed:
-            raise _unknown_path(scope["path"])
+        allowed = _methods_of(scope["path"])
         verb = "GET" if verb == "HEAD" else verb
         if verb not in allowed:
             takes = ", ".join(sorted(allowed))
@@ -267,7 +175,9 @@ class Edge:
         INGRESS.set(Ingress.of(f"{verb} {path}", text))
         names = scope.get("state", {}).get(CERTIFICATE_NAMES, ())
         credentials = Credentials.of_headers(text, names)
-        await self._access.admit(f"{verb} {path}", credentials)
+        await self._admission.access.admit(
+            f"{verb} {path}", credentials, self._admission.elsewhere
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
@@ -286,11 +196,15 @@ class Edge:
                     *message["headers"],
                     (b"x-request-id", request_id.encode()),
                     *self._limits(scope),
+                    *self._admission.cors.headers(headers),
                 ]
             await send(message)
 
         try:
             self._check_host(headers.get(b"host"))
+            if self._admission.cors.asks(scope["method"], headers):
+                await self._preflight(scope["path"], headers)(scope, receive, tagged)
+                return
             await self._admit(scope, headers)
             await self._app(scope, receive, tagged)
         except (HttpError, Unauthenticated, PermissionDenied, Unavailable) as error:
@@ -311,9 +225,14 @@ class Edge:
             _log.error("request failed", error, path=scope["path"])
         finally:
             path = _listed(scope["path"])
-            path = path if path in _PATHS else "other"
+            path = path if path in HTTP_PATHS else "other"
             self._requests.labels(path, str(status)).inc()
             self._seconds.labels(path).observe(time.perf_counter() - started)
+
+    def _preflight(self, path: str, headers: Mapping[bytes, bytes]) -> Response:
+        answer = Response(status_code=204)
+        answer.raw_headers += self._admission.cors.preflight(headers, _methods_of(path))
+        return answer
 
     def _limits(self, scope: Scope) -> list[tuple[bytes, bytes]]:
         """What is left of the caller's limits, for requests that count towards them."""
@@ -328,13 +247,22 @@ class Edge:
 
 
 def _unknown_path(path: str) -> HttpError:
-    known = ", ".join(sorted(_PATHS))
+    known = ", ".join(sorted(HTTP_PATHS))
     return HttpError(404, "unknown_url", f"unknown path {path[:100]!r}: use {known}")
+
+
+def _methods_of(path: str) -> list[str]:
+    """The verbs that a path takes. Raises HttpError for a path that does not exist."""
+    listed = _listed(path)
+    found = [name.split()[0] for name in METHODS if name.endswith(f" {listed}")]
+    if not found:
+        raise _unknown_path(path)
+    return found
 
 
 def _listed(path: str) -> str:
     """The path by which `METHODS` and metrics know it."""
-    return "/v1/models" if path.startswith("/v1/models/") else path
+    return "/v1/models" if path.startswith(_MODEL) and path != _MODEL else path
 
 
 def _request_id(given: bytes) -> str:

@@ -7,21 +7,12 @@ connections could take every file descriptor of the process.
 from __future__ import annotations
 
 import asyncio
-import gzip
 import ssl
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any, Final, NamedTuple
-from urllib.parse import parse_qs, urlsplit
+from typing import Final, NamedTuple
+from urllib.parse import urlsplit
 
-from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import (
-    CONTENT_TYPE_PLAIN_0_0_4,
-    choose_encoder,
-    gzip_accepted,
-)
 from veneer_registry.errors import PermissionDenied, Unauthenticated, Unavailable
 
 from veneer_server.access.authenticate import Access, Credentials
@@ -32,8 +23,9 @@ from veneer_server.config import Address
 from veneer_server.logs import get_logger
 from veneer_server.system.descriptors import SCRAPES
 from veneer_server.system.hosts import AllowedHosts
+from veneer_server.telemetry.pages import Pages
 
-__all__ = ["LIMIT_S", "MAX_HEAD", "MAX_PARTIAL", "ScrapeServer"]
+__all__ = ["LIMIT_S", "MAX_HEAD", "ScrapeServer"]
 
 MAX_HEAD: Final = 8 << 10
 """Most bytes of a request."""
@@ -41,23 +33,7 @@ MAX_HEAD: Final = 8 << 10
 LIMIT_S: Final = 10.0
 """How long a connection may be open, in total."""
 
-MAX_PARTIAL: Final = 8
-"""Most pages of selected series (``name[]``) that may wait to be made; more are refused with
-503."""
-
 _END: Final = b"\r\n\r\n"
-
-_OFFERED: Final = (
-    "",
-    *(
-        f"{kind};version=1.0.0;escaping={escaping}"
-        for kind in ("text/plain", "application/openmetrics-text")
-        for escaping in ("underscores", "allow-utf-8", "dots", "values")
-    ),
-    "application/openmetrics-text",
-)
-_FORMATS: Final = {kind: encode for encode, kind in map(choose_encoder, _OFFERED)}
-"""By content type. Only a few, which bounds the number of different pages."""
 
 _log = get_logger(__name__)
 
@@ -68,33 +44,12 @@ class _Request(NamedTuple):
     headers: dict[str, str]
 
 
-class _Shape(NamedTuple):
-    """All that a page depends on. ``names``: the requested series; None for all."""
-
-    names: frozenset[str] | None
-    format: str
-    gzip: bool
-
-    @property
-    def headers(self) -> list[tuple[str, str]]:
-        coded = [("Content-Encoding", "gzip")] if self.gzip else []
-        return [("Content-Type", self.format), *coded]
-
-
-@dataclass(slots=True, eq=False)
-class _Pending:
-    """A page that has not been started, and how many requests wait for it."""
-
-    task: asyncio.Task[bytes]
-    waiting: int = 0
-
-
 class ScrapeServer:
     """Answers scrapes from `start` to `stop`. Belongs to one event loop."""
 
     def __init__(
         self,
-        registry: CollectorRegistry,
+        pages: Pages,
         hosts: AllowedHosts,
         *,
         connections: int = SCRAPES,
@@ -103,6 +58,7 @@ class ScrapeServer:
         tls: ssl.SSLContext | None = None,
     ) -> None:
         """Args:
+        pages: what it answers with; whoever made it closes it.
         hosts: host names that requests may use.
         connections: most that may be open. A further one replaces the oldest that has not
             sent a request, or else the oldest that has not read its answer, or else the
@@ -116,14 +72,9 @@ class ScrapeServer:
         self.limit_s = limit_s
         self.hosts = hosts
         self._most = connections
-        self._registry = registry
+        self._pages = pages
         self.open: dict[_Connection, None] = {}
         """Connections, oldest first."""
-        # One thread, so that scrapes take at most half of the interpreter's time.
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="scrape")
-        self._turn = asyncio.Lock()
-        self._next: dict[_Shape, _Pending] = {}
-        """Pages that have not been started."""
         self._server: asyncio.Server | None = None
 
     async def start(self, address: Address) -> Address:
@@ -147,7 +98,6 @@ class ScrapeServer:
             self._handshakes.drop_all()
         for connection in tuple(self.open):
             connection.drop()
-        self._worker.shutdown(wait=False, cancel_futures=True)
 
     @property
     def connections(self) -> int:
@@ -170,43 +120,16 @@ class ScrapeServer:
         self.open.pop(connection, None)
 
     async def page(self, request: _Request) -> bytes:
-        """The whole answer to a request. Requests that wait for the same page share it: it is
-        made after the last of them arrived, or not at all if all of them leave."""
-        shape = _shape(request)
-        pending = self._next.get(shape)
-        if pending is None:
-            if shape.names is not None and self._partial >= MAX_PARTIAL:
-                return _refusal(HTTPStatus.SERVICE_UNAVAILABLE, ("Retry-After", "1"))
-            make = asyncio.get_running_loop().create_task(self._make(shape))
-            pending = self._next[shape] = _Pending(make)
-        pending.waiting += 1
-        try:
-            page = await asyncio.shield(pending.task)
-        finally:
-            pending.waiting -= 1
-            if not pending.waiting and self._next.get(shape) is pending:
-                del self._next[shape]
-                pending.task.cancel()
-        body = b"" if request.method == "HEAD" else page
-        return _response("200 OK", shape.headers, body, len(page))
-
-    @property
-    def _partial(self) -> int:
-        """Waiting pages of selected series."""
-        return sum(shape.names is not None for shape in self._next)
-
-    async def _make(self, shape: _Shape) -> bytes:
-        async with self._turn:
-            del self._next[shape]  # later requests get the next page
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._worker, self._page, shape)
-
-    def _page(self, shape: _Shape) -> bytes:
-        registry: Any = self._registry
-        if shape.names is not None:
-            registry = registry.restricted_registry(shape.names)
-        page = _FORMATS[shape.format](registry)
-        return gzip.compress(page) if shape.gzip else page
+        """The whole answer to a request; its path is ignored."""
+        page = await self._pages.page(
+            urlsplit(request.target).query,
+            request.headers.get("accept", ""),
+            request.headers.get("accept-encoding", ""),
+        )
+        if page is None:
+            return _refusal(HTTPStatus.SERVICE_UNAVAILABLE, ("Retry-After", "1"))
+        body = b"" if request.method == "HEAD" else page.body
+        return _response("200 OK", page.headers, body, len(page.body))
 
 
 class _Connection(asyncio.Protocol):
@@ -309,17 +232,6 @@ def _parse(head: bytes) -> _Request | None:
             return None  # ambiguous
         headers[name] = value.strip()
     return _Request(words[0], words[1], headers)
-
-
-def _shape(request: _Request) -> _Shape:
-    """The page that a request selects; its path is ignored."""
-    names = parse_qs(urlsplit(request.target).query).get("name[]")
-    _, kind = choose_encoder(request.headers.get("accept", ""))
-    return _Shape(
-        names=None if names is None else frozenset(names),
-        format=kind if kind in _FORMATS else CONTENT_TYPE_PLAIN_0_0_4,
-        gzip=gzip_accepted(request.headers.get("accept-encoding", "")),
-    )
 
 
 def _refusal(status: HTTPStatus, *headers: tuple[str, str]) -> bytes:

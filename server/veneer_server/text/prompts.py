@@ -214,6 +214,15 @@ class Prompts:
             text = await self._lanes.run(count, lambda: self.tokenizer.decode(ids))
         return replace(prompt, text=text, ids=ids)
 
+    async def token_ids(self, text: str, room: Room, *, add_special_tokens: bool) -> list[int]:
+        """Tokenize any text, also one that is empty. Raises as `from_text`."""
+        return await self._tokenize(text, room, "prompt", add_special_tokens=add_special_tokens)
+
+    async def text_of(self, ids: Sequence[int]) -> str:
+        """The text of token ids, which must have been checked; with the names of special
+        tokens."""
+        return await self._lanes.run(len(ids), lambda: self.tokenizer.decode_all(ids))
+
     async def _tokenize(
         self, text: str, room: Room, field: str, *, add_special_tokens: bool
     ) -> list[int]:

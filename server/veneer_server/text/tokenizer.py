@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -178,6 +178,10 @@ class TextTokenizer:
         """The whole text of a finished sequence, special tokens left out."""
         stream = Detokenizer(self)
         return stream.feed(ids) + stream.flush()
+
+    def decode_all(self, ids: Sequence[int]) -> str:
+        """The whole text of a sequence, with the names of its special tokens."""
+        return self._rust.decode(ids, skip_special_tokens=False)
 
     def token_bytes(self, token: int) -> bytes:
         """Bytes that a token stands for; empty for special and unknown tokens."""

@@ -274,7 +274,7 @@ class BudgetsState(Message, frozen=True):
 
 
 class OperationDone(Message, frozen=True):
-    """Answer to `Activate`, `Evict`, `Unpin`, `UpdateBudgets` or `Reference`.
+    """Answer to `Activate`, `Evict`, `Unpin`, `UpdateBudgets`, `Pause` or `Reference`.
 
     ``done`` is False if a drain still waits for running sequences; ``budgets`` answers
     `UpdateBudgets`, ``logprobs`` answers `Reference`.

@@ -12,6 +12,7 @@ __all__ = [
     "Cancel",
     "Evict",
     "EvictMode",
+    "Pause",
     "Ping",
     "Reference",
     "Stop",
@@ -85,6 +86,15 @@ class UpdateBudgets(Message, frozen=True):
     device_bytes: int | None = None
 
 
+class Pause(Message, frozen=True):
+    """Run no further step until one with ``paused`` unset; answered by `OperationDone`, after
+    which none runs. Sequences keep what they hold, new ones are queued, and adapters are
+    loaded as ever."""
+
+    operation: int
+    paused: bool
+
+
 class Reference(Message, frozen=True):
     """Compute a prompt's log-probabilities independently of the serving path; answered by
     `OperationDone`.
@@ -109,4 +119,6 @@ class Stop(Message, frozen=True):
     """End the engine process; the front has drained it."""
 
 
-ToEngine = Submit | Cancel | Activate | Evict | Unpin | UpdateBudgets | Reference | Ping | Stop
+ToEngine = (
+    Submit | Cancel | Activate | Evict | Unpin | UpdateBudgets | Pause | Reference | Ping | Stop
+)

@@ -10,22 +10,26 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Final
 
 from veneer_registry.errors import Aborted, QueueFull, VeneerError
 
-from veneer_server.openai.errors import HttpError, http_failure
+from veneer_server.openai.errors import HttpError, HttpFailure, http_failure
 from veneer_server.openai.http.body import LONG_BODY, parse_body
 
 __all__ = [
     "ABORT",
     "CERTIFICATE_NAMES",
+    "DATA_ONLY",
     "Bodies",
     "ClientGone",
+    "Framing",
     "Receive",
     "Reply",
     "Scope",
     "Send",
+    "dump",
     "read_json",
 ]
 
@@ -275,10 +279,34 @@ _STREAMING: Final = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Framing:
+    """How a stream writes its events.
+
+    Attributes:
+        event: an event as bytes.
+        end: what follows the last event of a stream that succeeded.
+        failure: what ends a stream that failed.
+    """
+
+    event: Callable[[Any], bytes]
+    end: bytes
+    failure: Callable[[HttpFailure], bytes]
+
+
+def _data(event: object) -> bytes:
+    return b"data: " + dump(event) + b"\n\n"
+
+
+DATA_ONLY: Final = Framing(_data, b"data: [DONE]\n\n", lambda failure: _data(failure.body))
+"""Events without names, as chats and completions have them."""
+
+
 class Reply:
     """One answer: a JSON document, or a stream of events. Tasks may share it.
 
     Attributes:
+        framing: of its events.
         started: whether status and headers have been sent.
     """
 
@@ -289,18 +317,27 @@ class Reply:
         self._abort: Callable[[], None] = scope.get("state", {}).get(ABORT, lambda: None)
         self._turn = asyncio.Lock()
         self._streaming = False
+        self.framing = DATA_ONLY
         self.started = False
 
     async def json(self, status: int, body: object, headers: Mapping[str, str]) -> None:
         """Send the whole answer."""
-        data = _dump(body)
-        length = {"content-type": "application/json", "content-length": str(len(data))}
+        await self._whole(status, dump(body), "application/json", headers)
+
+    async def text(self, text: str) -> None:
+        """Send the whole answer, as plain text."""
+        await self._whole(200, text.encode(), "text/plain; charset=utf-8", {})
+
+    async def _whole(
+        self, status: int, data: bytes, kind: str, headers: Mapping[str, str]
+    ) -> None:
+        length = {"content-type": kind, "content-length": str(len(data))}
         await self._start(status, {**length, **headers})
         await self._body(data, more=False)
 
     async def events(self, events: list[object], headers: Mapping[str, str]) -> None:
         """Send server-sent events; the first call also sends status and headers."""
-        data = b"".join(b"data: " + _dump(event) + b"\n\n" for event in events)
+        data = b"".join(map(self.framing.event, events))
         async with self._turn:
             if not self.started:
                 self._streaming = True
@@ -310,7 +347,7 @@ class Reply:
 
     async def end_events(self) -> None:
         """End a stream that succeeded."""
-        await self._body(b"data: [DONE]\n\n", more=False)
+        await self._body(self.framing.end, more=False)
 
     async def fail(self, error: VeneerError | HttpError) -> None:
         """Report an error in whatever form the answer still allows."""
@@ -322,7 +359,7 @@ class Reply:
         if not self.started:
             await self.json(failure.status, failure.body, failure.headers)
         elif self._streaming:
-            await self._body(b"data: " + _dump(failure.body) + b"\n\n", more=False)
+            await self._body(self.framing.failure(failure), more=False)
         else:  # half of a document has been sent
             self._abort()
 
@@ -345,5 +382,6 @@ class Reply:
             ) from error
 
 
-def _dump(body: object) -> bytes:
+def dump(body: object) -> bytes:
+    """Compact JSON."""
     return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()

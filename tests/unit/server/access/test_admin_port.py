@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import pytest
 import pytest_asyncio
 from google.rpc import status_pb2
@@ -28,13 +29,16 @@ from veneer_server.doors import CannotListen
 from tests.pki import Pki
 from tests.planted import planted
 from tests.refused import refused
-from tests.unit.server.access.test_table import table
+from tests.unit.server.access.test_table import body, table
 from tests.unit.server.access.test_tls import content
 from tests.unit.server.rpc.fake_engine import FakeEngine
 from tests.unit.server.rpc.front_harness import Front, failure, prompt, running, until
 
 GRPC = sorted(method for method in table() if " " not in method)
 """Every method of a gRPC port."""
+
+HTTP = sorted(method for method in table() if " /" in method and "metrics port" not in method)
+"""Every method of the HTTP gateway."""
 
 DELETE = adapters_pb2.DeleteAdapterRequest(name="none")
 KINDS = ("no key", "wrong or expired key", *ROLES)
@@ -97,6 +101,7 @@ async def both(
             front_cache,
             data,
             admin_listen="127.0.0.1:0",
+            openai_listen="127.0.0.1:0",
             keys_file=str(file),
             refusal_rate="0",
         ) as front,
@@ -117,10 +122,27 @@ async def test_each_port_answers_what_the_page_says(both: Both, method: str) -> 
         assert {who: await told(port, method, both.keys[who]) for who in KINDS} == right
 
 
+@pytest.mark.asyncio(loop_scope="module")
+@pytest.mark.parametrize("method", HTTP)
+async def test_the_gateway_changes_nothing_either(both: Both, method: str) -> None:
+    verb, path = method.split()
+    headers = {"x-api-key": both.keys["operator"]}
+    url = f"http://{both.main.addresses['openai']}{path}"
+    async with httpx.AsyncClient(trust_env=False) as http:
+        given = body(path, "") if verb == "POST" else None
+        answer = await http.request(verb, url, headers=headers, json=given)
+    assert (answer.status_code == 403) == on_admin_port(method)
+    if answer.status_code == 403:
+        assert "admin port" in answer.json()["error"]["message"]
+
+
 def test_the_page_names_methods_of_both_kinds() -> None:
     moved = {method for method in GRPC if on_admin_port(method)}
     assert {"AdapterService/UploadAdapter", "AdapterService/SelfTest"} <= moved
     assert not moved & {"InferenceService/Generate", "ServerService/GetServerInfo"}
+    moved = {method for method in HTTP if on_admin_port(method)}
+    assert {"POST /v1/load_lora_adapter", "POST /pause"} <= moved
+    assert not moved & {"POST /v1/completions", "GET /metrics", "GET /health"}
 
 
 @pytest.mark.asyncio(loop_scope="module")

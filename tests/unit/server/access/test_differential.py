@@ -35,7 +35,8 @@ LEFT_OUT: Final = frozenset(
     {
         *("created", "createTime", "updated", "time", "uptime", "lastUsed", "requestId"),
         *("timings", "frontPeakBytes", "enginePeakBytes", "peer", "actor"),
-        *("id", "date", "x-request-id"),  # of HTTP
+        *("id", "date", "x-request-id", "created_at"),  # of HTTP
+        "server_load",  # of all tenants, as QUEUE_FULL tells it too
         *("start", "end", "adapterByteHours"),  # of GetUsage
     }
 )
@@ -64,7 +65,12 @@ class Script:
 
     async def http(self, verb: str, path: str, **body: Any) -> None:
         answer = await self.caller.http(verb, path, **body)
-        told = _plain(answer.json())
+        told: Any = answer.text
+        if answer.headers["content-type"] == "application/json":
+            told = _plain(answer.json())
+        if path == "/metrics":  # of all tenants, for an operator
+            self.note(f"{verb} {path}", answer.status_code)
+            return
         self.note(f"{verb} {path}", (answer.status_code, _plain(dict(answer.headers)), told))
         await self.noise()
 
@@ -153,8 +159,17 @@ class Script:
             messages = [{"role": "user", "content": "Hi"}]
             await self.http("POST", "/v1/completions", **body, prompt="Hi")
             await self.http("POST", "/v1/chat/completions", **body, messages=messages)
-        await self.http("GET", "/version")
-        await self.http("GET", "/health")
+            await self.http("POST", "/v1/responses", model=name, input="Hi", seed=1)
+            await self.http("POST", "/tokenize", model=name, messages=messages)
+            await self.http("POST", "/detokenize", model=name, tokens=[1000])
+            loading = {"lora_name": name, "lora_path": "/none"}
+            await self.http("POST", "/v1/load_lora_adapter", **loading)
+        await self.http("POST", "/v1/unload_lora_adapter", lora_name="secret")
+        await self.http("POST", "/pause")
+        await self.http("POST", "/resume")
+        for path in ("/version", "/health", "/ping", "/load", "/is_paused", "/metrics"):
+            await self.http("GET", path)
+        await self.http("POST", "/ping")
 
     async def serve(self) -> None:
         await self.do("SelfTest")

@@ -154,6 +154,12 @@ class Guarded:
                     REQUESTS[method], metadata=metadata
                 )
                 return bool(info.adapters_registered)
+            case "POST /v1/load_lora_adapter":
+                async with httpx.AsyncClient(trust_env=False) as http:
+                    url = f"http://{self.front.addresses['openai']}/v1/load_lora_adapter"
+                    given = body("/v1/load_lora_adapter", THEIRS)
+                    answer = await http.post(url, json=given, headers=dict(metadata))
+                    return bool(answer.json()["error"]["param"] == "lora_name")
             case "GET /v1/models":
                 async with httpx.AsyncClient(trust_env=False) as http:
                     url = f"http://{self.front.addresses['openai']}/v1/models"
@@ -162,19 +168,14 @@ class Guarded:
 
     async def _http(self, method: str, key: str, adapter: str) -> str:
         verb, path = method.split()[:2]
-        port = "metrics" if path == "/metrics" else "openai"
+        port = "metrics" if method.endswith("on the metrics port") else "openai"
         headers = {"authorization": f"Bearer {key}"} if key else {}
-        body: dict[str, Any] = {"model": adapter or "smollm2-135m", "max_tokens": 1}
-        if path == "/v1/chat/completions" and adapter:
-            body["messages"] = [{"role": "user", "content": "Hi"}]
-        else:
-            body["prompt"] = "Hi"
         async with httpx.AsyncClient(trust_env=False, timeout=60) as http:
             answer = await http.request(
                 verb,
                 f"http://{self.front.addresses[port]}{path}",
                 headers=headers,
-                json=body if verb == "POST" else None,
+                json=body(path, adapter) if verb == "POST" else None,
             )
         refused = (401, 403, 404) if adapter else (401, 403)
         return str(answer.status_code) if answer.status_code in refused else "yes"
@@ -210,6 +211,24 @@ def v1_reflection(front: Front) -> Any:
         request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
         response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
     )
+
+
+def body(path: str, adapter: str) -> dict[str, Any]:
+    """The body of a POST, about an adapter if any is given. None of them changes anything."""
+    model = {"model": adapter or "smollm2-135m"}
+    return {
+        "/v1/chat/completions": {
+            **model,
+            "messages": [{"role": "user", "content": "Hi"}],
+            "max_tokens": 1,
+        },
+        "/v1/completions": {**model, "prompt": "Hi", "max_tokens": 1},
+        "/v1/responses": {**model, "input": "Hi", "max_output_tokens": 1},
+        "/tokenize": {**model, "prompt": "Hi"},
+        "/detokenize": {**model, "tokens": [1000]},
+        "/v1/load_lora_adapter": {"lora_name": adapter or "none", "lora_path": "none"},
+        "/v1/unload_lora_adapter": {"lora_name": adapter or "none"},
+    }.get(path, {})
 
 
 def asking(method: str, adapter: str) -> Any:
@@ -304,7 +323,7 @@ async def test_the_page_lists_every_method_that_a_port_has(guarded: Guarded) -> 
         for method in pool.FindServiceByName(name).methods:
             assert f"{name.rpartition('.')[2]}/{method.name}" in listed
     http = {name for name in METHODS if not name.startswith("/")}
-    assert http == {name for name in listed if " " in name} - {"GET /metrics"} | {SCRAPE}
+    assert http == {name for name in listed if " " in name} | {SCRAPE}
 
 
 @pytest.mark.asyncio(loop_scope="module")

@@ -1,5 +1,5 @@
-"""The engine client and the step loop together: budgets that survive an engine, and adapters
-that survive a server. `LoopConnection` is a FAKE: the real loop and residency in this process,
+"""The engine client and the step loop together: budgets and a pause that survive an engine, and
+adapters that survive a server. `LoopConnection` is a FAKE: the real loop and residency in this process,
 with a runner and a memory that take no time."""
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import msgspec
 import pytest
-from veneer_registry.errors import AdapterBudgetExceeded
+from veneer_registry.errors import AdapterBudgetExceeded, EngineFailed
 from veneer_server.engine_client import supervisor
 from veneer_server.engine_client.client import EngineClient, EngineEvent
 from veneer_server.engine_client.resident_set import Resident
@@ -19,6 +19,8 @@ from veneer_server.wire.messages import (
     EngineConfig,
     FromEngine,
     Residency,
+    SamplingParams,
+    SequenceRequest,
     ToEngine,
     decode_from_engine,
     decode_to_engine,
@@ -159,3 +161,37 @@ async def test_a_server_that_is_started_again_gets_its_adapters_back() -> None:
     assert again.client.resident_set() == kept
     assert Resident(adapter("b"), "host", "host") in kept
     await again.client.stop()
+
+
+@pytest.mark.timeout(30)
+async def test_a_pause_survives_an_engine_and_ends_without_one() -> None:
+    server = Server()
+    await server.client.start()
+    await server.client.activate(adapter("a"), tier="device", pin=False)
+
+    async def new_tokens() -> int:
+        request = SequenceRequest([1] * 9, 2, SamplingParams())
+        return sum([len(output.tokens) async for output in server.client.generate(request)])
+
+    await server.client.pause(True)
+    first, *_ = LoopConnection.made
+    waiting = asyncio.create_task(new_tokens())
+    await asyncio.sleep(0)
+    assert (first.engine.scheduler.waiting, first.engine.loop.steps) == (1, 0)
+    first.kill()
+    with refused(EngineFailed):
+        await waiting
+    await server.until({"a": "device"}, starts=2)
+    second = LoopConnection.made[1]
+    waiting = asyncio.create_task(new_tokens())
+    await asyncio.sleep(0)
+    assert (second.engine.scheduler.waiting, second.engine.loop.steps) == (1, 0)
+    await server.client.pause(False)
+    assert await waiting == 2
+    assert second.engine.loop.steps > 0
+    await server.client.stop()
+    await server.client.pause(False)
+    assert not server.client.paused
+    with refused(EngineFailed):
+        await server.client.pause(True)
+    assert not server.client.paused

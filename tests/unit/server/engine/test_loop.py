@@ -20,6 +20,9 @@ from veneer_server.wire.messages import (
     FromEngine,
     Occupancy,
     OperationDone,
+    Pause,
+    Ping,
+    Pong,
     SamplingParams,
     SequenceFailed,
     SequenceOutput,
@@ -263,3 +266,35 @@ def test_adapters_of_what_runs_and_what_waits_are_told() -> None:
     told = engine.of(Occupancy)[-1]
     assert isinstance(told, Occupancy)
     assert (told.running_adapters, told.waiting_adapters) == (("a",), ("b",))
+
+
+def test_a_paused_loop_runs_no_step_and_goes_on_where_it_was() -> None:
+    def outputs(engine: Engine) -> list[tuple[int, str | None]]:
+        found = [m for m in engine.sent if isinstance(m, SequenceOutput)]
+        return [(m.sequence, m.finish) for m in found]
+
+    engine = Engine()
+    engine.inbox.put(request(1, new=3))
+    engine.turn()
+    steps, had = engine.loop.steps, outputs(engine)
+    assert (steps, had) == (1, [(1, None)])
+    for message in (Pause(7, paused=True), request(2, new=2), Ping(5), Cancel(9)):
+        engine.inbox.put(message)
+    engine.inbox.put(Activate(8, adapter("a")))
+    for _ in range(5):
+        engine.turn()
+    assert (engine.loop.steps, outputs(engine)) == (steps, had)
+    assert engine.of(Pong) == [Pong(5, steps)], "it answers as ever"
+    assert OperationDone(7) in engine.sent
+    assert ("a", "device") in engine.memory.held, "adapters are loaded"
+    engine.loop.check_integrity()
+    engine.inbox.put(request(3, new=2))
+    engine.inbox.put(Cancel(3))
+    engine.turn()
+    assert outputs(engine)[-1] == (3, "cancelled")
+    engine.inbox.put(Pause(10, paused=False))
+    for _ in range(10):
+        engine.turn()
+    assert {number for number, finish in outputs(engine) if finish == "length"} == {1, 2}
+    assert not engine.scheduler.has_work()
+    engine.loop.check_integrity()

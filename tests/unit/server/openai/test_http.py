@@ -12,7 +12,7 @@ import pytest
 from veneer_registry.errors import VeneerError
 from veneer_registry.records import AdapterRecord
 from veneer_registry.registry import Registry
-from veneer_server.openai import routes
+from veneer_server.openai.endpoints import models
 from veneer_server.text.tokenizer import TextTokenizer
 from veneer_server.wire.messages import SequenceOutput
 
@@ -343,7 +343,7 @@ async def test_a_list_of_several_pages_has_them_all(
     for at, name in enumerate(("sql", "chat", "code")):
         await front.push(make_adapter(tmp_path / name, seed=at), name)
     whole = await http.get("/v1/models")
-    monkeypatch.setattr(routes, "PAGE", page)
+    monkeypatch.setattr(models, "PAGE", page)
     assert (await http.get("/v1/models")).json() == whole.json()
     assert [model["id"] for model in whole.json()["data"]] == [BASE, "chat", "code", "sql"]
 
@@ -376,7 +376,7 @@ async def test_a_reader_that_stops_holds_a_little_of_a_long_list(
         listed = (await http.get("/v1/models")).json()["data"]
         monkeypatch.undo()
         assert len({model["id"] for model in listed}) == 10_001
-        whole = 10_000 // routes.PAGE + 1
+        whole = 10_000 // models.PAGE + 1
         assert len(made) < 1.5 * whole, "the one that does not read got part of it"
 
 

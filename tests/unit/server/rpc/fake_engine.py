@@ -103,6 +103,8 @@ class FakeEngine:
         self.sources: dict[str, AdapterSource] = {}
         self.budgets = (config.host_adapter_bytes, config.device_adapter_bytes)
         self.expected: list[Resident] = []
+        self.resumed = asyncio.Event()
+        self.resumed.set()
         self.reset()
         self._on_event = on_event
         self._on_health = on_health
@@ -165,6 +167,7 @@ class FakeEngine:
         ended = False
         try:
             for output in outputs:
+                await self.resumed.wait()
                 if self.pace is not None:
                     await self._permit(crashed)
                 if isinstance(output, VeneerError):
@@ -254,6 +257,13 @@ class FakeEngine:
             raise AdapterInUse("busy: wait, or use another mode")
         self._set_tier(weights_digest, "disk", pinned=False)
         return True, 10
+
+    @property
+    def paused(self) -> bool:
+        return not self.resumed.is_set()
+
+    async def pause(self, paused: bool) -> None:
+        (self.resumed.clear if paused else self.resumed.set)()
 
     async def unpin(self, weights_digest: str) -> None:
         if (state := self.residency.get(weights_digest)) is not None:

@@ -20,7 +20,8 @@ from veneer_server.config import Address
 from veneer_server.system import descriptors
 from veneer_server.system.descriptors import RESERVE, SCRAPES, raise_limit, share_descriptors
 from veneer_server.system.hosts import AllowedHosts
-from veneer_server.telemetry.scrape import MAX_HEAD, MAX_PARTIAL, ScrapeServer
+from veneer_server.telemetry.pages import MAX_PARTIAL, Pages
+from veneer_server.telemetry.scrape import MAX_HEAD, ScrapeServer
 
 from tests.unit.server.rpc.front_harness import prompt, running, until
 
@@ -73,7 +74,7 @@ def test_tenants_get_what_the_connections_leave(monkeypatch: pytest.MonkeyPatch)
 async def scrapes() -> AsyncIterator[tuple[ScrapeServer, Address]]:
     registry = CollectorRegistry()
     Counter("asked", "Questions.", registry=registry).inc(3)
-    server = ScrapeServer(registry, HOSTS, connections=3, limit_s=30)
+    server = ScrapeServer(Pages(registry), HOSTS, connections=3, limit_s=30)
     address = await server.start(Address("127.0.0.1", 0))
     yield server, address
     await server.stop()
@@ -151,7 +152,7 @@ async def test_scrapes_that_wait_together_share_a_page_made_after_they_came() ->
 
     free = threading.Event()
     registry.register(Slow())
-    server = ScrapeServer(registry, HOSTS, connections=40, limit_s=30)
+    server = ScrapeServer(Pages(registry), HOSTS, connections=40, limit_s=30)
     address = await server.start(Address("127.0.0.1", 0))
     first = asyncio.create_task(ask(address, GET))
     await until(lambda: made == [0])
@@ -185,7 +186,7 @@ async def held_scrapes() -> AsyncIterator[tuple[Held, ScrapeServer, Address]]:
     """A page is being made."""
     registry, held = CollectorRegistry(), Held()
     registry.register(held)
-    server = ScrapeServer(registry, HOSTS, connections=40, limit_s=30)
+    server = ScrapeServer(Pages(registry), HOSTS, connections=40, limit_s=30)
     address = await server.start(Address("127.0.0.1", 0))
     first = asyncio.create_task(ask(address, GET))
     await until(lambda: held.made == 1)
@@ -261,7 +262,7 @@ async def test_scrapers_that_wait_make_room_for_the_newest() -> None:
             return []
 
     registry.register(Slow())
-    server = ScrapeServer(registry, HOSTS, connections=3, limit_s=30)
+    server = ScrapeServer(Pages(registry), HOSTS, connections=3, limit_s=30)
     address = await server.start(Address("127.0.0.1", 0))
     waiting = []
     for count in range(1, 4):
@@ -282,7 +283,7 @@ async def test_scrapers_that_do_not_read_make_room_for_one_that_does() -> None:
     series = Counter("asked", "Questions.", ["text"], registry=registry)
     for n in range(6000):  # 6 MB, more than a connection's buffers take
         series.labels(f"{n:01000d}").inc()
-    server = ScrapeServer(registry, HOSTS, connections=3, limit_s=30)
+    server = ScrapeServer(Pages(registry), HOSTS, connections=3, limit_s=30)
     address = await server.start(Address("127.0.0.1", 0))
     with ExitStack() as stack:
         for _ in range(3):

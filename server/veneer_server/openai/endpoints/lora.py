@@ -1,0 +1,137 @@
+"""vLLM's endpoints that load and unload adapters by name, over the registry."""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
+from typing import Final, Literal
+
+from veneer_proto.v1 import adapters_pb2
+from veneer_registry.adapter import AdapterRef, check_name
+from veneer_registry.errors import AdapterExists, InvalidField
+from veneer_registry.rows import Who
+
+from veneer_server.access.principal import PRINCIPAL, require
+from veneer_server.openai.endpoints.json_endpoint import Answering, JsonEndpoint
+from veneer_server.openai.fields import RequestFields, parse_fields
+from veneer_server.openai.http.asgi import Reply
+from veneer_server.serving.checks import invalid
+from veneer_server.serving.tenants.visible import Visible
+from veneer_server.serving.threads import to_the_end
+from veneer_server.serving.who import CALLER
+
+__all__ = ["LoadEndpoint", "UnloadEndpoint"]
+
+_LOADED_BY: Final = "loaded-by"
+"""Label of revisions that were loaded here. A publisher may unload those."""
+
+
+class LoadFields(RequestFields):
+    """``POST /v1/load_lora_adapter``.
+
+    Attributes:
+        load_inplace: replace the adapter of that name.
+    """
+
+    lora_name: str
+    lora_path: str
+    load_inplace: bool = False
+    is_3d_lora_weight: Literal[False] = False
+
+
+class UnloadFields(RequestFields):
+    """``POST /v1/unload_lora_adapter``. ``lora_int_id`` has no effect, as in vLLM."""
+
+    lora_name: str
+    lora_int_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """Of a request, for the audit log."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Changed:
+    """Of an answer, for the audit log."""
+
+    adapter: AdapterRef
+
+
+class LoadEndpoint(JsonEndpoint):
+    """``POST /v1/load_lora_adapter``."""
+
+    method = "POST /v1/load_lora_adapter"
+
+    def _check(self, body: object) -> Answering:
+        fields = parse_fields(LoadFields, body)
+        _check_name(fields.lora_name)
+        return Answering(partial(self._load, fields), about=_Named(fields.lora_name))
+
+    async def _load(self, fields: LoadFields, reply: Reply) -> _Changed:
+        """Upload the folder's files as a client would: the same checks, limits and events.
+        vLLM loads before it answers, and so does this."""
+        core, name = self._core, fields.lora_name
+        home = await core.tenants.current(publishing=True)
+        if name in home.registry and not fields.load_inplace:
+            raise _loaded(name)
+        spec = adapters_pb2.UploadSpec(
+            name=name,
+            labels={_LOADED_BY: "load_lora_adapter"},
+            activate=True,
+            allow_replace=fields.load_inplace,
+        )
+        try:
+            async with (
+                core.local.opened(fields.lora_path) as files,
+                aclosing(core.local.messages(files, spec)) as messages,
+                home.uploads.receive(messages) as (_, upload),
+            ):
+                published = await home.changes.publish(upload, activate=True, who=_who())
+        except AdapterExists:  # meanwhile
+            raise _loaded(name) from None
+        await reply.text(f"Success: LoRA adapter '{name}' added successfully.")
+        return _Changed(published.record.ref)
+
+
+class UnloadEndpoint(JsonEndpoint):
+    """``POST /v1/unload_lora_adapter``."""
+
+    method = "POST /v1/unload_lora_adapter"
+
+    def _check(self, body: object) -> Answering:
+        fields = parse_fields(UnloadFields, body)
+        _check_name(fields.lora_name)
+        return Answering(partial(self._unload, fields), about=_Named(fields.lora_name))
+
+    async def _unload(self, fields: UnloadFields, reply: Reply) -> _Changed:
+        """Delete the name. Requests that run keep the weights they started with."""
+        core, name = self._core, fields.lora_name
+        home = await core.tenants.current()
+        Visible(core.tenants).check_own(home, name)
+        record = await to_the_end(lambda: home.registry.get(name))
+        if _LOADED_BY not in record.labels:
+            require({"admin"}, "unloading an adapter that was uploaded")
+        await home.changes.delete(name, "drain", etag=record.etag, who=_who())
+        await reply.text(f"Success: LoRA adapter '{name}' removed successfully.")
+        return _Changed(record.ref)
+
+
+def _who() -> Who:
+    return Who(PRINCIPAL.get().name, CALLER.get())
+
+
+def _check_name(name: str) -> None:
+    try:
+        check_name(name)
+    except InvalidField as error:
+        raise InvalidField(error.message, metadata={"field": "lora_name"}) from None
+
+
+def _loaded(name: str) -> InvalidField:
+    return invalid(
+        "lora_name", f"{name!r} has already been loaded: set load_inplace to replace it"
+    )

@@ -1,0 +1,58 @@
+"""``POST /v1/responses``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from veneer_server.logs import REQUEST_ID
+from veneer_server.openai.fields import parse_fields
+from veneer_server.openai.generate import GenerateEndpoint, Job
+from veneer_server.openai.requests import chat_call
+from veneer_server.openai.responses.answer import ResponseAnswer
+from veneer_server.openai.responses.fields import ResponseFields
+from veneer_server.openai.responses.requests import chat_fields
+from veneer_server.serving.checks import invalid
+
+__all__ = ["ResponsesEndpoint"]
+
+_MOST_METADATA: Final = 16
+_LONGEST_KEY: Final = 64
+_LONGEST_VALUE: Final = 512
+
+
+class ResponsesEndpoint(GenerateEndpoint):
+    """Responses without state: nothing is stored, so ``store`` has no effect."""
+
+    method = "POST /v1/responses"
+
+    def _parse(self, body: object) -> Job:
+        core, fields = self._core, parse_fields(ResponseFields, body)
+        assert isinstance(body, dict), "parsed"
+        chat = chat_fields(fields)
+        call = chat_call(chat, core.base.name)
+        answer = ResponseAnswer(
+            fields,
+            chat,
+            core.generator.prompts.tokenizer,
+            request_id=REQUEST_ID.get(),
+            fingerprint=core.base.fingerprint.weights,
+            metadata=_metadata(body.get("metadata")),
+        )
+        return Job([call], answer, fields.stream)
+
+
+def _metadata(given: object) -> Mapping[str, str]:
+    """The caller's notes, within OpenAI's bounds, since each event may repeat them."""
+    if given is None:
+        return {}
+    if not isinstance(given, dict) or len(given) > _MOST_METADATA:
+        raise invalid("metadata", f"must be an object of at most {_MOST_METADATA} members")
+    for key, value in given.items():
+        if not isinstance(value, str) or len(key) > _LONGEST_KEY or len(value) > _LONGEST_VALUE:
+            raise invalid(
+                "metadata",
+                f"has a key of more than {_LONGEST_KEY} characters, or a value that is not a "
+                f"text of at most {_LONGEST_VALUE}",
+            )
+    return given

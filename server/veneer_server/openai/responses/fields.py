@@ -1,0 +1,63 @@
+"""The fields of ``POST /v1/responses``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from veneer_server.openai.fields import CommonFields, RequestFields, with_fractions
+
+__all__ = ["ResponseFields", "TextFormat"]
+
+
+class TextFormat(RequestFields):
+    """The format that the answer must have."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class TextOptions(RequestFields):
+    """``text``."""
+
+    format: TextFormat | None = None
+    verbosity: Literal["medium"] | None = None
+
+
+class Reasoning(RequestFields):
+    """``reasoning``."""
+
+    effort: str | None = None
+    summary: str | None = None
+    generate_summary: str | None = None
+
+
+@with_fractions
+class ResponseFields(CommonFields):
+    """``POST /v1/responses``. Sampling options that a chat has are served here too.
+
+    Attributes:
+        input: a text, or items of a conversation; see `items`.
+        previous_response_id, conversation, prompt: of what OpenAI stores; refused.
+        include: only the log-probabilities have an effect.
+    """
+
+    input: str | list[Any]
+    instructions: str | None = None
+    max_output_tokens: Annotated[int, Field(ge=1, le=(1 << 32) - 1)] | None = None
+    text: TextOptions = TextOptions()
+    reasoning: Reasoning = Reasoning()
+    include: Annotated[list[str], Field(fail_fast=True, max_length=64)] = []
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
+    truncation: Literal["disabled"] = "disabled"
+    background: Literal[False] = False
+    max_tool_calls: int | None = None
+    tools: list[Any] = []
+    tool_choice: str | dict[str, Any] = "auto"
+    previous_response_id: str | None = None
+    conversation: Any = None
+    prompt: Any = None

@@ -1,0 +1,203 @@
+"""Adapters in folders of this machine, read for an upload without a client.
+
+A caller names a path, so nothing is opened but what is below a root that the operator has
+given. Links are followed first, and the result is then opened component by component without
+following any: a link that is put in between is refused, not followed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from veneer_proto.v1 import adapters_pb2
+from veneer_registry.bundle_files import ALLOWED_FILES
+from veneer_registry.errors import AdapterInvalid, InvalidField, Unimplemented
+
+from veneer_server.serving.threads import to_the_end
+
+__all__ = ["LocalFile", "LocalFolders"]
+
+_PIECE: Final = 1 << 20
+_MOST_PATH: Final = 4096
+_FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True)
+class LocalFile:
+    """An open file of an adapter."""
+
+    name: str
+    size: int
+    descriptor: int
+
+
+@dataclass(frozen=True, slots=True)
+class LocalFolders:
+    """The folders below which adapters may lie.
+
+    Attributes:
+        roots: absolute; empty if none may.
+        most_bytes: of a file.
+    """
+
+    roots: tuple[Path, ...] = ()
+    most_bytes: int = 2 << 30
+    _reader: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="local-folder")
+    )
+    """One thread, so that a slow disk holds up nothing but other loads."""
+
+    @asynccontextmanager
+    async def opened(self, given: str) -> AsyncIterator[tuple[LocalFile, ...]]:
+        """The files of the adapter in a folder, open while the block runs. Raises as `open`."""
+        with ExitStack() as stack:
+            opening = self.open(given)
+            yield await to_the_end(lambda: stack.enter_context(opening), self._reader)
+
+    async def messages(
+        self, files: Sequence[LocalFile], spec: adapters_pb2.UploadSpec
+    ) -> AsyncGenerator[adapters_pb2.UploadAdapterRequest, None]:
+        """The messages of an upload of open files, as a client would send them. A file that
+        changes meanwhile does not have its SHA-256 any more, and is refused.
+
+        Args:
+            spec: all but its files.
+        """
+        for file in files:
+            found = hashlib.sha256()
+            for at in range(0, file.size, _PIECE):
+                await self._piece(file, at, found.update)
+            spec.files.add(name=file.name, size=file.size, sha256=found.hexdigest())
+        yield adapters_pb2.UploadAdapterRequest(spec=spec)
+        for file in files:
+            for at in range(0, file.size, _PIECE):
+                data = await self._piece(file, at, len)
+                chunk = adapters_pb2.UploadChunk(file=file.name, offset=at, data=data)
+                yield adapters_pb2.UploadAdapterRequest(chunk=chunk)
+
+    async def _piece(self, file: LocalFile, at: int, look: Callable[[bytes], object]) -> bytes:
+        """A piece of a file, at which ``look`` has looked in the thread."""
+
+        def read() -> bytes:
+            data = os.pread(file.descriptor, min(_PIECE, file.size - at), at)
+            look(data)
+            return data
+
+        # To the end, since the descriptor may be closed and used again after it.
+        return await to_the_end(read, self._reader)
+
+    @contextmanager
+    def open(self, given: str) -> Iterator[tuple[LocalFile, ...]]:
+        """The files of the adapter in a folder, open while the block runs. Reads the disk.
+
+        Raises:
+            Unimplemented: there are no roots.
+            InvalidField: there is no such folder below a root.
+            AdapterInvalid: one of its files is too large, no file, or a link that leads out
+                of the roots.
+        """
+        folder = Path(self._checked(given))
+        with ExitStack() as opened:
+            try:
+                descriptor = self._open_below(os.path.realpath(folder, strict=True), _FOLDER)
+            except (OSError, ValueError):
+                raise _refused(f"{given!r} is not a folder that the server can read") from None
+            if descriptor is None:
+                raise _outside(given)
+            opened.callback(os.close, descriptor)
+            names = sorted(ALLOWED_FILES.keys() & set(os.listdir(descriptor)))
+            real = Path(os.path.realpath(folder))
+            yield tuple(self._file(real, descriptor, name, opened) for name in names)
+
+    def _checked(self, given: str) -> str:
+        """A path that looks right, before the disk is touched."""
+        if not self.roots:
+            raise Unimplemented(
+                "this server loads no adapters from folders: push it with `veneer adapter "
+                "push`, or start the server with --lora-root and a folder that it may read",
+                metadata={"flag": "--lora-root"},
+            )
+        path = Path(given)
+        if len(given) > _MOST_PATH or "\0" in given or ".." in path.parts:
+            raise _refused(
+                "it is too long, or has a component '..' or a NUL: give a plain path"
+            )
+        if not any(root in path.parents for root in self.roots):
+            raise _outside(given)
+        return given
+
+    def _file(self, folder: Path, descriptor: int, name: str, opened: ExitStack) -> LocalFile:
+        try:
+            status = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
+            if stat.S_ISLNK(status.st_mode):
+                target = os.path.realpath(folder / name, strict=True)
+                status = os.stat(target, follow_symlinks=False)
+                _check_kind(name, status.st_mode)
+                file = self._open_below(target, _FILE)
+            else:
+                _check_kind(name, status.st_mode)  # merely opening some has side effects
+                file = os.open(name, _FILE, dir_fd=descriptor)
+        except OSError:
+            raise _invalid(name, "cannot be read by the server", "unreadable") from None
+        if file is None:
+            raise _invalid(
+                name, "is a link that leads out of the folders of --lora-root", "outside"
+            )
+        opened.callback(os.close, file)
+        status = os.fstat(file)
+        _check_kind(name, status.st_mode)
+        most = ALLOWED_FILES[name] or self.most_bytes
+        if status.st_size > most:
+            raise _invalid(
+                name, f"has {status.st_size} bytes, more than the {most} allowed", "size"
+            )
+        return LocalFile(name, status.st_size, file)
+
+    def _open_below(self, real: str, flags: int) -> int | None:
+        """Open a path without links; None if it is not below a root. Raises OSError."""
+        for root in self.roots:
+            base = os.path.realpath(root)
+            if os.path.commonpath([base, real]) != base or base == real:
+                continue
+            *parts, last = Path(real).relative_to(base).parts
+            descriptor = os.open(base, _FOLDER)
+            try:
+                for part in parts:
+                    inner = os.open(part, _FOLDER, dir_fd=descriptor)
+                    os.close(descriptor)
+                    descriptor = inner
+                return os.open(last, flags, dir_fd=descriptor)
+            finally:
+                os.close(descriptor)
+        return None
+
+
+def _check_kind(name: str, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise _invalid(name, "is not a regular file", "kind")
+
+
+def _outside(given: str) -> InvalidField:
+    return _refused(
+        f"{given[:200]!r} is not below a folder that the server may read: give the absolute path "
+        "of a folder below one of its --lora-root"
+    )
+
+
+def _refused(why: str) -> InvalidField:
+    return InvalidField(f"lora_path: {why}", metadata={"field": "lora_path"})
+
+
+def _invalid(name: str, why: str, cause: str) -> AdapterInvalid:
+    return AdapterInvalid(
+        f"{name} {why}: put the file itself there", metadata={"file": name, "cause": cause}
+    )

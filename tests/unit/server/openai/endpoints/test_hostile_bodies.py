@@ -1,0 +1,103 @@
+"""Every field of the other endpoints with hostile values: always a one-line client error."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from veneer_server.openai.endpoints.lora import LoadFields, UnloadFields
+from veneer_server.openai.endpoints.tokenize import DetokenizeFields, TokenizeFields
+from veneer_server.openai.fields import CommonFields
+from veneer_server.openai.responses.fields import ResponseFields
+
+from tests.hostile.connection import PostConnection
+from tests.hostile.http import FRAGMENTS
+from tests.unit.server.openai.kit import BASE
+from tests.unit.server.openai.test_hostile_json import shape
+from tests.unit.server.rpc.front_harness import Front
+from tests.unit.server.rpc.test_hostile_fields import noise
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+MARK = "\N{SNOWMAN}"
+
+GOOD: dict[str, dict[str, Any]] = {
+    "/v1/responses": {"model": BASE, "input": "Hi", "max_output_tokens": 2},
+    "/tokenize": {"model": BASE, "prompt": "Hi"},
+    "/detokenize": {"model": BASE, "tokens": [1000]},
+    "/v1/load_lora_adapter": {"lora_name": "a", "lora_path": "/a"},
+    "/v1/unload_lora_adapter": {"lora_name": "a"},
+}
+OWN = {
+    # Those that it shares with chats have their own test.
+    "/v1/responses": ResponseFields.model_fields.keys() - CommonFields.model_fields.keys(),
+    "/tokenize": TokenizeFields.model_fields.keys(),
+    "/detokenize": DetokenizeFields.model_fields.keys(),
+    "/v1/load_lora_adapter": LoadFields.model_fields.keys(),
+    "/v1/unload_lora_adapter": UnloadFields.model_fields.keys(),
+}
+INSIDE: list[dict[str, Any]] = [
+    {"text": {"format": MARK}},
+    {"text": {"format": {"type": MARK}}},
+    {"text": {"format": {"type": "json_schema", "name": MARK, "schema": {}}}},
+    {"text": {"format": {"type": "json_schema", "name": "a", "schema": MARK}}},
+    {"text": {MARK: 1}},
+    {"reasoning": {"effort": MARK}},
+    {"include": [MARK]},
+    {"input": [MARK]},
+    {"input": [{"type": MARK}]},
+    {"input": [{"role": MARK, "content": "Hi"}]},
+    {"input": [{"role": "user", "content": MARK}]},
+    {"input": [{"role": "user", "content": [MARK]}]},
+    {"input": [{"role": "user", "content": [{"type": MARK, "text": "Hi"}]}]},
+    {"input": [{"role": "user", "content": [{"type": "input_text", "text": MARK}]}]},
+    {"metadata": MARK},
+    {"metadata": {"a": MARK}},
+]
+"""Nested fields of a response."""
+
+
+def templates(path: str) -> Iterator[dict[str, Any]]:
+    for name in sorted(OWN[path]):
+        yield {**GOOD[path], name: MARK}
+    if path == "/v1/responses":
+        for each in INSIDE:
+            yield {**GOOD[path], **each}
+
+
+@pytest.mark.parametrize("path", GOOD)
+async def test_no_field_is_our_fault(
+    path: str, front: Front, caplog: pytest.LogCaptureFixture
+) -> None:
+    wrong, tried = [], 0
+    with caplog.at_level(logging.INFO):
+        async with PostConnection(front.addresses["openai"]) as connection:
+            for template in templates(path):
+                whole = json.dumps(template).encode()
+                for fragment in FRAGMENTS:
+                    body = whole.replace(json.dumps(MARK).encode(), fragment)
+                    caplog.clear()
+                    tried += 1
+                    answer = await connection.post(path, body)
+                    lines = noise(caplog.records)
+                    if (problem := shape(answer.status, answer.body)) or lines:
+                        wrong.append(f"{body[:120]!r}: {problem} {lines}")
+    assert tried >= len(FRAGMENTS) * len(OWN[path])
+    assert not wrong, f"{len(wrong)} of {tried}:\n" + "\n".join(wrong[:40])
+
+
+async def test_folders_are_looked_at_below_their_root_only(
+    front: Front, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a root, nothing of the disk is touched whatever the path."""
+    touched: list[Any] = []
+    monkeypatch.setattr("os.path.realpath", lambda path, **_: touched.append(path))
+    async with PostConnection(front.addresses["openai"]) as connection:
+        for given in (str(tmp_path), "/dev/zero", "/proc/self/environ", "", "~"):
+            body = json.dumps({"lora_name": "a", "lora_path": given}).encode()
+            assert (await connection.post("/v1/load_lora_adapter", body)).status == 501
+    assert not touched

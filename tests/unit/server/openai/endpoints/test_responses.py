@@ -1,0 +1,303 @@
+"""``/v1/responses``, by OpenAI's own client and over the wire."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from openai import AsyncOpenAI, BadRequestError, NotFoundError
+from openai.types.responses import Response
+from veneer_registry.errors import EngineFailed
+from veneer_server.wire.messages import SequenceOutput
+
+from tests.unit.server.openai.kit import BASE, CHAT, error_of, ok
+from tests.unit.server.rpc.fake_engine import CONTEXT
+from tests.unit.server.rpc.front_harness import Front, make_adapter
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+ASK: dict[str, Any] = {"model": BASE, "input": "Hi", "max_output_tokens": 4}
+SCHEMA: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+async def respond(http: httpx.AsyncClient, **more: Any) -> dict[str, Any]:
+    answer = await http.post("/v1/responses", json={**ASK, **more})
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()
+    Response.model_validate(found)
+    return found
+
+
+async def streamed(http: httpx.AsyncClient, **more: Any) -> list[dict[str, Any]]:
+    """The events; each must be named by its type, and numbered."""
+    answer = await http.post("/v1/responses", json={**ASK, **more, "stream": True})
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+    *blocks, last = answer.text.split("\n\n")
+    assert last == ""
+    events = []
+    for block in blocks:
+        name, data = block.split("\n")
+        events.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {events[-1]['type']}"
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    return events
+
+
+def same(response: dict[str, Any], request_id: str) -> dict[str, Any]:
+    """Without what differs between two requests."""
+    text = json.dumps(response).replace(request_id, "ID")
+    return {k: v for k, v in json.loads(text).items() if k != "created_at"}
+
+
+async def test_a_response_is_the_chats_answer(front: Front, http: httpx.AsyncClient) -> None:
+    chat = await ok(http, CHAT, seed=3)
+    prompt = front.engine.submitted[-1].prompt
+    response = await respond(http, seed=3, metadata={"a": "b"}, store=True)
+    assert front.engine.submitted[-1].prompt == prompt
+    [item] = response["output"]
+    [part] = item["content"]
+    assert part["text"] == chat["choices"][0]["message"]["content"]
+    assert (item["type"], item["role"], item["status"]) == ("message", "assistant", "incomplete")
+    assert (response["object"], response["status"]) == ("response", "incomplete")
+    assert response["incomplete_details"] == {"reason": "max_output_tokens"}
+    assert response["usage"] == {
+        "input_tokens": chat["usage"]["prompt_tokens"],
+        "input_tokens_details": {"cached_tokens": 16, "cache_write_tokens": 0},
+        "output_tokens": 4,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": chat["usage"]["total_tokens"],
+    }
+    assert (response["metadata"], response["store"]) == ({"a": "b"}, False)
+    front.engine.script = [SequenceOutput(1, [1000], finish="stop")]
+    whole = await respond(http)
+    assert (whole["status"], whole["incomplete_details"]) == ("completed", None)
+    assert whole["output"][0]["status"] == "completed"
+
+
+@pytest.mark.parametrize("finish", ["stop", "length"])
+@pytest.mark.parametrize("scores", [False, True])
+async def test_a_stream_ends_with_the_whole_response(
+    front: Front, http: httpx.AsyncClient, finish: Any, scores: bool
+) -> None:
+    more: dict[str, Any] = {"seed": 3, "instructions": "Be brief."}
+    if scores:
+        more |= {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    if finish == "stop":
+        front.engine.script = [
+            SequenceOutput(
+                1,
+                [1000 + at],
+                logprobs=[-0.5] if scores else None,
+                top_logprobs=[[(1000 + at, -0.5), (2000, -2.0)]] if scores else None,
+                finish="stop" if at == 3 else None,
+            )
+            for at in range(4)
+        ]
+    whole = await respond(http, **more)
+    events = await streamed(http, **more)
+    kinds = [event["type"].removeprefix("response.") for event in events]
+    deltas = [event for event in events if event["type"] == "response.output_text.delta"]
+    state = "completed" if finish == "stop" else "incomplete"
+    assert kinds == [
+        *("created", "in_progress", "output_item.added", "content_part.added"),
+        *["output_text.delta"] * len(deltas),
+        *("output_text.done", "content_part.done", "output_item.done", state),
+    ]
+    last = events[-1]["response"]
+    Response.model_validate(last)
+    first_id, last_id = (each["id"].removeprefix("resp_") for each in (whole, last))
+    assert same(last, last_id) == same(whole, first_id)
+    text = whole["output"][0]["content"][0]["text"]
+    assert "".join(event["delta"] for event in deltas) == text
+    logprobs = [score for event in deltas for score in event["logprobs"]]
+    assert logprobs == whole["output"][0]["content"][0]["logprobs"]
+    assert len(logprobs) == (4 if scores else 0)
+    created, part = events[0]["response"], events[3]["part"]
+    assert (created["status"], created["output"], created["usage"]) == ("in_progress", [], None)
+    assert (part["type"], part["text"]) == ("output_text", "")
+    done = {event["type"]: event for event in events}
+    assert done["response.output_text.done"]["text"] == text
+    assert done["response.output_item.done"]["item"] == last["output"][0]
+    assert len({event["item_id"] for event in events if "item_id" in event}) == 1
+
+
+async def test_items_are_messages(front: Front, http: httpx.AsyncClient) -> None:
+    said = (await respond(http))["output"]
+    text = said[0]["content"][0]["text"]
+    await ok(
+        http,
+        CHAT,
+        messages=[
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "Hello"},
+            {"role": "assistant", "content": text},
+            {"role": "user", "content": "And?"},
+        ],
+    )
+    expected = front.engine.submitted[-1].prompt
+    await respond(
+        http,
+        instructions="Be brief.",
+        input=[
+            {"role": "user", "content": [{"type": "input_text", "text": "Hello"}]},
+            {"type": "reasoning", "id": "rs_1", "summary": []},
+            *said,
+            {"type": "message", "role": "user", "content": "And?", "id": None},
+        ],
+    )
+    assert front.engine.submitted[-1].prompt == expected
+
+
+async def test_a_schema_is_a_constraint(front: Front, http: httpx.AsyncClient) -> None:
+    shown = {"type": "json_schema", "name": "a", "schema": SCHEMA, "strict": True}
+    response = await respond(http, text={"format": shown})
+    constraint = front.engine.submitted[-1].constraint
+    assert (constraint.kind, json.loads(constraint.text)) == ("json_schema", SCHEMA)
+    assert response["text"]["format"] == shown
+    await respond(http, text={"format": {"type": "json_object"}})
+    assert json.loads(front.engine.submitted[-1].constraint.text) == {"type": "object"}
+    await respond(http, text={"format": {"type": "text"}, "verbosity": "medium"})
+    assert front.engine.submitted[-1].constraint is None
+
+
+async def test_openais_client_streams_and_parses(
+    front: Front, http: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    await front.push(make_adapter(tmp_path / "a"), "style")
+    async with AsyncOpenAI(
+        base_url=f"http://{front.addresses['openai']}/v1",
+        api_key="unused",
+        max_retries=0,
+        http_client=httpx.AsyncClient(trust_env=False),
+    ) as client:
+        whole = await client.responses.create(
+            model="style", input="Hi", max_output_tokens=4, temperature=0.5, top_p=0.5
+        )
+        assert whole.output_text
+        assert (whole.model, whole.temperature, whole.top_p) == ("style", 0.5, 0.5)
+        raw = await client.responses.with_raw_response.create(
+            model="style", input="Hi", max_output_tokens=4
+        )
+        assert raw.headers["veneer-revision"]
+        # Its helper takes no response.incomplete for an end.
+        front.engine.script = [
+            SequenceOutput(1, [1000]),
+            SequenceOutput(1, [1001], finish="stop"),
+        ]
+        async with client.responses.stream(
+            model="style", input="Hi", max_output_tokens=4, store=False
+        ) as stream:
+            text = "".join(
+                [e.delta async for e in stream if e.type == "response.output_text.delta"]
+            )
+            assert (await stream.get_final_response()).output_text == text
+        front.engine.script = None
+        with pytest.raises(BadRequestError) as refused:
+            await client.responses.create(
+                model="style", input="Hi", previous_response_id=whole.id
+            )
+        assert refused.value.param == "previous_response_id"
+        with pytest.raises(NotFoundError) as unknown:
+            await client.responses.retrieve(whole.id)
+        assert unknown.value.code == "unknown_url"
+        with pytest.raises(NotFoundError) as missing:
+            await client.responses.create(model="nosuch", input="Hi")
+        assert missing.value.code == "model_not_found"
+
+
+async def test_a_stream_that_fails_says_so(front: Front, http: httpx.AsyncClient) -> None:
+    front.engine.script = [SequenceOutput(1, [1000]), EngineFailed("it ended; retry")]
+    *_, delta, error, failed = await streamed(http)
+    assert delta["type"] == "response.output_text.delta"
+    assert (error["type"], error["code"]) == ("error", "engine_failed")
+    assert failed["type"] == "response.failed"
+    assert failed["response"]["status"] == "failed"
+    assert failed["response"]["error"]["code"] == "server_error"
+    Response.model_validate(failed["response"])
+
+
+def item(**members: Any) -> dict[str, Any]:
+    return {"input": [members]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"input": None}, "input"),
+        ({"input": []}, "input"),
+        ({"input": ["Hi"]}, "input[0]"),
+        ({"input": [{"role": "user"}] * 4097}, "input"),
+        (item(role="user"), "input[0].content"),
+        (item(role="tool", content="x"), "input[0].role"),
+        (item(role=["user"], content="x"), "input[0].role"),
+        (item(role="user", content="x", colour="red"), "input[0].colour"),
+        (item(role="user", content=[{"type": "input_image", "image_url": "x"}]), None),
+        (item(role="user", content=[{"type": ["input_text"], "text": "x"}]), None),
+        (item(role="user", content=[{"type": "input_text"}]), "input[0].content[0].text"),
+        (item(type="item_reference", id="msg_1"), "input[0]"),
+        (item(type="function_call_output", call_id="1", output="x"), "input[0]"),
+        ({"tools": [{"type": "function", "name": "f"}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"conversation": "conv_1"}, "conversation"),
+        ({"background": True}, "background"),
+        ({"truncation": "auto"}, "truncation"),
+        ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
+        ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "text.format.schema"),
+        ({"text": {"format": {"type": "grammar"}}}, "text.format.type"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"max_tokens": 5}, "max_tokens"),
+        ({"n": 2}, "n"),
+        ({"metadata": {"a": 1}}, "metadata"),
+        ({"temperature": 1000}, "temperature"),
+        ({"outputs": 1}, "outputs"),
+    ],
+)
+async def test_a_bad_field_is_named(
+    front: Front, http: httpx.AsyncClient, fields: dict[str, Any], param: str | None
+) -> None:
+    answer = await http.post("/v1/responses", json={**ASK, **fields})
+    assert answer.status_code == 400, answer.text
+    assert error_of(answer)["param"] == (param or "input[0].content[0]")
+    assert not front.engine.submitted
+
+
+async def test_neutral_fields_pass(http: httpx.AsyncClient) -> None:
+    """What SDKs send although it has no effect."""
+    await respond(
+        http,
+        tools=[],
+        tool_choice="auto",
+        include=["reasoning.encrypted_content"],
+        reasoning={"effort": None, "summary": "auto"},
+        parallel_tool_calls=True,
+        previous_response_id=None,
+        truncation="disabled",
+        background=False,
+        text={"format": None},
+        service_tier="auto",
+        user="me",
+        prompt_cache_key="x",
+    )
+
+
+async def test_one_that_is_too_long_is_refused(http: httpx.AsyncClient) -> None:
+    answer = await http.post("/v1/responses", json={**ASK, "input": "long " * CONTEXT})
+    assert error_of(answer)["code"] == "context_length_exceeded"
+
+
+async def test_a_reader_that_leaves_ends_it(front: Front, http: httpx.AsyncClient) -> None:
+    front.engine.pace = asyncio.Semaphore(1)
+    body = {**ASK, "stream": True}
+    async with http.stream("POST", "/v1/responses", json=body) as answer:
+        assert answer.status_code == 200
+        async for _ in answer.aiter_lines():
+            break
+    while front.engine.in_flight:
+        await asyncio.sleep(0.005)
+    assert front.engine.cancelled == 1
