@@ -207,7 +207,7 @@ class Message(Fields):
     refusal: str = ""
     reasoning: str = ""
     reasoning_content: str = ""
-    tool_calls: _Objects = []
+    tool_calls: _Objects = Field(default_factory=list)
     function_call: dict[str, Any] | None = None
     tool_call_id: str = Field(default="", max_length=256)
 
@@ -247,10 +247,10 @@ class ChatFields(CommonFields, ChatExtensions):
     logprobs: bool = False
     top_logprobs: _Count = 0
     # Read by `veneer_server.openai.tools.requests`.
-    tools: _Objects = []
+    tools: _Objects = Field(default_factory=list)
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool = True
-    functions: _Objects = []
+    functions: _Objects = Field(default_factory=list)
     function_call: str | dict[str, Any] | None = None
 
 
