@@ -47,6 +47,7 @@ def _contract() -> set[str]:
         "stopping": inference_pb2.StoppingOptions,
         "output": inference_pb2.OutputOptions,
         "constraint": inference_pb2.Constraint,
+        "template": inference_pb2.TemplateOptions,
     }
     return {
         f"{part}.{field.name}"
@@ -56,7 +57,11 @@ def _contract() -> set[str]:
 
 
 def test_every_option_of_a_generation_has_its_name_at_each_door() -> None:
-    unserved = {"stopping.ignore_eos", "output.echo"}
+    unserved = {
+        *("stopping.ignore_eos", "output.echo", "output.prompt_logprobs"),
+        *("template.kwargs", "template.add_generation_prompt"),
+        "template.continue_final_message",
+    }
     assert _contract() - in_cli_words.words.keys() == unserved
     assert _contract() <= in_openai_words.words.keys()
     served = ChatFields.model_fields.keys() | CompletionFields.model_fields.keys()

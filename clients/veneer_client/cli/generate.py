@@ -110,6 +110,9 @@ def generate(
     stop_token_id: Annotated[
         list[int] | None, typer.Option(help="Stop at this token; repeatable.", min=0)
     ] = None,
+    min_tokens: Annotated[
+        int | None, typer.Option(help="No stop ends the output before it.", min=0)
+    ] = None,
     json_schema: Annotated[
         str | None,
         typer.Option(metavar="FILE|JSON", help="Make the output JSON of this schema."),
@@ -119,6 +122,16 @@ def generate(
     ] = None,
     choice: Annotated[
         list[str] | None, typer.Option(help="Make the output one of these; repeatable.")
+    ] = None,
+    grammar: Annotated[
+        str | None, typer.Option(help="Make the output match this Lark grammar.")
+    ] = None,
+    reasoning_effort: Annotated[
+        str | None,
+        typer.Option(
+            metavar="EFFORT",
+            help="How much to think, for chat templates that know it: none, low, high ...",
+        ),
     ] = None,
     n: Annotated[
         int | None,
@@ -164,6 +177,9 @@ def generate(
             json_schema=None if json_schema is None else _schema(json_schema),
             regex=regex,
             choice=choice or None,
+            grammar=grammar,
+            min_tokens=min_tokens,
+            reasoning_effort=reasoning_effort,
             n=n,
             logprobs=logprobs or None,
             top_logprobs=top_logprobs,

@@ -35,6 +35,7 @@ _OPTIONS: Final = {
         for field in inference_pb2.SamplingOptions.DESCRIPTOR.fields
     },
     "stopping.max_tokens": "--max-tokens",
+    "stopping.min_tokens": "--min-tokens",
     "stopping.stop": "--stop",
     "stopping.stop_token_ids": "--stop-token-id",
     "output.n": "--n",
@@ -43,6 +44,8 @@ _OPTIONS: Final = {
     "constraint.json_schema": "--json-schema",
     "constraint.regex": "--regex",
     "constraint.choice": "--choice",
+    "constraint.grammar": "--grammar",
+    "template.reasoning_effort": "--reasoning-effort",
     "use_prefix_cache": "--prefix-cache",
     "session_key": "--session",
     "priority": "--priority",

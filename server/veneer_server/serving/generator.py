@@ -222,9 +222,7 @@ class Generator:
         info = self._engine.info
         space = Room(info.vocab_size, most_prompt_tokens(info))
         if call.truncate_prompt is not None:
-            kept = kept_tokens(
-                info, call.truncate_prompt, call.max_tokens, self._defaults.max_tokens
-            )
+            kept = kept_tokens(info, call.truncate_prompt, call.max_tokens)
             prompt = await self._read(call, lease, space.to_cut, kept)
             return await self.prompts.last(prompt, kept, with_text=call.echo)
         return await self._read(call, lease, space, None)

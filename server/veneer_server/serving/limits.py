@@ -61,14 +61,12 @@ def room(
     return min(left, default or left) if wanted is None else wanted
 
 
-def kept_tokens(
-    info: EngineInfo, truncate: int, wanted: int | None, default: int | None
-) -> int:
+def kept_tokens(info: EngineInfo, truncate: int, wanted: int | None) -> int:
     """How many tokens of a prompt to keep, at least 1.
 
     Args:
         truncate: `GenerateCall.truncate_prompt`.
-        wanted, default: most new tokens, if set.
+        wanted: most new tokens, if set.
 
     Raises:
         InvalidField: more than the context holds.
@@ -82,7 +80,7 @@ def kept_tokens(
         )
     if truncate > 0:
         return truncate
-    return max(1, info.longest_sequence - max(1, wanted or default or 1))
+    return max(1, info.longest_sequence - max(1, wanted or 1))
 
 
 def check_constraint_size(constraint: Constraint, most: int) -> None:

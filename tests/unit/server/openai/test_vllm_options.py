@@ -120,7 +120,9 @@ async def test_a_prompt_is_cut_from_the_left(
         assert body["usage"]["prompt_tokens"] == kept
     body = await ok(http, {**given, "prompt": ids}, truncate_prompt_tokens=3, echo=True)
     assert body["choices"][0]["text"].startswith(tokenizer.decode(ids[-3:]))
-    chat = {**CHAT, "messages": [{"role": "user", "content": long}]}
+    chat = {**CHAT, "messages": [{"role": "user", "content": long}], "max_tokens": None}
+    await ok(http, chat, truncate_prompt_tokens=-1)
+    assert len(front.engine.submitted[-1].prompt) == CONTEXT - 1
     await ok(http, chat, truncate_prompt_tokens=7)
     assert len(front.engine.submitted[-1].prompt) == 7
     words = " hello" * 12_000  # so many bytes are looked at before they are parsed
