@@ -47,7 +47,9 @@ def chat_call(fields: ChatFields, base: str) -> GenerateCall:
     use, common = tools_of(fields), _common(fields, base)
     if use is not None and use.forced:
         if common["constraint"] is not None and fields.response_format is None:
-            raise invalid("structured_outputs", "conflicts with a forced call: send one of them")
+            raise invalid(
+                "structured_outputs", "conflicts with a forced call: send one of them"
+            )
         # As in vLLM, the call takes the place of a response format.
         common["constraint"] = use.constraint()
     return GenerateCall(

@@ -96,8 +96,6 @@ def calls(parts: Sequence[Delta]) -> list[inference_pb2.ToolCall]:
         if isinstance(part, ToolArguments):
             texts[part.index].append(part.text)
     return [
-        inference_pb2.ToolCall(
-            id=call.id, name=call.name, arguments="".join(texts[call.index])
-        )
+        inference_pb2.ToolCall(id=call.id, name=call.name, arguments="".join(texts[call.index]))
         for call in begun
     ]

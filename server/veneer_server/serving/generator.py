@@ -40,8 +40,8 @@ from veneer_server.serving.records import (
 from veneer_server.serving.tenants.tenant import Tenant
 from veneer_server.serving.tenants.tenants import Tenants
 from veneer_server.serving.tenants.visible import Visible
-from veneer_server.serving.tools.use import about_tools
 from veneer_server.serving.threads import Background
+from veneer_server.serving.tools.use import about_tools
 from veneer_server.serving.who import CALLER
 from veneer_server.telemetry.metrics import Metrics
 from veneer_server.text.defaults import RequestDefaults
@@ -201,9 +201,7 @@ class Generator:
         shown = {}
         if family is not None and not call.tools.forced:
             shown = tokenizer.special_ids(markers(family))
-        reader = ToolReader(
-            call.tools, family, Shown(tokenizer, shown) if shown else tokenizer
-        )
+        reader = ToolReader(call.tools, family, Shown(tokenizer, shown) if shown else tokenizer)
         reader.reading()  # raises what the samples' readers would, before any work
         return reader
 

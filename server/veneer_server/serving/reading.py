@@ -66,6 +66,4 @@ class ToolReader:
 
     def reading(self) -> Reading:
         """For one sample. Raises InvalidField, see `ToolUse.parser`."""
-        return Reading(
-            self.use.parser(self.family), ends_with_calls=self.use.ends_with_calls
-        )
+        return Reading(self.use.parser(self.family), ends_with_calls=self.use.ends_with_calls)

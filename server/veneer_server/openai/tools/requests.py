@@ -16,7 +16,7 @@ from veneer_server.serving.tools.use import MAX_TOOLS, Choice, Tool, ToolUse
 __all__ = ["ToolFields", "ToolMessage", "template_messages", "tools_of"]
 
 _ROLES: Final = {"developer": "system", "function": "tool"}
-"""OpenAI's newer and older role names. Templates do not know them, and many drop such messages."""
+"""OpenAI's newer and older role names. Templates do not know them; many drop such messages."""
 
 
 class ToolMessage(Protocol):

@@ -61,9 +61,7 @@ class History:
         """
         made: dict[str, Any] = {"role": role, "content": content}
         if len(calls) > MAX_CALLS:
-            refuse(
-                f"{field}.tool_calls", f"has {len(calls)} entries: send at most {MAX_CALLS}"
-            )
+            refuse(f"{field}.tool_calls", f"has {len(calls)} entries: send at most {MAX_CALLS}")
         if calls:
             made["tool_calls"] = [
                 {

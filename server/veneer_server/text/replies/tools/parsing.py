@@ -33,7 +33,9 @@ class CallParser(ABC):
     turns out to be no call before that is text, if no call came before it.
     """
 
-    def __init__(self, *, parallel: bool = True, keys: Collection[str] = ("arguments",)) -> None:
+    def __init__(
+        self, *, parallel: bool = True, keys: Collection[str] = ("arguments",)
+    ) -> None:
         """Args:
         parallel: give out all calls, rather than only the first one.
         keys: names that a call's arguments may have.
