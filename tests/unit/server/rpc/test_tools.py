@@ -44,7 +44,7 @@ def tokenizer(base_folder: Path) -> TextTokenizer:
 async def client(front: Front) -> AsyncIterator[AsyncClient]:
     async with (
         long_context(front),
-        AsyncClient(front.addresses["grpc"], insecure=True) as client,
+        AsyncClient(front.addresses["grpc"]) as client,
     ):
         yield client
 
@@ -118,7 +118,7 @@ async def test_the_template_sees_tools_and_earlier_calls(
 @pytest.mark.parametrize(
     ("options", "field"),
     [
-        ({"tools": [Tool("")]}, "tools[0].function.name"),
+        ({"tools": [Tool("")]}, "tools[0].name"),
         ({"tools": [CLOCK] * 129}, "tools"),
         ({"tools": [Tool("f", "x" * (128 << 10))]}, "tools"),
         ({"tools": [Tool("f", "", {"x": "y" * (128 << 10)})]}, "tools"),
