@@ -70,7 +70,8 @@ class Generation:
                 tokenizer if reader is None else reader.tokens,
                 stops=call.stops,
                 stop_token_ids=call.stop_token_ids,
-                reading=None if reader is None else reader.reading(),
+                parser=None if reader is None else reader.parser(),
+                ends_with_calls=reader is not None and reader.use.ends_with_calls,
             )
             for index in range(call.n)
         ]

@@ -202,7 +202,7 @@ class Generator:
         if family is not None and not call.tools.forced:
             shown = tokenizer.special_ids(markers(family))
         reader = ToolReader(call.tools, family, Shown(tokenizer, shown) if shown else tokenizer)
-        reader.reading()  # raises what the samples' readers would, before any work
+        reader.parser()  # raises what the samples' readers would, before any work
         return reader
 
     async def _prompt(self, call: GenerateCall, lease: RevisionLease | None) -> Prompt:

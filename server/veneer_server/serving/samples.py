@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import msgspec
 from veneer_registry.errors import InternalError
 
-from veneer_server.serving.reading import Reading
 from veneer_server.serving.records import FinishReason
 from veneer_server.serving.threads import outlast
 from veneer_server.text.detokenizer import Detokenizer, StopStrings, TokenBytes
@@ -73,8 +72,13 @@ class Sample:
         *,
         stops: Sequence[str],
         stop_token_ids: Collection[int],
-        reading: Reading | None = None,
+        parser: replies.ReplyParser | None = None,
+        ends_with_calls: bool = False,
     ) -> None:
+        """Args:
+        parser: takes the text apart; None passes it on.
+        ends_with_calls: an answer that ends by itself after a call reports `tool_calls`.
+        """
         self.index = index
         self.finish: FinishReason | None = None
         self.last_output: float | None = None
@@ -82,7 +86,9 @@ class Sample:
         self._detokenizer = Detokenizer(tokens, continues=True)
         self._stops = StopStrings(stops)
         self._stop_token_ids = stop_token_ids
-        self._reading = reading
+        self._parser = parser
+        self._ends_with_calls = ends_with_calls
+        self._called = False
 
     def delta(self, output: SequenceOutput) -> Delta:
         """Convert an output of the engine."""
@@ -95,8 +101,11 @@ class Sample:
         if stops.stopped:
             finish = "stop"
         parts: Sequence[replies.Delta] = ()
-        if self._reading is not None:
-            text, parts, finish = self._reading.read(text, finish)
+        if self._parser is not None:
+            parts = self._parts(self._parser, text, ended=finish is not None)
+            text = "".join(part.text for part in parts if isinstance(part, replies.Content))
+            if finish == "stop" and self._called and self._ends_with_calls:
+                finish = "tool_calls"
         self.finish = finish
         return Delta(
             index=self.index,
@@ -109,6 +118,14 @@ class Sample:
             finish=finish,
             parts=parts,
         )
+
+    def _parts(
+        self, parser: replies.ReplyParser, text: str, *, ended: bool
+    ) -> list[replies.Delta]:
+        """A text taken apart."""
+        parts = [*parser.feed(text), *(parser.finish() if ended else ())]
+        self._called |= any(isinstance(part, replies.ToolCallBegun) for part in parts)
+        return parts
 
     def _feed(self, output: SequenceOutput) -> tuple[str, int]:
         """Text of an output's tokens, and how many tokens there are up to the one that

@@ -44,7 +44,14 @@ def test_a_call_behind_a_special_token(base_folder: Path, family: Family, step: 
     ]
     assert "[TOOL" not in tokenizer.decode(ids)
     reader = ToolReader(USE, family, Shown(tokenizer, shown))
-    sample = Sample(0, reader.tokens, stops=(), stop_token_ids=(), reading=reader.reading())
+    sample = Sample(
+        0,
+        reader.tokens,
+        stops=(),
+        stop_token_ids=(),
+        parser=reader.parser(),
+        ends_with_calls=True,
+    )
     deltas = []
     for at in range(0, len(ids), step):
         last = at + step >= len(ids)
