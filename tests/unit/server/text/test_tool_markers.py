@@ -7,13 +7,17 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
+from veneer_registry.errors import InvalidField
 from veneer_server.serving.reading import Shown, ToolReader
 from veneer_server.serving.samples import Sample
 from veneer_server.serving.tools.use import Tool, ToolUse
+from veneer_server.text.prompts import Prompts
 from veneer_server.text.replies.deltas import ToolArguments, ToolCallBegun
 from veneer_server.text.replies.tools.families import Family, markers
 from veneer_server.text.tokenizer import TextTokenizer
 from veneer_server.wire.messages import SequenceOutput
+
+from tests.refused import refused
 
 USE = ToolUse((Tool({"name": "f"}),))
 SPECIAL = {Family.MISTRAL: "[TOOL_CALLS]", Family.LLAMA3: "<|python_tag|>"}
@@ -65,3 +69,26 @@ def test_a_call_behind_a_special_token(base_folder: Path, family: Family, step: 
     arguments = "".join(part.text for part in parts if isinstance(part, ToolArguments))
     assert arguments == '{"x": 1}'
     assert deltas[-1].finish == "tool_calls"
+
+
+KNOWS = "{% if tools %}[TOOL_CALLS]{% endif %}"
+PLAIN = "{{ messages }}"
+
+
+@pytest.mark.asyncio
+async def test_the_flag_is_for_templates_that_know_tools(base_folder: Path) -> None:
+    prompts = Prompts(base_folder)
+    try:
+        found = {
+            flag: [prompts.family(template, flag) for template in (KNOWS, PLAIN, None)]
+            for flag in ("auto", "llama3_json", "none")
+        }
+    finally:
+        await prompts.close()
+    assert found == {
+        "auto": [Family.MISTRAL, Family.HERMES, Family.HERMES],
+        "llama3_json": [Family.LLAMA3, Family.HERMES, Family.HERMES],
+        "none": [None, None, None],
+    }
+    with refused(InvalidField, field="tool_choice"):
+        USE.parser(None)
