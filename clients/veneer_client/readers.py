@@ -40,8 +40,8 @@ class GenerationReader:
         self.started = True
         self.end = convert.generation_end(message) or self.end
         chunk = convert.chunk(message)
-        empty = not (chunk.text or chunk.token_ids or chunk.prompt_logprobs)
-        return None if self.end and empty and chunk.finish_reason is None else chunk
+        said = chunk.text or chunk.token_ids or chunk.prompt_logprobs or chunk.tool_calls
+        return None if self.end and not said and chunk.finish_reason is None else chunk
 
     def check_ended(self) -> None:
         """Raise `InternalError` if the stream stopped without its end."""

@@ -8,8 +8,15 @@ from typing import Any
 from veneer_proto.v1 import inference_pb2
 
 from veneer_server.serving.checks import invalid, refuse
-from veneer_server.serving.tools.history import History, PastCall, read_json
-from veneer_server.serving.tools.use import MAX_TOOL_BYTES, MAX_TOOLS, Choice, Tool, ToolUse
+from veneer_server.serving.tools.history import History, PastCall, check_calls, read_json
+from veneer_server.serving.tools.use import (
+    MAX_TOOL_BYTES,
+    MAX_TOOLS,
+    Choice,
+    Tool,
+    ToolUse,
+    check_tool,
+)
 from veneer_server.text.replies.deltas import Delta, ToolArguments, ToolCallBegun
 
 __all__ = ["call_deltas", "calls", "messages", "tool_use"]
@@ -53,27 +60,31 @@ def _tool(tool: inference_pb2.Tool, field: str) -> Tool:
             parameters = read_json(tool.parameters)
         except ValueError as error:
             raise invalid(f"{field}.parameters", f"is not valid JSON: {error}") from error
-        if not isinstance(parameters, dict):
-            refuse(f"{field}.parameters", "is not an object: give a JSON schema")
         function["parameters"] = parameters
-    return Tool(function)
+    made = Tool(function)
+    check_tool(made, field)
+    return made
 
 
 def messages(chat: Iterable[inference_pb2.ChatMessage]) -> tuple[Mapping[str, Any], ...]:
     """Messages as a chat template gets them. Raises InvalidField, see `History`."""
-    history = History()
-    return tuple(
-        history.message(
-            message.role,
-            message.content,
-            [PastCall(call.id, call.name, call.arguments) for call in message.tool_calls],
-            call_id=message.tool_call_id,
-            name=message.tool_name,
-            reasoning=message.reasoning,
-            field=f"messages[{at}]",
+    history, made = History(), []
+    for at, message in enumerate(chat):
+        field = f"messages[{at}]"
+        check_calls(len(message.tool_calls), field)
+        calls = [PastCall(call.id, call.name, call.arguments) for call in message.tool_calls]
+        made.append(
+            history.message(
+                message.role,
+                message.content,
+                calls,
+                call_id=message.tool_call_id,
+                name=message.tool_name,
+                reasoning=message.reasoning,
+                field=field,
+            )
         )
-        for at, message in enumerate(chat)
-    )
+    return tuple(made)
 
 
 def call_deltas(parts: Iterable[Delta]) -> list[inference_pb2.ToolCallDelta]:

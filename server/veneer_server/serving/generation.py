@@ -11,7 +11,7 @@ from veneer_registry.adapter import Tier
 from veneer_server.engine_client.client import EngineClient
 from veneer_server.engine_client.places import Place
 from veneer_server.quotas.meter import Metered
-from veneer_server.serving.reading import Reading, ToolReader
+from veneer_server.serving.reading import ToolReader
 from veneer_server.serving.records import (
     FinishReason,
     GenerateCall,
@@ -20,6 +20,7 @@ from veneer_server.serving.records import (
 from veneer_server.serving.samples import Delta, Sample, SampleStreams, sample_request
 from veneer_server.telemetry.metrics import Metrics
 from veneer_server.text.prompts import Prompt
+from veneer_server.text.replies.deltas import ReplyParser
 from veneer_server.text.replies.pipeline import reply_parser
 from veneer_server.text.replies.thinking import Thinking
 from veneer_server.text.tokenizer import TextTokenizer
@@ -75,7 +76,9 @@ class Generation:
                 min_tokens=call.min_tokens,
                 tops=call.top_logprobs,
                 prompt_tops=call.prompt_tops,
-                reading=_reading(call, prompt, reader),
+                parser=_parser(call, prompt, reader),
+                ends_with_calls=reader is not None and reader.use.ends_with_calls,
+                show_reasoning=call.include_reasoning,
                 only_prompt=call.max_tokens == 0,
             )
             for index in range(call.n)
@@ -176,15 +179,10 @@ class Generation:
         )
 
 
-def _reading(call: GenerateCall, prompt: Prompt, reader: ToolReader | None) -> Reading | None:
+def _parser(
+    call: GenerateCall, prompt: Prompt, reader: ToolReader | None
+) -> ReplyParser | None:
     """What takes one sample's text apart; None if nothing needs to."""
     # Output of a given format has no thinking in it.
     thinking = Thinking.NONE if call.constraint is not None else prompt.thinking
-    parser = reply_parser(thinking, None if reader is None else reader.parser())
-    if parser is None:
-        return None
-    return Reading(
-        parser,
-        ends_with_calls=reader is not None and reader.use.ends_with_calls,
-        show_reasoning=call.include_reasoning,
-    )
+    return reply_parser(thinking, None if reader is None else reader.parser())

@@ -1,55 +1,16 @@
-"""Takes the text of an answer apart, if its request asks for that."""
+"""What it takes to find calls of tools in the text of an answer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from veneer_server.serving.records import FinishReason
 from veneer_server.serving.tools.use import ToolUse
 from veneer_server.text.detokenizer import TokenBytes
-from veneer_server.text.replies.deltas import (
-    Content,
-    Delta,
-    Reasoning,
-    ReplyParser,
-    ToolCallBegun,
-)
+from veneer_server.text.replies.deltas import ReplyParser
 from veneer_server.text.replies.tools.families import Family
 
-__all__ = ["Reading", "Shown", "ToolReader"]
-
-
-class Reading:
-    """Reads one answer."""
-
-    def __init__(
-        self, parser: ReplyParser, *, ends_with_calls: bool, show_reasoning: bool = True
-    ) -> None:
-        """Args:
-        ends_with_calls: see `ToolUse`.
-        show_reasoning: False leaves out what the model thought.
-        """
-        self._parser = parser
-        self._show_reasoning = show_reasoning
-        self._ends_with_calls = ends_with_calls
-        self._called = False
-
-    def read(
-        self, text: str, finish: FinishReason | None
-    ) -> tuple[str, Sequence[Delta], FinishReason | None]:
-        """More of the answer, and why it ended: the text for the user, all parts, and the
-        reason to report."""
-        parts = list(self._parser.feed(text)) if text else []
-        if finish is not None:
-            parts += self._parser.finish()
-        if not self._show_reasoning:
-            parts = [part for part in parts if not isinstance(part, Reasoning)]
-        self._called = self._called or any(isinstance(part, ToolCallBegun) for part in parts)
-        if finish == "stop" and self._called and self._ends_with_calls:
-            finish = "tool_calls"
-        content = "".join(part.text for part in parts if isinstance(part, Content))
-        return content, parts, finish
+__all__ = ["Shown", "ToolReader"]
 
 
 class Shown:
@@ -67,7 +28,7 @@ class Shown:
 
 @dataclass(frozen=True, slots=True)
 class ToolReader:
-    """Makes the parsers of one request's samples.
+    """Reads the samples of one request.
 
     Attributes:
         family: the template's format.

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import msgspec
 from veneer_registry.errors import InternalError
 
-from veneer_server.serving.reading import Reading
 from veneer_server.serving.records import FinishReason
 from veneer_server.serving.threads import outlast
 from veneer_server.text.detokenizer import Detokenizer, StopStrings, TokenBytes
@@ -79,20 +78,25 @@ class Sample:
         min_tokens: int = 0,
         tops: int = 0,
         prompt_tops: int | None = None,
-        reading: Reading | None = None,
+        parser: replies.ReplyParser | None = None,
+        ends_with_calls: bool = False,
+        show_reasoning: bool = True,
         only_prompt: bool = False,
     ) -> None:
         """Args:
         min_tokens: stop strings within the first so many tokens end nothing.
         tops, prompt_tops: most likely tokens that the caller wants beside each
             log-probability; the engine may report more.
-        reading: takes the text apart; None passes it on.
+        parser: takes the text apart; None passes it on.
+        ends_with_calls: an answer that ends by itself after a call reports `tool_calls`.
+        show_reasoning: False leaves out what the model thought.
         only_prompt: the caller wants none of the tokens.
         """
         self.index = index
         self._min_tokens = min_tokens
         self._tops = tops
         self._prompt_tops = prompt_tops
+        self._show_reasoning = show_reasoning
         self._only_prompt = only_prompt
         self._count = 0
         self.finish: FinishReason | None = None
@@ -101,7 +105,9 @@ class Sample:
         self._detokenizer = Detokenizer(tokens, continues=True)
         self._stops = StopStrings(stops)
         self._stop_token_ids = stop_token_ids
-        self._reading = reading
+        self._parser = parser
+        self._ends_with_calls = ends_with_calls
+        self._called = False
 
     def delta(self, output: SequenceOutput) -> Delta:
         """Convert an output of the engine."""
@@ -122,8 +128,11 @@ class Sample:
         if stops.stopped:
             finish = "stop"
         parts: Sequence[replies.Delta] = ()
-        if self._reading is not None:
-            text, parts, finish = self._reading.read(text, finish)
+        if self._parser is not None:
+            parts = self._parts(self._parser, text, ended=finish is not None)
+            text = "".join(part.text for part in parts if isinstance(part, replies.Content))
+            if finish == "stop" and self._called and self._ends_with_calls:
+                finish = "tool_calls"
         self.finish = finish
         return Delta(
             index=self.index,
@@ -139,6 +148,16 @@ class Sample:
             reasoning="".join(p.text for p in parts if isinstance(p, replies.Reasoning)),
             parts=parts,
         )
+
+    def _parts(
+        self, parser: replies.ReplyParser, text: str, *, ended: bool
+    ) -> list[replies.Delta]:
+        """A text taken apart."""
+        parts = [*parser.feed(text), *(parser.finish() if ended else ())]
+        self._called |= any(isinstance(part, replies.ToolCallBegun) for part in parts)
+        if self._show_reasoning:
+            return parts
+        return [part for part in parts if not isinstance(part, replies.Reasoning)]
 
     def _feed(self, output: SequenceOutput) -> tuple[str, int]:
         """Text of an output's tokens, and how many tokens there are up to the one that

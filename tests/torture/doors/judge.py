@@ -116,9 +116,7 @@ class _Judge:
         self._script = script
         self._engine = engine
 
-    def problems(
-        self, case: Case, answers: dict[str, Answer], report: Report
-    ) -> Iterator[str]:
+    def problems(self, case: Case, answers: dict[str, Answer], report: Report) -> Iterator[str]:
         made = self._made(case)
         if isinstance(made, str):
             yield made

@@ -51,9 +51,7 @@ class ResponseFields(CommonFields):
     max_output_tokens: Annotated[int, Field(ge=1, le=(1 << 32) - 1)] | None = None
     text: TextOptions = TextOptions()
     reasoning: Reasoning = Reasoning()
-    include: Annotated[
-        list[str], Field(default_factory=list, fail_fast=True, max_length=64)
-    ]
+    include: Annotated[list[str], Field(default_factory=list, fail_fast=True, max_length=64)]
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
     truncation: Literal["disabled"] = "disabled"
     background: Literal[False] = False

@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, Protocol
 
 from veneer_server.serving.checks import invalid, refuse
-from veneer_server.serving.tools.history import History, PastCall
-from veneer_server.serving.tools.use import MAX_TOOLS, Choice, Tool, ToolUse
+from veneer_server.serving.tools.history import History, PastCall, check_calls
+from veneer_server.serving.tools.use import MAX_TOOLS, Choice, Tool, ToolUse, check_tool
 
 __all__ = ["ToolFields", "ToolMessage", "template_messages", "tools_of"]
 
 _ROLES: Final = {"developer": "system", "function": "tool"}
-"""OpenAI's newer and older role names. Templates do not know them, and many drop such messages."""
+"""OpenAI's newer and older role names. Templates do not know them; many drop such messages."""
 
 
 class ToolMessage(Protocol):
@@ -103,9 +103,9 @@ def _tool(function: object, field: str) -> Tool:
     kept = {name: value for name, value in function.items() if value is not None}
     if not isinstance(kept.get("name"), str):
         refuse(f"{field}.name", "is missing or not a string: give the function's name")
-    if not isinstance(kept.get("parameters"), dict | None):
-        refuse(f"{field}.parameters", "is not an object: give a JSON schema")
-    return Tool(kept)
+    tool = Tool(kept)
+    check_tool(tool, field)
+    return tool
 
 
 def _choice_name(choice: str | Mapping[str, Any] | None, field: str) -> str:
@@ -137,6 +137,7 @@ def template_messages(messages: Sequence[ToolMessage]) -> tuple[Mapping[str, Any
     for at, message in enumerate(messages):
         field = f"messages[{at}]"
         calls: list[PastCall] = []
+        check_calls(len(message.tool_calls), field)
         if message.tool_calls:
             calls = [_call(each, f"{field}.tool_calls") for each in message.tool_calls]
         elif message.function_call is not None:

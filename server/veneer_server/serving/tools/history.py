@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from veneer_server.serving.checks import refuse
 
-__all__ = ["History", "PastCall", "read_json"]
+__all__ = ["History", "PastCall", "check_calls", "read_json"]
 
 MAX_CALLS: Final = 128
 """Most calls of one message."""
@@ -33,6 +33,12 @@ class PastCall:
     arguments: str
 
 
+def check_calls(count: int, field: str) -> None:
+    """Raises InvalidField for a message with too many calls."""
+    if count > MAX_CALLS:
+        refuse(f"{field}.tool_calls", f"has {count} entries: send at most {MAX_CALLS}")
+
+
 class History:
     """Builds the messages of one request for a chat template."""
 
@@ -53,20 +59,18 @@ class History:
         """One message.
 
         Args:
-            calls: made in an assistant's message.
+            calls: made in an assistant's message; their number has been checked.
             call_id, name: of the call whose result the message is.
             reasoning: what an assistant thought before. It has two names in templates:
                 DeepSeek's and vLLM's newer one.
             field: the message's name in errors.
 
         Raises:
-            InvalidField: too many calls, or too long arguments.
+            InvalidField: the arguments are too long.
         """
         made: dict[str, Any] = {"role": role, "content": content}
         if reasoning:
             made |= {"reasoning_content": reasoning, "reasoning": reasoning}
-        if len(calls) > MAX_CALLS:
-            refuse(f"{field}.tool_calls", f"has {len(calls)} entries: send at most {MAX_CALLS}")
         if calls:
             made["tool_calls"] = [
                 {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
@@ -18,7 +18,7 @@ from veneer_server.text.replies.tools.families import Family, parser_of
 from veneer_server.text.replies.tools.forced import NamedParser, RequiredParser
 from veneer_server.wire.messages import Constraint
 
-__all__ = ["Choice", "Tool", "ToolUse", "about_tools"]
+__all__ = ["Choice", "Tool", "ToolUse", "about_tools", "check_tool"]
 
 MAX_TOOLS: Final = 128
 MAX_TOOL_BYTES: Final = 128 << 10
@@ -141,21 +141,26 @@ def about_tools(error: VeneerError) -> VeneerError:
     return InvalidField(message, metadata={**error.metadata, "field": "tools"})
 
 
-def check_tools(tools: tuple[Tool, ...]) -> None:
+def check_tool(tool: Tool, field: str) -> None:
+    """Raises InvalidField for a name or parameters that cannot be used.
+
+    Args:
+        field: the function's name in errors.
+    """
+    if not 1 <= len(tool.name) <= MAX_TOOL_NAME:
+        refuse(f"{field}.name", f"has {len(tool.name)} characters: give 1 to {MAX_TOOL_NAME}")
+    if not isinstance(tool.parameters, dict | None):
+        refuse(f"{field}.parameters", "is not an object: give a JSON schema")
+
+
+def check_tools(tools: Sequence[Tool]) -> None:
     """Raises InvalidField for no tools, too many, or too long ones."""
     if not tools:
         refuse("tools", "is empty: send at least one, or leave it out")
     if len(tools) > MAX_TOOLS:
         refuse("tools", f"has {len(tools)} entries: send at most {MAX_TOOLS}")
     size = 0
-    for at, tool in enumerate(tools):
-        if not 1 <= len(tool.name) <= MAX_TOOL_NAME:
-            refuse(
-                f"tools[{at}].function.name",
-                f"has {len(tool.name)} characters: give 1 to {MAX_TOOL_NAME}",
-            )
-        if not isinstance(tool.parameters, dict | None):
-            refuse(f"tools[{at}].function.parameters", "is not an object: give a JSON schema")
+    for tool in tools:
         size += len(msgspec.json.encode(tool.function))
         if size > MAX_TOOL_BYTES:
             refuse("tools", f"has more than {MAX_TOOL_BYTES} bytes: shorten descriptions")

@@ -332,7 +332,7 @@ def test_constraints(given: dict[str, Any], expected: Constraint | None) -> None
             "messages[0].content",
             "part 0 is of type 'image_url': only text is served",
         ),
-        ({"messages": [{"role": "tool", "content": "1", "tool_call_id": "x"}]}, None, "tool"),
+        ({"messages": [{"role": "tool", "content": "1", "tool": "x"}]}, None, "tool"),
         ({"temperature": "0.5"}, "temperature", "number"),
         ({"temperature": float("inf")}, "temperature", "finite"),
         ({"max_tokens": -1}, "max_tokens", "greater"),

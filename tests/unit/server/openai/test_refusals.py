@@ -69,7 +69,7 @@ async def test_fields_are_refused_by_their_json_names(http: httpx.AsyncClient) -
         ({"top_p": 3}, "top_p"),
         ({"stop": ["a", ""]}, "stop[1]"),
         ({"max_tokens": 0}, "max_tokens"),
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"temperature": 1000}, "temperature"),
     ):
         answer = await post(http, CHAT, **more)

@@ -30,7 +30,9 @@ TOOLS = [WEATHER, CLOCK]
 NAMED = {"type": "function", "function": {"name": "weather"}}
 ASK = {**CHAT, "max_tokens": None, "tools": TOOLS}
 PARIS = {"city": "Paris"}
-FORCED = '[{"name": "weather", "arguments": {"city": "Paris"}},{"name": "clock", "arguments": {}}]'
+FORCED = (
+    '[{"name": "weather", "arguments": {"city": "Paris"}},{"name": "clock", "arguments": {}}]'
+)
 BOTH = [("weather", PARIS), ("clock", {})]
 WRITTEN = {
     "hermes": 'Let me look.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n'
@@ -210,7 +212,9 @@ async def test_templates_get_tools_and_earlier_calls(
     assert "assistant: weather=Paris" in prompt
     assert "tool: sunny" in prompt
     await ok(http, {**ASK, "model": "fam", "max_tokens": 1}, tool_choice="none")
-    assert "weather" not in shown(front, tokenizer), "a tool that must not be called is not shown"
+    assert "weather" not in shown(front, tokenizer), (
+        "a tool that must not be called is not shown"
+    )
 
 
 async def test_a_template_without_tools_gets_them_as_text(
@@ -220,13 +224,18 @@ async def test_a_template_without_tools_gets_them_as_text(
     prompt = shown(front, tokenizer)
     for tool in TOOLS:
         assert json.dumps(tool) in prompt
-    assert '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>' in prompt
+    assert (
+        '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+        in prompt
+    )
     assert "<tool_response>\nsunny\n</tool_response>" in prompt
     says(front, tokenizer, WRITTEN["hermes"])
     assert calls_of((await ok(http, ASK))["choices"][0]["message"]) == BOTH
 
 
-UNKNOWN = "{% if tools %}<function=f>{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}"
+UNKNOWN = (
+    "{% if tools %}<function=f>{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}"
+)
 
 
 async def test_an_unknown_format_is_refused_for_auto_only(

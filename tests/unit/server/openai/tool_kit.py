@@ -53,9 +53,7 @@ async def long_context(front: Front) -> AsyncIterator[None]:
         front.engine.info = info
 
 
-def outputs(
-    tokenizer: TextTokenizer, text: str, finish: str = "stop"
-) -> list[SequenceOutput]:
+def outputs(tokenizer: TextTokenizer, text: str, finish: str = "stop") -> list[SequenceOutput]:
     """What an engine sends for a text, a token at a time."""
     ids = tokenizer.encode(text, add_special_tokens=False)
     last = len(ids) - 1

@@ -104,8 +104,8 @@ _WRITERS: Final[dict[str, Callable[[random.Random, int, int], str]]] = {
 FAMILIES: Final = tuple(_WRITERS)
 
 KINDS: Final = (
-    *("one", "one", "several", "several", "before", "nested", "nested"),
-    *("truncated", "malformed", "text"),
+    *("one", "one", "several", "several", "before", "nested"),
+    *("truncated", "malformed", "broken", "text"),
 )
 
 
@@ -128,11 +128,29 @@ def _malformed(random_: random.Random, family: str) -> str:
             return f"<tool_call>\n{wrong}\n</tool_call>"
         case "llama3_json":
             return wrong
+        case "mistral v11":  # the name says that it is a call, whatever follows
+            return "[TOOL_CALLS]weather" + random_.choice(["{city: Paris}", "{'a': 1}", "{]"])
     return f"[TOOL_CALLS] [{wrong}]"
 
 
+def _broken(random_: random.Random, family: str) -> str:
+    """A call whose arguments are not valid JSON."""
+    wrong = random_.choice(
+        ['{"a": b}', "{'a': 1}", '{"a": 1,}', '{"a" 1}', '{"a": [1}', '{"a": "']
+    )
+    match family:
+        case "hermes":
+            return f'<tool_call>\n{{"name": "weather", "arguments": {wrong}}}\n</tool_call>'
+        case "llama3_json":
+            return f'{{"name": "weather", "parameters": {wrong}}}'
+        case "mistral v11":
+            return f"[TOOL_CALLS]weather{wrong}"
+    return f'[TOOL_CALLS] [{{"name": "weather", "arguments": {wrong}}}]'
+
+
 def _text(random_: random.Random) -> str:
-    return "".join(random_.choice(["It is ", "warm. ", "2 < 3 ", "日本 ", "<tool", "[TOOL", "\n"]) for _ in range(9))
+    pieces = ["It is ", "warm. ", "2 < 3 ", "日本 ", "<tool", "[TOOL", "\n"]
+    return "".join(random_.choice(pieces) for _ in range(9))
 
 
 def _answer(random_: random.Random, family: str, kind: str) -> str:
@@ -149,6 +167,8 @@ def _answer(random_: random.Random, family: str, kind: str) -> str:
             return whole[: random_.randrange(1, len(whole))]
         case "malformed":
             return _malformed(random_, family)
+        case "broken":
+            return _broken(random_, family)
         case "text":
             return _text(random_)
     return write(random_, 1, 1)

@@ -137,7 +137,7 @@ class CallObject:
         """Arguments that came before the name."""
 
     def feed(self, text: str, at: int) -> tuple[int, list[Delta]]:
-        """Read on from a position. Returns the position that was reached, and what is certain."""
+        """Read on from a position. Returns the one that was reached, and what is certain."""
         deltas: list[Delta] = []
         while at < len(text) and self.state is State.OPEN:
             if self._value is not None:

@@ -167,8 +167,9 @@ async def test_events_history_and_audit_are_those_of_an_upload(loading: Loading)
         if (adapters_pb2.ADAPTER_EVENT_DELETED, "told") in kinds:
             break
     watch.cancel()
-    assert any(name == "told" and event != adapters_pb2.ADAPTER_EVENT_DELETED
-               for event, name in kinds)
+    assert any(
+        name == "told" and event != adapters_pb2.ADAPTER_EVENT_DELETED for event, name in kinds
+    )
     lines: list[dict[str, Any]] = []
     while len(lines) < 2:  # a thread writes them
         await asyncio.sleep(0)

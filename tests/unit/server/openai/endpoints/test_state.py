@@ -133,9 +133,10 @@ async def test_metrics_take_the_role_once_there_are_keys(
         for role in ("metrics", "inference", "operator")
     }
     # gRPC health needs no key, so the harness can connect.
-    async with gateway(
-        base_folder, front_cache, tmp_path / "data", keys_file=str(file)
-    ) as (_, http):
+    async with gateway(base_folder, front_cache, tmp_path / "data", keys_file=str(file)) as (
+        _,
+        http,
+    ):
         told = {
             role: (await http.get("/metrics", headers={"x-api-key": key})).status_code
             for role, key in keys.items()
@@ -179,7 +180,9 @@ async def test_an_alias_of_several_targets_is_a_model(
 ) -> None:
     revisions = [
         (
-            await front.push(make_adapter(tmp_path / f"{at}", seed=at), "mix", allow_replace=True)
+            await front.push(
+                make_adapter(tmp_path / f"{at}", seed=at), "mix", allow_replace=True
+            )
         ).adapter.revision
         for at in range(2)
     ]

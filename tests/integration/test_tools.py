@@ -1,0 +1,64 @@
+"""Forced calls of tools on the real base; `tests.bench.tool_calls` is the long form."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.server_harness import Server
+from tests.tool_load import TEMPLATES, check_tool_calls, with_template
+
+pytestmark = [pytest.mark.real_base, pytest.mark.asyncio(loop_scope="session")]
+
+
+async def test_forced_calls_fit_their_schema_with_any_template(
+    server: Server, real_adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    for format_ in TEMPLATES:
+        folder = with_template(real_adapters["rank-16"], tmp_path / format_, format_)
+        await server.push(folder, f"tools-{format_.replace('_', '-')}")
+    models = ["smollm2-135m", *(f"tools-{each.replace('_', '-')}" for each in TEMPLATES)]
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    outcome = await check_tool_calls(server.openai, models, prompts=12, seed=seed)
+    assert outcome.problems == []
+    assert outcome.calls >= 24
+
+
+async def test_the_sdk_reads_calls(server: Server) -> None:
+    import openai
+
+    tool: Any = {
+        "type": "function",
+        "function": {
+            "name": "paint",
+            "parameters": {
+                "type": "object",
+                "properties": {"colour": {"enum": ["red", "blue"]}},
+                "required": ["colour"],
+            },
+        },
+    }
+    async with openai.AsyncOpenAI(
+        base_url=f"http://{server.openai}/v1",
+        api_key="ignored",
+        http_client=openai.DefaultAsyncHttpxClient(trust_env=False),
+    ) as sdk:
+        answer = await sdk.chat.completions.create(
+            model="smollm2-135m",
+            messages=[{"role": "user", "content": "Paint it red."}],
+            tools=[tool],
+            tool_choice="required",
+            parallel_tool_calls=False,
+            temperature=0,
+        )
+    [choice] = answer.choices
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.tool_calls is not None
+    [call] = choice.message.tool_calls
+    assert call.type == "function"
+    assert call.function.name == "paint"
+    assert call.function.arguments in ('{"colour": "red"}', '{"colour": "blue"}')
