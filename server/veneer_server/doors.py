@@ -196,9 +196,7 @@ class Doors:
         if wanted is None:
             return None
         hosts = AllowedHosts(wanted, self._config.allowed_hosts)
-        scraping = ScrapeServer(
-            self._pages, hosts, access=self._access, tls=self._http_tls
-        )
+        scraping = ScrapeServer(self._pages, hosts, access=self._access, tls=self._http_tls)
         try:
             address = await scraping.start(wanted)
         except OSError as error:

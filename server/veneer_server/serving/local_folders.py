@@ -80,14 +80,14 @@ class LocalFolders:
         yield adapters_pb2.UploadAdapterRequest(spec=spec)
         for file in files:
             for at in range(0, file.size, _PIECE):
-                data = await self._piece(file, at, len)
+                data = await self._piece(file, at)
                 chunk = adapters_pb2.UploadChunk(file=file.name, offset=at, data=data)
                 yield adapters_pb2.UploadAdapterRequest(chunk=chunk)
 
     async def _piece(
-        self, file: LocalFile, at: int, look: Callable[[bytes], object]
+        self, file: LocalFile, at: int, look: Callable[[bytes], None] = lambda data: None
     ) -> bytes:
-        """A piece of a file, at which ``look`` has looked in the thread."""
+        """A piece of a file, given to ``look`` in the thread."""
 
         def read() -> bytes:
             data = os.pread(file.descriptor, min(_PIECE, file.size - at), at)
@@ -112,9 +112,7 @@ class LocalFolders:
             try:
                 descriptor = self._open_below(os.path.realpath(folder, strict=True), _FOLDER)
             except (OSError, ValueError):
-                raise _refused(
-                    f"{given!r} is not a folder that the server can read"
-                ) from None
+                raise _refused(f"{given!r} is not a folder that the server can read") from None
             if descriptor is None:
                 raise _outside(given)
             opened.callback(os.close, descriptor)
@@ -132,7 +130,9 @@ class LocalFolders:
             )
         path = Path(given)
         if len(given) > _MOST_PATH or "\0" in given or ".." in path.parts:
-            raise _refused("it is too long, or has a component '..' or a NUL: give a plain path")
+            raise _refused(
+                "it is too long, or has a component '..' or a NUL: give a plain path"
+            )
         if not any(root in path.parents for root in self.roots):
             raise _outside(given)
         return given
@@ -151,13 +151,17 @@ class LocalFolders:
         except OSError:
             raise _invalid(name, "cannot be read by the server", "unreadable") from None
         if file is None:
-            raise _invalid(name, "is a link that leads out of the folders of --lora-root", "outside")
+            raise _invalid(
+                name, "is a link that leads out of the folders of --lora-root", "outside"
+            )
         opened.callback(os.close, file)
         status = os.fstat(file)
         _check_kind(name, status.st_mode)
         most = ALLOWED_FILES[name] or self.most_bytes
         if status.st_size > most:
-            raise _invalid(name, f"has {status.st_size} bytes, more than the {most} allowed", "size")
+            raise _invalid(
+                name, f"has {status.st_size} bytes, more than the {most} allowed", "size"
+            )
         return LocalFile(name, status.st_size, file)
 
     def _open_below(self, real: str, flags: int) -> int | None:

@@ -120,14 +120,5 @@ class Stop(Message, frozen=True):
 
 
 ToEngine = (
-    Submit
-    | Cancel
-    | Activate
-    | Evict
-    | Unpin
-    | UpdateBudgets
-    | Pause
-    | Reference
-    | Ping
-    | Stop
+    Submit | Cancel | Activate | Evict | Unpin | UpdateBudgets | Pause | Reference | Ping | Stop
 )

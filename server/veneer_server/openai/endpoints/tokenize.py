@@ -45,9 +45,7 @@ class DetokenizeFields(RequestFields):
     """``POST /detokenize``."""
 
     model: Annotated[str, Field(min_length=1, max_length=512)] | None = None
-    tokens: Annotated[
-        list[Annotated[int, Field(ge=0, le=_INT64)]], Field(fail_fast=True)
-    ]
+    tokens: Annotated[list[Annotated[int, Field(ge=0, le=_INT64)]], Field(fail_fast=True)]
 
 
 class TokenizeEndpoint(JsonEndpoint):

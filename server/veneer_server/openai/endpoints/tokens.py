@@ -41,9 +41,7 @@ class Tokenizing:
         except TooManyTokens as error:
             raise self._too_many(error.count) from None
 
-    async def of_messages(
-        self, messages: Sequence[Mapping[str, str]], model: str
-    ) -> list[int]:
+    async def of_messages(self, messages: Sequence[Mapping[str, str]], model: str) -> list[int]:
         """The tokens of a chat, by the adapter's template or the base's.
 
         Raises:

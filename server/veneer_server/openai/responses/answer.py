@@ -119,9 +119,7 @@ class ResponseAnswer(Answer):
 
     def _end(self, choice: Choice) -> Iterator[Json]:
         text = "".join(choice.text)
-        yield self._of_part(
-            "output_text.done", text=text, logprobs=self._scores(choice.tokens)
-        )
+        yield self._of_part("output_text.done", text=text, logprobs=self._scores(choice.tokens))
         yield self._of_part("content_part.done", part=self._part(text, choice.tokens))
         response = self._response(choice, text, choice.tokens)
         [item] = response["output"]

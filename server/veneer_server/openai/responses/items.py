@@ -95,7 +95,9 @@ def _unserved(where: str, kind: object) -> InvalidField:
     return invalid(where, why)
 
 
-def _check_members(where: str, given: Mapping[str, Any], known: set[str] | frozenset[str]) -> None:
+def _check_members(
+    where: str, given: Mapping[str, Any], known: set[str] | frozenset[str]
+) -> None:
     for name, value in given.items():
         if name not in known and value is not None:
             raise invalid(f"{where}.{name[:60]}", "is not a known member: leave it out")

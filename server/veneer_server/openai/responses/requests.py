@@ -42,8 +42,9 @@ def _check_served(fields: ResponseFields) -> None:
     for name in ("previous_response_id", "conversation", "prompt"):
         if getattr(fields, name) is not None:
             raise invalid(
-                name, "is not served, since this server stores nothing: send the whole "
-                "conversation as input"
+                name,
+                "is not served, since this server stores nothing: send the whole "
+                "conversation as input",
             )
     if fields.tools or fields.tool_choice not in ("auto", "none"):
         raise InvalidField(

@@ -62,7 +62,11 @@ async def test_a_response_is_the_chats_answer(front: Front, http: httpx.AsyncCli
     [item] = response["output"]
     [part] = item["content"]
     assert part["text"] == chat["choices"][0]["message"]["content"]
-    assert (item["type"], item["role"], item["status"]) == ("message", "assistant", "incomplete")
+    assert (item["type"], item["role"], item["status"]) == (
+        "message",
+        "assistant",
+        "incomplete",
+    )
     assert (response["object"], response["status"]) == ("response", "incomplete")
     assert response["incomplete_details"] == {"reason": "max_output_tokens"}
     assert response["usage"] == {

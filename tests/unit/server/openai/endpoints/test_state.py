@@ -118,7 +118,7 @@ async def test_metrics_without_their_own_port(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:
     async with gateway(base_folder, front_cache, tmp_path, metrics_listen="") as (front, http):
-        await front.push(make_adapter(tmp_path / "a"), "style")
+        await front.push(make_adapter(tmp_path / "a"), "style", activate=True)
         page = (await http.get("/metrics")).text
         assert "veneer_ready 1.0" in page
         assert "style" in page, "the registries are asked"
@@ -133,9 +133,10 @@ async def test_metrics_take_the_role_once_there_are_keys(
         for role in ("metrics", "inference", "operator")
     }
     # gRPC health needs no key, so the harness can connect.
-    async with gateway(
-        base_folder, front_cache, tmp_path / "data", keys_file=str(file)
-    ) as (_, http):
+    async with gateway(base_folder, front_cache, tmp_path / "data", keys_file=str(file)) as (
+        _,
+        http,
+    ):
         told = {
             role: (await http.get("/metrics", headers={"x-api-key": key})).status_code
             for role, key in keys.items()
@@ -179,7 +180,9 @@ async def test_an_alias_of_several_targets_is_a_model(
 ) -> None:
     revisions = [
         (
-            await front.push(make_adapter(tmp_path / f"{at}", seed=at), "mix", allow_replace=True)
+            await front.push(
+                make_adapter(tmp_path / f"{at}", seed=at), "mix", allow_replace=True
+            )
         ).adapter.revision
         for at in range(2)
     ]
@@ -265,6 +268,6 @@ async def test_a_star_lets_all_pages_call(
 
 
 @pytest.mark.parametrize("given", ["chat.example.org", "https://a/b", "https://*.a", "null"])
-def test_what_is_no_origin_is_refused_at_start(given: str) -> None:
+async def test_what_is_no_origin_is_refused_at_start(given: str) -> None:
     with refused(ConfigInvalid):
         load_config({"cors_origin": given}, {})
