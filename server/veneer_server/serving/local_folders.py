@@ -190,8 +190,8 @@ def _check_kind(name: str, mode: int) -> None:
 
 def _outside(given: str) -> InvalidField:
     return _refused(
-        f"{given[:200]!r} is not below a folder that the server may read: give the absolute path "
-        "of a folder below one of its --lora-root"
+        f"{given[:200]!r} is not below a folder that the server may read: give the absolute "
+        "path of a folder below one of its --lora-root"
     )
 
 

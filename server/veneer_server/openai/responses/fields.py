@@ -51,12 +51,12 @@ class ResponseFields(CommonFields):
     max_output_tokens: Annotated[int, Field(ge=1, le=(1 << 32) - 1)] | None = None
     text: TextOptions = TextOptions()
     reasoning: Reasoning = Reasoning()
-    include: Annotated[list[str], Field(fail_fast=True, max_length=64)] = []
+    include: Annotated[list[str], Field(default_factory=list, fail_fast=True, max_length=64)]
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
     truncation: Literal["disabled"] = "disabled"
     background: Literal[False] = False
     max_tool_calls: int | None = None
-    tools: list[Any] = []
+    tools: list[Any] = Field(default_factory=list)
     tool_choice: str | dict[str, Any] = "auto"
     previous_response_id: str | None = None
     conversation: Any = None
