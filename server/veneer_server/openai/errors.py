@@ -63,7 +63,6 @@ _OTHER_NAMES: Final = {
     "adapter": "model",
     "name": "model",
     "token_ids": "prompt",
-    "input": "prompt",
     "constraint": "response_format",
     "kwargs": "chat_template_kwargs",
 }

@@ -80,12 +80,14 @@ class LocalFolders:
         yield adapters_pb2.UploadAdapterRequest(spec=spec)
         for file in files:
             for at in range(0, file.size, _PIECE):
-                data = await self._piece(file, at, len)
+                data = await self._piece(file, at)
                 chunk = adapters_pb2.UploadChunk(file=file.name, offset=at, data=data)
                 yield adapters_pb2.UploadAdapterRequest(chunk=chunk)
 
-    async def _piece(self, file: LocalFile, at: int, look: Callable[[bytes], object]) -> bytes:
-        """A piece of a file, at which ``look`` has looked in the thread."""
+    async def _piece(
+        self, file: LocalFile, at: int, look: Callable[[bytes], None] = lambda data: None
+    ) -> bytes:
+        """A piece of a file, given to ``look`` in the thread."""
 
         def read() -> bytes:
             data = os.pread(file.descriptor, min(_PIECE, file.size - at), at)
@@ -188,8 +190,8 @@ def _check_kind(name: str, mode: int) -> None:
 
 def _outside(given: str) -> InvalidField:
     return _refused(
-        f"{given[:200]!r} is not below a folder that the server may read: give the absolute path "
-        "of a folder below one of its --lora-root"
+        f"{given[:200]!r} is not below a folder that the server may read: give the absolute "
+        "path of a folder below one of its --lora-root"
     )
 
 

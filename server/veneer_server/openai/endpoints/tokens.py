@@ -85,7 +85,7 @@ class Tokenizing:
         most = self._engine.info.longest_sequence
         shown = "far more" if count is None else str(count)
         return ContextTooLong(
-            f"the prompt has {shown} tokens, but at most {most} are shown, which is the longest "
-            "sequence: send less",
+            f"the prompt has {shown} tokens, but the longest sequence has {most}, and no more "
+            "are shown: send less",
             metadata={"field": "prompt", "largest": str(most)},
         )

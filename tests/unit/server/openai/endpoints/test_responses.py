@@ -16,7 +16,7 @@ from veneer_server.wire.messages import SequenceOutput
 
 from tests.unit.server.openai.kit import BASE, CHAT, error_of, ok
 from tests.unit.server.rpc.fake_engine import CONTEXT
-from tests.unit.server.rpc.front_harness import Front, make_adapter
+from tests.unit.server.rpc.front_harness import Front, make_adapter, until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -302,6 +302,5 @@ async def test_a_reader_that_leaves_ends_it(front: Front, http: httpx.AsyncClien
         assert answer.status_code == 200
         async for _ in answer.aiter_lines():
             break
-    while front.engine.in_flight:
-        await asyncio.sleep(0.005)
+    await until(lambda: front.engine.in_flight == 0)
     assert front.engine.cancelled == 1

@@ -118,7 +118,7 @@ async def test_metrics_without_their_own_port(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:
     async with gateway(base_folder, front_cache, tmp_path, metrics_listen="") as (front, http):
-        await front.push(make_adapter(tmp_path / "a"), "style")
+        await front.push(make_adapter(tmp_path / "a"), "style", activate=True)
         page = (await http.get("/metrics")).text
         assert "veneer_ready 1.0" in page
         assert "style" in page, "the registries are asked"
@@ -268,6 +268,6 @@ async def test_a_star_lets_all_pages_call(
 
 
 @pytest.mark.parametrize("given", ["chat.example.org", "https://a/b", "https://*.a", "null"])
-def test_what_is_no_origin_is_refused_at_start(given: str) -> None:
+async def test_what_is_no_origin_is_refused_at_start(given: str) -> None:
     with refused(ConfigInvalid):
         load_config({"cors_origin": given}, {})
