@@ -49,9 +49,7 @@ def enable_reflection(services: Iterable[str], server: Any) -> None:
         response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
     )
     handlers = {"ServerReflectionInfo": method}
-    server.add_generic_rpc_handlers(
-        (grpc.method_handlers_generic_handler(_SERVICE, handlers),)
-    )
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, handlers),))
 
 
 def _describe_v1(pool: descriptor_pool.DescriptorPool) -> None:

@@ -288,7 +288,9 @@ def _add_scores(made: Found, case: Case, given: Any) -> None:
     check(case.logprobs is not None, "scores that were not asked for")
     if case.chat:
         for one in given["content"]:
-            tops = {top["token"]: float(np.float32(top["logprob"])) for top in one["top_logprobs"]}
+            tops = {
+                top["token"]: float(np.float32(top["logprob"])) for top in one["top_logprobs"]
+            }
             made.scores.append((one["token"], narrow(one["logprob"]), tops))
         return
     made.offsets += given["text_offset"]
