@@ -5,6 +5,7 @@ This module holds what both kinds share; `chat` and `completions` hold their own
 
 from __future__ import annotations
 
+import codecs
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,9 @@ __all__ = ["Answer", "Choice", "Json", "Piece", "TokenScore"]
 
 Json = dict[str, Any]
 Tops = Sequence[tuple[int, float]]
+
+_FRAGMENTS: Final = codecs.getincrementaldecoder("utf-8")
+"""Leaves out a character that is not complete, where `bytes.decode` shows U+FFFD."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +65,10 @@ class Offsets:
                 self._at += len(name)
             return at
         text = self._decoder.feed([token])
-        # Any excess comes from earlier bytes that never became a character.
-        at = self._at + max(0, len(text) - len(data.decode(errors="replace")))
+        # What its own bytes alone would show by now: the excess comes from earlier bytes that
+        # never became a character.
+        own = len(_FRAGMENTS(errors="replace").decode(data))
+        at = self._at + max(0, len(text) - own)
         self._at += len(text)
         return at
 

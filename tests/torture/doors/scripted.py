@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import itertools
 import random
 from collections import defaultdict
 from collections.abc import Collection, Sequence
@@ -22,7 +23,16 @@ from veneer_server.wire.messages import SequenceOutput, SequenceRequest, Tops
 
 from tests.unit.server.rpc.fake_engine import FakeEngine
 
-__all__ = ["EMOJI", "STOPS", "Asked", "Expected", "Script", "ScriptedEngine", "expected"]
+__all__ = [
+    "EMOJI",
+    "STOPS",
+    "Asked",
+    "Expected",
+    "Script",
+    "ScriptedEngine",
+    "expected",
+    "offsets",
+]
 
 EMOJI: Final = ("😀", "🚀", "👩‍💻", "🇫🇷", "❤️", "👍🏽", "é", "漢", "한", "𝔘", "🏴‍☠️", "ß")
 WORDS: Final = (" the", " sea", "ab", "a", "b", "\n", " ", "abc", '"', "\\")
@@ -70,7 +80,9 @@ class Script:
             text: self.tokenizer.encode(text, add_special_tokens=False)
             for text in (*EMOJI, *WORDS)
         }
-        self._pool = sorted({*self._bytes.values(), *sum(self._usual.values(), []), *SPECIAL})
+        self._pool = sorted(
+            {*self._bytes.values(), *itertools.chain(*self._usual.values()), *SPECIAL}
+        )
 
     def cut(self, text: str) -> list[int]:
         """A token for each byte (where the vocabulary has one)."""
@@ -209,7 +221,7 @@ class Expected:
 def expected(
     made: Asked, tokenizer: TextTokenizer, stops: Sequence[str], stop_ids: Collection[int]
 ) -> Expected:
-    """By the plainest way there is: after each token, look for a stop string in all the text."""
+    """By the plainest way there is: after each token, look for a stop in all the text."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     hides_last = made.ended == "stop" and made.tokens[-1] in stop_ids
     text = ""
@@ -221,6 +233,36 @@ def expected(
     if (cut := _stopped(text, stops)) is not None:
         return Expected(text[:cut], len(made.tokens), "stop")
     return Expected(text, len(made.tokens), made.ended)
+
+
+def offsets(tokens: Sequence[int], tokenizer: TextTokenizer, begin: int) -> list[int | None]:
+    """Where each token's first byte is in the text, in characters; None for a token without
+    text, which is anywhere.
+
+    Args:
+        begin: characters before the first token.
+    """
+    parts = [tokenizer.token_bytes(token) for token in tokens]
+    data, at = b"".join(parts), 0
+    characters: list[int] = []  # of each byte
+    while at < len(data):
+        try:
+            valid, bad = len(data), 0
+            data[at:].decode()
+        except UnicodeDecodeError as error:
+            valid, bad = at + error.start, error.end - error.start
+        for one in data[at:valid].decode():
+            characters += [begin] * len(one.encode())
+            begin += 1
+        characters += [begin] * bad
+        begin += bool(bad)
+        at = valid + bad
+    found: list[int | None] = []
+    place = 0
+    for part in parts:
+        found.append(characters[place] if part else None)
+        place += len(part)
+    return found
 
 
 def _stopped(text: str, stops: Sequence[str]) -> int | None:

@@ -253,6 +253,21 @@ async def test_offsets_count_a_character_of_several_tokens_once(
     assert choice["logprobs"]["text_offset"] == [0, 1, 2, 3, 4]
 
 
+async def test_offset_of_a_token_that_follows_a_broken_character(
+    front: Front, http: httpx.AsyncClient, tokenizer: TextTokenizer
+) -> None:
+    """It ends within a character itself, so that its own bytes have shown less than they will."""
+    wanted = (b"\xf0\x9f", b" \xf0\x9f\x98", b"b")
+    ids = [
+        next(t for t in range(tokenizer.vocab_size) if tokenizer.token_bytes(t) == data)
+        for data in wanted
+    ]
+    front.engine.script = scripted(*((token, -1.0, []) for token in ids))
+    choice = (await ok(http, TEXT, logprobs=0))["choices"][0]
+    assert choice["text"] == "\ufffd \ufffdb"
+    assert choice["logprobs"]["text_offset"] == [0, 1, 3]
+
+
 @pytest.mark.parametrize("prompt", ["<|im_start|>Ü 😀<|im_end|>\n", "😀"])
 async def test_offsets_of_an_echo(
     http: httpx.AsyncClient, tokenizer: TextTokenizer, prompt: str
