@@ -68,8 +68,9 @@ class Generation:
                 stops=call.stops,
                 stop_token_ids=call.stop_token_ids,
                 min_tokens=call.min_tokens,
-                tops=call.top_logprobs,
-                prompt_tops=call.prompt_tops,
+                tops=None
+                if call.prompt_logprobs is None
+                else (call.top_logprobs, call.prompt_logprobs),
                 parser=reply_parser(
                     Thinking.NONE if call.constraint is not None else prompt.thinking
                 ),
