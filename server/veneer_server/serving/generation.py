@@ -74,8 +74,9 @@ class Generation:
                 stops=call.stops,
                 stop_token_ids=call.stop_token_ids,
                 min_tokens=call.min_tokens,
-                tops=call.top_logprobs,
-                prompt_tops=call.prompt_tops,
+                tops=None
+                if call.prompt_logprobs is None
+                else (call.top_logprobs, call.prompt_logprobs),
                 parser=_parser(call, prompt, reader),
                 ends_with_calls=reader is not None and reader.use.ends_with_calls,
                 show_reasoning=call.include_reasoning,

@@ -76,8 +76,7 @@ class Sample:
         stops: Sequence[str],
         stop_token_ids: Collection[int],
         min_tokens: int = 0,
-        tops: int = 0,
-        prompt_tops: int | None = None,
+        tops: tuple[int, int] | None = None,
         parser: replies.ReplyParser | None = None,
         ends_with_calls: bool = False,
         show_reasoning: bool = True,
@@ -85,8 +84,8 @@ class Sample:
     ) -> None:
         """Args:
         min_tokens: stop strings within the first so many tokens end nothing.
-        tops, prompt_tops: most likely tokens that the caller wants beside each
-            log-probability; the engine may report more.
+        tops: how many most likely tokens the caller wants beside each log-probability, and
+            beside each of the prompt's; None if the engine reports as many as it wants.
         parser: takes the text apart; None passes it on.
         ends_with_calls: an answer that ends by itself after a call reports `tool_calls`.
         show_reasoning: False leaves out what the model thought.
@@ -95,7 +94,6 @@ class Sample:
         self.index = index
         self._min_tokens = min_tokens
         self._tops = tops
-        self._prompt_tops = prompt_tops
         self._show_reasoning = show_reasoning
         self._only_prompt = only_prompt
         self._count = 0
@@ -127,6 +125,10 @@ class Sample:
             text += stops.flush()
         if stops.stopped:
             finish = "stop"
+        tops = output.top_logprobs and output.top_logprobs[:count]
+        prompt_tops = output.prompt_top_logprobs
+        if self._tops is not None:
+            tops, prompt_tops = map(_first, (tops, prompt_tops), self._tops)
         parts: Sequence[replies.Delta] = ()
         if self._parser is not None:
             parts = self._parts(self._parser, text, ended=finish is not None)
@@ -139,11 +141,9 @@ class Sample:
             text=text,
             tokens=output.tokens[:count],
             logprobs=output.logprobs and output.logprobs[:count],
-            top_logprobs=_first(
-                output.top_logprobs and output.top_logprobs[:count], self._tops
-            ),
+            top_logprobs=tops,
             prompt_logprobs=output.prompt_logprobs,
-            prompt_top_logprobs=_first(output.prompt_top_logprobs, self._prompt_tops or 0),
+            prompt_top_logprobs=prompt_tops,
             finish=finish,
             reasoning="".join(p.text for p in parts if isinstance(p, replies.Reasoning)),
             parts=parts,

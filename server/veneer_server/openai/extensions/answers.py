@@ -44,7 +44,7 @@ class Additions:
                     self._scores,
                     generation.prompt.ids[1:],
                     delta.prompt_logprobs,
-                    delta.prompt_top_logprobs or [()] * len(delta.prompt_logprobs),
+                    delta.prompt_top_logprobs or [[]] * len(delta.prompt_logprobs),
                 ),
             ]
 

@@ -19,6 +19,7 @@ from veneer_server.text.tokenizer import TextTokenizer
 from veneer_server.wire.messages import Constraint, ConstraintLimits
 
 VOCAB, EOS = 49152, 2
+UNHELD: queue.SimpleQueue[int] = queue.SimpleQueue()
 TOKENS = [*"0123456789", ".", "e", "-", "+", '"', "\\", "}", ",", "12", ".5", "a"]
 
 
@@ -71,6 +72,9 @@ def longest(grammars: Grammars, tokenizer: TextTokenizer, schema: dict[str, Any]
     try:
         while len(written) < 100:
             known = grammars.allowed(1, time.monotonic() + 60)
+            if known is Following.LATE:  # the machine is busy
+                UNHELD.get(timeout=60)
+                continue
             if not isinstance(known, np.ndarray):
                 assert known is Following.COMPLETE
                 break
@@ -100,7 +104,7 @@ def bounded(
         vocab_size=VOCAB,
         eos_token_ids=[EOS],
         limits=limits,
-        unhold=lambda sequence: None,
+        unhold=UNHELD.put,
     )
     assert made.usable()
     yield request.param, made
