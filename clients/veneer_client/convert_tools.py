@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import Final
 
 from veneer_proto.v1 import inference_pb2
-from veneer_registry.errors import InvalidField
 
 from veneer_client.tool_types import ToolCall, ToolMode
 from veneer_client.types import ChatMessage, GenerateOptions
@@ -35,19 +34,11 @@ def add_message(chat: inference_pb2.ChatInput, message: ChatMessage) -> None:
 
 
 def offer(request: inference_pb2.GenerateRequest, options: GenerateOptions) -> None:
-    """Set the tools of a request.
-
-    Raises:
-        InvalidField: a choice without tools.
-    """
+    """Set the tools of a request."""
     for tool in options.get("tools", ()):
         parameters = "" if tool.parameters is None else json.dumps(tool.parameters)
         request.tools.add(name=tool.name, description=tool.description, parameters=parameters)
     if "tool_choice" in options:
-        if not request.tools:
-            raise InvalidField(
-                "tool_choice needs tools: give them", metadata={"field": "tool_choice"}
-            )
         choice = options["tool_choice"]
         if isinstance(choice, ToolMode):
             request.tool_choice.mode = _MODES[choice]

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from tests.places import cache_dir
 from tests.server_harness import running_server
 from tests.tool_load import TEMPLATES, check_tool_calls, with_template
 
@@ -26,7 +27,7 @@ _ADAPTER = Path(__file__).parents[2] / "examples" / "adapters" / "chat"
 async def _run(prompts: int, seed: int) -> int:
     with TemporaryDirectory() as made:
         folder = Path(made)
-        async with running_server(folder / "data", folder / "cache") as server:
+        async with running_server(folder / "data", cache_dir()) as server:
             for format_ in TEMPLATES:
                 adapter = with_template(_ADAPTER, folder / format_, format_)
                 await server.push(adapter, format_.replace("_", "-"))

@@ -197,8 +197,10 @@ class TextTokenizer:
     def special_ids(self, names: Iterable[str]) -> dict[int, bytes]:
         """Those of some texts that are special tokens, by id. The text of an answer has none,
         but a parser may need to see them."""
-        found = {self._rust.token_to_id(name): name.encode() for name in names}
-        return {token: name for token, name in found.items() if token in self._special}
+        found = ((self._rust.token_to_id(name), name.encode()) for name in names)
+        return {
+            token: name for token, name in found if token is not None and token in self._special
+        }
 
     def token_label(self, token: int) -> str:
         """A token's label in log-probabilities; no two tokens share a label.

@@ -14,6 +14,8 @@ from veneer_client import (
     Sample,
     Text,
     TokenLogprob,
+    Tool,
+    ToolMode,
     TopLogprob,
 )
 from veneer_client.types import SamplingNumbers
@@ -78,6 +80,8 @@ def test_no_option_is_forgotten(server: FakeServer, client: Driver) -> None:
         "grammar": "a",
         "template_kwargs": {"a": 1},
         "reasoning_effort": "low",
+        "tools": [Tool("f")],
+        "tool_choice": "f",
     }
     for name in GenerateOptions.__optional_keys__ - {"timeout_s"}:
         request = asked(server, client, **{name: values.get(name, 1)})
@@ -88,6 +92,27 @@ def test_no_number_of_the_contract_is_forgotten() -> None:
     contract = {field.name for field in pb.SamplingOptions.DESCRIPTOR.fields}
     assert contract - SamplingNumbers.__optional_keys__ == {"logit_bias"}
     assert contract > SamplingNumbers.__optional_keys__
+
+
+def test_tools(server: FakeServer, client: Driver) -> None:
+    schema = {"type": "object", "properties": {"ä": {"type": "string"}}}
+    sent = asked(
+        server,
+        client,
+        tools=[Tool("f", "does it", schema), Tool("g")],
+        tool_choice=ToolMode.REQUIRED,
+        parallel_tool_calls=False,
+    )
+    assert [(tool.name, tool.description) for tool in sent.tools] == [
+        ("f", "does it"),
+        ("g", ""),
+    ]
+    assert json.loads(sent.tools[0].parameters) == schema
+    assert sent.tools[1].parameters == ""
+    assert sent.tool_choice.mode == pb.TOOL_MODE_REQUIRED
+    assert sent.HasField("parallel_tool_calls")
+    assert not sent.parallel_tool_calls
+    assert asked(server, client, tools=[Tool("f")], tool_choice="f").tool_choice.name == "f"
 
 
 def test_prefix_cache_unset_is_not_off(server: FakeServer, client: Driver) -> None:

@@ -37,7 +37,8 @@ def calls_schema(
         tools: names and parameters.
         parallel: allow more than one call.
     """
-    calls, parts = [], {}
+    calls: list[dict[str, Any]] = []
+    parts: dict[str, Any] = {}
     for number, (name, parameters) in enumerate(tools):
         # Schemas may refer to parts of themselves: give each a place of its own.
         part = f"tool{number}"
@@ -66,7 +67,7 @@ def _moved(schema: Any, place: str) -> Any:
         return [_moved(each, place) for each in schema]
     if not isinstance(schema, dict):
         return schema
-    moved = {}
+    moved: dict[str, Any] = {}
     for name, value in schema.items():
         if name == "$ref" and isinstance(value, str) and value.startswith("#"):
             moved[name] = place + value[1:]

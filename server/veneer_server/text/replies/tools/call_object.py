@@ -116,8 +116,18 @@ class CallObject:
         begun: whether `ToolCallBegun` was given.
     """
 
-    __slots__ = ("_at", "_buffered", "_index", "_key", "_keys", "_name", "_raw", "_value")
-    __slots__ += ("begun", "state")
+    __slots__ = (
+        "_at",
+        "_buffered",
+        "_index",
+        "_key",
+        "_keys",
+        "_name",
+        "_raw",
+        "_value",
+        "begun",
+        "state",
+    )
 
     def __init__(self, index: int, keys: Collection[str] = ("arguments",)) -> None:
         """Args:
