@@ -177,9 +177,9 @@ func run(address, folder string) (*found, error) {
 	if err != nil {
 		return nil, err
 	}
-	leave()
 	for err == nil {
 		_, err = messages.Recv()
+		leave()
 	}
 	told := &found{
 		Base:      info.BaseModel.Name,

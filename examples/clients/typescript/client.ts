@@ -47,11 +47,15 @@ async function* upload(folder: string, name: string): AsyncGenerator<UploadAdapt
   }
 }
 
-function request(adapter: string, maxTokens: number): MessageInitShape<typeof GenerateRequestSchema> {
+function request(
+  adapter: string,
+  maxTokens: number,
+  topP?: number,
+): MessageInitShape<typeof GenerateRequestSchema> {
   return {
     adapter,
     input: { case: "prompt", value: "The sea is" },
-    sampling: { temperature: 0, seed: 7n },
+    sampling: { temperature: 0, seed: 7n, topP },
     stopping: { maxTokens, ignoreEos: true },
     output: { logprobs: true },
   };
@@ -93,10 +97,7 @@ async function run(address: string, folder: string): Promise<object> {
     finish = message.final?.finishReason ?? finish;
     usage = message.final?.usage ?? usage;
   }
-  const wrong = request(adapter.name, 8);
-  const refusal = await failed(() =>
-    inference.generate({ ...wrong, sampling: { ...wrong.sampling, topP: 3 } }),
-  );
+  const refusal = await failed(() => inference.generate(request(adapter.name, 8, 3)));
 
   // A stream ends when its signal says so; the server then ends the work too.
   const leaving = new AbortController();

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, cast
@@ -32,7 +33,7 @@ from tests.torture.doors.scripted import (
 )
 from tests.unit.server.rpc.front_harness import Front, make_adapter, running
 
-__all__ = ["Report", "ask_both_doors"]
+__all__ = ["Doors", "Report", "open_doors"]
 
 ADAPTERS: Final = ("", "one", "two", "templated")
 TEMPLATE: Final = (
@@ -236,18 +237,41 @@ def _apart(found: Sequence[Score], wanted: Sequence[Score]) -> str:
 # --------------------------------------------------------------------------------- run
 
 
-async def ask_both_doors(
-    base: Path, folder: Path, rng: random.Random, count: int, *, until_one: bool = False
-) -> Report:
-    """Send random requests through each door, whole and streamed.
+class Doors:
+    """Sends random requests through each door of a running front, whole and streamed."""
 
-    Args:
-        folder: exists; for data and caches.
-        until_one: stop at the first failure.
-    """
+    def __init__(self, front: Front, http: aiohttp.ClientSession, script: Script) -> None:
+        self._callers = Callers(front.inference, http)
+        self._script = script
+        self._judge = _Judge(script, cast(ScriptedEngine, front.engine))
+
+    async def ask(self, rng: random.Random, count: int, *, until_one: bool = False) -> Report:
+        """Send ``count`` requests. Args: until_one: stop at the first failure."""
+        report = Report()
+        todo = cases(rng, count, self._script)
+        workers = (self._work(todo, report, until_one) for _ in range(AT_ONCE))
+        await asyncio.gather(*workers)
+        return report
+
+    async def _work(self, todo: Iterator[Case], report: Report, until_one: bool) -> None:
+        most = 1 if until_one else MOST_FAILURES
+        for case in todo:
+            if len(report.failures) >= most:
+                return
+            try:
+                answers = await self._callers.all(case)
+                problems = list(self._judge.problems(case, answers, report))
+            except WrongShape as error:
+                problems = [str(error)]
+            report.cases += 1
+            report.failures += [f"{problem} ({case})" for problem in problems]
+
+
+@asynccontextmanager
+async def open_doors(base: Path, folder: Path, rng: random.Random) -> AsyncIterator[Doors]:
+    """A front with adapters over the scripted engine. Args: folder: exists."""
     ScriptedEngine.script_of = script = Script(base)
     ScriptedEngine.splits = random.Random(rng.random())
-    report = Report()
     flags = {"openai_listen": "127.0.0.1:0", "max_queue": "1000"}
     async with running(
         base, folder / "cache", folder / "data", engine=ScriptedEngine, **flags
@@ -257,32 +281,4 @@ async def ask_both_doors(
             adapter = make_adapter(folder / name, seed=at, template=template)
             await front.push(adapter, name)
         async with aiohttp.ClientSession(f"http://{front.addresses['openai']}") as http:
-            todo = cases(rng, count, script)
-            judge = _Judge(script, cast(ScriptedEngine, front.engine))
-            workers = (
-                _work(todo, front, Callers(front.inference, http), judge, report, until_one)
-                for _ in range(AT_ONCE)
-            )
-            await asyncio.gather(*workers)
-    return report
-
-
-async def _work(
-    todo: Iterator[Case],
-    front: Front,
-    callers: Callers,
-    judge: _Judge,
-    report: Report,
-    until_one: bool,
-) -> None:
-    most = 1 if until_one else MOST_FAILURES
-    for case in todo:
-        if len(report.failures) >= most:
-            return
-        try:
-            answers = await callers.all(case)
-            problems = list(judge.problems(case, answers, report))
-        except WrongShape as error:
-            problems = [str(error)]
-        report.cases += 1
-        report.failures += [f"{problem} ({case})" for problem in problems]
+            yield Doors(front, http, script)

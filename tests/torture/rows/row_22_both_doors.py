@@ -12,20 +12,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
-from pathlib import Path
+from contextlib import AbstractAsyncContextManager
 from types import ModuleType
 from typing import Final
 
 from veneer_server.models.source import import_bundled
-from veneer_server.openai import chat
+from veneer_server.openai import answers, chat
 from veneer_server.rpc import inference_service
 from veneer_server.serving import generation, samples
 from veneer_server.text import detokenizer
 
 from tests.places import cache_dir
 from tests.planted import planted
-from tests.torture.doors.judge import Report, ask_both_doors
+from tests.torture.doors.judge import Doors, Report, open_doors
 from tests.torture.row import Control, Outcome, Scale
 
 __all__ = ["ROW", "TITLE", "controls", "run"]
@@ -65,12 +64,18 @@ PLANTED: Final[tuple[tuple[str, ModuleType, str, str], ...]] = (
         "self._count(sample, output, len(delta.tokens), now)",
         "self._count(sample, output, len(output.tokens), now)",
     ),
+    (
+        "broken characters do not move the offsets of tokens",
+        answers,
+        "at = self._at + max(0, len(text) - own)",
+        "at = self._at",
+    ),
 )
 
 
 def run(scale: Scale) -> Outcome:
     """10,000 requests, or 150."""
-    report = _asked(scale, scale.pick(150, 10_000))
+    report = asyncio.run(_asked(scale, scale.pick(150, 10_000)))
     return Outcome(
         figure=(
             f"{report.cases} requests, each four times: {report.choices} choices, "
@@ -82,17 +87,27 @@ def run(scale: Scale) -> Outcome:
     )
 
 
-def controls(scale: Scale) -> Iterator[Control]:
+def controls(scale: Scale) -> list[Control]:
     """Each is to be seen within 150 requests."""
-    for name, module, old, new in PLANTED:
-        place = Scale(scale.full, scale.seed, scale.folder(name.replace(" ", "-")))
-        with planted(module, old, new):
-            report = _asked(place, 150, until_one=True)
-        yield Control.of(name, Outcome("", BAR, failures=tuple(report.failures)))
+    return asyncio.run(_controls(scale))
 
 
-def _asked(scale: Scale, count: int, *, until_one: bool = False) -> Report:
+async def _asked(scale: Scale, count: int) -> Report:
+    async with _doors(scale) as doors:
+        return await doors.ask(scale.random("doors"), count)
+
+
+async def _controls(scale: Scale) -> list[Control]:
+    found = []
+    async with _doors(scale) as doors:
+        for name, module, old, new in PLANTED:
+            with planted(module, old, new):
+                report = await doors.ask(scale.random(name), 150, until_one=True)
+            found.append(Control.of(name, Outcome("", BAR, failures=tuple(report.failures))))
+    return found
+
+
+def _doors(scale: Scale) -> AbstractAsyncContextManager[Doors]:
     logging.getLogger("veneer_server").addHandler(logging.NullHandler())
-    base: Path = import_bundled(cache_dir()).path
-    folder, rng = scale.folder("doors"), scale.random("doors")
-    return asyncio.run(ask_both_doors(base, folder, rng, count, until_one=until_one))
+    base = import_bundled(cache_dir()).path
+    return open_doors(base, scale.folder("doors"), scale.random("splits"))

@@ -256,7 +256,7 @@ async def test_offsets_count_a_character_of_several_tokens_once(
 async def test_offset_of_a_token_that_follows_a_broken_character(
     front: Front, http: httpx.AsyncClient, tokenizer: TextTokenizer
 ) -> None:
-    """It ends within a character itself, so that its own bytes have shown less than they will."""
+    """It ends within a character itself: its own bytes have shown less than they will."""
     wanted = (b"\xf0\x9f", b" \xf0\x9f\x98", b"b")
     ids = [
         next(t for t in range(tokenizer.vocab_size) if tokenizer.token_bytes(t) == data)
