@@ -169,7 +169,7 @@ async def _spawn() -> tuple[asyncio.subprocess.Process, socket.socket]:
             # Only the front gets the terminal's Ctrl-C. No setsid: with autogroup, Linux
             # would then give the engine half of the CPU time and the front's other processes
             # the rest, regardless of their nice values.
-            process_group=0,
+            preexec_fn=os.setpgrp,
         )
         failed.pop_all()
     return process, ours

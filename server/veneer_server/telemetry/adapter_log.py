@@ -42,7 +42,7 @@ class AdapterLog:
                     "adapter not loaded",
                     **self._which(digest),
                     reason=error.reason,
-                    error=str(error),
+                    error=error.message,
                 )
             case _:
                 pass

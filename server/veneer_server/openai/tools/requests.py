@@ -144,7 +144,7 @@ def template_messages(messages: Sequence[ToolMessage]) -> tuple[Mapping[str, Any
         check_calls(len(message.tool_calls), field)
         if message.tool_calls:
             calls = [_call(each, f"{field}.tool_calls") for each in message.tool_calls]
-        elif message.function_call is not None:
+        elif message.function_call:
             function = message.function_call
             calls = [_call({"function": function}, f"{field}.function_call")]
         if message.content is None and not calls:
