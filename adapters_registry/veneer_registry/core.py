@@ -19,9 +19,10 @@ from typing import Final
 from veneer_registry import registration
 from veneer_registry.adapter import AdapterManifest, AdapterRef, BaseSpec
 from veneer_registry.catalog import Catalog
+from veneer_registry.causes import cause_of
 from veneer_registry.changes import Change
 from veneer_registry.entry import Entry
-from veneer_registry.errors import AdapterCorrupt, EtagMismatch, VeneerError, cause_of
+from veneer_registry.errors import AdapterCorrupt, EtagMismatch, VeneerError
 from veneer_registry.index import Index
 from veneer_registry.lock import OwnerLock
 from veneer_registry.manifest_json import manifest_from_json

@@ -17,7 +17,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
-from veneer_registry.errors import DiskFailed, DiskFull, InvalidField, cause_of
+from veneer_registry.causes import cause_of
+from veneer_registry.errors import DiskFailed, DiskFull, InvalidField
 
 __all__ = [
     "FILE_MODE",

@@ -2,8 +2,7 @@
 
 Every class fixes two strings that are part of the contract: ``code``, the gRPC
 status code's name, and ``reason``, the stable ``google.rpc.ErrorInfo`` reason.
-One place in the server maps an instance to a status; one place in the client
-rebuilds the instance from it, so both sides catch the same classes::
+The server maps an instance to a status, and the client rebuilds it from that::
 
     VeneerError
     ├── InvalidArgument
@@ -48,7 +47,6 @@ rebuilds the instance from it, so both sides catch the same classes::
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
@@ -94,7 +92,6 @@ __all__ = [
     "Unavailable",
     "Unimplemented",
     "VeneerError",
-    "cause_of",
     "error_for_reason",
 ]
 
@@ -106,12 +103,10 @@ class VeneerError(Exception):
         message: one sentence for a person; it names the fix.
         metadata: string pairs that a program may read (``ErrorInfo.metadata``),
             for example ``{"file": "adapter_config.json", "did_you_mean": "chat"}``.
-            If they do not tell two causes of one class apart, ``cause`` does, by a stable
-            word.
-        retry_after_s: seconds after which a retry may succeed, or None if a retry
-            of the same call cannot help (``google.rpc.RetryInfo``).
-        detail: what only the operator may read, such as a path: part of ``str(error)``, which
-            logs and commands show, but not of ``message``, which callers get.
+            If two causes of one class look alike in them, ``cause`` is a stable word.
+        retry_after_s: seconds after which a retry may succeed, or None if a retry of the same
+            call cannot help (``google.rpc.RetryInfo``).
+        detail: such as a path: in ``str(error)``, for the operator; callers get ``message``.
     """
 
     code: ClassVar[str] = "UNKNOWN"
@@ -390,14 +385,6 @@ class InternalError(VeneerError):
 
     code = "INTERNAL"
     reason = "INTERNAL"
-
-
-def cause_of(error: BaseException) -> str:
-    """What an unexpected error says; of a path only the last part, so callers may read it."""
-    if not isinstance(error, OSError) or not error.strerror:
-        return str(error)
-    name = os.path.basename(os.fsdecode(error.filename)) if error.filename else ""
-    return f"{name}: {error.strerror}" if name else error.strerror
 
 
 def _tree(cls: type[VeneerError]) -> Iterator[type[VeneerError]]:

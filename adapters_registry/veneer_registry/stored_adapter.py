@@ -13,7 +13,8 @@ from typing import Final
 
 from veneer_registry.adapter import AdapterManifest, LoraModule
 from veneer_registry.bundle_files import read_small
-from veneer_registry.errors import AdapterCorrupt, AdapterInvalid, cause_of
+from veneer_registry.causes import cause_of
+from veneer_registry.errors import AdapterCorrupt, AdapterInvalid
 from veneer_registry.format import describe
 from veneer_registry.lora_config import CONFIG_FILE, LoraSettings, parse_config
 from veneer_registry.regular_files import open_regular

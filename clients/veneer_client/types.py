@@ -47,17 +47,17 @@ class ChatMessage:
     """One message; ``role`` is for example ``system``, ``user``, ``assistant`` or ``tool``.
 
     Attributes:
-        reasoning: what an assistant thought before, for templates that show it.
         tool_calls: that an assistant's message holds.
         tool_call_id, tool_name: of the call whose result a tool's message is.
+        reasoning: what an assistant thought before, for templates that show it.
     """
 
     role: str
     content: str
-    reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str = ""
     tool_name: str = ""
+    reasoning: str = ""
 
 
 MessageLike = ChatMessage | Mapping[str, str]
@@ -93,7 +93,8 @@ def _message(message: MessageLike) -> ChatMessage:
             "perhaps `reasoning`, all strings, and nothing else",
             metadata={"field": "messages"},
         )
-    return ChatMessage(**message)
+    reasoning = message.get("reasoning", "")
+    return ChatMessage(message["role"], message["content"], reasoning=reasoning)
 
 
 def _is_text(value: object) -> bool:

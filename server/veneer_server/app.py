@@ -32,6 +32,7 @@ from veneer_server.models.source import BaseFolder, resolve_base
 from veneer_server.openai import require_gateway
 from veneer_server.progress import SINK, Display
 from veneer_server.queues.refusal_pace import Pace
+from veneer_server.queues.upload_flow import UploadFlow
 from veneer_server.quotas.meter import Meter
 from veneer_server.quotas.rates import Quotas
 from veneer_server.quotas.uploads import UploadQuotas
@@ -42,7 +43,6 @@ from veneer_server.rpc.health import Health
 from veneer_server.rpc.inference_service import InferenceService
 from veneer_server.rpc.server_service import ServerService
 from veneer_server.serving.adapters.budgets import AdapterBudgets
-from veneer_server.serving.adapters.upload_flow import UploadFlow
 from veneer_server.serving.adapters.upload_places import UploadPlaces
 from veneer_server.serving.calls import Calls, Phase
 from veneer_server.serving.generator import Generator

@@ -30,13 +30,13 @@ from veneer_server.rpc.health import SERVICES, Health
 from veneer_server.rpc.inference_service import GENERATE_METHODS, InferenceService
 from veneer_server.rpc.interceptors import CallInterceptor
 from veneer_server.rpc.open_calls import OpenCalls
-from veneer_server.rpc.reflection import enable_reflection
 from veneer_server.rpc.server_service import ServerService
 from veneer_server.rpc.transport.channel import channel_options
 from veneer_server.rpc.transport.connections import Connections
 from veneer_server.rpc.transport.credentials import grpc_credentials
 from veneer_server.rpc.transport.later import Later
 from veneer_server.rpc.transport.receiving import Receiving
+from veneer_server.rpc.transport.reflection import enable_reflection
 from veneer_server.serving.calls import Calls
 from veneer_server.serving.local_folders import LocalFolders
 from veneer_server.serving.tenants.tenants import Tenants

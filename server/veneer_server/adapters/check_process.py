@@ -15,8 +15,9 @@ from typing import Final
 
 import msgspec
 from veneer_registry.adapter import BaseSpec
+from veneer_registry.causes import cause_of
 from veneer_registry.disk import disk_errors
-from veneer_registry.errors import InternalError, ResourceExhausted, VeneerError, cause_of
+from veneer_registry.errors import InternalError, ResourceExhausted, VeneerError
 from veneer_registry.format import read_adapter
 from veneer_registry.manifest_json import manifest_to_json
 

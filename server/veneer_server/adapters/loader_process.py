@@ -23,11 +23,11 @@ from typing import Final
 
 import msgspec
 from veneer_registry.adapter import LoraModule, Projection
+from veneer_registry.causes import cause_of
 from veneer_registry.errors import (
     AdapterBudgetExceeded,
     InternalError,
     VeneerError,
-    cause_of,
 )
 
 from veneer_server.adapters.pages import (

@@ -15,7 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
 import torch
-from veneer_registry.errors import AdapterBudgetExceeded, InternalError, VeneerError, cause_of
+from veneer_registry.causes import cause_of
+from veneer_registry.errors import AdapterBudgetExceeded, InternalError, VeneerError
 
 from veneer_server.adapters.loader_process import NO_MEMORY, Setup
 from veneer_server.adapters.loaders import HostCopy, Loaders

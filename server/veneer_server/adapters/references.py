@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from veneer_registry.errors import AdapterCorrupt, InternalError, VeneerError, cause_of
+from veneer_registry.causes import cause_of
+from veneer_registry.errors import AdapterCorrupt, InternalError, VeneerError
 from veneer_registry.fingerprint import weights_fingerprint
 
 from veneer_server.models.config import Quantization

@@ -11,8 +11,9 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import msgspec
+from veneer_registry.causes import cause_of
 from veneer_registry.child_python import child_python
-from veneer_registry.errors import EngineFailed, cause_of
+from veneer_registry.errors import EngineFailed
 
 from veneer_server.progress import SINK, Part, StartStopped, stage
 from veneer_server.wire.frames import LENGTH, framed

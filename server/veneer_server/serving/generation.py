@@ -11,13 +11,13 @@ from veneer_registry.adapter import Tier
 from veneer_server.engine_client.client import EngineClient
 from veneer_server.engine_client.places import Place
 from veneer_server.quotas.meter import Metered
-from veneer_server.serving.reading import ToolReader
 from veneer_server.serving.records import (
     FinishReason,
     GenerateCall,
     Provenance,
 )
 from veneer_server.serving.samples import Delta, Sample, SampleStreams, sample_request
+from veneer_server.serving.tools.reading import ToolReader
 from veneer_server.telemetry.metrics import Metrics
 from veneer_server.text.prompts import Prompt
 from veneer_server.text.replies.deltas import ReplyParser

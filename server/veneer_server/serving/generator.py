@@ -31,7 +31,6 @@ from veneer_server.serving.limits import (
     resolve_sampling,
     room,
 )
-from veneer_server.serving.reading import Shown, ToolReader
 from veneer_server.serving.records import (
     ChatMessages,
     FinishReason,
@@ -43,6 +42,7 @@ from veneer_server.serving.tenants.tenant import Tenant
 from veneer_server.serving.tenants.tenants import Tenants
 from veneer_server.serving.tenants.visible import Visible
 from veneer_server.serving.threads import Background
+from veneer_server.serving.tools.reading import Shown, ToolReader
 from veneer_server.serving.tools.use import about_tools
 from veneer_server.serving.who import CALLER
 from veneer_server.telemetry.metrics import Metrics

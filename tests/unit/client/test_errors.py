@@ -17,7 +17,7 @@ from tests.unit.client.fake_server import FakeServer, Refusal
 ON_THE_WIRE = [
     getattr(errors, name)
     for name in errors.__all__
-    if name not in ("cause_of", "error_for_reason", "VeneerError", "ServerUnreachable", "StoreLocked")
+    if name not in ("error_for_reason", "VeneerError", "ServerUnreachable", "StoreLocked")
 ]
 
 

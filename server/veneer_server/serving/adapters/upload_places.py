@@ -14,7 +14,7 @@ from typing import Final, TypeVar
 
 from veneer_registry.errors import QuotaExceeded
 
-from veneer_server.serving.adapters.upload_flow import UploadFlow
+from veneer_server.queues.upload_flow import UploadFlow
 
 __all__ = [
     *("DEADLINE_S", "LONG_S", "MAX_AT_ONCE", "MAX_DISCARDS", "MIN_RATE", "PATIENCE_S"),

@@ -16,7 +16,7 @@ from google.rpc import error_details_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from veneer_proto.v1 import adapters_pb2, inference_pb2, server_pb2
 from veneer_server.rpc.health import SERVICES
-from veneer_server.rpc.reflection import REFLECTION
+from veneer_server.rpc.transport.reflection import REFLECTION
 
 from tests.unit.server.rpc.front_harness import Front, prompt
 

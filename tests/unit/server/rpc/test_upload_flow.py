@@ -6,8 +6,8 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from veneer_server.serving.adapters import upload_flow
-from veneer_server.serving.adapters.upload_flow import UploadFlow
+from veneer_server.queues import upload_flow
+from veneer_server.queues.upload_flow import UploadFlow
 from veneer_server.serving.adapters.upload_places import LONG_S, TURN_S, UploadPace
 
 from tests.fake_clock import in_no_time

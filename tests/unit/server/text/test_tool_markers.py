@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 from veneer_registry.errors import InvalidField
-from veneer_server.serving.reading import Shown, ToolReader
 from veneer_server.serving.samples import Sample
+from veneer_server.serving.tools.reading import Shown, ToolReader
 from veneer_server.serving.tools.use import Tool, ToolUse
 from veneer_server.text.prompts import Prompts
 from veneer_server.text.replies.deltas import ToolArguments, ToolCallBegun
