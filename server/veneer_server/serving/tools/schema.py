@@ -9,8 +9,8 @@ from typing import Any, Final
 __all__ = ["arguments_schema", "calls_schema"]
 
 MAX_FORCED_CALLS: Final = 8
-"""Most calls of one answer that must call. Small models otherwise go on until `max_tokens`, in the
-middle of a call: 4 of 300 requests of `tests.bench.tool_calls` did."""
+"""Most calls of one answer that must call. Small models otherwise go on until `max_tokens`, in
+the middle of a call: 4 of 300 requests of `tests.bench.tool_calls` did."""
 
 _MAPS: Final = frozenset(
     {"properties", "patternProperties", "dependentSchemas", "$defs", "definitions"}
