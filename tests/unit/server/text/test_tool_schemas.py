@@ -9,7 +9,7 @@ from typing import Any
 import jsonschema
 import pytest
 from veneer_server.constraints.grammar import compile_matcher, library_limits, load_tokenizer
-from veneer_server.serving.tools.schema import arguments_schema
+from veneer_server.serving.tools.schema import MAX_FORCED_CALLS, arguments_schema
 from veneer_server.serving.tools.use import Choice, Tool, ToolUse
 from veneer_server.wire.messages import ConstraintLimits
 
@@ -76,6 +76,12 @@ def test_calls_of_the_tools(calls: Any) -> None:
 def test_nothing_else(calls: Any) -> None:
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(calls, json.loads(schema()))
+
+
+def test_a_list_of_calls_ends() -> None:
+    jsonschema.validate([CLOCK] * MAX_FORCED_CALLS, json.loads(schema()))
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate([CLOCK] * (MAX_FORCED_CALLS + 1), json.loads(schema()))
 
 
 def test_one_call_where_several_are_not_wanted() -> None:
