@@ -104,8 +104,7 @@ class VeneerError(Exception):
         metadata: string pairs that a program may read (``ErrorInfo.metadata``),
             for example ``{"file": "adapter_config.json", "did_you_mean": "chat"}``.
             If two causes of one class look alike in them, ``cause`` is a stable word.
-        retry_after_s: seconds after which a retry may succeed, or None if a retry of the same
-            call cannot help (``google.rpc.RetryInfo``).
+        retry_after_s: seconds after which a retry may succeed; None if it cannot help.
         detail: such as a path: in ``str(error)``, for the operator; callers get ``message``.
     """
 

@@ -27,7 +27,7 @@ from tests.torture.row import Control, Outcome, RowModule, Scale
 
 ROWS = Path(__file__).parent / "rows"
 MODULE = re.compile(r"row_(\d+)_\w+")
-TIMED = frozenset({14, 15})
+TIMED = frozenset({14, 15, 18, 19})
 SLOWEST = 21
 """Begins first, so that no job is left alone with it at the end."""
 SHOWN = 10
