@@ -52,11 +52,11 @@ SHORT_BACKOFF: Final = (
     "from veneer_server.engine_client import supervisor\n"
     "supervisor.LAST_BACKOFF = supervisor.FIRST_BACKOFF"
 )
-RAISES_ON_USR1: Final = (
+RAISES_ON_USR2: Final = (
     "import signal\n"
     "def fail(number, frame):\n"
     "    raise RuntimeError('planted: an exception in a step')\n"
-    "signal.signal(signal.SIGUSR1, fail)\n"
+    "signal.signal(signal.SIGUSR2, fail)\n"
 )
 """Of every process of the server; only the engine gets the signal."""
 
@@ -67,8 +67,8 @@ SILENT_DRAIN: Final = (
 )
 ENDLESS_DRAIN: Final = (
     "from veneer_server.serving.calls import Calls\n"
-    "right = Calls.finish\n"
-    "async def finish(self, grace_s): return await right(self, 3600)\n"
+    "import asyncio\n"
+    "async def finish(self, grace_s): await asyncio.sleep(3600)\n"
     "Calls.finish = finish"
 )
 BELIEVING: Final = (
@@ -130,8 +130,8 @@ def controls(scale: Scale) -> Iterator[Control]:
 
 @contextmanager
 def _raising(folder: Path) -> Iterator[None]:
-    """Servers that are started in the block raise an exception in the engine on SIGUSR1."""
-    (folder / "sitecustomize.py").write_text(RAISES_ON_USR1)
+    """Servers that are started in the block raise an exception in the engine on SIGUSR2."""
+    (folder / "sitecustomize.py").write_text(RAISES_ON_USR2)
     with patch.dict(os.environ, {"PYTHONPATH": str(folder)}):
         yield
 
@@ -254,7 +254,7 @@ async def _one_engine(
         if "veneer_server.engine.process" in child.cmdline()
     ]
     began, limit = time.monotonic(), HUNG_S if kind == "hang" else DEAD_S
-    numbers = {"exception": signal.SIGUSR1, "hang": signal.SIGSTOP}
+    numbers = {"exception": signal.SIGUSR2, "hang": signal.SIGSTOP}
     engine.send_signal(numbers.get(kind) or signal.Signals[kind])
     try:
         await server.wait_for_health(False, seconds=limit)
