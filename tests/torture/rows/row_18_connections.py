@@ -50,12 +50,12 @@ KEEPS_IDLE: Final = (
 STOPS: Final = (
     "import time\n"
     "from veneer_server.openai.http import asgi\n"
-    "right = asgi.HttpError\n"
-    "def error(status, *given, **named):\n"
-    "    if status == 413:\n"
-    f"        time.sleep({DEADLINE_S + 2})\n"
-    "    return right(status, *given, **named)\n"
-    "asgi.HttpError = error"
+    "class Slow(asgi.HttpError):\n"
+    "    def __init__(self, status, *given):\n"
+    "        if status == 413:\n"
+    f"            time.sleep({DEADLINE_S + 2})\n"
+    "        super().__init__(status, *given)\n"
+    "asgi.HttpError = Slow"
 )
 
 
@@ -150,10 +150,7 @@ async def _beside(
             began = clock()
             try:
                 async with connections() as inference:
-                    call = inference.Generate(
-                        _request(), timeout=DEADLINE_S, wait_for_ready=True
-                    )
-                    await call
+                    await _generate(inference)
                 found.seconds.append(clock() - began)
             except grpc.aio.AioRpcError as error:
                 found.failures.append(f"{what}: {error.code().name}: {error.details()}")
@@ -166,20 +163,28 @@ async def _beside(
     async def kept() -> AsyncIterator[Any]:
         yield server.inference
 
-    @contextlib.asynccontextmanager
-    async def new() -> AsyncIterator[Any]:
-        own = (("grpc.use_local_subchannel_pool", 1),)
-        async with grpc.aio.insecure_channel(server.address, options=own) as channel:
-            yield inference_pb2_grpc.InferenceServiceStub(channel)
-
-    clients = [asyncio.create_task(ask(kept)), asyncio.create_task(ask(new))]
+    clients = [asyncio.create_task(ask(kept)), asyncio.create_task(ask(lambda: _new(server)))]
     try:
         await part()
+    except (AssertionError, OSError, httpx.HTTPError, grpc.aio.AioRpcError) as error:
+        found.failures.append(f"{what}: {type(error).__name__}: {error}")
     finally:
         done.set()
         for ended in await asyncio.gather(*clients, return_exceptions=True):
             if isinstance(ended, BaseException):
                 found.failures.append(f"{what}: {ended!r}")
+
+
+@contextlib.asynccontextmanager
+async def _new(server: Server) -> AsyncIterator[Any]:
+    """A stub with a connection of its own."""
+    own = (("grpc.use_local_subchannel_pool", 1),)
+    async with grpc.aio.insecure_channel(server.address, options=own) as channel:
+        yield inference_pb2_grpc.InferenceServiceStub(channel)
+
+
+async def _generate(inference: Any) -> None:
+    await inference.Generate(_request(), timeout=DEADLINE_S, wait_for_ready=True)
 
 
 def _request() -> inference_pb2.GenerateRequest:
@@ -194,17 +199,21 @@ async def _idle(server: Server, count: int) -> None:
     if not count:
         return
     async with contextlib.AsyncExitStack() as stack:
-        for address in (server.metrics, server.openai, server.address):
+        for address in (server.metrics, server.openai):
             host, port = address.rsplit(":", 1)
             for _ in range(count):
                 with contextlib.suppress(OSError):  # refused: that is the server's right
                     _, writer = await asyncio.open_connection(host, int(port))
                     stack.callback(writer.transport.abort)
+        for _ in range(count):
+            with contextlib.suppress(OSError):
+                stack.callback((await Connection.open(server.address)).close)
         async with httpx.AsyncClient(trust_env=False, timeout=DEADLINE_S) as http:
             for url in (f"http://{server.metrics}/metrics", f"http://{server.openai}/health"):
                 (await http.get(url)).raise_for_status()
-        for _ in range(3):  # beside calls on new connections
-            await server.generate(token_ids=[5, 6], stopping={"max_tokens": 4})
+        for _ in range(3):
+            async with _new(server) as inference:
+                await _generate(inference)
 
 
 async def _pings(server: Server, count: int) -> None:
@@ -249,6 +258,8 @@ async def _large_http(server: Server, count: int) -> None:
     body = b'{"prompt": "' + b"x" * TOO_LARGE + b'"}'
     async with httpx.AsyncClient(trust_env=False, timeout=4 * DEADLINE_S) as http:
         for _ in range(count):
-            answer = await http.post(url, content=body)
+            answer = await http.post(
+                url, content=body, headers={"content-type": "application/json"}
+            )
             if answer.status_code != 413:
                 raise AssertionError(f"a body of 5 MiB got status {answer.status_code}")
