@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
@@ -152,6 +153,16 @@ class Server:
             if name in found:
                 found[name][labels.strip("}")] = float(value)
         return list(found.values())
+
+    @property
+    def engine(self) -> psutil.Process:
+        """The process that runs the model; others of the front's children check uploads."""
+        (found,) = [
+            child
+            for child in psutil.Process(self.process.pid).children()
+            if "veneer_server.engine.process" in child.cmdline()
+        ]
+        return found
 
     async def stop(self) -> int:
         """Send SIGTERM; returns the exit code."""

@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import pytest_asyncio
 from veneer_client import (
@@ -241,7 +240,7 @@ async def test_watch_and_retries_over_damage_a_full_queue_a_dead_engine_and_a_re
         assert (await waiting).usage.completion_tokens == 2
 
         # A dead engine: refused until it is back, with its adapters.
-        (engine,) = psutil.Process(server.process.pid).children()
+        engine = server.engine
         engine.kill()
         await server.wait_for_health(False, seconds=20)
         answer = await client.generate(Text("Hi"), adapter="chat", max_tokens=2)

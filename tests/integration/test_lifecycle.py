@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import psutil
 import pytest
 from veneer_proto.v1 import adapters_pb2, server_pb2
 
@@ -81,7 +80,7 @@ async def test_a_killed_engine_ends_calls_with_unavailable_and_comes_back(
         before = await server.generate(prompt="Hello")
         stream = begin(server)
         await stream.first()
-        (engine,) = psutil.Process(server.process.pid).children()
+        engine = server.engine
         engine.kill()
         await server.wait_for_health(False, seconds=30)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -102,7 +101,7 @@ async def test_a_hung_engine_is_not_called_healthy(
 ) -> None:
     """A stopped process still has its socket: only the step loop's pulse tells."""
     async with running_server(tmp_path / "data", cache_dir) as server:
-        (engine,) = psutil.Process(server.process.pid).children()
+        engine = server.engine
         engine.suspend()
         await server.wait_for_health(False, seconds=30)
         engine.resume()

@@ -200,7 +200,7 @@ async def test_errors_are_the_sdks_own(sdk: openai.AsyncOpenAI) -> None:
         ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
         ({"logit_bias": {"999999": 1}}, "logit_bias"),
         ({"extra_body": {"guided_regex": "("}}, "structured_outputs"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": ""}}]}, "tools[0].function.name"),
     ):
         with pytest.raises(openai.BadRequestError) as refused:
             await ask(**fields)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import psutil
 import pytest
 import pytest_asyncio
 from veneer_proto.v1 import adapters_pb2, inference_pb2, server_pb2
@@ -54,7 +53,7 @@ async def test_a_new_engine_gets_back_what_the_dead_one_held(
     for name in ("attention", "gone", "mlp"):
         await lone.generate(prompt="Hello", adapter=name)
 
-    (engine,) = psutil.Process(lone.process.pid).children()
+    engine = lone.engine
     watch = aiter(lone.adapters.WatchAdapters(adapters_pb2.WatchAdaptersRequest()))
     while (await anext(watch)).event != adapters_pb2.ADAPTER_EVENT_SYNCED:
         pass

@@ -7,7 +7,6 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-import psutil
 from veneer_proto.v1 import adapters_pb2, inference_pb2
 from veneer_server.access.edit_keys import add_key
 
@@ -92,7 +91,7 @@ async def test_tenants_of_a_real_engine(cache_dir: Path, tmp_path: Path) -> None
         await other.ask("EvictAdapter", name="twin", mode=3)
         assert await second.tiers() == before
 
-        (engine,) = psutil.Process(server.process.pid).children()
+        engine = server.engine
         engine.kill()
         await server.wait_for_health(False, 30)
         await server.wait_for_health(True, 60)

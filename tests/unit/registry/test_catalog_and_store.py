@@ -178,7 +178,7 @@ def test_other_schema_and_damage(tmp_path: Path) -> None:
     with refused(FailedPrecondition, schema=7):
         Catalog(tmp_path / "c.sqlite")
     (tmp_path / "d.sqlite").write_bytes(b"not a database" * 1000)
-    with refused(CatalogDamaged, file=tmp_path / "d.sqlite"):
+    with refused(CatalogDamaged, file="d.sqlite"):
         Catalog(tmp_path / "d.sqlite")
 
 
@@ -186,8 +186,10 @@ def test_full_database(tmp_path: Path) -> None:
     catalog = Catalog(tmp_path / "c.sqlite")
     limit_pages(catalog, 20)
     big = RevisionRow("chat", "r1", "w1", "base", "x" * 1_000_000, 1.0, {}, 1)
-    with refused(DiskFull, folder=tmp_path):
+    with refused(DiskFull) as caught:
         publish(catalog, big)
+    assert str(tmp_path) in str(caught.value)
+    assert str(tmp_path) not in caught.value.message, "callers get this"
     assert catalog.revisions("chat") == ()
     publish(catalog, row("chat", 1))
 

@@ -391,7 +391,7 @@ def test_other_disk_errors_are_not_called_full(
         raise broken
 
     monkeypatch.setattr(os, "fsync", fail)
-    with refused(DiskFailed, why=broken):
+    with refused(DiskFailed, why="Input/output error"):
         push(registry, "chat", adapters(1))
     assert registry.list() == ()
 
@@ -638,7 +638,7 @@ def test_a_failed_open_gives_the_folder_back(data: Path) -> None:
     data.mkdir()
     (data / "catalog.sqlite").write_bytes(b"no database" * 1000)
     for _ in range(2):
-        with refused(CatalogDamaged, file=data / "catalog.sqlite"):
+        with refused(CatalogDamaged, file="catalog.sqlite"):
             Registry.open(data, BASE)
 
 

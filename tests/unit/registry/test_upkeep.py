@@ -128,5 +128,5 @@ def test_what_is_no_data_folder(tmp_path: Path, data: Path, filled: dict[str, Pa
     for path in data.glob("catalog.sqlite-*"):
         path.unlink()
     (data / "catalog.sqlite").write_bytes(os.urandom(4096))
-    with refused(CatalogDamaged, file=data / "catalog.sqlite"):
+    with refused(CatalogDamaged, file="catalog.sqlite"):
         verify(data)
