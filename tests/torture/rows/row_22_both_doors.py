@@ -49,8 +49,8 @@ PLANTED: Final[tuple[tuple[str, ModuleType, str, str], ...]] = (
     (
         "a stream over HTTP has no scores for a token without text",
         chat,
-        "if text or tokens:",
-        "if text:",
+        "if not deltas and (tokens or (ids and piece.delta.tokens)):",
+        "if not deltas and (ids and piece.delta.tokens):",
     ),
     (
         "a stream over gRPC repeats the prompt",
