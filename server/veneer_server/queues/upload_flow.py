@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable
 from typing import Final
+
+from veneer_server.system.machine import usable_cores
 
 __all__ = ["BYTES_A_SECOND", "UploadFlow"]
 
@@ -17,8 +18,8 @@ _LOOK_S: Final = 0.05
 
 
 class UploadFlow:
-    """Holds uploads back, all of them together, to a rate while sequences run; without them
-    they are as fast as they can. Belongs to one event loop.
+    """Limits the rate of all uploads together while sequences run; without any, they are as
+    fast as they can be. Belongs to one event loop.
 
     Args:
         busy: whether sequences run.
@@ -27,12 +28,12 @@ class UploadFlow:
 
     def __init__(self, busy: Callable[[], bool], rate: float | None = None) -> None:
         self._busy = busy
-        self._rate = rate or BYTES_A_SECOND * len(os.sched_getaffinity(0))
+        self._rate = rate or BYTES_A_SECOND * usable_cores()
         self._next = 0.0
-        """When what has been received so far is paid for."""
+        """When the bytes so far have had their time."""
 
     async def hold(self, count: int) -> float:
-        """Wait until another ``count`` bytes have been worth the time; returns the seconds."""
+        """Wait for as long as ``count`` more bytes take at the rate; returns the seconds."""
         clock = asyncio.get_running_loop().time
         began = now = clock()
         until = self._next = max(now, self._next) + count / self._rate

@@ -39,6 +39,14 @@ def test_all_together_are_held_to_the_rate_while_sequences_run(
     assert send(UploadFlow(lambda: True, rate=8 * MIB), uploads, chunks) == pytest.approx(8.0)
 
 
+def test_the_rate_goes_by_the_cores_that_a_container_allows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the machine's 64 a container of 2 would hardly have held any back."""
+    monkeypatch.setattr(upload_flow, "usable_cores", lambda: 2)
+    assert send(UploadFlow(lambda: True), 1, 64) == pytest.approx(4.0)
+
+
 def test_none_is_held_while_nothing_runs() -> None:
     assert send(UploadFlow(lambda: False, rate=1.0), 8, 8) == 0.0
 
