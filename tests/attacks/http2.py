@@ -110,9 +110,9 @@ class Connection:
         """Reset a stream."""
         self._writer.write(_frame(_RESET, 0, stream, _CANCEL))
 
-    def ping(self) -> None:
-        """Ask for a sign of life."""
-        self._writer.write(_frame(_PING, 0, 0, b"veneer--"))
+    def ping(self, times: int = 1) -> None:
+        """Ask for a sign of life, ``times`` at once."""
+        self._writer.write(_frame(_PING, 0, 0, b"veneer--") * times)
 
     async def until_ended(self, stream: int) -> None:
         """Wait until the server has ended the stream, or the connection."""

@@ -42,6 +42,8 @@ GENERATE: Final = "/veneer.v1.InferenceService/Generate"
 TOO_LARGE: Final = 5 << 20
 PINGS_AT_ONCE: Final = 1000
 RESETS_AT_ONCE: Final = 100
+SENDERS: Final = 8
+"""Of large messages, at a time."""
 
 KEEPS_IDLE: Final = (
     "from veneer_server.rpc.transport.connections import Connections\n"
@@ -222,8 +224,7 @@ async def _pings(server: Server, count: int) -> None:
     while sent < count:
         async with await Connection.open(server.address) as connection:
             while sent < count and not connection.lost.is_set():
-                for _ in range(PINGS_AT_ONCE):
-                    connection.ping()
+                connection.ping(PINGS_AT_ONCE)
                 sent += PINGS_AT_ONCE
                 await asyncio.sleep(0.005)
 
@@ -242,24 +243,40 @@ async def _resets(server: Server, count: int) -> None:
 async def _large_grpc(server: Server, count: int) -> None:
     text = "x" * TOO_LARGE
     own = (("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1))
-    async with grpc.aio.insecure_channel(server.address, options=own) as channel:
-        inference: Any = inference_pb2_grpc.InferenceServiceStub(channel)
-        for _ in range(count):
-            try:
-                await inference.Generate(inference_pb2.GenerateRequest(prompt=text))
-            except grpc.aio.AioRpcError as error:
-                wanted = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.INVALID_ARGUMENT)
-                if error.code() not in wanted:
-                    raise
+
+    async def send(share: int) -> None:
+        async with grpc.aio.insecure_channel(server.address, options=own) as channel:
+            inference: Any = inference_pb2_grpc.InferenceServiceStub(channel)
+            for _ in range(share):
+                try:
+                    await inference.Generate(inference_pb2.GenerateRequest(prompt=text))
+                except grpc.aio.AioRpcError as error:
+                    wanted = (
+                        grpc.StatusCode.RESOURCE_EXHAUSTED,
+                        grpc.StatusCode.INVALID_ARGUMENT,
+                    )
+                    if error.code() not in wanted:
+                        raise
+
+    await _shared(send, count)
 
 
 async def _large_http(server: Server, count: int) -> None:
     url = f"http://{server.openai}/v1/completions"
     body = b'{"prompt": "' + b"x" * TOO_LARGE + b'"}'
-    async with httpx.AsyncClient(trust_env=False, timeout=4 * DEADLINE_S) as http:
-        for _ in range(count):
-            answer = await http.post(
-                url, content=body, headers={"content-type": "application/json"}
-            )
-            if answer.status_code != 413:
-                raise AssertionError(f"a body of 5 MiB got status {answer.status_code}")
+    headers = {"content-type": "application/json"}
+
+    async def send(share: int) -> None:
+        async with httpx.AsyncClient(trust_env=False, timeout=4 * DEADLINE_S) as http:
+            for _ in range(share):
+                answer = await http.post(url, content=body, headers=headers)
+                if answer.status_code != 413:
+                    raise AssertionError(f"a body of 5 MiB got status {answer.status_code}")
+
+    await _shared(send, count)
+
+
+async def _shared(send: Callable[[int], Awaitable[None]], count: int) -> None:
+    """``count`` messages by ``SENDERS`` at a time."""
+    shares = [count // SENDERS + (each < count % SENDERS) for each in range(SENDERS)]
+    await asyncio.gather(*(send(share) for share in shares if share))
