@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -16,6 +17,11 @@ READER_LIMIT_S: Final = 30.0
 """Default limit on how long a caller may take to send or read a message."""
 
 _CANCEL_WAIT_S: Final = 2.0
+
+_QUIET_S, _QUIET_MOST_S = 0.1, 1.0
+"""A drain ends when no call has arrived for `_QUIET_S`, or after `_QUIET_MOST_S`. gRPC hands
+calls over one by one; those that it still has when it is stopped end with CANCELLED, which
+clients do not retry, instead of UNAVAILABLE."""
 
 
 class Phase(Enum):
@@ -40,6 +46,7 @@ class Calls:
         self._idle = asyncio.Event()
         self._idle.set()
         self._cut_off = False
+        self._arrived = float("-inf")
 
     @property
     def phase(self) -> Phase:
@@ -56,7 +63,12 @@ class Calls:
             self._phase = Phase.SERVING
 
     def check_phase(self) -> None:
-        """Raises ModelLoading or Draining if the phase admits no call."""
+        """To be asked for each call as it arrives.
+
+        Raises:
+            ModelLoading, Draining: the phase admits no call.
+        """
+        self._arrived = time.monotonic()
         if self._phase is Phase.LOADING:
             doing = self.doing()
             raise ModelLoading(
@@ -103,7 +115,15 @@ class Calls:
         self._phase = Phase.DRAINING
 
     async def finish(self, grace_s: float) -> int:
-        """Wait for running calls, then cancel the rest; returns how many were cancelled."""
+        """Wait for running calls, then cancel the rest; then refuse the calls that are on their
+        way. Returns how many were cancelled."""
+        cancelled = await self._finish_running(grace_s)
+        give_up = time.monotonic() + _QUIET_MOST_S
+        while (now := time.monotonic()) < min(self._arrived + _QUIET_S, give_up):
+            await asyncio.sleep(min(self._arrived + _QUIET_S, give_up) - now)
+        return cancelled
+
+    async def _finish_running(self, grace_s: float) -> int:
         try:
             async with asyncio.timeout(grace_s):
                 await self._idle.wait()

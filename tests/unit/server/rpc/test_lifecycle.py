@@ -124,6 +124,29 @@ async def test_draining_refuses_new_calls_and_finishes_running_ones(
         await front.task
 
 
+async def test_calls_that_are_on_their_way_as_the_server_stops_are_refused(
+    flags: dict[str, Path],
+) -> None:
+    """gRPC hands them over one by one, and would end with CANCELLED those that it still has."""
+
+    async def status(call: Any) -> str:
+        try:
+            await call
+        except grpc.aio.AioRpcError as error:
+            return str(error.code().name)
+        return "OK"
+
+    async with running(**flags) as front:
+        await front.inference.Generate(prompt())
+        calls = [
+            asyncio.ensure_future(status(front.inference.Generate(prompt())))
+            for _ in range(100)
+        ]
+        await asyncio.sleep(0)
+        front.app.stop()
+        assert set(await asyncio.gather(*calls)) <= {"OK", "UNAVAILABLE"}
+
+
 async def test_after_the_grace_running_calls_end_with_a_status(flags: dict[str, Path]) -> None:
     async with running(**flags, grace="0") as front:
         front.engine.pace = asyncio.Semaphore(1)
