@@ -119,8 +119,9 @@ class Calls:
         way. Returns how many were cancelled."""
         cancelled = await self._finish_running(grace_s)
         give_up = time.monotonic() + _QUIET_MOST_S
-        while (now := time.monotonic()) < min(self._arrived + _QUIET_S, give_up):
-            await asyncio.sleep(min(self._arrived + _QUIET_S, give_up) - now)
+        # The end of events is no event.
+        while (left := min(self._arrived + _QUIET_S, give_up) - time.monotonic()) > 0:  # noqa: ASYNC110
+            await asyncio.sleep(left)
         return cancelled
 
     async def _finish_running(self, grace_s: float) -> int:
