@@ -18,7 +18,7 @@ from tests.server_harness import Server
 pytestmark = [pytest.mark.real_base, pytest.mark.asyncio(loop_scope="session")]
 
 PYTHON = REPOSITORY / ".cache" / "programs" / "bin" / "python"
-PROGRAMS = sorted(path.stem for path in (REPOSITORY / "tests" / "programs").glob("*_.py"))
+PROGRAMS = sorted(path.stem for path in (REPOSITORY / "tests/programs/checks").glob("*.py"))
 BASE = "smollm2-135m"
 CALLER = "caller"
 """An adapter that calls `paint`: its template shows the base so many calls that it goes on with

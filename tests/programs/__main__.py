@@ -1,4 +1,4 @@
-"""Run a program's checks: ``python -m tests.programs litellm_``, in the programs' environment.
+"""Run a program's checks: ``python -m tests.programs litellm``, in the programs' environment.
 
 Prints a line of JSON for each check, with the traceback if it failed. A connection to anywhere
 but this machine fails the check that made it.
@@ -35,7 +35,7 @@ def main(name: str) -> None:
             return None
 
         def load() -> None:
-            module.update(vars(importlib.import_module(f"tests.programs.{name}")))
+            module.update(vars(importlib.import_module(f"tests.programs.checks.{name}")))
 
         _report("import", run(load))
         for each, check in list(module.items()):
