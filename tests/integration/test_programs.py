@@ -36,7 +36,7 @@ TEMPLATE = (
     )
     + "{% endif %}{% for m in messages if m.content %}"
     + TURN.format("{{ 'user' if m.role == 'tool' else m.role }}", "{{ m.content }}")
-    + "{% endfor %}<|im_start|>assistant\n"
+    + "{% endfor %}{{ '<|im_start|>assistant\n' }}"  # Jinja drops a template's last line break
 )
 
 
