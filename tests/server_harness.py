@@ -172,7 +172,7 @@ class Server:
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
-    """The two files of an adapter folder that a server needs, and its template if it has one."""
+    """What a server needs of an adapter folder, and its template if it has one."""
     names = ["adapter_config.json", "adapter_model.safetensors"]
     if (folder / TEMPLATE).exists():
         names.append(TEMPLATE)
