@@ -12,7 +12,7 @@ endif
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install base demo test check protos check-python check-cpp protos-check client-sync audit bench bench-guard bench-kernels format-cpp sanitize mutants test-matrix test-matrix-quick test-numeric torture-quick torture attacks attacks-quick docs-check terminal-svg tools clients packages dashboard docker-lint wheel wheel-arm wheel-check image-replay clean
+.PHONY: help install base demo programs test check protos check-python check-cpp protos-check client-sync audit bench bench-guard bench-kernels format-cpp sanitize mutants test-matrix test-matrix-quick test-numeric torture-quick torture attacks attacks-quick docs-check terminal-svg tools clients packages dashboard docker-lint wheel wheel-arm wheel-check image-replay clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -124,7 +124,7 @@ docs-check: base ## Every command of README and docs, slow ones too, beside what
 terminal-svg: base ## Record README's picture anew: a session in a terminal
 	$(BIN)/python -m tests.docs.terminal docs/terminal.svg
 
-tools: .cache/tools/usr/bin/prometheus .cache/tools/arm/usr/bin/qemu-aarch64 packages clients ## Bring what the tests need: Prometheus, a compiler and an emulator for ARM, Chromium, strace, clients in other languages
+tools: .cache/tools/usr/bin/prometheus .cache/tools/arm/usr/bin/qemu-aarch64 packages clients programs ## Bring what the tests need: Prometheus, a compiler and an emulator for ARM, Chromium, strace, clients in other languages, programs
 
 # Unpacked, not installed: no root, no service that starts.
 .cache/tools/usr/bin/prometheus:
@@ -216,6 +216,16 @@ $(CLIENTS)/typescript/dist/client.js: $(CLIENTS)/typescript/node_modules/.packag
 	    --template examples/clients/typescript/buf.gen.yaml -o $(CLIENTS)/typescript || exit 1; \
 	done
 	cd $(CLIENTS)/typescript && node_modules/.bin/tsc
+
+# An environment of their own: instructor's ranges of openai and rich are not those of .venv.
+# Compiled as they are imported: most of what they bring is not.
+PROGRAMS := .cache/programs
+programs: $(PROGRAMS)/.installed ## The programs whose defaults tests run against the HTTP port, in an environment of their own
+
+$(PROGRAMS)/.installed: tests/programs/requirements.txt
+	test -x $(PROGRAMS)/bin/python || $(PYTHON) -m venv $(PROGRAMS)
+	$(PROGRAMS)/bin/python -m pip install --quiet --no-compile -r $<
+	touch $@
 
 # The compiler that make tools unpacks.
 wheel-arm: ## Cross-compile the wheel for 64-bit ARM

@@ -29,6 +29,7 @@ from veneer_proto.v1 import (
 from tests.backends_ran import check_ready_line, server_environment
 
 CHUNK = 1 << 20
+TEMPLATE = "chat_template.jinja"
 READY_SECONDS = 90
 SERVICE = "veneer.v1.InferenceService"
 
@@ -171,8 +172,10 @@ class Server:
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
-    """The two files of an adapter folder that a server needs."""
-    names = ("adapter_config.json", "adapter_model.safetensors")
+    """What a server needs of an adapter folder, and its template if it has one."""
+    names = ["adapter_config.json", "adapter_model.safetensors"]
+    if (folder / TEMPLATE).exists():
+        names.append(TEMPLATE)
     return {name: (folder / name).read_bytes() for name in names}
 
 

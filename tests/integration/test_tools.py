@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -23,11 +24,25 @@ async def test_forced_calls_fit_their_schema_with_any_template(
         folder = with_template(real_adapters["rank-16"], tmp_path / format_, format_)
         await server.push(folder, f"tools-{format_.replace('_', '-')}")
     models = ["smollm2-135m", *(f"tools-{each.replace('_', '-')}" for each in TEMPLATES)]
+    base, *others = [await prompt_tokens(server, model) for model in models]
+    assert base not in others, "the adapters' own templates show tools in fewer words"
     seed = random.randrange(1 << 32)
     print("seed", seed)
     outcome = await check_tool_calls(server.openai, models, prompts=12, seed=seed)
     assert outcome.problems == []
     assert outcome.calls >= 24
+
+
+async def prompt_tokens(server: Server, model: str) -> int:
+    """Of a prompt with a tool."""
+    tool = {"type": "function", "function": {"name": "paint"}}
+    given = {"messages": [{"role": "user", "content": "Hi"}], "tools": [tool], "max_tokens": 1}
+    async with httpx.AsyncClient(trust_env=False, timeout=60) as http:
+        answer = await http.post(
+            f"http://{server.openai}/v1/chat/completions", json={"model": model, **given}
+        )
+    assert answer.status_code == 200, answer.text
+    return int(answer.json()["usage"]["prompt_tokens"])
 
 
 async def test_the_sdk_reads_calls(server: Server) -> None:

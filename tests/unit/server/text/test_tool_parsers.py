@@ -25,9 +25,11 @@ RECORDED = json.loads(
 )
 SEED = random.randrange(1 << 32)
 CUTS = 3
-NOT_WHOLE = {"truncated", "broken"}
-"""vLLM shows such calls as text, or, in a stream, as far as they came. Here it is always the
-second: what has been streamed cannot be taken back."""
+AT_ODDS = {"hermes": 32, "llama3_json": 27, "mistral": 36, "mistral v11": 9}
+"""Answers that vLLM's parser for whole answers reads differently from all of its streams, and
+that are not read here as the first one does: calls that are cut, are not valid JSON or have no
+name. Here they come as far as they were written, also whole: what has been streamed cannot be
+taken back."""
 
 Read = tuple[str, list[tuple[str, str]]]
 
@@ -76,23 +78,26 @@ def test_the_recorded_answers_are_the_generated_ones(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_calls_are_those_that_vllm_finds(family: str) -> None:
-    different = []
+    different, at_odds = [], 0
     for row in RECORDED[family]:
         content, calls = read(of(family), [row["text"]])
-        if row["kind"] in NOT_WHOLE:
-            if calls:
-                assert all(arguments in row["text"] for _, arguments in calls)
-            else:
-                assert content == row["text"]
-            continue
-        expected = [] if "error" in row else parsed(row["calls"])
-        if parsed(calls) != expected:
-            different.append((row, calls))
-        if not calls:  # vLLM drops the tag of what turned out to be none, or fails
+        if parsed(calls) != parsed(row["calls"]):
+            streams = [parsed(stream) for stream in row["streams"]]
+            # Of the last call a stream of theirs may have given the name alone.
+            names = [[name for name, _ in stream][: len(calls)] for stream in streams]
+            if parsed(row["calls"]) in streams or [name for name, _ in calls] not in names:
+                different.append((row, calls))
+            at_odds += 1
+            assert all(arguments in row["text"] for _, arguments in calls)
+        if not calls:  # vLLM drops the tag of what turned out to be none
             assert content == row["text"]
-        elif row["kind"] != "before" or family != "llama3_json":  # there vLLM drops the text
-            assert content == row["content"]
+        elif row["kind"] == "before" and family == "llama3_json":  # there it drops the text
+            assert row["text"].startswith(content)
+        elif row["calls"]:  # before v11 calls it drops the space, but in streams it does not
+            shown = content.rstrip() if family == "mistral v11" else content
+            assert shown == row["content"]
     assert different == []
+    assert at_odds == AT_ODDS[family]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,7 +1,7 @@
 """Made-up answers of models that call tools, 200 for each family of templates.
 
 The same seed gives the same answers. `vllm_tool_calls.json` holds them together with what
-vLLM's own parsers make of them; docs/openai.md names the versions.
+vLLM's own parsers make of them (`tests/bench/vllm_parsers.py`).
 """
 
 from __future__ import annotations
