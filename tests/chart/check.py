@@ -99,7 +99,7 @@ def _services_lead_to_ports(objects: list[Object], pods: list[Pod]) -> Iterator[
         for port in service["spec"]["ports"]:
             for pod in chosen:
                 if pod.ports.get(port["targetPort"]) != port["port"]:
-                    yield f"{_name(service)}: port {port['name']} leads to no port of {pod.name}"
+                    yield f"{_name(service)}: {port['name']} is no port of {pod.name}"
 
 
 def _policies_fit(objects: list[Object], pods: list[Pod]) -> Iterator[str]:

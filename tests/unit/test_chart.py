@@ -1,4 +1,4 @@
-"""The Helm chart, as Helm renders it: valid, consistent, and accepted by the server's parser."""
+"""The Helm chart, as Helm renders it: valid, consistent, accepted by the server's parser."""
 
 from __future__ import annotations
 

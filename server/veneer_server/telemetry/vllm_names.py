@@ -1,4 +1,4 @@
-"""The series that routers read, under the names that vLLM gives them (``--metrics-names vllm``).
+"""The series that routers read, under vLLM's names for them (``--metrics-names vllm``).
 
 The endpoint pickers of the Gateway API Inference Extension and of llm-d, and AIBrix's gateway,
 read a model server's load and adapters from its metrics page, by vLLM's names. Everything here
