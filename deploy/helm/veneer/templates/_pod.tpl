@@ -78,6 +78,9 @@ spec:
         - {name: probe, mountPath: /run/secrets/probe, readOnly: true}
         {{- end }}
         {{- end }}
+        {{- with $v.volumeMounts }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
   volumes:
     - name: tmp
       emptyDir: {}
@@ -109,6 +112,9 @@ spec:
         secretName: {{ required "tls.clients.probeSecret: name the Secret with the probe's certificate" $v.tls.clients.probeSecret }}
         defaultMode: 0440
     {{- end }}
+    {{- end }}
+    {{- with $v.volumes }}
+    {{- toYaml . | nindent 4 }}
     {{- end }}
   {{- with .values.nodeSelector }}
   nodeSelector:
