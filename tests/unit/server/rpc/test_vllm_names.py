@@ -45,6 +45,19 @@ READ = {
 """By family, the type that its readers expect."""
 
 
+ACCEPTED = (
+    "",
+    "text/plain;version=0.0.4",
+    "application/openmetrics-text;version=1.0.0",
+    # Prometheus 2.53, and 3.
+    "application/openmetrics-text;version=1.0.0;escaping=underscores;q=0.5,"
+    "application/openmetrics-text;version=0.0.1;q=0.4,text/plain;version=0.0.4;q=0.3,*/*;q=0.2",
+    "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,"
+    "text/plain;version=1.0.0;escaping=allow-utf-8;q=0.5,*/*;q=0.2",
+    "text/plain;version=1.0.0;escaping=underscores",
+)
+
+
 def parsed(page: str) -> Page:
     """The samples of vLLM's names: name -> labels -> value."""
     found: Page = {}
@@ -248,6 +261,13 @@ async def test_both_ports_show_what_a_push_and_a_request_made_ready(
             (await http.get(f"http://{front.addresses[port]}/metrics")).text
             for port in ("metrics", "openai")
         ]
+        for accept in ACCEPTED:
+            url = f"http://{front.addresses['metrics']}/metrics"
+            answer = await http.get(url, headers={"accept": accept})
+            lines = answer.text.splitlines()
+            named = {line.split("{")[0].split(" ")[0] for line in lines if "vllm" in line}
+            assert {"vllm:num_requests_running", "vllm:lora_requests_info"} <= named, accept
+            assert not [line for line in lines if "vllm_" in line], accept
         for page in map(parsed, pages):
             assert set(READ) <= set(page)
             assert page["vllm:generation_tokens_total"] == {MODEL: 4}
