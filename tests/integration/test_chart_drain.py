@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import grpc
 import pytest
@@ -26,8 +26,10 @@ from tests.server_harness import refusal, request
 
 pytestmark = pytest.mark.real_base
 
-TOKENS = 160
+TOKENS = 100
 """Of each stream: long enough to run while the pod is being deleted."""
+SLOW_TOKENS = 800
+"""The same where each probe starts a program."""
 PLAYED = ("default", "plaintext", "tls-and-keys")
 SHORT = {"drain": {"preStopSeconds": 1, "graceSeconds": 60}}
 
@@ -47,20 +49,34 @@ async def node(
         yield node
 
 
-class Streams:
-    """Callers in the middle of an answer: two over gRPC, one over HTTP."""
+def by_program(node: Node) -> bool:
+    return "exec" in node.pod.container["readinessProbe"]
 
-    def __init__(self, node: Node, inference: Any) -> None:
+
+def tokens_for(node: Node) -> int:
+    return SLOW_TOKENS if by_program(node) else TOKENS
+
+
+class Streams:
+    """Callers in the middle of an answer, each over one of the ports."""
+
+    def __init__(self, node: Node, inference: Any, *ports: Literal["grpc", "http"]) -> None:
         self._node = node
+        self._most = tokens_for(node)
         self._inference = inference
-        self.begun = [asyncio.Event() for _ in range(3)]
-        self.tokens: list[int] = [0, 0, 0]
+        self.begun = [asyncio.Event() for _ in ports]
+        self.tokens = [0 for _ in ports]
         self.tasks = [
-            asyncio.create_task(each) for each in (self._grpc(0), self._grpc(1), self._http(2))
+            asyncio.create_task(self._grpc(at) if port == "grpc" else self._http(at))
+            for at, port in enumerate(ports)
         ]
 
+    async def began(self) -> None:
+        """Wait until each has its first token."""
+        await asyncio.gather(*(event.wait() for event in self.begun))
+
     async def _grpc(self, at: int) -> str:
-        asked = request(prompt="Once", stopping={"max_tokens": TOKENS, "ignore_eos": True})
+        asked = request(prompt="Once", stopping={"max_tokens": self._most, "ignore_eos": True})
         reason = ""
         async for message in self._inference.GenerateStream(
             asked, metadata=self._node.metadata
@@ -75,7 +91,7 @@ class Streams:
         body = {
             "model": "smollm2-135m",
             "prompt": "Once",
-            "max_tokens": TOKENS,
+            "max_tokens": self._most,
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
@@ -108,9 +124,7 @@ async def test_a_pod_starts_drains_and_ends_as_its_node_expects(node: Node) -> N
         assert node.process.returncode is None, (node.root / "server.log").read_text()
     loading = [await node.probe(kind) for kind in ("startupProbe", "readinessProbe")]
     assert await node.probe("livenessProbe")
-    if (
-        "exec" not in node.pod.container["readinessProbe"]
-    ):  # that one takes as long as the start
+    if not by_program(node):  # which takes as long as the start
         assert loading == [False, False]
     await node.ready()
     for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
@@ -118,8 +132,8 @@ async def test_a_pod_starts_drains_and_ends_as_its_node_expects(node: Node) -> N
 
     async with node.channel() as channel:
         inference: Any = inference_pb2_grpc.InferenceServiceStub(channel)
-        streams = Streams(node, inference)
-        await asyncio.gather(*(event.wait() for event in streams.begun))
+        before = Streams(node, inference, "http", "grpc")
+        await before.began()
 
         # The pod is deleted: it is taken out of the Services while the hook runs, and those
         # who have not heard of it are still answered.
@@ -129,18 +143,19 @@ async def test_a_pod_starts_drains_and_ends_as_its_node_expects(node: Node) -> N
         )
         assert await node.probe("readinessProbe")
         await hook
+        late = Streams(node, inference, "http", "grpc")
+        await late.began()
         node.terminate()
         while await node.probe("readinessProbe"):
             pass  # each probe is a call
-        running = [task for task in streams.tasks if not task.done()]
-        assert running, "readiness fails first"
+        assert not any(task.done() for task in late.tasks), "readiness fails first"
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await inference.Generate(request(prompt="Too late"), metadata=node.metadata)
         assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
         assert refusal(refused.value).reason
 
         grace = node.pod.spec["terminationGracePeriodSeconds"]
-        ended, *reasons = await asyncio.gather(node.ended(grace), *streams.tasks)
+        ended, *reasons = await asyncio.gather(node.ended(grace), *before.tasks, *late.tasks)
     assert ended == 0
-    assert streams.tokens == [TOKENS] * 3, "no stream lost a token"
-    assert reasons == ["FINISH_REASON_LENGTH", "FINISH_REASON_LENGTH", "length"]
+    assert reasons == ["length", "FINISH_REASON_LENGTH"] * 2
+    assert [*before.tokens, *late.tokens] == [tokens_for(node)] * 4, "no stream lost a token"
