@@ -15,11 +15,12 @@ from tests.packaging.dockerfile import parse
 __all__ = ["ROLES_ARE_THERE", "Pod", "image_variables", "pods_of"]
 
 ROLES_ARE_THERE = False
-"""Whether the server takes ``--role`` and ``--registry``. The one place to change once it does:
-until then the parser is not asked about these two."""
+"""Whether the server takes ``--role``, ``--registry`` and what belongs to them. The one place to
+change once it does: until then the parser is not asked about these flags."""
 
-_ROLES = ("role", "registry")
-_SECRET_FLAGS = ("keys-file", "tls-cert", "tls-key", "tls-client-ca")
+_OF_REGISTRY = ("registry-key-file", "registry-ca", "registry-cert", "registry-cert-key")
+_ROLES = ("role", "registry", *_OF_REGISTRY)
+_SECRET_FLAGS = ("keys-file", "tls-cert", "tls-key", "tls-client-ca", *_OF_REGISTRY)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "a flag that would open the server": {"server": {"flags": {"insecure": True}}},
     "a scrape without a key": {"metrics": {"serviceMonitor": {"enabled": True}}},
     "a pool without a picker": {"inferencePool": {"enabled": True}},
+    "engines without a key for the registry": {"mode": "replicated"},
     "client certificates without an authority": {"tls": {"clients": {"enabled": True}}},
 }
 """Values that Helm must refuse, rather than install something that does not work."""
@@ -234,12 +235,16 @@ def test_engines_follow_the_registrys_service(charts: dict[str, Rendered]) -> No
         rendered = charts[values]
         engine, registry = pod(rendered, "engine"), pod(rendered, "registry")
         assert (engine.flag("role"), registry.flag("role")) == ("engine", "registry")
-        host, _, port = engine.flag("registry").partition(":")
+        scheme, _, rest = engine.flag("registry").rpartition("://")
+        assert scheme == ("https" if engine.flag("tls-cert") else "")
+        host, _, port = rest.partition(":")
         name, namespace, svc = host.split(".")
         (service,) = (s for s in rendered.of("Service") if s["metadata"]["name"] == name)
         assert (service["metadata"]["namespace"], svc) == (namespace, "svc")
         assert service["spec"]["selector"].items() <= registry.labels.items()
         assert int(port) in {p["port"] for p in service["spec"]["ports"]}
+        assert engine.flag("registry-key-file") == "/run/secrets/registry-key/key"
+        assert bool(engine.flag("registry-cert")) == bool(engine.flag("tls-client-ca"))
 
 
 def test_flags_of_values_reach_the_server(charts: dict[str, Rendered]) -> None:

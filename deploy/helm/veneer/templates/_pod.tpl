@@ -78,6 +78,11 @@ spec:
         - {name: probe, mountPath: /run/secrets/probe, readOnly: true}
         {{- end }}
         {{- end }}
+        {{- if eq .component "engine" }}
+        {{- range include "veneer.registrySecrets" $root | fromYaml }}
+        - {name: {{ .name }}, mountPath: /run/secrets/{{ .name }}, readOnly: true}
+        {{- end }}
+        {{- end }}
         {{- with $v.volumeMounts }}
         {{- toYaml . | nindent 8 }}
         {{- end }}
@@ -113,6 +118,12 @@ spec:
         defaultMode: 0440
     {{- end }}
     {{- end }}
+    {{- if eq .component "engine" }}
+    {{- range include "veneer.registrySecrets" $root | fromYaml }}
+    - name: {{ .name }}
+      secret: {secretName: {{ .secret }}, defaultMode: 0440}
+    {{- end }}
+    {{- end }}
     {{- with $v.volumes }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
@@ -130,13 +141,37 @@ spec:
   {{- end }}
 {{- end -}}
 
+{{/* What engines show to the registry, and check it by: name of the volume, and Secret. */}}
+{{- define "veneer.registrySecrets" -}}
+{{- $v := .Values -}}
+{{- if $v.keys.enabled }}
+key: {name: registry-key, secret: {{ required "engine.registry.keySecret: name the Secret with an API key that has the role operator" $v.engine.registry.keySecret }}}
+{{- end }}
+{{- if and $v.tls.enabled $v.engine.registry.caSecret }}
+ca: {name: registry-ca, secret: {{ $v.engine.registry.caSecret }}}
+{{- end }}
+{{- if and $v.tls.enabled $v.tls.clients.enabled }}
+cert: {name: registry-cert, secret: {{ required "engine.registry.certSecret: name the Secret with a certificate for the registry" $v.engine.registry.certSecret }}}
+{{- end }}
+{{- end -}}
+
 {{- define "veneer.args" -}}
 {{- $v := .root.Values -}}
 {{- if ne .component "server" }}
 - {{ printf "--role=%s" .component | quote }}
 {{- end }}
 {{- if eq .component "engine" }}
-- {{ printf "--registry=%s-registry.%s.svc:%v" (include "veneer.fullname" .root) .root.Release.Namespace $v.ports.grpc | quote }}
+- {{ printf "--registry=%s%s-registry.%s.svc:%v" (ternary "https://" "" $v.tls.enabled) (include "veneer.fullname" .root) .root.Release.Namespace $v.ports.grpc | quote }}
+{{- if $v.keys.enabled }}
+- "--registry-key-file=/run/secrets/registry-key/key"
+{{- end }}
+{{- if and $v.tls.enabled $v.engine.registry.caSecret }}
+- "--registry-ca=/run/secrets/registry-ca/ca.crt"
+{{- end }}
+{{- if and $v.tls.enabled $v.tls.clients.enabled }}
+- "--registry-cert=/run/secrets/registry-cert/tls.crt"
+- "--registry-cert-key=/run/secrets/registry-cert/tls.key"
+{{- end }}
 {{- end }}
 - {{ printf "--listen=0.0.0.0:%v" $v.ports.grpc | quote }}
 - {{ printf "--openai-listen=0.0.0.0:%v" $v.ports.http | quote }}
