@@ -15,8 +15,8 @@ from tests.packaging.dockerfile import parse
 __all__ = ["ROLES_ARE_THERE", "Pod", "image_variables", "pods_of"]
 
 ROLES_ARE_THERE = False
-"""Whether the server takes ``--role``, ``--registry`` and what belongs to them. The one place to
-change once it does: until then the parser is not asked about these flags."""
+"""Whether the server takes ``--role``, ``--registry`` and what belongs to them. The one place
+to change once it does: until then the parser is not asked about these flags."""
 
 _OF_REGISTRY = ("registry-key-file", "registry-ca", "registry-cert", "registry-cert-key")
 _ROLES = ("role", "registry", *_OF_REGISTRY)
