@@ -155,6 +155,19 @@ class Lookups(Part):
             dict.fromkeys(ref.name for ref in self._core.index.holding(weights_digest))
         )
 
+    def asked_as(self, weights_digest: str) -> tuple[str, ...]:
+        """What resolves to these weights now: names by their current revision, and
+        ``name/alias`` by each target; sorted. Reads no disk."""
+        found = set()
+        for ref in self._core.index.holding(weights_digest):
+            entry = self._core.index.entry(ref.name)
+            if entry is None:
+                continue  # deleted since
+            if entry.current == ref:
+                found.add(ref.name)
+            found.update(f"{ref.name}/{alias}" for alias in entry.aliases_of(ref.revision))
+        return tuple(sorted(found))
+
     def stored_bytes(self) -> int:
         """Bytes of all kept revisions; weights that several have count once. Reads all rows,
         unless nothing has changed since the last call."""

@@ -56,6 +56,7 @@ from veneer_server.system.descriptors import share_descriptors
 from veneer_server.telemetry.adapter_log import AdapterLog
 from veneer_server.telemetry.metrics import Metrics
 from veneer_server.telemetry.tracing import Tracing
+from veneer_server.telemetry.vllm_names import VllmSeries
 from veneer_server.text.defaults import read_defaults
 from veneer_server.text.prompts import Prompts
 from veneer_server.wire.messages import EngineInfo
@@ -253,6 +254,9 @@ class App:
         self._resources.push_async_callback(engine.stop)
         info = await engine.start()
         self._metrics.engine_started(info.device, info.backend, self._why_slower(info))
+        if config.metrics_names == "vllm":
+            series = VllmSeries(self._metrics, model=base.name, kv_tokens=info.kv_cache_tokens)
+            self._metrics.registry.register(series)
         # Otherwise each collection would scan all imported objects and stall every stream.
         gc.collect()
         gc.freeze()

@@ -17,7 +17,7 @@ import grpc
 import pytest
 import pytest_asyncio
 from veneer_loadtest.results import RunResult, read_result
-from veneer_proto.v1 import adapters_pb2
+from veneer_proto.v1 import adapters_pb2, server_pb2
 
 from tests.prometheus_harness import RULES, Prometheus, running_prometheus, tool
 from tests.server_harness import Server, running_server
@@ -45,7 +45,7 @@ async def own(
     """A server that nobody else asks, so that its counts are exact."""
     tool("prometheus")
     folder = tmp_path_factory.mktemp("own") / "data"
-    flags = ("--log-format", "json")
+    flags = ("--log-format", "json", "--metrics-names", "vllm")
     async with running_server(folder, cache_dir, *flags, log=log) as server:
         for name in ("rank-4", "rank-16"):
             await server.push(real_adapters[name], name)
@@ -115,6 +115,36 @@ async def test_series_of_an_evicted_adapter_end(own: Server, prometheus: Prometh
     assert await prometheus.values(name) == {}
 
 
+async def test_a_router_sees_what_is_ready_by_vllms_names(
+    own: Server, prometheus: Prometheus
+) -> None:
+    """Idle, as an endpoint picker reads it; the lists change with the memory."""
+
+    async def lists() -> tuple[str, str]:
+        await prometheus.scraped_after(time.time())
+        (series,) = await prometheus.query("vllm:lora_requests_info")
+        assert time.time() - 600 < float(series["value"][1]) <= time.time()
+        labels = series["metric"]
+        assert int(labels["max_lora"]) >= 1
+        # Prometheus drops a label without a value.
+        return labels.get("running_lora_adapters", ""), labels.get("waiting_lora_adapters", "")
+
+    for name in ("rank-4", "rank-16"):
+        await own.adapters.EvictAdapter(adapters_pb2.EvictAdapterRequest(name=name))
+    assert await lists() == ("", "")
+    await own.adapters.ActivateAdapter(adapters_pb2.ActivateAdapterRequest(name="rank-4"))
+    assert await lists() == ("rank-4", "")
+    loaded = await prometheus.query('vllm:lora_adapter_loaded{level="gpu"}')
+    assert [series["metric"]["adapter_name"] for series in loaded] == ["rank-4"]
+    (config,) = await prometheus.query("vllm:cache_config_info")
+    size, blocks = (int(config["metric"][n]) for n in ("block_size", "num_gpu_blocks"))
+    info = await own.about.GetServerInfo(server_pb2.GetServerInfoRequest())
+    assert size * blocks == info.budgets.kv_cache_tokens
+    sent = await prometheus.values("vllm:generation_tokens_total")
+    ours = await prometheus.values("veneer_generation_tokens_total")
+    assert sum(sent.values()) == sum(ours.values()) > 0
+
+
 async def test_recorded_rules_have_values(own: Server, prometheus: Prometheus) -> None:
     """Each name that a rule records; a ratio of nothing is no value, so there is traffic."""
     recorded = [
@@ -165,10 +195,24 @@ def in_the_container(folder: Path) -> Path:
 
 
 async def test_promtool_finds_nothing_wrong(own: Server, tmp_path: Path) -> None:
-    """Names, types and help of what the server exposes; the rules and what they fire on."""
-    metrics = await asyncio.to_thread(
+    """Names, types and help of what the server exposes; the rules and what they fire on.
+    Its parser is that of the Gateway API Inference Extension (expfmt): of vLLM's names it
+    objects to the colon, and to nothing else."""
+    page = await asyncio.to_thread(
         lambda: urlopen(f"http://{own.metrics}/metrics", timeout=30).read()
     )
+    lines = page.splitlines(keepends=True)
+    metrics = b"".join(line for line in lines if b"vllm:" not in line)
+    done = await asyncio.to_thread(
+        subprocess.run,
+        [tool("promtool"), "check", "metrics"],
+        input=page,
+        capture_output=True,
+        check=False,
+    )
+    told = (done.stdout + done.stderr).decode().splitlines()
+    assert done.returncode == 3, told  # 3: read, with objections
+    assert [line for line in told if "vllm:" not in line or "':'" not in line] == []
     checks = (
         (["check", "metrics"], metrics),
         (["check", "config", str(RULES.with_name("prometheus.yml"))], b""),

@@ -77,6 +77,7 @@ _HTTP: Final[Mapping[str, frozenset[Role]]] = {
     "GET /version": _ANY,
     "GET /metrics": _SCRAPERS,
     "GET /health": OPEN,
+    "GET /livez": OPEN,
     "GET /ping": OPEN,
     "POST /ping": OPEN,
 }

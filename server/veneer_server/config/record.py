@@ -32,6 +32,10 @@ class ServerConfig:
     metrics_listen: kinds.Address | None = setting(
         "127.0.0.1:9095", kinds.optional(kinds.ADDRESS),
         "Address for Prometheus; empty turns it off.")
+    metrics_names: Literal["veneer", "vllm"] = setting(
+        "veneer", kinds.one_of("veneer", "vllm"),
+        "Names of the metrics; vllm adds, beside our own, those that routers read by the names "
+        "that vLLM gives them.")
     openai_listen: kinds.Address | None = setting(
         "", kinds.optional(kinds.ADDRESS),
         "Address for the OpenAI-compatible HTTP gateway; empty leaves it off.")

@@ -9,7 +9,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 from prometheus_client import CollectorRegistry
@@ -19,7 +20,7 @@ from prometheus_client.registry import Collector
 
 from veneer_server.wire.messages import Occupancy, Residency, split_key
 
-__all__ = ["MAX_NAMES", "OTHER", "AdapterSeries", "Catalog"]
+__all__ = ["MAX_NAMES", "OTHER", "AdapterSeries", "Catalog", "Held"]
 
 MAX_NAMES: Final = 200
 """Adapter names that become labels; later ones are counted as ``_other``."""
@@ -36,6 +37,9 @@ class Catalog(Protocol):
     def names(self, key: str) -> Iterable[str]:
         """The names that have the weights of a resident copy."""
 
+    def asked_as(self, key: str) -> Iterable[str]:
+        """What callers may write now for the weights of a resident copy."""
+
 
 class _Empty:
     def __contains__(self, name: object) -> bool:
@@ -43,6 +47,25 @@ class _Empty:
 
     def names(self, key: str) -> Iterable[str]:
         return ()
+
+    def asked_as(self, key: str) -> Iterable[str]:
+        return ()
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Which adapters are in memory, by weights.
+
+    Attributes:
+        resident: the most recently changed first.
+        running, waiting: digests of those that requests run with, or wait for.
+        at_most: how many of the current mean size the DEVICE tier can hold.
+    """
+
+    resident: tuple[Residency, ...]
+    running: tuple[str, ...]
+    waiting: tuple[str, ...]
+    at_most: int
 
 
 class AdapterSeries(Collector):
@@ -93,10 +116,9 @@ class AdapterSeries(Collector):
     def residency(self, event: Residency) -> None:
         """Record an adapter's new tier or pin."""
         with self._lock:
-            if event.tier == "disk" and not event.pinned:
-                self._resident.pop(event.weights_digest, None)
-            else:
-                self._resident[event.weights_digest] = event
+            self._resident.pop(event.weights_digest, None)
+            if event.tier != "disk" or event.pinned:
+                self._resident[event.weights_digest] = event  # as the last one
 
     def occupancy(self, event: Occupancy) -> None:
         """Record which adapters have running and waiting requests."""
@@ -129,6 +151,12 @@ class AdapterSeries(Collector):
         at_most = self._at_most(resident)
         info.add_metric([str(at_most), self._joined(running), self._joined(waiting)], changed)
         return loaded, info
+
+    def held(self) -> Held:
+        """What is in memory now; thread-safe."""
+        with self._lock:
+            resident = tuple(reversed(self._resident.values()))
+            return Held(resident, self._running, self._waiting, self._at_most(resident))
 
     def _forget_deleted(self) -> None:
         """Remove the series of deleted names, which frees their labels for others."""
@@ -164,7 +192,7 @@ class AdapterSeries(Collector):
             (*(key if key in shown else others), tier, pinned) for key, tier, pinned in found
         )
 
-    def _at_most(self, resident: list[Residency]) -> int:
+    def _at_most(self, resident: Sequence[Residency]) -> int:
         """Adapters of the current mean size that the DEVICE tier can hold.
 
         The server has no fixed maximum; this is an estimate for routers that need one.

@@ -9,6 +9,7 @@ import asyncio
 import gzip
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, NamedTuple
 from urllib.parse import parse_qs
 
@@ -18,6 +19,7 @@ from prometheus_client.exposition import (
     choose_encoder,
     gzip_accepted,
 )
+from prometheus_client.openmetrics.exposition import ALLOWUTF8, UNDERSCORES
 
 __all__ = ["MAX_PARTIAL", "Page", "Pages"]
 
@@ -34,7 +36,19 @@ _OFFERED: Final = (
     ),
     "application/openmetrics-text",
 )
-_FORMATS: Final = {kind: encode for encode, kind in map(choose_encoder, _OFFERED)}
+
+
+def _keeping_names(encode: Any) -> Any:
+    """The encoder, without the escaping of underscores. All our names are valid without any, so
+    it would change none of them; prometheus_client's makes ``vllm_`` of ``vllm:``."""
+    if isinstance(encode, partial) and encode.keywords.get("escaping") == UNDERSCORES:
+        return partial(encode.func, **{**encode.keywords, "escaping": ALLOWUTF8})
+    return encode
+
+
+_FORMATS: Final = {
+    kind: _keeping_names(encode) for encode, kind in map(choose_encoder, _OFFERED)
+}
 """By content type. Only a few, which bounds the number of different pages."""
 
 

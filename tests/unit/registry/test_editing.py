@@ -64,6 +64,22 @@ def test_an_alias_moves_and_rolls_back(registry: Registry, revisions: list[str])
     assert new in line.detail
 
 
+def test_weights_are_asked_for_by_current_names_and_aliases_alone(
+    registry: Registry, revisions: list[str], adapters: Adapters
+) -> None:
+    """A replaced name still has its old revision, and callers no longer get it."""
+    old, _, current = (record.ref.weights_digest for record in registry.revisions("chat")[::-1])
+    assert registry.asked_as(current) == ("chat",)
+    assert registry.asked_as(old) == ()
+    assert registry.names(old) == ("chat",)
+    registry.set_alias("chat/prod", [(revisions[0], 9), (revisions[2], 1)])
+    push(registry, "bot", adapters(1))
+    assert registry.asked_as(old) == ("bot", "chat/prod")
+    assert registry.asked_as(current) == ("chat", "chat/prod")
+    registry.delete("chat")
+    assert registry.asked_as(old) == ("bot",)
+
+
 def test_moving_to_where_it_is_does_not_lose_the_way_back(
     registry: Registry, revisions: list[str]
 ) -> None:

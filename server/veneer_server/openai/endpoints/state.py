@@ -27,6 +27,11 @@ def state_routes(core: Core) -> list[Route]:
             body["doing"] = doing
         return JSONResponse(body, 200 if up else 503)
 
+    async def livez(request: Request) -> Response:
+        """200 as long as this process answers: a restart would not help one that loads, or
+        whose engine restarts."""
+        return JSONResponse({"status": "alive"})
+
     async def load(request: Request) -> Response:
         """Sequences that run or wait, over both ports."""
         taken = 0 if core.loaded is None else core.engine.places.taken
@@ -48,6 +53,7 @@ def state_routes(core: Core) -> list[Route]:
     return [
         Route("/health", health, methods=["GET"]),
         Route("/ping", health, methods=["GET", "POST"]),
+        Route("/livez", livez, methods=["GET"]),
         Route("/load", load, methods=["GET"]),
         Route("/version", version, methods=["GET"]),
         Route("/metrics", metrics, methods=["GET"]),

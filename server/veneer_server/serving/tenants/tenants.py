@@ -268,6 +268,12 @@ class Tenants:
         tenant = self._by_name.get(name)
         return iter(()) if tenant is None else iter(tenant.registry.names(digest))
 
+    def asked_as(self, key: str) -> tuple[str, ...]:
+        """What callers may write now for the weights of a resident copy."""
+        name, digest = split_key(key)
+        tenant = self._by_name.get(name)
+        return () if tenant is None else tenant.registry.asked_as(digest)
+
 
 def _context_of(name: str) -> Context:
     """For a tenant's upkeep, which outlives the call that opens it."""

@@ -78,6 +78,8 @@ async def test_ping_is_health(front: Front, http: httpx.AsyncClient) -> None:
         for verb, path in (("GET", "/health"), ("GET", "/ping"), ("POST", "/ping")):
             answer = await http.request(verb, path)
             assert (answer.status_code, answer.json()["status"]) == (503, "engine_failed")
+        alive = await http.get("/livez")
+        assert alive.status_code == 200, "a restart of the server would not help its engine"
     finally:
         front.engine.set_health(True)
 

@@ -1,0 +1,201 @@
+{{/*
+The pod of any component. Argument: (dict "root" $ "component" "engine" "values" .Values.engine).
+*/}}
+{{- define "veneer.pod" -}}
+{{- $root := .root -}}
+{{- $v := .root.Values -}}
+metadata:
+  labels:
+    {{- include "veneer.labels" . | nindent 4 }}
+    {{- with .values.podLabels }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+  {{- with .values.podAnnotations }}
+  annotations:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+spec:
+  serviceAccountName: {{ include "veneer.serviceAccount" $root }}
+  automountServiceAccountToken: false
+  # Variables of Services could be taken for settings.
+  enableServiceLinks: false
+  {{- with $v.imagePullSecrets }}
+  imagePullSecrets:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  terminationGracePeriodSeconds: {{ include "veneer.terminationSeconds" $root }}
+  securityContext:
+    runAsNonRoot: true
+    runAsUser: 10001
+    runAsGroup: 10001
+    fsGroup: 10001
+    fsGroupChangePolicy: OnRootMismatch
+    seccompProfile: {type: RuntimeDefault}
+  {{- if and $v.tls.enabled $v.tls.clients.enabled }}
+  # The probe calls this pod by a name in its certificate.
+  hostAliases:
+    - ip: 127.0.0.1
+      hostnames: [{{ include "veneer.probeHost" $root | quote }}]
+  {{- end }}
+  containers:
+    - name: veneer
+      image: {{ printf "%s:%s" $v.image.repository (default $root.Chart.AppVersion $v.image.tag) | quote }}
+      imagePullPolicy: {{ $v.image.pullPolicy }}
+      args:
+        {{- include "veneer.args" . | trim | nindent 8 }}
+      {{- with $v.env }}
+      env:
+        {{- toYaml . | nindent 8 }}
+      {{- end }}
+      ports:
+        - {name: grpc, containerPort: {{ $v.ports.grpc }}, protocol: TCP}
+        - {name: http, containerPort: {{ $v.ports.http }}, protocol: TCP}
+        - {name: metrics, containerPort: {{ $v.ports.metrics }}, protocol: TCP}
+      {{- include "veneer.probes" . | nindent 6 }}
+      lifecycle:
+        preStop:
+          exec:
+            command: ["sleep", {{ $v.drain.preStopSeconds | toString | quote }}]
+      resources:
+        {{- toYaml .values.resources | nindent 8 }}
+      securityContext:
+        allowPrivilegeEscalation: false
+        readOnlyRootFilesystem: true
+        capabilities: {drop: [ALL]}
+      volumeMounts:
+        - {name: data, mountPath: /var/lib/veneer}
+        - {name: tmp, mountPath: /tmp}
+        {{- if and (eq .component "engine") $v.engine.cache.claim }}
+        - {name: cache, mountPath: /var/cache/veneer}
+        {{- end }}
+        {{- if $v.keys.enabled }}
+        - {name: keys, mountPath: /run/secrets/keys, readOnly: true}
+        {{- end }}
+        {{- if $v.tls.enabled }}
+        - {name: tls, mountPath: /run/secrets/tls, readOnly: true}
+        {{- if $v.tls.clients.enabled }}
+        - {name: clients, mountPath: /run/secrets/clients, readOnly: true}
+        - {name: probe, mountPath: /run/secrets/probe, readOnly: true}
+        {{- end }}
+        {{- end }}
+        {{- if eq .component "engine" }}
+        {{- range include "veneer.registrySecrets" $root | fromYaml }}
+        - {name: {{ .name }}, mountPath: /run/secrets/{{ .name }}, readOnly: true}
+        {{- end }}
+        {{- end }}
+        {{- with $v.volumeMounts }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
+  volumes:
+    - name: tmp
+      emptyDir: {}
+    {{- if eq .component "engine" }}
+    - name: data
+      emptyDir:
+        sizeLimit: {{ $v.engine.cache.size }}
+    {{- with $v.engine.cache.claim }}
+    - name: cache
+      persistentVolumeClaim:
+        claimName: {{ . }}
+    {{- end }}
+    {{- end }}
+    # Folders, not single files: those would stay the old ones when a Secret changes.
+    {{- if $v.keys.enabled }}
+    - name: keys
+      secret: {secretName: {{ include "veneer.keysSecret" $root }}, defaultMode: 0440}
+    {{- end }}
+    {{- if $v.tls.enabled }}
+    - name: tls
+      secret: {secretName: {{ include "veneer.tlsSecret" $root }}, defaultMode: 0440}
+    {{- if $v.tls.clients.enabled }}
+    - name: clients
+      secret:
+        secretName: {{ required "tls.clients.caSecret: name the Secret with ca.crt" $v.tls.clients.caSecret }}
+        defaultMode: 0440
+    - name: probe
+      secret:
+        secretName: {{ required "tls.clients.probeSecret: name the Secret with the probe's certificate" $v.tls.clients.probeSecret }}
+        defaultMode: 0440
+    {{- end }}
+    {{- end }}
+    {{- if eq .component "engine" }}
+    {{- range include "veneer.registrySecrets" $root | fromYaml }}
+    - name: {{ .name }}
+      secret: {secretName: {{ .secret }}, defaultMode: 0440}
+    {{- end }}
+    {{- end }}
+    {{- with $v.volumes }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+  {{- with .values.nodeSelector }}
+  nodeSelector:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with .values.tolerations }}
+  tolerations:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with .values.affinity }}
+  affinity:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+{{- end -}}
+
+{{/* What engines show to the registry, and check it by: name of the volume, and Secret. */}}
+{{- define "veneer.registrySecrets" -}}
+{{- $v := .Values -}}
+{{- if $v.keys.enabled }}
+key: {name: registry-key, secret: {{ required "engine.registry.keySecret: name the Secret with an API key that has the role operator" $v.engine.registry.keySecret }}}
+{{- end }}
+{{- if and $v.tls.enabled $v.engine.registry.caSecret }}
+ca: {name: registry-ca, secret: {{ $v.engine.registry.caSecret }}}
+{{- end }}
+{{- if and $v.tls.enabled $v.tls.clients.enabled }}
+cert: {name: registry-cert, secret: {{ required "engine.registry.certSecret: name the Secret with a certificate for the registry" $v.engine.registry.certSecret }}}
+{{- end }}
+{{- end -}}
+
+{{- define "veneer.args" -}}
+{{- $v := .root.Values -}}
+{{- if ne .component "server" }}
+- {{ printf "--role=%s" .component | quote }}
+{{- end }}
+{{- if eq .component "engine" }}
+- {{ printf "--registry=%s%s-registry.%s.svc:%v" (ternary "https://" "" $v.tls.enabled) (include "veneer.fullname" .root) .root.Release.Namespace $v.ports.grpc | quote }}
+{{- if $v.keys.enabled }}
+- "--registry-key-file=/run/secrets/registry-key/key"
+{{- end }}
+{{- if and $v.tls.enabled $v.engine.registry.caSecret }}
+- "--registry-ca=/run/secrets/registry-ca/ca.crt"
+{{- end }}
+{{- if and $v.tls.enabled $v.tls.clients.enabled }}
+- "--registry-cert=/run/secrets/registry-cert/tls.crt"
+- "--registry-cert-key=/run/secrets/registry-cert/tls.key"
+{{- end }}
+{{- end }}
+- {{ printf "--listen=0.0.0.0:%v" $v.ports.grpc | quote }}
+- {{ printf "--openai-listen=0.0.0.0:%v" $v.ports.http | quote }}
+- {{ printf "--metrics-listen=0.0.0.0:%v" $v.ports.metrics | quote }}
+- {{ printf "--metrics-names=%s" (include "veneer.metricsNames" .root) | quote }}
+- "--data-dir=/var/lib/veneer/data"
+{{- if and (eq .component "engine") $v.engine.cache.claim }}
+- "--cache-dir=/var/cache/veneer"
+{{- else }}
+- "--cache-dir=/var/lib/veneer/cache"
+{{- end }}
+- "--log-format=json"
+- {{ printf "--grace=%v" $v.drain.graceSeconds | quote }}
+{{- /* An empty value takes back what the image sets. */}}
+- {{ printf "--keys-file=%s" (ternary "/run/secrets/keys/keys.toml" "" $v.keys.enabled) | quote }}
+- {{ printf "--tls-cert=%s" (ternary "/run/secrets/tls/tls.crt" "" $v.tls.enabled) | quote }}
+- {{ printf "--tls-key=%s" (ternary "/run/secrets/tls/tls.key" "" $v.tls.enabled) | quote }}
+{{- if and $v.tls.enabled $v.tls.clients.enabled }}
+- "--tls-client-ca=/run/secrets/clients/ca.crt"
+{{- end }}
+{{- $flags := merge (deepCopy .values.flags) $v.flags }}
+{{- $asks := or $v.keys.enabled (and $v.tls.enabled $v.tls.clients.enabled) (hasKey $flags "jwt-issuer") }}
+{{- if not (and $v.tls.enabled $asks) }}
+- "--insecure"
+{{- end }}
+{{- include "veneer.flags" $flags }}
+{{- end -}}

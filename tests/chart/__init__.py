@@ -1,0 +1,1 @@
+"""Renders the Helm chart with Helm itself, and checks what comes out."""

@@ -1,0 +1,126 @@
+"""A pod template of the chart, and the server's arguments in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+from veneer_server.__main__ import cli
+from veneer_server.config import OPTIONS, ServerConfig, load_config
+
+from tests.packaging.dockerfile import parse
+
+__all__ = ["ROLES_ARE_THERE", "Pod", "image_variables", "pods_of"]
+
+ROLES_ARE_THERE = False
+"""Whether the server takes ``--role``, ``--registry`` and what belongs to them. The one place
+to change once it does: until then the parser is not asked about these flags."""
+
+_OF_REGISTRY = ("registry-key-file", "registry-ca", "registry-cert", "registry-cert-key")
+_ROLES = ("role", "registry", *_OF_REGISTRY)
+_SECRET_FLAGS = ("keys-file", "tls-cert", "tls-key", "tls-client-ca", *_OF_REGISTRY)
+
+
+@dataclass(frozen=True)
+class Pod:
+    """The template of one workload, with its one container."""
+
+    workload: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.workload['kind']} {self.workload['metadata']['name']}"
+
+    @property
+    def labels(self) -> dict[str, str]:
+        return dict(self.workload["spec"]["template"]["metadata"]["labels"])
+
+    @property
+    def selector(self) -> dict[str, str]:
+        """The labels by which its workload knows its pods, of any version."""
+        return dict(self.workload["spec"]["selector"]["matchLabels"])
+
+    @property
+    def component(self) -> str:
+        return self.labels["app.kubernetes.io/component"]
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        return dict(self.workload["spec"]["template"]["spec"])
+
+    @property
+    def container(self) -> dict[str, Any]:
+        (found,) = self.spec["containers"]
+        return dict(found)
+
+    @property
+    def ports(self) -> dict[str, int]:
+        """Container ports by name."""
+        return {port["name"]: port["containerPort"] for port in self.container["ports"]}
+
+    @property
+    def args(self) -> list[str]:
+        return list(self.container["args"])
+
+    @property
+    def flags(self) -> dict[str, str]:
+        """Flags without dashes -> the last value; "" for a switch."""
+        pairs = (arg.removeprefix("--").partition("=") for arg in self.args)
+        return {name: value for name, _, value in pairs}
+
+    def flag(self, name: str) -> str:
+        """The value of a flag; "" if it is not there."""
+        return self.flags.get(name, "")
+
+    def mounted(self, kind: str) -> list[str]:
+        """Where volumes of a kind are mounted."""
+        names = {volume["name"] for volume in self.spec["volumes"] if kind in volume}
+        mounts = self.container["volumeMounts"]
+        return [mount["mountPath"] for mount in mounts if mount["name"] in names]
+
+    @property
+    def secret_paths(self) -> list[str]:
+        """Files that the arguments and probes name and that are secrets, or belong to them."""
+        paths = [self.flag(name) for name in _SECRET_FLAGS]
+        for probe in ("startupProbe", "readinessProbe"):
+            command = self.container[probe].get("exec", {}).get("command", ())
+            paths += [word.partition("=")[2] for word in command if "=/" in word]
+        return [path for path in paths if path]
+
+    @property
+    def parsed_args(self) -> list[str]:
+        """What the server's parser is asked about."""
+        known = {option.flag.removeprefix("--") for option in OPTIONS}
+        assert ROLES_ARE_THERE is set(_ROLES).issubset(known), "change ROLES_ARE_THERE"
+        if ROLES_ARE_THERE:
+            return self.args
+        return [
+            arg for arg in self.args if arg.removeprefix("--").partition("=")[0] not in _ROLES
+        ]
+
+    def config(self) -> ServerConfig:
+        """The configuration that the server would have. Raises what its parser raises."""
+        group: Any = typer.main.get_command(cli)
+        context = group.commands["serve"].make_context("serve", self.parsed_args)
+        names = {option.name for option in OPTIONS}
+        given = {key: value for key, value in context.params.items() if key in names}
+        variables = {
+            **image_variables(),
+            **{each["name"]: each.get("value", "") for each in self.container.get("env", ())},
+        }
+        return load_config(given, variables)
+
+
+def image_variables() -> dict[str, str]:
+    """The variables that the image sets."""
+    file = Path(__file__).resolve().parents[2] / "Dockerfile"
+    last = parse(file.read_text("utf-8"))[-1]
+    return dict(pair for step in last.steps if step.kind == "ENV" for pair in step.pairs)
+
+
+def pods_of(objects: list[dict[str, Any]]) -> list[Pod]:
+    """The pod templates of all workloads."""
+    kinds = ("StatefulSet", "Deployment")
+    return [Pod(each) for each in objects if each["kind"] in kinds]
