@@ -1,0 +1,12 @@
+"""All that is checked, in the order of the issue."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from tests.gpu import lora, nf4
+from tests.gpu.subject import Subject
+
+__all__ = ["SUBJECTS"]
+
+SUBJECTS: Final[tuple[Subject, ...]] = (*lora.SUBJECTS, *nf4.SUBJECTS)
