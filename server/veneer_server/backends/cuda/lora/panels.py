@@ -166,6 +166,7 @@ def add_panels(
         BLOCK_K=64,
         BLOCK_R=16,
         num_warps=4,
+        enable_fp_fusion=True,
     )
     expand_panels[(len(tiles), len(columns))](
         *(shrunk, arena, tiles, adapters.places, adapters.scalings, columns, y),
@@ -176,4 +177,5 @@ def add_panels(
         BLOCK_R=16,
         BLOCK_N=BLOCK_COLUMNS,
         num_warps=4,
+        enable_fp_fusion=True,
     )

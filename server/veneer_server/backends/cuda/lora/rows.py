@@ -186,6 +186,7 @@ def add_rows(
         BLOCK_K=64,
         BLOCK_R=16,
         num_warps=4,
+        enable_fp_fusion=True,
     )
     expand_rows[(len(tiles), len(columns))](
         *(partials, arena, tiles, adapters.places, adapters.scalings, columns, y),
@@ -196,4 +197,5 @@ def add_rows(
         BLOCK_R=16,
         BLOCK_N=BLOCK_COLUMNS,
         num_warps=4,
+        enable_fp_fusion=True,
     )

@@ -34,6 +34,9 @@ another takes other instructions, which need not add in the same order."""
 SPLIT: Final = 16
 """Blocks of 64 inputs whose products one program adds up. Part of the order of summation: fixed."""
 
+BLOCK_OUTPUTS: Final = 32
+"""With 64, compiled for sm_100, four bytes spill."""
+
 
 @triton.jit
 def scales_of(scales, first, offsets, groups, levels, k, n, known, outputs, NESTED: tl.constexpr):
@@ -43,8 +46,10 @@ def scales_of(scales, first, offsets, groups, levels, k, n, known, outputs, NEST
         level = tl.load(scales + place, mask=known, other=0)
         group = (tl.load(first + n, mask=known, other=0) + k) >> 8
         scale = tl.load(levels + level.to(tl.int32)) * tl.load(groups + group)
-        return scale + tl.load(offsets + n, mask=known, other=0.0)
-    return tl.load(scales + place, mask=known, other=0.0)
+        scale += tl.load(offsets + n, mask=known, other=0.0)
+    else:
+        scale = tl.load(scales + place, mask=known, other=0.0)
+    return scale
 
 
 @triton.jit
@@ -131,14 +136,14 @@ def multiply(
     parts, rows, outputs = partials.shape
     assert parts == splits(weight)
     assert x.stride(1) == y.stride(1) == 1
-    multiply_rows[(triton.cdiv(outputs, 64), parts, triton.cdiv(rows, ROWS))](
+    multiply_rows[(triton.cdiv(outputs, BLOCK_OUTPUTS), parts, triton.cdiv(rows, ROWS))](
         *(x, weight.numbers, weight.scales, weight.first, weight.offsets),
         *(weight.groups, weight.levels, weight.codes, partials),
         *(x.stride(0), rows, outputs, len(weight.numbers)),
         NESTED=weight.nested,
         ROWS=ROWS,
         SPLIT=SPLIT,
-        BLOCK_N=64,
+        BLOCK_N=BLOCK_OUTPUTS,
         num_warps=4,
         enable_fp_fusion=False,
     )
@@ -148,4 +153,5 @@ def multiply(
         BIAS=bias is not None,
         BLOCK_N=256,
         num_warps=4,
+        enable_fp_fusion=True,
     )

@@ -1,0 +1,155 @@
+"""Launches at the sizes of Llama-2-7B, on tensors without memory: what is compiled ahead of time.
+
+Everything a kernel is compiled for (types, constants, warps) is taken from the launch that the
+backend's own function makes; nothing is repeated here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from triton.runtime.jit import JITFunction
+from veneer_server.backends.cuda.lora import panels as lora_panels
+from veneer_server.backends.cuda.lora import rows as lora_rows
+from veneer_server.backends.cuda.lora.tables import AdapterPlaces
+from veneer_server.backends.cuda.nf4 import panels as nf4_panels
+from veneer_server.backends.cuda.nf4 import rows as nf4_rows
+from veneer_server.backends.cuda.nf4.packing import PackedNf4
+
+__all__ = ["LAUNCHES", "Launch", "recorded"]
+
+HIDDEN: Final = 4096
+INNER: Final = 11008
+META: Final = torch.device("meta")
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A call of one of the backend's functions, which launches one or more kernels.
+
+    Attributes:
+        name: what it does, with the sizes.
+        decode: whether it runs in steps that only decode: no spills allowed.
+        moved: bytes that must be read or written.
+        operations: multiplications and additions.
+        call: makes the launches.
+    """
+
+    name: str
+    decode: bool
+    moved: int
+    operations: int
+    call: Callable[[], None]
+
+
+def recorded(launch: Launch) -> list[tuple[JITFunction[Any], tuple[Any, ...], dict[str, Any]]]:
+    """Kernels, arguments and options of a launch, which is not executed."""
+    found: list[tuple[JITFunction[Any], tuple[Any, ...], dict[str, Any]]] = []
+
+    def note(kernel: JITFunction[Any], grid: Any) -> Callable[..., None]:
+        return lambda *args, **options: found.append((kernel, args, options))
+
+    original = JITFunction.__getitem__
+    JITFunction.__getitem__ = note  # type: ignore[method-assign]
+    try:
+        launch.call()
+    finally:
+        JITFunction.__getitem__ = original  # type: ignore[method-assign]
+    return found
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Of the meta device."""
+    return torch.empty(shape, dtype=dtype, device=META)
+
+
+def table(*shape: int) -> torch.Tensor:
+    """int32, of the meta device."""
+    return empty(*shape, dtype=torch.int32)
+
+
+def _lora(module: Any, rows: int, rank: int) -> Launch:
+    """q, k and v with rows of 8 adapters."""
+    members, ranks, out = 3, 3 * rank, 3 * HIDDEN
+    tiles = max(8, rows // module.ROWS)
+    decode = module is lora_rows
+    scratch = (rows, ranks)
+    if decode:
+        scratch = (lora_rows.splits(HIDDEN), *scratch)
+
+    def call() -> None:
+        adapters = AdapterPlaces(64, HIDDEN, [HIDDEN] * members, META)
+        columns = table(members * HIDDEN // module.BLOCK_COLUMNS, 5)
+        (lora_rows.add_rows if decode else lora_panels.add_panels)(
+            *(empty(rows, HIDDEN), empty(rows, out), empty(1 << 28), table(tiles, 3)),
+            *(adapters, columns, empty(*scratch, dtype=torch.float32)),
+        )
+
+    weights = min(8, rows) * (HIDDEN * ranks + rank * out)
+    return Launch(
+        f"lora {'rows' if decode else 'panels'}: {rows} rows, 8 adapters of rank {rank}, qkv",
+        decode,
+        2 * weights + 2 * rows * (HIDDEN + 2 * out),
+        2 * rows * (HIDDEN * ranks + rank * out),
+        call,
+    )
+
+
+def packed(outputs: int, inputs: int) -> PackedNf4:
+    """A weight with double quantization."""
+    blocks = inputs // 64
+    return PackedNf4(
+        empty(blocks, outputs, 32, dtype=torch.uint8),
+        empty(blocks, outputs, dtype=torch.uint8),
+        table(outputs),
+        empty(outputs, dtype=torch.float32),
+        empty(blocks * outputs // 256, dtype=torch.float32),
+        empty(256, dtype=torch.float32),
+        empty(16, dtype=torch.float32),
+    )
+
+
+def _nf4_rows(rows: int) -> Launch:
+    """gate and up."""
+    weight = packed(2 * INNER, HIDDEN)
+
+    def call() -> None:
+        partials = empty(nf4_rows.splits(weight), rows, 2 * INNER, dtype=torch.float32)
+        nf4_rows.multiply(empty(rows, HIDDEN), weight, None, partials, empty(rows, 2 * INNER))
+
+    return Launch(
+        f"nf4 rows: {rows} rows, {HIDDEN} -> {2 * INNER}",
+        True,
+        weight.nbytes + 2 * rows * (HIDDEN + 2 * INNER),
+        2 * rows * HIDDEN * 2 * INNER,
+        call,
+    )
+
+
+def _nf4_panels() -> Launch:
+    weight = packed(2 * INNER, HIDDEN)
+
+    def call() -> None:
+        nf4_panels.expand(weight, 0, INNER, empty(INNER, HIDDEN))
+
+    return Launch(
+        f"nf4 panels: {INNER} x {HIDDEN}",
+        False,
+        weight.nbytes // 2 + 2 * INNER * HIDDEN,
+        INNER * HIDDEN,
+        call,
+    )
+
+
+def _all() -> Iterator[Launch]:
+    yield _lora(lora_rows, 8, 16)
+    yield _lora(lora_panels, 1024, 16)
+    yield _nf4_rows(1)
+    yield _nf4_rows(64)
+    yield _nf4_panels()
+
+
+LAUNCHES: Final[tuple[Launch, ...]] = tuple(_all())
