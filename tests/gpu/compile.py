@@ -156,6 +156,7 @@ def main() -> int:
     wrong = []
     with tempfile.TemporaryDirectory() as cache:
         knobs.cache.dir = cache
+        knobs.compilation.always_compile = True  # for ptxas to say what it said
         knobs.nvidia.dump_ptxas_log = True
         for launch in LAUNCHES:
             if given.only not in launch.name:

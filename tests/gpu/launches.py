@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import torch
 from triton.runtime.jit import JITFunction
+from veneer_server.backends.cuda.attention import decode, prefill
 from veneer_server.backends.cuda.lora import panels as lora_panels
 from veneer_server.backends.cuda.lora import rows as lora_rows
 from veneer_server.backends.cuda.lora.tables import AdapterPlaces
@@ -144,12 +145,68 @@ def _nf4_panels() -> Launch:
     )
 
 
+def _cache(tokens: int, kv_heads: int) -> torch.Tensor:
+    return empty(tokens // 32 + 1, kv_heads, 32, 128)
+
+
+def _decode(sequences: int, context: int, heads: int, kv_heads: int, window: int | None) -> Launch:
+    """Heads of 128."""
+
+    def call() -> None:
+        cache, pieces = _cache(sequences * context, kv_heads), decode.splits(context)
+        query = empty(sequences, heads, 128)
+        decode.attend(
+            *(query, cache, cache, table(sequences, context // 32), table(sequences), None),
+            empty(sequences, heads, pieces, 128, dtype=torch.float32),
+            empty(sequences, heads, pieces, 2, dtype=torch.float32),
+            empty(sequences, heads, 128),
+            scale=128**-0.5,
+            window=window,
+            cap=0.0,
+        )
+
+    seen = sequences * min(context, window or context)
+    return Launch(
+        f"attention decode: {sequences} of {context} tokens, {heads} heads over {kv_heads}"
+        + (f", window {window}" if window else ""),
+        True,
+        2 * 2 * seen * kv_heads * 128,
+        4 * seen * heads * 128,
+        call,
+    )
+
+
+def _prefill(rows: int, position: int, heads: int, kv_heads: int) -> Launch:
+    """One chunk; heads of 128."""
+
+    def call() -> None:
+        cache, query = _cache(position + rows, kv_heads), empty(rows, heads, 128)
+        prefill.attend(
+            *(query, cache, cache, table(1, (position + rows) // 32)),
+            *(table(rows // prefill.ROWS, 4), None, empty(rows, heads, 128)),
+            scale=128**-0.5,
+            window=None,
+            cap=0.0,
+        )
+
+    return Launch(
+        f"attention prefill: {rows} rows after {position}, {heads} heads over {kv_heads}",
+        False,
+        2 * (2 * (position + rows) * kv_heads + 2 * rows * heads) * 128,
+        4 * rows * (position + rows // 2) * heads * 128,
+        call,
+    )
+
+
 def _all() -> Iterator[Launch]:
     yield _lora(lora_rows, 8, 16)
     yield _lora(lora_panels, 1024, 16)
     yield _nf4_rows(1)
     yield _nf4_rows(64)
     yield _nf4_panels()
+    yield _decode(8, 4096, 32, 8, None)
+    yield _decode(8, 4096, 32, 32, None)
+    yield _prefill(2048, 2048, 32, 8)
 
 
 LAUNCHES: Final[tuple[Launch, ...]] = tuple(_all())
