@@ -19,6 +19,8 @@ from veneer_server.backends.cuda.lora.tables import AdapterPlaces
 from veneer_server.backends.cuda.nf4 import panels as nf4_panels
 from veneer_server.backends.cuda.nf4 import rows as nf4_rows
 from veneer_server.backends.cuda.nf4.packing import PackedNf4
+from veneer_server.backends.cuda.pointwise import gate, norm, rotary
+from veneer_server.backends.cuda.sampling import draw, logprobs
 
 __all__ = ["LAUNCHES", "Launch", "recorded"]
 
@@ -198,6 +200,61 @@ def _prefill(rows: int, position: int, heads: int, kv_heads: int) -> Launch:
     )
 
 
+def _norm(rows: int) -> Launch:
+    def call() -> None:
+        hidden, weight = (empty(*s, dtype=torch.float32) for s in ((rows, HIDDEN), (HIDDEN,)))
+        norm.normalize(hidden, empty(rows, HIDDEN), weight, empty(rows, HIDDEN), 1e-5)
+
+    numbers = rows * HIDDEN
+    return Launch(f"norm: {rows} rows of {HIDDEN}", True, 12 * numbers, 5 * numbers, call)
+
+
+def _gate(rows: int) -> Launch:
+    def call() -> None:
+        gate.gate(empty(rows, 2 * INNER), empty(rows, INNER))
+
+    numbers = rows * INNER
+    return Launch(f"gate: {rows} rows of {INNER}", True, 6 * numbers, 5 * numbers, call)
+
+
+def _rotary(rows: int, heads: int, kv_heads: int) -> Launch:
+    """Heads of 128, with norms."""
+
+    def call() -> None:
+        cache = _cache(1 << 20, kv_heads)
+        rotary.place(
+            *(empty(rows, heads + 2 * kv_heads, 128), table(rows), empty(rows, dtype=torch.int64)),
+            *(empty(4096, 2, 64, dtype=torch.float32), empty(2, 128, dtype=torch.float32)),
+            *(empty(rows, heads, 128), cache, cache, 1e-6),
+        )
+
+    numbers = rows * (heads + 2 * kv_heads) * 128
+    name = f"rotary: {rows} rows, {heads} heads over {kv_heads}"
+    return Launch(name, True, 4 * numbers, 8 * numbers, call)
+
+
+def _draw(rows: int, vocab: int) -> Launch:
+    def call() -> None:
+        draw.draw(
+            *(empty(rows, vocab, dtype=torch.float32), empty(rows, 2, dtype=torch.float32)),
+            *(table(rows), empty(rows, 2, dtype=torch.float64), empty(rows, dtype=torch.int64)),
+        )
+
+    name = f"draw: {rows} rows of {vocab}"
+    return Launch(name, True, 4 * rows * vocab, 70 * 8 * rows * vocab, call)
+
+
+def _logprobs(rows: int, vocab: int) -> Launch:
+    def call() -> None:
+        logits, own = (empty(*s, dtype=torch.float32) for s in ((rows, vocab), (rows,)))
+        tops, top_own = table(rows, logprobs.TOPS), empty(rows, logprobs.TOPS, dtype=torch.float32)
+        tokens = empty(rows, dtype=torch.int64)
+        logprobs.logprobs(logits, tokens, table(rows), own, tops, top_own)
+
+    name = f"logprobs: {rows} rows of {vocab}"
+    return Launch(name, True, 4 * rows * vocab, 22 * 4 * rows * vocab, call)
+
+
 def _all() -> Iterator[Launch]:
     yield _lora(lora_rows, 8, 16)
     yield _lora(lora_panels, 1024, 16)
@@ -207,6 +264,11 @@ def _all() -> Iterator[Launch]:
     yield _decode(8, 4096, 32, 8, None)
     yield _decode(8, 4096, 32, 32, None)
     yield _prefill(2048, 2048, 32, 8)
+    yield _norm(64)
+    yield _rotary(64, 32, 8)
+    yield _gate(64)
+    yield _draw(64, 128256)
+    yield _logprobs(64, 128256)
 
 
 LAUNCHES: Final[tuple[Launch, ...]] = tuple(_all())

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from tests.gpu import attention, lora, nf4
+from tests.gpu import attention, lora, nf4, pointwise, sampling
 from tests.gpu.subject import Subject
 
 __all__ = ["SUBJECTS"]
 
-SUBJECTS: Final[tuple[Subject, ...]] = (*lora.SUBJECTS, *nf4.SUBJECTS, *attention.SUBJECTS)
+SUBJECTS: Final[tuple[Subject, ...]] = (*lora.SUBJECTS, *nf4.SUBJECTS, *attention.SUBJECTS, *pointwise.SUBJECTS, *sampling.SUBJECTS)
