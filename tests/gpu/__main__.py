@@ -1,4 +1,4 @@
-"""The kernels against their references, interpreted: ``python -m tests.gpu`` (``make gpu-kernels``).
+"""The kernels against their references, interpreted: ``python -m tests.gpu``.
 
 Each subject is checked with random shapes, then with each of its planted bugs, which must be
 noticed. Prints a line for each; ``--json`` writes them to a file. The exit status is 1 if a

@@ -1,4 +1,4 @@
-"""Paged attention: ragged contexts, grouped queries, windows, caps, sinks; blocks in any place."""
+"""Paged attention: ragged contexts, grouped queries, windows, caps, sinks, scattered blocks."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ class _Model:
 
     def __str__(self) -> str:
         return (
-            f"{self.heads} heads over {self.kv_heads} of {self.dim}, blocks of {self.block_size}, "
+            f"{self.heads} heads over {self.kv_heads} of {self.dim}, "
+            f"blocks of {self.block_size}, "
             f"{'sinks, ' if self.sinks is not None else ''}{self.options}"
         )
 
 
 @dataclass(frozen=True, slots=True)
 class _Sequence:
-    """Rows from ``position`` on: query [rows, heads, dim]; keys, values [tokens, kv_heads, dim], where
-    what no row sees is NaN."""
+    """Rows from ``position`` on: query [rows, heads, dim]; keys, values [tokens, kv_heads,
+    dim], where what no row sees is NaN."""
 
     position: int
     query: torch.Tensor
@@ -188,7 +189,9 @@ def _check_decode(random: Random) -> str:
         else:
             _compare(told, got[row : row + 1], model, sequence)
     chosen = [i for i, s in enumerate(sequences) if s is not None and random.random() < 0.7]
-    chosen = random.sample(chosen, len(chosen)) or [sequences.index(next(filter(None, sequences)))]
+    chosen = random.sample(chosen, len(chosen)) or [
+        sequences.index(next(filter(None, sequences)))
+    ]
     again = _decoded(random, model, [sequences[i] for i in chosen])
     assert torch.equal(again, got[chosen]), f"{told}: a row's bits depend on the batch"
     return told
@@ -225,23 +228,68 @@ SUBJECTS: Final = (
         "attention decode",
         _check_decode,
         (
-            Bug("window one token longer", decode, "first = tl.maximum(context - window, 0)\n", "first = tl.maximum(context - window - 1, 0)\n"),
+            Bug(
+                "window one token longer",
+                decode,
+                "first = tl.maximum(context - window, 0)\n",
+                "first = tl.maximum(context - window - 1, 0)\n",
+            ),
             Bug("last token not seen", decode, "(token < end)", "(token < end - 1)"),
-            Bug("no mask of tokens", decode, "scores = tl.where(seen[None, :], scores, float(\"-inf\"))", "scores = scores + 0"),
-            Bug("another head's keys", decode, "head = kv_head * group + member", "head = member * KV_HEADS + kv_head"),
-            Bug("stride of blocks", decode, "(block * KV_HEADS + kv_head) * BLOCK_SIZE", "(block + kv_head) * BLOCK_SIZE"),
+            Bug(
+                "no mask of tokens",
+                decode,
+                'scores = tl.where(seen[None, :], scores, float("-inf"))',
+                "scores = scores + 0",
+            ),
+            Bug(
+                "another head's keys",
+                decode,
+                "head = kv_head * group + member",
+                "head = member * KV_HEADS + kv_head",
+            ),
+            Bug(
+                "stride of blocks",
+                decode,
+                "(block * KV_HEADS + kv_head) * BLOCK_SIZE",
+                "(block + kv_head) * BLOCK_SIZE",
+            ),
             Bug("sums not rescaled", decode, "total * shrink[:, None]", "total"),
-            Bug("last piece left out", decode, "end = tl.cdiv(context, SPLIT)", "end = tl.maximum(context // SPLIT, begin + 1)"),
+            Bug(
+                "last piece left out",
+                decode,
+                "end = tl.cdiv(context, SPLIT)",
+                "end = tl.maximum(context // SPLIT, begin + 1)",
+            ),
         ),
     ),
     Subject(
         "attention prefill",
         _check_prefill,
         (
-            Bug("a row sees the next", prefill, "token[None, :] <= last[:, None]", "token[None, :] <= last[:, None] + 1"),
-            Bug("window one token shorter", prefill, "last[:, None] - window)", "last[:, None] - window + 1)"),
-            Bug("stride of tables", prefill, "tables + sequence * width", "tables + sequence * (width - 1)"),
-            Bug("nothing seen yet", prefill, "level = tl.where(higher == float(\"-inf\"), 0.0, higher)", "level = higher"),
+            Bug(
+                "a row sees the next",
+                prefill,
+                "token[None, :] <= last[:, None]",
+                "token[None, :] <= last[:, None] + 1",
+            ),
+            Bug(
+                "window one token shorter",
+                prefill,
+                "last[:, None] - window)",
+                "last[:, None] - window + 1)",
+            ),
+            Bug(
+                "stride of tables",
+                prefill,
+                "tables + sequence * width",
+                "tables + sequence * (width - 1)",
+            ),
+            Bug(
+                "nothing seen yet",
+                prefill,
+                'level = tl.where(higher == float("-inf"), 0.0, higher)',
+                "level = higher",
+            ),
             Bug("the first head's sink", prefill, "tl.load(sinks + head)", "tl.load(sinks)"),
         ),
     ),

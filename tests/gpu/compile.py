@@ -1,9 +1,10 @@
 """Compiles every kernel for four kinds of card, without one: ``python -m tests.gpu.compile``.
 
 Prints registers, spills and shared memory of each kernel, the warps that a multiprocessor then
-holds, and for each launch the time that its bytes and operations take on paper. Registers, spills
-and shared memory must not exceed ``budgets.json``, and kernels of decode steps must not spill; else
-the exit status is 1. ``--write`` records new budgets. ``--only`` and ``--targets`` make it shorter.
+holds, and for each launch the time that its bytes and operations take on paper. Registers,
+spills and shared memory must not exceed ``budgets.json``, and kernels of decode steps must not
+spill; else the exit status is 1. ``--write`` records new budgets. ``--only`` and ``--targets``
+make it shorter.
 
 Paper figures are no measurements: nothing here was run on a card.
 """
@@ -43,8 +44,8 @@ TYPES: Final = {
     torch.uint8: "u8",
 }
 CARDS: Final = {"L4": (300e9, 121e12), "A100": (2039e9, 312e12), "H100": (3350e9, 989e12)}
-"""Bytes and bfloat16 operations (dense) a second, by the makers' data sheets; A100 and H100 with 80 GB,
-SXM."""
+"""Bytes and bfloat16 operations (dense) a second, by the makers' data sheets; A100 and H100
+with 80 GB, SXM."""
 WARPS: Final = {80: 64, 89: 48, 90: 64, 100: 64}
 SHARED: Final = {80: 164, 89: 100, 90: 228, 100: 228}
 """Of a multiprocessor: warps, KiB."""
@@ -168,7 +169,8 @@ def main() -> int:
                         kept = {k: v for k, v in asdict(now).items() if k != "warps"}
                         budgets.setdefault(name, {})[f"sm_{target}"] = kept
                     print(
-                        f"    sm_{target:<3} {name.rpartition(' / ')[2]:16} {now.registers:3} registers, "
+                        f"    sm_{target:<3} {name.rpartition(' / ')[2]:16} "
+                        f"{now.registers:3} registers, "
                         f"{now.spilled} bytes spilled, {now.shared} shared, "
                         f"{now.resident(target)} of {WARPS[target]} warps"
                     )

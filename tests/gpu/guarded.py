@@ -42,7 +42,9 @@ class Guard:
         """The same, to be written to."""
         return self._place(name, values, math.nan, gap, written=True)
 
-    def scratch(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def scratch(
+        self, name: str, *shape: int, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
         """Memory to be written to, that has NaN in it (a large number if of integers)."""
         filler = math.nan if dtype.is_floating_point else torch.iinfo(dtype).max // 3
         return self.out(name, torch.full(shape, filler, dtype=dtype))
@@ -54,7 +56,9 @@ class Guard:
             changed = (~same).any(dim=1) & ~mine
             if changed.any():
                 first = int(changed.nonzero()[0])
-                raise AssertionError(f"{name}: wrote at {first - PAD} of {len(whole) - 2 * PAD}")
+                raise AssertionError(
+                    f"{name}: wrote at {first - PAD} of {len(whole) - 2 * PAD}"
+                )
 
     def _place(
         self, name: str, values: torch.Tensor, filler: float, gap: int, *, written: bool
@@ -71,14 +75,14 @@ class Guard:
                 step *= size
             strides.append(step)
         shape = values.shape if values.dim() else (1,)
-        if len(shape) > 1:
-            strides = strides[: len(shape)]
-        else:
-            strides = [1]
+        strides = strides[: len(shape)] if len(shape) > 1 else [1]
         view = whole.as_strided(shape, tuple(reversed(strides)), PAD)
         view.copy_(values)
         if values.numel():
-            last = sum((size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True))
+            last = sum(
+                (size - 1) * stride
+                for size, stride in zip(view.shape, view.stride(), strict=True)
+            )
             start = view.data_ptr()
             self._ranges.append((start, start + (last + 1) * view.element_size()))
             allow(self._ranges)

@@ -13,7 +13,8 @@ What is changed in the interpreter (triton 3.9):
 - bfloat16 is rounded to nearest even, as the card does. The interpreter truncates, and
   multiplies the bits of bfloat16 matrices as if they were integers. Arithmetic on bfloat16
   other than `tl.dot` is an error: kernels convert to float32 first.
-- Masked loads without ``other`` give NaN (or a large integer) where the mask is False. On a card
+- Masked loads without ``other`` give NaN (or a large integer) where the mask is False. On a
+card
   the value is undefined; the interpreter gives 0.
 """
 

@@ -1,4 +1,4 @@
-"""Launches at the sizes of Llama-2-7B, on tensors without memory: what is compiled ahead of time.
+"""Launches at the sizes of Llama-2-7B, on tensors without memory, to be compiled.
 
 Everything a kernel is compiled for (types, constants, warps) is taken from the launch that the
 backend's own function makes; nothing is repeated here.
@@ -151,7 +151,9 @@ def _cache(tokens: int, kv_heads: int) -> torch.Tensor:
     return empty(tokens // 32 + 1, kv_heads, 32, 128)
 
 
-def _decode(sequences: int, context: int, heads: int, kv_heads: int, window: int | None) -> Launch:
+def _decode(
+    sequences: int, context: int, heads: int, kv_heads: int, window: int | None
+) -> Launch:
     """Heads of 128."""
 
     def call() -> None:
@@ -223,7 +225,11 @@ def _rotary(rows: int, heads: int, kv_heads: int) -> Launch:
     def call() -> None:
         cache = _cache(1 << 20, kv_heads)
         rotary.place(
-            *(empty(rows, heads + 2 * kv_heads, 128), table(rows), empty(rows, dtype=torch.int64)),
+            *(
+                empty(rows, heads + 2 * kv_heads, 128),
+                table(rows),
+                empty(rows, dtype=torch.int64),
+            ),
             *(empty(4096, 2, 64, dtype=torch.float32), empty(2, 128, dtype=torch.float32)),
             *(empty(rows, heads, 128), cache, cache, 1e-6),
         )
@@ -247,7 +253,10 @@ def _draw(rows: int, vocab: int) -> Launch:
 def _logprobs(rows: int, vocab: int) -> Launch:
     def call() -> None:
         logits, own = (empty(*s, dtype=torch.float32) for s in ((rows, vocab), (rows,)))
-        tops, top_own = table(rows, logprobs.TOPS), empty(rows, logprobs.TOPS, dtype=torch.float32)
+        tops, top_own = (
+            table(rows, logprobs.TOPS),
+            empty(rows, logprobs.TOPS, dtype=torch.float32),
+        )
         tokens = empty(rows, dtype=torch.int64)
         logprobs.logprobs(logits, tokens, table(rows), own, tops, top_own)
 

@@ -55,7 +55,9 @@ def _adapters(
         ranks = {m: _rank(random) for m in adapted}
         a = take(fan_in * sum(ranks.values()))
         places.put(
-            slot, a, [(m, r, take(r * fan_outs[m]), random.uniform(0.1, 3)) for m, r in ranks.items()]
+            slot,
+            a,
+            [(m, r, take(r * fan_outs[m]), random.uniform(0.1, 3)) for m, r in ranks.items()],
         )
     return places, torch.cat([p.bfloat16() for p in parts])
 
@@ -86,7 +88,11 @@ def _mixed(random: Random, batch: _Batch) -> tuple[_Batch, list[int]]:
 
 
 def _run(
-    module: ModuleType, random: Random, batch: _Batch, adapters: AdapterPlaces, arena: torch.Tensor
+    module: ModuleType,
+    random: Random,
+    batch: _Batch,
+    adapters: AdapterPlaces,
+    arena: torch.Tensor,
 ) -> torch.Tensor:
     guard = Guard(random)
     width = int(adapters.places[:, 1].max()) + random.randint(0, 3)
@@ -124,7 +130,9 @@ def _check(module: ModuleType, random: Random) -> str:
     dtype = random.choice((torch.float32, torch.bfloat16))
     adapters, arena = _adapters(random, fan_in, fan_outs, slots)
     batch = _batch(random, fan_in, sum(fan_outs), slots, dtype)
-    told = f"{len(batch.x)} rows, {fan_in} -> {fan_outs}, ranks {adapters.places[:, 1].tolist()}"
+    told = (
+        f"{len(batch.x)} rows, {fan_in} -> {fan_outs}, ranks {adapters.places[:, 1].tolist()}"
+    )
     # One row's overflow stays in its row.
     spoiled = random.choice((None, random.randrange(len(batch.x))))
     if spoiled is not None:
@@ -146,9 +154,9 @@ def _check(module: ModuleType, random: Random) -> str:
     again = _run(module, random, other, adapters, arena)
     of = got[chosen]
     same = (again == of) | (again.isnan() & of.isnan())
-    assert all(
-        bool(same[begin:end].all()) for begin, end, _ in other.segments
-    ), f"{told}: a row's bits depend on the batch"
+    assert all(bool(same[begin:end].all()) for begin, end, _ in other.segments), (
+        f"{told}: a row's bits depend on the batch"
+    )
     return told
 
 
@@ -157,11 +165,36 @@ SUBJECTS: Final = (
         "lora rows",
         partial(_check, rows),
         (
-            Bug("segment one row longer", rows, "mask = (row[:, None] < count) & (column", "mask = (row[:, None] <= count) & (column"),
-            Bug("segment one row shorter", rows, "mask = (row[:, None] < count) & (column", "mask = (row[:, None] < count - 1) & (column"),
-            Bug("stride of A", rows, "k[:, None].to(tl.int64) * ranks +", "k[:, None].to(tl.int64) * (ranks + 1) +"),
-            Bug("no mask at fan_in", rows, "mask=(row[:, None] < count) & (k[None, :] < fan_in)", "mask=(row[:, None] < count) & (k[None, :] < fan_in + 1)"),
-            Bug("last split left out", rows, "for split in range(splits)", "for split in range(tl.maximum(splits - 1, 1))"),
+            Bug(
+                "segment one row longer",
+                rows,
+                "mask = (row[:, None] < count) & (column",
+                "mask = (row[:, None] <= count) & (column",
+            ),
+            Bug(
+                "segment one row shorter",
+                rows,
+                "mask = (row[:, None] < count) & (column",
+                "mask = (row[:, None] < count - 1) & (column",
+            ),
+            Bug(
+                "stride of A",
+                rows,
+                "k[:, None].to(tl.int64) * ranks +",
+                "k[:, None].to(tl.int64) * (ranks + 1) +",
+            ),
+            Bug(
+                "no mask at fan_in",
+                rows,
+                "mask=(row[:, None] < count) & (k[None, :] < fan_in)",
+                "mask=(row[:, None] < count) & (k[None, :] < fan_in + 1)",
+            ),
+            Bug(
+                "last split left out",
+                rows,
+                "for split in range(splits)",
+                "for split in range(tl.maximum(splits - 1, 1))",
+            ),
             Bug("columns of another member", rows, "* width + before + rank", "* width + rank"),
         ),
     ),
@@ -169,10 +202,30 @@ SUBJECTS: Final = (
         "lora panels",
         partial(_check, panels),
         (
-            Bug("segment one row longer", panels, "mask = (row[:, None] < count) & (column", "mask = (row[:, None] <= count) & (column"),
-            Bug("stride of B", panels, "rank[:, None].to(tl.int64) * fan_out", "rank[:, None].to(tl.int64) * (fan_out + 1)"),
-            Bug("no mask of ranks", panels, "mask=(row[:, None] < count) & (rank[None, :] < ranks),\n            other", "mask=(row[:, None] < count),\n            other"),
-            Bug("scaling of the first member", panels, "scalings + slot * MEMBERS + member", "scalings + slot * MEMBERS"),
+            Bug(
+                "segment one row longer",
+                panels,
+                "mask = (row[:, None] < count) & (column",
+                "mask = (row[:, None] <= count) & (column",
+            ),
+            Bug(
+                "stride of B",
+                panels,
+                "rank[:, None].to(tl.int64) * fan_out",
+                "rank[:, None].to(tl.int64) * (fan_out + 1)",
+            ),
+            Bug(
+                "no mask of ranks",
+                panels,
+                "mask=(row[:, None] < count) & (rank[None, :] < ranks),\n            other",
+                "mask=(row[:, None] < count),\n            other",
+            ),
+            Bug(
+                "scaling of the first member",
+                panels,
+                "scalings + slot * MEMBERS + member",
+                "scalings + slot * MEMBERS",
+            ),
         ),
     ),
 )

@@ -1,4 +1,4 @@
-"""NF4: weights as bitsandbytes quantizes them, stacked or not, with and without nested scales."""
+"""NF4: weights as bitsandbytes quantizes them, stacked, with and without nested scales."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ __all__ = ["SUBJECTS"]
 
 
 def _weights(random: Random) -> list[tuple[torch.Tensor, Any]]:
-    inputs = packing.BLOCK * random.choice((1, 2, 3, random.randint(1, 20), random.randint(1, 40)))
+    inputs = packing.BLOCK * random.choice(
+        (1, 2, 3, random.randint(1, 20), random.randint(1, 40))
+    )
     nested = random.random() < 0.6
     return [
         bnb.quantize_4bit(
@@ -45,7 +47,11 @@ def _multiplied(
     random: Random, x: torch.Tensor, weight: packing.PackedNf4, dtype: torch.dtype, bias: Any
 ) -> torch.Tensor:
     guard = Guard(random)
-    y = guard.out("y", numbers(random, len(x), weight.out_features, dtype=dtype), gap=random.choice((0, 3)))
+    y = guard.out(
+        "y",
+        numbers(random, len(x), weight.out_features, dtype=dtype),
+        gap=random.choice((0, 3)),
+    )
     with order(random):
         rows.multiply(
             guard.given("x", x, gap=random.choice((0, 5))),
@@ -106,22 +112,62 @@ SUBJECTS: Final = (
         "nf4 rows",
         _check_rows,
         (
-            Bug("halves swapped", rows, "left = tl.load(of_x + k * 64,", "left = tl.load(of_x + k * 64 + 32,"),
-            Bug("stride of blocks", rows, "place = (k * outputs + n.to(tl.int64)) * 32", "place = (k * (outputs - 1) + n.to(tl.int64)) * 32"),
-            Bug("no mask of rows", rows, "right = tl.load(of_x + k * 64 + 32, mask=row[:, None] < rows, other=0.0)", "right = tl.load(of_x + k * 64 + 32 - (row[:, None] >= rows - 1) * 1)"),
+            Bug(
+                "halves swapped",
+                rows,
+                "left = tl.load(of_x + k * 64,",
+                "left = tl.load(of_x + k * 64 + 32,",
+            ),
+            Bug(
+                "stride of blocks",
+                rows,
+                "place = (k * outputs + n.to(tl.int64)) * 32",
+                "place = (k * (outputs - 1) + n.to(tl.int64)) * 32",
+            ),
+            Bug(
+                "no mask of rows",
+                rows,
+                "right = tl.load(of_x + k * 64 + 32, mask=row[:, None] < rows, other=0.0)",
+                "right = tl.load(of_x + k * 64 + 32 - (row[:, None] >= rows - 1) * 1)",
+            ),
             Bug("group off by one", rows, "other=0) + k) >> 8", "other=0) + k + 1) >> 8"),
-            Bug("last block left out", rows, "tl.minimum(split * SPLIT + SPLIT, blocks)", "tl.minimum(split * SPLIT + SPLIT, blocks - 1)"),
-            Bug("no mask of outputs", rows, "mask=(row[:, None] < rows) & known[None, :]", "mask=row[:, None] < rows"),
+            Bug(
+                "last block left out",
+                rows,
+                "tl.minimum(split * SPLIT + SPLIT, blocks)",
+                "tl.minimum(split * SPLIT + SPLIT, blocks - 1)",
+            ),
+            Bug(
+                "no mask of outputs",
+                rows,
+                "mask=(row[:, None] < rows) & known[None, :]",
+                "mask=row[:, None] < rows",
+            ),
         ),
     ),
     Subject(
         "nf4 panels",
         _check_panels,
         (
-            Bug("halves swapped", panels, "low = tl.load(codes + (pairs & 15))", "low = tl.load(codes + (pairs >> 4))"),
-            Bug("stride of the panel", panels, "(n - begin)[:, None].to(tl.int64) * inputs", "(n - begin)[:, None].to(tl.int64) * (inputs - 64)"),
+            Bug(
+                "halves swapped",
+                panels,
+                "low = tl.load(codes + (pairs & 15))",
+                "low = tl.load(codes + (pairs >> 4))",
+            ),
+            Bug(
+                "stride of the panel",
+                panels,
+                "(n - begin)[:, None].to(tl.int64) * inputs",
+                "(n - begin)[:, None].to(tl.int64) * (inputs - 64)",
+            ),
             Bug("no mask of outputs", panels, "known = n < end", "known = n < outputs"),
-            Bug("offset of another output", panels, "k, n, known, outputs, NESTED)", "k, n - begin, known, outputs, NESTED)"),
+            Bug(
+                "offset of another output",
+                panels,
+                "k, n, known, outputs, NESTED)",
+                "k, n - begin, known, outputs, NESTED)",
+            ),
         ),
     ),
 )

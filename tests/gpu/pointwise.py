@@ -43,8 +43,14 @@ def _check_norm(random: Random) -> str:
     def run(which: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         guard = Guard(random)
         stream = guard.out("hidden", hidden[which])
-        out = guard.out("out", torch.zeros(len(which), features, dtype=dtype), gap=random.choice((0, 3)))
-        more = None if added is None else guard.given("added", added[which], gap=random.choice((0, 7)))
+        out = guard.out(
+            "out", torch.zeros(len(which), features, dtype=dtype), gap=random.choice((0, 3))
+        )
+        more = (
+            None
+            if added is None
+            else guard.given("added", added[which], gap=random.choice((0, 7)))
+        )
         with order(random):
             norm.normalize(stream, more, guard.given("weight", weight), out, epsilon)
         guard.check()
@@ -72,7 +78,9 @@ def _check_gate(random: Random) -> str:
 
     def run(which: list[int]) -> torch.Tensor:
         guard = Guard(random)
-        out = guard.out("out", torch.zeros(len(which), features, dtype=dtype), gap=random.choice((0, 3)))
+        out = guard.out(
+            "out", torch.zeros(len(which), features, dtype=dtype), gap=random.choice((0, 3))
+        )
         with order(random):
             gate.gate(guard.given("pairs", pairs[which], gap=random.choice((0, 7))), out)
         guard.check()
@@ -131,9 +139,19 @@ def _check_rotary(random: Random) -> str:
     # [blocks, block_size, kv_heads, dim]
     of_keys, of_values = keys.transpose(1, 2), values.transpose(1, 2)
     block, offset = slots[used] // size, slots[used] % size
-    close(told, query[used], turned[used, :heads], 2**-8 * turned[used, :heads].abs() + 1e-5 * largest[used, :heads])
+    close(
+        told,
+        query[used],
+        turned[used, :heads],
+        2**-8 * turned[used, :heads].abs() + 1e-5 * largest[used, :heads],
+    )
     expected = turned[used, heads:]
-    close(told, of_keys[block, offset], expected, 2**-8 * expected.abs() + 1e-5 * largest[used, heads:])
+    close(
+        told,
+        of_keys[block, offset],
+        expected,
+        2**-8 * expected.abs() + 1e-5 * largest[used, heads:],
+    )
     right = qkv[used, heads + kv_heads :].bfloat16()
     assert torch.equal(of_values[block, offset], right), f"{told}: values"
     others = torch.ones(blocks, size, dtype=torch.bool)
@@ -145,7 +163,11 @@ def _check_rotary(random: Random) -> str:
     again, of_again, _ = run(which)
     _same(told, again, query[which])
     kept = slots[which][slots[which] >= 0]
-    _same(told, of_again.transpose(1, 2)[kept // size, kept % size], of_keys[kept // size, kept % size])
+    _same(
+        told,
+        of_again.transpose(1, 2)[kept // size, kept % size],
+        of_keys[kept // size, kept % size],
+    )
     return told
 
 
@@ -155,8 +177,18 @@ SUBJECTS: Final = (
         _check_norm,
         (
             Bug("mean of the block", norm, "axis=0) / features", "axis=0) / BLOCK"),
-            Bug("stride of what is added", norm, "added + row * added_stride", "added + row * features"),
-            Bug("the sum is not kept", norm, "tl.store(hidden + row * features + column, numbers, mask=known)", "pass"),
+            Bug(
+                "stride of what is added",
+                norm,
+                "added + row * added_stride",
+                "added + row * features",
+            ),
+            Bug(
+                "the sum is not kept",
+                norm,
+                "tl.store(hidden + row * features + column, numbers, mask=known)",
+                "pass",
+            ),
             Bug("no mask", norm, "known = column < features", "known = column < features + 1"),
         ),
     ),
@@ -164,11 +196,31 @@ SUBJECTS: Final = (
         "rotary",
         _check_rotary,
         (
-            Bug("sign of the sine", rotary, "left * cosine - right * sine", "left * cosine + right * sine"),
-            Bug("the query's norm for keys", rotary, "(head >= HEADS).to(tl.int32)", "(head < 0).to(tl.int32)"),
-            Bug("stride of slots", rotary, "kv_head) * BLOCK_SIZE + slot % BLOCK_SIZE", "kv_head) * BLOCK_SIZE + (slot + 1) % BLOCK_SIZE"),
+            Bug(
+                "sign of the sine",
+                rotary,
+                "left * cosine - right * sine",
+                "left * cosine + right * sine",
+            ),
+            Bug(
+                "the query's norm for keys",
+                rotary,
+                "(head >= HEADS).to(tl.int32)",
+                "(head < 0).to(tl.int32)",
+            ),
+            Bug(
+                "stride of slots",
+                rotary,
+                "kv_head) * BLOCK_SIZE + slot % BLOCK_SIZE",
+                "kv_head) * BLOCK_SIZE + (slot + 1) % BLOCK_SIZE",
+            ),
             Bug("no mask", rotary, "known = d < HALF", "known = d < HALF + 1"),
-            Bug("positions off by one", rotary, "tl.load(positions + row).to(tl.int64)", "(tl.load(positions + row).to(tl.int64) + 1) % 200"),
+            Bug(
+                "positions off by one",
+                rotary,
+                "tl.load(positions + row).to(tl.int64)",
+                "(tl.load(positions + row).to(tl.int64) + 1) % 200",
+            ),
             Bug("unused rows", rotary, "if slot < 0:", "if slot < -1:"),
         ),
     ),
@@ -176,7 +228,12 @@ SUBJECTS: Final = (
         "gate",
         _check_gate,
         (
-            Bug("halves swapped", gate, "tl.load(source, mask", "tl.load(source + 2 * features - features, mask"),
+            Bug(
+                "halves swapped",
+                gate,
+                "tl.load(source, mask",
+                "tl.load(source + 2 * features - features, mask",
+            ),
             Bug("stride of the output", gate, "row * out_stride", "row * features"),
             Bug("no mask", gate, "known = column < features", "known = column < features + 1"),
             Bug("not the gate's sign", gate, "tl.exp(-left)", "tl.exp(left)"),

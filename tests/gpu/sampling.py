@@ -95,7 +95,9 @@ def _check_draw(random: Random) -> str:
             draw.draw(
                 guard.given("logits", logits[which], gap=random.choice((0, 5))),
                 guard.given("settings", torch.tensor(settings)),
-                guard.given("top_k", torch.tensor([c.params.top_k for c in of], dtype=torch.int32)),
+                guard.given(
+                    "top_k", torch.tensor([c.params.top_k for c in of], dtype=torch.int32)
+                ),
                 guard.given("shares", torch.tensor(shares, dtype=torch.float64)),
                 tokens,
             )
@@ -129,7 +131,9 @@ def _check_logprobs(random: Random) -> str:
             logprobs.logprobs(
                 guard.given("logits", logits[which], gap=random.choice((0, 5))),
                 guard.given("tokens", tokens[which]),
-                guard.given("counts", torch.tensor([counts[i] for i in which], dtype=torch.int32)),
+                guard.given(
+                    "counts", torch.tensor([counts[i] for i in which], dtype=torch.int32)
+                ),
                 own,
                 tops,
                 top_own,
@@ -143,7 +147,9 @@ def _check_logprobs(random: Random) -> str:
     ordered = logits.sort(dim=-1, descending=True, stable=True).indices
     for row, right in enumerate(sampler.top_tokens(logits, counts)):
         ids = ordered[row, : len(right)].tolist()
-        assert tops[row, : len(ids)].tolist() == ids, f"{told}: row {row}: {tops[row]}, not {ids}"
+        assert tops[row, : len(ids)].tolist() == ids, (
+            f"{told}: row {row}: {tops[row]}, not {ids}"
+        )
         values = torch.tensor([value for _, value in right])
         close(told, top_own[row, : len(ids)], values, 1e-4)
         assert (tops[row, len(ids) :] == -7).all(), f"{told}: more than were asked for"
@@ -160,22 +166,56 @@ SUBJECTS: Final = (
         (
             Bug("top-k keeps one more", draw, "ties = k - count\n", "ties = k - count + 1\n"),
             Bug("top-p of all, not of top-k", draw, "bound = top_p * mass", "bound = top_p"),
-            Bug("all equals of the last are kept", draw, "ties = k - count\n", "ties = vocab\n"),
+            Bug(
+                "all equals of the last are kept", draw, "ties = k - count\n", "ties = vocab\n"
+            ),
             Bug("min-p of 1", draw, "(min_p * highest)", "(min_p * 1.0)"),
-            Bug("no mask of the vocabulary", draw, "mask=known, other=float(\"-inf\"))", "mask=known, other=0.0)"),
+            Bug(
+                "no mask of the vocabulary",
+                draw,
+                'mask=known, other=float("-inf"))',
+                "mask=known, other=0.0)",
+            ),
             Bug("equal tokens in another order", draw, "== place)", "== equal - 1 - place)"),
-            Bug("the last of equals is the likeliest", draw, "each > peaks, token, places", "each >= peaks, token, places"),
-            Bug("settings of another row", draw, "tl.load(shares + number * 2)", "tl.load(shares)"),
+            Bug(
+                "the last of equals is the likeliest",
+                draw,
+                "each > peaks, token, places",
+                "each >= peaks, token, places",
+            ),
+            Bug(
+                "settings of another row",
+                draw,
+                "tl.load(shares + number * 2)",
+                "tl.load(shares)",
+            ),
         ),
     ),
     Subject(
         "logprobs",
         _check_logprobs,
         (
-            Bug("equal ones by higher id", logprobs, "token > last_token", "token < last_token"),
-            Bug("stride of rows", logprobs, "number.to(tl.int64) * stride", "number.to(tl.int64) * vocab"),
-            Bug("no mask", logprobs, "better = left & (token < vocab) & (each > peaks)", "better = left & (each >= peaks)"),
-            Bug("one too many", logprobs, "tl.minimum(tl.load(counts + number),", "tl.minimum(tl.load(counts + number) + 1,"),
+            Bug(
+                "equal ones by higher id", logprobs, "token > last_token", "token < last_token"
+            ),
+            Bug(
+                "stride of rows",
+                logprobs,
+                "number.to(tl.int64) * stride",
+                "number.to(tl.int64) * vocab",
+            ),
+            Bug(
+                "no mask",
+                logprobs,
+                "better = left & (token < vocab) & (each > peaks)",
+                "better = left & (each >= peaks)",
+            ),
+            Bug(
+                "one too many",
+                logprobs,
+                "tl.minimum(tl.load(counts + number),",
+                "tl.minimum(tl.load(counts + number) + 1,",
+            ),
             Bug("peak left out", logprobs, "log_sum = peak + tl.log", "log_sum = tl.log"),
         ),
     ),

@@ -59,7 +59,8 @@ def planted(bug: Bug) -> Iterator[None]:
         wrong = Path(scratch) / path.name
         wrong.write_text(source.replace(bug.old, bug.new), "utf-8")
         spec = importlib.util.spec_from_file_location("planted", wrong)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         other = importlib.util.module_from_spec(spec)
         sys.modules["planted"] = other
         spec.loader.exec_module(other)

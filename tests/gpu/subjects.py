@@ -9,4 +9,10 @@ from tests.gpu.subject import Subject
 
 __all__ = ["SUBJECTS"]
 
-SUBJECTS: Final[tuple[Subject, ...]] = (*lora.SUBJECTS, *nf4.SUBJECTS, *attention.SUBJECTS, *pointwise.SUBJECTS, *sampling.SUBJECTS)
+SUBJECTS: Final[tuple[Subject, ...]] = (
+    *lora.SUBJECTS,
+    *nf4.SUBJECTS,
+    *attention.SUBJECTS,
+    *pointwise.SUBJECTS,
+    *sampling.SUBJECTS,
+)

@@ -1,8 +1,8 @@
 """Kernels for NVIDIA cards, in Triton: not served with yet, see docs/gpu.md.
 
-Each folder is one subject. A file has one kernel, or two that only work together, with the layouts
-of its tensors on top; ``reference.py`` beside it computes the same in plain torch. Kernels use
-no inline assembly, so that Triton's interpreter runs on a CPU what a card runs
+Each folder is one subject. A file has one kernel, or two that only work together, with the
+layouts of its tensors on top; ``reference.py`` beside it computes the same in plain torch.
+Kernels use no inline assembly, so that Triton's interpreter runs on a CPU what a card runs
 (``python -m tests.gpu``).
 
 What a row's result may depend on: its own inputs, and sizes that a model fixes. Never which

@@ -1,23 +1,27 @@
 """Attention of sequences with one new row each (decode), over paged keys and values.
 
 A context is split into pieces of `SPLIT` tokens, so that one long sequence keeps many
-multiprocessors busy. `attend_splits` attends to one piece; `join_splits` joins the pieces in order
-(Flash-Decoding, Dao et al. 2023). Pieces begin at multiples of `SPLIT` whatever the batch, so a
-row's sums have one order.
+multiprocessors busy. `attend_splits` attends to one piece; `join_splits` joins the pieces in
+order (Flash-Decoding, Dao et al. 2023). Pieces begin at multiples of `SPLIT` whatever the
+batch, so a row's sums have one order.
 
 Layouts:
     query      [sequences, heads, dim] bfloat16; row stride given
-    keys       [blocks, kv_heads, block_size, dim] bfloat16, of one layer; the new row's are written
+    keys       [blocks, kv_heads, block_size, dim] bfloat16, of one layer; the new row's are
+               written
     values     the same
     tables     [sequences, width] int32: a sequence's blocks in order
-    contexts   [sequences] int32: tokens of each sequence, the new one included; 0: an unused place
-    sinks      [heads] float32: a logit that takes part in the softmax and has no value (gpt-oss)
-    sums       [sequences, heads, splits, dim] float32: weighted values, not divided by the weights
+    contexts   [sequences] int32: tokens of each sequence, the new one included; 0: an unused
+               place
+    sinks      [heads] float32: a logit that takes part in the softmax and has no value
+               (gpt-oss)
+    sums       [sequences, heads, splits, dim] float32: weighted values, not divided by the
+               weights
     weights    [sequences, heads, splits, 2] float32: largest score, sum of weights
     out        [sequences, heads, dim] bfloat16; row stride given
 
-Grids: attend (sequences, kv_heads, splits), where splits is enough for the longest context; join
-(sequences, heads).
+Grids: attend (sequences, kv_heads, splits), where splits is enough for the longest context;
+join (sequences, heads).
 """
 
 from __future__ import annotations
@@ -92,9 +96,9 @@ def attend_splits(
     for start in range(begin, end, BLOCK_T):
         token = start + tl.arange(0, BLOCK_T)
         seen = (token >= first) & (token < end)
-        block = tl.load(
-            tables + sequence * width + token // BLOCK_SIZE, mask=seen, other=0
-        ).to(tl.int64)
+        block = tl.load(tables + sequence * width + token // BLOCK_SIZE, mask=seen, other=0).to(
+            tl.int64
+        )
         place = ((block * KV_HEADS + kv_head) * BLOCK_SIZE + token % BLOCK_SIZE) * DIM
         known = seen[:, None] & (d[None, :] < DIM)
         key = tl.load(keys + place[:, None] + d[None, :], mask=known, other=0.0)

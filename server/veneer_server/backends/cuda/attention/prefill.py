@@ -1,15 +1,15 @@
-"""Attention of sequences with several new rows (prefill, whole or by chunks), over paged keys and values.
+"""Attention of sequences with several new rows (prefill), over paged keys and values.
 
-The new rows' keys and values are in the cache already, so a chunk after others is no special case.
-A program attends with a tile of rows of one head, to tiles of tokens in order
-(FlashAttention-2, Dao 2023). Tiles of tokens begin at multiples of their size, and one that a row
-does not see changes nothing for it: so its bits do not depend on the other rows of its tile, nor on
-where chunks begin.
+The new rows' keys and values are in the cache already, so a chunk after others is no special
+case. A program attends with a tile of rows of one head, to tiles of tokens in order
+(FlashAttention-2, Dao 2023). Tiles of tokens begin at multiples of their size, and one that a
+row does not see changes nothing for it: so its bits do not depend on the other rows of its
+tile, nor on where chunks begin.
 
 Layouts (others as in `decode`):
     query      [rows, heads, dim] bfloat16; row stride given
-    tiles      [tiles, 4] int32: sequence, first row, number of rows (0: an unused tile), position of the
-               first row in its sequence. Rows of a tile are adjacent.
+    tiles      [tiles, 4] int32: sequence, first row, number of rows (0: an unused tile),
+               position of the first row in its sequence. Rows of a tile are adjacent.
     out        [rows, heads, dim] bfloat16; row stride given
 
 Grid: (tiles, heads).

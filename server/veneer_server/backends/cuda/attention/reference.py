@@ -29,7 +29,7 @@ def attend(
     Returns:
         Two of [rows, heads, dim] float64; the second bounds what rounding may change.
     """
-    rows, heads, dim = query.shape
+    rows, heads, _ = query.shape
     _, kv_heads, block_size, _ = keys.shape
     tokens = torch.arange(position + rows)
     chosen = (blocks.long()[tokens // block_size], slice(None), tokens % block_size)

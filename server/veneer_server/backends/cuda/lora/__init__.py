@@ -1,1 +1,1 @@
-"""LoRA of a step: for each group of projections one launch that shrinks and one that expands."""
+"""LoRA: for each group of projections one launch that shrinks and one that expands."""

@@ -1,9 +1,9 @@
 """LoRA for segments of many rows (prefill): tensor cores, both multiplies by `tl.dot`.
 
 Sums over all inputs are one program's, 64 at a time, so there is no second pass. The shrunk
-rows are rounded to bfloat16 for the second multiply, as PEFT's bfloat16 linears do. So a row's bits
-differ from those of `rows`: which of the two a row takes must follow from its sequence (prompt or
-decode), not from how many rows its segment has.
+rows are rounded to bfloat16 for the second multiply, as PEFT's bfloat16 linears do. So a row's
+bits differ from those of `rows`: which of the two a row takes must follow from its sequence
+(prompt or decode), not from how many rows its segment has.
 
 Layouts (see `tables` for the others):
     x          [rows, fan_in] bfloat16; row stride given

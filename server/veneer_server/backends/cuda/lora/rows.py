@@ -1,8 +1,8 @@
 """LoRA for segments of few rows (decode): vectors times matrices, without tensor cores.
 
-`shrink_rows` writes sums over `SPLIT` inputs each; `expand_rows` adds these in order and multiplies
-by B. Two passes, so that one row keeps many multiprocessors busy and still has one order of
-summation.
+`shrink_rows` writes sums over `SPLIT` inputs each; `expand_rows` adds these in order and
+multiplies by B. Two passes, so that one row keeps many multiprocessors busy and still has one
+order of summation.
 
 Layouts (see `tables` for the others):
     x          [rows, fan_in], any float; row stride given

@@ -4,14 +4,14 @@ A captured graph replays its launches with the same pointers. So all adapters li
 and a swap writes new offsets into `AdapterPlaces`; a batch writes new `tiles`.
 
 Layouts (contiguous, last index fastest):
-    arena      [elements] bfloat16. An adapter's A of a group, transposed: [fan_in, ranks], where
-               ``ranks`` is the sum over the group's members; its B of a member, transposed:
-               [rank, fan_out]. Both as `veneer_server.step.layout` has them.
+    arena      [elements] bfloat16. An adapter's A of a group, transposed: [fan_in, ranks],
+               where ``ranks`` is the sum over the group's members; its B of a member,
+               transposed: [rank, fan_out]. Both as `veneer_server.step.layout` has them.
     places     [slots, 2 + 3 * members] int64: A's offset, ``ranks``; then for each member
                B's offset, its rank (0: not adapted), the first of its columns of A.
     scalings   [slots, members] float32.
-    tiles      [tiles, 3] int32: first row, number of rows (0: an unused tile), slot. All rows of a
-               tile have the adapter in that slot.
+    tiles      [tiles, 3] int32: first row, number of rows (0: an unused tile), slot. All rows
+               of a tile have the adapter in that slot.
     columns    [blocks, 5] int32: member, its features, the block's first column in the member's
                output, in the group's output, number of columns.
 """

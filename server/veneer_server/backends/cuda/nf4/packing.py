@@ -1,22 +1,23 @@
 """bitsandbytes' NF4 weights in the order in which the kernels read them.
 
-bitsandbytes stores a weight [out, in] row by row, two numbers a byte, the first in the high half.
-64 numbers share a scale (absmax); with double quantization scales are bytes: one of 256 numbers times
-a scale that 256 of them share, plus an offset. Every number stays what it is: `reference.expand`
-gives bit for bit what bitsandbytes' own dequantization gives.
+bitsandbytes stores a weight [out, in] row by row, two numbers a byte, the first in the high
+half. 64 numbers share a scale (absmax); with double quantization scales are bytes: one of 256
+numbers times a scale that 256 of them share, plus an offset. Every number stays what it is:
+`reference.expand` gives bit for bit what bitsandbytes' own dequantization gives.
 
 Layouts (n: output, k: block of 64 inputs):
-    numbers    [k, n, 32] uint8: byte j has input j of the block in its low half, input j + 32 in its
-               high half. So a tile of outputs is one run of bytes, and both halves are
+    numbers    [k, n, 32] uint8: byte j has input j of the block in its low half, input j + 32
+               in its high half. So a tile of outputs is one run of bytes, and both halves are
                matrices that multiply 32 adjacent inputs: nothing is interleaved.
     scales     [k, n] uint8 (double quantization) or float32
-    first      [n] int32: 256 * (n's first group) + place of n's first scale in it; scale k of n is in
-               group (first[n] + k) >> 8
+    first      [n] int32: 256 * (n's first group) + place of n's first scale in it; scale k of n
+               is in group (first[n] + k) >> 8
     offsets    [n] float32
     groups     [groups] float32: scales of scales
     levels     [256] float32: the numbers that bytes of ``scales`` stand for
     codes      [16] float32: NF4's
-Without double quantization ``first``, ``offsets``, ``groups`` and ``levels`` have one element each, unused.
+Without double quantization ``first``, ``offsets``, ``groups`` and ``levels`` have one element
+each, unused.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def pack(weights: Sequence[tuple[torch.Tensor, Any]]) -> PackedNf4:
         weights: bitsandbytes' bytes and ``QuantState`` of each.
 
     Raises:
-        ValueError: a weight is not NF4 in blocks of 64 along its inputs, or they differ in kind.
+        ValueError: a weight is not NF4 in blocks of 64 along its inputs, or they differ in
+        kind.
     """
     states = [state for _, state in weights]
     for state in states:
@@ -109,11 +111,13 @@ def pack(weights: Sequence[tuple[torch.Tensor, Any]]) -> PackedNf4:
 def _check(state: Any, other: Any) -> None:
     if state.quant_type != "nf4" or state.blocksize != BLOCK:
         raise ValueError(
-            f"{state.quant_type} in blocks of {state.blocksize}: the kernels read nf4 in blocks of "
+            f"{state.quant_type} in blocks of {state.blocksize}: kernels read nf4 in blocks of "
             f"{BLOCK}; quantize the base anew, or serve it with another backend"
         )
     if state.shape[1] % BLOCK or state.shape[1] != other.shape[1]:
-        raise ValueError(f"{state.shape[1]} inputs: must be a multiple of {BLOCK}, alike in a group")
+        raise ValueError(
+            f"{state.shape[1]} inputs: must be a multiple of {BLOCK}, alike in a group"
+        )
     if state.nested != other.nested:
         raise ValueError("weights with and without double quantization in one group")
     if state.nested and (

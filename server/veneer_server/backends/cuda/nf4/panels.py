@@ -1,7 +1,7 @@
 """NF4 for many rows: outputs of a weight as bfloat16 numbers, for cuBLAS to multiply.
 
-Multiplying many rows takes longer than expanding a weight. A panel is a range of its outputs, so the
-buffer stays small.
+Multiplying many rows takes longer than expanding a weight. A panel is a range of its outputs,
+so the buffer stays small.
 
 Layouts (see `packing` for the weight's):
     panel      [end - begin, 64 * k] bfloat16
@@ -42,9 +42,9 @@ def expand_panel(
     known = n < end
     half = tl.arange(0, 32)
     place = (k * outputs + n.to(tl.int64)) * 32
-    pairs = tl.load(
-        numbers + place[:, None] + half[None, :], mask=known[:, None], other=0
-    ).to(tl.int32)
+    pairs = tl.load(numbers + place[:, None] + half[None, :], mask=known[:, None], other=0).to(
+        tl.int32
+    )
     scale = scales_of(scales, first, offsets, groups, levels, k, n, known, outputs, NESTED)
     low = tl.load(codes + (pairs & 15)) * scale[:, None]
     high = tl.load(codes + (pairs >> 4)) * scale[:, None]

@@ -1,8 +1,8 @@
-"""NF4 matrix multiply for few rows: 4-bit weights go from memory to tensor cores once per tile of rows.
+"""NF4 matrix multiply for few rows: weights stay 4 bits until they reach tensor cores.
 
-Reading the weights is what takes the time. `multiply_rows` writes sums over `SPLIT` blocks of inputs
-each; `add_splits` adds these in order. Weights are scaled and rounded to bfloat16 before they are
-multiplied, as bitsandbytes does.
+Reading the weights is what takes the time. `multiply_rows` writes sums over `SPLIT` blocks of
+inputs each; `add_splits` adds these in order. Weights are scaled and rounded to bfloat16 before
+they are multiplied, as bitsandbytes does.
 
 Layouts (see `packing` for the weight's):
     x          [rows, 64 * k] bfloat16; row stride given
@@ -29,17 +29,19 @@ from veneer_server.backends.cuda.nf4.packing import PackedNf4
 __all__ = ["ROWS", "SPLIT", "add_splits", "multiply", "multiply_rows", "splits"]
 
 ROWS: Final = 16
-"""Rows of a tile: the smallest that tensor cores multiply. One size for every number of rows, since
-another takes other instructions, which need not add in the same order."""
+"""Rows of a tile: the smallest that tensor cores multiply. One size for every number of rows,
+since another takes other instructions, which need not add in the same order."""
 SPLIT: Final = 16
-"""Blocks of 64 inputs whose products one program adds up. Part of the order of summation: fixed."""
+"""Blocks of 64 inputs that one program adds up. Part of the order of summation: fixed."""
 
 BLOCK_OUTPUTS: Final = 32
 """With 64, compiled for sm_100, four bytes spill."""
 
 
 @triton.jit
-def scales_of(scales, first, offsets, groups, levels, k, n, known, outputs, NESTED: tl.constexpr):
+def scales_of(
+    scales, first, offsets, groups, levels, k, n, known, outputs, NESTED: tl.constexpr
+):
     """[BLOCK_N]: the scales of block ``k`` of outputs ``n``."""
     place = k * outputs + n
     if NESTED:
@@ -84,9 +86,7 @@ def multiply_rows(
         pairs = tl.load(
             numbers + place[:, None] + half[None, :], mask=known[:, None], other=0
         ).to(tl.int32)
-        scale = scales_of(
-            scales, first, offsets, groups, levels, k, n, known, outputs, NESTED
-        )
+        scale = scales_of(scales, first, offsets, groups, levels, k, n, known, outputs, NESTED)
         low = tl.load(codes + (pairs & 15)) * scale[:, None]
         high = tl.load(codes + (pairs >> 4)) * scale[:, None]
         left = tl.load(of_x + k * 64, mask=row[:, None] < rows, other=0.0)

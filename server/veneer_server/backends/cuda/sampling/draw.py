@@ -1,18 +1,20 @@
-"""One token a row: temperature, top-k, top-p, min-p, as `veneer_server.engine.execution.sampler` has them.
+"""One token a row by temperature, top-k, top-p and min-p, as the CPU's sampler has them.
 
-Bias, penalties and masks are in the logits already. A token is drawn by inverse transform: tokens
-in an order, the first whose sum of probabilities exceeds a random share of the total. Without cuts
-the order is the vocabulary's; with cuts it is likeliest first, equal ones by lower id.
+Bias, penalties and masks are in the logits already. A token is drawn by inverse transform:
+tokens in an order, the first whose sum of probabilities exceeds a random share of the total.
+Without cuts the order is the vocabulary's; with cuts it is likeliest first, equal ones by lower
+id.
 
-Nothing is sorted. The bits of a probability, read as an integer, have its order, so what a sort would
-find is found by bisection: the value at which the sum of all probabilities that are no smaller
-passes a bound, then a place among the tokens that have this value. A bisection reads a row of logits some
-30 times, from the cache of one multiprocessor's neighbourhood; top-k, top-p and the draw take one
-each.
+Nothing is sorted. The bits of a probability, read as an integer, have its order, so what a sort
+would find is found by bisection: the value at which the sum of all probabilities that are no
+smaller passes a bound, then a place among the tokens that have this value. A bisection reads a
+row of logits some 30 times, from the cache of one multiprocessor's neighbourhood; top-k, top-p
+and the draw take one each.
 
 Layouts:
     logits     [rows, vocab] float32; row stride given; finite, or minus infinity
-    settings   [rows, 2] float32: temperature (below `COLDEST`: the likeliest token), min_p (0: off)
+    settings   [rows, 2] float32: temperature (below `COLDEST`: the likeliest token), min_p (0:
+               off)
     top_k      [rows] int32, 0: off
     shares     [rows, 2] float64: top_p (1: off), the random number in [0, 1)
     tokens     [rows] int64; -1: the row has no probabilities (NaN)
@@ -98,13 +100,15 @@ def draw_rows(
         return
 
     if (k == 0) & (top_p >= 1) & (min_p == 0):
-        mass, counted = above(row, vocab, peak, temperature, total, 0, BLOCK)
+        mass, _number = above(row, vocab, peak, temperature, total, 0, BLOCK)
         bound = mass * random
         before = mass * 0
         passed = vocab * 0
         for start in range(0, vocab, BLOCK):
             token = start + tl.arange(0, BLOCK)
-            each = probabilities(row, token, token < vocab, peak, temperature, total).to(tl.float64)
+            each = probabilities(row, token, token < vocab, peak, temperature, total).to(
+                tl.float64
+            )
             low = (before + tl.cumsum(each, axis=0) <= bound) & (token < vocab)
             passed += tl.sum(low.to(tl.int32), axis=0)
             before += tl.sum(each, axis=0)
@@ -122,14 +126,14 @@ def draw_rows(
         over = top + 1
         while over - cut > 1:
             middle = cut + (over - cut) // 2
-            rest, count = above(row, vocab, peak, temperature, total, middle, BLOCK)
+            _rest, count = above(row, vocab, peak, temperature, total, middle, BLOCK)
             cut = tl.where(count >= k, middle, cut)
             over = tl.where(count >= k, over, middle)
         mass, count = above(row, vocab, peak, temperature, total, cut + 1, BLOCK)
         ties = k - count
         mass += ties * cut.to(tl.float32, bitcast=True).to(tl.float64)
     elif k >= vocab:
-        mass, counted = above(row, vocab, peak, temperature, total, 0, BLOCK)
+        mass, _number = above(row, vocab, peak, temperature, total, 0, BLOCK)
     if top_p < 1:
         # A token is kept if the sum before it is below the bound.
         bound = top_p * mass
@@ -137,10 +141,10 @@ def draw_rows(
         lowest = top
         while lowest - under > 1:
             middle = under + (lowest - under) // 2
-            before, counted = above(row, vocab, peak, temperature, total, middle + 1, BLOCK)
+            before, _number = above(row, vocab, peak, temperature, total, middle + 1, BLOCK)
             under = tl.where(before < bound, under, middle)
             lowest = tl.where(before < bound, middle, lowest)
-        before, counted = above(row, vocab, peak, temperature, total, lowest + 1, BLOCK)
+        before, _number = above(row, vocab, peak, temperature, total, lowest + 1, BLOCK)
         value = lowest.to(tl.float32, bitcast=True).to(tl.float64)
         room = tl.minimum((bound - before) / tl.maximum(value, 1e-300), 1e9)
         fits = room.to(tl.int32)
@@ -153,7 +157,7 @@ def draw_rows(
         cut = tl.maximum(cut, least)
 
     mass, count = above(row, vocab, peak, temperature, total, cut + 1, BLOCK)
-    rest, equal = above(row, vocab, peak, temperature, total, cut, BLOCK)
+    _rest, equal = above(row, vocab, peak, temperature, total, cut, BLOCK)
     ties = tl.minimum(ties, equal - count)
     value = cut.to(tl.float32, bitcast=True).to(tl.float64)
     bound = (mass + ties * value) * random
@@ -162,11 +166,11 @@ def draw_rows(
     over = top + 1
     while over - found > 1:
         middle = found + (over - found) // 2
-        before, counted = above(row, vocab, peak, temperature, total, middle, BLOCK)
+        before, _number = above(row, vocab, peak, temperature, total, middle, BLOCK)
         found = tl.where(before > bound, middle, found)
         over = tl.where(before > bound, over, middle)
     mass, count = above(row, vocab, peak, temperature, total, found + 1, BLOCK)
-    rest, equal = above(row, vocab, peak, temperature, total, found, BLOCK)
+    _rest, equal = above(row, vocab, peak, temperature, total, found, BLOCK)
     equal = tl.where(found == cut, ties, equal - count)
     value = found.to(tl.float32, bitcast=True).to(tl.float64)
     place = tl.minimum((bound - mass) / tl.maximum(value, 1e-300), 1e9).to(tl.int32)

@@ -27,7 +27,16 @@ TOPS: Final = 20
 
 @triton.jit
 def log_rows(
-    logits, tokens, counts, own, tops, top_own, stride, vocab, TOPS: tl.constexpr, BLOCK: tl.constexpr
+    logits,
+    tokens,
+    counts,
+    own,
+    tops,
+    top_own,
+    stride,
+    vocab,
+    TOPS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     number = tl.program_id(0)
     row = logits + number.to(tl.int64) * stride
