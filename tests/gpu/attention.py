@@ -45,8 +45,8 @@ class _Sequence:
 
 
 def _model(random: Random) -> _Model:
-    kv_heads = random.randint(1, 3)
-    heads = kv_heads * random.choice((1, 2, 3, 4, 8))
+    kv_heads = random.randint(1, 2)
+    heads = kv_heads * random.choice((1, 2, 3, 4))
     dim = random.choice((8, 16, 32, 48, 64, 80))
     return _Model(
         heads,
@@ -203,8 +203,8 @@ def _check_prefill(random: Random) -> str:
         _sequence(
             random,
             model,
-            random.choice((1, 2, 64, 65, random.randint(1, 100))),
-            random.choice((0, 0, 63, random.randint(0, 200))),
+            random.choice((1, 2, 64, 65, random.randint(1, 70))),
+            random.choice((0, 0, 31, random.randint(0, 150))),
         )
         for _ in range(random.randint(1, 2))
     ]

@@ -24,7 +24,7 @@ __all__ = ["SUBJECTS"]
 def _vocab(random: Random) -> int:
     if random.random() < 0.06:
         return random.randint(2000, 4200)
-    return random.choice((1, 2, 7, 49, 600, random.randint(1, 1000)))
+    return random.choice((1, 2, 7, 49, random.randint(1, 600)))
 
 
 def _logits(random: Random, rows: int, vocab: int) -> torch.Tensor:

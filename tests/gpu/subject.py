@@ -28,6 +28,18 @@ class Bug:
     old: str
     new: str
 
+    def fits(self) -> str:
+        """The module's source with the bug.
+
+        Raises:
+            LookupError: ``old`` is not in it exactly once.
+        """
+        path = Path(str(self.module.__file__))
+        source = path.read_text("utf-8")
+        if source.count(self.old) != 1:
+            raise LookupError(f"{self.name}: {source.count(self.old)} times in {path.name}")
+        return source.replace(self.old, self.new)
+
 
 @dataclass(frozen=True, slots=True)
 class Subject:
@@ -50,14 +62,11 @@ def planted(bug: Bug) -> Iterator[None]:
     Raises:
         LookupError: the text is not in the module exactly once.
     """
-    path = Path(str(bug.module.__file__))
-    source = path.read_text("utf-8")
-    if source.count(bug.old) != 1:
-        raise LookupError(f"{bug.name}: {source.count(bug.old)} times in {path.name}")
+    source = bug.fits()
     with tempfile.TemporaryDirectory() as scratch:
         # Kernels are read from their file again when they are first called.
-        wrong = Path(scratch) / path.name
-        wrong.write_text(source.replace(bug.old, bug.new), "utf-8")
+        wrong = Path(scratch) / "planted.py"
+        wrong.write_text(source, "utf-8")
         spec = importlib.util.spec_from_file_location("planted", wrong)
         assert spec is not None
         assert spec.loader is not None
