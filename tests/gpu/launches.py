@@ -267,11 +267,9 @@ def _logprobs(rows: int, vocab: int) -> Launch:
 def _all() -> Iterator[Launch]:
     yield _lora(lora_rows, 8, 16)
     yield _lora(lora_panels, 1024, 16)
-    yield _nf4_rows(1)
-    yield _nf4_rows(64)
+    yield _nf4_rows(8)
     yield _nf4_panels()
     yield _decode(8, 4096, 32, 8, None)
-    yield _decode(8, 4096, 32, 32, None)
     yield _prefill(2048, 2048, 32, 8)
     yield _norm(64)
     yield _rotary(64, 32, 8)
