@@ -12,7 +12,7 @@ endif
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install base demo programs test check protos check-python check-cpp protos-check client-sync audit bench bench-guard bench-kernels format-cpp sanitize mutants test-matrix test-matrix-quick test-numeric torture-quick torture attacks attacks-quick docs-check terminal-svg tools clients packages dashboard docker-lint wheel wheel-arm wheel-check image-replay clean
+.PHONY: help install base demo programs test check protos check-python check-cpp protos-check client-sync audit bench bench-guard bench-kernels gpu-kernels format-cpp sanitize mutants test-matrix test-matrix-quick test-numeric torture-quick torture attacks attacks-quick docs-check terminal-svg tools clients packages dashboard docker-lint wheel wheel-arm wheel-check image-replay clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -97,6 +97,11 @@ bench-guard: base ## The native backend's speed beside torch's, against what is 
 
 bench-kernels: base ## Each native kernel's time beside the machine's limit
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m tests.bench.kernels
+
+# Triton's interpreter on the CPU: a quarter of an hour. Then ptxas for four kinds of card: half a minute.
+gpu-kernels: install ## Kernels for CUDA without a card: against their references, then compiled within budgets
+	@OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(BIN)/python -m tests.gpu
+	@$(BIN)/python -m tests.gpu.compile
 
 format-cpp: install ## Write the C++ as clang-format has it
 	$(BIN)/python -m tests.sanitize.static --format

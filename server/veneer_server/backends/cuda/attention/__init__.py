@@ -1,0 +1,1 @@
+"""Attention over paged keys and values: decode with split contexts, prefill by chunks."""

@@ -1,0 +1,139 @@
+"""bitsandbytes' NF4 weights in the order in which the kernels read them.
+
+bitsandbytes stores a weight [out, in] row by row, two numbers a byte, the first in the high
+half. 64 numbers share a scale (absmax); with double quantization scales are bytes: one of 256
+numbers times a scale that 256 of them share, plus an offset. Every number stays what it is:
+`reference.expand` gives bit for bit what bitsandbytes' own dequantization gives.
+
+Layouts (n: output, k: block of 64 inputs):
+    numbers    [k, n, 32] uint8: byte j has input j of the block in its low half, input j + 32
+               in its high half. So a tile of outputs is one run of bytes, and both halves are
+               matrices that multiply 32 adjacent inputs: nothing is interleaved.
+    scales     [k, n] uint8 (double quantization) or float32
+    first      [n] int32: 256 * (n's first group) + place of n's first scale in it; scale k of n
+               is in group (first[n] + k) >> 8
+    offsets    [n] float32
+    groups     [groups] float32: scales of scales
+    levels     [256] float32: the numbers that bytes of ``scales`` stand for
+    codes      [16] float32: NF4's
+Without double quantization ``first``, ``offsets``, ``groups`` and ``levels`` have one element
+each, unused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+__all__ = ["BLOCK", "PackedNf4", "pack"]
+
+BLOCK: Final = 64
+"""Numbers that share a scale."""
+GROUP: Final = 256
+"""Scales that share a scale."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedNf4:
+    """One weight, or several stacked: see above."""
+
+    numbers: torch.Tensor
+    scales: torch.Tensor
+    first: torch.Tensor
+    offsets: torch.Tensor
+    groups: torch.Tensor
+    levels: torch.Tensor
+    codes: torch.Tensor
+
+    @property
+    def out_features(self) -> int:
+        """n."""
+        return self.numbers.shape[1]
+
+    @property
+    def in_features(self) -> int:
+        """64 * k."""
+        return self.numbers.shape[0] * BLOCK
+
+    @property
+    def nested(self) -> bool:
+        """Whether scales are bytes."""
+        return self.scales.dtype == torch.uint8
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device."""
+        return sum(getattr(self, name).nbytes for name in self.__slots__)
+
+
+def pack(weights: Sequence[tuple[torch.Tensor, Any]]) -> PackedNf4:
+    """Pack weights that share an input; their outputs follow each other.
+
+    Args:
+        weights: bitsandbytes' bytes and ``QuantState`` of each.
+
+    Raises:
+        ValueError: a weight is not NF4 in blocks of 64 along its inputs, or they differ in
+        kind.
+    """
+    states = [state for _, state in weights]
+    for state in states:
+        _check(state, states[0])
+    numbers = torch.cat([_reordered(data, state) for data, state in weights], dim=1)
+    blocks = numbers.shape[0]
+    scales = torch.cat([s.absmax.view(-1, blocks) for s in states]).t().contiguous()
+    codes = states[0].code.float().contiguous()
+    if not states[0].nested:
+        one = torch.zeros(1)
+        return PackedNf4(
+            numbers, scales.float(), one.int(), one, one.clone(), one.clone(), codes
+        )
+    first, offsets, before = [], [], 0
+    for state in states:
+        outputs = state.shape[0]
+        first.append(torch.arange(outputs) * blocks + GROUP * before)
+        offsets.append(torch.full((outputs,), float(state.offset)))
+        before += len(state.state2.absmax)
+    return PackedNf4(
+        numbers,
+        scales,
+        torch.cat(first).int(),
+        torch.cat(offsets),
+        torch.cat([s.state2.absmax.float() for s in states]),
+        states[0].state2.code.float().contiguous(),
+        codes,
+    )
+
+
+def _check(state: Any, other: Any) -> None:
+    if state.quant_type != "nf4" or state.blocksize != BLOCK:
+        raise ValueError(
+            f"{state.quant_type} in blocks of {state.blocksize}: kernels read nf4 in blocks of "
+            f"{BLOCK}; quantize the base anew, or serve it with another backend"
+        )
+    if state.shape[1] % BLOCK or state.shape[1] != other.shape[1]:
+        raise ValueError(
+            f"{state.shape[1]} inputs: must be a multiple of {BLOCK}, alike in a group"
+        )
+    if state.nested != other.nested:
+        raise ValueError("weights with and without double quantization in one group")
+    if state.nested and (
+        state.state2.blocksize != GROUP or not torch.equal(state.state2.code, other.state2.code)
+    ):
+        raise ValueError("scales that were quantized in a way that bitsandbytes does not use")
+    if not torch.equal(state.code, other.code):
+        raise ValueError("weights of one group have different codes")
+
+
+def _reordered(data: torch.Tensor, state: Any) -> torch.Tensor:
+    """[k, n, 32] from bitsandbytes' bytes."""
+    outputs, inputs = state.shape
+    stored = data.contiguous().view(torch.uint8).view(-1)
+    if len(stored) != outputs * inputs // 2:
+        raise ValueError(f"{len(stored)} bytes for {outputs} x {inputs} numbers")
+    each = torch.stack((stored >> 4, stored & 15), dim=-1).view(outputs, -1, BLOCK)
+    low, high = each.chunk(2, dim=-1)
+    return (low | (high << 4)).transpose(0, 1).contiguous()

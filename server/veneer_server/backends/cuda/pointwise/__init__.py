@@ -1,0 +1,1 @@
+"""What lies between the multiplies of a layer: norms, rotary positions, the gate."""

@@ -1,0 +1,33 @@
+"""What `norm`, `rotary` and `gate` compute, in float64."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+__all__ = ["gate", "normalize", "turn"]
+
+
+def normalize(numbers: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """RMSNorm of [..., features]."""
+    numbers = numbers.double()
+    scale = torch.rsqrt(numbers.square().mean(dim=-1, keepdim=True) + epsilon)
+    return numbers * scale * weight.double()
+
+
+def turn(heads: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding.
+
+    Args:
+        heads: [rows, heads, dim].
+        turns: [rows, 2, dim / 2], cosines and sines.
+    """
+    left, right = heads.double().chunk(2, dim=-1)
+    cosine, sine = turns.double().unsqueeze(2).unbind(dim=1)
+    return torch.cat((left * cosine - right * sine, right * cosine + left * sine), dim=-1)
+
+
+def gate(pairs: torch.Tensor) -> torch.Tensor:
+    """SiLU of the first half of [rows, 2 * features] times the second."""
+    left, right = pairs.double().chunk(2, dim=-1)
+    return F.silu(left) * right
