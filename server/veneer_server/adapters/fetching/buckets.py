@@ -15,7 +15,7 @@ from typing import IO, Any, Final
 from veneer_registry.errors import Aborted, AdapterInvalid, Unimplemented
 
 from veneer_server.adapters.fetching.addresses import Network, may_contact
-from veneer_server.adapters.fetching.uris import Uri
+from veneer_server.adapters.fetching.uris import Uri, refuse_uri
 from veneer_server.adapters.fetching.web import Missing, too_large
 
 __all__ = ["BucketFolder", "credential_files"]
@@ -32,7 +32,7 @@ class BucketFolder:
 
     def __init__(self, uri: Uri, networks: Iterable[Network]) -> None:
         """Raises Unimplemented without the extra."""
-        _guard(tuple(networks))
+        self._refused = _guard(tuple(networks))
         try:
             import fsspec
 
@@ -73,6 +73,13 @@ class BucketFolder:
         except (Aborted, AdapterInvalid, Missing):
             raise
         except Exception as error:  # each library has its own
+            if self._refused:
+                refuse_uri(
+                    "its bucket's endpoint has an address that this server may not contact: "
+                    "the operator can name its network behind the entry of --fetch-allow",
+                    cause="address",
+                    detail=", ".join(sorted(self._refused)),
+                )
             if type(error).__name__ in ("NoCredentialsError", "DefaultCredentialsError"):
                 raise AdapterInvalid(
                     f"{file}: the server has no credentials for this bucket: give them in its "
@@ -111,7 +118,7 @@ def _options(uri: Uri) -> dict[str, Any]:
             "config_kwargs": {
                 "connect_timeout": 10,
                 "read_timeout": 30,
-                "retries": {"max_attempts": 2},
+                "retries": {"total_max_attempts": 2},
             },
         }
     named = os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")
@@ -120,9 +127,11 @@ def _options(uri: Uri) -> dict[str, Any]:
     return {"use_listings_cache": False, "token": "google_default" if known else "anon"}
 
 
-def _guard(networks: tuple[Network, ...]) -> None:
+def _guard(networks: tuple[Network, ...]) -> set[str]:
     """Let no connection of this process go to an address that may not be contacted: the
-    libraries connect by themselves."""
+    libraries connect by themselves. Returns the addresses that were refused, as that
+    happens."""
+    refused: set[str] = set()
     before = socket.socket.connect
     before_ex = socket.socket.connect_ex
 
@@ -130,7 +139,8 @@ def _guard(networks: tuple[Network, ...]) -> None:
         if connecting.family in (socket.AF_INET, socket.AF_INET6) and not may_contact(
             str(address[0]), networks
         ):
-            raise PermissionError(f"{address[0]} may not be contacted")
+            refused.add(str(address[0]))
+            raise OSError(f"{address[0]} may not be contacted")
 
     def connect(self: socket.socket, address: Any) -> None:
         check(self, address)
@@ -142,3 +152,4 @@ def _guard(networks: tuple[Network, ...]) -> None:
 
     socket.socket.connect = connect  # type: ignore[method-assign]
     socket.socket.connect_ex = connect_ex  # type: ignore[method-assign]
+    return refused

@@ -45,7 +45,11 @@ _DEFAULTS: Final = {
     # Addresses that no entry of --fetch-allow names: only if the operator says so.
     "AWS_EC2_METADATA_DISABLED": "true",
     "NO_GCE_CHECK": "true",
+}
+_FORCED: Final = {
     "PYTHONDONTWRITEBYTECODE": "1",
+    # gcsfs then connects by gRPC, which no check of addresses sees.
+    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
 }
 
 
@@ -192,7 +196,8 @@ def _environment(ours: Mapping[str, str]) -> dict[str, str]:
         for name, value in ours.items()
         if name in _KEPT or name.startswith(_KEPT_PREFIXES)
     }
-    return {**_DEFAULTS, **{n: ours[n] for n in _DEFAULTS if n in ours}, **kept}
+    chosen = {name: ours.get(name, default) for name, default in _DEFAULTS.items()}
+    return {**kept, **chosen, **_FORCED}
 
 
 def _token_setting(text: str) -> tuple[str, str]:

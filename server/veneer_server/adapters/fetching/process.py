@@ -75,8 +75,8 @@ class Fetched(msgspec.Struct, frozen=True, array_like=True):
     failure: Failure | None = None
 
 
-class _Late(Exception):
-    """The deadline has passed."""
+class _Late(BaseException):
+    """The deadline has passed. Not an Exception, which libraries catch."""
 
 
 def fetch(wanted: Fetch) -> tuple[str, ...]:
