@@ -50,8 +50,7 @@ from veneer_server.serving.tenants.stores import TenantStores
 from veneer_server.serving.tenants.tenant import Furnish
 from veneer_server.serving.tenants.tenants import Tenants
 from veneer_server.serving.threads import Background
-from veneer_server.serving.transfer.downloads import Downloads
-from veneer_server.serving.transfer.registering import registering
+from veneer_server.serving.transfer.transfers import Transfers
 from veneer_server.sizing.memory_plan import MemoryPlan
 from veneer_server.startup import engine_config, fingerprint_of, memory_for, replan
 from veneer_server.system.descriptors import share_descriptors
@@ -246,14 +245,12 @@ class App:
             step_seconds=lambda: self._metrics.recent_step_s if engine.in_flight else 0.0,
         )
         self._answer_openai(generator, engine, base)
+        transfers = await Transfers.start(
+            config, tenants, self._calls, self._metrics.watched, self._resources
+        )
         self._doors.answer_grpc(
             InferenceService(generator, reader_limit_s=config.reader_limit),
-            AdapterService(
-                tenants,
-                budgets=budgets,
-                registering=await registering(config),
-                downloads=Downloads(reader_limit_s=config.reader_limit),
-            ),
+            AdapterService(tenants, budgets=budgets, transfers=transfers),
             ServerService(config, base, tenants, engine, budgets, defaults, book),
         )
         _log.info("loading", base=base.name, grpc=str(bound.grpc))

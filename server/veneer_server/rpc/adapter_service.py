@@ -24,8 +24,8 @@ from veneer_server.serving.tenants.tenant import Tenant
 from veneer_server.serving.tenants.tenants import Tenants
 from veneer_server.serving.tenants.visible import Visible
 from veneer_server.serving.threads import outlast, to_the_end
-from veneer_server.serving.transfer.downloads import Downloads
-from veneer_server.serving.transfer.registering import Registering, registration
+from veneer_server.serving.transfer.registering import registration
+from veneer_server.serving.transfer.transfers import Transfers
 from veneer_server.serving.who import who_calls
 
 __all__ = ["AdapterService"]
@@ -46,16 +46,10 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     """Adapters by name."""
 
     def __init__(
-        self,
-        tenants: Tenants,
-        *,
-        budgets: AdapterBudgets,
-        registering: Registering,
-        downloads: Downloads,
+        self, tenants: Tenants, *, budgets: AdapterBudgets, transfers: Transfers
     ) -> None:
         self._tenants = tenants
-        self._registering = registering
-        self._downloads = downloads
+        self._transfers = transfers
         self._visible = Visible(tenants)
         self._budgets = budgets
         self._told: dict[str, _Told] = {}
@@ -107,7 +101,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         """Fetch an adapter from a URI, then publish it as `UploadAdapter` does."""
         wanted = registration(request)
         home = await self._tenants.current(publishing=True)
-        published = await self._registering.register(home, wanted, who_calls(context))
+        published = await self._transfers.registering.register(home, wanted, who_calls(context))
         return adapters_pb2.RegisterAdapterResponse(
             adapter=self._message(home, home, published.record),
             published=published.published,
@@ -120,7 +114,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     ) -> None:
         """Send the files of a revision as they were uploaded."""
         home = await self._own(request.name)
-        await self._downloads.send(
+        await self._transfers.downloads.send(
             home,
             request.name,
             lambda lease: self._message(home, home, lease.record),

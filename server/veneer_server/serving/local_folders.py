@@ -54,6 +54,8 @@ class LocalFolders:
     most_bytes: int = 2 << 30
     field: str = "lora_path"
     """Of the request, for errors."""
+    flag: str = "--lora-root"
+    """That gives the roots, for errors."""
     _reader: ThreadPoolExecutor = dataclasses.field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="local-folder")
     )
@@ -145,7 +147,7 @@ class LocalFolders:
     def _outside(self, given: str) -> InvalidField:
         return self._refused(
             f"{given[:200]!r} is not below a folder that the server may read: give the "
-            "absolute path of a folder below one of its --lora-root"
+            f"absolute path of a folder below one of its {self.flag}"
         )
 
     def _refused(self, why: str) -> InvalidField:
@@ -166,7 +168,7 @@ class LocalFolders:
             raise _invalid(name, "cannot be read by the server", "unreadable") from None
         if file is None:
             raise _invalid(
-                name, "is a link that leads out of the folders of --lora-root", "outside"
+                name, f"is a link that leads out of the folders of {self.flag}", "outside"
             )
         opened.callback(os.close, file)
         status = os.fstat(file)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
+from veneer_registry.disk import disk_errors
 from veneer_registry.errors import InternalError, InvalidField, QuotaExceeded
 
 from veneer_server.adapters.child import Child
@@ -128,8 +129,10 @@ class Fetchers:
                 retry_after_s=2.0,
             )
         self._running.append(tenant)
-        loop, folder = asyncio.get_running_loop(), self._new_folder()
+        loop, folder = asyncio.get_running_loop(), None
         try:
+            with disk_errors(self._settings.staging):
+                folder = self._new_folder()
             run = _Run(uri, folder, Child(MODULE, environment=_environment(os.environ)))
             fetching = loop.run_in_executor(self._workers, self._fetch, run)
             try:
@@ -145,8 +148,9 @@ class Fetchers:
             yield folder
         finally:
             self._running.remove(tenant)
-            removing = loop.run_in_executor(self._workers, shutil.rmtree, folder, True)
-            await asyncio.wait({removing})
+            if folder is not None:
+                removing = loop.run_in_executor(self._workers, shutil.rmtree, folder, True)
+                await asyncio.wait({removing})
 
     def clear(self) -> None:
         """Remove what a killed server has left."""

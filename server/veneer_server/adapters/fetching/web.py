@@ -11,6 +11,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import IO, Final, NoReturn
 from urllib.parse import urljoin, urlsplit
@@ -132,20 +133,19 @@ class Web:
                 _no_redirect("a place that this server may not fetch from", str(hop))
             own = (hop.origin, hop.secure) == (first.origin, first.secure)
             token = self.token(hop) if own else ""
-            connection = _Connection(hop, networks, self.context)
             try:
-                answer = _ask(connection, hop, token)
-                headers |= {name.lower(): value for name, value in answer.getheaders()}
-                if answer.status in _MOVED:
+                with (
+                    closing(_Connection(hop, networks, self.context)) as connection,
+                    closing(_ask(connection, hop, token)) as answer,
+                ):
+                    headers |= {name.lower(): value for name, value in answer.getheaders()}
+                    if answer.status not in _MOVED:
+                        _check_status(answer.status, file, hop)
+                        self._body(answer, into, most, file)
+                        return headers
                     hop = Hop.parse(urljoin(hop.url, answer.headers.get("location", "")))
-                    continue
-                _check_status(answer.status, file, hop)
-                self._body(answer, into, most, file)
-                return headers
             except (OSError, http.client.HTTPException) as error:
                 raise _broken(file, str(hop), error) from error
-            finally:
-                connection.close()
         _no_redirect(f"more than {MOST_REDIRECTS} redirects")
 
     def _body(

@@ -5,7 +5,6 @@ So what is fetched passes the same checks, limits and events as an upload.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
@@ -17,13 +16,12 @@ from veneer_registry.records import Published
 from veneer_registry.rows import Who
 from veneer_registry.upload import check_labels
 
-from veneer_server.adapters.fetching.fetchers import Fetchers, FetchSettings
+from veneer_server.adapters.fetching.fetchers import Fetchers
 from veneer_server.adapters.fetching.uris import Uri, parse_uri
-from veneer_server.config import ServerConfig
 from veneer_server.serving.local_folders import LocalFile, LocalFolders
 from veneer_server.serving.tenants.tenant import Tenant
 
-__all__ = ["Registering", "Registration", "registering", "registration"]
+__all__ = ["Registering", "Registration", "registration"]
 
 @dataclass(frozen=True, slots=True)
 class Registration:
@@ -111,26 +109,3 @@ class Registering:
             self._staging.opened(str(folder)) as files,
         ):
             yield self._staging, files
-
-
-async def registering(config: ServerConfig) -> Registering:
-    """As the operator has configured it. Raises InvalidField if a setting is malformed."""
-    staging = (config.data_dir / "fetching").absolute()
-    fetchers = Fetchers(
-        FetchSettings(
-            staging=staging,
-            allowed=config.fetch_allow,
-            tokens=config.fetch_token,
-            hub=config.hf_endpoint,
-            most_bytes=config.max_adapter_bytes,
-            deadline_s=config.fetch_deadline,
-            least_rate=config.min_upload_rate,
-        )
-    )
-    await asyncio.to_thread(fetchers.clear)
-    most = config.max_adapter_bytes
-    return Registering(
-        fetchers,
-        roots=LocalFolders(config.lora_root, most, "uri"),
-        staging=LocalFolders((staging,), most, "uri"),
-    )
