@@ -93,7 +93,7 @@ def web_folder(cert: str | None = None, key: str | None = None) -> Iterator[WebF
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
-        def do_GET(self) -> None:  # noqa: N802 - http.server's name
+        def do_GET(self) -> None:
             web = asked_of[0]
             host = self.headers.get("host", "")
             web.asked.append(Asked(self.path, host, self.headers.get("authorization", "")))

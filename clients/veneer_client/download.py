@@ -114,7 +114,9 @@ class Download:
         """
         staging, info = self._staging, self._info
         if staging is None or info is None:
-            raise Aborted("the server sent nothing: pull again", metadata={"cause": "cut_short"})
+            raise Aborted(
+                "the server sent nothing: pull again", metadata={"cause": "cut_short"}
+            )
         for name, file in self._files.items():
             if file.received != file.size:
                 raise Aborted(
@@ -151,9 +153,7 @@ class Download:
         )
         for file in start.files:
             opened = (self._staging / file.name).open("xb")
-            self._files[file.name] = _Arriving(
-                file.size, file.sha256, opened, hashlib.sha256()
-            )
+            self._files[file.name] = _Arriving(file.size, file.sha256, opened, hashlib.sha256())
         self._progress(0, self._total)
 
     @property

@@ -122,9 +122,7 @@ def pull(
     context: typer.Context,
     name: Annotated[
         str,
-        typer.Argument(
-            help="NAME, NAME@REVISION or NAME/ALIAS.", autocompletion=adapter_names
-        ),
+        typer.Argument(help="NAME, NAME@REVISION or NAME/ALIAS.", autocompletion=adapter_names),
     ],
     folder: Annotated[Path, typer.Argument(help="Folder to make.")],
     force: Annotated[

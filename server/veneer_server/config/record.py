@@ -213,7 +213,7 @@ class ServerConfig:
         repeated=True)
     watch_dir: Path | None = setting(
         "", kinds.optional(kinds.FOLDER),
-        "Publish the adapters in DIR, each under its folder's name, and again when one changes.")
+        "Publish the adapters in DIR, each under its folder's name, and each change of one.")
     fetch_allow: tuple[str, ...] = setting(
         "", kinds.NAMES,
         "Let publishers register adapters by URIs that begin with NAME, such as hf://org/ or "
@@ -221,7 +221,7 @@ class ServerConfig:
         repeated=True)
     fetch_token: tuple[str, ...] = setting(
         "", kinds.NAMES,
-        "Where the token for a beginning of URIs is: 'hf:// FILE', or 'hf:// env:HF_TOKEN'; may "
+        "Where the token for URIs that begin so is: 'hf:// FILE', or 'hf:// env:HF_TOKEN'; may "
         "be repeated.",
         repeated=True)
     fetch_deadline: float = setting(

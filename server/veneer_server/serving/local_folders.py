@@ -7,13 +7,13 @@ following any: a link that is put in between is refused, not followed.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import stat
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final

@@ -33,7 +33,7 @@ class WatchedSeries:
         )
         self._failures = Counter(
             "veneer_watch_dir_failures_total",
-            "Folders in --watch-dir that could not be published, by reason; once for a content.",
+            "Failures to publish from --watch-dir by reason, once for a content.",
             ["reason"],
             registry=registry,
         )

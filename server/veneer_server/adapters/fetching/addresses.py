@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from veneer_registry.errors import Aborted
@@ -37,13 +37,14 @@ def may_contact(text: str, named: Iterable[Network]) -> bool:
     # The address itself need not be public where it only wraps another.
     return all(
         _public(each) or any(each.version == net.version and each in net for net in named)
-        for each in _inside(address) or [address]
+        for each in _meant(address)
     )
 
 
-def _inside(address: Address) -> list[ipaddress.IPv4Address]:
+def _meant(address: Address) -> Sequence[Address]:
+    """The addresses inside an address; itself, if there are none."""
     if isinstance(address, ipaddress.IPv4Address):
-        return []
+        return [address]
     if address.ipv4_mapped is not None:
         return [address.ipv4_mapped]
     if address.sixtofour is not None:
@@ -52,7 +53,7 @@ def _inside(address: Address) -> list[ipaddress.IPv4Address]:
         return list(address.teredo)
     if address in _NAT64 or (address in _COMPATIBLE and int(address) > 1):
         return [ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)]
-    return []
+    return [address]
 
 
 def _public(address: Address) -> bool:

@@ -9,13 +9,14 @@ from typing import IO, Final, Protocol
 from veneer_server.adapters.fetching.addresses import Network
 from veneer_server.adapters.fetching.allowed import AllowList, Entry, named_by
 from veneer_server.adapters.fetching.uris import Uri, parse_uri
-from veneer_server.adapters.fetching.web import Hop, Web
+from veneer_server.adapters.fetching.web import Hop, Web, parse_hop
 
 __all__ = ["Folder", "HubFolder", "WebFolder"]
 
 _HUB: Final = "huggingface.co"
 _HUB_STORAGE: Final = (".huggingface.co", ".hf.co")
 """Where the hub keeps large files: its answers lead there."""
+_CACHE: Final = ("api", "resolve-cache", "models")
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 
 
@@ -68,7 +69,7 @@ class HubFolder:
         self._entry = entry
         self._allowed = allowed
         self._endpoint = endpoint.removesuffix("/")
-        self._own = Hop.parse(self._endpoint + "/")
+        self._own = parse_hop(self._endpoint + "/")
         self._bearer = _token_for(uri, _parsed(tokens))
         self._revision = uri.revision or "main"
         self._web = Web(self._permit, lambda hop: self._bearer, least_rate)
@@ -83,13 +84,23 @@ class HubFolder:
 
     def _permit(self, hop: Hop) -> tuple[Network, ...] | None:
         if (hop.origin, hop.secure) == (self._own.origin, self._own.secure):
-            return (*self._entry.networks, *named_by(self._own.origin.host))
+            return self._permit_own(hop)
         if not hop.secure:
             return None
         if self._own.origin.host == _HUB and hop.origin.host.endswith(_HUB_STORAGE):
             return ()
         entry = self._allowed.entry(_uri_of(hop))
         return None if entry is None else entry.networks
+
+    def _permit_own(self, hop: Hop) -> tuple[Network, ...] | None:
+        """The hub leads to its cache, and from a repository that was renamed to another: that
+        one must be allowed too."""
+        parts = tuple(hop.path.strip("/").split("/"))
+        if parts[: len(_CACHE)] == _CACHE:
+            parts = parts[len(_CACHE) :]
+        if self._allowed.entry(Uri("hf", "", parts[:2], self._uri.revision)) is None:
+            return None
+        return (*self._entry.networks, *named_by(self._own.origin.host))
 
 
 def _uri_of(hop: Hop) -> Uri:

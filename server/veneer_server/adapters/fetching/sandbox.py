@@ -81,7 +81,7 @@ def confine(writable: Path, readable: Iterable[Path]) -> bool:
         for path in {*_python(), *readable}:
             _allow(libc, rules, path, _READ & rights)
         _allow(libc, rules, writable, rights)
-        return libc.syscall(_RESTRICT, rules, 0) == 0
+        return bool(libc.syscall(_RESTRICT, rules, 0) == 0)
     finally:
         os.close(rules)
 

@@ -147,7 +147,9 @@ def parse_origin(text: str) -> Origin:
     """``HOST`` or ``HOST:PORT`` of an https URI. Raises InvalidField."""
     if "@" in text:
         refuse_uri("it has a user or password: the operator gives those, by --fetch-token")
-    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]{2,45})\]|([^:\[\]]{1,253}))(?::([0-9]{1,5}))?", text)
+    match = re.fullmatch(
+        r"(?:\[([0-9A-Fa-f:.]{2,45})\]|([^:\[\]]{1,253}))(?::([0-9]{1,5}))?", text
+    )
     if match is None or not 0 < int(match[3] or 443) < 65536:
         refuse_uri("its host or port is malformed: give https://HOST/PATH")
     host = (match[1] or match[2]).lower()
@@ -159,4 +161,3 @@ def parse_origin(text: str) -> Origin:
     elif not all(map(_LABEL.fullmatch, host.split("."))):
         refuse_uri("its host's name is malformed: give https://HOST/PATH")
     return Origin(host, int(match[3] or 443))
-

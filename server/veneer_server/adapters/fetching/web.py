@@ -21,7 +21,7 @@ from veneer_registry.errors import Aborted, AdapterInvalid, DiskFull, InvalidFie
 from veneer_server.adapters.fetching.addresses import Network, connect
 from veneer_server.adapters.fetching.uris import Origin, parse_origin, refuse_uri
 
-__all__ = ["Hop", "Missing", "Permit", "Web", "too_large"]
+__all__ = ["Hop", "Missing", "Permit", "Web", "parse_hop", "too_large"]
 
 MOST_REDIRECTS: Final = 5
 IDLE_S: Final = 30.0
@@ -55,28 +55,6 @@ class Hop:
     def path(self) -> str:
         return self.target.partition("?")[0]
 
-    @classmethod
-    def parse(cls, url: str) -> Hop:
-        """A URL of http or https. Raises InvalidField (``cause``: ``redirect``)."""
-        if len(url) > _LONGEST_URL or not _PRINTABLE.fullmatch(url):
-            _no_redirect("a URL that is malformed")
-        try:
-            found = urlsplit(url)
-        except ValueError:
-            _no_redirect("a URL that is malformed")
-        if found.scheme not in ("http", "https"):
-            _no_redirect("another scheme than https")
-        if _DISGUISED.search(found.path):
-            _no_redirect("a path that could be read in two ways")
-        try:
-            origin = parse_origin(found.netloc)
-        except InvalidField:
-            _no_redirect("a host that is malformed")
-        if found.scheme == "http" and ":" not in found.netloc.rpartition("]")[2]:
-            origin = Origin(origin.host, 80)
-        query = f"?{found.query}" if found.query else ""
-        return cls(found.scheme == "https", origin, (found.path or "/") + query)
-
     @property
     def place(self) -> str:
         """Host, and port if it is not the default one."""
@@ -89,6 +67,28 @@ class Hop:
     def __str__(self) -> str:
         """Without the query, which may be a signature."""
         return self.url.partition("?")[0]
+
+
+def parse_hop(url: str) -> Hop:
+    """A URL of http or https. Raises InvalidField (``cause``: ``redirect``)."""
+    if len(url) > _LONGEST_URL or not _PRINTABLE.fullmatch(url):
+        _no_redirect("a URL that is malformed")
+    try:
+        found = urlsplit(url)
+    except ValueError:
+        _no_redirect("a URL that is malformed")
+    if found.scheme not in ("http", "https"):
+        _no_redirect("another scheme than https")
+    if _DISGUISED.search(found.path):
+        _no_redirect("a path that could be read in two ways")
+    try:
+        origin = parse_origin(found.netloc)
+    except InvalidField:
+        _no_redirect("a host that is malformed")
+    if found.scheme == "http" and ":" not in found.netloc.rpartition("]")[2]:
+        origin = Origin(origin.host, 80)
+    query = f"?{found.query}" if found.query else ""
+    return Hop(found.scheme == "https", origin, (found.path or "/") + query)
 
 
 Permit = Callable[[Hop], tuple[Network, ...] | None]
@@ -125,7 +125,7 @@ class Web:
             AdapterInvalid: it is too large.
             Aborted: it is cut short, too slow or refused.
         """
-        hop = first = Hop.parse(url)
+        hop = first = parse_hop(url)
         headers: dict[str, str] = {}
         for _ in range(MOST_REDIRECTS + 1):
             networks = self.permit(hop)
@@ -143,10 +143,10 @@ class Web:
                         _check_status(answer.status, file, hop)
                         self._body(answer, into, most, file)
                         return headers
-                    hop = Hop.parse(urljoin(hop.url, answer.headers.get("location", "")))
+                    hop = parse_hop(urljoin(hop.url, answer.headers.get("location", "")))
             except (OSError, http.client.HTTPException) as error:
                 raise _broken(file, str(hop), error) from error
-        _no_redirect(f"more than {MOST_REDIRECTS} redirects")
+        return _no_redirect(f"more than {MOST_REDIRECTS} redirects")
 
     def _body(
         self, answer: http.client.HTTPResponse, into: IO[bytes], most: int, file: str

@@ -23,6 +23,7 @@ from veneer_server.serving.tenants.tenant import Tenant
 
 __all__ = ["Registering", "Registration", "registration"]
 
+
 @dataclass(frozen=True, slots=True)
 class Registration:
     """A checked `RegisterAdapterRequest`."""

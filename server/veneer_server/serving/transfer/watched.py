@@ -164,7 +164,7 @@ class WatchedFolder:
             del self._state.folders[name]
         if gone:
             await self._keep()
-        now = {(name, seen) for name, seen in found.items()}
+        now = found.items()
         self._waiting = {key: each for key, each in self._waiting.items() if key in now}
         for name, seen in sorted(found.items()):
             if seen.signature and before.get(name) == seen:
@@ -265,7 +265,9 @@ class WatchedFolder:
         except FileNotFoundError:
             return
         except (OSError, msgspec.DecodeError) as error:
-            _log.warning("what was published from the watched folder is unknown", why=str(error))
+            _log.warning(
+                "what was published from the watched folder is unknown", why=str(error)
+            )
             return
         if state.root == str(self._root):
             # What was refused may pass now, with other settings.
@@ -277,7 +279,9 @@ class WatchedFolder:
         try:
             await to_the_end(lambda: replace_file(self._file, data, mode=0o600), self._reader)
         except OSError as error:  # kept in memory; written with the next change
-            _log.warning("what was published from the watched folder is not kept", why=str(error))
+            _log.warning(
+                "what was published from the watched folder is not kept", why=str(error)
+            )
 
 
 async def _joined(first: Any, rest: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:

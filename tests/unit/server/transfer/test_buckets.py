@@ -23,7 +23,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-async def fetched(tmp_path: Path, uri: str, *allowed: str, most: int = 1 << 20) -> dict[str, bytes]:
+async def fetched(
+    tmp_path: Path, uri: str, *allowed: str, most: int = 1 << 20
+) -> dict[str, bytes]:
     settings = FetchSettings(
         tmp_path / "staging", allowed=allowed, most_bytes=most, deadline_s=60
     )
@@ -93,7 +95,9 @@ async def test_gs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
                 "generation": "1",
                 "kind": "storage#object",
             }
-            about = Answer(json.dumps(facts).encode(), headers={"content-type": "application/json"})
+            about = Answer(
+                json.dumps(facts).encode(), headers={"content-type": "application/json"}
+            )
             web.answers[f"/storage/v1/b/adapters/o/{key}"] = about
             web.answers[f"/download/storage/v1/b/adapters/o/{key}?alt=media"] = Answer(data)
         found = await fetched(tmp_path, "gs://adapters/lora/sql", "gs://adapters/ 127.0.0.1")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -262,7 +260,9 @@ async def test_redirects_are_checked(site: Site, location: str) -> None:
 
 async def test_hostile_bodies(site: Site) -> None:
     endings = {
-        "endless": (Answer(partial(endless, site.web.ended), length=-1), AdapterInvalid, "size"),
+        "endless": (
+            Answer(partial(endless, site.web.ended), length=-1), AdapterInvalid, "size",
+        ),
         "huge": (Answer(b"x", length=10 << 30), AdapterInvalid, "size"),
         "short": (Answer(b"x" * 10, length=4000), Aborted, "cut_short"),
         "zipped": (

@@ -61,7 +61,9 @@ class Watch:
         return self.metrics.get_sample_value(f"veneer_watch_dir_{name}", labels) or 0.0
 
     async def revisions(self, name: str) -> int:
-        return len((await self.front.adapters.GetAdapter(pb.GetAdapterRequest(name=name))).revisions)
+        return len(
+            (await self.front.adapters.GetAdapter(pb.GetAdapterRequest(name=name))).revisions
+        )
 
 
 @pytest_asyncio.fixture(loop_scope="module")
@@ -144,7 +146,9 @@ async def test_half_written_folders(watch: Watch, monkeypatch: pytest.MonkeyPatc
         for name, data in written.items():
             (folder / name).write_bytes(data)
         assert await watch.look(3) == {}, {name: len(data) for name, data in written.items()}
-        assert watch.count("failures_total", reason="ADAPTER_INVALID") == 0, "it may be whole soon"
+        assert watch.count("failures_total", reason="ADAPTER_INVALID") == 0, (
+            "it may be whole soon"
+        )
     monkeypatch.setattr(watched, "STALE_S", 0.0)
     assert await watch.look(3) == {}
     assert watch.count("failures_total", reason="ADAPTER_INVALID") == 1, "once"
@@ -240,8 +244,11 @@ async def test_a_disk_that_is_away(watch: Watch) -> None:
 async def test_a_check_that_is_left_out_is_seen(watch: Watch) -> None:
     """Without it, a folder that is being written is published."""
     folder = dropped(watch)
-    with (folder / WEIGHTS).open("r+b") as file, planted(
-        settled, "if any(_is_written(file.descriptor) for file in files):", "if False:"
+    with (
+        (folder / WEIGHTS).open("r+b") as file,
+        planted(
+            settled, "if any(_is_written(file.descriptor) for file in files):", "if False:"
+        ),
     ):
         file.flush()
         assert [*await watch.look()] == ["sql"]
