@@ -91,6 +91,8 @@ async def run(cases: int, seed: int, only: int | None, tries: int) -> int:
         stack.callback(drops.close)
         runner, began = Runner(here, drops, seed), time.monotonic()
         for number in range(cases) if only is None else [only]:
+            if number % 1000 == 999:
+                print(f"{number + 1} cases after {time.monotonic() - began:.0f} s", flush=True)
             broken = await runner.case(number, KINDS[number % len(KINDS)])
             if broken:
                 failed += 1

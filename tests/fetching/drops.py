@@ -205,5 +205,9 @@ def _shuffled(files: Files, random_: random.Random) -> list[tuple[str, bytes]]:
 
 
 def _digest(files: Files) -> str:
-    sums = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
+    """Of a config, what it says: without the line's end it is whole too."""
+    means = dict(files)
+    with contextlib.suppress(ValueError):
+        means[CONFIG] = json.dumps(json.loads(files[CONFIG]), sort_keys=True).encode()
+    sums = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(means.items())}
     return json.dumps(sums)

@@ -145,6 +145,8 @@ def _fetched(world: World, text: str) -> bool:
                 found = True
     except VeneerError:
         pass
+    except Exception as error:  # a caller would get INTERNAL
+        world.broken.append(f"{type(error).__name__}: {error}")
     for path in world.staging.iterdir():
         if path.is_symlink() or MARK in path.read_bytes():
             world.broken.append(f"{path.name} of the secret folder came out")

@@ -25,7 +25,7 @@ from veneer_server.adapters.fetching.process import Fetch, Fetched
 from veneer_server.adapters.fetching.uris import Uri, parse_uri
 from veneer_server.wire.frames import framed, read_frame
 
-__all__ = ["MAX_AT_ONCE", "FetchSettings", "Fetchers"]
+__all__ = ["MAX_AT_ONCE", "FetchSettings", "Fetchers", "environment"]
 
 _log = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ class Fetchers:
         try:
             with disk_errors(self._settings.staging):
                 folder = self._new_folder()
-            run = _Run(uri, folder, Child(MODULE, environment=_environment(os.environ)))
+            run = _Run(uri, folder, Child(MODULE, environment=environment(os.environ)))
             fetching = loop.run_in_executor(self._workers, self._fetch, run)
             try:
                 answer = await asyncio.shield(fetching)
@@ -193,8 +193,8 @@ class Fetchers:
         )
 
 
-def _environment(ours: Mapping[str, str]) -> dict[str, str]:
-    """Of the process: what Python, TLS and the libraries of buckets need."""
+def environment(ours: Mapping[str, str]) -> dict[str, str]:
+    """The process's environment: what Python, TLS and the libraries of buckets need."""
     kept = {
         name: value
         for name, value in ours.items()

@@ -91,6 +91,14 @@ def parse_hop(url: str) -> Hop:
     return Hop(found.scheme == "https", origin, (found.path or "/") + query)
 
 
+def _led(hop: Hop, location: str) -> Hop:
+    """Where a redirect leads. Raises InvalidField."""
+    try:
+        return parse_hop(urljoin(hop.url, location))
+    except ValueError:  # such as brackets that are no IPv6 address
+        return _no_redirect("a URL that is malformed")
+
+
 Permit = Callable[[Hop], tuple[Network, ...] | None]
 """The private networks that a hop's host may be in; None if it may not be contacted."""
 
@@ -143,7 +151,7 @@ class Web:
                         _check_status(answer.status, file, hop)
                         self._body(answer, into, most, file)
                         return headers
-                    hop = parse_hop(urljoin(hop.url, answer.headers.get("location", "")))
+                    hop = _led(hop, answer.headers.get("location", ""))
             except (OSError, http.client.HTTPException) as error:
                 raise _broken(file, str(hop), error) from error
         return _no_redirect(f"more than {MOST_REDIRECTS} redirects")

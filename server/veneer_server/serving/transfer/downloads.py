@@ -24,7 +24,7 @@ from veneer_registry.lease import RevisionLease
 
 from veneer_server.serving.calls import READER_LIMIT_S
 from veneer_server.serving.tenants.tenant import Tenant
-from veneer_server.serving.threads import to_the_end
+from veneer_server.serving.threads import Background, to_the_end
 
 __all__ = ["MAX_AT_ONCE", "Downloads"]
 
@@ -59,6 +59,11 @@ class Downloads:
         self._running: Counter[str] = Counter()
         self._tenants: set[str] = set()
         self._workers = ThreadPoolExecutor(2, thread_name_prefix="download")
+        self._background = Background()
+
+    async def stop(self) -> None:
+        """Wait for the removal of content that nothing holds any more."""
+        await self._background.finish()
 
     async def send(self, home: Tenant, spec: str, describe: Describe, write: Write) -> None:
         """Send the files of ``spec`` to ``write``: what they are, then their content.
@@ -82,6 +87,8 @@ class Downloads:
             finally:
                 for lease in leases:  # even if the caller was cancelled meanwhile
                     lease.release()
+                if home.registry.needs_sweep:
+                    self._background.start(f"sweep {home.name}", home.registry.sweep)
 
     async def _send(
         self, home: Tenant, lease: RevisionLease, describe: Describe, write: Write

@@ -65,11 +65,13 @@ class Transfers:
             )
             resources.push_async_callback(watched.stop)
             await watched.start()
+        downloads = Downloads(reader_limit_s=config.reader_limit)
+        resources.push_async_callback(downloads.stop)
         return cls(
             Registering(
                 fetchers,
                 roots=LocalFolders(config.lora_root, most, "uri"),
                 staging=LocalFolders((staging,), most, "uri"),
             ),
-            Downloads(reader_limit_s=config.reader_limit),
+            downloads,
         )

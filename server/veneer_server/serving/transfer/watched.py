@@ -125,8 +125,8 @@ class WatchedFolder:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Begin to look."""
-        await to_the_end(self._read_state, self._reader)
+        """Read what was done, and begin to look."""
+        await to_the_end(self.read_state, self._reader)
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def stop(self) -> None:
@@ -259,7 +259,8 @@ class WatchedFolder:
 
     # ------------------------------------------------------------------------ state
 
-    def _read_state(self) -> None:
+    def read_state(self) -> None:
+        """Read what an earlier server has done."""
         try:
             state = msgspec.json.decode(self._file.read_bytes(), type=_State)
         except FileNotFoundError:

@@ -237,6 +237,7 @@ async def test_only_what_is_allowed(site: Site) -> None:
         "//localhost:{other_port}/lora/" + WEIGHTS,
         "/else/" + WEIGHTS,
         "https://localhost:{port}/lora/sql/" + WEIGHTS,
+        "https://[localhost]]:{port}/lora/",
         "",
     ],
 )

@@ -141,7 +141,7 @@ async def test_a_reader_that_leaves_frees_the_content(front: Front, tmp_path: Pa
     shown = (await front.push(folder, "big")).adapter
     call = front.adapters.DownloadAdapter(pb.DownloadAdapterRequest(name="big"))
     await call.read()
-    registry = front.app._tenants.default.registry  # private: how many leases there are
+    registry = front.home.registry
     assert registry.leases(shown.weights_digest) == 1
     call.cancel()
     await until(lambda: registry.leases(shown.weights_digest) == 0)

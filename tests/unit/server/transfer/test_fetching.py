@@ -227,7 +227,7 @@ def test_what_the_process_inherits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VENEER_API_KEY", "open-sesame")
     monkeypatch.setenv("HF_TOKEN", "open-sesame")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "false")
-    given = fetchers._environment(os.environ)  # private: a process's environment is not seen
+    given = fetchers.environment(os.environ)
     assert "open-sesame" not in given.values()
     assert given["AWS_EC2_METADATA_DISABLED"] == "false", "the operator's choice"
     assert given["NO_GCE_CHECK"] == "true"

@@ -40,15 +40,14 @@ class Watch:
     def restart(self) -> None:
         """As a restart of the server does."""
         self.metrics = CollectorRegistry()
-        tenants = self.front.app._tenants  # private: the front's flag has a clock of its own
         self.folder = WatchedFolder(
             self.root,
-            lambda: tenants.default,
+            lambda: self.front.home,
             state=self.state,
             most_bytes=1 << 20,
             series=WatchedSeries(self.metrics),
         )
-        self.folder._read_state()  # private: `start` would begin to look by the clock
+        self.folder.read_state()
 
     async def look(self, times: int = 2) -> dict[str, str]:
         """Look; returns the revision of each name."""
@@ -258,6 +257,5 @@ async def test_the_flag(base_folder: Path, front_cache: Path, tmp_path: Path) ->
     root = tmp_path / "drop"
     make_adapter(root / "sql")
     async with running(base_folder, front_cache, tmp_path, watch_dir=str(root)) as front:
-        tenant = front.app._tenants.default  # private: no event tells of a first publication
-        await until(lambda: "sql" in tenant.registry)
+        await until(lambda: "sql" in front.home.registry)
         assert 'veneer_watch_dir_folders{state="published"}' in await front.metrics()
