@@ -246,7 +246,7 @@ class App:
         )
         self._answer_openai(generator, engine, base)
         transfers = await Transfers.start(
-            config, tenants, self._calls, self._metrics.watched, self._resources
+            config, tenants, self._calls, self._metrics.watched, places.flow, self._resources
         )
         self._doors.answer_grpc(
             InferenceService(generator, reader_limit_s=config.reader_limit),

@@ -2,6 +2,7 @@
 
 A lease keeps the content while it is sent. Files are read in threads, piece by piece, and the
 next piece is read when the last one has been taken: a slow reader costs one piece of memory.
+While sequences run, reading is as slow as uploads are, since both take CPU time from the step.
 """
 
 from __future__ import annotations
@@ -11,17 +12,19 @@ import hashlib
 import os
 import stat
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from veneer_proto.v1 import adapters_pb2
 from veneer_registry.errors import Aborted, AdapterCorrupt, QuotaExceeded
 from veneer_registry.lease import RevisionLease
 
+from veneer_server.queues.upload_flow import UploadFlow
 from veneer_server.serving.calls import READER_LIMIT_S
 from veneer_server.serving.tenants.tenant import Tenant
 from veneer_server.serving.threads import Background, to_the_end
@@ -37,7 +40,9 @@ PIECE: Final = 256 << 10
 _OPEN: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 Message = adapters_pb2.DownloadAdapterResponse
-Write = Callable[[Message], Awaitable[None]]
+Write = Callable[[bytes], Awaitable[None]]
+"""Sends a serialised `Message`."""
+T = TypeVar("T")
 Describe = Callable[[RevisionLease], adapters_pb2.Adapter]
 
 
@@ -47,14 +52,19 @@ class _File:
 
     name: str
     size: int
-    sha256: str
     descriptor: int
 
 
 class Downloads:
     """Bounds and serves downloads. Belongs to one event loop."""
 
-    def __init__(self, *, reader_limit_s: float = READER_LIMIT_S) -> None:
+    def __init__(
+        self, flow: UploadFlow | None = None, *, reader_limit_s: float = READER_LIMIT_S
+    ) -> None:
+        """Args:
+        flow: how fast files are read; None for as fast as the reader.
+        """
+        self._flow = flow or UploadFlow(lambda: False)
         self._reader_limit_s = reader_limit_s
         self._running: Counter[str] = Counter()
         self._tenants: set[str] = set()
@@ -95,21 +105,36 @@ class Downloads:
     ) -> None:
         files: list[_File] = []
         try:
-            opening = lambda: _open_all(home.registry.bundle_files(lease.ref), files)  # noqa: E731
-            await to_the_end(opening, self._workers)
+            paths = await to_the_end(
+                lambda: home.registry.bundle_files(lease.ref), self._workers
+            )
+            for name, path in paths.items():
+                await to_the_end(partial(_open, name, path, files), self._workers)
             start = adapters_pb2.DownloadStart(adapter=describe(lease))
             for file in files:
-                start.files.add(name=file.name, size=file.size, sha256=file.sha256)
-            await self._write(write, Message(start=start))
+                found = hashlib.sha256()
+                async for _ in self._pieces(file, lambda at, data: found.update(data)):  # noqa: B023 - done before the next
+                    pass
+                start.files.add(name=file.name, size=file.size, sha256=found.hexdigest())
+            await self._write(write, Message(start=start).SerializeToString())
             for file in files:
-                for at in range(0, file.size, PIECE):
-                    read = lambda file=file, at=at: _piece(file, at)  # type: ignore[misc]  # noqa: E731
-                    await self._write(write, await to_the_end(read, self._workers))
+                async for message in self._pieces(file, partial(_message, file.name)):
+                    await self._write(write, message)
         finally:
             for file in files:
                 os.close(file.descriptor)
 
-    async def _write(self, write: Write, message: Message) -> None:
+    async def _pieces(self, file: _File, use: Callable[[int, bytes], T]) -> AsyncIterator[T]:
+        """What ``use`` makes, in a thread, of each piece and its offset."""
+        for at in range(0, file.size, PIECE):
+            size = min(PIECE, file.size - at)
+            await self._flow.hold(size)
+            yield await to_the_end(
+                lambda at=at, size=size: use(at, _read(file, size, at)),  # type: ignore[misc]
+                self._workers,
+            )
+
+    async def _write(self, write: Write, message: bytes) -> None:
         try:
             async with asyncio.timeout(self._reader_limit_s):
                 await write(message)
@@ -137,49 +162,38 @@ class Downloads:
             self._running[tenant] -= 1
 
 
-def _open_all(paths: Mapping[str, Path], files: list[_File]) -> None:
-    """Open and hash files, into ``files``, which the caller closes. Raises AdapterCorrupt."""
-    for name, path in paths.items():
-        try:
-            descriptor = os.open(path, _OPEN)
-        except OSError as error:
-            raise _damaged(name, str(error)) from error
-        files.append(_File(name, 0, "", descriptor))
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise _damaged(name, "not a regular file")
-        size = status.st_size
-        files[-1] = _File(name, size, _sha256(name, descriptor, size), descriptor)
+def _open(name: str, path: Path, files: list[_File]) -> None:
+    """Open a file of the store into ``files``, whose owner closes it, also if the caller has
+    left meanwhile. Raises AdapterCorrupt."""
+    try:
+        descriptor = os.open(path, _OPEN)
+    except OSError as error:
+        raise _damaged(name, str(error)) from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise _damaged(name, "not a regular file")
+    files.append(_File(name, status.st_size, descriptor))
 
 
-def _sha256(name: str, descriptor: int, size: int) -> str:
-    found, at = hashlib.sha256(), 0
-    while at < size:
-        data = _read(name, descriptor, min(1 << 20, size - at), at)
-        found.update(data)
-        at += len(data)
-    return found.hexdigest()
-
-
-def _piece(file: _File, at: int) -> Message:
+def _message(name: str, at: int, data: bytes) -> bytes:
     message = Message()
-    chunk = message.chunk
-    chunk.file, chunk.offset = file.name, at
-    chunk.data = _read(file.name, file.descriptor, min(PIECE, file.size - at), at)
-    return message
+    # The nested message is filled in place, which saves a copy.
+    message.chunk.file, message.chunk.offset, message.chunk.data = name, at, data
+    return message.SerializeToString()
 
 
-def _read(name: str, descriptor: int, size: int, at: int) -> bytes:
+def _read(file: _File, size: int, at: int) -> bytes:
     """All of it, since a short read would leave a gap. Raises AdapterCorrupt."""
     parts = bytearray()
     try:
         while len(parts) < size:
-            part = os.pread(descriptor, size - len(parts), at + len(parts))
+            part = os.pread(file.descriptor, size - len(parts), at + len(parts))
             if not part:
-                raise _damaged(name, "it became shorter")
+                raise _damaged(file.name, "it became shorter")
             parts += part
     except OSError as error:
-        raise _damaged(name, str(error)) from error
+        raise _damaged(file.name, str(error)) from error
     return bytes(parts)
 
 

@@ -45,7 +45,7 @@ class Seen:
 
 def look(root: Path) -> Mapping[str, Seen]:
     """The folders below ``root``, by name; hidden ones are left out. Raises OSError."""
-    found = {}
+    found: dict[str, Seen] = {}
     with os.scandir(root) as entries:
         for entry in entries:
             if not entry.name.startswith(".") and len(found) < _MOST and _is_folder(entry):

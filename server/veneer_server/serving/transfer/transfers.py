@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from veneer_server.adapters.fetching.fetchers import Fetchers, FetchSettings
 from veneer_server.config import ServerConfig
+from veneer_server.queues.upload_flow import UploadFlow
 from veneer_server.serving.calls import Calls, Phase
 from veneer_server.serving.local_folders import LocalFolders
 from veneer_server.serving.tenants.tenants import Tenants
@@ -33,9 +34,13 @@ class Transfers:
         tenants: Tenants,
         calls: Calls,
         series: WatchedSeries,
+        flow: UploadFlow,
         resources: AsyncExitStack,
     ) -> Transfers:
         """Start what the settings ask for; ``resources`` stops it.
+
+        Args:
+            flow: of uploads, which downloads share.
 
         Raises:
             InvalidField: a setting is malformed.
@@ -65,7 +70,7 @@ class Transfers:
             )
             resources.push_async_callback(watched.stop)
             await watched.start()
-        downloads = Downloads(reader_limit_s=config.reader_limit)
+        downloads = Downloads(flow, reader_limit_s=config.reader_limit)
         resources.push_async_callback(downloads.stop)
         return cls(
             Registering(

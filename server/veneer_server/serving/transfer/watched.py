@@ -243,6 +243,7 @@ class WatchedFolder:
         more = detail_for_log(error)
         _log.error(
             "watched folder not published",
+            None,
             folder=name[:80],
             reason=error.reason,
             why=error.message,
