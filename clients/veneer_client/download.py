@@ -144,8 +144,8 @@ class Download:
         strange = [name for name in names if name not in ALLOWED_FILES]
         if strange or len(set(names)) < len(names) or not {*REQUIRED_FILES} <= {*names}:
             raise _not_a_download(f"files {', '.join(names)[:200]}")
-        if self._info is not None and self._info.revision != start.adapter.revision:
-            raise _not_a_download("another revision than it began with")
+        if not start.adapter.revision.startswith(self._name.partition("@")[2]):
+            raise _not_a_download("another revision than it was asked for")
         self._info = start.adapter
         self._folder.parent.mkdir(parents=True, exist_ok=True)
         self._staging = Path(

@@ -70,6 +70,8 @@ async def module_site(
     root = data / "roots"
     root.mkdir()
     (data / "token").write_text(f"{SECRET}\n")
+    left = data / "data" / "fetching" / "left"
+    left.mkdir(parents=True)
     with (
         web_folder(pki.cert, pki.key) as web,
         web_folder(pki.cert, pki.key) as other,
@@ -92,6 +94,7 @@ async def module_site(
             ) as front,
             AsyncClient(front.addresses["grpc"]) as client,
         ):
+            assert not left.exists(), "what a killed server left is removed"
             yield Site(front, client, web, other, hub, root)
 
 

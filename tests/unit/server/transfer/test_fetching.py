@@ -15,14 +15,17 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from veneer_registry.child_python import child_python
 from veneer_registry.errors import Aborted, InvalidField, QuotaExceeded
 from veneer_server.adapters.fetching import addresses, fetchers, web
 from veneer_server.adapters.fetching.allowed import AllowList
 from veneer_server.adapters.fetching.fetchers import Fetchers, FetchSettings
+from veneer_server.adapters.fetching.process import Fetch
 from veneer_server.adapters.fetching.uris import Origin, parse_uri
 from veneer_server.adapters.fetching.web import Web
+from veneer_server.wire.frames import framed
 
 from tests.planted import planted
 from tests.refused import refused
@@ -173,6 +176,32 @@ async def test_places_for_fetches(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with refused(QuotaExceeded, cause="fetches"):
         async with running.fetched(parse_uri("hf://org/a"), "default"):
             pass
+
+
+def test_the_process_ends_with_the_front(tmp_path: Path) -> None:
+    """Also while it waits for a host."""
+    with web_folder() as server:
+        server.answers["/org/a/resolve/main/adapter_config.json"] = Answer(
+            partial(dripping, server.ended), length=1000
+        )
+        wanted = Fetch(
+            *("hf://org/a", str(tmp_path), ("hf://",), {}, f"http://localhost:{server.port}"),
+            most_bytes=1000,
+            deadline_s=300.0,
+            least_rate=0,
+        )
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = subprocess.Popen(
+                child_python("-m", fetchers.MODULE, str(theirs.fileno())),
+                pass_fds=[theirs.fileno()],
+            )
+        with ours:
+            ours.sendall(framed(msgspec.msgpack.encode(wanted)))
+            while not server.asked:
+                assert process.poll() is None
+                time.sleep(0.01)
+        assert process.wait() == 0
 
 
 CONFINED = """
