@@ -229,6 +229,9 @@ class App:
         )
         background = Background()
         self._resources.push_async_callback(background.finish)
+        transfers = await Transfers.start(
+            config, tenants, self._calls, self._metrics.watched, places.flow, self._resources
+        )
         generator = Generator(
             engine=engine,
             tenants=tenants,
@@ -240,14 +243,12 @@ class App:
             constraint_bytes=config.constraint_bytes,
             tool_parser=config.tool_parser,
             meter=Meter(self._quotas, book),
+            resolving=transfers.resolving,
             tracing=tracing,
             # When nothing is running, the duration of earlier steps tells nothing.
             step_seconds=lambda: self._metrics.recent_step_s if engine.in_flight else 0.0,
         )
         self._answer_openai(generator, engine, base)
-        transfers = await Transfers.start(
-            config, tenants, self._calls, self._metrics.watched, places.flow, self._resources
-        )
         self._doors.answer_grpc(
             InferenceService(generator, reader_limit_s=config.reader_limit),
             AdapterService(tenants, budgets=budgets, transfers=transfers),

@@ -224,6 +224,10 @@ class ServerConfig:
         "Where the token for URIs that begin so is: 'hf:// FILE', or 'hf:// env:HF_TOKEN'; may "
         "be repeated.",
         repeated=True)
+    resolve: str = setting(
+        "", kinds.TEXT,
+        "Fetch an adapter that is asked for and not there from this URI, with {name} for its "
+        "name; empty fetches none.")
     fetch_deadline: float = setting(
         "600", kinds.SOME_SECONDS,
         "How long fetching an adapter from a URI may take.")

@@ -72,6 +72,11 @@ class Registering:
         self._roots = roots
         self._staging = staging
 
+    def check(self, uri: Uri) -> None:
+        """Raise InvalidField if a URI may not be fetched, as far as that shows before."""
+        if uri.scheme != "file":
+            self._fetchers.check(uri)
+
     async def register(self, home: Tenant, wanted: Registration, who: Who) -> Published:
         """Fetch and publish. If the caller leaves before the name moves, nothing is published.
 

@@ -14,6 +14,7 @@ from veneer_server.serving.local_folders import LocalFolders
 from veneer_server.serving.tenants.tenants import Tenants
 from veneer_server.serving.transfer.downloads import Downloads
 from veneer_server.serving.transfer.registering import Registering
+from veneer_server.serving.transfer.resolving import Resolving
 from veneer_server.serving.transfer.watched import WatchedFolder
 from veneer_server.telemetry.watched_series import WatchedSeries
 
@@ -26,6 +27,7 @@ class Transfers:
 
     registering: Registering
     downloads: Downloads
+    resolving: Resolving
 
     @classmethod
     async def start(
@@ -72,11 +74,9 @@ class Transfers:
             await watched.start()
         downloads = Downloads(flow, reader_limit_s=config.reader_limit)
         resources.push_async_callback(downloads.stop)
-        return cls(
-            Registering(
-                fetchers,
-                roots=LocalFolders(config.lora_root, most, "uri"),
-                staging=LocalFolders((staging,), most, "uri"),
-            ),
-            downloads,
+        registering = Registering(
+            fetchers,
+            roots=LocalFolders(config.lora_root, most, "uri"),
+            staging=LocalFolders((staging,), most, "uri"),
         )
+        return cls(registering, downloads, Resolving(config.resolve, registering))

@@ -27,6 +27,7 @@ from veneer_server.serving.adapters.use import source_of
 from veneer_server.serving.tenants.tenant import Furnish
 from veneer_server.serving.tenants.tenants import Tenants
 from veneer_server.serving.transfer.downloads import Downloads
+from veneer_server.serving.transfer.resolving import Resolving
 from veneer_server.serving.transfer.transfers import Transfers
 from veneer_server.telemetry.adapter_log import AdapterLog
 from veneer_server.telemetry.metrics import Metrics
@@ -158,7 +159,7 @@ class Server:
         self.service = AdapterService(
             self.tenants,
             budgets=self.budgets,
-            transfers=Transfers(registering, Downloads()),
+            transfers=Transfers(registering, Downloads(), Resolving("", registering)),
         )
         self._log = AdapterLog(self.tenants)
         self._requests = AsyncExitStack()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from veneer_client import AsyncClient
+from veneer_client import AsyncClient, Text
 from veneer_registry.errors import (
     Aborted,
     AdapterExists,
@@ -90,6 +90,7 @@ async def module_site(
                 fetch_deadline="20",
                 hf_endpoint=f"http://localhost:{hub.port}",
                 lora_root=str(root),
+                resolve=f"{web.url}/lora/lazy/{{name}}",
                 max_adapter_bytes="64KiB",
             ) as front,
             AsyncClient(front.addresses["grpc"]) as client,
@@ -182,6 +183,25 @@ async def test_a_token_for_its_own_place_only(site: Site) -> None:
     site.web.asked.clear()
     await site.register(f"{site.web.url}/lora/open", "b")
     assert {each.token for each in site.web.asked} == {""}
+
+
+async def test_a_name_is_fetched_when_it_is_first_asked_for(site: Site) -> None:
+    """Once for all who ask; and one that is not there is not looked for again at once."""
+    site.web.serve("/lora/lazy/sql", site.folder())
+    await asyncio.gather(*(site.client.generate(Text("x"), adapter="sql") for _ in range(4)))
+    assert site.web.paths().count(f"/lora/lazy/sql/{WEIGHTS}") == 1
+    site.web.asked.clear()
+    for _ in range(3):
+        with refused(AdapterNotFound, did_you_mean="sql"):
+            await site.client.generate(Text("x"), adapter="sqk")
+    assert len(site.web.asked) == 1
+    site.web.asked.clear()
+    for spec in ("sqj@0123456789ab", "sqj/prod", "../x"):
+        with pytest.raises(VeneerError):
+            await site.client.generate(Text("x"), adapter=spec)
+    assert site.web.asked == []
+    history = [line async for line in site.client.history("sql")]
+    assert history[0].actor == "resolve"
 
 
 # -------------------------------------------------------------------------- what does not
