@@ -217,7 +217,8 @@ class World:
     def look_at_requests(self) -> None:
         """Note requests for paths that are not allowed, and tokens in wrong places."""
         for asked in self.web.asked:
-            if not asked.path.startswith("/lora/") or ".." in asked.path or "%2" in asked.path:
+            inside = asked.path.startswith("/lora/") and "%2" not in asked.path
+            if not inside or ".." in asked.path.split("/"):
                 self.broken.append(f"asked for {asked.path}")
             if asked.token and not asked.path.startswith("/lora/team/"):
                 self.broken.append(f"sent a token for {asked.path}")

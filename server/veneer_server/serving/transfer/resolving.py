@@ -94,7 +94,7 @@ class Resolving:
             task.add_done_callback(lambda done: self._ended(key, done))
         if self._waiting >= MOST_WAITING:
             raise QueueFull(
-                f"{MOST_WAITING} requests wait for adapters that are being fetched: retry later",
+                f"{MOST_WAITING} requests wait for adapters that are being fetched: retry",
                 metadata={"limit": str(MOST_WAITING)},
                 retry_after_s=1.0,
             )
@@ -110,7 +110,7 @@ class Resolving:
     async def _fetch(self, home: Tenant, name: str) -> None:
         wanted = Registration(name=name, uri=parse_uri(self._uri(name)))
         published = await self._registering.register(home, wanted, Who("resolve", "server"))
-        _log.info("adapter resolved", adapter=published.record.ref.short)
+        _log.info("name resolved", name=published.record.ref.short)
 
     def _ended(self, key: tuple[str, str], task: asyncio.Task[None]) -> None:
         del self._running[key]
