@@ -32,7 +32,7 @@ from packaging.requirements import Requirement
 ROOT: Final = Path(__file__).resolve().parents[1]
 NATIVE: Final = "server/veneer_server/backends/native/cpp"
 OURS: Final = "Apache-2.0"
-EXTRAS: Final = ("", "server", "gateway", "train", "loadtest", "tracing")
+EXTRAS: Final = ("", "server", "gateway", "train", "loadtest", "tracing", "remote")
 """What users install; "" is the base install."""
 
 

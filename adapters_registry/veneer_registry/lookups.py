@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Final
 
 from veneer_registry.adapter import AdapterRef
+from veneer_registry.bundle_files import REQUIRED_FILES
+from veneer_registry.causes import cause_of
 from veneer_registry.core import Part
 from veneer_registry.errors import (
     AdapterCorrupt,
@@ -183,6 +185,22 @@ class Lookups(Part):
     def weights_folder(self, ref: AdapterRef) -> Path:
         """Folder with the two weight files of a leased or registered revision."""
         return self._core.store.weights_folder(ref.weights_digest)
+
+    def bundle_files(self, ref: AdapterRef) -> Mapping[str, Path]:
+        """The files of a leased revision as they were pushed, by name. Weights that were
+        pushed several times are those of the first push. Raises AdapterCorrupt."""
+        store = self._core.store
+        try:
+            extra = store.bundle(ref.revision).files
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise AdapterCorrupt(
+                f"the bundle of {ref.short} cannot be read; push the adapter again",
+                metadata={"revision": ref.revision, "cause": "files"},
+                detail=cause_of(error),
+            ) from error
+        weights, revision = self.weights_folder(ref), store.revision_folder(ref.revision)
+        found = {name: weights / name for name in REQUIRED_FILES}
+        return found | {name: revision / name for name in sorted(extra)}
 
     def aliases(self, name: str = "") -> tuple[AliasRow, ...]:
         """Aliases of a plain name (all names if empty), sorted. Raises AdapterNotFound."""

@@ -32,6 +32,7 @@ from veneer_client.records import (
     Eviction,
     EvictMode,
     HistoryEntry,
+    Pulled,
     Pushed,
     Resumed,
 )
@@ -118,6 +119,7 @@ __all__ = [
     "MessageLike",
     "Prompt",
     "Provenance",
+    "Pulled",
     "Pushed",
     "RequestDefaults",
     "Resumed",

@@ -16,7 +16,15 @@ from veneer_registry.errors import AdapterInvalid, InvalidField, Unimplemented
 from veneer_client import calls, calls_admin
 from veneer_client.aio_connection import AsyncConnection, sleep_or_raise
 from veneer_client.aio_streams import AsyncAdapterWatch
-from veneer_client.aio_transport import begin, messages, outcome, prepared
+from veneer_client.aio_transport import (
+    apart,
+    begin,
+    messages,
+    next_message,
+    outcome,
+    prepared,
+)
+from veneer_client.download import Download
 from veneer_client.failures import Attempts, to_error
 from veneer_client.readers import StreamStart, WatchReader
 from veneer_client.records import (
@@ -28,6 +36,7 @@ from veneer_client.records import (
     Eviction,
     EvictMode,
     HistoryEntry,
+    Pulled,
     Pushed,
 )
 from veneer_client.upload import OnResume, Progress, PushOptions, Upload
@@ -117,6 +126,85 @@ class AsyncAdapterCalls(AsyncConnection):
         )
         answer: adapters_pb2.UploadAdapterResponse = await outcome(running)
         return answer
+
+    async def register(
+        self,
+        uri: str,
+        name: str,
+        *,
+        labels: Mapping[str, str] | None = None,
+        validate_only: bool = False,
+        activate: bool = False,
+        allow_replace: bool = False,
+        etag: str = "",
+        timeout_s: float | None = None,
+    ) -> Pushed:
+        """Let the server fetch an adapter, and publish it as `push` does.
+
+        Args:
+            uri: a folder that the server may fetch from: ``https://``, ``hf://``, ``s3://``,
+                ``gs://`` or ``file://``.
+
+        Raises:
+            InvalidField: it may not, or the URI is malformed (metadata ``field``).
+            AdapterInvalid and others: as `push`.
+        """
+        call = calls_admin.register(
+            uri,
+            name,
+            labels=labels or {},
+            validate_only=validate_only,
+            activate=activate,
+            allow_replace=allow_replace,
+            etag=etag,
+        )
+        return await self._perform(call, timeout_s)
+
+    async def pull(
+        self,
+        name: str,
+        folder: Path,
+        *,
+        force: bool = False,
+        progress: Progress = lambda done, total: None,
+        timeout_s: float | None = None,
+    ) -> Pulled:
+        """Write the files of an adapter as they were uploaded, verified, into ``folder``.
+
+        Args:
+            name: ``name``, ``name@revision`` or ``name/alias``.
+            folder: must not exist, or be empty. It appears when everything is there.
+            force: replace an adapter that is in the folder.
+            progress: called with the bytes that have arrived and the total. The first number
+                falls if the connection breaks, since the pull begins anew.
+
+        Raises:
+            InvalidField: the folder is in the way.
+            ChecksumMismatch: what arrived is not what was uploaded.
+        """
+        start: Any = self._channel.unary_stream(
+            calls_admin.DOWNLOAD,
+            request_serializer=adapters_pb2.DownloadAdapterRequest.SerializeToString,
+            response_deserializer=adapters_pb2.DownloadAdapterResponse.FromString,
+        )
+        attempts = Attempts(
+            self._retry, repeatable=True, timeout_s=timeout_s, reconnect_s=calls.RECONNECT_S
+        )
+        with Download(name, folder, force=force, progress=progress) as download:
+            while True:
+                call = start(
+                    download.begin(), timeout=attempts.remaining_s(), metadata=self._metadata
+                )
+                try:
+                    while (message := await next_message(call)) is not None:
+                        attempts.reached()
+                        await apart(partial(download.receive, message))
+                    return await apart(download.finish)
+                except grpc.RpcError as error:
+                    failure = to_error(error, self.address, timeout_s=timeout_s)
+                    await sleep_or_raise(attempts.wait_s(failure), failure, error)
+                finally:
+                    call.cancel()
 
     async def get(self, name: str, *, timeout_s: float | None = None) -> AdapterDetails:
         """One adapter, by ``name``, ``name@revision`` or ``name/alias``, and all revisions of

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from asyncio import Event, sleep
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ from veneer_client.upload import PushOptions, Upload, prepare
 
 __all__ = [
     "Event",
+    "apart",
     "begin",
     "happens",
     "messages",
@@ -68,6 +69,16 @@ async def next_message(stream: Any) -> Any:
     """The next message of a stream; None at its end."""
     message = await outcome(stream.read())
     return None if message is grpc.aio.EOF else message
+
+
+async def apart(work: Callable[[], Answer]) -> Answer:
+    """Work that reads or writes the disk, outside the event loop; waited for if cancelled."""
+    running = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait({running})
+        raise
 
 
 async def happens(event: Event, within_s: float) -> bool:

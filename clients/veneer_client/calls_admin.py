@@ -21,10 +21,12 @@ from veneer_client.records import (
     Eviction,
     EvictMode,
     HistoryEntry,
+    Pushed,
 )
 from veneer_client.server_records import BudgetUse, SelfTest
 
 __all__ = [
+    "DOWNLOAD",
     "UPLOAD",
     "WATCH",
     "Page",
@@ -36,6 +38,7 @@ __all__ = [
     "get",
     "history_page",
     "page",
+    "register",
     "self_test",
     "set_alias",
     "update",
@@ -43,6 +46,7 @@ __all__ = [
 ]
 
 _ADAPTERS: Final = "veneer.v1.AdapterService"
+DOWNLOAD: Final = f"/{_ADAPTERS}/DownloadAdapter"
 UPLOAD: Final = f"/{_ADAPTERS}/UploadAdapter"
 WATCH: Final = f"/{_ADAPTERS}/WatchAdapters"
 
@@ -103,6 +107,38 @@ def committed(
         adapters_pb2.GetUploadRequest(spec=spec),
         adapters_pb2.GetUploadResponse.FromString,
         lambda answer: dict(answer.committed),
+    )
+
+
+def register(
+    uri: str,
+    name: str,
+    *,
+    labels: Mapping[str, str],
+    validate_only: bool,
+    activate: bool,
+    allow_replace: bool,
+    etag: str,
+) -> Call[adapters_pb2.RegisterAdapterResponse, Pushed]:
+    """Publish what the server fetches from a URI. Repeating it publishes nothing new, unless
+    an etag is given, which the first attempt would have changed."""
+    request = _made(
+        lambda: adapters_pb2.RegisterAdapterRequest(
+            name=name,
+            uri=uri,
+            labels=labels,
+            validate_only=validate_only,
+            activate=activate,
+            allow_replace=allow_replace,
+            etag=etag,
+        )
+    )
+    return Call(
+        f"/{_ADAPTERS}/RegisterAdapter",
+        request,
+        adapters_pb2.RegisterAdapterResponse.FromString,
+        convert_admin.registered,
+        repeatable=not etag,
     )
 
 

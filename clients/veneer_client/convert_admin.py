@@ -23,6 +23,7 @@ from veneer_client.records import (
     Eviction,
     EvictMode,
     HistoryEntry,
+    Pushed,
 )
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "alias_move",
     "eviction",
     "history_entry",
+    "registered",
 ]
 
 EVICT_MODES: Final = {
@@ -121,3 +123,17 @@ def _targets(messages: Iterable[adapters_pb2.AliasTarget]) -> tuple[AliasTarget,
 
 def _time(stamp: Timestamp) -> datetime:
     return stamp.ToDatetime(tzinfo=UTC)
+
+
+def registered(message: adapters_pb2.RegisterAdapterResponse) -> Pushed:
+    """The outcome of a push that the server fetched itself."""
+    return Pushed(
+        adapter=adapter_info(message.adapter),
+        published=message.published,
+        replaced=message.replaced,
+        warnings=tuple(message.warnings),
+        skipped=(),
+        sent_bytes=0,
+        skipped_bytes=0,
+        resumes=0,
+    )

@@ -25,6 +25,7 @@ __all__ = [
     "EvictMode",
     "Eviction",
     "HistoryEntry",
+    "Pulled",
     "Pushed",
     "Resumed",
 ]
@@ -130,6 +131,19 @@ class Pushed:
     sent_bytes: int
     skipped_bytes: int
     resumes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """Outcome of a pull.
+
+    Attributes:
+        adapter: the revision that was pulled.
+        files: the bytes of each file, by name.
+    """
+
+    adapter: AdapterInfo
+    files: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from threading import Event
 from time import sleep
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 from veneer_proto.v1 import adapters_pb2
@@ -18,6 +18,7 @@ from veneer_client.upload import prepare as prepared
 
 __all__ = [
     "Event",
+    "apart",
     "begin",
     "happens",
     "messages",
@@ -27,6 +28,8 @@ __all__ = [
     "prepared",
     "sleep",
 ]
+
+Answer = TypeVar("Answer")
 
 
 def open_channel(login: Login, keepalive_s: float) -> grpc.Channel:
@@ -57,6 +60,11 @@ def outcome(running: Any) -> Any:
 def next_message(stream: Any) -> Any:
     """The next message of a stream; None at its end."""
     return next(stream, None)
+
+
+def apart(work: Callable[[], Answer]) -> Answer:
+    """Work that reads or writes the disk."""
+    return work()
 
 
 def happens(event: Event, within_s: float) -> bool:

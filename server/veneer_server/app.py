@@ -50,6 +50,7 @@ from veneer_server.serving.tenants.stores import TenantStores
 from veneer_server.serving.tenants.tenant import Furnish
 from veneer_server.serving.tenants.tenants import Tenants
 from veneer_server.serving.threads import Background
+from veneer_server.serving.transfer.transfers import Transfers
 from veneer_server.sizing.memory_plan import MemoryPlan
 from veneer_server.startup import engine_config, fingerprint_of, memory_for, replan
 from veneer_server.system.descriptors import share_descriptors
@@ -229,6 +230,9 @@ class App:
         )
         background = Background()
         self._resources.push_async_callback(background.finish)
+        transfers = await Transfers.start(
+            config, tenants, self._calls, self._metrics.watched, places.flow, self._resources
+        )
         generator = Generator(
             engine=engine,
             tenants=tenants,
@@ -240,6 +244,7 @@ class App:
             constraint_bytes=config.constraint_bytes,
             tool_parser=config.tool_parser,
             meter=Meter(self._quotas, book),
+            resolving=transfers.resolving,
             tracing=tracing,
             # When nothing is running, the duration of earlier steps tells nothing.
             step_seconds=lambda: self._metrics.recent_step_s if engine.in_flight else 0.0,
@@ -247,7 +252,7 @@ class App:
         self._answer_openai(generator, engine, base)
         self._doors.answer_grpc(
             InferenceService(generator, reader_limit_s=config.reader_limit),
-            AdapterService(tenants, budgets=budgets),
+            AdapterService(tenants, budgets=budgets, transfers=transfers),
             ServerService(config, base, tenants, engine, budgets, defaults, book),
         )
         _log.info("loading", base=base.name, grpc=str(bound.grpc))

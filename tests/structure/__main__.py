@@ -54,7 +54,7 @@ ADAPTER_FILES: Final = 28
 MATCHES: Final = 49
 
 LONG: Final[Mapping[str, tuple[int, str]]] = {
-    "proto/veneer_proto/v1/adapters.proto": (481, "one service with its messages"),
+    "proto/veneer_proto/v1/adapters.proto": (515, "one service with its messages"),
 }
 FULL: Final[Mapping[str, tuple[int, str]]] = {}
 
@@ -78,6 +78,8 @@ BESIDE: Final[Mapping[str, str]] = {
     "serving/adapters/upload_places.py": "administration",
     "serving/adapters/uploads.py": "administration",
     "serving/housekeeping.py": "administration",
+    "serving/transfer/downloads.py": "administration",
+    "serving/transfer/watched.py": "administration",
     "serving/tenants/tenants.py": "the engine's events",
     "engine_client/tenant_engine.py": "administration",
     "serving/samples.py": "the digest of a seed",

@@ -38,6 +38,7 @@ adapter_cli = Program(
 )
 
 adapter_cli.command(epilog=push.EXAMPLES)(push.push)
+adapter_cli.command(epilog=push.PULL_EXAMPLES)(push.pull)
 
 NameArgument = Annotated[
     str, typer.Argument(help="NAME or NAME@REVISION.", autocompletion=adapter_names)

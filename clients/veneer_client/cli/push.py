@@ -1,4 +1,5 @@
-"""``veneer adapter push``: publish a folder, resuming as often as necessary."""
+"""``veneer adapter push``: publish a folder, resuming as often as necessary, or a URI that the
+server fetches; ``veneer adapter pull``: get the files back."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from veneer_registry.adapter import Tier
 from veneer_registry.errors import ChecksumMismatch
 
+from veneer_client.cli.complete import adapter_names
 from veneer_client.cli.context import (
     DebugFlag,
     JsonFlag,
@@ -23,7 +25,7 @@ from veneer_client.cli.show import as_json, byte_size
 from veneer_client.cli.values import parse_labels
 from veneer_client.records import Pushed, Resumed
 
-__all__ = ["EXAMPLES", "push"]
+__all__ = ["EXAMPLES", "PULL_EXAMPLES", "pull", "push"]
 
 EXAMPLES = """
 Examples:
@@ -34,14 +36,29 @@ Examples:
 
   veneer adapter push runs/sql/adapter --name sql --dry-run      check, publish nothing
 
+  veneer adapter push hf://org/sql-lora@main --name sql          fetched by the server
+
 An interrupted push resumes by itself, or when you push again.
+"""
+
+PULL_EXAMPLES = """
+Examples:
+
+  veneer adapter pull sql adapters/sql
+
+  veneer adapter pull sql@1a2b3c4d5e6f adapters/sql --force      replace what is there
 """
 
 
 def push(
     context: typer.Context,
     folder: Annotated[
-        Path, typer.Argument(help="Adapter folder, written by PEFT's save_pretrained.")
+        str,
+        typer.Argument(
+            metavar="FOLDER|URI",
+            help="Adapter folder, written by PEFT's save_pretrained; or a URI that the server "
+            "fetches: hf://, s3://, gs://, https:// or file://.",
+        ),
     ],
     name: Annotated[str, typer.Option("--name", help="Name to publish it under.")],
     replace: Annotated[
@@ -69,19 +86,23 @@ def push(
     console = Console(stderr=True, highlight=False)
     with errors_shown(context, debug), connect(context, server) as client:
         labels = parse_labels(label or ())
-        bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        with bar:
-            task = bar.add_task(f"checking {escape(str(folder))}", total=None)
-            pushed = client.push(
+        if "://" in folder:
+            pushed = client.register(
                 folder,
+                name,
+                labels=labels,
+                validate_only=dry_run,
+                activate=activate,
+                allow_replace=replace,
+                etag=etag,
+            )
+            _warn(console, pushed)
+            print(as_json(pushed) if json_ else _outcome(pushed, dry_run))
+            return
+        with _bar(console) as bar:
+            task = bar.add_task(f"checking {escape(folder)}", total=None)
+            pushed = client.push(
+                Path(folder),
                 name,
                 labels=labels,
                 validate_only=dry_run,
@@ -93,11 +114,57 @@ def push(
                 ),
                 on_resume=lambda resumed: console.print(_resumed(resumed), soft_wrap=True),
             )
-        for file in pushed.skipped:
-            console.print(f"[yellow]skipped:[/yellow] {escape(file)} (not part of a bundle)")
-        for warning in pushed.warnings:
-            console.print(f"[yellow]warning:[/yellow] {escape(warning)}", soft_wrap=True)
+        _warn(console, pushed)
         print(as_json(pushed) if json_ else _outcome(pushed, dry_run))
+
+
+def pull(
+    context: typer.Context,
+    name: Annotated[
+        str,
+        typer.Argument(help="NAME, NAME@REVISION or NAME/ALIAS.", autocompletion=adapter_names),
+    ],
+    folder: Annotated[Path, typer.Argument(help="Folder to make.")],
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an adapter that is in the folder.")
+    ] = False,
+    json_: JsonFlag = False,
+    server: ServerOption = None,
+    debug: DebugFlag = False,
+) -> None:
+    """Get an adapter's files back as they were uploaded, verified."""
+    console = Console(stderr=True, highlight=False)
+    with errors_shown(context, debug), connect(context, server) as client:
+        with _bar(console) as bar:
+            task = bar.add_task(f"receiving {escape(name)}", total=None)
+            pulled = client.pull(
+                name,
+                folder,
+                force=force,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+        size, count = byte_size(sum(pulled.files.values())), len(pulled.files)
+        told = f"pulled: {pulled.adapter.short} to {folder} ({count} files, {size})"
+        print(as_json(pulled) if json_ else told)
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def _warn(console: Console, pushed: Pushed) -> None:
+    for file in pushed.skipped:
+        console.print(f"[yellow]skipped:[/yellow] {escape(file)} (not part of a bundle)")
+    for warning in pushed.warnings:
+        console.print(f"[yellow]warning:[/yellow] {escape(warning)}", soft_wrap=True)
 
 
 def _resumed(resumed: Resumed) -> str:

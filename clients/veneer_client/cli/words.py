@@ -15,6 +15,7 @@ _COMMANDS: Final = {
     "ListAdapters": "adapter ls",
     "GetAdapter": "adapter show",
     "UploadAdapter": "adapter push",
+    "DownloadAdapter": "adapter pull",
     "DeleteAdapter": "adapter rm",
     "ActivateAdapter": "adapter activate",
     "EvictAdapter": "adapter evict",

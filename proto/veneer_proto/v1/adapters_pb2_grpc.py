@@ -59,6 +59,11 @@ class AdapterServiceStub:
                 request_serializer=veneer__proto_dot_v1_dot_adapters__pb2.RegisterAdapterRequest.SerializeToString,
                 response_deserializer=veneer__proto_dot_v1_dot_adapters__pb2.RegisterAdapterResponse.FromString,
                 _registered_method=True)
+        self.DownloadAdapter = channel.unary_stream(
+                '/veneer.v1.AdapterService/DownloadAdapter',
+                request_serializer=veneer__proto_dot_v1_dot_adapters__pb2.DownloadAdapterRequest.SerializeToString,
+                response_deserializer=veneer__proto_dot_v1_dot_adapters__pb2.DownloadAdapterResponse.FromString,
+                _registered_method=True)
         self.GetAdapter = channel.unary_unary(
                 '/veneer.v1.AdapterService/GetAdapter',
                 request_serializer=veneer__proto_dot_v1_dot_adapters__pb2.GetAdapterRequest.SerializeToString,
@@ -150,7 +155,15 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RegisterAdapter(self, request, context):
-        """Publish from a URI. Later: UNIMPLEMENTED.
+        """Publish from a URI, which the server fetches: checked and committed as an upload is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DownloadAdapter(self, request, context):
+        """The files of a revision as they were uploaded: first `start`, then `chunk`s, file by
+        file in the order of `start.files`. Only for adapters of the caller's own tenant.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -255,6 +268,11 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.RegisterAdapter,
                     request_deserializer=veneer__proto_dot_v1_dot_adapters__pb2.RegisterAdapterRequest.FromString,
                     response_serializer=veneer__proto_dot_v1_dot_adapters__pb2.RegisterAdapterResponse.SerializeToString,
+            ),
+            'DownloadAdapter': grpc.unary_stream_rpc_method_handler(
+                    servicer.DownloadAdapter,
+                    request_deserializer=veneer__proto_dot_v1_dot_adapters__pb2.DownloadAdapterRequest.FromString,
+                    response_serializer=veneer__proto_dot_v1_dot_adapters__pb2.DownloadAdapterResponse.SerializeToString,
             ),
             'GetAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.GetAdapter,
@@ -408,6 +426,33 @@ class AdapterService:
             '/veneer.v1.AdapterService/RegisterAdapter',
             veneer__proto_dot_v1_dot_adapters__pb2.RegisterAdapterRequest.SerializeToString,
             veneer__proto_dot_v1_dot_adapters__pb2.RegisterAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DownloadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/veneer.v1.AdapterService/DownloadAdapter',
+            veneer__proto_dot_v1_dot_adapters__pb2.DownloadAdapterRequest.SerializeToString,
+            veneer__proto_dot_v1_dot_adapters__pb2.DownloadAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

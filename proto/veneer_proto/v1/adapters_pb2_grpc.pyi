@@ -50,7 +50,11 @@ class AdapterServiceStub:
     content it holds already.
     """
     RegisterAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.RegisterAdapterRequest, _adapters_pb2.RegisterAdapterResponse]
-    """Publish from a URI. Later: UNIMPLEMENTED."""
+    """Publish from a URI, which the server fetches: checked and committed as an upload is."""
+    DownloadAdapter: _grpc.UnaryStreamMultiCallable[_adapters_pb2.DownloadAdapterRequest, _adapters_pb2.DownloadAdapterResponse]
+    """The files of a revision as they were uploaded: first `start`, then `chunk`s, file by
+    file in the order of `start.files`. Only for adapters of the caller's own tenant.
+    """
     GetAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterRequest, _adapters_pb2.GetAdapterResponse]
     ListAdapters: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.ListAdaptersRequest, _adapters_pb2.ListAdaptersResponse]
     ActivateAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.ActivateAdapterRequest, _adapters_pb2.ActivateAdapterResponse]
@@ -97,7 +101,11 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     content it holds already.
     """
     RegisterAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.RegisterAdapterRequest, _adapters_pb2.RegisterAdapterResponse]  # type: ignore[assignment]
-    """Publish from a URI. Later: UNIMPLEMENTED."""
+    """Publish from a URI, which the server fetches: checked and committed as an upload is."""
+    DownloadAdapter: _aio.UnaryStreamMultiCallable[_adapters_pb2.DownloadAdapterRequest, _adapters_pb2.DownloadAdapterResponse]  # type: ignore[assignment]
+    """The files of a revision as they were uploaded: first `start`, then `chunk`s, file by
+    file in the order of `start.files`. Only for adapters of the caller's own tenant.
+    """
     GetAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterRequest, _adapters_pb2.GetAdapterResponse]  # type: ignore[assignment]
     ListAdapters: _aio.UnaryUnaryMultiCallable[_adapters_pb2.ListAdaptersRequest, _adapters_pb2.ListAdaptersResponse]  # type: ignore[assignment]
     ActivateAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.ActivateAdapterRequest, _adapters_pb2.ActivateAdapterResponse]  # type: ignore[assignment]
@@ -159,7 +167,17 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.RegisterAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.RegisterAdapterResponse, _abc.Awaitable[_adapters_pb2.RegisterAdapterResponse]]:
-        """Publish from a URI. Later: UNIMPLEMENTED."""
+        """Publish from a URI, which the server fetches: checked and committed as an upload is."""
+
+    @_abc_1.abstractmethod
+    def DownloadAdapter(
+        self,
+        request: _adapters_pb2.DownloadAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_adapters_pb2.DownloadAdapterResponse], _abc.AsyncIterator[_adapters_pb2.DownloadAdapterResponse]]:
+        """The files of a revision as they were uploaded: first `start`, then `chunk`s, file by
+        file in the order of `start.files`. Only for adapters of the caller's own tenant.
+        """
 
     @_abc_1.abstractmethod
     def GetAdapter(

@@ -38,6 +38,7 @@ _GRPC: Final[Mapping[str, Mapping[str, frozenset[Role]]]] = {
         "UploadAdapter": _PUBLISHERS,
         "GetUpload": _PUBLISHERS,
         "RegisterAdapter": _PUBLISHERS,
+        "DownloadAdapter": _PUBLISHERS,
         "GetAdapter": _READERS,
         "ListAdapters": _READERS,
         "ActivateAdapter": _PUBLISHERS,

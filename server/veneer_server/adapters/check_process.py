@@ -21,10 +21,11 @@ from veneer_registry.errors import InternalError, ResourceExhausted, VeneerError
 from veneer_registry.format import read_adapter
 from veneer_registry.manifest_json import manifest_to_json
 
+from veneer_server.adapters.failure import Failure
 from veneer_server.system.priority import lower_priority
 from veneer_server.wire.frames import framed, read_frame
 
-__all__ = ["Check", "Checked", "Failure", "main"]
+__all__ = ["Check", "Checked", "main"]
 
 _NO_MEMORY: Final = (
     "there is not enough memory to check the adapter; stop other processes that use memory, "
@@ -37,22 +38,6 @@ class Check(msgspec.Struct, frozen=True, array_like=True):
 
     folder: str
     base: BaseSpec | None
-
-
-class Failure(msgspec.Struct, frozen=True, array_like=True):
-    """A `VeneerError`."""
-
-    reason: str
-    message: str
-    metadata: dict[str, str]
-    retry_after_s: float | None
-    detail: str
-
-    @classmethod
-    def of(cls, error: VeneerError) -> Failure:
-        """The record of an error."""
-        given = (error.reason, error.message, error.metadata)
-        return cls(*given, error.retry_after_s, error.detail)
 
 
 class Checked(msgspec.Struct, frozen=True, array_like=True):

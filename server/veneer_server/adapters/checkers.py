@@ -10,7 +10,7 @@ from typing import Final
 
 import msgspec
 from veneer_registry.adapter import AdapterManifest, BaseSpec
-from veneer_registry.errors import DiskFailed, InternalError, error_for_reason
+from veneer_registry.errors import DiskFailed, InternalError
 from veneer_registry.manifest_json import manifest_from_json
 
 from veneer_server.adapters.check_process import Check, Checked
@@ -64,12 +64,7 @@ class Checkers:
         finally:
             self._give_back(child)
         if (failed := checked.failure) is not None:
-            raise error_for_reason(failed.reason)(
-                failed.message,
-                metadata=failed.metadata,
-                retry_after_s=failed.retry_after_s,
-                detail=failed.detail,
-            )
+            raise failed.error
         return manifest_from_json(checked.manifest)
 
     @property

@@ -5,8 +5,10 @@ Uses neither torch nor numpy: the front process, too, has such children.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import subprocess
+from collections.abc import Mapping
 from typing import Final
 
 from veneer_registry.child_python import child_python
@@ -28,10 +30,18 @@ class Child:
     Args:
         module: what it runs; its argument is the socket's file descriptor.
         setup: the body of the first frame that it gets; None for no such frame.
+        environment: its environment variables; None for ours.
     """
 
-    def __init__(self, module: str, setup: bytes | None = None) -> None:
+    def __init__(
+        self,
+        module: str,
+        setup: bytes | None = None,
+        *,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self._module = module
+        self._environment = environment
         self._setup = setup
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: socket.socket | None = None
@@ -44,7 +54,10 @@ class Child:
         with theirs:
             command = child_python("-m", self._module, str(theirs.fileno()))
             self._process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+                command,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=self._environment,
             )
         self._connection = ours
         if self._setup is not None:
@@ -55,6 +68,13 @@ class Child:
     def pid(self) -> int | None:
         """The process id; None if it is not running."""
         return None if self._connection is None or self._process is None else self._process.pid
+
+    def interrupt(self) -> None:
+        """End what another thread waits for on the connection. The one exception to "not
+        thread-safe"."""
+        if (connection := self._connection) is not None:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def end(self, *, kill: bool = False) -> str:
         """End the process, or clean up after it; returns how it ended."""

@@ -212,9 +212,32 @@ class ServerConfig:
         repeated=True)
     lora_root: tuple[Path, ...] = setting(
         "", kinds.FOLDERS,
-        "Let publishers load adapters from folders below DIR of this machine, by vLLM's "
-        "/v1/load_lora_adapter; may be repeated.",
+        "Let publishers load adapters from folders below DIR of this machine, by file:// or "
+        "vLLM's /v1/load_lora_adapter; may be repeated.",
         repeated=True)
+    watch_dir: Path | None = setting(
+        "", kinds.optional(kinds.FOLDER),
+        "Publish the adapters in DIR, each under its folder's name, and each change of one.")
+    fetch_allow: tuple[str, ...] = setting(
+        "", kinds.NAMES,
+        "Let publishers register adapters by URIs that begin with NAME, such as hf://org/ or "
+        "https://models.example.com/lora/; may be repeated.",
+        repeated=True)
+    fetch_token: tuple[str, ...] = setting(
+        "", kinds.NAMES,
+        "Where the token for URIs that begin so is: 'hf:// FILE', or 'hf:// env:HF_TOKEN'; may "
+        "be repeated.",
+        repeated=True)
+    resolve: str = setting(
+        "", kinds.TEXT,
+        "Fetch an adapter that is asked for and not there from this URI, with {name} for its "
+        "name; empty fetches none.")
+    fetch_deadline: float = setting(
+        "600", kinds.SOME_SECONDS,
+        "How long fetching an adapter from a URI may take.")
+    hf_endpoint: str = setting(
+        "", kinds.TEXT,
+        "URL of the hub that hf:// means; empty is HF_ENDPOINT, else https://huggingface.co.")
     grace: float = setting(
         "30", kinds.SECONDS,
         "How long running requests may take to finish when the server stops.")

@@ -6,11 +6,11 @@ import bisect
 import itertools
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 from veneer_proto.v1 import adapters_pb2, adapters_pb2_grpc
 from veneer_registry.adapter import Tier
-from veneer_registry.errors import InvalidField, Unimplemented
+from veneer_registry.errors import InvalidField
 from veneer_registry.records import AdapterRecord, AliasChange
 
 from veneer_server.access.principal import require
@@ -24,6 +24,8 @@ from veneer_server.serving.tenants.tenant import Tenant
 from veneer_server.serving.tenants.tenants import Tenants
 from veneer_server.serving.tenants.visible import Visible
 from veneer_server.serving.threads import outlast, to_the_end
+from veneer_server.serving.transfer.registering import registration
+from veneer_server.serving.transfer.transfers import Transfers
 from veneer_server.serving.who import who_calls
 
 __all__ = ["AdapterService"]
@@ -41,10 +43,13 @@ class _Told:
 
 
 class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
-    """Adapters by name. Methods of later versions answer UNIMPLEMENTED and say what to use."""
+    """Adapters by name."""
 
-    def __init__(self, tenants: Tenants, *, budgets: AdapterBudgets) -> None:
+    def __init__(
+        self, tenants: Tenants, *, budgets: AdapterBudgets, transfers: Transfers
+    ) -> None:
         self._tenants = tenants
+        self._transfers = transfers
         self._visible = Visible(tenants)
         self._budgets = budgets
         self._told: dict[str, _Told] = {}
@@ -89,6 +94,32 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
                 replaced=published.replaced,
                 warnings=published.warnings,
             )
+
+    async def RegisterAdapter(
+        self, request: adapters_pb2.RegisterAdapterRequest, context: Any
+    ) -> adapters_pb2.RegisterAdapterResponse:
+        """Fetch an adapter from a URI, then publish it as `UploadAdapter` does."""
+        wanted = registration(request)
+        home = await self._tenants.current(publishing=True)
+        published = await self._transfers.registering.register(home, wanted, who_calls(context))
+        return adapters_pb2.RegisterAdapterResponse(
+            adapter=self._message(home, home, published.record),
+            published=published.published,
+            replaced=published.replaced,
+            warnings=published.warnings,
+        )
+
+    async def DownloadAdapter(  # type: ignore[override]  # writes instead of yielding
+        self, request: adapters_pb2.DownloadAdapterRequest, context: Any
+    ) -> None:
+        """Send the files of a revision as they were uploaded."""
+        home = await self._own(request.name)
+        await self._transfers.downloads.send(
+            home,
+            request.name,
+            lambda lease: self._message(home, home, lease.record),
+            context.write,
+        )
 
     async def GetUpload(
         self, request: adapters_pb2.GetUploadRequest, context: Any
@@ -321,12 +352,3 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         """Compare the served outputs with independently computed references."""
         home = await self._tenants.current()
         return await home.self_test.answer(request)
-
-    # ------------------------------------------------------------- later versions
-
-    async def RegisterAdapter(self, request: Any, context: Any) -> NoReturn:
-        _later("RegisterAdapter", "upload the files with UploadAdapter")
-
-
-def _later(rpc: str, instead: str) -> NoReturn:
-    raise Unimplemented(f"{rpc} is not implemented yet: {instead}", metadata={"rpc": rpc})

@@ -44,6 +44,7 @@ from veneer_server.serving.tenants.visible import Visible
 from veneer_server.serving.threads import Background
 from veneer_server.serving.tools.reading import Shown, ToolReader
 from veneer_server.serving.tools.use import about_tools
+from veneer_server.serving.transfer.resolving import Resolving
 from veneer_server.serving.who import CALLER
 from veneer_server.telemetry.metrics import Metrics
 from veneer_server.telemetry.tracing import Phases, Tracing
@@ -74,12 +75,14 @@ class Generator:
         base_name: str,
         step_seconds: Callable[[], float],
         meter: Meter,
+        resolving: Resolving | None = None,
         tracing: Tracing | None = None,
         constraint_bytes: int = 32 << 10,
         tool_parser: str = "auto",
     ) -> None:
         """Args:
         step_seconds: recent duration of a step; 0 if unknown.
+        resolving: fetches unknown adapters; None fetches none.
         tracing: None makes no spans.
         constraint_bytes: size of the largest constraint allowed.
         tool_parser: as the flag has it.
@@ -89,6 +92,7 @@ class Generator:
         self.base_name = base_name
         self._meter = meter
         self._tracing = tracing or Tracing()
+        self._resolving = resolving
         self._engine = engine
         self._tenants = tenants
         self._visible = Visible(tenants)
@@ -131,6 +135,8 @@ class Generator:
                 check_constraint_size(call.constraint, self._constraint_bytes)
             if call.adapter:
                 home = await self._tenants.current()
+                if self._resolving is not None and not self._visible.knows(home, call.adapter):
+                    await self._resolving.fetch(home, call.adapter)
                 owner, lease = self._visible.acquire(home, call.adapter, call.session_key)
             # Before any work: requests that wait for it then count towards the queue limit.
             with (

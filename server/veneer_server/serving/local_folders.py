@@ -7,13 +7,14 @@ following any: a link that is put in between is refused, not followed.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import stat
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -51,7 +52,11 @@ class LocalFolders:
 
     roots: tuple[Path, ...] = ()
     most_bytes: int = 2 << 30
-    _reader: ThreadPoolExecutor = field(
+    field: str = "lora_path"
+    """Of the request, for errors."""
+    flag: str = "--lora-root"
+    """That gives the roots, for errors."""
+    _reader: ThreadPoolExecutor = dataclasses.field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="local-folder")
     )
     """One thread, so that a slow disk holds up nothing but other loads."""
@@ -112,9 +117,11 @@ class LocalFolders:
             try:
                 descriptor = self._open_below(os.path.realpath(folder, strict=True), _FOLDER)
             except (OSError, ValueError):
-                raise _refused(f"{given!r} is not a folder that the server can read") from None
+                raise self._refused(
+                    f"{given!r} is not a folder that the server can read"
+                ) from None
             if descriptor is None:
-                raise _outside(given)
+                raise self._outside(given)
             opened.callback(os.close, descriptor)
             names = sorted(ALLOWED_FILES.keys() & set(os.listdir(descriptor)))
             real = Path(os.path.realpath(folder))
@@ -130,12 +137,21 @@ class LocalFolders:
             )
         path = Path(given)
         if len(given) > _MOST_PATH or "\0" in given or ".." in path.parts:
-            raise _refused(
+            raise self._refused(
                 "it is too long, or has a component '..' or a NUL: give a plain path"
             )
         if not any(root in path.parents for root in self.roots):
-            raise _outside(given)
+            raise self._outside(given)
         return given
+
+    def _outside(self, given: str) -> InvalidField:
+        return self._refused(
+            f"{given[:200]!r} is not below a folder that the server may read: give the "
+            f"absolute path of a folder below one of its {self.flag}"
+        )
+
+    def _refused(self, why: str) -> InvalidField:
+        return InvalidField(f"{self.field}: {why}", metadata={"field": self.field})
 
     def _file(self, folder: Path, descriptor: int, name: str, opened: ExitStack) -> LocalFile:
         try:
@@ -152,7 +168,7 @@ class LocalFolders:
             raise _invalid(name, "cannot be read by the server", "unreadable") from None
         if file is None:
             raise _invalid(
-                name, "is a link that leads out of the folders of --lora-root", "outside"
+                name, f"is a link that leads out of the folders of {self.flag}", "outside"
             )
         opened.callback(os.close, file)
         status = os.fstat(file)
@@ -186,17 +202,6 @@ class LocalFolders:
 def _check_kind(name: str, mode: int) -> None:
     if not stat.S_ISREG(mode):
         raise _invalid(name, "is not a regular file", "kind")
-
-
-def _outside(given: str) -> InvalidField:
-    return _refused(
-        f"{given[:200]!r} is not below a folder that the server may read: give the absolute "
-        "path of a folder below one of its --lora-root"
-    )
-
-
-def _refused(why: str) -> InvalidField:
-    return InvalidField(f"lora_path: {why}", metadata={"field": "lora_path"})
 
 
 def _invalid(name: str, why: str, cause: str) -> AdapterInvalid:

@@ -22,6 +22,7 @@ from veneer_server.quotas.usage import UsageBook
 from veneer_server.telemetry.adapter_series import AdapterSeries, Catalog
 from veneer_server.telemetry.tenant_series import TenantSeries
 from veneer_server.telemetry.usage_series import UsageSeries
+from veneer_server.telemetry.watched_series import WatchedSeries
 from veneer_server.wire.messages import (
     LOST,
     AdapterFailed,
@@ -186,6 +187,7 @@ class Metrics:
         self.adapters = AdapterSeries(registry)
         """Metrics by adapter name."""
         self.tenants = TenantSeries(registry)
+        self.watched = WatchedSeries(registry)
         """Metrics by tenant."""
         self.handled = Counter(
             "grpc_server_handled_total",

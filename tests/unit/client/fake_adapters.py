@@ -56,6 +56,8 @@ class FakeAdapters(FakeUploads):
         """Error of a call that did pin an adapter."""
         # For watches: the events of each call, first call first.
         self.watches: deque[list[adapters_pb2.WatchAdaptersResponse]] = deque()
+        self.download: Any = None
+        """Answers downloads, as a gRPC method does."""
         self._number = 0
 
     def has(self, name: str) -> bool:
@@ -262,6 +264,10 @@ class FakeAdapters(FakeUploads):
             adapters_mixed=len(found),
             note=self.self_test_note,
         )
+
+    def DownloadAdapter(self, request, context):  # noqa: N802
+        self.note("DownloadAdapter", request, context)
+        return self.download(request, context)
 
     def WatchAdapters(self, request, context):  # noqa: N802
         self.note("WatchAdapters", request, context)

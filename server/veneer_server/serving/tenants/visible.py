@@ -48,6 +48,10 @@ class Visible:
                     return other
         return home
 
+    def knows(self, home: Tenant, spec: str) -> bool:
+        """Whether ``spec`` has a name that ``home`` sees."""
+        return self.owner(home, spec).registry.knows(split_spec(spec)[0])
+
     def find(self, home: Tenant, spec: str, look: Callable[[Registry], T]) -> tuple[Tenant, T]:
         """Look ``spec`` up in its owner's registry.
 

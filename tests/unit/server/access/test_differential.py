@@ -103,7 +103,8 @@ class Script:
         for folder in (0, 7, 8):  # own content, and what only the other has
             (spec,) = list(upload(self.folders[folder], "later"))[:1]
             await self.do("GetUpload", spec=spec.spec)
-        await self.do("RegisterAdapter", name="x", uri="file:x")
+        for uri in ("file:x", "file:///etc", "hf://org/x"):
+            await self.do("RegisterAdapter", name="x", uri=uri)
 
     async def look(self) -> None:
         for fields in (
@@ -117,6 +118,7 @@ class Script:
             await self.do("ListAdapters", **fields)
         for name in ("chat", "twin", "secret", "secre", "chap", "s", "", "secret@" + "0" * 12):
             await self.do("GetAdapter", name=name)
+            await self.do("DownloadAdapter", name=name)
         for name in ("", "chat", "secret"):
             await self.do("ListAliases", name=name)
             await self.do("GetHistory", name=name)

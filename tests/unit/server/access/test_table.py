@@ -34,6 +34,7 @@ REQUESTS: Final[Mapping[str, Any]] = {
     "InferenceService/GenerateStream": prompt(stopping=ONE),
     "AdapterService/GetUpload": adapters_pb2.GetUploadRequest(),
     "AdapterService/RegisterAdapter": adapters_pb2.RegisterAdapterRequest(),
+    "AdapterService/DownloadAdapter": adapters_pb2.DownloadAdapterRequest(name="none"),
     "AdapterService/GetAdapter": adapters_pb2.GetAdapterRequest(),
     "AdapterService/ListAdapters": adapters_pb2.ListAdaptersRequest(),
     "AdapterService/ActivateAdapter": adapters_pb2.ActivateAdapterRequest(name="none"),
@@ -66,6 +67,7 @@ REQUESTS: Final[Mapping[str, Any]] = {
 THEIRS: Final = "theirs"
 """An adapter of the tenant ``default``, which a caller of another tenant asks for."""
 OTHER: Final = "another tenant"
+STREAMS: Final = ("WatchAdapters", "Watch", "GenerateStream", "DownloadAdapter")
 REFUSED: Final = {
     grpc.StatusCode.UNAUTHENTICATED: "401",
     grpc.StatusCode.PERMISSION_DENIED: "403",
@@ -198,7 +200,7 @@ class Guarded:
             if not name.endswith("v1alpha"):
                 call = v1_reflection(front)
             await first(call(iter([wanted]), metadata=metadata))
-        elif name.split()[0] in ("WatchAdapters", "Watch", "GenerateStream"):
+        elif name.split()[0] in STREAMS:
             await first(call(asking(method, adapter), metadata=metadata))
         else:
             await call(asking(method, adapter), metadata=metadata)

@@ -26,6 +26,9 @@ from veneer_server.serving.adapters.upload_places import UploadPlaces
 from veneer_server.serving.adapters.use import source_of
 from veneer_server.serving.tenants.tenant import Furnish
 from veneer_server.serving.tenants.tenants import Tenants
+from veneer_server.serving.transfer.downloads import Downloads
+from veneer_server.serving.transfer.resolving import Resolving
+from veneer_server.serving.transfer.transfers import Transfers
 from veneer_server.telemetry.adapter_log import AdapterLog
 from veneer_server.telemetry.metrics import Metrics
 from veneer_server.wire.messages import (
@@ -152,7 +155,12 @@ class Server:
             metrics=self.metrics,
             plan=lambda host, device: (host, device),  # type: ignore[arg-type,return-value]
         )
-        self.service = AdapterService(self.tenants, budgets=self.budgets)
+        registering: Any = None  # no test here registers by URI
+        self.service = AdapterService(
+            self.tenants,
+            budgets=self.budgets,
+            transfers=Transfers(registering, Downloads(), Resolving("", registering)),
+        )
         self._log = AdapterLog(self.tenants)
         self._requests = AsyncExitStack()
         self.context = SimpleNamespace(

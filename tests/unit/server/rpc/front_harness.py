@@ -26,6 +26,8 @@ from veneer_proto.v1 import (
 from veneer_registry.format import read_adapter
 from veneer_server.app import App
 from veneer_server.config import load_config
+from veneer_server.serving.tenants.tenant import Tenant
+from veneer_server.serving.tenants.tenants import Tenants
 
 from tests.adapter_files import write_adapter
 from tests.ports import free_port
@@ -70,6 +72,12 @@ class Front:
     def calls(self) -> int:
         """Number of running calls."""
         return self.app._calls.count  # private: what a drain waits for, and no metric tells
+
+    @property
+    def home(self) -> Tenant:
+        """The default tenant, for what no call tells, such as leases."""
+        tenants: Tenants = self.engine.hold.__self__
+        return tenants.default
 
     async def metrics(self) -> str:
         """The metrics page."""

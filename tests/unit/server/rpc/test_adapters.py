@@ -337,9 +337,3 @@ async def test_a_pin_is_set_and_removed_without_moving_the_weights(
     assert free.weights_digest == adapter.weights_digest
     nothing = await failure(update(pb.UpdateAdapterRequest(name="style")))
     assert (nothing.reason, nothing.metadata["field"]) == ("INVALID_FIELD", "pinned")
-
-
-async def test_what_comes_later_says_so(front: Front) -> None:
-    failed = await failure(front.adapters.RegisterAdapter(pb.RegisterAdapterRequest()))
-    assert (failed.code, failed.reason) == (grpc.StatusCode.UNIMPLEMENTED, "UNIMPLEMENTED")
-    assert "not implemented yet" in failed.message

@@ -1,0 +1,244 @@
+"""The front's side of fetching: runs a process for each fetch, and ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import msgspec
+from veneer_registry.disk import disk_errors
+from veneer_registry.errors import InternalError, InvalidField, QuotaExceeded
+
+from veneer_server.adapters.child import Child
+from veneer_server.adapters.fetching.allowed import AllowList
+from veneer_server.adapters.fetching.process import Fetch, Fetched
+from veneer_server.adapters.fetching.uris import Uri, parse_uri
+from veneer_server.wire.frames import framed, read_frame
+
+__all__ = ["MAX_AT_ONCE", "FetchSettings", "Fetchers", "environment"]
+
+_log = logging.getLogger(__name__)
+
+MODULE: Final = "veneer_server.adapters.fetching.process"
+MAX_AT_ONCE: Final = 4
+"""Fetches that run at once; each may fill its folder up to the largest adapter."""
+GRACE_S: Final = 10.0
+"""After its deadline a process is killed."""
+LONGEST_TOKEN: Final = 16 << 10
+
+_HUB: Final = "https://huggingface.co"
+_KEPT: Final = (
+    *("PATH", "HOME", "LANG", "LC_ALL", "TZ", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH"),
+    *("SSL_CERT_FILE", "SSL_CERT_DIR", "STORAGE_EMULATOR_HOST"),
+)
+_KEPT_PREFIXES: Final = ("AWS_", "GOOGLE_", "CLOUDSDK_")
+_DEFAULTS: Final = {
+    # Addresses that no entry of --fetch-allow names: only if the operator says so.
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "NO_GCE_CHECK": "true",
+}
+_FORCED: Final = {
+    "PYTHONDONTWRITEBYTECODE": "1",
+    # gcsfs then connects by gRPC, which no check of addresses sees.
+    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class FetchSettings:
+    """What the operator allows.
+
+    Attributes:
+        staging: folder for what is being fetched.
+        allowed: see `allowed`.
+        tokens: ``PREFIX FILE`` or ``PREFIX env:NAME``.
+        hub: the hub's URL; "" for HF_ENDPOINT, or Hugging Face's.
+        most_bytes: of an adapter's weights.
+        deadline_s: for a fetch.
+        least_rate: bytes a second, over half a minute.
+    """
+
+    staging: Path
+    allowed: Sequence[str] = ()
+    tokens: Sequence[str] = ()
+    hub: str = ""
+    most_bytes: int = 2 << 30
+    deadline_s: float = 600.0
+    least_rate: int = 16 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One fetch, whose caller may leave."""
+
+    uri: Uri
+    folder: Path
+    child: Child
+    stopped: threading.Event = field(default_factory=threading.Event)
+
+    def stop(self) -> None:
+        """End it, whether or not its process has started."""
+        self.stopped.set()
+        self.child.interrupt()
+
+
+class Fetchers:
+    """Runs fetches. Belongs to one event loop."""
+
+    def __init__(self, settings: FetchSettings) -> None:
+        """Raises InvalidField if a setting is malformed."""
+        self._settings = settings
+        self._allowed = AllowList(settings.allowed)
+        self._tokens = dict(map(_token_setting, settings.tokens))
+        self._running: list[str] = []
+        self._workers = ThreadPoolExecutor(MAX_AT_ONCE, thread_name_prefix="fetch")
+
+    def check(self, uri: Uri) -> None:
+        """Raise InvalidField unless ``uri`` may be fetched."""
+        self._allowed.check(uri)
+
+    @asynccontextmanager
+    async def fetched(self, uri: Uri, tenant: str) -> AsyncIterator[Path]:
+        """A folder with the files of ``uri``, which is removed after the block.
+
+        Args:
+            tenant: one may have half of the places while others fetch.
+
+        Raises:
+            InvalidField: it may not be fetched.
+            AdapterInvalid, Aborted, Unimplemented: it cannot be; see `web`.
+            QuotaExceeded: too many fetches are running.
+        """
+        self.check(uri)
+        mine = self._running.count(tenant)
+        most = MAX_AT_ONCE // 2 if {*self._running} - {tenant} else MAX_AT_ONCE
+        if len(self._running) >= MAX_AT_ONCE or mine >= most:
+            raise QuotaExceeded(
+                f"{most} adapters are being fetched already: retry when one has arrived",
+                metadata={"limit": str(most), "cause": "fetches"},
+                retry_after_s=2.0,
+            )
+        self._running.append(tenant)
+        loop, folder = asyncio.get_running_loop(), None
+        try:
+            with disk_errors(self._settings.staging):
+                folder = self._new_folder()
+            run = _Run(uri, folder, Child(MODULE, environment=environment(os.environ)))
+            fetching = loop.run_in_executor(self._workers, self._fetch, run)
+            try:
+                answer = await asyncio.shield(fetching)
+            except asyncio.CancelledError:
+                run.stop()
+                await asyncio.wait({fetching})
+                raise
+            if not answer.confined:
+                _log.warning("the kernel has no Landlock: fetches are confined by limits only")
+            if answer.failure is not None:
+                raise answer.failure.error
+            yield folder
+        finally:
+            self._running.remove(tenant)
+            if folder is not None:
+                removing = loop.run_in_executor(self._workers, shutil.rmtree, folder, True)
+                await asyncio.wait({removing})
+
+    def clear(self) -> None:
+        """Remove what a killed server has left."""
+        shutil.rmtree(self._settings.staging, ignore_errors=True)
+
+    def _new_folder(self) -> Path:
+        self._settings.staging.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(dir=self._settings.staging))
+
+    def _fetch(self, run: _Run) -> Fetched:
+        settings = self._settings
+        wanted = Fetch(
+            uri=str(run.uri),
+            folder=str(run.folder),
+            allowed=tuple(self._allowed.texts),
+            tokens={prefix: _read_token(place) for prefix, place in self._tokens.items()},
+            hub=settings.hub or os.environ.get("HF_ENDPOINT") or _HUB,
+            most_bytes=settings.most_bytes,
+            deadline_s=settings.deadline_s,
+            least_rate=settings.least_rate,
+        )
+        why = "it ended"
+        try:
+            connection = run.child.start()
+            if run.stopped.is_set():
+                raise OSError("the caller left")
+            connection.settimeout(settings.deadline_s + GRACE_S)
+            connection.sendall(framed(msgspec.msgpack.encode(wanted)))
+            if (body := read_frame(connection)) is not None:
+                return msgspec.msgpack.decode(body, type=Fetched)
+        except (OSError, msgspec.DecodeError) as error:
+            why = str(error)
+        finally:
+            ended = run.child.end(kill=True)
+        raise InternalError(
+            "the adapter could not be fetched: the process that fetches it ended; try again, "
+            "and report this with the server's log if it stays so",
+            metadata={"field": "uri", "cause": "process"},
+            detail=f"{why}; {ended}",
+        )
+
+
+def environment(ours: Mapping[str, str]) -> dict[str, str]:
+    """The process's environment: what Python, TLS and the libraries of buckets need."""
+    kept = {
+        name: value
+        for name, value in ours.items()
+        if name in _KEPT or name.startswith(_KEPT_PREFIXES)
+    }
+    chosen = {name: ours.get(name, default) for name, default in _DEFAULTS.items()}
+    return {**kept, **chosen, **_FORCED}
+
+
+def _token_setting(text: str) -> tuple[str, str]:
+    """Prefix, and where its token is."""
+    prefix, _, place = text.strip().partition(" ")
+    try:
+        scheme = parse_uri(prefix, prefix=True).scheme
+        if not place.strip() or scheme not in ("https", "hf"):
+            raise ValueError("give PREFIX FILE or PREFIX env:NAME; PREFIX is https:// or hf://")
+    except (InvalidField, ValueError) as error:
+        raise InvalidField(
+            f"--fetch-token {prefix[:200]!r} is not allowed: {error}",
+            metadata={"key": "fetch_token"},
+        ) from error
+    return prefix, place.strip()
+
+
+def _read_token(place: str) -> str:
+    """The token that a setting refers to. Raises InternalError, which does not show it."""
+    try:
+        if place.startswith("env:"):
+            token = os.environ[place.removeprefix("env:")]
+        else:
+            with Path(place).expanduser().open("rb") as file:
+                token = file.read(LONGEST_TOKEN).decode("ascii")
+    except (OSError, KeyError, ValueError) as error:
+        raise _no_token(f"{place}: {type(error).__name__}") from None
+    token = token.strip()
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        raise _no_token(f"{place}: it is no token")
+    return token
+
+
+def _no_token(detail: str) -> InternalError:
+    return InternalError(
+        "the server's own credentials for fetching cannot be read: its operator finds the "
+        "reason in its log (--fetch-token)",
+        metadata={"field": "uri", "cause": "token"},
+        detail=detail,
+    )

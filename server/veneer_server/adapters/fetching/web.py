@@ -1,0 +1,294 @@
+"""GET over HTTPS: to checked addresses only, within bounds, following few redirects.
+
+Each redirect is checked as the first address was, and a token goes to its own origin only.
+"""
+
+from __future__ import annotations
+
+import http.client
+import re
+import socket
+import ssl
+import time
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import IO, Final, NoReturn
+from urllib.parse import urljoin, urlsplit
+
+from veneer_registry.errors import Aborted, AdapterInvalid, DiskFull, InvalidField
+
+from veneer_server.adapters.fetching.addresses import Network, connect
+from veneer_server.adapters.fetching.uris import Origin, parse_origin, refuse_uri
+
+__all__ = ["Hop", "Missing", "Permit", "Web", "parse_hop", "too_large"]
+
+MOST_REDIRECTS: Final = 5
+IDLE_S: Final = 30.0
+"""How long a host may be silent."""
+WINDOW_S: Final = 30.0
+"""Over which the least rate counts."""
+
+_PIECE: Final = 256 << 10
+_LONGEST_URL: Final = 8192
+_PRINTABLE: Final = re.compile(r"[\x21-\x7e]+")
+_DISGUISED: Final = re.compile(r"(?i)%2e|%2f|%5c|%00|\\|//|/\.\.?(/|$)")
+"""In a path: what one side could read as another path."""
+_GONE: Final = (404, 410)
+_MOVED: Final = (301, 302, 303, 307, 308)
+
+
+class Missing(Exception):
+    """There is no such file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """One URL, taken apart."""
+
+    secure: bool
+    origin: Origin
+    target: str
+    """Path and query."""
+
+    @property
+    def path(self) -> str:
+        return self.target.partition("?")[0]
+
+    @property
+    def place(self) -> str:
+        """Host, and port if it is not the default one."""
+        return self.origin.written(443 if self.secure else 80)
+
+    @property
+    def url(self) -> str:
+        return f"{'https' if self.secure else 'http'}://{self.place}{self.target}"
+
+    def __str__(self) -> str:
+        """Without the query, which may be a signature."""
+        return self.url.partition("?")[0]
+
+
+def parse_hop(url: str) -> Hop:
+    """A URL of http or https. Raises InvalidField (``cause``: ``redirect``)."""
+    if len(url) > _LONGEST_URL or not _PRINTABLE.fullmatch(url):
+        _no_redirect("a URL that is malformed")
+    try:
+        found = urlsplit(url)
+    except ValueError:
+        _no_redirect("a URL that is malformed")
+    if found.scheme not in ("http", "https"):
+        _no_redirect("another scheme than https")
+    if _DISGUISED.search(found.path):
+        _no_redirect("a path that could be read in two ways")
+    try:
+        origin = parse_origin(found.netloc)
+    except InvalidField:
+        _no_redirect("a host that is malformed")
+    if found.scheme == "http" and ":" not in found.netloc.rpartition("]")[2]:
+        origin = Origin(origin.host, 80)
+    query = f"?{found.query}" if found.query else ""
+    return Hop(found.scheme == "https", origin, (found.path or "/") + query)
+
+
+def _led(hop: Hop, location: str) -> Hop:
+    """Where a redirect leads. Raises InvalidField."""
+    try:
+        return parse_hop(urljoin(hop.url, location))
+    except ValueError:  # such as brackets that are no IPv6 address
+        return _no_redirect("a URL that is malformed")
+
+
+Permit = Callable[[Hop], tuple[Network, ...] | None]
+"""The private networks that a hop's host may be in; None if it may not be contacted."""
+
+
+@dataclass(slots=True)
+class Web:
+    """Gets files.
+
+    Attributes:
+        permit: decides on each hop.
+        token: the Authorization header of a hop; "" for none. Asked for hops of the first
+            origin only.
+        least_rate: bytes a second, over `WINDOW_S`.
+    """
+
+    permit: Permit
+    token: Callable[[Hop], str] = lambda hop: ""
+    least_rate: int = 0
+    context: ssl.SSLContext = field(default_factory=ssl.create_default_context)
+
+    def get(self, url: str, into: IO[bytes], *, most: int, file: str) -> Mapping[str, str]:
+        """Write the body of ``url`` to ``into``. Returns its headers, with those of the hops
+        before (names in lower case).
+
+        Args:
+            most: bytes that it may have.
+            file: its name, for errors.
+
+        Raises:
+            Missing: there is none.
+            InvalidField: a hop may not be contacted.
+            AdapterInvalid: it is too large.
+            Aborted: it is cut short, too slow or refused.
+        """
+        hop = first = parse_hop(url)
+        headers: dict[str, str] = {}
+        for _ in range(MOST_REDIRECTS + 1):
+            networks = self.permit(hop)
+            if networks is None:
+                _no_redirect("a place that this server may not fetch from", str(hop))
+            own = (hop.origin, hop.secure) == (first.origin, first.secure)
+            token = self.token(hop) if own else ""
+            try:
+                with (
+                    closing(_Connection(hop, networks, self.context)) as connection,
+                    closing(_ask(connection, hop, token)) as answer,
+                ):
+                    headers |= {name.lower(): value for name, value in answer.getheaders()}
+                    if answer.status not in _MOVED:
+                        _check_status(answer.status, file, hop)
+                        self._body(answer, into, most, file)
+                        return headers
+                    hop = _led(hop, answer.headers.get("location", ""))
+            except (OSError, http.client.HTTPException) as error:
+                raise _broken(file, str(hop), error) from error
+        return _no_redirect(f"more than {MOST_REDIRECTS} redirects")
+
+    def _body(
+        self, answer: http.client.HTTPResponse, into: IO[bytes], most: int, file: str
+    ) -> None:
+        if answer.headers.get("content-encoding", "identity").lower() != "identity":
+            raise _refused(file, "is sent compressed although nobody asked for it", "encoding")
+        length = answer.length  # None if it is chunked, or ends with the connection
+        if length is not None and length > most:
+            raise too_large(file, most)
+        received, window, since = 0, 0, time.monotonic()
+        while data := answer.read1(_PIECE):
+            received += len(data)
+            window += len(data)
+            if received > most:
+                raise too_large(file, most)
+            try:
+                into.write(data)
+            except OSError as error:
+                raise DiskFull(
+                    "the server's disk has no room for the adapter: free some, and try again",
+                    detail=str(error),
+                ) from error
+            if (passed := time.monotonic() - since) >= WINDOW_S:
+                if window < self.least_rate * passed:
+                    raise Aborted(
+                        f"{file} arrives too slowly, with less than {self.least_rate} bytes a "
+                        "second: try again, or fetch from a faster host",
+                        metadata={"file": file, "cause": "rate"},
+                    )
+                window, since = 0, time.monotonic()
+        if length is not None and received != length:
+            raise _cut_short(file, f"{received} of {length} bytes")
+
+
+class _Connection(http.client.HTTPConnection):
+    """Connects to a checked address, and speaks TLS with the host's own name."""
+
+    def __init__(
+        self, hop: Hop, networks: tuple[Network, ...], context: ssl.SSLContext
+    ) -> None:
+        super().__init__(hop.origin.host, hop.origin.port, timeout=IDLE_S)
+        self._hop = hop
+        self._networks = networks
+        self._context = context
+
+    def connect(self) -> None:
+        connected = connect(self._hop.origin, self._networks, IDLE_S)
+        self.sock: socket.socket = connected
+        if self._hop.secure:
+            try:
+                self.sock = self._context.wrap_socket(
+                    connected, server_hostname=self._hop.origin.host
+                )
+            except BaseException:
+                connected.close()
+                raise
+
+
+def _ask(connection: _Connection, hop: Hop, token: str) -> http.client.HTTPResponse:
+    connection.putrequest("GET", hop.target, skip_host=True, skip_accept_encoding=True)
+    connection.putheader("Host", hop.place)
+    connection.putheader("Accept-Encoding", "identity")
+    connection.putheader("User-Agent", "veneer")
+    connection.putheader("Connection", "close")
+    if token:
+        connection.putheader("Authorization", token)
+    connection.endheaders()
+    return connection.getresponse()
+
+
+def _check_status(status: int, file: str, hop: Hop) -> None:
+    if status == 200:
+        return
+    if status in _GONE:
+        raise Missing
+    if status in (401, 403):
+        raise AdapterInvalid(
+            f"{file}: the URI's host refuses access ({status}): the operator gives a token by "
+            "--fetch-token; or the file is not there",
+            metadata={"file": file, "cause": "access", "status": str(status)},
+            detail=str(hop),
+        )
+    raise Aborted(
+        f"{file}: the URI's host answers with status {status}: check the URI, or try again "
+        "later",
+        metadata={"file": file, "cause": "status", "status": str(status)},
+        detail=str(hop),
+    )
+
+
+def _no_redirect(where: str, detail: str = "") -> NoReturn:
+    refuse_uri(
+        f"it leads to {where}: give the URI of the files themselves, or ask the operator to "
+        "allow that place",
+        cause="redirect",
+        detail=detail,
+    )
+
+
+def _refused(file: str, why: str, cause: str) -> AdapterInvalid:
+    return AdapterInvalid(
+        f"{file} {why}: put the file itself there", metadata={"file": file, "cause": cause}
+    )
+
+
+def too_large(file: str, most: int) -> AdapterInvalid:
+    """The error for a file with more bytes than are allowed."""
+    return AdapterInvalid(
+        f"{file} has more than {most} bytes: make it smaller, or start the server with a "
+        "larger --max-adapter-bytes",
+        metadata={"file": file, "cause": "size", "limit": str(most)},
+    )
+
+
+def _cut_short(file: str, detail: str) -> Aborted:
+    return Aborted(
+        f"{file} was cut short by the URI's host: try again",
+        metadata={"file": file, "cause": "cut_short"},
+        detail=detail,
+    )
+
+
+def _broken(file: str, where: str, error: Exception) -> Aborted:
+    if isinstance(error, ssl.SSLError):
+        return Aborted(
+            f"{file}: the URI's host cannot be trusted: its certificate must be signed by an "
+            "authority of the system, or of SSL_CERT_FILE in the server's environment",
+            metadata={"field": "uri", "cause": "certificate"},
+            detail=f"{where}: {error}",
+        )
+    if isinstance(error, TimeoutError):
+        return Aborted(
+            f"{file}: the URI's host was silent for {IDLE_S:g} s: try again",
+            metadata={"file": file, "cause": "silent"},
+            detail=where,
+        )
+    return _cut_short(file, f"{where}: {error}")

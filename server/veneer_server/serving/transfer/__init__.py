@@ -1,0 +1,2 @@
+"""Adapters that move without a client's upload: downloads, registration by URI, watched
+folders."""

@@ -1,0 +1,205 @@
+"""Sends the files of a revision as they were uploaded.
+
+A lease keeps the content while it is sent. Files are read in threads, piece by piece, and the
+next piece is read when the last one has been taken: a slow reader costs one piece of memory.
+While sequences run, reading is as slow as uploads are, since both take CPU time from the step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import stat
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final, TypeVar
+
+from veneer_proto.v1 import adapters_pb2
+from veneer_registry.errors import Aborted, AdapterCorrupt, QuotaExceeded
+from veneer_registry.lease import RevisionLease
+
+from veneer_server.queues.upload_flow import UploadFlow
+from veneer_server.serving.calls import READER_LIMIT_S
+from veneer_server.serving.tenants.tenant import Tenant
+from veneer_server.serving.threads import Background, to_the_end
+
+__all__ = ["MAX_AT_ONCE", "Downloads"]
+
+MAX_AT_ONCE: Final = 8
+"""Downloads that run at once; once a second tenant has called, one may have half of them."""
+
+PIECE: Final = 256 << 10
+"""Bytes of a message. A reader that takes none for ``reader_limit_s`` is ended."""
+
+_OPEN: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+Message = adapters_pb2.DownloadAdapterResponse
+Write = Callable[[bytes], Awaitable[None]]
+"""Sends a serialised `Message`."""
+T = TypeVar("T")
+Describe = Callable[[RevisionLease], adapters_pb2.Adapter]
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """An open file of the store."""
+
+    name: str
+    size: int
+    descriptor: int
+
+
+class Downloads:
+    """Bounds and serves downloads. Belongs to one event loop."""
+
+    def __init__(
+        self, flow: UploadFlow | None = None, *, reader_limit_s: float = READER_LIMIT_S
+    ) -> None:
+        """Args:
+        flow: how fast files are read; None for as fast as the reader.
+        """
+        self._flow = flow or UploadFlow(lambda: False)
+        self._reader_limit_s = reader_limit_s
+        self._running: Counter[str] = Counter()
+        self._tenants: set[str] = set()
+        self._workers = ThreadPoolExecutor(2, thread_name_prefix="download")
+        self._background = Background()
+
+    async def stop(self) -> None:
+        """Wait for the removal of content that nothing holds any more."""
+        await self._background.finish()
+
+    async def send(self, home: Tenant, spec: str, describe: Describe, write: Write) -> None:
+        """Send the files of ``spec`` to ``write``: what they are, then their content.
+
+        Args:
+            describe: the first message's record.
+
+        Raises:
+            AdapterNotFound, InvalidField, BaseModelMismatch: as `Registry.acquire`.
+            AdapterCorrupt: its content is damaged or gone.
+            QuotaExceeded: too many downloads are running.
+            Aborted: the reader takes nothing.
+        """
+        with self._place(home.name):
+            leases: list[RevisionLease] = []
+            try:
+                await to_the_end(
+                    lambda: leases.append(home.registry.acquire(spec)), self._workers
+                )
+                await self._send(home, leases[0], describe, write)
+            finally:
+                for lease in leases:  # even if the caller was cancelled meanwhile
+                    lease.release()
+                if home.registry.needs_sweep:
+                    self._background.start(f"sweep {home.name}", home.registry.sweep)
+
+    async def _send(
+        self, home: Tenant, lease: RevisionLease, describe: Describe, write: Write
+    ) -> None:
+        files: list[_File] = []
+        try:
+            paths = await to_the_end(
+                lambda: home.registry.bundle_files(lease.ref), self._workers
+            )
+            for name, path in paths.items():
+                await to_the_end(partial(_open, name, path, files), self._workers)
+            start = adapters_pb2.DownloadStart(adapter=describe(lease))
+            for file in files:
+                found = hashlib.sha256()
+                async for _ in self._pieces(file, lambda at, data: found.update(data)):  # noqa: B023 - done before the next
+                    pass
+                start.files.add(name=file.name, size=file.size, sha256=found.hexdigest())
+            await self._write(write, Message(start=start).SerializeToString())
+            for file in files:
+                async for message in self._pieces(file, partial(_message, file.name)):
+                    await self._write(write, message)
+        finally:
+            for file in files:
+                os.close(file.descriptor)
+
+    async def _pieces(self, file: _File, use: Callable[[int, bytes], T]) -> AsyncIterator[T]:
+        """What ``use`` makes, in a thread, of each piece and its offset."""
+        for at in range(0, file.size, PIECE):
+            size = min(PIECE, file.size - at)
+            await self._flow.hold(size)
+            yield await to_the_end(
+                lambda at=at, size=size: use(at, _read(file, size, at)),  # type: ignore[misc]
+                self._workers,
+            )
+
+    async def _write(self, write: Write, message: bytes) -> None:
+        try:
+            async with asyncio.timeout(self._reader_limit_s):
+                await write(message)
+        except TimeoutError as error:
+            raise Aborted(
+                f"the reader took nothing for {self._reader_limit_s:g} s: read faster, and "
+                "download again",
+                metadata={"cause": "reader_limit"},
+            ) from error
+
+    @contextmanager
+    def _place(self, tenant: str) -> Iterator[None]:
+        self._tenants.add(tenant)
+        most = MAX_AT_ONCE if len(self._tenants) == 1 else MAX_AT_ONCE // 2
+        if self._running.total() >= MAX_AT_ONCE or self._running[tenant] >= most:
+            raise QuotaExceeded(
+                f"{most} downloads are already running: retry when one has ended",
+                metadata={"limit": str(most)},
+                retry_after_s=2.0,
+            )
+        self._running[tenant] += 1
+        try:
+            yield
+        finally:
+            self._running[tenant] -= 1
+
+
+def _open(name: str, path: Path, files: list[_File]) -> None:
+    """Open a file of the store into ``files``, whose owner closes it, also if the caller has
+    left meanwhile. Raises AdapterCorrupt."""
+    try:
+        descriptor = os.open(path, _OPEN)
+    except OSError as error:
+        raise _damaged(name, str(error)) from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise _damaged(name, "not a regular file")
+    files.append(_File(name, status.st_size, descriptor))
+
+
+def _message(name: str, at: int, data: bytes) -> bytes:
+    message = Message()
+    # The nested message is filled in place, which saves a copy.
+    message.chunk.file, message.chunk.offset, message.chunk.data = name, at, data
+    return message.SerializeToString()
+
+
+def _read(file: _File, size: int, at: int) -> bytes:
+    """All of it, since a short read would leave a gap. Raises AdapterCorrupt."""
+    parts = bytearray()
+    try:
+        while len(parts) < size:
+            part = os.pread(file.descriptor, size - len(parts), at + len(parts))
+            if not part:
+                raise _damaged(file.name, "it became shorter")
+            parts += part
+    except OSError as error:
+        raise _damaged(file.name, str(error)) from error
+    return bytes(parts)
+
+
+def _damaged(name: str, why: str) -> AdapterCorrupt:
+    return AdapterCorrupt(
+        f"the stored file {name} cannot be read; push the adapter again",
+        metadata={"file": name, "cause": "files"},
+        detail=why,
+    )
