@@ -42,14 +42,15 @@ from veneer_server.serving.tenants.tenant import Tenant
 from veneer_server.serving.tenants.tenants import Tenants
 from veneer_server.serving.tenants.visible import Visible
 from veneer_server.serving.threads import Background
-from veneer_server.serving.tools.reading import Shown, ToolReader
+from veneer_server.serving.tools.reading import ReplyReader
 from veneer_server.serving.tools.use import about_tools
 from veneer_server.serving.who import CALLER
 from veneer_server.telemetry.metrics import Metrics
 from veneer_server.telemetry.tracing import Phases, Tracing
 from veneer_server.text.defaults import RequestDefaults
 from veneer_server.text.prompts import Prompt, Prompts, Room
-from veneer_server.text.replies.tools.families import markers
+from veneer_server.text.replies.thinking import Thinking
+from veneer_server.text.replies.tools.families import Family
 from veneer_server.text.tokenizer import TooManyTokens
 from veneer_server.wire.messages import SequenceRequest
 
@@ -139,7 +140,7 @@ class Generator:
                 if place is None
                 else nullcontext(place) as held,
             ):
-                reader = self._reader(call, lease)
+                family = self._family(call, lease)
                 prompt = await self._prompt(call, lease)
                 await measured.prompt(len(prompt.ids))
                 request = self._resolve(call, prompt, owner, lease, deadline)
@@ -148,8 +149,7 @@ class Generator:
                     *(call, prompt, Provenance.of(self.base_name, ref), request),
                     *(self._engine, arrived, measured, held),
                     metrics=self.metrics,
-                    tokenizer=self.prompts.tokenizer,
-                    reader=reader,
+                    reader=self._reader(call, prompt, family),
                 )
                 try:
                     yield generation
@@ -205,18 +205,22 @@ class Generator:
                 "step takes: allow more time"
             )
 
-    def _reader(self, call: GenerateCall, lease: RevisionLease | None) -> ToolReader | None:
-        """What takes the answer apart. Raises InvalidField if its calls could not be read."""
+    def _family(self, call: GenerateCall, lease: RevisionLease | None) -> Family | None:
+        """The format of calls, if the answer may hold any. Raises InvalidField if nobody could
+        read them."""
         if call.tools is None:
             return None
         family = self.prompts.family(_template(lease), self._tool_parser)
-        tokenizer = self.prompts.tokenizer
-        shown = {}
-        if family is not None and not call.tools.forced:
-            shown = tokenizer.special_ids(markers(family))
-        reader = ToolReader(call.tools, family, Shown(tokenizer, shown) if shown else tokenizer)
-        reader.parser()  # raises what the samples' readers would, before any work
-        return reader
+        call.tools.parser(family)  # raises what the samples' readers would, before any work
+        return family
+
+    def _reader(
+        self, call: GenerateCall, prompt: Prompt, family: Family | None
+    ) -> ReplyReader:
+        """What takes the answer apart."""
+        # Output of a given format has no thinking in it.
+        thinking = Thinking.NONE if call.constraint is not None else prompt.thinking
+        return ReplyReader.of(self.prompts.tokenizer, thinking, call.tools, family)
 
     async def _prompt(self, call: GenerateCall, lease: RevisionLease | None) -> Prompt:
         info = self._engine.info

@@ -62,6 +62,11 @@ class ThinkingParser:
         self._held = ""
         """What may become a tag."""
 
+    @property
+    def thinking(self) -> bool:
+        """See `ReplyParser.thinking`."""
+        return self._where is _Where.THINKING
+
     def feed(self, text: str) -> Sequence[Delta]:
         """See `ReplyParser.feed`."""
         deltas: list[Delta] = []
