@@ -174,8 +174,8 @@ class Sample:
             parts = list(parser.feed(text)) if text else []
             if ended and at == last:
                 parts += parser.finish()
-            thoughts = [part for part in parts if isinstance(part, replies.Reasoning)]
-            self.thought += thinking and at < last and (parser.thinking or bool(thoughts))
+            thought = any(isinstance(part, replies.Reasoning) and part.text for part in parts)
+            self.thought += thinking and at < last and (parser.thinking or thought)
             for part in parts:
                 self._called |= isinstance(part, replies.ToolCallBegun)
                 if self._show_reasoning or not isinstance(part, replies.Reasoning):

@@ -220,7 +220,7 @@ class Output:
             case Content(text=text):
                 yield from self._say(text, scores)
             case Reasoning(text=text):
-                if self._reasoning:
+                if self._reasoning and text:
                     yield from self._think(text)
             case ToolCallBegun():
                 self._blank = []

@@ -26,7 +26,7 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """Text of the model's thinking."""
+    """Text of the model's thinking; an empty one says that its end has been read."""
 
     text: str
 
