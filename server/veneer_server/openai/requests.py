@@ -86,8 +86,13 @@ def conversation_call(
         logprobs=fields.logprobs,
         top_logprobs=fields.top_logprobs,
         echo=False,
-        # Output of a given format holds no calls.
-        tools=use if use is None or use.forced or common["constraint"] is None else None,
+        # Only a response format leaves room for calls; vLLM's options are for all of the output.
+        tools=use
+        if use is None
+        or use.forced
+        or fields.response_format is not None
+        or common["constraint"] is None
+        else None,
         **common,
     )
 

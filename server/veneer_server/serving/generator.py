@@ -42,17 +42,15 @@ from veneer_server.serving.tenants.tenant import Tenant
 from veneer_server.serving.tenants.tenants import Tenants
 from veneer_server.serving.tenants.visible import Visible
 from veneer_server.serving.threads import Background
-from veneer_server.serving.tools.reading import ReplyReader
+from veneer_server.serving.tools.reading import Plan, ReplyReader
 from veneer_server.serving.tools.use import about_tools
 from veneer_server.serving.who import CALLER
 from veneer_server.telemetry.metrics import Metrics
 from veneer_server.telemetry.tracing import Phases, Tracing
 from veneer_server.text.defaults import RequestDefaults
 from veneer_server.text.prompts import Prompt, Prompts, Room
-from veneer_server.text.replies.thinking import Thinking
-from veneer_server.text.replies.tools.families import Family
 from veneer_server.text.tokenizer import TooManyTokens
-from veneer_server.wire.messages import SequenceRequest
+from veneer_server.wire.messages import Constraint, SequenceRequest
 
 __all__ = ["Generator"]
 
@@ -125,11 +123,12 @@ class Generator:
         deadline = None if time_remaining is None else time.monotonic() + time_remaining
         owner, lease = None, None
         generation: Generation | None = None
+        plan: Plan | None = None
         outcome, failed = "cancelled", ""
         try:
             self._check_deadline(time_remaining)
-            if call.constraint is not None:
-                check_constraint_size(call.constraint, self._constraint_bytes)
+            forced = call.tools is not None and call.tools.forced
+            self._check_size(call.constraint, by_tools=forced)
             if call.adapter:
                 home = await self._tenants.current()
                 owner, lease = self._visible.acquire(home, call.adapter, call.session_key)
@@ -140,16 +139,16 @@ class Generator:
                 if place is None
                 else nullcontext(place) as held,
             ):
-                family = self._family(call, lease)
+                plan = self._plan(call, lease)
                 prompt = await self._prompt(call, lease)
                 await measured.prompt(len(prompt.ids))
-                request = self._resolve(call, prompt, owner, lease, deadline)
+                request = self._resolve(call, prompt, plan, owner, lease, deadline)
                 ref = lease.ref if lease is not None else None
                 generation = Generation(
                     *(call, prompt, Provenance.of(self.base_name, ref), request),
                     *(self._engine, arrived, measured, held),
                     metrics=self.metrics,
-                    reader=self._reader(call, prompt, family),
+                    reader=ReplyReader.of(self.prompts.tokenizer, prompt.thinking, plan),
                 )
                 try:
                     yield generation
@@ -158,7 +157,7 @@ class Generator:
             outcome = generation.finish or "cancelled"
         except VeneerError as error:
             outcome, failed = error.reason, error.message
-            if call.tools is not None and call.tools.forced:
+            if plan is not None and plan.by_tools:
                 raise about_tools(error) from error
             raise
         finally:
@@ -205,22 +204,23 @@ class Generator:
                 "step takes: allow more time"
             )
 
-    def _family(self, call: GenerateCall, lease: RevisionLease | None) -> Family | None:
-        """The format of calls, if the answer may hold any. Raises InvalidField if nobody could
-        read them."""
-        if call.tools is None:
-            return None
-        family = self.prompts.family(_template(lease), self._tool_parser)
-        call.tools.parser(family)  # raises what the samples' readers would, before any work
-        return family
+    def _check_size(self, constraint: Constraint | None, *, by_tools: bool) -> None:
+        """Raises InvalidField for a constraint that is too long, before any work."""
+        if constraint is None:
+            return
+        try:
+            check_constraint_size(constraint, self._constraint_bytes)
+        except VeneerError as error:
+            raise about_tools(error) if by_tools else error from None
 
-    def _reader(
-        self, call: GenerateCall, prompt: Prompt, family: Family | None
-    ) -> ReplyReader:
-        """What takes the answer apart."""
-        # Output of a given format has no thinking in it.
-        thinking = Thinking.NONE if call.constraint is not None else prompt.thinking
-        return ReplyReader.of(self.prompts.tokenizer, thinking, call.tools, family)
+    def _plan(self, call: GenerateCall, lease: RevisionLease | None) -> Plan:
+        """How the answer may look. Raises InvalidField if nobody could read its calls."""
+        family, tokenizer = None, self.prompts.tokenizer
+        if call.tools is not None:
+            family = self.prompts.family(_template(lease), self._tool_parser)
+        plan = Plan.of(call.tools, family, call.constraint, tokenizer)
+        self._check_size(plan.constraint, by_tools=plan.by_tools)
+        return plan
 
     async def _prompt(self, call: GenerateCall, lease: RevisionLease | None) -> Prompt:
         info = self._engine.info
@@ -263,6 +263,7 @@ class Generator:
         self,
         call: GenerateCall,
         prompt: Prompt,
+        plan: Plan,
         owner: Tenant | None,
         lease: RevisionLease | None,
         deadline: float | None,
@@ -297,7 +298,7 @@ class Generator:
             top_logprobs=max(call.top_logprobs, call.prompt_tops or 0),
             stop_token_ids=list(call.stop_token_ids),
             min_tokens=call.min_tokens,
-            constraint=call.constraint,
+            constraint=plan.constraint,
             use_prefix_cache=call.use_prefix_cache is not False,
             # How many tokens were cached tells what somebody else has asked.
             cache_scope=PRINCIPAL.get().tenant,

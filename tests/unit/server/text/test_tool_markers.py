@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer
 from veneer_registry.errors import InvalidField
 from veneer_server.serving.samples import Sample
-from veneer_server.serving.tools.reading import ReplyReader
+from veneer_server.serving.tools.reading import Plan, ReplyReader
 from veneer_server.serving.tools.use import Tool, ToolUse
 from veneer_server.text.prompts import Prompts
 from veneer_server.text.replies.deltas import ToolArguments, ToolCallBegun
@@ -48,7 +48,9 @@ def test_a_call_behind_a_special_token(base_folder: Path, family: Family, step: 
         *tokenizer.encode(AFTER[family], add_special_tokens=False),
     ]
     assert "[TOOL" not in tokenizer.decode(ids)
-    reader = ReplyReader.of(tokenizer, Thinking.NONE, USE, family)
+    reader = ReplyReader.of(
+        tokenizer, Thinking.NONE, Plan.of(USE, family, None, tokenizer)
+    )
     sample = Sample(
         0,
         reader.tokens,
