@@ -8,7 +8,9 @@ with ``response.completed`` or ``response.incomplete``, and one that fails with 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, Final
 
 from veneer_server.openai.answers import Answer, Json, Piece, Scores, Tally, TokenScore
@@ -20,6 +22,7 @@ from veneer_server.openai.responses.fields import ResponseFields
 from veneer_server.openai.responses.output import Event, Output
 from veneer_server.serving.records import GenerateCall
 from veneer_server.text.replies.deltas import Content
+from veneer_server.text.replies.deltas import Delta as Part
 from veneer_server.text.tokenizer import TextTokenizer
 
 __all__ = ["ResponseAnswer"]
@@ -110,9 +113,11 @@ class ResponseAnswer(Answer):
         delta, output = piece.delta, self._output
         scores = [self._score(token) for token in self._given(piece)]
         taken = 0
-        for part, end in zip(delta.parts, delta.ends, strict=True):
-            yield from output.take(part, scores[taken:end])
-            taken = max(taken, end)
+        for end, group in groupby(zip(delta.ends, delta.parts, strict=True), itemgetter(0)):
+            parts = [part for _, part in group]
+            for part, own in zip(parts, _shared(parts, scores[taken:end]), strict=True):
+                yield from output.take(part, own)
+            taken = end
         if delta.text and not delta.parts:  # it is not taken apart
             yield from output.take(Content(delta.text), scores)
         else:
@@ -196,6 +201,16 @@ class ResponseAnswer(Answer):
             "bytes": list(self._tokenizer.token_bytes(token)),
             "logprob": logprob,
         }
+
+
+def _shared(parts: Sequence[Part], scores: Sequence[Json]) -> Iterator[Sequence[Json]]:
+    """Shares scores among the parts that their last token completed: that token's own belongs
+    to text, if any of them is, the others to the first part."""
+    text = next((at for at, part in enumerate(parts) if isinstance(part, Content)), 0)
+    for at in range(len(parts)):
+        begin = len(scores) - 1 if at and at == text else 0
+        end = len(scores) - 1 if text > at else len(scores)
+        yield scores[begin:end] if at in (0, text) else ()
 
 
 def _shown_format(fields: ResponseFields) -> Json:
