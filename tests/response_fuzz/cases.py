@@ -39,7 +39,17 @@ _FUNCTIONS: Final[tuple[dict[str, Any], ...]] = (
 )
 _WORDS: Final = (
     *(" the", " sea", "ab", "\n", " ", "\n\n", '"', "\\", "{", "}", "<", "</", "<think>"),
-    *("</think>", "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<tool", "😀", "🏴‍☠️", "é", "漢"),
+    *(
+        "</think>",
+        "<tool_call>",
+        "</tool_call>",
+        "[TOOL_CALLS]",
+        "<tool",
+        "😀",
+        "🏴‍☠️",
+        "é",
+        "漢",
+    ),
 )
 _STOPS: Final = ("sea", "\n\n\n", "😀é", "</tool_call>", "🏴")
 _FORMAT: Final = {"type": "json_schema", "name": "a", "schema": {"type": "object"}}
@@ -98,9 +108,9 @@ def cases(rng: random.Random, tokenizer: TextTokenizer) -> Iterator[Case]:
         forced = _tools(rng, functions, response, chat) if functions else ""
         _options(rng, response, chat, forced=bool(forced))
         text = _text(rng, model, functions, forced)
-        ids = tokenizer.encode(text, add_special_tokens=False) or [tokenizer.encode(
-            "a", add_special_tokens=False
-        )[0]]
+        ids = tokenizer.encode(text, add_special_tokens=False) or [
+            tokenizer.encode("a", add_special_tokens=False)[0]
+        ]
         finish = "stop"
         if rng.random() < 0.4:
             ids, finish = ids[: rng.randrange(1, len(ids) + 1)], "length"

@@ -73,6 +73,8 @@ def conversation_call(
             )
         # As in vLLM, the call takes the place of a response format.
         common["constraint"] = use.constraint()
+    # Only a response format leaves room for calls; vLLM's options are for all of the output.
+    free = common["constraint"] is None or fields.response_format is not None
     options = TemplateOptions.of(
         fields.chat_template_kwargs,
         fields.reasoning_effort,
@@ -86,13 +88,7 @@ def conversation_call(
         logprobs=fields.logprobs,
         top_logprobs=fields.top_logprobs,
         echo=False,
-        # Only a response format leaves room for calls; vLLM's options are for all of the output.
-        tools=use
-        if use is None
-        or use.forced
-        or fields.response_format is not None
-        or common["constraint"] is None
-        else None,
+        tools=use if free or (use is not None and use.forced) else None,
         **common,
     )
 

@@ -79,11 +79,14 @@ class _Messages:
             case kind:
                 raise _unserved(where, kind)
 
-    def say(self, role: str, text: str, where: str, **more: str) -> None:
-        """Add a message that is not the assistant's."""
+    def say(
+        self, role: str, text: str, where: str, *, call_id: str = "", name: str = ""
+    ) -> None:
+        """Add a message that is not the assistant's; see `History.message`."""
         self.end_turn()
         role = "system" if role == "developer" else role
-        self.messages.append(self._history.message(role, text, field=where, **more))
+        made = self._history.message(role, text, call_id=call_id, name=name, field=where)
+        self.messages.append(made)
 
     def end_turn(self) -> None:
         """The assistant's turn has ended. Thinking without text or calls is left out, as

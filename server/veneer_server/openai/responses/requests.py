@@ -15,9 +15,7 @@ from veneer_server.serving.records import GenerateCall
 
 __all__ = ["chat_fields", "response_call"]
 
-_OWN: Final = frozenset(
-    {"tools", "tool_choice", "parallel_tool_calls", "include_reasoning"}
-)
+_OWN: Final = frozenset({"tools", "tool_choice", "parallel_tool_calls", "include_reasoning"})
 """Fields with the names of a chat's that are in another form, or have effect on the answer's
 form only."""
 

@@ -128,12 +128,11 @@ def _check_type(kind: object, field: str) -> None:
 def _chosen(choice: str | Mapping[str, Any] | None, form: Form) -> _Chosen:
     field = "tool_choice"
     if choice is None or isinstance(choice, str):
-        hows = {None: Choice.AUTO, "auto": Choice.AUTO, "required": Choice.REQUIRED}
-        if choice != "none" and choice not in hows:
-            refuse(
-                field, f"is {choice[:40]!r}: give none, auto or required, or name a function"
-            )
-        return _Chosen(None if choice == "none" else hows[choice])
+        hows = {"none": None, "auto": Choice.AUTO, "required": Choice.REQUIRED}
+        name = "auto" if choice is None else choice
+        if name not in hows:
+            refuse(field, f"is {name[:40]!r}: give none, auto or required, or name a function")
+        return _Chosen(hows[name])
     kind = choice.get("type")
     if kind == "allowed_tools":
         return _Chosen(*_allowed_names(choice, form))

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from veneer_server.serving.tools.schema import arguments_schema
+from veneer_server.serving.tools.schema import MAX_FORCED_CALLS, arguments_schema
 from veneer_server.serving.tools.use import Tool, ToolUse
 from veneer_server.text.replies.tools import hermes
 from veneer_server.wire.messages import Constraint
@@ -42,7 +42,8 @@ def auto_grammar(
     """
     tag = hermes.OPEN if special else json.dumps(hermes.OPEN)
     if answer is not None:
-        calls = r'call ("\n" call)*' if use.parallel else "call"
+        more = MAX_FORCED_CALLS - 1 if use.parallel else 0
+        calls = rf'call ("\n" call){{0,{more}}}' if more else "call"
         lark = _ANSWER.format(calls=calls, tag=tag, schema=_spaced(json.loads(answer.text)))
     elif special:
         lark = _FREE + f"head: TEXT {tag}\ncall: body\n"

@@ -167,7 +167,15 @@ class Script:
         await self.http("POST", "/v1/unload_lora_adapter", lora_name="secret")
         await self.http("POST", "/pause")
         await self.http("POST", "/resume")
-        for path in ("/version", "/health", "/ping", "/load", "/is_paused", "/server_info", "/metrics"):
+        for path in (
+            "/version",
+            "/health",
+            "/ping",
+            "/load",
+            "/is_paused",
+            "/server_info",
+            "/metrics",
+        ):
             await self.http("GET", path)
         await self.http("POST", "/ping")
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from veneer_server.constraints.grammar import compile_matcher, library_limits, load_tokenizer
 from veneer_server.serving.tools.auto import auto_grammar
+from veneer_server.serving.tools.schema import MAX_FORCED_CALLS
 from veneer_server.serving.tools.use import Tool, ToolUse
 from veneer_server.text.tokenizer import TextTokenizer
 from veneer_server.wire.messages import Constraint, ConstraintLimits
@@ -46,9 +47,7 @@ class Accepts:
 
     def __init__(self, folder: Path, constraint: Constraint, limits: ConstraintLimits) -> None:
         self._texts = TextTokenizer.from_folder(folder)
-        tokens = load_tokenizer(
-            str(folder / "tokenizer.json"), self._texts.vocab_size, [2]
-        )
+        tokens = load_tokenizer(str(folder / "tokenizer.json"), self._texts.vocab_size, [2])
         self._matcher = compile_matcher(tokens, constraint, library_limits(limits))
 
     def __call__(self, text: str) -> bool:
@@ -90,6 +89,8 @@ def test_calls_or_an_answer(
     assert accepts('{"a": true}')
     assert accepts(GOOD)
     assert accepts(f"{GOOD}\n{ANY}") is parallel
+    assert accepts("\n".join([ANY] * MAX_FORCED_CALLS)) is parallel
+    assert not accepts("\n".join([ANY] * (MAX_FORCED_CALLS + 1))), "small models go on for ever"
     for text in ("", "Hello", '{"a": 1}', f'{GOOD}\n{{"a": true}}', f"Look.\n{GOOD}", *BAD):
         assert not accepts(text), text
 

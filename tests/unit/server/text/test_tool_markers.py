@@ -48,9 +48,7 @@ def test_a_call_behind_a_special_token(base_folder: Path, family: Family, step: 
         *tokenizer.encode(AFTER[family], add_special_tokens=False),
     ]
     assert "[TOOL" not in tokenizer.decode(ids)
-    reader = ReplyReader.of(
-        tokenizer, Thinking.NONE, Plan.of(USE, family, None, tokenizer)
-    )
+    reader = ReplyReader.of(tokenizer, Thinking.NONE, Plan.of(USE, family, None, tokenizer))
     sample = Sample(
         0,
         reader.tokens,

@@ -317,7 +317,7 @@ async def test_without_roots_it_says_so(
 
 
 async def test_trl_learns_that_adapters_can_be_loaded(loading: Loading) -> None:
-    """What `select_adapter_sync` of its asynchronous trainers reads, and its trainer of models."""
+    """What `select_adapter_sync` of its asynchronous trainers reads, and its `VLLMClient`."""
     headers = {"authorization": f"Bearer {loading.keys['publisher']}"}
     answer = await loading.http.get("/server_info", headers=headers)
     config = answer.json()["vllm_config"]
