@@ -41,11 +41,13 @@ class ResponseAnswer(Answer):
         call: GenerateCall,
         tokenizer: TextTokenizer,
         *,
+        tools: Json,
         request_id: str,
         metadata: Mapping[str, str],
     ) -> None:
         """Args:
         chat, call: what `fields` became.
+        tools: what it says about them; see `shown_tools`.
         metadata: the caller's, which the response repeats.
         """
         self.framing = Framing(_event, b"", self._failure)
@@ -70,18 +72,16 @@ class ResponseAnswer(Answer):
             "max_output_tokens": fields.max_output_tokens,
             "max_tool_calls": fields.max_tool_calls,
             "metadata": metadata,
-            "parallel_tool_calls": fields.parallel_tool_calls,
             "previous_response_id": None,
             "reasoning": {"effort": fields.reasoning.effort, "summary": None},
             "store": False,
             "temperature": getattr(chat, "temperature", None),
             "text": {"format": _shown_format(fields), "verbosity": "medium"},
-            "tool_choice": fields.tool_choice,
-            "tools": fields.tools,
             "top_logprobs": fields.top_logprobs,
             "top_p": getattr(chat, "top_p", None),
             "truncation": fields.truncation,
             "user": fields.user,
+            **tools,
         }
 
     def add(self, piece: Piece) -> None:

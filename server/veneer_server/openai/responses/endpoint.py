@@ -10,7 +10,11 @@ from veneer_server.openai.fields import parse_fields
 from veneer_server.openai.generate import GenerateEndpoint, Job
 from veneer_server.openai.responses.answer import ResponseAnswer
 from veneer_server.openai.responses.fields import ResponseFields
-from veneer_server.openai.responses.requests import chat_fields, response_call
+from veneer_server.openai.responses.requests import (
+    chat_fields,
+    response_call,
+    shown_tools,
+)
 from veneer_server.serving.checks import invalid
 
 __all__ = ["ResponsesEndpoint"]
@@ -35,6 +39,7 @@ class ResponsesEndpoint(GenerateEndpoint):
             chat,
             call,
             core.generator.prompts.tokenizer,
+            tools=shown_tools(fields),
             request_id=REQUEST_ID.get(),
             metadata=_metadata(body.get("metadata")),
         )

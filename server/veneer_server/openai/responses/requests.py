@@ -3,17 +3,18 @@ alike."""
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 from veneer_server.openai.fields import ChatFields, JsonSchema, ResponseFormat
 from veneer_server.openai.requests import conversation_call
 from veneer_server.openai.responses.fields import ResponseFields
 from veneer_server.openai.responses.items import messages_of
-from veneer_server.openai.tools.definitions import Form, Given, use_of
+from veneer_server.openai.tools.definitions import Form, Given, read_tools, use_of
 from veneer_server.serving.checks import invalid
 from veneer_server.serving.records import GenerateCall
+from veneer_server.serving.tools.use import check_tools
 
-__all__ = ["chat_fields", "response_call"]
+__all__ = ["chat_fields", "response_call", "shown_tools"]
 
 _OWN: Final = frozenset({"tools", "tool_choice", "parallel_tool_calls", "include_reasoning"})
 """Fields with the names of a chat's that are in another form, or have effect on the answer's
@@ -56,6 +57,38 @@ def chat_fields(fields: ResponseFields) -> ChatFields:
     if (wanted := _format(fields)) is not None:
         given["response_format"] = wanted
     return ChatFields.model_construct(**given)
+
+
+def shown_tools(fields: ResponseFields) -> dict[str, Any]:
+    """What a response says about its request's tools: what was read of them, in bounds, since
+    several events repeat it.
+
+    Raises:
+        InvalidField: they are too long.
+    """
+    tools, choice = read_tools(fields.tools, Form.FLAT), fields.tool_choice
+    if tools:
+        check_tools(tools)
+    shown = [
+        {
+            "type": "function",
+            "name": tool.name,
+            "description": tool.function.get("description"),
+            "parameters": tool.parameters,
+            "strict": tool.strict,
+        }
+        for tool in tools
+    ]
+    if isinstance(choice, dict):
+        named = choice.get("tools", ())
+        choice = {name: choice[name] for name in ("type", "name", "mode") if name in choice}
+        if choice["type"] == "allowed_tools":
+            choice["tools"] = [{"type": "function", "name": one["name"]} for one in named]
+    return {
+        "tools": shown,
+        "tool_choice": choice,
+        "parallel_tool_calls": fields.parallel_tool_calls,
+    }
 
 
 def _check_served(fields: ResponseFields) -> None:

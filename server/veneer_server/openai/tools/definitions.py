@@ -14,7 +14,7 @@ from typing import Any, Final
 from veneer_server.serving.checks import invalid, refuse
 from veneer_server.serving.tools.use import MAX_TOOLS, Choice, Tool, ToolUse, check_tool
 
-__all__ = ["Form", "Given", "named_function", "read_function", "use_of"]
+__all__ = ["Form", "Given", "named_function", "read_function", "read_tools", "use_of"]
 
 _FLAT_MEMBERS: Final = ("name", "description", "parameters", "strict")
 """What a chat template sees of a tool in the flat form: the members that chats have."""
@@ -70,9 +70,7 @@ def use_of(given: Given, form: Form) -> ToolUse | None:
     Raises:
         InvalidField: a tool or the choice is not in OpenAI's form, or they do not fit.
     """
-    if len(given.tools) > MAX_TOOLS:
-        refuse("tools", f"has {len(given.tools)} entries: send at most {MAX_TOOLS}")
-    tools = [_tool(entry, f"tools[{at}]", form) for at, entry in enumerate(given.tools)]
+    tools = read_tools(given.tools, form)
     chosen = _chosen(given.choice, form)
     if not tools:
         if given.choice not in (None, "none", "auto"):
@@ -83,6 +81,13 @@ def use_of(given: Given, form: Form) -> ToolUse | None:
     if chosen.allowed is not None:
         tools = _allowed(tools, chosen.allowed)
     return ToolUse(tuple(tools), chosen.how, chosen.named, given.parallel)
+
+
+def read_tools(given: Sequence[Mapping[str, Any]], form: Form) -> list[Tool]:
+    """The tools of a request. Raises InvalidField."""
+    if len(given) > MAX_TOOLS:
+        refuse("tools", f"has {len(given)} entries: send at most {MAX_TOOLS}")
+    return [_tool(entry, f"tools[{at}]", form) for at, entry in enumerate(given)]
 
 
 def read_function(function: object, field: str) -> Tool:

@@ -18,7 +18,7 @@ from veneer_server.text.replies.tools.families import Family, parser_of
 from veneer_server.text.replies.tools.forced import NamedParser, RequiredParser
 from veneer_server.wire.messages import Constraint
 
-__all__ = ["Choice", "Tool", "ToolUse", "about_tools", "check_tool"]
+__all__ = ["Choice", "Tool", "ToolUse", "about_tools", "check_tool", "check_tools"]
 
 MAX_TOOLS: Final = 128
 MAX_TOOL_BYTES: Final = 128 << 10

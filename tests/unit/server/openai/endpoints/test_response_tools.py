@@ -23,7 +23,7 @@ from tests.unit.server.openai.endpoints.response_kit import (
     shape,
     streamed,
 )
-from tests.unit.server.openai.kit import CHAT, ok
+from tests.unit.server.openai.kit import CHAT, error_of, ok
 from tests.unit.server.openai.tool_kit import (
     CLOCK,
     TEMPLATES,
@@ -37,6 +37,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 TOOLS = [{"type": "function", **tool["function"]} for tool in (WEATHER, CLOCK)]
 GIVEN: dict[str, Any] = {"tools": TOOLS, "max_output_tokens": None}
+SHOWN = [{"description": None, "parameters": None, **tool, "strict": False} for tool in TOOLS]
 PARIS = '{"city": "Paris"}'
 BOTH = [("function_call", PARIS), ("function_call", "{}")]
 CALLS = (
@@ -90,7 +91,7 @@ async def test_calls_are_items(
     assert [item["name"] for item in response["output"]] == ["weather", "clock"]
     assert len({item["call_id"] for item in response["output"]}) == 2
     assert {item["status"] for item in response["output"]} == {"completed"}
-    assert response["tools"] == TOOLS
+    assert response["tools"] == SHOWN
     only = await both(http, **given, parallel_tool_calls=False)
     assert shape(only) == BOTH[:1]
     assert only["parallel_tool_calls"] is False
@@ -113,7 +114,11 @@ async def test_the_template_sees_tools_as_in_a_chat(
         ("required", FORCED, BOTH),
         ({"type": "function", "name": "weather"}, PARIS, BOTH[:1]),
         (
-            {"type": "allowed_tools", "mode": "required", "tools": [TOOLS[1]]},
+            {
+                "type": "allowed_tools",
+                "mode": "required",
+                "tools": [{"type": "function", "name": "clock"}],
+            },
             '[{"name": "clock", "arguments": {}}]',
             BOTH[1:],
         ),
@@ -132,6 +137,24 @@ async def test_a_call_can_be_forced(
     assert (response["status"], shape(response)) == ("completed", expected)
     assert response["tool_choice"] == choice
     assert front.engine.submitted[-1].constraint is not None
+
+
+async def test_an_answer_repeats_what_was_read_alone(
+    front: Front, http: httpx.AsyncClient, tokenizer: TextTokenizer
+) -> None:
+    """Several events of each stream repeat it."""
+    much = {"x": "y" * 200_000}
+    says(front, tokenizer, PARIS)
+    choice = {"type": "function", "name": "weather"}
+    tools = [{**tool, **much} for tool in TOOLS]
+    response = await both(http, **{**GIVEN, "tools": tools}, tool_choice={**choice, **much})
+    assert (response["tools"], response["tool_choice"]) == (SHOWN, choice)
+    # A tool that is not shown to the model costs no tokens.
+    long = {"name": "f", "description": "y" * (128 << 10)}
+    for how in ("none", "auto"):
+        given = {**ASK, "tools": [long], "tool_choice": how}
+        answer = await http.post("/v1/responses", json=given)
+        assert (answer.status_code, error_of(answer)["param"]) == (400, "tools")
 
 
 async def test_a_call_that_is_cut_is_incomplete(
