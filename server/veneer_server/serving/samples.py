@@ -134,14 +134,14 @@ class Sample:
         prompt_tops = output.prompt_top_logprobs
         if self._tops is not None:
             tops, prompt_tops = map(_first, (tops, prompt_tops), self._tops)
-        texts.append(text)
-        text = "".join(texts)
-        parts: list[replies.Delta] = []
-        ends: list[int] = []
-        if self._parser is not None:
-            for part, end in self._parts(self._parser, texts, ended=finish is not None):
-                parts.append(part)
-                ends.append(min(end, count))
+        parts: Sequence[replies.Delta] = ()
+        ends: Sequence[int] = ()
+        if self._parser is None:
+            text = "".join(texts) + text
+        else:
+            found = list(self._parts(self._parser, [*texts, text], ended=finish is not None))
+            parts = [part for part, _ in found]
+            ends = [min(end, count) for _, end in found]
             text = "".join(part.text for part in parts if isinstance(part, replies.Content))
             if finish == "stop" and self._called and self._ends_with_calls:
                 finish = "tool_calls"
