@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from veneer_server.serving.tools.schema import MAX_FORCED_CALLS, arguments_schema
+from veneer_server.serving.tools.schema import MAX_FORCED_CALLS, arguments_schema, without_words
 from veneer_server.serving.tools.use import Tool, ToolUse
 from veneer_server.text.replies.tools import hermes
 from veneer_server.wire.messages import Constraint
@@ -62,7 +62,10 @@ def _body(tool: Tool) -> str:
     name = json.dumps(tool.name, ensure_ascii=False)
     before = json.dumps(f'\n{{"name": {name}, "arguments": ')
     after = json.dumps(f"}}\n{hermes.CLOSE}")
-    schema = arguments_schema(tool.parameters) if tool.strict else {"type": "object"}
+    schema: Any = {"type": "object"}
+    if tool.strict:
+        # Descriptions would count towards the size of a constraint.
+        schema = without_words(arguments_schema(tool.parameters))
     return f"{before} %json {_spaced(schema)} {after}"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from veneer_server.constraints.grammar import compile_matcher, library_limits, load_tokenizer
 from veneer_server.serving.tools.auto import auto_grammar
-from veneer_server.serving.tools.schema import MAX_FORCED_CALLS
+from veneer_server.serving.tools.schema import MAX_FORCED_CALLS, without_words
 from veneer_server.serving.tools.use import Tool, ToolUse
 from veneer_server.text.tokenizer import TextTokenizer
 from veneer_server.wire.messages import Constraint, ConstraintLimits
@@ -101,6 +101,28 @@ def test_any_schema_can_be_an_answer(base_folder: Path, limits: ConstraintLimits
         accepts = Accepts(base_folder, auto_grammar(ToolUse((LOOSE,)), answer), limits)
         assert accepts(text), schema
         assert accepts(ANY)
+
+
+def test_words_for_people_are_left_out() -> None:
+    """They count towards the size of a constraint, and agents' tools are full of them."""
+    schema = {
+        "title": "T",
+        "description": "D",
+        "properties": {
+            "title": {"type": "string", "title": "T", "enum": ["description"]},
+            "description": {"anyOf": [{"const": {"title": 1}}, {"description": "D"}]},
+        },
+        "$defs": {"title": {"examples": [1]}},
+    }
+    assert without_words(schema) == {
+        "properties": {
+            "title": {"type": "string", "enum": ["description"]},
+            "description": {"anyOf": [{"const": {"title": 1}}, {}]},
+        },
+        "$defs": {"title": {}},
+    }
+    tool = Tool({"name": "f", "strict": True, "parameters": {"description": "D" * 99}})
+    assert "DDD" not in auto_grammar(ToolUse((tool,))).text
 
 
 def test_an_opening_tag_that_is_a_special_token(
