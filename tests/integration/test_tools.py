@@ -45,6 +45,39 @@ async def prompt_tokens(server: Server, model: str) -> int:
     return int(answer.json()["usage"]["prompt_tokens"])
 
 
+async def test_a_response_calls_or_answers(server: Server) -> None:
+    """Both are held to their schemas, whichever the model chooses."""
+    schema: Any = {
+        "type": "object",
+        "properties": {"colour": {"enum": ["red", "blue"]}},
+        "required": ["colour"],
+        "additionalProperties": False,
+    }
+    paint: Any = {"type": "function", "name": "paint", "parameters": schema, "strict": True}
+    form: Any = {"type": "json_schema", "name": "a", "schema": schema, "strict": True}
+    async with openai.AsyncOpenAI(
+        base_url=f"http://{server.openai}/v1",
+        api_key="ignored",
+        http_client=openai.DefaultAsyncHttpxClient(trust_env=False),
+    ) as sdk:
+        for choice in ("auto", "none"):
+            answer = await sdk.responses.create(
+                model="smollm2-135m",
+                input="Paint it red.",
+                tools=[paint],
+                tool_choice=choice,
+                parallel_tool_calls=False,
+                text={"format": form},
+                temperature=0,
+                max_output_tokens=60,
+            )
+            [item] = answer.output
+            called = item.type == "function_call"
+            text = item.arguments if item.type == "function_call" else answer.output_text
+            assert json.loads(text)["colour"] in ("red", "blue")
+            assert (answer.status, called and choice == "none") == ("completed", False)
+
+
 async def test_the_sdk_reads_calls(server: Server) -> None:
     tool: Any = {
         "type": "function",

@@ -76,6 +76,7 @@ _HTTP: Final[Mapping[str, frozenset[Role]]] = {
     "GET /is_paused": _ANY,
     "GET /load": _ANY,
     "GET /version": _ANY,
+    "GET /server_info": _ANY,
     "GET /metrics": _SCRAPERS,
     "GET /health": OPEN,
     "GET /livez": OPEN,

@@ -1,26 +1,22 @@
-"""Converts generated output to OpenAI's objects: whole answers and stream chunks.
+"""What every answer is made from, whatever its form: pieces of output, counts and scores.
 
-This module holds what both kinds share; `chat` and `completions` hold their own forms.
+`choices` makes chats' and completions' answers of them, `responses.answer` responses.
 """
 
 from __future__ import annotations
 
 import codecs
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
-from veneer_server.openai.extensions.answers import Additions, labels
-from veneer_server.openai.fields import CommonFields
 from veneer_server.openai.http.asgi import DATA_ONLY, Framing
 from veneer_server.serving.generation import Delta, Generation
 from veneer_server.text.detokenizer import Detokenizer
-from veneer_server.text.replies.deltas import Delta as Part
 from veneer_server.text.tokenizer import TextTokenizer
 
-__all__ = ["Answer", "Choice", "Json", "Piece", "TokenScore"]
+__all__ = ["Answer", "Counts", "Json", "Piece", "Scores", "Tally", "TokenScore"]
 
 Json = dict[str, Any]
 Tops = Sequence[tuple[int, float]]
@@ -73,24 +69,6 @@ class Offsets:
         return at
 
 
-@dataclass(slots=True)
-class Choice:
-    """The output of one choice so far.
-
-    Attributes:
-        offsets: those of its tokens, once it has any.
-        started: whether a chunk has been made from it.
-    """
-
-    text: list[str] = field(default_factory=list)
-    reasoning: list[str] = field(default_factory=list)
-    parts: list[Part] = field(default_factory=list)
-    tokens: list[TokenScore] = field(default_factory=list)
-    finish: str | None = None
-    offsets: Offsets | None = None
-    started: bool = False
-
-
 @dataclass(frozen=True, slots=True)
 class TokenScore:
     """One token with its log-probability; a prompt's first token has none.
@@ -106,127 +84,78 @@ class TokenScore:
 
 
 class Answer(ABC):
-    """Builds the objects of one request. Pass in every piece, each choice's in order."""
+    """Builds what answers one request. Pass in every piece, each choice's in order: all of
+    them to `add`, or all to `chunks`."""
 
-    kind: str
-    """Object type of a whole answer."""
-    chunk_kind: str
-    id_prefix: str
     framing: Framing = DATA_ONLY
     """Of its chunks."""
 
-    def __init__(
-        self,
-        fields: CommonFields,
-        tokenizer: TextTokenizer,
-        *,
-        prompts: int,
-        logprobs: bool,
-        echo: bool,
-        request_id: str,
-        fingerprint: str,
-    ) -> None:
-        """Args:
-        prompts: how many prompts the request holds.
-        fingerprint: hash of the base model's weights.
-        """
-        self._tokenizer = tokenizer
-        self._additions = Additions(fields, tokenizer)
-        self._label = labels(fields, tokenizer)
-        self._logprobs = logprobs
-        self._echo = echo
-        self._n = fields.n
-        self._options = fields.stream_options
-        self._choices = [Choice() for _ in range(prompts * fields.n)]
-        self._generations: dict[int, Generation] = {}
-        self._echoed: dict[int, list[TokenScore]] = {}
-        self._head: Final[Json] = {
-            "id": f"{self.id_prefix}-{request_id}",
-            "created": int(time.time()),
-            "model": fields.model,
-            "system_fingerprint": f"fp_{fingerprint[:12]}",
-        }
-
-    # ------------------------------------------------------------- a whole answer
-
+    @abstractmethod
     def add(self, piece: Piece) -> None:
         """Keep a piece for `whole`."""
-        at, choice = self._choice(piece)
-        self._additions.add(at, piece.prompt, piece.generation, piece.delta)
-        choice.text.append(self._text(piece, choice))
-        choice.reasoning.append(piece.delta.reasoning)
-        choice.parts.extend(piece.delta.parts)
-        if self._logprobs:
-            choice.tokens.extend(self._tokens(piece, choice))
-        choice.finish = piece.delta.finish
-        choice.started = True
 
+    @abstractmethod
     def whole(self) -> Json:
         """The answer made of all added pieces."""
-        choices = [
-            self._whole_choice(at, "".join(choice.text), choice)
-            for at, choice in enumerate(self._choices)
-        ]
-        return {
-            **self._head,
-            "object": self.kind,
-            "choices": choices,
-            "usage": self.usage(),
-        }
 
-    # ------------------------------------------------------------------- a stream
-
+    @abstractmethod
     def chunks(self, piece: Piece) -> list[Json]:
-        """The chunks of a piece; none if it has nothing to show yet."""
-        at, choice = self._choice(piece)
-        text = self._text(piece, choice)
-        tokens = list(self._tokens(piece, choice)) if self._logprobs else []
-        shown = [
-            self._chunk([one]) for one in self._choice_chunks(at, text, tokens, piece, choice)
-        ]
-        choice.started = True
-        return shown
+        """What a stream shows of a piece; nothing if it has nothing to show yet."""
 
-    def usage_chunk(self) -> Json | None:
-        """The last chunk of a stream, if requested."""
-        if not self._options.include_usage:
-            return None
-        return {**self._chunk([]), "usage": self.usage()}
+    @abstractmethod
+    def last_chunk(self) -> Json | None:
+        """What a stream shows after the last piece, if anything."""
 
-    def _chunk(self, choices: list[Json]) -> Json:
-        chunk = {**self._head, "object": self.chunk_kind, "choices": choices}
-        if self._options.include_usage:
-            continuous = self._options.continuous_usage_stats
-            chunk["usage"] = self.usage() if continuous else None
-        return chunk
 
-    # ---------------------------------------------------------------------- both
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Tokens of a request.
 
-    def usage(self) -> Json:
-        """Token counts over all prompts and choices so far."""
-        known = self._generations.values()
-        prompt = sum(len(generation.prompt.ids) for generation in known)
-        completion = sum(generation.completion_tokens for generation in known)
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-            "prompt_tokens_details": {
-                "cached_tokens": sum(generation.cached_tokens for generation in known)
-            },
-        }
+    Attributes:
+        cached: those of the prompts that were in the prefix cache.
+        reasoning: those of the completions that are thinking.
+    """
 
-    def _choice(self, piece: Piece) -> tuple[int, Choice]:
+    prompt: int
+    completion: int
+    cached: int
+    reasoning: int
+
+
+class Tally:
+    """Counts the tokens of all prompts and choices so far."""
+
+    def __init__(self) -> None:
+        self._generations: dict[int, Generation] = {}
+
+    def take(self, piece: Piece) -> None:
+        """Count a piece."""
         self._generations[piece.prompt] = piece.generation
-        at = piece.prompt * self._n + piece.delta.index
-        return at, self._choices[at]
 
-    def _text(self, piece: Piece, choice: Choice) -> str:
-        if self._echo and not choice.started:
-            return piece.generation.prompt.text + piece.delta.text
-        return piece.delta.text
+    @property
+    def counts(self) -> Counts:
+        known = self._generations.values()
+        return Counts(
+            sum(len(generation.prompt.ids) for generation in known),
+            sum(generation.completion_tokens for generation in known),
+            sum(generation.cached_tokens for generation in known),
+            sum(generation.reasoning_tokens for generation in known),
+        )
 
-    def _tokens(self, piece: Piece, choice: Choice) -> Iterator[TokenScore]:
+
+class Scores:
+    """Gives the tokens of pieces with their log-probabilities and places in the text."""
+
+    def __init__(self, tokenizer: TextTokenizer, *, echo: bool = False) -> None:
+        """Args: echo: the prompt's tokens come first."""
+        self._tokenizer = tokenizer
+        self._echo = echo
+        self._offsets: dict[tuple[int, int], Offsets] = {}
+        """Those of each choice, by its prompt and sample."""
+        self._echoed: dict[int, list[TokenScore]] = {}
+
+    def of(self, piece: Piece) -> Iterator[TokenScore]:
+        """The tokens of a piece."""
         delta, prompt = piece.delta, piece.generation.prompt
         if delta.prompt_logprobs is not None and self._echo:
             offsets = Offsets(self._tokenizer, prompt=prompt.text)
@@ -236,23 +165,16 @@ class Answer(ABC):
                     prompt.ids[1:], offsets, delta.prompt_logprobs, delta.prompt_top_logprobs
                 ),
             ]
-        if choice.offsets is None:
+        at = piece.prompt, delta.index
+        if at not in self._offsets:
             # Computed once for all samples of a prompt; the first sample comes first.
             yield from self._echoed.get(piece.prompt, ())
-            at = len(prompt.text) if self._echo else 0
-            choice.offsets = Offsets(self._tokenizer, at=at)
+            begin = len(prompt.text) if self._echo else 0
+            self._offsets[at] = Offsets(self._tokenizer, at=begin)
         if delta.logprobs is not None:
-            yield from _joined(delta.tokens, choice.offsets, delta.logprobs, delta.top_logprobs)
-
-    @abstractmethod
-    def _whole_choice(self, at: int, text: str, choice: Choice) -> Json:
-        """One entry of a whole answer's ``choices``."""
-
-    @abstractmethod
-    def _choice_chunks(
-        self, at: int, text: str, tokens: list[TokenScore], piece: Piece, choice: Choice
-    ) -> Iterator[Json]:
-        """Entries of ``choices``, each for a separate chunk."""
+            yield from _joined(
+                delta.tokens, self._offsets[at], delta.logprobs, delta.top_logprobs
+            )
 
 
 def _joined(

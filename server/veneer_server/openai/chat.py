@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from veneer_server.openai.answers import Answer, Choice, Json, Piece, TokenScore
+from veneer_server.openai.answers import Json, Piece, TokenScore
+from veneer_server.openai.choices import Choice, ChoiceAnswer
 from veneer_server.openai.fields import ChatFields
 from veneer_server.openai.tools.answers import CallDeltas, Calls
 
@@ -17,7 +18,7 @@ def _reasoning(text: str) -> dict[str, str | None]:
     return {"reasoning_content": text, "reasoning": text} if text else {}
 
 
-class ChatAnswer(Answer):
+class ChatAnswer(ChoiceAnswer):
     """``chat.completion`` and its chunks."""
 
     kind = "chat.completion"
@@ -58,6 +59,10 @@ class ChatAnswer(Answer):
         if not started and shown:
             shown[0] |= self._additions.of_start(piece.generation)
         return shown
+
+    def _usage(self) -> Json:
+        reasoning = self._tally.counts.reasoning
+        return super()._usage() | {"completion_tokens_details": {"reasoning_tokens": reasoning}}
 
     def _choice_chunks(
         self, at: int, text: str, tokens: list[TokenScore], piece: Piece, choice: Choice

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from veneer_server.openai.answers import Answer, Choice, Json, Piece, TokenScore
+from veneer_server.openai.answers import Json, Piece, TokenScore
+from veneer_server.openai.choices import Choice, ChoiceAnswer
 
 __all__ = ["CompletionAnswer"]
 
 
-class CompletionAnswer(Answer):
+class CompletionAnswer(ChoiceAnswer):
     """``text_completion``; its chunks have the same form."""
 
     kind = chunk_kind = "text_completion"

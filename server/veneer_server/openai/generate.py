@@ -107,7 +107,7 @@ async def _stream(core: Core, job: Job, reply: Reply) -> None:
             await reply.events(list(chunks), _headers(piece.generation))
 
     await _generate(core, job.calls, take)
-    if (last := job.answer.usage_chunk()) is not None:
+    if (last := job.answer.last_chunk()) is not None:
         await reply.events([last], {})
     await reply.end_events()
 

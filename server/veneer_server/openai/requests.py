@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from veneer_server.openai.fields import (
@@ -22,10 +22,11 @@ from veneer_server.serving.records import (
     PromptTokens,
     Sampling,
 )
+from veneer_server.serving.tools.use import ToolUse
 from veneer_server.text.templates.options import TemplateOptions
 from veneer_server.wire.messages import Constraint, SamplingParams
 
-__all__ = ["chat_call", "completion_calls"]
+__all__ = ["chat_call", "completion_calls", "conversation_call"]
 
 _COMPLETION_TOKENS: Final = 16
 """max_tokens of a completion that sets none, as in OpenAI and vLLM. Clients of this older
@@ -38,6 +39,25 @@ def chat_call(fields: ChatFields, base: str) -> GenerateCall:
     Raises:
         InvalidField: fields contradict each other, or one is outside its range.
     """
+    return conversation_call(fields, template_messages(fields.messages), tools_of(fields), base)
+
+
+def conversation_call(
+    fields: ChatFields,
+    messages: tuple[Mapping[str, Any], ...],
+    use: ToolUse | None,
+    base: str,
+) -> GenerateCall:
+    """The call that continues a conversation.
+
+    Args:
+        fields: everything but messages and tools.
+        messages: as a chat template gets them.
+        use: the tools that may be called.
+
+    Raises:
+        InvalidField: fields contradict each other, or one is outside its range.
+    """
     max_tokens = fields.max_tokens
     if fields.max_completion_tokens is not None:
         if max_tokens not in (None, fields.max_completion_tokens):
@@ -45,7 +65,7 @@ def chat_call(fields: ChatFields, base: str) -> GenerateCall:
         max_tokens = fields.max_completion_tokens
     if fields.top_logprobs and not fields.logprobs:
         raise invalid("top_logprobs", "needs logprobs: set it to true")
-    use, common = tools_of(fields), _common(fields, base)
+    common = _common(fields, base)
     if use is not None and use.forced:
         if common["constraint"] is not None and fields.response_format is None:
             raise invalid(
@@ -53,6 +73,8 @@ def chat_call(fields: ChatFields, base: str) -> GenerateCall:
             )
         # As in vLLM, the call takes the place of a response format.
         common["constraint"] = use.constraint()
+    # Only a response format leaves room for calls; vLLM's options are for all of the output.
+    free = common["constraint"] is None or fields.response_format is not None
     options = TemplateOptions.of(
         fields.chat_template_kwargs,
         fields.reasoning_effort,
@@ -60,16 +82,13 @@ def chat_call(fields: ChatFields, base: str) -> GenerateCall:
         fields.continue_final_message,
     )
     return GenerateCall(
-        input=ChatMessages(
-            template_messages(fields.messages), options, () if use is None else use.tools
-        ),
+        input=ChatMessages(messages, options, () if use is None else use.tools),
         include_reasoning=fields.include_reasoning,
         max_tokens=max_tokens,
         logprobs=fields.logprobs,
         top_logprobs=fields.top_logprobs,
         echo=False,
-        # Output of a given format holds no calls.
-        tools=use if use is None or use.forced or common["constraint"] is None else None,
+        tools=use if free or (use is not None and use.forced) else None,
         **common,
     )
 

@@ -30,6 +30,7 @@ from veneer_server.openai.endpoints.core import Core
 from veneer_server.openai.endpoints.lora import LoadEndpoint, UnloadEndpoint
 from veneer_server.openai.endpoints.models import model_routes
 from veneer_server.openai.endpoints.pause import pause_routes
+from veneer_server.openai.endpoints.server_info import server_info_routes
 from veneer_server.openai.endpoints.state import state_routes
 from veneer_server.openai.endpoints.tokenize import DetokenizeEndpoint, TokenizeEndpoint
 from veneer_server.openai.errors import PACED, HttpError, http_failure
@@ -87,6 +88,7 @@ def make_app(core: Core, hosts: AllowedHosts, admission: Admission) -> Edge:
             *model_routes(core),
             *pause_routes(core),
             *state_routes(core),
+            *server_info_routes(core),
         ],
     )
     _add_errors(app, core)

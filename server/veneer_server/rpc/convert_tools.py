@@ -17,7 +17,7 @@ from veneer_server.serving.tools.use import (
     ToolUse,
     check_tool,
 )
-from veneer_server.text.replies.deltas import Delta, ToolArguments, ToolCallBegun
+from veneer_server.text.replies.deltas import Delta, ToolArguments, ToolCallBegun, joined
 
 __all__ = ["call_deltas", "calls", "messages", "tool_use"]
 
@@ -90,7 +90,7 @@ def messages(chat: Iterable[inference_pb2.ChatMessage]) -> tuple[Mapping[str, An
 def call_deltas(parts: Iterable[Delta]) -> list[inference_pb2.ToolCallDelta]:
     """The pieces of calls among an answer's parts."""
     pieces = []
-    for part in parts:
+    for part in joined(parts):
         if isinstance(part, ToolCallBegun):
             pieces.append(
                 inference_pb2.ToolCallDelta(index=part.index, id=part.id, name=part.name)

@@ -17,13 +17,9 @@ from veneer_server.serving.records import (
     Provenance,
 )
 from veneer_server.serving.samples import Delta, Sample, SampleStreams, sample_request
-from veneer_server.serving.tools.reading import ToolReader
+from veneer_server.serving.tools.reading import ReplyReader
 from veneer_server.telemetry.metrics import Metrics
 from veneer_server.text.prompts import Prompt
-from veneer_server.text.replies.deltas import ReplyParser
-from veneer_server.text.replies.pipeline import reply_parser
-from veneer_server.text.replies.thinking import Thinking
-from veneer_server.text.tokenizer import TextTokenizer
 from veneer_server.wire.messages import SequenceOutput, SequenceRequest
 
 __all__ = ["Delta", "Generation"]
@@ -48,8 +44,7 @@ class Generation:
         place: Place,
         *,
         metrics: Metrics,
-        tokenizer: TextTokenizer,
-        reader: ToolReader | None = None,
+        reader: ReplyReader,
     ) -> None:
         """Args:
         request: that of the first sample; `sample_request` derives the others.
@@ -70,15 +65,15 @@ class Generation:
         self._samples = [
             Sample(
                 index,
-                tokenizer if reader is None else reader.tokens,
+                reader.tokens,
                 stops=call.stops,
                 stop_token_ids=call.stop_token_ids,
                 min_tokens=call.min_tokens,
                 tops=None
                 if call.prompt_logprobs is None
                 else (call.top_logprobs, call.prompt_logprobs),
-                parser=_parser(call, prompt, reader),
-                ends_with_calls=reader is not None and reader.use.ends_with_calls,
+                parser=reader.parser(),
+                ends_with_calls=reader.ends_with_calls,
                 show_reasoning=call.include_reasoning,
                 only_prompt=call.max_tokens == 0,
             )
@@ -102,6 +97,11 @@ class Generation:
         """Prompt tokens that the first sample found in the prefix cache; known from the
         first delta on."""
         return self._first_output.cached_tokens if self._first_output is not None else 0
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """Those of `completion_tokens` that are thinking."""
+        return sum(sample.thought for sample in self._samples)
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """One delta per output of the engine. Raises what the engine raises; if one
@@ -178,12 +178,3 @@ class Generation:
             first_token_s=self._first_token_s,
             total_s=now - self._arrived,
         )
-
-
-def _parser(
-    call: GenerateCall, prompt: Prompt, reader: ToolReader | None
-) -> ReplyParser | None:
-    """What takes one sample's text apart; None if nothing needs to."""
-    # Output of a given format has no thinking in it.
-    thinking = Thinking.NONE if call.constraint is not None else prompt.thinking
-    return reply_parser(thinking, None if reader is None else reader.parser())

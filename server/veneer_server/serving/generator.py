@@ -42,7 +42,7 @@ from veneer_server.serving.tenants.tenant import Tenant
 from veneer_server.serving.tenants.tenants import Tenants
 from veneer_server.serving.tenants.visible import Visible
 from veneer_server.serving.threads import Background
-from veneer_server.serving.tools.reading import Shown, ToolReader
+from veneer_server.serving.tools.reading import Plan, ReplyReader
 from veneer_server.serving.tools.use import about_tools
 from veneer_server.serving.transfer.resolving import Resolving
 from veneer_server.serving.who import CALLER
@@ -50,9 +50,8 @@ from veneer_server.telemetry.metrics import Metrics
 from veneer_server.telemetry.tracing import Phases, Tracing
 from veneer_server.text.defaults import RequestDefaults
 from veneer_server.text.prompts import Prompt, Prompts, Room
-from veneer_server.text.replies.tools.families import markers
 from veneer_server.text.tokenizer import TooManyTokens
-from veneer_server.wire.messages import SequenceRequest
+from veneer_server.wire.messages import Constraint, SequenceRequest
 
 __all__ = ["Generator"]
 
@@ -128,11 +127,12 @@ class Generator:
         deadline = None if time_remaining is None else time.monotonic() + time_remaining
         owner, lease = None, None
         generation: Generation | None = None
+        plan: Plan | None = None
         outcome, failed = "cancelled", ""
         try:
             self._check_deadline(time_remaining)
-            if call.constraint is not None:
-                check_constraint_size(call.constraint, self._constraint_bytes)
+            forced = call.tools is not None and call.tools.forced
+            self._check_size(call.constraint, by_tools=forced)
             if call.adapter:
                 home = await self._tenants.current()
                 if self._resolving is not None and not self._visible.knows(home, call.adapter):
@@ -145,17 +145,16 @@ class Generator:
                 if place is None
                 else nullcontext(place) as held,
             ):
-                reader = self._reader(call, lease)
+                plan = self._plan(call, lease)
                 prompt = await self._prompt(call, lease)
                 await measured.prompt(len(prompt.ids))
-                request = self._resolve(call, prompt, owner, lease, deadline)
+                request = self._resolve(call, prompt, plan, owner, lease, deadline)
                 ref = lease.ref if lease is not None else None
                 generation = Generation(
                     *(call, prompt, Provenance.of(self.base_name, ref), request),
                     *(self._engine, arrived, measured, held),
                     metrics=self.metrics,
-                    tokenizer=self.prompts.tokenizer,
-                    reader=reader,
+                    reader=ReplyReader.of(self.prompts.tokenizer, prompt.thinking, plan),
                 )
                 try:
                     yield generation
@@ -164,7 +163,7 @@ class Generator:
             outcome = generation.finish or "cancelled"
         except VeneerError as error:
             outcome, failed = error.reason, error.message
-            if call.tools is not None and call.tools.forced:
+            if plan is not None and plan.by_tools:
                 raise about_tools(error) from error
             raise
         finally:
@@ -211,18 +210,23 @@ class Generator:
                 "step takes: allow more time"
             )
 
-    def _reader(self, call: GenerateCall, lease: RevisionLease | None) -> ToolReader | None:
-        """What takes the answer apart. Raises InvalidField if its calls could not be read."""
-        if call.tools is None:
-            return None
-        family = self.prompts.family(_template(lease), self._tool_parser)
-        tokenizer = self.prompts.tokenizer
-        shown = {}
-        if family is not None and not call.tools.forced:
-            shown = tokenizer.special_ids(markers(family))
-        reader = ToolReader(call.tools, family, Shown(tokenizer, shown) if shown else tokenizer)
-        reader.parser()  # raises what the samples' readers would, before any work
-        return reader
+    def _check_size(self, constraint: Constraint | None, *, by_tools: bool) -> None:
+        """Raises InvalidField for a constraint that is too long, before any work."""
+        if constraint is None:
+            return
+        try:
+            check_constraint_size(constraint, self._constraint_bytes)
+        except VeneerError as error:
+            raise about_tools(error) if by_tools else error from None
+
+    def _plan(self, call: GenerateCall, lease: RevisionLease | None) -> Plan:
+        """How the answer may look. Raises InvalidField if nobody could read its calls."""
+        family, tokenizer = None, self.prompts.tokenizer
+        if call.tools is not None:
+            family = self.prompts.family(_template(lease), self._tool_parser)
+        plan = Plan.of(call.tools, family, call.constraint, tokenizer)
+        self._check_size(plan.constraint, by_tools=plan.by_tools)
+        return plan
 
     async def _prompt(self, call: GenerateCall, lease: RevisionLease | None) -> Prompt:
         info = self._engine.info
@@ -265,6 +269,7 @@ class Generator:
         self,
         call: GenerateCall,
         prompt: Prompt,
+        plan: Plan,
         owner: Tenant | None,
         lease: RevisionLease | None,
         deadline: float | None,
@@ -299,7 +304,7 @@ class Generator:
             top_logprobs=max(call.top_logprobs, call.prompt_tops or 0),
             stop_token_ids=list(call.stop_token_ids),
             min_tokens=call.min_tokens,
-            constraint=call.constraint,
+            constraint=plan.constraint,
             use_prefix_cache=call.use_prefix_cache is not False,
             # How many tokens were cached tells what somebody else has asked.
             cache_scope=PRINCIPAL.get().tenant,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import deque
-from collections.abc import AsyncGenerator, Collection, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -29,6 +29,7 @@ class Delta:
         text: for the user.
         reasoning: what the model thought, before its text.
         parts: both, and calls of tools, in order; empty if the answer is not taken apart.
+        ends: how many of `tokens` had been read when each of `parts` was certain.
         logprobs, top_logprobs: one entry for each of `tokens`, if requested.
         prompt_logprobs, prompt_top_logprobs: one entry for each prompt token after
             the first; only in sample 0's first delta, if requested.
@@ -44,6 +45,7 @@ class Delta:
     finish: FinishReason | None
     reasoning: str = ""
     parts: Sequence[replies.Delta] = ()
+    ends: Sequence[int] = ()
 
 
 def sample_seed(seed: int, index: int) -> int:
@@ -97,6 +99,8 @@ class Sample:
         self._show_reasoning = show_reasoning
         self._only_prompt = only_prompt
         self._count = 0
+        self.thought = 0
+        """Tokens of thinking: those between its tags, or up to the end."""
         self.finish: FinishReason | None = None
         self.last_output: float | None = None
         """When the last output arrived, for the inter-token latency."""
@@ -119,7 +123,8 @@ class Sample:
             )
         stops = self._stops
         finish: FinishReason | None = output.finish
-        text, count = self._feed(output)
+        texts, count = self._feed(output)
+        text = ""
         if finish is not None and not stops.stopped:
             text += stops.feed(self._detokenizer.flush())
             text += stops.flush()
@@ -130,8 +135,13 @@ class Sample:
         if self._tops is not None:
             tops, prompt_tops = map(_first, (tops, prompt_tops), self._tops)
         parts: Sequence[replies.Delta] = ()
-        if self._parser is not None:
-            parts = self._parts(self._parser, text, ended=finish is not None)
+        ends: Sequence[int] = ()
+        if self._parser is None:
+            text = "".join(texts) + text
+        else:
+            found = list(self._parts(self._parser, [*texts, text], ended=finish is not None))
+            parts = [part for part, _ in found]
+            ends = [min(end, count) for _, end in found]
             text = "".join(part.text for part in parts if isinstance(part, replies.Content))
             if finish == "stop" and self._called and self._ends_with_calls:
                 finish = "tool_calls"
@@ -147,20 +157,32 @@ class Sample:
             finish=finish,
             reasoning="".join(p.text for p in parts if isinstance(p, replies.Reasoning)),
             parts=parts,
+            ends=ends,
         )
 
     def _parts(
-        self, parser: replies.ReplyParser, text: str, *, ended: bool
-    ) -> list[replies.Delta]:
-        """A text taken apart."""
-        parts = [*parser.feed(text), *(parser.finish() if ended else ())]
-        self._called |= any(isinstance(part, replies.ToolCallBegun) for part in parts)
-        if self._show_reasoning:
-            return parts
-        return [part for part in parts if not isinstance(part, replies.Reasoning)]
+        self, parser: replies.ReplyParser, texts: Sequence[str], *, ended: bool
+    ) -> Iterator[tuple[replies.Delta, int]]:
+        """The texts of tokens taken apart, and how many were read for each part. The last text
+        is the end's.
 
-    def _feed(self, output: SequenceOutput) -> tuple[str, int]:
-        """Text of an output's tokens, and how many tokens there are up to the one that
+        Token by token, so that the counts do not depend on how many tokens an output has.
+        """
+        last = len(texts) - 1
+        for at, text in enumerate(texts):
+            thinking = parser.thinking
+            parts = list(parser.feed(text)) if text else []
+            if ended and at == last:
+                parts += parser.finish()
+            thought = any(isinstance(part, replies.Reasoning) and part.text for part in parts)
+            self.thought += thinking and at < last and (parser.thinking or thought)
+            for part in parts:
+                self._called |= isinstance(part, replies.ToolCallBegun)
+                if self._show_reasoning or not isinstance(part, replies.Reasoning):
+                    yield part, at + 1
+
+    def _feed(self, output: SequenceOutput) -> tuple[list[str], int]:
+        """The texts of an output's tokens, and how many tokens there are up to the one that
         completes a stop string: an output joined from several steps may continue past it."""
         texts = []
         for count, token in enumerate(self._shown(output), 1):
@@ -169,8 +191,8 @@ class Sample:
             feed = self._stops.skip if early else self._stops.feed
             texts.append(feed(self._detokenizer.feed([token])))
             if self._stops.stopped:
-                return "".join(texts), count
-        return "".join(texts), len(output.tokens)
+                return texts, count
+        return texts, len(output.tokens)
 
     def _shown(self, output: SequenceOutput) -> list[int]:
         """Tokens that are part of the text: all except a final stop token."""

@@ -8,14 +8,21 @@ with ``response.completed`` or ``response.incomplete``, and one that fails with 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, Final
 
-from veneer_server.openai.answers import Answer, Choice, Json, Piece, TokenScore
+from veneer_server.openai.answers import Answer, Json, Piece, Scores, Tally, TokenScore
 from veneer_server.openai.errors import HttpFailure
+from veneer_server.openai.extensions.answers import labels
 from veneer_server.openai.fields import ChatFields
 from veneer_server.openai.http.asgi import Framing, dump
 from veneer_server.openai.responses.fields import ResponseFields
+from veneer_server.openai.responses.output import Event, Output
+from veneer_server.serving.records import GenerateCall
+from veneer_server.text.replies.deltas import Content
+from veneer_server.text.replies.deltas import Delta as Part
 from veneer_server.text.tokenizer import TextTokenizer
 
 __all__ = ["ResponseAnswer"]
@@ -27,37 +34,34 @@ _CODES: Final = {"rate_limit_exceeded", "server_error", "invalid_prompt"}
 class ResponseAnswer(Answer):
     """``response`` and its events."""
 
-    kind = "response"
-    chunk_kind = "response"
-    id_prefix = "resp"
-
     def __init__(
         self,
         fields: ResponseFields,
         chat: ChatFields,
+        call: GenerateCall,
         tokenizer: TextTokenizer,
         *,
+        tools: Json,
         request_id: str,
-        fingerprint: str,
         metadata: Mapping[str, str],
     ) -> None:
         """Args:
-        chat: what `fields` became.
+        chat, call: what `fields` became.
+        tools: what it says about them; see `shown_tools`.
         metadata: the caller's, which the response repeats.
         """
-        super().__init__(
-            chat,
-            tokenizer,
-            prompts=1,
-            logprobs=chat.logprobs,
-            echo=False,
-            request_id=request_id,
-            fingerprint=fingerprint,
-        )
         self.framing = Framing(_event, b"", self._failure)
+        self._tokenizer = tokenizer
+        self._label = labels(chat, tokenizer)
+        self._logprobs = call.logprobs
+        self._scores = Scores(tokenizer)
+        self._tally = Tally()
+        self._output = Output(
+            request_id, calls=call.tools is not None, reasoning=fields.include_reasoning
+        )
+        self._status = "in_progress"
+        self._begun = False
         self._number = 0
-        self._item_id = f"msg_{request_id}"
-        self._text_format = fields.text.format
         self._told: Final[Json] = {
             "id": f"resp_{request_id}",
             "object": "response",
@@ -68,88 +72,85 @@ class ResponseAnswer(Answer):
             "max_output_tokens": fields.max_output_tokens,
             "max_tool_calls": fields.max_tool_calls,
             "metadata": metadata,
-            "parallel_tool_calls": True,
             "previous_response_id": None,
-            "reasoning": {"effort": None, "summary": None},
+            "reasoning": {"effort": fields.reasoning.effort, "summary": None},
             "store": False,
             "temperature": getattr(chat, "temperature", None),
             "text": {"format": _shown_format(fields), "verbosity": "medium"},
-            "tool_choice": fields.tool_choice,
-            "tools": [],
             "top_logprobs": fields.top_logprobs,
             "top_p": getattr(chat, "top_p", None),
             "truncation": fields.truncation,
             "user": fields.user,
+            **tools,
         }
 
+    def add(self, piece: Piece) -> None:
+        """See `Answer.add`."""
+        for _ in self._events(piece):
+            pass
+
     def whole(self) -> Json:
-        """The response made of all added pieces."""
-        [choice] = self._choices
-        return self._response(choice, "".join(choice.text), choice.tokens)
+        """See `Answer.whole`."""
+        return self._response
 
     def chunks(self, piece: Piece) -> list[Json]:
-        """The events of a piece."""
-        _, choice = self._choice(piece)
-        text = piece.delta.text
-        tokens = list(self._tokens(piece, choice)) if self._logprobs else []
-        choice.text.append(text)
-        choice.tokens.extend(tokens)
-        choice.finish = piece.delta.finish
-        shown = [] if choice.started else list(self._begin())
-        choice.started = True
-        if text or tokens:
-            scores = self._scores(tokens)
-            shown.append(self._of_part("output_text.delta", delta=text, logprobs=scores))
-        if choice.finish is not None:
-            shown += self._end(choice)
+        """See `Answer.chunks`."""
+        shown = [] if self._begun else list(self._begin())
+        self._begun = True
+        shown += [self._numbered(kind, **members) for kind, members in self._events(piece)]
+        if self._status != "in_progress":
+            shown.append(self._numbered(self._status, response=self._response))
         return shown
 
-    def usage_chunk(self) -> None:
+    def last_chunk(self) -> None:
         """None: the last event has the usage."""
 
     # ------------------------------------------------------------------------ events
 
+    def _events(self, piece: Piece) -> Iterator[Event]:
+        """What a piece changes in the output."""
+        self._tally.take(piece)
+        delta, output = piece.delta, self._output
+        scores = [self._score(token) for token in self._given(piece)]
+        taken = 0
+        for end, group in groupby(zip(delta.ends, delta.parts, strict=True), itemgetter(0)):
+            parts = [part for _, part in group]
+            for part, own in zip(parts, _shared(parts, scores[taken:end]), strict=True):
+                yield from output.take(part, own)
+            taken = end
+        if delta.text and not delta.parts:  # it is not taken apart
+            yield from output.take(Content(delta.text), scores)
+        else:
+            output.keep(scores[taken:])
+        if delta.finish is not None:
+            whole = delta.finish in ("stop", "tool_calls")
+            self._status = "completed" if whole else "incomplete"
+            yield from output.end(self._status)
+
     def _begin(self) -> Iterator[Json]:
         begun = self._state("in_progress")
-        yield self._numbered("response.created", response=begun)
-        yield self._numbered("response.in_progress", response=begun)
-        item = {**self._item("", [], "in_progress"), "content": []}
-        yield self._numbered("response.output_item.added", output_index=0, item=item)
-        yield self._of_part("content_part.added", part=self._part("", []))
-
-    def _end(self, choice: Choice) -> Iterator[Json]:
-        text = "".join(choice.text)
-        yield self._of_part("output_text.done", text=text, logprobs=self._scores(choice.tokens))
-        yield self._of_part("content_part.done", part=self._part(text, choice.tokens))
-        response = self._response(choice, text, choice.tokens)
-        [item] = response["output"]
-        yield self._numbered("response.output_item.done", output_index=0, item=item)
-        yield self._numbered(f"response.{response['status']}", response=response)
-
-    def _of_part(self, kind: str, **more: object) -> Json:
-        return self._numbered(
-            f"response.{kind}",
-            item_id=self._item_id,
-            output_index=0,
-            content_index=0,
-            **more,
-        )
+        yield self._numbered("created", response=begun)
+        yield self._numbered("in_progress", response=begun)
 
     def _numbered(self, kind: str, **more: object) -> Json:
         number, self._number = self._number, self._number + 1
-        return {"type": kind, "sequence_number": number, **more}
+        return {"type": f"response.{kind}", "sequence_number": number, **more}
 
     def _failure(self, failure: HttpFailure) -> bytes:
         told = failure.body["error"]
-        error = self._numbered(
-            "error", code=told["code"], message=told["message"], param=told["param"]
-        )
+        error = {
+            **self._numbered(""),
+            "type": "error",
+            "code": told["code"],
+            "message": told["message"],
+            "param": told["param"],
+        }
         code = told["code"] if told["code"] in _CODES else "server_error"
         failed = {
             **self._state("failed"),
             "error": {"code": code, "message": told["message"]},
         }
-        return _event(error) + _event(self._numbered("response.failed", response=failed))
+        return _event(error) + _event(self._numbered("failed", response=failed))
 
     # ------------------------------------------------------------------------- parts
 
@@ -164,69 +165,52 @@ class ResponseAnswer(Answer):
             "usage": None,
         }
 
-    def _response(self, choice: Choice, text: str, tokens: Sequence[TokenScore]) -> Json:
-        whole = choice.finish == "stop"
-        status = "completed" if whole else "incomplete"
+    @property
+    def _response(self) -> Json:
+        cut = self._status == "incomplete"
         return {
-            **self._state(status),
-            "incomplete_details": None if whole else {"reason": "max_output_tokens"},
-            "output": [self._item(text, tokens, status)],
-            "usage": self._used(),
+            **self._state(self._status),
+            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+            "output": self._output.items,
+            "usage": self._used,
         }
 
+    @property
     def _used(self) -> Json:
-        usage = self.usage()
+        counts = self._tally.counts
         return {
-            "input_tokens": usage["prompt_tokens"],
-            "input_tokens_details": {
-                "cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
-                "cache_write_tokens": 0,
-            },
-            "output_tokens": usage["completion_tokens"],
-            "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": usage["total_tokens"],
+            "input_tokens": counts.prompt,
+            "input_tokens_details": {"cached_tokens": counts.cached, "cache_write_tokens": 0},
+            "output_tokens": counts.completion,
+            "output_tokens_details": {"reasoning_tokens": counts.reasoning},
+            "total_tokens": counts.prompt + counts.completion,
         }
 
-    def _item(self, text: str, tokens: Sequence[TokenScore], status: str) -> Json:
+    def _given(self, piece: Piece) -> Iterable[TokenScore]:
+        return self._scores.of(piece) if self._logprobs else ()
+
+    def _score(self, token: TokenScore) -> Json:
         return {
-            "id": self._item_id,
-            "type": "message",
-            "role": "assistant",
-            "status": status,
-            "content": [self._part(text, tokens)],
+            **self._entry(token.id, token.logprob),
+            "top_logprobs": [self._entry(*top) for top in token.tops],
         }
 
-    def _part(self, text: str, tokens: Sequence[TokenScore]) -> Json:
+    def _entry(self, token: int, logprob: float | None) -> Json:
         return {
-            "type": "output_text",
-            "text": text,
-            "annotations": [],
-            "logprobs": self._scores(tokens),
-        }
-
-    def _scores(self, tokens: Sequence[TokenScore]) -> list[Json]:
-        return [
-            {
-                **self._score(token.id, token.logprob),
-                "top_logprobs": [self._score(*top) for top in token.tops],
-            }
-            for token in tokens
-        ]
-
-    def _score(self, token: int, logprob: float | None) -> Json:
-        return {
-            "token": self._tokenizer.token_label(token),
+            "token": self._label(token),
             "bytes": list(self._tokenizer.token_bytes(token)),
             "logprob": logprob,
         }
 
-    def _whole_choice(self, at: int, text: str, choice: Choice) -> Json:
-        raise NotImplementedError("a response has items, not choices")
 
-    def _choice_chunks(
-        self, at: int, text: str, tokens: list[TokenScore], piece: Piece, choice: Choice
-    ) -> Iterator[Json]:
-        raise NotImplementedError("a response has items, not choices")
+def _shared(parts: Sequence[Part], scores: Sequence[Json]) -> Iterator[Sequence[Json]]:
+    """Shares scores among the parts that their last token completed: that token's own belongs
+    to text, if any of them is, the others to the first part."""
+    text = next((at for at, part in enumerate(parts) if isinstance(part, Content)), 0)
+    for at in range(len(parts)):
+        begin = len(scores) - 1 if at and at == text else 0
+        end = len(scores) - 1 if text > at else len(scores)
+        yield scores[begin:end] if at in (0, text) else ()
 
 
 def _shown_format(fields: ResponseFields) -> Json:

@@ -8,10 +8,13 @@ from typing import Final
 from veneer_server.logs import REQUEST_ID
 from veneer_server.openai.fields import parse_fields
 from veneer_server.openai.generate import GenerateEndpoint, Job
-from veneer_server.openai.requests import chat_call
 from veneer_server.openai.responses.answer import ResponseAnswer
 from veneer_server.openai.responses.fields import ResponseFields
-from veneer_server.openai.responses.requests import chat_fields
+from veneer_server.openai.responses.requests import (
+    chat_fields,
+    response_call,
+    shown_tools,
+)
 from veneer_server.serving.checks import invalid
 
 __all__ = ["ResponsesEndpoint"]
@@ -30,13 +33,14 @@ class ResponsesEndpoint(GenerateEndpoint):
         core, fields = self._core, parse_fields(ResponseFields, body)
         assert isinstance(body, dict), "parsed"
         chat = chat_fields(fields)
-        call = chat_call(chat, core.base.name)
+        call = response_call(fields, chat, core.base.name)
         answer = ResponseAnswer(
             fields,
             chat,
+            call,
             core.generator.prompts.tokenizer,
+            tools=shown_tools(fields),
             request_id=REQUEST_ID.get(),
-            fingerprint=core.base.fingerprint.weights,
             metadata=_metadata(body.get("metadata")),
         )
         return Job([call], answer, fields.stream)

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from veneer_server.openai.fields import CommonFields, RequestFields, with_fractions
+from veneer_server.text.templates.options import Effort
 
 __all__ = ["ResponseFields", "TextFormat"]
 
@@ -31,7 +32,9 @@ class TextOptions(RequestFields):
 class Reasoning(RequestFields):
     """``reasoning``."""
 
-    effort: str | None = None
+    effort: Effort | None = None
+    context: str | None = None
+    mode: str | None = None
     summary: str | None = None
     generate_summary: str | None = None
 
@@ -42,6 +45,8 @@ class ResponseFields(CommonFields):
 
     Attributes:
         input: a text, or items of a conversation; see `items`.
+        max_tool_calls: of tools that OpenAI runs; without effect.
+        chat_template_kwargs, include_reasoning: as chats have them.
         previous_response_id, conversation, prompt: of what OpenAI stores; refused.
         include: only the log-probabilities have an effect.
     """
@@ -56,8 +61,11 @@ class ResponseFields(CommonFields):
     truncation: Literal["disabled"] = "disabled"
     background: Literal[False] = False
     max_tool_calls: int | None = None
-    tools: list[Any] = Field(default_factory=list)
+    tools: Annotated[list[dict[str, Any]], Field(default_factory=list, fail_fast=True)]
     tool_choice: str | dict[str, Any] = "auto"
+    parallel_tool_calls: bool = True
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    include_reasoning: bool = True
     previous_response_id: str | None = None
     conversation: Any = None
     prompt: Any = None

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from veneer_server.text.replies.deltas import Delta, ToolArguments, ToolCallBegun
+from veneer_server.text.replies.deltas import Delta, ToolArguments, ToolCallBegun, joined
 
 __all__ = ["CallDeltas", "Calls"]
 
@@ -62,7 +62,7 @@ class CallDeltas:
     legacy: bool = False
 
     def of(self, parts: Iterable[Delta]) -> Iterator[Json]:
-        for part in parts:
+        for part in joined(parts):
             if isinstance(part, ToolCallBegun):
                 function = {"name": part.name, "arguments": ""}
                 begun = {"index": part.index, "id": part.id, "type": "function"}

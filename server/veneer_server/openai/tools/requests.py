@@ -9,9 +9,16 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Protocol
 
+from veneer_server.openai.tools.definitions import (
+    Form,
+    Given,
+    named_function,
+    read_function,
+    use_of,
+)
 from veneer_server.serving.checks import invalid, refuse
 from veneer_server.serving.tools.history import History, PastCall, check_calls
-from veneer_server.serving.tools.use import MAX_TOOLS, Choice, Tool, ToolUse, check_tool
+from veneer_server.serving.tools.use import MAX_TOOLS, Choice, ToolUse
 
 __all__ = ["ToolFields", "ToolMessage", "template_messages", "tools_of"]
 
@@ -56,78 +63,37 @@ class ToolFields(Protocol):
 
 
 def tools_of(fields: ToolFields) -> ToolUse | None:
-    """The tools that the answer may or must use; None for a request without tools, and for one
-    that wants none of them to be called.
+    """The tools of a chat, see `use_of`.
 
     Raises:
         InvalidField: a tool or the choice is not in OpenAI's form, or they do not fit.
     """
     if fields.functions:
-        if fields.tools:
-            raise invalid("functions", "conflicts with tools: send one of them")
-        if fields.tool_choice is not None:
-            raise invalid("tool_choice", "is not for functions: send function_call")
-        given, field, choice = fields.functions, "functions", fields.function_call
-        tools = [_tool(function, f"functions[{at}]") for at, function in _few(given, field)]
-        parallel = False
-    else:
-        if fields.function_call not in (None, "none", "auto"):
-            raise invalid("function_call", "needs functions: send them")
-        given, field, choice = fields.tools, "tools", fields.tool_choice
-        tools = [_tool_entry(entry, f"tools[{at}]") for at, entry in _few(given, field)]
-        parallel = fields.parallel_tool_calls
-    named = _choice_name(choice, "function_call" if field == "functions" else "tool_choice")
-    if not tools:
-        if choice not in (None, "none", "auto"):
-            raise invalid("tool_choice", "needs tools: send them")
-        return None
+        return _functions_of(fields)
+    if fields.function_call not in (None, "none", "auto"):
+        raise invalid("function_call", "needs functions: send them")
+    given = Given(fields.tools, fields.tool_choice, fields.parallel_tool_calls)
+    return use_of(given, Form.NESTED)
+
+
+def _functions_of(fields: ToolFields) -> ToolUse | None:
+    """The tools of a request in the older form, whose answers hold one call."""
+    if fields.tools:
+        raise invalid("functions", "conflicts with tools: send one of them")
+    if fields.tool_choice is not None:
+        raise invalid("tool_choice", "is not for functions: send function_call")
+    given, choice = fields.functions, fields.function_call
+    if len(given) > MAX_TOOLS:
+        refuse("functions", f"has {len(given)} entries: send at most {MAX_TOOLS}")
+    tools = [read_function(one, f"functions[{at}]") for at, one in enumerate(given)]
     if choice == "none":
         return None
-    how = Choice.NAMED if named else Choice.REQUIRED if choice == "required" else Choice.AUTO
-    return ToolUse(tuple(tools), how, named, parallel)
-
-
-def _few(given: Sequence[Mapping[str, Any]], field: str) -> Sequence[tuple[int, Any]]:
-    if len(given) > MAX_TOOLS:
-        refuse(field, f"has {len(given)} entries: send at most {MAX_TOOLS}")
-    return list(enumerate(given))
-
-
-def _tool_entry(entry: Mapping[str, Any], field: str) -> Tool:
-    kind = entry.get("type", "function")
-    if kind != "function":
-        shown = kind[:40] if isinstance(kind, str) else None
-        refuse(f"{field}.type", f"is {shown!r}: only tools of type 'function' are served")
-    return _tool(entry.get("function"), f"{field}.function")
-
-
-def _tool(function: object, field: str) -> Tool:
-    if not isinstance(function, dict):
-        refuse(field, "is not an object: give the function's name and parameters")
-    kept = {name: value for name, value in function.items() if value is not None}
-    if not isinstance(kept.get("name"), str):
-        refuse(f"{field}.name", "is missing or not a string: give the function's name")
-    tool = Tool(kept)
-    check_tool(tool, field)
-    return tool
-
-
-def _choice_name(choice: str | Mapping[str, Any] | None, field: str) -> str:
-    """The tool that must be called; empty if the choice does not name one."""
-    if choice is None or isinstance(choice, str):
-        known = ("none", "auto", *(["required"] if field == "tool_choice" else []))
-        if choice is not None and choice not in known:
-            refuse(field, f"is {choice[:40]!r}: give one of {', '.join(known)}, or a function")
-        return ""
-    named: object = choice
-    if field == "tool_choice":
-        if choice.get("type") != "function":
-            refuse(f"{field}.type", "must be 'function': only such tools are served")
-        named = choice.get("function")
-    name = named.get("name") if isinstance(named, Mapping) else None
-    if not isinstance(name, str) or not name:
-        refuse(field, "names no function: give its name")
-    return name
+    if choice in (None, "auto"):
+        return ToolUse(tuple(tools), Choice.AUTO, parallel=False)
+    if isinstance(choice, str):
+        refuse("function_call", f"is {choice[:40]!r}: give none or auto, or a function")
+    named = named_function(choice, "function_call")
+    return ToolUse(tuple(tools), Choice.NAMED, named, parallel=False)
 
 
 def template_messages(messages: Sequence[ToolMessage]) -> tuple[Mapping[str, Any], ...]:

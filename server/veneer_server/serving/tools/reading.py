@@ -1,16 +1,21 @@
-"""What it takes to find calls of tools in the text of an answer."""
+"""What it takes to find thinking and calls of tools in the text of an answer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from veneer_server.serving.tools.auto import auto_grammar
 from veneer_server.serving.tools.use import ToolUse
 from veneer_server.text.detokenizer import TokenBytes
 from veneer_server.text.replies.deltas import ReplyParser
-from veneer_server.text.replies.tools.families import Family
+from veneer_server.text.replies.pipeline import reply_parser
+from veneer_server.text.replies.thinking import CLOSE, OPEN, Thinking
+from veneer_server.text.replies.tools.families import Family, markers
+from veneer_server.text.tokenizer import TextTokenizer
+from veneer_server.wire.messages import Constraint
 
-__all__ = ["Shown", "ToolReader"]
+__all__ = ["Plan", "ReplyReader", "Shown"]
 
 
 class Shown:
@@ -27,18 +32,92 @@ class Shown:
 
 
 @dataclass(frozen=True, slots=True)
-class ToolReader:
+class Plan:
+    """How one request's answers may look.
+
+    Attributes:
+        use: the tools that may be called, if any.
+        family: the template's format of calls.
+        constraint: what the output must match.
+        free: whether it may begin with any text, thinking among it.
+    """
+
+    use: ToolUse | None
+    family: Family | None
+    constraint: Constraint | None
+    free: bool
+
+    @property
+    def by_tools(self) -> bool:
+        """Whether tools made the constraint."""
+        return self.use is not None and self.constraint is not None
+
+    @classmethod
+    def of(
+        cls,
+        use: ToolUse | None,
+        family: Family | None,
+        wanted: Constraint | None,
+        tokenizer: TextTokenizer,
+    ) -> Plan:
+        """Args:
+        family: of the request's template.
+        wanted: the constraint that the request asks for, or that forces a call.
+
+        Raises:
+            InvalidField: see `ToolUse.parser`.
+        """
+        if use is None:
+            return cls(None, None, wanted, free=wanted is None)
+        use.parser(family)
+        if use.forced or (wanted is None and not any(tool.strict for tool in use.tools)):
+            return cls(use, family, wanted, free=wanted is None)
+        if family is not Family.HERMES:
+            # Nothing tells a call from other output: an answer in a format holds none.
+            return cls(use if wanted is None else None, family, wanted, free=wanted is None)
+        special = bool(tokenizer.special_ids(markers(family)[:1]))
+        grammar = auto_grammar(use, wanted, special=special)
+        return cls(use, family, grammar, free=wanted is None)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyReader:
     """Reads the samples of one request.
 
     Attributes:
-        family: the template's format.
         tokens: those with which to read.
+        use: the tools that may be called, if any.
+        family: the template's format of calls.
     """
 
-    use: ToolUse
-    family: Family | None
     tokens: TokenBytes
+    thinking: Thinking = Thinking.NONE
+    use: ToolUse | None = None
+    family: Family | None = None
 
-    def parser(self) -> ReplyParser:
-        """For one sample. Raises InvalidField, see `ToolUse.parser`."""
-        return self.use.parser(self.family)
+    @classmethod
+    def of(cls, tokenizer: TextTokenizer, thinking: Thinking, plan: Plan) -> ReplyReader:
+        """With the tags that are special tokens of the tokenizer shown to the parsers."""
+        use, family = plan.use, plan.family
+        if not plan.free:  # output of a given format has no thinking in it
+            thinking = Thinking.NONE
+        tags: tuple[str, ...] = () if thinking is Thinking.NONE else (OPEN, CLOSE)
+        if use is not None and family is not None and not use.forced:
+            tags += markers(family)
+        special = tokenizer.special_ids(tags) if tags else {}
+        tokens = Shown(tokenizer, special) if special else tokenizer
+        return cls(tokens, thinking, use, family)
+
+    @property
+    def ends_with_calls(self) -> bool:
+        """See `ToolUse.ends_with_calls`."""
+        return self.use is not None and self.use.ends_with_calls
+
+    def parser(self) -> ReplyParser | None:
+        """For one sample; None if its text is passed on as it is.
+
+        Raises:
+            InvalidField: see `ToolUse.parser`.
+        """
+        calls = None if self.use is None else self.use.parser(self.family)
+        return reply_parser(self.thinking, calls)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-__all__ = ["arguments_schema", "calls_schema"]
+__all__ = ["arguments_schema", "calls_schema", "without_words"]
 
 MAX_FORCED_CALLS: Final = 8
 """Most calls of one answer that must call. Small models otherwise go on until `max_tokens`, in
@@ -18,6 +18,8 @@ _MAPS: Final = frozenset(
 """Members whose value maps names to schemas; the names may be anything, ``$ref`` included."""
 _VALUES: Final = frozenset({"const", "default", "enum", "example", "examples"})
 """Members that hold values, not schemas."""
+_WORDS: Final = frozenset({"$comment", "description", "example", "examples", "title"})
+"""Members that only people and models read."""
 _SAYS_MORE: Final = frozenset(
     {"$ref", "additionalProperties", "allOf", "anyOf", "oneOf", "patternProperties"}
 )
@@ -84,3 +86,19 @@ def _moved(schema: Any, place: str) -> Any:
         else:
             moved[name] = value if name in _VALUES else _moved(value, place)
     return moved
+
+
+def without_words(schema: Any) -> Any:
+    """A schema without what has no effect on what fits it. As deep as the schema is nested,
+    which is bounded."""
+    if isinstance(schema, list):
+        return [without_words(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    kept: dict[str, Any] = {}
+    for name, value in schema.items():
+        if name in _MAPS and isinstance(value, dict):
+            kept[name] = {key: without_words(each) for key, each in value.items()}
+        elif name not in _WORDS:
+            kept[name] = value if name in _VALUES else without_words(value)
+    return kept

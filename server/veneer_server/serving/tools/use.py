@@ -18,7 +18,7 @@ from veneer_server.text.replies.tools.families import Family, parser_of
 from veneer_server.text.replies.tools.forced import NamedParser, RequiredParser
 from veneer_server.wire.messages import Constraint
 
-__all__ = ["Choice", "Tool", "ToolUse", "about_tools", "check_tool"]
+__all__ = ["Choice", "Tool", "ToolUse", "about_tools", "check_tool", "check_tools"]
 
 MAX_TOOLS: Final = 128
 MAX_TOOL_BYTES: Final = 128 << 10
@@ -55,6 +55,11 @@ class Tool:
     @property
     def parameters(self) -> Mapping[str, Any] | None:
         return self.function.get("parameters")
+
+    @property
+    def strict(self) -> bool:
+        """Whether the arguments must fit the schema of `parameters`, forced or not."""
+        return self.function.get("strict") is True
 
     def for_template(self) -> dict[str, Any]:
         """In OpenAI's form, which templates expect."""
@@ -133,11 +138,11 @@ class ToolUse:
 
 
 def about_tools(error: VeneerError) -> VeneerError:
-    """An error about a constraint that a forced call made, in the words of its request."""
+    """An error about a constraint that tools made, in the words of its request."""
     field = error.metadata.get("field", "")
     if not isinstance(error, InvalidField) or not field.startswith("constraint"):
         return error
-    message = error.message.replace(field, "the schema of the forced call")
+    message = error.message.replace(field, "what the schemas of the tools make")
     return InvalidField(message, metadata={**error.metadata, "field": "tools"})
 
 

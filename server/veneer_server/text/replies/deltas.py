@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["Content", "Delta", "Reasoning", "ReplyParser", "ToolArguments", "ToolCallBegun"]
+__all__ = [
+    "Content",
+    "Delta",
+    "Reasoning",
+    "ReplyParser",
+    "ToolArguments",
+    "ToolCallBegun",
+    "joined",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +26,7 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """Text of the model's thinking."""
+    """Text of the model's thinking; an empty one says that its end has been read."""
 
     text: str
 
@@ -53,6 +61,11 @@ class ReplyParser(Protocol):
     """Takes an answer's text apart. However the text is cut into pieces, the deltas joined are
     the same."""
 
+    @property
+    def thinking(self) -> bool:
+        """Whether what follows the text so far is thinking, unless it is a closing tag."""
+        ...
+
     def feed(self, text: str) -> Sequence[Delta]:
         """The deltas that are certain after more text."""
         ...
@@ -60,3 +73,23 @@ class ReplyParser(Protocol):
     def finish(self) -> Sequence[Delta]:
         """The rest, when the answer has ended."""
         ...
+
+
+def joined(deltas: Iterable[Delta]) -> list[Delta]:
+    """The same with pieces of one text as one delta, as far as they follow each other."""
+    made: list[Delta] = []
+    for delta in deltas:
+        last = made[-1] if made else None
+        if (isinstance(delta, Content) and isinstance(last, Content)) or (
+            isinstance(delta, Reasoning) and isinstance(last, Reasoning)
+        ):
+            made[-1] = type(delta)(last.text + delta.text)
+        elif (
+            isinstance(delta, ToolArguments)
+            and isinstance(last, ToolArguments)
+            and delta.index == last.index
+        ):
+            made[-1] = ToolArguments(delta.index, last.text + delta.text)
+        else:
+            made.append(delta)
+    return made

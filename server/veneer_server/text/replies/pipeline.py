@@ -17,6 +17,11 @@ class Pipeline:
         self._first = first
         self._second = second
 
+    @property
+    def thinking(self) -> bool:
+        """See `ReplyParser.thinking`."""
+        return self._first.thinking
+
     def feed(self, text: str) -> Sequence[Delta]:
         """See `ReplyParser.feed`."""
         return self._pass_on(self._first.feed(text))

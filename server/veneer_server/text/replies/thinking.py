@@ -62,6 +62,11 @@ class ThinkingParser:
         self._held = ""
         """What may become a tag."""
 
+    @property
+    def thinking(self) -> bool:
+        """See `ReplyParser.thinking`."""
+        return self._where is _Where.THINKING
+
     def feed(self, text: str) -> Sequence[Delta]:
         """See `ReplyParser.feed`."""
         deltas: list[Delta] = []
@@ -108,11 +113,12 @@ class ThinkingParser:
         if at >= 0:
             thought, text, self._held = text[:at], text[at + len(CLOSE) :], ""
             self._where = _Where.AFTER
+            deltas += [Reasoning(thought), Reasoning("")] if thought else [Reasoning("")]
         else:
             cut = len(text) - _overlap(text)
             thought, self._held, text = text[:cut], text[cut:], ""
-        if thought:
-            deltas.append(Reasoning(thought))
+            if thought:
+                deltas.append(Reasoning(thought))
         return text
 
 

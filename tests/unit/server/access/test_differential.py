@@ -169,7 +169,15 @@ class Script:
         await self.http("POST", "/v1/unload_lora_adapter", lora_name="secret")
         await self.http("POST", "/pause")
         await self.http("POST", "/resume")
-        for path in ("/version", "/health", "/livez", "/ping", "/load", "/is_paused"):
+        for path in (
+            "/version",
+            "/health",
+            "/livez",
+            "/ping",
+            "/load",
+            "/is_paused",
+            "/server_info",
+        ):
             await self.http("GET", path)
         await self.http("GET", "/metrics")
         await self.http("POST", "/ping")

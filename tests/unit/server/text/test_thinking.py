@@ -88,7 +88,7 @@ def test_text_is_passed_on_as_early_as_it_is_certain() -> None:
     parser = ThinkingParser(opened=True)
     assert parser.feed("one </thi") == [Reasoning("one ")]
     assert parser.feed("s") == [Reasoning("</this"[:6])]
-    assert parser.feed("</think>") == []
+    assert parser.feed("</think>") == [Reasoning("")], "its end has been read"
     assert parser.feed("x</think") == [Content("x</think")]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from veneer_server.text.replies.deltas import Delta, ToolArguments, ToolCallBegun
 from veneer_server.text.replies.tools.call_object import State, new_id
@@ -13,6 +14,8 @@ __all__ = ["NamedParser", "RequiredParser"]
 
 class NamedParser:
     """The answer is the arguments of one known tool."""
+
+    thinking: Final = False
 
     def __init__(self, name: str) -> None:
         self._name = name

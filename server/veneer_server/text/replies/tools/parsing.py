@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from enum import Enum
+from typing import Final
 
 from veneer_server.text.replies.deltas import Content, Delta
 from veneer_server.text.replies.tools.call_object import CallObject, State
@@ -32,6 +33,8 @@ class CallParser(ABC):
     A call is given out once its name and its arguments' first character are known. What
     turns out to be no call before that is text, if no call came before it.
     """
+
+    thinking: Final = False
 
     def __init__(
         self, *, parallel: bool = True, keys: Collection[str] = ("arguments",)

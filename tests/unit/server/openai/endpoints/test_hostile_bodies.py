@@ -55,6 +55,41 @@ INSIDE: list[dict[str, Any]] = [
     {"input": [{"role": "user", "content": [MARK]}]},
     {"input": [{"role": "user", "content": [{"type": MARK, "text": "Hi"}]}]},
     {"input": [{"role": "user", "content": [{"type": "input_text", "text": MARK}]}]},
+    {"input": [{"type": "function_call", "call_id": "a", "name": "f", "arguments": MARK}]},
+    {"input": [{"type": "function_call", "call_id": MARK, "name": MARK, "arguments": "{}"}]},
+    {"input": [{"type": "function_call_output", "call_id": MARK, "output": "a"}]},
+    {"input": [{"type": "function_call_output", "call_id": "a", "output": [MARK]}]},
+    {"input": [{"type": "reasoning", "content": MARK}, {"role": "user", "content": "Hi"}]},
+    {
+        "input": [
+            {"type": "reasoning", "content": [{"text": MARK}]},
+            {"role": "assistant", "content": "Hi"},
+        ]
+    },
+    {"tools": [MARK]},
+    {"tools": [{"type": MARK, "name": "f"}]},
+    {"tools": [{"type": "function", "name": MARK, "strict": True}]},
+    {"tools": [{"type": "function", "name": "f", "parameters": MARK, "strict": True}]},
+    {"tools": [{"type": "function", "name": "f", "parameters": {"properties": MARK}}]},
+    {"tools": [{"type": "function", "name": "f", "strict": MARK, "description": MARK}]},
+    {"tools": [{"type": "function", "name": "f"}], "tool_choice": MARK},
+    {"tools": [{"type": "function", "name": "f"}], "tool_choice": {"type": MARK}},
+    {
+        "tools": [{"type": "function", "name": "f"}],
+        "tool_choice": {"type": "function", "name": MARK},
+    },
+    {
+        "tools": [{"type": "function", "name": "f"}],
+        "tool_choice": {"type": "allowed_tools", "mode": MARK, "tools": MARK},
+    },
+    {
+        "tools": [{"type": "function", "name": "f"}],
+        "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [MARK]},
+    },
+    {
+        "tools": [{"type": "function", "name": "f"}],
+        "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"name": MARK}]},
+    },
     {"metadata": MARK},
     {"metadata": {"a": MARK}},
 ]

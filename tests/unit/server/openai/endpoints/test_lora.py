@@ -312,3 +312,18 @@ async def test_without_roots_it_says_so(
     assert (answer.status_code, error_of(answer)["code"]) == (501, "unimplemented")
     assert "--lora-root" in error_of(answer)["message"]
     assert (await post(http, TEXT)).status_code == 200
+    answer = await http.get("/server_info", params={"config_format": "json"})
+    assert answer.json()["vllm_config"]["lora_config"] is None
+
+
+async def test_trl_learns_that_adapters_can_be_loaded(loading: Loading) -> None:
+    """What `select_adapter_sync` of its asynchronous trainers reads, and its `VLLMClient`."""
+    headers = {"authorization": f"Bearer {loading.keys['publisher']}"}
+    answer = await loading.http.get("/server_info", headers=headers)
+    config = answer.json()["vllm_config"]
+    assert config["lora_config"]["max_lora_rank"] >= 64
+    assert config["lora_config"]["max_loras"] >= 6, "a window of four policies, and two more"
+    assert config["parallel_config"]["data_parallel_size"] == 1
+    assert config["model_config"]["logprobs_mode"] == "raw_logprobs"
+    assert config["weight_transfer_config"] is None
+    assert (await loading.http.get("/server_info")).status_code == 401

@@ -9,49 +9,19 @@ from typing import Any
 
 import httpx
 import pytest
-from openai import AsyncOpenAI, BadRequestError, NotFoundError
+from openai import AsyncOpenAI, BadRequestError, NotFoundError, OpenAIError
 from openai.types.responses import Response
 from veneer_registry.errors import EngineFailed
 from veneer_server.wire.messages import SequenceOutput
 
-from tests.unit.server.openai.kit import BASE, CHAT, error_of, ok
+from tests.unit.server.openai.endpoints.response_kit import ASK, respond, same, streamed
+from tests.unit.server.openai.kit import CHAT, error_of, ok
 from tests.unit.server.rpc.fake_engine import CONTEXT
 from tests.unit.server.rpc.front_harness import Front, make_adapter, until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-ASK: dict[str, Any] = {"model": BASE, "input": "Hi", "max_output_tokens": 4}
 SCHEMA: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "integer"}}}
-
-
-async def respond(http: httpx.AsyncClient, **more: Any) -> dict[str, Any]:
-    answer = await http.post("/v1/responses", json={**ASK, **more})
-    assert answer.status_code == 200, answer.text
-    found: dict[str, Any] = answer.json()
-    Response.model_validate(found)
-    return found
-
-
-async def streamed(http: httpx.AsyncClient, **more: Any) -> list[dict[str, Any]]:
-    """The events; each must be named by its type, and numbered."""
-    answer = await http.post("/v1/responses", json={**ASK, **more, "stream": True})
-    assert answer.status_code == 200, answer.text
-    assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
-    *blocks, last = answer.text.split("\n\n")
-    assert last == ""
-    events = []
-    for block in blocks:
-        name, data = block.split("\n")
-        events.append(json.loads(data.removeprefix("data: ")))
-        assert name == f"event: {events[-1]['type']}"
-    assert [event["sequence_number"] for event in events] == list(range(len(events)))
-    return events
-
-
-def same(response: dict[str, Any], request_id: str) -> dict[str, Any]:
-    """Without what differs between two requests."""
-    text = json.dumps(response).replace(request_id, "ID")
-    return {k: v for k, v in json.loads(text).items() if k != "created_at"}
 
 
 async def test_a_response_is_the_chats_answer(front: Front, http: httpx.AsyncClient) -> None:
@@ -114,8 +84,7 @@ async def test_a_stream_ends_with_the_whole_response(
     ]
     last = events[-1]["response"]
     Response.model_validate(last)
-    first_id, last_id = (each["id"].removeprefix("resp_") for each in (whole, last))
-    assert same(last, last_id) == same(whole, first_id)
+    assert same(last) == same(whole)
     text = whole["output"][0]["content"][0]["text"]
     assert "".join(event["delta"] for event in deltas) == text
     logprobs = [score for event in deltas for score in event["logprobs"]]
@@ -188,7 +157,6 @@ async def test_openais_client_streams_and_parses(
             model="style", input="Hi", max_output_tokens=4
         )
         assert raw.headers["veneer-revision"]
-        # Its helper takes no response.incomplete for an end.
         front.engine.script = [
             SequenceOutput(1, [1000]),
             SequenceOutput(1, [1001], finish="stop"),
@@ -201,6 +169,16 @@ async def test_openais_client_streams_and_parses(
             )
             assert (await stream.get_final_response()).output_text == text
         front.engine.script = None
+        # Its helper has no final response of one that was cut, also from OpenAI.
+        async with client.responses.stream(
+            model="style", input="Hi", max_output_tokens=4
+        ) as stream:
+            events = [event async for event in stream]
+            assert events[-1].type == "response.incomplete"
+            assert events[-1].response.output_text
+            with pytest.raises(RuntimeError) as none:
+                await stream.get_final_response()
+            assert not isinstance(none.value, OpenAIError)
         with pytest.raises(BadRequestError) as refused:
             await client.responses.create(
                 model="style", input="Hi", previous_response_id=whole.id
@@ -244,14 +222,35 @@ def item(**members: Any) -> dict[str, Any]:
         (item(role="user", content=[{"type": ["input_text"], "text": "x"}]), None),
         (item(role="user", content=[{"type": "input_text"}]), "input[0].content[0].text"),
         (item(type="item_reference", id="msg_1"), "input[0]"),
-        (item(type="function_call_output", call_id="1", output="x"), "input[0]"),
-        ({"tools": [{"type": "function", "name": "f"}]}, "tools"),
+        (item(type="function_call_output", output="x"), "input[0].call_id"),
+        (item(type="function_call_output", call_id="1", output=1), "input[0].output"),
+        (item(type="function_call", call_id="1", name="f"), "input[0].arguments"),
+        (item(type="function_call", call_id="1", name="f", arguments={}), "input[0].arguments"),
+        (item(type="reasoning", content="x"), "input[0].content"),
+        (item(type="reasoning", content=[{"type": "reasoning_text"}]), "input[0].content[0]"),
+        (item(type="web_search_call", id="1"), "input[0]"),
+        ({"tools": ["f"]}, "tools[0]"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [{"type": "custom", "name": "f"}]}, "tools[0].type"),
+        ({"tools": [{"type": "function"}]}, "tools[0].name"),
+        ({"tools": [{"name": "f", "parameters": "{}"}]}, "tools[0].parameters"),
+        ({"tools": [{"name": "f"}], "tool_choice": "any"}, "tool_choice"),
+        ({"tools": [{"name": "f"}], "tool_choice": {"type": "mcp"}}, "tool_choice.type"),
+        (
+            {"tools": [{"name": "f"}], "tool_choice": {"type": "function", "name": "g"}},
+            "tool_choice",
+        ),
+        (
+            {"tools": [{"name": "f"}], "tool_choice": {"type": "allowed_tools", "tools": []}},
+            "tool_choice.mode",
+        ),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"background": True}, "background"),
         ({"truncation": "auto"}, "truncation"),
-        ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
+        ({"reasoning": {"effort": "very"}}, "reasoning.effort"),
+        ({"return_token_ids": True}, "return_token_ids"),
         ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "text.format.schema"),
         ({"text": {"format": {"type": "grammar"}}}, "text.format.type"),
         ({"max_output_tokens": 0}, "max_output_tokens"),

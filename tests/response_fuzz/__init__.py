@@ -1,0 +1,2 @@
+"""Random requests to ``/v1/responses``: whole and streamed they must be the
+same, and say what a chat says."""
