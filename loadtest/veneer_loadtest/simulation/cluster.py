@@ -105,9 +105,7 @@ class Cluster:
         for number in range(scenario.replicas):
             self._start(replica_name(number), OrderedDict())
         self._link = Link(costs, self._events)
-        self._followers = Followers(
-            [_INGRESS, *self._sites], self._link, costs, self._events
-        )
+        self._followers = Followers([_INGRESS, *self._sites], self._link, costs, self._events)
         self._sources: dict[tuple[int, int], AdapterSource] = {}
         self._prompts = prompts(scenario.seed, 2 * scenario.prompt_tokens)
         self._open = 0
@@ -133,7 +131,9 @@ class Cluster:
                 asked = next(requests, None)
                 continue
             assert due is not None, f"{self._open} requests can never end"
-            assert asked is not None or due < last + _STUCK_S, f"{self._open} requests are stuck"
+            assert asked is not None or due < last + _STUCK_S, (
+                f"{self._open} requests are stuck"
+            )
             events.step()
         seconds = events.now
         self._settle()
@@ -172,9 +172,7 @@ class Cluster:
         digest = self._source(_INGRESS, asked.adapter).weights_digest
         work = float(asked.prompt_tokens + 2 * asked.answer_tokens)
         try:
-            choice = self.router.choose(
-                Wanted(digest, asked.session, work), self._events.now
-            )
+            choice = self.router.choose(Wanted(digest, asked.session, work), self._events.now)
         except Unavailable:
             self.collected.failed["no_replica"] += 1
             return
@@ -246,6 +244,7 @@ class Cluster:
                     self._started(opened.asked, message)
                 if message.finish is not None:
                     del here[message.sequence]
+                    self.collected.answered += 1
                     self._end(opened)
             elif isinstance(message, SequenceFailed):
                 self._fail(here.pop(message.sequence), message.error.reason.lower())

@@ -17,8 +17,8 @@ _Positive = Annotated[float, msgspec.Meta(gt=0)]
 
 
 class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Seconds, unless named otherwise. The defaults are about those of one core with the bundled
-    base; fit them before believing a figure.
+    """Seconds, unless named otherwise. The defaults are about those of one core with the
+    bundled base; fit them before believing a figure.
 
     Attributes:
         cpu: name of the processor that they were fitted on; "" for the defaults.

@@ -17,7 +17,8 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     """One run. Times in seconds; those of a simulation are its own, except ``cpu_s``.
 
     Attributes:
-        requests: measured, without those at the start.
+        requests: with a first token, without those at the start.
+        answered: of all requests.
         failed: of all requests, by reason.
         hit_rate: share of them whose adapter was in memory when they reached the engine.
         prefix_rate: share of their prompt tokens that the prefix cache had.
@@ -37,6 +38,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
 
     routing: str
     requests: int
+    answered: int
     failed: dict[str, int]
     hit_rate: float
     prefix_rate: float
@@ -65,6 +67,7 @@ class Collected:
     def __init__(self, first: int) -> None:
         self._first = first
         self.failed: Counter[str] = Counter()
+        self.answered = 0
         self.old_revision = 0
         self._hits = 0
         self._times: list[float] = []
@@ -101,6 +104,7 @@ class Collected:
         enough = [each for each in self._by_tenant.values() if len(each) >= 100]
         return Figures(
             requests=len(self._times),
+            answered=self.answered,
             failed=dict(sorted(self.failed.items())),
             hit_rate=self._hits / len(times),
             prefix_rate=self._cached / max(1, self._prompt),

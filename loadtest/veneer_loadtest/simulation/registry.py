@@ -1,9 +1,9 @@
 """Names and bytes that replicas get from the registry, and when.
 
-This is the seam for the follower's own state machine: `Followers` says what a follower's view of
-a name is, and stands in for it with delays alone (a change reaches a follower that is connected
-after a while, and one that was not once it is back). What it must keep is what
-`Followers.published` and `Followers.revision` promise.
+This is the seam for the follower's own state machine: `Followers` says what a follower's view
+of a name is, and stands in for it with delays alone (a change reaches a follower that is
+connected after a while, and one that was not once it is back). What takes its place must keep
+what `Followers.published` and `Followers.revision` promise.
 """
 
 from __future__ import annotations

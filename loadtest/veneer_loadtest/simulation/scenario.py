@@ -7,7 +7,16 @@ from typing import Final, Literal, get_args
 
 from veneer_loadtest.errors import BadOption
 
-__all__ = ["ROUTINGS", "Drain", "Happening", "Lose", "Partition", "Publish", "Routing", "Scenario"]
+__all__ = [
+    "ROUTINGS",
+    "Drain",
+    "Happening",
+    "Lose",
+    "Partition",
+    "Publish",
+    "Routing",
+    "Scenario",
+]
 
 Routing = Literal["adapter", "random", "round-robin", "least-loaded"]
 ROUTINGS: Final[tuple[Routing, ...]] = get_args(Routing)

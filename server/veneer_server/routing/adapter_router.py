@@ -3,19 +3,21 @@
 Each adapter orders the replicas by rendezvous hashing of its weights digest, and its requests
 go to the first one, its home. Three things change that:
 
-- **Share.** An adapter with more than half of a replica's fair share of the requests has as many
-  homes as it takes for each to get half a share. Among them a session has its own; a request
-  without one goes where the least is under way, a copy in memory counting for as much as
-  `_LOAD_WORTH` requests.
+- **Share.** An adapter with more than half of a replica's fair share of the requests has as
+  many homes as it takes for each to get half a share. Among them a session has its own; a
+  request without one goes where the least is under way, a copy in memory counting for as much
+  as `_LOAD_WORTH` requests.
 - **Bound.** No replica gets a request while it has more than 1.25 times the mean (consistent
   hashing with bounded loads, Mirrokni, Thorup and Zadimoghaddam 2016), both of the requests
   there now and of the work sent there recently. The next one in the adapter's order does.
-- **A copy elsewhere.** Where the home is nearly at its bound, or beyond it, a less loaded replica
-  that already has the adapter goes first: this makes room at the home without a further load.
-  So what is moved is what costs nothing, the popular adapters that have several copies.
+- **A copy elsewhere.** Where the home is nearly at its bound, or beyond it, a less loaded
+  replica that already has the adapter goes first: this makes room at the home without a
+  further load. So what is moved is what costs nothing, the popular adapters that have several
+  copies.
 
-With few requests the mean says little: a replica with up to `_FREE` requests, or whose recent work
-exceeds the mean by no more than a few requests' worth, is not overloaded whatever the mean is.
+With few requests the mean says little: a replica with up to `_FREE` requests, or whose recent
+work exceeds the mean by no more than a few requests' worth, is not overloaded whatever the
+mean is.
 """
 
 from __future__ import annotations

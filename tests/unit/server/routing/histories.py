@@ -4,7 +4,7 @@ passing another router."""
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from veneer_server.routing.adapter_router import BOUND, AdapterRouter
@@ -82,6 +82,12 @@ def check_history(seed: int, make: Callable[[], Router] = bounded_router) -> int
             model.accepting.add(name)
             model.draining.discard(name)
     return routed
+
+
+def check_histories(seeds: Iterable[int]) -> None:
+    """`check_history` of each."""
+    for seed in seeds:
+        check_history(seed)
 
 
 def check_movement(

@@ -16,7 +16,12 @@ from veneer_server.routing.router import Router
 
 from tests.planted import planted
 from tests.refused import refused
-from tests.unit.server.routing.histories import bounded_router, check_history, check_movement
+from tests.unit.server.routing.histories import (
+    bounded_router,
+    check_histories,
+    check_history,
+    check_movement,
+)
 
 
 def router_of(count: int) -> AdapterRouter:
@@ -62,7 +67,11 @@ def test_a_home_by_the_remainder_of_a_number_moves_too_many() -> None:
     ("module", "old", "new"),
     [
         (adapter_router, "return bool(self.fleet.load[slot] <= most and", "return bool("),
-        (adapter_router, "below = fleet.load[order] <= most ", "below = fleet.load[order] >= 0 "),
+        (
+            adapter_router,
+            "below = fleet.load[order] <= most ",
+            "below = fleet.load[order] >= 0 ",
+        ),
         (adapter_router, "self._orders.clear()", "pass"),
         (fleet, "if not known.draining)", ")"),
         (fleet, "del self._known[replica]", "pass"),
@@ -72,8 +81,7 @@ def test_a_home_by_the_remainder_of_a_number_moves_too_many() -> None:
 )
 def test_planted_bugs_are_caught(module: ModuleType, old: str, new: str) -> None:
     with planted(module, old, new), pytest.raises((AssertionError, IndexError)):
-        for seed in range(40):
-            check_history(seed)
+        check_histories(range(40))
 
 
 def test_the_order_depends_on_names_only_so_that_all_routers_agree() -> None:
