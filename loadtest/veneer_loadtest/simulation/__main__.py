@@ -10,9 +10,9 @@ __all__ = ["main"]
 
 
 def _find() -> Callable[[], None]:
-    from veneer_loadtest.simulation.command import cli
+    from veneer_loadtest.simulation.command import main as program
 
-    return cli
+    return program
 
 
 def main() -> None:

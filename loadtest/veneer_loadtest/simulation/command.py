@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import itertools
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,9 +40,9 @@ from veneer_loadtest.simulation.options import (
 )
 from veneer_loadtest.simulation.real import run_real
 from veneer_loadtest.simulation.scenario import Scenario
-from veneer_loadtest.simulation.servers import parse_cores, real_servers
+from veneer_loadtest.simulation.servers import Served, parse_cores, real_servers
 
-__all__ = ["cli"]
+__all__ = ["cli", "main"]
 
 _EXAMPLES = """
 Examples:
@@ -53,12 +56,12 @@ Examples:
   veneer-sim real --cores 0,1 --json real.json  the same load on real servers
 """
 
-_app = Program(
+cli = Program(
     help="Simulate a cluster with the real scheduler, memory and router.", epilog=_EXAMPLES
 )
 
 
-@_app.callback()
+@cli.callback()
 def _top(version: VersionFlag = False) -> None:
     """Simulate a cluster with the real scheduler, memory and router."""
 
@@ -67,7 +70,7 @@ def _form(kind: str, what: str) -> Any:
     return typer.Option(f"--{kind}", metavar="WHEN", help=f"{what}: {FORMS[kind]}; repeatable.")
 
 
-@_app.command("run")
+@cli.command("run")
 def _run(
     routing: Routings = "all",
     replicas: Annotated[int, typer.Option(help="How many servers.")] = 2,
@@ -88,6 +91,9 @@ def _run(
     prompt_tokens: PromptTokens = 48,
     answer_tokens: AnswerTokens = 16,
     sessions: Sessions = 0.0,
+    warm: Annotated[
+        float, typer.Option(help="Share of the requests at the start that is not measured.")
+    ] = 0.1,
     lose: Annotated[list[str] | None, _form("lose", "A replica is lost")] = None,
     drain: Annotated[list[str] | None, _form("drain", "A replica drains")] = None,
     partition: Annotated[list[str] | None, _form("partition", "The registry is away")] = None,
@@ -121,6 +127,7 @@ def _run(
             prompt_tokens=prompt_tokens,
             answer_tokens=answer_tokens,
             session_share=sessions,
+            warm=warm,
             seed=seed,
             happenings=happenings,
         )
@@ -136,7 +143,7 @@ def _run(
     run(work(), debug)
 
 
-@_app.command("real")
+@cli.command("real")
 def _real(
     routing: Routings = "adapter,round-robin",
     cores: Annotated[str, typer.Option(help="A core for each server.")] = "0,1",
@@ -188,13 +195,11 @@ def _real(
             measured = Measured()
             for _ in range(repeat):
                 for each in routings:
-                    for server in servers if fit_rounds else ():
-                        await measure(server, fit_rounds, seed + 1, measured)
-                    real = await run_real(scenario, each, servers)
+                    await _measure_all(servers, fit_rounds, len(runs), measured)
+                    real = await run_real(scenario, each, servers, len(runs))
                     runs.append(msgspec.structs.replace(real, routing=f"{each}, real"))
             if fit_rounds:
-                for server in servers:
-                    await measure(server, fit_rounds, seed + 1, measured)
+                await _measure_all(servers, fit_rounds, len(runs), measured)
                 known = fitted(measured, scenario.adapter_bytes, "veneer-sim real", known)
                 for line in measured.lines():
                     OUT.print(line, style="dim")
@@ -206,7 +211,7 @@ def _real(
     run(work(), debug)
 
 
-@_app.command("fit")
+@cli.command("fit")
 def _fit(
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where the costs go.")],
     core: Annotated[int, typer.Option(help="The server's core.")] = 0,
@@ -235,6 +240,15 @@ def _fit(
     run(work(), debug)
 
 
+async def _measure_all(
+    servers: Sequence[Served], rounds: int, number: int, measured: Measured
+) -> None:
+    """All at once: they share the machine, as they do in a run."""
+    if rounds:
+        seeds = itertools.count(100_000 + 100 * number)
+        await asyncio.gather(*(measure(s, rounds, next(seeds), measured) for s in servers))
+
+
 def _show(
     scenario: Scenario, costs: Costs, runs: list[Figures], json_file: Path | None
 ) -> None:
@@ -250,8 +264,8 @@ def _show(
         json_file.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1))
 
 
-def cli() -> None:
+def main() -> None:
     """Entry point; everything that a run started is stopped on exit."""
     for kind in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(kind, lambda number, _: sys.exit(128 + number))
-    _app()
+    cli()

@@ -22,7 +22,7 @@ from veneer_loadtest.simulation.traffic import prompts
 
 __all__ = ["Measured", "fit", "measure"]
 
-_PROMPTS: Final = (8, 16, 32, 64)
+_PROMPTS: Final = (8, 16, 24, 48)
 _STREAMS: Final = (1, 2, 4)
 _TOKENS: Final = 16
 _STARTED_S: Final = 0.2

@@ -23,11 +23,13 @@ __all__ = ["Driver", "run_real"]
 class Driver:
     """Sends one scenario's requests; belongs to one event loop."""
 
-    def __init__(self, scenario: Scenario, router: Router, servers: Sequence[Served]) -> None:
+    def __init__(
+        self, scenario: Scenario, router: Router, servers: Sequence[Served], run: int
+    ) -> None:
         self._scenario = scenario
         self._router = router
         self._servers = {replica_name(n): server for n, server in enumerate(servers)}
-        self._prompts = prompts(scenario.seed, 2 * scenario.prompt_tokens)
+        self._prompts = prompts(scenario.seed + 1000 * run, 2 * scenario.prompt_tokens)
         self.collected = Collected(round(scenario.warm * scenario.requests))
         for name in self._servers:
             router.join(name)
@@ -91,13 +93,19 @@ class Driver:
         )
 
 
-async def run_real(scenario: Scenario, routing: Routing, servers: Sequence[Served]) -> Figures:
-    """The figures of a scenario on real servers, whose memory is emptied first."""
+async def run_real(
+    scenario: Scenario, routing: Routing, servers: Sequence[Served], run: int
+) -> Figures:
+    """The figures of a scenario on real servers, whose memory of adapters is emptied first.
+
+    Args:
+        run: number of the run, so that it finds no prompt of another in the prefix cache.
+    """
     for server in servers:
         await server.empty()
     before = [await server.loads() for server in servers]
     cpu = time.process_time()
-    driver = Driver(scenario, new_router(routing, scenario.seed), servers)
+    driver = Driver(scenario, new_router(routing, scenario.seed), servers, run)
     seconds = await driver.run()
     loads = sum([await server.loads() for server in servers]) - sum(before)
     return driver.collected.figures(

@@ -148,6 +148,10 @@ class Replica:
                 return
             if self._inbox.empty():
                 break
+        self._rest()
+
+    def _rest(self) -> None:
+        """Nothing can run before a message or a load arrives."""
         self._wakes += 1
         if self.loader:
             number = self._wakes
@@ -164,7 +168,11 @@ class Replica:
             return
         sent, self._sent = self._sent, []
         self._told(self, sent)
-        self._turn()
+        if self.scheduler.has_work() or not self._inbox.empty():
+            self._turn()
+        else:  # a turn would find nothing to do
+            self._now = self._events.now
+            self._rest()
 
     def _send(self, messages: list[FromEngine]) -> None:
         if self._now > self._events.now:

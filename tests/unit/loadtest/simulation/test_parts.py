@@ -201,9 +201,7 @@ def test_figures_leave_the_first_requests_out() -> None:
 def test_the_program_prints_a_table_and_writes_json(tmp_path: Path) -> None:
     path = tmp_path / "figures.json"
     options = ["run", "--requests", "60", "--routing", "adapter,random", "--publish", "0@1"]
-    answer = CliRunner().invoke(
-        command._app, [*options, "--json", str(path)]
-    )  # private: the program
+    answer = CliRunner().invoke(command.cli, [*options, "--json", str(path)])
     assert answer.exit_code == 0, answer.output
     result = json.loads(path.read_text())
     assert [run["routing"] for run in result["runs"]] == ["adapter", "random"]
