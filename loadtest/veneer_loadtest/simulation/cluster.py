@@ -290,7 +290,8 @@ class Cluster:
     # ------------------------------------------------------------------ replicas
 
     def _start(self, name: str, disk: OrderedDict[str, None]) -> None:
-        replica = Replica(name, self._size, self._costs, self._events, self._told)
+        seed = self._scenario.seed
+        replica = Replica(name, self._size, self._costs, self._events, self._told, seed)
         self._sites[name] = _Site(replica, disk)
         self.router.join(name)
 

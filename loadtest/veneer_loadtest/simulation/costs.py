@@ -39,6 +39,9 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         follow_s: from the registry to a follower, and until that has applied a change.
         reconnect_s: until a follower is back after a partition.
         detect_s: until the ingress notices that a replica is lost.
+        noise: what steps and loads took where these were fitted, over what the costs say:
+            equally likely factors. A machine that others use too has large ones; without any,
+            everything takes exactly what it costs.
     """
 
     cpu: str = ""
@@ -61,6 +64,7 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     follow_s: _Seconds = 20e-3
     reconnect_s: _Seconds = 1.0
     detect_s: _Seconds = 1.0
+    noise: tuple[_Positive, ...] = ()
 
     def of_step(self, plan: StepPlan) -> float:
         """Of a step, with no load beside it."""

@@ -14,7 +14,7 @@ import numpy as np
 from veneer_client import Tokens
 
 from veneer_loadtest import workload
-from veneer_loadtest.quantiles import median
+from veneer_loadtest.quantiles import median, percentiles
 from veneer_loadtest.report import conditions
 from veneer_loadtest.simulation.costs import Costs
 from veneer_loadtest.simulation.servers import Served
@@ -25,6 +25,8 @@ __all__ = ["Measured", "fit", "measure"]
 _PROMPTS: Final = (8, 16, 24, 48)
 _STREAMS: Final = (1, 2, 4)
 _TOKENS: Final = 16
+_SHARES: Final = tuple((place + 0.5) / 20 for place in range(20))
+"""Percentiles of the measured noise that are kept."""
 _STARTED_S: Final = 0.2
 """Until a sequence decodes beside which loads are timed."""
 
@@ -141,6 +143,12 @@ def fit(measured: Measured, adapter_bytes: int, how: str, before: Costs) -> Cost
     rows += [[1.0, 0.0, 1.0, length, 1.0] for length in measured.first]
     times += [median(samples) for samples in measured.first.values()]
     step_s, row_s, adapter_s, prompt_token_s, around = _least(rows, times)
+    whole = step_s + adapter_s + around
+    noise = [
+        max(1e-3, sample / (whole + length * prompt_token_s))
+        for length, samples in measured.first.items()
+        for sample in samples
+    ]
     load = max(1e-4, median(measured.load))
     known: dict[str, Any] = msgspec.structs.asdict(before)
     return Costs(
@@ -155,6 +163,7 @@ def fit(measured: Measured, adapter_bytes: int, how: str, before: Costs) -> Cost
             "adapter_s": adapter_s,
             "prompt_token_s": prompt_token_s,
             "attention_s": 0.0,
+            "noise": tuple(percentiles(noise, _SHARES)),
             "load_s": 0.3 * load,
             "load_byte_s": 0.7 * load / adapter_bytes,
             "busy_rate": min(1.0, max(0.02, load / max(load, median(measured.load_beside)))),

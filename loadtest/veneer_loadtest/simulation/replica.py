@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -59,6 +60,7 @@ class Replica:
 
     Args:
         told: called with what the engine sends, at the time at which it does.
+        seed: of `Costs.noise`.
 
     Attributes:
         lost: it is gone; nothing of it happens any more.
@@ -71,6 +73,7 @@ class Replica:
         costs: Costs,
         events: Events,
         told: Callable[[Replica, list[FromEngine]], None],
+        seed: int = 0,
     ) -> None:
         self.name = name
         self.lost = False
@@ -97,6 +100,7 @@ class Replica:
         )
         self.scheduler = Scheduler(limits, blocks, self.residency, frozenset())
         self._costs = costs
+        self._random = random.Random(f"{seed} {name}")  # nosec B311 # not for secrets
         self._events = events
         self._told = told
         self._inbox: Inbox = queue.SimpleQueue()
@@ -184,12 +188,16 @@ class Replica:
 
     def execute(self, plan: StepPlan) -> tuple[SequenceResult, ...]:
         """A step: see `Runner`."""
-        seconds = self._costs.of_step(plan)
+        seconds = self._costs.of_step(plan) * self._noise()
         if self.loader:
             seconds *= 1 + self._costs.busy_slowdown
         self._now += seconds
         self._load(seconds * self._costs.busy_rate)
         return tuple([_TOKEN if planned.samples else _NO_TOKEN for planned in plan.sequences])
+
+    def _noise(self) -> float:
+        noise = self._costs.noise
+        return self._random.choice(noise) if noise else 1.0
 
     def _load(self, seconds: float) -> None:
         self._loaded_until = self._now
@@ -200,7 +208,7 @@ class Replica:
     def load(self, source: AdapterSource) -> None:
         """See `AdapterMemory`."""
         size = source.parameters * ITEMSIZE
-        self.loader.add(source.weights_digest, size, self._costs.of_load(size))
+        self.loader.add(source.weights_digest, size, self._costs.of_load(size) * self._noise())
 
     def move(self, weights_digest: str) -> None:
         """The copy on the device is the one in memory: nothing moves."""

@@ -70,9 +70,9 @@ async def real_servers(
         clients = []
         for core in cores:
             with during(frozenset({core})):
-                flags = ("--base", str(base), "--threads", "1")
-                flags += ("--host-cache-bytes", str(budget))
-                flags += ("--device-adapter-bytes", str(budget))
+                flags = ["--base", str(base), "--threads", "1"]
+                flags += ["--host-cache-bytes", str(budget)]
+                flags += ["--device-adapter-bytes", str(budget)]
                 server = await asyncio.to_thread(LocalServer, flags)
             stack.callback(server.stop)
             client = AsyncClient(server.url, timeout_s=120.0, retry=RetryPolicy(attempts=1))

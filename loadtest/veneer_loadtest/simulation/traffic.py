@@ -93,7 +93,8 @@ def _zipf(
     random: np.random.Generator, count: int, exponent: float, size: int
 ) -> npt.NDArray[np.int64]:
     sums = np.cumsum(1.0 / np.arange(1, count + 1) ** exponent)
-    return np.searchsorted(sums, random.random(size) * sums[-1], side="right").astype(np.int64)
+    drawn = np.searchsorted(sums, random.random(size) * sums[-1], side="right")
+    return np.asarray(drawn, dtype=np.int64)
 
 
 def _lengths(random: np.random.Generator, mean: int, size: int) -> npt.NDArray[np.int64]:

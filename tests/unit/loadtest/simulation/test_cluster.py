@@ -67,6 +67,14 @@ def test_a_run_depends_on_its_seed_only() -> None:
     assert without_cpu(run(replace(busy, seed=4))) != first
 
 
+def test_noise_makes_waits_longer_and_still_depends_on_the_seed_only() -> None:
+    noisy = msgspec.structs.replace(COSTS, noise=(0.5, 0.5, 0.5, 8.0))
+    short = replace(SMALL, requests=200)
+    first, again = (without_cpu(run(short, costs=noisy)) for _ in range(2))
+    assert first == again
+    assert first.ttft_p99_s > 2 * run(short).ttft_p99_s
+
+
 def test_routing_by_adapter_loads_less_and_keeps_replicas_within_the_bound() -> None:
     # What issue 26 asks of two replicas: 64 adapters, memory for 16 on each, Zipf(1).
     scenario = replace(SMALL, requests=1500)

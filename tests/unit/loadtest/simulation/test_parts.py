@@ -159,6 +159,7 @@ def test_a_fit_finds_the_costs_that_made_the_times() -> None:
     assert found.front_s + found.back_s == pytest.approx(4e-3)
     assert found.of_load(1_000_000) == pytest.approx(20e-3)
     assert found.busy_rate == pytest.approx(0.25)
+    assert found.noise == pytest.approx([1.0] * 20)
     assert found.cpu
 
 
