@@ -11,6 +11,7 @@ from veneer_registry.errors import Unavailable
 from veneer_server.routing import adapter_router, fleet
 from veneer_server.routing.adapter_router import AdapterRouter
 from veneer_server.routing.baselines import LeastLoaded, RandomChoice, RoundRobin
+from veneer_server.routing.holders import Holders
 from veneer_server.routing.records import Report, Wanted
 from veneer_server.routing.router import Router
 
@@ -154,15 +155,17 @@ def test_beyond_the_bound_a_copy_elsewhere_goes_before_a_new_one() -> None:
 
 
 def test_a_report_says_nothing_of_what_was_sent_after_it() -> None:
-    router = router_of(10)
-    first, second, _ = router.homes("adapter", 3)
-    router.report(first, Report(frozenset(), 50), 0.0)
-    assert serve(router, Wanted("adapter"), 1.0) == second
+    holders = Holders()
+    holders.expect("one", "sent", 1.0)
     # Older than the request that makes it load the adapter.
-    router.report(second, Report(frozenset(), 0, age_s=2.0), 2.0)
-    assert list(router._holders.of("adapter")) == [second]  # private: no way to see it outside
-    router.report(second, Report(frozenset(), 0, age_s=0.5), 2.0)
-    assert not router._holders.of("adapter")  # private: as above
+    holders.report("one", Report(frozenset({"other"}), 0, age_s=2.0), 2.0)
+    assert set(holders.of("sent")) == set(holders.of("other")) == {"one"}
+    holders.report("one", Report(frozenset(), 0, age_s=0.5), 2.0)
+    assert not holders.of("sent")
+    assert not holders.of("other")
+    holders.expect("one", "sent", 3.0)
+    holders.leave("one")
+    assert not holders.of("sent")
 
 
 def test_what_other_routers_send_counts_and_ones_own_counts_once() -> None:
