@@ -1,19 +1,18 @@
 """Requests go where their adapter is, as long as that does not overload anyone.
 
-Each adapter orders the replicas by rendezvous hashing of its weights digest, and its requests
-go to the first one, its home. Three things change that:
+Each adapter orders the replicas by rendezvous hashing of its weights digest. The first two are
+its homes: it is loaded at the one with less to do, and its requests go there until that one
+has about `_LOAD_WORTH` requests more than the other. Three things change that:
 
-- **Share.** An adapter with more than half of a replica's fair share of the requests has as
-  many homes as it takes for each to get half a share. Among them a session has its own; a
-  request without one goes where the least is under way, a copy in memory counting for as much
-  as `_LOAD_WORTH` requests.
+- **Share.** An adapter with more than a replica's fair share of the requests has as many homes
+  as it takes for each to get half a share. Among them a session has its own; a request without
+  one goes where the least is under way, a copy in memory counting as above.
 - **Bound.** No replica gets a request while it has more than 1.25 times the mean (consistent
   hashing with bounded loads, Mirrokni, Thorup and Zadimoghaddam 2016), both of the requests
   there now and of the work sent there recently. The next one in the adapter's order does.
-- **A copy elsewhere.** Where the home is nearly at its bound, or beyond it, a less loaded
-  replica that already has the adapter goes first: this makes room at the home without a
-  further load. So what is moved is what costs nothing, the popular adapters that have several
-  copies.
+- **A copy elsewhere.** Where the homes are nearly at their bound, or beyond it, a less loaded
+  replica that already has the adapter goes first: this makes room without a further load. So
+  what is moved is what costs nothing, the popular adapters that have several copies.
 
 With few requests the mean says little: a replica with up to `_FREE` requests, or whose recent
 work exceeds the mean by no more than a few requests' worth, is not overloaded whatever the
@@ -43,10 +42,14 @@ _FREE: Final = 4.0
 """Requests at a replica that are never too many."""
 _RECENT_FREE: Final = 8.0
 """Requests' worth of recent work beyond the mean that is never too much."""
+_HOMES: Final = 2
+"""Homes of any adapter: it is loaded at the one with less to do, and stays there."""
 _SHARES: Final = 2.0
 """Homes for each fair share of the requests that an adapter has."""
-_LOAD_WORTH: Final = 2.0
-"""A load takes about as long as so many more requests beside one delay it."""
+_LOAD_WORTH: Final = 4.0
+"""A load delays a request about as much as so many others beside it."""
+_MOST_RECENT: Final = 2.0
+"""Requests that recent work counts for at most: as many as it is times the mean."""
 _FEW: Final = 8
 """Replicas of an adapter's order that are kept; the others are computed when needed."""
 _MOST_ORDERS: Final = 1 << 17
@@ -96,10 +99,11 @@ class AdapterRouter(Router):
         key = wanted.digest or wanted.session
         if not key:
             return self._least(np.arange(len(fleet)), now)
-        count = 1
+        count = _HOMES
         if wanted.digest:
             share = self._popularity.add(key, now)
-            count = min(len(fleet), max(1, math.ceil(_SHARES * share * len(fleet))))
+            count = max(count, math.ceil(_SHARES * share * len(fleet)))
+        count = min(count, len(fleet))
         slot = self._home(wanted, key, count, now)
         near = self._fits(slot, self._near, now)
         if near:
@@ -110,11 +114,10 @@ class AdapterRouter(Router):
         return slot if self._fits(slot, self._bound, now) else self._next(key, now)
 
     def _home(self, wanted: Wanted, key: str, count: int, now: float) -> int:
-        """Of an adapter's homes, the one for this request."""
-        order = self._order(key, count)
-        if count == 1:
-            return int(order[0])
-        homes = order[:count]
+        """Of an adapter's homes, the one for this request; a session of the base has one."""
+        homes = self._order(key, count)[:count]
+        if not wanted.digest:
+            return int(homes[0])
         if wanted.session:
             own = scores(hash_of(wanted.session), self.fleet.seeds[homes])
             slot = int(homes[own.argmax()])
@@ -125,7 +128,8 @@ class AdapterRouter(Router):
     def _least(self, slots: Slots, now: float, digest: str = "") -> int:
         """The one with the least to do; a copy of the adapter counts."""
         fleet = self.fleet
-        cost = fleet.load[slots] + fleet.recent[slots] / max(fleet.mean_recent, 1e-300)
+        recent = fleet.recent[slots] / max(fleet.mean_recent, 1e-300)
+        cost = fleet.load[slots] + np.minimum(_MOST_RECENT, recent)
         if digest and (copies := self._copies(digest)):
             has = np.zeros(len(fleet), dtype=bool)
             has[copies] = True

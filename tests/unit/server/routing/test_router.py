@@ -145,13 +145,25 @@ def test_a_request_for_the_base_goes_where_the_least_is_under_way() -> None:
 
 def test_beyond_the_bound_a_copy_elsewhere_goes_before_a_new_one() -> None:
     router = router_of(10)
-    first, second, third = router.homes("adapter", 3)
-    for _ in range(8):
-        router.fleet.report(first, Report(frozenset(), 50), 0.0)
-    assert serve(router, Wanted("adapter"), 0.0) == second
-    router.report(second, Report(frozenset(), 0), 1.0)  # it did not keep it
-    router.report(third, Report(frozenset({"adapter"}), 0), 1.0)
-    assert serve(router, Wanted("adapter"), 1.0) == third
+    first, second, third, fourth = router.homes("adapter", 4)
+    for name in (first, second):
+        router.report(name, Report(frozenset(), 50), 0.0)
+    assert serve(router, Wanted("adapter"), 0.0) == third
+    router.report(third, Report(frozenset(), 0), 1.0)  # it did not keep it
+    router.report(fourth, Report(frozenset({"adapter"}), 0), 1.0)
+    assert serve(router, Wanted("adapter"), 1.0) == fourth
+
+
+def test_an_adapter_stays_where_it_was_loaded_until_that_replica_has_much_more_to_do() -> None:
+    router = router_of(10)
+    first, second = router.homes("adapter", 2)
+    router.report(first, Report(frozenset(), 1), 0.0)
+    assert serve(router, Wanted("adapter"), 0.0) == second  # it has less to do
+    router.report(second, Report(frozenset({"adapter"}), 2), 1.0)
+    assert serve(router, Wanted("adapter"), 1.0) == second  # 2 there, 1 at the first
+    router.report(first, Report(frozenset(), 0), 2.0)
+    router.report(second, Report(frozenset({"adapter"}), 6), 2.0)
+    assert serve(router, Wanted("adapter"), 2.0) == first
 
 
 def test_a_report_says_nothing_of_what_was_sent_after_it() -> None:
