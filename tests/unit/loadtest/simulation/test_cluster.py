@@ -78,12 +78,12 @@ def test_noise_makes_waits_longer_and_still_depends_on_the_seed_only() -> None:
 def test_routing_by_adapter_loads_less_and_keeps_replicas_within_the_bound() -> None:
     # What issue 26 asks of two replicas: 64 adapters, memory for 16 on each, Zipf(1).
     scenario = replace(SMALL, requests=1500)
-    by_adapter, others = run(scenario), [run(scenario, each) for each in ROUTINGS[2:]]
-    for other in others:
-        assert other.loads >= 1.7 * by_adapter.loads
-        assert other.hit_rate < by_adapter.hit_rate
+    by_adapter, by_turn = run(scenario), run(scenario, "round-robin")
+    assert by_turn.loads >= 1.7 * by_adapter.loads
+    assert by_turn.hit_rate < by_adapter.hit_rate
     assert by_adapter.balance <= 1.25
-    assert by_adapter.ttft_p50_s < min(other.ttft_p50_s for other in others)
+    assert by_adapter.ttft_p50_s < by_turn.ttft_p50_s
+    assert by_adapter.ttft_p99_s < by_turn.ttft_p99_s
 
 
 def test_sessions_find_their_prefix_where_they_were() -> None:
@@ -160,9 +160,9 @@ def test_a_lost_replica_delays_no_publication() -> None:
 def test_a_rolling_replace_of_a_hot_adapter_fetches_it_once_for_each_replica_that_has_it() -> (
     None
 ):
-    calm = replace(SMALL, replicas=4, adapters=1, on_disk=64, rate=40.0)
+    calm = replace(SMALL, replicas=4, adapters=1, on_disk=64, rate=40.0, requests=300)
     before = run(calm)
-    after = run(replace(calm, happenings=(Publish(8.0, 0),)))
+    after = run(replace(calm, happenings=(Publish(4.0, 0),)))
     fetches = (after.fetched_bytes - before.fetched_bytes) // 10_000_000
     assert 1 <= fetches <= 4
 
