@@ -13,6 +13,7 @@ import pytest
 import typer
 import veneer_client.cli.main
 import veneer_loadtest.cli
+import veneer_loadtest.simulation.command
 import veneer_server.__main__
 import veneer_train.cli
 from markdown_it import MarkdownIt
@@ -24,8 +25,9 @@ PROGRAMS = {
     "veneer-server": veneer_server.__main__.cli,
     "veneer-train": veneer_train.cli.app,
     "veneer-loadtest": veneer_loadtest.cli.cli,
+    "veneer-sim": veneer_loadtest.simulation.command.cli,
 }
-COMMAND = re.compile(r"(?:^|\s)(?:[\w./]+/)?(veneer(?:-server|-train|-loadtest)?) (.+)")
+COMMAND = re.compile(r"(?:^|\s)(?:[\w./]+/)?(veneer(?:-server|-train|-loadtest|-sim)?) (.+)")
 APART = re.compile(r"[;&|()]")
 """What stands between two commands of a line."""
 FLAG = re.compile(r"^(?P<flag>--?[a-z][\w-]*)")

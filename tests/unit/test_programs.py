@@ -1,4 +1,4 @@
-"""The four programs share a help layout, fit the terminal, and support shell completion."""
+"""The programs share a help layout, fit the terminal, and support shell completion."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import pytest
 from typer.main import get_command
 from veneer_client.cli.main import cli as veneer
 from veneer_loadtest.cli import cli as loadtest
+from veneer_loadtest.simulation.command import cli as simulator
 from veneer_registry.command_line import Command, Group, Program
 from veneer_server.__main__ import cli as server
 from veneer_train.cli import app as train
@@ -30,6 +31,7 @@ PROGRAMS = {
     "veneer-server": server,
     "veneer-train": train,
     "veneer-loadtest": loadtest,
+    "veneer-sim": simulator,
 }
 SECTIONS = ("Arguments:", "Options:", "Commands:", "Examples:", "Example:")
 

@@ -1,0 +1,109 @@
+"""The requests of a scenario, from its seed: the same ones whatever routes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from veneer_loadtest.simulation.scenario import Scenario
+
+__all__ = ["Asked", "prompts", "traffic"]
+
+_POOL = 1 << 16
+_FIRST_TOKEN, _LAST_TOKEN = 1000, 49_000
+"""Ordinary tokens of the bundled base."""
+_SESSIONS = 4
+"""Sessions of an adapter that are under way at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One request.
+
+    Attributes:
+        at_s: when it reaches the ingress.
+        adapter: its number.
+        session: "" for none.
+        text: where its prompt begins in the pool of `prompts`; alike within a session.
+    """
+
+    number: int
+    at_s: float
+    adapter: int
+    tenant: int
+    prompt_tokens: int
+    answer_tokens: int
+    session: str
+    text: int
+
+
+def traffic(scenario: Scenario) -> Iterator[Asked]:
+    """All requests in order of arrival."""
+    random = np.random.default_rng(scenario.seed)
+    count = scenario.requests
+    at, adapters = _arrivals(scenario, random)
+    order = np.argsort(at, kind="stable")
+    prompt = _lengths(random, scenario.prompt_tokens, count)
+    answer = _lengths(random, scenario.answer_tokens, count)
+    in_session = random.random(count) < scenario.session_share
+    which = random.integers(0, _SESSIONS, count)
+    text = random.integers(0, _POOL, count)
+    for number, place in enumerate(order.tolist()):
+        adapter = int(adapters[place])
+        session, begin = "", int(text[place])
+        if in_session[place]:
+            session = f"{adapter}/{which[place]}"
+            begin = (adapter * 7919 + int(which[place]) * 104_729) % _POOL
+        yield Asked(
+            number=number,
+            at_s=float(at[place]),
+            adapter=adapter,
+            tenant=adapter % scenario.tenants,
+            prompt_tokens=int(prompt[place]),
+            answer_tokens=int(answer[place]),
+            session=session,
+            text=begin,
+        )
+
+
+def _arrivals(
+    scenario: Scenario, random: np.random.Generator
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """When each request arrives, and for which adapter: a Poisson process, and bursts."""
+    count, (burst, burst_s) = scenario.requests, scenario.burst
+    bursts = round(count * scenario.burst_share / burst)
+    steady = count - bursts * burst
+    seconds = count / scenario.rate
+    times = [np.sort(random.random(steady)) * seconds]
+    which = [_zipf(random, scenario.adapters, scenario.zipf, steady)]
+    for _ in range(bursts):
+        tenant = int(random.integers(min(scenario.tenants, scenario.adapters)))
+        begin = float(random.random()) * max(0.0, seconds - burst_s)
+        times.append(begin + random.random(burst) * burst_s)
+        own = -(-(scenario.adapters - tenant) // scenario.tenants)
+        ranks = _zipf(random, own, scenario.zipf, burst)
+        which.append(tenant + ranks * scenario.tenants)
+    return np.concatenate(times), np.concatenate(which)
+
+
+def _zipf(
+    random: np.random.Generator, count: int, exponent: float, size: int
+) -> npt.NDArray[np.int64]:
+    sums = np.cumsum(1.0 / np.arange(1, count + 1) ** exponent)
+    drawn = np.searchsorted(sums, random.random(size) * sums[-1], side="right")
+    return np.asarray(drawn, dtype=np.int64)
+
+
+def _lengths(random: np.random.Generator, mean: int, size: int) -> npt.NDArray[np.int64]:
+    low = max(1, mean // 2)
+    return random.integers(low, 2 * mean - low, size, endpoint=True)
+
+
+def prompts(seed: int, longest: int) -> list[int]:
+    """A pool of random tokens; a prompt is a part of it."""
+    random = np.random.default_rng([seed, 1])
+    drawn: list[int] = random.integers(_FIRST_TOKEN, _LAST_TOKEN, _POOL + longest).tolist()
+    return drawn
