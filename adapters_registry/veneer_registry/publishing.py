@@ -109,6 +109,7 @@ class Publishing(Part):
             undo.callback(core.sweep_quietly)  # removes content that got no name
             core.index.hold(ref)  # keeps sweeps from removing content without a name
             undo.callback(core.index.release, ref)
+            core.store.prepare(upload.folder, content.bundle)
             with core.changes:
                 entry = core.index.entry(row.name)
                 self._check_replace(request, entry, row.revision)
@@ -156,6 +157,7 @@ class Publishing(Part):
             entry = core.index.entry(row.name)
             self._check_replace(staged.request, entry, row.revision)
             registered = registration.write(self._registered(row, entry))
+            core.store.still_there(staged.content.bundle)
             if not core.store.has(row.revision, registered[0]):
                 # Another publish of the same content was staged meanwhile and discarded.
                 core.store.register(row.revision, *registered)

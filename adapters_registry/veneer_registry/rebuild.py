@@ -17,6 +17,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -28,7 +29,7 @@ from veneer_registry.errors import InvalidField, StoreMismatch, VeneerError
 from veneer_registry.format import read_adapter
 from veneer_registry.lock import OwnerLock
 from veneer_registry.manifest_json import manifest_to_json
-from veneer_registry.pairing import REBUILT, STORE_FACT, settle_id, survey
+from veneer_registry.pairing import REBUILT, STORE_FACT, settle_id, survey, write_id
 from veneer_registry.rows import RevisionRow
 from veneer_registry.salvage import Salvaged, salvage
 from veneer_registry.store import Store
@@ -325,7 +326,7 @@ class _Recovery:
         sync(self._data_dir)
         catalog = Catalog(path)
         try:
-            settle_id(self._data_dir / "store", self._survey, catalog)
+            settle_id(partial(write_id, self._data_dir / "store"), self._survey, catalog)
             names = [row for row in catalog.names() if row.name]
         finally:
             catalog.close()

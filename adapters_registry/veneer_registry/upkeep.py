@@ -19,7 +19,7 @@ from typing import Final
 from veneer_registry.catalog import Catalog
 from veneer_registry.errors import AdapterCorrupt, FailedPrecondition, InvalidField
 from veneer_registry.lock import OwnerLock
-from veneer_registry.pairing import check_catalog, check_pair, survey
+from veneer_registry.pairing import Sides, check_catalog, check_pair, survey
 from veneer_registry.rows import Who
 from veneer_registry.schema import VERSION, damaged
 from veneer_registry.store import Store
@@ -265,7 +265,7 @@ def _needed(data_dir: Path) -> set[str]:
     found = survey(data_dir / "store")
     check_catalog(data_dir, found)
     with contextlib.closing(Catalog(data_dir / "catalog.sqlite")) as catalog:
-        check_pair(data_dir, found, catalog)
+        check_pair(Sides.of_folder(data_dir), found, catalog)
         rows = tuple(catalog.names())
     if wrong := sum(row.damaged for row in rows):
         raise damaged(data_dir / "catalog.sqlite", f"{wrong} rows do not match their digests")
