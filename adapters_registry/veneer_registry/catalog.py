@@ -95,6 +95,7 @@ class Catalog(CatalogReads):
         with self._write_lock, database_errors(self._path):
             self._writer.execute("BEGIN IMMEDIATE")
             try:
+                self._begin()
                 (number,) = self._writer.execute(
                     "UPDATE counter SET value = value + 1 RETURNING value"
                 ).fetchone()
@@ -106,6 +107,9 @@ class Catalog(CatalogReads):
                     self._writer.execute("ROLLBACK")
                 raise
             self._after_change(number)
+
+    def _begin(self) -> None:
+        """Called at the beginning of a change."""
 
     def _before_commit(self, number: int) -> None:
         """Called with a change that is complete; it is rolled back if this raises."""

@@ -93,7 +93,8 @@ class CatalogReads:
                 revisions[row[1]] = [row]
         nothing: list[tuple[Any, ...]] = []
         for row in self._reader.rows(
-            f"SELECT digest, name, current, generation, retain FROM names{chosen} ORDER BY name",  # nosec B608 # names of ours
+            "SELECT digest, name, current, generation, retain "  # nosec B608 # names of ours
+            f"FROM names{chosen} ORDER BY name",
             only,
         ):
             if row[0] != row_digest("names", *row[1:]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from itertools import islice
 from typing import Final
 
@@ -10,6 +11,8 @@ from veneer_registry.recovery import entry_of
 from veneer_registry.rows import Foreign
 
 __all__ = ["follow_changes"]
+
+_log = logging.getLogger(__name__)
 
 _AT_ONCE: Final = 500
 """Names for which the catalog is asked in one query."""
@@ -33,7 +36,8 @@ def follow_changes(core: Core, foreign: Foreign) -> None:
             for ref in entry.revisions:
                 core.index.found(ref)  # whoever published it has stored it
     core.index.set_quarantined(core.catalog.quarantined())
-    if foreign.lines:
-        for watcher in tuple(core.watchers):
+    for watcher in tuple(core.watchers) if foreign.lines else ():
+        try:
             watcher(foreign.lines)
-
+        except Exception:  # the index is right, and stays so
+            _log.exception("a watcher of the registry failed")

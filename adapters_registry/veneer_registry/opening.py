@@ -121,7 +121,7 @@ def open_core(
                 read=read,
                 close=places.close,
             )
-            store.keep_while(index.leases)
+            store.keep_while(index.leases, index.is_named)
             catalog.follow(partial(follow_changes, core))
     except BaseException:
         catalog.close()

@@ -143,10 +143,12 @@ class Store(StoreFolders):
 
     # ------------------------------------------------- for content that is kept elsewhere
 
-    def prepare(self, staged: Path, bundle: Bundle) -> None:
-        """Do what can be done of `commit` before it, while others commit."""
+    def prepare(self, staged: Path, bundle: Bundle) -> bool:
+        """Do what can be done of `commit` before it, while others commit. True if this stored
+        the weights, which `commit` will not do any more."""
+        return False
 
-    def still_there(self, bundle: Bundle) -> None:
+    def still_there(self, staged: Path, bundle: Bundle) -> None:
         """Store again what others removed since `commit`. The one owner of a folder removes
         nothing that it holds."""
 
@@ -162,8 +164,9 @@ class Store(StoreFolders):
         there is none."""
         return False
 
-    def keep_while(self, leases: Callable[[str], int]) -> None:
-        """Set the function that tells how many requests need some weights now."""
+    def keep_while(self, leases: Callable[[str], int], named: Callable[[str], bool]) -> None:
+        """Set the functions that tell how many requests need some content now, and whether a
+        name has it."""
 
     # --------------------------------------------------------------- registrations
 

@@ -172,7 +172,7 @@ TABLES: Final = (
         "bigint",
     ),
 )
-"""In an order in which rows may be inserted. `residents` is missing: each registry has its own."""
+"""In an order in which rows may be inserted. Without `residents`: each registry has its own."""
 
 
 def create(connection: Connection, schema: str) -> None:
@@ -200,7 +200,7 @@ def create(connection: Connection, schema: str) -> None:
     version = rows[0][0] if rows else 0
     if version != VERSION:
         raise FailedPrecondition(
-            f"the catalog in PostgreSQL has schema {version}, this Veneer knows {VERSION}; start "
-            "the version that made it, or name another database with --catalog",
+            f"the catalog in PostgreSQL has schema {version}, this Veneer knows {VERSION}; "
+            "start the version that made it, or name another database with --catalog",
             metadata={"schema": str(version), "known": str(VERSION)},
         )
