@@ -70,6 +70,14 @@ class PostgresServer:
         )
         self.process: subprocess.Popen[bytes]
         self.start()
+        # Should the tests be killed, their end of the pipe closes.
+        pid = self._data / "postmaster.pid"
+        self._guard = subprocess.Popen(
+            ["sh", "-c", 'cat; kill -INT "$(head -n 1 "$0")"', str(pid)],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
 
     def _run(self, *command: object) -> None:
         done = subprocess.run(
@@ -120,6 +128,9 @@ class PostgresServer:
             self.process.wait(20)
         except subprocess.TimeoutExpired:
             self.kill()
+        assert self._guard.stdin is not None
+        self._guard.stdin.close()
+        self._guard.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -156,7 +167,7 @@ class S3Server:
         }
 
     def fail(self, **faults: Any) -> None:
-        """Set what goes wrong from now on; without arguments, nothing. See the fake's module."""
+        """Set what goes wrong from now on; without arguments, nothing. See `fakes.s3_server`."""
         request = urllib.request.Request(
             f"{self.endpoint}/_faults", json.dumps(faults).encode(), method="POST"
         )

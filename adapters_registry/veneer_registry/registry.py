@@ -95,8 +95,8 @@ class Registry(Lookups, Aliases, Editing, Publishing):
         self._uploads.close()
         with self._core.changes.here():
             self._core.catalog.close()
-            self._core.close()
-            self._core.lock.release()
+        self._core.close()
+        self._core.lock.release()
 
     def __enter__(self) -> Self:
         return self

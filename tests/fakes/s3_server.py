@@ -35,9 +35,7 @@ class Faulty:
         self._lock = threading.Lock()
         self._faults: dict[str, Any] = {}
 
-    def __call__(
-        self, environ: dict[str, Any], start: Callable[..., Any]
-    ) -> Iterable[bytes]:
+    def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
         if environ["PATH_INFO"] == "/_faults":
             size = int(environ.get("CONTENT_LENGTH") or 0)
             with self._lock:

@@ -291,6 +291,12 @@ class PostgresCatalog(Catalog):
     # ------------------------------------------------------------- what others did
 
     def _watch(self) -> None:
+        try:
+            self._watch_until_ended()
+        finally:
+            self._listening.drop()
+
+    def _watch_until_ended(self) -> None:
         away = False
         while not self._ended.is_set():
             try:

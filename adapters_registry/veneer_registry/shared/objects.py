@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import logging
 import re
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import fsspec
+from aiobotocore.session import get_session
 from aiohttp import ClientError as HttpError
 from botocore.exceptions import BotoCoreError
 from botocore.exceptions import ClientError as RefusedError
@@ -74,6 +76,7 @@ class Objects:
             "s3",
             skip_instance_cache=True,
             use_listings_cache=False,
+            session=_session(),
             config_kwargs={
                 "connect_timeout": 5,
                 "read_timeout": 20,
@@ -199,6 +202,12 @@ class Objects:
             retry_after_s=RETRY_S,
             detail=f"{self.url}: {why}",
         )
+
+
+@functools.cache
+def _session() -> Any:
+    """One for all: reading what the S3 API looks like takes a while."""
+    return get_session()
 
 
 def _stat(found: dict[str, Any]) -> Stat:
