@@ -128,35 +128,42 @@ class Link:
                 self._connection = made
                 if self._closed:
                     made.close()
-            with self.answering() as connection:
-                # The session of a machine that is gone must end, since it may hold the lock.
-                settings = {
-                    "search_path": f'"{self._address.schema}"',
-                    "synchronous_commit": "on",
-                    "lock_timeout": f"{LOCK_S}s",
-                    "statement_timeout": f"{ANSWER_S:.0f}s",
-                    "idle_in_transaction_session_timeout": f"{ANSWER_S:.0f}s",
-                    "tcp_keepalives_idle": "5",
-                    "tcp_keepalives_interval": "2",
-                    "tcp_keepalives_count": "3",
-                    "tcp_user_timeout": "15000",
-                    "client_connection_check_interval": "5s",
-                }
-                sql: LiteralString = "SELECT " + ", ".join(
-                    ["set_config(%s, %s, false)"] * len(settings)
-                )
-                connection.execute(sql, [x for pair in settings.items() for x in pair])
+            try:
+                with self.answering() as connection:
+                    self._set_up(connection)
+            except BaseException:
+                self.drop()  # it must not be used as it is
+                raise
         assert self._connection is not None
         return self._connection
 
+    def _set_up(self, connection: Connection) -> None:
+        # The session of a machine that is gone must end, since it may hold the lock.
+        settings = {
+            "search_path": f'"{self._address.schema}"',
+            "synchronous_commit": "on",
+            "lock_timeout": f"{LOCK_S}s",
+            "statement_timeout": f"{ANSWER_S:.0f}s",
+            "idle_in_transaction_session_timeout": f"{ANSWER_S:.0f}s",
+            "tcp_keepalives_idle": "5",
+            "tcp_keepalives_interval": "2",
+            "tcp_keepalives_count": "3",
+            "tcp_user_timeout": "15000",
+            "client_connection_check_interval": "5s",
+        }
+        sql: LiteralString = "SELECT " + ", ".join(
+            ["set_config(%s, %s, false)"] * len(settings)
+        )
+        connection.execute(sql, [x for pair in settings.items() for x in pair])
+
     @contextlib.contextmanager
-    def answering(self, within_s: float = ANSWER_S) -> Iterator[Connection]:
-        """The connection, for statements that must all be answered within ``within_s``.
+    def answering(self) -> Iterator[Connection]:
+        """The connection, for statements that must all be answered within `ANSWER_S`.
 
         A failure of the connection drops it. Raises as `errors`.
         """
         connection = self.open()
-        timer = threading.Timer(within_s, self.wake)
+        timer = threading.Timer(ANSWER_S, self.wake)
         timer.daemon = True
         timer.start()
         try:
