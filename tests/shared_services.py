@@ -167,7 +167,7 @@ class S3Server:
         }
 
     def fail(self, **faults: Any) -> None:
-        """Set what goes wrong from now on; without arguments, nothing. See `fakes.s3_server`."""
+        """Set what goes wrong from now on; see `fakes.s3_server`. No argument: nothing."""
         request = urllib.request.Request(
             f"{self.endpoint}/_faults", json.dumps(faults).encode(), method="POST"
         )

@@ -27,16 +27,18 @@ from urllib.parse import quote
 
 from veneer_registry.catalog import Catalog
 from veneer_registry.disk import FILE_MODE
-from veneer_registry.errors import StoreMismatch
+from veneer_registry.errors import FailedPrecondition, StoreMismatch
 from veneer_registry.replacing import replace_file
 
 __all__ = [
+    "COPY",
     "REBUILT",
     "STORE_FACT",
     "ChangeMark",
     "Sides",
     "Survey",
     "check_catalog",
+    "check_own",
     "check_pair",
     "check_vanished",
     "line_of",
@@ -53,6 +55,8 @@ _CHANGES: Final = "changes"
 _HEX: Final = re.compile(r"[0-9a-f]{64}")
 _LINE: Final = re.compile(r"([0-9a-f]{1,32}) ([0-9a-f]{16})\n")
 STORE_FACT: Final = "store"
+COPY: Final = "catalog-copy.sqlite"
+"""The local copy of a catalog in PostgreSQL."""
 REBUILT: Final = "catalog.sqlite.rebuilt"
 """The catalog that ``store recover`` has rebuilt but not yet put in place."""
 
@@ -187,6 +191,21 @@ def check_catalog(data_dir: Path, found: Survey) -> None:
             f"catalog {what.removeprefix('is ')}",
             f"{catalog} {what}, but {data_dir / 'store'} holds adapters",
             sides.recover,
+        )
+
+
+def check_own(data_dir: Path) -> None:
+    """Refuse to maintain a folder whose catalog and content are elsewhere.
+
+    Raises:
+        FailedPrecondition: the message says what does it there.
+    """
+    if (data_dir / COPY).exists() and not (data_dir / "catalog.sqlite").exists():
+        raise FailedPrecondition(
+            f"{data_dir} is of a server with --store and --catalog, whose adapters are not "
+            "here: the servers verify content when they fetch it and delete what is not "
+            "needed; a lost catalog is restored from the database's backup",
+            metadata={"cause": "shared", "data_dir": str(data_dir)},
         )
 
 

@@ -29,7 +29,7 @@ from veneer_registry.errors import InvalidField, StoreMismatch, VeneerError
 from veneer_registry.format import read_adapter
 from veneer_registry.lock import OwnerLock
 from veneer_registry.manifest_json import manifest_to_json
-from veneer_registry.pairing import REBUILT, STORE_FACT, settle_id, survey, write_id
+from veneer_registry.pairing import REBUILT, STORE_FACT, check_own, settle_id, survey, write_id
 from veneer_registry.rows import RevisionRow
 from veneer_registry.salvage import Salvaged, salvage
 from veneer_registry.store import Store
@@ -91,6 +91,7 @@ def recover(
         InvalidField: ``data_dir`` is not a data folder.
         StoreMismatch: the store is missing or empty, so there is nothing to recover from.
     """
+    check_own(data_dir)
     if not data_dir.is_dir() or not (
         (data_dir / "store").exists() or (data_dir / _CATALOG).exists()
     ):

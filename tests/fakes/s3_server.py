@@ -7,7 +7,7 @@ POST to ``/_faults`` sets what goes wrong from then on (JSON)::
     skip      how many of them are answered normally first
     count     how many fail; default all that follow
     kind      "refuse" (503), "cut" (takes the bytes and closes), "lose" (does what is asked and
-              closes), "hang" (answers nothing for `seconds`), "rot" (flips a bit of what is read)
+              closes), "hang" (answers nothing for `seconds`), "rot" (flips a bit of each read)
     key       only requests whose path contains this
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import sys
 import threading
 import time
@@ -51,11 +52,11 @@ class Faulty:
             if kind == "refuse":
                 start("503 Slow Down", [("Content-Type", "application/xml")])
                 return [b"<Error><Code>SlowDown</Code></Error>"]
-            raise ConnectionError("cut off")
+            raise _closed(environ)
         answer = self._app(environ, start)
         if kind == "lose":
             list(answer)
-            raise ConnectionError("answer lost")
+            raise _closed(environ)
         if kind == "rot":
             return [bytes([each[0] ^ 1]) + each[1:] if each else each for each in answer]
         return answer
@@ -77,6 +78,12 @@ class Faulty:
                     return None
                 faults["count"] -= 1
             return str(faults["kind"])
+
+
+def _closed(environ: dict[str, Any]) -> ConnectionError:
+    """Close the connection, which the server would keep for the next request."""
+    environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+    return ConnectionError("closed")
 
 
 class Quiet(WSGIRequestHandler):

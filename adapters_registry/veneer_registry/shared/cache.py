@@ -19,9 +19,7 @@ _log = logging.getLogger(__name__)
 class WeightsCache:
     """The least recently used weights that no request needs go first. Thread-safe."""
 
-    def __init__(
-        self, folders: StoreFolders, there: Iterable[str], most_bytes: int
-    ) -> None:
+    def __init__(self, folders: StoreFolders, there: Iterable[str], most_bytes: int) -> None:
         """``there``: what an earlier run left. It stays, within the bound."""
         self._folders = folders
         self._most_bytes = most_bytes

@@ -25,10 +25,9 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final
+from typing import Final
 
 from psycopg.types.json import Jsonb
 
@@ -36,11 +35,12 @@ from veneer_registry.catalog import Catalog
 from veneer_registry.checked_rows import history_row
 from veneer_registry.database import database_errors
 from veneer_registry.errors import Unavailable, VeneerError
-from veneer_registry.exclusive import Exclusive
-from veneer_registry.rows import Foreign, HistoryRow, ResidentRow
+from veneer_registry.rows import Foreign, HistoryRow
 from veneer_registry.shared import mirror
+from veneer_registry.shared.exclusive import SharedExclusive
 from veneer_registry.shared.postgres import Address, Connection, Link, unavailable
 from veneer_registry.shared.tables import KEPT_CHANGES, TABLES, create
+from veneer_registry.shared.transfer import keys_of, read_rows, residents_of, write_rows
 
 __all__ = ["PostgresCatalog"]
 
@@ -55,45 +55,6 @@ _AT_ONCE: Final = 2000
 _HISTORY: Final = next(table for table in TABLES if table.name == "history")
 
 Follower = Callable[[Foreign], None]
-
-
-class SharedExclusive(Exclusive):
-    """Keeps the threads of this process and the other registries out."""
-
-    def __init__(self, enter: Callable[[], None], leave: Callable[[], None]) -> None:
-        super().__init__()
-        self._enter = enter
-        self._leave = leave
-        self._depth = 0
-
-    def __enter__(self) -> None:
-        """Raises Unavailable."""
-        super().__enter__()
-        try:
-            if not self._depth:
-                self._enter()
-            self._depth += 1
-        except BaseException:
-            super().__exit__(None, None, None)
-            raise
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._depth -= 1
-        try:
-            if not self._depth:
-                self._leave()
-        finally:
-            super().__exit__(kind, error, trace)
-
-    @property
-    def held(self) -> bool:
-        """Whether the calling thread may make changes; only meaningful inside `here`."""
-        return self._depth > 0
 
 
 class PostgresCatalog(Catalog):
@@ -112,7 +73,7 @@ class PostgresCatalog(Catalog):
             FailedPrecondition: the catalog is from a newer version, or permissions are missing.
             DiskFull: no space for the copy.
         """
-        residents = _residents(path)
+        residents = residents_of(path)
         for suffix in ("", "-wal", "-shm", "-journal"):
             path.with_name(path.name + suffix).unlink(missing_ok=True)
         super().__init__(path, after_change=self._committed)
@@ -180,8 +141,6 @@ class PostgresCatalog(Catalog):
             ).fetchone()
         return row is None or row[0] == token
 
-    # --------------------------------------------------------------- one at a time
-
     def _enter(self) -> None:
         used = self._link.connected
         try:
@@ -218,8 +177,6 @@ class PostgresCatalog(Catalog):
         if self._link.connected:
             self._link.open().execute("SELECT pg_advisory_unlock(%s)", [self._key])
 
-    # -------------------------------------------------------------------- a change
-
     def _begin(self) -> None:
         assert self.exclusive.held, "a change needs `exclusive`"
         self._sent = None
@@ -240,7 +197,7 @@ class PostgresCatalog(Catalog):
             if counted.rowcount != 1:
                 self._link.drop()
                 raise unavailable("another registry made a change while this one was cut off")
-            _write(connection, there, gone)
+            write_rows(connection, there, gone)
             connection.execute(
                 "INSERT INTO changes (number, token, touched) VALUES (%s, %s, %s)",
                 [number, token, Jsonb(keys)],
@@ -288,8 +245,6 @@ class PostgresCatalog(Catalog):
             )
             self._tell(*self._sent)
 
-    # ------------------------------------------------------------- what others did
-
     def _watch(self) -> None:
         try:
             self._watch_until_ended()
@@ -302,7 +257,7 @@ class PostgresCatalog(Catalog):
             try:
                 connection = self._listening.open()
                 with self._listening.answering():
-                    connection.execute(f"LISTEN {self._channel}")  # type: ignore[call-overload]
+                    connection.execute(f"LISTEN {self._channel}")
                 if away:
                     _log.warning("the catalog's database is there again")
                 away = False
@@ -339,8 +294,8 @@ class PostgresCatalog(Catalog):
             ).fetchall()
             goes_on = bool(changes) and tuple(changes[0][:2]) == self._known
             if goes_on:
-                keys = _keys(touched for _, _, touched in changes[1:])
-                there = _read(connection, keys)
+                keys = keys_of(touched for _, _, touched in changes[1:])
+                there = read_rows(connection, keys)
                 last = (changes[-1][0], changes[-1][1])
             else:
                 last, names = self._read_all(connection)
@@ -372,7 +327,9 @@ class PostgresCatalog(Catalog):
         )
         # Superseded revisions go last: a request that found one in the index before must find
         # the new one when it looks again.
-        late = {table: gone.pop(table) for table in ("revisions", "labels") if table in gone}
+        late: dict[str, list[mirror.Key]] = {
+            table: gone.pop(table) for table in ("revisions", "labels") if table in gone
+        }
         if late and there.get("names"):
             with self._mirror() as writer:
                 mirror.apply(writer, there, gone)
@@ -433,46 +390,9 @@ class PostgresCatalog(Catalog):
                 query = f"SELECT {', '.join(table.columns)} FROM {table.name}"  # nosec B608 # names of ours
                 with connection.cursor(f"all_{table.name}") as cursor:
                     cursor.itersize = _AT_ONCE
-                    cursor.execute(query)  # type: ignore[call-overload]
+                    cursor.execute(query)
                     while rows := cursor.fetchmany(_AT_ONCE):
                         writer.executemany(table.upsert("?"), rows)
             writer.execute("UPDATE counter SET value = ?", [number])
         after = {name for (name,) in self._reader.rows("SELECT name FROM names")}
         return (number, token), frozenset(before | after)
-
-
-def _keys(touched: Iterable[dict[str, Any]]) -> dict[str, set[mirror.Key]]:
-    """Table -> keys, of several changes."""
-    keys: dict[str, set[mirror.Key]] = {}
-    for each in touched:
-        for table, found in each.items():
-            keys.setdefault(table, set()).update(map(tuple, found))
-    return keys
-
-
-def _read(connection: Connection, keys: dict[str, set[mirror.Key]]) -> dict[str, list[Any]]:
-    """The rows that exist of these keys."""
-    found: dict[str, list[Any]] = {}
-    for table in TABLES:
-        if wanted := sorted(keys.get(table.name, ())):
-            columns = [list(column) for column in zip(*wanted, strict=True)]
-            found[table.name] = connection.execute(table.chosen(), columns).fetchall()  # type: ignore[call-overload]
-    return found
-
-
-def _write(connection: Connection, there: mirror.Rows, gone: mirror.Rows) -> None:
-    with connection.cursor() as cursor:
-        for table in reversed(TABLES):
-            if keys := gone.get(table.name):
-                cursor.executemany(table.delete("%s"), keys)  # type: ignore[arg-type]
-        for table in TABLES:
-            if rows := there.get(table.name):
-                cursor.executemany(table.upsert("%s"), rows)  # type: ignore[arg-type]
-
-
-def _residents(path: Path) -> Sequence[ResidentRow]:
-    """What the last run had in memory, which only the copy knows."""
-    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(path)) as db:
-        rows = db.execute("SELECT weights, tier, pin FROM residents ORDER BY place").fetchall()
-        return [ResidentRow(*row) for row in rows]
-    return []

@@ -79,12 +79,13 @@ class Objects:
             session=_session(),
             config_kwargs={
                 "connect_timeout": 5,
-                "read_timeout": 20,
-                "retries": {"max_attempts": 2, "mode": "standard"},
+                "read_timeout": 10,
+                # Some accesses are made under the catalog's lock: better to fail soon.
+                "retries": {"total_max_attempts": 2, "mode": "standard"},
             },
             **options,
         )
-        self._fs.retries = 2
+        self._fs.retries = 1  # botocore repeats
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}"

@@ -13,7 +13,7 @@ from typing import Final
 from veneer_registry.catalog import Catalog
 from veneer_registry.disk import make_private
 from veneer_registry.errors import InvalidField, VeneerError
-from veneer_registry.pairing import Sides, Survey, line_of, value_of
+from veneer_registry.pairing import COPY, Sides, Survey, line_of, value_of
 from veneer_registry.shared.catalog import PostgresCatalog
 from veneer_registry.shared.object_store import ObjectStore
 from veneer_registry.shared.objects import Objects
@@ -23,7 +23,6 @@ __all__ = ["SharedPlaces"]
 
 _log = logging.getLogger(__name__)
 
-_COPY: Final = "catalog-copy.sqlite"
 _CACHE: Final = "cache"
 
 
@@ -67,7 +66,7 @@ class SharedPlaces:
             )
         make_private(self._data_dir, [self._data_dir, self._data_dir / _CACHE])
         self._catalog = PostgresCatalog(
-            self._address, self._data_dir / _COPY, after_change=self._mark.write
+            self._address, self._data_dir / COPY, after_change=self._mark.write
         )
         return self._catalog
 

@@ -75,12 +75,12 @@ class Address:
                 metadata={"field": "catalog", "cause": "password"},
             )
 
-    def password(self) -> dict[str, str]:
-        """The password as an argument for `psycopg.connect`, read again for each connection."""
+    def password(self) -> str | None:
+        """The password, read again for each connection; None leaves it to libpq."""
         if self.password_file is None:
-            return {}
+            return None
         try:
-            return {"password": self.password_file.read_text("utf-8").strip()}
+            return self.password_file.read_text("utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidField(
                 "the file of --catalog-password-file cannot be read",
@@ -122,7 +122,7 @@ class Link:
                     tcp_user_timeout=15_000,
                     # Never a standby, which may lag behind.
                     target_session_attrs="read-write",
-                    **self._address.password(),
+                    password=self._address.password(),
                 )
             with self._guard:
                 self._connection = made

@@ -152,7 +152,8 @@ def _check(config: ServerConfig) -> None:
         )
     if bool(config.store) != bool(config.catalog):
         raise ConfigInvalid(
-            "--store and --catalog belong together: give both, or none to keep all in --data-dir",
+            "--store and --catalog belong together: give both, or none to keep adapters in "
+            "--data-dir",
             metadata={"key": "catalog" if config.store else "store"},
         )
     if config.port_file is not None and not config.port_file.parent.is_dir():

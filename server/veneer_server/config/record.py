@@ -95,12 +95,12 @@ class ServerConfig:
         "Folder for adapters and their catalog; one server owns it.")
     store: str = setting(
         "", kinds.TEXT,
-        "Object store for the adapters, such as s3://bucket/prefix, which several registries may "
+        "Object store for the adapters, such as s3://bucket/prefix, which several servers may "
         "share; needs --catalog; empty keeps them in --data-dir.")
     catalog: str = setting(
         "", kinds.TEXT,
-        "PostgreSQL database for the catalog, such as postgresql://veneer@host/veneer, without a "
-        "password; needs --store; empty keeps it in --data-dir.")
+        "PostgreSQL database for the catalog, such as postgresql://veneer@host/veneer, without "
+        "a password; needs --store; empty keeps it in --data-dir.")
     catalog_password_file: Path | None = setting(
         "", kinds.optional(kinds.FILE),
         "File with the password for --catalog; empty leaves it to PGPASSFILE.")
