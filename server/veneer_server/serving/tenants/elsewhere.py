@@ -9,7 +9,7 @@ from functools import partial
 from typing import Final
 
 from veneer_registry.adapter import AdapterManifest, AdapterRef
-from veneer_registry.errors import VeneerError
+from veneer_registry.errors import AdapterNotFound, VeneerError
 from veneer_registry.records import AdapterRecord, Published
 from veneer_registry.registry import Registry
 from veneer_registry.rows import HistoryRow
@@ -35,8 +35,8 @@ def tell_of_others(registry: Registry, events: AdapterEvents) -> None:
         for line in lines:
             try:
                 event = _event(registry, events, line)
-            except VeneerError as error:  # it has changed again: another line tells how
-                _log.info("event of another server left out", line=line.event, why=str(error))
+            except VeneerError as error:
+                _log.error("event of another server left out", line=line.event, why=str(error))
                 continue
             if event is not None:
                 loop.call_soon_threadsafe(event)
@@ -50,29 +50,32 @@ def _event(
     """What to call for a line; None if watchers are not told of it."""
     match line.event:
         case "published" | "replaced":
-            record = _record(registry, line.name, line.revision)
+            record = _record(registry, line, line.revision)
             published = Published(record, True, line.event == "replaced", ())
             return partial(events.published, published)
         case "made_current":
-            return partial(events.made_current, _record(registry, line.name, line.revision))
+            return partial(events.made_current, _record(registry, line, line.revision))
         case event if event in _UPDATES:
-            record = _record(registry, line.name, line.revision)
-            return partial(events.updated, record)
+            return partial(events.updated, _record(registry, line, line.revision))
         case "alias_set" | "alias_removed":
             alias, _, targets = line.detail.partition(": ")
             revision = line.revision or (_REVISION.findall(targets) or [""])[0]
-            record = _record(registry, line.name, revision)
+            record = _record(registry, line, revision)
             return partial(events.alias_changed, record, f"{line.name}/{alias}")
         case "quarantined":
-            record = _record(registry, line.name, line.revision)
+            record = _record(registry, line, line.revision)
             return partial(events.quarantined, (record,), line.detail)
         case "deleted" | "superseded":
             return partial(events.deleted, (_gone(line),))
     return None
 
 
-def _record(registry: Registry, name: str, revision: str) -> AdapterRecord:
-    return registry.get(f"{name}@{revision}" if revision else name)
+def _record(registry: Registry, line: HistoryRow, revision: str) -> AdapterRecord:
+    """The revision as it is now, which may be gone again."""
+    try:
+        return registry.get(f"{line.name}@{revision}" if revision else line.name)
+    except AdapterNotFound:
+        return _gone(line)
 
 
 def _gone(line: HistoryRow) -> AdapterRecord:
