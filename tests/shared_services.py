@@ -150,7 +150,7 @@ class S3Server:
         )
         assert self.process.stdout is not None
         self.endpoint = f"http://127.0.0.1:{int(self.process.stdout.readline())}"
-        self.objects(BUCKET)._fs.mkdir(BUCKET)  # private: the registry makes no buckets
+        self.objects(BUCKET).fs.mkdir(BUCKET)
 
     def objects(self, prefix: str) -> Objects:
         """The objects under a prefix of the bucket."""

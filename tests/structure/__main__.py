@@ -78,6 +78,7 @@ BESIDE: Final[Mapping[str, str]] = {
     "serving/adapters/upload_places.py": "administration",
     "serving/adapters/uploads.py": "administration",
     "serving/housekeeping.py": "administration",
+    "serving/tenants/elsewhere.py": "administration",
     "serving/tenants/tenants.py": "the engine's events",
     "engine_client/tenant_engine.py": "administration",
     "serving/samples.py": "the digest of a seed",

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import psycopg
 from veneer_registry.errors import VeneerError
 from veneer_registry.registry import Registry
+from veneer_registry.shared import mirror
 from veneer_registry.shared.catalog import PostgresCatalog
-from veneer_registry.shared.object_store import ObjectStore
 from veneer_registry.shared.objects import Objects
 from veneer_registry.shared.places import SharedPlaces
 from veneer_registry.shared.postgres import Address
@@ -27,6 +28,8 @@ from veneer_registry.shared.postgres import Address
 from tests.unit.registry.kit import BASE, push
 
 RETAIN = 1000
+LOST = 0.2
+"""Share of the commits whose answer is lost."""
 
 PLANTED = (
     "acknowledged before the database's commit",
@@ -47,22 +50,28 @@ def planted(bug: str) -> Iterator[None]:
     """The product with one of `PLANTED`, or without."""
     with ExitStack() as stack:
         if bug == PLANTED[0]:
-
-            def keep_local(self: Any, number: int) -> None:
-                self._sent = (number, "0" * 32)
-
-            stack.enter_context(patch.object(PostgresCatalog, "_before_commit", keep_local))
-            stack.enter_context(patch.object(PostgresCatalog, "_catch_up", lambda *_: None))
+            stack.enter_context(patch.object(mirror, "touched", lambda *_: {}))
         elif bug == PLANTED[1]:
-            real = ObjectStore._send  # private: the order of two steps
-
-            def only_documents(self: Any, source: Path, bundle: Any) -> bool:
-                with patch.object(ObjectStore, "_put", lambda *_: True):
-                    return real(self, source, bundle)
-
-            stack.enter_context(patch.object(ObjectStore, "_send", only_documents))
+            stack.enter_context(patch.object(Objects, "put", lambda *_: None))
         elif bug == PLANTED[2]:
-            stack.enter_context(patch.object(PostgresCatalog, "_find_out", lambda *_: None))
+            stack.enter_context(patch.object(PostgresCatalog, "find_out", lambda *_: None))
+        yield
+
+
+@contextmanager
+def losing(rng: random.Random, share: float) -> Iterator[None]:
+    """Lose the connection at some commits: before they are made, or after."""
+    real = psycopg.Connection.execute
+
+    def execute(self: Any, query: Any, *more: Any, **options: Any) -> Any:
+        if query != "COMMIT" or rng.random() >= share:
+            return real(self, query, *more, **options)
+        if rng.random() < 0.5:
+            real(self, query)
+        self.close()
+        raise psycopg.OperationalError("the answer was lost")
+
+    with patch.object(psycopg.Connection, "execute", execute):
         yield
 
 
@@ -73,7 +82,7 @@ def main() -> None:
     adapters = [Path(path) for path in given["adapters"]]
     data = Path(given["data"])
     registry = Registry.open(data, BASE, places=places(given, data), retain_superseded=RETAIN)
-    with registry, planted(given["planted"]):
+    with registry, planted(given["planted"]), losing(rng, LOST):
         print("ready", flush=True)
         while True:
             name = rng.choice(given["names"])

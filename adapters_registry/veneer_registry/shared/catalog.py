@@ -58,7 +58,11 @@ Follower = Callable[[Foreign], None]
 
 
 class PostgresCatalog(Catalog):
-    """The catalog at ``address``, with its copy at ``path``, which is replaced."""
+    """The catalog at ``address``, with its copy at ``path``, which is replaced.
+
+    Attributes:
+        lock_key: of PostgreSQL's advisory lock.
+    """
 
     def __init__(
         self, address: Address, path: Path, *, after_change: Callable[[int, str], None]
@@ -80,7 +84,7 @@ class PostgresCatalog(Catalog):
         self._tell = after_change
         self._address = address
         key = hashlib.sha256(b"veneer catalog " + address.schema.encode()).digest()
-        self._key = int.from_bytes(key[:8], "big", signed=True)
+        self.lock_key = int.from_bytes(key[:8], "big", signed=True)
         self._channel = f"veneer_{key.hex()[:16]}"
         self._link = Link(address, "registry")
         self._listening = Link(address, "watcher")
@@ -171,11 +175,11 @@ class PostgresCatalog(Catalog):
             self._link.drop()
 
     def _lock(self, connection: Connection) -> None:
-        connection.execute("SELECT pg_advisory_lock(%s)", [self._key])
+        connection.execute("SELECT pg_advisory_lock(%s)", [self.lock_key])
 
     def _unlock(self) -> None:
         if self._link.connected:
-            self._link.open().execute("SELECT pg_advisory_unlock(%s)", [self._key])
+            self._link.open().execute("SELECT pg_advisory_unlock(%s)", [self.lock_key])
 
     def _begin(self) -> None:
         assert self.exclusive.held, "a change needs `exclusive`"
@@ -210,10 +214,10 @@ class PostgresCatalog(Catalog):
             with self._link.answering() as connection:
                 connection.execute("COMMIT")
         except VeneerError as error:
-            self._find_out(number, token, error)
+            self.find_out(number, token, error)
         self._sent = (number, token)
 
-    def _find_out(self, number: int, token: str, error: VeneerError) -> None:
+    def find_out(self, number: int, token: str, error: VeneerError) -> None:
         """The answer to a COMMIT was lost. Return if it was made.
 
         Raises:

@@ -61,6 +61,9 @@ class Objects:
 
     A key here is relative to it. An object appears whole or not at all, and once written it is
     read by everybody (S3 is strongly consistent).
+
+    Attributes:
+        fs: fsspec's file system.
     """
 
     def __init__(self, url: str, **options: Any) -> None:
@@ -72,7 +75,7 @@ class Objects:
         self._bucket, self._prefix = check_url(url)
         self.url = url.rstrip("/")
         self._root = "/".join(filter(None, (self._bucket, self._prefix)))
-        self._fs = fsspec.filesystem(
+        self.fs = fsspec.filesystem(
             "s3",
             skip_instance_cache=True,
             use_listings_cache=False,
@@ -85,7 +88,7 @@ class Objects:
             },
             **options,
         )
-        self._fs.retries = 1  # botocore repeats
+        self.fs.retries = 1  # botocore repeats
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}"
@@ -93,17 +96,17 @@ class Objects:
     def put(self, key: str, path: Path) -> None:
         """Write a file's content; large files in parts. Raises Unavailable."""
         with self._errors():
-            self._fs.put_file(str(path), self._path(key))
+            self.fs.put_file(str(path), self._path(key))
 
     def write(self, key: str, data: bytes) -> None:
         """Write bytes. Raises Unavailable."""
         with self._errors():
-            self._fs.pipe_file(self._path(key), data)
+            self.fs.pipe_file(self._path(key), data)
 
     def read(self, key: str) -> bytes | None:
         """Read a small object; None if there is none. Raises Unavailable."""
         with self._errors(), contextlib.suppress(FileNotFoundError):
-            return bytes(self._fs.cat_file(self._path(key)))
+            return bytes(self.fs.cat_file(self._path(key)))
         return None
 
     def get(self, key: str, to: Path) -> bool:
@@ -112,14 +115,14 @@ class Objects:
         Raises Unavailable, DiskFull.
         """
         with self._errors(to.parent), contextlib.suppress(FileNotFoundError):
-            self._fs.get_file(self._path(key), str(to))
+            self.fs.get_file(self._path(key), str(to))
             return True
         return False
 
     def stat(self, key: str) -> Stat | None:
         """Size and time of an object; None if there is none. Raises Unavailable."""
         with self._errors(), contextlib.suppress(FileNotFoundError):
-            found = self._fs.info(self._path(key))
+            found = self.fs.info(self._path(key))
             if found["type"] == "file":
                 return _stat(found)
         return None
@@ -128,7 +131,7 @@ class Objects:
         """All objects whose keys begin with ``folder``/. Raises Unavailable."""
         root = self._path(folder)
         with self._errors():
-            found = self._fs.find(root, detail=True)
+            found = self.fs.find(root, detail=True)
         start = len(self._root) + 1
         return {path[start:]: _stat(each) for path, each in found.items()}
 
@@ -136,7 +139,7 @@ class Objects:
         """Whether an object's key begins with ``folder``/. Raises Unavailable."""
         prefix = f"{self._prefix}/{folder}/" if self._prefix else f"{folder}/"
         with self._errors():
-            page = self._fs.call_s3(
+            page = self.fs.call_s3(
                 "list_objects_v2", Bucket=self._bucket, Prefix=prefix, MaxKeys=1
             )
         return bool(page.get("Contents"))
@@ -146,7 +149,7 @@ class Objects:
         paths = [{"Key": self._path(key).partition("/")[2]} for key in keys]
         with self._errors():
             for at in range(0, len(paths), _DELETED_AT_ONCE):
-                answer = self._fs.call_s3(
+                answer = self.fs.call_s3(
                     "delete_objects",
                     Bucket=self._bucket,
                     Delete={"Objects": paths[at : at + _DELETED_AT_ONCE], "Quiet": True},
@@ -157,18 +160,18 @@ class Objects:
     def copy(self, key: str, to: str) -> None:
         """Copy an object inside the store. Raises Unavailable."""
         with self._errors():
-            self._fs.cp_file(self._path(key), self._path(to))
+            self.fs.cp_file(self._path(key), self._path(to))
 
     def drop_stale_parts(self, now: float) -> int:
         """Remove what interrupted multipart uploads left. Returns how many."""
         dropped = 0
         with self._errors():
-            page = self._fs.call_s3(
+            page = self.fs.call_s3(
                 "list_multipart_uploads", Bucket=self._bucket, Prefix=f"{self._prefix}/"
             )
             for each in page.get("Uploads") or ():
                 if each["Initiated"].timestamp() < now - _STALE_PARTS_S:
-                    self._fs.call_s3(
+                    self.fs.call_s3(
                         "abort_multipart_upload",
                         Bucket=self._bucket,
                         Key=each["Key"],

@@ -30,7 +30,9 @@ from veneer_registry.registry import Registry
 from veneer_registry.rows import HistoryRow
 from veneer_registry.shared import catalog as shared_catalog
 from veneer_registry.shared import unneeded
+from veneer_registry.shared.catalog import PostgresCatalog
 from veneer_registry.shared.objects import check_url
+from veneer_registry.shared.places import SharedPlaces
 from veneer_registry.shared.postgres import Address
 from veneer_registry.stored_adapter import verify_weights
 from veneer_registry.upkeep import collect, verify
@@ -40,7 +42,7 @@ from veneer_server.serving.tenants.elsewhere import tell_of_others
 
 from tests.refused import refused
 from tests.shared_services import BUCKET, Services
-from tests.unit.registry.kit import BASE, announce, bundle_files, push, send
+from tests.unit.registry.kit import BASE, announce, bundle_files, catalog_of, push, send
 
 Adapters = Callable[[int], Path]
 Open = Callable[..., Registry]
@@ -211,7 +213,7 @@ def test_a_registry_that_was_away_for_long_reads_everything_again(
     one, two = opened(), opened()
     watched = Watched(two)
     monkeypatch.setattr(shared_catalog, "KEPT_CHANGES", 1)
-    with two._core.changes.here():  # private: keeps its watcher waiting
+    with catalog_of(two).exclusive.here():  # keeps its watcher waiting
         for n in range(4):
             push(one, f"name-{n}", adapters(n))
     assert [line.name for line in watched.until(4)] == [f"name-{n}" for n in range(4)]
@@ -315,7 +317,9 @@ def test_a_hung_database_is_given_up(
     registry = opened()
     monkeypatch.setattr("veneer_registry.shared.postgres.ANSWER_S", 1.0)
     with services.postgres.connect() as other:
-        other.execute("SELECT pg_advisory_lock(%s)", [registry._core.catalog._key])  # type: ignore[attr-defined] # private: as a registry that hangs
+        catalog = catalog_of(registry)
+        assert isinstance(catalog, PostgresCatalog)
+        other.execute("SELECT pg_advisory_lock(%s)", [catalog.lock_key])
         with refused(Unavailable, cause="catalog"):
             push(registry, "chat", adapters(1))
     push(registry, "chat", adapters(1))
@@ -379,9 +383,8 @@ def test_another_store_is_refused(
 ) -> None:
     with opened("one") as registry:
         push(registry, "chat", adapters(1))
-    places = services.places(name, tmp_path / "two")
-    places._objects = services.s3.objects(f"{name}-other")  # private: mixes two
-    places._mark._objects = places._objects  # private: as above
+    other = services.s3.objects(f"{name}-other")
+    places = SharedPlaces(tmp_path / "two", services.address(name), other, cache_bytes=1 << 30)
     with refused(StoreMismatch, found="store empty"):
         Registry.open(tmp_path / "two", BASE, places=places)
 
@@ -442,18 +445,16 @@ def test_what_was_read_is_compared_with_its_digest(
 
 
 def test_half_a_multipart_upload_is_never_seen(
-    services: Services, opened: Open, adapters: Adapters, name: str
+    services: Services, opened: Open, name: str
 ) -> None:
-    registry = opened()
-    ref = push(registry, "chat", adapters(1)).record.ref
-    registry.delete("chat")
+    opened()
     objects = services.s3.objects(name)
-    call = objects._fs.call_s3  # private: what a killed registry leaves
+    call = objects.fs.call_s3
     key = f"{name}/weights/{'ab' * 32}/{WEIGHTS_FILE}"
     begun = call("create_multipart_upload", Bucket=BUCKET, Key=key)
     part = {"UploadId": begun["UploadId"], "PartNumber": 1, "Body": b"x" * 100}
     call("upload_part", Bucket=BUCKET, Key=key, **part)
-    assert registry._core.store.present()[0] == {ref.weights_digest}  # private: as recovery
+    assert not objects.any("weights")
     assert objects.drop_stale_parts(0.0) == 0
     assert objects.drop_stale_parts(time.time() + 2 * 86400) == 1
 
@@ -592,8 +593,10 @@ def test_commands_for_folders_say_that_the_adapters_are_elsewhere(
 def test_a_wrong_password_is_told_without_it(services: Services, tmp_path: Path) -> None:
     wrong = tmp_path / "password"
     wrong.write_text("not-the-one")
-    places = services.places("x", tmp_path / "data")
-    places._address = Address(services.postgres.url, wrong)  # private: of these places
+    address = Address(services.postgres.url, wrong)
+    places = SharedPlaces(
+        tmp_path / "data", address, services.s3.objects("x"), cache_bytes=1 << 30
+    )
     with refused(Unavailable, cause="catalog") as caught:
         Registry.open(tmp_path / "data", BASE, places=places)
     assert "not-the-one" not in str(caught.value)
