@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from veneer_registry.adapter import BaseSpec
+from veneer_registry.base_names import known_names
 from veneer_registry.fingerprint import fingerprint_base
 from veneer_registry.records import UploadFile, UploadRequest
 from veneer_registry.registry import Registry
@@ -24,7 +25,8 @@ def base_of(folder: Path, cache_dir: Path) -> BaseSpec:
     """The server's base, as far as it decides what fits."""
     decoder = read_decoder_config(folder)
     fingerprint = fingerprint_base(folder, cache_dir=cache_dir)
-    return BaseSpec("real", decoder.num_layers, decoder.shapes, fingerprint)
+    names = known_names("smollm2-135m", folder)
+    return BaseSpec("real", decoder.num_layers, decoder.shapes, fingerprint, names=names)
 
 
 def push(registry: Registry, name: str, folder: Path) -> str:

@@ -105,7 +105,7 @@ class ServerConfig:
         "", kinds.optional(kinds.FILE),
         "File with the password for --catalog; empty leaves it to PGPASSFILE.")
     store_cache_bytes: int = setting(
-        "20GiB", kinds.bytes_between("1MiB", "1PiB"),
+        "20GiB", kinds.bytes_between("1MiB", "100TiB"),
         "Most local disk for copies of weights from --store; more if requests need it.")
     max_tenants: int = setting(
         "64", kinds.whole(1, 4096),

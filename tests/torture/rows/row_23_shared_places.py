@@ -1,6 +1,9 @@
-"""Row 23: rows 3 to 5 for a catalog in PostgreSQL and a store of objects: two registries
-publish while one is killed, the database is killed, or the object store fails, and answers to
-COMMIT are lost; afterwards everything that was acknowledged is there and nothing is half visible."""
+"""Row 23: rows 3 to 5 for a catalog in PostgreSQL and a store of objects.
+
+Two registries publish while one is killed, the database is killed, or the object store fails,
+and answers to COMMIT are lost. Afterwards everything acknowledged is there, and nothing is half
+visible.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ BAR = (
     "each acknowledged publication is in the history of a new registry, with its content "
     "whole; nothing that is listed lacks content; the history has no gap"
 )
-EVENTS = ("a registry", "the database", "refuse", "cut", "lose", "hang")
+EVENTS = ("a registry", "the database", "cut", "lose", "refuse", "hang")
 ADAPTERS = 6
 
 
@@ -222,8 +225,8 @@ def _tortured(
 
 
 def run(scale: Scale) -> Outcome:
-    """Each kind of event in turn."""
-    return _tortured(scale, "run", scale.pick(6, 120))
+    """Each kind of event in turn; the first three in the quick form."""
+    return _tortured(scale, "run", scale.pick(3, 120))
 
 
 def controls(scale: Scale) -> Iterator[Control]:
