@@ -2,7 +2,8 @@
 
 ``python -m tests.torture.shared_worker``, with a JSON object on standard input: where catalog
 and store are, the adapters to publish, a seed, and a planted bug. Prints a line for each
-answer: ``ok NAME REVISION``, or ``no NAME REASON``.
+answer: ``new NAME REVISION``, ``same NAME REVISION`` if the name had it already, or
+``no NAME REASON``.
 """
 
 from __future__ import annotations
@@ -87,11 +88,12 @@ def main() -> None:
         while True:
             name = rng.choice(given["names"])
             try:
-                record = push(registry, name, rng.choice(adapters), allow_replace=True).record
+                published = push(registry, name, rng.choice(adapters), allow_replace=True)
             except VeneerError as error:
                 print("no", name, error.reason, flush=True)
             else:
-                print("ok", name, record.ref.revision, flush=True)
+                kind = "new" if published.published else "same"
+                print(kind, name, published.record.ref.revision, flush=True)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ class Worker:
             kind, *rest = line.split()
             with self._more:
                 self._count += 1
-                if kind == "ok":
+                if kind == "new":
                     self.acknowledged.append((rest[0], rest[1]))
                 elif kind == "no":
                     self.refused[rest[1]] += 1
@@ -171,10 +171,17 @@ class Round:
         with registry:
             history = registry.history(limit=1000)[::-1]
             yield from _gaps(history)
-            known = {(line.name, line.revision) for line in history}
-            for name, revision in dict.fromkeys(told):
-                if (name, revision) not in known:
-                    yield f"acknowledged, but not known: {name}@{revision[:12]}"
+            known = Counter(
+                (line.name, line.revision)
+                for line in history
+                if line.event in ("published", "replaced")
+            )
+            for (name, revision), times in Counter(told).items():
+                if times > known[name, revision]:
+                    yield (
+                        f"acknowledged {times} times, but made {known[name, revision]} times: "
+                        f"{name}@{revision[:12]}"
+                    )
             for name in sorted({record.ref.name for record in registry.list()}):
                 for record in registry.revisions(name):
                     try:
