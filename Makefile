@@ -156,7 +156,7 @@ ARM_PACKAGES = apt-cache depends --recurse --no-recommends --no-suggests --no-co
 # Installed, not unpacked: Chromium needs some forty libraries. The font is what pages are
 # drawn with; strace records and breaks what the registry asks of the disk (torture); locales
 # has the sources of those that the suite is run in (test-matrix).
-DEBIAN_PACKAGES := chromium-headless-shell fonts-dejavu-core locales strace
+DEBIAN_PACKAGES := chromium-headless-shell fonts-dejavu-core locales postgresql strace
 packages:
 	@if dpkg-query -W -f '$${db:Status-Status}\n' $(DEBIAN_PACKAGES) 2>/dev/null \
 	    | grep -c '^installed' | grep -q '^$(words $(DEBIAN_PACKAGES))$$'; then :; \

@@ -1,7 +1,9 @@
 """State that the parts of the registry share: folder, catalog, index; and reading a row.
 
-Two locks: every change of disk or catalog holds `changes` for as long as it takes; the index
-has its own lock, which is never held across a system call.
+Two locks: every change of store or catalog holds `changes` for as long as it takes; the index
+has its own lock, which is never held across a system call. Where several processes have one
+catalog, `changes` keeps the others out too, and whoever gets it finds their changes in the
+index.
 """
 
 from __future__ import annotations
@@ -10,8 +12,7 @@ import dataclasses
 import functools
 import logging
 import sqlite3
-import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Final
@@ -23,12 +24,12 @@ from veneer_registry.causes import cause_of
 from veneer_registry.changes import Change
 from veneer_registry.entry import Entry
 from veneer_registry.errors import AdapterCorrupt, EtagMismatch, VeneerError
+from veneer_registry.exclusive import Exclusive
 from veneer_registry.index import Index
 from veneer_registry.lock import OwnerLock
 from veneer_registry.manifest_json import manifest_from_json
-from veneer_registry.pairing import ChangeMark
 from veneer_registry.records import AdapterRecord
-from veneer_registry.rows import SERVER, RevisionRow, Who
+from veneer_registry.rows import SERVER, HistoryRow, RevisionRow, Who
 from veneer_registry.store import Store
 from veneer_registry.values import SERVING_BYTES
 
@@ -50,12 +51,12 @@ class Core:
         retain: superseded revisions that a name keeps, unless it sets its own number.
         clock: returns Unix seconds.
         read: checks the files of an upload, as `format.read_adapter`.
-        changes: see the module docstring.
+        close: closes what else belongs to the catalog and the store.
+        watchers: called with what other processes did; see `Registry.watch`.
     """
 
     lock: OwnerLock
     store: Store
-    mark: ChangeMark
     catalog: Catalog
     index: Index
     base: BaseSpec
@@ -63,12 +64,20 @@ class Core:
     retain: int
     clock: Callable[[], float]
     read: ReadAdapter
-    changes: threading.Lock = dataclasses.field(default_factory=threading.Lock, init=False)
+    close: Callable[[], None] = lambda: None
+    watchers: list[Callable[[Sequence[HistoryRow]], None]] = dataclasses.field(
+        default_factory=list, init=False
+    )
 
     def __post_init__(self) -> None:
         # Rows are read each time, but parsed manifests are cached. The key is the
         # manifest's text, so an entry cannot be stale.
         self._parse = functools.lru_cache(maxsize=_CACHED_MANIFESTS)(manifest_from_json)
+
+    @property
+    def changes(self) -> Exclusive:
+        """Held for every change; see the module docstring."""
+        return self.catalog.exclusive
 
     def change(self, who: Who) -> AbstractContextManager[Change]:
         """A transaction of the catalog; the caller holds `changes`."""
@@ -138,7 +147,7 @@ class Core:
         """
         needed: set[str] = set()
         for revision in self.store.present()[1] - self.index.revisions():
-            if self.store.registrations(revision):
+            if self.store.registered(revision):
                 try:
                     weights = self.store.bundle(revision).weights
                 except (OSError, ValueError, KeyError, TypeError) as error:

@@ -8,7 +8,7 @@ import re
 import shutil
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -73,8 +73,11 @@ class Reader:
         self._connection = connect(path)
         self._lock = threading.Lock()
 
-    def rows(self, sql: str, parameters: Sequence[object] = ()) -> list[tuple[Any, ...]]:
+    def rows(
+        self, sql: str, parameters: Collection[object] | None = None
+    ) -> list[tuple[Any, ...]]:
         """All rows of a query. Raises as `database_errors`."""
+        parameters = tuple(parameters or ())
         with self._lock, database_errors(self._path):
             try:
                 return self._connection.execute(sql, parameters).fetchall()

@@ -226,6 +226,9 @@ class Editing(Part):
             holding = core.index.holding(weights_digest)
             if not holding or core.index.quarantined(weights_digest) is not None:
                 return ()
+            if core.store.heal(weights_digest):
+                _log.warning("weights %s were damaged here; fetched again", weights_digest[:12])
+                return ()
             with core.change(who) as change:
                 change.quarantine(weights_digest, why)
                 for ref in holding:

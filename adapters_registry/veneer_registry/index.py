@@ -299,6 +299,11 @@ class Index:
         with self._lock:
             return set(self._by_revision)
 
+    def is_named(self, digest: str) -> bool:
+        """Whether a name has this weights digest or revision."""
+        with self._lock:
+            return digest in self._by_weights or digest in self._by_revision
+
     def set_lost(self, digests: Set[str]) -> None:
         """Set the weights digests and revisions whose content is not on disk."""
         with self._lock:

@@ -202,6 +202,20 @@ class Lookups(Part):
         found = {name: weights / name for name in REQUIRED_FILES}
         return found | {name: revision / name for name in sorted(extra)}
 
+    def is_local(self, ref: AdapterRef) -> bool:
+        """Whether `weights_folder` can be read now; if not, `fetch` first. Reads no disk."""
+        return self._core.store.is_local(ref.weights_digest)
+
+    def fetch(self, ref: AdapterRef) -> None:
+        """Make `is_local` true for a leased revision. May take as long as reading its bytes
+        over the network does.
+
+        Raises:
+            AdapterCorrupt: its content is damaged or gone.
+            Unavailable: the object store cannot be reached.
+        """
+        self._core.store.fetch(ref.weights_digest)
+
     def aliases(self, name: str = "") -> tuple[AliasRow, ...]:
         """Aliases of a plain name (all names if empty), sorted. Raises AdapterNotFound."""
         if name:

@@ -1,61 +1,133 @@
-"""Opens a data folder; if its parts do not belong together, nothing is changed."""
+"""Opens a registry's catalog and store; if they do not belong together, nothing is changed.
+
+Where they are kept is a `Places`: a data folder (`FolderPlaces`), or PostgreSQL and an object
+store (`shared.places`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from veneer_registry.adapter import BaseSpec
 from veneer_registry.catalog import Catalog
 from veneer_registry.core import Core, ReadAdapter
 from veneer_registry.disk import make_private
+from veneer_registry.following import follow_changes
 from veneer_registry.index import Index
 from veneer_registry.lock import OwnerLock
-from veneer_registry.pairing import ChangeMark, check_catalog, check_pair, settle_id, survey
+from veneer_registry.pairing import (
+    ChangeMark,
+    Sides,
+    Survey,
+    check_catalog,
+    check_pair,
+    settle_id,
+    survey,
+    write_id,
+)
 from veneer_registry.recovery import base_identity, recover
 from veneer_registry.store import Store
 
-__all__ = ["open_core"]
+__all__ = ["FolderPlaces", "Places", "open_core"]
+
+
+class Places(Protocol):
+    """Where a registry keeps its catalog and its content. Used once."""
+
+    @property
+    def sides(self) -> Sides:
+        """How errors call them."""
+
+    def open_catalog(self) -> Catalog:
+        """Open or make the catalog. Refuses to make one beside stored content."""
+
+    def survey(self) -> Survey:
+        """Survey the store without changing it."""
+
+    def open_store(self) -> Store:
+        """Open or make the store."""
+
+    def write_id(self, data: bytes) -> None:
+        """Replace the store's id."""
+
+    def close(self) -> None:
+        """Close what is neither catalog nor store. Idempotent."""
+
+
+class FolderPlaces:
+    """A data folder: ``catalog.sqlite`` and ``store/``. The caller holds its lock."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self._data_dir = data_dir
+        self._root = data_dir / "store"
+        self._mark = ChangeMark(self._root)
+        self.sides = Sides.of_folder(data_dir)
+
+    def open_catalog(self) -> Catalog:
+        """See `Places`. Raises StoreMismatch, CatalogDamaged, InvalidField."""
+        make_private(self._data_dir, _owned(self._data_dir))
+        check_catalog(self._data_dir, self.survey())
+        return Catalog(self._data_dir / "catalog.sqlite", after_change=self._mark.write)
+
+    def survey(self) -> Survey:
+        """See `Places`."""
+        return survey(self._root)
+
+    def open_store(self) -> Store:
+        """See `Places`."""
+        return Store(self._root)
+
+    def write_id(self, data: bytes) -> None:
+        """See `Places`."""
+        write_id(self._root, data)
+
+    def close(self) -> None:
+        """See `Places`."""
+        self._mark.close()
 
 
 def open_core(
-    data_dir: Path,
+    places: Places,
     base: BaseSpec,
     lock: OwnerLock,
     retain: int,
     clock: Callable[[], float],
     read: ReadAdapter,
 ) -> Core:
-    """Open the parts of a data folder; the caller holds its lock. Raises as `Registry.open`."""
-    root = data_dir / "store"
-    make_private(data_dir, _owned(data_dir))
-    found = survey(root)
-    check_catalog(data_dir, found)
-    mark = ChangeMark(root)
-    catalog = Catalog(data_dir / "catalog.sqlite", after_change=mark.write)
+    """Open the parts of a registry; the caller holds the lock of its folder. Raises as
+    `Registry.open`."""
+    catalog = places.open_catalog()
     try:
-        # Create and move nothing until we know that both sides belong together.
-        check_pair(data_dir, found, catalog)
-        store = Store(root)
-        settle_id(root, found, catalog)
-        index = Index(base.name)
-        recover(store, catalog, index, base, data_dir, clock())
+        with catalog.exclusive:
+            found = places.survey()
+            # Create and move nothing until we know that both sides belong together.
+            check_pair(places.sides, found, catalog)
+            store = places.open_store()
+            settle_id(places.write_id, found, catalog)
+            index = Index(base.name)
+            recover(store, catalog, index, base, places.sides, clock())
+            core = Core(
+                lock=lock,
+                store=store,
+                catalog=catalog,
+                index=index,
+                base=base,
+                base_id=base_identity(base),
+                retain=retain,
+                clock=clock,
+                read=read,
+                close=places.close,
+            )
+            store.keep_while(index.leases, index.is_named)
+            catalog.follow(partial(follow_changes, core))
     except BaseException:
         catalog.close()
-        mark.close()
+        places.close()
         raise
-    return Core(
-        lock=lock,
-        store=store,
-        mark=mark,
-        catalog=catalog,
-        index=index,
-        base=base,
-        base_id=base_identity(base),
-        retain=retain,
-        clock=clock,
-        read=read,
-    )
+    return core
 
 
 def _owned(data_dir: Path) -> Iterator[Path]:

@@ -19,6 +19,7 @@ import re
 import secrets
 import sqlite3
 import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -26,19 +27,25 @@ from urllib.parse import quote
 
 from veneer_registry.catalog import Catalog
 from veneer_registry.disk import FILE_MODE
-from veneer_registry.errors import StoreMismatch
+from veneer_registry.errors import FailedPrecondition, StoreMismatch
 from veneer_registry.replacing import replace_file
 
 __all__ = [
+    "COPY",
     "REBUILT",
     "STORE_FACT",
     "ChangeMark",
+    "Sides",
     "Survey",
     "check_catalog",
+    "check_own",
     "check_pair",
     "check_vanished",
+    "line_of",
     "settle_id",
     "survey",
+    "value_of",
+    "write_id",
 ]
 
 _log = logging.getLogger(__name__)
@@ -48,6 +55,8 @@ _CHANGES: Final = "changes"
 _HEX: Final = re.compile(r"[0-9a-f]{64}")
 _LINE: Final = re.compile(r"([0-9a-f]{1,32}) ([0-9a-f]{16})\n")
 STORE_FACT: Final = "store"
+COPY: Final = "catalog-copy.sqlite"
+"""The local copy of a catalog in PostgreSQL."""
 REBUILT: Final = "catalog.sqlite.rebuilt"
 """The catalog that ``store recover`` has rebuilt but not yet put in place."""
 
@@ -69,6 +78,48 @@ class Survey:
     changes: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """How errors call a store and its catalog, and what an operator does about a mismatch.
+
+    Attributes:
+        metadata: of every such error.
+        mount: if the store is empty or missing.
+        recover, command: if the catalog is; a sentence, and the command that it names.
+        behind: why a catalog may lack changes.
+    """
+
+    store: str
+    catalog: str
+    metadata: Mapping[str, str]
+    mount: str
+    recover: str
+    command: str
+    behind: str
+
+    @classmethod
+    def of_folder(cls, data_dir: Path) -> Sides:
+        """Those of a data folder."""
+        return cls(
+            store=str(data_dir / "store"),
+            catalog=str(data_dir / "catalog.sqlite"),
+            metadata={"data_dir": str(data_dir)},
+            mount="Is it on a disk that is not mounted yet? Mount or restore it and start "
+            f"again. To start afresh instead, move catalog.sqlite* out of {data_dir}",
+            recover=_recover(data_dir),
+            command=f"veneer-server store recover --data-dir {data_dir}",
+            behind="it is an old copy, or its catalog.sqlite-wal is gone",
+        )
+
+    def mismatch(self, found: str, what: str, fix: str) -> StoreMismatch:
+        """The error for a catalog and a store that do not belong together."""
+        command = "mount the store" if found.startswith("store ") else self.command
+        return StoreMismatch(
+            f"{what}; nothing was changed. {fix}",
+            metadata={"found": found, **self.metadata, "fix": command},
+        )
+
+
 def survey(root: Path) -> Survey:
     """Survey the store in this folder."""
     id_ = _read(root / _ID)
@@ -87,8 +138,18 @@ def _has_content(folder: Path) -> bool:
     return False
 
 
-def _line(value: str) -> bytes:
+def line_of(value: str) -> bytes:
+    """Content of ``store/id`` or ``store/changes``: hexadecimal digits with a checksum."""
     return f"{value} {hashlib.sha256(value.encode()).hexdigest()[:16]}\n".encode()
+
+
+def value_of(data: bytes) -> str | None:
+    """Inverse of `line_of`; None for damaged content."""
+    with contextlib.suppress(UnicodeDecodeError):
+        match = _LINE.fullmatch(data.decode("ascii"))
+        if match is not None and line_of(match[1]) == data:
+            return match[1]
+    return None
 
 
 def _read(path: Path) -> str | None:
@@ -96,28 +157,10 @@ def _read(path: Path) -> str | None:
         data = path.read_bytes()
     except OSError:
         return None
-    with contextlib.suppress(UnicodeDecodeError):
-        match = _LINE.fullmatch(data.decode("ascii"))
-        if match is not None and _line(match[1]) == data:
-            return match[1]
-    _log.warning("%s is damaged and will be rewritten", path)
-    return None
-
-
-def _mismatch(data_dir: Path, found: str, what: str, fix: str) -> StoreMismatch:
-    return StoreMismatch(
-        f"{what}; nothing was changed. {fix}", metadata=_facts(data_dir, found)
-    )
-
-
-def _facts(data_dir: Path, found: str) -> dict[str, str]:
-    return {
-        "found": found,
-        "data_dir": str(data_dir),
-        "fix": "mount the store"
-        if found.startswith("store ")
-        else f"veneer-server store recover --data-dir {data_dir}",
-    }
+    value = value_of(data)
+    if value is None:
+        _log.warning("%s is damaged and will be rewritten", path)
+    return value
 
 
 def _recover(data_dir: Path) -> str:
@@ -135,21 +178,34 @@ def check_catalog(data_dir: Path, found: Survey) -> None:
     Raises:
         StoreMismatch: metadata ``found`` and ``fix``.
     """
-    catalog = data_dir / "catalog.sqlite"
+    catalog, sides = data_dir / "catalog.sqlite", Sides.of_folder(data_dir)
     if (data_dir / REBUILT).exists():
-        raise _mismatch(
-            data_dir,
+        raise sides.mismatch(
             "recovery interrupted",
             f"`veneer-server store recover` was interrupted in {data_dir}",
             f"Run it again: veneer-server store recover --data-dir {data_dir} (or, to keep the "
             f"present catalog, remove {REBUILT})",
         )
     if found.content and (what := _nothing_in(catalog)):
-        raise _mismatch(
-            data_dir,
+        raise sides.mismatch(
             f"catalog {what.removeprefix('is ')}",
             f"{catalog} {what}, but {data_dir / 'store'} holds adapters",
-            _recover(data_dir),
+            sides.recover,
+        )
+
+
+def check_own(data_dir: Path) -> None:
+    """Refuse to maintain a folder whose catalog and content are elsewhere.
+
+    Raises:
+        FailedPrecondition: the message says what does it there.
+    """
+    if (data_dir / COPY).exists() and not (data_dir / "catalog.sqlite").exists():
+        raise FailedPrecondition(
+            f"{data_dir} is of a server with --store and --catalog, whose adapters are not "
+            "here: the servers verify content when they fetch it and delete what is not "
+            "needed; a lost catalog is restored from the database's backup",
+            metadata={"cause": "shared", "data_dir": str(data_dir)},
         )
 
 
@@ -171,44 +227,39 @@ def _nothing_in(catalog: Path) -> str:
     return ""
 
 
-def check_pair(data_dir: Path, found: Survey, catalog: Catalog) -> None:
-    """Refuse a catalog and a store if one is empty, older, or from another folder.
+def check_pair(sides: Sides, found: Survey, catalog: Catalog) -> None:
+    """Refuse a catalog and a store if one is empty, older, or from another place.
 
     Raises:
         StoreMismatch: metadata ``found`` and ``fix``.
     """
-    store, path = data_dir / "store", data_dir / "catalog.sqlite"
     own, names = catalog.fact(STORE_FACT), not catalog.empty
     strange = own is not None and found.id is not None and own != found.id
     if names and not found.content:
         is_ = "is empty" if found.present else "is missing"
-        raise _mismatch(
-            data_dir,
+        raise sides.mismatch(
             f"store {is_.removeprefix('is ')}",
-            f"{store} {is_}, but the catalog has adapters",
-            "Is it on a disk that is not mounted yet? Mount or restore it and start again. To "
-            f"start afresh instead, move catalog.sqlite* out of {data_dir}",
+            f"{sides.store} {is_}, but the catalog has adapters",
+            sides.mount,
         )
     # A catalog without adapters proves nothing by its content: it must have the store's id.
     unknown = not names and ((own is None) != (found.id is None) or catalog.number == 0)
     if found.content and (strange or unknown):
-        raise _mismatch(
-            data_dir,
+        raise sides.mismatch(
             "another store's catalog",
-            f"{path} was not made for the adapters in {store}",
-            _recover(data_dir),
+            f"{sides.catalog} was not made for the adapters in {sides.store}",
+            sides.recover,
         )
     if found.content and found.changes is not None and found.changes > catalog.number:
-        raise _mismatch(
-            data_dir,
+        raise sides.mismatch(
             "catalog older than store",
-            f"{path} lacks the last {found.changes - catalog.number} changes: it is an old "
-            "copy, or its catalog.sqlite-wal is gone",
-            _recover(data_dir),
+            f"{sides.catalog} lacks the last {found.changes - catalog.number} changes: "
+            f"{sides.behind}",
+            sides.recover,
         )
 
 
-def check_vanished(data_dir: Path, catalog: Catalog, unnamed: set[str]) -> None:
+def check_vanished(sides: Sides, catalog: Catalog, unnamed: set[str]) -> None:
     """Refuse a catalog that has lost rows of stored revisions.
 
     Args:
@@ -219,24 +270,32 @@ def check_vanished(data_dir: Path, catalog: Catalog, unnamed: set[str]) -> None:
     """
     vanished = catalog.vanished(unnamed)
     if vanished:
-        raise _mismatch(
-            data_dir,
+        raise sides.mismatch(
             "catalog rows missing",
-            f"{data_dir / 'catalog.sqlite'} has lost its rows for {len(vanished)} stored "
-            "revisions that its history records",
-            _recover(data_dir),
+            f"{sides.catalog} has lost its rows for {len(vanished)} stored revisions that its "
+            "history records",
+            sides.recover,
         )
 
 
-def settle_id(root: Path, found: Survey, catalog: Catalog) -> None:
-    """Give catalog and store the same id if one has none yet; they must belong together."""
+def settle_id(write: Callable[[bytes], None], found: Survey, catalog: Catalog) -> None:
+    """Give catalog and store the same id if one has none yet; they must belong together.
+
+    Args:
+        write: replaces the content of ``store/id``, durably.
+    """
     own = catalog.fact(STORE_FACT)
     if own is None or (found.id is not None and own != found.id):
         own = found.id or secrets.token_hex(16)
         with catalog.change() as change:
             change.set_fact(STORE_FACT, own)
     if found.id != own:
-        replace_file(root / _ID, _line(own), mode=FILE_MODE)
+        write(line_of(own))
+
+
+def write_id(root: Path, data: bytes) -> None:
+    """Write ``store/id``."""
+    replace_file(root / _ID, data, mode=FILE_MODE)
 
 
 class ChangeMark:
@@ -249,7 +308,7 @@ class ChangeMark:
 
     def write(self, number: int) -> None:
         """Record a durable change. Best effort: it only helps to detect a loss."""
-        data = _line(f"{number:032x}")
+        data = line_of(f"{number:032x}")
         with self._lock, contextlib.suppress(OSError):
             if self._fd is None:
                 flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -44,6 +45,7 @@ class Staged:
     this. Sweeps leave it alone meanwhile.
 
     Attributes:
+        folder: its files.
         record: of the new revision, which is not current.
         current: the name's current revision at the time of staging, if it is another one.
         end: undoes the staging.
@@ -52,6 +54,7 @@ class Staged:
     request: UploadRequest
     row: RevisionRow
     content: _Content
+    folder: Path
     record: AdapterRecord
     current: AdapterRef | None
     end: contextlib.ExitStack
@@ -109,12 +112,14 @@ class Publishing(Part):
             undo.callback(core.sweep_quietly)  # removes content that got no name
             core.index.hold(ref)  # keeps sweeps from removing content without a name
             undo.callback(core.index.release, ref)
+            self._check_replace(request, core.index.entry(row.name), row.revision)
+            content.fresh = core.store.prepare(upload.folder, content.bundle)
             with core.changes:
                 entry = core.index.entry(row.name)
                 self._check_replace(request, entry, row.revision)
                 kept = self._registered(row, entry)
                 undo.callback(self._unregister, ref)
-                content.fresh = core.store.commit(
+                content.fresh |= core.store.commit(
                     upload.folder, content.bundle, registration.write(kept)
                 )
                 content.found = core.index.found(ref)
@@ -126,6 +131,7 @@ class Publishing(Part):
                 request=request,
                 row=row,
                 content=content,
+                folder=upload.folder,
                 record=dataclasses.replace(core.record(row), current=False),
                 current=None if current == ref else current,
                 end=undo.pop_all(),
@@ -133,10 +139,13 @@ class Publishing(Part):
 
     def _unregister(self, ref: AdapterRef) -> None:
         """Unregister uncommitted content, so that a recovery does not bring it back."""
-        with self._core.changes:
-            entry = self._core.index.entry(ref.name)
-            if entry is None or ref not in entry.revisions:
-                self._core.unregister(ref.name, [ref.revision])
+        try:
+            with self._core.changes:
+                entry = self._core.index.entry(ref.name)
+                if entry is None or ref not in entry.revisions:
+                    self._core.unregister(ref.name, [ref.revision])
+        except VeneerError as error:  # only a recovery is affected
+            _log.warning("%s may still be registered in the store: %s", ref.short, error)
 
     def commit(self, staged: Staged, who: Who = SERVER) -> Published:
         """Make staged content the current revision of its name, in one transaction. If it
@@ -156,6 +165,7 @@ class Publishing(Part):
             entry = core.index.entry(row.name)
             self._check_replace(staged.request, entry, row.revision)
             registered = registration.write(self._registered(row, entry))
+            core.store.still_there(staged.folder, staged.content.bundle)
             if not core.store.has(row.revision, registered[0]):
                 # Another publish of the same content was staged meanwhile and discarded.
                 core.store.register(row.revision, *registered)

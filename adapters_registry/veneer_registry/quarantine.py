@@ -20,6 +20,11 @@ class Quarantine:
         self._folders = folders
         self._unnamed = folders.unnamed_root
 
+    @property
+    def place(self) -> str:
+        """Where `set_aside` puts content, for the log."""
+        return str(self._unnamed)
+
     def add(self, weights: str) -> None:
         """Move damaged weights out of the served folders."""
         root = self._folders.quarantine_root

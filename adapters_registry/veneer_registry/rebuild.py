@@ -17,6 +17,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -28,7 +29,7 @@ from veneer_registry.errors import InvalidField, StoreMismatch, VeneerError
 from veneer_registry.format import read_adapter
 from veneer_registry.lock import OwnerLock
 from veneer_registry.manifest_json import manifest_to_json
-from veneer_registry.pairing import REBUILT, STORE_FACT, settle_id, survey
+from veneer_registry.pairing import REBUILT, STORE_FACT, check_own, settle_id, survey, write_id
 from veneer_registry.rows import RevisionRow
 from veneer_registry.salvage import Salvaged, salvage
 from veneer_registry.store import Store
@@ -90,6 +91,7 @@ def recover(
         InvalidField: ``data_dir`` is not a data folder.
         StoreMismatch: the store is missing or empty, so there is nothing to recover from.
     """
+    check_own(data_dir)
     if not data_dir.is_dir() or not (
         (data_dir / "store").exists() or (data_dir / _CATALOG).exists()
     ):
@@ -325,7 +327,7 @@ class _Recovery:
         sync(self._data_dir)
         catalog = Catalog(path)
         try:
-            settle_id(self._data_dir / "store", self._survey, catalog)
+            settle_id(partial(write_id, self._data_dir / "store"), self._survey, catalog)
             names = [row for row in catalog.names() if row.name]
         finally:
             catalog.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from pathlib import Path
 from typing import Final
 
 from veneer_registry.adapter import AdapterRef, BaseSpec
@@ -15,13 +14,13 @@ from veneer_registry.errors import VeneerError
 from veneer_registry.format import check_fit
 from veneer_registry.index import Index
 from veneer_registry.manifest_json import manifest_from_json
-from veneer_registry.pairing import check_vanished
+from veneer_registry.pairing import Sides, check_vanished
 from veneer_registry.rows import NameRow, Who
 from veneer_registry.store import Store
 from veneer_registry.strict_json import canonical_json
 from veneer_registry.training_manifest import check_base
 
-__all__ = ["base_identity", "recover"]
+__all__ = ["base_identity", "entry_of", "recover"]
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +46,7 @@ def recover(
     catalog: Catalog,
     index: Index,
     base: BaseSpec,
-    data_dir: Path,
+    sides: Sides,
     time: float,
 ) -> None:
     """Fill the index, and make disk and catalog agree without losing anything.
@@ -72,7 +71,7 @@ def recover(
             damaged[row.name] = row.damaged
         if not row.name:
             continue
-        entry = _entry(row, base_id)
+        entry = entry_of(row, base_id)
         entries[row.name] = entry
         if entry.foreign:
             unchecked += any(base == "" for _, _, base in row.revisions)
@@ -97,7 +96,7 @@ def recover(
             ", ".join(sorted(damaged.keys() - {""})[:_SHOWN]) or "unknown adapters",
         )
     elif any(unnamed):
-        check_vanished(data_dir, catalog, unnamed[1])
+        check_vanished(sides, catalog, unnamed[1])
         store.quarantine.set_aside(*unnamed)
         _log.warning(
             "moved %d weights and %d revisions that no adapter names (a publish or delete was "
@@ -105,11 +104,12 @@ def recover(
             "remove them",
             len(unnamed[0]),
             len(unnamed[1]),
-            store.root / "quarantine" / "unnamed",
+            store.quarantine.place,
         )
 
 
-def _entry(row: NameRow, base_id: str) -> Entry:
+def entry_of(row: NameRow, base_id: str) -> Entry:
+    """A name's entry in the index."""
     refs = tuple(
         [AdapterRef(row.name, revision, digest) for revision, digest, _ in row.revisions]
     )

@@ -26,10 +26,10 @@ from veneer_registry.format import read_adapter
 from veneer_registry.lock import OwnerLock
 from veneer_registry.lookups import Lookups
 from veneer_registry.open_uploads import OpenUploads
-from veneer_registry.opening import open_core
+from veneer_registry.opening import FolderPlaces, Places, open_core
 from veneer_registry.publishing import Publishing
 from veneer_registry.records import UploadRequest
-from veneer_registry.rows import SERVER, ResidentRow, Who
+from veneer_registry.rows import SERVER, HistoryRow, ResidentRow, Who
 from veneer_registry.upload import Upload
 
 __all__ = ["Registry"]
@@ -51,6 +51,7 @@ class Registry(Lookups, Aliases, Editing, Publishing):
         base: BaseSpec,
         *,
         lock: OwnerLock | None = None,
+        places: Places | None = None,
         retain_superseded: int = 2,
         max_adapter_bytes: int = 2 << 30,
         clock: Callable[[], float] = time.time,
@@ -63,6 +64,7 @@ class Registry(Lookups, Aliases, Editing, Publishing):
             base: what uploads are checked against.
             lock: the folder's lock, if the caller holds it already; otherwise it is taken
                 here. `close` releases it either way.
+            places: where catalog and content are kept; by default in the folder.
             retain_superseded: revisions kept behind the current one of each name.
             max_adapter_bytes: largest ``adapter_model.safetensors`` accepted.
             clock: returns Unix seconds, for `AdapterRecord.created`.
@@ -75,11 +77,14 @@ class Registry(Lookups, Aliases, Editing, Publishing):
             FailedPrecondition: the catalog is from a newer version.
             InvalidField: the folder belongs to another user.
             DiskFull: the disk has no space to open it.
+            Unavailable: the catalog or the store is elsewhere and cannot be reached.
         """
         if lock is None:
             lock = OwnerLock(data_dir)
         try:
-            core = open_core(data_dir, base, lock, retain_superseded, clock, read)
+            if places is None:
+                places = FolderPlaces(data_dir)
+            core = open_core(places, base, lock, retain_superseded, clock, read)
             return cls(core, max_adapter_bytes=max_adapter_bytes)
         except BaseException:
             lock.release()
@@ -88,10 +93,10 @@ class Registry(Lookups, Aliases, Editing, Publishing):
     def close(self) -> None:
         """End open uploads, wait for a running change, release the folder."""
         self._uploads.close()
-        with self._core.changes:
+        with self._core.changes.here():
             self._core.catalog.close()
-            self._core.mark.close()
-            self._core.lock.release()
+        self._core.close()
+        self._core.lock.release()
 
     def __enter__(self) -> Self:
         return self
@@ -147,6 +152,16 @@ class Registry(Lookups, Aliases, Editing, Publishing):
         """Add a line to the history, for something that was done to a revision in memory."""
         with self._core.changes, self._core.change(who) as change:
             change.note(event, ref.name, ref.revision, detail)
+
+    def watch(self, watcher: Callable[[Sequence[HistoryRow]], None]) -> None:
+        """Be told what other processes change in the same catalog: each line of the history
+        once, in order, when lookups know it already. Never called for a data folder, which has
+        one owner.
+
+        Args:
+            watcher: called from a thread of the registry; must return soon and not raise.
+        """
+        self._core.watchers.append(watcher)
 
     # ---------------------------------------------------------------------- memory
 

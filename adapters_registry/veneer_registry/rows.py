@@ -13,6 +13,7 @@ __all__ = [
     "ENDS",
     "SERVER",
     "AliasRow",
+    "Foreign",
     "HistoryRow",
     "NameRow",
     "ResidentRow",
@@ -134,6 +135,19 @@ class HistoryRow:
     revision: str
     who: Who
     detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """Changes that other processes made to the catalog and that its rows show by now.
+
+    Attributes:
+        names: those whose rows changed.
+        lines: new lines of the history, oldest first.
+    """
+
+    names: frozenset[str]
+    lines: tuple[HistoryRow, ...]
 
 
 @dataclass(frozen=True, slots=True)

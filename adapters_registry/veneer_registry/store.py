@@ -25,7 +25,7 @@ import hashlib
 import json
 import logging
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final
 
@@ -141,7 +141,38 @@ class Store(StoreFolders):
         for name in bundle.files:
             link(self.revision_folder(bundle.revision) / name, to / name)
 
+    # ------------------------------------------------- for content that is kept elsewhere
+
+    def prepare(self, staged: Path, bundle: Bundle) -> bool:
+        """Do what can be done of `commit` before it, while others commit. True if this stored
+        the weights, which `commit` will not do any more."""
+        return False
+
+    def still_there(self, staged: Path, bundle: Bundle) -> None:
+        """Store again what others removed since `commit`. The one owner of a folder removes
+        nothing that it holds."""
+
+    def is_local(self, weights: str) -> bool:
+        """Whether committed weights can be read from `weights_folder` now. Reads no disk."""
+        return True
+
+    def fetch(self, weights: str) -> None:
+        """Make `is_local` true. Raises AdapterCorrupt, Unavailable."""
+
+    def heal(self, weights: str) -> bool:
+        """Replace weights that were found damaged by a whole copy, if there is one. False if
+        there is none."""
+        return False
+
+    def keep_while(self, leases: Callable[[str], int], named: Callable[[str], bool]) -> None:
+        """Set the functions that tell how many requests need some content now, and whether a
+        name has it."""
+
     # --------------------------------------------------------------- registrations
+
+    def registered(self, revision: str) -> bool:
+        """Whether a stored revision has a registration."""
+        return bool(self.registrations(revision))
 
     def registrations(self, revision: str) -> list[Path]:
         """Registration files of a stored revision, one per name."""

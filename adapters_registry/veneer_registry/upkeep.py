@@ -19,7 +19,7 @@ from typing import Final
 from veneer_registry.catalog import Catalog
 from veneer_registry.errors import AdapterCorrupt, FailedPrecondition, InvalidField
 from veneer_registry.lock import OwnerLock
-from veneer_registry.pairing import check_catalog, check_pair, survey
+from veneer_registry.pairing import Sides, check_catalog, check_own, check_pair, survey
 from veneer_registry.rows import Who
 from veneer_registry.schema import VERSION, damaged
 from veneer_registry.store import Store
@@ -94,6 +94,7 @@ Row = tuple[str, str, str]
 @contextlib.contextmanager
 def _reading(data_dir: Path) -> Iterator[sqlite3.Connection]:
     path = data_dir / "catalog.sqlite"
+    check_own(data_dir)
     if not path.exists():
         raise InvalidField(
             f"{data_dir} is not a data folder (it has no catalog.sqlite); give the one of a "
@@ -265,7 +266,7 @@ def _needed(data_dir: Path) -> set[str]:
     found = survey(data_dir / "store")
     check_catalog(data_dir, found)
     with contextlib.closing(Catalog(data_dir / "catalog.sqlite")) as catalog:
-        check_pair(data_dir, found, catalog)
+        check_pair(Sides.of_folder(data_dir), found, catalog)
         rows = tuple(catalog.names())
     if wrong := sum(row.damaged for row in rows):
         raise damaged(data_dir / "catalog.sqlite", f"{wrong} rows do not match their digests")

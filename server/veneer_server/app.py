@@ -46,6 +46,7 @@ from veneer_server.serving.adapters.budgets import AdapterBudgets
 from veneer_server.serving.adapters.upload_places import UploadPlaces
 from veneer_server.serving.calls import Calls, Phase
 from veneer_server.serving.generator import Generator
+from veneer_server.serving.tenants.places import places_of
 from veneer_server.serving.tenants.stores import TenantStores
 from veneer_server.serving.tenants.tenant import Furnish
 from veneer_server.serving.tenants.tenants import Tenants
@@ -389,6 +390,7 @@ def _open_registry(
         folder,
         base,
         lock=lock,
+        places=places_of(config, folder),
         retain_superseded=config.retain_superseded,
         max_adapter_bytes=config.max_adapter_bytes,
         read=read,

@@ -80,6 +80,7 @@ BESIDE: Final[Mapping[str, str]] = {
     "serving/housekeeping.py": "administration",
     "serving/transfer/downloads.py": "administration",
     "serving/transfer/watched.py": "administration",
+    "serving/tenants/elsewhere.py": "administration",
     "serving/tenants/tenants.py": "the engine's events",
     "engine_client/tenant_engine.py": "administration",
     "serving/samples.py": "the digest of a seed",

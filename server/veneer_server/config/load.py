@@ -150,6 +150,12 @@ def _check(config: ServerConfig) -> None:
             "--tls-client-ca needs TLS: give --tls-cert and --tls-key too",
             metadata={"key": "tls_client_ca"},
         )
+    if bool(config.store) != bool(config.catalog):
+        raise ConfigInvalid(
+            "--store and --catalog belong together: give both, or none to keep adapters in "
+            "--data-dir",
+            metadata={"key": "catalog" if config.store else "store"},
+        )
     if config.port_file is not None and not config.port_file.parent.is_dir():
         raise ConfigInvalid(
             f"--port-file: create the folder {config.port_file.parent} first",

@@ -97,6 +97,20 @@ class ServerConfig:
     data_dir: Path = setting(
         "~/.local/share/veneer", kinds.FOLDER,
         "Folder for adapters and their catalog; one server owns it.")
+    store: str = setting(
+        "", kinds.TEXT,
+        "Object store for the adapters, such as s3://bucket/prefix, which several servers may "
+        "share; needs --catalog; empty keeps them in --data-dir.")
+    catalog: str = setting(
+        "", kinds.TEXT,
+        "PostgreSQL database for the catalog, such as postgresql://veneer@host/veneer, without "
+        "a password; needs --store; empty keeps it in --data-dir.")
+    catalog_password_file: Path | None = setting(
+        "", kinds.optional(kinds.FILE),
+        "File with the password for --catalog; empty leaves it to PGPASSFILE.")
+    store_cache_bytes: int = setting(
+        "20GiB", kinds.bytes_between("1MiB", "100TiB"),
+        "Most local disk for copies of weights from --store; more if requests need it.")
     max_tenants: int = setting(
         "64", kinds.whole(1, 4096),
         "Most tenants with adapters of their own; calls of further ones are refused.")

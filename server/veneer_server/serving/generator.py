@@ -21,7 +21,7 @@ from veneer_server.logs import REQUEST_ID, get_logger
 from veneer_server.queues.fairness import FAIRNESS
 from veneer_server.quotas.meter import Meter, Metered
 from veneer_server.serving import checks
-from veneer_server.serving.adapters.use import source_of
+from veneer_server.serving.adapters.use import fetched, source_of
 from veneer_server.serving.generation import Generation
 from veneer_server.serving.limits import (
     check_constraint_size,
@@ -138,6 +138,7 @@ class Generator:
                 if self._resolving is not None and not self._visible.knows(home, call.adapter):
                     await self._resolving.fetch(home, call.adapter)
                 owner, lease = self._visible.acquire(home, call.adapter, call.session_key)
+                await fetched(owner.registry, lease.ref)
             # Before any work: requests that wait for it then count towards the queue limit.
             with (
                 self.count(call.n) if counted is None else nullcontext(counted) as measured,

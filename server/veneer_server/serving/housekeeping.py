@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from contextlib import suppress
 from typing import Any, Final
 
 from veneer_registry.errors import AdapterCorrupt, VeneerError
@@ -159,6 +160,8 @@ class Housekeeping:
             usable = [r for r in records if r.quarantined is None and not r.foreign]
             if not usable:
                 continue
+            with suppress(VeneerError):  # then it is fetched when a request needs it
+                self._registry.fetch(usable[0].ref)
             tier, pin = _tier(row.tier), None if row.pin is None else _tier(row.pin)
             expected.append(Resident(source_of(self._registry, usable[0]), tier, pin))
         return expected

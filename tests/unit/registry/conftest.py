@@ -1,4 +1,4 @@
-"""A registry of a folder, and adapters by number."""
+"""A registry of a folder, and adapters by number; and the same registry elsewhere."""
 
 from __future__ import annotations
 
@@ -8,12 +8,34 @@ from pathlib import Path
 import pytest
 from veneer_registry.registry import Registry
 
-from tests.unit.registry.kit import BASE, make_adapter
+from tests.shared_services import Services, running
+from tests.unit.registry.kept_elsewhere import KeptElsewhere
+from tests.unit.registry.kit import BASE, Kept, make_adapter
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     return tmp_path / "data"
+
+
+@pytest.fixture(scope="session")
+def services() -> Iterator[Services]:
+    """PostgreSQL and S3, started by the first test that needs them."""
+    with running() as services:
+        yield services
+
+
+@pytest.fixture(params=["folder", "shared"])
+def anywhere(
+    request: pytest.FixtureRequest, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> Kept:
+    """Run the test twice: with a data folder, and with PostgreSQL and an object store."""
+    if request.param == "folder":
+        return Kept(data)
+    services: Services = request.getfixturevalue("services")
+    elsewhere = KeptElsewhere(data, services)
+    monkeypatch.setattr("veneer_registry.registry.FolderPlaces", elsewhere.places)
+    return elsewhere
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from veneer_registry.errors import VeneerError
 from veneer_registry.format import check_adapter, read_adapter
 from veneer_registry.records import Published, UploadFile, UploadRequest
 from veneer_registry.registry import Registry
+from veneer_registry.shared.catalog import PostgresCatalog
 from veneer_registry.tensor_names import tensor_keys
 from veneer_registry.upload import Upload
 from veneer_registry.values import to_bfloat16
@@ -132,9 +133,34 @@ def push(registry: Registry, name: str, folder: Path, **options: Any) -> Publish
     )
 
 
+class Kept:
+    """What the registry of a data folder has stored."""
+
+    local = "store"
+    """Folder of uploads and staging."""
+
+    def __init__(self, data: Path) -> None:
+        self.data = data
+
+    def stored(self, kind: str) -> set[str]:
+        """Digests of the ``weights`` or ``revisions`` that a name or a lease needs."""
+        return {path.name for path in (self.data / "store" / kind).iterdir()}
+
+    def staged(self) -> list[str]:
+        """What uploads and publications have left so far."""
+        root = self.data / self.local
+        return [
+            path.name for part in ("staging", "uploads") for path in (root / part).iterdir()
+        ]
+
+
 def kill(registry: Registry) -> None:
-    """Like kill -9: only release the lock."""
-    registry._core.lock.release()  # private: whoever closes a registry cleans up
+    """Like kill -9: only release the lock. (A copy of a catalog is lost with its process.)"""
+    core = registry._core  # private: whoever closes a registry cleans up
+    if isinstance(core.catalog, PostgresCatalog):
+        core.catalog.close()
+        core.close()
+    core.lock.release()
 
 
 def limit_pages(catalog: Catalog, most: int) -> None:

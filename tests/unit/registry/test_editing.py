@@ -26,6 +26,7 @@ from veneer_registry.weights import WEIGHTS_FILE
 from tests.refused import refused
 from tests.unit.registry.kit import BASE, announce, bundle_files, push, send
 
+everywhere = pytest.mark.usefixtures("anywhere")
 Adapters = Callable[[int], Path]
 ANNA = Who("anna@laptop", "ipv4:10.0.0.7")
 
@@ -46,6 +47,7 @@ def events(registry: Registry, name: str = "chat") -> list[str]:
 # ----------------------------------------------------------------------- aliases
 
 
+@everywhere
 def test_an_alias_moves_and_rolls_back(registry: Registry, revisions: list[str]) -> None:
     old, new = revisions[0], revisions[1]
     made = registry.set_alias("chat/prod", [(old[:12], 1)], who=ANNA)
@@ -98,6 +100,7 @@ def test_a_lease_by_alias_is_on_the_revision(registry: Registry, revisions: list
         assert lease.record.aliases == ("prod",)
 
 
+@everywhere
 def test_aliases_outlive_a_restart(
     data: Path, registry: Registry, revisions: list[str]
 ) -> None:
@@ -154,6 +157,7 @@ def test_bad_aliases(registry: Registry, revisions: list[str]) -> None:
         registry.resolve("chat/prud")
 
 
+@everywhere
 def test_an_etag_guards_an_alias(registry: Registry, revisions: list[str]) -> None:
     made = registry.set_alias("chat/prod", [(revisions[0], 1)]).alias
     moved = registry.set_alias(
@@ -172,6 +176,7 @@ def test_an_etag_guards_an_alias(registry: Registry, revisions: list[str]) -> No
     assert events(registry)[0] == "alias_removed"
 
 
+@everywhere
 def test_what_an_alias_means_is_kept(
     registry: Registry, revisions: list[str], adapters: Adapters
 ) -> None:
@@ -193,6 +198,7 @@ def test_what_an_alias_means_is_kept(
 # --------------------------------------------------- rollback, labels, retention
 
 
+@everywhere
 def test_rollback_of_a_name(
     registry: Registry, revisions: list[str], adapters: Adapters, data: Path
 ) -> None:
@@ -214,6 +220,7 @@ def test_rollback_of_a_name(
         assert len(again.revisions("chat")) == 3
 
 
+@everywhere
 def test_labels_are_set_and_removed(registry: Registry, adapters: Adapters) -> None:
     push(registry, "chat", adapters(1), labels={"team": "a", "tier": "x"})
     etag = registry.get("chat").etag
@@ -231,6 +238,7 @@ def test_labels_are_set_and_removed(registry: Registry, adapters: Adapters) -> N
         registry.update("chat", labels={"team": "c"}, etag=etag)
 
 
+@everywhere
 def test_a_name_keeps_as_many_as_it_is_told(
     data: Path, registry: Registry, revisions: list[str], adapters: Adapters
 ) -> None:
@@ -252,6 +260,7 @@ def test_a_name_keeps_as_many_as_it_is_told(
             again.update("chat", retain=1001)
 
 
+@everywhere
 def test_an_etag_guards_a_replace(registry: Registry, adapters: Adapters) -> None:
     seen = push(registry, "chat", adapters(1)).record.etag
     push(registry, "chat", adapters(2), allow_replace=True)
@@ -271,6 +280,7 @@ def staged(registry: Registry, folder: Path, name: str = "chat", **options: Any)
     return registry.stage(send(registry.begin_upload(announce(name, files, **options)), files))
 
 
+@everywhere
 def test_the_name_moves_with_the_commit_and_not_before(
     registry: Registry, adapters: Adapters
 ) -> None:
@@ -305,6 +315,7 @@ def test_of_what_is_discarded_nothing_is_left(
     assert push(registry, "chat", adapters(2), allow_replace=True).published
 
 
+@everywhere
 def test_content_that_is_staged_twice_stays_while_one_of_them_needs_it(
     registry: Registry, adapters: Adapters
 ) -> None:
@@ -328,6 +339,7 @@ def test_a_recovery_finds_what_was_staged_twice_and_committed_once(
         assert again.resolve("chat") == ref
 
 
+@everywhere
 def test_who_was_faster_while_another_was_staged(
     registry: Registry, adapters: Adapters
 ) -> None:
@@ -377,6 +389,7 @@ def test_damaged_weights_are_served_no_more_until_pushed_again(
         assert events(again)[:2] == ["repaired", "quarantined"]
 
 
+@everywhere
 def test_a_deleted_adapter_takes_its_quarantine_along(
     registry: Registry, adapters: Adapters
 ) -> None:
@@ -390,6 +403,7 @@ def test_a_deleted_adapter_takes_its_quarantine_along(
 # ------------------------------------------------------------------------ history
 
 
+@everywhere
 def test_history_tells_who_did_what(registry: Registry, adapters: Adapters) -> None:
     files = bundle_files(adapters(1))
     first = registry.publish(

@@ -43,6 +43,7 @@ from veneer_registry.weights import WEIGHTS_FILE
 from tests.refused import refused
 from tests.unit.registry.kit import (
     BASE,
+    Kept,
     announce,
     bundle_files,
     catalog_of,
@@ -52,6 +53,8 @@ from tests.unit.registry.kit import (
     push,
     send,
 )
+
+everywhere = pytest.mark.usefixtures("anywhere")
 
 
 def staged(data: Path) -> list[str]:
@@ -64,11 +67,12 @@ def staged(data: Path) -> list[str]:
 
 
 def test_publish_and_look_up(
+    anywhere: Kept,
     registry: Registry,
     adapters: Callable[[int], Path],
-    data: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    push(registry, "first", adapters(0))  # opens connections that stay
     descriptors = len(os.listdir("/proc/self/fd"))
     published = push(registry, "chat", adapters(1), labels={"team": "a"})
     assert len(os.listdir("/proc/self/fd")) == descriptors
@@ -81,14 +85,15 @@ def test_publish_and_look_up(
     assert registry.get("chat") == record
     assert registry.get(record.ref.short) == record
     assert registry.revisions("chat") == (record,)
-    assert registry.list() == (record,)
+    assert registry.list(prefix="chat") == (record,)
     assert record.labels == {"team": "a"}
     assert record.bytes == sum(len(d) for d in bundle_files(adapters(1)).values())
     verify_weights(registry.weights_folder(record.ref), record.ref.weights_digest)
-    assert len(registry) == 1
-    assert staged(data) == []
+    assert len(registry) == 2
+    assert anywhere.staged() == []
 
 
+@everywhere
 def test_same_content_again(registry: Registry, adapters: Callable[[int], Path]) -> None:
     first = push(registry, "chat", adapters(1), labels={"a": "b"})
     again = push(registry, "chat", adapters(1))
@@ -101,13 +106,13 @@ def test_same_content_again(registry: Registry, adapters: Callable[[int], Path])
 
 
 def test_other_content_needs_allow_replace(
-    registry: Registry, adapters: Callable[[int], Path], data: Path
+    anywhere: Kept, registry: Registry, adapters: Callable[[int], Path]
 ) -> None:
     first = push(registry, "chat", adapters(1))
     with refused(AdapterExists, adapter="chat", current=first.record.ref.revision):
         push(registry, "chat", adapters(2))
-    assert staged(data) == []
-    assert len(os.listdir(data / "store" / "weights")) == 1
+    assert anywhere.staged() == []
+    assert len(anywhere.stored("weights")) == 1
     second = push(registry, "chat", adapters(2), allow_replace=True)
     assert second.published
     assert second.replaced
@@ -118,6 +123,7 @@ def test_other_content_needs_allow_replace(
     assert (newest.current, oldest.current) == (True, False)
 
 
+@everywhere
 def test_pushing_an_older_revision_brings_it_back(
     registry: Registry, adapters: Callable[[int], Path]
 ) -> None:
@@ -133,7 +139,7 @@ def test_pushing_an_older_revision_brings_it_back(
 
 
 def test_a_template_makes_another_revision_of_the_same_weights(
-    registry: Registry, adapters: Callable[[int], Path], data: Path
+    anywhere: Kept, registry: Registry, adapters: Callable[[int], Path]
 ) -> None:
     first = push(registry, "chat", adapters(1)).record
     (adapters(1) / TEMPLATE_FILE).write_text("{{ messages }}")
@@ -141,12 +147,12 @@ def test_a_template_makes_another_revision_of_the_same_weights(
     assert second.ref.revision != first.ref.revision
     assert second.ref.weights_digest == first.ref.weights_digest
     assert second.manifest.chat_template == "{{ messages }}"
-    assert len(os.listdir(data / "store" / "weights")) == 1
+    assert len(anywhere.stored("weights")) == 1
 
 
 @pytest.mark.parametrize("retain", [0, 1, 2])
 def test_superseded_revisions_are_kept_by_count(
-    data: Path, adapters: Callable[[int], Path], retain: int
+    anywhere: Kept, data: Path, adapters: Callable[[int], Path], retain: int
 ) -> None:
     with Registry.open(data, BASE, retain_superseded=retain) as registry:
         pushed = [push(registry, "chat", adapters(n), allow_replace=True) for n in range(4)]
@@ -155,14 +161,14 @@ def test_superseded_revisions_are_kept_by_count(
         dropped = [ref for published in pushed for ref in published.dropped]
         assert dropped == refs[: 3 - retain]
         assert [record.ref for record in registry.revisions("chat")] == kept
-        assert set(os.listdir(data / "store" / "weights")) == {r.weights_digest for r in kept}
+        assert anywhere.stored("weights") == {r.weights_digest for r in kept}
         with pytest.raises(AdapterNotFound):
             registry.resolve(refs[0].short)
 
 
 @pytest.mark.parametrize("exists", [False, True])
 def test_validate_only(
-    registry: Registry, adapters: Callable[[int], Path], data: Path, exists: bool
+    anywhere: Kept, registry: Registry, adapters: Callable[[int], Path], exists: bool
 ) -> None:
     if exists:
         push(registry, "chat", adapters(1))
@@ -173,14 +179,15 @@ def test_validate_only(
     assert not checked.record.current
     assert checked.record.etag == (registry.get("chat").etag if exists else "")
     assert len(registry) == exists
-    assert len(os.listdir(data / "store" / "weights")) == exists
-    assert staged(data) == []
+    assert len(anywhere.stored("weights")) == exists
+    assert anywhere.staged() == []
     if exists:
         upload = send(registry.begin_upload(announce("chat", files)), files)
         with pytest.raises(AdapterExists):
             registry.validate(upload)
 
 
+@everywhere
 def test_publishing_repairs_damage(registry: Registry, adapters: Callable[[int], Path]) -> None:
     ref = push(registry, "chat", adapters(1)).record.ref
     path = registry.weights_folder(ref) / WEIGHTS_FILE
@@ -304,7 +311,7 @@ def test_incomplete(registry: Registry, adapters: Callable[[int], Path], data: P
     assert staged(data) == []
 
 
-def test_checksum(registry: Registry, adapters: Callable[[int], Path], data: Path) -> None:
+def test_checksum(anywhere: Kept, registry: Registry, adapters: Callable[[int], Path]) -> None:
     files = bundle_files(adapters(1))
     damaged = {
         **files,
@@ -318,7 +325,7 @@ def test_checksum(registry: Registry, adapters: Callable[[int], Path], data: Pat
         "expected": hashlib.sha256(files[WEIGHTS_FILE]).hexdigest(),
         "actual": hashlib.sha256(damaged[WEIGHTS_FILE]).hexdigest(),
     }
-    assert staged(data) == []
+    assert anywhere.staged() == []
     assert len(registry) == 0
 
 
@@ -457,6 +464,7 @@ def test_unknown_names(registry: Registry, adapters: Callable[[int], Path]) -> N
         registry.delete("chta")
 
 
+@everywhere
 def test_list(registry: Registry, adapters: Callable[[int], Path]) -> None:
     for number, name in enumerate(["b", "a2", "a1"]):
         push(registry, name, adapters(number), labels={"n": str(number), "all": "x"})
@@ -486,6 +494,7 @@ def test_between_a_delete_s_two_steps(
 # ------------------------------------------------------------------ leases, delete
 
 
+@everywhere
 def test_a_lease_keeps_what_was_deleted(
     registry: Registry, adapters: Callable[[int], Path]
 ) -> None:
@@ -507,6 +516,7 @@ def test_a_lease_keeps_what_was_deleted(
     assert registry.leases(lease.ref.weights_digest) == 0
 
 
+@everywhere
 def test_a_lease_keeps_what_was_superseded(data: Path, adapters: Callable[[int], Path]) -> None:
     with Registry.open(data, BASE, retain_superseded=0) as registry:
         push(registry, "chat", adapters(1))
@@ -520,7 +530,7 @@ def test_a_lease_keeps_what_was_superseded(data: Path, adapters: Callable[[int],
         verify_weights(registry.weights_folder(lease.ref), lease.ref.weights_digest)
 
 
-def test_delete(registry: Registry, adapters: Callable[[int], Path], data: Path) -> None:
+def test_delete(anywhere: Kept, registry: Registry, adapters: Callable[[int], Path]) -> None:
     first = push(registry, "chat", adapters(1)).record
     second = push(registry, "chat", adapters(2), allow_replace=True).record
     with pytest.raises(EtagMismatch) as caught:
@@ -533,11 +543,12 @@ def test_delete(registry: Registry, adapters: Callable[[int], Path], data: Path)
     assert registry.get("chat").etag != second.etag
     assert registry.delete(second.ref.short) == (second.ref.revision,)
     assert len(registry) == 0
-    assert os.listdir(data / "store" / "weights") == []
-    assert os.listdir(data / "store" / "revisions") == []
+    assert anywhere.stored("weights") == set()
+    assert anywhere.stored("revisions") == set()
     assert push(registry, "chat", adapters(1)).record.etag not in (first.etag, second.etag)
 
 
+@everywhere
 def test_weights_shared_by_names_stay(
     registry: Registry, adapters: Callable[[int], Path]
 ) -> None:
@@ -557,6 +568,7 @@ def test_weights_shared_by_names_stay(
 # ------------------------------------------------------------------ reopening, lock
 
 
+@everywhere
 def test_reopening(data: Path, adapters: Callable[[int], Path]) -> None:
     with Registry.open(data, BASE) as registry:
         push(registry, "chat", adapters(1), labels={"a": "b"})
@@ -567,6 +579,7 @@ def test_reopening(data: Path, adapters: Callable[[int], Path]) -> None:
         assert registry.resolve("chat") == before[0].ref
 
 
+@everywhere
 def test_another_base(
     data: Path, adapters: Callable[[int], Path], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -595,6 +608,7 @@ def test_serving_bytes_follow_the_dtype(data: Path, adapters: Callable[[int], Pa
         assert registry.get("chat").manifest.serving_bytes == 2 * half
 
 
+@everywhere
 def test_one_owner(data: Path) -> None:
     with Registry.open(data, BASE):
         with pytest.raises(StoreLocked) as caught:

@@ -22,6 +22,7 @@ from veneer_registry.weights import WEIGHTS_FILE
 from tests.refused import refused
 from tests.unit.registry.kit import BASE, announce, bundle_files, kill, push, send
 
+everywhere = pytest.mark.usefixtures("anywhere")
 Adapters = Callable[[int], Path]
 
 
@@ -33,7 +34,7 @@ def rest(upload: Upload, files: dict[str, bytes], there: dict[str, int]) -> None
 
 
 def parts(data: Path) -> list[str]:
-    return os.listdir(data / "store" / "uploads")
+    return [path.name for path in data.glob("[sc]*e/uploads/*")]  # store/, or cache/
 
 
 @pytest.fixture
@@ -53,6 +54,7 @@ def broken_off(registry: Registry, request: UploadRequest, files: dict[str, byte
     upload.suspend()
 
 
+@everywhere
 @pytest.mark.parametrize("restart", [False, True])
 def test_goes_on_where_it_broke_off(
     data: Path, files: dict[str, bytes], request_: UploadRequest, restart: bool
@@ -135,6 +137,7 @@ def test_damaged_parts_are_noticed(
     assert registry.publish(send(registry.begin_upload(request_), files)).published
 
 
+@everywhere
 def test_content_that_is_stored_is_not_asked_for(
     registry: Registry, files: dict[str, bytes], adapters: Adapters, data: Path
 ) -> None:
@@ -149,6 +152,7 @@ def test_content_that_is_stored_is_not_asked_for(
     assert parts(data) == []
 
 
+@everywhere
 def test_a_new_template_on_old_weights_is_all_that_is_sent(
     registry: Registry, files: dict[str, bytes], adapters: Adapters
 ) -> None:
@@ -193,6 +197,7 @@ def test_damaged_stored_content_is_never_taken_nor_written_to(
     verify_weights(registry.weights_folder(ref), ref.weights_digest)  # repaired
 
 
+@everywhere
 def test_what_was_removed_is_asked_for_again(
     registry: Registry, files: dict[str, bytes], adapters: Adapters
 ) -> None:

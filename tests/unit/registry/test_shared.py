@@ -6,14 +6,17 @@ import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from veneer_registry import rebuild
 from veneer_registry.registry import Registry
 
 from tests.unit.registry.kit import BASE, kill, push
 
+everywhere = pytest.mark.usefixtures("anywhere")
 Adapters = Callable[[int], Path]
 
 
+@everywhere
 def test_sharing_lasts_over_replaces_aliases_and_kill_9(data: Path, adapters: Adapters) -> None:
     registry = Registry.open(data, BASE)
     push(registry, "chat", adapters(1))
@@ -42,6 +45,7 @@ def test_sharing_lasts_over_replaces_aliases_and_kill_9(data: Path, adapters: Ad
         assert registry.shared() == ()
 
 
+@everywhere
 def test_a_new_adapter_of_a_deleted_name_is_not_shared(data: Path, adapters: Adapters) -> None:
     with Registry.open(data, BASE) as registry:
         push(registry, "chat", adapters(1))

@@ -26,7 +26,7 @@ from veneer_server.logs import get_logger
 from veneer_server.serving.adapters.events import AdapterEvents
 from veneer_server.serving.adapters.replacing import Replacing, Warm
 from veneer_server.serving.adapters.uploads import Uploads
-from veneer_server.serving.adapters.use import AdapterUse, source_of
+from veneer_server.serving.adapters.use import AdapterUse, fetched, source_of
 from veneer_server.serving.threads import outlast, to_the_end
 from veneer_server.wire.messages import EvictMode, MemoryTier
 
@@ -146,6 +146,7 @@ class AdapterChanges:
         # The lease keeps the files in place while the engine reads them.
         ref = record.ref
         with self._registry.acquire(f"{ref.name}@{ref.revision}"):
+            await fetched(self._registry, ref)
             pinned = await self._engine.activate(
                 source_of(self._registry, record), tier=tier, pin=pin
             )

@@ -18,7 +18,7 @@ from veneer_registry.lease import RevisionLease
 from veneer_registry.registry import Registry
 
 from veneer_server.engine_client.tenant_engine import TenantEngine
-from veneer_server.serving.adapters.use import AdapterUse, source_of
+from veneer_server.serving.adapters.use import AdapterUse, fetched, source_of
 from veneer_server.serving.threads import to_the_end
 from veneer_server.wire.messages import AdapterSource
 
@@ -100,7 +100,10 @@ class Subjects:
                 break
             with ExitStack() as attempt:
                 try:
-                    subject = self._leased(acquire(), attempt)
+                    lease = acquire()
+                    subject = self._leased(lease, attempt)
+                    with suppress(AdapterCorrupt):  # reported by the test itself
+                        await fetched(self._registry, lease.ref)
                     assert subject.source is not None, "only the base has no source"
                     digest = subject.source.weights_digest
                     if digest in found:

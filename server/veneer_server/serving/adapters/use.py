@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
 
 from veneer_registry.adapter import AdapterRef
 from veneer_registry.records import AdapterRecord
@@ -11,7 +14,10 @@ from veneer_registry.registry import Registry
 
 from veneer_server.wire.messages import AdapterSource
 
-__all__ = ["AdapterUse", "source_of"]
+__all__ = ["AdapterUse", "fetched", "source_of"]
+
+_FETCHING: Final = ThreadPoolExecutor(8, thread_name_prefix="fetch")
+"""Threads of their own: an object store that answers slowly must not stall other work."""
 
 
 class AdapterUse:
@@ -36,6 +42,18 @@ class AdapterUse:
     def forget(self, ref: AdapterRef) -> None:
         """Drop a revision that the name no longer has."""
         self._last.pop((ref.name, ref.revision), None)
+
+
+async def fetched(registry: Registry, ref: AdapterRef) -> None:
+    """Return when the files of a leased revision are on the local disk.
+
+    Raises:
+        AdapterCorrupt: they are damaged or gone.
+        Unavailable: the object store cannot be reached.
+    """
+    if not registry.is_local(ref):
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(_FETCHING, registry.fetch, ref)
 
 
 def source_of(registry: Registry, record: AdapterRecord) -> AdapterSource:

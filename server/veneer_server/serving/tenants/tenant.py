@@ -18,6 +18,7 @@ from veneer_server.serving.adapters.upload_places import UploadPlaces
 from veneer_server.serving.adapters.uploads import Uploads
 from veneer_server.serving.adapters.use import AdapterUse
 from veneer_server.serving.housekeeping import Housekeeping
+from veneer_server.serving.tenants.elsewhere import tell_of_others
 from veneer_server.text.prompts import Prompts
 
 __all__ = ["Furnish", "Tenant"]
@@ -61,6 +62,7 @@ class Furnish:
         engine = TenantEngine(self.engine, name)
         events, use = AdapterEvents(), AdapterUse()
         events.name_by(registry.names)
+        tell_of_others(registry, events)
         broken = (config.max_broken_uploads, config.max_broken_upload_bytes)
         housekeeping = Housekeeping(
             registry,

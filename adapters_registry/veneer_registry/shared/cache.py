@@ -1,0 +1,90 @@
+"""Which weights are on the local disk, and which of them go when it is too many."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from veneer_registry.disk import move_away
+from veneer_registry.store_folders import StoreFolders, size_of
+
+__all__ = ["WeightsCache"]
+
+_log = logging.getLogger(__name__)
+
+
+class WeightsCache:
+    """The least recently used weights that no request needs go first. Thread-safe."""
+
+    def __init__(self, folders: StoreFolders, there: Iterable[str], most_bytes: int) -> None:
+        """``there``: what an earlier run left. It stays, within the bound."""
+        self._folders = folders
+        self._most_bytes = most_bytes
+        self._lock = threading.Lock()
+        self._turn = itertools.count()
+        self._sizes: dict[str, int] = {}
+        self._used: dict[str, int] = {}
+        self.leases: Callable[[str], int] = lambda digest: 0
+        found = map(folders.weights_folder, there)
+        for folder in sorted(found, key=lambda path: (path.stat().st_mtime, path.name)):
+            self._sizes[folder.name] = size_of(folder)
+            self._used[folder.name] = next(self._turn)
+        self.trim()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all weights on the local disk."""
+        return sum(self._sizes.values())
+
+    def has(self, weights: str) -> bool:
+        """Whether they are here; this counts as a use."""
+        with self._lock:
+            if weights not in self._sizes:
+                return False
+            self._used[weights] = next(self._turn)
+            return True
+
+    def add(self, weights: str) -> None:
+        """Note weights whose folder is in place, and make room for them."""
+        with self._lock:
+            self._sizes[weights] = size_of(self._folders.weights_folder(weights))
+            self._used[weights] = next(self._turn)
+        self.trim(but=weights)
+
+    def remove(self, weights: str, trash: Path | None = None) -> None:
+        """Remove weights from the local disk. Idempotent.
+
+        Args:
+            trash: a staging folder to which they are moved.
+        """
+        with self._lock:
+            self._sizes.pop(weights, None)
+            self._used.pop(weights, None)
+            own = trash or self._folders.new_staging()
+            move_away(self._folders.weights_folder(weights), own / f"w-{weights}")
+        if trash is None:
+            self._folders.drop_staging(own)
+
+    def trim(self, but: str = "") -> None:
+        """Remove weights until the bound is kept, or requests need all that is left.
+
+        Args:
+            but: weights to keep.
+        """
+        while True:
+            with self._lock:
+                if self.bytes <= self._most_bytes:
+                    return
+                oldest = sorted(self._sizes, key=self._used.__getitem__)
+            free = next((d for d in oldest if d != but and not self.leases(d)), None)
+            if free is None:
+                _log.warning(
+                    "requests need more weights (%d bytes) than the local cache may hold (%d)",
+                    self.bytes,
+                    self._most_bytes,
+                )
+                return
+            self.remove(free)

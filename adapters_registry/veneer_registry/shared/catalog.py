@@ -1,0 +1,402 @@
+"""The catalog in PostgreSQL, which several registries may change.
+
+Each keeps a local copy in SQLite (`mirror`), and lookups read that: no request waits for the
+network, and what is known is served on while the database is away. The copy is no truth: it is
+made anew at each start.
+
+A change is made to the copy, as in `Catalog`, and the rows that it touched are written to
+PostgreSQL in one transaction before the copy's own commit. `SharedExclusive` keeps the other
+registries out meanwhile, so that numbers are given and become visible in one order: whoever
+reads by number misses none. Each change leaves a row in ``changes``: its number, a random
+token, and the keys of what it touched. The others are woken by NOTIFY, and read by number what
+came after the last change that they know. That last one must still be there with its token: if
+not, the database was restored from a backup, and everything is read again.
+
+If the connection is lost before COMMIT was sent, nothing was changed. If it is lost after that,
+the token tells, once the lock shows that the old session has ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import secrets
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+from psycopg.types.json import Jsonb
+
+from veneer_registry.catalog import Catalog
+from veneer_registry.checked_rows import history_row
+from veneer_registry.database import database_errors
+from veneer_registry.errors import Unavailable, VeneerError
+from veneer_registry.rows import Foreign, HistoryRow
+from veneer_registry.shared import mirror
+from veneer_registry.shared.exclusive import SharedExclusive
+from veneer_registry.shared.postgres import Address, Connection, Link, unavailable
+from veneer_registry.shared.tables import KEPT_CHANGES, TABLES, create
+from veneer_registry.shared.transfer import keys_of, read_rows, residents_of, write_rows
+
+__all__ = ["PostgresCatalog"]
+
+_log = logging.getLogger(__name__)
+
+POLL_S: Final = 5.0
+"""How often the log of changes is read without being woken: a notification may be lost."""
+FIND_OUT_S: Final = 15.0
+"""How long to try to learn whether a commit whose answer was lost was made."""
+_PAUSE_S: Final = 0.2
+_AT_ONCE: Final = 2000
+_HISTORY: Final = next(table for table in TABLES if table.name == "history")
+
+Follower = Callable[[Foreign], None]
+
+
+class PostgresCatalog(Catalog):
+    """The catalog at ``address``, with its copy at ``path``, which is replaced.
+
+    Attributes:
+        lock_key: of PostgreSQL's advisory lock.
+    """
+
+    def __init__(
+        self, address: Address, path: Path, *, after_change: Callable[[int, str], None]
+    ) -> None:
+        """Connect, create the tables if they are missing, and read everything.
+
+        Args:
+            after_change: called with number and token of each change once it is durable.
+
+        Raises:
+            Unavailable: the database cannot be reached.
+            FailedPrecondition: the catalog is from a newer version, or permissions are missing.
+            DiskFull: no space for the copy.
+        """
+        residents = residents_of(path)
+        for suffix in ("", "-wal", "-shm", "-journal"):
+            path.with_name(path.name + suffix).unlink(missing_ok=True)
+        super().__init__(path, after_change=self._committed)
+        self._tell = after_change
+        self._address = address
+        key = hashlib.sha256(b"veneer catalog " + address.schema.encode()).digest()
+        self.lock_key = int.from_bytes(key[:8], "big", signed=True)
+        self._channel = f"veneer_{key.hex()[:16]}"
+        self._link = Link(address, "registry")
+        self._listening = Link(address, "watcher")
+        self._follower: Follower | None = None
+        self._known: tuple[int, str] = (-1, "")
+        """Number and token of the last change that the copy has."""
+        self._sent: tuple[int, str] | None = None
+        self._line = 0
+        self._ended = threading.Event()
+        self._watcher: threading.Thread | None = None
+        self.exclusive: SharedExclusive = SharedExclusive(self._enter, self._leave)
+        try:
+            # Rows come from PostgreSQL: what they refer to comes in the same transaction.
+            self._writer.execute("PRAGMA synchronous=OFF")
+            with self._link.answering() as connection:
+                self._lock(connection)
+                create(connection, address.schema)
+                self._unlock()
+            with self.exclusive.here():
+                self._catch_up(self._link)
+            mirror.capture(self._writer)
+            if residents:
+                with self._write_lock:
+                    self._writer.executemany(
+                        "INSERT INTO residents VALUES (?, ?, ?, ?)",
+                        [(at, r.weights, r.tier, r.pin) for at, r in enumerate(residents)],
+                    )
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the watcher, and close the connections. Idempotent."""
+        self._ended.set()
+        self._listening.close()
+        self._link.drop()
+        super().close()
+
+    def join(self) -> None:
+        """Wait for the end of the watcher's thread. Not from inside `exclusive`."""
+        if self._watcher is not None:
+            self._watcher.join()
+
+    def follow(self, follower: Follower) -> None:
+        """See `Catalog.follow`; from now on. The caller holds `exclusive`."""
+        self._follower = follower
+        self._watcher = threading.Thread(
+            target=self._watch, name="catalog-watcher", daemon=True
+        )
+        self._watcher.start()
+
+    def has(self, number: int, token: str) -> bool:
+        """Whether the change with this number is the one with this token, as far as the log
+        still knows."""
+        with self._link.answering() as connection:
+            row = connection.execute(
+                "SELECT token FROM changes WHERE number = %s", [number]
+            ).fetchone()
+        return row is None or row[0] == token
+
+    def _enter(self) -> None:
+        used = self._link.connected
+        try:
+            self._take()
+        except Unavailable:
+            if not used:
+                raise
+            # The database may have been restarted since the last change.
+            self._link.drop()
+            self._take()
+
+    def _take(self) -> None:
+        """Lock the catalog, and apply what others changed."""
+        with self._link.answering() as connection:
+            self._lock(connection)
+        try:
+            self._catch_up(self._link)
+        except BaseException:
+            self._leave()
+            raise
+
+    def _leave(self) -> None:
+        try:
+            with self._link.answering():
+                self._unlock()
+        except VeneerError as error:  # the lock ends with the session
+            _log.warning("the connection to the catalog was lost: %s", error)
+            self._link.drop()
+
+    def _lock(self, connection: Connection) -> None:
+        connection.execute("SELECT pg_advisory_lock(%s)", [self.lock_key])
+
+    def _unlock(self) -> None:
+        if self._link.connected:
+            self._link.open().execute("SELECT pg_advisory_unlock(%s)", [self.lock_key])
+
+    def _begin(self) -> None:
+        assert self.exclusive.held, "a change needs `exclusive`"
+        self._sent = None
+        mirror.begin(self._writer)
+
+    def _before_commit(self, number: int) -> None:
+        keys = mirror.touched(self._writer)
+        if not keys:  # only about this registry, such as what is in its memory
+            self._writer.execute("UPDATE counter SET value = value - 1")
+            return
+        there, gone = mirror.values(self._writer, keys)
+        token = secrets.token_hex(16)
+        with self._link.answering() as connection:
+            connection.execute("BEGIN")
+            counted = connection.execute(
+                "UPDATE counter SET value = %s WHERE value = %s", [number, number - 1]
+            )
+            if counted.rowcount != 1:
+                self._link.drop()
+                raise unavailable("another registry made a change while this one was cut off")
+            write_rows(connection, there, gone)
+            connection.execute(
+                "INSERT INTO changes (number, token, touched) VALUES (%s, %s, %s)",
+                [number, token, Jsonb(keys)],
+            )
+            connection.execute(
+                "DELETE FROM changes WHERE number <= %s", [number - KEPT_CHANGES]
+            )
+            connection.execute("SELECT pg_notify(%s, %s)", [self._channel, str(number)])
+        try:
+            with self._link.answering() as connection:
+                connection.execute("COMMIT")
+        except VeneerError as error:
+            self.find_out(number, token, error)
+        self._sent = (number, token)
+
+    def find_out(self, number: int, token: str, error: VeneerError) -> None:
+        """The answer to a COMMIT was lost. Return if it was made.
+
+        Raises:
+            Unavailable: it was not, or this cannot be found out.
+        """
+        deadline = time.monotonic() + FIND_OUT_S
+        while True:
+            self._link.drop()
+            try:
+                with self._link.answering() as connection:
+                    # The old session holds the lock until its commit has come to an end.
+                    self._lock(connection)
+                    row = connection.execute(
+                        "SELECT token FROM changes WHERE number = %s", [number]
+                    ).fetchone()
+                break
+            except Unavailable as again:
+                if time.monotonic() > deadline or self._ended.wait(_PAUSE_S):
+                    raise unavailable(again, outcome="unknown") from error
+        if row is None or row[0] != token:
+            raise unavailable(error) from error
+
+    def _committed(self, number: int) -> None:
+        """The copy has its own change."""
+        if self._sent is not None:
+            self._known = self._sent
+            ((self._line,),) = self._reader.rows(
+                "SELECT coalesce(max(sequence), 0) FROM history"
+            )
+            self._tell(*self._sent)
+
+    def _watch(self) -> None:
+        try:
+            self._watch_until_ended()
+        finally:
+            self._listening.drop()
+
+    def _watch_until_ended(self) -> None:
+        away = False
+        while not self._ended.is_set():
+            try:
+                connection = self._listening.open()
+                with self._listening.answering():
+                    connection.execute(f"LISTEN {self._channel}")
+                if away:
+                    _log.warning("the catalog's database is there again")
+                away = False
+                self._listen(connection)
+            except VeneerError as error:
+                self._listening.drop()
+                if not away and not self._ended.is_set():
+                    _log.warning("changes of other registries come late: %s", error)
+                away = True
+                self._ended.wait(1.0)
+            except Exception:
+                _log.exception("the watcher of the catalog failed; it goes on")
+                self._listening.drop()
+                self._ended.wait(1.0)
+
+    def _listen(self, connection: Connection) -> None:
+        while not self._ended.is_set():
+            with self.exclusive.here():
+                if self._ended.is_set():
+                    return
+                self._catch_up(self._listening)
+            with self._listening.errors():
+                for _ in connection.notifies(timeout=POLL_S, stop_after=1):
+                    pass
+
+    def _catch_up(self, link: Link) -> None:
+        """Apply the changes after the last known one. The caller holds `exclusive.here`."""
+        names: frozenset[str]
+        with link.answering() as connection, connection.transaction():
+            connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+            changes = connection.execute(
+                "SELECT number, token, touched FROM changes WHERE number >= %s ORDER BY number",
+                [self._known[0]],
+            ).fetchall()
+            goes_on = bool(changes) and tuple(changes[0][:2]) == self._known
+            if goes_on:
+                keys = keys_of(touched for _, _, touched in changes[1:])
+                there = read_rows(connection, keys)
+                last = (changes[-1][0], changes[-1][1])
+            else:
+                last, names = self._read_all(connection)
+        if goes_on and last == self._known:
+            return
+        if goes_on:
+            names = self._apply(there, keys, last[0])
+        lines = self._lines(last[0])
+        if self._follower is not None:
+            self._follower(Foreign(names, lines))
+        # Only now: if the follower failed, all this is done again.
+        self._known = last
+        if lines:
+            self._line = lines[-1].sequence
+
+    def _apply(
+        self, there: mirror.Rows, keys: dict[str, set[mirror.Key]], number: int
+    ) -> frozenset[str]:
+        """Write changed rows to the copy. Returns the names that they are about."""
+        gone: dict[str, list[mirror.Key]] = {}
+        for table in TABLES:
+            found = {row[: len(table.key)] for row in there.get(table.name, ())}
+            if missing := keys.get(table.name, set()) - found:
+                gone[table.name] = sorted(missing)
+        names = frozenset(
+            row[0]
+            for table in ("names", "revisions", "aliases", "shared", "labels")
+            for row in (*there.get(table, ()), *gone.get(table, ()))
+        )
+        # Superseded revisions go last: a request that found one in the index before must find
+        # the new one when it looks again.
+        late: dict[str, list[mirror.Key]] = {
+            table: gone.pop(table) for table in ("revisions", "labels") if table in gone
+        }
+        if late and there.get("names"):
+            with self._mirror() as writer:
+                mirror.apply(writer, there, gone)
+            if self._follower is not None:
+                self._follower(Foreign(names, ()))
+        with self._mirror() as writer:
+            mirror.apply(writer, there, {**gone, **late})
+            writer.execute("UPDATE counter SET value = ?", [number])
+        return names
+
+    @contextlib.contextmanager
+    def _mirror(self) -> Iterator[sqlite3.Connection]:
+        """A transaction of the copy, for rows that PostgreSQL has already."""
+        with self._write_lock, database_errors(self._path):
+            self._writer.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._writer
+                self._writer.execute("COMMIT")
+            except BaseException:
+                if self._writer.in_transaction:
+                    self._writer.execute("ROLLBACK")
+                raise
+
+    def _lines(self, number: int) -> tuple[HistoryRow, ...]:
+        """The history's lines after the last known one. Of a restored backup, none: its lines
+        are old ones."""
+        if number < self._known[0] or self._known[0] < 0:
+            ((self._line,),) = self._reader.rows(
+                "SELECT coalesce(max(sequence), 0) FROM history"
+            )
+            return ()
+        rows = self._reader.rows(
+            f"SELECT {', '.join(_HISTORY.columns)} FROM history "  # nosec B608 # names of ours
+            "WHERE sequence > ? ORDER BY sequence",
+            [self._line],
+        )
+        return tuple(map(history_row, rows))
+
+    def _read_all(self, connection: Connection) -> tuple[tuple[int, str], frozenset[str]]:
+        """Replace the whole copy: at the start, after a long absence, or if the database is not
+        the one that it was. Returns the last change, and all names of before and now."""
+        before = {name for (name,) in self._reader.rows("SELECT name FROM names")}
+        ((number, token),) = connection.execute(
+            "SELECT number, token FROM changes ORDER BY number DESC LIMIT 1"
+        ).fetchall()
+        if number < self._known[0]:
+            _log.error(
+                "the catalog's database has change %d at most, but %d was made: it was "
+                "restored from an older backup, and what was published since is gone",
+                number,
+                self._known[0],
+            )
+        elif self._known[0] >= 0:
+            _log.warning("the catalog is read again: its log does not go on from what is known")
+        with self._mirror() as writer:
+            mirror.empty(writer)
+            for table in TABLES:
+                query = f"SELECT {', '.join(table.columns)} FROM {table.name}"  # nosec B608 # names of ours
+                with connection.cursor(f"all_{table.name}") as cursor:
+                    cursor.itersize = _AT_ONCE
+                    cursor.execute(query)
+                    while rows := cursor.fetchmany(_AT_ONCE):
+                        writer.executemany(table.upsert("?"), rows)
+            writer.execute("UPDATE counter SET value = ?", [number])
+        after = {name for (name,) in self._reader.rows("SELECT name FROM names")}
+        return (number, token), frozenset(before | after)

@@ -1,0 +1,242 @@
+"""Content as objects, in the layout of the folder store, and a local cache of weights.
+
+::
+
+    weights/<weights digest>/   adapter_config.json, and last adapter_model.safetensors
+    revisions/<revision>/       the bundle's other files, registrations, and last bundle.json
+    unneeded/<kind>/<digest>    marks content that no name has; it is deleted an hour later
+    aside/<kind>/<digest>       marks content that no name had at a start; kept like quarantine
+    quarantine/<digest>/        weights that were found damaged
+    id  changes                 as in the folder store
+
+A folder counts as present if its last file is there, so one that was written in part is never
+seen, and is completed by the next push. Keys contain the content's digest, so writing twice
+writes the same. Content is compared with its digest when it is read.
+
+Deleting is put off because another registry may be about to read what nobody needs any more.
+Whoever stores content removes its mark, under the catalog's lock, under which marked content is
+deleted too.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from veneer_registry.bundle import Bundle
+from veneer_registry.bundle_files import REQUIRED_FILES
+from veneer_registry.disk import disk_errors, remove
+from veneer_registry.errors import AdapterCorrupt
+from veneer_registry.shared.cache import WeightsCache
+from veneer_registry.shared.objects import Objects
+from veneer_registry.shared.unneeded import UNNEEDED, ObjectQuarantine
+from veneer_registry.store import REGISTRATION, Store
+from veneer_registry.store_folders import checked_digest
+from veneer_registry.stored_adapter import verify_weights
+
+__all__ = ["ObjectStore"]
+
+_log = logging.getLogger(__name__)
+
+_BUNDLE: Final = "bundle.json"
+_LAST: Final = REQUIRED_FILES[-1]
+
+
+class ObjectStore(Store):
+    """Committed content is in ``objects``; uploads, staging and the cache are in ``root``."""
+
+    quarantine: ObjectQuarantine
+
+    def __init__(self, objects: Objects, root: Path, cache_bytes: int) -> None:
+        """``cache_bytes``: bound on the weights on the local disk; see `WeightsCache`."""
+        super().__init__(root)
+        self.objects = objects
+        self.quarantine = ObjectQuarantine(self, objects)
+        self.cache = WeightsCache(self, super().present()[0], cache_bytes)
+        self._fetching: dict[str, threading.Lock] = {}
+        self._guard = threading.Lock()
+
+    # ------------------------------------------------------------------- what is there
+
+    def present(self) -> tuple[set[str], set[str]]:
+        """See `Store`."""
+        return (
+            {
+                key.split("/")[1]
+                for key in self.objects.list("weights")
+                if key.endswith(f"/{_LAST}")
+            },
+            {
+                key.split("/")[1]
+                for key in self.objects.list("revisions")
+                if key.endswith(f"/{_BUNDLE}")
+            },
+        )
+
+    def has(self, digest: str, file: str) -> bool:
+        """See `Store`."""
+        return self._find(digest, file) is not None
+
+    def _find(self, digest: str, file: str) -> str | None:
+        checked_digest(digest)
+        kinds = ("weights",) if file in REQUIRED_FILES else ("revisions",)
+        for kind in kinds:
+            if self.objects.stat(f"{kind}/{digest}/{file}") is not None:
+                return f"{kind}/{digest}/{file}"
+        return None
+
+    def link(self, digest: str, file: str, to: Path) -> bool:
+        """See `Store`."""
+        if file in REQUIRED_FILES and self.is_local(digest):
+            return super().link(digest, file, to)
+        key = self._find(digest, file)
+        return key is not None and self.objects.get(key, to)
+
+    # ------------------------------------------------------------------------- commit
+
+    def prepare(self, staged: Path, bundle: Bundle) -> bool:
+        """Send the content while others commit: it may be large. See `Store`."""
+        return self._send(staged, bundle)
+
+    def commit(
+        self, staged: Path, bundle: Bundle, registration: tuple[str, bytes] | None = None
+    ) -> bool:
+        """See `Store`. Stored weights are not read: their size must match."""
+        if registration is not None:
+            name, data = registration
+            self.objects.write(f"revisions/{bundle.revision}/{name}", data)
+        fresh = self._send(staged, bundle)
+        self.quarantine.unmark([bundle.weights], [bundle.revision])
+        with disk_errors(self.root):
+            if not self._weights_intact(bundle.weights):
+                self._place(staged, self.weights_folder(bundle.weights), REQUIRED_FILES)
+            self.cache.add(bundle.weights)
+        return fresh
+
+    def _send(self, source: Path, bundle: Bundle) -> bool:
+        """Write what is missing. True if the weights were."""
+        fresh = False
+        for name in REQUIRED_FILES:
+            fresh |= self._put(f"weights/{bundle.weights}/{name}", source / name)
+        for name in bundle.files:
+            self._put(f"revisions/{bundle.revision}/{name}", source / name)
+        key = f"revisions/{bundle.revision}/{_BUNDLE}"
+        there = self.objects.stat(key)
+        if there is None or there.size != len(bundle.document):
+            self.objects.write(key, bundle.document)
+        return fresh
+
+    def _put(self, key: str, path: Path) -> bool:
+        there = self.objects.stat(key)
+        if there is not None and there.size == path.stat().st_size:
+            return False
+        self.objects.put(key, path)
+        return True
+
+    def still_there(self, staged: Path, bundle: Bundle) -> None:
+        """See `Store`."""
+        self._send(staged, bundle)
+        self.quarantine.unmark([bundle.weights], [bundle.revision])
+
+    def bundle(self, revision: str) -> Bundle:
+        """See `Store`."""
+        data = self.objects.read(f"revisions/{checked_digest(revision)}/{_BUNDLE}")
+        if data is None:
+            raise ValueError("it is gone")
+        document = json.loads(data)
+        return Bundle(document["weights"], document["files"])
+
+    # ------------------------------------------------------------------ registrations
+
+    def registered(self, revision: str) -> bool:
+        """See `Store`."""
+        folder = f"revisions/{checked_digest(revision)}"
+        return any(REGISTRATION in key for key in self.objects.list(folder))
+
+    def register(self, revision: str, name: str, data: bytes) -> None:
+        """See `Store`."""
+        if self.has(revision, _BUNDLE):
+            self.objects.write(f"revisions/{revision}/{name}", data)
+
+    def complete(self, weights: str, revision: str, name: str, data: bytes) -> None:
+        """Nothing: no older Veneer wrote objects."""
+
+    def unregister(self, revision: str, name: str) -> None:
+        """See `Store`."""
+        self.objects.delete([f"revisions/{checked_digest(revision)}/{name}"])
+
+    def discard(self, weights: Iterable[str], revisions: Iterable[str]) -> Path:
+        """Mark content, and move cached weights to a staging folder; see `Store`."""
+        weights = tuple(weights)
+        trash = self.new_staging()
+        try:
+            self.quarantine.mark(UNNEEDED, weights, revisions)
+            for digest in weights:
+                self.cache.remove(digest, trash)
+        except BaseException:
+            remove(trash)
+            raise
+        return trash
+
+    # ------------------------------------------------------------------------ cache
+
+    def keep_while(self, leases: Callable[[str], int], named: Callable[[str], bool]) -> None:
+        """See `Store`."""
+        self.cache.leases = leases
+        self.quarantine.needed = lambda digest: named(digest) or leases(digest) > 0
+
+    def is_local(self, weights: str) -> bool:
+        """See `Store`."""
+        return self.cache.has(weights)
+
+    def fetch(self, weights: str) -> None:
+        """See `Store`. Two who need the same weights share one download."""
+        with self._alone(weights):
+            if self.cache.has(weights):
+                return
+            staged = self.new_staging()
+            try:
+                for name in REQUIRED_FILES:
+                    if not self.objects.get(
+                        f"weights/{checked_digest(weights)}/{name}", staged / name
+                    ):
+                        raise _gone(weights)
+                verify_weights(staged, weights)
+                with disk_errors(self.root):
+                    self._place(staged, self.weights_folder(weights), REQUIRED_FILES)
+                self.cache.add(weights)
+            finally:
+                remove(staged)
+
+    def heal(self, weights: str) -> bool:
+        """See `Store`: the local copy may be damaged while the object is whole."""
+        self.cache.remove(weights)
+        try:
+            self.fetch(weights)
+        except AdapterCorrupt as error:
+            _log.error("the stored object is damaged too: %s", error)
+            return False
+        return True
+
+    @contextmanager
+    def _alone(self, weights: str) -> Iterator[None]:
+        with self._guard:
+            lock = self._fetching.setdefault(weights, threading.Lock())
+        with lock:
+            try:
+                yield
+            finally:
+                with self._guard:
+                    self._fetching.pop(weights, None)
+
+
+def _gone(weights: str) -> AdapterCorrupt:
+    return AdapterCorrupt(
+        f"stored weights {weights[:12]} are gone from the object store; push the adapter again",
+        metadata={"weights_digest": weights, "why": "gone", "cause": "files"},
+    )

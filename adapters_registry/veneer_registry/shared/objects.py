@@ -1,0 +1,221 @@
+"""Objects under a prefix of a bucket, by fsspec, and what its errors mean."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final
+
+import fsspec
+from aiobotocore.session import get_session
+from aiohttp import ClientError as HttpError
+from botocore.exceptions import BotoCoreError
+from botocore.exceptions import ClientError as RefusedError
+
+from veneer_registry.disk import disk_full
+from veneer_registry.errors import InvalidField, Unavailable
+
+__all__ = ["Objects", "Stat", "check_url"]
+
+_log = logging.getLogger(__name__)
+
+_URL: Final = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])((?:/[A-Za-z0-9._-]+)*)/?")
+RETRY_S: Final = 5.0
+_DELETED_AT_ONCE: Final = 500
+_STALE_PARTS_S: Final = 24 * 3600.0
+"""An interrupted multipart upload of this age is removed: nobody sees it, but it costs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stat:
+    """Size in bytes, and Unix seconds of the last write."""
+
+    size: int
+    modified: float
+
+
+def check_url(url: str) -> tuple[str, str]:
+    """(bucket, prefix without slashes at its ends) of ``s3://bucket/prefix``.
+
+    Raises InvalidField. Connects to nothing.
+    """
+    match = _URL.fullmatch(url)
+    if match is None or ".." in url:
+        raise InvalidField(
+            f"--store {url[:100]!r} is not s3://BUCKET/PREFIX: use letters, digits, '.', '_' "
+            "and '-'. Endpoint and credentials come from the standard AWS variables or files",
+            metadata={"field": "store"},
+        )
+    return match[1], match[2].strip("/")
+
+
+class Objects:
+    """The objects whose keys begin with a prefix. Thread-safe.
+
+    A key here is relative to it. An object appears whole or not at all, and once written it is
+    read by everybody (S3 is strongly consistent).
+
+    Attributes:
+        fs: fsspec's file system.
+    """
+
+    def __init__(self, url: str, **options: Any) -> None:
+        """Connects to nothing.
+
+        Args:
+            options: for `s3fs.S3FileSystem`, for tests.
+        """
+        self._bucket, self._prefix = check_url(url)
+        self.url = url.rstrip("/")
+        self._root = "/".join(filter(None, (self._bucket, self._prefix)))
+        self.fs = fsspec.filesystem(
+            "s3",
+            skip_instance_cache=True,
+            use_listings_cache=False,
+            session=_session(),
+            config_kwargs={
+                "connect_timeout": 5,
+                "read_timeout": 10,
+                # Some accesses are made under the catalog's lock: better to fail soon.
+                "retries": {"total_max_attempts": 2, "mode": "standard"},
+            },
+            **options,
+        )
+        self.fs.retries = 1  # botocore repeats
+
+    def _path(self, key: str) -> str:
+        return f"{self._root}/{key}"
+
+    def put(self, key: str, path: Path) -> None:
+        """Write a file's content; large files in parts. Raises Unavailable."""
+        with self._errors():
+            self.fs.put_file(str(path), self._path(key))
+
+    def write(self, key: str, data: bytes) -> None:
+        """Write bytes. Raises Unavailable."""
+        with self._errors():
+            self.fs.pipe_file(self._path(key), data)
+
+    def read(self, key: str) -> bytes | None:
+        """Read a small object; None if there is none. Raises Unavailable."""
+        with self._errors(), contextlib.suppress(FileNotFoundError):
+            return bytes(self.fs.cat_file(self._path(key)))
+        return None
+
+    def get(self, key: str, to: Path) -> bool:
+        """Write an object's content to a file; False if there is none.
+
+        Raises Unavailable, DiskFull.
+        """
+        with self._errors(to.parent), contextlib.suppress(FileNotFoundError):
+            self.fs.get_file(self._path(key), str(to))
+            return True
+        return False
+
+    def stat(self, key: str) -> Stat | None:
+        """Size and time of an object; None if there is none. Raises Unavailable."""
+        with self._errors(), contextlib.suppress(FileNotFoundError):
+            found = self.fs.info(self._path(key))
+            if found["type"] == "file":
+                return _stat(found)
+        return None
+
+    def list(self, folder: str) -> dict[str, Stat]:
+        """All objects whose keys begin with ``folder``/. Raises Unavailable."""
+        root = self._path(folder)
+        with self._errors():
+            found = self.fs.find(root, detail=True)
+        start = len(self._root) + 1
+        return {path[start:]: _stat(each) for path, each in found.items()}
+
+    def any(self, folder: str) -> bool:
+        """Whether an object's key begins with ``folder``/. Raises Unavailable."""
+        prefix = f"{self._prefix}/{folder}/" if self._prefix else f"{folder}/"
+        with self._errors():
+            page = self.fs.call_s3(
+                "list_objects_v2", Bucket=self._bucket, Prefix=prefix, MaxKeys=1
+            )
+        return bool(page.get("Contents"))
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Delete objects. Idempotent. Raises Unavailable."""
+        paths = [{"Key": self._path(key).partition("/")[2]} for key in keys]
+        with self._errors():
+            for at in range(0, len(paths), _DELETED_AT_ONCE):
+                answer = self.fs.call_s3(
+                    "delete_objects",
+                    Bucket=self._bucket,
+                    Delete={"Objects": paths[at : at + _DELETED_AT_ONCE], "Quiet": True},
+                )
+                if failed := answer.get("Errors"):
+                    raise OSError(errno.EIO, f"delete: {failed[0].get('Code')}")
+
+    def copy(self, key: str, to: str) -> None:
+        """Copy an object inside the store. Raises Unavailable."""
+        with self._errors():
+            self.fs.cp_file(self._path(key), self._path(to))
+
+    def drop_stale_parts(self, now: float) -> int:
+        """Remove what interrupted multipart uploads left. Returns how many."""
+        dropped = 0
+        with self._errors():
+            page = self.fs.call_s3(
+                "list_multipart_uploads", Bucket=self._bucket, Prefix=f"{self._prefix}/"
+            )
+            for each in page.get("Uploads") or ():
+                if each["Initiated"].timestamp() < now - _STALE_PARTS_S:
+                    self.fs.call_s3(
+                        "abort_multipart_upload",
+                        Bucket=self._bucket,
+                        Key=each["Key"],
+                        UploadId=each["UploadId"],
+                    )
+                    dropped += 1
+        return dropped
+
+    @contextlib.contextmanager
+    def _errors(self, local: Path | None = None) -> Iterator[None]:
+        """Turn the errors of an access into ours, except FileNotFoundError of an object."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            if "bucket" in str(error).lower():
+                raise self._unavailable(error) from error
+            raise
+        except OSError as error:
+            if local is not None and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise disk_full(local) from error
+            raise self._unavailable(error) from error
+        except (BotoCoreError, RefusedError, HttpError, TimeoutError) as error:
+            raise self._unavailable(error) from error
+
+    def _unavailable(self, error: Exception) -> Unavailable:
+        why = " ".join(str(error).split())[:300] or type(error).__name__
+        refused = isinstance(error, PermissionError)
+        what = "refuses access" if refused else "cannot be reached"
+        return Unavailable(
+            f"the object store {what}, nothing was published; try again",
+            metadata={"cause": "object_store"},
+            retry_after_s=RETRY_S,
+            detail=f"{self.url}: {why}",
+        )
+
+
+@functools.cache
+def _session() -> Any:
+    """One for all: reading what the S3 API looks like takes a while."""
+    return get_session()
+
+
+def _stat(found: dict[str, Any]) -> Stat:
+    when = found.get("LastModified")
+    return Stat(
+        int(found.get("size") or 0), when.timestamp() if isinstance(when, datetime) else 0.0
+    )

@@ -1,0 +1,53 @@
+"""Rows on their way between PostgreSQL and the local copy."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from veneer_registry.rows import ResidentRow
+from veneer_registry.shared import mirror
+from veneer_registry.shared.postgres import Connection
+from veneer_registry.shared.tables import TABLES
+
+__all__ = ["keys_of", "read_rows", "residents_of", "write_rows"]
+
+
+def keys_of(touched: Iterable[dict[str, Any]]) -> dict[str, set[mirror.Key]]:
+    """Table -> keys, of several changes."""
+    keys: dict[str, set[mirror.Key]] = {}
+    for each in touched:
+        for table, found in each.items():
+            keys.setdefault(table, set()).update(map(tuple, found))
+    return keys
+
+
+def read_rows(connection: Connection, keys: dict[str, set[mirror.Key]]) -> dict[str, list[Any]]:
+    """The rows that exist of these keys."""
+    found: dict[str, list[Any]] = {}
+    for table in TABLES:
+        if wanted := sorted(keys.get(table.name, ())):
+            columns = [list(column) for column in zip(*wanted, strict=True)]
+            found[table.name] = connection.execute(table.chosen(), columns).fetchall()
+    return found
+
+
+def write_rows(connection: Connection, there: mirror.Rows, gone: mirror.Rows) -> None:
+    with connection.cursor() as cursor:
+        for table in reversed(TABLES):
+            if keys := gone.get(table.name):
+                cursor.executemany(table.delete("%s"), keys)
+        for table in TABLES:
+            if rows := there.get(table.name):
+                cursor.executemany(table.upsert("%s"), rows)
+
+
+def residents_of(path: Path) -> Sequence[ResidentRow]:
+    """What the last run had in memory, which only the copy knows."""
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(path)) as db:
+        rows = db.execute("SELECT weights, tier, pin FROM residents ORDER BY place").fetchall()
+        return [ResidentRow(*row) for row in rows]
+    return []

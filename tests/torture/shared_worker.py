@@ -1,0 +1,101 @@
+"""A registry on PostgreSQL and S3 that publishes until it is killed, for row 23.
+
+``python -m tests.torture.shared_worker``, with a JSON object on standard input: where catalog
+and store are, the adapters to publish, a seed, and a planted bug. Prints a line for each
+answer: ``new NAME REVISION``, ``same NAME REVISION`` if the name had it already, or
+``no NAME REASON``.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import psycopg
+from veneer_registry.errors import VeneerError
+from veneer_registry.registry import Registry
+from veneer_registry.shared import mirror
+from veneer_registry.shared.catalog import PostgresCatalog
+from veneer_registry.shared.objects import Objects
+from veneer_registry.shared.places import SharedPlaces
+from veneer_registry.shared.postgres import Address
+
+from tests.unit.registry.kit import BASE, push
+
+RETAIN = 1000
+LOST = 0.2
+"""Share of the commits whose answer is lost; with the bug about them, three times as many."""
+
+PLANTED = (
+    "acknowledged before the database's commit",
+    "the catalog is written before the objects",
+    "a lost answer counts as a commit",
+)
+
+
+def places(given: dict[str, Any], data: Path) -> SharedPlaces:
+    """Those that the worker was given."""
+    objects = Objects(given["store"], endpoint_url=given["endpoint"], key="test", secret="test")
+    address = Address(given["catalog"], Path(given["password_file"]), given["schema"])
+    return SharedPlaces(data, address, objects, cache_bytes=1 << 30)
+
+
+@contextmanager
+def planted(bug: str) -> Iterator[None]:
+    """The product with one of `PLANTED`, or without."""
+    with ExitStack() as stack:
+        if bug == PLANTED[0]:
+            stack.enter_context(patch.object(mirror, "touched", lambda *_: {}))
+        elif bug == PLANTED[1]:
+            stack.enter_context(patch.object(Objects, "put", lambda *_: None))
+        elif bug == PLANTED[2]:
+            stack.enter_context(patch.object(PostgresCatalog, "find_out", lambda *_: None))
+        yield
+
+
+@contextmanager
+def losing(rng: random.Random, share: float) -> Iterator[None]:
+    """Lose the connection at some commits: before they are made, or after."""
+    real = psycopg.Connection.execute
+
+    def execute(self: Any, query: Any, *more: Any, **options: Any) -> Any:
+        if query != "COMMIT" or rng.random() >= share:
+            return real(self, query, *more, **options)
+        if rng.random() < 0.5:
+            real(self, query)
+        self.close()
+        raise psycopg.OperationalError("the answer was lost")
+
+    with patch.object(psycopg.Connection, "execute", execute):
+        yield
+
+
+def main() -> None:
+    """Publish for ever."""
+    given = json.loads(sys.stdin.readline())
+    rng = random.Random(given["seed"])
+    adapters = [Path(path) for path in given["adapters"]]
+    data = Path(given["data"])
+    registry = Registry.open(data, BASE, places=places(given, data), retain_superseded=RETAIN)
+    lost = LOST * 3 if given["planted"] == PLANTED[2] else LOST
+    with registry, planted(given["planted"]), losing(rng, lost):
+        print("ready", flush=True)
+        while True:
+            name = rng.choice(given["names"])
+            try:
+                published = push(registry, name, rng.choice(adapters), allow_replace=True)
+            except VeneerError as error:
+                print("no", name, error.reason, flush=True)
+            else:
+                kind = "new" if published.published else "same"
+                print(kind, name, published.record.ref.revision, flush=True)
+
+
+if __name__ == "__main__":
+    main()

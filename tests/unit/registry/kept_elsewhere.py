@@ -1,0 +1,35 @@
+"""What a registry keeps in PostgreSQL and an object store, as its tests look at it."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from veneer_registry.shared.places import SharedPlaces
+
+from tests.shared_services import Services
+from tests.unit.registry.kit import Kept
+
+
+class KeptElsewhere(Kept):
+    """Each data folder has a catalog and a store of its own."""
+
+    local = "cache"
+
+    def __init__(self, data: Path, services: Services) -> None:
+        super().__init__(data)
+        self.services = services
+
+    def name(self, data: Path) -> str:
+        """Of a data folder's catalog and store."""
+        return hashlib.sha256(str(data).encode()).hexdigest()[:16]
+
+    def places(self, data: Path) -> SharedPlaces:
+        """Those of a data folder."""
+        return self.services.places(self.name(data), data)
+
+    def stored(self, kind: str) -> set[str]:
+        """See `Kept`: objects that are not marked as unneeded."""
+        objects = self.services.s3.objects(self.name(self.data))
+        marked = {key.split("/")[2] for key in objects.list(f"unneeded/{kind}")}
+        return {key.split("/")[1] for key in objects.list(kind)} - marked
