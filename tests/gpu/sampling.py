@@ -180,8 +180,8 @@ SUBJECTS: Final = (
             Bug(
                 "the last of equals is the likeliest",
                 draw,
-                "each > peaks, token, places",
-                "each >= peaks, token, places",
+                "likeliest = tl.min(tl.where(peaks == peak, places, vocab), axis=0)",
+                "likeliest = tl.max(tl.where(peaks == peak, places, 0), axis=0)",
             ),
             Bug(
                 "settings of another row",
