@@ -58,11 +58,7 @@ Follower = Callable[[Foreign], None]
 
 
 class PostgresCatalog(Catalog):
-    """The catalog at ``address``, with its copy at ``path``, which is replaced.
-
-    Attributes:
-        lock_key: of PostgreSQL's advisory lock.
-    """
+    """The catalog at ``address``, with its copy at ``path``, which is replaced."""
 
     def __init__(
         self, address: Address, path: Path, *, after_change: Callable[[int, str], None]
