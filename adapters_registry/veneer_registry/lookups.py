@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 from veneer_registry.adapter import AdapterRef
-from veneer_registry.bundle_files import REQUIRED_FILES
 from veneer_registry.causes import cause_of
 from veneer_registry.core import Part
 from veneer_registry.errors import (
@@ -186,21 +186,26 @@ class Lookups(Part):
         """Folder with the two weight files of a leased or registered revision."""
         return self._core.store.weights_folder(ref.weights_digest)
 
-    def bundle_files(self, ref: AdapterRef) -> Mapping[str, Path]:
-        """The files of a leased revision as they were pushed, by name. Weights that were
-        pushed several times are those of the first push. Raises AdapterCorrupt."""
+    @contextmanager
+    def bundle_files(self, ref: AdapterRef) -> Iterator[Mapping[str, Path]]:
+        """The files of a leased revision as they were pushed, by name, to be opened in the
+        block. Weights that were pushed several times are those of the first push.
+
+        Raises:
+            AdapterCorrupt: they are damaged or gone.
+            Unavailable: the object store cannot be reached.
+        """
         store = self._core.store
         try:
-            extra = store.bundle(ref.revision).files
+            bundle = store.bundle(ref.revision)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise AdapterCorrupt(
                 f"the bundle of {ref.short} cannot be read; push the adapter again",
                 metadata={"revision": ref.revision, "cause": "files"},
                 detail=cause_of(error),
             ) from error
-        weights, revision = self.weights_folder(ref), store.revision_folder(ref.revision)
-        found = {name: weights / name for name in REQUIRED_FILES}
-        return found | {name: revision / name for name in sorted(extra)}
+        with store.files_of(bundle) as found:
+            yield found
 
     def is_local(self, ref: AdapterRef) -> bool:
         """Whether `weights_folder` can be read now; if not, `fetch` first. Reads no disk."""

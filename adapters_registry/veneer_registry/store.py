@@ -25,7 +25,8 @@ import hashlib
 import json
 import logging
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -140,6 +141,17 @@ class Store(StoreFolders):
             link(self.weights_folder(bundle.weights) / name, to / name)
         for name in bundle.files:
             link(self.revision_folder(bundle.revision) / name, to / name)
+
+    @contextmanager
+    def files_of(self, bundle: Bundle) -> Iterator[Mapping[str, Path]]:
+        """Local paths of all files of a stored revision, by name, within the block. Raises
+        AdapterCorrupt, Unavailable."""
+        weights, revision = (
+            self.weights_folder(bundle.weights),
+            self.revision_folder(bundle.revision),
+        )
+        found = {name: weights / name for name in REQUIRED_FILES}
+        yield found | {name: revision / name for name in sorted(bundle.files)}
 
     # ------------------------------------------------- for content that is kept elsewhere
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -212,6 +212,22 @@ class ObjectStore(Store):
                 self.cache.add(weights)
             finally:
                 remove(staged)
+
+    @contextmanager
+    def files_of(self, bundle: Bundle) -> Iterator[Mapping[str, Path]]:
+        """See `Store`."""
+        self.fetch(bundle.weights)
+        weights = self.weights_folder(bundle.weights)
+        found = {name: weights / name for name in REQUIRED_FILES}
+        staged = self.new_staging()
+        try:
+            for name in sorted(bundle.files):
+                if not self.objects.get(f"revisions/{bundle.revision}/{name}", staged / name):
+                    raise _gone(bundle.weights)
+                found[name] = staged / name
+            yield found
+        finally:
+            remove(staged)
 
     def heal(self, weights: str) -> bool:
         """See `Store`: the local copy may be damaged while the object is whole."""

@@ -479,6 +479,19 @@ def test_the_cache_is_bounded_but_for_what_is_leased(opened: Open, adapters: Ada
     assert sum(map(other.is_local, refs)) == 2
 
 
+def test_a_revision_is_given_back_where_nothing_of_it_lies(
+    opened: Open, adapters: Adapters
+) -> None:
+    folder = adapters(1)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    push(opened(), "chat", folder)
+    other = opened("other")
+    with other.acquire("chat") as lease, other.bundle_files(lease.ref) as paths:
+        found = {name: path.read_bytes() for name, path in paths.items()}
+    assert found == bundle_files(folder)
+    assert "chat_template.jinja" in found
+
+
 def test_a_damaged_copy_is_fetched_again(opened: Open, adapters: Adapters) -> None:
     registry = opened()
     ref = push(registry, "chat", adapters(1)).record.ref

@@ -105,11 +105,7 @@ class Downloads:
     ) -> None:
         files: list[_File] = []
         try:
-            paths = await to_the_end(
-                lambda: home.registry.bundle_files(lease.ref), self._workers
-            )
-            for name, path in paths.items():
-                await to_the_end(partial(_open, name, path, files), self._workers)
+            await to_the_end(partial(_open_all, home, lease, files), self._workers)
             start = adapters_pb2.DownloadStart(adapter=describe(lease))
             for file in files:
                 found = hashlib.sha256()
@@ -160,6 +156,13 @@ class Downloads:
             yield
         finally:
             self._running[tenant] -= 1
+
+
+def _open_all(home: Tenant, lease: RevisionLease, files: list[_File]) -> None:
+    """Open the files of a leased revision, see `_open`. Raises Unavailable as well."""
+    with home.registry.bundle_files(lease.ref) as paths:
+        for name, path in paths.items():
+            _open(name, path, files)
 
 
 def _open(name: str, path: Path, files: list[_File]) -> None:
