@@ -11,14 +11,12 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Final
 
 from veneer_registry.adapter import BaseSpec
 from veneer_registry.base_names import known_names
 from veneer_registry.core import ReadAdapter
 from veneer_registry.lock import OwnerLock
-from veneer_registry.registry import Registry
 from veneer_registry.replacing import replace_file
 
 from veneer_server import __version__
@@ -38,7 +36,7 @@ from veneer_server.quotas.rates import Quotas
 from veneer_server.quotas.uploads import UploadQuotas
 from veneer_server.quotas.usage import UsageBook
 from veneer_server.quotas.usage_store import UsageStore
-from veneer_server.rpc.adapter_service import AdapterService
+from veneer_server.roles import role_of
 from veneer_server.rpc.health import Health
 from veneer_server.rpc.inference_service import InferenceService
 from veneer_server.rpc.server_service import ServerService
@@ -51,7 +49,7 @@ from veneer_server.serving.tenants.tenant import Furnish
 from veneer_server.serving.tenants.tenants import Tenants
 from veneer_server.serving.threads import Background
 from veneer_server.sizing.memory_plan import MemoryPlan
-from veneer_server.startup import engine_config, fingerprint_of, memory_for, replan
+from veneer_server.startup import engine_config, fingerprint_of, replan
 from veneer_server.system.descriptors import share_descriptors
 from veneer_server.telemetry.adapter_log import AdapterLog
 from veneer_server.telemetry.metrics import Metrics
@@ -84,7 +82,8 @@ class App:
         """
         self._config = config
         self._announce = announce
-        self._make_engine = make_engine
+        self._role = role_of(config)
+        self._make_engine = self._role.engine(make_engine)
         self._read = read
         self._resources = AsyncExitStack()
         self._metrics = Metrics()
@@ -177,7 +176,7 @@ class App:
         if decoder.quantization is not None:
             # A folder stored in 4 bits is served as it is, regardless of the flag.
             config = self._config = replace(config, quantization=decoder.quantization)
-        memory = await asyncio.to_thread(memory_for, decoder, config)
+        memory = await asyncio.to_thread(self._role.memory, decoder, config)
         prompts = Prompts(base_folder.path, config.reasoning_parser)
         self._resources.push_async_callback(prompts.close)
         fingerprint = await asyncio.to_thread(fingerprint_of, base_folder.path, config)
@@ -194,7 +193,7 @@ class App:
             checkers = Checkers()
             self._resources.callback(checkers.close)
             read = checkers.read
-        open_ = partial(_open_registry, config, base, read)
+        open_ = self._role.open(base, read, self._metrics)
         default = await asyncio.to_thread(open_, config.data_dir, lock)
         tenants = self._tenants
         self._resources.push_async_callback(tenants.stop)
@@ -209,6 +208,8 @@ class App:
             open_=open_,
             max_tenants=descriptors.tenants,
         )
+        self._resources.push_async_callback(self._role.stop)
+        await self._role.start(tenants)
         await book.start()
         self._metrics.tenants.waiting = engine.places.waiting
         budgets = AdapterBudgets(
@@ -246,8 +247,12 @@ class App:
         self._answer_openai(generator, engine, base)
         self._doors.answer_grpc(
             InferenceService(generator, reader_limit_s=config.reader_limit),
-            AdapterService(tenants, budgets=budgets),
-            ServerService(config, base, tenants, engine, budgets, defaults, book),
+            self._role.adapters(tenants, budgets),
+            ServerService(
+                *(config, base, tenants, engine, budgets, defaults, book),
+                replication=self._role.facts,
+            ),
+            self._role.replication(tenants),
         )
         _log.info("loading", base=base.name, grpc=str(bound.grpc))
         self._resources.push_async_callback(engine.stop)
@@ -256,6 +261,7 @@ class App:
         # Otherwise each collection would scan all imported objects and stall every stream.
         gc.collect()
         gc.freeze()
+        await self._role.ready()
         self._calls.serve()
         self._tell_ready()
         await self._health.loaded()
@@ -268,6 +274,7 @@ class App:
         self._tell_ready()
         self._pace.stop()
         self._tenants.close_watches()
+        self._role.drain()
         self._doors.stop_accepting()
         if not self._doors.opened:
             return
@@ -325,7 +332,8 @@ class App:
             (_log.info if healthy else _log.warning)("engine health", healthy=healthy)
 
     def _tell_ready(self) -> None:
-        self._metrics.ready.set(self._engine_up and self._calls.phase is Phase.SERVING)
+        serving = self._calls.phase is Phase.SERVING
+        self._metrics.ready.set(serving and self._role.is_ready(self._engine_up))
 
     def _why_slower(self, info: EngineInfo) -> str:
         """Why auto fell back from the native kernels to torch; "" if it did not."""
@@ -367,20 +375,3 @@ class App:
             f"adapters: device {config.device_adapter_bytes >> 20} MiB, "
             f"host {config.host_cache_bytes >> 20} MiB  memory: {memory.summary}"
         )
-
-
-def _open_registry(
-    config: ServerConfig,
-    base: BaseSpec,
-    read: ReadAdapter,
-    folder: Path,
-    lock: OwnerLock | None,
-) -> Registry:
-    return Registry.open(
-        folder,
-        base,
-        lock=lock,
-        retain_superseded=config.retain_superseded,
-        max_adapter_bytes=config.max_adapter_bytes,
-        read=read,
-    )

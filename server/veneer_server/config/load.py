@@ -124,8 +124,30 @@ def _lacks(config: ServerConfig) -> list[str]:
     return lacks
 
 
+def _check_role(config: ServerConfig) -> None:
+    if config.role == "engine" and not config.registry:
+        raise ConfigInvalid(
+            "--role engine follows a registry: give its address with --registry HOST:PORT",
+            metadata={"key": "registry"},
+        )
+    if config.role != "engine":
+        for name in ("registry", "registry_ca", "registry_key_file", "registry_cert"):
+            if getattr(config, name):
+                raise ConfigInvalid(
+                    f"{_BY_NAME[name].flag} has no effect with --role {config.role}: leave it "
+                    "out, or use --role engine",
+                    metadata={"key": name},
+                )
+    if (config.registry_cert is None) != (config.registry_cert_key is None):
+        raise ConfigInvalid(
+            "--registry-cert and --registry-cert-key belong together: give both",
+            metadata={"key": "registry_cert"},
+        )
+
+
 def _check(config: ServerConfig) -> None:
     """Rules that need more than one setting."""
+    _check_role(config)
     for name, address in (
         ("listen", config.listen),
         ("metrics_listen", config.metrics_listen),

@@ -117,7 +117,7 @@ class Generator:
             RateLimitExceeded, QuotaExceeded: its caller may not have it, now or ever.
             AdapterNotFound, ContextTooLong, DeadlineTooShort, InvalidField,
             TemplateFailed: the request cannot be served as it is.
-            QueueFull, EngineFailed: the request cannot be served now.
+            QueueFull, EngineFailed, Unavailable: the request cannot be served now.
         """
         arrived = time.perf_counter()
         # A point in time, not a duration: the clock runs while the request waits.
@@ -141,6 +141,9 @@ class Generator:
             ):
                 reader = self._reader(call, lease)
                 prompt = await self._prompt(call, lease)
+                fetch_s = None
+                if owner is not None and lease is not None:
+                    fetch_s = await _brought(owner, lease)
                 await measured.prompt(len(prompt.ids))
                 request = self._resolve(call, prompt, owner, lease, deadline)
                 ref = lease.ref if lease is not None else None
@@ -150,6 +153,7 @@ class Generator:
                     metrics=self.metrics,
                     tokenizer=self.prompts.tokenizer,
                     reader=reader,
+                    fetch_s=fetch_s,
                 )
                 try:
                     yield generation
@@ -374,3 +378,10 @@ class Generator:
 def _template(lease: RevisionLease | None) -> str | None:
     """The chat template that an adapter brings along."""
     return None if lease is None else lease.record.manifest.chat_template
+
+
+async def _brought(owner: Tenant, lease: RevisionLease) -> float | None:
+    """Bring an adapter's weights to this machine. Returns seconds; None if they were here."""
+    began = time.perf_counter()
+    fetched = await owner.registry.present(lease.ref)
+    return time.perf_counter() - began if fetched else None

@@ -133,6 +133,11 @@ class AdapterEvents:
         """An earlier revision became a name's current one."""
         self._append(adapters_pb2.ADAPTER_EVENT_REPLACED, record)
 
+    def mirrored(self, record: AdapterRecord) -> None:
+        """The registry that this server follows has changed a name; this is its current
+        revision now. Which change it was is the registry's to tell."""
+        self._append(adapters_pb2.ADAPTER_EVENT_REPLACED, record)
+
     def updated(self, record: AdapterRecord) -> None:
         """Labels, retention or sharing changed."""
         self._append(adapters_pb2.ADAPTER_EVENT_UPDATED, record)

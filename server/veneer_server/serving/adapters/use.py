@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from veneer_registry.adapter import AdapterRef
 from veneer_registry.records import AdapterRecord
-from veneer_registry.registry import Registry
 
+from veneer_server.serving.tenants.registry import AdapterRegistry
 from veneer_server.wire.messages import AdapterSource
 
 __all__ = ["AdapterUse", "source_of"]
@@ -38,7 +38,7 @@ class AdapterUse:
         self._last.pop((ref.name, ref.revision), None)
 
 
-def source_of(registry: Registry, record: AdapterRecord) -> AdapterSource:
+def source_of(registry: AdapterRegistry, record: AdapterRecord) -> AdapterSource:
     """Where the engine finds the weights of a revision."""
     return AdapterSource(
         weights_digest=record.ref.weights_digest,

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
-from veneer_registry.registry import Registry
-
 from veneer_server.config import ServerConfig
 from veneer_server.engine_client.client import EngineClient
 from veneer_server.engine_client.tenant_engine import TenantEngine
@@ -18,6 +16,7 @@ from veneer_server.serving.adapters.upload_places import UploadPlaces
 from veneer_server.serving.adapters.uploads import Uploads
 from veneer_server.serving.adapters.use import AdapterUse
 from veneer_server.serving.housekeeping import Housekeeping
+from veneer_server.serving.tenants.registry import AdapterRegistry
 from veneer_server.text.prompts import Prompts
 
 __all__ = ["Furnish", "Tenant"]
@@ -28,7 +27,7 @@ class Tenant:
     """The parts that a tenant has to itself."""
 
     name: str
-    registry: Registry
+    registry: AdapterRegistry
     engine: TenantEngine
     events: AdapterEvents
     use: AdapterUse
@@ -55,7 +54,7 @@ class Furnish:
     quotas: UploadQuotas | None = None
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    def tenant(self, name: str, registry: Registry) -> Tenant:
+    def tenant(self, name: str, registry: AdapterRegistry) -> Tenant:
         """The parts of one tenant. Its housekeeping has not started."""
         config = self.config
         engine = TenantEngine(self.engine, name)

@@ -1,0 +1,143 @@
+"""A follower's parts together: view, mirrors of all tenants, cache, and connections."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import socket
+import threading
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Final
+
+from veneer_registry.adapter import AdapterRef, BaseSpec
+from veneer_registry.errors import VeneerError
+from veneer_registry.lock import OwnerLock
+from veneer_registry.recovery import base_identity
+
+from veneer_server.access.principal import DEFAULT_TENANT
+from veneer_server.config import ServerConfig
+from veneer_server.follower.cache import WeightsCache
+from veneer_server.follower.fetching import Fetching
+from veneer_server.follower.link import Link
+from veneer_server.follower.mirror import Mirror
+from veneer_server.follower.registry_channel import RegistryChannel, RegistryPlace
+from veneer_server.follower.standing import Standing
+from veneer_server.follower.view import Received, View
+from veneer_server.logs import get_logger
+from veneer_server.replication.states import NameState
+
+__all__ = ["Applied", "Follower"]
+
+FOLDER: Final = "follower"
+"""In the data folder: what may be deleted while the server is stopped."""
+
+_BATCH: Final = 100
+"""Names that are changed before other work gets a turn."""
+
+_log = get_logger(__name__)
+
+Applied = Callable[[Mirror, NameState, tuple[AdapterRef, ...]], Awaitable[None]]
+"""Called when a name has changed, with the revisions that it no longer has."""
+
+
+class Follower:
+    """Belongs to one event loop, apart from `open`."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        base: BaseSpec,
+        *,
+        on_fetched: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
+        """Raises InvalidField if a file that the configuration names cannot be read."""
+        self.place = RegistryPlace.of(config)
+        self.standing = Standing(self.place.address)
+        self.view = View()
+        self.cache = WeightsCache(
+            config.data_dir / FOLDER, config.adapter_cache_bytes, self._in_use
+        )
+        self.channel = RegistryChannel(self.place)
+        self.fetching = Fetching(self.cache, self.channel, self.standing, on_fetched=on_fetched)
+        self.link = Link(
+            self.place,
+            self.view,
+            self.standing,
+            name=f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}",
+            base=base_identity(base),
+            apply=self._apply,
+        )
+        self._config = config
+        self._base = base
+        self._mirrors: dict[str, Mirror] = {}
+        self._lock = threading.Lock()
+        self._applied: Applied | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def open(self, folder: Path, lock: OwnerLock | None) -> Mirror:
+        """The mirror of the tenant whose folder this would be. Called from worker threads."""
+        if folder == self._config.data_dir:
+            self.cache.open()
+            return self._mirror(DEFAULT_TENANT)
+        return self._mirror(folder.name)
+
+    def start(self, applied: Applied) -> None:
+        """Begin to follow. Args: applied: tells the tenant's other parts of each change."""
+        self._applied = applied
+        self.link.start()
+
+    async def stop(self) -> None:
+        """End the connections. Idempotent."""
+        await self.link.stop()
+        await self.fetching.stop()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.channel.close()
+
+    def _mirror(self, tenant: str) -> Mirror:
+        with self._lock:
+            mirror = self._mirrors.get(tenant)
+            if mirror is None:
+                mirror = self._mirrors[tenant] = Mirror(
+                    tenant,
+                    self._base,
+                    self.standing,
+                    self.fetching,
+                    self._config.retain_superseded,
+                )
+            return mirror
+
+    def _in_use(self, digest: str) -> bool:
+        return any(mirror.leases(digest) for mirror in list(self._mirrors.values()))
+
+    async def _apply(self, received: Received) -> None:
+        for number, state in enumerate(received.changes, 1):
+            mirror = self._mirror(state.tenant)
+            before = mirror.current(state.name)
+            dropped = mirror.apply(state)
+            self._bring_hot(mirror, before, state)
+            if self._applied is not None:
+                await self._applied(mirror, state, dropped)
+            if number % _BATCH == 0:
+                await asyncio.sleep(0)
+
+    def _bring_hot(self, mirror: Mirror, before: AdapterRef | None, state: NameState) -> None:
+        """Fetch the new revision of a name whose old one was used here, before the next request
+        asks for it."""
+        now = None if state.entry is None else state.entry.current
+        if before is None or now is None or before.weights_digest == now.weights_digest:
+            return
+        if before.weights_digest in self.cache and now.weights_digest not in self.cache:
+            task = asyncio.get_running_loop().create_task(self._bring(mirror, now))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _bring(self, mirror: Mirror, ref: AdapterRef) -> None:
+        try:
+            with mirror.acquire(f"{ref.name}@{ref.revision}"):
+                await mirror.present(ref)
+        except VeneerError as error:
+            _log.info("adapter not fetched ahead", adapter=ref.short, reason=error.reason)
