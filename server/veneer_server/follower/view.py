@@ -141,7 +141,7 @@ class View:
     def _heartbeat(self, beat: Heartbeat) -> Received:
         self._check_begun()
         if self._staged is not None:
-            return Received()  # between two names of a snapshot
+            raise OutOfStep("the end of the snapshot is missing")
         if beat.sequence != self.sequence:
             raise OutOfStep(f"it is at {beat.sequence}, this view at {self.sequence}")
         if beat.checksum != self._checksum:

@@ -1,4 +1,4 @@
-"""What a server is composed of, by its role: `owning` has a registry, `following` mirrors one."""
+"""What a server is composed of, by role: `owning` has a registry, `following` mirrors one."""
 
 from __future__ import annotations
 
