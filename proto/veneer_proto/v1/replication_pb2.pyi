@@ -40,10 +40,12 @@ class FollowStart(_message.Message):
     def __init__(self, follower: _Optional[str] = ..., run: _Optional[str] = ..., sequence: _Optional[int] = ...) -> None: ...
 
 class Applied(_message.Message):
-    __slots__ = ("sequence",)
+    __slots__ = ("sequence", "leaving")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    LEAVING_FIELD_NUMBER: _ClassVar[int]
     sequence: int
-    def __init__(self, sequence: _Optional[int] = ...) -> None: ...
+    leaving: bool
+    def __init__(self, sequence: _Optional[int] = ..., leaving: _Optional[bool] = ...) -> None: ...
 
 class FollowResponse(_message.Message):
     __slots__ = ("begin", "state", "snapshot_end", "heartbeat")

@@ -164,6 +164,12 @@ class Link:
                         await call.trailing_metadata(),
                         await call.details(),
                     )
+            except asyncio.CancelledError:
+                if telling is not None:  # this server stops
+                    telling.cancel()
+                    await asyncio.gather(telling, return_exceptions=True)
+                    await _say_goodbye(call)
+                raise
             finally:
                 if telling is not None:
                     telling.cancel()
@@ -217,3 +223,12 @@ class Link:
                 sequence = self._view.sequence if self._view.run == run else 0
                 applied = replication_pb2.Applied(sequence=sequence)
                 await call.write(replication_pb2.FollowRequest(applied=applied))
+
+
+async def _say_goodbye(call: Any) -> None:
+    """So that publications need not wait for the lease to expire."""
+    leaving = replication_pb2.FollowRequest(applied=replication_pb2.Applied(leaving=True))
+    with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError):
+        async with asyncio.timeout(0.2):
+            await call.write(leaving)
+            await call.read()  # until the registry has ended the call

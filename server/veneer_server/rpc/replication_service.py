@@ -93,14 +93,16 @@ class ReplicationService(replication_pb2_grpc.ReplicationServiceServicer):
             await asyncio.gather(telling, hearing, return_exceptions=True)
 
     async def _hear(self, follower: str, requests: Any) -> None:
-        """Note what a follower has applied. It says that it stops by ending its requests."""
+        """Note what a follower has applied. One that just goes silent keeps its lease."""
         async for request in requests:
             if request.WhichOneof("message") != "applied":
                 raise InvalidField(
                     "after `start`, requests must be `applied`", metadata={"field": "message"}
                 )
+            if request.applied.leaving:
+                self._replicas.leave(follower)
+                return
             self._replicas.report(follower, request.applied.sequence)
-        self._replicas.leave(follower)
 
     async def _tell(self, start: replication_pb2.FollowStart, write: Write) -> None:
         feed = self._feed
