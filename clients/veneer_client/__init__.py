@@ -35,6 +35,7 @@ from veneer_client.records import (
     Pushed,
     Resumed,
 )
+from veneer_client.replicas import ReplicasReached, WaitReplicas
 from veneer_client.server_records import (
     AdapterCapacity,
     BaseModel,
@@ -119,6 +120,7 @@ __all__ = [
     "Prompt",
     "Provenance",
     "Pushed",
+    "ReplicasReached",
     "RequestDefaults",
     "Resumed",
     "RetryPolicy",
@@ -144,4 +146,5 @@ __all__ = [
     "Usage",
     "UsageReport",
     "VeneerError",
+    "WaitReplicas",
 ]

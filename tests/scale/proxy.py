@@ -69,9 +69,7 @@ class Proxy:
         self._refusing, self._budget, self.delay_s = False, None, 0.0
         self._open.set()
 
-    async def _accept(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self._refusing:
             writer.transport.abort()
             return

@@ -21,7 +21,9 @@ from veneer_client.cli.context import (
 )
 from veneer_client.cli.show import as_json, byte_size
 from veneer_client.cli.values import parse_labels
+from veneer_client.cli.waiting import WaitReplicasOption, replicas_shown
 from veneer_client.records import Pushed, Resumed
+from veneer_client.replicas import WaitReplicas
 
 __all__ = ["EXAMPLES", "push"]
 
@@ -58,6 +60,7 @@ def push(
         str,
         typer.Option("--etag", help="Only if the name's etag still matches (see `show`)."),
     ] = "",
+    wait_replicas: WaitReplicasOption = WaitReplicas.NONE,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, publish nothing.")
     ] = False,
@@ -88,6 +91,7 @@ def push(
                 activate=activate,
                 allow_replace=replace,
                 etag=etag,
+                wait_replicas=wait_replicas,
                 progress=lambda done, total: bar.update(
                     task, description=f"sending {name}", completed=done, total=total
                 ),
@@ -97,7 +101,10 @@ def push(
             console.print(f"[yellow]skipped:[/yellow] {escape(file)} (not part of a bundle)")
         for warning in pushed.warnings:
             console.print(f"[yellow]warning:[/yellow] {escape(warning)}", soft_wrap=True)
-        print(as_json(pushed) if json_ else _outcome(pushed, dry_run))
+        if json_:
+            print(as_json(pushed))
+        else:
+            print(_outcome(pushed, dry_run) + replicas_shown(pushed.replicas))
 
 
 def _resumed(resumed: Resumed) -> str:

@@ -57,7 +57,7 @@ class Pair:
 
 async def until(holds: Callable[[], Awaitable[bool]]) -> None:
     """Ask until it holds; pytest's timeout is the limit."""
-    while not await holds():
+    while not await holds():  # noqa: ASYNC110 - it waits for states that have no event
         await asyncio.sleep(0.01)
 
 
@@ -254,7 +254,7 @@ async def test_the_registry_comes_back_from_a_backup(
     async with running(base_folder, front_cache, data) as registry:
         kept = (await registry.push(folders[0], "kept")).adapter.revision
     shutil.copytree(data / "data", tmp_path / "backup")
-    async with Proxy("127.0.0.1:1") as proxy:
+    async with Proxy("127.0.0.1:1") as proxy:  # noqa: SIM117 - it is given a target between
         async with running(base_folder, front_cache, data) as registry:
             proxy.target = registry.addresses["grpc"]
             async with running(
@@ -307,7 +307,7 @@ async def test_a_torn_file_of_an_earlier_run_is_noticed(
     async with running(base_folder, front_cache, tmp_path / "registry") as registry:
         await registry.push(make_adapter(tmp_path / "one", seed=1), "one")
         at = registry.addresses["grpc"]
-        follow = dict(role="engine", registry=at)
+        follow = {"role": "engine", "registry": at}
         async with running(
             base_folder, front_cache, tmp_path / "follower", **follow
         ) as follower:

@@ -1,5 +1,8 @@
-"""A follower's view under random histories: cuts, delays, duplicates, lost and swapped messages,
-half-open connections, restarts of the registry, restored backups. Time is a count of events."""
+"""A follower's view under random histories.
+
+Cuts, delays, duplicates, lost and swapped messages, half-open connections, restarts of the
+registry, restored backups. Time is a count of events.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +99,9 @@ class Connection:
         begin: dict[str, Any] = {"store": "s", "catalog_change": registry.changes}
         if self.feed.after(run, sequence) is None:
             beat, entries = self.feed.snapshot()
-            self.sent.append(Begin(self.feed.run, snapshot=True, sequence=beat.sequence, **begin))
+            self.sent.append(
+                Begin(self.feed.run, snapshot=True, sequence=beat.sequence, **begin)
+            )
             self.sent += [Told(NameState(*key, entry)) for key, entry in entries.items()]
             self.sent.append(SnapshotEnd(beat.sequence, beat.checksum))
             self.place = beat.sequence
