@@ -27,6 +27,7 @@ class Proxy:
         self._open.set()
         self._refusing = False
         self._budget: int | None = None
+        self._then_freeze = False
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
@@ -62,7 +63,11 @@ class Proxy:
 
     def cut_after(self, size: int) -> None:
         """End all connections once the server has sent so many more bytes."""
-        self._budget = size
+        self._budget, self._then_freeze = size, False
+
+    def freeze_after(self, size: int) -> None:
+        """`freeze` once the server has sent so many more bytes."""
+        self._budget, self._then_freeze = size, True
 
     def heal(self) -> None:
         """Forward again."""
@@ -101,8 +106,11 @@ class Proxy:
                     if self._budget <= 0:
                         sink.write(data)
                         self._budget = None
-                        self.cut()
-                        return
+                        if not self._then_freeze:
+                            self.cut()
+                            return
+                        self.freeze()
+                        data = b""
                 if counted:
                     self.forwarded += len(data)
                 sink.write(data)
