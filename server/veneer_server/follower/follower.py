@@ -51,11 +51,12 @@ class Follower:
         base: BaseSpec,
         *,
         on_fetched: Callable[[float], None] = lambda seconds: None,
+        view: type[View] = View,
     ) -> None:
         """Raises InvalidField if a file that the configuration names cannot be read."""
         self.place = RegistryPlace.of(config)
         self.standing = Standing(self.place.address)
-        self.view = View()
+        self.view = view()
         self.cache = WeightsCache(
             config.data_dir / FOLDER, config.adapter_cache_bytes, self._in_use
         )

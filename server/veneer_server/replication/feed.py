@@ -78,14 +78,20 @@ class Feed:
         self._waiting: set[asyncio.Future[None]] = set()
         self._closed = False
 
-    def add(self, tenant: str, registry: Followed) -> None:
-        """Follow a registry that has just been opened."""
-        loop = asyncio.get_running_loop()
+    def add(
+        self, tenant: str, registry: Followed, schedule: Callable[..., object] | None = None
+    ) -> None:
+        """Follow a registry that has just been opened.
+
+        Args:
+            schedule: makes a call in the event loop's thread; None for the running loop's own.
+        """
+        in_loop = schedule or asyncio.get_running_loop().call_soon_threadsafe
 
         def changed(name: str, entry: Entry | None) -> None:
             # Called in the thread of the change, before the change is acknowledged: so an
             # acknowledged change has a number.
-            loop.call_soon_threadsafe(self._note, (tenant, name), entry)
+            in_loop(self._note, (tenant, name), entry)
 
         self._registries[tenant] = registry
         for name, entry in registry.follow(changed).items():

@@ -91,6 +91,8 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
         config, info, base = self._config, self._engine.info, self._base
         tenant = self._tenants.opened()
         facts = self._replication()
+        # A tenant would learn from it what others publish.
+        sequence = facts.sequence if PRINCIPAL.get().has({"operator"}) else 0
         return server_pb2.GetServerInfoResponse(
             version=__version__,
             base_model=server_pb2.BaseModel(
@@ -128,7 +130,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
                 registry=facts.registry,
                 connected=facts.connected,
                 lag=convert.duration(facts.lag_s),
-                sequence=facts.sequence,
+                sequence=sequence,
                 followers=facts.followers,
             ),
             budgets=server_pb2.Budgets(
