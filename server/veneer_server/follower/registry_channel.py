@@ -69,7 +69,7 @@ class RegistryPlace:
                 _read(config.registry_cert, "registry_cert"),
             )
         key = _read(config.registry_key_file, "registry_key_file")
-        metadata = ()
+        metadata: tuple[tuple[str, str], ...] = ()
         if key is not None:
             metadata = (("authorization", f"Bearer {key.decode().strip()}"),)
         return cls(address, credentials, metadata)

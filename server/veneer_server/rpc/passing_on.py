@@ -32,9 +32,7 @@ class PassingOn(AdapterService):
         self._registry = registry
         self._stub: Any = adapters_pb2_grpc.AdapterServiceStub(registry.channel)
 
-    async def UploadAdapter(
-        self, request_iterator: Any, context: Any
-    ) -> adapters_pb2.UploadAdapterResponse:
+    async def UploadAdapter(self, request_iterator: Any, context: Any) -> Any:
         """Passed on as it arrives."""
         broken: list[VeneerError] = []
 
@@ -53,9 +51,7 @@ class PassingOn(AdapterService):
                 raise broken[0] from None
             raise
 
-    async def GetUpload(
-        self, request: adapters_pb2.GetUploadRequest, context: Any
-    ) -> adapters_pb2.GetUploadResponse:
+    async def GetUpload(self, request: adapters_pb2.GetUploadRequest, context: Any) -> Any:
         return await self._pass("GetUpload", request, context)
 
     async def RegisterAdapter(self, request: Any, context: Any) -> Any:
@@ -63,22 +59,18 @@ class PassingOn(AdapterService):
 
     async def DeleteAdapter(
         self, request: adapters_pb2.DeleteAdapterRequest, context: Any
-    ) -> adapters_pb2.DeleteAdapterResponse:
+    ) -> Any:
         return await self._pass("DeleteAdapter", request, context)
 
-    async def SetAlias(
-        self, request: adapters_pb2.SetAliasRequest, context: Any
-    ) -> adapters_pb2.SetAliasResponse:
+    async def SetAlias(self, request: adapters_pb2.SetAliasRequest, context: Any) -> Any:
         return await self._pass("SetAlias", request, context)
 
-    async def GetHistory(
-        self, request: adapters_pb2.GetHistoryRequest, context: Any
-    ) -> adapters_pb2.GetHistoryResponse:
+    async def GetHistory(self, request: adapters_pb2.GetHistoryRequest, context: Any) -> Any:
         return await self._pass("GetHistory", request, context)
 
     async def UpdateAdapter(
         self, request: adapters_pb2.UpdateAdapterRequest, context: Any
-    ) -> adapters_pb2.UpdateAdapterResponse:
+    ) -> Any:
         """A pin is this server's own; the rest is the registry's."""
         if request.HasField("pinned"):
             return await super().UpdateAdapter(request, context)

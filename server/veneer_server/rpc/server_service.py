@@ -12,7 +12,7 @@ from veneer_registry.adapter import PROJECTIONS, BaseSpec
 from veneer_registry.errors import InvalidField
 
 from veneer_server import __version__
-from veneer_server.access.principal import PRINCIPAL, denied
+from veneer_server.access.principal import DEFAULT_TENANT, PRINCIPAL, denied
 from veneer_server.config import ServerConfig
 from veneer_server.engine_client.client import EngineClient
 from veneer_server.quotas.usage import UsageBook
@@ -91,8 +91,10 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
         config, info, base = self._config, self._engine.info, self._base
         tenant = self._tenants.opened()
         facts = self._replication()
-        # A tenant would learn from it what others publish.
-        sequence = facts.sequence if PRINCIPAL.get().has({"operator"}) else 0
+        # Other tenants would learn from it when somebody publishes.
+        who = PRINCIPAL.get()
+        trusted = who.tenant == DEFAULT_TENANT and who.has({"operator"})
+        sequence = facts.sequence if trusted else 0
         return server_pb2.GetServerInfoResponse(
             version=__version__,
             base_model=server_pb2.BaseModel(

@@ -3,59 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Final, Protocol
+from typing import Final
 
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from veneer_server.follower.follower import Follower
 
 __all__ = ["FollowerSeries", "RegistrySeries"]
 
 _FETCH: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
-class _Standing(Protocol):
-    connected: bool
-
-    @property
-    def lag_s(self) -> float: ...
-
-
-class _Link(Protocol):
-    connects: int
-    resyncs: int
-
-
-class _Cache(Protocol):
-    evictions: int
-    damaged_found: int
-
-    @property
-    def bytes(self) -> int: ...
-
-    def __len__(self) -> int: ...
-
-
-class _Fetching(Protocol):
-    fetched: int
-    fetched_bytes: int
-    failed: int
-
-
-class Followed(Protocol):
-    """A follower's parts that metrics read, from a scraping thread."""
-
-    standing: _Standing
-    link: _Link
-    cache: _Cache
-    fetching: _Fetching
-
-
 class FollowerSeries(Collector):
     """How a follower stands with its registry, and its disk cache."""
 
     def __init__(self) -> None:
-        self._follower: Followed | None = None
+        self._follower: Follower | None = None
         self.fetch_seconds = Histogram(
             "veneer_adapter_fetch_seconds",
             "From the first request for an adapter that is not on this machine until it is.",
@@ -63,7 +28,7 @@ class FollowerSeries(Collector):
             registry=None,
         )
 
-    def watch(self, follower: Followed, registry: CollectorRegistry) -> None:
+    def watch(self, follower: Follower, registry: CollectorRegistry) -> None:
         """Read this follower from now on."""
         self._follower = follower
         registry.register(self)
