@@ -20,7 +20,7 @@ from veneer_server.models.config import DecoderConfig
 from veneer_server.replication.states import NameState
 from veneer_server.roles.role import MakeEngine
 from veneer_server.rpc.adapter_service import AdapterService
-from veneer_server.rpc.passing_on import PassingOn
+from veneer_server.rpc.followers.passing_on import PassingOn
 from veneer_server.rpc.server_service import ReplicationFacts
 from veneer_server.serving.adapters.budgets import AdapterBudgets
 from veneer_server.serving.tenants.registry import AdapterRegistry

@@ -23,7 +23,7 @@ from veneer_server.replication.feed import Feed
 from veneer_server.replication.replicas import Replicas
 from veneer_server.roles.role import MakeEngine
 from veneer_server.rpc.adapter_service import AdapterService
-from veneer_server.rpc.replication_service import ReplicationService
+from veneer_server.rpc.followers.replication_service import ReplicationService
 from veneer_server.rpc.server_service import ReplicationFacts
 from veneer_server.serving.adapters.budgets import AdapterBudgets
 from veneer_server.serving.tenants.registry import AdapterRegistry
