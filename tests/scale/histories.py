@@ -166,7 +166,7 @@ async def _started(folder: Path, proxy: Proxy, seed: int, view: type[View]) -> R
     async def applied(*_: object) -> None:
         pass
 
-    follower.start(applied)
+    follower.start(applied, lambda digest: False)
     return Replica(follower, proxy, mirror)
 
 

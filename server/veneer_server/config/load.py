@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from veneer_server.config import kinds
 from veneer_server.config.record import OPTIONS, ServerConfig
 from veneer_server.config.setting import PREFIX, ConfigInvalid, Option
 
@@ -138,10 +139,31 @@ def _check_role(config: ServerConfig) -> None:
                     "out, or use --role engine",
                     metadata={"key": name},
                 )
+    if config.registry:
+        _check_registry(config)
     if (config.registry_cert is None) != (config.registry_cert_key is None):
         raise ConfigInvalid(
             "--registry-cert and --registry-cert-key belong together: give both",
             metadata={"key": "registry_cert"},
+        )
+
+
+def _check_registry(config: ServerConfig) -> None:
+    tls = config.registry.startswith("https://") or config.registry_ca is not None
+    address = config.registry.removeprefix("https://").removeprefix("http://")
+    try:
+        loopback = kinds.ADDRESS.parse(address).loopback
+    except ValueError as error:
+        raise ConfigInvalid(
+            f"--registry: {config.registry!r} is not allowed: {error}",
+            metadata={"key": "registry"},
+        ) from error
+    if config.registry_key_file is not None and not (tls or loopback or config.insecure):
+        raise ConfigInvalid(
+            f"--registry-key-file: the key would be sent to {address} without encryption: add "
+            "--registry-ca, use --registry https://HOST:PORT, or add --insecure if the network "
+            "is trusted",
+            metadata={"key": "registry_key_file", "needs": "insecure"},
         )
 
 

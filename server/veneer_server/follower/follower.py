@@ -8,12 +8,14 @@ import secrets
 import socket
 import threading
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from veneer_registry.adapter import AdapterRef, BaseSpec
 from veneer_registry.errors import VeneerError
 from veneer_registry.lock import OwnerLock
+from veneer_registry.records import AdapterRecord
 from veneer_registry.recovery import base_identity
 
 from veneer_server.access.principal import DEFAULT_TENANT
@@ -28,7 +30,7 @@ from veneer_server.follower.view import Received, View
 from veneer_server.logs import get_logger
 from veneer_server.replication.states import NameState
 
-__all__ = ["Applied", "Follower"]
+__all__ = ["Applied", "Change", "Follower"]
 
 FOLDER: Final = "follower"
 """In the data folder: what may be deleted while the server is stopped."""
@@ -38,8 +40,23 @@ _BATCH: Final = 100
 
 _log = get_logger(__name__)
 
-Applied = Callable[[Mirror, NameState, tuple[AdapterRef, ...]], Awaitable[None]]
-"""Called when a name has changed, with the revisions that it no longer has."""
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A name has changed.
+
+    Attributes:
+        before: what it meant; None if it did not exist.
+        dropped: revisions that it no longer has.
+    """
+
+    mirror: Mirror
+    state: NameState
+    before: AdapterRef | None
+    dropped: tuple[AdapterRecord, ...]
+
+
+Applied = Callable[[Change], Awaitable[None]]
 
 
 class Follower:
@@ -75,6 +92,7 @@ class Follower:
         self._mirrors: dict[str, Mirror] = {}
         self._lock = threading.Lock()
         self._applied: Applied | None = None
+        self._resident: Callable[[str], bool] = lambda digest: False
         self._tasks: set[asyncio.Task[None]] = set()
 
     def open(self, folder: Path, lock: OwnerLock | None) -> Mirror:
@@ -84,9 +102,16 @@ class Follower:
             return self._mirror(DEFAULT_TENANT)
         return self._mirror(folder.name)
 
-    def start(self, applied: Applied) -> None:
-        """Begin to follow. Args: applied: tells the tenant's other parts of each change."""
+    def start(self, applied: Applied, resident: Callable[[str], bool]) -> None:
+        """Begin to follow.
+
+        Args:
+            applied: tells the tenant's other parts of each change.
+            resident: whether weights are in memory, for which their files stay: the engine may
+                need them again at any time.
+        """
         self._applied = applied
+        self._resident = resident
         self.link.start()
 
     async def stop(self) -> None:
@@ -112,7 +137,8 @@ class Follower:
             return mirror
 
     def _in_use(self, digest: str) -> bool:
-        return any(mirror.leases(digest) for mirror in list(self._mirrors.values()))
+        leased = any(mirror.leases(digest) for mirror in list(self._mirrors.values()))
+        return leased or self._resident(digest)
 
     async def _apply(self, received: Received) -> None:
         for number, state in enumerate(received.changes, 1):
@@ -121,7 +147,7 @@ class Follower:
             dropped = mirror.apply(state)
             self._bring_hot(mirror, before, state)
             if self._applied is not None:
-                await self._applied(mirror, state, dropped)
+                await self._applied(Change(mirror, state, before, dropped))
             if number % _BATCH == 0:
                 await asyncio.sleep(0)
 

@@ -69,22 +69,26 @@ class Mirror(Lookups):
         self._standing = standing
         self._content = content
 
-    def apply(self, state: NameState) -> tuple[AdapterRef, ...]:
+    def apply(self, state: NameState) -> tuple[AdapterRecord, ...]:
         """Take over a name's state. Returns the revisions that it no longer has."""
         index = self._core.index
         before = index.entry(state.name)
+        records = {
+            row.revision: self._core.record(row) for row in self._rows.revisions(state.name)
+        }
         if state.entry is None:
             if before is not None:
                 index.remove(state.name)
             self._rows.put(state)
-            return () if before is None else before.revisions
+            return tuple(records.values())
         # Rows first: a request that finds a revision in the index reads its row.
         self._rows.put(_with_old_rows(state, before, self._rows))
         index.put(state.name, state.entry)
         index.take_garbage()  # it is the cache that removes content
         self._rows.put(state)
-        kept = set(state.entry.revisions)
-        return () if before is None else tuple(r for r in before.revisions if r not in kept)
+        for ref in state.entry.revisions:
+            records.pop(ref.revision, None)
+        return tuple(records.values())
 
     def current(self, name: str) -> AdapterRef | None:
         """What a plain name means; None if it means nothing."""

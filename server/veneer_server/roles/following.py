@@ -7,17 +7,15 @@ from pathlib import Path
 from typing import Final
 
 from veneer_proto.v1 import replication_pb2_grpc
-from veneer_registry.adapter import AdapterRef, BaseSpec
+from veneer_registry.adapter import BaseSpec
 from veneer_registry.core import ReadAdapter
 from veneer_registry.errors import QuotaExceeded, Unavailable, Unimplemented, VeneerError
 from veneer_registry.lock import OwnerLock
 
 from veneer_server.config import ServerConfig
-from veneer_server.follower.follower import Follower
-from veneer_server.follower.mirror import Mirror
+from veneer_server.follower.follower import Change, Follower
 from veneer_server.logs import get_logger
 from veneer_server.models.config import DecoderConfig
-from veneer_server.replication.states import NameState
 from veneer_server.roles.role import MakeEngine
 from veneer_server.rpc.adapter_service import AdapterService
 from veneer_server.rpc.followers.passing_on import PassingOn
@@ -74,7 +72,10 @@ class Following:
 
     async def start(self, tenants: Tenants) -> None:
         self._tenants = tenants
-        self._following.start(self._applied)
+        self._following.start(
+            self._applied,
+            lambda digest: any(each.engine.tier(digest) is not None for each in tenants.all),
+        )
 
     async def ready(self) -> None:
         if not await self._following.link.synced(_FIRST_SNAPSHOT_S):
@@ -105,29 +106,29 @@ class Following:
     def is_ready(self, engine_up: bool) -> bool:
         return engine_up
 
-    async def _applied(
-        self, mirror: Mirror, state: NameState, dropped: tuple[AdapterRef, ...]
-    ) -> None:
+    async def _applied(self, change: Change) -> None:
         """Tell a tenant's watchers, and free the memory of what no name has any more."""
         assert self._tenants is not None
         try:
             # Open, since others may use what it shares before it calls here itself.
-            tenant = await self._tenants.ensure(mirror.tenant)
+            tenant = await self._tenants.ensure(change.mirror.tenant)
         except (QuotaExceeded, Unavailable) as error:
-            _log.warning("tenant not mirrored", tenant=mirror.tenant, why=str(error))
+            _log.warning("tenant not mirrored", tenant=change.mirror.tenant, why=str(error))
             return
         try:
-            _tell(tenant, mirror, state)
-            if dropped:
-                await tenant.changes.mirrored(dropped)
+            _tell(tenant, change)
+            if change.dropped:
+                await tenant.changes.mirrored([record.ref for record in change.dropped])
         except VeneerError as error:
             _log.warning("a mirrored change was not told", why=str(error))
 
 
-def _tell(tenant: Tenant, mirror: Mirror, state: NameState) -> None:
-    if (now := mirror.current(state.name)) is not None:
-        record = mirror.get(f"{now.name}@{now.revision}")
-        tenant.events.mirrored(record)
+def _tell(tenant: Tenant, change: Change) -> None:
+    if change.state.entry is None:
+        tenant.events.deleted(change.dropped)
+    elif (now := change.state.entry.current) is not None:
+        record = change.mirror.get(f"{now.name}@{now.revision}")
+        tenant.events.mirrored(record, change.before)
 
 
 class _NotHere(replication_pb2_grpc.ReplicationServiceServicer):
