@@ -7,7 +7,8 @@ import os
 import secrets
 import socket
 import threading
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -22,6 +23,7 @@ from veneer_server.access.principal import DEFAULT_TENANT
 from veneer_server.config import ServerConfig
 from veneer_server.follower.cache import WeightsCache
 from veneer_server.follower.fetching import Fetching
+from veneer_server.follower.kept_view import Kept, load, save
 from veneer_server.follower.link import Link
 from veneer_server.follower.mirror import Mirror
 from veneer_server.follower.registry_channel import RegistryChannel, RegistryPlace
@@ -34,6 +36,9 @@ __all__ = ["Applied", "Change", "Follower"]
 
 FOLDER: Final = "follower"
 """In the data folder: what may be deleted while the server is stopped."""
+
+_SAVE_S: Final = 1.0
+"""Between two times that the view is kept for the next start."""
 
 _BATCH: Final = 100
 """Names that are changed before other work gets a turn."""
@@ -89,6 +94,11 @@ class Follower:
         )
         self._config = config
         self._base = base
+        self._base_id = base_identity(base)
+        self._kept = config.data_dir / FOLDER / "view"
+        self._unsaved = False
+        self._saving: asyncio.Task[None] | None = None
+        self._save_s = _SAVE_S
         self._mirrors: dict[str, Mirror] = {}
         self._lock = threading.Lock()
         self._applied: Applied | None = None
@@ -99,6 +109,7 @@ class Follower:
         """The mirror of the tenant whose folder this would be. Called from worker threads."""
         if folder == self._config.data_dir:
             self.cache.open()
+            self._restore()
             return self._mirror(DEFAULT_TENANT)
         return self._mirror(folder.name)
 
@@ -114,14 +125,70 @@ class Follower:
         self._resident = resident
         self.link.start()
 
+    @property
+    def tenants(self) -> set[str]:
+        """Tenants that have names."""
+        return {tenant for tenant, _ in self.view.names}
+
     async def stop(self) -> None:
         """End the connections. Idempotent."""
         await self.link.stop()
         await self.fetching.stop()
+        if self._unsaved:
+            await self._save()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.channel.close()
+
+    # ------------------------------------------------------------------ what is kept
+
+    def _restore(self) -> None:
+        kept = load(self._kept, self._base_id)
+        if kept is None:
+            return
+        age_s = max(0.0, time.time() - self._kept.stat().st_mtime)
+        self.view.restore(
+            kept.names,
+            run=kept.run,
+            sequence=kept.sequence,
+            store=kept.store,
+            catalog_change=kept.catalog_change,
+        )
+        self.standing.restored(age_s)
+        for state in kept.names:
+            self._mirror(state.tenant).apply(state)
+        _log.info("view restored", names=len(kept.names), age_s=round(age_s, 1))
+
+    def _save_soon(self) -> None:
+        self._unsaved = True
+        if self._saving is None:
+            self._saving = self._start(self._save_later())
+
+    async def _save_later(self) -> None:
+        """Save once for many changes, and rarely where it takes long."""
+        try:
+            await asyncio.sleep(self._save_s)
+            await self._save()
+        finally:
+            self._saving = None
+
+    async def _save(self) -> None:
+        self._unsaved = False
+        kept, began = Kept.of(self.view), time.monotonic()
+        try:
+            await asyncio.to_thread(save, self._kept, kept, self._base_id)
+        except VeneerError as error:
+            _log.warning("the view is not kept for the next start", why=str(error))
+        self._save_s = max(_SAVE_S, 20 * (time.monotonic() - began))
+
+    def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    # ------------------------------------------------------------------------ names
 
     def _mirror(self, tenant: str) -> Mirror:
         with self._lock:
@@ -141,6 +208,7 @@ class Follower:
         return leased or self._resident(digest)
 
     async def _apply(self, received: Received) -> None:
+        self._save_soon()
         for number, state in enumerate(received.changes, 1):
             mirror = self._mirror(state.tenant)
             before = mirror.current(state.name)
@@ -158,9 +226,7 @@ class Follower:
         if before is None or now is None or before.weights_digest == now.weights_digest:
             return
         if before.weights_digest in self.cache and now.weights_digest not in self.cache:
-            task = asyncio.get_running_loop().create_task(self._bring(mirror, now))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._start(self._bring(mirror, now))
 
     async def _bring(self, mirror: Mirror, ref: AdapterRef) -> None:
         try:

@@ -43,6 +43,10 @@ class Standing:
         self.connected = True
         self._current = self._clock()
 
+    def restored(self, age_s: float) -> None:
+        """The view is that of an earlier run, which knew it to be current so long ago."""
+        self._current = self._clock() - age_s
+
     def cut(self) -> None:
         """The connection has ended."""
         self.connected = False

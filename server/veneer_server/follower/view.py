@@ -8,6 +8,7 @@ when it is whole.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from veneer_server.replication.states import (
@@ -65,6 +66,24 @@ class View:
         self._begun = False
         self._staged: dict[Key, NameState] | None = None
         self._next_run = ""
+
+    def restore(
+        self,
+        names: Iterable[NameState],
+        *,
+        run: str,
+        sequence: int,
+        store: str,
+        catalog_change: int,
+    ) -> None:
+        """Begin with what an earlier run of this server knew."""
+        self.names = {state.key: state for state in names}
+        self.run, self.sequence = run, sequence
+        self.store, self.catalog_change = store, catalog_change
+        self._checksum = 0
+        for key, state in self.names.items():
+            self._checksum = add_mark(self._checksum, 0, mark_of(key, state.entry))
+        self.synced = True
 
     def place(self) -> tuple[str, int]:
         """(run, sequence) to follow from, in a new connection; messages of earlier ones must

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -12,6 +13,7 @@ from veneer_registry.core import ReadAdapter
 from veneer_registry.errors import QuotaExceeded, Unavailable, Unimplemented, VeneerError
 from veneer_registry.lock import OwnerLock
 
+from veneer_server.access.principal import DEFAULT_TENANT
 from veneer_server.config import ServerConfig
 from veneer_server.follower.follower import Change, Follower
 from veneer_server.logs import get_logger
@@ -31,8 +33,11 @@ from veneer_server.telemetry.replication_series import FollowerSeries
 
 __all__ = ["Following"]
 
-_FIRST_SNAPSHOT_S: Final = 10.0
+_FIRST_SNAPSHOT_S: Final = 5.0
 """How long a start waits for the registry. After that, what is not known is refused."""
+
+_NEWER_VIEW_S: Final = 1.0
+"""The same if the view of an earlier run can be served."""
 
 _log = get_logger(__name__)
 
@@ -72,16 +77,20 @@ class Following:
 
     async def start(self, tenants: Tenants) -> None:
         self._tenants = tenants
+        for name in sorted(self._following.tenants - {DEFAULT_TENANT}):
+            with suppress(QuotaExceeded, Unavailable):  # it is logged
+                await tenants.ensure(name)
         self._following.start(
             self._applied,
             lambda digest: any(each.engine.tier(digest) is not None for each in tenants.all),
         )
 
     async def ready(self) -> None:
-        if not await self._following.link.synced(_FIRST_SNAPSHOT_S):
-            standing = self._following.standing
+        standing = self._following.standing
+        within_s = _NEWER_VIEW_S if standing.synced else _FIRST_SNAPSHOT_S
+        if not await self._following.link.synced(within_s):
             _log.warning(
-                "the registry does not answer yet: adapters are refused until it does",
+                "the registry does not answer yet: only what an earlier run knew is served",
                 registry=standing.registry,
                 why=standing.fault,
             )

@@ -295,6 +295,33 @@ async def test_the_registry_comes_back_from_a_backup(
                     )
 
 
+async def test_a_follower_starts_while_its_registry_is_away(
+    base_folder: Path, front_cache: Path, tmp_path: Path
+) -> None:
+    async with running(base_folder, front_cache, tmp_path / "registry") as registry:
+        follow = {"role": "engine", "registry": registry.addresses["grpc"]}
+        await registry.push(make_adapter(tmp_path / "one", seed=1), "one")
+        async with running(
+            base_folder, front_cache, tmp_path / "follower", **follow
+        ) as follower:
+            before = await generate(follower, "one")
+    view = tmp_path / "follower/data/follower/view"
+    for damaged in (False, True):
+        if damaged:
+            view.write_bytes(view.read_bytes()[:-40] + bytes(40))
+        async with running(
+            base_folder, front_cache, tmp_path / "follower", **follow
+        ) as follower:
+            assert (await failure(generate(follower, "two"))).code is (
+                grpc.StatusCode.UNAVAILABLE
+            )
+            if damaged:  # it knows nothing, and says that it does not
+                refused = await failure(generate(follower, "one"))
+                assert refused.metadata["cause"] == "registry_away"
+            else:
+                assert (await generate(follower, "one")).text == before.text
+
+
 async def test_a_registry_generates_nothing_and_says_who_does(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:
