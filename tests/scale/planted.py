@@ -51,11 +51,13 @@ class NumberedFeed(Feed):
 
 
 class ForgetfulFeed(Feed):
-    """PLANTED BUG: loses changes."""
+    """PLANTED BUG: loses changes, where a newer one is told at once."""
 
     def after(self, run: str, sequence: int) -> tuple[Change, ...] | None:
         changes = super().after(run, sequence)
-        return changes and tuple(each for each in changes if each.sequence % 7)
+        if not changes:
+            return changes
+        return (*(each for each in changes[:-1] if each.sequence % 3), changes[-1])
 
 
 class BackwardsFeed(Feed):

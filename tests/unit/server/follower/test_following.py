@@ -15,9 +15,18 @@ import pytest
 import pytest_asyncio
 from veneer_proto.v1 import adapters_pb2 as pb
 from veneer_proto.v1 import inference_pb2, replication_pb2, server_pb2
+from veneer_server.access.edit_keys import add_key
+from veneer_server.access.principal import Role
 
 from tests.scale.proxy import Proxy
-from tests.unit.server.rpc.front_harness import Front, failure, make_adapter, prompt, running
+from tests.unit.server.rpc.front_harness import (
+    Front,
+    failure,
+    make_adapter,
+    prompt,
+    running,
+    upload,
+)
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -293,6 +302,65 @@ async def test_the_registry_comes_back_from_a_backup(
                     assert (await failure(generate(follower, "lost"))).reason == (
                         "ADAPTER_NOT_FOUND"
                     )
+
+
+async def test_whoever_may_not_change_adapters_may_not_by_a_follower(
+    base_folder: Path, front_cache: Path, tmp_path: Path
+) -> None:
+    file, token = tmp_path / "keys.toml", tmp_path / "token"
+
+    def key(name: str, role: Role, tenant: str = "default") -> str:
+        return add_key(file, name=name, tenant=tenant, roles=[role], expires=None).key
+
+    token.write_text(key("follower", "operator") + "\n")
+    publisher, user = key("publisher", "publisher"), key("user", "inference")
+    far, stranger = key("far", "publisher", "far"), key("stranger", "inference", "far")
+    keys = {"keys_file": str(file)}
+    folder = make_adapter(tmp_path / "one", seed=1)
+    async with (
+        running(base_folder, front_cache, tmp_path / "registry", **keys) as registry,
+        running(
+            *(base_folder, front_cache, tmp_path / "follower"),
+            role="engine",
+            registry=registry.addresses["grpc"],
+            registry_key_file=str(token),
+            **keys,
+        ) as follower,
+    ):
+
+        async def push(who: str, name: str) -> Any:
+            messages = upload(folder, name)
+            return await follower.adapters.UploadAdapter(messages, metadata=bearer(who))
+
+        async def ask(who: str, name: str) -> Any:
+            request = prompt(adapter=name)
+            return await follower.inference.Generate(request, metadata=bearer(who))
+
+        assert (await failure(push(user, "one"))).reason == "PERMISSION_DENIED"
+        await push(publisher, "one")
+        await push(far, "theirs")
+        await until(lambda: _answers(ask(user, "one")))
+        await until(lambda: _answers(ask(stranger, "theirs")))
+        assert (await failure(ask(stranger, "one"))).reason == "ADAPTER_NOT_FOUND"
+        assert (await failure(ask(user, "theirs"))).reason == "ADAPTER_NOT_FOUND"
+        history = await follower.adapters.GetHistory(
+            pb.GetHistoryRequest(), metadata=bearer(publisher)
+        )
+        assert [entry.actor for entry in history.entries] == ["publisher"]
+
+
+def bearer(key: str) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {key}"),)
+
+
+async def _answers(call: Awaitable[Any]) -> bool:
+    try:
+        await call
+    except grpc.aio.AioRpcError as error:
+        if error.code() is not grpc.StatusCode.NOT_FOUND:
+            raise
+        return False
+    return True
 
 
 async def test_a_follower_starts_while_its_registry_is_away(
