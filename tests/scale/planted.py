@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from veneer_registry.entry import Entry
 from veneer_server.follower.view import Received, View
 from veneer_server.replication.feed import Change, Feed
-from veneer_server.replication.states import Begin, Heartbeat, Told
+from veneer_server.replication.states import Begin, Heartbeat, Key, Told
 
 __all__ = ["PLANTED", "AnyOrder", "NumberedFeed", "OldNumbers"]
 
@@ -61,11 +62,21 @@ class ForgetfulFeed(Feed):
 
 
 class BackwardsFeed(Feed):
-    """PLANTED BUG: tells the newest change first."""
+    """PLANTED BUG: numbers some changes after the ones that followed them, so that the last that
+    is told of a name is an old one."""
 
-    def after(self, run: str, sequence: int) -> tuple[Change, ...] | None:
-        changes = super().after(run, sequence)
-        return changes and tuple(reversed(changes))
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._seen: dict[Key, dict[int, Entry | None]] = {}
+
+    def told(self, change: Change) -> Told:
+        seen = self._seen.setdefault(change.key, {})
+        seen[change.sequence] = change.entry
+        older = [number for number in list(seen) if number < change.sequence]
+        if change.sequence % 3 == 0 and older:
+            state = self.state(change.key, seen[max(older)])
+            return Told(state, change.sequence, change.sequence - 1)
+        return super().told(change)
 
 
 PLANTED: Final[dict[str, tuple[type[View], type[Feed]]]] = {
