@@ -62,8 +62,8 @@ class ForgetfulFeed(Feed):
 
 
 class BackwardsFeed(Feed):
-    """PLANTED BUG: numbers some changes after the ones that followed them, so that the last that
-    is told of a name is an old one."""
+    """PLANTED BUG: numbers some changes after the ones that followed them, so that the last
+    thing told of a name is an old one."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
