@@ -181,7 +181,7 @@ class ReplicationService(replication_pb2_grpc.ReplicationServiceServicer):
             raise AdapterNotFound(
                 "this tenant has no adapters here", metadata={"tenant": request.tenant[:80]}
             )
-        lease = await to_the_end(lambda: registry.acquire_weights(request.weights_digest))
+        lease = await to_the_end(lambda: _leased(registry, request.weights_digest))
         with lease:
             await self._file(registry, lease, request, context.write)
 
@@ -197,7 +197,9 @@ class ReplicationService(replication_pb2_grpc.ReplicationServiceServicer):
         try:
             at = request.offset
             while True:
-                data = await to_the_end(lambda at=at: os.pread(file, CHUNK, at))  # type: ignore[misc]
+                data = b""
+                if at < size:
+                    data = await to_the_end(lambda at=at: os.pread(file, CHUNK, at))  # type: ignore[misc]
                 await self._write(
                     write,
                     replication_pb2.FetchWeightsResponse(
@@ -210,6 +212,16 @@ class ReplicationService(replication_pb2_grpc.ReplicationServiceServicer):
         finally:
             with suppress(OSError):
                 os.close(file)
+
+
+def _leased(registry: Lookups, digest: str) -> RevisionLease:
+    """A lease on weights. Raises AdapterNotFound, or why what has them is not served."""
+    try:
+        return registry.acquire_weights(digest)
+    except AdapterNotFound:
+        for record in registry.holding(digest):
+            return registry.acquire(f"{record.ref.name}@{record.ref.revision}")
+        raise
 
 
 def _opened(path: Path) -> tuple[int, int]:
