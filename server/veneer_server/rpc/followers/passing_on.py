@@ -16,7 +16,9 @@ from veneer_server.serving.tenants.tenants import Tenants
 
 __all__ = ["PassingOn"]
 
-_CALLERS: Final = frozenset({"authorization", "veneer-actor", "veneer-tenant", "x-api-key"})
+_CALLERS: Final = frozenset(
+    {"authorization", "x-api-key", "veneer-actor", "veneer-tenant", "x-veneer-tenant"}
+)
 """Metadata that says who calls. A certificate cannot be passed on: the registry then sees no
 credential, and refuses."""
 
