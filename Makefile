@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PROTOS := proto/veneer_proto/v1/inference.proto proto/veneer_proto/v1/adapters.proto proto/veneer_proto/v1/server.proto
+PROTOS := proto/veneer_proto/v1/inference.proto proto/veneer_proto/v1/adapters.proto proto/veneer_proto/v1/server.proto proto/veneer_proto/v1/replication.proto
 GENERATED := proto/veneer_proto/v1
 # Bases are where `veneer-server` looks for them, in the user's cache. A checkout that was given
 # one of its own keeps to that; tests/places.py goes by the same rule.

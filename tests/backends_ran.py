@@ -99,6 +99,8 @@ def check_ready_line(line: str, flags: Iterable[str]) -> None:
     _, _, rest = line.partition("backend=")
     given = " ".join(flags).replace("=", " ").split()
     values = dict(pairwise(given))
+    if values.get("--role") == "registry":
+        return  # it has no engine
     torch_wanted = (
         asked().get("VENEER_BACKEND") == "torch"
         or values.get("--backend") == "torch"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, TypeVar
@@ -81,6 +81,7 @@ class Index:
         self._lost: set[str] = set()
         # Name -> number of damaged rows in the catalog.
         self._damaged: dict[str, int] = {}
+        self._changed: Callable[[str, Entry | None], None] = lambda name, entry: None
 
     def __len__(self) -> int:
         return len(self._names)
@@ -224,6 +225,7 @@ class Index:
             (self._shared.add if entry.shared else self._shared.discard)(name)
             self._count(entry, 1)
             self._drop(old)
+        self._changed(name, entry)
 
     def remove(self, name: str) -> None:
         """Forget a name."""
@@ -232,6 +234,15 @@ class Index:
             self._near.remove(name)
             self._shared.discard(name)
             self._drop(old)
+        self._changed(name, None)
+
+    def follow(self, changed: Callable[[str, Entry | None], None]) -> dict[str, Entry]:
+        """All entries, and from then on each change (None: the name is gone), in order. It is
+        called in the thread of the change, and may be told again of a change that is in the
+        entries already."""
+        with self._lock:
+            self._changed = changed
+            return dict(self._names)
 
     def load(self, entries: dict[str, Entry], damaged: Mapping[str, int] = _NO_DAMAGE) -> None:
         """Fill an empty index at once (one sort instead of an insertion per name).

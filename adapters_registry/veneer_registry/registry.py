@@ -29,13 +29,14 @@ from veneer_registry.open_uploads import OpenUploads
 from veneer_registry.opening import FolderPlaces, Places, open_core
 from veneer_registry.publishing import Publishing
 from veneer_registry.records import UploadRequest
+from veneer_registry.replicating import Replicating
 from veneer_registry.rows import SERVER, HistoryRow, ResidentRow, Who
 from veneer_registry.upload import Upload
 
 __all__ = ["Registry"]
 
 
-class Registry(Lookups, Aliases, Editing, Publishing):
+class Registry(Lookups, Aliases, Editing, Publishing, Replicating):
     """Owner of a data folder. Thread-safe."""
 
     def __init__(self, core: Core, *, max_adapter_bytes: int) -> None:

@@ -36,6 +36,7 @@ from veneer_client.records import (
     Pushed,
     Resumed,
 )
+from veneer_client.replicas import ReplicasReached, WaitReplicas
 from veneer_client.server_records import (
     AdapterCapacity,
     BaseModel,
@@ -121,6 +122,7 @@ __all__ = [
     "Provenance",
     "Pulled",
     "Pushed",
+    "ReplicasReached",
     "RequestDefaults",
     "Resumed",
     "RetryPolicy",
@@ -146,4 +148,5 @@ __all__ = [
     "Usage",
     "UsageReport",
     "VeneerError",
+    "WaitReplicas",
 ]

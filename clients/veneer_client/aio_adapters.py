@@ -39,6 +39,7 @@ from veneer_client.records import (
     Pulled,
     Pushed,
 )
+from veneer_client.replicas import WaitReplicas
 from veneer_client.upload import OnResume, Progress, PushOptions, Upload
 
 __all__ = ["AsyncAdapterCalls"]
@@ -57,6 +58,7 @@ class AsyncAdapterCalls(AsyncConnection):
         activate: bool = False,
         allow_replace: bool = False,
         etag: str = "",
+        wait_replicas: WaitReplicas = WaitReplicas.NONE,
         progress: Progress = lambda done, total: None,
         on_resume: OnResume = lambda resumed: None,
         timeout_s: float | None = None,
@@ -72,6 +74,7 @@ class AsyncAdapterCalls(AsyncConnection):
             activate: also load the adapter onto the device before returning.
             allow_replace: publish even if the name holds other content.
             etag: must equal the name's (`AdapterInfo.etag`), else nothing is published.
+            wait_replicas: return once followers have it, too; see `Pushed.replicas`.
             progress: called with the bytes that the server has or that were sent, and the
                 total, perhaps from another thread.
             on_resume: called when the push resumes from bytes that the server has.
@@ -87,6 +90,7 @@ class AsyncAdapterCalls(AsyncConnection):
             activate=activate,
             allow_replace=allow_replace,
             etag=etag,
+            wait_replicas=wait_replicas,
             progress=progress,
             on_resume=on_resume,
             retry=self._retry,
@@ -261,6 +265,7 @@ class AsyncAdapterCalls(AsyncConnection):
         current: bool | None = None,
         shared: bool | None = None,
         etag: str = "",
+        wait_replicas: WaitReplicas = WaitReplicas.NONE,
         timeout_s: float | None = None,
     ) -> AdapterInfo:
         """Change an adapter's settings; omitted ones stay as they are.
@@ -273,6 +278,7 @@ class AsyncAdapterCalls(AsyncConnection):
             current: True makes ``name@revision`` the current one, for example to roll back.
             shared: True lets other tenants use the name with all its revisions and aliases.
             etag: must equal the name's (`AdapterInfo.etag`), else nothing changes.
+            wait_replicas: return once followers have it, too.
         """
         call = calls_admin.update(
             name,
@@ -283,6 +289,7 @@ class AsyncAdapterCalls(AsyncConnection):
             current=current,
             shared=shared,
             etag=etag,
+            wait_replicas=wait_replicas,
         )
         return await self._ask(call, timeout_s)
 
@@ -303,10 +310,12 @@ class AsyncAdapterCalls(AsyncConnection):
         *,
         etag: str = "",
         mode: EvictMode = EvictMode.DRAIN,
+        wait_replicas: WaitReplicas = WaitReplicas.NONE,
         timeout_s: float | None = None,
     ) -> tuple[str, ...]:
         """Remove ``name`` with all revisions, or ``name@revision``. Returns what it removed."""
-        return await self._ask(calls_admin.delete(name, etag=etag, mode=mode), timeout_s)
+        call = calls_admin.delete(name, etag=etag, mode=mode, wait_replicas=wait_replicas)
+        return await self._ask(call, timeout_s)
 
     async def set_alias(
         self,
@@ -317,6 +326,7 @@ class AsyncAdapterCalls(AsyncConnection):
         rollback: bool = False,
         remove: bool = False,
         etag: str = "",
+        wait_replicas: WaitReplicas = WaitReplicas.NONE,
         timeout_s: float | None = None,
     ) -> AliasMove:
         """Move, roll back or remove ``name/alias``, atomically for all callers. Takes exactly
@@ -329,13 +339,20 @@ class AsyncAdapterCalls(AsyncConnection):
             rollback: restore its targets from before the last move.
             remove: remove the alias.
             etag: must equal the alias's (`Alias.etag`), else nothing changes.
+            wait_replicas: return once followers have it, too; see `AliasMove.replicas`.
 
         Raises:
             InvalidField: not exactly one of the four is given.
             AdapterNotFound: no such alias or revision.
         """
         call = calls_admin.set_alias(
-            alias, revision, targets=targets, rollback=rollback, remove=remove, etag=etag
+            alias,
+            revision,
+            targets=targets,
+            rollback=rollback,
+            remove=remove,
+            etag=etag,
+            wait_replicas=wait_replicas,
         )
         return await self._ask(call, timeout_s)
 

@@ -23,6 +23,7 @@ from veneer_client.records import (
     HistoryEntry,
     Pushed,
 )
+from veneer_client.replicas import WaitReplicas, wait_for
 from veneer_client.server_records import BudgetUse, SelfTest
 
 __all__ = [
@@ -164,6 +165,7 @@ def update(
     current: bool | None = None,
     shared: bool | None = None,
     etag: str = "",
+    wait_replicas: WaitReplicas = WaitReplicas.NONE,
 ) -> Call[adapters_pb2.UpdateAdapterResponse, AdapterInfo]:
     """Change an adapter's settings. Not retried with an etag: if the first attempt had
     succeeded, the second would fail with ETAG_MISMATCH."""
@@ -177,6 +179,7 @@ def update(
             current=current,
             shared=shared,
             etag=etag,
+            wait=wait_for(wait_replicas),
         )
     )
     return Call(
@@ -203,13 +206,20 @@ def evict(
 
 
 def delete(
-    name: str, *, etag: str, mode: EvictMode
+    name: str,
+    *,
+    etag: str,
+    mode: EvictMode,
+    wait_replicas: WaitReplicas = WaitReplicas.NONE,
 ) -> Call[adapters_pb2.DeleteAdapterResponse, tuple[str, ...]]:
     """Remove a name or a revision. Not retried: a second attempt would get NOT_FOUND."""
     return Call(
         f"/{_ADAPTERS}/DeleteAdapter",
         adapters_pb2.DeleteAdapterRequest(
-            name=name, etag=etag, mode=convert_admin.EVICT_MODES[mode]
+            name=name,
+            etag=etag,
+            mode=convert_admin.EVICT_MODES[mode],
+            wait=wait_for(wait_replicas),
         ),
         adapters_pb2.DeleteAdapterResponse.FromString,
         lambda answer: tuple(answer.revisions),
@@ -225,6 +235,7 @@ def set_alias(
     rollback: bool,
     remove: bool,
     etag: str,
+    wait_replicas: WaitReplicas = WaitReplicas.NONE,
 ) -> Call[adapters_pb2.SetAliasResponse, AliasMove]:
     """Move, roll back or remove an alias. Not retried: a repeated rollback would undo the
     first one."""
@@ -245,6 +256,7 @@ def set_alias(
             rollback=rollback,
             remove=remove,
             etag=etag,
+            wait=wait_for(wait_replicas),
         )
     )
     return Call(

@@ -31,6 +31,7 @@ from veneer_client.records import (
     Pulled,
     Pushed,
 )
+from veneer_client.replicas import WaitReplicas
 from veneer_client.streams import AdapterWatch
 from veneer_client.transport import (
     apart,
@@ -58,6 +59,7 @@ class AdapterCalls(Connection):
         activate: bool = False,
         allow_replace: bool = False,
         etag: str = "",
+        wait_replicas: WaitReplicas = WaitReplicas.NONE,
         progress: Progress = lambda done, total: None,
         on_resume: OnResume = lambda resumed: None,
         timeout_s: float | None = None,
@@ -73,6 +75,7 @@ class AdapterCalls(Connection):
             activate: also load the adapter onto the device before returning.
             allow_replace: publish even if the name holds other content.
             etag: must equal the name's (`AdapterInfo.etag`), else nothing is published.
+            wait_replicas: return once followers have it, too; see `Pushed.replicas`.
             progress: called with the bytes that the server has or that were sent, and the
                 total, perhaps from gRPC's thread.
             on_resume: called when the push resumes from bytes that the server has.
@@ -88,6 +91,7 @@ class AdapterCalls(Connection):
             activate=activate,
             allow_replace=allow_replace,
             etag=etag,
+            wait_replicas=wait_replicas,
             progress=progress,
             on_resume=on_resume,
             retry=self._retry,
@@ -262,6 +266,7 @@ class AdapterCalls(Connection):
         current: bool | None = None,
         shared: bool | None = None,
         etag: str = "",
+        wait_replicas: WaitReplicas = WaitReplicas.NONE,
         timeout_s: float | None = None,
     ) -> AdapterInfo:
         """Change an adapter's settings; omitted ones stay as they are.
@@ -274,6 +279,7 @@ class AdapterCalls(Connection):
             current: True makes ``name@revision`` the current one, for example to roll back.
             shared: True lets other tenants use the name with all its revisions and aliases.
             etag: must equal the name's (`AdapterInfo.etag`), else nothing changes.
+            wait_replicas: return once followers have it, too.
         """
         call = calls_admin.update(
             name,
@@ -284,6 +290,7 @@ class AdapterCalls(Connection):
             current=current,
             shared=shared,
             etag=etag,
+            wait_replicas=wait_replicas,
         )
         return self._ask(call, timeout_s)
 
@@ -304,10 +311,12 @@ class AdapterCalls(Connection):
         *,
         etag: str = "",
         mode: EvictMode = EvictMode.DRAIN,
+        wait_replicas: WaitReplicas = WaitReplicas.NONE,
         timeout_s: float | None = None,
     ) -> tuple[str, ...]:
         """Remove ``name`` with all revisions, or ``name@revision``. Returns what it removed."""
-        return self._ask(calls_admin.delete(name, etag=etag, mode=mode), timeout_s)
+        call = calls_admin.delete(name, etag=etag, mode=mode, wait_replicas=wait_replicas)
+        return self._ask(call, timeout_s)
 
     def set_alias(
         self,
@@ -318,6 +327,7 @@ class AdapterCalls(Connection):
         rollback: bool = False,
         remove: bool = False,
         etag: str = "",
+        wait_replicas: WaitReplicas = WaitReplicas.NONE,
         timeout_s: float | None = None,
     ) -> AliasMove:
         """Move, roll back or remove ``name/alias``, atomically for all callers. Takes exactly
@@ -330,13 +340,20 @@ class AdapterCalls(Connection):
             rollback: restore its targets from before the last move.
             remove: remove the alias.
             etag: must equal the alias's (`Alias.etag`), else nothing changes.
+            wait_replicas: return once followers have it, too; see `AliasMove.replicas`.
 
         Raises:
             InvalidField: not exactly one of the four is given.
             AdapterNotFound: no such alias or revision.
         """
         call = calls_admin.set_alias(
-            alias, revision, targets=targets, rollback=rollback, remove=remove, etag=etag
+            alias,
+            revision,
+            targets=targets,
+            rollback=rollback,
+            remove=remove,
+            etag=etag,
+            wait_replicas=wait_replicas,
         )
         return self._ask(call, timeout_s)
 

@@ -25,6 +25,7 @@ from veneer_client.records import (
     HistoryEntry,
     Pushed,
 )
+from veneer_client.replicas import reached
 
 __all__ = [
     "EVICT_MODES",
@@ -109,7 +110,11 @@ def alias(message: adapters_pb2.Alias) -> Alias:
 
 def alias_move(message: adapters_pb2.SetAliasResponse) -> AliasMove:
     """An alias's targets now and before the move."""
-    return AliasMove(alias=alias(message.alias), previous=_targets(message.previous))
+    return AliasMove(
+        alias=alias(message.alias),
+        previous=_targets(message.previous),
+        replicas=reached(message.replicas, message.HasField("replicas")),
+    )
 
 
 def history_entry(message: adapters_pb2.HistoryEntry) -> HistoryEntry:

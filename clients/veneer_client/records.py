@@ -13,6 +13,8 @@ from enum import Enum
 from veneer_registry.adapter import SHORT_REVISION, Tier
 from veneer_registry.errors import VeneerError
 
+from veneer_client.replicas import ReplicasReached
+
 __all__ = [
     "AdapterDetails",
     "AdapterEvent",
@@ -121,6 +123,7 @@ class Pushed:
         sent_bytes: bytes handed to the connection, including those that it lost.
         skipped_bytes: bytes that the server had before this push began.
         resumes: how often the push resumed after an interruption.
+        replicas: how many followers have it; None if the push did not wait for them.
     """
 
     adapter: AdapterInfo
@@ -131,6 +134,7 @@ class Pushed:
     sent_bytes: int
     skipped_bytes: int
     resumes: int
+    replicas: ReplicasReached | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,10 +209,15 @@ class Alias:
 
 @dataclass(frozen=True, slots=True)
 class AliasMove:
-    """An alias as it is now, and its previous targets (empty if it is new)."""
+    """An alias as it is now, and its previous targets (empty if it is new).
+
+    Attributes:
+        replicas: how many followers have it; None if the move did not wait for them.
+    """
 
     alias: Alias
     previous: tuple[AliasTarget, ...]
+    replicas: ReplicasReached | None = None
 
 
 @dataclass(frozen=True, slots=True)

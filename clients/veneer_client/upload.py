@@ -36,6 +36,7 @@ from veneer_registry.regular_files import open_regular
 from veneer_client import calls, calls_admin, convert_admin
 from veneer_client.failures import Attempts, RetryPolicy, to_error, write_broke
 from veneer_client.records import Pushed, Resumed
+from veneer_client.replicas import WaitReplicas, reached, wait_for
 
 __all__ = ["CHUNK_BYTES", "OnResume", "Progress", "PushOptions", "Upload", "prepare"]
 
@@ -59,6 +60,7 @@ class PushOptions:
     activate: bool
     allow_replace: bool
     etag: str
+    wait_replicas: WaitReplicas
     progress: Progress
     on_resume: OnResume
     retry: RetryPolicy
@@ -151,6 +153,7 @@ class Upload:
             activate=options.activate,
             allow_replace=options.allow_replace,
             etag=options.etag,
+            wait=wait_for(options.wait_replicas),
         )
         self._total = sum(file.size for file in bundle.files)
         self._attempts = Attempts(
@@ -293,6 +296,7 @@ class Upload:
             sent_bytes=self._sent,
             skipped_bytes=self._skipped or 0,
             resumes=self._resumes,
+            replicas=reached(answer.replicas, answer.HasField("replicas")),
         )
 
 

@@ -11,14 +11,12 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Final
 
 from veneer_registry.adapter import BaseSpec
 from veneer_registry.base_names import known_names
 from veneer_registry.core import ReadAdapter
 from veneer_registry.lock import OwnerLock
-from veneer_registry.registry import Registry
 from veneer_registry.replacing import replace_file
 
 from veneer_server import __version__
@@ -38,7 +36,7 @@ from veneer_server.quotas.rates import Quotas
 from veneer_server.quotas.uploads import UploadQuotas
 from veneer_server.quotas.usage import UsageBook
 from veneer_server.quotas.usage_store import UsageStore
-from veneer_server.rpc.adapter_service import AdapterService
+from veneer_server.roles import role_of
 from veneer_server.rpc.health import Health
 from veneer_server.rpc.inference_service import InferenceService
 from veneer_server.rpc.server_service import ServerService
@@ -46,14 +44,13 @@ from veneer_server.serving.adapters.budgets import AdapterBudgets
 from veneer_server.serving.adapters.upload_places import UploadPlaces
 from veneer_server.serving.calls import Calls, Phase
 from veneer_server.serving.generator import Generator
-from veneer_server.serving.tenants.places import places_of
 from veneer_server.serving.tenants.stores import TenantStores
 from veneer_server.serving.tenants.tenant import Furnish
 from veneer_server.serving.tenants.tenants import Tenants
 from veneer_server.serving.threads import Background
 from veneer_server.serving.transfer.transfers import Transfers
 from veneer_server.sizing.memory_plan import MemoryPlan
-from veneer_server.startup import engine_config, fingerprint_of, memory_for, replan
+from veneer_server.startup import engine_config, fingerprint_of, replan
 from veneer_server.system.descriptors import share_descriptors
 from veneer_server.telemetry.adapter_log import AdapterLog
 from veneer_server.telemetry.metrics import Metrics
@@ -87,7 +84,8 @@ class App:
         """
         self._config = config
         self._announce = announce
-        self._make_engine = make_engine
+        self._role = role_of(config)
+        self._make_engine = self._role.engine(make_engine)
         self._read = read
         self._resources = AsyncExitStack()
         self._metrics = Metrics()
@@ -180,7 +178,7 @@ class App:
         if decoder.quantization is not None:
             # A folder stored in 4 bits is served as it is, regardless of the flag.
             config = self._config = replace(config, quantization=decoder.quantization)
-        memory = await asyncio.to_thread(memory_for, decoder, config)
+        memory = await asyncio.to_thread(self._role.memory, decoder, config)
         prompts = Prompts(base_folder.path, config.reasoning_parser)
         self._resources.push_async_callback(prompts.close)
         fingerprint = await asyncio.to_thread(fingerprint_of, base_folder.path, config)
@@ -197,7 +195,7 @@ class App:
             checkers = Checkers()
             self._resources.callback(checkers.close)
             read = checkers.read
-        open_ = partial(_open_registry, config, base, read)
+        open_ = self._role.open(base, read, self._metrics)
         default = await asyncio.to_thread(open_, config.data_dir, lock)
         tenants = self._tenants
         self._resources.push_async_callback(tenants.stop)
@@ -212,6 +210,8 @@ class App:
             open_=open_,
             max_tenants=descriptors.tenants,
         )
+        self._resources.push_async_callback(self._role.stop)
+        await self._role.start(tenants)
         await book.start()
         self._metrics.tenants.waiting = engine.places.waiting
         budgets = AdapterBudgets(
@@ -253,8 +253,12 @@ class App:
         self._answer_openai(generator, engine, base)
         self._doors.answer_grpc(
             InferenceService(generator, reader_limit_s=config.reader_limit),
-            AdapterService(tenants, budgets=budgets, transfers=transfers),
-            ServerService(config, base, tenants, engine, budgets, defaults, book),
+            self._role.adapters(tenants, budgets, transfers),
+            ServerService(
+                *(config, base, tenants, engine, budgets, defaults, book),
+                replication=self._role.facts,
+            ),
+            self._role.replication(tenants),
         )
         _log.info("loading", base=base.name, grpc=str(bound.grpc))
         self._resources.push_async_callback(engine.stop)
@@ -266,6 +270,7 @@ class App:
         # Otherwise each collection would scan all imported objects and stall every stream.
         gc.collect()
         gc.freeze()
+        await self._role.ready()
         self._calls.serve()
         self._tell_ready()
         await self._health.loaded()
@@ -278,6 +283,7 @@ class App:
         self._tell_ready()
         self._pace.stop()
         self._tenants.close_watches()
+        self._role.drain()
         self._doors.stop_accepting()
         if not self._doors.opened:
             return
@@ -335,7 +341,8 @@ class App:
             (_log.info if healthy else _log.warning)("engine health", healthy=healthy)
 
     def _tell_ready(self) -> None:
-        self._metrics.ready.set(self._engine_up and self._calls.phase is Phase.SERVING)
+        serving = self._calls.phase is Phase.SERVING
+        self._metrics.ready.set(serving and self._role.is_ready(self._engine_up))
 
     def _why_slower(self, info: EngineInfo) -> str:
         """Why auto fell back from the native kernels to torch; "" if it did not."""
@@ -377,21 +384,3 @@ class App:
             f"adapters: device {config.device_adapter_bytes >> 20} MiB, "
             f"host {config.host_cache_bytes >> 20} MiB  memory: {memory.summary}"
         )
-
-
-def _open_registry(
-    config: ServerConfig,
-    base: BaseSpec,
-    read: ReadAdapter,
-    folder: Path,
-    lock: OwnerLock | None,
-) -> Registry:
-    return Registry.open(
-        folder,
-        base,
-        lock=lock,
-        places=places_of(config, folder),
-        retain_superseded=config.retain_superseded,
-        max_adapter_bytes=config.max_adapter_bytes,
-        read=read,
-    )

@@ -14,7 +14,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import grpc
-from veneer_proto.v1 import adapters_pb2_grpc, inference_pb2_grpc, server_pb2_grpc
+from veneer_proto.v1 import (
+    adapters_pb2_grpc,
+    inference_pb2_grpc,
+    replication_pb2_grpc,
+    server_pb2_grpc,
+)
 from veneer_registry.errors import VeneerError
 
 from veneer_server.access.audit import Audit
@@ -118,6 +123,7 @@ class Doors:
         self._inference = Later(inference_pb2_grpc.InferenceServiceServicer)
         self._adapters = Later(adapters_pb2_grpc.AdapterServiceServicer)
         self._about = Later(server_pb2_grpc.ServerServiceServicer)
+        self._replication = Later(replication_pb2_grpc.ReplicationServiceServicer)
         self._check_wire: Callable[[bytes], None] = lambda request: None
 
     async def open(self, resources: AsyncExitStack, connections: int) -> Bound:
@@ -172,13 +178,18 @@ class Doors:
             resources.push_async_callback(self._scraping.stop)
 
     def answer_grpc(
-        self, inference: InferenceService, adapters: AdapterService, about: ServerService
+        self,
+        inference: InferenceService,
+        adapters: AdapterService,
+        about: ServerService,
+        replication: replication_pb2_grpc.ReplicationServiceServicer,
     ) -> None:
         """Answer gRPC calls with these services from now on."""
         self._inference.answer_by(inference)
         self._check_wire = inference.check_wire
         self._adapters.answer_by(adapters)
         self._about.answer_by(about)
+        self._replication.answer_by(replication)
 
     def stop_accepting(self) -> None:
         """Accept no new connections to the gateway."""
@@ -253,6 +264,8 @@ class Doors:
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, server)
         about: Any = self._about
         server_pb2_grpc.add_ServerServiceServicer_to_server(about, server)
+        replication: Any = self._replication
+        replication_pb2_grpc.add_ReplicationServiceServicer_to_server(replication, server)
         await self._health.add_to(server)
         enable_reflection([*SERVICES, "grpc.health.v1.Health"], server)
         try:

@@ -54,7 +54,7 @@ ADAPTER_FILES: Final = 28
 MATCHES: Final = 49
 
 LONG: Final[Mapping[str, tuple[int, str]]] = {
-    "proto/veneer_proto/v1/adapters.proto": (515, "one service with its messages"),
+    "proto/veneer_proto/v1/adapters.proto": (525, "one service with its messages"),
 }
 FULL: Final[Mapping[str, tuple[int, str]]] = {}
 
@@ -83,6 +83,9 @@ BESIDE: Final[Mapping[str, str]] = {
     "serving/tenants/elsewhere.py": "administration",
     "serving/tenants/tenants.py": "the engine's events",
     "engine_client/tenant_engine.py": "administration",
+    "engine_client/no_engine.py": "a server without an engine",
+    "rpc/followers/replication_service.py": "loading, on another machine",
+    "serving/tenants/registry.py": "the interface of two registries",
     "serving/samples.py": "the digest of a seed",
     "engine/transfers.py": "loading",
     "adapters/loader_process.py": "loading",

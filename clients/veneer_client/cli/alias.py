@@ -17,7 +17,9 @@ from veneer_client.cli.context import (
 )
 from veneer_client.cli.show import alias_table, as_json, print_table, shares
 from veneer_client.cli.values import parse_shares
+from veneer_client.cli.waiting import WaitReplicasOption, replicas_shown
 from veneer_client.records import AdapterDetails, AdapterInfo, AliasMove
+from veneer_client.replicas import WaitReplicas
 
 __all__ = ["EXAMPLES", "LIST_EXAMPLES", "ROLLBACK_EXAMPLES", "alias", "aliases", "rollback"]
 
@@ -87,6 +89,7 @@ def alias(
     ] = False,
     remove: Annotated[bool, typer.Option("--remove", help="Remove the alias.")] = False,
     etag: EtagOption = "",
+    wait_replicas: WaitReplicasOption = WaitReplicas.NONE,
     json_: JsonFlag = False,
     server: ServerOption = None,
     debug: DebugFlag = False,
@@ -107,6 +110,7 @@ def alias(
             rollback=rollback,
             remove=remove,
             etag=etag,
+            wait_replicas=wait_replicas,
         )
         print(as_json(move) if json_ else _moved(move))
 
@@ -118,9 +122,10 @@ def _digits(revision: str) -> str:
 
 def _moved(move: AliasMove) -> str:
     before = f" (before: {shares(move.previous)})" if move.previous else ""
+    where = replicas_shown(move.replicas)
     if not move.alias.targets:
-        return f"removed {move.alias.alias}{before}"
-    return f"{move.alias.alias} means {shares(move.alias.targets)}{before}"
+        return f"removed {move.alias.alias}{before}{where}"
+    return f"{move.alias.alias} means {shares(move.alias.targets)}{before}{where}"
 
 
 def aliases(
@@ -162,6 +167,7 @@ def rollback(
             autocompletion=kept_revisions,
         ),
     ] = "",
+    wait_replicas: WaitReplicasOption = WaitReplicas.NONE,
     json_: JsonFlag = False,
     server: ServerOption = None,
     debug: DebugFlag = False,
@@ -175,7 +181,7 @@ def rollback(
                     f"revision with `veneer adapter alias {name} {revision}`",
                     metadata={"field": "revision"},
                 )
-            move = client.set_alias(name, rollback=True)
+            move = client.set_alias(name, rollback=True, wait_replicas=wait_replicas)
             print(as_json(move) if json_ else _moved(move))
             return
         plain, _, pinned_down = name.partition("@")
@@ -184,7 +190,9 @@ def rollback(
             details = client.get(plain)
             # The etag makes sure that this does not roll back a revision published since.
             target, etag = _before(details).revision, details.adapter.etag
-        adapter = client.update_adapter(f"{plain}@{target}", current=True, etag=etag)
+        adapter = client.update_adapter(
+            f"{plain}@{target}", current=True, etag=etag, wait_replicas=wait_replicas
+        )
         print(as_json(adapter) if json_ else f"{plain} means {adapter.short} again")
 
 

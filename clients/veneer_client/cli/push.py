@@ -23,7 +23,9 @@ from veneer_client.cli.context import (
 )
 from veneer_client.cli.show import as_json, byte_size
 from veneer_client.cli.values import parse_labels
+from veneer_client.cli.waiting import WaitReplicasOption, replicas_shown
 from veneer_client.records import Pushed, Resumed
+from veneer_client.replicas import WaitReplicas
 
 __all__ = ["EXAMPLES", "PULL_EXAMPLES", "pull", "push"]
 
@@ -75,6 +77,7 @@ def push(
         str,
         typer.Option("--etag", help="Only if the name's etag still matches (see `show`)."),
     ] = "",
+    wait_replicas: WaitReplicasOption = WaitReplicas.NONE,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, publish nothing.")
     ] = False,
@@ -109,13 +112,15 @@ def push(
                 activate=activate,
                 allow_replace=replace,
                 etag=etag,
+                wait_replicas=wait_replicas,
                 progress=lambda done, total: bar.update(
                     task, description=f"sending {name}", completed=done, total=total
                 ),
                 on_resume=lambda resumed: console.print(_resumed(resumed), soft_wrap=True),
             )
         _warn(console, pushed)
-        print(as_json(pushed) if json_ else _outcome(pushed, dry_run))
+        told = _outcome(pushed, dry_run) + replicas_shown(pushed.replicas)
+        print(as_json(pushed) if json_ else told)
 
 
 def pull(

@@ -2,6 +2,7 @@ import datetime
 
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from veneer_proto.v1 import inference_pb2 as _inference_pb2
+from veneer_proto.v1 import replication_pb2 as _replication_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -77,7 +78,7 @@ class UploadAdapterRequest(_message.Message):
     def __init__(self, spec: _Optional[_Union[UploadSpec, _Mapping]] = ..., chunk: _Optional[_Union[UploadChunk, _Mapping]] = ...) -> None: ...
 
 class UploadSpec(_message.Message):
-    __slots__ = ("name", "files", "labels", "validate_only", "activate", "allow_replace", "resume", "etag")
+    __slots__ = ("name", "files", "labels", "validate_only", "activate", "allow_replace", "resume", "etag", "wait")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -93,6 +94,7 @@ class UploadSpec(_message.Message):
     ALLOW_REPLACE_FIELD_NUMBER: _ClassVar[int]
     RESUME_FIELD_NUMBER: _ClassVar[int]
     ETAG_FIELD_NUMBER: _ClassVar[int]
+    WAIT_FIELD_NUMBER: _ClassVar[int]
     name: str
     files: _containers.RepeatedCompositeFieldContainer[UploadFile]
     labels: _containers.ScalarMap[str, str]
@@ -101,7 +103,8 @@ class UploadSpec(_message.Message):
     allow_replace: bool
     resume: bool
     etag: str
-    def __init__(self, name: _Optional[str] = ..., files: _Optional[_Iterable[_Union[UploadFile, _Mapping]]] = ..., labels: _Optional[_Mapping[str, str]] = ..., validate_only: _Optional[bool] = ..., activate: _Optional[bool] = ..., allow_replace: _Optional[bool] = ..., resume: _Optional[bool] = ..., etag: _Optional[str] = ...) -> None: ...
+    wait: _replication_pb2.WaitForReplicas
+    def __init__(self, name: _Optional[str] = ..., files: _Optional[_Iterable[_Union[UploadFile, _Mapping]]] = ..., labels: _Optional[_Mapping[str, str]] = ..., validate_only: _Optional[bool] = ..., activate: _Optional[bool] = ..., allow_replace: _Optional[bool] = ..., resume: _Optional[bool] = ..., etag: _Optional[str] = ..., wait: _Optional[_Union[_replication_pb2.WaitForReplicas, _Mapping]] = ...) -> None: ...
 
 class UploadFile(_message.Message):
     __slots__ = ("name", "size", "sha256")
@@ -124,16 +127,18 @@ class UploadChunk(_message.Message):
     def __init__(self, file: _Optional[str] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class UploadAdapterResponse(_message.Message):
-    __slots__ = ("adapter", "published", "replaced", "warnings")
+    __slots__ = ("adapter", "published", "replaced", "warnings", "replicas")
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     PUBLISHED_FIELD_NUMBER: _ClassVar[int]
     REPLACED_FIELD_NUMBER: _ClassVar[int]
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
     adapter: Adapter
     published: bool
     replaced: bool
     warnings: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ..., published: _Optional[bool] = ..., replaced: _Optional[bool] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
+    replicas: _replication_pb2.ReplicasReached
+    def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ..., published: _Optional[bool] = ..., replaced: _Optional[bool] = ..., warnings: _Optional[_Iterable[str]] = ..., replicas: _Optional[_Union[_replication_pb2.ReplicasReached, _Mapping]] = ...) -> None: ...
 
 class Adapter(_message.Message):
     __slots__ = ("name", "revision", "weights_digest", "base_model", "rank", "targets", "parameters", "bytes", "tier", "pinned", "leases", "created", "last_used", "labels", "training", "current", "etag", "has_chat_template", "state", "aliases", "disk_bytes", "retain", "shared", "tenant")
@@ -359,36 +364,42 @@ class EvictAdapterResponse(_message.Message):
     def __init__(self, evicted: _Optional[bool] = ..., freed_bytes: _Optional[int] = ...) -> None: ...
 
 class DeleteAdapterRequest(_message.Message):
-    __slots__ = ("name", "etag", "mode")
+    __slots__ = ("name", "etag", "mode", "wait")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ETAG_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
+    WAIT_FIELD_NUMBER: _ClassVar[int]
     name: str
     etag: str
     mode: EvictMode
-    def __init__(self, name: _Optional[str] = ..., etag: _Optional[str] = ..., mode: _Optional[_Union[EvictMode, str]] = ...) -> None: ...
+    wait: _replication_pb2.WaitForReplicas
+    def __init__(self, name: _Optional[str] = ..., etag: _Optional[str] = ..., mode: _Optional[_Union[EvictMode, str]] = ..., wait: _Optional[_Union[_replication_pb2.WaitForReplicas, _Mapping]] = ...) -> None: ...
 
 class DeleteAdapterResponse(_message.Message):
-    __slots__ = ("revisions",)
+    __slots__ = ("revisions", "replicas")
     REVISIONS_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
     revisions: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, revisions: _Optional[_Iterable[str]] = ...) -> None: ...
+    replicas: _replication_pb2.ReplicasReached
+    def __init__(self, revisions: _Optional[_Iterable[str]] = ..., replicas: _Optional[_Union[_replication_pb2.ReplicasReached, _Mapping]] = ...) -> None: ...
 
 class SetAliasRequest(_message.Message):
-    __slots__ = ("alias", "revision", "targets", "rollback", "remove", "etag")
+    __slots__ = ("alias", "revision", "targets", "rollback", "remove", "etag", "wait")
     ALIAS_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
     TARGETS_FIELD_NUMBER: _ClassVar[int]
     ROLLBACK_FIELD_NUMBER: _ClassVar[int]
     REMOVE_FIELD_NUMBER: _ClassVar[int]
     ETAG_FIELD_NUMBER: _ClassVar[int]
+    WAIT_FIELD_NUMBER: _ClassVar[int]
     alias: str
     revision: str
     targets: _containers.RepeatedCompositeFieldContainer[AliasTarget]
     rollback: bool
     remove: bool
     etag: str
-    def __init__(self, alias: _Optional[str] = ..., revision: _Optional[str] = ..., targets: _Optional[_Iterable[_Union[AliasTarget, _Mapping]]] = ..., rollback: _Optional[bool] = ..., remove: _Optional[bool] = ..., etag: _Optional[str] = ...) -> None: ...
+    wait: _replication_pb2.WaitForReplicas
+    def __init__(self, alias: _Optional[str] = ..., revision: _Optional[str] = ..., targets: _Optional[_Iterable[_Union[AliasTarget, _Mapping]]] = ..., rollback: _Optional[bool] = ..., remove: _Optional[bool] = ..., etag: _Optional[str] = ..., wait: _Optional[_Union[_replication_pb2.WaitForReplicas, _Mapping]] = ...) -> None: ...
 
 class AliasTarget(_message.Message):
     __slots__ = ("revision", "weight")
@@ -411,12 +422,14 @@ class Alias(_message.Message):
     def __init__(self, alias: _Optional[str] = ..., targets: _Optional[_Iterable[_Union[AliasTarget, _Mapping]]] = ..., etag: _Optional[str] = ..., updated: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class SetAliasResponse(_message.Message):
-    __slots__ = ("alias", "previous")
+    __slots__ = ("alias", "previous", "replicas")
     ALIAS_FIELD_NUMBER: _ClassVar[int]
     PREVIOUS_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
     alias: Alias
     previous: _containers.RepeatedCompositeFieldContainer[AliasTarget]
-    def __init__(self, alias: _Optional[_Union[Alias, _Mapping]] = ..., previous: _Optional[_Iterable[_Union[AliasTarget, _Mapping]]] = ...) -> None: ...
+    replicas: _replication_pb2.ReplicasReached
+    def __init__(self, alias: _Optional[_Union[Alias, _Mapping]] = ..., previous: _Optional[_Iterable[_Union[AliasTarget, _Mapping]]] = ..., replicas: _Optional[_Union[_replication_pb2.ReplicasReached, _Mapping]] = ...) -> None: ...
 
 class ListAliasesRequest(_message.Message):
     __slots__ = ("name", "page_size", "page_token")
@@ -457,7 +470,7 @@ class WatchAdaptersResponse(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., event: _Optional[_Union[AdapterEvent, str]] = ..., adapter: _Optional[_Union[Adapter, _Mapping]] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class UpdateAdapterRequest(_message.Message):
-    __slots__ = ("name", "pinned", "labels", "remove_labels", "retain", "current", "etag", "shared")
+    __slots__ = ("name", "pinned", "labels", "remove_labels", "retain", "current", "etag", "shared", "wait")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -473,6 +486,7 @@ class UpdateAdapterRequest(_message.Message):
     CURRENT_FIELD_NUMBER: _ClassVar[int]
     ETAG_FIELD_NUMBER: _ClassVar[int]
     SHARED_FIELD_NUMBER: _ClassVar[int]
+    WAIT_FIELD_NUMBER: _ClassVar[int]
     name: str
     pinned: bool
     labels: _containers.ScalarMap[str, str]
@@ -481,13 +495,16 @@ class UpdateAdapterRequest(_message.Message):
     current: bool
     etag: str
     shared: bool
-    def __init__(self, name: _Optional[str] = ..., pinned: _Optional[bool] = ..., labels: _Optional[_Mapping[str, str]] = ..., remove_labels: _Optional[_Iterable[str]] = ..., retain: _Optional[int] = ..., current: _Optional[bool] = ..., etag: _Optional[str] = ..., shared: _Optional[bool] = ...) -> None: ...
+    wait: _replication_pb2.WaitForReplicas
+    def __init__(self, name: _Optional[str] = ..., pinned: _Optional[bool] = ..., labels: _Optional[_Mapping[str, str]] = ..., remove_labels: _Optional[_Iterable[str]] = ..., retain: _Optional[int] = ..., current: _Optional[bool] = ..., etag: _Optional[str] = ..., shared: _Optional[bool] = ..., wait: _Optional[_Union[_replication_pb2.WaitForReplicas, _Mapping]] = ...) -> None: ...
 
 class UpdateAdapterResponse(_message.Message):
-    __slots__ = ("adapter",)
+    __slots__ = ("adapter", "replicas")
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
     adapter: Adapter
-    def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ...) -> None: ...
+    replicas: _replication_pb2.ReplicasReached
+    def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ..., replicas: _Optional[_Union[_replication_pb2.ReplicasReached, _Mapping]] = ...) -> None: ...
 
 class GetHistoryRequest(_message.Message):
     __slots__ = ("name", "page_size", "page_token")

@@ -57,6 +57,10 @@ _GRPC: Final[Mapping[str, Mapping[str, frozenset[Role]]]] = {
         "PlanCapacity": _ANY,
         "GetUsage": _ADMINS,
     },
+    "veneer.v1.ReplicationService": {
+        "Follow": _OPERATORS,
+        "FetchWeights": _OPERATORS,
+    },
     "grpc.health.v1.Health": {"Check": OPEN, "Watch": OPEN, "List": OPEN},
     "grpc.reflection.v1.ServerReflection": {"ServerReflectionInfo": _ANY},
     "grpc.reflection.v1alpha.ServerReflection": {"ServerReflectionInfo": _ANY},
@@ -101,10 +105,13 @@ METHODS: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
 """By gRPC path (``/service/method``), or HTTP verb and path."""
 
 
+_READING: Final = ("/GetUsage", "/Follow", "/FetchWeights")
+"""Methods that take a high role because of what they show."""
+
 AUDITED: Final = frozenset(
     name
     for name, roles in METHODS.items()
-    if roles in (_PUBLISHERS, _ADMINS, _OPERATORS) and not name.endswith("/GetUsage")
+    if roles in (_PUBLISHERS, _ADMINS, _OPERATORS) and not name.endswith(_READING)
 )
 """Methods that change something: each call is in the audit log."""
 

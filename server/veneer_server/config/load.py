@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from veneer_server.config import kinds
 from veneer_server.config.record import OPTIONS, ServerConfig
 from veneer_server.config.setting import PREFIX, ConfigInvalid, Option
 
@@ -124,8 +125,59 @@ def _lacks(config: ServerConfig) -> list[str]:
     return lacks
 
 
+def _check_role(config: ServerConfig) -> None:
+    if config.role == "engine" and not config.registry:
+        raise ConfigInvalid(
+            "--role engine follows a registry: give its address with --registry HOST:PORT",
+            metadata={"key": "registry"},
+        )
+    if config.role != "engine":
+        for name in ("registry", "registry_ca", "registry_key_file", "registry_cert"):
+            if getattr(config, name):
+                raise ConfigInvalid(
+                    f"{_BY_NAME[name].flag} has no effect with --role {config.role}: leave it "
+                    "out, or use --role engine",
+                    metadata={"key": name},
+                )
+    else:
+        for name in ("store", "catalog", "watch_dir", "fetch_allow", "resolve"):
+            if getattr(config, name):
+                raise ConfigInvalid(
+                    f"{_BY_NAME[name].flag} has no effect with --role engine, whose adapters "
+                    "are the registry's: give it to the registry",
+                    metadata={"key": name},
+                )
+    if config.registry:
+        _check_registry(config)
+    if (config.registry_cert is None) != (config.registry_cert_key is None):
+        raise ConfigInvalid(
+            "--registry-cert and --registry-cert-key belong together: give both",
+            metadata={"key": "registry_cert"},
+        )
+
+
+def _check_registry(config: ServerConfig) -> None:
+    tls = config.registry.startswith("https://") or config.registry_ca is not None
+    address = config.registry.removeprefix("https://").removeprefix("http://")
+    try:
+        loopback = kinds.ADDRESS.parse(address).loopback
+    except ValueError as error:
+        raise ConfigInvalid(
+            f"--registry: {config.registry!r} is not allowed: {error}",
+            metadata={"key": "registry"},
+        ) from error
+    if config.registry_key_file is not None and not (tls or loopback or config.insecure):
+        raise ConfigInvalid(
+            f"--registry-key-file: the key would be sent to {address} without encryption: add "
+            "--registry-ca, use --registry https://HOST:PORT, or add --insecure if the network "
+            "is trusted",
+            metadata={"key": "registry_key_file", "needs": "insecure"},
+        )
+
+
 def _check(config: ServerConfig) -> None:
     """Rules that need more than one setting."""
+    _check_role(config)
     for name, address in (
         ("listen", config.listen),
         ("metrics_listen", config.metrics_listen),

@@ -26,6 +26,31 @@ class ServerConfig:
         "smollm2-135m", kinds.BASE,
         "Base model: a Hugging Face folder, a hub name, or the bundled smollm2-135m.",
         also=("model",))
+    role: Literal["all", "registry", "engine"] = setting(
+        "all", kinds.one_of("all", "registry", "engine"),
+        "What this server does: all; registry keeps adapters and generates nothing; engine "
+        "follows the --registry of another server.")
+    registry: str = setting(
+        "", kinds.TEXT,
+        "Of --role engine: the registry's gRPC address, HOST:PORT, or https://HOST:PORT for "
+        "TLS; its --admin-listen if it has one.")
+    registry_ca: Path | None = setting(
+        "", kinds.optional(kinds.FILE),
+        "Certificates in PEM, one of which must have signed the registry's; implies TLS. Empty "
+        "takes the system's.")
+    registry_key_file: Path | None = setting(
+        "", kinds.optional(kinds.FILE),
+        "File with the API key that is shown to the registry; it needs the role operator.")
+    registry_cert: Path | None = setting(
+        "", kinds.optional(kinds.FILE),
+        "Certificate in PEM that is shown to the registry (mTLS).")
+    registry_cert_key: Path | None = setting(
+        "", kinds.optional(kinds.FILE),
+        "That certificate's private key, in PEM.")
+    adapter_cache_bytes: int = setting(
+        "10GiB", kinds.BYTES,
+        "Of --role engine: most bytes of adapters on this machine's disk; the least recently "
+        "used go first.")
     listen: kinds.Address = setting(
         "127.0.0.1:50051", kinds.ADDRESS,
         "Address for gRPC; port 0 picks a free port.")

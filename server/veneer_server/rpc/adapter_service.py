@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Final
@@ -14,6 +15,8 @@ from veneer_registry.errors import InvalidField
 from veneer_registry.records import AdapterRecord, AliasChange
 
 from veneer_server.access.principal import require
+from veneer_server.replication.replicas import Reached, Wait
+from veneer_server.replication.wire import reached_to_wire, wait_for
 from veneer_server.rpc import convert
 from veneer_server.rpc import convert_admin as admin
 from veneer_server.rpc.adapter_view import AdapterView, as_shared
@@ -34,6 +37,13 @@ _MOST_DIGITS: Final = 18
 """Digits of a history entry's sequence number, at most: SQLite's integers have 63 bits."""
 
 
+WaitReplicas = Callable[[Wait], Awaitable[Reached | None]]
+
+
+async def _no_replicas(wait: Wait) -> Reached | None:
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class _Told:
     """How a tenant's adapters are told to callers."""
@@ -46,8 +56,15 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     """Adapters by name."""
 
     def __init__(
-        self, tenants: Tenants, *, budgets: AdapterBudgets, transfers: Transfers
+        self,
+        tenants: Tenants,
+        *,
+        budgets: AdapterBudgets,
+        transfers: Transfers,
+        reached: WaitReplicas = _no_replicas,
     ) -> None:
+        """Args: reached: waits until followers have all changes up to now."""
+        self._reached = reached
         self._tenants = tenants
         self._transfers = transfers
         self._visible = Visible(tenants)
@@ -88,12 +105,15 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
                 published = await home.changes.publish(
                     upload, activate=options.activate, who=who_calls(context)
                 )
-            return adapters_pb2.UploadAdapterResponse(
-                adapter=self._message(home, home, published.record),
-                published=published.published,
-                replaced=published.replaced,
-                warnings=published.warnings,
-            )
+        # Another upload may have its place while this one waits for followers.
+        wait = Wait() if options.validate_only else options.wait
+        return adapters_pb2.UploadAdapterResponse(
+            adapter=self._message(home, home, published.record),
+            published=published.published,
+            replaced=published.replaced,
+            warnings=published.warnings,
+            replicas=reached_to_wire(await self._reached(wait)),
+        )
 
     async def RegisterAdapter(
         self, request: adapters_pb2.RegisterAdapterRequest, context: Any
@@ -223,6 +243,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.DeleteAdapterRequest, context: Any
     ) -> adapters_pb2.DeleteAdapterResponse:
         """Remove a revision or a name. Running requests keep the weights they started with."""
+        wait = wait_for(request.wait, "wait")
         home = await self._own(request.name)
         deleted = await home.changes.delete(
             request.name,
@@ -230,13 +251,15 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             etag=request.etag,
             who=who_calls(context),
         )
-        return adapters_pb2.DeleteAdapterResponse(revisions=deleted)
+        replicas = reached_to_wire(await self._reached(wait))
+        return adapters_pb2.DeleteAdapterResponse(revisions=deleted, replicas=replicas)
 
     async def SetAlias(
         self, request: adapters_pb2.SetAliasRequest, context: Any
     ) -> adapters_pb2.SetAliasResponse:
         """Move, roll back or remove an alias."""
         targets, who = admin.alias_targets(request), who_calls(context)
+        wait = wait_for(request.wait, "wait")
         home = await self._own(request.alias)
 
         def change() -> AliasChange:
@@ -248,7 +271,10 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             return registry.set_alias(request.alias, targets, etag=etag, who=who)
 
         changed = await home.changes.alias(request.alias, change)
-        return admin.set_alias_response(changed.alias, changed.before)
+        answer = admin.set_alias_response(changed.alias, changed.before)
+        if (reached := reached_to_wire(await self._reached(wait))) is not None:
+            answer.replicas.CopyFrom(reached)
+        return answer
 
     async def ListAliases(
         self, request: adapters_pb2.ListAliasesRequest, context: Any
@@ -323,12 +349,16 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             )
         if update.pinned is not None:
             require({"operator"}, "pinning an adapter")
+        wait = wait_for(request.wait, "wait")
         home = await self._own(request.name)
         async with self._tenants.sharing if update.shared else nullcontext():
             if update.shared:
                 self._visible.check_free(home, request.name)
             record = await home.changes.update(request.name, update, who_calls(context))
-        return adapters_pb2.UpdateAdapterResponse(adapter=self._message(home, home, record))
+        return adapters_pb2.UpdateAdapterResponse(
+            adapter=self._message(home, home, record),
+            replicas=reached_to_wire(await self._reached(wait)),
+        )
 
     async def UpdateBudgets(
         self, request: adapters_pb2.UpdateBudgetsRequest, context: Any

@@ -5,11 +5,11 @@ from __future__ import annotations
 from veneer_proto.v1 import adapters_pb2
 from veneer_registry.adapter import Tier
 from veneer_registry.records import AdapterRecord
-from veneer_registry.registry import Registry
 
 from veneer_server.engine_client.tenant_engine import TenantEngine
 from veneer_server.rpc import convert
 from veneer_server.serving.adapters.use import AdapterUse
+from veneer_server.serving.tenants.registry import AdapterRegistry
 
 __all__ = ["AdapterView", "as_shared"]
 
@@ -17,7 +17,9 @@ __all__ = ["AdapterView", "as_shared"]
 class AdapterView:
     """Builds `Adapter` messages."""
 
-    def __init__(self, registry: Registry, engine: TenantEngine, use: AdapterUse) -> None:
+    def __init__(
+        self, registry: AdapterRegistry, engine: TenantEngine, use: AdapterUse
+    ) -> None:
         self._registry = registry
         self._engine = engine
         self._use = use

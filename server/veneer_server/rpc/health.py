@@ -13,6 +13,7 @@ SERVICES: Final = (
     "veneer.v1.InferenceService",
     "veneer.v1.AdapterService",
     "veneer.v1.ServerService",
+    "veneer.v1.ReplicationService",
 )
 """Services that report their own readiness."""
 

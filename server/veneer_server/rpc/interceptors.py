@@ -12,6 +12,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
+from inspect import isawaitable
 from typing import Any, Final
 
 import grpc
@@ -350,7 +351,11 @@ def _write_all(answers: Callable[[Any, Any], AsyncIterator[Any]]) -> _Behaviour:
     """Turn a handler that yields into one that writes."""
 
     async def written(requests: Any, context: Any) -> None:
-        async for answer in answers(requests, context):
+        answering: Any = answers(requests, context)
+        if isawaitable(answering):  # it writes by itself
+            await answering
+            return
+        async for answer in answering:
             await context.write(answer)
 
     return written

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from veneer_proto.v1 import server_pb2, server_pb2_grpc
@@ -11,7 +12,7 @@ from veneer_registry.adapter import PROJECTIONS, BaseSpec
 from veneer_registry.errors import InvalidField
 
 from veneer_server import __version__
-from veneer_server.access.principal import PRINCIPAL, denied
+from veneer_server.access.principal import DEFAULT_TENANT, PRINCIPAL, denied
 from veneer_server.config import ServerConfig
 from veneer_server.engine_client.client import EngineClient
 from veneer_server.quotas.usage import UsageBook
@@ -26,7 +27,7 @@ from veneer_server.system.machine import peak_bytes
 from veneer_server.text.defaults import RequestDefaults
 from veneer_server.wire.sampling import OF_BASE
 
-__all__ = ["ServerService"]
+__all__ = ["ReplicationFacts", "ServerService"]
 
 MAX_RANK: Final = 4096
 _DEFAULT_RANK: Final = 16
@@ -37,6 +38,25 @@ _LIMITS: Final = {
     Limit.KV_CACHE: server_pb2.LIMIT_KV_CACHE,
     Limit.MAX_RUNNING: server_pb2.LIMIT_MAX_RUNNING,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicationFacts:
+    """A server's role, and how it stands with its registry or its followers.
+
+    Attributes:
+        registry: of a follower: its registry's address; else "".
+        lag_s: seconds since a follower's view was known to be current.
+        sequence: a follower's last applied change; a registry's last change.
+        followers: of a registry.
+    """
+
+    role: str = "all"
+    registry: str = ""
+    connected: bool = True
+    lag_s: float = 0.0
+    sequence: int = 0
+    followers: int = 0
 
 
 class ServerService(server_pb2_grpc.ServerServiceServicer):
@@ -51,8 +71,10 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
         budgets: AdapterBudgets,
         defaults: RequestDefaults,
         book: UsageBook,
+        replication: Callable[[], ReplicationFacts] = ReplicationFacts,
     ) -> None:
         self._book = book
+        self._replication = replication
         self._config = config
         self._base = base
         self._tenants = tenants
@@ -68,6 +90,11 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
         """Version, base model, budgets, counts, memory."""
         config, info, base = self._config, self._engine.info, self._base
         tenant = self._tenants.opened()
+        facts = self._replication()
+        # Other tenants would learn from it when somebody publishes.
+        who = PRINCIPAL.get()
+        trusted = who.tenant == DEFAULT_TENANT and who.has({"operator"})
+        sequence = facts.sequence if trusted else 0
         return server_pb2.GetServerInfoResponse(
             version=__version__,
             base_model=server_pb2.BaseModel(
@@ -100,6 +127,14 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
             threads=info.threads,
             why_threads=info.why_threads,
             admin_port=config.admin_listen is not None,
+            role=facts.role,
+            replication=server_pb2.Replication(
+                registry=facts.registry,
+                connected=facts.connected,
+                lag=convert.duration(facts.lag_s),
+                sequence=sequence,
+                followers=facts.followers,
+            ),
             budgets=server_pb2.Budgets(
                 host_adapter_bytes=self._budgets.host,
                 device_adapter_bytes=self._budgets.device,

@@ -16,12 +16,12 @@ from typing import Final
 from veneer_proto.v1 import adapters_pb2
 from veneer_registry.errors import Aborted, AdapterNotFound
 from veneer_registry.records import AdapterRecord
-from veneer_registry.registry import Registry
 
 from veneer_server.rpc import convert
 from veneer_server.rpc.adapter_view import AdapterView
 from veneer_server.serving.adapters.events import AdapterEvents, Happened, Kind, Weights
 from veneer_server.serving.calls import READER_LIMIT_S
+from veneer_server.serving.tenants.registry import AdapterRegistry
 from veneer_server.serving.threads import to_the_end
 
 __all__ = ["AdapterWatch"]
@@ -41,7 +41,7 @@ class AdapterWatch:
 
     def __init__(
         self,
-        registry: Registry,
+        registry: AdapterRegistry,
         view: AdapterView,
         events: AdapterEvents,
         *,

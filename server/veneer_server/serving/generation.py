@@ -45,10 +45,12 @@ class Generation:
         *,
         metrics: Metrics,
         reader: ReplyReader,
+        fetch_s: float | None = None,
     ) -> None:
         """Args:
         request: that of the first sample; `sample_request` derives the others.
         reader: takes the samples' texts apart.
+        fetch_s: how long its adapter's weights took to be fetched; None if they were here.
         """
         self.counted = counted
         self.prompt = prompt
@@ -59,6 +61,7 @@ class Generation:
         """What took how long is in it once all have ended."""
         self.tenant = request.tenant
         self._request = request
+        self._fetch_s = fetch_s
         self._engine = engine
         self._place = place
         self._metrics = metrics
@@ -90,7 +93,9 @@ class Generation:
     def tier(self) -> Tier | None:
         """The tier where the adapter was found; known from the first delta on."""
         first = self._first_output
-        return Tier(first.tier) if first is not None and first.tier is not None else None
+        if first is None or first.tier is None:
+            return None
+        return Tier.REMOTE if self._fetch_s is not None else Tier(first.tier)
 
     @property
     def cached_tokens(self) -> int:
@@ -144,25 +149,33 @@ class Generation:
             len(self._samples), len(self.prompt.ids), output.cached_tokens
         )
         self._first_token_s = now - self._arrived
-        self._queue_s = output.queue_seconds + (self._submitted - self._arrived)
+        before = self._submitted - self._arrived - (self._fetch_s or 0.0)
+        self._queue_s = output.queue_seconds + before
         self._metrics.queue_time.observe(self._queue_s)
         self._metrics.tenants.waited(self._request.tenant, self._queue_s)
-        self._metrics.first_token.labels(output.tier or "none").observe(self._first_token_s)
-        if output.tier is not None:
-            self._metrics.adapter_found(output.tier)
+        tier = self.tier
+        found = "none" if tier is None else tier.value
+        self._metrics.first_token.labels(found).observe(self._first_token_s)
+        if tier is not None:
+            self._metrics.adapter_found(tier)
         for sample in self._samples[1:]:
             request = sample_request(self._request, sample.index)
             self._streams.add(sample.index, self._engine.generate(request, self._place))
 
+    @property
+    def _load_s(self) -> float:
+        """Fetching its adapter and loading it."""
+        first = self._first_output
+        return (self._fetch_s or 0.0) + (first.load_seconds if first is not None else 0.0)
+
     def facts(self) -> dict[str, float]:
         """Log fields of the request, finished or not; never its text."""
-        first = self._first_output
         return {
             "prompt_tokens": len(self.prompt.ids),
             "cached_tokens": self.cached_tokens,
             "new_tokens": self.completion_tokens,
             "queue_s": round(self._queue_s, 4),
-            "load_s": round(first.load_seconds, 4) if first is not None else 0.0,
+            "load_s": round(self._load_s, 4),
             "first_token_s": round(self._first_token_s, 4),
             "total_s": round(time.perf_counter() - self._arrived, 4),
         }
@@ -174,7 +187,7 @@ class Generation:
             self.provenance,
             tier=self.tier,
             queue_s=self._queue_s,
-            load_s=first.load_seconds,
+            load_s=self._load_s,
             first_token_s=self._first_token_s,
             total_s=now - self._arrived,
         )

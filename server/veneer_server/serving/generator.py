@@ -21,7 +21,7 @@ from veneer_server.logs import REQUEST_ID, get_logger
 from veneer_server.queues.fairness import FAIRNESS
 from veneer_server.quotas.meter import Meter, Metered
 from veneer_server.serving import checks
-from veneer_server.serving.adapters.use import fetched, source_of
+from veneer_server.serving.adapters.use import source_of
 from veneer_server.serving.generation import Generation
 from veneer_server.serving.limits import (
     check_constraint_size,
@@ -120,7 +120,7 @@ class Generator:
             RateLimitExceeded, QuotaExceeded: its caller may not have it, now or ever.
             AdapterNotFound, ContextTooLong, DeadlineTooShort, InvalidField,
             TemplateFailed: the request cannot be served as it is.
-            QueueFull, EngineFailed: the request cannot be served now.
+            QueueFull, EngineFailed, Unavailable: the request cannot be served now.
         """
         arrived = time.perf_counter()
         # A point in time, not a duration: the clock runs while the request waits.
@@ -138,7 +138,6 @@ class Generator:
                 if self._resolving is not None and not self._visible.knows(home, call.adapter):
                     await self._resolving.fetch(home, call.adapter)
                 owner, lease = self._visible.acquire(home, call.adapter, call.session_key)
-                await fetched(owner.registry, lease.ref)
             # Before any work: requests that wait for it then count towards the queue limit.
             with (
                 self.count(call.n) if counted is None else nullcontext(counted) as measured,
@@ -148,6 +147,9 @@ class Generator:
             ):
                 plan = self._plan(call, lease)
                 prompt = await self._prompt(call, lease)
+                fetch_s = None
+                if owner is not None and lease is not None:
+                    fetch_s = await _brought(owner, lease)
                 await measured.prompt(len(prompt.ids))
                 request = self._resolve(call, prompt, plan, owner, lease, deadline)
                 ref = lease.ref if lease is not None else None
@@ -156,6 +158,7 @@ class Generator:
                     *(self._engine, arrived, measured, held),
                     metrics=self.metrics,
                     reader=ReplyReader.of(self.prompts.tokenizer, prompt.thinking, plan),
+                    fetch_s=fetch_s,
                 )
                 try:
                     yield generation
@@ -386,3 +389,10 @@ class Generator:
 def _template(lease: RevisionLease | None) -> str | None:
     """The chat template that an adapter brings along."""
     return None if lease is None else lease.record.manifest.chat_template
+
+
+async def _brought(owner: Tenant, lease: RevisionLease) -> float | None:
+    """Bring an adapter's weights to this machine. Returns seconds; None if they were here."""
+    began = time.perf_counter()
+    fetched = await owner.registry.present(lease.ref)
+    return time.perf_counter() - began if fetched else None

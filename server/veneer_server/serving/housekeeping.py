@@ -9,7 +9,6 @@ from contextlib import suppress
 from typing import Any, Final
 
 from veneer_registry.errors import AdapterCorrupt, VeneerError
-from veneer_registry.registry import Registry
 from veneer_registry.rows import ResidentRow
 
 from veneer_server.engine_client.client import EngineEvent
@@ -19,6 +18,7 @@ from veneer_server.logs import get_logger
 from veneer_server.serving.adapters.events import AdapterEvents
 from veneer_server.serving.adapters.uploads import MAX_BROKEN, MAX_BROKEN_BYTES
 from veneer_server.serving.adapters.use import source_of
+from veneer_server.serving.tenants.registry import AdapterRegistry
 from veneer_server.serving.threads import to_the_end
 from veneer_server.wire.messages import AdapterFailed, MemoryTier
 
@@ -44,7 +44,7 @@ class Housekeeping:
 
     def __init__(
         self,
-        registry: Registry,
+        registry: AdapterRegistry,
         events: AdapterEvents,
         *,
         upload_ttl_s: float,

@@ -16,6 +16,7 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
 )
+from veneer_registry.adapter import Tier
 
 from veneer_server.engine_client.client import EngineEvent
 from veneer_server.quotas.usage import UsageBook
@@ -35,7 +36,6 @@ from veneer_server.wire.messages import (
     Occupancy,
     Residency,
     StepDone,
-    TierName,
 )
 
 __all__ = ["Metrics"]
@@ -244,10 +244,10 @@ class Metrics:
         """Show what tenants have used."""
         self.registry.register(UsageSeries(book))
 
-    def adapter_found(self, tier: TierName) -> None:
+    def adapter_found(self, tier: Tier) -> None:
         """Count a hit in the tier that had a request's adapter, and misses in nearer tiers."""
         for nearer in ("device", "host", "disk"):
-            hit = nearer == tier
+            hit = nearer == tier.value
             self.lookups.labels(nearer, "hit" if hit else "miss").inc()
             if hit:
                 return

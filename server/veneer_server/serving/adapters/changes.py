@@ -17,7 +17,6 @@ from veneer_registry.adapter import AdapterRef
 from veneer_registry.errors import AdapterNotFound, VeneerError
 from veneer_registry.publishing import Staged
 from veneer_registry.records import AdapterRecord, AliasChange, Published
-from veneer_registry.registry import Registry
 from veneer_registry.rows import Who
 from veneer_registry.upload import Upload
 
@@ -26,7 +25,8 @@ from veneer_server.logs import get_logger
 from veneer_server.serving.adapters.events import AdapterEvents
 from veneer_server.serving.adapters.replacing import Replacing, Warm
 from veneer_server.serving.adapters.uploads import Uploads
-from veneer_server.serving.adapters.use import AdapterUse, fetched, source_of
+from veneer_server.serving.adapters.use import AdapterUse, source_of
+from veneer_server.serving.tenants.registry import AdapterRegistry
 from veneer_server.serving.threads import outlast, to_the_end
 from veneer_server.wire.messages import EvictMode, MemoryTier
 
@@ -88,7 +88,7 @@ class AdapterChanges:
 
     def __init__(
         self,
-        registry: Registry,
+        registry: AdapterRegistry,
         engine: TenantEngine,
         use: AdapterUse,
         uploads: Uploads,
@@ -146,7 +146,7 @@ class AdapterChanges:
         # The lease keeps the files in place while the engine reads them.
         ref = record.ref
         with self._registry.acquire(f"{ref.name}@{ref.revision}"):
-            await fetched(self._registry, ref)
+            await self._registry.present(ref)
             pinned = await self._engine.activate(
                 source_of(self._registry, record), tier=tier, pin=pin
             )
@@ -262,6 +262,10 @@ class AdapterChanges:
 
     async def _get(self, name: str) -> AdapterRecord:
         return await to_the_end(lambda: self._registry.get(name))
+
+    async def mirrored(self, dropped: Sequence[AdapterRef]) -> None:
+        """Follow a change that the registry of another server has made."""
+        await self._removed(dropped)
 
     async def _removed(
         self, refs: Sequence[AdapterRef], *, mode: Literal["forget", "abort"] = "forget"

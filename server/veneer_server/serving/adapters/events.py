@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from veneer_proto.v1 import adapters_pb2
-from veneer_registry.adapter import Tier
+from veneer_registry.adapter import AdapterRef, Tier
 from veneer_registry.errors import Draining
 from veneer_registry.records import AdapterRecord, Published
 
@@ -132,6 +132,17 @@ class AdapterEvents:
     def made_current(self, record: AdapterRecord) -> None:
         """An earlier revision became a name's current one."""
         self._append(adapters_pb2.ADAPTER_EVENT_REPLACED, record)
+
+    def mirrored(self, record: AdapterRecord, before: AdapterRef | None) -> None:
+        """The registry that this server follows has changed a name: its current revision, and
+        what it meant before. What changed of its aliases and labels is the registry's to tell.
+        """
+        kind = adapters_pb2.ADAPTER_EVENT_UPDATED
+        if before is None:
+            kind = adapters_pb2.ADAPTER_EVENT_PUBLISHED
+        elif before != record.ref:
+            kind = adapters_pb2.ADAPTER_EVENT_REPLACED
+        self._append(kind, record)
 
     def updated(self, record: AdapterRecord) -> None:
         """Labels, retention or sharing changed."""

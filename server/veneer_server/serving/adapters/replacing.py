@@ -15,11 +15,11 @@ from weakref import WeakValueDictionary
 from veneer_registry.adapter import AdapterRef
 from veneer_registry.errors import VeneerError
 from veneer_registry.publishing import Staged
-from veneer_registry.registry import Registry
 
 from veneer_server.engine_client.tenant_engine import TenantEngine
 from veneer_server.logs import get_logger
 from veneer_server.serving.adapters.use import source_of
+from veneer_server.serving.tenants.registry import AdapterRegistry
 from veneer_server.serving.threads import outlast
 from veneer_server.wire.messages import MemoryTier
 
@@ -33,7 +33,7 @@ class Replacing:
 
     def __init__(
         self,
-        registry: Registry,
+        registry: AdapterRegistry,
         engine: TenantEngine,
         *,
         keep_residents: Callable[[], Awaitable[None]],
@@ -76,7 +76,7 @@ class Warm:
 
     def __init__(
         self,
-        registry: Registry,
+        registry: AdapterRegistry,
         engine: TenantEngine,
         staged: Staged,
         keep_residents: Callable[[], Awaitable[None]],

@@ -24,7 +24,6 @@ from veneer_registry.errors import (
     QueueFull,
     VeneerError,
 )
-from veneer_registry.registry import Registry
 
 from veneer_server.engine_client.places import Place
 from veneer_server.engine_client.tenant_engine import TenantEngine
@@ -32,6 +31,7 @@ from veneer_server.logs import get_logger
 from veneer_server.serving.adapters.subjects import Subject, Subjects
 from veneer_server.serving.adapters.use import AdapterUse
 from veneer_server.serving.adapters.verdicts import BOUNDS, Answers, Verdict, judge
+from veneer_server.serving.tenants.registry import AdapterRegistry
 from veneer_server.serving.threads import outlast
 from veneer_server.text.prompts import Prompts, Room
 from veneer_server.wire.messages import AdapterSource, SamplingParams, SequenceRequest
@@ -96,7 +96,7 @@ class SelfTest:
 
     def __init__(
         self,
-        registry: Registry,
+        registry: AdapterRegistry,
         engine: TenantEngine,
         prompts: Prompts,
         use: AdapterUse,
@@ -172,7 +172,7 @@ class SelfTest:
             with ExitStack() as leases:
                 note = ""
                 if names:
-                    adapters = self._subjects.named(names, leases)
+                    adapters = await self._subjects.named(names, leases)
                 else:
                     adapters, note = await self._subjects.chosen(self._most, leases)
                 # Two names may mean the same revision.

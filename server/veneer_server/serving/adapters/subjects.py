@@ -15,10 +15,10 @@ from veneer_registry.errors import (
     BaseModelMismatch,
 )
 from veneer_registry.lease import RevisionLease
-from veneer_registry.registry import Registry
 
 from veneer_server.engine_client.tenant_engine import TenantEngine
-from veneer_server.serving.adapters.use import AdapterUse, fetched, source_of
+from veneer_server.serving.adapters.use import AdapterUse, source_of
+from veneer_server.serving.tenants.registry import AdapterRegistry
 from veneer_server.serving.threads import to_the_end
 from veneer_server.wire.messages import AdapterSource
 
@@ -45,17 +45,20 @@ class Subject:
 class Subjects:
     """Finds and leases subjects. Their files stay until the caller closes ``leases``."""
 
-    def __init__(self, registry: Registry, engine: TenantEngine, use: AdapterUse) -> None:
+    def __init__(
+        self, registry: AdapterRegistry, engine: TenantEngine, use: AdapterUse
+    ) -> None:
         """Args: use: which adapters were requested most recently."""
         self._registry = registry
         self._engine = engine
         self._use = use
 
-    def named(self, names: Sequence[str], leases: ExitStack) -> list[Subject]:
+    async def named(self, names: Sequence[str], leases: ExitStack) -> list[Subject]:
         """The adapters with these names, as in requests. Raises AdapterNotFound,
         BaseModelMismatch or AdapterCorrupt."""
         return [
-            self._leased(self._registry.acquire(name), leases) for name in dict.fromkeys(names)
+            await self._leased(self._registry.acquire(name), leases)
+            for name in dict.fromkeys(names)
         ]
 
     async def chosen(self, most: int, leases: ExitStack) -> tuple[list[Subject], str]:
@@ -84,9 +87,10 @@ class Subjects:
         note = f"none of {len(self._registry)} adapters could be tested: {why}"
         return found, "" if found else note
 
-    def _leased(self, lease: RevisionLease, leases: ExitStack) -> Subject:
-        """A subject whose files stay until ``leases`` closes."""
+    async def _leased(self, lease: RevisionLease, leases: ExitStack) -> Subject:
+        """A subject whose files are here, and stay until ``leases`` closes."""
         leases.enter_context(lease)
+        await self._registry.present(lease.ref)
         return Subject(lease.ref.short, source_of(self._registry, lease.record))
 
     async def _take(
@@ -100,10 +104,7 @@ class Subjects:
                 break
             with ExitStack() as attempt:
                 try:
-                    lease = acquire()
-                    subject = self._leased(lease, attempt)
-                    with suppress(AdapterCorrupt):  # reported by the test itself
-                        await fetched(self._registry, lease.ref)
+                    subject = await self._leased(acquire(), attempt)
                     assert subject.source is not None, "only the base has no source"
                     digest = subject.source.weights_digest
                     if digest in found:

@@ -10,6 +10,9 @@ from veneer_proto.v1 import adapters_pb2
 from veneer_registry.errors import InvalidField
 from veneer_registry.records import UploadFile, UploadRequest
 
+from veneer_server.replication.replicas import Wait
+from veneer_server.replication.wire import wait_for
+
 __all__ = ["MAX_FILES", "MAX_LABELS", "UploadOptions", "upload_options"]
 
 MAX_FILES: Final = 16
@@ -25,6 +28,7 @@ class UploadOptions:
     validate_only: bool
     activate: bool
     resume: bool
+    wait: Wait
 
 
 def upload_options(spec: adapters_pb2.UploadSpec) -> UploadOptions:
@@ -63,4 +67,5 @@ def upload_options(spec: adapters_pb2.UploadSpec) -> UploadOptions:
         spec.validate_only,
         spec.activate,
         spec.resume,
+        wait_for(spec.wait, "spec.wait"),
     )

@@ -15,7 +15,6 @@ from veneer_proto.v1 import adapters_pb2
 from veneer_registry.errors import Aborted, InvalidField, QuotaExceeded, VeneerError
 from veneer_registry.publishing import Staged
 from veneer_registry.records import Published
-from veneer_registry.registry import Registry
 from veneer_registry.upload import Upload
 
 from veneer_server.access.principal import DEFAULT_TENANT, PRINCIPAL
@@ -30,6 +29,7 @@ from veneer_server.serving.adapters.upload_places import (
     UploadPace,
     UploadPlaces,
 )
+from veneer_server.serving.tenants.registry import AdapterRegistry
 from veneer_server.serving.threads import to_the_end
 
 __all__ = ["Uploads"]
@@ -51,7 +51,7 @@ class Uploads:
 
     def __init__(
         self,
-        registry: Registry,
+        registry: AdapterRegistry,
         *,
         min_rate: int = MIN_RATE,
         deadline_s: float = DEADLINE_S,

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Final
 
 from veneer_registry.adapter import AdapterRef
 from veneer_registry.records import AdapterRecord
-from veneer_registry.registry import Registry
 
+from veneer_server.serving.tenants.registry import AdapterRegistry
 from veneer_server.wire.messages import AdapterSource
 
-__all__ = ["AdapterUse", "fetched", "source_of"]
-
-_FETCHING: Final = ThreadPoolExecutor(8, thread_name_prefix="fetch")
-"""Threads of their own: an object store that answers slowly must not stall other work."""
+__all__ = ["AdapterUse", "source_of"]
 
 
 class AdapterUse:
@@ -44,19 +38,7 @@ class AdapterUse:
         self._last.pop((ref.name, ref.revision), None)
 
 
-async def fetched(registry: Registry, ref: AdapterRef) -> None:
-    """Return when the files of a leased revision are on the local disk.
-
-    Raises:
-        AdapterCorrupt: they are damaged or gone.
-        Unavailable: the object store cannot be reached.
-    """
-    if not registry.is_local(ref):
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(_FETCHING, registry.fetch, ref)
-
-
-def source_of(registry: Registry, record: AdapterRecord) -> AdapterSource:
+def source_of(registry: AdapterRegistry, record: AdapterRecord) -> AdapterSource:
     """Where the engine finds the weights of a revision."""
     return AdapterSource(
         weights_digest=record.ref.weights_digest,

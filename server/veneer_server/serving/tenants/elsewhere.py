@@ -11,11 +11,11 @@ from typing import Final
 from veneer_registry.adapter import AdapterManifest, AdapterRef
 from veneer_registry.errors import AdapterNotFound, VeneerError
 from veneer_registry.records import AdapterRecord, Published
-from veneer_registry.registry import Registry
 from veneer_registry.rows import HistoryRow
 
 from veneer_server.logs import get_logger
 from veneer_server.serving.adapters.events import AdapterEvents
+from veneer_server.serving.tenants.registry import AdapterRegistry
 
 __all__ = ["tell_of_others"]
 
@@ -25,7 +25,7 @@ _UPDATES: Final = ("labels", "retention", "shared", "unshared")
 _log = get_logger(__name__)
 
 
-def tell_of_others(registry: Registry, events: AdapterEvents) -> None:
+def tell_of_others(registry: AdapterRegistry, events: AdapterEvents) -> None:
     """From now on, add an event for each line of the history that another server wrote. Call it
     on the event loop that the events belong to."""
     loop = asyncio.get_running_loop()
@@ -45,7 +45,7 @@ def tell_of_others(registry: Registry, events: AdapterEvents) -> None:
 
 
 def _event(
-    registry: Registry, events: AdapterEvents, line: HistoryRow
+    registry: AdapterRegistry, events: AdapterEvents, line: HistoryRow
 ) -> Callable[[], None] | None:
     """What to call for a line; None if watchers are not told of it."""
     match line.event:
@@ -70,7 +70,7 @@ def _event(
     return None
 
 
-def _record(registry: Registry, line: HistoryRow, revision: str) -> AdapterRecord:
+def _record(registry: AdapterRegistry, line: HistoryRow, revision: str) -> AdapterRecord:
     """The revision as it is now, which may be gone again."""
     try:
         return registry.get(f"{line.name}@{revision}" if revision else line.name)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from veneer_registry.records import UploadRequest
-from veneer_registry.registry import Registry
 
 from veneer_server.quotas.stores import Stored
+from veneer_server.serving.tenants.registry import AdapterRegistry
 from veneer_server.serving.tenants.tenants import Tenants
 
 __all__ = ["TenantStores"]
@@ -44,6 +44,6 @@ class TenantStores:
         registry = self._registry(tenant)
         return 0 if registry is None else sum(registry.committed(request).values())
 
-    def _registry(self, tenant: str) -> Registry | None:
+    def _registry(self, tenant: str) -> AdapterRegistry | None:
         found = self._tenants.named(tenant)
         return None if found is None else found.registry

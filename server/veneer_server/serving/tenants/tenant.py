@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
-from veneer_registry.registry import Registry
-
 from veneer_server.config import ServerConfig
 from veneer_server.engine_client.client import EngineClient
 from veneer_server.engine_client.tenant_engine import TenantEngine
@@ -19,6 +17,7 @@ from veneer_server.serving.adapters.uploads import Uploads
 from veneer_server.serving.adapters.use import AdapterUse
 from veneer_server.serving.housekeeping import Housekeeping
 from veneer_server.serving.tenants.elsewhere import tell_of_others
+from veneer_server.serving.tenants.registry import AdapterRegistry
 from veneer_server.text.prompts import Prompts
 
 __all__ = ["Furnish", "Tenant"]
@@ -29,7 +28,7 @@ class Tenant:
     """The parts that a tenant has to itself."""
 
     name: str
-    registry: Registry
+    registry: AdapterRegistry
     engine: TenantEngine
     events: AdapterEvents
     use: AdapterUse
@@ -56,7 +55,7 @@ class Furnish:
     quotas: UploadQuotas | None = None
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    def tenant(self, name: str, registry: Registry) -> Tenant:
+    def tenant(self, name: str, registry: AdapterRegistry) -> Tenant:
         """The parts of one tenant. Its housekeeping has not started."""
         config = self.config
         engine = TenantEngine(self.engine, name)

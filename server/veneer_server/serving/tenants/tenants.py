@@ -25,7 +25,6 @@ from veneer_registry.errors import (
     VeneerError,
 )
 from veneer_registry.lock import OwnerLock
-from veneer_registry.registry import Registry
 
 from veneer_server.access.keys import TENANT
 from veneer_server.access.principal import ANYONE, DEFAULT_TENANT, PRINCIPAL
@@ -33,6 +32,7 @@ from veneer_server.engine_client.client import EngineEvent
 from veneer_server.logs import REQUEST_ID, get_logger
 from veneer_server.logs import TENANT as LOGGED_TENANT
 from veneer_server.serving.tenants import FOLDER
+from veneer_server.serving.tenants.registry import AdapterRegistry
 from veneer_server.serving.tenants.tenant import Furnish, Tenant
 from veneer_server.serving.threads import to_the_end
 from veneer_server.wire.messages import (
@@ -54,7 +54,7 @@ _MOST_FAILED: Final = 1000
 
 _log = get_logger(__name__)
 
-Open = Callable[[Path, OwnerLock | None], Registry]
+Open = Callable[[Path, OwnerLock | None], AdapterRegistry]
 
 
 class Tenants:
@@ -80,7 +80,7 @@ class Tenants:
     # ------------------------------------------------------------------- lifecycle
 
     async def start(
-        self, furnish: Furnish, default: Registry, *, open_: Open, max_tenants: int
+        self, furnish: Furnish, default: AdapterRegistry, *, open_: Open, max_tenants: int
     ) -> None:
         """Furnish the default tenant, and open those whose folder exists. One that cannot be
         opened is logged, and its calls are refused until it can.
@@ -152,6 +152,11 @@ class Tenants:
                     metadata={"field": "veneer-tenant"},
                 )
         return await self._opened(principal.tenant)
+
+    async def ensure(self, name: str) -> Tenant:
+        """A tenant by name; opened now if need be. Raises QuotaExceeded or Unavailable."""
+        found = self._by_name.get(name)
+        return await self._opened(name) if found is None else found
 
     def _folder(self, name: str) -> Path:
         # Names come from keys, tokens and headers: checked there, and here again, since this

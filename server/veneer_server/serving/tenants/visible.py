@@ -20,10 +20,10 @@ from veneer_registry.errors import (
 from veneer_registry.index import not_found
 from veneer_registry.lease import RevisionLease
 from veneer_registry.records import AdapterRecord
-from veneer_registry.registry import Registry
 from veneer_registry.rows import AliasRow
 from veneer_registry.suggest import NearNames
 
+from veneer_server.serving.tenants.registry import AdapterRegistry
 from veneer_server.serving.tenants.tenant import Tenant
 from veneer_server.serving.tenants.tenants import Tenants
 
@@ -52,7 +52,9 @@ class Visible:
         """Whether ``spec`` has a name that ``home`` sees."""
         return self.owner(home, spec).registry.knows(split_spec(spec)[0])
 
-    def find(self, home: Tenant, spec: str, look: Callable[[Registry], T]) -> tuple[Tenant, T]:
+    def find(
+        self, home: Tenant, spec: str, look: Callable[[AdapterRegistry], T]
+    ) -> tuple[Tenant, T]:
         """Look ``spec`` up in its owner's registry.
 
         Raises:

@@ -17,7 +17,13 @@ import pytest_asyncio
 from google.protobuf import descriptor_pool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from veneer_proto.v1 import adapters_pb2, inference_pb2, server_pb2
+from veneer_proto.v1 import (
+    adapters_pb2,
+    inference_pb2,
+    replication_pb2,
+    replication_pb2_grpc,
+    server_pb2,
+)
 from veneer_server.access.edit_keys import add_key
 from veneer_server.access.methods import METHODS, SCRAPE
 from veneer_server.access.principal import ROLES
@@ -60,6 +66,7 @@ REQUESTS: Final[Mapping[str, Any]] = {
     "ServerService/PlanCapacity": server_pb2.PlanCapacityRequest(),
     "ServerService/GetUsage": server_pb2.GetUsageRequest(),
     "ServerService/GetUsage of another tenant": server_pb2.GetUsageRequest(tenant="b"),
+    "ReplicationService/FetchWeights": replication_pb2.FetchWeightsRequest(),
     "Health/Check": health_pb2.HealthCheckRequest(),
     "Health/Watch": health_pb2.HealthCheckRequest(),
     "Health/List": health_pb2.HealthListRequest(),
@@ -188,6 +195,7 @@ class Guarded:
             "InferenceService": front.inference,
             "AdapterService": front.adapters,
             "ServerService": front.server,
+            "ReplicationService": replication_pb2_grpc.ReplicationServiceStub(front.channel),
             "Health": health_pb2_grpc.HealthStub(front.channel),
             "ServerReflection": reflection_pb2_grpc.ServerReflectionStub(front.channel),
         }
@@ -200,6 +208,8 @@ class Guarded:
             if not name.endswith("v1alpha"):
                 call = v1_reflection(front)
             await first(call(iter([wanted]), metadata=metadata))
+        elif name == "Follow":
+            await first(call(iter([replication_pb2.FollowRequest()]), metadata=metadata))
         elif name.split()[0] in STREAMS:
             await first(call(asking(method, adapter), metadata=metadata))
         else:

@@ -203,3 +203,19 @@ def test_variables_of_others_are_not() -> None:
 )
 def test_short_names_of_dtypes(given: str, meant: str) -> None:
     assert load_config({"dtype": given}, {}).dtype == meant
+
+
+def test_a_follower_needs_its_registry_and_sends_no_key_in_the_clear(tmp_path: Path) -> None:
+    key = {"role": "engine", "registry_key_file": str(tmp_path / "key")}
+    with refused(ConfigInvalid, key="registry"):
+        load_config({"role": "engine"}, {})
+    with refused(ConfigInvalid, key="registry"):
+        load_config({"role": "engine", "registry": "nowhere"}, {})
+    with refused(ConfigInvalid, key="registry"):
+        load_config({"registry": "127.0.0.1:50051"}, {})
+    with refused(ConfigInvalid, key="registry_key_file", needs="insecure"):
+        load_config({**key, "registry": "10.0.0.1:50051"}, {})
+    with refused(ConfigInvalid, key="registry_cert"):
+        load_config({"role": "engine", "registry": "10.0.0.1:1", "registry_cert": "x.pem"}, {})
+    for allowed in ("127.0.0.1:50051", "https://10.0.0.1:50051"):
+        assert load_config({**key, "registry": allowed}, {}).registry == allowed

@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import grpc
 import httpx
@@ -222,6 +223,8 @@ async def running(
     if task.done():
         waiting.cancel()
         await task
+    if not engines:  # a registry makes none
+        engines.append(cast(Any, SimpleNamespace(pace=None, in_flight=0)))
     addresses = {"grpc": str(config.listen)}
     if not loading:
         addresses = json.loads(port_file.read_text())

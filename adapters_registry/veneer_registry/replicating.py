@@ -1,0 +1,56 @@
+"""What followers are told of a registry."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+from veneer_registry.adapter import AdapterRef
+from veneer_registry.core import Part
+from veneer_registry.entry import Entry
+from veneer_registry.pairing import STORE_FACT
+from veneer_registry.rows import RevisionRow
+
+__all__ = ["Replicating"]
+
+_FETCHING: Final = ThreadPoolExecutor(8, thread_name_prefix="fetch")
+"""Threads of their own: an object store that answers slowly must not stall other work."""
+
+
+class Replicating(Part):
+    """The part of `Registry` that followers mirror."""
+
+    def follow(self, changed: Callable[[str, Entry | None], None]) -> Mapping[str, Entry]:
+        """See `Index.follow`: all names now, and each change from then on."""
+        return self._core.index.follow(changed)
+
+    def rows(self, name: str) -> tuple[RevisionRow, ...]:
+        """All kept revisions of a name whose row is sound, newest first; none for a name that
+        does not exist."""
+        return self._core.catalog.revisions(name)
+
+    @property
+    def store_id(self) -> str:
+        """Identity of the data folder; "" if it is damaged."""
+        return self._core.catalog.fact(STORE_FACT) or ""
+
+    @property
+    def last_change(self) -> int:
+        """Number of the catalog's last change: less than before after a backup was restored."""
+        return self._core.catalog.number
+
+    @property
+    def base_id(self) -> str:
+        """Identity of the base that adapters are checked against."""
+        return self._core.base_id
+
+    async def present(self, ref: AdapterRef) -> bool:
+        """Bring a leased revision's weights to this machine's disk. Returns whether they had to
+        be fetched. Raises what `Lookups.fetch` does."""
+        if self._core.store.is_local(ref.weights_digest):
+            return False
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(_FETCHING, self._core.store.fetch, ref.weights_digest)
+        return True

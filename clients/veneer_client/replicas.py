@@ -1,0 +1,57 @@
+"""Waiting until the servers that follow a registry have a change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+from veneer_proto.v1 import replication_pb2
+
+__all__ = ["ReplicasReached", "WaitReplicas", "reached", "wait_for"]
+
+
+class WaitReplicas(Enum):
+    """How many followers of the registry a change waits for, for 10 s at most."""
+
+    NONE = "none"
+    QUORUM = "quorum"
+    """More than half of those that are alive."""
+    ALL = "all"
+    """All that are alive."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicasReached:
+    """How such a wait ended.
+
+    Attributes:
+        live: followers that were alive.
+        applied: those of them that had the change.
+        enough: whether these were as many as the change waited for.
+    """
+
+    live: int
+    applied: int
+    enough: bool
+
+
+_MODES: Final = {
+    WaitReplicas.NONE: replication_pb2.WAIT_REPLICAS_NONE,
+    WaitReplicas.QUORUM: replication_pb2.WAIT_REPLICAS_QUORUM,
+    WaitReplicas.ALL: replication_pb2.WAIT_REPLICAS_ALL,
+}
+
+
+def wait_for(wait: WaitReplicas) -> replication_pb2.WaitForReplicas | None:
+    """The field of a request; None leaves it out, which an older server understands."""
+    if wait is WaitReplicas.NONE:
+        return None
+    return replication_pb2.WaitForReplicas(replicas=_MODES[wait])
+
+
+def reached(answer: replication_pb2.ReplicasReached, present: bool) -> ReplicasReached | None:
+    """From an answer's field; None if the change did not wait."""
+    if not present:
+        return None
+    return ReplicasReached(answer.live, answer.applied, answer.enough)

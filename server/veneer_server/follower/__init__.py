@@ -1,0 +1,1 @@
+"""A server that mirrors a registry: its view, its disk cache, and its connection."""

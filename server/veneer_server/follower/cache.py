@@ -1,0 +1,267 @@
+"""Weights on a follower's disk: by digest, bounded in bytes, and rebuilt when lost.
+
+::
+
+    weights/<weights digest>/   adapter_config.json  adapter_model.safetensors
+    partial/<weights digest>/   the same while they are fetched, which resumes there
+    trash/<random>/             what is being removed
+
+A folder appears below ``weights/`` by one rename, after its files are durable. What an earlier
+run left there is compared with its digest before it is used: a disk may have lost writes that
+it had acknowledged.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from veneer_registry.bundle_files import REQUIRED_FILES
+from veneer_registry.disk import FOLDER_MODE, disk_errors, remove, sync
+from veneer_registry.errors import AdapterCorrupt, InvalidField, QueueFull
+from veneer_registry.store_folders import checked_digest, size_of
+from veneer_registry.stored_adapter import verify_weights
+
+from veneer_server.logs import get_logger
+
+__all__ = ["WeightsCache"]
+
+_TOUCH_S: Final = 60.0
+"""How exactly the order of use survives a restart."""
+
+_log = get_logger(__name__)
+
+
+class WeightsCache:
+    """Thread-safe. Call `open`, `commit`, `check` and `make_room` from worker threads.
+
+    Attributes:
+        most_bytes: of the weights; what is in use may not fit, see `make_room`.
+        evictions, damaged_found: counts since the start.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        most_bytes: int,
+        in_use: Callable[[str], bool],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Args:
+        in_use: whether a weights digest is leased, so that its files must stay.
+        clock: Unix seconds.
+        """
+        self.most_bytes = most_bytes
+        self.evictions = 0
+        self.damaged_found = 0
+        self._weights = root / "weights"
+        self._partial = root / "partial"
+        self._trash = root / "trash"
+        self._in_use = in_use
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._sizes: OrderedDict[str, int] = OrderedDict()
+        """By weights digest, least recently used first."""
+        self._touched: dict[str, float] = {}
+        self._unchecked: set[str] = set()
+        self._reserved: dict[str, int] = {}
+        """Bytes of weights that are being fetched."""
+
+    def open(self) -> None:
+        """Find what earlier runs left."""
+        for folder in (self._weights, self._partial, self._trash):
+            with disk_errors(folder.parent):
+                folder.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
+        remove(self._trash)
+        self._trash.mkdir(FOLDER_MODE, exist_ok=True)
+        found = []
+        for folder in self._weights.iterdir():
+            if all((folder / name).is_file() for name in REQUIRED_FILES):
+                found.append((folder.stat().st_mtime, folder.name, size_of(folder)))
+            else:
+                self._discard(folder)
+        with self._lock:
+            for used, digest, size in sorted(found):
+                self._sizes[digest] = size
+                self._touched[digest] = used
+                self._unchecked.add(digest)
+        self._evict(0, keep="")
+
+    # -------------------------------------------------------------------- look-ups
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of whole weights."""
+        with self._lock:
+            return sum(self._sizes.values())
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def __contains__(self, digest: object) -> bool:
+        return digest in self._sizes
+
+    def weights_folder(self, digest: str) -> Path:
+        """Where weights are, once they are there."""
+        return self._weights / checked_digest(digest)
+
+    def partial_folder(self, digest: str) -> Path:
+        """Where weights are put while they are fetched."""
+        return self._partial / checked_digest(digest)
+
+    def use(self, digest: str) -> bool | None:
+        """Note that weights are used now. Returns whether they are here; None if that must be
+        found out by `check`."""
+        with self._lock:
+            if digest not in self._sizes:
+                return False
+            self._sizes.move_to_end(digest)
+            if digest in self._unchecked:
+                return None
+            now = self._clock()
+            if now - self._touched.get(digest, 0.0) < _TOUCH_S:
+                return True
+            self._touched[digest] = now
+        with suppress(OSError):  # gone behind our back: the loader will say so
+            os.utime(self.weights_folder(digest), (now, now))
+        return True
+
+    # -------------------------------------------------------------------- contents
+
+    def check(self, digest: str) -> bool:
+        """Compare weights that an earlier run left with their digest; drop them if they
+        differ."""
+        try:
+            verify_weights(self.weights_folder(digest), digest)
+        except AdapterCorrupt as error:
+            self.drop(digest, str(error))
+            return False
+        with self._lock:
+            self._unchecked.discard(digest)
+            return digest in self._sizes
+
+    def make_room(self, digest: str, size: int) -> None:
+        """Reserve bytes for weights that are about to be fetched, and evict the least recently
+        used ones that nobody uses.
+
+        Raises:
+            InvalidField: they are larger than the cache.
+            QueueFull: what is in use leaves no room now.
+        """
+        if size > self.most_bytes:
+            raise InvalidField(
+                f"the adapter's files have {size} bytes, more than this server keeps on disk: "
+                "start it with a larger --adapter-cache-bytes",
+                metadata={"field": "adapter", "limit": str(self.most_bytes)},
+            )
+        with self._lock:
+            before = self._reserved.get(digest, 0)
+            self._reserved[digest] = size
+        if not self._evict(0, keep=digest):
+            with self._lock:
+                self._reserved[digest] = before
+                if not before:
+                    del self._reserved[digest]
+            raise QueueFull(
+                "all adapters in this server's disk cache are in use: retry, or start it with "
+                "a larger --adapter-cache-bytes",
+                metadata={"limit": str(self.most_bytes), "cause": "adapter_cache"},
+                retry_after_s=1.0,
+            )
+
+    def release(self, digest: str) -> None:
+        """A fetch has ended: its bytes are counted as they are on disk, if at all."""
+        with self._lock:
+            self._reserved.pop(digest, None)
+
+    def commit(self, digest: str) -> None:
+        """Verify fetched weights, make them durable, and move them where they are found.
+
+        Raises:
+            AdapterCorrupt: they do not have that digest. They are removed.
+            DiskFull, DiskFailed: the disk.
+        """
+        partial, target = self.partial_folder(digest), self.weights_folder(digest)
+        try:
+            verify_weights(partial, digest)
+        except AdapterCorrupt:
+            self._discard(partial)
+            raise
+        with disk_errors(partial.parent):
+            for name in REQUIRED_FILES:
+                sync(partial / name)
+            sync(partial)
+            size = size_of(partial)
+            with self._lock:
+                trash = self._moved(target)
+                partial.rename(target)
+                self._reserved.pop(digest, None)
+                self._sizes[digest] = size
+                self._sizes.move_to_end(digest)
+                self._touched[digest] = self._clock()
+                self._unchecked.discard(digest)
+            sync(target.parent)
+        shutil.rmtree(trash, ignore_errors=True)
+
+    def drop(self, digest: str, why: str) -> None:
+        """Remove weights that are damaged; the next request fetches them again."""
+        with self._lock:
+            known = self._sizes.pop(digest, None)
+            self._unchecked.discard(digest)
+            self.damaged_found += known is not None
+            trash = self._moved(self.weights_folder(digest))
+        if known is not None:
+            _log.error("damaged weights dropped from the cache", digest=digest, why=why)
+        shutil.rmtree(trash, ignore_errors=True)
+
+    def trim_partial(self, keep: set[str], most_bytes: int) -> None:
+        """Remove interrupted fetches beyond ``most_bytes``, oldest first, except ``keep``."""
+        found = []
+        for folder in self._partial.iterdir():
+            if folder.name not in keep:
+                found.append((folder.stat().st_mtime, folder, size_of(folder)))
+        total = sum(size for _, _, size in found)
+        for _, folder, size in sorted(found, key=lambda each: each[0]):
+            if total <= most_bytes:
+                break
+            self._discard(folder)
+            total -= size
+
+    def _evict(self, size: int, *, keep: str) -> bool:
+        """Evict until ``size`` more bytes fit; False if what is in use is too much."""
+        while True:
+            with self._lock:
+                taken = sum(self._sizes.values()) + sum(self._reserved.values())
+                if taken + size <= self.most_bytes:
+                    return True
+                victim = next(
+                    (d for d in self._sizes if d != keep and not self._in_use(d)), None
+                )
+                if victim is None:
+                    return False
+                del self._sizes[victim]
+                self._unchecked.discard(victim)
+                self._touched.pop(victim, None)
+                self.evictions += 1
+                # A request that takes a lease now asks for the weights afterwards, and finds
+                # them gone. The folder moves under the lock, or it might be a newer one.
+                trash = self._moved(self.weights_folder(victim))
+            shutil.rmtree(trash, ignore_errors=True)
+
+    def _moved(self, folder: Path) -> Path:
+        """Move a folder to the trash, if it exists; the caller removes it there."""
+        trash = self._trash / secrets.token_hex(8)
+        with suppress(FileNotFoundError):
+            folder.rename(trash)
+        return trash
+
+    def _discard(self, folder: Path) -> None:
+        shutil.rmtree(self._moved(folder), ignore_errors=True)

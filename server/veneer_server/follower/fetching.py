@@ -1,0 +1,249 @@
+"""Fetches weights by digest: once for all who ask, each independently of the others."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import time
+import zlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+from veneer_registry.adapter import AdapterRef
+from veneer_registry.bundle_files import REQUIRED_FILES
+from veneer_registry.disk import FILE_MODE, FOLDER_MODE, disk_errors
+from veneer_registry.errors import AdapterCorrupt, QueueFull, Unavailable, VeneerError
+
+from veneer_server.follower.cache import WeightsCache
+from veneer_server.follower.standing import Standing
+from veneer_server.logs import get_logger
+
+__all__ = ["Chunk", "Fetching", "Remote"]
+
+MOST_AT_ONCE: Final = 64
+"""Different weights that are fetched at once; requests for further ones are refused."""
+
+PATIENCE_S: Final = 10.0
+"""How long a fetch may make no progress."""
+
+_CHUNK_S: Final = 3.0
+"""How long the next chunk may take before the connection is given up."""
+
+_PARTIAL_BYTES: Final = 256 << 20
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A part of a file.
+
+    Attributes:
+        size: of the whole file.
+        offset: where ``data`` belongs.
+    """
+
+    size: int
+    offset: int
+    data: bytes
+    crc32: int
+
+
+class Remote(Protocol):
+    """Where weights come from."""
+
+    def chunks(self, tenant: str, digest: str, file: str, offset: int) -> AsyncIterator[Chunk]:
+        """A file's chunks from an offset on; at least one, which may be empty. Raises
+        Unavailable if the connection fails, and what the other side raises."""
+        ...
+
+
+class _Broken(Unavailable):
+    """The transfer was interrupted, and may be resumed."""
+
+
+class Fetching:
+    """Belongs to one event loop; `weights_folder` and `damaged` may be called from any thread.
+
+    Attributes:
+        fetched, fetched_bytes, failed: counts since the start.
+    """
+
+    def __init__(
+        self,
+        cache: WeightsCache,
+        remote: Remote,
+        standing: Standing,
+        *,
+        patience_s: float = PATIENCE_S,
+        chunk_s: float = _CHUNK_S,
+        on_fetched: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
+        """Args: on_fetched: called with the duration of each fetch."""
+        self.fetched = 0
+        self.fetched_bytes = 0
+        self.failed = 0
+        self._cache = cache
+        self._remote = remote
+        self._standing = standing
+        self._patience_s = patience_s
+        self._chunk_s = chunk_s
+        self._on_fetched = on_fetched
+        self._running: dict[str, asyncio.Task[bool]] = {}
+
+    def weights_folder(self, digest: str) -> Path:
+        """As `WeightsCache.weights_folder`."""
+        return self._cache.weights_folder(digest)
+
+    def damaged(self, digest: str, why: str) -> None:
+        """As `WeightsCache.drop`."""
+        self._cache.drop(digest, why)
+
+    @property
+    def running(self) -> int:
+        """Fetches in progress."""
+        return len(self._running)
+
+    async def present(self, tenant: str, ref: AdapterRef) -> bool:
+        """Make leased weights be in the cache. Returns whether they had to be fetched. A caller
+        that leaves takes the fetch from nobody else.
+
+        Raises:
+            Unavailable: they are not here, and the registry does not answer.
+            QueueFull: too many are being fetched, or the cache has no room.
+            AdapterNotFound, AdapterCorrupt: the registry has them no more.
+        """
+        digest = ref.weights_digest
+        if self._cache.use(digest):
+            return False
+        task = self._running.get(digest)
+        if task is None:
+            if len(self._running) >= MOST_AT_ONCE:
+                raise QueueFull(
+                    f"{MOST_AT_ONCE} adapters are being fetched: retry",
+                    metadata={"limit": str(MOST_AT_ONCE), "cause": "fetches"},
+                    retry_after_s=1.0,
+                )
+            task = asyncio.get_running_loop().create_task(self._bring(tenant, digest))
+            self._running[digest] = task
+            task.add_done_callback(lambda done: self._ended(digest, done))
+        return await asyncio.shield(task)
+
+    async def stop(self) -> None:
+        """End running fetches; they resume after the next start."""
+        for task in list(self._running.values()):
+            task.cancel()
+        await asyncio.gather(*self._running.values(), return_exceptions=True)
+
+    def _ended(self, digest: str, task: asyncio.Task[bool]) -> None:
+        del self._running[digest]
+        self._cache.release(digest)
+        if not task.cancelled() and task.exception() is not None:
+            self.failed += 1
+
+    async def _bring(self, tenant: str, digest: str) -> bool:
+        if self._cache.use(digest) is None and await asyncio.to_thread(
+            self._cache.check, digest
+        ):
+            return False
+        started = time.monotonic()
+        for last in (False, True):
+            await self._fetch(tenant, digest)
+            try:
+                await asyncio.to_thread(self._cache.commit, digest)
+                break
+            except AdapterCorrupt as error:
+                # What an interrupted fetch left may be damaged: once more from the beginning.
+                _log.warning("fetched weights do not have their digest", why=str(error))
+                if last:
+                    raise
+        seconds = time.monotonic() - started
+        self.fetched += 1
+        self._on_fetched(seconds)
+        _log.info("weights fetched", digest=digest[:12], seconds=round(seconds, 3))
+        return True
+
+    async def _fetch(self, tenant: str, digest: str) -> None:
+        """Fetch both files into the partial folder, resuming where an earlier try ended."""
+        folder = self._cache.partial_folder(digest)
+        with disk_errors(folder.parent):
+            folder.mkdir(FOLDER_MODE, exist_ok=True)
+        most_bytes = min(_PARTIAL_BYTES, self._cache.most_bytes)
+        await asyncio.to_thread(self._cache.trim_partial, {*self._running}, most_bytes)
+        progress, wait_s = time.monotonic(), 0.05
+        sizes: dict[str, int] = {}
+        while True:
+            before = self.fetched_bytes
+            try:
+                for name in REQUIRED_FILES:
+                    await self._file(tenant, digest, folder / name, sizes)
+                return
+            except _Broken as error:
+                if self.fetched_bytes > before:
+                    progress, wait_s = time.monotonic(), 0.05
+                if time.monotonic() - progress > self._patience_s or not (
+                    self._standing.connected or self.fetched_bytes > before
+                ):
+                    raise self._standing.unreachable(
+                        "fetching this adapter", error.detail or str(error)
+                    ) from error
+            await asyncio.sleep(wait_s * (0.5 + random.random()))  # nosec B311 # not for secrets
+            wait_s = min(1.0, wait_s * 2)
+
+    async def _file(self, tenant: str, digest: str, path: Path, sizes: dict[str, int]) -> None:
+        file, offset = await asyncio.to_thread(_opened, path)
+        chunks = self._remote.chunks(tenant, digest, path.name, offset)
+        try:
+            while True:
+                chunk = await self._next(chunks)
+                if chunk is None:
+                    break
+                if path.name not in sizes:
+                    sizes[path.name] = chunk.size
+                    await asyncio.to_thread(self._cache.make_room, digest, sum(sizes.values()))
+                end = chunk.offset + len(chunk.data)
+                if chunk.size != sizes[path.name] or end > chunk.size:
+                    await asyncio.to_thread(os.ftruncate, file, 0)
+                    raise _Broken("the file's size has changed", detail="size")
+                if chunk.offset != offset or zlib.crc32(chunk.data) != chunk.crc32:
+                    raise _Broken("a chunk arrived damaged or out of order", detail="chunk")
+                if chunk.data:
+                    await asyncio.to_thread(_write, path.parent, file, chunk.data, offset)
+                offset += len(chunk.data)
+                self.fetched_bytes += len(chunk.data)
+            if offset != sizes.get(path.name):
+                raise _Broken("the transfer ended early", detail="short")
+        finally:
+            os.close(file)
+            with suppress(Exception):
+                await chunks.aclose()  # type: ignore[attr-defined]  # a generator
+
+    async def _next(self, chunks: AsyncIterator[Chunk]) -> Chunk | None:
+        try:
+            async with asyncio.timeout(self._chunk_s):
+                return await anext(chunks, None)
+        except TimeoutError as error:
+            raise _Broken("no data arrived in time", detail="slow") from error
+        except Unavailable as error:
+            raise _Broken(str(error), detail=str(error)) from error
+        except VeneerError:
+            raise
+
+
+def _opened(path: Path) -> tuple[int, int]:
+    """(descriptor, size) of a file to write on."""
+    with disk_errors(path.parent):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
+        return file, os.fstat(file).st_size
+
+
+def _write(folder: Path, file: int, data: bytes, offset: int) -> None:
+    with disk_errors(folder):
+        view, at = memoryview(data), offset
+        while view:
+            done = os.pwrite(file, view, at)
+            view, at = view[done:], at + done

@@ -1,0 +1,236 @@
+"""A follower's parts together: view, mirrors of all tenants, cache, and connections."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from veneer_registry.adapter import AdapterRef, BaseSpec
+from veneer_registry.errors import VeneerError
+from veneer_registry.lock import OwnerLock
+from veneer_registry.records import AdapterRecord
+from veneer_registry.recovery import base_identity
+
+from veneer_server.access.principal import DEFAULT_TENANT
+from veneer_server.config import ServerConfig
+from veneer_server.follower.cache import WeightsCache
+from veneer_server.follower.fetching import Fetching
+from veneer_server.follower.kept_view import Kept, load, save
+from veneer_server.follower.link import Link
+from veneer_server.follower.mirror import Mirror
+from veneer_server.follower.registry_channel import RegistryChannel, RegistryPlace
+from veneer_server.follower.standing import Standing
+from veneer_server.follower.view import Received, View
+from veneer_server.logs import get_logger
+from veneer_server.replication.states import NameState
+
+__all__ = ["Applied", "Change", "Follower"]
+
+FOLDER: Final = "follower"
+"""In the data folder: what may be deleted while the server is stopped."""
+
+_SAVE_S: Final = 1.0
+"""Between two times that the view is kept for the next start."""
+
+_BATCH: Final = 100
+"""Names that are changed before other work gets a turn."""
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A name has changed.
+
+    Attributes:
+        before: what it meant; None if it did not exist.
+        dropped: revisions that it no longer has.
+    """
+
+    mirror: Mirror
+    state: NameState
+    before: AdapterRef | None
+    dropped: tuple[AdapterRecord, ...]
+
+
+Applied = Callable[[Change], Awaitable[None]]
+
+
+class Follower:
+    """Belongs to one event loop, apart from `open`."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        base: BaseSpec,
+        *,
+        on_fetched: Callable[[float], None] = lambda seconds: None,
+        view: type[View] = View,
+    ) -> None:
+        """Raises InvalidField if a file that the configuration names cannot be read."""
+        self.place = RegistryPlace.of(config)
+        self.standing = Standing(self.place.address)
+        self.view = view()
+        self.cache = WeightsCache(
+            config.data_dir / FOLDER, config.adapter_cache_bytes, self._in_use
+        )
+        self.channel = RegistryChannel(self.place)
+        self.fetching = Fetching(self.cache, self.channel, self.standing, on_fetched=on_fetched)
+        self.link = Link(
+            self.place,
+            self.view,
+            self.standing,
+            name=f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}",
+            base=base_identity(base),
+            apply=self._apply,
+        )
+        self._config = config
+        self._base = base
+        self._base_id = base_identity(base)
+        self._kept = config.data_dir / FOLDER / "view"
+        self._unsaved = False
+        self._saving: asyncio.Task[None] | None = None
+        self._save_s = _SAVE_S
+        self._mirrors: dict[str, Mirror] = {}
+        self._lock = threading.Lock()
+        self._applied: Applied | None = None
+        self._resident: Callable[[str], bool] = lambda digest: False
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def open(self, folder: Path, lock: OwnerLock | None) -> Mirror:
+        """The mirror of the tenant whose folder this would be. Called from worker threads."""
+        if folder == self._config.data_dir:
+            self.cache.open()
+            self._restore()
+            return self._mirror(DEFAULT_TENANT)
+        return self._mirror(folder.name)
+
+    def start(self, applied: Applied, resident: Callable[[str], bool]) -> None:
+        """Begin to follow.
+
+        Args:
+            applied: tells the tenant's other parts of each change.
+            resident: whether weights are in memory, for which their files stay: the engine may
+                need them again at any time.
+        """
+        self._applied = applied
+        self._resident = resident
+        self.link.start()
+
+    @property
+    def tenants(self) -> set[str]:
+        """Tenants that have names."""
+        return {tenant for tenant, _ in self.view.names}
+
+    async def stop(self) -> None:
+        """End the connections. Idempotent."""
+        await self.link.stop()
+        await self.fetching.stop()
+        if self._unsaved:
+            await self._save()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.channel.close()
+
+    # ------------------------------------------------------------------ what is kept
+
+    def _restore(self) -> None:
+        kept = load(self._kept, self._base_id)
+        if kept is None:
+            return
+        age_s = max(0.0, time.time() - self._kept.stat().st_mtime)
+        self.view.restore(
+            kept.names,
+            run=kept.run,
+            sequence=kept.sequence,
+            store=kept.store,
+            catalog_change=kept.catalog_change,
+        )
+        self.standing.restored(age_s)
+        for state in kept.names:
+            self._mirror(state.tenant).apply(state)
+        _log.info("view restored", names=len(kept.names), age_s=round(age_s, 1))
+
+    def _save_soon(self) -> None:
+        self._unsaved = True
+        if self._saving is None:
+            self._saving = self._start(self._save_later())
+
+    async def _save_later(self) -> None:
+        """Save once for many changes, and rarely where it takes long."""
+        try:
+            await asyncio.sleep(self._save_s)
+            await self._save()
+        finally:
+            self._saving = None
+
+    async def _save(self) -> None:
+        self._unsaved = False
+        kept, began = Kept.of(self.view), time.monotonic()
+        try:
+            await asyncio.to_thread(save, self._kept, kept, self._base_id)
+        except VeneerError as error:
+            _log.warning("the view is not kept for the next start", why=str(error))
+        self._save_s = max(_SAVE_S, 20 * (time.monotonic() - began))
+
+    def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    # ------------------------------------------------------------------------ names
+
+    def _mirror(self, tenant: str) -> Mirror:
+        with self._lock:
+            mirror = self._mirrors.get(tenant)
+            if mirror is None:
+                mirror = self._mirrors[tenant] = Mirror(
+                    tenant,
+                    self._base,
+                    self.standing,
+                    self.fetching,
+                    self._config.retain_superseded,
+                )
+            return mirror
+
+    def _in_use(self, digest: str) -> bool:
+        leased = any(mirror.leases(digest) for mirror in list(self._mirrors.values()))
+        return leased or self._resident(digest)
+
+    async def _apply(self, received: Received) -> None:
+        self._save_soon()
+        for number, state in enumerate(received.changes, 1):
+            mirror = self._mirror(state.tenant)
+            before = mirror.current(state.name)
+            dropped = mirror.apply(state)
+            self._bring_hot(mirror, before, state)
+            if self._applied is not None:
+                await self._applied(Change(mirror, state, before, dropped))
+            if number % _BATCH == 0:
+                await asyncio.sleep(0)
+
+    def _bring_hot(self, mirror: Mirror, before: AdapterRef | None, state: NameState) -> None:
+        """Fetch the new revision of a name whose old one was used here, before the next request
+        asks for it."""
+        now = None if state.entry is None else state.entry.current
+        if before is None or now is None or before.weights_digest == now.weights_digest:
+            return
+        if before.weights_digest in self.cache and now.weights_digest not in self.cache:
+            self._start(self._bring(mirror, now))
+
+    async def _bring(self, mirror: Mirror, ref: AdapterRef) -> None:
+        try:
+            with mirror.acquire(f"{ref.name}@{ref.revision}"):
+                await mirror.present(ref)
+        except VeneerError as error:
+            _log.info("adapter not fetched ahead", adapter=ref.short, reason=error.reason)

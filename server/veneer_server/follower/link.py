@@ -1,0 +1,234 @@
+"""The connection by which a follower follows: begun again whenever it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Any, Final
+
+import grpc
+from veneer_proto.v1 import replication_pb2, replication_pb2_grpc
+from veneer_registry.errors import VeneerError
+
+from veneer_server.follower.registry_channel import RegistryPlace, to_error
+from veneer_server.follower.standing import Standing
+from veneer_server.follower.view import OutOfStep, Received, View
+from veneer_server.logs import get_logger
+from veneer_server.replication.states import HEARTBEAT_S, LEASE_S, Begin
+from veneer_server.replication.wire import from_wire
+
+__all__ = ["Link"]
+
+_FIRST_WAIT_S: Final = 0.05
+_LONGEST_WAIT_S: Final = 0.8
+"""Between two tries to connect: with the time to connect, less than two seconds."""
+
+_CONNECT_S: Final = 2.0
+"""How long a connection may take to answer. The peer may be half open, or packets lost."""
+
+_SILENT_BEATS: Final = 4
+"""Heartbeats that may be missing before a connection counts as half open."""
+
+_REFUSED: Final = frozenset({"UNAUTHENTICATED", "PERMISSION_DENIED", "UNIMPLEMENTED"})
+"""Codes that another try does not change soon."""
+
+_REFUSED_WAIT_S: Final = 5.0
+
+_log = get_logger(__name__)
+
+
+class Link:
+    """Keeps `view` up to date until it is stopped. Belongs to one event loop.
+
+    Attributes:
+        connects: connections that have begun.
+        resyncs: those that began with a snapshot although a view was there.
+    """
+
+    def __init__(
+        self,
+        place: RegistryPlace,
+        view: View,
+        standing: Standing,
+        *,
+        name: str,
+        base: str,
+        apply: Callable[[Received], Awaitable[None]],
+    ) -> None:
+        """Args:
+        name: of this follower.
+        base: identity of this server's base.
+        apply: carries out what a message changes, before the registry is told so.
+        """
+        self.connects = 0
+        self.resyncs = 0
+        self._place = place
+        self._view = view
+        self._standing = standing
+        self._name = name
+        self._base = base
+        self._apply = apply
+        self._task: asyncio.Task[None] | None = None
+        self._synced = asyncio.Event()
+        self._applied = asyncio.Event()
+        self._heartbeat_s = HEARTBEAT_S
+        self._lease_s = LEASE_S
+
+    def start(self) -> None:
+        """Begin to follow."""
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def stop(self) -> None:
+        """End the connection. Idempotent."""
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+
+    async def synced(self, within_s: float) -> bool:
+        """Wait for the first snapshot; False if it did not come in time."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await self._synced.wait()
+        return self._synced.is_set()
+
+    async def _run(self) -> None:
+        wait_s = _FIRST_WAIT_S
+        while True:
+            connects = self.connects
+            pause_s, why = 0.0, ""
+            try:
+                await self._follow()
+                why = "the registry ended the connection"
+            except OutOfStep as error:
+                why = f"out of step: {error}"
+            except TimeoutError:
+                why = "nothing was heard in time"
+            except grpc.aio.AioRpcError as error:
+                failure = to_error(error, self._place.address)
+                why = str(failure)
+                if failure.code in _REFUSED:
+                    pause_s, self._standing.fault = _REFUSED_WAIT_S, failure.message
+            except VeneerError as error:
+                why, pause_s = str(error), _REFUSED_WAIT_S
+                self._standing.fault = error.message
+            except ValueError as error:
+                why, pause_s = str(error), _REFUSED_WAIT_S
+            self._tell_cut(why)
+            if self.connects > connects:
+                wait_s = _FIRST_WAIT_S
+            await asyncio.sleep(
+                max(pause_s, wait_s) * (0.5 + random.random() / 2)  # nosec B311 # not for secrets
+            )
+            wait_s = min(_LONGEST_WAIT_S, wait_s * 2)
+
+    def _tell_cut(self, why: str) -> None:
+        if self._standing.connected:
+            _log.warning("registry away", registry=self._place.address, why=why)
+        self._standing.cut()
+
+    async def _follow(self) -> None:
+        """One connection, until it ends."""
+        run, sequence = self._view.place()
+        async with self._place.connect() as channel:
+            stub: Any = replication_pb2_grpc.ReplicationServiceStub(channel)
+            call = stub.Follow(metadata=self._place.metadata)
+            telling: asyncio.Task[None] | None = None
+            try:
+                begin = replication_pb2.FollowStart(
+                    follower=self._name, run=run, sequence=sequence
+                )
+                async with asyncio.timeout(_CONNECT_S):
+                    await call.write(replication_pb2.FollowRequest(start=begin))
+                    first = await call.read()
+                limit_s = _CONNECT_S
+                while first is not grpc.aio.EOF:
+                    message = from_wire(first, self._base)
+                    received = self._view.receive(message)
+                    if isinstance(message, Begin):
+                        self._begun(message)
+                        limit_s = self._heartbeat_s * _SILENT_BEATS
+                        telling = asyncio.get_running_loop().create_task(
+                            self._tell(call, message.run)
+                        )
+                    await self._take(message, received)
+                    async with asyncio.timeout(limit_s):
+                        first = await call.read()
+                status = await call.code()
+                if status is not grpc.StatusCode.OK:
+                    raise grpc.aio.AioRpcError(
+                        status,
+                        await call.initial_metadata(),
+                        await call.trailing_metadata(),
+                        await call.details(),
+                    )
+            except asyncio.CancelledError:
+                if telling is not None:  # this server stops
+                    telling.cancel()
+                    await asyncio.gather(telling, return_exceptions=True)
+                    await _say_goodbye(call)
+                raise
+            finally:
+                if telling is not None:
+                    telling.cancel()
+                call.cancel()
+
+    def _begun(self, begin: Begin) -> None:
+        self.connects += 1
+        self._heartbeat_s, self._lease_s = begin.heartbeat_s, begin.lease_s
+        self._standing.fault = ""
+        if begin.base and begin.base != self._base:
+            self._standing.fault = "the registry has another base model"
+            _log.error(
+                "the registry checks adapters against another base than this server has: all "
+                "are refused here",
+                registry=self._place.address,
+            )
+        if begin.snapshot and self._view.synced:
+            self.resyncs += 1
+        _log.info(
+            "registry followed",
+            registry=self._place.address,
+            snapshot=begin.snapshot,
+            sequence=begin.sequence,
+        )
+
+    async def _take(self, message: object, received: Received) -> None:
+        if received.restored:
+            _log.warning("the registry was restored from a backup: its names are taken anew")
+        if received.moved:
+            _log.warning("it is another registry than before: its names are taken anew")
+        if received.changes:
+            await self._apply(received)
+        self._standing.sequence = self._view.sequence
+        if received.current:
+            self._standing.current()
+            self._synced.set()
+        elif received.changes and self._standing.connected:
+            self._standing.current()
+        if received.changes or received.current:
+            self._applied.set()
+
+    async def _tell(self, call: Any, run: str) -> None:
+        """Tell the registry what is applied: at once, and often enough for the lease."""
+        with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            while True:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(self._lease_s / 4):
+                        await self._applied.wait()
+                self._applied.clear()
+                # Until its snapshot is whole, the view's number is that of another run.
+                sequence = self._view.sequence if self._view.run == run else 0
+                applied = replication_pb2.Applied(sequence=sequence)
+                await call.write(replication_pb2.FollowRequest(applied=applied))
+
+
+async def _say_goodbye(call: Any) -> None:
+    """So that publications need not wait for the lease to expire."""
+    leaving = replication_pb2.FollowRequest(applied=replication_pb2.Applied(leaving=True))
+    with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError):
+        async with asyncio.timeout(0.2):
+            await call.write(leaving)
+            await call.read()  # until the registry has ended the call

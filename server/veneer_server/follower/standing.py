@@ -1,0 +1,94 @@
+"""How a follower stands with its registry: connected or not, and how old its view is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Final
+
+from veneer_registry.errors import AdapterNotFound, FailedPrecondition, Unavailable
+
+from veneer_server.replication.states import HEARTBEAT_S
+
+__all__ = ["Standing"]
+
+RETRY_S: Final = 1.0
+"""When a caller should ask again for what a cut-off follower does not know."""
+
+_FRESH_S: Final = 4 * HEARTBEAT_S
+"""A view that was current less than this ago counts as current: heartbeats may be late."""
+
+
+class Standing:
+    """May be read from any thread.
+
+    Attributes:
+        registry: its address, for messages.
+        connected: whether there is a connection whose snapshot or changes were received.
+        sequence: the last change that was applied.
+        fault: why the registry cannot be followed, in words; "" if it can.
+    """
+
+    def __init__(self, registry: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self.registry = registry
+        self.connected = False
+        self.sequence = 0
+        self.fault = ""
+        self._clock = clock
+        self._started = clock()
+        self._current: float | None = None
+
+    def current(self) -> None:
+        """The view was all that there was to know, just now."""
+        self.connected = True
+        self._current = self._clock()
+
+    def restored(self, age_s: float) -> None:
+        """The view is that of an earlier run, which knew it to be current so long ago."""
+        self._current = self._clock() - age_s
+
+    def cut(self) -> None:
+        """The connection has ended."""
+        self.connected = False
+
+    @property
+    def synced(self) -> bool:
+        """Whether the view was ever current."""
+        return self._current is not None
+
+    @property
+    def lag_s(self) -> float:
+        """Seconds since the view was known to be current, or since the start."""
+        since = self._started if self._current is None else self._current
+        return max(0.0, self._clock() - since)
+
+    def absent(self, error: AdapterNotFound) -> AdapterNotFound | Unavailable:
+        """The error for a name that the view does not have: `error` only if the view is
+        current."""
+        if self.connected and self.lag_s < _FRESH_S:
+            return error
+        name = error.metadata.get("adapter", "")
+        return Unavailable(
+            f"whether adapter {name!r} exists is not known here: this server follows the "
+            f"registry, which it has not heard from for {self.lag_s:.1f} s; retry, or ask "
+            "another server",
+            metadata={"adapter": name, "cause": "registry_away", "lag_s": f"{self.lag_s:.1f}"},
+            retry_after_s=RETRY_S,
+        )
+
+    def unreachable(self, what: str, why: str) -> Unavailable:
+        """The error for something that takes the registry, which cannot be reached."""
+        return Unavailable(
+            f"{what} takes the registry, which does not answer now: retry",
+            metadata={"cause": "registry_away", "lag_s": f"{self.lag_s:.1f}"},
+            retry_after_s=RETRY_S,
+            detail=f"{self.registry}: {why}",
+        )
+
+    def refused(self, what: str) -> FailedPrecondition:
+        """The error for a change that this server does not make."""
+        return FailedPrecondition(
+            f"{what} is not possible on this server, which follows the registry at "
+            f"{self.registry}: send it there, or by gRPC to this one, which passes it on",
+            metadata={"cause": "follower", "registry": self.registry},
+        )

@@ -1,0 +1,184 @@
+"""What a follower knows of its registry: a pure state machine, without I/O and without a clock.
+
+Each connection begins with what the follower knows (`place`). A message that does not fit what
+came before raises `OutOfStep`: the caller ends the connection and connects again, and the next
+one begins with a snapshot. Meanwhile the old view is served, and a snapshot replaces it only
+when it is whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from veneer_server.replication.states import (
+    Begin,
+    Heartbeat,
+    Key,
+    Message,
+    NameState,
+    SnapshotEnd,
+    Told,
+    add_mark,
+    mark_of,
+)
+
+__all__ = ["OutOfStep", "Received", "View"]
+
+
+class OutOfStep(Exception):
+    """The registry's messages do not fit together, or not with what was applied."""
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """What follows from a message.
+
+    Attributes:
+        changes: names to change, in order; each was current in the registry.
+        current: when the message was sent, the view was all that there was to know.
+        restored: the registry's catalog has lost changes: a backup was restored.
+        moved: it is another registry than before.
+    """
+
+    changes: tuple[NameState, ...] = ()
+    current: bool = False
+    restored: bool = False
+    moved: bool = False
+
+
+class View:
+    """Attributes:
+    names: every name that exists, of all tenants.
+    run, sequence: up to where it is applied; "" and 0 before the first snapshot.
+    store, catalog_change: of the registry that was seen last.
+    synced: whether there was a whole snapshot.
+    """
+
+    def __init__(self) -> None:
+        self.names: dict[Key, NameState] = {}
+        self.run = ""
+        self.sequence = 0
+        self.store = ""
+        self.catalog_change = 0
+        self.synced = False
+        self._checksum = 0
+        self._begun = False
+        self._staged: dict[Key, NameState] | None = None
+        self._next_run = ""
+
+    def restore(
+        self,
+        names: Iterable[NameState],
+        *,
+        run: str,
+        sequence: int,
+        store: str,
+        catalog_change: int,
+    ) -> None:
+        """Begin with what an earlier run of this server knew."""
+        self.names = {state.key: state for state in names}
+        self.run, self.sequence = run, sequence
+        self.store, self.catalog_change = store, catalog_change
+        self._checksum = 0
+        for key, state in self.names.items():
+            self._checksum = add_mark(self._checksum, 0, mark_of(key, state.entry))
+        self.synced = True
+
+    def place(self) -> tuple[str, int]:
+        """(run, sequence) to follow from, in a new connection; messages of earlier ones must
+        not be received any more."""
+        self._begun, self._staged = False, None
+        return self.run, self.sequence
+
+    def receive(self, message: Message) -> Received:
+        """The next message of the connection. Raises OutOfStep."""
+        try:
+            match message:
+                case Begin():
+                    return self._begin(message)
+                case Told():
+                    return self._told(message)
+                case SnapshotEnd():
+                    return self._snapshot_end(message)
+                case Heartbeat():
+                    return self._heartbeat(message)
+        except OutOfStep:
+            self.run = ""  # the next connection gets a snapshot
+            self._begun, self._staged = False, None
+            raise
+
+    def _begin(self, begin: Begin) -> Received:
+        if self._begun:
+            raise OutOfStep("a connection began twice")
+        if not begin.snapshot and (begin.run, begin.sequence) != (self.run, self.sequence):
+            raise OutOfStep("changes would follow another place than the one asked for")
+        if begin.snapshot and begin.run == self.run and begin.sequence < self.sequence:
+            raise OutOfStep("the registry has gone back in the same run")
+        known = bool(self.store)
+        moved = known and begin.store != self.store
+        restored = known and not moved and begin.catalog_change < self.catalog_change
+        self._begun = True
+        self._staged = {} if begin.snapshot else None
+        self._next_run = begin.run
+        self.store, self.catalog_change = begin.store, begin.catalog_change
+        return Received(restored=restored, moved=moved)
+
+    def _told(self, told: Told) -> Received:
+        self._check_begun()
+        state = told.state
+        if self._staged is not None:
+            if state.entry is None or state.key in self._staged:
+                raise OutOfStep("a snapshot has a name that is gone, or one twice")
+            self._staged[state.key] = state
+            return Received()
+        if told.sequence <= self.sequence:
+            return Received()  # a duplicate
+        if told.previous != self.sequence:
+            raise OutOfStep(f"changes between {self.sequence} and {told.sequence} are missing")
+        self.sequence = told.sequence
+        self._put(state)
+        return Received((state,))
+
+    def _snapshot_end(self, end: SnapshotEnd) -> Received:
+        self._check_begun()
+        staged = self._staged
+        if staged is None:
+            raise OutOfStep("a snapshot ended that had not begun")
+        checksum = 0
+        for key, state in staged.items():
+            checksum = add_mark(checksum, 0, mark_of(key, state.entry))
+        if checksum != end.checksum:
+            raise OutOfStep("the snapshot is not whole")
+        gone = [NameState(*key, None) for key in sorted(self.names.keys() - staged.keys())]
+        changed = [state for key, state in staged.items() if self.names.get(key) != state]
+        self.names, self._staged = staged, None
+        self.run, self.sequence, self._checksum = self._next_run, end.sequence, checksum
+        self.synced = True
+        return Received((*gone, *changed), current=True)
+
+    def _heartbeat(self, beat: Heartbeat) -> Received:
+        self._check_begun()
+        if self._staged is not None:
+            raise OutOfStep("the end of the snapshot is missing")
+        if beat.sequence != self.sequence:
+            raise OutOfStep(f"it is at {beat.sequence}, this view at {self.sequence}")
+        if beat.checksum != self._checksum:
+            raise OutOfStep(f"its names at {beat.sequence} are not those of this view")
+        return Received(current=True)
+
+    def _put(self, state: NameState) -> None:
+        before = self.names.get(state.key)
+        self._checksum = add_mark(
+            self._checksum,
+            mark_of(state.key, None if before is None else before.entry),
+            mark_of(state.key, state.entry),
+        )
+        if state.entry is None:
+            self.names.pop(state.key, None)
+        else:
+            self.names[state.key] = state
+
+    def _check_begun(self) -> None:
+        if not self._begun:
+            raise OutOfStep("a message came before the beginning")

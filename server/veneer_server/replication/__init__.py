@@ -1,0 +1,1 @@
+"""What a registry tells its followers, and what it knows of them."""

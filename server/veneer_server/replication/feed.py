@@ -1,0 +1,184 @@
+"""The changes of all tenants' registries in one numbered row, for followers.
+
+Numbers begin anew with each run of the server, which has an id of its own: a restored backup
+takes a restart, so followers notice it by the run. Rejected: the catalog's own change numbers,
+which a restored backup uses again for other changes, and which each tenant counts apart.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import secrets
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from veneer_registry.entry import Entry
+from veneer_registry.errors import Draining
+from veneer_registry.rows import RevisionRow
+
+from veneer_server.replication.states import (
+    Heartbeat,
+    Key,
+    NameState,
+    Told,
+    add_mark,
+    mark_of,
+)
+
+__all__ = ["Change", "Feed", "Followed"]
+
+KEPT: Final = 4096
+"""Changes that a follower may be behind before it needs a snapshot."""
+
+
+class Followed(Protocol):
+    """What followers mirror: see `veneer_registry.replicating`."""
+
+    def follow(self, changed: Callable[[str, Entry | None], None]) -> Mapping[str, Entry]: ...
+
+    def rows(self, name: str) -> tuple[RevisionRow, ...]: ...
+
+    @property
+    def store_id(self) -> str: ...
+
+    @property
+    def last_change(self) -> int: ...
+
+    @property
+    def base_id(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One change: a name's entry (None: it is gone), and its number."""
+
+    sequence: int
+    key: Key
+    entry: Entry | None
+
+
+class Feed:
+    """Belongs to one event loop.
+
+    Attributes:
+        run: id of this run.
+        sequence: number of the last change; 0 if there is none.
+    """
+
+    def __init__(self, *, kept: int = KEPT) -> None:
+        self.run = secrets.token_hex(8)
+        self.sequence = 0
+        self._registries: dict[str, Followed] = {}
+        self._entries: dict[Key, Entry] = {}
+        self._checksum = 0
+        self._row: deque[Change] = deque(maxlen=kept)
+        self._waiting: set[asyncio.Future[None]] = set()
+        self._closed = False
+
+    def add(
+        self, tenant: str, registry: Followed, schedule: Callable[..., object] | None = None
+    ) -> None:
+        """Follow a registry that has just been opened.
+
+        Args:
+            schedule: makes a call in the event loop's thread; None for the running loop's own.
+        """
+        in_loop = schedule or asyncio.get_running_loop().call_soon_threadsafe
+
+        def changed(name: str, entry: Entry | None) -> None:
+            # Called in the thread of the change, before the change is acknowledged: so an
+            # acknowledged change has a number.
+            in_loop(self._note, (tenant, name), entry)
+
+        self._registries[tenant] = registry
+        for name, entry in registry.follow(changed).items():
+            self._note((tenant, name), entry)
+
+    def _note(self, key: Key, entry: Entry | None) -> None:
+        before = self._entries.get(key)
+        if before == entry:
+            return  # it was in the entries when following began
+        self._checksum = add_mark(self._checksum, mark_of(key, before), mark_of(key, entry))
+        if entry is None:
+            del self._entries[key]
+        else:
+            self._entries[key] = entry
+        self.sequence += 1
+        self._row.append(Change(self.sequence, key, entry))
+        self._wake()
+
+    # ------------------------------------------------------------------- followers
+
+    def heartbeat(self) -> Heartbeat:
+        """Where the row ends now."""
+        return Heartbeat(self.sequence, self._checksum)
+
+    def snapshot(self) -> tuple[Heartbeat, dict[Key, Entry]]:
+        """All names now."""
+        return self.heartbeat(), dict(self._entries)
+
+    def after(self, run: str, sequence: int) -> tuple[Change, ...] | None:
+        """The changes after a number of a run; None if they are not, or no longer, kept."""
+        oldest = self.sequence - len(self._row)
+        if run != self.run or not oldest <= sequence <= self.sequence:
+            return None
+        return tuple(itertools.islice(self._row, sequence - oldest, None))
+
+    def told(self, change: Change) -> Told:
+        """A change with its rows. Reads the catalog: call it from a worker thread."""
+        state = self.state(change.key, change.entry)
+        return Told(state, change.sequence, change.sequence - 1)
+
+    def state(self, key: Key, entry: Entry | None) -> NameState:
+        """A name's state with its rows, as `told`."""
+        if entry is None:
+            return NameState(*key, None)
+        tenant, name = key
+        wanted = {ref.revision for ref in entry.revisions}
+        rows = self._registries[tenant].rows(name)
+        return NameState(
+            tenant, name, entry, tuple(row for row in rows if row.revision in wanted)
+        )
+
+    async def beyond(self, sequence: int, within_s: float) -> bool:
+        """Wait for a change after ``sequence``; False if there was none in time. Raises
+        Draining after `close`."""
+        if self._closed:
+            raise Draining(
+                "the registry is stopping: follow it again when it is back", retry_after_s=0.5
+            )
+        if self.sequence > sequence:
+            return True
+        told: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.add(told)
+        try:
+            await asyncio.wait({told}, timeout=within_s)
+        finally:
+            self._waiting.discard(told)
+        return self.sequence > sequence
+
+    def close(self) -> None:
+        """End all followers' calls, which do not end by themselves."""
+        self._closed = True
+        self._wake()
+
+    def _wake(self) -> None:
+        for told in self._waiting:
+            if not told.done():
+                told.set_result(None)
+
+    # ---------------------------------------------------------------------- facts
+
+    def registry(self, tenant: str) -> Followed | None:
+        """The registry of a tenant that is open."""
+        return self._registries.get(tenant)
+
+    def facts(self) -> tuple[str, int, str]:
+        """(store's id, number of its last change, identity of the base) of the default tenant.
+        Reads the catalog."""
+        default = next(iter(self._registries.values()))
+        changes = sum(each.last_change for each in self._registries.values())
+        return default.store_id, changes, default.base_id

@@ -1,0 +1,106 @@
+"""The followers that a registry knows of, and waiting until they have a change."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from veneer_server.replication.states import LEASE_S
+
+__all__ = ["Reached", "Replicas", "Wait", "WaitMode"]
+
+WaitMode = Literal["none", "quorum", "all"]
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """How many followers a change waits for, and for how long at most (seconds)."""
+
+    mode: WaitMode = "none"
+    at_most_s: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """How a wait ended: followers that are alive, those of them that have the change, and
+    whether these are as many as were waited for."""
+
+    live: int
+    applied: int
+    enough: bool
+
+
+@dataclass(slots=True)
+class _Follower:
+    sequence: int
+    heard: float
+
+
+class Replicas:
+    """Belongs to one event loop. A follower counts until its lease expires: one that is cut
+    off may be back in a moment, and serves old revisions meanwhile."""
+
+    def __init__(
+        self, *, lease_s: float = LEASE_S, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.lease_s = lease_s
+        self._clock = clock
+        self._followers: dict[str, _Follower] = {}
+        self._waiting: set[asyncio.Future[None]] = set()
+
+    def __len__(self) -> int:
+        """Followers whose lease has not expired."""
+        return len(self._live())
+
+    def report(self, follower: str, sequence: int) -> None:
+        """A follower has applied the changes up to a number."""
+        self._followers[follower] = _Follower(sequence, self._clock())
+        self._wake()
+
+    def leave(self, follower: str) -> None:
+        """A follower has said that it stops."""
+        self._followers.pop(follower, None)
+        self._wake()
+
+    async def reached(self, sequence: int, wait: Wait) -> Reached | None:
+        """Wait until enough followers have applied a change; None if none was to be waited
+        for."""
+        if wait.mode == "none":
+            return None
+        end = self._clock() + wait.at_most_s
+        while True:
+            found, now = self._found(sequence, wait.mode), self._clock()
+            if found.enough or now >= end:
+                return found
+            # An expired lease tells nobody: look again when the next one might.
+            expiry = min(each.heard for each in self._live().values()) + self.lease_s
+            await self._changed(max(0.001, min(end, expiry) - now))
+
+    def _found(self, sequence: int, mode: WaitMode) -> Reached:
+        live = self._live()
+        applied = sum(each.sequence >= sequence for each in live.values())
+        needed = len(live) if mode == "all" else len(live) // 2 + 1 if live else 0
+        return Reached(len(live), applied, applied >= needed)
+
+    def _live(self) -> dict[str, _Follower]:
+        oldest = self._clock() - self.lease_s
+        self._followers = {
+            name: each for name, each in self._followers.items() if each.heard > oldest
+        }
+        return self._followers
+
+    async def _changed(self, within_s: float) -> None:
+        told: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.add(told)
+        try:
+            await asyncio.wait({told}, timeout=within_s)
+        finally:
+            self._waiting.discard(told)
+
+    def _wake(self) -> None:
+        for told in self._waiting:
+            if not told.done():
+                told.set_result(None)

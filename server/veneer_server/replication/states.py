@@ -1,0 +1,141 @@
+"""What travels from a registry to its followers, as frozen values.
+
+A registry numbers its changes from the start of each of its runs. A change carries the whole
+state of one name, so applying one twice does no harm. The checksum of all names at a sequence
+number tells a follower whether it has missed anything, whatever the reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Final
+
+from veneer_registry.entry import Entry
+from veneer_registry.rows import RevisionRow
+from veneer_registry.strict_json import canonical_json
+
+__all__ = [
+    "HEARTBEAT_S",
+    "LEASE_S",
+    "Begin",
+    "Heartbeat",
+    "Key",
+    "Message",
+    "NameState",
+    "SnapshotEnd",
+    "Told",
+    "add_mark",
+    "mark_of",
+]
+
+HEARTBEAT_S: Final = 0.5
+"""Time between a registry's heartbeats."""
+
+LEASE_S: Final = 5.0
+"""A follower that has reported nothing for this long counts as gone."""
+
+_BYTES: Final = 16
+_MASK: Final = (1 << 8 * _BYTES) - 1
+
+Key = tuple[str, str]
+"""Tenant and name."""
+
+
+@dataclass(frozen=True, slots=True)
+class NameState:
+    """All that is known of one name.
+
+    Attributes:
+        entry: None if the name is gone.
+        rows: of the entry's revisions, newest first. One whose row was damaged, or deleted
+            meanwhile, is left out.
+    """
+
+    tenant: str
+    name: str
+    entry: Entry | None
+    rows: tuple[RevisionRow, ...] = ()
+
+    @property
+    def key(self) -> Key:
+        return self.tenant, self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """First message of a connection.
+
+    Attributes:
+        run: of the registry, whose sequence numbers follow.
+        store: identity of its data folder.
+        catalog_change: number of its catalog's last change.
+        snapshot: all names follow, as they were at ``sequence``; otherwise the changes after
+            ``sequence``, which is the follower's own.
+        base: identity of the base that its adapters were checked against.
+        heartbeat_s, lease_s: see `HEARTBEAT_S` and `LEASE_S`.
+    """
+
+    run: str
+    store: str
+    catalog_change: int
+    snapshot: bool
+    sequence: int
+    base: str = ""
+    heartbeat_s: float = HEARTBEAT_S
+    lease_s: float = LEASE_S
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """One name of a snapshot (both numbers are 0), or a change, and the one before it."""
+
+    state: NameState
+    sequence: int = 0
+    previous: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotEnd:
+    """All names were told."""
+
+    sequence: int
+    checksum: int
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """The last sequence number, and the checksum of all names there."""
+
+    sequence: int
+    checksum: int
+
+
+Message = Begin | Told | SnapshotEnd | Heartbeat
+
+
+def mark_of(key: Key, entry: Entry | None) -> int:
+    """A name's part of the checksum; 0 if it is gone. Two marks are equal only if the name
+    means the same to every request."""
+    if entry is None:
+        return 0
+    facts = [
+        *key,
+        entry.current.revision if entry.current is not None else "",
+        entry.generation,
+        -1 if entry.retain is None else entry.retain,
+        entry.shared,
+        [[ref.revision, ref.weights_digest] for ref in entry.revisions],
+        [[a.alias, a.generation, _pairs(a.targets), _pairs(a.previous)] for a in entry.aliases],
+    ]
+    return int.from_bytes(hashlib.sha256(canonical_json(facts)).digest()[:_BYTES], "big")
+
+
+def add_mark(checksum: int, before: int, after: int) -> int:
+    """The checksum after one name's mark has changed. It is a sum, so the order of names does
+    not matter."""
+    return (checksum - before + after) & _MASK
+
+
+def _pairs(shares: tuple[tuple[str, int], ...]) -> list[list[str | int]]:
+    return [[revision, weight] for revision, weight in shares]

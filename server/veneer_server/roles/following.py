@@ -1,0 +1,167 @@
+"""A server that follows the registry of another one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from veneer_proto.v1 import replication_pb2_grpc
+from veneer_registry.adapter import BaseSpec
+from veneer_registry.core import ReadAdapter
+from veneer_registry.errors import QuotaExceeded, Unavailable, Unimplemented, VeneerError
+from veneer_registry.lock import OwnerLock
+
+from veneer_server.access.principal import DEFAULT_TENANT
+from veneer_server.config import ServerConfig
+from veneer_server.follower.follower import Change, Follower
+from veneer_server.logs import get_logger
+from veneer_server.models.config import DecoderConfig
+from veneer_server.roles.role import MakeEngine
+from veneer_server.rpc.adapter_service import AdapterService
+from veneer_server.rpc.followers.passing_on import PassingOn
+from veneer_server.rpc.server_service import ReplicationFacts
+from veneer_server.serving.adapters.budgets import AdapterBudgets
+from veneer_server.serving.tenants.registry import AdapterRegistry
+from veneer_server.serving.tenants.tenant import Tenant
+from veneer_server.serving.tenants.tenants import Tenants
+from veneer_server.serving.transfer.transfers import Transfers
+from veneer_server.sizing.memory_plan import MemoryPlan
+from veneer_server.startup import memory_for
+from veneer_server.telemetry.metrics import Metrics
+from veneer_server.telemetry.replication_series import FollowerSeries
+
+__all__ = ["Following"]
+
+_FIRST_SNAPSHOT_S: Final = 5.0
+"""How long a start waits for the registry. After that, what is not known is refused."""
+
+_NEWER_VIEW_S: Final = 1.0
+"""The same if the view of an earlier run can be served."""
+
+_log = get_logger(__name__)
+
+
+class Following:
+    """``--role engine``."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self._config = config
+        self._follower: Follower | None = None
+        self._tenants: Tenants | None = None
+
+    def engine(self, make: MakeEngine) -> MakeEngine:
+        return make
+
+    def memory(self, decoder: DecoderConfig, config: ServerConfig) -> MemoryPlan:
+        return memory_for(decoder, config)
+
+    def open(
+        self, base: BaseSpec, read: ReadAdapter, metrics: Metrics
+    ) -> Callable[[Path, OwnerLock | None], AdapterRegistry]:
+        series = FollowerSeries()
+        self._follower = Follower(self._config, base, on_fetched=series.fetch_seconds.observe)
+        series.watch(self._follower, metrics.registry)
+        return self._follower.open
+
+    @property
+    def _following(self) -> Follower:
+        assert self._follower is not None, "calls come after `open`"
+        return self._follower
+
+    def adapters(
+        self, tenants: Tenants, budgets: AdapterBudgets, transfers: Transfers
+    ) -> AdapterService:
+        return PassingOn(
+            tenants,
+            budgets=budgets,
+            transfers=transfers,
+            registry=self._following.channel,
+        )
+
+    def replication(self, tenants: Tenants) -> replication_pb2_grpc.ReplicationServiceServicer:
+        return _NotHere(self._following.standing.registry)
+
+    async def start(self, tenants: Tenants) -> None:
+        self._tenants = tenants
+        for name in sorted(self._following.tenants - {DEFAULT_TENANT}):
+            with suppress(QuotaExceeded, Unavailable):  # it is logged
+                await tenants.ensure(name)
+        self._following.start(
+            self._applied,
+            lambda digest: any(each.engine.tier(digest) is not None for each in tenants.all),
+        )
+
+    async def ready(self) -> None:
+        standing = self._following.standing
+        within_s = _NEWER_VIEW_S if standing.synced else _FIRST_SNAPSHOT_S
+        if not await self._following.link.synced(within_s):
+            _log.warning(
+                "the registry does not answer yet: only what an earlier run knew is served",
+                registry=standing.registry,
+                why=standing.fault,
+            )
+
+    def drain(self) -> None:
+        pass
+
+    async def stop(self) -> None:
+        if self._follower is not None:
+            await self._follower.stop()
+
+    def facts(self) -> ReplicationFacts:
+        standing = self._following.standing
+        return ReplicationFacts(
+            role=self._config.role,
+            registry=standing.registry,
+            connected=standing.connected,
+            lag_s=standing.lag_s,
+            sequence=standing.sequence,
+        )
+
+    def is_ready(self, engine_up: bool) -> bool:
+        return engine_up
+
+    async def _applied(self, change: Change) -> None:
+        """Tell a tenant's watchers, and free the memory of what no name has any more."""
+        assert self._tenants is not None
+        try:
+            # Open, since others may use what it shares before it calls here itself.
+            tenant = await self._tenants.ensure(change.mirror.tenant)
+        except (QuotaExceeded, Unavailable) as error:
+            _log.warning("tenant not mirrored", tenant=change.mirror.tenant, why=str(error))
+            return
+        try:
+            _tell(tenant, change)
+            if change.dropped:
+                await tenant.changes.mirrored([record.ref for record in change.dropped])
+        except VeneerError as error:
+            _log.warning("a mirrored change was not told", why=str(error))
+
+
+def _tell(tenant: Tenant, change: Change) -> None:
+    if change.state.entry is None:
+        tenant.events.deleted(change.dropped)
+    elif (now := change.state.entry.current) is not None:
+        record = change.mirror.get(f"{now.name}@{now.revision}")
+        tenant.events.mirrored(record, change.before)
+
+
+class _NotHere(replication_pb2_grpc.ReplicationServiceServicer):
+    """A follower has no followers."""
+
+    def __init__(self, registry: str) -> None:
+        self._registry = registry
+
+    async def Follow(self, request_iterator: object, context: object) -> None:  # type: ignore[override]
+        self._refuse()
+
+    async def FetchWeights(self, request: object, context: object) -> None:  # type: ignore[override]
+        self._refuse()
+
+    def _refuse(self) -> None:
+        raise Unimplemented(
+            f"this server follows a registry itself: follow the one at {self._registry}",
+            metadata={"cause": "follower", "registry": self._registry},
+        )

@@ -1,0 +1,1 @@
+"""What followers ask a registry, and what a follower asks for its callers."""

@@ -1,0 +1,117 @@
+"""AdapterService of a follower: what changes the registry is passed on to it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any, Final
+
+import grpc
+from veneer_proto.v1 import adapters_pb2, adapters_pb2_grpc
+from veneer_registry.errors import VeneerError
+
+from veneer_server.follower.registry_channel import RegistryChannel, to_error
+from veneer_server.rpc.adapter_service import AdapterService
+from veneer_server.serving.adapters.budgets import AdapterBudgets
+from veneer_server.serving.tenants.tenants import Tenants
+from veneer_server.serving.transfer.transfers import Transfers
+
+__all__ = ["PassingOn"]
+
+_CALLERS: Final = frozenset(
+    {"authorization", "x-api-key", "veneer-actor", "veneer-tenant", "x-veneer-tenant"}
+)
+"""Metadata that says who calls. A certificate cannot be passed on: the registry then sees no
+credential, and refuses."""
+
+
+class PassingOn(AdapterService):
+    """Looks up and loads here, and has the registry make changes with the caller's own
+    credentials: whatever this server may do, a caller may do there only what it may do."""
+
+    def __init__(
+        self,
+        tenants: Tenants,
+        *,
+        budgets: AdapterBudgets,
+        transfers: Transfers,
+        registry: RegistryChannel,
+    ) -> None:
+        super().__init__(tenants, budgets=budgets, transfers=transfers)
+        self._registry = registry
+        self._stub: Any = adapters_pb2_grpc.AdapterServiceStub(registry.channel)
+
+    async def UploadAdapter(self, request_iterator: Any, context: Any) -> Any:
+        """Passed on as it arrives."""
+        broken: list[VeneerError] = []
+
+        async def messages() -> AsyncIterator[adapters_pb2.UploadAdapterRequest]:
+            try:
+                async for request in request_iterator:
+                    yield request
+            except VeneerError as error:  # it was malformed
+                broken.append(error)
+                raise
+
+        try:
+            return await self._pass("UploadAdapter", messages(), context)
+        except Exception:
+            if broken:
+                raise broken[0] from None
+            raise
+
+    async def GetUpload(self, request: adapters_pb2.GetUploadRequest, context: Any) -> Any:
+        return await self._pass("GetUpload", request, context)
+
+    async def RegisterAdapter(self, request: Any, context: Any) -> Any:
+        return await self._pass("RegisterAdapter", request, context)
+
+    async def DownloadAdapter(  # type: ignore[override]  # writes instead of yielding
+        self, request: Any, context: Any
+    ) -> None:
+        """Passed on as it arrives: a follower keeps only what it generates with."""
+        call = self._begin("DownloadAdapter", request, context)
+        try:
+            async for message in call:
+                await context.write(message)
+        except grpc.aio.AioRpcError as error:
+            raise to_error(error, self._registry.place.address) from error
+        finally:
+            call.cancel()
+
+    async def DeleteAdapter(
+        self, request: adapters_pb2.DeleteAdapterRequest, context: Any
+    ) -> Any:
+        return await self._pass("DeleteAdapter", request, context)
+
+    async def SetAlias(self, request: adapters_pb2.SetAliasRequest, context: Any) -> Any:
+        return await self._pass("SetAlias", request, context)
+
+    async def GetHistory(self, request: adapters_pb2.GetHistoryRequest, context: Any) -> Any:
+        return await self._pass("GetHistory", request, context)
+
+    async def UpdateAdapter(
+        self, request: adapters_pb2.UpdateAdapterRequest, context: Any
+    ) -> Any:
+        """A pin is this server's own; the rest is the registry's."""
+        if request.HasField("pinned"):
+            return await super().UpdateAdapter(request, context)
+        return await self._pass("UpdateAdapter", request, context)
+
+    async def _pass(self, method: str, request: Any, context: Any) -> Any:
+        call = self._begin(method, request, context)
+        try:
+            return await call
+        except grpc.aio.AioRpcError as error:
+            raise to_error(error, self._registry.place.address) from error
+        finally:
+            call.cancel()
+
+    def _begin(self, method: str, request: Any, context: Any) -> Any:
+        metadata = tuple(
+            (key, value)
+            for key, value in context.invocation_metadata() or ()
+            if key in _CALLERS
+        )
+        return getattr(self._stub, method)(
+            request, metadata=metadata, timeout=context.time_remaining()
+        )

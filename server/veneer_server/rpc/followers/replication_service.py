@@ -1,0 +1,233 @@
+"""ReplicationService: what followers are told, and the weights that they fetch."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import zlib
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+from veneer_proto.v1 import replication_pb2, replication_pb2_grpc
+from veneer_registry.bundle_files import REQUIRED_FILES
+from veneer_registry.errors import (
+    Aborted,
+    AdapterNotFound,
+    InvalidField,
+)
+from veneer_registry.lease import RevisionLease
+from veneer_registry.lookups import Lookups
+
+from veneer_server.logs import get_logger
+from veneer_server.replication.feed import Feed
+from veneer_server.replication.replicas import Replicas
+from veneer_server.replication.states import HEARTBEAT_S, Begin, Message, SnapshotEnd, Told
+from veneer_server.replication.wire import to_wire
+from veneer_server.serving.calls import READER_LIMIT_S
+from veneer_server.serving.threads import to_the_end
+
+__all__ = ["ReplicationService"]
+
+CHUNK: Final = 256 << 10
+"""Bytes of a chunk of weights."""
+
+_BATCH: Final = 64
+"""Names of a snapshot that are read at a time."""
+
+_NAME: Final = 128
+
+_log = get_logger(__name__)
+
+Write = Callable[[Any], Awaitable[None]]
+Source = Callable[[str], Lookups | None]
+"""The registry of a tenant, if it is open."""
+
+
+class ReplicationService(replication_pb2_grpc.ReplicationServiceServicer):
+    """Serves followers. Reading the catalog and the store happens in worker threads."""
+
+    def __init__(
+        self,
+        feed: Feed,
+        replicas: Replicas,
+        source: Source,
+        *,
+        heartbeat_s: float = HEARTBEAT_S,
+        reader_limit_s: float = READER_LIMIT_S,
+    ) -> None:
+        self._feed = feed
+        self._replicas = replicas
+        self._source = source
+        self._heartbeat_s = heartbeat_s
+        self._reader_limit_s = reader_limit_s
+
+    async def Follow(  # type: ignore[override]  # writes instead of yielding
+        self, request_iterator: Any, context: Any
+    ) -> None:
+        """Tell a follower all names, or what it has missed; then changes, until it leaves."""
+        requests = aiter(request_iterator)
+        first = await anext(requests, None)
+        if first is None or first.WhichOneof("message") != "start":
+            raise InvalidField(
+                "the first request must be `start`", metadata={"field": "message"}
+            )
+        start = first.start
+        if not 1 <= len(start.follower) <= _NAME:
+            raise InvalidField(
+                f"start.follower must have 1 to {_NAME} characters",
+                metadata={"field": "start.follower"},
+            )
+        telling = asyncio.ensure_future(self._tell(start, context.write))
+        hearing = asyncio.ensure_future(self._hear(start.follower, requests))
+        try:
+            await asyncio.wait({telling, hearing}, return_when=asyncio.FIRST_COMPLETED)
+            for ended in (telling, hearing):
+                if ended.done():
+                    ended.result()
+        finally:
+            for task in (telling, hearing):
+                task.cancel()
+            await asyncio.gather(telling, hearing, return_exceptions=True)
+
+    async def _hear(self, follower: str, requests: Any) -> None:
+        """Note what a follower has applied. One that just goes silent keeps its lease."""
+        async for request in requests:
+            if request.WhichOneof("message") != "applied":
+                raise InvalidField(
+                    "after `start`, requests must be `applied`", metadata={"field": "message"}
+                )
+            if request.applied.leaving:
+                self._replicas.leave(follower)
+                return
+            self._replicas.report(follower, request.applied.sequence)
+
+    async def _tell(self, start: replication_pb2.FollowStart, write: Write) -> None:
+        feed = self._feed
+        store, catalog_change, base = await to_the_end(feed.facts)
+        begin = partial(
+            Begin,
+            run=feed.run,
+            store=store,
+            catalog_change=catalog_change,
+            base=base,
+            heartbeat_s=self._heartbeat_s,
+            lease_s=self._replicas.lease_s,
+        )
+        place = start.sequence
+        _log.info("follower", follower=start.follower, run=start.run, sequence=place)
+        if feed.after(start.run, place) is None:
+            place = await self._snapshot(begin, write)
+        else:
+            await self._send(write, begin(snapshot=False, sequence=place))
+        while True:
+            changes = feed.after(feed.run, place)
+            if changes is None:
+                raise Aborted(
+                    "the follower fell behind the changes that the registry keeps: follow "
+                    "again",
+                    metadata={"cause": "fell_behind"},
+                )
+            for change in changes:
+                told = await to_the_end(partial(feed.told, change))
+                await self._send(write, told)
+                place = change.sequence
+            beat = feed.heartbeat()
+            if beat.sequence == place:
+                await self._send(write, beat)
+                await feed.beyond(place, self._heartbeat_s)
+
+    async def _snapshot(self, begin: Callable[..., Begin], write: Write) -> int:
+        beat, entries = self._feed.snapshot()
+        await self._send(write, begin(snapshot=True, sequence=beat.sequence))
+        items = list(entries.items())
+        for at in range(0, len(items), _BATCH):
+            batch = items[at : at + _BATCH]
+            states = await to_the_end(
+                lambda batch=batch: [self._feed.state(*each) for each in batch]  # type: ignore[misc]
+            )
+            for state in states:
+                await self._send(write, Told(state))
+        await self._send(write, SnapshotEnd(beat.sequence, beat.checksum))
+        return beat.sequence
+
+    async def _send(self, write: Write, message: Message) -> None:
+        await self._write(write, to_wire(message))
+
+    async def _write(self, write: Write, message: object) -> None:
+        try:
+            async with asyncio.timeout(self._reader_limit_s):
+                await write(message)
+        except TimeoutError as error:
+            raise Aborted(
+                f"the follower read nothing for {self._reader_limit_s:g} s",
+                metadata={"cause": "reader_limit"},
+            ) from error
+
+    # --------------------------------------------------------------------- weights
+
+    async def FetchWeights(  # type: ignore[override]  # writes instead of yielding
+        self, request: replication_pb2.FetchWeightsRequest, context: Any
+    ) -> None:
+        """Send one of the two weight files from an offset on; it is leased meanwhile."""
+        if request.file not in REQUIRED_FILES:
+            raise InvalidField(
+                f"file must be one of {', '.join(REQUIRED_FILES)}", metadata={"field": "file"}
+            )
+        registry = self._source(request.tenant)
+        if registry is None:
+            raise AdapterNotFound(
+                "this tenant has no adapters here", metadata={"tenant": request.tenant[:80]}
+            )
+        lease = await to_the_end(lambda: _leased(registry, request.weights_digest))
+        with lease:
+            await self._file(registry, lease, request, context.write)
+
+    async def _file(
+        self,
+        registry: Lookups,
+        lease: RevisionLease,
+        request: replication_pb2.FetchWeightsRequest,
+        write: Write,
+    ) -> None:
+        path = registry.weights_folder(lease.ref) / request.file
+        file, size = await to_the_end(lambda: _opened(path))
+        try:
+            at = request.offset
+            while True:
+                data = b""
+                if at < size:
+                    data = await to_the_end(lambda at=at: os.pread(file, CHUNK, at))  # type: ignore[misc]
+                await self._write(
+                    write,
+                    replication_pb2.FetchWeightsResponse(
+                        size=size, offset=at, data=data, crc32=zlib.crc32(data)
+                    ),
+                )
+                at += len(data)
+                if not data or at >= size:
+                    return
+        finally:
+            with suppress(OSError):
+                os.close(file)
+
+
+def _leased(registry: Lookups, digest: str) -> RevisionLease:
+    """A lease on weights. Raises AdapterNotFound, or why what has them is not served."""
+    try:
+        return registry.acquire_weights(digest)
+    except AdapterNotFound:
+        for record in registry.holding(digest):
+            return registry.acquire(f"{record.ref.name}@{record.ref.revision}")
+        raise
+
+
+def _opened(path: Path) -> tuple[int, int]:
+    """(descriptor, size). Raises AdapterNotFound if the file is gone."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError as error:
+        raise AdapterNotFound("the adapter's files are gone", detail=str(path)) from error
+    return file, os.fstat(file).st_size

@@ -1,0 +1,105 @@
+"""Metrics of registries and their followers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from veneer_server.follower.follower import Follower
+
+__all__ = ["FollowerSeries", "RegistrySeries"]
+
+_FETCH: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class FollowerSeries(Collector):
+    """How a follower stands with its registry, and its disk cache."""
+
+    def __init__(self) -> None:
+        self._follower: Follower | None = None
+        self.fetch_seconds = Histogram(
+            "veneer_adapter_fetch_seconds",
+            "From the first request for an adapter that is not on this machine until it is.",
+            buckets=_FETCH,
+            registry=None,
+        )
+
+    def watch(self, follower: Follower, registry: CollectorRegistry) -> None:
+        """Read this follower from now on."""
+        self._follower = follower
+        registry.register(self)
+        registry.register(self.fetch_seconds)
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: the names are known when they are collected."""
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        follower = self._follower
+        if follower is None:
+            return
+        standing, link = follower.standing, follower.link
+        cache, fetching = follower.cache, follower.fetching
+        yield GaugeMetricFamily(
+            "veneer_registry_connected",
+            "1 while this follower is connected to its registry.",
+            float(standing.connected),
+        )
+        yield GaugeMetricFamily(
+            "veneer_registry_lag_seconds",
+            "Time since this follower's view of its registry was known to be current.",
+            standing.lag_s,
+        )
+        yield CounterMetricFamily(
+            "veneer_registry_connects", "Connections to the registry.", link.connects
+        )
+        yield CounterMetricFamily(
+            "veneer_registry_resyncs",
+            "Connections that had to begin with a snapshot although a view was there.",
+            link.resyncs,
+        )
+        yield GaugeMetricFamily(
+            "veneer_adapter_disk_cache_bytes", "Bytes of adapters on disk.", cache.bytes
+        )
+        yield GaugeMetricFamily(
+            "veneer_adapter_disk_cache_entries", "Adapters on disk.", len(cache)
+        )
+        yield CounterMetricFamily(
+            "veneer_adapter_disk_cache_evictions",
+            "Adapters that left the disk.",
+            cache.evictions,
+        )
+        yield CounterMetricFamily(
+            "veneer_adapter_disk_cache_damaged",
+            "Adapters on disk that were found damaged, and dropped.",
+            cache.damaged_found,
+        )
+        fetches = CounterMetricFamily(
+            "veneer_adapter_fetches", "Fetches of adapters by result.", labels=["result"]
+        )
+        fetches.add_metric(["ok"], fetching.fetched)
+        fetches.add_metric(["failed"], fetching.failed)
+        yield fetches
+        yield CounterMetricFamily(
+            "veneer_adapter_fetched_bytes", "Bytes fetched.", fetching.fetched_bytes
+        )
+
+
+class RegistrySeries(Collector):
+    """Who follows a registry."""
+
+    def __init__(self, followers: Callable[[], int]) -> None:
+        self._followers = followers
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: the name is known when it is collected."""
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        yield GaugeMetricFamily(
+            "veneer_followers", "Followers whose lease has not expired.", self._followers()
+        )

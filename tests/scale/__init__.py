@@ -1,0 +1,1 @@
+"""Several servers together: followers of a registry, on real sockets that fail."""

@@ -1,0 +1,123 @@
+"""A TCP proxy whose connections a test cuts, freezes or slows."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import Self
+
+__all__ = ["Proxy"]
+
+
+class Proxy:
+    """Forwards connections to ``target``. Use it as an async context manager.
+
+    Attributes:
+        target: ``host:port`` of the server.
+        address: its own.
+        forwarded: bytes that came from the server.
+    """
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self.address = ""
+        self.forwarded = 0
+        self.delay_s = 0.0
+        self._open = asyncio.Event()
+        self._open.set()
+        self._refusing = False
+        self._budget: int | None = None
+        self._then_freeze = False
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._server: asyncio.Server | None = None
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        host, port = self._server.sockets[0].getsockname()[:2]
+        self.address = f"{host}:{port}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._server is not None
+        self._server.close()
+        self.heal()
+        self.cut()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def cut(self) -> None:
+        """End all connections; new ones are forwarded."""
+        for writer in list(self._writers):
+            writer.transport.abort()
+
+    def refuse(self) -> None:
+        """End all connections, and new ones at once: the server is gone."""
+        self._refusing = True
+        self.cut()
+
+    def freeze(self) -> None:
+        """Forward nothing, and end nothing: connections are half open."""
+        self._open.clear()
+
+    def cut_after(self, size: int) -> None:
+        """End all connections once the server has sent so many more bytes."""
+        self._budget, self._then_freeze = size, False
+
+    def freeze_after(self, size: int) -> None:
+        """`freeze` once the server has sent so many more bytes."""
+        self._budget, self._then_freeze = size, True
+
+    def heal(self) -> None:
+        """Forward again."""
+        self._refusing, self._budget, self.delay_s = False, None, 0.0
+        self._open.set()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._refusing:
+            writer.transport.abort()
+            return
+        self._writers.add(writer)
+        try:
+            await self._open.wait()
+            host, port = self.target.rsplit(":", 1)
+            there, to = await asyncio.open_connection(host, int(port))
+        except OSError:
+            self._writers.discard(writer)
+            writer.transport.abort()
+            return
+        self._writers.add(to)
+        for source, sink, counted in ((reader, to, False), (there, writer, True)):
+            task = asyncio.get_running_loop().create_task(self._pump(source, sink, counted))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _pump(
+        self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, counted: bool
+    ) -> None:
+        try:
+            while data := await source.read(64 << 10):
+                if self.delay_s:
+                    await asyncio.sleep(self.delay_s)
+                await self._open.wait()
+                if counted and self._budget is not None:
+                    data, self._budget = data[: self._budget], self._budget - len(data)
+                    if self._budget <= 0:
+                        sink.write(data)
+                        self._budget = None
+                        if not self._then_freeze:
+                            self.cut()
+                            return
+                        self.freeze()
+                        data = b""
+                if counted:
+                    self.forwarded += len(data)
+                sink.write(data)
+                await sink.drain()
+        except (ConnectionError, asyncio.CancelledError):
+            pass
+        finally:
+            with suppress(RuntimeError):  # the loop is closing
+                sink.transport.abort()
+            self._writers.discard(sink)

@@ -1,0 +1,438 @@
+"""A follower and its registry: whole front processes on real sockets, with fake engines."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import pytest_asyncio
+from veneer_proto.v1 import adapters_pb2 as pb
+from veneer_proto.v1 import inference_pb2, replication_pb2, server_pb2
+from veneer_server.access.edit_keys import add_key
+from veneer_server.access.principal import Role
+
+from tests.scale.proxy import Proxy
+from tests.unit.server.rpc.front_harness import (
+    Front,
+    failure,
+    make_adapter,
+    prompt,
+    running,
+    upload,
+)
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@dataclass
+class Pair:
+    """A registry, a follower of it, and the network between them."""
+
+    registry: Front
+    follower: Front
+    proxy: Proxy
+    folders: Path
+
+    def adapter(self, seed: int) -> Path:
+        folder = self.folders / str(seed)
+        if not folder.exists():
+            make_adapter(folder, seed=seed)
+        return folder
+
+    async def push(self, name: str, seed: int, **options: Any) -> Any:
+        return await self.registry.push(self.adapter(seed), name, **options)
+
+    async def facts(self) -> Any:
+        info = await self.follower.server.GetServerInfo(server_pb2.GetServerInfoRequest())
+        return info.replication
+
+    async def agreed(self) -> None:
+        """Wait until the follower has all that the registry has."""
+
+        async def agree() -> bool:
+            info = await self.registry.server.GetServerInfo(server_pb2.GetServerInfoRequest())
+            facts = await self.facts()
+            return facts.connected and facts.sequence == info.replication.sequence
+
+        await until(agree)
+
+
+async def until(holds: Callable[[], Awaitable[bool]]) -> None:
+    """Ask until it holds; pytest's timeout is the limit."""
+    while not await holds():  # noqa: ASYNC110 - it waits for states that have no event
+        await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def pair(base: Path, cache: Path, tmp: Path, **flags: str) -> AsyncIterator[Pair]:
+    async with (
+        running(base, cache, tmp / "registry") as registry,
+        Proxy(registry.addresses["grpc"]) as proxy,
+        running(
+            *(base, cache, tmp / "follower"),
+            role="engine",
+            registry=proxy.address,
+            **flags,
+        ) as follower,
+    ):
+        yield Pair(registry, follower, proxy, tmp)
+        proxy.heal()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def both(
+    base_folder: Path, front_cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Pair]:
+    async with pair(base_folder, front_cache, tmp_path_factory.mktemp("pair")) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def front_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("front-cache")
+
+
+async def generate(front: Front, adapter: str) -> Any:
+    sampling = inference_pb2.SamplingOptions(seed=1)
+    return await front.inference.Generate(prompt(adapter=adapter, sampling=sampling))
+
+
+async def test_what_is_published_is_generated_by_the_follower(both: Pair) -> None:
+    pushed = await both.push("greeter", 1)
+    await both.agreed()
+    here = await generate(both.follower, "greeter")
+    there = await generate(both.registry, "greeter")
+    assert here.text == there.text
+    assert here.provenance.revision == pushed.adapter.revision
+    assert here.provenance.tier == inference_pb2.TIER_REMOTE
+    again = await generate(both.follower, "greeter")
+    assert again.provenance.tier == inference_pb2.TIER_DEVICE
+    page = await both.follower.metrics()
+    assert 'veneer_adapter_fetches_total{result="ok"} 1.0' in page
+    assert 'veneer_time_to_first_token_seconds_count{adapter_tier="remote"} 1.0' in page
+
+
+async def test_aliases_labels_sharing_and_deletion_are_mirrored(both: Pair) -> None:
+    first = (await both.push("moves", 2)).adapter.revision
+    second = (await both.push("moves", 3, allow_replace=True)).adapter.revision
+    await both.registry.adapters.SetAlias(pb.SetAliasRequest(alias="moves/old", revision=first))
+    await both.registry.adapters.UpdateAdapter(
+        pb.UpdateAdapterRequest(name="moves", labels={"team": "red"})
+    )
+    await both.agreed()
+    shown = await both.follower.adapters.GetAdapter(pb.GetAdapterRequest(name="moves"))
+    assert [each.revision for each in shown.revisions] == [second, first]
+    assert shown.adapter.labels == {"team": "red"}
+    asked = await generate(both.follower, "moves/old")
+    assert asked.provenance.revision == first
+    await both.registry.adapters.DeleteAdapter(pb.DeleteAdapterRequest(name="moves"))
+    await both.agreed()
+    refused = await failure(generate(both.follower, "moves"))
+    assert (refused.code, refused.reason) == (grpc.StatusCode.NOT_FOUND, "ADAPTER_NOT_FOUND")
+
+
+async def test_watchers_of_a_follower_are_told(both: Pair) -> None:
+    await both.agreed()
+    watch = both.follower.adapters.WatchAdapters(pb.WatchAdaptersRequest())
+    while (await watch.read()).event != pb.ADAPTER_EVENT_SYNCED:
+        pass
+    first = (await both.push("watched", 15)).adapter.revision
+    second = (await both.push("watched", 16, allow_replace=True)).adapter.revision
+    await both.registry.adapters.DeleteAdapter(pb.DeleteAdapterRequest(name="watched"))
+    told = [await watch.read() for _ in range(4)]
+    assert [(each.event, each.adapter.revision) for each in told[:2]] == [
+        (pb.ADAPTER_EVENT_PUBLISHED, first),
+        (pb.ADAPTER_EVENT_REPLACED, second),
+    ]
+    assert {each.event for each in told[2:]} == {pb.ADAPTER_EVENT_DELETED}
+    watch.cancel()
+
+
+async def test_a_cut_off_follower_serves_what_it_knows_and_doubts_the_rest(both: Pair) -> None:
+    await both.push("known", 4)
+    await both.agreed()
+    before = await generate(both.follower, "known")
+    both.proxy.refuse()
+    await until(lambda: _cut(both))
+    assert (await generate(both.follower, "known")).text == before.text
+    await both.push("published-meanwhile", 5)
+    refused = await failure(generate(both.follower, "published-meanwhile"))
+    assert refused.code is grpc.StatusCode.UNAVAILABLE
+    assert refused.metadata["cause"] == "registry_away"
+    assert refused.details["RetryInfo"].retry_delay.ToTimedelta().total_seconds() > 0
+    assert (await both.facts()).lag.ToTimedelta().total_seconds() > 0
+    assert "veneer_registry_connected 0.0" in await both.follower.metrics()
+    both.proxy.heal()
+    await both.agreed()
+    await generate(both.follower, "published-meanwhile")
+
+
+async def _cut(both: Pair) -> bool:
+    return not (await both.facts()).connected
+
+
+async def test_a_half_open_connection_is_noticed(both: Pair) -> None:
+    await both.agreed()
+    both.proxy.freeze()
+    await until(lambda: _cut(both))
+    await both.push("behind-the-ice", 6)
+    both.proxy.heal()
+    await both.agreed()
+    await generate(both.follower, "behind-the-ice")
+
+
+async def test_changes_are_passed_on_with_their_errors(both: Pair) -> None:
+    folder = both.adapter(7)
+    answer = await both.follower.push(folder, "passed-on")
+    assert answer.published
+    await both.agreed()
+    await generate(both.follower, "passed-on")
+    assert "passed-on" in {
+        each.name
+        for each in (
+            await both.registry.adapters.ListAdapters(pb.ListAdaptersRequest())
+        ).adapters
+    }
+    refused = await failure(both.follower.push(both.adapter(8), "passed-on"))
+    assert refused.reason == "ADAPTER_EXISTS"
+    history = await both.follower.adapters.GetHistory(pb.GetHistoryRequest(name="passed-on"))
+    assert [entry.event for entry in history.entries] == ["published"]
+    await both.follower.adapters.DeleteAdapter(pb.DeleteAdapterRequest(name="passed-on"))
+    await both.agreed()
+    assert (await failure(generate(both.follower, "passed-on"))).reason == "ADAPTER_NOT_FOUND"
+
+
+async def test_a_publication_waits_for_the_followers_that_are_alive(both: Pair) -> None:
+    await both.agreed()
+    everybody = replication_pb2.WaitForReplicas(replicas=replication_pb2.WAIT_REPLICAS_ALL)
+    answer = await both.push("everywhere", 9, wait=everybody)
+    assert (answer.replicas.live, answer.replicas.applied) == (1, 1)
+    assert answer.replicas.enough
+    assert (await generate(both.follower, "everywhere")).provenance.revision == (
+        answer.adapter.revision
+    )
+    second = await both.push("everywhere", 10, allow_replace=True, wait=everybody)
+    back = await both.registry.adapters.UpdateAdapter(
+        pb.UpdateAdapterRequest(
+            name=f"everywhere@{answer.adapter.revision}", current=True, wait=everybody
+        )
+    )
+    assert second.replicas.enough
+    assert back.replicas.enough
+    found = await generate(both.follower, "everywhere")
+    assert found.provenance.revision == answer.adapter.revision
+
+
+async def test_a_publication_is_answered_although_a_follower_is_cut_off(both: Pair) -> None:
+    await both.agreed()
+    both.proxy.refuse()
+    await until(lambda: _cut(both))
+    soon = replication_pb2.WaitForReplicas(replicas=replication_pb2.WAIT_REPLICAS_ALL)
+    soon.at_most.FromMilliseconds(50)
+    answer = await both.push("without-it", 11, wait=soon)
+    assert answer.published
+    assert (answer.replicas.live, answer.replicas.applied) == (1, 0)
+    assert not answer.replicas.enough
+    both.proxy.heal()
+    await both.agreed()
+
+
+async def test_an_interrupted_fetch_resumes(both: Pair) -> None:
+    folder = both.folders / "large"
+    make_adapter(folder, seed=13, rank=64)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    await both.registry.push(folder, "large")
+    await both.agreed()
+    before = both.proxy.forwarded
+    both.proxy.cut_after(size // 2)
+    answer = await generate(both.follower, "large")
+    assert answer.provenance.tier == inference_pb2.TIER_REMOTE
+    assert both.proxy.forwarded - before < size * 2
+
+
+async def test_one_fetch_for_all_who_ask(both: Pair) -> None:
+    await both.push("popular", 14)
+    await both.agreed()
+    asked = await asyncio.gather(*(generate(both.follower, "popular") for _ in range(8)))
+    assert len({each.text for each in asked}) == 1
+    page = await both.follower.metrics()
+    fetched = [line for line in page.splitlines() if 'fetches_total{result="ok"}' in line]
+    await generate(both.follower, "popular")
+    assert fetched[0] in await both.follower.metrics()
+    assert sum(each.provenance.tier == inference_pb2.TIER_REMOTE for each in asked) >= 1
+
+
+async def test_the_registry_comes_back_from_a_backup(
+    base_folder: Path, front_cache: Path, tmp_path: Path
+) -> None:
+    folders = [make_adapter(tmp_path / f"adapter{seed}", seed=seed) for seed in range(3)]
+    data = tmp_path / "registry"
+    async with running(base_folder, front_cache, data) as registry:
+        kept = (await registry.push(folders[0], "kept")).adapter.revision
+    shutil.copytree(data / "data", tmp_path / "backup")
+    async with Proxy("127.0.0.1:1") as proxy:  # noqa: SIM117 - it is given a target between
+        async with running(base_folder, front_cache, data) as registry:
+            proxy.target = registry.addresses["grpc"]
+            async with running(
+                *(base_folder, front_cache, tmp_path / "follower"),
+                role="engine",
+                registry=proxy.address,
+            ) as follower:
+                both = Pair(registry, follower, proxy, tmp_path)
+                await registry.push(folders[1], "kept", allow_replace=True)
+                await registry.push(folders[2], "lost")
+                await both.agreed()
+                registry.app.stop()
+                await registry.task
+                shutil.rmtree(data / "data")
+                shutil.copytree(tmp_path / "backup", data / "data")
+                async with running(base_folder, front_cache, data) as restored:
+                    proxy.target = restored.addresses["grpc"]
+                    both.registry = restored
+                    await both.agreed()
+                    found = await generate(follower, "kept")
+                    assert found.provenance.revision == kept
+                    assert (await failure(generate(follower, "lost"))).reason == (
+                        "ADAPTER_NOT_FOUND"
+                    )
+
+
+async def test_whoever_may_not_change_adapters_may_not_by_a_follower(
+    base_folder: Path, front_cache: Path, tmp_path: Path
+) -> None:
+    file, token = tmp_path / "keys.toml", tmp_path / "token"
+
+    def key(name: str, role: Role, tenant: str = "default") -> str:
+        return add_key(file, name=name, tenant=tenant, roles=[role], expires=None).key
+
+    token.write_text(key("follower", "operator") + "\n")
+    publisher, user = key("publisher", "publisher"), key("user", "inference")
+    far, stranger = key("far", "publisher", "far"), key("stranger", "inference", "far")
+    keys = {"keys_file": str(file)}
+    folder = make_adapter(tmp_path / "one", seed=1)
+    async with (
+        running(base_folder, front_cache, tmp_path / "registry", **keys) as registry,
+        running(
+            *(base_folder, front_cache, tmp_path / "follower"),
+            role="engine",
+            registry=registry.addresses["grpc"],
+            registry_key_file=str(token),
+            **keys,
+        ) as follower,
+    ):
+
+        async def push(who: str, name: str) -> Any:
+            messages = upload(folder, name)
+            return await follower.adapters.UploadAdapter(messages, metadata=bearer(who))
+
+        async def ask(who: str, name: str) -> Any:
+            request = prompt(adapter=name)
+            return await follower.inference.Generate(request, metadata=bearer(who))
+
+        assert (await failure(push(user, "one"))).reason == "PERMISSION_DENIED"
+        await push(publisher, "one")
+        await push(far, "theirs")
+        await until(lambda: _answers(ask(user, "one")))
+        await until(lambda: _answers(ask(stranger, "theirs")))
+        assert (await failure(ask(stranger, "one"))).reason == "ADAPTER_NOT_FOUND"
+        assert (await failure(ask(user, "theirs"))).reason == "ADAPTER_NOT_FOUND"
+        history = await follower.adapters.GetHistory(
+            pb.GetHistoryRequest(), metadata=bearer(publisher)
+        )
+        assert [entry.actor for entry in history.entries] == ["publisher"]
+
+
+def bearer(key: str) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {key}"),)
+
+
+async def _answers(call: Awaitable[Any]) -> bool:
+    try:
+        await call
+    except grpc.aio.AioRpcError as error:
+        if error.code() is not grpc.StatusCode.NOT_FOUND:
+            raise
+        return False
+    return True
+
+
+async def test_a_follower_starts_while_its_registry_is_away(
+    base_folder: Path, front_cache: Path, tmp_path: Path
+) -> None:
+    async with running(base_folder, front_cache, tmp_path / "registry") as registry:
+        follow = {"role": "engine", "registry": registry.addresses["grpc"]}
+        await registry.push(make_adapter(tmp_path / "one", seed=1), "one")
+        async with running(
+            base_folder, front_cache, tmp_path / "follower", **follow
+        ) as follower:
+            before = await generate(follower, "one")
+    view = tmp_path / "follower/data/follower/view"
+    for damaged in (False, True):
+        if damaged:
+            view.write_bytes(view.read_bytes()[:-40] + bytes(40))
+        async with running(
+            base_folder, front_cache, tmp_path / "follower", **follow
+        ) as follower:
+            assert (await failure(generate(follower, "two"))).code is (
+                grpc.StatusCode.UNAVAILABLE
+            )
+            if damaged:  # it knows nothing, and says that it does not
+                refused = await failure(generate(follower, "one"))
+                assert refused.metadata["cause"] == "registry_away"
+            else:
+                assert (await generate(follower, "one")).text == before.text
+
+
+async def test_a_registry_generates_nothing_and_says_who_does(
+    base_folder: Path, front_cache: Path, tmp_path: Path
+) -> None:
+    async with running(
+        base_folder, front_cache, tmp_path / "registry", role="registry"
+    ) as registry:
+        await registry.push(make_adapter(tmp_path / "one", seed=1), "one")
+        refused = await failure(generate(registry, "one"))
+        assert refused.code is grpc.StatusCode.FAILED_PRECONDITION
+        assert refused.metadata["role"] == "registry"
+        refused = await failure(
+            registry.adapters.ActivateAdapter(pb.ActivateAdapterRequest(name="one"))
+        )
+        assert refused.metadata["role"] == "registry"
+        info = await registry.server.GetServerInfo(server_pb2.GetServerInfoRequest())
+        assert (info.role, info.device) == ("registry", "none")
+        assert "veneer_ready 1.0" in await registry.metrics()
+        await registry.adapters.DeleteAdapter(pb.DeleteAdapterRequest(name="one"))
+
+
+async def test_a_torn_file_of_an_earlier_run_is_noticed(
+    base_folder: Path, front_cache: Path, tmp_path: Path
+) -> None:
+    async with running(base_folder, front_cache, tmp_path / "registry") as registry:
+        await registry.push(make_adapter(tmp_path / "one", seed=1), "one")
+        at = registry.addresses["grpc"]
+        follow = {"role": "engine", "registry": at}
+        async with running(
+            base_folder, front_cache, tmp_path / "follower", **follow
+        ) as follower:
+            whole = await generate(follower, "one")
+        (content,) = (tmp_path / "follower/data/follower/weights").iterdir()
+        torn = content / "adapter_model.safetensors"
+        torn.write_bytes(torn.read_bytes()[:-8] + bytes(8))
+        async with running(
+            base_folder, front_cache, tmp_path / "follower", **follow
+        ) as follower:
+            again = await generate(follower, "one")
+            assert again.text == whole.text
+            assert again.provenance.tier == inference_pb2.TIER_REMOTE
+            assert "veneer_adapter_disk_cache_damaged_total 1.0" in await follower.metrics()
+        async with running(
+            base_folder, front_cache, tmp_path / "follower", **follow
+        ) as follower:
+            kept = await generate(follower, "one")
+            assert kept.provenance.tier == inference_pb2.TIER_DISK
