@@ -264,7 +264,7 @@ class App:
         self._resources.push_async_callback(engine.stop)
         info = await engine.start()
         self._metrics.engine_started(info.device, info.backend, self._why_slower(info))
-        if config.metrics_names == "vllm":
+        if config.metrics_names == "vllm" and config.role != "registry":
             series = VllmSeries(self._metrics, model=base.name, kv_tokens=info.kv_cache_tokens)
             self._metrics.registry.register(series)
         # Otherwise each collection would scan all imported objects and stall every stream.

@@ -14,7 +14,7 @@ from tests.packaging.dockerfile import parse
 
 __all__ = ["ROLES_ARE_THERE", "Pod", "image_variables", "pods_of"]
 
-ROLES_ARE_THERE = False
+ROLES_ARE_THERE = True
 """Whether the server takes ``--role``, ``--registry`` and what belongs to them. The one place
 to change once it does: until then the parser is not asked about these flags."""
 

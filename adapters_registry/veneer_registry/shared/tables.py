@@ -126,7 +126,7 @@ class Table:
         into = f"INSERT INTO {self.name} ({', '.join(self.columns)}) VALUES "  # nosec B608 # names of ours
         values = f"({', '.join([mark] * len(self.columns))})"
         changes = ", ".join(f"{column} = excluded.{column}" for column in self.rest)
-        return f"{into}{values} ON CONFLICT ({', '.join(self.key)}) DO UPDATE SET {changes}"
+        return f"{into}{values} ON CONFLICT ({', '.join(self.key)}) DO UPDATE SET {changes}"  # nosec B608 # names of ours
 
     def delete(self, mark: str) -> str:
         """Delete the row with a key."""

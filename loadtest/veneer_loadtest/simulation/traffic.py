@@ -48,7 +48,7 @@ def traffic(scenario: Scenario) -> Iterator[Asked]:
     order = np.argsort(at, kind="stable")
     prompt = _lengths(random, scenario.prompt_tokens, count)
     answer = _lengths(random, scenario.answer_tokens, count)
-    in_session = random.random(count) < scenario.session_share
+    in_session = random.random(count) < scenario.session_share  # nosec B311 # not for secrets
     which = random.integers(0, _SESSIONS, count)
     text = random.integers(0, _POOL, count)
     for number, place in enumerate(order.tolist()):
@@ -77,12 +77,12 @@ def _arrivals(
     bursts = round(count * scenario.burst_share / burst)
     steady = count - bursts * burst
     seconds = count / scenario.rate
-    times = [np.sort(random.random(steady)) * seconds]
+    times = [np.sort(random.random(steady)) * seconds]  # nosec B311 # not for secrets
     which = [_zipf(random, scenario.adapters, scenario.zipf, steady)]
     for _ in range(bursts):
         tenant = int(random.integers(min(scenario.tenants, scenario.adapters)))
-        begin = float(random.random()) * max(0.0, seconds - burst_s)
-        times.append(begin + random.random(burst) * burst_s)
+        begin = float(random.random()) * max(0.0, seconds - burst_s)  # nosec B311 # not for secrets
+        times.append(begin + random.random(burst) * burst_s)  # nosec B311 # not for secrets
         own = -(-(scenario.adapters - tenant) // scenario.tenants)
         ranks = _zipf(random, own, scenario.zipf, burst)
         which.append(tenant + ranks * scenario.tenants)
@@ -93,7 +93,7 @@ def _zipf(
     random: np.random.Generator, count: int, exponent: float, size: int
 ) -> npt.NDArray[np.int64]:
     sums = np.cumsum(1.0 / np.arange(1, count + 1) ** exponent)
-    drawn = np.searchsorted(sums, random.random(size) * sums[-1], side="right")
+    drawn = np.searchsorted(sums, random.random(size) * sums[-1], side="right")  # nosec B311 # not for secrets
     return np.asarray(drawn, dtype=np.int64)
 
 

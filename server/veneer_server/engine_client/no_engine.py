@@ -62,6 +62,11 @@ class NoEngine(EngineClient):
         )
         return self.info
 
+    @property
+    def healthy(self) -> bool:
+        """For ``GET /health``: what this server is for does not fail with an engine."""
+        return True
+
     async def stop(self) -> None:
         """There is nothing to stop."""
 
