@@ -41,7 +41,7 @@ WORDS: Final = {
         "Threads may share it."
     ),
     "End the call; does": "End the call, from any thread; does",
-    "total, perhaps from another thread": "total, perhaps from gRPC's thread",
+    "total, in any thread": "total, in gRPC's thread",
 }
 """Replacements in docstrings and comments, in this order. One that never occurs is an error."""
 

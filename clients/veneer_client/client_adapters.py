@@ -66,9 +66,8 @@ class AdapterCalls(Connection):
     ) -> Pushed:
         """Check an adapter folder locally, then publish it under ``name``.
 
-        Sends only what the server lacks. If the connection breaks or the server restarts, the
-        push resumes by itself, as long as it makes progress or `RetryPolicy` has attempts
-        left. Calling `push` again resumes, too.
+        Sends only what the server lacks. After a broken connection or a restart it resumes by
+        itself, while it makes progress or `RetryPolicy` has attempts left, or if called again.
 
         Args:
             validate_only: check everything, publish nothing.
@@ -76,8 +75,7 @@ class AdapterCalls(Connection):
             allow_replace: publish even if the name holds other content.
             etag: must equal the name's (`AdapterInfo.etag`), else nothing is published.
             wait_replicas: return once followers have it, too; see `Pushed.replicas`.
-            progress: called with the bytes that the server has or that were sent, and the
-                total, perhaps from gRPC's thread.
+            progress: called with the bytes sent so far and the total, in gRPC's thread.
             on_resume: called when the push resumes from bytes that the server has.
 
         Raises:
