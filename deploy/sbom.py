@@ -32,7 +32,17 @@ from packaging.requirements import Requirement
 ROOT: Final = Path(__file__).resolve().parents[1]
 NATIVE: Final = "server/veneer_server/backends/native/cpp"
 OURS: Final = "Apache-2.0"
-EXTRAS: Final = ("", "server", "gateway", "train", "loadtest", "tracing", "remote")
+EXTRAS: Final = (
+    "",
+    "server",
+    "gateway",
+    "train",
+    "loadtest",
+    "tracing",
+    "remote",
+    "scale",
+    "cuda",
+)
 """What users install; "" is the base install."""
 
 

@@ -15,6 +15,7 @@ from veneer_registry import schema
 from veneer_registry.adapter import PROJECTIONS, BaseFingerprint, BaseSpec, Projection
 from veneer_registry.bundle_files import ALLOWED_FILES
 from veneer_registry.catalog import Catalog
+from veneer_registry.core import Core
 from veneer_registry.errors import VeneerError
 from veneer_registry.format import check_adapter, read_adapter
 from veneer_registry.records import Published, UploadFile, UploadRequest
@@ -154,9 +155,14 @@ class Kept:
         ]
 
 
+def core_of(registry: Registry) -> Core:
+    """For ends without a cleanup, and to stop between catalog and index."""
+    return registry._core  # private: whoever closes a registry cleans up
+
+
 def kill(registry: Registry) -> None:
     """Like kill -9: only release the lock. (A copy of a catalog is lost with its process.)"""
-    core = registry._core  # private: whoever closes a registry cleans up
+    core = core_of(registry)
     if isinstance(core.catalog, PostgresCatalog):
         core.catalog.close()
         core.close()
@@ -169,7 +175,7 @@ def limit_pages(catalog: Catalog, most: int) -> None:
 
 
 def catalog_of(registry: Registry) -> Catalog:
-    return registry._core.catalog  # private: to stop between catalog and index
+    return core_of(registry).catalog
 
 
 def make_older(catalog: Path, version: int) -> None:
