@@ -129,13 +129,16 @@ docs-check: base ## Every command of README and docs, slow ones too, beside what
 terminal-svg: base ## Record README's picture anew: a session in a terminal
 	$(BIN)/python -m tests.docs.terminal docs/terminal.svg
 
+# Rules that run at the same time wait for each other.
+APT_UPDATE = mkdir -p $(CURDIR)/.cache && flock $(CURDIR)/.cache/apt.lock apt-get update -q
+
 tools: .cache/tools/usr/bin/prometheus .cache/tools/arm/usr/bin/qemu-aarch64 packages clients programs ## Bring what the tests need: Prometheus, a compiler and an emulator for ARM, Chromium, strace, clients in other languages, programs
 
 # Unpacked, not installed: no root, no service that starts.
 .cache/tools/usr/bin/prometheus:
 	mkdir -p .cache/tools
 	cd .cache/tools && { apt-get download -q prometheus promtool || \
-	  { apt-get update -q && apt-get download -q prometheus promtool; }; }
+	  { $(APT_UPDATE) && apt-get download -q prometheus promtool; }; }
 	for deb in .cache/tools/*.deb; do dpkg-deb -x $$deb .cache/tools; done
 	rm .cache/tools/*.deb
 
@@ -148,7 +151,7 @@ ARM_PACKAGES = apt-cache depends --recurse --no-recommends --no-suggests --no-co
 .cache/tools/arm/usr/bin/qemu-aarch64:
 	rm -rf .cache/tools/arm && mkdir -p .cache/tools/arm
 	cd .cache/tools/arm && { apt-get download -q $$($(ARM_PACKAGES)) qemu-user || \
-	  { apt-get update -q && apt-get download -q $$($(ARM_PACKAGES)) qemu-user; }; }
+	  { $(APT_UPDATE) && apt-get download -q $$($(ARM_PACKAGES)) qemu-user; }; }
 	cd .cache/tools/arm && for deb in *aarch64*.deb *arm64-cross*.deb; do dpkg-deb -x $$deb .; done
 	cd .cache/tools/arm && dpkg-deb --fsys-tarfile qemu-user_*.deb | tar -x ./usr/bin/qemu-aarch64
 	rm .cache/tools/arm/*.deb
@@ -165,7 +168,7 @@ packages:
 	else \
 	  install='apt-get install -q -y --no-install-recommends $(DEBIAN_PACKAGES)'; \
 	  export DEBIAN_FRONTEND=noninteractive; \
-	  $$install || { apt-get update -q && $$install; }; \
+	  $$install || { $(APT_UPDATE) && $$install; }; \
 	fi
 
 # Python alone builds the wheel; its bill of materials lists what is installed, so it needs .venv.
@@ -188,7 +191,7 @@ clients: $(CLIENTS)/go/client $(if $(shell command -v npm),$(CLIENTS)/typescript
 $(GO_TOOLS)/bin/protoc-gen-go:
 	mkdir -p .cache/tools/go
 	cd .cache/tools/go && { apt-get download -q $(GO_PACKAGES) || \
-	  { apt-get update -q && apt-get download -q $(GO_PACKAGES); }; }
+	  { $(APT_UPDATE) && apt-get download -q $(GO_PACKAGES); }; }
 	cd .cache/tools/go && for deb in *.deb; do dpkg-deb -x $$deb .; done
 	rm .cache/tools/go/*.deb
 
@@ -248,7 +251,7 @@ image-replay: .cache/tools/usr/sbin/debootstrap ## The Dockerfile's steps withou
 .cache/tools/usr/sbin/debootstrap:
 	mkdir -p .cache/tools
 	cd .cache/tools && { apt-get download -q debootstrap || \
-	  { apt-get update -q && apt-get download -q debootstrap; }; }
+	  { $(APT_UPDATE) && apt-get download -q debootstrap; }; }
 	dpkg-deb -x .cache/tools/debootstrap_*.deb .cache/tools
 	rm .cache/tools/debootstrap_*.deb
 
