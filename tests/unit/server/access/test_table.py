@@ -74,7 +74,7 @@ REQUESTS: Final[Mapping[str, Any]] = {
 THEIRS: Final = "theirs"
 """An adapter of the tenant ``default``, which a caller of another tenant asks for."""
 OTHER: Final = "another tenant"
-STREAMS: Final = ("WatchAdapters", "Watch", "GenerateStream", "DownloadAdapter")
+STREAMS: Final = ("WatchAdapters", "Watch", "GenerateStream", "DownloadAdapter", "FetchWeights")
 REFUSED: Final = {
     grpc.StatusCode.UNAUTHENTICATED: "401",
     grpc.StatusCode.PERMISSION_DENIED: "403",
