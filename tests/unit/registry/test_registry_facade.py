@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -66,6 +67,15 @@ def staged(data: Path) -> list[str]:
 # ----------------------------------------------------------------------- publish
 
 
+def open_files() -> int:
+    """Without sockets, of which clients of a store keep some."""
+    found = 0
+    for descriptor in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # that of the folder itself
+            found += os.readlink(f"/proc/self/fd/{descriptor}").startswith("/")
+    return found
+
+
 def test_publish_and_look_up(
     anywhere: Kept,
     registry: Registry,
@@ -73,9 +83,9 @@ def test_publish_and_look_up(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     push(registry, "first", adapters(0))  # opens connections that stay
-    descriptors = len(os.listdir("/proc/self/fd"))
+    files = open_files()
     published = push(registry, "chat", adapters(1), labels={"team": "a"})
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert open_files() == files
     assert caplog.text == ""
     assert published.published
     assert not published.replaced
