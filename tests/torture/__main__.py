@@ -2,7 +2,7 @@
 
 ``--row 4`` runs one row, ``--full`` uses the scoreboard's numbers, ``--seed`` repeats a run.
 Rows that are judged by times (`TIMED`) run with ``--full`` or by their number only, since they
-need a machine that does nothing else.
+need a machine that does nothing else, and so do those that take long (`LONG`).
 Each row runs in a separate process, so that no planted bug reaches the next row. The exit
 status is 1 if a row fails or does not catch one of its planted bugs.
 """
@@ -28,6 +28,8 @@ from tests.torture.row import Control, Outcome, RowModule, Scale
 ROWS = Path(__file__).parent / "rows"
 MODULE = re.compile(r"row_(\d+)_\w+")
 TIMED = frozenset({14, 15, 18, 19})
+LONG = frozenset({23})
+"""Takes minutes in its quick form too; the suite has each of its faults alone."""
 SLOWEST = 21
 """Begins first, so that no job is left alone with it at the end."""
 SHOWN = 10
@@ -106,7 +108,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="rows that run at the same time")
     parser.add_argument("--keep", type=Path, help="work in this new folder and leave it")
     given = parser.parse_args()
-    chosen = sorted(set(given.row or (rows if given.full else rows.keys() - TIMED)))
+    chosen = sorted(set(given.row or (rows if given.full else rows.keys() - TIMED - LONG)))
     if len(chosen) == 1:
         work = given.keep or Path(tempfile.mkdtemp(prefix="veneer-torture-"))
         work.mkdir(parents=True, exist_ok=True)
