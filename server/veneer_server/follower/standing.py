@@ -69,9 +69,8 @@ class Standing:
             return error
         name = error.metadata.get("adapter", "")
         return Unavailable(
-            f"whether adapter {name!r} exists is not known here: this server follows the "
-            f"registry, which it has not heard from for {self.lag_s:.1f} s; retry, or ask "
-            "another server",
+            f"this server does not know whether adapter {name!r} exists: the registry that it "
+            f"follows last answered {self.lag_s:.1f} s ago; retry, or ask another server",
             metadata={"adapter": name, "cause": "registry_away", "lag_s": f"{self.lag_s:.1f}"},
             retry_after_s=RETRY_S,
         )
