@@ -95,10 +95,13 @@ class Visible:
         """`Registry.list` of what ``home`` sees, with the owners."""
         own = home.registry.list(prefix=prefix, labels=labels, after=after, limit=limit)
         found = [(home, record) for record in own]
+        names = {record.ref.name for record in own}
         theirs: list[tuple[Tenant, AdapterRecord]] = []
         wanted = (labels or {}).items()
         for name, owner in sorted(self._shared(home).items()):
             if name <= after or not name.startswith(prefix):
+                continue
+            if name in names:  # listed above, and deleted since then
                 continue
             if len(theirs) == limit:
                 break
@@ -115,7 +118,10 @@ class Visible:
         if name:
             return self.find(home, name, lambda registry: registry.aliases(name))[1]
         rows = list(home.registry.aliases())
+        own = {row.name for row in rows}
         for shared, owner in self._shared(home).items():
+            if shared in own:  # listed above, and deleted since then
+                continue
             with suppress(AdapterNotFound):  # deleted just now
                 rows += owner.registry.aliases(shared)
         return tuple(sorted(rows, key=lambda row: (row.name, row.alias)))

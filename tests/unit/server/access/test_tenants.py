@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -24,6 +25,7 @@ from veneer_server.access.edit_keys import add_key
 from veneer_server.engine_client.tenant_engine import TenantEngine
 from veneer_server.operate.store_command import verify
 from veneer_server.serving.tenants import tenants as tenants_module
+from veneer_server.serving.tenants.visible import Visible
 from veneer_server.wire.messages import AdapterLoaded, split_key
 
 from tests.refused import refused
@@ -319,6 +321,24 @@ async def test_a_list_of_own_and_shared_ones_comes_in_pages(
     assert found == sorted(expected.items())
     labelled = await other.call("ListAdapters", name_prefix=here, labels={"team": "0"})
     assert [each.name[-2:] for each in labelled.adapters] == ["00", "08"]
+
+
+def test_a_name_deleted_while_a_list_is_made_is_listed_once() -> None:
+    """FAKE registries: "chat" is its tenant's own in the first read and gone in the second, and
+    another tenant shares a "chat"."""
+    record = SimpleNamespace(ref=SimpleNamespace(name="chat"), labels={})
+    alias = SimpleNamespace(name="chat", alias="live")
+    common = {
+        "list": lambda **_: [record],
+        "aliases": lambda *_: (alias,),
+        "get": lambda _: record,
+    }
+    home = SimpleNamespace(registry=SimpleNamespace(**common, knows=lambda _: False))
+    other = SimpleNamespace(registry=SimpleNamespace(**common, shared=lambda: ["chat"]))
+    tenants: Any = SimpleNamespace(all=[home, other])
+    mine: Any = home
+    assert Visible(tenants).page(mine) == [(home, record)]
+    assert Visible(tenants).aliases(mine, "") == (alias,)
 
 
 # ----------------------------------------------------------------- an operator elsewhere
