@@ -174,6 +174,16 @@ async def test_stop_tokens_and_top_logprobs(server: Server) -> None:
     for entry in answer.prompt_logprobs:
         assert len(entry.top) == 4
         assert entry.top[0].logprob >= entry.logprob - 1e-5
+    ranked = await server.generate(
+        prompt=PROMPT, output={"prompt_logprobs": 20}, use_prefix_cache=False
+    )
+    for entry in ranked.prompt_logprobs:
+        likeliest = [top.token_id for top in entry.top]
+        if entry.token_id in likeliest:
+            assert entry.rank == likeliest.index(entry.token_id) + 1
+        else:
+            assert 20 < entry.rank <= 49152
+    assert len({entry.rank > 20 for entry in ranked.prompt_logprobs}) == 2, "some of both"
     stop = answer.token_ids[1]
     stopped = await server.generate(
         prompt=PROMPT, stopping={"max_tokens": 8, "stop_token_ids": [stop]}
