@@ -258,8 +258,8 @@ class TokenLogprob:
         top: the most likely tokens at its position, likeliest first, if requested.
         token: its unique name: its text, ``bytes:\\xf0\\x9f`` for a fragment of a character,
             or a special token's name. Empty from a server that does not send it.
-        rank: how many tokens are at least as likely at its position, 1 for the likeliest; 0
-            if not told: only the option ``prompt_logprobs`` asks for it, of the prompt's tokens.
+        rank: how many tokens are at least as likely at its position, 1 for the likeliest. Only
+            the option ``prompt_logprobs`` asks for it, of the prompt's tokens; otherwise 0.
     """
 
     token_id: int

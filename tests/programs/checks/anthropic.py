@@ -21,8 +21,10 @@ TOOL: Any = {
 
 
 def asked(text: str = HELLO, model: str = MODEL, **more: Any) -> dict[str, Any]:
+    """The SDK has no temperature since its version 2."""
     turns = [{"role": "user", "content": text}]
-    return {"model": model, "max_tokens": 48, "temperature": 0, "messages": turns, **more}
+    greedy = {"temperature": 0}
+    return {"model": model, "max_tokens": 48, "messages": turns, "extra_body": greedy, **more}
 
 
 def check_create_and_stream_say_the_same() -> None:
@@ -76,9 +78,9 @@ def check_parse_a_type() -> None:
 
 def check_an_error_names_the_field() -> None:
     picture = {"type": "image", "source": {"type": "url", "url": "https://a/b.png"}}
+    said = ""
     try:
         SDK.messages.create(**asked(messages=[{"role": "user", "content": [picture]}]))
     except BadRequestError as error:
-        assert "messages[0].content[0].type" in str(error)
-    else:
-        raise AssertionError("an image was taken")
+        said = str(error)
+    assert "messages[0].content[0].type" in said

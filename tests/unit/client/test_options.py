@@ -187,7 +187,9 @@ def test_samples_and_top_logprobs_of_an_answer(server: FakeServer, client: Drive
             logprobs=[pb.TokenLogprob(token_id=7, logprob=-0.5, token=" a", top=top)],
             prompt_logprobs=[pb.TokenLogprob(token_id=3, logprob=-9, token=" b", rank=4321)],
             finish_reason=pb.FINISH_REASON_STOP,
-            usage=pb.Usage(prompt_tokens=9, completion_tokens=3, cached_prompt_tokens=8, reasoning_tokens=2),
+            usage=pb.Usage(
+                prompt_tokens=9, completion_tokens=3, cached_prompt_tokens=8, reasoning_tokens=2
+            ),
             others=[
                 pb.Sample(text="b", token_ids=[8, 8], finish_reason=pb.FINISH_REASON_LENGTH)
             ],

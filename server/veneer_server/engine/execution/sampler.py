@@ -332,7 +332,9 @@ def token_ranks(logits: torch.Tensor, tokens: torch.Tensor) -> list[int]:
         return (logits >= picked).sum(dim=1).tolist()
     # A row at a time, and by numpy, which counts in a tenth of the time that torch takes.
     rows, values = logits.numpy(), picked.squeeze(1).numpy()
-    return [int(np.count_nonzero(row >= value)) for row, value in zip(rows, values, strict=True)]
+    return [
+        int(np.count_nonzero(row >= value)) for row, value in zip(rows, values, strict=True)
+    ]
 
 
 def top_tokens(

@@ -7,12 +7,13 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field
 
 from veneer_server.openai.fields import RequestFields, with_fractions
-from veneer_server.serving.checks import MAX_MESSAGES
+from veneer_server.serving.checks import MAX_MESSAGES, MAX_STOP_LENGTH, MAX_STOPS
 from veneer_server.text.templates.options import Effort
 
 __all__ = ["MessageFields"]
 
 _UINT32: Final = (1 << 32) - 1
+_Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 _Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 
 
@@ -66,7 +67,9 @@ class MessageFields(RequestFields):
     system: str | _Objects = ""
     top_k: Annotated[int, Field(ge=0, le=_UINT32)] | None = None
     seed: Annotated[int, Field(ge=0, le=(1 << 64) - 1)] | None = None
-    stop_sequences: Annotated[list[str], Field(default_factory=list, fail_fast=True)]
+    stop_sequences: Annotated[
+        list[_Stop], Field(default_factory=list, fail_fast=True, max_length=MAX_STOPS)
+    ]
     stream: bool = False
     tools: _Objects = Field(default_factory=list)
     tool_choice: ToolChoice = ToolChoice()

@@ -18,6 +18,7 @@ from veneer_server.serving.tools.use import MAX_TOOLS, Choice, Tool, ToolUse, ch
 __all__ = ["messages_of", "tools_of"]
 
 _CHOICES: Final = {"auto": Choice.AUTO, "any": Choice.REQUIRED, "tool": Choice.NAMED}
+_LONGEST_ID: Final = 256
 _IGNORED: Final = frozenset({"type", "cache_control", "citations", "signature", "caller"})
 
 
@@ -50,7 +51,7 @@ def _of_user(history: History, where: str, content: object) -> Iterator[Mapping[
         elif block["type"] == "tool_result":
             _check_members(at, block, {"tool_use_id", "content", "is_error"})
             text = _text_of(f"{at}.content", block.get("content") or "")
-            call = _member(at, block, "tool_use_id")
+            call = _id(at, block, "tool_use_id")
             yield history.message("tool", text, call_id=call, field=where)
         else:
             raise _unserved(at, block["type"])
@@ -77,8 +78,7 @@ def _of_assistant(history: History, where: str, content: object) -> Mapping[str,
                 if not isinstance(given, dict):
                     raise invalid(f"{at}.input", "must be an object")
                 text = json.dumps(given, ensure_ascii=False)
-                call = PastCall(_member(at, block, "id"), _member(at, block, "name"), text)
-                calls.append(call)
+                calls.append(PastCall(_id(at, block, "id"), _member(at, block, "name"), text))
                 check_calls(len(calls), where)
             case kind:
                 raise _unserved(at, kind)
@@ -142,6 +142,12 @@ def _member(where: str, block: Mapping[str, Any], name: str) -> str:
     text = block.get(name)
     if not isinstance(text, str):
         raise invalid(f"{where}.{name}", "must be a text")
+    return text
+
+
+def _id(where: str, block: Mapping[str, Any], name: str) -> str:
+    if len(text := _member(where, block, name)) > _LONGEST_ID:
+        raise invalid(f"{where}.{name}", f"has more than {_LONGEST_ID} characters")
     return text
 
 

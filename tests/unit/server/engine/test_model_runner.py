@@ -210,9 +210,7 @@ def test_tops_and_scores_come_where_they_were_asked_for() -> None:
             plan_for(logprobs=True, top_logprobs=3),
             plan_for(logprobs=True),
             plan_for(tokens=(5, 6, 7), score=(6, 7), position=3, logprobs=True, top_logprobs=2),
-            plan_for(
-                tokens=(5, 6), score=(6, 7), samples=False, top_logprobs=2, ranks=True
-            ),
+            plan_for(tokens=(5, 6), score=(6, 7), samples=False, top_logprobs=2, ranks=True),
         )
     )
     results = runner.execute(plan)

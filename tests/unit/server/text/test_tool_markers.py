@@ -11,9 +11,8 @@ from veneer_registry.errors import InvalidField
 from veneer_server.serving.samples import Sample
 from veneer_server.serving.tools.reading import Plan, ReplyReader
 from veneer_server.serving.tools.use import Tool, ToolUse
-from veneer_server.text.prompts import Prompts
+from veneer_server.text.prompts import Prompt, Prompts
 from veneer_server.text.replies.deltas import ToolArguments, ToolCallBegun
-from veneer_server.text.prompts import Prompt
 from veneer_server.text.replies.tools.families import Family, markers
 from veneer_server.text.tokenizer import TextTokenizer
 from veneer_server.wire.messages import SequenceOutput

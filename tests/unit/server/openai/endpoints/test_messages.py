@@ -96,7 +96,11 @@ async def test_a_message_is_the_chats_answer(front: Front, http: httpx.AsyncClie
     assert (asked.prompt, asked.sampling) == (expected.prompt, expected.sampling)
     said = chat["choices"][0]["message"]["content"]
     assert message["content"] == [{"type": "text", "text": said}]
-    assert (message["type"], message["role"], message["model"]) == ("message", "assistant", BASE)
+    assert (message["type"], message["role"], message["model"]) == (
+        "message",
+        "assistant",
+        BASE,
+    )
     assert (message["stop_reason"], message["stop_sequence"]) == ("max_tokens", None)
     assert message["usage"] == {
         "input_tokens": chat["usage"]["prompt_tokens"] - 16,
@@ -157,7 +161,10 @@ async def test_blocks_of_content(
         assert message["stop_reason"] == ("tool_use" if called else "end_turn")
         assert same(assembled(await streamed(http, **given))) == same(message)
         # What came goes back, with the calls' results.
-        turns: list[Any] = [*ASK["messages"], {"role": "assistant", "content": message["content"]}]
+        turns: list[Any] = [
+            *ASK["messages"],
+            {"role": "assistant", "content": message["content"]},
+        ]
         results = [
             {"type": "tool_result", "tool_use_id": block["id"], "content": "sunny"}
             for block in message["content"]
@@ -237,6 +244,12 @@ def past(**members: Any) -> dict[str, Any]:
         ),
         (past(type="tool_use", id="1", name="f", input="{}"), "messages[0].content[0].input"),
         (past(type="tool_use", name="f", input={}), "messages[0].content[0].id"),
+        (
+            past(type="tool_use", id="i" * 257, name="f", input={}),
+            "messages[0].content[0].id",
+        ),
+        ({"stop_sequences": [""]}, "stop_sequences[0]"),
+        ({"stop_sequences": ["a"] * 17}, "stop_sequences"),
         (past(type="thinking"), "messages[0].content[0].thinking"),
         ({"system": [{"type": "image"}]}, "system[0].type"),
         ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools[0].type"),

@@ -280,7 +280,7 @@ async def test_a_bad_field_is_named(
 
 async def test_what_a_response_repeats_is_short(front: Front, http: httpx.AsyncClient) -> None:
     """As long as OpenAI takes it; each event with a response has it."""
-    given: dict[str, Any] = {name: "é" * 64 for name in LABELS}
+    given: dict[str, Any] = dict.fromkeys(LABELS, "é" * 64)
     given["metadata"] = {f"{at:064}": "é" * 512 for at in range(16)}
     response = await respond(http, **given)
     assert {name: response[name] for name in given} == given
