@@ -34,7 +34,7 @@ def check_create_and_stream_say_the_same() -> None:
     with SDK.messages.stream(**asked(max_tokens=8, system="Be brief.")) as stream:
         text = "".join(stream.text_stream)
         final = stream.get_final_message()
-    assert final.content == whole.content
+    assert [block.text for block in final.content] == [block.text for block in whole.content]
     assert text == whole.content[0].text
     assert final.stop_reason == whole.stop_reason
     counted = final.usage.input_tokens + (final.usage.cache_read_input_tokens or 0)
