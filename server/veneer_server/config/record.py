@@ -311,10 +311,10 @@ class ServerConfig:
         "20", kinds.whole(0, 1000),
         "Most digits in a row of numbers in JSON, before the point and behind it, where the "
         "schema allows fewer too; 0 does not bound them.")
-    reasoning_parser: Literal["auto", "think", "none"] = setting(
-        "auto", kinds.one_of("auto", "think", "none"),
-        "Split <think>...</think> off the answers to chats: of templates that have the tag "
-        "(auto), of all (think), or of none.")
+    reasoning_parser: Literal["auto", "think", "mistral", "none"] = setting(
+        "auto", kinds.one_of("auto", "think", "mistral", "none"),
+        "Split <think>...</think>, or Mistral's [THINK]...[/THINK], off the answers to chats: "
+        "of templates that have the tag (auto), one of them off all (think, mistral), or none.")
     log_format: Literal["console", "json"] = setting(
         "console", kinds.one_of("console", "json"),
         "Format of the log on stderr.")
