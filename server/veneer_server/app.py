@@ -91,7 +91,7 @@ class App:
         self._metrics = Metrics()
         self._display = Display(structured=config.log_format == "json")
         self._calls = Calls(lambda: self._display.doing)
-        self._health = Health()
+        self._health = Health(generates=config.role != "registry")
         self._tenants = Tenants(config.data_dir)
         self._pace = Pace(config.refusal_rate)
         self._quotas = Quotas()

@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 import pytest
 import pytest_asyncio
+from veneer_client import AsyncClient, ServingStatus
 from veneer_proto.v1 import adapters_pb2 as pb
 from veneer_proto.v1 import inference_pb2, replication_pb2, server_pb2
 from veneer_server.access.edit_keys import add_key
@@ -407,6 +408,8 @@ async def test_a_registry_generates_nothing_and_says_who_does(
         info = await registry.server.GetServerInfo(server_pb2.GetServerInfoRequest())
         assert (info.role, info.device) == ("registry", "none")
         assert "veneer_ready 1.0" in await registry.metrics()
+        async with AsyncClient(registry.addresses["grpc"]) as client:
+            assert await client.health() is ServingStatus.SERVING
         await registry.adapters.DeleteAdapter(pb.DeleteAdapterRequest(name="one"))
 
 
