@@ -139,6 +139,7 @@ class AsyncAdapterCalls(AsyncConnection):
         activate: bool = False,
         allow_replace: bool = False,
         etag: str = "",
+        wait_replicas: WaitReplicas = WaitReplicas.NONE,
         timeout_s: float | None = None,
     ) -> Pushed:
         """Let the server fetch an adapter, and publish it as `push` does.
@@ -146,6 +147,7 @@ class AsyncAdapterCalls(AsyncConnection):
         Args:
             uri: a folder that the server may fetch from: ``https://``, ``hf://``, ``s3://``,
                 ``gs://`` or ``file://``.
+            wait_replicas: as in `push`.
 
         Raises:
             InvalidField: it may not, or the URI is malformed (metadata ``field``).
@@ -159,6 +161,7 @@ class AsyncAdapterCalls(AsyncConnection):
             activate=activate,
             allow_replace=allow_replace,
             etag=etag,
+            wait_replicas=wait_replicas,
         )
         return await self._perform(call, timeout_s)
 

@@ -140,6 +140,7 @@ class AdapterCalls(Connection):
         activate: bool = False,
         allow_replace: bool = False,
         etag: str = "",
+        wait_replicas: WaitReplicas = WaitReplicas.NONE,
         timeout_s: float | None = None,
     ) -> Pushed:
         """Let the server fetch an adapter, and publish it as `push` does.
@@ -147,6 +148,7 @@ class AdapterCalls(Connection):
         Args:
             uri: a folder that the server may fetch from: ``https://``, ``hf://``, ``s3://``,
                 ``gs://`` or ``file://``.
+            wait_replicas: as in `push`.
 
         Raises:
             InvalidField: it may not, or the URI is malformed (metadata ``field``).
@@ -160,6 +162,7 @@ class AdapterCalls(Connection):
             activate=activate,
             allow_replace=allow_replace,
             etag=etag,
+            wait_replicas=wait_replicas,
         )
         return self._perform(call, timeout_s)
 

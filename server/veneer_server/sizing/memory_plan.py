@@ -204,7 +204,7 @@ def plan_memory(
 
 
 def plan_registry(host: HostMemory) -> MemoryPool:
-    """What a server without an engine may use: the front, and the process that checks uploads."""
+    """What a server without an engine may use: the front, and what checks uploads."""
     return MemoryPool(
         "host", (MemoryUse("processes", _FRONT_BYTES + _LOADER_BYTES),), host.limit
     )
