@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import secrets
 import socket
@@ -77,7 +78,9 @@ class Follower:
     ) -> None:
         """Raises InvalidField if a file that the configuration names cannot be read."""
         self.place = RegistryPlace.of(config)
-        self.standing = Standing(self.place.address)
+        self.standing = Standing(
+            self.place.address, most_lag_s=config.max_registry_lag or math.inf
+        )
         self.view = view()
         self.cache = WeightsCache(
             config.data_dir / FOLDER, config.adapter_cache_bytes, self._in_use
