@@ -146,13 +146,10 @@ class AdapterCalls(Connection):
         """Let the server fetch an adapter, and publish it as `push` does.
 
         Args:
-            uri: a folder that the server may fetch from: ``https://``, ``hf://``, ``s3://``,
-                ``gs://`` or ``file://``.
-            wait_replicas: as in `push`.
+            uri: of a folder: ``https://``, ``hf://``, ``s3://``, ``gs://`` or ``file://``.
 
         Raises:
-            InvalidField: it may not, or the URI is malformed (metadata ``field``).
-            AdapterInvalid and others: as `push`.
+            InvalidField: the server may not fetch from it (metadata ``field``). Others: `push`.
         """
         call = calls_admin.register(
             uri,

@@ -358,7 +358,7 @@ class App:
         from veneer_server.openai.endpoints.core import Loaded
 
         self._doors.gateway.answer_by(
-            Loaded(generator=generator, tenants=self._tenants, engine=engine, base=base)
+            Loaded(generator, self._tenants, engine, base, self._role.loading())
         )
 
     def _ready(

@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -105,6 +106,8 @@ class Follower:
         self._mirrors: dict[str, Mirror] = {}
         self._lock = threading.Lock()
         self._applied: Applied | None = None
+        self._changed = asyncio.Event()
+        """Set, and replaced, with the next name that changes."""
         self._resident: Callable[[str], bool] = lambda digest: False
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -132,6 +135,14 @@ class Follower:
     def tenants(self) -> set[str]:
         """Tenants that have names."""
         return {tenant for tenant, _ in self.view.names}
+
+    async def until(self, holds: Callable[[], bool], within_s: float) -> bool:
+        """Wait until something holds of the view; whether it does."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                while not holds():
+                    await self._changed.wait()
+        return holds()
 
     async def stop(self) -> None:
         """End the connections. Idempotent."""
@@ -219,6 +230,8 @@ class Follower:
             self._bring_hot(mirror, before, state)
             if self._applied is not None:
                 await self._applied(Change(mirror, state, before, dropped))
+            self._changed.set()
+            self._changed = asyncio.Event()
             if number % _BATCH == 0:
                 await asyncio.sleep(0)
 

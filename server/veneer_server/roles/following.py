@@ -20,12 +20,14 @@ from veneer_server.logs import get_logger
 from veneer_server.models.config import DecoderConfig
 from veneer_server.roles.role import MakeEngine
 from veneer_server.rpc.adapter_service import AdapterService
+from veneer_server.rpc.followers.loading_by_registry import LoadingByRegistry
 from veneer_server.rpc.followers.passing_on import PassingOn
 from veneer_server.rpc.server_service import ReplicationFacts
 from veneer_server.serving.adapters.budgets import AdapterBudgets
 from veneer_server.serving.tenants.registry import AdapterRegistry
 from veneer_server.serving.tenants.tenant import Tenant
 from veneer_server.serving.tenants.tenants import Tenants
+from veneer_server.serving.transfer.loading import Loading
 from veneer_server.serving.transfer.transfers import Transfers
 from veneer_server.sizing.memory_plan import MemoryPlan
 from veneer_server.startup import memory_for
@@ -82,6 +84,9 @@ class Following:
 
     def replication(self, tenants: Tenants) -> replication_pb2_grpc.ReplicationServiceServicer:
         return _NotHere(self._following.standing.registry)
+
+    def loading(self) -> Loading:
+        return LoadingByRegistry(self._following.channel, self._following.until)
 
     async def start(self, tenants: Tenants) -> None:
         self._tenants = tenants

@@ -29,6 +29,7 @@ from veneer_server.serving.adapters.budgets import AdapterBudgets
 from veneer_server.serving.tenants.places import places_of
 from veneer_server.serving.tenants.registry import AdapterRegistry
 from veneer_server.serving.tenants.tenants import Tenants
+from veneer_server.serving.transfer.loading import Loading, LoadingHere
 from veneer_server.serving.transfer.transfers import Transfers
 from veneer_server.sizing.memory_plan import KvCachePlan, MemoryPlan, plan_registry
 from veneer_server.startup import memory_for
@@ -100,6 +101,9 @@ class Owning:
         return ReplicationService(
             self._feed, self._replicas, source, reader_limit_s=self._config.reader_limit
         )
+
+    def loading(self) -> Loading:
+        return LoadingHere()
 
     async def start(self, tenants: Tenants) -> None:
         pass
