@@ -129,7 +129,8 @@ class ServerConfig:
     store: str = setting(
         "", kinds.TEXT,
         "Object store for the adapters, such as s3://bucket/prefix, which several servers may "
-        "share; needs --catalog; empty keeps them in --data-dir.")
+        "share; needs --catalog; empty keeps them in --data-dir. Of --role engine: the "
+        "registry's, from which weights are fetched first.")
     catalog: str = setting(
         "", kinds.TEXT,
         "PostgreSQL database for the catalog, such as postgresql://veneer@host/veneer, without "

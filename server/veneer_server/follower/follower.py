@@ -24,12 +24,13 @@ from veneer_registry.recovery import base_identity
 from veneer_server.access.principal import DEFAULT_TENANT
 from veneer_server.config import ServerConfig
 from veneer_server.follower.cache import WeightsCache
-from veneer_server.follower.fetching import Fetching
+from veneer_server.follower.fetching import Fetching, Remote
 from veneer_server.follower.kept_view import Kept, load, save
 from veneer_server.follower.link import Link
 from veneer_server.follower.mirror import Mirror
 from veneer_server.follower.registry_channel import RegistryChannel, RegistryPlace
 from veneer_server.follower.standing import Standing
+from veneer_server.follower.store_first import ObjectsOf, StoreFirst
 from veneer_server.follower.view import Received, View
 from veneer_server.logs import get_logger
 from veneer_server.replication.states import NameState
@@ -75,9 +76,15 @@ class Follower:
         base: BaseSpec,
         *,
         on_fetched: Callable[[float], None] = lambda seconds: None,
+        objects: ObjectsOf | None = None,
         view: type[View] = View,
     ) -> None:
-        """Raises InvalidField if a file that the configuration names cannot be read."""
+        """Args:
+            objects: of the registry's object store, which is asked first for weights.
+
+        Raises:
+            InvalidField: a file that the configuration names cannot be read.
+        """
         self.place = RegistryPlace.of(config)
         self.standing = Standing(
             self.place.address, most_lag_s=config.max_registry_lag or math.inf
@@ -87,7 +94,10 @@ class Follower:
             config.data_dir / FOLDER, config.adapter_cache_bytes, self._in_use
         )
         self.channel = RegistryChannel(self.place)
-        self.fetching = Fetching(self.cache, self.channel, self.standing, on_fetched=on_fetched)
+        remote: Remote = self.channel
+        if objects is not None:
+            remote = StoreFirst(objects, self.channel, most_bytes=config.max_adapter_bytes)
+        self.fetching = Fetching(self.cache, remote, self.standing, on_fetched=on_fetched)
         self.link = Link(
             self.place,
             self.view,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +25,7 @@ from veneer_server.rpc.followers.loading_by_registry import LoadingByRegistry
 from veneer_server.rpc.followers.passing_on import PassingOn
 from veneer_server.rpc.server_service import ReplicationFacts
 from veneer_server.serving.adapters.budgets import AdapterBudgets
+from veneer_server.serving.tenants.places import objects_of
 from veneer_server.serving.tenants.registry import AdapterRegistry
 from veneer_server.serving.tenants.tenant import Tenant
 from veneer_server.serving.tenants.tenants import Tenants
@@ -63,7 +65,12 @@ class Following:
         self, base: BaseSpec, read: ReadAdapter, metrics: Metrics
     ) -> Callable[[Path, OwnerLock | None], AdapterRegistry]:
         series = FollowerSeries()
-        self._follower = Follower(self._config, base, on_fetched=series.fetch_seconds.observe)
+        self._follower = Follower(
+            self._config,
+            base,
+            on_fetched=series.fetch_seconds.observe,
+            objects=partial(objects_of, self._config.store) if self._config.store else None,
+        )
         series.watch(self._follower, metrics.registry)
         return self._follower.open
 
