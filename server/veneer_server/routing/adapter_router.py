@@ -39,7 +39,7 @@ __all__ = ["BOUND", "AdapterRouter"]
 BOUND: Final = 1.25
 """Most requests of a replica in any longer period, as a multiple of the mean."""
 _AIM: Final = 1.15
-"""What is kept to over the half minute that counts as recent. It is less than the bound, since a
+"""What is kept to over the half minute that counts as recent. Less than the bound, since a
 replica that had little to do may make up for it within the period that somebody looks at."""
 _NEAR: Final = 1.1
 """From here on a copy elsewhere is preferred."""

@@ -90,7 +90,7 @@ class LoadEndpoint(JsonEndpoint):
         except AdapterExists:  # meanwhile
             raise _loaded(name) from None
         await reply.text(f"Success: LoRA adapter '{name}' added successfully.")
-        return _Changed(loaded)
+        return _Changed(loaded.ref)
 
 
 class UnloadEndpoint(JsonEndpoint):

@@ -8,7 +8,6 @@ from typing import Any, Final
 
 import grpc
 from veneer_proto.v1 import adapters_pb2, adapters_pb2_grpc
-from veneer_registry.adapter import AdapterRef
 from veneer_registry.errors import AdapterNotFound, Unavailable
 from veneer_registry.records import AdapterRecord
 
@@ -37,13 +36,12 @@ class LoadingByRegistry:
 
     async def load(
         self, home: Tenant, messages: AsyncIterator[adapters_pb2.UploadAdapterRequest]
-    ) -> AdapterRef:
+    ) -> AdapterRecord:
         answer = await self._upload(messages)
         name, revision = answer.adapter.name, answer.adapter.revision
         spec = f"{name}@{revision}"
         await self._told(name, lambda: _knows(home, spec))
-        record = await home.changes.activate(spec, "device", pin=False, who=who_is_here())
-        return record.ref
+        return await home.changes.activate(spec, "device", pin=False, who=who_is_here())
 
     async def unload(self, home: Tenant, record: AdapterRecord) -> None:
         name = record.ref.name
