@@ -132,7 +132,7 @@ terminal-svg: base ## Record README's picture anew: a session in a terminal
 # Rules that run at the same time wait for each other.
 APT_UPDATE = mkdir -p $(CURDIR)/.cache && flock $(CURDIR)/.cache/apt.lock apt-get update -q
 
-tools: .cache/tools/usr/bin/prometheus .cache/tools/arm/usr/bin/qemu-aarch64 packages clients programs ## Bring what the tests need: Prometheus, a compiler and an emulator for ARM, Chromium, strace, clients in other languages, programs
+tools: .cache/tools/usr/bin/prometheus .cache/tools/arm/usr/bin/qemu-aarch64 .cache/tools/deepspeed packages clients programs ## Bring what the tests need: Prometheus, DeepSpeed, a compiler and an emulator for ARM, Chromium, strace, clients in other languages, programs
 
 # Unpacked, not installed: no root, no service that starts.
 .cache/tools/usr/bin/prometheus:
@@ -155,6 +155,12 @@ ARM_PACKAGES = apt-cache depends --recurse --no-recommends --no-suggests --no-co
 	cd .cache/tools/arm && for deb in *aarch64*.deb *arm64-cross*.deb; do dpkg-deb -x $$deb .; done
 	cd .cache/tools/arm && dpkg-deb --fsys-tarfile qemu-user_*.deb | tar -x ./usr/bin/qemu-aarch64
 	rm .cache/tools/arm/*.deb
+
+# Beside .venv, not in it: transformers and accelerate would import it wherever they are. Nothing is
+# compiled; what else it needs is in .venv.
+.cache/tools/deepspeed: | install
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target $@ \
+	  'deepspeed>=0.18' einops hjson ninja py-cpuinfo
 
 # Installed, not unpacked: Chromium needs some forty libraries. The font is what pages are
 # drawn with; strace records and breaks what the registry asks of the disk (torture); locales
