@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from matplotlib.figure import Figure
 from veneer_train.config import parse_config
@@ -138,7 +138,8 @@ def qlora_vs_lora(runs: Runs, *, command: str) -> Lab:
         # Plan for the longest of these samples, since their lengths are known.
         longest = overlay(changes, {"data": {"max_len": found.longest}})
         config = parse_config(runs.config(method, longest))
-        planned = plan(shape, config, method=method).total
+        where: Literal["cpu", "cuda"] = "cuda" if training_device().type == "cuda" else "cpu"
+        planned = plan(shape, config, method=method, device=where).total
         rows.append(
             {
                 **_row({"method": method}, found),
