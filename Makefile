@@ -12,7 +12,7 @@ endif
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install base demo programs test check protos check-python check-cpp protos-check client-sync audit bench bench-guard bench-kernels gpu-kernels format-cpp sanitize mutants test-matrix test-matrix-quick test-numeric torture-quick torture attacks attacks-quick docs-check terminal-svg tools clients packages dashboard docker-lint wheel wheel-arm wheel-check image-replay clean
+.PHONY: help install base demo programs test check protos check-python check-cpp protos-check client-sync audit bench bench-guard bench-kernels gpu-kernels gpu-check format-cpp sanitize mutants test-matrix test-matrix-quick test-numeric torture-quick torture attacks attacks-quick docs-check terminal-svg tools clients packages dashboard docker-lint wheel wheel-arm wheel-check image-replay clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -102,6 +102,10 @@ bench-kernels: base ## Each native kernel's time beside the machine's limit
 gpu-kernels: install ## Kernels for CUDA without a card: against their references, then compiled within budgets
 	@OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(BIN)/python -m tests.gpu
 	@$(BIN)/python -m tests.gpu.compile
+
+# With a card: some 8 minutes on the bundled base. Without: it says so.
+gpu-check: base ## On a card: kernels, answers and training checked, speed measured, into gpu-check.json
+	@$(BIN)/python -m tests.gpu.check
 
 format-cpp: install ## Write the C++ as clang-format has it
 	$(BIN)/python -m tests.sanitize.static --format
@@ -264,8 +268,9 @@ image-replay: .cache/tools/usr/sbin/debootstrap ## The Dockerfile's steps withou
 dashboard: install ## Write Grafana's dashboard from its program
 	$(BIN)/python deploy/grafana/dashboard.py
 
-schema: install ## Write the schema of the load tester's result files
+schema: install ## Write the schemas of result files: the load tester's, gpu-check's
 	$(BIN)/python -m veneer_loadtest.results.schema > docs/loadtest-result.schema.json
+	$(BIN)/python -m tests.gpu.check.result > docs/gpu-check.schema.json
 
 clean: ## Remove environments, caches of the checkout and build output; bases in ~/.cache/veneer stay
 	rm -rf $(VENV) .venv-protos .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
