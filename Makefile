@@ -65,7 +65,7 @@ check-python:
 	$(BIN)/python -m tests.structure
 	$(BIN)/python -m tests.audit
 	$(BIN)/buf lint
-	$(BIN)/hadolint Dockerfile
+	$(BIN)/hadolint Dockerfile Dockerfile.cuda
 
 check-cpp:
 	$(BIN)/python -m tests.sanitize.static

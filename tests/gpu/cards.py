@@ -32,8 +32,8 @@ CARDS: Final = {
 
 
 def card_of(name: str) -> Card | None:
-    """By the name that torch gives, such as "NVIDIA H100 80GB HBM3". PCIe models and other sizes
-    have slower memory, so they are not known."""
+    """By the name that torch gives, such as "NVIDIA H100 80GB HBM3". PCIe models and other
+    sizes have slower memory, so they are not known."""
     words = name.replace("-", " ").split()
     if "PCIe" in words or "NVL" in words or "40GB" in words or "MIG" in words:
         return None

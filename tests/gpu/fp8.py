@@ -118,7 +118,12 @@ SUBJECTS: Final = (
                 "tl.minimum(split * SPLIT + SPLIT, blocks) - 1",
             ),
             Bug("not scaled back", rows, "other=0.0) * 256.0", "other=0.0) * 128.0"),
-            Bug("mask of outputs", rows, "known = n < outputs\n    inner", "known = n <= outputs\n    inner"),
+            Bug(
+                "mask of outputs",
+                rows,
+                "known = n < outputs\n    inner",
+                "known = n <= outputs\n    inner",
+            ),
         ),
     ),
     Subject(
@@ -127,7 +132,9 @@ SUBJECTS: Final = (
         (
             Bug("first output", panels, "(n - begin)[:, None]", "n[:, None]"),
             Bug("past the end", panels, "known = n < end", "known = n < end + 1"),
-            Bug("another's scale", panels, "tl.load(scales + n,", "tl.load(scales + n - begin,"),
+            Bug(
+                "another's scale", panels, "tl.load(scales + n,", "tl.load(scales + n - begin,"
+            ),
         ),
     ),
 )

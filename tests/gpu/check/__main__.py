@@ -1,10 +1,10 @@
 """Check and measure on the card at hand: ``make gpu-check``, or ``python -m tests.gpu.check``.
 
 First every kernel beside its reference, then answers of mixed batches beside PEFT's. Only then
-speed: tokens/s at 1 to 128 streams with 1 to 128 adapters, beside our own base without adapters and
-PEFT; swaps by tier; the longest gaps between tokens; the share of the card's memory bandwidth; 20
-steps of training. Writes one JSON file (docs/gpu-check.schema.json). Without a card it says so and
-ends with status 2; with 1 if something is wrong.
+speed: tokens/s at 1 to 128 streams with 1 to 128 adapters, beside our own base without adapters
+and PEFT; swaps by tier; the longest gaps between tokens; the share of the card's memory
+bandwidth; 20 steps of training. Writes one JSON file (docs/gpu-check.schema.json). Without a
+card it says so and ends with status 2; with 1 if something is wrong.
 """
 
 from __future__ import annotations
@@ -76,9 +76,10 @@ def told(result: GpuCheck) -> str:
             )
             if ratio is not None
         ]
+        speed = f"{each.tokens_per_s:.0f} tokens/s, ITL p99 {each.inter_token_p99_ms:.1f} ms"
         lines.append(
-            f"{each.streams} streams, {each.adapters} adapters: {each.tokens_per_s:.0f} tokens/s, "
-            f"ITL p99 {each.inter_token_p99_ms:.1f} ms; {', '.join(ratios) or 'no ratios'}"
+            f"{each.streams} streams, {each.adapters} adapters: {speed}; "
+            f"{', '.join(ratios) or 'no ratios'}"
         )
     lines += [f"{name}: {value:.1f}" for name, value in result.swap.items()]
     lines += [

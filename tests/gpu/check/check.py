@@ -31,7 +31,9 @@ class _Found:
         try:
             yield
         except (Failed, OSError, ValueError, KeyError, TypeError) as error:
-            what = str(error) if isinstance(error, Failed) else f"{type(error).__name__}: {error}"
+            what = (
+                str(error) if isinstance(error, Failed) else f"{type(error).__name__}: {error}"
+            )
             self.failed[name] = what
 
 

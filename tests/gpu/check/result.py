@@ -35,8 +35,8 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
         adapters: 0: the base alone.
         ratio_to_base: of tokens/s, to our own base without adapters.
         ratio_to_peft: of tokens/s, to PEFT with the same adapters.
-        bandwidth_share: bytes that a decode step must read on paper, a second, as a share of the
-            data sheet's; None for a card or a base whose figures are not known.
+        bandwidth_share: bytes that a decode step must read on paper, a second, as a share of
+            the data sheet's; None for a card or a base whose figures are not known.
     """
 
     adapters: int
@@ -71,7 +71,8 @@ class GpuCheck(msgspec.Struct, frozen=True, kw_only=True):
         card: torch's name of it.
         capability: such as 9.0.
         answers: how far served answers of mixed batches are from PEFT's, by number of adapters:
-            mean difference of log-probabilities, nats. Speed is measured only where it is small.
+            mean difference of log-probabilities, nats. Speed is measured only where it is
+            small.
         swap: medians, milliseconds, by `veneer-loadtest swap`'s names; by tier.
         base_loss: before training, of the quantized base.
         failed: steps that failed, and why. Where it is not empty, the command's status is 1.

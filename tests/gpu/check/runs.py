@@ -124,7 +124,9 @@ class Plan:
         found: list[Serving] = []
         for level in result["levels"]:
             if level["requests"]["failed"] or not level["first_token_ms"]:
-                raise Failed(f"{level['adapters']} adapters: requests failed: {level['errors']}")
+                raise Failed(
+                    f"{level['adapters']} adapters: requests failed: {level['errors']}"
+                )
             speed, adapters = level["tokens_per_s"], level["adapters"]
             step = Step(streams, streams, PROMPT + TOKENS // 2, min(adapters, streams), RANK)
             share = None

@@ -1,8 +1,9 @@
-"""The bytes and operations of a whole step, from a model's shape, and the time they take on paper.
+"""The bytes and operations of a whole step, from a model's shape, and the time they take on
+paper.
 
 Lower bounds for any implementation: each weight, each token in the KV cache and each adapter of
-the step is read once, and nothing waits for anything. ``python -m tests.gpu.check.steps`` prints
-the table of docs/gpu.md.
+the step is read once, and nothing waits for anything. ``python -m tests.gpu.check.steps``
+prints the table of docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ LLAMA_70B: Final = Model(80, 8192, 28672, 64, 8, 128, 128256)
 @dataclass(frozen=True, slots=True)
 class Step:
     """Attributes:
-    rows: tokens of the step, of ``sequences`` sequences with ``context`` tokens each at its end.
+    rows: tokens of the step, of ``sequences`` sequences with ``context`` tokens each at its
+    end.
     adapters: distinct ones, of ``rank``; every row has one. 0: none has.
     """
 

@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 DEEPSPEED = REPOSITORY / ".cache" / "tools" / "deepspeed"
 LAUNCH = REPOSITORY / "examples" / "configs" / "accelerate-zero2.yaml"
 
-READ = '''
+READ = """
 import json, sys, torch
 from pathlib import Path
 from deepspeed.runtime.config import DeepSpeedConfig
@@ -51,7 +51,7 @@ print(json.dumps({
     "given": given.config,
     "refused": refused,
 }))
-'''
+"""
 
 
 @pytest.fixture(scope="module")

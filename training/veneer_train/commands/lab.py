@@ -48,8 +48,8 @@ def lab(
         str | None,
         typer.Option(
             "--optim",
-            help="optimizers: transformers' names of them; default: AdamW in 32 and 8 bits, and "
-            "on a GPU both paged, too.",
+            help="optimizers: transformers' names of them; default: AdamW in 32 and 8 bits, "
+            "and on a GPU both paged, too.",
         ),
     ] = None,
     adapters: Annotated[

@@ -8,8 +8,8 @@ with one change: B of o and down is not divided, so that no gather is needed.
 | q, k, v, gate, up | divided by output | whole | divided by output |
 | o, down | divided by input | divided by input | whole |
 
-What o and down give is a partial sum, the adapter's included: one all-reduce adds both. Keys and
-values are divided by head. Embedding, norms and head are whole everywhere.
+What o and down give is a partial sum, the adapter's included: one all-reduce adds both. Keys
+and values are divided by head. Embedding, norms and head are whole everywhere.
 
 `sharding` says who has what, `adapters` and `weights` cut, `decoder` executes.
 """

@@ -13,7 +13,8 @@ __all__ = ["Shard", "divided_inputs"]
 
 _BY_INPUT: Final = ("o_proj", "down_proj")
 BLOCK: Final = 64
-"""Inputs that a quantized weight's scale is for: what is divided by input is cut between them."""
+"""Inputs that a quantized weight's scale is for: what is divided by input is cut between
+them."""
 
 
 def divided_inputs(projection: Projection) -> bool:

@@ -31,7 +31,8 @@ def output_ranges(group: Group, config: DecoderConfig, shard: Shard) -> list[sli
 
 
 def shard_dense(linear: Linear, group: Group, config: DecoderConfig, shard: Shard) -> Linear:
-    """See `Cut`. A bias of what is divided by input is the first process's: it is added once."""
+    """See `Cut`. A bias of what is divided by input is the first process's: it is added
+    once."""
     assert isinstance(linear, Dense), "quantized bases are cut as they are packed"
     ranges = output_ranges(group, config, shard)
     inputs = shard.inputs(MEMBERS[group][0], linear.weight.shape[1])

@@ -80,7 +80,9 @@ def cuda_check(found: Mapping[str, Any], *, chosen: bool) -> Check:
     Args:
         chosen: by --device cuda; else a GPU that fails is not used.
     """
-    card = f"{found.get('name', 'the GPU')} (sm_{found.get('capability', '?').replace('.', '')})"
+    card = (
+        f"{found.get('name', 'the GPU')} (sm_{found.get('capability', '?').replace('.', '')})"
+    )
     if why := found["why"]:
         fix = "use --device cpu, or install the triton that fits this torch"
         kept = "" if chosen else "; --device auto serves from the CPU"

@@ -83,7 +83,9 @@ def test_parts_are_divided_by_head_and_by_block() -> None:
     assert ranges == [slice(32, 64), slice(80, 96), slice(112, 128)]
 
 
-@pytest.mark.parametrize(("count", "what"), [(3, "attention heads"), (4, "key and value heads")])
+@pytest.mark.parametrize(
+    ("count", "what"), [(3, "attention heads"), (4, "key and value heads")]
+)
 def test_a_base_that_cannot_be_divided_is_refused(count: int, what: str) -> None:
     with refused(UnsupportedModel, what=what, processes=str(count)):
         Shard(0, count).config(kit.CONFIG)
@@ -105,6 +107,6 @@ def test_parts_of_nf4_have_the_whole_s_numbers(nested: bool) -> None:
         reference.expand(both), torch.cat([whole[r, 64 * 5 : 64 * 11] for r in rows])
     )
     assert both.nbytes < packed.nbytes
-    with pytest.raises(ValueError, match="cut a block"):
+    with pytest.raises(ValueError):  # noqa: PT011 (its words are for people)
         shards.of_inputs(packed, slice(0, 32))
     assert isinstance(both, packing.PackedNf4)

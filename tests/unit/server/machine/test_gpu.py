@@ -1,5 +1,7 @@
-"""A GPU is used if its kernels compute what they should, else the CPU; FAKE answers of children,
-as no test has a GPU."""
+"""A GPU is used if its kernels compute what they should, else the CPU.
+
+No test has a GPU: answers of children are FAKE.
+"""
 
 from __future__ import annotations
 

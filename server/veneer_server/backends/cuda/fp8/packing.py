@@ -1,7 +1,9 @@
 """FP8 weights, e4m3 with a scale for each output, in the order in which the kernels read them.
 
-Activations stay bfloat16. Scales are powers of two: a scaled weight then is a bfloat16 number, so
-that weights may be scaled before or after they are multiplied, with the same result. A number of
+Activations stay bfloat16. Scales are powers of two: a scaled weight then is a bfloat16 number,
+so
+that weights may be scaled before or after they are multiplied, with the same result. A number
+of
 e4m3 is as precise in one octave as in another, so nothing is lost by it but where the smallest
 ones become subnormal.
 
@@ -25,7 +27,8 @@ BLOCK: Final = 64
 LARGEST: Final = 448.0
 """Of e4m3."""
 LEAST: Final = -100
-"""Exponent of the smallest scale: 2 ** 8 times it, and a number of e4m3 times it, are normal."""
+"""Exponent of the smallest scale: 2 ** 8 times it, and a number of e4m3 times it, are
+normal."""
 
 
 @dataclass(frozen=True, slots=True)

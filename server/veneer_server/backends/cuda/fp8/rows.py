@@ -62,9 +62,7 @@ def multiply_rows(
     sums = tl.zeros((ROWS, BLOCK_N), tl.float32)
     for k in range(split * SPLIT, tl.minimum(split * SPLIT + SPLIT, blocks)):
         place = (k * outputs + n.to(tl.int64)) * 64
-        bits = tl.load(
-            numbers + place[:, None] + inner[None, :], mask=known[:, None], other=0
-        )
+        bits = tl.load(numbers + place[:, None] + inner[None, :], mask=known[:, None], other=0)
         weight = halves(bits).to(tl.float32).to(tl.bfloat16)
         given = tl.load(of_x + k * 64, mask=row[:, None] < rows, other=0.0)
         sums = tl.dot(given, tl.trans(weight), sums)

@@ -1,7 +1,8 @@
 """Quantizes weights to NF4 without bitsandbytes, to the same bits, in the kernels' layout.
 
 For cards without bitsandbytes: what is served must not depend on which of the two quantized the
-base. Equal to bitsandbytes' (0.50) functions for CPUs (`quantize_4bit` in blocks of 64, and with
+base. Equal to bitsandbytes' (0.50) functions for CPUs (`quantize_4bit` in blocks of 64, and
+with
 ``nested`` its ``compress_statistics``); the kernels that it has for CUDA may round otherwise.
 """
 

@@ -1,7 +1,7 @@
 """Each kernel on small random inputs, beside its reference on the CPU.
 
-Smaller than ``tests/gpu`` has them, and with nothing around the buffers: it is to find a compiler
-or a card that computes something else, not a wrong kernel.
+Smaller than ``tests/gpu`` has them, and with nothing around the buffers: it is to find a
+compiler or a card that computes something else, not a wrong kernel.
 """
 
 from __future__ import annotations
@@ -184,7 +184,13 @@ def _attention(inputs: Inputs) -> Iterator[Compared]:
     out = inputs.empty(2, heads, dim)
     contexts = torch.tensor([tokens, 5], dtype=torch.int32)
     decode.attend(
-        *(inputs.put(query), keys, values, inputs.put(table.repeat(2, 1)), inputs.put(contexts)),
+        *(
+            inputs.put(query),
+            keys,
+            values,
+            inputs.put(table.repeat(2, 1)),
+            inputs.put(contexts),
+        ),
         *(None, inputs.empty(2, heads, pieces, dim, dtype=torch.float32)),
         *(inputs.empty(2, heads, pieces, 2, dtype=torch.float32), out),
         **how,
