@@ -20,6 +20,8 @@ __all__ = ["Failed", "Plan", "Run", "Runner", "run_process"]
 PROMPT: Final = 48
 TOKENS: Final = 64
 RANK: Final = 16
+WARM_UP: Final = 2
+"""Seconds, in which nothing is measured."""
 
 
 class Failed(Exception):  # not the product's: it ends a step of this check
@@ -102,9 +104,9 @@ class Plan:
         """The base, then each number of adapters, by one server."""
         return self._run(
             f"load-{streams}",
-            *("run", "--streams", str(streams), "--duration", f"{self.seconds}s"),
+            *("run", "--streams", str(streams), "--duration", f"{WARM_UP + self.seconds}s"),
             *("--generate", ",".join(map(str, (0, *self.adapters)))),
-            *("--warmup", "2s", "--popularity", "roundrobin", "--tokens", str(TOKENS)),
+            *("--warmup", f"{WARM_UP}s", "--popularity", "roundrobin", "--tokens", str(TOKENS)),
             *("--prompt-tokens", str(PROMPT), "--rank", str(RANK)),
         )
 
@@ -122,12 +124,13 @@ class Plan:
     def served(self, streams: int, result: dict[str, Any], card: Card | None) -> list[Serving]:
         """From `load`'s file."""
         found: list[Serving] = []
-        for level in result["levels"]:
-            if level["requests"]["failed"] or not level["first_token_ms"]:
-                raise Failed(
-                    f"{level['adapters']} adapters: requests failed: {level['errors']}"
-                )
-            speed, adapters = level["tokens_per_s"], level["adapters"]
+        # The base counts as one adapter there.
+        for adapters, level in zip((0, *self.adapters), result["levels"], strict=True):
+            speed = level["tokens_per_s"]
+            if level["requests"]["failed"]:
+                raise Failed(f"{adapters} adapters: requests failed: {level['errors']}")
+            if not level["inter_token_ms"]:
+                raise Failed(f"{adapters} adapters: no request ended in {self.seconds} s")
             step = Step(streams, streams, PROMPT + TOKENS // 2, min(adapters, streams), RANK)
             share = None
             if card is not None:

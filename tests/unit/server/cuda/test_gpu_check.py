@@ -13,6 +13,7 @@ import pytest
 import torch
 import typer
 from veneer_loadtest.cli import cli
+from veneer_loadtest.load.summary import parse_seconds
 from veneer_server.models.loader import load_weights
 from veneer_train.cli import app
 
@@ -63,7 +64,9 @@ class Commands:
     def __call__(self, command: Sequence[str], file: Path) -> None:
         module, name, *arguments = command
         made = self._programs[module].commands[name]
-        made.make_context(name, list(arguments))  # exits if a flag is unknown
+        given = made.make_context(name, list(arguments)).params  # exits if a flag is unknown
+        if name == "run":
+            assert parse_seconds("", given["duration"]) > parse_seconds("", given["warmup"])
         self.ran.append(name)
         if name == self._fails:
             raise Failed("status 1: out of memory")
@@ -76,7 +79,8 @@ class Commands:
         if name == "run":
             speeds = {0: 1000.0, 8: 900.0}
             result = kit.run(
-                *(kit.level(count, tokens_per_s=speed) for count, speed in speeds.items())
+                # The base counts as one adapter.
+                *(kit.level(count or 1, tokens_per_s=each) for count, each in speeds.items())
             )
         file.write_bytes(msgspec.json.encode(result))
 

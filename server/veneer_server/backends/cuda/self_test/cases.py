@@ -106,7 +106,11 @@ def _rotary(inputs: Inputs) -> Iterator[Compared]:
     keys, values = (inputs.put(torch.zeros(2, kv_heads, 16, dim).bfloat16()) for _ in range(2))
     rotary.place(
         *(inputs.put(qkv), inputs.put(positions), inputs.put(slots), inputs.put(turns)),
-        *(None, query, keys, values, 1e-6),
+        None,
+        query,
+        keys,
+        values,
+        1e-6,
     )
     turned = reference.turn(qkv[:, : heads + kv_heads].float(), turns[positions.long()])
     tolerance = ROUNDED * 8
@@ -176,10 +180,11 @@ def _lora(inputs: Inputs) -> Iterator[Compared]:
 
 def _attention(inputs: Inputs) -> Iterator[Compared]:
     heads, kv_heads, dim, size, tokens = 4, 2, 32, 16, 300
-    caches = [inputs.numbers(24, kv_heads, size, dim) for _ in range(2)]
+    plain_keys = inputs.numbers(24, kv_heads, size, dim)
+    plain_values = inputs.numbers(24, kv_heads, size, dim)
     table = torch.arange(20, 0, -1, dtype=torch.int32)  # in reverse
     how: dict[str, Any] = {"scale": dim**-0.5, "window": 130, "cap": 0.0}
-    keys, values = map(inputs.put, caches)
+    keys, values = inputs.put(plain_keys), inputs.put(plain_values)
     query, pieces = inputs.numbers(2, heads, dim), decode.splits(tokens)
     out = inputs.empty(2, heads, dim)
     contexts = torch.tensor([tokens, 5], dtype=torch.int32)
@@ -197,7 +202,7 @@ def _attention(inputs: Inputs) -> Iterator[Compared]:
     )
     for row, context in enumerate(contexts.tolist()):
         expected, most = attention.attend(
-            query[row : row + 1], *caches, table, context - 1, None, **how
+            query[row : row + 1], plain_keys, plain_values, table, context - 1, None, **how
         )
         yield Compared(out.cpu()[row : row + 1], expected, most * 2**-7)
     rows, position = 21, 270
@@ -209,7 +214,9 @@ def _attention(inputs: Inputs) -> Iterator[Compared]:
         *(inputs.put(query), keys, values, inputs.put(table.unsqueeze(0)), tiles, None, out),
         **how,
     )
-    expected, most = attention.attend(query, *caches, table, position, None, **how)
+    expected, most = attention.attend(
+        query, plain_keys, plain_values, table, position, None, **how
+    )
     yield Compared(out.cpu(), expected, most * 2**-6)
 
 
