@@ -12,7 +12,7 @@ endif
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install base demo programs test check protos check-python check-cpp protos-check client-sync audit bench bench-guard bench-kernels gpu-kernels format-cpp sanitize mutants test-matrix test-matrix-quick test-numeric torture-quick torture attacks attacks-quick docs-check terminal-svg tools clients packages dashboard docker-lint wheel wheel-arm wheel-check image-replay clean
+.PHONY: help install base demo programs test check protos check-python check-cpp protos-check client-sync audit bench bench-guard bench-kernels gpu-kernels gpu-check format-cpp sanitize mutants test-matrix test-matrix-quick test-numeric torture-quick torture attacks attacks-quick docs-check terminal-svg tools clients packages dashboard docker-lint wheel wheel-arm wheel-check image-replay clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -65,7 +65,7 @@ check-python:
 	$(BIN)/python -m tests.structure
 	$(BIN)/python -m tests.audit
 	$(BIN)/buf lint
-	$(BIN)/hadolint Dockerfile
+	$(BIN)/hadolint Dockerfile Dockerfile.cuda
 
 check-cpp:
 	$(BIN)/python -m tests.sanitize.static
@@ -103,6 +103,10 @@ gpu-kernels: install ## Kernels for CUDA without a card: against their reference
 	@OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(BIN)/python -m tests.gpu
 	@$(BIN)/python -m tests.gpu.compile
 
+# With a card: some 8 minutes on the bundled base. Without: it says so.
+gpu-check: base ## On a card: kernels, answers and training checked, speed measured, into gpu-check.json
+	@$(BIN)/python -m tests.gpu.check
+
 format-cpp: install ## Write the C++ as clang-format has it
 	$(BIN)/python -m tests.sanitize.static --format
 
@@ -132,7 +136,7 @@ terminal-svg: base ## Record README's picture anew: a session in a terminal
 # Rules that run at the same time wait for each other.
 APT_UPDATE = mkdir -p $(CURDIR)/.cache && flock $(CURDIR)/.cache/apt.lock apt-get update -q
 
-tools: .cache/tools/usr/bin/prometheus .cache/tools/arm/usr/bin/qemu-aarch64 packages clients programs ## Bring what the tests need: Prometheus, a compiler and an emulator for ARM, Chromium, strace, clients in other languages, programs
+tools: .cache/tools/usr/bin/prometheus .cache/tools/arm/usr/bin/qemu-aarch64 .cache/tools/deepspeed packages clients programs ## Bring what the tests need: Prometheus, DeepSpeed, a compiler and an emulator for ARM, Chromium, strace, clients in other languages, programs
 
 # Unpacked, not installed: no root, no service that starts.
 .cache/tools/usr/bin/prometheus:
@@ -155,6 +159,12 @@ ARM_PACKAGES = apt-cache depends --recurse --no-recommends --no-suggests --no-co
 	cd .cache/tools/arm && for deb in *aarch64*.deb *arm64-cross*.deb; do dpkg-deb -x $$deb .; done
 	cd .cache/tools/arm && dpkg-deb --fsys-tarfile qemu-user_*.deb | tar -x ./usr/bin/qemu-aarch64
 	rm .cache/tools/arm/*.deb
+
+# Beside .venv, not in it: transformers and accelerate would import it wherever they are. Nothing is
+# compiled; what else it needs is in .venv.
+.cache/tools/deepspeed: | install
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target $@ \
+	  'deepspeed>=0.18' einops hjson ninja py-cpuinfo
 
 # Installed, not unpacked: Chromium needs some forty libraries. The font is what pages are
 # drawn with; strace records and breaks what the registry asks of the disk (torture); locales
@@ -258,8 +268,9 @@ image-replay: .cache/tools/usr/sbin/debootstrap ## The Dockerfile's steps withou
 dashboard: install ## Write Grafana's dashboard from its program
 	$(BIN)/python deploy/grafana/dashboard.py
 
-schema: install ## Write the schema of the load tester's result files
+schema: install ## Write the schemas of result files: the load tester's, gpu-check's
 	$(BIN)/python -m veneer_loadtest.results.schema > docs/loadtest-result.schema.json
+	$(BIN)/python -m tests.gpu.check.result > docs/gpu-check.schema.json
 
 clean: ## Remove environments, caches of the checkout and build output; bases in ~/.cache/veneer stay
 	rm -rf $(VENV) .venv-protos .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

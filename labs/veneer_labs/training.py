@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from matplotlib.figure import Figure
 from veneer_train.config import parse_config
+from veneer_train.model import training_device
 from veneer_train.plan import Method, plan, read_shape
 from veneer_train.strict import overlay
 
@@ -15,7 +16,7 @@ from veneer_labs.one_run import RunResult, run
 from veneer_labs.output import Lab, Row
 from veneer_labs.recipes import build
 
-__all__ = ["Runs", "optimizers", "qlora_vs_lora", "rank"]
+__all__ = ["Runs", "optimizers", "qlora_vs_lora", "rank", "usual_optimizers"]
 
 _SHORT: Final = (
     "One small model and a few dozen steps of one data set: what holds here for thousands of "
@@ -137,7 +138,8 @@ def qlora_vs_lora(runs: Runs, *, command: str) -> Lab:
         # Plan for the longest of these samples, since their lengths are known.
         longest = overlay(changes, {"data": {"max_len": found.longest}})
         config = parse_config(runs.config(method, longest))
-        planned = plan(shape, config, method=method).total
+        where: Literal["cpu", "cuda"] = "cuda" if training_device().type == "cuda" else "cpu"
+        planned = plan(shape, config, method=method, device=where).total
         rows.append(
             {
                 **_row({"method": method}, found),
@@ -201,6 +203,14 @@ def rank(runs: Runs, ranks: Sequence[int], *, command: str) -> Lab:
     )
 
 
+def usual_optimizers() -> str:
+    """What the lab compares by default, separated by commas."""
+    names = "adamw_torch_fused,adamw_8bit"
+    if training_device().type == "cuda":
+        names += ",paged_adamw_8bit,paged_adamw_32bit"
+    return names
+
+
 def optimizers(runs: Runs, names: Sequence[str], *, command: str) -> Lab:
     """The same run with several optimizers."""
     rows: list[Row] = []
@@ -223,7 +233,7 @@ def optimizers(runs: Runs, names: Sequence[str], *, command: str) -> Lab:
         ],
         limits=[
             _SHORT,
-            "Paging exists on CUDA alone: on a CPU a paged optimizer is the plain one.",
+            "Paged optimizers need a GPU, and are left out without one.",
             "An adapter's state is small: what 8 bits save shows in full fine-tuning.",
         ],
         command=command,

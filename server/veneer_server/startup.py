@@ -14,6 +14,7 @@ from veneer_server.models.config import DecoderConfig
 from veneer_server.models.source import BaseFolder
 from veneer_server.progress import stage
 from veneer_server.sizing.memory_plan import BLOCK_TOKENS, MemoryPlan, plan_memory
+from veneer_server.system.gpu import choose_gpu
 from veneer_server.system.machine import find_gpu, host_memory
 from veneer_server.wire.messages import ConstraintLimits, EngineConfig
 
@@ -29,7 +30,14 @@ def memory_for(decoder: DecoderConfig, config: ServerConfig) -> MemoryPlan:
         MemoryTooSmall: the configuration does not fit this machine.
     """
     host = host_memory()
-    plan = plan_memory(decoder, config, host, find_gpu(config.device))
+    choice = choose_gpu(config.device)
+    if choice.why_not:
+        _log.warning(
+            "serving from the CPU: the GPU's kernels failed their self-test; --device cuda "
+            "serves from it all the same",
+            why=choice.why_not,
+        )
+    plan = plan_memory(decoder, config, host, choice.gpu)
     _log.info("memory", plan=str(plan))
     if plan.kv_cache.short:
         _log.warning(
@@ -61,7 +69,12 @@ def replan(
         device_adapter_bytes=device,
         kv_cache_bytes=plan.kv_cache_bytes,
     )
-    return plan_memory(decoder, changed, host_memory(), find_gpu(config.device))
+    gpu = find_gpu(config.device) if _on_gpu(plan) else None
+    return plan_memory(decoder, changed, host_memory(), gpu)
+
+
+def _on_gpu(plan: MemoryPlan) -> bool:
+    return any(pool.name == "device" for pool in plan.pools)
 
 
 def fingerprint_of(folder: Path, config: ServerConfig) -> BaseFingerprint:
@@ -89,6 +102,9 @@ def engine_config(
     computed values."""
     planned = replace(config, kv_cache_bytes=memory.kv_cache_bytes)
     settings = asdict(planned)
+    if config.device == "auto":
+        # As the memory was planned: a GPU that is there may have failed its self-test.
+        settings["device"] = "cuda" if _on_gpu(memory) else "cpu"
     return EngineConfig(
         **{name: settings[name] for name in EngineConfig.__struct_fields__ if name in settings},
         base_folder=str(folder.path),

@@ -29,6 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from tests.gpu.cards import CARDS
 from tests.gpu.launches import LAUNCHES, Launch, recorded
 
 __all__ = ["BUDGETS", "TARGETS", "Used", "compiled"]
@@ -43,9 +44,6 @@ TYPES: Final = {
     torch.int64: "i64",
     torch.uint8: "u8",
 }
-CARDS: Final = {"L4": (300e9, 121e12), "A100": (2039e9, 312e12), "H100": (3350e9, 989e12)}
-"""Bytes and bfloat16 operations (dense) a second, by the makers' data sheets; A100 and H100
-with 80 GB, SXM."""
 WARPS: Final = {80: 64, 89: 48, 90: 64, 100: 64}
 SHARED: Final = {80: 164, 89: 100, 90: 228, 100: 228}
 """Of a multiprocessor: warps, KiB."""
@@ -140,8 +138,8 @@ def above(name: str, target: int, now: Used, decode: bool, budgets: Mapping[str,
 def paper(launch: Launch) -> str:
     """The longer of moving bytes and computing, for each card."""
     times = (
-        f"{card} {max(launch.moved / bytes_, launch.operations / operations) * 1e6:.0f} us"
-        for card, (bytes_, operations) in CARDS.items()
+        f"{name} {card.seconds(launch.moved, launch.operations) * 1e6:.0f} us"
+        for name, card in CARDS.items()
     )
     return ", ".join(times)
 

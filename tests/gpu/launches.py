@@ -13,6 +13,9 @@ from typing import Any, Final
 import torch
 from triton.runtime.jit import JITFunction
 from veneer_server.backends.cuda.attention import decode, prefill
+from veneer_server.backends.cuda.fp8 import panels as fp8_panels
+from veneer_server.backends.cuda.fp8 import rows as fp8_rows
+from veneer_server.backends.cuda.fp8.packing import PackedFp8
 from veneer_server.backends.cuda.lora import panels as lora_panels
 from veneer_server.backends.cuda.lora import rows as lora_rows
 from veneer_server.backends.cuda.lora.tables import AdapterPlaces
@@ -147,6 +150,45 @@ def _nf4_panels() -> Launch:
     )
 
 
+def packed_fp8(outputs: int, inputs: int) -> PackedFp8:
+    """A weight with a scale for each output."""
+    return PackedFp8(
+        empty(inputs // 64, outputs, 64, dtype=torch.uint8), empty(outputs, dtype=torch.float32)
+    )
+
+
+def _fp8_rows(rows: int) -> Launch:
+    """gate and up."""
+    weight = packed_fp8(2 * INNER, HIDDEN)
+
+    def call() -> None:
+        partials = empty(fp8_rows.splits(weight), rows, 2 * INNER, dtype=torch.float32)
+        fp8_rows.multiply(empty(rows, HIDDEN), weight, None, partials, empty(rows, 2 * INNER))
+
+    return Launch(
+        f"fp8 rows: {rows} rows, {HIDDEN} -> {2 * INNER}",
+        True,
+        weight.nbytes + 2 * rows * (HIDDEN + 2 * INNER),
+        2 * rows * HIDDEN * 2 * INNER,
+        call,
+    )
+
+
+def _fp8_panels() -> Launch:
+    weight = packed_fp8(2 * INNER, HIDDEN)
+
+    def call() -> None:
+        fp8_panels.expand(weight, 0, INNER, empty(INNER, HIDDEN))
+
+    return Launch(
+        f"fp8 panels: {INNER} x {HIDDEN}",
+        False,
+        weight.nbytes // 2 + 2 * INNER * HIDDEN,
+        INNER * HIDDEN,
+        call,
+    )
+
+
 def _cache(tokens: int, kv_heads: int) -> torch.Tensor:
     return empty(tokens // 32 + 1, kv_heads, 32, 128)
 
@@ -269,6 +311,8 @@ def _all() -> Iterator[Launch]:
     yield _lora(lora_panels, 1024, 16)
     yield _nf4_rows(8)
     yield _nf4_panels()
+    yield _fp8_rows(8)
+    yield _fp8_panels()
     yield _decode(8, 4096, 32, 8, None)
     yield _prefill(2048, 2048, 32, 8)
     yield _norm(64)

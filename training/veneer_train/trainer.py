@@ -51,6 +51,26 @@ def main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def _optimizer(wanted: str, *, cuda: bool) -> str:
+    """transformers' name of an optimizer.
+
+    Raises:
+        InvalidField: a paged one on a CPU, where bitsandbytes pages nothing.
+    """
+    if wanted == "auto":
+        # On a CPU, paging has no effect and 8-bit optimizers are slower. DeepSpeed divides the
+        # states of torch's AdamW among processes; it calls bitsandbytes' untested.
+        deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+        return "paged_adamw_8bit" if cuda and not deepspeed else "adamw_torch_fused"
+    if wanted.startswith("paged_") and not cuda:
+        raise InvalidField(
+            f"train.optim: {wanted} pages its states out of a GPU's memory, and there is no "
+            "GPU: use auto, adamw_torch_fused or adamw_8bit",
+            metadata={"field": "train.optim", "optim": wanted},
+        )
+    return _OPTIMIZERS.get(wanted, wanted)
+
+
 class _Watch(TrainerCallback):  # type: ignore[misc]
     """Logs each step, evaluates, and stops a run that has diverged or run out of time."""
 
@@ -186,12 +206,13 @@ def training_arguments(
     save_every: int = 0,
     packing: bool = False,
 ) -> TrainingArguments:
-    """Trainer's arguments for this run; ``auto`` is resolved here by ``device``."""
+    """Trainer's arguments for this run; ``auto`` is resolved here by ``device``.
+
+    Raises:
+        InvalidField: settings that transformers refuses, or that this device cannot do.
+    """
     cuda = device.type == "cuda"
-    optim = _OPTIMIZERS.get(config.optim, config.optim)
-    if optim == "auto":
-        # On a CPU, paging has no effect and 8-bit optimizers are slower.
-        optim = "paged_adamw_8bit" if cuda else "adamw_torch_fused"
+    optim = _optimizer(config.optim, cuda=cuda)
     recompute = config.checkpointing == "on" or (config.checkpointing == "auto" and cuda)
     schedule = config.schedule
     if schedule == "constant" and config.warmup > 0:

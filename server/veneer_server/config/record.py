@@ -149,7 +149,7 @@ class ServerConfig:
         "Folder for imported bases and 4-bit checkpoints; may be shared, or deleted.")
     device: Literal["auto", "cpu", "cuda"] = setting(
         "auto", kinds.one_of("auto", "cpu", "cuda"),
-        "Where the model runs; auto uses CUDA if available.")
+        "Where the model runs; auto uses CUDA if its kernels pass a self-test.")
     quantization: Literal["nf4", "fp4", "none"] = setting(
         "nf4", kinds.one_of("nf4", "fp4", "none"),
         "Quantization of the base model's linear layers.")

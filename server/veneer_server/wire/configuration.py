@@ -44,7 +44,8 @@ class EngineConfig(Message, frozen=True):
         base_name: logical name, for messages.
         log_format: of the engine's lines on standard error, see `logs`.
         weights_fingerprint: `BaseFingerprint.weights`; keys what is kept there.
-        device: ``cpu`` or ``cuda``; ``auto`` is resolved by the engine.
+        device: ``cpu`` or ``cuda``; ``auto``, which the front resolves, is CUDA if there is
+        any.
         quantization: ``nf4`` and ``fp4`` are bitsandbytes with double quantization.
         dtype: of activations, KV cache and adapters.
         backend: ``native`` and ``torch`` require that one, see

@@ -340,6 +340,14 @@ def test_auto_is_settled_by_the_device(
     assert bool(settled.gradient_checkpointing) is not recompute
 
 
+@pytest.mark.parametrize("optim", ["paged_adamw_8bit", "paged_adamw_32bit"])
+def test_paged_optimizers_are_for_gpus(tmp_path: Path, optim: str) -> None:
+    paged = OptimConfig(optim=optim)
+    with refused(InvalidField, field="train.optim", optim=optim):
+        trainer.training_arguments(paged, tmp_path, torch.device("cpu"))
+    assert trainer.training_arguments(paged, tmp_path, torch.device("cuda")).optim == optim
+
+
 def test_a_constant_schedule_warms_up(tmp_path: Path) -> None:
     cpu = torch.device("cpu")
     warm = trainer.training_arguments(OptimConfig(warmup=0.1, steps=50), tmp_path, cpu)

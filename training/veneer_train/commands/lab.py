@@ -45,8 +45,13 @@ def lab(
     window: Annotated[int, typer.Option(help="quant-ppl: tokens of context.", min=16)] = 512,
     ranks: Annotated[str, typer.Option("--r", help="rank: the ranks.")] = "16,32,64,128",
     optimizers: Annotated[
-        str, typer.Option("--optim", help="optimizers: transformers' names of them.")
-    ] = "adamw_torch_fused,adamw_8bit,paged_adamw_8bit,paged_adamw_32bit",
+        str | None,
+        typer.Option(
+            "--optim",
+            help="optimizers: transformers' names of them; default: AdamW in 32 and 8 bits, "
+            "and on a GPU both paged, too.",
+        ),
+    ] = None,
     adapters: Annotated[
         str | None, typer.Option(help="swap: two or more NAME=FOLDER, comma-separated.")
     ] = None,
@@ -118,7 +123,8 @@ def lab(
                 if name == "rank":
                     made = training.rank(runs, _numbers(ranks), command=command)
                 elif name == "optimizers":
-                    made = training.optimizers(runs, optimizers.split(","), command=command)
+                    names = optimizers or training.usual_optimizers()
+                    made = training.optimizers(runs, names.split(","), command=command)
                 else:
                     made = training.qlora_vs_lora(runs, command=command)
         page = write(made, out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from veneer_server.backends.native.chosen import find_library
 from veneer_server.backends.native.compiler import NativeUnavailable, try_out
 from veneer_server.config import ServerConfig
 from veneer_server.operate.doctor.check import Check
+from veneer_server.system.gpu import try_kernels
 from veneer_server.system.machine import usable_cores
 from veneer_server.system.placement import place
 
-__all__ = ["native_check", "torch_checks"]
+__all__ = ["cuda_check", "native_check", "torch_checks"]
 
 
 def torch_checks(config: ServerConfig) -> Iterator[Check]:
@@ -35,6 +36,11 @@ def torch_checks(config: ServerConfig) -> Iterator[Check]:
             "torch works", "problem", last, "install the torch build that fits this machine"
         )
         return
+    if facts["device"] == "cuda":
+        kernels = cuda_check(try_kernels(), chosen=config.device == "cuda")
+        yield kernels
+        if kernels.status == "problem" and config.device == "auto":
+            facts["device"] = "cpu"
     native = None
     if facts["device"] == "cpu" and config.backend != "torch":
         native = native_check(config)
@@ -66,6 +72,28 @@ def torch_checks(config: ServerConfig) -> Iterator[Check]:
             yield native
         if by == "torch":
             yield _packed(facts["packed"])
+
+
+def cuda_check(found: Mapping[str, Any], *, chosen: bool) -> Check:
+    """What the self-test of the kernels for CUDA says.
+
+    Args:
+        chosen: by --device cuda; else a GPU that fails is not used.
+    """
+    card = (
+        f"{found.get('name', 'the GPU')} (sm_{found.get('capability', '?').replace('.', '')})"
+    )
+    if why := found["why"]:
+        fix = "use --device cpu, or install the triton that fits this torch"
+        kept = "" if chosen else "; --device auto serves from the CPU"
+        return Check("CUDA kernels", "problem", f"{card}: {why}{kept}", fix)
+    subjects = len(found["checked"])
+    versions = f"torch {found['torch']}, CUDA {found['cuda']}, triton {found['triton']}"
+    return Check(
+        "CUDA kernels",
+        "ok",
+        f"{card}: {subjects} subjects right in {found['seconds']:.1f} s; {versions}",
+    )
 
 
 def native_check(config: ServerConfig) -> Check:

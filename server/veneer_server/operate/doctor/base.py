@@ -13,7 +13,8 @@ from veneer_server.models.source import BUNDLED, bundled_damage, bundled_folder
 from veneer_server.operate.doctor.check import INSTALL, Check
 from veneer_server.operate.doctor.places import folder_checks
 from veneer_server.sizing.memory_plan import plan_memory, plan_registry
-from veneer_server.system.machine import HostMemory, find_gpu, host_memory
+from veneer_server.system.gpu import choose_gpu
+from veneer_server.system.machine import HostMemory, host_memory
 
 __all__ = ["base_checks", "memory_check"]
 
@@ -103,7 +104,8 @@ def memory_check(config: ServerConfig) -> Check:
     if folder is None:
         return Check("memory", "ok", f"{free}; the plan needs the base, which is not local")
     try:
-        plan = plan_memory(read_decoder_config(folder), config, host, find_gpu(config.device))
+        gpu = choose_gpu(config.device).gpu
+        plan = plan_memory(read_decoder_config(folder), config, host, gpu)
     except VeneerError as error:
         needed, _, fix = str(error).partition(": lower")
         return Check("memory", "problem", needed, f"lower{fix}" if fix else "another --base")

@@ -1,0 +1,85 @@
+"""FP8 weights, e4m3 with a scale for each output, in the order in which the kernels read them.
+
+Activations stay bfloat16. Scales are powers of two: a scaled weight then is a bfloat16 number,
+so
+that weights may be scaled before or after they are multiplied, with the same result. A number
+of
+e4m3 is as precise in one octave as in another, so nothing is lost by it but where the smallest
+ones become subnormal.
+
+Layouts (n: output, k: block of 64 inputs):
+    numbers    [k, n, 64] uint8: the bits of e4m3 (torch's float8_e4m3fn); never its NaN
+    scales     [n] float32, powers of two
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+__all__ = ["BLOCK", "PackedFp8", "pack", "quantize"]
+
+BLOCK: Final = 64
+"""Inputs that lie side by side."""
+LARGEST: Final = 448.0
+"""Of e4m3."""
+LEAST: Final = -100
+"""Exponent of the smallest scale: 2 ** 8 times it, and a number of e4m3 times it, are
+normal."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedFp8:
+    """One weight, or several stacked: see above."""
+
+    numbers: torch.Tensor
+    scales: torch.Tensor
+
+    @property
+    def out_features(self) -> int:
+        """n."""
+        return self.numbers.shape[1]
+
+    @property
+    def in_features(self) -> int:
+        """64 * k."""
+        return self.numbers.shape[0] * BLOCK
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device."""
+        return self.numbers.nbytes + self.scales.nbytes
+
+
+def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``weight`` [out, in] as [out, in] float8_e4m3fn times [out] float32.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
+    numbers = weight.float()
+    most = numbers.abs().amax(dim=1)
+    if not bool(most.isfinite().all()):
+        raise ValueError("a weight has an infinity or a NaN: the checkpoint is damaged")
+    mantissa, exponent = torch.frexp(most / LARGEST)  # mantissa in [0.5, 1)
+    exponent = torch.where(mantissa > 0.5, exponent, exponent - 1).clamp(min=LEAST)
+    scales = torch.ldexp(torch.ones_like(most), exponent)
+    return (numbers / scales.unsqueeze(1)).to(torch.float8_e4m3fn), scales
+
+
+def pack(weights: Sequence[torch.Tensor]) -> PackedFp8:
+    """Quantize and pack weights that share an input; their outputs follow each other.
+
+    Raises:
+        ValueError: inputs differ or are no multiple of 64, or a number is not finite.
+    """
+    inputs = {weight.shape[1] for weight in weights}
+    if len(inputs) > 1 or any(count % BLOCK for count in inputs):
+        raise ValueError(f"{inputs} inputs: must be a multiple of {BLOCK}, alike in a group")
+    made = [quantize(weight) for weight in weights]
+    numbers = torch.cat([numbers.view(torch.uint8) for numbers, _ in made])
+    blocks = numbers.view(len(numbers), -1, BLOCK).transpose(0, 1).contiguous()
+    return PackedFp8(blocks, torch.cat([scales for _, scales in made]))

@@ -1,0 +1,42 @@
+"""Runs the self-test and says what it found, as plain data."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from veneer_server.backends.cuda.self_test.cases import CASES, Inputs
+
+__all__ = ["Report", "run"]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Attributes:
+    wrong: for each subject that computes something else, what is wrong; by its name.
+    checked: subjects that were run.
+    seconds: of all, compilation included.
+    """
+
+    wrong: dict[str, str]
+    checked: tuple[str, ...]
+    seconds: float
+
+
+def run(device: torch.device, seeds: int = 1) -> Report:
+    """Run every case ``seeds`` times with other numbers."""
+    began, wrong = time.perf_counter(), {}
+    for name, case in CASES.items():
+        try:
+            found = sum(
+                compared.wrong
+                for seed in range(seeds)
+                for compared in case(Inputs(device, seed))
+            )
+            if found:
+                wrong[name] = f"{found} numbers are wrong"
+        except Exception as error:  # a compiler's errors have no common class
+            wrong[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return Report(wrong, tuple(CASES), time.perf_counter() - began)

@@ -1,0 +1,39 @@
+"""A process's part of an adapter: a run of its own, laid out for its share of the model."""
+
+from __future__ import annotations
+
+import torch
+
+from veneer_server.backends.parallel.sharding import Shard
+from veneer_server.models.config import DecoderConfig
+from veneer_server.step.adapter_table import AdapterTable
+from veneer_server.step.layout import Layout
+
+__all__ = ["shard_adapter"]
+
+
+def shard_adapter(
+    layout: Layout, run: torch.Tensor, config: DecoderConfig, shard: Shard
+) -> AdapterTable:
+    """Cut an adapter's run.
+
+    Args:
+        layout, run: the whole adapter.
+        config: the whole model's.
+    """
+    local = shard.config(config)
+    modules = [slot.module for slot in layout.slots]
+    cut = Layout.of(modules, local.shapes, layout.num_layers)
+    found = torch.empty(cut.length, dtype=run.dtype, device=run.device)
+    for whole, part in zip(layout.slots, cut.slots, strict=True):
+        assert whole.module == part.module
+        rank, projection = whole.module.rank, whole.module.projection
+        a = run.as_strided((whole.fan_in, rank), (whole.a_stride, 1), whole.a)
+        b = run.as_strided((rank, whole.fan_out), (whole.fan_out, 1), whole.b)
+        found.as_strided((part.fan_in, rank), (part.a_stride, 1), part.a).copy_(
+            a[shard.inputs(projection, whole.fan_in)]
+        )
+        found.as_strided((rank, part.fan_out), (part.fan_out, 1), part.b).copy_(
+            b[:, shard.outputs(projection, whole.fan_out)]
+        )
+    return AdapterTable(cut, found)

@@ -1,0 +1,69 @@
+"""Which part of a model a process has. Pure numbers, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Final
+
+from veneer_registry.adapter import Projection
+
+from veneer_server.models.config import DecoderConfig, UnsupportedModel
+
+__all__ = ["Shard", "divided_inputs"]
+
+_BY_INPUT: Final = ("o_proj", "down_proj")
+BLOCK: Final = 64
+"""Inputs that a quantized weight's scale is for: what is divided by input is cut between
+them."""
+
+
+def divided_inputs(projection: Projection) -> bool:
+    """Whether a projection is divided by its inputs; else by its outputs."""
+    return projection in _BY_INPUT
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Process ``index`` of ``count``."""
+
+    index: int
+    count: int
+
+    def config(self, config: DecoderConfig) -> DecoderConfig:
+        """The model as this process sees it: its heads, its share of the inner size.
+
+        Raises:
+            UnsupportedModel: the model cannot be divided among so many.
+        """
+        inner = config.intermediate_size
+        for what, size, unit in (
+            ("attention heads", config.num_heads, 1),
+            ("key and value heads", config.num_kv_heads, 1),
+            ("inner size", inner, BLOCK),
+        ):
+            if size % (self.count * unit):
+                parts = f"parts of {unit}" if unit > 1 else "equal parts"
+                raise UnsupportedModel(
+                    f"the base's {size} {what} cannot be divided into {parts} for "
+                    f"{self.count} processes: use fewer",
+                    metadata={"what": what, "size": str(size), "processes": str(self.count)},
+                )
+        return replace(
+            config,
+            num_heads=config.num_heads // self.count,
+            num_kv_heads=config.num_kv_heads // self.count,
+            intermediate_size=inner // self.count,
+        )
+
+    def part(self, size: int) -> slice:
+        """This process's range of ``size`` features."""
+        each = size // self.count
+        return slice(self.index * each, (self.index + 1) * each)
+
+    def outputs(self, projection: Projection, size: int) -> slice:
+        """Its outputs of a projection that has ``size`` of them."""
+        return slice(0, size) if divided_inputs(projection) else self.part(size)
+
+    def inputs(self, projection: Projection, size: int) -> slice:
+        """Its inputs of a projection that has ``size`` of them."""
+        return self.part(size) if divided_inputs(projection) else slice(0, size)

@@ -1,0 +1,1 @@
+"""``make gpu-check``: what this product does on the card at hand, as one JSON file."""
