@@ -27,7 +27,7 @@ PAGES: Final = 2
 BLOCKS: Final = 5
 """Of the KV cache: they need 3 chunks, which are promised."""
 PROMISED: Final = 3
-SLOTS: Final = 2
+SLOTS: Final = 4
 """Buffers for a step's inputs."""
 
 
@@ -84,6 +84,8 @@ class _World:
         self.kept: dict[int, Hashable] = {}
         """What the last step that used a KV block left in it."""
         self.count = 0
+        self.haste = random.random()
+        """How much faster copies are than steps, in this history."""
 
     def _enqueue(
         self, stream: Stream, regions: list[Hashable], run: Callable[[], None]
@@ -180,7 +182,7 @@ class _World:
             self.fences.done(stream, self.device.done[stream])
 
     def execute(self) -> None:
-        stream = self.random.choice(list(Stream))
+        stream = Stream.COPIES if self.random.random() < self.haste else Stream.STEPS
         for _ in range(self.random.randint(1, 4)):
             self.device.step(stream)
 
