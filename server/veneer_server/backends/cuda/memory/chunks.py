@@ -18,7 +18,9 @@ _FREE, _ADAPTER, _KV = 0, 1, 2
 
 
 class ChunkPool:
-    """Args:
+    """Who has which units.
+
+    Args:
         chunks: of the pool.
         units: of a chunk.
 
