@@ -12,9 +12,10 @@ counts as a wait.
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from random import Random
 from typing import Any, Final
@@ -86,6 +87,9 @@ class _Captured:
 class SimulatedDevice:
     """FAKE `Device`.
 
+    Args:
+        instead: what executes in place of a function.
+
     Attributes:
         syncs: how often the host waited, by what it called and its thread's name.
         captures, replays, launches: numbers of each.
@@ -93,7 +97,12 @@ class SimulatedDevice:
 
     current: SimulatedDevice
 
-    def __init__(self, random: Random) -> None:
+    def __init__(
+        self,
+        random: Random,
+        instead: Mapping[Callable[..., Any], Callable[..., Any]] | None = None,
+    ) -> None:
+        self._instead = instead or {}
         self.torch_device = torch.device("cpu")
         self.syncs: Counter[str] = Counter()
         self.captures = self.launches = 0
@@ -102,7 +111,12 @@ class SimulatedDevice:
         self._streams: tuple[deque[Any], deque[Any]] = deque(), deque()
         self._capturing: list[Callable[[], None]] | None = None
         self._ranges: list[tuple[int, int]] = []
+        self.enter()
+
+    def enter(self) -> None:
+        """Of several cards, this is the one that is used from now on."""
         SimulatedDevice.current = self
+        allow(self._ranges)
 
     def empty(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
         made = torch.empty(shape, dtype=dtype)
@@ -126,9 +140,13 @@ class SimulatedDevice:
         return torch.empty(shape, dtype=dtype)
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        function = self._instead.get(function, function)
+        # A launch has the addresses of the tensors that an object holds now.
+        args = tuple(a if isinstance(a, torch.Tensor) else copy.copy(a) for a in map(_plain, args))
+
         def operation() -> None:
             self.launches += 1
-            function(*(_plain(a) for a in args), **{k: _plain(v) for k, v in kwargs.items()})
+            function(*args, **{k: _plain(v) for k, v in kwargs.items()})
 
         if self._capturing is not None and not _LOCAL.copying:
             self._capturing.append(operation)
@@ -186,7 +204,7 @@ class SimulatedDevice:
         with self._lock:
             if why:
                 self.syncs[f"{why} in {threading.current_thread().name}"] += 1
-            while any([self._advance(stream) for stream in (0, 1)]):
+            while self._advance(0) or self._advance(1):
                 pass
 
     def _advance(self, stream: int) -> bool:

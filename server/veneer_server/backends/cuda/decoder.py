@@ -40,10 +40,12 @@ class CudaDecoder:
         blocks: of the KV cache, block 0 included.
         adapter_bytes: of device memory, for adapters.
         exact: whether a row's numbers are bit-identical whatever shares its step.
+        graphs: whether steps that only decode are captured; the numbers are the same.
 
     Attributes:
         adapters: those in device memory.
         weights: the base's.
+        last_logits: what the last `execute` returned.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class CudaDecoder:
         block_size: int,
         adapter_bytes: int,
         exact: bool,
+        graphs: bool = True,
         slots: int = SLOTS,
         most_rank: int = MOST_RANK,
         chunk_bytes: int = 2 << 20,
@@ -88,8 +91,10 @@ class CudaDecoder:
             most_ranks=ranks,
             exact=exact,
         )
+        self._captures = graphs
         self._graphs: dict[Bucket, Graph] = {}
         self._sums = device.empty(self._inputs.rows, dtype=torch.float32)
+        self.last_logits = self._forward.logits
         self._told = device.pinned(self._inputs.rows, dtype=torch.float32)
 
     def execute(self, step: StepArrays) -> torch.Tensor:
@@ -114,7 +119,8 @@ class CudaDecoder:
                 self._device.call(
                     self._told[:wanted].copy_, self._sums[:wanted], non_blocking=True
                 )
-        return logits[:wanted]
+        self.last_logits = logits[:wanted]
+        return self.last_logits
 
     def finite(self, logits: torch.Tensor) -> list[bool]:
         """See `Backend.finite`: waits for the step."""
@@ -142,5 +148,6 @@ class CudaDecoder:
         if graph is not None:
             graph.replay()
             return
-        operations()
-        self._graphs[shape.bucket] = self._device.capture(operations)
+        operations()  # not replayed: kernels are compiled when they are first launched
+        if self._captures:
+            self._graphs[shape.bucket] = self._device.capture(operations)
