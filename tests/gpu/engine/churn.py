@@ -76,7 +76,8 @@ class _Run:
         self.adapters = []
         for _ in range(ADAPTERS):
             layout, run = make_run(self.mine.decoder.weights.config, random)
-            beside = _on(self.other, lambda: self.other.decoder.adapters.place(layout, run))
+            self.other.device.enter()
+            beside = self.other.decoder.adapters.place(layout, run)
             self.adapters.append(_Adapter(layout, run, beside))
 
     def join(self) -> None:
@@ -103,8 +104,8 @@ class _Run:
         adapter = self.random.choice(away)
         while True:
             try:
-                place = self.mine.decoder.adapters.place
-                adapter.here = _on(self.mine, lambda: place(adapter.layout, adapter.run))
+                self.mine.device.enter()
+                adapter.here = self.mine.decoder.adapters.place(adapter.layout, adapter.run)
                 self.done.swaps += 1
                 return
             except AdapterBudgetExceeded:
@@ -183,9 +184,7 @@ def _on(one: Card, what: Callable[[], Any]) -> Any:
     return what()
 
 
-def churn(
-    base: Path, seed: str, instead: Any, *, changes: int, exact: bool = False
-) -> Churned:
+def churn(base: Path, seed: str, instead: Any, *, changes: int, exact: bool = False) -> Churned:
     """Steps until there were so many swaps, evictions and changes of the batch.
 
     Raises:

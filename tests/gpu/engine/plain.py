@@ -1,8 +1,8 @@
 """The launches in torch, in place of the kernels, for runs of thousands of steps.
 
 They read and write the same device memory at the same addresses (tables, slots, the arena), so
-what a graph has captured, and what is where, counts as it does for the kernels. That the kernels
-compute the same is ``python -m tests.gpu``'s subject.
+what a graph has captured, and what is where, counts as it does for the kernels. That these
+compute the same is the subject of ``python -m tests.gpu``.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from veneer_server.backends.cuda.nf4.packing import PackedNf4
 from veneer_server.backends.cuda.pointwise.gate import gate
 from veneer_server.backends.cuda.pointwise.norm import normalize
 from veneer_server.backends.cuda.pointwise.rotary import place
+from veneer_server.backends.cuda.sampling import draw
 
 __all__ = ["PLAIN"]
 
@@ -178,6 +179,32 @@ def _expand(weight: PackedNf4, begin: int, end: int, panel: Any) -> None:
     panel.copy_(_expanded(weight)[begin:end])
 
 
+def _draw(logits: Any, settings: Any, top_k: Any, shares: Any, tokens: Any) -> None:
+    for at, row in enumerate(logits):
+        temperature, min_p = settings[at].tolist()
+        top_p, random = shares[at].tolist()
+        if temperature < draw.COLDEST:
+            tokens[at] = row.argmax()
+            continue
+        weights = torch.softmax((row - row.max()) / temperature, dim=0).double()
+        order = torch.arange(len(row))
+        if int(top_k[at]) or top_p < 1 or min_p:
+            weights, order = weights.sort(descending=True, stable=True)
+            total = 1.0
+            if int(top_k[at]):
+                weights[int(top_k[at]) :] = 0
+                total = float(weights.sum())
+            before = weights.cumsum(dim=0) - weights
+            gone = weights < min_p * weights[0]
+            if top_p < 1:
+                gone |= before >= top_p * total
+            gone[0] = False
+            weights = weights.masked_fill(gone, 0)
+        sums = weights.cumsum(dim=0)
+        place = torch.searchsorted(sums, sums[-1:] * random, right=True)
+        tokens[at] = order[place.clamp(max=len(row) - 1)]
+
+
 PLAIN: Final[Mapping[Callable[..., Any], Callable[..., Any]]] = {
     normalize: _normalize,
     place: _place,
@@ -188,5 +215,6 @@ PLAIN: Final[Mapping[Callable[..., Any], Callable[..., Any]]] = {
     lora_panels.add_panels: _add,
     nf4_rows.multiply: _multiply,
     nf4_panels.expand: _expand,
+    draw.draw: _draw,
 }
 """By the function that launches the kernels."""

@@ -142,7 +142,9 @@ class SimulatedDevice:
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         function = self._instead.get(function, function)
         # A launch has the addresses of the tensors that an object holds now.
-        args = tuple(a if isinstance(a, torch.Tensor) else copy.copy(a) for a in map(_plain, args))
+        args = tuple(
+            a if isinstance(a, torch.Tensor) else copy.copy(a) for a in map(_plain, args)
+        )
 
         def operation() -> None:
             self.launches += 1

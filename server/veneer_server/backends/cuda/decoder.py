@@ -16,7 +16,6 @@ from veneer_server.backends.cuda.buckets import Bucket, Sizes
 from veneer_server.backends.cuda.device import Device, Graph
 from veneer_server.backends.cuda.forward import Forward
 from veneer_server.backends.cuda.inputs import Filled, Inputs, Shape
-from veneer_server.backends.cuda.linears import padded
 from veneer_server.backends.cuda.memory.adapters import Adapters
 from veneer_server.backends.cuda.memory.arena import Arena
 from veneer_server.backends.cuda.memory.fencing import Stream

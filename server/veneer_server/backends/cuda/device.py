@@ -1,11 +1,11 @@
-"""All that only a card can execute: streams, events, pinned memory, graphs. The one such module.
+"""All that only a card can execute: streams, events, pinned memory, graphs. No other does.
 
 The rest of the backend goes through `Device`, which tests replace by a simulated one that
 executes on the CPU what was enqueued (``tests/gpu/engine/simulated.py``). So of this module no
 line but the protocol is checked without a card; docs/gpu.md lists what it does.
 
 An operation is a function with its arguments: one of the kernels' Python functions, or one of
-torch's that writes to a given tensor. Neither may allocate device memory or wait for the device.
+torch's that writes to a given tensor. Neither allocates device memory or waits for the device.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, cast
 
 import torch
 
@@ -18,7 +18,6 @@ from veneer_server.backends.cuda.memory.arena import Arena
 from veneer_server.backends.cuda.pointwise.gate import gate
 from veneer_server.backends.cuda.pointwise.norm import normalize
 from veneer_server.backends.cuda.pointwise.rotary import place
-from veneer_server.models.config import DecoderConfig
 from veneer_server.models.loader import DecoderWeights
 from veneer_server.step.layout import MEMBERS, Group
 
@@ -123,7 +122,7 @@ class Forward:
 
     def enqueue(self, step: Filled, shape: Shape, logits: torch.Tensor) -> None:
         """All of a step. ``logits`` [logits, vocab] float32 is written to."""
-        call, weights, config = self._device.call, self._weights, self._config
+        call, weights = self._device.call, self._weights
         rows = shape.bucket.rows
         hidden, x = self._hidden[:rows], self._x[:rows]
         call(torch.index_select, weights.embedding, 0, step.tokens, out=x)
@@ -199,8 +198,9 @@ class Forward:
 
     def _of(self, layer: int) -> tuple[CudaLinear, ...]:
         found = self._weights.layers[layer]
-        linears = (found.qkv, found.output, found.gate_up, found.down)
-        return linears  # type: ignore[return-value] # made by `cuda_fuse`
+        return cast(
+            tuple[CudaLinear, ...], (found.qkv, found.output, found.gate_up, found.down)
+        )
 
     def _project(
         self, index: int, group: Group, x: torch.Tensor, y: torch.Tensor, step: Filled

@@ -1,12 +1,13 @@
 """A step's arrays in static device memory, at the addresses that captured graphs know.
 
-The host writes a step's arrays to pinned memory, of which there are two sets: it fills one while
-the device may still read the other. Only what the step uses is copied.
+The host writes a step's arrays to pinned memory, of which there are two sets: it fills one
+while the device may still read the other. Only what the step uses is copied.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
@@ -215,7 +216,7 @@ class Inputs:
             here = alone[begin:end]
             cuts = np.flatnonzero(here[1:] != here[:-1]) + begin + 1
             bounds = [begin, *cuts.tolist(), end]
-            for first, last in zip(bounds, bounds[1:], strict=False):
+            for first, last in pairwise(bounds):
                 one = self._exact or bool(alone[first])
                 tiles, size = (few, lora_rows.ROWS) if one else (many, lora_panels.ROWS)
                 tiles += [(r, min(size, last - r), slot) for r in range(first, last, size)]

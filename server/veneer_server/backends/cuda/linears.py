@@ -1,7 +1,7 @@
 """The base's linears on a card: NF4 by the kernels, dense by cuBLAS.
 
 In exact mode a row's sums have one order whatever else is in the step: NF4 always takes the
-kernel for few rows, and cuBLAS, which chooses an order by shape, always multiplies `PANEL` rows.
+kernel for few rows, and cuBLAS, which chooses an order by shape, always gets `PANEL` rows.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Adapters in the arena: where their matrices lie, their copies, and their slots.
 
-A launch finds an adapter by its slot, in tables of offsets that never move (`lora.tables`). So a
-captured graph stays right whatever is swapped: a swap copies matrices on the stream of copies,
-and the next step that uses the adapter first writes its rows of the tables, on the stream of
-steps.
+A launch finds an adapter by its slot, in tables of offsets that never move (`lora.tables`). So
+a captured graph stays right whatever is swapped: a swap copies matrices on the stream of
+copies, and the next step that uses the adapter first writes its rows of the tables, on the
+stream of steps.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def _matrices(layout: Layout) -> list[tuple[int, int]]:
 
 
 def _pieces(layout: Layout, most: int) -> list[int]:
-    """Where pieces end: whole matrices, together at most ``most`` numbers if one is not more."""
+    """Ends of pieces: whole matrices, together at most ``most`` numbers unless one is more."""
     ends: list[int] = []
     first = 0
     for begin, end in _matrices(layout):
