@@ -23,7 +23,7 @@ from veneer_server.backends.cuda.nf4.packing import PackedNf4
 from veneer_server.backends.cuda.pointwise.gate import gate
 from veneer_server.backends.cuda.pointwise.norm import normalize
 from veneer_server.backends.cuda.pointwise.rotary import place
-from veneer_server.backends.cuda.sampling import draw
+from veneer_server.backends.cuda.sampling import draw, logprobs
 
 __all__ = ["PLAIN"]
 
@@ -205,6 +205,15 @@ def _draw(logits: Any, settings: Any, top_k: Any, shares: Any, tokens: Any) -> N
         tokens[at] = order[place.clamp(max=len(row) - 1)]
 
 
+def _logprobs(logits: Any, tokens: Any, counts: Any, own: Any, tops: Any, top_own: Any) -> None:
+    every = torch.log_softmax(logits, dim=1)
+    own.copy_(every.gather(1, tokens.unsqueeze(1)).squeeze(1))
+    values, ids = every.sort(dim=1, descending=True, stable=True)
+    width = tops.shape[1]
+    tops.copy_(ids[:, :width])
+    top_own.copy_(values[:, :width])
+
+
 PLAIN: Final[Mapping[Callable[..., Any], Callable[..., Any]]] = {
     normalize: _normalize,
     place: _place,
@@ -216,5 +225,6 @@ PLAIN: Final[Mapping[Callable[..., Any], Callable[..., Any]]] = {
     nf4_rows.multiply: _multiply,
     nf4_panels.expand: _expand,
     draw.draw: _draw,
+    logprobs.logprobs: _logprobs,
 }
 """By the function that launches the kernels."""

@@ -10,6 +10,10 @@ bfloat16. LoRA's sums are float32, added to the linear's bfloat16 output.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
 import torch
 
 from veneer_server.backends.cuda.buckets import Bucket, Sizes
@@ -20,16 +24,35 @@ from veneer_server.backends.cuda.memory.adapters import Adapters
 from veneer_server.backends.cuda.memory.arena import Arena
 from veneer_server.backends.cuda.memory.fencing import Stream
 from veneer_server.backends.cuda.memory.timeline import Timeline
+from veneer_server.backends.cuda.sampled import Sampled, Sampling
 from veneer_server.models.loader import DecoderWeights
 from veneer_server.step.arrays import StepArrays
+from veneer_server.step.choice import Choice
 from veneer_server.step.layout import MEMBERS
 
-__all__ = ["MOST_RANK", "CudaDecoder"]
+__all__ = ["CudaDecoder", "Submitted"]
 
-MOST_RANK = 256
+MOST_RANK: Final = 256
 """Of an adapter."""
-SLOTS = 1024
+SLOTS: Final = 1024
 """Most adapters in device memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """A step that is enqueued: its set of inputs and results."""
+
+    turn: int
+    tops: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """See `CudaDecoder.submit`."""
+
+    choices: Sequence[Choice]
+    tops: Sequence[int]
+    carried: Sequence[int]
 
 
 class CudaDecoder:
@@ -93,11 +116,43 @@ class CudaDecoder:
         self._captures = graphs
         self._graphs: dict[Bucket, Graph] = {}
         self._sums = device.empty(self._inputs.rows, dtype=torch.float32)
+        self._sampling = Sampling(device, self._inputs.rows)
         self.last_logits = self._forward.logits
         self._told = device.pinned(self._inputs.rows, dtype=torch.float32)
 
     def execute(self, step: StepArrays) -> torch.Tensor:
         """See `Backend.execute`. The logits are in device memory, and not there yet."""
+        self._enqueue(step, None)
+        return self.last_logits
+
+    def submit(
+        self,
+        step: StepArrays,
+        choices: Sequence[Choice],
+        tops: Sequence[int],
+        carried: Sequence[int] = (),
+    ) -> Submitted:
+        """Enqueue a step and the sampling of a token for each row of its logits. The host waits
+        for nothing, unless the step before the last is still running.
+
+        Args:
+            choices: without bias, penalties and masks; see `Sampling.sample`.
+            tops: for each row, how many of the likeliest tokens are wanted.
+            carried: for each row of the step the row of the last step's logits whose token it
+                has, or -1; see `Sampling.carry`. So a step may be submitted before the last
+                one's tokens are read.
+        """
+        assert len(choices) == len(step.logit_rows)
+        self._enqueue(step, _Wanted(choices, tops, carried))
+        return Submitted(self._inputs.current, tuple(tops))
+
+    def read(self, submitted: Submitted) -> Sampled:
+        """Wait for a step, and return what it gave. Once, before the step after the next is
+        submitted."""
+        self._timeline.until_free(("inputs", submitted.turn))
+        return self._sampling.read(submitted.turn, submitted.tops)
+
+    def _enqueue(self, step: StepArrays, sampled: _Wanted | None) -> None:
         wanted = len(step.logit_rows)
         turn = ("inputs", self._inputs.turn())
         self._timeline.until_free(turn)  # of the step before the last
@@ -114,12 +169,17 @@ class CudaDecoder:
                     logits = self._device.empty(
                         shape.logits, logits.shape[1], dtype=torch.float32
                     )
+                if sampled is not None and sampled.carried:
+                    self._sampling.carry(turn[1], sampled.carried, filled.tokens)
                 self._run(filled, shape, logits[: shape.logits])
+                if sampled is not None:
+                    self._sampling.sample(
+                        turn[1], logits[:wanted], sampled.choices, sampled.tops
+                    )
                 self._device.call(
                     self._told[:wanted].copy_, self._sums[:wanted], non_blocking=True
                 )
         self.last_logits = logits[:wanted]
-        return self.last_logits
 
     def finite(self, logits: torch.Tensor) -> list[bool]:
         """See `Backend.finite`: waits for the step."""

@@ -1,4 +1,4 @@
-"""All that only a card can execute: streams, events, pinned memory, graphs. No other does.
+"""The only module that needs a card: streams, events, pinned memory, captured graphs.
 
 The rest of the backend goes through `Device`, which tests replace by a simulated one that
 executes on the CPU what was enqueued (``tests/gpu/engine/simulated.py``). So of this module no
