@@ -98,7 +98,7 @@ def _rows(given: Any, instead: Any) -> Iterator[str]:
         with tempfile.TemporaryDirectory() as folder, cards(instead, given.seed):
             scale = Scale(full=False, seed=1, work=Path(folder))
             figure, failures = run(scale, work)
-        print(f"row {number}: {figure}; {len(failures)} failures", flush=True)
+        print("\n    ".join((f"row {number}: {figure}", *failures)), flush=True)
         yield from failures
 
 

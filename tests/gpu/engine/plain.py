@@ -138,10 +138,11 @@ def _prefill(
     cap: float,
 ) -> None:
     for sequence, first, count, position in tiles.tolist():
-        if count:
-            here = slice(first, first + count)
-            out[here] = _attended(
-                query[here], keys, values, tables[sequence], position, scale, window
+        # Row by row, as in `_add`: torch's sums depend on shapes, the kernel's do not.
+        for row in range(count):
+            one = query[first + row : first + row + 1]
+            out[first + row] = _attended(
+                one, keys, values, tables[sequence], position + row, scale, window
             ).bfloat16()
 
 

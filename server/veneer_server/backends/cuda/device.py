@@ -87,8 +87,8 @@ class CudaDevice:
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         with torch.cuda.device(index):
             # Not the default stream: that one waits for others, and cannot be captured.
-            self._steps = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            self._copies = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            self._steps = torch.cuda.Stream()
+            self._copies = torch.cuda.Stream()
         torch.cuda.set_stream(self._steps)
 
     def empty(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -119,8 +119,8 @@ class CudaDevice:
 
     def record(self) -> Event:
         """See `Device.record`."""
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(self._current())  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event()
+        event.record(self._current())
         return event
 
     def wait(self, event: Any) -> None:
@@ -169,5 +169,5 @@ def open_device(device: torch.device) -> Device:
     """
     if device.type != "cuda":
         raise RuntimeError(f"the device is {device.type}")
-    torch.cuda.init()  # type: ignore[no-untyped-call]
+    torch.cuda.init()
     return CudaDevice(device.index or 0)

@@ -96,7 +96,8 @@ class Arena:
     def chunks_of(self, blocks: list[int]) -> list[int]:
         """The chunks of those of the blocks that have a page."""
         units = self._units[[block for block in blocks if self._mapped[block]]]
-        return np.unique(units // (self._page * self._pages)).tolist()
+        found: list[int] = np.unique(units // (self._page * self._pages)).tolist()
+        return found
 
     def clear(self, blocks: list[int]) -> None:
         """Enqueue that these blocks are zeros.
