@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from veneer_server.backends.cuda.device import Device
-from veneer_server.backends.cuda.sampling.draw import draw
-from veneer_server.step.choice import Choice, uniform
+from veneer_server.backends.cuda.sampling.draw import draw, given
+from veneer_server.step.choice import Choice
 
 __all__ = ["CudaDraws"]
 
@@ -48,14 +48,9 @@ class CudaDraws:
         count = len(choices)
         here = {name: pinned[:count] for name, pinned in self._here.items()}
         there = {name: tensor[:count] for name, tensor in self._there.items()}
-        every = [choice.params for choice in choices]
         # The last draw's tokens were read, so nothing reads the settings any more.
-        here["settings"].numpy()[:] = [(p.temperature, p.min_p) for p in every]
-        here["top_k"].numpy()[:] = [p.top_k for p in every]
-        here["shares"].numpy()[:] = [
-            (c.params.top_p, uniform(c.params.seed, c.position)) for c in choices
-        ]
-        for name in ("settings", "top_k", "shares"):
+        for name, numbers in given(choices).items():
+            here[name].numpy()[:] = numbers
             self._device.call(there[name].copy_, here[name], non_blocking=True)
         rows = self._logits[:count]
         self._device.call(torch.Tensor.copy_, rows, logits)

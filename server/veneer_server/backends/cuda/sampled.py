@@ -16,9 +16,9 @@ import torch
 
 from veneer_server.backends.cuda.device import Device
 from veneer_server.backends.cuda.inputs import SETS
-from veneer_server.backends.cuda.sampling.draw import draw
+from veneer_server.backends.cuda.sampling.draw import draw, given
 from veneer_server.backends.cuda.sampling.logprobs import TOPS, logprobs
-from veneer_server.step.choice import Choice, uniform
+from veneer_server.step.choice import Choice
 
 __all__ = ["Sampled", "Sampling"]
 
@@ -45,7 +45,7 @@ class Sampling:
 
     def __init__(self, device: Device, rows: int) -> None:
         self._device = device
-        given: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        asked: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "settings": ((rows, 2), torch.float32),
             "top_k": ((rows,), torch.int32),
             "shares": ((rows, 2), torch.float64),
@@ -61,7 +61,7 @@ class Sampling:
             "top_own": ((rows, TOPS), torch.float32),
         }
         self._results = tuple(made)
-        both = given | made
+        both = asked | made
         self._there = {n: device.empty(*s, dtype=kind) for n, (s, kind) in both.items()}
         self._here = [
             {n: device.pinned(*s, dtype=kind) for n, (s, kind) in both.items()}
@@ -102,11 +102,8 @@ class Sampling:
             tops: for each row, how many of the likeliest are wanted.
         """
         count, call = len(choices), self._device.call
-        params = [choice.params for choice in choices]
-        self._give(turn, "settings", [(p.temperature, p.min_p) for p in params])
-        self._give(turn, "top_k", [p.top_k for p in params])
-        numbers = [uniform(c.params.seed, c.position) for c in choices]
-        self._give(turn, "shares", [(p.top_p, n) for p, n in zip(params, numbers, strict=True)])
+        for name, numbers in given(choices).items():
+            self._give(turn, name, numbers)
         self._give(turn, "counts", tops)
         t = {name: tensor[:count] for name, tensor in self._there.items()}
         call(torch.sum, logits, dim=1, out=t["sums"])
