@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar
 
 import torch
 from veneer_registry.causes import cause_of
@@ -25,10 +25,11 @@ from veneer_server.adapters.references import References
 from veneer_server.models.config import DecoderConfig
 from veneer_server.step.adapter_table import AdapterTable
 from veneer_server.step.inbox import Arrived, Inbox
+from veneer_server.step.layout import Layout
 from veneer_server.system.priority import lower_priority
 from veneer_server.wire.messages import AdapterSource, Reference
 
-__all__ = ["LoraMemory"]
+__all__ = ["LoraMemory", "Placer"]
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +42,25 @@ DTYPE_NAMES: Final[Mapping[torch.dtype, Dtype]] = {
 }
 
 
+class Placer(Protocol):
+    """A backend that has memory of its own for DEVICE copies."""
+
+    def place(self, layout: Layout, run: torch.Tensor) -> AdapterTable:
+        """Copy a HOST copy's numbers; on a worker, which may wait.
+
+        Raises:
+            VeneerError: there is no room for it.
+        """
+
+    def release(self, table: AdapterTable) -> None:
+        """Steps to come do not use it. On the loop's thread."""
+
+
 class LoraMemory:
     """Owns all copies. Methods belong to the loop's thread; only workers run elsewhere.
+
+    Args:
+        placer: makes DEVICE copies, if the backend has memory of its own for them.
 
     Attributes:
         tables: DEVICE copies by weights digest, read by the model runner.
@@ -57,6 +75,7 @@ class LoraMemory:
         device: torch.device,
         workers: int,
         references: References,
+        placer: Placer | None = None,
     ) -> None:
         self.tables: dict[str, AdapterTable] = {}
         self._host: dict[str, HostCopy] = {}
@@ -65,21 +84,22 @@ class LoraMemory:
         self._inbox = inbox
         self._device = device
         self._references = references
+        self._placer = placer
         self._side_stream: torch.cuda.Stream | None = None
-        if device.type == "cuda":
+        if device.type == "cuda" and placer is None:
             self._side_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._workers = ThreadPoolExecutor(
             workers, thread_name_prefix="adapter-load", initializer=lower_priority
         )
         # Separate: a copy that sequences wait for must not wait for reads from disk.
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="adapter-copy")
-        on_gpu = self._side_stream is not None
+        on_gpu = device.type == "cuda"
         self._loaders = Loaders(
             Setup(dict(config.shapes), config.num_layers, DTYPE_NAMES[dtype]),
             dtype,
             count=workers,
             pinned=on_gpu,
-            tables=not on_gpu,  # where DEVICE is HOST memory
+            tables=not on_gpu and placer is None,  # where DEVICE is HOST memory
         )
 
     def start(self) -> None:
@@ -114,7 +134,9 @@ class LoraMemory:
         else:
             # No step is running, since the loop's thread runs them. On CUDA the allocator
             # reuses memory in stream order.
-            del self.tables[weights_digest]
+            table = self.tables.pop(weights_digest)
+            if self._placer is not None:
+                self._placer.release(table)
 
     def reference(self, wanted: Reference) -> None:
         """Compute it from the base's and the adapter's files, on a separate worker."""
@@ -151,7 +173,9 @@ class LoraMemory:
 
     def _copy(self, host: HostCopy) -> tuple[AdapterTable, dict[str, float]]:
         began = time.perf_counter()
-        if self._side_stream is None:
+        if self._placer is not None:
+            table = self._placer.place(host.layout, host.run)
+        elif self._side_stream is None:
             table = host.take_table()
         else:
             with torch.cuda.stream(self._side_stream):

@@ -156,9 +156,10 @@ class ServerConfig:
     dtype: Literal["bfloat16", "float16", "float32"] = setting(
         "bfloat16", kinds.one_of("bfloat16", "float16", "float32"),
         "Data type of activations, KV cache and adapters.")
-    backend: Literal["auto", "native", "torch"] = setting(
-        "auto", kinds.one_of("auto", "native", "torch"),
-        "What executes steps; auto uses the native CPU kernels if they can run.")
+    backend: Literal["auto", "native", "torch", "cuda"] = setting(
+        "auto", kinds.one_of("auto", "native", "torch", "cuda"),
+        "What executes steps; auto uses the native CPU kernels if they can run. cuda needs "
+        "--device cuda, and was never run on a card yet (docs/gpu.md).")
     native_instructions: Literal[
         "auto", "amx-bf16", "avx512-bf16", "avx2", "neon-bf16", "neon"
     ] = setting(

@@ -103,12 +103,13 @@ def build_engine(
                 config.weights_fingerprint,
             ),
         ),
+        placer=chosen.placer,
     )
     residency = Residency(
         host_budget=config.host_adapter_bytes,
         device_budget=config.device_adapter_bytes,
         itemsize=lora_dtype.itemsize,
-        shared=device.type == "cpu",
+        shared=device.type == "cpu" and chosen.placer is None,
         # Enough that workers find another load while the loop is in a step; few enough that
         # an urgent load does not wait long behind loads for adapters that are needed last.
         most_loads=4 * config.load_workers,

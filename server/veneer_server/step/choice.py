@@ -16,6 +16,7 @@ from veneer_server.wire.messages import SamplingParams
 __all__ = [
     "Choice",
     "Draws",
+    "uniform",
 ]
 
 
@@ -35,6 +36,12 @@ class Choice:
     token_counts: Seen | None = None
     allowed: NDArray[np.bool_] | None = None
     forbidden: tuple[int, ...] = ()
+
+
+def uniform(seed: int, position: int) -> float:
+    """The random number in [0, 1) for a position of a request (Philox, counter mode)."""
+    stream = np.random.Philox(key=seed & (2**64 - 1), counter=position)
+    return float(np.random.Generator(stream).random())
 
 
 class Draws(Protocol):

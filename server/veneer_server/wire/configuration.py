@@ -48,7 +48,7 @@ class EngineConfig(Message, frozen=True):
         any.
         quantization: ``nf4`` and ``fp4`` are bitsandbytes with double quantization.
         dtype: of activations, KV cache and adapters.
-        backend: ``native`` and ``torch`` require that one, see
+        backend: all but ``auto`` require that one, see
             `engine.execution.backend_choice`.
         native_instructions: of the native kernels; ``auto`` is the best set the CPU has.
         threads: of a step; 0 chooses, see `system.placement`.
@@ -72,7 +72,7 @@ class EngineConfig(Message, frozen=True):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     quantization: Literal["nf4", "fp4", "none"] = "nf4"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    backend: Literal["auto", "native", "torch"] = "auto"
+    backend: Literal["auto", "native", "torch", "cuda"] = "auto"
     native_instructions: Literal[
         "auto", "amx-bf16", "avx512-bf16", "avx2", "neon-bf16", "neon"
     ] = "auto"

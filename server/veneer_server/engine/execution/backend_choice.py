@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 from veneer_registry.errors import VeneerError
 
+from veneer_server.adapters.memory import Placer
 from veneer_server.backends.native.chosen import find_library
 from veneer_server.backends.native.compiler import NativeUnavailable
 from veneer_server.backends.native.decoder import NativeDecoder, check
@@ -49,12 +50,13 @@ class Chosen:
 
     Attributes:
         name: ``native (avx512-bf16)`` or ``native (avx2)``, either with ``, prebuilt`` inside
-            if the kernels came with the wheel, or ``torch``.
+            if the kernels came with the wheel, ``torch``, or ``cuda``.
         why_not_native: empty if it is native.
         lora_dtype: of resident adapters.
         placement: how many threads a step has, and where.
         invariant: whether a row's numbers are bit-identical whatever else is in the batch.
         draws: samples tokens from its logits.
+        placer: makes DEVICE copies of adapters; None if any memory of the device will do.
     """
 
     backend: Backend
@@ -65,6 +67,7 @@ class Chosen:
     draws: Draws = field(default_factory=TorchDraws)
     placement: Placement = field(default_factory=lambda: Placement(1, ""))
     invariant: bool = False
+    placer: Placer | None = None
 
 
 def choose(
@@ -85,6 +88,8 @@ def choose(
     """
     placement = placement or place(config.threads)
     why = "--backend torch"
+    if config.backend == "cuda":
+        return replace(_cuda(config, device, dtype, num_blocks), placement=placement)
     if config.backend != "torch":
         try:
             chosen = _native(config, device, dtype, num_blocks, placement)
@@ -165,6 +170,41 @@ def _native(
         draws=decoder.draws,
         placement=placement,
         invariant=True,
+    )
+
+
+def _cuda(
+    config: EngineConfig, device: torch.device, dtype: torch.dtype, num_blocks: int
+) -> Chosen:
+    """Never chosen by ``auto``: see docs/gpu.md.
+
+    Raises:
+        BackendUnavailable: it cannot serve here.
+    """
+    try:
+        # Imported here: triton takes 77 MB in a process that imports it.
+        from veneer_server.backends.cuda.chosen import CudaUnavailable, build
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"--backend cuda needs triton ({error}): pip install 'veneer[cuda]'"
+        ) from error
+    try:
+        decoder, draws = build(
+            config, device, dtype, num_blocks, lambda f: _repaired(config, f)
+        )
+    except CudaUnavailable as reason:
+        raise BackendUnavailable(
+            f"--backend cuda cannot serve here: {reason}; use --backend auto"
+        ) from reason
+    return Chosen(
+        decoder,
+        decoder.weights,
+        torch.bfloat16,
+        "cuda",
+        "--backend cuda",
+        draws=draws,
+        invariant=config.exact,
+        placer=decoder.adapters,
     )
 
 

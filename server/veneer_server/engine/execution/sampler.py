@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from veneer_server.step.choice import Choice, Draws
+from veneer_server.step.choice import Choice, Draws, uniform
 from veneer_server.step.token_counts import Seen
 from veneer_server.wire.messages import SamplingParams, Tops
 
@@ -58,12 +58,6 @@ _LOWEST = -torch.inf
 
 _NOTHING = -1
 """In place of a token: the row's probabilities are NaN."""
-
-
-def uniform(seed: int, position: int) -> float:
-    """The random number in [0, 1) for a position of a request (Philox, counter mode)."""
-    stream = np.random.Philox(key=seed & (2**64 - 1), counter=position)
-    return float(np.random.Generator(stream).random())
 
 
 def sample(

@@ -23,7 +23,7 @@ from typing import Final
 
 import torch
 
-__all__ = ["AdapterPlaces", "column_table", "fields", "tile_table"]
+__all__ = ["AdapterPlaces", "column_table", "fields", "place_row", "tile_table"]
 
 FIRST_MEMBER: Final = 2
 MEMBER_FIELDS: Final = 3
@@ -55,6 +55,19 @@ class AdapterPlaces:
             slots, len(self.fan_outs), dtype=torch.float32, device=device
         )
 
+    @classmethod
+    def over(
+        cls,
+        places: torch.Tensor,
+        scalings: torch.Tensor,
+        fan_in: int,
+        fan_outs: Sequence[int],
+    ) -> AdapterPlaces:
+        """Over tables that exist."""
+        made = cls(0, fan_in, fan_outs, places.device)
+        made.places, made.scalings = places, scalings
+        return made
+
     def put(
         self,
         slot: int,
@@ -68,16 +81,28 @@ class AdapterPlaces:
             members: for each adapted member, in the order of A's columns: its index, its rank,
                 B's offset, its scaling.
         """
-        row = [0] * self.places.shape[1]
-        scalings = [0.0] * len(self.fan_outs)
-        row[0] = a
-        for member, rank, b, scaling in members:
-            start = FIRST_MEMBER + MEMBER_FIELDS * member
-            row[start : start + MEMBER_FIELDS] = [b, rank, row[1]]
-            row[1] += rank
-            scalings[member] = scaling
+        row, scalings = place_row(len(self.fan_outs), a, members)
         self.places[slot] = torch.tensor(row)
         self.scalings[slot] = torch.tensor(scalings)
+
+
+def place_row(
+    members: int, a: int, adapted: Iterable[tuple[int, int, int, float]]
+) -> tuple[list[int], list[float]]:
+    """An adapter's rows of ``places`` and ``scalings``; see `AdapterPlaces.put`.
+
+    Args:
+        members: of the group.
+    """
+    row = [0] * fields(members)
+    scalings = [0.0] * members
+    row[0] = a
+    for member, rank, b, scaling in adapted:
+        start = FIRST_MEMBER + MEMBER_FIELDS * member
+        row[start : start + MEMBER_FIELDS] = [b, rank, row[1]]
+        row[1] += rank
+        scalings[member] = scaling
+    return row, scalings
 
 
 def tile_table(

@@ -24,13 +24,16 @@ Grid: (rows,). One program reads a whole row.
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Sequence
+from typing import Any, Final
 
 import torch
 import triton
 import triton.language as tl
 
-__all__ = ["COLDEST", "draw", "draw_rows"]
+from veneer_server.step.choice import Choice, uniform
+
+__all__ = ["COLDEST", "draw", "draw_rows", "given"]
 
 COLDEST: Final = 1e-5
 """Lower temperatures are greedy: dividing by them would overflow."""
@@ -205,3 +208,13 @@ def draw(
         num_warps=16,  # with 8, compiled for sm_89, registers spill
         enable_fp_fusion=False,
     )
+
+
+def given(choices: Sequence[Choice]) -> dict[str, list[Any]]:
+    """What `draw` is to be given for these rows, by name."""
+    params = [choice.params for choice in choices]
+    return {
+        "settings": [(p.temperature, p.min_p) for p in params],
+        "top_k": [p.top_k for p in params],
+        "shares": [(c.params.top_p, uniform(c.params.seed, c.position)) for c in choices],
+    }

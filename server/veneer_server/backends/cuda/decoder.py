@@ -1,0 +1,212 @@
+"""The backend for CUDA: a whole step over `StepArrays` by kernels, in static memory.
+
+A step that only decodes is one graph, captured for its bucket when the bucket is first used. A
+step with prefill is enqueued operation by operation. Neither waits for the device: `execute`
+returns once a step is enqueued, and `finite` waits for it.
+
+The residual stream and the norms' sums are float32, as in the torch backend; all between is
+bfloat16. LoRA's sums are float32, added to the linear's bfloat16 output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from veneer_server.backends.cuda.buckets import Bucket, Sizes
+from veneer_server.backends.cuda.device import Device, Graph
+from veneer_server.backends.cuda.forward import Forward
+from veneer_server.backends.cuda.inputs import Filled, Inputs, Shape
+from veneer_server.backends.cuda.memory.adapters import Adapters
+from veneer_server.backends.cuda.memory.arena import Arena
+from veneer_server.backends.cuda.memory.fencing import Stream
+from veneer_server.backends.cuda.memory.timeline import Timeline
+from veneer_server.backends.cuda.sampled import Sampled, Sampling
+from veneer_server.models.loader import DecoderWeights
+from veneer_server.step.arrays import StepArrays
+from veneer_server.step.choice import Choice
+from veneer_server.step.layout import MEMBERS
+
+__all__ = ["CudaDecoder", "Submitted"]
+
+MOST_RANK: Final = 256
+"""Of an adapter."""
+SLOTS: Final = 1024
+"""Most adapters in device memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """A step that is enqueued: its set of inputs and results."""
+
+    turn: int
+    tops: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """See `CudaDecoder.submit`."""
+
+    choices: Sequence[Choice]
+    tops: Sequence[int]
+    carried: Sequence[int]
+
+
+class CudaDecoder:
+    """Implements `Backend` over weights whose linears are all `CudaLinear`.
+
+    Args:
+        blocks: of the KV cache, block 0 included.
+        adapter_bytes: of device memory, for adapters.
+        exact: whether a row's numbers are bit-identical whatever shares its step.
+        graphs: whether steps that only decode are captured; the numbers are the same.
+
+    Attributes:
+        adapters: those in device memory.
+        weights: the base's.
+        last_logits: what the last `execute` returned.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        weights: DecoderWeights,
+        sizes: Sizes,
+        *,
+        blocks: int,
+        block_size: int,
+        adapter_bytes: int,
+        exact: bool,
+        graphs: bool = True,
+        slots: int = SLOTS,
+        most_rank: int = MOST_RANK,
+        chunk_bytes: int = 2 << 20,
+    ) -> None:
+        config = weights.config
+        self.weights = weights
+        self._device = device
+        self._timeline = Timeline(device)
+        self._arena = Arena(
+            device,
+            config,
+            blocks=blocks,
+            block_size=block_size,
+            adapter_bytes=adapter_bytes,
+            chunk_bytes=chunk_bytes,
+        )
+        ranks = tuple(len(members) * most_rank for members in MEMBERS.values())
+        self.adapters = Adapters(
+            *(device, self._timeline, self._arena, config), slots=slots, most_ranks=ranks
+        )
+        self._inputs = Inputs(device, sizes, block_size, exact=exact)
+        self._forward = Forward(
+            device,
+            weights,
+            self._arena,
+            self.adapters.places,
+            rows=self._inputs.rows,
+            decodes=self._inputs.sequences,
+            positions=sizes.context,
+            most_ranks=ranks,
+            exact=exact,
+        )
+        self._captures = graphs
+        self._graphs: dict[Bucket, Graph] = {}
+        self._sums = device.empty(self._inputs.rows, dtype=torch.float32)
+        self._sampling = Sampling(device, self._inputs.rows)
+        self.last_logits = self._forward.logits
+        self._told = device.pinned(self._inputs.rows, dtype=torch.float32)
+
+    def execute(self, step: StepArrays) -> torch.Tensor:
+        """See `Backend.execute`. The logits are in device memory, and not there yet."""
+        self._enqueue(step, None)
+        return self.last_logits
+
+    def submit(
+        self,
+        step: StepArrays,
+        choices: Sequence[Choice],
+        tops: Sequence[int],
+        carried: Sequence[int] = (),
+    ) -> Submitted:
+        """Enqueue a step and the sampling of a token for each row of its logits. The host waits
+        for nothing, unless the step before the last is still running.
+
+        Args:
+            choices: without bias, penalties and masks; see `Sampling.sample`.
+            tops: for each row, how many of the likeliest tokens are wanted.
+            carried: for each row of the step the row of the last step's logits whose token it
+                has, or -1; see `Sampling.carry`. So a step may be submitted before the last
+                one's tokens are read.
+        """
+        assert len(choices) == len(step.logit_rows)
+        self._enqueue(step, _Wanted(choices, tops, carried))
+        return Submitted(self._inputs.current, tuple(tops))
+
+    def read(self, submitted: Submitted) -> Sampled:
+        """Wait for a step, and return what it gave. Once, before the step after the next is
+        submitted."""
+        self._timeline.until_free(("inputs", submitted.turn))
+        return self._sampling.read(submitted.turn, submitted.tops)
+
+    def _enqueue(self, step: StepArrays, sampled: _Wanted | None) -> None:
+        wanted = len(step.logit_rows)
+        turn = ("inputs", self._inputs.turn())
+        self._timeline.until_free(turn)  # of the step before the last
+        with self._timeline.lock:
+            segments = [(s.begin, s.end, self.adapters.slot(s.table)) for s in step.segments]
+            slots, tables, regions = self._arena.map(step)
+            for segment in step.segments:
+                regions += self.adapters.chunks(segment.table)
+            shape = self._inputs.shape(step, segments)
+            with self._timeline.operation(Stream.STEPS, [*regions, turn]):
+                filled = self._inputs.fill(step, slots, tables, segments, shape)
+                logits = self._forward.logits
+                if shape.logits > len(logits):
+                    logits = self._device.empty(
+                        shape.logits, logits.shape[1], dtype=torch.float32
+                    )
+                if sampled is not None and sampled.carried:
+                    self._sampling.carry(turn[1], sampled.carried, filled.tokens)
+                self._run(filled, shape, logits[: shape.logits])
+                if sampled is not None:
+                    self._sampling.sample(
+                        turn[1], logits[:wanted], sampled.choices, sampled.tops
+                    )
+                self._device.call(
+                    self._told[:wanted].copy_, self._sums[:wanted], non_blocking=True
+                )
+        self.last_logits = logits[:wanted]
+
+    def finite(self, logits: torch.Tensor) -> list[bool]:
+        """See `Backend.finite`: waits for the step."""
+        turn = ("inputs", self._inputs.current)
+        self._timeline.until_free(turn)
+        found: list[bool] = self._told[: len(logits)].isfinite().tolist()
+        return found
+
+    def clear(self, blocks: list[int]) -> None:
+        """See `Backend.clear`."""
+        with self._timeline.operation(Stream.STEPS, self._arena.chunks_of(blocks)):
+            self._arena.clear(blocks)
+
+    def _run(self, filled: Filled, shape: Shape, logits: torch.Tensor) -> None:
+        def operations() -> None:
+            self._forward.enqueue(filled, shape, logits)
+            # A sum is finite only if every term is.
+            sums = self._sums[: len(logits)]
+            self._device.call(torch.sum, logits, dim=1, out=sums)
+
+        if not shape.graph:
+            operations()
+            return
+        graph = self._graphs.get(shape.bucket)
+        if graph is not None:
+            graph.replay()
+            return
+        operations()  # not replayed: kernels are compiled when they are first launched
+        if self._captures:
+            self._graphs[shape.bucket] = self._device.capture(operations)

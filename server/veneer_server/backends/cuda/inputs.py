@@ -1,0 +1,242 @@
+"""A step's arrays in static device memory, at the addresses that captured graphs know.
+
+The host writes a step's arrays to pinned memory, of which there are two sets: it fills one
+while the device may still read the other. Only what the step uses is copied.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from veneer_server.backends.cuda.attention import decode, prefill
+from veneer_server.backends.cuda.buckets import Bucket, Sizes, pieces_for, rows_for
+from veneer_server.backends.cuda.device import Device
+from veneer_server.backends.cuda.linears import padded
+from veneer_server.backends.cuda.lora import panels as lora_panels
+from veneer_server.backends.cuda.lora import rows as lora_rows
+from veneer_server.step.arrays import StepArrays
+
+__all__ = ["Filled", "Inputs", "Shape"]
+
+SETS: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a step's launches depend on, apart from numbers in device memory.
+
+    Attributes:
+        bucket: its sizes.
+        graph: whether they depend on the bucket alone: every sequence adds one row.
+        decodes: sequences that the kernel for decoding attends with; the first ones of
+            `Filled.tables`. In a step with a graph, all rows of the bucket.
+        tiles, few, many: tiles of attention's other kernel, of LoRA's for few rows, and of its
+            for many.
+        width: of the block tables.
+        logits: rows of logits, padded.
+    """
+
+    bucket: Bucket
+    graph: bool
+    decodes: int
+    tiles: int
+    few: int
+    many: int
+    width: int
+    logits: int
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """Device tensors of a step; the same addresses for all.
+
+    Attributes:
+        tokens: [rows] int64.
+        positions: [rows] int32.
+        slots: [rows] int64, -1 for unused rows.
+        contexts: [decodes] int32, 0 for unused places.
+        tables: [sequences, width] int32.
+        decoding: [decodes] int64: their rows.
+        tiles: [tiles, 4] int32, see `attention.prefill`.
+        few, many: [tiles, 3] int32, see `lora.tables`.
+        logit_rows: [logits] int64.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    contexts: torch.Tensor
+    tables: torch.Tensor
+    decoding: torch.Tensor
+    tiles: torch.Tensor
+    few: torch.Tensor
+    many: torch.Tensor
+    logit_rows: torch.Tensor
+
+
+class Inputs:
+    """The static arrays.
+
+    Args:
+        sizes: of the largest steps.
+        exact: whether each row's sums have one order, whatever shares the step.
+
+    Attributes:
+        rows, sequences: the largest of a step, padded.
+        current: the set that was filled last.
+    """
+
+    def __init__(self, device: Device, sizes: Sizes, block_size: int, *, exact: bool) -> None:
+        self._device = device
+        self._sizes = sizes
+        self._exact = exact
+        self._block_size = block_size
+        rows = padded(max(sizes.rows, rows_for(sizes.sequences)))
+        sequences = padded(rows_for(sizes.sequences))
+        width = decode.splits(sizes.context) * decode.SPLIT // block_size
+        numbers: dict[str, tuple[int, torch.dtype]] = {
+            "tokens": (rows, torch.int64),
+            "positions": (rows, torch.int32),
+            "slots": (rows, torch.int64),
+            "contexts": (sequences, torch.int32),
+            "tables": (sequences * width, torch.int32),
+            "decoding": (sequences, torch.int64),
+            "tiles": (4 * rows, torch.int32),
+            "few": (3 * rows, torch.int32),
+            "many": (3 * rows, torch.int32),
+            "logit_rows": (rows, torch.int64),
+        }
+        self.rows, self.sequences = rows, sequences
+        self._there = {n: device.empty(size, dtype=kind) for n, (size, kind) in numbers.items()}
+        self._here = [
+            {n: device.pinned(size, dtype=kind) for n, (size, kind) in numbers.items()}
+            for _ in range(SETS)
+        ]
+        self.current = 0
+
+    def turn(self) -> int:
+        """The set that the next `fill` writes to; it must be free."""
+        self.current = (self.current + 1) % SETS
+        return self.current
+
+    def shape(self, step: StepArrays, segments: list[tuple[int, int, int]]) -> Shape:
+        """The shape of a step; ``segments`` as for `fill`."""
+        counts = np.diff(step.row_starts)
+        rows, longest = len(step.tokens), int(step.contexts.max())
+        graph = bool((counts == 1).all()) and len(step.logit_rows) == rows
+        up = padded if self._exact else int
+        if graph:
+            size = up(rows_for(rows))
+            most = decode.splits(self._sizes.context)
+            pieces = min(pieces_for(decode.splits(longest)), most)
+            bucket = Bucket(size, pieces, bool(segments))
+            width = pieces * decode.SPLIT // self._block_size
+            few = size if segments else 0
+            tiles, decodes = (size, 0) if self._exact else (0, size)
+            return Shape(bucket, graph, decodes, tiles, few, 0, width, size)
+        alone = (counts == 1) & (not self._exact)
+        decodes = int(alone.sum())
+        pieces = decode.splits(int(step.contexts[alone].max())) if decodes else 0
+        few, many = self._cut(step, segments)
+        return Shape(
+            Bucket(up(rows_for(rows)), pieces, bool(segments)),
+            graph,
+            decodes,
+            int((-(-counts[~alone] // prefill.ROWS)).sum()),
+            len(few),
+            len(many),
+            step.block_tables.shape[1],
+            up(rows_for(len(step.logit_rows))),
+        )
+
+    def fill(
+        self,
+        step: StepArrays,
+        slots: NDArray[np.int64],
+        tables: NDArray[np.int64],
+        segments: list[tuple[int, int, int]],
+        shape: Shape,
+    ) -> Filled:
+        """Write a step's arrays to the set of `turn`, and enqueue their copies.
+
+        Args:
+            slots, tables: with the kernels' numbers of blocks.
+            segments: first row, one past the last, slot of the adapter.
+        """
+        counts = np.diff(step.row_starts)
+        rows, sequences = shape.bucket.rows, len(step.contexts)
+        alone = np.zeros(sequences, dtype=np.bool_)
+        if not self._exact:
+            alone = counts == 1
+        order = np.concatenate((np.flatnonzero(alone), np.flatnonzero(~alone)))
+        place = np.empty(sequences, dtype=np.int64)
+        place[order] = np.arange(sequences)
+        held = rows if shape.graph else sequences
+        width = min(shape.width, tables.shape[1])
+        used = np.zeros((held, shape.width), dtype=np.int32)
+        used[:sequences, :width] = tables[order, :width]
+        decoding = order[: int(alone.sum())]
+        tiles = [
+            (place[s], row, min(prefill.ROWS, end - row), step.positions[row])
+            for s in np.flatnonzero(~alone)
+            for end in (step.row_starts[s + 1],)
+            for row in range(step.row_starts[s], end, prefill.ROWS)
+        ]
+        few, many = self._cut(step, segments)
+        return Filled(
+            tokens=self._put("tokens", step.tokens, rows),
+            positions=self._put("positions", step.positions, rows),
+            slots=self._put("slots", slots, rows, -1),
+            contexts=self._put("contexts", step.contexts[decoding], shape.decodes),
+            tables=self._put("tables", used.reshape(-1), used.size).view(used.shape),
+            decoding=self._put("decoding", step.row_starts[decoding], shape.decodes),
+            tiles=self._table("tiles", tiles, shape.tiles, 4),
+            few=self._table("few", few, shape.few, 3),
+            many=self._table("many", many, shape.many, 3),
+            logit_rows=self._put("logit_rows", step.logit_rows, shape.logits),
+        )
+
+    def _cut(
+        self, step: StepArrays, segments: list[tuple[int, int, int]]
+    ) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
+        """Segments cut into tiles, for LoRA's kernel for few rows and the one for many. Which
+        one a row takes follows from its sequence: decoding, or a part of a prompt."""
+        few: list[tuple[int, int, int]] = []
+        many: list[tuple[int, int, int]] = []
+        # [rows] how many rows the row's sequence has
+        counts = np.diff(step.row_starts)
+        alone = np.repeat(counts == 1, counts)
+        for begin, end, slot in segments:
+            here = alone[begin:end]
+            cuts = np.flatnonzero(here[1:] != here[:-1]) + begin + 1
+            bounds = [begin, *cuts.tolist(), end]
+            for first, last in pairwise(bounds):
+                one = self._exact or bool(alone[first])
+                tiles, size = (few, lora_rows.ROWS) if one else (many, lora_panels.ROWS)
+                tiles += [(r, min(size, last - r), slot) for r in range(first, last, size)]
+        return few, many
+
+    def _table(
+        self, name: str, tiles: list[tuple[int, ...]], count: int, fields: int
+    ) -> torch.Tensor:
+        """[count, fields]: tiles, then unused ones."""
+        flat = np.array(tiles, dtype=np.int32).reshape(-1)
+        return self._put(name, flat, count * fields).view(count, fields)
+
+    def _put(
+        self, name: str, numbers: NDArray[Any], size: int, filler: int = 0
+    ) -> torch.Tensor:
+        """The first ``size`` numbers of a device array: these, then the filler."""
+        here, there = self._here[self.current][name][:size], self._there[name][:size]
+        if size:
+            target = here.numpy()
+            target[: len(numbers)] = numbers
+            target[len(numbers) :] = filler
+            self._device.call(there.copy_, here, non_blocking=True)
+        return there

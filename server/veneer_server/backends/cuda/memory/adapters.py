@@ -1,0 +1,244 @@
+"""Adapters in the arena: where their matrices lie, their copies, and their slots.
+
+A launch finds an adapter by its slot, in tables of offsets that never move (`lora.tables`). So
+a captured graph stays right whatever is swapped: a swap copies matrices on the stream of
+copies, and the next step that uses the adapter first writes its rows of the tables, on the
+stream of steps.
+"""
+
+from __future__ import annotations
+
+import bisect
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from veneer_registry.errors import AdapterBudgetExceeded
+
+from veneer_server.backends.cuda.device import Device
+from veneer_server.backends.cuda.lora.tables import AdapterPlaces, fields, place_row
+from veneer_server.backends.cuda.memory.arena import Arena
+from veneer_server.backends.cuda.memory.fencing import Stream
+from veneer_server.backends.cuda.memory.timeline import Timeline
+from veneer_server.models.config import DecoderConfig
+from veneer_server.step.adapter_table import AdapterTable
+from veneer_server.step.layout import MEMBERS, Group, Layout, Slot
+
+__all__ = ["Adapters"]
+
+COPY_BYTES: Final = 8 << 20
+"""Most bytes of one copy, so that copies and steps take turns on the way to the device."""
+
+
+@dataclass(eq=False, slots=True)
+class _Placed:
+    """An adapter in the arena.
+
+    Attributes:
+        pieces: first unit and units of each.
+        rows: by group, [layers, fields] int64 and [layers, members] float32 of the tables.
+        slot: None until a step uses it.
+    """
+
+    pieces: list[tuple[int, int]]
+    rows: list[tuple[NDArray[np.int64], NDArray[np.float32]]]
+    slot: int | None = None
+
+
+class Adapters:
+    """All adapters in device memory, by their `AdapterTable`.
+
+    Args:
+        slots: most adapters at once.
+        most_ranks: by group, the largest sum of an adapter's ranks.
+
+    Attributes:
+        places: by group and layer: where kernels look.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        timeline: Timeline,
+        arena: Arena,
+        config: DecoderConfig,
+        *,
+        slots: int,
+        most_ranks: Sequence[int],
+    ) -> None:
+        self._device = device
+        self._timeline = timeline
+        self._arena = arena
+        self._most_ranks = tuple(most_ranks)
+        self._placed: weakref.WeakKeyDictionary[AdapterTable, _Placed] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._count = 0
+        self._slots = slots
+        self._free = list(range(slots - 1, -1, -1))
+        layers = config.num_layers
+        self._tables: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._staged: list[tuple[torch.Tensor, torch.Tensor]] = []
+        """Pinned: the rows of one adapter on their way into the tables."""
+        self.places: list[list[AdapterPlaces]] = []
+        for members in MEMBERS.values():
+            width, fan_in = fields(len(members)), config.shapes[members[0]][1]
+            of = (layers, slots, width), (layers, slots, len(members))
+            kinds = torch.int64, torch.float32
+            tables = tuple(device.empty(*s, dtype=k) for s, k in zip(of, kinds, strict=True))
+            staged = tuple(
+                device.pinned(layers, s[2], dtype=k) for s, k in zip(of, kinds, strict=True)
+            )
+            for table in tables:
+                device.call(torch.Tensor.zero_, table)
+            self._tables.append((tables[0], tables[1]))
+            self._staged.append((staged[0], staged[1]))
+            outs = [config.shapes[member][0] for member in members]
+            self.places.append(
+                [
+                    AdapterPlaces.over(tables[0][at], tables[1][at], fan_in, outs)
+                    for at in range(layers)
+                ]
+            )
+
+    def place(self, layout: Layout, run: torch.Tensor) -> AdapterTable:
+        """Copy an adapter into the arena. For any thread but the one of steps: it waits until
+        the copy is done.
+
+        Args:
+            run: the adapter's numbers, bfloat16 in pinned memory.
+
+        Returns:
+            A table without numbers of its own, for `Segment`.
+
+        Raises:
+            AdapterBudgetExceeded: it does not fit.
+        """
+        table = AdapterTable(layout, torch.empty(layout.length, device="meta"))
+        for ranks, most in zip(table.ranks, self._most_ranks, strict=True):
+            if ranks > most:
+                raise AdapterBudgetExceeded(
+                    f"the adapter's ranks add up to {ranks} in one group of projections, and "
+                    f"this backend has room for {most}; serve it with --backend torch"
+                )
+        unit = self._arena.unit
+        chunk = self._arena.pool.units * unit
+        ends = _pieces(layout, chunk)
+        begins = [0, *ends[:-1]]
+        sizes = [-(-(end - begin) // unit) for begin, end in zip(begins, ends, strict=True)]
+        with self._timeline.lock:
+            firsts = None
+            if self._count < self._slots:
+                firsts = self._arena.pool.take(sizes)
+            if firsts is None:
+                raise AdapterBudgetExceeded(
+                    "the adapter does not fit between those that are in use, although their "
+                    "bytes leave room; start the server with a larger --device-adapter-bytes"
+                )
+            self._count += 1
+        pieces = list(zip(firsts, sizes, strict=True))
+        placed = _Placed(pieces, _rows(layout, begins, [f * unit for f in firsts]))
+        source = object()
+        most = COPY_BYTES // run.itemsize
+        for begin, end, piece in zip(begins, ends, pieces, strict=True):
+            for at in range(begin, end, most):
+                last = min(at + most, end)
+                to = piece[0] * unit + at - begin
+                self._timeline.allow_copy((last - at) * run.itemsize)
+                regions = [*self._arena.pool.chunks_of([piece]), source]
+                with self._timeline.operation(Stream.COPIES, regions):
+                    target = self._arena.numbers[to : to + last - at]
+                    self._device.call(target.copy_, run[at:last], non_blocking=True)
+        self._timeline.until_free(source)
+        self._timeline.forget(source)
+        with self._timeline.lock:
+            self._placed[table] = placed
+        return table
+
+    def release(self, table: AdapterTable) -> None:
+        """No further step uses it. Steps that are enqueued still may."""
+        with self._timeline.lock:
+            placed = self._placed.pop(table)
+            self._arena.pool.give(placed.pieces)
+            self._count -= 1
+            if placed.slot is not None:
+                self._free.append(placed.slot)
+
+    def chunks(self, table: AdapterTable) -> list[int]:
+        """Where it lies: what a step that uses it must name as its regions."""
+        return self._arena.pool.chunks_of(self._placed[table].pieces)
+
+    def slot(self, table: AdapterTable) -> int:
+        """Its slot. A new one's rows are enqueued on the stream of steps."""
+        placed = self._placed[table]
+        if placed.slot is None:
+            placed.slot = self._free.pop()
+            for new, staged, tables in zip(
+                placed.rows, self._staged, self._tables, strict=True
+            ):
+                for numbers, pinned, target in zip(new, staged, tables, strict=True):
+                    self._timeline.until_free(("rows", id(pinned)))
+                    pinned.numpy()[:] = numbers
+                    to = target[:, placed.slot]
+                    with self._timeline.operation(Stream.STEPS, [("rows", id(pinned))]):
+                        self._device.call(to.copy_, pinned, non_blocking=True)
+        return placed.slot
+
+
+def _groups(layout: Layout) -> dict[tuple[Group, int], list[Slot]]:
+    """The adapted projections of each group and layer, in the order of A's columns."""
+    group_of = {p: group for group, members in MEMBERS.items() for p in members}
+    found: dict[tuple[Group, int], list[Slot]] = {}
+    for slot in layout.slots:
+        found.setdefault((group_of[slot.module.projection], slot.module.layer), []).append(slot)
+    return found
+
+
+def _matrices(layout: Layout) -> list[tuple[int, int]]:
+    """Begin and end of each in the run, in order: of a group's As, which lie side by side, and
+    of each B."""
+    found = []
+    for slots in _groups(layout).values():
+        first = slots[0]
+        found.append((first.a, first.a + first.a_stride * first.fan_in))
+        found += [(slot.b, slot.b + slot.module.rank * slot.fan_out) for slot in slots]
+    return sorted(found)
+
+
+def _pieces(layout: Layout, most: int) -> list[int]:
+    """Ends of pieces: whole matrices, together at most ``most`` numbers unless one is more."""
+    ends: list[int] = []
+    first = 0
+    for begin, end in _matrices(layout):
+        if end - first > most and begin > first:
+            ends.append(begin)
+            first = begin
+    return [*ends, layout.length]
+
+
+def _rows(
+    layout: Layout, begins: list[int], places: list[int]
+) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """The adapter's rows of the tables, by group."""
+
+    def at(number: int) -> int:
+        piece = bisect.bisect_right(begins, number) - 1
+        return places[piece] + number - begins[piece]
+
+    found = _groups(layout)
+    rows = []
+    for group, members in MEMBERS.items():
+        offsets = np.zeros((layout.num_layers, fields(len(members))), dtype=np.int64)
+        scalings = np.zeros((layout.num_layers, len(members)), dtype=np.float32)
+        for layer in range(layout.num_layers):
+            slots = found.get((group, layer))
+            if slots:
+                each = [(s.member, s.module.rank, at(s.b), s.module.scaling) for s in slots]
+                row = place_row(len(members), at(slots[0].a), each)
+                offsets[layer], scalings[layer] = row
+        rows.append((offsets, scalings))
+    return rows

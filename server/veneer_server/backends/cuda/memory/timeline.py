@@ -1,0 +1,90 @@
+"""Enqueues operations on a device's streams behind what `Fences` says that they wait for."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Final
+
+from veneer_server.backends.cuda.device import Device, Event
+from veneer_server.backends.cuda.memory.fencing import Fences, Stream
+
+__all__ = ["BYTES_PER_STEP", "Timeline"]
+
+BYTES_PER_STEP: Final = 32 << 20
+"""Of adapters that are copied beside one step: about a millisecond of PCIe 4.0 x16."""
+
+
+class Timeline:
+    """The events of a device's operations. Several threads may use it.
+
+    Attributes:
+        lock: held while an operation is enqueued, and by whoever changes who has which memory.
+    """
+
+    def __init__(self, device: Device, bytes_per_step: int = BYTES_PER_STEP) -> None:
+        self.lock = threading.RLock()
+        self._device = device
+        self._fences = Fences()
+        self._events: dict[Stream, deque[tuple[int, Event]]] = {s: deque() for s in Stream}
+        """Of operations that are not known to be done."""
+        self._most = bytes_per_step
+        self._left = bytes_per_step
+
+    @contextmanager
+    def operation(self, stream: Stream, regions: Iterable[Hashable]) -> Iterator[None]:
+        """What is enqueued within it is one operation, which uses these regions."""
+        copies = stream is Stream.COPIES
+        with self.lock, self._device.copying() if copies else nullcontext():
+            self.poll()
+            issued = self._fences.issue(stream, regions)
+            if not copies:
+                self._left = self._most
+            if issued.wait:
+                self._device.wait(self._event(stream.other, issued.wait))
+            try:
+                yield
+            finally:
+                self._events[stream].append((issued.number, self._device.record()))
+
+    def poll(self) -> None:
+        """Note what the device has done meanwhile. Waits for nothing."""
+        with self.lock:
+            for stream, events in self._events.items():
+                while events and self._device.done(events[0][1]):
+                    self._fences.done(stream, events.popleft()[0])
+
+    def until_free(self, region: Hashable) -> None:
+        """The host waits until no operation uses a region. It does not hold the lock then."""
+        while True:
+            with self.lock:
+                self.poll()
+                pending = self._fences.pending(region)
+                if not pending:
+                    return
+                events = [self._event(stream, number) for stream, number in pending.items()]
+            for event in events:
+                self._device.sync(event)
+
+    def forget(self, region: Hashable) -> None:
+        """See `Fences.forget`."""
+        with self.lock:
+            self._fences.forget(region)
+
+    def allow_copy(self, size: int) -> None:
+        """The host waits until a copy of so many bytes may be enqueued: a step shares the way
+        to the device with few copies, and an idle device with any."""
+        while True:
+            with self.lock:
+                self.poll()
+                steps = self._events[Stream.STEPS]
+                if not steps or self._left > 0:
+                    self._left -= size
+                    return
+                event = steps[-1][1]
+            self._device.sync(event)
+
+    def _event(self, stream: Stream, number: int) -> Event:
+        return next(event for at, event in self._events[stream] if at >= number)

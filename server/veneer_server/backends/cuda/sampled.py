@@ -1,0 +1,134 @@
+"""Tokens and log-probabilities of a step, sampled on the device behind its logits.
+
+The host writes a step's settings to pinned memory and reads its results from there, one set for
+each of two steps: so the next step may be enqueued before the last one's tokens are known, even
+to the host, since a row's token may come from the last step's results (`carry`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from veneer_server.backends.cuda.device import Device
+from veneer_server.backends.cuda.inputs import SETS
+from veneer_server.backends.cuda.sampling.draw import draw, given
+from veneer_server.backends.cuda.sampling.logprobs import TOPS, logprobs
+from veneer_server.step.choice import Choice
+
+__all__ = ["Sampled", "Sampling"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What a step gave for each row of its logits.
+
+    Attributes:
+        tokens: None where nothing could be sampled.
+        finite: whether all of a row's logits are.
+        logprobs: natural logarithm, of the tokens.
+        tops: the likeliest tokens with theirs, as many as were asked for.
+    """
+
+    tokens: list[int | None]
+    finite: list[bool]
+    logprobs: list[float]
+    tops: list[list[tuple[int, float]]]
+
+
+class Sampling:
+    """Static memory for at most so many ``rows``."""
+
+    def __init__(self, device: Device, rows: int) -> None:
+        self._device = device
+        asked: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "settings": ((rows, 2), torch.float32),
+            "top_k": ((rows,), torch.int32),
+            "shares": ((rows, 2), torch.float64),
+            "counts": ((rows,), torch.int32),
+            "carried": ((rows,), torch.int64),
+            "follows": ((rows,), torch.bool),
+        }
+        made: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "tokens": ((rows,), torch.int64),
+            "sums": ((rows,), torch.float32),
+            "own": ((rows,), torch.float32),
+            "tops": ((rows, TOPS), torch.int32),
+            "top_own": ((rows, TOPS), torch.float32),
+        }
+        self._results = tuple(made)
+        both = asked | made
+        self._there = {n: device.empty(*s, dtype=kind) for n, (s, kind) in both.items()}
+        self._here = [
+            {n: device.pinned(*s, dtype=kind) for n, (s, kind) in both.items()}
+            for _ in range(SETS)
+        ]
+        self._known = device.empty(rows, dtype=torch.int64)
+        """The last step's tokens, 0 where nothing could be sampled."""
+        self._picked = device.empty(rows, dtype=torch.int64)
+        device.call(torch.Tensor.zero_, self._known)
+
+    def carry(self, turn: int, carried: Sequence[int], tokens: torch.Tensor) -> None:
+        """Enqueue that rows take their token from the last step's results.
+
+        Args:
+            carried: for each row of the step the row of the last one's logits, or -1.
+            tokens: [rows] int64, of the step.
+        """
+        count = len(carried)
+        rows = np.array(carried, dtype=np.int64)
+        self._give(turn, "carried", np.maximum(rows, 0))
+        self._give(turn, "follows", rows >= 0)
+        there = self._there
+        picked, tokens = self._picked[:count], tokens[:count]
+        self._device.call(
+            torch.index_select, self._known, 0, there["carried"][:count], out=picked
+        )
+        self._device.call(torch.where, there["follows"][:count], picked, tokens, out=tokens)
+
+    def sample(
+        self, turn: int, logits: torch.Tensor, choices: Sequence[Choice], tops: Sequence[int]
+    ) -> None:
+        """Enqueue sampling, and the way of its results to the host.
+
+        Args:
+            turn: the set of pinned memory.
+            logits: [rows, vocab] float32.
+            choices: one for each row; bias, penalties and masks are not supported.
+            tops: for each row, how many of the likeliest are wanted.
+        """
+        count, call = len(choices), self._device.call
+        for name, numbers in given(choices).items():
+            self._give(turn, name, numbers)
+        self._give(turn, "counts", tops)
+        t = {name: tensor[:count] for name, tensor in self._there.items()}
+        call(torch.sum, logits, dim=1, out=t["sums"])
+        call(draw, logits, t["settings"], t["top_k"], t["shares"], t["tokens"])
+        known = self._known[:count]
+        call(torch.clamp, t["tokens"], min=0, out=known)
+        call(logprobs, logits, known, t["counts"], t["own"], t["tops"], t["top_own"])
+        for name in self._results:
+            call(self._here[turn][name][:count].copy_, t[name], non_blocking=True)
+
+    def read(self, turn: int, tops: Sequence[int]) -> Sampled:
+        """The results of a step that is done."""
+        here = {name: self._here[turn][name][: len(tops)] for name in self._results}
+        ids, values = here["tops"].tolist(), here["top_own"].tolist()
+        return Sampled(
+            [None if token < 0 else token for token in here["tokens"].tolist()],
+            here["sums"].isfinite().tolist(),
+            here["own"].tolist(),
+            [
+                list(zip(i[:count], v[:count], strict=True))
+                for i, v, count in zip(ids, values, tops, strict=True)
+            ],
+        )
+
+    def _give(self, turn: int, name: str, numbers: Any) -> None:
+        here = self._here[turn][name][: len(numbers)]
+        here.numpy()[:] = numbers
+        self._device.call(self._there[name][: len(numbers)].copy_, here, non_blocking=True)

@@ -1,0 +1,148 @@
+"""The backend for CUDA without a card: ``python -m tests.gpu.engine``.
+
+Five parts: histories of chunks and fences; captured graphs under swaps, evictions and changes
+of the batch; steps enqueued ahead; the engine on a simulated card; torture rows 9 to 12 on one.
+The first two also with planted bugs, which must be noticed.
+
+With ``--kernels`` the card executes Triton's kernels by its interpreter, a second or more for a
+step; without, the same launches in torch. ``--quick`` is the suite's form.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from veneer_server.engine.execution.backend_choice import BackendUnavailable, choose
+from veneer_server.wire.messages import EngineConfig
+
+import tests.gpu.interpreter  # noqa: F401 (before anything that imports triton)
+from tests.gpu.engine import churn, histories, lookahead, scenario
+from tests.gpu.engine.kit import tiny_base
+from tests.gpu.engine.plain import PLAIN
+from tests.gpu.engine.rows import ROWS, cards
+from tests.torture.row import Scale
+
+__all__: list[str] = []
+
+
+def _memory(given: Any, _instead: Any) -> Iterator[str]:
+    for number in range(given.histories):
+        histories.check(f"{given.seed}/{number}")
+    print(f"memory: {given.histories} histories right", flush=True)
+    for number, (name, *_) in enumerate(histories.BUGS[: given.bugs]):
+        found = histories.caught(number, given.seed, max(400, given.histories))
+        print(f"    {name}: {found[:120] or 'NOT NOTICED'}", flush=True)
+        if not found:
+            yield name
+
+
+def _graphs(given: Any, instead: Any) -> Iterator[str]:
+    with tiny_base() as base:
+        for exact in (False, True):
+            done = churn.churn(base, given.seed, instead, changes=given.changes, exact=exact)
+            print(f"graphs{', exact' if exact else ''}: {done}", flush=True)
+        for name, bug in list(churn.PLANTED.items())[: given.bugs]:
+            found = ""
+            try:
+                with bug():
+                    churn.churn(base, given.seed, PLAIN, changes=given.changes)
+            except (AssertionError, IndexError) as error:
+                found = str(error)
+            print(f"    {name}: {found[:120] or 'NOT NOTICED'}", flush=True)
+            if not found:
+                yield name
+
+
+def _lookahead(given: Any, instead: Any) -> Iterator[str]:
+    with tiny_base() as base:
+        try:
+            told = lookahead.check(base, given.seed, instead, steps=given.steps)
+            print(f"lookahead: {told}", flush=True)
+        except AssertionError as error:
+            yield str(error)
+
+
+def _refused() -> bool:
+    """Whether an engine without a card says that it cannot serve."""
+    with tempfile.TemporaryDirectory() as folder, tiny_base() as base:
+        config = EngineConfig(str(base), folder, "tiny", "", backend="cuda")
+        try:
+            choose(config, torch.device("cpu"), torch.bfloat16, 8)
+        except BackendUnavailable as error:
+            return "the device is cpu" in str(error)
+    return False
+
+
+def _engine(given: Any, instead: Any) -> Iterator[str]:
+    if _refused():
+        print("engine without a card: refused", flush=True)
+    else:
+        yield "an engine without a card starts"
+    for exact in (False, True):
+        with tempfile.TemporaryDirectory() as folder, cards(instead, given.seed):
+            found = scenario.run(Path(folder), requests=given.requests, exact=exact)
+        print(f"engine{', exact' if exact else ''}: {found.figure}", flush=True)
+        yield from found.failures
+
+
+def _rows(given: Any, instead: Any) -> Iterator[str]:
+    for number, (run, work) in ROWS.items():
+        if given.row not in (0, number):
+            continue
+        with tempfile.TemporaryDirectory() as folder, cards(instead, given.seed):
+            scale = Scale(full=False, seed=1, work=Path(folder))
+            figure, failures = run(scale, work)
+        print("\n    ".join((f"row {number}: {figure}", *failures)), flush=True)
+        yield from failures
+
+
+PARTS: dict[str, Callable[[Any, Any], Iterator[str]]] = {
+    "memory": _memory,
+    "graphs": _graphs,
+    "lookahead": _lookahead,
+    "engine": _engine,
+    "rows": _rows,
+}
+
+
+def main() -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(prog="tests.gpu.engine", description=__doc__)
+    parser.add_argument("--only", choices=[*PARTS], help="one part")
+    parser.add_argument("--row", type=int, default=0, help="one torture row")
+    parser.add_argument("--seed", default="veneer")
+    parser.add_argument("--kernels", action="store_true", help="interpret Triton's kernels")
+    parser.add_argument("--histories", type=int, default=2000)
+    parser.add_argument("--changes", type=int, default=1000, help="of graphs' batches")
+    parser.add_argument("--requests", type=int, default=24, help="of the engine")
+    parser.add_argument("--steps", type=int, default=30, help="of those enqueued ahead")
+    parser.add_argument("--bugs", type=int, default=99, help="planted, at most")
+    parser.add_argument("--quick", action="store_true")
+    given = parser.parse_args()
+    if given.quick:
+        given.histories, given.changes, given.bugs = 40, 60, 2
+        given.steps, given.requests, given.row = 8, 6, -1
+    torch.set_num_threads(1)
+    failures = []
+    for name, part in PARTS.items():
+        if given.only in (None, name):
+            began = time.process_time()
+            failures += [f"{name}: {line}" for line in part(given, _instead(given))]
+            print(f"    {time.process_time() - began:.0f} s of CPU", flush=True)
+    for line in failures:
+        print(f"FAILED {line}")
+    return 1 if failures else 0
+
+
+def _instead(given: Any) -> Any:
+    return None if given.kernels else PLAIN
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

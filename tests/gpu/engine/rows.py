@@ -1,0 +1,133 @@
+"""Torture rows 9 to 12 with an engine over the backend for CUDA, on a simulated card.
+
+In exact mode a row's bits do not depend on what shares its step, on the chunks of its prompt
+or on the prefix cache. So an engine that computes one request at a time is the reference, as it
+is for the native kernels. The rows' own code judges; only engines in this process can have a
+simulated card.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any, Final
+from unittest.mock import patch
+
+from veneer_server.backends.cuda import chosen
+from veneer_server.wire.messages import EngineConfig
+
+from tests.gpu.engine.simulated import SimulatedDevice
+from tests.tiny_llama import make_tiny_llama
+from tests.torture.alone_reference import AloneReference
+from tests.torture.churn import churn
+from tests.torture.forms import Form
+from tests.torture.in_process import in_process
+from tests.torture.isolation import failures_of, outcomes
+from tests.torture.parity_matrix import tiny_matrix
+from tests.torture.row import Scale
+from tests.torture.rows import row_09_isolation as row_9
+from tests.torture.rows import row_10_prefix as row_10
+from tests.torture.rows import row_11_non_finite as row_11
+from tests.torture.rows import row_12_parity as row_12
+
+__all__ = ["FORM", "ROWS", "cards"]
+
+
+class _Exact(Form):
+    """Judged as the native forms are: bit for bit."""
+
+    @property
+    def native(self) -> bool:
+        return True
+
+    def cache(self, folder: Path) -> Path:
+        return folder
+
+
+FORM: Final = _Exact(
+    "cuda", {"dtype": "bfloat16", "quantization": "nf4", "backend": "cuda", "exact": True}
+)
+
+
+@contextmanager
+def cards(instead: Any, seed: str) -> Iterator[None]:
+    """Each engine that is built meanwhile has a simulated card of its own."""
+
+    def opened(_device: Any) -> SimulatedDevice:
+        return SimulatedDevice(Random(seed), instead)
+
+    with patch.object(chosen, "open_device", opened):
+        yield
+
+
+def _row_9(scale: Scale, work: int) -> tuple[str, tuple[str, ...]]:
+    base = make_tiny_llama(scale.work / "base", seed=scale.seed)
+    traffic = replace(row_9.SERVED, requests=work, most_tokens=8)
+    folder = scale.folder("served")
+    settings = row_9.HALF[row_9.SMALL].settings() | {"exact": "true"}
+
+    async def run() -> Any:
+        form = Form("cuda", {k: v for k, v in FORM.settings.items() if k != "exact"})
+        async with in_process(base, folder, form, **settings) as server:
+            random = scale.random("churn")
+            record = await churn(server, traffic, random, folder / "adapters")
+            error = server.engine_error
+            if error is None:
+                await server.end()
+            return record, error
+
+    record, error = asyncio.run(run())
+    ended = () if error is None else (f"the step loop ended: {error!r}",)
+    alone = AloneReference(base, FORM, folder / "cache")
+    failures = (*ended, *failures_of(record, alone))
+    told = ", ".join(f"{count} {what}" for what, count in outcomes(record).most_common())
+    return f"{work} requests ({told}), {alone.judged} equal to one at a time", failures
+
+
+def _row_10(scale: Scale, work: int) -> tuple[str, tuple[str, ...]]:
+    base = make_tiny_llama(scale.work / "base", seed=scale.seed)
+    form = _Exact("cuda", {**FORM.settings, "exact": "true"})
+    found = asyncio.run(
+        row_10._replaces(  # private: the row's own run
+            scale, base, scale.folder("prefix"), work, exact=False, form=form
+        )
+    )
+    reference = AloneReference(base, FORM, scale.work / "cache")
+    wrong = [line for line in reference.differences(found.cases) if line]
+    told = f"{found.answers} answers, {found.across} tokens found across, {found.hits} own"
+    return f"{told}, {reference.judged} equal to one at a time", (*found.failures, *wrong)
+
+
+def _row_11(scale: Scale, work: int) -> tuple[str, tuple[str, ...]]:
+    with row_11.quiet(), patch.object(row_11, "BAD", dict(list(row_11.BAD.items())[:work])):
+        outcome = row_11.torture_batches(scale.folder("batches"), scale, FORM)
+    return outcome.figure, outcome.failures
+
+
+def _row_12(scale: Scale, work: int) -> tuple[str, tuple[str, ...]]:
+    matrix = tiny_matrix(scale, work)
+    config = partial(EngineConfig, backend="cuda", device_adapter_bytes=8 << 20)
+    with patch.object(row_12, "EngineConfig", config):
+        figure, failures = row_12._bfloat16(  # private: the one judge for this dtype
+            matrix, scale.folder("cache"), _nothing()
+        )
+    return f"{matrix.size}: {figure}", tuple(failures)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+ROWS: Final[dict[int, tuple[Callable[..., Any], int]]] = {
+    9: (_row_9, 60),
+    10: (_row_10, 4),
+    11: (_row_11, 3),
+    12: (_row_12, 6),
+}
+"""What runs each row, and how much of it."""
