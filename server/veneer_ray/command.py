@@ -176,6 +176,8 @@ def _connect(address: str) -> Any:
     """Connect to a Ray cluster, or start one of this machine alone."""
     # Ray reports to its makers unless told not to.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Of its own helper, which takes longer on a busy machine than Ray's 15 s.
+    os.environ.setdefault("RAY_agent_register_timeout_ms", "120000")
     import ray
 
     if address:

@@ -105,14 +105,15 @@ def _single(
 
 def _explain(context: Any) -> None:
     """Give an error of Serve's own our code and details."""
-    code = context.code()  # asyncio's contexts have its number
-    if (code or 0) in _OWN:
+    code = context.code()
+    number = code.value[0] if isinstance(code, grpc.StatusCode) else int(code or 0)
+    if number in _OWN:
         return
     trailing = tuple(context.trailing_metadata() or ())
     if any(key == DETAILS for key, _ in trailing):
         return
     error: VeneerError = lost("the ingress that had this call is gone", "ingress_lost")
-    if code == _FULL:
+    if number == _FULL:
         error = QueueFull("the ingress has too many calls: retry later", retry_after_s=1.0)
     status = to_grpc_status(error)
     context.set_code(status.code)

@@ -53,6 +53,7 @@ class Web:
                     response.raw_headers = [
                         (key.lower().encode("latin-1"), value.encode("latin-1"))
                         for key, value in kept
+                        if key.lower() != "x-request-id"  # Serve sets the same
                     ]
                     return response
                 case Ended():
