@@ -176,8 +176,10 @@ def _connect(address: str) -> Any:
     """Connect to a Ray cluster, or start one of this machine alone."""
     # Ray reports to its makers unless told not to.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Of its own helper, which takes longer on a busy machine than Ray's 15 s.
-    os.environ.setdefault("RAY_agent_register_timeout_ms", "120000")
+    # A cluster that Ray starts itself asks for this token, but a program that joins it does not
+    # show it unless told to, before Ray is imported.
+    if (Path.home() / ".ray" / "auth_token").exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
     if address:
