@@ -136,10 +136,9 @@ class Ended:
         """With a server's error, as it came. One without details is the connection's: the
         server is gone."""
         trailing = _pairs(error.trailing_metadata())
-        if not any(key == DETAILS for key, _ in trailing):
-            if error.code() is grpc.StatusCode.UNAVAILABLE:
-                return cls.by(lost("the server that had this call is gone"))
-            return cls(error.code().value[0], error.details() or "", trailing)
+        known = any(key == DETAILS for key, _ in trailing)
+        if not known and error.code() is grpc.StatusCode.UNAVAILABLE:
+            return cls.by(lost("the server that had this call is gone"))
         return cls(error.code().value[0], error.details() or "", trailing)
 
     @classmethod

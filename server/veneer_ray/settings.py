@@ -11,9 +11,12 @@ from veneer_registry.errors import InvalidField
 __all__ = ["Cluster"]
 
 _OURS: Final = frozenset(
-    ("role", "registry", "listen", "metrics-listen", "openai-listen", "data-dir", "port-file")
+    (
+        *("role", "registry", "listen", "metrics-listen", "openai-listen", "data-dir"),
+        *("port-file", "admin-listen", "tls-cert", "tls-key", "tls-client-ca"),
+    )
 )
-"""Flags of the servers that are set here."""
+"""Flags of the servers that are set here, or that would change how they are called."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +77,7 @@ class Cluster:
             _check(
                 not (argument.startswith("--") and flag in _OURS),
                 "server_args",
-                f"without --{flag}, which veneer-ray sets itself",
+                f"without --{flag}: how servers are called is veneer-ray's",
             )
 
     @property

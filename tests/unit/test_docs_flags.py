@@ -14,6 +14,7 @@ import typer
 import veneer_client.cli.main
 import veneer_loadtest.cli
 import veneer_loadtest.simulation.command
+import veneer_ray.command
 import veneer_server.__main__
 import veneer_train.cli
 from markdown_it import MarkdownIt
@@ -25,9 +26,10 @@ PROGRAMS = {
     "veneer-server": veneer_server.__main__.cli,
     "veneer-train": veneer_train.cli.app,
     "veneer-loadtest": veneer_loadtest.cli.cli,
+    "veneer-ray": veneer_ray.command.cli,
     "veneer-sim": veneer_loadtest.simulation.command.cli,
 }
-COMMAND = re.compile(r"(?:^|\s)(?:[\w./]+/)?(veneer(?:-server|-train|-loadtest|-sim)?) (.+)")
+COMMAND = re.compile(r"(?:^|\s)(?:[\w./]+/)?(veneer(?:-server|-train|-loadtest|-ray|-sim)?) (.+)")
 APART = re.compile(r"[;&|()]")
 """What stands between two commands of a line."""
 FLAG = re.compile(r"^(?P<flag>--?[a-z][\w-]*)")

@@ -26,7 +26,6 @@ def main() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         sys.exit(1)  # it ended before that was set
-    # nosec B606 # this very program's interpreter
     os.execv(  # nosec B606
         sys.executable, (sys.executable, "-P", "-m", "veneer_server", *sys.argv[2:])
     )

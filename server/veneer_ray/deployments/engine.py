@@ -129,7 +129,8 @@ class Engine:
 
     def __del__(self) -> None:
         # Serve calls it once the replica has no calls.
-        self._server.stop(30.0)
+        if (server := getattr(self, "_server", None)) is not None:  # it may not have started
+            server.stop(30.0)
 
     # ------------------------------------------------------------------ connections
 

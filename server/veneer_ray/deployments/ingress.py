@@ -60,7 +60,8 @@ class Ingress:
         self._engines = engines.options(stream=True)
         self._digests = Digests(self._look_up)
         self._opened: grpc.aio.Channel | None = None
-        self._web = Web(self._digests, self.answers, registry)
+        self._registry = registry  # its server is called directly
+        self._web = Web(self._digests, self.answers)
 
     async def settings(self) -> Cluster:
         """For ``veneer-ray scale``."""
@@ -78,12 +79,12 @@ class Ingress:
         ended = False
         try:
             async with asyncio.timeout(self._cluster.wait_s):
-                yield await anext(items)
-            async for item in items:
+                item = await anext(items)
+            while not ended:
                 ended = isinstance(item, Ended)
                 yield item
-                if ended:
-                    return
+                if not ended:
+                    item = await anext(items)
         except TimeoutError:
             ended = True
             yield Ended.by(lost("no replica has taken this call in time", "no_replica"))

@@ -18,10 +18,6 @@ class Registry:
         self._server = ServerProcess(cluster.registry_flags, end_replica)
         self._channel: grpc.aio.Channel | None = None
 
-    async def openai(self) -> str:
-        """Where its server answers HTTP."""
-        return self._server.openai
-
     async def check_health(self) -> None:
         """Called by Serve. Raises if the server does not answer."""
         if self._channel is None:
@@ -30,4 +26,5 @@ class Registry:
 
     def __del__(self) -> None:
         # Serve calls it once the replica has no calls.
-        self._server.stop(30.0)
+        if (server := getattr(self, "_server", None)) is not None:  # it may not have started
+            server.stop(30.0)

@@ -6,7 +6,6 @@ import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Final
 
-from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from veneer_registry.errors import VeneerError
@@ -27,13 +26,11 @@ Ask = Callable[[str, HttpCall], AsyncIterator[Any]]
 class Web:
     """Args:
     ask: sends a call to the engine that is chosen for it.
-    registry: where adapters are loaded and unloaded.
     """
 
-    def __init__(self, digests: Digests, ask: Ask, registry: DeploymentHandle) -> None:
+    def __init__(self, digests: Digests, ask: Ask) -> None:
         self._digests = digests
         self._ask = ask
-        self._registry = registry
 
     async def answer(self, request: Request) -> Response:
         """Passed on whole, and answered in parts as they come."""

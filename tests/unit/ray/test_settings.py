@@ -31,6 +31,7 @@ PORTS = Path("/ports.json")
         ("registry", "host:port"),
         ("server_args", ("--threads", "1", "--listen=0.0.0.0:1")),
         ("server_args", ("--role", "all")),
+        ("server_args", ("--tls-cert", "cert.pem")),
     ],
 )
 def test_what_is_out_of_range_is_refused(field: str, value: Any) -> None:
