@@ -6,6 +6,9 @@ slow minute of the machine affects both; prints medians over all rounds, and the
 
 With ``--llama-batched-bench`` and ``--llama-model``, llama.cpp decodes its base for as long in
 each round, without adapters, since its server cannot mix adapters.
+
+With ``--base``, that base is decoded instead, by the native backend alone:
+`tests.bench.big_base` writes large ones. llama.cpp's model must be of the same shape.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import os
 import statistics
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -48,14 +52,18 @@ class Peers:
     Args:
         threads: per backend.
         most: most tokens of a sequence.
+        base: a folder, for the native backend alone; None: the bundled base, for both.
     """
 
-    def __init__(self, threads: int, most: int) -> None:
+    def __init__(self, threads: int, most: int, base: Path | None = None) -> None:
         self._threads = threads
+        names = ("torch", "native") if base is None else ("native",)
+        self.kinds = [kind for kind in KINDS if kind.backend in names]
         self._chosen: dict[str, Chosen] = {}
         self._tables: dict[str, list[AdapterTable]] = {}
-        for name in ("torch", "native"):
-            chosen = load(name, threads, num_blocks=max(ROWS) * blocks_for(most) + 1)
+        for name in names:
+            blocks = max(ROWS) * blocks_for(most) + 1
+            chosen = load(name, threads, num_blocks=blocks, base=base)
             self._chosen[name] = chosen
             self._tables[name] = make_adapters(chosen.weights.config, chosen.lora_dtype)
 
@@ -68,7 +76,7 @@ class Peers:
         """Median seconds per step of each kind, for each round; the order alternates."""
         for number in range(count):
             times = {}
-            for kind in KINDS if number % 2 == 0 else KINDS[::-1]:
+            for kind in self.kinds if number % 2 == 0 else self.kinds[::-1]:
                 # The native backend's remaining torch code runs on one thread, as in serving.
                 torch.set_num_threads(1 if kind.backend == "native" else self._threads)
                 tables = self._tables[kind.backend][:rows] if kind.mixed else []
@@ -78,12 +86,15 @@ class Peers:
 
 def ratios(times: dict[Kind, float]) -> dict[str, float]:
     """Ratios of speeds, from seconds per step."""
-    torch_base, torch_mixed, base, mixed = (times[kind] for kind in KINDS)
-    return {
-        "native / torch, base": torch_base / base,
-        "native / torch, mixed": torch_mixed / mixed,
-        "native mixed / base": base / mixed,
+    base, mixed = times[Kind("native", False)], times[Kind("native", True)]
+    theirs = {
+        f"native / torch, {'mixed' if kind.mixed else 'base'}": (
+            time / times[Kind("native", kind.mixed)]
+        )
+        for kind, time in times.items()
+        if kind.backend == "torch"
     }
+    return {**theirs, "native mixed / base": base / mixed}
 
 
 def llama_decode(given: argparse.Namespace, rows: int) -> float:
@@ -111,9 +122,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--llama-batched-bench", metavar="PROGRAM")
     parser.add_argument("--llama-model", metavar="GGUF")
+    parser.add_argument("--base", type=Path, metavar="FOLDER")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    peers = Peers(given.threads, PROMPT + 2 * NEW)
+    peers = Peers(given.threads, PROMPT + 2 * NEW, given.base)
     found: dict[str, dict[str, Any]] = {}
     for rows in ROWS:
         rounds, llama = [], []
@@ -121,7 +133,7 @@ def main() -> None:
             rounds.append(each)
             if given.llama_batched_bench:
                 llama.append(llama_decode(given, rows))
-        times = {kind: statistics.median(each[kind] for each in rounds) for kind in KINDS}
+        times = {kind: statistics.median(each[kind] for each in rounds) for kind in peers.kinds}
         found[str(rows)] = {
             **{f"{kind}, tokens/s": round(rows / time, 1) for kind, time in times.items()},
             **{name: round(value, 3) for name, value in ratios(times).items()},

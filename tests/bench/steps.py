@@ -47,13 +47,13 @@ _WARM_UP = 4
 """Warm-up steps of a round, which are not counted."""
 
 
-def load(name: str, threads: int, *, num_blocks: int) -> Chosen:
-    """The base in NF4 for a backend, ``torch`` or ``native``."""
-    base = import_bundled(CACHE).path
+def load(name: str, threads: int, *, num_blocks: int, base: Path | None = None) -> Chosen:
+    """The bundled base or one in a folder, in NF4 for a backend, ``torch`` or ``native``."""
+    base = import_bundled(CACHE).path if base is None else base
     config = EngineConfig(
         base_folder=str(base),
         cache_folder=str(CACHE),
-        base_name="smollm2-135m",
+        base_name=base.name,
         weights_fingerprint=fingerprint_base(base, cache_dir=CACHE).weights,
         backend=name,  # type: ignore[arg-type]
         threads=threads,

@@ -498,8 +498,8 @@ MUTANTS: Final = (
     Mutant(
         "matrix: the last block of inputs left out",
         _MATRIX,
-        "for (int b = 0; b < w.blocks(); ++b, block += block_bytes(w.kind)) {",
-        "for (int b = 0; b + 1 < w.blocks(); ++b, block += block_bytes(w.kind)) {",
+        "for (int b = 0; b < w.blocks(); ++b, block += block_bytes(w.kind), turn ^= 1) {",
+        "for (int b = 0; b + 1 < w.blocks(); ++b, block += block_bytes(w.kind), turn ^= 1) {",
         form="software-matrix",
     ),
     Mutant(
@@ -512,8 +512,22 @@ MUTANTS: Final = (
     Mutant(
         "matrix: rows of two groups added twice",
         _MATRIX,
-        "add_scaled(sums, g * size - row, size,",
-        "add_scaled(sums, 0, size,",
+        "left_ = {sums_ + skip * kTile, size_ - skip, scales, totals_ + g * size_ * kTile};",
+        "left_ = {sums_, size_, scales, totals_ + row * kTile};",
+        form="software-matrix",
+    ),
+    Mutant(
+        "matrix: the last group's sums left out",
+        _MATRIX,
+        "        groups.finish();\n",
+        "",
+        form="software-matrix",
+    ),
+    Mutant(
+        "matrix: the next tile's first block not decoded",
+        _MATRIX,
+        "else if (tile + 1 < last)",
+        "else if (tile + 2 < last)",
         form="software-matrix",
     ),
     Mutant(
@@ -524,17 +538,19 @@ MUTANTS: Final = (
         form="software-matrix",
     ),
     Mutant(
-        "matrix: the lower rows' sums of the upper ones' inputs",
+        "matrix: the first half of a block's inputs for both",
         _SQUARE,
-        "matrix::load<5>(a + matrix::kRows * a_stride, stride);",
-        "matrix::load<5>(a, stride);",
+        "matrix::load<3>(a + kMatrixInputs / 2, stride);\n        matrix::dot<0, 3, 6>(), "
+        "matrix::dot<1, 3, 7>();\n    }\n\n    // The same",
+        "matrix::load<3>(a, stride);\n        matrix::dot<0, 3, 6>(), "
+        "matrix::dot<1, 3, 7>();\n    }\n\n    // The same",
         form="software-matrix",
     ),
     Mutant(
         "matrix: the right half of B for both",
         _SQUARE,
-        "matrix::load<6>(left, line);",
-        "matrix::load<6>(right, line);",
+        "matrix::load<4>(left, line),",
+        "matrix::load<4>(right, line),",
         form="software-matrix",
     ),
     Mutant(
@@ -547,8 +563,8 @@ MUTANTS: Final = (
     Mutant(
         "matrix: half of the inputs of A left out",
         _LORA,
-        "k += 2 * matrix::kRows) {  // inputs",
-        "k += 4 * matrix::kRows) {  // inputs",
+        "k += kMatrixInputs) {  // inputs",
+        "k += 2 * kMatrixInputs) {  // inputs",
         form="software-matrix",
     ),
     Mutant(

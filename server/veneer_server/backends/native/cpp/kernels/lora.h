@@ -154,15 +154,15 @@ inline void shrink_width(const Number* a, int ranks, int width, const bf16* x, s
 // The same on matrix registers.
 inline void shrink_by_matrix(const bf16* a, int ranks, int width, const bf16* x, size_t x_stride,
                              int inputs, int rows, float* h, size_t h_stride) {
-    alignas(64) bf16 pairs[2][matrix::kRows][2 * kLanes];
+    alignas(64) bf16 pairs[2][kMatrixInputs / 2][2 * kLanes];
     alignas(64) float sums[kMatrixRows * 2 * kLanes];
     const SquareRegisters registers(rows);
     for (int column = 0; column < width; column += 2 * kLanes) {
         const int left = std::min(kLanes, width - column);
         const int right = std::min(kLanes, width - column - left);
         registers.zero();
-        for (int k = 0; k < inputs; k += 2 * matrix::kRows) {  // inputs: a multiple of 64
-            for (int pair = 0; pair < matrix::kRows; ++pair) {
+        for (int k = 0; k < inputs; k += kMatrixInputs) {  // inputs: a multiple of 64
+            for (int pair = 0; pair < kMatrixInputs / 2; ++pair) {
                 const bf16* line = a + size_t(k + 2 * pair) * ranks + column;
                 store_pairs(pairs[0][pair], interleave(line, line + ranks, left));
                 line += left;

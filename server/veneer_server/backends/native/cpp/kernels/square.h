@@ -1,4 +1,4 @@
-// Up to 32 rows times 32 columns on matrix registers.
+// Up to 16 rows times 32 columns over 64 inputs, on matrix registers.
 #pragma once
 
 #include <algorithm>
@@ -7,42 +7,45 @@
 
 namespace veneer {
 
-constexpr int kMatrixRows = 2 * matrix::kRows;
+constexpr int kMatrixRows = matrix::kRows;
+constexpr int kMatrixInputs = 64;
 
 inline int divide_up(int count, int by) { return (count + by - 1) / by; }
 
-// Registers for up to 32 rows of A and 32 columns of B. 0 to 3: sums; 4 and 5: the upper 16 rows of
-// A and the lower ones; 6 and 7: the left 16 columns of B and the right ones.
+// Registers for up to 16 rows of A and a B of 64 inputs and 32 columns. 0 and 1: sums; 2 and 3: the
+// halves of A's inputs; 4 to 7: B's left columns and right ones for the first half of the inputs,
+// then for the second. Each operand has a register of its own, since CPUs do not rename these: to
+// load a register, they wait for the product before it.
 class SquareRegisters {
   public:
-    explicit SquareRegisters(int rows)
-        : lower_(rows > matrix::kRows), registers_(shapes(rows).all) {}
+    explicit SquareRegisters(int rows) : registers_(shapes(rows).all) {}
 
-    void zero() const {
-        matrix::zero<0>(), matrix::zero<1>();
-        if (lower_) matrix::zero<2>(), matrix::zero<3>();
+    void zero() const { matrix::zero<0>(), matrix::zero<1>(); }
+
+    // sums += a [rows, 64] B, loading B: each half is [32 pairs][16 columns][2].
+    void add(const bf16* a, size_t a_stride, const bf16* left, const bf16* right) const {
+        constexpr size_t line = 2 * kLanes * sizeof(bf16), half = matrix::kRows * 2 * kLanes;
+        const size_t stride = a_stride * sizeof(bf16);
+        matrix::load<4>(left, line), matrix::load<5>(right, line);
+        matrix::load<2>(a, stride);
+        matrix::dot<0, 2, 4>(), matrix::dot<1, 2, 5>();
+        matrix::load<6>(left + half, line), matrix::load<7>(right + half, line);
+        matrix::load<3>(a + kMatrixInputs / 2, stride);
+        matrix::dot<0, 3, 6>(), matrix::dot<1, 3, 7>();
     }
 
-    // sums += a [rows, 32] b; each of b's halves is [16 pairs][16 columns][2].
-    void add(const bf16* a, size_t a_stride, const bf16* left, const bf16* right) const {
-        constexpr size_t line = 2 * kLanes * sizeof(bf16);
+    // The same with the B that was loaded last.
+    void add(const bf16* a, size_t a_stride) const {
         const size_t stride = a_stride * sizeof(bf16);
-        matrix::load<6>(left, line);
-        matrix::load<7>(right, line);
-        matrix::load<4>(a, stride);
-        matrix::dot<0, 4, 6>(), matrix::dot<1, 4, 7>();
-        if (!lower_) return;
-        matrix::load<5>(a + matrix::kRows * a_stride, stride);
-        matrix::dot<2, 5, 6>(), matrix::dot<3, 5, 7>();
+        matrix::load<2>(a, stride), matrix::load<3>(a + kMatrixInputs / 2, stride);
+        matrix::dot<0, 2, 4>(), matrix::dot<1, 2, 5>();
+        matrix::dot<0, 3, 6>(), matrix::dot<1, 3, 7>();
     }
 
     // to [rows][32]
     void store(float* to) const {
         constexpr size_t line = 2 * kLanes * sizeof(float);
         matrix::store<0>(to, line), matrix::store<1>(to + kLanes, line);
-        if (!lower_) return;
-        to += matrix::kRows * 2 * kLanes;
-        matrix::store<2>(to, line), matrix::store<3>(to + kLanes, line);
     }
 
   private:
@@ -50,12 +53,10 @@ class SquareRegisters {
         matrix::Shape all[matrix::kRegisters];
     };
     static Shapes shapes(int rows) {
-        const matrix::Shape upper{std::min(rows, matrix::kRows)}, lower{rows - upper.rows};
-        const matrix::Shape b{matrix::kRows};
-        return {{upper, upper, lower, lower, upper, lower, b, b}};
+        const matrix::Shape a{rows}, b{matrix::kRows};
+        return {{a, a, a, a, b, b, b, b}};
     }
 
-    bool lower_;
     matrix::Registers registers_;
 };
 

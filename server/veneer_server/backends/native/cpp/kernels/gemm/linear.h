@@ -98,6 +98,13 @@ struct FromCodes {
         low = look_up<Q>(table, load_codes(at + group * 64));
         high = look_up<Q>(table, load_codes(at + 512 + group * 64));
     }
+
+    // The same, from a byte further on where that saves a shift. It reads a byte past the codes,
+    // of the scales.
+    template <int Q>
+    void pairs_by_bytes(int group, Pairs& low, Pairs& high) const {
+        FromCodes(at + Q / 2, table).template pairs<Q % 2>(group, low, high);
+    }
 };
 
 // From weights in bf16.
@@ -117,6 +124,11 @@ struct FromPairs {
         low = load_pairs(pair);
         high = load_pairs(pair + kTile);
     }
+
+    template <int Q>
+    void pairs_by_bytes(int group, Pairs& low, Pairs& high) const {
+        pairs<Q>(group, low, high);
+    }
 };
 
 // From 8-bit numbers. Widening them takes time, which more rows share.
@@ -135,6 +147,11 @@ struct FromBytes {
         const int8_t* pair = at + (group * 4 + Q) * 2 * kTile;
         low = load_bytes(pair);
         high = load_bytes(pair + kTile);
+    }
+
+    template <int Q>
+    void pairs_by_bytes(int group, Pairs& low, Pairs& high) const {
+        pairs<Q>(group, low, high);
     }
 };
 
