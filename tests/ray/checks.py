@@ -145,13 +145,15 @@ async def cancels(deployed: Deployed, server: Server, seen: Seen) -> str:
 
 
 async def affinity(deployed: Deployed, server: Server, seen: Seen) -> str:
+    await publish(server, seen, "own", 99)
     counts: Counter[str] = Counter()
-    for _ in range(8):
-        stream = server.stream(prompt="Hi", adapter="chat", stopping={"max_tokens": 1})
+    for _ in range(6):
+        stream = server.stream(prompt="Hi", adapter="own", stopping={"max_tokens": 1})
         await stream.rest()
         counts[await replica_of(stream.call)] += 1
-    assert max(counts.values()) >= 7, f"an adapter's requests are spread: {counts}"
-    return f"8 requests for an adapter, at {dict(counts)}"
+    # What was sent to it before may have made that replica's share too large for one more.
+    assert max(counts.values()) >= 5, f"an adapter's requests are spread: {counts}"
+    return f"6 requests for a new adapter, at {dict(counts)}"
 
 
 async def publication(deployed: Deployed, server: Server, seen: Seen) -> str:

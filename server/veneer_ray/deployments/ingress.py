@@ -87,6 +87,7 @@ class Ingress:
                     item = await anext(items)
         except TimeoutError:
             ended = True
+            response.cancel()
             yield Ended.by(lost("no replica has taken this call in time", "no_replica"))
         except Exception as error:  # Ray's, of many kinds: died, unreachable, full
             ended = True
