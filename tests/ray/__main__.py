@@ -32,6 +32,8 @@ async def check(found: Deployed, only: list[str]) -> int:
             said = await each(found, server, seen)
         except Exception as error:  # any failure is a result
             failed += 1
+            while isinstance(error, ExceptionGroup):  # of the tasks that were under way
+                error = error.exceptions[0]
             said = f"FAILED: {type(error).__name__}: {error}"
         print(f"{each.__name__:12} {time.monotonic() - began:6.1f} s  {said}", flush=True)
     await server.channel.close()
