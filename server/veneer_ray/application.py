@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Final
 
 from ray import serve
@@ -32,6 +33,9 @@ _STATS_S: Final = 1.0
 
 def application(cluster: Cluster) -> Any:
     """The application, for `serve.run`."""
+    number = _number(cluster)
+    # Serve replaces every replica that would now be made with other arguments.
+    cluster = replace(cluster, replicas=1, most_replicas=0)
     registry = serve.deployment(
         Registry,
         name="registry",
@@ -50,21 +54,24 @@ def application(cluster: Cluster) -> Any:
         graceful_shutdown_timeout_s=cluster.drain_s,
         ray_actor_options={"num_cpus": 0},
     )
-    return ingress.bind(cluster, _engines(cluster), registry)
+    return ingress.bind(cluster, _engines(cluster, number), registry)
 
 
-def _engines(cluster: Cluster) -> Any:
-    number: dict[str, Any] = {"num_replicas": cluster.replicas}
-    if cluster.scales:
-        number = {
-            "autoscaling_config": AutoscalingConfig(
-                min_replicas=cluster.replicas,
-                max_replicas=cluster.most_replicas,
-                upscale_delay_s=10.0,
-                downscale_delay_s=300.0,
-                policy=AutoscalingPolicy(policy_function="veneer_ray.scaling:policy"),
-            )
-        }
+def _number(cluster: Cluster) -> dict[str, Any]:
+    if not cluster.scales:
+        return {"num_replicas": cluster.replicas}
+    return {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=cluster.replicas,
+            max_replicas=cluster.most_replicas,
+            upscale_delay_s=10.0,
+            downscale_delay_s=300.0,
+            policy=AutoscalingPolicy(policy_function="veneer_ray.scaling:policy"),
+        )
+    }
+
+
+def _engines(cluster: Cluster, number: dict[str, Any]) -> Any:
     return serve.deployment(
         Engine,
         name="engines",
