@@ -35,7 +35,7 @@ def application(cluster: Cluster) -> Any:
     """The application, for `serve.run`."""
     number = _number(cluster)
     # Serve replaces every replica that would now be made with other arguments.
-    cluster = replace(cluster, replicas=1, most_replicas=0)
+    settings = replace(cluster, replicas=1, most_replicas=0).as_text()
     registry = serve.deployment(
         Registry,
         name="registry",
@@ -44,7 +44,7 @@ def application(cluster: Cluster) -> Any:
         health_check_period_s=_HEALTH_S,
         graceful_shutdown_timeout_s=60.0,
         ray_actor_options={"num_cpus": 0},
-    ).bind(cluster)
+    ).bind(settings)
     ingress = serve.deployment(
         Ingress,
         name="ingress",
@@ -54,7 +54,7 @@ def application(cluster: Cluster) -> Any:
         graceful_shutdown_timeout_s=cluster.drain_s,
         ray_actor_options={"num_cpus": 0},
     )
-    return ingress.bind(cluster, _engines(cluster, number), registry)
+    return ingress.bind(settings, _engines(cluster, settings, number), registry)
 
 
 def _number(cluster: Cluster) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def _number(cluster: Cluster) -> dict[str, Any]:
     }
 
 
-def _engines(cluster: Cluster, number: dict[str, Any]) -> Any:
+def _engines(cluster: Cluster, settings: str, number: dict[str, Any]) -> Any:
     return serve.deployment(
         Engine,
         name="engines",
@@ -86,7 +86,7 @@ def _engines(cluster: Cluster, number: dict[str, Any]) -> Any:
             request_routing_stats_period_s=_STATS_S,
         ),
         **number,
-    ).bind(cluster)
+    ).bind(settings)
 
 
 def deploy(cluster: Cluster) -> None:

@@ -134,7 +134,7 @@ def _scale(
     from veneer_ray.application import NAME, deploy
 
     now = serve.get_app_handle(NAME).settings.remote().result(timeout_s=30)
-    deploy(replace(now, replicas=replicas, most_replicas=0))
+    deploy(replace(Cluster.of_text(now), replicas=replicas, most_replicas=0))
 
 
 @cli.command("status")

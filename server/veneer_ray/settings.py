@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
@@ -79,6 +80,23 @@ class Cluster:
                 "server_args",
                 f"without --{flag}: how servers are called is veneer-ray's",
             )
+
+    def as_text(self) -> str:
+        """For `of_text`. Serve compares what replicas are made with by its pickled bytes, which
+        differ for equal records."""
+        return json.dumps(asdict(self), default=str, sort_keys=True)
+
+    @classmethod
+    def of_text(cls, text: str) -> Cluster:
+        """What `as_text` wrote."""
+        found = json.loads(text)
+        key = found.pop("key_file")
+        return cls(
+            data_dir=Path(found.pop("data_dir")),
+            key_file=None if key is None else Path(key),
+            server_args=tuple(found.pop("server_args")),
+            **found,
+        )
 
     @property
     def scales(self) -> bool:

@@ -37,7 +37,8 @@ class Engine:
     """Serve calls `call` and `http` with what an ingress sends. A replica that is taken away
     gets no new calls, and is stopped when those here have ended."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, settings: str) -> None:
+        cluster = Cluster.of_text(settings)
         folder = Folder(cluster.data_dir / "engines")
         self._folder = folder
         self._id = serve.get_replica_context().replica_id.unique_id

@@ -54,18 +54,18 @@ class Ingress:
     and `Watch` of the health service, and `__call__` for HTTP."""
 
     def __init__(
-        self, cluster: Cluster, engines: DeploymentHandle, registry: DeploymentHandle
+        self, settings: str, engines: DeploymentHandle, registry: DeploymentHandle
     ) -> None:
-        self._cluster = cluster
+        self._cluster = Cluster.of_text(settings)
         self._engines = engines.options(stream=True)
         self._digests = Digests(self._look_up)
         self._opened: grpc.aio.Channel | None = None
         self._registry = registry  # its server is called directly
         self._web = Web(self._digests, self.answers)
 
-    async def settings(self) -> Cluster:
+    async def settings(self) -> str:
         """For ``veneer-ray scale``."""
-        return self._cluster
+        return self._cluster.as_text()
 
     async def __call__(self, request: Any) -> Any:
         return await self._web.answer(request)

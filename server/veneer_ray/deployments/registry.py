@@ -14,7 +14,8 @@ __all__ = ["Registry"]
 class Registry:
     """One replica. Engines and ingresses call its server, not this class."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, settings: str) -> None:
+        cluster = Cluster.of_text(settings)
         self._server = ServerProcess(cluster.registry_flags, end_replica)
         self._channel: grpc.aio.Channel | None = None
 

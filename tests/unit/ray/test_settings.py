@@ -61,3 +61,10 @@ def test_the_servers_know_their_flags() -> None:
     assert engine[engine.index("--registry-key-file") + 1] == "/data/key"
     assert engine[engine.index("--threads") + 1] == "2", "threads are what Ray sets aside"
     assert "--threads" not in Cluster(HERE).engine_flags(HERE, PORTS)
+
+
+def test_settings_come_back_from_their_text() -> None:
+    cluster = Cluster(HERE, replicas=2, key_file=HERE / "key", server_args=("--threads", "1"))
+    text = cluster.as_text()
+    assert Cluster.of_text(text) == cluster
+    assert Cluster.of_text(text).as_text() == text
