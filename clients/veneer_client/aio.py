@@ -27,7 +27,7 @@ from veneer_client.aio_handle import AsyncAdapterHandle
 from veneer_client.aio_streams import AsyncGenerationStream
 from veneer_client.aio_transport import sleep
 from veneer_client.convert import generate_request
-from veneer_client.failures import Attempts, not_ready, to_error
+from veneer_client.failures import Attempts, no_such_service, not_ready, to_error
 from veneer_client.readers import StreamStart
 from veneer_client.server_records import (
     BudgetUse,
@@ -164,10 +164,19 @@ class AsyncClient(AsyncAdapterCalls):
         return await self._ask(calls.usage(tenant, start, end), timeout_s)
 
     async def health(
-        self, service: str = calls.INFERENCE, *, timeout_s: float | None = None
+        self, service: str | None = None, *, timeout_s: float | None = None
     ) -> ServingStatus:
-        """Readiness of a service; "" asks whether the process is alive."""
-        return await self._ask(calls.health(service), timeout_s)
+        """Readiness of a service; "" asks whether the process is alive. If unset, whether the
+        server does what it is for: generate, or as a registry (``--role registry``) take
+        changes of adapters."""
+        if service is not None:
+            return await self._ask(calls.health(service), timeout_s)
+        try:
+            return await self._ask(calls.health(calls.INFERENCE), timeout_s)
+        except VeneerError as error:
+            if not no_such_service(error):
+                raise
+        return await self._ask(calls.health(calls.ADAPTERS), timeout_s)
 
     async def wait_until_ready(
         self,
@@ -175,7 +184,8 @@ class AsyncClient(AsyncAdapterCalls):
         *,
         told: Callable[[VeneerError], None] = lambda why: None,
     ) -> None:
-        """Return once the server answers generate calls; it need not have started yet.
+        """Return once the server answers generate calls, or as a registry takes changes; it
+        need not have started yet.
 
         Args:
             timeout_s: how long to wait at most.

@@ -139,17 +139,16 @@ class AsyncAdapterCalls(AsyncConnection):
         activate: bool = False,
         allow_replace: bool = False,
         etag: str = "",
+        wait_replicas: WaitReplicas = WaitReplicas.NONE,
         timeout_s: float | None = None,
     ) -> Pushed:
         """Let the server fetch an adapter, and publish it as `push` does.
 
         Args:
-            uri: a folder that the server may fetch from: ``https://``, ``hf://``, ``s3://``,
-                ``gs://`` or ``file://``.
+            uri: of a folder: ``https://``, ``hf://``, ``s3://``, ``gs://`` or ``file://``.
 
         Raises:
-            InvalidField: it may not, or the URI is malformed (metadata ``field``).
-            AdapterInvalid and others: as `push`.
+            InvalidField: the server may not fetch from it (metadata ``field``). Others: `push`.
         """
         call = calls_admin.register(
             uri,
@@ -159,6 +158,7 @@ class AsyncAdapterCalls(AsyncConnection):
             activate=activate,
             allow_replace=allow_replace,
             etag=etag,
+            wait_replicas=wait_replicas,
         )
         return await self._perform(call, timeout_s)
 

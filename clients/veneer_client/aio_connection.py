@@ -16,6 +16,7 @@ from veneer_client.aio_transport import begin, open_channel, outcome, sleep
 from veneer_client.calls_admin import Page
 from veneer_client.failures import Attempts, RetryPolicy, to_error
 from veneer_client.login import find_login
+from veneer_client.replicas import lag_metadata
 
 __all__ = ["AsyncConnection", "sleep_or_raise"]
 
@@ -40,6 +41,7 @@ class AsyncConnection:
         cert: str | PathLike[str] | None = None,
         key: str | PathLike[str] | None = None,
         tenant: str | None = None,
+        max_registry_lag_s: float | None = None,
     ) -> None:
         """Args:
         address: ``HOST:PORT``, or ``https://HOST:PORT`` for TLS; else VENEER_SERVER, else a
@@ -50,12 +52,15 @@ class AsyncConnection:
         actor: the caller's name for the server's history; else VENEER_ACTOR, else
             ``user@host``.
         api_key, ca, cert, key, tenant: see `login.find_login`.
+        max_registry_lag_s: of a server that follows a registry: the oldest view of it that
+            names may be taken from; else the call is `Unavailable`.
         """
         login = find_login(address, api_key=api_key, ca=ca, cert=cert, key=key, tenant=tenant)
         self.address = login.address
         self._timeout_s = timeout_s
         self._retry = retry
-        self._metadata = (*actor_metadata(actor), *login.metadata)
+        lag = lag_metadata(max_registry_lag_s)
+        self._metadata = (*actor_metadata(actor), *login.metadata, *lag)
         self._channel = open_channel(login, keepalive_s)
 
     async def __aenter__(self) -> Self:

@@ -20,6 +20,7 @@ from veneer_client.server_records import Capacity, ServerInfo, ServingStatus, Us
 from veneer_client.types import GenerateOptions, Generation, Prompt
 
 __all__ = [
+    "ADAPTERS",
     "GENERATE_STREAM",
     "INFERENCE",
     "KEEPALIVE_S",
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 INFERENCE: Final = "veneer.v1.InferenceService"
+ADAPTERS: Final = "veneer.v1.AdapterService"
 _GENERATE: Final = f"/{INFERENCE}/Generate"
 GENERATE_STREAM: Final = f"/{INFERENCE}/GenerateStream"
 

@@ -120,6 +120,7 @@ def register(
     activate: bool,
     allow_replace: bool,
     etag: str,
+    wait_replicas: WaitReplicas,
 ) -> Call[adapters_pb2.RegisterAdapterResponse, Pushed]:
     """Publish what the server fetches from a URI. Repeating it publishes nothing new, unless
     an etag is given, which the first attempt would have changed."""
@@ -132,6 +133,7 @@ def register(
             activate=activate,
             allow_replace=allow_replace,
             etag=etag,
+            wait=wait_for(wait_replicas),
         )
     )
     return Call(

@@ -21,7 +21,7 @@ from veneer_registry.errors import (
 from veneer_client import calls, calls_admin
 from veneer_client.client_adapters import AdapterCalls
 from veneer_client.convert import generate_request
-from veneer_client.failures import Attempts, not_ready, to_error
+from veneer_client.failures import Attempts, no_such_service, not_ready, to_error
 from veneer_client.handle import AdapterHandle
 from veneer_client.readers import StreamStart
 from veneer_client.server_records import (
@@ -159,10 +159,19 @@ class Client(AdapterCalls):
         return self._ask(calls.usage(tenant, start, end), timeout_s)
 
     def health(
-        self, service: str = calls.INFERENCE, *, timeout_s: float | None = None
+        self, service: str | None = None, *, timeout_s: float | None = None
     ) -> ServingStatus:
-        """Readiness of a service; "" asks whether the process is alive."""
-        return self._ask(calls.health(service), timeout_s)
+        """Readiness of a service; "" asks whether the process is alive. If unset, whether the
+        server does what it is for: generate, or as a registry (``--role registry``) take
+        changes of adapters."""
+        if service is not None:
+            return self._ask(calls.health(service), timeout_s)
+        try:
+            return self._ask(calls.health(calls.INFERENCE), timeout_s)
+        except VeneerError as error:
+            if not no_such_service(error):
+                raise
+        return self._ask(calls.health(calls.ADAPTERS), timeout_s)
 
     def wait_until_ready(
         self,
@@ -170,7 +179,8 @@ class Client(AdapterCalls):
         *,
         told: Callable[[VeneerError], None] = lambda why: None,
     ) -> None:
-        """Return once the server answers generate calls; it need not have started yet.
+        """Return once the server answers generate calls, or as a registry takes changes; it
+        need not have started yet.
 
         Args:
             timeout_s: how long to wait at most.

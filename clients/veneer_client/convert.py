@@ -229,6 +229,7 @@ def _logprobs(messages: Iterable[inference_pb2.TokenLogprob]) -> tuple[TokenLogp
             m.logprob,
             tuple(TopLogprob(t.token_id, t.logprob, t.token) for t in m.top),
             m.token,
+            m.rank,
         )
         for m in messages
     )

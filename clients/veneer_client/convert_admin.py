@@ -141,4 +141,5 @@ def registered(message: adapters_pb2.RegisterAdapterResponse) -> Pushed:
         sent_bytes=0,
         skipped_bytes=0,
         resumes=0,
+        replicas=reached(message.replicas, message.HasField("replicas")),
     )

@@ -37,7 +37,12 @@ def offer(request: inference_pb2.GenerateRequest, options: GenerateOptions) -> N
     """Set the tools of a request."""
     for tool in options.get("tools", ()):
         parameters = "" if tool.parameters is None else json.dumps(tool.parameters)
-        request.tools.add(name=tool.name, description=tool.description, parameters=parameters)
+        request.tools.add(
+            name=tool.name,
+            description=tool.description,
+            parameters=parameters,
+            strict=tool.strict,
+        )
     if "tool_choice" in options:
         choice = options["tool_choice"]
         if isinstance(choice, ToolMode):

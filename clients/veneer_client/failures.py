@@ -31,6 +31,7 @@ __all__ = [
     "Attempts",
     "RetryPolicy",
     "cancelled",
+    "no_such_service",
     "not_ready",
     "starting",
     "to_error",
@@ -115,11 +116,17 @@ def write_broke(error: grpc.RpcError | grpc.aio.AioRpcError) -> bool:
     return error.code() is grpc.StatusCode.INTERNAL and _status(error) is None
 
 
+def no_such_service(error: VeneerError) -> bool:
+    """Whether a health check found that the server does not have the service."""
+    cause = error.__cause__
+    found = isinstance(cause, grpc.RpcError) and cause.code() is grpc.StatusCode.NOT_FOUND
+    return bool(found)
+
+
 def not_ready(address: str) -> Unavailable:
     """The error for a server that has loaded but whose engine does not answer."""
     return Unavailable(
-        f"{address} does not answer generate calls now: it is loading, or its engine is being "
-        "restarted"
+        f"{address} is not ready now: it is loading, or its engine is being restarted"
     )
 
 

@@ -1,14 +1,16 @@
-"""Waiting until the servers that follow a registry have a change."""
+"""Servers that follow a registry: waiting until they have a change, and how old they may be."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
 from veneer_proto.v1 import replication_pb2
+from veneer_registry.errors import InvalidField
 
-__all__ = ["ReplicasReached", "WaitReplicas", "reached", "wait_for"]
+__all__ = ["ReplicasReached", "WaitReplicas", "lag_metadata", "reached", "wait_for"]
 
 
 class WaitReplicas(Enum):
@@ -55,3 +57,15 @@ def reached(answer: replication_pb2.ReplicasReached, present: bool) -> ReplicasR
     if not present:
         return None
     return ReplicasReached(answer.live, answer.applied, answer.enough)
+
+
+def lag_metadata(seconds: float | None) -> tuple[tuple[str, str], ...]:
+    """Metadata of calls that take names from a view of at most so much age."""
+    if seconds is None:
+        return ()
+    if not 0 <= seconds < math.inf:
+        raise InvalidField(
+            "max_registry_lag_s must be 0 or more seconds",
+            metadata={"field": "max_registry_lag_s"},
+        )
+    return (("veneer-max-registry-lag", f"{seconds:.9g}"),)

@@ -15,11 +15,14 @@ class Tool:
 
     Attributes:
         parameters: the JSON schema of an object; None if it has no arguments.
+        strict: hold the arguments to it also where the model need not call, if the chat
+            template asks for calls in Hermes' format.
     """
 
     name: str
     description: str = ""
     parameters: Mapping[str, object] | None = None
+    strict: bool = False
 
 
 class ToolMode(Enum):

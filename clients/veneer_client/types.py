@@ -258,22 +258,26 @@ class TokenLogprob:
         top: the most likely tokens at its position, likeliest first, if requested.
         token: its unique name: its text, ``bytes:\\xf0\\x9f`` for a fragment of a character,
             or a special token's name. Empty from a server that does not send it.
+        rank: how many tokens are at least as likely at its position, 1 for the likeliest. Only
+            the option ``prompt_logprobs`` asks for it, of the prompt's tokens; otherwise 0.
     """
 
     token_id: int
     logprob: float
     top: tuple[TopLogprob, ...] = ()
     token: str = ""
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
     """Tokens of one call, over all its samples; ``cached_prompt_tokens`` came from the
-    prefix cache."""
+    prefix cache, ``reasoning_tokens`` of the completions are thinking."""
 
     prompt_tokens: int
     completion_tokens: int
     cached_prompt_tokens: int
+    reasoning_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,7 +91,7 @@ class App:
         self._metrics = Metrics()
         self._display = Display(structured=config.log_format == "json")
         self._calls = Calls(lambda: self._display.doing)
-        self._health = Health()
+        self._health = Health(generates=config.role != "registry")
         self._tenants = Tenants(config.data_dir)
         self._pace = Pace(config.refusal_rate)
         self._quotas = Quotas()
@@ -358,7 +358,7 @@ class App:
         from veneer_server.openai.endpoints.core import Loaded
 
         self._doors.gateway.answer_by(
-            Loaded(generator=generator, tenants=self._tenants, engine=engine, base=base)
+            Loaded(generator, self._tenants, engine, base, self._role.loading())
         )
 
     def _ready(

@@ -174,6 +174,17 @@ async def test_stop_tokens_and_top_logprobs(server: Server) -> None:
     for entry in answer.prompt_logprobs:
         assert len(entry.top) == 4
         assert entry.top[0].logprob >= entry.logprob - 1e-5
+    # "The capital of France is Paris.", and two tokens that nobody expects.
+    ids = [504, 3575, 282, 4649, 314, 7042, 30, 9999, 123]
+    ranked = await server.generate(token_ids={"ids": ids}, output={"prompt_logprobs": 20})
+    for entry in ranked.prompt_logprobs:
+        likeliest = [top.token_id for top in entry.top]
+        tied = sum(top.logprob == entry.logprob for top in entry.top)
+        if entry.token_id in likeliest:
+            assert 0 <= entry.rank - 1 - likeliest.index(entry.token_id) < tied
+        else:
+            assert 20 < entry.rank <= 49152
+    assert [entry.rank > 1000 for entry in ranked.prompt_logprobs][-3:] == [False, True, True]
     stop = answer.token_ids[1]
     stopped = await server.generate(
         prompt=PROMPT, stopping={"max_tokens": 8, "stop_token_ids": [stop]}

@@ -549,22 +549,22 @@ MUTANTS: Final = (
     Mutant(
         "matrix: the right half of B for both",
         _SQUARE,
-        "matrix::load<4>(left, line),",
-        "matrix::load<4>(right, line),",
+        "matrix::load<4>(left, line), matrix::load<5>(right, line);",
+        "matrix::load<4>(right, line), matrix::load<5>(right, line);",
         form="software-matrix",
     ),
     Mutant(
         "matrix: the second 16 ranks of A as the first",
         _LORA,
-        "                line += left;\n",
-        "",
+        "interleave(line + left, line + left + ranks, right));",
+        "interleave(line, line + ranks, right));",
         form="software-matrix",
     ),
     Mutant(
         "matrix: half of the inputs of A left out",
         _LORA,
-        "k += kMatrixInputs) {  // inputs",
-        "k += 2 * kMatrixInputs) {  // inputs",
+        "k += kMatrixInputs, turn ^= 1) {  // inputs",
+        "k += 2 * kMatrixInputs, turn ^= 1) {  // inputs",
         form="software-matrix",
     ),
     Mutant(

@@ -109,6 +109,13 @@ class Objects:
             return bytes(self.fs.cat_file(self._path(key)))
         return None
 
+    def read_part(self, key: str, start: int, end: int) -> bytes | None:
+        """The bytes from ``start`` to before ``end``; None if there is no object. Raises
+        Unavailable."""
+        with self._errors(), contextlib.suppress(FileNotFoundError):
+            return bytes(self.fs.cat_file(self._path(key), start=start, end=end))
+        return None
+
     def get(self, key: str, to: Path) -> bool:
         """Write an object's content to a file; False if there is none.
 

@@ -150,7 +150,10 @@ def health(
     server: ServerOption = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Say whether the server answers generate calls now; exit status 0 if so."""
+    """Say whether the server is ready; exit status 0 if so.
+
+    Ready is a server that answers generate calls, or with --role registry takes changes.
+    """
     with errors_shown(context, debug), connect(context, server) as client:
         try:
             client.wait_until_ready(_duration(wait), told=_teller())

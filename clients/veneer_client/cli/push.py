@@ -98,26 +98,25 @@ def push(
                 activate=activate,
                 allow_replace=replace,
                 etag=etag,
-            )
-            _warn(console, pushed)
-            print(as_json(pushed) if json_ else _outcome(pushed, dry_run))
-            return
-        with _bar(console) as bar:
-            task = bar.add_task(f"checking {escape(folder)}", total=None)
-            pushed = client.push(
-                Path(folder),
-                name,
-                labels=labels,
-                validate_only=dry_run,
-                activate=activate,
-                allow_replace=replace,
-                etag=etag,
                 wait_replicas=wait_replicas,
-                progress=lambda done, total: bar.update(
-                    task, description=f"sending {name}", completed=done, total=total
-                ),
-                on_resume=lambda resumed: console.print(_resumed(resumed), soft_wrap=True),
             )
+        else:
+            with _bar(console) as bar:
+                task = bar.add_task(f"checking {escape(folder)}", total=None)
+                pushed = client.push(
+                    Path(folder),
+                    name,
+                    labels=labels,
+                    validate_only=dry_run,
+                    activate=activate,
+                    allow_replace=replace,
+                    etag=etag,
+                    wait_replicas=wait_replicas,
+                    progress=lambda done, total: bar.update(
+                        task, description=f"sending {name}", completed=done, total=total
+                    ),
+                    on_resume=lambda resumed: console.print(_resumed(resumed), soft_wrap=True),
+                )
         _warn(console, pushed)
         told = _outcome(pushed, dry_run) + replicas_shown(pushed.replicas)
         print(as_json(pushed) if json_ else told)

@@ -226,7 +226,7 @@ class GetUploadResponse(_message.Message):
     def __init__(self, committed: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class RegisterAdapterRequest(_message.Message):
-    __slots__ = ("name", "uri", "labels", "validate_only", "activate", "allow_replace", "etag")
+    __slots__ = ("name", "uri", "labels", "validate_only", "activate", "allow_replace", "etag", "wait")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -241,6 +241,7 @@ class RegisterAdapterRequest(_message.Message):
     ACTIVATE_FIELD_NUMBER: _ClassVar[int]
     ALLOW_REPLACE_FIELD_NUMBER: _ClassVar[int]
     ETAG_FIELD_NUMBER: _ClassVar[int]
+    WAIT_FIELD_NUMBER: _ClassVar[int]
     name: str
     uri: str
     labels: _containers.ScalarMap[str, str]
@@ -248,19 +249,22 @@ class RegisterAdapterRequest(_message.Message):
     activate: bool
     allow_replace: bool
     etag: str
-    def __init__(self, name: _Optional[str] = ..., uri: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., validate_only: _Optional[bool] = ..., activate: _Optional[bool] = ..., allow_replace: _Optional[bool] = ..., etag: _Optional[str] = ...) -> None: ...
+    wait: _replication_pb2.WaitForReplicas
+    def __init__(self, name: _Optional[str] = ..., uri: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., validate_only: _Optional[bool] = ..., activate: _Optional[bool] = ..., allow_replace: _Optional[bool] = ..., etag: _Optional[str] = ..., wait: _Optional[_Union[_replication_pb2.WaitForReplicas, _Mapping]] = ...) -> None: ...
 
 class RegisterAdapterResponse(_message.Message):
-    __slots__ = ("adapter", "published", "replaced", "warnings")
+    __slots__ = ("adapter", "published", "replaced", "warnings", "replicas")
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     PUBLISHED_FIELD_NUMBER: _ClassVar[int]
     REPLACED_FIELD_NUMBER: _ClassVar[int]
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
     adapter: Adapter
     published: bool
     replaced: bool
     warnings: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ..., published: _Optional[bool] = ..., replaced: _Optional[bool] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
+    replicas: _replication_pb2.ReplicasReached
+    def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ..., published: _Optional[bool] = ..., replaced: _Optional[bool] = ..., warnings: _Optional[_Iterable[str]] = ..., replicas: _Optional[_Union[_replication_pb2.ReplicasReached, _Mapping]] = ...) -> None: ...
 
 class DownloadAdapterRequest(_message.Message):
     __slots__ = ("name",)

@@ -189,15 +189,14 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def EvictAdapter(self, request, context):
-        """Frees memory; the adapter stays registered.
+        """Frees memory; the adapter stays registered. DeleteAdapter removes a revision or a name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteAdapter(self, request, context):
-        """Removes a revision, or a name with all its revisions.
-        """
+        """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')

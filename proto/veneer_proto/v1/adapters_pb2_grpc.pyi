@@ -60,9 +60,8 @@ class AdapterServiceStub:
     ActivateAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.ActivateAdapterRequest, _adapters_pb2.ActivateAdapterResponse]
     """Brings an adapter to a tier before the first request asks for it."""
     EvictAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.EvictAdapterRequest, _adapters_pb2.EvictAdapterResponse]
-    """Frees memory; the adapter stays registered."""
+    """Frees memory; the adapter stays registered. DeleteAdapter removes a revision or a name."""
     DeleteAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.DeleteAdapterRequest, _adapters_pb2.DeleteAdapterResponse]
-    """Removes a revision, or a name with all its revisions."""
     SetAlias: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.SetAliasRequest, _adapters_pb2.SetAliasResponse]
     """Moves, rolls back or removes an alias, in one step for all who ask."""
     ListAliases: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.ListAliasesRequest, _adapters_pb2.ListAliasesResponse]
@@ -111,9 +110,8 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     ActivateAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.ActivateAdapterRequest, _adapters_pb2.ActivateAdapterResponse]  # type: ignore[assignment]
     """Brings an adapter to a tier before the first request asks for it."""
     EvictAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.EvictAdapterRequest, _adapters_pb2.EvictAdapterResponse]  # type: ignore[assignment]
-    """Frees memory; the adapter stays registered."""
+    """Frees memory; the adapter stays registered. DeleteAdapter removes a revision or a name."""
     DeleteAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.DeleteAdapterRequest, _adapters_pb2.DeleteAdapterResponse]  # type: ignore[assignment]
-    """Removes a revision, or a name with all its revisions."""
     SetAlias: _aio.UnaryUnaryMultiCallable[_adapters_pb2.SetAliasRequest, _adapters_pb2.SetAliasResponse]  # type: ignore[assignment]
     """Moves, rolls back or removes an alias, in one step for all who ask."""
     ListAliases: _aio.UnaryUnaryMultiCallable[_adapters_pb2.ListAliasesRequest, _adapters_pb2.ListAliasesResponse]  # type: ignore[assignment]
@@ -207,15 +205,14 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.EvictAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.EvictAdapterResponse, _abc.Awaitable[_adapters_pb2.EvictAdapterResponse]]:
-        """Frees memory; the adapter stays registered."""
+        """Frees memory; the adapter stays registered. DeleteAdapter removes a revision or a name."""
 
     @_abc_1.abstractmethod
     def DeleteAdapter(
         self,
         request: _adapters_pb2.DeleteAdapterRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_adapters_pb2.DeleteAdapterResponse, _abc.Awaitable[_adapters_pb2.DeleteAdapterResponse]]:
-        """Removes a revision, or a name with all its revisions."""
+    ) -> _typing.Union[_adapters_pb2.DeleteAdapterResponse, _abc.Awaitable[_adapters_pb2.DeleteAdapterResponse]]: ...
 
     @_abc_1.abstractmethod
     def SetAlias(

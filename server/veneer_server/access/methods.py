@@ -70,6 +70,7 @@ _HTTP: Final[Mapping[str, frozenset[Role]]] = {
     "POST /v1/chat/completions": _CALLERS,
     "POST /v1/completions": _CALLERS,
     "POST /v1/responses": _CALLERS,
+    "POST /v1/messages": _CALLERS,
     "POST /tokenize": _CALLERS,
     "POST /detokenize": _CALLERS,
     "GET /v1/models": _READERS,

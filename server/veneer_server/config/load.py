@@ -140,7 +140,7 @@ def _check_role(config: ServerConfig) -> None:
                     metadata={"key": name},
                 )
     else:
-        for name in ("store", "catalog", "watch_dir", "fetch_allow", "resolve"):
+        for name in ("catalog", "watch_dir", "fetch_allow", "resolve"):
             if getattr(config, name):
                 raise ConfigInvalid(
                     f"{_BY_NAME[name].flag} has no effect with --role engine, whose adapters "
@@ -202,7 +202,7 @@ def _check(config: ServerConfig) -> None:
             "--tls-client-ca needs TLS: give --tls-cert and --tls-key too",
             metadata={"key": "tls_client_ca"},
         )
-    if bool(config.store) != bool(config.catalog):
+    if config.role != "engine" and bool(config.store) != bool(config.catalog):
         raise ConfigInvalid(
             "--store and --catalog belong together: give both, or none to keep adapters in "
             "--data-dir",

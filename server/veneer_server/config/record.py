@@ -51,6 +51,10 @@ class ServerConfig:
         "10GiB", kinds.BYTES,
         "Of --role engine: most bytes of adapters on this machine's disk; the least recently "
         "used go first.")
+    max_registry_lag: float = setting(
+        "0", kinds.SECONDS,
+        "Of --role engine: calls that name an adapter are refused while what is known of the "
+        "registry is older. 0 sets no limit; callers may set a lower one.")
     listen: kinds.Address = setting(
         "127.0.0.1:50051", kinds.ADDRESS,
         "Address for gRPC; port 0 picks a free port.")
@@ -125,7 +129,8 @@ class ServerConfig:
     store: str = setting(
         "", kinds.TEXT,
         "Object store for the adapters, such as s3://bucket/prefix, which several servers may "
-        "share; needs --catalog; empty keeps them in --data-dir.")
+        "share; needs --catalog; empty keeps them in --data-dir. Of --role engine: the "
+        "registry's, from which weights are fetched first.")
     catalog: str = setting(
         "", kinds.TEXT,
         "PostgreSQL database for the catalog, such as postgresql://veneer@host/veneer, without "
@@ -311,10 +316,10 @@ class ServerConfig:
         "20", kinds.whole(0, 1000),
         "Most digits in a row of numbers in JSON, before the point and behind it, where the "
         "schema allows fewer too; 0 does not bound them.")
-    reasoning_parser: Literal["auto", "think", "none"] = setting(
-        "auto", kinds.one_of("auto", "think", "none"),
-        "Split <think>...</think> off the answers to chats: of templates that have the tag "
-        "(auto), of all (think), or of none.")
+    reasoning_parser: Literal["auto", "think", "mistral", "none"] = setting(
+        "auto", kinds.one_of("auto", "think", "mistral", "none"),
+        "Split <think>...</think>, or Mistral's [THINK]...[/THINK], off the answers to chats: "
+        "of templates that have the tag (auto), one of them off all (think, mistral), or none.")
     log_format: Literal["console", "json"] = setting(
         "console", kinds.one_of("console", "json"),
         "Format of the log on stderr.")

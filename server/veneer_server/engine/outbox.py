@@ -158,6 +158,11 @@ def output_of(update: Update, step: int) -> FromEngine:
             if update.first and sequence.prompt_top_logprobs
             else None
         ),
+        prompt_ranks=(
+            list(sequence.prompt_ranks)
+            if update.first and sequence.request.prompt_ranks
+            else None
+        ),
         tier=sequence.found_in if update.first else None,
         load_seconds=sequence.load_seconds if update.first else 0.0,
         queue_seconds=max(0.0, wait - sequence.load_seconds) if update.first else 0.0,

@@ -61,6 +61,11 @@ class Remote(Protocol):
         Unavailable if the connection fails, and what the other side raises."""
         ...
 
+    def distrust(self, digest: str) -> None:
+        """What came last for a digest does not have it: the next must come from elsewhere, if
+        there is a choice."""
+        ...
+
 
 class _Broken(Unavailable):
     """The transfer was interrupted, and may be resumed."""
@@ -159,6 +164,7 @@ class Fetching:
             except AdapterCorrupt as error:
                 # What an interrupted fetch left may be damaged: once more from the beginning.
                 _log.warning("fetched weights do not have their digest", why=str(error))
+                self._remote.distrust(digest)
                 if last:
                     raise
         seconds = time.monotonic() - started

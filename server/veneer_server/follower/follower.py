@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import secrets
 import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -22,12 +24,13 @@ from veneer_registry.recovery import base_identity
 from veneer_server.access.principal import DEFAULT_TENANT
 from veneer_server.config import ServerConfig
 from veneer_server.follower.cache import WeightsCache
-from veneer_server.follower.fetching import Fetching
+from veneer_server.follower.fetching import Fetching, Remote
 from veneer_server.follower.kept_view import Kept, load, save
 from veneer_server.follower.link import Link
 from veneer_server.follower.mirror import Mirror
 from veneer_server.follower.registry_channel import RegistryChannel, RegistryPlace
 from veneer_server.follower.standing import Standing
+from veneer_server.follower.store_first import ObjectsOf, StoreFirst
 from veneer_server.follower.view import Received, View
 from veneer_server.logs import get_logger
 from veneer_server.replication.states import NameState
@@ -73,17 +76,28 @@ class Follower:
         base: BaseSpec,
         *,
         on_fetched: Callable[[float], None] = lambda seconds: None,
+        objects: ObjectsOf | None = None,
         view: type[View] = View,
     ) -> None:
-        """Raises InvalidField if a file that the configuration names cannot be read."""
+        """Args:
+            objects: of the registry's object store, which is asked first for weights.
+
+        Raises:
+            InvalidField: a file that the configuration names cannot be read.
+        """
         self.place = RegistryPlace.of(config)
-        self.standing = Standing(self.place.address)
+        self.standing = Standing(
+            self.place.address, most_lag_s=config.max_registry_lag or math.inf
+        )
         self.view = view()
         self.cache = WeightsCache(
             config.data_dir / FOLDER, config.adapter_cache_bytes, self._in_use
         )
         self.channel = RegistryChannel(self.place)
-        self.fetching = Fetching(self.cache, self.channel, self.standing, on_fetched=on_fetched)
+        remote: Remote = self.channel
+        if objects is not None:
+            remote = StoreFirst(objects, self.channel, most_bytes=config.max_adapter_bytes)
+        self.fetching = Fetching(self.cache, remote, self.standing, on_fetched=on_fetched)
         self.link = Link(
             self.place,
             self.view,
@@ -102,6 +116,8 @@ class Follower:
         self._mirrors: dict[str, Mirror] = {}
         self._lock = threading.Lock()
         self._applied: Applied | None = None
+        self._changed = asyncio.Event()
+        """Set, and replaced, with the next name that changes."""
         self._resident: Callable[[str], bool] = lambda digest: False
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -129,6 +145,14 @@ class Follower:
     def tenants(self) -> set[str]:
         """Tenants that have names."""
         return {tenant for tenant, _ in self.view.names}
+
+    async def until(self, holds: Callable[[], bool], within_s: float) -> bool:
+        """Wait until something holds of the view; whether it does."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                while not holds():
+                    await self._changed.wait()
+        return holds()
 
     async def stop(self) -> None:
         """End the connections. Idempotent."""
@@ -216,6 +240,8 @@ class Follower:
             self._bring_hot(mirror, before, state)
             if self._applied is not None:
                 await self._applied(Change(mirror, state, before, dropped))
+            self._changed.set()
+            self._changed = asyncio.Event()
             if number % _BATCH == 0:
                 await asyncio.sleep(0)
 

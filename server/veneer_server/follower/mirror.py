@@ -118,7 +118,18 @@ class Mirror(Lookups):
         if ref == before:  # it is being deleted, or its row in the registry is damaged
             raise self._standing.unreachable(f"adapter {ref.short}", "its record is missing")
 
+    def list(
+        self,
+        prefix: str = "",
+        labels: Mapping[str, str] | None = None,
+        after: str = "",
+        limit: int = 100,
+    ) -> tuple[AdapterRecord, ...]:
+        self._standing.check()
+        return super().list(prefix, labels, after, limit)
+
     def _known(self, look: Callable[[], T]) -> T:
+        self._standing.check()
         try:
             return look()
         except AdapterNotFound as error:

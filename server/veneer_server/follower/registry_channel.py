@@ -93,6 +93,9 @@ class RegistryChannel:
         """End its calls."""
         await self.channel.close()
 
+    def distrust(self, digest: str) -> None:
+        """As `fetching.Remote`: there is no choice."""
+
     async def chunks(
         self, tenant: str, digest: str, file: str, offset: int
     ) -> AsyncIterator[Chunk]:

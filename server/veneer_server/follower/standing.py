@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Final
 
 from veneer_registry.errors import AdapterNotFound, FailedPrecondition, Unavailable
 
+from veneer_server.replication.asked import ASKED
 from veneer_server.replication.states import HEARTBEAT_S
 
 __all__ = ["Standing"]
@@ -29,8 +31,16 @@ class Standing:
         fault: why the registry cannot be followed, in words; "" if it can.
     """
 
-    def __init__(self, registry: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        registry: str,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        most_lag_s: float = math.inf,
+    ) -> None:
+        """Args: most_lag_s: the oldest view by which calls are answered."""
         self.registry = registry
+        self._most_lag_s = most_lag_s
         self.connected = False
         self.sequence = 0
         self.fault = ""
@@ -61,6 +71,26 @@ class Standing:
         """Seconds since the view was known to be current, or since the start."""
         since = self._started if self._current is None else self._current
         return max(0.0, self._clock() - since)
+
+    def check(self) -> None:
+        """Raise Unavailable if the current call, or this server, takes no view as old as this
+        one. What the server does by itself takes any."""
+        asked = ASKED.get()
+        if asked is None:
+            return
+        most_s = min(asked.most_lag_s, self._most_lag_s)
+        if most_s == math.inf or (self.synced and self.lag_s <= most_s):
+            return
+        raise Unavailable(
+            f"what this server knows of its registry is {self.lag_s:.3f} s old, and the call "
+            f"takes at most {most_s:g} s: retry, or ask another server",
+            metadata={
+                "cause": "registry_lag",
+                "lag_s": f"{self.lag_s:.3f}",
+                "limit_s": f"{most_s:g}",
+            },
+            retry_after_s=RETRY_S,
+        )
 
     def absent(self, error: AdapterNotFound) -> AdapterNotFound | Unavailable:
         """The error for a name that the view does not have: `error` only if the view is

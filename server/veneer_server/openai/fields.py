@@ -293,10 +293,12 @@ def parse_fields(kind: type[FieldsT], given: object) -> FieldsT:
         )
     kept = {}
     for name, value in given.items():
-        if value is None or name in IGNORED:
+        if value is None:
             continue
         if name in kind.model_fields:
             kept[name] = value
+        elif name in IGNORED:
+            continue
         else:
             _check_unserved(kind, name, value)
     try:

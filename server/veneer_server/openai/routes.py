@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import Counter, Histogram
 from starlette.routing import Route
 from veneer_registry.errors import (
+    InvalidField,
     PermissionDenied,
     Unauthenticated,
     Unavailable,
@@ -37,8 +38,10 @@ from veneer_server.openai.errors import PACED, HttpError, http_failure
 from veneer_server.openai.generate import ChatEndpoint, CompletionEndpoint
 from veneer_server.openai.http.asgi import CERTIFICATE_NAMES, Receive, Scope, Send
 from veneer_server.openai.http.cors import Cors
+from veneer_server.openai.messages.endpoint import MessagesEndpoint
 from veneer_server.openai.responses.endpoint import ResponsesEndpoint
 from veneer_server.quotas.standing import rate_headers
+from veneer_server.replication.asked import ASKED, Asked
 from veneer_server.serving.who import CALLER
 from veneer_server.system.hosts import AllowedHosts
 from veneer_server.telemetry.tracing import INGRESS, Ingress
@@ -46,7 +49,11 @@ from veneer_server.telemetry.tracing import INGRESS, Ingress
 __all__ = ["Admission", "Edge", "make_app"]
 
 _REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
-_GENERATE: Final = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses"})
+_GENERATE: Final = frozenset(
+    {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"}
+)
+_REFUSALS: Final = (InvalidField, Unauthenticated, PermissionDenied, Unavailable)
+"""Of a request, before it gets to its path."""
 _MODEL: Final = "/v1/models/"
 _SECONDS: Final = (0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80)
 
@@ -81,6 +88,7 @@ def make_app(core: Core, hosts: AllowedHosts, admission: Admission) -> Edge:
             Route("/v1/chat/completions", ChatEndpoint(core), methods=["POST"]),
             Route("/v1/completions", CompletionEndpoint(core), methods=["POST"]),
             Route("/v1/responses", ResponsesEndpoint(core), methods=["POST"]),
+            Route("/v1/messages", MessagesEndpoint(core), methods=["POST"]),
             Route("/tokenize", TokenizeEndpoint(core), methods=["POST"]),
             Route("/detokenize", DetokenizeEndpoint(core), methods=["POST"]),
             Route("/v1/load_lora_adapter", LoadEndpoint(core), methods=["POST"]),
@@ -180,6 +188,7 @@ class Edge:
         await self._admission.access.admit(
             f"{verb} {path}", credentials, self._admission.elsewhere
         )
+        ASKED.set(Asked.of(text))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
@@ -209,7 +218,7 @@ class Edge:
                 return
             await self._admit(scope, headers)
             await self._app(scope, receive, tagged)
-        except (HttpError, Unauthenticated, PermissionDenied, Unavailable) as error:
+        except (HttpError, *_REFUSALS) as error:
             reason = error.code if isinstance(error, HttpError) else error.reason
             if isinstance(error, VeneerError):
                 self._failures.labels(reason).inc()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -20,12 +21,15 @@ from veneer_server.logs import get_logger
 from veneer_server.models.config import DecoderConfig
 from veneer_server.roles.role import MakeEngine
 from veneer_server.rpc.adapter_service import AdapterService
+from veneer_server.rpc.followers.loading_by_registry import LoadingByRegistry
 from veneer_server.rpc.followers.passing_on import PassingOn
 from veneer_server.rpc.server_service import ReplicationFacts
 from veneer_server.serving.adapters.budgets import AdapterBudgets
+from veneer_server.serving.tenants.places import objects_of
 from veneer_server.serving.tenants.registry import AdapterRegistry
 from veneer_server.serving.tenants.tenant import Tenant
 from veneer_server.serving.tenants.tenants import Tenants
+from veneer_server.serving.transfer.loading import Loading
 from veneer_server.serving.transfer.transfers import Transfers
 from veneer_server.sizing.memory_plan import MemoryPlan
 from veneer_server.startup import memory_for
@@ -61,7 +65,12 @@ class Following:
         self, base: BaseSpec, read: ReadAdapter, metrics: Metrics
     ) -> Callable[[Path, OwnerLock | None], AdapterRegistry]:
         series = FollowerSeries()
-        self._follower = Follower(self._config, base, on_fetched=series.fetch_seconds.observe)
+        self._follower = Follower(
+            self._config,
+            base,
+            on_fetched=series.fetch_seconds.observe,
+            objects=partial(objects_of, self._config.store) if self._config.store else None,
+        )
         series.watch(self._follower, metrics.registry)
         return self._follower.open
 
@@ -82,6 +91,9 @@ class Following:
 
     def replication(self, tenants: Tenants) -> replication_pb2_grpc.ReplicationServiceServicer:
         return _NotHere(self._following.standing.registry)
+
+    def loading(self) -> Loading:
+        return LoadingByRegistry(self._following.channel, self._following.until)
 
     async def start(self, tenants: Tenants) -> None:
         self._tenants = tenants

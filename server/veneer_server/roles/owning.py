@@ -29,9 +29,11 @@ from veneer_server.serving.adapters.budgets import AdapterBudgets
 from veneer_server.serving.tenants.places import places_of
 from veneer_server.serving.tenants.registry import AdapterRegistry
 from veneer_server.serving.tenants.tenants import Tenants
+from veneer_server.serving.transfer.loading import Loading, LoadingHere
 from veneer_server.serving.transfer.transfers import Transfers
-from veneer_server.sizing.memory_plan import KvCachePlan, MemoryPlan
+from veneer_server.sizing.memory_plan import KvCachePlan, MemoryPlan, plan_registry
 from veneer_server.startup import memory_for
+from veneer_server.system.machine import host_memory
 from veneer_server.telemetry.metrics import Metrics
 from veneer_server.telemetry.replication_series import RegistrySeries
 
@@ -100,6 +102,9 @@ class Owning:
             self._feed, self._replicas, source, reader_limit_s=self._config.reader_limit
         )
 
+    def loading(self) -> Loading:
+        return LoadingHere()
+
     async def start(self, tenants: Tenants) -> None:
         pass
 
@@ -125,13 +130,14 @@ class Owning:
 
 
 class RegistryOnly(Owning):
-    """Has no engine: it loads no base, and plans no memory."""
+    """Has no engine: it loads no base and no adapter."""
 
     def engine(self, make: MakeEngine) -> MakeEngine:
         return NoEngine
 
     def memory(self, decoder: DecoderConfig, config: ServerConfig) -> MemoryPlan:
-        return MemoryPlan((), KvCachePlan(0, 0, decoder.context_length, 1), 0)
+        pool = plan_registry(host_memory())
+        return MemoryPlan((pool,), KvCachePlan(0, 0, decoder.context_length, 1), 0)
 
     def is_ready(self, engine_up: bool) -> bool:
         return True

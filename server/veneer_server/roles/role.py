@@ -19,6 +19,7 @@ from veneer_server.rpc.server_service import ReplicationFacts
 from veneer_server.serving.adapters.budgets import AdapterBudgets
 from veneer_server.serving.tenants.registry import AdapterRegistry
 from veneer_server.serving.tenants.tenants import Tenants
+from veneer_server.serving.transfer.loading import Loading
 from veneer_server.serving.transfer.transfers import Transfers
 from veneer_server.sizing.memory_plan import MemoryPlan
 from veneer_server.telemetry.metrics import Metrics
@@ -52,6 +53,10 @@ class Role(Protocol):
     def replication(
         self, tenants: Tenants
     ) -> replication_pb2_grpc.ReplicationServiceServicer: ...
+
+    def loading(self) -> Loading:
+        """Publishes what lies in a folder of this machine."""
+        ...
 
     async def start(self, tenants: Tenants) -> None:
         """After the tenants are open, and before the engine is loaded."""

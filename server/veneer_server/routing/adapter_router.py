@@ -7,9 +7,10 @@ has about `_LOAD_WORTH` requests more than the other. Three things change that:
 - **Share.** An adapter with more than a replica's fair share of the requests has as many homes
   as it takes for each to get half a share. Among them a session has its own; a request without
   one goes where the least is under way, a copy in memory counting as above.
-- **Bound.** No replica gets a request while it has more than 1.25 times the mean (consistent
+- **Bound.** No replica gets a request while it has more than 1.15 times the mean (consistent
   hashing with bounded loads, Mirrokni, Thorup and Zadimoghaddam 2016), both of the requests
-  there now and of the work sent there recently. The next one in the adapter's order does.
+  there now and of the work sent there recently. The next one in the adapter's order does. So
+  over longer periods it stays within 1.25 times.
 - **A copy elsewhere.** Where the homes are nearly at their bound, or beyond it, a less loaded
   replica that already has the adapter goes first: this makes room without a further load. So
   what is moved is what costs nothing, the popular adapters that have several copies.
@@ -36,6 +37,10 @@ from veneer_server.routing.router import WINDOW_S, Router
 __all__ = ["BOUND", "AdapterRouter"]
 
 BOUND: Final = 1.25
+"""Most requests of a replica in any longer period, as a multiple of the mean."""
+_AIM: Final = 1.15
+"""What is kept to over the half minute that counts as recent. Less than the bound, since a
+replica that had little to do may make up for it within the period that somebody looks at."""
 _NEAR: Final = 1.1
 """From here on a copy elsewhere is preferred."""
 _FREE: Final = 4.0
@@ -63,7 +68,7 @@ class AdapterRouter(Router):
         free: see `_FREE`.
     """
 
-    def __init__(self, *, bound: float = BOUND, free: float = _FREE) -> None:
+    def __init__(self, *, bound: float = _AIM, free: float = _FREE) -> None:
         super().__init__()
         self._bound = bound
         self._near = min(bound, _NEAR)

@@ -119,7 +119,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.RegisterAdapterRequest, context: Any
     ) -> adapters_pb2.RegisterAdapterResponse:
         """Fetch an adapter from a URI, then publish it as `UploadAdapter` does."""
-        wanted = registration(request)
+        wanted, wait = registration(request), wait_for(request.wait, "wait")
         home = await self._tenants.current(publishing=True)
         published = await self._transfers.registering.register(home, wanted, who_calls(context))
         return adapters_pb2.RegisterAdapterResponse(
@@ -127,6 +127,9 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             published=published.published,
             replaced=published.replaced,
             warnings=published.warnings,
+            replicas=reached_to_wire(
+                await self._reached(Wait() if wanted.validate_only else wait)
+            ),
         )
 
     async def DownloadAdapter(  # type: ignore[override]  # writes instead of yielding

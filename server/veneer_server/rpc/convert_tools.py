@@ -61,6 +61,8 @@ def _tool(tool: inference_pb2.Tool, field: str) -> Tool:
         except ValueError as error:
             raise invalid(f"{field}.parameters", f"is not valid JSON: {error}") from error
         function["parameters"] = parameters
+    if tool.strict:
+        function["strict"] = True
     made = Tool(function)
     check_tool(made, field)
     return made

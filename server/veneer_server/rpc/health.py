@@ -27,12 +27,16 @@ class Health:
 
     Liveness says that the front process answers and is not stopping: restarting it
     would not help a loading or restarting engine. InferenceService is ready while
-    the engine's step loop answers; the other services once loading is done.
+    the engine's step loop answers; the other services once loading is done. A server without
+    an engine does not have InferenceService, so that a check of it gets NOT_FOUND: this tells a
+    registry, which is ready, from a server whose engine is away, and needs no credentials.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, generates: bool = True) -> None:
+        """Args: generates: whether the server has an engine."""
         # grpc_health ships no types for its asyncio servicer.
         self._servicer: Any = health.aio.HealthServicer()
+        self._services = SERVICES if generates else SERVICES[1:]
         self._loaded = False
         self._engine = False
         self._draining = False
@@ -63,6 +67,6 @@ class Health:
     async def _publish(self) -> None:
         ready = self._loaded and not self._draining
         await self._servicer.set("", _DOWN if self._draining else _UP)
-        for service in SERVICES:
+        for service in self._services:
             up = ready and (self._engine or service != _ENGINE_SERVICE)
             await self._servicer.set(service, _UP if up else _DOWN)

@@ -172,7 +172,11 @@ def _prompt_logprobs(
     if delta.prompt_logprobs is None:
         return []
     ids = generation.prompt.ids[1:]
-    return _entries(ids, delta.prompt_logprobs, delta.prompt_top_logprobs, label)
+    entries = _entries(ids, delta.prompt_logprobs, delta.prompt_top_logprobs, label)
+    if delta.prompt_ranks is not None:
+        for entry, rank in zip(entries, delta.prompt_ranks, strict=True):
+            entry.rank = rank
+    return entries
 
 
 def _entries(
@@ -200,6 +204,7 @@ def _final(generation: Generation) -> inference_pb2.GenerateStreamFinal:
             prompt_tokens=len(generation.prompt.ids),
             completion_tokens=generation.completion_tokens,
             cached_prompt_tokens=generation.cached_tokens,
+            reasoning_tokens=generation.reasoning_tokens,
         ),
         provenance=convert.provenance(generation.provenance),
     )

@@ -27,16 +27,12 @@ from veneer_registry.errors import (
 from veneer_server.access.audit import Audit
 from veneer_server.access.authenticate import Access, Credentials
 from veneer_server.access.principal import PRINCIPAL
-from veneer_server.errors import (
-    detail_for_log,
-    internal_error,
-    to_grpc_status,
-    without_frames,
-)
+from veneer_server.errors import detail_for_log, internal_error, to_grpc_status, without_frames
 from veneer_server.logs import REQUEST_ID, get_logger
 from veneer_server.queues.refusal_pace import Pace
 from veneer_server.quotas.rates import Quotas
 from veneer_server.quotas.standing import rate_headers
+from veneer_server.replication.asked import ASKED, Asked
 from veneer_server.rpc.inference_service import GENERATE_METHODS
 from veneer_server.rpc.open_calls import OpenCalls
 from veneer_server.rpc.transport.connections import Connections
@@ -289,6 +285,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         names = _certificate_names(context) if self._access.asks else ()
         credentials = Credentials.of_headers(headers, names)
         await self._access.admit(method, credentials, self._elsewhere)
+        ASKED.set(Asked.of(headers))
 
     async def _refuse(self, method: str, error: VeneerError, context: Any) -> Any:
         name = method.rpartition("/")[2]

@@ -157,7 +157,7 @@ class Generator:
                     *(call, prompt, Provenance.of(self.base_name, ref), request),
                     *(self._engine, arrived, measured, held),
                     metrics=self.metrics,
-                    reader=ReplyReader.of(self.prompts.tokenizer, prompt.thinking, plan),
+                    reader=ReplyReader.of(self.prompts.tokenizer, prompt, plan),
                     fetch_s=fetch_s,
                 )
                 try:
@@ -305,6 +305,7 @@ class Generator:
             ignore_eos=call.ignore_eos,
             logprobs=call.logprobs,
             prompt_logprobs=call.prompt_tops is not None,
+            prompt_ranks=call.prompt_logprobs is not None,
             top_logprobs=max(call.top_logprobs, call.prompt_tops or 0),
             stop_token_ids=list(call.stop_token_ids),
             min_tokens=call.min_tokens,

@@ -31,8 +31,8 @@ class Delta:
         parts: both, and calls of tools, in order; empty if the answer is not taken apart.
         ends: how many of `tokens` had been read when each of `parts` was certain.
         logprobs, top_logprobs: one entry for each of `tokens`, if requested.
-        prompt_logprobs, prompt_top_logprobs: one entry for each prompt token after
-            the first; only in sample 0's first delta, if requested.
+        prompt_logprobs, prompt_top_logprobs, prompt_ranks: one entry for each prompt token
+            after the first; only in sample 0's first delta, if requested.
     """
 
     index: int
@@ -46,6 +46,7 @@ class Delta:
     reasoning: str = ""
     parts: Sequence[replies.Delta] = ()
     ends: Sequence[int] = ()
+    prompt_ranks: list[int] | None = None
 
 
 def sample_seed(seed: int, index: int) -> int:
@@ -63,7 +64,7 @@ def sample_request(request: SequenceRequest, index: int) -> SequenceRequest:
         request.sampling, seed=sample_seed(request.sampling.seed, index)
     )
     return msgspec.structs.replace(
-        request, sampling=sampling, prompt_logprobs=False, deadline=None
+        request, sampling=sampling, prompt_logprobs=False, prompt_ranks=False, deadline=None
     )
 
 
@@ -158,6 +159,7 @@ class Sample:
             reasoning="".join(p.text for p in parts if isinstance(p, replies.Reasoning)),
             parts=parts,
             ends=ends,
+            prompt_ranks=output.prompt_ranks,
         )
 
     def _parts(

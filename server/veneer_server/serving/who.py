@@ -10,7 +10,7 @@ from veneer_registry.rows import Who
 
 from veneer_server.access.principal import PRINCIPAL
 
-__all__ = ["CALLER", "who_calls"]
+__all__ = ["CALLER", "who_calls", "who_is_here"]
 
 CALLER: ContextVar[str] = ContextVar("caller", default="")
 """The connection of the current call. Callers take turns wherever one of them could keep
@@ -29,3 +29,8 @@ def who_calls(context: Any) -> Who:
     metadata = dict(context.invocation_metadata() or ())
     given = str(metadata.get(ACTOR, ""))[:_LONGEST]
     return Who(_UNPRINTABLE.sub("?", given), context.peer())
+
+
+def who_is_here() -> Who:
+    """The caller of an HTTP request."""
+    return Who(PRINCIPAL.get().name, CALLER.get())

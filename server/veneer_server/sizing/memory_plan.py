@@ -28,6 +28,7 @@ __all__ = [
     "MemoryUse",
     "base_bytes",
     "plan_memory",
+    "plan_registry",
     "token_bytes",
 ]
 
@@ -200,6 +201,13 @@ def plan_memory(
         if not planned.fits:
             raise _too_small(planned)
     return plan
+
+
+def plan_registry(host: HostMemory) -> MemoryPool:
+    """What a server without an engine may use: the front, and what checks uploads."""
+    return MemoryPool(
+        "host", (MemoryUse("processes", _FRONT_BYTES + _LOADER_BYTES),), host.limit
+    )
 
 
 def _kv_cache(model: DecoderConfig, config: ServerConfig, left: int, free: int) -> KvCachePlan:

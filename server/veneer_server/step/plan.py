@@ -57,6 +57,7 @@ class PlannedSequence:
             prefill chunk that does not reach the end of the prompt.
         score: for each of `tokens`, the token that follows it, if the prompt's
             log-probabilities are requested; otherwise empty.
+        ranks: whether the ranks of the tokens of `score` are requested.
         logprobs: whether the sampled token's log-probability is requested.
         sampling: how to choose the new token.
         position: index of the token to be sampled; with the seed it determines the
@@ -78,6 +79,7 @@ class PlannedSequence:
     sampling: SamplingParams
     position: int
     top_logprobs: int = 0
+    ranks: bool = False
     token_counts: Seen | None = None
     constraint: Constraint | None = None
     forbidden: tuple[int, ...] = ()
@@ -118,6 +120,7 @@ class SequenceResult:
         tops: the most likely tokens at the same position, if requested.
         scores: log-probabilities of `PlannedSequence.score`.
         score_tops: the most likely tokens at each of these positions.
+        score_ranks: how many tokens are at least as likely as each of these, if requested.
         following: how a constrained sequence continues. COMPLETE or LATE without a token: that
             was so before this step, whose logits are not used.
         failure: why its constraint could not be followed; the sequence ends.
@@ -129,6 +132,7 @@ class SequenceResult:
     tops: Tops | None = None
     scores: tuple[float, ...] = ()
     score_tops: tuple[Tops, ...] = ()
+    score_ranks: tuple[int, ...] = ()
     following: Following = Following.GOES_ON
     failure: ConstraintFailure | None = None
 

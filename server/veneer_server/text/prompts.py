@@ -10,7 +10,14 @@ from typing import Any, Final, Literal
 from veneer_registry.errors import ContextTooLong, InvalidField, TemplateFailed
 
 from veneer_server.text.lanes import Lanes
-from veneer_server.text.replies.thinking import OPEN, Thinking, thinking_of
+from veneer_server.text.replies.thinking import (
+    TAGS,
+    THINK,
+    Tags,
+    Thinking,
+    tags_of,
+    thinking_of,
+)
 from veneer_server.text.replies.tools.families import Family, family_of, knows_tools
 from veneer_server.text.templates.options import TemplateOptions
 from veneer_server.text.templates.template import ChatTemplate, read_base_template
@@ -27,9 +34,9 @@ INLINE_CHARACTERS: Final = 2000
 MAX_CUT: Final = 1 << 16
 """Most tokens of a prompt that is to be cut; the context may allow more."""
 
-Reasoning = Literal["auto", "think", "none"]
+Reasoning = Literal["auto", "think", "mistral", "none"]
 """Which answers to chats may begin with thinking in tags: those whose template names the tags,
-all, or none."""
+all (and in which tags), or none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +45,13 @@ class Prompt:
 
     Attributes:
         thinking: what may be thinking in the answer.
+        tags: those of the thinking.
     """
 
     text: str
     ids: list[int]
     thinking: Thinking = Thinking.NONE
+    tags: Tags = THINK
 
 
 _PLAIN: Final = TemplateOptions()
@@ -164,12 +173,13 @@ class Prompts:
             )
         ids = await self._tokenize(text, room, "messages", add_special_tokens=False)
         checked = self._checked(ids, "messages", room.vocab_size)
-        source = self._source(adapter_template) or ""
-        thinking = Thinking.NONE
-        if self._reasoning == "think" or (self._reasoning == "auto" and OPEN in source):
-            begun = messages[-1]["content"] if options.continue_final else ""
-            thinking = thinking_of(text, begun)
-        return Prompt(text, checked, thinking)
+        tags = TAGS.get(self._reasoning)
+        if self._reasoning == "auto":
+            tags = tags_of(self._source(adapter_template))
+        if tags is None:
+            return Prompt(text, checked)
+        begun = messages[-1]["content"] if options.continue_final else ""
+        return Prompt(text, checked, thinking_of(text, begun, tags), tags)
 
     def family(self, adapter_template: str | None, chosen: str = "auto") -> Family | None:
         """The format of tool calls that an adapter's template, or else the base's, asks for.

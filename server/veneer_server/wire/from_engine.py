@@ -108,6 +108,8 @@ class SequenceOutput(Message, frozen=True):
         top_logprobs: for each of `tokens` the most likely tokens with their
             log-probabilities, likeliest first, if requested.
         prompt_top_logprobs: the same for `prompt_logprobs`.
+        prompt_ranks: for each of `prompt_logprobs`, how many tokens have at least this one's
+            probability: 1 for the likeliest, if requested.
         cached_tokens: prompt tokens found in the prefix cache; first output only.
         step: number of the step that produced it (see `StepDone`); first output only.
     """
@@ -124,6 +126,7 @@ class SequenceOutput(Message, frozen=True):
     prompt_top_logprobs: list[Tops] | None = None
     cached_tokens: int = 0
     step: int = 0
+    prompt_ranks: list[int] | None = None
 
 
 class SequenceFailed(Message, frozen=True):

@@ -86,6 +86,7 @@ class SequenceRequest(Message, frozen=True):
         prompt: token ids, at least one.
         max_tokens: most new tokens, at least 1, within the context.
         prompt_logprobs: also report the prompt's log-probabilities.
+        prompt_ranks: and with them each token's rank among all tokens.
         top_logprobs: how many most likely tokens to report beside each log-probability.
         stop_token_ids: end the sequence, in addition to the model's own.
         min_tokens: neither these nor the model's own are sampled earlier, unless a constraint
@@ -109,6 +110,7 @@ class SequenceRequest(Message, frozen=True):
     ignore_eos: bool = False
     logprobs: bool = False
     prompt_logprobs: bool = False
+    prompt_ranks: bool = False
     top_logprobs: int = 0
     stop_token_ids: list[int] = msgspec.field(default_factory=list)
     min_tokens: int = 0

@@ -74,16 +74,26 @@ async def check_an_output_type() -> None:
     assert isinstance(answer.final_output, City)
 
 
-async def check_an_agent_calls_its_tool_and_answers() -> None:
-    answer = await Runner.run(agent(CALLER, tools=[paint]), PAINT)
+async def calls_and_answers(asked: Agent[Any]) -> None:
+    CALLED.clear()
+    answer = await Runner.run(asked, PAINT)
     assert CALLED
     assert set(CALLED) <= set(COLOURS)
     assert answer.final_output
     CALLED.clear()
-    streamed = Runner.run_streamed(agent(CALLER, tools=[paint]), PAINT)
+    streamed = Runner.run_streamed(asked, PAINT)
     assert [event async for event in streamed.stream_events()]
     assert CALLED
     assert streamed.final_output
+
+
+async def check_an_agent_calls_its_tool_and_answers() -> None:
+    await calls_and_answers(agent(CALLER, tools=[paint]))
+
+
+async def check_an_agent_over_responses_calls_its_tool_and_answers() -> None:
+    """Its calls and results go back as items of a response."""
+    await calls_and_answers(agent(CALLER, tools=[paint], over=OpenAIResponsesModel))
 
 
 async def check_a_forced_call_of_the_base() -> None:

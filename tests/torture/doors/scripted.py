@@ -134,7 +134,7 @@ class Script:
             request.top_logprobs,
             random.Random(f"{weights}|{request.prompt}"),  # whatever the seed
         )
-        hidden = {"deadline", "caller", "prompt", "prompt_logprobs"}
+        hidden = {"deadline", "caller", "prompt", "prompt_logprobs", "prompt_ranks"}
         fields = {
             name: getattr(request, name)
             for name in request.__struct_fields__
@@ -196,6 +196,9 @@ class ScriptedEngine(FakeEngine):
                     prompt_logprobs=made.prompt_logprobs if echoed else None,
                     prompt_top_logprobs=made.prompt_tops
                     if echoed and request.top_logprobs
+                    else None,
+                    prompt_ranks=[1 for _ in request.prompt[1:]]
+                    if request.prompt_ranks and first
                     else None,
                     tier="device" if request.adapter is not None and first else None,
                     cached_tokens=made.cached if first else 0,

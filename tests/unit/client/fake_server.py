@@ -63,6 +63,8 @@ class FakeServer(
         self.on_generate: Callable[[Any], Any] | None = None
         self._pool = ThreadPoolExecutor(8)
         self.ready = True
+        self.registry = False
+        """Whether it answers health checks as a server that generates nothing does."""
         self.address = "127.0.0.1:0"
         self._server = self._listen()
 
@@ -243,6 +245,9 @@ class FakeServer(
 
     def Check(self, request, context):  # noqa: N802
         self.note("Check", request, context)
-        serving = self.ready and request.service == "veneer.v1.InferenceService"
+        if self.registry and request.service == "veneer.v1.InferenceService":
+            context.abort(grpc.StatusCode.NOT_FOUND, "no such service")
+        service = "AdapterService" if self.registry else "InferenceService"
+        serving = self.ready and request.service == f"veneer.v1.{service}"
         state = health_pb2.HealthCheckResponse
         return state(status=state.SERVING if serving else state.NOT_SERVING)

@@ -338,6 +338,14 @@ def test_info_and_health(client: Driver) -> None:
     assert client.health("veneer.v1.AdapterService") is ServingStatus.NOT_SERVING
 
 
+def test_a_registry_is_healthy_without_generating(server: FakeServer, client: Driver) -> None:
+    server.registry = True
+    assert client.health() is ServingStatus.SERVING
+    client.wait_until_ready(10.0)
+    server.ready = False
+    assert client.health() is ServingStatus.NOT_SERVING
+
+
 # ------------------------------------------------------------------------ pushing
 
 

@@ -99,7 +99,7 @@ def test_tools(server: FakeServer, client: Driver) -> None:
     sent = asked(
         server,
         client,
-        tools=[Tool("f", "does it", schema), Tool("g")],
+        tools=[Tool("f", "does it", schema, strict=True), Tool("g")],
         tool_choice=ToolMode.REQUIRED,
         parallel_tool_calls=False,
     )
@@ -108,6 +108,7 @@ def test_tools(server: FakeServer, client: Driver) -> None:
         ("g", ""),
     ]
     assert json.loads(sent.tools[0].parameters) == schema
+    assert [tool.strict for tool in sent.tools] == [True, False]
     assert sent.tools[1].parameters == ""
     assert sent.tool_choice.mode == pb.TOOL_MODE_REQUIRED
     assert sent.HasField("parallel_tool_calls")
@@ -184,8 +185,11 @@ def test_samples_and_top_logprobs_of_an_answer(server: FakeServer, client: Drive
             reasoning="hm",
             token_ids=[7],
             logprobs=[pb.TokenLogprob(token_id=7, logprob=-0.5, token=" a", top=top)],
+            prompt_logprobs=[pb.TokenLogprob(token_id=3, logprob=-9, token=" b", rank=4321)],
             finish_reason=pb.FINISH_REASON_STOP,
-            usage=pb.Usage(prompt_tokens=9, completion_tokens=3, cached_prompt_tokens=8),
+            usage=pb.Usage(
+                prompt_tokens=9, completion_tokens=3, cached_prompt_tokens=8, reasoning_tokens=2
+            ),
             others=[
                 pb.Sample(text="b", token_ids=[8, 8], finish_reason=pb.FINISH_REASON_LENGTH)
             ],
@@ -197,7 +201,8 @@ def test_samples_and_top_logprobs_of_an_answer(server: FakeServer, client: Drive
     assert got.logprobs == (TokenLogprob(7, -0.5, top, " a"),)
     assert got.others == (Sample("b", (8, 8), (), FinishReason.LENGTH),)
     assert got.reasoning == "hm"
-    assert got.usage.cached_prompt_tokens == 8
+    assert got.prompt_logprobs == (TokenLogprob(3, -9.0, (), " b", rank=4321),)
+    assert (got.usage.cached_prompt_tokens, got.usage.reasoning_tokens) == (8, 2)
 
 
 def test_samples_of_a_stream(server: FakeServer, client: Driver) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from veneer_registry.registry import Registry
@@ -11,6 +13,7 @@ from veneer_registry.registry import Registry
 from tests.shared_services import Services, running
 from tests.unit.registry.kept_elsewhere import KeptElsewhere
 from tests.unit.registry.kit import BASE, Kept, make_adapter
+from tests.unit.registry.shared_kit import Open
 
 
 @pytest.fixture
@@ -53,3 +56,24 @@ def adapters(tmp_path: Path) -> Callable[[int], Path]:
         return folder if folder.exists() else make_adapter(folder, seed=number)
 
     return make
+
+
+@pytest.fixture
+def name(tmp_path: Path) -> str:
+    """Of the catalog and the store of a test."""
+    return f"s{abs(hash(str(tmp_path))):x}"
+
+
+@pytest.fixture
+def opened(services: Services, tmp_path: Path, name: str) -> Iterator[Open]:
+    """Opens further registries, each with a folder of its own unless one is given."""
+    with ExitStack() as stack:
+
+        def open_(folder: str = "", **options: Any) -> Registry:
+            folder = folder or f"own-{len(list(tmp_path.iterdir()))}"
+            data = tmp_path / folder
+            cache = options.pop("cache_bytes", 1 << 30)
+            places = services.places(name, data, cache_bytes=cache)
+            return stack.enter_context(Registry.open(data, BASE, places=places, **options))
+
+        yield open_

@@ -17,6 +17,7 @@ from veneer_server.engine.execution.sampler import (
     TorchDraws,
     sample,
     token_logprobs,
+    token_ranks,
     top_tokens,
 )
 from veneer_server.step.adapter_table import AdapterTable
@@ -192,6 +193,8 @@ def _score(
     rows = logits[place.begin : place.begin + len(sequence.score)]
     following = _index(list(sequence.score), logits)
     result.scores = tuple(token_logprobs(rows, following, draws).tolist())
+    if sequence.ranks:
+        result.score_ranks = tuple(token_ranks(rows, following))
     if sequence.top_logprobs:
         result.score_tops = tuple(top_tokens(rows, [sequence.top_logprobs] * len(rows), draws))
 

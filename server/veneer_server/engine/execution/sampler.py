@@ -37,6 +37,7 @@ __all__ = [
     "TorchDraws",
     "sample",
     "token_logprobs",
+    "token_ranks",
     "top_tokens",
     "uniform",
 ]
@@ -316,6 +317,24 @@ def token_logprobs(
     """
     picked = logits.gather(1, tokens.unsqueeze(1)).squeeze(1)
     return picked - (draws or TorchDraws()).log_sums(logits)
+
+
+def token_ranks(logits: torch.Tensor, tokens: torch.Tensor) -> list[int]:
+    """How many tokens of each row have at least the given token's logit: 1 for the likeliest.
+    So does vLLM count.
+
+    Args:
+        logits: [rows, vocab] float32.
+        tokens: [rows] int64.
+    """
+    picked = logits.gather(1, tokens.unsqueeze(1))
+    if logits.device.type != "cpu":
+        return (logits >= picked).sum(dim=1).tolist()
+    # A row at a time, and by numpy, which counts in a tenth of the time that torch takes.
+    rows, values = logits.numpy(), picked.squeeze(1).numpy()
+    return [
+        int(np.count_nonzero(row >= value)) for row, value in zip(rows, values, strict=True)
+    ]
 
 
 def top_tokens(

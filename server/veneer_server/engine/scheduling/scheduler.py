@@ -248,6 +248,7 @@ class Scheduler:
         sequence.computed = 0
         sequence.prompt_logprobs.clear()
         sequence.prompt_top_logprobs.clear()
+        sequence.prompt_ranks.clear()
         self._waiting.appendleft(sequence)
 
     def _candidates(self, now: float) -> Iterator[Sequence]:
@@ -312,6 +313,7 @@ class Scheduler:
             sequence.computed = planned.start + len(planned.tokens)
             sequence.prompt_logprobs.extend(result.scores)
             sequence.prompt_top_logprobs.extend(result.score_tops)
+            sequence.prompt_ranks.extend(result.score_ranks)
             if not result.finite:
                 self.blocks.forget(sequence)
             if result.failure is not None or not result.finite:

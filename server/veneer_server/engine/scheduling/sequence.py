@@ -81,6 +81,7 @@ class Sequence:
     cached_tokens: int = 0
     prompt_logprobs: list[float] = field(default_factory=list)
     prompt_top_logprobs: list[Tops] = field(default_factory=list)
+    prompt_ranks: list[int] = field(default_factory=list)
     place: int = 0
     urgency: tuple[float, int] = (0.0, 0)
     load_seconds: float = 0.0
@@ -153,6 +154,7 @@ def plan_sequence(
         sampling=sequence.request.sampling,
         position=len(sequence.tokens),
         top_logprobs=sequence.request.top_logprobs,
+        ranks=sequence.request.prompt_ranks,
         token_counts=sequence.seen() if samples and counted else None,
         constraint=sequence.request.constraint,
         forbidden=_forbidden(sequence, eos) if samples else (),

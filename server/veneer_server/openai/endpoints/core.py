@@ -15,6 +15,7 @@ from veneer_server.serving.calls import Calls
 from veneer_server.serving.generator import Generator
 from veneer_server.serving.local_folders import LocalFolders
 from veneer_server.serving.tenants.tenants import Tenants
+from veneer_server.serving.transfer.loading import Loading, LoadingHere
 from veneer_server.telemetry.metrics import Metrics
 from veneer_server.telemetry.pages import Pages
 
@@ -23,12 +24,17 @@ __all__ = ["Core", "Loaded"]
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The parts that exist once the base is known; no call needs them earlier."""
+    """The parts that exist once the base is known; no call needs them earlier.
+
+    Attributes:
+        loading: publishes what lies in a folder.
+    """
 
     generator: Generator
     tenants: Tenants
     engine: EngineClient
     base: BaseSpec
+    loading: Loading = field(default_factory=LoadingHere)
 
 
 @dataclass(slots=True)
@@ -67,6 +73,10 @@ class Core:
     @property
     def tenants(self) -> Tenants:
         return self._there.tenants
+
+    @property
+    def loading(self) -> Loading:
+        return self._there.loading
 
     @property
     def engine(self) -> EngineClient:

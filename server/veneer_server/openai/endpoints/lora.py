@@ -10,16 +10,14 @@ from typing import Final, Literal
 from veneer_proto.v1 import adapters_pb2
 from veneer_registry.adapter import AdapterRef, check_name
 from veneer_registry.errors import AdapterExists, InvalidField
-from veneer_registry.rows import Who
 
-from veneer_server.access.principal import PRINCIPAL, require
+from veneer_server.access.principal import require
 from veneer_server.openai.endpoints.json_endpoint import Answering, JsonEndpoint
 from veneer_server.openai.fields import RequestFields, parse_fields
 from veneer_server.openai.http.asgi import Reply
 from veneer_server.serving.checks import invalid
 from veneer_server.serving.tenants.visible import Visible
 from veneer_server.serving.threads import to_the_end
-from veneer_server.serving.who import CALLER
 
 __all__ = ["LoadEndpoint", "UnloadEndpoint"]
 
@@ -81,20 +79,18 @@ class LoadEndpoint(JsonEndpoint):
         spec = adapters_pb2.UploadSpec(
             name=name,
             labels={_LOADED_BY: "load_lora_adapter"},
-            activate=True,
             allow_replace=fields.load_inplace,
         )
         try:
             async with (
                 core.local.opened(fields.lora_path) as files,
                 aclosing(core.local.messages(files, spec)) as messages,
-                home.uploads.receive(messages) as (_, upload),
             ):
-                published = await home.changes.publish(upload, activate=True, who=_who())
+                loaded = await core.loading.load(home, messages)
         except AdapterExists:  # meanwhile
             raise _loaded(name) from None
         await reply.text(f"Success: LoRA adapter '{name}' added successfully.")
-        return _Changed(published.record.ref)
+        return _Changed(loaded.ref)
 
 
 class UnloadEndpoint(JsonEndpoint):
@@ -115,13 +111,9 @@ class UnloadEndpoint(JsonEndpoint):
         record = await to_the_end(lambda: home.registry.get(name))
         if _LOADED_BY not in record.labels:
             require({"admin"}, "unloading an adapter that was uploaded")
-        await home.changes.delete(name, "drain", etag=record.etag, who=_who())
+        await core.loading.unload(home, record)
         await reply.text(f"Success: LoRA adapter '{name}' removed successfully.")
         return _Changed(record.ref)
-
-
-def _who() -> Who:
-    return Who(PRINCIPAL.get().name, CALLER.get())
 
 
 def _check_name(name: str) -> None:

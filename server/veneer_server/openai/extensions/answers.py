@@ -38,15 +38,16 @@ class Additions:
             self._ids.setdefault(at, []).extend(delta.tokens)
             self._of(prompt)["prompt_token_ids"] = generation.prompt.ids
         if self._prompt_tops is not None and delta.prompt_logprobs is not None:
-            self._of(prompt)["prompt_logprobs"] = [
-                None,
-                *map(
-                    self._scores,
-                    generation.prompt.ids[1:],
-                    delta.prompt_logprobs,
-                    delta.prompt_top_logprobs or [[]] * len(delta.prompt_logprobs),
-                ),
-            ]
+            assert delta.prompt_ranks is not None, "asked for with prompt_logprobs"
+            each = zip(
+                generation.prompt.ids[1:],
+                delta.prompt_logprobs,
+                delta.prompt_top_logprobs or [[]] * len(delta.prompt_logprobs),
+                delta.prompt_ranks,
+                strict=True,
+            )
+            scores = [None, *(self._scores(*one) for one in each)]
+            self._of(prompt)["prompt_logprobs"] = scores
 
     def of_prompt(self, prompt: int) -> Json:
         """What belongs to a prompt, in a whole answer."""
@@ -67,14 +68,16 @@ class Additions:
     def _of(self, prompt: int) -> Json:
         return self._prompts.setdefault(prompt, {})
 
-    def _scores(self, token: int, logprob: float, tops: Sequence[tuple[int, float]]) -> Json:
-        """By token id: the prompt's own token first. Its rank is known if it is among the most
-        likely ones."""
-        ranks = {other: rank for rank, (other, _) in enumerate(tops, 1)}
+    def _scores(
+        self, token: int, logprob: float, tops: Sequence[tuple[int, float]], rank: int
+    ) -> Json:
+        """By token id: the prompt's own token first. Where it is among the most likely ones,
+        its rank is its place there, so that no two entries have the same."""
+        ranks = {token: rank} | {other: place for place, (other, _) in enumerate(tops, 1)}
         return {
             str(other): {
                 "logprob": score,
-                "rank": ranks.get(other),
+                "rank": ranks[other],
                 "decoded_token": self._label(other),
             }
             for other, score in ((token, logprob), *(top for top in tops if top[0] != token))

@@ -81,6 +81,8 @@ class ResponseAnswer(Answer):
             "top_p": getattr(chat, "top_p", None),
             "truncation": fields.truncation,
             "user": fields.user,
+            "safety_identifier": fields.safety_identifier,
+            "prompt_cache_key": fields.prompt_cache_key,
             **tools,
         }
 

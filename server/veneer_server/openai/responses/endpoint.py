@@ -53,10 +53,13 @@ def _metadata(given: object) -> Mapping[str, str]:
     if not isinstance(given, dict) or len(given) > _MOST_METADATA:
         raise invalid("metadata", f"must be an object of at most {_MOST_METADATA} members")
     for key, value in given.items():
-        if not isinstance(value, str) or len(key) > _LONGEST_KEY or len(value) > _LONGEST_VALUE:
+        if len(key) > _LONGEST_KEY:
             raise invalid(
                 "metadata",
-                f"has a key of more than {_LONGEST_KEY} characters, or a value that is not a "
-                f"text of at most {_LONGEST_VALUE}",
+                f"has a key of {len(key)} characters: give at most {_LONGEST_KEY}",
+            )
+        if not isinstance(value, str) or len(value) > _LONGEST_VALUE:
+            raise invalid(
+                f"metadata.{key}", f"is not a text of at most {_LONGEST_VALUE} characters"
             )
     return given

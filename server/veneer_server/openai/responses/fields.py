@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
@@ -11,13 +11,18 @@ from veneer_server.text.templates.options import Effort
 
 __all__ = ["ResponseFields", "TextFormat"]
 
+_Label = Annotated[str, Field(max_length=64)]
+"""Of what a response repeats, in OpenAI's bounds: each of its events may."""
+
+_INT32: Final = (1 << 31) - 1
+
 
 class TextFormat(RequestFields):
     """The format that the answer must have."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
-    name: str | None = None
-    description: str | None = None
+    name: _Label | None = None
+    description: Annotated[str, Field(max_length=1 << 12)] | None = None
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
     strict: bool | None = None
 
@@ -46,6 +51,7 @@ class ResponseFields(CommonFields):
     Attributes:
         input: a text, or items of a conversation; see `items`.
         max_tool_calls: of tools that OpenAI runs; without effect.
+        user, safety_identifier, prompt_cache_key: without effect; a response repeats them.
         chat_template_kwargs, include_reasoning: as chats have them.
         previous_response_id, conversation, prompt: of what OpenAI stores; refused.
         include: only the log-probabilities have an effect.
@@ -60,7 +66,10 @@ class ResponseFields(CommonFields):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
     truncation: Literal["disabled"] = "disabled"
     background: Literal[False] = False
-    max_tool_calls: int | None = None
+    max_tool_calls: Annotated[int, Field(ge=0, le=_INT32)] | None = None
+    user: _Label | None = None
+    safety_identifier: _Label | None = None
+    prompt_cache_key: _Label | None = None
     tools: Annotated[list[dict[str, Any]], Field(default_factory=list, fail_fast=True)]
     tool_choice: str | dict[str, Any] = "auto"
     parallel_tool_calls: bool = True

@@ -12,8 +12,8 @@ from veneer_server.models.config import DecoderConfig, read_decoder_config
 from veneer_server.models.source import BUNDLED, bundled_damage, bundled_folder
 from veneer_server.operate.doctor.check import INSTALL, Check
 from veneer_server.operate.doctor.places import folder_checks
-from veneer_server.sizing.memory_plan import plan_memory
-from veneer_server.system.machine import find_gpu, host_memory
+from veneer_server.sizing.memory_plan import plan_memory, plan_registry
+from veneer_server.system.machine import HostMemory, find_gpu, host_memory
 
 __all__ = ["base_checks", "memory_check"]
 
@@ -98,6 +98,8 @@ def memory_check(config: ServerConfig) -> Check:
     folder, host = _base_folder(config), host_memory()
     where = "this container" if host.contained else "this machine"
     free = f"{host.available >> 20} MiB of {host.limit >> 20} available in {where}"
+    if config.role == "registry":
+        return _registry_memory(host, free)
     if folder is None:
         return Check("memory", "ok", f"{free}; the plan needs the base, which is not local")
     try:
@@ -116,3 +118,13 @@ def memory_check(config: ServerConfig) -> Check:
         fix = "for a larger KV cache lower the adapter budgets, or give --kv-cache-bytes"
         return Check("memory", "warning", f"{plan}; {free}", fix)
     return Check("memory", "ok", f"{plan}; {free}")
+
+
+def _registry_memory(host: HostMemory, free: str) -> Check:
+    """It loads no base and no adapter, whatever the budgets say."""
+    pool = plan_registry(host)
+    if not pool.fits:
+        return Check("memory", "problem", f"{pool}; {free}", "give it more memory")
+    if pool.total > host.available:
+        return Check("memory", "warning", f"{pool}; {free}", "stop other programs")
+    return Check("memory", "ok", f"{pool}; {free}")

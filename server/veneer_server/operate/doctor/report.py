@@ -35,7 +35,8 @@ def examine(config: ServerConfig) -> Iterator[Check]:
     yield machine.python_check()
     yield from map(machine.package_check, machine.PACKAGES)
     yield machine.no_kernels_check()
-    yield from backends.torch_checks(config)
+    if config.role != "registry":  # which has no engine
+        yield from backends.torch_checks(config)
     yield from base.base_checks(config)
     yield base.memory_check(config)
     owner = places.owner_of(config.data_dir)

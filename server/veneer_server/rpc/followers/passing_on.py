@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Any, Final
+from typing import Any
 
 import grpc
 from veneer_proto.v1 import adapters_pb2, adapters_pb2_grpc
 from veneer_registry.errors import VeneerError
 
 from veneer_server.follower.registry_channel import RegistryChannel, to_error
+from veneer_server.replication.asked import ASKED
 from veneer_server.rpc.adapter_service import AdapterService
 from veneer_server.serving.adapters.budgets import AdapterBudgets
 from veneer_server.serving.tenants.tenants import Tenants
 from veneer_server.serving.transfer.transfers import Transfers
 
 __all__ = ["PassingOn"]
-
-_CALLERS: Final = frozenset(
-    {"authorization", "x-api-key", "veneer-actor", "veneer-tenant", "x-veneer-tenant"}
-)
-"""Metadata that says who calls. A certificate cannot be passed on: the registry then sees no
-credential, and refuses."""
 
 
 class PassingOn(AdapterService):
@@ -107,11 +102,9 @@ class PassingOn(AdapterService):
             call.cancel()
 
     def _begin(self, method: str, request: Any, context: Any) -> Any:
-        metadata = tuple(
-            (key, value)
-            for key, value in context.invocation_metadata() or ()
-            if key in _CALLERS
-        )
+        asked = ASKED.get()
         return getattr(self._stub, method)(
-            request, metadata=metadata, timeout=context.time_remaining()
+            request,
+            metadata=() if asked is None else asked.caller,
+            timeout=context.time_remaining(),
         )

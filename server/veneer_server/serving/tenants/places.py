@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from veneer_registry.errors import FailedPrecondition
 from veneer_registry.opening import FolderPlaces, Places
 
+from veneer_server.access.principal import DEFAULT_TENANT
 from veneer_server.serving.tenants import FOLDER
 
-__all__ = ["PlacesConfig", "places_of"]
+if TYPE_CHECKING:
+    from veneer_registry.shared.objects import Objects
+
+__all__ = ["PlacesConfig", "objects_of", "places_of"]
 
 
 class PlacesConfig(Protocol):
@@ -49,18 +55,31 @@ def places_of(config: PlacesConfig, folder: Path) -> Places:
     """
     if not config.store:
         return FolderPlaces(folder)
-    try:
-        from veneer_registry.shared.objects import Objects
+    with _needs_packages():
         from veneer_registry.shared.places import SharedPlaces
         from veneer_registry.shared.postgres import Address
+    tenant = DEFAULT_TENANT if folder == config.data_dir else folder.name
+    schema = "veneer" if tenant == DEFAULT_TENANT else f"veneer/{tenant}"
+    address = Address(config.catalog, config.catalog_password_file, schema)
+    objects = objects_of(config.store, tenant)
+    return SharedPlaces(folder, address, objects, cache_bytes=config.store_cache_bytes)
+
+
+def objects_of(store: str, tenant: str) -> Objects:
+    """A tenant's objects below ``s3://bucket/prefix``. Connects to nothing. Raises as
+    `places_of`."""
+    with _needs_packages():
+        from veneer_registry.shared.objects import Objects
+    url = store.rstrip("/")
+    return Objects(url if tenant == DEFAULT_TENANT else f"{url}/{FOLDER}/{tenant}")
+
+
+@contextmanager
+def _needs_packages() -> Iterator[None]:
+    try:
+        yield
     except ModuleNotFoundError as error:
         raise FailedPrecondition(
             f"--store and --catalog need the package {error.name}: pip install 'veneer[scale]'",
             metadata={"extra": "scale"},
         ) from error
-    default = folder == config.data_dir
-    url, schema = config.store.rstrip("/"), "veneer"
-    if not default:
-        url, schema = f"{url}/{FOLDER}/{folder.name}", f"{schema}/{folder.name}"
-    address = Address(config.catalog, config.catalog_password_file, schema)
-    return SharedPlaces(folder, address, Objects(url), cache_bytes=config.store_cache_bytes)

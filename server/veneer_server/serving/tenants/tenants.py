@@ -31,6 +31,7 @@ from veneer_server.access.principal import ANYONE, DEFAULT_TENANT, PRINCIPAL
 from veneer_server.engine_client.client import EngineEvent
 from veneer_server.logs import REQUEST_ID, get_logger
 from veneer_server.logs import TENANT as LOGGED_TENANT
+from veneer_server.replication.asked import ASKED
 from veneer_server.serving.tenants import FOLDER
 from veneer_server.serving.tenants.registry import AdapterRegistry
 from veneer_server.serving.tenants.tenant import Furnish, Tenant
@@ -285,6 +286,7 @@ def _context_of(name: str) -> Context:
     context = copy_context()
     context.run(REQUEST_ID.set, "")
     context.run(PRINCIPAL.set, ANYONE)
+    context.run(ASKED.set, None)
     context.run(LOGGED_TENANT.set, name)
     return context
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from veneer_server.serving.tools.auto import auto_grammar
 from veneer_server.serving.tools.use import ToolUse
 from veneer_server.text.detokenizer import TokenBytes
+from veneer_server.text.prompts import Prompt
 from veneer_server.text.replies.deltas import ReplyParser
 from veneer_server.text.replies.pipeline import reply_parser
-from veneer_server.text.replies.thinking import CLOSE, OPEN, Thinking
+from veneer_server.text.replies.thinking import THINK, Tags, Thinking
 from veneer_server.text.replies.tools.families import Family, markers
 from veneer_server.text.tokenizer import TextTokenizer
 from veneer_server.wire.messages import Constraint
@@ -86,6 +87,7 @@ class ReplyReader:
 
     Attributes:
         tokens: those with which to read.
+        tags: those of the thinking.
         use: the tools that may be called, if any.
         family: the template's format of calls.
     """
@@ -94,19 +96,24 @@ class ReplyReader:
     thinking: Thinking = Thinking.NONE
     use: ToolUse | None = None
     family: Family | None = None
+    tags: Tags = THINK
 
     @classmethod
-    def of(cls, tokenizer: TextTokenizer, thinking: Thinking, plan: Plan) -> ReplyReader:
-        """With the tags that are special tokens of the tokenizer shown to the parsers."""
+    def of(cls, tokenizer: TextTokenizer, prompt: Prompt, plan: Plan) -> ReplyReader:
+        """Of answers to a prompt, with the tags that are special tokens of the tokenizer shown
+        to the parsers."""
         use, family = plan.use, plan.family
+        thinking, tags = prompt.thinking, prompt.tags
         if not plan.free:  # output of a given format has no thinking in it
             thinking = Thinking.NONE
-        tags: tuple[str, ...] = () if thinking is Thinking.NONE else (OPEN, CLOSE)
+        read: tuple[str, ...] = ()
+        if thinking is not Thinking.NONE:
+            read = tags.open, tags.close
         if use is not None and family is not None and not use.forced:
-            tags += markers(family)
-        special = tokenizer.special_ids(tags) if tags else {}
+            read += markers(family)
+        special = tokenizer.special_ids(read) if read else {}
         tokens = Shown(tokenizer, special) if special else tokenizer
-        return cls(tokens, thinking, use, family)
+        return cls(tokens, thinking, use, family, tags)
 
     @property
     def ends_with_calls(self) -> bool:
@@ -120,4 +127,4 @@ class ReplyReader:
             InvalidField: see `ToolUse.parser`.
         """
         calls = None if self.use is None else self.use.parser(self.family)
-        return reply_parser(self.thinking, calls)
+        return reply_parser(self.thinking, calls, tags=self.tags)

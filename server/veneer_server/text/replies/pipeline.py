@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from veneer_server.text.replies.deltas import Content, Delta, ReplyParser
-from veneer_server.text.replies.thinking import Thinking, ThinkingParser
+from veneer_server.text.replies.thinking import THINK, Tags, Thinking, ThinkingParser
 
 __all__ = ["Pipeline", "reply_parser"]
 
@@ -40,7 +40,9 @@ class Pipeline:
         return passed
 
 
-def reply_parser(thinking: Thinking, then: ReplyParser | None = None) -> ReplyParser | None:
+def reply_parser(
+    thinking: Thinking, then: ReplyParser | None = None, *, tags: Tags = THINK
+) -> ReplyParser | None:
     """The parser of one answer; None if its text is passed on as it is.
 
     Args:
@@ -48,5 +50,5 @@ def reply_parser(thinking: Thinking, then: ReplyParser | None = None) -> ReplyPa
     """
     if thinking is Thinking.NONE:
         return then
-    first = ThinkingParser(opened=thinking is Thinking.OPENED)
+    first = ThinkingParser(opened=thinking is Thinking.OPENED, tags=tags)
     return first if then is None else Pipeline(first, then)

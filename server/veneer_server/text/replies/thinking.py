@@ -1,21 +1,34 @@
-"""Splits ``<think>...</think>`` off the beginning of an answer, however its text is cut.
+"""Splits thinking in tags off the beginning of an answer, however its text is cut.
 
-Qwen3, DeepSeek-R1 and models trained after them write their thinking so. Some chat templates
-open the tag in the prompt; the answer then has only the closing one.
+Qwen3, DeepSeek-R1 and models trained after them write ``<think>...</think>``, Mistral's
+``[THINK]...[/THINK]``. Some chat templates open the tag in the prompt; the answer then has only
+the closing one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
 from veneer_server.text.replies.deltas import Content, Delta, Reasoning
 
-__all__ = ["CLOSE", "OPEN", "Thinking", "ThinkingParser", "thinking_of"]
+__all__ = ["TAGS", "THINK", "Tags", "Thinking", "ThinkingParser", "tags_of", "thinking_of"]
 
-OPEN: Final = "<think>"
-CLOSE: Final = "</think>"
+
+@dataclass(frozen=True, slots=True)
+class Tags:
+    """What thinking begins and ends with."""
+
+    open: str
+    close: str
+
+
+THINK: Final = Tags("<think>", "</think>")
+
+TAGS: Final[Mapping[str, Tags]] = {"think": THINK, "mistral": Tags("[THINK]", "[/THINK]")}
+"""By vLLM's name for their parser, roughly."""
 
 
 class Thinking(Enum):
@@ -29,13 +42,19 @@ class Thinking(Enum):
     """The prompt has opened it: everything up to the closing tag."""
 
 
-def thinking_of(prompt: str, begun: str = "") -> Thinking:
+def tags_of(template: str | None) -> Tags | None:
+    """The tags that a chat template names; None if it names none of them."""
+    named = (tags for tags in TAGS.values() if template and tags.open in template)
+    return next(named, None)
+
+
+def thinking_of(prompt: str, begun: str = "", tags: Tags = THINK) -> Thinking:
     """What may be thinking in an answer to a prompt.
 
     Args:
         begun: the beginning of the answer, if the prompt ends with it.
     """
-    if prompt.rstrip().endswith(OPEN) or begun.rfind(OPEN) > begun.rfind(CLOSE):
+    if prompt.rstrip().endswith(tags.open) or begun.rfind(tags.open) > begun.rfind(tags.close):
         return Thinking.OPENED
     return Thinking.NONE if begun.strip() else Thinking.TAGGED
 
@@ -54,8 +73,9 @@ class ThinkingParser:
     Otherwise not a character is changed. Each is looked at a bounded number of times.
     """
 
-    def __init__(self, *, opened: bool) -> None:
+    def __init__(self, *, opened: bool, tags: Tags = THINK) -> None:
         """Args: opened: the prompt ends with the opening tag."""
+        self._tags = tags
         self._where = _Where.THINKING if opened else _Where.BEFORE
         self._blank: list[str] = []
         """White space before a possible opening tag."""
@@ -92,15 +112,15 @@ class ThinkingParser:
             stripped = text.lstrip()
             self._blank.append(text[: len(text) - len(stripped)])
             text = stripped
-        text = self._held + text
-        if OPEN.startswith(text[: len(OPEN)]) and len(text) < len(OPEN):
+        text, tag = self._held + text, self._tags.open
+        if tag.startswith(text[: len(tag)]) and len(text) < len(tag):
             self._held = text
             return ""
         self._held = ""
-        if text.startswith(OPEN):
+        if text.startswith(tag):
             self._blank = []
             self._where = _Where.THINKING
-            return text[len(OPEN) :]
+            return text[len(tag) :]
         text = "".join(self._blank) + text
         self._blank = []
         self._where = _Where.AFTER
@@ -108,23 +128,23 @@ class ThinkingParser:
 
     def _think(self, text: str, deltas: list[Delta]) -> str:
         """Take the thinking out of a text. Returns what follows it."""
-        text = self._held + text
-        at = text.find(CLOSE)
+        text, tag = self._held + text, self._tags.close
+        at = text.find(tag)
         if at >= 0:
-            thought, text, self._held = text[:at], text[at + len(CLOSE) :], ""
+            thought, text, self._held = text[:at], text[at + len(tag) :], ""
             self._where = _Where.AFTER
             deltas += [Reasoning(thought), Reasoning("")] if thought else [Reasoning("")]
         else:
-            cut = len(text) - _overlap(text)
+            cut = len(text) - _overlap(text, tag)
             thought, self._held, text = text[:cut], text[cut:], ""
             if thought:
                 deltas.append(Reasoning(thought))
         return text
 
 
-def _overlap(text: str) -> int:
-    """Length of the longest end of a text that begins the closing tag."""
-    for size in range(min(len(CLOSE) - 1, len(text)), 0, -1):
-        if text.endswith(CLOSE[:size]):
+def _overlap(text: str, tag: str) -> int:
+    """Length of the longest end of a text that begins a tag."""
+    for size in range(min(len(tag) - 1, len(text)), 0, -1):
+        if text.endswith(tag[:size]):
             return size
     return 0

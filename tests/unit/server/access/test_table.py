@@ -236,6 +236,11 @@ def body(path: str, adapter: str) -> dict[str, Any]:
         },
         "/v1/completions": {**model, "prompt": "Hi", "max_tokens": 1},
         "/v1/responses": {**model, "input": "Hi", "max_output_tokens": 1},
+        "/v1/messages": {
+            **model,
+            "messages": [{"role": "user", "content": "Hi"}],
+            "max_tokens": 1,
+        },
         "/tokenize": {**model, "prompt": "Hi"},
         "/detokenize": {**model, "tokens": [1000]},
         "/v1/load_lora_adapter": {"lora_name": adapter or "none", "lora_path": "none"},

@@ -210,7 +210,7 @@ def test_tops_and_scores_come_where_they_were_asked_for() -> None:
             plan_for(logprobs=True, top_logprobs=3),
             plan_for(logprobs=True),
             plan_for(tokens=(5, 6, 7), score=(6, 7), position=3, logprobs=True, top_logprobs=2),
-            plan_for(tokens=(5, 6), score=(6, 7), samples=False, top_logprobs=2),
+            plan_for(tokens=(5, 6), score=(6, 7), samples=False, top_logprobs=2, ranks=True),
         )
     )
     results = runner.execute(plan)
@@ -233,6 +233,8 @@ def test_tops_and_scores_come_where_they_were_asked_for() -> None:
     # The first rows of both score the same token at the same place.
     assert results[3].scores == results[4].scores
     assert results[3].score_tops == results[4].score_tops
+    assert [len(r.score_ranks) for r in results] == [0, 0, 0, 0, 2]
+    assert min(results[4].score_ranks) >= 1
 
 
 def test_a_row_that_is_not_finite_has_no_token_and_does_not_advance_its_constraint(

@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 import torch
 from veneer_server.engine.execution import sampler
-from veneer_server.engine.execution.sampler import sample, token_logprobs, top_tokens, uniform
+from veneer_server.engine.execution.sampler import (
+    sample,
+    token_logprobs,
+    token_ranks,
+    top_tokens,
+    uniform,
+)
 from veneer_server.step.choice import Choice, Draws
 from veneer_server.wire.messages import SamplingParams
 
@@ -284,6 +290,16 @@ def test_top_tokens_are_sorted_and_raw(draws: Draws) -> None:
                 logits[row].expand(len(tokens), -1), torch.tensor(tokens), draws
             )
             assert [value for _, value in entries] == pytest.approx(raw.tolist())
+
+
+def test_ranks_count_the_tokens_that_are_at_least_as_likely() -> None:
+    """As vLLM does, so that all of a tie have the last one's place."""
+    logits = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(5))
+    logits[3] = torch.tensor([2.0, 1.0, 1.0]).repeat(VOCAB // 3)
+    order = logits.argsort(dim=1, descending=True)
+    places = [0, 17, VOCAB - 1]
+    tokens = torch.tensor([*(int(order[row, at]) for row, at in enumerate(places)), 1])
+    assert token_ranks(logits, tokens) == [1, 18, VOCAB, VOCAB]
 
 
 def test_thousands_of_impossible_tokens_weigh_nothing(draws: Draws) -> None:

@@ -5,68 +5,16 @@ from __future__ import annotations
 import asyncio
 import random
 import shutil
-import zlib
-from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Final
 
 import pytest
-from veneer_registry.adapter import AdapterRef
 from veneer_registry.errors import AdapterNotFound, InvalidField, QueueFull, Unavailable
-from veneer_registry.format import read_adapter
 from veneer_server.follower.cache import WeightsCache
-from veneer_server.follower.fetching import Chunk, Fetching
+from veneer_server.follower.fetching import Fetching
 from veneer_server.follower.standing import Standing
 
 from tests.refused import refused
-from tests.unit.registry.kit import make_adapter
-
-FILES: Final = ("adapter_config.json", "adapter_model.safetensors")
-CHUNK: Final = 1000
-
-
-class Remote:
-    """A registry in this process, whose transfers a test spoils."""
-
-    def __init__(self, folder: Path, count: int = 4) -> None:
-        self.folders: dict[str, Path] = {}
-        for seed in range(count):
-            made = make_adapter(folder / f"adapter{seed}", seed=seed)
-            self.folders[read_adapter(made, None).weights_digest] = made
-        self.digests = list(self.folders)
-        self.asked: list[tuple[str, str, int]] = []
-        self.break_after: int | None = None
-        self.spoil_next = False
-        self.gates: dict[str, asyncio.Event] = {}
-
-    def size(self, digest: str) -> int:
-        return sum((self.folders[digest] / name).stat().st_size for name in FILES)
-
-    async def chunks(
-        self, tenant: str, digest: str, file: str, offset: int
-    ) -> AsyncIterator[Chunk]:
-        self.asked.append((digest, file, offset))
-        if digest in self.gates:
-            await self.gates[digest].wait()
-        if digest not in self.folders:
-            raise AdapterNotFound("it is gone")
-        data = (self.folders[digest] / file).read_bytes()
-        while True:
-            part = data[offset : offset + CHUNK]
-            crc32 = zlib.crc32(part)
-            if self.spoil_next and part:
-                self.spoil_next, part = False, bytes(len(part))
-            yield Chunk(len(data), offset, part, crc32)
-            offset += len(part)
-            if offset >= len(data):
-                return
-            if self.break_after is not None and offset >= self.break_after:
-                self.break_after = None
-                raise Unavailable("the connection broke")
-
-
-def ref(digest: str) -> AdapterRef:
-    return AdapterRef("name", "r" * 64, digest)
+from tests.unit.server.follower.remote import CHUNK, FILES, Remote, ref
 
 
 class Kit:

@@ -4,104 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 import pytest_asyncio
+from veneer_client import AsyncClient, ReplicasReached, ServingStatus, WaitReplicas
 from veneer_proto.v1 import adapters_pb2 as pb
 from veneer_proto.v1 import inference_pb2, replication_pb2, server_pb2
 from veneer_server.access.edit_keys import add_key
 from veneer_server.access.principal import Role
 
 from tests.scale.proxy import Proxy
-from tests.unit.server.rpc.front_harness import (
-    Front,
-    failure,
-    make_adapter,
-    prompt,
-    running,
-    upload,
-)
+from tests.unit.server.follower.pair import Pair, bearer, generate, pair, until
+from tests.unit.server.rpc.front_harness import failure, make_adapter, prompt, running, upload
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-
-@dataclass
-class Pair:
-    """A registry, a follower of it, and the network between them."""
-
-    registry: Front
-    follower: Front
-    proxy: Proxy
-    folders: Path
-
-    def adapter(self, seed: int) -> Path:
-        folder = self.folders / str(seed)
-        if not folder.exists():
-            make_adapter(folder, seed=seed)
-        return folder
-
-    async def push(self, name: str, seed: int, **options: Any) -> Any:
-        return await self.registry.push(self.adapter(seed), name, **options)
-
-    async def facts(self) -> Any:
-        info = await self.follower.server.GetServerInfo(server_pb2.GetServerInfoRequest())
-        return info.replication
-
-    async def agreed(self) -> None:
-        """Wait until the follower has all that the registry has."""
-
-        async def agree() -> bool:
-            info = await self.registry.server.GetServerInfo(server_pb2.GetServerInfoRequest())
-            facts = await self.facts()
-            return facts.connected and facts.sequence == info.replication.sequence
-
-        await until(agree)
-
-
-async def until(holds: Callable[[], Awaitable[bool]]) -> None:
-    """Ask until it holds; pytest's timeout is the limit."""
-    while not await holds():  # noqa: ASYNC110 - it waits for states that have no event
-        await asyncio.sleep(0.01)
-
-
-@asynccontextmanager
-async def pair(base: Path, cache: Path, tmp: Path, **flags: str) -> AsyncIterator[Pair]:
-    async with (
-        running(base, cache, tmp / "registry") as registry,
-        Proxy(registry.addresses["grpc"]) as proxy,
-        running(
-            *(base, cache, tmp / "follower"),
-            role="engine",
-            registry=proxy.address,
-            **flags,
-        ) as follower,
-    ):
-        yield Pair(registry, follower, proxy, tmp)
-        proxy.heal()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def both(
     base_folder: Path, front_cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Pair]:
-    async with pair(base_folder, front_cache, tmp_path_factory.mktemp("pair")) as found:
+    tmp = tmp_path_factory.mktemp("pair")
+    roots = {"lora_root": str(tmp)}
+    async with pair(base_folder, front_cache, tmp, registry=roots) as found:
         yield found
-
-
-@pytest.fixture(scope="session")
-def front_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("front-cache")
-
-
-async def generate(front: Front, adapter: str) -> Any:
-    sampling = inference_pb2.SamplingOptions(seed=1)
-    return await front.inference.Generate(prompt(adapter=adapter, sampling=sampling))
 
 
 async def test_what_is_published_is_generated_by_the_follower(both: Pair) -> None:
@@ -230,6 +160,18 @@ async def test_a_publication_waits_for_the_followers_that_are_alive(both: Pair) 
     assert found.provenance.revision == answer.adapter.revision
 
 
+async def test_what_the_registry_fetches_waits_for_followers_too(both: Pair) -> None:
+    await both.agreed()
+    async with AsyncClient(both.follower.addresses["grpc"]) as client:
+        uri, everybody = f"file://{both.adapter(17)}", WaitReplicas.ALL
+        checked = await client.register(uri, "by-uri", validate_only=True)
+        assert checked.replicas is None
+        pushed = await client.register(uri, "by-uri", wait_replicas=everybody)
+    assert pushed.replicas == ReplicasReached(1, 1, True)
+    found = await generate(both.follower, "by-uri")
+    assert found.provenance.revision == pushed.adapter.revision
+
+
 async def test_a_publication_is_answered_although_a_follower_is_cut_off(both: Pair) -> None:
     await both.agreed()
     both.proxy.refuse()
@@ -349,10 +291,6 @@ async def test_whoever_may_not_change_adapters_may_not_by_a_follower(
         assert [entry.actor for entry in history.entries] == ["publisher"]
 
 
-def bearer(key: str) -> tuple[tuple[str, str], ...]:
-    return (("authorization", f"Bearer {key}"),)
-
-
 async def _answers(call: Awaitable[Any]) -> bool:
     try:
         await call
@@ -407,6 +345,8 @@ async def test_a_registry_generates_nothing_and_says_who_does(
         info = await registry.server.GetServerInfo(server_pb2.GetServerInfoRequest())
         assert (info.role, info.device) == ("registry", "none")
         assert "veneer_ready 1.0" in await registry.metrics()
+        async with AsyncClient(registry.addresses["grpc"]) as client:
+            assert await client.health() is ServingStatus.SERVING
         await registry.adapters.DeleteAdapter(pb.DeleteAdapterRequest(name="one"))
 
 

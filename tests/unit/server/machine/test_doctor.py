@@ -16,8 +16,10 @@ from veneer_registry.lock import OwnerLock
 from veneer_server import openai
 from veneer_server.config import load_config
 from veneer_server.operate.doctor import backends, machine
+from veneer_server.operate.doctor import base as doctor_base
 from veneer_server.operate.doctor.check import Check
 from veneer_server.operate.doctor.report import examine, report
+from veneer_server.system.machine import HostMemory
 
 
 def run(*flags: str) -> subprocess.CompletedProcess[str]:
@@ -93,6 +95,21 @@ def test_memory_that_cannot_fit(flags: dict[str, str]) -> None:
     check = checks(**flags, host_cache_bytes="900TiB")["memory"]
     assert check.status == "problem"
     assert "--host-cache-bytes" in check.fix
+
+
+def test_a_registry_needs_no_engine(
+    flags: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    wants = flags | {"role": "registry", "device": "cuda", "host_cache_bytes": "900TiB"}
+    found = checks(**wants)
+    assert all(check.status != "problem" for check in found.values()), found
+    assert not {"would serve", "native step", "4-bit product", "device", "threads"} & {*found}
+    assert "processes" in found["memory"].found
+    monkeypatch.setattr(doctor_base, "host_memory", lambda: HostMemory(1 << 28, 1 << 28, True))
+    assert checks(**wants)["memory"].status == "problem"
+    monkeypatch.setattr(doctor_base, "host_memory", lambda: HostMemory(1 << 30, 1 << 28, True))
+    assert checks(**wants)["memory"].status == "warning"
 
 
 @pytest.mark.usefixtures("quick")

@@ -28,6 +28,9 @@ TAGGED = (
 OPENED = "{{ messages[-1].content }}<assistant><think>\n"
 """Like DeepSeek-R1's."""
 
+MISTRAL = "Begin with [THINK]a draft[/THINK].{{ messages[-1].content }}"
+"""As of Magistral: the model opens the tag because it is told to."""
+
 THOUGHT, ANSWER = "\nTwo and two… 😀\n", "\n\nFour."
 
 
@@ -53,6 +56,7 @@ def says(front: Front, tokenizer: TextTokenizer, text: str) -> list[int]:
     [
         (TAGGED, f"<think>{THOUGHT}</think>{ANSWER}"),
         (OPENED, f"{THOUGHT}</think>{ANSWER}"),
+        (MISTRAL, f"[THINK]{THOUGHT}[/THINK]{ANSWER}"),
     ],
 )
 async def test_thinking_is_apart_from_the_answer(
@@ -92,9 +96,12 @@ async def test_thinking_is_apart_from_the_answer(
     )
     answer = await front.inference.Generate(request)
     assert (answer.text, answer.reasoning, list(answer.token_ids)) == (ANSWER, THOUGHT, ids)
+    counted = whole["usage"]["completion_tokens_details"]["reasoning_tokens"]
+    assert answer.usage.reasoning_tokens == counted > 0
     messages = [message async for message in front.inference.GenerateStream(request)]
     assert "".join(message.text for message in messages) == ANSWER
     assert "".join(message.reasoning for message in messages) == THOUGHT
+    assert messages[-1].final.usage == answer.usage
 
     hidden = await ok(http, given, include_reasoning=False)
     assert hidden["choices"][0]["message"] == {

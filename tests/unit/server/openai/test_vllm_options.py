@@ -64,13 +64,21 @@ async def test_log_probabilities_of_the_prompt(
     }
     chat = await ok(http, CHAT, prompt_logprobs=0, logprobs=True, top_logprobs=3)
     assert {len(each) for each in chat["prompt_logprobs"][1:]} == {1}
+    # Where the likeliest were not asked for, the rank is what the engine counted: 7, 8 ...
+    places = [entry["rank"] for each in chat["prompt_logprobs"][1:] for entry in each.values()]
+    assert places == [7 + at for at in range(len(places))]
     scores = chat["choices"][0]["logprobs"]["content"]
     assert {len(score["top_logprobs"]) for score in scores} == {3}
     echoed = await ok(http, TEXT, prompt_logprobs=0, echo=True)
     assert echoed["choices"][0]["logprobs"] is None
     answer = await front.inference.Generate(prompt(output=pb.OutputOptions(prompt_logprobs=2)))
     assert [len(each.top) for each in answer.prompt_logprobs] == [2] * (len(ids) - 1)
+    assert [each.rank for each in answer.prompt_logprobs] == [7 + at for at in range(len(rest))]
     assert not answer.logprobs
+    echo = prompt(output=pb.OutputOptions(echo=True, logprobs=True))
+    echoed_entries = (await front.inference.Generate(echo)).prompt_logprobs
+    assert {each.rank for each in echoed_entries} == {0}
+    assert not front.engine.submitted[-1].prompt_ranks, "counting costs something"
 
 
 async def test_token_ids_beside_the_text(

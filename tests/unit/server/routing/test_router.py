@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import Counter, deque
 from types import ModuleType
 
+import numpy as np
 import pytest
 from veneer_registry.errors import Unavailable
 from veneer_server.routing import adapter_router, fleet
-from veneer_server.routing.adapter_router import AdapterRouter
+from veneer_server.routing.adapter_router import BOUND, AdapterRouter
 from veneer_server.routing.baselines import LeastLoaded, RandomChoice, RoundRobin
 from veneer_server.routing.holders import Holders
-from veneer_server.routing.records import Report, Wanted
+from veneer_server.routing.records import Choice, Report, Wanted
 from veneer_server.routing.router import Router
 
 from tests.planted import planted
@@ -224,6 +225,30 @@ def test_a_replica_that_joins_is_not_sent_all_requests_until_it_has_had_as_many(
     router.join("new")
     got = Counter(serve(router, Wanted(f"adapter {n % 97}"), 20 + n / 100) for n in range(97))
     assert got["new"] <= 2 * 97 / 5
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_popular_adapter_that_is_replaced_leaves_every_period_within_the_bound(
+    seed: int,
+) -> None:
+    """A new revision is another digest, so its share is learnt anew, from two homes on."""
+    drawn = np.random.default_rng(seed)
+    replicas, rate, seconds = 40, 240.0, 60.0
+    shares = 1 / np.arange(1, 2001)
+    asked = drawn.choice(2000, int(rate * seconds), p=shares / shares.sum())
+    router, sent, open_ = AdapterRouter(), Counter[str](), deque[tuple[float, Choice]]()
+    for number in range(replicas):
+        router.join(f"r{number}")
+    for number, adapter in enumerate(asked.tolist()):
+        now = number / rate
+        while open_ and open_[0][0] <= now:
+            router.finished(open_.popleft()[1], now)
+        new = adapter == 0 and now >= seconds / 2
+        choice = router.choose(Wanted("replaced" if new else f"{seed}-{adapter}"), now)
+        open_.append((now + 0.05, choice))
+        if now >= 0.3 * seconds:
+            sent[choice.replica] += 1
+    assert max(sent.values()) <= BOUND * sum(sent.values()) / replicas
 
 
 @pytest.mark.parametrize(

@@ -206,6 +206,9 @@ class FakeEngine:
                 prompt_top_logprobs=[_tops(id_, top_logprobs) for id_ in prompt[1:]]
                 if request.prompt_logprobs and top_logprobs and not i
                 else None,
+                prompt_ranks=[7 + at for at in range(len(prompt) - 1)]
+                if request.prompt_ranks and not i
+                else None,
                 cached_tokens=0 if i else 16,
                 finish="length" if i == count - 1 else None,
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,25 @@ async def test_the_template_sees_tools_and_earlier_calls(
     assert "Weather at a place" not in prompt, "a tool that must not be called is not shown"
     shown = tokenizer.decode(front.engine.submitted[0].prompt)
     assert json.dumps(SCHEMA) in shown
+
+
+async def test_a_strict_tool_constrains_calls_that_begin(
+    front: Front, client: AsyncClient, tokenizer: TextTokenizer
+) -> None:
+    """As over HTTP: text is free, the arguments of a call are not."""
+    front.engine.script = list(outputs(tokenizer, WRITTEN))
+    answer = await client.generate(ASK, tools=[replace(WEATHER, strict=True), CLOCK])
+    assert parsed(answer.tool_calls) == BOTH
+    held = front.engine.submitted[-1].constraint
+    assert held is not None
+    assert held.kind == "grammar"
+    assert '"city"' in held.text
+    long = {"properties": {"a": {"enum": ["x" * 1000 + str(at) for at in range(40)]}}}
+    with refused(InvalidField, field="tools"):
+        await client.generate(ASK, tools=[Tool("f", "", long, strict=True)])
+    front.engine.script = list(outputs(tokenizer, WRITTEN))
+    await client.generate(ASK, tools=[WEATHER, CLOCK])
+    assert front.engine.submitted[-1].constraint is None
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,11 @@ from veneer_server.text.replies.deltas import (
 )
 from veneer_server.text.replies.pipeline import reply_parser
 from veneer_server.text.replies.thinking import (
+    TAGS,
+    THINK,
     Thinking,
     ThinkingParser,
+    tags_of,
     thinking_of,
 )
 
@@ -128,6 +131,23 @@ class Calls:
 
     def finish(self) -> Sequence[Delta]:
         return [ToolArguments(0, ".")] if self._begun else []
+
+
+def test_a_template_names_its_tags() -> None:
+    """Mistral's are in the default system prompt of its templates."""
+    brackets = TAGS["mistral"]
+    assert tags_of("{{ x }}<think>\n") == TAGS["think"] == THINK
+    assert tags_of("your thoughts: [THINK]Draft[/THINK]Summary {{ x }}") == brackets
+    assert tags_of("{{ messages }} <THINK>[think]") is tags_of("") is tags_of(None) is None
+    assert thinking_of("[/INST]", "[THINK]So", brackets) is Thinking.OPENED
+    assert thinking_of("[/INST][THINK]", "", brackets) is Thinking.OPENED
+    assert thinking_of("[/INST]<think>", "", brackets) is Thinking.TAGGED
+    parser = reply_parser(Thinking.TAGGED, Calls(), tags=brackets)
+    assert parser is not None
+    text = "[THINK]a [TH </think>!b[/THINK]c!d"
+    reasoning, content, [call, *_] = taken_apart(parser, list(text))
+    assert (reasoning, content) == ("a [TH </think>!b", "c")
+    assert call == ToolCallBegun(0, "id", "f")
 
 
 def test_another_parser_gets_what_is_left_beside_the_thinking() -> None:

@@ -9,34 +9,37 @@ import pytest
 from tokenizers import Tokenizer
 from veneer_server.serving.samples import Sample
 from veneer_server.serving.tools.reading import Plan, ReplyReader
-from veneer_server.text.replies.thinking import Thinking
+from veneer_server.text.prompts import Prompt
+from veneer_server.text.replies.thinking import TAGS, Tags, Thinking
 from veneer_server.text.tokenizer import TextTokenizer
 from veneer_server.wire.messages import SequenceOutput
 
-TAGS = {"<reponame>": "<think>", "<filename>": "</think>"}
 THOUGHT, ANSWER = "\nHm 😀\n", "\n\nFour."
 
 
-def tokenizer_with_tags(folder: Path, *, special: bool) -> TextTokenizer:
+def tokenizer_with_tags(folder: Path, tags: Tags, *, special: bool) -> TextTokenizer:
     """The base's tokenizer, two of whose special tokens are the tags."""
     made = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    for old, new in TAGS.items():
+    for old, new in (("<reponame>", tags.open), ("<filename>", tags.close)):
         [token] = [each for each in made["added_tokens"] if each["content"] == old]
         token |= {"content": new, "special": special}
         made["model"]["vocab"][new] = made["model"]["vocab"].pop(old)
     return TextTokenizer(Tokenizer.from_str(json.dumps(made)), made)
 
 
+@pytest.mark.parametrize("tags", TAGS.values(), ids=TAGS)
 @pytest.mark.parametrize("special", [True, False])
 @pytest.mark.parametrize("opened", [True, False])
 @pytest.mark.parametrize("step", [1, 3, 100])
-def test_thinking_is_found(base_folder: Path, special: bool, opened: bool, step: int) -> None:
-    tokenizer = tokenizer_with_tags(base_folder, special=special)
-    text = f"{'' if opened else '<think>'}{THOUGHT}</think>{ANSWER}"
+def test_thinking_is_found(
+    base_folder: Path, tags: Tags, special: bool, opened: bool, step: int
+) -> None:
+    tokenizer = tokenizer_with_tags(base_folder, tags, special=special)
+    text = f"{'' if opened else tags.open}{THOUGHT}{tags.close}{ANSWER}"
     ids = tokenizer.encode(text, add_special_tokens=False)
-    assert ("</think>" in tokenizer.decode(ids)) is not special
-    thinking = Thinking.OPENED if opened else Thinking.TAGGED
-    reader = ReplyReader.of(tokenizer, thinking, Plan.of(None, None, None, tokenizer))
+    assert (tags.close in tokenizer.decode(ids)) is not special
+    prompt = Prompt("", [0], Thinking.OPENED if opened else Thinking.TAGGED, tags)
+    reader = ReplyReader.of(tokenizer, prompt, Plan.of(None, None, None, tokenizer))
     sample = Sample(0, reader.tokens, stops=(), stop_token_ids=(), parser=reader.parser())
     deltas = []
     for at in range(0, len(ids), step):

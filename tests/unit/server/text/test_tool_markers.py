@@ -11,9 +11,8 @@ from veneer_registry.errors import InvalidField
 from veneer_server.serving.samples import Sample
 from veneer_server.serving.tools.reading import Plan, ReplyReader
 from veneer_server.serving.tools.use import Tool, ToolUse
-from veneer_server.text.prompts import Prompts
+from veneer_server.text.prompts import Prompt, Prompts
 from veneer_server.text.replies.deltas import ToolArguments, ToolCallBegun
-from veneer_server.text.replies.thinking import Thinking
 from veneer_server.text.replies.tools.families import Family, markers
 from veneer_server.text.tokenizer import TextTokenizer
 from veneer_server.wire.messages import SequenceOutput
@@ -48,7 +47,7 @@ def test_a_call_behind_a_special_token(base_folder: Path, family: Family, step: 
         *tokenizer.encode(AFTER[family], add_special_tokens=False),
     ]
     assert "[TOOL" not in tokenizer.decode(ids)
-    reader = ReplyReader.of(tokenizer, Thinking.NONE, Plan.of(USE, family, None, tokenizer))
+    reader = ReplyReader.of(tokenizer, Prompt("", [0]), Plan.of(USE, family, None, tokenizer))
     sample = Sample(
         0,
         reader.tokens,

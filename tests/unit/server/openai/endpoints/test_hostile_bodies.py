@@ -12,6 +12,7 @@ import pytest
 from veneer_server.openai.endpoints.lora import LoadFields, UnloadFields
 from veneer_server.openai.endpoints.tokenize import DetokenizeFields, TokenizeFields
 from veneer_server.openai.fields import CommonFields
+from veneer_server.openai.messages.fields import MessageFields
 from veneer_server.openai.responses.fields import ResponseFields
 
 from tests.hostile.connection import PostConnection
@@ -27,6 +28,11 @@ MARK = "\N{SNOWMAN}"
 
 GOOD: dict[str, dict[str, Any]] = {
     "/v1/responses": {"model": BASE, "input": "Hi", "max_output_tokens": 2},
+    "/v1/messages": {
+        "model": BASE,
+        "messages": [{"role": "user", "content": "Hi"}],
+        "max_tokens": 2,
+    },
     "/tokenize": {"model": BASE, "prompt": "Hi"},
     "/detokenize": {"model": BASE, "tokens": [1000]},
     "/v1/load_lora_adapter": {"lora_name": "a", "lora_path": "/a"},
@@ -35,6 +41,7 @@ GOOD: dict[str, dict[str, Any]] = {
 OWN = {
     # Those that it shares with chats have their own test.
     "/v1/responses": ResponseFields.model_fields.keys() - CommonFields.model_fields.keys(),
+    "/v1/messages": MessageFields.model_fields.keys(),
     "/tokenize": TokenizeFields.model_fields.keys(),
     "/detokenize": DetokenizeFields.model_fields.keys(),
     "/v1/load_lora_adapter": LoadFields.model_fields.keys(),
@@ -95,12 +102,53 @@ INSIDE: list[dict[str, Any]] = [
 ]
 """Nested fields of a response."""
 
+BLOCKS: list[dict[str, Any]] = [
+    {"type": MARK},
+    {"type": "text", "text": MARK},
+    {"type": "text", "text": "a", MARK: 1},
+    {"type": "thinking", "thinking": MARK},
+    {"type": "tool_use", "id": MARK, "name": "f", "input": {}},
+    {"type": "tool_use", "id": "a", "name": MARK, "input": {}},
+    {"type": "tool_use", "id": "a", "name": "f", "input": MARK},
+    {"type": "tool_use", "id": "a", "name": "f", "input": {"a": MARK}},
+    {"type": "tool_result", "tool_use_id": MARK, "content": "a"},
+    {"type": "tool_result", "tool_use_id": "a", "content": MARK},
+    {"type": "tool_result", "tool_use_id": "a", "content": [MARK]},
+    {"type": "tool_result", "tool_use_id": "a", "content": [{"type": "text", "text": MARK}]},
+]
+OF_MESSAGES: list[dict[str, Any]] = [
+    *(
+        {"messages": [{"role": role, "content": [block]}]}
+        for block in BLOCKS
+        for role in ("user", "assistant")
+    ),
+    {"messages": [MARK]},
+    {"messages": [{"role": MARK, "content": "a"}]},
+    {"messages": [{"role": "user", "content": MARK}]},
+    {"messages": [{"role": "user", "content": [MARK]}]},
+    {"system": [MARK]},
+    {"tools": [MARK]},
+    {"tools": [{"name": MARK}]},
+    {"tools": [{"name": "f", "type": MARK, "description": MARK, "strict": MARK}]},
+    {"tools": [{"name": "f", "input_schema": MARK, "strict": True}]},
+    {"tools": [{"name": "f"}], "tool_choice": {"type": MARK}},
+    {"tools": [{"name": "f"}], "tool_choice": {"type": "tool", "name": MARK}},
+    {"output_config": {"effort": MARK}},
+    {"output_config": {"format": {"type": "json_schema", "schema": MARK}}},
+    {"metadata": {"user_id": MARK}},
+    {"thinking": {"type": "enabled", "budget_tokens": MARK}},
+]
+"""Nested fields of a message."""
+
 
 def templates(path: str) -> Iterator[dict[str, Any]]:
     for name in sorted(OWN[path]):
         yield {**GOOD[path], name: MARK}
     if path == "/v1/responses":
         for each in INSIDE:
+            yield {**GOOD[path], **each}
+    if path == "/v1/messages":
+        for each in OF_MESSAGES:
             yield {**GOOD[path], **each}
 
 

@@ -132,6 +132,49 @@ async def test_load_use_replace_unload(loading: Loading) -> None:
     assert (missing.status_code, error_of(missing)["code"]) == (404, "model_not_found")
 
 
+@pytest.mark.parametrize(
+    ("load", "unload"),
+    [
+        (  # AIBrix's controller, and its runtime beside the engine
+            {"lora_name": "qwen-lora.v1", "lora_path": "PATH"},
+            {"lora_name": "qwen-lora.v1"},
+        ),
+        (
+            {"lora_name": "qwen-lora.v1", "lora_path": "PATH"},
+            {"lora_name": "qwen-lora.v1", "lora_int_id": None},
+        ),
+        (  # TRL's asynchronous trainers
+            {"lora_name": "trl-0-v3", "lora_path": "PATH", "load_inplace": False},
+            {"lora_name": "trl-0-v3"},
+        ),
+    ],
+)
+async def test_the_bodies_that_programs_send(
+    loading: Loading, load: dict[str, Any], unload: dict[str, Any]
+) -> None:
+    """As read in their code: they look for the name in the list of models first, take any
+    status but 200 (AIBrix 201 as well) for a failure, and publish again after a restart."""
+    headers = {
+        "authorization": f"Bearer {loading.keys['publisher']}",
+        "content-type": "application/json",
+    }
+    given = load | {"lora_path": str(make_adapter(loading.root / "there"))}
+    for _ in range(2):
+        assert load["lora_name"] not in await loading.models()
+        for path, body in (("load", given), ("unload", unload)):
+            answer = await loading.http.post(
+                f"/v1/{path}_lora_adapter", content=json.dumps(body), headers=headers
+            )
+            assert answer.status_code == 200, answer.text
+            assert (load["lora_name"] in await loading.models()) is (path == "load")
+
+
+async def test_a_name_of_the_hub_is_no_folder(loading: Loading) -> None:
+    """What AIBrix makes of ``huggingface://org/adapter``."""
+    answer = await loading.load("a", "org/adapter")
+    assert (answer.status_code, error_of(answer)["param"]) == (400, "lora_path")
+
+
 async def test_loads_of_one_name_at_once(loading: Loading) -> None:
     folders = [make_adapter(loading.root / f"{at}", seed=at) for at in range(4)]
     answers = await asyncio.gather(*(loading.load("one", folder) for folder in folders))

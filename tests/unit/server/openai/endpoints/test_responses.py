@@ -21,6 +21,7 @@ from tests.unit.server.rpc.front_harness import Front, make_adapter, until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
+LABELS = ("user", "safety_identifier", "prompt_cache_key")
 SCHEMA: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "integer"}}}
 
 
@@ -256,7 +257,14 @@ def item(**members: Any) -> dict[str, Any]:
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"max_tokens": 5}, "max_tokens"),
         ({"n": 2}, "n"),
-        ({"metadata": {"a": 1}}, "metadata"),
+        ({"metadata": {"a": 1}}, "metadata.a"),
+        ({"metadata": {"a": "x" * 513}}, "metadata.a"),
+        ({"metadata": {"x" * 65: "a"}}, "metadata"),
+        ({"metadata": {str(at): "a" for at in range(17)}}, "metadata"),
+        *(({name: "x" * 65}, name) for name in LABELS),
+        ({"text": {"format": {"type": "text", "name": "x" * 65}}}, "text.format.name"),
+        ({"text": {"format": {"description": "x" * 4097}}}, "text.format.description"),
+        ({"max_tool_calls": 1 << 31}, "max_tool_calls"),
         ({"temperature": 1000}, "temperature"),
         ({"outputs": 1}, "outputs"),
     ],
@@ -268,6 +276,17 @@ async def test_a_bad_field_is_named(
     assert answer.status_code == 400, answer.text
     assert error_of(answer)["param"] == (param or "input[0].content[0]")
     assert not front.engine.submitted
+
+
+async def test_what_a_response_repeats_is_short(front: Front, http: httpx.AsyncClient) -> None:
+    """As long as OpenAI takes it; each event with a response has it."""
+    given: dict[str, Any] = dict.fromkeys(LABELS, "é" * 64)
+    given["metadata"] = {f"{at:064}": "é" * 512 for at in range(16)}
+    response = await respond(http, **given)
+    assert {name: response[name] for name in given} == given
+    for event in await streamed(http, **given):
+        if "response" in event:
+            assert {name: event["response"][name] for name in given} == given
 
 
 async def test_neutral_fields_pass(http: httpx.AsyncClient) -> None:

@@ -154,21 +154,28 @@ inline void shrink_width(const Number* a, int ranks, int width, const bf16* x, s
 // The same on matrix registers.
 inline void shrink_by_matrix(const bf16* a, int ranks, int width, const bf16* x, size_t x_stride,
                              int inputs, int rows, float* h, size_t h_stride) {
-    alignas(64) bf16 pairs[2][kMatrixInputs / 2][2 * kLanes];
+    // Two of each in turn, so that a block's pairs are made while the one before is multiplied.
+    alignas(64) bf16 pairs[2][2][kMatrixInputs / 2][2 * kLanes];
     alignas(64) float sums[kMatrixRows * 2 * kLanes];
     const SquareRegisters registers(rows);
+    int turn = 0;
     for (int column = 0; column < width; column += 2 * kLanes) {
         const int left = std::min(kLanes, width - column);
         const int right = std::min(kLanes, width - column - left);
         registers.zero();
-        for (int k = 0; k < inputs; k += kMatrixInputs) {  // inputs: a multiple of 64
-            for (int pair = 0; pair < kMatrixInputs / 2; ++pair) {
-                const bf16* line = a + size_t(k + 2 * pair) * ranks + column;
-                store_pairs(pairs[0][pair], interleave(line, line + ranks, left));
-                line += left;
-                store_pairs(pairs[1][pair], interleave(line, line + ranks, right));
+        for (int k = 0; k < inputs; k += kMatrixInputs, turn ^= 1) {  // inputs: a multiple of 64
+            auto& block = pairs[turn];
+            const bf16* line = a + size_t(k) * ranks + column;
+            for (int pair = 0; pair < kMatrixInputs / 2; ++pair, line += 2 * ranks) {
+                store_pairs(block[0][pair], interleave(line, line + ranks, left));
+                if (right > 0)
+                    store_pairs(block[1][pair],
+                                interleave(line + left, line + left + ranks, right));
             }
-            registers.add(x + k, x_stride, pairs[0][0], pairs[1][0]);
+            if (right > 0)
+                registers.add(x + k, x_stride, block[0][0], block[1][0]);
+            else
+                registers.add(x + k, x_stride, block[0][0]);
         }
         registers.store(sums);
         for (int r = 0; r < rows; ++r) {

@@ -34,7 +34,17 @@ class SquareRegisters {
         matrix::dot<0, 3, 6>(), matrix::dot<1, 3, 7>();
     }
 
-    // The same with the B that was loaded last.
+    // The same for a B of 16 columns; the others' sums stay.
+    void add(const bf16* a, size_t a_stride, const bf16* left) const {
+        constexpr size_t line = 2 * kLanes * sizeof(bf16), half = matrix::kRows * 2 * kLanes;
+        const size_t stride = a_stride * sizeof(bf16);
+        matrix::load<4>(left, line), matrix::load<2>(a, stride);
+        matrix::dot<0, 2, 4>();
+        matrix::load<6>(left + half, line), matrix::load<3>(a + kMatrixInputs / 2, stride);
+        matrix::dot<0, 3, 6>();
+    }
+
+    // sums += a [rows, 64] times the B that was loaded last.
     void add(const bf16* a, size_t a_stride) const {
         const size_t stride = a_stride * sizeof(bf16);
         matrix::load<2>(a, stride), matrix::load<3>(a + kMatrixInputs / 2, stride);

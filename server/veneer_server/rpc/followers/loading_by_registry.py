@@ -1,0 +1,117 @@
+"""Folders of a follower's machine, published by the registry that it follows."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Final
+
+import grpc
+from veneer_proto.v1 import adapters_pb2, adapters_pb2_grpc
+from veneer_registry.errors import AdapterNotFound, Unavailable
+from veneer_registry.records import AdapterRecord
+
+from veneer_server.follower.registry_channel import RegistryChannel, to_error
+from veneer_server.replication.asked import ASKED
+from veneer_server.serving.tenants.tenant import Tenant
+from veneer_server.serving.who import who_is_here
+
+__all__ = ["ARRIVAL_S", "LoadingByRegistry"]
+
+ARRIVAL_S: Final = 10.0
+"""How long a change that the registry has made may take to be known here."""
+
+Until = Callable[[Callable[[], bool], float], Awaitable[bool]]
+"""Waits until something holds of the view, at most so many seconds; whether it does."""
+
+
+class LoadingByRegistry:
+    """The caller shows this server its folder and its credentials; both are passed on. So the
+    registry need not have the folder, and the caller may do there what it may do."""
+
+    def __init__(self, registry: RegistryChannel, until: Until) -> None:
+        self._registry = registry
+        self._until = until
+        self._stub: Any = adapters_pb2_grpc.AdapterServiceStub(registry.channel)
+
+    async def load(
+        self, home: Tenant, messages: AsyncIterator[adapters_pb2.UploadAdapterRequest]
+    ) -> AdapterRecord:
+        answer = await self._upload(messages)
+        name, revision = answer.adapter.name, answer.adapter.revision
+        spec = f"{name}@{revision}"
+        await self._told(name, lambda: _knows(home, spec))
+        return await home.changes.activate(spec, "device", pin=False, who=who_is_here())
+
+    async def unload(self, home: Tenant, record: AdapterRecord) -> None:
+        name = record.ref.name
+        spec = f"{name}@{record.ref.revision}"
+        request = adapters_pb2.DeleteAdapterRequest(
+            name=name, etag=record.etag, mode=adapters_pb2.EVICT_MODE_DRAIN
+        )
+        await self._pass("DeleteAdapter", request)
+        await self._told(name, lambda: not _knows(home, spec))
+
+    async def _upload(
+        self, messages: AsyncIterator[adapters_pb2.UploadAdapterRequest]
+    ) -> adapters_pb2.UploadAdapterResponse:
+        """Raises what the messages raise, too. None is being made when it returns."""
+        broken: list[Exception] = []
+        idle = asyncio.Event()
+        idle.set()
+
+        async def sent() -> AsyncIterator[adapters_pb2.UploadAdapterRequest]:
+            message: adapters_pb2.UploadAdapterRequest | None
+            while True:
+                idle.clear()
+                try:
+                    message = await anext(messages, None)
+                except Exception as error:
+                    broken.append(error)
+                    raise
+                finally:
+                    idle.set()
+                if message is None:
+                    return
+                yield message
+
+        try:
+            answer: adapters_pb2.UploadAdapterResponse = await self._pass(
+                "UploadAdapter", sent()
+            )
+        except (Exception, asyncio.CancelledError):  # gRPC cancels a call that cannot go on
+            if broken:
+                raise broken[0] from None
+            raise
+        finally:
+            await idle.wait()  # gRPC's own task may still be asking for the next
+        return answer
+
+    async def _told(self, name: str, holds: Callable[[], bool]) -> None:
+        if not await self._until(holds, ARRIVAL_S):
+            raise Unavailable(
+                f"the registry has changed {name!r}, but this server has not heard of it in "
+                f"{ARRIVAL_S:g} s: it will, once it hears from its registry",
+                metadata={"adapter": name, "cause": "registry_away"},
+                retry_after_s=1.0,
+            )
+
+    async def _pass(self, method: str, request: object) -> Any:
+        asked = ASKED.get()
+        call = getattr(self._stub, method)(
+            request, metadata=() if asked is None else asked.caller
+        )
+        try:
+            return await call
+        except grpc.aio.AioRpcError as error:
+            raise to_error(error, self._registry.place.address) from error
+        finally:
+            call.cancel()
+
+
+def _knows(home: Tenant, spec: str) -> bool:
+    try:
+        home.registry.resolve(spec)
+    except (AdapterNotFound, Unavailable):  # in doubt, while the registry is away
+        return False
+    return True

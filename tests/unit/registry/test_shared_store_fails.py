@@ -1,0 +1,180 @@
+"""Registries that share places while their object store fails, and what of it they keep."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from veneer_registry.errors import (
+    AdapterCorrupt,
+    Unavailable,
+)
+from veneer_registry.shared import unneeded
+from veneer_registry.stored_adapter import verify_weights
+from veneer_registry.weights import WEIGHTS_FILE
+
+from tests.refused import refused
+from tests.shared_services import BUCKET, Services
+from tests.unit.registry.kit import bundle_files, push
+from tests.unit.registry.shared_kit import Adapters, Open, Watched, flipped
+
+# ------------------------------------------------------------------ the store fails
+
+
+@pytest.mark.parametrize(("kind", "skip"), [("refuse", 0), ("cut", 2), ("lose", 1), ("cut", 3)])
+def test_a_store_that_fails_publishes_nothing(
+    services: Services, opened: Open, adapters: Adapters, kind: str, skip: int
+) -> None:
+    registry = opened()
+    services.s3.fail(kind=kind, methods=["PUT"], skip=skip)
+    try:
+        with refused(Unavailable, cause="object_store"):
+            push(registry, "chat", adapters(1))
+    finally:
+        services.s3.fail()
+    assert registry.list() == opened().list() == ()
+    record = push(registry, "chat", adapters(1)).record
+    other = opened()
+    other.fetch(other.resolve("chat"))
+    verify_weights(other.weights_folder(record.ref), record.ref.weights_digest)
+
+
+@pytest.mark.parametrize("kind", ["refuse", "lose"])
+def test_a_short_failure_is_survived(
+    services: Services, opened: Open, adapters: Adapters, kind: str
+) -> None:
+    registry = opened()
+    services.s3.fail(kind=kind, methods=["PUT"], count=1)
+    assert push(registry, "chat", adapters(1)).published
+    services.s3.fail()
+
+
+def test_what_was_read_is_compared_with_its_digest(
+    services: Services, opened: Open, adapters: Adapters, name: str
+) -> None:
+    ref = push(opened(), "chat", adapters(1)).record.ref
+    other, objects = opened(), services.s3.objects(name)
+    key = f"weights/{ref.weights_digest}/{WEIGHTS_FILE}"
+    whole = objects.read(key)
+    assert whole
+    objects.write(key, flipped(whole))
+    with refused(AdapterCorrupt, weights_digest=ref.weights_digest):
+        other.fetch(ref)
+    assert not other.is_local(ref)
+    objects.write(key, whole)
+    services.s3.fail(kind="rot", methods=["GET"], key="safetensors")  # on the way
+    try:
+        with pytest.raises((AdapterCorrupt, Unavailable)):
+            other.fetch(ref)
+        assert not other.is_local(ref)
+    finally:
+        services.s3.fail()
+    other.fetch(ref)
+    verify_weights(other.weights_folder(ref), ref.weights_digest)
+
+
+def test_half_a_multipart_upload_is_never_seen(
+    services: Services, opened: Open, name: str
+) -> None:
+    opened()
+    objects = services.s3.objects(name)
+    call = objects.fs.call_s3
+    key = f"{name}/weights/{'ab' * 32}/{WEIGHTS_FILE}"
+    begun = call("create_multipart_upload", Bucket=BUCKET, Key=key)
+    part = {"UploadId": begun["UploadId"], "PartNumber": 1, "Body": b"x" * 100}
+    call("upload_part", Bucket=BUCKET, Key=key, **part)
+    assert not objects.any("weights")
+    assert objects.drop_stale_parts(0.0) == 0
+    assert objects.drop_stale_parts(time.time() + 2 * 86400) == 1
+
+
+# ------------------------------------------------------------------ cache and garbage
+
+
+def test_the_cache_is_bounded_but_for_what_is_leased(opened: Open, adapters: Adapters) -> None:
+    first = opened()
+    refs = [push(first, f"n{n}", adapters(n)).record.ref for n in range(3)]
+    size = sum(
+        (first.weights_folder(refs[0]) / f).stat().st_size for f in bundle_files(adapters(0))
+    )
+    other = opened(cache_bytes=max(2 * size, 1))
+    with other.acquire("n0") as lease:
+        for ref in refs:
+            other.fetch(ref)
+        assert [other.is_local(ref) for ref in refs] == [True, False, True]
+        verify_weights(other.weights_folder(lease.ref), lease.ref.weights_digest)
+    other.fetch(refs[1])
+    assert other.is_local(refs[1])
+    assert sum(map(other.is_local, refs)) == 2
+
+
+def test_a_revision_is_given_back_where_nothing_of_it_lies(
+    opened: Open, adapters: Adapters
+) -> None:
+    folder = adapters(1)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    push(opened(), "chat", folder)
+    other = opened("other")
+    with other.acquire("chat") as lease, other.bundle_files(lease.ref) as paths:
+        found = {name: path.read_bytes() for name, path in paths.items()}
+    assert found == bundle_files(folder)
+    assert "chat_template.jinja" in found
+
+
+def test_a_damaged_copy_is_fetched_again(opened: Open, adapters: Adapters) -> None:
+    registry = opened()
+    ref = push(registry, "chat", adapters(1)).record.ref
+    path = registry.weights_folder(ref) / WEIGHTS_FILE
+    path.write_bytes(flipped(path.read_bytes()))
+    assert registry.quarantine(ref.weights_digest, "test") == ()
+    assert registry.resolve("chat") == ref
+    verify_weights(registry.weights_folder(ref), ref.weights_digest)
+
+
+def test_a_damaged_object_is_quarantined_until_it_is_pushed_again(
+    services: Services, opened: Open, adapters: Adapters, name: str
+) -> None:
+    registry, other = opened(), opened()
+    ref = push(registry, "chat", adapters(1)).record.ref
+    objects = services.s3.objects(name)
+    key = f"weights/{ref.weights_digest}/{WEIGHTS_FILE}"
+    data = objects.read(key)
+    assert data
+    objects.write(key, flipped(data))
+    watched = Watched(other)
+    assert registry.quarantine(ref.weights_digest, "test") == (ref,)
+    watched.until(1)
+    for each in (registry, other):
+        with pytest.raises(AdapterCorrupt):
+            each.resolve("chat")
+    assert objects.read(f"quarantine/{ref.weights_digest}/{WEIGHTS_FILE}")
+    push(registry, "chat", adapters(1))
+    watched.until(2)
+    assert other.resolve("chat") == ref
+    other.fetch(ref)
+    verify_weights(other.weights_folder(ref), ref.weights_digest)
+
+
+def test_what_nobody_needs_is_deleted_later_unless_it_is_pushed_again(
+    services: Services,
+    opened: Open,
+    adapters: Adapters,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    registry = opened()
+    gone = push(registry, "gone", adapters(1)).record.ref
+    back = push(registry, "back", adapters(2)).record.ref
+    registry.delete("gone")
+    registry.delete("back")
+    objects = services.s3.objects(name)
+    there = lambda ref: bool(objects.list(f"weights/{ref.weights_digest}"))  # noqa: E731
+    registry.prune_quarantine(1 << 30, 3600)
+    assert there(gone), "another registry may be about to read it"
+    push(registry, "back", adapters(2))
+    monkeypatch.setattr(unneeded, "GRACE_S", -60.0)
+    registry.prune_quarantine(1 << 30, 3600)
+    assert not there(gone)
+    assert there(back)
+    assert not objects.list("unneeded")
+    assert not objects.list(f"revisions/{gone.revision}")
