@@ -12,7 +12,7 @@ endif
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install base demo programs test check protos check-python check-cpp protos-check client-sync audit bench bench-guard bench-kernels gpu-kernels gpu-check format-cpp sanitize mutants test-matrix test-matrix-quick test-numeric torture-quick torture attacks attacks-quick docs-check terminal-svg tools clients packages dashboard docker-lint wheel wheel-arm wheel-check image-replay clean
+.PHONY: help install base demo programs ray test check protos check-python check-cpp protos-check client-sync audit bench bench-guard bench-kernels gpu-kernels gpu-check format-cpp sanitize mutants test-matrix test-matrix-quick test-numeric torture-quick torture attacks attacks-quick docs-check terminal-svg tools clients packages dashboard docker-lint wheel wheel-arm wheel-check image-replay clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -244,6 +244,9 @@ $(PROGRAMS)/.installed: tests/programs/requirements.txt
 	test -x $(PROGRAMS)/bin/python || $(PYTHON) -m venv $(PROGRAMS)
 	$(PROGRAMS)/bin/python -m pip install --quiet --no-compile -r $<
 	touch $@
+
+ray: install ## Ray Serve, for veneer-ray and python -m tests.ray
+	$(BIN)/python -m pip install --quiet -e '.[ray]'
 
 # The compiler that make tools unpacks.
 wheel-arm: ## Cross-compile the wheel for 64-bit ARM

@@ -14,6 +14,7 @@ import typer
 import veneer_client.cli.main
 import veneer_loadtest.cli
 import veneer_loadtest.simulation.command
+import veneer_ray.command
 import veneer_server.__main__
 import veneer_train.cli
 from markdown_it import MarkdownIt
@@ -25,9 +26,12 @@ PROGRAMS = {
     "veneer-server": veneer_server.__main__.cli,
     "veneer-train": veneer_train.cli.app,
     "veneer-loadtest": veneer_loadtest.cli.cli,
+    "veneer-ray": veneer_ray.command.cli,
     "veneer-sim": veneer_loadtest.simulation.command.cli,
 }
-COMMAND = re.compile(r"(?:^|\s)(?:[\w./]+/)?(veneer(?:-server|-train|-loadtest|-sim)?) (.+)")
+COMMAND = re.compile(
+    r"(?:^|\s)(?:[\w./]+/)?(veneer(?:-server|-train|-loadtest|-ray|-sim)?) (.+)"
+)
 APART = re.compile(r"[;&|()]")
 """What stands between two commands of a line."""
 FLAG = re.compile(r"^(?P<flag>--?[a-z][\w-]*)")
@@ -66,6 +70,11 @@ def unknown(name: str, rest: str) -> str | None:
     if words[:1] == [name]:  # `docker compose exec veneer veneer`: a service of that name
         words = words[1:]
     known = flags_of(command)
+    if name == "veneer-ray" and "--" in words:  # what follows is for the servers
+        at = words.index("--")
+        if problem := unknown("veneer-server", shlex.join(words[at + 1 :])):
+            return problem
+        words = words[:at]
     if name == "veneer-server" and words[0].startswith("-"):
         words = ["serve", *words]  # as `veneer_server.__main__.main` does
     for word in words:
@@ -116,6 +125,7 @@ def test_commands_and_flags_of_the_page_exist(page: Path) -> None:
         "BASE=$(veneer-server model where smollm2-135m)",
         ".venv/bin/veneer-train train x --stepz 3",
         "veneer-loadtest runs --spawn",
+        "veneer-ray up --replicas 2 -- --thread 1",
     ],
 )
 def test_what_does_not_exist_is_found(line: str) -> None:

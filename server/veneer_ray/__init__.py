@@ -1,0 +1,6 @@
+"""Veneer on Ray Serve (``veneer-ray``, extra ``ray``): a registry, engine replicas that follow
+it, and an ingress that sends each request where its adapter is.
+
+Ray starts, watches, scales and replaces; the servers are ordinary ``veneer-server`` processes.
+Only `deployments`, `routing.request_router`, `application` and the commands import Ray.
+"""

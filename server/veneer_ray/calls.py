@@ -1,0 +1,166 @@
+"""What travels between the deployments: calls as bytes, and what comes back.
+
+An engine's replica answers with `Started`, then messages as bytes, then one `Ended`, also for a
+call with one answer. Errors travel as values: an exception would be logged with a traceback at
+each hop, and would lose the details of its status.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import grpc
+from veneer_proto.v1 import adapters_pb2, inference_pb2, server_pb2
+from veneer_registry.errors import Unavailable, VeneerError
+from veneer_server.errors import to_grpc_status
+from veneer_server.routing.records import Wanted
+
+__all__ = [
+    "DETAILS",
+    "METHODS",
+    "Call",
+    "Ended",
+    "Head",
+    "HttpCall",
+    "Metadata",
+    "Method",
+    "Started",
+    "passed_on",
+]
+
+Metadata = tuple[tuple[str, str | bytes], ...]
+
+DETAILS: Final = "grpc-status-details-bin"
+
+_SERVES: Final = frozenset(("application", "request_id", "session_id", "multiplexed_model_id"))
+"""Metadata that is meant for Serve's proxy."""
+_CONNECTIONS: Final = frozenset(("user-agent", "content-type", "te"))
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A method of one of Veneer's gRPC services.
+
+    Attributes:
+        path: ``/SERVICE/NAME``.
+    """
+
+    path: str
+    client_streaming: bool
+    server_streaming: bool
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition("/")[2]
+
+    @property
+    def by_engine(self) -> bool:
+        """Whether an engine answers it; the registry does otherwise."""
+        return "/veneer.v1.AdapterService/" not in self.path or self.name in _IN_MEMORY
+
+
+_IN_MEMORY: Final = frozenset(("ActivateAdapter", "EvictAdapter", "UpdateBudgets", "SelfTest"))
+"""What the AdapterService does with memory, of which a registry has none."""
+
+METHODS: Final = tuple(
+    Method(f"/{service.full_name}/{each.name}", each.client_streaming, each.server_streaming)
+    for file in (inference_pb2, adapters_pb2, server_pb2)
+    for service in file.DESCRIPTOR.services_by_name.values()
+    for each in service.methods
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A gRPC call with one request.
+
+    Attributes:
+        wanted: what the router goes by.
+    """
+
+    wanted: Wanted
+    path: str
+    streams: bool
+    request: bytes
+    metadata: Metadata
+
+
+@dataclass(frozen=True, slots=True)
+class HttpCall:
+    """An HTTP request, whole."""
+
+    wanted: Wanted
+    method: str
+    target: str
+    headers: tuple[tuple[str, str], ...]
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A replica has taken the call."""
+
+    replica: str
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Status and headers of an HTTP answer; its body follows as bytes."""
+
+    status: int
+    headers: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a call ended.
+
+    Attributes:
+        code: a gRPC status code's number.
+        trailing: metadata that ends the call, its error's details among it.
+    """
+
+    code: int = 0
+    message: str = ""
+    trailing: Metadata = ()
+
+    @classmethod
+    def by(cls, error: VeneerError) -> Ended:
+        """With an error of ours."""
+        status = to_grpc_status(error)
+        return cls(status.code.value[0], status.message, status.trailing)
+
+    @classmethod
+    def failed(cls, error: grpc.aio.AioRpcError) -> Ended:
+        """With a server's error, as it came. One without details is the connection's: the
+        server is gone."""
+        trailing = _pairs(error.trailing_metadata())
+        known = any(key == DETAILS for key, _ in trailing)
+        if not known and error.code() is grpc.StatusCode.UNAVAILABLE:
+            return cls.by(lost("the server that had this call is gone"))
+        return cls(error.code().value[0], error.details() or "", trailing)
+
+    @classmethod
+    def well(cls, trailing: object) -> Ended:
+        """As it should."""
+        return cls(trailing=_pairs(trailing))
+
+
+def lost(what: str, cause: str = "replica_lost") -> Unavailable:
+    """The error of a call whose server is gone, or that none has taken."""
+    return Unavailable(f"{what}: retry", metadata={"cause": cause}, retry_after_s=1.0)
+
+
+def passed_on(metadata: object) -> Metadata:
+    """A caller's metadata, without what belongs to its connection or to Serve."""
+    return tuple(
+        (key, value)
+        for key, value in _pairs(metadata)
+        if key not in _SERVES and key not in _CONNECTIONS and not key.startswith(("grpc-", ":"))
+    )
+
+
+def _pairs(metadata: object) -> Metadata:
+    # grpc's asyncio metadata iterates over pairs; its types say otherwise.
+    return tuple((str(key), value) for key, value in metadata or ())  # type: ignore[attr-defined]

@@ -1,0 +1,198 @@
+"""The program ``veneer-ray``. Ray is imported by the commands that need it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+from veneer_registry.command_line import Program
+from veneer_registry.errors import VeneerError
+
+from veneer_ray.settings import Cluster
+
+__all__ = ["cli", "main"]
+
+_EXAMPLES = """
+Examples:
+
+  veneer-ray up --replicas 2 --data-dir /tmp/cluster      here, until Ctrl-C
+
+  veneer-ray up --replicas 2 -- --kv-cache-bytes 2GiB     with flags of veneer-server
+
+  veneer-ray up --address auto --replicas 4 --gpus 1      in a running Ray cluster
+
+  veneer-ray scale 1                                      take engines away, once idle
+"""
+
+_DEFAULT_DATA: Final = Path.home() / ".local/share/veneer/ray"
+_STATUS_ROW: Final = "{:<10} {:<12} {}"
+
+cli = Program(
+    help="Run a registry and engines of Veneer on Ray Serve, behind one address.",
+    epilog=_EXAMPLES,
+)
+
+Address = Annotated[
+    str,
+    typer.Option(metavar="ADDRESS", help="A running Ray cluster; auto: this machine's."),
+]
+
+
+@cli.callback()
+def _top() -> None:
+    """Run a registry and engines of Veneer on Ray Serve, behind one address."""
+
+
+@cli.command("up")
+def _up(
+    server_args: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- FLAGS]", help="Flags of veneer-server, for all servers."),
+    ] = None,
+    replicas: Annotated[int, typer.Option(help="Engines, at least.")] = 1,
+    most_replicas: Annotated[
+        int, typer.Option(help="Engines at most, by load; 0: always --replicas.")
+    ] = 0,
+    ingresses: Annotated[int, typer.Option(help="Processes that route.")] = 1,
+    data_dir: Annotated[
+        Path, typer.Option(help="Of the registry and the engines' caches.")
+    ] = _DEFAULT_DATA,
+    registry: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Where the registry listens.")
+    ] = "127.0.0.1:50060",
+    grpc_port: Annotated[int, typer.Option(help="Of the gRPC API, on all interfaces.")] = 50051,
+    http_host: Annotated[str, typer.Option(help="Of the OpenAI API.")] = "127.0.0.1",
+    http_port: Annotated[int, typer.Option(help="Of the OpenAI API.")] = 8000,
+    cpus: Annotated[
+        float, typer.Option(help="For each engine, also its threads; 0: not reserved.")
+    ] = 0.0,
+    gpus: Annotated[float, typer.Option(help="For each engine.")] = 0.0,
+    drain: Annotated[
+        float, typer.Option(help="Seconds in which an engine that is taken away must finish.")
+    ] = 600.0,
+    wait: Annotated[
+        float, typer.Option(help="Seconds that a request waits for an engine to take it.")
+    ] = 30.0,
+    registry_key_file: Annotated[
+        Path | None, typer.Option(help="An operator's key, for the engines.")
+    ] = None,
+    address: Address = "",
+) -> None:
+    """Deploy the registry, the engines and the ingress; run until Ctrl-C unless --address is
+    given."""
+    cluster = Cluster(
+        data_dir=data_dir.absolute(),
+        replicas=replicas,
+        most_replicas=most_replicas,
+        ingresses=ingresses,
+        registry=registry,
+        http_host=http_host,
+        http_port=http_port,
+        grpc_port=grpc_port,
+        cpus=cpus,
+        gpus=gpus,
+        drain_s=drain,
+        wait_s=wait,
+        key_file=registry_key_file and registry_key_file.absolute(),
+        server_args=tuple(server_args or ()),
+    )
+    stopped = threading.Event()
+    if not address:
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(kind, lambda *_: stopped.set())
+    ray = _connect(address)
+    from veneer_ray.application import deploy
+
+    deploy(cluster)
+    print(
+        f"ready: gRPC on port {grpc_port}, HTTP on http://{http_host}:{http_port}, "
+        f"{replicas} engines",
+        flush=True,
+    )
+    if not address:
+        try:
+            stopped.wait()
+        finally:
+            _shut_down()
+            ray.shutdown()
+
+
+@cli.command("scale")
+def _scale(
+    replicas: Annotated[int, typer.Argument(help="Engines.")], address: Address = "auto"
+) -> None:
+    """Change the number of engines. Those taken away finish their requests first."""
+    _connect(address)
+    from ray import serve
+
+    from veneer_ray.application import NAME, deploy
+
+    now = serve.get_app_handle(NAME).settings.remote().result(timeout_s=30)
+    deploy(replace(Cluster.of_text(now), replicas=replicas, most_replicas=0))
+
+
+@cli.command("status")
+def _status(address: Address = "auto") -> None:
+    """Show the deployments and how they are."""
+    _connect(address)
+    from ray import serve
+
+    from veneer_ray.application import NAME
+
+    found = serve.status().applications.get(NAME)
+    if found is None:
+        print("not deployed")
+        raise typer.Exit(1)
+    print(f"{found.status.value} {found.message}".strip())
+    print(_STATUS_ROW.format("", "status", "replicas"))
+    for name, deployment in found.deployments.items():
+        states = ", ".join(
+            f"{count} {state.value}" if hasattr(state, "value") else f"{count} {state}"
+            for state, count in deployment.replica_states.items()
+        )
+        print(_STATUS_ROW.format(name, deployment.status.value, states))
+
+
+@cli.command("down")
+def _down(address: Address = "auto") -> None:
+    """End the application, after the requests that run."""
+    _connect(address)
+    _shut_down()
+
+
+def _shut_down() -> None:
+    from ray import serve
+
+    serve.shutdown()
+
+
+def _connect(address: str) -> Any:
+    """Connect to a Ray cluster, or start one of this machine alone."""
+    # Ray reports to its makers unless told not to.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # A cluster that Ray starts itself asks for this token, but a program that joins it does not
+    # show it unless told to, before Ray is imported.
+    if (Path.home() / ".ray" / "auth_token").exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    import ray
+
+    if address:
+        ray.init(address=address, log_to_driver=False)
+    else:
+        ray.init(include_dashboard=False)
+    return ray
+
+
+def main() -> None:
+    """Entry point."""
+    try:
+        cli()
+    except VeneerError as error:
+        print(f"veneer-ray: {error}", file=sys.stderr)
+        sys.exit(2)

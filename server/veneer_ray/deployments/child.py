@@ -1,0 +1,35 @@
+"""Becomes ``veneer-server``, and ends when its parent does, however that ends.
+
+    python -P -m veneer_ray.deployments.child PARENT FLAGS...
+
+A replica that is killed cannot stop its server, whose ports and memory the next one needs. The
+server's own children end with it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from typing import Final
+
+__all__: list[str] = []
+
+_PR_SET_PDEATHSIG: Final = 1
+
+
+def main() -> None:
+    """Entry point."""
+    parent = int(sys.argv[1])
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        sys.exit(1)  # it ended before that was set
+    os.execv(  # nosec B606
+        sys.executable, (sys.executable, "-P", "-m", "veneer_server", *sys.argv[2:])
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""The ingress: Serve's proxies call it for each gRPC call and HTTP request. It routes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from typing import Any, Final
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from ray.serve.handle import DeploymentHandle
+from veneer_proto.v1 import adapters_pb2, adapters_pb2_grpc
+from veneer_server.logs import get_logger
+from veneer_server.routing.records import Wanted
+
+from veneer_ray.calls import (
+    METHODS,
+    Call,
+    Ended,
+    Metadata,
+    Method,
+    Started,
+    lost,
+    passed_on,
+)
+from veneer_ray.deployments.web import Web
+from veneer_ray.routing.digests import Digests
+from veneer_ray.routing.wanted import of_request
+from veneer_ray.settings import Cluster
+
+__all__ = ["Ingress"]
+
+_HEALTH_S: Final = 1.0
+_INFERENCE: Final = ("veneer.v1.InferenceService", "veneer.v1.ServerService")
+_UP: Final = health_pb2.HealthCheckResponse.SERVING
+_DOWN: Final = health_pb2.HealthCheckResponse.NOT_SERVING
+
+_log = get_logger(__name__)
+
+
+class Raw:
+    """A message as bytes, in the only form that Serve takes: something that serializes."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def SerializeToString(self) -> bytes:  # noqa: N802 # protobuf's name
+        return self._data
+
+
+class Ingress:
+    """Has a method for each of Veneer's RPCs, by its name (see the end of the module), `Check`
+    and `Watch` of the health service, and `__call__` for HTTP."""
+
+    def __init__(
+        self, settings: str, engines: DeploymentHandle, registry: DeploymentHandle
+    ) -> None:
+        self._cluster = Cluster.of_text(settings)
+        self._engines = engines.options(stream=True)
+        self._digests = Digests(self._look_up)
+        self._opened: grpc.aio.Channel | None = None
+        self._registry = registry  # its server is called directly
+        self._web = Web(self._digests, self.answers)
+
+    async def settings(self) -> str:
+        """For ``veneer-ray scale``."""
+        return self._cluster.as_text()
+
+    async def __call__(self, request: Any) -> Any:
+        return await self._web.answer(request)
+
+    # ------------------------------------------------------------------ engines
+
+    async def answers(self, method: str, call: Any) -> AsyncIterator[Any]:
+        """What the engine that is chosen for a call answers; `Ended` comes last, always."""
+        response = getattr(self._engines, method).remote(call)
+        items = aiter(response)
+        ended = False
+        try:
+            async with asyncio.timeout(self._cluster.wait_s):
+                item = await anext(items)
+            while not ended:
+                ended = isinstance(item, Ended)
+                yield item
+                if not ended:
+                    item = await anext(items)
+        except TimeoutError:
+            ended = True
+            response.cancel()
+            yield Ended.by(lost("no replica has taken this call in time", "no_replica"))
+        except Exception as error:  # Ray's, of many kinds: died, unreachable, full
+            ended = True
+            _log.warning("a call has lost its replica", why=type(error).__name__)
+            yield Ended.by(lost("the replica that had this call is gone"))
+        finally:
+            if not ended:
+                response.cancel()
+
+    async def by_engine(
+        self, method: Method, request: Any, context: Any
+    ) -> AsyncIterator[bytes | None]:
+        """The messages of a call; None once it has ended, whose end is then in ``context``."""
+        metadata = passed_on(context.invocation_metadata())
+        wanted = await of_request(request, self._digests, metadata)
+        data = request.SerializeToString()
+        call = Call(wanted, method.path, method.server_streaming, data, metadata)
+        replica: Metadata = ()
+        async for item in self.answers("call", call):
+            match item:
+                case Started():
+                    replica = (("veneer-replica", item.replica),)
+                case Ended():
+                    _end(context, item, replica)
+                    yield None
+                case bytes():
+                    yield item
+
+    # ------------------------------------------------------------------ registry
+
+    @property
+    def registry(self) -> grpc.aio.Channel:
+        """Made in the loop that uses it."""
+        if self._opened is None:
+            self._opened = grpc.aio.insecure_channel(
+                self._cluster.registry,
+                options=(
+                    ("grpc.max_receive_message_length", -1),
+                    ("grpc.max_reconnect_backoff_ms", 1000),
+                ),
+            )
+        return self._opened
+
+    async def _look_up(self, name: str, caller: Metadata) -> str:
+        stub: Any = adapters_pb2_grpc.AdapterServiceStub(self.registry)
+        found = await stub.GetAdapter(
+            adapters_pb2.GetAdapterRequest(name=name), metadata=caller
+        )
+        return str(found.adapter.weights_digest)
+
+    async def by_registry(
+        self, method: Method, request: Any, context: Any
+    ) -> AsyncIterator[bytes | None]:
+        """The same from the registry."""
+        metadata = passed_on(context.invocation_metadata())
+        made = _begin(self.registry, method, request, metadata)
+        try:
+            if method.server_streaming:
+                async for message in made:
+                    yield message
+            else:
+                yield await made
+            _end(context, Ended.well(await made.trailing_metadata()), ())
+        except grpc.aio.AioRpcError as error:
+            _end(context, Ended.failed(error), ())
+        finally:
+            made.cancel()
+        yield None
+
+    # ------------------------------------------------------------------ health
+
+    async def Check(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802 # the RPC's name
+        """The registry says how it is; engines are ready if one is."""
+        if request.service == "":
+            return health_pb2.HealthCheckResponse(status=_UP)
+        if request.service in _INFERENCE:
+            status = await self._engine_status(request)
+            return health_pb2.HealthCheckResponse(status=status)
+        stub: Any = health_pb2_grpc.HealthStub(self.registry)
+        try:
+            return await stub.Check(request, timeout=_HEALTH_S)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.NOT_FOUND:
+                _end(grpc_context, Ended.failed(error), ())
+            return health_pb2.HealthCheckResponse(status=_DOWN)
+
+    async def Watch(self, request: Any, grpc_context: Any) -> AsyncIterator[Any]:  # noqa: N802
+        """Asks again each second: a call that stays at an engine would hold up its drain."""
+        last = None
+        while True:
+            now = (await self.Check(request, grpc_context)).status
+            if now != last:
+                last = now
+                yield health_pb2.HealthCheckResponse(status=now)
+            await asyncio.sleep(_HEALTH_S)
+
+    async def _engine_status(self, request: Any) -> int:
+        data = request.SerializeToString()
+        call = Call(Wanted(), "/grpc.health.v1.Health/Check", False, data, ())
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_HEALTH_S):
+                async for item in self.answers("call", call):
+                    if isinstance(item, bytes):
+                        return int(health_pb2.HealthCheckResponse.FromString(item).status)
+        return int(_DOWN)
+
+
+def _begin(channel: grpc.aio.Channel, method: Method, request: Any, metadata: Metadata) -> Any:
+    kinds: dict[tuple[bool, bool], Callable[..., Any]] = {
+        (False, False): channel.unary_unary,
+        (False, True): channel.unary_stream,
+        (True, False): channel.stream_unary,
+    }
+    kind = kinds[method.client_streaming, method.server_streaming]
+    return kind(method.path, request_serializer=_serialized)(request, metadata=metadata)
+
+
+def _serialized(message: Any) -> bytes:
+    return bytes(message.SerializeToString())
+
+
+def _end(context: Any, ended: Ended, more: Metadata) -> None:
+    """Set how a call ends; it reaches the proxy with the next message."""
+    if ended.code:
+        context.set_code(_CODES[ended.code])
+        context.set_details(ended.message)
+    context.set_trailing_metadata([*ended.trailing, *more])
+
+
+_CODES: Final = {code.value[0]: code for code in grpc.StatusCode}
+
+
+def _single(method: Method) -> Callable[..., Any]:
+    async def answer(self: Ingress, request: Any, grpc_context: Any) -> Raw:
+        """The last message before the end; none where it failed."""
+        last = b""
+        ask = self.by_engine if method.by_engine else self.by_registry
+        async for message in ask(method, request, grpc_context):
+            last = last if message is None else message
+        return Raw(last)
+
+    return answer
+
+
+def _streaming(method: Method) -> Callable[..., Any]:
+    async def answer(self: Ingress, request: Any, grpc_context: Any) -> AsyncIterator[Raw]:
+        """The messages; then an empty one that carries the end (see `servicers`)."""
+        ask = self.by_engine if method.by_engine else self.by_registry
+        async for message in ask(method, request, grpc_context):
+            yield Raw(message or b"")
+
+    return answer
+
+
+for _method in METHODS:
+    _make = _streaming if _method.server_streaming else _single
+    _made = _make(_method)
+    _made.__name__ = _method.name
+    setattr(Ingress, _method.name, _made)

@@ -1,0 +1,117 @@
+"""A ``veneer-server`` as the child of a replica."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import IO, Final
+
+__all__ = ["Folder", "ServerProcess"]
+
+_START_S: Final = 1800.0
+"""A first start may import a base of many gigabytes."""
+_RAYS: Final = ("OMP_NUM_THREADS",)
+"""Variables that Ray sets for its workers; the server knows better by itself."""
+
+
+class ServerProcess:
+    """Started and ready when it is made. Its log goes to the replica's own, which Ray keeps.
+
+    Args:
+        flags: from the file that the server is to write its ports to.
+        on_lost: called, from another thread, if it ends without `stop`.
+
+    Raises:
+        RuntimeError: it ended, or was not ready in time.
+    """
+
+    def __init__(
+        self, flags: Callable[[Path], list[str]], on_lost: Callable[[int], None]
+    ) -> None:
+        self._on_lost = on_lost
+        self._stopping = False
+        self._ready: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        environment = {key: value for key, value in os.environ.items() if key not in _RAYS}
+        with tempfile.TemporaryDirectory(prefix="veneer-ray-") as folder:
+            ports = Path(folder) / "ports.json"
+            self._process = subprocess.Popen(
+                [
+                    *(sys.executable, "-P", "-m", "veneer_ray.deployments.child"),
+                    *(str(os.getpid()), *flags(ports)),
+                ],
+                stdout=subprocess.PIPE,
+                env=environment,
+            )
+            assert self._process.stdout is not None
+            # Lasts as long as this process does: a parent's death is that of the thread that
+            # started a child, and this may be the constructor of a replica.
+            threading.Thread(
+                target=self._follow, args=(self._process.stdout,), daemon=True
+            ).start()
+            try:
+                ready = self._ready.get(timeout=_START_S)
+            except queue.Empty:
+                ready = False
+            if not ready:
+                self.stop(0)
+                raise RuntimeError("veneer-server did not start: the lines before say why")
+            told = json.loads(ports.read_text("utf-8"))
+        self.grpc = str(told["grpc"])
+        self.openai = str(told["openai"])
+        self.metrics = str(told["metrics"])
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def stop(self, grace_s: float) -> None:
+        """Let it finish its calls; kill it after ``grace_s``. Idempotent."""
+        self._stopping = True
+        if not self.running:
+            return
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(grace_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _follow(self, output: IO[bytes]) -> None:
+        for line in output:
+            sys.stderr.write(line.decode(errors="replace"))
+            if b"ready" in line:
+                self._ready.put(True)
+        code = self._process.wait()
+        self._ready.put(False)
+        if not self._stopping:
+            self._on_lost(code)
+
+
+class Folder:
+    """The first of ``0``, ``1``, ... below a folder that no other process here has. A replica
+    that replaces another finds that one's cached weights."""
+
+    def __init__(self, below: Path) -> None:
+        below.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for number in count():
+            file = os.open(
+                below / f"{number}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600
+            )
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(file)
+                continue
+            self._file = file  # held until this process ends
+            self.path = below / str(number)
+            return

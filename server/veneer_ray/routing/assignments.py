@@ -1,0 +1,120 @@
+"""`AdapterRouter`, told and asked in Serve's order of events. No Ray here.
+
+Serve asks for a replica, perhaps again if that one refuses; says which replica has taken the
+request; and says when it has ended. A caller may leave at any of these points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from veneer_server.routing.adapter_router import AdapterRouter
+from veneer_server.routing.records import Choice, Report, Wanted
+
+__all__ = ["Assignments", "report_of"]
+
+
+@dataclass(slots=True)
+class _Waiting:
+    choice: Choice
+    left: Callable[[], bool]
+
+
+class Assignments:
+    """Belongs to one event loop. Replicas are known by the text of their id.
+
+    Args:
+        wall: seconds since 1970, which replicas' reports have.
+        clock: seconds that do not go back.
+    """
+
+    def __init__(self, wall: Callable[[], float], clock: Callable[[], float]) -> None:
+        self._router = AdapterRouter()
+        self._wall = wall
+        self._clock = clock
+        self._waiting: dict[str, _Waiting] = {}
+        self._sent: dict[str, Choice] = {}
+        self._reports: dict[str, float] = {}
+
+    @property
+    def under_way(self) -> int:
+        """Requests that count, waiting ones among them."""
+        return len(self._waiting) + len(self._sent)
+
+    def update(self, replicas: Mapping[str, Mapping[str, Any]]) -> None:
+        """The replicas that take requests, with what each last said of itself."""
+        for gone in self._reports.keys() - replicas.keys():
+            # It drains, or it has died: Serve does not say which. Neither gets any more.
+            self._router.leave(gone)
+            del self._reports[gone]
+        for replica, stats in replicas.items():
+            if replica not in self._reports:
+                self._router.join(replica)
+                self._reports[replica] = 0.0
+            at = float(stats.get("at", 0.0))
+            if at > self._reports[replica]:
+                self._reports[replica] = at
+                self._router.report(replica, report_of(stats, self._wall()), self._clock())
+
+    def gone(self, replica: str) -> None:
+        """A replica has died."""
+        self._reports.pop(replica, None)
+        self._router.leave(replica)
+
+    def choose(self, request: str, wanted: Wanted, left: Callable[[], bool]) -> str:
+        """The replica for a request, which counts as there from now on. There must be one.
+
+        Args:
+            left: whether the caller has gone, asked while the request waits.
+        """
+        self._sweep()
+        self._forget(request)
+        choice = self._router.choose(wanted, self._clock())
+        self._waiting[request] = _Waiting(choice, left)
+        return choice.replica
+
+    def sent(self, request: str, replica: str) -> None:
+        """A replica has taken a request."""
+        waiting = self._waiting.pop(request, None)
+        if waiting is None:
+            return
+        if waiting.choice.replica == replica:
+            self._sent[request] = waiting.choice
+        else:  # its report will count the request
+            self._router.finished(waiting.choice, self._clock())
+
+    def ended(self, request: str, replica: str) -> None:
+        """A request, or one attempt to send it, has ended at a replica."""
+        choice = self._sent.get(request)
+        if choice is not None and choice.replica == replica:
+            self._finish(self._sent.pop(request))
+            return
+        waiting = self._waiting.get(request)
+        if waiting is not None and waiting.choice.replica == replica and waiting.left():
+            self._forget(request)
+
+    def _sweep(self) -> None:
+        for request in [each for each, it in self._waiting.items() if it.left()]:
+            self._forget(request)
+
+    def _forget(self, request: str) -> None:
+        waiting = self._waiting.pop(request, None)
+        if waiting is not None:
+            self._finish(waiting.choice)
+        if (sent := self._sent.pop(request, None)) is not None:  # it is sent again
+            self._finish(sent)
+
+    def _finish(self, choice: Choice) -> None:
+        self._router.finished(choice, self._clock())
+
+
+def report_of(stats: Mapping[str, Any], now: float) -> Report:
+    """What a replica's ``record_routing_stats`` says. Its clock may differ from ours: a report
+    from the future is as of now."""
+    return Report(
+        resident=frozenset(stats.get("resident", ())),
+        requests=int(stats.get("requests", 0)),
+        age_s=max(0.0, now - float(stats.get("at", now))),
+    )

@@ -1,0 +1,47 @@
+"""What matters of a request to the router, whichever door it came through."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from veneer_proto.v1 import adapters_pb2, inference_pb2
+from veneer_server.routing.records import Wanted
+
+from veneer_ray.calls import Metadata
+from veneer_ray.routing.digests import Digests
+
+__all__ = ["of_body", "of_request"]
+
+_TOKENS: Final = 128
+"""Output of a request that does not bound it. Of its prompt, 4 bytes count as a token."""
+
+
+async def of_request(request: Any, digests: Digests, metadata: Metadata) -> Wanted:
+    """Of a gRPC request; what names no adapter may go anywhere."""
+    match request:
+        case inference_pb2.GenerateRequest():
+            size = request.ByteSize() / 4
+            work = size + 2.0 * (request.stopping.max_tokens or _TOKENS)
+            digest = await digests.of(request.adapter, metadata)
+            return Wanted(digest, request.session_key, work)
+        case adapters_pb2.ActivateAdapterRequest() | adapters_pb2.EvictAdapterRequest():
+            return Wanted(await digests.of(request.name, metadata))
+    return Wanted()
+
+
+async def of_body(
+    body: Mapping[str, Any], digests: Digests, headers: tuple[tuple[str, str], ...]
+) -> Wanted:
+    """Of an HTTP request's JSON, which nobody has checked yet."""
+    model, session = body.get("model"), body.get("prompt_cache_key") or body.get("user")
+    if not isinstance(model, str):
+        return Wanted()
+    bound = body.get("max_completion_tokens") or body.get("max_tokens")
+    prompt = body.get("prompt") or body.get("messages") or body.get("input") or ""
+    work = len(str(prompt)) / 4 + 2.0 * (bound if isinstance(bound, int) else _TOKENS)
+    return Wanted(
+        await digests.of(model, headers),
+        session if isinstance(session, str) else "",
+        max(1.0, work),
+    )

@@ -1,0 +1,55 @@
+"""How many engines there should be: by requests that wait and by the KV cache.
+
+Serve's own policy counts requests, whatever they cost. An engine knows better: while its KV
+cache has room and nothing waits, more requests only make its batch larger.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Final
+
+__all__ = ["KV", "WAITING", "engines_wanted", "policy"]
+
+WAITING: Final = "veneer_waiting"
+"""Sequences without a token yet, of one engine."""
+KV: Final = "veneer_kv"
+"""Used share of its KV cache, 0 to 1."""
+
+_KV_TARGET: Final = 0.7
+_WAITING_TARGET: Final = 2.0
+"""Sequences that may wait at an engine: they start with one of its next steps."""
+_QUIET: Final = 0.5
+"""An engine is taken away if the others then stay below this share of both targets."""
+
+
+def engines_wanted(current: int, waiting: float, kv: float, held_back: float) -> int:
+    """From sums over all engines.
+
+    Args:
+        current: engines that run.
+        waiting: sequences that wait in them.
+        kv: sum of their used shares.
+        held_back: requests that no engine has taken.
+    """
+    if current == 0:
+        return 1
+    load = max(kv / _KV_TARGET, (waiting + held_back) / _WAITING_TARGET)
+    if load > current:
+        return min(math.ceil(load), 2 * current)  # doubled at most: loads lag behind
+    if current > 1 and load <= _QUIET * (current - 1):
+        return current - 1
+    return current
+
+
+def policy(context: Any) -> tuple[int, dict[str, Any]]:
+    """For Serve's autoscaler, which applies its delays and bounds."""
+    metrics: Mapping[str, Mapping[Any, float]] = context.aggregated_metrics or {}
+    wanted = engines_wanted(
+        context.current_num_replicas,
+        sum(metrics.get(WAITING, {}).values()),
+        sum(metrics.get(KV, {}).values()),
+        float(context.total_queued_requests or 0),
+    )
+    return wanted, {}

@@ -1,0 +1,1 @@
+"""``python -m tests.ray``: a registry and two engines on Ray Serve, with the real base."""

@@ -1,0 +1,289 @@
+"""What must hold of a deployment. Each check prints a line with what it saw."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import statistics
+import struct
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import grpc
+import psutil
+from veneer_proto.v1 import adapters_pb2, replication_pb2
+
+from tests.places import REPOSITORY
+from tests.ray.deployed import Deployed
+from tests.server_harness import Refusal, Server, read_files, refusal
+
+ADAPTER = REPOSITORY / "examples/adapters/chat"
+WEIGHTS = "adapter_model.safetensors"
+LONG = {"max_tokens": 200, "ignore_eos": True}
+
+__all__ = ["CHECKS", "Seen"]
+
+
+@dataclass
+class Seen:
+    """What was acknowledged, by name: nothing of it may be lost."""
+
+    published: dict[str, str] = field(default_factory=dict)
+
+
+def variant(number: int) -> dict[str, bytes]:
+    """The example adapter with other weights: another digest, the same words."""
+    files = read_files(ADAPTER)
+    weights = bytearray(files[WEIGHTS])
+    # The last two bytes' low bits, and the two before them.
+    weights[-4:] = struct.pack("<HH", number % 1000 + 1, 1)
+    return {**files, WEIGHTS: bytes(weights)}
+
+
+async def publish(server: Server, seen: Seen, name: str, number: int) -> None:
+    """Counts once it is acknowledged."""
+    answer = await server.push_files(variant(number), name, allow_replace=True)
+    seen.published[name] = answer.adapter.weights_digest
+
+
+async def replica_of(call: Any) -> str:
+    return str(dict(await call.trailing_metadata())["veneer-replica"])
+
+
+# ------------------------------------------------------------------ one thing after another
+
+
+async def health(deployed: Deployed, server: Server, seen: Seen) -> str:
+    await server.wait_for_health(True, 60)
+    for service in ("InferenceService", "AdapterService", "ServerService"):
+        assert await server.serving(f"veneer.v1.{service}"), service
+    assert await server.serving("")
+    return "every service is ready, by Check and Watch"
+
+
+async def uploads(deployed: Deployed, server: Server, seen: Seen) -> str:
+    wait = replication_pb2.WaitForReplicas(replicas=replication_pb2.WAIT_REPLICAS_ALL)
+    files = read_files(ADAPTER)
+    answer = await server.push_files(files, "chat", wait=wait, allow_replace=True)
+    seen.published["chat"] = answer.adapter.weights_digest
+    reached = answer.replicas
+    assert (reached.applied, reached.enough) == (2, True), reached
+    return f"published through the ingress, on {reached.applied} of {reached.live} engines"
+
+
+async def streams(deployed: Deployed, server: Server, seen: Seen) -> str:
+    stream = server.stream(prompt="Hello", adapter="chat", stopping={"max_tokens": 24})
+    messages = await stream.rest()
+    assert messages[-1].HasField("final"), "the last message is not the last"
+    assert all(m.ByteSize() for m in messages), "an empty message has come through"
+    digest = messages[-1].final.provenance.weights_digest
+    assert digest == seen.published["chat"], "the answer is another adapter's"
+    text = "".join(message.text for message in messages)
+    whole = await server.generate(prompt="Hello", adapter="chat", stopping={"max_tokens": 24})
+    assert whole.text == text, "a stream and an answer differ"
+    return f"{len(messages)} messages from replica {await replica_of(stream.call)}"
+
+
+async def http(deployed: Deployed, server: Server, seen: Seen) -> str:
+    def ask(**more: Any) -> tuple[int, bytes]:
+        body = {"prompt": "Hello", "model": "chat", "max_tokens": 8, **more}
+        request = Request(
+            f"http://{deployed.http}/v1/completions",
+            json.dumps(body).encode(),
+            {"content-type": "application/json"},
+        )
+        try:
+            with urlopen(request, timeout=120) as answer:
+                return answer.status, answer.read()
+        except HTTPError as error:
+            return error.code, error.read()
+
+    status, body = await asyncio.to_thread(ask)
+    assert status == 200, body
+    text = json.loads(body)["choices"][0]["text"]
+    status, body = await asyncio.to_thread(lambda: ask(stream=True, temperature=0))
+    assert body.endswith(b"data: [DONE]\n\n"), body
+    status, body = await asyncio.to_thread(lambda: ask(model="nobody"))
+    assert (status, json.loads(body)["error"]["code"]) == (404, "model_not_found")
+    return f"whole ({text!r}), streamed, and refused"
+
+
+async def errors(deployed: Deployed, server: Server, seen: Seen) -> str:
+    missing = await server.refused(server.generate(prompt="x", adapter="nobody"))
+    assert (missing.code, missing.reason) == ("NOT_FOUND", "ADAPTER_NOT_FOUND")
+    assert missing.metadata["adapter"] == "nobody"
+    stream = server.stream(prompt="x", adapter="nobody")
+    assert await server.refused(stream.rest()) == missing, "a stream's error differs"
+    wrong = await server.refused(server.generate(prompt="x", sampling={"temperature": -1}))
+    assert wrong.code == "INVALID_ARGUMENT"
+    assert wrong.metadata["field"], wrong
+    deletion = adapters_pb2.DeleteAdapterRequest(name="nobody")
+    gone = await server.refused(server.adapters.DeleteAdapter(deletion))
+    assert gone.reason == "ADAPTER_NOT_FOUND"
+    return "code, reason and metadata of single calls, streams and the registry's"
+
+
+async def cancels(deployed: Deployed, server: Server, seen: Seen) -> str:
+    calls = [server.stream(prompt="Count", adapter="chat", stopping=LONG) for _ in range(4)]
+    await asyncio.gather(*(call.first() for call in calls))
+    before = deployed.sequences()
+    assert before >= 1, "nothing runs in the engines"
+    began = time.monotonic()
+    for call in calls:
+        call.call.cancel()
+    while await asyncio.to_thread(deployed.sequences):
+        assert time.monotonic() - began < 60, "cancelled streams go on"
+        await asyncio.sleep(0.1)
+    return f"{before:.0f} sequences ended {time.monotonic() - began:.1f} s after the cancels"
+
+
+async def affinity(deployed: Deployed, server: Server, seen: Seen) -> str:
+    await publish(server, seen, "own", 99)
+    counts: Counter[str] = Counter()
+    for _ in range(6):
+        stream = server.stream(prompt="Hi", adapter="own", stopping={"max_tokens": 1})
+        await stream.rest()
+        counts[await replica_of(stream.call)] += 1
+    # What was sent to it before may have made that replica's share too large for one more.
+    assert max(counts.values()) >= 5, f"an adapter's requests are spread: {counts}"
+    return f"6 requests for a new adapter, at {dict(counts)}"
+
+
+async def publication(deployed: Deployed, server: Server, seen: Seen) -> str:
+    """From the acknowledgement to the first token at an engine that did not have it."""
+    times = []
+    for number in range(10):
+        name = f"fresh-{number}"
+        await publish(server, seen, name, 100 + number)
+        began = time.monotonic()
+        stream = server.stream(prompt="Hi", adapter=name, stopping={"max_tokens": 2})
+        await stream.first()
+        times.append(1000 * (time.monotonic() - began))
+        await stream.rest()
+    p50, worst = statistics.median(times), max(times)
+    return f"p50 {p50:.0f} ms, worst {worst:.0f} ms of 10 (the bar is 300 ms, undisturbed)"
+
+
+# ------------------------------------------------------------------ under load
+
+
+@dataclass
+class Outcome:
+    """How the calls under load ended."""
+
+    finished: int = 0
+    ended: asyncio.Condition = field(default_factory=asyncio.Condition)
+    refused: list[Refusal] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
+
+    async def more(self, count: int) -> None:
+        """Returns once so many more streams have finished."""
+        goal = self.finished + count
+        async with self.ended:
+            await self.ended.wait_for(lambda: self.finished >= goal)
+
+
+async def _load(server: Server, outcome: Outcome, stop: asyncio.Event) -> None:
+    while not stop.is_set():
+        stream = server.stream(
+            prompt="Tell me", adapter="chat", stopping={"max_tokens": 40, "ignore_eos": True}
+        )
+        try:
+            messages = await asyncio.wait_for(stream.rest(), 300)
+        except grpc.aio.AioRpcError as error:
+            try:
+                outcome.refused.append(refusal(error))
+            except AssertionError as bare:
+                outcome.broken.append(str(bare))
+        except TimeoutError:
+            outcome.broken.append("a stream did not end")
+        else:
+            if messages and messages[-1].HasField("final"):
+                async with outcome.ended:
+                    outcome.finished += 1
+                    outcome.ended.notify_all()
+            else:
+                outcome.broken.append("a stream ended well without its last message")
+
+
+async def _publishing(server: Server, seen: Seen, prefix: str, stop: asyncio.Event) -> None:
+    number = 0
+    while not stop.is_set():
+        name = f"{prefix}-{number}"
+        await publish(server, seen, name, 200 + number)
+        number += 1
+        await asyncio.sleep(1)
+
+
+async def _under_load(
+    server: Server, seen: Seen, prefix: str, event: Callable[[], Awaitable[None]]
+) -> Outcome:
+    """Six callers and a publisher, before, during and after an event."""
+    outcome, stop = Outcome(), asyncio.Event()
+    async with asyncio.TaskGroup() as group:
+        for _ in range(6):
+            group.create_task(_load(server, outcome, stop))
+        group.create_task(_publishing(server, seen, prefix, stop))
+        await outcome.more(6)
+        await event()
+        await outcome.more(6)
+        stop.set()
+    assert not outcome.broken, outcome.broken
+    return outcome
+
+
+async def _nothing_lost(server: Server, seen: Seen) -> None:
+    for name, digest in seen.published.items():
+        found = await server.adapters.GetAdapter(adapters_pb2.GetAdapterRequest(name=name))
+        assert found.adapter.weights_digest == digest, f"{name} was acknowledged, and is lost"
+        answer = await server.generate(prompt="x", adapter=name, stopping={"max_tokens": 1})
+        assert answer.provenance.weights_digest == digest, f"{name} is served as another one"
+
+
+async def killed(deployed: Deployed, server: Server, seen: Seen) -> str:
+    back = 0.0
+
+    async def kill() -> None:
+        nonlocal back
+        engine = deployed.engines()[0]
+        replica = psutil.Process(engine.ppid())
+        os.kill(replica.pid, signal.SIGKILL)
+        psutil.wait_procs([engine], timeout=30)
+        assert not engine.is_running(), "a killed replica's server goes on"
+        back = await deployed.engines_are(2)
+
+    outcome = await _under_load(server, seen, "killed", kill)
+    codes = Counter(f"{r.code}/{r.metadata.get('cause', r.reason)}" for r in outcome.refused)
+    assert set(codes) <= {"UNAVAILABLE/replica_lost"}, codes
+    assert all(r.retry_after_s is not None for r in outcome.refused), "no RetryInfo"
+    await _nothing_lost(server, seen)
+    return (
+        f"{outcome.finished} streams finished, {dict(codes)}; two engines again after "
+        f"{back:.0f} s; {len(seen.published)} publications are there"
+    )
+
+
+async def drained(deployed: Deployed, server: Server, seen: Seen) -> str:
+    async def drain() -> None:
+        await asyncio.to_thread(deployed.run, "scale", "1")
+        await deployed.engines_are(1)
+
+    outcome = await _under_load(server, seen, "drained", drain)
+    assert not outcome.refused, f"a drain has refused calls: {outcome.refused}"
+    assert len(deployed.engines()) == 1, "the drained replica's server is still there"
+    await _nothing_lost(server, seen)
+    return f"{outcome.finished} streams finished, none failed; one engine is left"
+
+
+Check = Callable[[Deployed, Server, Seen], Awaitable[str]]
+CHECKS: tuple[Check, ...] = (
+    *(health, uploads, streams, http, errors, cancels, affinity, publication),
+    *(killed, drained),
+)

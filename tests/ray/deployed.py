@@ -1,0 +1,143 @@
+"""A deployment of ``veneer-ray`` on this machine, and the processes that belong to it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.ports import free_port
+from tests.server_harness import Server
+
+START_S = 600.0
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """Where it answers, and what it is made of."""
+
+    grpc: str
+    http: str
+    data_dir: Path
+    address: str
+    environment: dict[str, str]
+
+    def server(self) -> Server:
+        """Stubs that talk to its ingress; it has no process of its own."""
+        nothing: Any = None
+        return Server(nothing, self.grpc, "", self.http)
+
+    def engines(self) -> list[psutil.Process]:
+        """The engines' servers; each one's parent is its replica."""
+        below = str(self.data_dir / "engines")
+        found = []
+        for process in psutil.process_iter():
+            try:
+                line = process.cmdline()
+            except psutil.Error:
+                continue
+            if "veneer_server" in line and any(part.startswith(below) for part in line):
+                found.append(process)
+        return found
+
+    def sequences(self) -> float:
+        """Running and waiting, in all engines that answer."""
+        return sum(_sequences(process) for process in self.engines())
+
+    def run(self, *arguments: str) -> str:
+        """Another ``veneer-ray`` command on it."""
+        done = subprocess.run(
+            [sys.executable, "-m", "veneer_ray", *arguments, "--address", self.address],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=self.environment,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    async def engines_are(self, count: int, seconds: float = START_S) -> float:
+        """Seconds until ``veneer-ray status`` says that so many run, and no others."""
+        began = time.monotonic()
+        while True:
+            status = await asyncio.to_thread(self.run, "status")
+            if f"{count} RUNNING" in next(
+                (line for line in status.splitlines() if line.startswith("engines")), ""
+            ):
+                return time.monotonic() - began
+            assert time.monotonic() - began < seconds, status
+            await asyncio.sleep(1)
+
+
+def _sequences(process: psutil.Process) -> float:
+    try:
+        ports = {
+            each.laddr.port
+            for each in process.net_connections("tcp")
+            if each.status == psutil.CONN_LISTEN
+        }
+    except psutil.Error:
+        return 0.0
+    for port in ports:
+        done = subprocess.run(
+            ["curl", "-s", "-m", "5", f"http://127.0.0.1:{port}/metrics"],
+            capture_output=True,
+            text=True,
+            check=False,
+            errors="replace",
+        )
+        found = [
+            float(line.rpartition(" ")[2])
+            for line in done.stdout.splitlines()
+            if line.startswith(("veneer_num_requests_running ", "veneer_num_requests_waiting "))
+        ]
+        if found:  # two of its ports have this page
+            return sum(found)
+    return 0.0
+
+
+@contextmanager
+def deployed(flags: tuple[str, ...]) -> Iterator[Deployed]:
+    """Deploy on a Ray of its own, and end all of it."""
+    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
+    with tempfile.TemporaryDirectory(prefix="veneer-ray-") as folder:
+        data_dir = Path(folder)
+        grpc, http, registry = free_port(), free_port(), free_port()
+        log = data_dir / "up.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "veneer_ray", "up", "--replicas", "2"),
+                    *("--data-dir", folder, "--registry", f"127.0.0.1:{registry}"),
+                    *("--grpc-port", str(grpc), "--http-port", str(http), "--", *flags),
+                ],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+            )
+        try:
+            began = time.monotonic()
+            while "\nready: " not in "\n" + log.read_text("utf-8", "replace"):
+                assert process.poll() is None, log.read_text("utf-8", "replace")
+                assert time.monotonic() - began < START_S, log.read_text("utf-8", "replace")
+                time.sleep(0.5)
+            print(f"  deployed in {time.monotonic() - began:.0f} s")
+            yield Deployed(
+                f"127.0.0.1:{grpc}", f"127.0.0.1:{http}", data_dir, "auto", environment
+            )
+        finally:
+            process.terminate()
+            try:
+                process.wait(120)
+            except subprocess.TimeoutExpired:
+                process.kill()
