@@ -6,6 +6,7 @@ while the device may still read the other. Only what the step uses is copied.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Final
@@ -137,9 +138,9 @@ class Inputs:
             pieces = min(pieces_for(decode.splits(longest)), most)
             bucket = Bucket(size, pieces, bool(segments))
             width = pieces * decode.SPLIT // self._block_size
-            few = size if segments else 0
+            adapted = size if segments else 0
             tiles, decodes = (size, 0) if self._exact else (0, size)
-            return Shape(bucket, graph, decodes, tiles, few, 0, width, size)
+            return Shape(bucket, graph, decodes, tiles, adapted, 0, width, size)
         alone = (counts == 1) & (not self._exact)
         decodes = int(alone.sum())
         pieces = decode.splits(int(step.contexts[alone].max())) if decodes else 0
@@ -223,7 +224,7 @@ class Inputs:
         return few, many
 
     def _table(
-        self, name: str, tiles: list[tuple[int, ...]], count: int, fields: int
+        self, name: str, tiles: Sequence[tuple[int, ...]], count: int, fields: int
     ) -> torch.Tensor:
         """[count, fields]: tiles, then unused ones."""
         flat = np.array(tiles, dtype=np.int32).reshape(-1)
