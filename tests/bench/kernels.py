@@ -33,7 +33,7 @@ from tests.bench.limits import Limits, Work, huge_pages, load_limits, measure_li
 from tests.bench.steps import CACHE, ROWS, blocks_for, load, make_adapters, make_step
 from tests.bench.work import EXPANDS, SHRINKS, adapter_work, base_work, kernel_work
 
-__all__: list[str] = []
+__all__ = ["copies_of"]
 
 COLD = 128 << 20
 """Bytes of weights that are read in turn: more than fit in caches."""
@@ -69,7 +69,7 @@ def print_products(
     print_head("single products, one thread, weights from memory")
     for kind, linear in weights:
         outputs, inputs = linear.shape
-        copies, _memory = _copies(linear)
+        copies, _memory = copies_of(linear)
         places = (ctypes.c_void_p * len(copies))(*map(ctypes.addressof, copies))
         for rows in (*ROWS, 128):
             x = torch.randn(rows, inputs).bfloat16()
@@ -88,7 +88,7 @@ def print_products(
             print_line(f"{kind} {outputs}x{inputs}, {rows} rows", work, limits, took)
 
 
-def _copies(linear: NativeLinear) -> tuple[list[Linear], torch.Tensor]:
+def copies_of(linear: NativeLinear) -> tuple[list[Linear], torch.Tensor]:
     """As many copies of a weight as fit in `COLD`, and their memory, which must stay alive."""
     size = -(-linear.nbytes // 64) * 64
     count = max(2, COLD // size)
