@@ -335,9 +335,12 @@ def _message(file: str, offset: int, data: bytes) -> adapters_pb2.UploadAdapterR
 
 
 def _out_of_step(failure: VeneerError) -> bool:
-    """Whether, after its answer, the server received more from a connection that we thought
-    dead; then ask it again."""
-    return isinstance(failure, InvalidField) and failure.metadata.get("field") == "offset"
+    """Whether the server has something else than it answered: more, from a connection that we
+    thought dead, or less, since it found a file damaged. Then ask it again."""
+    if not isinstance(failure, InvalidField):
+        return False
+    field = failure.metadata.get("field")
+    return field == "offset" or (field == "files" and "received" in failure.metadata)
 
 
 def _unreadable(path: Path, error: OSError | ValueError) -> AdapterInvalid:

@@ -176,7 +176,7 @@ async def test_stop_tokens_and_top_logprobs(server: Server) -> None:
         assert entry.top[0].logprob >= entry.logprob - 1e-5
     # "The capital of France is Paris.", and two tokens that nobody expects.
     ids = [504, 3575, 282, 4649, 314, 7042, 30, 9999, 123]
-    ranked = await server.generate(token_ids={"ids": ids}, output={"prompt_logprobs": 20})
+    ranked = await server.generate(token_ids=ids, output={"prompt_logprobs": 20})
     for entry in ranked.prompt_logprobs:
         likeliest = [top.token_id for top in entry.top]
         tied = sum(top.logprob == entry.logprob for top in entry.top)

@@ -14,6 +14,8 @@ import signal
 import sys
 from typing import Final
 
+from veneer_registry.child_python import child_python
+
 __all__: list[str] = []
 
 _PR_SET_PDEATHSIG: Final = 1
@@ -26,9 +28,8 @@ def main() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         sys.exit(1)  # it ended before that was set
-    os.execv(  # nosec B606
-        sys.executable, (sys.executable, "-P", "-m", "veneer_server", *sys.argv[2:])
-    )
+    command = child_python("-m", "veneer_server", *sys.argv[2:])
+    os.execv(command[0], command)  # nosec B606
 
 
 if __name__ == "__main__":

@@ -16,8 +16,11 @@ from itertools import count
 from pathlib import Path
 from typing import IO, Final
 
+from veneer_registry.child_python import child_python
+
 __all__ = ["Folder", "ServerProcess"]
 
+_CHILD: Final = "veneer_ray.deployments.child"
 _START_S: Final = 1800.0
 """A first start may import a base of many gigabytes."""
 _RAYS: Final = ("OMP_NUM_THREADS",)
@@ -45,10 +48,7 @@ class ServerProcess:
         with tempfile.TemporaryDirectory(prefix="veneer-ray-") as folder:
             ports = Path(folder) / "ports.json"
             self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-P", "-m", "veneer_ray.deployments.child"),
-                    *(str(os.getpid()), *flags(ports)),
-                ],
+                child_python("-m", _CHILD, str(os.getpid()), *flags(ports)),
                 stdout=subprocess.PIPE,
                 env=environment,
             )

@@ -93,9 +93,7 @@ def _row_10(scale: Scale, work: int) -> tuple[str, tuple[str, ...]]:
     base = make_tiny_llama(scale.work / "base", seed=scale.seed)
     form = _Exact("cuda", {**FORM.settings, "exact": "true"})
     found = asyncio.run(
-        row_10._replaces(  # private: the row's own run
-            scale, base, scale.folder("prefix"), work, exact=False, form=form
-        )
+        row_10.run_replaces(scale, base, scale.folder("prefix"), work, exact=False, form=form)
     )
     reference = AloneReference(base, FORM, scale.work / "cache")
     wrong = [line for line in reference.differences(found.cases) if line]
@@ -113,9 +111,7 @@ def _row_12(scale: Scale, work: int) -> tuple[str, tuple[str, ...]]:
     matrix = tiny_matrix(scale, work)
     config = partial(EngineConfig, backend="cuda", device_adapter_bytes=8 << 20)
     with patch.object(row_12, "EngineConfig", config):
-        figure, failures = row_12._bfloat16(  # private: the one judge for this dtype
-            matrix, scale.folder("cache"), _nothing()
-        )
+        figure, failures = row_12.judge_bfloat16(matrix, scale.folder("cache"), _nothing())
     return f"{matrix.size}: {figure}", tuple(failures)
 
 

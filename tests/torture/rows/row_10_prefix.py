@@ -176,10 +176,10 @@ def _failures(
 
 def _run(scale: Scale, base: Path, replaces: int, *, exact: bool, form: Form = TORCH) -> Found:
     folder = Path(tempfile.mkdtemp(dir=scale.work))
-    return asyncio.run(_replaces(scale, base, folder, replaces, exact=exact, form=form))
+    return asyncio.run(run_replaces(scale, base, folder, replaces, exact=exact, form=form))
 
 
-async def _replaces(
+async def run_replaces(
     scale: Scale, base: Path, folder: Path, replaces: int, *, exact: bool, form: Form
 ) -> Found:
     found, known = Found(), Prefixes()

@@ -111,7 +111,7 @@ def controls(scale: Scale) -> Iterator[Control]:
 def _control(
     matrix: Matrix, cache: Path, planted: str, dtype: Any, bug: AbstractContextManager[None]
 ) -> Control:
-    judge = _float32 if dtype == "float32" else _bfloat16
+    judge = _float32 if dtype == "float32" else judge_bfloat16
     _, failures = judge(matrix, cache, bug)
     return Control(planted, failures[0] if failures else "")
 
@@ -122,7 +122,7 @@ def _control(
 def _held(matrix: Matrix, cache: Path) -> tuple[str, list[str]]:
     """The figure and the failures of all three settings."""
     figures, failures = [], []
-    for judge in (_float32, _nf4, _bfloat16):
+    for judge in (_float32, _nf4, judge_bfloat16):
         figure, wrong = judge(matrix, cache, nullcontext())
         figures.append(figure)
         failures += wrong
@@ -173,7 +173,7 @@ def _within(
     return figure, failures
 
 
-def _bfloat16(
+def judge_bfloat16(
     matrix: Matrix, cache: Path, bug: AbstractContextManager[None]
 ) -> tuple[str, list[str]]:
     """Compare only scores of prompts, since greedy texts diverge at the first near tie."""

@@ -97,6 +97,10 @@ class FakeUploads(adapters_pb2_grpc.AdapterServiceServicer):
             content = bytes(files[file.name])
             if file.name in stored:
                 content = self.stored.get(file.sha256, content)
+            elif len(content) != file.size:
+                metadata = {"field": "files", "received": str(len(content))}
+                code = grpc.StatusCode.INVALID_ARGUMENT
+                Refusal(code, f"{file.name}: send all", "INVALID_FIELD", metadata).end(context)
             if hashlib.sha256(content).hexdigest() != file.sha256:
                 del self.staged[_key(spec)]
                 refused("CHECKSUM_MISMATCH", f"{file.name} differs").end(context)

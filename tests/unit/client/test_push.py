@@ -371,6 +371,21 @@ def test_a_server_that_took_in_more_meanwhile_is_asked_again(
     assert arrived(server, adapter_folder)
 
 
+def test_a_server_that_lost_meanwhile_what_it_had_is_asked_again(
+    server: FakeServer, quick: Driver, adapter_folder: Path
+) -> None:
+    """It had the files when it was asked, and put them into quarantine before the upload."""
+    quick.push(adapter_folder, "one")
+
+    def resumed(place: Resumed) -> None:
+        server.stored.clear()
+
+    pushed = quick.push(adapter_folder, "two", on_resume=resumed)
+    assert pushed.published
+    assert pushed.sent_bytes == total_of(adapter_folder)
+    assert arrived(server, adapter_folder)
+
+
 # --------------------------------------------------------------- nothing to be sent
 
 

@@ -162,6 +162,7 @@ class Script:
             await self.http("POST", "/v1/completions", **body, prompt="Hi")
             await self.http("POST", "/v1/chat/completions", **body, messages=messages)
             await self.http("POST", "/v1/responses", model=name, input="Hi", seed=1)
+            await self.http("POST", "/v1/messages", **body, messages=messages)
             await self.http("POST", "/tokenize", model=name, messages=messages)
             await self.http("POST", "/detokenize", model=name, tokens=[1000])
             loading = {"lora_name": name, "lora_path": "/none"}
