@@ -47,7 +47,14 @@ _WARM_UP = 4
 """Warm-up steps of a round, which are not counted."""
 
 
-def load(name: str, threads: int, *, num_blocks: int, base: Path | None = None) -> Chosen:
+def load(
+    name: str,
+    threads: int,
+    *,
+    num_blocks: int,
+    base: Path | None = None,
+    instructions: str = "auto",
+) -> Chosen:
     """The bundled base or one in a folder, in NF4 for a backend, ``torch`` or ``native``."""
     base = import_bundled(CACHE).path if base is None else base
     config = EngineConfig(
@@ -57,6 +64,7 @@ def load(name: str, threads: int, *, num_blocks: int, base: Path | None = None) 
         weights_fingerprint=fingerprint_base(base, cache_dir=CACHE).weights,
         backend=name,  # type: ignore[arg-type]
         threads=threads,
+        native_instructions=instructions,  # type: ignore[arg-type]
     )
     torch.set_num_threads(threads)
     chosen = choose(config, torch.device("cpu"), torch.bfloat16, num_blocks)

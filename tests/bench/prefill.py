@@ -1,0 +1,58 @@
+"""Prefill of 512 tokens by each instruction set of this CPU: ``python -m tests.bench.prefill``.
+
+One step of the bundled base in NF4 with a prompt of 512 tokens, without adapters and with one
+of rank 16, in turns; prints the fastest rounds and ratios to the last instruction set's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+from veneer_server.backends.native.compiler import (
+    NativeUnavailable,
+    check_instructions,
+    cpu_flags,
+)
+from veneer_server.backends.native.forms import AMX, AVX2, AVX512
+
+from tests.bench.steps import blocks_for, load, make_adapters, make_step
+
+__all__: list[str] = []
+
+TOKENS = 512
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="tests.bench.prefill", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2)
+    given = parser.parse_args()
+    blocks, best = blocks_for(TOKENS) + 1, {}
+    forms = []
+    for form in (AMX, AVX512, AVX2):
+        try:
+            check_instructions(cpu_flags(), form.name)
+        except NativeUnavailable:
+            continue
+        forms.append(load("native", given.threads, num_blocks=blocks, instructions=form.name))
+    torch.set_num_threads(1)
+    for mixed in (False, True):
+        for number in range(given.rounds):
+            for chosen in forms if number % 2 == 0 else forms[::-1]:
+                tables = make_adapters(chosen.weights.config, chosen.lora_dtype)[:1]
+                step = make_step(1, 0, TOKENS, tables if mixed else [], most=TOKENS)
+                began = time.perf_counter()
+                chosen.backend.execute(step)
+                took = time.perf_counter() - began
+                best[chosen.name, mixed] = min(took, best.get((chosen.name, mixed), took))
+    for (name, mixed), took in best.items():
+        what = "with an adapter" if mixed else "base"
+        ratio = best[forms[-1].name, mixed] / took
+        print(f"{name:24} {what:16} {took * 1e3:7.1f} ms {ratio:6.2f} x {forms[-1].name}")
+
+
+if __name__ == "__main__":
+    main()
