@@ -30,8 +30,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
-    blocks, best = blocks_for(TOKENS) + 1, {}
-    forms = []
+    blocks, forms = blocks_for(TOKENS) + 1, []
+    best: dict[tuple[str, bool], float] = {}
     for form in (AMX, AVX512, AVX2):
         try:
             check_instructions(cpu_flags(), form.name)
@@ -39,11 +39,11 @@ def main() -> None:
             continue
         forms.append(load("native", given.threads, num_blocks=blocks, instructions=form.name))
     torch.set_num_threads(1)
+    adapter = make_adapters(forms[0].weights.config, forms[0].lora_dtype)[:1]
     for mixed in (False, True):
+        step = make_step(1, 0, TOKENS, adapter if mixed else [], most=TOKENS)
         for number in range(given.rounds):
             for chosen in forms if number % 2 == 0 else forms[::-1]:
-                tables = make_adapters(chosen.weights.config, chosen.lora_dtype)[:1]
-                step = make_step(1, 0, TOKENS, tables if mixed else [], most=TOKENS)
                 began = time.perf_counter()
                 chosen.backend.execute(step)
                 took = time.perf_counter() - began
