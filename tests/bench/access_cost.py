@@ -20,11 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import psutil
 from veneer_client import AsyncClient, Text
 from veneer_server.access.edit_keys import add_key
 
-from tests.bench.start import ADAPTER, TEXT, cpu_of
+from tests.bench.start import ADAPTER, TEXT, cpu_of, own_cpu_of
 from tests.pki import Pki
 from tests.places import cache_dir
 from tests.server_harness import Server, running_server
@@ -116,11 +115,6 @@ async def bench(rounds: int) -> None:
             print(
                 f"{name:5} {kind:18} {_shown(costs)} s  x {_shown(ratios)}",
             )
-
-
-def own_cpu_of(pid: int) -> float:
-    """CPU seconds of one process."""
-    return float(sum(psutil.Process(pid).cpu_times()[:2]))
 
 
 def _shown(values: list[float]) -> str:

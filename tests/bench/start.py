@@ -7,8 +7,9 @@
 Each round starts every given ``veneer-server`` once, with its checkout's cache and a data
 folder with one adapter. It measures the wall-clock and CPU seconds until the ready line, then
 the TTFT of a 40-token prompt, for the base and for the adapter, then the CPU seconds of all its
-processes for 1,000 tokens of eight callers with text prompts. Prints median, minimum and
-maximum of the rounds, after one round that fills the caches.
+processes, and of the front alone, for 1,000 tokens of eight callers with text prompts: over
+gRPC, then as streamed chat completions over HTTP. Prints median, minimum and maximum of the
+rounds, after one round that fills the caches.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import psutil
+from openai import AsyncOpenAI
 
 from tests.server_harness import Server, request
 
@@ -30,7 +32,7 @@ ADAPTER = Path(__file__).parents[2] / "examples" / "adapters" / "chat"
 PROMPT = [504 + 7 * i for i in range(40)]
 FIRST_TOKENS = 100
 """TTFT samples per start."""
-CALLERS, ANSWERS = 8, 6
+CALLERS, ANSWERS, NEW_TOKENS = 8, 6, 64
 TEXT = "Write some sentences about the sea, the wind and what sailors say of both. " * 4
 
 
@@ -43,6 +45,7 @@ async def one_start(program: str, folder: Path, push: bool) -> dict[str, float]:
     process = await asyncio.create_subprocess_exec(
         program,
         *("--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"),
+        *("--openai-listen", "127.0.0.1:0"),
         *("--data-dir", str(folder / "data"), "--cache-dir", str(cache)),
         *("--port-file", str(ports), "--device", "cpu", "--no-prefix-cache"),
         stdout=asyncio.subprocess.PIPE,
@@ -62,11 +65,16 @@ async def one_start(program: str, folder: Path, push: bool) -> dict[str, float]:
         for adapter in ("", "chat"):
             taken = [await _first_token(server, adapter) for _ in range(FIRST_TOKENS)]
             figures[f"first token of {adapter or 'the base'}"] = statistics.median(taken[1:])
-        before, began = cpu_of(process.pid), time.perf_counter()
-        tokens = sum(await asyncio.gather(*(_caller(server, n) for n in range(CALLERS))))
-        figures["1,000 tokens, CPU"] = (cpu_of(process.pid) - before) / tokens * 1000
-        figures["1,000 tokens"] = (time.perf_counter() - began) / tokens * 1000
-        await server.channel.close()
+        for door in (Grpc(server), Http(given["openai"])):
+            before, own = cpu_of(process.pid), own_cpu_of(process.pid)
+            began = time.perf_counter()
+            counts = await asyncio.gather(*(_caller(door, n) for n in range(CALLERS)))
+            thousands = sum(counts) / 1000
+            name = f"1,000 tokens, {type(door).__name__}"
+            figures[f"{name}, CPU"] = (cpu_of(process.pid) - before) / thousands
+            figures[f"{name}, front's CPU"] = (own_cpu_of(process.pid) - own) / thousands
+            figures[name] = (time.perf_counter() - began) / thousands
+            await door.close()
         await server.stop()
         return figures
     finally:
@@ -81,18 +89,59 @@ def cpu_of(pid: int) -> float:
     return float(sum(sum(each.cpu_times()[:2]) for each in tree))
 
 
-async def _caller(server: Server, number: int) -> int:
+def own_cpu_of(pid: int) -> float:
+    """CPU seconds of one process."""
+    return float(sum(psutil.Process(pid).cpu_times()[:2]))
+
+
+class Grpc:
+    """Streams over gRPC."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+
+    async def tokens(self, text: str, adapter: str) -> int:
+        """Run a stream; returns the number of its tokens."""
+        stopping = {"max_tokens": NEW_TOKENS, "ignore_eos": True}
+        asked = request(prompt=text, adapter=adapter, stopping=stopping)
+        return sum(
+            [len(m.token_ids) async for m in self._server.inference.GenerateStream(asked)]
+        )
+
+    async def close(self) -> None:
+        await self._server.channel.close()
+
+
+class Http:
+    """Streamed chat completions over HTTP."""
+
+    def __init__(self, address: str) -> None:
+        self._client = AsyncOpenAI(base_url=f"http://{address}/v1", api_key="none")
+
+    async def tokens(self, text: str, adapter: str) -> int:
+        """Run a stream; returns the number of its tokens."""
+        stream = await self._client.chat.completions.create(
+            model=adapter or "smollm2-135m",
+            messages=[{"role": "user", "content": text}],
+            max_tokens=NEW_TOKENS,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"ignore_eos": True},
+        )
+        usage = [chunk.usage async for chunk in stream if chunk.usage]
+        return usage[-1].completion_tokens
+
+    async def close(self) -> None:
+        await self._client.close()
+
+
+async def _caller(door: Grpc | Http, number: int) -> int:
     """Run streams one after another, on the base or the adapter; returns the number of
     tokens."""
     tokens = 0
     for turn in range(ANSWERS):
-        asked = request(
-            prompt=f"Caller {number} asks for the {turn}th time. " + TEXT,
-            adapter="chat" if (number + turn) % 2 else "",
-            stopping={"max_tokens": 64, "ignore_eos": True},
-        )
-        async for message in server.inference.GenerateStream(asked):
-            tokens += len(message.token_ids)
+        text = f"Caller {number} asks for the {turn}th time. " + TEXT
+        tokens += await door.tokens(text, "chat" if (number + turn) % 2 else "")
     return tokens
 
 
@@ -124,7 +173,7 @@ async def measure(programs: list[str], rounds: int) -> None:
         for program in programs:
             values = sorted(seen[name, program])
             print(
-                f"{name:24} {statistics.median(values) * 1e3:8.1f} ms "
+                f"{name:36} {statistics.median(values) * 1e3:8.1f} ms "
                 f"({values[0] * 1e3:.1f} to {values[-1] * 1e3:.1f})  {program}"
             )
 

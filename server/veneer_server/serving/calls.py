@@ -19,9 +19,9 @@ READER_LIMIT_S: Final = 30.0
 _CANCEL_WAIT_S: Final = 2.0
 
 _QUIET_S, _QUIET_MOST_S = 0.1, 1.0
-"""A drain ends when no call has arrived for `_QUIET_S`, or after `_QUIET_MOST_S`. gRPC hands
-calls over one by one; those that it still has when it is stopped end with CANCELLED, which
-clients do not retry, instead of UNAVAILABLE."""
+"""A drain ends when no call has arrived for `_QUIET_S` since calls are refused, or after
+`_QUIET_MOST_S`. gRPC hands calls over one by one; those that it still has when it is stopped
+end with CANCELLED, which clients do not retry, instead of UNAVAILABLE."""
 
 
 class Phase(Enum):
@@ -113,6 +113,7 @@ class Calls:
     def drain(self) -> None:
         """Admit no new calls from now on; running calls continue."""
         self._phase = Phase.DRAINING
+        self._arrived = time.monotonic()  # those on their way have not been seen yet
 
     async def finish(self, grace_s: float) -> int:
         """Wait for running calls, then cancel the rest; then refuse the calls that are on their

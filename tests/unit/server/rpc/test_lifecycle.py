@@ -124,8 +124,9 @@ async def test_draining_refuses_new_calls_and_finishes_running_ones(
         await front.task
 
 
+@pytest.mark.parametrize("idle", [False, True], ids=["one was just answered", "idle before"])
 async def test_calls_that_are_on_their_way_as_the_server_stops_are_refused(
-    flags: dict[str, Path],
+    flags: dict[str, Path], idle: bool
 ) -> None:
     """gRPC hands them over one by one, and would end with CANCELLED those that it still has."""
 
@@ -137,7 +138,10 @@ async def test_calls_that_are_on_their_way_as_the_server_stops_are_refused(
         return "OK"
 
     async with running(**flags) as front:
-        await front.inference.Generate(prompt())
+        if idle:
+            await statuses(front)  # connects
+        else:
+            await front.inference.Generate(prompt())
         calls = [
             asyncio.ensure_future(status(front.inference.Generate(prompt())))
             for _ in range(100)
