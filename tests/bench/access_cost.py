@@ -18,7 +18,7 @@ from collections import defaultdict
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import ClassVar, Final
 
 from veneer_client import AsyncClient, Text
 from veneer_server.access.edit_keys import add_key
@@ -45,14 +45,18 @@ class Served:
 
     server: Server
     client: AsyncClient
+    thousands: ClassVar[float] = STREAMS * NEW_TOKENS / 1000
 
     async def cost(self, turn: int) -> tuple[float, float]:
         """CPU seconds for 1,000 tokens: of the front, and of all processes."""
         pid = self.server.process.pid
         before = own_cpu_of(pid), cpu_of(pid)
         tokens = sum(await asyncio.gather(*(self._stream(turn, n) for n in range(STREAMS))))
-        thousands = tokens / 1000
-        return (own_cpu_of(pid) - before[0]) / thousands, (cpu_of(pid) - before[1]) / thousands
+        assert tokens == STREAMS * NEW_TOKENS
+        return (
+            (own_cpu_of(pid) - before[0]) / self.thousands,
+            (cpu_of(pid) - before[1]) / self.thousands,
+        )
 
     async def _stream(self, turn: int, number: int) -> int:
         async with self.client.generate_stream(
@@ -113,11 +117,12 @@ async def bench(rounds: int) -> None:
             costs = [each[which] for each in found[kind]]
             ratios = [cost / without for cost, without in zip(costs, plain, strict=True)]
             print(
-                f"{name:5} {kind:18} {_shown(costs)} s  x {_shown(ratios)}",
+                f"{name:5} {kind:18} {shown(costs)} s  x {shown(ratios)}",
             )
 
 
-def _shown(values: list[float]) -> str:
+def shown(values: list[float]) -> str:
+    """Median and range."""
     return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
