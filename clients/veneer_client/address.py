@@ -36,7 +36,12 @@ def server_address(given: str | None = None) -> str:
     known = not found or scheme.lower() in (*_PLAIN, *_TLS)
     if not known or not re.fullmatch(r"\[[0-9a-fA-F:.%\w]+\](:\d+)?|[^\s/:]+(:\d+)?", host):
         raise _no_address(text, "give HOST:PORT, such as gpu1:50051 or [::1]:50051")
-    return host if re.search(r":\d+$", host) and not host.endswith("]") else f"{host}:{_PORT}"
+    port = re.search(r":(\d+)$", host)
+    if port is None:
+        return f"{host}:{_PORT}"
+    if not 0 < int(port[1]) < 65536:  # gRPC would take it modulo 65536
+        raise _no_address(text, "ports are 1 to 65535")
+    return host
 
 
 def is_tls(given: str | None) -> bool:
