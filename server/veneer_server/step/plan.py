@@ -42,9 +42,10 @@ class ConstraintFailure:
     problem: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PlannedSequence:
-    """A sequence's part of one step.
+    """A sequence's part of one step. Read-only; not frozen, since a frozen one takes three
+    times as long to make.
 
     Attributes:
         sequence: its id.

@@ -19,9 +19,10 @@ class PrefixLookups:
     found: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Update:
-    """What a step produced for one sequence.
+    """What a step produced for one sequence. Read-only; not frozen, since a frozen one takes
+    three times as long to make.
 
     Attributes:
         token, logprob: the new token; None if the sequence only prefilled.

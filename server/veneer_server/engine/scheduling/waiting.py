@@ -131,7 +131,7 @@ class Flow:
 
     def groups_of_first(self, count: int) -> int:
         """How many groups the first ``count`` sequences are in: the first ones in order."""
-        if count <= 0 or len(self.in_order) <= 1:
+        if count <= 1 or len(self.in_order) <= 1:
             return min(count, len(self.in_order))
         # Each group before the last of them has one of those sequences at least.
         *_, last = islice(_merged(self.in_order[:count]), count)
