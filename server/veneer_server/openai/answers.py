@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import codecs
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,9 +19,6 @@ __all__ = ["Answer", "Counts", "Json", "Piece", "Scores", "Tally", "TokenScore"]
 
 Json = dict[str, Any]
 Tops = Sequence[tuple[int, float]]
-
-_FRAGMENTS: Final = codecs.getincrementaldecoder("utf-8")
-"""Leaves out a character that is not complete, where `bytes.decode` shows U+FFFD."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +56,10 @@ class Offsets:
             if self._prompt is not None and self._prompt.startswith(name, at):
                 self._at += len(name)
             return at
-        text = self._decoder.feed([token])
-        # What its own bytes alone would show by now: the excess comes from earlier bytes that
-        # never became a character.
-        own = len(_FRAGMENTS(errors="replace").decode(data))
-        at = self._at + max(0, len(text) - own)
-        self._at += len(text)
+        # The first byte ends the last of these characters, or is one of its own.
+        first = (self._decoder.held + data[:1]).decode(errors="replace")
+        at = self._at + len(first) - 1
+        self._at += len(self._decoder.feed([token]))
         return at
 
 

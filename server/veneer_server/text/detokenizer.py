@@ -51,6 +51,11 @@ class Detokenizer:
             return ""
         return self._decoder.decode(self._stripped(data))
 
+    @property
+    def held(self) -> bytes:
+        """Bytes whose text is not complete yet."""
+        return self._decoder.getstate()[0]
+
     def flush(self) -> str:
         """The rest at the end: U+FFFD for an incomplete character, else nothing."""
         return self._decoder.decode(b"", final=True)
