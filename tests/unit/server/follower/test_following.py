@@ -145,11 +145,18 @@ def not_loaded(answer: Any) -> list[str]:
     return [each for each in answer.warnings if "not loaded here" in each]
 
 
+async def tier_at_registry(both: Pair, name: str) -> int:
+    """It has an engine here, and is not to load what a follower was asked to load."""
+    found = await both.registry.adapters.GetAdapter(pb.GetAdapterRequest(name=name))
+    return int(found.adapter.tier)
+
+
 async def test_what_is_pushed_to_a_follower_is_loaded_there(both: Pair) -> None:
     await both.agreed()
     answer = await both.follower.push(both.adapter(20), "warm", activate=True)
     assert (answer.published, not_loaded(answer)) == (True, [])
     assert answer.adapter.tier == inference_pb2.TIER_DEVICE
+    assert await tier_at_registry(both, "warm") == inference_pb2.TIER_DISK
     first = await generate(both.follower, "warm")
     assert first.provenance.tier == inference_pb2.TIER_DEVICE
     assert first.provenance.revision == answer.adapter.revision
@@ -168,6 +175,7 @@ async def test_what_is_registered_by_a_follower_is_loaded_there(both: Pair) -> N
     )
     answer = await both.follower.adapters.RegisterAdapter(request)
     assert answer.adapter.tier == inference_pb2.TIER_DEVICE
+    assert await tier_at_registry(both, "fetched-warm") == inference_pb2.TIER_DISK
 
 
 async def test_a_publication_stands_although_it_cannot_be_loaded(
