@@ -203,8 +203,9 @@ def check_own(data_dir: Path) -> None:
     if (data_dir / COPY).exists() and not (data_dir / "catalog.sqlite").exists():
         raise FailedPrecondition(
             f"{data_dir} is of a server with --store and --catalog, whose adapters are not "
-            "here: the servers verify content when they fetch it and delete what is not "
-            "needed; a lost catalog is restored from the database's backup",
+            "here: give `store verify` both flags; the servers verify content when they fetch "
+            "it and delete what is not needed; a lost catalog is restored from the database's "
+            "backup",
             metadata={"cause": "shared", "data_dir": str(data_dir)},
         )
 

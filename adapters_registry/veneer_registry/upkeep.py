@@ -31,10 +31,12 @@ __all__ = [
     "COMMAND",
     "Collected",
     "Damage",
+    "Row",
     "Verified",
     "check_revision",
     "check_weights",
     "collect",
+    "grouped",
     "quarantine",
     "verify",
 ]
@@ -139,7 +141,7 @@ def verify(
         rows: list[Row] = db.execute("SELECT name, revision, weights FROM revisions").fetchall()
         found.quarantined = dict(db.execute("SELECT weights, why FROM quarantine"))
         (found.names,) = db.execute("SELECT count(*) FROM names").fetchone()
-        by_weights, by_revision = _group(rows, 2), _group(rows, 1)
+        by_weights, by_revision = grouped(rows, 2), grouped(rows, 1)
         found.revisions, found.weights = len(by_revision), len(by_weights)
         total, at = len(by_weights) + len(by_revision), 0
         for kind, group, check in (
@@ -165,7 +167,8 @@ def verify(
     return found
 
 
-def _group(rows: list[Row], by: int) -> dict[str, list[str]]:
+def grouped(rows: list[Row], by: int) -> dict[str, list[str]]:
+    """``name@revision`` of the rows, by the digest in column ``by``."""
     groups: dict[str, list[str]] = {}
     for row in rows:
         groups.setdefault(row[by], []).append(f"{row[0]}@{row[1][:12]}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from typing import Any, Final
 
@@ -13,6 +14,7 @@ from ray.serve.config import (
     RequestRouterConfig,
     gRPCOptions,
 )
+from veneer_server import __version__
 
 from veneer_ray.deployments.engine import Engine
 from veneer_ray.deployments.ingress import Ingress
@@ -34,27 +36,44 @@ _STATS_S: Final = 1.0
 def application(cluster: Cluster) -> Any:
     """The application, for `serve.run`."""
     number = _number(cluster)
-    # Serve replaces every replica that would now be made with other arguments.
+    # What replicas are made with does not say how many there are.
     settings = replace(cluster, replicas=1, most_replicas=0).as_text()
-    registry = serve.deployment(
-        Registry,
-        name="registry",
-        num_replicas=1,
-        max_ongoing_requests=_MOST_CALLS,
-        health_check_period_s=_HEALTH_S,
-        graceful_shutdown_timeout_s=60.0,
-        ray_actor_options={"num_cpus": 0},
+    registry = _versioned(
+        serve.deployment(
+            Registry,
+            name="registry",
+            num_replicas=1,
+            max_ongoing_requests=_MOST_CALLS,
+            health_check_period_s=_HEALTH_S,
+            graceful_shutdown_timeout_s=60.0,
+            ray_actor_options={"num_cpus": 0},
+        ),
+        settings,
     ).bind(settings)
-    ingress = serve.deployment(
-        Ingress,
-        name="ingress",
-        num_replicas=cluster.ingresses,
-        max_ongoing_requests=_MOST_CALLS,
-        health_check_period_s=_HEALTH_S,
-        graceful_shutdown_timeout_s=cluster.drain_s,
-        ray_actor_options={"num_cpus": 0},
+    ingress = _versioned(
+        serve.deployment(
+            Ingress,
+            name="ingress",
+            num_replicas=cluster.ingresses,
+            max_ongoing_requests=_MOST_CALLS,
+            health_check_period_s=_HEALTH_S,
+            graceful_shutdown_timeout_s=cluster.drain_s,
+            ray_actor_options={"num_cpus": 0},
+        ),
+        settings,
     )
     return ingress.bind(settings, _engines(cluster, settings, number), registry)
+
+
+def _versioned(deployment: Any, settings: str) -> Any:
+    """With a version of ours: the same for the same settings and the same Veneer.
+
+    Serve replaces every replica of another version, and gives what `serve.run` deploys a random
+    one, unless it has one. There is no public way to set it (see record 92); that this works is
+    tested, and Ray's minor version pinned.
+    """
+    version = hashlib.sha256(f"{__version__}\n{settings}".encode()).hexdigest()[:16]
+    return deployment.options(version=version, _internal=True)
 
 
 def _number(cluster: Cluster) -> dict[str, Any]:
@@ -72,7 +91,7 @@ def _number(cluster: Cluster) -> dict[str, Any]:
 
 
 def _engines(cluster: Cluster, settings: str, number: dict[str, Any]) -> Any:
-    return serve.deployment(
+    engines = serve.deployment(
         Engine,
         name="engines",
         max_ongoing_requests=_MOST_CALLS,
@@ -86,7 +105,8 @@ def _engines(cluster: Cluster, settings: str, number: dict[str, Any]) -> Any:
             request_routing_stats_period_s=_STATS_S,
         ),
         **number,
-    ).bind(settings)
+    )
+    return _versioned(engines, settings).bind(settings)
 
 
 def deploy(cluster: Cluster) -> None:

@@ -185,7 +185,8 @@ def _connect(address: str) -> Any:
     if address:
         ray.init(address=address, log_to_driver=False)
     else:
-        ray.init(include_dashboard=False)
+        # Not one that is here already, or was: Ray would join that without being asked to.
+        ray.init(address="local", include_dashboard=False)
     return ray
 
 

@@ -50,7 +50,7 @@ from veneer_server.serving.tenants.tenants import Tenants
 from veneer_server.serving.threads import Background
 from veneer_server.serving.transfer.transfers import Transfers
 from veneer_server.sizing.memory_plan import MemoryPlan
-from veneer_server.startup import engine_config, fingerprint_of, replan
+from veneer_server.startup import engine_config, fingerprint_of
 from veneer_server.system.descriptors import share_descriptors
 from veneer_server.telemetry.adapter_log import AdapterLog
 from veneer_server.telemetry.metrics import Metrics
@@ -220,7 +220,7 @@ class App:
             memory,
             engine=engine,
             metrics=self._metrics,
-            plan=partial(replan, decoder, config, memory),
+            plan=partial(self._role.replan, decoder, config, memory),
         )
         defaults = read_defaults(
             base_folder.path,

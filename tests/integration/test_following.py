@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from veneer_proto.v1 import inference_pb2, replication_pb2, server_pb2
+from veneer_proto.v1 import adapters_pb2, inference_pb2, replication_pb2, server_pb2
 
 from tests.scale.proxy import Proxy
 from tests.server_harness import Server, running_server
@@ -113,6 +113,33 @@ async def test_a_follower_outlives_its_registry_and_a_kill_in_a_fetch(places: Pl
                     kept = await restarted.generate(**asked)
                     assert kept.text == first.text
                     assert kept.provenance.tier == inference_pb2.TIER_DISK
+
+
+async def test_an_upload_through_a_follower_is_in_its_memory_and_everywhere(
+    places: Places,
+) -> None:
+    async with (
+        places.registry() as registry,
+        Proxy(registry.address) as proxy,
+        places.follower(proxy) as follower,
+    ):
+        pushed = await follower.push(places.adapter, "one", activate=True)
+        assert pushed.published
+        assert not [each for each in pushed.warnings if "not loaded" in each]
+        assert pushed.adapter.tier == inference_pb2.TIER_DEVICE
+        found = await follower.generate(prompt="One day", adapter="one")
+        assert found.provenance.tier == inference_pb2.TIER_DEVICE
+        assert found.provenance.revision == pushed.adapter.revision
+        asked = adapters_pb2.GetAdapterRequest(name="one")
+        there = await registry.adapters.GetAdapter(asked)
+        assert there.adapter.revision == pushed.adapter.revision
+        refused = await registry.refused(registry.push(places.adapter, "two", activate=True))
+        assert (refused.code, refused.metadata["role"]) == (
+            "FAILED_PRECONDITION",
+            "registry",
+        )
+        assert await registry.stop() == 0
+        assert await follower.stop() == 0
 
 
 async def _not(holds: Awaitable[bool]) -> bool:

@@ -1,8 +1,8 @@
 """Starts a registry and two engines under Ray Serve here, with the real base, and checks what
 users rely on: ``python -m tests.ray``, some minutes. It needs the extra ``ray``.
 
-With ``--running GRPC HTTP DATA_DIR ADDRESS`` it checks a deployment that is there, which it
-leaves with one engine; ``--only NAME`` runs some checks.
+With ``--running GRPC HTTP DATA_DIR ADDRESS`` it checks a deployment that is there, with two
+engines; ``--only NAME`` runs some checks.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ import psutil
 from veneer_proto.v1 import adapters_pb2, replication_pb2
 
 from tests.places import REPOSITORY
-from tests.ray.deployed import Deployed
+from tests.ray.deployed import Deployed, sequences_of
 from tests.server_harness import Refusal, Server, read_files, refusal
 
 ADAPTER = REPOSITORY / "examples/adapters/chat"
@@ -271,19 +271,91 @@ async def killed(deployed: Deployed, server: Server, seen: Seen) -> str:
 
 
 async def drained(deployed: Deployed, server: Server, seen: Seen) -> str:
+    """From two engines to one: only that one goes, after its streams."""
+    engines, registry = _replicas(deployed), deployed.registry()
+    there: Counter[str] = Counter()
+
     async def drain() -> None:
-        await asyncio.to_thread(deployed.run, "scale", "1")
+        streams = [
+            server.stream(prompt="Tell me more", adapter="chat", stopping=LONG)
+            for _ in range(10)
+        ]
+        await asyncio.gather(*(stream.first() for stream in streams))
+        for engine in deployed.engines():
+            assert sequences_of(engine), "one engine has nothing to finish"
+        async with asyncio.TaskGroup() as group:
+            group.create_task(asyncio.to_thread(deployed.run, "scale", "1"))
+            ended = [group.create_task(stream.rest()) for stream in streams]
+        for stream, task in zip(streams, ended, strict=True):
+            last = task.result()[-1]
+            assert last.HasField("final"), "a stream ended without its last message"
+            tokens = last.final.usage.completion_tokens
+            assert tokens == LONG["max_tokens"], f"a stream ended after {tokens} tokens"
+            there[await replica_of(stream.call)] += 1
         await deployed.engines_are(1)
 
     outcome = await _under_load(server, seen, "drained", drain)
     assert not outcome.refused, f"a drain has refused calls: {outcome.refused}"
-    assert len(deployed.engines()) == 1, "the drained replica's server is still there"
+    left = _replicas(deployed)
+    assert len(left) == 1, "the drained replica's server is still there"
+    assert left < engines, f"the one that stays was replaced: {engines} -> {left}"
+    assert deployed.registry() == registry, "the registry was replaced"
+    stays = await _answering(server)
+    assert stays in there, f"{stays} is new: {there}"
+    gone = there.total() - there[stays]
+    assert gone, "nothing ran at the replica that was drained"
     await _nothing_lost(server, seen)
-    return f"{outcome.finished} streams finished, none failed; one engine is left"
+    return (
+        f"{outcome.finished} streams finished, none failed; {gone} long ones at the replica "
+        f"that went, {there[stays]} at the one that stays, which is the same process"
+    )
+
+
+async def grown(deployed: Deployed, server: Server, seen: Seen) -> str:
+    """From one engine to two: nothing else is touched."""
+    engines, registry = _replicas(deployed), deployed.registry()
+    stays = await _answering(server)
+
+    async def grow() -> None:
+        await asyncio.to_thread(deployed.run, "scale", "2")
+        await deployed.engines_are(2)
+
+    outcome = await _under_load(server, seen, "grown", grow)
+    assert not outcome.refused, f"another engine has refused calls: {outcome.refused}"
+    now = _replicas(deployed)
+    assert len(now) == 2
+    assert engines < now, f"the one that was there was replaced: {engines} -> {now}"
+    assert deployed.registry() == registry, "the registry was replaced"
+    found = {await replica_of(each.call) for each in await _at_once(server, 10)}
+    assert len(found) == 2, f"only {found} answers"
+    assert stays in found, f"{stays} is gone: {found}"
+    await _nothing_lost(server, seen)
+    return f"{outcome.finished} streams finished, none failed; the first is the same process"
+
+
+def _replicas(deployed: Deployed) -> set[tuple[int, int]]:
+    """(pid of its actor, pid of its server) of each engine."""
+    return {(engine.ppid(), engine.pid) for engine in deployed.engines()}
+
+
+async def _answering(server: Server) -> str:
+    """The replica that answers a request."""
+    (stream,) = await _at_once(server, 1)
+    return await replica_of(stream.call)
+
+
+async def _at_once(server: Server, count: int) -> list[Any]:
+    """Streams, which have ended."""
+    streams = [
+        server.stream(prompt="Hi", adapter="chat", stopping={"max_tokens": 8})
+        for _ in range(count)
+    ]
+    await asyncio.gather(*(stream.rest() for stream in streams))
+    return streams
 
 
 Check = Callable[[Deployed, Server, Seen], Awaitable[str]]
 CHECKS: tuple[Check, ...] = (
     *(health, uploads, streams, http, errors, cancels, affinity, publication),
-    *(killed, drained),
+    *(killed, drained, grown),
 )

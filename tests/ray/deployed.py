@@ -39,7 +39,15 @@ class Deployed:
 
     def engines(self) -> list[psutil.Process]:
         """The engines' servers; each one's parent is its replica."""
-        below = str(self.data_dir / "engines")
+        return self._servers("engines")
+
+    def registry(self) -> psutil.Process:
+        """The registry's server; its parent is its replica."""
+        (found,) = self._servers("registry")
+        return found
+
+    def _servers(self, folder: str) -> list[psutil.Process]:
+        below = str(self.data_dir / folder)
         found = []
         for process in psutil.process_iter():
             try:
@@ -52,7 +60,7 @@ class Deployed:
 
     def sequences(self) -> float:
         """Running and waiting, in all engines that answer."""
-        return sum(_sequences(process) for process in self.engines())
+        return sum(sequences_of(process) for process in self.engines())
 
     def run(self, *arguments: str) -> str:
         """Another ``veneer-ray`` command on it."""
@@ -79,7 +87,8 @@ class Deployed:
             await asyncio.sleep(1)
 
 
-def _sequences(process: psutil.Process) -> float:
+def sequences_of(process: psutil.Process) -> float:
+    """Running and waiting in one; 0 if it does not answer."""
     try:
         ports = {
             each.laddr.port

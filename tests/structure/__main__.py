@@ -69,6 +69,7 @@ BESIDE: Final[Mapping[str, str]] = {
     "rpc/adapter_service.py": "administration",
     "rpc/adapter_view.py": "administration",
     "rpc/followers/loading_by_registry.py": "administration",
+    "rpc/followers/passing_on.py": "administration",
     "rpc/watch.py": "administration",
     "serving/adapters/budgets.py": "administration",
     "serving/adapters/changes.py": "administration",

@@ -1,20 +1,31 @@
 """Names and bytes that replicas get from the registry, and when.
 
-This is the seam for the follower's own state machine: `Followers` says what a follower's view
-of a name is, and stands in for it with delays alone (a change reaches a follower that is
-connected after a while, and one that was not once it is back). What takes its place must keep
-what `Followers.published` and `Followers.revision` promise.
+What a follower knows, asks for and checks is the product's own code: a registry's `Feed` and
+each follower's `View`. The registry's catalog is a stand-in, and so is the network: messages
+arrive in order after a delay, or not at all while the registry is away.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Final
+
+from veneer_registry.adapter import AdapterRef
+from veneer_registry.entry import Entry
+from veneer_registry.rows import RevisionRow
+from veneer_server.follower.view import OutOfStep, View
+from veneer_server.replication.feed import Feed
+from veneer_server.replication.states import Begin, Message, NameState, SnapshotEnd, Told
 
 from veneer_loadtest.simulation.costs import Costs
 from veneer_loadtest.simulation.events import Events
 
 __all__ = ["Followers", "Link", "Publication"]
+
+_TENANT: Final = "default"
+_IN_STEP_S: Final = 0.05
+"""How long a follower that is out of step waits before it connects again."""
 
 
 @dataclass(slots=True)
@@ -57,8 +68,57 @@ class Link:
         return max(self._free, begins + size * costs.fetch_byte_s) + costs.fetch_s
 
 
+class _Catalog:
+    """A registry's names, for its feed. Adapters without a publication have revision 0 and no
+    name."""
+
+    store_id, base_id = "store", "base"
+
+    def __init__(self) -> None:
+        self.last_change = 0
+        self.current: dict[int, int] = {}
+        self._changed: Callable[[str, Entry | None], None] = lambda name, entry: None
+
+    def follow(self, changed: Callable[[str, Entry | None], None]) -> Mapping[str, Entry]:
+        self._changed = changed
+        return {}
+
+    def rows(self, name: str) -> tuple[RevisionRow, ...]:
+        return ()
+
+    def publish(self, adapter: int) -> int:
+        """Returns the new revision."""
+        revision = self.current[adapter] = self.current.get(adapter, 0) + 1
+        self.last_change += 1
+        ref = AdapterRef(str(adapter), str(revision), f"{adapter}@{revision}")
+        self._changed(ref.name, Entry(ref, (ref,), generation=revision))
+        return revision
+
+
+@dataclass(slots=True)
+class _Follower:
+    """Attributes:
+    view: the product's.
+    known: adapter -> revision, as the view has it.
+    connection: number of its connection; messages of earlier ones are not received.
+    connected: messages reach it, unless the registry is away.
+    away: it is lost; it keeps its view, as on its disk.
+    last_s: when its connection's last message arrives; later ones not before.
+    """
+
+    view: View = field(default_factory=View)
+    known: dict[int, int] = field(default_factory=dict)
+    connection: int = 0
+    connected: bool = False
+    away: bool = False
+    last_s: float = 0.0
+
+
 class Followers:
     """What each follower believes a name to mean.
+
+    Attributes:
+        out_of_step: messages that did not fit what a follower had: none, unless there is a bug.
 
     Args:
         changed: called with a follower and an adapter when its view of it has changed.
@@ -73,79 +133,128 @@ class Followers:
         changed: Callable[[str, int], None] = lambda name, adapter: None,
     ) -> None:
         self.publications: list[Publication] = []
+        self.out_of_step = 0
         self._link = link
         self._costs = costs
         self._events = events
         self._changed = changed
-        self._truth: dict[int, int] = {}
-        self._views: dict[str, dict[int, int]] = {name: {} for name in names}
-        self._away: set[str] = set()
-        """Followers that are not connected."""
+        self._catalog = _Catalog()
+        self._feed = Feed()
+        self._feed.add(_TENANT, self._catalog, lambda call, *args: call(*args))
+        self._all = {name: _Follower() for name in names}
+        for name in self._all:
+            self._begin(name)
 
     def revision(self, follower: str, adapter: int) -> int:
         """The revision that a follower answers on: the newest that it knows, never one that was
         not published."""
-        return self._views[follower].get(adapter, 0)
+        return self._all[follower].known.get(adapter, 0)
 
     def newest(self, adapter: int) -> int:
         """The revision that the registry has."""
-        return self._truth.get(adapter, 0)
+        return self._catalog.current.get(adapter, 0)
 
     def published(self, adapter: int) -> Publication:
         """A new revision, now; every follower that stays will have it."""
-        revision = self._truth[adapter] = self._truth.get(adapter, 0) + 1
-        publication = Publication(
-            adapter, revision, self._events.now, set(self._views) - self._away
-        )
+        before = self._feed.sequence
+        revision = self._catalog.publish(adapter)
+        waiting = {name for name, each in self._all.items() if not each.away}
+        publication = Publication(adapter, revision, self._events.now, waiting)
         self.publications.append(publication)
-        if self._link.up:
-            told = 0
-            for name in self._views:
-                if name not in self._away:
-                    told += 1
-                    after = told * self._costs.notify_s + self._costs.follow_s
-                    self._apply_after(after, name, {adapter: revision})
+        changes = self._feed.after(self._feed.run, before)
+        assert changes is not None, "the feed keeps its last change"
+        messages: tuple[Message, ...]
+        messages = (*map(self._feed.told, changes), self._feed.heartbeat())
+        told = 0
+        for name, each in self._all.items():
+            if each.connected and self._link.up:
+                told += 1
+                self._send(name, messages, told * self._costs.notify_s + self._costs.follow_s)
         return publication
 
     def leave(self, follower: str) -> None:
         """It is lost: publications wait for it no longer (its lease expires)."""
-        self._away.add(follower)
+        each = self._all[follower]
+        each.away, each.connected = True, False
+        each.connection += 1
         for publication in self.publications:
             self._has(publication, follower)
 
     def come(self, follower: str) -> None:
-        """It is back, and gets a snapshot."""
-        self._away.discard(follower)
+        """It is back, with what it knew, and follows again."""
+        self._all[follower].away = False
         if self._link.up:
-            self._snapshot(follower, 1)
+            self._connect(follower, 1)
 
     def reconnect(self) -> None:
         """The registry can be reached again: each follower gets what it missed."""
-        for number, name in enumerate(self._views, 1):
-            if name not in self._away:
-                self._snapshot(name, number)
+        for number, (name, each) in enumerate(self._all.items(), 1):
+            if not each.away:
+                self._connect(name, number)
 
-    def _snapshot(self, name: str, number: int) -> None:
-        costs = self._costs
-        after = costs.reconnect_s + number * costs.notify_s + costs.follow_s
-        self._apply_after(after, name, None)
+    # ------------------------------------------------------------------ connections
 
-    def _apply_after(self, seconds: float, name: str, states: dict[int, int] | None) -> None:
-        """Apply states, or all that are true by then."""
+    def _connect(self, name: str, number: int, after_s: float | None = None) -> None:
+        costs, each = self._costs, self._all[name]
+        each.connection += 1
+        each.connected = False
+        connection = each.connection
 
-        def apply() -> None:
-            if name in self._away or not self._link.up:
-                return
-            view = self._views[name]
-            for adapter, revision in (self._truth if states is None else states).items():
-                if revision > view.get(adapter, 0):  # an event may come after a snapshot
-                    view[adapter] = revision
-                    self._changed(name, adapter)
-            for publication in self.publications:
-                if publication.revision <= view.get(publication.adapter, 0):
-                    self._has(publication, name)
+        def begin() -> None:
+            if each.connection == connection and self._link.up:
+                self._begin(name)
 
-        self._events.after(seconds, apply)
+        wait_s = costs.reconnect_s if after_s is None else after_s
+        self._events.after(wait_s + number * costs.notify_s + costs.follow_s, begin)
+
+    def _begin(self, name: str) -> None:
+        """A connection's first messages, by what the follower asks for."""
+        each, feed = self._all[name], self._feed
+        run, sequence = each.view.place()
+        changes = feed.after(run, sequence)
+        each.connected, each.last_s = True, self._events.now
+        store, change, base = feed.facts()
+        messages: tuple[Message, ...]
+        if changes is None:
+            now, entries = feed.snapshot()
+            begin = Begin(feed.run, store, change, True, now.sequence, base)
+            states = (Told(feed.state(*entry)) for entry in entries.items())
+            messages = (begin, *states, SnapshotEnd(now.sequence, now.checksum))
+        else:
+            begin = Begin(feed.run, store, change, False, sequence, base)
+            messages = (begin, *map(feed.told, changes), feed.heartbeat())
+        self._receive(name, messages)
+
+    def _send(self, name: str, messages: tuple[Message, ...], after_s: float) -> None:
+        each = self._all[name]
+        connection = each.connection
+        each.last_s = max(each.last_s, self._events.now + after_s)
+
+        def arrive() -> None:
+            if each.connection == connection and self._link.up:
+                self._receive(name, messages)
+
+        self._events.at(each.last_s, arrive)
+
+    def _receive(self, name: str, messages: tuple[Message, ...]) -> None:
+        each = self._all[name]
+        try:
+            for message in messages:
+                for state in each.view.receive(message).changes:
+                    self._apply(name, each, state)
+        except OutOfStep:
+            self.out_of_step += 1
+            self._connect(name, 1, _IN_STEP_S)
+        for publication in self.publications:
+            if publication.revision <= each.known.get(publication.adapter, 0):
+                self._has(publication, name)
+
+    def _apply(self, name: str, each: _Follower, state: NameState) -> None:
+        assert state.entry is not None, "adapters are not deleted here"
+        assert state.entry.current is not None, "no content is lost here"
+        adapter = int(state.name)
+        each.known[adapter] = int(state.entry.current.revision)
+        self._changed(name, adapter)
 
     def _has(self, publication: Publication, follower: str) -> None:
         publication.waiting.discard(follower)

@@ -15,7 +15,7 @@ from veneer_server.models.config import read_decoder_config
 from veneer_server.queues.fairness import Fairness
 from veneer_server.wire.messages import AdapterSource, EngineConfig, EngineInfo, EvictMode
 
-__all__ = ["NoEngine"]
+__all__ = ["NoEngine", "refuse_engine_work"]
 
 
 class NoEngine(EngineClient):
@@ -79,7 +79,7 @@ class NoEngine(EngineClient):
         pass
 
     def _check_ready(self) -> None:
-        _refuse()
+        refuse_engine_work()
 
 
 class _NoPlaces(Places):
@@ -89,11 +89,12 @@ class _NoPlaces(Places):
     def hold(
         self, count: int, whose: Fairness | None = None, *, within_s: float | None = None
     ) -> Iterator[Place]:
-        _refuse()
+        refuse_engine_work()
         yield  # makes it a generator
 
 
-def _refuse() -> NoReturn:
+def refuse_engine_work() -> NoReturn:
+    """Raise FailedPrecondition: the role has no engine."""
     raise FailedPrecondition(
         "this server has the role registry: it keeps adapters, and generates nothing and loads "
         "none; ask a server with --role engine that follows it",

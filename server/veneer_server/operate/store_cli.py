@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from veneer_registry.command_line import Program
 
+from veneer_server.access.principal import DEFAULT_TENANT
 from veneer_server.config import load_config
 from veneer_server.operate.flags import Debug, Json, guarded, options, with_flags
 
@@ -24,9 +25,11 @@ Examples:
   veneer-server store verify                     also while a server is running
 
   veneer-server store verify --data-dir /srv/veneer --quarantine
+
+  veneer-server store verify --store s3://adapters/production --catalog postgresql://veneer@db/veneer
 """,
 )
-@with_flags(options("data_dir"))
+@with_flags(options("data_dir", "store", "catalog", "catalog_password_file"))
 def store_verify(
     *,
     quarantine: Annotated[
@@ -35,16 +38,24 @@ def store_verify(
             "--quarantine", help="Quarantine damaged weights (no server may be running)."
         ),
     ] = False,
+    tenant: Annotated[
+        str, typer.Option(metavar="NAME", help="Whose adapters, with --store.")
+    ] = DEFAULT_TENANT,
     as_json: Json = False,
     debug: Debug = False,
     **flags: Any,
 ) -> None:
     """Read every stored byte and compare it with its digest; exit status 1 if one differs."""
-    from veneer_server.operate.store_command import verify
+    from veneer_server.operate.store_command import verify, verify_elsewhere
 
     def run() -> None:
-        folder = load_config(flags, os.environ).data_dir
-        whole = verify(folder, print, quarantine=quarantine, as_json=as_json)
+        config = load_config(flags, os.environ)
+        if config.store:
+            whole = verify_elsewhere(
+                config, tenant, print, quarantine=quarantine, as_json=as_json
+            )
+        else:
+            whole = verify(config.data_dir, print, quarantine=quarantine, as_json=as_json)
         raise typer.Exit(0 if whole else 1)
 
     guarded(run, debug)

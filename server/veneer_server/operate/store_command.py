@@ -10,10 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from veneer_registry import rebuild, upkeep
+from veneer_registry.errors import InvalidField
 
+from veneer_server.access.principal import DEFAULT_TENANT
 from veneer_server.serving.tenants import FOLDER
+from veneer_server.serving.tenants.places import PlacesConfig, address_of, objects_of
 
-__all__ = ["collect", "recover", "verify"]
+__all__ = ["collect", "recover", "verify", "verify_elsewhere"]
 
 _MIB = 1 << 20
 
@@ -31,6 +34,48 @@ def verify(
     found = upkeep.verify(data_dir, _progress if sys.stderr.isatty() else _silent)
     if quarantine and found.damaged:
         upkeep.quarantine(data_dir, found.damaged)
+    whole = _tell_verified(found, tell, as_json=as_json, quarantine=quarantine)
+    if not as_json:
+        _tell_others(data_dir, tell)
+    return whole
+
+
+def verify_elsewhere(
+    config: PlacesConfig,
+    tenant: str,
+    tell: Callable[[str], None],
+    *,
+    quarantine: bool,
+    as_json: bool,
+) -> bool:
+    """The same of a tenant's adapters in an object store with a catalog in PostgreSQL.
+
+    Raises as `verify_shared`, and InvalidField for ``quarantine``.
+    """
+    if quarantine:
+        raise InvalidField(
+            "--quarantine is for a data folder: with --store the servers put damaged weights "
+            "into quarantine when they fetch them; push the adapters again to repair them",
+            metadata={"field": "quarantine"},
+        )
+    address, objects = address_of(config, tenant), objects_of(config.store, tenant)
+    from veneer_registry.shared.upkeep import verify_shared
+
+    found = verify_shared(address, objects, _progress if sys.stderr.isatty() else _silent)
+    whole = _tell_verified(found, tell, as_json=as_json, gone_by="the servers delete them")
+    if not as_json and tenant == DEFAULT_TENANT and objects.any(FOLDER):
+        tell("  this was the tenant default; there are others: give --tenant NAME")
+    return whole
+
+
+def _tell_verified(
+    found: upkeep.Verified,
+    tell: Callable[[str], None],
+    *,
+    as_json: bool,
+    quarantine: bool = False,
+    gone_by: str = "`store gc` removes them",
+) -> bool:
     if as_json:
         tell(json.dumps(asdict(found)))
         return not found.damaged
@@ -47,10 +92,9 @@ def verify(
     for digest, why in found.quarantined.items():
         tell(f"  in quarantine {digest[:12]}: {why}")
     if found.unreferenced:
-        tell(f"  {found.unreferenced} folders that no adapter needs: `store gc` removes them")
+        tell(f"  {found.unreferenced} folders that no adapter needs: {gone_by}")
     if found.uploads:
         tell(f"  {found.uploads} uploads in progress or interrupted")
-    _tell_others(data_dir, tell)
     return not found.damaged
 
 

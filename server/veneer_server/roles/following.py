@@ -32,7 +32,7 @@ from veneer_server.serving.tenants.tenants import Tenants
 from veneer_server.serving.transfer.loading import Loading
 from veneer_server.serving.transfer.transfers import Transfers
 from veneer_server.sizing.memory_plan import MemoryPlan
-from veneer_server.startup import memory_for
+from veneer_server.startup import memory_for, replan
 from veneer_server.telemetry.metrics import Metrics
 from veneer_server.telemetry.replication_series import FollowerSeries
 
@@ -61,6 +61,16 @@ class Following:
     def memory(self, decoder: DecoderConfig, config: ServerConfig) -> MemoryPlan:
         return memory_for(decoder, config)
 
+    def replan(
+        self,
+        decoder: DecoderConfig,
+        config: ServerConfig,
+        plan: MemoryPlan,
+        host: int,
+        device: int,
+    ) -> MemoryPlan:
+        return replan(decoder, config, plan, host, device)
+
     def open(
         self, base: BaseSpec, read: ReadAdapter, metrics: Metrics
     ) -> Callable[[Path, OwnerLock | None], AdapterRegistry]:
@@ -87,6 +97,7 @@ class Following:
             budgets=budgets,
             transfers=transfers,
             registry=self._following.channel,
+            until=self._following.until,
         )
 
     def replication(self, tenants: Tenants) -> replication_pb2_grpc.ReplicationServiceServicer:

@@ -17,7 +17,7 @@ from veneer_registry.registry import Registry
 
 from veneer_server.access.principal import DEFAULT_TENANT
 from veneer_server.config import ServerConfig
-from veneer_server.engine_client.no_engine import NoEngine
+from veneer_server.engine_client.no_engine import NoEngine, refuse_engine_work
 from veneer_server.models.config import DecoderConfig
 from veneer_server.replication.feed import Feed
 from veneer_server.replication.replicas import Replicas
@@ -32,7 +32,7 @@ from veneer_server.serving.tenants.tenants import Tenants
 from veneer_server.serving.transfer.loading import Loading, LoadingHere
 from veneer_server.serving.transfer.transfers import Transfers
 from veneer_server.sizing.memory_plan import KvCachePlan, MemoryPlan, plan_registry
-from veneer_server.startup import memory_for
+from veneer_server.startup import memory_for, replan
 from veneer_server.system.machine import host_memory
 from veneer_server.telemetry.metrics import Metrics
 from veneer_server.telemetry.replication_series import RegistrySeries
@@ -53,6 +53,16 @@ class Owning:
 
     def memory(self, decoder: DecoderConfig, config: ServerConfig) -> MemoryPlan:
         return memory_for(decoder, config)
+
+    def replan(
+        self,
+        decoder: DecoderConfig,
+        config: ServerConfig,
+        plan: MemoryPlan,
+        host: int,
+        device: int,
+    ) -> MemoryPlan:
+        return replan(decoder, config, plan, host, device)
 
     def open(
         self, base: BaseSpec, read: ReadAdapter, metrics: Metrics
@@ -138,6 +148,16 @@ class RegistryOnly(Owning):
     def memory(self, decoder: DecoderConfig, config: ServerConfig) -> MemoryPlan:
         pool = plan_registry(host_memory())
         return MemoryPlan((pool,), KvCachePlan(0, 0, decoder.context_length, 1), 0)
+
+    def replan(
+        self,
+        decoder: DecoderConfig,
+        config: ServerConfig,
+        plan: MemoryPlan,
+        host: int,
+        device: int,
+    ) -> MemoryPlan:
+        refuse_engine_work()  # before a plan for an engine is said not to fit this machine
 
     def is_ready(self, engine_up: bool) -> bool:
         return True

@@ -40,6 +40,18 @@ class Role(Protocol):
         """The memory plan. May take seconds. Raises MemoryTooSmall."""
         ...
 
+    def replan(
+        self,
+        decoder: DecoderConfig,
+        config: ServerConfig,
+        plan: MemoryPlan,
+        host: int,
+        device: int,
+    ) -> MemoryPlan:
+        """The plan with other budgets for adapters. Raises MemoryTooSmall, and
+        FailedPrecondition if the role has none."""
+        ...
+
     def open(
         self, base: BaseSpec, read: ReadAdapter, metrics: Metrics
     ) -> Callable[[Path, OwnerLock | None], AdapterRegistry]:

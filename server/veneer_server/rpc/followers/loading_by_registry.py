@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, Final
+from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 from veneer_proto.v1 import adapters_pb2, adapters_pb2_grpc
-from veneer_registry.errors import AdapterNotFound, Unavailable
 from veneer_registry.records import AdapterRecord
 
 from veneer_server.follower.registry_channel import RegistryChannel, to_error
 from veneer_server.replication.asked import ASKED
+from veneer_server.rpc.followers.arrival import Until, arrived, knows
 from veneer_server.serving.tenants.tenant import Tenant
 from veneer_server.serving.who import who_is_here
 
-__all__ = ["ARRIVAL_S", "LoadingByRegistry"]
-
-ARRIVAL_S: Final = 10.0
-"""How long a change that the registry has made may take to be known here."""
-
-Until = Callable[[Callable[[], bool], float], Awaitable[bool]]
-"""Waits until something holds of the view, at most so many seconds; whether it does."""
+__all__ = ["LoadingByRegistry"]
 
 
 class LoadingByRegistry:
@@ -40,7 +34,7 @@ class LoadingByRegistry:
         answer = await self._upload(messages)
         name, revision = answer.adapter.name, answer.adapter.revision
         spec = f"{name}@{revision}"
-        await self._told(name, lambda: _knows(home, spec))
+        await arrived(self._until, name, lambda: knows(home, spec))
         return await home.changes.activate(spec, "device", pin=False, who=who_is_here())
 
     async def unload(self, home: Tenant, record: AdapterRecord) -> None:
@@ -50,7 +44,7 @@ class LoadingByRegistry:
             name=name, etag=record.etag, mode=adapters_pb2.EVICT_MODE_DRAIN
         )
         await self._pass("DeleteAdapter", request)
-        await self._told(name, lambda: not _knows(home, spec))
+        await arrived(self._until, name, lambda: not knows(home, spec))
 
     async def _upload(
         self, messages: AsyncIterator[adapters_pb2.UploadAdapterRequest]
@@ -87,15 +81,6 @@ class LoadingByRegistry:
             await idle.wait()  # gRPC's own task may still be asking for the next
         return answer
 
-    async def _told(self, name: str, holds: Callable[[], bool]) -> None:
-        if not await self._until(holds, ARRIVAL_S):
-            raise Unavailable(
-                f"the registry has changed {name!r}, but this server has not heard of it in "
-                f"{ARRIVAL_S:g} s: it will, once it hears from its registry",
-                metadata={"adapter": name, "cause": "registry_away"},
-                retry_after_s=1.0,
-            )
-
     async def _pass(self, method: str, request: object) -> Any:
         asked = ASKED.get()
         call = getattr(self._stub, method)(
@@ -107,11 +92,3 @@ class LoadingByRegistry:
             raise to_error(error, self._registry.place.address) from error
         finally:
             call.cancel()
-
-
-def _knows(home: Tenant, spec: str) -> bool:
-    try:
-        home.registry.resolve(spec)
-    except (AdapterNotFound, Unavailable):  # in doubt, while the registry is away
-        return False
-    return True

@@ -12,9 +12,11 @@ from veneer_registry.errors import VeneerError
 from veneer_server.follower.registry_channel import RegistryChannel, to_error
 from veneer_server.replication.asked import ASKED
 from veneer_server.rpc.adapter_service import AdapterService
+from veneer_server.rpc.followers.arrival import Until, arrived, knows
 from veneer_server.serving.adapters.budgets import AdapterBudgets
 from veneer_server.serving.tenants.tenants import Tenants
 from veneer_server.serving.transfer.transfers import Transfers
+from veneer_server.serving.who import who_calls
 
 __all__ = ["PassingOn"]
 
@@ -30,35 +32,47 @@ class PassingOn(AdapterService):
         budgets: AdapterBudgets,
         transfers: Transfers,
         registry: RegistryChannel,
+        until: Until,
     ) -> None:
         super().__init__(tenants, budgets=budgets, transfers=transfers)
         self._registry = registry
+        self._until = until
         self._stub: Any = adapters_pb2_grpc.AdapterServiceStub(registry.channel)
 
     async def UploadAdapter(self, request_iterator: Any, context: Any) -> Any:
-        """Passed on as it arrives."""
+        """Passed on as it arrives; then loaded here, if that is asked for."""
         broken: list[VeneerError] = []
+        activate = False
 
         async def messages() -> AsyncIterator[adapters_pb2.UploadAdapterRequest]:
+            nonlocal activate
             try:
                 async for request in request_iterator:
+                    if request.WhichOneof("message") == "spec":
+                        activate = _taken_off(request.spec)
                     yield request
             except VeneerError as error:  # it was malformed
                 broken.append(error)
                 raise
 
         try:
-            return await self._pass("UploadAdapter", messages(), context)
+            answer = await self._pass("UploadAdapter", messages(), context)
         except Exception:
             if broken:
                 raise broken[0] from None
             raise
+        return await self._load(answer, context) if activate else answer
 
     async def GetUpload(self, request: adapters_pb2.GetUploadRequest, context: Any) -> Any:
         return await self._pass("GetUpload", request, context)
 
-    async def RegisterAdapter(self, request: Any, context: Any) -> Any:
-        return await self._pass("RegisterAdapter", request, context)
+    async def RegisterAdapter(
+        self, request: adapters_pb2.RegisterAdapterRequest, context: Any
+    ) -> Any:
+        """The registry fetches; then it is loaded here, if that is asked for."""
+        activate = _taken_off(request)
+        answer = await self._pass("RegisterAdapter", request, context)
+        return await self._load(answer, context) if activate else answer
 
     async def DownloadAdapter(  # type: ignore[override]  # writes instead of yielding
         self, request: Any, context: Any
@@ -92,6 +106,21 @@ class PassingOn(AdapterService):
             return await super().UpdateAdapter(request, context)
         return await self._pass("UpdateAdapter", request, context)
 
+    async def _load(self, answer: Any, context: Any) -> Any:
+        """Load what the registry has published. It stands, so a failure is a warning."""
+        name = answer.adapter.name
+        spec = f"{name}@{answer.adapter.revision}"
+        try:
+            home = await self._tenants.current()
+            await arrived(self._until, name, lambda: knows(home, spec))
+            record = await home.changes.activate(
+                spec, "device", pin=False, who=who_calls(context)
+            )
+            answer.adapter.CopyFrom(self._message(home, home, record))
+        except VeneerError as error:
+            answer.warnings.append(f"published, but not loaded here: {error.message}")
+        return answer
+
     async def _pass(self, method: str, request: Any, context: Any) -> Any:
         call = self._begin(method, request, context)
         try:
@@ -108,3 +137,12 @@ class PassingOn(AdapterService):
             metadata=() if asked is None else asked.caller,
             timeout=context.time_remaining(),
         )
+
+
+def _taken_off(wanted: adapters_pb2.UploadSpec | adapters_pb2.RegisterAdapterRequest) -> bool:
+    """Whether what is to be published is to be loaded; a registry, which loads nothing, is not
+    asked to. With ``validate_only`` it refuses that."""
+    activate = wanted.activate and not wanted.validate_only
+    if activate:
+        wanted.activate = False
+    return activate

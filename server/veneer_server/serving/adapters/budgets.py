@@ -53,6 +53,7 @@ class AdapterBudgets:
         Raises:
             AdapterBudgetExceeded: the budgets do not fit the machine together with the rest
                 of the plan, or pinned adapters alone take more. Nothing has changed.
+            FailedPrecondition: this server's role has no engine.
         """
         # One at a time: two changes that each fit the machine may not fit together.
         async with self._turn:

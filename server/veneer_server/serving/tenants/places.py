@@ -15,8 +15,9 @@ from veneer_server.serving.tenants import FOLDER
 
 if TYPE_CHECKING:
     from veneer_registry.shared.objects import Objects
+    from veneer_registry.shared.postgres import Address
 
-__all__ = ["PlacesConfig", "objects_of", "places_of"]
+__all__ = ["PlacesConfig", "address_of", "objects_of", "places_of"]
 
 
 class PlacesConfig(Protocol):
@@ -57,12 +58,17 @@ def places_of(config: PlacesConfig, folder: Path) -> Places:
         return FolderPlaces(folder)
     with _needs_packages():
         from veneer_registry.shared.places import SharedPlaces
-        from veneer_registry.shared.postgres import Address
     tenant = DEFAULT_TENANT if folder == config.data_dir else folder.name
-    schema = "veneer" if tenant == DEFAULT_TENANT else f"veneer/{tenant}"
-    address = Address(config.catalog, config.catalog_password_file, schema)
-    objects = objects_of(config.store, tenant)
+    address, objects = address_of(config, tenant), objects_of(config.store, tenant)
     return SharedPlaces(folder, address, objects, cache_bytes=config.store_cache_bytes)
+
+
+def address_of(config: PlacesConfig, tenant: str) -> Address:
+    """Of a tenant's catalog in PostgreSQL. Raises as `places_of`."""
+    with _needs_packages():
+        from veneer_registry.shared.postgres import Address
+    schema = "veneer" if tenant == DEFAULT_TENANT else f"veneer/{tenant}"
+    return Address(config.catalog, config.catalog_password_file, schema)
 
 
 def objects_of(store: str, tenant: str) -> Objects:

@@ -9,6 +9,8 @@ from veneer_loadtest.simulation import registry
 from veneer_loadtest.simulation.costs import Costs
 from veneer_loadtest.simulation.events import Events
 from veneer_loadtest.simulation.registry import Followers, Link
+from veneer_server.follower import view
+from veneer_server.replication import feed
 
 from tests.planted import planted
 
@@ -63,6 +65,9 @@ def check_history(seed: int) -> None:
     for (name, adapter), now in seen.items():
         assert now == published[adapter], f"seed {seed}: {name} lacks adapter {adapter}"
     assert all(p.everywhere_s is not None for p in followers.publications), f"seed {seed}"
+    assert followers.out_of_step == 0, (
+        f"seed {seed}: changes were lost or came in another order"
+    )
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -75,11 +80,13 @@ def test_planted_bugs_are_caught() -> None:
         for seed in range(30):
             check_history(seed)
 
-    for old, new in (
-        ("if revision > view.get(adapter, 0):", "if True:"),
-        ("self._snapshot(name, number)", "pass"),
+    for module, old, new in (
+        (registry, "self._connect(name, number)\n\n", "pass\n\n"),
+        (view, "        self.sequence = told.sequence\n", ""),
+        (view, "self._put(state)\n        return", "return"),
+        (feed, "sequence - oldest, None)", "sequence - oldest + 1, None)"),
     ):
-        with planted(registry, old, new), pytest.raises(AssertionError):
+        with planted(module, old, new), pytest.raises(AssertionError):
             histories()
 
 

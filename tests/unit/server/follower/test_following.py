@@ -14,6 +14,7 @@ import pytest_asyncio
 from veneer_client import AsyncClient, ReplicasReached, ServingStatus, WaitReplicas
 from veneer_proto.v1 import adapters_pb2 as pb
 from veneer_proto.v1 import inference_pb2, replication_pb2, server_pb2
+from veneer_registry.errors import AdapterBudgetExceeded
 from veneer_server.access.edit_keys import add_key
 from veneer_server.access.principal import Role
 
@@ -137,6 +138,61 @@ async def test_changes_are_passed_on_with_their_errors(both: Pair) -> None:
     await both.follower.adapters.DeleteAdapter(pb.DeleteAdapterRequest(name="passed-on"))
     await both.agreed()
     assert (await failure(generate(both.follower, "passed-on"))).reason == "ADAPTER_NOT_FOUND"
+
+
+def not_loaded(answer: Any) -> list[str]:
+    """The warnings that say so."""
+    return [each for each in answer.warnings if "not loaded here" in each]
+
+
+async def tier_at_registry(both: Pair, name: str) -> int:
+    """It has an engine here, and is not to load what a follower was asked to load."""
+    found = await both.registry.adapters.GetAdapter(pb.GetAdapterRequest(name=name))
+    return int(found.adapter.tier)
+
+
+async def test_what_is_pushed_to_a_follower_is_loaded_there(both: Pair) -> None:
+    await both.agreed()
+    answer = await both.follower.push(both.adapter(20), "warm", activate=True)
+    assert (answer.published, not_loaded(answer)) == (True, [])
+    assert answer.adapter.tier == inference_pb2.TIER_DEVICE
+    assert await tier_at_registry(both, "warm") == inference_pb2.TIER_DISK
+    first = await generate(both.follower, "warm")
+    assert first.provenance.tier == inference_pb2.TIER_DEVICE
+    assert first.provenance.revision == answer.adapter.revision
+    again = await both.follower.push(both.adapter(20), "warm", activate=True)
+    assert (again.published, again.adapter.tier) == (False, inference_pb2.TIER_DEVICE)
+    refused = await failure(
+        both.follower.push(both.adapter(20), "warm", activate=True, validate_only=True)
+    )
+    assert refused.metadata["field"] == "spec.activate"
+
+
+async def test_what_is_registered_by_a_follower_is_loaded_there(both: Pair) -> None:
+    await both.agreed()
+    request = pb.RegisterAdapterRequest(
+        name="fetched-warm", uri=both.adapter(21).as_uri(), activate=True
+    )
+    answer = await both.follower.adapters.RegisterAdapter(request)
+    assert answer.adapter.tier == inference_pb2.TIER_DEVICE
+    assert await tier_at_registry(both, "fetched-warm") == inference_pb2.TIER_DISK
+
+
+async def test_a_publication_stands_although_it_cannot_be_loaded(
+    both: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def full(*args: Any, **options: Any) -> None:
+        raise AdapterBudgetExceeded("pins leave no room: evict one")
+
+    await both.agreed()
+    with monkeypatch.context() as patched:
+        patched.setattr(both.follower.engine, "activate", full)
+        answer = await both.follower.push(both.adapter(22), "too-many", activate=True)
+    assert answer.published
+    (warning,) = not_loaded(answer)
+    assert warning.endswith(": pins leave no room: evict one")
+    found = await generate(both.follower, "too-many")
+    assert found.provenance.revision == answer.adapter.revision
 
 
 async def test_a_publication_waits_for_the_followers_that_are_alive(both: Pair) -> None:
@@ -342,6 +398,18 @@ async def test_a_registry_generates_nothing_and_says_who_does(
             registry.adapters.ActivateAdapter(pb.ActivateAdapterRequest(name="one"))
         )
         assert refused.metadata["role"] == "registry"
+        # Not that budgets for an engine do not fit this machine.
+        for size in (1 << 20, 1 << 50):
+            budgets = pb.UpdateBudgetsRequest(host_cache_bytes=size)
+            refused = await failure(registry.adapters.UpdateBudgets(budgets))
+            assert refused.code is grpc.StatusCode.FAILED_PRECONDITION
+            assert refused.metadata["role"] == "registry"
+        refused = await failure(
+            registry.push(make_adapter(tmp_path / "two", seed=2), "two", activate=True)
+        )
+        assert refused.metadata["role"] == "registry"
+        missing = await failure(registry.adapters.GetAdapter(pb.GetAdapterRequest(name="two")))
+        assert missing.reason == "ADAPTER_NOT_FOUND"
         info = await registry.server.GetServerInfo(server_pb2.GetServerInfoRequest())
         assert (info.role, info.device) == ("registry", "none")
         assert "veneer_ready 1.0" in await registry.metrics()
