@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.real_base, pytest.mark.asyncio(loop_scope="session")]
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 # The suite shares two cores: what the server says is right, only later than usual. It tells up
-# to a minute when its steps are slow, and a client gives up that was told more than its longest.
+# to a minute when its steps are slow, and a client gives up that was told more than this.
 PATIENT = RetryPolicy(attempts=90, longest_wait_s=60.0, growth=1.0)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from veneer_server.openai.http.asgi import DATA_ONLY, Framing
 from veneer_server.serving.generation import Delta, Generation
