@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,16 @@ from tests.backends_ran import RAN, check, missing, with_asked
 # As in `veneer-server`: gRPC's fork handlers sometimes fail in a child with a `preexec_fn`, if
 # this process runs a server.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
+# Imports and collected tests are a million objects, which each collection would visit.
+gc.disable()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

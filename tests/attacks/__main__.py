@@ -21,17 +21,16 @@ import argparse
 import asyncio
 import importlib
 import json
-import os
 import random
 import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import psutil
-from safetensors.torch import load, save
 from veneer_proto.v1 import inference_pb2, server_pb2
 
 from tests.attacks.case import AttackModule, Target
@@ -83,24 +82,67 @@ class Result:
     failures: list[str]
 
 
-def attack_here(name: str, target: dict[str, Any], seed: int) -> None:
-    """In the attacker's process: attack, and print what differed from the documentation."""
-    os.nice(19)
-    target["work"] = Path(target["work"])
+def attack_here(name: str, seed: int) -> None:
+    """In the attacker's process: wait for the target, attack it, and print what differed from
+    the documentation."""
     rng = random.Random(f"{seed} {name}")
     module = case(name)
+    print("ready", flush=True)
+    line = sys.stdin.readline()
+    if not line:  # the run has ended early
+        return
+    target = json.loads(line)
+    target["work"] = Path(target["work"])
 
     async def told() -> None:
         print(json.dumps(await module.attack(Target(**target, rng=rng))), flush=True)
         # Exiting would take a CPU from the other processes for a tenth of a second.
         sys.stdin.readline()
 
-    print("ready", flush=True)
-    sys.stdin.readline()
     asyncio.run(told())
 
 
-async def run_attack(server: Server, name: str, given: argparse.Namespace) -> Result:
+class Attackers:
+    """Processes that will attack, at the lowest priority.
+
+    Each takes a second or two to import what it needs. Unless times count, the next one does
+    so during the attack before.
+    """
+
+    def __init__(self, names: list[str], given: argparse.Namespace) -> None:
+        self._names = names
+        self._given = given
+        self._started: dict[str, asyncio.subprocess.Process] = {}
+
+    async def take(self, name: str) -> asyncio.subprocess.Process:
+        """The attacker of that name, ready to be told its target."""
+        await self._start(name)
+        process = self._started.pop(name)
+        assert process.stdout is not None
+        await process.stdout.readline()
+        return process
+
+    async def start_next(self, name: str) -> None:
+        """Start the attacker after that one, if there is one."""
+        following = self._names[self._names.index(name) + 1 :]
+        if following and not self._given.times:
+            await self._start(following[0])
+
+    async def _start(self, name: str) -> None:
+        if name not in self._started:
+            self._started[name] = await asyncio.create_subprocess_exec(
+                *("nice", "-n", "19", sys.executable, "-m", "tests.attacks"),
+                *("--attack", name, "--seed", str(self._given.seed)),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                limit=1 << 24,
+            )
+
+
+async def run_attack(
+    server: Server, name: str, attackers: Attackers, given: argparse.Namespace
+) -> Result:
     """One attack beside normal callers, after a control run without it."""
     adapters = ["", *NAMES]
     with tempfile.TemporaryDirectory() as work:
@@ -114,17 +156,9 @@ async def run_attack(server: Server, name: str, given: argparse.Namespace) -> Re
             "work": work,
             "adapter": TARGET,
         }
-        attacker = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "tests.attacks", "--attack", name),
-            *("--target", json.dumps(target), "--seed", str(given.seed)),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            limit=1 << 24,
-        )
+        attacker = await attackers.take(name)
         assert attacker.stdin is not None
         assert attacker.stdout is not None
-        await attacker.stdout.readline()  # it has imported what it needs
         # Without times there is nothing to compare.
         control = await _control(server, adapters, given.seconds) if given.times else None
         began_cpu, attacker_cpu_s = sum(psutil.Process(attacker.pid).cpu_times()[:2]), 0.0
@@ -136,7 +170,8 @@ async def run_attack(server: Server, name: str, given: argparse.Namespace) -> Re
         watching = asyncio.gather(callers, memory.watch(until))
         try:
             async with asyncio.timeout(10 * given.seconds + 60):
-                attacker.stdin.write(b"go\n")
+                attacker.stdin.write(json.dumps(target).encode() + b"\n")
+                await attackers.start_next(name)
                 said = await attacker.stdout.readline()
                 until.set()
                 attacker_cpu_s = sum(psutil.Process(attacker.pid).cpu_times()[:2]) - began_cpu
@@ -209,6 +244,9 @@ async def _fill_kv(server: Server) -> None:
 
 def _other_weights() -> dict[str, bytes]:
     """Files of an adapter that shares no weights with those of the normal callers."""
+    # Here, since every attacker imports this module, and torch takes seconds.
+    from safetensors.torch import load, save
+
     files = read_files(ADAPTERS / NAMES[0])
     tensors = load(files[WEIGHTS])
     return {**files, WEIGHTS: save({name: 0.5 * each for name, each in tensors.items()})}
@@ -223,13 +261,38 @@ async def _left(server: Server) -> list[str]:
     return []
 
 
-async def run_cases(names: list[str], given: argparse.Namespace) -> list[Result]:
-    """Run attacks; those with the same flags share a server, unless one has harmed it."""
-    by_flags: dict[tuple[str, ...], list[str]] = {}
+def servers(names: list[str]) -> list[tuple[tuple[str, ...], list[str]]]:
+    """A server's flags and its attacks: one server for those without flags, and one for all
+    whose flags do not contradict each other."""
+    plain = [name for name in names if not flags_of(name)]
+    groups: list[tuple[dict[str, str], list[str]]] = []
     for name in names:
-        by_flags.setdefault(tuple(getattr(case(name), "FLAGS", ())), []).append(name)
+        wanted = flags_of(name)
+        if not wanted:
+            continue
+        for flags, group in groups:
+            if all(flags.get(flag, value) == value for flag, value in wanted.items()):
+                flags |= wanted
+                group.append(name)
+                break
+        else:
+            groups.append((wanted, [name]))
+    with_flags = [(tuple(chain(*flags.items())), group) for flags, group in groups]
+    return [((), plain), *with_flags] if plain else with_flags
+
+
+def flags_of(name: str) -> dict[str, str]:
+    """The attack's flags with their values."""
+    flags = getattr(case(name), "FLAGS", ())
+    return dict(zip(flags[::2], flags[1::2], strict=True))
+
+
+async def run_cases(names: list[str], given: argparse.Namespace) -> list[Result]:
+    """Run attacks on shared servers; one that an attack has harmed is replaced."""
+    grouped = servers(names)
+    attackers = Attackers([name for _, group in grouped for name in group], given)
     results = []
-    for flags, group in by_flags.items():
+    for flags, group in grouped:
         waiting = list(group)
         while waiting:
             with tempfile.TemporaryDirectory() as folder:
@@ -243,7 +306,7 @@ async def run_cases(names: list[str], given: argparse.Namespace) -> list[Result]
                     await _for_seconds(server, ["", *NAMES], 2.0)
                     while waiting:
                         began = time.perf_counter()
-                        result = await run_attack(server, waiting.pop(0), given)
+                        result = await run_attack(server, waiting.pop(0), attackers, given)
                         results.append(result)
                         _print(result, time.perf_counter() - began)
                         if result.failures:
@@ -275,10 +338,9 @@ def main() -> int:
     parser.add_argument("--cache-dir", type=Path, default=cache_dir())
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--attack", help=argparse.SUPPRESS)
-    parser.add_argument("--target", type=json.loads, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.attack:
-        attack_here(given.attack, given.target, given.seed)
+        attack_here(given.attack, given.seed)
         return 0
     given.seconds = given.seconds or (15.0 if given.full else 3.0)
     given.times = given.times or given.full

@@ -9,11 +9,11 @@ An attack is a module in ``tests/attacks/cases``; the runner finds it by its fil
         '''Repeats the attack for `target.seconds`. Returns a line for each answer that was not
         as documented; empty if every answer was right.'''
 
-The runner (`python -m tests.attacks`) starts a new server for each attack, with 4 normal
-streams beside it, and repeats the run without the attack. It checks the streams' longest gap
-between tokens, the growth of the processes' memory, that all other callers were answered and
-that the server works afterwards. So a module only attacks, and only the addresses that it is
-given.
+The runner (`python -m tests.attacks`) attacks a server beside 4 normal streams, after a run
+without the attack where times count. Attacks share a server as far as their flags allow, and
+one that has been harmed is replaced. The runner checks the streams' longest gap between tokens,
+the growth of the processes' memory, that all other callers were answered and that the server
+works afterwards. So a module only attacks, and only the addresses that it is given.
 """
 
 from __future__ import annotations

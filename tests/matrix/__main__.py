@@ -32,18 +32,19 @@ QUICK = (
 """Conditions that do not interact run together, and each covers something different. ``user``
 is part of ``read-only-home``, and kernels are tested with both instruction sets anyway."""
 QUICK_TESTS = (
+    "tests/integration/test_restart.py",
+    "tests/unit/server/engine/test_backends.py",
+    "tests/unit/server/machine",
     "tests/unit/registry/test_catalog_and_store.py",
     "tests/unit/registry/test_registry_facade.py",
     "tests/unit/server/config",
     "tests/unit/server/text",
-    "tests/unit/server/machine",
-    "tests/unit/server/engine/test_backends.py",
     "tests/unit/client/test_cli.py",
     "tests/unit/client/test_local.py",
     "tests/unit/train/test_train_config.py",
-    "tests/integration/test_restart.py",
 )
-"""Tests that read and write files, parse text and start servers."""
+"""Tests that read and write files, parse text and start servers. The slow ones first, so that
+no worker is left alone with them."""
 
 NUMERIC = (
     "plain",
@@ -56,6 +57,14 @@ NUMERIC = (
     "threads-4",
 )
 NUMERIC_TESTS = (
+    "tests/integration/test_llama_cpp.py",
+    "tests/integration/test_openai.py",
+    "tests/integration/test_parity.py",
+    "tests/integration/test_same_result.py",
+    "tests/integration/test_sampling.py",
+    "tests/integration/test_self_test.py",
+    "tests/integration/test_serving.py",
+    "tests/integration/test_trainer_and_server.py",
     "tests/unit/server/native",
     "tests/unit/server/engine/test_non_finite.py",
     "tests/unit/server/engine/test_sampler.py",
@@ -71,14 +80,6 @@ NUMERIC_TESTS = (
     "tests/unit/train/test_train_quant.py",
     "tests/unit/train/test_train_run.py",
     "tests/unit/train/test_train_stability.py",
-    "tests/integration/test_llama_cpp.py",
-    "tests/integration/test_openai.py",
-    "tests/integration/test_parity.py",
-    "tests/integration/test_same_result.py",
-    "tests/integration/test_sampling.py",
-    "tests/integration/test_self_test.py",
-    "tests/integration/test_serving.py",
-    "tests/integration/test_trainer_and_server.py",
 )
 """docs/numeric-tests.md says what each compares, and with what tolerance."""
 
@@ -112,7 +113,7 @@ def run(condition: Condition, chosen: list[str]) -> Result:
         return Result(condition.name, f"CANNOT RUN: {reason}", (str(reason),), 0.0)
     report = Path(prepared.environment.get("TMPDIR", str(scratch))) / "report.xml"
     command = [*prepared.prefix, sys.executable, "-m", "pytest", f"--junitxml={report}"]
-    command += ["-n", "2", "--dist", "loadfile", *chosen]
+    command += ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", *chosen]
     environment = {
         "VENEER_CACHE_DIR": str(cache_dir()),
         **os.environ,

@@ -41,13 +41,16 @@ Answers = dict[str, Any]
 
 
 class Worker:
-    """One `tests.torture.at_rest_worker`."""
+    """One `tests.torture.at_rest_worker`.
 
-    def __init__(self, base: str, planted: str = "") -> None:
-        command = [sys.executable, "-m", "tests.torture.at_rest_worker", base]
-        command += ["--planted", planted] if planted else []
+    Attributes:
+        planted: the bug of the starts from now on; none if "".
+    """
+
+    def __init__(self, base: str) -> None:
+        self.planted = ""
         self._process = subprocess.Popen(
-            command,
+            [sys.executable, "-m", "tests.torture.at_rest_worker", base],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -61,7 +64,8 @@ class Worker:
         """One start of a server on ``folder``; see the worker for the result."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        line = json.dumps({"folder": str(folder), "names": NAMES, **asked})
+        asked |= {"folder": str(folder), "names": NAMES, "planted": self.planted}
+        line = json.dumps(asked)
         self._process.stdin.write(line + "\n")
         self._process.stdin.flush()
         said = self._process.stdout.readline()

@@ -78,21 +78,17 @@ def _outcome(judges: list[Judge], count: int, *, full: bool) -> Outcome:
 
 def controls(scale: Scale) -> Iterator[Control]:
     """Broken servers on damage that they cannot handle."""
-    base = str(make_tiny_llama(scale.work / "base"))
-    sound = Worker(base)
-    try:
-        golden = make_golden(sound, scale.work / "golden", _adapters(scale.work))
-    finally:
-        sound.close()
     rng = scale.random("controls")
-    for number, planted in enumerate(PLANTED):
-        worker = Worker(base, planted)
-        try:
+    worker = Worker(str(make_tiny_llama(scale.work / "base")))
+    try:
+        golden = make_golden(worker, scale.work / "golden", _adapters(scale.work))
+        for number, planted in enumerate(PLANTED):
+            worker.planted = planted
             judge = Judge(worker, golden, scale.folder(f"planted-{number}"))
             judge.run(number, _unbearable(planted, golden, rng))
-        finally:
-            worker.close()
-        yield Control(planted, next(iter(judge.failures), ""))
+            yield Control(planted, next(iter(judge.failures), ""))
+    finally:
+        worker.close()
 
 
 def _unbearable(planted: str, golden: Golden, rng: random.Random) -> Damage:

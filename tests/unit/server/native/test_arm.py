@@ -238,6 +238,6 @@ def test_the_thread_pool_with_threads_that_are_preempted(driver: Path, tmp_path:
     flags = ["-std=c++17", "-O1", "-pthread", "-DVENEER_STALLS", f"-I{include}"]
     subprocess.run([tools.CXX, *flags, "-o", program, source], check=True)
     done = subprocess.run(
-        tools.command("max", program, "20"), capture_output=True, text=True, check=False
+        tools.command("max", program, "5"), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
