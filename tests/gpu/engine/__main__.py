@@ -60,12 +60,30 @@ def _graphs(given: Any, instead: Any) -> Iterator[str]:
 
 
 def _lookahead(given: Any, instead: Any) -> Iterator[str]:
+    def steady(instead: Any, *, exact: bool) -> str:
+        with tempfile.TemporaryDirectory() as name, cards(instead, given.seed):
+            folder = Path(name)
+            config = scenario.config(base, folder, backend="cuda", exact=exact)
+            return lookahead.steady(config, folder, tokens=given.steps)
+
     with tiny_base() as base:
         try:
             told = lookahead.check(base, given.seed, instead, steps=given.steps)
             print(f"lookahead: {told}", flush=True)
+            for exact in (False, True):
+                print(f"    {steady(instead, exact=exact)}", flush=True)
         except AssertionError as error:
             yield str(error)
+        for name, bug in list(lookahead.PLANTED.items())[: given.bugs]:
+            found = ""
+            try:
+                with bug():
+                    steady(PLAIN, exact=False)
+            except AssertionError as error:
+                found = str(error)
+            print(f"    {name}: {found[:120] or 'NOT NOTICED'}", flush=True)
+            if not found:
+                yield name
 
 
 def _refused() -> bool:

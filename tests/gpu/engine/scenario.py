@@ -13,7 +13,7 @@ from tests.engine_harness import Answer, EngineHarness, engine, source
 from tests.gpu.engine.simulated import SimulatedDevice
 from tests.tiny_llama import make_lora, make_tiny_llama
 
-__all__ = ["Found", "run"]
+__all__ = ["Found", "config", "run"]
 
 RATIO: Final = 1.25
 """Our distance from torch's float32 over that of torch's bfloat16: both are samples of the same
@@ -38,7 +38,7 @@ def run(folder: Path, *, requests: int, exact: bool) -> Found:
         for at, rank in enumerate(RANKS * 2)
     ]
     asked = [_request(at, adapters) for at in range(requests)]
-    with engine(_config(base, folder, backend="cuda", exact=exact)) as harness:
+    with engine(config(base, folder, backend="cuda", exact=exact)) as harness:
         answers = harness.run(asked)
         steps, device = harness.loop.steps, SimulatedDevice.current
         again = _alone(harness, asked) if exact else answers
@@ -60,9 +60,11 @@ def run(folder: Path, *, requests: int, exact: bool) -> Found:
     if not ours <= RATIO * theirs:
         failures.append(f"{ours:.4f} from torch in float32, torch in bfloat16 {theirs:.4f}")
     waits = sum(n for what, n in device.syncs.items() if "copy" not in what)
+    stalls = device.stalls
     figure = (
         f"{requests} requests, {steps} steps, {device.captures} graphs, {ours:.4f} from torch "
-        f"in float32 (torch in bfloat16: {theirs:.4f}), {waits} waits of all steps"
+        f"in float32 (torch in bfloat16: {theirs:.4f}), {waits} waits of all steps, "
+        f"{stalls} without work behind"
     )
     return Found(figure, tuple(failures))
 
@@ -90,12 +92,13 @@ def _alone(harness: EngineHarness, asked: list[dict[str, Any]]) -> list[Answer]:
 
 
 def _scores(base: Path, folder: Path, asked: list[dict[str, Any]], dtype: Any) -> Any:
-    with engine(_config(base, folder, backend="torch", dtype=dtype)) as harness:
+    with engine(config(base, folder, backend="torch", dtype=dtype)) as harness:
         answers = harness.run([{**request, "max_tokens": 1} for request in asked])
     return np.concatenate([answer.prompt_logprobs for answer in answers])
 
 
-def _config(base: Path, folder: Path, **more: Any) -> EngineConfig:
+def config(base: Path, folder: Path, **more: Any) -> EngineConfig:
+    """Of an engine whose adapters do not all fit."""
     return EngineConfig(
         base_folder=str(base),
         cache_folder=str(folder / "cache"),

@@ -24,26 +24,19 @@ from veneer_server.backends.cuda.memory.adapters import Adapters
 from veneer_server.backends.cuda.memory.arena import Arena
 from veneer_server.backends.cuda.memory.fencing import Stream
 from veneer_server.backends.cuda.memory.timeline import Timeline
-from veneer_server.backends.cuda.sampled import Sampled, Sampling
+from veneer_server.backends.cuda.sampled import Sampling
 from veneer_server.models.loader import DecoderWeights
+from veneer_server.step.ahead import Sampled, Submitted
 from veneer_server.step.arrays import StepArrays
 from veneer_server.step.choice import Choice
 from veneer_server.step.layout import MEMBERS
 
-__all__ = ["CudaDecoder", "Submitted"]
+__all__ = ["CudaDecoder"]
 
 MOST_RANK: Final = 256
 """Of an adapter."""
 SLOTS: Final = 1024
 """Most adapters in device memory."""
-
-
-@dataclass(frozen=True, slots=True)
-class Submitted:
-    """A step that is enqueued: its set of inputs and results."""
-
-    turn: int
-    tops: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +46,11 @@ class _Wanted:
     choices: Sequence[Choice]
     tops: Sequence[int]
     carried: Sequence[int]
+    handed: Sequence[int]
 
 
 class CudaDecoder:
-    """Implements `Backend` over weights whose linears are all `CudaLinear`.
+    """Implements `AheadBackend` over weights whose linears are all `CudaLinear`.
 
     Args:
         blocks: of the KV cache, block 0 included.
@@ -116,7 +110,7 @@ class CudaDecoder:
         self._captures = graphs
         self._graphs: dict[Bucket, Graph] = {}
         self._sums = device.empty(self._inputs.rows, dtype=torch.float32)
-        self._sampling = Sampling(device, self._inputs.rows)
+        self._sampling = Sampling(device, self._inputs.rows, sizes.sequences, config.vocab_size)
         self.last_logits = self._forward.logits
         self._told = device.pinned(self._inputs.rows, dtype=torch.float32)
 
@@ -131,26 +125,17 @@ class CudaDecoder:
         choices: Sequence[Choice],
         tops: Sequence[int],
         carried: Sequence[int] = (),
+        handed: Sequence[int] = (),
     ) -> Submitted:
-        """Enqueue a step and the sampling of a token for each row of its logits. The host waits
-        for nothing, unless the step before the last is still running.
-
-        Args:
-            choices: without bias, penalties and masks; see `Sampling.sample`.
-            tops: for each row, how many of the likeliest tokens are wanted.
-            carried: for each row of the step the row of the last step's logits whose token it
-                has, or -1; see `Sampling.carry`. So a step may be submitted before the last
-                one's tokens are read.
-        """
+        """See `AheadBackend.submit`."""
         assert len(choices) == len(step.logit_rows)
-        self._enqueue(step, _Wanted(choices, tops, carried))
-        return Submitted(self._inputs.current, tuple(tops))
+        self._enqueue(step, _Wanted(choices, tops, carried, handed))
+        return Submitted(self._inputs.current, tuple(tops), len(handed))
 
     def read(self, submitted: Submitted) -> Sampled:
-        """Wait for a step, and return what it gave. Once, before the step after the next is
-        submitted."""
+        """See `AheadBackend.read`."""
         self._timeline.until_free(("inputs", submitted.turn))
-        return self._sampling.read(submitted.turn, submitted.tops)
+        return self._sampling.read(submitted)
 
     def _enqueue(self, step: StepArrays, sampled: _Wanted | None) -> None:
         wanted = len(step.logit_rows)
@@ -176,6 +161,7 @@ class CudaDecoder:
                     self._sampling.sample(
                         turn[1], logits[:wanted], sampled.choices, sampled.tops
                     )
+                    self._sampling.hand(turn[1], logits, sampled.handed)
                 self._device.call(
                     self._told[:wanted].copy_, self._sums[:wanted], non_blocking=True
                 )

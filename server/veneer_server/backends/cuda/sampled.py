@@ -8,7 +8,6 @@ to the host, since a row's token may come from the last step's results (`carry`)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,33 +17,21 @@ from veneer_server.backends.cuda.device import Device
 from veneer_server.backends.cuda.inputs import SETS
 from veneer_server.backends.cuda.sampling.draw import draw, given
 from veneer_server.backends.cuda.sampling.logprobs import TOPS, logprobs
+from veneer_server.step.ahead import Sampled, Submitted
 from veneer_server.step.choice import Choice
 
-__all__ = ["Sampled", "Sampling"]
-
-
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """What a step gave for each row of its logits.
-
-    Attributes:
-        tokens: None where nothing could be sampled.
-        finite: whether all of a row's logits are.
-        logprobs: natural logarithm, of the tokens.
-        tops: the likeliest tokens with theirs, as many as were asked for.
-    """
-
-    tokens: list[int | None]
-    finite: list[bool]
-    logprobs: list[float]
-    tops: list[list[tuple[int, float]]]
+__all__ = ["Sampling"]
 
 
 class Sampling:
-    """Static memory for at most so many ``rows``."""
+    """Static memory for at most so many ``rows`` of logits, and ``sequences`` whose logits the
+    host gets."""
 
-    def __init__(self, device: Device, rows: int) -> None:
+    def __init__(self, device: Device, rows: int, sequences: int, vocab: int) -> None:
         self._device = device
+        self._handed = [
+            device.pinned(sequences, vocab, dtype=torch.float32) for _ in range(SETS)
+        ]
         asked: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "settings": ((rows, 2), torch.float32),
             "top_k": ((rows,), torch.int32),
@@ -114,8 +101,14 @@ class Sampling:
         for name in self._results:
             call(self._here[turn][name][:count].copy_, t[name], non_blocking=True)
 
-    def read(self, turn: int, tops: Sequence[int]) -> Sampled:
+    def hand(self, turn: int, logits: torch.Tensor, rows: Sequence[int]) -> None:
+        """Enqueue the way of some rows of logits to the host."""
+        for at, row in enumerate(rows):
+            self._device.call(self._handed[turn][at].copy_, logits[row], non_blocking=True)
+
+    def read(self, submitted: Submitted) -> Sampled:
         """The results of a step that is done."""
+        turn, tops = submitted.turn, submitted.tops
         here = {name: self._here[turn][name][: len(tops)] for name in self._results}
         ids, values = here["tops"].tolist(), here["top_own"].tolist()
         return Sampled(
@@ -126,6 +119,7 @@ class Sampling:
                 list(zip(i[:count], v[:count], strict=True))
                 for i, v, count in zip(ids, values, tops, strict=True)
             ],
+            self._handed[turn][: submitted.handed],
         )
 
     def _give(self, turn: int, name: str, numbers: Any) -> None:
