@@ -1,8 +1,9 @@
 """The backend for CUDA without a card: ``python -m tests.gpu.engine``.
 
-Five parts: histories of chunks and fences; captured graphs under swaps, evictions and changes
-of the batch; steps enqueued ahead; the engine on a simulated card; torture rows 9 to 12 on one.
-The first two also with planted bugs, which must be noticed.
+Seven parts: histories of chunks and fences; captured graphs under swaps, evictions and changes
+of the batch; steps enqueued ahead; the engine on a simulated card; the formats of a base; two
+processes with half of one each; torture rows 9 to 12. All but the engine and the formats also
+with planted bugs, which must be noticed.
 
 With ``--kernels`` the card executes Triton's kernels by its interpreter, a second or more for a
 step; without, the same launches in torch. ``--quick`` is the suite's form.
@@ -22,7 +23,7 @@ from veneer_server.engine.execution.backend_choice import BackendUnavailable, ch
 from veneer_server.wire.messages import EngineConfig
 
 import tests.gpu.interpreter  # noqa: F401 (before anything that imports triton)
-from tests.gpu.engine import churn, histories, lookahead, scenario
+from tests.gpu.engine import churn, formats, histories, lookahead, parallel, scenario
 from tests.gpu.engine.kit import tiny_base
 from tests.gpu.engine.plain import PLAIN
 from tests.gpu.engine.rows import ROWS, cards
@@ -109,6 +110,42 @@ def _engine(given: Any, instead: Any) -> Iterator[str]:
         yield from found.failures
 
 
+def _bases(given: Any, instead: Any) -> Iterator[str]:
+    with tiny_base() as base:
+        try:
+            print(f"bases: {formats.check(base)}", flush=True)
+        except AssertionError as error:
+            yield str(error)
+    for quantization in ("fp8", "none"):
+        with tempfile.TemporaryDirectory() as folder, cards(instead, given.seed):
+            found = scenario.run(
+                Path(folder), requests=given.requests, exact=False, quantization=quantization
+            )
+        print(f"    {quantization}: {found.figure}", flush=True)
+        yield from found.failures
+
+
+def _parallel(given: Any, instead: Any) -> Iterator[str]:
+    kernels = instead is None
+    for quantization in parallel.FORMATS:
+        for exact in (False, True):
+            try:
+                told = parallel.check(quantization, exact=exact, kernels=kernels)
+                how = f"{quantization}, exact" if exact else quantization
+                print(f"parallel: {how}: {told}", flush=True)
+            except AssertionError as error:
+                yield str(error)
+    for name in list(parallel.PLANTED)[: given.bugs]:
+        found = ""
+        try:
+            parallel.check("nf4", exact=False, bug=name)
+        except AssertionError as error:
+            found = str(error)
+        print(f"    {name}: {found[:120] or 'NOT NOTICED'}", flush=True)
+        if not found:
+            yield name
+
+
 def _rows(given: Any, instead: Any) -> Iterator[str]:
     for number, (run, work) in ROWS.items():
         if given.row not in (0, number):
@@ -125,6 +162,8 @@ PARTS: dict[str, Callable[[Any, Any], Iterator[str]]] = {
     "graphs": _graphs,
     "lookahead": _lookahead,
     "engine": _engine,
+    "bases": _bases,
+    "parallel": _parallel,
     "rows": _rows,
 }
 

@@ -25,6 +25,7 @@ from veneer_server.backends.cuda.memory.arena import Arena
 from veneer_server.backends.cuda.memory.fencing import Stream
 from veneer_server.backends.cuda.memory.timeline import Timeline
 from veneer_server.backends.cuda.sampled import Sampling
+from veneer_server.backends.parallel.peers import Member
 from veneer_server.models.loader import DecoderWeights
 from veneer_server.step.ahead import Sampled, Submitted
 from veneer_server.step.arrays import StepArrays
@@ -57,6 +58,8 @@ class CudaDecoder:
         adapter_bytes: of device memory, for adapters.
         exact: whether a row's numbers are bit-identical whatever shares its step.
         graphs: whether steps that only decode are captured; the numbers are the same.
+        member: this process, if ``weights`` are a part of a base. All processes get the same
+            steps and adapters, and have the same logits.
 
     Attributes:
         adapters: those in device memory.
@@ -78,6 +81,7 @@ class CudaDecoder:
         slots: int = SLOTS,
         most_rank: int = MOST_RANK,
         chunk_bytes: int = 2 << 20,
+        member: Member | None = None,
     ) -> None:
         config = weights.config
         self.weights = weights
@@ -93,7 +97,10 @@ class CudaDecoder:
         )
         ranks = tuple(len(members) * most_rank for members in MEMBERS.values())
         self.adapters = Adapters(
-            *(device, self._timeline, self._arena, config), slots=slots, most_ranks=ranks
+            *(device, self._timeline, self._arena, config),
+            slots=slots,
+            most_ranks=ranks,
+            member=member,
         )
         self._inputs = Inputs(device, sizes, block_size, exact=exact)
         self._forward = Forward(
@@ -106,6 +113,7 @@ class CudaDecoder:
             positions=sizes.context,
             most_ranks=ranks,
             exact=exact,
+            peers=None if member is None else member.peers,
         )
         self._captures = graphs
         self._graphs: dict[Bucket, Graph] = {}

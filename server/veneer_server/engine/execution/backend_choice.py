@@ -93,6 +93,10 @@ def choose(
     why = "--backend torch"
     if config.backend == "cuda":
         return replace(_cuda(config, device, dtype, num_blocks), placement=placement)
+    if config.quantization == "fp8":
+        raise BackendUnavailable(
+            "--quantization fp8 needs --backend cuda: other backends have no kernels for it"
+        )
     if config.backend != "torch":
         try:
             chosen = _native(config, device, dtype, num_blocks, placement)
