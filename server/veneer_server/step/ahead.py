@@ -40,7 +40,7 @@ class Sampled:
     Attributes:
         tokens: None where nothing could be sampled.
         finite: whether all of a row's logits are.
-        logprobs: natural logarithm, of the tokens.
+        logprobs: natural logarithm, of the tokens, or of those of ``scored``.
         tops: the likeliest tokens with theirs, as many as were asked for.
         handed: [rows, vocab] float32 in host memory, which the step after the next overwrites.
     """
@@ -70,6 +70,7 @@ class AheadBackend(Backend, Protocol):
         tops: Sequence[int],
         carried: Sequence[int] = (),
         handed: Sequence[int] = (),
+        scored: Sequence[int] = (),
     ) -> Submitted:
         """Enqueue a step and the sampling of a token for each row of its logits. The host waits
         for nothing, unless the step before the last is still running.
@@ -80,6 +81,8 @@ class AheadBackend(Backend, Protocol):
             carried: for each row of the step the row of the last step's logits whose token it
                 has, or -1. So a step may be submitted before the last one's tokens are read.
             handed: rows of logits that the host gets.
+            scored: for each row of logits the token whose log-probability is wanted, or -1 for
+                the sampled one; empty for all of these.
         """
 
     def read(self, submitted: Submitted) -> Sampled:

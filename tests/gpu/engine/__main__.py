@@ -15,6 +15,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from veneer_server.engine.execution.backend_choice import BackendUnavailable, ch
 from veneer_server.wire.messages import EngineConfig
 
 import tests.gpu.interpreter  # noqa: F401 (before anything that imports triton)
-from tests.gpu.engine import churn, formats, histories, lookahead, parallel, scenario
+from tests.gpu.engine import churn, formats, histories, lookahead, parallel, rows, scenario
 from tests.gpu.engine.kit import tiny_base
 from tests.gpu.engine.plain import PLAIN
 from tests.gpu.engine.rows import ROWS, cards
@@ -116,6 +117,8 @@ def _bases(given: Any, instead: Any) -> Iterator[str]:
             print(f"bases: {formats.check(base)}", flush=True)
         except AssertionError as error:
             yield str(error)
+    if given.quick:
+        return
     for quantization in ("fp8", "none"):
         with tempfile.TemporaryDirectory() as folder, cards(instead, given.seed):
             found = scenario.run(
@@ -127,8 +130,8 @@ def _bases(given: Any, instead: Any) -> Iterator[str]:
 
 def _parallel(given: Any, instead: Any) -> Iterator[str]:
     kernels = instead is None
-    for quantization in parallel.FORMATS:
-        for exact in (False, True):
+    for quantization in parallel.FORMATS[: 1 if given.quick else None]:
+        for exact in (False,) if given.quick else (False, True):
             try:
                 told = parallel.check(quantization, exact=exact, kernels=kernels)
                 how = f"{quantization}, exact" if exact else quantization
@@ -150,11 +153,28 @@ def _rows(given: Any, instead: Any) -> Iterator[str]:
     for number, (run, work) in ROWS.items():
         if given.row not in (0, number):
             continue
-        with tempfile.TemporaryDirectory() as folder, cards(instead, given.seed):
-            scale = Scale(full=False, seed=1, work=Path(folder))
-            figure, failures = run(scale, work)
+        figure, failures = _row(run, max(1, work // given.share), nullcontext, given, instead)
         print("\n    ".join((f"row {number}: {figure}", *failures)), flush=True)
         yield from failures
+        for name, bug in list(rows.PLANTED[number].items())[: given.bugs]:
+            found = ""
+            try:
+                _, noticed = _row(run, work, bug, given, PLAIN)
+                found = "; ".join(noticed)
+            except (AssertionError, KeyError) as error:
+                found = repr(error)
+            print(f"    {name}: {found[:120] or 'NOT NOTICED'}", flush=True)
+            if not found:
+                yield f"row {number}: {name}"
+
+
+def _row(
+    run: Callable[..., Any], work: int, bug: Callable[..., Any], given: Any, instead: Any
+) -> tuple[str, tuple[str, ...]]:
+    with tempfile.TemporaryDirectory() as folder, cards(instead, given.seed):
+        scale = Scale(full=False, seed=1, work=Path(folder))
+        told: tuple[str, tuple[str, ...]] = run(scale, work, bug)
+        return told
 
 
 PARTS: dict[str, Callable[[Any, Any], Iterator[str]]] = {
@@ -173,6 +193,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="tests.gpu.engine", description=__doc__)
     parser.add_argument("--only", choices=[*PARTS], help="one part")
     parser.add_argument("--row", type=int, default=0, help="one torture row")
+    parser.add_argument("--share", type=int, default=1, help="of rows: one in so many")
     parser.add_argument("--seed", default="veneer")
     parser.add_argument("--kernels", action="store_true", help="interpret Triton's kernels")
     parser.add_argument("--histories", type=int, default=2000)

@@ -213,7 +213,9 @@ def _draw(logits: Any, settings: Any, top_k: Any, shares: Any, tokens: Any) -> N
 
 
 def _logprobs(logits: Any, tokens: Any, counts: Any, own: Any, tops: Any, top_own: Any) -> None:
-    every = torch.log_softmax(logits, dim=1)
+    # Row by row, as the host computes those of rows that it samples.
+    sums = torch.stack([torch.logsumexp(row, dim=-1) for row in logits])
+    every = logits - sums.unsqueeze(1)
     own.copy_(every.gather(1, tokens.unsqueeze(1)).squeeze(1))
     values, ids = every.sort(dim=1, descending=True, stable=True)
     width = tops.shape[1]

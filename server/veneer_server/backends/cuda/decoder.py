@@ -48,6 +48,7 @@ class _Wanted:
     tops: Sequence[int]
     carried: Sequence[int]
     handed: Sequence[int]
+    scored: Sequence[int]
 
 
 class CudaDecoder:
@@ -134,10 +135,11 @@ class CudaDecoder:
         tops: Sequence[int],
         carried: Sequence[int] = (),
         handed: Sequence[int] = (),
+        scored: Sequence[int] = (),
     ) -> Submitted:
         """See `AheadBackend.submit`."""
         assert len(choices) == len(step.logit_rows)
-        self._enqueue(step, _Wanted(choices, tops, carried, handed))
+        self._enqueue(step, _Wanted(choices, tops, carried, handed, scored))
         return Submitted(self._inputs.current, tuple(tops), len(handed))
 
     def read(self, submitted: Submitted) -> Sampled:
@@ -166,9 +168,8 @@ class CudaDecoder:
                     self._sampling.carry(turn[1], sampled.carried, filled.tokens)
                 self._run(filled, shape, logits[: shape.logits])
                 if sampled is not None:
-                    self._sampling.sample(
-                        turn[1], logits[:wanted], sampled.choices, sampled.tops
-                    )
+                    mine = sampled.choices, sampled.tops, sampled.scored
+                    self._sampling.sample(turn[1], logits[:wanted], *mine)
                     self._sampling.hand(turn[1], logits, sampled.handed)
                 self._device.call(
                     self._told[:wanted].copy_, self._sums[:wanted], non_blocking=True

@@ -39,6 +39,8 @@ class Sampling:
             "counts": ((rows,), torch.int32),
             "carried": ((rows,), torch.int64),
             "follows": ((rows,), torch.bool),
+            "scored": ((rows,), torch.int64),
+            "scores": ((rows,), torch.bool),
         }
         made: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "tokens": ((rows,), torch.int64),
@@ -57,6 +59,8 @@ class Sampling:
         self._known = device.empty(rows, dtype=torch.int64)
         """The last step's tokens, 0 where nothing could be sampled."""
         self._picked = device.empty(rows, dtype=torch.int64)
+        self._asked = device.empty(rows, dtype=torch.int64)
+        """The tokens whose log-probabilities are wanted."""
         device.call(torch.Tensor.zero_, self._known)
 
     def carry(self, turn: int, carried: Sequence[int], tokens: torch.Tensor) -> None:
@@ -78,7 +82,12 @@ class Sampling:
         self._device.call(torch.where, there["follows"][:count], picked, tokens, out=tokens)
 
     def sample(
-        self, turn: int, logits: torch.Tensor, choices: Sequence[Choice], tops: Sequence[int]
+        self,
+        turn: int,
+        logits: torch.Tensor,
+        choices: Sequence[Choice],
+        tops: Sequence[int],
+        scored: Sequence[int] = (),
     ) -> None:
         """Enqueue sampling, and the way of its results to the host.
 
@@ -87,6 +96,7 @@ class Sampling:
             logits: [rows, vocab] float32.
             choices: one for each row; bias, penalties and masks are not supported.
             tops: for each row, how many of the likeliest are wanted.
+            scored: see `AheadBackend.submit`.
         """
         count, call = len(choices), self._device.call
         for name, numbers in given(choices).items():
@@ -97,7 +107,13 @@ class Sampling:
         call(draw, logits, t["settings"], t["top_k"], t["shares"], t["tokens"])
         known = self._known[:count]
         call(torch.clamp, t["tokens"], min=0, out=known)
-        call(logprobs, logits, known, t["counts"], t["own"], t["tops"], t["top_own"])
+        asked = known
+        if scored:
+            self._give(turn, "scored", scored)
+            self._give(turn, "scores", np.array(scored) >= 0)
+            asked = self._asked[:count]
+            call(torch.where, t["scores"], t["scored"], known, out=asked)
+        call(logprobs, logits, asked, t["counts"], t["own"], t["tops"], t["top_own"])
         for name in self._results:
             call(self._here[turn][name][:count].copy_, t[name], non_blocking=True)
 

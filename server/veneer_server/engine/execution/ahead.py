@@ -13,10 +13,9 @@ from veneer_server.engine.execution.model_runner import (
     ModelRunner,
     Place,
     SampledRow,
-    score,
     to_arrays,
 )
-from veneer_server.engine.execution.sampler import TorchDraws
+from veneer_server.engine.execution.sampler import TorchDraws, token_ranks
 from veneer_server.step.adapter_table import AdapterTable
 from veneer_server.step.ahead import AheadBackend, Sampled, Submitted
 from veneer_server.step.choice import Choice
@@ -74,12 +73,14 @@ class AheadModelRunner(ModelRunner):
         """See `AheadRunner.submit`."""
         arrays, places = to_arrays(plan, self._tables, self._block_size, self._window)
         choices, tops = [_IGNORED] * len(arrays.logit_rows), [0] * len(arrays.logit_rows)
-        carried = [-1] * len(arrays.tokens)
+        carried, scored = [-1] * len(arrays.tokens), [-1] * len(arrays.logit_rows)
         handed: list[int] = []
         rows: dict[int, int] = {}
         for index, (planned, place) in enumerate(zip(plan.sequences, places, strict=True)):
             if planned.carries:
                 carried[arrays.row_starts[index + 1] - 1] = self._rows[planned.sequence]
+            for row, token in enumerate(planned.score, place.begin):
+                scored[row], tops[row] = token, planned.top_logprobs
             if place.sample is None:
                 continue
             if planned.unadjusted:
@@ -90,7 +91,8 @@ class AheadModelRunner(ModelRunner):
                 handed.append(index)
         at = [s for index in handed if (s := places[index].sample) is not None]
         carried = carried if max(carried) >= 0 else []
-        submitted = self._ahead.submit(arrays, choices, tops, carried, at)
+        scored = scored if plan.scores else []
+        submitted = self._ahead.submit(arrays, choices, tops, carried, at, scored)
         self._rows = rows
         self._unread.append(_Unread(plan, places, submitted, handed))
 
@@ -111,9 +113,22 @@ class AheadModelRunner(ModelRunner):
             if place.sample is not None and planned.unadjusted:
                 _fill(result, planned, sampled, place.sample)
             if planned.score:
-                score(self._ahead.last_logits, planned, place, result, self._draws)
+                self._score(result, planned, sampled, place.begin)
         self._sample_handed(step, sampled, results)
         return results
+
+    def _score(
+        self, result: SequenceResult, planned: PlannedSequence, sampled: Sampled, begin: int
+    ) -> None:
+        """Add log-probabilities of a chunk of the prompt."""
+        end = begin + len(planned.score)
+        result.scores = tuple(sampled.logprobs[begin:end])
+        if planned.top_logprobs:
+            result.score_tops = tuple(sampled.tops[begin:end])
+        if planned.ranks:
+            logits = self._ahead.last_logits[begin:end]
+            following = torch.tensor(planned.score, device=logits.device)
+            result.score_ranks = tuple(token_ranks(logits, following))
 
     def _sample_handed(
         self, step: _Unread, sampled: Sampled, results: tuple[SequenceResult, ...]

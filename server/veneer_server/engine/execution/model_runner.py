@@ -30,7 +30,7 @@ from veneer_server.step.plan import (
     StepPlan,
 )
 
-__all__ = ["ModelRunner", "Place", "SampledRow", "score", "to_arrays"]
+__all__ = ["ModelRunner", "Place", "SampledRow", "to_arrays"]
 
 _PATIENCE_S: Final = 0.002
 """How long a step waits for masks, and again for whether its tokens completed a constraint.
@@ -86,7 +86,7 @@ class ModelRunner:
             if place.sample is not None:
                 rows.append(SampledRow(sequence, place.sample, result))
             if sequence.score:
-                score(logits, sequence, place, result, self._draws)
+                _score(logits, sequence, place, result, self._draws)
         if rows:
             self._sample(logits, rows)
         return results
@@ -182,7 +182,7 @@ def _add_logprobs(logits: torch.Tensor, rows: list[SampledRow], draws: Draws) ->
             rows[k].result.tops = tops
 
 
-def score(
+def _score(
     logits: torch.Tensor,
     sequence: PlannedSequence,
     place: Place,

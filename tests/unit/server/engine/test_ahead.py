@@ -24,10 +24,17 @@ from veneer_server.engine.scheduling import scheduler, sequence
 from veneer_server.engine.scheduling.block_manager import BlockManager
 from veneer_server.engine.scheduling.scheduler import Scheduler
 from veneer_server.engine.scheduling.step_limits import SchedulerLimits
-from veneer_server.step.inbox import Inbox
-from veneer_server.step.plan import AheadRunner, PlannedSequence, SequenceResult, StepPlan
+from veneer_server.step.inbox import Inbox, Unheld
+from veneer_server.step.plan import (
+    AheadRunner,
+    Following,
+    PlannedSequence,
+    SequenceResult,
+    StepPlan,
+)
 from veneer_server.wire.messages import (
     Cancel,
+    Constraint,
     FromEngine,
     SamplingParams,
     SequenceFailed,
@@ -47,9 +54,16 @@ BAD = 13
 
 
 class Device:
-    """FAKE: the KV cache, and the step's arithmetic."""
+    """FAKE: the KV cache, and the step's arithmetic.
 
-    def __init__(self) -> None:
+    Args:
+        random: when a constraint is late; None: never.
+    """
+
+    def __init__(self, random: Random | None = None) -> None:
+        self.random = random
+        self.late: list[int] = []
+        """Sequences whose constraint was late."""
         self.cells: dict[int, int | None] = {}
         self.last: dict[int, int] = {}
         """What the last step sampled on the device, by sequence."""
@@ -78,7 +92,17 @@ class Device:
             token = (token + int(p.token_counts.counts.sum())) % VOCAB
         while token in p.forbidden:
             token += 1
-        return SequenceResult(token=token, scores=scores)
+        following = Following.GOES_ON
+        if p.constraint is not None:
+            following = Following.COMPLETE if token % 7 == 1 else self._following(p)
+        if following is Following.LATE and self.random and self.random.random() < 0.5:
+            return SequenceResult(following=following)  # its mask was late already
+        return SequenceResult(token=token, scores=scores, following=following)
+
+    def _following(self, p: PlannedSequence) -> Following:
+        if self.random is None or self.random.random() < 0.6:
+            return Following.GOES_ON
+        return Following.LATE
 
     @staticmethod
     def _slot(p: PlannedSequence, at: int) -> int:
@@ -90,8 +114,8 @@ class Device:
 class Behind:
     """FAKE runner that reads each step before the next."""
 
-    def __init__(self) -> None:
-        self.device = Device()
+    def __init__(self, random: Random | None = None) -> None:
+        self.device = Device(random)
 
     def execute(self, plan: StepPlan) -> tuple[SequenceResult, ...]:
         return self.device.run(plan)
@@ -101,10 +125,10 @@ class Ahead(Behind):
     """FAKE runner with lookahead."""
 
     def __init__(self, random: Random) -> None:
-        super().__init__()
+        super().__init__(random)
         self.random = random
         self.queue: deque[StepPlan] = deque()
-        self.results: deque[tuple[SequenceResult, ...]] = deque()
+        self.results: deque[tuple[StepPlan, tuple[SequenceResult, ...]]] = deque()
         self.reads = self.behind = self.carried = 0
 
     def submit(self, plan: StepPlan) -> None:
@@ -116,14 +140,21 @@ class Ahead(Behind):
             self._advance()
 
     def _advance(self) -> None:
-        self.results.append(self.device.run(self.queue.popleft()))
+        plan = self.queue.popleft()
+        self.results.append((plan, self.device.run(plan)))
 
     def read(self) -> tuple[SequenceResult, ...]:
         self.reads += 1
         self.behind += len(self.queue) + len(self.results) > 1
         if not self.results:
             self._advance()
-        return self.results.popleft()
+        plan, results = self.results.popleft()
+        self.device.late += [
+            planned.sequence
+            for planned, result in zip(plan.sequences, results, strict=True)
+            if result.following is Following.LATE
+        ]
+        return results
 
 
 @dataclass
@@ -135,12 +166,28 @@ class Said:
     scores: list[float] = field(default_factory=list)
 
 
+class Grammars:
+    """FAKE: compiles at once."""
+
+    def compile(
+        self, sequence: int, constraint: Constraint, done: Callable[[Any], None], caller: str
+    ) -> None:
+        done(None)
+
+    def forget(self, sequence: int) -> None:
+        pass
+
+    def ending(self, sequence: int) -> Following:
+        return Following.GOES_ON
+
+
 class Engine:
     """A loop without a thread."""
 
     def __init__(self, runner: Any, *, blocks: int, running: int, window: int | None) -> None:
         self.inbox: Inbox = queue.SimpleQueue()
         self.said: dict[int, Said] = {}
+        self.late: list[int] = runner.device.late
         residency = Residency(1000, 1000, itemsize=1)
         limits = SchedulerLimits(16, running, context_length=CONTEXT, prefill_beside_decode=5)
         chunk = 2 * limits.chunk if isinstance(runner, AheadRunner) else limits.chunk
@@ -154,6 +201,7 @@ class Engine:
             memory=None,  # type: ignore[arg-type]  # no adapters here
             send=self._send,
             clock=lambda: 0.0,
+            grammars=Grammars(),
         )
 
     def _send(self, messages: list[FromEngine]) -> None:
@@ -167,15 +215,21 @@ class Engine:
                 said.finish = message.finish
                 said.scores += message.prompt_logprobs or []
 
+    def masks_arrive(self) -> None:
+        """Those that were late."""
+        while self.late:
+            self.inbox.put(Unheld(self.late.pop()))
+
     def ask(self, number: int, request: SequenceRequest) -> None:
         self.said[number] = Said()
         self.inbox.put(Submit(number, request))
 
     def drain(self) -> None:
         for _ in range(3000):
-            if self.loop.turn() is Turn.IDLE:
+            if self.loop.turn() is Turn.IDLE and not self.late:
                 return
             self.loop.check_integrity()
+            self.masks_arrive()
         raise AssertionError(f"never ended: {self.said}")
 
 
@@ -183,7 +237,8 @@ def _request(random: Random) -> SequenceRequest:
     prompt = [random.choice((1, 1, 2)) for _ in range(random.choice((1, 3, 9, 30)))]
     if random.random() < 0.05:
         prompt[random.randrange(len(prompt))] = BAD
-    kind = random.choice(("plain", "plain", "plain", "penalties", "least", "bias", "scores"))
+    kinds = ("plain", "plain", "plain", "penalties", "least", "bias", "scores", "constraint")
+    kind = random.choice(kinds)
     return SequenceRequest(
         prompt=prompt,
         max_tokens=min(random.choice((1, 2, 8, CONTEXT)), CONTEXT - len(prompt)),
@@ -195,6 +250,7 @@ def _request(random: Random) -> SequenceRequest:
         ignore_eos=random.random() < 0.3,
         stop_token_ids=[5] if random.random() < 0.3 else [],
         min_tokens=random.choice((1, 4)) if kind == "least" else 0,
+        constraint=Constraint("regex", "x") if kind == "constraint" else None,
         prompt_logprobs=kind == "scores",
         use_prefix_cache=random.random() < 0.8,
     )
@@ -227,6 +283,8 @@ def _history(seed: int) -> Ahead:
         for _ in range(random.choice((0, 1, 3, 9))):
             engine.loop.turn()
             engine.loop.check_integrity()
+            if random.random() < 0.3:
+                engine.masks_arrive()
     engine.drain()
     for number, expected in alone.said.items():
         found = engine.said[number]
@@ -328,5 +386,6 @@ def test_planted_bugs_are_noticed(name: str) -> None:
         for seed in range(400):
             _history(seed)
 
-    with PLANTED[name](), pytest.raises((AssertionError, KeyError, IndexError, AttributeError)):
+    noticed = (AssertionError, LookupError, AttributeError, ValueError)
+    with PLANTED[name](), pytest.raises(noticed):
         look()
