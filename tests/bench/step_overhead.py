@@ -14,7 +14,6 @@ from __future__ import annotations
 import time
 from statistics import median
 
-# private: the arrays are built inside a step, and this leaves out the step's backend
 from veneer_server.engine.execution.model_runner import to_arrays
 from veneer_server.engine.residency.residency import Residency
 from veneer_server.engine.scheduling.block_manager import BlockManager

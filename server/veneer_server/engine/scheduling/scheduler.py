@@ -70,7 +70,7 @@ class Scheduler:
             residency, patience=limits.patience, max_wait=limits.max_wait
         )
         self._lookups = PrefixLookups()
-        self._preempted = False
+        self._preempted = self._ahead = False
 
     # --------------------------------------------------------------- inspection
 
@@ -191,10 +191,10 @@ class Scheduler:
         self._preempted = False
         self.admission.note(self._waiting, now)
         chosen: dict[int, PlannedSequence] = {}
-        context = self.limits.context_length
-        started = [
-            s for i, s in self._running.items() if i not in self._held and s.may_follow(context)
-        ]
+        started = [s for s in self._running.values() if s.id not in self._held]
+        if self._ahead:
+            context = self.limits.context_length
+            started = [s for s in started if s.may_follow(context)]
         for sequence in (s for s in started if s.remaining == 1):
             self._choose(sequence, 1, chosen)
         room = PrefillRoom.beside(chosen, self.limits)
@@ -299,6 +299,7 @@ class Scheduler:
 
     def submitted(self, plan: StepPlan) -> None:
         """A step is under way: `schedule` may be called before `update`, once."""
+        self._ahead = True
         for planned in plan.sequences:
             self._running[planned.sequence].submitted(planned)
 

@@ -133,7 +133,7 @@ class Sequence:
     @property
     def remaining(self) -> int:
         """Tokens still to be computed before the next one can be sampled."""
-        return self.length - self.begun
+        return len(self.tokens) + self.awaited - self.computed - self.ahead
 
     def may_follow(self, context: int) -> bool:
         """Whether it can be in the next step although the last one's token is not known: it
@@ -171,31 +171,33 @@ def plan_sequence(
     Args:
         eos: the model's own stop tokens.
     """
-    start, end = sequence.begun, sequence.begun + count
-    carries = end > len(sequence.tokens)
+    start = sequence.computed + sequence.ahead
+    end, known = start + count, len(sequence.tokens)
+    length = known + sequence.awaited
+    tokens = tuple(sequence.tokens[start:end])
     score: tuple[int, ...] = ()
     if sequence.scores_prompt:
         # The token after each computed one; the last prompt token has none.
         score = tuple(sequence.tokens[start + 1 : min(end + 1, sequence.prompt_length)])
-    samples = end == sequence.length
+    samples = end == length
     counted = sequence.request.sampling.needs_token_counts
     return PlannedSequence(
         sequence=sequence.id,
         digest=sequence.digest,
-        tokens=(*sequence.tokens[start:end], *([0] if carries else ())),
+        tokens=tokens if end <= known else (*tokens, 0),
         start=start,
         blocks=sequence.blocks[:],
         samples=samples,
         score=score,
         logprobs=sequence.request.logprobs,
         sampling=sequence.request.sampling,
-        position=sequence.length,
+        position=length,
         top_logprobs=sequence.request.top_logprobs,
         ranks=sequence.request.prompt_ranks,
         token_counts=sequence.seen() if samples and counted else None,
         constraint=sequence.request.constraint,
         forbidden=_forbidden(sequence, eos) if samples else (),
-        carries=carries,
+        carries=end > known,
     )
 
 

@@ -344,12 +344,12 @@ PLANTED: dict[str, Callable[[], AbstractContextManager[None]]] = {
         "return goes_on and self.length < context",
     ),
     "the position does not count the token that is awaited": partial(
-        planted, sequence, "position=sequence.length,", "position=len(sequence.tokens),"
+        planted, sequence, "position=length,", "position=known,"
     ),
     "a step begins where the last one did": partial(
         *(planted, sequence),
-        "start, end = sequence.begun, sequence.begun + count",
-        "start, end = sequence.computed, sequence.computed + count",
+        "start = sequence.computed + sequence.ahead",
+        "start = sequence.computed",
     ),
     "blocks are those of the last step": partial(
         *(planted, scheduler),
