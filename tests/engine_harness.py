@@ -16,7 +16,7 @@ from veneer_server.engine.loop import StepLoop
 from veneer_server.engine.process import build_engine
 from veneer_server.engine.scheduling.block_manager import BlockManager
 from veneer_server.step.inbox import Inbox
-from veneer_server.step.plan import Runner, SequenceResult, StepPlan
+from veneer_server.step.plan import AheadRunner, Runner, SequenceResult, StepPlan
 from veneer_server.wire.messages import (
     AdapterSource,
     EngineConfig,
@@ -76,7 +76,7 @@ class EngineHarness:
             inbox=self.inbox,
             scheduler=self.scheduler,
             residency=self.residency,
-            runner=self._either,
+            runner=self.runner if isinstance(self.runner, AheadRunner) else self._either,
             memory=self.memory,
             grammars=grammars,
             send=lambda messages: [self.out.put(m) for m in messages] and None,

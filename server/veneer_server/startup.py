@@ -79,8 +79,10 @@ def _on_gpu(plan: MemoryPlan) -> bool:
 
 def fingerprint_of(folder: Path, config: ServerConfig) -> BaseFingerprint:
     """Fingerprint of the base as it will be served; hashes its weights unless cached."""
-    quantization = None
-    if config.quantization != "none":
+    quantization: dict[str, object] | None = None
+    if config.quantization == "fp8":
+        quantization = {"format": "e4m3", "scales": "powers of two, by output"}
+    elif config.quantization != "none":
         quantization = {
             "load_in_4bit": True,
             "bnb_4bit_quant_type": config.quantization,

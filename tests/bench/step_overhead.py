@@ -14,8 +14,7 @@ from __future__ import annotations
 import time
 from statistics import median
 
-# private: the arrays are built inside a step, and this leaves out the step's backend
-from veneer_server.engine.execution.model_runner import _to_arrays
+from veneer_server.engine.execution.model_runner import to_arrays
 from veneer_server.engine.residency.residency import Residency
 from veneer_server.engine.scheduling.block_manager import BlockManager
 from veneer_server.engine.scheduling.scheduler import Scheduler
@@ -74,7 +73,7 @@ def time_steps(title: str, tokens: int, waiting: int, adapters: int, tenants: in
         plan = scheduler.schedule(float(step))
         assert plan is not None
         assert len(plan.sequences) == RUNNING
-        _to_arrays(plan, {}, BLOCK)
+        to_arrays(plan, {}, BLOCK)
         results = tuple(SequenceResult(token=1) for _ in plan.sequences)
         scheduler.update(plan, results)
         _ = scheduler.waiting_for_adapter, scheduler.waiting_adapters

@@ -150,9 +150,9 @@ class ServerConfig:
     device: Literal["auto", "cpu", "cuda"] = setting(
         "auto", kinds.one_of("auto", "cpu", "cuda"),
         "Where the model runs; auto uses CUDA if its kernels pass a self-test.")
-    quantization: Literal["nf4", "fp4", "none"] = setting(
-        "nf4", kinds.one_of("nf4", "fp4", "none"),
-        "Quantization of the base model's linear layers.")
+    quantization: Literal["nf4", "fp4", "fp8", "none"] = setting(
+        "nf4", kinds.one_of("nf4", "fp4", "fp8", "none"),
+        "Quantization of the base model's linear layers; fp8 needs --backend cuda.")
     dtype: Literal["bfloat16", "float16", "float32"] = setting(
         "bfloat16", kinds.one_of("bfloat16", "float16", "float32"),
         "Data type of activations, KV cache and adapters.")

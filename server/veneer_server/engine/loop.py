@@ -28,7 +28,14 @@ from veneer_server.engine.scheduling.scheduler import Scheduler
 from veneer_server.engine.scheduling.sequence import Sequence
 from veneer_server.engine.transfers import AdapterMemory, Transfers
 from veneer_server.step.inbox import Arrived, Compiled, Inbox, News, Unheld
-from veneer_server.step.plan import ConstraintFailure, Following, Runner, StepPlan
+from veneer_server.step.plan import (
+    AheadRunner,
+    ConstraintFailure,
+    Following,
+    Runner,
+    SequenceResult,
+    StepPlan,
+)
 from veneer_server.wire.messages import (
     Activate,
     Cancel,
@@ -120,6 +127,11 @@ class StepLoop:
         self._scheduler = scheduler
         self._residency = residency
         self._runner = runner
+        self._ahead = runner if isinstance(runner, AheadRunner) else None
+        self._flying: StepPlan | None = None
+        """The step that is submitted and not read, of an `AheadRunner`."""
+        self._stepped = 0.0
+        """When the last step ended."""
         self._memory = memory
         self._clock = clock
         self._grammars = grammars
@@ -145,11 +157,14 @@ class StepLoop:
             return Turn.STOPPED
         self._transfers.start(self._clock())
         plan = None if self._paused else self._scheduler.schedule(self._clock())
-        if plan is not None:
+        if plan is not None or self._flying is not None:
             if not self._outbox.empty:
                 # The answer to a cancel or an evict does not wait for the end of a step.
                 self._outbox.flush()
-            self._step(plan)
+            if self._ahead is not None:
+                self._step_ahead(self._ahead, plan)
+            elif plan is not None:
+                self._step(plan)
             return Turn.STEPPED
         self._outbox.flush()
         if not self._scheduler.has_work():
@@ -320,8 +335,26 @@ class StepLoop:
     # ---------------------------------------------------------------------- step
 
     def _step(self, plan: StepPlan) -> None:
-        began = self._clock()
-        results = self._runner.execute(plan)
+        self._stepped = self._clock()
+        self._report(plan, self._runner.execute(plan))
+
+    def _step_ahead(self, runner: AheadRunner, plan: StepPlan | None) -> None:
+        """Submit a step, then read the one before: the device has work meanwhile. A token that
+        ends its sequence is so known one step late, and `Scheduler.update` drops the next."""
+        flying, self._flying = self._flying, plan
+        if plan is not None:
+            if flying is None:
+                self._stepped = self._clock()
+            runner.submit(plan)
+            self._scheduler.submitted(plan)
+        if flying is not None:
+            self._report(flying, runner.read())
+        if plan is not None and plan.scores:
+            self._flying = None
+            self._report(plan, runner.read())
+
+    def _report(self, plan: StepPlan, results: tuple[SequenceResult, ...]) -> None:
+        began = self._stepped
         self.steps += 1
         updates, actions = self._scheduler.update(plan, results)
         self._transfers.carry_out(actions)
@@ -330,7 +363,8 @@ class StepLoop:
                 self._ended(update.sequence.id)
             self._outbox.add(output_of(update, self.steps))
         lookups = self._scheduler.take_lookups()
-        seconds = self._clock() - began
+        self._stepped = self._clock()
+        seconds = self._stepped - began
         self._pace.observe(plan.rows, seconds)
         self._outbox.add(
             StepDone(

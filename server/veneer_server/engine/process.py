@@ -28,7 +28,8 @@ from veneer_server import logs
 from veneer_server.adapters.memory import LoraMemory
 from veneer_server.adapters.references import References, ServedBase
 from veneer_server.constraints.grammars import Grammars
-from veneer_server.engine.execution.backend_choice import choose
+from veneer_server.engine.execution.ahead import AheadModelRunner
+from veneer_server.engine.execution.backend_choice import Chosen, choose
 from veneer_server.engine.execution.exact import ExactRunner
 from veneer_server.engine.execution.model_runner import ModelRunner
 from veneer_server.engine.execution.step_cost import measure
@@ -138,20 +139,14 @@ def build_engine(
         # A cached prefix was computed in different chunks from those of exact mode.
         prefix_cache=config.prefix_cache and not alone,
         window=model.window,
-        chunk=limits.chunk,
+        # With a step ahead, blocks are given back a step later.
+        chunk=limits.chunk if chosen.ahead is None else 2 * limits.chunk,
     )
     longest_step = limits.longest_step_s(blocks.total * config.block_size)
     _log_cost(config, limits, longest_step)
     scheduler = Scheduler(limits, blocks, residency, frozenset(model.eos_token_ids))
     followed = grammars if grammars.usable() else None
-    runner: Runner = ModelRunner(
-        chosen.backend,
-        memory.tables,
-        config.block_size,
-        followed,
-        chosen.draws,
-        model.smallest_window,
-    )
+    runner = _runner(chosen, memory, config, followed, model.smallest_window)
     if alone:
         runner = ExactRunner(runner)
     info = EngineInfo(
@@ -177,6 +172,22 @@ def build_engine(
         longest_step_seconds=longest_step,
     )
     return info, scheduler, residency, runner, memory, followed
+
+
+def _runner(
+    chosen: Chosen,
+    memory: LoraMemory,
+    config: EngineConfig,
+    grammars: Grammars | None,
+    window: int | None,
+) -> Runner:
+    if chosen.ahead is not None:
+        return AheadModelRunner(
+            chosen.ahead, memory.tables, config.block_size, grammars, window
+        )
+    return ModelRunner(
+        chosen.backend, memory.tables, config.block_size, grammars, chosen.draws, window
+    )
 
 
 def _stay(placement: Placement) -> None:

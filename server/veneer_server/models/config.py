@@ -26,7 +26,7 @@ SUPPORTED: Final = {
 }
 """model_type -> architecture that `veneer_server.backends.torch.decoder` runs."""
 
-Quantization = Literal["nf4", "fp4", "none"]
+Quantization = Literal["nf4", "fp4", "fp8", "none"]
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 

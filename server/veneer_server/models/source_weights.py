@@ -19,6 +19,7 @@ from typing import Any, Final, Self
 import torch
 from veneer_registry.fingerprint import weight_files
 
+from veneer_server.models.checkpoint import e4m3
 from veneer_server.models.checkpoint.rotary import rotary
 from veneer_server.models.config import Quantization, read_decoder_config
 from veneer_server.models.linear import Expanded
@@ -145,6 +146,9 @@ class SourceWeights:
         stored = self.config.quantization is not None
         if stored or self._quantization == "none":
             return weight.float()
+        if self._quantization == "fp8":
+            numbers, scales = e4m3.quantize(weight)
+            return numbers.float() * scales.unsqueeze(1)
         return _quantized(weight, self._quantization)
 
 

@@ -282,7 +282,7 @@ def base_bytes(model: DecoderConfig, config: ServerConfig) -> int:
     itemsize = ITEMSIZE[config.dtype]
     linears = model.num_layers * sum(rows * columns for rows, columns in model.shapes.values())
     quantization = model.quantization or config.quantization
-    each = itemsize if quantization == "none" else 0.5 + 4 / 64
+    each = {"none": float(itemsize), "fp8": 1.0}.get(quantization, 0.5 + 4 / 64)
     embedding = model.vocab_size * model.hidden_size
     embeddings = embedding * (1 if model.tied_head else 2) * itemsize
     if config.backend != "torch" and config.dtype == "bfloat16" and config.device != "cuda":

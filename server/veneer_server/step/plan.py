@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from veneer_server.step.token_counts import Seen
 from veneer_server.wire.messages import (
@@ -15,6 +15,7 @@ from veneer_server.wire.messages import (
 )
 
 __all__ = [
+    "AheadRunner",
     "ConstraintFailure",
     "Following",
     "PlannedSequence",
@@ -67,6 +68,8 @@ class PlannedSequence:
         token_counts: the tokens so far, if a token is sampled with penalties.
         constraint: what the output must match; the runner has its state.
         forbidden: tokens that would end it too early.
+        carries: whether the last of `tokens` is what the step before this one samples, which
+            is not read yet; a 0 stands for it.
     """
 
     sequence: int
@@ -84,6 +87,18 @@ class PlannedSequence:
     token_counts: Seen | None = None
     constraint: Constraint | None = None
     forbidden: tuple[int, ...] = ()
+    carries: bool = False
+
+    @property
+    def unadjusted(self) -> bool:
+        """Whether its token is sampled from the logits as they are: no bias, penalty or mask,
+        for which the host must know the tokens before it."""
+        return not (
+            self.constraint is not None
+            or self.forbidden
+            or self.sampling.needs_token_counts
+            or self.sampling.logit_bias
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +121,11 @@ class StepPlan:
     def adapters(self) -> tuple[str, ...]:
         """Distinct adapters of the step, in row order."""
         return tuple(dict.fromkeys(s.digest for s in self.sequences if s.digest is not None))
+
+    @property
+    def scores(self) -> bool:
+        """Whether a prompt's log-probabilities are requested."""
+        return any(s.score for s in self.sequences)
 
 
 @dataclass(slots=True)
@@ -143,3 +163,16 @@ class Runner(Protocol):
 
     def execute(self, plan: StepPlan) -> tuple[SequenceResult, ...]:
         """One result for each of the plan's sequences, in its order."""
+
+
+@runtime_checkable
+class AheadRunner(Runner, Protocol):
+    """A runner that takes a step before the last one's results are read, so that the device
+    goes on while the host reads and plans."""
+
+    def submit(self, plan: StepPlan) -> None:
+        """Start a step; returns before it is done. At most one other is unread then, and its
+        plan has no `StepPlan.scores`."""
+
+    def read(self) -> tuple[SequenceResult, ...]:
+        """Wait for the earliest unread step. As for `execute`."""

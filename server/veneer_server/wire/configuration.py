@@ -46,7 +46,8 @@ class EngineConfig(Message, frozen=True):
         weights_fingerprint: `BaseFingerprint.weights`; keys what is kept there.
         device: ``cpu`` or ``cuda``; ``auto``, which the front resolves, is CUDA if there is
         any.
-        quantization: ``nf4`` and ``fp4`` are bitsandbytes with double quantization.
+        quantization: ``nf4`` and ``fp4`` are bitsandbytes with double quantization; ``fp8``
+            needs the backend for CUDA.
         dtype: of activations, KV cache and adapters.
         backend: all but ``auto`` require that one, see
             `engine.execution.backend_choice`.
@@ -70,7 +71,7 @@ class EngineConfig(Message, frozen=True):
     weights_fingerprint: str
     log_format: Literal["console", "json"] = "console"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    quantization: Literal["nf4", "fp4", "none"] = "nf4"
+    quantization: Literal["nf4", "fp4", "fp8", "none"] = "nf4"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     backend: Literal["auto", "native", "torch", "cuda"] = "auto"
     native_instructions: Literal[

@@ -5,6 +5,9 @@ speed: tokens/s at 1 to 128 streams with 1 to 128 adapters, beside our own base 
 and PEFT; swaps by tier; the longest gaps between tokens; the share of the card's memory
 bandwidth; 20 steps of training. Writes one JSON file (docs/gpu-check.schema.json). Without a
 card it says so and ends with status 2; with 1 if something is wrong.
+
+``--rehearse`` runs the same without a card: the kernels interpreted, and the same commands with
+the CPU's backend, in few sizes. Its figures say nothing about a card.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,10 +36,10 @@ SEEDS: Final = 20
 NO_CARD: Final = 2
 
 
-def kernels() -> Mapping[str, Any]:
+def kernels(module: str = "veneer_server.backends.cuda.self_test") -> Mapping[str, Any]:
     """The answer of the kernels' self-test, in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "veneer_server.backends.cuda.self_test", str(SEEDS)],
+        [sys.executable, "-m", module, str(SEEDS)],
         capture_output=True,
         text=True,
         check=False,
@@ -94,7 +98,7 @@ def told(result: GpuCheck) -> str:
 def main(
     arguments: Sequence[str] | None = None,
     *,
-    kernels: Callable[[], Mapping[str, Any]] = kernels,
+    kernels: Callable[..., Mapping[str, Any]] = kernels,
     runner: Runner = run_process,
 ) -> int:
     """Entry point."""
@@ -105,7 +109,13 @@ def main(
     parser.add_argument("--adapters", default="1,8,32,128")
     parser.add_argument("--seconds", type=int, default=5, help="of each load")
     parser.add_argument("--server-flag", action="append", default=[])
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU, see above")
     given = parser.parse_args(arguments)
+    device = ("--device=cuda", "--backend=cuda")
+    if given.rehearse:
+        kernels = partial(kernels, "tests.gpu.check.rehearsal")
+        device = ("--device=cpu",)
+        given.streams, given.adapters, given.seconds = "1,2", "1,2", 3
     found = kernels()
     if "name" not in found:
         print(f"nothing was checked or measured: {found['why']}")
@@ -116,7 +126,7 @@ def main(
             base=base,
             out=Path(scratch),
             model=model_of(base),
-            server_flags=("--device=cuda", *given.server_flag),
+            server_flags=(*device, *given.server_flag),
             streams=tuple(map(int, given.streams.split(","))),
             adapters=tuple(map(int, given.adapters.split(","))),
             seconds=given.seconds,

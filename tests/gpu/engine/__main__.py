@@ -1,8 +1,9 @@
 """The backend for CUDA without a card: ``python -m tests.gpu.engine``.
 
-Five parts: histories of chunks and fences; captured graphs under swaps, evictions and changes
-of the batch; steps enqueued ahead; the engine on a simulated card; torture rows 9 to 12 on one.
-The first two also with planted bugs, which must be noticed.
+Seven parts: histories of chunks and fences; captured graphs under swaps, evictions and changes
+of the batch; steps enqueued ahead; the engine on a simulated card; the formats of a base; two
+processes with half of one each; torture rows 9 to 12. All but the engine and the formats also
+with planted bugs, which must be noticed.
 
 With ``--kernels`` the card executes Triton's kernels by its interpreter, a second or more for a
 step; without, the same launches in torch. ``--quick`` is the suite's form.
@@ -14,6 +15,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from veneer_server.engine.execution.backend_choice import BackendUnavailable, ch
 from veneer_server.wire.messages import EngineConfig
 
 import tests.gpu.interpreter  # noqa: F401 (before anything that imports triton)
-from tests.gpu.engine import churn, histories, lookahead, scenario
+from tests.gpu.engine import churn, formats, histories, lookahead, parallel, rows, scenario
 from tests.gpu.engine.kit import tiny_base
 from tests.gpu.engine.plain import PLAIN
 from tests.gpu.engine.rows import ROWS, cards
@@ -60,12 +62,30 @@ def _graphs(given: Any, instead: Any) -> Iterator[str]:
 
 
 def _lookahead(given: Any, instead: Any) -> Iterator[str]:
+    def steady(instead: Any, *, exact: bool) -> str:
+        with tempfile.TemporaryDirectory() as name, cards(instead, given.seed):
+            folder = Path(name)
+            config = scenario.config(base, folder, backend="cuda", exact=exact)
+            return lookahead.steady(config, folder, tokens=given.steps)
+
     with tiny_base() as base:
         try:
             told = lookahead.check(base, given.seed, instead, steps=given.steps)
             print(f"lookahead: {told}", flush=True)
+            for exact in (False, True):
+                print(f"    {steady(instead, exact=exact)}", flush=True)
         except AssertionError as error:
             yield str(error)
+        for name, bug in list(lookahead.PLANTED.items())[: given.bugs]:
+            found = ""
+            try:
+                with bug():
+                    steady(PLAIN, exact=False)
+            except AssertionError as error:
+                found = str(error)
+            print(f"    {name}: {found[:120] or 'NOT NOTICED'}", flush=True)
+            if not found:
+                yield name
 
 
 def _refused() -> bool:
@@ -91,15 +111,70 @@ def _engine(given: Any, instead: Any) -> Iterator[str]:
         yield from found.failures
 
 
+def _bases(given: Any, instead: Any) -> Iterator[str]:
+    with tiny_base() as base:
+        try:
+            print(f"bases: {formats.check(base)}", flush=True)
+        except AssertionError as error:
+            yield str(error)
+    if given.quick:
+        return
+    for quantization in ("fp8", "none"):
+        with tempfile.TemporaryDirectory() as folder, cards(instead, given.seed):
+            found = scenario.run(
+                Path(folder), requests=given.requests, exact=False, quantization=quantization
+            )
+        print(f"    {quantization}: {found.figure}", flush=True)
+        yield from found.failures
+
+
+def _parallel(given: Any, instead: Any) -> Iterator[str]:
+    kernels = instead is None
+    for quantization in parallel.FORMATS[: 1 if given.quick else None]:
+        for exact in (False,) if given.quick else (False, True):
+            try:
+                told = parallel.check(quantization, exact=exact, kernels=kernels)
+                how = f"{quantization}, exact" if exact else quantization
+                print(f"parallel: {how}: {told}", flush=True)
+            except AssertionError as error:
+                yield str(error)
+    for name in list(parallel.PLANTED)[: given.bugs]:
+        found = ""
+        try:
+            parallel.check("nf4", exact=False, bug=name)
+        except AssertionError as error:
+            found = str(error)
+        print(f"    {name}: {found[:120] or 'NOT NOTICED'}", flush=True)
+        if not found:
+            yield name
+
+
 def _rows(given: Any, instead: Any) -> Iterator[str]:
     for number, (run, work) in ROWS.items():
         if given.row not in (0, number):
             continue
-        with tempfile.TemporaryDirectory() as folder, cards(instead, given.seed):
-            scale = Scale(full=False, seed=1, work=Path(folder))
-            figure, failures = run(scale, work)
+        figure, failures = _row(run, max(1, work // given.share), nullcontext, given, instead)
         print("\n    ".join((f"row {number}: {figure}", *failures)), flush=True)
         yield from failures
+        for name, bug in list(rows.PLANTED[number].items())[: given.bugs]:
+            found = ""
+            try:
+                _, noticed = _row(run, work, bug, given, PLAIN)
+                found = "; ".join(noticed)
+            except (AssertionError, KeyError) as error:
+                found = repr(error)
+            print(f"    {name}: {found[:120] or 'NOT NOTICED'}", flush=True)
+            if not found:
+                yield f"row {number}: {name}"
+
+
+def _row(
+    run: Callable[..., Any], work: int, bug: Callable[..., Any], given: Any, instead: Any
+) -> tuple[str, tuple[str, ...]]:
+    with tempfile.TemporaryDirectory() as folder, cards(instead, given.seed):
+        scale = Scale(full=False, seed=1, work=Path(folder))
+        told: tuple[str, tuple[str, ...]] = run(scale, work, bug)
+        return told
 
 
 PARTS: dict[str, Callable[[Any, Any], Iterator[str]]] = {
@@ -107,6 +182,8 @@ PARTS: dict[str, Callable[[Any, Any], Iterator[str]]] = {
     "graphs": _graphs,
     "lookahead": _lookahead,
     "engine": _engine,
+    "bases": _bases,
+    "parallel": _parallel,
     "rows": _rows,
 }
 
@@ -116,6 +193,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="tests.gpu.engine", description=__doc__)
     parser.add_argument("--only", choices=[*PARTS], help="one part")
     parser.add_argument("--row", type=int, default=0, help="one torture row")
+    parser.add_argument("--share", type=int, default=1, help="of rows: one in so many")
     parser.add_argument("--seed", default="veneer")
     parser.add_argument("--kernels", action="store_true", help="interpret Triton's kernels")
     parser.add_argument("--histories", type=int, default=2000)

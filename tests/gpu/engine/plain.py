@@ -13,6 +13,10 @@ from typing import Any, Final
 import torch
 from torch.nn import functional as F
 from veneer_server.backends.cuda.attention import decode, prefill
+from veneer_server.backends.cuda.fp8 import panels as fp8_panels
+from veneer_server.backends.cuda.fp8 import reference as fp8
+from veneer_server.backends.cuda.fp8 import rows as fp8_rows
+from veneer_server.backends.cuda.fp8.packing import PackedFp8
 from veneer_server.backends.cuda.lora import panels as lora_panels
 from veneer_server.backends.cuda.lora import rows as lora_rows
 from veneer_server.backends.cuda.lora.tables import AdapterPlaces
@@ -27,14 +31,16 @@ from veneer_server.backends.cuda.sampling import draw, logprobs
 
 __all__ = ["PLAIN"]
 
-_EXPANDED: dict[int, tuple[PackedNf4, torch.Tensor]] = {}
+Packed = PackedNf4 | PackedFp8
+_EXPANDED: dict[int, tuple[Packed, torch.Tensor]] = {}
 
 
-def _expanded(weight: PackedNf4) -> torch.Tensor:
+def _expanded(weight: Packed) -> torch.Tensor:
     """[out, in] bfloat16, computed once."""
-    found = _EXPANDED.get(id(weight))
+    found = _EXPANDED.get(weight.numbers.data_ptr())
     if found is None:
-        found = _EXPANDED[id(weight)] = weight, nf4.expand(weight).bfloat16()
+        whole = nf4.expand(weight) if isinstance(weight, PackedNf4) else fp8.expand(weight)
+        found = _EXPANDED[weight.numbers.data_ptr()] = weight, whole.bfloat16()
     return found[1]
 
 
@@ -170,13 +176,13 @@ def _add(
             column += fan_out
 
 
-def _multiply(x: Any, weight: PackedNf4, bias: Any, partials: Any, y: Any) -> None:
+def _multiply(x: Any, weight: Packed, bias: Any, partials: Any, y: Any) -> None:
     numbers = _expanded(weight).float()
     result = torch.stack([numbers @ row.float() for row in x])
     y.copy_(result if bias is None else result + bias)
 
 
-def _expand(weight: PackedNf4, begin: int, end: int, panel: Any) -> None:
+def _expand(weight: Packed, begin: int, end: int, panel: Any) -> None:
     panel.copy_(_expanded(weight)[begin:end])
 
 
@@ -207,7 +213,9 @@ def _draw(logits: Any, settings: Any, top_k: Any, shares: Any, tokens: Any) -> N
 
 
 def _logprobs(logits: Any, tokens: Any, counts: Any, own: Any, tops: Any, top_own: Any) -> None:
-    every = torch.log_softmax(logits, dim=1)
+    # Row by row, as the host computes those of rows that it samples.
+    sums = torch.stack([torch.logsumexp(row, dim=-1) for row in logits])
+    every = logits - sums.unsqueeze(1)
     own.copy_(every.gather(1, tokens.unsqueeze(1)).squeeze(1))
     values, ids = every.sort(dim=1, descending=True, stable=True)
     width = tops.shape[1]
@@ -225,6 +233,8 @@ PLAIN: Final[Mapping[Callable[..., Any], Callable[..., Any]]] = {
     lora_panels.add_panels: _add,
     nf4_rows.multiply: _multiply,
     nf4_panels.expand: _expand,
+    fp8_rows.multiply: _multiply,
+    fp8_panels.expand: _expand,
     draw.draw: _draw,
     logprobs.logprobs: _logprobs,
 }

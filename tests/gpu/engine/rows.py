@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,9 +19,12 @@ from typing import Any, Final
 from unittest.mock import patch
 
 from veneer_server.backends.cuda import chosen
+from veneer_server.backends.cuda.memory import adapters
+from veneer_server.engine.execution import ahead
 from veneer_server.wire.messages import EngineConfig
 
 from tests.gpu.engine.simulated import SimulatedDevice
+from tests.planted import planted
 from tests.tiny_llama import make_tiny_llama
 from tests.torture.alone_reference import AloneReference
 from tests.torture.churn import churn
@@ -29,13 +32,14 @@ from tests.torture.forms import Form
 from tests.torture.in_process import in_process
 from tests.torture.isolation import failures_of, outcomes
 from tests.torture.parity_matrix import tiny_matrix
+from tests.torture.planted_isolation import PLANTED as ISOLATION
 from tests.torture.row import Scale
 from tests.torture.rows import row_09_isolation as row_9
 from tests.torture.rows import row_10_prefix as row_10
 from tests.torture.rows import row_11_non_finite as row_11
 from tests.torture.rows import row_12_parity as row_12
 
-__all__ = ["FORM", "ROWS", "cards"]
+__all__ = ["FORM", "PLANTED", "ROWS", "cards"]
 
 
 class _Exact(Form):
@@ -65,7 +69,10 @@ def cards(instead: Any, seed: str) -> Iterator[None]:
         yield
 
 
-def _row_9(scale: Scale, work: int) -> tuple[str, tuple[str, ...]]:
+Bug = Callable[[], AbstractContextManager[None]]
+
+
+def _row_9(scale: Scale, work: int, bug: Bug) -> tuple[str, tuple[str, ...]]:
     base = make_tiny_llama(scale.work / "base", seed=scale.seed)
     traffic = replace(row_9.SERVED, requests=work, most_tokens=8)
     folder = scale.folder("served")
@@ -81,7 +88,8 @@ def _row_9(scale: Scale, work: int) -> tuple[str, tuple[str, ...]]:
                 await server.end()
             return record, error
 
-    record, error = asyncio.run(run())
+    with bug():
+        record, error = asyncio.run(run())
     ended = () if error is None else (f"the step loop ended: {error!r}",)
     alone = AloneReference(base, FORM, folder / "cache")
     failures = (*ended, *failures_of(record, alone))
@@ -89,35 +97,33 @@ def _row_9(scale: Scale, work: int) -> tuple[str, tuple[str, ...]]:
     return f"{work} requests ({told}), {alone.judged} equal to one at a time", failures
 
 
-def _row_10(scale: Scale, work: int) -> tuple[str, tuple[str, ...]]:
+def _row_10(scale: Scale, work: int, bug: Bug) -> tuple[str, tuple[str, ...]]:
     base = make_tiny_llama(scale.work / "base", seed=scale.seed)
     form = _Exact("cuda", {**FORM.settings, "exact": "true"})
-    found = asyncio.run(
-        row_10.run_replaces(scale, base, scale.folder("prefix"), work, exact=False, form=form)
-    )
+    folder = scale.folder("prefix")
+    with bug():
+        found = asyncio.run(
+            row_10.run_replaces(scale, base, folder, work, exact=False, form=form)
+        )
     reference = AloneReference(base, FORM, scale.work / "cache")
     wrong = [line for line in reference.differences(found.cases) if line]
     told = f"{found.answers} answers, {found.across} tokens found across, {found.hits} own"
     return f"{told}, {reference.judged} equal to one at a time", (*found.failures, *wrong)
 
 
-def _row_11(scale: Scale, work: int) -> tuple[str, tuple[str, ...]]:
-    with row_11.quiet(), patch.object(row_11, "BAD", dict(list(row_11.BAD.items())[:work])):
+def _row_11(scale: Scale, work: int, bug: Bug) -> tuple[str, tuple[str, ...]]:
+    bad = dict(list(row_11.BAD.items())[:work])
+    with row_11.quiet(), patch.object(row_11, "BAD", bad), bug():
         outcome = row_11.torture_batches(scale.folder("batches"), scale, FORM)
     return outcome.figure, outcome.failures
 
 
-def _row_12(scale: Scale, work: int) -> tuple[str, tuple[str, ...]]:
+def _row_12(scale: Scale, work: int, bug: Bug) -> tuple[str, tuple[str, ...]]:
     matrix = tiny_matrix(scale, work)
     config = partial(EngineConfig, backend="cuda", device_adapter_bytes=8 << 20)
     with patch.object(row_12, "EngineConfig", config):
-        figure, failures = row_12.judge_bfloat16(matrix, scale.folder("cache"), _nothing())
+        figure, failures = row_12.judge_bfloat16(matrix, scale.folder("cache"), bug())
     return f"{matrix.size}: {figure}", tuple(failures)
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 ROWS: Final[dict[int, tuple[Callable[..., Any], int]]] = {
@@ -127,3 +133,35 @@ ROWS: Final[dict[int, tuple[Callable[..., Any], int]]] = {
     12: (_row_12, 6),
 }
 """What runs each row, and how much of it."""
+
+_PREFIXES: Final = "prefix cache keyed without the weights"
+PLANTED: Final[dict[int, dict[str, Bug]]] = {
+    9: {
+        "a slot is given twice": partial(
+            *(planted, adapters),
+            "self._free.append(placed.slot)",
+            "self._free += [placed.slot, placed.slot]",
+        ),
+        "rows take the token of the row before theirs": partial(
+            *(planted, ahead),
+            "= self._rows[planned.sequence]",
+            "= max(0, self._rows[planned.sequence] - 1)",
+        ),
+    },
+    10: {_PREFIXES: ISOLATION[_PREFIXES].bug},
+    11: {
+        "logits are not checked": partial(
+            *(planted, ahead),
+            "SequenceResult(finite=all(sampled.finite[place.begin : place.end]))",
+            "SequenceResult(finite=True)",
+        )
+    },
+    12: {
+        "scaling off by 10 %": partial(
+            *(planted, adapters),
+            "at(s.b), s.module.scaling)",
+            "at(s.b), 1.1 * s.module.scaling)",
+        )
+    },
+}
+"""By row: what it must notice."""

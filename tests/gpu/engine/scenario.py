@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from veneer_server.models.config import Quantization
 from veneer_server.wire.messages import AdapterSource, EngineConfig, SamplingParams
 
 from tests.engine_harness import Answer, EngineHarness, engine, source
+from tests.gpu.engine.formats import rounded
 from tests.gpu.engine.simulated import SimulatedDevice
 from tests.tiny_llama import make_lora, make_tiny_llama
 
-__all__ = ["Found", "run"]
+__all__ = ["Found", "config", "run"]
 
 RATIO: Final = 1.25
 """Our distance from torch's float32 over that of torch's bfloat16: both are samples of the same
@@ -29,7 +31,9 @@ class Found:
     failures: tuple[str, ...]
 
 
-def run(folder: Path, *, requests: int, exact: bool) -> Found:
+def run(
+    folder: Path, *, requests: int, exact: bool, quantization: Quantization = "nf4"
+) -> Found:
     """Requests with adapters that do not all fit, in one batch; their prompts' scores beside
     torch's; in exact mode each request once more alone, which must give the same bits."""
     base = make_tiny_llama(folder / "base")
@@ -38,11 +42,17 @@ def run(folder: Path, *, requests: int, exact: bool) -> Found:
         for at, rank in enumerate(RANKS * 2)
     ]
     asked = [_request(at, adapters) for at in range(requests)]
-    with engine(_config(base, folder, backend="cuda", exact=exact)) as harness:
+    serving: dict[str, Any] = {"backend": "cuda", "exact": exact, "quantization": quantization}
+    with engine(config(base, folder, **serving)) as harness:
         answers = harness.run(asked)
         steps, device = harness.loop.steps, SimulatedDevice.current
         again = _alone(harness, asked) if exact else answers
-    apart = {dtype: _scores(base, folder, asked, dtype) for dtype in ("float32", "bfloat16")}
+    if quantization == "fp8":
+        base, quantization = rounded(base, folder / "rounded"), "none"
+    apart = {
+        dtype: _scores(base, folder, asked, dtype=dtype, quantization=quantization)
+        for dtype in ("float32", "bfloat16")
+    }
     mine = np.concatenate([a.prompt_logprobs for a in answers])
     ours, theirs = (
         float(np.abs(found - apart["float32"]).mean()) for found in (mine, apart["bfloat16"])
@@ -60,9 +70,11 @@ def run(folder: Path, *, requests: int, exact: bool) -> Found:
     if not ours <= RATIO * theirs:
         failures.append(f"{ours:.4f} from torch in float32, torch in bfloat16 {theirs:.4f}")
     waits = sum(n for what, n in device.syncs.items() if "copy" not in what)
+    stalls = device.stalls
     figure = (
         f"{requests} requests, {steps} steps, {device.captures} graphs, {ours:.4f} from torch "
-        f"in float32 (torch in bfloat16: {theirs:.4f}), {waits} waits of all steps"
+        f"in float32 (torch in bfloat16: {theirs:.4f}), {waits} waits of all steps, "
+        f"{stalls} without work behind"
     )
     return Found(figure, tuple(failures))
 
@@ -89,13 +101,14 @@ def _alone(harness: EngineHarness, asked: list[dict[str, Any]]) -> list[Answer]:
     return [harness.run([request])[0] for request in asked]
 
 
-def _scores(base: Path, folder: Path, asked: list[dict[str, Any]], dtype: Any) -> Any:
-    with engine(_config(base, folder, backend="torch", dtype=dtype)) as harness:
+def _scores(base: Path, folder: Path, asked: list[dict[str, Any]], **how: Any) -> Any:
+    with engine(config(base, folder, backend="torch", **how)) as harness:
         answers = harness.run([{**request, "max_tokens": 1} for request in asked])
     return np.concatenate([answer.prompt_logprobs for answer in answers])
 
 
-def _config(base: Path, folder: Path, **more: Any) -> EngineConfig:
+def config(base: Path, folder: Path, **more: Any) -> EngineConfig:
+    """Of an engine whose adapters do not all fit."""
     return EngineConfig(
         base_folder=str(base),
         cache_folder=str(folder / "cache"),

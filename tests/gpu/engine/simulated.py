@@ -92,6 +92,8 @@ class SimulatedDevice:
 
     Attributes:
         syncs: how often the host waited, by what it called and its thread's name.
+        stalls: how often it waited for the last thing that was enqueued, so that the device
+            had nothing to do when the host went on.
         captures, replays, launches: numbers of each.
     """
 
@@ -105,7 +107,7 @@ class SimulatedDevice:
         self._instead = instead or {}
         self.torch_device = torch.device("cpu")
         self.syncs: Counter[str] = Counter()
-        self.captures = self.launches = 0
+        self.captures = self.launches = self.stalls = 0
         self._random = random
         self._lock = threading.RLock()
         self._streams: tuple[deque[Any], deque[Any]] = deque(), deque()
@@ -188,6 +190,10 @@ class SimulatedDevice:
             if event.reached:
                 return  # costs a card nothing
             self.syncs[f"sync in {threading.current_thread().name}"] += 1
+            steps = self._streams[0]
+            self.stalls += event not in steps or not any(
+                callable(one) for one in list(steps)[steps.index(event) :]
+            )
             while not event.reached:
                 moved = [self._advance(stream) for stream in (0, 1)]
                 assert any(moved), "the streams wait for each other"
@@ -206,6 +212,7 @@ class SimulatedDevice:
         with self._lock:
             if why:
                 self.syncs[f"{why} in {threading.current_thread().name}"] += 1
+                self.stalls += 1
             while self._advance(0) or self._advance(1):
                 pass
 

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from transformers.utils import logging as transformers_logging
 from veneer_server.models.source import BUNDLED
+from veneer_server.step.plan import AheadRunner
 from veneer_server.wire.messages import AdapterSource, EngineConfig
 
 from tests.engine_harness import Answer, EngineHarness, engine, source
@@ -237,13 +238,14 @@ def _count_adapters(harness: EngineHarness) -> list[int]:
     """Record the number of adapters of each step from now on."""
     counts: list[int] = []
     runner: Any = harness.runner
-    right = runner.execute
+    name = "submit" if isinstance(runner, AheadRunner) else "execute"
+    right = getattr(runner, name)
 
-    def execute(plan: Any) -> Any:
+    def counted(plan: Any) -> Any:
         counts.append(len(plan.adapters))
         return right(plan)
 
-    runner.execute = execute
+    setattr(runner, name, counted)
     return counts
 
 

@@ -24,26 +24,20 @@ from veneer_server.backends.cuda.memory.adapters import Adapters
 from veneer_server.backends.cuda.memory.arena import Arena
 from veneer_server.backends.cuda.memory.fencing import Stream
 from veneer_server.backends.cuda.memory.timeline import Timeline
-from veneer_server.backends.cuda.sampled import Sampled, Sampling
+from veneer_server.backends.cuda.sampled import Sampling
+from veneer_server.backends.parallel.peers import Member
 from veneer_server.models.loader import DecoderWeights
+from veneer_server.step.ahead import Sampled, Submitted
 from veneer_server.step.arrays import StepArrays
 from veneer_server.step.choice import Choice
 from veneer_server.step.layout import MEMBERS
 
-__all__ = ["CudaDecoder", "Submitted"]
+__all__ = ["CudaDecoder"]
 
 MOST_RANK: Final = 256
 """Of an adapter."""
 SLOTS: Final = 1024
 """Most adapters in device memory."""
-
-
-@dataclass(frozen=True, slots=True)
-class Submitted:
-    """A step that is enqueued: its set of inputs and results."""
-
-    turn: int
-    tops: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +47,20 @@ class _Wanted:
     choices: Sequence[Choice]
     tops: Sequence[int]
     carried: Sequence[int]
+    handed: Sequence[int]
+    scored: Sequence[int]
 
 
 class CudaDecoder:
-    """Implements `Backend` over weights whose linears are all `CudaLinear`.
+    """Implements `AheadBackend` over weights whose linears are all `CudaLinear`.
 
     Args:
         blocks: of the KV cache, block 0 included.
         adapter_bytes: of device memory, for adapters.
         exact: whether a row's numbers are bit-identical whatever shares its step.
         graphs: whether steps that only decode are captured; the numbers are the same.
+        member: this process, if ``weights`` are a part of a base. All processes get the same
+            steps and adapters, and have the same logits.
 
     Attributes:
         adapters: those in device memory.
@@ -84,6 +82,7 @@ class CudaDecoder:
         slots: int = SLOTS,
         most_rank: int = MOST_RANK,
         chunk_bytes: int = 2 << 20,
+        member: Member | None = None,
     ) -> None:
         config = weights.config
         self.weights = weights
@@ -99,7 +98,10 @@ class CudaDecoder:
         )
         ranks = tuple(len(members) * most_rank for members in MEMBERS.values())
         self.adapters = Adapters(
-            *(device, self._timeline, self._arena, config), slots=slots, most_ranks=ranks
+            *(device, self._timeline, self._arena, config),
+            slots=slots,
+            most_ranks=ranks,
+            member=member,
         )
         self._inputs = Inputs(device, sizes, block_size, exact=exact)
         self._forward = Forward(
@@ -112,11 +114,12 @@ class CudaDecoder:
             positions=sizes.context,
             most_ranks=ranks,
             exact=exact,
+            peers=None if member is None else member.peers,
         )
         self._captures = graphs
         self._graphs: dict[Bucket, Graph] = {}
         self._sums = device.empty(self._inputs.rows, dtype=torch.float32)
-        self._sampling = Sampling(device, self._inputs.rows)
+        self._sampling = Sampling(device, self._inputs.rows, sizes.sequences, config.vocab_size)
         self.last_logits = self._forward.logits
         self._told = device.pinned(self._inputs.rows, dtype=torch.float32)
 
@@ -131,26 +134,18 @@ class CudaDecoder:
         choices: Sequence[Choice],
         tops: Sequence[int],
         carried: Sequence[int] = (),
+        handed: Sequence[int] = (),
+        scored: Sequence[int] = (),
     ) -> Submitted:
-        """Enqueue a step and the sampling of a token for each row of its logits. The host waits
-        for nothing, unless the step before the last is still running.
-
-        Args:
-            choices: without bias, penalties and masks; see `Sampling.sample`.
-            tops: for each row, how many of the likeliest tokens are wanted.
-            carried: for each row of the step the row of the last step's logits whose token it
-                has, or -1; see `Sampling.carry`. So a step may be submitted before the last
-                one's tokens are read.
-        """
+        """See `AheadBackend.submit`."""
         assert len(choices) == len(step.logit_rows)
-        self._enqueue(step, _Wanted(choices, tops, carried))
-        return Submitted(self._inputs.current, tuple(tops))
+        self._enqueue(step, _Wanted(choices, tops, carried, handed, scored))
+        return Submitted(self._inputs.current, tuple(tops), len(handed))
 
     def read(self, submitted: Submitted) -> Sampled:
-        """Wait for a step, and return what it gave. Once, before the step after the next is
-        submitted."""
+        """See `AheadBackend.read`."""
         self._timeline.until_free(("inputs", submitted.turn))
-        return self._sampling.read(submitted.turn, submitted.tops)
+        return self._sampling.read(submitted)
 
     def _enqueue(self, step: StepArrays, sampled: _Wanted | None) -> None:
         wanted = len(step.logit_rows)
@@ -173,9 +168,9 @@ class CudaDecoder:
                     self._sampling.carry(turn[1], sampled.carried, filled.tokens)
                 self._run(filled, shape, logits[: shape.logits])
                 if sampled is not None:
-                    self._sampling.sample(
-                        turn[1], logits[:wanted], sampled.choices, sampled.tops
-                    )
+                    mine = sampled.choices, sampled.tops, sampled.scored
+                    self._sampling.sample(turn[1], logits[:wanted], *mine)
+                    self._sampling.hand(turn[1], logits, sampled.handed)
                 self._device.call(
                     self._told[:wanted].copy_, self._sums[:wanted], non_blocking=True
                 )

@@ -18,6 +18,7 @@ from veneer_server.backends.cuda.memory.arena import Arena
 from veneer_server.backends.cuda.pointwise.gate import gate
 from veneer_server.backends.cuda.pointwise.norm import normalize
 from veneer_server.backends.cuda.pointwise.rotary import place
+from veneer_server.backends.parallel.peers import Peers
 from veneer_server.models.loader import DecoderWeights
 from veneer_server.step.layout import MEMBERS, Group
 
@@ -49,6 +50,7 @@ class Forward:
         positions: most tokens of a sequence.
         most_ranks: by group, the largest sum of an adapter's ranks.
         exact: whether each row's sums have one order, whatever shares the step.
+        peers: the other processes, if ``weights`` are a part of a base.
 
     Attributes:
         logits: [rows, vocab] float32, static.
@@ -66,8 +68,10 @@ class Forward:
         positions: int,
         most_ranks: tuple[int, ...],
         exact: bool,
+        peers: Peers | None = None,
     ) -> None:
         self._device = device
+        self._peers = peers
         self._weights = weights
         self._config = config = weights.config
         self._arena = arena
@@ -91,6 +95,7 @@ class Forward:
         self._asked = empty(decodes, config.num_heads, config.head_dim)
         self._answered = empty(decodes, config.num_heads, config.head_dim)
         self._out = empty(rows, hidden)
+        self._sum = empty(rows if peers else 0, hidden, dtype=torch.float32)
         self._pairs = empty(rows, 2 * inner)
         self._gated = empty(rows, inner)
         kept = max(KEPT_LOGITS, decodes)
@@ -131,13 +136,15 @@ class Forward:
         for index, layer in enumerate(weights.layers):
             self._norm(hidden, added, layer.input_norm, x)
             self._attention(index, x, step, shape)
-            added = self._out[:rows]
-            self._project(index, Group.OUTPUT, self._attended[:rows].flatten(1), added, step)
+            out = self._out[:rows]
+            self._project(index, Group.OUTPUT, self._attended[:rows].flatten(1), out, step)
+            added = self._summed(out)
             self._norm(hidden, added, layer.post_norm, x)
             pairs, gated = self._pairs[:rows], self._gated[:rows]
             self._project(index, Group.GATE_UP, x, pairs, step)
             call(gate, pairs, gated)
-            self._project(index, Group.DOWN, gated, added, step)
+            self._project(index, Group.DOWN, gated, out, step)
+            added = self._summed(out)
         self._norm(hidden, added, weights.final_norm, x)
         picked = self._picked[: shape.logits]
         call(torch.index_select, x, 0, step.logit_rows, out=picked)
@@ -146,6 +153,15 @@ class Forward:
             spoken = self._spoken[: len(part)]
             self._head.multiply(self._device, part, spoken, self._scratch, exact=self._exact)
             call(torch.Tensor.copy_, logits[begin : begin + len(part)], spoken)
+
+    def _summed(self, partial: torch.Tensor) -> torch.Tensor:
+        """What o or down gives, of all processes: parts are added in float32."""
+        if self._peers is None:
+            return partial
+        whole = self._sum[: len(partial)]
+        self._device.call(torch.Tensor.copy_, whole, partial)
+        self._device.call(self._peers.add, whole)
+        return whole
 
     def _norm(
         self,

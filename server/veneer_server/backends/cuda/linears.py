@@ -1,29 +1,43 @@
-"""The base's linears on a card: NF4 by the kernels, dense by cuBLAS.
+"""The base's linears on a card: NF4 and FP8 by the kernels, dense by cuBLAS.
 
-In exact mode a row's sums have one order whatever else is in the step: NF4 always takes the
-kernel for few rows, and cuBLAS, which chooses an order by shape, always gets `PANEL` rows.
+In exact mode a row's sums have one order whatever else is in the step: packed weights always
+take the kernel for few rows, and cuBLAS, which chooses an order by shape, always gets `PANEL`
+rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Final, Protocol
 
 import torch
 
 from veneer_server.backends.cuda.device import Device, matmul
-from veneer_server.backends.cuda.nf4 import panels, rows
-from veneer_server.backends.cuda.nf4.packing import PackedNf4, pack
+from veneer_server.backends.cuda.fp8 import packing as fp8_packing
+from veneer_server.backends.cuda.fp8 import panels as fp8_panels
+from veneer_server.backends.cuda.fp8 import rows as fp8_rows
+from veneer_server.backends.cuda.fp8 import shards as fp8_shards
+from veneer_server.backends.cuda.fp8.packing import PackedFp8
+from veneer_server.backends.cuda.nf4 import packing as nf4_packing
+from veneer_server.backends.cuda.nf4 import panels as nf4_panels
+from veneer_server.backends.cuda.nf4 import quantizing as nf4_quantizing
+from veneer_server.backends.cuda.nf4 import rows as nf4_rows
+from veneer_server.backends.cuda.nf4 import shards as nf4_shards
+from veneer_server.backends.cuda.nf4.packing import PackedNf4
+from veneer_server.models.config import Quantization
 from veneer_server.models.linear import stack_biases
 
-__all__ = ["PANEL", "CudaLinear", "DenseLinear", "Nf4Linear", "Scratch", "fuse", "padded"]
+__all__ = [
+    *("PANEL", "CudaLinear", "DenseLinear", "PackedLinear", "Scratch"),
+    *("fuse", "linear_of", "padded"),
+]
 
 PANEL: Final = 64
 """Most rows that the kernel for few rows multiplies at once, and all that a cuBLAS call
 multiplies in exact mode."""
 EXPANDED: Final = 32 << 20
-"""Most numbers of an NF4 weight that are expanded at once."""
+"""Most numbers of a packed weight that are expanded at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +58,7 @@ class CudaLinear(Protocol):
 
     in_features: int
     out_features: int
+    bias: torch.Tensor | None
 
     @property
     def nbytes(self) -> int:
@@ -51,6 +66,15 @@ class CudaLinear(Protocol):
 
     def kept(self, device: Device) -> CudaLinear:
         """With its weights in device memory."""
+
+    def part(
+        self, outputs: Sequence[slice], inputs: slice, bias: torch.Tensor | None
+    ) -> CudaLinear:
+        """Some outputs and inputs, with this bias: a process's part. No weight changes.
+
+        Raises:
+            ValueError: a block of weights with one scale would be cut.
+        """
 
     @property
     def scratch(self) -> tuple[int, int]:
@@ -72,9 +96,14 @@ def _kept(device: Device, bias: torch.Tensor | None) -> torch.Tensor | None:
     return None if bias is None else device.keep(bias)
 
 
-def fuse(modules: Sequence[Any], dtype: torch.dtype) -> CudaLinear:
+def fuse(
+    modules: Sequence[Any], dtype: torch.dtype, quantization: Quantization = "none"
+) -> CudaLinear:
     """One linear for modules that share an input; outputs in the given order. See
     `models.linear.fuse`.
+
+    Args:
+        quantization: of weights that are not quantized already.
 
     Raises:
         ValueError: the kernels do not read these weights.
@@ -83,10 +112,29 @@ def fuse(modules: Sequence[Any], dtype: torch.dtype) -> CudaLinear:
     states = [getattr(module.weight, "quant_state", None) for module in modules]
     if all(state is not None for state in states):
         data = [module.weight.data for module in modules]
-        return Nf4Linear(pack(list(zip(data, states, strict=True))), bias)
+        return PackedLinear(nf4_packing.pack(list(zip(data, states, strict=True))), bias)
     if any(state is not None for state in states):
         raise ValueError("some weights of a group are quantized and others are not")
-    return DenseLinear(torch.cat([m.weight.data for m in modules]).to(dtype), bias)
+    return linear_of([m.weight.data.to(dtype) for m in modules], bias, quantization)
+
+
+def linear_of(
+    weights: Sequence[torch.Tensor], bias: torch.Tensor | None, quantization: Quantization
+) -> CudaLinear:
+    """A linear of weights [out, in] that share an input, quantized without bitsandbytes.
+
+    Raises:
+        ValueError: the kernels have no such weights.
+    """
+    match quantization:
+        case "none":
+            return DenseLinear(torch.cat(list(weights)), bias)
+        case "nf4":
+            made = [nf4_quantizing.quantize(weight) for weight in weights]
+            return PackedLinear(nf4_packing.stack(made), bias)
+        case "fp8":
+            return PackedLinear(fp8_packing.pack(weights), bias)
+    raise ValueError(f"the kernels read nf4, fp8 and unquantized weights, not {quantization}")
 
 
 class DenseLinear:
@@ -106,6 +154,13 @@ class DenseLinear:
         """See `CudaLinear.kept`."""
         return DenseLinear(device.keep(self.weight), _kept(device, self.bias))
 
+    def part(
+        self, outputs: Sequence[slice], inputs: slice, bias: torch.Tensor | None
+    ) -> DenseLinear:
+        """See `CudaLinear.part`."""
+        cut = torch.cat([self.weight[rows, inputs] for rows in outputs])
+        return DenseLinear(cut.contiguous(), bias)
+
     @property
     def scratch(self) -> tuple[int, int]:
         """See `CudaLinear.scratch`."""
@@ -122,28 +177,63 @@ class DenseLinear:
             device.call(torch.add, y, self.bias, out=y)
 
 
-class Nf4Linear:
-    """A packed NF4 weight."""
+Packed = PackedNf4 | PackedFp8
 
-    def __init__(self, weight: PackedNf4, bias: torch.Tensor | None = None) -> None:
+
+@dataclass(frozen=True, slots=True)
+class _Format:
+    """What is done with packed weights of a kind."""
+
+    splits: Callable[[Any], int]
+    multiply: Callable[..., None]
+    expand: Callable[..., None]
+    of_outputs: Callable[[Any, Sequence[slice]], Packed]
+    of_inputs: Callable[[Any, slice], Packed]
+
+
+_FORMATS: Final = {
+    PackedNf4: _Format(
+        *(nf4_rows.splits, nf4_rows.multiply, nf4_panels.expand),
+        *(nf4_shards.of_outputs, nf4_shards.of_inputs),
+    ),
+    PackedFp8: _Format(
+        *(fp8_rows.splits, fp8_rows.multiply, fp8_panels.expand),
+        *(fp8_shards.of_outputs, fp8_shards.of_inputs),
+    ),
+}
+
+
+class PackedLinear:
+    """A packed weight, NF4 or FP8."""
+
+    def __init__(self, weight: Packed, bias: torch.Tensor | None = None) -> None:
         self.weight = weight
         self.bias = bias
         self.out_features, self.in_features = weight.out_features, weight.in_features
+        self._format = _FORMATS[type(weight)]
 
     @property
     def nbytes(self) -> int:
         """See `CudaLinear.nbytes`."""
         return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
-    def kept(self, device: Device) -> Nf4Linear:
+    def kept(self, device: Device) -> PackedLinear:
         """See `CudaLinear.kept`."""
-        parts = {f.name: device.keep(getattr(self.weight, f.name)) for f in fields(PackedNf4)}
-        return Nf4Linear(PackedNf4(**parts), _kept(device, self.bias))
+        names = [field.name for field in fields(self.weight)]
+        parts = {name: device.keep(getattr(self.weight, name)) for name in names}
+        return PackedLinear(type(self.weight)(**parts), _kept(device, self.bias))
+
+    def part(
+        self, outputs: Sequence[slice], inputs: slice, bias: torch.Tensor | None
+    ) -> PackedLinear:
+        """See `CudaLinear.part`."""
+        few = self._format.of_outputs(self.weight, outputs)
+        return PackedLinear(self._format.of_inputs(few, inputs), bias)
 
     @property
     def scratch(self) -> tuple[int, int]:
         """See `CudaLinear.scratch`."""
-        partials = rows.splits(self.weight) * PANEL * self.out_features
+        partials = self._format.splits(self.weight) * PANEL * self.out_features
         return partials, self._outputs * self.in_features
 
     @property
@@ -158,13 +248,13 @@ class Nf4Linear:
         if len(x) > PANEL and not exact:
             self._by_panels(device, x, y, scratch.panel)
             return
-        parts = rows.splits(self.weight)
+        parts = self._format.splits(self.weight)
         for begin in range(0, len(x), PANEL):
             few = x[begin : begin + PANEL]
             shape = (parts, len(few), self.out_features)
             partials = scratch.partials[: parts * len(few) * self.out_features].view(shape)
             device.call(
-                *(rows.multiply, few, self.weight, self.bias, partials),
+                *(self._format.multiply, few, self.weight, self.bias, partials),
                 y[begin : begin + PANEL],
             )
 
@@ -175,7 +265,7 @@ class Nf4Linear:
         for begin in range(0, self.out_features, step):
             end = min(begin + step, self.out_features)
             panel = memory[: (end - begin) * self.in_features].view(end - begin, -1)
-            device.call(panels.expand, self.weight, begin, end, panel)
+            device.call(self._format.expand, self.weight, begin, end, panel)
             matmul(device, x, panel, y[:, begin:end])
         if self.bias is not None:
             device.call(torch.add, y, self.bias, out=y)

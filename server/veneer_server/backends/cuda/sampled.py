@@ -8,7 +8,6 @@ to the host, since a row's token may come from the last step's results (`carry`)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,33 +17,21 @@ from veneer_server.backends.cuda.device import Device
 from veneer_server.backends.cuda.inputs import SETS
 from veneer_server.backends.cuda.sampling.draw import draw, given
 from veneer_server.backends.cuda.sampling.logprobs import TOPS, logprobs
+from veneer_server.step.ahead import Sampled, Submitted
 from veneer_server.step.choice import Choice
 
-__all__ = ["Sampled", "Sampling"]
-
-
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """What a step gave for each row of its logits.
-
-    Attributes:
-        tokens: None where nothing could be sampled.
-        finite: whether all of a row's logits are.
-        logprobs: natural logarithm, of the tokens.
-        tops: the likeliest tokens with theirs, as many as were asked for.
-    """
-
-    tokens: list[int | None]
-    finite: list[bool]
-    logprobs: list[float]
-    tops: list[list[tuple[int, float]]]
+__all__ = ["Sampling"]
 
 
 class Sampling:
-    """Static memory for at most so many ``rows``."""
+    """Static memory for at most so many ``rows`` of logits, and ``sequences`` whose logits the
+    host gets."""
 
-    def __init__(self, device: Device, rows: int) -> None:
+    def __init__(self, device: Device, rows: int, sequences: int, vocab: int) -> None:
         self._device = device
+        self._handed = [
+            device.pinned(sequences, vocab, dtype=torch.float32) for _ in range(SETS)
+        ]
         asked: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "settings": ((rows, 2), torch.float32),
             "top_k": ((rows,), torch.int32),
@@ -52,6 +39,8 @@ class Sampling:
             "counts": ((rows,), torch.int32),
             "carried": ((rows,), torch.int64),
             "follows": ((rows,), torch.bool),
+            "scored": ((rows,), torch.int64),
+            "scores": ((rows,), torch.bool),
         }
         made: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "tokens": ((rows,), torch.int64),
@@ -70,6 +59,8 @@ class Sampling:
         self._known = device.empty(rows, dtype=torch.int64)
         """The last step's tokens, 0 where nothing could be sampled."""
         self._picked = device.empty(rows, dtype=torch.int64)
+        self._asked = device.empty(rows, dtype=torch.int64)
+        """The tokens whose log-probabilities are wanted."""
         device.call(torch.Tensor.zero_, self._known)
 
     def carry(self, turn: int, carried: Sequence[int], tokens: torch.Tensor) -> None:
@@ -91,7 +82,12 @@ class Sampling:
         self._device.call(torch.where, there["follows"][:count], picked, tokens, out=tokens)
 
     def sample(
-        self, turn: int, logits: torch.Tensor, choices: Sequence[Choice], tops: Sequence[int]
+        self,
+        turn: int,
+        logits: torch.Tensor,
+        choices: Sequence[Choice],
+        tops: Sequence[int],
+        scored: Sequence[int] = (),
     ) -> None:
         """Enqueue sampling, and the way of its results to the host.
 
@@ -100,6 +96,7 @@ class Sampling:
             logits: [rows, vocab] float32.
             choices: one for each row; bias, penalties and masks are not supported.
             tops: for each row, how many of the likeliest are wanted.
+            scored: see `AheadBackend.submit`.
         """
         count, call = len(choices), self._device.call
         for name, numbers in given(choices).items():
@@ -110,12 +107,24 @@ class Sampling:
         call(draw, logits, t["settings"], t["top_k"], t["shares"], t["tokens"])
         known = self._known[:count]
         call(torch.clamp, t["tokens"], min=0, out=known)
-        call(logprobs, logits, known, t["counts"], t["own"], t["tops"], t["top_own"])
+        asked = known
+        if scored:
+            self._give(turn, "scored", scored)
+            self._give(turn, "scores", np.array(scored) >= 0)
+            asked = self._asked[:count]
+            call(torch.where, t["scores"], t["scored"], known, out=asked)
+        call(logprobs, logits, asked, t["counts"], t["own"], t["tops"], t["top_own"])
         for name in self._results:
             call(self._here[turn][name][:count].copy_, t[name], non_blocking=True)
 
-    def read(self, turn: int, tops: Sequence[int]) -> Sampled:
+    def hand(self, turn: int, logits: torch.Tensor, rows: Sequence[int]) -> None:
+        """Enqueue the way of some rows of logits to the host."""
+        for at, row in enumerate(rows):
+            self._device.call(self._handed[turn][at].copy_, logits[row], non_blocking=True)
+
+    def read(self, submitted: Submitted) -> Sampled:
         """The results of a step that is done."""
+        turn, tops = submitted.turn, submitted.tops
         here = {name: self._here[turn][name][: len(tops)] for name in self._results}
         ids, values = here["tops"].tolist(), here["top_own"].tolist()
         return Sampled(
@@ -126,6 +135,7 @@ class Sampling:
                 list(zip(i[:count], v[:count], strict=True))
                 for i, v, count in zip(ids, values, tops, strict=True)
             ],
+            self._handed[turn][: submitted.handed],
         )
 
     def _give(self, turn: int, name: str, numbers: Any) -> None:

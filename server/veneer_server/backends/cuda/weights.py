@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,11 +13,14 @@ import torch
 
 from veneer_server.backends.cuda.device import Device
 from veneer_server.backends.cuda.linears import CudaLinear, fuse
-from veneer_server.models.config import Quantization
+from veneer_server.backends.parallel.sharding import Shard, divided_inputs
+from veneer_server.backends.parallel.weights import output_ranges, shard_weights
+from veneer_server.models.config import DecoderConfig, Quantization, read_decoder_config
 from veneer_server.models.linear import Linear
 from veneer_server.models.loader import DecoderWeights, LayerWeights, load_weights
+from veneer_server.step.layout import MEMBERS, Group
 
-__all__ = ["load"]
+__all__ = ["keep", "load"]
 
 
 def load(
@@ -25,21 +30,39 @@ def load(
     quantization: Quantization,
     cache_dir: Path | None = None,
     fingerprint: str = "",
+    shard: Shard | None = None,
 ) -> DecoderWeights:
     """See `load_weights`; every linear is a `CudaLinear`, and all is in device memory.
 
+    With bitsandbytes NF4 is quantized by it, since that is kept in ``cache_dir``; without, by
+    `nf4.quantizing`, to the same bits.
+
+    Args:
+        shard: only this part of the base.
+
     Raises:
         ValueError: the kernels do not read these weights.
+        UnsupportedModel: the base cannot be divided so.
     """
+    own = quantization
+    if quantization == "nf4" and find_spec("bitsandbytes") is not None:
+        own = "none"
+    elif read_decoder_config(folder).quantization is not None:
+        own = "none"  # what such a folder has unquantized stays so
     made = load_weights(
         folder,
-        quantization=quantization,
+        quantization="none" if quantization == own else quantization,
         dtype=torch.bfloat16,
         device=torch.device("cpu"),
         cache_dir=cache_dir,
         fingerprint=fingerprint,
-        fuse=_fuse,
+        fuse=partial(_fuse, quantization=own),
     )
+    return keep(device, made if shard is None else shard_weights(made, shard, _cut))
+
+
+def keep(device: Device, made: DecoderWeights) -> DecoderWeights:
+    """Weights whose linears are all `CudaLinear`, in device memory."""
 
     def norm(weight: torch.Tensor | None) -> torch.Tensor | None:
         return None if weight is None else device.keep(weight)
@@ -72,8 +95,22 @@ def load(
     )
 
 
-def _fuse(modules: Sequence[Any], dtype: torch.dtype) -> Linear:
-    return _as_linear(fuse(modules, dtype))
+def _fuse(modules: Sequence[Any], dtype: torch.dtype, quantization: Quantization) -> Linear:
+    return _as_linear(fuse(modules, dtype, quantization))
+
+
+def _cut(linear: Linear, group: Group, config: DecoderConfig, shard: Shard) -> Linear:
+    """See `parallel.weights.Cut`."""
+    whole = cast(CudaLinear, linear)
+    first = MEMBERS[group][0]
+    ranges = output_ranges(group, config, shard)
+    bias = whole.bias
+    if bias is not None:
+        bias = torch.cat([bias[rows] for rows in ranges])
+        if divided_inputs(first) and shard.index:
+            bias = None  # it is added once
+    inputs = shard.inputs(first, whole.in_features)
+    return _as_linear(whole.part(ranges, inputs, bias))
 
 
 def _as_linear(linear: CudaLinear) -> Linear:

@@ -11,5 +11,6 @@ with one change: B of o and down is not divided, so that no gather is needed.
 What o and down give is a partial sum, the adapter's included: one all-reduce adds both. Keys
 and values are divided by head. Embedding, norms and head are whole everywhere.
 
-`sharding` says who has what, `adapters` and `weights` cut, `decoder` executes.
+`sharding` says who has what, `adapters` and `weights` cut, `peers` adds, `decoder` executes in
+torch; the backend for CUDA has its own (`backends.cuda`).
 """

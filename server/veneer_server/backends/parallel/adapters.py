@@ -9,22 +9,33 @@ from veneer_server.models.config import DecoderConfig
 from veneer_server.step.adapter_table import AdapterTable
 from veneer_server.step.layout import Layout
 
-__all__ = ["shard_adapter"]
+__all__ = ["cut_run", "shard_adapter"]
 
 
 def shard_adapter(
     layout: Layout, run: torch.Tensor, config: DecoderConfig, shard: Shard
 ) -> AdapterTable:
+    """A process's part of an adapter; see `cut_run`."""
+    return AdapterTable(*cut_run(layout, run, config, shard))
+
+
+def cut_run(
+    layout: Layout, run: torch.Tensor, config: DecoderConfig, shard: Shard
+) -> tuple[Layout, torch.Tensor]:
     """Cut an adapter's run.
 
     Args:
         layout, run: the whole adapter.
         config: the whole model's.
+
+    Returns:
+        Layout and run of the part, pinned if the whole run is.
     """
     local = shard.config(config)
     modules = [slot.module for slot in layout.slots]
     cut = Layout.of(modules, local.shapes, layout.num_layers)
-    found = torch.empty(cut.length, dtype=run.dtype, device=run.device)
+    pinned = run.is_pinned()
+    found = torch.empty(cut.length, dtype=run.dtype, device=run.device, pin_memory=pinned)
     for whole, part in zip(layout.slots, cut.slots, strict=True):
         assert whole.module == part.module
         rank, projection = whole.module.rank, whole.module.projection
@@ -36,4 +47,4 @@ def shard_adapter(
         found.as_strided((rank, part.fan_out), (part.fan_out, 1), part.b).copy_(
             b[:, shard.outputs(projection, whole.fan_out)]
         )
-    return AdapterTable(cut, found)
+    return cut, found

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
-import torch.distributed as dist
 
+from veneer_server.backends.parallel.peers import Peers
 from veneer_server.backends.torch.attention import KvCache
 from veneer_server.backends.torch.decoder import Decoder
 from veneer_server.backends.torch.lora import LoraBatch
@@ -14,25 +12,7 @@ from veneer_server.models.linear import Linear
 from veneer_server.models.loader import DecoderWeights
 from veneer_server.step.layout import Group
 
-__all__ = ["GroupPeers", "ParallelDecoder", "Peers"]
-
-
-class Peers(Protocol):
-    """The processes that have the other parts."""
-
-    def add(self, partial: torch.Tensor) -> None:
-        """Replace ``partial`` by the sum of all processes' ones, of the same bits in each."""
-
-
-class GroupPeers:
-    """A process group of torch.distributed: gloo on CPUs, NCCL on cards."""
-
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self._group = group
-
-    def add(self, partial: torch.Tensor) -> None:
-        """See `Peers.add`."""
-        dist.all_reduce(partial, group=self._group)
+__all__ = ["ParallelDecoder"]
 
 
 class ParallelDecoder(Decoder):

@@ -25,6 +25,7 @@ from veneer_server.models.config import DecoderConfig, read_decoder_config
 from veneer_server.models.loader import DecoderWeights, load_weights
 from veneer_server.models.source import BaseDamaged, bundled_folder, import_bundled
 from veneer_server.progress import stage
+from veneer_server.step.ahead import AheadBackend
 from veneer_server.step.arrays import Backend
 from veneer_server.step.choice import Draws
 from veneer_server.system.placement import Placement, place
@@ -57,6 +58,7 @@ class Chosen:
         invariant: whether a row's numbers are bit-identical whatever else is in the batch.
         draws: samples tokens from its logits.
         placer: makes DEVICE copies of adapters; None if any memory of the device will do.
+        ahead: the backend, if it takes a step before the last one's tokens are read.
     """
 
     backend: Backend
@@ -68,6 +70,7 @@ class Chosen:
     placement: Placement = field(default_factory=lambda: Placement(1, ""))
     invariant: bool = False
     placer: Placer | None = None
+    ahead: AheadBackend | None = None
 
 
 def choose(
@@ -90,6 +93,10 @@ def choose(
     why = "--backend torch"
     if config.backend == "cuda":
         return replace(_cuda(config, device, dtype, num_blocks), placement=placement)
+    if config.quantization == "fp8":
+        raise BackendUnavailable(
+            "--quantization fp8 needs --backend cuda: other backends have no kernels for it"
+        )
     if config.backend != "torch":
         try:
             chosen = _native(config, device, dtype, num_blocks, placement)
@@ -205,6 +212,7 @@ def _cuda(
         draws=draws,
         invariant=config.exact,
         placer=decoder.adapters,
+        ahead=decoder,
     )
 
 

@@ -30,7 +30,7 @@ from veneer_server.step.plan import (
     StepPlan,
 )
 
-__all__ = ["ModelRunner"]
+__all__ = ["ModelRunner", "Place", "SampledRow", "to_arrays"]
 
 _PATIENCE_S: Final = 0.002
 """How long a step waits for masks, and again for whether its tokens completed a constraint.
@@ -70,7 +70,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> tuple[SequenceResult, ...]:
-        arrays, places = _to_arrays(plan, self._tables, self._block_size, self._window)
+        arrays, places = to_arrays(plan, self._tables, self._block_size, self._window)
         logits = self.backend.execute(arrays)
         finite_rows = self.backend.finite(logits)
         results = tuple(
@@ -84,17 +84,17 @@ class ModelRunner:
                 self.backend.clear(list(written))
                 continue
             if place.sample is not None:
-                rows.append(_SampledRow(sequence, place.sample, result))
+                rows.append(SampledRow(sequence, place.sample, result))
             if sequence.score:
                 _score(logits, sequence, place, result, self._draws)
         if rows:
             self._sample(logits, rows)
         return results
 
-    def _sample(self, logits: torch.Tensor, rows: list[_SampledRow]) -> None:
+    def _sample(self, logits: torch.Tensor, rows: list[SampledRow]) -> None:
         """Sample a token for every row that can take one now."""
         choices: list[Choice] = []
-        ready: list[_SampledRow] = []
+        ready: list[SampledRow] = []
         until = time.monotonic() + _PATIENCE_S
         for row in rows:
             if (choice := self._choice(row, until)) is not None:
@@ -118,7 +118,7 @@ class ModelRunner:
         if wanted:
             _add_logprobs(logits[wanted], [ready[k] for k in wanted], self._draws)
 
-    def _choice(self, row: _SampledRow, until: float) -> Choice | None:
+    def _choice(self, row: SampledRow, until: float) -> Choice | None:
         """None if the row's constraint has no next token, or its mask is late."""
         sequence, allowed = row.sequence, None
         if sequence.constraint is not None:
@@ -160,7 +160,7 @@ def _others_left(
 
 
 @dataclass(frozen=True, slots=True)
-class _SampledRow:
+class SampledRow:
     """A sequence that takes a token, and the index ``at`` of its row of logits."""
 
     sequence: PlannedSequence
@@ -168,7 +168,7 @@ class _SampledRow:
     result: SequenceResult
 
 
-def _add_logprobs(logits: torch.Tensor, rows: list[_SampledRow], draws: Draws) -> None:
+def _add_logprobs(logits: torch.Tensor, rows: list[SampledRow], draws: Draws) -> None:
     """Add raw log-probabilities of the sampled tokens and, if requested, the likeliest."""
     tokens = [row.result.token or 0 for row in rows]
     for row, value in zip(
@@ -185,7 +185,7 @@ def _add_logprobs(logits: torch.Tensor, rows: list[_SampledRow], draws: Draws) -
 def _score(
     logits: torch.Tensor,
     sequence: PlannedSequence,
-    place: _Place,
+    place: Place,
     result: SequenceResult,
     draws: Draws,
 ) -> None:
@@ -200,7 +200,7 @@ def _score(
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class Place:
     """A sequence's rows among the logits: scored or only checked ones from ``begin``, then
     the sampled one at ``sample`` if there is one; ``end`` is past both."""
 
@@ -213,12 +213,12 @@ def _index(values: list[int], like: torch.Tensor) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int64, device=like.device)
 
 
-def _to_arrays(
+def to_arrays(
     plan: StepPlan,
     tables: Mapping[str, AdapterTable],
     block_size: int,
     window: int | None = None,
-) -> tuple[StepArrays, list[_Place]]:
+) -> tuple[StepArrays, list[Place]]:
     # Lists, since most steps have few rows, and each numpy call costs as much as a few rows.
     tokens: list[int] = []
     positions: list[int] = []
@@ -226,7 +226,7 @@ def _to_arrays(
     contexts: list[int] = []
     row_starts = [0]
     logit_rows: list[int] = []
-    places: list[_Place] = []
+    places: list[Place] = []
     for sequence in plan.sequences:
         first, start, blocks = len(tokens), sequence.start, sequence.blocks
         end = start + len(sequence.tokens)
@@ -250,7 +250,7 @@ def _to_arrays(
         elif not sequence.score:
             # Only to check that the logits are finite, so that the K and V may be shared.
             logit_rows.append(len(tokens) - 1)
-        places.append(_Place(begin, len(logit_rows), sampled))
+        places.append(Place(begin, len(logit_rows), sampled))
     arrays = StepArrays(
         tokens=np.array(tokens, dtype=np.int64),
         positions=np.array(positions, dtype=np.int64),

@@ -60,7 +60,7 @@ class PrefillRoom:
         if self.left + self.crumb <= 0:
             return 0
         if self.exact:
-            of_prompt = sequence.prompt_length - sequence.computed
+            of_prompt = sequence.prompt_length - sequence.begun
             return min(FIXED_CHUNK, of_prompt) if of_prompt > 0 else 1
         whole = sequence.remaining <= self.left + self.crumb
         count = min(sequence.remaining if whole else max(0, self.left), self._most(sequence))
@@ -71,7 +71,7 @@ class PrefillRoom:
         if self.cost is None:
             return sequence.remaining
         # Assumes the longest context for every token.
-        context = min(len(sequence.tokens), sequence.computed + max(1, self.left))
+        context = min(sequence.length, sequence.begun + max(1, self.left))
         return self.cost.chunk(self.seconds, context, max(0, SMALLEST_CHUNK - self.given))
 
     def take(self, count: int, remaining: int, context: int) -> None:

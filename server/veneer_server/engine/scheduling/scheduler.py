@@ -70,7 +70,7 @@ class Scheduler:
             residency, patience=limits.patience, max_wait=limits.max_wait
         )
         self._lookups = PrefixLookups()
-        self._preempted = False
+        self._preempted = self._ahead = False
 
     # --------------------------------------------------------------- inspection
 
@@ -192,13 +192,16 @@ class Scheduler:
         self.admission.note(self._waiting, now)
         chosen: dict[int, PlannedSequence] = {}
         started = [s for s in self._running.values() if s.id not in self._held]
+        if self._ahead:
+            context = self.limits.context_length
+            started = [s for s in started if s.may_follow(context)]
         for sequence in (s for s in started if s.remaining == 1):
             self._choose(sequence, 1, chosen)
         room = PrefillRoom.beside(chosen, self.limits)
         for sequence in (s for s in started if s.remaining > 1):
             remaining, count = sequence.remaining, room.chunk(sequence)
             taken = self._choose(sequence, count, chosen) if count else 0
-            room.take(taken, remaining, sequence.computed)
+            room.take(taken, remaining, sequence.begun)
         # A step that preempted has no blocks to spare: admitting would only thrash.
         for sequence in () if self._preempted else self._candidates(now):
             if sequence.id in self._held:
@@ -231,7 +234,7 @@ class Scheduler:
     ) -> bool:
         """Allocate blocks for ``count`` more tokens, preempting the youngest sequences if
         need be; False if that preempted ``sequence`` itself."""
-        while not self.blocks.grow(sequence, sequence.computed + count):
+        while not self.blocks.grow(sequence, sequence.begun + count):
             youngest = next(reversed(self._running.values()))
             self._preempt(youngest)
             chosen.pop(youngest.id, None)
@@ -245,7 +248,7 @@ class Scheduler:
         self._preempted = True
         self._leave_running(sequence)
         sequence.state = SequenceState.WAITING
-        sequence.computed = 0
+        sequence.computed = sequence.ahead = sequence.awaited = 0
         sequence.prompt_logprobs.clear()
         sequence.prompt_top_logprobs.clear()
         sequence.prompt_ranks.clear()
@@ -294,11 +297,18 @@ class Scheduler:
         lookups, self._lookups = self._lookups, PrefixLookups()
         return lookups
 
+    def submitted(self, plan: StepPlan) -> None:
+        """A step is under way: `schedule` may be called before `update`, once."""
+        self._ahead = True
+        for planned in plan.sequences:
+            self._running[planned.sequence].submitted(planned)
+
     def update(
         self, plan: StepPlan, results: tuple[SequenceResult, ...]
     ) -> tuple[list[Update], list[Action]]:
-        """Apply a step's tokens and end the sequences that stop. Sequences cancelled while the
-        step ran are left out. The caller must carry out the actions next."""
+        """Apply a step's tokens and end the sequences that stop. Sequences that have ended or
+        were preempted since it was planned are left out. The caller must carry out the actions
+        next."""
         updates: list[Update] = []
         actions: list[Action] = []
         charged = self.shares.several
@@ -306,6 +316,8 @@ class Scheduler:
             sequence = self._running.get(planned.sequence)
             if sequence is None:
                 continue
+            if sequence.ahead:
+                sequence.returned(planned)
             if result.following is Following.LATE:
                 self._held.add(sequence.id)
                 if result.token is None and result.finite:

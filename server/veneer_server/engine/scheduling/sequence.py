@@ -64,6 +64,9 @@ class Sequence:
         load_seconds: time spent waiting for the adapter; complete while it runs.
         admitted: monotonic seconds of its first step.
         token_counts: for penalties; None until a token first needs them.
+        ahead: tokens after the computed ones whose step is submitted and not read yet.
+        awaited: tokens that such steps sample: 1 at most when a step is planned.
+        carried: whether the next step can take the last of those from the device.
         share: whose service it counts as; set when it is queued.
     """
 
@@ -87,6 +90,9 @@ class Sequence:
     load_seconds: float = 0.0
     admitted: float | None = None
     token_counts: TokenCounts | None = None
+    ahead: int = 0
+    awaited: int = 0
+    carried: bool = False
     share: Share = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -115,9 +121,39 @@ class Sequence:
         return self.request.prompt_logprobs and not self.generated
 
     @property
+    def begun(self) -> int:
+        """Leading tokens that are computed, or whose step is submitted."""
+        return self.computed + self.ahead
+
+    @property
+    def length(self) -> int:
+        """Its tokens, with the one that is awaited."""
+        return len(self.tokens) + self.awaited
+
+    @property
     def remaining(self) -> int:
         """Tokens still to be computed before the next one can be sampled."""
-        return len(self.tokens) - self.computed
+        return len(self.tokens) + self.awaited - self.computed - self.ahead
+
+    def may_follow(self, context: int) -> bool:
+        """Whether it can be in the next step although the last one's token is not known: it
+        surely goes on, unless that token ends it. ``context``: most tokens of a sequence."""
+        if not self.awaited:
+            return True
+        goes_on = self.generated + self.awaited < self.request.max_tokens
+        return self.carried and goes_on and self.length < context
+
+    def submitted(self, planned: PlannedSequence) -> None:
+        """A step is under way that computes and samples this."""
+        self.ahead += len(planned.tokens)
+        if planned.samples:
+            self.awaited += 1
+            self.carried = planned.unadjusted
+
+    def returned(self, planned: PlannedSequence) -> None:
+        """That step's results are here."""
+        self.ahead -= len(planned.tokens)
+        self.awaited -= planned.samples
 
     def seen(self) -> Seen:
         """The distinct tokens so far. Only counts those appended since the last call."""
@@ -135,29 +171,33 @@ def plan_sequence(
     Args:
         eos: the model's own stop tokens.
     """
-    start, end = sequence.computed, sequence.computed + count
+    start = sequence.computed + sequence.ahead
+    end, known = start + count, len(sequence.tokens)
+    length = known + sequence.awaited
+    tokens = tuple(sequence.tokens[start:end])
     score: tuple[int, ...] = ()
     if sequence.scores_prompt:
         # The token after each computed one; the last prompt token has none.
         score = tuple(sequence.tokens[start + 1 : min(end + 1, sequence.prompt_length)])
-    samples = end == len(sequence.tokens)
+    samples = end == length
     counted = sequence.request.sampling.needs_token_counts
     return PlannedSequence(
         sequence=sequence.id,
         digest=sequence.digest,
-        tokens=tuple(sequence.tokens[start:end]),
+        tokens=tokens if end <= known else (*tokens, 0),
         start=start,
         blocks=sequence.blocks[:],
         samples=samples,
         score=score,
         logprobs=sequence.request.logprobs,
         sampling=sequence.request.sampling,
-        position=len(sequence.tokens),
+        position=length,
         top_logprobs=sequence.request.top_logprobs,
         ranks=sequence.request.prompt_ranks,
         token_counts=sequence.seen() if samples and counted else None,
         constraint=sequence.request.constraint,
         forbidden=_forbidden(sequence, eos) if samples else (),
+        carries=end > known,
     )
 
 

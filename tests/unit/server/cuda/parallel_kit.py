@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from veneer_registry.adapter import LoraModule
 from veneer_server.backends.parallel.adapters import shard_adapter
-from veneer_server.backends.parallel.decoder import GroupPeers, ParallelDecoder, Peers
+from veneer_server.backends.parallel.decoder import ParallelDecoder
+from veneer_server.backends.parallel.peers import GroupPeers, Peers
 from veneer_server.backends.parallel.sharding import Shard
 from veneer_server.backends.parallel.weights import shard_weights
 from veneer_server.backends.torch.attention import KvCache
@@ -23,7 +24,7 @@ from veneer_server.step.layout import Layout
 
 from tests.unit.server.cuda.steps import step
 
-__all__ = ["CONFIG", "adapter", "base", "process", "serve", "serve_part"]
+__all__ = ["CONFIG", "adapter", "base", "process", "serve", "serve_part", "steps"]
 
 CONFIG = DecoderConfig(
     architecture="LlamaForCausalLM",
@@ -44,7 +45,7 @@ CONFIG = DecoderConfig(
 )
 
 
-def base(dtype: torch.dtype = torch.float32) -> DecoderWeights:
+def base(dtype: torch.dtype = torch.float32, config: DecoderConfig = CONFIG) -> DecoderWeights:
     """Random weights, and biases of all linears."""
     generator = torch.Generator().manual_seed(3)
 
@@ -53,7 +54,7 @@ def base(dtype: torch.dtype = torch.float32) -> DecoderWeights:
         bias = 0.3 * torch.randn(outputs, generator=generator)
         return Dense(weight.to(dtype), bias.to(dtype))
 
-    c = CONFIG
+    c = config
     heads = c.num_heads * c.head_dim
     layers = tuple(
         LayerWeights(
@@ -84,7 +85,7 @@ def base(dtype: torch.dtype = torch.float32) -> DecoderWeights:
     )
 
 
-def adapter(seed: int) -> tuple[Layout, torch.Tensor]:
+def adapter(seed: int, config: DecoderConfig = CONFIG) -> tuple[Layout, torch.Tensor]:
     """On all projections, of ranks that differ between them."""
     modules = [
         LoraModule(
@@ -95,10 +96,10 @@ def adapter(seed: int) -> tuple[Layout, torch.Tensor]:
             a_key="",
             b_key="",
         )
-        for layer in range(CONFIG.num_layers)
-        for place, projection in enumerate(CONFIG.shapes)
+        for layer in range(config.num_layers)
+        for place, projection in enumerate(config.shapes)
     ]
-    layout = Layout.of(modules, CONFIG.shapes, CONFIG.num_layers)
+    layout = Layout.of(modules, config.shapes, config.num_layers)
     generator = torch.Generator().manual_seed(seed)
     return layout, 0.3 * torch.randn(layout.length, generator=generator)
 
@@ -115,7 +116,7 @@ def _cache(weights: DecoderWeights) -> KvCache:
     )
 
 
-def _steps(one: AdapterTable | None, other: AdapterTable | None) -> list[StepArrays]:
+def steps(one: AdapterTable | None, other: AdapterTable | None) -> list[StepArrays]:
     """A prompt of each of three sequences, then a decode step of all: the first without an
     adapter, the others with one each."""
     prompts = [list(range(5, 24)), list(range(40, 47)), [9, 8, 7]]
@@ -140,7 +141,7 @@ def serve(dtype: torch.dtype, *, adapters: bool = True) -> torch.Tensor:
     weights = base(dtype)
     tables = [AdapterTable(*adapter(seed)) if adapters else None for seed in (1, 2)]
     decoder = Decoder(weights, _cache(weights), torch.float32)
-    return torch.cat([decoder.execute(each).clone() for each in _steps(*tables)])
+    return torch.cat([decoder.execute(each).clone() for each in steps(*tables)])
 
 
 def serve_part(shard: Shard, peers: Peers, dtype: torch.dtype) -> torch.Tensor:
@@ -148,7 +149,7 @@ def serve_part(shard: Shard, peers: Peers, dtype: torch.dtype) -> torch.Tensor:
     weights = shard_weights(base(dtype), shard)
     tables = [shard_adapter(*adapter(seed), CONFIG, shard) for seed in (1, 2)]
     decoder = ParallelDecoder(weights, _cache(weights), torch.float32, peers)
-    return torch.cat([decoder.execute(each).clone() for each in _steps(*tables)])
+    return torch.cat([decoder.execute(each).clone() for each in steps(*tables)])
 
 
 def process(index: int, count: int, folder: str) -> None:

@@ -27,6 +27,7 @@ def test_it_is_right_on_a_simulated_card() -> None:
     )
     if done.returncode:
         pytest.fail(done.stdout + done.stderr)
-    for part in ("memory", "graphs", "graphs, exact", "lookahead", "engine", "engine, exact"):
+    parts = ["memory", "graphs", "graphs, exact", "lookahead", "engine", "engine, exact"]
+    for part in (*parts, "bases", "parallel"):
         assert f"\n{part}: " in f"\n{done.stdout}"
     assert "without a card: refused" in done.stdout

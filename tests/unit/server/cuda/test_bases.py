@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -10,6 +11,9 @@ import torch
 from veneer_server.backends.cuda.fp8 import packing as fp8
 from veneer_server.backends.cuda.fp8 import reference as fp8_reference
 from veneer_server.backends.cuda.nf4 import packing, quantizing
+from veneer_server.models.source_weights import SourceWeights
+
+from tests.tiny_llama import make_tiny_llama
 
 
 def _weight(seed: int, outputs: int, inputs: int, dtype: torch.dtype) -> torch.Tensor:
@@ -71,6 +75,19 @@ def test_fp8_is_as_precise_as_its_three_bits_of_mantissa() -> None:
         # The largest number of each output uses e4m3's upper octave.
         most = weight.float().abs().amax(dim=1) / packed.scales
         assert ((most == 0) | ((most > 224) & (most <= 448))).all()
+
+
+def test_adapters_are_referred_to_the_numbers_that_fp8_serves(tmp_path: Path) -> None:
+    """What `SourceWeights` reads is what the kernels multiply by."""
+    folder = make_tiny_llama(tmp_path)
+    with (
+        SourceWeights(folder, "fp8", torch.bfloat16) as served,
+        SourceWeights(folder, "none", torch.bfloat16) as plain,
+    ):
+        for mine, theirs in zip(served.layers, plain.layers, strict=True):
+            expected = fp8_reference.expand(fp8.pack([theirs.down.weight]))
+            assert torch.equal(mine.down.weight, expected)
+            assert not torch.equal(mine.down.weight, theirs.down.weight)
 
 
 def test_fp8_refuses_what_it_cannot_hold() -> None:

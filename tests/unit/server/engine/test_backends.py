@@ -15,6 +15,7 @@ from veneer_server.engine.execution.backend_choice import BackendUnavailable, Ch
 from veneer_server.wire.messages import EngineConfig
 
 from tests.backends_ran import native_possible
+from tests.refused import refused
 from tests.tiny_llama import make_tiny_llama
 
 CPU = torch.device("cpu")
@@ -34,8 +35,7 @@ def asked(base: Path, cache: Path, dtype: torch.dtype = torch.bfloat16, **own: A
         cache_folder=str(cache),
         base_name="tiny",
         weights_fingerprint="",
-        quantization="none",
-        **own,
+        **{"quantization": "none", **own},
     )
     return choose(config, CPU, dtype, 8)
 
@@ -67,6 +67,14 @@ def test_another_dtype_is_torch_s(base: Path, tmp_path: Path) -> None:
     found = asked(base, tmp_path, torch.float32, backend="auto")
     assert found.name == "torch"
     assert "bfloat16, not in float32" in found.why_not_native
+
+
+@pytest.mark.parametrize("backend", ["auto", "native", "torch"])
+def test_only_the_backend_for_cuda_has_kernels_for_fp8(
+    base: Path, tmp_path: Path, backend: str
+) -> None:
+    with refused(BackendUnavailable):
+        asked(base, tmp_path, backend=backend, quantization="fp8")
 
 
 def test_who_asks_for_torch_gets_it(base: Path, tmp_path: Path) -> None:

@@ -75,6 +75,9 @@ def test_a_4_bit_base_takes_what_its_weights_take(model: DecoderConfig) -> None:
         assert 0 <= estimate - said < 0.05 * said
     dense = base_bytes(model, config(quantization="none", backend="torch"))
     assert dense == pytest.approx(134_515_008 * 2, rel=0.01)
+    eight_bits = base_bytes(model, config(quantization="fp8", backend="cuda", device="cuda"))
+    linears = model.num_layers * sum(o * i for o, i in model.shapes.values())
+    assert dense - eight_bits == linears
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,6 @@
 """FP8 weights, e4m3 with a scale for each output, in the order in which the kernels read them.
 
-Activations stay bfloat16. Scales are powers of two: a scaled weight then is a bfloat16 number,
-so
-that weights may be scaled before or after they are multiplied, with the same result. A number
-of
-e4m3 is as precise in one octave as in another, so nothing is lost by it but where the smallest
-ones become subnormal.
+Activations stay bfloat16. Scales are powers of two, see `models.checkpoint.e4m3`.
 
 Layouts (n: output, k: block of 64 inputs):
     numbers    [k, n, 64] uint8: the bits of e4m3 (torch's float8_e4m3fn); never its NaN
@@ -20,15 +15,12 @@ from typing import Final
 
 import torch
 
-__all__ = ["BLOCK", "PackedFp8", "pack", "quantize"]
+from veneer_server.models.checkpoint.e4m3 import quantize
+
+__all__ = ["BLOCK", "PackedFp8", "pack"]
 
 BLOCK: Final = 64
 """Inputs that lie side by side."""
-LARGEST: Final = 448.0
-"""Of e4m3."""
-LEAST: Final = -100
-"""Exponent of the smallest scale: 2 ** 8 times it, and a number of e4m3 times it, are
-normal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,22 +44,6 @@ class PackedFp8:
     def nbytes(self) -> int:
         """Bytes on the device."""
         return self.numbers.nbytes + self.scales.nbytes
-
-
-def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``weight`` [out, in] as [out, in] float8_e4m3fn times [out] float32.
-
-    Raises:
-        ValueError: a number is not finite.
-    """
-    numbers = weight.float()
-    most = numbers.abs().amax(dim=1)
-    if not bool(most.isfinite().all()):
-        raise ValueError("a weight has an infinity or a NaN: the checkpoint is damaged")
-    mantissa, exponent = torch.frexp(most / LARGEST)  # mantissa in [0.5, 1)
-    exponent = torch.where(mantissa > 0.5, exponent, exponent - 1).clamp(min=LEAST)
-    scales = torch.ldexp(torch.ones_like(most), exponent)
-    return (numbers / scales.unsqueeze(1)).to(torch.float8_e4m3fn), scales
 
 
 def pack(weights: Sequence[torch.Tensor]) -> PackedFp8:

@@ -24,6 +24,8 @@ from veneer_server.backends.cuda.lora.tables import AdapterPlaces, fields, place
 from veneer_server.backends.cuda.memory.arena import Arena
 from veneer_server.backends.cuda.memory.fencing import Stream
 from veneer_server.backends.cuda.memory.timeline import Timeline
+from veneer_server.backends.parallel.adapters import cut_run
+from veneer_server.backends.parallel.peers import Member
 from veneer_server.models.config import DecoderConfig
 from veneer_server.step.adapter_table import AdapterTable
 from veneer_server.step.layout import MEMBERS, Group, Layout, Slot
@@ -55,6 +57,7 @@ class Adapters:
     Args:
         slots: most adapters at once.
         most_ranks: by group, the largest sum of an adapter's ranks.
+        member: this process, if it has a part of each adapter.
 
     Attributes:
         places: by group and layer: where kernels look.
@@ -69,7 +72,9 @@ class Adapters:
         *,
         slots: int,
         most_ranks: Sequence[int],
+        member: Member | None = None,
     ) -> None:
+        self._member = member
         self._device = device
         self._timeline = timeline
         self._arena = arena
@@ -118,6 +123,8 @@ class Adapters:
         Raises:
             AdapterBudgetExceeded: it does not fit.
         """
+        if (member := self._member) is not None:
+            layout, run = cut_run(layout, run, member.whole, member.shard)
         table = AdapterTable(layout, torch.empty(layout.length, device="meta"))
         for ranks, most in zip(table.ranks, self._most_ranks, strict=True):
             if ranks > most:

@@ -23,12 +23,12 @@ each, unused.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
 
-__all__ = ["BLOCK", "PackedNf4", "pack"]
+__all__ = ["BLOCK", "PackedNf4", "pack", "stack"]
 
 BLOCK: Final = 64
 """Numbers that share a scale."""
@@ -79,31 +79,51 @@ def pack(weights: Sequence[tuple[torch.Tensor, Any]]) -> PackedNf4:
         ValueError: a weight is not NF4 in blocks of 64 along its inputs, or they differ in
         kind.
     """
-    states = [state for _, state in weights]
-    for state in states:
-        _check(state, states[0])
-    numbers = torch.cat([_reordered(data, state) for data, state in weights], dim=1)
-    blocks = numbers.shape[0]
-    scales = torch.cat([s.absmax.view(-1, blocks) for s in states]).t().contiguous()
-    codes = states[0].code.float().contiguous()
-    if not states[0].nested:
+    for _, state in weights:
+        _check(state, weights[0][1])
+    return stack([_packed(data, state) for data, state in weights])
+
+
+def stack(weights: Sequence[PackedNf4]) -> PackedNf4:
+    """Weights that share an input as one; their outputs follow each other."""
+    if len(weights) == 1:
+        return weights[0]
+    made = replace(
+        weights[0],
+        numbers=torch.cat([w.numbers for w in weights], dim=1),
+        scales=torch.cat([w.scales for w in weights], dim=1),
+    )
+    if not made.nested:
+        return made
+    first, before = [], 0
+    for weight in weights:
+        first.append(weight.first + GROUP * before)
+        before += len(weight.groups)
+    return replace(
+        made,
+        first=torch.cat(first),
+        offsets=torch.cat([w.offsets for w in weights]),
+        groups=torch.cat([w.groups for w in weights]),
+    )
+
+
+def _packed(data: torch.Tensor, state: Any) -> PackedNf4:
+    numbers = _reordered(data, state)
+    outputs, blocks = state.shape[0], numbers.shape[0]
+    scales = state.absmax.view(-1, blocks).t().contiguous()
+    codes = state.code.float().contiguous()
+    if not state.nested:
         one = torch.zeros(1)
         return PackedNf4(
             numbers, scales.float(), one.int(), one, one.clone(), one.clone(), codes
         )
-    first, offsets, before = [], [], 0
-    for state in states:
-        outputs = state.shape[0]
-        first.append(torch.arange(outputs) * blocks + GROUP * before)
-        offsets.append(torch.full((outputs,), float(state.offset)))
-        before += len(state.state2.absmax)
     return PackedNf4(
         numbers,
         scales,
-        torch.cat(first).int(),
-        torch.cat(offsets),
-        torch.cat([s.state2.absmax.float() for s in states]),
-        states[0].state2.code.float().contiguous(),
+        (torch.arange(outputs) * blocks).int(),
+        torch.full((outputs,), float(state.offset)),
+        state.state2.absmax.float(),
+        state.state2.code.float().contiguous(),
         codes,
     )
 

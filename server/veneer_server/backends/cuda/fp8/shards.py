@@ -1,0 +1,29 @@
+"""Parts of a packed FP8 weight, for tensor parallelism. No number changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from veneer_server.backends.cuda.fp8.packing import BLOCK, PackedFp8
+
+__all__ = ["of_inputs", "of_outputs"]
+
+
+def of_outputs(weight: PackedFp8, ranges: Sequence[slice]) -> PackedFp8:
+    """Some outputs, of all inputs."""
+    numbers = torch.cat([weight.numbers[:, r] for r in ranges], 1)
+    return PackedFp8(numbers.contiguous(), torch.cat([weight.scales[r] for r in ranges]))
+
+
+def of_inputs(weight: PackedFp8, inputs: slice) -> PackedFp8:
+    """Some inputs, for all outputs.
+
+    Raises:
+        ValueError: a block of 64 would be cut.
+    """
+    if inputs.start % BLOCK or inputs.stop % BLOCK:
+        raise ValueError(f"inputs {inputs.start} to {inputs.stop} cut a block of {BLOCK}")
+    blocks = slice(inputs.start // BLOCK, inputs.stop // BLOCK)
+    return PackedFp8(weight.numbers[blocks].contiguous(), weight.scales)
