@@ -195,10 +195,15 @@ class Scheduler:
         if self._ahead:
             context = self.limits.context_length
             started = [s for s in started if s.may_follow(context)]
-        for sequence in (s for s in started if s.remaining == 1):
-            self._choose(sequence, 1, chosen)
+        prefilling: list[Sequence] = []
+        for sequence in started:
+            remaining = sequence.remaining
+            if remaining == 1:
+                self._choose(sequence, 1, chosen)
+            elif remaining > 1:
+                prefilling.append(sequence)
         room = PrefillRoom.beside(chosen, self.limits)
-        for sequence in (s for s in started if s.remaining > 1):
+        for sequence in prefilling:
             remaining, count = sequence.remaining, room.chunk(sequence)
             taken = self._choose(sequence, count, chosen) if count else 0
             room.take(taken, remaining, sequence.begun)
@@ -323,9 +328,10 @@ class Scheduler:
                 if result.token is None and result.finite:
                     continue  # as if it had not been in the step: it recomputes the same tokens
             sequence.computed = planned.start + len(planned.tokens)
-            sequence.prompt_logprobs.extend(result.scores)
-            sequence.prompt_top_logprobs.extend(result.score_tops)
-            sequence.prompt_ranks.extend(result.score_ranks)
+            if result.scores:
+                sequence.prompt_logprobs.extend(result.scores)
+                sequence.prompt_top_logprobs.extend(result.score_tops)
+                sequence.prompt_ranks.extend(result.score_ranks)
             if not result.finite:
                 self.blocks.forget(sequence)
             if result.failure is not None or not result.finite:

@@ -171,32 +171,33 @@ def plan_sequence(
     Args:
         eos: the model's own stop tokens.
     """
+    # Each decoding sequence is planned in each step: attributes are read once.
+    request, known = sequence.request, len(sequence.tokens)
     start = sequence.computed + sequence.ahead
-    end, known = start + count, len(sequence.tokens)
-    length = known + sequence.awaited
+    end, length = start + count, known + sequence.awaited
     tokens = tuple(sequence.tokens[start:end])
     score: tuple[int, ...] = ()
-    if sequence.scores_prompt:
+    if request.prompt_logprobs and sequence.scores_prompt:
         # The token after each computed one; the last prompt token has none.
         score = tuple(sequence.tokens[start + 1 : min(end + 1, sequence.prompt_length)])
     samples = end == length
-    counted = sequence.request.sampling.needs_token_counts
+    counts = samples and request.sampling.needs_token_counts
     return PlannedSequence(
         sequence=sequence.id,
-        digest=sequence.digest,
+        digest=request.adapter.weights_digest if request.adapter else None,
         tokens=tokens if end <= known else (*tokens, 0),
         start=start,
         blocks=sequence.blocks[:],
         samples=samples,
         score=score,
-        logprobs=sequence.request.logprobs,
-        sampling=sequence.request.sampling,
+        logprobs=request.logprobs,
+        sampling=request.sampling,
         position=length,
-        top_logprobs=sequence.request.top_logprobs,
-        ranks=sequence.request.prompt_ranks,
-        token_counts=sequence.seen() if samples and counted else None,
-        constraint=sequence.request.constraint,
-        forbidden=_forbidden(sequence, eos) if samples else (),
+        top_logprobs=request.top_logprobs,
+        ranks=request.prompt_ranks,
+        token_counts=sequence.seen() if counts else None,
+        constraint=request.constraint,
+        forbidden=_forbidden(sequence, eos) if samples and request.min_tokens else (),
         carries=end > known,
     )
 
