@@ -569,8 +569,8 @@ def _penalties_count_again_after_a_preemption(patch: pytest.MonkeyPatch) -> None
     _edit(
         patch,
         scheduler,
-        "sequence.computed = 0\n        sequence.prompt_logprobs.clear()",
-        "sequence.computed = 0\n"
+        "sequence.awaited = 0\n        sequence.prompt_logprobs.clear()",
+        "sequence.awaited = 0\n"
         "        if sequence.token_counts is not None:\n"
         "            sequence.token_counts.generated = 0\n"
         "        sequence.prompt_logprobs.clear()",
