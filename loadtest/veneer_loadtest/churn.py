@@ -256,7 +256,8 @@ def figures(
         quiet_gaps=len(calm),
         inside_gaps=len(inside),
         longest_ms=longest * 1e3,
-        steps=longest / median(calm),
+        # Where most tokens arrive together, the median gap is 0.
+        steps=longest / (median(calm) or float(calm.mean())),
     )
 
 

@@ -18,7 +18,7 @@ from random import Random
 from typing import Any, Final
 from unittest.mock import patch
 
-from veneer_server.backends.cuda import chosen
+from veneer_server.backends.cuda import chosen, sampled
 from veneer_server.backends.cuda.memory import adapters
 from veneer_server.engine.execution import ahead
 from veneer_server.wire.messages import EngineConfig
@@ -150,10 +150,12 @@ PLANTED: Final[dict[int, dict[str, Bug]]] = {
     },
     10: {_PREFIXES: ISOLATION[_PREFIXES].bug},
     11: {
-        "logits are not checked": partial(
-            *(planted, ahead),
-            "SequenceResult(finite=all(sampled.finite[place.begin : place.end]))",
-            "SequenceResult(finite=True)",
+        "what was sampled from NaN is answered": partial(
+            *(planted, sampled),
+            '[None if token < 0 else token for token in here["tokens"].tolist()],\n'
+            '            here["sums"].isfinite().tolist(),',
+            '[max(token, 0) for token in here["tokens"].tolist()],\n'
+            "            [True] * len(tops),",
         )
     },
     12: {

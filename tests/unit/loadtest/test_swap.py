@@ -119,6 +119,12 @@ def test_a_stream_that_began_after_an_upload_has_nothing_in_it() -> None:
     assert found.outside_ms.high == pytest.approx(100)
 
 
+def test_tokens_that_arrive_together_have_no_gap() -> None:
+    quiet = _phase([1.0, 1.03, 1.03, 1.03])
+    found = figures(1, [quiet], [_phase([1.0, 1.05, 1.1], (1.0, 1.08))])
+    assert found.steps == pytest.approx(5)
+
+
 def test_uploads_without_a_break_between_them() -> None:
     """A slow machine: each takes longer than the time until the next."""
     churned = _phase([1.0, 1.05, 1.1, 1.15], (1.0, 1.08), (1.08, 1.2))
