@@ -78,6 +78,18 @@ async def uploads(deployed: Deployed, server: Server, seen: Seen) -> str:
     return f"published through the ingress, on {reached.applied} of {reached.live} engines"
 
 
+async def loads(deployed: Deployed, server: Server, seen: Seen) -> str:
+    files = variant(98)
+    answer = await server.push_files(files, "warm", activate=True)
+    assert not answer.warnings, answer.warnings
+    seen.published["warm"] = answer.adapter.weights_digest
+    assert answer.adapter.tier == adapters_pb2.TIER_DEVICE, answer.adapter
+    stream = server.stream(prompt="Hi", adapter="warm", stopping={"max_tokens": 1})
+    found = (await stream.rest())[-1].final.provenance.tier
+    assert found == adapters_pb2.TIER_DEVICE, "its first request did not find it in memory"
+    return "an upload with activate is in an engine's memory, where its first request goes"
+
+
 async def streams(deployed: Deployed, server: Server, seen: Seen) -> str:
     stream = server.stream(prompt="Hello", adapter="chat", stopping={"max_tokens": 24})
     messages = await stream.rest()
@@ -356,6 +368,6 @@ async def _at_once(server: Server, count: int) -> list[Any]:
 
 Check = Callable[[Deployed, Server, Seen], Awaitable[str]]
 CHECKS: tuple[Check, ...] = (
-    *(health, uploads, streams, http, errors, cancels, affinity, publication),
+    *(health, uploads, loads, streams, http, errors, cancels, affinity, publication),
     *(killed, drained, grown),
 )

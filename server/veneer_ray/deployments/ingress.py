@@ -24,6 +24,7 @@ from veneer_ray.calls import (
     lost,
     passed_on,
 )
+from veneer_ray.deployments.publication import ANSWERS, Publication
 from veneer_ray.deployments.web import Web
 from veneer_ray.routing.digests import Digests
 from veneer_ray.routing.wanted import of_request
@@ -31,6 +32,7 @@ from veneer_ray.settings import Cluster
 
 __all__ = ["Ingress"]
 
+_ACTIVATE: Final = "/veneer.v1.AdapterService/ActivateAdapter"
 _HEALTH_S: Final = 1.0
 _INFERENCE: Final = ("veneer.v1.InferenceService", "veneer.v1.ServerService")
 _UP: Final = health_pb2.HealthCheckResponse.SERVING
@@ -143,19 +145,40 @@ class Ingress:
     ) -> AsyncIterator[bytes | None]:
         """The same from the registry."""
         metadata = passed_on(context.invocation_metadata())
-        made = _begin(self.registry, method, request, metadata)
+        published = Publication(request) if method.name in ANSWERS else None
+        made = _begin(
+            self.registry, method, published.request if published else request, metadata
+        )
         try:
             if method.server_streaming:
                 async for message in made:
                     yield message
             else:
-                yield await made
+                answer = await made
+                if published and published.loads:
+                    answer = await self._load(ANSWERS[method.name].FromString(answer), metadata)
+                yield answer
             _end(context, Ended.well(await made.trailing_metadata()), ())
         except grpc.aio.AioRpcError as error:
             _end(context, Ended.failed(error), ())
         finally:
             made.cancel()
         yield None
+
+    async def _load(self, published: Any, metadata: Metadata) -> bytes:
+        """Load what is published at its first engine. It stands, so a failure is a warning."""
+        spec = f"{published.adapter.name}@{published.adapter.revision}"
+        request = adapters_pb2.ActivateAdapterRequest(name=spec)
+        wanted = await of_request(request, self._digests, metadata)
+        call = Call(wanted, _ACTIVATE, False, request.SerializeToString(), metadata)
+        async for item in self.answers("call", call):
+            match item:
+                case bytes():
+                    loaded = adapters_pb2.ActivateAdapterResponse.FromString(item)
+                    published.adapter.CopyFrom(loaded.adapter)
+                case Ended() if item.code:
+                    published.warnings.append(f"published, but not loaded: {item.message}")
+        return bytes(published.SerializeToString())
 
     # ------------------------------------------------------------------ health
 
