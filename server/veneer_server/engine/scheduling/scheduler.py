@@ -336,16 +336,9 @@ class Scheduler:
                 self.blocks.forget(sequence)
             if result.failure is not None or not result.finite:
                 actions += self._end(sequence)
+                finite, why = result.finite, result.failure
                 updates.append(
-                    Update(
-                        sequence,
-                        None,
-                        None,
-                        False,
-                        None,
-                        finite=result.finite,
-                        failure=result.failure,
-                    )
+                    Update(sequence, None, None, False, None, finite=finite, failure=why)
                 )
                 continue
             self.blocks.publish(sequence)
