@@ -67,7 +67,7 @@ PLANTED: Final[tuple[tuple[str, ModuleType, str, str], ...]] = (
     (
         "broken characters do not move the offsets of tokens",
         answers,
-        "at = self._at + max(0, len(text) - own)",
+        "at = self._at + len(first) - 1",
         "at = self._at",
     ),
 )
