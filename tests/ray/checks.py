@@ -18,7 +18,7 @@ from urllib.request import Request, urlopen
 
 import grpc
 import psutil
-from veneer_proto.v1 import adapters_pb2, replication_pb2
+from veneer_proto.v1 import adapters_pb2, inference_pb2, replication_pb2
 
 from tests.places import REPOSITORY
 from tests.ray.deployed import Deployed, sequences_of
@@ -83,10 +83,10 @@ async def loads(deployed: Deployed, server: Server, seen: Seen) -> str:
     answer = await server.push_files(files, "warm", activate=True)
     assert not answer.warnings, answer.warnings
     seen.published["warm"] = answer.adapter.weights_digest
-    assert answer.adapter.tier == adapters_pb2.TIER_DEVICE, answer.adapter
+    assert answer.adapter.tier == inference_pb2.TIER_DEVICE, answer.adapter
     stream = server.stream(prompt="Hi", adapter="warm", stopping={"max_tokens": 1})
     found = (await stream.rest())[-1].final.provenance.tier
-    assert found == adapters_pb2.TIER_DEVICE, "its first request did not find it in memory"
+    assert found == inference_pb2.TIER_DEVICE, "its first request did not find it in memory"
     return "an upload with activate is in an engine's memory, where its first request goes"
 
 
