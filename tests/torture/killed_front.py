@@ -1,5 +1,6 @@
 """A front process that is killed: the real `App` on real sockets and a real data folder,
-with a FAKE engine.
+with a FAKE engine. Uploads are checked in this process: one that checks them starts too late
+for a front that lives for half a second.
 
 ``python -m tests.torture.killed_front BASE CACHE DATA`` imports everything, prints
 ``{"imported": seconds}`` and waits for a line ``POINT``. Then it starts and reports when it is
@@ -27,6 +28,7 @@ import psutil
 import uvloop
 from veneer_registry.catalog import Catalog
 from veneer_registry.changes import Change
+from veneer_registry.format import read_adapter
 from veneer_registry.rows import SERVER, Who
 from veneer_registry.store import Store
 from veneer_server.app import App
@@ -177,7 +179,8 @@ async def serve(base: str, cache: str, data: Path) -> None:
         told = {"ready": time.perf_counter() - began, "cpu": time.process_time()}
         print(json.dumps({**told, "grpc": ports["grpc"]}), flush=True)
 
-    await App(config, ready, RestoringEngine).run()  # type: ignore[arg-type]
+    app = App(config, ready, RestoringEngine, read=read_adapter)  # type: ignore[arg-type]
+    await app.run()
 
 
 def main() -> None:

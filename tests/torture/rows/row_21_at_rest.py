@@ -6,6 +6,7 @@ Real starts of the whole server on a tiny Llama in NF4, each in a separate proce
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -103,7 +104,15 @@ def _unbearable(planted: str, golden: Golden, rng: random.Random) -> Damage:
     )
     file = golden.folders["stopped"] / path
     with file.open("rb") as opened:
-        # In the tensors, since any reader notices a damaged header.
-        first = 8 + int.from_bytes(opened.read(8), "little")
-    at = (rng.randrange(first, file.stat().st_size), rng.randrange(8))
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+    # In a weight, since any reader notices a damaged header or quantization state.
+    begin, end = rng.choice(
+        [
+            tensor["data_offsets"]
+            for name, tensor in sorted(header.items())
+            if name.endswith(".weight")
+        ]
+    )
+    at = (8 + size + rng.randrange(begin, end), rng.randrange(8))
     return Damage("stopped", str(path), "flipped", at)
