@@ -625,13 +625,6 @@ MUTANTS: Final = (
         "sum_groups(numbers, block, 0, inputs, more);",
         form="software-matrix",
     ),
-    Mutant(
-        "few rows: odd inputs of A added to even ones' sum",
-        _LORA,
-        "Floats& chain = chains[i % 2][r][v];",
-        "Floats& chain = chains[0][r][v];",
-        form="software-matrix",
-    ),
     # ------------------------------------------------------------------------- ARM
     Mutant(
         "ARM: codes of the register beside it",

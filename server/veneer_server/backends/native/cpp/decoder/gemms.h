@@ -159,7 +159,8 @@ class Gemms {
             }
         }
         const int next = layer * kGroups + group + 1;
-        list_prefetches_of_weights(next, lists[3]);
+        if (matrix::kPresent && ctx_.step->rows <= kFewRows)
+            list_prefetches_of_weights(next, lists[3]);
         if (next == model.layer_count * kGroups) return;
         const int inputs = model.layers[next / kGroups].linears[next % kGroups].inputs;
         for (int64_t s = 0; s < ctx_.step->segment_count; ++s) {
@@ -212,6 +213,8 @@ class Gemms {
     }
 
     static constexpr int64_t kShrinkRows = kMatrixRows;
+    // With more rows a multiply has no time to spare for the beginning of the next weights.
+    static constexpr int64_t kFewRows = 3;
     // Bytes of the KV cache that are prefetched, at most. A multiply on matrix registers takes so
     // little time that more would delay it, and evict B.
     static constexpr size_t kMostCache = matrix::kPresent ? 2 << 20 : SIZE_MAX;

@@ -187,57 +187,6 @@ inline void shrink_by_matrix(const bf16* a, int ranks, int width, const bf16* x,
     }
 }
 
-#ifdef VENEER_MATRIX
-// The same for a few rows, on vectors, which read A as it lies. They add in the registers' order:
-// see gemm/few_rows.h.
-template <int Rows, int Vectors>
-inline void shrink_few(const bf16* a, int ranks, int width, const bf16* x, size_t x_stride,
-                       int inputs, float* h, size_t h_stride) {
-    constexpr int count = 32;  // inputs whose products are added up first
-    const int tail = width - (Vectors - 1) * kLanes;
-    alignas(64) float numbers[Rows][count];
-    Floats totals[Rows][Vectors];
-    for (auto& row : totals)
-        for (auto& each : row) each = zeros();
-    for (int k = 0; k < inputs; k += count) {
-        widen(x + k, x_stride, numbers);
-        Floats chains[2][Rows][Vectors];  // of even inputs, and of odd ones
-        for (auto& chain : chains)
-            for (auto& row : chain)
-                for (auto& each : row) each = zeros();
-        for (int i = 0; i < count; ++i, a += ranks) {
-            for (int v = 0; v < Vectors; ++v) {
-                const bool whole = v + 1 < Vectors || tail == kLanes;
-                const Floats weights = whole ? load(a + v * kLanes) : load(a + v * kLanes, tail);
-                for (int r = 0; r < Rows; ++r) {
-                    Floats& chain = chains[i % 2][r][v];
-                    chain = fma(weights, broadcast(numbers[r][i]), chain);
-                }
-            }
-        }
-        for (int r = 0; r < Rows; ++r)
-            for (int v = 0; v < Vectors; ++v)
-                totals[r][v] = add(totals[r][v], add(chains[0][r][v], chains[1][r][v]));
-    }
-    for (int r = 0; r < Rows; ++r)
-        for (int v = 0; v < Vectors; ++v)
-            store_shared(h + r * h_stride + v * kLanes, totals[r][v],
-                         v + 1 < Vectors ? kLanes : tail);
-}
-
-template <int Rows>
-inline void shrink_few(const bf16* a, int ranks, int width, const bf16* x, size_t x_stride,
-                       int inputs, float* h, size_t h_stride) {
-    const FlushDenormals flush;
-    switch (divide_up(width, kLanes)) {
-        case 1: return shrink_few<Rows, 1>(a, ranks, width, x, x_stride, inputs, h, h_stride);
-        case 2: return shrink_few<Rows, 2>(a, ranks, width, x, x_stride, inputs, h, h_stride);
-        case 3: return shrink_few<Rows, 3>(a, ranks, width, x, x_stride, inputs, h, h_stride);
-        default: return shrink_few<Rows, 4>(a, ranks, width, x, x_stride, inputs, h, h_stride);
-    }
-}
-#endif
-
 // Columns chunk * 64 and up to 63 more of h [rows, ranks]; at most kMatrixRows rows.
 template <class Number>
 inline void shrink(const LoraGroup& group, int chunk, const bf16* x, size_t x_stride, int inputs,
@@ -246,12 +195,6 @@ inline void shrink(const LoraGroup& group, int chunk, const bf16* x, size_t x_st
     const int width = std::min(kRankChunk, ranks - first);
     const Number* a = static_cast<const Number*>(group.a) + first;
     h += first;
-#ifdef VENEER_MATRIX
-    if constexpr (sizeof(Number) == sizeof(bf16)) {  // more rows are faster on registers
-        if (rows == 1) return shrink_few<1>(a, ranks, width, x, x_stride, inputs, h, h_stride);
-        if (rows == 2) return shrink_few<2>(a, ranks, width, x, x_stride, inputs, h, h_stride);
-    }
-#endif
     if constexpr (matrix::kPresent && sizeof(Number) == sizeof(bf16))
         return shrink_by_matrix(a, ranks, width, x, x_stride, inputs, rows, h, h_stride);
     switch ((width + kLanes - 1) / kLanes) {  // 16 to 24 sums

@@ -12,13 +12,6 @@ constexpr int kMatrixInputs = 64;
 
 inline int divide_up(int count, int by) { return (count + by - 1) / by; }
 
-// Inputs as floats, for vectors that take the place of the registers: Rows rows of Count.
-template <int Rows, int Count>
-inline void widen(const bf16* x, size_t x_stride, float (&to)[Rows][Count]) {
-    for (int r = 0; r < Rows; ++r)
-        for (int i = 0; i < Count; i += kLanes) store(to[r] + i, load_shared(x + r * x_stride + i));
-}
-
 // Registers for up to 16 rows of A and a B of 64 inputs and 32 columns. 0 and 1: sums; 2 and 3: the
 // halves of A's inputs; 4 to 7: B's left columns and right ones for the first half of the inputs,
 // then for the second. Each operand has a register of its own, since CPUs do not rename these: to

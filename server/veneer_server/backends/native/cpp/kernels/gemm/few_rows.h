@@ -70,6 +70,13 @@ struct NumbersOfBytes {
     static Floats both(const TwoVectors& sums) { return add_neighbours(sums.first, sums.second); }
 };
 
+// Inputs as floats: Rows rows of Count.
+template <int Rows, int Count>
+inline void widen(const bf16* x, size_t x_stride, float (&to)[Rows][Count]) {
+    for (int r = 0; r < Rows; ++r)
+        for (int i = 0; i < Count; i += kLanes) store(to[r] + i, load_shared(x + r * x_stride + i));
+}
+
 // sums [row][half] = products of a block's groups first to first + 3: of 32 inputs.
 template <int Rows, class Numbers>
 inline void sum_groups(const Numbers& numbers, const uint8_t* block, int first,
