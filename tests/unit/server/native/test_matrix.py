@@ -32,8 +32,9 @@ SMALLEST = np.float32(2.0**-126)
 """That is not denormal."""
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[SOFTWARE_MATRIX.name])
 def software(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The parameter's name lets `tests.mutants` choose these tests."""
     return build(tmp_path_factory.getbasetemp() / "native", SOFTWARE_MATRIX.name)
 
 
@@ -97,6 +98,11 @@ def test_the_software_model_sums_as_the_manual_says(software: Path) -> None:
 
     weight, x = numbers(outputs, 64).bfloat16(), numbers(rows, 64).bfloat16()
     x[3], x[4, 5], x[5, 6] = 0, float("inf"), float("nan")
+    # Denormal inputs, and sums that are denormal.
+    x[8] = torch.from_numpy(rng.standard_normal(64) * 2.0**-130)
+    x[9], weight[3] = (
+        torch.from_numpy(rng.standard_normal(64) * 2.0**power) for power in (-63, -67)
+    )
     library = Library(software)
     linear = pack_dense(library, BFLOAT16, weight)
     got = linear(x).numpy()
