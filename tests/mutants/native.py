@@ -80,6 +80,8 @@ _NEON: Final = "cpp/isa/neon.h"
 _REGISTERS: Final = "cpp/kernels/gemm/by_registers.h"
 _PLAIN: Final = "neon and not neon-bf16"
 _SOFTWARE: Final = "cpp/isa/software_matrix.h"
+_FEW: Final = "cpp/kernels/gemm/few_rows.h"
+_X86: Final = "cpp/isa/x86.h"
 
 MUTANTS: Final = (
     # ------------------------------------------------------------------- products
@@ -597,9 +599,30 @@ MUTANTS: Final = (
     ),
     Mutant(
         "matrix: denormals kept",
-        _SOFTWARE,
+        _X86,
         "_mm_setcsr(before_ | 0x8040);",
         "_mm_setcsr(before_);",
+        form="software-matrix",
+    ),
+    Mutant(
+        "few rows: one sum for both inputs of pairs",
+        _FEW,
+        "chain.second = fma(w.second, input.second, chain.second);",
+        "chain.first = fma(w.second, input.second, chain.first);",
+        form="software-matrix",
+    ),
+    Mutant(
+        "few rows: the halves of a tile exchanged for the first inputs",
+        _FEW,
+        "const Floats sum = add(add(zeros(), sums[r][half]), more[r][half]);",
+        "const Floats sum = add(more[r][half], add(zeros(), sums[r][1 - half]));",
+        form="software-matrix",
+    ),
+    Mutant(
+        "few rows: the second half of a block left out",
+        _FEW,
+        "sum_groups(numbers, block, 4, inputs, more);",
+        "sum_groups(numbers, block, 0, inputs, more);",
         form="software-matrix",
     ),
     # ------------------------------------------------------------------------- ARM

@@ -17,7 +17,7 @@ from tests.unit.server.native.model_kit import Served, adapter_of, make_base, ta
 from tests.unit.server.native.test_native import KINDS
 
 SEED = 23
-ROWS = (1, 17, 150)
+ROWS = (1, 2, 3, 4, 17, 150)
 SHAPES = ({"dim": 32}, {"dim": 64}, {"heads": 2, "kv_heads": 1, "dim": 96})
 
 
@@ -51,6 +51,8 @@ def main(amx: Path, software: Path) -> None:
             (tokens, 0, range(1, 5), table_of(base, adapter)),
             (tokens[:5], 0, [7], None),
             (tokens[:1], 0, [8], table_of(base, adapter, torch.float32)),
+            (tokens[:1], 0, [9], table_of(base, adapter)),
+            (tokens[:2], 0, [10], table_of(base, adapter)),
         ]
         steps = [
             torch.cat(Served.over(library, base, threads=2).step(parts)) for library in both

@@ -21,6 +21,7 @@ from veneer_server.backends.native.linear import pack_dense
 from tests.backends_ran import native_possible
 from tests.places import REPOSITORY
 from tests.unit.server.native.test_kept_library import broken
+from tests.unit.server.native.test_native import KINDS
 
 pytestmark = pytest.mark.skipif(not native_possible(), reason="no AVX2 or no compiler")
 
@@ -31,8 +32,9 @@ SMALLEST = np.float32(2.0**-126)
 """That is not denormal."""
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[SOFTWARE_MATRIX.name])
 def software(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The parameter's name lets `tests.mutants` choose these tests."""
     return build(tmp_path_factory.getbasetemp() / "native", SOFTWARE_MATRIX.name)
 
 
@@ -96,6 +98,11 @@ def test_the_software_model_sums_as_the_manual_says(software: Path) -> None:
 
     weight, x = numbers(outputs, 64).bfloat16(), numbers(rows, 64).bfloat16()
     x[3], x[4, 5], x[5, 6] = 0, float("inf"), float("nan")
+    # Denormal inputs, and sums that are denormal.
+    x[8] = torch.from_numpy(rng.standard_normal(64) * 2.0**-130)
+    x[9], weight[3] = (
+        torch.from_numpy(rng.standard_normal(64) * 2.0**power) for power in (-63, -67)
+    )
     library = Library(software)
     linear = pack_dense(library, BFLOAT16, weight)
     got = linear(x).numpy()
@@ -111,6 +118,32 @@ def test_the_software_model_sums_as_the_manual_says(software: Path) -> None:
     assert np.array_equal(got[ordinary].view(np.int32), want[ordinary].view(np.int32))
     assert ordinary.sum() > 300
     assert (np.abs(want[ordinary]) < 2.0**-100).any(), "small ones are among them"
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_few_rows_on_vectors_have_the_registers_bits(software: Path, kind: str) -> None:
+    """A few rows are multiplied by vectors, more by the registers, in one order of sums: with
+    inputs of all sizes, so that rounding, denormals, overflow and NaN come out the same."""
+    print("seed 9")
+    rng = np.random.default_rng(9)
+    torch.manual_seed(9)
+    rows, inputs = 16, 192
+    linear, *_ = KINDS[kind][0](Library(software), 80, inputs)
+    spread = 2.0 ** rng.integers(-140, 100, (rows, inputs))
+    x = torch.from_numpy((rng.standard_normal((rows, inputs)) * spread).astype(np.float32))
+    x[5:12] = torch.from_numpy(rng.standard_normal((7, inputs)).astype(np.float32))
+    x[12:] *= torch.from_numpy(2.0 ** rng.integers(-160, -100, (4, 1))).float()
+    x[3, 7], x[4, 9] = float("inf"), float("nan")
+    want = linear(x.bfloat16())
+    assert want.isnan().any()
+    assert not want.isnan().all()
+    for count in (1, 2, 3, 4):
+        for first in range(rows - count + 1):
+            got = linear(x[first : first + count].bfloat16())
+            one = want[first : first + count]
+            assert torch.equal(got.isnan(), one.isnan())
+            ordinary = ~one.isnan()
+            assert torch.equal(got[ordinary].view(torch.int32), one[ordinary].view(torch.int32))
 
 
 # --------------------------------------------------------------------------------- AMX

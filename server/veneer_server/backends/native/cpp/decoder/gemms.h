@@ -20,7 +20,8 @@ class Gemms {
         blocks_ = &blocks;
         // The most that `list` adds: it must not allocate, since other threads are at work.
         const size_t pieces =
-            size_t((8 + 2 * ctx_.threads) * ctx_.step->segment_count) + 2 * blocks.size();
+            size_t((8 + 2 * ctx_.threads) * ctx_.step->segment_count + ctx_.threads) +
+            2 * blocks.size();
         for (Lists& lists : lists_) {
             lists.shrinks.clear(), lists.shrinks.reserve(most_shrinks());
             for (PrefetchList& prefetches : lists.prefetches) prefetches.reserve(pieces);
@@ -83,7 +84,7 @@ class Gemms {
     // What a phase's chunks compute and prefetch.
     struct Lists {
         std::vector<ShrinkItem> shrinks;
-        PrefetchList prefetches[3];
+        PrefetchList prefetches[4];
     };
 
     size_t most_shrinks() const {
@@ -103,7 +104,7 @@ class Gemms {
     int even(int count, int thread) const { return int(int64_t(count) * thread / ctx_.threads); }
 
     void multiply(const Linear& linear, const Columns& cut, int chunk,
-                  const PrefetchList (&prefetches)[3], const Arrays& at) const {
+                  const PrefetchList (&prefetches)[4], const Arrays& at) const {
         const int rows = int(ctx_.step->rows);
         const int first = cut.begin(chunk), last = cut.begin(chunk + 1);
         Prefetcher prefetcher(prefetches, chunk, cut.chunks);
@@ -130,8 +131,9 @@ class Gemms {
     }
 
     // What is read after a group's GEMM: its adapters' B; after the GEMM of q, k and v the KV
-    // cache; and the adapters' A of the next group.
-    void list_prefetches(int layer, Group group, PrefetchList (&lists)[3]) const {
+    // cache; the adapters' A of the next group; and where each thread begins to read the next
+    // group's weights.
+    void list_prefetches(int layer, Group group, PrefetchList (&lists)[4]) const {
         PrefetchList& expanding = lists[0];
         PrefetchList& cache = lists[1];
         PrefetchList& shrinking = lists[2];
@@ -147,8 +149,9 @@ class Gemms {
             }
         }
         if (group == kGateUp) list_prefetches_of_columns(layer, expanding);
-        if (group == kGateUp && layer + 1 < model.layer_count) {
-            const size_t block = size_t(model.kv_heads) * model.block_size * model.dim;
+        const size_t block = size_t(model.kv_heads) * model.block_size * model.dim;
+        if (group == kGateUp && layer + 1 < model.layer_count &&
+            2 * blocks_->size() * block * sizeof(bf16) <= kMostCache) {
             for (const int64_t id : *blocks_) {
                 cache.add(model.layers[layer + 1].keys + size_t(id) * block, block * sizeof(bf16));
                 cache.add(model.layers[layer + 1].values + size_t(id) * block,
@@ -156,12 +159,32 @@ class Gemms {
             }
         }
         const int next = layer * kGroups + group + 1;
+        if (matrix::kPresent && ctx_.step->rows <= kFewRows)
+            list_prefetches_of_weights(next, lists[3]);
         if (next == model.layer_count * kGroups) return;
         const int inputs = model.layers[next / kGroups].linears[next % kGroups].inputs;
         for (int64_t s = 0; s < ctx_.step->segment_count; ++s) {
             const LoraGroup& lora = ctx_.step->segments[s].adapter->groups[next];
             if (lora.a != nullptr)
                 shrinking.add(lora.a, bytes(ctx_.step->segments[s], lora.ranks) * size_t(inputs));
+        }
+    }
+
+    // Where each thread begins to read a group's weights, or after the last group the head's. The
+    // GEMM itself prefetches what comes some blocks later.
+    void list_prefetches_of_weights(int next, PrefetchList& weights) const {
+        const Model& model = ctx_.model;
+        const bool head = next == model.layer_count * kGroups;
+        const int layer = next / kGroups;
+        const Group group = Group(next % kGroups);
+        for (int thread = 0; thread < ctx_.threads; ++thread) {
+            if (head) {
+                weights.add(model.head.tile(even(model.head.tiles(), thread)), kAhead);
+                continue;
+            }
+            const Columns cut = ctx_.columns(layer, group);
+            const int first = cut.begin(even(cut.chunks, thread));
+            weights.add(model.layers[layer].linears[group].tile(first), kAhead);
         }
     }
 
@@ -190,6 +213,11 @@ class Gemms {
     }
 
     static constexpr int64_t kShrinkRows = kMatrixRows;
+    // With more rows a multiply has no time to spare for the beginning of the next weights.
+    static constexpr int64_t kFewRows = 3;
+    // Bytes of the KV cache that are prefetched, at most. A multiply on matrix registers takes so
+    // little time that more would delay it, and evict B.
+    static constexpr size_t kMostCache = matrix::kPresent ? 2 << 20 : SIZE_MAX;
 
     const StepContext& ctx_;
     const std::vector<int64_t>* blocks_ = nullptr;

@@ -208,4 +208,45 @@ inline __m256i widened_bytes(const int8_t* at) {
 }
 inline Pairs load_bytes(const int8_t* at) { return {widened_bytes(at), widened_bytes(at + 16)}; }
 
+// What kernels/gemm/few_rows.h needs: the float of each of the sixteen codes, ...
+struct NumberTable {
+    Floats v;
+    explicit NumberTable(const bf16* entries) : v(load(entries)) {}
+};
+// ... the floats whose codes are the N-th four bits of each 32, ...
+inline __m256 look_up_numbers(const NumberTable& table, __m256i codes) {
+    const __m256 lower = _mm256_permutevar8x32_ps(table.v.lo, codes);
+    const __m256 upper = _mm256_permutevar8x32_ps(table.v.hi, codes);
+    // By the code's fourth bit.
+    return _mm256_blendv_ps(lower, upper, _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28)));
+}
+template <int N>
+inline Floats look_up_number(const NumberTable& table, const uint8_t* at) {
+    const Codes codes = load_codes(at);
+    return {look_up_numbers(table, _mm256_srli_epi32(codes.lo, 4 * N)),
+            look_up_numbers(table, _mm256_srli_epi32(codes.hi, 4 * N))};
+}
+// ... the first numbers of pairs, and the second ones, ...
+inline Floats firsts(Pairs a) { return {even(a.lo), even(a.hi)}; }
+inline Floats seconds(Pairs a) { return {odd(a.lo), odd(a.hi)}; }
+// ... sixteen signed bytes, ...
+inline Floats load_numbers_of(const int8_t* at) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+}
+// ... two numbers in turn, and the sums of neighbours: a[0] + a[1] to b[14] + b[15].
+inline Floats broadcast_two(const float* at) {
+    const __m256 both = _mm256_setr_ps(at[0], at[1], at[0], at[1], at[0], at[1], at[0], at[1]);
+    return {both, both};
+}
+inline __m256 add_neighbours(__m256 a, __m256 b) {
+    // Adding neighbours works within 128 bits.
+    const __m256d sums = _mm256_castps_pd(_mm256_hadd_ps(a, b));
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(sums, 0b11011000));
+}
+inline Floats add_neighbours(Floats a, Floats b) {
+    return {add_neighbours(a.lo, a.hi), add_neighbours(b.lo, b.hi)};
+}
+
 }  // namespace veneer

@@ -120,6 +120,41 @@ inline Pairs look_up(const Table& table, Codes codes) {
     return {_mm512_permutexvar_epi16(_mm512_srli_epi16(codes.v, 4 * Q), table.v)};
 }
 
+// What kernels/gemm/few_rows.h needs: the float of each of the sixteen codes, ...
+struct NumberTable {
+    __m512 v;
+    explicit NumberTable(const bf16* entries) : v(load(entries).v) {}
+};
+// ... the floats whose codes are the N-th four bits of each 32, ...
+template <int N>
+inline Floats look_up_number(const NumberTable& table, const uint8_t* at) {
+    const __m512i codes = _mm512_loadu_si512(at + N / 2);
+    return {_mm512_permutexvar_ps(N % 2 == 0 ? codes : _mm512_srli_epi32(codes, 4), table.v)};
+}
+// ... the first numbers of pairs, and the second ones, ...
+inline Floats firsts(Pairs a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16))}; }
+inline Floats seconds(Pairs a) {
+    return {_mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32(int(0xffff0000u))))};
+}
+// ... sixteen signed bytes, ...
+inline Floats load_numbers_of(const int8_t* at) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))};
+}
+// ... two numbers in turn, and the sums of neighbours: a[0] + a[1] to b[14] + b[15].
+inline Floats broadcast_two(const float* at) {
+    double both;
+    std::memcpy(&both, at, sizeof both);
+    return {_mm512_castpd_ps(_mm512_set1_pd(both))};
+}
+inline Floats add_neighbours(Floats a, Floats b) {
+    const __m512i order =
+        _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512 even = _mm512_permutex2var_ps(a.v, order, b.v);
+    const __m512i next = _mm512_add_epi32(order, _mm512_set1_epi32(1));
+    return {_mm512_add_ps(even, _mm512_permutex2var_ps(a.v, next, b.v))};
+}
+
 // Sixteen pairs of signed bytes, each of which bfloat16 represents exactly.
 inline Pairs load_bytes(const int8_t* at) {
     const __m128i* halves = reinterpret_cast<const __m128i*>(at);

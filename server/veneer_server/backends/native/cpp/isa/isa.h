@@ -6,13 +6,14 @@
 //     Floats, Pairs           vectors of floats, and of pairs of bfloat16
 //     Codes, Table            4-bit codes, and the bfloat16 of each
 //     tiles                   tile sizes that the registers allow
-//     prefetch, cycles, spin_pause
-//                             a prefetch, a clock, the pause of a spin loop
+//     prefetch, prefetch_near, cycles, spin_pause
+//                             prefetches into two caches, a clock, the pause of a spin loop
 //
 // A set whose vectors take several registers may define VENEER_BY_REGISTERS, and what
 // kernels/gemm/by_registers.h uses.
 //
-// matrix.h adds the matrix registers, which only some CPUs have.
+// matrix.h adds the matrix registers, which only some CPUs have. A set that they come with also
+// defines what kernels/gemm/few_rows.h uses, and FlushDenormals.
 //
 // The GEMM's inner product multiplies pairs of bfloat16 and adds both to a float:
 //     sum[lane] += w[lane].first * x.first + w[lane].second * x.second

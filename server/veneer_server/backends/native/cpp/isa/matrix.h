@@ -51,9 +51,12 @@ class Registers {
 
 }  // namespace veneer::matrix
 
+// VENEER_MATRIX: there are registers.
 #if defined(VENEER_SOFTWARE_MATRIX)
+#define VENEER_MATRIX
 #include "software_matrix.h"
 #elif defined(__AMX_BF16__) && defined(__AMX_TILE__) && !defined(VENEER_NO_MATRIX)
+#define VENEER_MATRIX
 #include "amx.h"
 #else
 #include "no_matrix.h"

@@ -50,22 +50,6 @@ inline void store(void* to, size_t stride) {
                     size_t(at(R).shape.row_bytes));
 }
 
-// Denormals count as zero, and results become zero rather than denormal.
-class FlushDenormals {
-  public:
-    FlushDenormals() : before_(_mm_getcsr()) {
-        _mm_setcsr(before_ | 0x8040);
-        asm volatile("" : : : "memory");  // no arithmetic moves before
-    }
-    ~FlushDenormals() {
-        asm volatile("" : : : "memory");
-        _mm_setcsr(before_);
-    }
-
-  private:
-    unsigned before_;
-};
-
 // All lines of pairs of a row are summed from zero, the first numbers of the pairs apart from the
 // second ones; then both sums are added to each other, and to the row's old numbers.
 template <int Sums, int A, int B>

@@ -75,7 +75,7 @@ class Prefetcher {
     }
 
   private:
-    static constexpr size_t kLists = 3;
+    static constexpr size_t kLists = 4;
 
     struct List {
         List() = default;

@@ -101,6 +101,13 @@ inline Floats load_shared(const float* at, int count) {
     return load(numbers, count);
 }
 
+inline Floats load_shared(const bf16* at) {
+    if constexpr (!kAtomicNumbers) return load(at);
+    alignas(64) bf16 numbers[kLanes];
+    load_numbers(numbers, at, kLanes);
+    return load(numbers);
+}
+
 inline Pairs load_pairs_shared(const bf16* at) {
     if constexpr (!kAtomicNumbers) return load_pairs(at);
     alignas(64) bf16 numbers[2 * kLanes];

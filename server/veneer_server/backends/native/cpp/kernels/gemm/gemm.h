@@ -3,6 +3,7 @@
 
 #include "by_matrix.h"
 #include "by_vectors.h"
+#include "few_rows.h"
 
 namespace veneer {
 
@@ -28,6 +29,10 @@ inline void multiply_tiles(const Linear& w, int first, int last, const bf16* x, 
 // Tiles first to last - 1 for any number of rows; between its blocks, prefetch what comes next.
 inline void multiply_tiles(const Linear& w, int first, int last, const bf16* x, size_t x_stride,
                            int rows, float* y, size_t y_stride, Prefetcher& prefetcher) {
+#ifdef VENEER_MATRIX
+    const FlushDenormals flush;  // as the registers do: see few_rows.h
+    if (multiply_few(w, first, last, x, x_stride, rows, y, y_stride, prefetcher)) return;
+#endif
     switch (w.kind) {
         case Kind::four_bit:
             return multiply_tiles<FromCodes>(w, first, last, x, x_stride, rows, y, y_stride,

@@ -67,12 +67,12 @@ constexpr Field kLinearFields[] = {
 constexpr size_t kAhead = 6 * block_bytes(Kind::four_bit);
 
 // Prefetch an eighth of a block ahead, and more where a block's lines are not a multiple of eight.
-template <size_t Bytes>
+template <size_t Bytes, void (*Prefetch)(const void*) = prefetch>
 inline void prefetch_ahead(const void* block, int group) {
     const char* line = static_cast<const char*>(block) + kAhead;
     constexpr size_t lines = Bytes / kLine, each = lines / 8;
-    for (size_t i = 0; i < each; ++i) prefetch(line + (group * each + i) * kLine);
-    if (size_t(group) < lines % 8) prefetch(line + (8 * each + group) * kLine);
+    for (size_t i = 0; i < each; ++i) Prefetch(line + (group * each + i) * kLine);
+    if (size_t(group) < lines % 8) Prefetch(line + (8 * each + group) * kLine);
 }
 
 // A block's weights as pairs: eight groups of four. `chains` is the number of sums that a row and
