@@ -55,6 +55,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         Handler.asked += 1
         ready = self.path == "/health" and how != "never" and Handler.asked > 2
         print("FAKE: asked", Handler.asked, os.environ["FAKE_SETTING"], flush=True)
+        print("FAKE: waits", os.environ.get("OMP_WAIT_POLICY"), flush=True)
         self.send_response(200 if ready else 503)
         self.end_headers()
 
@@ -122,6 +123,16 @@ class FakePeer:
         await readable.wait()
         loop.remove_reader(self._fifo)
         return os.read(self._fifo, count)
+
+
+async def test_peer_waits_for_its_threads_as_it_chooses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    fake = FakePeer(tmp_path, "serves")
+    async with fake.peer:
+        assert "FAKE: waits None" in fake.log.read_text("utf-8")
+    await fake.gone()
 
 
 async def test_peer_is_ready_inside_and_gone_outside(tmp_path: Path) -> None:
