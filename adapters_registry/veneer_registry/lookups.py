@@ -16,6 +16,7 @@ from veneer_registry.errors import (
     AdapterNotFound,
     BaseModelMismatch,
     InvalidField,
+    Unavailable,
 )
 from veneer_registry.lease import RevisionLease
 from veneer_registry.records import AdapterRecord
@@ -131,7 +132,8 @@ class Lookups(Part):
         refs = self._core.index.holding(weights_digest)
         found = []
         for ref in refs:
-            with contextlib.suppress(AdapterCorrupt):
+            # A follower cannot read what a registry of a later version wrote.
+            with contextlib.suppress(AdapterCorrupt, Unavailable):
                 if (row := self._core.catalog.revision(ref.name, ref.revision)) is not None:
                     found.append(self._core.record(row))
         return tuple(found)

@@ -234,16 +234,22 @@ class Follower:
     async def _apply(self, received: Received) -> None:
         self._save_soon()
         for number, state in enumerate(received.changes, 1):
-            mirror = self._mirror(state.tenant)
-            before = mirror.current(state.name)
-            dropped = mirror.apply(state)
-            self._bring_hot(mirror, before, state)
-            if self._applied is not None:
-                await self._applied(Change(mirror, state, before, dropped))
+            try:
+                await self._take_over(state)
+            except Exception as error:  # one name must not keep the others from being followed
+                _log.error("not followed", error, tenant=state.tenant, name=state.name)
             self._changed.set()
             self._changed = asyncio.Event()
             if number % _BATCH == 0:
                 await asyncio.sleep(0)
+
+    async def _take_over(self, state: NameState) -> None:
+        mirror = self._mirror(state.tenant)
+        before = mirror.current(state.name)
+        dropped = mirror.apply(state)
+        self._bring_hot(mirror, before, state)
+        if self._applied is not None:
+            await self._applied(Change(mirror, state, before, dropped))
 
     def _bring_hot(self, mirror: Mirror, before: AdapterRef | None, state: NameState) -> None:
         """Fetch the new revision of a name whose old one was used here, before the next request

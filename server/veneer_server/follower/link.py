@@ -72,6 +72,8 @@ class Link:
         self._apply = apply
         self._task: asyncio.Task[None] | None = None
         self._synced = asyncio.Event()
+        self._done = view.run, view.sequence
+        """What is applied: run and sequence."""
         self._applied = asyncio.Event()
         self._heartbeat_s = HEARTBEAT_S
         self._lease_s = LEASE_S
@@ -116,6 +118,9 @@ class Link:
                 self._standing.fault = error.message
             except ValueError as error:
                 why, pause_s = str(error), _REFUSED_WAIT_S
+            except Exception as error:  # whatever comes from there: following must not end
+                why, pause_s = repr(error), _REFUSED_WAIT_S
+                _log.error("following failed", error, registry=self._place.address)
             self._tell_cut(why)
             if self.connects > connects:
                 wait_s = _FIRST_WAIT_S
@@ -145,6 +150,8 @@ class Link:
                     first = await call.read()
                 limit_s = _CONNECT_S
                 while first is not grpc.aio.EOF:
+                    if first is None:  # so gRPC gives what it cannot read
+                        raise ValueError("the registry sent what is no message")
                     message = from_wire(first, self._base)
                     received = self._view.receive(message)
                     if isinstance(message, Begin):
@@ -202,6 +209,8 @@ class Link:
             _log.warning("it is another registry than before: its names are taken anew")
         if received.changes:
             await self._apply(received)
+        # The view is ahead of the mirrors while a change, or a snapshot, is being applied.
+        self._done = self._view.run, self._view.sequence
         self._standing.sequence = self._view.sequence
         if received.current:
             self._standing.current()
@@ -219,9 +228,9 @@ class Link:
                     async with asyncio.timeout(self._lease_s / 4):
                         await self._applied.wait()
                 self._applied.clear()
-                # Until its snapshot is whole, the view's number is that of another run.
-                sequence = self._view.sequence if self._view.run == run else 0
-                applied = replication_pb2.Applied(sequence=sequence)
+                done_run, sequence = self._done
+                # Until a snapshot is applied, the number is that of another run.
+                applied = replication_pb2.Applied(sequence=sequence if done_run == run else 0)
                 await call.write(replication_pb2.FollowRequest(applied=applied))
 
 

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeVar, cast
 
 from veneer_registry.adapter import AdapterRef, BaseSpec
 from veneer_registry.core import Core
 from veneer_registry.entry import Entry
-from veneer_registry.errors import AdapterNotFound
+from veneer_registry.errors import AdapterNotFound, Unavailable
 from veneer_registry.index import Index
 from veneer_registry.lease import RevisionLease
 from veneer_registry.lookups import Lookups
 from veneer_registry.publishing import Staged
 from veneer_registry.records import AdapterRecord, AliasChange, Published, UploadRequest
 from veneer_registry.recovery import base_identity
-from veneer_registry.rows import SERVER, AliasRow, HistoryRow, ResidentRow, Who
+from veneer_registry.rows import (
+    SERVER,
+    AliasRow,
+    HistoryRow,
+    ResidentRow,
+    RevisionRow,
+    Who,
+)
 from veneer_registry.upload import Upload
 
 from veneer_server.follower.rows import MirroredRows
@@ -38,6 +46,22 @@ class Content(Protocol):
     def damaged(self, digest: str, why: str) -> None: ...
 
 
+class _Rows(Core):
+    """Rows come from the registry, which may be of another version."""
+
+    def record(self, row: RevisionRow) -> AdapterRecord:
+        """As `Core.record`. Raises Unavailable if this version cannot read the row."""
+        try:
+            return super().record(row)
+        except (ValueError, TypeError, KeyError) as error:
+            raise Unavailable(
+                f"this server cannot read adapter {row.name}@{row.revision[:12]}, which its "
+                "registry has: they are of different versions; ask another server",
+                metadata={"adapter": row.name, "cause": "version"},
+                detail=repr(error),
+            ) from error
+
+
 class Mirror(Lookups):
     """The names of one tenant as the registry tells them. Thread-safe as `Registry` is.
 
@@ -52,7 +76,7 @@ class Mirror(Lookups):
         index = Index(base.name)
         nothing = cast(Any, None)  # what only changes use
         super().__init__(
-            Core(
+            _Rows(
                 lock=nothing,
                 store=cast(Any, content),
                 catalog=cast(Any, self._rows),
@@ -72,9 +96,10 @@ class Mirror(Lookups):
         """Take over a name's state. Returns the revisions that it no longer has."""
         index = self._core.index
         before = index.entry(state.name)
-        records = {
-            row.revision: self._core.record(row) for row in self._rows.revisions(state.name)
-        }
+        records = {}
+        for row in self._rows.revisions(state.name):
+            with suppress(Unavailable):  # so it was never in use here
+                records[row.revision] = self._core.record(row)
         if state.entry is None:
             if before is not None:
                 index.remove(state.name)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from veneer_proto.v1 import replication_pb2, replication_pb2_grpc
 from veneer_registry.errors import (
@@ -117,9 +119,9 @@ def to_error(error: grpc.aio.AioRpcError, address: str) -> VeneerError:
     """What the registry raised, or `Unavailable` if it did not answer."""
     for key, value in _pairs(error.trailing_metadata()):
         if key == "grpc-status-details-bin":
-            status = status_pb2.Status.FromString(value)
-            if (known := _known(status)) is not None:
-                return known
+            with suppress(DecodeError):  # something between here and there wrote it
+                if (known := _known(status_pb2.Status.FromString(value))) is not None:
+                    return known
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceeded("the registry did not answer before the call's deadline")
     return Unavailable(

@@ -80,7 +80,7 @@ def from_wire(message: replication_pb2.FollowResponse, base: str) -> Message:
         base: identity of this server's base, for which revisions are foreign.
 
     Raises:
-        ValueError: of a kind that this version does not know.
+        ValueError: of a kind that this version does not know, or out of range.
     """
     match message.WhichOneof("message"):
         case "begin":
@@ -92,8 +92,8 @@ def from_wire(message: replication_pb2.FollowResponse, base: str) -> Message:
                 snapshot=begin.snapshot,
                 sequence=begin.sequence,
                 base=begin.base,
-                heartbeat_s=begin.heartbeat.ToTimedelta().total_seconds(),
-                lease_s=begin.lease.ToTimedelta().total_seconds(),
+                heartbeat_s=_seconds(begin.heartbeat),
+                lease_s=_seconds(begin.lease),
             )
         case "state":
             state = message.state
@@ -204,6 +204,13 @@ def _pairs(
 
 def _checksum(value: int) -> bytes:
     return value.to_bytes(_CHECKSUM, "big")
+
+
+def _seconds(duration: Duration) -> float:
+    seconds = duration.seconds + duration.nanos / 1e9
+    if not 0 < seconds <= _LONGEST_WAIT_S:
+        raise ValueError(f"the registry's heartbeat or lease is {seconds:g} s")
+    return seconds
 
 
 def _duration(seconds: float) -> Duration:

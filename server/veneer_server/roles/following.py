@@ -157,10 +157,10 @@ class Following:
             return
         try:
             _tell(tenant, change)
-            if change.dropped:
-                await tenant.changes.mirrored([record.ref for record in change.dropped])
         except VeneerError as error:
             _log.warning("a mirrored change was not told", why=str(error))
+        if change.dropped:
+            await tenant.changes.mirrored([record.ref for record in change.dropped])
 
 
 def _tell(tenant: Tenant, change: Change) -> None:

@@ -1,0 +1,244 @@
+"""A registry that sends what it should not: a follower says so, and recovers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.duration_pb2 import Duration
+from veneer_proto.v1 import replication_pb2 as pb
+from veneer_registry.errors import Unavailable
+from veneer_registry.registry import Registry
+from veneer_server.config import load_config
+from veneer_server.follower import link
+from veneer_server.follower.follower import Change, Follower
+from veneer_server.replication.feed import Feed
+from veneer_server.replication.replicas import Replicas
+from veneer_server.rpc.followers.replication_service import ReplicationService
+
+from tests.refused import refused
+from tests.unit.registry.kit import BASE, make_adapter, push
+
+Spoil = Callable[[int, pb.FollowResponse], bytes]
+"""What is sent instead of a connection's message with that number."""
+
+
+def honest(number: int, message: pb.FollowResponse) -> bytes:
+    return message.SerializeToString()
+
+
+@dataclass
+class Scripted:
+    """A registry on a real port, which spoils what it tells.
+
+    Attributes:
+        spoil: for each connection in turn; the last one for all others.
+        refuse: raw status details with which the next connections end.
+    """
+
+    registry: Registry
+    spoil: list[Spoil] = field(default_factory=lambda: [honest])
+    refuse: list[bytes] = field(default_factory=list)
+    connections: int = 0
+    replicas: Replicas = field(default_factory=Replicas)
+    address: str = ""
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[None]:
+        feed = Feed()
+        feed.add("default", self.registry)
+        service: Any = ReplicationService(
+            feed, self.replicas, {"default": self.registry}.get, heartbeat_s=0.1
+        )
+
+        async def follow(requests: Any, context: Any) -> None:
+            if self.refuse:
+                details = (("grpc-status-details-bin", self.refuse.pop()),)
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "no", details)
+            spoil = self.spoil[min(self.connections, len(self.spoil) - 1)]
+            self.connections += 1
+            sent = 0
+
+            class Written:
+                async def write(self, message: pb.FollowResponse) -> None:
+                    nonlocal sent
+                    sent += 1
+                    await context.write(spoil(sent - 1, message))
+
+            await service.Follow(requests, Written())
+
+        handler = grpc.stream_stream_rpc_method_handler(
+            follow, request_deserializer=pb.FollowRequest.FromString
+        )
+        server = grpc.aio.server()
+        server.add_generic_rpc_handlers(
+            [
+                grpc.method_handlers_generic_handler(
+                    "veneer.v1.ReplicationService", {"Follow": handler}
+                )
+            ]
+        )
+        self.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        await server.start()
+        try:
+            yield
+        finally:
+            feed.close()
+            await server.stop(0)
+
+
+@pytest.fixture
+def scripted(tmp_path: Path) -> Any:
+    with Registry.open(tmp_path / "data", BASE) as registry:
+        for number, name in enumerate(("one", "two", "three")):
+            push(registry, name, make_adapter(tmp_path / name, seed=number))
+        yield Scripted(registry)
+
+
+@asynccontextmanager
+async def following(
+    scripted: Scripted, tmp_path: Path, applied: Any = None
+) -> AsyncIterator[tuple[Follower, Any]]:
+    folder = tmp_path / "follower"
+    values = {
+        "role": "engine",
+        "registry": scripted.address,
+        "data_dir": str(folder),
+        "cache_dir": str(folder / "cache"),
+    }
+    follower = Follower(load_config(values, {}), BASE)
+    mirror = await asyncio.to_thread(follower.open, folder, None)
+
+    async def nothing(change: Change) -> None:
+        pass
+
+    follower.start(applied or nothing, lambda digest: False)
+    try:
+        yield follower, mirror
+    finally:
+        await follower.stop()
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """pytest's timeout is the limit."""
+    while not holds():  # noqa: ASYNC110 - it waits for states that have no event
+        await asyncio.sleep(0.005)
+
+
+def _no_protobuf(number: int, message: pb.FollowResponse) -> bytes:
+    return b"\xff" * 16
+
+
+def _unknown_kind(number: int, message: pb.FollowResponse) -> bytes:
+    return b""
+
+
+def _endless_heartbeat(number: int, message: pb.FollowResponse) -> bytes:
+    if message.HasField("begin"):
+        message.begin.heartbeat.CopyFrom(Duration(seconds=1 << 60))
+    return message.SerializeToString()
+
+
+def _garbage_later(number: int, message: pb.FollowResponse) -> bytes:
+    return honest(number, message) if number < 6 else b"\xff\xff"
+
+
+@pytest.mark.parametrize(
+    "spoil", [_no_protobuf, _unknown_kind, _endless_heartbeat, _garbage_later]
+)
+async def test_a_follower_connects_again_after_garbage(
+    scripted: Scripted, tmp_path: Path, spoil: Spoil, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # private: how long a follower waits after what another try does not change soon
+    monkeypatch.setattr(link, "_REFUSED_WAIT_S", 0.01)
+    scripted.spoil = [spoil, honest]
+    async with scripted.serving(), following(scripted, tmp_path) as (follower, mirror):
+        await until(lambda: scripted.connections > 1 and follower.standing.connected)
+        assert {name for name in ("one", "two", "three") if mirror.current(name)} == {
+            *("one", "two", "three")
+        }
+
+
+async def test_a_follower_connects_again_after_status_details_that_are_garbage(
+    scripted: Scripted, tmp_path: Path
+) -> None:
+    scripted.refuse = [b"\xff" * 9]
+    async with scripted.serving(), following(scripted, tmp_path) as (follower, mirror):
+        await until(lambda: follower.standing.connected)
+        assert mirror.current("one")
+
+
+def _of_another_version(number: int, message: pb.FollowResponse) -> bytes:
+    """As a later version may write it: the follower cannot read this manifest."""
+    if message.HasField("state") and message.state.name == "two":
+        for each in message.state.revisions:
+            each.manifest = each.manifest.replace('"version":1', '"version":2')
+            each.manifest = each.manifest.replace('"max_rank"', '"top_rank"')
+    return message.SerializeToString()
+
+
+async def test_what_a_follower_cannot_read_is_refused_and_takes_nothing_else_along(
+    scripted: Scripted, tmp_path: Path
+) -> None:
+    scripted.spoil = [_of_another_version]
+    told = []
+
+    async def applied(change: Change) -> None:
+        if (now := change.state.entry and change.state.entry.current) is not None:
+            change.mirror.get(f"{now.name}@{now.revision}")  # as the server does
+        told.append(change.state.name)
+
+    registry = scripted.registry
+    async with scripted.serving(), following(scripted, tmp_path, applied) as (found, mirror):
+        await until(lambda: found.standing.connected)
+        with refused(Unavailable, cause="version"), mirror.acquire("two"):
+            pass
+        for name in ("one", "three"):
+            with mirror.acquire(name):
+                pass
+        again = make_adapter(tmp_path / "again", seed=9)
+        for name in ("two", "one"):
+            push(registry, name, again, allow_replace=True)
+        now = registry.resolve("one").revision
+        await until(lambda: mirror.current("one").revision == now)
+        registry.delete("two")
+        await until(lambda: mirror.current("two") is None)
+
+
+class Reports(Replicas):
+    """Keeps what a follower has told."""
+
+    def __init__(self) -> None:
+        super().__init__(lease_s=0.2)
+        self.told: list[int] = []
+
+    def report(self, follower: str, sequence: int) -> None:
+        self.told.append(sequence)
+        super().report(follower, sequence)
+
+
+async def test_a_change_is_not_told_as_applied_while_it_is_being_applied(
+    scripted: Scripted, tmp_path: Path
+) -> None:
+    reports, gate = Reports(), asyncio.Event()
+    scripted.replicas = reports
+    gate.set()
+
+    async def applied(change: Change) -> None:
+        await gate.wait()
+
+    async with scripted.serving(), following(scripted, tmp_path, applied):
+        await until(lambda: 3 in reports.told)
+        gate.clear()
+        push(scripted.registry, "four", make_adapter(tmp_path / "four", seed=4))
+        reports.told.clear()
+        await until(lambda: len(reports.told) > 3)
+        assert set(reports.told) == {3}
+        gate.set()
+        await until(lambda: 4 in reports.told)
