@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import uuid
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Annotated, Final
 import typer
 from rich.console import Console
 from rich.markup import escape
-from veneer_registry.errors import InvalidField, VeneerError
+from veneer_registry.errors import AdapterNotFound, InvalidField, VeneerError
 
 from veneer_client.cli.context import DebugFlag, ServerOption, connect, errors_shown
 from veneer_client.cli.generate import (
@@ -44,7 +45,8 @@ answer, Ctrl-D quits.
 """
 
 _HELP: Final = """\
-/adapter NAME   switch to another adapter; without NAME to the base model
+/adapter NAME   switch to an adapter's current revision, or without NAME to the base model; the
+                conversation stays with that revision although another is published
 /system TEXT    set the system message; without TEXT remove it
 /reset          forget the conversation
 /quit           quit (also Ctrl-D); Ctrl-C stops an answer
@@ -57,6 +59,8 @@ class Conversation:
     """The state that the next answer depends on."""
 
     adapter: str = ""
+    revision: str = ""
+    """That the first answer came from, as ``name@revision``; "" before it, and with the base."""
     system: str = ""
     session: str = field(default_factory=lambda: uuid.uuid4().hex)
     turns: list[ChatMessage] = field(default_factory=list)
@@ -149,7 +153,7 @@ class Session:
             whom = self._client.get(adapter).adapter.short
         else:
             whom = f"{self._client.info().base_model.name} (the base model)"
-        self._conversation.adapter = adapter
+        self._conversation.adapter, self._conversation.revision = adapter, ""
         self._note(f"talking to {whom}")
 
     def _obey(self, line: str) -> bool:
@@ -166,6 +170,7 @@ class Session:
                 self._note("system message set" if text else "no system message")
             case "/reset", _:
                 self._conversation.turns.clear()
+                self._conversation.revision = ""
                 self._note("forgotten")
             case _:
                 raise InvalidField(
@@ -181,8 +186,9 @@ class Session:
         options = self._options
         if "/" in conversation.adapter:  # the same target of the alias for all turns
             options = {**options, "session_key": conversation.session}
+        adapter = conversation.revision or conversation.adapter
         stream = self._client.chat_stream(
-            conversation.asking(text), adapter=conversation.adapter, **options
+            conversation.asking(text), adapter=adapter, **options
         )
         stopped = False
         try:
@@ -194,12 +200,20 @@ class Session:
         except KeyboardInterrupt:
             stream.cancel()
             stopped = True
+        except AdapterNotFound as error:
+            if not conversation.revision:
+                raise
+            again = f"{error.message}; /adapter {conversation.adapter} goes on with what it is now"
+            raise AdapterNotFound(again, metadata=error.metadata) from error
         finally:
             if pieces and not pieces[-1].endswith("\n"):
                 print(flush=True)
         answer = "".join(pieces)
         if answer or not stopped:
             conversation.answered(text, answer)
+        if not stopped and (revision := stream.final.provenance.revision):
+            name = re.split("[@/]", conversation.adapter)[0]
+            conversation.revision = f"{name}@{revision}"
         self._note("stopped" if stopped else summary(stream.final))
 
     def _note(self, text: str) -> None:

@@ -52,11 +52,14 @@ class WeightsCache:
         self,
         root: Path,
         most_bytes: int,
-        in_use: Callable[[str], bool],
+        leased: Callable[[str], bool],
+        in_memory: Callable[[str], bool] = lambda digest: False,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """Args:
-        in_use: whether a weights digest is leased, so that its files must stay.
+        leased: whether a request uses a weights digest, so that its files must stay.
+        in_memory: whether the engine has it, and may need its files again: they go only if
+            nothing else can, and are then fetched again by the next request.
         clock: Unix seconds.
         """
         self.most_bytes = most_bytes
@@ -65,7 +68,8 @@ class WeightsCache:
         self._weights = root / "weights"
         self._partial = root / "partial"
         self._trash = root / "trash"
-        self._in_use = in_use
+        self._leased = leased
+        self._in_memory = in_memory
         self._clock = clock
         self._lock = threading.Lock()
         self._sizes: OrderedDict[str, int] = OrderedDict()
@@ -177,6 +181,16 @@ class WeightsCache:
                 retry_after_s=1.0,
             )
 
+    def give_way(self, digest: str) -> bool:
+        """Evict something for weights that the disk has no room for, although the cache has.
+        Returns whether there was anything to evict."""
+        with self._lock:
+            trash = self._evicted(digest)
+        if trash is None:
+            return False
+        shutil.rmtree(trash, ignore_errors=True)
+        return True
+
     def release(self, digest: str) -> None:
         """A fetch has ended: its bytes are counted as they are on disk, if at all."""
         with self._lock:
@@ -242,19 +256,31 @@ class WeightsCache:
                 taken = sum(self._sizes.values()) + sum(self._reserved.values())
                 if taken + size <= self.most_bytes:
                     return True
-                victim = next(
-                    (d for d in self._sizes if d != keep and not self._in_use(d)), None
-                )
-                if victim is None:
-                    return False
-                del self._sizes[victim]
-                self._unchecked.discard(victim)
-                self._touched.pop(victim, None)
-                self.evictions += 1
-                # A request that takes a lease now asks for the weights afterwards, and finds
-                # them gone. The folder moves under the lock, or it might be a newer one.
-                trash = self._moved(self.weights_folder(victim))
+                trash = self._evicted(keep)
+            if trash is None:
+                return False
             shutil.rmtree(trash, ignore_errors=True)
+
+    def _evicted(self, keep: str) -> Path | None:
+        """Where the least recently used weights that may go have been moved; None if there are
+        none. The lock is held."""
+        may_go = (d for d in self._sizes if d != keep and not self._leased(d))
+        in_memory = None
+        for digest in may_go:
+            if not self._in_memory(digest):
+                break
+            in_memory = in_memory or digest
+        else:
+            if in_memory is None:
+                return None
+            digest = in_memory
+        del self._sizes[digest]
+        self._unchecked.discard(digest)
+        self._touched.pop(digest, None)
+        self.evictions += 1
+        # A request that takes a lease now asks for the weights afterwards, and finds them gone.
+        # The folder moves under the lock, or it might be a newer one.
+        return self._moved(self.weights_folder(digest))
 
     def _moved(self, folder: Path) -> Path:
         """Move a folder to the trash, if it exists; the caller removes it there."""

@@ -16,7 +16,13 @@ from typing import Final, Protocol
 from veneer_registry.adapter import AdapterRef
 from veneer_registry.bundle_files import REQUIRED_FILES
 from veneer_registry.disk import FILE_MODE, FOLDER_MODE, disk_errors
-from veneer_registry.errors import AdapterCorrupt, QueueFull, Unavailable, VeneerError
+from veneer_registry.errors import (
+    AdapterCorrupt,
+    DiskFull,
+    QueueFull,
+    Unavailable,
+    VeneerError,
+)
 
 from veneer_server.follower.cache import WeightsCache
 from veneer_server.follower.standing import Standing
@@ -157,9 +163,8 @@ class Fetching:
             return False
         started = time.monotonic()
         for last in (False, True):
-            await self._fetch(tenant, digest)
             try:
-                await asyncio.to_thread(self._cache.commit, digest)
+                await self._fetched(tenant, digest)
                 break
             except AdapterCorrupt as error:
                 # What an interrupted fetch left may be damaged: once more from the beginning.
@@ -172,6 +177,22 @@ class Fetching:
         self._on_fetched(seconds)
         _log.info("weights fetched", digest=digest[:12], seconds=round(seconds, 3))
         return True
+
+    async def _fetched(self, tenant: str, digest: str) -> None:
+        """Fetch and commit. A disk may have less room than the cache may take: then what was
+        used least recently goes."""
+        while True:
+            try:
+                await self._fetch(tenant, digest)
+                return await asyncio.to_thread(self._cache.commit, digest)
+            except DiskFull as error:
+                if not await asyncio.to_thread(self._cache.give_way, digest):
+                    raise DiskFull(
+                        "this server's disk has no room for the adapter: free space there, or "
+                        "ask another server",
+                        detail=error.detail,
+                    ) from error
+                _log.warning("the disk has less room than --adapter-cache-bytes")
 
     async def _fetch(self, tenant: str, digest: str) -> None:
         """Fetch both files into the partial folder, resuming where an earlier try ended."""

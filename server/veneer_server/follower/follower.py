@@ -91,7 +91,10 @@ class Follower:
         )
         self.view = view()
         self.cache = WeightsCache(
-            config.data_dir / FOLDER, config.adapter_cache_bytes, self._in_use
+            config.data_dir / FOLDER,
+            config.adapter_cache_bytes,
+            self._leased,
+            lambda digest: self._resident(digest),
         )
         self.channel = RegistryChannel(self.place)
         remote: Remote = self.channel
@@ -134,8 +137,7 @@ class Follower:
 
         Args:
             applied: tells the tenant's other parts of each change.
-            resident: whether weights are in memory, for which their files stay: the engine may
-                need them again at any time.
+            resident: whether weights are in memory: see `WeightsCache`.
         """
         self._applied = applied
         self._resident = resident
@@ -171,7 +173,7 @@ class Follower:
         kept = load(self._kept, self._base_id)
         if kept is None:
             return
-        age_s = max(0.0, time.time() - self._kept.stat().st_mtime)
+        age_s = time.time() - self._kept.stat().st_mtime
         self.view.restore(
             kept.names,
             run=kept.run,
@@ -179,7 +181,8 @@ class Follower:
             store=kept.store,
             catalog_change=kept.catalog_change,
         )
-        self.standing.restored(age_s)
+        if age_s >= 0:  # else the clock was set, and nobody knows how old it is
+            self.standing.restored(age_s)
         for state in kept.names:
             self._mirror(state.tenant).apply(state)
         _log.info("view restored", names=len(kept.names), age_s=round(age_s, 1))
@@ -227,9 +230,8 @@ class Follower:
                 )
             return mirror
 
-    def _in_use(self, digest: str) -> bool:
-        leased = any(mirror.leases(digest) for mirror in list(self._mirrors.values()))
-        return leased or self._resident(digest)
+    def _leased(self, digest: str) -> bool:
+        return any(mirror.leases(digest) for mirror in list(self._mirrors.values()))
 
     async def _apply(self, received: Received) -> None:
         self._save_soon()

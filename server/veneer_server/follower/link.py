@@ -112,11 +112,8 @@ class Link:
                 failure = to_error(error, self._place.address)
                 why = str(failure)
                 if failure.code in _REFUSED:
-                    pause_s, self._standing.fault = _REFUSED_WAIT_S, failure.message
-            except VeneerError as error:
-                why, pause_s = str(error), _REFUSED_WAIT_S
-                self._standing.fault = error.message
-            except ValueError as error:
+                    pause_s = _REFUSED_WAIT_S
+            except (VeneerError, ValueError) as error:
                 why, pause_s = str(error), _REFUSED_WAIT_S
             except Exception as error:  # whatever comes from there: following must not end
                 why, pause_s = repr(error), _REFUSED_WAIT_S
@@ -132,6 +129,7 @@ class Link:
     def _tell_cut(self, why: str) -> None:
         if self._standing.connected:
             _log.warning("registry away", registry=self._place.address, why=why)
+        self._standing.fault = why
         self._standing.cut()
 
     async def _follow(self) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,6 +29,12 @@ __all__ = ["RegistryChannel", "RegistryPlace", "to_error"]
 _MOST_MESSAGE: Final = 64 << 20
 """Bytes of the state of one name: it may have a thousand revisions."""
 
+_KEY: Final = "registry_key_file"
+_PEM: Final = ("registry_ca", "registry_cert_key", "registry_cert")
+
+_OLD_CALLS_S: Final = 600.0
+"""How long calls may go on that began before a certificate was renewed."""
+
 _OPTIONS: Final = (
     ("grpc.max_receive_message_length", _MOST_MESSAGE),
     ("grpc.keepalive_time_ms", 10_000),
@@ -43,44 +49,65 @@ _OPTIONS: Final = (
 )
 
 
-@dataclass(frozen=True, slots=True)
 class RegistryPlace:
-    """Where the registry is, and what this server shows it.
+    """Where the registry is, and what this server shows it. Belongs to one event loop.
+
+    Keys and certificates are read anew for each connection and call: they are renewed while the
+    server runs. While a file cannot be read, what it said before holds.
 
     Attributes:
         address: ``HOST:PORT``.
-        credentials: None for plain text.
-        metadata: of this server's own calls.
     """
 
-    address: str
-    credentials: grpc.ChannelCredentials | None
-    metadata: tuple[tuple[str, str], ...]
+    def __init__(self, address: str, *, tls: bool, files: Mapping[str, Path]) -> None:
+        """Args:
+        files: by configuration key.
+
+        Raises:
+            InvalidField: a file cannot be read.
+        """
+        self.address = address
+        self._tls = tls
+        self._files = files
+        self._known = {key: _read(path, key) for key, path in files.items()}
 
     @classmethod
     def of(cls, config: ServerConfig) -> RegistryPlace:
         """As configured. Raises InvalidField if a file cannot be read."""
         address = config.registry
-        tls = address.startswith("https://") or config.registry_ca is not None
-        address = address.removeprefix("https://").removeprefix("http://")
-        credentials = None
-        if tls or config.registry_cert is not None:
-            credentials = grpc.ssl_channel_credentials(
-                _read(config.registry_ca, "registry_ca"),
-                _read(config.registry_cert_key, "registry_cert_key"),
-                _read(config.registry_cert, "registry_cert"),
-            )
-        key = _read(config.registry_key_file, "registry_key_file")
-        metadata: tuple[tuple[str, str], ...] = ()
-        if key is not None:
-            metadata = (("authorization", f"Bearer {key.decode().strip()}"),)
-        return cls(address, credentials, metadata)
+        tls = address.startswith("https://")
+        paths = {key: getattr(config, key) for key in (*_PEM, _KEY)}
+        return cls(
+            address.removeprefix("https://").removeprefix("http://"),
+            tls=tls or config.registry_ca is not None or config.registry_cert is not None,
+            files={key: path for key, path in paths.items() if path is not None},
+        )
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """Of this server's own calls."""
+        key = self._now().get(_KEY)
+        if key is None:
+            return ()
+        return (("authorization", f"Bearer {key.decode().strip()}"),)
+
+    def pem(self) -> tuple[bytes | None, ...]:
+        """Authorities, private key and certificate."""
+        known = self._now()
+        return tuple(known.get(key) for key in _PEM)
 
     def connect(self) -> grpc.aio.Channel:
         """A channel with connections of its own; it connects when it is first used."""
-        if self.credentials is None:
+        if not self._tls:
             return grpc.aio.insecure_channel(self.address, options=_OPTIONS)
-        return grpc.aio.secure_channel(self.address, self.credentials, options=_OPTIONS)
+        credentials = grpc.ssl_channel_credentials(*self.pem())
+        return grpc.aio.secure_channel(self.address, credentials, options=_OPTIONS)
+
+    def _now(self) -> Mapping[str, bytes]:
+        for key, path in self._files.items():
+            with suppress(OSError):
+                self._known[key] = path.read_bytes()
+        return self._known
 
 
 class RegistryChannel:
@@ -88,12 +115,26 @@ class RegistryChannel:
 
     def __init__(self, place: RegistryPlace) -> None:
         self.place = place
-        self.channel = place.connect()
-        self._stub: Any = replication_pb2_grpc.ReplicationServiceStub(self.channel)
+        self._pem = place.pem()
+        self._channel = place.connect()
+        self._closing: set[asyncio.Task[None]] = set()
+
+    @property
+    def channel(self) -> grpc.aio.Channel:
+        """Another one once a certificate has been renewed; calls of the old one may end."""
+        pem = self.place.pem()
+        if pem != self._pem:
+            closing = asyncio.ensure_future(self._channel.close(_OLD_CALLS_S))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+            self._pem, self._channel = pem, self.place.connect()
+        return self._channel
 
     async def close(self) -> None:
         """End its calls."""
-        await self.channel.close()
+        for closing in self._closing:
+            closing.cancel()
+        await self._channel.close()
 
     def distrust(self, digest: str) -> None:
         """As `fetching.Remote`: there is no choice."""
@@ -105,7 +146,8 @@ class RegistryChannel:
         request = replication_pb2.FetchWeightsRequest(
             tenant=tenant, weights_digest=digest, file=file, offset=offset
         )
-        call = self._stub.FetchWeights(request, metadata=self.place.metadata)
+        stub: Any = replication_pb2_grpc.ReplicationServiceStub(self.channel)
+        call = stub.FetchWeights(request, metadata=self.place.metadata)
         try:
             async for message in call:
                 yield Chunk(message.size, message.offset, message.data, message.crc32)
@@ -151,9 +193,7 @@ def _pairs(metadata: Any) -> Sequence[tuple[str, bytes]]:
     return tuple(metadata or ())
 
 
-def _read(path: Path | None, key: str) -> bytes | None:
-    if path is None:
-        return None
+def _read(path: Path, key: str) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:

@@ -7,6 +7,7 @@ import time
 import zlib
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final, Protocol, TypeVar
 
 from veneer_registry.errors import Unavailable, VeneerError
@@ -24,6 +25,7 @@ never be asked."""
 _AWAY_S: Final = 5.0
 """After a failure, how long the store is not asked."""
 _MOST_DISTRUSTED: Final = 1024
+_THREADS: Final = 16
 
 _log = get_logger(__name__)
 
@@ -77,6 +79,8 @@ class StoreFirst:
         self._access_s = access_s
         self._clock = clock
         self._away_until = 0.0
+        # A store that hangs must not take the threads that everything else needs.
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="store")
         self._distrusted: OrderedDict[str, None] = OrderedDict()
 
     def distrust(self, digest: str) -> None:
@@ -141,5 +145,6 @@ class StoreFirst:
                 return
 
     async def _soon(self, access: Callable[[], T]) -> T:
+        loop = asyncio.get_running_loop()
         async with asyncio.timeout(self._access_s):
-            return await asyncio.to_thread(access)
+            return await loop.run_in_executor(self._threads, access)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,6 +51,13 @@ class Replicas:
         self._clock = clock
         self._followers: dict[str, _Follower] = {}
         self._waiting: set[asyncio.Future[None]] = set()
+        self._all_known = -math.inf
+        """From when on every follower that counts is known."""
+
+    def begin(self) -> None:
+        """Followers of an earlier run may be on their way back, and serve old revisions until
+        then: for the time of a lease, no wait ends early."""
+        self._all_known = self._clock() + self.lease_s
 
     def __len__(self) -> int:
         """Followers whose lease has not expired."""
@@ -72,18 +80,16 @@ class Replicas:
             return None
         end = self._clock() + wait.at_most_s
         while True:
-            found, now = self._found(sequence, wait.mode), self._clock()
+            live, now = self._live(), self._clock()
+            known = now >= self._all_known
+            found = _found(live, sequence, wait.mode, known=known)
             if found.enough or now >= end:
                 return found
-            # An expired lease tells nobody: look again when the next one might.
-            expiry = min(each.heard for each in self._live().values()) + self.lease_s
-            await self._changed(max(0.001, min(end, expiry) - now))
-
-    def _found(self, sequence: int, mode: WaitMode) -> Reached:
-        live = self._live()
-        applied = sum(each.sequence >= sequence for each in live.values())
-        needed = len(live) if mode == "all" else len(live) // 2 + 1 if live else 0
-        return Reached(len(live), applied, applied >= needed)
+            # Neither an expired lease nor the end of that time tells anybody: look again then.
+            next_look = min((each.heard + self.lease_s for each in live.values()), default=end)
+            if not known:
+                next_look = min(next_look, self._all_known)
+            await self._changed(max(0.001, min(end, next_look) - now))
 
     def _live(self) -> dict[str, _Follower]:
         oldest = self._clock() - self.lease_s
@@ -104,3 +110,11 @@ class Replicas:
         for told in self._waiting:
             if not told.done():
                 told.set_result(None)
+
+
+def _found(
+    live: Mapping[str, _Follower], sequence: int, mode: WaitMode, *, known: bool
+) -> Reached:
+    applied = sum(each.sequence >= sequence for each in live.values())
+    needed = len(live) if mode == "all" else len(live) // 2 + 1 if live else 0
+    return Reached(len(live), applied, known and applied >= needed)

@@ -119,7 +119,7 @@ class Owning:
         pass
 
     async def ready(self) -> None:
-        pass
+        self._replicas.begin()
 
     def drain(self) -> None:
         self._feed.close()

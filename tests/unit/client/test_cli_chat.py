@@ -12,13 +12,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from typer.testing import CliRunner
 from veneer_client import Chunk, Client
 from veneer_client.cli.chat import Conversation, Session
 from veneer_client.cli.main import cli
+from veneer_registry.errors import AdapterNotFound
 
+from tests.refused import refused
 from tests.unit.client.fake_server import FakeServer
+from tests.unit.client.refusals import Refusal
 
 Run = Callable[..., Any]
 
@@ -67,6 +71,45 @@ def test_commands_change_what_is_asked(server: FakeServer, run: Run) -> None:
         ("", ["user:/x", "assistant:0 ", "user:c"]),
     ]
     assert f"talking to sql@{sql.revision[:12]}" in done.stderr
+
+
+REVISION = "ab" * 32
+"""Of every answer of the fake server by an adapter."""
+
+
+@pytest.mark.parametrize("adapter", ["sql", "sql/prod", "sql@abab"])
+def test_a_conversation_keeps_the_revision_that_it_began_with(
+    adapter: str, server: FakeServer
+) -> None:
+    server.add("sql")
+    with Client(server.address) as client:
+        session = Session(client, Conversation(adapter=adapter), {"max_tokens": 1})
+        for line in ("a", "b", "c", "/reset", "d", "e", "/adapter sql", "f"):
+            assert session.take(line)
+    kept = f"sql@{REVISION}"
+    assert [asked for asked, _ in chats(server)] == [
+        *(adapter, kept, kept),
+        *(adapter, kept),
+        "sql",
+    ]
+
+
+def test_a_conversation_whose_revision_is_gone_says_what_to_do(
+    server: FakeServer,
+) -> None:
+    server.add("sql")
+    with Client(server.address) as client:
+        session = Session(client, Conversation(), {"max_tokens": 1})
+        session.use("sql")
+        assert session.take("a")
+        gone = Refusal(grpc.StatusCode.NOT_FOUND, "it is gone", "ADAPTER_NOT_FOUND")
+        server.refusals.append(gone)
+        with refused(AdapterNotFound) as caught:
+            session.take("b")
+        assert "/adapter sql" in caught.value.message
+        assert session.take("/adapter sql")
+        assert session.take("b")
+    assert [asked for asked, _ in chats(server)] == ["sql", f"sql@{REVISION}", "sql"]
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,6 @@ class LoadingByRegistry:
     def __init__(self, registry: RegistryChannel, until: Until) -> None:
         self._registry = registry
         self._until = until
-        self._stub: Any = adapters_pb2_grpc.AdapterServiceStub(registry.channel)
 
     async def load(
         self, home: Tenant, messages: AsyncIterator[adapters_pb2.UploadAdapterRequest]
@@ -83,9 +82,8 @@ class LoadingByRegistry:
 
     async def _pass(self, method: str, request: object) -> Any:
         asked = ASKED.get()
-        call = getattr(self._stub, method)(
-            request, metadata=() if asked is None else asked.caller
-        )
+        stub = adapters_pb2_grpc.AdapterServiceStub(self._registry.channel)
+        call = getattr(stub, method)(request, metadata=() if asked is None else asked.caller)
         try:
             return await call
         except grpc.aio.AioRpcError as error:

@@ -37,7 +37,6 @@ class PassingOn(AdapterService):
         super().__init__(tenants, budgets=budgets, transfers=transfers)
         self._registry = registry
         self._until = until
-        self._stub: Any = adapters_pb2_grpc.AdapterServiceStub(registry.channel)
 
     async def UploadAdapter(self, request_iterator: Any, context: Any) -> Any:
         """Passed on as it arrives; then loaded here, if that is asked for."""
@@ -132,7 +131,8 @@ class PassingOn(AdapterService):
 
     def _begin(self, method: str, request: Any, context: Any) -> Any:
         asked = ASKED.get()
-        return getattr(self._stub, method)(
+        stub = adapters_pb2_grpc.AdapterServiceStub(self._registry.channel)
+        return getattr(stub, method)(
             request,
             metadata=() if asked is None else asked.caller,
             timeout=context.time_remaining(),

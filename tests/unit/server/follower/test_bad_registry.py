@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -18,10 +19,12 @@ from veneer_registry.registry import Registry
 from veneer_server.config import load_config
 from veneer_server.follower import link
 from veneer_server.follower.follower import Change, Follower
+from veneer_server.replication.asked import ASKED, Asked
 from veneer_server.replication.feed import Feed
 from veneer_server.replication.replicas import Replicas
 from veneer_server.rpc.followers.replication_service import ReplicationService
 
+from tests.ports import free_port
 from tests.refused import refused
 from tests.unit.registry.kit import BASE, make_adapter, push
 
@@ -242,3 +245,29 @@ async def test_a_change_is_not_told_as_applied_while_it_is_being_applied(
         assert set(reports.told) == {3}
         gate.set()
         await until(lambda: 4 in reports.told)
+
+
+async def test_why_a_registry_was_never_followed_is_known(
+    scripted: Scripted, tmp_path: Path
+) -> None:
+    scripted.address = f"127.0.0.1:{free_port()}"
+    async with following(scripted, tmp_path) as (follower, _):
+        await until(lambda: scripted.address in follower.standing.fault)
+
+
+@pytest.mark.parametrize("clock_s", [-3600.0, 3600.0])
+async def test_a_kept_view_does_not_look_current_after_the_clock_was_set(
+    scripted: Scripted, tmp_path: Path, clock_s: float
+) -> None:
+    async with scripted.serving(), following(scripted, tmp_path) as (follower, _):
+        await until(lambda: follower.standing.connected)
+    view = tmp_path / "follower/follower/view"
+    os.utime(view, (0, view.stat().st_mtime - clock_s))
+    async with following(scripted, tmp_path) as (follower, mirror):
+        assert mirror.current("one")
+        strict = ASKED.set(Asked(most_lag_s=60))
+        try:
+            with refused(Unavailable, cause="registry_lag"):
+                follower.standing.check()
+        finally:
+            ASKED.reset(strict)

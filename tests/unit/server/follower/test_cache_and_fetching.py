@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
-from veneer_registry.errors import AdapterNotFound, InvalidField, QueueFull, Unavailable
+from veneer_registry.errors import (
+    AdapterNotFound,
+    DiskFull,
+    InvalidField,
+    QueueFull,
+    Unavailable,
+)
 from veneer_server.follower.cache import WeightsCache
 from veneer_server.follower.fetching import Fetching
 from veneer_server.follower.standing import Standing
@@ -23,6 +32,7 @@ class Kit:
     def __init__(self, tmp: Path) -> None:
         self.remote = Remote(tmp)
         self.used: set[str] = set()
+        self.in_memory: set[str] = set()
         self.standing = Standing("registry:1")
         self.standing.current()
         self.root = tmp / "cache"
@@ -31,7 +41,9 @@ class Kit:
 
     def start(self) -> None:
         """As a start of the server does."""
-        self.cache = WeightsCache(self.root, self.most, self.used.__contains__)
+        self.cache = WeightsCache(
+            self.root, self.most, self.used.__contains__, self.in_memory.__contains__
+        )
         self.cache.open()
         self.fetching = Fetching(self.cache, self.remote, self.standing, patience_s=0.5)
 
@@ -64,6 +76,43 @@ async def test_the_least_recently_used_goes_and_never_what_is_leased(kit: Kit) -
     assert await kit.present(four)
     assert one not in kit.cache
     assert kit.cache.bytes <= kit.most
+
+
+async def test_what_is_in_memory_goes_last_but_keeps_nothing_new_out(kit: Kit) -> None:
+    one, two, three, four = kit.remote.digests
+    for digest in (one, two):
+        await kit.present(digest)
+    kit.in_memory |= {one}
+    assert await kit.present(three)
+    assert (one in kit.cache, two in kit.cache, three in kit.cache) == (True, False, True)
+    kit.in_memory |= {three}
+    assert await kit.present(four)
+    assert (one in kit.cache, three in kit.cache, four in kit.cache) == (False, True, True)
+
+
+async def test_a_disk_with_less_room_than_the_cache_may_take(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two, three, _ = kit.remote.digests
+    await kit.present(one)
+    await kit.present(two)
+    kit.used |= {two}
+    pwrite = os.pwrite
+
+    def full(*arguments: Any) -> int:
+        if one in kit.cache:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", full)
+        kit.cache.most_bytes *= 2
+        assert await kit.present(three)
+        assert kit.whole(three)
+        kit.used |= {one, three}
+        await kit.present(one)  # room again: it was not in the cache
+        with refused(DiskFull):
+            await kit.present(kit.remote.digests[3])
 
 
 async def test_what_is_larger_than_the_cache_is_refused(kit: Kit) -> None:

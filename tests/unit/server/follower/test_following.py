@@ -11,16 +11,24 @@ from typing import Any
 import grpc
 import pytest
 import pytest_asyncio
-from veneer_client import AsyncClient, ReplicasReached, ServingStatus, WaitReplicas
+from veneer_client import AsyncClient, ReplicasReached, ServingStatus, Text, WaitReplicas
 from veneer_proto.v1 import adapters_pb2 as pb
 from veneer_proto.v1 import inference_pb2, replication_pb2, server_pb2
 from veneer_registry.errors import AdapterBudgetExceeded
-from veneer_server.access.edit_keys import add_key
+from veneer_server.access.edit_keys import add_key, revoke_key
 from veneer_server.access.principal import Role
 
+from tests.pki import Pki
 from tests.scale.proxy import Proxy
 from tests.unit.server.follower.pair import Pair, bearer, generate, pair, until
-from tests.unit.server.rpc.front_harness import failure, make_adapter, prompt, running, upload
+from tests.unit.server.rpc.front_harness import (
+    Front,
+    failure,
+    make_adapter,
+    prompt,
+    running,
+    upload,
+)
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -214,6 +222,25 @@ async def test_a_publication_waits_for_the_followers_that_are_alive(both: Pair) 
     assert back.replicas.enough
     found = await generate(both.follower, "everywhere")
     assert found.provenance.revision == answer.adapter.revision
+
+
+async def test_a_session_keeps_its_revision_on_every_replica(both: Pair) -> None:
+    first = (await both.push("session", 23)).adapter.revision
+    await both.agreed()
+    async with (
+        AsyncClient(both.follower.addresses["grpc"]) as here,
+        AsyncClient(both.registry.addresses["grpc"]) as there,
+        here.adapter("session") as kept,
+    ):
+        second = (await both.push("session", 24, allow_replace=True)).adapter.revision
+        await both.agreed()
+        found = [
+            await kept.generate(Text("Hello"), max_tokens=4),
+            await there.generate(Text("Hello"), adapter=kept.ref, max_tokens=4),
+        ]
+        assert {each.provenance.revision for each in found} == {first}
+        newest = await here.generate(Text("Hello"), adapter="session", max_tokens=4)
+        assert newest.provenance.revision == second
 
 
 async def test_what_the_registry_fetches_waits_for_followers_too(both: Pair) -> None:
@@ -444,3 +471,98 @@ async def test_a_torn_file_of_an_earlier_run_is_noticed(
         ) as follower:
             kept = await generate(follower, "one")
             assert kept.provenance.tier == inference_pb2.TIER_DISK
+
+
+async def test_a_follower_shows_renewed_keys_without_a_restart(
+    base_folder: Path, front_cache: Path, tmp_path: Path
+) -> None:
+    file, token = tmp_path / "keys.toml", tmp_path / "token"
+
+    def key(name: str) -> str:
+        return add_key(file, name=name, tenant="default", roles=["operator"], expires=None).key
+
+    first, second = key("first"), key("second")
+    token.write_text(first)
+    keys = {"keys_file": str(file)}
+    follow = {"role": "engine", "registry_key_file": str(token), **keys}
+    places = [tmp_path / "registry", tmp_path / "follower"]
+    async with (
+        running(base_folder, front_cache, places[0], **keys) as registry,
+        Proxy(registry.addresses["grpc"]) as proxy,
+        running(
+            base_folder, front_cache, places[1], registry=proxy.address, **follow
+        ) as follower,
+    ):
+
+        async def told(front: Front, who: str) -> Any:
+            request = server_pb2.GetServerInfoRequest()
+            return await front.server.GetServerInfo(request, metadata=bearer(who))
+
+        async def connected() -> bool:
+            return bool((await told(follower, second)).replication.connected)
+
+        async def revoked() -> bool:
+            try:
+                await told(registry, first)
+            except grpc.aio.AioRpcError as error:
+                assert error.code() is grpc.StatusCode.UNAUTHENTICATED
+                return True
+            return False
+
+        await until(connected)
+        token.write_text(second)
+        revoke_key(file, first)
+        await until(revoked)
+        proxy.cut()
+        messages = upload(make_adapter(tmp_path / "one", seed=1), "one")
+        await registry.adapters.UploadAdapter(messages, metadata=bearer(second))
+        request = prompt(adapter="one")
+        await until(lambda: _known(follower.inference.Generate(request, metadata=bearer(second))))
+
+
+async def _known(call: Awaitable[Any]) -> bool:
+    try:
+        await call
+    except grpc.aio.AioRpcError as error:
+        assert error.code() in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNAVAILABLE)
+        return False
+    return True
+
+
+async def test_a_follower_trusts_a_renewed_authority_without_a_restart(
+    base_folder: Path, front_cache: Path, tmp_path: Path
+) -> None:
+    pki, trusted = Pki(tmp_path / "pki"), tmp_path / "ca.pem"
+    shutil.copy(pki.ca_file, trusted)
+    tls = {"tls_cert": pki.cert, "tls_key": pki.key}
+    follow = {"role": "engine", "registry_ca": str(trusted)}
+    places = [tmp_path / "registry", tmp_path / "follower"]
+    async with (
+        running(
+            *(base_folder, front_cache, places[0]),
+            credentials=grpc.ssl_channel_credentials(trusted.read_bytes()),
+            **tls,
+        ) as registry,
+        Proxy(registry.addresses["grpc"]) as proxy,
+        running(
+            base_folder, front_cache, places[1], registry=proxy.address, **follow
+        ) as follower,
+    ):
+
+        async def pushed(seed: int) -> bool:
+            folder = make_adapter(tmp_path / f"adapter{seed}", seed=seed)
+            try:
+                await follower.push(folder, "one", allow_replace=True)
+            except grpc.aio.AioRpcError as error:
+                assert error.code() is grpc.StatusCode.UNAVAILABLE
+                return False
+            return True
+
+        await until(lambda: pushed(1))
+        other = Pki(tmp_path / "other")
+        shutil.copy(other.key, pki.key)
+        shutil.copy(other.cert, pki.cert)
+        shutil.copy(other.ca_file, trusted)
+        proxy.cut()
+        await until(lambda: pushed(2))
+        await until(lambda: _known(generate(follower, "one")))

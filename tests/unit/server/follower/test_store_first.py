@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +29,7 @@ class Objects:
     def __init__(self) -> None:
         self.content: dict[str, bytes] = {}
         self.claimed: dict[str, int] = {}
-        self.before: Callable[[], None] = lambda: None
+        self.before: Callable[[], object] = lambda: None
         self.asked: list[str] = []
 
     def stat(self, key: str) -> Stat | None:
@@ -129,6 +131,18 @@ async def test_an_object_that_cannot_be_it(kit: Kit, fault: str) -> None:
             kit.objects.content[key] += b"12345"
     await kit.present(one)
     assert kit.from_registry == {one}
+
+
+async def test_a_store_that_hangs_takes_no_threads_of_others(kit: Kit) -> None:
+    one = kit.registry.digests[0]
+    answer = threading.Event()
+    kit.objects.before = answer.wait
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+    try:
+        await kit.present(one)
+        assert kit.from_registry == {one}
+    finally:
+        answer.set()
 
 
 async def test_a_store_that_is_away_is_left_alone_for_a_while(kit: Kit) -> None:
