@@ -60,7 +60,7 @@ class Conversation:
 
     adapter: str = ""
     revision: str = ""
-    """That the first answer came from, as ``name@revision``; "" before it, and with the base."""
+    """Of the first answer, as ``name@revision``; "" before it, and with the base."""
     system: str = ""
     session: str = field(default_factory=lambda: uuid.uuid4().hex)
     turns: list[ChatMessage] = field(default_factory=list)
@@ -187,9 +187,7 @@ class Session:
         if "/" in conversation.adapter:  # the same target of the alias for all turns
             options = {**options, "session_key": conversation.session}
         adapter = conversation.revision or conversation.adapter
-        stream = self._client.chat_stream(
-            conversation.asking(text), adapter=adapter, **options
-        )
+        stream = self._client.chat_stream(conversation.asking(text), adapter=adapter, **options)
         stopped = False
         try:
             for chunk in stream:
@@ -203,8 +201,10 @@ class Session:
         except AdapterNotFound as error:
             if not conversation.revision:
                 raise
-            again = f"{error.message}; /adapter {conversation.adapter} goes on with what it is now"
-            raise AdapterNotFound(again, metadata=error.metadata) from error
+            raise AdapterNotFound(
+                f"{error.message}; /adapter {conversation.adapter} goes on with what it is now",
+                metadata=error.metadata,
+            ) from error
         finally:
             if pieces and not pieces[-1].endswith("\n"):
                 print(flush=True)
