@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import psycopg
 from veneer_registry.shared.objects import Objects
 from veneer_registry.shared.places import SharedPlaces
@@ -106,16 +107,16 @@ class PostgresServer:
 
     def kill(self) -> None:
         """Like a power cut of the database alone: every process gets SIGKILL."""
-        pids = subprocess.run(
-            ["ps", "-o", "pid=", "--ppid", str(self.process.pid)],
-            capture_output=True,
-            text=True,
-        ).stdout.split()
+        self.process.send_signal(signal.SIGSTOP)  # it starts no more processes
+        children = psutil.Process(self.process.pid).children()
         self.process.kill()
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
         self.process.wait()
+        # A new server refuses to start while one of them still holds the shared memory.
+        _, left = psutil.wait_procs(children, timeout=60)
+        assert not left, f"PostgreSQL's processes {left} do not end"
 
     def connect(self) -> psycopg.Connection[tuple[Any, ...]]:
         """A connection of the test's own."""

@@ -64,6 +64,8 @@ class Worker:
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
+            if not line.endswith("\n"):
+                break  # killed while it said so: nothing was acknowledged
             kind, *rest = line.split()
             with self._more:
                 self._count += 1
