@@ -34,10 +34,16 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-# Imported before the forks, which then take milliseconds instead of seconds.
+# Imported before the forks, which then take half a second instead of seconds. Those of
+# transformers are what it imports when it loads a 4-bit Llama.
+import accelerate  # noqa: F401
 import bitsandbytes  # noqa: F401
 import grpc
+import numpy.ma  # noqa: F401
 import transformers
+import transformers.integrations.bitsandbytes
+import transformers.models.llama.modeling_llama
+import transformers.quantizers.quantizer_bnb_4bit
 import veneer_server.backends.native.decoder  # noqa: F401
 from veneer_registry import opening, quarantine
 from veneer_registry.errors import VeneerError

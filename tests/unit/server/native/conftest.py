@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from veneer_server.backends.native.compiler import NativeUnavailable, build
+from veneer_server.backends.native.compiler import NativeUnavailable
 from veneer_server.backends.native.library import Library
 
 from tests.backends_ran import skip_or_fail
+from tests.kernels_once import kernels_built
 
 
 @pytest.fixture(scope="session", params=["best", "avx2", "software-matrix"])
@@ -17,7 +18,7 @@ def library(
     kernels for matrix registers over a software model, so that any CPU tests them."""
     wanted = "auto" if request.param == "best" else request.param
     try:
-        made = Library(build(tmp_path_factory.getbasetemp() / "native", wanted))
+        made = Library(kernels_built(tmp_path_factory, wanted))
     except NativeUnavailable as reason:
         skip_or_fail(reason)
     if wanted not in ("auto", made.instructions):

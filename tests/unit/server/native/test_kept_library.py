@@ -25,15 +25,17 @@ from veneer_server.backends.native.library import Library
 from veneer_server.config import load_config
 from veneer_server.operate.doctor import backends
 
+from tests.kernels_once import kernels_built
+
 ROOT = os.geteuid() == 0
 SOMEBODY = 54321
 
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the real compiler makes; the folder is that of `test_native`."""
+    """What the real compiler makes."""
     try:
-        return build(tmp_path_factory.getbasetemp() / "native")
+        return kernels_built(tmp_path_factory)
     except NativeUnavailable as reason:
         pytest.skip(str(reason))
 

@@ -19,6 +19,7 @@ from veneer_server.backends.native.library import BFLOAT16, Library
 from veneer_server.backends.native.linear import pack_dense
 
 from tests.backends_ran import native_possible
+from tests.kernels_once import kernels_built
 from tests.places import REPOSITORY
 from tests.unit.server.native.test_kept_library import broken
 from tests.unit.server.native.test_native import KINDS
@@ -35,7 +36,7 @@ SMALLEST = np.float32(2.0**-126)
 @pytest.fixture(scope="module", params=[SOFTWARE_MATRIX.name])
 def software(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The parameter's name lets `tests.mutants` choose these tests."""
-    return build(tmp_path_factory.getbasetemp() / "native", SOFTWARE_MATRIX.name)
+    return kernels_built(tmp_path_factory, SOFTWARE_MATRIX.name)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from veneer_registry.fingerprint import weights_fingerprint
 from veneer_server.backends.native import library
 from veneer_server.backends.native import linear as native_linear
-from veneer_server.backends.native.compiler import NativeUnavailable, build
+from veneer_server.backends.native.compiler import NativeUnavailable
 from veneer_server.backends.native.library import EIGHT_BIT, Library
 from veneer_server.backends.native.linear import NativeLinear, pack_dense
 from veneer_server.backends.native.packed import base as packed_base
@@ -33,6 +33,7 @@ from veneer_server.models.source import BaseDamaged
 from veneer_server.progress import SINK, Part
 
 from tests.backends_ran import skip_or_fail
+from tests.kernels_once import kernels_built, kernels_folder
 from tests.refused import refused
 from tests.unit.server.test_decoder import SHAPES, save_random
 
@@ -45,7 +46,7 @@ CHUNK = 1 << 16
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Library:
     """One form: all give the same packed bits (test_packing.py)."""
     try:
-        return Library(build(tmp_path_factory.getbasetemp() / "native"))
+        return Library(kernels_built(tmp_path_factory))
     except NativeUnavailable as reason:
         skip_or_fail(reason)
 
@@ -455,7 +456,7 @@ def process(
     started: list[subprocess.Popen[str]] = []
 
     def start(wrong: str) -> subprocess.Popen[str]:
-        native = tmp_path_factory.getbasetemp() / "native"
+        native = kernels_folder(tmp_path_factory)
         arguments = [str(bench.base.parent), str(native), bench.fingerprint, str(CHUNK)]
         started.append(
             subprocess.Popen(

@@ -1,0 +1,32 @@
+"""The native kernels, compiled once for a run of the suite: its workers share them."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+import pytest
+from veneer_server.backends.native.compiler import build
+
+__all__ = ["kernels_built", "kernels_folder"]
+
+
+def kernels_folder(factory: pytest.TempPathFactory) -> Path:
+    """Where `kernels_built` keeps them; a worker of pytest-xdist has a folder in the run's."""
+    own = factory.getbasetemp()
+    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "native"
+
+
+def kernels_built(factory: pytest.TempPathFactory, instructions: str = "auto") -> Path:
+    """The library of a form. Who needs one that another worker compiles waits for it, since
+    compiling takes ten seconds of a processor.
+
+    Raises:
+        NativeUnavailable: as `build`.
+    """
+    folder = kernels_folder(factory)
+    folder.mkdir(exist_ok=True)
+    with (folder / f"{instructions}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return build(folder, instructions)
