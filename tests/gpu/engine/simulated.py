@@ -21,6 +21,8 @@ from random import Random
 from typing import Any, Final
 
 import torch
+import torch.distributed as dist
+from veneer_server.backends.parallel.peers import GroupPeers
 
 from tests.gpu.interpreter import allow
 
@@ -206,6 +208,10 @@ class SimulatedDevice:
             return _Captured(self, self._capturing)
         finally:
             self._capturing = None
+
+    def join(self, store: dist.Store, index: int, count: int) -> GroupPeers:
+        dist.init_process_group("gloo", store=store, rank=index, world_size=count)
+        return GroupPeers()
 
     def drained(self, why: str) -> None:
         """All is executed; counts as a wait if ``why`` is given."""
