@@ -209,8 +209,10 @@ class SimulatedDevice:
         finally:
             self._capturing = None
 
-    def join(self, store: dist.Store, index: int, count: int) -> GroupPeers:
-        dist.init_process_group("gloo", store=store, rank=index, world_size=count)
+    def join(self, file: str, index: int, count: int) -> GroupPeers:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{file}", rank=index, world_size=count
+        )
         return GroupPeers()
 
     def drained(self, why: str) -> None:

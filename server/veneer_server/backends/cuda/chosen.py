@@ -20,7 +20,7 @@ from veneer_server.backends.parallel.sharding import Shard
 from veneer_server.models.loader import DecoderWeights
 from veneer_server.wire.messages import EngineConfig
 
-__all__ = ["CudaUnavailable", "build", "decoder_of", "loaded"]
+__all__ = ["CudaUnavailable", "build", "decoder_of", "loaded", "open_device"]
 
 
 class CudaUnavailable(Exception):

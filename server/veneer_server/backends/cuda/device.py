@@ -74,8 +74,9 @@ class Device(Protocol):
         """A graph of what a function enqueues, which is not executed now. It must have been
         called before: kernels are compiled when they are first launched."""
 
-    def join(self, store: dist.Store, index: int, count: int) -> Peers:
-        """Process ``index`` of ``count``, each with a card of its own, meets the others."""
+    def join(self, file: str, index: int, count: int) -> Peers:
+        """Process ``index`` of ``count``, each with a card of its own, meets the others by a
+        new file."""
 
 
 def matmul(device: Device, x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> None:
@@ -149,10 +150,14 @@ class CudaDevice:
             operations()
         return _Replayed(graph, self._steps)
 
-    def join(self, store: dist.Store, index: int, count: int) -> Peers:
+    def join(self, file: str, index: int, count: int) -> Peers:
         """See `Device.join`."""
         dist.init_process_group(
-            *("nccl", None, None, count, index, store), device_id=self.torch_device
+            "nccl",
+            init_method=f"file://{file}",
+            rank=index,
+            world_size=count,
+            device_id=self.torch_device,
         )
         return GroupPeers()
 

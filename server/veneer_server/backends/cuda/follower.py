@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-import torch.distributed as dist
 from veneer_registry.child_python import child_python
 from veneer_registry.errors import VeneerError
 
@@ -49,19 +48,19 @@ class _Given:
     """What a follower is started with.
 
     Attributes:
-        store: a file by which the processes find each other.
+        file: by which the processes find each other.
     """
 
     config: EngineConfig
     num_blocks: int
     index: int
-    store: str
+    file: str
 
 
 def lead(
     config: EngineConfig,
     num_blocks: int,
-    join: Callable[[dist.Store, int, int], Peers],
+    join: Callable[[str, int, int], Peers],
     build: Callable[[Member], Decoder],
     *,
     module: str = "",
@@ -80,21 +79,20 @@ def lead(
     """
     count = config.tensor_parallel
     folder = tempfile.TemporaryDirectory(prefix="veneer-cards-")
-    store = str(Path(folder.name) / "store")
+    file = str(Path(folder.name) / "meeting")
     links = []
     for index in range(1, count):
         link, process = _start(module or MODULE)
         links.append(link)
-        link.steps.send(_Given(config, num_blocks, index, store))
+        link.steps.send(_Given(config, num_blocks, index, file))
         watch = threading.Thread(target=_watch, args=(process, index, lost), daemon=True)
         watch.start()
     _answers(links)
-    peers = join(dist.FileStore(store, count), 0, count)  # type: ignore[no-untyped-call]
+    peers = join(file, 0, count)
     decoder = build(_member(config, 0, peers))
     _answers(links)
-    folder.cleanup()
     leading = Leading(decoder, links)
-    weakref.finalize(leading, _close, links).atexit = False
+    weakref.finalize(leading, _end, links, folder).atexit = False
     return leading
 
 
@@ -136,11 +134,17 @@ def _close(links: list[Link]) -> None:
         link.close()
 
 
+def _end(links: list[Link], folder: tempfile.TemporaryDirectory[str]) -> None:
+    # The group of processes may use its file as long as it lives.
+    _close(links)
+    folder.cleanup()
+
+
 def run(link: Link, ended: Callable[[], Any]) -> None:
     """A follower: build the decoder, then do what the leader says."""
     given: _Given = link.steps.recv()
     config, index, count = given.config, given.index, given.config.tensor_parallel
-    logs.configure(config.log_format, process=f"card {index}")
+    logs.configure(config.log_format, process="engine")
     torch.set_num_threads(1)
     shard = Shard(index, count)
     try:
@@ -150,8 +154,7 @@ def run(link: Link, ended: Callable[[], Any]) -> None:
         link.steps.send(str(error))
         return
     link.steps.send("")
-    store = dist.FileStore(given.store, count)  # type: ignore[no-untyped-call]
-    peers = card.join(store, index, count)
+    peers = card.join(given.file, index, count)
     member = _member(config, index, peers)
     decoder = chosen.decoder_of(config, card, weights, given.num_blocks, member)
     link.steps.send("")
