@@ -46,8 +46,11 @@ def run_process(command: Sequence[str], file: Path) -> None:
         [sys.executable, "-m", *command], stderr=subprocess.PIPE, text=True, check=False
     )
     if done.returncode or not file.exists():
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise Failed(f"status {done.returncode}: {last}")
+        lines = done.stderr.strip().splitlines() or ["it said nothing"]
+        print(*lines[-20:], sep="\n", flush=True)
+        # A server that it started may have logged after it.
+        errors = [line for line in lines if "error" in line.lower()]
+        raise Failed(f"status {done.returncode}: {(errors or lines)[-1]}")
 
 
 @dataclass(frozen=True, slots=True)

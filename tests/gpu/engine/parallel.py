@@ -77,7 +77,7 @@ def check(
         for each in processes:
             each.start()
         for each in processes:
-            each.join(240)
+            each.join(1800)
             each.kill()
             assert each.exitcode == 0, f"a process ended with {each.exitcode}"
         parts = [np.fromfile(Path(folder) / f"{i}", np.float32) for i in range(COUNT)]
