@@ -262,11 +262,6 @@ PLANTED_LEADING: Final[dict[str, Any]] = {
         "segments = [(s.begin, s.end, min(self.adapters._numbers.values())) "
         "for s in step.segments]",
     ),
-    "followers keep adapters that are evicted": partial(
-        *(planted, leading),
-        'link.steps.send(("release", number))',
-        "pass",
-    ),
 }
 """What `serve` must notice."""
 
