@@ -32,6 +32,8 @@ from veneer_server.wire.messages import (
     ToEngine,
 )
 
+LONGEST_S = 120.0
+"""An engine that says nothing for so long hangs."""
 GREEDY = SamplingParams(temperature=0)
 
 
@@ -120,7 +122,9 @@ class EngineHarness:
         """Return when the loop has handled all its messages."""
         number = next(self._numbers)
         self.inbox.put(Ping(number))
-        while not (isinstance(m := self.out.get(timeout=120), Pong) and m.number == number):
+        while not (
+            isinstance(m := self.out.get(timeout=LONGEST_S), Pong) and m.number == number
+        ):
             pass
 
     def run(self, requests: list[dict[str, Any]]) -> list[Answer]:
@@ -132,7 +136,7 @@ class EngineHarness:
         answers = {number: Answer() for number in numbers}
         open_ends = set(numbers)
         while open_ends:
-            message = self.out.get(timeout=120)
+            message = self.out.get(timeout=LONGEST_S)
             if isinstance(message, SequenceFailed):
                 answers[message.sequence].error = message.error.reason
                 open_ends.discard(message.sequence)

@@ -16,7 +16,7 @@ from veneer_labs.one_run import RunResult, run
 from veneer_labs.output import Lab, Row
 from veneer_labs.recipes import build
 
-__all__ = ["Runs", "optimizers", "qlora_vs_lora", "rank", "usual_optimizers"]
+__all__ = ["METHODS", "Runs", "optimizers", "qlora_vs_lora", "rank", "usual_optimizers"]
 
 _SHORT: Final = (
     "One small model and a few dozen steps of one data set: what holds here for thousands of "
@@ -24,6 +24,7 @@ _SHORT: Final = (
 )
 
 FULL_LR: Final = 5e-5
+METHODS: Final[tuple[Method, ...]] = ("qlora", "lora", "full")
 
 DEFAULTS: Final[Mapping[str, Any]] = {
     "lora": {"r": 16, "alpha": 32},
@@ -122,19 +123,15 @@ def _bars(rows: Sequence[Row], label: str, columns: Sequence[str]) -> Figure:
     return figure
 
 
-def qlora_vs_lora(runs: Runs, *, command: str) -> Lab:
+def qlora_vs_lora(runs: Runs, methods: Sequence[Method] = METHODS, *, command: str) -> Lab:
     """The same run on a 4-bit base, on a 16-bit one, and of all weights."""
     shape = read_shape(runs.base)
-    methods: tuple[Method, ...] = ("qlora", "lora", "full")
     rows: list[Row] = []
-    base_loss = float("nan")
     for method in methods:
         # Unless given, use a lower learning rate for a whole model than for an adapter.
         smaller = method == "full" and not runs.given("train", "lr")
         changes = {"train": {"lr": FULL_LR}} if smaller else {}
         found = runs.run(method, changes, method)
-        if method == "qlora":
-            base_loss = found.base_loss
         # Plan for the longest of these samples, since their lengths are known.
         longest = overlay(changes, {"data": {"max_len": found.longest}})
         config = parse_config(runs.config(method, longest))
@@ -142,13 +139,20 @@ def qlora_vs_lora(runs: Runs, *, command: str) -> Lab:
         planned = plan(shape, config, method=method, device=where).total
         rows.append(
             {
-                **_row({"method": method}, found),
+                **_row({"method": method, "base loss": found.base_loss}, found),
                 "lr": config.train.lr,
                 "planned, MB": round(planned / 1e6),
                 "plan / peak": round(planned / found.peak_bytes, 3),
             }
         )
-    losses = {r["method"]: r["val loss"] for r in rows}
+    by_method = {r["method"]: r for r in rows}
+    says = []
+    if (qlora := by_method.get("qlora")) is not None:
+        says.append(f"The base's loss is {qlora['base loss']:.4f} (4 bits)")
+        if (lora := by_method.get("lora")) is not None:
+            apart = qlora["val loss"] - lora["val loss"]
+            says[0] += f"; after training QLoRA's is {apart:+.4f} from LoRA's"
+        says[0] += "."
     return Lab(
         name="qlora-vs-lora",
         title="QLoRA beside LoRA and full fine-tuning",
@@ -159,8 +163,7 @@ def qlora_vs_lora(runs: Runs, *, command: str) -> Lab:
         rows=rows,
         plot=_bars(rows, "method", ("val loss", "peak, MB", "tokens/s")),
         says=[
-            f"The base's loss is {base_loss:.4f} (4 bits); after training QLoRA's is "
-            f"{losses['qlora'] - losses['lora']:+.4f} from LoRA's.",
+            *says,
             "`veneer-train plan` says the planned column before anything is loaded, for "
             f"`data.max_len={found.longest}`, the longest sample's tokens.",
         ],

@@ -8,6 +8,7 @@ from pathlib import Path
 from veneer_registry.adapter import BaseFingerprint, BaseSpec
 from veneer_registry.fingerprint import fingerprint_base
 
+from veneer_server.backends.parallel.sharding import Shard
 from veneer_server.config import ServerConfig
 from veneer_server.logs import get_logger
 from veneer_server.models.config import DecoderConfig
@@ -28,8 +29,10 @@ def memory_for(decoder: DecoderConfig, config: ServerConfig) -> MemoryPlan:
 
     Raises:
         MemoryTooSmall: the configuration does not fit this machine.
+        UnsupportedModel: the base cannot be divided among so many cards.
     """
     host = host_memory()
+    decoder = Shard(0, config.tensor_parallel).config(decoder)  # what one card has
     choice = choose_gpu(config.device)
     if choice.why_not:
         _log.warning(
@@ -70,7 +73,8 @@ def replan(
         kv_cache_bytes=plan.kv_cache_bytes,
     )
     gpu = find_gpu(config.device) if _on_gpu(plan) else None
-    return plan_memory(decoder, changed, host_memory(), gpu)
+    part = Shard(0, config.tensor_parallel).config(decoder)
+    return plan_memory(part, changed, host_memory(), gpu)
 
 
 def _on_gpu(plan: MemoryPlan) -> bool:

@@ -52,6 +52,9 @@ class Placer(Protocol):
             VeneerError: there is no room for it.
         """
 
+    def part(self, layout: Layout) -> int:
+        """How many of an adapter's numbers it has memory for, if cards divide them; else 0."""
+
     def release(self, table: AdapterTable) -> None:
         """Steps to come do not use it. On the loop's thread."""
 
@@ -155,7 +158,7 @@ class LoraMemory:
         try:
             copy, stages = make(argument)
             self._finished[digest, tier] = copy
-            self._inbox.put(Arrived(digest, tier, stages))
+            self._inbox.put(Arrived(digest, tier, stages, part=self._part(copy)))
         except VeneerError as error:
             self._inbox.put(Arrived(digest, tier, {}, error))
         except MemoryError:
@@ -167,6 +170,12 @@ class LoraMemory:
                 "the server's log has the details"
             )
             self._inbox.put(Arrived(digest, tier, {}, failure))
+
+    def _part(self, copy: HostCopy | AdapterTable) -> int:
+        """See `Arrived.part`."""
+        if self._placer is None or not isinstance(copy, HostCopy):
+            return 0
+        return self._placer.part(copy.layout)
 
     def _read(self, source: AdapterSource) -> tuple[HostCopy, dict[str, float]]:
         return self._loaders.read(source)

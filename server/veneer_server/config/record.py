@@ -169,6 +169,10 @@ class ServerConfig:
         "auto", kinds.auto_whole(1, 1024),
         "CPU threads for a step; auto, or 0, is one for each physical core of one socket, or "
         "fewer if the container's quota is less.")
+    tensor_parallel: int = setting(
+        "1", kinds.whole(1, 64),
+        "Cards that the base is divided among, a process for each; budgets are for each. More "
+        "than 1 needs --backend cuda.")
     max_running: int = setting(
         "64", kinds.whole(1, 4096),
         "Most sequences in one batch.")

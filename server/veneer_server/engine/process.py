@@ -76,7 +76,8 @@ def build_engine(
     torch.set_num_threads(placement.threads)
     dtype = torch_dtype(config.dtype)
     model = read_decoder_config(Path(config.base_folder))
-    token_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize
+    kv_heads = model.num_kv_heads // config.tensor_parallel  # of a card
+    token_bytes = 2 * model.num_layers * kv_heads * model.head_dim * dtype.itemsize
     num_blocks = max(2, config.kv_cache_bytes // (token_bytes * config.block_size))
     # Created first, so that it reads the vocabulary while the weights are loaded.
     grammars = Grammars.of_base(
@@ -111,6 +112,7 @@ def build_engine(
         device_budget=config.device_adapter_bytes,
         itemsize=lora_dtype.itemsize,
         shared=device.type == "cpu" and chosen.placer is None,
+        parts=config.tensor_parallel,
         # Enough that workers find another load while the loop is in a step; few enough that
         # an urgent load does not wait long behind loads for adapters that are needed last.
         most_loads=4 * config.load_workers,

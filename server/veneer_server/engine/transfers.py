@@ -162,7 +162,7 @@ class Transfers:
         self._memory.admit(message)
         took = sum(s for stage, s in message.stages.items() if stage != LOST)
         if message.tier == "host":
-            self._residency.loaded(digest, took)
+            self._residency.loaded(digest, took, message.part)
         else:
             self._residency.moved(digest, took)
         self._outbox.add(

@@ -28,12 +28,18 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """A worker's report: the adapter is complete in a tier, or it failed."""
+    """A worker's report: the adapter is complete in a tier, or it failed.
+
+    Attributes:
+        part: of an adapter in HOST, how many of its numbers each card will have; 0 if they are
+            not divided.
+    """
 
     weights_digest: str
     tier: str
     stages: dict[str, float]
     error: VeneerError | None = None
+    part: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,6 +53,8 @@ class EngineConfig(Message, frozen=True):
             `engine.execution.backend_choice`.
         native_instructions: of the native kernels; ``auto`` is the best set the CPU has.
         threads: of a step; 0 chooses, see `system.placement`.
+        tensor_parallel: cards that the base is divided among; budgets are for each. More than 1
+            needs the backend for CUDA.
         max_batch_tokens: most tokens computed in one step.
         max_prefill_tokens: most prompt tokens in a step that also decodes.
         max_running: most sequences running at once.
@@ -78,6 +80,7 @@ class EngineConfig(Message, frozen=True):
         "auto", "amx-bf16", "avx512-bf16", "avx2", "neon-bf16", "neon"
     ] = "auto"
     threads: int = 0
+    tensor_parallel: int = 1
     max_batch_tokens: int = 512
     max_prefill_tokens: int = 128
     max_running: int = 64

@@ -87,8 +87,8 @@ def told(result: GpuCheck) -> str:
         )
     lines += [f"{name}: {value:.1f}" for name, value in result.swap.items()]
     lines += [
-        f"{each.method}: loss {each.val_loss:.3f}, {each.peak_mb:.0f} MB of "
-        f"{each.planned_mb:.0f} planned"
+        f"{each.method}: loss {each.base_loss:.3f} to {each.val_loss:.3f}, "
+        f"{each.peak_mb:.0f} MB, {each.planned_mb:.0f} planned"
         for each in result.training
     ]
     lines += [f"FAILED {name}: {why}" for name, why in result.failed.items()]

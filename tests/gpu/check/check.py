@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -15,6 +15,8 @@ from tests.gpu.check.result import GpuCheck, Kernels, Serving, Training
 from tests.gpu.check.runs import Failed, Plan, Run, Runner, read, trained
 
 __all__ = ["check"]
+
+METHODS: Final = ("qlora", "lora")
 
 
 @dataclass
@@ -84,11 +86,16 @@ def check(
             else each
             for each in found.serving
         ]
-    with found.step("training"):
-        run = plan.training()
-        tell(f"{run.name} ...")
-        runner(run.command, run.file)
-        found.training = trained(run.file)
+    # One after the other: a base may fit into the card's memory in 4 bits and not in 16.
+    for method in METHODS:
+        with found.step(f"training by {method}"):
+            run = plan.training(method)
+            tell(f"{run.name} ...")
+            runner(run.command, run.file)
+            now = trained(run.file)
+            found.training.append(now)
+            if not now.val_loss < now.base_loss:
+                raise Failed(f"the loss goes from {now.base_loss:.3f} to {now.val_loss:.3f}")
     return GpuCheck(
         card=kernels["name"],
         capability=kernels["capability"],

@@ -2,7 +2,7 @@
 
 ``python -m tests.gpu.check.random_base 7b FOLDER``. Speed does not depend on what weights are.
 Written layer by layer, in bfloat16: 13 GB of disk for 7b, 141 for 70b; the tokenizer is the
-bundled base's.
+bundled base's, and the vocabulary not smaller than its. ``tiny`` is for ``--rehearse``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -21,7 +22,8 @@ from tests.gpu.check.steps import LLAMA_7B, LLAMA_70B, Model
 
 __all__ = ["SHAPES", "write"]
 
-SHAPES: Final = {"7b": LLAMA_7B, "70b": LLAMA_70B}
+TINY: Final = Model(layers=2, hidden=64, inner=128, heads=4, kv_heads=2, head=16, vocab=512)
+SHAPES: Final = {"7b": LLAMA_7B, "70b": LLAMA_70B, "tiny": TINY}
 NAMES: Final = (
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
     *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
@@ -32,8 +34,9 @@ def write(model: Model, folder: Path, tokenizer: Path) -> None:
     """Write the folder.
 
     Args:
-        tokenizer: a folder whose tokenizer is copied; its vocabulary must not be larger.
+        tokenizer: a folder whose tokenizer is copied; its vocabulary counts if it is larger.
     """
+    model = replace(model, vocab=max(model.vocab, vocabulary_of(tokenizer)))
     folder.mkdir(parents=True)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if (tokenizer / name).exists():
@@ -79,6 +82,13 @@ def write(model: Model, folder: Path, tokenizer: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {"total_size": total}, "weight_map": index})
     )
+
+
+def vocabulary_of(folder: Path) -> int:
+    """One more than a tokenizer's largest id."""
+    facts = json.loads((folder / "tokenizer.json").read_bytes())
+    added = [token["id"] for token in facts.get("added_tokens", ())]
+    return 1 + max([*facts.get("model", {}).get("vocab", {}).values(), *added], default=-1)
 
 
 if __name__ == "__main__":

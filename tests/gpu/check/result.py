@@ -54,10 +54,13 @@ class Training(msgspec.Struct, frozen=True, kw_only=True):
     """A short run by one method, from the lab ``qlora-vs-lora``.
 
     Attributes:
+        base_loss, val_loss: on held-out samples, before and after; it failed if they do not
+            fall.
         peak_mb, planned_mb: of the card's memory; ``veneer-train plan``.
     """
 
     method: str
+    base_loss: float
     val_loss: float
     tokens_per_s: float
     peak_mb: float
@@ -74,7 +77,6 @@ class GpuCheck(msgspec.Struct, frozen=True, kw_only=True):
             mean difference of log-probabilities, nats. Speed is measured only where it is
             small.
         swap: medians, milliseconds, by `veneer-loadtest swap`'s names; by tier.
-        base_loss: before training, of the quantized base.
         failed: steps that failed, and why. Where it is not empty, the command's status is 1.
     """
 

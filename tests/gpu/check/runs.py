@@ -46,8 +46,11 @@ def run_process(command: Sequence[str], file: Path) -> None:
         [sys.executable, "-m", *command], stderr=subprocess.PIPE, text=True, check=False
     )
     if done.returncode or not file.exists():
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise Failed(f"status {done.returncode}: {last}")
+        lines = done.stderr.strip().splitlines() or ["it said nothing"]
+        print(*lines[-20:], sep="\n", flush=True)
+        # A server that it started may have logged after it.
+        errors = [line for line in lines if "error" in line.lower()]
+        raise Failed(f"status {done.returncode}: {(errors or lines)[-1]}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +117,12 @@ class Plan:
         """Swaps by tier, and streams while adapters are loaded."""
         return self._run("swap", "swap", "--samples", "10", "--rank", str(RANK))
 
-    def training(self) -> Run:
-        """20 steps of QLoRA, and of LoRA on the base in 16 bits."""
-        out = self.out / "training"
+    def training(self, method: str) -> Run:
+        """20 steps of QLoRA, or of LoRA on the base in 16 bits, which needs more memory."""
+        out = self.out / f"training-{method}"
         command = ("veneer_train", "lab", "qlora-vs-lora", "--base", str(self.base))
-        more = ("--set", "train.steps=20", "--out", str(out))
-        return Run("training", (*command, *more), out / "results.csv")
+        more = ("--methods", method, "--set", "train.steps=20", "--out", str(out))
+        return Run(out.name, (*command, *more), out / "results.csv")
 
     def served(self, streams: int, result: dict[str, Any], card: Card | None) -> list[Serving]:
         """From `load`'s file."""
@@ -150,19 +153,18 @@ class Plan:
         return found
 
 
-def trained(file: Path) -> list[Training]:
-    """From the lab's table."""
+def trained(file: Path) -> Training:
+    """From the lab's table of one method."""
     with file.open(encoding="utf-8", newline="") as lines:
-        return [
-            Training(
-                method=row["method"],
-                val_loss=float(row["val loss"]),
-                tokens_per_s=float(row["tokens/s"]),
-                peak_mb=float(row["peak, MB"]),
-                planned_mb=float(row["planned, MB"]),
-            )
-            for row in csv.DictReader(lines)
-        ]
+        (row,) = csv.DictReader(lines)
+    return Training(
+        method=row["method"],
+        base_loss=float(row["base loss"]),
+        val_loss=float(row["val loss"]),
+        tokens_per_s=float(row["tokens/s"]),
+        peak_mb=float(row["peak, MB"]),
+        planned_mb=float(row["planned, MB"]),
+    )
 
 
 def read(file: Path) -> dict[str, Any]:

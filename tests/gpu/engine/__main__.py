@@ -2,8 +2,8 @@
 
 Seven parts: histories of chunks and fences; captured graphs under swaps, evictions and changes
 of the batch; steps enqueued ahead; the engine on a simulated card; the formats of a base; two
-processes with half of one each; torture rows 9 to 12. All but the engine and the formats also
-with planted bugs, which must be noticed.
+processes with half of one each, and an engine on both; torture rows 9 to 12. All but the engine
+on one card and the formats also with planted bugs, which must be noticed.
 
 With ``--kernels`` the card executes Triton's kernels by its interpreter, a second or more for a
 step; without, the same launches in torch. ``--quick`` is the suite's form.
@@ -146,6 +146,18 @@ def _parallel(given: Any, instead: Any) -> Iterator[str]:
             found = str(error)
         print(f"    {name}: {found[:120] or 'NOT NOTICED'}", flush=True)
         if not found:
+            yield name
+    for exact in (False, True):
+        found_here = parallel.serve(requests=given.requests, exact=exact)
+        how = "two cards, exact" if exact else "two cards"
+        print(f"engine on {how}: {found_here.figure}", flush=True)
+        yield from found_here.failures
+        if given.quick:
+            return
+    for name in list(parallel.PLANTED_LEADING)[: given.bugs]:
+        noticed = parallel.serve(requests=given.requests, exact=True, bug=name).failures
+        print(f"    {name}: {(noticed or ('NOT NOTICED',))[0][:120]}", flush=True)
+        if not noticed:
             yield name
 
 

@@ -1,30 +1,36 @@
 """Two processes over gloo, each with half of a base and of its adapters on a simulated card.
 
 The same steps by one process are the reference. What differs is that sums over the inputs of o
-and down are rounded to bfloat16 in two parts; `RATIO` says how far that may lead.
+and down are rounded to bfloat16 in two parts; `RATIO` says how far that may lead. `serve` is
+the same for an engine: its followers run this module in place of
+``veneer_server.backends.cuda.follower``.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import tempfile
-from contextlib import nullcontext
+import threading
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any, Final, cast
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from veneer_server.backends.cuda import forward, weights
+from veneer_server.backends.cuda import chosen, follower, forward, weights
 from veneer_server.backends.cuda.buckets import Sizes
 from veneer_server.backends.cuda.decoder import CudaDecoder
 from veneer_server.backends.cuda.fp8 import reference as fp8
 from veneer_server.backends.cuda.linears import linear_of
 from veneer_server.backends.cuda.memory import adapters
 from veneer_server.backends.cuda.nf4 import reference as nf4
+from veneer_server.backends.parallel import leading
 from veneer_server.backends.parallel.peers import GroupPeers, Member
 from veneer_server.backends.parallel.sharding import Shard
 from veneer_server.backends.parallel.weights import shard_weights
@@ -35,12 +41,14 @@ from veneer_server.models.linear import Dense
 from veneer_server.models.loader import DecoderWeights
 from veneer_server.step.adapter_table import AdapterTable
 
+from tests.gpu.engine import scenario
 from tests.gpu.engine.plain import PLAIN
 from tests.gpu.engine.simulated import SimulatedDevice
+from tests.places import REPOSITORY
 from tests.planted import planted
 from tests.unit.server.cuda import parallel_kit as kit
 
-__all__ = ["FORMATS", "PLANTED", "check"]
+__all__ = ["FORMATS", "PLANTED", "PLANTED_LEADING", "check", "serve"]
 
 CONFIG: Final = replace(kit.CONFIG, head_dim=32)
 """Heads of half a block of weights: a process has whole blocks."""
@@ -69,7 +77,7 @@ def check(
         for each in processes:
             each.start()
         for each in processes:
-            each.join(240)
+            each.join(1800)
             each.kill()
             assert each.exitcode == 0, f"a process ended with {each.exitcode}"
         parts = [np.fromfile(Path(folder) / f"{i}", np.float32) for i in range(COUNT)]
@@ -200,3 +208,64 @@ PLANTED: Final[dict[str, Any]] = {
         "layout, run = cut_run(layout, run, member.whole, type(member.shard)(0, 2))",
     ),
 }
+
+
+def serve(*, requests: int, exact: bool, bug: str = "") -> scenario.Found:
+    """The engine of `scenario` on two simulated cards. Not in 4 bits: half of the tiny base's
+    heads is not a whole block of weights."""
+    path = f"{REPOSITORY}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        stack.enter_context(patch.dict(os.environ, {"PYTHONPATH": path}))
+        stack.enter_context(patch.object(chosen, "open_device", _opened))
+        stack.enter_context(patch.object(follower, "MODULE", "tests.gpu.engine.parallel"))
+        stack.callback(lambda: dist.is_initialized() and dist.destroy_process_group())
+        if bug:
+            stack.enter_context(PLANTED_LEADING[bug]())
+        return scenario.run(
+            *(folder,),
+            requests=requests,
+            exact=exact,
+            quantization="none",
+            ratio=RATIO,
+            tensor_parallel=COUNT,
+        )
+
+
+class _Diligent(SimulatedDevice):
+    """FAKE `Device` that executes what is enqueued as soon as it can: nothing in a follower
+    waits for the tokens of a step."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self._more = threading.Semaphore(0)
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def enqueue(self, operation: Any) -> None:
+        super().enqueue(operation)
+        self._more.release()
+
+    def _work(self) -> None:
+        while self._more.acquire():
+            self.drained("")
+
+
+def _opened(device: Any) -> SimulatedDevice:
+    kind = SimulatedDevice if device.type == "cpu" else _Diligent
+    return kind(Random(7), PLAIN)
+
+
+PLANTED_LEADING: Final[dict[str, Any]] = {
+    "followers have another adapter": partial(
+        *(planted, leading),
+        "segments = [(s.begin, s.end, number(s.table)) for s in step.segments]",
+        "segments = [(s.begin, s.end, min(self.adapters._numbers.values())) "
+        "for s in step.segments]",
+    ),
+}
+"""What `serve` must notice."""
+
+
+if __name__ == "__main__":
+    with patch.object(chosen, "open_device", _opened):
+        follower.main()

@@ -23,13 +23,13 @@ from veneer_server.backends.cuda.memory import adapters
 from veneer_server.engine.execution import ahead
 from veneer_server.wire.messages import EngineConfig
 
+from tests import engine_harness
 from tests.gpu.engine.simulated import SimulatedDevice
 from tests.planted import planted
 from tests.tiny_llama import make_tiny_llama
+from tests.torture import churn, in_process
 from tests.torture.alone_reference import AloneReference
-from tests.torture.churn import churn
 from tests.torture.forms import Form
-from tests.torture.in_process import in_process
 from tests.torture.isolation import failures_of, outcomes
 from tests.torture.parity_matrix import tiny_matrix
 from tests.torture.planted_isolation import PLANTED as ISOLATION
@@ -58,6 +58,11 @@ FORM: Final = _Exact(
 )
 
 
+LONGEST_S: Final = 1800.0
+"""Before a call or an engine counts as hung. A simulated card is slow, and more so on a machine
+that does other things."""
+
+
 @contextmanager
 def cards(instead: Any, seed: str) -> Iterator[None]:
     """Each engine that is built meanwhile has a simulated card of its own."""
@@ -65,7 +70,8 @@ def cards(instead: Any, seed: str) -> Iterator[None]:
     def opened(_device: Any) -> SimulatedDevice:
         return SimulatedDevice(Random(seed), instead)
 
-    with patch.object(chosen, "open_device", opened):
+    slow = patch.object(engine_harness, "LONGEST_S", LONGEST_S)
+    with patch.object(chosen, "open_device", opened), slow:
         yield
 
 
@@ -80,15 +86,16 @@ def _row_9(scale: Scale, work: int, bug: Bug) -> tuple[str, tuple[str, ...]]:
 
     async def run() -> Any:
         form = Form("cuda", {k: v for k, v in FORM.settings.items() if k != "exact"})
-        async with in_process(base, folder, form, **settings) as server:
+        async with in_process.in_process(base, folder, form, **settings) as server:
             random = scale.random("churn")
-            record = await churn(server, traffic, random, folder / "adapters")
+            record = await churn.churn(server, traffic, random, folder / "adapters")
             error = server.engine_error
             if error is None:
                 await server.end()
             return record, error
 
-    with bug():
+    stopping = patch.object(in_process, "STOP_SECONDS", LONGEST_S)
+    with bug(), stopping, patch.object(churn, "LONGEST_S", LONGEST_S):
         record, error = asyncio.run(run())
     ended = () if error is None else (f"the step loop ended: {error!r}",)
     alone = AloneReference(base, FORM, folder / "cache")

@@ -21,6 +21,8 @@ from random import Random
 from typing import Any, Final
 
 import torch
+import torch.distributed as dist
+from veneer_server.backends.parallel.peers import GroupPeers
 
 from tests.gpu.interpreter import allow
 
@@ -206,6 +208,12 @@ class SimulatedDevice:
             return _Captured(self, self._capturing)
         finally:
             self._capturing = None
+
+    def join(self, file: str, index: int, count: int) -> GroupPeers:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{file}", rank=index, world_size=count
+        )
+        return GroupPeers()
 
     def drained(self, why: str) -> None:
         """All is executed; counts as a wait if ``why`` is given."""

@@ -122,6 +122,16 @@ def test_qlora_beside_lora_and_full(tiny_base: Path, chats: Path, tmp_path: Path
     )
     assert [r["method"] for r in rows] == ["qlora", "lora", "full"]
     assert float(rows[2]["trained, M"]) > float(rows[1]["trained, M"])
+    assert all(float(row["base loss"]) > 0 for row in rows)
+
+
+@pytest.mark.usefixtures("_in_this_process")
+def test_one_method_alone(tiny_base: Path, chats: Path, tmp_path: Path) -> None:
+    rows = lab(
+        *("qlora-vs-lora", "--base", tiny_base, "--out", tmp_path / "lab", *SHORT),
+        *("--methods", "lora", "--set", f"data.train={chats}"),
+    )
+    assert [r["method"] for r in rows] == ["lora"]
 
 
 @pytest.mark.parametrize(
@@ -131,6 +141,7 @@ def test_qlora_beside_lora_and_full(tiny_base: Path, chats: Path, tmp_path: Path
         (["swap", "--adapters", "a=nowhere,b=nowhere"], "two or more"),
         (["quant-ppl", "--base", "BASE", "--modes", "nf5"], "not one of bf16"),
         (["rank", "--base", "BASE", "--r", "x"], "comma-separated integers"),
+        (["qlora-vs-lora", "--base", "BASE", "--methods", "qlora,dora"], "qlora, lora, full"),
         (["rank", "--base", "BASE", "--set", "train.stpes=3"], "did you mean"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -13,6 +14,7 @@ from veneer_registry.errors import InvalidField
 from veneer_train.base_folder import resolve_base
 from veneer_train.commands.common import Debug, errors, quiet_libraries, stderr
 from veneer_train.config import read_preset
+from veneer_train.plan import Method
 from veneer_train.strict import apply_setting, overlay, read_yaml
 
 __all__ = ["EXAMPLES", "lab"]
@@ -44,6 +46,9 @@ def lab(
     tokens: Annotated[int, typer.Option(help="quant-ppl: tokens of text.", min=64)] = 16_384,
     window: Annotated[int, typer.Option(help="quant-ppl: tokens of context.", min=16)] = 512,
     ranks: Annotated[str, typer.Option("--r", help="rank: the ranks.")] = "16,32,64,128",
+    methods: Annotated[
+        str, typer.Option(help="qlora-vs-lora: some of qlora, lora, full.")
+    ] = "qlora,lora,full",
     optimizers: Annotated[
         str | None,
         typer.Option(
@@ -126,7 +131,8 @@ def lab(
                     names = optimizers or training.usual_optimizers()
                     made = training.optimizers(runs, names.split(","), command=command)
                 else:
-                    made = training.qlora_vs_lora(runs, command=command)
+                    chosen = _methods(methods, training.METHODS)
+                    made = training.qlora_vs_lora(runs, chosen, command=command)
         page = write(made, out)
     print(page.read_text("utf-8"))
 
@@ -161,6 +167,17 @@ def _numbers(text: str) -> list[int]:
         raise InvalidField(
             f"--r {text}: give comma-separated integers", metadata={"field": "r"}
         ) from None
+
+
+def _methods(text: str, known: Sequence[Method]) -> list[Method]:
+    wanted = text.split(",")
+    found = [method for method in known if method in wanted]
+    if len(found) != len(wanted):
+        raise InvalidField(
+            f"--methods {text}: give some of {', '.join(known)}, separated by commas",
+            metadata={"field": "methods"},
+        )
+    return found
 
 
 def _cores() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,14 +11,16 @@ import torch
 from veneer_server.backends.cuda.attention.decode import SPLIT
 from veneer_server.backends.cuda.buckets import Sizes
 from veneer_server.backends.cuda.decoder import CudaDecoder
-from veneer_server.backends.cuda.device import open_device
+from veneer_server.backends.cuda.device import Device, open_device
 from veneer_server.backends.cuda.draws import CudaDraws
 from veneer_server.backends.cuda.weights import load
-from veneer_server.models.config import read_decoder_config
+from veneer_server.backends.parallel.leading import Leading
+from veneer_server.backends.parallel.peers import Member
+from veneer_server.backends.parallel.sharding import Shard
 from veneer_server.models.loader import DecoderWeights
 from veneer_server.wire.messages import EngineConfig
 
-__all__ = ["CudaUnavailable", "build"]
+__all__ = ["CudaUnavailable", "build", "decoder_of", "loaded", "open_device"]
 
 
 class CudaUnavailable(Exception):
@@ -30,7 +33,7 @@ def build(
     dtype: torch.dtype,
     num_blocks: int,
     repaired: Callable[[Callable[[], DecoderWeights]], DecoderWeights],
-) -> tuple[CudaDecoder, CudaDraws]:
+) -> tuple[CudaDecoder | Leading, CudaDraws]:
     """A decoder over the base, and what samples from its logits.
 
     Args:
@@ -38,7 +41,9 @@ def build(
 
     Raises:
         CudaUnavailable: there is no card, or the kernels do not support the base.
+        UnsupportedModel: the base cannot be divided so.
     """
+    count = config.tensor_parallel
     if dtype != torch.bfloat16:
         raise CudaUnavailable(
             f"it computes in bfloat16, not in {str(dtype).removeprefix('torch.')}"
@@ -47,27 +52,64 @@ def build(
         raise CudaUnavailable(
             f"KV blocks hold {config.block_size} tokens, which does not divide {SPLIT}"
         )
-    folder = Path(config.base_folder)
-    model = read_decoder_config(folder)
+    if config.exact and count > 2:
+        raise CudaUnavailable(
+            f"sums of {count} cards have no order of their own, so --exact needs "
+            "--tensor-parallel 2 or 1"
+        )
     try:
         card = open_device(device)
-        weights = repaired(
-            lambda: load(
-                card,
-                folder,
-                quantization=config.quantization,
-                cache_dir=Path(config.cache_folder),
-                fingerprint=config.weights_fingerprint,
-            )
-        )
+        shard = Shard(0, count) if count > 1 else None
+        weights = repaired(lambda: loaded(config, card, shard))
     except (RuntimeError, ValueError) as reason:
         raise CudaUnavailable(str(reason)) from reason
+    of = partial(decoder_of, config, card, weights, num_blocks)
+    decoder: CudaDecoder | Leading
+    if shard is None:
+        decoder = of(None)
+    else:
+        # Imported here: it imports this module.
+        from veneer_server.backends.cuda.follower import lead
+
+        decoder = lead(config, num_blocks, card.join, of)
+    return decoder, CudaDraws(card, config.max_running, weights.config.vocab_size)
+
+
+def loaded(config: EngineConfig, card: Device, shard: Shard | None) -> DecoderWeights:
+    """The base, or a part of it, in device memory.
+
+    Raises:
+        ValueError: the kernels do not read its weights.
+        UnsupportedModel: it cannot be divided so.
+    """
+    return load(
+        card,
+        Path(config.base_folder),
+        quantization=config.quantization,
+        cache_dir=Path(config.cache_folder),
+        fingerprint=config.weights_fingerprint,
+        shard=shard,
+    )
+
+
+def decoder_of(
+    config: EngineConfig,
+    card: Device,
+    weights: DecoderWeights,
+    num_blocks: int,
+    member: Member | None,
+) -> CudaDecoder:
+    """A decoder over `loaded` weights.
+
+    Args:
+        member: this process, if they are a part.
+    """
     sizes = Sizes(
         rows=config.max_batch_tokens + config.max_running,
         sequences=config.max_running,
-        context=model.context_length,
+        context=weights.config.context_length,
     )
-    decoder = CudaDecoder(
+    return CudaDecoder(
         card,
         weights,
         sizes,
@@ -75,5 +117,5 @@ def build(
         block_size=config.block_size,
         adapter_bytes=config.device_adapter_bytes,
         exact=config.exact,
+        member=member,
     )
-    return decoder, CudaDraws(card, config.max_running, model.vocab_size)

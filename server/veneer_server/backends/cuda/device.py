@@ -15,6 +15,9 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
+
+from veneer_server.backends.parallel.peers import GroupPeers, Peers
 
 __all__ = ["CudaDevice", "Device", "Event", "Graph", "matmul", "open_device"]
 
@@ -70,6 +73,10 @@ class Device(Protocol):
     def capture(self, operations: Callable[[], None]) -> Graph:
         """A graph of what a function enqueues, which is not executed now. It must have been
         called before: kernels are compiled when they are first launched."""
+
+    def join(self, file: str, index: int, count: int) -> Peers:
+        """Process ``index`` of ``count``, each with a card of its own, meets the others by a
+        new file."""
 
 
 def matmul(device: Device, x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> None:
@@ -143,6 +150,17 @@ class CudaDevice:
             operations()
         return _Replayed(graph, self._steps)
 
+    def join(self, file: str, index: int, count: int) -> Peers:
+        """See `Device.join`."""
+        dist.init_process_group(
+            "nccl",
+            init_method=f"file://{file}",
+            rank=index,
+            world_size=count,
+            device_id=self.torch_device,
+        )
+        return GroupPeers()
+
     def _current(self) -> Any:
         current = torch.cuda.current_stream(self.torch_device)
         return current if current == self._copies else self._steps
@@ -169,5 +187,8 @@ def open_device(device: torch.device) -> Device:
     """
     if device.type != "cuda":
         raise RuntimeError(f"the device is {device.type}")
+    count, index = torch.cuda.device_count(), device.index or 0
+    if index >= count:
+        raise RuntimeError(f"torch finds {count} CUDA devices, and none has number {index}")
     torch.cuda.init()
-    return CudaDevice(device.index or 0)
+    return CudaDevice(index)

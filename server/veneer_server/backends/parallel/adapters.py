@@ -9,7 +9,7 @@ from veneer_server.models.config import DecoderConfig
 from veneer_server.step.adapter_table import AdapterTable
 from veneer_server.step.layout import Layout
 
-__all__ = ["cut_run", "shard_adapter"]
+__all__ = ["cut_layout", "cut_run", "shard_adapter"]
 
 
 def shard_adapter(
@@ -17,6 +17,12 @@ def shard_adapter(
 ) -> AdapterTable:
     """A process's part of an adapter; see `cut_run`."""
     return AdapterTable(*cut_run(layout, run, config, shard))
+
+
+def cut_layout(layout: Layout, config: DecoderConfig, shard: Shard) -> Layout:
+    """Of the part. ``layout`` and ``config`` are the whole's."""
+    modules = [slot.module for slot in layout.slots]
+    return Layout.of(modules, shard.config(config).shapes, layout.num_layers)
 
 
 def cut_run(
@@ -31,9 +37,7 @@ def cut_run(
     Returns:
         Layout and run of the part, pinned if the whole run is.
     """
-    local = shard.config(config)
-    modules = [slot.module for slot in layout.slots]
-    cut = Layout.of(modules, local.shapes, layout.num_layers)
+    cut = cut_layout(layout, config, shard)
     pinned = run.is_pinned()
     found = torch.empty(cut.length, dtype=run.dtype, device=run.device, pin_memory=pinned)
     for whole, part in zip(layout.slots, cut.slots, strict=True):

@@ -35,6 +35,8 @@ class Shard:
         Raises:
             UnsupportedModel: the model cannot be divided among so many.
         """
+        if self.count == 1:
+            return config
         inner = config.intermediate_size
         for what, size, unit in (
             ("attention heads", config.num_heads, 1),

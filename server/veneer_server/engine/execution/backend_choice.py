@@ -93,6 +93,11 @@ def choose(
     why = "--backend torch"
     if config.backend == "cuda":
         return replace(_cuda(config, device, dtype, num_blocks), placement=placement)
+    if config.tensor_parallel > 1:
+        raise BackendUnavailable(
+            f"--tensor-parallel {config.tensor_parallel} needs --backend cuda: other backends "
+            "execute a whole base in one process"
+        )
     if config.quantization == "fp8":
         raise BackendUnavailable(
             "--quantization fp8 needs --backend cuda: other backends have no kernels for it"

@@ -66,11 +66,11 @@ class ReloadCost:
 
     def of_losing(self, entry: LedgerEntry, tier: MemoryTier, *, shared: bool) -> float:
         """Seconds per byte to reload what is lost with the copy in ``tier``."""
-        cost = self.per_byte(tier, entry.bytes)
+        cost = self.per_byte(tier, entry.sizes[tier])
         if tier == "device" and entry.host is not Presence.THERE:
-            return cost + self.per_byte("host", entry.bytes)
+            return cost + self.per_byte("host", entry.sizes["host"])
         if tier == "host" and shared and entry.device is Presence.THERE:
-            return cost + self.per_byte("device", entry.bytes)
+            return cost + self.per_byte("device", entry.sizes["device"])
         return cost
 
 
@@ -145,7 +145,7 @@ class EvictionOrder:
     def withdraw(self, entry: LedgerEntry) -> None:
         """The copy must not be evicted now. Idempotent."""
         if self._offered.pop(entry.digest, None) is not None:
-            self.idle_bytes -= entry.bytes
+            self.idle_bytes -= entry.sizes[self.tier]
 
     def take(self) -> tuple[Key, LedgerEntry] | None:
         """Remove and return the offered copy whose loss costs least; None if there is none."""
@@ -154,7 +154,7 @@ class EvictionOrder:
             offered = self._offered.get(digest)
             if offered is not None and offered[0] == key:
                 del self._offered[digest]
-                self.idle_bytes -= offered[1].bytes
+                self.idle_bytes -= offered[1].sizes[self.tier]
                 return offered
         return None
 
@@ -184,7 +184,7 @@ class EvictionOrder:
         if offered is not None and offered[0] == key:
             return
         if offered is None:
-            self.idle_bytes += entry.bytes
+            self.idle_bytes += entry.sizes[self.tier]
         self._offered[entry.digest] = key, entry
         heapq.heappush(self._heap, (key, entry.digest))
         if len(self._heap) > 2 * len(self._offered) + _SLACK:

@@ -36,6 +36,7 @@ class Ledger:
     Attributes:
         entries: by weights digest; adapters with a copy, a lease or an operator's want.
         budgets: bytes, as set; see `budget`.
+        parts: cards that DEVICE copies are divided among.
         ceilings: bytes that a tier may hold now: its budget, or what it still held when the
             budget was lowered.
         there: of each tier, digests of its complete copies.
@@ -50,10 +51,12 @@ class Ledger:
         budgets: dict[MemoryTier, int],
         *,
         shared: bool,
+        parts: int = 1,
         order: Callable[[MemoryTier], EvictionOrder] = EvictionOrder,
     ) -> None:
         self.budgets = budgets
         self.shared = shared
+        self.parts = parts
         self.entries: dict[str, LedgerEntry] = {}
         self.leased: dict[str, LedgerEntry] = {}
         self.draining: dict[str, LedgerEntry] = {}
@@ -94,7 +97,7 @@ class Ledger:
         """Bytes of all adapters that pins keep in a tier; with ``there``, only of those that
         already take room in it."""
         return sum(
-            e.bytes
+            e.sizes[tier]
             for e in self._pinned.values()
             if e is not beside
             and self.pin_keeps(e, tier)
@@ -126,16 +129,18 @@ class Ledger:
         Raises:
             AdapterBudgetExceeded: it can never fit.
         """
-        size = source.parameters * itemsize
+        whole = source.parameters * itemsize
+        # Some matrices are not divided: `Residency.loaded` knows how many.
+        sizes: dict[MemoryTier, int] = {"device": -(-whole // self.parts), "host": whole}
         for tier in TIERS:
-            budget = self.budget(tier)
+            budget, size = self.budget(tier), sizes[tier]
             if size > budget:
                 raise AdapterBudgetExceeded(
                     f"adapter {source.name} takes {size} bytes but the {tier} budget is "
                     f"{budget}; raise it, or start the server with a larger --{FLAG[tier]}",
                     metadata={"bytes": str(size), "budget": str(budget), "tier": tier},
                 )
-        return self.entries.get(source.weights_digest) or LedgerEntry(source, size)
+        return self.entries.get(source.weights_digest) or LedgerEntry(source, sizes)
 
     def request(self, entry: LedgerEntry) -> None:
         """Count a sequence that requests an adapter, whose entry is in `entries`."""
@@ -202,7 +207,7 @@ class Ledger:
         """A copy is on its way, complete, or gone."""
         before = entry.at(tier)
         here = presence is not Presence.ABSENT
-        self._bytes[tier] += entry.bytes * (here - (before is not Presence.ABSENT))
+        self._bytes[tier] += entry.sizes[tier] * (here - (before is not Presence.ABSENT))
         if presence is Presence.THERE:
             self.there[tier].add(entry.digest)
         else:
@@ -325,8 +330,8 @@ class _Found:
     def count(self, entry: LedgerEntry, tier: MemoryTier, *, idle: bool) -> None:
         if (presence := entry.at(tier)) is not Presence.ABSENT:
             self.here += 1
-            self.bytes += entry.bytes
+            self.bytes += entry.sizes[tier]
             self.there += presence is Presence.THERE
         if idle:
             self.idle += 1
-            self.idle_bytes += entry.bytes
+            self.idle_bytes += entry.sizes[tier]

@@ -74,7 +74,7 @@ class LoadPlanner:
         self._wants = wants
         self._queue = list(dict.fromkeys(chain(wants.operators, wants.waiting)))
         self._near = len({*wants.operators, *wants.waiting[: wants.near]})
-        self._largest = min(ledger.budget(tier) for tier in TIERS)
+        self._largest = tuple((tier, ledger.budget(tier)) for tier in TIERS)
         self._protected: set[LedgerEntry] = set()
         self._in_demand: dict[MemoryTier, list[tuple[int, LedgerEntry]]] = {}
         """Copies that sequences need: (index of their want, entry), best victim last."""
@@ -96,7 +96,7 @@ class LoadPlanner:
             if target is None:
                 if entry.host is Presence.COMING and index < len(self._wants.operators):
                     self._for_operators += 1
-            elif entry.bytes > self._largest:  # budgets may have been lowered
+            elif self._too_large(entry):
                 self._impossible.append(entry.digest)
             elif self._may_begin(index, target):
                 if self._left is None:
@@ -106,16 +106,20 @@ class LoadPlanner:
             self._protected.add(entry)
         return Plan(tuple(self._actions), self._blocked, tuple(self._impossible))
 
+    def _too_large(self, entry: LedgerEntry) -> bool:
+        """Whether it fits no more: budgets may have been lowered."""
+        return any(entry.sizes[tier] > most for tier, most in self._largest)
+
     # -------------------------------------------------------------------- one want
 
     def _serve(self, index: int, entry: LedgerEntry, target: MemoryTier) -> None:
         ledger = self._ledger
-        missing = ledger.bytes_in(target) + entry.bytes - ledger.budget(target)
+        missing = ledger.bytes_in(target) + entry.sizes[target] - ledger.budget(target)
         if self._make_room(target, missing, entry, index):
             self._bring(entry, target)
             return
         pinned = ledger.pinned_bytes(target, beside=entry, there=True)
-        if pinned + entry.bytes > ledger.budget(target):
+        if pinned + entry.sizes[target] > ledger.budget(target):
             self._impossible.append(entry.digest)
             return
         self._blocked = entry.digest
@@ -132,16 +136,17 @@ class LoadPlanner:
     def _serve_ahead(
         self, entry: LedgerEntry, target: MemoryTier, left: dict[MemoryTier, int]
     ) -> None:
-        if entry.bytes > left[target]:
-            if target == "device" or entry.bytes > self._may_read_ahead:
+        size = entry.sizes[target]
+        if size > left[target]:
+            if target == "device" or size > self._may_read_ahead:
                 return
             before = self._ledger.bytes_in("host")
-            if not self._make_room("host", entry.bytes - left["host"], entry, None):
+            if not self._make_room("host", size - left["host"], entry, None):
                 return
             left["host"] += before - self._ledger.bytes_in("host")
         if target == "host":
-            self._may_read_ahead -= entry.bytes
-        left[target] -= entry.bytes
+            self._may_read_ahead -= size
+        left[target] -= size
         self._bring(entry, target)
 
     def _fill_up_from(self, index: int) -> dict[MemoryTier, int]:
@@ -149,7 +154,7 @@ class LoadPlanner:
         ledger = self._ledger
         self._left = {tier: ledger.budget(tier) - ledger.bytes_in(tier) for tier in TIERS}
         ahead = sum(
-            e.bytes
+            e.sizes["host"]
             for e in islice(self._queue, index, None)
             if e.host is not Presence.ABSENT and e.device is Presence.ABSENT
         )
@@ -195,16 +200,16 @@ class LoadPlanner:
         used: list[tuple[int, LedgerEntry]] = []
         if order.idle_bytes < missing:
             used = self._take_in_demand(tier, missing - order.idle_bytes, index or 0)
-            if order.idle_bytes + sum(e.bytes for _, e in used) < missing:
+            if order.idle_bytes + sum(e.sizes[tier] for _, e in used) < missing:
                 self._in_demand[tier] += reversed(used)
                 return False
         idle: list[tuple[Key, LedgerEntry]] = []
         spared: list[tuple[Key, LedgerEntry]] = []
-        missing -= sum(e.bytes for _, e in used)
+        missing -= sum(e.sizes[tier] for _, e in used)
         while missing > 0 and (taken := order.take()) is not None:
             keep = taken[1] is entry or taken[1] in self._protected
             (spared if keep else idle).append(taken)
-            missing -= 0 if keep else taken[1].bytes
+            missing -= 0 if keep else taken[1].sizes[tier]
         for each in spared if missing <= 0 else [*spared, *idle]:
             order.put_back(each)
         if missing > 0:
@@ -229,7 +234,7 @@ class LoadPlanner:
             place, entry = found.pop()
             if self._ledger.evictable(entry, tier):
                 taken.append((place, entry))
-                missing -= entry.bytes
+                missing -= entry.sizes[tier]
         return taken
 
     def _find_in_demand(self, tier: MemoryTier) -> list[tuple[int, LedgerEntry]]:
@@ -287,13 +292,13 @@ def _mark_leaving(ledger: Ledger) -> None:
     """Mark as many running adapters as exceed the budgets to leave when their holds end:
     first those that are too large, then those worth least."""
     everyone = ledger.entries.values()
-    coming = sum(e.bytes for e in everyone if Presence.COMING in (e.host, e.device))
+    coming = [e.sizes for e in everyone if Presence.COMING in (e.host, e.device)]
     # Adapters on their way can be evicted when they arrive.
-    excess = {tier: ledger.excess(tier) - coming for tier in TIERS}
+    excess = {tier: ledger.excess(tier) - sum(s[tier] for s in coming) for tier in TIERS}
     order = ledger.orders["device"]
 
     def rank(entry: LedgerEntry) -> tuple[bool, bool, Key]:
-        fits = all(entry.bytes <= ledger.budget(tier) for tier in TIERS)
+        fits = all(entry.sizes[tier] <= ledger.budget(tier) for tier in TIERS)
         cost = ledger.cost.of_losing(entry, "device", shared=ledger.shared)
         return fits, not entry.leaving, order.key(entry, cost)
 
@@ -307,4 +312,4 @@ def _mark_leaving(ledger: Ledger) -> None:
             tiers.append("host")
         entry.leaving = any(excess[tier] > 0 for tier in tiers)
         for tier in tiers:
-            excess[tier] -= entry.bytes
+            excess[tier] -= entry.sizes[tier]

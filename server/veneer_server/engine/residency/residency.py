@@ -59,6 +59,7 @@ class Residency:
         host_budget, device_budget: bytes.
         itemsize: bytes of one number of a resident adapter.
         shared: the DEVICE copy is the HOST copy (on a CPU); see the module.
+        parts: cards that a DEVICE copy is divided among; its budget is for each.
         most_loads: most loads from disk in progress at once.
         order: makes the eviction order of a tier.
 
@@ -74,11 +75,12 @@ class Residency:
         itemsize: int,
         *,
         shared: bool = False,
+        parts: int = 1,
         most_loads: int = 4,
         order: Callable[[MemoryTier], EvictionOrder] = EvictionOrder,
     ) -> None:
         budgets: dict[MemoryTier, int] = {"host": host_budget, "device": device_budget}
-        self.ledger = Ledger(budgets, shared=shared, order=order)
+        self.ledger = Ledger(budgets, shared=shared, parts=parts, order=order)
         self._itemsize = itemsize
         self._shared = shared
         self._most_loads = most_loads
@@ -125,8 +127,9 @@ class Residency:
         return entry is not None and entry.pinned in ([tier] if tier else TIERS)
 
     def bytes_of(self, digest: str) -> int:
+        """Of the whole adapter."""
         entry = self.ledger.entries.get(digest)
-        return entry.bytes if entry else 0
+        return entry.sizes["host"] if entry else 0
 
     # ----------------------------------------------------------- lease and hold
 
@@ -202,10 +205,16 @@ class Residency:
             return plan
         return Plan((*drops, *plan.actions), plan.blocked, plan.impossible)
 
-    def loaded(self, digest: str, seconds: float = 0.0) -> None:
-        """The HOST copy is complete; reading it took ``seconds``, if measured."""
+    def loaded(self, digest: str, seconds: float = 0.0, part: int = 0) -> None:
+        """The HOST copy is complete; reading it took ``seconds``, if measured.
+
+        Args:
+            part: how many of its numbers each card has, if they are divided.
+        """
         entry = self.ledger.entries[digest]
-        self.ledger.cost.observe("host", entry.bytes, seconds)
+        if part and entry.device is Presence.ABSENT:
+            entry.sizes = {**entry.sizes, "device": part * self._itemsize}
+        self.ledger.cost.observe("host", entry.sizes["host"], seconds)
         self.ledger.place(entry, "host", Presence.THERE)
         if entry.wanted == "host":
             self._unwant(digest)
@@ -214,7 +223,7 @@ class Residency:
     def moved(self, digest: str, seconds: float = 0.0) -> None:
         """The DEVICE copy is complete; copying it took ``seconds``, if measured."""
         entry = self.ledger.entries[digest]
-        self.ledger.cost.observe("device", entry.bytes, seconds)
+        self.ledger.cost.observe("device", entry.sizes["device"], seconds)
         self.ledger.place(entry, "device", Presence.THERE)
         self._unwant(digest)
         self.ledger.touch(entry)
@@ -290,9 +299,10 @@ class Residency:
             self.ledger.drain(entry, draining=True)
         if self._in_use(entry):
             return False, 0, []
+        held = [tier for tier in TIERS if entry.at(tier) is Presence.THERE]
         actions = self._drop_both(entry, "abort" if mode == "abort" else "admin")
-        copies = min(1, len(actions)) if self._shared else len(actions)
-        return True, copies * entry.bytes, actions
+        freed = held[:1] if self._shared else held
+        return True, sum(entry.sizes[tier] for tier in freed), actions
 
     def unpin(self, digest: str) -> None:
         """Remove the operator's flag, if set; the adapter stays until room is needed."""
@@ -365,12 +375,13 @@ class Residency:
         for kept in TIERS if self._shared and tier == "device" else (tier,):
             others = self.ledger.pinned_bytes(kept, beside=entry)
             budget = self.ledger.budget(kept)
-            if others + entry.bytes > budget:
+            size = entry.sizes[kept]
+            if others + size > budget:
                 raise AdapterBudgetExceeded(
-                    f"pinning {entry.source.name} ({entry.bytes} bytes) would take the pinned "
+                    f"pinning {entry.source.name} ({size} bytes) would take the pinned "
                     f"adapters past the {kept} budget of {budget}; unpin another one, or "
                     f"raise the budget (`UpdateBudgets`, or veneer-server --{FLAG[kept]})",
-                    metadata={"bytes": str(entry.bytes), "pinned": str(others), "tier": kept},
+                    metadata={"bytes": str(size), "pinned": str(others), "tier": kept},
                 )
 
     def check_unused(self) -> None:

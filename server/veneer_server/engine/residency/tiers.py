@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
@@ -90,10 +91,15 @@ class Standing:
 
 @dataclass(slots=True, eq=False)
 class LedgerEntry:
-    """One adapter's copies and the claims on them; only `Residency` changes them."""
+    """One adapter's copies and the claims on them; only `Residency` changes them.
+
+    Attributes:
+        sizes: bytes of the copy in each tier. In DEVICE, of a card; if they are divided among
+            several, the least that is possible until the adapter is read.
+    """
 
     source: AdapterSource
-    bytes: int
+    sizes: Mapping[MemoryTier, int]
     host: Presence = Presence.ABSENT
     device: Presence = Presence.ABSENT
     leases: int = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,12 @@ class Commands:
 
     Args:
         fails: the command that ends with an error.
+        before: loss before training.
     """
 
-    def __init__(self, fails: str = "") -> None:
+    def __init__(self, fails: str = "", before: float = 1.5) -> None:
         self.ran: list[str] = []
+        self.before = before
         self._fails = fails
         self._programs: Any = {
             name: typer.main.get_command(each)
@@ -72,8 +75,8 @@ class Commands:
             raise Failed("status 1: out of memory")
         file.parent.mkdir(exist_ok=True)
         if name == "lab":
-            columns = '"method","val loss","tokens/s","peak, MB","planned, MB"\n'
-            file.write_text(columns + "qlora,0.5,900,700,690\nlora,0.49,950,900,880\n")
+            columns = '"method","base loss","val loss","tokens/s","peak, MB","planned, MB"\n'
+            file.write_text(columns + f"{given['methods']},{self.before},0.5,900,700,690\n")
             return
         result: Any = kit.swap() if name == "swap" else kit.compare()
         if name == "run":
@@ -104,7 +107,7 @@ def test_answers_come_before_speed_and_all_is_in_the_file(base: Path) -> None:
     commands = Commands()
     status, found = _run(base, commands, RIGHT)
     assert (status, found.failed) == (0, {})
-    assert commands.ran == ["compare", "run", "run", "swap", "lab"]
+    assert commands.ran == ["compare", "run", "run", "swap", "lab", "lab"]
     assert found.answers == {"8": 0.07}
     assert [(s.streams, s.adapters) for s in found.serving] == [(1, 0), (1, 8), (8, 0), (8, 8)]
     alone, mixed = found.serving[2:]
@@ -128,7 +131,7 @@ def test_wrong_kernels_are_not_served_with(base: Path) -> None:
     }
     status, found = _run(base, commands, wrong)
     assert status == 1
-    assert commands.ran == ["lab"]
+    assert commands.ran == ["lab", "lab"]
     assert found.failed == {"kernels": "nf4: 3 numbers are wrong"}
     assert found.kernels.wrong == {"nf4": "3 numbers are wrong"}
 
@@ -136,7 +139,7 @@ def test_wrong_kernels_are_not_served_with(base: Path) -> None:
 def test_speed_is_not_measured_where_no_answers_were_right(base: Path) -> None:
     commands = Commands(fails="compare")
     status, found = _run(base, commands, RIGHT)
-    assert (status, commands.ran) == (1, ["compare", "lab"])
+    assert (status, commands.ran) == (1, ["compare", "lab", "lab"])
     assert found.failed == {"answers of 8 adapters": "status 1: out of memory"}
 
 
@@ -146,6 +149,16 @@ def test_what_fails_does_not_end_the_rest(base: Path, capsys: Any) -> None:
     assert list(found.failed) == ["swaps"]
     assert len(found.serving) == 4
     assert "FAILED swaps: status 1: out of memory" in capsys.readouterr().out
+
+
+def test_a_loss_that_does_not_fall_is_told(base: Path) -> None:
+    status, found = _run(base, Commands(before=0.5), RIGHT)
+    why = "the loss goes from 0.500 to 0.500"
+    assert (status, found.failed) == (
+        1,
+        {"training by qlora": why, "training by lora": why},
+    )
+    assert [t.method for t in found.training] == ["qlora", "lora"]
 
 
 def test_without_a_card_it_says_so(tmp_path: Path, capsys: Any) -> None:
@@ -201,10 +214,12 @@ def test_a_base_of_random_weights_is_one_that_is_served(tmp_path: Path) -> None:
     model = Model(layers=2, hidden=64, inner=128, heads=4, kv_heads=2, head=16, vocab=320)
     tokenizer = tmp_path / "tokenizer"
     tokenizer.mkdir()
-    (tokenizer / "tokenizer.json").write_text("{}")
-    write(model, tmp_path / "base", tokenizer)
+    vocabulary = json.dumps({"model": {"vocab": {"a": 0, "b": 319}}})
+    (tokenizer / "tokenizer.json").write_text(vocabulary)
+    # A smaller vocabulary than the tokenizer's would be indexed beyond its end.
+    write(replace(model, vocab=32), tmp_path / "base", tokenizer)
     assert program.model_of(tmp_path / "base") == model
-    assert (tmp_path / "base" / "tokenizer.json").read_text() == "{}"
+    assert (tmp_path / "base" / "tokenizer.json").read_text() == vocabulary
     made = load_weights(
         tmp_path / "base", quantization="none", dtype=torch.bfloat16, device=torch.device("cpu")
     )

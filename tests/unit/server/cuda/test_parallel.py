@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from veneer_registry.child_python import child_python
 from veneer_server.backends.cuda.nf4 import packing, quantizing, reference, shards
+from veneer_server.backends.parallel.adapters import cut_layout, cut_run
 from veneer_server.backends.parallel.sharding import Shard
 from veneer_server.backends.parallel.weights import output_ranges, shard_weights
 from veneer_server.models.config import UnsupportedModel
 from veneer_server.step.layout import Group
 
+from tests.places import REPOSITORY
 from tests.refused import refused
+from tests.tiny_llama import make_tiny_llama
 from tests.unit.server.cuda import parallel_kit as kit
 
 
@@ -81,6 +88,41 @@ def test_parts_are_divided_by_head_and_by_block() -> None:
     # q, k and v of the second process: heads 2 and 3, and 1.
     ranges = output_ranges(Group.QKV, kit.CONFIG, Shard(1, 2))
     assert ranges == [slice(32, 64), slice(80, 96), slice(112, 128)]
+
+
+def test_one_process_has_any_base_whole() -> None:
+    odd = replace(kit.CONFIG, intermediate_size=100)
+    assert Shard(0, 1).config(odd) is odd
+    with refused(UnsupportedModel, what="inner size"):
+        Shard(0, 2).config(odd)
+
+
+def test_parts_of_an_adapter_have_one_size() -> None:
+    """q, k, v, gate and up have B divided, o and down A. A rank of q, 64 x 64, has 64 numbers
+    of A, and 32 of B."""
+    layout, run = kit.adapter(1)
+    cuts = [cut_run(layout, run, kit.CONFIG, Shard(index, 2)) for index in range(2)]
+    of = {"q_proj": 96, "k_proj": 80, "v_proj": 80, "o_proj": 96}
+    of |= {"gate_proj": 192, "up_proj": 192, "down_proj": 192}
+    by_hand = sum(s.module.rank * of[s.module.projection] for s in layout.slots)
+    for cut, part in cuts:
+        assert cut.length == len(part) == by_hand
+        assert cut == cut_layout(layout, kit.CONFIG, Shard(0, 2))
+
+
+def test_a_follower_without_a_card_is_an_engine_that_says_so(tmp_path: Path) -> None:
+    """The real program. `Device.join` is not reached."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("there is a card")
+    done = subprocess.run(
+        child_python("-m", "tests.unit.server.cuda.lead", str(make_tiny_llama(tmp_path / "b"))),
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "card 1: torch finds 0 CUDA devices" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(

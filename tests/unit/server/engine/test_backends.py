@@ -77,6 +77,14 @@ def test_only_the_backend_for_cuda_has_kernels_for_fp8(
         asked(base, tmp_path, backend=backend, quantization="fp8")
 
 
+@pytest.mark.parametrize("backend", ["auto", "native", "torch"])
+def test_only_the_backend_for_cuda_divides_a_base(
+    base: Path, tmp_path: Path, backend: str
+) -> None:
+    with refused(BackendUnavailable):
+        asked(base, tmp_path, backend=backend, tensor_parallel=2)
+
+
 def test_who_asks_for_torch_gets_it(base: Path, tmp_path: Path) -> None:
     found = asked(base, tmp_path, backend="torch")
     assert (found.name, found.why_not_native) == ("torch", "--backend torch")

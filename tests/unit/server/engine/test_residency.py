@@ -23,6 +23,7 @@ from veneer_server.engine.residency.tiers import (
     LedgerEntry,
     Load,
     MemoryTier,
+    MoveToDevice,
     Plan,
 )
 from veneer_server.wire.messages import EvictMode
@@ -467,3 +468,23 @@ def test_a_later_activation_asks_for_no_less_than_an_earlier_one() -> None:
     memory.activate("a", "host")
     memory.settle()
     assert memory.residency.tier("a") == "device"
+
+
+def test_an_adapter_that_two_cards_divide_takes_its_part_of_one() -> None:
+    """Half of it at least, and what it is once it is read: some matrices are not divided."""
+    residency = Residency(10 * SIZE, 2 * SIZE, itemsize=1, parts=2)
+    part = SIZE * 3 // 4
+    for name, size in (("a", SIZE), ("b", SIZE), ("c", SIZE), ("large", 3 * SIZE)):
+        residency.lease(adapter(name, size))
+    with pytest.raises(AdapterBudgetExceeded):
+        residency.lease(adapter("largest", 4 * SIZE + 2))
+    residency.plan(["a", "b", "c", "large"])
+    for name in "abc":
+        residency.loaded(name, part=part)
+    plan = residency.plan(["a", "b", "c"])
+    assert [a.weights_digest for a in plan.actions if isinstance(a, MoveToDevice)] == ["a", "b"]
+    assert plan.blocked == "c"
+    assert residency.bytes_in("device") == 2 * part
+    assert residency.bytes_in("host") == 6 * SIZE
+    residency.loaded("large", part=9 * SIZE // 4)
+    assert residency.plan(["large"]).impossible == ("large",)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from veneer_server import startup
 from veneer_server.config import ServerConfig, load_config
 from veneer_server.engine.execution.sampler import sample
 from veneer_server.models.config import DecoderConfig, read_decoder_config
@@ -24,6 +25,7 @@ from veneer_server.sizing.memory_plan import (
     token_bytes,
 )
 from veneer_server.step.choice import Choice
+from veneer_server.system.gpu import Choice as GpuChoice
 from veneer_server.system.machine import Gpu, HostMemory
 from veneer_server.wire.messages import SamplingParams
 
@@ -332,6 +334,22 @@ def test_what_cannot_fit_names_the_largest_part_first(model: DecoderConfig) -> N
     assert "1536" in caught.value.message, "what there is"
     planned = plan(model, 1.5, host_cache_bytes="64MiB", device_adapter_bytes="64MiB")
     assert planned.kv_cache.short
+
+
+def test_with_several_cards_the_plan_is_of_one(
+    model: DecoderConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Embeddings are whole on each."""
+    choice = GpuChoice(Gpu("fake", 4 * GIB, 4 * GIB))
+    monkeypatch.setattr(startup, "choose_gpu", lambda _device: choice)
+    whole, part = (
+        startup.memory_for(model, config(device="cuda", tensor_parallel=count))
+        for count in ("1", "3")
+    )
+    assert whole.kv_token_bytes == 3 * part.kv_token_bytes
+    embedding = model.vocab_size * model.hidden_size * 2
+    bases = [uses(each, "device")["base"] - embedding for each in (whole, part)]
+    assert bases[0] == pytest.approx(3 * bases[1], abs=3)
 
 
 def test_a_gpu_is_a_pool_of_its_own(model: DecoderConfig) -> None:

@@ -24,7 +24,7 @@ from veneer_server.backends.cuda.lora.tables import AdapterPlaces, fields, place
 from veneer_server.backends.cuda.memory.arena import Arena
 from veneer_server.backends.cuda.memory.fencing import Stream
 from veneer_server.backends.cuda.memory.timeline import Timeline
-from veneer_server.backends.parallel.adapters import cut_run
+from veneer_server.backends.parallel.adapters import cut_layout, cut_run
 from veneer_server.backends.parallel.peers import Member
 from veneer_server.models.config import DecoderConfig
 from veneer_server.step.adapter_table import AdapterTable
@@ -165,6 +165,11 @@ class Adapters:
         with self._timeline.lock:
             self._placed[table] = placed
         return table
+
+    def part(self, layout: Layout) -> int:
+        """See `Placer.part`."""
+        member = self._member
+        return 0 if member is None else cut_layout(layout, member.whole, member.shard).length
 
     def release(self, table: AdapterTable) -> None:
         """No further step uses it. Steps that are enqueued still may."""

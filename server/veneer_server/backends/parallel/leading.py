@@ -1,0 +1,273 @@
+"""One process leads, others follow: what its decoder does, theirs do, in the same order.
+
+The leader has the engine. It sends each step before it enqueues it, so all enqueue the same
+steps, and their sums of partial results meet. Adapters go by a connection of their own, that a
+long copy keeps no step waiting: the leader has an adapter once all have it.
+
+Steps name adapters by numbers, since each process has tables of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+from typing import Any, Final, Protocol
+
+import torch
+from veneer_registry.errors import AdapterBudgetExceeded, VeneerError
+
+from veneer_server.models.loader import DecoderWeights
+from veneer_server.step.adapter_table import AdapterTable
+from veneer_server.step.ahead import AheadBackend, Sampled, Submitted
+from veneer_server.step.arrays import Segment, StepArrays
+from veneer_server.step.choice import Choice
+from veneer_server.step.layout import Layout
+
+__all__ = ["Decoder", "Leading", "LeadingAdapters", "Link", "Places", "follow"]
+
+
+class Places(Protocol):
+    """A process's memory for adapters."""
+
+    def place(self, layout: Layout, run: torch.Tensor) -> AdapterTable:
+        """See `adapters.memory.Placer`."""
+
+    def part(self, layout: Layout) -> int:
+        """See `adapters.memory.Placer`."""
+
+    def release(self, table: AdapterTable) -> None:
+        """See `adapters.memory.Placer`."""
+
+
+class Decoder(AheadBackend, Protocol):
+    """What a process executes."""
+
+    @property
+    def weights(self) -> DecoderWeights:
+        """Its part of the base."""
+
+    @property
+    def adapters(self) -> Places:
+        """Its parts of adapters."""
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """The connections between the leader and one follower.
+
+    Attributes:
+        steps: written by the thread of steps.
+        copies: written, and read for an answer, by the thread that places adapters.
+    """
+
+    steps: Connection
+    copies: Connection
+
+    def close(self) -> None:
+        self.steps.close()
+        self.copies.close()
+
+
+Numbered = tuple[int, int, int]
+"""A segment: begin, end, the adapter's number."""
+_NUMBERS: Final = torch.int16
+"""What numpy has for numbers of 16 bits."""
+
+
+class LeadingAdapters:
+    """`Places` of all processes. See `Leading`."""
+
+    def __init__(self, own: Places, links: Sequence[Link]) -> None:
+        self._own, self._links = own, links
+        self._count = itertools.count(1)
+        self._numbers: weakref.WeakKeyDictionary[AdapterTable, int] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def place(self, layout: Layout, run: torch.Tensor) -> AdapterTable:
+        """Place it everywhere, or nowhere. One at a time.
+
+        Raises:
+            AdapterBudgetExceeded: it does not fit into one's memory.
+        """
+        number = next(self._count)
+        numbers = run.view(_NUMBERS).numpy()
+        for link in self._links:
+            link.copies.send(("place", number, layout, numbers))
+        table, failed = None, ""
+        try:
+            table = self._own.place(layout, run)
+        except VeneerError as error:
+            failed = str(error)
+        answers = [link.copies.recv() for link in self._links]
+        failed = failed or next(filter(None, answers), "")
+        if table is not None and not failed:
+            self._numbers[table] = number
+            return table
+        for link, answer in zip(self._links, answers, strict=True):
+            if not answer:
+                link.copies.send(("release", number))
+        if table is not None:
+            self._own.release(table)
+        raise AdapterBudgetExceeded(failed)
+
+    def part(self, layout: Layout) -> int:
+        """See `Places.part`. All parts of an adapter have one size."""
+        return self._own.part(layout)
+
+    def release(self, table: AdapterTable) -> None:
+        """See `Places.release`."""
+        number = self._numbers.pop(table)
+        for link in self._links:
+            link.steps.send(("release", number))
+        self._own.release(table)
+
+    def number(self, table: AdapterTable) -> int:
+        """What followers know it by."""
+        return self._numbers[table]
+
+
+class Leading:
+    """Implements `AheadBackend` by all processes: this one's decoder, and its followers'.
+
+    Attributes:
+        adapters: of all.
+        weights: this process's part of the base.
+    """
+
+    def __init__(self, decoder: Decoder, links: Sequence[Link]) -> None:
+        self._decoder, self._links = decoder, links
+        self.weights = decoder.weights
+        self.adapters = LeadingAdapters(decoder.adapters, links)
+
+    @property
+    def last_logits(self) -> torch.Tensor:
+        """See `AheadBackend.last_logits`."""
+        return self._decoder.last_logits
+
+    def execute(self, step: StepArrays) -> torch.Tensor:
+        """See `Backend.execute`."""
+        self._tell("execute", *self._numbered(step))
+        return self._decoder.execute(step)
+
+    def finite(self, logits: torch.Tensor) -> list[bool]:
+        """See `Backend.finite`."""
+        self._tell("finite")
+        return self._decoder.finite(logits)
+
+    def clear(self, blocks: list[int]) -> None:
+        """See `Backend.clear`."""
+        self._tell("clear", blocks)
+        self._decoder.clear(blocks)
+
+    def submit(
+        self,
+        step: StepArrays,
+        choices: Sequence[Choice],
+        tops: Sequence[int],
+        carried: Sequence[int] = (),
+        handed: Sequence[int] = (),
+        scored: Sequence[int] = (),
+    ) -> Submitted:
+        """See `AheadBackend.submit`. Followers sample too: the next step may carry tokens."""
+        more = [list(each) for each in (choices, tops, carried, handed, scored)]
+        self._tell("submit", *self._numbered(step), more)
+        return self._decoder.submit(step, choices, tops, carried, handed, scored)
+
+    def read(self, submitted: Submitted) -> Sampled:
+        """See `AheadBackend.read`."""
+        self._tell("read", submitted)
+        return self._decoder.read(submitted)
+
+    def _numbered(self, step: StepArrays) -> tuple[StepArrays, list[Numbered]]:
+        number = self.adapters.number
+        segments = [(s.begin, s.end, number(s.table)) for s in step.segments]
+        return replace(step, segments=()), segments
+
+    def _tell(self, *what: Any) -> None:
+        for link in self._links:
+            link.steps.send(what)
+
+
+class Follower:
+    """Does what the leader says, by ``decoder``.
+
+    Args:
+        pinned: makes host memory [numbers] bfloat16 that adapters are copied from.
+    """
+
+    def __init__(self, decoder: Decoder, pinned: Any) -> None:
+        self._decoder, self._pinned = decoder, pinned
+        self._tables: dict[int, AdapterTable] = {}
+
+    def step(self, name: str, *given: Any) -> None:
+        """A message of `Link.steps`."""
+        match name, given:
+            case "execute", (step, segments):
+                self._decoder.execute(self._with(step, segments))
+            case "finite", ():
+                self._decoder.finite(self._decoder.last_logits)
+            case "clear", (blocks,):
+                self._decoder.clear(blocks)
+            case "submit", (step, segments, more):
+                self._decoder.submit(self._with(step, segments), *more)
+            case "read", (submitted,):
+                self._decoder.read(submitted)
+            case "release", (number,):
+                self._decoder.adapters.release(self._tables.pop(number))
+            case _:
+                raise AssertionError(f"the leader says {name}")
+
+    def copy(self, copies: Connection) -> None:
+        """Answers messages of `Link.copies`, until the leader closes it."""
+        while True:
+            try:
+                name, number, *given = copies.recv()
+            except (EOFError, OSError):
+                return
+            if name == "release":
+                self._decoder.adapters.release(self._tables.pop(number))
+                continue
+            layout, numbers = given
+            run = self._pinned(len(numbers))
+            run.view(_NUMBERS).numpy()[:] = numbers
+            try:
+                self._tables[number] = self._decoder.adapters.place(layout, run)
+            except VeneerError as error:
+                copies.send(str(error))
+            else:
+                copies.send("")
+
+    def _with(self, step: StepArrays, segments: Sequence[Numbered]) -> StepArrays:
+        tables = self._tables
+        return replace(step, segments=tuple(Segment(b, e, tables[n]) for b, e, n in segments))
+
+
+def follow(decoder: Decoder, link: Link, pinned: Any, ended: Any) -> None:
+    """Do what the leader says. For a process of its own.
+
+    Args:
+        pinned: see `Follower`.
+        ended: called in another thread when the leader has closed its connections or is gone.
+            This thread may be in a sum that no process adds to any more.
+    """
+    follower = Follower(decoder, pinned)
+    told: SimpleQueue[tuple[Any, ...]] = SimpleQueue()
+
+    def listen() -> None:
+        while True:
+            try:
+                told.put(link.steps.recv())
+            except (EOFError, OSError):
+                ended()
+                return
+
+    threading.Thread(target=listen, daemon=True).start()
+    threading.Thread(target=follower.copy, args=(link.copies,), daemon=True).start()
+    while True:
+        follower.step(*told.get())
