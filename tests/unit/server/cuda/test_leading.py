@@ -15,7 +15,6 @@ from veneer_server.step.adapter_table import AdapterTable
 from veneer_server.step.layout import Layout
 
 from tests.refused import refused
-
 from tests.unit.server.cuda import parallel_kit as kit
 
 
