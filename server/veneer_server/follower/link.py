@@ -19,7 +19,7 @@ from veneer_server.logs import get_logger
 from veneer_server.replication.states import HEARTBEAT_S, LEASE_S, Begin
 from veneer_server.replication.wire import from_wire
 
-__all__ = ["Link"]
+__all__ = ["REFUSED_WAIT_S", "Link"]
 
 _FIRST_WAIT_S: Final = 0.05
 _LONGEST_WAIT_S: Final = 0.8
@@ -34,7 +34,8 @@ _SILENT_BEATS: Final = 4
 _REFUSED: Final = frozenset({"UNAUTHENTICATED", "PERMISSION_DENIED", "UNIMPLEMENTED"})
 """Codes that another try does not change soon."""
 
-_REFUSED_WAIT_S: Final = 5.0
+REFUSED_WAIT_S: Final = 5.0
+"""Seconds until the next try after what another try does not change soon."""
 
 _log = get_logger(__name__)
 
@@ -112,11 +113,11 @@ class Link:
                 failure = to_error(error, self._place.address)
                 why = str(failure)
                 if failure.code in _REFUSED:
-                    pause_s = _REFUSED_WAIT_S
+                    pause_s = REFUSED_WAIT_S
             except (VeneerError, ValueError) as error:
-                why, pause_s = str(error), _REFUSED_WAIT_S
+                why, pause_s = str(error), REFUSED_WAIT_S
             except Exception as error:  # whatever comes from there: following must not end
-                why, pause_s = repr(error), _REFUSED_WAIT_S
+                why, pause_s = repr(error), REFUSED_WAIT_S
                 _log.error("following failed", error, registry=self._place.address)
             self._tell_cut(why)
             if self.connects > connects:

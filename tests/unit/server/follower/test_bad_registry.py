@@ -158,8 +158,7 @@ def _garbage_later(number: int, message: pb.FollowResponse) -> bytes:
 async def test_a_follower_connects_again_after_garbage(
     scripted: Scripted, tmp_path: Path, spoil: Spoil, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # private: how long a follower waits after what another try does not change soon
-    monkeypatch.setattr(link, "_REFUSED_WAIT_S", 0.01)
+    monkeypatch.setattr(link, "REFUSED_WAIT_S", 0.01)
     scripted.spoil = [spoil, honest]
     async with scripted.serving(), following(scripted, tmp_path) as (follower, mirror):
         await until(lambda: scripted.connections > 1 and follower.standing.connected)
