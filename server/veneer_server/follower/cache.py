@@ -264,16 +264,10 @@ class WeightsCache:
     def _evicted(self, keep: str) -> Path | None:
         """Where the least recently used weights that may go have been moved; None if there are
         none. The lock is held."""
-        may_go = (d for d in self._sizes if d != keep and not self._leased(d))
-        in_memory = None
-        for digest in may_go:
-            if not self._in_memory(digest):
-                break
-            in_memory = in_memory or digest
-        else:
-            if in_memory is None:
-                return None
-            digest = in_memory
+        may_go = [d for d in self._sizes if d != keep and not self._leased(d)]
+        if not may_go:
+            return None
+        digest = next((d for d in may_go if not self._in_memory(d)), may_go[0])
         del self._sizes[digest]
         self._unchecked.discard(digest)
         self._touched.pop(digest, None)

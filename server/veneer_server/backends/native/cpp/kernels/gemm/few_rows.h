@@ -20,9 +20,15 @@ struct TwoVectors {
     Floats first, second;
 };
 
-// Weights as floats: of the Q-th pair of a group, for 16 outputs. The first numbers of pairs, and
-// the second ones. `rows`: up to how many it is faster than the registers.
-struct NumbersOfCodes {
+// For weights whose vectors are the first numbers of pairs, and the second ones.
+struct PairsApart {
+    static TwoVectors inputs(const float* pair) { return {broadcast(pair[0]), broadcast(pair[1])}; }
+    static Floats both(const TwoVectors& sums) { return add(sums.first, sums.second); }
+};
+
+// Weights as floats: of the Q-th pair of a group, for 16 outputs. `rows`: up to how many it is
+// faster than the registers.
+struct NumbersOfCodes : PairsApart {
     static constexpr Kind kind = Kind::four_bit;
     static constexpr int rows = 1;
     const NumberTable table;
@@ -33,11 +39,9 @@ struct NumbersOfCodes {
         const uint8_t* codes = block + half * 512 + group * 64;
         return {look_up_number<Q>(table, codes), look_up_number<Q + 4>(table, codes)};
     }
-    static TwoVectors inputs(const float* pair) { return {broadcast(pair[0]), broadcast(pair[1])}; }
-    static Floats both(const TwoVectors& sums) { return add(sums.first, sums.second); }
 };
 
-struct NumbersOfPairs {
+struct NumbersOfPairs : PairsApart {
     static constexpr Kind kind = Kind::bfloat16;
     static constexpr int rows = 3;
     explicit NumbersOfPairs(const Linear&) {}
@@ -48,8 +52,6 @@ struct NumbersOfPairs {
         const Pairs pairs = load_pairs(at + half * kTile);
         return {firsts(pairs), seconds(pairs)};
     }
-    static TwoVectors inputs(const float* pair) { return {broadcast(pair[0]), broadcast(pair[1])}; }
-    static Floats both(const TwoVectors& sums) { return add(sums.first, sums.second); }
 };
 
 // Here the pairs of eight outputs, and of eight more: as they lie.
