@@ -411,6 +411,21 @@ async def test_a_follower_starts_while_its_registry_is_away(
                 assert (await generate(follower, "one")).text == before.text
 
 
+async def test_a_registry_that_has_just_started_does_not_know_its_followers_yet(
+    base_folder: Path, front_cache: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "registry"
+    async with running(base_folder, front_cache, data, role="registry") as registry:
+        await registry.push(make_adapter(tmp_path / "one", seed=1), "one")
+    wait = replication_pb2.WaitForReplicas(replicas=replication_pb2.WAIT_REPLICAS_ALL)
+    wait.at_most.FromMilliseconds(1)
+    async with running(base_folder, front_cache, data, role="registry") as registry:
+        asked = pb.UpdateAdapterRequest(name="one", labels={"a": "b"}, wait=wait)
+        answer = await registry.adapters.UpdateAdapter(asked)
+        assert not answer.replicas.live
+        assert not answer.replicas.enough
+
+
 async def test_a_registry_generates_nothing_and_says_who_does(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:
