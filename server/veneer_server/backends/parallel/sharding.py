@@ -47,7 +47,7 @@ class Shard:
                 parts = f"parts of {unit}" if unit > 1 else "equal parts"
                 raise UnsupportedModel(
                     f"the base's {size} {what} cannot be divided into {parts} for "
-                    f"{self.count} processes: use fewer",
+                    f"{self.count} processes: start it with a lower --tensor-parallel",
                     metadata={"what": what, "size": str(size), "processes": str(self.count)},
                 )
         return replace(
