@@ -18,6 +18,7 @@ from typing import Annotated, Any, Final
 
 import typer
 from veneer_registry.command_line import Group, Program
+from veneer_registry.lock import OwnerLock
 
 from veneer_server import __version__
 from veneer_server.config import OPTIONS, ConfigInvalid, load_config
@@ -101,6 +102,9 @@ def _serve(config_file: Path | None, flags: dict[str, Any]) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     # Lets a background process write its log to the terminal (stty tostop).
     signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+    config = load_config(flags, os.environ, config_file)
+    # Before the app's imports, most of a start: a second server ends at once.
+    lock = OwnerLock(config.data_dir)
     import uvloop
 
     from veneer_server.app import App
@@ -109,12 +113,11 @@ def _serve(config_file: Path | None, flags: dict[str, Any]) -> None:
 
     configure_malloc()
     sys.setswitchinterval(_SWITCH_S)
-    config = load_config(flags, os.environ, config_file)
     configure(config.log_format)
     logging.captureWarnings(True)
 
     async def run() -> None:
-        await App(config, lambda line: print(line, flush=True)).run_until_signal()
+        await App(config, lambda line: print(line, flush=True), lock=lock).run_until_signal()
 
     try:
         uvloop.run(run())

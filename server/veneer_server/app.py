@@ -76,17 +76,20 @@ class App:
         announce: Callable[[str], None],
         make_engine: Callable[..., EngineClient] = EngineClient,
         read: ReadAdapter | None = None,
+        lock: OwnerLock | None = None,
     ) -> None:
         """Args:
         announce: called with one line when the server is ready.
         make_engine: takes the arguments of `EngineClient`; tests pass a substitute.
         read: checks uploads; None does so in processes of their own.
+        lock: of the data folder, held; released at the end of `run`. None takes it.
         """
         self._config = config
         self._announce = announce
         self._role = role_of(config)
         self._make_engine = self._role.engine(make_engine)
         self._read = read
+        self._lock = lock
         self._resources = AsyncExitStack()
         self._metrics = Metrics()
         self._display = Display(structured=config.log_format == "json")
@@ -162,9 +165,8 @@ class App:
             ports=1 + (config.openai_listen is not None) + (config.admin_listen is not None),
             tenants=config.max_tenants,
         )
-        # First of all, so that a second server fails before it has done any work.
-        lock = self._resources.enter_context(OwnerLock(config.data_dir))
-        # Then the ports, so that one that is taken is reported at once, and callers learn
+        lock = self._resources.enter_context(self._lock or OwnerLock(config.data_dir))
+        # First the ports, so that one that is taken is reported at once, and callers learn
         # that the base is being fetched and loaded.
         bound = await self._doors.open(self._resources, descriptors.connections)
         _log.info("listening", **bound.told("off"))

@@ -25,7 +25,7 @@ BAR = (
     "torch; a killed owner's folder can be taken at once"
 )
 SECONDS = 2
-HEAVY = ("torch", "transformers", "bitsandbytes")
+HEAVY = ("torch", "transformers", "bitsandbytes", "grpc", "uvloop")
 LEAD = 0.05
 """Seconds until both owners of a pair try: enough for both to have read the time."""
 
@@ -137,12 +137,15 @@ def second_server(data: Path, pid: int, before: str = "") -> tuple[float, str]:
 
 
 def second_servers(data: Path, pid: int, count: int, before: str = "") -> Outcome:
-    """``count`` servers one after another on a folder that ``pid`` owns."""
+    """``count`` servers one after another on a folder that ``pid`` owns.
+
+    One alone is judged by what it imported: how long it takes is the machine's, too.
+    """
     results = [second_server(data, pid, before) for _ in range(count)]
     failures = [wrong for _, wrong in results if wrong]
     # On a busy machine a single start may be late through no fault of the server.
     best = min(took for took, _ in results)
-    if best > SECONDS:
+    if count > 1 and best > SECONDS:
         failures.append(f"the quickest of {count} ended after {best:.1f} s")
     worst = max(took for took, _ in results)
     figure = f"{count} second servers ended in {best:.2f} to {worst:.2f} s"
@@ -179,7 +182,8 @@ def with_small_owner(work: Path, count: int, before: str = "") -> Outcome:
 
 def run(scale: Scale) -> Outcome:
     """50 pairs and a real server as the owner, or 10 pairs and a small owner."""
-    parts = [races(scale.work, scale.pick(10, 50)), with_small_owner(scale.work, 2)]
+    parts = [races(scale.work, scale.pick(10, 50))]
+    parts.append(with_small_owner(scale.work, scale.pick(1, 5)))
     if scale.full:
         parts.append(asyncio.run(beside_a_real_server(scale.work, 5)))
     failures = tuple(failure for part in parts for failure in part.failures)
