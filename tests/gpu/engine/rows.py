@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any, Final
 from unittest.mock import patch
 
 from veneer_server.backends.cuda import chosen, sampled
+from veneer_server.backends.cuda.decoder import CudaDecoder
 from veneer_server.backends.cuda.memory import adapters
 from veneer_server.engine.execution import ahead
 from veneer_server.wire.messages import EngineConfig
@@ -70,8 +71,11 @@ def cards(instead: Any, seed: str) -> Iterator[None]:
     def opened(_device: Any) -> SimulatedDevice:
         return SimulatedDevice(Random(seed), instead)
 
-    slow = patch.object(engine_harness, "LONGEST_S", LONGEST_S)
-    with patch.object(chosen, "open_device", opened), slow:
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(chosen, "open_device", opened))
+        stack.enter_context(patch.object(engine_harness, "LONGEST_S", LONGEST_S))
+        if instead is None:  # interpreted kernels are not compiled, and slow
+            stack.enter_context(patch.object(CudaDecoder, "prepare", lambda _decoder: 0))
         yield
 
 

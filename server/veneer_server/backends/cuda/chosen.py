@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,6 +23,8 @@ from veneer_server.models.loader import DecoderWeights
 from veneer_server.wire.messages import EngineConfig
 
 __all__ = ["CudaUnavailable", "build", "decoder_of", "loaded", "open_device"]
+
+log = logging.getLogger(__name__)
 
 
 class CudaUnavailable(Exception):
@@ -72,6 +76,12 @@ def build(
         from veneer_server.backends.cuda.follower import lead
 
         decoder = lead(config, num_blocks, card.join, of)
+    began = time.monotonic()
+    try:
+        graphs = decoder.prepare()
+    except RuntimeError as reason:
+        raise CudaUnavailable(f"a step cannot be captured: {reason}") from reason
+    log.info("captured %d graphs in %.1f s", graphs, time.monotonic() - began)
     return decoder, CudaDraws(card, config.max_running, weights.config.vocab_size)
 
 

@@ -1,8 +1,8 @@
 """The backend for CUDA: a whole step over `StepArrays` by kernels, in static memory.
 
-A step that only decodes is one graph, captured for its bucket when the bucket is first used. A
-step with prefill is enqueued operation by operation. Neither waits for the device: `execute`
-returns once a step is enqueued, and `finite` waits for it.
+A step that only decodes is one graph, captured for its bucket by `prepare`, else when the
+bucket is first used. A step with prefill is enqueued operation by operation. Neither waits for
+the device: `execute` returns once a step is enqueued, and `finite` waits for it.
 
 The residual stream and the norms' sums are float32, as in the torch backend; all between is
 bfloat16. LoRA's sums are float32, added to the linear's bfloat16 output.
@@ -12,9 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from veneer_server.backends.cuda.buckets import Bucket, Sizes
 from veneer_server.backends.cuda.device import Device, Graph
@@ -31,6 +34,7 @@ from veneer_server.step.ahead import Sampled, Submitted
 from veneer_server.step.arrays import StepArrays
 from veneer_server.step.choice import Choice
 from veneer_server.step.layout import MEMBERS
+from veneer_server.wire.messages import SamplingParams
 
 __all__ = ["CudaDecoder"]
 
@@ -38,6 +42,13 @@ MOST_RANK: Final = 256
 """Of an adapter."""
 SLOTS: Final = 1024
 """Most adapters in device memory."""
+
+
+_NONE: Final[NDArray[np.int64]] = np.zeros(0, dtype=np.int64)
+_TABLES: Final[NDArray[np.int64]] = np.zeros((0, 1), dtype=np.int64)
+_EMPTY: Final = StepArrays(
+    *(_NONE, _NONE, _NONE, np.zeros(1, dtype=np.int64), _NONE, _TABLES, (), _NONE)
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +133,20 @@ class CudaDecoder:
         self._sampling = Sampling(device, self._inputs.rows, sizes.sequences, config.vocab_size)
         self.last_logits = self._forward.logits
         self._told = device.pinned(self._inputs.rows, dtype=torch.float32)
+
+    def prepare(self) -> int:
+        """Compile all kernels and capture all graphs, so that no step of a request has to: over
+        rows that no sequence uses, before the first step. Returns the number of graphs."""
+        for shape in chain(self._inputs.mixed(), self._inputs.decoding()):
+            turn = ("inputs", self._inputs.turn())
+            self._timeline.until_free(turn)
+            with self._timeline.operation(Stream.STEPS, [turn]):
+                filled = self._inputs.fill(_EMPTY, _NONE, _TABLES, [], shape)
+                self._run(filled, shape, self._forward.logits[: shape.logits])
+                first = self._forward.logits[:1]
+                self._sampling.sample(turn[1], first, [Choice(SamplingParams(), 0)], [1])
+        self._timeline.until_free(turn)
+        return len(self._graphs)
 
     def execute(self, step: StepArrays) -> torch.Tensor:
         """See `Backend.execute`. The logits are in device memory, and not there yet."""

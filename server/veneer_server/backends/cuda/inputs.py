@@ -6,9 +6,9 @@ while the device may still read the other. Only what the step uses is copied.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product, zip_longest
 from typing import Any, Final
 
 import numpy as np
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from veneer_server.backends.cuda.attention import decode, prefill
 from veneer_server.backends.cuda.buckets import Bucket, Sizes, pieces_for, rows_for
 from veneer_server.backends.cuda.device import Device
-from veneer_server.backends.cuda.linears import padded
+from veneer_server.backends.cuda.linears import PANEL, padded
 from veneer_server.backends.cuda.lora import panels as lora_panels
 from veneer_server.backends.cuda.lora import rows as lora_rows
 from veneer_server.step.arrays import StepArrays
@@ -100,7 +100,7 @@ class Inputs:
         self._block_size = block_size
         rows = padded(max(sizes.rows, rows_for(sizes.sequences)))
         sequences = padded(rows_for(sizes.sequences))
-        width = decode.splits(sizes.context) * decode.SPLIT // block_size
+        self._width = width = decode.splits(sizes.context) * decode.SPLIT // block_size
         numbers: dict[str, tuple[int, torch.dtype]] = {
             "tokens": (rows, torch.int64),
             "positions": (rows, torch.int32),
@@ -130,24 +130,16 @@ class Inputs:
         """The shape of a step; ``segments`` as for `fill`."""
         counts = np.diff(step.row_starts)
         rows, longest = len(step.tokens), int(step.contexts.max())
-        graph = bool((counts == 1).all()) and len(step.logit_rows) == rows
-        up = padded if self._exact else int
-        if graph:
-            size = up(rows_for(rows))
-            most = decode.splits(self._sizes.context)
-            pieces = min(pieces_for(decode.splits(longest)), most)
-            bucket = Bucket(size, pieces, bool(segments))
-            width = pieces * decode.SPLIT // self._block_size
-            adapted = size if segments else 0
-            tiles, decodes = (size, 0) if self._exact else (0, size)
-            return Shape(bucket, graph, decodes, tiles, adapted, 0, width, size)
+        up = self._up
+        if bool((counts == 1).all()) and len(step.logit_rows) == rows:
+            return self._decoding(rows, decode.splits(longest), adapters=bool(segments))
         alone = (counts == 1) & (not self._exact)
         decodes = int(alone.sum())
         pieces = decode.splits(int(step.contexts[alone].max())) if decodes else 0
         few, many = self._cut(step, segments)
         return Shape(
             Bucket(up(rows_for(rows)), pieces, bool(segments)),
-            graph,
+            False,
             decodes,
             int((-(-counts[~alone] // prefill.ROWS)).sum()),
             len(few),
@@ -155,6 +147,41 @@ class Inputs:
             step.block_tables.shape[1],
             up(rows_for(len(step.logit_rows))),
         )
+
+    def decoding(self) -> Iterator[Shape]:
+        """The shapes of all steps that only decode: one for each graph."""
+        most = decode.splits(self._sizes.context)
+        sizes = {self._up(rows_for(n + 1)) for n in range(self._sizes.sequences)}
+        lengths = {min(pieces_for(n + 1), most) for n in range(most)}
+        for rows, pieces, adapters in product(sorted(sizes), sorted(lengths), (False, True)):
+            yield self._decoding(rows, pieces, adapters=adapters)
+
+    def mixed(self) -> Iterator[Shape]:
+        """Shapes of steps with prompts, one for each way that Triton compiles the kernels."""
+        sizes = sorted({self._up(rows_for(n + 1)) for n in range(self._sizes.rows)})
+        few = _kinds(size for size in sizes if size <= PANEL)
+        many = _kinds(size for size in sizes if size > PANEL)
+        lengths = _kinds(n + 1 for n in range(decode.splits(self._sizes.context)))
+        widths = _kinds(n + 1 for n in range(self._width))
+        tables = list(product(lengths, widths))
+        # No kernel gets the rows and one of the others.
+        for rows, table in zip_longest(few + many, tables):
+            pieces, width = table or tables[-1]
+            bucket = Bucket(rows or few[0], pieces, True)
+            alone = 0 if self._exact else 1
+            yield Shape(bucket, False, alone, 1, 1, alone, width, self._up(1))
+
+    def _up(self, rows: int) -> int:
+        """Rows of the launches for so many of a bucket."""
+        return min(padded(rows) if self._exact else rows, self.rows)
+
+    def _decoding(self, rows: int, pieces: int, *, adapters: bool) -> Shape:
+        size = self._up(rows_for(rows))
+        pieces = min(pieces_for(pieces), decode.splits(self._sizes.context))
+        width = pieces * decode.SPLIT // self._block_size
+        tiles, decodes = (size, 0) if self._exact else (0, size)
+        bucket = Bucket(size, pieces, adapters)
+        return Shape(bucket, True, decodes, tiles, size if adapters else 0, 0, width, size)
 
     def fill(
         self,
@@ -241,3 +268,12 @@ class Inputs:
             target[len(numbers) :] = filler
             self._device.call(there.copy_, here, non_blocking=True)
         return there
+
+
+def _kinds(numbers: Iterable[int]) -> list[int]:
+    """One number of each kind: Triton compiles a kernel once more for an argument that is 1,
+    and for one that is a multiple of 16."""
+    found: dict[tuple[bool, bool], int] = {}
+    for number in numbers:
+        found.setdefault((number == 1, number % 16 == 0), number)
+    return list(found.values())

@@ -55,6 +55,9 @@ class Decoder(AheadBackend, Protocol):
     def adapters(self) -> Places:
         """Its parts of adapters."""
 
+    def prepare(self) -> int:
+        """See `CudaDecoder.prepare`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Link:
@@ -150,6 +153,11 @@ class Leading:
         """See `AheadBackend.last_logits`."""
         return self._decoder.last_logits
 
+    def prepare(self) -> int:
+        """See `CudaDecoder.prepare`."""
+        self._tell("prepare")
+        return self._decoder.prepare()
+
     def execute(self, step: StepArrays) -> torch.Tensor:
         """See `Backend.execute`."""
         self._tell("execute", *self._numbered(step))
@@ -208,6 +216,8 @@ class Follower:
     def step(self, name: str, *given: Any) -> None:
         """A message of `Link.steps`."""
         match name, given:
+            case "prepare", ():
+                self._decoder.prepare()
             case "execute", (step, segments):
                 self._decoder.execute(self._with(step, segments))
             case "finite", ():
