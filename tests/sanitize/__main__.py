@@ -20,9 +20,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 __all__: list[str] = []
 
@@ -76,20 +78,32 @@ def _kernel_tests(form: str) -> tuple[bool, str]:
     return done.returncode == 0, done.stdout.strip()
 
 
-def _under_tsan(
-    name: str, *words: str, defined: Sequence[str] = (), reports: bool = False
-) -> tuple[bool, str]:
-    """Build and run a program of this folder with ThreadSanitizer; with ``reports``, it
-    continues after a report, and reports are not failures."""
-    flags = ["-std=c++17", "-O1", "-g", "-fsanitize=thread", "-pthread", "-mavx2", "-mfma"]
-    flags += [f"-D{macro}" for macro in ("VENEER_STALLS", *defined)]
-    with tempfile.TemporaryDirectory(prefix="veneer-sanitize-") as folder:
-        program = str(Path(folder) / name)
-        source = str(HERE / f"{name}.cpp")
-        command = [*_compiler(), *flags, f"-I{KERNELS}", "-o", program, source]
-        built = subprocess.run(command, capture_output=True, text=True, check=False)
-        if built.returncode:
-            return False, built.stderr.strip()
+class _Programs:
+    """Programs of this folder with ThreadSanitizer, each built once, in ``folder``."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._builds: defaultdict[tuple[str, ...], Lock] = defaultdict(Lock)
+
+    def run(
+        self, name: str, *words: str, defined: Sequence[str] = (), reports: bool = False
+    ) -> tuple[bool, str]:
+        """Run one; with ``reports``, it continues after a report, and reports are not
+        failures."""
+        program = self._folder / "-".join((name, *defined))
+        with self._builds[name, *defined]:
+            if not program.exists():
+                flags = ["-std=c++17", "-O1", "-g", "-fsanitize=thread", "-pthread"]
+                flags += ["-mavx2", "-mfma", "-DVENEER_STALLS", *(f"-D{m}" for m in defined)]
+                command = [*_compiler(), *flags, f"-I{KERNELS}", "-o", program]
+                built = subprocess.run(
+                    [*map(str, command), str(HERE / f"{name}.cpp")],
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                )
+                if built.returncode:
+                    return False, built.stderr.strip()
         # Before GCC 14, TSan dies if the kernel randomizes addresses with more than 28 bits.
         fixed = ["setarch", "-R"] if shutil.which("setarch") else []
         options = "halt_on_error=0 exitcode=0" if reports else "halt_on_error=1"
@@ -100,17 +114,17 @@ def _under_tsan(
             text=True,
             check=False,
         )
-    return done.returncode == 0, (done.stdout + done.stderr).strip()
+        return done.returncode == 0, (done.stdout + done.stderr).strip()
 
 
-def _double_writes() -> tuple[bool, str]:
+def _double_writes(programs: _Programs) -> tuple[bool, str]:
     """Chunks executed twice at the same time: there are no reports if their results are
     accessed by relaxed atomics. The same run with plain memory is the control: it must have
     reports, each about two chunks, and none about a chunk and the code between phases."""
-    passed, told = _under_tsan("decoder", "stalls", defined=["VENEER_ATOMIC_NUMBERS"])
+    passed, told = programs.run("decoder", "stalls", defined=["VENEER_ATOMIC_NUMBERS"])
     if not passed:
         return False, told
-    passed, told = _under_tsan("decoder", "stalls", reports=True)
+    passed, told = programs.run("decoder", "stalls", reports=True)
     reports = told.split("WARNING: ThreadSanitizer: data race")[1:]
     others = [report for report in reports if report.count("veneer::Decoder::chunk(") < 2]
     if not passed or not reports or others:
@@ -121,13 +135,18 @@ def _double_writes() -> tuple[bool, str]:
 def main() -> int:
     """Run everything, two at a time; returns the exit status."""
     began = time.monotonic()
-    with ThreadPoolExecutor(2) as pool:
+    with (
+        tempfile.TemporaryDirectory(prefix="veneer-sanitize-") as folder,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        programs = _Programs(Path(folder))
         waiting = {
             f"address, undefined: {form}": pool.submit(_kernel_tests, form) for form in FORMS
         }
-        waiting["thread: thread_pool.h"] = pool.submit(_under_tsan, "thread_pool")
-        waiting["thread: decoder.h"] = pool.submit(_under_tsan, "decoder")
-        waiting["thread: decoder.h, chunks executed twice"] = pool.submit(_double_writes)
+        waiting["thread: thread_pool.h"] = pool.submit(programs.run, "thread_pool")
+        waiting["thread: decoder.h"] = pool.submit(programs.run, "decoder")
+        twice = pool.submit(_double_writes, programs)
+        waiting["thread: decoder.h, chunks executed twice"] = twice
         results = {name: future.result() for name, future in waiting.items()}
     for name, (passed, told) in results.items():
         # A passed run says so in its last line.

@@ -7,6 +7,7 @@ that must be caught. A failure prints the shortest history that reproduces it.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -50,7 +51,10 @@ from veneer_server.wire.messages import AdapterSource
 from tests.planted import edited
 from tests.unit.server.engine.world import BLOCK, CONTEXT, SIZE, World, adapter, token_of
 
-HISTORIES = 2000
+HISTORIES = int(os.environ.get("VENEER_HISTORIES", "500"))
+"""Each run of the suite has others."""
+MUTANTS_HISTORIES = 2000
+"""In which a planted bug must be caught."""
 LONGEST = 40
 """Rules of a history."""
 
@@ -293,21 +297,21 @@ def run_histories(count: int, **options: Any) -> None:
     )
 
 
-@pytest.mark.timeout(600)  # a minute, and the search for the shortest if one fails
+@pytest.mark.timeout(900)  # a minute, and the search for the shortest if one fails
 def test_random_histories() -> None:
     Histories.seen.clear()
     run_histories(HISTORIES)
     seen = Histories.seen
     print(dict(seen))
     assert seen["histories"] >= HISTORIES
-    assert seen["cached_reads"] > 10_000
-    assert seen["preempted"] > 500
-    assert seen["finished"] > 10_000
-    assert seen["bounds_met"] > 5_000
-    assert seen["penalties"] > 5_000
-    assert seen["shrinks"] > 200
-    assert seen["drains"] > 200
-    assert seen["given_back"] > 5_000
+    assert seen["cached_reads"] > 5 * HISTORIES
+    assert seen["preempted"] > HISTORIES / 4
+    assert seen["finished"] > 5 * HISTORIES
+    assert seen["bounds_met"] > 2.5 * HISTORIES
+    assert seen["penalties"] > 2.5 * HISTORIES
+    assert seen["shrinks"] > HISTORIES / 10
+    assert seen["drains"] > HISTORIES / 10
+    assert seen["given_back"] > 2.5 * HISTORIES
 
 
 # ------------------------------------------------------------------- planted bugs
@@ -666,5 +670,5 @@ def test_a_planted_bug_is_caught(
     plant(monkeypatch)
     with pytest.raises((AssertionError, LookupError)) as caught:
         # One that shows it is enough: no search for the shortest.
-        run_histories(HISTORIES, phases=[Phase.generate], database=None)
+        run_histories(MUTANTS_HISTORIES, phases=[Phase.generate], database=None)
     print(f"caught: {caught.value}")
