@@ -34,6 +34,23 @@ class SquareRegisters {
         matrix::dot<0, 3, 6>(), matrix::dot<1, 3, 7>();
     }
 
+    // The same for a B that comes by quarters: left columns and right ones, for the first half of
+    // the inputs, then for the second; see `Quarters`.
+    template <class Quarters>
+    void add_quarters(const bf16* a, size_t a_stride, Quarters& quarters) const {
+        constexpr size_t line = 2 * kLanes * sizeof(bf16);
+        const size_t stride = a_stride * sizeof(bf16);
+        matrix::load<4>(quarters.template next<0>(), line), matrix::load<2>(a, stride);
+        matrix::dot<0, 2, 4>();
+        matrix::load<5>(quarters.template next<1>(), line);
+        matrix::dot<1, 2, 5>();
+        matrix::load<6>(quarters.template next<2>(), line);
+        matrix::load<3>(a + kMatrixInputs / 2, stride);
+        matrix::dot<0, 3, 6>();
+        matrix::load<7>(quarters.template next<3>(), line);
+        matrix::dot<1, 3, 7>();
+    }
+
     // The same for a B of 16 columns; the others' sums stay.
     void add(const bf16* a, size_t a_stride, const bf16* left) const {
         constexpr size_t line = 2 * kLanes * sizeof(bf16), half = matrix::kRows * 2 * kLanes;

@@ -1,6 +1,7 @@
 // The GEMM on matrix registers: 16 rows and 32 outputs at a time.
 //
-// A block's weights are decoded to pairs of bfloat16 once for all rows of a panel. The registers
+// A block's weights are decoded to pairs of bfloat16 once for all rows of a panel, and the next
+// one's while it is multiplied. The registers
 // sum up a block's products; the scale multiplies the sum in float, as on vectors. Every row count
 // is multiplied like this, even a single row: vectors sum in another order, and a row's result must
 // not depend on how many others are in the batch.
@@ -14,27 +15,55 @@ namespace veneer {
 // Rows at a time, so that a panel's totals and inputs stay in the L1 cache.
 constexpr int kMatrixPanel = 8 * kMatrixRows;
 
-// A block's weights: pairs of inputs, each for 16 outputs, for both halves of a tile.
-struct DecodedBlock {
-    alignas(64) bf16 pairs[2][kBlockPairs][2 * kLanes];
+// The blocks of tiles first to last - 1, one after the other, decoded by quarters. Quarter q is for
+// outputs 16 * (q % 2) and up, and inputs 32 * (q / 2) and up: as many as a register has.
+//
+// A quarter is decoded two quarters before it is loaded. Registers are loaded from the cache alone,
+// so what is decoded must have got there; and a load waits for earlier stores at its place in a
+// memory page, whichever page they are in: those of the quarters between are at others.
+template <class Source>
+class Quarters {
+  public:
+    Quarters(const Linear& w, int first, int last)
+        : w_(w), table_(w.table), tile_(first), last_(last), block_(w.tile(first)) {
+        decode<0>(), decode<1>();
+    }
 
-    template <class Source>
-    void decode(const Source& source) {
-        for (int group = 0; group < 8; ++group) {
-            source.prefetch_ahead(group);
-            decode<0>(source, group), decode<1>(source, group);
-            decode<2>(source, group), decode<3>(source, group);
-        }
+    // Quarter Q of the next block: pairs of inputs, each for 16 outputs.
+    template <int Q>
+    const bf16* next() {
+        if constexpr (Q == 2) go_on();
+        decode<(Q + 2) % 4>();
+        return pairs_[Q][0];
     }
 
   private:
-    template <int Q, class Source>
-    void decode(const Source& source, int group) {
-        Pairs low, high;
-        source.template pairs_by_bytes<Q>(group, low, high);
-        store_pairs(pairs[0][4 * group + Q], low);
-        store_pairs(pairs[1][4 * group + Q], high);
+    void go_on() {
+        block_ += block_bytes(w_.kind);
+        if (++number_ < w_.blocks()) return;
+        number_ = 0;
+        block_ = ++tile_ < last_ ? w_.tile(tile_) : nullptr;
     }
+
+    template <int Q>
+    void decode() {
+        if (block_ == nullptr) return;
+        const Source source(block_, table_);
+        source.prefetch_ahead(2 * Q), source.prefetch_ahead(2 * Q + 1);
+        for (int i = 0; i < 4; ++i) {
+            const int group = Q / 2 * 4 + i;
+            store_pairs(pairs_[Q][4 * i], source.template half<0>(Q % 2, group));
+            store_pairs(pairs_[Q][4 * i + 1], source.template half<1>(Q % 2, group));
+            store_pairs(pairs_[Q][4 * i + 2], source.template half<2>(Q % 2, group));
+            store_pairs(pairs_[Q][4 * i + 3], source.template half<3>(Q % 2, group));
+        }
+    }
+
+    alignas(64) bf16 pairs_[4][kBlockPairs / 2][2 * kLanes];
+    const Linear& w_;
+    const Table table_;
+    int tile_, last_, number_ = 0;
+    const uint8_t* block_;
 };
 
 // The groups of up to 16 rows, in all panels.
@@ -70,14 +99,15 @@ class RowGroups {
     const float* totals() const { return totals_; }
     void clear() { std::fill(totals_, totals_ + size_t(rows_) * kTile, 0.0f); }
 
-    // totals += a block times its 64 inputs of each row.
-    void multiply(const DecodedBlock& block, const float* scales, const bf16* x, size_t x_stride,
+    // totals += the next block times its 64 inputs of each row.
+    template <class Source>
+    void multiply(Quarters<Source>& quarters, const float* scales, const bf16* x, size_t x_stride,
                   Prefetcher& prefetcher) {
         for (int g = 0; g < groups_; ++g) {
             const int row = std::min(g * size_, rows_ - size_), skip = g * size_ - row;
             registers_.zero();
             if (g == 0)
-                registers_.add(x, x_stride, block.pairs[0][0], block.pairs[1][0]);
+                registers_.add_quarters(x, x_stride, quarters);
             else
                 registers_.add(x + row * x_stride, x_stride);
             prefetcher.prefetch_some();
@@ -108,26 +138,18 @@ class RowGroups {
     SquareRegisters registers_;
 };
 
-// Tiles first to last - 1 for a panel's rows. The block after the one that is multiplied is decoded
-// meanwhile.
+// Tiles first to last - 1 for a panel's rows.
 template <class Source>
 inline void multiply_panel(const Linear& w, int first, int last, const bf16* x, size_t x_stride,
                            int rows, float* y, size_t y_stride, Prefetcher& prefetcher) {
-    DecodedBlock decoded[2];
-    const Table table(w.table);
     RowGroups groups(rows);
-    decoded[0].decode(Source(w.tile(first), table));
-    int turn = 0;
+    Quarters<Source> quarters(w, first, last);
     for (int tile = first; tile < last; ++tile) {
         groups.clear();
         const uint8_t* block = w.tile(tile);
-        for (int b = 0; b < w.blocks(); ++b, block += block_bytes(w.kind), turn ^= 1) {
+        for (int b = 0; b < w.blocks(); ++b, block += block_bytes(w.kind)) {
             prefetch_rows(w, tile, b, x, x_stride, rows, y, y_stride, prefetcher);
-            if (b + 1 < w.blocks())
-                decoded[turn ^ 1].decode(Source(block + block_bytes(w.kind), table));
-            else if (tile + 1 < last)
-                decoded[turn ^ 1].decode(Source(w.tile(tile + 1), table));
-            groups.multiply(decoded[turn], w.scales(block), x + b * kBlock, x_stride, prefetcher);
+            groups.multiply(quarters, w.scales(block), x + b * kBlock, x_stride, prefetcher);
         }
         groups.finish();
         prefetcher.inputs = false;

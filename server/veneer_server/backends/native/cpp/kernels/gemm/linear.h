@@ -99,11 +99,11 @@ struct FromCodes {
         high = look_up<Q>(table, load_codes(at + 512 + group * 64));
     }
 
-    // The same, from a byte further on where that saves a shift. It reads a byte past the codes,
-    // of the scales.
+    // Of outputs 16 * half and up, from a byte further on where that saves a shift: it may read a
+    // byte past the codes, of the scales.
     template <int Q>
-    void pairs_by_bytes(int group, Pairs& low, Pairs& high) const {
-        FromCodes(at + Q / 2, table).template pairs<Q % 2>(group, low, high);
+    Pairs half(int half, int group) const {
+        return look_up<Q % 2>(table, load_codes(at + Q / 2 + half * 512 + group * 64));
     }
 };
 
@@ -126,8 +126,8 @@ struct FromPairs {
     }
 
     template <int Q>
-    void pairs_by_bytes(int group, Pairs& low, Pairs& high) const {
-        pairs<Q>(group, low, high);
+    Pairs half(int half, int group) const {
+        return load_pairs(at + (group * 4 + Q) * 2 * kTile + half * kTile);
     }
 };
 
@@ -150,8 +150,8 @@ struct FromBytes {
     }
 
     template <int Q>
-    void pairs_by_bytes(int group, Pairs& low, Pairs& high) const {
-        pairs<Q>(group, low, high);
+    Pairs half(int half, int group) const {
+        return load_bytes(at + (group * 4 + Q) * 2 * kTile + half * kTile);
     }
 };
 
