@@ -65,7 +65,9 @@ class Peers:
             blocks = max(ROWS) * blocks_for(most) + 1
             chosen = load(name, threads, num_blocks=blocks, base=base)
             self._chosen[name] = chosen
-            self._tables[name] = make_adapters(chosen.weights.config, chosen.lora_dtype)
+            self._tables[name] = make_adapters(
+                chosen.weights.config, chosen.lora_dtype, paired=chosen.paired
+            )
 
     @property
     def native_name(self) -> str:

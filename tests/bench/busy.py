@@ -45,7 +45,7 @@ def main() -> None:
     most = PROMPT + 2 * NEW
     chosen = load("native", given.threads, num_blocks=max(ROWS) * blocks_for(most) + 1)
     backend: Backend = chosen.backend
-    tables = make_adapters(chosen.weights.config, chosen.lora_dtype)
+    tables = make_adapters(chosen.weights.config, chosen.lora_dtype, paired=chosen.paired)
     torch.set_num_threads(1)  # as in serving
     for rows in ROWS:
         quiet, beside = [], []

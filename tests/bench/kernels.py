@@ -224,7 +224,7 @@ def main() -> None:
         weights.append((name, pack_dense(library, kind, chosen.weights.head)))
     print_products(functions, one, weights)
     steps, config = Steps(chosen.backend), chosen.weights.config
-    tables = make_adapters(config, chosen.lora_dtype)
+    tables = make_adapters(config, chosen.lora_dtype, paired=chosen.paired)
     for rows in ROWS:
         print_steps(steps, config, several, rows, tables)
     print_attention(steps, config, several)

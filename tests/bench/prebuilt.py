@@ -49,7 +49,9 @@ def main() -> None:
             backends_[form.name, "compiled"] = loaded(own)
             backends_[form.name, "prebuilt"] = loaded(file)
     any_ = next(iter(backends_.values()))
-    tables = make_adapters(read_decoder_config(import_bundled(CACHE).path), any_.lora_dtype)
+    tables = make_adapters(
+        read_decoder_config(import_bundled(CACHE).path), any_.lora_dtype, paired=any_.paired
+    )
     for rows in ROWS:
         step = make_step(rows, CONTEXT - 4, 1, tables[:rows], most=CONTEXT)
         best = dict.fromkeys(backends_, float("inf"))

@@ -39,7 +39,7 @@ def main() -> None:
             continue
         forms.append(load("native", given.threads, num_blocks=blocks, instructions=form.name))
     torch.set_num_threads(1)
-    adapter = make_adapters(forms[0].weights.config, forms[0].lora_dtype)[:1]
+    adapter = make_adapters(forms[0].weights.config, forms[0].lora_dtype, paired=True)[:1]
     for mixed in (False, True):
         step = make_step(1, 0, TOKENS, adapter if mixed else [], most=TOKENS)
         for number in range(given.rounds):

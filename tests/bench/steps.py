@@ -73,18 +73,26 @@ def load(
     return chosen
 
 
-def make_adapters(config: DecoderConfig, dtype: torch.dtype) -> list[AdapterTable]:
-    """`ADAPTERS` different adapters of `RANK` on all projections, with non-zero B."""
-    return [_adapter(config, dtype, seed) for seed in range(ADAPTERS)]
+def make_adapters(
+    config: DecoderConfig, dtype: torch.dtype, *, paired: bool
+) -> list[AdapterTable]:
+    """`ADAPTERS` different adapters of `RANK` on all projections, with non-zero B.
+
+    Args:
+        paired: see `Layout`.
+    """
+    return [_adapter(config, dtype, seed, paired=paired) for seed in range(ADAPTERS)]
 
 
-def _adapter(config: DecoderConfig, dtype: torch.dtype, seed: int) -> AdapterTable:
+def _adapter(
+    config: DecoderConfig, dtype: torch.dtype, seed: int, *, paired: bool
+) -> AdapterTable:
     modules = [
         LoraModule(layer, projection, RANK, 2.0, "", "")
         for layer in range(config.num_layers)
         for projection in config.shapes
     ]
-    layout = Layout.of(modules, config.shapes, config.num_layers)
+    layout = Layout.of(modules, config.shapes, config.num_layers, paired=paired)
     generator = torch.Generator().manual_seed(seed)
     run = 0.02 * torch.randn(layout.length, generator=generator)
     return AdapterTable(layout, _as_loaded(run.to(dtype)))

@@ -67,6 +67,7 @@ class Setup(msgspec.Struct, frozen=True, array_like=True):
     Attributes:
         shapes: projection -> (out_features, in_features).
         dtype: of the runs.
+        paired: see `Layout`.
         segment_bytes: see `SEGMENT`.
     """
 
@@ -74,6 +75,7 @@ class Setup(msgspec.Struct, frozen=True, array_like=True):
     num_layers: int
     dtype: Dtype
     segment_bytes: int = SEGMENT
+    paired: bool = False
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True):
@@ -211,6 +213,7 @@ def _load(setup: Setup, load: Load, job: _Job) -> Loaded:
             setup.num_layers,
             setup.dtype,
             job.begin,
+            paired=setup.paired,
         )
     except VeneerError as error:
         return Loaded({}, (error.reason, error.message, error.metadata))

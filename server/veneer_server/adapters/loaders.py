@@ -137,7 +137,9 @@ class Loaders:
     def _prepare(self, begun: Begun, fd: int, segments: _Segments) -> HostCopy:
         memory = segments.take(begun, fd)
         modules = (LoraModule(*facts, "", "") for facts in begun.modules)
-        layout = Layout.of(modules, self._setup.shapes, self._setup.num_layers)
+        layout = Layout.of(
+            modules, self._setup.shapes, self._setup.num_layers, paired=self._setup.paired
+        )
         run = torch.frombuffer(memory, dtype=self._dtype)
         return HostCopy(layout, run, AdapterTable(layout, run) if self._tables else None)
 

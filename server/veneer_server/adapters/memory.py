@@ -64,6 +64,7 @@ class LoraMemory:
 
     Args:
         placer: makes DEVICE copies, if the backend has memory of its own for them.
+        paired: see `Layout`.
 
     Attributes:
         tables: DEVICE copies by weights digest, read by the model runner.
@@ -79,6 +80,7 @@ class LoraMemory:
         workers: int,
         references: References,
         placer: Placer | None = None,
+        paired: bool = False,
     ) -> None:
         self.tables: dict[str, AdapterTable] = {}
         self._host: dict[str, HostCopy] = {}
@@ -98,7 +100,7 @@ class LoraMemory:
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="adapter-copy")
         on_gpu = device.type == "cuda"
         self._loaders = Loaders(
-            Setup(dict(config.shapes), config.num_layers, DTYPE_NAMES[dtype]),
+            Setup(dict(config.shapes), config.num_layers, DTYPE_NAMES[dtype], paired=paired),
             dtype,
             count=workers,
             pinned=on_gpu,

@@ -39,6 +39,8 @@ def read_run(
     num_layers: int,
     dtype: Dtype,
     begin: Callable[[Sequence[LoraModule], int], memoryview],
+    *,
+    paired: bool = False,
 ) -> dict[str, float]:
     """Read, verify and convert.
 
@@ -47,6 +49,7 @@ def read_run(
         dtype: of the run.
         begin: called with the adapter's modules, not verified yet, and a number of bytes;
             returns zeroed memory of that size, which holds the run when this returns.
+        paired: see `Layout`.
 
     Returns:
         The seconds of each stage: ``read`` (to locate the tensors), ``convert``, and
@@ -67,14 +70,19 @@ def read_run(
     with open_unverified(folder, digest) as stored:
         verifying = _Beside(stored.verify)
         try:
-            layout = Layout.of(stored.modules, shapes, num_layers)
+            layout = Layout.of(stored.modules, shapes, num_layers, paired=paired)
             memory = begin(stored.modules, layout.length * ITEMSIZE[dtype])
             places = {(s.module.layer, s.module.projection): s for s in layout.slots}
             stage("read")
             for pair in stored.tensors:
                 slot = places[pair.module.layer, pair.module.projection]
-                _fill(memory, slot.a, (1, slot.a_stride), pair.a, dtype)
-                _fill(memory, slot.b, (1, slot.fan_out), pair.b, dtype)
+                rank, fan_in = pair.a.shape
+                if paired:
+                    shape, strides = (rank, fan_in // 2, 2), (2, 2 * slot.a_stride, 1)
+                    _fill(memory, slot.a, shape, strides, pair.a, dtype)
+                else:
+                    _fill(memory, slot.a, (rank, fan_in), (1, slot.a_stride), pair.a, dtype)
+                _fill(memory, slot.b, pair.b.shape, (1, slot.fan_out), pair.b, dtype)
             stage("convert")
         finally:
             verifying.finish()
@@ -105,29 +113,35 @@ class _Beside:
 
 
 def _fill(
-    memory: memoryview, start: int, strides: tuple[int, int], stored: TensorView, dtype: Dtype
+    memory: memoryview,
+    start: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    stored: TensorView,
+    dtype: Dtype,
 ) -> None:
     """Write a stored matrix to zeroed memory, in ``dtype``, rounded to nearest with ties to
     even.
 
     Args:
+        shape: in which the stored numbers are written.
         start, strides: of the matrix in ``memory``, in elements.
     """
     size = ITEMSIZE[dtype]
-    at, steps = start * size, (strides[0] * size, strides[1] * size)
+    at, steps = start * size, tuple(step * size for step in strides)
     if stored.dtype == "BF16" and dtype == "float32":
         # A bfloat16 is the upper half of a float32; the lower one is zero.
-        upper = np.ndarray(stored.shape, "<u2", memory, at + 2, steps)
-        upper[:] = np.frombuffer(stored.data, "<u2").reshape(stored.shape)
+        upper = np.ndarray(shape, "<u2", memory, at + 2, steps)
+        upper[:] = np.frombuffer(stored.data, "<u2").reshape(shape)
         return
-    to: _Bits = np.ndarray(stored.shape, _KIND[size], memory, at, steps)
+    to: _Bits = np.ndarray(shape, _KIND[size], memory, at, steps)
     if stored.dtype == _STORED[dtype]:
-        to[:] = np.frombuffer(stored.data, _KIND[size]).reshape(stored.shape)
+        to[:] = np.frombuffer(stored.data, _KIND[size]).reshape(shape)
     elif dtype == "bfloat16":
-        to[:] = to_bfloat16(_float32(stored))
+        to[:] = to_bfloat16(_float32(stored)).reshape(shape)
     else:
         numbers = np.float16 if dtype == "float16" else np.float32
-        to[:] = _float32(stored).astype(numbers).view(_KIND[size])
+        to[:] = _float32(stored).astype(numbers).view(_KIND[size]).reshape(shape)
 
 
 def _float32(stored: TensorView) -> npt.NDArray[np.float32]:

@@ -106,6 +106,7 @@ def build_engine(
             ),
         ),
         placer=chosen.placer,
+        paired=chosen.paired,
     )
     residency = Residency(
         host_budget=config.host_adapter_bytes,

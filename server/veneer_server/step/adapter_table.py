@@ -16,7 +16,7 @@ class GroupViews:
     """One group of one layer.
 
     Attributes:
-        a_t: [fan_in, sum of ranks].
+        a_t: [fan_in, sum of ranks]; paired: [fan_in / 2, sum of ranks, 2].
         expands: B transposed, [rank, fan_out], and the scaling of each adapted projection.
         members: their indices among the group's projections.
         ranks: their ranks, in order.
@@ -37,6 +37,7 @@ class AdapterTable:
     """
 
     def __init__(self, layout: Layout, run: torch.Tensor) -> None:
+        self.layout = layout
         self.run = run
         columns: list[list[GroupViews | None]] = [[None] * layout.num_layers for _ in Group]
         of_group = {p: group for group, members in MEMBERS.items() for p in members}
@@ -45,21 +46,22 @@ class AdapterTable:
             key = (slot.module.layer, of_group[slot.module.projection])
             grouped.setdefault(key, []).append(slot)
         for (layer, group), slots in grouped.items():
-            columns[group.value][layer] = _views(run, slots)
+            columns[group.value][layer] = _views(run, slots, paired=layout.paired)
         self.views: tuple[tuple[GroupViews | None, ...], ...] = tuple(map(tuple, columns))
         self.ranks = [max((sum(v.ranks) for v in c if v), default=0) for c in self.views]
 
 
-def _views(run: torch.Tensor, slots: list[Slot]) -> GroupViews:
+def _views(run: torch.Tensor, slots: list[Slot], *, paired: bool) -> GroupViews:
     first = slots[0]
-    a_shape = (first.fan_in, first.a_stride)
+    fan_in, ranks = first.fan_in, first.a_stride
+    a_t = run[first.a : first.a + fan_in * ranks]
     expands = []
     for slot in slots:
         b_shape = (slot.module.rank, slot.fan_out)
         b_t = run.as_strided(b_shape, (slot.fan_out, 1), slot.b)
         expands.append((b_t, slot.module.scaling))
     return GroupViews(
-        run.as_strided(a_shape, (first.a_stride, 1), first.a),
+        a_t.view((fan_in // 2, ranks, 2) if paired else (fan_in, ranks)),
         tuple(expands),
         tuple(slot.member for slot in slots),
         tuple(slot.module.rank for slot in slots),

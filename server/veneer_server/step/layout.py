@@ -3,8 +3,9 @@
 The decoder computes projections in four groups that share an input (q, k, v;
 o; gate, up; down). Within a group the A matrices lie side by side, transposed, so
 that one GEMM shrinks the input for all of them. B is transposed too: on a few rows,
-these GEMMs then read memory up to a third faster than in PEFT's layout. No rank,
-target list or number of adapters is fixed anywhere: the layout follows the manifest.
+these GEMMs then read memory up to a third faster than in PEFT's layout. For kernels that
+multiply pairs of neighbouring inputs, two rows of A transposed lie as pairs (``paired``). No
+rank, target list or number of adapters is fixed anywhere: the layout follows the manifest.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Slot:
     """Where one module's matrices lie in the run, in elements from its start.
 
     Attributes:
-        a: row i of A transposed, [fan_in, rank], begins at ``run[a + i * a_stride]``.
+        a: row i of A transposed, [fan_in, rank], begins at ``run[a + i * a_stride]``. Paired:
+            ``run[a + i * 2 * a_stride + 2 * r + j]`` is for input 2 i + j and rank r.
         a_stride: the sum of its group's ranks.
         b: B transposed is ``run[b : b + rank * fan_out]``, shape [rank, fan_out].
         member: index of this projection among its group's.
@@ -58,11 +60,16 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Order of all modules in the run; total length in elements."""
+    """Order of all modules in the run; total length in elements.
+
+    Attributes:
+        paired: see `Slot.a`.
+    """
 
     slots: tuple[Slot, ...]
     length: int
     num_layers: int
+    paired: bool = False
 
     @classmethod
     def of(
@@ -70,6 +77,8 @@ class Layout:
         modules: Iterable[LoraModule],
         shapes: Mapping[Projection, tuple[int, int]],
         num_layers: int,
+        *,
+        paired: bool = False,
     ) -> Layout:
         """Lay out ``modules``: by layer, by group, first the As, then the Bs."""
         by_place: dict[tuple[int, Projection], LoraModule] = {
@@ -87,7 +96,7 @@ class Layout:
                     fan_out = shapes[module.projection][0]
                     member = members.index(module.projection)
                     slots.append(Slot(module, a, ranks, b, fan_in, fan_out, member))
-                    a += module.rank
+                    a += module.rank * (2 if paired else 1)
                     b += module.rank * fan_out
                 position = b if present else position
-        return cls(tuple(slots), position, num_layers)
+        return cls(tuple(slots), position, num_layers, paired)

@@ -201,6 +201,8 @@ class _Adapter:
     """An adapter's pointers, valid for as long as its table lives."""
 
     def __init__(self, table: AdapterTable) -> None:
+        is_float = table.run.dtype == torch.float32
+        assert table.layout.paired != is_float
         layers = len(table.views[0])
         self._groups = (LoraGroup * (layers * len(Group)))()
         for group in Group:
@@ -217,7 +219,5 @@ class _Adapter:
                     place.b, place.rank, place.first = b_t.data_ptr(), rank, first
                     place.scaling = scaling
                     first += rank
-        self._adapter = LoraAdapter(
-            groups=self._groups, is_float=int(table.run.dtype == torch.float32)
-        )
+        self._adapter = LoraAdapter(groups=self._groups, is_float=int(is_float))
         self.pointer = ctypes.pointer(self._adapter)

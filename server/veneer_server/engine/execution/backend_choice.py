@@ -59,6 +59,7 @@ class Chosen:
         draws: samples tokens from its logits.
         placer: makes DEVICE copies of adapters; None if any memory of the device will do.
         ahead: the backend, if it takes a step before the last one's tokens are read.
+        paired: whether its adapters lie in pairs, see `Layout`.
     """
 
     backend: Backend
@@ -71,6 +72,7 @@ class Chosen:
     invariant: bool = False
     placer: Placer | None = None
     ahead: AheadBackend | None = None
+    paired: bool = False
 
 
 def choose(
@@ -182,6 +184,7 @@ def _native(
         draws=decoder.draws,
         placement=placement,
         invariant=True,
+        paired=True,
     )
 
 

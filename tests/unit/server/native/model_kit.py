@@ -20,6 +20,7 @@ from veneer_server.step.adapter_table import AdapterTable
 from veneer_server.step.arrays import Segment, StepArrays
 from veneer_server.step.layout import Layout
 
+from tests.paired import place_a
 from tests.unit.server import test_decoder as oracle
 from tests.unit.server.native.rounded_model import LINEARS, Base, Update
 
@@ -145,12 +146,13 @@ def table_of(
         for (layer, name), update in adapter.items()
     ]
     shapes = {PROJECTIONS[name]: tuple(m.shape) for name, m in base.layers[0].items()}
-    layout = Layout.of(modules, shapes, len(base.layers))
+    pairs = dtype == torch.bfloat16
+    layout = Layout.of(modules, shapes, len(base.layers), paired=pairs)
     run = torch.zeros(layout.length, dtype=dtype)
     for slot in layout.slots:
         update = adapter[slot.module.layer, slot.module.projection.removesuffix("_proj")]
         rank = slot.module.rank
-        run.as_strided((slot.fan_in, rank), (slot.a_stride, 1), slot.a).copy_(update.a.T)
+        place_a(run, slot, update.a.T, paired=pairs)
         run.as_strided((rank, slot.fan_out), (slot.fan_out, 1), slot.b).copy_(update.b.T)
     return AdapterTable(layout, run)
 

@@ -20,6 +20,7 @@ from veneer_server.step.adapter_table import AdapterTable
 from veneer_server.step.arrays import Segment, StepArrays
 from veneer_server.step.layout import Layout
 
+from tests.paired import paired, with_pairs
 from tests.unit.server import test_decoder as oracle
 
 SEED = 11
@@ -213,6 +214,8 @@ def wrong_by(got: list[torch.Tensor], want: list[torch.Tensor]) -> float:
 
 
 def run_all(backend: Any, parts: list[StepArrays]) -> list[torch.Tensor]:
+    if isinstance(backend, NativeDecoder):
+        parts = [with_pairs(part) for part in parts]
     return [backend.execute(part).clone() for part in parts]  # a backend may use it again
 
 
@@ -330,7 +333,7 @@ def test_a_row_s_logits_do_not_depend_on_its_company(library: Library, tmp_path:
     def ask(begin: int, end: int, *others: tuple[list[int], int, list[int]]) -> torch.Tensor:
         arrays = oracle.step([(tokens[begin:end], begin, mine), *others])
         fields = {name: getattr(arrays, name) for name in StepArrays.__slots__}
-        fields["segments"] = (Segment(0, end - begin, table),)
+        fields["segments"] = (Segment(0, end - begin, paired(table)),)
         return native.execute(StepArrays(**fields))[: end - begin].clone()
 
     alone = torch.cat([ask(at, at + 1) for at in range(70)])

@@ -148,19 +148,10 @@ inline void store_pairs(bf16* at, Pairs a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), a.lo);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(at) + 1, a.hi);
 }
-// Interleaves two lines: (first[0], second[0]), (first[1], second[1]), ...
-inline Pairs interleave(const bf16* first, const bf16* second) {
-    const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first));
-    const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second));
-    // Unpacking works within 128 bits.
-    const __m256i lo = _mm256_unpacklo_epi16(a, b), hi = _mm256_unpackhi_epi16(a, b);
-    return {_mm256_permute2x128_si256(lo, hi, 0x20), _mm256_permute2x128_si256(lo, hi, 0x31)};
-}
-inline Pairs interleave(const bf16* first, const bf16* second, int count) {
-    alignas(32) bf16 padded[2][kLanes] = {};
-    std::memcpy(padded[0], first, count * sizeof(bf16));
-    std::memcpy(padded[1], second, count * sizeof(bf16));
-    return interleave(padded[0], padded[1]);
+inline Pairs load_pairs(const bf16* at, int count) {
+    alignas(32) bf16 padded[2 * kLanes] = {};
+    std::memcpy(padded, at, count * 2 * sizeof(bf16));
+    return load_pairs(padded);
 }
 inline Pairs broadcast_pair(const bf16* at) {
     int32_t both;

@@ -88,21 +88,8 @@ inline float largest(Floats a) { return _mm512_reduce_max_ps(a.v); }
 
 inline Pairs load_pairs(const bf16* at) { return {_mm512_loadu_si512(at)}; }
 inline void store_pairs(bf16* at, Pairs a) { _mm512_storeu_si512(at, a.v); }
-// Interleaves two lines: (first[0], second[0]), (first[1], second[1]), ...
-inline Pairs interleave(__m256i first, __m256i second) {
-    alignas(64) static constexpr uint16_t order[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
-                                                       37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
-                                                       11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-    return {_mm512_permutex2var_epi16(_mm512_castsi256_si512(first), _mm512_load_si512(order),
-                                      _mm512_castsi256_si512(second))};
-}
-inline Pairs interleave(const bf16* first_line, const bf16* second_line) {
-    return interleave(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first_line)),
-                      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second_line)));
-}
-inline Pairs interleave(const bf16* first_line, const bf16* second_line, int count) {
-    return interleave(_mm256_maskz_loadu_epi16(first(count), first_line),
-                      _mm256_maskz_loadu_epi16(first(count), second_line));
+inline Pairs load_pairs(const bf16* at, int count) {
+    return {_mm512_maskz_loadu_epi32(first(count), at)};
 }
 inline Pairs broadcast_pair(const bf16* at) {
     int32_t both;

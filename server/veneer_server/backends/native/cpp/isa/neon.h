@@ -175,17 +175,10 @@ inline Pairs load_pairs(const bf16* at) {
 inline void store_pairs(bf16* at, Pairs a) {
     for (int i = 0; i < kParts; ++i) vst1q_u16(at + 8 * i, a.v[i]);
 }
-// Interleaves two lines: (first[0], second[0]), (first[1], second[1]), ...
-inline Pairs interleave(const bf16* first, const bf16* second) {
-    const uint16x8_t a = vld1q_u16(first), b = vld1q_u16(second);
-    const uint16x8_t c = vld1q_u16(first + 8), d = vld1q_u16(second + 8);
-    return {{vzip1q_u16(a, b), vzip2q_u16(a, b), vzip1q_u16(c, d), vzip2q_u16(c, d)}};
-}
-inline Pairs interleave(const bf16* first, const bf16* second, int count) {
-    bf16 padded[2][kLanes] = {};
-    std::memcpy(padded[0], first, size_t(count) * sizeof(bf16));
-    std::memcpy(padded[1], second, size_t(count) * sizeof(bf16));
-    return interleave(padded[0], padded[1]);
+inline Pairs load_pairs(const bf16* at, int count) {
+    bf16 padded[2 * kLanes] = {};
+    std::memcpy(padded, at, size_t(count) * 2 * sizeof(bf16));
+    return load_pairs(padded);
 }
 inline Pairs broadcast_pair(const bf16* at) {
     uint32_t both;

@@ -3,8 +3,9 @@
 //
 // Rows of one adapter are neighbours (a segment). Its matrices lie transposed, as the server's
 // loaders lay them out (step/layout.py): A^T [inputs, ranks of a group side by side] and, for each
-// projection, B^T [rank, outputs]; in bfloat16 or float, of any rank. x is the bfloat16 input of
-// the base's GEMM too; sums and h are float.
+// projection, B^T [rank, outputs]; in bfloat16 or float, of any rank. A^T of bfloat16 lies in pairs
+// of inputs: [inputs / 2, ranks, 2]. x is the bfloat16 input of the base's GEMM too; sums and h are
+// float.
 #pragma once
 
 #include <algorithm>
@@ -79,9 +80,11 @@ template <>
 struct TwoInputs<bf16> {
     Pairs pairs;
     TwoInputs() = default;
-    TwoInputs(const bf16* first, const bf16* second) : pairs(interleave(first, second)) {}
-    TwoInputs(const bf16* first, const bf16* second, int count)
-        : pairs(interleave(first, second, count)) {}
+    // Of inputs k and k + 1, from a rank on.
+    TwoInputs(const bf16* a, size_t k, int ranks, int rank)
+        : pairs(load_pairs(a + k * size_t(ranks) + 2 * rank)) {}
+    TwoInputs(const bf16* a, size_t k, int ranks, int rank, int count)
+        : pairs(load_pairs(a + k * size_t(ranks) + 2 * rank, count)) {}
     Floats dot(Floats sums, const bf16* x) const {
         return veneer::dot(sums, pairs, broadcast_pair_shared(x));
     }
@@ -91,9 +94,12 @@ template <>
 struct TwoInputs<float> {
     Floats first, second;
     TwoInputs() = default;
-    TwoInputs(const float* a, const float* b) : first(load(a)), second(load(b)) {}
-    TwoInputs(const float* a, const float* b, int count)
-        : first(load(a, count)), second(load(b, count)) {}
+    TwoInputs(const float* a, size_t k, int ranks, int rank)
+        : first(load(a + k * size_t(ranks) + rank)),
+          second(load(a + (k + 1) * size_t(ranks) + rank)) {}
+    TwoInputs(const float* a, size_t k, int ranks, int rank, int count)
+        : first(load(a + k * size_t(ranks) + rank, count)),
+          second(load(a + (k + 1) * size_t(ranks) + rank, count)) {}
     Floats dot(Floats sums, const bf16* x) const {
         return fma(second, broadcast(to_float(load_number(x + 1))),
                    fma(first, broadcast(to_float(load_number(x))), sums));
@@ -101,8 +107,8 @@ struct TwoInputs<float> {
 };
 
 template <int Rows, int Vectors, class Number>
-inline void shrink_rows(const Number* a, int ranks, int width, const bf16* x, size_t x_stride,
-                        int inputs, float* h, size_t h_stride) {
+inline void shrink_rows(const Number* a, int ranks, int first, int width, const bf16* x,
+                        size_t x_stride, int inputs, float* h, size_t h_stride) {
     // Several sums each, so that an FMA need not wait for the one before. Their number does not
     // depend on the number of rows: a row's result is bit-identical whatever else is in the batch.
     constexpr int chains = Vectors == 1 ? 4 : 2;
@@ -115,13 +121,13 @@ inline void shrink_rows(const Number* a, int ranks, int width, const bf16* x, si
     for (int k = 0; k < inputs; k += 2 * chains) {  // inputs: a multiple of 64
         for (int c = 0; c < chains; ++c) {
             const bf16* input = x + k + 2 * c;
-            const Number* line = a + size_t(k + 2 * c) * ranks;
             TwoInputs<Number> weights[Vectors];
             for (int v = 0; v < Vectors; ++v) {
-                const Number* at = line + v * kLanes;
+                const size_t at = size_t(k + 2 * c);
+                const int rank = first + v * kLanes;
                 const bool whole = v + 1 < Vectors || tail == kLanes;
-                weights[v] = whole ? TwoInputs<Number>(at, at + ranks)
-                                   : TwoInputs<Number>(at, at + ranks, tail);
+                weights[v] = whole ? TwoInputs<Number>(a, at, ranks, rank)
+                                   : TwoInputs<Number>(a, at, ranks, rank, tail);
             }
             for (int r = 0; r < Rows; ++r)
                 for (int v = 0; v < Vectors; ++v)
@@ -138,45 +144,61 @@ inline void shrink_rows(const Number* a, int ranks, int width, const bf16* x, si
 }
 
 template <int Most, int Vectors, class Number>
-inline void shrink_width(const Number* a, int ranks, int width, const bf16* x, size_t x_stride,
-                         int inputs, int rows, float* h, size_t h_stride) {
+inline void shrink_width(const Number* a, int ranks, int first, int width, const bf16* x,
+                         size_t x_stride, int inputs, int rows, float* h, size_t h_stride) {
     if constexpr (Most > 0) {
         int r = 0;
         for (; r + Most <= rows; r += Most)
-            shrink_rows<Most, Vectors>(a, ranks, width, x + r * x_stride, x_stride, inputs,
+            shrink_rows<Most, Vectors>(a, ranks, first, width, x + r * x_stride, x_stride, inputs,
                                        h + r * h_stride, h_stride);
         if (r < rows)
-            shrink_width<Most - 1, Vectors>(a, ranks, width, x + r * x_stride, x_stride, inputs,
-                                            rows - r, h + r * h_stride, h_stride);
+            shrink_width<Most - 1, Vectors>(a, ranks, first, width, x + r * x_stride, x_stride,
+                                            inputs, rows - r, h + r * h_stride, h_stride);
     }
 }
 
-// The same on matrix registers.
-inline void shrink_by_matrix(const bf16* a, int ranks, int width, const bf16* x, size_t x_stride,
-                             int inputs, int rows, float* h, size_t h_stride) {
-    // Two of each in turn, so that a block's pairs are made while the one before is multiplied.
+// Up to 32 ranks from `first` on, on matrix registers, for a short vector of them: its pairs are
+// copied, since a register would be loaded from beyond A.
+inline void shrink_copied(const SquareRegisters& registers, const bf16* a, int ranks, int left,
+                          int right, const bf16* x, size_t x_stride, int inputs) {
+    // Two of each in turn, so that a block's pairs are copied while the one before is multiplied.
     alignas(64) bf16 pairs[2][2][kMatrixInputs / 2][2 * kLanes];
+    int turn = 0;
+    for (int k = 0; k < inputs; k += kMatrixInputs, turn ^= 1) {
+        auto& block = pairs[turn];
+        const bf16* line = a + size_t(k) * ranks;
+        for (int pair = 0; pair < kMatrixInputs / 2; ++pair, line += 2 * ranks) {
+            store_pairs(block[0][pair], load_pairs(line, left));
+            if (right > 0) store_pairs(block[1][pair], load_pairs(line + 2 * left, right));
+        }
+        if (right > 0)
+            registers.add(x + k, x_stride, block[0][0], block[1][0], 2 * kLanes);
+        else
+            registers.add(x + k, x_stride, block[0][0], 2 * kLanes);
+    }
+}
+
+// The same as `shrink_width` on matrix registers.
+inline void shrink_by_matrix(const bf16* a, int ranks, int first, int width, const bf16* x,
+                             size_t x_stride, int inputs, int rows, float* h, size_t h_stride) {
     alignas(64) float sums[kMatrixRows * 2 * kLanes];
     const SquareRegisters registers(rows);
-    int turn = 0;
     for (int column = 0; column < width; column += 2 * kLanes) {
         const int left = std::min(kLanes, width - column);
         const int right = std::min(kLanes, width - column - left);
+        const bf16* from = a + 2 * (first + column);
+        const size_t stride = 2 * size_t(ranks);
         registers.zero();
-        for (int k = 0; k < inputs; k += kMatrixInputs, turn ^= 1) {  // inputs: a multiple of 64
-            auto& block = pairs[turn];
-            const bf16* line = a + size_t(k) * ranks + column;
-            for (int pair = 0; pair < kMatrixInputs / 2; ++pair, line += 2 * ranks) {
-                store_pairs(block[0][pair], interleave(line, line + ranks, left));
+        if (left < kLanes || (right > 0 && right < kLanes))
+            shrink_copied(registers, from, ranks, left, right, x, x_stride, inputs);
+        else  // inputs: a multiple of 64
+            for (int k = 0; k < inputs; k += kMatrixInputs) {
+                const bf16* line = from + size_t(k) * ranks;
                 if (right > 0)
-                    store_pairs(block[1][pair],
-                                interleave(line + left, line + left + ranks, right));
+                    registers.add(x + k, x_stride, line, line + 2 * kLanes, stride);
+                else
+                    registers.add(x + k, x_stride, line, stride);
             }
-            if (right > 0)
-                registers.add(x + k, x_stride, block[0][0], block[1][0]);
-            else
-                registers.add(x + k, x_stride, block[0][0]);
-        }
         registers.store(sums);
         for (int r = 0; r < rows; ++r) {
             const float* sum = sums + r * 2 * kLanes;
@@ -191,17 +213,21 @@ inline void shrink_by_matrix(const bf16* a, int ranks, int width, const bf16* x,
 template <class Number>
 inline void shrink(const LoraGroup& group, int chunk, const bf16* x, size_t x_stride, int inputs,
                    int rows, float* h, size_t h_stride) {
-    const int first = chunk * kRankChunk, ranks = group.ranks;
-    const int width = std::min(kRankChunk, ranks - first);
-    const Number* a = static_cast<const Number*>(group.a) + first;
-    h += first;
+    const int n = chunk * kRankChunk, ranks = group.ranks;
+    const int width = std::min(kRankChunk, ranks - n);
+    const Number* a = static_cast<const Number*>(group.a);
+    h += n;
     if constexpr (matrix::kPresent && sizeof(Number) == sizeof(bf16))
-        return shrink_by_matrix(a, ranks, width, x, x_stride, inputs, rows, h, h_stride);
+        return shrink_by_matrix(a, ranks, n, width, x, x_stride, inputs, rows, h, h_stride);
     switch ((width + kLanes - 1) / kLanes) {  // 16 to 24 sums
-        case 1: return shrink_width<4, 1>(a, ranks, width, x, x_stride, inputs, rows, h, h_stride);
-        case 2: return shrink_width<4, 2>(a, ranks, width, x, x_stride, inputs, rows, h, h_stride);
-        case 3: return shrink_width<4, 3>(a, ranks, width, x, x_stride, inputs, rows, h, h_stride);
-        default: return shrink_width<3, 4>(a, ranks, width, x, x_stride, inputs, rows, h, h_stride);
+        case 1:
+            return shrink_width<4, 1>(a, ranks, n, width, x, x_stride, inputs, rows, h, h_stride);
+        case 2:
+            return shrink_width<4, 2>(a, ranks, n, width, x, x_stride, inputs, rows, h, h_stride);
+        case 3:
+            return shrink_width<4, 3>(a, ranks, n, width, x, x_stride, inputs, rows, h, h_stride);
+        default:
+            return shrink_width<3, 4>(a, ranks, n, width, x, x_stride, inputs, rows, h, h_stride);
     }
 }
 

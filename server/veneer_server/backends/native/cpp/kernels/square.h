@@ -22,9 +22,10 @@ class SquareRegisters {
 
     void zero() const { matrix::zero<0>(), matrix::zero<1>(); }
 
-    // sums += a [rows, 64] B, loading B: each half is [32 pairs][16 columns][2].
-    void add(const bf16* a, size_t a_stride, const bf16* left, const bf16* right) const {
-        constexpr size_t line = 2 * kLanes * sizeof(bf16), half = matrix::kRows * 2 * kLanes;
+    // sums += a [rows, 64] B, loading B: 32 lines of pairs for 16 columns each, left and right.
+    void add(const bf16* a, size_t a_stride, const bf16* left, const bf16* right,
+             size_t b_stride) const {
+        const size_t line = b_stride * sizeof(bf16), half = matrix::kRows * b_stride;
         const size_t stride = a_stride * sizeof(bf16);
         matrix::load<4>(left, line), matrix::load<5>(right, line);
         matrix::load<2>(a, stride);
@@ -52,8 +53,8 @@ class SquareRegisters {
     }
 
     // The same for a B of 16 columns; the others' sums stay.
-    void add(const bf16* a, size_t a_stride, const bf16* left) const {
-        constexpr size_t line = 2 * kLanes * sizeof(bf16), half = matrix::kRows * 2 * kLanes;
+    void add(const bf16* a, size_t a_stride, const bf16* left, size_t b_stride) const {
+        const size_t line = b_stride * sizeof(bf16), half = matrix::kRows * b_stride;
         const size_t stride = a_stride * sizeof(bf16);
         matrix::load<4>(left, line), matrix::load<2>(a, stride);
         matrix::dot<0, 2, 4>();
