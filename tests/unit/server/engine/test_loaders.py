@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from veneer_server.wire.messages import LOST, AdapterSource
 from tests.child_module import run_instead
 from tests.planted import planted
 from tests.refused import refused
-from tests.unit.registry.kit import SHAPES, make_adapter, make_tensors
+from tests.unit.registry.kit import PROJECTIONS, SHAPES, make_adapter, make_tensors
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -82,6 +83,35 @@ def test_every_dtype_is_rounded_as_torch_does(
             assert torch.equal(found, wanted), key
             seen += 1
     assert seen == len(tensors)
+
+
+@pytest.mark.parametrize("stored", sorted(STORED))
+def test_pairs_of_inputs_lie_side_by_side(
+    make: Callable[[str], Loaders], tmp_path: Path, stored: str
+) -> None:
+    """For kernels that multiply pairs; all else is as without."""
+    wanted = source(make_adapter(tmp_path / "a", tensors=make_tensors(4, seed=3, dtype=stored)))
+    plain, _ = make("bfloat16").read(wanted)
+    setup = Setup(dict(SHAPES), 2, "bfloat16", paired=True)
+    reader = Loaders(setup, torch.bfloat16, count=1, pinned=False)
+    try:
+        pairs, _ = reader.read(wanted)
+    finally:
+        reader.close()
+    assert pairs.layout.length == plain.layout.length
+    tables = AdapterTable(plain.layout, plain.run), AdapterTable(pairs.layout, pairs.run)
+    seen = 0
+    for one, other in zip(*(chain(*table.views) for table in tables), strict=True):
+        assert one is not None
+        assert other is not None
+        fan_in, ranks = one.a_t.shape
+        assert other.a_t.shape == (fan_in // 2, ranks, 2)
+        assert torch.equal(other.a_t.transpose(1, 2).reshape(fan_in, ranks), one.a_t)
+        assert one.a_t.abs().sum() > 0
+        for mine, right in zip(other.expands, one.expands, strict=True):
+            assert torch.equal(mine[0], right[0])
+        seen += len(one.expands)
+    assert seen == 2 * len(PROJECTIONS)
 
 
 def test_damage_is_told_and_the_next_load_goes_on(
