@@ -534,8 +534,8 @@ MUTANTS: Final = (
     Mutant(
         "matrix: the next tile's first block not decoded",
         _MATRIX,
-        "block_ = ++tile_ < last_ ?",
-        "block_ = ++tile_ + 1 < last_ ?",
+        "if (++tile_ < last_)",
+        "if (++tile_ + 1 < last_)",
         form="software-matrix",
     ),
     Mutant(

@@ -123,7 +123,7 @@ inline void shrink_rows(const Number* a, int ranks, int first, int width, const 
             const bf16* input = x + k + 2 * c;
             TwoInputs<Number> weights[Vectors];
             for (int v = 0; v < Vectors; ++v) {
-                const size_t at = size_t(k + 2 * c);
+                const size_t at = size_t(k) + 2 * size_t(c);
                 const int rank = first + v * kLanes;
                 const bool whole = v + 1 < Vectors || tail == kLanes;
                 weights[v] = whole ? TwoInputs<Number>(a, at, ranks, rank)

@@ -42,12 +42,15 @@ class Quarters {
         block_ += block_bytes(w_.kind);
         if (++number_ < w_.blocks()) return;
         number_ = 0;
-        block_ = ++tile_ < last_ ? w_.tile(tile_) : nullptr;
+        if (++tile_ < last_)
+            block_ = w_.tile(tile_);
+        else
+            ended_ = true;
     }
 
     template <int Q>
     void decode() {
-        if (block_ == nullptr) return;
+        if (ended_) return;
         const Source source(block_, table_);
         source.prefetch_ahead(2 * Q), source.prefetch_ahead(2 * Q + 1);
         for (int i = 0; i < 4; ++i) {
@@ -64,6 +67,7 @@ class Quarters {
     const Table table_;
     int tile_, last_, number_ = 0;
     const uint8_t* block_;
+    bool ended_ = false;
 };
 
 // The groups of up to 16 rows, in all panels.
