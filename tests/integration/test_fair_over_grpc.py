@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -19,6 +20,7 @@ from veneer_server.engine.execution import backend_choice
 from veneer_server.engine.scheduling.scheduler import Scheduler
 from veneer_server.engine.scheduling.sequence import Sequence
 from veneer_server.queues import fairness
+from veneer_server.step.plan import StepPlan
 
 from tests.tiny_llama import make_tiny_llama
 from tests.torture.hash_backend import HashBackend
@@ -28,24 +30,37 @@ from tests.torture.tenants import Call, call, make_keys
 RUNNING, NEW = 4, 16
 LIGHT = ("light-1", "light-2")
 HOG = 60 * len(LIGHT)
-"""So many that some wait whatever this machine does meanwhile."""
 EACH = 15
 MOST = NEW + 2 * len(LIGHT) + 3
 """Steps: until a running answer has ended, until it is the tenant's turn, and its prompt's."""
 
 
+@dataclass
+class Counted:
+    """Attributes:
+    arrived: by sequence, the step at which it arrived in the engine.
+    waits: by tenant, how many steps each sequence waited for its first token since then.
+    """
+
+    arrived: dict[int, int] = field(default_factory=dict)
+    waits: dict[str, list[int]] = field(default_factory=dict)
+
+
 @contextmanager
-def counted() -> Iterator[dict[str, list[int]]]:
-    """By tenant: how many steps each sequence waited for its first token, from its arrival in
-    the engine."""
-    waits: dict[str, list[int]] = {}
-    arrived: dict[int, int] = {}
+def counted() -> Iterator[Counted]:
+    """What the engine does. It begins when the hog's calls and a light tenant's first one have
+    arrived, so that the hog's are ahead however slow this machine is."""
+    counts = Counted()
+    arrived, waits = counts.arrived, counts.waits
     steps = 0
-    add, update = Scheduler.add, Scheduler.update
+    add, schedule, update = Scheduler.add, Scheduler.schedule, Scheduler.update
 
     def adding(self: Scheduler, sequence: Sequence) -> None:
         arrived[sequence.id] = steps
         add(self, sequence)
+
+    def scheduling(self: Scheduler, now: float) -> StepPlan | None:
+        return schedule(self, now) if len(arrived) > HOG else None
 
     def updating(self: Scheduler, *given: Any) -> Any:
         nonlocal steps
@@ -57,8 +72,8 @@ def counted() -> Iterator[dict[str, list[int]]]:
                 waits.setdefault(tenant, []).append(steps - arrived[each.sequence.id])
         return updates, actions
 
-    with patch.object(Scheduler, "add", adding), patch.object(Scheduler, "update", updating):
-        yield waits
+    with patch.multiple(Scheduler, add=adding, schedule=scheduling, update=updating):
+        yield counts
 
 
 def request(number: int) -> pb.GenerateRequest:
@@ -70,7 +85,9 @@ def request(number: int) -> pb.GenerateRequest:
     )
 
 
-async def beside_a_hog(server: InProcess, keys: dict[str, Any], each: int) -> list[Call]:
+async def beside_a_hog(
+    server: InProcess, keys: dict[str, Any], counts: Counted, each: int
+) -> list[Call]:
     """The light tenants' calls, one after another, while the hog keeps many open."""
     stop, hog = asyncio.Event(), list[Call]()
 
@@ -82,7 +99,7 @@ async def beside_a_hog(server: InProcess, keys: dict[str, Any], each: int) -> li
         return [await call(server.inference, keys[name], request(i)) for i in range(each)]
 
     keeping = [asyncio.create_task(keep(number)) for number in range(HOG)]
-    while not hog:  # noqa: ASYNC110 - its queue is full then
+    while len(counts.arrived) < HOG:  # noqa: ASYNC110 - another thread counts
         await asyncio.sleep(0.005)
     light = [call for calls in await asyncio.gather(*map(one, LIGHT)) for call in calls]
     stop.set()
@@ -95,11 +112,12 @@ async def worst_wait(folder: Path, each: int = EACH) -> int:
     base = make_tiny_llama(folder / "base")
     keys = make_keys(folder / "keys.toml", "hog", *LIGHT)
     flags = {"max_running": str(RUNNING), "keys_file": str(folder / "keys.toml")}
-    with patch.object(backend_choice, "Decoder", HashBackend), counted() as waits:
+    with patch.object(backend_choice, "Decoder", HashBackend), counted() as counts:
         async with in_process(base, folder, **flags) as server:
-            calls = await beside_a_hog(server, keys, each)
+            calls = await beside_a_hog(server, keys, counts, each)
             assert server.engine_error is None
     assert all(one.tokens == NEW and one.ends == 1 for one in calls)
+    waits = counts.waits
     light = [steps for name in LIGHT for steps in waits.get(name, waits.get("", []))]
     assert len(light) >= len(LIGHT) * each
     return max(light)
