@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -213,7 +214,7 @@ def _check(config: ServerConfig) -> None:
             f"--port-file: create the folder {config.port_file.parent} first",
             metadata={"key": "port_file"},
         )
-    if config.data_dir.resolve() == config.cache_dir.resolve():
+    if os.path.realpath(config.data_dir) == os.path.realpath(config.cache_dir):
         raise ConfigInvalid(
             "--data-dir and --cache-dir must be different folders",
             metadata={"key": "cache_dir"},

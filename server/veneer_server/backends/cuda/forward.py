@@ -191,9 +191,9 @@ class Forward:
                 call(torch.index_select, query, 0, step.decoding, out=asked)
             pieces, heads = shape.bucket.pieces, config.num_heads
             each = pieces * heads
-            most = len(self._sums) // (each * config.head_dim)
-            # Addresses that are multiples of 16 bytes: Triton compiles for others once more.
-            most = max(1, most - most % 4 if most > 4 else most)
+            most = max(1, len(self._sums) // (each * config.head_dim))
+            if most > 4:  # addresses in multiples of 16 bytes: Triton compiles again for others
+                most -= most % 4
             for begin in range(0, shape.decodes, most):
                 end = min(begin + most, shape.decodes)
                 sums = self._sums[: (end - begin) * each * config.head_dim]

@@ -56,6 +56,14 @@ def test_a_second_server_names_the_first(tmp_path: Path) -> None:
     assert "belongs to a running server" in done.stderr
 
 
+def test_a_data_folder_that_links_to_itself_is_told(tmp_path: Path) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    done = command("--data-dir", str(loop), "--cache-dir", str(tmp_path / "c"))
+    assert done.returncode == 1
+    assert "give another with --data-dir" in done.stderr
+
+
 def test_a_base_that_is_no_folder(tmp_path: Path) -> None:
     done = command(
         *("--base", str(tmp_path / "none"), "--data-dir", str(tmp_path / "d")),

@@ -1,10 +1,9 @@
 // The GEMM on matrix registers: 16 rows and 32 outputs at a time.
 //
 // A block's weights are decoded to pairs of bfloat16 once for all rows of a panel, and the next
-// one's while it is multiplied. The registers
-// sum up a block's products; the scale multiplies the sum in float, as on vectors. Every row count
-// is multiplied like this, even a single row: vectors sum in another order, and a row's result must
-// not depend on how many others are in the batch.
+// one's while it is multiplied. The registers sum up a block's products; the scale multiplies the
+// sum in float, as on vectors. A row's result must not depend on how many others are in the batch:
+// for a few rows, few_rows.h has the same sums on vectors.
 #pragma once
 
 #include "../square.h"
@@ -18,9 +17,8 @@ constexpr int kMatrixPanel = 8 * kMatrixRows;
 // The blocks of tiles first to last - 1, one after the other, decoded by quarters. Quarter q is for
 // outputs 16 * (q % 2) and up, and inputs 32 * (q / 2) and up: as many as a register has.
 //
-// A quarter is decoded two quarters before it is loaded. Registers are loaded from the cache alone,
-// so what is decoded must have got there; and a load waits for earlier stores at its place in a
-// memory page, whichever page they are in: those of the quarters between are at others.
+// A quarter is decoded two quarters before it is loaded: registers are loaded from the cache alone,
+// so what is decoded must have got there. One quarter before was slower, three were no faster.
 template <class Source>
 class Quarters {
   public:
