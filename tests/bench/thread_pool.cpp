@@ -1,6 +1,7 @@
 // What the thread pool does in a phase beside the chunks: counted (COUNTED), or timed.
 //
 //     thread_pool THREADS PHASES PROGRAMS
+//     thread_pool waiting
 //
 // Counted: every atomic operation that the pool makes, without a change to it: its `std::atomic` is
 // replaced by one that counts. Turns of a wait that only read are left out, since their number says
@@ -9,6 +10,8 @@
 // core for each thread, also where there are fewer cores.
 //
 // Timed: chunks take half a microsecond each, and threads run as they can.
+//
+// Waiting: the share of one core that threads take while they wait for one that does not run.
 #include <immintrin.h>
 #include <linux/futex.h>
 #include <pthread.h>
@@ -23,6 +26,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -105,6 +109,7 @@ static_assert(sizeof(std::counted_atomic<uint32_t>) == sizeof(uint32_t), "a fute
 #define atomic counted_atomic
 #define spin_pause() (tally().pause(), veneer::spin_pause())
 #define sched_yield() (tally().pause(), sched_yield())
+#define nanosleep(time, left) (tally().pause(), nanosleep(time, left))
 #endif
 
 #include "thread_pool.h"  // NOLINT: after the macros
@@ -112,6 +117,7 @@ static_assert(sizeof(std::counted_atomic<uint32_t>) == sizeof(uint32_t), "a fute
 #undef atomic
 #undef spin_pause
 #undef sched_yield
+#undef nanosleep
 
 namespace {
 
@@ -143,9 +149,51 @@ struct Phases final : veneer::Program {
     pthread_barrier_t all;
 };
 
+// A chunk for each of two threads. The second one holds its chunk as if preempted.
+struct Held final : veneer::Program {
+    int phases() const override { return 2; }
+    int prepare(int phase, veneer::Stragglers stragglers) override {
+        return phase == 1 && room < stragglers.count ? -1 : 2;
+    }
+    void chunk(int phase, int, int thread) override {
+        while (phase == 0 && thread == 0 && !holds.load()) veneer::spin_pause();
+        if (thread == 1 && !holds.exchange(true)) usleep(kHeld);
+    }
+
+    static constexpr unsigned kHeld = 300'000;  // us
+    std::atomic<bool> holds{false};
+    int room = 1;  // stragglers with which the next phase can begin
+};
+
+// Of one core, while a function takes its time.
+template <class Function>
+double share_of_a_core(const Function& function) {
+    const auto began = std::chrono::steady_clock::now();
+    const std::clock_t before = std::clock();
+    function();
+    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - began;
+    return double(std::clock() - before) / CLOCKS_PER_SEC / took.count();
+}
+
+// While the caller has not begun, while it waits for the program's end, and to prepare a phase.
+int print_waiting() {
+    veneer::ThreadPool pool(2);
+    pool.wake();
+    std::printf("%.3f", share_of_a_core([] { usleep(Held::kHeld); }));
+    for (const int room : {1, 0}) {
+        Held program;
+        program.room = room;
+        std::printf(" %.3f", share_of_a_core([&] { pool.run(program); }));
+    }
+    std::printf("\n");
+    pool.let_sleep();
+    return 0;
+}
+
 }  // namespace
 
 int main(int count, char** words) {
+    if (count == 2 && std::strcmp(words[1], "waiting") == 0) return print_waiting();
     if (count != 4) return 2;
     const int threads = std::atoi(words[1]), phases = std::atoi(words[2]);
     const int programs = std::atoi(words[3]);

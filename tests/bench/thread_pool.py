@@ -72,7 +72,12 @@ class Pool:
         """Of a phase, in the fastest of 200 programs of 300 phases."""
         return self._run("timed", threads, 300, 200)[4]
 
-    def _run(self, name: str, *words: int) -> list[float]:
+    def waiting(self) -> list[float]:
+        """The shares of a core that two threads take while one waits: for the caller to begin
+        a program, for the other one to leave it, and to prepare a phase."""
+        return self._run("timed", "waiting")
+
+    def _run(self, name: str, *words: int | str) -> list[float]:
         command = [str(self._folder / name), *map(str, words)]
         return list(map(float, subprocess.check_output(command, text=True).split()))
 

@@ -26,3 +26,9 @@ def test_operations_of_a_thread_do_not_grow_with_the_number_of_threads(pool: Poo
 
 def test_two_threads_do_not_pay_for_it(pool: Pool) -> None:
     assert pool.counts(2).operations / 2 < 59  # as many as before decision 70
+
+
+def test_a_thread_that_waits_leaves_its_core_to_others(pool: Pool) -> None:
+    # It waited for a thread that was preempted, perhaps on this core: spinning took all of it.
+    # A busy machine makes the shares smaller.
+    assert max(pool.waiting()) < 0.5

@@ -29,6 +29,7 @@
 #include <linux/futex.h>
 #include <sched.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -165,12 +166,16 @@ class ThreadPool {
 
     template <class Holds>
     static void wait(const Holds& holds) {
-        for (int turns = 0; !holds();) {
-            if (++turns < kSpins)
-                spin_pause();
-            else
-                sched_yield();
-        }
+        for (int turns = 0; !holds(); ++turns) pause(turns);
+    }
+
+    // One turn of a wait. A wait that lasts is for a thread that the OS has preempted, perhaps on
+    // this very core. Yielding does not give it the core: Linux lets a thread that yields go on
+    // until its time slice ends, for milliseconds. Sleeping does.
+    static void pause(int turns) {
+        if (turns < kSpins) return spin_pause();
+        const timespec nap{0, kNap};
+        nanosleep(&nap, nullptr);
     }
 
     void wake_others() {
@@ -185,21 +190,23 @@ class ThreadPool {
     }
 
     void serve(int thread) noexcept {
-        for (;;) {
-            while (awake_.load(std::memory_order_acquire) == 0)
+        for (int turns = 0;; ++turns) {
+            while (awake_.load(std::memory_order_acquire) == 0) {
                 syscall(SYS_futex, &awake_, FUTEX_WAIT_PRIVATE, 0, nullptr, nullptr, 0);
+                turns = 0;
+            }
             if (stopping_.load()) return;
-            help(thread);
-            spin_pause();
+            if (help(thread)) turns = 0;
+            pause(turns);
         }
     }
 
-    // Execute chunks of the current program until it has ended.
-    void help(int thread) {
-        for (;;) {
+    // Execute chunks of the current program until it has ended. Returns whether there was one.
+    bool help(int thread) {
+        for (bool any = false;; any = true) {
             const uint64_t current = current_.load(std::memory_order_acquire);
             const Phase phase = {current >> kChunkBits, int(current & (kChunkBit - 1))};
-            if (phase.chunks == 0) return;
+            if (phase.chunks == 0) return any;
             if (enter(phase, thread)) {
                 const Worked worked = work(phase, thread);
                 leave(thread);
@@ -318,7 +325,7 @@ class ThreadPool {
             if (number == phases_)
                 return current_.store(phase << kChunkBits, std::memory_order_release);
             int chunks;
-            while ((chunks = program_->prepare(number, stragglers(thread))) < 0) sched_yield();
+            wait([&] { return (chunks = program_->prepare(number, stragglers(thread))) >= 0; });
             assert(chunks <= kMaxChunks);
             if (chunks == 0) continue;
             shares_.open(phase);
@@ -360,7 +367,8 @@ class ThreadPool {
     static constexpr uint64_t kChunkBit = uint64_t(1) << kChunkBits;
     static constexpr uint64_t kPatience = 20000;  // cycles, 5 to 10 us
     static constexpr uint64_t kGuess = 100000;    // where this thread executed none
-    static constexpr int kSpins = 2000;
+    static constexpr int kSpins = 2000;           // turns of a wait, 30 to 100 us
+    static constexpr long kNap = 20'000;          // ns, to which Linux adds up to 50,000
     static constexpr int kMoment = 20;
 
     const int size_;
