@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from veneer_server.engine.execution.backend_choice import BackendUnavailable, choose
@@ -31,6 +31,8 @@ from tests.gpu.engine.rows import ROWS, cards
 from tests.torture.row import Scale
 
 __all__: list[str] = []
+
+LEAST: Final = 6  # requests of the engine whose distance from torch is judged
 
 
 def _memory(given: Any, _instead: Any) -> Iterator[str]:
@@ -215,6 +217,8 @@ def main() -> int:
     parser.add_argument("--bugs", type=int, default=99, help="planted, at most")
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
+    if given.requests < LEAST:
+        parser.error(f"--requests: {LEAST} or more; fewer have too few numbers to compare")
     if given.quick:
         given.histories, given.changes, given.bugs = 40, 60, 2
         given.steps, given.requests, given.row = 8, 6, -1
