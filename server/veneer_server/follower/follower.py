@@ -33,7 +33,7 @@ from veneer_server.follower.standing import Standing
 from veneer_server.follower.store_first import ObjectsOf, StoreFirst
 from veneer_server.follower.view import Received, View
 from veneer_server.logs import get_logger
-from veneer_server.replication.states import NameState
+from veneer_server.replication.states import Key, NameState
 
 __all__ = ["Applied", "Change", "Follower"]
 
@@ -42,6 +42,10 @@ FOLDER: Final = "follower"
 
 _SAVE_S: Final = 1.0
 """Between two times that the view is kept for the next start."""
+
+_AGAIN_S: Final = 1.0
+_LONGEST_AGAIN_S: Final = 30.0
+"""First and longest time until a name that could not be taken over is tried again."""
 
 _BATCH: Final = 100
 """Names that are changed before other work gets a turn."""
@@ -123,6 +127,9 @@ class Follower:
         """Set, and replaced, with the next name that changes."""
         self._resident: Callable[[str], bool] = lambda digest: False
         self._tasks: set[asyncio.Task[None]] = set()
+        self._behind: set[Key] = set()
+        """Names whose last state could not be taken over."""
+        self._catching_up: asyncio.Task[None] | None = None
 
     def open(self, folder: Path, lock: OwnerLock | None) -> Mirror:
         """The mirror of the tenant whose folder this would be. Called from worker threads."""
@@ -236,14 +243,33 @@ class Follower:
     async def _apply(self, received: Received) -> None:
         self._save_soon()
         for number, state in enumerate(received.changes, 1):
-            try:
-                await self._take_over(state)
-            except Exception as error:  # one name must not keep the others from being followed
-                _log.error("not followed", error, tenant=state.tenant, name=state.name)
-            self._changed.set()
-            self._changed = asyncio.Event()
+            await self._try(state)
             if number % _BATCH == 0:
                 await asyncio.sleep(0)
+
+    async def _try(self, state: NameState) -> None:
+        """Take over a state; after an error, try again until it succeeds. One name must not
+        keep the others from being followed."""
+        try:
+            await self._take_over(state)
+        except Exception as error:
+            _log.error("not followed yet", error, tenant=state.tenant, name=state.name)
+            self._behind.add(state.key)
+            if self._catching_up is None or self._catching_up.done():
+                self._catching_up = self._start(self._catch_up())
+        else:
+            self._behind.discard(state.key)
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _catch_up(self) -> None:
+        """Take over names that have failed, as they are by then."""
+        wait_s = _AGAIN_S
+        while self._behind:
+            await asyncio.sleep(wait_s)
+            for key in tuple(self._behind):
+                await self._try(self.view.names.get(key) or NameState(*key, None))
+            wait_s = min(_LONGEST_AGAIN_S, 2 * wait_s)
 
     async def _take_over(self, state: NameState) -> None:
         mirror = self._mirror(state.tenant)

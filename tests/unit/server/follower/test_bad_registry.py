@@ -17,11 +17,14 @@ from veneer_proto.v1 import replication_pb2 as pb
 from veneer_registry.errors import Unavailable
 from veneer_registry.registry import Registry
 from veneer_server.config import load_config
+from veneer_server.follower import follower as follower_module
 from veneer_server.follower import link
 from veneer_server.follower.follower import Change, Follower
+from veneer_server.follower.mirror import Mirror
 from veneer_server.replication.asked import ASKED, Asked
 from veneer_server.replication.feed import Feed
 from veneer_server.replication.replicas import Replicas
+from veneer_server.replication.states import NameState
 from veneer_server.rpc.followers.replication_service import ReplicationService
 
 from tests.ports import free_port
@@ -211,6 +214,34 @@ async def test_what_a_follower_cannot_read_is_refused_and_takes_nothing_else_alo
         await until(lambda: mirror.current("one").revision == now)
         registry.delete("two")
         await until(lambda: mirror.current("two") is None)
+
+
+async def test_a_name_that_could_not_be_taken_over_is_tried_again(
+    scripted: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its old weights would serve until its next change, which may be never."""
+    monkeypatch.setattr(follower_module, "_AGAIN_S", 0.02)
+    apply, tries = Mirror.apply, 0
+
+    def broken(mirror: Mirror, state: NameState) -> Any:
+        nonlocal tries
+        if state.name == "two" and state.entry is not None and state.entry.current != first:
+            tries += 1
+            if tries < 3:
+                raise MemoryError
+        return apply(mirror, state)
+
+    async with scripted.serving(), following(scripted, tmp_path) as (_, mirror):
+        await until(lambda: mirror.current("three") is not None)
+        first = mirror.current("two")
+        monkeypatch.setattr(Mirror, "apply", broken)
+        again = make_adapter(tmp_path / "again", seed=9)
+        for name in ("two", "one"):
+            push(scripted.registry, name, again, allow_replace=True)
+        now = scripted.registry.resolve("one")
+        await until(lambda: mirror.current("one") == now)
+        await until(lambda: mirror.current("two") == scripted.registry.resolve("two"))
+        assert tries == 3
 
 
 class Reports(Replicas):
