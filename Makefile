@@ -33,9 +33,10 @@ demo: base ## Serve the base and three adapters, answer two prompts five ways
 
 # OpenMP threads that spin at barriers slow a loaded machine down several times.
 # A file is one worker's, since those that start a server share it. In the order of their names: the
-# slow ones, of integration, come first, so that both workers end at about the same time.
-test: base ## Run the whole test suite, two files at a time
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --whole
+# slow ones, of integration, come first, so that all workers end at about the same time. Three of
+# them: tests wait for servers and processes, so two workers leave a quarter of two cores idle.
+test: base ## Run the whole test suite, three files at a time
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --whole
 
 # A run of the suite for each: an hour or two. `python -m tests.matrix --only NAME` runs one.
 test-matrix: base ## The suite with other instruction sets, threads, locales, umasks and users

@@ -7,9 +7,11 @@ import os
 from pathlib import Path
 
 import pytest
+from veneer_server.backends.native import compiler
 from veneer_server.backends.native.compiler import build
+from veneer_server.backends.native.forms import compile_forms
 
-__all__ = ["kernels_built", "kernels_folder"]
+__all__ = ["forms_built", "kernels_built", "kernels_folder"]
 
 
 def kernels_folder(factory: pytest.TempPathFactory) -> Path:
@@ -30,3 +32,18 @@ def kernels_built(factory: pytest.TempPathFactory, instructions: str = "auto") -
     with (folder / f"{instructions}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         return build(folder, instructions)
+
+
+def forms_built(factory: pytest.TempPathFactory) -> Path:
+    """A folder with the libraries of a wheel, which tests copy; compiled as for a wheel."""
+    folder = kernels_folder(factory)
+    folder.mkdir(exist_ok=True)
+    with (folder / "forms.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        made = folder / "forms"
+        if not made.exists():
+            compiling = folder / "forms.part"
+            compiling.mkdir()
+            compile_forms(["c++"], Path(compiler.__file__).with_name("cpp"), compiling)
+            compiling.rename(made)
+        return made

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from veneer_server.backends.native import chosen
-from veneer_server.backends.native.forms import compile_forms
 from veneer_server.backends.native.library import Library
 from veneer_server.backends.torch.decoder import Decoder
 from veneer_server.engine.execution.backend_choice import BackendUnavailable, Chosen, choose
 from veneer_server.wire.messages import EngineConfig
 
 from tests.backends_ran import native_possible
+from tests.kernels_once import forms_built
 from tests.refused import refused
 from tests.tiny_llama import make_tiny_llama
 
 CPU = torch.device("cpu")
-SOURCES = Path(chosen.__file__).with_name("cpp")
 
 
 @pytest.fixture(scope="module")
@@ -113,10 +113,14 @@ def test_instructions_that_the_kernels_do_not_have_are_refused(
 
 @pytest.mark.skipif(not native_possible(), reason="no AVX2 or no compiler")
 def test_prebuilt_kernels_serve_under_a_name_that_says_so(
-    base: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path,
+    cache_dir: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And one that is damaged does not: torch serves, and says both reasons."""
-    compile_forms(["c++"], SOURCES, tmp_path)
+    shutil.copytree(forms_built(tmp_path_factory), tmp_path, dirs_exist_ok=True)
     monkeypatch.setattr(chosen, "PREBUILT", tmp_path)
     monkeypatch.setenv("CXX", "/nowhere/c++")
     found = asked(base, cache_dir, backend="native", native_instructions="avx2")

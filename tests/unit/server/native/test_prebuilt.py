@@ -22,6 +22,7 @@ from veneer_server.config import load_config
 from veneer_server.operate.doctor import backends
 
 from tests.backends_ran import native_possible
+from tests.kernels_once import forms_built
 from tests.unit.server.native.test_kept_library import broken, for_a_group
 
 pytestmark = pytest.mark.skipif(not native_possible(), reason="no AVX2 or no compiler")
@@ -33,10 +34,8 @@ SOURCES = Path(compiler.__file__).with_name("cpp")
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with both libraries, which tests copy."""
-    folder = tmp_path_factory.mktemp("prebuilt")
-    compile_forms(["c++"], SOURCES, folder)
-    return folder
+    """A folder with the libraries of a wheel, which tests copy."""
+    return forms_built(tmp_path_factory)
 
 
 @pytest.fixture
