@@ -21,6 +21,7 @@ from veneer_server.logs import get_logger
 from veneer_server.models.config import DecoderConfig
 from veneer_server.roles.role import MakeEngine
 from veneer_server.rpc.adapter_service import AdapterService
+from veneer_server.rpc.followers.asking import Asking
 from veneer_server.rpc.followers.loading_by_registry import LoadingByRegistry
 from veneer_server.rpc.followers.passing_on import PassingOn
 from veneer_server.rpc.server_service import ReplicationFacts
@@ -89,6 +90,10 @@ class Following:
         assert self._follower is not None, "calls come after `open`"
         return self._follower
 
+    @property
+    def _asking(self) -> Asking:
+        return Asking(self._following.channel, self._following.standing)
+
     def adapters(
         self, tenants: Tenants, budgets: AdapterBudgets, transfers: Transfers
     ) -> AdapterService:
@@ -96,7 +101,7 @@ class Following:
             tenants,
             budgets=budgets,
             transfers=transfers,
-            registry=self._following.channel,
+            registry=self._asking,
             until=self._following.until,
         )
 
@@ -104,7 +109,7 @@ class Following:
         return _NotHere(self._following.standing.registry)
 
     def loading(self) -> Loading:
-        return LoadingByRegistry(self._following.channel, self._following.until)
+        return LoadingByRegistry(self._asking, self._following.until)
 
     async def start(self, tenants: Tenants) -> None:
         self._tenants = tenants

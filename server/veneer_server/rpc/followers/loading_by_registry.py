@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any
 
-import grpc
-from veneer_proto.v1 import adapters_pb2, adapters_pb2_grpc
+from veneer_proto.v1 import adapters_pb2
 from veneer_registry.records import AdapterRecord
 
-from veneer_server.follower.registry_channel import RegistryChannel, to_error
-from veneer_server.replication.asked import ASKED
 from veneer_server.rpc.followers.arrival import Until, arrived, knows
+from veneer_server.rpc.followers.asking import Asking, Progress
 from veneer_server.serving.tenants.tenant import Tenant
 from veneer_server.serving.who import who_is_here
 
@@ -23,7 +20,7 @@ class LoadingByRegistry:
     """The caller shows this server its folder and its credentials; both are passed on. So the
     registry need not have the folder, and the caller may do there what it may do."""
 
-    def __init__(self, registry: RegistryChannel, until: Until) -> None:
+    def __init__(self, registry: Asking, until: Until) -> None:
         self._registry = registry
         self._until = until
 
@@ -42,7 +39,7 @@ class LoadingByRegistry:
         request = adapters_pb2.DeleteAdapterRequest(
             name=name, etag=record.etag, mode=adapters_pb2.EVICT_MODE_DRAIN
         )
-        await self._pass("DeleteAdapter", request)
+        await self._registry.answer("DeleteAdapter", request)
         await arrived(self._until, name, lambda: not knows(home, spec))
 
     async def _upload(
@@ -52,6 +49,7 @@ class LoadingByRegistry:
         broken: list[Exception] = []
         idle = asyncio.Event()
         idle.set()
+        progress = Progress()
 
         async def sent() -> AsyncIterator[adapters_pb2.UploadAdapterRequest]:
             message: adapters_pb2.UploadAdapterRequest | None
@@ -66,11 +64,12 @@ class LoadingByRegistry:
                     idle.set()
                 if message is None:
                     return
+                progress.made()
                 yield message
 
         try:
-            answer: adapters_pb2.UploadAdapterResponse = await self._pass(
-                "UploadAdapter", sent()
+            answer: adapters_pb2.UploadAdapterResponse = await self._registry.answer(
+                "UploadAdapter", sent(), progress=progress
             )
         except (Exception, asyncio.CancelledError):  # gRPC cancels a call that cannot go on
             if broken:
@@ -79,14 +78,3 @@ class LoadingByRegistry:
         finally:
             await idle.wait()  # gRPC's own task may still be asking for the next
         return answer
-
-    async def _pass(self, method: str, request: object) -> Any:
-        asked = ASKED.get()
-        stub = adapters_pb2_grpc.AdapterServiceStub(self._registry.channel)
-        call = getattr(stub, method)(request, metadata=() if asked is None else asked.caller)
-        try:
-            return await call
-        except grpc.aio.AioRpcError as error:
-            raise to_error(error, self._registry.place.address) from error
-        finally:
-            call.cancel()

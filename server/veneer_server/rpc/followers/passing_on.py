@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
-import grpc
-from veneer_proto.v1 import adapters_pb2, adapters_pb2_grpc
+from veneer_proto.v1 import adapters_pb2
 from veneer_registry.errors import VeneerError
 
-from veneer_server.follower.registry_channel import RegistryChannel, to_error
-from veneer_server.replication.asked import ASKED
 from veneer_server.rpc.adapter_service import AdapterService
 from veneer_server.rpc.followers.arrival import Until, arrived, knows
+from veneer_server.rpc.followers.asking import Asking, Progress
 from veneer_server.serving.adapters.budgets import AdapterBudgets
 from veneer_server.serving.tenants.tenants import Tenants
 from veneer_server.serving.transfer.transfers import Transfers
@@ -31,7 +30,7 @@ class PassingOn(AdapterService):
         *,
         budgets: AdapterBudgets,
         transfers: Transfers,
-        registry: RegistryChannel,
+        registry: Asking,
         until: Until,
     ) -> None:
         super().__init__(tenants, budgets=budgets, transfers=transfers)
@@ -42,11 +41,13 @@ class PassingOn(AdapterService):
         """Passed on as it arrives; then loaded here, if that is asked for."""
         broken: list[VeneerError] = []
         activate = False
+        progress = Progress()
 
         async def messages() -> AsyncIterator[adapters_pb2.UploadAdapterRequest]:
             nonlocal activate
             try:
                 async for request in request_iterator:
+                    progress.made()
                     if request.WhichOneof("message") == "spec":
                         activate = _taken_off(request.spec)
                     yield request
@@ -55,7 +56,7 @@ class PassingOn(AdapterService):
                 raise
 
         try:
-            answer = await self._pass("UploadAdapter", messages(), context)
+            answer = await self._pass("UploadAdapter", messages(), context, progress)
         except Exception:
             if broken:
                 raise broken[0] from None
@@ -77,14 +78,11 @@ class PassingOn(AdapterService):
         self, request: Any, context: Any
     ) -> None:
         """Passed on as it arrives: a follower keeps only what it generates with."""
-        call = self._begin("DownloadAdapter", request, context)
-        try:
-            async for message in call:
+        within_s = context.time_remaining()
+        messages = self._registry.messages("DownloadAdapter", request, timeout_s=within_s)
+        async with aclosing(messages):
+            async for message in messages:
                 await context.write(message)
-        except grpc.aio.AioRpcError as error:
-            raise to_error(error, self._registry.place.address) from error
-        finally:
-            call.cancel()
 
     async def DeleteAdapter(
         self, request: adapters_pb2.DeleteAdapterRequest, context: Any
@@ -120,22 +118,12 @@ class PassingOn(AdapterService):
             answer.warnings.append(f"published, but not loaded here: {error.message}")
         return answer
 
-    async def _pass(self, method: str, request: Any, context: Any) -> Any:
-        call = self._begin(method, request, context)
-        try:
-            return await call
-        except grpc.aio.AioRpcError as error:
-            raise to_error(error, self._registry.place.address) from error
-        finally:
-            call.cancel()
-
-    def _begin(self, method: str, request: Any, context: Any) -> Any:
-        asked = ASKED.get()
-        stub = adapters_pb2_grpc.AdapterServiceStub(self._registry.channel)
-        return getattr(stub, method)(
-            request,
-            metadata=() if asked is None else asked.caller,
-            timeout=context.time_remaining(),
+    async def _pass(
+        self, method: str, request: Any, context: Any, progress: Progress | None = None
+    ) -> Any:
+        within_s = context.time_remaining()
+        return await self._registry.answer(
+            method, request, timeout_s=within_s, progress=progress
         )
 
 

@@ -17,6 +17,7 @@ from veneer_proto.v1 import inference_pb2, replication_pb2, server_pb2
 from veneer_registry.errors import AdapterBudgetExceeded
 from veneer_server.access.edit_keys import add_key, revoke_key
 from veneer_server.access.principal import Role
+from veneer_server.rpc.followers import asking
 
 from tests.pki import Pki
 from tests.scale.proxy import Proxy
@@ -146,6 +147,32 @@ async def test_changes_are_passed_on_with_their_errors(both: Pair) -> None:
     await both.follower.adapters.DeleteAdapter(pb.DeleteAdapterRequest(name="passed-on"))
     await both.agreed()
     assert (await failure(generate(both.follower, "passed-on"))).reason == "ADAPTER_NOT_FOUND"
+
+
+async def test_what_a_silent_registry_does_not_answer_ends_with_an_error(
+    both: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its connections stay half open: no call of a follower's client may wait for ever."""
+    monkeypatch.setattr(asking, "AWAY_S", 0.4)
+    large = make_adapter(tmp_path / "large", rank=1024)  # more than sockets hold
+    assert (await both.follower.push(large, "before-the-ice")).published
+    await both.agreed()
+    both.proxy.freeze()
+    try:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await both.follower.push(both.adapter(17), "into-the-ice")
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await both.follower.push(large, "into-the-ice")
+        # INTERNAL: a client that is writing sees no more than that (`failures.write_broke`).
+        assert caught.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL)
+        download = pb.DownloadAdapterRequest(name="before-the-ice")
+        refused = await failure(both.follower.adapters.DownloadAdapter(download))
+        assert (refused.code, refused.reason) == (grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE")
+    finally:
+        both.proxy.heal()
+    await both.agreed()
+    assert (await both.follower.push(both.adapter(17), "into-the-ice")).published
 
 
 def not_loaded(answer: Any) -> list[str]:
