@@ -166,13 +166,13 @@ class ThreadPool {
 
     template <class Holds>
     static void wait(const Holds& holds) {
-        for (int turns = 0; !holds(); ++turns) pause(turns);
+        for (int64_t turns = 0; !holds(); ++turns) pause(turns);
     }
 
     // One turn of a wait. A wait that lasts is for a thread that the OS has preempted, perhaps on
     // this very core. Yielding does not give it the core: Linux lets a thread that yields go on
     // until its time slice ends, for milliseconds. Sleeping does.
-    static void pause(int turns) {
+    static void pause(int64_t turns) {
         if (turns < kSpins) return spin_pause();
         const timespec nap{0, kNap};
         nanosleep(&nap, nullptr);
@@ -190,7 +190,7 @@ class ThreadPool {
     }
 
     void serve(int thread) noexcept {
-        for (int turns = 0;; ++turns) {
+        for (int64_t turns = 0;; ++turns) {
             while (awake_.load(std::memory_order_acquire) == 0) {
                 syscall(SYS_futex, &awake_, FUTEX_WAIT_PRIVATE, 0, nullptr, nullptr, 0);
                 turns = 0;
