@@ -43,8 +43,8 @@ FOLDER: Final = "follower"
 _SAVE_S: Final = 1.0
 """Between two times that the view is kept for the next start."""
 
-_AGAIN_S: Final = 1.0
-_LONGEST_AGAIN_S: Final = 30.0
+AGAIN_S: Final = 1.0
+LONGEST_AGAIN_S: Final = 30.0
 """First and longest time until a name that could not be taken over is tried again."""
 
 _BATCH: Final = 100
@@ -264,12 +264,12 @@ class Follower:
 
     async def _catch_up(self) -> None:
         """Take over names that have failed, as they are by then."""
-        wait_s = _AGAIN_S
+        wait_s = AGAIN_S
         while self._behind:
             await asyncio.sleep(wait_s)
             for key in tuple(self._behind):
                 await self._try(self.view.names.get(key) or NameState(*key, None))
-            wait_s = min(_LONGEST_AGAIN_S, 2 * wait_s)
+            wait_s = min(LONGEST_AGAIN_S, 2 * wait_s)
 
     async def _take_over(self, state: NameState) -> None:
         mirror = self._mirror(state.tenant)

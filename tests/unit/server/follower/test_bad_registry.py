@@ -220,7 +220,7 @@ async def test_a_name_that_could_not_be_taken_over_is_tried_again(
     scripted: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else its old weights would serve until its next change, which may be never."""
-    monkeypatch.setattr(follower_module, "_AGAIN_S", 0.02)
+    monkeypatch.setattr(follower_module, "AGAIN_S", 0.02)
     apply, tries = Mirror.apply, 0
 
     def broken(mirror: Mirror, state: NameState) -> Any:
