@@ -20,7 +20,7 @@ __all__ = ["Found", "config", "run"]
 RATIO: Final = 1.42
 """Our distance from torch's float32 over that of torch's bfloat16, over a hundred numbers and
 more. The state is float32 in both, what lies between is bfloat16. Ours rounds a linear's output
-twice where a row has an adapter, the base's product and the sum; torch on a CPU keeps the sum in
+twice where a row has an adapter: the base's product, and the sum. Torch on a CPU keeps sums in
 float32. So at most twice the variance, and sqrt(2) times the distance."""
 RANKS: Final = (1, 4, 8, 16)
 
