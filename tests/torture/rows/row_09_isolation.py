@@ -104,10 +104,7 @@ def controls(scale: Scale) -> Iterator[Control]:
     plain = [name for name, bug in PLANTED.items() if bug.engine and not bug.tight]
     for name in plain[: scale.pick(1, len(plain))]:
         for form in forms()[:2]:
-            folder = scale.folder(f"{name} served by {form.name}")
-            with planted_server(name, folder):
-                outcome = asyncio.run(_served(scale, base, traffic, LARGE, folder, form))
-            yield Control.of(f"{name}, in a real engine process, {form.name}", outcome)
+            yield _real_control(scale, base, name, traffic, form)
 
 
 # -------------------------------------------------------------- the hashing decoder
@@ -177,6 +174,18 @@ def _control(scale: Scale, base: Path, name: str, planted: Planted) -> Control:
 
 
 # ------------------------------------------------------------- real server processes
+
+
+def _real_control(scale: Scale, base: Path, name: str, traffic: Traffic, form: Form) -> Control:
+    """In some runs nobody asks for a replaced name while its old weights are in memory."""
+    planted = f"{name}, in a real engine process, {form.name}"
+    for attempt in range(ROUNDS):
+        folder = scale.folder(f"{name} served by {form.name} {attempt}")
+        with planted_server(name, folder):
+            outcome = asyncio.run(_served(scale, base, traffic, LARGE, folder, form))
+        if outcome.failures:
+            return Control.of(planted, outcome)
+    return Control(planted, "")
 
 
 async def _served(
