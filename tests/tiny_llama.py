@@ -70,14 +70,25 @@ def make_tiny_llama(folder: Path, *, seed: int = 0) -> Path:
 
 
 def make_lora(
-    folder: Path, *, seed: int, rank: int = 4, modules: tuple[str, ...] = tuple(SHAPES)
+    folder: Path,
+    *,
+    seed: int,
+    rank: int = 4,
+    modules: tuple[str, ...] = tuple(SHAPES),
+    bfloat16: bool = False,
 ) -> Path:
     """Write an adapter for the base: random A and B in all layers, in PEFT's layout.
 
     Args:
         modules: keys of `SHAPES`.
+        bfloat16: the file's dtype, instead of float32; numbers are rounded towards zero.
     """
     random = np.random.default_rng(seed)
+
+    def stored(matrix: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        numbers = matrix.astype(np.float32)
+        return (numbers.view(np.uint32) >> 16).astype(np.uint16) if bfloat16 else numbers
+
     tensors: dict[str, npt.NDArray[Any]] = {}
     for layer in range(LAYERS):
         for module in modules:
@@ -86,8 +97,8 @@ def make_lora(
             a = random.normal(size=(rank, columns)) / np.sqrt(columns)
             # Makes B A x about as large as the base's output, for every rank.
             b = random.normal(size=(rows, rank)) / np.sqrt(rank)
-            tensors[f"{stem}.lora_A.weight"] = a.astype(np.float32)
-            tensors[f"{stem}.lora_B.weight"] = b.astype(np.float32)
+            tensors[f"{stem}.lora_A.weight"] = stored(a)
+            tensors[f"{stem}.lora_B.weight"] = stored(b)
     targets = sorted(module.partition(".")[2] for module in modules)
     write_adapter(folder, {"r": rank, "lora_alpha": rank, "target_modules": targets}, tensors)
     return folder

@@ -19,7 +19,10 @@ __all__ = ["Found", "config", "run"]
 
 RATIO: Final = 1.25
 """Our distance from torch's float32 over that of torch's bfloat16: both are samples of the same
-rounding (the state is float32, what lies between is bfloat16), over hundreds of numbers."""
+rounding (the state is float32, what lies between is bfloat16), over hundreds of numbers.
+
+The adapters are in bfloat16. Of float32 ones a card would serve rounded numbers, and torch on a
+CPU, which keeps adapters in float32, the numbers themselves."""
 RANKS: Final = (1, 4, 8, 16)
 
 
@@ -48,7 +51,7 @@ def run(
     """
     base = make_tiny_llama(folder / "base")
     adapters = [
-        source(make_lora(folder / f"adapter-{at}", seed=at, rank=rank))
+        source(make_lora(folder / f"adapter-{at}", seed=at, rank=rank, bfloat16=True))
         for at, rank in enumerate(RANKS * 2)
     ]
     asked = [_request(at, adapters) for at in range(requests)]
