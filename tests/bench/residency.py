@@ -274,6 +274,8 @@ def time_planning(adapters: int, waiting: int) -> None:
 class NoMemory:
     """FAKE adapter memory: it holds nothing, and loads and moves end at once."""
 
+    room: int | None = None
+
     def __init__(self, inbox: Inbox) -> None:
         self._inbox = inbox
 

@@ -246,6 +246,21 @@ class Memory:
         self.carry_out(self.residency.settle(digest))
         self._drained(digest)
 
+    def find_place(self, index: int) -> None:
+        """A copy to DEVICE finds none: another goes, or it is tried again, or it fails."""
+        digest, tier = self.coming[index]
+        assert tier == "device"
+        drops = self.residency.find_place(digest)
+        if drops is None:
+            for other in [d for d, t in self.there if t == tier]:
+                assert self._kept(other, tier), f"{other[:12]} could leave"
+                assert not self.leases(other), f"{other[:12]} may be waited for"
+            self.fail(digest)
+            return
+        self.coming.pop(index)
+        self.carry_out([*drops, *self.residency.settle(digest)])
+        self._drained(digest)
+
     def end_all(self, digest: str) -> None:
         for request in [r for r in self.requests if r.digest == digest]:
             self.finish(request)

@@ -135,7 +135,9 @@ class StoreAndMemory(RegistryRules):
                 if digest in self.rotten:
                     self.quarantine(digest)
                 return
-        if broken:
+        if broken and tier == "device" and not self.memory.shared:
+            self.memory.find_place(index)
+        elif broken:
             self.memory.fail(digest)
         else:
             self.memory.arrive(index)

@@ -107,6 +107,7 @@ class Replica:
         self._now = 0.0
         """Ahead of `events.now` by the step under way."""
         self._loaded_until = 0.0
+        self.room: int | None = None
         self._busy = False
         self._awake = False
         self._wakes = 0

@@ -64,10 +64,12 @@ class LoraMemory:
 
     Args:
         placer: makes DEVICE copies, if the backend has memory of its own for them.
+        room: bytes of that memory.
         paired: see `Layout`.
 
     Attributes:
         tables: DEVICE copies by weights digest, read by the model runner.
+        room: see `transfers.AdapterMemory`.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class LoraMemory:
         workers: int,
         references: References,
         placer: Placer | None = None,
+        room: int | None = None,
         paired: bool = False,
     ) -> None:
         self.tables: dict[str, AdapterTable] = {}
@@ -90,6 +93,7 @@ class LoraMemory:
         self._device = device
         self._references = references
         self._placer = placer
+        self.room = room
         self._side_stream: torch.cuda.Stream | None = None
         if device.type == "cuda" and placer is None:
             self._side_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -106,6 +106,7 @@ def build_engine(
             ),
         ),
         placer=chosen.placer,
+        room=None if chosen.placer is None else config.device_adapter_bytes,
         paired=chosen.paired,
     )
     residency = Residency(

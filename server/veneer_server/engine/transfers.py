@@ -8,10 +8,11 @@ from typing import Protocol
 from veneer_registry.errors import AdapterBudgetExceeded, AdapterEvicted, VeneerError
 
 from veneer_server.engine.outbox import Outbox
+from veneer_server.engine.residency.ledger import FLAG
 from veneer_server.engine.residency.residency import Residency
 from veneer_server.engine.residency.tiers import Action, Drop, Load
 from veneer_server.engine.scheduling.scheduler import Scheduler
-from veneer_server.step.inbox import Arrived
+from veneer_server.step.inbox import Arrived, NoPlace
 from veneer_server.wire.messages import (
     LOST,
     Activate,
@@ -33,7 +34,13 @@ __all__ = ["AdapterMemory", "Transfers"]
 
 class AdapterMemory(Protocol):
     """Holds the adapters' bytes (`veneer_server.adapters.memory`). Calls return at once;
-    the outcome of `load` and `move` arrives in the inbox as `Arrived`."""
+    the outcome of `load` and `move` arrives in the inbox as `Arrived`.
+
+    Attributes:
+        room: bytes for DEVICE copies, if that is fixed when the engine starts; else None.
+    """
+
+    room: int | None
 
     def load(self, source: AdapterSource) -> None: ...
 
@@ -115,6 +122,7 @@ class Transfers:
     def update_budgets(self, message: UpdateBudgets, now: float) -> None:
         residency = self._residency
         try:
+            self._check_room(message.device_bytes)
             residency.set_budgets(host=message.host_bytes, device=message.device_bytes)
         except VeneerError as error:
             self._outbox.fail_operation(message.operation, error)
@@ -127,6 +135,17 @@ class Transfers:
             device_bytes=residency.bytes_in("device"),
         )
         self._outbox.add(OperationDone(message.operation, budgets=budgets))
+
+    def _check_room(self, device_bytes: int | None) -> None:
+        room = self._memory.room
+        if room is None or device_bytes is None or device_bytes <= room:
+            return
+        raise AdapterBudgetExceeded(
+            f"this backend reserved {room} bytes of the device for adapters when it started, "
+            f"and {device_bytes} are more: restart the server with a larger "
+            f"--{FLAG['device']}",
+            metadata={"budget": str(device_bytes), "room": str(room), "tier": "device"},
+        )
 
     # ----------------------------------------------------------------- transfers
 
@@ -156,6 +175,11 @@ class Transfers:
     def arrived(self, message: Arrived) -> None:
         digest = message.weights_digest
         self._outbox.changed(digest)
+        if isinstance(message.error, NoPlace):
+            drops = self._residency.find_place(digest)
+            if drops is not None:
+                self.carry_out([*drops, *self._residency.settle(digest)])
+                return
         if message.error is not None:
             self._fail_adapter(digest, message.error)
             return

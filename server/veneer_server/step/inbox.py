@@ -5,10 +5,7 @@ from __future__ import annotations
 import queue
 from dataclasses import dataclass
 
-from veneer_registry.errors import (
-    InvalidField,
-    VeneerError,
-)
+from veneer_registry.errors import AdapterBudgetExceeded, InvalidField, VeneerError
 
 from veneer_server.wire.messages import (
     ConstraintDone,
@@ -22,8 +19,13 @@ __all__ = [
     "Compiled",
     "Inbox",
     "News",
+    "NoPlace",
     "Unheld",
 ]
+
+
+class NoPlace(AdapterBudgetExceeded):
+    """There are bytes for a DEVICE copy, but no place between the others."""
 
 
 @dataclass(frozen=True, slots=True)

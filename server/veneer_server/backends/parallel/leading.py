@@ -19,13 +19,14 @@ from queue import SimpleQueue
 from typing import Any, Final, Protocol
 
 import torch
-from veneer_registry.errors import AdapterBudgetExceeded, VeneerError
+from veneer_registry.errors import VeneerError
 
 from veneer_server.models.loader import DecoderWeights
 from veneer_server.step.adapter_table import AdapterTable
 from veneer_server.step.ahead import AheadBackend, Sampled, Submitted
 from veneer_server.step.arrays import Segment, StepArrays
 from veneer_server.step.choice import Choice
+from veneer_server.step.inbox import NoPlace
 from veneer_server.step.layout import Layout
 
 __all__ = ["Decoder", "Leading", "LeadingAdapters", "Link", "Places", "follow"]
@@ -96,20 +97,22 @@ class LeadingAdapters:
         """Place it everywhere, or nowhere. One at a time.
 
         Raises:
-            AdapterBudgetExceeded: it does not fit into one's memory.
+            NoPlace: it does not fit into one's memory.
+            VeneerError: this process refuses it.
         """
         number = next(self._count)
         numbers = run.view(_NUMBERS).numpy()
         for link in self._links:
             link.copies.send(("place", number, layout, numbers))
-        table, failed = None, ""
+        table, failed = None, None
         try:
             table = self._own.place(layout, run)
         except VeneerError as error:
-            failed = str(error)
+            failed = error
         answers = [link.copies.recv() for link in self._links]
-        failed = failed or next(filter(None, answers), "")
-        if table is not None and not failed:
+        # What others refuse although this one does not is a place: only their holes differ.
+        failed = failed or next((NoPlace(answer) for answer in answers if answer), None)
+        if table is not None and failed is None:
             self._numbers[table] = number
             return table
         for link, answer in zip(self._links, answers, strict=True):
@@ -117,7 +120,8 @@ class LeadingAdapters:
                 link.copies.send(("release", number))
         if table is not None:
             self._own.release(table)
-        raise AdapterBudgetExceeded(failed)
+        assert failed is not None
+        raise failed
 
     def part(self, layout: Layout) -> int:
         """See `Places.part`. All parts of an adapter have one size."""

@@ -112,6 +112,20 @@ class Ledger:
             return False
         return entry.pinned == tier or (self.shared and tier == "host")
 
+    def check_pin_fits(self, entry: LedgerEntry, tier: MemoryTier) -> None:
+        """Raises AdapterBudgetExceeded: the pin would leave too little room for the others."""
+        for kept in TIERS if self.shared and tier == "device" else (tier,):
+            others = self.pinned_bytes(kept, beside=entry)
+            budget = self.budget(kept)
+            size = entry.sizes[kept]
+            if others + size > budget:
+                raise AdapterBudgetExceeded(
+                    f"pinning {entry.source.name} ({size} bytes) would take the pinned "
+                    f"adapters past the {kept} budget of {budget}; unpin another one, or "
+                    f"raise the budget (`UpdateBudgets`, or veneer-server --{FLAG[kept]})",
+                    metadata={"bytes": str(size), "pinned": str(others), "tier": kept},
+                )
+
     def evictable(self, entry: LedgerEntry, tier: MemoryTier) -> bool:
         """Whether the copy is neither in use nor pinned. Waiting sequences do not count as
         use here."""

@@ -33,7 +33,7 @@ from veneer_registry.errors import AdapterBudgetExceeded, AdapterInUse, AdapterP
 
 from veneer_server.engine.integrity import in_slices
 from veneer_server.engine.residency.eviction import EvictionOrder
-from veneer_server.engine.residency.ledger import FLAG, Ledger
+from veneer_server.engine.residency.ledger import Ledger
 from veneer_server.engine.residency.load_planner import LoadPlanner, Wants, shrink
 from veneer_server.engine.residency.tiers import (
     TIERS,
@@ -228,6 +228,19 @@ class Residency:
         self._unwant(digest)
         self.ledger.touch(entry)
 
+    def find_place(self, digest: str) -> list[Drop] | None:
+        """A move found no place, although there are bytes. The next `plan` tries again, after
+        an idle copy was dropped or while others are in use; None if neither can help."""
+        ledger, entry = self.ledger, self.ledger.entries[digest]
+        idle = ledger.orders["device"].take()
+        if idle is None and not ledger.leased.keys() & ledger.there["device"]:
+            return None
+        ledger.place(entry, "device", Presence.ABSENT)
+        if idle is None:
+            return []
+        ledger.orders["device"].evicted(idle)
+        return ledger.drop(idle[1], "device", "capacity")
+
     def failed(self, digest: str) -> None:
         """A load or move failed, or can never start: the pin that it was for is removed."""
         entry = self.ledger.entries.get(digest)
@@ -253,7 +266,7 @@ class Residency:
         """
         entry = self.ledger.find_or_make(source, self._itemsize)
         if pin:
-            self._check_pin_fits(entry, tier)
+            self.ledger.check_pin_fits(entry, tier)
             self.ledger.pin(entry, tier)
         self.ledger.entries[entry.digest] = entry
         self.ledger.drain(entry, draining=False)
@@ -370,19 +383,6 @@ class Residency:
                 drops += self.ledger.drop(entry, tier, cause)
         self.ledger.forget_if_idle(entry)
         return drops
-
-    def _check_pin_fits(self, entry: LedgerEntry, tier: MemoryTier) -> None:
-        for kept in TIERS if self._shared and tier == "device" else (tier,):
-            others = self.ledger.pinned_bytes(kept, beside=entry)
-            budget = self.ledger.budget(kept)
-            size = entry.sizes[kept]
-            if others + size > budget:
-                raise AdapterBudgetExceeded(
-                    f"pinning {entry.source.name} ({size} bytes) would take the pinned "
-                    f"adapters past the {kept} budget of {budget}; unpin another one, or "
-                    f"raise the budget (`UpdateBudgets`, or veneer-server --{FLAG[kept]})",
-                    metadata={"bytes": str(size), "pinned": str(others), "tier": kept},
-                )
 
     def check_unused(self) -> None:
         """Assert that nothing is leased or held; call when there is no sequence. O(1)."""

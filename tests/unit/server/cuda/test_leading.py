@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from veneer_registry.errors import AdapterBudgetExceeded
 from veneer_server.backends.parallel.leading import Follower, Leading, Link
 from veneer_server.step.adapter_table import AdapterTable
+from veneer_server.step.inbox import NoPlace
 from veneer_server.step.layout import Layout
 
 from tests.refused import refused
@@ -27,7 +27,7 @@ class Places:
 
     def place(self, layout: Layout, run: torch.Tensor) -> AdapterTable:
         if len(self.runs) == self.room:
-            raise AdapterBudgetExceeded("full")
+            raise NoPlace("full")
         table = AdapterTable(layout, torch.empty(layout.length, device="meta"))
         self.runs[table] = run
         return table
@@ -92,10 +92,10 @@ def test_a_follower_has_the_leader_s_adapters_and_steps() -> None:
 @pytest.mark.parametrize("rooms", [(1, 0), (0, 1)])
 def test_an_adapter_is_placed_everywhere_or_nowhere(rooms: tuple[int, int]) -> None:
     leading, own, _, other, _ = _pair(*rooms)
-    with refused(AdapterBudgetExceeded):
+    with refused(NoPlace):
         leading.adapters.place(*_run())
     # An answer to the next message comes after the release.
-    with refused(AdapterBudgetExceeded):
+    with refused(NoPlace):
         leading.adapters.place(*_run())
     assert not own.adapters.runs
     assert len(other.adapters.runs) <= rooms[1]

@@ -83,6 +83,18 @@ def test_what_is_not_in_use_goes_at_once_and_the_answer_says_what_is_left() -> N
     made.loop.check_integrity()
 
 
+def test_memory_that_a_backend_reserved_at_its_start_does_not_grow() -> None:
+    made = engine("a")
+    made.memory.room = 1000
+    refusal = update(made, device=1001).error
+    assert refusal is not None
+    assert refusal.reason == "ADAPTER_BUDGET_EXCEEDED"
+    assert "--device-adapter-bytes" in refusal.message
+    for device in (SIZE, 1000):  # lowered, and raised again to what is there
+        done = update(made, host=2000, device=device)
+        assert done.budgets == BudgetsState(2000, device, SIZE, SIZE)
+
+
 def test_a_larger_budget_is_used_in_the_same_turn() -> None:
     made = engine()
     update(made, device=SIZE)

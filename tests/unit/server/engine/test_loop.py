@@ -49,6 +49,7 @@ class FakeMemory:
 
     inbox: Inbox
     held: set[tuple[str, str]] = field(default_factory=set)
+    room: int | None = None
 
     def load(self, source: AdapterSource) -> None:
         self.inbox.put(Arrived(source.weights_digest, "host", {}))

@@ -28,6 +28,7 @@ from veneer_server.backends.parallel.adapters import cut_layout, cut_run
 from veneer_server.backends.parallel.peers import Member
 from veneer_server.models.config import DecoderConfig
 from veneer_server.step.adapter_table import AdapterTable
+from veneer_server.step.inbox import NoPlace
 from veneer_server.step.layout import MEMBERS, Group, Layout, Slot
 
 __all__ = ["Adapters"]
@@ -121,7 +122,8 @@ class Adapters:
             A table without numbers of its own, for `Segment`.
 
         Raises:
-            AdapterBudgetExceeded: it does not fit.
+            AdapterBudgetExceeded: its ranks are too large.
+            NoPlace: it does not fit beside the others.
         """
         if (member := self._member) is not None:
             layout, run = cut_run(layout, run, member.whole, member.shard)
@@ -133,21 +135,16 @@ class Adapters:
                     f"this backend has room for {most}; serve it with --backend torch"
                 )
         unit = self._arena.unit
-        chunk = self._arena.pool.units * unit
-        ends = _pieces(layout, chunk)
-        begins = [0, *ends[:-1]]
-        sizes = [-(-(end - begin) // unit) for begin, end in zip(begins, ends, strict=True)]
         with self._timeline.lock:
-            firsts = None
-            if self._count < self._slots:
-                firsts = self._arena.pool.take(sizes)
-            if firsts is None:
-                raise AdapterBudgetExceeded(
+            found = self._find_places(layout)
+            if found is None:
+                raise NoPlace(
                     "the adapter does not fit between those that are in use, although their "
                     "bytes leave room; start the server with a larger --device-adapter-bytes"
                 )
             self._count += 1
-        pieces = list(zip(firsts, sizes, strict=True))
+        ends, pieces = found
+        begins, firsts = [0, *ends[:-1]], [first for first, _ in pieces]
         placed = _Placed(pieces, _rows(layout, begins, [f * unit for f in firsts]))
         source = object()
         most = COPY_BYTES // run.itemsize
@@ -165,6 +162,22 @@ class Adapters:
         with self._timeline.lock:
             self._placed[table] = placed
         return table
+
+    def _find_places(self, layout: Layout) -> tuple[list[int], list[tuple[int, int]]] | None:
+        """Where pieces end in the run, and their first units and units: as few pieces as find
+        room between the others. None if there is no room for each matrix alone."""
+        if self._count == self._slots:
+            return None
+        unit = self._arena.unit
+        chunk = self._arena.pool.units * unit
+        for most in (chunk, chunk // 4, chunk // 16, 0):
+            ends = _pieces(layout, most)
+            begins = [0, *ends[:-1]]
+            sizes = [-(-(end - begin) // unit) for begin, end in zip(begins, ends, strict=True)]
+            firsts = self._arena.pool.take(sizes)
+            if firsts is not None:
+                return ends, list(zip(firsts, sizes, strict=True))
+        return None
 
     def part(self, layout: Layout) -> int:
         """See `Placer.part`."""
