@@ -326,7 +326,8 @@ class EngineClient:
         `AdapterBudgetExceeded`.
 
         Raises:
-            AdapterBudgetExceeded: pinned adapters alone take more. Nothing has changed.
+            AdapterBudgetExceeded: pinned adapters alone take more, or the backend has reserved
+                less device memory at its start. Nothing has changed.
         """
         self._residents.check_budgets(host=host_bytes, device=device_bytes)
         done = await self._operate(
