@@ -1,9 +1,10 @@
 """The backend for CUDA without a card: ``python -m tests.gpu.engine``.
 
-Seven parts: histories of chunks and fences; captured graphs under swaps, evictions and changes
-of the batch; steps enqueued ahead; the engine on a simulated card; the formats of a base; two
-processes with half of one each, and an engine on both; torture rows 9 to 12. All but the engine
-on one card and the formats also with planted bugs, which must be noticed.
+Eight parts: histories of chunks and fences; places of adapters in memory; captured graphs under
+swaps, evictions and changes of the batch; steps enqueued ahead; the engine on a simulated card;
+the formats of a base; two processes with half of one each, and an engine on both; torture rows
+9 to 12. All but the engine on one card and the formats also with planted bugs, which must be
+noticed.
 
 With ``--kernels`` the card executes Triton's kernels by its interpreter, a second or more for a
 step; without, the same launches in torch. ``--quick`` is the suite's form.
@@ -21,10 +22,20 @@ from typing import Any, Final
 
 import torch
 from veneer_server.engine.execution.backend_choice import BackendUnavailable, choose
+from veneer_server.step.inbox import NoPlace
 from veneer_server.wire.messages import EngineConfig
 
 import tests.gpu.interpreter  # noqa: F401 (before anything that imports triton)
-from tests.gpu.engine import churn, formats, histories, lookahead, parallel, rows, scenario
+from tests.gpu.engine import (
+    churn,
+    formats,
+    histories,
+    lookahead,
+    parallel,
+    places,
+    rows,
+    scenario,
+)
 from tests.gpu.engine.kit import tiny_base
 from tests.gpu.engine.plain import PLAIN
 from tests.gpu.engine.rows import ROWS, cards
@@ -41,6 +52,26 @@ def _memory(given: Any, _instead: Any) -> Iterator[str]:
     print(f"memory: {given.histories} histories right", flush=True)
     for number, (name, *_) in enumerate(histories.BUGS[: given.bugs]):
         found = histories.caught(number, given.seed, max(400, given.histories))
+        print(f"    {name}: {found[:120] or 'NOT NOTICED'}", flush=True)
+        if not found:
+            yield name
+
+
+def _places(given: Any, _instead: Any) -> Iterator[str]:
+    """Needs no kernel: memory alone."""
+    try:
+        for number in range(2):
+            print(f"places: {places.check(f'{given.seed}/{number}', given.loads)}", flush=True)
+    except NoPlace as error:
+        yield str(error)
+    for name, bug in places.PLANTED.items():
+        found = ""
+        try:
+            with bug():
+                for number in range(4):
+                    places.check(f"{given.seed}/{number}", max(600, given.loads))
+        except NoPlace as error:
+            found = str(error)
         print(f"    {name}: {found[:120] or 'NOT NOTICED'}", flush=True)
         if not found:
             yield name
@@ -193,6 +224,7 @@ def _row(
 
 PARTS: dict[str, Callable[[Any, Any], Iterator[str]]] = {
     "memory": _memory,
+    "places": _places,
     "graphs": _graphs,
     "lookahead": _lookahead,
     "engine": _engine,
@@ -211,6 +243,7 @@ def main() -> int:
     parser.add_argument("--seed", default="veneer")
     parser.add_argument("--kernels", action="store_true", help="interpret Triton's kernels")
     parser.add_argument("--histories", type=int, default=2000)
+    parser.add_argument("--loads", type=int, default=2000, help="of adapters into memory")
     parser.add_argument("--changes", type=int, default=1000, help="of graphs' batches")
     parser.add_argument("--requests", type=int, default=24, help="of the engine")
     parser.add_argument("--steps", type=int, default=30, help="of those enqueued ahead")
@@ -222,6 +255,7 @@ def main() -> int:
     if given.quick:
         given.histories, given.changes, given.bugs = 40, 60, 2
         given.steps, given.requests, given.row = 8, 6, -1
+        given.loads = 400
     torch.set_num_threads(1)
     failures = []
     for name, part in PARTS.items():

@@ -27,7 +27,7 @@ def test_it_is_right_on_a_simulated_card() -> None:
     )
     if done.returncode:
         pytest.fail(done.stdout + done.stderr)
-    parts = ["memory", "graphs", "graphs, exact", "lookahead", "engine", "engine, exact"]
-    for part in (*parts, "bases", "parallel", "engine on two cards"):
+    parts = ["memory", "places", "graphs", "graphs, exact", "lookahead", "engine"]
+    for part in (*parts, "engine, exact", "bases", "parallel", "engine on two cards"):
         assert f"\n{part}: " in f"\n{done.stdout}"
     assert "without a card: refused" in done.stdout

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from functools import partial
 from random import Random
+from typing import Final
 
-import pytest
 import torch
 from veneer_registry.adapter import LoraModule
+from veneer_server.backends.cuda.memory import adapters as memory
 from veneer_server.backends.cuda.memory.adapters import Adapters
 from veneer_server.backends.cuda.memory.arena import Arena
 from veneer_server.backends.cuda.memory.timeline import Timeline
 from veneer_server.models.config import DecoderConfig, Projection
+from veneer_server.step.adapter_table import AdapterTable
 from veneer_server.step.layout import Layout
 
 from tests.gpu.engine.simulated import SimulatedDevice
+from tests.planted import planted
 
-LAYERS = 8
-CONFIG = DecoderConfig(
+__all__ = ["PLANTED", "check"]
+
+LAYERS: Final = 8
+CONFIG: Final = DecoderConfig(
     architecture="LlamaForCausalLM",
     vocab_size=512,
     hidden_size=512,
@@ -34,24 +40,21 @@ CONFIG = DecoderConfig(
     quantization=None,
 )
 """An eighth of an 8B Llama."""
-ATTENTION: tuple[Projection, ...] = ("q_proj", "k_proj", "v_proj")
-ALL: tuple[Projection, ...] = (*ATTENTION, "o_proj", "gate_proj", "up_proj", "down_proj")
-BYTES = 32 << 20
+ATTENTION: Final[tuple[Projection, ...]] = ("q_proj", "k_proj", "v_proj")
+ALL: Final[tuple[Projection, ...]] = (*ATTENTION, "o_proj", "gate_proj", "up_proj", "down_proj")
+BYTES: Final = 32 << 20
 
 
-def layout(rank: int, targets: tuple[Projection, ...]) -> Layout:
-    modules = [
-        LoraModule(layer, target, rank, 1.0, "", "")
-        for layer in range(LAYERS)
-        for target in targets
-    ]
-    return Layout.of(modules, CONFIG.shapes, LAYERS)
+def check(seed: str, loads: int) -> str:
+    """Adapters come and go at random, and each finds a place whatever holes others have left:
+    the engine evicts by bytes, so one without a place would cost another's room.
 
+    Returns:
+        What was done.
 
-@pytest.mark.parametrize("seed", range(4))
-def test_what_the_budget_has_bytes_for_finds_a_place(seed: int) -> None:
-    """Whatever holes earlier ones have left. The engine evicts by bytes, so an adapter without
-    a place would fail its requests."""
+    Raises:
+        NoPlace: the budget has bytes for an adapter, and it found no place.
+    """
     random = Random(seed)
     device = SimulatedDevice(random)
     arena = Arena(
@@ -60,12 +63,29 @@ def test_what_the_budget_has_bytes_for_finds_a_place(seed: int) -> None:
     adapters = Adapters(
         *(device, Timeline(device), arena, CONFIG), slots=64, most_ranks=(96, 32, 64, 32)
     )
-    kinds = [layout(rank, part) for rank in (8, 16, 32) for part in (ATTENTION, ALL[:4], ALL)]
+    kinds = [_layout(rank, part) for rank in (8, 16, 32) for part in (ATTENTION, ALL[:4], ALL)]
     runs = [torch.zeros(kind.length, dtype=torch.bfloat16) for kind in kinds]
-    held: list[tuple[int, object]] = []
-    for _ in range(600):
+    held: list[tuple[int, AdapterTable]] = []
+    for _ in range(loads):
         kind = random.randrange(len(kinds))
         while sum(kinds[k].length for k, _ in held) + kinds[kind].length > BYTES // 2:
             adapters.release(held.pop(random.randrange(len(held)))[1])
         held.append((kind, adapters.place(kinds[kind], runs[kind])))
     device.drained("")
+    return f"{loads} loads of {len(kinds)} sizes, {len(held)} there at the end"
+
+
+def _layout(rank: int, targets: tuple[Projection, ...]) -> Layout:
+    modules = [
+        LoraModule(layer, target, rank, 1.0, "", "")
+        for layer in range(LAYERS)
+        for target in targets
+    ]
+    return Layout.of(modules, CONFIG.shapes, LAYERS)
+
+
+PLANTED: Final = {
+    "pieces are as large as a chunk only": partial(
+        *(planted, memory), "(chunk, chunk // 4, chunk // 16, 0)", "(chunk,)"
+    )
+}
