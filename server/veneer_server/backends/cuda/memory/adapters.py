@@ -139,8 +139,9 @@ class Adapters:
             found = self._find_places(layout)
             if found is None:
                 raise NoPlace(
-                    "the adapter does not fit between those that are in use, although their "
-                    "bytes leave room; start the server with a larger --device-adapter-bytes"
+                    "the adapter finds no place between the others in device memory, although "
+                    "there are bytes for it; unpin one of them, or start the server with a "
+                    "larger --device-adapter-bytes"
                 )
             self._count += 1
         ends, pieces = found
