@@ -237,10 +237,10 @@ def _logits_move() -> AbstractContextManager[None]:
 
 
 def _sizes_by_step() -> AbstractContextManager[None]:
-    """A graph serves steps whose contexts have more pieces than it has launches for."""
+    """A graph without launches for adapters serves steps that need them."""
     return planted(
         inputs,
-        "bucket = Bucket(size, pieces, bool(segments))",
+        "bucket = Bucket(size, pieces, adapters)",
         "bucket = Bucket(size, pieces, False)",
     )
 
