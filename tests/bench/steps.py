@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from veneer_registry.adapter import LoraModule
 from veneer_registry.fingerprint import fingerprint_base
-from veneer_server.adapters.pages import make_ready, map_pages, memory
+from veneer_server.adapters.pages import make_ready, map_pages, memory, place
 from veneer_server.engine.execution.backend_choice import Chosen, choose
 from veneer_server.models.config import DecoderConfig
 from veneer_server.models.source import import_bundled
@@ -95,16 +95,18 @@ def _adapter(
     layout = Layout.of(modules, config.shapes, config.num_layers, paired=paired)
     generator = torch.Generator().manual_seed(seed)
     run = 0.02 * torch.randn(layout.length, generator=generator)
-    return AdapterTable(layout, _as_loaded(run.to(dtype)))
+    return AdapterTable(layout, _as_loaded(run.to(dtype), seed))
 
 
-def _as_loaded(run: torch.Tensor) -> torch.Tensor:
-    """Copy into memory like that of the server's loaders."""
-    fd, ready = memory(run.nbytes), 0
+def _as_loaded(run: torch.Tensor, number: int) -> torch.Tensor:
+    """Copy into memory like that of the server's loaders, which hold others already."""
+    begin = place(number, run.nbytes)
+    size = begin + run.nbytes
+    fd, ready = memory(size), 0
     try:
-        while ready < run.nbytes:
-            ready = make_ready(fd, run.nbytes, ready)
-        copy = torch.frombuffer(map_pages(fd, run.nbytes), dtype=run.dtype)
+        while ready < size:
+            ready = make_ready(fd, size, ready)
+        copy = torch.frombuffer(map_pages(fd, run.nbytes, begin), dtype=run.dtype)
     finally:
         os.close(fd)
     return copy.copy_(run)

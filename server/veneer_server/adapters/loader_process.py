@@ -36,6 +36,7 @@ from veneer_server.adapters.pages import (
     map_pages,
     memory,
     next_range,
+    place,
     release,
 )
 from veneer_server.adapters.reading import Dtype, read_run
@@ -138,6 +139,8 @@ class _Segments:
         """Where the pages that are ready end."""
         self._wanted = 0
         """Where they should end."""
+        self._taken = 0
+        """Ranges so far, in all files."""
 
     def take(self, size: int) -> int:
         """Where ``size`` zeroed bytes of the current file begin, whose pages are ready.
@@ -145,8 +148,10 @@ class _Segments:
         Raises:
             MemoryError: there is not enough memory.
         """
-        self._have_room(size)
-        begin, end = self._next, self._next + size
+        self._have_room(next_range(size))
+        begin = self._next
+        at = begin + place(self._taken, size)
+        end = at + size
         try:
             while self._ready < end:
                 self._ready = make_ready(self.fd, end, self._ready)
@@ -156,12 +161,13 @@ class _Segments:
             raise
         release(self.fd, end, self._ready)
         self._next = self._ready = self._wanted = next_range(end)
-        return begin
+        self._taken += 1
+        return at
 
     def want(self, size: int) -> None:
         """Have ``size`` bytes ready soon, unless that is too much to keep idle."""
         if 0 < size <= _MOST_SPARE:
-            self._have_room(size)
+            self._have_room(next_range(size))
             self._wanted = self._next + size
 
     @property

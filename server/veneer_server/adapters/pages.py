@@ -26,7 +26,7 @@ from typing import Final
 
 __all__ = [
     *("PIECE", "SEGMENT", "MappedSegment", "make_ready"),
-    *("map_pages", "memory", "next_range", "release"),
+    *("map_pages", "memory", "next_range", "place", "release"),
 ]
 
 _LARGE: Final = 2 << 20
@@ -35,6 +35,9 @@ PIECE: Final = 256 << 10
 _COLLAPSE: Final = 25
 _REMOVE: Final = 9
 _FIXED: Final = 0x10
+_PERIOD: Final = 128 << 10
+"""Addresses so many bytes apart have the same sets in the second cache of today's CPUs."""
+_APART: Final = 5  # pages
 _PUNCH_HOLE: Final = 3  # and keep the size
 _FAILED: Final = ctypes.c_void_p(-1).value
 _LINUX: Final = sys.platform == "linux"
@@ -68,6 +71,20 @@ def memory(size: int) -> int:
 def next_range(end: int) -> int:
     """Where a range may begin after one that ended at ``end``: ranges share no large page."""
     return -(-end // _LARGE) * _LARGE
+
+
+def place(number: int, size: int) -> int:
+    """Where in its range the ``number``-th adapter of ``size`` bytes begins.
+
+    A step reads the same layer of many adapters. If all began on a large page, these would
+    share a few sets of a core's cache and evict each other: with eight adapters a step took
+    6 to 8 % longer. So they begin some pages apart, as far as the last large page has room
+    and for a 64th of their size: what lies before them is not used.
+    """
+    if not _LINUX:
+        return 0
+    free = min(next_range(size) - size, size // 64, _PERIOD) // mmap.PAGESIZE
+    return number * _APART % (free + 1) * mmap.PAGESIZE
 
 
 def release(fd: int, begin: int, end: int) -> None:
@@ -111,12 +128,13 @@ class MappedSegment:
             return map_pages(self._fd, size)
         if offset < self._end or offset + size > self._size:
             raise BufferError(f"{offset} and {size} bytes are not the next range")
+        begin = offset - offset % _LARGE
         self._end = next_range(offset + size)
         start = self._start + offset
         # This replaces a part of the mapping by the same, and the kernel merges both.
         _map_at(start, self._fd, size, offset, mmap.MAP_POPULATE)
         numbers = (ctypes.c_ubyte * size).from_address(start)
-        weakref.finalize(numbers, self._remove, offset, self._end).atexit = False
+        weakref.finalize(numbers, self._remove, begin, self._end).atexit = False
         return memoryview(numbers).cast("B")
 
     def close(self) -> None:
@@ -178,13 +196,14 @@ def _mapped(fd: int, size: int, offset: int, flags: int) -> Iterator[int]:
 
 
 def _map(fd: int, size: int, offset: int, flags: int) -> tuple[int, int, int]:
-    """Map at an address aligned for large pages. Returns the area reserved around it, the
-    area's length, and the address."""
-    length = size + _LARGE
+    """Map at an address that is as far into a large page as the offset. Returns the area
+    reserved around it, the area's length, and the address."""
+    within = offset % _LARGE
+    length = within + size + _LARGE
     area = _libc.mmap(None, length, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
     if area == _FAILED:
         raise MemoryError(os.strerror(ctypes.get_errno()))
-    start = -(-area // _LARGE) * _LARGE
+    start = -(-area // _LARGE) * _LARGE + within
     try:
         _map_at(start, fd, size, offset, flags)
     except MemoryError:

@@ -160,7 +160,7 @@ def test_no_room_to_map_a_run_is_no_memory_and_the_next_load_goes_on(
     reader = make("float32")
 
     # More than there are addresses.
-    full = planted(pages, "length = size + _LARGE", "length = size + (1 << 50)")
+    full = planted(pages, "length = within + size + _LARGE", "length = size + (1 << 50)")
     # The system's own words.
     with full, pytest.raises(MemoryError, match="Cannot allocate"):
         reader.read(wanted)

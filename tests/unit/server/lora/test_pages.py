@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from veneer_server.adapters.pages import MappedSegment, make_ready, map_pages, memory
+from veneer_server.adapters.pages import (
+    MappedSegment,
+    make_ready,
+    map_pages,
+    memory,
+    next_range,
+    place,
+)
 
 MB = 1 << 20
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="of Linux")
@@ -77,6 +86,38 @@ def test_what_cannot_be_mapped_is_a_memory_error() -> None:
         map_pages(-1, MB)
 
 
+@pytest.mark.parametrize("size", [8 << 10, MB, 2 * MB, 9_768_960, 300 * MB])
+def test_adapters_begin_apart_within_the_memory_they_have(size: int) -> None:
+    """So that the same layers of many do not share the sets of a cache, at no cost in large
+    pages and hardly any in small ones."""
+    places = [place(number, size) for number in range(64)]
+    assert all(at % mmap.PAGESIZE == 0 for at in places)
+    assert max(places) <= size // 64
+    assert all(next_range(at + size) == next_range(size) for at in places)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ranges of Linux")
+def test_eight_neighbours_begin_at_eight_places_of_a_cache() -> None:
+    """The size is that of rank 16 over the bundled base."""
+    places = {place(number, 9_768_960) % (128 << 10) for number in range(8)}
+    assert len(places) == 8
+
+
+def test_a_place_within_a_large_page_has_large_pages_too(fd: int) -> None:
+    begin, size = 5 * mmap.PAGESIZE, 5 * MB
+    first = make_ready(fd, begin + size, 0)
+    if first < 2 * MB:
+        pytest.skip("this kernel collapses none")
+    make_ready(fd, begin + size, first)
+    view = map_pages(fd, size, begin)
+    view[0], view[-1] = 3, 4
+    assert mapped(fd, "ShmemPmdMapped") >= 2 << 10
+    del view
+    assert mapped(fd, "Size") == 0
+    whole = map_pages(fd, begin + size)
+    assert (whole[begin], whole[begin + size - 1]) == (3, 4)
+
+
 SPACE = 64 * MB
 
 
@@ -116,6 +157,16 @@ def test_ranges_share_one_mapping_and_are_released_one_by_one(file: int) -> None
     assert (mappings(file), used(file)) == (1, 4), "a range keeps the mapping"
     views.clear()
     assert (mappings(file), used(file)) == (0, 0)
+
+
+def test_a_range_that_begins_within_a_page_is_released_whole(file: int) -> None:
+    """What lies before its place goes with it: a large page is given back whole or not."""
+    segment = MappedSegment(os.dup(file), SPACE)
+    views = [segment.take(4 * MB * i + 5 * mmap.PAGESIZE, 3 * MB) for i in range(5)]
+    del views[2]
+    assert used(file) == 16
+    views.clear()
+    assert (mappings(file), used(file)) == (1, 0)
 
 
 def test_a_range_is_taken_once(file: int) -> None:
