@@ -81,6 +81,7 @@ _REGISTERS: Final = "cpp/kernels/gemm/by_registers.h"
 _PLAIN: Final = "neon and not neon-bf16"
 _SOFTWARE: Final = "cpp/isa/software_matrix.h"
 _FEW: Final = "cpp/kernels/gemm/few_rows.h"
+_FEW_QUERIES: Final = "cpp/kernels/attention/few_queries.h"
 _X86: Final = "cpp/isa/x86.h"
 
 MUTANTS: Final = (
@@ -627,8 +628,36 @@ MUTANTS: Final = (
     Mutant(
         "matrix: V of the first 16 dimensions for all",
         _MATRIX_SCORES,
-        "matrix::load<7>(values + i * 2 * kLanes,",
-        "matrix::load<7>(values,",
+        "matrix::load<6 + i>(values + i * 2 * kLanes,",
+        "matrix::load<6 + i>(values,",
+        form="software-matrix",
+    ),
+    Mutant(
+        "few queries: the second numbers of pairs left out",
+        _FEW_QUERIES,
+        "veneer::add(total, veneer::add(first, second))",
+        "veneer::add(total, first)",
+        form="software-matrix",
+    ),
+    Mutant(
+        "few queries: both chains added to the total one after the other",
+        _FEW_QUERIES,
+        "veneer::add(total, veneer::add(first, second))",
+        "veneer::add(veneer::add(total, first), second)",
+        form="software-matrix",
+    ),
+    Mutant(
+        "few queries: V's denormals kept",
+        _FEW_QUERIES,
+        "    const FlushDenormals flush;\n    constexpr int vectors = 2;",
+        "    constexpr int vectors = 2;",
+        form="software-matrix",
+    ),
+    Mutant(
+        "few queries: an odd run at the end left out",
+        _FEW_QUERIES,
+        "    if (run < end_run)\n",
+        "    if (run + 1 < end_run)\n",
         form="software-matrix",
     ),
     Mutant(

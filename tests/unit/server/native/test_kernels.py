@@ -140,6 +140,35 @@ def test_attention(library: Library, shape: str, window: int | None) -> None:
     assert_same(one_prompt(library, base, tokens), want)
 
 
+@pytest.mark.parametrize("shape", sorted(SHAPES))
+@pytest.mark.parametrize("values", ["ordinary", "denormal"])
+def test_a_row_s_bits_do_not_depend_on_the_rows_beside_it(
+    library: Library, shape: str, values: str
+) -> None:
+    """Alone a row's few queries may be multiplied by other instructions than with many: in one
+    order of sums, which flushes the same numbers. Values near the smallest show another order
+    in bfloat16 too."""
+    generator = seeded()
+    scale = {"q": 2.0, "o": 64.0}
+    if values == "denormal":
+        scale |= {"v": 3e-37, "o": 1e35}
+    base = make_base(
+        generator, zero=("down",), windows=[50], scale=scale, epsilon=1e-12, **SHAPES[shape]
+    )
+    base.embedding *= 1e-3  # so that what attention adds is most of a row
+    base.head = torch.eye(VOCABULARY, base.hidden).bfloat16()
+    tokens = some_tokens(generator, 70)
+    served, blocks = Served.over(library, base, threads=2), range(1, 7)
+    (whole,) = served.step([(tokens, 0, blocks, None)])
+    assert bool(whole.isfinite().all())
+    assert bool((whole != 0).any())
+    for at in range(0, 70, 3):
+        (alone,) = served.step([([tokens[at]], at, blocks, None)])
+        assert torch.equal(alone[0].view(torch.int32), whole[at].view(torch.int32)), at
+    (three,) = served.step([(tokens[66:69], 66, blocks, None)])
+    assert torch.equal(three.view(torch.int32), whole[66:69].view(torch.int32))
+
+
 @pytest.mark.parametrize("window", [None, 600])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_attention_over_pieces(library: Library, window: int | None, threads: int) -> None:

@@ -158,6 +158,7 @@ void veneer_multiply(const Linear* linear, const bf16* x, int64_t rows, float* y
     Prefetcher nothing;
     multiply_tiles(*linear, 0, linear->tiles(), x, size_t(linear->inputs), int(rows), y,
                    size_t(linear->outputs), nothing);
+    matrix::give_up();
 }
 
 // Creates an engine into *to, for `veneer_destroy`; null where it fails.

@@ -34,6 +34,9 @@ class Program {
 
     // Threads are numbered from 0, the caller of `run`, to size - 1.
     virtual void chunk(int phase, int chunk, int thread) = 0;
+
+    // A thread has executed its chunks of a phase, and may wait now.
+    virtual void pause() {}
 };
 
 }  // namespace veneer

@@ -161,6 +161,7 @@ class ThreadPool {
         for (int phase = 0; phase < program.phases(); ++phase) {
             const int chunks = program.prepare(phase, {nullptr, 0});
             for (int chunk = 0; chunk < chunks; ++chunk) program.chunk(phase, chunk, 0);
+            program.pause();
         }
     }
 
@@ -249,6 +250,7 @@ class ThreadPool {
         };
         empty(thread);
         for (int other; (other = shares_.next_open(phase.number, thread)) >= 0;) empty(other);
+        program_->pause();
         return {finished, longest > 0 ? kPatience + 2 * longest : kGuess};
     }
 
@@ -299,6 +301,7 @@ class ThreadPool {
                 for (int chunk = 0; chunk < phase.chunks; ++chunk)
                     if (finished_[chunk].load(std::memory_order_acquire) < phase.number)
                         do_chunk(phase, chunk, thread);
+                program_->pause();
                 leave(thread);
                 return claim(phase, thread);
             }

@@ -36,6 +36,18 @@ inline int chunk_count(int64_t count, int most) {
     return int(std::min<int64_t>(count, std::min(most, kMaxChunks)));
 }
 
+// Items of a phase, which are cut into chunks, and these into the threads' shares.
+struct Items {
+    int64_t count;
+    int chunks;
+
+    int64_t of_chunk(int chunk) const { return count * chunk / chunks; }
+    // The first item of a thread's share; for thread `threads` the end of all.
+    int64_t of_thread(int thread, int threads) const {
+        return chunks == 0 ? 0 : of_chunk(int(int64_t(chunks) * thread / threads));
+    }
+};
+
 // How a linear's tiles are cut into chunks. A gate and the up that it multiplies are computed by
 // one thread, which finds both in its cache when it multiplies them.
 struct Columns {
@@ -77,9 +89,14 @@ struct StepContext {
     // See `chunk_count`.
     int chunks(int64_t count) const { return chunk_count(count, threads * kChunks); }
 
+    // Where a thread's share begins of so many chunks.
+    int even(int count, int thread) const { return int(int64_t(count) * thread / threads); }
+
     Columns columns(int layer, Group group) const {
         return {model.layers[layer].linears[group], chunks(kMaxChunks - kShrinks)};
     }
+
+    Items items(int64_t count) const { return {count, chunks(count)}; }
 
     // Floats of a thread's scratch that a row tile takes.
     size_t scratch() const {
@@ -105,6 +122,19 @@ struct StepContext {
         expand(*row_tile.adapter, group_of(*row_tile.adapter, layer, group).members[member],
                member_outputs(group, member), first, count, row_tile.rows,
                {at.shrunk + row_tile.row * ranks, size_t(ranks), to, stride});
+    }
+
+    // Prefetch what `updated` reads of B for the same arguments.
+    void prefetch_update(int layer, Group group, int member, const RowTile& row_tile, int first,
+                         int count) const {
+        if (row_tile.adapter == nullptr) return;
+        const LoraMember& update = group_of(*row_tile.adapter, layer, group).members[member];
+        if (update.b == nullptr) return;
+        const size_t number = number_bytes(*row_tile.adapter), bytes = number * size_t(count);
+        const size_t stride = number * size_t(member_outputs(group, member));
+        const char* line = static_cast<const char*>(update.b) + number * size_t(first);
+        for (int rank = 0; rank < update.rank; ++rank, line += stride)
+            for (size_t i = 0; i < bytes; i += kLine) prefetch_near(line + i);
     }
 
     // Prefetch a row tile's y[first to first + count - 1]: another thread has just written half of

@@ -89,7 +89,7 @@ class Decoder final : Program {
     void prepare(const Step& step) {
         ctx_.prepare(step);
         heads_.prepare();
-        gemms_.prepare(heads_.blocks());
+        gemms_.prepare(heads_.reads());
         const size_t rows = size_t(step.rows);
         const size_t normed = std::max(rows, size_t(step.logit_count));
         hidden_.take(rows * m_.hidden);
@@ -185,8 +185,10 @@ class Decoder final : Program {
             case kGate: {
                 const Columns cut = ctx_.columns(work.layer, work.group);
                 const int first = kTile * cut.begin(chunk), end = kTile * cut.begin(chunk + 1);
-                for (const RowTile& row_tile : ctx_.row_tiles)
-                    rows_.gate(work.layer, at, row_tile, first, end - first, scratch);
+                for (size_t i = 0; i < ctx_.row_tiles.size(); ++i) {
+                    rows_.prefetch_gate(work.layer, i, chunk, cut);
+                    rows_.gate(work.layer, at, ctx_.row_tiles[i], first, end - first, scratch);
+                }
                 return;
             }
             case kNormalize:
@@ -198,6 +200,8 @@ class Decoder final : Program {
             }
         }
     }
+
+    void pause() override { matrix::give_up(); }
 
     int64_t row_tiles() const { return int64_t(ctx_.row_tiles.size()); }
     // The version of the GEMMs' lists that a phase uses.

@@ -10,6 +10,7 @@
 
 #include "buffers.h"
 #include "context.h"
+#include "prefetches.h"
 
 namespace veneer {
 
@@ -21,6 +22,7 @@ class Heads {
         prepare_angles();
         prepare_items();
         prepare_shared_pieces();
+        prepare_reads();
     }
 
     // Floats of a thread's scratch that attention takes.
@@ -29,8 +31,8 @@ class Heads {
     }
     // Floats of `Arrays::results`.
     size_t results() const { return results_; }
-    // The KV cache's blocks, in the order in which they are read.
-    const std::vector<int64_t>& blocks() const { return blocks_; }
+    // What is read of the KV cache.
+    const KvReads& reads() const { return reads_; }
 
     // Whether threads share an item's pieces, whose results the next phase merges.
     bool shares_pieces() const { return !shared_pieces_.empty(); }
@@ -52,6 +54,11 @@ class Heads {
         ctx_.prefetch_y(at, row_tile, query_at, queries);
         ctx_.prefetch_y(at, row_tile, key_at, dim);
         ctx_.prefetch_y(at, row_tile, value_at, dim);
+        if (matrix::kPresent) {
+            ctx_.prefetch_update(index, kQkv, 0, row_tile, query_at, queries);
+            ctx_.prefetch_update(index, kQkv, 1, row_tile, head * dim, dim);
+            ctx_.prefetch_update(index, kQkv, 2, row_tile, head * dim, dim);
+        }
         for (int64_t row = row_tile.row; row < end; ++row)
             prefetch_slot(layer.keys, layer.values, ctx_.kv, ctx_.step->slots[row], head);
         const size_t stride = size_t(queries) + 2 * size_t(dim);
@@ -125,12 +132,8 @@ class Heads {
         const int rows_at_once = std::max(1, kMaxQueries / group);
         longest_ = 0;
         items_.clear();
-        blocks_.clear();
         for (int64_t s = 0; s < step.sequences; ++s) {
             longest_ = std::max(longest_, pieces(step.contexts[s]));
-            const int64_t* blocks = step.block_tables + s * step.table_width;
-            const int64_t used = (step.contexts[s] + m_.block_size - 1) / m_.block_size;
-            blocks_.insert(blocks_.end(), blocks, blocks + used);
             const int64_t end = step.row_starts[s + 1];
             for (int64_t row = step.row_starts[s]; row < end; row += rows_at_once) {
                 const int rows = int(std::min<int64_t>(rows_at_once, end - row));
@@ -154,6 +157,40 @@ class Heads {
             for (int piece = 0; piece < items_[i].pieces; ++piece)
                 shared_pieces_.emplace_back(i, piece);
         }
+    }
+
+    void prepare_reads() {
+        reads_.all.clear(), reads_.ends.clear();
+        const bool shared = shares_pieces();
+        const Items of{shared ? shared_pieces() : items(), chunks()};
+        for (int thread = 0; thread < ctx_.threads; ++thread) {
+            const size_t first = reads_.all.size();
+            const int64_t end = of.of_thread(thread + 1, ctx_.threads);
+            for (int64_t i = of.of_thread(thread, ctx_.threads); i < end; ++i)
+                add_read(first, items_[shared ? shared_pieces_[size_t(i)].first : size_t(i)],
+                         shared ? shared_pieces_[size_t(i)].second : -1);
+            reads_.ends.push_back(reads_.all.size());
+        }
+    }
+
+    // What an item reads for one piece, or for all (-1), is added to the last of a thread's reads,
+    // which begin with number `first`, or as another one.
+    void add_read(size_t first, const Item& item, int piece) {
+        const auto blocks = [&](int64_t tokens) {
+            return int((tokens + m_.block_size - 1) / m_.block_size);
+        };
+        const int all = blocks(ctx_.step->contexts[item.sequence]);
+        const int begin = piece < 0 ? 0 : piece * kPiece / m_.block_size;
+        const int end = piece < 0 ? all : std::min(all, blocks((piece + 1) * kPiece));
+        if (reads_.all.size() > first) {
+            KvRead& last = reads_.all.back();
+            if (last.sequence == item.sequence && last.first == begin && last.end == end) {
+                const int within = item.kv_head - last.head;
+                if (within == last.heads) ++last.heads;
+                if (within >= 0 && within < last.heads) return;
+            }
+        }
+        reads_.all.push_back({item.sequence, begin, end, item.kv_head, 1});
     }
 
     void normalize_and_rotate(float* head, const float* norm, int64_t row) const {
@@ -220,7 +257,7 @@ class Heads {
     float *cos_ = nullptr, *sin_ = nullptr;
     int longest_ = 0;  // pieces
     size_t results_ = 0;
-    std::vector<int64_t> blocks_;
+    KvReads reads_;
     std::vector<Item> items_;
     std::vector<std::pair<size_t, int>> shared_pieces_;  // item and piece
 };

@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "../kernels/bf16.h"
 
@@ -22,7 +23,7 @@ struct Shape {
 // Ask the operating system for the registers, for the whole process. False if it refuses.
 bool permit();
 
-// Set up the calling thread's registers, and give them up after their last use.
+// Set up the calling thread's registers, which takes as long as ten multiplies, and give them up.
 void configure(const Shape (&shapes)[kRegisters]);
 void release();
 
@@ -40,15 +41,6 @@ void store(void* to, size_t stride);
 template <int Sums, int A, int B>
 void dot();
 
-// Registers for the length of a scope.
-class Registers {
-  public:
-    explicit Registers(const Shape (&shapes)[kRegisters]) { configure(shapes); }
-    ~Registers() { release(); }
-    Registers(const Registers&) = delete;
-    Registers& operator=(const Registers&) = delete;
-};
-
 }  // namespace veneer::matrix
 
 // VENEER_MATRIX: there are registers.
@@ -60,4 +52,28 @@ class Registers {
 #include "amx.h"
 #else
 #include "no_matrix.h"
+#endif
+
+#ifdef VENEER_MATRIX
+namespace veneer::matrix {
+
+// How the calling thread's registers are set up; no rows: they are not.
+inline thread_local Shape present[kRegisters];
+
+// Set the registers up unless they are so. They stay until `give_up`.
+inline void set_up(const Shape (&shapes)[kRegisters]) {
+    if (std::memcmp(present, shapes, sizeof present) == 0) return;
+    configure(shapes);
+    std::memcpy(present, shapes, sizeof present);
+}
+
+// Give the registers up, if there are any: others may use them too, and the operating system would
+// save them whenever another thread gets the CPU.
+inline void give_up() {
+    if (present[0].rows == 0) return;
+    release();
+    for (Shape& shape : present) shape = {};
+}
+
+}  // namespace veneer::matrix
 #endif

@@ -59,6 +59,10 @@ constexpr Field kLoraAdapterFields[] = {
     VENEER_FIELD(LoraAdapter, reserved),
 };
 
+inline size_t number_bytes(const LoraAdapter& adapter) {
+    return adapter.is_float ? sizeof(float) : sizeof(bf16);
+}
+
 struct Segment {
     int64_t begin, end;  // rows
     const LoraAdapter* adapter;

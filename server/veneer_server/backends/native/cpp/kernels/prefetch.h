@@ -2,7 +2,7 @@
 //
 // A GEMM of several rows is compute-bound: meanwhile there is memory bandwidth for what comes
 // after, which is adapters, scattered in memory and read once, and the KV cache. A prefetch brings
-// memory to the core's own caches, so each thread prefetches its share of the next phase.
+// memory to the core's own caches, so each thread prefetches what it will read itself.
 #pragma once
 
 #include <algorithm>
@@ -15,11 +15,13 @@ namespace veneer {
 
 constexpr size_t kLine = 64;  // bytes
 
-// Pieces of memory in the order in which they will be read.
+// Pieces of memory in the order in which they will be read, one thread's after the other's.
 class PrefetchList {
   public:
-    void clear() { pieces_.clear(), lines_ = 0; }
-    void reserve(size_t pieces) { pieces_.reserve(pieces); }
+    void clear() { pieces_.clear(), ends_.clear(), lines_ = 0; }
+    void reserve(size_t pieces, int threads) {
+        pieces_.reserve(pieces), ends_.reserve(size_t(threads));
+    }
 
     void add(const void* at, size_t bytes) { add(at, bytes, 1, 0); }
 
@@ -30,34 +32,38 @@ class PrefetchList {
         pieces_.push_back({static_cast<const char*>(at), lines, stride, lines_});
     }
 
-    // Cache lines to prefetch: none if they are more than a core's cache keeps until they are read.
-    size_t lines() const { return lines_ <= kMax ? lines_ : 0; }
+    // What has been added since the last call is what the next thread will read.
+    void end_thread() { ends_.push_back(lines_); }
 
   private:
     friend class Prefetcher;
-    static constexpr size_t kMax = (4 << 20) / kLine;
+    // More than a core's cache keeps until it is read is not prefetched.
+    static constexpr size_t kMax = (2 << 20) / kLine;
     struct Piece {
         const char* at;
         size_t run, stride;  // lines of a run, bytes from one to the next
         size_t end;          // lines of all pieces up to this one's end
     };
     std::vector<Piece> pieces_;
+    std::vector<size_t> ends_;  // lines, by thread; none: nothing to prefetch
     size_t lines_ = 0;
 };
 
-// Prefetches a share of each of some lists, one list after the other, a few lines at a time.
+// Prefetches a share of a thread's part of each of some lists, one list after the other, a few
+// lines at a time.
 class Prefetcher {
   public:
     bool inputs = true;  // prefetch the GEMM's inputs too: no tile has read them yet
 
     Prefetcher() = default;
 
-    // Share number `share` of `shares` equal ones.
+    // Share number `share` of `shares` equal ones of what a thread will read.
     template <size_t Count>
-    Prefetcher(const PrefetchList (&lists)[Count], int share, int shares) {
+    Prefetcher(const PrefetchList (&lists)[Count], int thread, int share, int shares) {
         static_assert(Count <= kLists);
         for (const PrefetchList& list : lists) {
-            lists_[count_] = List(list, share, shares);
+            if (list.ends_.empty()) continue;
+            lists_[count_] = List(list, thread, share, shares);
             left_ += lists_[count_].left;
             count_ += lists_[count_].left > 0;
         }
@@ -79,10 +85,12 @@ class Prefetcher {
 
     struct List {
         List() = default;
-        List(const PrefetchList& prefetches, int share, int shares) {
-            const size_t all = prefetches.lines();
-            const size_t first = all * size_t(share) / size_t(shares);
-            left = all * size_t(share + 1) / size_t(shares) - first;
+        List(const PrefetchList& prefetches, int thread, int share, int shares) {
+            const size_t begin = thread > 0 ? prefetches.ends_[size_t(thread) - 1] : 0;
+            const size_t all = prefetches.ends_[size_t(thread)] - begin;
+            if (all > PrefetchList::kMax) return;
+            const size_t first = begin + all * size_t(share) / size_t(shares);
+            left = begin + all * size_t(share + 1) / size_t(shares) - first;
             if (left == 0) return;
             const PrefetchList::Piece* pieces = prefetches.pieces_.data();
             piece = std::upper_bound(

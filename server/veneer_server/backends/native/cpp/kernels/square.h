@@ -18,7 +18,7 @@ inline int divide_up(int count, int by) { return (count + by - 1) / by; }
 // load a register, they wait for the product before it.
 class SquareRegisters {
   public:
-    explicit SquareRegisters(int rows) : registers_(shapes(rows).all) {}
+    explicit SquareRegisters(int rows) { matrix::set_up(shapes(rows).all); }
 
     void zero() const { matrix::zero<0>(), matrix::zero<1>(); }
 
@@ -84,8 +84,6 @@ class SquareRegisters {
         const matrix::Shape a{rows}, b{matrix::kRows};
         return {{a, a, a, a, b, b, b, b}};
     }
-
-    matrix::Registers registers_;
 };
 
 }  // namespace veneer

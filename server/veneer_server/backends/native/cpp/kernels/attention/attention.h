@@ -12,6 +12,7 @@
 
 #include "by_matrix.h"
 #include "by_vectors.h"
+#include "few_queries.h"
 
 namespace veneer {
 
@@ -41,21 +42,36 @@ inline void attend(const Sequence& sequence, const KvShape& shape, const Query* 
             softmax(queries[q], first_run, end_run, scratch + q * stride, weights + q * stride,
                     to[q]);
     };
+#ifdef VENEER_MATRIX
     // Registers hold 32 numbers of a query. Of another head dimension all is done on vectors.
-    if constexpr (matrix::kPresent) {
-        if (shape.dim % (2 * matrix::kRows) == 0) {
-            const AttentionRegisters registers(Queries);
-            bf16* side_by_side = weights + Queries * stride;
-            for (int q = 0; q < Queries; ++q)
-                load_numbers(side_by_side + q * shape.dim, queries[q].query, shape.dim);
-            registers.score(sequence, shape, side_by_side, first_run, end_run, scratch, stride);
+    if (shape.dim % (2 * matrix::kRows) == 0) {
+        const auto scale_to_weights = [&] {
             for (size_t i = 0; i < Queries * stride; i += kLanes)
                 store(scratch + i, mul(load(scratch + i), broadcast(scale)));
             to_weights();
+        };
+        bf16* inputs = weights + Queries * stride;  // the queries side by side
+        if constexpr (Queries <= kFewQueries) {
+            float* widened = reinterpret_cast<float*>(inputs);
+            for (int q = 0; q < Queries; ++q)
+                for (int d = 0; d < shape.dim; d += kLanes)
+                    store(widened + q * shape.dim + d, load_shared(queries[q].query + d));
+            score_few<Queries>(sequence, shape, widened, first_run, end_run, scratch, stride);
+            scale_to_weights();
+            for (size_t i = 0; i < Queries * stride; i += kLanes)
+                store(scratch + i, load(weights + i));
+            combine_few<Queries>(sequence, shape, first_run, end_run, scratch, stride, to);
+        } else {
+            const AttentionRegisters registers(Queries);
+            for (int q = 0; q < Queries; ++q)
+                load_numbers(inputs + q * shape.dim, queries[q].query, shape.dim);
+            registers.score(sequence, shape, inputs, first_run, end_run, scratch, stride);
+            scale_to_weights();
             registers.combine(sequence, shape, first_run, end_run, weights, stride, to);
-            return;
         }
+        return;
     }
+#endif
     score<Queries>(sequence, shape, queries, first_run, end_run, scale, scratch, stride);
     to_weights();
     combine<Queries>(sequence, shape, first_run, end_run, weights, stride, to);
