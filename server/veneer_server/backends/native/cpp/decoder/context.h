@@ -29,6 +29,7 @@ struct RowTile {
     const LoraAdapter* adapter;  // or null
     int64_t row;
     int rows;
+    bool first;  // of neighbours with this adapter
 };
 
 // The number of chunks for so many pieces of work: no more than threads need to share it well.
@@ -124,10 +125,11 @@ struct StepContext {
                {at.shrunk + row_tile.row * ranks, size_t(ranks), to, stride});
     }
 
-    // Prefetch what `updated` reads of B for the same arguments.
+    // Prefetch what `updated` reads of B for the same arguments, unless the row tile before has
+    // read it.
     void prefetch_update(int layer, Group group, int member, const RowTile& row_tile, int first,
                          int count) const {
-        if (row_tile.adapter == nullptr) return;
+        if (row_tile.adapter == nullptr || !row_tile.first) return;
         const LoraMember& update = group_of(*row_tile.adapter, layer, group).members[member];
         if (update.b == nullptr) return;
         const size_t number = number_bytes(*row_tile.adapter), bytes = number * size_t(count);
@@ -173,8 +175,9 @@ struct StepContext {
         row_tiles.clear();
         int64_t row = 0;
         auto cut = [&](int64_t end, const LoraAdapter* adapter) {
+            const int64_t begin = row;
             for (; row < end; row = std::min(row + most, end))
-                row_tiles.push_back({adapter, row, int(std::min(most, end - row))});
+                row_tiles.push_back({adapter, row, int(std::min(most, end - row)), row == begin});
         };
         for (int64_t s = 0; s < step->segment_count; ++s) {
             cut(step->segments[s].begin, nullptr);
