@@ -106,7 +106,7 @@ def _as_loaded(run: torch.Tensor, number: int) -> torch.Tensor:
     try:
         while ready < size:
             ready = make_ready(fd, size, ready)
-        copy = torch.frombuffer(map_pages(fd, run.nbytes, begin), dtype=run.dtype)
+        copy = torch.frombuffer(map_pages(fd, size)[begin:], dtype=run.dtype)
     finally:
         os.close(fd)
     return copy.copy_(run)

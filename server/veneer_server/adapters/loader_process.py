@@ -139,8 +139,8 @@ class _Segments:
         """Where the pages that are ready end."""
         self._wanted = 0
         """Where they should end."""
-        self._taken = 0
-        """Ranges so far, in all files."""
+        self._taken = os.getpid()
+        """Ranges so far, counted from a number that other loaders do not begin with."""
 
     def take(self, size: int) -> int:
         """Where ``size`` zeroed bytes of the current file begin, whose pages are ready.
@@ -168,7 +168,7 @@ class _Segments:
         """Have ``size`` bytes ready soon, unless that is too much to keep idle."""
         if 0 < size <= _MOST_SPARE:
             self._have_room(next_range(size))
-            self._wanted = self._next + size
+            self._wanted = self._next + place(self._taken, size) + size
 
     @property
     def complete(self) -> bool:

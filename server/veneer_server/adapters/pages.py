@@ -78,13 +78,16 @@ def place(number: int, size: int) -> int:
 
     A step reads the same layer of many adapters. If all began on a large page, these would
     share a few sets of a core's cache and evict each other: with eight adapters a step took
-    6 to 8 % longer. So they begin some pages apart, as far as the last large page has room
+    6 to 9 % longer. So they begin some pages apart, as far as the last large page has room
     and for a 64th of their size: what lies before them is not used.
     """
     if not _LINUX:
         return 0
-    free = min(next_range(size) - size, size // 64, _PERIOD) // mmap.PAGESIZE
-    return number * _APART % (free + 1) * mmap.PAGESIZE
+    free = min(next_range(size) - size, size // 64) // mmap.PAGESIZE
+    places = min(free + 1, _PERIOD // mmap.PAGESIZE)
+    if places > _APART and places % _APART == 0:
+        places -= 1  # or some places would not be taken
+    return number * (_APART if places > _APART else 1) % places * mmap.PAGESIZE
 
 
 def release(fd: int, begin: int, end: int) -> None:
@@ -128,7 +131,7 @@ class MappedSegment:
             return map_pages(self._fd, size)
         if offset < self._end or offset + size > self._size:
             raise BufferError(f"{offset} and {size} bytes are not the next range")
-        begin = offset - offset % _LARGE
+        begin = offset - offset % _LARGE  # a large page is given back whole
         self._end = next_range(offset + size)
         start = self._start + offset
         # This replaces a part of the mapping by the same, and the kernel merges both.

@@ -96,11 +96,20 @@ def test_adapters_begin_apart_within_the_memory_they_have(size: int) -> None:
     assert all(next_range(at + size) == next_range(size) for at in places)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ranges of Linux")
-def test_eight_neighbours_begin_at_eight_places_of_a_cache() -> None:
-    """The size is that of rank 16 over the bundled base."""
-    places = {place(number, 9_768_960) % (128 << 10) for number in range(8)}
-    assert len(places) == 8
+@pytest.mark.skipif(
+    sys.platform != "linux" or mmap.PAGESIZE != 4096, reason="ranges of Linux, pages of 4 kB"
+)
+@pytest.mark.parametrize(
+    ("rank", "least"), [(1, 3), (2, 5), (4, 8), (8, 8), (16, 8), (32, 8), (64, 8)]
+)
+def test_eight_neighbours_begin_at_as_many_places_of_a_cache_as_there_are(
+    rank: int, least: int
+) -> None:
+    """Adapters of the bundled base."""
+    size = 610_560 * rank
+    for first in (0, 3, 12_345):
+        places = {place(first + number, size) % (128 << 10) for number in range(8)}
+        assert len(places) == least
 
 
 def test_a_place_within_a_large_page_has_large_pages_too(fd: int) -> None:

@@ -29,7 +29,7 @@ struct RowTile {
     const LoraAdapter* adapter;  // or null
     int64_t row;
     int rows;
-    bool first;  // of neighbours with this adapter
+    bool first;  // of its adapter's
 };
 
 // The number of chunks for so many pieces of work: no more than threads need to share it well.
@@ -125,11 +125,10 @@ struct StepContext {
                {at.shrunk + row_tile.row * ranks, size_t(ranks), to, stride});
     }
 
-    // Prefetch what `updated` reads of B for the same arguments, unless the row tile before has
-    // read it.
+    // Prefetch what `updated` reads of B for the same arguments.
     void prefetch_update(int layer, Group group, int member, const RowTile& row_tile, int first,
                          int count) const {
-        if (row_tile.adapter == nullptr || !row_tile.first) return;
+        if (row_tile.adapter == nullptr) return;
         const LoraMember& update = group_of(*row_tile.adapter, layer, group).members[member];
         if (update.b == nullptr) return;
         const size_t number = number_bytes(*row_tile.adapter), bytes = number * size_t(count);

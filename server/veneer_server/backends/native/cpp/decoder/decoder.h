@@ -158,15 +158,24 @@ class Decoder final : Program {
         float* scratch = scratch_[size_t(thread)].take(0);
         // Call `function` for this chunk's share of `of` items.
         auto each = [&](int64_t of, const auto& function) {
-            for (int64_t i = of * chunk / count; i < of * (chunk + 1) / count; ++i) function(i);
+            const Items items{of, count};
+            for (int64_t i = items.of_chunk(chunk); i < items.of_chunk(chunk + 1); ++i) function(i);
+        };
+        // Whether an item's B is to be prefetched: no item before, by so many, has read it here.
+        auto new_b = [&](int64_t of, int64_t item, int64_t before) {
+            return matrix::kPresent && (ctx_.row_tiles[size_t(item / before)].first ||
+                                        item - before < Items{of, count}.of_chunk(chunk));
         };
         switch (work.op) {
             case kEmbed: return each(ctx_.step->rows, [&](int64_t row) { rows_.embed(at, row); });
             case kGemm: return gemms_.chunk(work.layer, work.group, lists(phase), at, chunk);
             case kRotate:
                 return each(row_tiles() * m_.kv_heads, [&](int64_t item) {
-                    heads_.rotate(work.layer, at, ctx_.row_tiles[size_t(item / m_.kv_heads)],
-                                  int(item % m_.kv_heads), scratch);
+                    const RowTile& row_tile = ctx_.row_tiles[size_t(item / m_.kv_heads)];
+                    const int head = int(item % m_.kv_heads);
+                    if (new_b(row_tiles() * m_.kv_heads, item, m_.kv_heads))
+                        heads_.prefetch_rotate(work.layer, row_tile, head);
+                    heads_.rotate(work.layer, at, row_tile, head, scratch);
                 });
             case kAttend:
                 if (heads_.shares_pieces())
@@ -179,8 +188,10 @@ class Decoder final : Program {
                 return each(heads_.items(), [&](int64_t i) { heads_.merge_item(at, i, scratch); });
             case kAdd:
                 return each(row_tiles(), [&](int64_t i) {
-                    rows_.add(work.layer, work.group, work.norm, at, ctx_.row_tiles[size_t(i)],
-                              scratch);
+                    const RowTile& row_tile = ctx_.row_tiles[size_t(i)];
+                    if (new_b(row_tiles(), i, 1))
+                        rows_.prefetch_add(work.layer, work.group, row_tile);
+                    rows_.add(work.layer, work.group, work.norm, at, row_tile, scratch);
                 });
             case kGate: {
                 const Columns cut = ctx_.columns(work.layer, work.group);

@@ -43,6 +43,14 @@ class Heads {
                                : chunk_count(items(), kAttentionChunks * ctx_.threads);
     }
 
+    // Prefetch what `rotate` reads of B.
+    void prefetch_rotate(int index, const RowTile& row_tile, int head) const {
+        const int dim = m_.dim, queries = m_.heads / m_.kv_heads * dim;
+        ctx_.prefetch_update(index, kQkv, 0, row_tile, head * queries, queries);
+        ctx_.prefetch_update(index, kQkv, 1, row_tile, head * dim, dim);
+        ctx_.prefetch_update(index, kQkv, 2, row_tile, head * dim, dim);
+    }
+
     // Finish the queries, keys and values of a row tile and a key head.
     void rotate(int index, const Arrays& at, const RowTile& row_tile, int head,
                 float* scratch) const {
@@ -54,11 +62,6 @@ class Heads {
         ctx_.prefetch_y(at, row_tile, query_at, queries);
         ctx_.prefetch_y(at, row_tile, key_at, dim);
         ctx_.prefetch_y(at, row_tile, value_at, dim);
-        if (matrix::kPresent) {
-            ctx_.prefetch_update(index, kQkv, 0, row_tile, query_at, queries);
-            ctx_.prefetch_update(index, kQkv, 1, row_tile, head * dim, dim);
-            ctx_.prefetch_update(index, kQkv, 2, row_tile, head * dim, dim);
-        }
         for (int64_t row = row_tile.row; row < end; ++row)
             prefetch_slot(layer.keys, layer.values, ctx_.kv, ctx_.step->slots[row], head);
         const size_t stride = size_t(queries) + 2 * size_t(dim);
@@ -173,8 +176,8 @@ class Heads {
         }
     }
 
-    // What an item reads for one piece, or for all (-1), is added to the last of a thread's reads,
-    // which begin with number `first`, or as another one.
+    // Add what an item reads for one piece, or for all of them (-1): where the thread's last read
+    // is of the same blocks, one head more of them. A thread's reads begin with number `first`.
     void add_read(size_t first, const Item& item, int piece) {
         const auto blocks = [&](int64_t tokens) {
             return int((tokens + m_.block_size - 1) / m_.block_size);

@@ -46,7 +46,7 @@ struct KvReads {
     std::vector<size_t> ends;  // by thread
 };
 
-using PrefetchLists = PrefetchList[4];
+using PrefetchLists = PrefetchList[PrefetchList::kLists];
 
 class Prefetches {
   public:
@@ -183,7 +183,7 @@ class Prefetches {
         };
         each_shrink(*ctx_.step, next, [&](const ShrinkItem& shrink) {
             end_threads();
-            // Several items may read one A.
+            // Several items may read one A; each thread prefetches all of it, also for some ranks.
             if (shrink.group != before)
                 list.add(shrink.group->a, number_bytes(*shrink.segment->adapter) *
                                               size_t(shrink.group->ranks) * size_t(inputs));

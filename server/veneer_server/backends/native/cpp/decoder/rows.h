@@ -19,11 +19,15 @@ class Rows {
         normalize(to, m_.layers[0].input_norm, at.rounded + row * ctx_.width);
     }
 
+    // Prefetch what `add` reads of B.
+    void prefetch_add(int layer, Group group, const RowTile& row_tile) const {
+        ctx_.prefetch_update(layer, group, 0, row_tile, 0, m_.hidden);
+    }
+
     // hidden + y, then the next norm, unless `norm` is null.
     void add(int layer, Group group, const float* norm, const Arrays& at, const RowTile& row_tile,
              float* scratch) const {
         ctx_.prefetch_y(at, row_tile, 0, m_.hidden);
-        if (matrix::kPresent) ctx_.prefetch_update(layer, group, 0, row_tile, 0, m_.hidden);
         const float* from = at.y + row_tile.row * ctx_.wide;
         size_t stride = size_t(ctx_.wide);
         if (row_tile.adapter != nullptr) {
@@ -41,10 +45,11 @@ class Rows {
         }
     }
 
-    // Prefetch what is read of B for the row tile after number i: in this chunk or the next one.
+    // Prefetch what `gate` reads of B for the row tile after number i: in this chunk or the next
+    // one, which is mostly this thread's too.
     void prefetch_gate(int layer, size_t i, int chunk, const Columns& cut) const {
         if (++i == ctx_.row_tiles.size()) i = 0, ++chunk;
-        if (chunk == cut.chunks) return;
+        if (chunk == cut.chunks || !ctx_.row_tiles[i].first) return;
         const int first = kTile * cut.begin(chunk), count = kTile * cut.begin(chunk + 1) - first;
         for (int member = 0; member < 2; ++member)
             ctx_.prefetch_update(layer, kGateUp, member, ctx_.row_tiles[i], first, count);

@@ -13,7 +13,7 @@
 // kernels/gemm/by_registers.h uses.
 //
 // matrix.h adds the matrix registers, which only some CPUs have. A set that they come with also
-// defines what kernels/gemm/few_rows.h uses, and FlushDenormals.
+// defines what kernels/gemm/few_rows.h and kernels/attention/few_queries.h use.
 //
 // The GEMM's inner product multiplies pairs of bfloat16 and adds both to a float:
 //     sum[lane] += w[lane].first * x.first + w[lane].second * x.second

@@ -1,7 +1,7 @@
 // Matrix registers: 16 rows of 64 bytes. One instruction multiplies a register of inputs by one of
 // weights.
 //
-// A CPU may have none: then `kPresent` is false and only `permit` may be called.
+// A CPU may have none: then `kPresent` is false, and `permit`, `set_up` and `give_up` do nothing.
 #pragma once
 
 #include <cstddef>

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cassert>
 #include <cstddef>
 #include <vector>
 
@@ -18,6 +19,8 @@ constexpr size_t kLine = 64;  // bytes
 // Pieces of memory in the order in which they will be read, one thread's after the other's.
 class PrefetchList {
   public:
+    static constexpr size_t kLists = 4;  // that a `Prefetcher` takes at most
+
     void clear() { pieces_.clear(), ends_.clear(), lines_ = 0; }
     void reserve(size_t pieces, int threads) {
         pieces_.reserve(pieces), ends_.reserve(size_t(threads));
@@ -28,16 +31,20 @@ class PrefetchList {
     // `runs` runs of bytes, `stride` bytes apart.
     void add(const void* at, size_t bytes, size_t runs, size_t stride) {
         const size_t lines = (bytes + kLine - 1) / kLine;
+        assert(pieces_.size() < pieces_.capacity());  // see Gemms::prepare
         lines_ += lines * runs;
         pieces_.push_back({static_cast<const char*>(at), lines, stride, lines_});
     }
 
     // What has been added since the last call is what the next thread will read.
-    void end_thread() { ends_.push_back(lines_); }
+    void end_thread() {
+        assert(ends_.size() < ends_.capacity());
+        ends_.push_back(lines_);
+    }
 
   private:
     friend class Prefetcher;
-    // More than a core's cache keeps until it is read is not prefetched.
+    // More is not prefetched for a thread: its core's cache would not keep it until it is read.
     static constexpr size_t kMax = (2 << 20) / kLine;
     struct Piece {
         const char* at;
@@ -60,7 +67,7 @@ class Prefetcher {
     // Share number `share` of `shares` equal ones of what a thread will read.
     template <size_t Count>
     Prefetcher(const PrefetchList (&lists)[Count], int thread, int share, int shares) {
-        static_assert(Count <= kLists);
+        static_assert(Count <= PrefetchList::kLists);
         for (const PrefetchList& list : lists) {
             if (list.ends_.empty()) continue;
             lists_[count_] = List(list, thread, share, shares);
@@ -81,8 +88,6 @@ class Prefetcher {
     }
 
   private:
-    static constexpr size_t kLists = 4;
-
     struct List {
         List() = default;
         List(const PrefetchList& prefetches, int thread, int share, int shares) {
@@ -126,7 +131,7 @@ class Prefetcher {
         size_t in_run = 0, in_piece = 0, left = 0;
     };
 
-    List lists_[kLists];
+    List lists_[PrefetchList::kLists];
     size_t count_ = 0, now_ = 0, left_ = 0, at_once_ = 0;
 };
 

@@ -16,7 +16,8 @@
 
 namespace veneer {
 
-// Floats of scratch that `attend` takes: scores, weights, and the queries side by side.
+// Floats of scratch that `attend` takes: scores, weights, and the queries side by side. Few queries
+// may be floats themselves: the room is for many.
 constexpr size_t attention_scratch(int dim) {
     return size_t(kMaxQueries) * size_t(kPiece + kPiece / 2 + dim / 2);
 }

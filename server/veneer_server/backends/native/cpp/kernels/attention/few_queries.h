@@ -2,7 +2,8 @@
 //
 // A run's K or V is loaded into registers for all queries, which takes longer than to multiply it
 // by those of a decoding row. So these are multiplied on vectors, by the same additions in the same
-// order as the registers make (matrix.h): a query's bits are the same with any number of queries.
+// order as the registers make (software_matrix.h): a query's bits are the same with any number of
+// queries.
 #pragma once
 
 #include "cache.h"
