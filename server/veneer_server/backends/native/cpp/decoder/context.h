@@ -29,7 +29,7 @@ struct RowTile {
     const LoraAdapter* adapter;  // or null
     int64_t row;
     int rows;
-    bool first;  // of its adapter's
+    bool first;  // the first row tile of its adapter's rows
 };
 
 // The number of chunks for so many pieces of work: no more than threads need to share it well.

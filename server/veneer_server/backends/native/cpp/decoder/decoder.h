@@ -161,10 +161,11 @@ class Decoder final : Program {
             const Items items{of, count};
             for (int64_t i = items.of_chunk(chunk); i < items.of_chunk(chunk + 1); ++i) function(i);
         };
-        // Whether an item's B is to be prefetched: no item before, by so many, has read it here.
-        auto new_b = [&](int64_t of, int64_t item, int64_t before) {
-            return matrix::kPresent && (ctx_.row_tiles[size_t(item / before)].first ||
-                                        item - before < Items{of, count}.of_chunk(chunk));
+        // Whether to prefetch an item's B. A row tile has `parts` items. If the row tile before has
+        // the same adapter and this chunk has its item too, B is in the cache.
+        auto new_b = [&](int64_t of, int64_t item, int64_t parts) {
+            return matrix::kPresent && (ctx_.row_tiles[size_t(item / parts)].first ||
+                                        item - parts < Items{of, count}.of_chunk(chunk));
         };
         switch (work.op) {
             case kEmbed: return each(ctx_.step->rows, [&](int64_t row) { rows_.embed(at, row); });
