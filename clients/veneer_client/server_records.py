@@ -113,8 +113,9 @@ class ServerInfo:
     """Description of a server.
 
     Attributes:
-        backend: what executes a step: ``native (avx512-bf16)``, ``native (avx2)``, either with
-            ``, prebuilt`` inside if the kernels came with the wheel, or ``torch``.
+        backend: what executes a step: ``native (avx512-bf16)``, ``native (avx2)``, with
+            ``, int8 activations`` inside if inputs are rounded to 8 bits, and ``, prebuilt`` if
+            the kernels came with the wheel, or ``torch``.
         why_not_native: the reason in words; empty if the backend is native.
         context_length: most tokens of prompt plus completion.
         engine_starts: 1 unless the engine process failed.

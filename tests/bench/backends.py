@@ -53,9 +53,12 @@ class Peers:
         threads: per backend.
         most: most tokens of a sequence.
         base: a folder, for the native backend alone; None: the bundled base, for both.
+        int8: activations of 8 bits, in the native backend.
     """
 
-    def __init__(self, threads: int, most: int, base: Path | None = None) -> None:
+    def __init__(
+        self, threads: int, most: int, base: Path | None = None, *, int8: bool = False
+    ) -> None:
         self._threads = threads
         names = ("torch", "native") if base is None else ("native",)
         self.kinds = [kind for kind in KINDS if kind.backend in names]
@@ -63,7 +66,7 @@ class Peers:
         self._tables: dict[str, list[AdapterTable]] = {}
         for name in names:
             blocks = max(ROWS) * blocks_for(most) + 1
-            chosen = load(name, threads, num_blocks=blocks, base=base)
+            chosen = load(name, threads, num_blocks=blocks, base=base, int8_activations=int8)
             self._chosen[name] = chosen
             self._tables[name] = make_adapters(
                 chosen.weights.config, chosen.lora_dtype, paired=chosen.paired
@@ -125,9 +128,10 @@ def main() -> None:
     parser.add_argument("--llama-batched-bench", metavar="PROGRAM")
     parser.add_argument("--llama-model", metavar="GGUF")
     parser.add_argument("--base", type=Path, metavar="FOLDER")
+    parser.add_argument("--int8-activations", action="store_true", help="of native")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    peers = Peers(given.threads, PROMPT + 2 * NEW, given.base)
+    peers = Peers(given.threads, PROMPT + 2 * NEW, given.base, int8=given.int8_activations)
     found: dict[str, dict[str, Any]] = {}
     for rows in ROWS:
         rounds, llama = [], []

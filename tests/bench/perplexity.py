@@ -168,7 +168,8 @@ def veneer_row(base: Path, text: Text, backend: str, threads: int, flags: Sequen
         found = perplexity(_ask_veneer(client, window) for window in text.windows)
     head = "int8" if backend == "native" else "bfloat16"
     name = " ".join([f"Veneer, {backend}", *flags])
-    return Row(name, f"NF4, head {head}", "bfloat16", found)
+    activations = "int8" if "--int8-activations" in flags else "bfloat16"
+    return Row(name, f"NF4, head {head}", activations, found)
 
 
 def _ask_veneer(client: Client, window: Window) -> list[float]:
@@ -282,6 +283,8 @@ def rows(given: argparse.Namespace, base: Path, text: Text) -> Iterator[Row]:
     yield from transformers_rows(base, text)
     for backend in ("torch", "native"):
         yield veneer_row(base, text, backend, given.threads, given.server_flag)
+    int8 = [*given.server_flag, "--int8-activations"]
+    yield veneer_row(base, text, "native", given.threads, int8)
     for model in given.llama_model:
         yield llama_row(given.llama_perplexity, model, text, given.threads)
     if given.vllm_python:

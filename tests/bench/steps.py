@@ -54,6 +54,7 @@ def load(
     num_blocks: int,
     base: Path | None = None,
     instructions: str = "auto",
+    int8_activations: bool = False,
 ) -> Chosen:
     """The bundled base or one in a folder, in NF4 for a backend, ``torch`` or ``native``."""
     base = import_bundled(CACHE).path if base is None else base
@@ -65,6 +66,7 @@ def load(
         backend=name,  # type: ignore[arg-type]
         threads=threads,
         native_instructions=instructions,  # type: ignore[arg-type]
+        int8_activations=int8_activations and name == "native",
     )
     torch.set_num_threads(threads)
     chosen = choose(config, torch.device("cpu"), torch.bfloat16, num_blocks)

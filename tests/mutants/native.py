@@ -83,6 +83,8 @@ _SOFTWARE: Final = "cpp/isa/software_matrix.h"
 _FEW: Final = "cpp/kernels/gemm/few_rows.h"
 _FEW_QUERIES: Final = "cpp/kernels/attention/few_queries.h"
 _X86: Final = "cpp/isa/x86.h"
+_INT8: Final = "cpp/kernels/gemm/by_int8.h"
+_INT8_ROWS: Final = "cpp/kernels/gemm/int8_rows.h"
 
 MUTANTS: Final = (
     # ------------------------------------------------------------------- products
@@ -733,5 +735,50 @@ MUTANTS: Final = (
         "vmaxq_f32(a.v[2], a.v[3])",
         "a.v[2]",
         form=_PLAIN,
+    ),
+    # -------------------------------------------------------------- inputs of 8 bits
+    Mutant(
+        "int8: every block with the first one's scale",
+        _INT8,
+        "unit * x.scale(r, b));",
+        "unit * x.scale(r, 0));",
+    ),
+    Mutant(
+        "int8: the head's outputs in the order in which they come",
+        _INT8,
+        "Source::in_order(first, second);",
+        "if (kTile == 0) Source::in_order(first, second);",
+    ),
+    Mutant(
+        "int8: a group's sums with the next block's scale",
+        _INT8,
+        "left_ = {sums_ + skip * kTile, g * size_, size_ - skip, b, scales};",
+        "left_ = {sums_ + skip * kTile, g * size_, size_ - skip, b ^ 1, scales};",
+        form="software-matrix",
+    ),
+    Mutant("int8: 126ths", _INT8_ROWS, "127 / largest : 0);", "126 / largest : 0);"),
+    Mutant(
+        "int8: a NaN taken for a number",
+        _INT8_ROWS,
+        "const bool finite = exact == exact;",
+        "const bool finite = exact == exact || kBlock > 0;",
+    ),
+    Mutant(
+        "int8: attention's results not rounded",
+        _HEADS,
+        "if (int8) ctx_.write_int8(at, row, first, end);",
+        "if (int8 && row < 0) ctx_.write_int8(at, row, first, end);",
+    ),
+    Mutant(
+        "int8: a gate's columns rounded to the first ones",
+        _ROWS,
+        "if (int8) ctx_.write_int8(at, row, first, first + count);",
+        "if (int8) ctx_.write_int8(at, row, 0, first + count);",
+    ),
+    Mutant(
+        "int8: layers' inputs left in bfloat16",
+        "decoder.py",
+        "int(int8 and struct.kind != BFLOAT16)",
+        "int(int8 and struct.kind == 2)",
     ),
 )

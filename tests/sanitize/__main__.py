@@ -32,7 +32,7 @@ HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 KERNELS = REPOSITORY / "server" / "veneer_server" / "backends" / "native" / "cpp"
 TESTS = ("tests/unit/server/native", "tests/unit/server/engine/test_sampler.py")
-FORMS = ("best", "avx2", "software-matrix and test_kernels and not over_pieces")
+FORMS = ("best", "avx2", "software-matrix and (test_kernels or test_int8) and not over_pieces")
 """Instruction sets, as named by the tests' fixture. The software model of matrix registers is
 slow: of its tests those of each kernel alone are enough, without the longest contexts."""
 

@@ -21,8 +21,8 @@ namespace {
 
 using namespace veneer;
 
-constexpr int kHidden = 64, kInner = 128, kHeads = 4, kKvHeads = 2, kDim = 16, kVocab = 96;
-constexpr int kLayers = 2, kBlockSize = 16, kContext = 640, kBlocks = 3 * kContext / kBlockSize;
+constexpr int kHidden = 64, kInner = 128, kHeads = 4, kKvHeads = 2, kDim = 32, kVocab = 96;
+constexpr int kLayers = 3, kBlockSize = 16, kContext = 640, kBlocks = 3 * kContext / kBlockSize;
 
 struct Base {
     std::mt19937 random{11};
@@ -54,16 +54,32 @@ struct Base {
         made.parts = parts;
         return made;
     }
+    // In 8 bits, with inputs of 8 bits.
+    Linear int8_linear(int outputs, int inputs, int parts = 1) {
+        const size_t bytes = size_t(veneer_packed_bytes(int(Kind::eight_bit), outputs, inputs));
+        const bf16* weights = rounded(size_t(outputs) * inputs, 0.1f);
+        uint8_t* packed = reinterpret_cast<uint8_t*>(halves.emplace_back(bytes / 2).data());
+        veneer_pack_eight_bit(weights, outputs, inputs, packed, 1);
+        Linear made{};
+        made.weights = packed, made.outputs = outputs, made.inputs = inputs;
+        made.kind = Kind::eight_bit, made.parts = parts;
+        made.int8_inputs = 1, made.unit = 1;
+        return made;
+    }
 
     Base() {
         floats.reserve(1000), halves.reserve(1000);
         const size_t cache = size_t(kBlocks) * kKvHeads * kBlockSize * kDim;
         for (int layer = 0; layer < kLayers; ++layer) {
             Layer made{};
-            made.linears[kQkv] = linear((kHeads + 2 * kKvHeads) * kDim, kHidden);
-            made.linears[kOutput] = linear(kHidden, kHeads * kDim);
-            made.linears[kGateUp] = linear(2 * kInner, kHidden, 2);
-            made.linears[kDown] = linear(kHidden, kInner);
+            const auto make = [&](int outputs, int inputs, int parts = 1) {
+                return layer == 2 ? linear(outputs, inputs, parts)
+                                  : int8_linear(outputs, inputs, parts);
+            };
+            made.linears[kQkv] = make((kHeads + 2 * kKvHeads) * kDim, kHidden);
+            made.linears[kOutput] = make(kHidden, kHeads * kDim);
+            made.linears[kGateUp] = make(2 * kInner, kHidden, 2);
+            made.linears[kDown] = make(kHidden, kInner);
             made.input_norm = numbers(kHidden, 0.1f, 1), made.post_norm = numbers(kHidden, 0.1f, 1);
             made.keys = rounded(cache, 0.5f), made.values = rounded(cache, 0.5f);
             layers.push_back(made);
@@ -72,7 +88,7 @@ struct Base {
         model.embedding = rounded(size_t(kVocab) * kHidden, 1);
         model.final_norm = numbers(kHidden, 0.1f, 1);
         model.inv_freq = numbers(kDim / 2, 0.1f, 0.5f);
-        model.head = linear(kVocab, kHidden);
+        model.head = int8_linear(kVocab, kHidden);
         model.layer_count = kLayers, model.hidden = kHidden, model.intermediate = kInner;
         model.heads = kHeads, model.kv_heads = kKvHeads, model.dim = kDim, model.vocab = kVocab;
         model.block_size = kBlockSize, model.epsilon = 1e-5f, model.rotary_scale = 1;

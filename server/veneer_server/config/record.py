@@ -165,6 +165,10 @@ class ServerConfig:
     ] = setting(
         "auto", kinds.one_of("auto", "amx-bf16", "avx512-bf16", "avx2", "neon-bf16", "neon"),
         "Instruction set of the native kernels; auto picks the best that the CPU has.")
+    int8_activations: bool = setting(
+        "false", kinds.SWITCH,
+        "Round what the base's weights are multiplied by to 8 bits: faster where few sequences "
+        "run, and less exact (docs/cpus.md). Needs the native backend and 4-bit weights.")
     threads: int = setting(
         "auto", kinds.auto_whole(1, 1024),
         "CPU threads for a step; auto, or 0, is one for each physical core of one socket, or "

@@ -52,6 +52,8 @@ class EngineConfig(Message, frozen=True):
         backend: all but ``auto`` require that one, see
             `engine.execution.backend_choice`.
         native_instructions: of the native kernels; ``auto`` is the best set the CPU has.
+        int8_activations: round the inputs of the base's linears to 8 bits; needs the native
+            backend and 4-bit weights.
         threads: of a step; 0 chooses, see `system.placement`.
         tensor_parallel: cards that the base is divided among; budgets are for each. More than 1
             needs the backend for CUDA.
@@ -79,6 +81,7 @@ class EngineConfig(Message, frozen=True):
     native_instructions: Literal[
         "auto", "amx-bf16", "avx512-bf16", "avx2", "neon-bf16", "neon"
     ] = "auto"
+    int8_activations: bool = False
     threads: int = 0
     tensor_parallel: int = 1
     max_batch_tokens: int = 512

@@ -44,8 +44,9 @@ class EngineInfo(Message, frozen=True):
     """First message once an engine has started; sizes in bytes unless named otherwise.
 
     Attributes:
-        backend: what executes a step: ``native (avx512-bf16)``, ``native (avx2)``, either with
-            ``, prebuilt`` inside if the kernels came with the wheel, or ``torch``.
+        backend: what executes a step: ``native (avx512-bf16)``, ``native (avx2)``, with
+            ``, int8 activations`` inside if inputs are rounded to 8 bits, and ``, prebuilt`` if
+            the kernels came with the wheel, or ``torch``.
         why_not_native: in words; empty if the native backend is used.
         threads: of a step on a CPU, and in words why so many.
         kv_cache_tokens: capacity of the KV cache.

@@ -12,10 +12,12 @@ from veneer_server.backends.native.compiler import NativeUnavailable
 from veneer_server.backends.native.draws import NativeDraws
 from veneer_server.backends.native.engine import NativeEngine
 from veneer_server.backends.native.library import (
+    BFLOAT16,
     BLOCK,
     EIGHT_BIT,
     Layer,
     Library,
+    Linear,
     LoraAdapter,
     LoraGroup,
     Model,
@@ -67,6 +69,8 @@ class NativeDecoder:
         head: how the head is stored: `EIGHT_BIT` halves what a step of one row reads of it,
             with an error of up to half a 127th of the largest weight of 64; or `BFLOAT16`.
         packed_head: the head, if it is packed already.
+        int8_activations: round the inputs of linears of 4 and 8 bits to 8 bits
+            (``cpp/kernels/gemm/int8_rows.h``).
 
     Attributes:
         draws: samples tokens from logits, on the same threads.
@@ -85,6 +89,7 @@ class NativeDecoder:
         bound: Sequence[Sequence[int]] = (),
         head: int = EIGHT_BIT,
         packed_head: NativeLinear | None = None,
+        int8_activations: bool = False,
     ) -> None:
         config = weights.config
         self._library = library
@@ -103,7 +108,7 @@ class NativeDecoder:
                 (layer.qkv, layer.output, layer.gate_up, layer.down)
             ):
                 assert isinstance(linear, NativeLinear)
-                to.linears[number] = linear.struct
+                to.linears[number] = _with_inputs(linear, int8=int8_activations)
             to.input_norm = address(layer.input_norm)
             to.post_norm = address(layer.post_norm)
             to.query_norm = address(layer.query_norm)
@@ -116,7 +121,7 @@ class NativeDecoder:
             embedding=address(weights.embedding),
             final_norm=address(weights.final_norm),
             inv_freq=address(weights.inv_freq),
-            head=self._head.struct,
+            head=_with_inputs(self._head, int8=int8_activations),
             layer_count=len(weights.layers),
             hidden=config.hidden_size,
             intermediate=config.intermediate_size,
@@ -195,6 +200,12 @@ class NativeDecoder:
         if found is None:
             found = self._adapters[table] = _Adapter(table)
         return found.pointer
+
+
+def _with_inputs(linear: NativeLinear, *, int8: bool) -> Linear:
+    struct = Linear.from_buffer_copy(linear.struct)
+    struct.int8_inputs = int(int8 and struct.kind != BFLOAT16)
+    return struct
 
 
 class _Adapter:

@@ -62,15 +62,15 @@ class Form:
 AVX2: Final = Form("avx2", ("-mavx2", "-mfma", "-mf16c"), frozenset({"avx2", "fma", "f16c"}))
 AVX512: Final = Form(
     "avx512-bf16",
-    ("-march=x86-64-v4", "-mavx512bf16"),
+    ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni"),
     AVX2.needs
     | {"bmi1", "bmi2", "abm", "movbe"}
-    | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16"},
+    | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"},
 )
 AMX: Final = Form(
     "amx-bf16",
-    (*AVX512.flags, "-mamx-tile", "-mamx-bf16"),
-    AVX512.needs | {"amx_tile", "amx_bf16"},
+    (*AVX512.flags, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
+    AVX512.needs | {"amx_tile", "amx_bf16", "amx_int8"},
 )
 NEON: Final = Form("neon", ("-march=armv8-a",), frozenset({"fp", "asimd"}), "aarch64")
 """Every 64-bit ARM CPU: Graviton 2, Raspberry Pi."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,10 +19,14 @@ from veneer_server.backends.native.library import (
     Linear,
     address,
 )
+from veneer_server.models.checkpoint.code_books import NF4
 from veneer_server.models.linear import Expanded, stack_biases, stack_four_bit
 from veneer_server.models.packed import row_slices, rows_of
 
-__all__ = ["NativeLinear", "by_turns", "fuse", "pack_dense", "parts_of", "table_bits"]
+__all__ = [
+    *("NativeLinear", "by_turns", "fuse", "pack_dense", "parts_of", "table_bits"),
+    "table_bytes",
+]
 
 _TILE = 32
 _TOGETHER = 64
@@ -59,8 +64,11 @@ class NativeLinear:
             kind=kind,
             parts=parts,
         )
+        self.struct.unit = 1.0
         if table is not None:
-            self.struct.table[:] = table_bits(table)
+            bits = table_bits(table.bfloat16())
+            self.struct.table[:] = bits
+            self.struct.bytes[:], self.struct.unit = table_bytes(bits)
 
     @property
     def nbytes(self) -> int:
@@ -110,6 +118,28 @@ class NativeLinear:
 def table_bits(table: torch.Tensor) -> tuple[int, ...]:
     """The bits of a code book's numbers in bfloat16."""
     return tuple(code & 0xFFFF for code in table.view(torch.int16).tolist())
+
+
+@functools.cache
+def table_bytes(bits: tuple[int, ...]) -> tuple[tuple[int, ...], float]:
+    """A code book's numbers as bytes, and the unit that they are multiples of: that with the
+    least mean square error, of units of which the largest number has 64 to 127.
+
+    Args:
+        bits: of the numbers in bfloat16. Those of NF4 are taken as they were before they were
+            rounded.
+    """
+    numbers = (
+        torch.tensor(bits, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).double()
+    )
+    exact = torch.tensor(NF4, dtype=torch.float64)
+    if table_bits(exact.bfloat16()) == bits:
+        numbers = exact
+    units = numbers.abs().max() / torch.arange(64, 127.005, 0.01, dtype=torch.float64)
+    rounded = torch.round(numbers / units.unsqueeze(1))
+    errors = (rounded * units.unsqueeze(1) - numbers).square().sum(1)
+    best = int(errors.argmin())
+    return tuple(rounded[best].int().tolist()), float(units[best])
 
 
 def fuse(library: Library, modules: Sequence[nn.Module], dtype: torch.dtype) -> NativeLinear:

@@ -6,7 +6,17 @@ from __future__ import annotations
 import ctypes
 import itertools
 from collections.abc import Sequence
-from ctypes import c_char_p, c_double, c_float, c_int32, c_int64, c_uint16, c_uint64, c_void_p
+from ctypes import (
+    c_char_p,
+    c_double,
+    c_float,
+    c_int8,
+    c_int32,
+    c_int64,
+    c_uint16,
+    c_uint64,
+    c_void_p,
+)
 from typing import Any, ClassVar, Final
 
 __all__ = [
@@ -37,7 +47,10 @@ class Linear(ctypes.Structure):
         ("inputs", c_int32),
         ("kind", c_int32),
         ("parts", c_int32),
+        ("int8_inputs", c_int32),
+        ("unit", c_float),
         ("table", c_uint16 * 16),
+        ("bytes", c_int8 * 16),
     ]
 
 

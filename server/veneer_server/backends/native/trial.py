@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from ctypes import c_char_p, c_float, c_int32, c_int64, c_uint8, c_uint16, c_void_p
+from ctypes import c_char_p, c_float, c_int8, c_int32, c_int64, c_uint8, c_uint16, c_void_p
 from operator import mul
 from typing import Any, ClassVar, Final
 
@@ -35,7 +35,10 @@ class Linear(ctypes.Structure):
         ("inputs", c_int32),
         ("kind", c_int32),
         ("parts", c_int32),
+        ("int8_inputs", c_int32),
+        ("unit", c_float),
         ("table", c_uint16 * 16),
+        ("bytes", c_int8 * 16),
     ]
 
 
@@ -79,12 +82,40 @@ def main(descriptor: int) -> None:
         wanted = [sum(map(mul, row, column)) for row in inputs for column in numbers]
         if product(library, kind, numbers, x) != wanted:
             raise SystemExit(f"a GEMM of kind {kind} has a wrong result")
+    int8_trial(library)
     library.veneer_instructions.restype = ctypes.c_char_p
     print(library.veneer_instructions().decode())
 
 
-def product(library: Any, kind: int, numbers: list[list[int]], x: Any) -> list[float]:
-    """x times the numbers, packed as ``kind``."""
+def int8_trial(library: Any) -> None:
+    """Inputs of 8 bits: integers, the largest of each 64 is 127, so that none is rounded."""
+    inputs = [
+        [127 if place % 64 == 0 else (7 * row + place) % 9 - 4 for place in range(INPUTS)]
+        for row in range(ROWS)
+    ]
+    x = (c_uint16 * (ROWS * INPUTS))(*(bf16(each) for row in inputs for each in row))
+    for kind in (FOUR_BIT, EIGHT_BIT):
+        numbers = [[weight(kind, o, place) for place in range(INPUTS)] for o in range(OUTPUTS)]
+        largest = 127 if kind == FOUR_BIT else 8
+        weights = [[largest if n == 8 else n for n in row] for row in numbers]
+        wanted = [sum(map(mul, row, column)) for row in inputs for column in weights]
+        for rows in (2, ROWS):  # few rows and many may take other instructions
+            got = product(library, kind, numbers, x, rows, int8=True)
+            if got != wanted[: rows * OUTPUTS]:
+                raise SystemExit(f"a GEMM of kind {kind} and 8-bit inputs has a wrong result")
+
+
+def product(
+    library: Any,
+    kind: int,
+    numbers: list[list[int]],
+    x: Any,
+    rows: int = ROWS,
+    *,
+    int8: bool = False,
+) -> list[float]:
+    """The first rows of x times the numbers, packed as ``kind``. With inputs of 8 bits, 127
+    takes the place of 8 in the code book."""
     library.veneer_packed_bytes.restype = c_int64
     size = library.veneer_packed_bytes(kind, OUTPUTS, INPUTS)
     memory = (c_uint8 * (size + _LINE))()
@@ -92,6 +123,7 @@ def product(library: Any, kind: int, numbers: list[list[int]], x: Any) -> list[f
     packed = c_void_p(ctypes.addressof(memory) + begin)
     shape = c_int32(OUTPUTS), c_int32(INPUTS)
     linear = Linear(weights=packed.value, outputs=OUTPUTS, inputs=INPUTS, kind=kind, parts=1)
+    linear.int8_inputs, linear.unit = int(int8), 1.0
     if kind == FOUR_BIT:
         # The earlier of two neighbours is in the high half. Code n is (n - 7) / 2, scaled by 2.
         codes = (c_uint8 * (OUTPUTS * INPUTS // 2))(
@@ -99,13 +131,16 @@ def product(library: Any, kind: int, numbers: list[list[int]], x: Any) -> list[f
         )
         scales = (c_float * (OUTPUTS * INPUTS // 64))(*[2.0] * (OUTPUTS * INPUTS // 64))
         linear.table[:] = [bf16((code - 7) / 2) for code in range(16)]
+        linear.bytes[:] = [*range(-7, 8), 127]
+        if int8:
+            scales[:] = [1.0] * len(scales)
         library.veneer_pack_four_bit(codes, scales, *shape, packed, c_int32(1))
     else:
         weights = (c_uint16 * (OUTPUTS * INPUTS))(*(bf16(n) for row in numbers for n in row))
         pack = library.veneer_pack_bf16 if kind == BFLOAT16 else library.veneer_pack_eight_bit
         pack(weights, *shape, packed, c_int32(1))
-    y = (c_float * (ROWS * OUTPUTS))()
-    library.veneer_multiply(ctypes.byref(linear), x, c_int64(ROWS), y)
+    y = (c_float * (rows * OUTPUTS))()
+    library.veneer_multiply(ctypes.byref(linear), x, c_int64(rows), y)
     return list(y)
 
 

@@ -50,8 +50,10 @@ class Chosen:
     """A backend over the loaded base.
 
     Attributes:
-        name: ``native (avx512-bf16)`` or ``native (avx2)``, either with ``, prebuilt`` inside
-            if the kernels came with the wheel, ``torch``, or ``cuda``.
+        name: ``native (avx512-bf16)`` or ``native (avx2)``, with ``, int8
+            activations`` inside if inputs are rounded to 8 bits, and ``, prebuilt`` if the
+            kernels came with the wheel, ``torch``,
+            or ``cuda``.
         why_not_native: empty if it is native.
         lora_dtype: of resident adapters.
         placement: how many threads a step has, and where.
@@ -91,6 +93,8 @@ def choose(
         BackendUnavailable: it requires the native backend, which cannot serve here.
         UnsupportedModel: no backend can run the base.
     """
+    if config.int8_activations:
+        _check_int8(config)
     placement = placement or place(config.threads)
     why = "--backend torch"
     if config.backend == "cuda":
@@ -114,10 +118,31 @@ def choose(
                 raise BackendUnavailable(
                     f"--backend native cannot serve here: {reason}; use --backend auto"
                 ) from reason
+            if config.int8_activations:
+                raise BackendUnavailable(
+                    "--int8-activations needs the native backend, which cannot serve here: "
+                    f"{reason}; serve without --int8-activations, or with --device cpu if the "
+                    "base is not on the CPU"
+                ) from reason
             why = str(reason)
     if config.backend == "auto" and device.type == "cpu":
         log.warning("using the torch backend, which is slower: %s", why)
     return replace(_torch(config, device, dtype, num_blocks, why), placement=placement)
+
+
+def _check_int8(config: EngineConfig) -> None:
+    """Raise BackendUnavailable if nothing could multiply by inputs of 8 bits."""
+    if config.backend not in ("auto", "native"):
+        raise BackendUnavailable(
+            f"--int8-activations needs --backend native or auto, not {config.backend}"
+        )
+    # A folder that is stored in 4 bits is served as it is.
+    stored = read_decoder_config(Path(config.base_folder)).quantization
+    if (stored or config.quantization) not in ("nf4", "fp4"):
+        raise BackendUnavailable(
+            "--int8-activations needs weights of 4 bits: --quantization nf4 or fp4, not "
+            f"{config.quantization}"
+        )
 
 
 def _repaired(config: EngineConfig, load: Callable[[], _Base]) -> _Base:
@@ -168,6 +193,7 @@ def _native(
         threads=placement.threads,
         bound=placement.bound,
         packed_head=base.head,
+        int8_activations=config.int8_activations,
     )
     if placement.others:
         with stage("measuring threads"):
@@ -175,7 +201,8 @@ def _native(
     # Torch is left with little work: a second torch thread would cost more than it gains,
     # and spin on a core that a thread of the step could use.
     torch.set_num_threads(1)
-    name = f"native ({library.instructions}{made})"
+    int8 = ", int8 activations" if config.int8_activations else ""
+    name = f"native ({library.instructions}{int8}{made})"
     return Chosen(
         decoder,
         base.weights,

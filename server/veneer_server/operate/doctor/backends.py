@@ -51,6 +51,9 @@ def torch_checks(config: ServerConfig) -> Iterator[Check]:
         yield Check("device", "problem", "torch finds no CUDA device", "use --device cpu")
     else:
         yield Check("would serve", "ok", f"the {by} backend on {on}")
+    if config.int8_activations and by == "torch":
+        found = "--int8-activations needs the native step, which cannot serve here"
+        yield Check("int8 activations", "problem", found, "serve without --int8-activations")
     placement = place(config.threads)
     fix = f"--threads {cores}, or auto" if placement.threads > cores else ""
     found = f"{placement.threads} on {cores} usable CPUs, {facts['cpu']}: {placement.why}"

@@ -102,12 +102,13 @@ class SelfTest:
         use: AdapterUse,
         *,
         dtype: str,
+        int8_activations: bool = False,
         exact: bool = False,
         turn: asyncio.Lock | None = None,
     ) -> None:
         """Args:
         use: which adapters were requested most recently.
-        dtype: the serving dtype, which sets the bound.
+        dtype: the serving dtype, which sets the bound unless activations are rounded to 8 bits.
         exact: the engine computes each sequence separately, so that none are mixed.
         turn: held while a test runs; None for one of its own.
         """
@@ -115,7 +116,7 @@ class SelfTest:
         self._engine = engine
         self._prompts = prompts
         self._subjects = Subjects(registry, engine, use)
-        self._bound = BOUNDS[dtype]
+        self._bound = BOUNDS["int8" if int8_activations else dtype]
         self._exact = exact
         self._turn = turn or asyncio.Lock()
         self._waiting = 0

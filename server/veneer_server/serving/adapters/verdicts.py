@@ -8,7 +8,9 @@ adapter's weights. Largest differences measured on SmolLM2-135M, 4-bit and unqua
 texts of 28 to 32 tokens, over the base and 24 adapters of ranks 1 to 64, on a CPU: 0.00005 in
 float32, 0.035 in float16, 0.29 in bfloat16; the two example adapters' references are 3.6 to 6.1
 apart. So float32 reveals a single matrix scaled by 1.1; bfloat16 reveals a swapped, missing or
-doubled adapter, but possibly not a small error.
+doubled adapter, but possibly not a small error. With inputs of 8 bits the largest difference
+on 21 texts, over the base and the three example adapters, was 1.16, so that only an adapter
+whose answer is farther than 2 from another's is told from it.
 """
 
 from __future__ import annotations
@@ -22,8 +24,14 @@ from veneer_registry.errors import VeneerError
 
 __all__ = ["BOUNDS", "Answers", "Verdict", "judge"]
 
-BOUNDS: Final[Mapping[str, float]] = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
-"""Largest log-probability difference that passes, by serving dtype; see the module."""
+BOUNDS: Final[Mapping[str, float]] = {
+    "float32": 1e-3,
+    "float16": 0.1,
+    "bfloat16": 0.5,
+    "int8": 2.0,
+}
+"""Largest log-probability difference that passes, by what the base's weights are multiplied by;
+see the module."""
 
 
 @dataclass(frozen=True, slots=True)

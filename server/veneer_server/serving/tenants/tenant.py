@@ -98,6 +98,7 @@ class Furnish:
             self_test=SelfTest(
                 *(registry, engine, self.prompts, use),
                 dtype=config.dtype,
+                int8_activations=config.int8_activations,
                 exact=config.exact,
                 turn=self.turn,
             ),

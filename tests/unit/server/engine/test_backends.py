@@ -97,6 +97,30 @@ def test_who_asks_for_avx2_gets_it(base: Path, cache_dir: Path) -> None:
     assert found.name == "native (avx2)"
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"backend": "torch", "quantization": "nf4"},
+        {"backend": "auto", "quantization": "none"},
+        {"backend": "native", "quantization": "none"},
+    ],
+)
+def test_int8_activations_need_the_native_backend_and_weights_of_4_bits(
+    base: Path, tmp_path: Path, options: dict[str, str]
+) -> None:
+    with refused(BackendUnavailable):
+        asked(base, tmp_path, int8_activations=True, **options)
+
+
+def test_int8_activations_are_not_left_out_where_the_kernels_cannot_serve(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch would serve other answers than were asked for."""
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    with refused(BackendUnavailable):
+        asked(base, tmp_path, backend="auto", quantization="nf4", int8_activations=True)
+
+
 def test_instructions_that_the_kernels_do_not_have_are_refused(
     base: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

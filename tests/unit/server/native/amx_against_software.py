@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from veneer_server.backends.native.library import Library
+from veneer_server.backends.native.library import EIGHT_BIT, FOUR_BIT, Library
 
 from tests.unit.server.native.model_kit import Served, adapter_of, make_base, table_of
 from tests.unit.server.native.test_native import KINDS
@@ -36,12 +37,14 @@ def main(amx: Path, software: Path) -> None:
     for kind, (make, _) in KINDS.items():
         for rows in ROWS:
             x = torch.randn(rows, 192, generator=torch.Generator().manual_seed(rows))
-            results = []
-            for library in both:
-                torch.manual_seed(SEED)
-                linear, *_ = make(library, 80, 192)
-                results.append(linear(x.bfloat16()))
-            compare(f"{kind}, {rows} rows", *results)
+            for int8 in range(1 if kind == "bfloat16" else 2):
+                results = []
+                for library in both:
+                    torch.manual_seed(SEED)
+                    linear, *_ = make(library, 80, 192)
+                    linear.struct.int8_inputs = int8
+                    results.append(linear(x.bfloat16()))
+                compare(f"{kind}, {rows} rows, int8 {int8}", *results)
     for shape in SHAPES:
         generator = torch.Generator().manual_seed(SEED)
         base = make_base(generator, **shape)
@@ -54,10 +57,17 @@ def main(amx: Path, software: Path) -> None:
             (tokens[:1], 0, [9], table_of(base, adapter)),
             (tokens[:2], 0, [10], table_of(base, adapter)),
         ]
-        steps = [
-            torch.cat(Served.over(library, base, threads=2).step(parts)) for library in both
+        options: list[dict[str, Any]] = [
+            {},
+            {"kind": EIGHT_BIT, "head": EIGHT_BIT, "int8_activations": True},
+            {"kind": FOUR_BIT, "head": EIGHT_BIT, "int8_activations": True},
         ]
-        compare(f"a step, {shape}", *steps)
+        for chosen in options:
+            steps = [
+                torch.cat(Served.over(library, base, threads=2, **chosen).step(parts))
+                for library in both
+            ]
+            compare(f"a step, {shape}, {chosen}", *steps)
     print(f"{compared} numbers are the same")
 
 

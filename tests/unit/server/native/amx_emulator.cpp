@@ -4,7 +4,7 @@
 // is illegal and the hardware does it.
 //
 // After Intel's Software Developer's Manual, volume 2: LDTILECFG, TILERELEASE, TILEZERO, TILELOADD,
-// TILESTORED, TDPBF16PS. What the manual calls an error ends the process.
+// TILESTORED, TDPBF16PS, TDPBSSD. What the manual calls an error ends the process.
 #include <dlfcn.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -86,6 +86,21 @@ void dot(Tile& sums, const Tile& a, const Tile& b) {
     _mm_setcsr(before);
 }
 
+void dot_bytes(Tile& sums, const Tile& a, const Tile& b) {
+    if (sums.bytes % 4 || a.bytes % 4 || b.bytes % 4) fail("TDPBSSD: bytes of a row");
+    if (sums.rows != a.rows || a.bytes / 4 != b.rows || sums.bytes != b.bytes)
+        fail("TDPBSSD: shapes do not fit each other");
+    for (int m = 0; m < sums.rows; ++m)
+        for (int k = 0; k < a.bytes / 4; ++k)
+            for (int n = 0; n < sums.bytes / 4; ++n) {
+                int32_t sum;
+                memcpy(&sum, sums.at[m] + 4 * n, 4);
+                for (int i = 0; i < 4; ++i)
+                    sum += int8_t(a.at[m][4 * k + i]) * int8_t(b.at[k][4 * n + i]);
+                memcpy(sums.at[m] + 4 * n, &sum, 4);
+            }
+}
+
 // An instruction with a three-byte VEX prefix; returns its length, or 0 if it is not AMX.
 int execute(const uint8_t* code, greg_t* registers) {
     static const int order[16] = {REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RBP,
@@ -98,6 +113,11 @@ int execute(const uint8_t* code, greg_t* registers) {
     if (opcode == 0x5c && prefix == 2 && mode == 3) {  // TDPBF16PS
         if (first == second || first == third || second == third) fail("TDPBF16PS: one tile twice");
         dot(tile(first), tile(second), tile(third));
+        return 5;
+    }
+    if (opcode == 0x5e && prefix == 3 && mode == 3) {  // TDPBSSD
+        if (first == second || first == third || second == third) fail("TDPBSSD: one tile twice");
+        dot_bytes(tile(first), tile(second), tile(third));
         return 5;
     }
     if (opcode == 0x49 && mode == 3) {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Final
 
@@ -13,8 +13,10 @@ from torch import nn
 from veneer_registry.adapter import LoraModule
 from veneer_server.backends.native import linear as native_linear
 from veneer_server.backends.native.decoder import NativeDecoder
-from veneer_server.backends.native.library import BFLOAT16, Library
+from veneer_server.backends.native.library import BFLOAT16, FOUR_BIT, Library
+from veneer_server.backends.native.linear import NativeLinear
 from veneer_server.models.config import DecoderConfig
+from veneer_server.models.linear import stack_biases
 from veneer_server.models.loader import DecoderWeights, LayerWeights
 from veneer_server.step.adapter_table import AdapterTable
 from veneer_server.step.arrays import Segment, StepArrays
@@ -24,9 +26,10 @@ from tests.paired import place_a
 from tests.unit.server import test_decoder as oracle
 from tests.unit.server.native.rounded_model import LINEARS, Base, Update
 
-__all__ = ["Part", "Served", "adapter_of", "make_base", "normal", "table_of"]
+__all__ = ["Part", "Served", "adapter_of", "make_base", "normal", "table_of", "with_bytes"]
 
 PROJECTIONS: Final[Mapping[str, Any]] = {name: f"{name}_proj" for name in LINEARS}
+BF16: Final = torch.bfloat16
 VOCABULARY: Final = 128
 """Vocabulary of a base with an identity head: its logits are the last norm's results."""
 
@@ -167,10 +170,12 @@ class Served:
 
     Attributes:
         block_size: tokens of a KV block.
+        weights: its linears.
     """
 
     decoder: NativeDecoder
     block_size: int
+    weights: DecoderWeights
 
     @classmethod
     def over(
@@ -182,8 +187,13 @@ class Served:
         blocks: int = 96,
         block_size: int = oracle.BLOCK,
         head: int = BFLOAT16,
+        kind: int = BFLOAT16,
+        int8_activations: bool = False,
     ) -> Served:
-        weights = _weights(library, base)
+        """Args:
+        kind: of the layers' weights.
+        """
+        weights = _weights(library, base, kind)
         decoder = NativeDecoder(
             library,
             weights,
@@ -191,8 +201,31 @@ class Served:
             block_size=block_size,
             threads=threads,
             head=head,
+            int8_activations=int8_activations,
         )
-        return cls(decoder, block_size)
+        return cls(decoder, block_size, weights)
+
+    def as_packed(self, library: Library, base: Base) -> Base:
+        """The base with the weights that the kernels have where inputs are of 8 bits. Those of
+        attention are in bfloat16 where a key's heads are no whole blocks."""
+        whole = base.heads // base.kv_heads * base.dim % 64 == 0
+        layers = []
+        for layer, matrices in zip(self.weights.layers, base.layers, strict=True):
+            packed: dict[str, torch.Tensor] = {}
+            for linear, names in (
+                (layer.qkv, "q k v"),
+                (layer.output, "o"),
+                (layer.gate_up, "gate up"),
+                (layer.down, "down"),
+            ):
+                assert isinstance(linear, NativeLinear)
+                plain = torch.cat([part for part, _ in linear.expanded()])
+                bytes_ = names != "o" or whole
+                numbers = with_bytes(library, linear) if bytes_ else plain
+                sizes = [len(matrices[name]) for name in names.split()]
+                packed |= dict(zip(names.split(), numbers.split(sizes), strict=True))
+            layers.append(packed)
+        return replace(base, layers=layers)
 
     def step(self, parts: Sequence[Part]) -> list[torch.Tensor]:
         """One step of some sequences; returns the logits of each."""
@@ -216,7 +249,34 @@ class Served:
         return self.decoder.execute(StepArrays(**fields)).clone()
 
 
-def _weights(library: Library, base: Base) -> DecoderWeights:
+def in_four_bits(module: nn.Linear) -> Any:
+    """The same in NF4."""
+    import bitsandbytes as bnb
+
+    outputs, inputs = module.weight.shape
+    bias = module.bias is not None
+    made = bnb.nn.Linear4bit(inputs, outputs, bias=bias, quant_type="nf4")
+    made.weight = bnb.nn.Params4bit(
+        module.weight.data.clone(), requires_grad=False, quant_type="nf4"
+    )
+    if bias:
+        made.bias = module.bias
+    return made.to("cpu").eval()
+
+
+def with_bytes(library: Library, linear: NativeLinear) -> torch.Tensor:
+    """The weights that inputs of 8 bits are multiplied by, float32 [outputs, inputs]."""
+    struct = linear.struct
+    book = None
+    if struct.kind == FOUR_BIT:
+        book = torch.tensor(list(struct.bytes)).float() * struct.unit
+    twin = NativeLinear(
+        library, struct.kind, linear.packed, linear.shape, None, book, struct.parts
+    )
+    return torch.cat([part for part, _ in twin.expanded()])
+
+
+def _weights(library: Library, base: Base, kind: int) -> DecoderWeights:
     def fused(index: int, *names: str) -> Any:
         modules = []
         for name in names:
@@ -227,7 +287,14 @@ def _weights(library: Library, base: Base) -> DecoderWeights:
             if bias is not None:
                 module.bias = nn.Parameter(bias, requires_grad=False)
             modules.append(module)
-        return native_linear.fuse(library, modules, torch.bfloat16)
+        if kind == BFLOAT16:
+            return native_linear.fuse(library, modules, torch.bfloat16)
+        if kind == FOUR_BIT:
+            return native_linear.fuse(library, [in_four_bits(m) for m in modules], BF16)
+        weight = torch.cat([module.weight for module in modules])
+        parts = native_linear.parts_of(len(modules), len(weight))
+        bias = stack_biases(modules, torch.float32)
+        return native_linear.pack_dense(library, kind, weight, bias, parts)
 
     config = DecoderConfig(
         architecture="LlamaForCausalLM",

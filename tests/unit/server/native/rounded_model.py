@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.nn import functional as F
 
-__all__ = ["LINEARS", "Base", "Update", "logits_of", "rounded"]
+__all__ = ["LINEARS", "Base", "Update", "int8_rounded", "logits_of", "rounded"]
 
 PIECE = 512
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -26,6 +26,15 @@ LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 def rounded(x: torch.Tensor) -> torch.Tensor:
     """The nearest bfloat16, as float64."""
     return x.float().bfloat16().double()
+
+
+def int8_rounded(x: torch.Tensor) -> torch.Tensor:
+    """Inputs of 8 bits: of each 64 neighbours, the nearest 127th of the largest; float64."""
+    blocks = x.view(len(x), -1, 64)
+    largest = blocks.abs().amax(-1, keepdim=True).float()
+    inverse = (127 / largest.numpy()).astype("float32")
+    steps = (blocks.float() * torch.from_numpy(inverse)).round().double()
+    return (steps.nan_to_num() * (largest.double() / 127)).view_as(x)
 
 
 @dataclass(frozen=True)
@@ -68,14 +77,24 @@ class Base:
     norms: list[dict[str, torch.Tensor]]
     windows: list[int | None]
     biases: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    int8: bool = False
 
 
 def logits_of(
     base: Base,
     tokens: Sequence[int],
     adapter: Mapping[tuple[int, str], Update] | None = None,
+    *,
+    int8: bool = False,
 ) -> torch.Tensor:
-    """Logits after each token of one sequence, float64 [tokens, vocabulary]."""
+    """Logits after each token of one sequence, float64 [tokens, vocabulary].
+
+    Args:
+        int8: the layers' weights are multiplied by inputs of 8 bits, of attention where the
+            heads that are computed together are whole blocks.
+    """
+    if int8:
+        base = replace(base, int8=True)
     positions = torch.arange(len(tokens)).float().unsqueeze(1)
     # In float32 by definition of the models, as in a base's training.
     angles = (positions * base.inv_freq.float()).double()
@@ -101,7 +120,11 @@ def _project(
     adapter: Mapping[tuple[int, str], Update],
 ) -> torch.Tensor:
     bias = base.biases[index].get(name) if base.biases else None
-    y = F.linear(x, base.layers[index][name].double(), None if bias is None else bias.double())
+    group = base.heads // base.kv_heads
+    whole = group * base.dim % 64 == 0
+    inputs = int8_rounded(x) if base.int8 and (name != "o" or whole) else x
+    weight = base.layers[index][name].double()
+    y = F.linear(inputs, weight, None if bias is None else bias.double())
     update = adapter.get((index, name))
     if update is not None:
         y = y + update.scaling * (x @ update.a.double().T @ update.b.double().T)

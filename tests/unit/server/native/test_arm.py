@@ -20,6 +20,7 @@ from veneer_server.backends.native.chosen import find_library
 from veneer_server.backends.native.compiler import NativeUnavailable, build, cpu_flags
 from veneer_server.backends.native.draws import NativeDraws
 from veneer_server.backends.native.forms import best_form
+from veneer_server.backends.native.library import FOUR_BIT
 from veneer_server.config import load_config
 from veneer_server.operate.doctor import backends
 
@@ -27,7 +28,7 @@ from tests.arm import tools
 from tests.arm.remote import RemoteLibrary
 from tests.places import REPOSITORY
 from tests.unit.server.engine import test_sampler
-from tests.unit.server.native import test_kernels, test_native, test_packing
+from tests.unit.server.native import test_int8, test_kernels, test_native, test_packing
 from tests.unit.server.native.model_kit import Served, adapter_of, make_base, table_of
 
 __all__: list[str] = []
@@ -36,6 +37,10 @@ CPUS = {"neon-bf16": "max", "neon": "cortex-a72"}
 """A CPU for each form, as QEMU names it."""
 
 SAME = (
+    test_int8.test_a_product_is_that_of_the_rounded_inputs,
+    test_int8.test_halves_are_rounded_to_even,
+    test_int8.test_rows_threads_and_chunks_change_nothing,
+    test_int8.test_what_is_no_number_stays_none_in_its_own_row,
     test_kernels.test_a_norm_divides_by_the_root_of_the_mean_square_and_epsilon,
     test_kernels.test_chunks_find_what_earlier_ones_wrote,
     test_kernels.test_clear_makes_blocks_finite_again,
@@ -112,6 +117,13 @@ def draws(library: RemoteLibrary) -> NativeDraws:
 @pytest.mark.parametrize("rows", [1, 3, 7, 97])
 def test_any_number_of_rows(library: RemoteLibrary, rows: int) -> None:
     test_kernels.test_any_number_of_rows(library, rows)
+
+
+@pytest.mark.parametrize("shape", ["heads of whole blocks", "heads of parts of a block"])
+def test_a_step_rounds_what_its_weights_are_multiplied_by(
+    library: RemoteLibrary, shape: str
+) -> None:
+    test_int8.test_a_step_rounds_what_its_weights_are_multiplied_by(library, shape, FOUR_BIT)
 
 
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])

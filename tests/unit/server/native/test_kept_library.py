@@ -276,7 +276,7 @@ def broken(tmp_path: Path, multiply: str, permit: int = 1) -> Path:
     """
     source = tmp_path / "broken.c"
     source.write_text(
-        'struct { const char *of, *name; long offset, size; } t = {"Linear", "", 0, 64};\n'
+        'struct { const char *of, *name; long offset, size; } t = {"Linear", "", 0, 88};\n'
         "void* veneer_fields(void) { return &t; }\n"
         'const char* veneer_instructions(void) { return "none"; }\n'
         "long veneer_packed_bytes(int k, int o, int i) { return 4 * o * i; }\n"

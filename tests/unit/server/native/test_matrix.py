@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(not native_possible(), reason="no AVX2 or no com
 
 HERE = Path(__file__).parent
 SOURCES = Path(compiler.__file__).with_name("cpp")
-AMX_HERE = ("-march=native", "-mamx-tile", "-mamx-bf16")
+AMX_HERE = ("-march=native", "-mamx-tile", "-mamx-bf16", "-mamx-int8")
 SMALLEST = np.float32(2.0**-126)
 """That is not denormal."""
 
@@ -178,6 +178,7 @@ def test_every_amx_instruction_is_in_the_library(amx: Path) -> None:
     code = amx.read_bytes()
     for name, pattern in {
         "TDPBF16PS": b"\xc4\xe2\x4a\x5c",
+        "TDPBSSD": b"\xc4\xe2\x5b\x5e",
         "LDTILECFG": b"\xc4\xe2\x78\x49",
         "TILELOADD": b"\xc4\xe2\x7b\x4b",
         "TILESTORED": b"\xc4\xe2\x7a\x4b",

@@ -14,16 +14,12 @@ from typing import Final
 import torch
 
 from veneer_server.backends.cuda.nf4.packing import BLOCK, GROUP, PackedNf4
+from veneer_server.models.checkpoint.code_books import NF4
 
 __all__ = ["CODES", "levels", "quantize"]
 
-CODES: Final = (
-    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
-    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
-    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
-    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-)
-"""What the 16 codes stand for: bitsandbytes' constants, which are those of QLoRA's authors."""
+CODES: Final = NF4
+"""What the 16 codes stand for."""
 STEPS: Final = 65535
 SMALLEST: Final = 1e-38
 """A block of zeros is divided by this."""

@@ -156,8 +156,14 @@ Status veneer_pack_bf16(const bf16* weights, int32_t outputs, int32_t inputs, ui
 // y [rows, outputs] = x [rows, inputs] W^T, on the calling thread.
 void veneer_multiply(const Linear* linear, const bf16* x, int64_t rows, float* y) {
     Prefetcher nothing;
-    multiply_tiles(*linear, 0, linear->tiles(), x, size_t(linear->inputs), int(rows), y,
-                   size_t(linear->outputs), nothing);
+    const size_t width = size_t(linear->inputs), stride = Int8Rows::bytes(width);
+    std::vector<uint8_t> int8(linear->int8_inputs ? size_t(rows) * stride : 0);
+    for (int64_t row = 0; row < rows && linear->int8_inputs; ++row)
+        Int8Output{int8.data(), stride, width}.write(row, x + size_t(row) * width, 0,
+                                                     linear->blocks());
+    multiply_tiles(*linear, 0, linear->tiles(),
+                   {x, width, {linear->int8_inputs ? int8.data() : nullptr, stride, width}},
+                   int(rows), y, size_t(linear->outputs), nothing);
     matrix::give_up();
 }
 

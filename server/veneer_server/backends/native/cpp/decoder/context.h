@@ -16,8 +16,10 @@ namespace veneer {
 struct Arrays {
     const float* hidden_before;
     const bf16* rounded_before;
-    float* hidden;   // [rows, hidden]
-    bf16* rounded;   // [rows, width] a GEMM's inputs
+    float* hidden;  // [rows, hidden]
+    bf16* rounded;  // [rows, width] a GEMM's inputs
+    const uint8_t* int8_before;
+    uint8_t* int8;   // the same in 8 bits; see Int8Rows
     float* y;        // [rows, wide] a GEMM's results, without the adapters' updates
     float* shrunk;   // [rows, ranks]
     bf16* queries;   // [rows, query width]
@@ -75,6 +77,8 @@ struct StepContext {
           query_width(model.heads * model.dim),
           kv_width(model.kv_heads * model.dim),
           width(padded<bf16>(std::max({model.hidden, query_width, model.intermediate}))),
+          int8_width(std::max({model.hidden, query_width, model.intermediate})),
+          int8_stride(padded<uint8_t>(int(Int8Rows::bytes(size_t(int8_width))))),
           wide(padded<float>(
               std::max({model.hidden, query_width + 2 * kv_width, 2 * model.intermediate}))) {}
 
@@ -85,6 +89,24 @@ struct StepContext {
             for (int g = 0; g < model.layer_count * kGroups; ++g)
                 ranks = std::max(ranks, step->segments[s].adapter->groups[g].ranks);
         cut_row_tiles();
+    }
+
+    // Whether a group's inputs are rounded to 8 bits. Attention writes them by the heads that share
+    // a key, or 12 of these: whole blocks, or it does not round them.
+    bool int8_inputs(int layer, Group group) const {
+        static_assert(kMaxQueries * kLanes % kBlock == 0);  // a head has a multiple of 16 numbers
+        const bool whole = model.heads / model.kv_heads * model.dim % kBlock == 0;
+        return model.layers[layer].linears[group].int8_inputs && (group != kOutput || whole);
+    }
+    // A GEMM's inputs, which the phase before has written; in 8 bits too if it did.
+    Inputs inputs(const Arrays& at, bool int8) const {
+        return {at.rounded_before, size_t(width),
+                Int8Rows{int8 ? at.int8_before : nullptr, size_t(int8_stride), size_t(int8_width)}};
+    }
+    // Round columns `first` to end - 1 of a row of `at.rounded`, whole blocks.
+    void write_int8(const Arrays& at, int64_t row, int first, int end) const {
+        const Int8Output to{at.int8, size_t(int8_stride), size_t(int8_width)};
+        to.write(row, at.rounded + row * width, first / kBlock, end / kBlock);
     }
 
     // See `chunk_count`.
@@ -150,8 +172,9 @@ struct StepContext {
     const int threads;
     const KvShape kv;
     const int query_width, kv_width;
-    const int width;  // numbers in memory of a row of `rounded`
-    const int wide;   // of `y`
+    const int width;                    // numbers in memory of a row of `rounded`
+    const int int8_width, int8_stride;  // numbers, and bytes, of a row of `int8`
+    const int wide;                     // of `y`
     const Step* step = nullptr;
     int ranks = 0;  // of the group and adapter with the most
     std::vector<RowTile> row_tiles;

@@ -94,6 +94,7 @@ class Decoder final : Program {
         const size_t normed = std::max(rows, size_t(step.logit_count));
         hidden_.take(rows * m_.hidden);
         rounded_.take(normed * ctx_.width);
+        if (uses_int8()) int8_.take(normed * ctx_.int8_stride);
         y_.take(rows * ctx_.wide);
         shrunk_.take(rows * size_t(ctx_.ranks) + kLanes);
         queries_.take(rows * ctx_.query_width);
@@ -186,7 +187,8 @@ class Decoder final : Program {
                 return each(heads_.items(),
                             [&](int64_t i) { heads_.attend_item(work.layer, at, i, scratch); });
             case kMerge:
-                return each(heads_.items(), [&](int64_t i) { heads_.merge_item(at, i, scratch); });
+                return each(heads_.items(),
+                            [&](int64_t i) { heads_.merge_item(work.layer, at, i, scratch); });
             case kAdd:
                 return each(row_tiles(), [&](int64_t i) {
                     const RowTile& row_tile = ctx_.row_tiles[size_t(i)];
@@ -213,6 +215,14 @@ class Decoder final : Program {
         }
     }
 
+    // Whether any GEMM's inputs are rounded to 8 bits.
+    bool uses_int8() const {
+        bool any = m_.head.int8_inputs;
+        for (int layer = 0; layer < m_.layer_count; ++layer)
+            for (const Linear& linear : m_.layers[layer].linears) any |= linear.int8_inputs != 0;
+        return any;
+    }
+
     void pause() override { matrix::give_up(); }
 
     int64_t row_tiles() const { return int64_t(ctx_.row_tiles.size()); }
@@ -228,6 +238,8 @@ class Decoder final : Program {
                 rounded_[before(kRounded)],
                 hidden_[now(kHidden)],
                 rounded_[now(kRounded)],
+                int8_[before(kRounded)],
+                int8_[now(kRounded)],
                 y_[now(kY)],
                 shrunk_[now(kShrunk)],
                 queries_[now(kQueries)],
@@ -276,6 +288,7 @@ class Decoder final : Program {
     // What phases write.
     VersionedBuffer<float> hidden_, y_, shrunk_, results_;
     VersionedBuffer<bf16> rounded_, queries_;
+    VersionedBuffer<uint8_t> int8_;
     std::vector<Buffer<float>> scratch_;  // by thread
 };
 

@@ -61,7 +61,7 @@ class Gemms {
         const int chunk = number - even(shrinks, thread + 1), first = even(cut.chunks, thread);
         Prefetcher prefetcher(list.prefetches, thread, chunk - first,
                               even(cut.chunks, thread + 1) - first);
-        multiply(linear, cut, chunk, prefetcher, at);
+        multiply(layer, group, cut, chunk, prefetcher, at);
     }
 
   private:
@@ -87,19 +87,20 @@ class Gemms {
     }
     int even(int count, int thread) const { return ctx_.even(count, thread); }
 
-    void multiply(const Linear& linear, const Columns& cut, int chunk, Prefetcher& prefetcher,
+    void multiply(int layer, Group group, const Columns& cut, int chunk, Prefetcher& prefetcher,
                   const Arrays& at) const {
+        const Linear& linear = ctx_.model.layers[layer].linears[group];
         const int rows = int(ctx_.step->rows);
+        const Inputs inputs = ctx_.inputs(at, ctx_.int8_inputs(layer, group));
         const int first = cut.begin(chunk), last = cut.begin(chunk + 1);
-        prefetcher.spread(row_groups(linear, rows) * linear.blocks() * (last - first) *
+        prefetcher.spread(row_groups(linear, inputs, rows) * linear.blocks() * (last - first) *
                           linear.parts);
         // In the order in which they lie in memory.
         const int run = linear.parts == 1 ? last - first : 2;
         for (int tile = first; tile < last; tile += run)
             for (int p = 0; p < linear.parts; ++p)
-                multiply_tiles(linear, p * cut.tiles + tile, p * cut.tiles + tile + run,
-                               at.rounded_before, size_t(ctx_.width), rows, at.y, size_t(ctx_.wide),
-                               prefetcher);
+                multiply_tiles(linear, p * cut.tiles + tile, p * cut.tiles + tile + run, inputs,
+                               rows, at.y, size_t(ctx_.wide), prefetcher);
     }
 
     void shrink(const Arrays& at, const ShrinkItem& item, int inputs) const {

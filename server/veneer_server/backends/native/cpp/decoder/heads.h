@@ -88,8 +88,9 @@ class Heads {
         const auto& [item, piece] = shared_pieces_[size_t(number)];
         attend(layer, at, items_[item], piece, scratch, at.results + items_[item].results_at);
     }
-    void merge_item(const Arrays& at, int64_t item, float* scratch) const {
-        merge(at, items_[size_t(item)], at.results + items_[size_t(item)].results_at, scratch);
+    void merge_item(int layer, const Arrays& at, int64_t item, float* scratch) const {
+        merge(layer, at, items_[size_t(item)], at.results + items_[size_t(item)].results_at,
+              scratch);
     }
 
     // One item as a whole.
@@ -98,7 +99,7 @@ class Heads {
         float* results = scratch + attention_scratch(m_.dim);
         for (int piece = 0; piece < item.pieces; ++piece)
             attend(layer, at, item, piece, scratch, results);
-        merge(at, item, results, results + results_of_item());
+        merge(layer, at, item, results, results + results_of_item());
     }
 
   private:
@@ -243,12 +244,16 @@ class Heads {
                        scratch, to);
     }
 
-    void merge(const Arrays& at, const Item& item, float* results, float* shares) const {
+    void merge(int layer, const Arrays& at, const Item& item, float* results, float* shares) const {
         const size_t numbers = Piece::numbers(m_.dim);
-        for (int64_t row = item.row; row < item.row + item.rows; ++row)
+        const int first = item.first_head * m_.dim, end = first + item.head_count * m_.dim;
+        const bool int8 = ctx_.int8_inputs(layer, kOutput);
+        for (int64_t row = item.row; row < item.row + item.rows; ++row) {
             for (int h = 0; h < item.head_count; ++h, results += numbers)
                 veneer::merge(ctx_.kv, results, item.pieces, kMaxQueries * numbers, shares,
                               at.rounded + row * ctx_.width + (item.first_head + h) * m_.dim);
+            if (int8) ctx_.write_int8(at, row, first, end);
+        }
     }
 
     static constexpr int kAttentionChunks = 16;  // per thread

@@ -17,6 +17,7 @@ class Rows {
         float* to = at.hidden + row * m_.hidden;
         for (int i = 0; i < m_.hidden; i += kLanes) store_shared(to + i, load(from + i));
         normalize(to, m_.layers[0].input_norm, at.rounded + row * ctx_.width);
+        if (ctx_.int8_inputs(0, kQkv)) ctx_.write_int8(at, row, 0, m_.hidden);
     }
 
     // Prefetch what `add` reads of B.
@@ -35,6 +36,8 @@ class Rows {
             ctx_.updated(at, layer, group, 0, row_tile, 0, 0, m_.hidden, scratch, stride);
             from = scratch;
         }
+        const bool int8 = norm != nullptr && (group == kOutput ? ctx_.int8_inputs(layer, kGateUp)
+                                                               : ctx_.int8_inputs(layer + 1, kQkv));
         for (int64_t row = row_tile.row; row < row_tile.row + row_tile.rows;
              ++row, from += stride) {
             const float* before = at.hidden_before + row * m_.hidden;
@@ -42,6 +45,7 @@ class Rows {
             for (int i = 0; i < m_.hidden; i += kLanes)
                 store_shared(to + i, veneer::add(load_shared(before + i), load_shared(from + i)));
             if (norm != nullptr) normalize(to, norm, at.rounded + row * ctx_.width);
+            if (int8) ctx_.write_int8(at, row, 0, m_.hidden);
         }
     }
 
@@ -67,6 +71,7 @@ class Rows {
                          scratch + apart, stride);
             from = scratch;
         }
+        const bool int8 = ctx_.int8_inputs(layer, kDown);
         for (int64_t row = row_tile.row; row < row_tile.row + row_tile.rows;
              ++row, from += stride) {
             bf16* to = at.rounded + row * ctx_.width + first;
@@ -75,6 +80,7 @@ class Rows {
                 const Floats divisor = veneer::add(broadcast(1.0f), exp(sub(zeros(), gate)));
                 store_shared(to + i, mul(div(gate, divisor), load_shared(from + apart + i)));
             }
+            if (int8) ctx_.write_int8(at, row, first, first + count);
         }
     }
 
@@ -82,14 +88,15 @@ class Rows {
     void normalize_last(const Arrays& at, int64_t i) const {
         normalize(at.hidden + ctx_.step->logit_rows[i] * m_.hidden, m_.final_norm,
                   at.rounded + i * ctx_.width);
+        if (m_.head.int8_inputs) ctx_.write_int8(at, i, 0, m_.hidden);
     }
 
     // Logits of the head's tiles `tile` to end - 1, and whether all of them are finite.
     void logits(const Arrays& at, int tile, int end) const {
         const Step& step = *ctx_.step;
         Prefetcher prefetcher;  // with nothing to prefetch: no phase comes after
-        multiply_tiles(m_.head, tile, end, at.rounded, size_t(ctx_.width), int(step.logit_count),
-                       step.logits, size_t(m_.vocab), prefetcher);
+        multiply_tiles(m_.head, tile, end, ctx_.inputs(at, m_.head.int8_inputs),
+                       int(step.logit_count), step.logits, size_t(m_.vocab), prefetcher);
         const int first = tile * kTile, count = std::min(end * kTile, m_.vocab) - first;
         for (int64_t i = 0; i < step.logit_count; ++i)
             if (!finite(step.logits + i * m_.vocab + first, count))

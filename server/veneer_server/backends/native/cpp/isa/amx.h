@@ -1,4 +1,4 @@
-// Intel's matrix registers: AMX with bfloat16.
+// Intel's matrix registers: AMX with bfloat16 and bytes.
 //
 // The registers are named in assembly, not by intrinsics: those take literal numbers only, and
 // some compilers do not know that they read memory.
@@ -54,6 +54,10 @@ inline void store(void* at, size_t stride) {
 template <int Sums, int A, int B>
 inline void dot() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(Sums), "i"(A), "i"(B) : "memory");
+}
+template <int Sums, int A, int B>
+inline void dot_int8() {
+    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(Sums), "i"(A), "i"(B) : "memory");
 }
 
 }  // namespace veneer::matrix

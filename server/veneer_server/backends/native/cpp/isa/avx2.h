@@ -20,6 +20,7 @@ namespace tiles {
 constexpr int kFourBitRows = 3, kFourBitChains = 1;  // 12 registers
 constexpr int kBf16Rows = 3;
 constexpr int kEightBitRows = 3;
+constexpr int kInt8Rows = 2;
 // Vectors of outputs at once in LoRA's second GEMM, by the number of rows.
 constexpr int expand_vectors(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 }  // namespace tiles
@@ -185,6 +186,84 @@ inline __m256i look_up_half(const Table& table, __m256i codes) {
 template <int Q>
 inline Pairs look_up(const Table& table, Codes codes) {
     return {look_up_half<Q>(table, codes.lo), look_up_half<Q>(table, codes.hi)};
+}
+
+// What kernels/gemm/by_int8.h needs: 64 bytes, and sixteen sums.
+constexpr int kInt8Offset = 0;
+struct Int8s {
+    __m256i lo, hi;
+};
+struct Int32s {
+    __m256i lo, hi;
+};
+// The byte of each of the sixteen codes, ...
+struct Int8Table {
+    __m256i v;
+    Int8Table(const int8_t* numbers, int)
+        : v(_mm256_broadcastsi128_si256(
+              _mm_loadu_si128(reinterpret_cast<const __m128i*>(numbers)))) {}
+};
+// ... the bytes whose codes are the lower (0) or upper (1) halves of bytes, ...
+template <int Half>
+inline Int8s look_up_bytes(const Int8Table& table, Codes codes) {
+    const auto each = [&](__m256i part) {
+        const __m256i half = Half == 0 ? part : _mm256_srli_epi16(part, 4);
+        return _mm256_shuffle_epi8(table.v, _mm256_and_si256(half, _mm256_set1_epi8(15)));
+    };
+    return {each(codes.lo), each(codes.hi)};
+}
+template <int Offset>
+inline Int8s load_int8s(const uint8_t* at) {
+    static_assert(Offset == 0);
+    const __m256i* halves = reinterpret_cast<const __m256i*>(at);
+    return {_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)};
+}
+inline void store_int8s(int8_t* at, Int8s a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), a.lo);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(at) + 1, a.hi);
+}
+// ... those of two vectors in turn, within each 16: the first eight, and the second, ...
+inline void interleave(Int8s a, Int8s b, Int8s& low, Int8s& high) {
+    low = {_mm256_unpacklo_epi8(a.lo, b.lo), _mm256_unpacklo_epi8(a.hi, b.hi)};
+    high = {_mm256_unpackhi_epi8(a.lo, b.lo), _mm256_unpackhi_epi8(a.hi, b.hi)};
+}
+// ... sums, to which the products of four bytes with `four` are added, ...
+inline Int32s int32s(int32_t value) { return {_mm256_set1_epi32(value), _mm256_set1_epi32(value)}; }
+inline Int32s load_int32s(const int32_t* at) {
+    const __m256i* halves = reinterpret_cast<const __m256i*>(at);
+    return {_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)};
+}
+inline Int32s add(Int32s a, Int32s b) {
+    return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)};
+}
+inline __m256i dot(__m256i sums, __m256i w, __m256i x) {
+    // Unsigned bytes by signed ones: the weight's magnitude, and the input with its sign. Two
+    // products are at most 2 x 127 x 127, which 16 bits hold.
+    const __m256i twos = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(twos, _mm256_set1_epi16(1)));
+}
+inline Int32s dot(Int32s sums, Int8s w, int32_t four) {
+    const __m256i x = _mm256_set1_epi32(four);
+    return {dot(sums.lo, w.lo, x), dot(sums.hi, w.hi, x)};
+}
+inline Floats to_floats(Int32s a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
+// ... from fours of two vectors in turn to their order, ...
+inline void quads_in_turn(Floats& low, Floats& high) {
+    const Floats first{_mm256_permute2f128_ps(low.lo, high.lo, 0x20),
+                       _mm256_permute2f128_ps(low.lo, high.lo, 0x31)};
+    high = {_mm256_permute2f128_ps(low.hi, high.hi, 0x20),
+            _mm256_permute2f128_ps(low.hi, high.hi, 0x31)};
+    low = first;
+}
+// ... and integers of -127 to 127 as bytes, in the order of int8_rows.h.
+inline void store_int8(int8_t* at, Floats a) {
+    // Packing works within 128 bits: 0-3, 8-11, 4-7, 12-15, each eight of which are neighbours
+    // then.
+    const __m256i halves = _mm256_packs_epi32(_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi));
+    const __m128i bytes =
+        _mm_packs_epi16(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+    const __m128i order = _mm_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(at), _mm_shuffle_epi8(bytes, order));
 }
 
 // Sixteen pairs of signed bytes, each of which bfloat16 represents exactly.

@@ -19,6 +19,7 @@ namespace tiles {
 constexpr int kFourBitRows = 6, kFourBitChains = 2;  // 24 registers
 constexpr int kBf16Rows = 12;
 constexpr int kEightBitRows = 12;
+constexpr int kInt8Rows = 8;
 // Vectors of outputs at once in LoRA's second GEMM, by the number of rows.
 constexpr int expand_vectors(int rows) {
     return rows == 1 ? 12 : rows == 2 ? 8 : rows == 3 ? 6 : 4;
@@ -140,6 +141,64 @@ inline Floats add_neighbours(Floats a, Floats b) {
     const __m512 even = _mm512_permutex2var_ps(a.v, order, b.v);
     const __m512i next = _mm512_add_epi32(order, _mm512_set1_epi32(1));
     return {_mm512_add_ps(even, _mm512_permutex2var_ps(a.v, next, b.v))};
+}
+
+// What kernels/gemm/by_int8.h needs: 64 bytes, and sixteen sums. One instruction multiplies
+// unsigned bytes by signed ones, so weights have an offset that makes them unsigned.
+constexpr int kInt8Offset = 128;
+struct Int8s {
+    __m512i v;
+};
+struct Int32s {
+    __m512i v;
+};
+// The byte of each of the sixteen codes, plus an offset, ...
+struct Int8Table {
+    __m512i v;
+    Int8Table(const int8_t* numbers, int offset) {
+        const __m128i all = _mm_loadu_si128(reinterpret_cast<const __m128i*>(numbers));
+        v = _mm512_broadcast_i32x4(_mm_add_epi8(all, _mm_set1_epi8(char(offset))));
+    }
+};
+// ... the bytes whose codes are the lower (0) or upper (1) halves of bytes, ...
+template <int Half>
+inline Int8s look_up_bytes(const Int8Table& table, Codes codes) {
+    const __m512i half = Half == 0 ? codes.v : _mm512_srli_epi16(codes.v, 4);
+    return {_mm512_shuffle_epi8(table.v, _mm512_and_si512(half, _mm512_set1_epi8(15)))};
+}
+// ... bytes plus an offset of 0 or 128, ...
+template <int Offset>
+inline Int8s load_int8s(const uint8_t* at) {
+    const __m512i bytes = _mm512_loadu_si512(at);
+    return {Offset == 0 ? bytes : _mm512_xor_si512(bytes, _mm512_set1_epi8(char(Offset)))};
+}
+inline void store_int8s(int8_t* at, Int8s a) { _mm512_storeu_si512(at, a.v); }
+// ... those of two vectors in turn, within each 16: the first eight, and the second, ...
+inline void interleave(Int8s a, Int8s b, Int8s& low, Int8s& high) {
+    low.v = _mm512_unpacklo_epi8(a.v, b.v);
+    high.v = _mm512_unpackhi_epi8(a.v, b.v);
+}
+// ... sums, to which the products of four bytes with `four` are added, ...
+inline Int32s int32s(int32_t value) { return {_mm512_set1_epi32(value)}; }
+inline Int32s load_int32s(const int32_t* at) { return {_mm512_loadu_si512(at)}; }
+inline Int32s add(Int32s a, Int32s b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline Int32s dot(Int32s sums, Int8s w, int32_t four) {
+    return {_mm512_dpbusd_epi32(sums.v, w.v, _mm512_set1_epi32(four))};
+}
+inline Floats to_floats(Int32s a) { return {_mm512_cvtepi32_ps(a.v)}; }
+// ... from fours of two vectors in turn to their order, ...
+inline void quads_in_turn(Floats& low, Floats& high) {
+    const __m512i order = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i next = _mm512_add_epi32(order, _mm512_set1_epi32(8));
+    const __m512 first = _mm512_permutex2var_ps(low.v, order, high.v);
+    high.v = _mm512_permutex2var_ps(low.v, next, high.v);
+    low.v = first;
+}
+// ... and integers of -127 to 127 as bytes, in the order of int8_rows.h.
+inline void store_int8(int8_t* at, Floats a) {
+    const __m128i order = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+    const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(at), _mm_shuffle_epi8(bytes, order));
 }
 
 // Sixteen pairs of signed bytes, each of which bfloat16 represents exactly.

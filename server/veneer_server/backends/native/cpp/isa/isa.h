@@ -5,6 +5,8 @@
 //     kLanes                  lanes of a vector
 //     Floats, Pairs           vectors of floats, and of pairs of bfloat16
 //     Codes, Table            4-bit codes, and the bfloat16 of each
+//     Int8s, Int32s, Int8Table
+//                             bytes and their sums, for kernels/gemm/by_int8.h
 //     tiles                   tile sizes that the registers allow
 //     prefetch, prefetch_near, cycles, spin_pause
 //                             prefetches into two caches, a clock, the pause of a spin loop
@@ -19,7 +21,8 @@
 //     sum[lane] += w[lane].first * x.first + w[lane].second * x.second
 #pragma once
 
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__) && \
+    defined(__AVX512VNNI__)
 #include "avx512.h"
 #elif defined(__AVX2__) && defined(__FMA__)
 #include "avx2.h"

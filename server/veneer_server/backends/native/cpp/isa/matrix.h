@@ -41,13 +41,19 @@ void store(void* to, size_t stride);
 template <int Sums, int A, int B>
 void dot();
 
+// Sums [rows][16] int32 += A [rows][64] int8 x B [16][16][4] int8: B's rows are fours of inputs,
+// each for 16 outputs.
+template <int Sums, int A, int B>
+void dot_int8();
+
 }  // namespace veneer::matrix
 
 // VENEER_MATRIX: there are registers.
 #if defined(VENEER_SOFTWARE_MATRIX)
 #define VENEER_MATRIX
 #include "software_matrix.h"
-#elif defined(__AMX_BF16__) && defined(__AMX_TILE__) && !defined(VENEER_NO_MATRIX)
+#elif defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AMX_TILE__) && \
+    !defined(VENEER_NO_MATRIX)
 #define VENEER_MATRIX
 #include "amx.h"
 #else

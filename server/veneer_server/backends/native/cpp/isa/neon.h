@@ -25,6 +25,7 @@ namespace tiles {
 constexpr int kFourBitRows = 3, kFourBitChains = 1;  // 24 registers
 constexpr int kBf16Rows = 3;
 constexpr int kEightBitRows = 3;
+constexpr int kInt8Rows = 2;
 // Vectors of outputs at once in LoRA's second GEMM, by the number of rows.
 constexpr int expand_vectors(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 }  // namespace tiles
@@ -220,6 +221,76 @@ inline uint16x8_t look_up(const Table& table, uint8x16_t codes) {
 template <int Q>
 inline Pairs look_up(const Table& table, Codes codes) {
     return each_part<Pairs>([&table](uint8x16_t part) { return look_up<Q>(table, part); }, codes);
+}
+
+// What kernels/gemm/by_int8.h needs: 64 bytes, and sixteen sums.
+constexpr int kInt8Offset = 0;
+struct Int8s {
+    int8x16_t v[kParts];
+};
+struct Int32s {
+    int32x4_t v[kParts];
+};
+// The byte of each of the sixteen codes, ...
+struct Int8Table {
+    int8x16_t v;
+    Int8Table(const int8_t* numbers, int) : v(vld1q_s8(numbers)) {}
+};
+// ... the bytes whose codes are the lower (0) or upper (1) halves of bytes, ...
+template <int Half>
+inline Int8s look_up_bytes(const Int8Table& table, Codes codes) {
+    return each_part<Int8s>(
+        [&table](uint8x16_t part) {
+            return vqtbl1q_s8(table.v,
+                              Half == 0 ? vandq_u8(part, vdupq_n_u8(15)) : vshrq_n_u8(part, 4));
+        },
+        codes);
+}
+template <int Offset>
+inline Int8s load_int8s(const uint8_t* at) {
+    static_assert(Offset == 0);
+    const int8_t* from = reinterpret_cast<const int8_t*>(at);
+    return {{vld1q_s8(from), vld1q_s8(from + 16), vld1q_s8(from + 32), vld1q_s8(from + 48)}};
+}
+// ... those of two vectors in turn, within each 16: the first eight, and the second, ...
+inline void interleave(Int8s a, Int8s b, Int8s& low, Int8s& high) {
+    low = each_part<Int8s>([](auto... each) { return vzip1q_s8(each...); }, a, b);
+    high = each_part<Int8s>([](auto... each) { return vzip2q_s8(each...); }, a, b);
+}
+// ... sums, to which the products of four bytes with `four` are added, ...
+inline Int32s int32s(int32_t value) {
+    const int32x4_t all = vdupq_n_s32(value);
+    return {{all, all, all, all}};
+}
+inline Int32s add(Int32s a, Int32s b) {
+    return each_part<Int32s>([](auto... each) { return vaddq_s32(each...); }, a, b);
+}
+inline int32x4_t dot(int32x4_t sums, int8x16_t w, int8x16_t x) {
+    const int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(w), vget_low_s8(x)));
+    const int32x4_t high = vpaddlq_s16(vmull_high_s8(w, x));
+    return vaddq_s32(sums, vpaddq_s32(low, high));
+}
+inline Int32s dot(Int32s sums, Int8s w, int32_t four) {
+    const int8x16_t x = vreinterpretq_s8_s32(vdupq_n_s32(four));
+    return each_part<Int32s>([x](int32x4_t sums, int8x16_t w) { return dot(sums, w, x); }, sums, w);
+}
+inline Floats to_floats(Int32s a) {
+    return each_part<Floats>([](int32x4_t each) { return vcvtq_f32_s32(each); }, a);
+}
+// ... from fours of two vectors in turn to their order, ...
+inline void quads_in_turn(Floats& low, Floats& high) {
+    const Floats first{{low.v[0], high.v[0], low.v[1], high.v[1]}};
+    high = {{low.v[2], high.v[2], low.v[3], high.v[3]}};
+    low = first;
+}
+// ... and integers of -127 to 127 as bytes, in the order of int8_rows.h.
+inline void store_int8(int8_t* at, Floats a) {
+    const auto narrow = [](float32x4_t lo, float32x4_t hi) {
+        return vmovn_s16(vcombine_s16(vmovn_s32(vcvtq_s32_f32(lo)), vmovn_s32(vcvtq_s32_f32(hi))));
+    };
+    constexpr uint8_t order[16] = {0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15};
+    const int8x16_t bytes = vcombine_s8(narrow(a.v[0], a.v[1]), narrow(a.v[2], a.v[3]));
+    vst1q_s8(at, vqtbl1q_s8(bytes, vld1q_u8(order)));
 }
 
 // Sixteen pairs of signed bytes, each of which bfloat16 represents exactly.

@@ -1,5 +1,5 @@
 // Matrix registers in memory, for tests on CPUs without any: the same results as AMX's, bit by bit
-// (Intel's Software Developer's Manual, volume 2, TDPBF16PS).
+// (Intel's Software Developer's Manual, volume 2, TDPBF16PS and TDPBSSD).
 #pragma once
 
 #include <cstring>
@@ -73,6 +73,23 @@ inline void dot() {
         std::memcpy(all, sums.bytes[row], sizeof all);
         for (int n = 0; n < columns; ++n) all[n] += first[n] + second[n];
         std::memcpy(sums.bytes[row], all, sizeof all);
+    }
+}
+
+template <int Sums, int A, int B>
+inline void dot_int8() {
+    const Register &a = at(A), &b = at(B);
+    Register& sums = at(Sums);
+    const int fours = a.shape.row_bytes / 4, columns = sums.shape.row_bytes / 4;
+    for (int row = 0; row < sums.shape.rows; ++row) {
+        for (int n = 0; n < columns; ++n) {
+            int32_t sum;
+            std::memcpy(&sum, sums.bytes[row] + 4 * n, sizeof sum);
+            for (int k = 0; k < fours; ++k)
+                for (int i = 0; i < 4; ++i)
+                    sum += int8_t(a.bytes[row][4 * k + i]) * int8_t(b.bytes[k][4 * n + i]);
+            std::memcpy(sums.bytes[row] + 4 * n, &sum, sizeof sum);
+        }
     }
 }
 

@@ -1,14 +1,24 @@
-// y = x W^T: by matrix registers where the CPU has them, else by vectors.
+// y = x W^T: by matrix registers where the CPU has them, else by vectors; with inputs of bfloat16,
+// or of 8 bits.
 #pragma once
 
+#include "by_int8.h"
 #include "by_matrix.h"
 #include "by_vectors.h"
 #include "few_rows.h"
 
 namespace veneer {
 
+// A GEMM's inputs.
+struct Inputs {
+    const bf16* x;
+    size_t stride;
+    Int8Rows int8;  // the same in 8 bits; null: multiply by bfloat16
+};
+
 // How often `multiply_tiles` prefetches in each block of a tile.
-inline int row_groups(const Linear& w, int rows) {
+inline int row_groups(const Linear& w, const Inputs& inputs, int rows) {
+    if (inputs.int8.at != nullptr) return int8_row_groups(rows);
     if constexpr (matrix::kPresent) return matrix_groups(rows);
     switch (w.kind) {
         case Kind::four_bit: return row_groups<FromCodes>(rows);
@@ -27,10 +37,16 @@ inline void multiply_tiles(const Linear& w, int first, int last, const bf16* x, 
 }
 
 // Tiles first to last - 1 for any number of rows; between its blocks, prefetch what comes next.
-inline void multiply_tiles(const Linear& w, int first, int last, const bf16* x, size_t x_stride,
-                           int rows, float* y, size_t y_stride, Prefetcher& prefetcher) {
+inline void multiply_tiles(const Linear& w, int first, int last, const Inputs& inputs, int rows,
+                           float* y, size_t y_stride, Prefetcher& prefetcher) {
 #ifdef VENEER_MATRIX
     const FlushDenormals flush;  // as the registers do: see few_rows.h
+#endif
+    if (inputs.int8.at != nullptr)
+        return multiply_int8_tiles(w, first, last, inputs.int8, rows, y, y_stride, prefetcher);
+    const bf16* x = inputs.x;
+    const size_t x_stride = inputs.stride;
+#ifdef VENEER_MATRIX
     if (multiply_few(w, first, last, x, x_stride, rows, y, y_stride, prefetcher)) return;
 #endif
     switch (w.kind) {

@@ -41,8 +41,11 @@ struct Linear {
     int32_t outputs;
     int32_t inputs;  // a multiple of 64
     Kind kind;
-    int32_t parts;   // 2: gate and up, interleaved by pairs of tiles; else 1
-    bf16 table[16];  // of 4-bit codes
+    int32_t parts;        // 2: gate and up, interleaved by pairs of tiles; else 1
+    int32_t int8_inputs;  // 1: multiply by inputs of 8 bits, see by_int8.h
+    float unit;           // of `bytes`; 1 for weights of 8 bits
+    bf16 table[16];       // of 4-bit codes
+    int8_t bytes[16];     // the same as multiples of `unit`
 
     int tiles() const { return (outputs + kTile - 1) / kTile; }
     int blocks() const { return inputs / kBlock; }
@@ -58,9 +61,10 @@ struct Linear {
     }
 };
 constexpr Field kLinearFields[] = {
-    VENEER_STRUCT(Linear),         VENEER_FIELD(Linear, weights), VENEER_FIELD(Linear, bias),
-    VENEER_FIELD(Linear, outputs), VENEER_FIELD(Linear, inputs),  VENEER_FIELD(Linear, kind),
-    VENEER_FIELD(Linear, parts),   VENEER_FIELD(Linear, table),
+    VENEER_STRUCT(Linear),         VENEER_FIELD(Linear, weights),     VENEER_FIELD(Linear, bias),
+    VENEER_FIELD(Linear, outputs), VENEER_FIELD(Linear, inputs),      VENEER_FIELD(Linear, kind),
+    VENEER_FIELD(Linear, parts),   VENEER_FIELD(Linear, int8_inputs), VENEER_FIELD(Linear, unit),
+    VENEER_FIELD(Linear, table),   VENEER_FIELD(Linear, bytes),
 };
 
 // How far ahead of what is read weights are prefetched, in bytes.
@@ -155,15 +159,20 @@ struct FromBytes {
     }
 };
 
-// Before block b of a tile is multiplied.
-inline void prefetch_rows(const Linear& w, int tile, int b, const bf16* x, size_t x_stride,
-                          int rows, float* y, size_t y_stride, const Prefetcher& prefetcher) {
-    // Prefetch where the results go, which another thread has read since they were last written,
-    // ...
+// Before block b of a tile is multiplied: prefetch where its results go, which another thread has
+// read since they were last written.
+inline void prefetch_results(const Linear& w, int tile, int b, int rows, float* y,
+                             size_t y_stride) {
     for (int r = rows * b / w.blocks(); r < rows * (b + 1) / w.blocks(); ++r)
         for (int i = 0; i < kTile; i += kLanes)
             __builtin_prefetch(y + r * y_stride + tile * kTile + i, 1);
-    // ... and inputs that no tile has read yet: another thread has just written half of them.
+}
+
+// The same, and the next block's inputs if no tile has read them yet: another thread has just
+// written half of them.
+inline void prefetch_rows(const Linear& w, int tile, int b, const bf16* x, size_t x_stride,
+                          int rows, float* y, size_t y_stride, const Prefetcher& prefetcher) {
+    prefetch_results(w, tile, b, rows, y, y_stride);
     if (!prefetcher.inputs || b + 1 >= w.blocks()) return;
     const bf16* next = x + (b + 1) * kBlock;
     for (int r = 0; r < rows; ++r)
