@@ -50,10 +50,9 @@ class Chosen:
     """A backend over the loaded base.
 
     Attributes:
-        name: ``native (avx512-bf16)`` or ``native (avx2)``, with ``, int8
-            activations`` inside if inputs are rounded to 8 bits, and ``, prebuilt`` if the
-            kernels came with the wheel, ``torch``,
-            or ``cuda``.
+        name: ``native (avx512-bf16)`` or ``native (avx2)``, with ``, int8 activations`` inside
+            if inputs are rounded to 8 bits, and ``, prebuilt`` if the kernels came with the
+            wheel; ``torch``; or ``cuda``.
         why_not_native: empty if it is native.
         lora_dtype: of resident adapters.
         placement: how many threads a step has, and where.
@@ -138,10 +137,11 @@ def _check_int8(config: EngineConfig) -> None:
         )
     # A folder that is stored in 4 bits is served as it is.
     stored = read_decoder_config(Path(config.base_folder)).quantization
-    if (stored or config.quantization) not in ("nf4", "fp4"):
+    served = stored or config.quantization
+    if served not in ("nf4", "fp4"):
         raise BackendUnavailable(
-            "--int8-activations needs weights of 4 bits: --quantization nf4 or fp4, not "
-            f"{config.quantization}"
+            "--int8-activations needs weights of 4 bits: --quantization nf4 or fp4, "
+            f"not {served}"
         )
 
 
