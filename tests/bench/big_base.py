@@ -38,7 +38,7 @@ import torch
 from grpc_health.v1 import health_pb2
 from safetensors.torch import save_file
 from transformers import LlamaConfig
-from veneer_registry.bundled_base import bundled_folder
+from veneer_server.models.source import import_bundled
 from veneer_server.system.machine import peak_bytes
 
 from tests.bench.start import cpu_of
@@ -129,9 +129,10 @@ def write_base(folder: Path, shape: str, cache: Path) -> None:
         save(layer + 1, tensors)
     (made / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     config.save_pretrained(made)
+    bundled = import_bundled(cache).path
     for name in TOKENIZER:
         with contextlib.suppress(FileNotFoundError):
-            shutil.copy(bundled_folder(cache) / name, made / name)
+            shutil.copy(bundled / name, made / name)
     made.rename(folder)
 
 
@@ -306,7 +307,7 @@ def main() -> None:
         "--cache",
         type=Path,
         default=Path(os.environ.get("VENEER_CACHE_DIR", HERE / ".cache" / "veneer")),
-        help="which has the bundled base, for its tokenizer",
+        help="gets the bundled base, for its tokenizer",
     )
     asked = parser.parse_args()
     base = asked.folder / f"llama-{asked.shape}"
