@@ -24,6 +24,7 @@ SOURCES = (
     *("server", "tests", "training"),
 )
 FILE = re.compile(r"[\w./-]+\.(?:py|h|cpp|proto|yml)")
+PAGE = re.compile(r"\bdocs/[\w/-]+\.md\b")
 
 
 def all_pages() -> list[Path]:
@@ -126,6 +127,23 @@ def test_source_files_that_a_page_for_contributors_names_are_there(page: str) ->
     assert len(named) > 20
     missing = [name for name in named if not any(at.endswith(f"/{name}") for at in there)]
     assert not missing
+
+
+def test_pages_that_source_files_name_are_there() -> None:
+    files = [
+        path
+        for folder in SOURCES
+        for path in (REPOSITORY / folder).rglob("*")
+        if path.suffix in {".py", ".pyi", ".h", ".cpp", ".cu", ".proto", ".yml", ".yaml"}
+        and not HIDDEN.search(path.relative_to(REPOSITORY).as_posix())
+    ]
+    named = {
+        (page, path.relative_to(REPOSITORY).as_posix())
+        for path in files
+        for page in re.findall(PAGE, path.read_text("utf-8"))
+    }
+    assert len(named) > 20
+    assert {each for each in named if not (REPOSITORY / each[0]).exists()} == set()
 
 
 def test_the_picture_is_of_the_commands_and_loads_nothing() -> None:
