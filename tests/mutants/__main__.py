@@ -64,7 +64,7 @@ def judge(mutant: Mutant) -> Verdict:
     killed = re.search(r"^FAILED \S*::(\S+)", told, re.MULTILINE)
     # No server would load such a library.
     killed = killed or re.search(
-        r"do not run here: (a GEMM of kind \d has a wrong result)", told
+        r"do not run here: (a GEMM of kind \d[\w -]* has a wrong result)", told
     )
     problem = ""
     if f"uses {package}" not in told:

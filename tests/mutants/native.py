@@ -770,10 +770,10 @@ MUTANTS: Final = (
         "if (int8 && row < 0) ctx_.write_int8(at, row, first, end);",
     ),
     Mutant(
-        "int8: a gate's columns rounded to the first ones",
+        "int8: only a gate's first columns rounded",
         _ROWS,
         "if (int8) ctx_.write_int8(at, row, first, first + count);",
-        "if (int8) ctx_.write_int8(at, row, 0, first + count);",
+        "if (int8 && first == 0) ctx_.write_int8(at, row, first, first + count);",
     ),
     Mutant(
         "int8: layers' inputs left in bfloat16",
