@@ -104,8 +104,9 @@ def controls(scale: Scale) -> Iterator[Control]:
     yield _control(matrix, cache, "two adapters exchanged", "float32", exchanged)
     scaled = one_adapter_scaled(digests["rslora"], 1.1)
     yield _control(matrix, cache, "one adapter's scaling off by 10 %", "float32", scaled)
-    scaled = one_adapter_scaled(digests["rank-64"], 1.1)
-    planted = "one adapter's scaling off by 10 %, in bfloat16"
+    # 10 % is within bfloat16's own distance for some seeds, such as 88531830.
+    scaled = one_adapter_scaled(digests["rank-64"], 1.25)
+    planted = "one adapter's scaling off by 25 %, in bfloat16"
     yield _control(matrix, cache, planted, "bfloat16", scaled)
 
 
