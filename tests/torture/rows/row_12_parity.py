@@ -97,16 +97,16 @@ def run(scale: Scale) -> Outcome:
 def controls(scale: Scale) -> Iterator[Control]:
     """Wrong numbers in the product, with each kind of bound."""
     transformers_logging.disable_progress_bar()
-    matrix = tiny_matrix(scale, 8)
+    # Of 8 prompts, bfloat16's own distance hides the last one for seeds such as 88531830.
+    matrix = tiny_matrix(scale, 24)
     digests = {n: source(f).weights_digest for n, f in matrix.folders.items()}
     cache = scale.folder("cache")
     exchanged = two_exchanged(digests["rank-16"], digests["attention"])
     yield _control(matrix, cache, "two adapters exchanged", "float32", exchanged)
     scaled = one_adapter_scaled(digests["rslora"], 1.1)
     yield _control(matrix, cache, "one adapter's scaling off by 10 %", "float32", scaled)
-    # 10 % is within bfloat16's own distance for some seeds, such as 88531830.
-    scaled = one_adapter_scaled(digests["rank-64"], 1.25)
-    planted = "one adapter's scaling off by 25 %, in bfloat16"
+    scaled = one_adapter_scaled(digests["rank-64"], 1.1)
+    planted = "one adapter's scaling off by 10 %, in bfloat16"
     yield _control(matrix, cache, planted, "bfloat16", scaled)
 
 
