@@ -63,6 +63,32 @@ def refusal(error: grpc.aio.AioRpcError) -> Refusal:
     )
 
 
+class _CallerKey:
+    """Gives calls an API key."""
+
+    def __init__(self, key: str) -> None:
+        self._header = ("authorization", f"Bearer {key}")
+
+    async def _with_key(self, proceed: Any, details: Any, request: Any) -> Any:
+        metadata = grpc.aio.Metadata(*(details.metadata or ()), self._header)
+        return await proceed(details._replace(metadata=metadata), request)
+
+    intercept_unary_unary = intercept_unary_stream = _with_key
+    intercept_stream_unary = intercept_stream_stream = _with_key
+
+
+def caller_key(key: str) -> list[Any]:
+    """Interceptors that give all calls of a channel an API key."""
+    # A channel takes an interceptor for one kind of call only.
+    kinds = (
+        grpc.aio.UnaryUnaryClientInterceptor,
+        grpc.aio.UnaryStreamClientInterceptor,
+        grpc.aio.StreamUnaryClientInterceptor,
+        grpc.aio.StreamStreamClientInterceptor,
+    )
+    return [type(kind.__name__, (_CallerKey, kind), {})(key) for kind in kinds]
+
+
 class Stream:
     """A GenerateStream call; grpc.aio allows only one style of reading a call."""
 
@@ -87,12 +113,15 @@ class Server:
         grpc_at: str,
         metrics_at: str,
         openai_at: str = "",
+        key: str | None = None,
     ) -> None:
         self.process = process
         self.address = grpc_at
         self.metrics = metrics_at
         self.openai = openai_at
-        self.channel = grpc.aio.insecure_channel(grpc_at)
+        self.key = key
+        interceptors = caller_key(key) if key else ()
+        self.channel = grpc.aio.insecure_channel(grpc_at, interceptors=interceptors)
         # The stubs are typed for synchronous channels.
         self.inference: Any = inference_pb2_grpc.InferenceServiceStub(self.channel)
         self.adapters: Any = adapters_pb2_grpc.AdapterServiceStub(self.channel)
@@ -144,7 +173,8 @@ class Server:
         """Samples of each metric, from one scrape: labels -> value."""
         host, port = self.metrics.rsplit(":", 1)
         reader, writer = await asyncio.open_connection(host, int(port))
-        writer.write(b"GET /metrics HTTP/1.0\r\n\r\n")
+        key = f"authorization: Bearer {self.key}\r\n" if self.key else ""
+        writer.write(f"GET /metrics HTTP/1.0\r\n{key}\r\n".encode())
         body = (await reader.read()).decode()
         writer.close()
         found: dict[str, dict[str, float]] = {name: {} for name in names}
@@ -244,10 +274,12 @@ async def running_server(
     *flags: str,
     log: Path | None = None,
     open_files: int | None = None,
+    key: str | None = None,
 ) -> AsyncIterator[Server]:
     """Start a server and wait until it is ready.
 
     Args:
+        key: API key of the harness's own calls.
         open_files: its file descriptor limit, if different from that of the tests.
     """
     port_file = data_dir.parent / f"{data_dir.name}-ports.json"
@@ -275,7 +307,7 @@ async def running_server(
         assert b"ready" in line, f"server did not start:\n{log.read_text()}"
         check_ready_line(line.decode(), flags)
         ports = json.loads(port_file.read_text())
-        server = Server(process, ports["grpc"], ports["metrics"], ports["openai"])
+        server = Server(process, ports["grpc"], ports["metrics"], ports["openai"], key)
         yield server
         await server.channel.close()
     finally:

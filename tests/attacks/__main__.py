@@ -13,31 +13,40 @@ checks:
 
 The attack runs in a separate process at the lowest priority, since an attacker on another
 machine would use this one's CPU only through the server. Exit status 1 if an attack succeeds.
+
+``--bugs`` runs each attack that has a `Bug` against a server with that bug: exit status 1 if
+one does not fail then.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import importlib
 import json
 import random
 import sys
 import tempfile
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import psutil
 from veneer_proto.v1 import inference_pb2, server_pb2
+from veneer_server.access.edit_keys import add_key
 
-from tests.attacks.case import AttackModule, Target
+from tests.attacks.case import KEYS, AttackModule, Bug, Target
+from tests.attacks.planting import planting
 from tests.attacks.watch import Memory, Noticed, notice
 from tests.places import cache_dir
 from tests.server_harness import Server, read_files, running_server
 from tests.torture.cancels import all_free
+from tests.torture.tenants import edited_server
 
 CASES = Path(__file__).parent / "cases"
 ADAPTERS = Path(__file__).parents[2] / "examples" / "adapters"
@@ -141,7 +150,11 @@ class Attackers:
 
 
 async def run_attack(
-    server: Server, name: str, attackers: Attackers, given: argparse.Namespace
+    server: Server,
+    name: str,
+    attackers: Attackers,
+    given: argparse.Namespace,
+    keys: dict[str, str],
 ) -> Result:
     """One attack beside normal callers, after a control run without it."""
     adapters = ["", *NAMES]
@@ -155,6 +168,7 @@ async def run_attack(
             "times": given.times,
             "work": work,
             "adapter": TARGET,
+            "keys": keys,
         }
         attacker = await attackers.take(name)
         assert attacker.stdin is not None
@@ -261,24 +275,44 @@ async def _left(server: Server) -> list[str]:
     return []
 
 
-def servers(names: list[str]) -> list[tuple[tuple[str, ...], list[str]]]:
-    """A server's flags and its attacks: one server for those without flags, and one for all
-    whose flags do not contradict each other."""
-    plain = [name for name in names if not flags_of(name)]
-    groups: list[tuple[dict[str, str], list[str]]] = []
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Attacks that share a server.
+
+    Attributes:
+        bug: the server's bug, with ``--bugs``.
+    """
+
+    flags: dict[str, str]
+    keys: bool
+    names: list[str]
+    bug: Bug | None = None
+
+
+def servers(names: list[str]) -> list[Group]:
+    """One server for the attacks without flags, and one for all whose flags do not contradict
+    each other; those with keys apart."""
+    groups: list[Group] = []
     for name in names:
-        wanted = flags_of(name)
-        if not wanted:
-            continue
-        for flags, group in groups:
-            if all(flags.get(flag, value) == value for flag, value in wanted.items()):
-                flags |= wanted
-                group.append(name)
+        wanted, keys = flags_of(name), getattr(case(name), "KEYS", False)
+        for group in groups:
+            fits = all(group.flags.get(flag, value) == value for flag, value in wanted.items())
+            if group.keys == keys and bool(group.flags) == bool(wanted) and fits:
+                group.flags.update(wanted)
+                group.names.append(name)
                 break
         else:
-            groups.append((wanted, [name]))
-    with_flags = [(tuple(chain(*flags.items())), group) for flags, group in groups]
-    return [((), plain), *with_flags] if plain else with_flags
+            groups.append(Group(wanted, keys, [name]))
+    return groups
+
+
+def with_bugs(names: list[str]) -> list[Group]:
+    """A server with its bug for each attack that has one."""
+    return [
+        Group(flags_of(name), getattr(case(name), "KEYS", False), [name], bug)
+        for name in names
+        if (bug := getattr(case(name), "BUG", None)) is not None
+    ]
 
 
 def flags_of(name: str) -> dict[str, str]:
@@ -287,31 +321,56 @@ def flags_of(name: str) -> dict[str, str]:
     return dict(zip(flags[::2], flags[1::2], strict=True))
 
 
-async def run_cases(names: list[str], given: argparse.Namespace) -> list[Result]:
-    """Run attacks on shared servers; one that an attack has harmed is replaced."""
-    grouped = servers(names)
-    attackers = Attackers([name for _, group in grouped for name in group], given)
-    results = []
-    for flags, group in grouped:
-        waiting = list(group)
-        while waiting:
-            with tempfile.TemporaryDirectory() as folder:
-                data = Path(folder) / "data"
-                kv = ("--kv-cache-bytes", str(KV_BYTES))
-                async with running_server(data, given.cache_dir, *kv, *flags) as server:
-                    for name in NAMES:
-                        await server.push(ADAPTERS / name, name)
-                    await server.push_files(_other_weights(), TARGET)
-                    await _fill_kv(server)
-                    await _for_seconds(server, ["", *NAMES], 2.0)
-                    while waiting:
-                        began = time.perf_counter()
-                        result = await run_attack(server, waiting.pop(0), attackers, given)
-                        results.append(result)
-                        _print(result, time.perf_counter() - began)
-                        if result.failures:
-                            break
+@asynccontextmanager
+async def _server(group: Group, folder: Path, cache: Path) -> AsyncIterator[tuple[Server, Any]]:
+    """The group's server, and its keys by name."""
+    flags, keys = list(chain(*group.flags.items())), {}
+    if group.keys:
+        file = folder / "keys.toml"
+        keys = {
+            name: add_key(file, name=name, tenant=tenant, roles=[role], expires=None).key
+            for name, (tenant, role) in KEYS.items()
+        }
+        flags += ["--keys-file", str(file)]
+    kv = ("--kv-cache-bytes", str(KV_BYTES))
+    with contextlib.ExitStack() as stack:
+        if group.bug:
+            edit = planting(group.bug)
+            stack.enter_context(edited_server(edit, folder / "bug"))
+        async with running_server(
+            folder / "data", cache, *kv, *flags, key=keys.get("operator")
+        ) as server:
+            yield server, keys
+
+
+async def run_group(
+    group: Group, attackers: Attackers, given: argparse.Namespace
+) -> list[Result]:
+    """Run the group's attacks; a server that one of them has harmed is replaced."""
+    waiting, results = list(group.names), []
+    while waiting:
+        with tempfile.TemporaryDirectory() as folder:
+            async with _server(group, Path(folder), given.cache_dir) as (server, keys):
+                for name in NAMES:
+                    await server.push(ADAPTERS / name, name)
+                await server.push_files(_other_weights(), TARGET)
+                await _fill_kv(server)
+                await _for_seconds(server, ["", *NAMES], 2.0)
+                while waiting:
+                    began = time.perf_counter()
+                    name = waiting.pop(0)
+                    result = await run_attack(server, name, attackers, given, keys)
+                    results.append(result)
+                    _print(result, time.perf_counter() - began)
+                    if result.failures:
+                        break
     return results
+
+
+async def run_cases(groups: list[Group], given: argparse.Namespace) -> list[Result]:
+    """Run attacks on shared servers."""
+    attackers = Attackers([name for group in groups for name in group.names], given)
+    return [result for group in groups for result in await run_group(group, attackers, given)]
 
 
 def _print(result: Result, seconds: float) -> None:
@@ -332,6 +391,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="tests.attacks", description=__doc__)
     parser.add_argument("--full", action="store_true", help="the whole attacks, not the short")
     parser.add_argument("--times", action="store_true", help="judge the streams' gaps, too")
+    parser.add_argument("--bugs", action="store_true", help="plant each attack's bug")
     parser.add_argument("--only", action="append", choices=found_cases(), default=[])
     parser.add_argument("--seconds", type=float, help="of each attack (3, or 15 with --full)")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
@@ -345,11 +405,14 @@ def main() -> int:
     given.seconds = given.seconds or (15.0 if given.full else 3.0)
     given.times = given.times or given.full
     print(f"seed {given.seed}", flush=True)
-    results = asyncio.run(run_cases(given.only or found_cases(), given))
-    failed = [result.name for result in results if result.failures]
+    names = given.only or found_cases()
+    groups = with_bugs(names) if given.bugs else servers(names)
+    results = asyncio.run(run_cases(groups, given))
+    failed = [result.name for result in results if bool(result.failures) != given.bugs]
     if given.json:
         given.json.write_text(json.dumps([asdict(result) for result in results], indent=2))
-    print(f"{len(results)} attacks, failed: {', '.join(failed) or 'none'}")
+    wrong = "bug not noticed" if given.bugs else "failed"
+    print(f"{len(results)} attacks, {wrong}: {', '.join(failed) or 'none'}")
     return 1 if failed or not results else 0
 
 

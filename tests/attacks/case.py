@@ -4,6 +4,8 @@ An attack is a module in ``tests/attacks/cases``; the runner finds it by its fil
 
     TITLE = "a schema whose grammar has a hundred million states"
     FLAGS = ("--max-queue", "64")            # optional: flags of the server
+    KEYS = True                              # optional: a server with keys, see `Target.keys`
+    BUG = Bug("veneer_server.a.b", "if size > limit:", "if False:")  # with it, the attack fails
 
     async def attack(target: Target) -> list[str]:
         '''Repeats the attack for `target.seconds`. Returns a line for each answer that was not
@@ -13,7 +15,8 @@ The runner (`python -m tests.attacks`) attacks a server beside 4 normal streams,
 without the attack where times count. Attacks share a server as far as their flags allow, and
 one that has been harmed is replaced. The runner checks the streams' longest gap between tokens,
 the growth of the processes' memory, that all other callers were answered and that the server
-works afterwards. So a module only attacks, and only the addresses that it is given.
+works afterwards. So a module only attacks, and only the addresses that it is given. With
+``--bugs`` each attack runs against a server that has its `BUG`, and must fail.
 """
 
 from __future__ import annotations
@@ -21,9 +24,36 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Literal, Protocol
 
-__all__ = ["AttackModule", "Target"]
+from veneer_server.access.principal import Role
+
+__all__ = ["KEYS", "AttackModule", "Bug", "Target"]
+
+KEYS: Final[dict[str, tuple[str, Role]]] = {
+    "operator": ("default", "operator"),
+    "team-a": ("team-a", "admin"),
+    "team-b": ("team-b", "admin"),
+    "inference-a": ("team-a", "inference"),
+    "inference-b": ("team-b", "inference"),
+}
+"""Keys of a server with keys: tenant and role. The normal callers use the operator's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bug:
+    """A bug for the attack to notice: an edit of the server's source in its process.
+
+    Attributes:
+        module: the edited module.
+        old, new: ``old`` is in the module's source once, inside a function.
+        process: which process is edited.
+    """
+
+    module: str
+    old: str
+    new: str
+    process: Literal["front", "engine"] = "front"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +70,7 @@ class Target:
         rng: source of all randomness; its seed is printed.
         work: an empty folder.
         adapter: an adapter that the server has.
+        keys: API keys by the names in `KEYS`; empty on a server without keys.
     """
 
     grpc: str
@@ -51,10 +82,15 @@ class Target:
     rng: random.Random
     work: Path
     adapter: str
+    keys: dict[str, str]
+
+    def metadata(self, key: str) -> tuple[tuple[str, str], ...]:
+        """gRPC metadata (also the headers of HTTP requests) of a caller with that key."""
+        return (("authorization", f"Bearer {self.keys[key]}"),)
 
 
 class AttackModule(Protocol):
-    """What the runner needs from an attack's module; ``FLAGS`` is optional."""
+    """What the runner needs of an attack's module, beside ``FLAGS``, ``KEYS`` and ``BUG``."""
 
     TITLE: str
 
