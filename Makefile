@@ -12,7 +12,7 @@ endif
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install base demo programs ray test check protos check-python check-cpp protos-check client-sync audit bench bench-guard bench-kernels gpu-kernels gpu-check format-cpp sanitize mutants test-matrix test-matrix-quick test-numeric torture-quick torture attacks attacks-quick docs-check terminal-svg tools clients packages dashboard docker-lint wheel wheel-arm wheel-check image-replay clean
+.PHONY: help install base demo programs ray test check protos check-python check-cpp protos-check client-sync audit bench bench-guard bench-kernels gpu-kernels gpu-check format-cpp sanitize mutants test-matrix test-matrix-quick test-numeric torture-quick torture attacks attacks-bugs attacks-quick docs-check terminal-svg tools clients packages dashboard docker-lint wheel wheel-arm wheel-check image-replay clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -123,6 +123,9 @@ torture: base ## Every torture row in full: hours
 
 attacks: base ## Each attack on a server beside normal streams, with their longest gaps
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m tests.attacks --full
+
+attacks-bugs: base ## Each attack against a server with the bug that it must notice
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m tests.attacks --bugs
 
 attacks-quick: base ## The same in short, judged by answers, memory and bounds, not by times
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m tests.attacks

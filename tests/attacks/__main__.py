@@ -14,6 +14,8 @@ checks:
 The attack runs in a separate process at the lowest priority, since an attacker on another
 machine would use this one's CPU only through the server. Exit status 1 if an attack succeeds.
 
+``--busy`` does the same beside a process that computes without pause.
+
 ``--bugs`` runs each attack that has a `Bug` against a server with that bug: exit status 1 if
 one does not fail then.
 """
@@ -26,10 +28,11 @@ import contextlib
 import importlib
 import json
 import random
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -373,6 +376,16 @@ async def run_cases(groups: list[Group], given: argparse.Namespace) -> list[Resu
     return [result for group in groups for result in await run_group(group, attackers, given)]
 
 
+@contextlib.contextmanager
+def _busy_process() -> Iterator[None]:
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
 def _print(result: Result, seconds: float) -> None:
     without = f" ({result.control_s * 1e3:.0f} without)" if result.control_s else ""
     print(
@@ -391,6 +404,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="tests.attacks", description=__doc__)
     parser.add_argument("--full", action="store_true", help="the whole attacks, not the short")
     parser.add_argument("--times", action="store_true", help="judge the streams' gaps, too")
+    parser.add_argument("--busy", action="store_true", help="beside a process that computes")
     parser.add_argument("--bugs", action="store_true", help="plant each attack's bug")
     parser.add_argument("--only", action="append", choices=found_cases(), default=[])
     parser.add_argument("--seconds", type=float, help="of each attack (3, or 15 with --full)")
@@ -407,7 +421,8 @@ def main() -> int:
     print(f"seed {given.seed}", flush=True)
     names = given.only or found_cases()
     groups = with_bugs(names) if given.bugs else servers(names)
-    results = asyncio.run(run_cases(groups, given))
+    with _busy_process() if given.busy else contextlib.nullcontext():
+        results = asyncio.run(run_cases(groups, given))
     failed = [result.name for result in results if bool(result.failures) != given.bugs]
     if given.json:
         given.json.write_text(json.dumps([asdict(result) for result in results], indent=2))
