@@ -58,10 +58,20 @@ class Worker:
 
     def __init__(self, *, low_priority: bool = False) -> None:
         self.process: asyncio.subprocess.Process | None = None
+        self._doing: asyncio.Task[Done] | None = None
+        """The last job. If its caller leaves it is done to its end, since starting another
+        process takes longer than most jobs, and whoever is next would wait for that."""
         self._low_priority = low_priority
 
     async def do(self, job: Job) -> Done:
         """Do a job. Raises Ended."""
+        while self._doing is not None and not self._doing.done():
+            await asyncio.wait({self._doing})
+        self._doing = asyncio.create_task(self._do(job))
+        self._doing.add_done_callback(_seen)
+        return await asyncio.shield(self._doing)
+
+    async def _do(self, job: Job) -> Done:
         process = await self._running()
         wall = max((job.compile_limit_s + job.limit_s) * WALL_FACTOR, WALL_LEAST_S)
         try:
@@ -76,9 +86,16 @@ class Worker:
             await self.kill()
             raise Ended(Cause.ITSELF) from error
         except BaseException:
-            # Cancelled halfway: the answer would be mistaken for the next job's.
+            # Halfway: the answer would be mistaken for the next job's.
             await self.kill()
             raise
+
+    async def close(self) -> None:
+        """End the process, and the job that it is doing."""
+        if self._doing is not None:
+            self._doing.cancel()
+            await asyncio.wait({self._doing})
+        await self.kill()
 
     async def kill(self) -> None:
         """End the process; the next job starts another one."""
@@ -109,6 +126,12 @@ class Worker:
         if status in _BY_OTHERS:
             return Cause.OTHERS
         return Cause.CPU_TIME if status == -OUT_OF_TIME else Cause.ITSELF
+
+
+def _seen(doing: asyncio.Task[Done]) -> None:
+    """Its end has been seen, also where its caller has left."""
+    if not doing.cancelled():
+        doing.exception()
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from veneer_registry.errors import QueueFull, TemplateFailed
 from veneer_server.text.templates import turns as template_turns
-from veneer_server.text.templates import uploaded as uploaded_templates
+from veneer_server.queues.fairness import Sender
+from veneer_server.text.templates import renderer as template_renderer
 from veneer_server.text.templates import worker as template_worker
 from veneer_server.text.templates.process import MEMORY_LIMIT
-from veneer_server.text.templates.uploaded import UploadedTemplates
+from veneer_server.text.templates.renderer import Renderer
 
 from tests.refused import refused
 
@@ -29,13 +30,13 @@ DOUBLING = (
 
 
 @pytest.fixture
-async def templates() -> AsyncIterator[UploadedTemplates]:
-    process = UploadedTemplates({"bos_token": "<s>"}, limit_s=0.2)
+async def templates() -> AsyncIterator[Renderer]:
+    process = Renderer({"bos_token": "<s>"}, limit_s=0.2)
     yield process
     await process.close()
 
 
-async def test_renders_and_reports_as_in_the_front(templates: UploadedTemplates) -> None:
+async def test_renders_and_reports_as_in_the_front(templates: Renderer) -> None:
     assert await templates.render(GOOD, USER) == "<s>Hi"
     with refused(TemplateFailed, cause="rendering") as caught:
         await templates.render("{{ raise_exception('roles must alternate') }}", USER)
@@ -48,7 +49,7 @@ async def test_renders_and_reports_as_in_the_front(templates: UploadedTemplates)
 
 
 async def test_an_endless_template_is_killed_and_refused_from_then_on(
-    templates: UploadedTemplates,
+    templates: Renderer,
 ) -> None:
     with refused(TemplateFailed, cause="too_slow", limit_s="0.2"):
         await templates.render(SILENT_LOOP, USER)
@@ -59,7 +60,7 @@ async def test_an_endless_template_is_killed_and_refused_from_then_on(
     assert templates.quick.process is running
 
 
-async def test_memory_is_bounded(templates: UploadedTemplates) -> None:
+async def test_memory_is_bounded(templates: Renderer) -> None:
     with pytest.raises(TemplateFailed):
         await templates.render(DOUBLING, USER)
     assert await templates.render(GOOD, USER) == "<s>Hi"
@@ -68,7 +69,7 @@ async def test_memory_is_bounded(templates: UploadedTemplates) -> None:
     assert limits == (MEMORY_LIMIT, MEMORY_LIMIT)
 
 
-async def test_what_a_template_raises_is_bounded(templates: UploadedTemplates) -> None:
+async def test_what_a_template_raises_is_bounded(templates: Renderer) -> None:
     """It goes to the caller and through the front's event loop."""
     for source in (
         "{{ raise_exception(messages[0].content * 20_000_000) }}",
@@ -83,7 +84,7 @@ async def test_what_a_template_raises_is_bounded(templates: UploadedTemplates) -
 
 
 async def test_an_answer_that_no_template_can_give_is_not_read(
-    templates: UploadedTemplates, monkeypatch: pytest.MonkeyPatch
+    templates: Renderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only a process that a template has taken over could send one."""
     monkeypatch.setattr(template_worker, "MAX_ANSWER", 1000)
@@ -93,7 +94,7 @@ async def test_an_answer_that_no_template_can_give_is_not_read(
 
 
 async def test_a_cancelled_rendering_does_not_answer_the_next(
-    templates: UploadedTemplates, monkeypatch: pytest.MonkeyPatch
+    templates: Renderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert await templates.render(GOOD, USER) == "<s>Hi"
     assert templates.quick.process is not None
@@ -114,13 +115,18 @@ async def test_a_cancelled_rendering_does_not_answer_the_next(
     assert await templates.render(GOOD, USER) == "<s>Hi"
 
 
-async def test_many_at_once_get_their_own_answers(templates: UploadedTemplates) -> None:
+async def test_many_at_once_get_their_own_answers(templates: Renderer) -> None:
     chats = [[{"role": "user", "content": str(n)}] for n in range(50)]
     answers = await asyncio.gather(*(templates.render(GOOD, chat) for chat in chats))
     assert answers == [f"<s>{n}" for n in range(50)]
 
 
 # ------------------------------------------------------------------------- slow ones
+
+def caller(number: int) -> Sender:
+    """A connection of a server without keys."""
+    return Sender("default", "127.0.0.1", "", str(number))
+
 
 SLOW = (
     "{% for a in range(messages[0].content | int) %}{% for b in range(100) %}{% endfor %}"
@@ -134,9 +140,9 @@ def slow(extra: str = "") -> str:
 
 
 @pytest.fixture
-async def hurried() -> AsyncIterator[UploadedTemplates]:
+async def hurried() -> AsyncIterator[Renderer]:
     """Slow is what takes more than a fraction of what is allowed."""
-    processes = UploadedTemplates({"bos_token": "<s>"}, limit_s=10, quick_limit_s=0.1)
+    processes = Renderer({"bos_token": "<s>"}, limit_s=10, quick_limit_s=0.1)
     yield processes
     await processes.close()
 
@@ -148,7 +154,7 @@ def chat(content: str) -> list[dict[str, str]]:
 WORK = "60000"
 
 
-async def test_slow_templates_do_not_hold_up_another(hurried: UploadedTemplates) -> None:
+async def test_slow_templates_do_not_hold_up_another(hurried: Renderer) -> None:
     """Sixteen slow ones delayed the chat of another adapter by 3 s."""
     first = await hurried.render(slow(), chat(WORK))
     assert first.startswith("0123"), "it is slow, and right"
@@ -159,7 +165,7 @@ async def test_slow_templates_do_not_hold_up_another(hurried: UploadedTemplates)
     assert set(await asyncio.gather(*waiting)) == {first}
 
 
-async def test_slow_templates_take_turns(hurried: UploadedTemplates) -> None:
+async def test_slow_templates_take_turns(hurried: Renderer) -> None:
     order: list[str] = []
 
     async def noted(name: str) -> None:
@@ -173,7 +179,7 @@ async def test_slow_templates_take_turns(hurried: UploadedTemplates) -> None:
 
 
 async def test_a_process_that_hangs_is_replaced(
-    hurried: UploadedTemplates, monkeypatch: pytest.MonkeyPatch
+    hurried: Renderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(template_worker, "WALL_LEAST_S", 2.0)
     assert await hurried.render(GOOD, USER) == "<s>Hi"
@@ -187,7 +193,7 @@ async def test_a_process_that_hangs_is_replaced(
 
 
 async def test_one_that_never_answers_is_refused_at_once_for_a_while(
-    templates: UploadedTemplates, monkeypatch: pytest.MonkeyPatch
+    templates: Renderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = 0
 
@@ -207,12 +213,12 @@ async def test_one_that_never_answers_is_refused_at_once_for_a_while(
         await templates.render(GOOD, USER)
     loop = asyncio.get_running_loop()
     now = loop.time
-    monkeypatch.setattr(loop, "time", lambda: now() + uploaded_templates.SLOW_FOR_S)
+    monkeypatch.setattr(loop, "time", lambda: now() + template_renderer.SLOW_FOR_S)
     assert await templates.render(GOOD, USER) == "<s>Hi"
 
 
 async def test_too_many_of_one_template_are_refused(
-    hurried: UploadedTemplates, monkeypatch: pytest.MonkeyPatch
+    hurried: Renderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(template_turns, "MAX_WAITING", 2)
     await hurried.render(slow(), chat(WORK))
@@ -227,21 +233,21 @@ async def test_too_many_of_one_template_are_refused(
 
 async def test_sixteen_slow_templates_do_not_hold_up_another() -> None:
     """Each of them was quick enough for the quick process; a chat waited for all of them."""
-    processes = UploadedTemplates({"bos_token": "<s>"}, limit_s=10)
+    processes = Renderer({"bos_token": "<s>"}, limit_s=10)
     try:
         waiting = [
-            asyncio.create_task(processes.render(slow(str(n)), chat("50000"), f"caller {n}"))
+            asyncio.create_task(processes.render(slow(str(n)), chat("50000"), caller(n)))
             for n in range(16)
         ]
         await asyncio.sleep(0)
-        assert await processes.render(GOOD, USER, "me") == "<s>Hi"
+        assert await processes.render(GOOD, USER, caller(-1)) == "<s>Hi"
         assert sum(task.done() for task in waiting) < 8
         assert len(set(await asyncio.gather(*waiting))) == 1
     finally:
         await processes.close()
 
 
-async def test_a_process_outlives_what_it_interrupts(templates: UploadedTemplates) -> None:
+async def test_a_process_outlives_what_it_interrupts(templates: Renderer) -> None:
     """Starting another one takes far longer than a chat."""
     assert await templates.render(GOOD, USER) == "<s>Hi"
     process = templates.quick.process
@@ -253,7 +259,7 @@ async def test_a_process_outlives_what_it_interrupts(templates: UploadedTemplate
 
 
 async def test_what_cannot_be_interrupted_is_killed_and_refused_from_then_on(
-    templates: UploadedTemplates, monkeypatch: pytest.MonkeyPatch
+    templates: Renderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One operation in C code, which no exception reaches."""
     monkeypatch.setattr(template_worker, "WALL_LEAST_S", 60.0)  # for a busy machine
@@ -265,7 +271,7 @@ async def test_what_cannot_be_interrupted_is_killed_and_refused_from_then_on(
     running = templates.quick.process
     loop = asyncio.get_running_loop()
     now = loop.time
-    monkeypatch.setattr(loop, "time", lambda: now() + uploaded_templates.SLOW_FOR_S)
+    monkeypatch.setattr(loop, "time", lambda: now() + template_renderer.SLOW_FOR_S)
     with refused(TemplateFailed, cause="too_slow"):
         await templates.render(source, USER)
     assert templates.quick.process is running, "it was not tried again"
@@ -278,8 +284,8 @@ LARGE = "{{ messages[0].content }}{% if messages[1] %}{{ messages[2] }}{% endif 
 async def test_a_large_template_is_compiled_in_the_quick_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(uploaded_templates, "COMPILE_LIMIT_S", 10.0)
-    processes = UploadedTemplates({})
+    monkeypatch.setattr(template_renderer, "COMPILE_LIMIT_S", 10.0)
+    processes = Renderer({})
     try:
         for _ in range(2):
             assert await processes.render(LARGE, USER) == "Hi" * 800
@@ -291,8 +297,8 @@ async def test_a_large_template_is_compiled_in_the_quick_process(
 async def test_one_that_is_too_large_for_that_is_compiled_in_the_slow_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(uploaded_templates, "COMPILE_LIMIT_S", 0.03)
-    processes = UploadedTemplates({}, limit_s=10)
+    monkeypatch.setattr(template_renderer, "COMPILE_LIMIT_S", 0.03)
+    processes = Renderer({}, limit_s=10)
     try:
         for _ in range(2):
             assert await processes.render(LARGE, USER) == "Hi" * 800
@@ -302,7 +308,7 @@ async def test_one_that_is_too_large_for_that_is_compiled_in_the_slow_one(
 
 
 async def test_an_answer_that_makes_no_sense_is_the_templates_fault(
-    templates: UploadedTemplates, monkeypatch: pytest.MonkeyPatch
+    templates: Renderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A fake for a process that a template has taken over: it sends back what it gets."""
     with monkeypatch.context() as patch:
@@ -331,7 +337,7 @@ def killer(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 async def test_a_chat_outlives_a_kill_of_the_process(
-    templates: UploadedTemplates, killer: list[int]
+    templates: Renderer, killer: list[int]
 ) -> None:
     for _ in range(3):
         killer[0] = 1
@@ -339,7 +345,7 @@ async def test_a_chat_outlives_a_kill_of_the_process(
 
 
 async def test_a_chat_outlives_a_kill_of_the_slow_process(
-    hurried: UploadedTemplates, killer: list[int]
+    hurried: Renderer, killer: list[int]
 ) -> None:
     answer = await hurried.render(slow(), chat(WORK))
     killer[0] = 1
@@ -347,7 +353,7 @@ async def test_a_chat_outlives_a_kill_of_the_slow_process(
 
 
 async def test_a_template_whose_process_is_killed_twice_is_refused_for_a_while_only(
-    templates: UploadedTemplates, killer: list[int], monkeypatch: pytest.MonkeyPatch
+    templates: Renderer, killer: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     killer[0] = 2
     with refused(TemplateFailed, cause="killed"):
@@ -357,5 +363,5 @@ async def test_a_template_whose_process_is_killed_twice_is_refused_for_a_while_o
         await templates.render(GOOD, USER)
     loop = asyncio.get_running_loop()
     now = loop.time
-    monkeypatch.setattr(loop, "time", lambda: now() + uploaded_templates.SLOW_FOR_S)
+    monkeypatch.setattr(loop, "time", lambda: now() + template_renderer.SLOW_FOR_S)
     assert await templates.render(GOOD, USER) == "<s>Hi"
