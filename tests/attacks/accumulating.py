@@ -79,9 +79,7 @@ class Chatter:
             stopping=inference_pb2.StoppingOptions(max_tokens=2),
         )
         try:
-            await self._inference.Generate(
-                request, metadata=self._metadata, timeout=ANSWER_S
-            )
+            await self._inference.Generate(request, metadata=self._metadata, timeout=ANSWER_S)
         except grpc.aio.AioRpcError as error:
             return reason_of(error) or error.code().name
         return "OK"

@@ -10,7 +10,10 @@ its outcome is cached.
 from __future__ import annotations
 
 import hashlib
+import math
+import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -19,10 +22,15 @@ from veneer_server.queues.fair_queue import SenderQueue
 from veneer_server.queues.fairness import Sender
 from veneer_server.wire.messages import Constraint
 
-__all__ = ["REMEMBERED", "Outcome", "Trials"]
+__all__ = ["REMEMBERED", "TOO_SLOW_FOR_S", "Outcome", "Trials"]
 
 REMEMBERED: Final = 1024
 """Outcomes in the cache (LRU): some 500 bytes each, whatever the constraint's size."""
+
+TOO_SLOW_FOR_S: Final = 300.0
+"""How long an outcome that depends on CPU time is cached: others' load makes it longer."""
+
+_BY_TIME: Final[tuple[Limit, ...]] = ("compile_seconds", "mask_seconds")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +63,12 @@ class Trials:
 
     Args:
         workers: trials that run at once.
+        clock: seconds.
     """
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._workers = workers
+        self._clock = clock
         self._jobs: dict[Constraint, _Job] = {}
         self._waits_for: dict[int, Constraint] = {}
         self._queue: SenderQueue[Constraint] = SenderQueue()
@@ -67,7 +77,8 @@ class Trials:
         self._depth = len(Sender._fields)
         """The part of a `Sender` that may not use all workers: the outermost one in which those
         that asked differ."""
-        self._known: OrderedDict[bytes, Outcome] = OrderedDict()
+        self._known: OrderedDict[bytes, tuple[Outcome, float]] = OrderedDict()
+        """Outcomes, and until when they hold."""
 
     def __len__(self) -> int:
         """Number of constraints waiting or running."""
@@ -76,7 +87,8 @@ class Trials:
     def ask(self, sequence: int, constraint: Constraint, sender: Sender) -> Outcome | None:
         """The cached outcome; else None, and the constraint is queued for this sequence."""
         key = _key(constraint)
-        if (known := self._known.get(key)) is not None:
+        known, until = self._known.get(key, (None, 0.0))
+        if known is not None and self._clock() < until:
             self._known.move_to_end(key)
             return known
         job = self._jobs.setdefault(constraint, _Job())
@@ -140,7 +152,9 @@ class Trials:
     def end(self, constraint: Constraint, outcome: Outcome) -> list[int]:
         """Record the outcome of a trial. Returns the sequences that waited for it."""
         if outcome.lasting:
-            self._known[_key(constraint)] = outcome
+            by_time = outcome.limit in _BY_TIME
+            until = self._clock() + TOO_SLOW_FOR_S if by_time else math.inf
+            self._known[_key(constraint)] = outcome, until
             while len(self._known) > REMEMBERED:
                 self._known.popitem(last=False)
         job = self._jobs.pop(constraint, None)

@@ -259,7 +259,9 @@ class Generator:
                 case tokens:
                     ids = tokens.ids if kept is None else tokens.ids[-kept:]
                     room(info, call.max_tokens, len(ids))  # before they are copied
-                    return await self.prompts.from_ids(ids, space, sender(), with_text=call.echo)
+                    return await self.prompts.from_ids(
+                        ids, space, sender(), with_text=call.echo
+                    )
         except TooManyTokens as error:
             count = error.count
         if count is not None:

@@ -1,4 +1,4 @@
-"""Identifies the caller, for the history of admin calls and for fair queueing."""
+"""Identifies the caller, for the history of admin calls and for taking turns."""
 
 from __future__ import annotations
 

@@ -146,9 +146,7 @@ class Prompts:
             TooManyTokens: the text has too many tokens.
             InvalidField: there are no tokens, or one is outside the vocabulary.
         """
-        ids = await self._tokenize(
-            text, room, "prompt", sender, add_special_tokens=True
-        )
+        ids = await self._tokenize(text, room, "prompt", sender, add_special_tokens=True)
         return Prompt(text, self._checked(ids, "prompt", room.vocab_size))
 
     async def from_messages(
@@ -253,9 +251,7 @@ class Prompts:
     async def text_of(self, ids: Sequence[int], sender: Sender = NOBODY) -> str:
         """The text of token ids, which must have been checked; with the names of special
         tokens."""
-        return await self._lanes.run(
-            len(ids), lambda: self.tokenizer.decode_all(ids), sender
-        )
+        return await self._lanes.run(len(ids), lambda: self.tokenizer.decode_all(ids), sender)
 
     async def _tokenize(
         self, text: str, room: Room, field: str, sender: Sender, *, add_special_tokens: bool

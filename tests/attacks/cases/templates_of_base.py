@@ -19,7 +19,7 @@ from tests.places import cache_dir
 def _base() -> str:
     """Folder of the bundled base with the template."""
     name = hashlib.sha256(ACCUMULATING.encode()).hexdigest()[:16]
-    folder = cache_dir() / "attacks" / name
+    folder = cache_dir() / "attacks" / name / "smollm2-135m"
     folder.mkdir(parents=True, exist_ok=True)
     for file in import_bundled(cache_dir()).path.iterdir():
         if not (to := folder / file.name).exists() and file.name != "chat_template.jinja":
@@ -40,7 +40,11 @@ BUG = Bug(
 )
 
 REFUSED = ("TEMPLATE_FAILED", "QUEUE_FULL")
-DOORS = (("/v1/chat/completions", "messages"), ("/tokenize", "messages"), ("/v1/responses", "input"))
+DOORS = (
+    ("/v1/chat/completions", "messages"),
+    ("/tokenize", "messages"),
+    ("/v1/responses", "input"),
+)
 
 
 async def attack(target: Target) -> list[str]:

@@ -50,9 +50,7 @@ class Tokenizing:
         """
         template = await self._template(model)
         try:
-            prompt = await self._prompts.from_messages(
-                messages, template, self._room, sender()
-            )
+            prompt = await self._prompts.from_messages(messages, template, self._room, sender())
         except TooManyTokens as error:
             raise self._too_many(error.count) from None
         return prompt.ids

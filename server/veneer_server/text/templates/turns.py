@@ -78,9 +78,7 @@ class Accounts:
         used = self._templates.of((sender.party, template))
         if not self._quick.get((sender.party, template)):
             used += NEW_S
-        levels = (
-            level.of(sender[:depth]) for depth, level in enumerate(self._levels, start=1)
-        )
+        levels = (level.of(sender[:depth]) for depth, level in enumerate(self._levels, start=1))
         return (*(max(used, each) for each in levels), used)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from veneer_server.constraints.trials import REMEMBERED, Outcome, Trials
+from veneer_server.constraints.trials import REMEMBERED, TOO_SLOW_FOR_S, Outcome, Trials
 from veneer_server.queues.fairness import Sender
 from veneer_server.wire.messages import Constraint
 
@@ -98,6 +98,22 @@ def test_what_did_not_fail_by_itself_is_not_remembered() -> None:
     trials.start()
     assert trials.end(regex("a"), Outcome("memory", "killed", lasting=False)) == [1]
     assert trials.ask(2, regex("a"), caller("x")) is None
+
+
+def test_what_took_too_long_is_tried_again_after_a_while() -> None:
+    """Whoever keeps the machine busy must not switch a constraint off for ever."""
+    now = 0.0
+    trials = Trials(1, lambda: now)
+    slow, large = Outcome("compile_seconds", "slow"), Outcome("memory", "large")
+    for number, outcome in enumerate((slow, large)):
+        trials.ask(number, regex(outcome.problem), caller("x"))
+        trials.start()
+        trials.end(regex(outcome.problem), outcome)
+    now = TOO_SLOW_FOR_S / 2
+    assert trials.ask(2, regex("slow"), caller("y")) == slow
+    now = TOO_SLOW_FOR_S + 1
+    assert trials.ask(3, regex("large"), caller("y")) == large
+    assert trials.ask(4, regex("slow"), caller("y")) is None
 
 
 def test_outcomes_are_bounded() -> None:

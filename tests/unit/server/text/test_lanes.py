@@ -72,7 +72,8 @@ async def test_short_texts_do_not_wait_for_long_ones(lanes: Lanes) -> None:
 async def test_a_long_text_whose_caller_left_is_not_tokenized(lanes: Lanes) -> None:
     gate = threading.Event()
     running = [
-        asyncio.create_task(lanes.run(LONG_TEXT, gate.wait, NOBODY)) for _ in range(LONG_THREADS)
+        asyncio.create_task(lanes.run(LONG_TEXT, gate.wait, NOBODY))
+        for _ in range(LONG_THREADS)
     ]
     await asyncio.sleep(0)
     ran: list[int] = []

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 from veneer_registry.errors import QueueFull, TemplateFailed
-from veneer_server.text.templates import turns as template_turns
 from veneer_server.queues.fairness import Sender
 from veneer_server.text.templates import renderer as template_renderer
+from veneer_server.text.templates import turns as template_turns
 from veneer_server.text.templates import worker as template_worker
 from veneer_server.text.templates.process import MEMORY_LIMIT
 from veneer_server.text.templates.renderer import Renderer
@@ -122,6 +122,7 @@ async def test_many_at_once_get_their_own_answers(templates: Renderer) -> None:
 
 
 # ------------------------------------------------------------------------- slow ones
+
 
 def caller(number: int) -> Sender:
     """A connection of a server without keys."""

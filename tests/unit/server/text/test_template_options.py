@@ -12,8 +12,8 @@ from veneer_server.text.templates.options import (
     TemplateOptions,
     kwargs_of,
 )
-from veneer_server.text.templates.template import ChatTemplate
 from veneer_server.text.templates.renderer import Renderer
+from veneer_server.text.templates.template import ChatTemplate
 
 from tests.refused import refused
 

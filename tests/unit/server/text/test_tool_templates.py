@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 from veneer_server.serving.tools.history import History, PastCall
+from veneer_server.text.templates.renderer import Renderer
 from veneer_server.text.templates.template import ChatTemplate
 from veneer_server.text.templates.tool_words import in_words, needs_words
-from veneer_server.text.templates.renderer import Renderer
 
 TOOLS = [
     {
