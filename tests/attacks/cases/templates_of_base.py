@@ -1,5 +1,5 @@
-"""Chats with a base whose own template takes quadratic time: one of 4,096 system messages ran for
-48 s in a thread of the front, which nothing could end."""
+"""Chats with a base whose own template takes quadratic time: one of 4,096 system messages ran
+for 48 s in a thread of the front, which nothing could end."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ REFUSED = ("TEMPLATE_FAILED", "QUEUE_FULL", "RATE_LIMIT_EXCEEDED")
 
 
 async def attack(target: Target) -> list[str]:
-    """A tenant's chats with the template must be answered after and beside another's, also large
-    ones, and so must the attacker's own small ones, also after a new push."""
+    """Others' chats with the template must be answered after slow ones and beside them, also
+    large ones, and so must the attacker's own small ones, also after a new push."""
     wrong: list[str] = []
     async with contextlib.AsyncExitStack() as stack:
         bad, mate, other = [
