@@ -245,23 +245,21 @@ class Generator:
         self, call: GenerateCall, lease: RevisionLease | None, space: Room, kept: int | None
     ) -> Prompt:
         """The whole prompt; of token ids only the last ``kept``, if it is set."""
-        info = self._engine.info
+        info, whose, echo = self._engine.info, sender(), call.echo
         try:
             match call.input:
                 case PromptText(text):
-                    return await self.prompts.from_text(text, space, sender())
+                    return await self.prompts.from_text(text, space, whose)
                 case ChatMessages(messages=messages, options=options, tools=tools):
                     return await self.prompts.from_messages(
-                        *(messages, _template(lease), space, sender()),
+                        *(messages, _template(lease), space, whose),
                         tools=[tool.for_template() for tool in tools],
                         options=options,
                     )
                 case tokens:
                     ids = tokens.ids if kept is None else tokens.ids[-kept:]
                     room(info, call.max_tokens, len(ids))  # before they are copied
-                    return await self.prompts.from_ids(
-                        ids, space, sender(), with_text=call.echo
-                    )
+                    return await self.prompts.from_ids(ids, space, whose, with_text=echo)
         except TooManyTokens as error:
             count = error.count
         if count is not None:

@@ -1,20 +1,20 @@
 """Renders chat templates in separate processes, which can be killed.
 
 A sandbox isolates a template, but cannot stop it from looping for ever or doubling a string
-until memory runs out, and a thread that does so cannot be stopped. The base's own template is no
-exception: public ones take quadratic time on some messages, and callers choose the messages. So
-all templates are rendered in separate processes, under limits of memory and CPU time. The base's
-has processes of its own, since one that came with an adapter might take its process over.
+until memory runs out, and a thread that does so cannot be stopped. The base's own template is
+no exception: public ones take quadratic time on some messages, and callers choose the messages.
+So all templates are rendered in separate processes, under limits of memory and CPU time. The
+base's has processes of its own, since an adapter's template might take its process over.
 
 A `Renderer` has two processes. The quick one interrupts a rendering after `QUICK_LIMIT_S`. The
 rendering is then repeated in the slow one, at low priority and for up to `RENDER_LIMIT_S`.
 Compiling, which happens once, may take `COMPILE_LIMIT_S` in the quick process, behind all
 others. In both, the sender with the least recent CPU time is next.
 
-What was slow is remembered for a while: for the same template, inputs at least as large, and the
-same party, which is a tenant's key (or a host, where callers have no keys). So slow chats delay
-only their sender and other slow ones, and nobody can make a template slow for somebody else, or
-for small inputs.
+What was slow is remembered for a while: for the same template, inputs at least as large, and
+the same party, which is a tenant's key (or a host, where callers have no keys). So slow chats
+delay only their sender and other slow ones, and nobody can make a template slow for somebody
+else, or for small inputs.
 """
 
 from __future__ import annotations
