@@ -77,12 +77,11 @@ class Job(msgspec.Struct, frozen=True, array_like=True):
     """Compile a template, unless it is compiled already, and render a chat with it.
 
     Attributes:
-        chat: a `Chat` as MessagePack, encoded once for all attempts.
         compile_limit_s: limit on the CPU time of compiling.
         limit_s: limit on the CPU time of rendering.
     """
 
-    chat: msgspec.Raw
+    chat: Chat
     compile_limit_s: float
     limit_s: float
 
@@ -125,7 +124,7 @@ def _limited(seconds: float) -> Iterator[None]:
 def _do(job: Job, compiled: Recent[str, ChatTemplate]) -> Done:
     doing = TooSlow.COMPILING
     try:
-        chat = msgspec.msgpack.decode(job.chat, type=Chat)
+        chat = job.chat
         template = compiled.get(chat.source)
         if template is None:
             with _limited(job.compile_limit_s):

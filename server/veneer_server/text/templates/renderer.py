@@ -23,7 +23,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -100,10 +100,17 @@ class _Verdict:
 
 
 class _Input(NamedTuple):
-    """A chat to render: whose, by which template (a digest), and its size."""
+    """A chat to render.
+
+    Attributes:
+        template: digest.
+        with_options: digest of the template and the caller's variables for it, which may steer
+            its loops.
+    """
 
     sender: Sender
     template: bytes
+    with_options: bytes
     size: Size
 
     @property
@@ -111,13 +118,26 @@ class _Input(NamedTuple):
         return self.sender, self.template
 
 
+@dataclass(slots=True)
+class _Known:
+    """What is known about a party's inputs to a template.
+
+    Attributes:
+        quick: sizes of inputs that were quick. Where a larger one was quick, it is not the size
+            that makes one slow, and nothing is concluded from it.
+    """
+
+    verdicts: list[_Verdict] = field(default_factory=list)
+    quick: list[Size] = field(default_factory=list)
+
+
 class _Verdicts:
-    """What is remembered about a party's inputs to a template."""
+    """What is remembered about inputs, by party and template."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         """Args: clock: seconds."""
         self._clock = clock
-        self._parties: Recent[tuple[str, ...], Recent[bytes, list[_Verdict]]] = Recent(_PARTIES)
+        self._parties: Recent[tuple[str, ...], Recent[bytes, _Known]] = Recent(_PARTIES)
 
     def slow(self, what: _Input) -> bool:
         """Whether such an input was too slow for the quick process."""
@@ -136,27 +156,42 @@ class _Verdicts:
         Args:
             any_size: whatever the input, as when the template takes too long to compile.
         """
-        size = ANY if any_size else what.size
-        now, party = self._clock(), what.sender.party
-        templates = self._parties.get(party) or Recent(_TEMPLATES)
+        size, known = ANY if any_size else what.size, self._known(what)
+        if not any_size and any(each.covers(size) for each in known.quick):
+            return
+        now = self._clock()
         kept = [
             each
-            for each in templates.get(what.template, ())
+            for each in known.verdicts
             if now < each.until
             and not (each.size.covers(size) and (each.cause is None) == (cause is None))
         ]
-        templates[what.template] = [*kept[1 - _SIZES :], _Verdict(size, now + seconds, cause)]
-        self._parties[party] = templates
+        known.verdicts = [*kept[1 - _SIZES :], _Verdict(size, now + seconds, cause)]
+
+    def quick(self, what: _Input) -> None:
+        """An input was quick, and so what is known about smaller ones may be wrong."""
+        known, size = self._known(what), what.size
+        if any(each.covers(size) for each in known.quick):
+            return
+        kept = [each for each in known.quick if not size.covers(each)]
+        known.quick = [*kept[1 - _SIZES :], size]
+        known.verdicts = [
+            each for each in known.verdicts if each.size == ANY or not size.covers(each.size)
+        ]
+
+    def _known(self, what: _Input) -> _Known:
+        if (templates := self._parties.get(what.sender.party)) is None:
+            templates = self._parties[what.sender.party] = Recent(_TEMPLATES)
+        if (known := templates.get(what.with_options)) is None:
+            known = templates[what.with_options] = _Known()
+        return known
 
     def _about(self, what: _Input) -> list[_Verdict]:
-        if (templates := self._parties.get(what.sender.party)) is None:
-            return []
+        verdicts = self._known(what).verdicts
+        if not verdicts:
+            return verdicts
         now = self._clock()
-        return [
-            each
-            for each in templates.get(what.template, ())
-            if now < each.until and what.size.covers(each.size)
-        ]
+        return [each for each in verdicts if now < each.until and what.size.covers(each.size)]
 
 
 class Renderer:
@@ -211,23 +246,22 @@ class Renderer:
             TemplateFailed: the template rejects these messages, or they exceeded a limit.
             QueueFull: too many of the sender's renderings of this template are waiting.
         """
-        chat = msgspec.msgpack.encode(
-            Chat(
-                source,
-                self._special,
-                [dict(each) for each in messages],
-                kwargs=json.dumps(options.kwargs),
-                add_generation_prompt=options.add_generation_prompt,
-                continue_final=options.continue_final,
-                tools=[dict(each) for each in tools],
-            )
+        kwargs = json.dumps(options.kwargs)
+        chat = Chat(
+            source,
+            self._special,
+            [dict(each) for each in messages],
+            kwargs=kwargs,
+            add_generation_prompt=options.add_generation_prompt,
+            continue_final=options.continue_final,
+            tools=[dict(each) for each in tools],
         )
-        what = _Input(
-            sender,
-            hashlib.sha256(source.encode()).digest(),
-            Size(len(messages) + len(tools), len(chat)),
-        )
-        job = Job(msgspec.Raw(chat), compile_limit_s=self._limit_s, limit_s=self._limit_s)
+        template = hashlib.sha256(source.encode())
+        digest = template.digest()
+        template.update(kwargs.encode())
+        size = Size(len(messages) + len(tools), len(msgspec.msgpack.encode(chat)))
+        what = _Input(sender, digest, template.digest(), size)
+        job = Job(chat, compile_limit_s=self._limit_s, limit_s=self._limit_s)
         tries = _TRIES
         try:
             done = await self._quickly(what, job)
@@ -272,6 +306,7 @@ class Renderer:
                     self._compile_limit[key] = longer
                 else:
                     self._verdicts.note(what, SLOW_FOR_S, None, any_size=compiling)
+                    return None
         return None
 
     async def _slowly(self, what: _Input, job: Job, tries: int) -> Done:
@@ -294,14 +329,14 @@ class Renderer:
 
     async def _do(self, worker: Worker, what: _Input, job: Job) -> Done:
         """Do a job and charge its CPU time. Raises Ended."""
-        seconds, quick = job.compile_limit_s + job.limit_s, False
-        try:
-            done = await worker.do(job)
-            seconds = done.seconds
-            quick = worker is self.quick and not done.too_slow
-            return done
-        finally:
+
+        def charge(seconds: float, done: Done | None) -> None:
+            quick = worker is self.quick and done is not None and not done.too_slow
             self._accounts.charge(what.key, seconds, quick=quick)
+            if quick:
+                self._verdicts.quick(what)
+
+        return await worker.do(job, charge)
 
     def _check(self, what: _Input) -> None:
         if (cause := self._verdicts.refused(what)) is not None:

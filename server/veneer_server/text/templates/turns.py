@@ -59,7 +59,8 @@ class Accounts:
         for depth, level in enumerate(self._levels, start=1):
             level.add(sender[:depth], seconds)
         self._templates.add((sender.party, template), seconds)
-        self._quick[sender.party, template] = quick
+        if quick:
+            self._quick[sender.party, template] = True
 
     def begin(self, key: Key, active: Iterable[Key]) -> None:
         """A sender comes: at each level it counts as having used not much less than those
@@ -75,11 +76,10 @@ class Accounts:
     def rank(self, key: Key) -> tuple[float, ...]:
         """Sort key: the lowest is next. The last figure orders a connection's own templates."""
         sender, template = key
-        used = self._templates.of((sender.party, template))
-        if not self._quick.get((sender.party, template)):
-            used += NEW_S
-        levels = (level.of(sender[:depth]) for depth, level in enumerate(self._levels, start=1))
-        return (*(max(used, each) for each in levels), used)
+        least = 0.0 if (sender.party, template) in self._quick else NEW_S
+        levels = (level.of(sender[:depth]) for depth, level in enumerate(self._levels, 1))
+        used = self._templates.of((sender.party, template)) + least
+        return (*(max(least, each) for each in levels), used)
 
 
 class _Used(Recent[N, tuple[float, float]]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+from collections.abc import Callable
 from enum import Enum
 from typing import Final
 
@@ -63,13 +64,27 @@ class Worker:
         process takes longer than most jobs, and whoever is next would wait for that."""
         self._low_priority = low_priority
 
-    async def do(self, job: Job) -> Done:
-        """Do a job. Raises Ended."""
+    async def do(self, job: Job, charge: Callable[[float, Done | None], None]) -> Done:
+        """Do a job. Raises Ended.
+
+        Args:
+            charge: called when the job has ended, also if the caller has left by then, with
+                its CPU time, and with what came of it if it was not ended by a limit.
+        """
         while self._doing is not None and not self._doing.done():
             await asyncio.wait({self._doing})
-        self._doing = asyncio.create_task(self._do(job))
+        self._doing = asyncio.create_task(self._charged(job, charge))
         self._doing.add_done_callback(_seen)
         return await asyncio.shield(self._doing)
+
+    async def _charged(self, job: Job, charge: Callable[[float, Done | None], None]) -> Done:
+        done: Done | None = None
+        try:
+            done = await self._do(job)
+            return done
+        finally:
+            limits_s = job.compile_limit_s + job.limit_s
+            charge(limits_s if done is None else done.seconds, done)
 
     async def _do(self, job: Job) -> Done:
         process = await self._running()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import resource
 import signal
 from collections.abc import AsyncIterator
@@ -15,8 +16,9 @@ from veneer_server.queues.fairness import Sender
 from veneer_server.text.templates import renderer as template_renderer
 from veneer_server.text.templates import turns as template_turns
 from veneer_server.text.templates import worker as template_worker
+from veneer_server.text.templates.options import TemplateOptions
 from veneer_server.text.templates.process import MEMORY_LIMIT
-from veneer_server.text.templates.renderer import Renderer
+from veneer_server.text.templates.renderer import Renderer, Size
 
 from tests.refused import refused
 
@@ -366,3 +368,131 @@ async def test_a_template_whose_process_is_killed_twice_is_refused_for_a_while_o
     now = loop.time
     monkeypatch.setattr(loop, "time", lambda: now() + template_renderer.SLOW_FOR_S)
     assert await templates.render(GOOD, USER) == "<s>Hi"
+
+
+# --------------------------------------------------------- whom a slow chat is held against
+
+BY_SIZE = (
+    "{% for a in messages %}{% for b in messages %}{% for c in range(200) %}{% endfor %}"
+    "{% endfor %}{% endfor %}{{ messages | length }}"
+)
+"""Takes quadratic time: 2 messages are quick, 400 exceed the limit."""
+
+
+def many(count: int, content: str = "Hi") -> list[dict[str, str]]:
+    return [{"role": "user", "content": content} for _ in range(count)]
+
+
+def party(number: int) -> Sender:
+    return Sender(f"tenant {number}", "key", "", "connection")
+
+
+@pytest.fixture
+def jobs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of messages of each chat that reaches a process."""
+    seen: list[int] = []
+    exchange = template_worker.exchange
+
+    async def noted(process: asyncio.subprocess.Process, job: Any) -> Any:
+        seen.append(len(job.chat.messages))
+        return await exchange(process, job)
+
+    monkeypatch.setattr(template_worker, "exchange", noted)
+    return seen
+
+
+async def test_a_verdict_is_about_a_size_and_a_party(
+    templates: Renderer, jobs: list[int]
+) -> None:
+    with refused(TemplateFailed, cause="too_slow"):
+        await templates.render(BY_SIZE, many(400), party(1))
+    before = len(jobs)
+    for count in (400, 500):
+        with refused(TemplateFailed, cause="too_slow"):
+            await templates.render(BY_SIZE, many(count), party(1)._replace(connection="new"))
+    assert len(jobs) == before, "what is as large is refused at once"
+    assert await templates.render(BY_SIZE, many(2), party(1)) == "2"
+    with refused(TemplateFailed, cause="too_slow"):
+        await templates.render(BY_SIZE, many(400), party(2))
+    assert len(jobs) > before + 1, "another party's is tried"
+
+
+async def test_a_verdict_is_forgotten_after_minutes(
+    templates: Renderer, jobs: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with refused(TemplateFailed, cause="too_slow"):
+        await templates.render(BY_SIZE, many(400))
+    before = len(jobs)
+    loop = asyncio.get_running_loop()
+    now = loop.time
+    monkeypatch.setattr(loop, "time", lambda: now() + template_renderer.REFUSED_FOR_S)
+    with refused(TemplateFailed, cause="too_slow"):
+        await templates.render(BY_SIZE, many(400))
+    assert len(jobs) > before
+
+
+async def test_nothing_is_concluded_from_a_size_that_was_quick(
+    templates: Renderer, jobs: list[int]
+) -> None:
+    """A template's loops may depend on what the messages say, and without keys all callers of a
+    host are one party."""
+    assert await templates.render(SLOW, many(3, "2")) == "01"
+    with refused(TemplateFailed, cause="too_slow"):
+        await templates.render(SLOW, many(1, "99999999"))
+    assert await templates.render(SLOW, many(2, "2")) == "01"
+    assert len(jobs) == 4
+    assert await templates.render(SLOW, many(5, "2")) == "01"
+
+
+async def test_nor_from_other_variables(templates: Renderer) -> None:
+    steered = "{% for a in range(n) %}{% for b in range(999) %}{% endfor %}{% endfor %}ok"
+    with refused(TemplateFailed, cause="too_slow"):
+        await templates.render(steered, USER, options=TemplateOptions({"n": 99999}))
+    assert await templates.render(steered, USER, options=TemplateOptions({"n": 1})) == "ok"
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    """Also about one who alternates templates, sizes and keys."""
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    rng = random.Random(seed)
+    verdicts = template_renderer._Verdicts(lambda: 0.0)  # private: nothing else shows it
+    for _ in range(20_000):
+        what = template_renderer._Input(
+            party(rng.randrange(3)),
+            template := bytes([rng.randrange(200)]),
+            template,
+            Size(rng.randrange(4096), rng.randrange(1 << 22)),
+        )
+        if rng.random() < 0.1:
+            verdicts.quick(what)
+        else:
+            verdicts.note(what, 60.0, None)
+            assert verdicts.slow(what) or verdicts._known(what).quick
+    for templates_ in verdicts._parties.values():
+        assert len(templates_) <= template_renderer._TEMPLATES
+        for known in templates_.values():
+            assert len(known.verdicts) <= template_renderer._SIZES
+            assert len(known.quick) <= template_renderer._SIZES
+
+
+async def test_chats_that_wait_outlive_a_kill_of_the_process(
+    templates: Renderer, killer: list[int]
+) -> None:
+    """Whichever chat it was that had it killed."""
+    killer[0] = 1
+    chats = [templates.render(GOOD, chat(str(n)), party(n)) for n in range(20)]
+    assert await asyncio.gather(*chats) == [f"<s>{n}" for n in range(20)]
+
+
+async def test_callers_who_leave_do_not_cost_a_process_each(templates: Renderer) -> None:
+    """Starting another one takes longer than most chats, and the next chat would wait for it."""
+    assert await templates.render(GOOD, USER) == "<s>Hi"
+    process = templates.quick.process
+    for n in range(10):
+        leaver = asyncio.create_task(templates.render(SILENT_LOOP + str(n), USER, party(n)))
+        await asyncio.sleep(0)
+        leaver.cancel()
+        await asyncio.wait({leaver})
+        assert await templates.render(GOOD, USER, party(n)) == "<s>Hi"
+    assert templates.quick.process is process
