@@ -125,14 +125,22 @@ class SenderQueue(Generic[T]):
         Args:
             may: whether it can be a sender's turn.
         """
-        found = self._queue.pop_with_key(lambda each: self._rank(each) if may(each) else None)
+        *outer, connections = self._last
+        parties: dict[tuple[str, ...], tuple[int, ...]] = {}
+
+        def rank(sender: Sender) -> tuple[int, ...] | None:
+            if not may(sender):
+                return None
+            party = sender.party
+            if (turns := parties.get(party)) is None:
+                turns = parties[party] = tuple(
+                    last.get(sender[:depth], 0) for depth, last in enumerate(outer, start=1)
+                )
+            return (*turns, connections.get(sender, 0))
+
+        found = self._queue.pop_with_key(rank)
         if found is not None:
             turn = next(self._turns)
             for depth, last in enumerate(self._last, start=1):
                 last[found[0][:depth]] = turn
         return found
-
-    def _rank(self, sender: Sender) -> tuple[int, ...]:
-        return tuple(
-            last.get(sender[:depth], 0) for depth, last in enumerate(self._last, start=1)
-        )

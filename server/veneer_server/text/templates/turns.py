@@ -65,21 +65,41 @@ class Accounts:
     def begin(self, key: Key, active: Iterable[Key]) -> None:
         """A sender comes: at each level it counts as having used not much less than those
         that have renderings waiting, or running."""
-        mine, others = key[0], [each for each, _ in active]
+        mine, others = key[0], {each for each, _ in active}
+        now = self._clock()
         for depth, level in enumerate(self._levels, start=1):
-            others = [each for each in others if each[: depth - 1] == mine[: depth - 1]]
-            if not others or any(each[:depth] == mine[:depth] for each in others):
-                continue
-            least = min(level.of(each[:depth]) for each in others)
-            level.add(mine[:depth], max(0.0, least - CREDIT_S - level.of(mine[:depth])))
+            others = {each for each in others if each[: depth - 1] == mine[: depth - 1]}
+            names = {each[:depth] for each in others}
+            if names and mine[:depth] not in names:
+                least = min(level.of(name, now) for name in names)
+                level.add(mine[:depth], least - CREDIT_S - level.of(mine[:depth], now))
 
-    def rank(self, key: Key) -> tuple[float, ...]:
-        """Sort key: the lowest is next. The last figure orders a connection's own templates."""
-        sender, template = key
-        least = 0.0 if (sender.party, template) in self._quick else NEW_S
-        levels = (level.of(sender[:depth]) for depth, level in enumerate(self._levels, 1))
-        used = self._templates.of((sender.party, template)) + least
-        return (*(max(least, each) for each in levels), used)
+    def ranks(self) -> Callable[[Key], tuple[float, ...]]:
+        """Sort key as of now: the lowest is next. The last figure orders a connection's own
+        templates."""
+        now = self._clock()
+        *outer, connections = self._levels
+        # Hundreds of connections may wait, most of them of one party.
+        parties: dict[tuple[str, ...], tuple[float, ...]] = {}
+        templates: dict[tuple[tuple[str, ...], bytes], tuple[float, float]] = {}
+
+        def rank(key: Key) -> tuple[float, ...]:
+            sender, template = key
+            party = sender.party
+            if (levels := parties.get(party)) is None:
+                levels = parties[party] = tuple(
+                    level.of(sender[:depth], now) for depth, level in enumerate(outer, start=1)
+                )
+            if (found := templates.get((party, template))) is None:
+                least = 0.0 if (party, template) in self._quick else NEW_S
+                used = self._templates.of((party, template), now) + least
+                found = templates[party, template] = least, used
+            least, used = found
+            if least:
+                levels = tuple(max(least, each) for each in levels)
+            return (*levels, max(least, connections.of(sender, now)), used)
+
+        return rank
 
 
 class _Used(Recent[N, tuple[float, float]]):
@@ -93,11 +113,12 @@ class _Used(Recent[N, tuple[float, float]]):
         if seconds > 0:
             self[name] = self.of(name) + seconds, self._clock()
 
-    def of(self, name: N) -> float:
+    def of(self, name: N, now: float | None = None) -> float:
         if (counted := self.get(name)) is None:
             return 0.0
         seconds, at = counted
-        return float(seconds * 0.5 ** ((self._clock() - at) / _HALF_LIFE_S))
+        since = (self._clock() if now is None else now) - at
+        return float(seconds * 0.5 ** (since / _HALF_LIFE_S))
 
 
 class Turns:
@@ -140,7 +161,7 @@ class Turns:
 
     def _next(self) -> None:
         """Pass the turn to the next waiter; the process stays busy until it takes over."""
-        while (waiter := self._queue.pop(self._accounts.rank)) is not None:
+        while (waiter := self._queue.pop(self._accounts.ranks())) is not None:
             if not waiter.done():
                 waiter.set_result(None)
                 return

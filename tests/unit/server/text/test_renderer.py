@@ -486,7 +486,7 @@ async def test_chats_that_wait_outlive_a_kill_of_the_process(
 
 
 async def test_callers_who_leave_do_not_cost_a_process_each(templates: Renderer) -> None:
-    """Starting another one takes longer than most chats, and the next chat would wait for it."""
+    """Starting another one takes longer than most chats; the next chat would wait for it."""
     assert await templates.render(GOOD, USER) == "<s>Hi"
     process = templates.quick.process
     for n in range(10):

@@ -95,9 +95,9 @@ async def test_many_quick_chats_do_not_keep_a_new_template_waiting(desk: Desk) -
 async def test_what_was_used_is_forgiven_in_time(desk: Desk) -> None:
     await desk.chat("once", "me", 2.0)
     await desk.chat("once", "me", QUICK_S)
-    before = desk.accounts.rank(key_of("once", "me"))
+    before = desk.accounts.ranks()(key_of("once", "me"))
     desk.now += 60
-    assert max(desk.accounts.rank(key_of("once", "me"))) < 0.1 < min(before)
+    assert max(desk.accounts.ranks()(key_of("once", "me"))) < 0.1 < min(before)
 
 
 async def test_many_connections_have_the_turns_of_their_tenant(desk: Desk) -> None:
@@ -127,9 +127,9 @@ async def test_what_others_do_with_a_template_costs_nobody_else(desk: Desk) -> N
     """The template is public; only whose chats are slow is behind."""
     bad, good = Sender("bad", "key", "", "c"), Sender("good", "key", "", "c")
     await desk.chat("public", good, QUICK_S)
-    before = desk.accounts.rank(key_of("public", good))
+    before = desk.accounts.ranks()(key_of("public", good))
     await desk.chat("public", bad, 2.0)
-    assert desk.accounts.rank(key_of("public", good)) == pytest.approx(before, abs=0.001)
+    assert desk.accounts.ranks()(key_of("public", good)) == pytest.approx(before, abs=0.001)
 
 
 async def test_one_who_was_idle_is_not_first_for_long(desk: Desk) -> None:
