@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
 from veneer_proto.v1 import inference_pb2 as pb
+from veneer_server.access.principal import ANYONE, PRINCIPAL, Principal
+from veneer_server.queues.fairness import FAIRNESS, NOBODYS, Fairness, Sender
+from veneer_server.serving.who import CALLER, sender
 
 from tests.unit.server.access.tenants_kit import Caller, Shared, shared
 from tests.unit.server.rpc.front_harness import failure, make_adapter
@@ -134,6 +138,45 @@ async def test_whose_turn_a_call_uses(server: Shared) -> None:
     """A tenant's key has one, however many connections it opens."""
     caller = server.caller("team-c", "inference")
     await answer(caller, "", chat("Hi"))
-    sender = server.front.engine.submitted[-1].sender
-    assert sender.party == ("team-c", "team-c-inference", "")
-    assert sender.connection.startswith("ipv4:127.0.0.1:")
+    found = server.front.engine.submitted[-1].sender
+    assert found.party == ("team-c", "team-c-inference", "")
+    assert found.connection.startswith("ipv4:127.0.0.1:")
+
+
+def sender_of(
+    connection: str, principal: Principal = ANYONE, fairness: Fairness = NOBODYS
+) -> Sender:
+    """Whose turn a call uses that has these."""
+
+    def call() -> Sender:
+        CALLER.set(connection)
+        PRINCIPAL.set(principal)
+        FAIRNESS.set(fairness)
+        return sender()
+
+    return copy_context().run(call)
+
+
+@pytest.mark.parametrize(
+    ("connection", "host"),
+    [
+        ("ipv4:192.0.2.7:40000", "192.0.2.7"),
+        ("192.0.2.7:40001", "192.0.2.7"),
+        ("ipv6:%5B::ffff:192.0.2.7%5D:40002", "192.0.2.7"),
+        ("ipv6:%5B2001:db8:1:2::7%5D:40003", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2:ffff::8:40004", "2001:db8:1:2::/64"),
+        ("ipv6:[fe80::1%25eth0]:40005", "fe80::/64"),
+        ("unix:/run/veneer.sock", "unix"),
+        ("", ""),
+    ],
+)
+async def test_without_keys_hosts_take_turns(connection: str, host: str) -> None:
+    """Over both doors; a host has as many IPv6 addresses of a network as it likes."""
+    found = sender_of(connection)
+    assert found == Sender("default", host, "", connection)
+
+
+async def test_a_gateways_users_take_turns_whichever_connection_they_share() -> None:
+    gateway = Principal("gateway", "team-a", frozenset({"inference"}), gateway=True)
+    found = sender_of("ipv4:192.0.2.7:40000", gateway, Fairness("team-a", "ann"))
+    assert found == Sender("team-a", "gateway", "ann", "")
