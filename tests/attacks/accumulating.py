@@ -19,16 +19,18 @@ __all__ = ["ACCUMULATING", "Chatter", "chat", "hostile"]
 
 ACCUMULATING: Final = (
     "{% set ns = namespace(system_prompt='', first=true) %}"
+    "{% for again in range(8) %}{% set ns.system_prompt = '' %}"
     "{% for message in messages %}{% if message['role'] == 'system' %}"
     "{% if ns.first %}{% set ns.system_prompt = ns.system_prompt + message['content'] %}"
     "{% set ns.first = false %}"
     "{% else %}{% set ns.system_prompt = ns.system_prompt + '\\n\\n' + message['content'] %}"
-    "{% endif %}{% endif %}{% endfor %}"
+    "{% endif %}{% endif %}{% endfor %}{% endfor %}"
     "{{ bos_token }}{{ ns.system_prompt }}"
     "{% for message in messages %}{% if message['role'] == 'user' %}"
     "<|User|>{{ message['content'] }}{% endif %}{% endfor %}<|Assistant|>"
 )
-"""As DeepSeek V3's public template gathers system prompts."""
+"""As DeepSeek V3's public template gathers system prompts; several times, to take long with
+little memory."""
 
 _ADAPTER: Final = Path(__file__).parents[2] / "examples" / "adapters" / "chat"
 
@@ -42,11 +44,8 @@ def chat(contents: list[str], role: str = "user") -> inference_pb2.ChatInput:
 
 
 def hostile(rng: random.Random) -> inference_pb2.ChatInput:
-    """3,000 to 4,096 messages that take 10 s or more of CPU time, and fill 4 MB at most."""
-    count = rng.randint(3000, 4096)
-    size = rng.randint(880, 960)
-    # With such a character, Python takes four bytes for each.
-    return chat(["x" * size + rng.choice("🦆🐍🦊")] * count, role="system")
+    """3,500 to 4,096 messages that take 10 s or more of CPU time, and fill 4 MB at most."""
+    return chat(["x" * rng.randint(850, 950)] * rng.randint(3500, 4096), role="system")
 
 
 class Chatter:

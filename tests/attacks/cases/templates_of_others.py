@@ -49,7 +49,7 @@ async def attack(target: Target) -> list[str]:
         await slow()
         await good()
         # Rendering them takes long at low priority: they are left when the time is over.
-        beside = [asyncio.create_task(slow()) for _ in range(6)]
+        beside = [asyncio.create_task(slow()) for _ in range(2)]
         while True:
             await good()
             await bad.push(NAME, template)
