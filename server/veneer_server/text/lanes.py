@@ -58,15 +58,14 @@ class _Lane:
                 await turn
             except BaseException:
                 if turn.done() and not turn.cancelled():
-                    self._free += 1
-                    self._next()
+                    self._freed()
                 else:
                     self._queue.remove(sender, turn)
                 raise
         else:
             self._free -= 1
         running = loop.run_in_executor(self._threads, work)
-        running.add_done_callback(self._ended)
+        running.add_done_callback(lambda _: self._freed())
         # The thread works on if the caller leaves, and is free only when it has ended.
         return await asyncio.shield(running)
 
@@ -75,14 +74,9 @@ class _Lane:
         while (found := self._queue.pop()) is not None:
             found[1].cancel()
 
-    def _ended(self, running: asyncio.Future[T]) -> None:
-        if not running.cancelled():
-            running.exception()  # it was seen, also where the caller has left
+    def _freed(self) -> None:
+        """Pass a thread on to the next in the queue; it then counts as taken."""
         self._free += 1
-        self._next()
-
-    def _next(self) -> None:
-        """Pass a free thread on; it counts as taken from now on."""
         while self._free and (found := self._queue.pop()) is not None:
             if not found[1].done():
                 self._free -= 1

@@ -74,7 +74,6 @@ class Worker:
         while self._doing is not None and not self._doing.done():
             await asyncio.wait({self._doing})
         self._doing = asyncio.create_task(self._charged(job, charge))
-        self._doing.add_done_callback(_seen)
         return await asyncio.shield(self._doing)
 
     async def _charged(self, job: Job, charge: Callable[[float, Done | None], None]) -> Done:
@@ -141,12 +140,6 @@ class Worker:
         if status in _BY_OTHERS:
             return Cause.OTHERS
         return Cause.CPU_TIME if status == -OUT_OF_TIME else Cause.ITSELF
-
-
-def _seen(doing: asyncio.Task[Done]) -> None:
-    """Its end has been seen, also where its caller has left."""
-    if not doing.cancelled():
-        doing.exception()
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
