@@ -183,7 +183,9 @@ class App:
         memory = await asyncio.to_thread(self._role.memory, decoder, config)
         prompts = Prompts(base_folder.path, config.reasoning_parser)
         self._resources.push_async_callback(prompts.close)
-        fingerprint = await asyncio.to_thread(fingerprint_of, base_folder.path, config)
+        fingerprint, _ = await asyncio.gather(
+            asyncio.to_thread(fingerprint_of, base_folder.path, config), prompts.start()
+        )
         base = BaseSpec(
             name=base_folder.name,
             num_layers=decoder.num_layers,

@@ -23,7 +23,10 @@ ANSWER_S: Final = 60.0
 class Caller:
     """A caller with its own connection, as the server tells callers apart."""
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
+    def __init__(
+        self, channel: grpc.aio.Channel, metadata: tuple[tuple[str, str], ...] = ()
+    ) -> None:
+        self._metadata = metadata
         # The stubs are typed for synchronous channels.
         self.stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)
 
@@ -37,7 +40,7 @@ class Caller:
             stopping=pb.StoppingOptions(max_tokens=tokens),
         )
         try:
-            await self.stub.Generate(request, timeout=ANSWER_S)
+            await self.stub.Generate(request, timeout=ANSWER_S, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 return f"no answer within {ANSWER_S:g} s: {hostile.text[:60]}"

@@ -32,7 +32,7 @@ from veneer_server.models import source
 from veneer_server.models.source import BaseUnavailable
 from veneer_server.operate.doctor import backends
 from veneer_server.system import machine
-from veneer_server.text.templates.uploaded import UploadedTemplates
+from veneer_server.text.templates.renderer import Renderer
 from veneer_server.wire.messages import ConstraintLimits, EngineConfig
 from veneer_train.llama_cpp.import_ import import_file
 from veneer_train.sandbox import run_python
@@ -98,7 +98,7 @@ def test_the_reader_of_adapters(traps: Ran) -> None:
 
 
 async def test_the_template_processes(traps: Ran) -> None:
-    process = UploadedTemplates({})
+    process = Renderer({})
     assert await process.render("{{ messages[0].content }}", [{"content": "Hi"}]) == "Hi"
     await process.close()
     assert traps() == []

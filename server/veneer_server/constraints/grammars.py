@@ -41,6 +41,7 @@ from veneer_server.constraints.frames import (
 from veneer_server.constraints.matchers import Matchers
 from veneer_server.constraints.trials import Outcome
 from veneer_server.constraints.tryouts import Tryouts
+from veneer_server.queues.fairness import NOBODY, Sender
 from veneer_server.step.plan import ConstraintFailure, Following
 from veneer_server.wire.messages import (
     Constraint,
@@ -169,7 +170,7 @@ class Grammars:
         sequence: int,
         constraint: Constraint,
         done: Callable[[InvalidField | None], None],
-        caller: str = "",
+        sender: Sender = NOBODY,
     ) -> None:
         """Prepare a sequence. ``done`` is called with the error, if any, in another thread or,
         if the outcome is already known, in this one. Call `forget` in the end either way.
@@ -177,7 +178,7 @@ class Grammars:
         with self._news:
             followed = Followed(sequence, constraint, done)
             self._followed[sequence] = followed
-            outcome = self._tryouts.ask(sequence, constraint, caller)
+            outcome = self._tryouts.ask(sequence, constraint, sender)
             if outcome is not None:
                 self._follow(followed, outcome)
         self._sockets.poke()

@@ -1,24 +1,36 @@
 """The queue of constraints to try, and a cache of outcomes. No I/O.
 
-Callers take turns. Each may use all workers but one, so that one caller's constraints,
-however many and slow, never delay another's by more than its own. A constraint is tried
-once, whoever asks for it, and its outcome is cached.
+Senders take turns: tenants, in each its keys, and so on (`Sender`), so that many connections
+have one turn. One may use all workers but one: a tenant, once several have asked; else a key or
+host, once several have asked; else a connection. So one's constraints, however many and slow,
+never delay another's by more than its own. A constraint is tried once, whoever asks for it, and
+its outcome is cached.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict, deque
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
 from veneer_server.constraints.frames import Limit
+from veneer_server.queues.fair_queue import SenderQueue
+from veneer_server.queues.fairness import Sender
 from veneer_server.wire.messages import Constraint
 
-__all__ = ["REMEMBERED", "Outcome", "Trials"]
+__all__ = ["REMEMBERED", "TOO_SLOW_FOR_S", "Outcome", "Trials"]
 
 REMEMBERED: Final = 1024
 """Outcomes in the cache (LRU): some 500 bytes each, whatever the constraint's size."""
+
+TOO_SLOW_FOR_S: Final = 300.0
+"""How long an outcome that depends on CPU time is cached: others' load makes it longer."""
+
+_BY_TIME: Final[tuple[Limit, ...]] = ("compile_seconds", "mask_seconds")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +51,11 @@ class Outcome:
 
 @dataclass(slots=True)
 class _Job:
-    """A constraint to try: the waiting sequences with their callers, and, while it runs, the
-    caller whose turn it uses."""
+    """A constraint to try: the waiting sequences with their senders, and, while it runs, the
+    sender whose turn it uses. Until then it is in the queue of each of the senders."""
 
-    waiting: dict[int, str] = field(default_factory=dict)
-    running_for: str | None = None
+    waiting: dict[int, Sender] = field(default_factory=dict)
+    running_for: Sender | None = None
 
 
 class Trials:
@@ -51,31 +63,42 @@ class Trials:
 
     Args:
         workers: trials that run at once.
+        clock: seconds.
     """
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._workers = workers
+        self._clock = clock
         self._jobs: dict[Constraint, _Job] = {}
         self._waits_for: dict[int, Constraint] = {}
-        self._queues: OrderedDict[str, deque[Constraint]] = OrderedDict()
-        """By caller; the one whose turn is next comes first."""
-        self._known: OrderedDict[bytes, Outcome] = OrderedDict()
+        self._queue: SenderQueue[Constraint] = SenderQueue()
+        self._first: Sender | None = None
+        """The first one that asked."""
+        self._depth = len(Sender._fields)
+        """The part of a `Sender` that may not use all workers: the outermost one in which those
+        that asked differ."""
+        self._known: OrderedDict[bytes, tuple[Outcome, float]] = OrderedDict()
+        """Outcomes, and until when they hold."""
 
     def __len__(self) -> int:
         """Number of constraints waiting or running."""
         return len(self._jobs)
 
-    def ask(self, sequence: int, constraint: Constraint, caller: str) -> Outcome | None:
+    def ask(self, sequence: int, constraint: Constraint, sender: Sender) -> Outcome | None:
         """The cached outcome; else None, and the constraint is queued for this sequence."""
         key = _key(constraint)
-        if (known := self._known.get(key)) is not None:
+        known, until = self._known.get(key, (None, 0.0))
+        if known is not None and self._clock() < until:
             self._known.move_to_end(key)
             return known
         job = self._jobs.setdefault(constraint, _Job())
-        if job.running_for is None and caller not in job.waiting.values():
-            self._queues.setdefault(caller, deque()).append(constraint)
-        job.waiting[sequence] = caller
+        if job.running_for is None and sender not in job.waiting.values():
+            self._queue.push(sender, constraint)
+        job.waiting[sequence] = sender
         self._waits_for[sequence] = constraint
+        self._first = self._first or sender
+        alike = (sender[:n] == self._first[:n] for n in range(1, self._depth))
+        self._depth = 1 + sum(alike)
         return None
 
     def leave(self, sequence: int) -> Constraint | None:
@@ -85,7 +108,9 @@ class Trials:
         if constraint is None:
             return None
         job = self._jobs[constraint]
-        del job.waiting[sequence]
+        sender = job.waiting.pop(sequence)
+        if job.running_for is None and sender not in job.waiting.values():
+            self._queue.remove(sender, constraint)
         if job.waiting:
             return None
         del self._jobs[constraint]
@@ -99,44 +124,37 @@ class Trials:
         if len(running) >= self._workers:
             return None
         share = max(1, self._workers - 1)
-        for caller in list(self._queues):
-            if running.count(caller) >= share:
-                continue
-            constraint = self._pop(caller)
-            if constraint is not None:
-                self._jobs[constraint].running_for = caller
-                return constraint
-        return None
 
-    def _pop(self, caller: str) -> Constraint | None:
-        """The caller's next constraint that still has to run; this uses the caller's turn."""
-        queue = self._queues[caller]
-        while queue:
-            constraint = queue.popleft()
-            job = self._jobs.get(constraint)
-            if job is None or job.running_for is not None or caller not in job.waiting.values():
-                continue
-            self._queues.move_to_end(caller)
-            return constraint
-        del self._queues[caller]
-        return None
+        def may(sender: Sender) -> bool:
+            mine = sender[: self._depth]
+            return sum(mine == each[: self._depth] for each in running) < share
+
+        if (found := self._queue.pop(may)) is None:
+            return None
+        sender, constraint = found
+        job = self._jobs[constraint]
+        job.running_for = sender
+        for other in {*job.waiting.values()} - {sender}:
+            self._queue.remove(other, constraint)
+        return constraint
 
     def again(self, constraint: Constraint) -> bool:
         """Put a constraint whose trial ended through no fault of its own at the front of its
-        caller's queue. False if no sequence waits for it any more."""
+        senders' queues. False if no sequence waits for it any more."""
         job = self._jobs.get(constraint)
         if job is None or job.running_for is None:
             return False
-        caller, job.running_for = job.running_for, None
-        if caller not in job.waiting.values():
-            caller = next(iter(job.waiting.values()))
-        self._queues.setdefault(caller, deque()).appendleft(constraint)
+        job.running_for = None
+        for sender in {*job.waiting.values()}:
+            self._queue.push(sender, constraint, first=True)
         return True
 
     def end(self, constraint: Constraint, outcome: Outcome) -> list[int]:
         """Record the outcome of a trial. Returns the sequences that waited for it."""
         if outcome.lasting:
-            self._known[_key(constraint)] = outcome
+            by_time = outcome.limit in _BY_TIME
+            until = self._clock() + TOO_SLOW_FOR_S if by_time else math.inf
+            self._known[_key(constraint)] = outcome, until
             while len(self._known) > REMEMBERED:
                 self._known.popitem(last=False)
         job = self._jobs.pop(constraint, None)

@@ -10,6 +10,7 @@ from typing import Final
 from veneer_server.constraints.family import Child
 from veneer_server.constraints.frames import Compiled, FromTrial, Role
 from veneer_server.constraints.trials import Outcome, Trials
+from veneer_server.queues.fairness import Sender
 from veneer_server.wire.messages import Constraint, ConstraintLimits
 
 __all__ = ["WALL_FACTOR", "Tryouts"]
@@ -63,9 +64,9 @@ class Tryouts:
         self._killed: dict[Constraint, int] = {}
         """How often a trial's process was killed from outside."""
 
-    def ask(self, sequence: int, constraint: Constraint, caller: str) -> Outcome | None:
+    def ask(self, sequence: int, constraint: Constraint, sender: Sender) -> Outcome | None:
         """The outcome, if known; else None, and `finish` is called with it later."""
-        return self._trials.ask(sequence, constraint, caller)
+        return self._trials.ask(sequence, constraint, sender)
 
     def leave(self, sequence: int) -> None:
         """Stop waiting for a sequence's outcome."""

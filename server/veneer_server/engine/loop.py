@@ -27,6 +27,7 @@ from veneer_server.engine.scheduling.pace import Pace
 from veneer_server.engine.scheduling.scheduler import Scheduler
 from veneer_server.engine.scheduling.sequence import Sequence
 from veneer_server.engine.transfers import AdapterMemory, Transfers
+from veneer_server.queues.fairness import NOBODY, Sender
 from veneer_server.step.inbox import Arrived, Compiled, Inbox, News, Unheld
 from veneer_server.step.plan import (
     AheadRunner,
@@ -82,7 +83,7 @@ class GrammarMemory(Protocol):
         sequence: int,
         constraint: Constraint,
         done: Callable[[InvalidField | None], None],
-        caller: str = "",
+        sender: Sender = NOBODY,
     ) -> None:
         """Return at once; ``done`` may be called on any thread."""
 
@@ -254,7 +255,7 @@ class StepLoop:
                 number,
                 message.request.constraint,
                 lambda e: self._inbox.put(Compiled(number, e)),
-                message.request.caller,
+                message.request.sender,
             )
 
     def _compiled(self, message: Compiled) -> None:

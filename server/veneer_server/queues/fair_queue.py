@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
-__all__ = ["FairQueue"]
+from veneer_server.queues.fairness import Sender
+from veneer_server.queues.recent import Recent
+
+__all__ = ["FairQueue", "SenderQueue"]
+
+_KNOWN: Final = 1000
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
@@ -32,6 +38,11 @@ class FairQueue(Generic[K, T]):
         self._queues.setdefault(key, deque()).append(item)
         self._count += 1
 
+    def push_first(self, key: K, item: T) -> None:
+        """Add an item before the others of its key."""
+        self._queues.setdefault(key, deque()).appendleft(item)
+        self._count += 1
+
     def __iter__(self) -> Iterator[K]:
         """The keys that have items."""
         return iter(self._queues)
@@ -39,6 +50,13 @@ class FairQueue(Generic[K, T]):
     def pop(self, rank: Callable[[K], tuple[float, ...] | None] = lambda key: ()) -> T | None:
         """The next item: of the keys with the lowest rank, that of the key whose turn is next;
         keys with rank None are left out. None if there is no item."""
+        found = self.pop_with_key(rank)
+        return None if found is None else found[1]
+
+    def pop_with_key(
+        self, rank: Callable[[K], tuple[float, ...] | None] = lambda key: ()
+    ) -> tuple[K, T] | None:
+        """As `pop`, with the item's key."""
         ranks = ((rank(key), key) for key in self._queues)
         ranked = [(found, key) for found, key in ranks if found is not None]
         if not ranked:
@@ -49,7 +67,7 @@ class FairQueue(Generic[K, T]):
         if queue:
             self._queues[key] = queue
         self._count -= 1
-        return item
+        return key, item
 
     def pop_longest(self) -> tuple[K, T]:
         """The last item of the key that has the most. Raises ValueError if there is none."""
@@ -74,3 +92,55 @@ class FairQueue(Generic[K, T]):
     def _forget_if_empty(self, key: K) -> None:
         if not self._queues[key]:
             del self._queues[key]
+
+
+class SenderQueue(Generic[T]):
+    """Items of senders, who take turns by `Sender`: first the tenant whose last turn is longest
+    ago, in it the key, and so on."""
+
+    def __init__(self) -> None:
+        self._queue: FairQueue[Sender, T] = FairQueue()
+        self._turns = itertools.count(1)
+        self._last: tuple[Recent[tuple[str, ...], int], ...] = tuple(
+            Recent(_KNOWN) for _ in Sender._fields
+        )
+        """The last turn of each tenant, of each key, of each user and of each connection."""
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def push(self, sender: Sender, item: T, *, first: bool = False) -> None:
+        """Add an item behind the others of its sender, or before them."""
+        (self._queue.push_first if first else self._queue.push)(sender, item)
+
+    def remove(self, sender: Sender, item: T) -> None:
+        """Remove an item, if it is still waiting."""
+        self._queue.remove(sender, item)
+
+    def pop(
+        self, may: Callable[[Sender], bool] = lambda sender: True
+    ) -> tuple[Sender, T] | None:
+        """The next item and its sender, which uses the sender's turn. None if there is no item.
+
+        Args:
+            may: whether it can be a sender's turn.
+        """
+        *outer, connections = self._last
+        parties: dict[tuple[str, ...], tuple[int, ...]] = {}
+
+        def rank(sender: Sender) -> tuple[int, ...] | None:
+            if not may(sender):
+                return None
+            party = sender.party
+            if (turns := parties.get(party)) is None:
+                turns = parties[party] = tuple(
+                    last.get(sender[:depth], 0) for depth, last in enumerate(outer, start=1)
+                )
+            return (*turns, connections.get(sender, 0))
+
+        found = self._queue.pop_with_key(rank)
+        if found is not None:
+            turn = next(self._turns)
+            for depth, last in enumerate(self._last, start=1):
+                last[found[0][:depth]] = turn
+        return found

@@ -6,11 +6,11 @@ import re
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 __all__ = [
-    *("FAIRNESS", "MAX_PRIORITY", "MAX_WEIGHT", "MIN_WEIGHT", "NOBODYS"),
-    *("Fairness", "Routed", "Weights", "fairness_of"),
+    *("FAIRNESS", "MAX_PRIORITY", "MAX_WEIGHT", "MIN_WEIGHT", "NOBODY", "NOBODYS"),
+    *("Fairness", "Routed", "Sender", "Weights", "fairness_of"),
 ]
 
 MIN_WEIGHT: Final = 0.001
@@ -82,6 +82,34 @@ class Fairness:
     weight: float = 1.0
     priority: int = 0
 
+
+class Sender(NamedTuple):
+    """Whose turn a call uses, from the outside in: tenants take turns, in each tenant its keys,
+    for each key its users, for each user the connections. Whoever opens many connections has
+    one turn.
+
+    Attributes:
+        tenant: the caller's.
+        key: name of its key or certificate, or the subject of its token. On a server without
+            keys, the caller's host, an IPv6 network of 64 bits being one host.
+        user: the one a gateway calls for; "" if it does not say.
+        connection: the caller's; "" if ``user`` is set, since a gateway's connections carry
+            the calls of all its users.
+    """
+
+    tenant: str = ""
+    key: str = ""
+    user: str = ""
+    connection: str = ""
+
+    @property
+    def party(self) -> tuple[str, str, str]:
+        """The sender without the connection, which anybody can have more of."""
+        return self[:3]
+
+
+NOBODY: Final = Sender()
+"""The server itself."""
 
 NOBODYS: Final = Fairness()
 """That of what no caller asks for: the server's own requests."""

@@ -45,7 +45,7 @@ from veneer_server.serving.threads import Background
 from veneer_server.serving.tools.reading import Plan, ReplyReader
 from veneer_server.serving.tools.use import about_tools
 from veneer_server.serving.transfer.resolving import Resolving
-from veneer_server.serving.who import CALLER
+from veneer_server.serving.who import sender
 from veneer_server.telemetry.metrics import Metrics
 from veneer_server.telemetry.tracing import Phases, Tracing
 from veneer_server.text.defaults import RequestDefaults
@@ -238,28 +238,28 @@ class Generator:
         if call.truncate_prompt is not None:
             kept = kept_tokens(info, call.truncate_prompt, call.max_tokens)
             prompt = await self._read(call, lease, space.to_cut, kept)
-            return await self.prompts.last(prompt, kept, with_text=call.echo)
+            return await self.prompts.last(prompt, kept, sender(), with_text=call.echo)
         return await self._read(call, lease, space, None)
 
     async def _read(
         self, call: GenerateCall, lease: RevisionLease | None, space: Room, kept: int | None
     ) -> Prompt:
         """The whole prompt; of token ids only the last ``kept``, if it is set."""
-        info = self._engine.info
+        info, whose, echo = self._engine.info, sender(), call.echo
         try:
             match call.input:
                 case PromptText(text):
-                    return await self.prompts.from_text(text, space)
+                    return await self.prompts.from_text(text, space, whose)
                 case ChatMessages(messages=messages, options=options, tools=tools):
                     return await self.prompts.from_messages(
-                        *(messages, _template(lease), space, CALLER.get()),
+                        *(messages, _template(lease), space, whose),
                         tools=[tool.for_template() for tool in tools],
                         options=options,
                     )
                 case tokens:
                     ids = tokens.ids if kept is None else tokens.ids[-kept:]
                     room(info, call.max_tokens, len(ids))  # before they are copied
-                    return await self.prompts.from_ids(ids, space, with_text=call.echo)
+                    return await self.prompts.from_ids(ids, space, whose, with_text=echo)
         except TooManyTokens as error:
             count = error.count
         if count is not None:
@@ -314,7 +314,7 @@ class Generator:
             # How many tokens were cached tells what somebody else has asked.
             cache_scope=PRINCIPAL.get().tenant,
             deadline=deadline,
-            caller=CALLER.get(),
+            sender=sender(),
             tenant=fairness.tenant,
             fairness_id=fairness.fairness_id,
             weight=fairness.weight,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Final, Literal
 
 from veneer_registry.errors import ContextTooLong, InvalidField, TemplateFailed
 
+from veneer_server.queues.fairness import NOBODY, Sender
 from veneer_server.text.lanes import Lanes
 from veneer_server.text.replies.thinking import (
     TAGS,
@@ -20,9 +22,9 @@ from veneer_server.text.replies.thinking import (
 )
 from veneer_server.text.replies.tools.families import Family, family_of, knows_tools
 from veneer_server.text.templates.options import TemplateOptions
+from veneer_server.text.templates.renderer import Renderer
 from veneer_server.text.templates.template import ChatTemplate, read_base_template
 from veneer_server.text.templates.tool_words import in_words, needs_words
-from veneer_server.text.templates.uploaded import UploadedTemplates
 from veneer_server.text.tokenizer import TextTokenizer
 
 __all__ = ["Prompt", "Prompts", "Reasoning", "Room"]
@@ -91,14 +93,26 @@ class Prompts:
         """
         self.tokenizer = TextTokenizer.from_folder(folder)
         source, special = read_base_template(folder)
+        if source is not None:
+            ChatTemplate(source, special)  # raises if it is no template
         self._base_source = source
-        self._base = ChatTemplate(source, special) if source is not None else None
+        self._base = Renderer(special, whose="the base's")
         self._reasoning = reasoning
-        self._uploaded = UploadedTemplates(special)
+        self._uploaded = Renderer(special)
         self._lanes = Lanes()
+
+    async def start(self) -> None:
+        """Start the process that renders the base's template, and have it compile that, since
+        the first chat would wait for it. Optional."""
+        if self._base_source is not None:
+            with contextlib.suppress(TemplateFailed):  # it may reject these messages
+                await self._base.render(
+                    self._base_source, [{"role": "user", "content": "Hello"}]
+                )
 
     async def close(self) -> None:
         """End threads and processes; no call may follow."""
+        await self._base.close()
         await self._uploaded.close()
         self._lanes.close()
 
@@ -121,15 +135,18 @@ class Prompts:
             },
         )
 
-    async def from_text(self, text: str, room: Room) -> Prompt:
+    async def from_text(self, text: str, room: Room, sender: Sender = NOBODY) -> Prompt:
         """Tokenize text as it is; only the tokenizer's own BOS is added.
+
+        Args:
+            sender: senders take turns, here and in the other methods.
 
         Raises:
             ContextTooLong: the text has too many bytes to fit into ``room``.
             TooManyTokens: the text has too many tokens.
             InvalidField: there are no tokens, or one is outside the vocabulary.
         """
-        ids = await self._tokenize(text, room, "prompt", add_special_tokens=True)
+        ids = await self._tokenize(text, room, "prompt", sender, add_special_tokens=True)
         return Prompt(text, self._checked(ids, "prompt", room.vocab_size))
 
     async def from_messages(
@@ -137,7 +154,7 @@ class Prompts:
         messages: Sequence[Mapping[str, Any]],
         adapter_template: str | None,
         room: Room,
-        caller: str = "",
+        sender: Sender = NOBODY,
         tools: Sequence[Mapping[str, Any]] = (),
         *,
         options: TemplateOptions = _PLAIN,
@@ -145,33 +162,28 @@ class Prompts:
         """Render a chat and tokenize it.
 
         Args:
-            caller: its connection; callers with slow templates take turns.
             tools: for the template; one that does not know tools gets them as text.
             options: for the template.
 
         Raises:
-            TemplateFailed: there is no template, or it rejects these messages.
-            QueueFull: too many requests wait for the adapter's template.
+            TemplateFailed: there is no template, or it rejects these messages, or takes too
+                long for them.
+            QueueFull: too many of the sender's requests wait for the template.
             ContextTooLong, TooManyTokens, InvalidField: as `from_text`.
         """
         if needs_words(messages, tools) and not knows_tools(self._source(adapter_template)):
             messages, tools = in_words(messages, tools), ()
-        if adapter_template is not None:
-            text = await self._uploaded.render(
-                adapter_template, messages, caller, tools, options=options
-            )
-        elif (base := self._base) is None:
+        source, renderer = adapter_template, self._uploaded
+        if source is None:
+            source, renderer = self._base_source, self._base
+        if source is None:
             raise TemplateFailed(
                 "neither the adapter nor the base model has a chat template: send `prompt` "
                 "instead of `messages`",
                 metadata={"cause": "no_template"},
             )
-        else:
-            size = sum(len(message["content"]) for message in messages)
-            text = await self._lanes.run(
-                size, lambda: base.render(messages, tools, options=options)
-            )
-        ids = await self._tokenize(text, room, "messages", add_special_tokens=False)
+        text = await renderer.render(source, messages, sender, tools, options=options)
+        ids = await self._tokenize(text, room, "messages", sender, add_special_tokens=False)
         checked = self._checked(ids, "messages", room.vocab_size)
         tags = TAGS.get(self._reasoning)
         if self._reasoning == "auto":
@@ -195,7 +207,9 @@ class Prompts:
     def _source(self, adapter_template: str | None) -> str | None:
         return self._base_source if adapter_template is None else adapter_template
 
-    async def from_ids(self, ids: Sequence[int], room: Room, *, with_text: bool) -> Prompt:
+    async def from_ids(
+        self, ids: Sequence[int], room: Room, sender: Sender = NOBODY, *, with_text: bool
+    ) -> Prompt:
         """Check token ids against the model's vocabulary. Their number must have been checked.
 
         Args:
@@ -208,10 +222,12 @@ class Prompts:
         text = ""
         if with_text:
             size = len(checked)
-            text = await self._lanes.run(size, lambda: self.tokenizer.decode(checked))
+            text = await self._lanes.run(size, lambda: self.tokenizer.decode(checked), sender)
         return Prompt(text, checked)
 
-    async def last(self, prompt: Prompt, count: int, *, with_text: bool) -> Prompt:
+    async def last(
+        self, prompt: Prompt, count: int, sender: Sender = NOBODY, *, with_text: bool
+    ) -> Prompt:
         """The last ``count`` tokens of a prompt.
 
         Args:
@@ -221,20 +237,24 @@ class Prompts:
             return prompt
         ids, text = prompt.ids[-count:], ""
         if with_text:
-            text = await self._lanes.run(count, lambda: self.tokenizer.decode(ids))
+            text = await self._lanes.run(count, lambda: self.tokenizer.decode(ids), sender)
         return replace(prompt, text=text, ids=ids)
 
-    async def token_ids(self, text: str, room: Room, *, add_special_tokens: bool) -> list[int]:
+    async def token_ids(
+        self, text: str, room: Room, sender: Sender = NOBODY, *, add_special_tokens: bool
+    ) -> list[int]:
         """Tokenize any text, also one that is empty. Raises as `from_text`."""
-        return await self._tokenize(text, room, "prompt", add_special_tokens=add_special_tokens)
+        return await self._tokenize(
+            text, room, "prompt", sender, add_special_tokens=add_special_tokens
+        )
 
-    async def text_of(self, ids: Sequence[int]) -> str:
+    async def text_of(self, ids: Sequence[int], sender: Sender = NOBODY) -> str:
         """The text of token ids, which must have been checked; with the names of special
         tokens."""
-        return await self._lanes.run(len(ids), lambda: self.tokenizer.decode_all(ids))
+        return await self._lanes.run(len(ids), lambda: self.tokenizer.decode_all(ids), sender)
 
     async def _tokenize(
-        self, text: str, room: Room, field: str, *, add_special_tokens: bool
+        self, text: str, room: Room, field: str, sender: Sender, *, add_special_tokens: bool
     ) -> list[int]:
         if len(text) <= INLINE_CHARACTERS:
             return self.tokenizer.encode(
@@ -249,6 +269,7 @@ class Prompts:
             lambda: self.tokenizer.encode(
                 text, add_special_tokens=add_special_tokens, most=room.tokens
             ),
+            sender,
         )
 
     def _checked(self, ids: list[int], field: str, vocab_size: int) -> list[int]:

@@ -7,6 +7,7 @@ from typing import Final, Literal
 import msgspec
 
 from veneer_server.access.principal import DEFAULT_TENANT
+from veneer_server.queues.fairness import NOBODY, Sender
 from veneer_server.wire.base import Message
 from veneer_server.wire.sampling import SamplingParams
 
@@ -95,8 +96,7 @@ class SequenceRequest(Message, frozen=True):
         cache_scope: prefixes are shared only within a scope, the caller's tenant.
         deadline: when the first token is due, on the monotonic clock, which the processes
             of a machine share; a sequence that cannot meet it is refused.
-        caller: who sent the request, if known; callers take turns in the queue for
-            compiling constraints.
+        sender: whose turn it uses in the queue for compiling constraints.
         tenant, fairness_id: whose service it counts as: a tenant's, and within a gateway's
             that of one whom the gateway calls for.
         weight: the tenant's.
@@ -118,7 +118,7 @@ class SequenceRequest(Message, frozen=True):
     use_prefix_cache: bool = True
     cache_scope: str = ""
     deadline: float | None = None
-    caller: str = ""
+    sender: Sender = NOBODY
     tenant: str = ""
     fairness_id: str = ""
     weight: float = 1.0

@@ -10,7 +10,7 @@ from veneer_server.engine_client.client import EngineClient
 from veneer_server.serving.limits import check_ids, room
 from veneer_server.serving.tenants.tenants import Tenants
 from veneer_server.serving.tenants.visible import Visible
-from veneer_server.serving.who import CALLER
+from veneer_server.serving.who import sender
 from veneer_server.text.prompts import Prompts, Room
 from veneer_server.text.tokenizer import TooManyTokens
 
@@ -36,7 +36,7 @@ class Tokenizing:
         await self._template(model)
         try:
             return await self._prompts.token_ids(
-                text, self._room, add_special_tokens=add_special_tokens
+                text, self._room, sender(), add_special_tokens=add_special_tokens
             )
         except TooManyTokens as error:
             raise self._too_many(error.count) from None
@@ -50,9 +50,7 @@ class Tokenizing:
         """
         template = await self._template(model)
         try:
-            prompt = await self._prompts.from_messages(
-                messages, template, self._room, CALLER.get()
-            )
+            prompt = await self._prompts.from_messages(messages, template, self._room, sender())
         except TooManyTokens as error:
             raise self._too_many(error.count) from None
         return prompt.ids
@@ -64,7 +62,7 @@ class Tokenizing:
         if len(ids) > info.longest_sequence:
             room(info, None, len(ids))
         check_ids(info, "tokens", ids)
-        return await self._prompts.text_of(ids)
+        return await self._prompts.text_of(ids, sender())
 
     async def _template(self, model: str) -> str | None:
         """The adapter's chat template; None if it has none."""

@@ -1,4 +1,4 @@
-"""The process that renders uploaded chat templates, under limits of CPU time and memory.
+"""The process that renders chat templates, under limits of CPU time and memory.
 
 Started by `veneer_server.text.templates.worker`. Frames (`wire.frames`) on stdin and stdout.
 
@@ -29,7 +29,7 @@ from veneer_server.text.templates.options import TemplateOptions
 from veneer_server.text.templates.template import Cause, ChatTemplate
 from veneer_server.wire.frames import LENGTH, framed
 
-__all__ = ["MEMORY_LIMIT", "OUT_OF_TIME", "Done", "Job", "TooSlow"]
+__all__ = ["MEMORY_LIMIT", "OUT_OF_TIME", "Chat", "Done", "Job", "TooSlow"]
 
 MEMORY_LIMIT: Final = 512 << 20
 """Address space of a process, in bytes; an idle one takes about 100 MB."""
@@ -51,20 +51,16 @@ class TooSlow(StrEnum):
     RENDERING = "rendering"
 
 
-class Job(msgspec.Struct, frozen=True, array_like=True):
-    """Compile a template, unless it is compiled already, and render messages with it.
+class Chat(msgspec.Struct, frozen=True, array_like=True):
+    """What is rendered, and by which template.
 
     Attributes:
-        compile_limit_s: limit on the CPU time of compiling.
-        limit_s: limit on the CPU time of rendering.
         kwargs: `TemplateOptions.kwargs` as JSON text.
     """
 
     source: str
     special_tokens: dict[str, str]
     messages: list[dict[str, Any]]
-    compile_limit_s: float
-    limit_s: float
     kwargs: str = "{}"
     add_generation_prompt: bool = True
     continue_final: bool = False
@@ -75,6 +71,19 @@ class Job(msgspec.Struct, frozen=True, array_like=True):
         return TemplateOptions(
             json.loads(self.kwargs), self.add_generation_prompt, self.continue_final
         )
+
+
+class Job(msgspec.Struct, frozen=True, array_like=True):
+    """Compile a template, unless it is compiled already, and render a chat with it.
+
+    Attributes:
+        compile_limit_s: limit on the CPU time of compiling.
+        limit_s: limit on the CPU time of rendering.
+    """
+
+    chat: Chat
+    compile_limit_s: float
+    limit_s: float
 
 
 class Done(msgspec.Struct, frozen=True, array_like=True):
@@ -115,14 +124,15 @@ def _limited(seconds: float) -> Iterator[None]:
 def _do(job: Job, compiled: Recent[str, ChatTemplate]) -> Done:
     doing = TooSlow.COMPILING
     try:
-        template = compiled.get(job.source)
+        chat = job.chat
+        template = compiled.get(chat.source)
         if template is None:
             with _limited(job.compile_limit_s):
-                template = ChatTemplate(job.source, job.special_tokens)
-            compiled[job.source] = template
+                template = ChatTemplate(chat.source, chat.special_tokens)
+        compiled[chat.source] = template  # also if it was there: those used last are kept
         doing = TooSlow.RENDERING
         with _limited(job.limit_s):
-            return Done(template.render(job.messages, job.tools, options=job.options))
+            return Done(template.render(chat.messages, chat.tools, options=chat.options))
     except TemplateFailed as error:
         return Done(error=error.message, cause=cast(Cause, error.metadata["cause"]))
     except _Interrupted:

@@ -1,7 +1,6 @@
 """Chat templates: sandboxed Jinja with bounds. A template is an untrusted program.
 
-Rendering is synchronous. The base's own template is rendered in a thread, adapters'
-templates by `veneer_server.text.templates.uploaded`.
+Rendering is synchronous, in the processes of `veneer_server.text.templates.renderer`.
 """
 
 from __future__ import annotations

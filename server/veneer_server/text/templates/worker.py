@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+from collections.abc import Callable
 from enum import Enum
 from typing import Final
 
@@ -58,10 +59,33 @@ class Worker:
 
     def __init__(self, *, low_priority: bool = False) -> None:
         self.process: asyncio.subprocess.Process | None = None
+        self._doing: asyncio.Task[Done] | None = None
+        """The last job. If its caller leaves it is done to its end, since starting another
+        process takes longer than most jobs, and whoever is next would wait for that."""
         self._low_priority = low_priority
 
-    async def do(self, job: Job) -> Done:
-        """Do a job. Raises Ended."""
+    async def do(self, job: Job, charge: Callable[[float, Done | None], None]) -> Done:
+        """Do a job. Raises Ended.
+
+        Args:
+            charge: called when the job has ended, also if the caller has left by then, with
+                its CPU time, and with what came of it if it was not ended by a limit.
+        """
+        while self._doing is not None and not self._doing.done():
+            await asyncio.wait({self._doing})
+        self._doing = asyncio.create_task(self._charged(job, charge))
+        return await asyncio.shield(self._doing)
+
+    async def _charged(self, job: Job, charge: Callable[[float, Done | None], None]) -> Done:
+        done: Done | None = None
+        try:
+            done = await self._do(job)
+            return done
+        finally:
+            limits_s = job.compile_limit_s + job.limit_s
+            charge(limits_s if done is None else done.seconds, done)
+
+    async def _do(self, job: Job) -> Done:
         process = await self._running()
         wall = max((job.compile_limit_s + job.limit_s) * WALL_FACTOR, WALL_LEAST_S)
         try:
@@ -76,9 +100,16 @@ class Worker:
             await self.kill()
             raise Ended(Cause.ITSELF) from error
         except BaseException:
-            # Cancelled halfway: the answer would be mistaken for the next job's.
+            # Halfway: the answer would be mistaken for the next job's.
             await self.kill()
             raise
+
+    async def close(self) -> None:
+        """End the process, and the job that it is doing."""
+        if self._doing is not None:
+            self._doing.cancel()
+            await asyncio.wait({self._doing})
+        await self.kill()
 
     async def kill(self) -> None:
         """End the process; the next job starts another one."""

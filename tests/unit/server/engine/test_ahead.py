@@ -24,6 +24,7 @@ from veneer_server.engine.scheduling import scheduler, sequence
 from veneer_server.engine.scheduling.block_manager import BlockManager
 from veneer_server.engine.scheduling.scheduler import Scheduler
 from veneer_server.engine.scheduling.step_limits import SchedulerLimits
+from veneer_server.queues.fairness import Sender
 from veneer_server.step.inbox import Inbox, Unheld
 from veneer_server.step.plan import (
     AheadRunner,
@@ -170,7 +171,7 @@ class Grammars:
     """FAKE: compiles at once."""
 
     def compile(
-        self, sequence: int, constraint: Constraint, done: Callable[[Any], None], caller: str
+        self, sequence: int, constraint: Constraint, done: Callable[[Any], None], sender: Sender
     ) -> None:
         done(None)
 

@@ -14,6 +14,7 @@ from veneer_server.engine.residency.residency import Residency
 from veneer_server.engine.scheduling.block_manager import BlockManager
 from veneer_server.engine.scheduling.scheduler import Scheduler
 from veneer_server.engine.scheduling.step_limits import SchedulerLimits
+from veneer_server.queues.fairness import NOBODY, Sender
 from veneer_server.step.inbox import Inbox, Unheld
 from veneer_server.step.plan import (
     ConstraintFailure,
@@ -50,7 +51,7 @@ class FakeGrammars:
         sequence: int,
         constraint: Constraint,
         done: Callable[[InvalidField | None], None],
-        caller: str = "",
+        sender: Sender = NOBODY,
     ) -> None:
         self.begun.put((sequence, done))
 

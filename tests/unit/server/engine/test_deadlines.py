@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from veneer_server.queues.fairness import Sender
 from veneer_server.wire.messages import (
     AdapterSource,
     Cancel,
@@ -139,7 +140,11 @@ class SlowGrammars:
         self.done: list[Callable[[None], None]] = []
 
     def compile(
-        self, sequence: int, constraint: Constraint, done: Callable[[None], None], caller: str
+        self,
+        sequence: int,
+        constraint: Constraint,
+        done: Callable[[None], None],
+        sender: Sender,
     ) -> None:
         self.done.append(done)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from veneer_registry.errors import ContextTooLong
+from veneer_server.queues.fairness import NOBODY, Sender
 from veneer_server.text.lanes import LONG_TEXT, LONG_THREADS, Lanes
 from veneer_server.text.prompts import Prompts, Room
 from veneer_server.text.tokenizer import TextTokenizer
@@ -58,10 +59,10 @@ def test_the_library_uses_no_threads_of_its_own() -> None:
 
 async def test_short_texts_do_not_wait_for_long_ones(lanes: Lanes) -> None:
     gate = threading.Event()
-    long = [asyncio.create_task(lanes.run(LONG_TEXT, gate.wait)) for _ in range(50)]
+    long = [asyncio.create_task(lanes.run(LONG_TEXT, gate.wait, NOBODY)) for _ in range(50)]
     try:
         for size in (0, 1, LONG_TEXT - 1):
-            assert await lanes.run(size, lambda: "done") == "done"
+            assert await lanes.run(size, lambda: "done", NOBODY) == "done"
         assert not any(task.done() for task in long)
     finally:
         gate.set()
@@ -71,18 +72,58 @@ async def test_short_texts_do_not_wait_for_long_ones(lanes: Lanes) -> None:
 async def test_a_long_text_whose_caller_left_is_not_tokenized(lanes: Lanes) -> None:
     gate = threading.Event()
     running = [
-        asyncio.create_task(lanes.run(LONG_TEXT, gate.wait)) for _ in range(LONG_THREADS)
+        asyncio.create_task(lanes.run(LONG_TEXT, gate.wait, NOBODY))
+        for _ in range(LONG_THREADS)
     ]
     await asyncio.sleep(0)
     ran: list[int] = []
-    left = asyncio.create_task(lanes.run(LONG_TEXT, lambda: ran.append(1)))
+    left = asyncio.create_task(lanes.run(LONG_TEXT, lambda: ran.append(1), NOBODY))
     await asyncio.sleep(0)
     left.cancel()
     await asyncio.wait({left})
     gate.set()
     await asyncio.gather(*running)
-    await lanes.run(LONG_TEXT, lambda: ran.append(2))
+    await lanes.run(LONG_TEXT, lambda: ran.append(2), NOBODY)
     assert ran == [2]
+
+
+async def test_many_connections_have_one_turn(lanes: Lanes) -> None:
+    """Of one tenant, or of one host where there are no keys."""
+    gate = threading.Event()
+    running = asyncio.create_task(lanes.run(LONG_TEXT, gate.wait, NOBODY))
+    await asyncio.sleep(0)
+    order: list[str] = []
+
+    async def text(sender: Sender) -> None:
+        await lanes.run(LONG_TEXT, lambda: order.append(sender.tenant), sender)
+
+    bad = [text(Sender("bad", f"key {n % 3}", "", f"connection {n}")) for n in range(150)]
+    good = [text(Sender("good", "key", "", "one")) for _ in range(2)]
+    tasks = [asyncio.create_task(each) for each in (*bad, *good)]
+    await asyncio.sleep(0)
+    gate.set()
+    await asyncio.gather(running, *tasks)
+    assert order[:4].count("good") == 2
+
+
+async def test_a_thread_is_free_when_its_work_has_ended(lanes: Lanes) -> None:
+    """Also if whoever asked for it has left: else many who leave fill the threads' own queue,
+    where nobody takes turns."""
+    gate, ran = threading.Event(), []
+    left = asyncio.create_task(lanes.run(LONG_TEXT, gate.wait, NOBODY))
+    await asyncio.sleep(0)
+    left.cancel()
+    await asyncio.wait({left})
+    tasks = [
+        asyncio.create_task(lanes.run(LONG_TEXT, lambda n=n: ran.append(n), Sender(str(n))))
+        for n in range(2)
+    ]
+    await asyncio.sleep(0)
+    tasks[0].cancel()
+    await asyncio.wait({tasks[0]})
+    gate.set()
+    await tasks[1]
+    assert ran == [1]
 
 
 @pytest.mark.parametrize("text", ["a" * 4_000_000, "é" * 2_000_000, " " * 700_000])

@@ -12,8 +12,8 @@ from veneer_server.text.templates.options import (
     TemplateOptions,
     kwargs_of,
 )
+from veneer_server.text.templates.renderer import Renderer
 from veneer_server.text.templates.template import ChatTemplate
-from veneer_server.text.templates.uploaded import UploadedTemplates
 
 from tests.refused import refused
 
@@ -81,7 +81,7 @@ def test_a_message_that_the_template_leaves_out_cannot_be_continued() -> None:
 
 
 async def test_uploaded_templates_get_the_same() -> None:
-    templates = UploadedTemplates({})
+    templates = Renderer({})
     options = TemplateOptions(
         {"big": 10**30, "on": True}, add_generation_prompt=False, continue_final=True
     )

@@ -7,11 +7,19 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 from veneer_registry.errors import QueueFull
+from veneer_server.queues.fairness import Sender
 from veneer_server.text.templates import turns as template_turns
-from veneer_server.text.templates.turns import NEW_S, Accounts, Turns
+from veneer_server.text.templates.turns import CREDIT_S, NEW_S, Accounts, Key, Turns
 
 SLOW_S = 0.17
 QUICK_S = 0.001
+
+
+def key_of(template: str, caller: str | Sender) -> Key:
+    """Args: caller: a connection of a server without keys, or any sender."""
+    if isinstance(caller, str):
+        caller = Sender("default", "127.0.0.1", "", caller)
+    return caller, template.encode()
 
 
 class Desk:
@@ -24,11 +32,12 @@ class Desk:
         self.turns = Turns(self.accounts)
         self.order: list[str] = []
 
-    async def chat(self, template: str, caller: str, seconds: float) -> None:
-        async with self.turns.turn(template.encode(), caller):
+    async def chat(self, template: str, caller: str | Sender, seconds: float) -> None:
+        key = key_of(template, caller)
+        async with self.turns.turn(key):
             self.now += seconds
             self.order.append(template)
-            self.accounts.charge(template.encode(), caller, seconds, quick=seconds < 0.02)
+            self.accounts.charge(key, seconds, quick=seconds < 0.02)
             await asyncio.sleep(0)
 
     async def all(self, *chats: Awaitable[None]) -> list[str]:
@@ -86,21 +95,70 @@ async def test_many_quick_chats_do_not_keep_a_new_template_waiting(desk: Desk) -
 async def test_what_was_used_is_forgiven_in_time(desk: Desk) -> None:
     await desk.chat("once", "me", 2.0)
     await desk.chat("once", "me", QUICK_S)
-    before = desk.accounts.rank(b"once", "me")
+    before = desk.accounts.ranks()(key_of("once", "me"))
     desk.now += 60
-    assert desk.accounts.rank(b"once", "me") < (0.1, 0.1) < before
+    assert max(desk.accounts.ranks()(key_of("once", "me"))) < 0.1 < min(before)
 
 
-async def test_many_of_one_template_are_refused_whoever_sends_them(
+async def test_many_connections_have_the_turns_of_their_tenant(desk: Desk) -> None:
+    """150 of them, with a template each, delayed another tenant's chats by as many turns."""
+    bad = [Sender("bad", f"key {n % 4}", "", f"connection {n}") for n in range(150)]
+    good = Sender("good", "key", "", "connection")
+    for round_ in range(3):
+        slow = [desk.chat(f"slow {round_} {n}", each, SLOW_S) for n, each in enumerate(bad)]
+        quick = [desk.chat(f"good {n}", good, 0.005) for n in range(3)]
+        order = await desk.all(*slow, *quick)
+        assert max(order.index(f"good {n}") for n in range(3)) < 10, round_
+
+
+async def test_inside_a_tenant_keys_have_turns_and_inside_a_gateway_users(desk: Desk) -> None:
+    for bad, good in (
+        (Sender("t", "bad", "", "c"), Sender("t", "good", "", "c")),
+        (Sender("t", "gateway", "bad", "c"), Sender("t", "gateway", "good", "c")),
+    ):
+        slow = [
+            desk.chat(f"slow {n}", bad._replace(connection=f"c{n}"), SLOW_S) for n in range(50)
+        ]
+        order = await desk.all(*slow, desk.chat("mine", good, QUICK_S))
+        assert order.index("mine") < 4
+
+
+async def test_what_others_do_with_a_template_costs_nobody_else(desk: Desk) -> None:
+    """The template is public; only whose chats are slow is behind."""
+    bad, good = Sender("bad", "key", "", "c"), Sender("good", "key", "", "c")
+    await desk.chat("public", good, QUICK_S)
+    before = desk.accounts.ranks()(key_of("public", good))
+    await desk.chat("public", bad, 2.0)
+    assert desk.accounts.ranks()(key_of("public", good)) == pytest.approx(before, abs=0.001)
+
+
+async def test_one_who_was_idle_is_not_first_for_long(desk: Desk) -> None:
+    """Else a busy tenant would wait until another has used as much as itself."""
+    busy, idle = Sender("busy", "key", "", "c"), Sender("idle", "key", "", "c")
+    for _ in range(1000):
+        await desk.chat("busy", busy, 0.01)
+    await desk.chat("idle", idle, 0.015)
+    desk.now += 1
+    chats = [desk.chat("busy", busy, 0.01) for _ in range(60)]
+    chats += [desk.chat("idle", idle, 0.015) for _ in range(60)]
+    order = await desk.all(*chats)
+    assert order[1 : 2 + int(CREDIT_S / 0.015) + 4].count("busy") > 0
+    assert 30 < order[:100].count("busy") < 61
+
+
+async def test_many_of_one_template_are_refused_to_the_connection_that_sends_them(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(template_turns, "MAX_WAITING", 2)
-    chats = [desk.chat("same", f"caller {n}", QUICK_S) for n in range(4)]
+    chats = [desk.chat("same", "many", QUICK_S) for _ in range(4)]
     ends = await asyncio.gather(
-        *chats, desk.chat("other", "me", QUICK_S), return_exceptions=True
+        *chats,
+        desk.chat("same", "one", QUICK_S),
+        desk.chat("other", "many", QUICK_S),
+        return_exceptions=True,
     )
     assert [type(end) for end in ends if end is not None] == [QueueFull]
-    assert desk.order.count("same") == 3
+    assert desk.order.count("same") == 4
     assert desk.order.count("other") == 1
 
 
@@ -110,7 +168,7 @@ async def test_a_caller_who_leaves_passes_the_turn_on(desk: Desk, when: str) -> 
     leaver: asyncio.Task[None]
 
     async def hold(leave: Callable[[], object]) -> None:
-        async with desk.turns.turn(b"first", "first"):
+        async with desk.turns.turn(key_of("first", "first")):
             await held.wait()
         leave()
 

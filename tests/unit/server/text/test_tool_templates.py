@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 from veneer_server.serving.tools.history import History, PastCall
+from veneer_server.text.templates.renderer import Renderer
 from veneer_server.text.templates.template import ChatTemplate
 from veneer_server.text.templates.tool_words import in_words, needs_words
-from veneer_server.text.templates.uploaded import UploadedTemplates
 
 TOOLS = [
     {
@@ -77,9 +77,9 @@ def test_the_same_text_as_transformers(tools: list[dict[str, Any]]) -> None:
 
 @pytest.mark.asyncio
 async def test_uploaded_templates_get_the_same() -> None:
-    uploaded = UploadedTemplates({})
+    uploaded = Renderer({})
     try:
-        rendered = await uploaded.render(STYLE, chat(), "", TOOLS)
+        rendered = await uploaded.render(STYLE, chat(), tools=TOOLS)
     finally:
         await uploaded.close()
     assert rendered == ChatTemplate(STYLE, {}).render(chat(), TOOLS)

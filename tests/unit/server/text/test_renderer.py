@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import resource
 import signal
 from collections.abc import AsyncIterator
@@ -11,11 +12,13 @@ from typing import Any
 
 import pytest
 from veneer_registry.errors import QueueFull, TemplateFailed
+from veneer_server.queues.fairness import Sender
+from veneer_server.text.templates import renderer as template_renderer
 from veneer_server.text.templates import turns as template_turns
-from veneer_server.text.templates import uploaded as uploaded_templates
 from veneer_server.text.templates import worker as template_worker
+from veneer_server.text.templates.options import TemplateOptions
 from veneer_server.text.templates.process import MEMORY_LIMIT
-from veneer_server.text.templates.uploaded import UploadedTemplates
+from veneer_server.text.templates.renderer import Renderer, Size
 
 from tests.refused import refused
 
@@ -29,13 +32,13 @@ DOUBLING = (
 
 
 @pytest.fixture
-async def templates() -> AsyncIterator[UploadedTemplates]:
-    process = UploadedTemplates({"bos_token": "<s>"}, limit_s=0.2)
+async def templates() -> AsyncIterator[Renderer]:
+    process = Renderer({"bos_token": "<s>"}, limit_s=0.2)
     yield process
     await process.close()
 
 
-async def test_renders_and_reports_as_in_the_front(templates: UploadedTemplates) -> None:
+async def test_renders_and_reports_as_in_the_front(templates: Renderer) -> None:
     assert await templates.render(GOOD, USER) == "<s>Hi"
     with refused(TemplateFailed, cause="rendering") as caught:
         await templates.render("{{ raise_exception('roles must alternate') }}", USER)
@@ -48,7 +51,7 @@ async def test_renders_and_reports_as_in_the_front(templates: UploadedTemplates)
 
 
 async def test_an_endless_template_is_killed_and_refused_from_then_on(
-    templates: UploadedTemplates,
+    templates: Renderer,
 ) -> None:
     with refused(TemplateFailed, cause="too_slow", limit_s="0.2"):
         await templates.render(SILENT_LOOP, USER)
@@ -59,7 +62,7 @@ async def test_an_endless_template_is_killed_and_refused_from_then_on(
     assert templates.quick.process is running
 
 
-async def test_memory_is_bounded(templates: UploadedTemplates) -> None:
+async def test_memory_is_bounded(templates: Renderer) -> None:
     with pytest.raises(TemplateFailed):
         await templates.render(DOUBLING, USER)
     assert await templates.render(GOOD, USER) == "<s>Hi"
@@ -68,7 +71,7 @@ async def test_memory_is_bounded(templates: UploadedTemplates) -> None:
     assert limits == (MEMORY_LIMIT, MEMORY_LIMIT)
 
 
-async def test_what_a_template_raises_is_bounded(templates: UploadedTemplates) -> None:
+async def test_what_a_template_raises_is_bounded(templates: Renderer) -> None:
     """It goes to the caller and through the front's event loop."""
     for source in (
         "{{ raise_exception(messages[0].content * 20_000_000) }}",
@@ -83,7 +86,7 @@ async def test_what_a_template_raises_is_bounded(templates: UploadedTemplates) -
 
 
 async def test_an_answer_that_no_template_can_give_is_not_read(
-    templates: UploadedTemplates, monkeypatch: pytest.MonkeyPatch
+    templates: Renderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only a process that a template has taken over could send one."""
     monkeypatch.setattr(template_worker, "MAX_ANSWER", 1000)
@@ -93,7 +96,7 @@ async def test_an_answer_that_no_template_can_give_is_not_read(
 
 
 async def test_a_cancelled_rendering_does_not_answer_the_next(
-    templates: UploadedTemplates, monkeypatch: pytest.MonkeyPatch
+    templates: Renderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert await templates.render(GOOD, USER) == "<s>Hi"
     assert templates.quick.process is not None
@@ -114,13 +117,19 @@ async def test_a_cancelled_rendering_does_not_answer_the_next(
     assert await templates.render(GOOD, USER) == "<s>Hi"
 
 
-async def test_many_at_once_get_their_own_answers(templates: UploadedTemplates) -> None:
+async def test_many_at_once_get_their_own_answers(templates: Renderer) -> None:
     chats = [[{"role": "user", "content": str(n)}] for n in range(50)]
     answers = await asyncio.gather(*(templates.render(GOOD, chat) for chat in chats))
     assert answers == [f"<s>{n}" for n in range(50)]
 
 
 # ------------------------------------------------------------------------- slow ones
+
+
+def caller(number: int) -> Sender:
+    """A connection of a server without keys."""
+    return Sender("default", "127.0.0.1", "", str(number))
+
 
 SLOW = (
     "{% for a in range(messages[0].content | int) %}{% for b in range(100) %}{% endfor %}"
@@ -134,9 +143,9 @@ def slow(extra: str = "") -> str:
 
 
 @pytest.fixture
-async def hurried() -> AsyncIterator[UploadedTemplates]:
+async def hurried() -> AsyncIterator[Renderer]:
     """Slow is what takes more than a fraction of what is allowed."""
-    processes = UploadedTemplates({"bos_token": "<s>"}, limit_s=10, quick_limit_s=0.1)
+    processes = Renderer({"bos_token": "<s>"}, limit_s=10, quick_limit_s=0.1)
     yield processes
     await processes.close()
 
@@ -148,7 +157,7 @@ def chat(content: str) -> list[dict[str, str]]:
 WORK = "60000"
 
 
-async def test_slow_templates_do_not_hold_up_another(hurried: UploadedTemplates) -> None:
+async def test_slow_templates_do_not_hold_up_another(hurried: Renderer) -> None:
     """Sixteen slow ones delayed the chat of another adapter by 3 s."""
     first = await hurried.render(slow(), chat(WORK))
     assert first.startswith("0123"), "it is slow, and right"
@@ -159,7 +168,7 @@ async def test_slow_templates_do_not_hold_up_another(hurried: UploadedTemplates)
     assert set(await asyncio.gather(*waiting)) == {first}
 
 
-async def test_slow_templates_take_turns(hurried: UploadedTemplates) -> None:
+async def test_slow_templates_take_turns(hurried: Renderer) -> None:
     order: list[str] = []
 
     async def noted(name: str) -> None:
@@ -173,7 +182,7 @@ async def test_slow_templates_take_turns(hurried: UploadedTemplates) -> None:
 
 
 async def test_a_process_that_hangs_is_replaced(
-    hurried: UploadedTemplates, monkeypatch: pytest.MonkeyPatch
+    hurried: Renderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(template_worker, "WALL_LEAST_S", 2.0)
     assert await hurried.render(GOOD, USER) == "<s>Hi"
@@ -187,7 +196,7 @@ async def test_a_process_that_hangs_is_replaced(
 
 
 async def test_one_that_never_answers_is_refused_at_once_for_a_while(
-    templates: UploadedTemplates, monkeypatch: pytest.MonkeyPatch
+    templates: Renderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = 0
 
@@ -207,12 +216,12 @@ async def test_one_that_never_answers_is_refused_at_once_for_a_while(
         await templates.render(GOOD, USER)
     loop = asyncio.get_running_loop()
     now = loop.time
-    monkeypatch.setattr(loop, "time", lambda: now() + uploaded_templates.SLOW_FOR_S)
+    monkeypatch.setattr(loop, "time", lambda: now() + template_renderer.SLOW_FOR_S)
     assert await templates.render(GOOD, USER) == "<s>Hi"
 
 
 async def test_too_many_of_one_template_are_refused(
-    hurried: UploadedTemplates, monkeypatch: pytest.MonkeyPatch
+    hurried: Renderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(template_turns, "MAX_WAITING", 2)
     await hurried.render(slow(), chat(WORK))
@@ -227,21 +236,21 @@ async def test_too_many_of_one_template_are_refused(
 
 async def test_sixteen_slow_templates_do_not_hold_up_another() -> None:
     """Each of them was quick enough for the quick process; a chat waited for all of them."""
-    processes = UploadedTemplates({"bos_token": "<s>"}, limit_s=10)
+    processes = Renderer({"bos_token": "<s>"}, limit_s=10)
     try:
         waiting = [
-            asyncio.create_task(processes.render(slow(str(n)), chat("50000"), f"caller {n}"))
+            asyncio.create_task(processes.render(slow(str(n)), chat("50000"), caller(n)))
             for n in range(16)
         ]
         await asyncio.sleep(0)
-        assert await processes.render(GOOD, USER, "me") == "<s>Hi"
+        assert await processes.render(GOOD, USER, caller(-1)) == "<s>Hi"
         assert sum(task.done() for task in waiting) < 8
         assert len(set(await asyncio.gather(*waiting))) == 1
     finally:
         await processes.close()
 
 
-async def test_a_process_outlives_what_it_interrupts(templates: UploadedTemplates) -> None:
+async def test_a_process_outlives_what_it_interrupts(templates: Renderer) -> None:
     """Starting another one takes far longer than a chat."""
     assert await templates.render(GOOD, USER) == "<s>Hi"
     process = templates.quick.process
@@ -253,7 +262,7 @@ async def test_a_process_outlives_what_it_interrupts(templates: UploadedTemplate
 
 
 async def test_what_cannot_be_interrupted_is_killed_and_refused_from_then_on(
-    templates: UploadedTemplates, monkeypatch: pytest.MonkeyPatch
+    templates: Renderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One operation in C code, which no exception reaches."""
     monkeypatch.setattr(template_worker, "WALL_LEAST_S", 60.0)  # for a busy machine
@@ -265,7 +274,7 @@ async def test_what_cannot_be_interrupted_is_killed_and_refused_from_then_on(
     running = templates.quick.process
     loop = asyncio.get_running_loop()
     now = loop.time
-    monkeypatch.setattr(loop, "time", lambda: now() + uploaded_templates.SLOW_FOR_S)
+    monkeypatch.setattr(loop, "time", lambda: now() + template_renderer.SLOW_FOR_S)
     with refused(TemplateFailed, cause="too_slow"):
         await templates.render(source, USER)
     assert templates.quick.process is running, "it was not tried again"
@@ -278,8 +287,8 @@ LARGE = "{{ messages[0].content }}{% if messages[1] %}{{ messages[2] }}{% endif 
 async def test_a_large_template_is_compiled_in_the_quick_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(uploaded_templates, "COMPILE_LIMIT_S", 10.0)
-    processes = UploadedTemplates({})
+    monkeypatch.setattr(template_renderer, "COMPILE_LIMIT_S", 10.0)
+    processes = Renderer({})
     try:
         for _ in range(2):
             assert await processes.render(LARGE, USER) == "Hi" * 800
@@ -291,8 +300,8 @@ async def test_a_large_template_is_compiled_in_the_quick_process(
 async def test_one_that_is_too_large_for_that_is_compiled_in_the_slow_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(uploaded_templates, "COMPILE_LIMIT_S", 0.03)
-    processes = UploadedTemplates({}, limit_s=10)
+    monkeypatch.setattr(template_renderer, "COMPILE_LIMIT_S", 0.03)
+    processes = Renderer({}, limit_s=10)
     try:
         for _ in range(2):
             assert await processes.render(LARGE, USER) == "Hi" * 800
@@ -302,7 +311,7 @@ async def test_one_that_is_too_large_for_that_is_compiled_in_the_slow_one(
 
 
 async def test_an_answer_that_makes_no_sense_is_the_templates_fault(
-    templates: UploadedTemplates, monkeypatch: pytest.MonkeyPatch
+    templates: Renderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A fake for a process that a template has taken over: it sends back what it gets."""
     with monkeypatch.context() as patch:
@@ -331,7 +340,7 @@ def killer(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 async def test_a_chat_outlives_a_kill_of_the_process(
-    templates: UploadedTemplates, killer: list[int]
+    templates: Renderer, killer: list[int]
 ) -> None:
     for _ in range(3):
         killer[0] = 1
@@ -339,7 +348,7 @@ async def test_a_chat_outlives_a_kill_of_the_process(
 
 
 async def test_a_chat_outlives_a_kill_of_the_slow_process(
-    hurried: UploadedTemplates, killer: list[int]
+    hurried: Renderer, killer: list[int]
 ) -> None:
     answer = await hurried.render(slow(), chat(WORK))
     killer[0] = 1
@@ -347,7 +356,7 @@ async def test_a_chat_outlives_a_kill_of_the_slow_process(
 
 
 async def test_a_template_whose_process_is_killed_twice_is_refused_for_a_while_only(
-    templates: UploadedTemplates, killer: list[int], monkeypatch: pytest.MonkeyPatch
+    templates: Renderer, killer: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     killer[0] = 2
     with refused(TemplateFailed, cause="killed"):
@@ -357,5 +366,133 @@ async def test_a_template_whose_process_is_killed_twice_is_refused_for_a_while_o
         await templates.render(GOOD, USER)
     loop = asyncio.get_running_loop()
     now = loop.time
-    monkeypatch.setattr(loop, "time", lambda: now() + uploaded_templates.SLOW_FOR_S)
+    monkeypatch.setattr(loop, "time", lambda: now() + template_renderer.SLOW_FOR_S)
     assert await templates.render(GOOD, USER) == "<s>Hi"
+
+
+# --------------------------------------------------------- whom a slow chat is held against
+
+BY_SIZE = (
+    "{% for a in messages %}{% for b in messages %}{% for c in range(200) %}{% endfor %}"
+    "{% endfor %}{% endfor %}{{ messages | length }}"
+)
+"""Takes quadratic time: 2 messages are quick, 400 exceed the limit."""
+
+
+def many(count: int, content: str = "Hi") -> list[dict[str, str]]:
+    return [{"role": "user", "content": content} for _ in range(count)]
+
+
+def party(number: int) -> Sender:
+    return Sender(f"tenant {number}", "key", "", "connection")
+
+
+@pytest.fixture
+def jobs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of messages of each chat that reaches a process."""
+    seen: list[int] = []
+    exchange = template_worker.exchange
+
+    async def noted(process: asyncio.subprocess.Process, job: Any) -> Any:
+        seen.append(len(job.chat.messages))
+        return await exchange(process, job)
+
+    monkeypatch.setattr(template_worker, "exchange", noted)
+    return seen
+
+
+async def test_a_verdict_is_about_a_size_and_a_party(
+    templates: Renderer, jobs: list[int]
+) -> None:
+    with refused(TemplateFailed, cause="too_slow"):
+        await templates.render(BY_SIZE, many(400), party(1))
+    before = len(jobs)
+    for count in (400, 500):
+        with refused(TemplateFailed, cause="too_slow"):
+            await templates.render(BY_SIZE, many(count), party(1)._replace(connection="new"))
+    assert len(jobs) == before, "what is as large is refused at once"
+    assert await templates.render(BY_SIZE, many(2), party(1)) == "2"
+    with refused(TemplateFailed, cause="too_slow"):
+        await templates.render(BY_SIZE, many(400), party(2))
+    assert len(jobs) > before + 1, "another party's is tried"
+
+
+async def test_a_verdict_is_forgotten_after_minutes(
+    templates: Renderer, jobs: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with refused(TemplateFailed, cause="too_slow"):
+        await templates.render(BY_SIZE, many(400))
+    before = len(jobs)
+    loop = asyncio.get_running_loop()
+    now = loop.time
+    monkeypatch.setattr(loop, "time", lambda: now() + template_renderer.REFUSED_FOR_S)
+    with refused(TemplateFailed, cause="too_slow"):
+        await templates.render(BY_SIZE, many(400))
+    assert len(jobs) > before
+
+
+async def test_nothing_is_concluded_from_a_size_that_was_quick(
+    templates: Renderer, jobs: list[int]
+) -> None:
+    """A template's loops may depend on what the messages say, and without keys all callers of a
+    host are one party."""
+    assert await templates.render(SLOW, many(3, "2")) == "01"
+    with refused(TemplateFailed, cause="too_slow"):
+        await templates.render(SLOW, many(1, "99999999"))
+    assert await templates.render(SLOW, many(2, "2")) == "01"
+    assert len(jobs) == 4
+    assert await templates.render(SLOW, many(5, "2")) == "01"
+
+
+async def test_nor_from_other_variables(templates: Renderer) -> None:
+    steered = "{% for a in range(n) %}{% for b in range(999) %}{% endfor %}{% endfor %}ok"
+    with refused(TemplateFailed, cause="too_slow"):
+        await templates.render(steered, USER, options=TemplateOptions({"n": 99999}))
+    assert await templates.render(steered, USER, options=TemplateOptions({"n": 1})) == "ok"
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    """Also about one who alternates templates, sizes and keys."""
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    rng = random.Random(seed)
+    verdicts = template_renderer._Verdicts(lambda: 0.0)  # private: nothing else shows it
+    for _ in range(20_000):
+        what = template_renderer._Input(
+            party(rng.randrange(3)),
+            template := bytes([rng.randrange(200)]),
+            template,
+            Size(rng.randrange(4096), rng.randrange(1 << 22)),
+        )
+        if rng.random() < 0.1:
+            verdicts.quick(what)
+        else:
+            verdicts.note(what, 60.0, None)
+            assert verdicts.slow(what) or verdicts._known(what).quick
+    for templates_ in verdicts._parties.values():
+        assert len(templates_) <= template_renderer._TEMPLATES
+        for known in templates_.values():
+            assert len(known.verdicts) <= template_renderer._SIZES
+            assert len(known.quick) <= template_renderer._SIZES
+
+
+async def test_chats_that_wait_outlive_a_kill_of_the_process(
+    templates: Renderer, killer: list[int]
+) -> None:
+    """Whichever chat it was that had it killed."""
+    killer[0] = 1
+    chats = [templates.render(GOOD, chat(str(n)), party(n)) for n in range(20)]
+    assert await asyncio.gather(*chats) == [f"<s>{n}" for n in range(20)]
+
+
+async def test_callers_who_leave_do_not_cost_a_process_each(templates: Renderer) -> None:
+    """Starting another one takes longer than most chats; the next chat would wait for it."""
+    assert await templates.render(GOOD, USER) == "<s>Hi"
+    process = templates.quick.process
+    for n in range(10):
+        leaver = asyncio.create_task(templates.render(SILENT_LOOP + str(n), USER, party(n)))
+        await asyncio.sleep(0)
+        leaver.cancel()
+        await asyncio.wait({leaver})
+        assert await templates.render(GOOD, USER, party(n)) == "<s>Hi"
+    assert templates.quick.process is process
