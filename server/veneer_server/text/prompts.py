@@ -90,6 +90,7 @@ class Prompts:
             TokenizerUnsupported, TemplateFailed: the folder cannot be served.
         """
         self.tokenizer = TextTokenizer.from_folder(folder)
+        self.names = self.tokenizer.longest_names()
         source, special = read_base_template(folder)
         self._base_source = source
         self._base = ChatTemplate(source, special) if source is not None else None
