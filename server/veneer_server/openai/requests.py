@@ -16,7 +16,7 @@ from veneer_server.openai.fields import (
 )
 from veneer_server.openai.tools.requests import template_messages, tools_of
 from veneer_server.serving.answer_room import AnswerForm, ScoreForm
-from veneer_server.serving.checks import choice, invalid
+from veneer_server.serving.checks import MAX_SCHEMA, check_json_size, choice, invalid
 from veneer_server.serving.records import (
     ChatMessages,
     GenerateCall,
@@ -150,20 +150,17 @@ def _form(
         ),
         ids=ids,
         prompt_ids=ids * prompt_copies,
+        prompt_field="output.echo" if prompts[:1] == [_ECHO] else "output.prompt_logprobs",
     )
 
 
-def _prompts(
-    given: str | list[int] | list[str] | list[list[int]],
-) -> Sequence[str | list[int]]:
+def _prompts(given: str | list[Any]) -> Sequence[str | list[int]]:
     if isinstance(given, str):
         return [given]
     if not given:
         raise invalid("prompt", "is empty: send at least one")
-    ids = [one for one in given if isinstance(one, int)]
-    if ids:
-        return [ids]  # `CompletionFields` allows no other type next to them
-    return [one for one in given if not isinstance(one, int)]
+    # `CompletionFields` allows no other type next to them.
+    return [given] if isinstance(given[0], int) else given
 
 
 def _check_options(fields: CommonFields) -> None:
@@ -221,7 +218,7 @@ def _constraint(fields: CommonFields) -> Constraint | None:
         if wanted.type == "json_schema":
             if wanted.json_schema is None:
                 raise invalid("response_format.json_schema", "is missing: send the schema")
-            schema = json.dumps(wanted.json_schema.schema_)
+            schema = _schema_text(wanted.json_schema.schema_, "constraint.json_schema")
             add("response_format", Constraint("json_schema", schema))
         elif wanted.json_schema is not None:
             raise invalid("response_format.json_schema", "needs the type 'json_schema'")
@@ -230,7 +227,7 @@ def _constraint(fields: CommonFields) -> Constraint | None:
     if fields.guided_json is not None:
         add(
             "guided_json",
-            Constraint("json_schema", _schema_text(fields.guided_json)),
+            Constraint("json_schema", _schema_text(fields.guided_json, "guided_json")),
         )
     if fields.guided_regex is not None:
         add("guided_regex", Constraint("regex", fields.guided_regex))
@@ -242,7 +239,7 @@ def _constraint(fields: CommonFields) -> Constraint | None:
         if more.json_ is not None:
             add(
                 "structured_outputs",
-                Constraint("json_schema", _schema_text(more.json_)),
+                Constraint("json_schema", _schema_text(more.json_, "structured_outputs.json")),
             )
         if more.json_object:
             add("structured_outputs", Constraint("json_schema", '{"type": "object"}'))
@@ -259,6 +256,9 @@ def _constraint(fields: CommonFields) -> Constraint | None:
     return found[0][1] if found else None
 
 
-def _schema_text(schema: dict[str, Any] | bool | str) -> str:
+def _schema_text(schema: dict[str, Any] | bool | str, field: str) -> str:
     """A schema as JSON text. One sent as text is passed through: the core checks it."""
-    return schema if isinstance(schema, str) else json.dumps(schema)
+    if isinstance(schema, str):
+        return schema
+    check_json_size(field, schema, MAX_SCHEMA)
+    return json.dumps(schema)

@@ -100,7 +100,15 @@ def generate_call(
         truncate_prompt=_optional(request, "truncate_prompt_tokens"),
         # Output of a given format holds no calls, unless it is one.
         tools=tools if constraint is None or (tools is not None and tools.forced) else None,
-        form=AnswerForm(_SCORES, (_SCORES,), largest=largest, instead=instead),
+        form=AnswerForm(
+            _SCORES,
+            (_SCORES,),
+            prompt_field="output.prompt_logprobs"
+            if output.HasField("prompt_logprobs")
+            else "output.echo",
+            largest=largest,
+            instead=instead,
+        ),
     )
 
 

@@ -83,6 +83,7 @@ class AnswerForm:
         prompts: those of its prompt, in each place where it has them.
         ids: bytes of each of the answer's token ids, 0 without them.
         prompt_ids: the same of the prompt's, in all copies.
+        prompt_field: what asks for most of what belongs to the prompt.
         largest: most bytes of all.
         instead: what a caller beyond it may do, beside asking for less.
     """
@@ -91,6 +92,7 @@ class AnswerForm:
     prompts: tuple[ScoreForm, ...] = ()
     ids: int = 0
     prompt_ids: int = 0
+    prompt_field: str = "output.prompt_logprobs"
     largest: int = MAX_ANSWER
     instead: str = ""
 
@@ -236,7 +238,7 @@ class Held:
         whole = size.fixed + size.token * most * n
         self._whole += whole
         if self._whole > form.largest:
-            raise _too_large(self._whole, size.fixed > whole // 2, form)
+            raise _too_large(self._whole, form, size.fixed > whole // 2)
         self._prompts += size.held
         self._uncounted -= 1
         if not self._uncounted:
@@ -261,13 +263,14 @@ class Held:
         self._room.add(self._tenant, count)
 
 
-def _too_large(size: int, by_prompt: bool, form: AnswerForm) -> InvalidField:
-    field = "output.prompt_logprobs" if by_prompt else "output.top_logprobs"
-    less = "fewer likely tokens, samples or prompts, or send a shorter prompt"
-    if not by_prompt:
-        less = "fewer likely tokens or samples, or a smaller max_tokens"
+def _too_large(size: int, form: AnswerForm, by_prompt: bool) -> InvalidField:
+    """Args: by_prompt: most of it is the prompt's."""
+    field, less = "output.top_logprobs", "a smaller max_tokens"
+    if by_prompt:
+        field, less = form.prompt_field, "a shorter prompt, fewer prompts"
     return InvalidField(
         f"{field}: log-probabilities and token ids of this answer may take {size} bytes, and "
-        f"{form.largest} are the most: ask for {less}{form.instead}",
+        f"{form.largest} are the most: ask for {less}, fewer samples, or fewer likely tokens"
+        f"{form.instead}",
         metadata={"field": field, "bytes": str(size), "largest": str(form.largest)},
     )

@@ -136,7 +136,7 @@ class GenerateCall:
     truncate_prompt: int | None = None
     include_reasoning: bool = True
     tools: ToolUse | None = None
-    form: AnswerForm = _PLAIN
+    form: AnswerForm = field(default=_PLAIN, compare=False)
 
     def __post_init__(self) -> None:
         if self.max_tokens == 0 and not self.echo:
