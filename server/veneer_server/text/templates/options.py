@@ -151,7 +151,7 @@ def longer_as_json(value: object, most: int) -> bool:
         elif isinstance(one, str):
             left -= len(one)
         elif isinstance(one, int):
-            left -= one.bit_length() // 4
+            left -= max(0, one.bit_length() - 1) // 4
     return left < 0
 
 
