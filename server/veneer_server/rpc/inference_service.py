@@ -21,7 +21,6 @@ from veneer_server.rpc.transport.decoding import (
     last_value,
     values,
 )
-from veneer_server.rpc.transport.receiving import MAX_MESSAGE
 from veneer_server.serving.calls import READER_LIMIT_S
 from veneer_server.serving.generation import Delta, Generation
 from veneer_server.serving.generator import Generator
@@ -40,6 +39,11 @@ _PROMPT_FIELD: Final = inference_pb2.GenerateRequest.PROMPT_FIELD_NUMBER
 _TOKENS_FIELD: Final = inference_pb2.GenerateRequest.TOKEN_IDS_FIELD_NUMBER
 _TRUNCATE_FIELD: Final = inference_pb2.GenerateRequest.TRUNCATE_PROMPT_TOKENS_FIELD_NUMBER
 _IDS_FIELD: Final = inference_pb2.TokenIds.IDS_FIELD_NUMBER
+
+MAX_WHOLE: Final = 16 << 20
+"""The most bytes that log-probabilities of an answer in one message may take. As the longest
+names of tokens are assumed, most such answers have a quarter of it: clients receive 4 MiB
+unless they are told otherwise."""
 
 _AT_ONCE: Final = 64
 """Positions whose log-probabilities are made in one go: with 20 likely tokens beside each, they
@@ -78,7 +82,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.GenerateRequest, context: Any
     ) -> inference_pb2.GenerateResponse:
         """Collect the whole completion."""
-        call = await self._call(request, largest=MAX_MESSAGE, instead=_INSTEAD)
+        call = await self._call(request, largest=MAX_WHOLE, instead=_INSTEAD)
         response = inference_pb2.GenerateResponse(request_id=REQUEST_ID.get())
         remaining = context.time_remaining()
         samples = [_Whole() for _ in range(call.n)]
@@ -139,7 +143,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                     await self._write(context, message)
 
     async def _call(self, request: inference_pb2.GenerateRequest, **bound: Any) -> GenerateCall:
-        """The request's call. A long one is converted off the event loop."""
+        """The request's call; a long one is converted off the event loop. Raises InvalidField."""
         convert_it = partial(convert.generate_call, request, **bound)
         if request.ByteSize() < COUNTED_FROM:
             return convert_it()

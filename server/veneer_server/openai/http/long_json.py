@@ -97,7 +97,13 @@ def pieces_of(body: object) -> float:
 
 def dump(body: object) -> bytes:
     """Compact JSON, at once."""
-    return json.dumps(body, ensure_ascii=False, separators=(",", ":"), default=list).encode()
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":"), default=_listed).encode()
+
+
+def _listed(value: object) -> list[Any]:
+    if isinstance(value, Many | Joined):
+        return list(value)
+    raise TypeError(f"{type(value).__name__} is no JSON")
 
 
 def written(body: object) -> Iterator[bytes]:

@@ -49,9 +49,7 @@ async def module_front(
 ) -> AsyncIterator[Front]:
     data = tmp_path_factory.mktemp("long-answers")
     flags = {"openai_listen": "127.0.0.1:0", "default_max_tokens": str(CONTEXT - 1000)}
-    async with running(
-        base_folder, front_cache, data, engine=LongEngine, **flags
-    ) as front:
+    async with running(base_folder, front_cache, data, engine=LongEngine, **flags) as front:
         yield front
 
 
@@ -213,19 +211,19 @@ async def test_grpc_streams_a_long_prompt_s_scores_in_messages_that_clients_take
     front: Front, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads = Threads(monkeypatch)
-    refused = await failure(front.inference.Generate(scored(8000, 20)))
+    refused = await failure(front.inference.Generate(scored(10_000, 20)))
     assert refused.reason == "INVALID_FIELD"
     assert refused.metadata["field"] == "output.prompt_logprobs"
     assert "GenerateStream" in refused.message
     assert not front.engine.submitted
     found: list[inference_pb2.TokenLogprob] = []
     tokens: list[int] = []
-    async for message in front.inference.GenerateStream(scored(8000, 20)):
+    async for message in front.inference.GenerateStream(scored(10_000, 20)):
         assert message.ByteSize() < 1 << 20
         assert not (tokens and message.prompt_logprobs), "they come first"
         found += message.prompt_logprobs
         tokens += message.token_ids
-    assert [each.token_id for each in found] == ids(8000)[1:]
+    assert [each.token_id for each in found] == ids(10_000)[1:]
     assert all(len(each.top) == 20 and each.rank for each in found)
     assert len(tokens) == 2
     assert threads.on_the_loop < 200
