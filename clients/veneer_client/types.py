@@ -327,8 +327,8 @@ class Chunk:
     Attributes:
         text: new text, never retracted; may lag behind ``token_ids``.
         logprobs: one for each of ``token_ids``, if requested.
-        prompt_logprobs: in the first chunk only, if requested: one for each prompt
-            token after the first.
+        prompt_logprobs: if requested, one for each prompt token after the first; in the first
+            chunk with tokens, and those of a long prompt also in chunks before it.
         index: the sample that it belongs to, from 0.
         finish_reason: set in a sample's last chunk, which may have no text.
         reasoning: new text of what the model thought, see `Generation`.

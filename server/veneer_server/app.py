@@ -254,6 +254,7 @@ class App:
             # When nothing is running, the duration of earlier steps tells nothing.
             step_seconds=lambda: self._metrics.recent_step_s if engine.in_flight else 0.0,
         )
+        self._resources.callback(generator.spare_time.close)
         self._answer_openai(generator, engine, base)
         self._doors.answer_grpc(
             InferenceService(generator, reader_limit_s=config.reader_limit),

@@ -106,5 +106,5 @@ def _size(output: SequenceOutput) -> int:
     numbers = len(output.tokens) + len(output.logprobs or ())
     numbers += len(output.prompt_logprobs or ()) + len(output.prompt_ranks or ())
     tops = sum(map(len, output.top_logprobs or ()))
-    tops += sum(map(len, output.prompt_top_logprobs or ()))
-    return numbers * _NUMBER_BYTES + tops * _TOP_BYTES
+    packed = sum(map(len, output.prompt_top_logprobs or ()))
+    return numbers * _NUMBER_BYTES + tops * _TOP_BYTES + packed

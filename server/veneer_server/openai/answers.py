@@ -6,19 +6,33 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from veneer_server.openai.http.asgi import DATA_ONLY, Framing
 from veneer_server.serving.generation import Delta, Generation
 from veneer_server.text.detokenizer import Detokenizer
 from veneer_server.text.tokenizer import TextTokenizer
+from veneer_server.wire.messages import PackedTops, unpack_tops
 
-__all__ = ["Answer", "Counts", "Json", "Piece", "Scores", "Tally", "TokenScore"]
+__all__ = [
+    "SCORES_AT_ONCE",
+    "Answer",
+    "Counts",
+    "Json",
+    "Offsets",
+    "Piece",
+    "Tally",
+    "TokenScore",
+    "scores_of",
+]
+
+SCORES_AT_ONCE: Final = 8
+"""Positions whose log-probabilities are made in one go: with 20 likely tokens beside each, a
+fraction of a millisecond."""
 
 Json = dict[str, Any]
-Tops = Sequence[tuple[int, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +79,31 @@ class Offsets:
 
 @dataclass(frozen=True, slots=True)
 class TokenScore:
-    """One token with its log-probability; a prompt's first token has none.
+    """One of an answer's tokens with its log-probability.
 
     Attributes:
-        offset: where its text begins in the choice's text.
+        packed: the likely tokens beside it, which take a tenth of the memory so.
     """
 
     id: int
-    offset: int
-    logprob: float | None
-    tops: Tops
+    logprob: float
+    packed: PackedTops
+
+    @property
+    def tops(self) -> Iterator[tuple[int, float]]:
+        """The likely tokens beside it."""
+        return unpack_tops(self.packed)
+
+
+def scores_of(delta: Delta) -> list[TokenScore]:
+    """New tokens with their log-probabilities; none where they were not asked for."""
+    if delta.logprobs is None:
+        return []
+    tops = delta.top_logprobs or [b""] * len(delta.tokens)
+    return [
+        TokenScore(token, logprob, packed)
+        for token, logprob, packed in zip(delta.tokens, delta.logprobs, tops, strict=True)
+    ]
 
 
 class Answer(ABC):
@@ -135,48 +164,3 @@ class Tally:
             sum(generation.cached_tokens for generation in known),
             sum(generation.reasoning_tokens for generation in known),
         )
-
-
-class Scores:
-    """Gives the tokens of pieces with their log-probabilities and places in the text."""
-
-    def __init__(self, tokenizer: TextTokenizer, *, echo: bool = False) -> None:
-        """Args: echo: the prompt's tokens come first."""
-        self._tokenizer = tokenizer
-        self._echo = echo
-        self._offsets: dict[tuple[int, int], Offsets] = {}
-        """Those of each choice, by its prompt and sample."""
-        self._echoed: dict[int, list[TokenScore]] = {}
-
-    def of(self, piece: Piece) -> Iterator[TokenScore]:
-        """The tokens of a piece."""
-        delta, prompt = piece.delta, piece.generation.prompt
-        if delta.prompt_logprobs is not None and self._echo:
-            offsets = Offsets(self._tokenizer, prompt=prompt.text)
-            self._echoed[piece.prompt] = [
-                TokenScore(prompt.ids[0], offsets.of(prompt.ids[0]), None, ()),
-                *_joined(
-                    prompt.ids[1:], offsets, delta.prompt_logprobs, delta.prompt_top_logprobs
-                ),
-            ]
-        at = piece.prompt, delta.index
-        if at not in self._offsets:
-            # Computed once for all samples of a prompt; the first sample comes first.
-            yield from self._echoed.get(piece.prompt, ())
-            begin = len(prompt.text) if self._echo else 0
-            self._offsets[at] = Offsets(self._tokenizer, at=begin)
-        if delta.logprobs is not None:
-            yield from _joined(
-                delta.tokens, self._offsets[at], delta.logprobs, delta.top_logprobs
-            )
-
-
-def _joined(
-    ids: Sequence[int],
-    offsets: Offsets,
-    logprobs: Sequence[float],
-    tops: Sequence[Tops] | None,
-) -> Iterator[TokenScore]:
-    for at, (token, logprob) in enumerate(zip(ids, logprobs, strict=True)):
-        likely = tops[at] if tops is not None else ()
-        yield TokenScore(token, offsets.of(token), logprob, likely)

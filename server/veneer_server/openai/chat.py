@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from veneer_server.openai.answers import Json, Piece, TokenScore
+from veneer_server.openai.answers import SCORES_AT_ONCE, Json, Piece, TokenScore
 from veneer_server.openai.choices import Choice, ChoiceAnswer
 from veneer_server.openai.fields import ChatFields
+from veneer_server.openai.http.long_json import Many
 from veneer_server.openai.tools.answers import CallDeltas, Calls
 
 __all__ = ["ChatAnswer"]
@@ -96,16 +97,14 @@ class ChatAnswer(ChoiceAnswer):
     def _logprob_object(self, tokens: Sequence[TokenScore]) -> Json | None:
         if not self._logprobs:
             return None
-        content = [
-            {
-                **self._entry(token.id, token.logprob),
-                "top_logprobs": [self._entry(*top) for top in token.tops],
-            }
-            for token in tokens
-        ]
+        content = Many(len(tokens), lambda: map(self._score, tokens), at_once=SCORES_AT_ONCE)
         return {"content": content, "refusal": None}
 
-    def _entry(self, token: int, logprob: float | None) -> Json:
+    def _score(self, token: TokenScore) -> Json:
+        tops = [self._entry(*top) for top in token.tops]
+        return {**self._entry(token.id, token.logprob), "top_logprobs": tops}
+
+    def _entry(self, token: int, logprob: float) -> Json:
         data = self._tokenizer.token_bytes(token)
         return {
             "token": self._label(token),

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
-from veneer_server.openai.answers import Answer, Json, Piece, Scores, Tally, TokenScore
+from veneer_server.openai.answers import Answer, Json, Piece, Tally, TokenScore, scores_of
 from veneer_server.openai.extensions.answers import Additions, labels
 from veneer_server.openai.fields import CommonFields
 from veneer_server.text.replies.deltas import Delta as Part
@@ -60,10 +60,9 @@ class ChoiceAnswer(Answer):
         fingerprint: hash of the base model's weights.
         """
         self._tokenizer = tokenizer
-        self._additions = Additions(fields, tokenizer)
+        self._additions = Additions(fields, tokenizer, several=fields.n > 1)
         self._label = labels(fields, tokenizer)
         self._tally = Tally()
-        self._scores = Scores(tokenizer, echo=echo)
         self._logprobs = logprobs
         self._echo = echo
         self._n = fields.n
@@ -86,7 +85,7 @@ class ChoiceAnswer(Answer):
         choice.reasoning.append(piece.delta.reasoning)
         choice.parts.extend(piece.delta.parts)
         if self._logprobs:
-            choice.tokens.extend(self._scores.of(piece))
+            choice.tokens.extend(scores_of(piece.delta))
         choice.finish = piece.delta.finish
         choice.started = True
 
@@ -109,7 +108,7 @@ class ChoiceAnswer(Answer):
         """See `Answer.chunks`."""
         at, choice = self._choice(piece)
         text = self._text(piece, choice)
-        tokens = list(self._scores.of(piece)) if self._logprobs else []
+        tokens = scores_of(piece.delta) if self._logprobs else []
         shown = [
             self._chunk([one]) for one in self._choice_chunks(at, text, tokens, piece, choice)
         ]

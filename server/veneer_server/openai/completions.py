@@ -2,12 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
+from typing import Any
 
-from veneer_server.openai.answers import Json, Piece, TokenScore
+from veneer_server.openai.answers import SCORES_AT_ONCE, Json, Offsets, Piece, TokenScore
 from veneer_server.openai.choices import Choice, ChoiceAnswer
+from veneer_server.openai.http.long_json import Joined, Many
+from veneer_server.text.tokenizer import TextTokenizer
+from veneer_server.wire.messages import unpack_tops
 
 __all__ = ["CompletionAnswer"]
+
+
+class _Echoed:
+    """A prompt's log-probabilities, which each of its choices begins with. Their JSON is made
+    once. A prompt's first token has none."""
+
+    def __init__(
+        self,
+        piece: Piece,
+        tokenizer: TextTokenizer,
+        label: Callable[[int], str],
+        top_object: Callable[..., Json],
+        *,
+        several: bool,
+    ) -> None:
+        """Args: piece: the prompt's first. several: choices."""
+        prompt, delta = piece.generation.prompt, piece.delta
+        ids, logprobs = prompt.ids, delta.prompt_logprobs
+        assert logprobs is not None, "asked for with echo"
+        tops = delta.prompt_top_logprobs or [b""] * len(logprobs)
+
+        def many(items: Callable[[], Iterable[Any]], at_once: int = SCORES_AT_ONCE) -> Many:
+            return Many(len(ids), items, at_once=at_once, keep=several)
+
+        self.members = (
+            many(lambda: map(label, ids), 512),
+            many(lambda: chain((None,), logprobs), 512),
+            many(
+                lambda: chain(
+                    (None,),
+                    map(top_object, ids[1:], logprobs, map(unpack_tops, tops)),
+                )
+            ),
+            many(lambda: map(Offsets(tokenizer, prompt=prompt.text).of, ids), 64),
+        )
 
 
 class CompletionAnswer(ChoiceAnswer):
@@ -16,11 +56,36 @@ class CompletionAnswer(ChoiceAnswer):
     kind = chunk_kind = "text_completion"
     id_prefix = "cmpl"
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._echoed: dict[int, _Echoed] = {}
+        """By prompt."""
+        self._offsets: dict[int, Offsets] = {}
+        """Of the choices' own tokens, by choice."""
+
+    def _choice(self, piece: Piece) -> tuple[int, Choice]:
+        at, choice = super()._choice(piece)
+        if not choice.started and self._logprobs:
+            begin = len(piece.generation.prompt.text) if self._echo else 0
+            self._offsets[at] = Offsets(self._tokenizer, at=begin)
+            # The first sample comes first.
+            if self._echo and piece.delta.prompt_logprobs is not None:
+                self._echoed[piece.prompt] = _Echoed(
+                    piece,
+                    self._tokenizer,
+                    self._label,
+                    self._top_object,
+                    several=self._n > 1,
+                )
+        return at, choice
+
     def _whole_choice(self, at: int, text: str, choice: Choice) -> Json:
         return {
             "index": at,
             "text": text,
-            "logprobs": self._logprob_object(choice.tokens),
+            "logprobs": self._logprob_object(
+                at, choice.tokens, self._echoed.get(at // self._n)
+            ),
             "finish_reason": choice.finish,
             **self._additions.of_choice(at),
             **self._additions.of_prompt(at // self._n),
@@ -29,32 +94,50 @@ class CompletionAnswer(ChoiceAnswer):
     def _choice_chunks(
         self, at: int, text: str, tokens: list[TokenScore], piece: Piece, choice: Choice
     ) -> Iterator[Json]:
-        finish = piece.delta.finish
+        finish, echoed = piece.delta.finish, None
+        if not choice.started:
+            echoed = self._echoed.get(piece.prompt)
         ids = self._additions.of_delta(piece.delta)
         if not choice.started:
             ids |= self._additions.of_start(piece.generation)
-        if text or tokens or finish is not None or (ids and piece.delta.tokens):
+        if text or tokens or echoed or finish is not None or (ids and piece.delta.tokens):
             yield {
                 "index": at,
                 "text": text,
-                "logprobs": self._logprob_object(tokens),
+                "logprobs": self._logprob_object(at, tokens, echoed),
                 "finish_reason": finish,
                 **ids,
             }
 
-    def _logprob_object(self, tokens: Sequence[TokenScore]) -> Json | None:
+    def _logprob_object(
+        self, at: int, tokens: Sequence[TokenScore], echoed: _Echoed | None
+    ) -> Json | None:
+        """Of a choice's next tokens, behind its prompt's."""
         if not self._logprobs:
             return None
+        label, offsets, count = self._label, self._offsets[at], len(tokens)
+        own = (
+            Many(count, lambda: [label(token.id) for token in tokens]),
+            Many(count, lambda: [token.logprob for token in tokens]),
+            Many(
+                count,
+                lambda: (
+                    self._top_object(token.id, token.logprob, token.tops) for token in tokens
+                ),
+                at_once=SCORES_AT_ONCE,
+            ),
+            # Written once, and in order.
+            Many(count, lambda: (offsets.of(token.id) for token in tokens), at_once=64),
+        )
+        names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+        before = (None,) * len(names) if echoed is None else echoed.members
         return {
-            "tokens": [self._label(token.id) for token in tokens],
-            "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [self._top_object(token) for token in tokens],
-            "text_offset": [token.offset for token in tokens],
+            name: many if first is None else Joined(first, many)
+            for name, first, many in zip(names, before, own, strict=True)
         }
 
-    def _top_object(self, token: TokenScore) -> Json | None:
+    def _top_object(
+        self, token: int, logprob: float, tops: Iterable[tuple[int, float]]
+    ) -> Json:
         """Label to log-probability, always including the chosen token."""
-        if token.logprob is None:
-            return None
-        scores = (*token.tops, (token.id, token.logprob))
-        return {self._label(other): logprob for other, logprob in scores}
+        return {self._label(other): score for other, score in (*tops, (token, logprob))}

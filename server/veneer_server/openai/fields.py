@@ -15,7 +15,12 @@ from veneer_registry.errors import InvalidField
 
 from veneer_server.openai.extensions.base import Fields, is_neutral
 from veneer_server.openai.extensions.fields import ChatExtensions, SharedExtensions
-from veneer_server.serving.checks import MAX_BIAS, MAX_BIASES, MAX_MESSAGES
+from veneer_server.serving.checks import (
+    MAX_BIAS,
+    MAX_BIASES,
+    MAX_MESSAGES,
+    MAX_STOP_TOKENS,
+)
 from veneer_server.wire.sampling import FRACTIONS
 
 __all__ = [
@@ -24,6 +29,7 @@ __all__ = [
     "CompletionFields",
     "Message",
     "RequestFields",
+    "check_ids",
     "parse_fields",
     "with_fractions",
 ]
@@ -78,9 +84,22 @@ _Count = Annotated[int, Field(ge=0, le=_UINT32)]
 
 # Validation of a list stops at its first bad element. Otherwise pydantic collects an error
 # for each, which takes seconds and gigabytes for a body of a few megabytes.
-_Counts = Annotated[list[_Count], Field(fail_fast=True)]
+_StopIds = Annotated[list[_Count], Field(fail_fast=True)]
 _Texts = Annotated[list[str], Field(fail_fast=True)]
 _Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
+
+
+_SLICE: Final = 4096
+
+
+def check_ids(given: list[Any], most: int = _UINT32) -> list[Any]:
+    """Token ids. There may be half a million: pydantic would look through them in one call,
+    which keeps the interpreter's lock. Raises ValueError."""
+    for at in range(0, len(given), _SLICE):
+        part = given[at : at + _SLICE]
+        if set(map(type, part)) != {int} or min(part) < 0 or max(part) > most:
+            raise ValueError(f"holds something that is no token id: give 0 to {most}")
+    return given
 
 
 class StreamOptions(Fields):
@@ -142,7 +161,7 @@ class CommonFields(SharedExtensions, RequestFields):
     response_format: ResponseFormat | None = None
 
     top_k: Annotated[int, Field(ge=-1, le=_UINT32)] | None = None
-    stop_token_ids: _Counts = Field(default_factory=list)
+    stop_token_ids: _StopIds = Field(default_factory=list)
     ignore_eos: bool = False
     priority: Annotated[int, Field(ge=-_INT32, le=_INT32)] = 0
     use_prefix_cache: bool | None = None
@@ -150,6 +169,13 @@ class CommonFields(SharedExtensions, RequestFields):
     guided_regex: str | None = None
     guided_choice: _Texts | None = None
     structured_outputs: StructuredOutputs | None = None
+
+    @field_validator("stop_token_ids", mode="before")
+    @classmethod
+    def _few_ids(cls, given: object) -> object:
+        if isinstance(given, list) and len(given) > MAX_STOP_TOKENS:
+            raise ValueError(f"has {len(given)} ids: give at most {MAX_STOP_TOKENS}")
+        return given
 
     @field_validator("logit_bias", mode="before")
     @classmethod
@@ -258,7 +284,7 @@ class CompletionFields(CommonFields):
         logprobs: number of top tokens per position; 0 gives only the chosen token's.
     """
 
-    prompt: str | _Counts | _Texts | Annotated[list[_Counts], Field(fail_fast=True)]
+    prompt: str | list[Any]
     echo: bool = False
     # Checked here, since the core uses another name for it.
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -267,10 +293,18 @@ class CompletionFields(CommonFields):
     @field_validator("prompt", mode="before")
     @classmethod
     def _few(cls, given: object) -> object:
-        if not isinstance(given, list) or len(given) <= MAX_PROMPTS:
+        if not isinstance(given, list) or not given:
             return given
-        if not isinstance(given[0], int):  # those are one prompt's tokens
+        if isinstance(given[0], int):  # those are one prompt's tokens
+            return check_ids(given)
+        if len(given) > MAX_PROMPTS:
             raise ValueError(f"holds {len(given)} prompts: send at most {MAX_PROMPTS}")
+        kind = type(given[0])
+        for prompt in given:
+            if kind not in (str, list) or type(prompt) is not kind:
+                raise ValueError("is neither a text, token ids, nor a list of one of them")
+            if kind is list:
+                check_ids(prompt)
         return given
 
 

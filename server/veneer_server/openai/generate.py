@@ -8,9 +8,11 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
+from typing import Final
 
 from veneer_registry.errors import InvalidField
 
+from veneer_server.access.principal import PRINCIPAL
 from veneer_server.engine_client.places import Place
 from veneer_server.logs import REQUEST_ID
 from veneer_server.openai.answers import Answer, Piece
@@ -20,12 +22,17 @@ from veneer_server.openai.endpoints.core import Core
 from veneer_server.openai.endpoints.json_endpoint import Answering, JsonEndpoint
 from veneer_server.openai.fields import ChatFields, CompletionFields, parse_fields
 from veneer_server.openai.http.asgi import Reply
+from veneer_server.openai.http.long_json import pieces_of
 from veneer_server.openai.requests import chat_call, completion_calls
 from veneer_server.quotas.meter import Metered
+from veneer_server.serving.answer_room import Held
 from veneer_server.serving.generation import Generation
 from veneer_server.serving.records import GenerateCall
 
 __all__ = ["ChatEndpoint", "CompletionEndpoint", "GenerateEndpoint", "Job"]
+
+AT_ONCE: Final = 16
+"""Pieces of JSON lists (see `Many`) that are made at once. They take some milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +48,18 @@ class Job:
     answer: Answer
     stream: bool
 
+    @property
+    def scored(self) -> bool:
+        """Whether there is more than the text that is generated."""
+        return any(call.scored for call in self.calls)
+
 
 class GenerateEndpoint(JsonEndpoint):
     """An ASGI application for one path that generates."""
 
     def _check(self, body: object) -> Answering:
         job = self._parse(body)
-        return Answering(partial(_stream if job.stream else _collect, self._core, job))
+        return Answering(partial(_answer, self._core, job))
 
     @abstractmethod
     def _parse(self, body: object) -> Job:
@@ -98,34 +110,50 @@ class CompletionEndpoint(GenerateEndpoint):
         return Job(calls, answer, fields.stream)
 
 
-async def _stream(core: Core, job: Job, reply: Reply) -> None:
+async def _answer(core: Core, job: Job, reply: Reply) -> None:
+    # Until the caller has read it, however long after the last token.
+    tenant = PRINCIPAL.get().tenant
+    with core.generator.answers.answer(tenant, len(job.calls)) as held:
+        await (_stream if job.stream else _collect)(core, job, held, reply)
+
+
+async def _stream(core: Core, job: Job, held: Held, reply: Reply) -> None:
     reply.framing = job.answer.framing
+    spare = core.generator.spare_time
 
     async def take(piece: Piece) -> None:
         chunks = job.answer.chunks(piece)
         if chunks or not reply.started:
-            await reply.events(list(chunks), _headers(piece.generation))
+            slowly = spare if job.scored and pieces_of(chunks) > AT_ONCE else None
+            await reply.events(chunks, _headers(piece.generation), slowly)
 
-    await _generate(core, job.calls, take)
+    await _generate(core, job.calls, held, take)
     if (last := job.answer.last_chunk()) is not None:
         await reply.events([last], {})
     await reply.end_events()
 
 
-async def _collect(core: Core, job: Job, reply: Reply) -> None:
+async def _collect(core: Core, job: Job, held: Held, reply: Reply) -> None:
     headers: dict[str, str] = {}
 
     async def take(piece: Piece) -> None:
         job.answer.add(piece)
+        if (delta := piece.delta).logprobs is not None:
+            held.generated(len(delta.tokens), sum(map(len, delta.top_logprobs or ())))
         headers.update(_headers(piece.generation))
 
-    await _generate(core, job.calls, take)
-    await reply.json(200, job.answer.whole(), headers)
+    await _generate(core, job.calls, held, take)
+    whole = job.answer.whole()
+    if job.scored and pieces_of(whole) > AT_ONCE:
+        await reply.long_json(200, whole, headers, core.generator.spare_time)
+    else:
+        await reply.json(200, whole, headers)
 
 
 async def _generate(
     core: Core,
     calls: Sequence[GenerateCall],
+    held: Held,
     take: Callable[[Piece], Awaitable[None]],
 ) -> None:
     """Run all calls concurrently and pass their output to ``take``; if one fails, all end.
@@ -143,7 +171,7 @@ async def _generate(
     ) -> None:
         async with (
             core.generator.admit(
-                call, time_remaining=None, counted=counted, place=place
+                call, time_remaining=None, counted=counted, place=place, held=held
             ) as generation,
             aclosing(generation.deltas()) as deltas,
         ):

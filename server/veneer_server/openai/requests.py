@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from veneer_server.openai.fields import (
@@ -14,7 +15,8 @@ from veneer_server.openai.fields import (
     StreamOptions,
 )
 from veneer_server.openai.tools.requests import template_messages, tools_of
-from veneer_server.serving.checks import choice, invalid
+from veneer_server.serving.answer_room import AnswerForm, ScoreForm
+from veneer_server.serving.checks import MAX_SCHEMA, check_json_size, choice, invalid
 from veneer_server.serving.records import (
     ChatMessages,
     GenerateCall,
@@ -26,11 +28,23 @@ from veneer_server.serving.tools.use import ToolUse
 from veneer_server.text.templates.options import TemplateOptions
 from veneer_server.wire.messages import Constraint, SamplingParams
 
-__all__ = ["chat_call", "completion_calls", "conversation_call"]
+__all__ = ["CHAT_SCORES", "chat_call", "completion_calls", "conversation_call"]
 
 _COMPLETION_TOKENS: Final = 16
 """max_tokens of a completion that sets none, as in OpenAI and vLLM. Clients of this older
 endpoint rely on it: one that has to wait for hundreds of tokens times out and retries."""
+
+
+_ECHO: Final = ScoreForm(own=72, top=32, named=2)
+"""``"a",-1.5,{"a":-1.5,"b":-2.5},17``: numbers have 24 characters at most."""
+
+CHAT_SCORES: Final = ScoreForm(own=92, top=68, listed=4)
+"""``{"token":"a","logprob":-1.5,"bytes":[97],"top_logprobs":[]}``."""
+
+_PROMPT: Final = ScoreForm(own=94, top=90)
+"""``"17":{"logprob":-1.5,"rank":1,"decoded_token":"a"}``."""
+
+_ID: Final = 8
 
 
 def chat_call(fields: ChatFields, base: str) -> GenerateCall:
@@ -47,6 +61,7 @@ def conversation_call(
     messages: tuple[Mapping[str, Any], ...],
     use: ToolUse | None,
     base: str,
+    form: AnswerForm | None = None,
 ) -> GenerateCall:
     """The call that continues a conversation.
 
@@ -54,6 +69,7 @@ def conversation_call(
         fields: everything but messages and tools.
         messages: as a chat template gets them.
         use: the tools that may be called.
+        form: of its scores; None: as chats have them.
 
     Raises:
         InvalidField: fields contradict each other, or one is outside its range.
@@ -83,6 +99,7 @@ def conversation_call(
     )
     return GenerateCall(
         input=ChatMessages(messages, options, () if use is None else use.tools),
+        form=form or _form(fields, CHAT_SCORES, [_PROMPT], prompt_copies=1),
         include_reasoning=fields.include_reasoning,
         max_tokens=max_tokens,
         logprobs=fields.logprobs,
@@ -102,8 +119,12 @@ def completion_calls(fields: CompletionFields, base: str) -> list[GenerateCall]:
     if fields.best_of is not None and fields.best_of != fields.n:
         raise invalid("best_of", "is not served: use n, and choose by log-probability")
     common = _common(fields, base)
+    echoed = [_ECHO] if fields.echo and fields.logprobs is not None else []
+    scored = [_PROMPT] if fields.prompt_logprobs is not None else []
+    form = _form(fields, _ECHO, [*echoed, *scored], prompt_copies=fields.n)
     return [
         GenerateCall(
+            form=form,
             input=PromptText(prompt) if isinstance(prompt, str) else PromptTokens(prompt),
             max_tokens=_COMPLETION_TOKENS if fields.max_tokens is None else fields.max_tokens,
             logprobs=fields.logprobs is not None,
@@ -115,17 +136,31 @@ def completion_calls(fields: CompletionFields, base: str) -> list[GenerateCall]:
     ]
 
 
-def _prompts(
-    given: str | list[int] | list[str] | list[list[int]],
-) -> Sequence[str | list[int]]:
+def _form(
+    fields: CommonFields, own: ScoreForm, prompts: list[ScoreForm], *, prompt_copies: int
+) -> AnswerForm:
+    """Args: prompt_copies: how often an answer has what belongs to a prompt."""
+    numbered, ids = fields.return_tokens_as_token_ids, _ID if fields.return_token_ids else 0
+    return AnswerForm(
+        replace(own, numbered=numbered),
+        # vLLM's own form always names tokens by their text.
+        tuple(
+            replace(each, copies=prompt_copies, numbered=numbered and each is not _PROMPT)
+            for each in prompts
+        ),
+        ids=ids,
+        prompt_ids=ids * prompt_copies,
+        prompt_field="output.echo" if prompts[:1] == [_ECHO] else "output.prompt_logprobs",
+    )
+
+
+def _prompts(given: str | list[Any]) -> Sequence[str | list[int]]:
     if isinstance(given, str):
         return [given]
     if not given:
         raise invalid("prompt", "is empty: send at least one")
-    ids = [one for one in given if isinstance(one, int)]
-    if ids:
-        return [ids]  # `CompletionFields` allows no other type next to them
-    return [one for one in given if not isinstance(one, int)]
+    # `CompletionFields` allows no other type next to them.
+    return [given] if isinstance(given[0], int) else given
 
 
 def _check_options(fields: CommonFields) -> None:
@@ -183,7 +218,7 @@ def _constraint(fields: CommonFields) -> Constraint | None:
         if wanted.type == "json_schema":
             if wanted.json_schema is None:
                 raise invalid("response_format.json_schema", "is missing: send the schema")
-            schema = json.dumps(wanted.json_schema.schema_)
+            schema = _schema_text(wanted.json_schema.schema_, "constraint.json_schema")
             add("response_format", Constraint("json_schema", schema))
         elif wanted.json_schema is not None:
             raise invalid("response_format.json_schema", "needs the type 'json_schema'")
@@ -192,7 +227,7 @@ def _constraint(fields: CommonFields) -> Constraint | None:
     if fields.guided_json is not None:
         add(
             "guided_json",
-            Constraint("json_schema", _schema_text(fields.guided_json)),
+            Constraint("json_schema", _schema_text(fields.guided_json, "guided_json")),
         )
     if fields.guided_regex is not None:
         add("guided_regex", Constraint("regex", fields.guided_regex))
@@ -204,7 +239,7 @@ def _constraint(fields: CommonFields) -> Constraint | None:
         if more.json_ is not None:
             add(
                 "structured_outputs",
-                Constraint("json_schema", _schema_text(more.json_)),
+                Constraint("json_schema", _schema_text(more.json_, "structured_outputs.json")),
             )
         if more.json_object:
             add("structured_outputs", Constraint("json_schema", '{"type": "object"}'))
@@ -221,6 +256,9 @@ def _constraint(fields: CommonFields) -> Constraint | None:
     return found[0][1] if found else None
 
 
-def _schema_text(schema: dict[str, Any] | bool | str) -> str:
+def _schema_text(schema: dict[str, Any] | bool | str, field: str) -> str:
     """A schema as JSON text. One sent as text is passed through: the core checks it."""
-    return schema if isinstance(schema, str) else json.dumps(schema)
+    if isinstance(schema, str):
+        return schema
+    check_json_size(field, schema, MAX_SCHEMA)
+    return json.dumps(schema)

@@ -16,6 +16,7 @@ from veneer_registry.adapter import Tier
 from veneer_registry.errors import Unimplemented
 
 from veneer_server.rpc import convert_tools
+from veneer_server.serving.answer_room import MAX_ANSWER, AnswerForm, ScoreForm
 from veneer_server.serving.checks import choice, invalid, refuse
 from veneer_server.serving.records import (
     ChatMessages,
@@ -51,8 +52,17 @@ __all__ = [
 # ----------------------------------------------------------------------- requests
 
 
-def generate_call(request: inference_pb2.GenerateRequest) -> GenerateCall:
+_SCORES: Final = ScoreForm(own=32, top=26)
+"""A `TokenLogprob` without its text."""
+
+
+def generate_call(
+    request: inference_pb2.GenerateRequest, *, largest: int = MAX_ANSWER, instead: str = ""
+) -> GenerateCall:
     """Convert a request.
+
+    Args:
+        largest, instead: see `AnswerForm`.
 
     Raises:
         InvalidField: a value is outside its range.
@@ -90,6 +100,15 @@ def generate_call(request: inference_pb2.GenerateRequest) -> GenerateCall:
         truncate_prompt=_optional(request, "truncate_prompt_tokens"),
         # Output of a given format holds no calls, unless it is one.
         tools=tools if constraint is None or (tools is not None and tools.forced) else None,
+        form=AnswerForm(
+            _SCORES,
+            (_SCORES,),
+            prompt_field="output.prompt_logprobs"
+            if output.HasField("prompt_logprobs")
+            else "output.echo",
+            largest=largest,
+            instead=instead,
+        ),
     )
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from veneer_proto.v1 import inference_pb2, inference_pb2_grpc
@@ -12,12 +14,19 @@ from veneer_registry.errors import Aborted
 
 from veneer_server.logs import REQUEST_ID
 from veneer_server.rpc import convert, convert_tools
-from veneer_server.rpc.transport.decoding import count_numbers, holds, last_value, values
+from veneer_server.rpc.transport.decoding import (
+    COUNTED_FROM,
+    count_numbers,
+    holds,
+    last_value,
+    values,
+)
 from veneer_server.serving.calls import READER_LIMIT_S
 from veneer_server.serving.generation import Delta, Generation
 from veneer_server.serving.generator import Generator
+from veneer_server.serving.records import GenerateCall
 from veneer_server.text.replies.deltas import Delta as Part
-from veneer_server.wire.messages import Tops
+from veneer_server.wire.messages import PackedTops, unpack_tops
 
 __all__ = ["GENERATE_METHODS", "InferenceService"]
 
@@ -30,6 +39,17 @@ _PROMPT_FIELD: Final = inference_pb2.GenerateRequest.PROMPT_FIELD_NUMBER
 _TOKENS_FIELD: Final = inference_pb2.GenerateRequest.TOKEN_IDS_FIELD_NUMBER
 _TRUNCATE_FIELD: Final = inference_pb2.GenerateRequest.TRUNCATE_PROMPT_TOKENS_FIELD_NUMBER
 _IDS_FIELD: Final = inference_pb2.TokenIds.IDS_FIELD_NUMBER
+
+MAX_WHOLE: Final = 16 << 20
+"""The most bytes that log-probabilities of an answer in one message may take. As the longest
+names of tokens are assumed, most such answers have a quarter of it: clients receive 4 MiB
+unless they are told otherwise."""
+
+_AT_ONCE: Final = 64
+"""Positions whose log-probabilities are made in one go: with 20 likely tokens beside each, they
+take about two milliseconds, and 30 kB."""
+
+_INSTEAD: Final = "; or use GenerateStream, which sends them in several messages"
 
 _Label = Callable[[int], str]
 """See `TextTokenizer.token_label`."""
@@ -62,21 +82,21 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.GenerateRequest, context: Any
     ) -> inference_pb2.GenerateResponse:
         """Collect the whole completion."""
-        call = convert.generate_call(request)
+        call = await self._call(request, largest=MAX_WHOLE, instead=_INSTEAD)
         response = inference_pb2.GenerateResponse(request_id=REQUEST_ID.get())
         remaining = context.time_remaining()
-        samples = [_Whole(self._label) for _ in range(call.n)]
+        samples = [_Whole() for _ in range(call.n)]
         async with self._generator.admit(call, time_remaining=remaining) as generation:
             async with aclosing(generation.deltas()) as deltas:
                 async for delta in deltas:
                     samples[delta.index].add(delta)
-                    response.prompt_logprobs.extend(
-                        _prompt_logprobs(generation, delta, self._label)
-                    )
+                    async for scores in self._scores(_own(delta)):
+                        samples[delta.index].logprobs.extend(scores)
+                    async for scores in self._scores(_prompts(generation, delta)):
+                        response.prompt_logprobs.extend(scores)
             prefix = generation.prompt.text if call.echo else ""
-            samples[0].fill(response, prefix)
-            for sample in samples[1:]:
-                sample.fill(response.others.add(), prefix)
+            for at, sample in enumerate(samples):
+                sample.fill(response.others.add() if at else response, prefix)
             final = _final(generation)
             response.usage.CopyFrom(final.usage)
             response.provenance.CopyFrom(final.provenance)
@@ -87,23 +107,33 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.GenerateRequest, context: Any
     ) -> None:
         """Write a message for each output of the engine; the last one carries `final`."""
-        call = convert.generate_call(request)
+        call = await self._call(request)
         request_id = REQUEST_ID.get()
         remaining = context.time_remaining()
         async with self._generator.admit(call, time_remaining=remaining) as generation:
             prefixes = [generation.prompt.text if call.echo else ""] * call.n
             async with aclosing(generation.deltas()) as deltas:
                 async for delta in deltas:
+                    # Those of a long prompt come in several messages: clients take 4 MiB each.
+                    before: list[inference_pb2.TokenLogprob] = []
+                    async for scores in self._scores(_prompts(generation, delta)):
+                        if before:
+                            part = inference_pb2.GenerateStreamResponse(
+                                request_id=request_id, prompt_logprobs=before
+                            )
+                            await self._write(context, part)
+                        before = scores
                     message = inference_pb2.GenerateStreamResponse(
                         request_id=request_id,
                         text=prefixes[delta.index] + delta.text,
                         reasoning=delta.reasoning,
                         token_ids=delta.tokens,
-                        logprobs=_logprobs(delta, self._label),
-                        prompt_logprobs=_prompt_logprobs(generation, delta, self._label),
+                        prompt_logprobs=before,
                         index=delta.index,
                         tool_calls=convert_tools.call_deltas(delta.parts),
                     )
+                    async for scores in self._scores(_own(delta)):
+                        message.logprobs.extend(scores)
                     prefixes[delta.index] = ""
                     if delta.finish is not None:
                         message.finish_reason = convert.finish_reason(delta.finish)
@@ -111,6 +141,26 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                         message.final.CopyFrom(_final(generation))
                         context.set_trailing_metadata(_trailing(generation))
                     await self._write(context, message)
+
+    async def _call(self, request: inference_pb2.GenerateRequest, **bound: Any) -> GenerateCall:
+        """The request's call; a long one is converted off the event loop. Raises InvalidField."""
+        convert_it = partial(convert.generate_call, request, **bound)
+        if request.ByteSize() < COUNTED_FROM:
+            return convert_it()
+        return await self._generator.spare_time.run(convert_it)
+
+    async def _scores(
+        self, given: _Scores
+    ) -> AsyncGenerator[list[inference_pb2.TokenLogprob], None]:
+        """Log-probabilities, some positions at a time; many are made off the event loop."""
+        pieces = given.pieces(self._label)
+        if len(given.tokens) <= _AT_ONCE:
+            for piece in pieces:
+                yield piece
+            return
+        async with aclosing(self._generator.spare_time.each(pieces)) as made:
+            async for piece in made:
+                yield piece
 
     async def _write(self, context: Any, message: inference_pb2.GenerateStreamResponse) -> None:
         """Send a message, in limited time: a caller that stopped reading must not occupy the
@@ -129,12 +179,11 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 class _Whole:
     """Collects one sample of an answer that is sent whole."""
 
-    def __init__(self, label: _Label) -> None:
-        self._label = label
+    def __init__(self) -> None:
         self._text: list[str] = []
         self._reasoning: list[str] = []
         self._tokens: list[int] = []
-        self._logprobs: list[inference_pb2.TokenLogprob] = []
+        self.logprobs: list[inference_pb2.TokenLogprob] = []
         self._parts: list[Part] = []
         self._finish: convert.FinishReason | None = None
 
@@ -142,7 +191,6 @@ class _Whole:
         self._text.append(delta.text)
         self._reasoning.append(delta.reasoning)
         self._tokens.extend(delta.tokens)
-        self._logprobs.extend(_logprobs(delta, self._label))
         self._parts.extend(delta.parts)
         self._finish = delta.finish
 
@@ -153,47 +201,56 @@ class _Whole:
         message.text = prefix + "".join(self._text)
         message.reasoning = "".join(self._reasoning)
         message.token_ids.extend(self._tokens)
-        message.logprobs.extend(self._logprobs)
+        message.logprobs.extend(self.logprobs)
         message.tool_calls.extend(convert_tools.calls(self._parts))
         message.finish_reason = convert.finish_reason(self._finish)
 
 
-def _logprobs(delta: Delta, label: _Label) -> list[inference_pb2.TokenLogprob]:
-    """Log-probabilities of the new tokens; empty if not requested."""
+@dataclass(frozen=True, slots=True)
+class _Scores:
+    """Log-probabilities of tokens, and of the likely ones beside each."""
+
+    tokens: Sequence[int] = ()
+    logprobs: Sequence[float] = ()
+    tops: Sequence[PackedTops] = ()
+    ranks: Sequence[int] = ()
+
+    def pieces(self, label: _Label) -> Iterator[list[inference_pb2.TokenLogprob]]:
+        """As messages, `_AT_ONCE` of them at a time."""
+        for begin in range(0, len(self.tokens), _AT_ONCE):
+            places = range(begin, min(begin + _AT_ONCE, len(self.tokens)))
+            yield [self._entry(at, label) for at in places]
+
+    def _entry(self, at: int, label: _Label) -> inference_pb2.TokenLogprob:
+        token = self.tokens[at]
+        entry = inference_pb2.TokenLogprob(
+            token_id=token,
+            logprob=self.logprobs[at],
+            token=label(token),
+            rank=self.ranks[at] if self.ranks else 0,
+        )
+        for other, logprob in unpack_tops(self.tops[at]) if self.tops else ():
+            entry.top.add(token_id=other, logprob=logprob, token=label(other))
+        return entry
+
+
+def _own(delta: Delta) -> _Scores:
+    """Those of the new tokens; empty if not requested."""
     if delta.logprobs is None:
-        return []
-    return _entries(delta.tokens, delta.logprobs, delta.top_logprobs, label)
+        return _Scores()
+    return _Scores(delta.tokens, delta.logprobs, delta.top_logprobs or ())
 
 
-def _prompt_logprobs(
-    generation: Generation, delta: Delta, label: _Label
-) -> list[inference_pb2.TokenLogprob]:
-    """Log-probabilities of the prompt, if requested; empty after the first delta."""
+def _prompts(generation: Generation, delta: Delta) -> _Scores:
+    """Those of the prompt, if requested; empty after the first delta."""
     if delta.prompt_logprobs is None:
-        return []
-    ids = generation.prompt.ids[1:]
-    entries = _entries(ids, delta.prompt_logprobs, delta.prompt_top_logprobs, label)
-    if delta.prompt_ranks is not None:
-        for entry, rank in zip(entries, delta.prompt_ranks, strict=True):
-            entry.rank = rank
-    return entries
-
-
-def _entries(
-    tokens: Sequence[int],
-    logprobs: Sequence[float],
-    tops: Sequence[Tops] | None,
-    label: _Label,
-) -> list[inference_pb2.TokenLogprob]:
-    entries = [
-        inference_pb2.TokenLogprob(token_id=token, logprob=logprob, token=label(token))
-        for token, logprob in zip(tokens, logprobs, strict=True)
-    ]
-    if tops is not None:
-        for entry, likeliest in zip(entries, tops, strict=True):
-            for token, logprob in likeliest:
-                entry.top.add(token_id=token, logprob=logprob, token=label(token))
-    return entries
+        return _Scores()
+    return _Scores(
+        generation.prompt.ids[1:],
+        delta.prompt_logprobs,
+        delta.prompt_top_logprobs or (),
+        delta.prompt_ranks or (),
+    )
 
 
 def _final(generation: Generation) -> inference_pb2.GenerateStreamFinal:

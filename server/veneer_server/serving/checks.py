@@ -12,10 +12,12 @@ from typing import Any, Final, NoReturn
 from veneer_registry.errors import InvalidField
 
 from veneer_server.queues.fairness import MAX_PRIORITY
+from veneer_server.text.templates.options import longer_as_json
 from veneer_server.wire.messages import Constraint
 
 __all__ = [
     "check_constraint",
+    "check_json_size",
     "check_messages",
     "check_min_tokens",
     "check_number",
@@ -40,6 +42,9 @@ MAX_BIASES: Final = 1024
 MAX_TOP_LOGPROBS: Final = 20
 MAX_SAMPLES: Final = 16
 MAX_CHOICES: Final = 1000
+MAX_SCHEMA: Final = 256 << 10
+"""Most characters, as JSON, of a schema that is sent as an object. `--constraint-bytes` is for
+all constraints."""
 
 
 def invalid(field: str, problem: str) -> InvalidField:
@@ -50,6 +55,13 @@ def invalid(field: str, problem: str) -> InvalidField:
 def refuse(field: str, problem: str) -> NoReturn:
     """Raises InvalidField."""
     raise invalid(field, problem)
+
+
+def check_json_size(field: str, value: object, most: int) -> None:
+    """Raises InvalidField for a value that takes more than ``most`` characters as JSON, before
+    it is written."""
+    if longer_as_json(value, most):
+        refuse(field, f"has more than {most} characters as JSON: send less")
 
 
 def check_number(field: str, value: float | None, least: float, most: float, fix: str) -> None:

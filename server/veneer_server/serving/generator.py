@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from dataclasses import replace
 from typing import get_args
 
 from veneer_registry.errors import ContextTooLong, DeadlineTooShort, VeneerError
@@ -22,6 +23,7 @@ from veneer_server.queues.fairness import FAIRNESS
 from veneer_server.quotas.meter import Meter, Metered
 from veneer_server.serving import checks
 from veneer_server.serving.adapters.use import source_of
+from veneer_server.serving.answer_room import AnswerRoom, AnswerSize, Held
 from veneer_server.serving.generation import Generation
 from veneer_server.serving.limits import (
     check_constraint_size,
@@ -38,6 +40,7 @@ from veneer_server.serving.records import (
     PromptText,
     Provenance,
 )
+from veneer_server.serving.spare_time import SpareTime
 from veneer_server.serving.tenants.tenant import Tenant
 from veneer_server.serving.tenants.tenants import Tenants
 from veneer_server.serving.tenants.visible import Visible
@@ -87,6 +90,8 @@ class Generator:
         tool_parser: as the flag has it.
         """
         self.prompts = prompts
+        self.answers = AnswerRoom()
+        self.spare_time = SpareTime()
         self.metrics = metrics
         self.base_name = base_name
         self._meter = meter
@@ -109,12 +114,14 @@ class Generator:
         time_remaining: float | None,
         counted: Metered | None = None,
         place: Place | None = None,
+        held: Held | None = None,
     ) -> AsyncIterator[Generation]:
         """Submit a request. When the block ends, however it ends, everything is released.
 
         Args:
             time_remaining: seconds to the caller's deadline; None if there is none.
             counted, place: of the request of which this is a part; None if it is the whole.
+            held: the room of the answer, for callers that keep it until it has been read.
 
         Raises:
             RateLimitExceeded, QuotaExceeded: its caller may not have it, now or ever.
@@ -143,7 +150,10 @@ class Generator:
                 self.count(call.n) if counted is None else nullcontext(counted) as measured,
                 self.place(call.n, time_remaining)
                 if place is None
-                else nullcontext(place) as held,
+                else nullcontext(place) as placed,
+                self.answers.answer(PRINCIPAL.get().tenant)
+                if held is None
+                else nullcontext(held) as answer,
             ):
                 plan = self._plan(call, lease)
                 prompt = await self._prompt(call, lease)
@@ -151,11 +161,12 @@ class Generator:
                 if owner is not None and lease is not None:
                     fetch_s = await _brought(owner, lease)
                 await measured.prompt(len(prompt.ids))
+                call = await self._fitting(call, prompt, answer)
                 request = self._resolve(call, prompt, plan, owner, lease, deadline)
                 ref = lease.ref if lease is not None else None
                 generation = Generation(
                     *(call, prompt, Provenance.of(self.base_name, ref), request),
-                    *(self._engine, arrived, measured, held),
+                    *(self._engine, arrived, measured, placed),
                     metrics=self.metrics,
                     reader=ReplyReader.of(self.prompts.tokenizer, prompt, plan),
                     fetch_s=fetch_s,
@@ -177,6 +188,25 @@ class Generator:
                     self._background.start(f"sweep {owner.name}", owner.registry.sweep)
             trace = self._trace(generation, lease, outcome, failed)
             self._record(generation, lease, outcome, trace)
+
+    async def _fitting(self, call: GenerateCall, prompt: Prompt, held: Held) -> GenerateCall:
+        """The call, with fewer tokens if it leaves their number to the server and its answer
+        would become too large. Waits for the room that its answer takes. Raises InvalidField
+        if it asks for too large an answer."""
+        if not call.scored:
+            return call
+        size = AnswerSize.of(
+            call.form,
+            self.prompts.names,
+            prompt_tokens=len(prompt.ids),
+            prompt_tops=call.prompt_tops,
+            tops=call.top_logprobs if call.logprobs else None,
+            echoed=len(prompt.text) * call.n if call.echo else 0,
+        )
+        wanted = 1 if call.max_tokens == 0 else call.max_tokens
+        most = room(self._engine.info, wanted, len(prompt.ids), self._defaults.max_tokens)
+        fitting = await held.fits(size, call.form, call.max_tokens, most, call.n)
+        return call if fitting == most else replace(call, max_tokens=fitting)
 
     def count(self, samples: int, prompts: int = 1) -> Metered:
         """Count a request of the current caller. See `Meter.request`."""

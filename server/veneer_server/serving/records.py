@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from veneer_registry.adapter import AdapterRef, Tier
 
 from veneer_server.serving import checks
+from veneer_server.serving.answer_room import AnswerForm, ScoreForm
 from veneer_server.serving.tools.use import Tool, ToolUse
 from veneer_server.text.templates.options import TemplateOptions
 from veneer_server.wire.messages import Constraint
@@ -26,6 +27,8 @@ __all__ = [
     "Provenance",
     "Sampling",
 ]
+
+_PLAIN: Final = AnswerForm(ScoreForm(own=32, top=32))
 
 FinishReason = Literal["stop", "length", "cancelled", "tool_calls"]
 
@@ -110,6 +113,7 @@ class GenerateCall:
         use_prefix_cache: None means the server's default.
         priority: among requests of the same tenant; lower starts earlier.
         tools: whether and how the answer may call tools; None if it may not.
+        form: what its door makes of scores.
     """
 
     adapter: str
@@ -132,6 +136,7 @@ class GenerateCall:
     truncate_prompt: int | None = None
     include_reasoning: bool = True
     tools: ToolUse | None = None
+    form: AnswerForm = field(default=_PLAIN, compare=False)
 
     def __post_init__(self) -> None:
         if self.max_tokens == 0 and not self.echo:
@@ -153,6 +158,12 @@ class GenerateCall:
                 f"has {len(self.session_key)} characters: give at most "
                 f"{checks.MAX_SESSION_KEY}",
             )
+
+    @property
+    def scored(self) -> bool:
+        """Whether its answer has more than the text that is generated."""
+        more = self.echo or self.logprobs or self.form.ids > 0
+        return more or self.prompt_logprobs is not None
 
     @property
     def prompt_tops(self) -> int | None:

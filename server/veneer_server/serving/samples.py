@@ -15,7 +15,13 @@ from veneer_server.serving.records import FinishReason
 from veneer_server.serving.threads import outlast
 from veneer_server.text.detokenizer import Detokenizer, StopStrings, TokenBytes
 from veneer_server.text.replies import deltas as replies
-from veneer_server.wire.messages import SequenceOutput, SequenceRequest, Tops
+from veneer_server.wire.messages import (
+    PackedTops,
+    SequenceOutput,
+    SequenceRequest,
+    first_tops,
+    pack_tops,
+)
 
 __all__ = ["Delta", "Sample", "SampleStreams", "sample_request", "sample_seed"]
 
@@ -30,7 +36,8 @@ class Delta:
         reasoning: what the model thought, before its text.
         parts: both, and calls of tools, in order; empty if the answer is not taken apart.
         ends: how many of `tokens` had been read when each of `parts` was certain.
-        logprobs, top_logprobs: one entry for each of `tokens`, if requested.
+        logprobs, top_logprobs: one entry for each of `tokens`, if requested. The most likely
+            tokens are packed, see `unpack_tops`: an answer may hold hundreds of thousands.
         prompt_logprobs, prompt_top_logprobs, prompt_ranks: one entry for each prompt token
             after the first; only in sample 0's first delta, if requested.
     """
@@ -39,9 +46,9 @@ class Delta:
     text: str
     tokens: list[int]
     logprobs: list[float] | None
-    top_logprobs: list[Tops] | None
+    top_logprobs: list[PackedTops] | None
     prompt_logprobs: list[float] | None
-    prompt_top_logprobs: list[Tops] | None
+    prompt_top_logprobs: list[PackedTops] | None
     finish: FinishReason | None
     reasoning: str = ""
     parts: Sequence[replies.Delta] = ()
@@ -131,7 +138,9 @@ class Sample:
             text += stops.flush()
         if stops.stopped:
             finish = "stop"
-        tops = output.top_logprobs and output.top_logprobs[:count]
+        tops = None
+        if output.top_logprobs is not None:
+            tops = [pack_tops(each) for each in output.top_logprobs[:count]]
         prompt_tops = output.prompt_top_logprobs
         if self._tops is not None:
             tops, prompt_tops = map(_first, (tops, prompt_tops), self._tops)
@@ -204,11 +213,11 @@ class Sample:
         return tokens
 
 
-def _first(tops: list[Tops] | None, count: int) -> list[Tops] | None:
+def _first(tops: list[PackedTops] | None, count: int) -> list[PackedTops] | None:
     """The likeliest ``count`` tokens at each place; None if none are wanted."""
     if not tops or not count:
         return tops if count else None
-    return [each[:count] for each in tops] if len(tops[0]) > count else tops
+    return [first_tops(each, count) for each in tops]
 
 
 class SampleStreams:

@@ -92,6 +92,7 @@ class Prompts:
             TokenizerUnsupported, TemplateFailed: the folder cannot be served.
         """
         self.tokenizer = TextTokenizer.from_folder(folder)
+        self.names = self.tokenizer.longest_names()
         source, special = read_base_template(folder)
         if source is not None:
             ChatTemplate(source, special)  # raises if it is no template

@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +22,7 @@ from veneer_registry.errors import VeneerError
 from veneer_server.text.bound import TextBound, read_bound
 from veneer_server.text.detokenizer import Detokenizer
 
-__all__ = ["TextTokenizer", "TokenizerUnsupported", "TooManyTokens"]
+__all__ = ["TextTokenizer", "TokenNames", "TokenizerUnsupported", "TooManyTokens"]
 
 # By default, the library runs batches in a thread pool that all callers share: two long texts
 # would keep short ones waiting, whichever of our threads they run in.
@@ -72,6 +73,19 @@ def _byte_alphabet() -> dict[str, int]:
 
 ALPHABET: Final = _byte_alphabet()
 _CHARACTERS: Final = {byte: character for character, byte in ALPHABET.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class TokenNames:
+    """The longest names of tokens in a vocabulary, longest first.
+
+    Attributes:
+        texts: bytes of labels as JSON strings, see `TextTokenizer.token_label`.
+        data: bytes that tokens stand for.
+    """
+
+    texts: Sequence[int]
+    data: Sequence[int]
 
 
 class TextTokenizer:
@@ -216,6 +230,24 @@ class TextTokenizer:
             known = self._labels[token] = self._label(token)
         return known
 
+    def longest_names(self, count: int = 32) -> TokenNames:
+        """The ``count`` longest labels of tokens, as JSON, and the most bytes of tokens."""
+        texts: list[int] = []
+        data: list[int] = []
+        bounds = [(_most_bytes(name), token) for name, token in self._rust.get_vocab().items()]
+        for most, token in sorted(bounds, reverse=True):
+            if len(texts) >= count and most <= min(texts[count - 1], data[count - 1]):
+                break
+            texts.append(len(json.dumps(self._label(token), ensure_ascii=False).encode()))
+            data.append(len(self._derive(token)))
+            if len(texts) % count == 0:
+                texts, data = (sorted(each)[-count:][::-1] for each in (texts, data))
+        texts, data = (sorted(each)[-count:][::-1] for each in (texts, data))
+        # A small vocabulary has fewer.
+        return TokenNames(
+            texts + texts[-1:] * (count - len(texts)), data + data[-1:] * (count - len(data))
+        )
+
     def _label(self, token: int) -> str:
         data, number = self.token_bytes(token), f"token_id:{token}"
         if not data:
@@ -262,6 +294,15 @@ class TextTokenizer:
         for old, new in self._replaced:
             text = text.replace(old, new)
         return text.encode()
+
+
+def _most_bytes(name: str) -> int:
+    """Of a token's label as JSON, by its name in the vocabulary."""
+    plain = name.replace("Ġ", " ").replace("▁", " ")
+    if plain.isascii() and plain.isprintable() and '"' not in plain and "\\" not in plain:
+        return max(len(plain) + 2, 17)  # ``token_id:`` and a number
+    # A character may be four bytes, or stand for one that takes six characters.
+    return 8 + 6 * len(name)
 
 
 _KNOWN_STEPS: Final = {"ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}

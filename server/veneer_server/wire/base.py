@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import struct
+from collections.abc import Iterator, Sequence
+from typing import Final, Literal
 
 import msgspec
 
-__all__ = ["MemoryTier", "Message", "TierName", "Tops"]
+__all__ = [
+    "MemoryTier",
+    "Message",
+    "PackedTops",
+    "TierName",
+    "Tops",
+    "first_tops",
+    "pack_tops",
+    "unpack_tops",
+]
 
 TierName = Literal["disk", "host", "device"]
 
@@ -14,6 +25,28 @@ MemoryTier = Literal["host", "device"]
 
 Tops = list[tuple[int, float]]
 """The most likely tokens at one position, with their log-probabilities."""
+
+PackedTops = bytes
+"""`Tops` in 12 bytes each. As Python objects they take 128, and as many allocations on the
+event loop when a frame is decoded: a prompt has thousands of positions."""
+
+_TOP: Final = struct.Struct("<id")
+
+
+def pack_tops(tops: Sequence[tuple[int, float]]) -> PackedTops:
+    """The tokens of one position in one object."""
+    pack = _TOP.pack
+    return b"".join([pack(token, logprob) for token, logprob in tops])
+
+
+def unpack_tops(packed: PackedTops) -> Iterator[tuple[int, float]]:
+    """The tokens of one position, likeliest first."""
+    return _TOP.iter_unpack(packed)
+
+
+def first_tops(packed: PackedTops, count: int) -> PackedTops:
+    """Only the likeliest ``count`` tokens."""
+    return packed[: count * _TOP.size]
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):

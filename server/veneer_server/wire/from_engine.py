@@ -7,7 +7,7 @@ from typing import Final, Literal
 from veneer_registry.errors import VeneerError
 
 from veneer_server.progress import Part
-from veneer_server.wire.base import MemoryTier, Message, TierName, Tops
+from veneer_server.wire.base import MemoryTier, Message, PackedTops, TierName, Tops
 
 __all__ = [
     "LOST",
@@ -108,7 +108,7 @@ class SequenceOutput(Message, frozen=True):
         finish: set in the last output.
         top_logprobs: for each of `tokens` the most likely tokens with their
             log-probabilities, likeliest first, if requested.
-        prompt_top_logprobs: the same for `prompt_logprobs`.
+        prompt_top_logprobs: the same for `prompt_logprobs`, packed.
         prompt_ranks: for each of `prompt_logprobs`, how many tokens have at least this one's
             probability: 1 for the likeliest, if requested.
         cached_tokens: prompt tokens found in the prefix cache; first output only.
@@ -124,7 +124,7 @@ class SequenceOutput(Message, frozen=True):
     queue_seconds: float = 0.0
     finish: Literal["stop", "length", "cancelled"] | None = None
     top_logprobs: list[Tops] | None = None
-    prompt_top_logprobs: list[Tops] | None = None
+    prompt_top_logprobs: list[PackedTops] | None = None
     cached_tokens: int = 0
     step: int = 0
     prompt_ranks: list[int] | None = None

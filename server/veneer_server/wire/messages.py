@@ -13,8 +13,12 @@ import msgspec
 
 from veneer_server.wire.base import (
     MemoryTier,
+    PackedTops,
     TierName,
     Tops,
+    first_tops,
+    pack_tops,
+    unpack_tops,
 )
 from veneer_server.wire.configuration import (
     ConstraintLimits,
@@ -91,6 +95,7 @@ __all__ = [
     "MemoryTier",
     "Occupancy",
     "OperationDone",
+    "PackedTops",
     "Pause",
     "Ping",
     "Pong",
@@ -113,7 +118,10 @@ __all__ = [
     "decode_from_engine",
     "decode_to_engine",
     "encode",
+    "first_tops",
+    "pack_tops",
     "split_key",
+    "unpack_tops",
     "wire_error",
 ]
 

@@ -19,7 +19,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 from veneer_server.text.tokenizer import ALPHABET, TextTokenizer
-from veneer_server.wire.messages import SequenceOutput, SequenceRequest, Tops
+from veneer_server.wire.messages import SequenceOutput, SequenceRequest, Tops, pack_tops
 
 from tests.unit.server.rpc.fake_engine import FakeEngine
 
@@ -194,7 +194,7 @@ class ScriptedEngine(FakeEngine):
                     logprobs=made.logprobs[at:end] if request.logprobs else None,
                     top_logprobs=made.tops[at:end] if request.top_logprobs else None,
                     prompt_logprobs=made.prompt_logprobs if echoed else None,
-                    prompt_top_logprobs=made.prompt_tops
+                    prompt_top_logprobs=[pack_tops(each) for each in made.prompt_tops]
                     if echoed and request.top_logprobs
                     else None,
                     prompt_ranks=[1 for _ in request.prompt[1:]]

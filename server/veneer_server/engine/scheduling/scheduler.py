@@ -34,6 +34,7 @@ from veneer_server.engine.scheduling.step_limits import SchedulerLimits
 from veneer_server.engine.scheduling.updates import PrefixLookups, Update
 from veneer_server.engine.scheduling.waiting import WaitingSequences
 from veneer_server.step.plan import Following, PlannedSequence, SequenceResult, StepPlan
+from veneer_server.wire.messages import pack_tops
 
 __all__ = ["Scheduler"]
 
@@ -330,7 +331,7 @@ class Scheduler:
             sequence.computed = planned.start + len(planned.tokens)
             if result.scores:
                 sequence.prompt_logprobs.extend(result.scores)
-                sequence.prompt_top_logprobs.extend(result.score_tops)
+                sequence.prompt_top_logprobs.extend(map(pack_tops, result.score_tops))
                 sequence.prompt_ranks.extend(result.score_ranks)
             if not result.finite:
                 self.blocks.forget(sequence)

@@ -15,9 +15,9 @@ from veneer_server.step.plan import PlannedSequence
 from veneer_server.step.token_counts import Seen, TokenCounts
 from veneer_server.wire.messages import (
     AdapterSource,
+    PackedTops,
     SequenceRequest,
     TierName,
-    Tops,
 )
 
 __all__ = [
@@ -83,7 +83,7 @@ class Sequence:
     published: int = 0
     cached_tokens: int = 0
     prompt_logprobs: list[float] = field(default_factory=list)
-    prompt_top_logprobs: list[Tops] = field(default_factory=list)
+    prompt_top_logprobs: list[PackedTops] = field(default_factory=list)
     prompt_ranks: list[int] = field(default_factory=list)
     place: int = 0
     urgency: tuple[float, int] = (0.0, 0)

@@ -6,6 +6,7 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Final
 
 from veneer_registry.errors import Cancelled, ModelLoading, QueueFull, VeneerError
@@ -15,6 +16,7 @@ from veneer_server.logs import REQUEST_ID, get_logger
 from veneer_server.openai.endpoints.core import Core
 from veneer_server.openai.errors import PACED, HttpError, http_failure
 from veneer_server.openai.http.asgi import ClientGone, Receive, Reply, Scope, Send, read_json
+from veneer_server.openai.http.body import LONG_BODY
 from veneer_server.serving.who import CALLER
 
 __all__ = ["Answering", "JsonEndpoint"]
@@ -81,12 +83,18 @@ class JsonEndpoint(ABC):
         self, scope: Scope, receive: Receive, reply: Reply, take: Callable[[int], None]
     ) -> _Failed | None:
         """Read the body and answer it."""
-        core = self._core
+        core, size = self._core, 0
+
+        def count(more: int) -> None:
+            nonlocal size
+            size += more
+            take(more)
+
         try:
-            body = await read_json(scope, receive, core.reader_limit_s, core.bodies, take)
+            body = await read_json(scope, receive, core.reader_limit_s, core.bodies, count)
         except (QueueFull, HttpError) as error:
             return _Failed(without_frames(error))
-        work = asyncio.create_task(self._work(body, reply))
+        work = asyncio.create_task(self._work(body, reply, long=size >= LONG_BODY))
         gone = asyncio.create_task(_disconnected(receive))
         del body  # the parsed body is many times as large; keep only the checked request
         try:
@@ -97,12 +105,15 @@ class JsonEndpoint(ABC):
             await asyncio.wait({work, gone})
         return None if work.cancelled() else work.result()
 
-    async def _work(self, body: object, reply: Reply) -> _Failed | None:
-        """Answer a body."""
+    async def _work(self, body: object, reply: Reply, *, long: bool) -> _Failed | None:
+        """Answer a body. Args: long: its fields are checked off the event loop."""
         about = None
         try:
             with self._core.calls.running():
-                answering = self._check(body)
+                if long:
+                    answering = await self._core.bodies.thread(partial(self._check, body))
+                else:
+                    answering = self._check(body)
                 del body
                 about = answering.about
                 done = await answering.run(reply)
@@ -136,6 +147,10 @@ class JsonEndpoint(ABC):
     @abstractmethod
     def _check(self, body: object) -> Answering:
         """Check the fields now, and answer later. What is returned should not keep the body.
+
+        Runs in a thread if the body is long. No call into C may take long even there: it keeps
+        the interpreter's lock. So what a caller sent as JSON is measured before it is written
+        (`check_json_size`), and a list before it is looked through.
 
         Raises:
             InvalidField: a field is invalid.

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from veneer_server.openai.endpoints.core import Core
 from veneer_server.openai.endpoints.json_endpoint import Answering, JsonEndpoint
 from veneer_server.openai.endpoints.tokens import Tokenizing
-from veneer_server.openai.fields import ChatFields, Message, RequestFields, parse_fields
+from veneer_server.openai.fields import (
+    ChatFields,
+    Message,
+    RequestFields,
+    check_ids,
+    parse_fields,
+)
 from veneer_server.openai.http.asgi import Reply
 from veneer_server.openai.requests import chat_call
 from veneer_server.serving.checks import MAX_MESSAGES, invalid
@@ -45,7 +51,12 @@ class DetokenizeFields(RequestFields):
     """``POST /detokenize``."""
 
     model: Annotated[str, Field(min_length=1, max_length=512)] | None = None
-    tokens: Annotated[list[Annotated[int, Field(ge=0, le=_INT64)]], Field(fail_fast=True)]
+    tokens: list[Any]
+
+    @field_validator("tokens", mode="before")
+    @classmethod
+    def _ids(cls, given: object) -> object:
+        return check_ids(given, _INT64) if isinstance(given, list) and given else given
 
 
 class TokenizeEndpoint(JsonEndpoint):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 from veneer_server.openai.extensions.fields import SharedExtensions
+from veneer_server.openai.http.long_json import Many
 from veneer_server.serving.generation import Delta, Generation
 from veneer_server.text.tokenizer import TextTokenizer
+from veneer_server.wire.messages import PackedTops, unpack_tops
 
 __all__ = ["Additions", "labels"]
 
@@ -25,10 +28,14 @@ class Additions:
     """What a request asked for besides OpenAI's answer. Nothing, for most: all of its objects
     are then empty."""
 
-    def __init__(self, fields: SharedExtensions, tokenizer: TextTokenizer) -> None:
+    def __init__(
+        self, fields: SharedExtensions, tokenizer: TextTokenizer, *, several: bool
+    ) -> None:
+        """Args: several: choices have what belongs to a prompt."""
         self.token_ids = fields.return_token_ids
         self._prompt_tops = fields.prompt_logprobs
         self._label = tokenizer.token_label
+        self._several = several
         self._ids: dict[int, list[int]] = {}
         self._prompts: dict[int, Json] = {}
 
@@ -36,18 +43,22 @@ class Additions:
         """Keep what a delta of choice ``at`` has for them."""
         if self.token_ids:
             self._ids.setdefault(at, []).extend(delta.tokens)
-            self._of(prompt)["prompt_token_ids"] = generation.prompt.ids
+            self._of(prompt).setdefault("prompt_token_ids", _ids(generation.prompt.ids))
         if self._prompt_tops is not None and delta.prompt_logprobs is not None:
             assert delta.prompt_ranks is not None, "asked for with prompt_logprobs"
-            each = zip(
+            each = (
                 generation.prompt.ids[1:],
                 delta.prompt_logprobs,
-                delta.prompt_top_logprobs or [[]] * len(delta.prompt_logprobs),
+                delta.prompt_top_logprobs or [b""] * len(delta.prompt_logprobs),
                 delta.prompt_ranks,
-                strict=True,
             )
-            scores = [None, *(self._scores(*one) for one in each)]
-            self._of(prompt)["prompt_logprobs"] = scores
+            # As vLLM has it: each of a completion's choices has them. Their JSON is made once.
+            self._of(prompt)["prompt_logprobs"] = Many(
+                len(generation.prompt.ids),
+                lambda: chain((None,), map(self._scores, *each)),
+                at_once=4,
+                keep=self._several,
+            )
 
     def of_prompt(self, prompt: int) -> Json:
         """What belongs to a prompt, in a whole answer."""
@@ -55,24 +66,23 @@ class Additions:
 
     def of_choice(self, at: int) -> Json:
         """What belongs to a choice, in a whole answer."""
-        return {"token_ids": self._ids.get(at, [])} if self.token_ids else {}
+        return {"token_ids": _ids(self._ids.get(at, []))} if self.token_ids else {}
 
     def of_start(self, generation: Generation) -> Json:
         """What belongs to a prompt, in a choice's first chunk."""
-        return {"prompt_token_ids": generation.prompt.ids} if self.token_ids else {}
+        return {"prompt_token_ids": _ids(generation.prompt.ids)} if self.token_ids else {}
 
     def of_delta(self, delta: Delta) -> Json:
         """What belongs to a choice, in a chunk with the delta's tokens."""
-        return {"token_ids": delta.tokens} if self.token_ids else {}
+        return {"token_ids": _ids(delta.tokens)} if self.token_ids else {}
 
     def _of(self, prompt: int) -> Json:
         return self._prompts.setdefault(prompt, {})
 
-    def _scores(
-        self, token: int, logprob: float, tops: Sequence[tuple[int, float]], rank: int
-    ) -> Json:
+    def _scores(self, token: int, logprob: float, packed: PackedTops, rank: int) -> Json:
         """By token id: the prompt's own token first. Where it is among the most likely ones,
         its rank is its place there, so that no two entries have the same."""
+        tops = list(unpack_tops(packed))
         ranks = {token: rank} | {other: place for place, (other, _) in enumerate(tops, 1)}
         return {
             str(other): {
@@ -82,3 +92,7 @@ class Additions:
             }
             for other, score in ((token, logprob), *(top for top in tops if top[0] != token))
         }
+
+
+def _ids(ids: Sequence[int]) -> Many:
+    return Many(len(ids), lambda: ids)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import time
+import contextvars
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from veneer_registry.errors import Aborted, QueueFull, VeneerError
 
 from veneer_server.openai.errors import HttpError, HttpFailure, http_failure
 from veneer_server.openai.http.body import LONG_BODY, parse_body
+from veneer_server.openai.http.long_json import dump, written
+from veneer_server.serving.spare_time import SpareTime, WorkBreaks
 
 __all__ = [
     "ABORT",
@@ -29,7 +30,6 @@ __all__ = [
     "Reply",
     "Scope",
     "Send",
-    "dump",
     "read_json",
 ]
 
@@ -52,6 +52,9 @@ short ones. The text and protobuf made from a body take several times as much.""
 DISCARDED: Final = 4 * MAX_BODY
 """Bytes of a refused body that are still read and discarded."""
 
+MIN_READ_RATE: Final = 64 << 10
+"""Bytes a second that a caller must read of a long answer, beyond the limit on one wait."""
+
 DISCARDED_S: Final = 5.0
 """How long the rest of a refused body is read."""
 
@@ -62,14 +65,7 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-
-_REST: Final = 3
-"""How long the thread that parses long bodies sleeps, as a multiple of the CPU time it used:
-on few cores, a thread that is always busy slows every step down."""
-_WORK_S: Final = 0.002
-"""CPU time after which it sleeps."""
-_LONGEST_REST_S: Final = 0.25
-"""Longest single sleep, since the caller waits for it even on a slow machine."""
+T = TypeVar("T")
 
 
 class ClientGone(Exception):
@@ -78,30 +74,6 @@ class ClientGone(Exception):
 
 class ReaderStopped(Aborted):
     """The client read nothing for too long; its connection was dropped."""
-
-
-class _Pace:
-    """Makes a thread sleep between pieces of work, so that others get the GIL and the core."""
-
-    def __init__(self) -> None:
-        self._rested = self._worked = 0.0
-        """When the thread may continue, by `time.monotonic`; its CPU time when work began."""
-
-    def begin(self) -> None:
-        """Wait until the thread may work; time that it was idle counts as sleep."""
-        time.sleep(max(0.0, self._rested - time.monotonic()))
-        self._worked = time.thread_time()
-
-    def rest(self) -> None:
-        """Sleep if the thread has worked for long enough."""
-        if time.thread_time() - self._worked >= _WORK_S:
-            self.end()
-            self.begin()
-
-    def end(self) -> None:
-        """End a piece of work, and set when the next one may begin."""
-        rest = _REST * (time.thread_time() - self._worked)
-        self._rested = time.monotonic() + min(_LONGEST_REST_S, rest)
 
 
 class Bodies:
@@ -117,7 +89,7 @@ class Bodies:
         self._limits = (limit, long_limit)
         self._left = [limit, long_limit]
         self._parser = ThreadPoolExecutor(1, "json")
-        self._pace = _Pace()
+        self._breaks = WorkBreaks()
 
     def close(self) -> None:
         """End the thread."""
@@ -127,16 +99,20 @@ class Bodies:
         """The parsed JSON of a body. Raises ValueError or RecursionError if it is invalid."""
         if len(body) < LONG_BODY:
             return parse_body(body)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._parser, self._parse_long, body)
+        return await self.thread(lambda: parse_body(body, self._breaks.rest))
 
-    def _parse_long(self, body: bytes) -> object:
-        """Runs in the thread, which also sleeps between bodies."""
-        self._pace.begin()
+    async def thread(self, work: Callable[[], T]) -> T:
+        """Do in the thread, which sleeps between bodies, what must be done with a long body. It
+        sees the context variables of the call."""
+        context, loop = contextvars.copy_context(), asyncio.get_running_loop()
+        return await loop.run_in_executor(self._parser, context.run, self._paced, work)
+
+    def _paced(self, work: Callable[[], T]) -> T:
+        self._breaks.begin()
         try:
-            return parse_body(body, self._pace.rest)
+            return work()
         finally:
-            self._pace.end()
+            self._breaks.end()
 
     async def turn(self) -> None:
         """Wait for the turn to read a piece of a long body."""
@@ -284,21 +260,32 @@ class Framing:
     """How a stream writes its events.
 
     Attributes:
-        event: an event as bytes.
+        begin: what is before an event's JSON. Two line breaks are behind it.
         end: what follows the last event of a stream that succeeded.
         failure: what ends a stream that failed.
     """
 
-    event: Callable[[Any], bytes]
+    begin: Callable[[Any], bytes]
     end: bytes
     failure: Callable[[HttpFailure], bytes]
 
+    def event(self, event: Any) -> bytes:
+        """An event as bytes."""
+        return self.begin(event) + dump(event) + b"\n\n"
 
-def _data(event: object) -> bytes:
-    return b"data: " + dump(event) + b"\n\n"
+    def pieces(self, events: Sequence[Any]) -> Iterator[bytes]:
+        """Events as bytes, which are made a piece at a time."""
+        for event in events:
+            yield self.begin(event)
+            yield from written(event)
+            yield b"\n\n"
 
 
-DATA_ONLY: Final = Framing(_data, b"data: [DONE]\n\n", lambda failure: _data(failure.body))
+DATA_ONLY: Final = Framing(
+    lambda event: b"data: ",
+    b"data: [DONE]\n\n",
+    lambda failure: b"data: " + dump(failure.body) + b"\n\n",
+)
 """Events without names, as chats and completions have them."""
 
 
@@ -324,6 +311,15 @@ class Reply:
         """Send the whole answer."""
         await self._whole(status, dump(body), "application/json", headers)
 
+    async def long_json(
+        self, status: int, body: object, headers: Mapping[str, str], spare: SpareTime
+    ) -> None:
+        """Send the whole answer in pieces, each of which is made off the event loop once the
+        one before has been taken."""
+        await self._start(status, {"content-type": "application/json", **headers})
+        await self._pieces(written(body), spare)
+        await self._body(b"", more=False)
+
     async def text(self, text: str) -> None:
         """Send the whole answer, as plain text."""
         await self._whole(200, text.encode(), "text/plain; charset=utf-8", {})
@@ -335,15 +331,44 @@ class Reply:
         await self._start(status, {**length, **headers})
         await self._body(data, more=False)
 
-    async def events(self, events: list[object], headers: Mapping[str, str]) -> None:
-        """Send server-sent events; the first call also sends status and headers."""
-        data = b"".join(map(self.framing.event, events))
+    async def events(
+        self,
+        events: Sequence[object],
+        headers: Mapping[str, str],
+        spare: SpareTime | None = None,
+    ) -> None:
+        """Send server-sent events; the first call also sends status and headers.
+
+        Args:
+            spare: makes them a piece at a time; for long ones.
+        """
+        data = b"".join(map(self.framing.event, events)) if spare is None else b""
         async with self._turn:
             if not self.started:
                 self._streaming = True
                 await self._start(200, {**_STREAMING, **headers})
-            if data:
+            if spare is not None:
+                await self._pieces(self.framing.pieces(events), spare)
+            elif data:
                 await self._body(data, more=True)
+
+    async def _pieces(self, pieces: Iterator[bytes], spare: SpareTime) -> None:
+        """Send what may be long. A caller must read it at a rate, as it holds what is not
+        written yet: one that reads a little in time would hold it for hours."""
+        loop = asyncio.get_running_loop()
+        late_s = 0.0
+        async with aclosing(spare.each(pieces)) as made:
+            async for piece in made:
+                begun = loop.time()
+                await self._body(piece, more=True)
+                took_s = loop.time() - begun
+                late_s = max(0.0, late_s + took_s - len(piece) / MIN_READ_RATE)
+                if late_s > self._limit_s:
+                    self._abort()
+                    raise ReaderStopped(
+                        f"the caller reads less than {MIN_READ_RATE} bytes a second: read a "
+                        "long answer as it comes"
+                    )
 
     async def end_events(self) -> None:
         """End a stream that succeeded."""
@@ -380,8 +405,3 @@ class Reply:
             raise ReaderStopped(
                 f"the caller read nothing for {self._limit_s:g} s: read the stream as it comes"
             ) from error
-
-
-def dump(body: object) -> bytes:
-    """Compact JSON."""
-    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()

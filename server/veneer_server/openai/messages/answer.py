@@ -8,7 +8,8 @@ from typing import Any, Final
 
 from veneer_server.openai.answers import Answer, Json, Piece, Tally
 from veneer_server.openai.errors import HttpFailure
-from veneer_server.openai.http.asgi import Framing, dump
+from veneer_server.openai.http.asgi import Framing
+from veneer_server.openai.http.long_json import dump
 from veneer_server.text.replies.deltas import Content, Delta, Reasoning, ToolCallBegun, joined
 
 __all__ = ["MessageAnswer"]
@@ -29,7 +30,7 @@ class MessageAnswer(Answer):
     """``message`` and its events: one block of content at a time, each with a number."""
 
     def __init__(self, model: str, *, request_id: str) -> None:
-        self.framing = Framing(_event, b"", _failure)
+        self.framing = Framing(_begin, b"", _failure)
         self._tally = Tally()
         self._blocks: list[Json] = []
         self._open = False
@@ -174,8 +175,12 @@ def _object(arguments: str) -> Json:
     return found if isinstance(found, dict) else {}
 
 
+def _begin(event: Json) -> bytes:
+    return b"event: " + str(event["type"]).encode() + b"\ndata: "
+
+
 def _event(event: Json) -> bytes:
-    return b"event: " + str(event["type"]).encode() + b"\ndata: " + dump(event) + b"\n\n"
+    return _begin(event) + dump(event) + b"\n\n"
 
 
 def _failure(failure: HttpFailure) -> bytes:

@@ -11,8 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from veneer_server.openai.messages.fields import ToolChoice
-from veneer_server.serving.checks import invalid, refuse
-from veneer_server.serving.tools.history import History, PastCall, check_calls
+from veneer_server.serving.checks import check_json_size, invalid, refuse
+from veneer_server.serving.tools.history import (
+    MAX_ARGUMENT_BYTES,
+    History,
+    PastCall,
+    check_calls,
+)
 from veneer_server.serving.tools.use import MAX_TOOLS, Choice, Tool, ToolUse, check_tool
 
 __all__ = ["messages_of", "tools_of"]
@@ -77,6 +82,7 @@ def _of_assistant(history: History, where: str, content: object) -> Mapping[str,
                 given = block.get("input")
                 if not isinstance(given, dict):
                     raise invalid(f"{at}.input", "must be an object")
+                check_json_size(f"{at}.input", given, MAX_ARGUMENT_BYTES)
                 text = json.dumps(given, ensure_ascii=False)
                 calls.append(PastCall(_id(at, block, "id"), _member(at, block, "name"), text))
                 check_calls(len(calls), where)

@@ -8,16 +8,25 @@ with ``response.completed`` or ``response.incomplete``, and one that fails with 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
 from typing import Any, Final
 
-from veneer_server.openai.answers import Answer, Json, Piece, Scores, Tally, TokenScore
+from veneer_server.openai.answers import (
+    SCORES_AT_ONCE,
+    Answer,
+    Json,
+    Piece,
+    Tally,
+    TokenScore,
+    scores_of,
+)
 from veneer_server.openai.errors import HttpFailure
 from veneer_server.openai.extensions.answers import labels
 from veneer_server.openai.fields import ChatFields
-from veneer_server.openai.http.asgi import Framing, dump
+from veneer_server.openai.http.asgi import Framing
+from veneer_server.openai.http.long_json import Many, dump
 from veneer_server.openai.responses.fields import ResponseFields
 from veneer_server.openai.responses.output import Event, Output
 from veneer_server.serving.records import GenerateCall
@@ -50,15 +59,18 @@ class ResponseAnswer(Answer):
         tools: what it says about them; see `shown_tools`.
         metadata: the caller's, which the response repeats.
         """
-        self.framing = Framing(_event, b"", self._failure)
+        self.framing = Framing(_begin, b"", self._failure)
         self._tokenizer = tokenizer
         self._label = labels(chat, tokenizer)
         self._logprobs = call.logprobs
-        self._scores = Scores(tokenizer)
         self._tally = Tally()
         self._output = Output(
-            request_id, calls=call.tools is not None, reasoning=fields.include_reasoning
+            request_id,
+            self._shown,
+            calls=call.tools is not None,
+            reasoning=fields.include_reasoning,
         )
+        self._streamed = fields.stream
         self._status = "in_progress"
         self._begun = False
         self._number = 0
@@ -113,7 +125,7 @@ class ResponseAnswer(Answer):
         """What a piece changes in the output."""
         self._tally.take(piece)
         delta, output = piece.delta, self._output
-        scores = [self._score(token) for token in self._given(piece)]
+        scores = scores_of(delta) if self._logprobs else []
         taken = 0
         for end, group in groupby(zip(delta.ends, delta.parts, strict=True), itemgetter(0)):
             parts = [part for _, part in group]
@@ -188,8 +200,15 @@ class ResponseAnswer(Answer):
             "total_tokens": counts.prompt + counts.completion,
         }
 
-    def _given(self, piece: Piece) -> Iterable[TokenScore]:
-        return self._scores.of(piece) if self._logprobs else ()
+    def _shown(self, scores: Sequence[TokenScore], *, keep: bool) -> Many:
+        """Log-probabilities; ``keep`` for those that several events repeat."""
+        count = len(scores)
+        return Many(
+            count,
+            lambda: map(self._score, scores),
+            at_once=SCORES_AT_ONCE,
+            keep=keep and self._streamed,
+        )
 
     def _score(self, token: TokenScore) -> Json:
         return {
@@ -205,7 +224,9 @@ class ResponseAnswer(Answer):
         }
 
 
-def _shared(parts: Sequence[Part], scores: Sequence[Json]) -> Iterator[Sequence[Json]]:
+def _shared(
+    parts: Sequence[Part], scores: Sequence[TokenScore]
+) -> Iterator[Sequence[TokenScore]]:
     """Shares scores among the parts that their last token completed: that token's own belongs
     to text, if any of them is, the others to the first part."""
     text = next((at for at, part in enumerate(parts) if isinstance(part, Content)), 0)
@@ -223,5 +244,9 @@ def _shown_format(fields: ResponseFields) -> Json:
     return shown
 
 
+def _begin(event: Mapping[str, Any]) -> bytes:
+    return b"event: " + str(event["type"]).encode() + b"\ndata: "
+
+
 def _event(event: Mapping[str, Any]) -> bytes:
-    return b"event: " + str(event["type"]).encode() + b"\ndata: " + dump(event) + b"\n\n"
+    return _begin(event) + dump(event) + b"\n\n"

@@ -7,10 +7,11 @@ time. A whole response is made by the same code as a stream's events.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, Final
 
-from veneer_server.openai.answers import Json
+from veneer_server.openai.answers import Json, TokenScore
+from veneer_server.openai.http.long_json import Many
 from veneer_server.text.replies.deltas import (
     Content,
     Delta,
@@ -23,6 +24,9 @@ __all__ = ["Event", "Output"]
 
 Event = tuple[str, Json]
 """What follows ``response.`` in its type, and its members."""
+
+_Shown = Callable[..., Many]
+"""What is shown of tokens' log-probabilities; see `Output`."""
 
 _OPEN: Final = "in_progress"
 
@@ -82,9 +86,12 @@ class _Item(ABC):
 class _Message(_Item):
     prefix = "msg"
 
-    def __init__(self, request_id: str, index: int) -> None:
+    def __init__(self, request_id: str, index: int, shown: _Shown) -> None:
         super().__init__(request_id, index)
-        self._scores: list[Json] = []
+        self._shown = shown
+        self._scores: list[TokenScore] = []
+        self._all: Many | None = None
+        """Once it has ended: four events repeat them."""
 
     @property
     def told(self) -> Json:
@@ -102,19 +109,21 @@ class _Message(_Item):
             "type": "output_text",
             "text": self._text,
             "annotations": [],
-            "logprobs": list(self._scores),
+            "logprobs": self._all or self._shown(tuple(self._scores), keep=False),
         }
 
     def begin(self) -> Iterator[Event]:
         yield self._added(content=[])
         yield self._of_part("content_part.added", part=self._part)
 
-    def more(self, text: str, scores: Sequence[Json]) -> Event:
+    def more(self, text: str, scores: Sequence[TokenScore]) -> Event:
         self._texts.append(text)
         self._scores.extend(scores)
-        return self._of_part("output_text.delta", delta=text, logprobs=list(scores))
+        shown = self._shown(scores, keep=False)
+        return self._of_part("output_text.delta", delta=text, logprobs=shown)
 
     def _done(self) -> Iterator[Event]:
+        self._all = self._shown(self._scores, keep=True)
         part = self._part
         yield self._of_part("output_text.done", text=part["text"], logprobs=part["logprobs"])
         yield self._of_part("content_part.done", part=part)
@@ -190,18 +199,22 @@ class Output:
     dropped: items of these kinds have no place for them.
     """
 
-    def __init__(self, request_id: str, *, calls: bool, reasoning: bool = True) -> None:
+    def __init__(
+        self, request_id: str, shown: _Shown, *, calls: bool, reasoning: bool = True
+    ) -> None:
         """Args:
+        shown: makes JSON of log-probabilities.
         calls: the model may call tools. Blanks before a call are then no text.
         reasoning: thinking is shown.
         """
         self._request_id = request_id
+        self._shown = shown
         self._reasoning = reasoning
         self._may_call = calls
         self._items: list[_Item] = []
-        self._scores: list[Json] = []
+        self._scores: list[TokenScore] = []
         """Of tokens that have not completed any text yet."""
-        self._blank: list[tuple[str, list[Json]]] = []
+        self._blank: list[tuple[str, list[TokenScore]]] = []
         """Text that is dropped if a call follows."""
 
     @property
@@ -209,7 +222,7 @@ class Output:
         """The items as they are now."""
         return [item.told for item in self._items]
 
-    def take(self, part: Delta, scores: Sequence[Json] = ()) -> Iterator[Event]:
+    def take(self, part: Delta, scores: Sequence[TokenScore] = ()) -> Iterator[Event]:
         """More of the answer.
 
         Args:
@@ -230,7 +243,7 @@ class Output:
                 assert isinstance(call, _Call), "arguments follow the call that they belong to"
                 yield call.more(text)
 
-    def keep(self, scores: Sequence[Json]) -> None:
+    def keep(self, scores: Sequence[TokenScore]) -> None:
         """Scores of tokens that have not completed any text yet."""
         self._scores.extend(scores)
 
@@ -242,7 +255,7 @@ class Output:
         if self._blank and not called:
             yield from self._say_held()
         if not self._items:
-            yield from self._add(_Message(self._request_id, 0))
+            yield from self._add(_Message(self._request_id, 0, self._shown))
         last = self._items[-1]
         if scores and isinstance(last, _Message):
             yield last.more("", scores)
@@ -252,7 +265,7 @@ class Output:
     def _open(self) -> _Item | None:
         return self._items[-1] if self._items else None
 
-    def _say(self, text: str, scores: list[Json]) -> Iterator[Event]:
+    def _say(self, text: str, scores: list[TokenScore]) -> Iterator[Event]:
         message = self._open
         if not isinstance(message, _Message):
             if self._may_call and text.isspace():
@@ -261,7 +274,7 @@ class Output:
             yield from self._say_held()
             message = self._open
             if not isinstance(message, _Message):
-                message = _Message(self._request_id, len(self._items))
+                message = _Message(self._request_id, len(self._items), self._shown)
                 yield from self._add(message)
         yield message.more(text, scores)
 
@@ -269,7 +282,7 @@ class Output:
         held, self._blank = self._blank, []
         if not held:
             return
-        message = _Message(self._request_id, len(self._items))
+        message = _Message(self._request_id, len(self._items), self._shown)
         yield from self._add(message)
         for text, scores in held:
             yield message.more(text, scores)

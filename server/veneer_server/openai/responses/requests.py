@@ -3,13 +3,15 @@ alike."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Final
 
 from veneer_server.openai.fields import ChatFields, JsonSchema, ResponseFormat
-from veneer_server.openai.requests import conversation_call
+from veneer_server.openai.requests import CHAT_SCORES, conversation_call
 from veneer_server.openai.responses.fields import ResponseFields
 from veneer_server.openai.responses.items import messages_of
 from veneer_server.openai.tools.definitions import Form, Given, read_tools, use_of
+from veneer_server.serving.answer_room import AnswerForm
 from veneer_server.serving.checks import invalid
 from veneer_server.serving.records import GenerateCall
 from veneer_server.serving.tools.use import check_tools
@@ -34,7 +36,15 @@ def response_call(fields: ResponseFields, chat: ChatFields, base: str) -> Genera
     """
     given = Given(fields.tools, fields.tool_choice, fields.parallel_tool_calls)
     messages = messages_of(fields.input, fields.instructions)
-    return conversation_call(chat, messages, use_of(given, Form.FLAT), base)
+    # A stream's events repeat them: that of the tokens, and four when all is complete.
+    form = AnswerForm(
+        replace(
+            CHAT_SCORES,
+            copies=5 if fields.stream else 1,
+            numbered=fields.return_tokens_as_token_ids,
+        )
+    )
+    return conversation_call(chat, messages, use_of(given, Form.FLAT), base, form)
 
 
 def chat_fields(fields: ResponseFields) -> ChatFields:

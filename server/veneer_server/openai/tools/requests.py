@@ -16,8 +16,13 @@ from veneer_server.openai.tools.definitions import (
     read_function,
     use_of,
 )
-from veneer_server.serving.checks import invalid, refuse
-from veneer_server.serving.tools.history import History, PastCall, check_calls
+from veneer_server.serving.checks import check_json_size, invalid, refuse
+from veneer_server.serving.tools.history import (
+    MAX_ARGUMENT_BYTES,
+    History,
+    PastCall,
+    check_calls,
+)
 from veneer_server.serving.tools.use import MAX_TOOLS, Choice, ToolUse
 
 __all__ = ["ToolFields", "ToolMessage", "template_messages", "tools_of"]
@@ -137,6 +142,7 @@ def _call(given: Mapping[str, Any], field: str) -> PastCall:
         refuse(field, "has no function with a name: send calls as they were received")
     arguments = function.get("arguments")
     if isinstance(arguments, dict):  # some clients send what templates expect
+        check_json_size(field, arguments, MAX_ARGUMENT_BYTES)
         arguments = json.dumps(arguments)
     if not isinstance(arguments, str | None):
         refuse(field, "has arguments that are not a string: send calls as they were received")

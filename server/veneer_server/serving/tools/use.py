@@ -11,7 +11,7 @@ from typing import Any, Final
 import msgspec
 from veneer_registry.errors import InvalidField, VeneerError
 
-from veneer_server.serving.checks import invalid, refuse
+from veneer_server.serving.checks import check_json_size, invalid, refuse
 from veneer_server.serving.tools.schema import arguments_schema, calls_schema
 from veneer_server.text.replies.deltas import ReplyParser
 from veneer_server.text.replies.tools.families import Family, parser_of
@@ -166,6 +166,7 @@ def check_tools(tools: Sequence[Tool]) -> None:
         refuse("tools", f"has {len(tools)} entries: send at most {MAX_TOOLS}")
     size = 0
     for tool in tools:
+        check_json_size("tools", tool.function, MAX_TOOL_BYTES)
         size += len(msgspec.json.encode(tool.function))
         if size > MAX_TOOL_BYTES:
             refuse("tools", f"has more than {MAX_TOOL_BYTES} bytes: shorten descriptions")

@@ -10,7 +10,14 @@ from typing import Any, Final, Literal, get_args
 
 from veneer_registry.errors import InvalidField
 
-__all__ = ["EFFORTS", "MAX_KWARGS", "Effort", "TemplateOptions", "kwargs_of"]
+__all__ = [
+    "EFFORTS",
+    "MAX_KWARGS",
+    "Effort",
+    "TemplateOptions",
+    "kwargs_of",
+    "longer_as_json",
+]
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
@@ -52,15 +59,17 @@ class TemplateOptions:
         for name in _OWN:
             if name in self.kwargs:
                 raise _invalid("template.kwargs", f"may not set {name}: send it as a field")
+        too_long = _invalid(
+            "template.kwargs", f"has more than {MAX_KWARGS} characters as JSON: send less"
+        )
+        if longer_as_json(self.kwargs, MAX_KWARGS):
+            raise too_long
         if _nested(self.kwargs) > MAX_DEPTH:
             raise _invalid(
                 "template.kwargs", f"is nested more than {MAX_DEPTH} deep: flatten it"
             )
         if self.kwargs and len(json.dumps(self.kwargs)) > MAX_KWARGS:
-            raise _invalid(
-                "template.kwargs",
-                f"has more than {MAX_KWARGS} characters as JSON: send less",
-            )
+            raise too_long
         if self.continue_final and self.add_generation_prompt:
             raise _invalid(
                 "template.continue_final_message",
@@ -118,6 +127,32 @@ def kwargs_of(text: str) -> dict[str, Any]:
             f"is not a JSON object of at most {MAX_KWARGS} characters: send one",
         )
     return found
+
+
+def longer_as_json(value: object, most: int) -> bool:
+    """Whether a value surely takes more than ``most`` characters as JSON.
+
+    Writing it is one call, which keeps the interpreter's lock however long it takes. So it is
+    counted first, no further than to ``most``. Numbers with fractions, commas and escapes
+    count as less than they are.
+    """
+    left, todo = most, [value]
+    while todo and left >= 0:
+        one = todo.pop()
+        if isinstance(one, dict):
+            left -= 4 * len(one)
+            if left >= 0:
+                left -= sum(map(len, one))
+                todo.extend(one.values())
+        elif isinstance(one, list):
+            left -= 2 * len(one)
+            if left >= 0:
+                todo.extend(one)
+        elif isinstance(one, str):
+            left -= len(one)
+        elif isinstance(one, int):
+            left -= max(0, one.bit_length() - 1) // 4
+    return left < 0
 
 
 def _no_constant(name: str) -> None:

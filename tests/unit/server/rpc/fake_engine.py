@@ -33,6 +33,7 @@ from veneer_server.wire.messages import (
     SequenceRequest,
     StepDone,
     TierName,
+    pack_tops,
 )
 
 VOCABULARY = 49152
@@ -203,7 +204,7 @@ class FakeEngine:
                 load_seconds=0.25 if digest and not i else 0.0,
                 queue_seconds=0.0 if i else 0.125,
                 top_logprobs=[_tops(token, top_logprobs)] if top_logprobs else None,
-                prompt_top_logprobs=[_tops(id_, top_logprobs) for id_ in prompt[1:]]
+                prompt_top_logprobs=[pack_tops(_tops(id_, top_logprobs)) for id_ in prompt[1:]]
                 if request.prompt_logprobs and top_logprobs and not i
                 else None,
                 prompt_ranks=[7 + at for at in range(len(prompt) - 1)]

@@ -1,0 +1,121 @@
+"""Work for one caller that must not delay the others: long answers, large requests.
+
+Writing an answer of 60 MB takes seconds. On the event loop nobody else would be answered
+meanwhile, and a busy thread takes the interpreter's lock and a core from every stream. So such
+work is cut in pieces of about a millisecond. One thread does them, and sleeps between
+them for longer than it worked. Tenants take turns by piece.
+
+A piece must not be one long call into C: the thread would keep the interpreter's lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, TypeVar
+
+from veneer_server.access.principal import PRINCIPAL
+from veneer_server.queues.fair_queue import FairQueue
+
+__all__ = ["SpareTime", "WorkBreaks"]
+
+_REST: Final = 3
+"""How long a thread sleeps, as a multiple of the CPU time it used: on few cores, a thread that
+is always busy slows every step down."""
+_WORK_S: Final = 0.002
+"""CPU time after which it sleeps."""
+_LONGEST_REST_S: Final = 0.25
+"""Longest single sleep, since the caller waits for it even on a slow machine."""
+_END: Final = object()
+
+T = TypeVar("T")
+
+
+class WorkBreaks:
+    """Makes a thread sleep between pieces of work, so that others get the GIL and the core."""
+
+    def __init__(self) -> None:
+        self._rested = self._worked = 0.0
+        """When the thread may continue, by `time.monotonic`; its CPU time when work began."""
+
+    def begin(self) -> None:
+        """Wait until the thread may work; time that it was idle counts as sleep."""
+        time.sleep(max(0.0, self._rested - time.monotonic()))
+        self._worked = time.thread_time()
+
+    def rest(self) -> None:
+        """Sleep if the thread has worked for long enough."""
+        if time.thread_time() - self._worked >= _WORK_S:
+            self.end()
+            self.begin()
+
+    def end(self) -> None:
+        """End a piece of work, and set when the next one may begin."""
+        rest = _REST * (time.thread_time() - self._worked)
+        self._rested = time.monotonic() + min(_LONGEST_REST_S, rest)
+
+
+class SpareTime:
+    """One thread, whose next piece is that of the tenant whose turn it is. Belongs to one event
+    loop."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "spare-time")
+        self._breaks = WorkBreaks()
+        self._queue: FairQueue[str, asyncio.Future[None]] = FairQueue()
+        self._working = False
+
+    def close(self) -> None:
+        """End the thread; queued work does not run."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Do a piece of work, and return what it returns. It sees the context variables of the
+        call. If cancelled before its turn, it is not done."""
+        await self._turn(PRINCIPAL.get().tenant)
+        try:
+            context, loop = contextvars.copy_context(), asyncio.get_running_loop()
+            return await loop.run_in_executor(self._thread, context.run, self._paced, work)
+        finally:
+            self._next()
+
+    async def each(self, items: Iterator[T]) -> AsyncGenerator[T, None]:
+        """The items; each is made as a piece of work, once the one before has been used."""
+        while (item := await self.run(lambda: _next_or_end(items))) is not _END:
+            yield item
+
+    def _paced(self, work: Callable[[], T]) -> T:
+        self._breaks.begin()
+        try:
+            return work()
+        finally:
+            self._breaks.end()
+
+    async def _turn(self, tenant: str) -> None:
+        if not self._working:
+            self._working = True
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._queue.push(tenant, turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self._next()  # it was this call's turn, but the caller has left
+            else:
+                self._queue.remove(tenant, turn)
+            raise
+
+    def _next(self) -> None:
+        while (turn := self._queue.pop()) is not None:
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._working = False
+
+
+def _next_or_end(items: Iterator[T]) -> Any:
+    return next(items, _END)

@@ -1,0 +1,460 @@
+"""Answers that may become long: bounded before work begins, and made off the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import msgspec
+import pytest
+import pytest_asyncio
+from veneer_proto.v1 import inference_pb2
+from veneer_registry.errors import InvalidField
+from veneer_server.openai.http.long_json import Joined, Many, dump, written
+from veneer_server.serving.answer_room import MAX_ANSWER, AnswerRoom
+from veneer_server.serving.checks import check_json_size
+from veneer_server.text.templates.options import longer_as_json
+from veneer_server.text.tokenizer import TextTokenizer
+
+from tests.unit.server.openai.kit import BASE, CHAT, TEXT, error_of, events, ok, post
+from tests.unit.server.rpc.fake_engine import FakeEngine
+from tests.unit.server.rpc.front_harness import Front, failure, running
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+CONTEXT = 1 << 17
+
+
+class LongEngine(FakeEngine):
+    """FAKE, with the context of a larger model."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.info = msgspec.structs.replace(
+            self.info, context_length=CONTEXT, longest_sequence=CONTEXT, kv_cache_tokens=CONTEXT
+        )
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def module_front(
+    base_folder: Path, front_cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Front]:
+    data = tmp_path_factory.mktemp("long-answers")
+    flags = {"openai_listen": "127.0.0.1:0", "default_max_tokens": str(CONTEXT - 1000)}
+    async with running(base_folder, front_cache, data, engine=LongEngine, **flags) as front:
+        yield front
+
+
+def ids(count: int) -> list[int]:
+    return [100 + at % 3000 for at in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        ({**TEXT, "prompt": ids(3000), "n": 16, "prompt_logprobs": 20}, "prompt_logprobs"),
+        ({**TEXT, "prompt": ids(9000), "n": 16, "echo": True, "logprobs": 5}, "echo"),
+        ({**TEXT, "prompt": [ids(900)] * 64, "prompt_logprobs": 20}, "prompt_logprobs"),
+        (
+            {**TEXT, "prompt": ids(9000), "n": 16, "echo": True, "logprobs": 5, "stream": True},
+            "echo",
+        ),
+        ({**TEXT, "max_tokens": 30_000, "n": 4, "logprobs": 20}, "top_logprobs"),
+        ({**CHAT, "max_tokens": 30_000, "logprobs": True, "top_logprobs": 20}, "top_logprobs"),
+        (
+            {**CHAT, "max_tokens": 30_000, "logprobs": True, "top_logprobs": 9, "stream": True}
+            | {"n": 16},
+            "top_logprobs",
+        ),
+    ],
+)
+async def test_an_answer_that_may_be_too_long_is_refused_before_work_begins(
+    http: httpx.AsyncClient, front: Front, given: dict[str, Any], field: str
+) -> None:
+    answer = await post(http, given)
+    assert answer.status_code == 400, answer.text[:200]
+    error = error_of(answer)
+    assert (error["code"], error["param"]) == ("invalid_field", field)
+    assert str(MAX_ANSWER) in error["message"], "it says how much is allowed"
+    assert not front.engine.submitted
+
+
+async def test_a_response_repeats_its_scores_so_its_stream_has_less_room(
+    http: httpx.AsyncClient, front: Front
+) -> None:
+    given = {"model": BASE, "input": "Hi", "top_logprobs": 20, "max_output_tokens": 4000}
+    assert (await http.post("/v1/responses", json=given)).status_code == 200
+    answer = await http.post("/v1/responses", json={**given, "stream": True})
+    assert answer.status_code == 400
+    assert error_of(answer)["param"] == "top_logprobs"
+
+
+async def test_who_sets_no_length_gets_as_much_as_fits(
+    http: httpx.AsyncClient, front: Front
+) -> None:
+    # The stop ends it: only the engine sees how much was allowed.
+    front.engine.pace = asyncio.Semaphore(0)
+    given = {key: value for key, value in CHAT.items() if key != "max_tokens"}
+    for more, whole in (({}, True), ({"logprobs": True, "top_logprobs": 20}, False)):
+        call = asyncio.ensure_future(post(http, given, **more))
+        while not front.engine.submitted:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+        [request] = front.engine.submitted
+        front.engine.submitted.clear()
+        assert (request.max_tokens == CONTEXT - 1000) == whole
+        assert request.max_tokens > 5000
+        call.cancel()
+        await asyncio.wait({call})
+    front.engine.pace = None
+
+
+class Threads:
+    """Counts names of tokens that are looked up, by thread, as scores are written."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.counts: dict[int, int] = {}
+        label = TextTokenizer.token_label
+
+        def counted(tokenizer: TextTokenizer, token: int) -> str:
+            here = threading.get_ident()
+            self.counts[here] = self.counts.get(here, 0) + 1
+            return label(tokenizer, token)
+
+        monkeypatch.setattr(TextTokenizer, "token_label", counted)
+
+    @property
+    def on_the_loop(self) -> int:
+        return self.counts.get(threading.get_ident(), 0)
+
+
+@pytest.mark.parametrize("more", [{"prompt_logprobs": 5}, {"echo": True, "logprobs": 5}])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_prompt_s_scores_are_made_once_and_off_the_event_loop(
+    http: httpx.AsyncClient,
+    front: Front,
+    monkeypatch: pytest.MonkeyPatch,
+    more: dict[str, Any],
+    stream: bool,
+) -> None:
+    if stream and "prompt_logprobs" in more:
+        pytest.skip("not streamed")
+    given = {**TEXT, "prompt": ids(2000), "max_tokens": 1, **more}
+    alone = await ok(http, {**given, "n": 1})
+    threads = Threads(monkeypatch)
+    if stream:
+        chunks = await events(http, {**given, "n": 7})
+        choices = {chunk["choices"][0]["index"]: chunk["choices"][0] for chunk in chunks}
+    else:
+        choices = {
+            each["index"]: each for each in (await ok(http, {**given, "n": 7}))["choices"]
+        }
+    assert len(choices) == 7
+    first = alone["choices"][0]
+    for choice in choices.values():
+        if "prompt_logprobs" in more:
+            assert choice["prompt_logprobs"] == first["prompt_logprobs"]
+            assert len(choice["prompt_logprobs"]) == 2000
+        else:
+            for member, shown in choice["logprobs"].items():
+                assert shown[:2000] == first["logprobs"][member][:2000]
+                assert len(shown) == 2001
+    # Six names at each position, and the token's own once more among echoed ones.
+    assert sum(threads.counts.values()) < 2 * 2000 * 8
+    assert threads.on_the_loop < 200
+
+
+async def test_long_scores_of_an_answer_are_made_off_the_event_loop(
+    http: httpx.AsyncClient, front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = Threads(monkeypatch)
+    scored = {"logprobs": True, "top_logprobs": 3, "max_tokens": 1500}
+    chat = await ok(http, CHAT, **scored)
+    content = chat["choices"][0]["logprobs"]["content"]
+    assert len(content) == 1500
+    assert all(len(each["top_logprobs"]) == 3 for each in content)
+    given = {"model": BASE, "input": "Hi", "top_logprobs": 3, "max_output_tokens": 1500}
+    response = (await http.post("/v1/responses", json=given)).json()
+    assert len(response["output"][0]["content"][0]["logprobs"]) == 1500
+    assert threads.on_the_loop < 200
+    assert sum(threads.counts.values()) >= 2 * 1500 * 4
+
+
+async def test_token_ids_of_a_long_prompt_are_in_each_choice(
+    http: httpx.AsyncClient, front: Front
+) -> None:
+    given = {**TEXT, "prompt": ids(50_000), "n": 3, "return_token_ids": True}
+    for choice in (await ok(http, given))["choices"]:
+        assert choice["prompt_token_ids"] == ids(50_000)
+        assert len(choice["token_ids"]) == 4
+
+
+# -------------------------------------------------------------------------------- gRPC
+
+
+def scored(count: int, tops: int, **fields: Any) -> inference_pb2.GenerateRequest:
+    return inference_pb2.GenerateRequest(
+        token_ids=inference_pb2.TokenIds(ids=ids(count)),
+        output=inference_pb2.OutputOptions(prompt_logprobs=tops, **fields),
+        stopping=inference_pb2.StoppingOptions(max_tokens=2),
+    )
+
+
+async def test_grpc_streams_a_long_prompt_s_scores_in_messages_that_clients_take(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = Threads(monkeypatch)
+    refused = await failure(front.inference.Generate(scored(10_000, 20)))
+    assert refused.reason == "INVALID_FIELD"
+    assert refused.metadata["field"] == "output.prompt_logprobs"
+    assert "GenerateStream" in refused.message
+    assert not front.engine.submitted
+    found: list[inference_pb2.TokenLogprob] = []
+    tokens: list[int] = []
+    async for message in front.inference.GenerateStream(scored(10_000, 20)):
+        assert message.ByteSize() < 1 << 20
+        assert not (tokens and message.prompt_logprobs), "they come first"
+        found += message.prompt_logprobs
+        tokens += message.token_ids
+    assert [each.token_id for each in found] == ids(10_000)[1:]
+    assert all(len(each.top) == 20 and each.rank for each in found)
+    assert len(tokens) == 2
+    assert threads.on_the_loop < 200
+
+
+async def test_grpc_sends_a_whole_answer_with_many_scores(front: Front) -> None:
+    answer = await front.inference.Generate(scored(1000, 20))
+    assert [each.token_id for each in answer.prompt_logprobs] == ids(1000)[1:]
+    assert all(len(each.top) == 20 for each in answer.prompt_logprobs)
+
+
+async def test_grpc_refuses_what_is_too_long_in_a_stream(front: Front) -> None:
+    request = scored(100, 20, logprobs=True, top_logprobs=20, n=16)
+    request.stopping.max_tokens = 100_000
+    refused = await failure(front.inference.GenerateStream(request))
+    assert (refused.code, refused.reason) == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "INVALID_FIELD",
+    )
+    assert refused.metadata["field"] == "output.top_logprobs"
+    assert not front.engine.submitted
+
+
+# -------------------------------------------------------------------------------- room
+
+
+async def test_a_tenant_s_answers_leave_room_for_those_of_others() -> None:
+    room, events_ = AnswerRoom(100), []
+
+    async def hold(tenant: str, size: int, end: asyncio.Event) -> None:
+        with room.answer(tenant) as held:
+            await room.take(tenant, size)
+            held.bytes += size
+            events_.append((tenant, size))
+            await end.wait()
+
+    ends = [asyncio.Event() for _ in range(4)]
+    async with asyncio.TaskGroup() as group:
+        group.create_task(hold("a", 60, ends[0]))
+        second = group.create_task(hold("a", 60, ends[1]))
+        group.create_task(hold("b", 60, ends[2]))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert events_ == [("a", 60), ("b", 60)], "a's second waits, and b is let in"
+        leaver = group.create_task(hold("a", 10, ends[3]))
+        await asyncio.sleep(0)
+        leaver.cancel()
+        await asyncio.wait({leaver})
+        ends[2].set()
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert not second.done()
+        assert len(events_) == 2
+        ends[0].set()
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert events_[-1] == ("a", 60)
+        ends[1].set()
+    assert room.held == 0
+
+
+# -------------------------------------------------------------------------------- JSON
+
+
+def drawn(rng: random.Random, depth: int) -> Any:
+    kind = rng.randrange(7 if depth else 4)
+    if kind == 0:
+        return rng.choice((None, True, False, 0.5, -3.25e-9))
+    if kind < 3:
+        return rng.randrange(10 ** rng.randrange(1, 30))
+    if kind == 3:
+        return "".join(rng.choices('aé"\\\n🦆', k=rng.randrange(12)))
+    count = rng.randrange(6)
+    if kind < 6:
+        return [drawn(rng, depth - 1) for _ in range(count)]
+    return {f"k{at}": drawn(rng, depth - 1) for at in range(count)}
+
+
+async def test_long_json_is_what_json_is() -> None:
+    seed = int(os.environ.get("VENEER_TEST_SEED", random.randrange(1 << 30)))
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+
+    def many(value: Any) -> Any:
+        """A value with some of its lists long ones."""
+        if isinstance(value, dict):
+            return {name: many(each) for name, each in value.items()}
+        if not isinstance(value, list) or rng.random() < 0.3:
+            return value
+        items = list(value)
+        options: dict[str, Any] = {"at_once": rng.randrange(1, 4), "keep": rng.random() < 0.5}
+        cut = rng.randrange(len(items) + 1)
+        if rng.random() < 0.5:
+            return Many(len(items), lambda: items, **options)
+        return Joined(
+            Many(cut, lambda: items[:cut], **options),
+            Many(len(items) - cut, lambda: items[cut:], **options),
+        )
+
+    for _ in range(300):
+        value = drawn(rng, 4)
+        long = many(value)
+        for _ in range(2):  # what was kept is the same
+            assert json.loads(b"".join(written(long))) == value
+            assert json.loads(dump(long)) == value
+
+
+async def test_a_value_is_measured_no_further_than_to_its_limit() -> None:
+    seed = int(os.environ.get("VENEER_TEST_SEED", random.randrange(1 << 30)))
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    for _ in range(500):
+        value = drawn(rng, 4)
+        size = len(json.dumps(value, separators=(",", ":"), ensure_ascii=False))
+        # Lists and objects of one entry have no comma, but a bracket.
+        assert not longer_as_json(value, size), value
+    for long in (
+        list(range(500_000)),
+        [[0] * 1000] * 500,
+        {"enum": [1] * 200_000},
+        {f"key {at}": 0 for at in range(100_000)},
+        ["x" * 300_000],
+        [10**4000] * 300,
+    ):
+        assert longer_as_json(long, 256 << 10)
+        with pytest.raises(InvalidField):
+            check_json_size("tools", long, 256 << 10)
+
+
+LONG = list(range(400_000))
+
+
+@pytest.mark.parametrize(
+    ("path", "given", "param"),
+    [
+        ("/v1/completions", {**TEXT, "guided_json": {"enum": LONG}}, "guided_json"),
+        (
+            "/v1/completions",
+            {**TEXT, "structured_outputs": {"json": {"enum": LONG}}},
+            "structured_outputs.json",
+        ),
+        (
+            "/v1/chat/completions",
+            {
+                **CHAT,
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "a", "schema": {"enum": LONG}},
+                },
+            },
+            "response_format",
+        ),
+        (
+            "/v1/chat/completions",
+            {**CHAT, "chat_template_kwargs": {"a": LONG}},
+            "chat_template_kwargs",
+        ),
+        (
+            "/v1/chat/completions",
+            {
+                **CHAT,
+                "tools": [
+                    {"type": "function", "function": {"name": "a", "parameters": {"a": LONG}}}
+                ],
+            },
+            "tools",
+        ),
+        (
+            "/v1/chat/completions",
+            {
+                **CHAT,
+                "messages": [
+                    {"role": "user", "content": "Hi"},
+                    {
+                        "role": "assistant",
+                        "tool_calls": [{"function": {"name": "a", "arguments": {"a": LONG}}}],
+                    },
+                ],
+            },
+            "messages[1].tool_calls",
+        ),
+        (
+            "/v1/messages",
+            {
+                "model": BASE,
+                "max_tokens": 1,
+                "messages": [
+                    {"role": "user", "content": "Hi"},
+                    {
+                        "role": "assistant",
+                        "content": [
+                            {"type": "tool_use", "id": "a", "name": "b", "input": {"a": LONG}}
+                        ],
+                    },
+                ],
+            },
+            "messages[1].content[0].input",
+        ),
+        ("/v1/completions", {**TEXT, "stop_token_ids": LONG}, "stop_token_ids"),
+        ("/v1/completions", {**TEXT, "prompt": [*LONG, "a"]}, "prompt"),
+        ("/v1/completions", {**TEXT, "prompt": [[1, 2], [*LONG, -1]]}, "prompt"),
+        ("/detokenize", {"model": BASE, "tokens": [*LONG, True]}, "tokens"),
+    ],
+)
+async def test_what_grows_with_a_request_is_never_written_before_it_is_measured(
+    http: httpx.AsyncClient,
+    front: Front,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    given: dict[str, Any],
+    param: str,
+) -> None:
+    longest = 0
+    dumps, encode = json.dumps, msgspec.json.encode
+
+    def counted(make: Any) -> Any:
+        def made(*args: Any, **options: Any) -> Any:
+            nonlocal longest
+            text = make(*args, **options)
+            longest = max(longest, len(text))
+            return text
+
+        return made
+
+    body = dumps(given)
+    monkeypatch.setattr(json, "dumps", counted(dumps))
+    monkeypatch.setattr(msgspec.json, "encode", counted(encode))
+    answer = await http.post(path, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400, answer.text[:200]
+    shown = answer.json()["error"]
+    assert shown.get("param", param) == param, shown
+    assert len(answer.content) < 2000, "it does not repeat what was sent"
+    assert longest < 300_000
+    assert not front.engine.submitted
