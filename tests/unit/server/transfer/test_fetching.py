@@ -76,11 +76,7 @@ def test_no_range_that_iana_lists_as_not_global_is_contacted() -> None:
             address = net[offset]
             forms = [str(address)]
             if net.version == 4:
-                forms += [
-                    f"::ffff:{address}",
-                    f"64:ff9b::{address}",
-                    f"2002:{_hex(address)}::1",
-                ]
+                forms += [f"::ffff:{address}", f"64:ff9b::{address}"]
             contacted |= {form for form in forms if addresses.may_contact(form, ())}
             assert all(addresses.may_contact(form, (net,)) for form in forms), (
                 "but where the operator names the network"
