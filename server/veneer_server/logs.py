@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any, Final, Literal, TextIO
 
+from veneer_registry.terminal import one_line, visible
+
 __all__ = [
     *("REQUEST_ID", "TENANT", "Logger"),
     *("configure", "get_logger", "show_status", "takes_status"),
@@ -164,7 +166,7 @@ class _Unblocked(logging.Handler):
                 width = (os.get_terminal_size(self._file).columns or 80) - 1
                 # The cursor returns to the start of the line, so that output of another
                 # process overwrites it.
-                data = f"{_ERASE}{line[:width]}\r".encode(errors="replace")
+                data = f"{_ERASE}{one_line(line)[:width]}\r".encode(errors="replace")
                 if self._poll.poll(0):
                     os.write(self._file, data)
                     self._status = bool(line)
@@ -184,7 +186,7 @@ class _Unblocked(logging.Handler):
         try:
             line = self.format(record)
         except Exception as error:  # a bug in a log call must not fail the caller
-            line = f"cannot format a log line: {record.msg!r}: {error!r}"
+            line = visible(f"cannot format a log line: {record.msg!r}: {error!r}")
         try:
             data = f"{line}\n".encode(errors="backslashreplace")
             for at in range(0, len(data), _PIECE):
@@ -215,7 +217,7 @@ class _Console(logging.Formatter):
         line = " ".join(parts)
         if record.exc_info:
             line += "\n" + self.formatException(record.exc_info)
-        return line
+        return visible(line)
 
 
 class _Json(logging.Formatter):
@@ -234,7 +236,7 @@ class _Json(logging.Formatter):
         }
         if record.exc_info:
             entry["trace"] = self.formatException(record.exc_info)
-        return json.dumps(entry, default=str, ensure_ascii=False)
+        return visible(json.dumps(entry, default=str, ensure_ascii=False))
 
 
 def _plain(value: object) -> str:
@@ -242,6 +244,6 @@ def _plain(value: object) -> str:
         return f"{value:.4g}"
     text = str(value)
     # An event is always one line, whatever a client put into a field.
-    return (
-        json.dumps(text, ensure_ascii=False) if not text.isprintable() or " " in text else text
-    )
+    if text.isprintable() and " " not in text:
+        return text
+    return one_line(json.dumps(text, ensure_ascii=False))
