@@ -12,7 +12,6 @@ from veneer_registry.base_names import is_named
 from veneer_registry.errors import BaseModelMismatch
 from veneer_registry.lora_config import CONFIG_FILE
 from veneer_registry.strict_json import canonical_json, parse_object, refuse, show
-from veneer_registry.terminal import visible
 
 __all__ = [
     "TRAINING_FILE",
@@ -46,7 +45,7 @@ def parse_training(data: bytes) -> TrainingManifest:
     """Read ``training_manifest.json``.
 
     Facts beyond 256, and text beyond 512 characters, are cut with a warning: facts are for
-    people to read, and every listing carries them. Control characters in them are escaped.
+    people to read, and every listing carries them.
 
     Raises:
         AdapterInvalid: metadata ``file`` and ``key``.
@@ -66,8 +65,7 @@ def parse_training(data: bytes) -> TrainingManifest:
             cut = True
             break
         cut = cut or len(name) > _MAX_FACT or len(text) > _MAX_FACT
-        # Not refused: stores have such files, and must open.
-        facts[visible(name[:_MAX_FACT])] = visible(text[:_MAX_FACT])
+        facts[name[:_MAX_FACT]] = text[:_MAX_FACT]
     warning = (
         f"{TRAINING_FILE}: only {_MAX_FACTS} facts of {_MAX_FACT} characters are listed; "
         "the file is kept whole"

@@ -19,8 +19,10 @@ from typing import Any, Final, Literal, TextIO
 
 from veneer_registry.terminal import one_line, visible
 
+from veneer_server.queues.recent import Recent
+
 __all__ = [
-    *("REQUEST_ID", "TENANT", "Logger"),
+    *("BURST", "REQUEST_ID", "TENANT", "Logger"),
     *("configure", "get_logger", "show_status", "takes_status"),
 ]
 
@@ -29,6 +31,9 @@ REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 
 TENANT: ContextVar[str] = ContextVar("tenant", default="")
 """The tenant of that call, unless it is the default one; added in the same way."""
+
+BURST: Final = 100
+"""Refusals of a kind and tenant that are logged at once."""
 
 _FIELDS: Final = "veneer_fields"
 
@@ -45,10 +50,13 @@ but other processes may write to it at the same time."""
 class Logger:
     """A standard logger that takes fields: ``log.info("ready", grpc=address)``."""
 
-    __slots__ = ("_logger",)
+    __slots__ = ("_frequent", "_logger")
 
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger
+        self._frequent: Recent[tuple[str, str], tuple[float, int]] = Recent(1024)
+        """Of `often`, by kind and tenant: when its lines are paid for, and how many were left
+        out since the last one."""
 
     def _log(
         self, level: int, event: str, fields: Mapping[str, object], error: BaseException | None
@@ -63,6 +71,18 @@ class Logger:
 
     def info(self, event: str, **fields: object) -> None:
         self._log(logging.INFO, event, fields, None)
+
+    def often(self, kind: str, event: str, **fields: object) -> None:
+        """`info` for what strangers can make happen as often as they like: of a kind and
+        tenant `BURST` lines at once, then one a second. The next one has ``left_out``."""
+        now, key = time.monotonic(), (kind, TENANT.get())
+        due, left_out = self._frequent.get(key, (now, 0))
+        if due - now >= BURST:
+            self._frequent[key] = due, left_out + 1
+            return
+        self._frequent[key] = max(due, now) + 1, 0
+        more = {"left_out": left_out} if left_out else {}
+        self._log(logging.INFO, event, {**fields, **more}, None)
 
     def warning(self, event: str, **fields: object) -> None:
         self._log(logging.WARNING, event, fields, None)
