@@ -6,6 +6,7 @@ commands write to a real pseudo terminal.
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import random
 import re
 import sys
 import threading
+import traceback
 import tty
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,11 +24,13 @@ from typing import Any
 
 import grpc
 import pytest
+import typer
 from google.protobuf.message import Message
 from rich.text import Text
 from veneer_client.cli.main import cli
 from veneer_proto.v1 import adapters_pb2, inference_pb2
 from veneer_registry import screen, terminal
+from veneer_registry.command_line import Program
 from veneer_registry.terminal import visible, write_answer
 
 from tests.planted import planted
@@ -265,6 +269,53 @@ def test_a_console_shows_text_that_is_no_string_too() -> None:
         pytest.raises(AssertionError),
     ):
         check(shown())
+
+
+PROGRAMS = (
+    *("veneer_client.cli.main:cli", "veneer_server.__main__:cli", "veneer_train.cli:app"),
+    *("veneer_loadtest.cli:cli", "veneer_loadtest.simulation.command:cli"),
+    "veneer_ray.command:cli",
+)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_program_is_guarded(program: str) -> None:
+    module, _, name = program.partition(":")
+    assert isinstance(getattr(importlib.import_module(module), name), Program)
+
+
+@pytest.mark.parametrize("way", ["print", "echo", "stderr", "exception", "console"])
+def test_a_program_shows_what_it_prints_in_any_way(way: str) -> None:
+    """Whichever program it is: none has to remember."""
+    evil = "a\x1b]52;c;eA==\x07\x9b2J\rb"
+    program = Program(help="A program.")
+
+    @program.command()
+    def run() -> None:
+        match way:
+            case "print":
+                print(evil)
+            case "echo":
+                typer.echo(evil)
+            case "stderr":
+                sys.stderr.writelines([evil, "\n"])
+            case "exception":
+                raise ValueError(evil)
+            case "console":
+                screen.Screen(stderr=True, force_terminal=True).print(f"[red]{evil}[/red]")
+
+    with pytest.MonkeyPatch.context() as patch, pseudo_terminal() as (stream, arrived):
+        patch.setattr(sys, "stdout", stream)
+        patch.setattr(sys, "stderr", stream)
+        try:
+            program([], standalone_mode=way != "exception")
+        except SystemExit:
+            pass
+        except ValueError as error:
+            traceback.print_exception(error)  # as the interpreter does at its end
+    shown = b"".join(arrived).decode()
+    check(shown)
+    assert "a\\u001b]52;c;eA==\\u0007\\u009b2J\\rb" in shown
 
 
 @pytest.mark.parametrize(
