@@ -43,7 +43,9 @@ SEQUENCES = (
     *("\x9b2J", "\x9d52;c;eA==\x9c", "\x1bPq\x1b\\", "\r", "\x08", "\x7f", "\x1b", "\x9b"),
     *("\x00", "\x85", "\u202e", "\u2066"),
 )
-OURS = re.compile(r"\r(?=\x1b\[2K)|\x1b\[[0-9;]*m|\x1b\[\?25[lh]|\x1b\[2K|\x1b\[[0-9]*[AG]")
+OURS = re.compile(
+    r"\r(?=\x1b\[(?:2K|1A))|\x1b\[[0-9;]*m|\x1b\[\?25[lh]|\x1b\[2K|\x1b\[[0-9]*[AG]"
+)
 """Colours; and the cursor of a bar or table that is redrawn."""
 FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 MARK = "EVIL"
@@ -302,7 +304,9 @@ def test_a_program_shows_what_it_prints_in_any_way(way: str) -> None:
             case "exception":
                 raise ValueError(evil)
             case "console":
-                screen.Screen(stderr=True, force_terminal=True).print(f"[red]{evil}[/red]")
+                screen.Screen(stderr=True, force_terminal=True, highlight=False).print(
+                    f"[red]{evil}[/red]"
+                )
 
     with pytest.MonkeyPatch.context() as patch, pseudo_terminal() as (stream, arrived):
         patch.setattr(sys, "stdout", stream)
