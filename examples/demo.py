@@ -17,13 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.columns import Columns
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from veneer_client import AsyncClient, Chat, GenerationEnd, VeneerError
 from veneer_client.local import LocalServer
+from veneer_registry.screen import Screen
 
 ADAPTERS = Path(__file__).parent / "adapters"
 NAMES = ("chat", "code", "sql")
@@ -38,7 +39,7 @@ ASKED = ((PROMPT, ("", "chat", "code")), (QUESTION, ("", "sql")))
 """Each prompt with the names that answer it; "" is the base."""
 MAX_TOKENS = 64
 
-console = Console(highlight=False)
+console = Screen(highlight=False)
 
 
 @dataclass

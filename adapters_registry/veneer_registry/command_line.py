@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from veneer_registry.bash_words import whole_words
+from veneer_registry.terminal import guarded
 
 __all__ = ["Command", "Group", "Program", "with_parameters"]
 
@@ -81,8 +82,9 @@ class Program(typer.Typer):
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the program, with the process's arguments unless others are given."""
-        with whole_words():
+        """Run the program, with the process's arguments unless others are given. What it prints
+        of other people is shown by a terminal, not obeyed."""
+        with guarded(), whole_words():
             return super().__call__(*args, **kwargs)
 
     def command(self, name: str | None = None, **more: Any) -> Callable[[Any], Any]:

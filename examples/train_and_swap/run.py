@@ -11,15 +11,15 @@ import tempfile
 import time
 from pathlib import Path
 
-from rich.console import Console
 from veneer_client import AsyncClient, Chat, Generation
 from veneer_client.local import LocalServer
 from veneer_registry.errors import AdapterNotFound
+from veneer_registry.screen import Screen
 
 HERE = Path(__file__).parent
 CHAT = HERE.parent / "adapters" / "chat"
 
-console = Console(highlight=False, soft_wrap=True)
+console = Screen(highlight=False, soft_wrap=True)
 
 
 def main() -> None:

@@ -141,8 +141,10 @@ class Doors:
             audit_log = self._config.data_dir / "audit.jsonl"
         self._audit = Audit(
             audit_log,
+            keyed=self._access.asks,
             on_written=self._metrics.audit_written.inc,
             on_lost=self._metrics.audit_lost.inc,
+            on_left_out=self._metrics.audit_left_out.inc,
         )
         resources.callback(self._audit.close)
         resources.callback(self._pages.close)

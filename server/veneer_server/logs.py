@@ -17,8 +17,12 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any, Final, Literal, TextIO
 
+from veneer_registry.terminal import one_line, visible
+
+from veneer_server.queues.recent import Recent
+
 __all__ = [
-    *("REQUEST_ID", "TENANT", "Logger"),
+    *("BURST", "REQUEST_ID", "TENANT", "Logger"),
     *("configure", "get_logger", "show_status", "takes_status"),
 ]
 
@@ -27,6 +31,9 @@ REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 
 TENANT: ContextVar[str] = ContextVar("tenant", default="")
 """The tenant of that call, unless it is the default one; added in the same way."""
+
+BURST: Final = 100
+"""Refusals of a kind and tenant that are logged at once."""
 
 _FIELDS: Final = "veneer_fields"
 
@@ -43,10 +50,13 @@ but other processes may write to it at the same time."""
 class Logger:
     """A standard logger that takes fields: ``log.info("ready", grpc=address)``."""
 
-    __slots__ = ("_logger",)
+    __slots__ = ("_frequent", "_logger")
 
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger
+        self._frequent: Recent[tuple[str, str], tuple[float, int]] = Recent(1024)
+        """Of `often`, by kind and tenant: when its lines are paid for, and how many were left
+        out since the last one."""
 
     def _log(
         self, level: int, event: str, fields: Mapping[str, object], error: BaseException | None
@@ -61,6 +71,18 @@ class Logger:
 
     def info(self, event: str, **fields: object) -> None:
         self._log(logging.INFO, event, fields, None)
+
+    def often(self, kind: str, event: str, **fields: object) -> None:
+        """`info` for what strangers can make happen as often as they like: of a kind and
+        tenant `BURST` lines at once, then one a second. The next one has ``left_out``."""
+        now, key = time.monotonic(), (kind, TENANT.get())
+        due, left_out = self._frequent.get(key, (now, 0))
+        if due - now >= BURST:
+            self._frequent[key] = due, left_out + 1
+            return
+        self._frequent[key] = max(due, now) + 1, 0
+        more = {"left_out": left_out} if left_out else {}
+        self._log(logging.INFO, event, {**fields, **more}, None)
 
     def warning(self, event: str, **fields: object) -> None:
         self._log(logging.WARNING, event, fields, None)
@@ -164,7 +186,7 @@ class _Unblocked(logging.Handler):
                 width = (os.get_terminal_size(self._file).columns or 80) - 1
                 # The cursor returns to the start of the line, so that output of another
                 # process overwrites it.
-                data = f"{_ERASE}{line[:width]}\r".encode(errors="replace")
+                data = f"{_ERASE}{one_line(line)[:width]}\r".encode(errors="replace")
                 if self._poll.poll(0):
                     os.write(self._file, data)
                     self._status = bool(line)
@@ -184,7 +206,7 @@ class _Unblocked(logging.Handler):
         try:
             line = self.format(record)
         except Exception as error:  # a bug in a log call must not fail the caller
-            line = f"cannot format a log line: {record.msg!r}: {error!r}"
+            line = visible(f"cannot format a log line: {record.msg!r}: {error!r}")
         try:
             data = f"{line}\n".encode(errors="backslashreplace")
             for at in range(0, len(data), _PIECE):
@@ -215,7 +237,7 @@ class _Console(logging.Formatter):
         line = " ".join(parts)
         if record.exc_info:
             line += "\n" + self.formatException(record.exc_info)
-        return line
+        return visible(line)
 
 
 class _Json(logging.Formatter):
@@ -234,7 +256,7 @@ class _Json(logging.Formatter):
         }
         if record.exc_info:
             entry["trace"] = self.formatException(record.exc_info)
-        return json.dumps(entry, default=str, ensure_ascii=False)
+        return visible(json.dumps(entry, default=str, ensure_ascii=False))
 
 
 def _plain(value: object) -> str:
@@ -242,6 +264,6 @@ def _plain(value: object) -> str:
         return f"{value:.4g}"
     text = str(value)
     # An event is always one line, whatever a client put into a field.
-    return (
-        json.dumps(text, ensure_ascii=False) if not text.isprintable() or " " in text else text
-    )
+    if text.isprintable() and " " not in text:
+        return text
+    return one_line(json.dumps(text, ensure_ascii=False))

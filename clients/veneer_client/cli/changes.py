@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from veneer_registry.errors import InvalidField
+from veneer_registry.terminal import one_line
 
 from veneer_client.cli.complete import adapter_names
 from veneer_client.cli.context import (
@@ -92,7 +93,7 @@ def label(
                 metadata={"field": "labels"},
             )
         adapter = client.update_adapter(name, labels=given, remove_labels=remove or ())
-        shown = " ".join(f"{key}={value}" for key, value in adapter.labels.items())
+        shown = one_line(" ".join(f"{key}={value}" for key, value in adapter.labels.items()))
         print(as_json(adapter) if json_ else f"{adapter.short}: {shown or 'no labels'}")
 
 

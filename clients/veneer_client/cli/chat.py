@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Annotated, Final
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from veneer_registry.errors import AdapterNotFound, InvalidField, VeneerError
+from veneer_registry.screen import Screen, cell
+from veneer_registry.terminal import write_answer
 
 from veneer_client.cli.context import DebugFlag, ServerOption, connect, errors_shown
 from veneer_client.cli.generate import (
@@ -108,7 +108,7 @@ class Session:
         self._client = client
         self._conversation = conversation
         self._options = options
-        self._notes = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._notes = Screen(stderr=True, highlight=False, soft_wrap=True)
 
     def terminal(self) -> None:
         """Chat until the user quits; an error ends an answer, not the conversation."""
@@ -128,9 +128,7 @@ class Session:
                     if not self.take(line):
                         return
                 except VeneerError as error:
-                    self._notes.print(
-                        f"[red]error:[/red] {escape(in_cli_words(error.message))}"
-                    )
+                    self._notes.print(f"[red]error:[/red] {cell(in_cli_words(error.message))}")
 
     def script(self) -> None:
         """Send each line of standard input as a message; stop at the first error."""
@@ -193,8 +191,7 @@ class Session:
             for chunk in stream:
                 write_reasoning(chunk)
                 pieces.append(chunk.text)
-                sys.stdout.write(chunk.text)
-                sys.stdout.flush()
+                write_answer(sys.stdout, chunk.text)
         except KeyboardInterrupt:
             stream.cancel()
             stopped = True

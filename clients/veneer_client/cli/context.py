@@ -10,9 +10,8 @@ from importlib.metadata import version
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from veneer_registry.errors import ModelLoading, VeneerError
+from veneer_registry.screen import Screen, cell
 
 from veneer_client.address import DEFAULT_ADDRESS
 from veneer_client.cli.words import in_cli_words
@@ -116,6 +115,6 @@ def errors_shown(
                 f"the server is still loading ({doing(error)}): `veneer health --wait 5m` "
                 "returns once it answers"
             )
-        console = Console(stderr=True, soft_wrap=True, highlight=False)
-        console.print(f"[red]error:[/red] {escape(text)}")
+        console = Screen(stderr=True, soft_wrap=True, highlight=False)
+        console.print(f"[red]error:[/red] {cell(text)}")
         raise typer.Exit(1) from error

@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from veneer_registry.command_line import with_parameters
 from veneer_registry.errors import InvalidField
+from veneer_registry.screen import Screen
+from veneer_registry.terminal import write_answer
 
 from veneer_client.cli.complete import adapter_names
 from veneer_client.cli.context import (
@@ -241,7 +243,7 @@ def _no_schema(given_as: str, why: str) -> InvalidField:
 
 
 def _notes() -> Console:
-    return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    return Screen(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
 def _stream(client: Client, prompt: Prompt, options: GenerateOptions) -> None:
@@ -252,8 +254,7 @@ def _stream(client: Client, prompt: Prompt, options: GenerateOptions) -> None:
         for chunk in stream:
             write_reasoning(chunk)
             if chunk.text:
-                sys.stdout.write(chunk.text)
-                sys.stdout.flush()
+                write_answer(sys.stdout, chunk.text)
                 ended_line = chunk.text.endswith("\n")
             scores += chunk.logprobs
         if not ended_line:
@@ -268,7 +269,7 @@ def _samples(client: Client, prompt: Prompt, options: GenerateOptions) -> None:
     answer = client.generate(prompt, **options)
     samples: tuple[Generation | Sample, ...] = (answer, *answer.others)
     for number, sample in enumerate(samples, 1):
-        print(f"[{number}] {sample.text}")
+        write_answer(sys.stdout, f"[{number}] {sample.text}\n")
         _show_scores(notes, sample.logprobs)
     end = GenerationEnd(
         answer.request_id, answer.finish_reason, answer.usage, answer.provenance

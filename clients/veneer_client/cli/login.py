@@ -7,8 +7,8 @@ import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from veneer_registry.errors import InvalidField
+from veneer_registry.screen import Screen
 
 from veneer_client.cli.context import DebugFlag, errors_shown
 from veneer_client.client import Client
@@ -64,7 +64,7 @@ def login(
         ) as client:
             client.info()
         file = save_profile(profile, {"server": server, "api_key": secret, **files})
-        Console(stderr=True, soft_wrap=True, highlight=False).print(
+        Screen(stderr=True, soft_wrap=True, highlight=False).print(
             f"kept as profile {profile} in {file}", markup=False
         )
 

@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from veneer_registry.adapter import Tier
 from veneer_registry.errors import ChecksumMismatch
+from veneer_registry.screen import Screen, cell
 
 from veneer_client.cli.complete import adapter_names
 from veneer_client.cli.context import (
@@ -86,7 +86,7 @@ def push(
     debug: DebugFlag = False,
 ) -> None:
     """Check an adapter folder here, then publish it."""
-    console = Console(stderr=True, highlight=False)
+    console = Screen(stderr=True, highlight=False)
     with errors_shown(context, debug), connect(context, server) as client:
         labels = parse_labels(label or ())
         if "://" in folder:
@@ -102,7 +102,7 @@ def push(
             )
         else:
             with _bar(console) as bar:
-                task = bar.add_task(f"checking {escape(folder)}", total=None)
+                task = bar.add_task(f"checking {cell(folder)}", total=None)
                 pushed = client.push(
                     Path(folder),
                     name,
@@ -137,10 +137,10 @@ def pull(
     debug: DebugFlag = False,
 ) -> None:
     """Get an adapter's files back as they were uploaded, verified."""
-    console = Console(stderr=True, highlight=False)
+    console = Screen(stderr=True, highlight=False)
     with errors_shown(context, debug), connect(context, server) as client:
         with _bar(console) as bar:
-            task = bar.add_task(f"receiving {escape(name)}", total=None)
+            task = bar.add_task(f"receiving {cell(name)}", total=None)
             pulled = client.pull(
                 name,
                 folder,
@@ -166,9 +166,9 @@ def _bar(console: Console) -> Progress:
 
 def _warn(console: Console, pushed: Pushed) -> None:
     for file in pushed.skipped:
-        console.print(f"[yellow]skipped:[/yellow] {escape(file)} (not part of a bundle)")
+        console.print(f"[yellow]skipped:[/yellow] {cell(file)} (not part of a bundle)")
     for warning in pushed.warnings:
-        console.print(f"[yellow]warning:[/yellow] {escape(warning)}", soft_wrap=True)
+        console.print(f"[yellow]warning:[/yellow] {cell(warning)}", soft_wrap=True)
 
 
 def _resumed(resumed: Resumed) -> str:

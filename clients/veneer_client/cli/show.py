@@ -11,10 +11,10 @@ from datetime import UTC, datetime
 from enum import Enum
 from typing import Any, Final
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from veneer_registry.adapter import SHORT_REVISION
+from veneer_registry.screen import Screen, cell
+from veneer_registry.terminal import visible, write_answer
 
 from veneer_client.records import (
     AdapterInfo,
@@ -54,12 +54,12 @@ _REVISION: Final = re.compile(rf"\b([0-9a-f]{{{SHORT_REVISION}}})[0-9a-f]{{52}}\
 
 def as_json(value: object) -> str:
     """Records as JSON; enums by value, times in ISO 8601."""
-    return json.dumps(_plain(value), ensure_ascii=False, indent=2)
+    return visible(json.dumps(_plain(value), ensure_ascii=False, indent=2))
 
 
 def json_line(value: object) -> str:
     """`as_json` on one line."""
-    return json.dumps(_plain(value), ensure_ascii=False)
+    return visible(json.dumps(_plain(value), ensure_ascii=False))
 
 
 def _plain(value: object) -> object:
@@ -151,14 +151,14 @@ def adapter_table(adapters: Iterable[AdapterInfo]) -> Table:
     )
     for adapter in adapters:
         table.add_row(
-            adapter.short,
-            place_of(adapter),
+            cell(adapter.short),
+            cell(place_of(adapter)),
             str(adapter.rank),
             byte_size(adapter.size),
             # How much others use a shared one is for its own tenant to know.
             "" if adapter.tenant else str(adapter.leases),
             "" if adapter.tenant else ago(adapter.last_used),
-            escape(" ".join(f"{key}={value}" for key, value in adapter.labels.items())),
+            cell(" ".join(f"{key}={value}" for key, value in adapter.labels.items())),
         )
     return table
 
@@ -175,7 +175,8 @@ def alias_table(aliases: Iterable[Alias]) -> Table:
     """One row per alias."""
     table = _columns("alias", "revision", "moved", "etag")
     for alias in aliases:
-        table.add_row(alias.alias, shares(alias.targets), ago(alias.updated), alias.etag)
+        moved = ago(alias.updated)
+        table.add_row(cell(alias.alias), cell(shares(alias.targets)), moved, cell(alias.etag))
     return table
 
 
@@ -186,7 +187,7 @@ def history_table(entries: Iterable[HistoryEntry]) -> Table:
         local = entry.time.astimezone().strftime("%Y-%m-%d %H:%M:%S")
         detail = _REVISION.sub(r"\1", entry.detail)
         told = (entry.event, entry.short, entry.actor, entry.peer, detail)
-        table.add_row(local, *map(escape, told))
+        table.add_row(local, *map(cell, told))
     return table
 
 
@@ -199,17 +200,17 @@ def self_test_table(test: SelfTest) -> Table:
     for result in test.results:
         numbers = (result.max_difference, result.bound, result.nearest_other)
         table.add_row(
-            result.adapter or "base",
+            cell(result.adapter or "base"),
             "yes" if result.passed else "NO",
             *(f"{number:.2g}" for number in numbers),
-            escape(result.detail),
+            cell(result.detail),
         )
     return table
 
 
 def print_table(table: Table) -> None:
     """Print a table, fitted to a terminal's width, or at full width through a pipe."""
-    console = Console(highlight=False)
+    console = Screen(highlight=False)
     if not console.is_terminal:
         unbounded = console.options.update(max_width=_WIDEST)
         console.width = console.measure(table, options=unbounded).maximum
@@ -222,8 +223,8 @@ def print_rows(rows: dict[str, str]) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for label, text in rows.items():
-        table.add_row(label, escape(text))
-    Console(highlight=False).print(table)
+        table.add_row(cell(label), cell(text))
+    Screen(highlight=False).print(table)
 
 
 _LABELS: Final = {"repetition_penalty": "repetition penalty"}
@@ -299,7 +300,7 @@ def usage_table(report: UsageReport) -> Table:
     table = _columns("tenant", *numbers, right=numbers)
     for each in report.tenants:
         table.add_row(
-            each.tenant,
+            cell(each.tenant),
             f"{each.requests:,}",
             f"{each.prompt_tokens:,}",
             f"{each.cached_prompt_tokens:,}",
@@ -312,5 +313,4 @@ def usage_table(report: UsageReport) -> Table:
 def write_reasoning(chunk: Chunk) -> None:
     """Show what the model thinks on standard error: standard output has the answer alone."""
     if chunk.reasoning:
-        sys.stderr.write(chunk.reasoning)
-        sys.stderr.flush()
+        write_answer(sys.stderr, chunk.reasoning)

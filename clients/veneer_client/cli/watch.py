@@ -15,6 +15,8 @@ from rich.live import Live
 from rich.table import Table
 from veneer_registry.adapter import Tier
 from veneer_registry.errors import AdapterNotFound, ServerUnreachable, Unavailable, VeneerError
+from veneer_registry.screen import Screen, cell
+from veneer_registry.terminal import one_line
 
 from veneer_client.cli.context import (
     DebugFlag,
@@ -68,7 +70,7 @@ def watch(
     If the server goes away, it says so and resumes when the server is back: with the missed
     events or, after a restart, with all present adapters.
     """
-    console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
+    console, errors = Screen(highlight=False), Screen(stderr=True, highlight=False)
 
     def tell(line: str) -> None:
         errors.print(line, style="yellow", markup=False, soft_wrap=True)
@@ -226,12 +228,12 @@ class Board:
             rows, leases = sorted(self._rows.items()), dict(self._leases)
         for (name, revision), (adapter, last) in rows:
             table.add_row(
-                name,
-                revision[:12],
-                place_of(adapter),
+                cell(name),
+                cell(revision[:12]),
+                cell(place_of(adapter)),
                 byte_size(adapter.size),
                 str(leases.get((name, revision), "?")),
-                last,
+                cell(last),
             )
         return table
 
@@ -259,4 +261,4 @@ def event_line(event: AdapterEvent) -> str:
         parts += [adapter.short, place_of(adapter), byte_size(adapter.size)]
     if event.detail:
         parts.append(event.detail)
-    return "  ".join(parts)
+    return one_line("  ".join(parts))

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from veneer_client import VeneerError
+from veneer_registry.screen import Screen
 
 from veneer_loadtest import report
 from veneer_loadtest.errors import BadOption
@@ -79,7 +79,7 @@ _COLOURS: Final = {"bad": "red", "warn": "yellow", "good": "green"}
 _TABLE_WIDTH: Final = 140
 """Columns if the output is a file or pipe; 80, the default there, would cut tables."""
 
-OUT: Final = Console(highlight=False, width=None if sys.stdout.isatty() else _TABLE_WIDTH)
+OUT: Final = Screen(highlight=False, width=None if sys.stdout.isatty() else _TABLE_WIDTH)
 
 
 def warn_if_busy() -> None:
@@ -116,7 +116,7 @@ def run(work: Coroutine[Any, Any, None], debug: bool) -> None:
         error: BaseException = group
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
-        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        console = Screen(stderr=True, highlight=False, soft_wrap=True)
         console.print(f"[red]error:[/red] {escape(str(error))}")
         raise typer.Exit(1) from None
 

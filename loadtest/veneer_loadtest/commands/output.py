@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Annotated, Final
 
 import typer
-from rich.console import Console
 from rich.markup import escape
+from veneer_registry.screen import Screen
 
 from veneer_loadtest.commands.common import OUT, check_writable, print_banners, print_summary
 from veneer_loadtest.html.cautions import banners
@@ -68,7 +68,7 @@ class Outputs:
             written[self.json_file] = lambda file: write_result(file, result)
         if self.html_file is not None:
             written[self.html_file] = lambda file: write_page(file, [result])
-        errors = Console(stderr=True, highlight=False, soft_wrap=True)
+        errors = Screen(stderr=True, highlight=False, soft_wrap=True)
         unwritten = False
         for file, write in written.items():
             try:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import Progress
 from veneer_client import AsyncClient
+from veneer_registry.screen import Screen
 
 from veneer_loadtest import report, setup, workload
 from veneer_loadtest import swap as swapping
@@ -196,7 +196,7 @@ async def _churn(
             Path(scratch), options.base, count=4, rank=options.rank, seed=options.seed
         )
         async with setup.published(client, named):
-            with Console(stderr=True).status(f"streams beside {by}s"):
+            with Screen(stderr=True).status(f"streams beside {by}s"):
                 return await churn(
                     client,
                     ChurnOptions(
@@ -217,7 +217,7 @@ async def _churn(
 async def _swap(
     client: AsyncClient, options: swapping.SwapOptions, stop: StopSignal
 ) -> dict[Case, list[swapping.Sample]]:
-    progress = Progress(console=Console(stderr=True), transient=True)
+    progress = Progress(console=Screen(stderr=True), transient=True)
     with tempfile.TemporaryDirectory(prefix="veneer-loadtest-") as scratch, progress:
         task = progress.add_task("swapping", total=options.samples)
         return await swapping.swap(

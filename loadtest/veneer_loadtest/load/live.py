@@ -6,9 +6,9 @@ import time
 from types import TracebackType
 from typing import Final
 
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from veneer_registry.screen import Screen
 
 from veneer_loadtest.load.generator import Loaded
 from veneer_loadtest.load.records import Record
@@ -25,7 +25,7 @@ class LiveView:
     def __init__(self, title: str, duration_s: float) -> None:
         self._title = title
         self._duration_s = duration_s
-        self._console = Console(stderr=True)
+        self._console = Screen(stderr=True)
         self._live = Live(console=self._console, refresh_per_second=4, transient=True)
         self._read = 0
         self._ok = self._failed = self._left = 0

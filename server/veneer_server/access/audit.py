@@ -1,85 +1,159 @@
-"""The audit log: a JSON line for each call that changes something, and for each refusal.
+"""The audit log: a JSON line for each call that changes something, and for refusals.
 
 Lines say who, what, on which revision, from where and with which outcome; never a secret, a
-prompt or a path. A thread of their own writes them into a file that is rotated. A disk that is
-full or slow stops no call: lines that cannot be written are counted.
+prompt or a path. A thread of their own writes them. A disk that is full or slow stops no call:
+lines that cannot be written are counted.
+
+No caller can make the log forget what others did, so lines go to three histories, each rotated
+by itself:
+
+- ``audit.jsonl``: calls that change something, of callers who are known, up to a share of bytes
+  for each caller;
+- ``audit.frequent.jsonl``: changes of a caller beyond its share, all of them;
+- ``audit.refused.jsonl``: refusals of callers without a valid key, and other refusals: samples,
+  by host, method and reason. What is left out is counted, and a line a minute says how much.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import stat
+import time
+from collections import Counter
+from collections.abc import Callable, Hashable
 from datetime import UTC, datetime
+from enum import Enum
 from pathlib import Path
-from queue import Full, Queue
-from threading import Thread
-from typing import Final
+from queue import Empty, Full, Queue
+from threading import Lock, Thread
+from typing import Final, NamedTuple
 
 from veneer_registry.errors import InvalidField, VeneerError
 
 from veneer_server.access.methods import AUDITED
-from veneer_server.access.principal import PRINCIPAL
+from veneer_server.access.principal import ANYONE, PRINCIPAL, Principal
 from veneer_server.logs import REQUEST_ID, get_logger
+from veneer_server.queues.recent import Recent
 
 __all__ = ["MOST_BYTES", "Audit"]
 
 MOST_BYTES: Final = 64 << 20
 """Bytes of the file before it is rotated."""
 KEPT: Final = 8
-"""Rotated files that are kept."""
+"""Rotated files of changes that are kept."""
+KEPT_OTHERS: Final = 3
+"""Rotated files that are kept of each other history."""
+CALLER_BYTES: Final = 16 << 10
+"""Bytes a minute of a caller in the history of changes; 16 minutes' worth at once."""
+REFUSED_BYTES: Final = 64 << 10
+"""Bytes a minute of refusals; half of them of callers without a valid key."""
+
 _WAITING: Final = 10_000
 """Lines that may wait to be written."""
 _LONGEST: Final = 200
 """Most characters of a value."""
+_MINUTE_S: Final = 60.0
+_MOST_COUNTS: Final = 64
+"""Counts of refusals that are left out, kept apart within a minute."""
 
 _REFUSALS: Final = frozenset({"UNAUTHENTICATED", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED"})
+_UNCHANGED: Final = _REFUSALS | {
+    *("INVALID_ARGUMENT", "NOT_FOUND", "ALREADY_EXISTS", "FAILED_PRECONDITION"),
+    *("OUT_OF_RANGE", "UNIMPLEMENTED"),
+}
+"""Outcomes of calls that have changed nothing. Any other call may have taken effect."""
+
+
+class _History(Enum):
+    """Where a line goes; the value is the share of `_WAITING` that such lines may take."""
+
+    CHANGES = 1.0
+    FREQUENT = 0.75
+    REFUSED = 0.5
+
+
+class _LeftOut(NamedTuple):
+    """What a count of left-out refusals is about."""
+
+    who: str
+    tenant: str
+    method: str
+    outcome: str
+    reason: str
+
 
 _log = get_logger(__name__)
 
 
 class Audit:
-    """One file; without one nothing is written.
+    """One log; without a path nothing is written.
 
     Attributes:
         lost: lines that could not be written.
+        left_out: refusals without a line, since many are alike.
     """
 
     def __init__(
         self,
         path: Path | None,
         *,
+        keyed: bool = False,
         most_bytes: int = MOST_BYTES,
         kept: int = KEPT,
+        clock: Callable[[], float] = time.monotonic,
         on_written: Callable[[], None] = lambda: None,
         on_lost: Callable[[], None] = lambda: None,
+        on_left_out: Callable[[], None] = lambda: None,
     ) -> None:
         """Args:
-        on_written, on_lost: called for each line, from any thread.
+        path: of the history of changes; the others lie beside it. A device or pipe gets all.
+        keyed: whether callers must say who they are; else `ANYONE` is a known caller.
+        clock: seconds.
+        on_written, on_lost, on_left_out: called for each line, from any thread.
 
         Raises:
             InvalidField: the file cannot be opened.
         """
-        self.lost = 0
+        self.lost = self.left_out = 0
+        self._keyed = keyed
+        self._clock = clock
         self._on_written, self._on_lost = on_written, on_lost
+        self._on_left_out = on_left_out
         self._writer: Thread | None = None
         if path is None:
             return
         try:
-            file = _File(path, most_bytes, kept)
+            changes = _File(path, most_bytes, kept)
         except OSError as error:
             raise InvalidField(
                 f"--audit-log {path} cannot be opened: {error.strerror or error}",
                 metadata={"key": "audit_log"},
             ) from error
-        self._lines: Queue[str | None] = Queue(_WAITING)
-        self._writer = Thread(target=self._write, args=[file], name="audit", daemon=True)
+        self._files = dict.fromkeys(_History, changes)
+        if changes.regular:
+            fewer = min(kept, KEPT_OTHERS)
+            for history, name in (
+                (_History.FREQUENT, f"{path.stem}.frequent{path.suffix}"),
+                (_History.REFUSED, f"{path.stem}.refused{path.suffix}"),
+            ):
+                self._files[history] = _File(
+                    path.with_name(name), most_bytes, fewer, later=True
+                )
+        self._changes = _Share(CALLER_BYTES, burst_minutes=16)
+        self._refusals = _Refusals()
+        self._counts = Counter[_LeftOut]()
+        self._counted_since = clock()
+        self._counting = Lock()
+        self._lines: Queue[tuple[_History, str] | None] = Queue(_WAITING)
+        self._writer = Thread(target=self._write, name="audit", daemon=True)
         self._writer.start()
 
     def close(self) -> None:
-        """Write what waits, and close the file. Safe to call again."""
+        """Write what waits, and close the files. Safe to call again."""
         writer, self._writer = self._writer, None
         if writer is not None:
+            self._tell_left_out(at_once=True)
             self._lines.put(None)
             writer.join()
 
@@ -104,10 +178,11 @@ class Audit:
         code = "OK" if error is None else error.code
         if method not in AUDITED and code not in _REFUSALS:
             return
+        self._tell_left_out()
         principal = PRINCIPAL.get()
         adapter = getattr(answer, "adapter", None)
         entry = {
-            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "time": _now(),
             "who": principal.name,
             "tenant": principal.tenant,
             "from": peer,
@@ -118,21 +193,77 @@ class Audit:
             "revision": _text(adapter, "revision") or _text(request, "revision"),
             "request_id": REQUEST_ID.get(),
         }
-        line = json.dumps({key: value for key, value in entry.items() if value})
+        line = json.dumps({key: value for key, value in entry.items() if value}) + "\n"
+        history = self._history(method, code, principal, peer, entry["reason"], len(line))
+        if history is not None:
+            self._put(history, line)
+            return
+        self.left_out += 1
+        self._on_left_out()
+        about = _LeftOut(
+            principal.name, principal.tenant, entry["method"], code, entry["reason"]
+        )
+        with self._counting:
+            if about not in self._counts and len(self._counts) >= _MOST_COUNTS:
+                about = _LeftOut("", "", "others", code, "")
+            self._counts[about] += 1
+
+    def _history(
+        self, method: str, code: str, principal: Principal, peer: str, reason: str, size: int
+    ) -> _History | None:
+        """Where a line goes; None if it is left out."""
+        now = self._clock()
+        known = principal is not ANYONE or not self._keyed
+        who = _account(principal) if known else None
+        if known and method in AUDITED:
+            if self._changes.has(who, now):
+                self._changes.take(who, size, now)
+                return _History.CHANGES
+            if code not in _UNCHANGED:
+                return _History.FREQUENT
+        host = peer.rpartition(":")[0]
+        taken = self._refusals.take(who, host, (method, reason), size, now)
+        return _History.REFUSED if taken else None
+
+    def _tell_left_out(self, *, at_once: bool = False) -> None:
+        """Write a line for each count of the last minute, once that is over."""
+        now = self._clock()
+        if not at_once and now - self._counted_since < _MINUTE_S:
+            return
+        with self._counting:
+            counts, self._counts = self._counts, Counter()
+            self._counted_since = now
+        for about, number in counts.items():
+            fields = {key: value for key, value in about._asdict().items() if value}
+            entry = {"time": _now(), **fields, "left_out": number}
+            self._put(_History.REFUSED, json.dumps(entry) + "\n")
+
+    def _put(self, history: _History, line: str) -> None:
         try:
-            self._lines.put_nowait(line + "\n")
+            if self._lines.qsize() >= history.value * _WAITING:
+                raise Full
+            self._lines.put_nowait((history, line))
         except Full:
             self._lose("the disk is too slow")
 
-    def _write(self, file: _File) -> None:
-        while (line := self._lines.get()) is not None:
+    def _write(self) -> None:
+        while True:
             try:
-                file.write(line.encode())
+                item = self._lines.get(timeout=_MINUTE_S)
+            except Empty:
+                self._tell_left_out()
+                continue
+            if item is None:
+                break
+            history, line = item
+            try:
+                self._files[history].write(line.encode())
             except OSError as error:
                 self._lose(error.strerror or str(error))
             else:
                 self._on_written()
-        file.close()
+        for file in set(self._files.values()):
+            file.close()
 
     def _lose(self, why: str) -> None:
         self.lost += 1
@@ -141,45 +272,119 @@ class Audit:
             _log.warning("audit lines are lost", why=why, lost=self.lost)
 
 
+class _Share:
+    """Bytes a minute for each of many keys; the last line may go beyond them."""
+
+    def __init__(self, a_minute: int, *, burst_minutes: float = 2.0) -> None:
+        self._rate = a_minute / _MINUTE_S
+        self._burst_s = burst_minutes * _MINUTE_S
+        self._due: Recent[Hashable, float] = Recent(4096)
+        """When the bytes of a key are paid for."""
+
+    def has(self, key: Hashable, now: float) -> bool:
+        return self._due.get(key, now) - now < self._burst_s
+
+    def take(self, key: Hashable, size: int, now: float) -> None:
+        self._due[key] = max(now, self._due.get(key, now)) + size / self._rate
+
+
+class _Refusals:
+    """Chooses the refusals that get a line. Whoever sends many alike uses up the share of those
+    only; then that of one caller or host; never that of callers who are known, if it is not."""
+
+    def __init__(self) -> None:
+        self._all = _Share(REFUSED_BYTES // 2)
+        self._source = _Share(REFUSED_BYTES // 8)
+        self._alike = _Share(REFUSED_BYTES // 32)
+
+    def take(self, who: str | None, host: str, about: Hashable, size: int, now: float) -> bool:
+        """Whether a refusal gets a line, of so many bytes.
+
+        Args:
+            who: the caller; None without a valid key.
+        """
+        source = who or host
+        keys = (
+            (self._all, who is not None),
+            (self._source, (who is None, source)),
+            (self._alike, (who is None, source, about)),
+        )
+        if not all(share.has(key, now) for share, key in keys):
+            return False
+        for share, key in keys:
+            share.take(key, size, now)
+        return True
+
+
 class _File:
     """A private file that is rotated: ``NAME``, then ``NAME.1`` and so on, older ones last."""
 
-    def __init__(self, path: Path, most_bytes: int, kept: int) -> None:
-        """Raises OSError if it cannot be opened."""
+    def __init__(self, path: Path, most_bytes: int, kept: int, *, later: bool = False) -> None:
+        """Raises OSError if it cannot be opened. ``later``: it is opened for its first line."""
         self._path = path
         self._most = most_bytes
         self._kept = kept
-        self._open()
+        self._fd = -1
+        self.regular = True
+        """False for a device or pipe, which is not rotated."""
+        if not later:
+            self._open()
 
     def write(self, line: bytes) -> None:
         """Append a line, whole or not at all. Raises OSError."""
-        if self._size and self._size + len(line) > self._most:
+        if self._fd < 0:
+            self._open()
+        if self.regular and self._size and self._size + len(line) > self._most:
             self._rotate()
         written = os.write(self._fd, line)
         if written < len(line):  # the disk is full
-            os.ftruncate(self._fd, self._size)
+            if self.regular:
+                os.ftruncate(self._fd, self._size)
             raise OSError(0, "the disk is full")
         self._size += written
 
     def close(self) -> None:
-        os.close(self._fd)
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
     def _open(self) -> None:
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-        self._fd = os.open(self._path, flags, 0o600)
-        self._size = os.fstat(self._fd).st_size
+        self._fd = self._opened(self._path)
+        status = os.fstat(self._fd)
+        self._size, self.regular = status.st_size, stat.S_ISREG(status.st_mode)
+
+    def _opened(self, path: Path) -> int:
+        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     def _rotate(self) -> None:
-        names = [self._path]
-        names += [self._path.with_name(f"{self._path.name}.{n + 1}") for n in range(self._kept)]
-        for older, newer in reversed(list(zip(names[1:], names, strict=False))):
-            if newer.exists():
-                newer.replace(older)
-        before = self._fd
-        self._open()
+        # The new file first: if the disk has no room for it, no older one is given up.
+        new = self._path.with_name(f"{self._path.name}.new")
+        opened = self._opened(new)
+        try:
+            names = [self._path]
+            names += [
+                self._path.with_name(f"{self._path.name}.{n + 1}") for n in range(self._kept)
+            ]
+            for older, newer in reversed(list(zip(names[1:], names, strict=False))):
+                if newer.exists():
+                    newer.replace(older)
+            new.replace(self._path)
+        except OSError:
+            os.close(opened)
+            raise
+        before, self._fd, self._size = self._fd, opened, 0
         os.close(before)
 
 
 def _text(message: object, *fields: str) -> str:
     values = (getattr(message, field, "") for field in fields)
     return next((v[:_LONGEST] for v in values if isinstance(v, str) and v), "")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _account(principal: Principal) -> str:
+    """The same for all calls of a caller, also in other tenants than its own."""
+    return principal.accounts[0].id if principal.accounts else principal.name

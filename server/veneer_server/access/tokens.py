@@ -1,21 +1,27 @@
 """JSON Web Tokens of an OpenID Connect issuer: who has one, by its claims.
 
-The issuer's public keys come from a file or a URL. Those of a URL are fetched when a token
-names a key that is not known, but not more often than every `_FETCH_S`; while the issuer does
-not answer, known keys stay in use.
+The issuer's public keys come from a file or a URL. Those of a URL are fetched again
+
+- when a token names a key that is not known, but not more often than every `_FETCH_S`, since
+  strangers can send such tokens;
+- when they are older than `FRESH_S`, beside the call that finds that; a call that finds them
+  older than twice that waits for it. So a key that the issuer has withdrawn ends by then.
+
+While the issuer does not answer, known keys stay in use, until they are `KEPT_S` old.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import http.client
 import json
 import os
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -28,7 +34,7 @@ from veneer_server.access.principal import DEFAULT_TENANT, ROLES, Principal, Rol
 from veneer_server.logs import get_logger
 from veneer_server.quotas.quota import UNLIMITED, Account
 
-__all__ = ["TokenSettings", "Tokens"]
+__all__ = ["FRESH_S", "KEPT_S", "TokenSettings", "Tokens"]
 
 _ALGORITHMS: Final = (
     *("RS256", "RS384", "RS512", "PS256", "PS384", "PS512"),
@@ -38,9 +44,18 @@ _ALGORITHMS: Final = (
 
 _LEEWAY_S: Final = 30.0
 """How far the issuer's clock may differ."""
+FRESH_S: Final = 300.0
+"""Age from which the issuer's keys are fetched again."""
+KEPT_S: Final = 86_400.0
+"""Age from which they do not count any more, if the issuer does not answer."""
 _FETCH_S: Final = 5.0
 """Least time between two fetches of the issuer's keys."""
+_RETRY_S: Final = 30.0
+"""The same where keys are merely old and the issuer has not answered."""
 _TIMEOUT_S: Final = 5.0
+"""How long the issuer may be silent."""
+_WHOLE_S: Final = 15.0
+"""How long a fetch may take."""
 _MOST_BYTES: Final = 1 << 20
 _DISCOVERY: Final = "/.well-known/openid-configuration"
 
@@ -66,13 +81,25 @@ class TokenSettings:
 class Tokens:
     """Verifies tokens; belongs to one event loop."""
 
-    def __init__(self, settings: TokenSettings) -> None:
-        """Raises InvalidField if a file with keys cannot be used, or a URL is not safe."""
+    def __init__(
+        self, settings: TokenSettings, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Args:
+        clock: seconds.
+
+        Raises:
+            InvalidField: a file with keys cannot be used, or a URL is not safe.
+        """
         self._settings = settings
+        self._clock = clock
         self._keys: dict[str | None, jwt.PyJWK] = {}
         self._fetching: asyncio.Task[None] | None = None
         self._fetched: float | None = None
-        """When the last fetch began, by `time.monotonic`."""
+        """When the last fetch began."""
+        self._as_of = 0.0
+        """When the fetch began that brought the known keys."""
+        self._failing = False
+        """Whether the last fetch has failed."""
         source = settings.keys or settings.issuer
         self._file = None
         if "://" not in source:
@@ -134,8 +161,14 @@ class Tokens:
     async def _key(self, id: str | None) -> jwt.PyJWK | None:
         if self._file is not None:
             await self._follow_file(self._file)
-        elif id not in self._keys:
-            await self._fetch()
+        else:
+            age = self._clock() - self._as_of
+            if age > KEPT_S:
+                self._keys = {}
+            if id not in self._keys or (age > 2 * FRESH_S and not self._failing):
+                await self._fetch(_FETCH_S)
+            elif age > FRESH_S:
+                self._start(_RETRY_S if self._failing else _FETCH_S)
         return self._keys.get(id)
 
     async def _follow_file(self, file: Path) -> None:
@@ -148,21 +181,32 @@ class Tokens:
         except (OSError, InvalidField) as error:
             _log.warning("the token keys are not used, the last ones stay", why=str(error))
 
-    async def _fetch(self) -> None:
-        """Fetch the keys, unless that was done a moment ago; callers share a fetch."""
-        if self._fetching is None:
-            now = time.monotonic()
-            if self._fetched is not None and now - self._fetched < _FETCH_S:
-                return
-            self._fetched = now
-            self._fetching = asyncio.create_task(self._fetch_once())
-        await asyncio.shield(self._fetching)
+    async def _fetch(self, least_s: float) -> None:
+        """`_start`, and wait until it is done."""
+        if (fetching := self._start(least_s)) is not None:
+            await asyncio.shield(fetching)
 
-    async def _fetch_once(self) -> None:
+    def _start(self, least_s: float) -> asyncio.Task[None] | None:
+        """Fetch the keys, unless that was done less than ``least_s`` ago; callers share a
+        fetch."""
+        if self._fetching is None:
+            now = self._clock()
+            if self._fetched is not None and now - self._fetched < least_s:
+                return None
+            self._fetched = now
+            self._fetching = asyncio.create_task(self._fetch_once(now))
+            # Perhaps nobody waits for it.
+            self._fetching.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return self._fetching
+
+    async def _fetch_once(self, began: float) -> None:
         settings = self._settings
         try:
-            self._keys = await asyncio.to_thread(_download, settings.keys, settings.issuer)
-        except (OSError, ValueError, InvalidField) as error:
+            async with asyncio.timeout(_WHOLE_S):
+                self._keys = await asyncio.to_thread(_download, settings.keys, settings.issuer)
+            self._as_of, self._failing = began, False
+        except (OSError, ValueError, InvalidField, http.client.HTTPException) as error:
+            self._failing = True
             _log.warning("the token issuer's keys cannot be fetched", why=str(error))
             if not self._keys:
                 raise Unavailable(
@@ -182,7 +226,9 @@ def _download(keys: str, issuer: str) -> dict[str | None, jwt.PyJWK]:
             raise ValueError(f"it calls itself {named!r}, not {issuer}")
         keys = str(told.get("jwks_uri", ""))
         _check_url(keys)
-    return _parse(_get(keys), keys)
+    data = _get(keys)
+    # An issuer may withdraw all its keys; a file without one is a mistake.
+    return {} if json.loads(data) == {"keys": []} else _parse(data, keys)
 
 
 class _NoUnsafeRedirect(urllib.request.HTTPRedirectHandler):
@@ -204,7 +250,11 @@ def _get(url: str) -> bytes:
         # With the certificates that OpenSSL trusts: SSL_CERT_FILE can name others.
         opener = urllib.request.build_opener(_NoUnsafeRedirect)
         with opener.open(url, timeout=_TIMEOUT_S) as answer:
-            data: bytes = answer.read(_MOST_BYTES + 1)
+            data, began = b"", time.monotonic()
+            while len(data) <= _MOST_BYTES and (piece := answer.read1(_MOST_BYTES)):
+                data += piece
+                if time.monotonic() - began > _WHOLE_S:
+                    raise TimeoutError(f"{url} answers too slowly")
     except urllib.error.HTTPError as error:
         error.close()
         raise ValueError(f"{url} answers {error.code}") from None

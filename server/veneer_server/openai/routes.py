@@ -225,7 +225,8 @@ class Edge:
                 self._audit.note(
                     f"{scope['method']} {_listed(scope['path'])}"[:200], CALLER.get(), error
                 )
-            _log.info("call refused", method="http", reason=reason, **detail_for_log(error))
+            why = {"reason": reason, **detail_for_log(error)}
+            _log.often(reason, "call refused", method="http", **why)
             if not isinstance(error, Unavailable):  # that is not the caller's fault
                 await self._pace.wait(CALLER.get())
             failure = http_failure(error)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from veneer_registry import rebuild, upkeep
 from veneer_registry.errors import InvalidField
+from veneer_registry.terminal import Guard
 
 from veneer_server.access.principal import DEFAULT_TENANT
 from veneer_server.serving.tenants import FOLDER
@@ -171,7 +172,8 @@ def _silent(at: int, total: int) -> None:
 
 def _progress(at: int, total: int) -> None:
     end = "\n" if at == total else ""
-    print(f"\rverifying {at} of {total}", end=end, file=sys.stderr, flush=True)
+    raw = sys.stderr.raw if isinstance(sys.stderr, Guard) else sys.stderr
+    print(f"\rverifying {at} of {total}", end=end, file=raw, flush=True)
 
 
 def _names(found: upkeep.Verified | rebuild.Recovered) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from veneer_proto.v1 import adapters_pb2
 from veneer_registry.adapter import Tier
 from veneer_registry.records import AdapterRecord
+from veneer_registry.terminal import visible
 
 from veneer_server.engine_client.tenant_engine import TenantEngine
 from veneer_server.rpc import convert
@@ -47,7 +48,8 @@ class AdapterView:
             leases=self._registry.leases(ref.weights_digest),
             created=convert.timestamp(record.created),
             labels=dict(record.labels),
-            training=dict(manifest.training),
+            # Its uploader's own words, shown to whoever may use the adapter.
+            training={visible(k): visible(v) for k, v in manifest.training.items()},
             current=record.current,
             etag=record.etag,
             has_chat_template=manifest.chat_template is not None,

@@ -291,7 +291,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         name = method.rpartition("/")[2]
         if not isinstance(error, ModelLoading):  # waiting clients retry over and over
             why = {"code": error.code, "reason": error.reason, **detail_for_log(error)}
-            _log.info("call refused", method=name, **why)
+            _log.often(error.reason, "call refused", method=name[:80], **why)
         status = to_grpc_status(error)
         self._metrics.failures.labels(error.reason).inc()
         if error.code in _PACED:

@@ -8,6 +8,7 @@ following any: a link that is put in between is refused, not followed.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import os
 import stat
@@ -20,13 +21,22 @@ from typing import Final
 
 from veneer_proto.v1 import adapters_pb2
 from veneer_registry.bundle_files import ALLOWED_FILES
-from veneer_registry.errors import AdapterInvalid, InvalidField, Unimplemented
+from veneer_registry.errors import AdapterInvalid, InvalidField, Unavailable, Unimplemented
 
 from veneer_server.serving.threads import to_the_end
 
 __all__ = ["LocalFile", "LocalFolders"]
 
 _PIECE: Final = 1 << 20
+_PASSING: Final = frozenset(
+    {
+        *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT),
+        *(errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.EHOSTDOWN, errno.ENOTCONN),
+        *(errno.ENODEV, errno.ENXIO, errno.EREMOTEIO, errno.ECONNREFUSED, errno.ENOBUFS),
+        *(errno.EHOSTUNREACH, errno.ENETUNREACH),
+    }
+)
+"""Errors of this machine, its disk or a network disk; others are about the path."""
 _MOST_PATH: Final = 4096
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
@@ -95,7 +105,10 @@ class LocalFolders:
         """A piece of a file, given to ``look`` in the thread."""
 
         def read() -> bytes:
-            data = os.pread(file.descriptor, min(_PIECE, file.size - at), at)
+            try:
+                data = os.pread(file.descriptor, min(_PIECE, file.size - at), at)
+            except OSError as error:
+                raise _unreadable(file.name, error) from None
             look(data)
             return data
 
@@ -111,20 +124,25 @@ class LocalFolders:
             InvalidField: there is no such folder below a root.
             AdapterInvalid: one of its files is too large, no file, or a link that leads out
                 of the roots.
+            Unavailable: the server has no descriptors or memory for it now, or its disk does
+                not answer.
         """
         folder = Path(self._checked(given))
         with ExitStack() as opened:
             try:
-                descriptor = self._open_below(os.path.realpath(folder, strict=True), _FOLDER)
-            except (OSError, ValueError):
+                real = Path(os.path.realpath(folder, strict=True))
+                descriptor = self._open_below(str(real), _FOLDER)
+                if descriptor is not None:
+                    opened.callback(os.close, descriptor)
+                    names = sorted(ALLOWED_FILES.keys() & set(os.listdir(descriptor)))
+            except (OSError, ValueError) as error:
+                _check_passing(error)
                 raise self._refused(
-                    f"{given!r} is not a folder that the server can read"
+                    f"{given[:200]!r} is not a folder that the server can read "
+                    f"({_words(error)})"
                 ) from None
             if descriptor is None:
                 raise self._outside(given)
-            opened.callback(os.close, descriptor)
-            names = sorted(ALLOWED_FILES.keys() & set(os.listdir(descriptor)))
-            real = Path(os.path.realpath(folder))
             yield tuple(self._file(real, descriptor, name, opened) for name in names)
 
     def _checked(self, given: str) -> str:
@@ -164,14 +182,17 @@ class LocalFolders:
             else:
                 _check_kind(name, status.st_mode)  # merely opening some has side effects
                 file = os.open(name, _FILE, dir_fd=descriptor)
-        except OSError:
-            raise _invalid(name, "cannot be read by the server", "unreadable") from None
+        except (OSError, ValueError) as error:
+            raise _unreadable(name, error) from None
         if file is None:
             raise _invalid(
                 name, f"is a link that leads out of the folders of {self.flag}", "outside"
             )
         opened.callback(os.close, file)
-        status = os.fstat(file)
+        try:
+            status = os.fstat(file)
+        except OSError as error:
+            raise _unreadable(name, error) from None
         _check_kind(name, status.st_mode)
         most = ALLOWED_FILES[name] or self.most_bytes
         if status.st_size > most:
@@ -197,6 +218,29 @@ class LocalFolders:
             finally:
                 os.close(descriptor)
         return None
+
+
+def _words(error: OSError | ValueError) -> str:
+    """Why, without a path."""
+    return (error.strerror or "an error") if isinstance(error, OSError) else "no valid path"
+
+
+def _check_passing(error: OSError | ValueError) -> None:
+    """Raise Unavailable for an error that is neither the path's fault nor its owner's."""
+    if isinstance(error, OSError) and error.errno in _PASSING:
+        raise Unavailable(
+            f"the server cannot read the folder now ({_words(error)}): try again, and if it "
+            "stays so, ask its operator to look at the disk and at the limits of the process",
+            retry_after_s=1.0,
+            metadata={"cause": "disk"},
+            detail=str(error),
+        ) from None
+
+
+def _unreadable(name: str, error: OSError | ValueError) -> AdapterInvalid:
+    """The error for a file that cannot be read. Raises Unavailable if it may be, later."""
+    _check_passing(error)
+    return _invalid(name, f"cannot be read by the server ({_words(error)})", "unreadable")
 
 
 def _check_kind(name: str, mode: int) -> None:

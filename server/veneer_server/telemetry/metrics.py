@@ -164,6 +164,10 @@ class Metrics:
         self.audit_lost = counter(
             "audit_lines_lost_total", "Audit lines that a full or slow disk did not take."
         )
+        self.audit_left_out = counter(
+            "audit_lines_left_out_total",
+            "Refusals without a line of their own in the audit log, since many were alike.",
+        )
         self.lookups = counter(
             "adapter_cache_lookups_total", "Look-ups by tier.", "tier", "result"
         )

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from veneer_registry.errors import InvalidField
+from veneer_registry.screen import Screen
 
 from veneer_train.base_folder import resolve_base
 from veneer_train.commands.common import AsJson, Base, Debug, errors, quiet_libraries, stderr
@@ -110,7 +110,7 @@ def evaluate(
                 for s in each.tasks.values()
             ),
         )
-    Console().print(table)
+    Screen().print(table)
 
 
 def verify(
@@ -189,7 +189,7 @@ def merge(
             f"{facts.same_first:.2%}",
             *([f"{report.losses[name]:.4f}"] if report.losses else []),
         )
-    Console().print(table)
+    Screen().print(table)
     if report.losses:
         print(
             f"answer loss of {out.name}: {report.losses['merged']:.4f} "

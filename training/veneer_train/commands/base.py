@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
+from veneer_registry.screen import Screen
 
 from veneer_train.base_folder import resolve_base
 from veneer_train.commands.common import AsJson, Base, Debug, errors, quiet_libraries, stderr
@@ -121,7 +121,7 @@ def plan(
         table.add_row(part, *(_size(p.parts[part]) for p in plans))
     table.add_row("[bold]peak[/bold]", *(f"[bold]{_size(p.total)}[/bold]" for p in plans))
     table.add_row("trained numbers", *(f"{p.trained_parameters / 1e6:,.2f} M" for p in plans))
-    Console().print(table)
+    Screen().print(table)
     tokens = parsed.train.batch * parsed.data.max_len
     stderr().print(
         f"batches of {parsed.train.batch} x {parsed.data.max_len} = {tokens} tokens, rank "

@@ -20,6 +20,7 @@ from rich.progress import (
 )
 from veneer_client.address import server_address
 from veneer_registry.errors import VeneerError
+from veneer_registry.screen import Screen
 
 __all__ = ["AsJson", "Base", "Debug", "errors", "quiet_libraries", "reporter", "share_cores"]
 
@@ -43,7 +44,7 @@ _YIELDS: Final = 10
 
 def stderr() -> Console:
     """Console for progress and errors."""
-    return Console(stderr=True, soft_wrap=True, highlight=False)
+    return Screen(stderr=True, soft_wrap=True, highlight=False)
 
 
 @contextmanager

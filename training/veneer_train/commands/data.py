@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
+from veneer_registry.screen import Screen
 
 from veneer_train.base_folder import resolve_base
 from veneer_train.commands.common import AsJson, Base, Debug, errors, quiet_libraries
@@ -70,7 +70,7 @@ def inspect_data(
     if as_json:
         print(json.dumps(facts))
         return
-    console = Console(highlight=False, soft_wrap=True)
+    console = Screen(highlight=False, soft_wrap=True)
     for sample in found.samples[:samples]:
         console.rule(f"line {sample.line}", style="dim")
         console.print(coloured(sample, tokenizer))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Final
 
 from veneer_registry.errors import Aborted
@@ -20,51 +20,63 @@ __all__ = ["Network", "connect", "may_contact"]
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
+_IPV4_REFUSED: Final = tuple(
+    map(
+        ipaddress.IPv4Network,
+        (
+            *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16"),
+            *("172.16.0.0/12", "192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24"),
+            *("192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24"),
+            *("224.0.0.0/4", "240.0.0.0/4"),
+        ),
+    )
+)
+"""What IANA's IPv4 Special-Purpose Address Registry (as of 2026-11) does not list as globally
+reachable, and multicast. Python's `is_global` lacks some, and differs between versions.
+192.0.0.0/24 is refused whole: the two addresses in it that are "global" are anycast and lead to
+the nearest router, in this server's own network."""
+
+_IPV6_GLOBAL: Final = ipaddress.IPv6Network("2000::/3")
+"""IANA has allocated no other global unicast addresses."""
+
+_IPV6_REFUSED: Final = tuple(
+    map(
+        ipaddress.IPv6Network,
+        ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20"),
+    )
+)
+"""What IANA's IPv6 Special-Purpose Address Registry (as of 2026-11, the newest entry
+is RFC 9780's) does not list as globally
+reachable within `_IPV6_GLOBAL`; all that it lists beside that is refused, since it is not in it
+(::/8, 64:ff9b:1::/48, 100::/64, 100:0:0:1::/64, 5f00::/16, fc00::/7, fe80::/10; fec0::/10 and
+multicast too). 2001::/23 (Teredo, benchmarks, ORCHID, anycast) is refused whole: the parts of
+it that are "global" have no hosts with adapters."""
+
 _NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
-_COMPATIBLE: Final = ipaddress.IPv6Network("::/96")
 
 
 def may_contact(text: str, named: Iterable[Network]) -> bool:
     """Whether an address is public, or in a network that the operator has named.
 
-    An IPv4 address inside an IPv6 one counts as itself: a gateway would lead to it.
+    An IPv4 address inside an IPv6 one that a gateway or this machine would take apart (mapped,
+    NAT64) counts as itself. Other tunnels (6to4, Teredo) are not contacted.
     """
     try:
         address: Address = ipaddress.ip_address(text)
     except ValueError:
-        return False  # such as one with a zone
-    named = tuple(named)
-    # The address itself need not be public where it only wraps another.
-    return all(
-        _public(each) or any(each.version == net.version and each in net for net in named)
-        for each in _meant(address)
-    )
-
-
-def _meant(address: Address) -> Sequence[Address]:
-    """The addresses inside an address; itself, if there are none."""
+        return False
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.scope_id is not None:
+            return False
+        if address.ipv4_mapped is not None:
+            address = address.ipv4_mapped
+        elif address in _NAT64:
+            address = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    if any(address.version == net.version and address in net for net in named):
+        return True
     if isinstance(address, ipaddress.IPv4Address):
-        return [address]
-    if address.ipv4_mapped is not None:
-        return [address.ipv4_mapped]
-    if address.sixtofour is not None:
-        return [address.sixtofour]
-    if address.teredo is not None:
-        return list(address.teredo)
-    if address in _NAT64 or (address in _COMPATIBLE and int(address) > 1):
-        return [ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)]
-    return [address]
-
-
-def _public(address: Address) -> bool:
-    return (
-        address.is_global
-        and not address.is_multicast
-        and not address.is_reserved
-        and not address.is_unspecified
-        and not address.is_loopback
-        and not address.is_link_local
-    )
+        return not any(address in net for net in _IPV4_REFUSED)
+    return address in _IPV6_GLOBAL and not any(address in net for net in _IPV6_REFUSED)
 
 
 def connect(origin: Origin, named: Iterable[Network], timeout_s: float) -> socket.socket:

@@ -136,7 +136,7 @@ class JsonEndpoint(ABC):
             self._core.audit.note(self.method, CALLER.get(), error, request=failed.about)
         if not isinstance(error, ModelLoading):  # waiting clients retry over and over
             why = {"reason": reason, **detail_for_log(error)}
-            _log.info("call refused", method=type(self).__name__, **why)
+            _log.often(reason, "call refused", method=type(self).__name__, **why)
         if not reply.started and http_failure(error).status in PACED:
             await self._core.pace.wait(CALLER.get(), size)
         try:

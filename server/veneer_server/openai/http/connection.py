@@ -105,7 +105,7 @@ def connection_class(
                 status, "malformed_request", f"the request is not valid HTTP: {why}"
             )
             on_malformed(error)
-            _log.info("call refused", method="http", reason=error.code)
+            _log.often(error.code, "call refused", method="http", reason=error.code)
             if self.cycle is not None:
                 self.cycle.disconnected = True  # wakes readers of the body and writers
                 self.cycle.message_event.set()

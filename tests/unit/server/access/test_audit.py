@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 from pathlib import Path
 from typing import Any
 
 import grpc
 import httpx
+import pytest
 from veneer_proto.v1 import adapters_pb2, inference_pb2
-from veneer_registry.errors import InvalidField, PermissionDenied
+from veneer_registry.errors import (
+    AdapterNotFound,
+    Cancelled,
+    InvalidField,
+    PermissionDenied,
+    RateLimitExceeded,
+    Unauthenticated,
+    VeneerError,
+)
 from veneer_server.access.audit import Audit
 from veneer_server.access.edit_keys import add_key
+from veneer_server.access.principal import ANYONE, PRINCIPAL, Principal
+from veneer_server.quotas.quota import UNLIMITED, Account
 
 from tests.refused import refused
 from tests.unit.server.rpc.front_harness import (
@@ -23,6 +36,7 @@ from tests.unit.server.rpc.front_harness import (
     upload,
 )
 
+GENERATE = "/veneer.v1.InferenceService/Generate"
 DELETE = "/veneer.v1.AdapterService/DeleteAdapter"
 SECRETS = ("whisper this", "vn_")
 KINDS = ("written", "lost")
@@ -70,8 +84,9 @@ async def test_changes_and_refusals_are_noted_with_who_and_what(
             await http.post(url, json=body, headers={"authorization": "Bearer vn_x_y"})
         await front.adapters.DeleteAdapter(delete, metadata=bearer("admin"))
     file = data / "data" / "audit.jsonl"
-    found = lines(file)
-    assert file.stat().st_mode & 0o077 == 0
+    strangers = data / "data" / "audit.refused.jsonl"
+    found = [*lines(file), *lines(strangers)]
+    assert (file.stat().st_mode | strangers.stat().st_mode) & 0o077 == 0
     told = [
         (
             each["method"].rpartition("/")[2],
@@ -84,14 +99,14 @@ async def test_changes_and_refusals_are_noted_with_who_and_what(
     assert told == [
         ("UploadAdapter", "admin-1", "OK", "chat"),
         ("DeleteAdapter", "inference-1", "PERMISSION_DENIED", None),
-        ("DeleteAdapter", None, "UNAUTHENTICATED", None),
         ("DeleteAdapter", "admin-1", "NOT_FOUND", "nothing"),
-        ("completions", None, "UNAUTHENTICATED", None),
         ("DeleteAdapter", "admin-1", "OK", "chat"),
+        ("DeleteAdapter", None, "UNAUTHENTICATED", None),
+        ("completions", None, "UNAUTHENTICATED", None),
     ]
     assert found[0]["revision"] == made.adapter.revision
     assert (found[0]["tenant"], found[0]["from"][:5]) == ("t1", "ipv4:")
-    text = file.read_text("utf-8")
+    text = file.read_text("utf-8") + strangers.read_text("utf-8")
     for secret in (*SECRETS, *keys.values(), str(tmp_path)):
         assert secret not in text
 
@@ -145,6 +160,139 @@ def test_the_file_is_rotated_and_stays_private(tmp_path: Path) -> None:
         assert each.stat().st_mode & 0o077 == 0
         assert lines(each)
     assert lines(file)[-1]["adapter"] == "n99"
+
+
+def of(directory: Path, name: str = "") -> list[dict[str, Any]]:
+    """All lines of a history that are left."""
+    suffixes = (*(f".{n}" for n in range(9, 0, -1)), "")
+    files = [directory / f"audit{name}.jsonl{suffix}" for suffix in suffixes]
+    return [line for file in files if file.exists() for line in lines(file)]
+
+
+def size(directory: Path) -> int:
+    return sum(each.stat().st_size for each in directory.iterdir())
+
+
+class Log:
+    """An audit log of a server with keys, with a clock that is set."""
+
+    def __init__(self, directory: Path) -> None:
+        self.now = 0.0
+        self.directory = directory
+        self.audit = Audit(
+            directory / "audit.jsonl", keyed=True, most_bytes=300_000, clock=lambda: self.now
+        )
+
+    def note(
+        self,
+        who: Principal,
+        error: VeneerError | None = None,
+        *,
+        method: str = DELETE,
+        peer: str = "ipv4:1.2.3.4:5",
+        name: str = "x",
+    ) -> None:
+        token = PRINCIPAL.set(who)
+        request = adapters_pb2.DeleteAdapterRequest(name=name)
+        self.audit.note(method, peer, error, request=request)
+        PRINCIPAL.reset(token)
+        while self.audit._lines.qsize() > 4000:  # private: as slow callers would
+            pass
+
+
+ADMIN = Principal("ann", "t1", frozenset({"admin"}), (Account("key:a", UNLIMITED),))
+LOW = Principal("bob", "t1", frozenset({"inference"}), (Account("key:b", UNLIMITED),))
+PUBLISHER = Principal("eve", "t2", frozenset({"publisher"}), (Account("key:c", UNLIMITED),))
+FLOODS: dict[str, tuple[Principal, VeneerError | None, tuple[str, ...]]] = {
+    "no key": (ANYONE, Unauthenticated("no"), (DELETE, GENERATE)),
+    "no key, left at once": (ANYONE, Cancelled("left"), (DELETE,)),
+    "low, admin calls": (LOW, PermissionDenied("no"), (DELETE,)),
+    "low, over its limit": (LOW, RateLimitExceeded("no"), (GENERATE,)),
+    "changes": (PUBLISHER, None, (DELETE,)),
+    "nothing found": (PUBLISHER, AdapterNotFound("no"), (DELETE,)),
+}
+
+
+@pytest.mark.parametrize("flood", FLOODS)
+def test_no_caller_flushes_what_others_changed(tmp_path: Path, flood: str) -> None:
+    """Two hours of 3 to 6 calls a second, from hosts and with names at random; files are
+    0.3 MB here, of 64."""
+    rng = random.Random(seed := random.randrange(2**32))
+    print(f"{seed=}")
+    log = Log(tmp_path)
+    rate = rng.uniform(3, 6)
+    hosts = [f"ipv4:10.0.{rng.randrange(256)}.{n}" for n in range(rng.choice([1, 40, 250]))]
+    who, error, methods = FLOODS[flood]
+    log.note(ADMIN, name="before")
+    for _ in range(sent := int(7200 * rate)):
+        log.now += 1 / rate
+        peer = f"{rng.choice(hosts)}:{rng.randrange(1024, 65536)}"
+        name = f"n{rng.randrange(1000)}"
+        log.note(who, error, method=rng.choice(methods), peer=peer, name=name)
+    log.note(ADMIN, name="after")
+    log.note(LOW, PermissionDenied("no"), name="refused")
+    log.audit.close()
+    kept = of(tmp_path)
+    print(f"{sent} calls, {size(tmp_path)} bytes, {len(kept)} lines of changes")
+    assert log.audit.lost == 0
+    assert [line["adapter"] for line in kept if line["who"] == "ann"] == ["before", "after"]
+    # A known caller's changes fill at most their share, two hours of it here.
+    assert len(json.dumps(kept)) <= 16 * 1024 * (120 + 17) * 1.1
+    refused = of(tmp_path, ".refused")
+    assert any(line.get("left_out") for line in refused) or flood == "changes"
+    if error is None:
+        assert log.audit.left_out == 0, "each change has its line, if not among the others"
+        assert of(tmp_path, ".frequent")
+
+
+def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
+    """The lines and the counts together are the calls."""
+    log = Log(tmp_path)
+    for number in range(5000):
+        log.now += 0.05
+        log.note(ANYONE, Unauthenticated("no"), peer=f"ipv4:10.0.0.{number % 3}:1")
+    log.audit.close()
+    found = of(tmp_path, ".refused")
+    told = [line["left_out"] for line in found if "left_out" in line]
+    assert len(told) == 250 // 60 + 1, "a line a minute"
+    assert sum(told) == log.audit.left_out
+    assert sum(told) + len(found) - len(told) == 5000
+
+
+def test_a_stranger_s_flood_hides_no_other_host_and_no_caller(tmp_path: Path) -> None:
+    log = Log(tmp_path)
+    for _ in range(2000):
+        log.note(ANYONE, Unauthenticated("no"), method=GENERATE, peer="ipv4:6.6.6.6:1")
+    log.note(ANYONE, Unauthenticated("no"), method=DELETE, peer="ipv4:7.7.7.7:1")
+    log.note(LOW, RateLimitExceeded("no"), method=GENERATE, peer="ipv4:8.8.8.8:1")
+    log.audit.close()
+    found = of(tmp_path, ".refused")
+    assert {"ipv4:7.7.7.7:1", "ipv4:8.8.8.8:1"} <= {line.get("from") for line in found}
+    assert of(tmp_path) == []
+
+
+def test_a_device_gets_every_history(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    audit = Audit(Path(f"/proc/self/fd/{writing}"), keyed=True)
+    audit.note(DELETE, "ipv4:1.2.3.4:5", Unauthenticated("no"))
+    audit.close()
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        assert json.loads(pipe.read())["outcome"] == "UNAUTHENTICATED"
+
+
+def test_no_history_is_given_up_where_no_new_file_can_be_made(tmp_path: Path) -> None:
+    """The disk has no room for another file: rotation fails at each line."""
+    log = Log(tmp_path)
+    for _ in range(5):
+        log.note(ADMIN, name="n" * 150)
+    (tmp_path / "audit.jsonl.new").mkdir()
+    log.audit._files[next(iter(log.audit._files))]._most = 2000  # private: no 64 MiB
+    for _ in range(50):
+        log.note(ADMIN, name="m" * 150)
+    log.audit.close()
+    assert log.audit.lost > 40
+    assert [line["adapter"][0] for line in of(tmp_path)][:5] == ["n"] * 5
 
 
 def test_a_full_disk_stops_no_call(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import hmac
+import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -205,6 +207,77 @@ async def test_an_issuer_that_is_down_stops_nobody_whose_key_is_known(
     assert (await admit(access, issuer.token())).name == "alice"
     with refused(Unauthenticated, cause="token"):
         await admit(access, issuer.token(headers={"kid": "nobody"}))
+
+
+async def turns() -> AsyncIterator[None]:
+    """Endless; other tasks run in between."""
+    for _ in itertools.count():
+        await asyncio.sleep(0.01)
+        yield
+
+
+def aged(issuer: Issuer) -> tuple[Access, list[float]]:
+    """Access by this issuer's tokens, and a clock that tests set."""
+    now = [1000.0]
+    made = Tokens(TokenSettings(issuer.url, "veneer"), clock=lambda: now[0])
+    return Access(tokens=made), now
+
+
+async def test_a_withdrawn_key_ends_although_nobody_names_another(issuer: Issuer) -> None:
+    access, now = aged(issuer)
+    old = issuer.token()
+    await admit(access, old)
+    issuer.rotate("second")
+    now[0] += tokens_module.FRESH_S - 1
+    await admit(access, old)
+    assert len(issuer.asked) == 2
+    now[0] += 2  # fetched beside this call, which does not wait
+    await admit(access, old)
+    with refused(Unauthenticated, cause="token"):
+        async for _ in turns():
+            await admit(access, old)
+    assert len(issuer.asked) == 4
+
+
+async def test_after_a_pause_a_withdrawn_key_does_not_count_even_once(issuer: Issuer) -> None:
+    access, now = aged(issuer)
+    old = issuer.token()
+    await admit(access, old)
+    now[0] += 2 * tokens_module.FRESH_S + 1
+    issuer.rotate("second")
+    found = await asyncio.gather(
+        *(admit(access, old) for _ in range(20)), return_exceptions=True
+    )
+    assert {type(each) for each in found} == {Unauthenticated}
+    assert len(issuer.asked) == 4, "one fetch for all"
+
+
+async def test_an_issuer_may_withdraw_all_its_keys(issuer: Issuer) -> None:
+    access, now = aged(issuer)
+    old = issuer.token()
+    await admit(access, old)
+    now[0] += 2 * tokens_module.FRESH_S + 1
+    issuer.signers = {}
+    with refused(Unauthenticated, cause="token"):
+        await admit(access, old)
+
+
+async def test_keys_outlive_an_issuer_that_is_down_by_a_day(issuer: Issuer) -> None:
+    access, now = aged(issuer)
+    token = issuer.token(exp=time.time() + 1e6)
+    await admit(access, token)
+    issuer.up = False
+    began = now[0]
+    while now[0] - began < tokens_module.KEPT_S - 600:
+        now[0] += 600
+        assert (await admit(access, token)).name == "alice"
+    assert len(issuer.asked) < 2 + 24 * 6 * 2
+    now[0] = began + tokens_module.KEPT_S + 1
+    with refused(Unavailable, cause="issuer"):
+        await admit(access, token)
+    issuer.up = True
+    now[0] += 30
+    assert (await admit(access, token)).name == "alice"
 
 
 async def test_strangers_cannot_make_the_server_ask_the_issuer_over_and_over(

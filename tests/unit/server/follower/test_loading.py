@@ -125,7 +125,7 @@ async def test_a_folder_that_cannot_be_read_to_its_end(loading: Loading) -> None
     make_adapter(loading.root / "torn")
     right = "data = os.pread(file.descriptor, min(_PIECE, file.size - at), at)"
     with planted(local_folders, right, 'raise OSError(5, "torn")'):
-        assert (await loading.load("torn")).status_code == 500
+        assert (await loading.load("torn")).status_code == 503
     assert (await loading.load("torn")).status_code == 200
     assert (await loading.unload("torn")).status_code == 200
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,21 @@ async def test_an_upload_says_what_was_published(front: Front, tmp_path: Path) -
     got = (await front.adapters.GetAdapter(pb.GetAdapterRequest(name="style"))).adapter
     assert got.last_used.seconds >= adapter.created.seconds
     assert got.etag == adapter.etag
+
+
+async def test_facts_of_a_manifest_have_no_control_characters(
+    front: Front, tmp_path: Path
+) -> None:
+    """Also for clients that write them to a terminal as they are."""
+    folder = make_adapter(tmp_path / "a")
+    facts = {"a\x1b[2J": "x\x1b]52;c;eA==\x07\u202ey\n", "b": {"c": "\x9b2J\x7f\r"}}
+    (folder / "training_manifest.json").write_text(json.dumps(facts))
+    await front.push(folder, "style")
+    got = await front.adapters.GetAdapter(pb.GetAdapterRequest(name="style"))
+    assert dict(got.adapter.training) == {
+        "a\\u001b[2J": "x\\u001b]52;c;eA==\\u0007\\u202ey\n",
+        "b.c": "\\u009b2J\\u007f\\r",
+    }
 
 
 async def test_same_content_again_succeeds_and_other_content_needs_allow_replace(

@@ -7,9 +7,11 @@ import io
 import json
 import logging
 import os
+import random
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from prometheus_client import generate_latest
@@ -70,6 +72,45 @@ def test_a_console_event_is_one_line_whatever_the_fields(stream: io.StringIO) ->
     get_logger("veneer_server.x").info("request", adapter="a\nb c", seconds=0.123456)
     assert stream.getvalue().count("\n") == 1
     assert 'adapter="a\\nb c" seconds=0.1235' in stream.getvalue()
+
+
+def test_what_strangers_repeat_is_counted_and_hides_no_other_line(
+    stream: io.StringIO,
+) -> None:
+    logs.configure("json", stream)
+    log = get_logger("veneer_server.test")
+    for _ in range(5000):
+        log.often("KEY", "call refused", method="x")
+    log.often("OTHER", "call refused", method="y")
+    token = logs.TENANT.set("team-a")
+    log.often("KEY", "call refused", method="z")
+    logs.TENANT.reset(token)
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert len(lines) <= logs.BURST + 10, "and one a second"
+    assert [line["method"] for line in lines[-2:]] == ["y", "z"]
+
+
+@pytest.mark.parametrize("kind", ["console", "json"])
+def test_nothing_in_a_log_line_controls_a_terminal(
+    stream: io.StringIO, kind: Literal["console", "json"]
+) -> None:
+    rng = random.Random(seed := random.randrange(2**32))
+    print(f"{seed=}")
+    logs.configure(kind, stream)
+    log = get_logger("veneer_server.test")
+    controls = [*map(chr, (*range(32), *range(127, 160))), *"\u202e\u2067"]
+    for _ in range(100):
+        evil = "a" + "".join(rng.choice(controls) for _ in range(8)) + "b"
+        log.info(f"event {evil}", name=evil, what=[evil], plain=evil.replace(" ", ""))
+        try:
+            raise ValueError(evil)
+        except ValueError as error:
+            log.error("failed", error, why=str(error))
+        if kind == "json":
+            last = json.loads(stream.getvalue().splitlines()[-1])
+            assert last["why"] == evil, "JSON has the text itself"
+    left = stream.getvalue().replace("\n", "").replace("\t", "")
+    assert not [each for each in left if each in controls]
 
 
 def test_a_log_that_nobody_reads_stops_nothing_and_says_what_it_lost(

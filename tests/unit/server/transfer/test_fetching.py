@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import random
 import socket
 import subprocess
 import time
@@ -39,6 +40,48 @@ PRIVATE = (
     *("2002:7f00:1::", "2002:a9fe:a9fe::1", "::127.0.0.1", "fe80::1%lo", "nonsense"),
 )
 PUBLIC = ("8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808")
+
+
+NOT_GLOBAL = (
+    *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16"),
+    *("172.16.0.0/12", "192.0.0.0/29", "192.0.0.8/32", "192.0.0.170/31", "192.0.0.0/24"),
+    *("192.0.2.0/24", "192.88.99.0/24", "192.88.99.2/32", "192.168.0.0/16", "198.18.0.0/15"),
+    *("198.51.100.0/24", "203.0.113.0/24", "240.0.0.0/4", "255.255.255.255/32"),
+    *("::1/128", "::/128", "64:ff9b:1::/48", "100::/64", "100:0:0:1::/64", "2001::/32"),
+    *("2001:2::/48", "2001:10::/28", "2001:db8::/32", "2002::/16", "3fff::/20", "5f00::/16"),
+    *("fc00::/7", "fe80::/10"),
+    # In other registries: multicast, site-local, IPv4-compatible, unallocated.
+    *(
+        "224.0.0.0/4",
+        "ff00::/8",
+        "fec0::/10",
+        "::/96",
+        "::ffff:0:0:0/96",
+        "4000::/2",
+        "8000::/2",
+    ),
+)
+"""From IANA's special-purpose address registries: what they do not list as globally reachable
+(false, or not applicable). ``::ffff:0:0/96`` counts as the address inside."""
+
+
+def test_no_range_that_iana_lists_as_not_global_is_contacted() -> None:
+    rng = random.Random(seed := random.randrange(2**32))
+    print(f"{seed=}")
+    contacted = set()
+    for text in NOT_GLOBAL:
+        net = ipaddress.ip_network(text)
+        inside = [rng.randrange(net.num_addresses) for _ in range(50)]
+        for offset in {0, net.num_addresses - 1, *inside}:
+            address = net[offset]
+            forms = [str(address)]
+            if net.version == 4:
+                forms += [f"::ffff:{address}", f"64:ff9b::{address}"]
+            contacted |= {form for form in forms if addresses.may_contact(form, ())}
+            assert all(addresses.may_contact(form, (net,)) for form in forms), (
+                "but where the operator names the network"
+            )
+    assert sorted(contacted) == []
 
 
 def test_addresses() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
+import random
 import shutil
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -315,6 +318,74 @@ async def test_a_link_that_is_put_in_between_is_not_followed(
     assert (answer.status_code, error_of(answer)["param"]) == (400, "lora_path")
     monkeypatch.undo()
     assert await loading.models() == [BASE]
+
+
+def odd_paths(root: Path) -> dict[str, Path]:
+    """Paths below a root that no file system opens, by what it says."""
+    (root / "loop").symlink_to("pool")
+    (root / "pool").symlink_to("loop")
+    (root / "dangling").symlink_to("nothing")
+    (root / "file").write_text("x")
+    os.mkfifo(root / "fifo")
+    adapter = make_adapter(root / "looped")
+    (adapter / "README.md").unlink(missing_ok=True)
+    (adapter / "README.md").symlink_to("README.md")
+    return {
+        "ELOOP": root / "loop",
+        "ELOOP inside": root / "loop" / "a",
+        "ENAMETOOLONG": root / ("n" * 256),
+        "PATH_MAX": root.joinpath(*["m" * 200] * 18),
+        "ENOENT": root / "missing",
+        "a link to nothing": root / "dangling",
+        "ENOTDIR": root / "file" / "a",
+        "a file": root / "file",
+        "a pipe": root / "fifo",
+        "a file that is a loop": adapter,
+    }
+
+
+async def test_a_path_that_cannot_be_opened_is_the_caller_s_error(loading: Loading) -> None:
+    for what, path in odd_paths(loading.root).items():
+        answer = await loading.load("odd", path)
+        assert answer.status_code == 400, (what, answer.text)
+        assert error_of(answer)["code"] in ("invalid_field", "adapter_invalid", None), what
+        assert "internal" not in answer.text.lower(), what
+
+
+PASSING = (errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENOMEM)
+LASTING = (errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EINVAL)
+FAULTS = ("open", "listdir", "stat", "fstat", "pread")
+
+
+@pytest.mark.parametrize("call", FAULTS)
+async def test_no_error_of_the_system_is_a_bug(
+    loading: Loading, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Errors that Linux knows, some drawn at random, at a FAKE fault in each call that reads
+    the disk."""
+    rng = random.Random(seed := random.randrange(2**32))
+    print(f"{seed=}")
+    folder = make_adapter(loading.root / "a")
+    real, seen = os, set()
+    for number in (*PASSING, *LASTING, *rng.sample(sorted(errno.errorcode), 6)):
+
+        def fails(*_: Any, number: int = number, **more: Any) -> Any:
+            raise OSError(number, os.strerror(number), str(folder))
+
+        faulty = SimpleNamespace(**{**vars(real), call: fails})
+        with monkeypatch.context() as patch:
+            patch.setattr(local_folders, "os", faulty)
+            answer = await loading.load("b", folder)
+        seen.add(answer.status_code)
+        assert answer.status_code in (400, 503), (errno.errorcode[number], answer.text)
+        if number in PASSING:
+            assert answer.status_code == 503, errno.errorcode[number]
+            assert int(answer.headers["retry-after"]) >= 1
+        if number in LASTING:
+            assert answer.status_code == 400, errno.errorcode[number]
+    assert seen == {400, 503}
+    assert await loading.models() == [BASE]
+    assert (await loading.load("b", folder)).status_code == 200
 
 
 async def test_a_hole_is_seen(loading: Loading) -> None:

@@ -1,0 +1,132 @@
+"""Text of other people on a terminal: what would control the terminal is shown, not obeyed.
+
+Names, labels, manifests, errors and answers come from whoever uses a server. A terminal obeys
+what is between them: an escape sequence moves the cursor, changes the title or writes the
+clipboard (OSC 52), U+009B is ESC and [ in one character, and a carriage return or a
+bidirectional control makes a line read as another. So our programs write through a `Guard`
+(`command_line.Program` installs it), and through a `Screen` where a line has colours.
+
+Escapes are JSON's, so that JSON stays JSON with the same content.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+__all__ = ["Guard", "guarded", "one_line", "visible", "write_answer"]
+
+_CONTROLS: Final = "\x00-\x08\x0b-\x1f\x7f-\x9f"
+"""C0 without newline and tab, DEL, C1."""
+_OVERRIDES: Final = "\u202a-\u202e\u2066-\u2069"
+"""Make text read in another order than it is written in."""
+_MARKS: Final = "\u061c\u200e\u200f\u2028\u2029"
+"""Directions of one place, and separators that some terminals take for a newline."""
+_INVISIBLE: Final = "\u00ad\u180e\u200b-\u200d\u2060-\u2064\ufeff\U000e0000-\U000e007f"
+
+_IN_ANSWERS: Final = re.compile(f"[{_CONTROLS}{_OVERRIDES}]")
+_IN_TEXT: Final = re.compile(f"[{_CONTROLS}{_OVERRIDES}{_MARKS}]")
+_IN_A_LINE: Final = re.compile(f"[\t\n{_CONTROLS}{_OVERRIDES}{_MARKS}{_INVISIBLE}]")
+
+_SHORT: Final = {"\t": "\\t", "\n": "\\n", "\r": "\\r", "\b": "\\b", "\f": "\\f"}
+
+
+def visible(text: str) -> str:
+    """Text with escapes for what controls a terminal, but for newline and tab."""
+    return _IN_TEXT.sub(_escape, text) if _IN_TEXT.search(text) else text
+
+
+def one_line(text: str) -> str:
+    """A name or label: `visible`, and on one line, without invisible characters."""
+    return _IN_A_LINE.sub(_escape, text) if _IN_A_LINE.search(text) else text
+
+
+def _escape(found: re.Match[str]) -> str:
+    text = found[0]
+    if text in _SHORT:
+        return _SHORT[text]
+    units = text.encode("utf-16-be")
+    return "".join(f"\\u{units[at : at + 2].hex()}" for at in range(0, len(units), 2))
+
+
+class Guard(io.TextIOBase):
+    """A text stream whose text is made `visible`.
+
+    Attributes:
+        raw: the stream itself, for sequences of our own.
+    """
+
+    def __init__(self, raw: Any) -> None:
+        self.raw = raw
+
+    def write(self, text: str) -> int:
+        self.raw.write(visible(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[Any]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        self.raw.flush()
+
+    def close(self) -> None:
+        self.raw.close()
+
+    def isatty(self) -> bool:
+        return bool(self.raw.isatty())
+
+    def fileno(self) -> int:
+        return int(self.raw.fileno())
+
+    def writable(self) -> bool:
+        return True
+
+    @property
+    def encoding(self) -> Any:  # type: ignore[override]
+        return self.raw.encoding
+
+    @property
+    def errors(self) -> Any:  # type: ignore[override]
+        return self.raw.errors
+
+    @property
+    def closed(self) -> bool:
+        return bool(self.raw.closed)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "rich_proxied_file":  # a plain Console's own sequences are not trusted
+            raise AttributeError(name)
+        return getattr(self.raw, name)
+
+    def __del__(self) -> None:
+        """The stream itself stays open."""
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Standard output and error are guarded while the block runs, and for the traceback of an
+    exception that leaves it."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (
+        stream if stream is None or isinstance(stream, Guard) else Guard(stream)
+        for stream in before
+    )
+    try:
+        yield
+    except SystemExit:
+        sys.stdout, sys.stderr = before
+        raise
+    sys.stdout, sys.stderr = before
+
+
+def write_answer(stream: Any, text: str) -> None:
+    """Write a model's text, now: byte by byte into a pipe or file, without controls to a
+    terminal. Marks and joiners, which some scripts and emoji need, stay."""
+    raw = stream.raw if isinstance(stream, Guard) else stream
+    raw.write(_IN_ANSWERS.sub(_escape, text) if raw.isatty() else text)
+    raw.flush()
