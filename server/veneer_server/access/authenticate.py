@@ -22,7 +22,10 @@ from veneer_server.access.principal import (
 from veneer_server.logs import TENANT as LOGGED_TENANT
 from veneer_server.queues.fairness import FAIRNESS, Fairness, Routed, fairness_of
 
-__all__ = ["Access", "Credentials", "TokenCheck"]
+__all__ = ["PASSED_ON", "Access", "Credentials", "TokenCheck"]
+
+PASSED_ON: Final = "veneer-passed-on"
+"""Metadata of a call that a follower passes on: the tenant that it is for."""
 
 _BEARER: Final = "bearer "
 _MAX_CREDENTIAL: Final = 8192
@@ -41,6 +44,9 @@ class Credentials:
         tenant: the header ``x-veneer-tenant``, or gRPC metadata ``veneer-tenant``: an operator
             acts in this tenant. Empty: the caller's own.
         routed: what a gateway says about the call.
+        passed_on: gRPC metadata ``veneer-passed-on``: a follower passes the call on for a
+            caller of this tenant. The certificate is then the follower's. Empty: it is the
+            caller's own call.
     """
 
     authorization: str = ""
@@ -48,16 +54,19 @@ class Credentials:
     names: tuple[str, ...] = ()
     tenant: str = ""
     routed: Routed = field(default_factory=Routed)
+    passed_on: str = ""
 
     @classmethod
     def of_headers(cls, headers: Mapping[str, str], names: Iterable[str] = ()) -> Credentials:
         """From HTTP headers or gRPC metadata, by lower-case name."""
+        passed_on = headers.get(PASSED_ON, "")
         return cls(
             headers.get("authorization", ""),
             headers.get("x-api-key", ""),
-            tuple(names),
+            () if passed_on else tuple(names),
             headers.get("veneer-tenant", "") or headers.get("x-veneer-tenant", ""),
             Routed.of_headers(headers),
+            passed_on,
         )
 
     @property
@@ -102,7 +111,8 @@ class Access:
         Raises:
             Unauthenticated: no credential, or one that is not valid.
             PermissionDenied: none of the caller's roles takes the method, it may not act in
-                the tenant that it names, or the method is on another port.
+                the tenant that it names, it belongs to another one than a follower passes its
+                call on for, or the method is on another port.
         """
         _is(ANYONE)
         FAIRNESS.set(_ANYONES)
@@ -121,6 +131,13 @@ class Access:
         if credentials.tenant and credentials.tenant != principal.tenant:
             principal = _visiting(principal, credentials.tenant)
             _is(principal)
+        if credentials.passed_on and credentials.passed_on != principal.tenant:
+            raise PermissionDenied(
+                f"a follower passes this call on for tenant {credentials.passed_on[:80]!r}, "
+                f"and its caller belongs to tenant {principal.tenant!r} here: give the follower "
+                "the same --keys-file or --jwt-issuer as its registry",
+                metadata={"cause": "passed_on"},
+            )
         weights = None if self._identities is None else self._identities.latest.weights
         routed = credentials.routed
         FAIRNESS.set(fairness_of(principal.tenant, principal.gateway, routed, weights))
