@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from dataclasses import replace
 from typing import get_args
 
 from veneer_registry.errors import ContextTooLong, DeadlineTooShort, VeneerError
@@ -125,7 +126,7 @@ class Generator:
         arrived = time.perf_counter()
         # A point in time, not a duration: the clock runs while the request waits.
         deadline = None if time_remaining is None else time.monotonic() + time_remaining
-        owner, lease = None, None
+        owner, lease, shown = None, None, ""
         generation: Generation | None = None
         plan: Plan | None = None
         outcome, failed = "cancelled", ""
@@ -138,6 +139,7 @@ class Generator:
                 if self._resolving is not None and not self._visible.knows(home, call.adapter):
                     await self._resolving.fetch(home, call.adapter)
                 owner, lease = self._visible.acquire(home, call.adapter, call.session_key)
+                shown = self._visible.shown(home, owner, lease.ref.name)
             # Before any work: requests that wait for it then count towards the queue limit.
             with (
                 self.count(call.n) if counted is None else nullcontext(counted) as measured,
@@ -154,7 +156,7 @@ class Generator:
                 request = self._resolve(call, prompt, plan, owner, lease, deadline)
                 ref = lease.ref if lease is not None else None
                 generation = Generation(
-                    *(call, prompt, Provenance.of(self.base_name, ref), request),
+                    *(call, prompt, Provenance.of(self.base_name, ref, shown), request),
                     *(self._engine, arrived, measured, held),
                     metrics=self.metrics,
                     reader=ReplyReader.of(self.prompts.tokenizer, prompt, plan),
@@ -175,8 +177,8 @@ class Generator:
                 lease.release()
                 if owner.registry.needs_sweep:
                     self._background.start(f"sweep {owner.name}", owner.registry.sweep)
-            trace = self._trace(generation, lease, outcome, failed)
-            self._record(generation, lease, outcome, trace)
+            trace = self._trace(generation, lease, shown, outcome, failed)
+            self._record(generation, lease, shown, outcome, trace)
 
     def count(self, samples: int, prompts: int = 1) -> Metered:
         """Count a request of the current caller. See `Meter.request`."""
@@ -325,10 +327,16 @@ class Generator:
         self,
         generation: Generation | None,
         lease: RevisionLease | None,
+        shown: str,
         outcome: str,
         trace: str,
     ) -> None:
-        """Metrics and one log line for a request that has ended; ``trace`` is its id."""
+        """Metrics and one log line for a request that has ended.
+
+        Args:
+            shown: what its caller calls the adapter.
+            trace: the trace's id.
+        """
         if generation is None:
             return  # the call's own log line says why it was refused
         metrics, facts = self.metrics, generation.facts()
@@ -343,7 +351,7 @@ class Generator:
             "request",
             outcome=outcome,
             tenant=generation.tenant,
-            adapter=lease.ref.short if lease is not None else "",
+            adapter="" if lease is None else replace(lease.ref, name=shown).short,
             tier=generation.tier.value if generation.tier is not None else "",
             **facts,
             **({"trace": trace} if trace else {}),
@@ -353,6 +361,7 @@ class Generator:
         self,
         generation: Generation | None,
         lease: RevisionLease | None,
+        shown: str,
         outcome: str,
         failed: str,
     ) -> str:
@@ -366,7 +375,7 @@ class Generator:
         }
         if lease is not None:
             attributes |= {
-                "veneer.adapter": lease.ref.name,
+                "veneer.adapter": shown,
                 "veneer.adapter.revision": lease.ref.revision,
             }
         if generation is None:
