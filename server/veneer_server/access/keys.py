@@ -168,10 +168,10 @@ def _accepts(path: Path, at: str, given: object) -> tuple[str, ...]:
     for each in listed:
         tenant, slash, name = each.partition("/") if isinstance(each, str) else ("", "", "")
         try:
-            good = TENANT.fullmatch(tenant) and (not slash or check_name(name))
+            wrong = TENANT.fullmatch(tenant) is None or (slash and not check_name(name))
         except InvalidField:
-            good = False
-        if not good:
+            wrong = True
+        if wrong:
             raise _wrong(path, at, 'must be a list such as ["team-a", "team-c/code"]')
     return tuple(listed)
 
