@@ -457,7 +457,7 @@ async def test_a_list_of_own_and_shared_ones_comes_in_pages(
     theirs = [(f"{n:02}", True) for n in range(0, 12, 2)]
     assert found == own + theirs, "what others share is called by its tenant"
     labelled = await other.call("ListAdapters", name_prefix=here, labels={"team": "0"})
-    assert [each.name[-2:] for each in labelled.adapters] == ["00", "08"]
+    assert [each.name[-2:] for each in labelled.adapters] == ["00", "04", "08"]
 
 
 def test_a_name_deleted_while_a_list_is_made_is_listed_once() -> None:
@@ -598,7 +598,9 @@ async def test_tenants_come_back_after_a_restart_and_one_that_cannot_stops_no_ot
             assert await server.caller(tenant).names() == ["chat"]
         for tenant in ("empty", "half", "new"):
             caller = server.caller(tenant)
-            assert (await caller.call("GetAdapter", name="chat")).adapter.tenant == "sound"
+            assert (
+                await caller.call("GetAdapter", name="sound/chat")
+            ).adapter.tenant == "sound"
             await caller.push(folder, "mine")
             assert await caller.names() == ["mine"]
         told = await failure(server.caller("hurt").call("GetAdapter", name="chat"))
