@@ -30,9 +30,8 @@ class AdapterServiceStub:
 
     A caller sees the adapters of its own tenant. Those that another tenant shares are
     found by GetAdapter, ListAdapters and ListAliases too, and can be used in requests, as
-    `TENANT/name`, `TENANT/name@revision` and `TENANT/name/alias`, or by their plain names
-    where the caller's tenant accepts them and has no adapter of that name. An operator acts
-    in another tenant by naming it in metadata `veneer-tenant`.
+    `TENANT/name`, or by their plain names where the caller's tenant accepts them and has
+    none of its own. An operator names another tenant in metadata `veneer-tenant`.
 
     A call that changes something is carried out whole or not at all, whether or not its
     caller waits for the answer. An upload whose caller leaves before the name has moved
@@ -132,9 +131,8 @@ class AdapterServiceServicer:
 
     A caller sees the adapters of its own tenant. Those that another tenant shares are
     found by GetAdapter, ListAdapters and ListAliases too, and can be used in requests, as
-    `TENANT/name`, `TENANT/name@revision` and `TENANT/name/alias`, or by their plain names
-    where the caller's tenant accepts them and has no adapter of that name. An operator acts
-    in another tenant by naming it in metadata `veneer-tenant`.
+    `TENANT/name`, or by their plain names where the caller's tenant accepts them and has
+    none of its own. An operator names another tenant in metadata `veneer-tenant`.
 
     A call that changes something is carried out whole or not at all, whether or not its
     caller waits for the answer. An upload whose caller leaves before the name has moved
@@ -348,9 +346,8 @@ class AdapterService:
 
     A caller sees the adapters of its own tenant. Those that another tenant shares are
     found by GetAdapter, ListAdapters and ListAliases too, and can be used in requests, as
-    `TENANT/name`, `TENANT/name@revision` and `TENANT/name/alias`, or by their plain names
-    where the caller's tenant accepts them and has no adapter of that name. An operator acts
-    in another tenant by naming it in metadata `veneer-tenant`.
+    `TENANT/name`, or by their plain names where the caller's tenant accepts them and has
+    none of its own. An operator names another tenant in metadata `veneer-tenant`.
 
     A call that changes something is carried out whole or not at all, whether or not its
     caller waits for the answer. An upload whose caller leaves before the name has moved

@@ -10,6 +10,7 @@ import asyncio
 import math
 import ssl
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +20,7 @@ from veneer_registry.errors import InvalidField
 
 from veneer_server.logs import get_logger
 
-__all__ = ["NOT_SHOWN", "Certificates", "Pair", "Shown", "shown", "shown_in_pem"]
+__all__ = ["NOT_SHOWN", "Certificates", "Pair", "Shown", "shown", "shown_to_grpc"]
 
 _LOOK_NS: Final = 100_000_000
 """Least time between two looks at the files."""
@@ -148,9 +149,14 @@ def shown(transport: asyncio.BaseTransport) -> Shown:
     return Shown(names, float(ssl.cert_time_to_seconds(found["notAfter"])))
 
 
+def shown_to_grpc(context: Mapping[str, Sequence[bytes]]) -> Shown:
+    """The client's certificate, of a call's authentication context."""
+    names = tuple(context.get("x509_subject_alternative_name", ()))
+    return _in_pem(names, context["x509_pem_cert"][0]) if names else NOT_SHOWN
+
+
 @lru_cache(1024)
-def shown_in_pem(names: tuple[bytes, ...], pem: bytes) -> Shown:
-    """The client's certificate, as gRPC tells it."""
+def _in_pem(names: tuple[bytes, ...], pem: bytes) -> Shown:
     # Imported here, since it makes each start longer.
     from cryptography.x509 import load_pem_x509_certificate
 

@@ -27,7 +27,7 @@ from veneer_registry.errors import (
 
 from veneer_server.access.audit import Audit
 from veneer_server.access.authenticate import Access, Credentials
-from veneer_server.access.certificates import NOT_SHOWN, Shown, shown_in_pem
+from veneer_server.access.certificates import NOT_SHOWN, shown_to_grpc
 from veneer_server.access.principal import PRINCIPAL
 from veneer_server.errors import detail_for_log, internal_error, to_grpc_status, without_frames
 from veneer_server.logs import REQUEST_ID, get_logger
@@ -287,7 +287,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         """Before anything of the request is read. Unless it is an answer that is generated, the
         call ends, while the result is entered, once its caller is not let in any more."""
         headers = _headers(context)
-        certificate = _certificate(context) if self._access.asks else NOT_SHOWN
+        certificate = shown_to_grpc(context.auth_context()) if self._access.asks else NOT_SHOWN
         credentials = Credentials.of_headers(headers, certificate)
         await self._access.admit(method, credentials, self._elsewhere)
         ASKED.set(Asked.of(headers))
@@ -315,13 +315,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 def _headers(context: Any) -> dict[str, str]:
     metadata = context.invocation_metadata() or ()
     return {key: value for key, value in metadata if isinstance(value, str)}
-
-
-def _certificate(context: Any) -> Shown:
-    """The caller's certificate, if TLS asked for one."""
-    found = context.auth_context()
-    names = tuple(found.get("x509_subject_alternative_name", ()))
-    return shown_in_pem(names, found["x509_pem_cert"][0]) if names else NOT_SHOWN
 
 
 def _checked(request: Any) -> Any:

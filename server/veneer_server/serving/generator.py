@@ -331,12 +331,8 @@ class Generator:
         outcome: str,
         trace: str,
     ) -> None:
-        """Metrics and one log line for a request that has ended.
-
-        Args:
-            shown: what its caller calls the adapter.
-            trace: the trace's id.
-        """
+        """Metrics and one log line for a request that has ended; ``shown`` is what its caller
+        calls the adapter, ``trace`` the trace's id."""
         if generation is None:
             return  # the call's own log line says why it was refused
         metrics, facts = self.metrics, generation.facts()
