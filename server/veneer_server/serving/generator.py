@@ -177,8 +177,8 @@ class Generator:
                 lease.release()
                 if owner.registry.needs_sweep:
                     self._background.start(f"sweep {owner.name}", owner.registry.sweep)
-            trace = self._trace(generation, lease, shown, outcome, failed)
-            self._record(generation, lease, shown, outcome, trace)
+            trace = self._trace(generation, lease, outcome, failed)
+            self._record(generation, lease, outcome, trace)
 
     def count(self, samples: int, prompts: int = 1) -> Metered:
         """Count a request of the current caller. See `Meter.request`."""
@@ -327,12 +327,10 @@ class Generator:
         self,
         generation: Generation | None,
         lease: RevisionLease | None,
-        shown: str,
         outcome: str,
         trace: str,
     ) -> None:
-        """Metrics and one log line for a request that has ended; ``shown`` is what its caller
-        calls the adapter, ``trace`` the trace's id."""
+        """Metrics and one log line for a request that has ended; ``trace`` is its id."""
         if generation is None:
             return  # the call's own log line says why it was refused
         metrics, facts = self.metrics, generation.facts()
@@ -347,7 +345,9 @@ class Generator:
             "request",
             outcome=outcome,
             tenant=generation.tenant,
-            adapter="" if lease is None else replace(lease.ref, name=shown).short,
+            adapter=""
+            if lease is None
+            else replace(lease.ref, name=generation.provenance.adapter).short,
             tier=generation.tier.value if generation.tier is not None else "",
             **facts,
             **({"trace": trace} if trace else {}),
@@ -357,7 +357,6 @@ class Generator:
         self,
         generation: Generation | None,
         lease: RevisionLease | None,
-        shown: str,
         outcome: str,
         failed: str,
     ) -> str:
@@ -371,7 +370,9 @@ class Generator:
         }
         if lease is not None:
             attributes |= {
-                "veneer.adapter": shown,
+                "veneer.adapter": generation.provenance.adapter
+                if generation
+                else lease.ref.name,
                 "veneer.adapter.revision": lease.ref.revision,
             }
         if generation is None:
