@@ -63,7 +63,8 @@ class AdapterInfo:
         disk_bytes: size of its files on disk.
         retain: superseded revisions that the name keeps.
         shared: other tenants may use the name.
-        tenant: whose it is, if it is another tenant's that shares it; else "".
+        tenant: whose it is, if it is another tenant's that shares it; else "". The name is
+            then ``TENANT/name``, unless the caller's tenant accepts it by its plain name.
     """
 
     name: str

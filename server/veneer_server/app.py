@@ -95,7 +95,6 @@ class App:
         self._display = Display(structured=config.log_format == "json")
         self._calls = Calls(lambda: self._display.doing)
         self._health = Health(generates=config.role != "registry")
-        self._tenants = Tenants(config.data_dir)
         self._pace = Pace(config.refusal_rate)
         self._quotas = Quotas()
         self._stop_asked = asyncio.Event()
@@ -107,6 +106,7 @@ class App:
             pace=self._pace,
             quotas=self._quotas,
         )
+        self._tenants = Tenants(config.data_dir, self._doors.access.accepts)
         self._engine_up = False
 
     async def run_until_signal(self) -> None:
@@ -209,7 +209,11 @@ class App:
         # Uploads give way to sequences.
         places = UploadPlaces(UploadFlow(busy=lambda: engine.in_flight > 0))
         await tenants.start(
-            Furnish(config, engine, prompts, places, UploadQuotas(stores, book)),
+            Furnish(
+                *(config, engine, prompts, places),
+                quotas=UploadQuotas(stores, book),
+                shares=tenants.shares,
+            ),
             default,
             open_=open_,
             max_tenants=descriptors.tenants,

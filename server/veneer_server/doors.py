@@ -84,7 +84,11 @@ class Bound:
 
 class Doors:
     """Opens the sockets, then gets the services that answer; `stop_accepting` and `stop`
-    close them."""
+    close them.
+
+    Attributes:
+        access: lets calls in.
+    """
 
     def __init__(
         self,
@@ -98,7 +102,7 @@ class Doors:
     ) -> None:
         """Raises InvalidField if the files with keys or certificates cannot be used."""
         self.gateway: Gateway | None = None
-        self._access = Access(
+        self.access = Access(
             None if config.keys_file is None else IdentityFile(config.keys_file),
             _tokens(config),
         )
@@ -137,7 +141,7 @@ class Doors:
             InvalidField: the audit log cannot be opened.
         """
         audit_log = self._config.audit_log
-        if audit_log is None and self._access.asks:
+        if audit_log is None and self.access.asks:
             audit_log = self._config.data_dir / "audit.jsonl"
         self._audit = Audit(
             audit_log,
@@ -209,7 +213,7 @@ class Doors:
         if wanted is None:
             return None
         hosts = AllowedHosts(wanted, self._config.allowed_hosts)
-        scraping = ScrapeServer(self._pages, hosts, access=self._access, tls=self._http_tls)
+        scraping = ScrapeServer(self._pages, hosts, access=self.access, tls=self._http_tls)
         try:
             address = await scraping.start(wanted)
         except OSError as error:
@@ -247,7 +251,7 @@ class Doors:
                         GENERATE_METHODS, lambda request: self._check_wire(request)
                     ),
                     pace=self._pace,
-                    access=self._access,
+                    access=self.access,
                     audit=self._audit,
                     quotas=self._quotas,
                     elsewhere=elsewhere,
@@ -299,7 +303,7 @@ class Doors:
             reader_limit_s=self._config.reader_limit,
             max_connections=most,
             pace=self._pace,
-            access=self._access,
+            access=self.access,
             audit=self._audit,
             tls=self._http_tls,
             quotas=self._quotas,

@@ -37,7 +37,7 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import psutil
 from veneer_proto.v1 import inference_pb2, server_pb2
@@ -104,7 +104,7 @@ def attack_here(name: str, seed: int) -> None:
     if not line:  # the run has ended early
         return
     target = json.loads(line)
-    target["work"] = Path(target["work"])
+    target |= {name: Path(target[name]) for name in ("work", "keys_file")}
 
     async def told() -> None:
         print(json.dumps(await module.attack(Target(**target, rng=rng))), flush=True)
@@ -158,6 +158,7 @@ async def run_attack(
     attackers: Attackers,
     given: argparse.Namespace,
     keys: dict[str, str],
+    keys_file: Path,
 ) -> Result:
     """One attack beside normal callers, after a control run without it."""
     adapters = ["", *NAMES]
@@ -172,6 +173,7 @@ async def run_attack(
             "work": work,
             "adapter": TARGET,
             "keys": keys,
+            "keys_file": str(keys_file),
         }
         attacker = await attackers.take(name)
         assert attacker.stdin is not None
@@ -325,11 +327,12 @@ def flags_of(name: str) -> dict[str, str]:
 
 
 @asynccontextmanager
-async def _server(group: Group, folder: Path, cache: Path) -> AsyncIterator[tuple[Server, Any]]:
-    """The group's server, and its keys by name."""
-    flags, keys = list(chain(*group.flags.items())), {}
+async def _server(
+    group: Group, folder: Path, cache: Path
+) -> AsyncIterator[tuple[Server, dict[str, str], Path]]:
+    """The group's server, its keys by name, and their file."""
+    flags, keys, file = list(chain(*group.flags.items())), {}, folder / "keys.toml"
     if group.keys:
-        file = folder / "keys.toml"
         keys = {
             name: add_key(file, name=name, tenant=tenant, roles=[role], expires=None).key
             for name, (tenant, role) in KEYS.items()
@@ -343,7 +346,7 @@ async def _server(group: Group, folder: Path, cache: Path) -> AsyncIterator[tupl
         async with running_server(
             folder / "data", cache, *kv, *flags, key=keys.get("operator")
         ) as server:
-            yield server, keys
+            yield server, keys, file
 
 
 async def run_group(
@@ -353,7 +356,7 @@ async def run_group(
     waiting, results = list(group.names), []
     while waiting:
         with tempfile.TemporaryDirectory() as folder:
-            async with _server(group, Path(folder), given.cache_dir) as (server, keys):
+            async with _server(group, Path(folder), given.cache_dir) as (server, *known):
                 for name in NAMES:
                     await server.push(ADAPTERS / name, name)
                 await server.push_files(_other_weights(), TARGET)
@@ -362,7 +365,7 @@ async def run_group(
                 while waiting:
                     began = time.perf_counter()
                     name = waiting.pop(0)
-                    result = await run_attack(server, name, attackers, given, keys)
+                    result = await run_attack(server, name, attackers, given, *known)
                     results.append(result)
                     _print(result, time.perf_counter() - began)
                     if result.failures:

@@ -71,6 +71,7 @@ class Target:
         work: an empty folder.
         adapter: an adapter that the server has.
         keys: API keys by the names in `KEYS`; empty on a server without keys.
+        keys_file: the file with these keys, for attacks with keys of their own.
     """
 
     grpc: str
@@ -83,6 +84,7 @@ class Target:
     work: Path
     adapter: str
     keys: dict[str, str]
+    keys_file: Path
 
     def metadata(self, key: str) -> tuple[tuple[str, str], ...]:
         """gRPC metadata (also the headers of HTTP requests) of a caller with that key."""

@@ -127,7 +127,7 @@ def share(
     server: ServerOption = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Let other tenants use an adapter by its name, with all revisions and aliases."""
+    """Let other tenants use an adapter as TENANT/NAME, with all revisions and aliases."""
     with errors_shown(context, debug), connect(context, server) as client:
         adapter = client.update_adapter(name, shared=not stop)
         who = "all tenants may use it" if adapter.shared else "only its own tenant may use it"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import suppress
 from typing import Final
 
 import typer
 from veneer_registry.adapter import SHORT_REVISION
-from veneer_registry.errors import VeneerError
+from veneer_registry.errors import AdapterNotFound, VeneerError
 
 from veneer_client.address import DEFAULT_ADDRESS
 from veneer_client.cli.values import MODES
@@ -22,18 +23,20 @@ _MOST: Final = 100
 
 
 def adapter_names(context: typer.Context, incomplete: str) -> list[str]:
-    """Names with this prefix; after an ``@`` the name's revisions, after a ``/`` its
+    """Names with this prefix; after an ``@`` the name's revisions, after a ``/`` also its
     aliases."""
     name, at, revision = incomplete.partition("@")
     try:
         with _client(context) as client:
             if at:
                 return [f"{name}@{digits}" for digits in _revisions(client, name, revision)]
-            if "/" in name:
-                found = client.list_aliases(name.partition("/")[0])
-                return [one.alias for one in found if one.alias.startswith(name)]
             listed = client.list(name_prefix=name, page_size=_MOST)
-            return [adapter.name for adapter in itertools.islice(listed, _MOST)]
+            names = [adapter.name for adapter in itertools.islice(listed, _MOST)]
+            if "/" in name:
+                with suppress(AdapterNotFound):  # it is a tenant's
+                    found = client.list_aliases(name.rpartition("/")[0])
+                    names += [one.alias for one in found if one.alias.startswith(name)]
+            return names
     except VeneerError:
         return []
 

@@ -29,9 +29,9 @@ class AdapterServiceStub:
     """Adapters by name. A separate service, so that a proxy can guard it by path.
 
     A caller sees the adapters of its own tenant. Those that another tenant shares are
-    found by GetAdapter, ListAdapters and ListAliases too, and can be used in requests,
-    where no adapter of one's own has the name. An operator acts in another tenant by
-    naming it in metadata `veneer-tenant`.
+    found by GetAdapter, ListAdapters and ListAliases too, and can be used in requests, as
+    `TENANT/name`, or by their plain names where the caller's tenant accepts them and has
+    none of its own. An operator names another tenant in metadata `veneer-tenant`.
 
     A call that changes something is carried out whole or not at all, whether or not its
     caller waits for the answer. An upload whose caller leaves before the name has moved
@@ -130,9 +130,9 @@ class AdapterServiceServicer:
     """Adapters by name. A separate service, so that a proxy can guard it by path.
 
     A caller sees the adapters of its own tenant. Those that another tenant shares are
-    found by GetAdapter, ListAdapters and ListAliases too, and can be used in requests,
-    where no adapter of one's own has the name. An operator acts in another tenant by
-    naming it in metadata `veneer-tenant`.
+    found by GetAdapter, ListAdapters and ListAliases too, and can be used in requests, as
+    `TENANT/name`, or by their plain names where the caller's tenant accepts them and has
+    none of its own. An operator names another tenant in metadata `veneer-tenant`.
 
     A call that changes something is carried out whole or not at all, whether or not its
     caller waits for the answer. An upload whose caller leaves before the name has moved
@@ -345,9 +345,9 @@ class AdapterService:
     """Adapters by name. A separate service, so that a proxy can guard it by path.
 
     A caller sees the adapters of its own tenant. Those that another tenant shares are
-    found by GetAdapter, ListAdapters and ListAliases too, and can be used in requests,
-    where no adapter of one's own has the name. An operator acts in another tenant by
-    naming it in metadata `veneer-tenant`.
+    found by GetAdapter, ListAdapters and ListAliases too, and can be used in requests, as
+    `TENANT/name`, or by their plain names where the caller's tenant accepts them and has
+    none of its own. An operator names another tenant in metadata `veneer-tenant`.
 
     A call that changes something is carried out whole or not at all, whether or not its
     caller waits for the answer. An upload whose caller leaves before the name has moved

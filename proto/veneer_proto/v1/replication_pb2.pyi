@@ -60,7 +60,7 @@ class FollowResponse(_message.Message):
     def __init__(self, begin: _Optional[_Union[FollowBegin, _Mapping]] = ..., state: _Optional[_Union[NameState, _Mapping]] = ..., snapshot_end: _Optional[_Union[SnapshotEnd, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
 
 class FollowBegin(_message.Message):
-    __slots__ = ("run", "store", "catalog_change", "snapshot", "sequence", "base", "heartbeat", "lease")
+    __slots__ = ("run", "store", "catalog_change", "snapshot", "sequence", "base", "heartbeat", "lease", "asks_callers")
     RUN_FIELD_NUMBER: _ClassVar[int]
     STORE_FIELD_NUMBER: _ClassVar[int]
     CATALOG_CHANGE_FIELD_NUMBER: _ClassVar[int]
@@ -69,6 +69,7 @@ class FollowBegin(_message.Message):
     BASE_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     LEASE_FIELD_NUMBER: _ClassVar[int]
+    ASKS_CALLERS_FIELD_NUMBER: _ClassVar[int]
     run: str
     store: str
     catalog_change: int
@@ -77,7 +78,8 @@ class FollowBegin(_message.Message):
     base: str
     heartbeat: _duration_pb2.Duration
     lease: _duration_pb2.Duration
-    def __init__(self, run: _Optional[str] = ..., store: _Optional[str] = ..., catalog_change: _Optional[int] = ..., snapshot: _Optional[bool] = ..., sequence: _Optional[int] = ..., base: _Optional[str] = ..., heartbeat: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., lease: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    asks_callers: bool
+    def __init__(self, run: _Optional[str] = ..., store: _Optional[str] = ..., catalog_change: _Optional[int] = ..., snapshot: _Optional[bool] = ..., sequence: _Optional[int] = ..., base: _Optional[str] = ..., heartbeat: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., lease: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., asks_callers: _Optional[bool] = ...) -> None: ...
 
 class NameState(_message.Message):
     __slots__ = ("tenant", "name", "sequence", "previous", "gone", "current", "generation", "retain", "shared", "revisions", "aliases")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+import time
+from collections.abc import Mapping, Sequence, Set
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Final, Protocol
 
 from veneer_registry.errors import PermissionDenied, Unauthenticated
 
+from veneer_server.access.certificates import NOT_SHOWN, Shown
 from veneer_server.access.identity_file import IdentityFile
 from veneer_server.access.keys import TENANT
+from veneer_server.access.lasting import Lasting
 from veneer_server.access.methods import OPEN, roles_for
 from veneer_server.access.principal import (
     ANYONE,
@@ -22,7 +26,10 @@ from veneer_server.access.principal import (
 from veneer_server.logs import TENANT as LOGGED_TENANT
 from veneer_server.queues.fairness import FAIRNESS, Fairness, Routed, fairness_of
 
-__all__ = ["Access", "Credentials", "TokenCheck"]
+__all__ = ["PASSED_ON", "Access", "Credentials", "TokenCheck"]
+
+PASSED_ON: Final = "veneer-passed-on"
+"""Metadata of a call that a follower passes on: the tenant that it is for."""
 
 _BEARER: Final = "bearer "
 _MAX_CREDENTIAL: Final = 8192
@@ -37,27 +44,35 @@ class Credentials:
     Attributes:
         authorization: the header of this name, or gRPC metadata.
         api_key: the header ``x-api-key``.
-        names: subject alternative names of the client's certificate, which TLS has verified.
+        certificate: the client's, which TLS has verified.
         tenant: the header ``x-veneer-tenant``, or gRPC metadata ``veneer-tenant``: an operator
             acts in this tenant. Empty: the caller's own.
         routed: what a gateway says about the call.
+        passed_on: gRPC metadata ``veneer-passed-on``: a follower passes the call on for a
+            caller of this tenant. The certificate is then the follower's. Empty: it is the
+            caller's own call.
     """
 
     authorization: str = ""
     api_key: str = ""
-    names: tuple[str, ...] = ()
+    certificate: Shown = NOT_SHOWN
     tenant: str = ""
     routed: Routed = field(default_factory=Routed)
+    passed_on: str = ""
 
     @classmethod
-    def of_headers(cls, headers: Mapping[str, str], names: Iterable[str] = ()) -> Credentials:
+    def of_headers(
+        cls, headers: Mapping[str, str], certificate: Shown = NOT_SHOWN
+    ) -> Credentials:
         """From HTTP headers or gRPC metadata, by lower-case name."""
+        passed_on = headers.get(PASSED_ON, "")
         return cls(
             headers.get("authorization", ""),
             headers.get("x-api-key", ""),
-            tuple(names),
+            NOT_SHOWN if passed_on else certificate,
             headers.get("veneer-tenant", "") or headers.get("x-veneer-tenant", ""),
             Routed.of_headers(headers),
+            passed_on,
         )
 
     @property
@@ -71,8 +86,15 @@ class Credentials:
 class TokenCheck(Protocol):
     """Verifies JSON Web Tokens."""
 
+    @property
+    def keys(self) -> object:
+        """What tokens are verified with; equal as long as that has not changed."""
+
     async def principal(self, token: str) -> Principal:
         """Whose token it is. Raises Unauthenticated."""
+
+    async def refresh(self) -> None:
+        """Bring the keys up to date, where that is cheap."""
 
 
 class Access:
@@ -83,11 +105,18 @@ class Access:
     ) -> None:
         self._identities = identities
         self._tokens = tokens
+        self._lasting = Lasting(self._keys, self._refresh)
 
     @property
     def asks(self) -> bool:
         """Whether callers must say who they are."""
         return self._identities is not None or self._tokens is not None
+
+    def accepts(self, tenant: str) -> Sequence[str]:
+        """Whose shared adapters a tenant knows by their plain names; see `Identities`."""
+        if self._identities is None:
+            return ()
+        return self._identities.latest.accepts.get(tenant, ())
 
     async def admit(
         self, method: str, credentials: Credentials, elsewhere: Set[str] = frozenset()
@@ -102,7 +131,8 @@ class Access:
         Raises:
             Unauthenticated: no credential, or one that is not valid.
             PermissionDenied: none of the caller's roles takes the method, it may not act in
-                the tenant that it names, or the method is on another port.
+                the tenant that it names, it belongs to another one than a follower passes its
+                call on for, or the method is on another port.
         """
         _is(ANYONE)
         FAIRNESS.set(_ANYONES)
@@ -121,6 +151,13 @@ class Access:
         if credentials.tenant and credentials.tenant != principal.tenant:
             principal = _visiting(principal, credentials.tenant)
             _is(principal)
+        if credentials.passed_on and credentials.passed_on != principal.tenant:
+            raise PermissionDenied(
+                f"a follower passes this call on for tenant {credentials.passed_on[:80]!r}, "
+                f"and its caller belongs to {principal.tenant!r} here: give the follower the "
+                "same --keys-file or --jwt-issuer as its registry",
+                metadata={"cause": "passed_on"},
+            )
         weights = None if self._identities is None else self._identities.latest.weights
         routed = credentials.routed
         FAIRNESS.set(fairness_of(principal.tenant, principal.gateway, routed, weights))
@@ -132,6 +169,33 @@ class Access:
             )
         return principal
 
+    def while_admitted(
+        self, method: str, credentials: Credentials, elsewhere: Set[str] = frozenset()
+    ) -> AbstractContextManager[None]:
+        """A block for a call that `admit` has just let in, with the same arguments. It is
+        cancelled, and raises what `admit` would, once the call would not be let in any more: a
+        key was revoked, or has another tenant or fewer roles, or what the caller showed has
+        expired."""
+        if not self.asks or roles_for(method) is OPEN:
+            return nullcontext()
+
+        async def check() -> Principal:
+            return await self.admit(method, credentials, elsewhere)
+
+        return self._lasting.call(PRINCIPAL.get(), check)
+
+    def _keys(self) -> tuple[object, object]:
+        return (
+            None if self._identities is None else self._identities.latest,
+            None if self._tokens is None else self._tokens.keys,
+        )
+
+    async def _refresh(self) -> None:
+        if self._identities is not None:
+            await self._identities.current()
+        if self._tokens is not None:
+            await self._tokens.refresh()
+
     async def _principal(self, credentials: Credentials) -> Principal:
         identities = None if self._identities is None else await self._identities.current()
         secret = credentials.secret
@@ -140,9 +204,12 @@ class Access:
         if not secret:
             if credentials.authorization:
                 raise _refused("the authorization must be `Bearer KEY`", "scheme")
-            found = identities and identities.by_certificate(credentials.names)
+            shown = credentials.certificate
+            found = identities and identities.by_certificate(shown.names)
             if found:
-                return found
+                if shown.until <= time.time():  # it was valid when the client connected
+                    raise _refused("the client's certificate has expired", "certificate")
+                return replace(found, until=shown.until)
             raise _refused("this server wants to know who calls", "no_credential")
         if self._tokens is not None and not secret.startswith(_KEY):
             found = await self._tokens.principal(secret)

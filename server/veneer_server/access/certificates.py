@@ -7,17 +7,20 @@ together, as in the middle of a renewal, leave the last pair in use.
 from __future__ import annotations
 
 import asyncio
+import math
 import ssl
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from veneer_registry.errors import InvalidField
 
 from veneer_server.logs import get_logger
 
-__all__ = ["Certificates", "Pair", "certificate_names"]
+__all__ = ["NOT_SHOWN", "Certificates", "Pair", "Shown", "shown", "shown_to_grpc"]
 
 _LOOK_NS: Final = 100_000_000
 """Least time between two looks at the files."""
@@ -121,11 +124,44 @@ class Certificates:
         return pair, context
 
 
-def certificate_names(transport: asyncio.BaseTransport) -> tuple[str, ...]:
-    """Subject alternative names of the client's certificate, if TLS asked for one."""
+class Shown(NamedTuple):
+    """A client's certificate, which TLS has verified when the client connected.
+
+    Attributes:
+        names: subject alternative names; none if TLS asked for no certificate.
+        until: when it expires, in Unix seconds.
+    """
+
+    names: tuple[str, ...] = ()
+    until: float = math.inf
+
+
+NOT_SHOWN: Final = Shown()
+
+
+def shown(transport: asyncio.BaseTransport) -> Shown:
+    """The client's certificate."""
     connection = transport.get_extra_info("ssl_object")
-    found = None if connection is None else connection.getpeercert()
-    return tuple(name for _, name in (found or {}).get("subjectAltName", ()))
+    found = (None if connection is None else connection.getpeercert()) or {}
+    names = tuple(name for _, name in found.get("subjectAltName", ()))
+    if not names:
+        return NOT_SHOWN
+    return Shown(names, float(ssl.cert_time_to_seconds(found["notAfter"])))
+
+
+def shown_to_grpc(context: Mapping[str, Sequence[bytes]]) -> Shown:
+    """The client's certificate, of a call's authentication context."""
+    names = tuple(context.get("x509_subject_alternative_name", ()))
+    return _in_pem(names, context["x509_pem_cert"][0]) if names else NOT_SHOWN
+
+
+@lru_cache(1024)
+def _in_pem(names: tuple[bytes, ...], pem: bytes) -> Shown:
+    # Imported here, since it makes each start longer.
+    from cryptography.x509 import load_pem_x509_certificate
+
+    until = load_pem_x509_certificate(pem).not_valid_after_utc.timestamp()
+    return Shown(tuple(name.decode("utf-8", "replace") for name in names), until)
 
 
 def _read(file: Path) -> bytes:

@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+from veneer_registry.adapter import check_name
 from veneer_registry.errors import InvalidField
 
 from veneer_server.access.principal import DEFAULT_TENANT, ROLES, Principal, Role
@@ -74,6 +75,8 @@ class Identities:
         weights: of tenants and objectives.
         defaults: limits of each caller that has none of its own.
         tenants: limits of all of a tenant's calls together, by its name.
+        accepts: by a tenant's name, the tenants and adapters (``TENANT`` or ``TENANT/name``)
+            that it knows by their plain names where they are shared.
     """
 
     keys: Mapping[str, ApiKey]
@@ -81,6 +84,7 @@ class Identities:
     weights: Weights
     defaults: Quota = UNLIMITED
     tenants: Mapping[str, Account] = field(default_factory=dict)
+    accepts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def by_key(self, key: str, now: datetime) -> Principal | None:
         """Whose key it is; None if it is unknown or has expired. Takes the same time for a
@@ -139,13 +143,12 @@ def parse_identities(text: str, path: Path) -> Identities:
         digest = entry.get("sha256")
         if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
             raise _wrong(path, f"{at}.sha256", "must be 64 hexadecimal digits")
-        expires = entry.get("expires")
-        keys[id] = ApiKey(
-            id,
-            bytes.fromhex(digest),
-            _limited(path, at, entry, id, f"key:{id}", defaults, tenants),
-            None if expires is None else _time(path, f"{at}.expires", expires),
-        )
+        given = entry.get("expires")
+        expires = None if given is None else _time(path, f"{at}.expires", given)
+        principal = _limited(path, at, entry, id, f"key:{id}", defaults, tenants)
+        if expires is not None:
+            principal = replace(principal, until=expires.timestamp())
+        keys[id] = ApiKey(id, bytes.fromhex(digest), principal, expires)
     certificates = {}
     for name, entry in _tables(document, "certificates", path):
         at = f"certificates.{name!r}"
@@ -153,7 +156,24 @@ def parse_identities(text: str, path: Path) -> Identities:
         certificates[name] = _limited(
             path, at, entry, name, f"certificate:{name}", defaults, tenants
         )
-    return Identities(keys, certificates, weights, defaults, tenants)
+    accepts = {
+        name: _accepts(path, f"tenants.{name}.accepts", entry.get("accepts", []))
+        for name, entry in _tables(document, "tenants", path)
+    }
+    return Identities(keys, certificates, weights, defaults, tenants, accepts)
+
+
+def _accepts(path: Path, at: str, given: object) -> tuple[str, ...]:
+    listed = given if isinstance(given, list) else [None]
+    for each in listed:
+        tenant, slash, name = each.partition("/") if isinstance(each, str) else ("", "", "")
+        try:
+            wrong = TENANT.fullmatch(tenant) is None or (slash and not check_name(name))
+        except InvalidField:
+            wrong = True
+        if wrong:
+            raise _wrong(path, at, 'must be a list such as ["team-a", "team-c/code"]')
+    return tuple(listed)
 
 
 def _tenants(path: Path, document: Mapping[str, Any]) -> tuple[dict[str, Account], Weights]:
@@ -165,7 +185,7 @@ def _tenants(path: Path, document: Mapping[str, Any]) -> tuple[dict[str, Account
         at = f"tenants.{name}"
         if not TENANT.fullmatch(name):
             raise _wrong(path, at, "is not a tenant's name")
-        _check_known(path, at, entry, {"limits", "weight"})
+        _check_known(path, at, entry, {"accepts", "limits", "weight"})
         quota = _quota(path, f"{at}.limits", entry.get("limits", {}))
         accounts[name] = Account(f"tenant:{name}", quota)
         weight = entry.get("weight", 1.0)

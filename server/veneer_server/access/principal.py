@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Set
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal, get_args
 
 from veneer_registry.errors import PermissionDenied
@@ -39,6 +40,7 @@ class Principal:
         accounts: whose limits its calls count towards.
         visiting: it is an operator of another tenant, who named this one.
         gateway: whether it may say whom it calls for, see `fairness`.
+        until: when what it showed expires, in Unix seconds.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Principal:
     accounts: tuple[Account, ...] = ()
     visiting: bool = False
     gateway: bool = False
+    until: float = field(default=math.inf, compare=False)
 
     def has(self, any_of: Set[Role]) -> bool:
         """Whether one of these roles is among its own, or included in one of them: an admin is

@@ -156,7 +156,20 @@ class Tokens:
         plain = text == name and 0 < len(text) <= 128
         own = text if plain else hashlib.sha256(repr(name).encode()).hexdigest()
         account = Account(f"token:{tenant}/{own}", UNLIMITED)
-        return Principal(text[:128] or "token", tenant, frozenset(roles), (account,))
+        until = float(claims["exp"]) + _LEEWAY_S
+        return Principal(
+            text[:128] or "token", tenant, frozenset(roles), (account,), until=until
+        )
+
+    @property
+    def keys(self) -> object:
+        """The issuer's keys; another object once they have changed."""
+        return self._keys
+
+    async def refresh(self) -> None:
+        """Look whether the file with keys has changed."""
+        if self._file is not None:
+            await self._follow_file(self._file)
 
     async def _key(self, id: str | None) -> jwt.PyJWK | None:
         if self._file is not None:

@@ -337,6 +337,11 @@ class ServerConfig:
         "Write the bound addresses to FILE as JSON when ready.")
     # fmt: on
 
+    @property
+    def asks_callers(self) -> bool:
+        """Whether callers must say who they are."""
+        return self.keys_file is not None or bool(self.jwt_issuer)
+
 
 OPTIONS: Final = tuple(Option(field.name, **field.metadata) for field in fields(ServerConfig))
 """Every setting, in the order that the help shows."""

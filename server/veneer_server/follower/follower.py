@@ -111,6 +111,7 @@ class Follower:
             self.standing,
             name=f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}",
             base=base_identity(base),
+            asks_callers=config.asks_callers,
             apply=self._apply,
         )
         self._config = config

@@ -10,9 +10,13 @@ from typing import Any, Final
 
 import grpc
 from veneer_proto.v1 import replication_pb2, replication_pb2_grpc
-from veneer_registry.errors import VeneerError
+from veneer_registry.errors import FailedPrecondition, VeneerError
 
-from veneer_server.follower.registry_channel import RegistryPlace, to_error
+from veneer_server.follower.registry_channel import (
+    RegistryPlace,
+    refuses_strangers,
+    to_error,
+)
 from veneer_server.follower.standing import Standing
 from veneer_server.follower.view import OutOfStep, Received, View
 from veneer_server.logs import get_logger
@@ -56,11 +60,13 @@ class Link:
         *,
         name: str,
         base: str,
+        asks_callers: bool,
         apply: Callable[[Received], Awaitable[None]],
     ) -> None:
         """Args:
         name: of this follower.
         base: identity of this server's base.
+        asks_callers: whether this server wants to know who calls.
         apply: carries out what a message changes, before the registry is told so.
         """
         self.connects = 0
@@ -70,9 +76,12 @@ class Link:
         self._standing = standing
         self._name = name
         self._base = base
+        self._asks_callers = asks_callers
         self._apply = apply
         self._task: asyncio.Task[None] | None = None
         self._synced = asyncio.Event()
+        self._answered = asyncio.Event()
+        """The first snapshot is there, or the registry does not fit."""
         self._done = view.run, view.sequence
         """What is applied: run and sequence."""
         self._applied = asyncio.Event()
@@ -91,10 +100,12 @@ class Link:
                 await self._task
 
     async def synced(self, within_s: float) -> bool:
-        """Wait for the first snapshot; False if it did not come in time."""
+        """Wait for the first snapshot; False if it did not come in time. Raises
+        FailedPrecondition if the registry knows callers in another way than this server."""
         with suppress(TimeoutError):
             async with asyncio.timeout(within_s):
-                await self._synced.wait()
+                await self._answered.wait()
+        self._standing.check_fit()
         return self._synced.is_set()
 
     async def _run(self) -> None:
@@ -152,6 +163,8 @@ class Link:
                     if first is None:  # so gRPC gives what it cannot read
                         raise ValueError("the registry sent what is no message")
                     message = from_wire(first, self._base)
+                    if isinstance(message, Begin):
+                        await self._check_fit(message, channel)
                     received = self._view.receive(message)
                     if isinstance(message, Begin):
                         self._begun(message)
@@ -180,6 +193,21 @@ class Link:
                 if telling is not None:
                     telling.cancel()
                 call.cancel()
+
+    async def _check_fit(self, begin: Begin, channel: grpc.aio.Channel) -> None:
+        """Raise FailedPrecondition, before anything is taken over, if the registry knows
+        callers in another way than this server."""
+        asks_there = begin.asks_callers
+        if asks_there is None:  # an older version
+            asks_there = await refuses_strangers(channel)
+        unfit = self._standing.unfit
+        try:
+            self._standing.fit(asks_here=self._asks_callers, asks_there=asks_there)
+        except FailedPrecondition as error:
+            if error.message != unfit:
+                _log.error("the registry is not followed", why=error.message)
+            self._answered.set()
+            raise
 
     def _begun(self, begin: Begin) -> None:
         self.connects += 1
@@ -214,6 +242,7 @@ class Link:
         if received.current:
             self._standing.current()
             self._synced.set()
+            self._answered.set()
         elif received.changes and self._standing.connected:
             self._standing.current()
         if received.changes or received.current:

@@ -11,7 +11,12 @@ from typing import Any, Final
 import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
-from veneer_proto.v1 import replication_pb2, replication_pb2_grpc
+from veneer_proto.v1 import (
+    replication_pb2,
+    replication_pb2_grpc,
+    server_pb2,
+    server_pb2_grpc,
+)
 from veneer_registry.errors import (
     DeadlineExceeded,
     InvalidField,
@@ -24,13 +29,17 @@ from veneer_server.config import ServerConfig
 from veneer_server.errors import DOMAIN
 from veneer_server.follower.fetching import Chunk
 
-__all__ = ["RegistryChannel", "RegistryPlace", "to_error"]
+__all__ = ["RegistryChannel", "RegistryPlace", "refuses_strangers", "to_error"]
 
 _MOST_MESSAGE: Final = 64 << 20
 """Bytes of the state of one name: it may have a thousand revisions."""
 
 _KEY: Final = "registry_key_file"
 _PEM: Final = ("registry_ca", "registry_cert_key", "registry_cert")
+
+_NOBODYS_KEY: Final = "vn_00000000_nobody"
+_ASK_S: Final = 5.0
+"""How long a registry may take to answer `refuses_strangers`."""
 
 _OLD_CALLS_S: Final = 600.0
 """How long calls may go on that began before a certificate was renewed."""
@@ -155,6 +164,26 @@ class RegistryChannel:
             raise to_error(error, self.place.address) from error
         finally:
             call.cancel()
+
+
+async def refuses_strangers(channel: grpc.aio.Channel) -> bool:
+    """Whether a registry refuses a key that nobody has, which one without keys does not look
+    at. For versions that do not tell; it is a line in the audit log there.
+
+    Raises:
+        grpc.aio.AioRpcError: it did neither.
+    """
+    stub: Any = server_pb2_grpc.ServerServiceStub(channel)
+    key = (("authorization", f"Bearer {_NOBODYS_KEY}"),)
+    try:
+        await stub.GetServerInfo(
+            server_pb2.GetServerInfoRequest(), metadata=key, timeout=_ASK_S
+        )
+    except grpc.aio.AioRpcError as error:
+        if error.code() is not grpc.StatusCode.UNAUTHENTICATED:
+            raise
+        return True
+    return False
 
 
 def to_error(error: grpc.aio.AioRpcError, address: str) -> VeneerError:

@@ -29,6 +29,7 @@ class Standing:
         connected: whether there is a connection whose snapshot or changes were received.
         sequence: the last change that was applied.
         fault: why the registry cannot be followed, in words; "" if it can.
+        unfit: the same, where the registry knows callers in another way than this server.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Standing:
         self.connected = False
         self.sequence = 0
         self.fault = ""
+        self.unfit = ""
         self._clock = clock
         self._started = clock()
         self._current: float | None = None
@@ -104,6 +106,37 @@ class Standing:
             metadata={"adapter": name, "cause": "registry_away", "lag_s": f"{self.lag_s:.1f}"},
             retry_after_s=RETRY_S,
         )
+
+    def fit(self, *, asks_here: bool, asks_there: bool) -> None:
+        """Note how this server and its registry know callers. Unless both ask who calls, or
+        neither does, a caller could change at one what the other hides from it.
+
+        Raises:
+            FailedPrecondition: only one of them asks.
+        """
+        self.unfit = ""
+        if asks_here and not asks_there:
+            self.unfit = (
+                "this server asks its callers for keys (--keys-file or --jwt-issuer), and the "
+                f"registry at {self.registry} asks nobody, so a caller could change every "
+                "tenant's adapters there: start the registry with the same --keys-file or "
+                "--jwt-issuer"
+            )
+        elif asks_there and not asks_here:
+            self.unfit = (
+                f"the registry at {self.registry} asks its callers for keys (--keys-file or "
+                "--jwt-issuer), and this server asks nobody, so every caller would see all "
+                "tenants' adapters here: start this server with the registry's --keys-file or "
+                "--jwt-issuer"
+            )
+        self.check_fit()
+
+    def check_fit(self) -> None:
+        """Raise FailedPrecondition if the registry knows callers in another way."""
+        if self.unfit:
+            raise FailedPrecondition(
+                self.unfit, metadata={"cause": "callers", "registry": self.registry}
+            )
 
     def unreachable(self, what: str, why: str) -> Unavailable:
         """The error for something that takes the registry, which cannot be reached."""

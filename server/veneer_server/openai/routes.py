@@ -6,6 +6,7 @@ import re
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -23,6 +24,7 @@ from veneer_registry.errors import (
 
 from veneer_server import __version__
 from veneer_server.access.authenticate import Access, Credentials
+from veneer_server.access.certificates import NOT_SHOWN
 from veneer_server.access.methods import HTTP_PATHS, METHODS
 from veneer_server.access.principal import PRINCIPAL
 from veneer_server.errors import detail_for_log, internal_error
@@ -36,7 +38,7 @@ from veneer_server.openai.endpoints.state import state_routes
 from veneer_server.openai.endpoints.tokenize import DetokenizeEndpoint, TokenizeEndpoint
 from veneer_server.openai.errors import PACED, HttpError, http_failure
 from veneer_server.openai.generate import ChatEndpoint, CompletionEndpoint
-from veneer_server.openai.http.asgi import CERTIFICATE_NAMES, Receive, Scope, Send
+from veneer_server.openai.http.asgi import ABORT, CERTIFICATE, Receive, Scope, Send
 from veneer_server.openai.http.cors import Cors
 from veneer_server.openai.messages.endpoint import MessagesEndpoint
 from veneer_server.openai.responses.endpoint import ResponsesEndpoint
@@ -55,6 +57,8 @@ _GENERATE: Final = frozenset(
 _REFUSALS: Final = (InvalidField, Unauthenticated, PermissionDenied, Unavailable)
 """Of a request, before it gets to its path."""
 _MODEL: Final = "/v1/models/"
+_NO_ANSWER: Final = 499
+"""The status by which metrics know requests whose callers left."""
 _SECONDS: Final = (0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80)
 
 _log = get_logger(__name__)
@@ -166,8 +170,11 @@ class Edge:
                 "the name",
             )
 
-    async def _admit(self, scope: Scope, headers: Mapping[bytes, bytes]) -> None:
-        """Raises if the caller may not use the path. Paths that are not listed do not exist."""
+    async def _admit(
+        self, scope: Scope, headers: Mapping[bytes, bytes]
+    ) -> AbstractContextManager[None]:
+        """Raises if the caller may not use the path; ends the block that it returns once the
+        caller may not any more. Paths that are not listed do not exist."""
         verb, path = scope["method"], _listed(scope["path"])
         allowed = _methods_of(scope["path"])
         verb = "GET" if verb == "HEAD" else verb
@@ -183,12 +190,14 @@ class Edge:
             name.decode("latin-1"): value.decode("latin-1") for name, value in headers.items()
         }
         INGRESS.set(Ingress.of(f"{verb} {path}", text))
-        names = scope.get("state", {}).get(CERTIFICATE_NAMES, ())
-        credentials = Credentials.of_headers(text, names)
-        await self._admission.access.admit(
-            f"{verb} {path}", credentials, self._admission.elsewhere
-        )
+        certificate = scope.get("state", {}).get(CERTIFICATE, NOT_SHOWN)
+        credentials = Credentials.of_headers(text, certificate)
+        access, elsewhere = self._admission.access, self._admission.elsewhere
+        await access.admit(f"{verb} {path}", credentials, elsewhere)
         ASKED.set(Asked.of(text))
+        if path in _GENERATE:  # an answer that has begun is not cut off
+            return nullcontext()
+        return access.while_admitted(f"{verb} {path}", credentials, elsewhere)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
@@ -197,7 +206,7 @@ class Edge:
         REQUEST_ID.set(request_id)
         host, port = scope.get("client") or ("", 0)
         CALLER.set(f"{host}:{port}")
-        status = 499
+        status = _NO_ANSWER
 
         async def tagged(message: Any) -> None:
             nonlocal status
@@ -216,8 +225,8 @@ class Edge:
             if self._admission.cors.asks(scope["method"], headers):
                 await self._preflight(scope["path"], headers)(scope, receive, tagged)
                 return
-            await self._admit(scope, headers)
-            await self._app(scope, receive, tagged)
+            with await self._admit(scope, headers):
+                await self._app(scope, receive, tagged)
         except (HttpError, *_REFUSALS) as error:
             reason = error.code if isinstance(error, HttpError) else error.reason
             if isinstance(error, VeneerError):
@@ -229,6 +238,9 @@ class Edge:
             _log.often(reason, "call refused", method="http", **why)
             if not isinstance(error, Unavailable):  # that is not the caller's fault
                 await self._pace.wait(CALLER.get())
+            if status != _NO_ANSWER:  # a part of it has been sent
+                scope["state"][ABORT]()
+                return
             failure = http_failure(error)
             answer = JSONResponse(failure.body, failure.status, dict(failure.headers))
             await answer(scope, receive, tagged)

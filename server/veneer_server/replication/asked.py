@@ -20,8 +20,9 @@ _CALLERS: Final = (
     *("authorization", "x-api-key", "veneer-actor"),
     *("veneer-tenant", "x-veneer-tenant"),
 )
-"""Metadata that says who calls. A certificate cannot be passed on: the registry then sees no
-credential, and refuses."""
+"""Metadata that says who calls. A certificate cannot be passed on: see `Asked.secret`."""
+
+_SECRETS: Final = frozenset({"authorization", "x-api-key"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,11 @@ class Asked:
 
     caller: tuple[tuple[str, str], ...] = ()
     most_lag_s: float = math.inf
+
+    @property
+    def secret(self) -> bool:
+        """Whether `caller` has a key or token."""
+        return any(key in _SECRETS for key, _ in self.caller)
 
     @classmethod
     def of(cls, headers: Mapping[str, str]) -> Asked:

@@ -74,6 +74,7 @@ class Begin:
             ``sequence``, which is the follower's own.
         base: identity of the base that its adapters were checked against.
         heartbeat_s, lease_s: see `HEARTBEAT_S` and `LEASE_S`.
+        asks_callers: whether the registry wants to know who calls; None if it does not tell.
     """
 
     run: str
@@ -84,6 +85,7 @@ class Begin:
     base: str = ""
     heartbeat_s: float = HEARTBEAT_S
     lease_s: float = LEASE_S
+    asks_callers: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,6 +55,7 @@ def to_wire(message: Message) -> replication_pb2.FollowResponse:
                 base=message.base,
                 heartbeat=_duration(message.heartbeat_s),
                 lease=_duration(message.lease_s),
+                asks_callers=message.asks_callers,
             )
             return replication_pb2.FollowResponse(begin=begin)
         case Told():
@@ -94,6 +95,7 @@ def from_wire(message: replication_pb2.FollowResponse, base: str) -> Message:
                 base=begin.base,
                 heartbeat_s=_seconds(begin.heartbeat),
                 lease_s=_seconds(begin.lease),
+                asks_callers=begin.asks_callers if begin.HasField("asks_callers") else None,
             )
         case "state":
             state = message.state

@@ -92,7 +92,10 @@ class Following:
 
     @property
     def _asking(self) -> Asking:
-        return Asking(self._following.channel, self._following.standing)
+        following = self._following
+        return Asking(
+            *(following.channel, following.standing), asks_callers=self._config.asks_callers
+        )
 
     def adapters(
         self, tenants: Tenants, budgets: AdapterBudgets, transfers: Transfers

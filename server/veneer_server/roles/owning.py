@@ -109,7 +109,9 @@ class Owning:
             return None if tenant is None else cast(Registry, tenant.registry)
 
         return ReplicationService(
-            self._feed, self._replicas, source, reader_limit_s=self._config.reader_limit
+            *(self._feed, self._replicas, source),
+            asks_callers=self._config.asks_callers,
+            reader_limit_s=self._config.reader_limit,
         )
 
     def loading(self) -> Loading:

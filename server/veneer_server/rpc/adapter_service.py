@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Awaitable, Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -84,7 +83,10 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     ) -> adapters_pb2.Adapter:
         """An adapter as ``home`` sees it."""
         message = self._of(owner).view.adapter(record)
-        return message if owner is home else as_shared(message, owner.name)
+        if owner is home:
+            return message
+        name = self._visible.shown(home, owner, record.ref.name)
+        return as_shared(message, owner.name, name)
 
     async def _own(self, spec: str) -> Tenant:
         """The caller's tenant, to change its adapter. Raises PermissionDenied if ``spec`` means
@@ -163,7 +165,8 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     ) -> adapters_pb2.GetAdapterResponse:
         """The named revision, and all stored revisions of that name."""
         home = await self._tenants.current()
-        owner, record = await to_the_end(lambda: self._visible.get(home, request.name))
+        seen = await to_the_end(lambda: self._visible.get(home, request.name))
+        owner, record = seen.owner, seen.record
         revisions = await to_the_end(lambda: owner.registry.revisions(record.ref.name))
         adapter = self._message(home, owner, record)
         page = admin.Page[adapters_pb2.Adapter](None, taken=adapter.ByteSize())
@@ -195,16 +198,17 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
                     limit=admin.BATCH,
                 )
             )
-            for owner, record in batch:
+            for seen in batch:
+                owner, record = seen.owner, seen.record
                 if tier is not None and self._of(owner).view.tier(record) is not tier:
                     continue
-                if not page.add(self._message(home, owner, record), record.ref.name):
+                if not page.add(self._message(home, owner, record), seen.name):
                     return adapters_pb2.ListAdaptersResponse(
                         adapters=page.entries, next_page_token=page.next_token
                     )
             if len(batch) < admin.BATCH:
                 return adapters_pb2.ListAdaptersResponse(adapters=page.entries)
-            after = batch[-1][1].ref.name
+            after = batch[-1].name
 
     async def ActivateAdapter(
         self, request: adapters_pb2.ActivateAdapterRequest, context: Any
@@ -286,7 +290,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         size = admin.page_size(request.page_size) if request.page_size else None
         page = admin.Page[adapters_pb2.Alias](size)
         after = admin.decode_token(request.page_token, "ListAliases")
-        name, _, alias = after.partition("/")
+        name, _, alias = after.rpartition("/")
         home = await self._tenants.current()
         rows = await to_the_end(lambda: self._visible.aliases(home, request.name))
         start = bisect.bisect_right(rows, (name, alias), key=lambda row: (row.name, row.alias))
@@ -354,10 +358,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             require({"operator"}, "pinning an adapter")
         wait = wait_for(request.wait, "wait")
         home = await self._own(request.name)
-        async with self._tenants.sharing if update.shared else nullcontext():
-            if update.shared:
-                self._visible.check_free(home, request.name)
-            record = await home.changes.update(request.name, update, who_calls(context))
+        record = await home.changes.update(request.name, update, who_calls(context))
         return adapters_pb2.UpdateAdapterResponse(
             adapter=self._message(home, home, record),
             replicas=reached_to_wire(await self._reached(wait)),

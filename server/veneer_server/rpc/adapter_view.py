@@ -64,9 +64,13 @@ class AdapterView:
         return message
 
 
-def as_shared(message: adapters_pb2.Adapter, owner: str) -> adapters_pb2.Adapter:
-    """The message as other tenants than its owner see it: without what their use tells."""
-    message.tenant = owner
+def as_shared(message: adapters_pb2.Adapter, owner: str, name: str) -> adapters_pb2.Adapter:
+    """The message as another tenant sees it, which calls the adapter ``name``: without what the
+    use by others tells."""
+    aliases = [name + alias[len(message.name) :] for alias in message.aliases]
+    message.tenant, message.name = owner, name
+    message.ClearField("aliases")
+    message.aliases.extend(aliases)
     for field in ("leases", "last_used", "etag"):
         message.ClearField(field)
     return message

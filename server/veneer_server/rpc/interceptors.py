@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from inspect import isawaitable
 from typing import Any, Final
@@ -26,6 +27,7 @@ from veneer_registry.errors import (
 
 from veneer_server.access.audit import Audit
 from veneer_server.access.authenticate import Access, Credentials
+from veneer_server.access.certificates import NOT_SHOWN, shown_to_grpc
 from veneer_server.access.principal import PRINCIPAL
 from veneer_server.errors import detail_for_log, internal_error, to_grpc_status, without_frames
 from veneer_server.logs import REQUEST_ID, get_logger
@@ -221,8 +223,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         async def answered(requests: Any, context: Any) -> Any:
             try:
-                with self._connections.call(context.peer()):
-                    await self._admit(method, context)
+                with (
+                    self._connections.call(context.peer()),
+                    await self._admit(method, context),
+                ):
                     request = await receive(requests, context)
                     with self._open.one(method):
                         return await behaviour(request, context)
@@ -246,12 +250,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             try:
                 with self._connections.call(peer):
                     INGRESS.set(Ingress.of(f"{service}/{name}", _headers(context)))
-                    await self._admit(method, context)
-                    self._calls.check_phase()
-                    request = await receive(requests, context)
-                    with self._open.one(method), self._calls.running():
-                        REQUEST_ID.set(_request_id(request) or fallback_id)
-                        answer = await behaviour(request, context)
+                    with await self._admit(method, context):
+                        self._calls.check_phase()
+                        request = await receive(requests, context)
+                        with self._open.one(method), self._calls.running():
+                            REQUEST_ID.set(_request_id(request) or fallback_id)
+                            answer = await behaviour(request, context)
                 self._audit.note(method, peer, request=request, answer=answer)
                 return answer
             except VeneerError as error:
@@ -279,13 +283,17 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         return guarded
 
-    async def _admit(self, method: str, context: Any) -> None:
-        """Before anything of the request is read."""
+    async def _admit(self, method: str, context: Any) -> AbstractContextManager[None]:
+        """Before anything of the request is read. Unless it is an answer that is generated, the
+        call ends, while the result is entered, once its caller is not let in any more."""
         headers = _headers(context)
-        names = _certificate_names(context) if self._access.asks else ()
-        credentials = Credentials.of_headers(headers, names)
+        certificate = shown_to_grpc(context.auth_context()) if self._access.asks else NOT_SHOWN
+        credentials = Credentials.of_headers(headers, certificate)
         await self._access.admit(method, credentials, self._elsewhere)
         ASKED.set(Asked.of(headers))
+        if method in GENERATE_METHODS:
+            return nullcontext()
+        return self._access.while_admitted(method, credentials, self._elsewhere)
 
     async def _refuse(self, method: str, error: VeneerError, context: Any) -> Any:
         name = method.rpartition("/")[2]
@@ -307,12 +315,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 def _headers(context: Any) -> dict[str, str]:
     metadata = context.invocation_metadata() or ()
     return {key: value for key, value in metadata if isinstance(value, str)}
-
-
-def _certificate_names(context: Any) -> tuple[str, ...]:
-    """Subject alternative names of the caller's certificate, if TLS asked for one."""
-    found = context.auth_context().get("x509_subject_alternative_name", ())
-    return tuple(name.decode("utf-8", "replace") for name in found)
 
 
 def _checked(request: Any) -> Any:

@@ -236,7 +236,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
         """Parameters in all A and B matrices of the adapter that the request describes."""
         if request.WhichOneof("adapter") == "like":
             home = await self._tenants.current()
-            _, record = await to_the_end(lambda: self._visible.get(home, request.like))
+            record = (await to_the_end(lambda: self._visible.get(home, request.like))).record
             return record.manifest.parameters
         rank = request.shape.rank if request.HasField("shape") else _DEFAULT_RANK
         if not 1 <= rank <= MAX_RANK:

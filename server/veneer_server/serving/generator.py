@@ -132,7 +132,7 @@ class Generator:
         arrived = time.perf_counter()
         # A point in time, not a duration: the clock runs while the request waits.
         deadline = None if time_remaining is None else time.monotonic() + time_remaining
-        owner, lease = None, None
+        owner, lease, shown = None, None, ""
         generation: Generation | None = None
         plan: Plan | None = None
         outcome, failed = "cancelled", ""
@@ -145,6 +145,7 @@ class Generator:
                 if self._resolving is not None and not self._visible.knows(home, call.adapter):
                     await self._resolving.fetch(home, call.adapter)
                 owner, lease = self._visible.acquire(home, call.adapter, call.session_key)
+                shown = self._visible.shown(home, owner, lease.ref.name)
             # Before any work: requests that wait for it then count towards the queue limit.
             with (
                 self.count(call.n) if counted is None else nullcontext(counted) as measured,
@@ -165,7 +166,7 @@ class Generator:
                 request = self._resolve(call, prompt, plan, owner, lease, deadline)
                 ref = lease.ref if lease is not None else None
                 generation = Generation(
-                    *(call, prompt, Provenance.of(self.base_name, ref), request),
+                    *(call, prompt, Provenance.of(self.base_name, ref, shown), request),
                     *(self._engine, arrived, measured, placed),
                     metrics=self.metrics,
                     reader=ReplyReader.of(self.prompts.tokenizer, prompt, plan),
@@ -373,7 +374,9 @@ class Generator:
             "request",
             outcome=outcome,
             tenant=generation.tenant,
-            adapter=lease.ref.short if lease is not None else "",
+            adapter=""
+            if lease is None
+            else replace(lease.ref, name=generation.provenance.adapter).short,
             tier=generation.tier.value if generation.tier is not None else "",
             **facts,
             **({"trace": trace} if trace else {}),
@@ -396,7 +399,9 @@ class Generator:
         }
         if lease is not None:
             attributes |= {
-                "veneer.adapter": lease.ref.name,
+                "veneer.adapter": generation.provenance.adapter
+                if generation
+                else lease.ref.name,
                 "veneer.adapter.revision": lease.ref.revision,
             }
         if generation is None:

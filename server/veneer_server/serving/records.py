@@ -189,8 +189,8 @@ class Provenance:
     total_s: float = 0.0
 
     @classmethod
-    def of(cls, base_model: str, ref: AdapterRef | None) -> Provenance:
-        """Before anything was measured."""
+    def of(cls, base_model: str, ref: AdapterRef | None, name: str = "") -> Provenance:
+        """Before anything was measured. Args: name: what the caller calls the adapter."""
         if ref is None:
             return cls(base_model)
-        return cls(base_model, ref.name, ref.revision, ref.weights_digest)
+        return cls(base_model, name, ref.revision, ref.weights_digest)

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from veneer_registry.errors import PermissionDenied, Unauthenticated, Unavailable
 
 from veneer_server.access.authenticate import Access, Credentials
-from veneer_server.access.certificates import certificate_names
+from veneer_server.access.certificates import shown
 from veneer_server.access.handshakes import Handshakes
 from veneer_server.access.methods import SCRAPE
 from veneer_server.config import Address
@@ -195,8 +195,8 @@ class _Connection(asyncio.Protocol):
     async def _reply(self, request: _Request) -> None:
         try:
             assert self._transport is not None
-            names = certificate_names(self._transport)
-            credentials = Credentials.of_headers(request.headers, names)
+            certificate = shown(self._transport)
+            credentials = Credentials.of_headers(request.headers, certificate)
             await self._server.access.admit(SCRAPE, credentials)
             self._send(await self._server.page(request))
         except Unauthenticated:

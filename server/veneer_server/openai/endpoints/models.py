@@ -12,15 +12,13 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 from starlette.routing import Route
 from veneer_registry.adapter import SHORT_REVISION
-from veneer_registry.entry import split_spec
 from veneer_registry.errors import AdapterCorrupt, AdapterNotFound
-from veneer_registry.records import AdapterRecord
 from veneer_registry.rows import AliasRow
 
 from veneer_server.openai.endpoints.core import Core
 from veneer_server.openai.endpoints.streams import LongAnswer
 from veneer_server.serving.tenants.tenant import Tenant
-from veneer_server.serving.tenants.visible import Visible
+from veneer_server.serving.tenants.visible import Seen, Visible
 
 __all__ = ["model_routes"]
 
@@ -74,33 +72,33 @@ def _page(core: Core, home: Tenant, after: str) -> tuple[list[bytes], str]:
     """A page of adapters as JSON, each followed by its aliases; and the last one's name, ""
     if no more can follow."""
     found = Visible(core.tenants).page(home, after=after, limit=PAGE)
-    last = found[-1][1].ref.name if len(found) == PAGE else ""
+    last = found[-1].name if len(found) == PAGE else ""
     models = []
-    for owner, record in found:
-        models.append(_dump(_adapter_model(core, home, owner, record)))
-        models += map(_dump, _aliases(core, home, owner, record.ref.name))
+    for seen in found:
+        models.append(_dump(_adapter_model(core, home, seen)))
+        models += map(_dump, _aliases(core, home, seen))
     return models, last
 
 
-def _aliases(core: Core, home: Tenant, owner: Tenant, name: str) -> Iterator[Json]:
+def _aliases(core: Core, home: Tenant, seen: Seen) -> Iterator[Json]:
     with suppress(AdapterNotFound):  # deleted just now
-        for row in owner.registry.aliases(name):
+        for row in seen.owner.registry.aliases(seen.record.ref.name):
             with suppress(AdapterNotFound, AdapterCorrupt):
-                yield _alias_model(core, home, owner, row)
+                yield _alias_model(core, home, seen.owner, seen.name, row)
 
 
 def _named(core: Core, home: Tenant, model: str) -> Json:
     """The model of an adapter's name, ``name@revision`` or ``name/alias``. Raises
     AdapterNotFound."""
     visible = Visible(core.tenants)
-    name = split_spec(model)[0]
-    if "/" in model:
-        owner = visible.owner(home, model)
+    meant = visible.meant(home, model)
+    if "/" in meant.spec:
+        shown = visible.shown(home, meant.owner, meant.name)
         with suppress(AdapterNotFound):  # what follows says what is near
-            for row in owner.registry.aliases(name):
-                if model == f"{name}/{row.alias}":
-                    return _alias_model(core, home, owner, row)
-    return _adapter_model(core, home, *visible.get(home, model))
+            for row in meant.owner.registry.aliases(meant.name):
+                if meant.spec == f"{meant.name}/{row.alias}":
+                    return _alias_model(core, home, meant.owner, shown, row)
+    return _adapter_model(core, home, visible.get(home, model))
 
 
 def _dump(model: Mapping[str, Any]) -> bytes:
@@ -120,14 +118,14 @@ def _base_model(core: Core) -> Json:
     }
 
 
-def _adapter_model(core: Core, home: Tenant, owner: Tenant, record: AdapterRecord) -> Json:
-    ref = record.ref
+def _adapter_model(core: Core, home: Tenant, seen: Seen) -> Json:
+    owner, record, ref = seen.owner, seen.record, seen.record.ref
     return {
-        "id": ref.name,
+        "id": seen.name,
         "object": "model",
         "created": int(record.created),
         "owned_by": "veneer" if owner is home else owner.name,
-        "root": f"{ref.name}@{ref.revision[:SHORT_REVISION]}",
+        "root": f"{seen.name}@{ref.revision[:SHORT_REVISION]}",
         "parent": core.base.name,
         "max_model_len": core.engine.info.longest_sequence,
         "revision": ref.revision,
@@ -136,15 +134,16 @@ def _adapter_model(core: Core, home: Tenant, owner: Tenant, record: AdapterRecor
     }
 
 
-def _alias_model(core: Core, home: Tenant, owner: Tenant, row: AliasRow) -> Json:
-    """The model of an alias: that of its target, or of the heaviest one if it has several.
-    Raises AdapterNotFound if that is gone."""
+def _alias_model(core: Core, home: Tenant, owner: Tenant, name: str, row: AliasRow) -> Json:
+    """The model of an alias of what ``home`` calls ``name``: that of its target, or of the
+    heaviest one if it has several. Raises AdapterNotFound if that is gone."""
     heaviest = max(row.targets, key=lambda target: target[1], default=("", 0))[0]
     record = owner.registry.get(f"{row.name}@{heaviest}")
-    model = {**_adapter_model(core, home, owner, record), "id": f"{row.name}/{row.alias}"}
+    target = _adapter_model(core, home, Seen(owner, record, name))
+    model = {**target, "id": f"{name}/{row.alias}"}
     if len(row.targets) > 1:
         model["targets"] = [
-            {"root": f"{row.name}@{revision[:SHORT_REVISION]}", "weight": weight}
+            {"root": f"{name}@{revision[:SHORT_REVISION]}", "weight": weight}
             for revision, weight in row.targets
         ]
     return model

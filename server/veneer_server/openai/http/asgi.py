@@ -21,7 +21,7 @@ from veneer_server.serving.spare_time import SpareTime, WorkBreaks
 
 __all__ = [
     "ABORT",
-    "CERTIFICATE_NAMES",
+    "CERTIFICATE",
     "DATA_ONLY",
     "Bodies",
     "ClientGone",
@@ -36,8 +36,8 @@ __all__ = [
 ABORT: Final = "veneer.abort"
 """Key in ``scope["state"]`` of a function that drops the connection at once."""
 
-CERTIFICATE_NAMES: Final = "veneer.certificate_names"
-"""Key in ``scope["state"]`` of the subject alternative names of the client's certificate."""
+CERTIFICATE: Final = "veneer.certificate"
+"""Key in ``scope["state"]`` of the client's certificate, as `access.certificates.Shown`."""
 
 MAX_BODY: Final = 4 << 20
 """Largest body in bytes; the limit for gRPC messages is the same."""

@@ -13,10 +13,10 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from veneer_registry.errors import QueueFull
 
-from veneer_server.access.certificates import certificate_names
+from veneer_server.access.certificates import shown
 from veneer_server.logs import get_logger
 from veneer_server.openai.errors import HttpError, http_failure
-from veneer_server.openai.http.asgi import ABORT, CERTIFICATE_NAMES
+from veneer_server.openai.http.asgi import ABORT, CERTIFICATE
 from veneer_server.openai.http.strict import StrictConnection
 from veneer_server.queues.refusal_pace import Pace
 
@@ -147,7 +147,7 @@ def connection_class(
             self.app_state = {
                 **self.app_state,
                 ABORT: transport.abort,
-                CERTIFICATE_NAMES: certificate_names(transport),
+                CERTIFICATE: shown(transport),
             }
             super().connection_made(transport)
             if len(self.connections) > most:

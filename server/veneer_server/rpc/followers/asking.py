@@ -9,10 +9,13 @@ from typing import Any, Final, TypeVar
 
 import grpc
 from veneer_proto.v1 import adapters_pb2_grpc
+from veneer_registry.errors import PermissionDenied
 
+from veneer_server.access.authenticate import PASSED_ON
+from veneer_server.access.principal import PRINCIPAL
 from veneer_server.follower.registry_channel import RegistryChannel, to_error
 from veneer_server.follower.standing import Standing
-from veneer_server.replication.asked import ASKED
+from veneer_server.replication.asked import ASKED, Asked
 
 __all__ = ["Asking", "Progress"]
 
@@ -38,12 +41,17 @@ class Progress:
 
 
 class Asking:
-    """Calls of the registry's AdapterService. They raise what the registry raises, and
-    `Unavailable` if it does not answer."""
+    """Calls of the registry's AdapterService. They raise what the registry raises,
+    `Unavailable` if it does not answer, `FailedPrecondition` if it knows callers in another way
+    than this server, and `PermissionDenied` if the caller has only a certificate."""
 
-    def __init__(self, channel: RegistryChannel, standing: Standing) -> None:
+    def __init__(
+        self, channel: RegistryChannel, standing: Standing, *, asks_callers: bool
+    ) -> None:
+        """Args: asks_callers: whether callers of this server say who they are."""
         self._channel = channel
         self._standing = standing
+        self._asks_callers = asks_callers
 
     async def answer(
         self,
@@ -95,8 +103,17 @@ class Asking:
             answering.cancel()
 
     def _begin(self, method: str, request: Any, timeout_s: float | None) -> Any:
-        asked = ASKED.get()
+        self._standing.check_fit()
+        asked = ASKED.get() or Asked()
+        if self._asks_callers and not asked.secret:
+            # The registry would see the certificate of this server's own connection.
+            raise PermissionDenied(
+                f"{method} takes the registry, and a certificate cannot be passed on to it: "
+                f"send a key or token, or call the registry at {self._standing.registry}",
+                metadata={"method": method, "cause": "certificate"},
+            )
         stub = adapters_pb2_grpc.AdapterServiceStub(self._channel.channel)
+        tenant = PRINCIPAL.get().tenant
         return getattr(stub, method)(
-            request, metadata=() if asked is None else asked.caller, timeout=timeout_s
+            request, metadata=(*asked.caller, (PASSED_ON, tenant)), timeout=timeout_s
         )

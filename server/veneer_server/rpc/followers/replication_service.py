@@ -55,12 +55,15 @@ class ReplicationService(replication_pb2_grpc.ReplicationServiceServicer):
         replicas: Replicas,
         source: Source,
         *,
+        asks_callers: bool = False,
         heartbeat_s: float = HEARTBEAT_S,
         reader_limit_s: float = READER_LIMIT_S,
     ) -> None:
+        """Args: asks_callers: whether this server wants to know who calls."""
         self._feed = feed
         self._replicas = replicas
         self._source = source
+        self._asks_callers = asks_callers
         self._heartbeat_s = heartbeat_s
         self._reader_limit_s = reader_limit_s
 
@@ -115,6 +118,7 @@ class ReplicationService(replication_pb2_grpc.ReplicationServiceServicer):
             base=base,
             heartbeat_s=self._heartbeat_s,
             lease_s=self._replicas.lease_s,
+            asks_callers=self._asks_callers,
         )
         place = start.sequence
         _log.info("follower", follower=start.follower, run=start.run, sequence=place)

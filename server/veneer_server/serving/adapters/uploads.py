@@ -12,7 +12,13 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping
 from typing import Final
 
 from veneer_proto.v1 import adapters_pb2
-from veneer_registry.errors import Aborted, InvalidField, QuotaExceeded, VeneerError
+from veneer_registry.errors import (
+    Aborted,
+    AdapterExists,
+    InvalidField,
+    QuotaExceeded,
+    VeneerError,
+)
 from veneer_registry.publishing import Staged
 from veneer_registry.records import Published
 from veneer_registry.upload import Upload
@@ -59,6 +65,7 @@ class Uploads:
         quotas: UploadQuotas | None = None,
         tenant: str = DEFAULT_TENANT,
         places: UploadPlaces | None = None,
+        shares: Callable[[str], bool] = lambda name: False,
     ) -> None:
         """Args:
         min_rate: bytes a second at which each upload must arrive.
@@ -67,7 +74,9 @@ class Uploads:
         quotas: what callers may upload; None if that is not limited.
         tenant: whose uploads these are.
         places: those of all tenants; None for places of its own.
+        shares: whether a tenant of that name shares adapters.
         """
+        self._shares = shares
         self._registry = registry
         self._quotas = quotas
         self._min_rate = min_rate
@@ -90,6 +99,7 @@ class Uploads:
 
         Raises:
             InvalidField, AdapterInvalid, ChecksumMismatch, DiskFull: the upload is refused.
+            AdapterExists: the name is that of another tenant, which shares adapters.
             QuotaExceeded: too many uploads are running, or the caller may not store or send as
                 much.
             Aborted: the upload arrived too slowly, or was resumed elsewhere.
@@ -116,6 +126,7 @@ class Uploads:
                     "the first message of an upload must be `spec`", metadata={"field": "spec"}
                 )
             options = upload_options(first.spec)
+            self._check_name(options.request.name)
             if self._quotas is not None:
                 principal = PRINCIPAL.get()
                 allowed = await self._quotas.reserve(
@@ -149,6 +160,14 @@ class Uploads:
             if upload is not None:
                 ended = upload
                 await to_the_end(lambda: self._end(ended, keep=keep), self._workers)
+
+    def _check_name(self, name: str) -> None:
+        if name != self._tenant and not self._registry.knows(name) and self._shares(name):
+            raise AdapterExists(
+                f"a tenant is called {name!r}, and {name}/NAME are the adapters that it "
+                "shares: publish under another name",
+                metadata={"adapter": name, "tenant": name, "cause": "tenant"},
+            )
 
     async def validate(self, upload: Upload) -> Published:
         """`Registry.validate`, in a worker thread."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from veneer_server.config import ServerConfig
@@ -45,6 +46,7 @@ class Furnish:
     Attributes:
         places: for uploads.
         quotas: what callers may upload; None if that is not limited.
+        shares: whether a tenant of that name shares adapters.
         turn: self-tests take turns, since each wants to share one step.
     """
 
@@ -53,6 +55,7 @@ class Furnish:
     prompts: Prompts
     places: UploadPlaces
     quotas: UploadQuotas | None = None
+    shares: Callable[[str], bool] = lambda name: False
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def tenant(self, name: str, registry: AdapterRegistry) -> Tenant:
@@ -79,6 +82,7 @@ class Furnish:
             quotas=self.quotas,
             tenant=name,
             places=self.places,
+            shares=self.shares,
         )
         return Tenant(
             name=name,

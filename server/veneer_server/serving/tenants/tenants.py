@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from contextvars import Context, copy_context
 from functools import partial
@@ -56,6 +56,7 @@ _MOST_FAILED: Final = 1000
 _log = get_logger(__name__)
 
 Open = Callable[[Path, OwnerLock | None], AdapterRegistry]
+Accepts = Callable[[str], Sequence[str]]
 
 
 class Tenants:
@@ -63,10 +64,12 @@ class Tenants:
 
     Attributes:
         all: the open ones, ``default`` first, the others by name.
-        sharing: held while an adapter is shared, so that no two share one name.
+        accepts: the tenants (``TENANT``) and adapters (``TENANT/name``) that a tenant knows by
+            their plain names where they are shared; the first that has a name counts.
     """
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, accepts: Accepts = lambda tenant: ()) -> None:
+        self.accepts = accepts
         self.all: tuple[Tenant, ...] = ()
         self._data_dir = data_dir
         self._most = 1
@@ -76,7 +79,6 @@ class Tenants:
         self._opening: dict[str, asyncio.Task[Tenant]] = {}
         self._failed: dict[str, float] = {}
         """When a tenant could not be opened, on the monotonic clock."""
-        self.sharing = asyncio.Lock()
 
     # ------------------------------------------------------------------- lifecycle
 
@@ -124,6 +126,11 @@ class Tenants:
     def named(self, name: str) -> Tenant | None:
         """The tenant of that name, if it is open."""
         return self._by_name.get(name)
+
+    def shares(self, name: str) -> bool:
+        """Whether a tenant of that name shares adapters."""
+        tenant = self._by_name.get(name)
+        return tenant is not None and bool(tenant.registry.shared())
 
     def opened(self) -> Tenant | None:
         """The caller's tenant, if it is open."""

@@ -1,22 +1,22 @@
 """What a tenant sees: its own adapters, and those of others that share theirs.
 
-A name of one's own comes first. A name that neither is one's own nor shared does not exist: the
-error is the same, and so is the work.
+Another tenant's adapter is called ``TENANT/name``, ``TENANT/name@revision`` or
+``TENANT/name/alias``, so that nobody can plant a name that others call by mistake. By its plain
+name it is known only to tenants that accept it, as the keys file says. What begins with a name
+of one's own is always one's own, so no tenant's name and alias mean different things in turn.
+A name that neither is one's own nor shared does not exist: the error is the same, and so is the
+work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import Final, TypeVar
 
-from veneer_registry.entry import split_spec
-from veneer_registry.errors import (
-    AdapterCorrupt,
-    AdapterExists,
-    AdapterNotFound,
-    PermissionDenied,
-)
+from veneer_registry.errors import AdapterCorrupt, AdapterNotFound, PermissionDenied
 from veneer_registry.index import not_found
 from veneer_registry.lease import RevisionLease
 from veneer_registry.records import AdapterRecord
@@ -27,9 +27,39 @@ from veneer_server.serving.tenants.registry import AdapterRegistry
 from veneer_server.serving.tenants.tenant import Tenant
 from veneer_server.serving.tenants.tenants import Tenants
 
-__all__ = ["Visible"]
+__all__ = ["Meant", "Seen", "Visible"]
 
 T = TypeVar("T")
+
+_FIRST: Final = re.compile(r"[^@/]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Meant:
+    """What a spec means.
+
+    Attributes:
+        owner: whose adapter it is.
+        spec: what the owner calls it: ``name``, ``name@revision`` or ``name/alias``.
+        name: the adapter's name, as the owner calls it.
+    """
+
+    owner: Tenant
+    spec: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """An adapter that a tenant sees.
+
+    Attributes:
+        name: what that tenant calls it.
+    """
+
+    owner: Tenant
+    record: AdapterRecord
+    name: str
 
 
 class Visible:
@@ -38,50 +68,99 @@ class Visible:
     def __init__(self, tenants: Tenants) -> None:
         self._tenants = tenants
 
-    def owner(self, home: Tenant, spec: str) -> Tenant:
-        """Whose adapter ``home`` means by ``name``, ``name@revision`` or ``name/alias``; its
-        own if there is none."""
-        name = split_spec(spec)[0]
-        if not home.registry.knows(name):
-            for other in self._tenants.all:
-                if other is not home and other.registry.is_shared(name):
-                    return other
-        return home
+    def meant(self, home: Tenant, spec: str) -> Meant:
+        """What ``home`` means by a spec: an adapter of its own, which need not exist, unless it
+        is another tenant's."""
+        first = _first(spec)
+        own = Meant(home, spec, first)
+        if home.registry.knows(first):
+            return own
+        name, slash, rest = spec.partition("/")
+        if slash and name == first:
+            other = self._tenants.named(name)
+            if other is not None and other is not home:
+                theirs = _first(rest)
+                if other.registry.is_shared(theirs):
+                    return Meant(other, rest, theirs)
+        owner = self._accepted(home, first)
+        return own if owner is None else Meant(owner, spec, first)
+
+    def _accepted(self, home: Tenant, name: str) -> Tenant | None:
+        """The first tenant in ``home``'s list whose shared adapter ``home`` calls by this plain
+        name."""
+        accepts = self._tenants.accepts(home.name)
+        if not accepts or self._tenants.named(name) is not None:
+            return None  # a tenant's name is the beginning of that tenant's names
+        for accepted in accepts:
+            tenant, _, only = accepted.partition("/")
+            owner = self._tenants.named(tenant)
+            if owner is None or owner is home or (only and only != name):
+                continue
+            if owner.registry.is_shared(name):
+                return owner
+        return None
+
+    def shown(self, home: Tenant, owner: Tenant, name: str) -> str:
+        """What ``home`` calls an adapter that ``owner`` calls ``name``."""
+        if owner is home:
+            return name
+        if not home.registry.knows(name) and self._accepted(home, name) is owner:
+            return name
+        return f"{owner.name}/{name}"
 
     def knows(self, home: Tenant, spec: str) -> bool:
         """Whether ``spec`` has a name that ``home`` sees."""
-        return self.owner(home, spec).registry.knows(split_spec(spec)[0])
+        meant = self.meant(home, spec)
+        return meant.owner.registry.knows(meant.name)
 
     def find(
-        self, home: Tenant, spec: str, look: Callable[[AdapterRegistry], T]
+        self, home: Tenant, spec: str, look: Callable[[AdapterRegistry, str], T]
     ) -> tuple[Tenant, T]:
         """Look ``spec`` up in its owner's registry.
+
+        Args:
+            look: gets what the owner calls it.
 
         Raises:
             AdapterNotFound: with metadata ``did_you_mean`` if there is a similar name that
                 ``home`` sees.
             VeneerError: as ``look`` does.
         """
-        owner = self.owner(home, spec)
+        meant = self.meant(home, spec)
+        owner = meant.owner
+        unknown = owner is home and not home.registry.knows(meant.name)
         try:
-            return owner, look(owner.registry)
+            if unknown and meant.name != meant.spec:
+                # Also where the rest could not follow a name of its own.
+                home.registry.get(meant.name)
+            return owner, look(owner.registry, meant.spec)
         except AdapterNotFound as error:
-            name, suggested = split_spec(spec)[0], "did_you_mean" in error.metadata
-            if owner is not home or home.registry.knows(name) or suggested:
-                raise
-            shared = self._shared(home)
-            near = NearNames(shared).nearest(name, shared) if shared else None
-            if near is None:
-                raise
-            raise not_found(name, near) from None
+            if owner is not home:
+                raise _renamed(error, meant.name, self.shown(home, owner, meant.name)) from None
+            if unknown:
+                raise self._missing(home, spec, error) from None
+            raise
 
-    def get(self, home: Tenant, spec: str) -> tuple[Tenant, AdapterRecord]:
+    def _missing(self, home: Tenant, spec: str, error: AdapterNotFound) -> AdapterNotFound:
+        """The error for a name that ``home`` does not know, with a similar one that it sees."""
+        first, plain = _first(spec), spec.partition("@")[0]
+        shared = self._shared(home)
+        called = [shown for shown, (_, name) in shared.items() if name == first]
+        if called:
+            return not_found(first, min(called) + spec[len(first) :])
+        if "did_you_mean" in error.metadata:
+            return error
+        near = NearNames(shared).nearest(plain, shared) if shared else None
+        return error if near is None and plain == first else not_found(plain, near)
+
+    def get(self, home: Tenant, spec: str) -> Seen:
         """`Registry.get`, with the owner."""
-        return self.find(home, spec, lambda registry: registry.get(spec))
+        owner, record = self.find(home, spec, lambda registry, named: registry.get(named))
+        return Seen(owner, record, self.shown(home, owner, record.ref.name))
 
     def acquire(self, home: Tenant, spec: str, key: str) -> tuple[Tenant, RevisionLease]:
         """`Registry.acquire`, with the owner."""
-        return self.find(home, spec, lambda registry: registry.acquire(spec, key))
+        return self.find(home, spec, lambda registry, named: registry.acquire(named, key))
 
     def page(
         self,
@@ -91,14 +170,14 @@ class Visible:
         labels: Mapping[str, str] | None = None,
         after: str = "",
         limit: int = 100,
-    ) -> list[tuple[Tenant, AdapterRecord]]:
-        """`Registry.list` of what ``home`` sees, with the owners."""
+    ) -> list[Seen]:
+        """`Registry.list` of what ``home`` sees, in the order of what it calls them."""
         own = home.registry.list(prefix=prefix, labels=labels, after=after, limit=limit)
-        found = [(home, record) for record in own]
+        found = [Seen(home, record, record.ref.name) for record in own]
         names = {record.ref.name for record in own}
-        theirs: list[tuple[Tenant, AdapterRecord]] = []
+        theirs: list[Seen] = []
         wanted = (labels or {}).items()
-        for name, owner in sorted(self._shared(home).items()):
+        for name, (owner, called) in sorted(self._shared(home).items()):
             if name <= after or not name.startswith(prefix):
                 continue
             if name in names:  # listed above, and deleted since then
@@ -106,55 +185,73 @@ class Visible:
             if len(theirs) == limit:
                 break
             with suppress(AdapterNotFound, AdapterCorrupt):  # deleted just now, or damaged
-                record = owner.registry.get(name)
+                record = owner.registry.get(called)
                 if wanted <= record.labels.items():
-                    theirs.append((owner, record))
+                    theirs.append(Seen(owner, record, name))
         if not theirs:
             return found
-        return sorted(found + theirs, key=lambda each: each[1].ref.name)[:limit]
+        return sorted(found + theirs, key=lambda seen: seen.name)[:limit]
 
     def aliases(self, home: Tenant, name: str) -> tuple[AliasRow, ...]:
-        """`Registry.aliases` of a name, or of all names that ``home`` sees."""
+        """`Registry.aliases` of a name, or of all that ``home`` sees, as it calls them."""
         if name:
-            return self.find(home, name, lambda registry: registry.aliases(name))[1]
-        rows = list(home.registry.aliases())
-        own = {row.name for row in rows}
-        for shared, owner in self._shared(home).items():
+            owner, rows = self.find(home, name, lambda registry, named: registry.aliases(named))
+            return tuple(self._called(home, owner, rows))
+        found = list(home.registry.aliases())
+        own = {row.name for row in found}
+        for shared, (owner, called) in self._shared(home).items():
             if shared in own:  # listed above, and deleted since then
                 continue
             with suppress(AdapterNotFound):  # deleted just now
-                rows += owner.registry.aliases(shared)
-        return tuple(sorted(rows, key=lambda row: (row.name, row.alias)))
+                found += [replace(row, name=shared) for row in owner.registry.aliases(called)]
+        return tuple(sorted(found, key=lambda row: (row.name, row.alias)))
+
+    def _called(
+        self, home: Tenant, owner: Tenant, rows: tuple[AliasRow, ...]
+    ) -> Iterator[AliasRow]:
+        for row in rows:
+            yield replace(row, name=self.shown(home, owner, row.name))
 
     def check_own(self, home: Tenant, spec: str) -> None:
         """Raises PermissionDenied if ``home`` means another tenant's adapter by ``spec``."""
-        owner = self.owner(home, spec)
-        if owner is not home:
-            name = split_spec(spec)[0]
+        meant = self.meant(home, spec)
+        if meant.owner is not home:
             raise PermissionDenied(
-                f"adapter {name!r} belongs to tenant {owner.name!r}, which shares it: you may "
-                "use it, and its own tenant may change it",
-                metadata={"adapter": name, "tenant": owner.name, "cause": "tenant"},
+                f"adapter {meant.name!r} belongs to tenant {meant.owner.name!r}, which shares "
+                "it: you may use it, and its own tenant may change it",
+                metadata={
+                    "adapter": meant.name,
+                    "tenant": meant.owner.name,
+                    "cause": "tenant",
+                },
             )
 
-    def check_free(self, home: Tenant, spec: str) -> None:
-        """Raises AdapterExists if another tenant shares this name already: requests of others
-        must not silently move to ``home``'s."""
-        name = split_spec(spec)[0]
-        for other in self._tenants.all:
-            if other is not home and other.registry.is_shared(name):
-                raise AdapterExists(
-                    f"tenant {other.name!r} shares an adapter {name!r} already: publish yours "
-                    "under another name to share it",
-                    metadata={"adapter": name, "tenant": other.name},
-                )
-
-    def _shared(self, home: Tenant) -> dict[str, Tenant]:
-        found: dict[str, Tenant] = {}
+    def _shared(self, home: Tenant) -> dict[str, tuple[Tenant, str]]:
+        """What other tenants share, by what ``home`` calls it: owner, and the owner's name.
+        What would begin with a name of ``home``'s own cannot be called."""
+        found: dict[str, tuple[Tenant, str]] = {}
         for other in self._tenants.all:
             if other is home:
                 continue
+            hidden = home.registry.knows(other.name)
             for name in other.registry.shared():
-                if not home.registry.knows(name):
-                    found.setdefault(name, other)
+                shown = self.shown(home, other, name)
+                if not hidden or shown == name:
+                    found[shown] = other, name
         return found
+
+
+def _first(spec: str) -> str:
+    """What comes before the first ``@`` or ``/``."""
+    found = _FIRST.match(spec)
+    return "" if found is None else found[0]
+
+
+def _renamed(error: AdapterNotFound, name: str, shown: str) -> AdapterNotFound:
+    """The error of a tenant's registry, with what another tenant calls the adapter."""
+    metadata = {
+        key: shown + value[len(name) :] if _first(value) == name else value
+        for key, value in error.metadata.items()
+    }
+    message = error.message.replace(repr(name), repr(shown))
+    return AdapterNotFound(message, metadata=metadata)

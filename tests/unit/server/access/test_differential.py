@@ -336,16 +336,14 @@ async def test_another_tenant_changes_nothing(world: World, other: Other) -> Non
     [
         (
             "serving.tenants.visible",
-            "        found = [(home, record) for record in own]",
-            "        found = [(home, record) for each in self._tenants.all for record in "
-            "each.registry.list(after=after, limit=limit)]",
+            "        found = [Seen(home, record, record.ref.name) for record in own]",
+            "        found = [Seen(home, record, record.ref.name) for t in self._tenants.all "
+            "for record in t.registry.list(after=after, limit=limit)]",
         ),
         (
             "serving.tenants.visible",
-            "                if other is not home and other.registry.is_shared(name):\n"
-            "                    return other",
-            "                if other is not home and name in other.registry:\n"
-            "                    return other",
+            "        owner = self._accepted(home, first)",
+            "        owner = next((t for t in self._tenants.all if first in t.registry), None)",
         ),
         (
             "engine_client.tenant_engine",

@@ -165,6 +165,11 @@ async def test_a_broken_file_leaves_the_last_keys_in_use(
             "keys.abcdefgh.tenant",
         ),
         ('[certificates."a.example"]\nroles = ["nobody"]', "certificates.'a.example'.roles"),
+        ('[tenants.a]\naccepts = "b"', "tenants.a.accepts"),
+        ("[tenants.a]\naccepts = [3]", "tenants.a.accepts"),
+        ('[tenants.a]\naccepts = ["B"]', "tenants.a.accepts"),
+        ('[tenants.a]\naccepts = ["b/"]', "tenants.a.accepts"),
+        ('[tenants.a]\naccepts = ["b/c/d"]', "tenants.a.accepts"),
     ],
 )
 def test_a_wrong_entry_is_named(file: Path, text: str, field: str) -> None:

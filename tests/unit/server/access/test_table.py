@@ -384,10 +384,8 @@ async def test_the_page_lists_every_method_that_a_port_has(guarded: Guarded) -> 
         ),
         (
             "veneer_server.serving.tenants.visible",
-            "                if other is not home and other.registry.is_shared(name):\n"
-            "                    return other",
-            "                if other is not home and name in other.registry:\n"
-            "                    return other",
+            "        owner = self._accepted(home, first)",
+            "        owner = next((t for t in self._tenants.all if first in t.registry), None)",
             "POST /v1/completions",
             OTHER,
         ),

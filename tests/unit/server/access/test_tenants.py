@@ -9,7 +9,7 @@ import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import httpx
@@ -25,7 +25,7 @@ from veneer_server.access.edit_keys import add_key
 from veneer_server.engine_client.tenant_engine import TenantEngine
 from veneer_server.operate.store_command import verify
 from veneer_server.serving.tenants import tenants as tenants_module
-from veneer_server.serving.tenants.visible import Visible
+from veneer_server.serving.tenants.visible import Seen, Visible
 from veneer_server.wire.messages import AdapterLoaded, split_key
 
 from tests.refused import refused
@@ -201,37 +201,47 @@ async def test_a_shared_adapter_can_be_used_and_not_changed_by_others(
     server: Shared, here: str, tmp_path: Path
 ) -> None:
     owner, other = server.caller(here), server.caller(f"{here}-2")
-    name = f"{here}-chat"
-    first = (await owner.push(make_adapter(tmp_path / "1", seed=1), name)).adapter
-    await owner.call("SetAlias", alias=f"{name}/prod", revision=first.revision)
-    assert await seen(other, name) is grpc.StatusCode.NOT_FOUND
-    shared = await owner.call("UpdateAdapter", name=name, shared=True)
+    first = (await owner.push(make_adapter(tmp_path / "1", seed=1), "chat")).adapter
+    await owner.call("SetAlias", alias="chat/prod", revision=first.revision)
+    name = f"{here}/chat"
+    for spec in (name, f"{name}/prod", f"{name}@{first.revision[:12]}", "chat"):
+        assert await seen(other, spec) is grpc.StatusCode.NOT_FOUND
+    shared = await owner.call("UpdateAdapter", name="chat", shared=True)
     assert (shared.adapter.shared, shared.adapter.tenant) == (True, "")
-    await owner.generate(adapter=name)
+    await owner.generate(adapter="chat")
 
     got = (await other.call("GetAdapter", name=name)).adapter
-    assert (got.tenant, got.shared, got.revision) == (here, True, first.revision)
+    assert (got.name, got.tenant, got.shared) == (name, here, True)
+    assert (got.revision, list(got.aliases)) == (first.revision, [f"{name}/prod"])
     assert (got.etag, got.leases, got.HasField("last_used")) == ("", 0, False)
-    listed = (await other.call("ListAdapters", name_prefix=name)).adapters
+    listed = (await other.call("ListAdapters", name_prefix=here)).adapters
     assert [(a.name, a.tenant) for a in listed] == [(name, here)]
-    assert [a.alias for a in (await other.call("ListAliases")).aliases] == [f"{name}/prod"]
-    assert len((await other.call("ListAliases", name=name)).aliases) == 1
+    aliases = [a.alias for a in (await other.call("ListAliases")).aliases]
+    assert f"{name}/prod" in aliases
+    found = (await other.call("ListAliases", name=name)).aliases
+    assert [a.alias for a in found] == [f"{name}/prod"]
     assert (await other.call("GetHistory", name=name)).entries == []
     plan = await other.call("PlanCapacity", like=name)
     assert plan.adapters.parameters == first.parameters
     models = {m["id"]: m for m in (await other.http("GET", "/v1/models")).json()["data"]}
-    assert models[name]["owned_by"] == here
-    assert (await other.http("GET", f"/v1/models/{name}")).json()["owned_by"] == here
-    assert (await owner.http("GET", f"/v1/models/{name}")).json()["owned_by"] == "veneer"
+    assert models[name]["owned_by"] == models[f"{name}/prod"]["owned_by"] == here
+    assert models[name]["root"] == f"{name}@{first.revision[:12]}"
+    assert "chat" not in models
+    for spec in (name, f"{name}/prod"):
+        model = (await other.http("GET", f"/v1/models/{spec}")).json()
+        assert (model["id"], model["owned_by"]) == (spec, here)
+    assert (await owner.http("GET", "/v1/models/chat")).json()["owned_by"] == "veneer"
     for spec in (name, f"{name}/prod", f"{name}@{first.revision[:12]}"):
         answer = await other.generate(adapter=spec)
         assert answer.provenance.weights_digest == first.weights_digest
+        assert answer.provenance.adapter == name
         submitted = server.front.engine.submitted[-1]
         assert submitted.adapter is not None
         assert submitted.adapter.weights_digest == f"{here}:{first.weights_digest}"
         assert submitted.cache_scope == other.tenant, "its own prompts stay its own"
-    http = await other.http("POST", "/v1/completions", model=name, prompt="Hello", max_tokens=1)
-    assert http.status_code == 200
+        for path, body in HTTP.items():
+            http = await other.http("POST", path, model=spec, **body)
+            assert http.status_code == 200, http.text
 
     for rpc, fields in (
         ("ActivateAdapter", {"name": name}),
@@ -240,27 +250,153 @@ async def test_a_shared_adapter_can_be_used_and_not_changed_by_others(
         ("UpdateAdapter", {"name": name, "retain": 1}),
         ("UpdateAdapter", {"name": name, "shared": False}),
         ("SetAlias", {"alias": f"{name}/prod", "remove": True}),
+        ("DownloadAdapter", {"name": name}),
     ):
         told = await failure(other.call(rpc, **fields))
         assert told.code is grpc.StatusCode.PERMISSION_DENIED
-        assert told.metadata == {"adapter": name, "tenant": here, "cause": "tenant"}
+        assert told.metadata == {"adapter": "chat", "tenant": here, "cause": "tenant"}
 
-    near = await failure(other.call("GetAdapter", name=f"{name}s"))
-    assert near.metadata["did_you_mean"] == name
+    for wrong, near in (
+        (f"{name}s", name),
+        (f"{name}/prods", f"{name}/prod"),
+        (f"{name}s@{first.revision[:12]}", name),
+    ):
+        told = await failure(other.call("GetAdapter", name=wrong))
+        assert told.reason == "ADAPTER_NOT_FOUND"
+        assert told.metadata["did_you_mean"] == near
 
-    own = (await other.push(make_adapter(tmp_path / "2", seed=2), name)).adapter
-    answer = await other.generate(adapter=name)
-    assert answer.provenance.weights_digest == own.weights_digest, "its own comes first"
-    listed = (await other.call("ListAdapters", name_prefix=name)).adapters
-    assert [(a.name, a.tenant) for a in listed] == [(name, "")]
-    taken = await failure(other.call("UpdateAdapter", name=name, shared=True))
-    assert taken.code is grpc.StatusCode.ALREADY_EXISTS
-    await other.call("DeleteAdapter", name=name)
-    assert (await other.call("GetAdapter", name=name)).adapter.tenant == here
+
+HTTP: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "Hello", "max_tokens": 1},
+    "/v1/chat/completions": {
+        "messages": [{"role": "user", "content": "Hello"}],
+        "max_tokens": 1,
+    },
+    "/v1/messages": {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1},
+    "/v1/responses": {"input": "Hello", "max_output_tokens": 1},
+    "/tokenize": {"prompt": "Hello"},
+}
 
 
 @pytest.mark.asyncio(loop_scope="module")
-async def test_of_two_that_share_one_name_at_once_one_does(
+async def test_nobody_plants_a_name_that_others_call(
+    server: Shared, here: str, tmp_path: Path
+) -> None:
+    """Not where they never had the name, nor where they delete theirs."""
+    planter, other = server.caller(here), server.caller(f"{here}-2")
+    await planter.push(make_adapter(tmp_path / "1", seed=1), f"{here}-x")
+    await planter.call("UpdateAdapter", name=f"{here}-x", shared=True)
+
+    async def refused_everywhere() -> None:
+        for spec in (f"{here}-x", f"{here}-x/prod"):
+            told = await failure(other.generate(adapter=spec))
+            assert told.code is grpc.StatusCode.NOT_FOUND
+            meant = told.metadata["did_you_mean"]
+            assert meant == f"{here}/{spec}"
+            assert meant in told.message
+            for path, body in HTTP.items():
+                http = await other.http("POST", path, model=spec, **body)
+                assert http.status_code == 404
+                assert meant in http.text
+            assert (await other.http("GET", f"/v1/models/{spec}")).status_code == 404
+
+    await refused_everywhere()
+    own = (await other.push(make_adapter(tmp_path / "2", seed=2), f"{here}-x")).adapter
+    answer = await other.generate(adapter=f"{here}-x")
+    assert answer.provenance.weights_digest == own.weights_digest
+    listed = (await other.call("ListAdapters", name_prefix=here)).adapters
+    assert [a.name for a in listed] == [f"{here}-x", f"{here}/{here}-x"]
+    await other.call("DeleteAdapter", name=f"{here}-x")
+    await refused_everywhere()
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_what_a_tenant_accepts_it_calls_by_its_plain_name(
+    server: Shared, here: str, tmp_path: Path
+) -> None:
+    """At once when the keys file is saved; of several, the first that it lists."""
+    one, two, home = (server.caller(f"{here}-{n}") for n in (1, 2, 3))
+    digests = {}
+    for n, (caller, name) in enumerate(
+        [(one, "code"), (one, "sql"), (two, "code"), (two, "sql")]
+    ):
+        pushed = await caller.push(make_adapter(tmp_path / str(n), seed=n), name)
+        digests[caller.tenant, name] = pushed.adapter.weights_digest
+        await caller.call("UpdateAdapter", name=name, shared=True)
+
+    async def means(spec: str, owner: Caller | None, name: str = "code") -> None:
+        if owner is None:
+            assert await seen(home, spec) is grpc.StatusCode.NOT_FOUND
+            return
+        answer = await home.generate(adapter=spec)
+        assert answer.provenance.weights_digest == digests[owner.tenant, name]
+
+    before = server.keys.read_text()
+
+    def accept(*listed: str) -> None:
+        text = f"\n[tenants.{home.tenant}]\naccepts = {json.dumps(listed)}\n"
+        server.keys.write_text(before + text)
+
+    await means("code", None)
+    accept(f"{two.tenant}/code", one.tenant)
+    await means("code", two)
+    await means("sql", one, "sql")
+    await means(f"{one.tenant}/code", one)
+    listed = (await home.call("ListAdapters")).adapters
+    names = {each.name for each in listed if each.tenant.startswith(here)}
+    assert names == {"code", "sql", f"{one.tenant}/code", f"{two.tenant}/sql"}
+    assert (await home.http("GET", "/v1/models/code")).json()["owned_by"] == two.tenant
+    await one.call("SetAlias", alias="sql/prod", revision=await _revision(one, "sql"))
+    await means("sql/prod", one, "sql")
+    told = await failure(home.call("DeleteAdapter", name="code"))
+    assert told.code is grpc.StatusCode.PERMISSION_DENIED
+    accept(f"{one.tenant}/sql")
+    await means("code", None)
+    await means("sql", one, "sql")
+    await one.call("UpdateAdapter", name="sql", shared=False)
+    await means("sql", None)
+    # What begins with a tenant's name is that tenant's, whoever else is accepted.
+    await one.push(make_adapter(tmp_path / "trap", seed=9), one.tenant)
+    await one.call("UpdateAdapter", name=one.tenant, shared=True)
+    accept(one.tenant)
+    await means(one.tenant, None)
+    server.keys.write_text(before)
+
+
+async def _revision(caller: Caller, name: str) -> str:
+    revision: str = (await caller.call("GetAdapter", name=name)).adapter.revision
+    return revision
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_tenants_name_and_an_alias_are_never_confused(
+    server: Shared, here: str, tmp_path: Path
+) -> None:
+    """``a/b`` is an alias of one's own ``a``, whatever tenant ``a`` shares. A name like that
+    of a tenant which shares adapters is not given to a new adapter."""
+    owner, old, new = (server.caller(f"{here}-{n}") for n in (1, 2, 3))
+    folder = make_adapter(tmp_path / "0", seed=0)
+    name = owner.tenant
+    await old.push(make_adapter(tmp_path / "old", seed=7), name)
+    await owner.push(folder, "code")
+    await owner.call("UpdateAdapter", name="code", shared=True)
+    assert await seen(old, f"{name}/code") is grpc.StatusCode.NOT_FOUND
+    assert await seen(new, f"{name}/code") is grpc.StatusCode.OK
+    own = await _revision(old, name)
+    await old.call("SetAlias", alias=f"{name}/code", revision=own)
+    assert (await old.call("GetAdapter", name=f"{name}/code")).adapter.revision == own
+    listed = (await old.call("ListAdapters", name_prefix=here)).adapters
+    assert [(each.name, each.tenant) for each in listed] == [(name, "")]
+    told = await failure(new.push(folder, name))
+    assert (told.code, told.metadata["cause"]) == (grpc.StatusCode.ALREADY_EXISTS, "tenant")
+    await old.push(folder, name, allow_replace=True)
+    await owner.push(folder, name)  # its own name
+    await owner.call("UpdateAdapter", name="code", shared=False)
+    await new.push(folder, name)  # nothing is shared under it
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_several_tenants_share_one_name(
     server: Shared, here: str, tmp_path: Path
 ) -> None:
     folder = make_adapter(tmp_path / "1", seed=1)
@@ -268,9 +404,9 @@ async def test_of_two_that_share_one_name_at_once_one_does(
     for caller in callers:
         await caller.push(folder, here)
     calls = [caller.call("UpdateAdapter", name=here, shared=True) for caller in callers]
-    told = await asyncio.gather(*calls, return_exceptions=True)
-    refused = [each for each in told if isinstance(each, grpc.aio.AioRpcError)]
-    assert [each.code() for each in refused] == [grpc.StatusCode.ALREADY_EXISTS] * 3
+    await asyncio.gather(*calls)
+    listed = (await callers[0].call("ListAdapters", name_prefix=here)).adapters
+    assert [each.name for each in listed] == [here, *(f"{here}-{n}/{here}" for n in (1, 2, 3))]
 
 
 @pytest.mark.asyncio(loop_scope="module")
@@ -283,10 +419,11 @@ async def test_requests_outlast_the_end_of_sharing(
     await owner.call("UpdateAdapter", name=name, shared=True)
     engine = server.front.engine
     engine.pace = asyncio.Semaphore(1)
-    stream = other.call("GenerateStream", prompt="Hello", adapter=name)
+    called = f"{here}/{name}"
+    stream = other.call("GenerateStream", prompt="Hello", adapter=called)
     await stream.read()
     await owner.call("UpdateAdapter", name=name, shared=False)
-    again = await failure(other.call("GenerateStream", prompt="Hi", adapter=name))
+    again = await failure(other.call("GenerateStream", prompt="Hi", adapter=called))
     assert again.code is grpc.StatusCode.NOT_FOUND
     await owner.call("DeleteAdapter", name=name)
     for _ in range(1000):
@@ -294,7 +431,7 @@ async def test_requests_outlast_the_end_of_sharing(
     while not (message := await stream.read()).HasField("final"):
         pass
     engine.pace = None
-    assert message.final.provenance.adapter == name
+    assert message.final.provenance.adapter == called
 
 
 @pytest.mark.asyncio(loop_scope="module")
@@ -316,11 +453,11 @@ async def test_a_list_of_own_and_shared_ones_comes_in_pages(
         token = page.next_page_token
         if not token:
             break
-    expected = {f"{n:02}": True for n in range(0, 12, 2)}
-    expected |= {f"{n:02}": False for n in range(1, 12, 3)}
-    assert found == sorted(expected.items())
+    own = [(f"{n:02}", False) for n in range(1, 12, 3)]
+    theirs = [(f"{n:02}", True) for n in range(0, 12, 2)]
+    assert found == own + theirs, "what others share is called by its tenant"
     labelled = await other.call("ListAdapters", name_prefix=here, labels={"team": "0"})
-    assert [each.name[-2:] for each in labelled.adapters] == ["00", "08"]
+    assert [each.name[-2:] for each in labelled.adapters] == ["00", "04", "08"]
 
 
 def test_a_name_deleted_while_a_list_is_made_is_listed_once() -> None:
@@ -333,11 +470,15 @@ def test_a_name_deleted_while_a_list_is_made_is_listed_once() -> None:
         "aliases": lambda *_: (alias,),
         "get": lambda _: record,
     }
-    home = SimpleNamespace(registry=SimpleNamespace(**common, knows=lambda _: False))
-    other = SimpleNamespace(registry=SimpleNamespace(**common, shared=lambda: ["chat"]))
-    tenants: Any = SimpleNamespace(all=[home, other])
+    registry = SimpleNamespace(**common, knows=lambda _: False)
+    home = SimpleNamespace(name="home", registry=registry)
+    sharing = SimpleNamespace(**common, shared=lambda: ["chat"], is_shared=lambda _: True)
+    other = SimpleNamespace(name="other", registry=sharing)
+    tenants: Any = SimpleNamespace(
+        all=[home, other], accepts=lambda _: ["other"], named={"other": other}.get
+    )
     mine: Any = home
-    assert Visible(tenants).page(mine) == [(home, record)]
+    assert Visible(tenants).page(mine) == [Seen(mine, cast(Any, record), "chat")]
     assert Visible(tenants).aliases(mine, "") == (alias,)
 
 
@@ -457,7 +598,9 @@ async def test_tenants_come_back_after_a_restart_and_one_that_cannot_stops_no_ot
             assert await server.caller(tenant).names() == ["chat"]
         for tenant in ("empty", "half", "new"):
             caller = server.caller(tenant)
-            assert (await caller.call("GetAdapter", name="chat")).adapter.tenant == "sound"
+            assert (
+                await caller.call("GetAdapter", name="sound/chat")
+            ).adapter.tenant == "sound"
             await caller.push(folder, "mine")
             assert await caller.names() == ["mine"]
         told = await failure(server.caller("hurt").call("GetAdapter", name="chat"))

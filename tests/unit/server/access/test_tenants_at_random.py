@@ -1,12 +1,14 @@
 """Three tenants publish, replace, share, use and delete adapters of the same names at once.
 
-Whatever the order, a request gets weights that its own tenant had under the name, or that
-another one shared under it, and no list shows what was never shared. The engine is FAKE.
+Whatever the order, a request gets weights that its own tenant had under the name, or that the
+tenant which it names, or accepts, shared under it, and no list shows what was never shared. The
+engine is FAKE.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -21,6 +23,8 @@ from tests.unit.server.rpc.front_harness import make_adapter
 
 TENANTS: Final = ("a", "b", "c")
 NAMES: Final = ("chat", "code", "sql")
+ACCEPTS: Final = {"c": {"a", "b/code"}}
+"""What a tenant knows by its plain name."""
 WORKERS: Final = 6
 CALLS: Final = 40
 """Of each worker."""
@@ -73,18 +77,24 @@ class World:
         await caller.push(folder, name, activate=rng.random() < 0.5, **options)
 
     async def _use(self, rng: random.Random, caller: Caller, name: str) -> None:
-        answer = await caller.generate(adapter=name)
-        owners = {caller.tenant, *(owner for owner, what in self._shared if what == name)}
-        known = set[str]().union(*(self._had[owner, name] for owner in owners))
+        other = rng.choice(TENANTS)
+        plain = rng.random() < 0.5
+        answer = await caller.generate(adapter=name if plain else f"{other}/{name}")
+        known = set(self._had[caller.tenant, name]) if plain else set[str]()
+        for owner in TENANTS if plain else (other,):
+            accepted = {owner, f"{owner}/{name}"} & ACCEPTS.get(caller.tenant, set())
+            if (owner, name) in self._shared and (accepted or not plain):
+                known |= self._had[owner, name]
         if answer.provenance.weights_digest not in known:
-            self.wrong.append((caller.tenant, name, "weights of nobody it may use"))
+            self.wrong.append((caller.tenant, name, plain, "weights of nobody it may use"))
 
     async def _look(self, rng: random.Random, caller: Caller, name: str) -> None:
         listed = (await caller.call("ListAdapters")).adapters
         if len({each.name for each in listed}) < len(listed):
             self.wrong.append("a name twice in a list")
         for each in listed:
-            if each.tenant and (each.tenant, each.name) not in self._shared:
+            theirs = each.name.removeprefix(f"{each.tenant}/")
+            if each.tenant and (each.tenant, theirs) not in self._shared:
                 self.wrong.append((caller.tenant, each.name, "was never shared"))
 
     async def _change(self, rng: random.Random, caller: Caller, name: str) -> None:
@@ -107,6 +117,9 @@ async def test_whatever_the_order_each_gets_its_own_or_what_is_shared(
     seed = random.randrange(1 << 30)
     print(f"seed {seed}")
     async with shared(base_folder, front_cache, tmp_path / "front") as server:
+        for tenant, listed in ACCEPTS.items():
+            with server.keys.open("a") as keys:
+                keys.write(f"[tenants.{tenant}]\naccepts = {json.dumps(sorted(listed))}\n")
         world = World(server, folders)
         await world.run(seed)
         assert world.wrong == []

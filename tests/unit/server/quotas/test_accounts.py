@@ -115,6 +115,11 @@ async def test_each_subject_of_tokens_has_an_account_of_its_own(tmp_path: Path) 
 class Issuer:
     """FAKE check of tokens: every token is ann's."""
 
+    keys = None
+
+    async def refresh(self) -> None:
+        pass
+
     async def principal(self, token: str) -> Principal:
         return Principal(
             "ann", "a", frozenset({"inference"}), (Account("token:a/ann", Quota()),)
