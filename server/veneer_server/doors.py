@@ -206,7 +206,7 @@ class Doors:
         wanted = self._config.metrics_listen
         if wanted is None:
             return None
-        hosts = AllowedHosts(wanted, self._config.allowed_hosts)
+        hosts = self._hosts(wanted)
         scraping = ScrapeServer(self._pages, hosts, access=self._access, tls=self._http_tls)
         try:
             address = await scraping.start(wanted)
@@ -215,6 +215,10 @@ class Doors:
         self._scraping = scraping
         resources.push_async_callback(scraping.stop)
         return address
+
+    def _hosts(self, address: Address) -> AllowedHosts:
+        given = self._config.allowed_hosts
+        return AllowedHosts(address, given, keyless=not self._access.asks)
 
     async def _open_admin(self, resources: AsyncExitStack, most: int) -> Address | None:
         wanted = self._config.admin_listen
@@ -293,7 +297,7 @@ class Doors:
         gateway = Gateway(
             calls=self._calls,
             metrics=self._metrics,
-            hosts=AllowedHosts(wanted, self._config.allowed_hosts),
+            hosts=self._hosts(wanted),
             reader_limit_s=self._config.reader_limit,
             max_connections=most,
             pace=self._pace,

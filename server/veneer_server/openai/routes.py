@@ -36,14 +36,20 @@ from veneer_server.openai.endpoints.state import state_routes
 from veneer_server.openai.endpoints.tokenize import DetokenizeEndpoint, TokenizeEndpoint
 from veneer_server.openai.errors import PACED, HttpError, http_failure
 from veneer_server.openai.generate import ChatEndpoint, CompletionEndpoint
-from veneer_server.openai.http.asgi import CERTIFICATE_NAMES, Receive, Scope, Send
+from veneer_server.openai.http.asgi import (
+    CERTIFICATE_NAMES,
+    Receive,
+    Scope,
+    Send,
+    check_json,
+)
 from veneer_server.openai.http.cors import Cors
 from veneer_server.openai.messages.endpoint import MessagesEndpoint
 from veneer_server.openai.responses.endpoint import ResponsesEndpoint
 from veneer_server.quotas.standing import rate_headers
 from veneer_server.replication.asked import ASKED, Asked
 from veneer_server.serving.who import CALLER
-from veneer_server.system.hosts import AllowedHosts
+from veneer_server.system.hosts import AllowedHosts, foreign_page
 from veneer_server.telemetry.tracing import INGRESS, Ingress
 
 __all__ = ["Admission", "Edge", "make_app"]
@@ -185,10 +191,25 @@ class Edge:
         INGRESS.set(Ingress.of(f"{verb} {path}", text))
         names = scope.get("state", {}).get(CERTIFICATE_NAMES, ())
         credentials = Credentials.of_headers(text, names)
+        if not (self._admission.access.asks and credentials.secret):
+            self._check_page(verb, text)
         await self._admission.access.admit(
             f"{verb} {path}", credentials, self._admission.elsewhere
         )
         ASKED.set(Asked.of(text))
+
+    def _check_page(self, verb: str, headers: Mapping[str, str]) -> None:
+        """A browser sends a request for whatever page its user has open."""
+        if foreign_page(verb, headers, self._admission.cors.allows):
+            page = headers.get("origin", "another origin")
+            raise HttpError(
+                403,
+                "origin_not_allowed",
+                f"a web page of {page[:100]} may not call a server without keys: start it with "
+                "--cors-origin and the page's origin",
+            )
+        if verb == "POST" and ("origin" in headers or "sec-fetch-site" in headers):
+            check_json(headers.get("content-type", ""))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()

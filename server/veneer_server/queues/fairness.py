@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 __all__ = [
-    *("FAIRNESS", "MAX_PRIORITY", "MAX_WEIGHT", "MIN_WEIGHT", "NOBODYS"),
+    *("FAIRNESS", "GATEWAY_HEADERS", "MAX_PRIORITY", "MAX_WEIGHT", "MIN_WEIGHT", "NOBODYS"),
     *("Fairness", "Routed", "Weights", "fairness_of"),
 ]
 
@@ -30,6 +30,8 @@ _OBJECTIVE: Final = (
 )
 """Headers, or gRPC metadata, of gateways: llm-d's, and the older names of Kubernetes' Gateway
 API Inference Extension."""
+
+GATEWAY_HEADERS: Final = (*_FAIRNESS_ID, *_OBJECTIVE)
 
 _USABLE: Final = re.compile(r"[\x21-\x7e]{1,128}")
 

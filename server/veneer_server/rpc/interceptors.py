@@ -25,7 +25,7 @@ from veneer_registry.errors import (
 )
 
 from veneer_server.access.audit import Audit
-from veneer_server.access.authenticate import Access, Credentials
+from veneer_server.access.authenticate import ONCE, Access, Credentials, repeated
 from veneer_server.access.principal import PRINCIPAL
 from veneer_server.errors import detail_for_log, internal_error, to_grpc_status, without_frames
 from veneer_server.logs import REQUEST_ID, get_logger
@@ -281,6 +281,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     async def _admit(self, method: str, context: Any) -> None:
         """Before anything of the request is read."""
+        _check_once(context)
         headers = _headers(context)
         names = _certificate_names(context) if self._access.asks else ()
         credentials = Credentials.of_headers(headers, names)
@@ -307,6 +308,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 def _headers(context: Any) -> dict[str, str]:
     metadata = context.invocation_metadata() or ()
     return {key: value for key, value in metadata if isinstance(value, str)}
+
+
+def _check_once(context: Any) -> None:
+    """Raise InvalidField if metadata that decides who calls is there twice."""
+    names = [key for key, _ in context.invocation_metadata() or ()]
+    if len(set(names)) < len(names):
+        for name in ONCE:
+            if names.count(name) > 1:
+                raise repeated(name)
 
 
 def _certificate_names(context: Any) -> tuple[str, ...]:

@@ -13,16 +13,16 @@ from http import HTTPStatus
 from typing import Final, NamedTuple
 from urllib.parse import urlsplit
 
-from veneer_registry.errors import PermissionDenied, Unauthenticated, Unavailable
+from veneer_registry.errors import InvalidField, PermissionDenied, Unauthenticated, Unavailable
 
-from veneer_server.access.authenticate import Access, Credentials
+from veneer_server.access.authenticate import ONCE, Access, Credentials
 from veneer_server.access.certificates import certificate_names
 from veneer_server.access.handshakes import Handshakes
 from veneer_server.access.methods import SCRAPE
 from veneer_server.config import Address
 from veneer_server.logs import get_logger
 from veneer_server.system.descriptors import SCRAPES
-from veneer_server.system.hosts import AllowedHosts
+from veneer_server.system.hosts import AllowedHosts, foreign_page
 from veneer_server.telemetry.pages import Pages
 
 __all__ = ["LIMIT_S", "MAX_HEAD", "ScrapeServer"]
@@ -34,6 +34,7 @@ LIMIT_S: Final = 10.0
 """How long a connection may be open, in total."""
 
 _END: Final = b"\r\n\r\n"
+_ONCE: Final = ONCE | {"host", "content-length", "content-type", "transfer-encoding"}
 
 _log = get_logger(__name__)
 
@@ -197,10 +198,16 @@ class _Connection(asyncio.Protocol):
             assert self._transport is not None
             names = certificate_names(self._transport)
             credentials = Credentials.of_headers(request.headers, names)
+            strangers = not (self._server.access.asks and credentials.secret)
+            if strangers and foreign_page(request.method, request.headers):
+                self._refuse(HTTPStatus.FORBIDDEN)
+                return
             await self._server.access.admit(SCRAPE, credentials)
             self._send(await self._server.page(request))
         except Unauthenticated:
             self._send(_refusal(HTTPStatus.UNAUTHORIZED, ("WWW-Authenticate", "Bearer")))
+        except InvalidField:
+            self._refuse(HTTPStatus.BAD_REQUEST)
         except PermissionDenied:
             self._refuse(HTTPStatus.FORBIDDEN)
         except Unavailable:  # the issuer of tokens is not there
@@ -228,7 +235,7 @@ def _parse(head: bytes) -> _Request | None:
         if not colon:
             return None
         name = name.strip().lower()
-        if name == "host" and name in headers:
+        if name in _ONCE and name in headers:
             return None  # ambiguous
         headers[name] = value.strip()
     return _Request(words[0], words[1], headers)

@@ -29,6 +29,7 @@ __all__ = [
     "Reply",
     "Scope",
     "Send",
+    "check_json",
     "dump",
     "read_json",
 ]
@@ -188,6 +189,15 @@ class Bodies:
                 self._left[pool] += bytes_
 
 
+def check_json(content_type: str) -> None:
+    """Raise HttpError unless a request says that its body is JSON. A browser sends JSON for a
+    page of another origin only after it has asked whether it may."""
+    if content_type.partition(";")[0].strip().lower() != "application/json":
+        raise HttpError(
+            415, "unsupported_media_type", "send JSON with content-type application/json"
+        )
+
+
 async def read_json(
     scope: Scope,
     receive: Receive,
@@ -205,12 +215,7 @@ async def read_json(
         QueueFull: other bodies leave no room for it.
         ClientGone: the client disconnected before the body was complete.
     """
-    headers = dict(scope["headers"])
-    kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
-    if kind != b"application/json":
-        raise HttpError(
-            415, "unsupported_media_type", "send JSON with content-type application/json"
-        )
+    check_json(dict(scope["headers"]).get(b"content-type", b"").decode("latin-1"))
     try:
         async with asyncio.timeout(limit_s):
             body = await _read(receive, take, bodies)
