@@ -236,7 +236,7 @@ class Doors:
     ) -> Address:
         """Open a gRPC port. Args: elsewhere: methods that it refuses."""
         capacity = self._config.max_running + self._config.max_queue
-        connections = Connections(most)
+        connections = Connections(most, keyless=not self._access.asks)
         server = grpc.aio.server(
             interceptors=[
                 CallInterceptor(

@@ -167,7 +167,7 @@ class Access:
     async def _principal(self, credentials: Credentials) -> Principal:
         identities = None if self._identities is None else await self._identities.current()
         secret = credentials.secret
-        if credentials.authorization and credentials.api_key.strip() not in ("", secret):
+        if secret and credentials.api_key.strip() not in ("", secret):
             raise InvalidField(
                 "authorization and x-api-key do not have the same key: send one of them",
                 metadata={"field": "x-api-key"},

@@ -24,7 +24,7 @@ from veneer_registry.errors import (
 from veneer_server import __version__
 from veneer_server.access.authenticate import Access, Credentials
 from veneer_server.access.methods import HTTP_PATHS, METHODS
-from veneer_server.access.principal import PRINCIPAL
+from veneer_server.access.principal import ANYONE, PRINCIPAL
 from veneer_server.errors import detail_for_log, internal_error
 from veneer_server.logs import REQUEST_ID, get_logger
 from veneer_server.openai.endpoints.core import Core
@@ -38,6 +38,7 @@ from veneer_server.openai.errors import PACED, HttpError, http_failure
 from veneer_server.openai.generate import ChatEndpoint, CompletionEndpoint
 from veneer_server.openai.http.asgi import (
     CERTIFICATE_NAMES,
+    EARNED,
     Receive,
     Scope,
     Send,
@@ -193,9 +194,11 @@ class Edge:
         credentials = Credentials.of_headers(text, names)
         if not (self._admission.access.asks and credentials.secret):
             self._check_page(verb, text)
-        await self._admission.access.admit(
+        principal = await self._admission.access.admit(
             f"{verb} {path}", credentials, self._admission.elsewhere
         )
+        if principal is not ANYONE:
+            _earned(scope, principal.tenant)
         ASKED.set(Asked.of(text))
 
     def _check_page(self, verb: str, headers: Mapping[str, str]) -> None:
@@ -259,6 +262,8 @@ class Edge:
             path = _listed(scope["path"])
             path = path if path in HTTP_PATHS else "other"
             self._requests.labels(path, str(status)).inc()
+            if status < 400 and not self._admission.access.asks:
+                _earned(scope, "")
             self._seconds.labels(path).observe(time.perf_counter() - started)
 
     def _preflight(self, path: str, headers: Mapping[bytes, bytes]) -> Response:
@@ -276,6 +281,12 @@ class Edge:
     def malformed(self, error: HttpError) -> None:
         """Count a request that was not valid HTTP."""
         self._requests.labels("other", str(error.status)).inc()
+
+
+def _earned(scope: Scope, tenant: str) -> None:
+    """The connection's place is a caller's from now on."""
+    if (earned := scope.get("state", {}).get(EARNED)) is not None:
+        earned(tenant)
 
 
 def _unknown_path(path: str) -> HttpError:

@@ -22,6 +22,7 @@ __all__ = [
     "ABORT",
     "CERTIFICATE_NAMES",
     "DATA_ONLY",
+    "EARNED",
     "Bodies",
     "ClientGone",
     "Framing",
@@ -39,6 +40,10 @@ ABORT: Final = "veneer.abort"
 
 CERTIFICATE_NAMES: Final = "veneer.certificate_names"
 """Key in ``scope["state"]`` of the subject alternative names of the client's certificate."""
+
+EARNED: Final = "veneer.earned"
+"""Key in ``scope["state"]`` of a function that takes the tenant of a caller who has shown a
+valid key; "" for one whom a server without keys has answered well."""
 
 MAX_BODY: Final = 4 << 20
 """Largest body in bytes; the limit for gRPC messages is the same."""

@@ -73,7 +73,7 @@ async def test_what_is_said_twice_in_the_same_words_by_two_headers_is_taken(
     mine: Any = both.caller("team-a", "operator")
     given = (
         *(("authorization", f"Bearer {mine.key}"), ("x-api-key", mine.key)),
-        *(("veneer-tenant", "team-b"), ("x-veneer-tenant", "team-b")),
+        *(("veneer-tenant", "team-a"), ("x-veneer-tenant", "team-a")),
         *(("x-llm-d-inference-fairness-id", "a, b"), ("x-gateway-inference-fairness-id", "c")),
     )
     await both.front.inference.Generate(prompt(), metadata=given)

@@ -139,7 +139,6 @@ async def scraped(front: Front) -> list[str]:
 
 GOOD: dict[str, bytes] = {
     "a length": HEAD + LENGTH + b"\r\n" + BODY,
-    "the same length twice": HEAD + LENGTH + LENGTH + b"\r\n" + BODY,
     "chunks": HEAD + TE + b"\r\n" + CHUNKED,
     "an extension and a trailer": HEAD
     + TE
