@@ -81,7 +81,7 @@ _SPREAD: Final = 0.1
 
 _RETRY_S: Final = 1.0
 
-KNOWN_HOSTS: Final = 4096
+_KNOWN_HOSTS: Final = 4096
 """Connections whose host is remembered."""
 
 T = TypeVar("T")
@@ -301,7 +301,7 @@ class Receiving:
         return max(orders, key=lambda each: each[0])[1] if orders else None
 
 
-@lru_cache(KNOWN_HOSTS)
+@lru_cache(_KNOWN_HOSTS)
 def _host(peer: str) -> str:
     """Of gRPC's name of a connection, see `host_of`."""
     return host_of(unquote(peer.partition(":")[2]))
