@@ -180,12 +180,12 @@ class Connections:
             place = self._given_up.pop() if self._given_up else self._places.victim()
             if place is None:
                 break
-            if (gone := self._by_place.get(place)) is None:
-                continue
+            gone = self._by_place[place]
+            if gone not in sockets:  # it was opened since they were listed
+                break
             self._forget(gone)
-            if gone in sockets:
-                count -= 1
-                closed += _close(sockets[gone], gone)
+            count -= 1
+            closed += _close(sockets[gone], gone)
         if closed:
             _log.info("gRPC connections closed to make room", count=closed)
         return closed
