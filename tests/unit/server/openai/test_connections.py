@@ -61,7 +61,7 @@ async def flood(
             _, writer = await asyncio.open_connection(
                 host, int(port), local_addr=(f"127.0.0.{1 + n % 5}", 0)
             )
-            stack.callback(writer.transport.abort)
+            stack.callback(writer.close)
             writer.write(data)
 
 
@@ -79,7 +79,7 @@ async def test_half_requests_take_no_place_of_others(
     host, port = front.addresses["openai"].rsplit(":", 1)
     async with contextlib.AsyncExitStack() as stack:
         reader, writer = await asyncio.open_connection(host, int(port))
-        stack.callback(writer.transport.abort)
+        stack.callback(writer.close)
 
         async def asked() -> None:
             """On the connection that was there first."""
