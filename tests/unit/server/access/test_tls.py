@@ -277,7 +277,7 @@ async def test_strangers_that_do_not_speak_tls_disturb_nobody(
 async def test_handshakes_of_one_host_end_none_of_another(
     base_folder: Path, front_cache: Path, tmp_path: Path, pki: Pki
 ) -> None:
-    """A client that is slow to say hello, beside a host that begins handshakes by the hundred."""
+    """A client that is slow to say hello, beside a host that begins many handshakes."""
     async with front_with(base_folder, front_cache, tmp_path / "front", pki) as front:
         context = ssl.create_default_context(cafile=pki.ca_file)
         for name, path in (("openai", "/v1/models"), ("metrics", "/metrics")):
