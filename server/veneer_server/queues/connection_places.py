@@ -116,7 +116,14 @@ class Places:
                         del queues[name]
 
     def waits(self, place: Place, *, asking: bool) -> None:
-        """It waits for its peer. Args: asking: for the rest of a request."""
+        """It waits for its peer. Without keys a caller is a stranger again until its next
+        request has been answered: everybody may have half of one.
+
+        Args:
+            asking: for the rest of a request.
+        """
+        if asking and self.keyless:
+            self._whose_is(place, None)
         if place.owner is None:
             self._wait(place, self._strangers)
         else:
@@ -132,11 +139,7 @@ class Places:
         if place.owner == owner:
             return None
         waiting = place.queue is not None
-        self.busy(place)
-        self._less(_whose(place))
-        self._callers += place.owner is None
-        place.owner = owner
-        self._of[_whose(place)] += 1
+        self._whose_is(place, owner)
         if waiting:
             self._wait(place, self._resting if self.keyless else self._sending)
         if self._callers <= self.most - max(1, self.most // NEWCOMERS):
@@ -160,29 +163,36 @@ class Places:
 
     def _of_callers(self, but: Place | None) -> Place | None:
         """A caller's place. Args: but: not this one."""
-        found = self._worst(self._sending, stalled=True, but=but)
-        return (
-            found or self._worst(self._resting, but=but) or self._worst(self._sending, but=but)
-        )
+        if (found := self._worst(self._sending, stalled=True)) not in (None, but):
+            return found
+        worst, most = None, 0
+        for queues in (self._resting, self._sending):
+            for queue in queues.values():
+                first = next((each for each in queue if each is not but), None)
+                if first is not None and (count := self._of[_whose(first)]) > most:
+                    worst, most = first, count
+        return worst
 
-    def _worst(
-        self, queues: _Queues, *, stalled: bool = False, but: Place | None = None
-    ) -> Place | None:
+    def _worst(self, queues: _Queues, *, stalled: bool = False) -> Place | None:
         """The place that made progress longest ago, of the host or owner that has most.
-
-        Args:
-            stalled: only one that makes no progress.
-            but: not this one.
-        """
+        Args: stalled: only one that makes no progress."""
         late = self._clock() - STALLED_S
         worst, most = None, 0
         for queue in queues.values():
             first = next(iter(queue))
-            if first is but or (stalled and first.since > late):
-                continue
-            if (count := self._of[_whose(first)]) > most:
+            if (count := self._of[_whose(first)]) > most and not (
+                stalled and first.since > late
+            ):
                 worst, most = first, count
         return worst
+
+    def _whose_is(self, place: Place, owner: str | None) -> None:
+        if place.owner != owner:
+            self.busy(place)
+            self._less(_whose(place))
+            self._callers += (owner is not None) - (place.owner is not None)
+            place.owner = owner
+            self._of[_whose(place)] += 1
 
     def _wait(self, place: Place, queues: _Queues) -> None:
         name = place.owner if place.owner is not None else place.host

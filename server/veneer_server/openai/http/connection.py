@@ -198,6 +198,7 @@ def connection_class(
                 return
             if (other := places.earns(self._place, owner or self._place.host)) is not None:
                 by_place[other].give_way()
+            self._watch()
 
         def _leave(self) -> None:
             if by_place.pop(self._place, None) is not None:

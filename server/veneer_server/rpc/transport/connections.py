@@ -180,6 +180,8 @@ class Connections:
             place = self._given_up.pop() if self._given_up else self._places.victim()
             if place is None:
                 break
+            if place.queue is None:  # it was given up, and has called again
+                continue
             gone = self._by_place[place]
             if gone not in sockets:  # it was opened since they were listed
                 break

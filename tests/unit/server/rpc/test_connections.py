@@ -266,8 +266,8 @@ async def test_calls_that_do_not_arrive_take_no_place_of_others(
                     stack.callback(opened.close)
                 states.append(kept.get_state())
                 if n % 8 == 7:
-                    new = await stack.enter_async_context(channel(front, 1 + n + 100 * round_))
-                    fresh = inference_pb2_grpc.InferenceServiceStub(new)
-                    await fresh.Generate(prompt(), metadata=metadata, wait_for_ready=True)
+                    async with channel(front, 1 + n + 100 * round_) as new:
+                        fresh = inference_pb2_grpc.InferenceServiceStub(new)
+                        await fresh.Generate(prompt(), metadata=metadata, wait_for_ready=True)
         await stubs.Generate(prompt(), metadata=metadata)
         assert set(states) == {grpc.ChannelConnectivity.READY}, "it was closed"
