@@ -111,6 +111,7 @@ class Connections:
         known = self._used(_address(peer))
         known.calls += 1
         call = Call(self, known)
+        self.tell(known, progressed=False)
         try:
             yield call
         finally:
