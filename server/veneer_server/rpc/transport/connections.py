@@ -146,23 +146,23 @@ class Connections:
     async def watch(self, port: int) -> None:
         """Make room on ``port`` until cancelled. After an error, which is logged once, it tries
         again: running out of descriptors is a reason to make room, not to stop."""
-        failing, closed = False, 0
+        failing = soon = False
         while True:
-            await asyncio.sleep(min(LOOK_S, _SOON_S) if closed else LOOK_S)
+            await asyncio.sleep(min(LOOK_S, _SOON_S) if soon else LOOK_S)
             try:
-                closed = 0
+                soon = False
                 # A cheap first check: descriptors of all kinds outnumber our connections.
                 if self._given_up or len(os.listdir(_DESCRIPTORS)) > self._wanted:
                     began = self._clock()
-                    closed = self._make_room(await asyncio.to_thread(_accepted, port), began)
+                    soon = self._make_room(await asyncio.to_thread(_accepted, port), began)
                 failing = False
             except Exception as error:
                 if not failing:
                     _log.error("could not make room for new gRPC connections", error)
                 failing = True
 
-    def _make_room(self, sockets: dict[_Address, int], began: float) -> int:
-        """Close connections until few enough are left; returns how many it closed.
+    def _make_room(self, sockets: dict[_Address, int], began: float) -> bool:
+        """Close connections until few enough are left; returns whether to look again soon.
 
         Args:
             sockets: the open ones.
@@ -184,14 +184,14 @@ class Connections:
             if place.queue is None:  # it was given up, and has called again
                 continue
             gone = self._by_place[place]
-            if gone not in sockets:  # it was opened since they were listed
-                break
+            if gone not in sockets or place.since >= began:
+                break  # seen for the first time: what it sent may not have been read
             self._forget(gone)
             count -= 1
             closed += _close(sockets[gone], gone)
         if closed:
             _log.info("gRPC connections closed to make room", count=closed)
-        return closed
+        return closed > 0 or count > self._wanted
 
     def _used(self, address: _Address) -> _Connection:
         now = self._clock()
