@@ -37,12 +37,14 @@ class Place:
 
     Attributes:
         host: its peer, see `host_of`.
+        whose: with whose places it is counted.
         owner: a caller's tenant, or its host if there are no keys; None: a stranger's.
         since: when it last made progress.
         sent: bytes since then.
     """
 
     host: str
+    whose: str
     since: float
     owner: str | None = None
     sent: int = 0
@@ -69,7 +71,7 @@ class Places:
         self._clock = clock
         self._count = self._callers = 0
         self._of: Counter[str] = Counter()
-        """Places by host of strangers, and by owner of callers; see `_whose`."""
+        """Places by host of strangers, and by owner of callers."""
         # Places that wait, by host or owner, in order of their last progress. No inner queue
         # is empty.
         self._strangers: _Queues = {}
@@ -82,9 +84,9 @@ class Places:
 
     def join(self, host: str) -> Place:
         """A connection was opened; it waits for its first request."""
-        place = Place(host, self._clock())
+        place = Place(host, f"host {host}", self._clock())
         self._count += 1
-        self._of[_whose(place)] += 1
+        self._of[place.whose] += 1
         self._wait(place, self._strangers)
         return place
 
@@ -93,7 +95,7 @@ class Places:
         self.busy(place)
         self._count -= 1
         self._callers -= place.owner is not None
-        self._less(_whose(place))
+        self._less(place.whose)
 
     def progressed(self, place: Place, size: int = PROGRESS) -> None:
         """It has sent, or read, so many bytes."""
@@ -157,6 +159,12 @@ class Places:
         found = found or self._worst(self._strangers) or self._worst(self._watching)
         return found or (self._of_callers(None) if self.keyless else None)
 
+    def alone(self, place: Place) -> bool:
+        """Whether no other place waits that could be given up for this stranger's."""
+        mine = self._strangers.get(place.host)
+        others = len(self._strangers) > 1 or mine is None or len(mine) > 1 or self._watching
+        return not others and not (self.keyless and (self._resting or self._sending))
+
     @property
     def _all(self) -> tuple[_Queues, ...]:
         return self._strangers, self._watching, self._sending, self._resting
@@ -169,7 +177,7 @@ class Places:
         for queues in (self._resting, self._sending):
             for queue in queues.values():
                 first = next((each for each in queue if each is not but), None)
-                if first is not None and (count := self._of[_whose(first)]) > most:
+                if first is not None and (count := self._of[first.whose]) > most:
                     worst, most = first, count
         return worst
 
@@ -180,19 +188,18 @@ class Places:
         worst, most = None, 0
         for queue in queues.values():
             first = next(iter(queue))
-            if (count := self._of[_whose(first)]) > most and not (
-                stalled and first.since > late
-            ):
+            if (count := self._of[first.whose]) > most and not (stalled and first.since > late):
                 worst, most = first, count
         return worst
 
     def _whose_is(self, place: Place, owner: str | None) -> None:
         if place.owner != owner:
             self.busy(place)
-            self._less(_whose(place))
+            self._less(place.whose)
             self._callers += (owner is not None) - (place.owner is not None)
             place.owner = owner
-            self._of[_whose(place)] += 1
+            place.whose = f"host {place.host}" if owner is None else f"owner {owner}"
+            self._of[place.whose] += 1
 
     def _wait(self, place: Place, queues: _Queues) -> None:
         name = place.owner if place.owner is not None else place.host
@@ -207,10 +214,6 @@ class Places:
         self._of[whose] -= 1
         if not self._of[whose]:
             del self._of[whose]
-
-
-def _whose(place: Place) -> str:
-    return f"host {place.host}" if place.owner is None else f"owner {place.owner}"
 
 
 def host_of(caller: str) -> str:

@@ -168,7 +168,8 @@ def connection_class(
             caller = self._caller()
             self._place = places.join(host_of(caller))
             by_place[self._place] = by_caller[caller] = self
-            if len(places) > most and places.victim(_delayed()) is self._place:
+            full = len(places) > most and places.alone(self._place)
+            if full and next(_delayed(), None) is None:
                 self.give_way()  # all others are being answered
                 return
             if len(places) > most + UNREAD:
