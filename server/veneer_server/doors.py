@@ -212,7 +212,7 @@ class Doors:
         wanted = self._config.metrics_listen
         if wanted is None:
             return None
-        hosts = AllowedHosts(wanted, self._config.allowed_hosts)
+        hosts = self._hosts(wanted)
         scraping = ScrapeServer(self._pages, hosts, access=self.access, tls=self._http_tls)
         try:
             address = await scraping.start(wanted)
@@ -221,6 +221,10 @@ class Doors:
         self._scraping = scraping
         resources.push_async_callback(scraping.stop)
         return address
+
+    def _hosts(self, address: Address) -> AllowedHosts:
+        given = self._config.allowed_hosts
+        return AllowedHosts(address, given, keyless=not self._access.asks)
 
     async def _open_admin(self, resources: AsyncExitStack, most: int) -> Address | None:
         wanted = self._config.admin_listen
@@ -238,7 +242,7 @@ class Doors:
     ) -> Address:
         """Open a gRPC port. Args: elsewhere: methods that it refuses."""
         capacity = self._config.max_running + self._config.max_queue
-        connections = Connections(most)
+        connections = Connections(most, keyless=not self._access.asks)
         server = grpc.aio.server(
             interceptors=[
                 CallInterceptor(
@@ -299,7 +303,7 @@ class Doors:
         gateway = Gateway(
             calls=self._calls,
             metrics=self._metrics,
-            hosts=AllowedHosts(wanted, self._config.allowed_hosts),
+            hosts=self._hosts(wanted),
             reader_limit_s=self._config.reader_limit,
             max_connections=most,
             pace=self._pace,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Final, Protocol
 
-from veneer_registry.errors import PermissionDenied, Unauthenticated
+from veneer_registry.errors import InvalidField, PermissionDenied, Unauthenticated
 
 from veneer_server.access.certificates import NOT_SHOWN, Shown
 from veneer_server.access.identity_file import IdentityFile
@@ -24,15 +24,29 @@ from veneer_server.access.principal import (
     denied,
 )
 from veneer_server.logs import TENANT as LOGGED_TENANT
-from veneer_server.queues.fairness import FAIRNESS, Fairness, Routed, fairness_of
+from veneer_server.queues.fairness import (
+    FAIRNESS,
+    GATEWAY_HEADERS,
+    Fairness,
+    Routed,
+    fairness_of,
+)
 
-__all__ = ["PASSED_ON", "Access", "Credentials", "TokenCheck"]
+__all__ = ["ONCE", "PASSED_ON", "Access", "Credentials", "TokenCheck", "repeated"]
 
 PASSED_ON: Final = "veneer-passed-on"
 """Metadata of a call that a follower passes on: the tenant that it is for."""
 
 _BEARER: Final = "bearer "
 _MAX_CREDENTIAL: Final = 8192
+ONCE: Final = frozenset(
+    (
+        *("authorization", "x-api-key", "veneer-tenant", "x-veneer-tenant"),
+        *("origin", "sec-fetch-site", PASSED_ON, *GATEWAY_HEADERS),
+    )
+)
+"""Headers, or gRPC metadata, that decide who a call is from. Each may be there once: of two, a
+proxy may read one and this server the other."""
 _KEY: Final = "vn_"
 _ANYONES: Final = Fairness(DEFAULT_TENANT)
 
@@ -64,13 +78,35 @@ class Credentials:
     def of_headers(
         cls, headers: Mapping[str, str], certificate: Shown = NOT_SHOWN
     ) -> Credentials:
-        """From HTTP headers or gRPC metadata, by lower-case name."""
+        """From HTTP headers or gRPC metadata, by lower-case name.
+
+        Raises:
+            InvalidField: they name two callers.
+        """
+        authorization = headers.get("authorization", "")
+        api_key = headers.get("x-api-key", "")
+        tenant, other = headers.get("veneer-tenant", ""), headers.get("x-veneer-tenant", "")
+        if tenant and other and tenant != other:
+            raise InvalidField(
+                "veneer-tenant and x-veneer-tenant name two tenants: send one of them",
+                metadata={"field": "x-veneer-tenant"},
+            )
+        bearer = authorization if authorization[:7].lower() == _BEARER else ""
         passed_on = headers.get(PASSED_ON, "")
+        for name, value in (
+            ("authorization", bearer),
+            ("x-api-key", api_key),
+            ("veneer-tenant", tenant),
+            ("x-veneer-tenant", other),
+            (PASSED_ON, passed_on),
+        ):
+            if "," in value:  # what some proxies make of a repeated header
+                raise repeated(name)
         return cls(
-            headers.get("authorization", ""),
-            headers.get("x-api-key", ""),
+            authorization,
+            api_key,
             NOT_SHOWN if passed_on else certificate,
-            headers.get("veneer-tenant", "") or headers.get("x-veneer-tenant", ""),
+            tenant or other,
             Routed.of_headers(headers),
             passed_on,
         )
@@ -130,6 +166,7 @@ class Access:
 
         Raises:
             Unauthenticated: no credential, or one that is not valid.
+            InvalidField: two credentials.
             PermissionDenied: none of the caller's roles takes the method, it may not act in
                 the tenant that it names, it belongs to another one than a follower passes its
                 call on for, or the method is on another port.
@@ -199,6 +236,11 @@ class Access:
     async def _principal(self, credentials: Credentials) -> Principal:
         identities = None if self._identities is None else await self._identities.current()
         secret = credentials.secret
+        if secret and credentials.api_key.strip() not in ("", secret):
+            raise InvalidField(
+                "authorization and x-api-key do not have the same key: send one of them",
+                metadata={"field": "x-api-key"},
+            )
         if len(secret) > _MAX_CREDENTIAL:
             raise _refused("a credential has more than 8192 bytes", "credential_size")
         if not secret:
@@ -218,6 +260,15 @@ class Access:
         if not found:
             raise _refused("the API key is unknown, was revoked or has expired", "key")
         return found
+
+
+def repeated(name: str) -> InvalidField:
+    """The error of a call with two values of a header or of metadata in `ONCE`."""
+    return InvalidField(
+        f"{name} is there more than once, or has more than one value: send it once, and see "
+        "that no proxy adds another",
+        metadata={"field": name},
+    )
 
 
 def _is(principal: Principal) -> None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Final
 
+from veneer_server.queues.connection_places import host_of
 from veneer_server.system.descriptors import HANDSHAKES
 
 __all__ = ["Handshakes"]
@@ -28,12 +30,14 @@ class Handshakes:
         self, context: ssl.SSLContext, *, most: int = HANDSHAKES, limit_s: float = LIMIT_S
     ) -> None:
         """Args:
-        most: that may be under way; a further one replaces the oldest.
+        most: that may be under way. A further one replaces the oldest of the host that has
+            most of them.
         """
         self.context = context
         self.limit_s = limit_s
         self._most = most
         self._open: dict[_Handshake, None] = {}
+        self._hosts: Counter[str] = Counter()
 
     def before(self, factory: _Factory) -> _Factory:
         """A factory for connections, each of which becomes one of ``factory``'s after its
@@ -43,12 +47,17 @@ class Handshakes:
     def begin(self, handshake: _Handshake) -> None:
         """A connection was accepted."""
         if len(self._open) >= self._most:
-            next(iter(self._open)).drop()
+            max(self._open, key=lambda each: self._hosts[each.host]).drop()
         self._open[handshake] = None
+        self._hosts[handshake.host] += 1
 
     def end(self, handshake: _Handshake) -> None:
         """Its handshake has ended, or it was dropped."""
-        self._open.pop(handshake, None)
+        if handshake in self._open:
+            del self._open[handshake]
+            self._hosts[handshake.host] -= 1
+            if not self._hosts[handshake.host]:
+                del self._hosts[handshake.host]
 
     def drop_all(self) -> None:
         """Close all connections that are in their handshake."""
@@ -64,11 +73,15 @@ class _Handshake(asyncio.Protocol):
         self._make = make
         self._transport: asyncio.Transport | None = None
         self._task: asyncio.Task[None] | None = None
+        self.host = ""
+        """Its peer, see `host_of`."""
         self._hello = bytearray()
         """What has arrived before `start_tls` took over: uvloop reads at once."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._transport = transport
+        peer = transport.get_extra_info("peername")
+        self.host = host_of(f"{peer[0]}:{peer[1]}") if isinstance(peer, tuple) else ""
         self._all.begin(self)
         self._task = asyncio.get_running_loop().create_task(self._run(transport))
 

@@ -79,11 +79,12 @@ class ServerConfig:
     allowed_hosts: tuple[str, ...] = setting(
         "", kinds.HOSTS,
         "Host names that the HTTP gateway and the metrics port accept, besides localhost and "
-        "their address; * accepts any. Empty accepts any if other machines can connect.")
+        "their address; * accepts any. Empty accepts any if other machines can connect and "
+        "need keys, and without keys those that no stranger can register.")
     cors_origin: tuple[str, ...] = setting(
         "", kinds.ORIGINS,
         "Let web pages of ORIGIN, such as https://chat.example.org, call the HTTP gateway from "
-        "a browser (CORS); may be repeated, * lets all.",
+        "a browser (CORS), also without keys; may be repeated, * lets all.",
         repeated=True)
     keys_file: Path | None = setting(
         "", kinds.optional(kinds.FILE),
@@ -212,8 +213,8 @@ class ServerConfig:
         "top_p of requests that set none; auto is the base's own, else 0.9.")
     max_connections: int = setting(
         "512", kinds.whole(8, 1 << 20),
-        "Most connections to the gRPC port, and to the HTTP gateway. A further one replaces an "
-        "idle one, or is refused if there is none.")
+        "Most connections to the gRPC port, and to the HTTP gateway. A further one replaces "
+        "one that makes no progress or is idle, or is refused if there is none.")
     max_watchers: int = setting(
         "256", kinds.whole(1, 1 << 20),
         "Most WatchAdapters calls that may be open; more are refused.")

@@ -65,8 +65,8 @@ class Gateway:
         local: folders of this machine from which adapters may be loaded; None for none.
         elsewhere: methods that only another port answers.
         reader_limit_s: longest wait for a client to send or read a piece.
-        max_connections: most that may be open. A further one replaces the oldest idle
-            connection, or is closed if none is idle.
+        max_connections: most that may be open. A further one replaces another, see
+            `queues.connection_places`, or is refused.
         pace: delays refusals; None for the default.
         access: lets requests in; None lets everybody in.
         audit: notes requests that are refused.
@@ -90,7 +90,13 @@ class Gateway:
         app = make_app(core, hosts, Admission(access or Access(), cors or Cors(), elsewhere))
         config = uvicorn.Config(
             app,
-            http=connection_class(reader_limit_s, max_connections, pace, app.malformed),
+            http=connection_class(
+                reader_limit_s,
+                max_connections,
+                pace,
+                app.malformed,
+                keyless=access is None or not access.asks,
+            ),
             ws="none",
             lifespan="off",
             log_config=None,

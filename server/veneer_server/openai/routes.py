@@ -26,7 +26,7 @@ from veneer_server import __version__
 from veneer_server.access.authenticate import Access, Credentials
 from veneer_server.access.certificates import NOT_SHOWN
 from veneer_server.access.methods import HTTP_PATHS, METHODS
-from veneer_server.access.principal import PRINCIPAL
+from veneer_server.access.principal import ANYONE, PRINCIPAL
 from veneer_server.errors import detail_for_log, internal_error
 from veneer_server.logs import REQUEST_ID, get_logger
 from veneer_server.openai.endpoints.core import Core
@@ -38,14 +38,22 @@ from veneer_server.openai.endpoints.state import state_routes
 from veneer_server.openai.endpoints.tokenize import DetokenizeEndpoint, TokenizeEndpoint
 from veneer_server.openai.errors import PACED, HttpError, http_failure
 from veneer_server.openai.generate import ChatEndpoint, CompletionEndpoint
-from veneer_server.openai.http.asgi import ABORT, CERTIFICATE, Receive, Scope, Send
+from veneer_server.openai.http.asgi import (
+    ABORT,
+    CERTIFICATE,
+    EARNED,
+    Receive,
+    Scope,
+    Send,
+    check_json,
+)
 from veneer_server.openai.http.cors import Cors
 from veneer_server.openai.messages.endpoint import MessagesEndpoint
 from veneer_server.openai.responses.endpoint import ResponsesEndpoint
 from veneer_server.quotas.standing import rate_headers
 from veneer_server.replication.asked import ASKED, Asked
 from veneer_server.serving.who import CALLER
-from veneer_server.system.hosts import AllowedHosts
+from veneer_server.system.hosts import AllowedHosts, foreign_page
 from veneer_server.telemetry.tracing import INGRESS, Ingress
 
 __all__ = ["Admission", "Edge", "make_app"]
@@ -193,11 +201,28 @@ class Edge:
         certificate = scope.get("state", {}).get(CERTIFICATE, NOT_SHOWN)
         credentials = Credentials.of_headers(text, certificate)
         access, elsewhere = self._admission.access, self._admission.elsewhere
-        await access.admit(f"{verb} {path}", credentials, elsewhere)
+        if not (access.asks and credentials.secret):
+            self._check_page(verb, text)
+        principal = await access.admit(f"{verb} {path}", credentials, elsewhere)
+        if principal is not ANYONE:
+            _earned(scope, principal.tenant)
         ASKED.set(Asked.of(text))
         if path in _GENERATE:  # an answer that has begun is not cut off
             return nullcontext()
         return access.while_admitted(f"{verb} {path}", credentials, elsewhere)
+
+    def _check_page(self, verb: str, headers: Mapping[str, str]) -> None:
+        """A browser sends a request for whatever page its user has open."""
+        if foreign_page(verb, headers, self._admission.cors.allows):
+            page = headers.get("origin", "another origin")
+            raise HttpError(
+                403,
+                "origin_not_allowed",
+                f"a web page of {page[:100]} may not call a server without keys: start it with "
+                "--cors-origin and the page's origin",
+            )
+        if verb == "POST" and ("origin" in headers or "sec-fetch-site" in headers):
+            check_json(headers.get("content-type", ""))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
@@ -251,6 +276,8 @@ class Edge:
             path = _listed(scope["path"])
             path = path if path in HTTP_PATHS else "other"
             self._requests.labels(path, str(status)).inc()
+            if status < 400 and not self._admission.access.asks:
+                _earned(scope, "")
             self._seconds.labels(path).observe(time.perf_counter() - started)
 
     def _preflight(self, path: str, headers: Mapping[bytes, bytes]) -> Response:
@@ -268,6 +295,12 @@ class Edge:
     def malformed(self, error: HttpError) -> None:
         """Count a request that was not valid HTTP."""
         self._requests.labels("other", str(error.status)).inc()
+
+
+def _earned(scope: Scope, tenant: str) -> None:
+    """The connection's place is a caller's from now on."""
+    if (earned := scope.get("state", {}).get(EARNED)) is not None:
+        earned(tenant)
 
 
 def _unknown_path(path: str) -> HttpError:

@@ -69,17 +69,12 @@ class FairQueue(Generic[K, T]):
         self._count -= 1
         return key, item
 
-    def pop_longest(self) -> tuple[K, T]:
-        """The last item of the key that has the most. Raises ValueError if there is none."""
-        key = max(self._queues, key=self.waiting)
+    def pop_last(self, key: K) -> T:
+        """The last item of a key that has some."""
         item = self._queues[key].pop()
         self._forget_if_empty(key)
         self._count -= 1
-        return key, item
-
-    def longest(self) -> int:
-        """The largest number of items of one key."""
-        return max(map(len, self._queues.values()), default=0)
+        return item
 
     def remove(self, key: K, item: T) -> None:
         """Remove an item, if it is still waiting."""

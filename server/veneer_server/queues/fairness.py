@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 __all__ = [
-    *("FAIRNESS", "MAX_PRIORITY", "MAX_WEIGHT", "MIN_WEIGHT", "NOBODY", "NOBODYS"),
-    *("Fairness", "Routed", "Sender", "Weights", "fairness_of"),
+    *("FAIRNESS", "GATEWAY_HEADERS", "MAX_PRIORITY", "MAX_WEIGHT", "MIN_WEIGHT", "NOBODY"),
+    *("NOBODYS", "Fairness", "Routed", "Sender", "Weights", "fairness_of"),
 ]
 
 MIN_WEIGHT: Final = 0.001
@@ -30,6 +30,8 @@ _OBJECTIVE: Final = (
 )
 """Headers, or gRPC metadata, of gateways: llm-d's, and the older names of Kubernetes' Gateway
 API Inference Extension."""
+
+GATEWAY_HEADERS: Final = (*_FAIRNESS_ID, *_OBJECTIVE)
 
 _USABLE: Final = re.compile(r"[\x21-\x7e]{1,128}")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Final
 
@@ -88,9 +88,9 @@ class Pace:
             if not self._delayed[caller]:
                 del self._delayed[caller]
 
-    def delays(self, caller: str) -> bool:
-        """Whether a refusal to that host and port is being delayed."""
-        return caller in self._delayed
+    def delayed(self) -> Iterator[str]:
+        """Callers (``host:port``) to whom a refusal is being delayed, in order of arrival."""
+        return iter(self._delayed)
 
     def stop(self) -> None:
         """Stop delaying; refusals that are being delayed are sent now."""

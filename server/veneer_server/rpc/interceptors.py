@@ -26,9 +26,9 @@ from veneer_registry.errors import (
 )
 
 from veneer_server.access.audit import Audit
-from veneer_server.access.authenticate import Access, Credentials
+from veneer_server.access.authenticate import ONCE, Access, Credentials, repeated
 from veneer_server.access.certificates import NOT_SHOWN, shown_to_grpc
-from veneer_server.access.principal import PRINCIPAL
+from veneer_server.access.principal import ANYONE, PRINCIPAL
 from veneer_server.errors import detail_for_log, internal_error, to_grpc_status, without_frames
 from veneer_server.logs import REQUEST_ID, get_logger
 from veneer_server.queues.refusal_pace import Pace
@@ -36,15 +36,15 @@ from veneer_server.quotas.rates import Quotas
 from veneer_server.quotas.standing import rate_headers
 from veneer_server.replication.asked import ASKED, Asked
 from veneer_server.rpc.inference_service import GENERATE_METHODS
-from veneer_server.rpc.open_calls import OpenCalls
-from veneer_server.rpc.transport.connections import Connections
+from veneer_server.rpc.open_calls import HEALTH_WATCH, WATCH, OpenCalls
+from veneer_server.rpc.transport.connections import Call, Connections
 from veneer_server.rpc.transport.decoding import (
     COUNTED_FROM,
     MAX_FIELDS,
     MAX_STREAM_FIELDS,
     decoder,
 )
-from veneer_server.rpc.transport.receiving import Receiving
+from veneer_server.rpc.transport.receiving import STRANGERS, WAITING, Receiving
 from veneer_server.serving.calls import Calls
 from veneer_server.serving.who import CALLER
 from veneer_server.telemetry.metrics import Metrics
@@ -62,6 +62,9 @@ _PACED: Final = frozenset(
 
 _LEFT: Final = Cancelled("the caller left, or its deadline passed")
 """How the audit log has calls whose end nobody waited for."""
+
+_WAITING: Final = frozenset({WATCH, HEALTH_WATCH})
+"""Methods whose calls wait for news."""
 
 _SIZE: ContextVar[int] = ContextVar("size", default=0)
 """Bytes of the current call's request if it is large, else 0."""
@@ -121,6 +124,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._metrics = metrics
         self._calls = calls
         self._receiving = receiving or Receiving()
+        self._strangers = Receiving(
+            places=STRANGERS, slow=1, waiting=WAITING // 8, limit_s=self._receiving.limit_s
+        )
         self._open = open_calls or OpenCalls()
         self._connections = connections or Connections(1)
         self._wrapped: dict[str, Any] = {}
@@ -186,7 +192,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return request
 
         async def one(requests: Any, context: Any) -> Any:
-            request = await self._receiving.message(context.read, context.peer(), finish)
+            stranger = self._access.asks and PRINCIPAL.get() is ANYONE
+            receiving = self._strangers if stranger else self._receiving
+            request = await receiving.message(context.read, context.peer(), finish)
             if request is not grpc.aio.EOF:
                 return _checked(request)
             if context.cancelled() or context.done():
@@ -224,12 +232,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def answered(requests: Any, context: Any) -> Any:
             try:
                 with (
-                    self._connections.call(context.peer()),
-                    await self._admit(method, context),
+                    self._connections.call(context.peer()) as call,
+                    await self._admit(method, context, call),
                 ):
                     request = await receive(requests, context)
+                    call.arrived(watching=method in _WAITING)
                     with self._open.one(method):
-                        return await behaviour(request, context)
+                        answer = await behaviour(request, context)
+                    if not self._access.asks:
+                        call.earned("")
+                    return answer
             except VeneerError as error:
                 failure = without_frames(error)
             return await self._refuse(method, failure, context)
@@ -248,14 +260,17 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             REQUEST_ID.set(fallback_id)
             CALLER.set(peer := context.peer())
             try:
-                with self._connections.call(peer):
+                with self._connections.call(peer) as call:
                     INGRESS.set(Ingress.of(f"{service}/{name}", _headers(context)))
-                    with await self._admit(method, context):
+                    with await self._admit(method, context, call):
                         self._calls.check_phase()
                         request = await receive(requests, context)
+                        call.arrived(watching=method in _WAITING)
                         with self._open.one(method), self._calls.running():
                             REQUEST_ID.set(_request_id(request) or fallback_id)
                             answer = await behaviour(request, context)
+                        if not self._access.asks:
+                            call.earned("")
                 self._audit.note(method, peer, request=request, answer=answer)
                 return answer
             except VeneerError as error:
@@ -283,13 +298,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         return guarded
 
-    async def _admit(self, method: str, context: Any) -> AbstractContextManager[None]:
+    async def _admit(
+        self, method: str, context: Any, call: Call
+    ) -> AbstractContextManager[None]:
         """Before anything of the request is read. Unless it is an answer that is generated, the
         call ends, while the result is entered, once its caller is not let in any more."""
+        _check_once(context)
         headers = _headers(context)
         certificate = shown_to_grpc(context.auth_context()) if self._access.asks else NOT_SHOWN
         credentials = Credentials.of_headers(headers, certificate)
-        await self._access.admit(method, credentials, self._elsewhere)
+        principal = await self._access.admit(method, credentials, self._elsewhere)
+        if principal is not ANYONE:
+            call.earned(principal.tenant)
         ASKED.set(Asked.of(headers))
         if method in GENERATE_METHODS:
             return nullcontext()
@@ -315,6 +335,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 def _headers(context: Any) -> dict[str, str]:
     metadata = context.invocation_metadata() or ()
     return {key: value for key, value in metadata if isinstance(value, str)}
+
+
+def _check_once(context: Any) -> None:
+    """Raise InvalidField if metadata that decides who calls is there twice."""
+    names = [key for key, _ in context.invocation_metadata() or ()]
+    if len(set(names)) < len(names):
+        for name in ONCE:
+            if names.count(name) > 1:
+                raise repeated(name)
 
 
 def _checked(request: Any) -> Any:

@@ -14,10 +14,12 @@ from veneer_server.access.principal import PRINCIPAL
 from veneer_server.rpc.inference_service import GENERATE_METHODS
 
 __all__ = [
+    "HEALTH_WATCH",
     "MAX_HEALTH_WATCHES",
     "MAX_OTHER_CALLS",
     "MAX_REFLECTIONS",
     "MAX_WATCHERS",
+    "WATCH",
     "OpenCalls",
 ]
 
@@ -35,7 +37,7 @@ MAX_OTHER_CALLS: Final = 256
 """Open calls per Veneer service, not counting generate and watch calls."""
 
 _OURS: Final = "/veneer.v1."
-_HEALTH: Final = "/grpc.health.v1.Health/Watch"
+HEALTH_WATCH: Final = "/grpc.health.v1.Health/Watch"
 _REFLECTION: Final = "/grpc.reflection."
 
 
@@ -113,7 +115,7 @@ class OpenCalls:
                 "close one, share its events, or start the server with a larger --max-watchers"
             )
             return _Kind("watchers", self._watchers, QuotaExceeded, fix, 5.0)
-        if method == _HEALTH:
+        if method == HEALTH_WATCH:
             fix = "close one, or poll with Check"
             return _Kind("health watches", MAX_HEALTH_WATCHES, QuotaExceeded, fix, 5.0)
         if method.startswith(_REFLECTION):

@@ -14,7 +14,7 @@ from typing import Final
 from veneer_server.logs import get_logger
 
 __all__ = [
-    *("HANDSHAKES", "RESERVE", "SCRAPES"),
+    *("HANDSHAKES", "RESERVE", "SCRAPES", "UNREAD"),
     *("Descriptors", "raise_limit", "share_descriptors"),
 ]
 
@@ -26,9 +26,13 @@ SCRAPES: Final = 64
 """Connections to the metrics port. Idle ones are closed to make room for new ones; with this
 many, none is closed between connecting and sending its request."""
 
-HANDSHAKES: Final = 32
+HANDSHAKES: Final = 64
 """Connections to each HTTP port whose TLS handshake is not done. A further one replaces the
-oldest."""
+oldest of the host that has most."""
+
+UNREAD: Final = 64
+"""Connections to each port beyond its limit, for some milliseconds: what has arrived on the new
+ones is read before it is decided which to close."""
 
 TENANT: Final = 16
 """Descriptors for each tenant beside the first: its lock, its catalog and the log of that."""
@@ -76,8 +80,9 @@ def share_descriptors(*, wanted: int, ports: int, tenants: int = 1) -> Descripto
         ports: 1, and one more each for the HTTP gateway and the admin port.
         tenants: ``--max-tenants``. They get what the connections leave.
     """
-    limit = raise_limit(wanted * ports + _KEPT + (tenants - 1) * TENANT)
-    room = (limit - _KEPT) // ports
+    needed = (wanted + UNREAD) * ports + _KEPT
+    limit = raise_limit(needed + (tenants - 1) * TENANT)
+    room = (limit - _KEPT) // ports - UNREAD
     connections = max(_FEWEST, min(wanted, room))
     if connections < wanted:
         _log.warning(
@@ -85,7 +90,7 @@ def share_descriptors(*, wanted: int, ports: int, tenants: int = 1) -> Descripto
             "(ulimit -n), or lower --max-connections",
             open_files=limit,
             connections=connections,
-            needed=wanted * ports + _KEPT,
+            needed=needed,
         )
-    left = max(0, limit - _KEPT - connections * ports)
+    left = max(0, limit - _KEPT - (connections + UNREAD) * ports)
     return Descriptors(limit, connections, min(tenants, 1 + left // TENANT))

@@ -1,39 +1,56 @@
-"""Which Host headers are accepted: a defence against DNS rebinding.
+"""Which web pages a server without keys may answer: the defence of a local server.
 
-A web page may make its own name resolve to 127.0.0.1. The browser then takes this server for
-the page's own, and lets the page read the responses. Its requests still carry the page's name
-as Host, so if only this machine can connect, only this machine's names are accepted. No
-response has CORS headers, so that a page of another origin cannot read one.
+A browser sends requests for any page that its user opens, also to this machine. Two checks keep
+pages of strangers out:
+
+* `AllowedHosts`, against DNS rebinding. A page may make its own name resolve to 127.0.0.1. The
+  browser then takes this server for the page's own, and lets the page read the answers. Its
+  requests still carry the page's name as Host, so only this server's own names are accepted.
+* `foreign_page`, against requests that a page may send to another origin without asking first,
+  such as ``POST /pause``. Browsers say in Origin and Sec-Fetch-Site where a request comes from,
+  and no page can change these headers.
+
+A server with keys needs neither: a page of a stranger has no key. A browser shows its
+certificate for any page, so callers who show nothing else are checked as if there were no keys.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Collection
+import socket
+from collections.abc import Callable, Collection, Mapping
 from typing import Final
 
 from veneer_server.config import Address
 
-__all__ = ["ANY_HOST", "AllowedHosts"]
+__all__ = ["ANY_HOST", "AllowedHosts", "foreign_page"]
 
 ANY_HOST: Final = "*"
 """As an allowed host: every name is allowed."""
 
-_HOST: Final = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]]*))(?::\d*)?")
+_HOST: Final = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]]*))(?::(\d*))?")
+_NOBODYS: Final = (".localhost", ".svc", ".cluster.local", ".internal")
+"""Ends of names that no stranger can register: reserved ones, and those of Kubernetes."""
+_PORTS: Final = {"http": "80", "https": "443"}
 
 
 class AllowedHosts:
     """The names by which one server may be called."""
 
-    def __init__(self, address: Address, names: Collection[str]) -> None:
+    def __init__(
+        self, address: Address, names: Collection[str], *, keyless: bool = False
+    ) -> None:
         """Args:
         address: where the server listens. If other machines can reach it, its names are not
             known here, so all are allowed unless some are given.
         names: allowed in addition to the address's own.
+        keyless: callers need no key. Of an address that other machines can reach, names that a
+            stranger could have registered are then refused unless they are given.
         """
-        self._any = ANY_HOST in names or not (names or address.loopback)
-        self._names = {name.lower() for name in (*names, address.host)}
+        self._private = keyless and not (names or address.loopback)
+        self._any = ANY_HOST in names or not (names or address.loopback or keyless)
+        self._names = {name.lower() for name in (*names, address.host, socket.gethostname())}
 
     def allow(self, host: bytes | str | None) -> bool:
         """Args: host: the Host header; None if HTTP/1.0 has none, which no browser sends."""
@@ -42,11 +59,48 @@ class AllowedHosts:
         text = (host if isinstance(host, str) else host.decode("latin-1")).strip()
         match = _HOST.fullmatch(text)
         name = ((match[1] or match[2]) if match else text).lower().removesuffix(".")
-        return name in self._names or name == "localhost" or _is_loopback(name)
+        if name in self._names or name == "localhost":
+            return True
+        try:
+            address = ipaddress.ip_address(name)
+        except ValueError:
+            return self._private and ("." not in name or name.endswith(_NOBODYS))
+        return self._private or address.is_loopback
 
 
-def _is_loopback(name: str) -> bool:
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
+def foreign_page(
+    method: str,
+    headers: Mapping[str, str],
+    allows: Callable[[str], bool] = lambda origin: False,
+) -> bool:
+    """Whether a browser sends a request for a page of another origin.
+
+    A page that the user opens by a link (a navigation) is not: no other page sees the answer.
+
+    Args:
+        headers: by lower-case name. Programs that are no browsers send neither of the two.
+        allows: whether pages of an origin may call; ``*`` stands for every origin.
+    """
+    origin, site = headers.get("origin"), headers.get("sec-fetch-site")
+    if origin is None and site is None:
         return False
+    if allows("*" if origin is None else origin):
+        return False
+    if origin is not None and not _same(origin, headers.get("host", "")):
+        return True
+    if site in (None, "none", "same-origin"):
+        return False
+    opened = headers.get("sec-fetch-mode") == "navigate"
+    shown = headers.get("sec-fetch-dest") == "document"
+    return not (opened and shown and method in ("GET", "HEAD"))
+
+
+def _same(origin: str, host: str) -> bool:
+    """Whether an origin is that of a Host header. The scheme is not compared: a proxy may have
+    ended TLS."""
+    scheme, colon, rest = origin.lower().partition("://")
+    page, own = _HOST.fullmatch(rest), _HOST.fullmatch(host.strip().lower())
+    if not colon or page is None or own is None or not rest:
+        return False
+    usual = _PORTS.get(scheme, "")
+    return (page[1] or page[2], page[3] or usual) == (own[1] or own[2], own[3] or usual)

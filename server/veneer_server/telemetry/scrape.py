@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+from collections import Counter
 from collections.abc import Iterable
 from http import HTTPStatus
 from typing import Final, NamedTuple
 from urllib.parse import urlsplit
 
-from veneer_registry.errors import PermissionDenied, Unauthenticated, Unavailable
+from veneer_registry.errors import InvalidField, PermissionDenied, Unauthenticated, Unavailable
 
-from veneer_server.access.authenticate import Access, Credentials
+from veneer_server.access.authenticate import ONCE, Access, Credentials
 from veneer_server.access.certificates import shown
 from veneer_server.access.handshakes import Handshakes
 from veneer_server.access.methods import SCRAPE
 from veneer_server.config import Address
 from veneer_server.logs import get_logger
+from veneer_server.queues.connection_places import host_of
 from veneer_server.system.descriptors import SCRAPES
-from veneer_server.system.hosts import AllowedHosts
+from veneer_server.system.hosts import AllowedHosts, foreign_page
 from veneer_server.telemetry.pages import Pages
 
 __all__ = ["LIMIT_S", "MAX_HEAD", "ScrapeServer"]
@@ -34,6 +36,7 @@ LIMIT_S: Final = 10.0
 """How long a connection may be open, in total."""
 
 _END: Final = b"\r\n\r\n"
+_ONCE: Final = ONCE | {"host", "content-length", "content-type", "transfer-encoding"}
 
 _log = get_logger(__name__)
 
@@ -60,9 +63,9 @@ class ScrapeServer:
         """Args:
         pages: what it answers with; whoever made it closes it.
         hosts: host names that requests may use.
-        connections: most that may be open. A further one replaces the oldest that has not
-            sent a request, or else the oldest that has not read its answer, or else the
-            oldest.
+        connections: most that may be open. A further one replaces one that has not sent a
+            request, or else one that has not read its answer, or else any: of these the oldest
+            of the host that has most.
         limit_s: how long each may be open.
         access: lets scrapes in; None lets everybody in.
         tls: None for plain HTTP.
@@ -110,7 +113,8 @@ class ScrapeServer:
         """Add a new connection, and drop another one if there are too many."""
         if len(self.open) >= self._most:
             # Never the new one: only a full set of newer ones can displace it in turn.
-            least = min(self.open, key=_Connection.worth)
+            hosts = Counter(each.host for each in self.open)
+            least = min(self.open, key=lambda each: (each.worth(), -hosts[each.host]))
             least.drop()
             self.open.pop(least, None)
         self.open[connection] = None
@@ -140,6 +144,8 @@ class _Connection(asyncio.Protocol):
         """Whether a whole request has arrived."""
         self.answered = False
         """Whether the answer has been written; the client may not have read all of it."""
+        self.host = ""
+        """Its peer, see `host_of`."""
         self._server = server
         self._head = bytearray()
         self._transport: asyncio.Transport | None = None
@@ -148,6 +154,8 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._transport = transport
+        peer = transport.get_extra_info("peername")
+        self.host = host_of(f"{peer[0]}:{peer[1]}") if isinstance(peer, tuple) else ""
         loop = asyncio.get_running_loop()
         self._late = loop.call_later(self._server.limit_s, self.drop)
         self._server.opened(self)
@@ -197,10 +205,16 @@ class _Connection(asyncio.Protocol):
             assert self._transport is not None
             certificate = shown(self._transport)
             credentials = Credentials.of_headers(request.headers, certificate)
+            strangers = not (self._server.access.asks and credentials.secret)
+            if strangers and foreign_page(request.method, request.headers):
+                self._refuse(HTTPStatus.FORBIDDEN)
+                return
             await self._server.access.admit(SCRAPE, credentials)
             self._send(await self._server.page(request))
         except Unauthenticated:
             self._send(_refusal(HTTPStatus.UNAUTHORIZED, ("WWW-Authenticate", "Bearer")))
+        except InvalidField:
+            self._refuse(HTTPStatus.BAD_REQUEST)
         except PermissionDenied:
             self._refuse(HTTPStatus.FORBIDDEN)
         except Unavailable:  # the issuer of tokens is not there
@@ -228,7 +242,7 @@ def _parse(head: bytes) -> _Request | None:
         if not colon:
             return None
         name = name.strip().lower()
-        if name == "host" and name in headers:
+        if name in _ONCE and name in headers:
             return None  # ambiguous
         headers[name] = value.strip()
     return _Request(words[0], words[1], headers)

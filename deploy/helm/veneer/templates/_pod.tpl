@@ -197,5 +197,9 @@ cert: {name: registry-cert, secret: {{ required "engine.registry.certSecret: nam
 {{- if not (and $v.tls.enabled $asks) }}
 - "--insecure"
 {{- end }}
+{{- /* Clients without keys may come by the name of any route or gateway in front. */}}
+{{- if not (or $asks (hasKey $flags "allowed-hosts")) }}
+- "--allowed-hosts=*"
+{{- end }}
 {{- include "veneer.flags" $flags }}
 {{- end -}}

@@ -15,7 +15,15 @@ from veneer_server.errors import detail_for_log, internal_error, without_frames
 from veneer_server.logs import REQUEST_ID, get_logger
 from veneer_server.openai.endpoints.core import Core
 from veneer_server.openai.errors import PACED, HttpError, http_failure
-from veneer_server.openai.http.asgi import ClientGone, Receive, Reply, Scope, Send, read_json
+from veneer_server.openai.http.asgi import (
+    ClientGone,
+    Receive,
+    Reply,
+    Scope,
+    Send,
+    Share,
+    read_json,
+)
 from veneer_server.openai.http.body import LONG_BODY
 from veneer_server.serving.who import CALLER
 
@@ -64,37 +72,25 @@ class JsonEndpoint(ABC):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer; if the client disconnects, the work ends within a step."""
         reply = Reply(scope, send, self._core.reader_limit_s)
-        size, failed = 0, None
+        failed = None
         with self._core.bodies.share() as share:
-
-            def take(count: int) -> None:
-                nonlocal size
-                size += count
-                share(count)
-
             try:
-                failed = await self._answer(scope, receive, reply, take)
+                failed = await self._answer(scope, receive, reply, share)
             except ClientGone:
                 return
         if failed is not None:  # may wait: the body's share has been released
-            await self._fail(reply, failed, size)
+            await self._fail(reply, failed, share.received)
 
     async def _answer(
-        self, scope: Scope, receive: Receive, reply: Reply, take: Callable[[int], None]
+        self, scope: Scope, receive: Receive, reply: Reply, share: Share
     ) -> _Failed | None:
         """Read the body and answer it."""
-        core, size = self._core, 0
-
-        def count(more: int) -> None:
-            nonlocal size
-            size += more
-            take(more)
-
+        core = self._core
         try:
-            body = await read_json(scope, receive, core.reader_limit_s, core.bodies, count)
+            body = await read_json(scope, receive, core.reader_limit_s, core.bodies, share)
         except (QueueFull, HttpError) as error:
             return _Failed(without_frames(error))
-        work = asyncio.create_task(self._work(body, reply, long=size >= LONG_BODY))
+        work = asyncio.create_task(self._work(body, reply, long=share.received >= LONG_BODY))
         gone = asyncio.create_task(_disconnected(receive))
         del body  # the parsed body is many times as large; keep only the checked request
         try:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-from collections import deque
+import time
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
@@ -17,12 +18,14 @@ from veneer_registry.errors import Aborted, QueueFull, VeneerError
 from veneer_server.openai.errors import HttpError, HttpFailure, http_failure
 from veneer_server.openai.http.body import LONG_BODY, parse_body
 from veneer_server.openai.http.long_json import dump, written
+from veneer_server.queues.connection_places import PROGRESS, STALLED_S
 from veneer_server.serving.spare_time import SpareTime, WorkBreaks
 
 __all__ = [
     "ABORT",
     "CERTIFICATE",
     "DATA_ONLY",
+    "EARNED",
     "Bodies",
     "ClientGone",
     "Framing",
@@ -30,6 +33,8 @@ __all__ = [
     "Reply",
     "Scope",
     "Send",
+    "Share",
+    "check_json",
     "read_json",
 ]
 
@@ -38,6 +43,10 @@ ABORT: Final = "veneer.abort"
 
 CERTIFICATE: Final = "veneer.certificate"
 """Key in ``scope["state"]`` of the client's certificate, as `access.certificates.Shown`."""
+
+EARNED: Final = "veneer.earned"
+"""Key in ``scope["state"]`` of a function that takes the tenant of a caller who has shown a
+valid key; "" for one whom a server without keys has answered well."""
 
 MAX_BODY: Final = 4 << 20
 """Largest body in bytes; the limit for gRPC messages is the same."""
@@ -88,6 +97,8 @@ class Bodies:
         self._turns: deque[asyncio.Future[None]] = deque()
         self._limits = (limit, long_limit)
         self._left = [limit, long_limit]
+        self._arriving: OrderedDict[Share, None] = OrderedDict()
+        """In order of their last progress."""
         self._parser = ThreadPoolExecutor(1, "json")
         self._breaks = WorkBreaks()
 
@@ -133,35 +144,106 @@ class Bodies:
             asyncio.get_running_loop().call_soon(self._next_turn)
 
     @contextmanager
-    def share(self) -> Iterator[Callable[[int], None]]:
-        """Yields a function that reserves bytes until the block ends. It raises QueueFull if
-        too few are left."""
-        size = 0
-
-        def shares(whole: int) -> tuple[int, int]:
-            return min(whole, LONG_BODY), max(0, whole - LONG_BODY)
-
-        def take(count: int) -> None:
-            nonlocal size
-            wanted = [
-                more - had for had, more in zip(shares(size), shares(size + count), strict=True)
-            ]
-            for pool, bytes_ in enumerate(wanted):
-                if bytes_ > self._left[pool]:
-                    raise QueueFull(
-                        f"other requests use most of the {self._limits[pool]} bytes that "
-                        "bodies of this size may take: retry later",
-                        retry_after_s=1.0,
-                    )
-            for pool, bytes_ in enumerate(wanted):
-                self._left[pool] -= bytes_
-            size += count
-
+    def share(self) -> Iterator[Share]:
+        """A request's share of the bytes, until the block ends."""
+        share = Share(self, time.monotonic())
         try:
-            yield take
+            yield share
         finally:
-            for pool, bytes_ in enumerate(shares(size)):
-                self._left[pool] += bytes_
+            self._give_back(share)
+
+    @contextmanager
+    def arriving(self, share: Share, timeout: asyncio.Timeout) -> Iterator[None]:
+        """While the block runs the body arrives. Once it stalls, others may take its bytes: the
+        timeout then ends at once, and ``share.lost`` says why."""
+        share.timeout = timeout
+        self._arriving[share] = None
+        try:
+            yield
+        finally:
+            self._arriving.pop(share, None)
+
+    def take(self, share: Share, count: int) -> None:
+        """Reserve more bytes. Raises QueueFull if too few are left."""
+        wanted = [
+            more - had
+            for had, more in zip(_parts(share.size), _parts(share.size + count), strict=True)
+        ]
+        now = time.monotonic()
+        for pool, bytes_ in enumerate(wanted):
+            if bytes_ > self._left[pool]:
+                self._displace(pool, bytes_, share, now)
+            if bytes_ > self._left[pool]:
+                raise QueueFull(
+                    f"other requests use most of the {self._limits[pool]} bytes that "
+                    "bodies of this size may take: retry later",
+                    retry_after_s=1.0,
+                )
+        for pool, bytes_ in enumerate(wanted):
+            self._left[pool] -= bytes_
+        share.size += count
+        share.sent += count
+        if share.sent >= PROGRESS:
+            share.sent, share.since = 0, now
+            if share in self._arriving:
+                self._arriving.move_to_end(share)
+
+    def _displace(self, pool: int, wanted: int, by: Share, now: float) -> None:
+        """Take bytes back from bodies that have stalled, the longest stalled first."""
+        for share in tuple(self._arriving):
+            if self._left[pool] >= wanted or share.since > now - STALLED_S:
+                return
+            if share is not by and _parts(share.size)[pool]:
+                share.lost = True
+                assert share.timeout is not None, "it is arriving"
+                share.timeout.reschedule(asyncio.get_running_loop().time())
+                del self._arriving[share]
+                self._give_back(share)
+
+    def _give_back(self, share: Share) -> None:
+        for pool, bytes_ in enumerate(_parts(share.size)):
+            self._left[pool] += bytes_
+        share.size = 0
+
+
+@dataclass(slots=True, eq=False)
+class Share:
+    """One body's share of `Bodies`. A call takes more bytes.
+
+    Attributes:
+        since: when it last made progress, see `queues.connection_places`.
+        size: bytes taken.
+        received: all bytes that have arrived.
+        sent: those since it made progress.
+        timeout: of its arrival.
+        lost: its bytes were given to others, because it stalled.
+    """
+
+    bodies: Bodies
+    since: float
+    size: int = 0
+    received: int = 0
+    sent: int = 0
+    timeout: asyncio.Timeout | None = None
+    lost: bool = False
+
+    def __call__(self, count: int) -> None:
+        self.received += count
+        self.bodies.take(self, count)
+
+
+def _parts(size: int) -> tuple[int, int]:
+    """A body's bytes up to `LONG_BODY`, and those beyond."""
+    return min(size, LONG_BODY), max(0, size - LONG_BODY)
+
+
+def check_json(content_type: str) -> None:
+    """Raise HttpError unless a request says that its body is JSON. A browser sends JSON for a
+    page of another origin only after it has asked whether it may."""
+    if content_type.partition(";")[0].strip().lower() != "application/json":
+        raise HttpError(
+            415, "unsupported_media_type", "send JSON with content-type application/json"
+        )
 
 
 async def read_json(
@@ -169,28 +251,30 @@ async def read_json(
     receive: Receive,
     limit_s: float,
     bodies: Bodies,
-    take: Callable[[int], None],
+    share: Share,
 ) -> object:
     """The parsed body of a request.
 
     Args:
-        take: called with the number of bytes received; see `Bodies.share`.
+        share: takes the bytes received; see `Bodies.share`.
 
     Raises:
         HttpError: the body is not JSON, is too large, or arrived too slowly.
-        QueueFull: other bodies leave no room for it.
+        QueueFull: other bodies leave no room for it, or it stalled and others needed its room.
         ClientGone: the client disconnected before the body was complete.
     """
-    headers = dict(scope["headers"])
-    kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
-    if kind != b"application/json":
-        raise HttpError(
-            415, "unsupported_media_type", "send JSON with content-type application/json"
-        )
+    check_json(dict(scope["headers"]).get(b"content-type", b"").decode("latin-1"))
     try:
-        async with asyncio.timeout(limit_s):
-            body = await _read(receive, take, bodies)
+        async with asyncio.timeout(limit_s) as timeout:
+            with bodies.arriving(share, timeout):
+                body = await _read(receive, share, bodies)
     except TimeoutError as error:
+        if share.lost:
+            raise QueueFull(
+                "the body arrived too slowly while others needed its room: send it again, all "
+                "of it at once",
+                retry_after_s=1.0,
+            ) from error
         raise HttpError(
             408,
             "request_timeout",
@@ -205,7 +289,7 @@ async def read_json(
         ) from error
 
 
-async def _read(receive: Receive, take: Callable[[int], None], bodies: Bodies) -> bytes:
+async def _read(receive: Receive, take: Share, bodies: Bodies) -> bytes:
     body, more = bytearray(), True
     try:
         while more:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -16,9 +16,11 @@ from veneer_registry.errors import QueueFull
 from veneer_server.access.certificates import shown
 from veneer_server.logs import get_logger
 from veneer_server.openai.errors import HttpError, http_failure
-from veneer_server.openai.http.asgi import ABORT, CERTIFICATE
+from veneer_server.openai.http.asgi import ABORT, CERTIFICATE, EARNED
 from veneer_server.openai.http.strict import StrictConnection
+from veneer_server.queues.connection_places import Place, Places, host_of
 from veneer_server.queues.refusal_pace import Pace
+from veneer_server.system.descriptors import UNREAD
 
 __all__ = ["connection_class"]
 
@@ -28,6 +30,10 @@ _AHEAD: Final = 64 << 10
 _MALFORMED: Final = 512 << 10
 """Bytes that a malformed request counts as in `Pace`: long heads and tiny chunks take 1 ms to
 read, and each such request needs a new connection."""
+
+_LOOK_S: Final = 0.005
+"""How long there may be too many connections: what has arrived on the new ones is read first,
+so that a whole request is never dropped unread."""
 
 _log = get_logger(__name__)
 
@@ -59,7 +65,12 @@ def _too_many_connections(most: int) -> bytes:
 
 
 def connection_class(
-    limit_s: float, most: int, pace: Pace, on_malformed: Callable[[HttpError], None]
+    limit_s: float,
+    most: int,
+    pace: Pace,
+    on_malformed: Callable[[HttpError], None],
+    *,
+    keyless: bool = True,
 ) -> type[H11Protocol]:
     """The protocol class of one server's connections, with what uvicorn's own lacks.
 
@@ -68,9 +79,13 @@ def connection_class(
         most: connections that may be open.
         pace: delays refusals.
         on_malformed: called for each request that is not valid HTTP/1.1.
+        keyless: callers need no key.
     """
 
-    idle: dict[H11Protocol, None] = {}  # longest idle first
+    places = Places(most, keyless=keyless)
+    by_caller: dict[str, Connection] = {}
+    by_place: dict[Place, Connection] = {}
+    refused: dict[Place, None] = {}
     refusal = _too_many_connections(most)
 
     class Connection(H11Protocol):
@@ -83,12 +98,14 @@ def connection_class(
           nothing keeps the socket open.
         * Messages are parsed strictly. A refused one is counted and answered like any other
           bad request.
-        * At most ``most`` connections. A further one replaces an idle one, or else one whose
-          refusal is being delayed.
+        * At most ``most`` connections. A further one replaces the one that `Places` names.
         """
 
         _late: asyncio.TimerHandle | None = None
         _refused = False
+        _place: Place
+        _head = True
+        """Whether it waits for a request's head."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
@@ -98,6 +115,8 @@ def connection_class(
         def send_400_response(self, msg: str) -> None:
             """Called by uvicorn when `StrictConnection` has refused a message."""
             self._refused = True
+            if self._place in by_place:
+                refused[self._place] = None
             refusal = self._strict.refusal
             why = str(refusal)[:200] if refusal is not None else msg
             status = refusal.error_status_hint if refusal is not None else 400
@@ -118,11 +137,6 @@ def connection_class(
         def _caller(self) -> str:
             host, port = self.client or ("", 0)
             return f"{host}:{port}"
-
-        def is_delayed(self) -> bool:
-            """Whether it is open and its refusal is being delayed."""
-            delayed = self._refused or pace.delays(self._caller())
-            return delayed and not self.transport.is_closing()
 
         def _send_refusal(self, error: HttpError) -> None:
             if self.transport.is_closing():
@@ -148,28 +162,69 @@ def connection_class(
                 **self.app_state,
                 ABORT: transport.abort,
                 CERTIFICATE: shown(transport),
+                EARNED: self._earned,
             }
             super().connection_made(transport)
-            if len(self.connections) > most:
-                self._make_room()
+            caller = self._caller()
+            self._place = places.join(host_of(caller))
+            by_place[self._place] = by_caller[caller] = self
+            full = len(places) > most and places.alone(self._place)
+            if full and next(_delayed(), None) is None:
+                self.give_way()  # all others are being answered
+                return
+            if len(places) > most + UNREAD:
+                _trim()
+            elif len(places) == most + 1:
+                self.loop.call_later(_LOOK_S, _trim)
             self._watch()
 
-        def _make_room(self) -> None:
-            """Close another connection to make room, or else refuse this one."""
-            others: Any = self.connections  # all are of this class
-            delayed = (each for each in others if each.is_delayed())
-            if (oldest := next(iter(idle), None) or next(delayed, None)) is not None:
-                idle.pop(oldest, None)
-                oldest.transport.abort()
-            else:
-                self.transport.write(refusal)
-                self.transport.close()
+        def give_way(self) -> None:
+            """Close the connection, for another one to take its place."""
+            self._leave()
+            begun = self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE)
+            resting = self._place.owner is not None and self.conn.their_state is h11.IDLE
+            if begun or resting or self.transport.is_closing():
+                self.transport.abort()
+                return
+            if self.cycle is not None:
+                self.cycle.disconnected = True  # wakes readers of the body and writers
+                self.cycle.message_event.set()
+            self._refused = True
+            self.transport.write(refusal)
+            self.transport.close()
+
+        def _earned(self, owner: str) -> None:
+            """It has shown a valid key of this tenant; without keys it was answered well."""
+            if self._place not in by_place:
+                return
+            if (other := places.earns(self._place, owner or self._place.host)) is not None:
+                by_place[other].give_way()
+            self._watch()
+
+        def _leave(self) -> None:
+            if by_place.pop(self._place, None) is not None:
+                places.leave(self._place)
+                refused.pop(self._place, None)
+                if by_caller.get(self._caller()) is self:
+                    del by_caller[self._caller()]
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._watch()
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            if self._place in by_place:
+                places.progressed(self._place)
+                self._watch()
 
         def data_received(self, data: bytes) -> None:
             if self._refused:
                 return  # discarded: unread bytes would turn the close into a reset
             super().data_received(data)
-            self._watch()
+            if self._place in by_place:
+                places.progressed(self._place, len(data))
+                self._watch()
             ahead, _ = self.conn.trailing_data
             if self.conn.their_state is h11.DONE and len(ahead) <= _AHEAD:
                 # uvicorn stops reading once the next request has begun to arrive, and
@@ -178,24 +233,55 @@ def connection_class(
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
-            self._watch()
+            if self._place in by_place:
+                places.progressed(self._place)
+                self._watch()
 
         def connection_lost(self, exc: Exception | None) -> None:
             if self._late is not None:
                 self._late.cancel()
-            idle.pop(self, None)
+            self._leave()
             super().connection_lost(exc)
 
         def _watch(self) -> None:
             """Run the timer while no request is being answered. The rest of a body after an
             early answer does not stop it, and no data restarts it."""
-            if self.cycle is not None and not self.cycle.response_complete:
-                idle.pop(self, None)
+            answering = self.cycle is not None and not self.cycle.response_complete
+            if self._place in by_place:
+                self._tell(answering)
+            if answering:
                 if self._late is not None:
                     self._late.cancel()
                     self._late = None
             elif self._late is None and not self.transport.is_closing():
-                idle[self] = None
                 self._late = self.loop.call_later(limit_s, self.transport.abort)
+
+        def _tell(self, answering: bool) -> None:
+            """Tell `places` whether the connection waits for its peer."""
+            sending = self.conn.their_state is h11.SEND_BODY
+            if answering and self._head:
+                places.progressed(self._place)  # a whole head
+            self._head = not answering
+            if answering and not sending and not self.flow.write_paused:
+                places.busy(self._place)
+            else:
+                asking = answering or sending or bool(self.conn.trailing_data[0])
+                places.waits(self._place, asking=asking)
+                if len(places) > most:
+                    self.loop.call_soon(_trim)
+
+    def _delayed() -> Iterator[Place]:
+        """Strangers' places whose refusal is being delayed."""
+        yield from refused
+        for caller in pace.delayed():
+            found = by_caller.get(caller)
+            if found is not None and found._place.owner is None:
+                yield found._place
+
+    def _trim() -> None:
+        """Close connections while there are too many."""
+        while len(places) > most:
+            victim = places.victim(_delayed()) or next(reversed(by_place))  # the newest
+            by_place[victim].give_way()
 
     return Connection

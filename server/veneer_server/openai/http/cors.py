@@ -1,7 +1,8 @@
 """Cross-origin resource sharing: which web pages may call the gateway from a browser.
 
 Off by default: a browser then shows no answer to a page of another origin, and sends no JSON
-for it. Keys travel in a header, never in a cookie, so no answer allows credentials.
+for it; a server without keys refuses what it does send (`system.hosts`). Keys travel in a
+header, never in a cookie, so no answer allows credentials.
 """
 
 from __future__ import annotations
@@ -86,6 +87,10 @@ class Cors:
         if _NAMES.fullmatch(names):
             found.append((b"access-control-allow-headers", names))
         return found
+
+    def allows(self, origin: str) -> bool:
+        """Whether pages of an origin may call; ``*`` stands for every origin."""
+        return self._allows(origin.encode("latin-1"))
 
     def _allows(self, origin: bytes) -> bool:
         return self._any or origin.lower() in self._origins

@@ -5,7 +5,8 @@ another's (request smuggling). So anything that senders must not send is refused
 connection closed, even where a recipient may repair it: both Content-Length and
 Transfer-Encoding, line breaks without a carriage return, folded headers, versions other than
 1.0 and 1.1. h11 itself refuses conflicting lengths, codings other than chunked, bad chunk
-sizes, spaces before a colon, and more than one Host header.
+sizes, spaces before a colon, and more than one Host header. For the same reason a header that
+says who calls, or how the body is to be read, may be there only once.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import re
 from typing import Any, Final
 
 import h11
+
+from veneer_server.access.authenticate import ONCE
 
 __all__ = ["MAX_HEAD", "MAX_HEADERS", "MAX_SMALL_CHUNKS", "StrictConnection"]
 
@@ -31,6 +34,13 @@ CHUNK_BYTES: Final = 256
 
 _BARE: Final = re.compile(rb"(?<!\r)\n|\r(?!\n)|\n[ \t]")
 _END: Final = re.compile(rb"\n\r?\n")
+_NAME: Final = re.compile(rb"\n([^:\r\n]+):")
+_LENGTH: Final = re.compile(rb"\ncontent-length:[^\r\n]*,", re.IGNORECASE)
+
+_FRAMING: Final = ("content-type", "content-length", "transfer-encoding", "host")
+_ONCE: Final = frozenset(name.encode() for name in (*ONCE, *_FRAMING))
+_ONE_VALUE: Final = (b"content-type", b"host")
+"""Headers whose value has no comma, which some proxies put between the values of two."""
 
 
 class StrictConnection(h11.Connection):
@@ -95,6 +105,25 @@ def _check_head(waiting: bytes) -> None:
             error_status_hint=431,
         )
     _check_lines(head)
+    if end is not None:
+        _check_once(head)
+
+
+def _check_once(head: bytes) -> None:
+    """Check the names of a head's headers. h11 takes several equal lengths for one."""
+    names = [name.lower() for name in _NAME.findall(head)]
+    twice = len(set(names)) < len(names)
+    if twice and (more := next((each for each in _ONCE if names.count(each) > 1), None)):
+        raise _repeated(more)
+    if _LENGTH.search(head):
+        raise _repeated(b"content-length")
+
+
+def _repeated(name: bytes) -> h11.RemoteProtocolError:
+    return h11.RemoteProtocolError(
+        f"{name.decode()} is there more than once, or has more than one value: send it once, "
+        "and see that no proxy adds another"
+    )
 
 
 def _check_lines(lines: bytes) -> None:
@@ -107,6 +136,9 @@ def _check_lines(lines: bytes) -> None:
 
 def _check_request(request: h11.Request) -> None:
     names = {name for name, _ in request.headers}
+    for name, value in request.headers:
+        if name in _ONE_VALUE and b"," in value:
+            raise _repeated(name)
     if request.http_version not in (b"1.0", b"1.1"):
         raise h11.RemoteProtocolError(
             "the version is neither HTTP/1.0 nor HTTP/1.1: use one of them",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from veneer_server.rpc.transport.receiving import MAX_MESSAGE, WINDOW
+from veneer_server.system.descriptors import UNREAD
 
 __all__ = [
     "HANDSHAKE_LIMIT_S",
@@ -40,7 +41,8 @@ def channel_options(
     Args:
         reader_limit_s: a connection with calls is closed once its peer has not answered a
             ping for this long, because its process is stopped or its machine is gone.
-        connections: most that may be open; more are closed as they arrive.
+        connections: most that may be open. `Connections` closes some of those beyond; gRPC
+            closes any beyond another `UNREAD` as they arrive.
         generations: most requests that may run or wait in the engine.
     """
     limit_ms = max(1_000, int(reader_limit_s * 1000))
@@ -53,7 +55,7 @@ def channel_options(
         ("grpc.keepalive_time_ms", limit_ms * 2 // 3),
         ("grpc.keepalive_timeout_ms", limit_ms // 3),
         ("grpc.http2.max_pings_without_data", 0),
-        ("grpc.max_allowed_incoming_connections", connections),
+        ("grpc.max_allowed_incoming_connections", connections + UNREAD),
         ("grpc.max_connection_idle_ms", int(IDLE_LIMIT_S * 1000)),
         ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_LIMIT_S * 1000)),
         ("grpc.http2.settings_timeout", int(HANDSHAKE_LIMIT_S * 1000)),

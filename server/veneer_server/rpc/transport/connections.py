@@ -1,8 +1,9 @@
-"""Closes idle gRPC connections to make room for new ones.
+"""Closes gRPC connections that wait for their peer, to make room for new ones.
 
 gRPC closes connections beyond its limit as they arrive, whoever opened them, while idle ones
 may stay for minutes: one caller could keep everyone else out. gRPC cannot be asked to close a
-connection, so this module works on the process's own sockets. A client whose idle connection
+connection, so this module works on the process's own sockets. `Places` says which one goes: one
+whose calls have not arrived whole waits like one without calls. A client whose idle connection
 was closed opens another by itself with its next call.
 """
 
@@ -21,11 +22,15 @@ from typing import Final
 from urllib.parse import unquote
 
 from veneer_server.logs import get_logger
+from veneer_server.queues.connection_places import Place, Places, host_of
 
-__all__ = ["KNOWN", "Connections"]
+__all__ = ["KNOWN", "Call", "Connections"]
 
 LOOK_S: Final = 0.25
 """Seconds between two checks of the number of connections."""
+
+_SOON_S: Final = 0.03
+"""The same after one that had to close some: others may be arriving by the hundred."""
 
 _SPARE: Final = 8
 """One in this many places is kept free for new connections."""
@@ -42,58 +47,122 @@ _Address = tuple[str, int]
 
 @dataclass(slots=True)
 class _Connection:
-    """``used``: when its last call began or ended, or else when it was first seen."""
+    """``used``: when its last call began or ended, or it was first seen. ``whole``:
+    calls that have arrived; ``watching``: those of them that only wait for news."""
 
+    place: Place
     used: float
     calls: int = 0
-    has_called: bool = False
+    whole: int = 0
+    watching: int = 0
+
+
+class Call:
+    """One open call, for its connection's place."""
+
+    def __init__(self, connections: Connections, connection: _Connection) -> None:
+        self._connections = connections
+        self._connection = connection
+        self._whole = self._watching = False
+
+    def arrived(self, *, watching: bool = False) -> None:
+        """Its request is whole. Args: watching: it waits for news, maybe for ever."""
+        self._whole, self._watching = True, watching
+        self._connection.whole += 1
+        self._connection.watching += watching
+        self._connections.tell(self._connection, progressed=True)
+
+    def earned(self, tenant: str) -> None:
+        """The caller has shown a valid key of this tenant; "" for one whom a server without
+        keys has answered well."""
+        self._connections.earned(self._connection, tenant)
+
+    def ended(self) -> None:
+        """It is over."""
+        connection = self._connection
+        connection.calls -= 1
+        connection.whole -= self._whole
+        connection.watching -= self._watching
+        self._connections.tell(connection, progressed=self._whole)
 
 
 class Connections:
     """The connections to the gRPC port. `call` and `watch` belong to one event loop."""
 
-    def __init__(self, most: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, most: int, *, keyless: bool = True, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         """Args:
         most: connections that gRPC allows to be open.
+        keyless: callers need no key.
         clock: seconds.
         """
         self._wanted = most - max(1, most // _SPARE)
         self._clock = clock
+        self._places = Places(self._wanted, keyless=keyless, clock=clock)
         self._known: OrderedDict[_Address, _Connection] = OrderedDict()
         """Least recently used first."""
+        self._by_place: dict[Place, _Address] = {}
+        self._given_up: set[Place] = set()
 
     @contextmanager
-    def call(self, peer: str) -> Iterator[None]:
-        """Keep a call's connection open while the block runs. ``peer``: gRPC's name for it."""
+    def call(self, peer: str) -> Iterator[Call]:
+        """Count a call while the block runs. ``peer``: gRPC's name for its connection."""
         known = self._used(_address(peer))
-        known.has_called = True
         known.calls += 1
+        call = Call(self, known)
+        self.tell(known, progressed=False)
         try:
-            yield
+            yield call
         finally:
-            known.calls -= 1
             known.used = self._clock()
+            call.ended()
+
+    def tell(self, known: _Connection, *, progressed: bool) -> None:
+        """What a connection waits for has changed."""
+        if known.place not in self._by_place:
+            return
+        if progressed:
+            self._places.progressed(known.place)
+        if known.whole > known.watching or (known.whole and not self._may_go(known)):
+            self._places.busy(known.place)
+        elif known.watching:
+            self._places.watches(known.place)
+        else:
+            self._places.waits(known.place, asking=known.calls > 0)
+
+    def _may_go(self, known: _Connection) -> bool:
+        """Whether it may be closed while its calls only watch."""
+        return self._places.keyless or known.place.owner is None
+
+    def earned(self, known: _Connection, tenant: str) -> None:
+        """A connection is a caller's from now on."""
+        if known.place not in self._by_place:
+            return
+        other = self._places.earns(known.place, tenant or known.place.host)
+        if other is not None:
+            self._given_up.add(other)
 
     async def watch(self, port: int) -> None:
         """Make room on ``port`` until cancelled. After an error, which is logged once, it tries
         again: running out of descriptors is a reason to make room, not to stop."""
-        failing = False
+        failing = soon = False
         while True:
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(min(LOOK_S, _SOON_S) if soon else LOOK_S)
             try:
+                soon = False
                 # A cheap first check: descriptors of all kinds outnumber our connections.
-                if len(os.listdir(_DESCRIPTORS)) > self._wanted:
+                if self._given_up or len(os.listdir(_DESCRIPTORS)) > self._wanted:
                     began = self._clock()
-                    self._make_room(await asyncio.to_thread(_accepted, port), began)
+                    soon = self._make_room(await asyncio.to_thread(_accepted, port), began)
                 failing = False
             except Exception as error:
                 if not failing:
                     _log.error("could not make room for new gRPC connections", error)
                 failing = True
 
-    def _make_room(self, sockets: dict[_Address, int], began: float) -> None:
-        """Close connections without calls until few enough are left: first those that never
-        made a call, then the least recently used.
+    def _make_room(self, sockets: dict[_Address, int], began: float) -> bool:
+        """Close connections until few enough are left; returns whether to look again soon.
 
         Args:
             sockets: the open ones.
@@ -102,28 +171,52 @@ class Connections:
         for address in self._known.keys() - sockets.keys():
             known = self._known[address]
             if not known.calls and known.used < began:
-                del self._known[address]  # it is closed
+                self._forget(address)  # it is closed
         for address in sockets:
             # Not `_used`, which drops another connection when many are known.
-            self._known.setdefault(address, _Connection(began))
-        idle = [address for address in sockets if not self._known[address].calls]
-        idle.sort(key=lambda each: (self._known[each].has_called, self._known[each].used))
-        too_many = max(0, len(sockets) - self._wanted)
-        closed = sum(_close(sockets[address], address) for address in idle[:too_many])
+            if address not in self._known:
+                self._add(address, began)
+        count, closed = len(sockets), 0
+        while self._given_up or count > self._wanted:
+            place = self._given_up.pop() if self._given_up else self._places.victim()
+            if place is None:
+                break
+            if place.queue is None:  # it was given up, and has called again
+                continue
+            gone = self._by_place[place]
+            if gone not in sockets or place.since >= began:
+                break  # seen for the first time: what it sent may not have been read
+            self._forget(gone)
+            count -= 1
+            closed += _close(sockets[gone], gone)
         if closed:
-            _log.info("idle gRPC connections closed to make room", count=closed)
+            _log.info("gRPC connections closed to make room", count=closed)
+        return closed > 0 or count > self._wanted
 
     def _used(self, address: _Address) -> _Connection:
         now = self._clock()
-        known = self._known.setdefault(address, _Connection(now))
+        if (known := self._known.get(address)) is None:
+            known = self._add(address, now)
         known.used = now
         self._known.move_to_end(address)
         if len(self._known) > KNOWN:
             for other, each in self._known.items():
                 if not each.calls and other != address:
-                    del self._known[other]
+                    self._forget(other)
                     break
         return known
+
+    def _add(self, address: _Address, now: float) -> _Connection:
+        place = self._places.join(host_of(f"{address[0]}:{address[1]}"))
+        self._by_place[place] = address
+        known = self._known[address] = _Connection(place, now)
+        return known
+
+    def _forget(self, address: _Address) -> None:
+        place = self._known.pop(address).place
+        self._by_place.pop(place)
+        self._given_up.discard(place)
+        self._places.leave(place)
 
 
 def _address(peer: str) -> _Address:

@@ -15,8 +15,9 @@ One that is not whole after `BRIEF_S` is slow. Slow messages must not keep other
 * A connection whose message lost its place is late (see `standings`): for some seconds it is
   read after the others, one message at a time, and loses its place first.
 
-Connections take turns. Every other free place goes to a connection that is not late, whose
-last message was whole when it was read, and that has few requests waiting.
+Hosts take turns, and so do the connections of each. Every other free place goes to a connection
+that is not late, whose last message was whole when it was read, and that has few requests
+waiting.
 """
 
 from __future__ import annotations
@@ -26,20 +27,27 @@ import random
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, TypeVar
+from urllib.parse import unquote
 
 from veneer_registry.errors import Aborted, QueueFull
 
+from veneer_server.queues.connection_places import host_of
 from veneer_server.queues.fair_queue import FairQueue
 from veneer_server.rpc.transport.standings import Standings
 
-__all__ = ["MAX_MESSAGE", "PLACES", "WAITING", "WINDOW", "Receiving"]
+__all__ = ["MAX_MESSAGE", "PLACES", "STRANGERS", "WAITING", "WINDOW", "Receiving"]
 
 MAX_MESSAGE: Final = 4 << 20
 """Most bytes of a message."""
 
 PLACES: Final = 8
 """Requests read at once; each may hold `MAX_MESSAGE` bytes."""
+
+STRANGERS: Final = 2
+"""The same, in addition, of callers without a key on a server that asks for keys, who may check
+its health: what they send never takes a caller's place."""
 
 SLOW: Final = 4
 """Places that slow messages may keep while another connection waits."""
@@ -72,6 +80,9 @@ _SPREAD: Final = 0.1
 """Jitter of the time that a call waits for a place, as a share of the limit."""
 
 _RETRY_S: Final = 1.0
+
+_KNOWN_HOSTS: Final = 4096
+"""Connections whose host is remembered."""
 
 T = TypeVar("T")
 
@@ -199,9 +210,17 @@ class Receiving:
         """Append the request to its connection's queue. If too many wait, the last one of the
         longest queue is refused."""
         if len(self._queue) >= self._most_waiting:
-            if self._queue.waiting(peer) >= self._queue.longest():
+            hosts: Counter[str] = Counter()
+            for each in self._queue:
+                hosts[_host(each)] += self._queue.waiting(each)
+
+            def size(each: str) -> tuple[int, int]:
+                return hosts[_host(each)], self._queue.waiting(each)
+
+            longest = max(self._queue, key=size)
+            if size(peer) >= size(longest):
                 raise _too_many()
-            _, (_, last) = self._queue.pop_longest()
+            _, last = self._queue.pop_last(longest)
             if not last.done():
                 last.set_exception(_too_many())
         self._queue.push(peer, (peer, waiter))
@@ -209,8 +228,7 @@ class Receiving:
     def _grant(self) -> None:
         """Give free places to waiting requests."""
         while self._queue and len(self._held) < self._places:
-            count = Counter(place.peer for place in self._held)
-            found = self._queue.pop(self._rank(count))
+            found = self._queue.pop(self._rank())
             if found is None:
                 break
             peer, waiter = found
@@ -220,17 +238,20 @@ class Receiving:
         if self._queue and self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(_LOOK_S, self._look)
 
-    def _rank(self, held: Counter[str]) -> Callable[[str], tuple[int, ...] | None]:
+    def _rank(self) -> Callable[[str], tuple[int, ...] | None]:
         """A sort key of connections for the next place; None for one that may not be read."""
+        held = Counter(place.peer for place in self._held)
+        hosts = Counter(_host(place.peer) for place in self._held)
 
         def rank(peer: str) -> tuple[int, ...] | None:
             if not self._standings.may_be_read(peer, held[peer]):
                 return None
             late = self._standings.late(peer)
             if not self._by_standing:
-                return (late, held[peer])
+                return (late, hosts[_host(peer)], held[peer])
             wanted = held[peer] + self._queue.waiting(peer)
-            return (late, not self._standings.prompt(peer), wanted > FEW, held[peer])
+            unknown = not self._standings.prompt(peer)
+            return (late, unknown, hosts[_host(peer)], wanted > FEW, held[peer])
 
         return rank
 
@@ -259,6 +280,7 @@ class Receiving:
         crowded = len(slow) > self._slow
         waiting = {peer for peer in self._queue if not self._standings.late(peer)}
         count = Counter(place.peer for place in staying)
+        hosts = Counter(_host(place.peer) for place in staying)
 
         def order(place: _Place) -> tuple[float, ...] | None:
             age = now - place.since
@@ -267,10 +289,22 @@ class Receiving:
             if not worn and not (crowded and waiting - {place.peer}):
                 return None
             late = self._standings.late(place.peer)
-            return (late, count[place.peer], worn, age if worn else -age)
+            return (
+                late,
+                hosts[_host(place.peer)],
+                count[place.peer],
+                worn,
+                age if worn else -age,
+            )
 
         orders = [(found, place) for place in slow if (found := order(place)) is not None]
         return max(orders, key=lambda each: each[0])[1] if orders else None
+
+
+@lru_cache(_KNOWN_HOSTS)
+def _host(peer: str) -> str:
+    """Of gRPC's name of a connection, see `host_of`."""
+    return host_of(unquote(peer.partition(":")[2]))
 
 
 def _too_many() -> QueueFull:

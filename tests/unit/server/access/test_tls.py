@@ -274,6 +274,26 @@ async def test_strangers_that_do_not_speak_tls_disturb_nobody(
             writer.close()
 
 
+async def test_handshakes_of_one_host_end_none_of_another(
+    base_folder: Path, front_cache: Path, tmp_path: Path, pki: Pki
+) -> None:
+    """A client that is slow to say hello, beside a host that begins many handshakes."""
+    async with front_with(base_folder, front_cache, tmp_path / "front", pki) as front:
+        context = ssl.create_default_context(cafile=pki.ca_file)
+        for name, path in (("openai", "/v1/models"), ("metrics", "/metrics")):
+            host, _, port = front.addresses[name].rpartition(":")
+            reader, slow = await asyncio.open_connection(host, int(port))
+            others = [
+                await asyncio.open_connection(host, int(port), local_addr=("127.0.0.9", 0))
+                for _ in range(3 * HANDSHAKES)
+            ]
+            await slow.start_tls(context, server_hostname="localhost")
+            slow.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+            for _, writer in (*others, (reader, slow)):
+                writer.close()
+
+
 async def test_a_client_is_told_what_is_wrong_with_its_address(
     base_folder: Path, front_cache: Path, tmp_path: Path, pki: Pki
 ) -> None:

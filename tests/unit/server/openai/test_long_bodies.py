@@ -10,8 +10,12 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
+from veneer_registry.errors import QueueFull
 from veneer_server.openai.http import asgi as wire
 from veneer_server.openai.http.asgi import LONG_BODY, Bodies, read_json
+from veneer_server.queues.connection_places import STALLED_S
+
+from tests.refused import refused
 
 SCOPE = {"headers": [(b"content-type", b"application/json")]}
 
@@ -51,7 +55,8 @@ async def test_one_piece_is_read_in_each_turn_of_the_event_loop(bodies: Bodies) 
                 read[turn] += 1
             return {"type": "http.request", "body": piece, "more_body": number <= count}
 
-        return await read_json(SCOPE, receive, 30.0, bodies, lambda _: None)
+        with bodies.share() as share:
+            return await read_json(SCOPE, receive, 30.0, bodies, share)
 
     tick()
     answers = await asyncio.gather(*(one() for _ in range(callers)))
@@ -106,3 +111,36 @@ async def test_the_thread_rests_while_it_parses_and_between_bodies(
     assert [isinstance(answer, str) for answer in answers] == [True, False, True, True]
     assert clock.longest < 0.01
     assert clock.rested > clock.worked > 32 * 0.0015, "also within the long one"
+
+
+async def test_a_body_that_stalls_loses_its_room_to_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And only then: one that arrives keeps it, whoever else wants it."""
+    bodies, size = Bodies(long_limit=1 << 20), LONG_BODY + (1 << 20)
+    now = 0.0
+    monkeypatch.setattr("veneer_server.openai.http.asgi.time.monotonic", lambda: now)
+    sent: asyncio.Queue[int] = asyncio.Queue()
+
+    async def receive() -> dict[str, object]:
+        return {"type": "http.request", "body": b" " * await sent.get(), "more_body": True}
+
+    async def first() -> object:
+        with bodies.share() as share:
+            return await read_json(SCOPE, receive, 30.0, bodies, share)
+
+    stalled = asyncio.create_task(first())
+    sent.put_nowait(size)
+    for _ in range(10):  # it is read
+        await asyncio.sleep(0)
+    now = STALLED_S / 2
+    with bodies.share() as mine, refused(QueueFull):
+        mine(size)
+    now = 2 * STALLED_S
+    with bodies.share() as mine:
+        mine(size)
+        with refused(QueueFull):
+            await stalled
+    with bodies.share() as other:
+        other(size)
+    bodies.close()

@@ -14,11 +14,13 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from veneer_proto.v1 import adapters_pb2, adapters_pb2_grpc
+from veneer_proto.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2_grpc
 from veneer_server.rpc.transport import connections as connections_module
 from veneer_server.rpc.transport.connections import KNOWN, Connections
 
-from tests.unit.server.rpc.front_harness import Front, running
+from tests.attacks.http2 import Connection, grpc_message
+from tests.unit.server.access.tenants_kit import shared
+from tests.unit.server.rpc.front_harness import Front, prompt, running
 
 MOST = 8
 
@@ -96,7 +98,7 @@ async def test_where_there_is_room_nobody_is_closed(front: Front) -> None:
         await healthy(front.channel)
 
 
-async def test_those_that_never_called_go_first_then_those_that_called_longest_ago() -> None:
+async def test_strangers_go_before_callers_those_first_that_called_longest_ago() -> None:
     clock = iter(range(1000))
     connections = Connections(MOST, clock=lambda: float(next(clock)))
     with contextlib.ExitStack() as stack:
@@ -107,16 +109,17 @@ async def test_those_that_never_called_go_first_then_those_that_called_longest_a
             address = ("127.0.0.1", port)
             clients.append(stack.enter_context(socket.create_connection(address)))
             stack.enter_context(listening.accept()[0])
-            if n > 1:
-                with connections.call(f"ipv4:127.0.0.1:{clients[n].getsockname()[1]}"):
-                    pass
+            with connections.call(f"ipv4:127.0.0.1:{clients[n].getsockname()[1]}") as call:
+                call.arrived()
+                if n not in (1, 3, 6, 7):
+                    call.earned("")
         for each in clients:
             each.setblocking(False)
         watching = asyncio.create_task(connections.watch(port))
-        for n in (0, 1, 2):
+        for n in (1, 3, 6):
             assert await asyncio.get_running_loop().sock_recv(clients[n], 1) == b""
         watching.cancel()
-        for other in clients[3:]:
+        for other in (each for n, each in enumerate(clients) if n not in (1, 3, 6)):
             with pytest.raises(BlockingIOError):
                 other.recv(1)
 
@@ -140,8 +143,9 @@ async def test_room_is_made_after_thousands_of_connections_have_called() -> None
     watch, and nobody knew."""
     connections = Connections(MOST)
     with accepted(MOST + 1) as (port, clients):
-        with connections.call(f"ipv4:127.0.0.1:{clients[0].getsockname()[1]}"):
-            pass
+        with connections.call(f"ipv4:127.0.0.1:{clients[0].getsockname()[1]}") as call:
+            call.arrived()
+            call.earned("")
         for n in range(KNOWN - 1):
             with connections.call(f"ipv4:10.0.0.2:{n}"):
                 pass
@@ -191,9 +195,79 @@ async def test_addresses_of_ipv6_are_known(peer: str) -> None:
             stack.enter_context(listening.accept()[0])
         quiet.setblocking(False)
         calling.setblocking(False)
-        with connections.call(peer.format(calling.getsockname()[1])):
+        with connections.call(peer.format(calling.getsockname()[1])) as call:
+            call.arrived()
             watching = asyncio.create_task(connections.watch(port))
             assert await asyncio.get_running_loop().sock_recv(quiet, 1) == b""
             watching.cancel()
             with pytest.raises(BlockingIOError):
                 calling.recv(1)
+
+
+# ------------------------------------------------------------- half-sent and silent calls
+
+HALF_HEADERS = b"\0\0\1\1\0\0\0\0\1\x83"
+"""Frame of headers that a CONTINUATION frame should follow."""
+CHECK, WATCH = (f"/grpc.health.v1.Health/{name}" for name in ("Check", "Watch"))
+SHAPES = ("nothing", "settings", "half headers", "headers", "half a message", "a watch")
+
+
+async def half(address: str, shape: str, number: int) -> Connection | None:
+    """A connection that begins a call as far as its shape says. None if it is refused."""
+    host, port = address.rsplit(":", 1)
+    local = (f"127.0.0.{1 + number % 5}", 0)
+    try:
+        opened = await asyncio.open_connection(host, int(port), local_addr=local)
+    except OSError:
+        return None
+    connection = Connection(*opened)
+    if shape == "nothing":
+        return connection
+    await connection.begin()
+    if connection.lost.is_set():
+        return connection
+    if shape == "half headers":
+        opened[1].write(HALF_HEADERS)
+    elif shape != "settings":
+        stream = connection.call(WATCH if shape == "a watch" else CHECK)
+        if shape == "half a message":
+            await connection.send(stream, grpc_message(100), patience_s=1)
+        elif shape == "a watch":
+            await connection.send(stream, grpc_message(0, whole=True), patience_s=1)
+    return connection
+
+
+@pytest.mark.parametrize("asks", ["without keys", "with keys"])
+@pytest.mark.parametrize("shape", SHAPES)
+async def test_calls_that_do_not_arrive_take_no_place_of_others(
+    base_folder: Path, front_cache: Path, tmp_path: Path, asks: str, shape: str
+) -> None:
+    """A caller keeps its connection, and new ones get in."""
+    async with contextlib.AsyncExitStack() as stack:
+        most = {"max_connections": str(MOST)}
+        if asks == "with keys":
+            both = await stack.enter_async_context(
+                shared(base_folder, front_cache, tmp_path, **most)
+            )
+            front, key = both.front, both.caller("team-a", "inference").key
+            metadata = (("authorization", f"Bearer {key}"),)
+        else:
+            front = await stack.enter_async_context(
+                running(base_folder, front_cache, tmp_path, **most)
+            )
+            metadata = ()
+        kept = await stack.enter_async_context(channel(front, 0))
+        stubs = inference_pb2_grpc.InferenceServiceStub(kept)
+        states: list[grpc.ChannelConnectivity] = []
+        await stubs.Generate(prompt(), metadata=metadata)
+        for round_ in range(2):
+            for n in range(4 * MOST):
+                if (opened := await half(front.addresses["grpc"], shape, n)) is not None:
+                    stack.callback(opened.close)
+                states.append(kept.get_state())
+                if n % 8 == 7:
+                    async with channel(front, 1 + n + 100 * round_) as new:
+                        fresh = inference_pb2_grpc.InferenceServiceStub(new)
+                        await fresh.Generate(prompt(), metadata=metadata, wait_for_ready=True)
+        await stubs.Generate(prompt(), metadata=metadata)
+        assert set(states) == {grpc.ChannelConnectivity.READY}, "it was closed"

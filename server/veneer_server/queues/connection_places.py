@@ -1,0 +1,231 @@
+"""Which connection gives up its place when more are open than may be.
+
+A place belongs to who makes progress. Connections are of two kinds: callers, who have shown a
+valid key (on a server without keys: who have had a request answered well), and strangers, as
+all are at first. Each kind has a share of its own: one place in `NEWCOMERS` is kept for
+strangers, so that somebody new always gets in, and no stranger takes a caller's place.
+
+Within its kind a connection goes first that makes no progress (`STALLED_S`, `PROGRESS`), and
+then the least recently used one of the host or tenant that has most. One whose whole request
+is being answered never goes.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Final
+
+__all__ = ["NEWCOMERS", "PROGRESS", "STALLED_S", "Place", "Places", "host_of"]
+
+STALLED_S: Final = 2.0
+"""A connection stalls if it sends fewer than `PROGRESS` bytes for this long."""
+
+PROGRESS: Final = 8 << 10
+"""Bytes in `STALLED_S` that count as progress: 4 KiB a second. A byte now and then does not."""
+
+NEWCOMERS: Final = 8
+"""One place in this many is kept for connections that have shown no valid key yet."""
+
+
+@dataclass(slots=True, eq=False)
+class Place:
+    """One connection's.
+
+    Attributes:
+        host: its peer, see `host_of`.
+        whose: with whose places it is counted.
+        owner: a caller's tenant, or its host if there are no keys; None: a stranger's.
+        since: when it last made progress.
+        sent: bytes since then.
+    """
+
+    host: str
+    whose: str
+    since: float
+    owner: str | None = None
+    sent: int = 0
+    queue: OrderedDict[Place, None] | None = field(default=None, repr=False)
+
+
+_Queues = dict[str, OrderedDict[Place, None]]
+
+
+class Places:
+    """The open connections of one port, of which some wait for their peer. Belongs to one event
+    loop."""
+
+    def __init__(
+        self, most: int, *, keyless: bool, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Args:
+        most: that should be open; the owner closes `victim` while there are more.
+        keyless: callers need no key.
+        clock: seconds.
+        """
+        self.most = most
+        self.keyless = keyless
+        self._clock = clock
+        self._count = self._callers = 0
+        self._of: Counter[str] = Counter()
+        """Places by host of strangers, and by owner of callers."""
+        # Places that wait, by host or owner, in order of their last progress. No inner queue
+        # is empty.
+        self._strangers: _Queues = {}
+        self._watching: _Queues = {}
+        self._sending: _Queues = {}
+        self._resting: _Queues = {}
+
+    def __len__(self) -> int:
+        return self._count
+
+    def join(self, host: str) -> Place:
+        """A connection was opened; it waits for its first request."""
+        place = Place(host, f"host {host}", self._clock())
+        self._count += 1
+        self._of[place.whose] += 1
+        self._wait(place, self._strangers)
+        return place
+
+    def leave(self, place: Place) -> None:
+        """It was closed, or is about to be."""
+        self.busy(place)
+        self._count -= 1
+        self._callers -= place.owner is not None
+        self._less(place.whose)
+
+    def progressed(self, place: Place, size: int = PROGRESS) -> None:
+        """It has sent, or read, so many bytes."""
+        place.sent += size
+        if place.sent >= PROGRESS:
+            place.sent, place.since = 0, self._clock()
+            if place.queue is not None:
+                place.queue.move_to_end(place)
+
+    def busy(self, place: Place) -> None:
+        """Its request is whole, and being answered."""
+        if (queue := place.queue) is None:
+            return
+        del queue[place]
+        place.queue = None
+        if not queue:
+            for queues in self._all:
+                for name in (place.host, place.owner or ""):
+                    if queues.get(name) is queue:
+                        del queues[name]
+
+    def waits(self, place: Place, *, asking: bool) -> None:
+        """It waits for its peer. Without keys a caller is a stranger again until its next
+        request has been answered: everybody may have half of one.
+
+        Args:
+            asking: for the rest of a request.
+        """
+        if asking and self.keyless:
+            self._whose_is(place, None)
+        if place.owner is None:
+            self._wait(place, self._strangers)
+        else:
+            self._wait(place, self._sending if asking else self._resting)
+
+    def watches(self, place: Place) -> None:
+        """It has calls that only wait for news: it goes after all others that wait."""
+        self._wait(place, self._watching)
+
+    def earns(self, place: Place, owner: str) -> Place | None:
+        """It is a caller's from now on. Returns the caller's place that must be given up for
+        it, if any; `leave` it."""
+        if place.owner == owner:
+            return None
+        waiting = place.queue is not None
+        self._whose_is(place, owner)
+        if waiting:
+            self._wait(place, self._resting if self.keyless else self._sending)
+        if self._callers <= self.most - max(1, self.most // NEWCOMERS):
+            return None
+        return self._of_callers(place)
+
+    def victim(self, delayed: Iterable[Place] = ()) -> Place | None:
+        """The place to be given up next, if any.
+
+        Args:
+            delayed: strangers' whose refusal is being delayed. They go after those that make no
+                progress.
+        """
+        found = self._worst(self._strangers, stalled=True) or next(iter(delayed), None)
+        found = found or self._worst(self._strangers) or self._worst(self._watching)
+        return found or (self._of_callers(None) if self.keyless else None)
+
+    def alone(self, place: Place) -> bool:
+        """Whether no other place waits that could be given up for this stranger's."""
+        mine = self._strangers.get(place.host)
+        others = len(self._strangers) > 1 or mine is None or len(mine) > 1 or self._watching
+        return not others and not (self.keyless and (self._resting or self._sending))
+
+    @property
+    def _all(self) -> tuple[_Queues, ...]:
+        return self._strangers, self._watching, self._sending, self._resting
+
+    def _of_callers(self, but: Place | None) -> Place | None:
+        """A caller's place. Args: but: not this one."""
+        if (found := self._worst(self._sending, stalled=True)) not in (None, but):
+            return found
+        worst, most = None, 0
+        for queues in (self._resting, self._sending):
+            for queue in queues.values():
+                first = next((each for each in queue if each is not but), None)
+                if first is not None and (count := self._of[first.whose]) > most:
+                    worst, most = first, count
+        return worst
+
+    def _worst(self, queues: _Queues, *, stalled: bool = False) -> Place | None:
+        """The place that made progress longest ago, of the host or owner that has most.
+        Args: stalled: only one that makes no progress."""
+        late = self._clock() - STALLED_S
+        worst, most = None, 0
+        for queue in queues.values():
+            first = next(iter(queue))
+            if (count := self._of[first.whose]) > most and not (stalled and first.since > late):
+                worst, most = first, count
+        return worst
+
+    def _whose_is(self, place: Place, owner: str | None) -> None:
+        if place.owner != owner:
+            self.busy(place)
+            self._less(place.whose)
+            self._callers += (owner is not None) - (place.owner is not None)
+            place.owner = owner
+            place.whose = f"host {place.host}" if owner is None else f"owner {owner}"
+            self._of[place.whose] += 1
+
+    def _wait(self, place: Place, queues: _Queues) -> None:
+        name = place.owner if place.owner is not None else place.host
+        if place.queue is not None and place.queue is queues.get(name):
+            return
+        self.busy(place)
+        queue = queues.setdefault(name, OrderedDict())
+        queue[place] = None
+        place.queue = queue
+
+    def _less(self, whose: str) -> None:
+        self._of[whose] -= 1
+        if not self._of[whose]:
+            del self._of[whose]
+
+
+def host_of(caller: str) -> str:
+    """Who shares one share: an address of IPv4, or a /64 of IPv6, which one machine has whole.
+
+    Args:
+        caller: ``host:port``, with or without brackets.
+    """
+    host = caller.rpartition(":")[0].strip("[]").partition("%")[0].removeprefix("::ffff:")
+    if ":" not in host:
+        return host
+    try:
+        return str(ipaddress.ip_network(f"{host}/64", strict=False))
+    except ValueError:
+        return host
