@@ -308,7 +308,9 @@ class StepLoop:
             self._ended(message.sequence)
             self._outbox.fail_sequence(message.sequence, error)
             return
-        self._scheduler.add(Sequence(message.sequence, request, self._clock(), found))
+        now = self._clock()
+        arrived = now if request.arrived is None else min(now, request.arrived)
+        self._scheduler.add(Sequence(message.sequence, request, arrived, found))
 
     def _check_deadline(self, message: Submit) -> None:
         """Refuse a sequence that cannot get its first token in time, before it takes up any."""

@@ -49,11 +49,11 @@ class TenantEngine:
         return self._engine.places
 
     def generate(
-        self, request: SequenceRequest, place: Place | None = None
+        self, request: SequenceRequest, place: Place | None = None, *, sibling: bool = False
     ) -> AsyncGenerator[SequenceOutput, None]:
         if request.adapter is not None:
             request = msgspec.structs.replace(request, adapter=request.adapter.of(self._tenant))
-        return self._engine.generate(request, place)
+        return self._engine.generate(request, place, sibling=sibling)
 
     async def reference(self, tokens: list[int], adapter: AdapterSource | None) -> list[float]:
         # It is read from its files, whosever copy is in memory.

@@ -28,7 +28,7 @@ __all__ = ["Delta", "Generation"]
 class Generation:
     """An admitted request. Iterate `deltas` once; after that the numbers are final.
 
-    The other samples are submitted after the first sample's first token: the prompt is
+    The other samples ask for their places after the first sample's first token: the prompt is
     then in the prefix cache, and is not computed again for each of them.
     """
 
@@ -160,7 +160,8 @@ class Generation:
             self._metrics.adapter_found(tier)
         for sample in self._samples[1:]:
             request = sample_request(self._request, sample.index)
-            self._streams.add(sample.index, self._engine.generate(request, self._place))
+            outputs = self._engine.generate(request, self._place, sibling=True)
+            self._streams.add(sample.index, outputs)
 
     @property
     def _load_s(self) -> float:

@@ -184,7 +184,7 @@ class Generator:
         return self._meter.request(who.accounts, who.tenant, samples, prompts)
 
     def place(self, count: int, within_s: float | None = None) -> AbstractContextManager[Place]:
-        """Places for ``count`` sequences of the current call, see `Places.hold`."""
+        """Places for ``count`` samples of the current call, see `Places.hold`."""
         return self._engine.places.hold(count, FAIRNESS.get(), within_s=within_s)
 
     def check_text(self, text: bytes, *, cut: bool = False) -> None:

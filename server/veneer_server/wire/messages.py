@@ -45,6 +45,7 @@ from veneer_server.wire.from_engine import (
     wire_error,
 )
 from veneer_server.wire.requests import (
+    PRIORITY_SECONDS,
     AdapterSource,
     Constraint,
     SequenceRequest,
@@ -69,6 +70,7 @@ from veneer_server.wire.to_engine import (
 
 __all__ = [
     "LOST",
+    "PRIORITY_SECONDS",
     "Activate",
     "AdapterFailed",
     "AdapterLoaded",

@@ -11,12 +11,17 @@ from veneer_server.wire.base import Message
 from veneer_server.wire.sampling import SamplingParams
 
 __all__ = [
+    "PRIORITY_SECONDS",
     "AdapterSource",
     "Constraint",
     "SequenceRequest",
     "copy_key",
     "split_key",
 ]
+
+PRIORITY_SECONDS: Final = 10.0
+"""A priority is worth this many seconds of waiting for each of its steps: so a request is
+overtaken for its priority only by those that arrive within so long after it."""
 
 _MARK: Final = ":"
 """In neither a tenant's name nor a digest."""
@@ -100,7 +105,9 @@ class SequenceRequest(Message, frozen=True):
         tenant, fairness_id: whose service it counts as: a tenant's, and within a gateway's
             that of one whom the gateway calls for.
         weight: the tenant's.
-        priority: within those; lower starts earlier.
+        priority: within those; lower starts earlier, see `PRIORITY_SECONDS`.
+        arrived: when the request arrived of which this is a further sample, on the monotonic
+            clock: it goes before requests that arrived later. None for a first sample.
     """
 
     prompt: list[int]
@@ -123,3 +130,4 @@ class SequenceRequest(Message, frozen=True):
     fairness_id: str = ""
     weight: float = 1.0
     priority: int = 0
+    arrived: float | None = None

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from veneer_registry.errors import DeadlineTooShort, InvalidField, QueueFull, VeneerError
-from veneer_server.engine_client.places import Place, Places
+from veneer_server.engine_client.places import Place, Places, Seat
 from veneer_server.queues.fairness import Fairness
 from veneer_server.wire.messages import SamplingParams, SequenceRequest, StepDone
 
@@ -26,15 +26,29 @@ def places() -> Places:
 
 
 def held(stack: ExitStack, among: Places, whose: Fairness, count: int = 1) -> Place:
-    return stack.enter_context(among.hold(count, whose))
+    return stack.enter_context(among.hold(count, whose, at_once=count))
+
+
+def started(among: Places, place: Place) -> Seat:
+    """The request's sample has had an output."""
+    seat = seated(among, place)
+    among.started(seat)
+    return seat
+
+
+def seated(among: Places, place: Place) -> Seat:
+    seat = among.take(place)
+    assert seat is not None
+    return seat
 
 
 class Stream:
     """What ends a stream."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, among: Places, place: Place) -> None:
         self.error: VeneerError | None = None
-        place.add(self)
+        self.seat = seated(among, place)
+        self.seat.stream = self
 
     def fail(self, error: VeneerError) -> None:
         self.error = error
@@ -48,21 +62,21 @@ def stack() -> Iterator[ExitStack]:
 
 def test_places_are_taken_together_and_given_back() -> None:
     among = places()
-    with among.hold(3):
-        with pytest.raises(QueueFull) as caught, among.hold(3):
+    with among.hold(3, at_once=3):
+        with pytest.raises(QueueFull) as caught, among.hold(3, at_once=3):
             pass
         assert caught.value.retry_after_s
-        with among.hold(2), pytest.raises(QueueFull), among.hold(1):
+        with among.hold(2, at_once=2), pytest.raises(QueueFull), among.hold(1):
             pass
-    with among.hold(5):
+    with among.hold(5, at_once=5):
         pass
 
 
 def test_places_come_back_whatever_ended_the_request() -> None:
     among = places()
-    with pytest.raises(RuntimeError), among.hold(5):
+    with pytest.raises(RuntimeError), among.hold(5, at_once=5):
         raise RuntimeError
-    with among.hold(5):
+    with among.hold(5, at_once=5):
         pass
 
 
@@ -87,8 +101,8 @@ def test_a_full_queue_of_one_tenant_does_not_keep_another_out(stack: ExitStack) 
     refusals: Counter[tuple[str, str]] = Counter()
     among = Places(3, 7, on_refused=lambda *why: refusals.update([why]))
     hogs = [held(stack, among, HOG) for _ in range(10)]
-    streams = [Stream(place) for place in hogs]
-    among.started(hogs[-1])
+    streams = [Stream(among, place) for place in hogs]
+    among.started(streams[-1].seat)
     for _ in range(5):
         held(stack, among, LIGHT)
     displaced = [place.refused for place in hogs]
@@ -107,7 +121,7 @@ def test_a_full_queue_of_one_tenant_does_not_keep_another_out(stack: ExitStack) 
 def test_what_runs_keeps_its_place(stack: ExitStack) -> None:
     among = Places(3, 0)
     for _ in range(3):
-        among.started(held(stack, among, HOG))
+        started(among, held(stack, among, HOG))
     with refused(QueueFull, cause="queue_full"):
         held(stack, among, LIGHT)
 
@@ -117,7 +131,7 @@ def test_a_refusal_takes_nobodys_place(stack: ExitStack) -> None:
     among = Places(2, 3)
     hogs = [held(stack, among, HOG) for _ in range(5)]
     for place in hogs[:3]:
-        among.started(place)
+        started(among, place)
     with refused(QueueFull, cause="queue_full"):
         held(stack, among, LIGHT, 3)
     assert not any(place.refused for place in hogs)
@@ -148,7 +162,9 @@ def test_a_tenant_below_its_share_always_gets_in(
             share = 12 * weights[name] / sum(weights[n] for n in names)
             own = stack.enter_context(ExitStack())
             try:
-                place = own.enter_context(among.hold(count, Fairness(name, "", weights[name])))
+                place = own.enter_context(
+                    among.hold(count, Fairness(name, "", weights[name]), at_once=count)
+                )
             except QueueFull:
                 assert mine + count > share, f"{name} has {mine} of {share:.1f}"
             else:
@@ -201,7 +217,7 @@ def test_nobody_waits_while_places_are_free(stack: ExitStack) -> None:
 def test_a_wait_is_the_work_ahead_by_the_recent_pace(stack: ExitStack) -> None:
     """A tenant's own queue, and as much of the others' as they get meanwhile."""
     among = Places(1, 50)
-    among.started(held(stack, among, HOG))
+    started(among, held(stack, among, HOG))
     busy(among)
     for _ in range(20):
         among.resolved(held(stack, among, HOG), request())
@@ -216,7 +232,7 @@ def test_a_wait_is_the_work_ahead_by_the_recent_pace(stack: ExitStack) -> None:
 async def test_who_cannot_be_in_time_is_refused_and_told_when_to_come_back() -> None:
     among = Places(1, 50, max_wait_s=5.2)
     with ExitStack() as stack:
-        among.started(held(stack, among, HOG))
+        started(among, held(stack, among, HOG))
         busy(among)
         for _ in range(9):
             among.resolved(held(stack, among, HOG), request())
@@ -244,9 +260,9 @@ async def test_who_has_waited_for_the_limit_is_refused() -> None:
 
     with ExitStack() as stack:
         running = held(stack, among, HOG)
-        among.started(running)
+        started(among, running)
         waiting = [held(stack, among, HOG) for _ in range(20)]
-        waiting[-1].add(Ends())
+        seated(among, waiting[-1]).stream = Ends()
         await ended.wait()
         assert all(place.refused for place in waiting)
         assert not running.refused
@@ -257,7 +273,7 @@ async def test_who_has_waited_for_the_limit_is_refused() -> None:
 def test_an_unknown_pace_refuses_nobody(stack: ExitStack) -> None:
     """At the start, and after the engine was restarted."""
     among = Places(1, 50)
-    among.started(held(stack, among, HOG))
+    started(among, held(stack, among, HOG))
     among.resolved(held(stack, among, HOG), request())
     with among.hold(1, HOG, within_s=0.001):
         pass
