@@ -368,6 +368,7 @@ class StepLoop:
         self._stepped = self._clock()
         seconds = self._stepped - began
         self._pace.observe(plan.rows, seconds)
+        extra_prefill, extra_decode = plan.extra_work
         self._outbox.add(
             StepDone(
                 step=self.steps,
@@ -377,6 +378,8 @@ class StepLoop:
                 adapters=len(plan.adapters),
                 prefix_asked=lookups.asked,
                 prefix_found=lookups.found,
+                extra_prefill=extra_prefill,
+                extra_decode=extra_decode,
             )
         )
         self._outbox.flush()

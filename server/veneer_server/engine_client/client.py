@@ -255,7 +255,7 @@ class EngineClient:
                 self._streams[number] = stream
                 if seat is not None:
                     seat.stream = stream
-                    self.places.resolved(seat.place, request)
+                    self.places.resolved(seat.place, request, self.info.parameters)
                     self._waiting[number] = seat
                 count = 0
                 try:

@@ -32,7 +32,7 @@ from veneer_registry.errors import DeadlineTooShort, InvalidField, QueueFull, Ve
 
 from veneer_server.engine_client.wait_estimate import WaitEstimate
 from veneer_server.queues.fairness import Fairness
-from veneer_server.wire.messages import PRIORITY_SECONDS, SequenceRequest
+from veneer_server.wire.messages import PRIORITY_SECONDS, SequenceRequest, token_work
 
 __all__ = ["REFUSALS", "SAMPLES", "Place", "Places", "Refusal", "Seat"]
 
@@ -304,11 +304,14 @@ class Places:
                 self.leave(waits.result())
             raise
 
-    def resolved(self, place: Place, request: SequenceRequest) -> None:
+    def resolved(
+        self, place: Place, request: SequenceRequest, base_parameters: int = 0
+    ) -> None:
         """A sequence of the place is about to be submitted."""
         place.priority = request.priority
         if place in place.flow.waiting:
-            work = self.estimate.work(len(request.prompt), request.max_tokens)
+            each = token_work(request.adapter, base_parameters)
+            work = self.estimate.work(len(request.prompt), request.max_tokens, each)
             place.work += work
             place.flow.work += work
 

@@ -147,6 +147,8 @@ class StepDone(Message, frozen=True):
         adapters: number of distinct adapters in the step.
         prefix_asked, prefix_found: prompt tokens of the sequences that started in it, and
             how many of them were in the prefix cache.
+        extra_prefill, extra_decode: what their adapters' size adds to `prefill_tokens` and
+            `decode_rows`, see `token_work`.
     """
 
     step: int
@@ -156,6 +158,8 @@ class StepDone(Message, frozen=True):
     adapters: int
     prefix_asked: int = 0
     prefix_found: int = 0
+    extra_prefill: float = 0.0
+    extra_decode: float = 0.0
 
 
 class Occupancy(Message, frozen=True):

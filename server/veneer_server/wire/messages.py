@@ -51,6 +51,7 @@ from veneer_server.wire.requests import (
     SequenceRequest,
     copy_key,
     split_key,
+    token_work,
 )
 from veneer_server.wire.sampling import SamplingParams
 from veneer_server.wire.to_engine import (
@@ -116,6 +117,7 @@ __all__ = [
     "decode_to_engine",
     "encode",
     "split_key",
+    "token_work",
     "wire_error",
 ]
 

@@ -4,7 +4,9 @@ A step is filled in this order: every running sequence that decodes gets its one
 so that no stream is left out; then each running prefill gets a chunk, oldest first;
 then waiting sequences start in the order that `Admission` gives, fair between tenants,
 while tokens, places and KV blocks last. A step that decodes takes only a few prompt
-tokens (`prefill_beside_decode`), since every stream waits for the whole step.
+tokens (`prefill_beside_decode`), since every stream waits for the whole step. For the same
+reason a token under a large adapter counts for as many as it takes the time of, and sequences
+that decode under such adapters take turns if a step for all would be long.
 
 When KV blocks run out, the sequence that started last is preempted: it loses its blocks
 and goes back to the head of the queue. The one that started first is never preempted,
@@ -34,6 +36,7 @@ from veneer_server.engine.scheduling.step_limits import SchedulerLimits
 from veneer_server.engine.scheduling.updates import PrefixLookups, Update
 from veneer_server.engine.scheduling.waiting import WaitingSequences
 from veneer_server.step.plan import Following, PlannedSequence, SequenceResult, StepPlan
+from veneer_server.wire.messages import token_work
 
 __all__ = ["Scheduler"]
 
@@ -71,6 +74,7 @@ class Scheduler:
         )
         self._lookups = PrefixLookups()
         self._preempted = self._ahead = False
+        self._turn = 0
 
     # --------------------------------------------------------------- inspection
 
@@ -141,6 +145,7 @@ class Scheduler:
         """Queue a sequence that already holds its lease."""
         request = sequence.request
         self._by_id[sequence.id] = sequence
+        sequence.work = token_work(request.adapter, self.limits.base_parameters)
         sequence.share = self.shares.hold(request.tenant, request.fairness_id, request.weight)
         self._waiting.append(sequence)
 
@@ -196,17 +201,23 @@ class Scheduler:
             context = self.limits.context_length
             started = [s for s in started if s.may_follow(context)]
         prefilling: list[Sequence] = []
+        heavy: list[Sequence] = []
         for sequence in started:
             remaining = sequence.remaining
             if remaining == 1:
-                self._choose(sequence, 1, chosen)
+                if sequence.work > 1.0 and not self.limits.exact:
+                    heavy.append(sequence)
+                else:
+                    self._choose(sequence, 1, chosen)
             elif remaining > 1:
                 prefilling.append(sequence)
+        if heavy:
+            self._choose_in_turns(heavy, chosen)
         room = PrefillRoom.beside(chosen, self.limits)
         for sequence in prefilling:
             remaining, count = sequence.remaining, room.chunk(sequence)
             taken = self._choose(sequence, count, chosen) if count else 0
-            room.take(taken, remaining, sequence.begun)
+            room.take(taken, remaining, sequence.begun, sequence.work)
         # A step that preempted has no blocks to spare: admitting would only thrash.
         for sequence in () if self._preempted else self._candidates(now):
             if sequence.id in self._held:
@@ -217,11 +228,27 @@ class Scheduler:
             if not count:
                 break
             chosen[sequence.id] = plan_sequence(sequence, count, self._eos)
-            room.take(count, sequence.remaining, sequence.computed)
+            room.take(count, sequence.remaining, sequence.computed, sequence.work)
         if not chosen:
             return None
         # A stable sort: within an adapter, order of arrival.
         return StepPlan(tuple(sorted(chosen.values(), key=lambda p: p.digest or "")))
+
+    def _choose_in_turns(
+        self, heavy: list[Sequence], chosen: dict[int, PlannedSequence]
+    ) -> None:
+        """Add running sequences under large adapters that decode: as many as together take no
+        more beside the base's part than the prompt tokens of such a step may, and one at least;
+        those that have waited longest first."""
+        self._turn += 1
+        left = float(self.limits.prefill_beside_decode)
+        heavy.sort(key=lambda each: each.turn)
+        for at, sequence in enumerate(heavy):
+            left -= sequence.work - 1.0
+            if left < 0 and at:
+                return
+            sequence.turn = self._turn
+            self._choose(sequence, 1, chosen)
 
     def _choose(
         self, sequence: Sequence, count: int, chosen: dict[int, PlannedSequence]
@@ -287,7 +314,7 @@ class Scheduler:
             sequence.admitted = now
             sequence.cached_tokens = sequence.computed
             computed = sequence.prompt_length - sequence.cached_tokens
-            sequence.share.charge(PROMPT_COST * max(1, computed))
+            sequence.share.charge(PROMPT_COST * sequence.work * max(1, computed))
             if self.blocks.shares(sequence):
                 self._lookups = PrefixLookups(
                     self._lookups.asked + sequence.prompt_length,
@@ -350,7 +377,7 @@ class Scheduler:
                 continue
             sequence.tokens.append(token)
             if charged:
-                sequence.share.charge(OUTPUT_COST)
+                sequence.share.charge(OUTPUT_COST * sequence.work)
             finish = self._finish(sequence, token, result.following is Following.COMPLETE)
             first = sequence.generated == 1
             logprob, tops = result.logprob, result.tops
