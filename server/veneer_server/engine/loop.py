@@ -48,6 +48,7 @@ from veneer_server.wire.messages import (
     Pause,
     Ping,
     Pong,
+    Prefilled,
     Reference,
     SequenceFailed,
     SequenceOutput,
@@ -214,6 +215,7 @@ class StepLoop:
                 self._transfers.carry_out(actions)
                 if waited is not None or sequence is not None:
                     self._ended(message.sequence)
+                    self._tell_prefill()
                     self._outbox.add(SequenceOutput(message.sequence, [], finish="cancelled"))
             case Activate():
                 self._transfers.activate(message)
@@ -280,6 +282,7 @@ class StepLoop:
             return
         self._transfers.carry_out(actions)
         self._ended(number)
+        self._tell_prefill()
         self._outbox.add(
             SequenceOutput(number, [], finish="stop")
             if how is Following.COMPLETE
@@ -355,11 +358,23 @@ class StepLoop:
             self._flying = None
             self._report(plan, runner.read())
 
+    def _tell_prefill(self) -> None:
+        """Before what ends the sequences."""
+        for sequence in self._scheduler.take_prefilled():
+            self._outbox.add(
+                Prefilled(
+                    sequence.id,
+                    min(sequence.computed, sequence.prompt_length),
+                    sequence.cached_tokens,
+                )
+            )
+
     def _report(self, plan: StepPlan, results: tuple[SequenceResult, ...]) -> None:
         began = self._stepped
         self.steps += 1
         updates, actions = self._scheduler.update(plan, results)
         self._transfers.carry_out(actions)
+        self._tell_prefill()
         for update in updates:
             if update.finish is not None or update.token is None:
                 self._ended(update.sequence.id)

@@ -11,6 +11,7 @@ import asyncio
 import itertools
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 import msgspec
 from veneer_registry.errors import (
@@ -44,6 +45,7 @@ from veneer_server.wire.messages import (
     Occupancy,
     OperationDone,
     Pause,
+    Prefilled,
     Reference,
     Residency,
     SequenceFailed,
@@ -57,7 +59,7 @@ from veneer_server.wire.messages import (
     WireError,
 )
 
-__all__ = ["EngineClient", "EngineEvent"]
+__all__ = ["Counts", "EngineClient", "EngineEvent"]
 
 EngineEvent = (
     StepDone
@@ -70,6 +72,17 @@ EngineEvent = (
     | MatcherEnded
 )
 """What a listener (metrics) receives, on the front's event loop."""
+
+
+class Counts(Protocol):
+    """Counts what is computed for a sequence, whether or not its caller is still there."""
+
+    def prefilled(self, tokens: int, cached: int) -> None:
+        """So many leading tokens of the prompt are computed, or were found in the prefix
+        cache; ``cached`` of them were found."""
+
+    def unread(self, tokens: int) -> None:
+        """So many new tokens came that the caller has not read, and will not."""
 
 
 class EngineClient:
@@ -122,6 +135,9 @@ class EngineClient:
         self._streams: dict[int, OutputStream] = {}
         self._waiting: dict[int, Seat] = {}
         """By sequence, while it has had no output."""
+        self._counts: dict[int, tuple[Counts, int]] = {}
+        """By first samples, until their last message: that of a caller who left as well. And
+        how many tokens the prompt has."""
         self._operations: dict[int, asyncio.Future[OperationDone]] = {}
         self._residents = ResidentSet(
             host_budget=config.host_adapter_bytes,
@@ -178,11 +194,20 @@ class EngineClient:
         """Deliver a message from the engine to its recipient."""
         match message:
             case SequenceOutput():
+                if message.step and (counted := self._counts.get(message.sequence)) is not None:
+                    counts, tokens = counted
+                    counts.prefilled(tokens, message.cached_tokens)
+                if message.finish is not None:
+                    self._counts.pop(message.sequence, None)
                 if (seat := self._waiting.pop(message.sequence, None)) is not None:
                     self.places.started(seat)
                 if (stream := self._streams.get(message.sequence)) is not None:
                     stream.put(message)
+            case Prefilled():
+                if (counted := self._counts.get(message.sequence)) is not None:
+                    counted[0].prefilled(message.tokens, message.cached_tokens)
             case SequenceFailed():
+                self._counts.pop(message.sequence, None)
                 if (stream := self._streams.get(message.sequence)) is not None:
                     stream.fail(_rebuild(message.error))
             case OperationDone():
@@ -213,6 +238,7 @@ class EngineClient:
         """The process has ended: fail what it was running, and report its adapters as gone."""
         self.places.estimate.restart()
         self.places.fail(error)
+        self._counts.clear()
         for stream in self._streams.values():
             stream.fail(error)
         for waiting in self._operations.values():
@@ -226,7 +252,12 @@ class EngineClient:
     # ------------------------------------------------------------------ requests
 
     async def generate(
-        self, request: SequenceRequest, place: Place | None = None, *, sibling: bool = False
+        self,
+        request: SequenceRequest,
+        place: Place | None = None,
+        *,
+        sibling: bool = False,
+        counts: Counts | None = None,
     ) -> AsyncGenerator[SequenceOutput, None]:
         """Submit a sequence; yields a `SequenceOutput` for each step it took part in.
         Outputs that are waiting when the caller comes back (a slow reader) are joined.
@@ -238,7 +269,8 @@ class EngineClient:
         that leaving the loop early cancels the sequence.
 
         Args:
-            sibling: see `Places.turn`.
+            sibling: see `Places.turn`. Its prompt is not counted again.
+            counts: told what is computed.
         """
         seat = None if place is None else self.places.take(place)
         ended = False
@@ -258,6 +290,8 @@ class EngineClient:
                     self.places.resolved(seat.place, request, self.info.parameters)
                     self._waiting[number] = seat
                 count = 0
+                if counts is not None and not sibling:
+                    self._counts[number] = counts, len(request.prompt)
                 try:
                     self._supervisor.write(Submit(number, request))
                     while not ended:
@@ -268,6 +302,8 @@ class EngineClient:
                             self.places.estimate.ended(count)
                         yield output
                 finally:
+                    if counts is not None and stream.unread:
+                        counts.unread(stream.unread)
                     del self._streams[number]
                     self._waiting.pop(number, None)
                     if not ended:

@@ -150,12 +150,12 @@ class Generator:
                 fetch_s = None
                 if owner is not None and lease is not None:
                     fetch_s = await _brought(owner, lease)
-                await measured.prompt(len(prompt.ids))
+                counts = await measured.prompt(len(prompt.ids), call.n)
                 request = self._resolve(call, prompt, plan, owner, lease, deadline)
                 ref = lease.ref if lease is not None else None
                 generation = Generation(
                     *(call, prompt, Provenance.of(self.base_name, ref), request),
-                    *(self._engine, arrived, measured, held),
+                    *(self._engine, arrived, counts, held),
                     metrics=self.metrics,
                     reader=ReplyReader.of(self.prompts.tokenizer, prompt, plan),
                     fetch_s=fetch_s,

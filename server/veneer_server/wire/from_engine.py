@@ -25,6 +25,7 @@ __all__ = [
     "Occupancy",
     "OperationDone",
     "Pong",
+    "Prefilled",
     "Residency",
     "SequenceFailed",
     "SequenceOutput",
@@ -128,6 +129,20 @@ class SequenceOutput(Message, frozen=True):
     cached_tokens: int = 0
     step: int = 0
     prompt_ranks: list[int] | None = None
+
+
+class Prefilled(Message, frozen=True):
+    """A step computed a part of a sequence's prompt, and gave no token for it: one chunk of
+    several, or all that there will be.
+
+    Attributes:
+        tokens: leading prompt tokens that are computed now, or were found in the prefix cache.
+        cached_tokens: those found there.
+    """
+
+    sequence: int
+    tokens: int
+    cached_tokens: int
 
 
 class SequenceFailed(Message, frozen=True):
@@ -307,6 +322,7 @@ FromEngine = (
     Loading
     | EngineInfo
     | SequenceOutput
+    | Prefilled
     | SequenceFailed
     | StepDone
     | Occupancy

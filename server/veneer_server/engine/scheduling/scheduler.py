@@ -17,7 +17,7 @@ always ends, and in turn all of them do.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from veneer_server.engine import integrity
 from veneer_server.engine.residency.residency import Residency
@@ -75,6 +75,8 @@ class Scheduler:
         self._lookups = PrefixLookups()
         self._preempted = self._ahead = False
         self._turn = 0
+        self._prefilled: dict[int, Sequence] = {}
+        """Sequences of which a step computed a part of the prompt, and gave no token."""
 
     # --------------------------------------------------------------- inspection
 
@@ -154,6 +156,8 @@ class Scheduler:
         sequence = self._by_id.get(sequence_id)
         if sequence is None:
             return None, []
+        sequence.computed = sequence.begun  # what is under way is computed, too
+        self._note_prefill(sequence)
         return sequence, self._end(sequence)
 
     def _end(self, sequence: Sequence) -> list[Action]:
@@ -324,6 +328,16 @@ class Scheduler:
         self._running[sequence.id] = sequence
         return count
 
+    def _note_prefill(self, sequence: Sequence) -> None:
+        if sequence.computed and not sequence.generated:
+            self._prefilled[sequence.id] = sequence
+
+    def take_prefilled(self) -> Collection[Sequence]:
+        """The sequences of which a part of the prompt was computed since the last call, and
+        that have no token."""
+        found, self._prefilled = self._prefilled, {}
+        return found.values()
+
     def take_lookups(self) -> PrefixLookups:
         """The prefix cache lookups since the last call."""
         lookups, self._lookups = self._lookups, PrefixLookups()
@@ -364,6 +378,7 @@ class Scheduler:
             if result.failure is not None or not result.finite:
                 actions += self._end(sequence)
                 finite, why = result.finite, result.failure
+                self._note_prefill(sequence)
                 updates.append(
                     Update(sequence, None, None, False, None, finite=finite, failure=why)
                 )
@@ -374,6 +389,7 @@ class Scheduler:
                 actions += self._end(sequence)
                 updates.append(Update(sequence, None, None, False, Finish.STOP))
             if token is None:
+                self._note_prefill(sequence)
                 continue
             sequence.tokens.append(token)
             if charged:

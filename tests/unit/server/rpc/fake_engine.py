@@ -19,7 +19,7 @@ from veneer_registry.errors import (
     QueueFull,
     VeneerError,
 )
-from veneer_server.engine_client.client import EngineEvent
+from veneer_server.engine_client.client import Counts, EngineEvent
 from veneer_server.engine_client.places import Place, Places, Refusal, Seat
 from veneer_server.engine_client.resident_set import Resident
 from veneer_server.wire.messages import (
@@ -116,6 +116,8 @@ class FakeEngine:
         """Reset all state of tests."""
         self.submitted: list[SequenceRequest] = []
         self.evictions: list[tuple[str, str]] = []
+        self.counted: list[Counts] = []
+        """Of the first samples, in the order in which they were submitted."""
         self.cancelled = 0
         self.activations: list[str] = []
         self.activating: asyncio.Event | None = None
@@ -154,7 +156,12 @@ class FakeEngine:
             stream.fail(EngineFailed("the engine ended; retry", retry_after_s=2.0))
 
     async def generate(
-        self, request: SequenceRequest, place: Place | None = None, *, sibling: bool = False
+        self,
+        request: SequenceRequest,
+        place: Place | None = None,
+        *,
+        sibling: bool = False,
+        counts: Counts | None = None,
     ) -> AsyncIterator[SequenceOutput]:
         assert place is not None, "a request without a place"
         seat = self.places.take(place)
@@ -162,6 +169,8 @@ class FakeEngine:
             if seat is None or seat.returned:
                 seat = await self.places.turn(place, sibling=sibling, after=seat)
             try:
+                if counts is not None and not sibling:
+                    self.counted.append(counts)
                 async with aclosing(self._run(request, seat)) as outputs:
                     async for output in outputs:
                         yield output
