@@ -82,7 +82,7 @@ class Counts(Protocol):
         cache; ``cached`` of them were found."""
 
     def unread(self, tokens: int) -> None:
-        """So many new tokens came that the caller has not read, and will not."""
+        """So many new tokens came that nobody has read, or will."""
 
 
 class EngineClient:
@@ -276,10 +276,12 @@ class EngineClient:
         ended = False
         while not ended:
             self._check_ready()
-            if place is not None and (seat is None or seat.returned):
+            while place is not None and (seat is None or seat.returned):
                 seat = await self.places.turn(place, sibling=sibling, after=seat)
                 request = msgspec.structs.replace(request, arrived=place.since)
             try:
+                if place is not None:
+                    place.check()
                 self._check_ready()  # it may have waited
                 if request.adapter is not None:
                     self._residents.used(request.adapter)

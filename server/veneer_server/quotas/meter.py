@@ -85,7 +85,7 @@ class Counted:
     """One prompt of a request, and its answers. What is computed counts when it is done,
     whether or not the caller is still there; nothing counts twice."""
 
-    __slots__ = ("_computed", "_of", "_prompt", "_samples")
+    __slots__ = ("_computed", "_left", "_of", "_prompt", "_samples")
 
     def __init__(self, of: Metered, prompt: int, samples: int) -> None:
         """Args: prompt: its tokens."""
@@ -93,6 +93,11 @@ class Counted:
         self._prompt = prompt
         self._samples = samples
         self._computed = 0
+        self._left = False
+
+    def left(self) -> None:
+        """The caller has left, before the end of the answers."""
+        self._left = True
 
     def prefilled(self, tokens: int, cached: int) -> None:
         """So many leading tokens are computed; the prefix cache had ``cached`` of them. Less
@@ -121,5 +126,7 @@ class Counted:
         of.book.touch(of.tenant)
 
     def unread(self, tokens: int) -> None:
-        """New tokens have come that the caller does not read."""
-        self.generated(tokens)
+        """New tokens have come that nobody reads: the caller has left, or they are past a stop
+        string, and not part of the answer."""
+        if self._left:
+            self.generated(tokens)

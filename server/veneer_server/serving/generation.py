@@ -130,6 +130,8 @@ class Generation:
 
     async def close(self) -> None:
         """Cancel the samples that have not ended."""
+        if self.finish is None:
+            self.counted.left()
         await self._streams.aclose()
 
     def _count(self, sample: Sample, output: SequenceOutput, count: int, now: float) -> None:

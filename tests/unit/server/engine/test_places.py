@@ -316,7 +316,7 @@ class Call:
     async def _sample(self) -> None:
         seat = self.among.take(self.place)
         while True:
-            if seat is None or seat.returned:
+            while seat is None or seat.returned:
                 seat = await self.among.turn(self.place, after=seat)
             self.seats.append(seat)
             stream = Ended()

@@ -166,7 +166,7 @@ class FakeEngine:
         assert place is not None, "a request without a place"
         seat = self.places.take(place)
         while True:
-            if seat is None or seat.returned:
+            while seat is None or seat.returned:
                 seat = await self.places.turn(place, sibling=sibling, after=seat)
             try:
                 if counts is not None and not sibling:
