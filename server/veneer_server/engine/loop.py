@@ -49,6 +49,7 @@ from veneer_server.wire.messages import (
     Pause,
     Ping,
     Pong,
+    Prefilled,
     Reference,
     SequenceFailed,
     SequenceOutput,
@@ -215,6 +216,7 @@ class StepLoop:
                 self._transfers.carry_out(actions)
                 if waited is not None or sequence is not None:
                     self._ended(message.sequence)
+                    self._tell_prefill()
                     self._outbox.add(SequenceOutput(message.sequence, [], finish="cancelled"))
             case Activate():
                 self._transfers.activate(message)
@@ -281,6 +283,7 @@ class StepLoop:
             return
         self._transfers.carry_out(actions)
         self._ended(number)
+        self._tell_prefill()
         self._outbox.add(
             SequenceOutput(number, [], finish="stop")
             if how is Following.COMPLETE
@@ -309,7 +312,9 @@ class StepLoop:
             self._ended(message.sequence)
             self._outbox.fail_sequence(message.sequence, error)
             return
-        self._scheduler.add(Sequence(message.sequence, request, self._clock(), found))
+        now = self._clock()
+        arrived = now if request.arrived is None else min(now, request.arrived)
+        self._scheduler.add(Sequence(message.sequence, request, arrived, found))
 
     def _check_deadline(self, message: Submit) -> None:
         """Refuse a sequence that cannot get its first token in time, before it takes up any."""
@@ -354,11 +359,23 @@ class StepLoop:
             self._flying = None
             self._report(plan, runner.read())
 
+    def _tell_prefill(self) -> None:
+        """Before what ends the sequences."""
+        for sequence in self._scheduler.take_prefilled():
+            self._outbox.add(
+                Prefilled(
+                    sequence.id,
+                    min(sequence.computed, sequence.prompt_length),
+                    sequence.cached_tokens,
+                )
+            )
+
     def _report(self, plan: StepPlan, results: tuple[SequenceResult, ...]) -> None:
         began = self._stepped
         self.steps += 1
         updates, actions = self._scheduler.update(plan, results)
         self._transfers.carry_out(actions)
+        self._tell_prefill()
         for update in updates:
             if update.finish is not None or update.token is None:
                 self._ended(update.sequence.id)
@@ -367,6 +384,7 @@ class StepLoop:
         self._stepped = self._clock()
         seconds = self._stepped - began
         self._pace.observe(plan.rows, seconds)
+        extra_prefill, extra_decode = plan.extra_work
         self._outbox.add(
             StepDone(
                 step=self.steps,
@@ -376,6 +394,8 @@ class StepLoop:
                 adapters=len(plan.adapters),
                 prefix_asked=lookups.asked,
                 prefix_found=lookups.found,
+                extra_prefill=extra_prefill,
+                extra_decode=extra_decode,
             )
         )
         self._outbox.flush()

@@ -136,6 +136,7 @@ def build_engine(
         prefill_beside_decode=config.max_prefill_tokens,
         exact=alone,
         cost=cost,
+        base_parameters=weights.parameters,
     )
     blocks = BlockManager(
         num_blocks,

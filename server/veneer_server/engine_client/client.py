@@ -11,15 +11,18 @@ import asyncio
 import itertools
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
+import msgspec
 from veneer_registry.errors import (
     EngineFailed,
     ModelLoading,
+    QueueFull,
     VeneerError,
     error_for_reason,
 )
 
-from veneer_server.engine_client.places import Place, Places, Refusal
+from veneer_server.engine_client.places import Place, Places, Refusal, Seat
 from veneer_server.engine_client.resident_set import Resident, ResidentSet
 from veneer_server.engine_client.streams import OutputStream
 from veneer_server.engine_client.supervisor import Supervisor
@@ -42,6 +45,7 @@ from veneer_server.wire.messages import (
     Occupancy,
     OperationDone,
     Pause,
+    Prefilled,
     Reference,
     Residency,
     SequenceFailed,
@@ -55,7 +59,7 @@ from veneer_server.wire.messages import (
     WireError,
 )
 
-__all__ = ["EngineClient", "EngineEvent"]
+__all__ = ["Counts", "EngineClient", "EngineEvent"]
 
 EngineEvent = (
     StepDone
@@ -68,6 +72,17 @@ EngineEvent = (
     | MatcherEnded
 )
 """What a listener (metrics) receives, on the front's event loop."""
+
+
+class Counts(Protocol):
+    """Counts what is computed for a sequence, whether or not its caller is still there."""
+
+    def prefilled(self, tokens: int, cached: int) -> None:
+        """So many leading tokens of the prompt are computed, or were found in the prefix
+        cache; ``cached`` of them were found."""
+
+    def unread(self, tokens: int) -> None:
+        """So many new tokens came that nobody has read, or will."""
 
 
 class EngineClient:
@@ -118,8 +133,11 @@ class EngineClient:
         self.paused = False
         self._numbers = itertools.count(1)
         self._streams: dict[int, OutputStream] = {}
-        self._waiting: dict[int, Place] = {}
+        self._waiting: dict[int, Seat] = {}
         """By sequence, while it has had no output."""
+        self._counts: dict[int, tuple[Counts, int]] = {}
+        """By first samples, until their last message: that of a caller who left as well. And
+        how many tokens the prompt has."""
         self._operations: dict[int, asyncio.Future[OperationDone]] = {}
         self._residents = ResidentSet(
             host_budget=config.host_adapter_bytes,
@@ -176,11 +194,20 @@ class EngineClient:
         """Deliver a message from the engine to its recipient."""
         match message:
             case SequenceOutput():
-                if (place := self._waiting.pop(message.sequence, None)) is not None:
-                    self.places.started(place)
+                if message.step and (counted := self._counts.get(message.sequence)) is not None:
+                    counts, tokens = counted
+                    counts.prefilled(tokens, message.cached_tokens)
+                if message.finish is not None:
+                    self._counts.pop(message.sequence, None)
+                if (seat := self._waiting.pop(message.sequence, None)) is not None:
+                    self.places.started(seat)
                 if (stream := self._streams.get(message.sequence)) is not None:
                     stream.put(message)
+            case Prefilled():
+                if (counted := self._counts.get(message.sequence)) is not None:
+                    counted[0].prefilled(message.tokens, message.cached_tokens)
             case SequenceFailed():
+                self._counts.pop(message.sequence, None)
                 if (stream := self._streams.get(message.sequence)) is not None:
                     stream.fail(_rebuild(message.error))
             case OperationDone():
@@ -210,6 +237,8 @@ class EngineClient:
     def fail_everything(self, error: VeneerError) -> None:
         """The process has ended: fail what it was running, and report its adapters as gone."""
         self.places.estimate.restart()
+        self.places.fail(error)
+        self._counts.clear()
         for stream in self._streams.values():
             stream.fail(error)
         for waiting in self._operations.values():
@@ -223,43 +252,71 @@ class EngineClient:
     # ------------------------------------------------------------------ requests
 
     async def generate(
-        self, request: SequenceRequest, place: Place | None = None
+        self,
+        request: SequenceRequest,
+        place: Place | None = None,
+        *,
+        sibling: bool = False,
+        counts: Counts | None = None,
     ) -> AsyncGenerator[SequenceOutput, None]:
         """Submit a sequence; yields a `SequenceOutput` for each step it took part in.
         Outputs that are waiting when the caller comes back (a slow reader) are joined.
 
-        The caller holds a place for it, see `Places`. Raises, at the first iteration,
+        The caller holds a place for its request, see `Places`; a further sample first waits
+        for a place of its own. Raises, at the first iteration,
         `EngineFailed` (process down, being restarted) or `ModelLoading`; and `QueueFull`
-        if the place is taken away before the first output. Use ``contextlib.aclosing`` so
+        if the request is refused before its first output. Use ``contextlib.aclosing`` so
         that leaving the loop early cancels the sequence.
+
+        Args:
+            sibling: see `Places.turn`. Its prompt is not counted again.
+            counts: told what is computed.
         """
-        self._check_ready()
-        if request.adapter is not None:
-            self._residents.used(request.adapter)
-        number = next(self._numbers)
-        stream = OutputStream()
-        if place is not None:
-            place.check()
-            place.add(stream)
-            self.places.resolved(place, request)
-            self._waiting[number] = place
-        self._streams[number] = stream
-        ended, count = False, 0
-        try:
-            self._supervisor.write(Submit(number, request))
-            while not ended:
-                output = await stream.get()
-                count += len(output.tokens)
-                ended = output.finish is not None
-                if output.finish in ("stop", "length"):
-                    self.places.estimate.ended(count)
-                yield output
-        finally:
-            del self._streams[number]
-            self._waiting.pop(number, None)
-            if not ended:
-                # A no-op if the engine has ended the sequence itself.
-                self._supervisor.write(Cancel(number))
+        seat = None if place is None else self.places.take(place)
+        ended = False
+        while not ended:
+            self._check_ready()
+            while place is not None and (seat is None or seat.returned):
+                seat = await self.places.turn(place, sibling=sibling, after=seat)
+                request = msgspec.structs.replace(request, arrived=place.since)
+            try:
+                if place is not None:
+                    place.check()
+                self._check_ready()  # it may have waited
+                if request.adapter is not None:
+                    self._residents.used(request.adapter)
+                number, stream = next(self._numbers), OutputStream()
+                self._streams[number] = stream
+                if seat is not None:
+                    seat.stream = stream
+                    self.places.resolved(seat.place, request, self.info.parameters)
+                    self._waiting[number] = seat
+                count = 0
+                if counts is not None and not sibling:
+                    self._counts[number] = counts, len(request.prompt)
+                try:
+                    self._supervisor.write(Submit(number, request))
+                    while not ended:
+                        output = await stream.get()
+                        count += len(output.tokens)
+                        ended = output.finish is not None
+                        if output.finish in ("stop", "length"):
+                            self.places.estimate.ended(count)
+                        yield output
+                finally:
+                    if counts is not None and stream.unread:
+                        counts.unread(stream.unread)
+                    del self._streams[number]
+                    self._waiting.pop(number, None)
+                    if not ended:
+                        # A no-op if the engine has ended the sequence itself.
+                        self._supervisor.write(Cancel(number))
+            except QueueFull:
+                if seat is None or not seat.returned:
+                    raise
+            finally:
+                if seat is not None:
+                    self.places.leave(seat)
 
     async def activate(self, adapter: AdapterSource, *, tier: MemoryTier, pin: bool) -> bool:
         """Load an adapter into a tier; raises what the load raised.

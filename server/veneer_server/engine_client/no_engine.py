@@ -87,7 +87,12 @@ class _NoPlaces(Places):
 
     @contextmanager
     def hold(
-        self, count: int, whose: Fairness | None = None, *, within_s: float | None = None
+        self,
+        count: int,
+        whose: Fairness | None = None,
+        *,
+        within_s: float | None = None,
+        at_once: int = 1,
     ) -> Iterator[Place]:
         refuse_engine_work()
         yield  # makes it a generator

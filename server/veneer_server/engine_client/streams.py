@@ -65,6 +65,11 @@ class OutputStream:
             self._error = error
         self._news.set()
 
+    @property
+    def unread(self) -> int:
+        """Tokens that have arrived since the last `get`."""
+        return 0 if self._output is None else len(self._output.tokens)
+
     async def get(self) -> SequenceOutput:
         """Everything that has arrived since the last call, as one output.
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Iterable
 
 import msgspec
 
-from veneer_server.engine_client.client import EngineClient
+from veneer_server.engine_client.client import Counts, EngineClient
 from veneer_server.engine_client.places import Place, Places
 from veneer_server.engine_client.resident_set import Resident
 from veneer_server.wire.messages import (
@@ -49,11 +49,16 @@ class TenantEngine:
         return self._engine.places
 
     def generate(
-        self, request: SequenceRequest, place: Place | None = None
+        self,
+        request: SequenceRequest,
+        place: Place | None = None,
+        *,
+        sibling: bool = False,
+        counts: Counts | None = None,
     ) -> AsyncGenerator[SequenceOutput, None]:
         if request.adapter is not None:
             request = msgspec.structs.replace(request, adapter=request.adapter.of(self._tenant))
-        return self._engine.generate(request, place)
+        return self._engine.generate(request, place, sibling=sibling, counts=counts)
 
     async def reference(self, tokens: list[int], adapter: AdapterSource | None) -> list[float]:
         # It is read from its files, whosever copy is in memory.

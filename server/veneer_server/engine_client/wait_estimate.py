@@ -1,7 +1,7 @@
 """How long a new request would wait for its turn, from the engine's recent pace.
 
 Work is counted as the engine's scheduler counts service: prompt tokens, and twice the output
-tokens. Pure: no clock, no I/O.
+tokens, each by what its adapter makes of it (`token_work`). Pure: no clock, no I/O.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class WaitEstimate:
     def step(self, step: StepDone) -> None:
         """Observe a step."""
         kept = math.exp(-max(0.0, step.seconds) / _RECENT_S)
-        work = step.prefill_tokens + OUTPUT_COST * step.decode_rows
+        work = step.prefill_tokens + step.extra_prefill
+        work += OUTPUT_COST * (step.decode_rows + step.extra_decode)
         self._work = self._work * kept + work
         self._seconds = self._seconds * kept + max(0.0, step.seconds)
         if step.prefix_asked:
@@ -61,12 +62,16 @@ class WaitEstimate:
         before = output_tokens if self._output is None else self._output
         self._output = before + _SMOOTHING * (output_tokens - before)
 
-    def work(self, prompt_tokens: int, max_tokens: int) -> float:
+    def work(self, prompt_tokens: int, max_tokens: int, each: float = 1.0) -> float:
         """Work of a sequence, also counted in `mean_work`: as much of its prompt as recent
-        requests did not find in the prefix cache, and as many new tokens as they had."""
+        requests did not find in the prefix cache, and as many new tokens as they had.
+
+        Args:
+            each: what one of its tokens takes.
+        """
         computed = 1.0 - (self._found / self._asked if self._asked else 0.0)
         output = min(max_tokens, _GUESS if self._output is None else self._output)
-        work = prompt_tokens * computed + OUTPUT_COST * output
+        work = each * (prompt_tokens * computed + OUTPUT_COST * output)
         before = self.mean_work or work
         self.mean_work = before + _SMOOTHING * (work - before)
         return work

@@ -12,7 +12,7 @@ from veneer_server.quotas.rates import Quotas, Reservation
 from veneer_server.quotas.standing import rate_headers
 from veneer_server.quotas.usage import UsageBook
 
-__all__ = ["Meter", "Metered"]
+__all__ = ["Counted", "Meter", "Metered"]
 
 
 class Meter:
@@ -32,10 +32,9 @@ class Meter:
 
 
 class Metered:
-    """A request that is counted. Usage has it once there is an answer, or the beginning of
-    one: prompts are then computed."""
+    """A request that is counted. Usage has it once something has been computed for it."""
 
-    __slots__ = ("_accounts", "_book", "_counts", "_gate", "_quotas", "_reserved", "_tenant")
+    __slots__ = ("_accounts", "_gate", "_quotas", "book", "counts", "reserved", "tenant")
 
     def __init__(
         self,
@@ -45,11 +44,11 @@ class Metered:
         tenant: str,
         prompts: int,
     ) -> None:
-        self._quotas, self._book = meter.quotas, meter.book
-        self._reserved = reserved
+        self._quotas, self.book = meter.quotas, meter.book
+        self.reserved = reserved
         self._accounts = accounts
-        self._tenant = tenant
-        self._counts = meter.book.of(tenant)
+        self.tenant = tenant
+        self.counts = meter.book.of(tenant)
         several = prompts > 1 and reserved.counts_tokens
         self._gate = asyncio.Barrier(prompts) if several else None
 
@@ -62,34 +61,72 @@ class Metered:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._reserved.__exit__(kind, error, trace)
+        self.reserved.__exit__(kind, error, trace)
 
-    async def prompt(self, tokens: int) -> None:
+    async def prompt(self, tokens: int, samples: int) -> Counted:
         """A prompt has been tokenized. Returns when all of the request's prompts have been let
         through: otherwise a request whose last one is refused would use tokens each time that
-        it is tried. Raises as `Quotas.admit`."""
-        self._reserved.prompt(tokens)
-        if self._gate is not None:
-            await self._gate.wait()
-
-    def first_output(self, samples: int, prompt: int, cached: int) -> None:
-        """The first output for a prompt has come.
+        it is tried. Raises as `Quotas.admit`.
 
         Args:
-            samples: how many the prompt has.
-            prompt, cached: its tokens, and those of them that the prefix cache had.
+            samples: how many it has.
         """
-        counts = self._counts
-        counts.requests += self._reserved.first_output(samples)
-        counts.prompt_tokens += prompt
-        counts.cached_prompt_tokens += cached
-
-    def generated(self, tokens: int) -> None:
-        """New tokens have come."""
-        self._reserved.generated(tokens)
-        self._counts.generated_tokens += tokens
-        self._book.touch(self._tenant)
+        self.reserved.prompt(tokens)
+        if self._gate is not None:
+            await self._gate.wait()
+        return Counted(self, tokens, samples)
 
     def rate_headers(self) -> tuple[tuple[str, str], ...]:
         """What is left of its caller's limits."""
         return rate_headers(self._quotas, self._accounts)
+
+
+class Counted:
+    """One prompt of a request, and its answers. What is computed counts when it is done,
+    whether or not the caller is still there; nothing counts twice."""
+
+    __slots__ = ("_computed", "_left", "_of", "_prompt", "_samples")
+
+    def __init__(self, of: Metered, prompt: int, samples: int) -> None:
+        """Args: prompt: its tokens."""
+        self._of = of
+        self._prompt = prompt
+        self._samples = samples
+        self._computed = 0
+        self._left = False
+
+    def left(self) -> None:
+        """The caller has left, before the end of the answers."""
+        self._left = True
+
+    def prefilled(self, tokens: int, cached: int) -> None:
+        """So many leading tokens are computed; the prefix cache had ``cached`` of them. Less
+        than before after a preemption: what is computed again is not counted again."""
+        more = tokens - self._computed
+        if more <= 0:
+            return
+        of, counts = self._of, self._of.counts
+        counts.requests += of.reserved.computed(more)
+        counts.prompt_tokens += more
+        if not self._computed:
+            counts.cached_prompt_tokens += cached
+        self._computed = tokens
+        of.book.touch(of.tenant)
+
+    def first_output(self, cached: int) -> None:
+        """The first output for the prompt has come."""
+        self.prefilled(self._prompt, cached)
+        self._of.reserved.first_output(self._samples)
+
+    def generated(self, tokens: int) -> None:
+        """New tokens have come."""
+        of = self._of
+        of.reserved.generated(tokens)
+        of.counts.generated_tokens += tokens
+        of.book.touch(of.tenant)
+
+    def unread(self, tokens: int) -> None:
+        """New tokens have come that nobody reads: the caller has left, or they are past a stop
+        string, and not part of the answer."""
+        if self._left:
+            self.generated(tokens)

@@ -207,10 +207,19 @@ class Quotas:
 
 
 class Reservation:
-    """What a request has taken. If it is refused or fails before its first output, all of that
-    is given back; a caller that leaves gets nothing back."""
+    """What a request has taken. If it is refused or fails before its first output, what was not
+    computed is given back; a caller that leaves gets nothing back."""
 
-    __slots__ = ("_held", "_prompts", "_quotas", "_samples", "_taken", "_waiting", "begun")
+    __slots__ = (
+        "_computed",
+        "_held",
+        "_prompts",
+        "_quotas",
+        "_samples",
+        "_taken",
+        "_waiting",
+        "begun",
+    )
 
     def __init__(
         self, quotas: Quotas, held: Sequence[tuple[Account, _Use]], samples: int, taken: float
@@ -222,7 +231,7 @@ class Reservation:
         self._held = held
         self._samples = self._waiting = samples
         self._taken = taken
-        self._prompts = 0
+        self._prompts = self._computed = 0
 
     def __enter__(self) -> Self:
         return self
@@ -251,14 +260,19 @@ class Reservation:
             self._take_tokens(tokens)
             self._prompts += tokens
 
-    def first_output(self, samples: int) -> bool:
-        """One of the request's prompts, with its samples, waits no longer. Returns whether it
-        is the first."""
+    def computed(self, tokens: int) -> bool:
+        """So many more tokens of the request's prompts are computed. Returns whether they are
+        the first."""
+        first = not self._computed
+        self._computed += tokens
+        return first
+
+    def first_output(self, samples: int) -> None:
+        """One of the request's prompts, with its samples, waits no longer."""
         for _, use in self._held:
             use.waiting -= samples
         self._waiting -= samples
-        first, self.begun = not self.begun, True
-        return first
+        self.begun = True
 
     def generated(self, tokens: int) -> None:
         """Count new tokens of an answer."""
@@ -274,10 +288,11 @@ class Reservation:
     def _give_back(self) -> None:
         now = self._quotas.now()
         for account, use in self._held:
-            if (limit := account.quota.requests_per_minute) is not None:
+            if (limit := account.quota.requests_per_minute) is not None and not self._computed:
                 use.requests.give_back(1, limit, self._taken, now)
             if (limit := account.quota.tokens_per_minute) is not None:
-                use.tokens.give_back(self._prompts, limit, self._taken, now)
+                rest = max(0, self._prompts - self._computed)
+                use.tokens.give_back(rest, limit, self._taken, now)
 
 
 def _later(

@@ -10,7 +10,7 @@ from veneer_registry.adapter import Tier
 
 from veneer_server.engine_client.client import EngineClient
 from veneer_server.engine_client.places import Place
-from veneer_server.quotas.meter import Metered
+from veneer_server.quotas.meter import Counted
 from veneer_server.serving.records import (
     FinishReason,
     GenerateCall,
@@ -28,7 +28,7 @@ __all__ = ["Delta", "Generation"]
 class Generation:
     """An admitted request. Iterate `deltas` once; after that the numbers are final.
 
-    The other samples are submitted after the first sample's first token: the prompt is
+    The other samples ask for their places after the first sample's first token: the prompt is
     then in the prefix cache, and is not computed again for each of them.
     """
 
@@ -40,7 +40,7 @@ class Generation:
         request: SequenceRequest,
         engine: EngineClient,
         arrived: float,
-        counted: Metered,
+        counted: Counted,
         place: Place,
         *,
         metrics: Metrics,
@@ -111,7 +111,8 @@ class Generation:
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """One delta per output of the engine. Raises what the engine raises; if one
         sample fails, the request fails."""
-        self._streams.add(0, self._engine.generate(self._request, self._place))
+        outputs = self._engine.generate(self._request, self._place, counts=self.counted)
+        self._streams.add(0, outputs)
         ended = 0
         while ended < len(self._samples):
             index, output = await self._streams.next()
@@ -129,6 +130,8 @@ class Generation:
 
     async def close(self) -> None:
         """Cancel the samples that have not ended."""
+        if self.finish is None:
+            self.counted.left()
         await self._streams.aclose()
 
     def _count(self, sample: Sample, output: SequenceOutput, count: int, now: float) -> None:
@@ -145,9 +148,7 @@ class Generation:
 
     def _first(self, output: SequenceOutput, now: float) -> None:
         self._first_output = output
-        self.counted.first_output(
-            len(self._samples), len(self.prompt.ids), output.cached_tokens
-        )
+        self.counted.first_output(output.cached_tokens)
         self._first_token_s = now - self._arrived
         before = self._submitted - self._arrived - (self._fetch_s or 0.0)
         self._queue_s = output.queue_seconds + before
@@ -160,7 +161,10 @@ class Generation:
             self._metrics.adapter_found(tier)
         for sample in self._samples[1:]:
             request = sample_request(self._request, sample.index)
-            self._streams.add(sample.index, self._engine.generate(request, self._place))
+            outputs = self._engine.generate(
+                request, self._place, sibling=True, counts=self.counted
+            )
+            self._streams.add(sample.index, outputs)
 
     @property
     def _load_s(self) -> float:

@@ -161,13 +161,13 @@ class Generator:
                 fetch_s = None
                 if owner is not None and lease is not None:
                     fetch_s = await _brought(owner, lease)
-                await measured.prompt(len(prompt.ids))
+                counts = await measured.prompt(len(prompt.ids), call.n)
                 call = await self._fitting(call, prompt, answer)
                 request = self._resolve(call, prompt, plan, owner, lease, deadline)
                 ref = lease.ref if lease is not None else None
                 generation = Generation(
                     *(call, prompt, Provenance.of(self.base_name, ref, shown), request),
-                    *(self._engine, arrived, measured, placed),
+                    *(self._engine, arrived, counts, placed),
                     metrics=self.metrics,
                     reader=ReplyReader.of(self.prompts.tokenizer, prompt, plan),
                     fetch_s=fetch_s,
@@ -215,7 +215,7 @@ class Generator:
         return self._meter.request(who.accounts, who.tenant, samples, prompts)
 
     def place(self, count: int, within_s: float | None = None) -> AbstractContextManager[Place]:
-        """Places for ``count`` sequences of the current call, see `Places.hold`."""
+        """Places for ``count`` samples of the current call, see `Places.hold`."""
         return self._engine.places.hold(count, FAIRNESS.get(), within_s=within_s)
 
     def check_text(self, text: bytes, *, cut: bool = False) -> None:

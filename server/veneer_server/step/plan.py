@@ -70,6 +70,7 @@ class PlannedSequence:
         forbidden: tokens that would end it too early.
         carries: whether the last of `tokens` is what the step before this one samples, which
             is not read yet; a 0 stands for it.
+        work: what each of `tokens` takes, see `token_work`.
     """
 
     sequence: int
@@ -88,6 +89,7 @@ class PlannedSequence:
     constraint: Constraint | None = None
     forbidden: tuple[int, ...] = ()
     carries: bool = False
+    work: float = 1.0
 
     @property
     def unadjusted(self) -> bool:
@@ -116,6 +118,18 @@ class StepPlan:
     @property
     def prefill_tokens(self) -> int:
         return sum(len(s.tokens) for s in self.sequences if len(s.tokens) > 1)
+
+    @property
+    def extra_work(self) -> tuple[float, float]:
+        """What the size of adapters adds to the tokens of prefill, and to those of decode."""
+        prefill = decode = 0.0
+        for planned in self.sequences:
+            if planned.work > 1.0:
+                if (count := len(planned.tokens)) > 1:
+                    prefill += count * (planned.work - 1.0)
+                else:
+                    decode += planned.work - 1.0
+        return prefill, decode
 
     @property
     def adapters(self) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ __all__ = [
     "Occupancy",
     "OperationDone",
     "Pong",
+    "Prefilled",
     "Residency",
     "SequenceFailed",
     "SequenceOutput",
@@ -130,6 +131,20 @@ class SequenceOutput(Message, frozen=True):
     prompt_ranks: list[int] | None = None
 
 
+class Prefilled(Message, frozen=True):
+    """A step computed a part of a sequence's prompt, and gave no token for it: one chunk of
+    several, or all that there will be.
+
+    Attributes:
+        tokens: leading prompt tokens that are computed now, or were found in the prefix cache.
+        cached_tokens: those found there.
+    """
+
+    sequence: int
+    tokens: int
+    cached_tokens: int
+
+
 class SequenceFailed(Message, frozen=True):
     """A sequence ended with an error; the last message about it."""
 
@@ -147,6 +162,8 @@ class StepDone(Message, frozen=True):
         adapters: number of distinct adapters in the step.
         prefix_asked, prefix_found: prompt tokens of the sequences that started in it, and
             how many of them were in the prefix cache.
+        extra_prefill, extra_decode: what their adapters' size adds to `prefill_tokens` and
+            `decode_rows`, see `token_work`.
     """
 
     step: int
@@ -156,6 +173,8 @@ class StepDone(Message, frozen=True):
     adapters: int
     prefix_asked: int = 0
     prefix_found: int = 0
+    extra_prefill: float = 0.0
+    extra_decode: float = 0.0
 
 
 class Occupancy(Message, frozen=True):
@@ -303,6 +322,7 @@ FromEngine = (
     Loading
     | EngineInfo
     | SequenceOutput
+    | Prefilled
     | SequenceFailed
     | StepDone
     | Occupancy

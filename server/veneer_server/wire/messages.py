@@ -41,6 +41,7 @@ from veneer_server.wire.from_engine import (
     Occupancy,
     OperationDone,
     Pong,
+    Prefilled,
     Residency,
     SequenceFailed,
     SequenceOutput,
@@ -49,11 +50,13 @@ from veneer_server.wire.from_engine import (
     wire_error,
 )
 from veneer_server.wire.requests import (
+    PRIORITY_SECONDS,
     AdapterSource,
     Constraint,
     SequenceRequest,
     copy_key,
     split_key,
+    token_work,
 )
 from veneer_server.wire.sampling import SamplingParams
 from veneer_server.wire.to_engine import (
@@ -73,6 +76,7 @@ from veneer_server.wire.to_engine import (
 
 __all__ = [
     "LOST",
+    "PRIORITY_SECONDS",
     "Activate",
     "AdapterFailed",
     "AdapterLoaded",
@@ -99,6 +103,7 @@ __all__ = [
     "Pause",
     "Ping",
     "Pong",
+    "Prefilled",
     "Reference",
     "Residency",
     "SamplingParams",
@@ -121,6 +126,7 @@ __all__ = [
     "first_tops",
     "pack_tops",
     "split_key",
+    "token_work",
     "unpack_tops",
     "wire_error",
 ]

@@ -3,7 +3,8 @@
 After VTC ("Fairness in Serving Large Language Models", arXiv 2401.00588), on two levels:
 tenants by weight, and below a gateway's tenant those that it calls for, in equal parts. A
 counter rises by the prompt tokens that a sequence computes when it first starts, and by its
-output tokens as they are generated, divided by the weight. What was found in the prefix cache
+output tokens as they are generated, divided by the weight; a token under a large adapter counts
+for several (`token_work`). What was found in the prefix cache
 takes no computing and is not charged, nor is what a preempted sequence computes again.
 
 A share is *runnable* while it has a waiting sequence that could start: one whose adapter is
@@ -13,7 +14,8 @@ being idle; waiting for an adapter counts as being idle.
 
 So the counters of shares that stay runnable differ by at most U = (P + 2 M) / w, with the
 longest prompt P, the most output tokens M that sequences of one share still get once they have
-started, and the least weight w; between two moments their service differs by at most 2 U.
+started (both by their work), and the least weight w; between two moments their service differs
+by at most 2 U.
 """
 
 from __future__ import annotations

@@ -19,40 +19,45 @@ __all__ = ["PrefillRoom"]
 
 @dataclass(slots=True)
 class PrefillRoom:
-    """Prompt tokens that a step may still take.
+    """Prompt tokens that a step may still take. Those under a large adapter count for several
+    (`Sequence.work`).
 
     Attributes:
-        left: tokens still available.
+        left: tokens still available, under no adapter.
         exact: whether chunks are those of exact mode, see `SchedulerLimits`.
         crumb: extra tokens allowed if they finish a prompt: its leftover tokens would cost
             every stream another step with prefill.
         cost: measured cost of a step; None if steps may take any time.
         seconds: time left for prompt tokens.
-        given: tokens handed out; `SMALLEST_CHUNK` are, however long they take, or prompts
-            would never finish.
+        given: tokens handed out, each counted by its work; `SMALLEST_CHUNK` are, however long
+            they take, or prompts would never finish.
     """
 
-    left: int
+    left: float
     exact: bool
     crumb: int = 0
     cost: StepCost | None = None
     seconds: float = 0.0
-    given: int = 0
+    given: float = 0.0
 
     @classmethod
     def beside(
         cls, decoding: Mapping[int, PlannedSequence], limits: SchedulerLimits
     ) -> PrefillRoom:
         """What is available in a step that decodes ``decoding``."""
-        left, crumb = limits.max_batch_tokens - len(decoding), 0
-        beside = limits.prefill_beside_decode
+        left: float = limits.max_batch_tokens - len(decoding)
+        crumb, beside = 0, limits.prefill_beside_decode
         if decoding and left > beside:
-            crumb = 0 if limits.exact else min(beside // 4, left - beside)
+            crumb = 0 if limits.exact else min(beside // 4, int(left) - beside)
             left = beside
-        if limits.cost is None or limits.exact:
+        if limits.exact:
+            return cls(left, limits.exact, crumb)
+        extra = sum(planned.work - 1.0 for planned in decoding.values())
+        left -= extra
+        if limits.cost is None:
             return cls(left, limits.exact, crumb)
         context = sum(planned.start for planned in decoding.values())
-        seconds = limits.cost.prompt_s(len(decoding), context)
+        seconds = limits.cost.prompt_s(len(decoding), context) - extra * limits.cost.token_s
         return cls(left, limits.exact, crumb, limits.cost, seconds)
 
     def chunk(self, sequence: Sequence) -> int:
@@ -62,8 +67,14 @@ class PrefillRoom:
         if self.exact:
             of_prompt = sequence.prompt_length - sequence.begun
             return min(FIXED_CHUNK, of_prompt) if of_prompt > 0 else 1
-        whole = sequence.remaining <= self.left + self.crumb
-        count = min(sequence.remaining if whole else max(0, self.left), self._most(sequence))
+        work = sequence.work
+        whole = sequence.remaining * work <= self.left + self.crumb
+        count = sequence.remaining
+        if not whole:
+            count = int(max(0.0, self.left) / work)
+            if not count and not self.given and self.left > 0:
+                count = 1  # a token that takes more than all that there is
+        count = min(count, self._most(sequence))
         return min(count, FIXED_CHUNK) if sequence.scores_prompt else count
 
     def _most(self, sequence: Sequence) -> int:
@@ -71,15 +82,18 @@ class PrefillRoom:
         if self.cost is None:
             return sequence.remaining
         # Assumes the longest context for every token.
-        context = min(sequence.length, sequence.begun + max(1, self.left))
-        return self.cost.chunk(self.seconds, context, max(0, SMALLEST_CHUNK - self.given))
+        context = min(sequence.length, sequence.begun + max(1, int(self.left)))
+        least = max(0.0, SMALLEST_CHUNK - self.given) / sequence.work
+        if least and not self.given:
+            least = max(1.0, least)
+        return self.cost.chunk(self.seconds, context, int(least), sequence.work)
 
-    def take(self, count: int, remaining: int, context: int) -> None:
+    def take(self, count: int, remaining: int, context: int, work: float = 1.0) -> None:
         """Give ``count`` tokens to a prompt that had ``remaining`` left to compute, after
-        ``context`` computed ones."""
-        self.left -= count
-        self.given += count
+        ``context`` computed ones; ``work``: what each takes."""
+        self.left -= count * work
+        self.given += count * work
         if self.cost is not None:
-            self.seconds -= count * self.cost.row_s(context + count)
+            self.seconds -= count * self.cost.row_s(context + count, work)
         if count < remaining:
             self.crumb = 0  # otherwise a younger prompt would finish first

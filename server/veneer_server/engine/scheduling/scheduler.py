@@ -4,7 +4,9 @@ A step is filled in this order: every running sequence that decodes gets its one
 so that no stream is left out; then each running prefill gets a chunk, oldest first;
 then waiting sequences start in the order that `Admission` gives, fair between tenants,
 while tokens, places and KV blocks last. A step that decodes takes only a few prompt
-tokens (`prefill_beside_decode`), since every stream waits for the whole step.
+tokens (`prefill_beside_decode`), since every stream waits for the whole step. For the same
+reason a token under a large adapter counts for as many as it takes the time of, and sequences
+that decode under such adapters take turns if a step for all would be long.
 
 When KV blocks run out, the sequence that started last is preempted: it loses its blocks
 and goes back to the head of the queue. The one that started first is never preempted,
@@ -15,7 +17,7 @@ always ends, and in turn all of them do.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from veneer_server.engine import integrity
 from veneer_server.engine.residency.residency import Residency
@@ -34,7 +36,7 @@ from veneer_server.engine.scheduling.step_limits import SchedulerLimits
 from veneer_server.engine.scheduling.updates import PrefixLookups, Update
 from veneer_server.engine.scheduling.waiting import WaitingSequences
 from veneer_server.step.plan import Following, PlannedSequence, SequenceResult, StepPlan
-from veneer_server.wire.messages import pack_tops
+from veneer_server.wire.messages import pack_tops, token_work
 
 __all__ = ["Scheduler"]
 
@@ -72,6 +74,9 @@ class Scheduler:
         )
         self._lookups = PrefixLookups()
         self._preempted = self._ahead = False
+        self._turn = 0
+        self._prefilled: dict[int, Sequence] = {}
+        """Sequences of which a step computed a part of the prompt, and gave no token."""
 
     # --------------------------------------------------------------- inspection
 
@@ -142,6 +147,7 @@ class Scheduler:
         """Queue a sequence that already holds its lease."""
         request = sequence.request
         self._by_id[sequence.id] = sequence
+        sequence.work = token_work(request.adapter, self.limits.base_parameters)
         sequence.share = self.shares.hold(request.tenant, request.fairness_id, request.weight)
         self._waiting.append(sequence)
 
@@ -150,6 +156,8 @@ class Scheduler:
         sequence = self._by_id.get(sequence_id)
         if sequence is None:
             return None, []
+        sequence.computed = sequence.begun  # what is under way is computed, too
+        self._note_prefill(sequence)
         return sequence, self._end(sequence)
 
     def _end(self, sequence: Sequence) -> list[Action]:
@@ -197,17 +205,23 @@ class Scheduler:
             context = self.limits.context_length
             started = [s for s in started if s.may_follow(context)]
         prefilling: list[Sequence] = []
+        heavy: list[Sequence] = []
         for sequence in started:
             remaining = sequence.remaining
             if remaining == 1:
-                self._choose(sequence, 1, chosen)
+                if sequence.work > 1.0 and not self.limits.exact:
+                    heavy.append(sequence)
+                else:
+                    self._choose(sequence, 1, chosen)
             elif remaining > 1:
                 prefilling.append(sequence)
+        if heavy:
+            self._choose_in_turns(heavy, chosen)
         room = PrefillRoom.beside(chosen, self.limits)
         for sequence in prefilling:
             remaining, count = sequence.remaining, room.chunk(sequence)
             taken = self._choose(sequence, count, chosen) if count else 0
-            room.take(taken, remaining, sequence.begun)
+            room.take(taken, remaining, sequence.begun, sequence.work)
         # A step that preempted has no blocks to spare: admitting would only thrash.
         for sequence in () if self._preempted else self._candidates(now):
             if sequence.id in self._held:
@@ -218,11 +232,27 @@ class Scheduler:
             if not count:
                 break
             chosen[sequence.id] = plan_sequence(sequence, count, self._eos)
-            room.take(count, sequence.remaining, sequence.computed)
+            room.take(count, sequence.remaining, sequence.computed, sequence.work)
         if not chosen:
             return None
         # A stable sort: within an adapter, order of arrival.
         return StepPlan(tuple(sorted(chosen.values(), key=lambda p: p.digest or "")))
+
+    def _choose_in_turns(
+        self, heavy: list[Sequence], chosen: dict[int, PlannedSequence]
+    ) -> None:
+        """Add running sequences under large adapters that decode: as many as together take no
+        more beside the base's part than the prompt tokens of such a step may, and one at least;
+        those that have waited longest first."""
+        self._turn += 1
+        left = float(self.limits.prefill_beside_decode)
+        heavy.sort(key=lambda each: each.turn)
+        for at, sequence in enumerate(heavy):
+            left -= sequence.work - 1.0
+            if left < 0 and at:
+                return
+            sequence.turn = self._turn
+            self._choose(sequence, 1, chosen)
 
     def _choose(
         self, sequence: Sequence, count: int, chosen: dict[int, PlannedSequence]
@@ -288,7 +318,7 @@ class Scheduler:
             sequence.admitted = now
             sequence.cached_tokens = sequence.computed
             computed = sequence.prompt_length - sequence.cached_tokens
-            sequence.share.charge(PROMPT_COST * max(1, computed))
+            sequence.share.charge(PROMPT_COST * sequence.work * max(1, computed))
             if self.blocks.shares(sequence):
                 self._lookups = PrefixLookups(
                     self._lookups.asked + sequence.prompt_length,
@@ -297,6 +327,16 @@ class Scheduler:
         sequence.state = SequenceState.RUNNING
         self._running[sequence.id] = sequence
         return count
+
+    def _note_prefill(self, sequence: Sequence) -> None:
+        if sequence.computed and not sequence.generated:
+            self._prefilled[sequence.id] = sequence
+
+    def take_prefilled(self) -> Collection[Sequence]:
+        """The sequences of which a part of the prompt was computed since the last call, and
+        that have no token."""
+        found, self._prefilled = self._prefilled, {}
+        return found.values()
 
     def take_lookups(self) -> PrefixLookups:
         """The prefix cache lookups since the last call."""
@@ -338,6 +378,7 @@ class Scheduler:
             if result.failure is not None or not result.finite:
                 actions += self._end(sequence)
                 finite, why = result.finite, result.failure
+                self._note_prefill(sequence)
                 updates.append(
                     Update(sequence, None, None, False, None, finite=finite, failure=why)
                 )
@@ -348,10 +389,11 @@ class Scheduler:
                 actions += self._end(sequence)
                 updates.append(Update(sequence, None, None, False, Finish.STOP))
             if token is None:
+                self._note_prefill(sequence)
                 continue
             sequence.tokens.append(token)
             if charged:
-                sequence.share.charge(OUTPUT_COST)
+                sequence.share.charge(OUTPUT_COST * sequence.work)
             finish = self._finish(sequence, token, result.following is Following.COMPLETE)
             first = sequence.generated == 1
             logprob, tops = result.logprob, result.tops

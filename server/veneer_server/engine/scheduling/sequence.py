@@ -67,6 +67,8 @@ class Sequence:
         ahead: tokens after the computed ones whose step is submitted and not read yet.
         awaited: tokens that such steps sample: 1 at most when a step is planned.
         carried: whether the next step can take the last of those from the device.
+        work: what each of its tokens takes, see `token_work`; set when it is queued.
+        turn: the step in which it last decoded, of those that take turns.
         share: whose service it counts as; set when it is queued.
     """
 
@@ -93,6 +95,8 @@ class Sequence:
     ahead: int = 0
     awaited: int = 0
     carried: bool = False
+    work: float = 1.0
+    turn: int = 0
     share: Share = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -199,6 +203,7 @@ def plan_sequence(
         constraint=request.constraint,
         forbidden=_forbidden(sequence, eos) if samples and request.min_tokens else (),
         carries=end > known,
+        work=sequence.work,
     )
 
 

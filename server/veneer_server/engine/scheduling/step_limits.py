@@ -33,19 +33,25 @@ class StepCost:
     token_s: float
     attention_s: float
 
-    def row_s(self, context: int) -> float:
-        """Seconds for one more token, after ``context`` others."""
-        return self.token_s + self.attention_s * context
+    def row_s(self, context: int, work: float = 1.0) -> float:
+        """Seconds for one more token, after ``context`` others; ``work``: see `token_work`."""
+        return self.token_s * work + self.attention_s * context
 
     def prompt_s(self, decoding: int, context: int) -> float:
         """Seconds of `STEP_SECONDS` left for prompt tokens beside ``decoding`` sequences
         whose contexts add up to ``context`` tokens."""
         return STEP_SECONDS - self.step_s - decoding * self.token_s - context * self.attention_s
 
-    def chunk(self, seconds: float, context: int, least: int = SMALLEST_CHUNK) -> int:
+    def chunk(
+        self,
+        seconds: float,
+        context: int,
+        least: int = SMALLEST_CHUNK,
+        work: float = 1.0,
+    ) -> int:
         """Prompt tokens, each after ``context`` others, that can be computed in ``seconds``;
         at least ``least``."""
-        row_s = self.row_s(context)
+        row_s = self.row_s(context, work)
         return max(least, int(seconds / row_s) if row_s > 0 else 1 << 30)
 
 
@@ -67,6 +73,8 @@ class SchedulerLimits:
         tokens are recomputed. A step may then exceed its token limits by one chunk.
     cost: measured cost of a step; None if a step may take any time. Unless `exact`, it
         further limits the prompt tokens of a step.
+    base_parameters: of the base; with them a token under a large adapter counts for several
+        in the limits above, unless `exact`. 0 counts all tokens alike.
     """
 
     max_batch_tokens: int
@@ -78,6 +86,7 @@ class SchedulerLimits:
     planned_adapters: int = 256
     exact: bool = False
     cost: StepCost | None = None
+    base_parameters: int = 0
 
     @property
     def chunk(self) -> int:

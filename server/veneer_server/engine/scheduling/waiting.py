@@ -11,19 +11,14 @@ from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, KeysView, Set
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from operator import attrgetter, itemgetter
-from typing import Final
 
 from veneer_server.engine.scheduling.fair_shares import FairShares, Share
 from veneer_server.engine.scheduling.sequence import Sequence
+from veneer_server.wire.messages import PRIORITY_SECONDS
 
-__all__ = ["PRIORITY_SECONDS", "Flow", "WaitingGroup", "WaitingSequences"]
-
-PRIORITY_SECONDS: Final = 10.0
-"""A priority is worth this many seconds of waiting for each of its steps: so a request is
-overtaken for its priority only by those that arrive within so long after it."""
-
+__all__ = ["Flow", "WaitingGroup", "WaitingSequences"]
 
 _urgency = attrgetter("urgency")
 _place = attrgetter("place")
@@ -68,10 +63,16 @@ class WaitingGroup:
         """`Sequence.urgency` of the first one."""
         return self.first.urgency
 
-    def join(self, sequence: Sequence, *, first: bool) -> None:
-        """Add a sequence, behind the others or in front of them."""
+    def join(self, sequence: Sequence) -> None:
+        """Add a sequence, by its urgency: that of a preempted one is before all, and that of a
+        further sample is its request's."""
+        behind = takewhile(
+            lambda other: other.urgency > sequence.urgency, reversed(self.sequences.values())
+        )
+        moved = [other.id for other in behind]
         self.sequences[sequence.id] = sequence
-        self.sequences.move_to_end(sequence.id, last=not first)
+        for id in reversed(moved):
+            self.sequences.move_to_end(id)
         self._new.append(sequence)
 
     def note(self, resident: bool, now: float) -> None:
@@ -217,16 +218,16 @@ class WaitingSequences:
         flow = self.flows.get(sequence.share)
         if flow is None:
             flow = self.flows[sequence.share] = Flow(sequence.share, since=self._next_turn())
-        self._join(flow, sequence, sequence.request.priority, first=False)
+        self._join(flow, sequence, sequence.request.priority)
 
     def appendleft(self, sequence: Sequence) -> None:
         """Add a preempted sequence before all others."""
         self._front -= 1
         sequence.place = self._front
         sequence.urgency = float("-inf"), sequence.place
-        self._join(self.preempted, sequence, 0, first=True)
+        self._join(self.preempted, sequence, 0)
 
-    def _join(self, flow: Flow, sequence: Sequence, priority: int, *, first: bool) -> None:
+    def _join(self, flow: Flow, sequence: Sequence, priority: int) -> None:
         key = sequence.digest, priority
         group = flow.groups.get(key)
         if group is None:
@@ -235,11 +236,11 @@ class WaitingSequences:
             )
             group.turn = self._next_turn()
             self._by_digest.setdefault(sequence.digest, {})[group] = None
-        elif first:
+        leads = not group.sequences or sequence.urgency < group.order
+        if leads and group.sequences:
             flow.take_out(group)
-        new = not group.sequences
-        group.join(sequence, first=first)
-        if first or new:
+        group.join(sequence)
+        if leads:
             flow.put(group)
         self._changed.add(sequence.digest)
         self._count += 1

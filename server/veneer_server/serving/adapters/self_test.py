@@ -275,7 +275,7 @@ class SelfTest:
             # An extra sequence first: while an idle engine computes it, the others arrive
             # and then start together.
             sources.insert(0, None)
-        with self._engine.places.hold(len(sources)) as place:
+        with self._engine.places.hold(len(sources), at_once=len(sources)) as place:
             results = await asyncio.gather(
                 *(self._score(tokens, source, place) for source in sources),
                 return_exceptions=True,

@@ -12,15 +12,19 @@ from typing import Any
 import grpc
 import httpx
 import pytest
-from veneer_registry.errors import InvalidField
+from veneer_proto.v1 import inference_pb2
+from veneer_registry.errors import EngineFailed, InvalidField
 from veneer_server.access.edit_keys import add_key
 from veneer_server.access.keys import parse_identities
 from veneer_server.queues.fairness import MAX_PRIORITY
+from veneer_server.serving.samples import sample_seed
 from veneer_server.telemetry.metrics import Metrics
 from veneer_server.telemetry.tenant_series import MAX_TENANTS
+from veneer_server.text.tokenizer import TextTokenizer
 from veneer_server.wire.messages import SequenceRequest
 
 from tests.refused import refused
+from tests.unit.server.rpc.fake_engine import fake_tokens
 from tests.unit.server.rpc.front_harness import Front, failure, prompt, running, until
 
 FAIRNESS = "x-llm-d-inference-fairness-id"
@@ -226,9 +230,109 @@ async def test_a_backlog_takes_no_place_of_another_tenant(
             engine.pace.release()
         for call in [*hogs[:-1], *light]:
             assert len((await call).token_ids) == 4
-        await until(lambda: engine.places.taken == 0)
+        await until(lambda: engine.places.taken == engine.places.samples == 0)
         text = await shared.metrics()
         assert 'veneer_tenant_queue_time_seconds_count{tenant="light"} 2.0' in text
+
+
+async def test_a_call_that_has_begun_holds_no_more_than_what_runs(
+    base_folder: Path, front_cache: Path, tmp_path: Path
+) -> None:
+    """Five prompts with four samples each: they were 20 places, all that there are, until the
+    last one's end. What waits is nobody's loss, and the answer is what it is alone."""
+    flags = {"max_running": "4", "max_queue": "16"}
+    many = {"prompt": [[100 + at, 7] for at in range(5)], "n": 4, "max_tokens": 3, "seed": 5}
+    async with sharing(base_folder, front_cache, tmp_path, **flags) as shared:
+        engine = shared.front.engine
+        engine.pace = asyncio.Semaphore(0)
+        hog = asyncio.create_task(shared.post("hog", {}, **many))
+        await until(lambda: engine.in_flight == 4)
+        engine.pace.release()
+        await until(lambda: engine.pace is not None and engine.pace.locked())
+        light = [shared.generate("light") for _ in range(8)]
+        await until(lambda: engine.places.taken >= 12)
+        # Four that run, one in advance.
+        assert engine.places.taken <= 8 + 5
+        assert engine.places.waiting()["light"] == 8
+        for _ in range(1000):
+            engine.pace.release()
+        for call in light:
+            assert len((await call).token_ids) == 4
+        answer = await hog
+        assert answer.status_code == 200, answer.text
+        await until(lambda: engine.places.taken == engine.places.samples == 0)
+    choices = answer.json()["choices"]
+    assert [choice["index"] for choice in choices] == list(range(20))
+    tokenizer = TextTokenizer.from_folder(base_folder)
+    for at, choice in enumerate(choices):
+        prompt_ids, seed = many["prompt"][at // 4], sample_seed(5, at % 4)
+        right = tokenizer.decode(fake_tokens("", prompt_ids, seed, 3))
+        assert choice["text"] == right, at
+    assert answer.json()["usage"]["completion_tokens"] == 60
+
+
+async def test_samples_that_wait_end_with_their_call(
+    base_folder: Path, front_cache: Path, tmp_path: Path
+) -> None:
+    """When its caller leaves, and when the engine ends."""
+    flags = {"max_running": "1", "max_queue": "15"}
+    async with sharing(base_folder, front_cache, tmp_path, **flags) as shared:
+        engine = shared.front.engine
+        several = prompt(output=inference_pb2.OutputOptions(n=16))
+        for ending in ("leave", "crash"):
+            engine.pace = asyncio.Semaphore(0)
+            call = shared.front.inference.GenerateStream(
+                several, metadata=shared.metadata("hog")
+            )
+            engine.pace.release()
+            await anext(aiter(call))
+            await until(lambda: engine.places.taken == 2)
+            if ending == "leave":
+                call.cancel()
+            else:
+                engine.crash()
+                engine.places.fail(EngineFailed("the engine ended; retry"))
+                failed = await failure(_rest(call))
+                assert failed.reason == "ENGINE_FAILED"
+            await until(lambda: engine.places.taken == engine.places.samples == 0)
+            await until(lambda: engine.in_flight == 0)
+
+
+async def _rest(call: Any) -> None:
+    async for _ in call:
+        pass
+
+
+async def test_a_sample_that_gave_its_place_back_is_computed_later(
+    base_folder: Path, front_cache: Path, tmp_path: Path
+) -> None:
+    """The queue has one place: the hog's next sample had it, and a light tenant's call, which
+    has less, gets it."""
+    flags = {"max_running": "2", "max_queue": "1"}
+    async with sharing(base_folder, front_cache, tmp_path, **flags) as shared:
+        engine = shared.front.engine
+        engine.pace = asyncio.Semaphore(0)
+        asked = prompt(
+            sampling=inference_pb2.SamplingOptions(seed=7),
+            output=inference_pb2.OutputOptions(n=3),
+            stopping=inference_pb2.StoppingOptions(max_tokens=30),
+        )
+        call = shared.generate("hog", asked)
+        await until(lambda: engine.in_flight == 1)
+        while engine.places.taken < 3:
+            engine.pace.release()
+            for _ in range(100):  # until a sample has it
+                await asyncio.sleep(0)
+        light = shared.generate("light")
+        await until(lambda: engine.places.waiting().get("light") == 1)
+        for _ in range(100):
+            engine.pace.release()
+        assert len((await light).token_ids) == 4
+        answer = await call
+        ids = engine.submitted[0].prompt
+        expected = [fake_tokens("", ids, sample_seed(7, index), 30) for index in range(3)]
+        assert [list(answer.token_ids), *(list(o.token_ids) for o in answer.others)] == expected
+        await until(lambda: engine.places.taken == engine.places.samples == 0)
 
 
 async def test_what_expires_or_leaves_gives_back_its_place_at_once(

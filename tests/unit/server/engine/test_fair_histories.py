@@ -235,10 +235,14 @@ PLANTED: dict[str, tuple[ModuleType, str, str]] = {
         "share.counter = max(share.counter, least)",
         "share.counter += 0 * least",
     ),
-    "output is not charged": (scheduler, "sequence.share.charge(OUTPUT_COST)", "pass"),
+    "output is not charged": (
+        scheduler,
+        "sequence.share.charge(OUTPUT_COST * sequence.work)",
+        "pass",
+    ),
     "prompts are not charged": (
         scheduler,
-        "sequence.share.charge(PROMPT_COST * max(1, computed))",
+        "sequence.share.charge(PROMPT_COST * sequence.work * max(1, computed))",
         "sequence.share.charge(1)",
     ),
     "weights do not count": (fair_shares, "cost / self.weight", "cost"),

@@ -23,6 +23,7 @@ from veneer_server.wire.messages import (
     Pause,
     Ping,
     Pong,
+    Prefilled,
     SamplingParams,
     SequenceFailed,
     SequenceOutput,
@@ -126,6 +127,41 @@ class Paced(FakeRunner):
 
 def request(number: int, source: AdapterSource | None = None, new: int = 3) -> Submit:
     return Submit(number, SequenceRequest([1] * 9, new, SamplingParams(), source))
+
+
+def test_what_is_computed_of_a_prompt_is_told_chunk_by_chunk() -> None:
+    """A prompt that one step computes needs no message; one whose caller leaves has had its
+    last before the end."""
+    engine = Engine(context=200, blocks=60)
+    engine.inbox.put(Submit(1, SequenceRequest([1] * 9, 1, SamplingParams())))
+    engine.turn()
+    assert engine.of(Prefilled) == []
+    engine.inbox.put(Submit(2, SequenceRequest([2] * 100, 1, SamplingParams())))
+    for _ in range(4):
+        engine.turn()
+    assert engine.of(Prefilled) == [Prefilled(2, tokens, 0) for tokens in (32, 64, 96)]
+    engine.sent.clear()
+    engine.inbox.put(Submit(3, SequenceRequest([3] * 100, 1, SamplingParams())))
+    engine.turn()
+    engine.turn()
+    engine.inbox.put(Cancel(3))
+    engine.turn()
+    about = [m for m in engine.sent if isinstance(m, Prefilled | SequenceOutput)]
+    assert [m.tokens for m in about[:-1]] == [32, 64, 64]
+    assert about[-1] == SequenceOutput(3, [], finish="cancelled")
+
+
+def test_a_prompt_whose_first_token_fails_was_computed() -> None:
+    class Broken(FakeRunner):
+        def execute(self, plan: StepPlan) -> tuple[SequenceResult, ...]:
+            return tuple(SequenceResult(token=None, finite=False) for _ in plan.sequences)
+
+    engine = Engine(runner=Broken())
+    engine.inbox.put(request(1))
+    engine.turn()
+    kinds = [type(m) for m in engine.sent if isinstance(m, Prefilled | SequenceFailed)]
+    assert kinds == [Prefilled, SequenceFailed]
+    assert engine.of(Prefilled) == [Prefilled(1, 9, 0)]
 
 
 def test_an_eviction_that_drains_is_carried_out_when_its_sequences_fail() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -10,8 +11,14 @@ from contextlib import ExitStack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from veneer_registry.errors import DeadlineTooShort, InvalidField, QueueFull, VeneerError
-from veneer_server.engine_client.places import Place, Places
+from veneer_registry.errors import (
+    DeadlineTooShort,
+    EngineFailed,
+    InvalidField,
+    QueueFull,
+    VeneerError,
+)
+from veneer_server.engine_client.places import Place, Places, Seat
 from veneer_server.queues.fairness import Fairness
 from veneer_server.wire.messages import SamplingParams, SequenceRequest, StepDone
 
@@ -26,15 +33,29 @@ def places() -> Places:
 
 
 def held(stack: ExitStack, among: Places, whose: Fairness, count: int = 1) -> Place:
-    return stack.enter_context(among.hold(count, whose))
+    return stack.enter_context(among.hold(count, whose, at_once=count))
+
+
+def started(among: Places, place: Place) -> Seat:
+    """The request's sample has had an output."""
+    seat = seated(among, place)
+    among.started(seat)
+    return seat
+
+
+def seated(among: Places, place: Place) -> Seat:
+    seat = among.take(place)
+    assert seat is not None
+    return seat
 
 
 class Stream:
     """What ends a stream."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, among: Places, place: Place) -> None:
         self.error: VeneerError | None = None
-        place.add(self)
+        self.seat = seated(among, place)
+        self.seat.stream = self
 
     def fail(self, error: VeneerError) -> None:
         self.error = error
@@ -48,21 +69,21 @@ def stack() -> Iterator[ExitStack]:
 
 def test_places_are_taken_together_and_given_back() -> None:
     among = places()
-    with among.hold(3):
-        with pytest.raises(QueueFull) as caught, among.hold(3):
+    with among.hold(3, at_once=3):
+        with pytest.raises(QueueFull) as caught, among.hold(3, at_once=3):
             pass
         assert caught.value.retry_after_s
-        with among.hold(2), pytest.raises(QueueFull), among.hold(1):
+        with among.hold(2, at_once=2), pytest.raises(QueueFull), among.hold(1):
             pass
-    with among.hold(5):
+    with among.hold(5, at_once=5):
         pass
 
 
 def test_places_come_back_whatever_ended_the_request() -> None:
     among = places()
-    with pytest.raises(RuntimeError), among.hold(5):
+    with pytest.raises(RuntimeError), among.hold(5, at_once=5):
         raise RuntimeError
-    with among.hold(5):
+    with among.hold(5, at_once=5):
         pass
 
 
@@ -87,8 +108,8 @@ def test_a_full_queue_of_one_tenant_does_not_keep_another_out(stack: ExitStack) 
     refusals: Counter[tuple[str, str]] = Counter()
     among = Places(3, 7, on_refused=lambda *why: refusals.update([why]))
     hogs = [held(stack, among, HOG) for _ in range(10)]
-    streams = [Stream(place) for place in hogs]
-    among.started(hogs[-1])
+    streams = [Stream(among, place) for place in hogs]
+    among.started(streams[-1].seat)
     for _ in range(5):
         held(stack, among, LIGHT)
     displaced = [place.refused for place in hogs]
@@ -107,7 +128,7 @@ def test_a_full_queue_of_one_tenant_does_not_keep_another_out(stack: ExitStack) 
 def test_what_runs_keeps_its_place(stack: ExitStack) -> None:
     among = Places(3, 0)
     for _ in range(3):
-        among.started(held(stack, among, HOG))
+        started(among, held(stack, among, HOG))
     with refused(QueueFull, cause="queue_full"):
         held(stack, among, LIGHT)
 
@@ -117,7 +138,7 @@ def test_a_refusal_takes_nobodys_place(stack: ExitStack) -> None:
     among = Places(2, 3)
     hogs = [held(stack, among, HOG) for _ in range(5)]
     for place in hogs[:3]:
-        among.started(place)
+        started(among, place)
     with refused(QueueFull, cause="queue_full"):
         held(stack, among, LIGHT, 3)
     assert not any(place.refused for place in hogs)
@@ -148,7 +169,9 @@ def test_a_tenant_below_its_share_always_gets_in(
             share = 12 * weights[name] / sum(weights[n] for n in names)
             own = stack.enter_context(ExitStack())
             try:
-                place = own.enter_context(among.hold(count, Fairness(name, "", weights[name])))
+                place = own.enter_context(
+                    among.hold(count, Fairness(name, "", weights[name]), at_once=count)
+                )
             except QueueFull:
                 assert mine + count > share, f"{name} has {mine} of {share:.1f}"
             else:
@@ -201,7 +224,7 @@ def test_nobody_waits_while_places_are_free(stack: ExitStack) -> None:
 def test_a_wait_is_the_work_ahead_by_the_recent_pace(stack: ExitStack) -> None:
     """A tenant's own queue, and as much of the others' as they get meanwhile."""
     among = Places(1, 50)
-    among.started(held(stack, among, HOG))
+    started(among, held(stack, among, HOG))
     busy(among)
     for _ in range(20):
         among.resolved(held(stack, among, HOG), request())
@@ -216,7 +239,7 @@ def test_a_wait_is_the_work_ahead_by_the_recent_pace(stack: ExitStack) -> None:
 async def test_who_cannot_be_in_time_is_refused_and_told_when_to_come_back() -> None:
     among = Places(1, 50, max_wait_s=5.2)
     with ExitStack() as stack:
-        among.started(held(stack, among, HOG))
+        started(among, held(stack, among, HOG))
         busy(among)
         for _ in range(9):
             among.resolved(held(stack, among, HOG), request())
@@ -244,9 +267,9 @@ async def test_who_has_waited_for_the_limit_is_refused() -> None:
 
     with ExitStack() as stack:
         running = held(stack, among, HOG)
-        among.started(running)
+        started(among, running)
         waiting = [held(stack, among, HOG) for _ in range(20)]
-        waiting[-1].add(Ends())
+        seated(among, waiting[-1]).stream = Ends()
         await ended.wait()
         assert all(place.refused for place in waiting)
         assert not running.refused
@@ -257,7 +280,7 @@ async def test_who_has_waited_for_the_limit_is_refused() -> None:
 def test_an_unknown_pace_refuses_nobody(stack: ExitStack) -> None:
     """At the start, and after the engine was restarted."""
     among = Places(1, 50)
-    among.started(held(stack, among, HOG))
+    started(among, held(stack, among, HOG))
     among.resolved(held(stack, among, HOG), request())
     with among.hold(1, HOG, within_s=0.001):
         pass
@@ -267,3 +290,180 @@ def test_an_unknown_pace_refuses_nobody(stack: ExitStack) -> None:
     among.estimate.restart()
     with among.hold(1, HOG, within_s=0.001):
         pass
+
+
+# ----------------------------------------------------------------------- further samples
+
+
+class Ended(asyncio.Event):
+    """A stream that is ended."""
+
+    def fail(self, error: VeneerError) -> None:
+        self.set()
+
+
+class Call:
+    """A request whose samples a test starts and ends, as the engine would."""
+
+    def __init__(self, among: Places, whose: Fairness, samples: int) -> None:
+        self.among = among
+        self.stack = ExitStack()
+        self.place = self.stack.enter_context(among.hold(samples, whose))
+        self.seats: list[Seat] = []
+        self.left = samples
+        self.tasks = [asyncio.create_task(self._sample()) for _ in range(samples)]
+
+    async def _sample(self) -> None:
+        seat = self.among.take(self.place)
+        while True:
+            while seat is None or seat.returned:
+                seat = await self.among.turn(self.place, after=seat)
+            self.seats.append(seat)
+            stream = Ended()
+            seat.stream = stream
+            await stream.wait()
+            self.seats.remove(seat)
+            if not seat.returned:
+                return
+
+    def end(self, seat: Seat) -> None:
+        """A sample has had its last token."""
+        assert seat.stream is not None
+        self.left -= 1
+        seat.stream.fail(QueueFull("it ended"))
+        self.among.leave(seat)
+
+    async def close(self) -> None:
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        self.stack.close()
+
+
+async def _settled() -> None:
+    for _ in range(6):
+        await asyncio.sleep(0)
+
+
+async def _history(draw: random.Random) -> None:
+    running, queue = draw.randint(1, 6), draw.randint(1, 8)
+    among = Places(running, queue)
+    calls: list[Call] = []
+    weights = {"a": 1.0, "b": 1.0, "c": 2.0}
+
+    def engine() -> None:
+        """Starts a sample that waits, or ends one that runs."""
+        seats = [(call, seat) for call in calls for seat in call.seats]
+        runs = [each for each in seats if each[1].started]
+        waits = [each for each in seats if not each[1].started]
+        if waits and len(runs) < running and draw.random() < 0.7:
+            among.started(draw.choice(waits)[1])
+        elif runs:
+            call, seat = draw.choice(runs)
+            call.end(seat)
+
+    for _ in range(150):
+        name = draw.choice("abc")
+        if draw.random() < 0.3:
+            mine = sum(call.place.count for call in calls if call.place.flow.key[0] == name)
+            names = {call.place.flow.key[0] for call in calls} | {name}
+            share = among.capacity * weights[name] / sum(weights[each] for each in names)
+            waiting = sum(
+                call.place.count - sum(seat.started for seat in call.place.seats)
+                for call in calls
+                if call.place.flow.key[0] != name
+            )
+            try:
+                whose = Fairness(name, "", weights[name])
+                calls.append(Call(among, whose, draw.randint(1, among.capacity)))
+            except QueueFull:
+                full = among.samples > 7 * among.capacity
+                assert mine + 1 > share or not waiting or full, (mine, share)
+        else:
+            engine()
+        if calls and draw.random() < 0.05:
+            gone = calls.pop(draw.randrange(len(calls)))
+            await gone.close()
+        await _settled()
+        for call in list(calls):
+            if call.place.refused or not call.left:
+                assert not (call.place.refused and call.place.started), "it had begun"
+                calls.remove(call)
+                await call.close()
+        assert sum(call.place.count for call in calls) == among.taken <= among.capacity
+        ahead = [s for call in calls for s in call.place.seats if s.turn and not s.started]
+        if among.taken > running:
+            assert len(ahead) <= max(1, running // 4) + len(weights) + running
+    for _ in range(5000):
+        if not calls:
+            break
+        engine()
+        await _settled()
+        for call in [call for call in calls if not call.left]:
+            calls.remove(call)
+            await call.close()
+    assert not calls, "samples wait for ever"
+    assert among.taken == among.samples == 0
+    assert among.waiting() == {}
+
+
+@pytest.mark.parametrize("seed", range(30))
+async def test_further_samples_wait_and_all_end(seed: int) -> None:
+    """In random histories of three tenants: nothing is refused that has begun, and whoever has
+    less than a share gets in unless all that others have is running."""
+    print(f"seed {seed}")
+    await _history(random.Random(seed))
+
+
+async def test_a_request_holds_what_runs_and_few_places_in_advance() -> None:
+    among = Places(8, 56)
+    hog = Call(among, HOG, 64)
+    await _settled()
+    assert among.taken == 8
+    for seat in list(hog.seats):
+        among.started(seat)
+    await _settled()
+    assert among.taken == 8 + 2
+    light = [Call(among, LIGHT, 1) for _ in range(54)]
+    await _settled()
+    assert among.taken == 64
+    assert among.waiting() == {"hog": 2, "light": 54}
+    for call in (hog, *light):
+        await call.close()
+    assert among.taken == among.samples == 0
+
+
+async def test_two_calls_of_many_samples_share_what_runs() -> None:
+    among = Places(8, 56)
+    hog = Call(among, HOG, 40)
+    await _settled()
+    for seat in list(hog.seats):
+        among.started(seat)
+    other = Call(among, LIGHT, 40)
+    for _ in range(40):
+        for call in (hog, other):
+            for seat in [s for s in call.seats if not s.started]:
+                if sum(s.started for c in (hog, other) for s in c.seats) < 8:
+                    among.started(seat)
+        oldest = next(s for c in (hog, other) for s in c.seats if s.started)
+        (hog if oldest in hog.seats else other).end(oldest)
+        await _settled()
+    assert abs(hog.place.count - other.place.count) <= 2
+    for call in (hog, other):
+        await call.close()
+    assert among.taken == among.samples == 0
+
+
+async def test_when_the_engine_ends_samples_that_wait_are_told() -> None:
+    among = Places(1, 3)
+    call = Call(among, HOG, 4)
+    await _settled()
+    among.fail(EngineFailed("the engine ended; retry"))
+    await _settled()
+    assert sum(isinstance(_error(task), EngineFailed) for task in call.tasks) >= 2
+    await call.close()
+    assert among.taken == among.samples == 0
+
+
+def _error(task: asyncio.Task[None]) -> BaseException | None:
+    return task.exception() if task.done() and not task.cancelled() else None

@@ -106,20 +106,24 @@ async def test_more_prompts_than_there_are_places_can_never_be_served(
     assert len((await ok(http, TEXT, prompt=["Hi"] * 3))["choices"]) == 3
 
 
-async def test_several_prompts_start_together_or_not_at_all(
+async def test_several_prompts_need_one_place_and_are_refused_before_any_starts(
     front: Front, http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(front.engine.places, "capacity", 3)
     front.engine.pace = asyncio.Semaphore(0)
-    running = asyncio.create_task(post(http, TEXT))
-    await until(lambda: front.engine.in_flight == 1)
+    running = [asyncio.create_task(post(http, TEXT)) for _ in range(2)]
+    await until(lambda: front.engine.in_flight == 2)
+    running.append(asyncio.create_task(post(http, TEXT, prompt=["Hi"] * 3)))
+    await until(lambda: front.engine.in_flight == 3)
     answer = await post(http, TEXT, prompt=["Hi"] * 3)
     assert answer.status_code == 429
     assert answer.headers["x-should-retry"] == "true"
-    assert len(front.engine.submitted) == 1
-    for _ in range(4):
+    assert len(front.engine.submitted) == 3
+    for _ in range(100):
         front.engine.pace.release()
-    assert (await running).status_code == 200
+    for call in running:
+        assert (await call).status_code == 200
+    assert len((await running[-1]).json()["choices"]) == 3
     assert front.engine.places.taken == 0
 
 

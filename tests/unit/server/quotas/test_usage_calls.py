@@ -13,6 +13,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from typer.testing import CliRunner
 from veneer_client.cli.main import cli
 from veneer_proto.v1 import inference_pb2
+from veneer_registry.errors import NonFiniteOutput
 
 from tests.unit.server.quotas.kit import BASE, Caller, Limited
 from tests.unit.server.quotas.test_generate_limits import ids
@@ -58,6 +59,57 @@ async def test_what_is_refused_or_fails_is_not_charged(limited: Limited) -> None
     for _ in range(5):
         await failure(caller.generate(ids(5, 1)))
     assert numbers(await caller.usage()) == {caller.tenant: (1, 5, 16, 1)}
+
+
+async def test_a_prompt_is_charged_as_it_is_computed_also_if_its_caller_leaves(
+    limited: Limited,
+) -> None:
+    """And nothing twice: not what is computed again after a preemption."""
+    caller, engine = limited.caller(role="admin"), limited.front.engine
+    engine.pace = asyncio.Semaphore(0)
+    try:
+        call = caller.generate(ids(40, 4))
+        await until(lambda: engine.in_flight == 1)
+        counts = engine.counted[-1]
+        assert numbers(await caller.usage()) == {}
+        counts.prefilled(16, 0)
+        assert numbers(await caller.usage()) == {caller.tenant: (1, 16, 0, 0)}
+        for again in (8, 16, 24):
+            counts.prefilled(again, 0)
+        call.cancel()
+        await until(lambda: engine.in_flight == 0)
+        # The engine had begun the next part when it was told.
+        counts.prefilled(32, 0)
+        assert numbers(await caller.usage()) == {caller.tenant: (1, 32, 0, 0)}
+        call = caller.generate(ids(40, 4))
+        await until(lambda: engine.in_flight == 1)
+        engine.counted[-1].prefilled(24, 8)
+        for _ in range(4):
+            engine.pace.release()
+        await call
+        assert numbers(await caller.usage()) == {caller.tenant: (2, 72, 8, 4)}
+    finally:
+        engine.pace = None
+
+
+async def test_what_was_computed_for_a_call_that_fails_is_charged(limited: Limited) -> None:
+    """Of its limits, too: the rest is given back."""
+    caller = limited.caller(role="admin", requests_per_minute=2, tokens_per_minute=100)
+    engine = limited.front.engine
+    engine.pace = asyncio.Semaphore(0)
+    engine.script = [NonFiniteOutput("not finite: check the adapter")]
+    try:
+        call = asyncio.ensure_future(failure(caller.generate(ids(60, 4))))
+        await until(lambda: engine.in_flight == 1)
+        engine.counted[-1].prefilled(50, 0)
+        engine.pace.release()
+        assert (await call).reason == "NON_FINITE_OUTPUT"
+        assert numbers(await caller.usage()) == {caller.tenant: (1, 50, 0, 0)}
+        engine.pace = engine.script = None
+        assert (await failure(caller.generate(ids(51, 4)))).reason == "RATE_LIMIT_EXCEEDED"
+        await caller.generate(ids(46, 4))
+    finally:
+        engine.pace = engine.script = None
 
 
 async def test_a_period_is_of_whole_hours(limited: Limited) -> None:

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, aclosing
 from typing import Literal
 
 from veneer_registry.errors import (
     AdapterBudgetExceeded,
     AdapterInUse,
     EngineFailed,
+    QueueFull,
     VeneerError,
 )
-from veneer_server.engine_client.client import EngineEvent
-from veneer_server.engine_client.places import Place, Places, Refusal
+from veneer_server.engine_client.client import Counts, EngineEvent
+from veneer_server.engine_client.places import Place, Places, Refusal, Seat
 from veneer_server.engine_client.resident_set import Resident
 from veneer_server.wire.messages import (
     AdapterSource,
@@ -116,6 +117,8 @@ class FakeEngine:
         """Reset all state of tests."""
         self.submitted: list[SequenceRequest] = []
         self.evictions: list[tuple[str, str]] = []
+        self.counted: list[Counts] = []
+        """Of the first samples, in the order in which they were submitted."""
         self.cancelled = 0
         self.activations: list[str] = []
         self.activating: asyncio.Event | None = None
@@ -154,16 +157,40 @@ class FakeEngine:
             stream.fail(EngineFailed("the engine ended; retry", retry_after_s=2.0))
 
     async def generate(
-        self, request: SequenceRequest, place: Place | None = None
+        self,
+        request: SequenceRequest,
+        place: Place | None = None,
+        *,
+        sibling: bool = False,
+        counts: Counts | None = None,
     ) -> AsyncIterator[SequenceOutput]:
         assert place is not None, "a request without a place"
-        place.check()
+        seat = self.places.take(place)
+        while True:
+            while seat is None or seat.returned:
+                seat = await self.places.turn(place, sibling=sibling, after=seat)
+            try:
+                if counts is not None and not sibling:
+                    self.counted.append(counts)
+                async with aclosing(self._run(request, seat)) as outputs:
+                    async for output in outputs:
+                        yield output
+                return
+            except QueueFull:
+                if not seat.returned:
+                    raise
+            finally:
+                self.places.leave(seat)
+
+    async def _run(
+        self, request: SequenceRequest, seat: Seat
+    ) -> AsyncGenerator[SequenceOutput, None]:
         self.submitted.append(request)
         outputs: Sequence[SequenceOutput | VeneerError] = self.script or self._outputs(request)
         crashed = _Ended()
         self._streams.add(crashed)
-        place.add(crashed)
-        self.places.resolved(place, request)
+        seat.stream = crashed
+        self.places.resolved(seat.place, request)
         self.in_flight += 1
         ended = False
         try:
@@ -174,7 +201,7 @@ class FakeEngine:
                 if isinstance(output, VeneerError):
                     ended = True
                     raise output
-                self.places.started(place)
+                self.places.started(seat)
                 ended = output.finish is not None
                 yield output
         finally:

@@ -70,11 +70,11 @@ async def test_the_others_are_submitted_when_the_first_token_has_come(front: Fro
     call = front.inference.GenerateStream(samples(4))
     reading = asyncio.ensure_future(anext(aiter(call)))
     await until(lambda: front.engine.in_flight == 1)
-    assert front.engine.places.taken == 4
+    assert front.engine.places.taken == 1
     assert len(front.engine.submitted) == 1
     front.engine.pace.release()
     await reading
-    await until(lambda: front.engine.in_flight == 4)
+    await until(lambda: front.engine.in_flight == front.engine.places.taken == 4)
     call.cancel()
     await until(lambda: front.engine.places.taken == 0)
     assert (front.engine.in_flight, front.engine.cancelled) == (0, 4)
@@ -111,10 +111,11 @@ async def test_a_stop_string_ends_its_sample_only(
     assert front.engine.cancelled == 3
 
 
-async def test_samples_that_find_no_places_are_refused_before_anything_is_submitted(
+async def test_a_request_that_finds_no_place_is_refused_before_anything_is_submitted(
     front: Front,
 ) -> None:
-    front.engine.places.taken = front.engine.places.capacity - 2
+    """One place is enough: its samples have it one after the other."""
+    front.engine.places.taken = front.engine.places.capacity
     try:
         failed = await failure(front.inference.Generate(samples(3)))
         assert (failed.code, failed.reason) == (
@@ -122,7 +123,8 @@ async def test_samples_that_find_no_places_are_refused_before_anything_is_submit
             "QUEUE_FULL",
         )
         assert front.engine.submitted == []
-        assert len((await front.inference.Generate(samples(2))).others) == 1
+        front.engine.places.taken = front.engine.places.capacity - 1
+        assert len((await front.inference.Generate(samples(3))).others) == 2
     finally:
         front.engine.places.taken = 0
 

@@ -332,7 +332,9 @@ async def test_an_adapter_that_cannot_be_loaded_is_refused(tmp_path: Path) -> No
 
 async def test_a_full_server_refuses_it(tmp_path: Path) -> None:
     async with bench(tmp_path) as made:
-        with made.client.places.hold(made.client.places.capacity - 3), pytest.raises(QueueFull):
+        places = made.client.places
+        most = places.capacity - 3
+        with places.hold(most, at_once=most), pytest.raises(QueueFull):
             await made.run("one", "two")
         assert (await made.run("one", "two")).passed
 

@@ -1,0 +1,73 @@
+"""Completions of many prompts with many samples, which had all places of the queue until their
+end."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import aiohttp
+
+from tests.attacks.case import Bug, Target
+
+TITLE = "completions of many prompts with many samples each"
+FLAGS = ("--max-running", "8", "--max-queue", "56")
+KEYS = True
+BUG = Bug(
+    "veneer_server.engine_client.places",
+    'whose = whose or Fairness("")',
+    'whose, at_once = whose or Fairness(""), count',
+)
+
+PLACES = 64
+"""As the flags have it."""
+
+
+async def attack(target: Target) -> list[str]:
+    """One tenant's are all answered in full, and another's request is never refused."""
+    wrong: list[str] = []
+    ends = time.monotonic() + target.seconds
+    url = f"http://{target.openai}/v1/completions"
+    asking = asyncio.Event()
+
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(120)) as session:
+
+        async def post(key: str, **body: Any) -> tuple[int, Any]:
+            headers = dict(target.metadata(key))
+            body |= {"model": target.adapter, "ignore_eos": True}
+            async with session.post(url, json=body, headers=headers) as answer:
+                return answer.status, await answer.json()
+
+        async def hog() -> None:
+            while time.monotonic() < ends:
+                n = target.rng.randint(2, 16)
+                prompts = [
+                    [
+                        target.rng.randrange(1000, 40_000)
+                        for _ in range(target.rng.randint(1, 8))
+                    ]
+                    for _ in range(max(2, target.rng.randint(40, PLACES) // n))
+                ]
+                asking.set()
+                new = target.rng.randint(8, 24)
+                status, said = await post("inference-a", prompt=prompts, n=n, max_tokens=new)
+                if status == 429:  # another of its own is there: with a share, it may wait
+                    await asyncio.sleep(0.1)
+                    continue
+                indexes = [choice["index"] for choice in said.get("choices", ())]
+                if status != 200 or indexes != list(range(len(prompts) * n)):
+                    wrong.append(f"{len(prompts)} prompts x {n}: {status} {str(said)[:200]}")
+                elif said["usage"]["completion_tokens"] != new * len(indexes):
+                    wrong.append(f"{len(prompts)} prompts x {n}: {said['usage']}")
+
+        async def light() -> None:
+            await asking.wait()
+            while time.monotonic() < ends:
+                status, said = await post("inference-b", prompt="Hello", max_tokens=2)
+                if status != 200:
+                    wrong.append(f"another tenant: {status} {str(said)[:200]}")
+                await asyncio.sleep(0.05)
+
+        await asyncio.gather(hog(), hog(), light())
+    return wrong
