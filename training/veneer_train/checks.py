@@ -8,8 +8,8 @@ A sample may have a ``check`` beside its messages, one of:
   as the sample's own statement (in the same order, if that statement has ORDER BY);
 - ``{"python": {"signature": TEXT, "tests": STATEMENTS}}``: its code passes the tests. Each is
   an assertion about a value that can be written down: ``assert add(2, 3) == 5``,
-  ``assert is_even(2)``, ``assert not is_even(3)``. The code is the first fenced block, or else
-  the whole answer; with ``signature`` it must define that function.
+  ``assert is_even(2)``, ``assert not is_even(3)``. Run is what `code_of` takes from the answer;
+  with ``signature`` it must define that function.
 - the same *without tests* is a check of form: the whole answer is Python, runs to its end, and
   defines a function (of that signature, if given).
 
@@ -165,7 +165,7 @@ def score(
 
 # ------------------------------------------------------------------------------- SQL
 
-_FENCE: Final = re.compile(r"```(?:\w+)?\n(.*?)```", re.DOTALL)
+_FENCE: Final = re.compile(r"```(?:\w+)?\n(.*?)(```|\Z)", re.DOTALL)
 
 
 def statement_of(answer: str) -> str:
@@ -215,7 +215,23 @@ def _rounded(value: object) -> object:
 # ---------------------------------------------------------------------------- Python
 
 
-code_of = statement_of
+def code_of(answer: str) -> str:
+    """The first fenced block, else the whole answer. A block that was cut off by the end of the
+    answer loses the lines that are no longer Python."""
+    code = statement_of(answer)
+    fenced = _FENCE.search(answer)
+    lines = code.splitlines()
+    while fenced and not fenced[2] and lines and not _parses("\n".join(lines)):
+        lines.pop()
+    return "\n".join(lines) if lines else code
+
+
+def _parses(code: str) -> bool:
+    try:
+        ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
 
 
 def _passes_tests(facts: Mapping[str, Any], code: str) -> bool:
@@ -281,7 +297,7 @@ def _assertion(statement: ast.stmt) -> tuple[str, object]:
 def _is(value: str, expected: object) -> bool:
     """Whether the literal that the sandbox returned is what was expected."""
     try:
-        return _six_digits(ast.literal_eval(value)) == _six_digits(expected)
+        return bool(_six_digits(ast.literal_eval(value)) == _six_digits(expected))
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         return False
 
