@@ -22,7 +22,11 @@ install: $(VENV)/.installed ## Make .venv with all extras, the labs and the peer
 $(VENV)/.installed: pyproject.toml labs/pyproject.toml peers/pyproject.toml
 	@echo 'installing Veneer with all extras into $(VENV): 1 to 3 minutes, and longer where torch is downloaded slowly'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(if $(CI),--no-compile) -e '.[all,dev]' -e ./labs -e ./peers
+	@began=$$(date +%s); \
+	while sleep 5; do echo "  installing: $$(( $$(date +%s) - began )) s so far"; done & said=$$!; \
+	trap 'kill $$said; echo "stopped: what was downloaded stays in the cache of pip; the same command goes on"; exit 130' INT TERM; \
+	$(BIN)/python -m pip install --quiet $(if $(CI),--no-compile) -e '.[all,dev]' -e ./labs -e ./peers; \
+	status=$$?; kill $$said; exit $$status
 	touch $@
 
 base: install ## Import the bundled base model into the cache that veneer-server uses

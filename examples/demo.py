@@ -145,7 +145,7 @@ async def show(address: str, sets: Sequence[TaskSet]) -> bool:
 
 
 async def answer_side_by_side(client: AsyncClient, sets: Sequence[TaskSet]) -> None:
-    """Stream some answers in one batch, then say which weights gave them, and which are right."""
+    """Stream some answers in one batch; show which weights gave each, and its verdict."""
     groups = [
         [Answer(asked, number, name) for name in ("", asked.adapter)]
         for asked in sets

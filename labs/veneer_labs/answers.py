@@ -145,6 +145,7 @@ def code_tasks() -> TaskSet:
         Task(
             Chat.user(f"Write a Python function {each['signature']}: {each['does']}"),
             {"python": {"tests": each["tests"]}},
+            each["answer"],
         )
         for each in yaml.safe_load(text)
     )
