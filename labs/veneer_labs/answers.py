@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import hashlib
 import json
+import re
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -61,11 +62,15 @@ class NotHeldOut(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A prompt, how its answer is judged, and the sample's own answer."""
+    """A prompt, how its answer is judged, and the sample's own answer.
+
+    Attributes:
+        checks: all of which the answer must pass.
+    """
 
     prompt: Chat
-    check: Mapping[str, Any]
-    expected: str = ""
+    checks: tuple[Mapping[str, Any], ...]
+    expected: str
 
     @property
     def text(self) -> str:
@@ -74,7 +79,7 @@ class Task:
 
     def right(self, answer: str) -> bool:
         """Raises Unimplemented if it is code, and this machine has no sandbox."""
-        return passes(self.check, answer, self.expected)
+        return all(passes(check, answer, self.expected) for check in self.checks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +135,7 @@ def sql_tasks(adapters: Path) -> TaskSet:
     _verify(adapters / "sql", held_out)
     return TaskSet(
         adapter="sql",
-        counted="executed on SQLite, returns the rows of the sample's own statement",
+        counted="run on SQLite over two sets of rows, returns what the sample's statement does",
         about=f"{len(held_out)} questions held out from training with their schemas",
         tasks=tuple(map(_task, held_out)),
         max_tokens=96,
@@ -144,7 +149,7 @@ def code_tasks() -> TaskSet:
     tasks = tuple(
         Task(
             Chat.user(f"Write a Python function {each['signature']}: {each['does']}"),
-            {"python": {"tests": each["tests"]}},
+            ({"python": {"tests": each["tests"]}},),
             each["answer"],
         )
         for each in yaml.safe_load(text)
@@ -194,7 +199,18 @@ def chat_form(adapters: Path) -> TaskSet:
 
 def _task(sample: Mapping[str, Any]) -> Task:
     *before, answer = sample["messages"]
-    return Task(Chat.of(before), sample["check"], answer["content"])
+    check = sample["check"]
+    checks = (check,) if "sql" not in check else (check, _rows_twice(check))
+    return Task(Chat.of(before), checks, answer["content"])
+
+
+def _rows_twice(check: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same with each row once more, under another id: over one set of rows ``SELECT 1`` is
+    right about every count that happens to be one."""
+    setup = check["sql"]["setup"]
+    again = re.sub(r"^(INSERT INTO \w+ VALUES \(\d+)", r"\g<1>000", setup, flags=re.MULTILINE)
+    rows = [line for line in again.splitlines() if line.startswith("INSERT")]
+    return {"sql": {"setup": "\n".join([setup, *rows])}}
 
 
 def _verify(adapter: Path, held_out: Sequence[Mapping[str, Any]]) -> None:
