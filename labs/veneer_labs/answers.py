@@ -18,6 +18,7 @@ import asyncio
 import hashlib
 import json
 import re
+import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -348,6 +349,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server too has to stop
     try:
         main()
     except (VeneerError, NotHeldOut) as error:
