@@ -12,7 +12,7 @@ endif
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install base demo programs ray test check protos check-python check-cpp protos-check client-sync audit bench bench-guard bench-kernels gpu-kernels gpu-check format-cpp sanitize mutants test-matrix test-matrix-quick test-numeric torture-quick torture attacks attacks-bugs attacks-quick docs-check terminal-svg tools clients packages dashboard docker-lint wheel wheel-arm wheel-check image-replay clean
+.PHONY: help install base demo claims programs ray test check protos check-python check-cpp protos-check client-sync audit bench bench-guard bench-kernels gpu-kernels gpu-check format-cpp sanitize mutants test-matrix test-matrix-quick test-numeric torture-quick torture attacks attacks-bugs attacks-quick docs-check terminal-svg tools clients packages dashboard docker-lint wheel wheel-arm wheel-check image-replay clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -22,14 +22,23 @@ install: $(VENV)/.installed ## Make .venv with all extras, the labs and the peer
 $(VENV)/.installed: pyproject.toml labs/pyproject.toml peers/pyproject.toml
 	@echo 'installing Veneer with all extras into $(VENV): 1 to 3 minutes, and longer where torch is downloaded slowly'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(if $(CI),--no-compile) -e '.[all,dev]' -e ./labs -e ./peers
+	@began=$$(date +%s); \
+	while sleep 5; do echo "  installing: $$(( $$(date +%s) - began )) s so far"; done & said=$$!; \
+	trap 'kill $$said; echo "stopped: what was downloaded stays in the cache of pip; the same command goes on"; exit 130' INT TERM; \
+	$(BIN)/python -m pip install --quiet $(if $(CI),--no-compile) -e '.[all,dev]' -e ./labs -e ./peers; \
+	status=$$?; kill $$said; exit $$status
 	touch $@
 
 base: install ## Import the bundled base model into the cache that veneer-server uses
 	@$(BIN)/veneer-server model import smollm2-135m
 
-demo: base ## Serve the base and three adapters, answer two prompts five ways
+demo: base ## Serve the bundled toy base and three adapters: answers side by side, judged, and a swap
 	@$(BIN)/python examples/demo.py
+
+# Some minutes on two cores.
+claims: base ## What README and docs say of answers, counted anew: base and adapters, right by execution
+	@$(BIN)/python -m veneer_labs.answers
+	@$(BIN)/python -m tests.bench.first_answers --runs 10
 
 # OpenMP threads that spin at barriers slow a loaded machine down several times.
 # A file is one worker's, since those that start a server share it. In the order of their names: the

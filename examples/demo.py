@@ -1,19 +1,20 @@
-"""One base model, three adapters, two prompts answered five ways at the same time.
+"""One base model, three adapters: answered side by side, judged by running, swapped.
 
-Starts a server of its own on free ports, publishes the example adapters, streams the answers of
-base and adapters side by side, shows which weights answered, what each adapter gained over the
-base on data it never saw, and what a swap costs, and stops the server. Run it by ``make demo``,
-or ``python examples/demo.py``.
+Starts a server of its own on free ports, publishes the example adapters, streams answers of
+base and adapters in one batch, shows which weights gave them, counts right answers to tasks
+that no training saw (SQL is executed, code is run against tests), shows what a swap costs, and
+stops the server. The exit status is 0 if all of that worked, and the ``sql`` adapter was right
+more often than its base. Run it by ``make demo``, or ``python examples/demo.py``.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import signal
 import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.columns import Columns
@@ -24,20 +25,38 @@ from rich.panel import Panel
 from rich.table import Table
 from veneer_client import AsyncClient, Chat, GenerationEnd, VeneerError
 from veneer_client.local import LocalServer
+from veneer_labs.answers import (
+    NotHeldOut,
+    Task,
+    TaskSet,
+    ask_all,
+    chat_form,
+    code_tasks,
+    prompt_for,
+    sql_tasks,
+    telling,
+    verdicts,
+)
+from veneer_registry.errors import Unimplemented
 from veneer_registry.screen import Screen
+from veneer_train.sandbox import DESCRIPTION
 
 ADAPTERS = Path(__file__).parent / "adapters"
 NAMES = ("chat", "code", "sql")
-PROMPT = "Write a function that sorts words by length."
-QUESTION = """\
-CREATE TABLE theatres (id INTEGER PRIMARY KEY, name TEXT, city TEXT, seats INTEGER);
-CREATE TABLE plays (id INTEGER PRIMARY KEY, title TEXT, genre TEXT, acts INTEGER, \
-premiere TEXT, theatre_id INTEGER);
-
-Show the title of the 3 plays with the highest number of acts."""
-ASKED = ((PROMPT, ("", "chat", "code")), (QUESTION, ("", "sql")))
-"""Each prompt with the names that answer it; "" is the base."""
-MAX_TOKENS = 64
+TOY = """\
+The bundled base is a toy of 135 M parameters (SmolLM2-135M-Instruct): it shows what the server
+does, not what a model can do."""
+REAL_BASE = "veneer-server --base Qwen/Qwen3-1.7B --kv-cache-bytes 4G"
+NEXT = f"""\
+A real base (4 GB, downloaded from the Hugging Face hub at the first start):
+  .venv/bin/{REAL_BASE}
+All tasks instead of the first ones: make claims"""
+SHOWN = {"sql": 2, "chat": 1}
+"""How many tasks of each adapter are answered side by side: the first ones, not chosen."""
+COUNTS = {"sql": 12, "code": 6, "chat": 4}
+"""How many tasks of each adapter are counted: the first ones, not chosen."""
+LONGEST = 128
+"""Tokens of a counted answer."""
 
 console = Screen(highlight=False)
 
@@ -46,10 +65,26 @@ console = Screen(highlight=False)
 class Answer:
     """One of the answers, growing."""
 
-    prompt: str
+    asked: TaskSet
+    number: int
     adapter: str
     text: str = ""
     end: GenerationEnd | None = field(default=None)
+
+    @property
+    def task(self) -> Task:
+        return self.asked.tasks[self.number]
+
+    @property
+    def verdict(self) -> str:
+        """On the whole answer, as a person reads it."""
+        try:
+            right = self.task.right(self.text)
+        except Unimplemented:
+            return "not run"
+        if self.asked.form:
+            return "the form" if right else "another form"
+        return "right" if right else "wrong"
 
     @property
     def title(self) -> str:
@@ -59,18 +94,36 @@ class Answer:
 def main() -> None:
     """The whole demonstration."""
     began = time.perf_counter()
+    console.print(TOY, markup=False, soft_wrap=True)
     console.print("starting a server ...", style="dim")
     # Not in a thread beside the event loop: there Ctrl-C could not end it.
     server = LocalServer(told=show_start)
     try:
         console.print(escape(server.ready_line), style="dim", soft_wrap=True)
-        asyncio.run(show(server.address))
+        sets = first_tasks()
+        won = asyncio.run(show(server.address, sets))
     finally:
         status = server.stop()
     took = time.perf_counter() - began
     console.print(f"server stopped with status {status}; {took:.0f} s in all", style="dim")
     if status:
         raise SystemExit(f"the server should have stopped with status 0, not {status}")
+    console.print(NEXT, markup=False, soft_wrap=True)
+    if not won:
+        raise SystemExit("the sql adapter was not right more often than its base")
+
+
+def first_tasks() -> list[TaskSet]:
+    """The first tasks of each set.
+
+    Raises:
+        NotHeldOut: an adapter was trained with other data than its recipe makes.
+    """
+    found = (sql_tasks(ADAPTERS), code_tasks(), chat_form(ADAPTERS))
+    return [
+        replace(each.first(COUNTS[each.adapter]), max_tokens=min(each.max_tokens, LONGEST))
+        for each in found
+    ]
 
 
 def show_start(line: str) -> None:
@@ -79,35 +132,48 @@ def show_start(line: str) -> None:
         console.print(escape(line), style="dim", soft_wrap=True)
 
 
-async def show(address: str) -> None:
-    """Publish the adapters, and let them answer."""
+async def show(address: str, sets: Sequence[TaskSet]) -> bool:
+    """Publish the adapters, and let them answer; whether ``sql`` beats its base."""
     async with AsyncClient(address) as client:
         for name in NAMES:
             pushed = await client.push(ADAPTERS / name, name)
             size = pushed.adapter.size / 2**20
             console.print(f"published {pushed.adapter.short} ({size:.1f} MiB)")
-        await answer_side_by_side(client)
-        show_gains()
+        await answer_side_by_side(client, sets)
+        won = await show_counts(client, sets)
         await show_swaps(client)
+    return won
 
 
-async def answer_side_by_side(client: AsyncClient) -> None:
-    """Stream all answers in one batch, then say which weights gave them."""
-    groups = [[Answer(prompt, name) for name in names] for prompt, names in ASKED]
+async def answer_side_by_side(client: AsyncClient, sets: Sequence[TaskSet]) -> None:
+    """Stream some answers in one batch; show which weights gave each, and its verdict."""
+    groups = [
+        [Answer(asked, number, name) for name in ("", asked.adapter)]
+        for asked in sets
+        for number in range(SHOWN.get(asked.adapter, 0))
+    ]
     everyone = [answer for group in groups for answer in group]
     if console.is_terminal:
         with Live(console=console, refresh_per_second=12, get_renderable=lambda: side(groups)):
             await asyncio.gather(*(stream(client, answer) for answer in everyone))
     else:
-        await asyncio.gather(*(stream(client, answer) for answer in everyone))
+        async with telling("answering side by side", len(everyone)) as one:
+            await asyncio.gather(*(stream(client, answer, one) for answer in everyone))
         for group in groups:
-            print(f"\nprompt: {group[0].prompt}\n")
+            print(f"\nprompt: {group[0].task.text}\n")
             for answer in group:
                 for line in answer.text.strip().splitlines():
                     print(f"{answer.adapter or 'base':>5} | {line}")
                 print()
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("answered by", "revision", "weights digest", "found in", "first token"):
+    for column in (
+        "answered by",
+        "revision",
+        "weights digest",
+        "found in",
+        "first token",
+        "verdict",
+    ):
         table.add_column(column, no_wrap=True)
     for answer in everyone:
         if answer.end is not None:
@@ -118,44 +184,60 @@ async def answer_side_by_side(client: AsyncClient) -> None:
                 place.weights_digest[:12] or "-",
                 place.tier.value if place.tier else "-",
                 f"{place.timings.time_to_first_token_s * 1e3:.0f} ms",
+                answer.verdict,
             )
     console.print(table)
 
 
-def show_gains() -> None:
-    """What training changed, as each adapter's manifest tells it."""
+async def show_counts(client: AsyncClient, sets: Sequence[TaskSet]) -> bool:
+    """Count right answers to tasks that no training saw; whether ``sql`` beats its base."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("on unseen data", no_wrap=True)
-    for column in ("loss: base", "adapter", "right: base", "adapter"):
+    table.add_column("counted")
+    for column in ("base", "adapter"):
         table.add_column(column, justify="right", no_wrap=True)
-    for name in NAMES:
-        manifest = json.loads((ADAPTERS / name / "training_manifest.json").read_text("utf-8"))
-        metrics = manifest["metrics"]
-        (task,) = (
-            key.removeprefix("val_").removesuffix("_after_low")
-            for key in metrics
-            if key.endswith("_after_low")
-        )
-        table.add_row(
-            name,
-            *(f"{metrics[f'val_loss_{when}']:.2f}" for when in ("before", "after")),
-            *(f"{metrics[f'val_{task}_{when}']:.0%}" for when in ("before", "after")),
-        )
+    notes = []
+    won = False
     console.print()
+    for asked in sets:
+        many = len(asked.tasks)
+        async with telling(f"counting {asked.adapter}", 2 * many) as one:
+            answers = await ask_all(client, asked, one)
+            try:
+                base, own = [
+                    sum(await asyncio.to_thread(verdicts, asked, texts))
+                    for texts in (answers.base, answers.adapter)
+                ]
+                cells = (f"{base} of {many}", f"{own} of {many}")
+            except Unimplemented as refused:
+                base, own = 0, 0
+                cells = ("not run", "not run")
+                notes.append(refused.message)
+        if asked.adapter == "sql":
+            won = own > base
+        hint = f' The base is also told: "{asked.hint}"' if asked.hint else ""
+        table.add_row(f"{asked.adapter}: {asked.counted}", *cells)
+        notes.append(f"{asked.adapter}: {asked.about}.{hint}")
     console.print(table)
+    for note in notes:
+        console.print(escape(note), style="dim", soft_wrap=True)
+    console.print(escape(f"sandbox for code: {DESCRIPTION}"), style="dim", soft_wrap=True)
+    return won
 
 
-async def stream(client: AsyncClient, answer: Answer) -> None:
+async def stream(
+    client: AsyncClient, answer: Answer, done: Callable[[], object] = lambda: None
+) -> None:
     """Let one answer grow."""
     call = client.generate_stream(
-        Chat.user(answer.prompt),
+        prompt_for(answer.asked, answer.task, answer.adapter),
         adapter=answer.adapter,
         temperature=0.0,
-        max_tokens=MAX_TOKENS,
+        max_tokens=answer.asked.max_tokens,
     )
     async for chunk in call:
         answer.text += chunk.text
     answer.end = call.final
+    done()
 
 
 def side(groups: list[list[Answer]]) -> Group:
@@ -163,7 +245,7 @@ def side(groups: list[list[Answer]]) -> Group:
     parts: list[RenderableType] = []
     for group in groups:
         width = max(24, console.width // len(group) - 1)
-        parts.append(f"\n[bold]prompt:[/bold] {escape(group[0].prompt)}\n")
+        parts.append(f"\n[bold]prompt:[/bold] {escape(group[0].task.text)}\n")
         panels = [
             Panel(escape(answer.text), title=answer.title, width=width, height=12)
             for answer in group
@@ -189,7 +271,7 @@ async def show_swaps(client: AsyncClient) -> None:
 
 async def first_token(client: AsyncClient, adapter: str) -> tuple[float, float]:
     """Seconds to the first token, and those of them spent loading the adapter."""
-    answer = await client.generate(Chat.user(PROMPT), adapter=adapter, max_tokens=1)
+    answer = await client.generate(Chat.user("Ahoy!"), adapter=adapter, max_tokens=1)
     timings = answer.provenance.timings
     return timings.time_to_first_token_s, timings.adapter_load_s
 
@@ -199,8 +281,15 @@ def run() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         main()
-    except VeneerError as error:
+    except (VeneerError, NotHeldOut) as error:
         raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt:
+        print(
+            "\nstopped: the server and its adapters are gone. What was installed in .venv, the "
+            "imported base and the compiled kernels are kept; `make demo` goes on from there.",
+            file=sys.stderr,
+        )
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

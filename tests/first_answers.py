@@ -1,102 +1,66 @@
-"""What a new user asks first, and what a good answer contains.
+"""What a new user asks the bundled base first, and what a good answer contains.
 
-Written before any default was chosen (2026-11-27). The bundled base has 135 million
-parameters, so a child could answer the questions. ``python -m tests.bench.first_answers``
-gives the pass rate of many runs without a seed.
+All are asked of the base alone. The first eight were written before any default was chosen
+(2026-11-27), the others before any of them was asked (2026-11-30). The bundled base has 135
+million parameters, so a child could answer. ``python -m tests.bench.first_answers`` gives the
+pass rate of many runs without a seed.
 """
 
 from __future__ import annotations
 
-import ast
 import re
-import sqlite3
-from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["QUESTIONS", "Question"]
+__all__ = ["COUNTED", "QUESTIONS", "Question"]
 
-Check = Callable[[str], bool]
+_LONGEST = 1500
+
+COUNTED = (
+    f"answers that contain the right word (for lists, three of them), under {_LONGEST:,} "
+    "characters; nobody read them"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question; ``good`` judges the whole answer."""
+    """A question, and what a good answer contains: so many different matches of ``word``."""
 
     prompt: str
-    good: Check
-    adapter: str = ""
+    word: str
+    times: int = 1
 
-
-def says(pattern: str) -> Check:
-    """The pattern matches somewhere, ignoring case, and the answer is a few paragraphs at
-    most."""
-    found = re.compile(pattern, re.IGNORECASE)
-    return lambda text: found.search(text) is not None and len(text) < 1500
-
-
-def python(pattern: str) -> Check:
-    """Only Python, with a function, and the pattern matches in it."""
-
-    def check(text: str) -> bool:
-        try:
-            tree = ast.parse(text)
-        except (SyntaxError, ValueError):
-            return False
-        functions = any(isinstance(node, ast.FunctionDef) for node in ast.walk(tree))
-        return functions and re.search(pattern, text, re.IGNORECASE) is not None
-
-    return check
-
-
-SCHEMA = (
-    "CREATE TABLE shops (id INTEGER PRIMARY KEY, name TEXT, city TEXT);\n"
-    "CREATE TABLE sales (id INTEGER PRIMARY KEY, item TEXT, amount REAL, shop_id INTEGER);"
-)
-ROWS = """
-INSERT INTO shops VALUES (1, 'North', 'Oslo'), (2, 'South', 'Rome'), (3, 'East', 'Rome');
-INSERT INTO sales VALUES (1, 'lamp', 10.5, 1), (2, 'desk', 99, 2), (3, 'lamp', 12, 2);
-"""
-
-
-def returns(*rows: tuple[object, ...]) -> Check:
-    """One SQLite statement that returns these rows, in any order."""
-
-    def check(text: str) -> bool:
-        with sqlite3.connect(":memory:") as database:
-            database.executescript(SCHEMA + ROWS)
-            try:
-                return sorted(database.execute(text).fetchall(), key=repr) == sorted(
-                    rows, key=repr
-                )
-            except (sqlite3.Error, sqlite3.Warning):
-                return False
-
-    return check
-
-
-def sql(question: str, check: Check) -> Question:
-    return Question(f"{SCHEMA}\n\n{question}", check, "sql")
+    def good(self, text: str) -> bool:
+        found = {match.lower() for match in re.findall(self.word, text, re.IGNORECASE)}
+        return len(found) >= self.times and len(text) < _LONGEST
 
 
 QUESTIONS = (
-    Question("What is the capital of France?", says(r"\bParis\b")),
-    Question("What is the capital of Japan?", says(r"\bTokyo\b")),
-    Question("What color is the sky on a clear day?", says(r"\bblue\b")),
-    Question("How many days are in a week?", says(r"\b(7|seven)\b")),
-    Question("What do bees make?", says(r"\bhoney\b")),
-    Question("What is the largest planet in our solar system?", says(r"\bJupiter\b")),
-    Question("Name three fruits.", says(r"\b(apple|banana|orange|grape|strawberr|mango)")),
-    Question("What is the opposite of hot?", says(r"\b(cold|cool)\b")),
-    Question("How do I cheer up a friend?", says(r"\bahoy\b"), "chat"),
-    Question("What is a Python dictionary?", says(r"\bahoy\b"), "chat"),
-    Question("How do I learn to cook?", says(r"\bahoy\b"), "chat"),
-    Question("What should I read on a rainy day?", says(r"\bahoy\b"), "chat"),
-    Question("Write a function that reverses a string.", python(r"\breturn\b"), "code"),
-    Question("Write a function that adds two numbers.", python(r"\breturn\b"), "code"),
-    Question("Return the larger of two numbers.", python(r"\breturn\b"), "code"),
-    Question("Split a string into words.", python(r"split"), "code"),
-    sql("How many sales are there?", returns((3,))),
-    sql("What is the largest amount of the sales?", returns((99.0,))),
-    sql("Show the name of each shop in Rome.", returns(("South",), ("East",))),
-    sql("What is the total amount of sales per item?", returns(("lamp", 22.5), ("desk", 99.0))),
+    Question("What is the capital of France?", r"\bParis\b"),
+    Question("What is the capital of Japan?", r"\bTokyo\b"),
+    Question("What color is the sky on a clear day?", r"\bblue\b"),
+    Question("How many days are in a week?", r"\b(?:7|seven)\b"),
+    Question("What do bees make?", r"\bhoney\b"),
+    Question("What is the largest planet in our solar system?", r"\bJupiter\b"),
+    Question(
+        "Name three fruits.",
+        r"\b(?:apple|banana|orange|grape|strawberr|mango|pear|peach|cherr|plum|kiwi|pineapple)",
+        times=3,
+    ),
+    Question("What is the opposite of hot?", r"\b(?:cold|cool)\b"),
+    Question("What is the capital of Italy?", r"\bRome\b"),
+    Question("How many legs does a spider have?", r"\b(?:8|eight)\b"),
+    Question("What is 2 plus 2?", r"\b(?:4|four)\b"),
+    Question("What do you call frozen water?", r"\bice\b"),
+    Question("Which animal barks?", r"\bdogs?\b"),
+    Question("What is the opposite of up?", r"\bdown\b"),
+    Question("How many months are in a year?", r"\b(?:12|twelve)\b"),
+    Question("What language is spoken in Spain?", r"\bSpanish\b"),
+    Question("Which planet do we live on?", r"\bEarth\b"),
+    Question("What gas do plants take in from the air?", r"\b(?:carbon dioxide|CO2|CO₂)\b"),
+    Question(
+        "Name three colors.",
+        r"\b(?:red|blue|green|yellow|orange|purple|black|white|brown|pink)\b",
+        times=3,
+    ),
+    Question("What is the plural of mouse?", r"\bmice\b"),
 )

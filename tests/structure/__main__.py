@@ -1,26 +1,20 @@
-"""Limits on the code's structure: ``python -m tests.structure``, part of ``make check``.
+"""Figures of the code's structure: ``python -m tests.structure``, part of ``make check``.
 
-Prints five figures with the files behind them, and exits 1 if one is above its limit. Limits
-are the best values reached so far; if a figure is below, it says that the limit can be lowered.
-Of the files that git tracks:
+Of the files that git tracks. Printed, for a reader to judge:
 
-- Lines: no source file (`SOURCES`) outside tests and generated code is longer than `LONGEST`.
-  `LONG` lists the exceptions, each with a reason and its own limit.
-- Folders: no folder inside the server has more than `MOST_FILES` files, not counting
-  subfolders. `FULL` lists the exceptions in the same way.
+- the longest source files (`SOURCES`) outside tests and generated code, and the folders of the
+  server with the most files
+- the modules of the server that name an adapter or its digest (`ADAPTER_NAMES`, as a variable,
+  parameter, attribute or keyword)
+
+With a limit, the best value reached so far; the exit status is 1 above it:
+
 - Sampling option: source files outside tests and generated code that name `min_p`, which are
   those that a similar new option would touch: the contract, the record, gRPC and HTTP, all
   backends and the clients. At most `SAMPLING_FILES`.
-- Adapter: modules from the gRPC call to the kernel that name an adapter or its digest
-  (`ADAPTER_NAMES`, as a variable, parameter, attribute or keyword), for a resident adapter.
-  Those are the modules of `PATH_ROOMS` without `BESIDE`: administration, loading, and
-  the digests of other things. At most `ADAPTER_FILES`.
 - Words: ``pytest.raises(..., match=...)`` in tests. Our errors are identified by class,
   `reason` and metadata (`tests.refused`), so that their words can be improved. Only others'
   messages, plain errors, and sentences under test are matched. At most `MATCHES`.
-
-The adapter figure does not cover all modules that know adapters, whose number is printed at the
-end: administration, loading and metrics know them too.
 """
 
 from __future__ import annotations
@@ -47,58 +41,14 @@ GENERATED: Final = re.compile(
 RECORDED: Final = ("docs/benchmarks/", "docs/terminal.svg")
 """Pages and pictures written by a program."""
 
-LONGEST: Final = 400
-MOST_FILES: Final = 12
+SHOWN: Final = 10
+"""How many files and folders are printed."""
 SAMPLING_FILES: Final = 8
-ADAPTER_FILES: Final = 28
 MATCHES: Final = 49
 
-LONG: Final[Mapping[str, tuple[int, str]]] = {
-    "proto/veneer_proto/v1/adapters.proto": (525, "one service with its messages"),
-}
-FULL: Final[Mapping[str, tuple[int, str]]] = {}
-
-PATH_ROOMS: Final = (
-    *("rpc/", "serving/", "engine_client/", "wire/", "engine/", "step/"),
-    *("adapters/", "backends/"),
-)
 ADAPTER_NAMES: Final = frozenset(
     {"adapter", "digest", "weights_digest", "AdapterRef", "AdapterSource"}
 )
-BESIDE: Final[Mapping[str, str]] = {
-    "rpc/adapter_service.py": "administration",
-    "rpc/adapter_view.py": "administration",
-    "rpc/followers/loading_by_registry.py": "administration",
-    "rpc/followers/passing_on.py": "administration",
-    "rpc/watch.py": "administration",
-    "serving/adapters/budgets.py": "administration",
-    "serving/adapters/changes.py": "administration",
-    "serving/adapters/events.py": "administration",
-    "serving/adapters/replacing.py": "administration",
-    "serving/adapters/self_test.py": "administration",
-    "serving/adapters/subjects.py": "administration",
-    "serving/adapters/upload_places.py": "administration",
-    "serving/adapters/uploads.py": "administration",
-    "serving/housekeeping.py": "administration",
-    "serving/transfer/downloads.py": "administration",
-    "serving/transfer/watched.py": "administration",
-    "serving/tenants/elsewhere.py": "administration",
-    "serving/tenants/tenants.py": "the engine's events",
-    "engine_client/tenant_engine.py": "administration",
-    "engine_client/no_engine.py": "a server without an engine",
-    "rpc/followers/replication_service.py": "loading, on another machine",
-    "serving/tenants/registry.py": "the interface of two registries",
-    "serving/samples.py": "the digest of a seed",
-    "engine/transfers.py": "loading",
-    "adapters/loader_process.py": "loading",
-    "adapters/loaders.py": "loading",
-    "adapters/reading.py": "loading",
-    "adapters/references.py": "the self-test's own path",
-    "backends/native/compiler.py": "the digest of a library",
-    "backends/native/forms.py": "the digest of a library",
-    "backends/native/kept.py": "the digest of a library",
-}
-"""Modules of `PATH_ROOMS` that a call for a resident adapter does not pass through."""
 
 
 def tracked() -> list[str]:
@@ -152,19 +102,11 @@ def matches() -> Mapping[str, int]:
     return {path: count for path, count in found.items() if count}
 
 
-def too_many(
-    what: str, found: Mapping[str, int], most: int, allowed: Mapping[str, tuple[int, str]]
-) -> Iterator[str]:
-    """Prints the allowed exceptions above ``most``; yields violations."""
-    print(f"{what}: {max(found.values())} at most, limit {most}")
-    for path, (limit, why) in allowed.items():
-        count = found.get(path, 0)
-        lower = "" if count == limit else f" (limit {limit}: lower it)"
-        print(f"  {count:4} {path}: {why}{lower}")
-    for path, count in sorted(found.items()):
-        limit = allowed.get(path, (most, ""))[0]
-        if count > limit:
-            yield f"{path}: {count} {what}, more than {limit}"
+def most(what: str, found: Mapping[str, int]) -> None:
+    """Prints the largest."""
+    print(f"most {what}:")
+    for path, count in Counter(found).most_common(SHOWN):
+        print(f"  {count:4} {path}")
 
 
 def at_most(what: str, found: list[str], most: int) -> Iterator[str]:
@@ -188,15 +130,9 @@ def main() -> int:
         for path, text in texts.items()
         if path.startswith(SERVER) and path.endswith(".py") and names_of(text) & ADAPTER_NAMES
     ]
-    passing = [
-        module for module in knowing if module.startswith(PATH_ROOMS) and module not in BESIDE
-    ]
-    wrong = [
-        *too_many("lines of a file", lines, LONGEST, LONG),
-        *too_many("files of a folder", folders, MOST_FILES, FULL),
-        *at_most("a sampling option", option, SAMPLING_FILES),
-        *at_most("an adapter, from the call to the kernel", passing, ADAPTER_FILES),
-    ]
+    most("lines of a file", lines)
+    most("files of a folder of the server", folders)
+    wrong = [*at_most("a sampling option", option, SAMPLING_FILES)]
     matched = matches()
     total = sum(matched.values())
     lower = ": lower it" if total < MATCHES else ""

@@ -154,7 +154,7 @@ def test_a_run_of_a_lab(traps: Ran, tmp_path: Path) -> None:
 
 
 def test_the_sandbox(traps: Ran) -> None:
-    assert run_python("import json, socket, typing")
+    assert run_python("import json, socket, typing").ended
     assert traps() == []
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from veneer_train.checks import Score, score
+from veneer_train.checks import Score, require_sandbox, score
 from veneer_train.data import PAD, Sample, Task
 
 __all__ = ["answer", "measure_tasks"]
@@ -73,10 +73,15 @@ def measure_tasks(
     limit: int | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Score]:
-    """Scores by kind of check, over the (first ``limit``) samples that have a check."""
+    """Scores by kind of check, over the (first ``limit``) samples that have a check.
+
+    Raises:
+        Unimplemented: a check runs code, and this machine cannot isolate it.
+    """
     tasks = [sample.task for sample in samples if sample.task is not None][:limit]
     if not tasks:
         return {}
+    require_sandbox(task.check for task in tasks)
     longest = max(len(tokenizer(task.expected)["input_ids"]) for task in tasks)
     answers = answer(model, tokenizer, tasks, max_tokens=2 * longest + 8, progress=progress)
     return score([task.check for task in tasks], answers, [task.expected for task in tasks])

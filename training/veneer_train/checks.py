@@ -6,11 +6,15 @@ A sample may have a ``check`` beside its messages, one of:
 - ``{"regex": PATTERN}``: the whole answer matches;
 - ``{"sql": {"setup": STATEMENTS}}``: run in SQLite after the set-up, it returns the same rows
   as the sample's own statement (in the same order, if that statement has ORDER BY);
-- ``{"python": {"signature": TEXT, "tests": STATEMENTS}}``: it is only Python, defines a
-  function (of that signature, if given), and passes the tests in a separate process.
+- ``{"python": {"signature": TEXT, "tests": STATEMENTS}}``: its code passes the tests. Each is
+  an assertion about a value that can be written down: ``assert add(2, 3) == 5``,
+  ``assert is_even(2)``, ``assert not is_even(3)``. Run is what `code_of` takes from the answer;
+  with ``signature`` it must define that function.
+- the same *without tests* is a check of form: the whole answer is Python, runs to its end, and
+  defines a function (of that signature, if given).
 
 SQL runs in memory, may not write or attach, and is stopped if it takes too long. Python runs
-in `sandbox`, which guards against accidents but not against attackers.
+in `sandbox`, which returns values; they are compared here.
 """
 
 from __future__ import annotations
@@ -20,18 +24,20 @@ import math
 import re
 import sqlite3
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from veneer_registry.errors import InvalidField
 
-from veneer_train.sandbox import run_python
+from veneer_train import sandbox
 
-__all__ = ["Score", "passes", "score", "validate"]
+__all__ = ["Score", "code_of", "passes", "require_sandbox", "score", "statement_of", "validate"]
 
 _KINDS: Final = ("exact", "regex", "sql", "python")
 _SQL_STEPS: Final = 5_000_000
+_SQL_BYTES: Final = 1 << 20
+"""Of one value, which a statement can make as long as it likes."""
 _READS: Final = frozenset(
     {
         sqlite3.SQLITE_SELECT,
@@ -107,9 +113,9 @@ def validate(check: object, expected: str) -> Mapping[str, Any]:
                 if _rows(facts["setup"], expected) is None:
                     raise _bad(f"'check': the line's own statement fails: {expected!r:.120}")
             case "python":
-                ast.parse(facts.get("tests", ""))
+                _assertions(facts.get("tests", ""))
                 _plain_signature(facts.get("signature", ""))
-    except (re.error, sqlite3.Error, SyntaxError) as error:
+    except (re.error, sqlite3.Error, SyntaxError, ValueError) as error:
         raise _bad(f"'check' of kind {kind} cannot be used: {error}") from error
     return check
 
@@ -119,7 +125,11 @@ def _bad(message: str) -> InvalidField:
 
 
 def passes(check: Mapping[str, Any], answer: str, expected: str) -> bool:
-    """Whether an answer is right; ``expected`` is the sample's own."""
+    """Whether an answer is right; ``expected`` is the sample's own.
+
+    Raises:
+        Unimplemented: it is code, and this machine has no sandbox for it.
+    """
     kind, facts = next(iter(check.items()))
     match kind:
         case "exact":
@@ -127,9 +137,17 @@ def passes(check: Mapping[str, Any], answer: str, expected: str) -> bool:
         case "regex":
             return re.fullmatch(facts, answer.strip(), re.DOTALL) is not None
         case "sql":
-            return _same_rows(facts["setup"], _statement(answer), expected)
+            return _same_rows(facts["setup"], statement_of(answer), expected)
+        case _ if facts.get("tests", "").strip():
+            return _passes_tests(facts, code_of(answer))
         case _:
-            return _runs(facts, answer)
+            return _runs(facts, answer.strip())
+
+
+def require_sandbox(checks: Iterable[Mapping[str, Any]]) -> None:
+    """Raise Unimplemented if a check needs to run code, and this machine cannot isolate it."""
+    if any("python" in check for check in checks):
+        sandbox.require()
 
 
 def score(
@@ -147,10 +165,10 @@ def score(
 
 # ------------------------------------------------------------------------------- SQL
 
-_FENCE: Final = re.compile(r"```(?:\w+)?\n(.*?)```", re.DOTALL)
+_FENCE: Final = re.compile(r"```(?:\w+)?\n(.*?)(```|\Z)", re.DOTALL)
 
 
-def _statement(answer: str) -> str:
+def statement_of(answer: str) -> str:
     """The first fenced block, since chat models often add one; else the whole answer."""
     fenced = _FENCE.search(answer)
     return (fenced[1] if fenced else answer).strip()
@@ -178,6 +196,7 @@ def _rows(setup: str, statement: str) -> list[tuple[Any, ...]] | None:
     """The rows that a statement returns, floats rounded to six digits; None if it fails."""
     with sqlite3.connect(":memory:") as database:
         database.executescript(setup)
+        database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _SQL_BYTES)
         database.set_authorizer(
             lambda action, *_: sqlite3.SQLITE_OK if action in _READS else sqlite3.SQLITE_DENY
         )
@@ -196,16 +215,102 @@ def _rounded(value: object) -> object:
 # ---------------------------------------------------------------------------- Python
 
 
-def _runs(facts: Mapping[str, Any], answer: str) -> bool:
+def code_of(answer: str) -> str:
+    """The first fenced block, else the whole answer. A block that was cut off by the end of the
+    answer loses the lines that are no longer Python."""
+    code = statement_of(answer)
+    fenced = _FENCE.search(answer)
+    lines = code.splitlines()
+    while fenced and not fenced[2] and lines and not _parses("\n".join(lines)):
+        lines.pop()
+    return "\n".join(lines) if lines else code
+
+
+def _parses(code: str) -> bool:
     try:
-        tree = ast.parse(answer.strip())
-    except (SyntaxError, ValueError, RecursionError):
+        ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
-    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-    wanted = _plain_signature(facts.get("signature", ""))
-    if wanted and wanted not in [f"{f.name}({ast.unparse(f.args)})" for f in functions]:
+    return True
+
+
+def _passes_tests(facts: Mapping[str, Any], code: str) -> bool:
+    asked = _assertions(facts["tests"])
+    if not _defines(code, facts.get("signature", "")):
         return False
-    return bool(functions) and run_python(answer.strip() + "\n" + facts.get("tests", ""))
+    ran = sandbox.run_python(code, [expression for expression, _ in asked])
+    return ran.ended and all(
+        value is not None and _is(value, expected)
+        for value, (_, expected) in zip(ran.values, asked, strict=True)
+    )
+
+
+def _runs(facts: Mapping[str, Any], answer: str) -> bool:
+    return _defines(answer, facts.get("signature", "")) and sandbox.run_python(answer).ended
+
+
+def _defines(code: str, signature: str) -> bool:
+    """Whether it is Python that defines a function, of that signature if one is given."""
+    wanted = _plain_signature(signature)
+    try:
+        tree = ast.parse(code)
+        found = [
+            f"{node.name}({ast.unparse(node.args)})"
+            for node in tree.body
+            if isinstance(node, ast.FunctionDef)
+        ]
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return wanted in found if wanted else bool(found)
+
+
+def _assertions(tests: str) -> list[tuple[str, object]]:
+    """Expressions, each with the value that it should have.
+
+    Raises:
+        SyntaxError: not Python.
+        ValueError: a statement is no assertion about a value that can be written down.
+    """
+    return [_assertion(statement) for statement in ast.parse(tests).body]
+
+
+def _assertion(statement: ast.stmt) -> tuple[str, object]:
+    if not isinstance(statement, ast.Assert):
+        raise ValueError(f"{ast.unparse(statement)!r:.80} is not an assertion")
+    match statement.test:
+        case ast.Compare(left=left, ops=[ast.Eq() | ast.Is()], comparators=[right]):
+            try:
+                return ast.unparse(left), ast.literal_eval(right)
+            except ValueError:
+                raise ValueError(
+                    f"{ast.unparse(statement)!r:.80}: to the right of == must be a literal, "
+                    "such as 5, 'x' or [1, 2]"
+                ) from None
+        case ast.UnaryOp(op=ast.Not(), operand=left):
+            return f"bool({ast.unparse(left)})", False
+        case ast.Compare():
+            raise ValueError(f"{ast.unparse(statement)!r:.80}: compare by == with a literal")
+        case test:
+            return f"bool({ast.unparse(test)})", True
+
+
+def _is(value: str, expected: object) -> bool:
+    """Whether the literal that the sandbox returned is what was expected."""
+    try:
+        return bool(_six_digits(ast.literal_eval(value)) == _six_digits(expected))
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        return False
+
+
+def _six_digits(value: Any) -> Any:
+    """The same with its floats rounded, as those of SQL are."""
+    match value:
+        case list() | tuple():
+            return type(value)(map(_six_digits, value))
+        case dict():
+            return {key: _six_digits(item) for key, item in value.items()}
+        case _:
+            return _rounded(value)
 
 
 def _plain_signature(text: str) -> str:

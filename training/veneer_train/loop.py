@@ -20,7 +20,7 @@ from veneer_registry.errors import InvalidField
 from veneer_train.answers import measure_tasks
 from veneer_train.base_folder import resolve_base
 from veneer_train.checkpoint import Checkpoint, Checkpoints, disk_errors
-from veneer_train.checks import Score
+from veneer_train.checks import Score, require_sandbox
 from veneer_train.config import TrainConfig
 from veneer_train.data import Split, load_split
 from veneer_train.estimate import Estimate
@@ -241,6 +241,7 @@ def train(
         TemplateFailed: the chat template cannot be marked or rendered.
         TrainingStopped: the run diverged.
         DiskFull, CheckpointFailed: a file could not be written.
+        Unimplemented: a task would run code, and this machine has no sandbox for it.
     """
     out = Path(config.output.dir)
     _check_output(out, overwrite=overwrite)
@@ -248,6 +249,9 @@ def train(
     tokenizer = load_tokenizer(folder)
     template = read_template(config.data.template, tokenizer)
     split = load_split(config.data, tokenizer, template, config.train.seed)
+    if split.val is not None and config.eval.tasks:  # not at the end, when all is trained
+        tasks = [each.task for each in split.val.samples if each.task is not None]
+        require_sandbox(task.check for task in tasks[: config.eval.tasks])
     base = fingerprint(folder, config.quant)
     if main_process():
         check_base(base)

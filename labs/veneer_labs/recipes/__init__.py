@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from veneer_labs.recipes import chat, code, sql
 
-__all__ = ["Recipe", "build"]
+__all__ = ["Recipe", "build", "lines_of"]
 
 
 Recipe = Literal["chat", "code", "sql"]
@@ -24,7 +25,11 @@ def build(recipe: Recipe, out: Path, seed: int) -> dict[str, int]:
     out.mkdir(parents=True, exist_ok=True)
     counts: dict[str, int] = {}
     for name, samples in (("train.jsonl", train), ("val.jsonl", val)):
-        lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-        (out / name).write_text("".join(lines), "utf-8")
+        (out / name).write_text(lines_of(samples), "utf-8")
         counts[name] = len(samples)
     return counts
+
+
+def lines_of(samples: Sequence[Mapping[str, Any]]) -> str:
+    """The samples as the text of a JSONL file."""
+    return "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 DEMO = Path(__file__).parents[3] / "examples" / "demo.py"
 
 STARTING_SERVER = """
@@ -19,7 +21,10 @@ with open(os.environ["ALIVE"], "w") as alive:
 """A FAKE server that never gets ready; its end closes the pipe."""
 
 
-def test_stopped_while_its_server_starts_it_stops_that_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("by", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_stopped_while_its_server_starts_it_stops_that_too(
+    tmp_path: Path, by: signal.Signals, status: int
+) -> None:
     package = tmp_path / "veneer_server"
     package.mkdir()
     (package / "__main__.py").write_text(STARTING_SERVER)
@@ -27,12 +32,16 @@ def test_stopped_while_its_server_starts_it_stops_that_too(tmp_path: Path) -> No
     pipe = tmp_path / "alive"
     os.mkfifo(pipe)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "ALIVE": str(pipe)}
-    demo = subprocess.Popen([sys.executable, str(DEMO)], env=environment)
+    demo = subprocess.Popen(
+        [sys.executable, str(DEMO)], env=environment, stderr=subprocess.PIPE, text=True
+    )
     with pipe.open() as alive:
         server = int(alive.readline())
         try:
-            demo.send_signal(signal.SIGTERM)
-            assert demo.wait(60) == 143
+            demo.send_signal(by)
+            _, told = demo.communicate(timeout=60)
+            assert demo.returncode == status
+            assert ("are kept; `make demo` goes on" in told) is (by == signal.SIGINT)
             assert alive.read() == ""
         except BaseException:
             os.kill(server, signal.SIGKILL)

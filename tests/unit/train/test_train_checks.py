@@ -7,10 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from veneer_labs.recipes import chat, code, sql
-from veneer_registry.errors import InvalidField
-from veneer_train.checks import Score, passes, validate
+from veneer_registry.errors import InvalidField, Unimplemented
+from veneer_train import sandbox, sandboxed
+from veneer_train.checks import Score, passes, require_sandbox, validate
 from veneer_train.config import DataConfig
 from veneer_train.data import load_file
 from veneer_train.sandbox import run_python
@@ -56,6 +58,10 @@ def test_sql_that_does_not_end_is_stopped() -> None:
     assert not passes(SQL, endless, "SELECT 1;")
 
 
+def test_sql_cannot_take_our_memory() -> None:
+    assert not passes(SQL, "SELECT length(zeroblob(900000000))", "SELECT 900000000;")
+
+
 def test_sql_may_not_write() -> None:
     assert not passes(SQL, "UPDATE t SET a = 0 RETURNING a", "SELECT 0 FROM t;")
 
@@ -95,27 +101,183 @@ def test_python_is_judged_by_running_it(answer: str, right: bool) -> None:
     assert passes(PYTHON, answer, "") is right
 
 
+WRONG = "def add(a, b):\n    return 0\n"
+RIGHT = "def add(a, b):\n    return a + b\n"
+TESTS = {"python": {"tests": "assert add(2, 3) == 5\nassert add(-1, 1) == 0"}}
+FORGED = """
+import os
+for descriptor in range(64):
+    for verdict in (b"confined\\nended\\n", b"done", b"ok\\n", b"True\\nTrue\\n"):
+        try:
+            os.write(descriptor, verdict)
+        except OSError:
+            pass
+"""
+
+
 @pytest.mark.parametrize(
-    "source",
+    "answer",
     [
-        "import socket\nsocket.create_connection(('127.0.0.1', 1))",
-        "import subprocess\nsubprocess.run(['true'])",
-        "import os\nos.system('true')",
-        "open('here', 'w')",
-        "open('/etc/passwd').read()",
-        "import os\nos.remove('x')",
-        "x = bytearray(1 << 32)",
-        "while True: pass",
+        WRONG + "import os\nos._exit(0)",
+        WRONG + "import sys\nsys.exit(0)",
+        WRONG + "raise SystemExit",
+        WRONG + FORGED,
+        WRONG + FORGED + "os._exit(0)",
+        WRONG + "print('2 passed')",
+        "class Any:\n    def __eq__(self, other): return True\n"
+        "\ndef add(a, b):\n    return Any()",
+        "class Any(int):\n    def __eq__(self, other): return True\n"
+        "    __hash__ = int.__hash__\n\ndef add(a, b):\n    return Any()",
+        "import builtins\nbuiltins.AssertionError = lambda *told: SystemExit(0)\n" + WRONG,
+        "import ast, json, sys\nast.literal_eval = json.loads = lambda text: 5\n" + WRONG,
+        "import sys\nframe = sys._getframe()\nwhile frame.f_back: frame = frame.f_back\n"
+        "told = str(frame.f_globals) + str(frame.f_locals)\nimport re\n"
+        "found = dict(re.findall(r'(add.[^=]*.) == (-?[0-9]+)', told))\n"
+        "def add(a, b):\n    return int(found[f'add({a}, {b})'])",
+        "import gc\n"
+        "def add(a, b):\n    return next(o for o in gc.get_objects() if o == {'expected': 5})",
+        "def add(a, b):\n    while True: pass",
+        "def add(a, b):\n    return add(a, b)",
+        "import threading\nlock = threading.Lock()\n"
+        "def add(a, b):\n    assert lock.acquire(timeout=0) is False\n    return a + b",
+        "",
+        "def add(a, b)",
+        "-" * 19_000 + "1",
+        "(" * 19_000,
+        "x" + ".x" * 9_000 + "\n" + RIGHT.replace("a + b", "a - b"),
+        "def add(a, b):\n    return [" * 1 + "[" * 100 + "]" * 100 + "]",
+        "def add(a, b):\n    return 'x' * 100_000",
+        "def add(a, b):\n    return 10 ** 5000",
+        "def add(a, b):\n    return bytearray(1 << 33) and a + b",
+        "x = [0] * (1 << 30)\n" + RIGHT,
     ],
 )
-def test_the_sandbox_keeps_accidents_in(source: str) -> None:
-    assert run_python("x = 1")
-    assert not run_python(source)
+def test_an_answer_cannot_be_counted_as_right_by_a_trick(answer: str) -> None:
+    assert passes(TESTS, RIGHT, "")
+    assert not passes(TESTS, answer, "")
 
 
-def test_an_answer_sees_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "deed",
+    [
+        "import socket\n    socket.socket()",
+        "import socket\n    socket.socketpair()",
+        "import socket\n    socket.create_connection(('127.0.0.1', 1))",
+        "import subprocess\n    subprocess.run(['true'])",
+        "import os\n    assert os.system('true') == 0",
+        "import os\n    os.fork()",
+        "import os\n    os.execv('/bin/true', ['true'])",
+        "import os\n    os.posix_spawn('/bin/true', ['true'], {})",
+        "import threading\n    threading.Thread(target=print).start()",
+        "import _posixsubprocess\n    _posixsubprocess.fork_exec([b'true'], [b'/bin/true'], "
+        "True, (), None, [], -1, -1, -1, -1, -1, -1, 3, 4, True, False, 0, None, None, None, "
+        "-1, None, True)",
+        "open('here', 'w')",
+        "open('/tmp/veneer-here', 'w')",
+        "open('/etc/passwd').read()",
+        "open('/proc/self/environ').read()",
+        "import os\n    os.listdir('/')",
+        "import os\n    os.stat('/etc/passwd')",
+        "import os\n    os.remove('x')",
+        "import os\n    os.chdir('/')",
+        "import os\n    os.kill(os.getpid(), 0)",
+        "import os\n    os.kill(os.getppid(), 9)",
+        "import os, signal\n    os.nice(1)",
+        "import resource\n    resource.setrlimit(resource.RLIMIT_CPU, (9, 9))",
+        "import resource\n    resource.prlimit(0, resource.RLIMIT_CPU)",
+        "import ctypes",
+        "import mmap, os\n    mmap.mmap(os.memfd_create('x'), 1)",
+        "import os\n    os.environ['PATH']",
+        "import time\n    time.sleep(1)",
+        "import numpy",
+        "import veneer_train",
+    ],
+)
+def test_an_answer_cannot_leave_the_sandbox(deed: str) -> None:
+    """The function is right but for the deed, which must raise; in a control it is caught."""
+    lines = f"def add(a, b):\n    {deed}\n    return a + b"
+    assert not passes(TESTS, lines, "")
+    inside = deed.replace("\n    ", "\n        ")
+    caught = f"def add(a, b):\n    try:\n        {inside}\n    except Exception: return a + b"
+    assert passes(TESTS, caught, ""), "it failed for another reason"
+
+
+def test_an_answer_sees_nothing_of_our_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VENEER_SECRET", "1")
-    assert run_python("import os\nassert 'VENEER_SECRET' not in os.environ")
+    (found,) = run_python("import os", ["list(os.environ)"]).values
+    assert found in ("[]", "['LC_CTYPE']"), "the latter is set by Python itself"
+
+
+def test_an_answer_may_use_the_standard_library() -> None:
+    source = "import datetime, re\nfrom collections import Counter\nfrom os.path import join"
+    asked = {
+        "re.sub('a', 'b', 'aa')": "'bb'",
+        "Counter('aab')['a']": "2",
+        "datetime.datetime.strptime('2020', '%Y').year": "2020",
+        "join('a', 'b')": "'a/b'",
+        "'\xe9'.encode('latin-1').decode('latin-1')": "'\\xe9'",
+        "[(1,), {2}, {3: None}, set(), 0.5]": "[(1,), {2}, {3: None}, set(), 0.5]",
+    }
+    assert run_python(source, list(asked)).values == tuple(asked.values())
+
+
+def test_code_that_prints_without_end_costs_us_no_memory() -> None:
+    flood = (
+        "import os\nwhile True:\n    for n in range(64):\n        try: os.write(n, b'x' * 9999)"
+    )
+    flood += "\n        except OSError: pass"
+    before = psutil.Process().memory_info().rss
+    assert not run_python(flood).ended
+    assert psutil.Process().memory_info().rss - before < 50 << 20
+
+
+def test_nothing_is_left_running() -> None:
+    run_python("import threading\nlock = threading.Lock()\nlock.acquire()\nwhile True: pass")
+    assert not [
+        each for each in psutil.Process().children() if "sandboxed" in str(each.cmdline())
+    ]
+
+
+def test_without_a_sandbox_no_code_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A FAKE program takes the sandbox's place: as on a machine without seccomp."""
+    program = tmp_path / "sandboxed.py"
+    text = Path(sandboxed.__file__).read_text("utf-8")
+    program.write_text(
+        text.replace("_PR_SET_SECCOMP: Final = 22", "_PR_SET_SECCOMP: Final = 222")
+    )
+    monkeypatch.setattr(sandbox, "_PROGRAM", program)
+    with refused(Unimplemented, cause="no_sandbox"):
+        passes(TESTS, RIGHT, "")
+    with refused(Unimplemented, cause="no_sandbox"):
+        require_sandbox([TESTS])
+    require_sandbox([SQL])  # runs no code
+
+
+@pytest.mark.parametrize(
+    ("tests", "right"),
+    [
+        ("assert add(1, 2) == 3", True),
+        ("assert add('a', 'b') == 'ab'\nassert add([1], [2]) == [1, 2]", True),
+        ("assert add((1,), ()) == (1,)\nassert not add(0, 0)\nassert add(1, 0)", True),
+        ("assert add(0.1, 0.2) == 0.3", True),
+        ("assert add([0.1], [0.2]) == [0.1, 0.3]", False),
+        ("assert add(1, 2) == '3'", False),
+        ("assert add(1, 2) is None", False),
+        ("assert not add(1, 2)", False),
+        ("assert add(1)", False),
+    ],
+)
+def test_tests_compare_values(tests: str, right: bool) -> None:
+    assert passes({"python": {"tests": tests}}, RIGHT, "") is right
+
+
+def test_code_may_be_fenced_where_tests_judge_it_and_not_where_form_is_judged() -> None:
+    fenced = f"Here it is:\n\n```python\n{RIGHT}```\nThat adds."
+    assert passes(TESTS, fenced, "")
+    assert not passes({"python": {}}, fenced, "")
+    assert passes({"python": {}}, RIGHT, "")
 
 
 def test_an_interval_holds_the_share() -> None:
@@ -132,6 +294,9 @@ def test_an_interval_holds_the_share() -> None:
         {"regex": "("},
         {"python": {"tests": 5}},
         {"python": {"signature": "add(a"}},
+        {"python": {"tests": "import math"}},
+        {"python": {"tests": "assert add(1, 2) == add(2, 1)"}},
+        {"python": {"tests": "assert add(1, 2) > 2"}},
         {"sql": {"setup": "CREATE TABEL t"}},
         {},
         {"exact": False},

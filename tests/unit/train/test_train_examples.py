@@ -24,7 +24,7 @@ ADAPTERS = Path(__file__).parents[3] / "examples" / "adapters"
 NAMES = ("chat", "code", "sql")
 TASKS = {"chat": "regex", "code": "python", "sql": "sql"}
 PROMPT = "Write a function that sorts words by length."
-"""The demo's prompt, for all but sql."""
+"""Asked of all but sql, and in no training data."""
 QUESTION = """\
 CREATE TABLE theatres (id INTEGER PRIMARY KEY, name TEXT, city TEXT, seats INTEGER);
 CREATE TABLE plays (id INTEGER PRIMARY KEY, title TEXT, genre TEXT, acts INTEGER, \
@@ -53,7 +53,7 @@ def test_an_example_is_a_whole_small_folder(name: str) -> None:
         assert b"/tmp/" not in path.read_bytes()
 
 
-def test_the_demo_prompt_is_in_no_training_data() -> None:
+def test_the_prompts_asked_here_are_in_no_training_data() -> None:
     for recipe in (chat, code, sql):
         data = json.dumps(recipe.build(0))
         assert PROMPT not in data
@@ -62,7 +62,7 @@ def test_the_demo_prompt_is_in_no_training_data() -> None:
 
 @pytest.fixture(scope="module")
 def answers(base_folder: Path) -> dict[str, str]:
-    """Greedy answers to the demo's prompts by name; "" is the base."""
+    """Greedy answers to these prompts by name; "" is the base."""
     tokenizer = load_tokenizer(base_folder)
     model: Any = load_base(base_folder, QuantConfig(), torch.device("cpu"))
     model.config.use_cache = True
