@@ -3,8 +3,8 @@
 Builds the wheel, has auditwheel list the symbol versions that it needs and compare them with
 its tag, installs it into a new environment with a new home and no compiler, and does what a new
 user would: follows the programs' hints about extras, starts the server with the bundled base,
-waits for it, publishes an example adapter and gets answers. Then it builds the wheel for ARM, and
-looks into it. Exit status 1 if anything fails.
+waits for it, publishes an example adapter and gets answers. Then it builds the wheel for ARM,
+and looks into it. Exit status 1 if anything fails.
 """
 
 from __future__ import annotations
