@@ -1,6 +1,6 @@
-// Avoids symbols that manylinux_2_28 lacks (`SYMBOLS` of forms.py), so that what a new compiler on a
-// new system compiles loads on an old one, and costs nothing where it is compiled and used. Beside the
-// instruction sets, since an architecture's oldest version is that of its first glibc.
+// Avoids symbols that manylinux_2_28 lacks (`SYMBOLS` of forms.py), so that what a new compiler on
+// a new system compiles loads on an old one, and costs nothing where it is compiled and used.
+// Beside the instruction sets, since an architecture's oldest version is that of its first glibc.
 #pragma once
 
 #include <exception>
@@ -23,14 +23,13 @@ VENEER_OLD("pthread_setaffinity_np", "2.17");
 #endif
 
 #if defined(__GLIBCXX__)
-// Functions of libstdc++ that GCC 11 and 14 began to call. Weak: linked statically, libstdc++ has its
-// own.
-#define VENEER_OWN(name, symbol)                                              \
-    extern "C" [[noreturn]] __attribute__((weak, visibility("hidden"))) void \
-    name() noexcept(false) __asm__(symbol)
+// Functions of libstdc++ that GCC 11 and 14 began to call. Weak: linked statically, libstdc++ has
+// its own.
+#define VENEER_OWN(name, symbol) \
+    extern "C" [[noreturn]] __attribute__((weak, visibility("hidden"))) void name() __asm__(symbol)
 VENEER_OWN(veneer_array_too_long, "_ZSt28__throw_bad_array_new_lengthv");
 void veneer_array_too_long() { throw std::bad_alloc(); }  // as GCC 10 did
-VENEER_OWN(veneer_uncaught, "__cxa_call_terminate");  // out of a function that is noexcept
+VENEER_OWN(veneer_uncaught, "__cxa_call_terminate");      // out of a function that is noexcept
 void veneer_uncaught() { std::terminate(); }
 #undef VENEER_OWN
 #endif
