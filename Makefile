@@ -195,7 +195,7 @@ packages:
 	fi
 
 # Python alone builds the wheel; its bill of materials lists what is installed, so it needs .venv.
-wheel: ## Build the wheel, with compiled kernels where there is a C++ compiler, and its SBOM
+wheel: ## Build the wheel for manylinux_2_28, with compiled kernels where there is a C++ compiler, and its SBOM
 	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
 	@ls dist/*.whl
 	@if test -x $(BIN)/python; then $(BIN)/python deploy/sbom.py dist/*.whl; \
@@ -267,7 +267,7 @@ wheel-arm: ## Cross-compile the wheel for 64-bit ARM
 	@ls dist/*aarch64.whl
 
 # Needs Python alone. pip's cache is used where there is one.
-wheel-check: ## The wheel from nothing: install it, serve without a compiler, get answers
+wheel-check: ## The wheel from nothing: its symbols against its tag, install it, serve without a compiler, get answers
 	@$(PYTHON) -m tests.packaging
 
 # As root: chroot and mounts in a namespace of its own.

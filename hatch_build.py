@@ -1,16 +1,17 @@
 """Builds the wheel: with a C++ compiler for Linux on x86-64 or ARM it brings compiled kernels.
 
-Without one it is a pure wheel, and a server compiles them at its first start. An editable
-install compiles nothing here. A compiler for another architecture, named in CXX, makes a wheel
-for that one.
+Its tag is `forms.PLATFORM`, which PyPI takes, if the libraries need no newer symbols of the
+system's libraries; else ``linux``, for this machine alone.
+
+Without a compiler it is a pure wheel, and a server compiles them at its first start. An
+editable install compiles nothing here. A compiler for another architecture, named in CXX, makes
+a wheel for that one.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-import platform
-import re
 import shlex
 import shutil
 import subprocess
@@ -61,13 +62,25 @@ class KernelsHook(BuildHookInterface[Any]):
             )
         # For any Python 3: the libraries know nothing of it.
         build_data["pure_python"] = False
-        system = "linux" if machine == platform.machine() else f"manylinux_2_{_glibc(files)}"
-        build_data["tag"] = f"py3-none-{system}_{machine}"
+        build_data["tag"] = f"py3-none-{self._platform(forms, files)}_{machine}"
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         """The libraries are in the wheel."""
         if self._made is not None:
             self._made.cleanup()
+
+    def _platform(self, forms: Any, files: Iterable[Path]) -> str:
+        versions = frozenset().union(*map(forms.symbol_versions, files))
+        if not any(version.startswith("GLIBC_") for version in versions):
+            self.app.display_warning("a wheel without a manylinux tag: there is no glibc here")
+            return "linux"
+        if newer := forms.too_new(versions):
+            self.app.display_warning(
+                f"a wheel without a manylinux tag: its kernels need {', '.join(newer)}, which "
+                f"{forms.PLATFORM} lacks; it may be installed where it was built"
+            )
+            return "linux"
+        return str(forms.PLATFORM)
 
     def _pure(self, why: str) -> None:
         self.app.display_warning(
@@ -82,13 +95,6 @@ def _compiler() -> list[str]:
         if path := shutil.which(name):
             return [path, *words[1:]]
     return []
-
-
-def _glibc(files: Iterable[Path]) -> int:
-    """The C library that they need: N of 2.N. A wheel for this machine needs the machine's own;
-    a cross-compiler's may be newer than that where the wheel is installed."""
-    needed = (re.findall(rb"\0GLIBC_2\.(\d+)(?=[.\0])", file.read_bytes()) for file in files)
-    return max(int(number) for numbers in needed for number in numbers)
 
 
 def _load(path: Path) -> Any:

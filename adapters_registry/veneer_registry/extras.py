@@ -1,19 +1,41 @@
-"""Says in one line which extra to install for a program that lacks a package."""
+"""Says in one line which extra to install for a program that lacks a package, and how."""
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
-__all__ = ["missing_extra", "run_with_extra"]
+__all__ = ["install_extra", "missing_extra", "run_with_extra"]
 
 _REQUIREMENT: Final = re.compile(r"([A-Za-z0-9._-]+).*extra == ['\"]([a-z]+)['\"]")
 
 _NAMES: Final = {"pyyaml": "yaml"}
 """Distributions whose module has a different name."""
+
+
+def install_extra(extra: str) -> str:
+    """The command that adds an extra to this installation. Veneer is on no package index, so it
+    names the checkout or wheel that pip installed: a person can paste it."""
+    try:
+        told = metadata.distribution("veneer").read_text("direct_url.json")
+        origin = json.loads(told or "{}")
+        url = urlsplit(origin.get("url", ""))
+        # By path, and only while it is there: an image is built from a folder that it lacks.
+        path = url2pathname(url.path) if url.scheme == "file" else ""
+        if path and Path(path).exists():
+            editable = "-e " if origin.get("dir_info", {}).get("editable") else ""
+            return f"pip install {editable}{shlex.quote(f'{path}[{extra}]')}"
+    except (metadata.PackageNotFoundError, ValueError, AttributeError):
+        pass  # a broken installation, which must not hide what its command misses
+    return f"pip install '.[{extra}]' in Veneer's folder, or 'WHEEL[{extra}]' with its wheel"
 
 
 def missing_extra(error: ModuleNotFoundError, extra: str) -> str | None:
@@ -28,7 +50,7 @@ def missing_extra(error: ModuleNotFoundError, extra: str) -> str | None:
     if not any(name in modules for modules in extras.values()):
         return None
     extra = "gateway" if name in extras["gateway"] else extra
-    return f"the package {name} is not installed: pip install 'veneer[{extra}]'"
+    return f"the package {name} is not installed: {install_extra(extra)}"
 
 
 def _extras() -> dict[str, set[str]]:

@@ -1,16 +1,20 @@
 """The wheel, from nothing: ``make wheel-check``.
 
-Builds the wheel, installs it into new environments with a new home, hides every compiler, and
-does what a new user would: starts the server with the bundled base, waits for it, publishes an
-example adapter and gets answers. Then it builds the wheel for ARM, and looks into it. Exit
-status 1 if anything fails.
+Builds the wheel, has auditwheel list the symbol versions that it needs and compare them with
+its tag, installs it into a new environment with a new home and no compiler, and does what a new
+user would: follows the programs' hints about extras, starts the server with the bundled base,
+waits for it, publishes an example adapter and gets answers. Then it builds the wheel for ARM,
+and looks into it. Exit status 1 if anything fails.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,6 +27,9 @@ from tests.arm import tools
 from tests.packaging.stranger import Failed, Installation, must_say, pip_environment, stage, use
 
 ROOT = Path(__file__).resolve().parents[2]
+AUDITWHEEL = "auditwheel>=6.8,<7"
+PLATFORM = "manylinux_2_28"
+"""As README names the wheel: this imports nothing of Veneer's, which is not installed."""
 BESIDE = ("veneer_labs", "veneer_peers")
 """Packages of the repository that are installed beside the wheel."""
 
@@ -46,50 +53,77 @@ def build(out: Path, *, compiler: bool = True) -> Path:
     beside = [name for name in names if name.startswith(BESIDE) or "recipes" in name]
     if beside:
         raise Failed(f"these belong to packages of their own, yet the wheel has them: {beside}")
-    if "linux_x86_64" not in wheel.name or len(kernels) != 3 or len(adapters) != 3:
+    if not wheel.name.endswith(f"-py3-none-{PLATFORM}_x86_64.whl"):
+        raise Failed(f"{wheel.name} is not for {PLATFORM}: `pip wheel --verbose` says why")
+    if len(kernels) != 3 or len(adapters) != 3:
         raise Failed(f"the wheel has the kernels {kernels} and the adapters {adapters}")
     return wheel
 
 
-LIBRARIES = {
-    "libstdc++.so.6",
-    "libm.so.6",
-    "libgcc_s.so.1",
-    "libc.so.6",
-    "ld-linux-aarch64.so.1",
-}
-"""That a library for ARM may need: manylinux has them."""
+def install_auditwheel(folder: Path) -> dict[str, str]:
+    """The environment in which `audit` finds it, in a folder of its own."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder)]
+    subprocess.run([*pip, AUDITWHEEL], check=True)
+    return {**os.environ, "PYTHONPATH": str(folder)}
 
 
-def check_arm(out: Path) -> None:
+def audit(wheel: Path, environment: dict[str, str]) -> None:
+    """Print each symbol version that a wheel needs, as auditwheel finds them, and check that
+    the systems of its tag have them.
+
+    Raises:
+        Failed: the tag promises too much.
+    """
+    command = [sys.executable, "-m", "auditwheel", "show", "--json", str(wheel)]
+    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE)
+    told = json.loads(done.stdout)
+    for library, versions in sorted(told["versioned_symbols"].items()):
+        print(f"     {library}: {' '.join(versions)}")
+    needed = re.match(r"manylinux_2_(\d+)_", told["overall_tag"])
+    tag = re.search(r"-manylinux_2_(\d+)_\w+\.whl$", wheel.name)
+    if needed is None or tag is None or int(needed[1]) > int(tag[1]):
+        raise Failed(f"{wheel.name} is a wheel for {told['overall_tag']}, by auditwheel")
+    print(f"     auditwheel: {told['overall_tag']}, so the wheel's tag holds")
+
+
+def must_be_refused(wheel: Path, folder: Path, environment: dict[str, str]) -> None:
+    """Check that `audit` refuses the wheel with the tag of older systems."""
+    older = folder / wheel.name.replace(PLATFORM, "manylinux_2_17")
+    shutil.copy(wheel, older)
+    try:
+        audit(older, environment)
+    except Failed as said:
+        print(f"     refused with another tag: {said}")
+    else:
+        raise Failed(f"auditwheel lets {older.name} pass")
+
+
+def check_arm(out: Path, auditor: dict[str, str]) -> None:
     """Build the wheel for ARM, and check what its libraries are for, need and export."""
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
     environment = {**os.environ, "CXX": str(tools.CXX)}
     subprocess.run([*pip, "--wheel-dir", str(out), str(ROOT)], check=True, env=environment)
     (wheel,) = out.glob("*.whl")
-    tag = re.search(r"-py3-none-manylinux_2_(\d+)_aarch64\.whl$", wheel.name)
     with zipfile.ZipFile(wheel) as files:
         names = [name for name in files.namelist() if "/native/prebuilt/" in name]
         forms = sorted(Path(name).name.rsplit("-", 2)[0] for name in names)
-        if tag is None or forms != ["neon", "neon-bf16"]:
+        named = wheel.name.endswith(f"-py3-none-{PLATFORM}_aarch64.whl")
+        if not named or forms != ["neon", "neon-bf16"]:
             raise Failed(f"{wheel.name} has the kernels {forms}")
         program, variables = tools.readelf()
         for name in names:
-            command = [*program, "-h", "-d", "-V", "--dyn-syms", files.extract(name, out)]
+            command = [*program, "-h", "--dyn-syms", files.extract(name, out)]
             done = subprocess.run(
                 command, env=variables, check=True, capture_output=True, text=True
             )
-            glibc = max(int(number) for number in re.findall(r"GLIBC_2\.(\d+)", done.stdout))
-            needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", done.stdout))
             if "AArch64" not in done.stdout or "veneer_step" not in done.stdout:
                 raise Failed(f"{name} is no library of kernels for ARM")
-            if glibc > int(tag[1]) or not needed <= LIBRARIES:
-                raise Failed(f"{name} needs glibc 2.{glibc} and {needed}")
-    print(f"     {wheel.name}: glibc 2.{glibc}")
+    print(f"     {wheel.name}")
+    audit(wheel, auditor)
 
 
-def install(wheel: Path, extras: str, folder: Path, cache: str) -> Installation:
-    """A new environment with the wheel, and an empty home."""
+def install(wheel: Path, folder: Path, cache: str) -> Installation:
+    """A new environment with the wheel, and an empty home. A compiler is not in its PATH."""
     venv.create(folder / "venv", with_pip=True)
     home = folder / "home"
     home.mkdir()
@@ -99,19 +133,31 @@ def install(wheel: Path, extras: str, folder: Path, cache: str) -> Installation:
         # pip's own cache, so that a second run downloads little.
         "PIP_CACHE_DIR": cache,
         "HOME": str(home),
-        # Contains no compiler.
         "PATH": str(pip.parent),
     }
-    subprocess.run([pip, "install", "--quiet", f"{wheel}{extras}"], check=True, env=environment)
+    subprocess.run([pip, "install", "--quiet", str(wheel)], check=True, env=environment)
     return Installation(environment, home)
 
 
 def check_client(place: Installation) -> None:
-    """Check the base install: a client that names missing extras."""
+    """Check the base install: a client that says how to install missing extras."""
     must_say(place.run("veneer", "--version"), "veneer 0.")
-    must_say(place.run("veneer-server", status=1), "pip install 'veneer[server]'")
-    must_say(place.run("veneer-train", "--version", status=1), "pip install 'veneer[train]'")
+    must_say(place.run("veneer-train", "--version", status=1), "pip install ", "[train]'")
     must_say(place.run("veneer", "example", "chat"), "veneer adapter push chat --name chat")
+
+
+def follow(place: Installation, extra: str, *words: str) -> None:
+    """Run a command that lacks an extra, and what it says to install.
+
+    Raises:
+        Failed: it says no command, or one that fails.
+    """
+    said = place.run(*words, status=1)
+    hint = re.search(rf"pip install '[^']+\[{extra}\]'", said)
+    if hint is None:
+        raise Failed(f"{' '.join(words)} does not say how to install {extra}: {said}")
+    with stage(hint[0]):
+        place.run(*shlex.split(hint[0]), "--quiet")
 
 
 def check_server(place: Installation, log: Path) -> None:
@@ -133,27 +179,33 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="veneer-wheel-") as work:
         folder = Path(work)
         cache = found.stdout.strip() or str(folder / "pip")
-        for name in ("wheel", "pure", "client", "server", "arm"):
+        for name in ("wheel", "pure", "auditwheel", "older", "home", "arm"):
             (folder / name).mkdir()
         try:
             with stage("build the wheel"):
                 wheel = build(folder / "wheel")
             with stage("build it without a compiler"):
                 build(folder / "pure", compiler=False)
-            with stage("pip install veneer"):
-                client = install(wheel, "", folder / "client", cache)
+            with stage(f"pip install {AUDITWHEEL}"):
+                auditor = install_auditwheel(folder / "auditwheel")
+            with stage("the symbols that it needs"):
+                audit(wheel, auditor)
+                must_be_refused(wheel, folder / "older", auditor)
+            with stage(f"pip install {wheel.name}"):
+                place = install(wheel, folder / "home", cache)
             with stage("the client"):
-                check_client(client)
-            with stage("pip install 'veneer[server,gateway]'"):
-                server = install(wheel, "[server,gateway]", folder / "server", cache)
-            check_server(server, folder / "server.log")
+                check_client(place)
+            follow(place, "server", "veneer-server")
+            # A port that is not listened on: the gateway is looked for first.
+            follow(place, "gateway", "veneer-server", "--openai-listen", "127.0.0.1:0")
+            check_server(place, folder / "server.log")
             if said := tools.missing():
                 if os.environ.get("CI"):
                     raise Failed(said)
                 print(f"the wheel for ARM is NOT CHECKED: {said}")
             else:
                 with stage("build the wheel for ARM"):
-                    check_arm(folder / "arm")
+                    check_arm(folder / "arm", auditor)
         except (Failed, subprocess.CalledProcessError) as error:
             print(f"wheel-check: {error}", file=sys.stderr)
             return 1

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import Final
 
 from veneer_registry.errors import VeneerError
+from veneer_registry.extras import install_extra
 
 __all__ = ["GatewayMissing", "require_gateway"]
 
@@ -32,7 +33,7 @@ def require_gateway() -> None:
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         raise GatewayMissing(
-            f"--openai-listen needs {' and '.join(missing)}: pip install '.[gateway]' in "
-            "Veneer's folder, or leave the flag out",
+            f"--openai-listen needs {' and '.join(missing)}: {install_extra('gateway')}; "
+            "or leave the flag out",
             metadata={"missing": " ".join(missing)},
         )

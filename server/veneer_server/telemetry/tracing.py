@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from veneer_registry.errors import InvalidField
+from veneer_registry.extras import install_extra
 
 from veneer_server.logs import get_logger
 
@@ -105,7 +106,7 @@ class Tracing:
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
         except ImportError as error:
             raise InvalidField(
-                f"tracing needs OpenTelemetry ({error}): pip install 'veneer[tracing]', or "
+                f"tracing needs OpenTelemetry ({error}): {install_extra('tracing')}; or "
                 "leave --otlp-traces-endpoint and OTEL_EXPORTER_OTLP_ENDPOINT unset",
                 metadata={"field": "otlp_traces_endpoint"},
             ) from error

@@ -39,8 +39,8 @@ class BucketFolder:
             self._store: Any = fsspec.filesystem(uri.scheme, **_options(uri))
         except ImportError as error:
             raise Unimplemented(
-                f"{uri.scheme}:// needs packages that this server lacks: install "
-                "veneer[remote] there",
+                f"{uri.scheme}:// needs packages that this server lacks: its operator "
+                "adds them by pip install '.[remote]' in Veneer's folder",
                 metadata={"field": "uri", "cause": "extra"},
                 detail=str(error),
             ) from error

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -24,14 +25,18 @@ __all__ = [
     "HEX",
     "NEON",
     "NEON_BF16",
+    "PLATFORM",
     "SOFTWARE_MATRIX",
+    "SYMBOLS",
     "Form",
     "best_form",
     "compile_forms",
     "digest_sources",
     "forms_of",
     "knows",
+    "symbol_versions",
     "target",
+    "too_new",
 ]
 
 FLAGS: Final = (
@@ -89,6 +94,19 @@ SOFTWARE_MATRIX: Final = Form(
 )
 """For tests: the kernels for matrix registers on any CPU. No wheel contains it."""
 
+PLATFORM: Final = "manylinux_2_28"
+"""The wheel's platform, as of PyTorch's wheels: from Debian 10, RHEL 8 and Ubuntu 20.04 on."""
+SYMBOLS: Final[Mapping[str, tuple[int, ...]]] = {
+    "GLIBC": (2, 28),
+    "GLIBCXX": (3, 4, 24),
+    "CXXABI": (1, 3, 11),
+    "GCC": (7, 0, 0),
+}
+"""The newest symbol versions that `PLATFORM` has, as ``auditwheel`` knows them."""
+_VERSION: Final = re.compile(
+    rb"\0(%s)_(\d+(?:\.\d+)*)(?=\0)" % "|".join(SYMBOLS).encode(), re.ASCII
+)
+
 HEX: Final = 32
 """Digits of a digest in a file's name."""
 
@@ -128,7 +146,8 @@ def compile_forms(command: Sequence[str], sources: Path, out: Path) -> list[Path
     ``<form>-<sources>-<SHA-256>.so``, but for those whose flags the compiler does not know: GCC
     10 does not know AMX, GCC 9 not ARM's BF16.
 
-    The C++ runtime is linked dynamically: torch needs it too, in an older version.
+    The C++ runtime is linked dynamically: torch needs it too. ``cpp/isa/symbols.h`` keeps to
+    old symbols.
 
     Raises:
         OSError: the compiler does not run.
@@ -157,3 +176,20 @@ def knows(command: Sequence[str], form: Form) -> bool:
     take: if it does not, compiling fails and says why."""
     asked = [*command, *form.flags, "-E", "-x", "c++", os.devnull]
     return subprocess.run(asked, capture_output=True, check=False).returncode == 0
+
+
+def symbol_versions(file: Path) -> frozenset[str]:
+    """Versions of system libraries' symbols that a library refers to, such as ``GLIBC_2.14``:
+    their names are strings of its symbol table. musl has none."""
+    found = _VERSION.findall(file.read_bytes())
+    return frozenset(f"{kind.decode()}_{number.decode()}" for kind, number in found)
+
+
+def too_new(versions: Iterable[str]) -> list[str]:
+    """Those of the symbol versions that `PLATFORM` lacks."""
+    split = ((each, *each.rsplit("_", 1)) for each in sorted(versions))
+    return [
+        each
+        for each, kind, number in split
+        if tuple(map(int, number.split("."))) > SYMBOLS[kind]
+    ]

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 from veneer_registry.errors import VeneerError
+from veneer_registry.extras import install_extra
 
 from veneer_server.adapters.memory import Placer
 from veneer_server.backends.native.chosen import find_library
@@ -228,7 +229,7 @@ def _cuda(
         from veneer_server.backends.cuda.chosen import CudaUnavailable, build
     except ImportError as error:
         raise BackendUnavailable(
-            f"--backend cuda needs triton ({error}): pip install 'veneer[cuda]'"
+            f"--backend cuda needs triton ({error}): {install_extra('cuda')}"
         ) from error
     try:
         decoder, draws = build(

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from veneer_registry.errors import VeneerError
+from veneer_registry.extras import install_extra
 
 from veneer_server.config import ServerConfig
 from veneer_server.models.config import DecoderConfig, read_decoder_config
 from veneer_server.models.source import BUNDLED, bundled_damage, bundled_folder
-from veneer_server.operate.doctor.check import INSTALL, Check
+from veneer_server.operate.doctor.check import Check
 from veneer_server.operate.doctor.places import folder_checks
 from veneer_server.sizing.memory_plan import plan_memory, plan_registry
 from veneer_server.system.gpu import choose_gpu
@@ -69,7 +70,7 @@ def _tokenizer(folder: Path, decoder: DecoderConfig) -> Check:
         if template is not None:
             ChatTemplate(template, special)
     except ImportError as error:
-        return Check("tokenizer", "problem", str(error), INSTALL)
+        return Check("tokenizer", "problem", str(error), install_extra("server"))
     except (VeneerError, ValueError, KeyError) as error:
         found, _, fix = str(error).partition(": ")
         return Check("tokenizer", "problem", found, fix or "choose another --base")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Literal
 
-__all__ = ["INSTALL", "Check", "Status"]
+__all__ = ["Check", "Status"]
 
 Status = Literal["ok", "warning", "problem"]
-
-INSTALL: Final = "pip install '.[server]' in Veneer's folder"
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Final
 
 from veneer_registry.errors import VeneerError
+from veneer_registry.extras import install_extra
 
 from veneer_server.openai import require_gateway
-from veneer_server.operate.doctor.check import INSTALL, Check
+from veneer_server.operate.doctor.check import Check
 
 __all__ = [
     "PACKAGES",
@@ -46,7 +47,7 @@ def package_check(name: str) -> Check:
     try:
         return Check(name, "ok", version(name))
     except PackageNotFoundError:
-        return Check(name, "problem", "not installed", INSTALL)
+        return Check(name, "problem", "not installed", install_extra("server"))
 
 
 def no_kernels_check() -> Check:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from veneer_registry.errors import FailedPrecondition
+from veneer_registry.extras import install_extra
 from veneer_registry.opening import FolderPlaces, Places
 
 from veneer_server.access.principal import DEFAULT_TENANT
@@ -86,6 +87,6 @@ def _needs_packages() -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise FailedPrecondition(
-            f"--store and --catalog need the package {error.name}: pip install 'veneer[scale]'",
+            f"--store and --catalog need the package {error.name}: {install_extra('scale')}",
             metadata={"extra": "scale"},
         ) from error

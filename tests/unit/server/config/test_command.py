@@ -11,6 +11,7 @@ from veneer_registry.lock import OwnerLock
 from veneer_registry.registry import Registry
 from veneer_server import __version__
 
+from tests.places import REPOSITORY
 from tests.unit.registry.kit import BASE, make_adapter, push
 
 
@@ -185,7 +186,7 @@ def test_a_gguf_file_is_no_base_and_what_to_do(tmp_path: Path) -> None:
 def test_a_missing_extra_is_named(
     module: str, extra: str, package: str, tmp_path: Path
 ) -> None:
-    """As after a plain ``pip install veneer``, as far as one package goes."""
+    """As after an installation of the client alone, as far as one package goes."""
     code = (
         f"import runpy, sys; sys.modules[{package!r}] = None; sys.argv = ['x', *sys.argv[1:]];"
         f"runpy.run_module({module!r}, run_name='__main__')"
@@ -200,9 +201,9 @@ def test_a_missing_extra_is_named(
     )
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert line.endswith(
-        f": the package {package} is not installed: pip install 'veneer[{extra}]'"
-    )
+    # The suite's installation is an editable one: the command names its folder.
+    hint = f"the package {package} is not installed: pip install -e '{REPOSITORY}[{extra}]'"
+    assert line.endswith(f": {hint}")
 
 
 def test_a_missing_package_of_no_extra_is_shown_with_its_trace() -> None:

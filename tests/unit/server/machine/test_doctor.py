@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from veneer_registry.extras import install_extra
 from veneer_registry.lock import OwnerLock
 from veneer_server import openai
 from veneer_server.config import load_config
@@ -168,7 +169,7 @@ def test_the_gateway_needs_its_packages(
     check = checks(**flags, openai_listen="127.0.0.1:0")["gateway"]
     assert check.status == "problem"
     assert check.found == "--openai-listen needs fastapi and uvicorn"
-    assert check.fix == "pip install '.[gateway]' in Veneer's folder, or leave the flag out"
+    assert check.fix == f"{install_extra('gateway')}; or leave the flag out"
 
 
 @pytest.fixture

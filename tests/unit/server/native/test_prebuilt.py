@@ -16,7 +16,15 @@ import pytest
 from veneer_server.backends.native import chosen, compiler
 from veneer_server.backends.native.chosen import find_library
 from veneer_server.backends.native.compiler import NativeUnavailable
-from veneer_server.backends.native.forms import AVX2, AVX512, FORMS, HEX, compile_forms
+from veneer_server.backends.native.forms import (
+    AVX2,
+    AVX512,
+    FORMS,
+    HEX,
+    compile_forms,
+    symbol_versions,
+    too_new,
+)
 from veneer_server.backends.native.library import Library
 from veneer_server.config import load_config
 from veneer_server.operate.doctor import backends
@@ -131,6 +139,27 @@ def test_a_compiler_that_knows_no_amx_leaves_that_form_out(tmp_path: Path) -> No
     (out := tmp_path / "out").mkdir()
     made = compile_forms([str(fake)], SOURCES, out)
     assert [file.name.rsplit("-", 2)[0] for file in made] == ["avx512-bf16", "avx2"]
+
+
+def test_they_load_wherever_the_wheel_s_tag_lets_pip_install_them(made: Path) -> None:
+    """Of whatever age the compiler and the C library here are. `make wheel-check` has it
+    judged by auditwheel, which reads files in another way."""
+    for file in made.glob("*.so"):
+        versions = symbol_versions(file)
+        assert {"GLIBC_2.14", "GLIBCXX_3.4"} <= versions, file.name
+        assert too_new(versions) == [], file.name
+
+
+def test_symbols_that_the_tag_does_not_promise_are_noticed(tmp_path: Path) -> None:
+    names = (
+        *("log", "GLIBC_2.29", "GLIBC_2.4", "GLIBCXX_3.4.24", "GLIBCXX_3.4.29"),
+        *("CXXABI_1.3.15", "CXXABI_1.3.9", "GCC_3.0", "GCC_12.0.0", "NOT_GLIBC_2.99"),
+    )
+    (tmp_path / "a.so").write_bytes(b"\0" + b"\0".join(map(str.encode, names)) + b"\0")
+    versions = symbol_versions(tmp_path / "a.so")
+    assert versions == set(names) - {"log", "NOT_GLIBC_2.99"}
+    newer = ["CXXABI_1.3.15", "GCC_12.0.0", "GLIBCXX_3.4.29", "GLIBC_2.29"]
+    assert too_new(versions) == newer
 
 
 def flip(file: Path) -> None:

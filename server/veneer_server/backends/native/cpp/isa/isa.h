@@ -33,3 +33,4 @@
 #endif
 
 #include "matrix.h"
+#include "symbols.h"
