@@ -145,7 +145,7 @@ class Doors:
             audit_log = self._config.data_dir / "audit.jsonl"
         self._audit = Audit(
             audit_log,
-            keyed=self._access.asks,
+            keyed=self.access.asks,
             on_written=self._metrics.audit_written.inc,
             on_lost=self._metrics.audit_lost.inc,
             on_left_out=self._metrics.audit_left_out.inc,
@@ -224,7 +224,7 @@ class Doors:
 
     def _hosts(self, address: Address) -> AllowedHosts:
         given = self._config.allowed_hosts
-        return AllowedHosts(address, given, keyless=not self._access.asks)
+        return AllowedHosts(address, given, keyless=not self.access.asks)
 
     async def _open_admin(self, resources: AsyncExitStack, most: int) -> Address | None:
         wanted = self._config.admin_listen
@@ -242,7 +242,7 @@ class Doors:
     ) -> Address:
         """Open a gRPC port. Args: elsewhere: methods that it refuses."""
         capacity = self._config.max_running + self._config.max_queue
-        connections = Connections(most, keyless=not self._access.asks)
+        connections = Connections(most, keyless=not self.access.asks)
         server = grpc.aio.server(
             interceptors=[
                 CallInterceptor(
