@@ -1,6 +1,6 @@
 """The engine client and the step loop together: budgets and a pause that survive an engine,
-adapters that survive a server, and what is counted of a call. `LoopConnection` is a FAKE: the real loop and residency in this
-process, with a runner and a memory that take no time."""
+adapters that survive a server, and what is counted of a call. `LoopConnection` is a FAKE: the
+real loop and residency in this process, with a runner and a memory that take no time."""
 
 from __future__ import annotations
 
