@@ -321,8 +321,7 @@ class Places:
             return
         seat.started = True
         if not seat.place.started:
-            seat.place.started = True
-            self._stop_waiting(seat.place)
+            self._begin(seat.place)
         if self._settle(seat):
             self._hand_out()
 
@@ -443,6 +442,16 @@ class Places:
         flow.backlog.pop(place, None)
         if not flow.backlog:
             self._backlog.pop(flow, None)
+
+    def _begin(self, place: Place) -> None:
+        """The request is not refused any more; those of its samples that have had no output can
+        wait again."""
+        place.started = True
+        self._stop_waiting(place)
+        for seat in place.seats:
+            if not seat.started and seat not in place.flow.ahead:
+                place.flow.ahead[seat] = None
+                self._ahead[place.flow.key[0]] += 1
 
     def _settle(self, seat: Seat) -> bool:
         """It is no longer a place in advance. Returns whether it was."""

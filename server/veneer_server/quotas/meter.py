@@ -130,3 +130,7 @@ class Counted:
         string, and not part of the answer."""
         if self._left:
             self.generated(tokens)
+
+    def rate_headers(self) -> tuple[tuple[str, str], ...]:
+        """What is left of its caller's limits."""
+        return self._of.rate_headers()

@@ -1,6 +1,6 @@
-"""The engine client and the step loop together: budgets and a pause that survive an engine, and
-adapters that survive a server. `LoopConnection` is a FAKE: the real loop and residency in this
-process, with a runner and a memory that take no time."""
+"""The engine client and the step loop together: budgets and a pause that survive an engine,
+adapters that survive a server, and what is counted of a call. `LoopConnection` is a FAKE: the
+real loop and residency in this process, with a runner and a memory that take no time."""
 
 from __future__ import annotations
 
@@ -195,3 +195,45 @@ async def test_a_pause_survives_an_engine_and_ends_without_one() -> None:
     with refused(EngineFailed):
         await server.client.pause(True)
     assert not server.client.paused
+
+
+class Told:
+    """What is counted of a call."""
+
+    def __init__(self) -> None:
+        self.prefill: asyncio.Queue[tuple[int, int]] = asyncio.Queue()
+        self.tokens = 0
+
+    def prefilled(self, tokens: int, cached: int) -> None:
+        self.prefill.put_nowait((tokens, cached))
+
+    def unread(self, tokens: int) -> None:
+        self.tokens += tokens
+
+
+def asked(prompt: int, new: int) -> SequenceRequest:
+    return SequenceRequest([1] * prompt, new, SamplingParams())
+
+
+@pytest.mark.timeout(30)
+async def test_what_was_computed_counts_when_its_caller_leaves() -> None:
+    """Six steps of 32 tokens, then it leaves: before its first token, and with tokens that it
+    has not read."""
+    server, told = Server(), Told()
+    await server.client.start()
+    outputs = server.client.generate(asked(500, 1), counts=told)
+    reading = asyncio.ensure_future(anext(outputs))
+    found = [(await told.prefill.get())[0] for _ in range(6)]
+    assert found == [32, 64, 96, 128, 160, 192]
+    reading.cancel()
+    await asyncio.wait({reading})
+    assert await told.prefill.get() == (192, 0), "its last message, after it has left"
+    told = Told()
+    outputs = server.client.generate(asked(9, 40), counts=told)
+    read = len((await anext(outputs)).tokens)
+    assert await told.prefill.get() == (9, 0)
+    for _ in range(20):  # until the rest of the six tokens has arrived
+        await asyncio.sleep(0)
+    await outputs.aclose()
+    assert read + told.tokens == 6
+    await server.client.stop()

@@ -22,7 +22,7 @@ def with_large_adapters(draw: random.Random, **changes: Any) -> World:
     world = World(
         budget=64,
         beside_decode=draw.choice([8, 16, 32]),
-        blocks=400,
+        blocks=150,
         max_running=draw.choice([4, 8]),
         device=1 << 20,
         host=1 << 20,
@@ -54,7 +54,7 @@ def test_an_adapter_of_an_ordinary_rank_counts_for_nothing() -> None:
     assert token_work(of_rank_1024, 0) == token_work(None, 1) == 1
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(8))
 def test_a_step_takes_no_more_for_large_adapters(seed: int) -> None:
     """Beside a stream of the base, however large adapters are: a step takes as much work as it
     may take prompt tokens, or one token more. All sequences end, and none that decodes is left
@@ -62,7 +62,7 @@ def test_a_step_takes_no_more_for_large_adapters(seed: int) -> None:
     print(f"seed {seed}")
     draw = random.Random(seed)
     world = with_large_adapters(draw)
-    world.submit(1, 3, 60, None)
+    world.submit(1, 3, 50, None)
     for number in range(2, 12):
         size = draw.choice([0, 100, 1500, 4000, 20_000])
         source = adapter(f"a{size}", size) if size else None
@@ -81,8 +81,7 @@ def test_a_step_takes_no_more_for_large_adapters(seed: int) -> None:
         if running:
             prefill, decode = work_of(world, plan)
             heaviest = max(p.work for p in plan.sequences)
-            assert prefill <= beside + beside // 4 or prefill <= heaviest * 1
-            assert decode <= beside or decode <= heaviest
+            assert prefill + decode <= beside + beside // 4 + heaviest
             assert {1} & running <= planned, "the base's stream was left out"
         for id in planned & running:
             last[id] = step

@@ -368,10 +368,15 @@ async def _history(draw: random.Random) -> None:
             mine = sum(call.place.count for call in calls if call.place.flow.key[0] == name)
             names = {call.place.flow.key[0] for call in calls} | {name}
             share = among.capacity * weights[name] / sum(weights[each] for each in names)
+            held = Counter[str]()
+            for call in calls:
+                held[call.place.flow.key[0]] += call.place.count
+            most = (mine + 1) / weights[name]
             waiting = sum(
                 call.place.count - sum(seat.started for seat in call.place.seats)
                 for call in calls
-                if call.place.flow.key[0] != name
+                if (other := call.place.flow.key[0]) != name
+                and held[other] / weights[other] > most
             )
             try:
                 whose = Fairness(name, "", weights[name])
@@ -440,13 +445,15 @@ async def test_two_calls_of_many_samples_share_what_runs() -> None:
     for seat in list(hog.seats):
         among.started(seat)
     other = Call(among, LIGHT, 40)
+    draw = random.Random(1)
     for _ in range(40):
-        for call in (hog, other):
-            for seat in [s for s in call.seats if not s.started]:
-                if sum(s.started for c in (hog, other) for s in c.seats) < 8:
-                    among.started(seat)
-        oldest = next(s for c in (hog, other) for s in c.seats if s.started)
-        (hog if oldest in hog.seats else other).end(oldest)
+        call, runs = draw.choice([(c, s) for c in (hog, other) for s in c.seats if s.started])
+        call.end(runs)
+        await _settled()
+        waits = {c: [s for s in c.seats if not s.started] for c in (hog, other)}
+        assert all(waits.values()), "the engine must have somebody of each to choose"
+        least = min(waits, key=lambda c: sum(s.started for s in c.seats))  # fair shares
+        among.started(waits[least][0])
         await _settled()
     assert abs(hog.place.count - other.place.count) <= 2
     for call in (hog, other):

@@ -534,7 +534,8 @@ class World:
         assert len(self.live) >= self.scheduler.running <= self.max_running
         decoding = [s for s in running if s.remaining == 1]
         for sequence in decoding:
-            if sequence.state is SequenceState.RUNNING:
+            # Under large adapters they take turns.
+            if sequence.state is SequenceState.RUNNING and sequence.work <= 1:
                 assert sequence.id in planned, f"{sequence.id} decodes and was left out"
         others = [p for p in plan.sequences if p.sequence not in {s.id for s in decoding}]
         prefill = sum(len(p.tokens) for p in others)
