@@ -38,6 +38,9 @@ _SPARE: Final = 8
 KNOWN: Final = 4096
 """Connections without calls that are remembered."""
 
+_CLOSING_S: Final = 1.0
+"""How long a connection that was closed is not counted, if its descriptor is still there."""
+
 _DESCRIPTORS: Final = "/dev/fd"
 
 _log = get_logger(__name__)
@@ -104,6 +107,8 @@ class Connections:
         """Least recently used first."""
         self._by_place: dict[Place, _Address] = {}
         self._given_up: set[Place] = set()
+        self._closing: dict[_Address, float] = {}
+        """Closed ones, and when; gRPC takes a while to let their descriptors go."""
 
     @contextmanager
     def call(self, peer: str) -> Iterator[Call]:
@@ -168,6 +173,9 @@ class Connections:
             sockets: the open ones.
             began: when listing them began. A connection used since may be missing.
         """
+        for address, at in tuple(self._closing.items()):
+            if sockets.pop(address, None) is None or began - at > _CLOSING_S:
+                del self._closing[address]
         for address in self._known.keys() - sockets.keys():
             known = self._known[address]
             if not known.calls and known.used < began:
@@ -187,6 +195,7 @@ class Connections:
             if gone not in sockets or place.since >= began:
                 break  # seen for the first time: what it sent may not have been read
             self._forget(gone)
+            self._closing[gone] = began
             count -= 1
             closed += _close(sockets[gone], gone)
         if closed:
@@ -195,6 +204,7 @@ class Connections:
 
     def _used(self, address: _Address) -> _Connection:
         now = self._clock()
+        self._closing.pop(address, None)
         if (known := self._known.get(address)) is None:
             known = self._add(address, now)
         known.used = now
