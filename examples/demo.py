@@ -247,7 +247,7 @@ def side(groups: list[list[Answer]]) -> Group:
         width = max(24, console.width // len(group) - 1)
         parts.append(f"\n[bold]prompt:[/bold] {escape(group[0].task.text)}\n")
         panels = [
-            Panel(escape(answer.text), title=answer.title, width=width, height=12)
+            Panel(escape(answer.text), title=answer.title, width=width, height=8)
             for answer in group
         ]
         parts.append(Columns(panels, padding=(0, 0)))
