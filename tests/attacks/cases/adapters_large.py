@@ -15,7 +15,7 @@ from tests.attacks.case import Bug, Target
 from tests.server_harness import Server
 
 TITLE = "prompts under an adapter of a rank past a thousand"
-FLAGS = ("--host-adapter-bytes", "1GiB", "--device-adapter-bytes", "1GiB")
+FLAGS = ("--device-adapter-bytes", "1GiB", "--max-adapter-bytes", "1GiB")
 KEYS = True
 BUG = Bug(
     "veneer_server.wire.requests",
