@@ -5,6 +5,7 @@ An attack is a module in ``tests/attacks/cases``; the runner finds it by its fil
     TITLE = "a schema whose grammar has a hundred million states"
     FLAGS = ("--max-queue", "64")            # optional: flags of the server
     KEYS = True                              # optional: a server with keys, see `Target.keys`
+    LOADS = 1 << 30                          # optional: bytes that it has the server load
     BUG = Bug("veneer_server.a.b", "if size > limit:", "if False:")  # with it, the attack fails
 
     async def attack(target: Target) -> list[str]:

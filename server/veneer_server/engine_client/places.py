@@ -531,7 +531,8 @@ class Places:
         their weight further samples, and when there is none the newest waiting requests. As
         many as it takes; None if they do not do."""
         own = list(flow.ahead)[1:]
-        found: list[Place | Seat] = [*reversed(own)][:lacking]
+        found: list[Place | Seat] = []
+        found += [*reversed(own)][:lacking]
         lacking -= len(found)
         held = {other: other.held for other in self._flows.values() if other is not flow}
         queues = {other: _newest(other) for other in held}

@@ -15,8 +15,9 @@ from tests.attacks.case import Bug, Target
 from tests.server_harness import Server
 
 TITLE = "prompts under an adapter of a rank past a thousand"
-FLAGS = ("--host-adapter-bytes", "1GiB", "--device-adapter-bytes", "1GiB")
+FLAGS = ("--device-adapter-bytes", "1GiB", "--max-adapter-bytes", "1GiB")
 KEYS = True
+LOADS = 1 << 30
 BUG = Bug(
     "veneer_server.wire.requests",
     "if adapter is None or not base_parameters:",

@@ -12,7 +12,7 @@ import aiohttp
 from tests.attacks.case import Bug, Target
 
 TITLE = "completions of many prompts with many samples each"
-FLAGS = ("--max-running", "8", "--max-queue", "56")
+FLAGS = ("--max-running", "6", "--max-queue", "26")
 KEYS = True
 BUG = Bug(
     "veneer_server.engine_client.places",
@@ -20,7 +20,7 @@ BUG = Bug(
     'whose, at_once = whose or Fairness(""), count',
 )
 
-PLACES = 64
+PLACES = 32
 """As the flags have it."""
 
 
@@ -47,10 +47,10 @@ async def attack(target: Target) -> list[str]:
                         target.rng.randrange(1000, 40_000)
                         for _ in range(target.rng.randint(1, 8))
                     ]
-                    for _ in range(max(2, target.rng.randint(40, PLACES) // n))
+                    for _ in range(max(2, target.rng.randint(20, PLACES) // n))
                 ]
                 asking.set()
-                new = target.rng.randint(8, 24)
+                new = target.rng.randint(4, 10)
                 status, said = await post("inference-a", prompt=prompts, n=n, max_tokens=new)
                 if status == 429:  # another of its own is there: with a share, it may wait
                     await asyncio.sleep(0.1)
