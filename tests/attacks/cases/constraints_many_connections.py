@@ -23,7 +23,7 @@ BUG = Bug(
 )
 
 _CONNECTIONS: Final = 150
-_OVERTAKEN: Final = 12
+_OVERTAKEN: Final = 40
 """Most slow constraints that may be tried while another tenant's waits. If each connection had
 its turn, all would be."""
 

@@ -20,7 +20,7 @@ BUG = Bug(
 )
 
 _CONNECTIONS: Final = 100
-_OVERTAKEN: Final = 12
+_OVERTAKEN: Final = 40
 """Most of them that may be tokenized while another tenant's text waits."""
 
 

@@ -436,12 +436,16 @@ async def test_nothing_is_concluded_from_a_size_that_was_quick(
 ) -> None:
     """A template's loops may depend on what the messages say, and without keys all callers of a
     host are one party."""
-    assert await templates.render(SLOW, many(3, "2")) == "01"
+    steered = (
+        "{% for a in range(messages[0].content | int) %}{% for b in range(1000) %}{% endfor %}"
+        "{% endfor %}{{ messages | length }}"
+    )
+    assert await templates.render(steered, many(3, "2")) == "3"
     with refused(TemplateFailed, cause="too_slow"):
-        await templates.render(SLOW, many(1, "99999999"))
-    assert await templates.render(SLOW, many(2, "2")) == "01"
-    assert len(jobs) == 4
-    assert await templates.render(SLOW, many(5, "2")) == "01"
+        await templates.render(steered, many(1, "99999"))
+    assert await templates.render(steered, many(2, "2")) == "2"
+    assert len(jobs) == 4, "the slow one was tried in both processes"
+    assert await templates.render(steered, many(5, "2")) == "5"
 
 
 async def test_nor_from_other_variables(templates: Renderer) -> None:
