@@ -114,7 +114,7 @@ def _check_depth(parsed: object) -> None:
 
 
 def _encode_texts(parsed: object) -> None:
-    """Raises UnicodeEncodeError for half of a surrogate pair. Writing all of it as JSON would be
+    """Raises UnicodeEncodeError for half of a surrogate pair. Writing all as JSON would be
     one call, which keeps the interpreter's lock."""
     todo = [parsed]
     while todo:
