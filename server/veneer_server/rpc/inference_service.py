@@ -143,7 +143,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                     await self._write(context, message)
 
     async def _call(self, request: inference_pb2.GenerateRequest, **bound: Any) -> GenerateCall:
-        """The call; a long request is converted off the event loop. Raises InvalidField."""
+        """The request's call. A long request is converted off the event loop. Raises
+        InvalidField."""
         convert_it = partial(convert.generate_call, request, **bound)
         if request.ByteSize() < COUNTED_FROM:
             return convert_it()

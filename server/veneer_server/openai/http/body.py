@@ -52,7 +52,7 @@ def parse_body(body: bytes, rest: Callable[[], None] = lambda: None) -> object:
     if _may_have_surrogate(body):
         rest()
         try:
-            json.dumps(parsed, ensure_ascii=False).encode()
+            _encode_texts(parsed)
         except UnicodeEncodeError as error:
             raise ValueError("it has half of a surrogate pair") from error
     return parsed
@@ -111,6 +111,21 @@ def _check_depth(parsed: object) -> None:
             for outer in level
             for inner in (outer.values() if isinstance(outer, dict) else outer)
         ]
+
+
+def _encode_texts(parsed: object) -> None:
+    """Raises UnicodeEncodeError for half of a surrogate pair. Writing all as JSON would be
+    one call, which keeps the interpreter's lock."""
+    todo = [parsed]
+    while todo:
+        one = todo.pop()
+        if isinstance(one, str):
+            one.encode()
+        elif isinstance(one, dict):
+            todo.extend(one)
+            todo.extend(one.values())
+        elif isinstance(one, list):
+            todo.extend(each for each in one if isinstance(each, str | dict | list))
 
 
 def _no_constant(text: str) -> object:
