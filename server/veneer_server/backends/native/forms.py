@@ -187,9 +187,9 @@ def symbol_versions(file: Path) -> frozenset[str]:
 
 def too_new(versions: Iterable[str]) -> list[str]:
     """Those of the symbol versions that `PLATFORM` lacks."""
-    split = ((each, *each.rsplit("_", 1)) for each in sorted(versions))
-    return [
-        each
-        for each, kind, number in split
-        if tuple(map(int, number.split("."))) > SYMBOLS[kind]
-    ]
+    newer = []
+    for version in sorted(versions):
+        kind, _, number = version.rpartition("_")
+        if tuple(map(int, number.split("."))) > SYMBOLS[kind]:
+            newer.append(version)
+    return newer

@@ -23,13 +23,13 @@ VENEER_OLD("pthread_setaffinity_np", "2.17");
 #endif
 
 #if defined(__GLIBCXX__)
-// Functions of libstdc++ that GCC 11 and 14 began to call. Weak: linked statically, libstdc++ has
-// its own.
-#define VENEER_OWN(name, symbol) \
-    extern "C" [[noreturn]] __attribute__((weak, visibility("hidden"))) void name() __asm__(symbol)
-VENEER_OWN(veneer_array_too_long, "_ZSt28__throw_bad_array_new_lengthv");
-void veneer_array_too_long() { throw std::bad_alloc(); }  // as GCC 10 did
-VENEER_OWN(veneer_uncaught, "__cxa_call_terminate");      // out of a function that is noexcept
-void veneer_uncaught() { std::terminate(); }
+// Functions of libstdc++ that GCC 11 and 14 began to call. Inline ones are weak: linked statically,
+// libstdc++ has its own.
+#define VENEER_OWN __attribute__((used, visibility("hidden")))
+extern "C"
+    [[noreturn]] VENEER_OWN void veneer_too_long() __asm__("_ZSt28__throw_bad_array_new_lengthv");
+inline void veneer_too_long() { throw std::bad_alloc(); }  // as GCC 10 did
+extern "C" [[noreturn]] VENEER_OWN void veneer_uncaught() __asm__("__cxa_call_terminate");
+inline void veneer_uncaught() { std::terminate(); }  // out of a function that is noexcept
 #undef VENEER_OWN
 #endif
