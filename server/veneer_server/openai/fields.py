@@ -303,7 +303,7 @@ class CompletionFields(CommonFields):
         for prompt in given:
             if kind not in (str, list) or type(prompt) is not kind:
                 raise ValueError("is neither a text, token ids, nor a list of one of them")
-            if kind is list:
+            if isinstance(prompt, list):
                 check_ids(prompt)
         return given
 

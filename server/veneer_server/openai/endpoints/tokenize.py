@@ -56,7 +56,14 @@ class DetokenizeFields(RequestFields):
     @field_validator("tokens", mode="before")
     @classmethod
     def _ids(cls, given: object) -> object:
-        return check_ids(given, _INT64) if isinstance(given, list) and given else given
+        if not isinstance(given, list):
+            return given
+        try:
+            return check_ids(given, _INT64)
+        except ValueError as error:
+            right = (type(one) is int and 0 <= one <= _INT64 for one in given)
+            at = next(at for at, fits in enumerate(right) if not fits)
+            raise invalid(f"tokens[{at}]", f"is no token id: give 0 to {_INT64}") from error
 
 
 class TokenizeEndpoint(JsonEndpoint):
