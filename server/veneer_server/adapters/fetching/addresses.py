@@ -31,7 +31,8 @@ _IPV4_REFUSED: Final = tuple(
         ),
     )
 )
-"""What IANA's IPv4 Special-Purpose Address Registry (as of 2026-11) does not list as globally
+"""What IANA's IPv4 Special-Purpose Address Registry (by public copies, 2026-11) does not list
+as globally
 reachable, and multicast. Python's `is_global` lacks some, and differs between versions.
 192.0.0.0/24 is refused whole: the two addresses in it that are "global" are anycast and lead to
 the nearest router, in this server's own network."""
@@ -45,7 +46,8 @@ _IPV6_REFUSED: Final = tuple(
         ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20"),
     )
 )
-"""What IANA's IPv6 Special-Purpose Address Registry (as of 2026-11, the newest entry
+"""What IANA's IPv6 Special-Purpose Address Registry (by public copies, 2026-11; the newest
+entry
 is RFC 9780's) does not list as globally
 reachable within `_IPV6_GLOBAL`; all that it lists beside that is refused, since it is not in it
 (::/8, 64:ff9b:1::/48, 100::/64, 100:0:0:1::/64, 5f00::/16, fc00::/7, fe80::/10; fec0::/10 and
