@@ -157,7 +157,9 @@ def follow(place: Installation, extra: str, *words: str) -> None:
     if hint is None:
         raise Failed(f"{' '.join(words)} does not say how to install {extra}: {said}")
     with stage(hint[0]):
-        place.run(*shlex.split(hint[0]), "--quiet")
+        # However long: torch is large.
+        if place.popen([*shlex.split(hint[0]), "--quiet"]).wait():
+            raise Failed(f"{hint[0]} failed")
 
 
 def check_server(place: Installation, log: Path) -> None:
