@@ -52,8 +52,9 @@ class PrefillRoom:
             left = beside
         if limits.exact:
             return cls(left, limits.exact, crumb)
+        # Half at least is for prompts, however large the adapters of streams are.
         extra = sum(planned.work - 1.0 for planned in decoding.values())
-        left -= extra
+        left = max(left - extra, min(left, beside / 2))
         if limits.cost is None:
             return cls(left, limits.exact, crumb)
         context = sum(planned.start for planned in decoding.values())

@@ -16,7 +16,7 @@ always ends, and in turn all of them do.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Iterator
 
 from veneer_server.engine import integrity
@@ -127,7 +127,9 @@ class Scheduler:
             # A sequence is preempted if it does not fit beside those that started before it.
             request = other.request
             longest += self.blocks.most_blocks(len(request.prompt) + request.max_tokens)
-            if longest <= self.blocks.total:
+            # One under a large adapter takes turns, and leaves room for others in its own.
+            in_each_step = other.work == 1.0 or self.limits.exact
+            if in_each_step and longest <= self.blocks.total:
                 # It gets this many tokens before a new sequence may start.
                 ahead += PrefillRoom(other.remaining, self.limits.exact).chunk(other)
             # The prefix that it is about to publish is computed once, for both.
@@ -216,7 +218,8 @@ class Scheduler:
             elif remaining > 1:
                 prefilling.append(sequence)
         if heavy:
-            self._choose_in_turns(heavy, chosen)
+            may_start = self._waiting and len(self._running) < self.limits.max_running
+            self._choose_in_turns(heavy, chosen, prompts=bool(prefilling or may_start))
         room = PrefillRoom.beside(chosen, self.limits)
         for sequence in prefilling:
             remaining, count = sequence.remaining, room.chunk(sequence)
@@ -239,15 +242,15 @@ class Scheduler:
         return StepPlan(tuple(sorted(chosen.values(), key=lambda p: p.digest or "")))
 
     def _choose_in_turns(
-        self, heavy: list[Sequence], chosen: dict[int, PlannedSequence]
+        self, heavy: list[Sequence], chosen: dict[int, PlannedSequence], *, prompts: bool
     ) -> None:
         """Add running sequences under large adapters that decode: as many as together take no
-        more beside the base's part than the prompt tokens of such a step may, and one at least;
-        those that have waited longest first."""
+        more beside the base's part than the prompt tokens of such a step may, or half of that
+        if there are prompts to compute, and one at least. Tenants take turns, and in each the
+        sequences: those that have waited longest are first."""
         self._turn += 1
-        left = float(self.limits.prefill_beside_decode)
-        heavy.sort(key=lambda each: each.turn)
-        for at, sequence in enumerate(heavy):
+        left = self.limits.prefill_beside_decode / (2 if prompts else 1)
+        for at, sequence in enumerate(_in_turns(heavy)):
             left -= sequence.work - 1.0
             if left < 0 and at:
                 return
@@ -436,6 +439,22 @@ class Scheduler:
             held=[s.digest for s in running if s.digest],
             leased=[s.digest for s in self._by_id.values() if s.digest],
         )
+
+
+def _in_turns(sequences: Iterable[Sequence]) -> list[Sequence]:
+    """The first of each tenant, then the second of each, and so on: first of the tenant whose
+    last turn is longest ago."""
+    by_turn = sorted(sequences, key=lambda each: each.turn)
+    last, rank = dict[str, int](), Counter[str]()
+    order: list[tuple[int, int, Sequence]] = []
+    for sequence in by_turn:
+        last[sequence.request.tenant] = sequence.turn
+    for sequence in by_turn:
+        tenant = sequence.request.tenant
+        order.append((rank[tenant], last[tenant], sequence))
+        rank[tenant] += 1
+    order.sort(key=lambda each: each[:2])
+    return [sequence for *_, sequence in order]
 
 
 def _digests(sequences: Iterable[Sequence]) -> tuple[str, ...]:
