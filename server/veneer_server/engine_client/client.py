@@ -133,8 +133,8 @@ class EngineClient:
         self.paused = False
         self._numbers = itertools.count(1)
         self._streams: dict[int, OutputStream] = {}
-        self._waiting: dict[int, Seat] = {}
-        """By sequence, while it has had no output."""
+        self._seats: dict[int, Seat] = {}
+        """By sequence, until the engine has ended it."""
         self._counts: dict[int, tuple[Counts, int]] = {}
         """By first samples, until their last message: that of a caller who left as well. And
         how many tokens the prompt has."""
@@ -197,19 +197,19 @@ class EngineClient:
                 if message.step and (counted := self._counts.get(message.sequence)) is not None:
                     counts, tokens = counted
                     counts.prefilled(tokens, message.cached_tokens)
-                if message.finish is not None:
-                    self._counts.pop(message.sequence, None)
-                if (seat := self._waiting.pop(message.sequence, None)) is not None:
+                if (seat := self._seats.get(message.sequence)) is not None:
                     self.places.started(seat)
                 if (stream := self._streams.get(message.sequence)) is not None:
                     stream.put(message)
+                if message.finish is not None:
+                    self._ended(message.sequence)
             case Prefilled():
                 if (counted := self._counts.get(message.sequence)) is not None:
                     counted[0].prefilled(message.tokens, message.cached_tokens)
             case SequenceFailed():
-                self._counts.pop(message.sequence, None)
                 if (stream := self._streams.get(message.sequence)) is not None:
                     stream.fail(_rebuild(message.error))
+                self._ended(message.sequence)
             case OperationDone():
                 if message.budgets is not None:
                     self._take_budgets(message.budgets)  # even if no caller waits any more
@@ -233,6 +233,12 @@ class EngineClient:
                 | MatcherEnded()
             ):
                 self._on_event(message)
+
+    def _ended(self, number: int) -> None:
+        """The engine has ended a sequence. Others can run, also if nobody reads its outputs."""
+        self._counts.pop(number, None)
+        if (seat := self._seats.pop(number, None)) is not None:
+            self.places.ended(seat)
 
     def fail_everything(self, error: VeneerError) -> None:
         """The process has ended: fail what it was running, and report its adapters as gone."""
@@ -290,7 +296,7 @@ class EngineClient:
                 if seat is not None:
                     seat.stream = stream
                     self.places.resolved(seat.place, request, self.info.parameters)
-                    self._waiting[number] = seat
+                    self._seats[number] = seat
                 count = 0
                 if counts is not None and not sibling:
                     self._counts[number] = counts, len(request.prompt)
@@ -307,7 +313,7 @@ class EngineClient:
                     if counts is not None and stream.unread:
                         counts.unread(stream.unread)
                     del self._streams[number]
-                    self._waiting.pop(number, None)
+                    self._seats.pop(number, None)
                     if not ended:
                         # A no-op if the engine has ended the sequence itself.
                         self._supervisor.write(Cancel(number))

@@ -9,9 +9,12 @@ gateway calls for) take turns at that: who has least for its weight is next.
 Any tenant may use all places that are free. When none is, a request is let in at the expense of
 the flow that has most for its weight, if that has more than the newcomer would have. A further
 sample without a token gives its place back, and waits again; if the flow has none, its newest
-request without a token is refused. A sample that has had a token keeps its place, and a request
-that has had one is never refused. So whoever has less than a share by weight gets in, whatever
-others queue, unless what has places is running.
+request without a token is refused. A sample that has had a token keeps its place until its last
+one, and a request that has had one is never refused. So whoever has less than a share by weight
+gets in, whatever others queue, unless what has places is running.
+
+A sample whose last token has come has no place, whether or not its caller reads. While a
+request has such samples unread, its further ones wait: what nobody reads takes memory.
 
 Refusals are made here, without asking the engine, and say when to come back.
 """
@@ -90,6 +93,8 @@ class Place:
         self.seats: dict[Seat, None] = {}
         self.backlog: list[tuple[bool, int, asyncio.Future[Seat]]] = []
         """Its samples that wait, as a heap: those of prompts that are computed first."""
+        self.unread = 0
+        """Samples that the engine has ended, and whose end its caller has not read."""
         self._error: VeneerError | None = None
 
     @property
@@ -120,6 +125,7 @@ class Seat:
             from the start.
         started: whether the sample has had an output.
         returned: the sample must wait again: another request needed the place.
+        unread: the engine has ended the sample, and its caller has not read the end.
         stream: of the sample.
     """
 
@@ -127,6 +133,7 @@ class Seat:
     turn: tuple[bool, int] | None = None
     started: bool = False
     returned: bool = False
+    unread: bool = False
     stream: Fails | None = None
 
     def end(self, error: VeneerError) -> None:
@@ -191,6 +198,8 @@ class Places:
         self._ahead: Counter[str] = Counter()
         """By tenant: its further samples that have a place and no output."""
         self._backlog: dict[_Flow, None] = {}
+        self._unread: dict[Place, None] = {}
+        """Requests whose samples wait until what has ended is read; in no backlog."""
         self._turns = itertools.count()
         self._max_wait_s = max_wait_s
         self._on_refused = on_refused
@@ -294,8 +303,7 @@ class Places:
             order = after.turn
         waits: asyncio.Future[Seat] = asyncio.get_running_loop().create_future()
         heapq.heappush(place.backlog, (*order, waits))
-        place.flow.backlog[place] = None
-        self._backlog[place.flow] = None
+        self._wait(place)
         self._hand_out()
         try:
             return await waits
@@ -317,7 +325,7 @@ class Places:
 
     def started(self, seat: Seat) -> None:
         """A sequence has had an output: it no longer waits."""
-        if seat.started:
+        if seat.started or seat.returned:  # then the output is dropped
             return
         seat.started = True
         if not seat.place.started:
@@ -325,10 +333,24 @@ class Places:
         if self._settle(seat):
             self._hand_out()
 
-    def leave(self, seat: Seat) -> None:
-        """The sample has ended: its place is free. Idempotent."""
+    def ended(self, seat: Seat) -> None:
+        """The engine has ended the sample: its place is free, even if its caller does not read
+        what has come. Idempotent."""
         if self._give_back(seat):
+            seat.unread = True
+            seat.place.unread += 1
+            self._wait(seat.place)
+            self._hand_out()
+
+    def leave(self, seat: Seat) -> None:
+        """The sample's caller has read its end, or does not want it: its place is free.
+        Idempotent."""
+        if self._give_back(seat) or seat.unread:
             place = seat.place
+            if seat.unread:
+                seat.unread = False
+                place.unread -= 1
+                self._wait(place)
             if place.samples > 1:  # the last one's is the request's, until it ends
                 place.samples -= 1
                 place.flow.samples -= 1
@@ -337,14 +359,12 @@ class Places:
 
     def fail(self, error: VeneerError) -> None:
         """The engine has ended: so do samples that wait for a place."""
-        for flow in list(self._backlog):
-            for place in flow.backlog:
-                for _, _, waits in place.backlog:
-                    if not waits.done():
-                        waits.set_exception(error)
-                place.backlog.clear()
-            flow.backlog.clear()
-        self._backlog.clear()
+        wait = [place for flow in self._backlog for place in flow.backlog]
+        for place in (*wait, *self._unread):
+            for _, _, waits in place.backlog:
+                if not waits.done():
+                    waits.set_exception(error)
+            self._drop_backlog(place)
 
     def expected_wait(self, whose: Fairness) -> float:
         """Seconds that a new request would wait for its turn; 0 if unknown."""
@@ -434,11 +454,27 @@ class Places:
         weighed = ((flow.held / self._weight(flow, new=False), flow) for flow in flows)
         return min(weighed, key=lambda each: each[0], default=(0.0, None))[1]
 
-    def _drop_backlog(self, place: Place) -> None:
+    def _wait(self, place: Place) -> None:
+        """Have the request's samples that wait, if any, wait for a place, or for its caller."""
         flow = place.flow
+        if place.backlog and not place.unread:
+            self._unread.pop(place, None)
+            flow.backlog[place] = None
+            self._backlog[flow] = None
+            return
+        self._leave_backlog(place)
+        if place.backlog:
+            self._unread[place] = None
+
+    def _drop_backlog(self, place: Place) -> None:
         for _, _, waits in place.backlog:
             waits.cancel()  # no-op if its caller has left, or was told
         place.backlog.clear()
+        self._leave_backlog(place)
+
+    def _leave_backlog(self, place: Place) -> None:
+        flow = place.flow
+        self._unread.pop(place, None)
         flow.backlog.pop(place, None)
         if not flow.backlog:
             self._backlog.pop(flow, None)

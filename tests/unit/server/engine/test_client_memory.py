@@ -14,6 +14,7 @@ from veneer_registry.errors import AdapterBudgetExceeded, EngineFailed
 from veneer_server.engine_client import supervisor
 from veneer_server.engine_client.client import EngineClient, EngineEvent
 from veneer_server.engine_client.resident_set import Resident
+from veneer_server.queues.fairness import Fairness
 from veneer_server.wire.messages import (
     BudgetsState,
     EngineConfig,
@@ -213,6 +214,30 @@ class Told:
 
 def asked(prompt: int, new: int) -> SequenceRequest:
     return SequenceRequest([1] * prompt, new, SamplingParams())
+
+
+@pytest.mark.timeout(30)
+async def test_what_its_caller_does_not_read_keeps_no_place() -> None:
+    """Samples that the engine has ended: they kept their places from everybody, until they were
+    read. Further samples of the same request wait until then."""
+    config = msgspec.structs.replace(CONFIG, max_running=2)
+    client = EngineClient(config, max_queue=2, on_event=lambda event: None)
+    await client.start()
+    places = client.places
+    with places.hold(4, Fairness("hog")) as place:
+        samples = [client.generate(asked(9, 3), place) for _ in range(4)]
+        reads = [asyncio.create_task(anext(sample)) for sample in samples]
+        await asyncio.wait(reads[:2])
+        for _ in range(1000):  # whatever else could run has run
+            await asyncio.sleep(0)
+        with places.hold(1, Fairness("light")), places.hold(1, Fairness("light")):
+            assert places.taken == 2
+            assert not any(read.done() for read in reads[2:])
+        for sample, read in zip(samples, reads, strict=True):
+            assert (await read).finish == "length"
+            await sample.aclose()
+    assert places.taken == places.samples == 0
+    await client.stop()
 
 
 @pytest.mark.timeout(30)

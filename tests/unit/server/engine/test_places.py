@@ -311,6 +311,8 @@ class Call:
         self.place = self.stack.enter_context(among.hold(samples, whose))
         self.seats: list[Seat] = []
         self.left = samples
+        self.reads = asyncio.Event()
+        self.reads.set()
         self.tasks = [asyncio.create_task(self._sample()) for _ in range(samples)]
 
     async def _sample(self) -> None:
@@ -324,6 +326,8 @@ class Call:
             await stream.wait()
             self.seats.remove(seat)
             if not seat.returned:
+                await self.reads.wait()
+                self.among.leave(seat)
                 return
 
     def end(self, seat: Seat) -> None:
@@ -331,7 +335,7 @@ class Call:
         assert seat.stream is not None
         self.left -= 1
         seat.stream.fail(QueueFull("it ended"))
-        self.among.leave(seat)
+        self.among.ended(seat)
 
     async def close(self) -> None:
         for task in self.tasks:
@@ -386,6 +390,9 @@ async def _history(draw: random.Random) -> None:
                 assert mine + 1 > share or not waiting or full, (mine, share)
         else:
             engine()
+        if calls and draw.random() < 0.2:
+            reader = draw.choice(calls).reads
+            (reader.clear if reader.is_set() and draw.random() < 0.5 else reader.set)()
         if calls and draw.random() < 0.05:
             gone = calls.pop(draw.randrange(len(calls)))
             await gone.close()
@@ -399,6 +406,8 @@ async def _history(draw: random.Random) -> None:
         ahead = [s for call in calls for s in call.place.seats if s.turn and not s.started]
         if among.taken > running:
             assert len(ahead) <= max(1, running // 4) + len(weights) + running
+    for call in calls:
+        call.reads.set()
     for _ in range(5000):
         if not calls:
             break
@@ -414,8 +423,9 @@ async def _history(draw: random.Random) -> None:
 
 @pytest.mark.parametrize("seed", range(30))
 async def test_further_samples_wait_and_all_end(seed: int) -> None:
-    """In random histories of three tenants: nothing is refused that has begun, and whoever has
-    less than a share gets in unless all that others have is running."""
+    """In random histories of three tenants, whose callers read or do not: nothing is refused
+    that has begun, and whoever has less than a share gets in unless all that others have is
+    running."""
     print(f"seed {seed}")
     await _history(random.Random(seed))
 
@@ -474,3 +484,35 @@ async def test_when_the_engine_ends_samples_that_wait_are_told() -> None:
 
 def _error(task: asyncio.Task[None]) -> BaseException | None:
     return task.exception() if task.done() and not task.cancelled() else None
+
+
+async def test_samples_that_wait_for_their_reader_end_with_the_engine() -> None:
+    among = Places(1, 3)
+    call = Call(among, HOG, 3)
+    call.reads.clear()
+    for _ in range(2):  # the second had its place in advance
+        await _settled()
+        among.started(call.seats[0])
+        call.end(call.seats[0])
+    await _settled()
+    assert among.taken == 0
+    among.fail(EngineFailed("it ended"))
+    await asyncio.wait(call.tasks[2:])
+    assert isinstance(call.tasks[2].exception(), EngineFailed)
+    await call.close()
+    assert among.taken == among.samples == 0
+
+
+async def test_an_output_after_its_place_was_given_back_begins_nothing() -> None:
+    """The engine had it under way: the sample drops it, and waits again."""
+    among = Places(4, 0)
+    hog = Call(among, HOG, 4)
+    await _settled()
+    among.started(hog.seats[0])
+    late = hog.seats[-1]
+    with among.hold(1, LIGHT):
+        assert late.returned
+        among.started(late)
+        assert not late.started
+    await hog.close()
+    assert among.taken == among.samples == 0
