@@ -132,7 +132,10 @@ class Generation:
         """Cancel the samples that have not ended."""
         if self.finish is None:
             self.counted.left()
-        await self._streams.aclose()
+        try:
+            await self._streams.aclose()
+        finally:
+            self.counted.unread(self._streams.dropped)
 
     def _count(self, sample: Sample, output: SequenceOutput, count: int, now: float) -> None:
         """Update metrics and counts for an output; ``count``: tokens that the caller gets."""

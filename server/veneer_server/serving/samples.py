@@ -233,6 +233,8 @@ class SampleStreams:
         self._reads: dict[int, asyncio.Task[SequenceOutput]] = {}
         self._ready: deque[int] = deque()
         """Samples whose read is done, next one first."""
+        self.dropped = 0
+        """Tokens that had been read when `aclose` was called, and that `next` has not given."""
 
     def add(self, index: int, stream: AsyncGenerator[SequenceOutput, None]) -> None:
         """Add a sample's stream; the first read submits the sample."""
@@ -260,17 +262,19 @@ class SampleStreams:
         except StopAsyncIteration:
             raise InternalError("the engine ended a sequence without a finish reason") from None
 
-    async def close(self, index: int) -> None:
-        """Close a sample's stream; if the engine still works on the sample, it is cancelled."""
-        stream = self._streams.pop(index)
+    async def close(self, index: int) -> int:
+        """Close a sample's stream; if the engine still works on the sample, it is cancelled.
+        Returns how many tokens had been read that `next` has not given."""
+        dropped, stream = 0, self._streams.pop(index)
         if index in self._ready:
             self._ready.remove(index)
         if (read := self._reads.pop(index, None)) is not None:
             read.cancel()
             await asyncio.wait({read})
-            if not read.cancelled():
-                read.exception()  # mark it as seen
+            if not read.cancelled() and read.exception() is None:  # which marks it as seen
+                dropped = len(read.result().tokens)
         await stream.aclose()
+        return dropped
 
     async def aclose(self) -> None:
         """Close all open streams, even if the caller is cancelled meanwhile: their places are
@@ -280,7 +284,7 @@ class SampleStreams:
 
     async def _close_all(self) -> None:
         for index in list(self._streams):
-            await self.close(index)
+            self.dropped += await self.close(index)
 
 
 async def _read(stream: AsyncGenerator[SequenceOutput, None]) -> SequenceOutput:

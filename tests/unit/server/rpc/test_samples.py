@@ -249,3 +249,20 @@ async def test_a_cancel_while_streams_are_closed_leaves_none_open() -> None:
     with pytest.raises(asyncio.CancelledError):
         await ending
     assert sorted(closed) == [0, 1, 2]
+
+
+async def test_what_was_read_and_not_given_is_told() -> None:
+    """A caller who leaves between two outputs: usage counts them."""
+
+    async def sample(index: int) -> AsyncGenerator[SequenceOutput, None]:
+        yield SequenceOutput(1, [5] * (index + 1))
+        await asyncio.Event().wait()
+
+    streams = SampleStreams()
+    for index in range(3):
+        streams.add(index, sample(index))
+    assert (await streams.next())[0] == 0
+    for _ in range(5):
+        await asyncio.sleep(0)
+    await streams.aclose()
+    assert streams.dropped == 2 + 3
