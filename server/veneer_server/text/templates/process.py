@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO, Final, cast
 
@@ -93,6 +94,7 @@ class Done(msgspec.Struct, frozen=True, array_like=True):
         cause: cause of the error. Restricted to known values, since a template may have
             taken the process over.
         seconds: CPU time used.
+        worn: the process keeps so much memory that it should be replaced.
     """
 
     text: str = ""
@@ -100,6 +102,7 @@ class Done(msgspec.Struct, frozen=True, array_like=True):
     too_slow: TooSlow = TooSlow.NOTHING
     seconds: float = 0.0
     cause: Cause = "rendering"
+    worn: bool = False
 
 
 class _Interrupted(BaseException):
@@ -142,6 +145,17 @@ def _do(job: Job, compiled: Recent[str, ChatTemplate]) -> Done:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
 
+def _worn() -> bool:
+    """Whether half of the address space is taken, as by long constants of templates that are
+    kept: others' chats would run out of memory. False where the system does not tell."""
+    try:
+        pages, _, _ = Path("/proc/self/statm").read_text().partition(" ")
+    except OSError:
+        return False
+    most, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return int(pages) * resource.getpagesize() > most // 2
+
+
 def main(jobs: BinaryIO, answers: BinaryIO) -> None:
     """Do jobs until the front closes the pipe."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -154,7 +168,7 @@ def main(jobs: BinaryIO, answers: BinaryIO) -> None:
         job = msgspec.msgpack.decode(jobs.read(size), type=Job)
         began = time.process_time()
         done = _do(job, compiled)
-        done = msgspec.structs.replace(done, seconds=time.process_time() - began)
+        done = msgspec.structs.replace(done, seconds=time.process_time() - began, worn=_worn())
         answers.write(framed(msgspec.msgpack.encode(done)))
         answers.flush()
 

@@ -14,7 +14,8 @@ others. In both, the sender with the least recent CPU time is next.
 What was slow is remembered for a while: for the same template, inputs at least as large, and
 the same party, which is a tenant's key (or a host, where callers have no keys). So slow chats
 delay only their sender and other slow ones, and nobody can make a template slow for somebody
-else, or for small inputs.
+else, or for small inputs. Only a template that could not be interrupted, so that the quick
+process was ended, is slow for that party whatever the input.
 """
 
 from __future__ import annotations
@@ -220,6 +221,9 @@ class Renderer:
         self._compile_limit: Recent[bytes, float] = Recent(_COMPILE_LIMITS)
         """Limits for templates that take more than the quick limit to compile."""
         self._verdicts = _Verdicts(_now)
+        self._ended: Recent[tuple[tuple[str, ...], bytes], float] = Recent(_PARTIES)
+        """Until when a party's template, whatever the input, is kept out of the quick process,
+        which it had ended: whoever was next had to wait for another one to start."""
 
     async def close(self) -> None:
         """End the processes."""
@@ -277,9 +281,9 @@ class Renderer:
         """Render in the quick process; None if the input is too slow for it. Raises Ended
         if something else killed the process."""
         key = what.template
-        while not self._verdicts.slow(what):
+        while not self._slow(what):
             async with self._quick_turns.turn(what.key):
-                if self._verdicts.slow(what):  # found out while it waited
+                if self._slow(what):  # found out while it waited
                     break
                 self._check(what)
                 limit = self._compile_limit.get(key, self._quick_limit_s)
@@ -289,6 +293,8 @@ class Renderer:
                 try:
                     done = await self._do(self.quick, what, job)
                 except Ended as error:
+                    if error.cause in (Cause.CPU_TIME, Cause.ITSELF):
+                        self._ended[what.sender.party, key] = _now() + SLOW_FOR_S
                     match error.cause:
                         case Cause.OTHERS:
                             raise
@@ -308,6 +314,11 @@ class Renderer:
                     self._verdicts.note(what, SLOW_FOR_S, None, any_size=compiling)
                     return None
         return None
+
+    def _slow(self, what: _Input) -> bool:
+        """Whether it is kept out of the quick process."""
+        until = self._ended.get((what.sender.party, what.template), 0.0)
+        return _now() < until or self._verdicts.slow(what)
 
     async def _slowly(self, what: _Input, job: Job, tries: int) -> Done:
         async with self._slow_turns.turn(what.key):

@@ -17,7 +17,7 @@ from veneer_server.text.templates.process import OUT_OF_TIME, Done, Job
 from veneer_server.text.templates.template import MAX_ERROR, MAX_OUTPUT
 from veneer_server.wire.frames import LENGTH, framed
 
-__all__ = ["Cause", "Ended", "Worker"]
+__all__ = ["START_S", "Cause", "Ended", "Worker"]
 
 MAX_ANSWER: Final = 4 * (MAX_OUTPUT + 2 * MAX_ERROR)
 """Most bytes of an answer; the front reads no more, whatever the process sends."""
@@ -27,6 +27,9 @@ WALL_FACTOR: Final = 15
 
 WALL_LEAST_S: Final = 5.0
 """Lowest wall-clock limit; starting a process takes part of it."""
+
+START_S: Final = 0.3
+"""CPU time that another process takes to start: charged to the job that ended this one."""
 
 _BY_OTHERS: Final = (-signal.SIGKILL, -signal.SIGTERM)
 """Exit statuses when the kernel (out of memory) or an operator ends the process."""
@@ -83,14 +86,19 @@ class Worker:
             return done
         finally:
             limits_s = job.compile_limit_s + job.limit_s
-            charge(limits_s if done is None else done.seconds, done)
+            seconds = limits_s if done is None else done.seconds
+            ended = done is None or done.worn
+            charge(seconds + (START_S if ended else 0.0), done)
 
     async def _do(self, job: Job) -> Done:
         process = await self._running()
         wall = max((job.compile_limit_s + job.limit_s) * WALL_FACTOR, WALL_LEAST_S)
         try:
             async with asyncio.timeout(wall):
-                return await exchange(process, job)
+                done = await exchange(process, job)
+            if done.worn:
+                await self.kill()
+            return done
         except TimeoutError as error:
             await self.kill()
             raise Ended(Cause.NO_ANSWER) from error

@@ -8,6 +8,7 @@ import random
 import resource
 import signal
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from veneer_server.text.templates import renderer as template_renderer
 from veneer_server.text.templates import turns as template_turns
 from veneer_server.text.templates import worker as template_worker
 from veneer_server.text.templates.options import TemplateOptions
-from veneer_server.text.templates.process import MEMORY_LIMIT
+from veneer_server.text.templates.process import MEMORY_LIMIT, Chat, Job
 from veneer_server.text.templates.renderer import Renderer, Size
 
 from tests.refused import refused
@@ -278,6 +279,60 @@ async def test_what_cannot_be_interrupted_is_killed_and_refused_from_then_on(
     with refused(TemplateFailed, cause="too_slow"):
         await templates.render(source, USER)
     assert templates.quick.process is running, "it was not tried again"
+
+
+async def test_a_template_that_ends_processes_ends_one_of_the_quick_ones(
+    templates: Renderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other variables, or a larger input that was quick, keep verdicts from being made; each
+    such chat then had whoever was next wait for another process to start."""
+    monkeypatch.setattr(template_worker, "WALL_LEAST_S", 60.0)  # for a busy machine
+    large = "[messages] * 1000000"
+    source = (
+        f"{{% if n %}}{{% set a, b = {large}, {large} %}}{{{{ ([a] * 9999).count(b) }}}}"
+        "{% endif %}{{ messages | length }}"
+    )
+    attacker, other = Sender("attacker", "key"), Sender("other", "key")
+    plain = TemplateOptions({"n": 0})
+    assert await templates.render(source, USER * 9, attacker, options=plain) == "9"
+    used = set()
+    for n in (1, 2, 3):
+        with refused(TemplateFailed, cause="too_slow"):
+            await templates.render(source, USER, attacker, options=TemplateOptions({"n": n}))
+        assert await templates.render(source, USER, other, options=plain) == "1"
+        assert templates.quick.process is not None
+        used.add(templates.quick.process.pid)
+    assert len(used) == 1
+    assert await templates.render(source, USER, attacker, options=plain) == "1"
+
+
+def address_space(pid: int) -> int:
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
+    return pages * resource.getpagesize()
+
+
+async def test_a_process_that_templates_have_filled_is_replaced() -> None:
+    """Constants that are made while a template is compiled stay for as long as it does: a few
+    templates had the process run out of memory in whoever's chat was next."""
+    worker, charged = template_worker.Worker(), list[float]()
+
+    async def job(source: str) -> int:
+        chat = Chat(source, {}, USER)
+        done = await worker.do(Job(chat, 60.0, 60.0), lambda s, done: charged.append(s))
+        assert done.text == "1"
+        return 0 if worker.process is None else worker.process.pid
+
+    pid = await job("{{ messages | length }}")
+    most = 2 * (address_space(pid) + (8 << 20))
+    resource.prlimit(pid, resource.RLIMIT_AS, (most, most))
+    pids = []
+    for n in range(16):
+        long = f"{{% set a = '- ' * {1 << 19} %}}{{{{ messages | length }}}}{{# {n} #}}"
+        pids.append(await job(long))
+    await worker.close()
+    assert pids.count(pid) < 16, "it was replaced"
+    ended = next(at for at, each in enumerate(pids) if each != pid)
+    assert charged[ended + 1] > template_worker.START_S
 
 
 LARGE = "{{ messages[0].content }}{% if messages[1] %}{{ messages[2] }}{% endif %}" * 800
