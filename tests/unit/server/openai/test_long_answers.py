@@ -18,9 +18,12 @@ import pytest
 import pytest_asyncio
 from veneer_proto.v1 import inference_pb2
 from veneer_registry.errors import InvalidField
+from veneer_server.openai.errors import HttpError
+from veneer_server.openai.http.asgi import ABORT, Reply
 from veneer_server.openai.http.long_json import Joined, Many, dump, written
 from veneer_server.serving.answer_room import MAX_ANSWER, AnswerRoom
 from veneer_server.serving.checks import check_json_size
+from veneer_server.serving.spare_time import SpareTime
 from veneer_server.text.templates.options import longer_as_json
 from veneer_server.text.tokenizer import TextTokenizer
 
@@ -458,3 +461,28 @@ async def test_what_grows_with_a_request_is_never_written_before_it_is_measured(
     assert len(answer.content) < 2000, "it does not repeat what was sent"
     assert longest < 300_000
     assert not front.engine.submitted
+
+
+async def test_an_error_is_not_written_into_half_an_event() -> None:
+    """One of several prompts fails while the scores of another are being sent."""
+    sent: list[bytes] = []
+    aborted, stuck = asyncio.Event(), asyncio.Event()
+
+    async def send(message: Any) -> None:
+        sent.append(message.get("body", b""))
+        if len(sent) == 3:
+            stuck.set()
+            await asyncio.Event().wait()
+
+    reply = Reply({"state": {ABORT: aborted.set}}, send, 30.0)
+    spare = SpareTime()
+    long = {"choices": Many(200_000, lambda: range(200_000))}
+    writing = asyncio.create_task(reply.events([long], {}, spare))
+    await stuck.wait()
+    writing.cancel()
+    await asyncio.wait({writing})
+    before = len(sent)
+    await reply.fail(HttpError(500, "internal", "the engine has failed"))
+    assert aborted.is_set()
+    assert len(sent) == before
+    spare.close()
