@@ -21,9 +21,16 @@ from veneer_registry.errors import InvalidField
 from veneer_server.openai.errors import HttpError
 from veneer_server.openai.http.asgi import ABORT, Reply
 from veneer_server.openai.http.long_json import Joined, Many, dump, written
-from veneer_server.serving.answer_room import MAX_ANSWER, AnswerRoom
+from veneer_server.rpc import convert
+from veneer_server.serving.answer_room import (
+    MAX_ANSWER,
+    AnswerForm,
+    AnswerRoom,
+    AnswerSize,
+    ScoreForm,
+)
 from veneer_server.serving.checks import check_json_size
-from veneer_server.serving.spare_time import SpareTime
+from veneer_server.serving.spare_time import MAX_WAITING, SpareTime
 from veneer_server.text.templates.options import longer_as_json
 from veneer_server.text.tokenizer import TextTokenizer
 
@@ -288,6 +295,18 @@ async def test_a_tenant_s_answers_leave_room_for_those_of_others() -> None:
     assert room.held == 0
 
 
+async def test_prompts_without_a_length_share_what_an_answer_may_have() -> None:
+    """The first got all of it, and the second was refused: nobody had asked for so much."""
+    room = AnswerRoom()
+    form, size = AnswerForm(ScoreForm(100, 100), largest=1000), AnswerSize(0, 100, 10)
+    with room.answer("a", 4) as held:
+        asked = [held.fits(size, form, None, 1000, 1) for _ in range(4)]
+        given = await asyncio.gather(*asked)
+    assert given == [15] * 4
+    with room.answer("a") as held, pytest.raises(InvalidField):
+        await held.fits(size, form, 91, 1000, 1)
+
+
 # -------------------------------------------------------------------------------- JSON
 
 
@@ -486,3 +505,31 @@ async def test_an_error_is_not_written_into_half_an_event() -> None:
     assert aborted.is_set()
     assert len(sent) == before
     spare.close()
+
+
+async def test_large_grpc_requests_do_not_pile_up_while_they_are_looked_through(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were read as fast as they came, and waited in memory for the one thread."""
+    go, convert_it = threading.Event(), convert.generate_call
+
+    def slowly(*args: Any, **more: Any) -> Any:
+        go.wait()
+        return convert_it(*args, **more)
+
+    monkeypatch.setattr(convert, "generate_call", slowly)
+    size, count = 3 << 20, 12
+    request = inference_pb2.GenerateRequest(prompt="Hi")
+    request.stopping.stop.append("x" * size)
+    calls = {asyncio.ensure_future(front.inference.Generate(request)) for _ in range(count)}
+    refused: set[Any] = set()
+    while len(refused) < count - MAX_WAITING // 2 // size:
+        done, _ = await asyncio.wait(calls - refused, return_when=asyncio.FIRST_COMPLETED)
+        refused |= done
+    go.set()
+    await asyncio.wait(calls)
+    for call in calls:
+        error = call.exception()
+        assert isinstance(error, grpc.aio.AioRpcError)
+        full = error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert full == (call in refused), error
