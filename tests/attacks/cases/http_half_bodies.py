@@ -64,7 +64,7 @@ class Flood:
     async def drip(self) -> None:
         """A byte on each of them: that is no progress."""
         for writer in self.open:
-            with contextlib.suppress(OSError):
+            if not writer.is_closing():
                 writer.write(b" ")
         await asyncio.sleep(0)
 

@@ -13,7 +13,7 @@ KEYS = True
 BUG = Bug(
     "veneer_server.openai.http.connection",
     "if (other := places.earns(self._place, owner or self._place.host)) is not None:",
-    "if (other := None) is not None:",
+    "if (other := places.earns(self._place, owner or self._place.host)) is True:",
 )
 
 
