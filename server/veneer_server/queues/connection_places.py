@@ -82,12 +82,25 @@ class Places:
     def __len__(self) -> int:
         return self._count
 
-    def join(self, host: str) -> Place:
-        """A connection was opened; it waits for its first request."""
+    def join(self, host: str, since: float | None = None) -> Place:
+        """A connection was opened; it waits for its first request.
+
+        Args:
+            since: when, at the earliest; None: now.
+        """
         place = Place(host, f"host {host}", self._clock())
         self._count += 1
         self._of[place.whose] += 1
         self._wait(place, self._strangers)
+        if since is not None and place.queue is not None:
+            place.since = since
+            later = []
+            for each in reversed(place.queue):
+                if each is not place and each.since <= since:
+                    break
+                later.append(each)
+            for each in reversed(later[1:]):
+                place.queue.move_to_end(each)
         return place
 
     def leave(self, place: Place) -> None:
@@ -144,20 +157,28 @@ class Places:
         self._whose_is(place, owner)
         if waiting:
             self._wait(place, self._resting if self.keyless else self._sending)
-        if self._callers <= self.most - max(1, self.most // NEWCOMERS):
-            return None
-        return self._of_callers(place)
+        return self._of_callers(place) if self.crowded else None
 
-    def victim(self, delayed: Iterable[Place] = ()) -> Place | None:
+    @property
+    def crowded(self) -> bool:
+        """Whether callers have more places than are theirs."""
+        return self._callers > self.most - max(1, self.most // NEWCOMERS)
+
+    def victim(
+        self, delayed: Iterable[Place] = (), before: float = float("inf")
+    ) -> Place | None:
         """The place to be given up next, if any.
 
         Args:
             delayed: strangers' whose refusal is being delayed. They go after those that make no
                 progress.
+            before: no stranger's that has made progress since then.
         """
-        found = self._worst(self._strangers, stalled=True) or next(iter(delayed), None)
-        found = found or self._worst(self._strangers) or self._worst(self._watching)
-        return found or (self._of_callers(None) if self.keyless else None)
+        found = self._worst(self._strangers, self._clock() - STALLED_S)
+        found = found or next(iter(delayed), None)
+        if found or self._strangers:
+            return found or self._worst(self._strangers, before)
+        return self._worst(self._watching) or (self._of_callers(None) if self.keyless else None)
 
     def alone(self, place: Place) -> bool:
         """Whether no other place waits that could be given up for this stranger's."""
@@ -171,7 +192,8 @@ class Places:
 
     def _of_callers(self, but: Place | None) -> Place | None:
         """A caller's place. Args: but: not this one."""
-        if (found := self._worst(self._sending, stalled=True)) not in (None, but):
+        late = self._clock() - STALLED_S
+        if (found := self._worst(self._sending, late)) not in (None, but):
             return found
         worst, most = None, 0
         for queues in (self._resting, self._sending):
@@ -181,14 +203,13 @@ class Places:
                     worst, most = first, count
         return worst
 
-    def _worst(self, queues: _Queues, *, stalled: bool = False) -> Place | None:
+    def _worst(self, queues: _Queues, before: float = float("inf")) -> Place | None:
         """The place that made progress longest ago, of the host or owner that has most.
-        Args: stalled: only one that makes no progress."""
-        late = self._clock() - STALLED_S
+        Args: before: only one that has made none since then."""
         worst, most = None, 0
         for queue in queues.values():
             first = next(iter(queue))
-            if (count := self._of[first.whose]) > most and not (stalled and first.since > late):
+            if first.since < before and (count := self._of[first.whose]) > most:
                 worst, most = first, count
         return worst
 
@@ -206,6 +227,8 @@ class Places:
         if place.queue is not None and place.queue is queues.get(name):
             return
         self.busy(place)
+        # From now on: it may have rested, or been answered, for an hour before.
+        place.since, place.sent = self._clock(), 0
         queue = queues.setdefault(name, OrderedDict())
         queue[place] = None
         place.queue = queue

@@ -146,9 +146,10 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         """The request's call. A long request is converted off the event loop. Raises
         InvalidField."""
         convert_it = partial(convert.generate_call, request, **bound)
-        if request.ByteSize() < COUNTED_FROM:
+        size = request.ByteSize()
+        if size < COUNTED_FROM:
             return convert_it()
-        return await self._generator.spare_time.run(convert_it)
+        return await self._generator.spare_time.request(convert_it, size)
 
     async def _scores(
         self, given: _Scores

@@ -232,7 +232,8 @@ class Held:
         Raises:
             InvalidField: the answer may become too large.
         """
-        left = form.largest - self._whole - size.fixed
+        # Each of several prompts may use an equal part of what those before it have left.
+        left = (form.largest - self._whole) // max(1, self._uncounted) - size.fixed
         if wanted is None and size.token and left >= size.token * n:
             most = min(most, left // (size.token * n))
         whole = size.fixed + size.token * most * n

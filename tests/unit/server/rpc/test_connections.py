@@ -204,6 +204,27 @@ async def test_addresses_of_ipv6_are_known(peer: str) -> None:
                 calling.recv(1)
 
 
+async def test_a_call_that_has_just_begun_goes_after_connections_that_say_nothing() -> None:
+    """Its head was seen at once, and their sockets only by the next look: it was closed as the
+    one that had waited longest, milliseconds after it had come."""
+    connections, loop = Connections(MOST), asyncio.get_running_loop()
+    with accepted(MOST + 2) as (port, clients):
+        peer = f"ipv4:127.0.0.1:{clients[-1].getsockname()[1]}"
+        watching = asyncio.create_task(connections.watch(port))
+        gone = {asyncio.create_task(loop.sock_recv(each, 1)) for each in clients[:-1]}
+        with connections.call(peer):
+            while sum(each.done() for each in gone) < 3:
+                await asyncio.wait(
+                    {each for each in gone if not each.done()},
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+            with pytest.raises(BlockingIOError):
+                clients[-1].recv(1)
+        for each in (watching, *gone):
+            each.cancel()
+        await asyncio.gather(watching, *gone, return_exceptions=True)
+
+
 # ------------------------------------------------------------- half-sent and silent calls
 
 HALF_HEADERS = b"\0\0\1\1\0\0\0\0\1\x83"
