@@ -124,7 +124,7 @@ class TokenCheck(Protocol):
 
     @property
     def keys(self) -> object:
-        """What tokens are verified with; equal as long as that has not changed."""
+        """What tokens are verified with; the same object as long as it has not changed."""
 
     async def principal(self, token: str) -> Principal:
         """Whose token it is. Raises Unauthenticated."""

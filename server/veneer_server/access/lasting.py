@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from contextvars import Context
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,7 +19,10 @@ from veneer_registry.errors import PermissionDenied, Unauthenticated, VeneerErro
 
 from veneer_server.access.principal import Principal
 
-__all__ = ["Lasting"]
+__all__ = ["ENDED", "Lasting"]
+
+ENDED: Final = "ended"
+"""Metadata of an error that ends a call which had been let in."""
 
 LOOK_S: Final = 1.0
 _BATCH: Final = 16
@@ -41,7 +45,7 @@ class _Open:
 
     check: Check
     principal: Principal
-    keys: object
+    keys: tuple[object, ...]
     task: asyncio.Task[Any]
     cancelling: int
     why: VeneerError | None = None
@@ -51,12 +55,13 @@ class Lasting:
     """Belongs to one event loop.
 
     Args:
-        keys: what is known of keys; equal as long as nothing has changed.
+        keys: what is known of keys; the same objects as long as nothing has changed, since
+            comparing thousands of keys for each call would hold up the event loop.
         refresh: brings that up to date.
     """
 
     def __init__(
-        self, keys: Callable[[], object], refresh: Callable[[], Awaitable[object]]
+        self, keys: Callable[[], tuple[object, ...]], refresh: Callable[[], Awaitable[object]]
     ) -> None:
         self._keys = keys
         self._refresh = refresh
@@ -69,8 +74,8 @@ class Lasting:
         """Holds an open call, which has just been let in.
 
         Raises:
-            Unauthenticated, PermissionDenied: it would not be let in any more. The block was
-                cancelled.
+            Unauthenticated, PermissionDenied: it would not be let in any more (metadata
+                `ENDED`). The block was cancelled; what it had begun may have taken effect.
         """
         task = asyncio.current_task()
         assert task is not None, "calls are answered in tasks"
@@ -88,7 +93,9 @@ class Lasting:
             self._calls.discard(call)
 
     def _look_later(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(LOOK_S, self._look)
+        # In a context of its own: it is no part of the call that happens to start it.
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(LOOK_S, self._look, context=Context())
 
     def _look(self) -> None:
         self._timer = None
@@ -104,17 +111,21 @@ class Lasting:
         due = [
             call
             for call in self._calls
-            if call.why is None and (call.principal.until <= now or call.keys != keys)
+            if call.why is None and (call.principal.until <= now or not _same(call.keys, keys))
         ]
         for number, call in enumerate(due, 1):
             why = await _refusal(call)
             if why is None:
                 call.keys = keys
             elif call in self._calls:
-                call.why = why
+                call.why = type(why)(why.message, metadata={**why.metadata, ENDED: "true"})
                 call.task.cancel()
             if number % _BATCH == 0:
                 await asyncio.sleep(0)
+
+
+def _same(before: tuple[object, ...], now: tuple[object, ...]) -> bool:
+    return all(one is other for one, other in zip(before, now, strict=True))
 
 
 async def _refusal(call: _Open) -> VeneerError | None:

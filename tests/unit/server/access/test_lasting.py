@@ -24,6 +24,7 @@ from veneer_server.access.authenticate import Access, Credentials
 from veneer_server.access.certificates import Shown
 from veneer_server.access.edit_keys import add_key, revoke_key
 from veneer_server.access.identity_file import IdentityFile
+from veneer_server.logs import TENANT
 
 from tests.pki import Pki
 from tests.refused import refused
@@ -269,6 +270,42 @@ async def test_a_key_ends_at_its_time_also_if_the_clock_is_set(
         await calls[0]
     assert not calls[1].done()
     calls[1].cancel()
+
+
+async def test_a_file_that_says_the_same_has_no_call_checked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thousands of keys would be compared once a call and second, on the event loop."""
+    file = tmp_path / "keys.toml"
+    add_key(file, name="a", tenant="a", roles=["inference"], expires=None)
+    identities = IdentityFile(file)
+    before = identities.latest
+    for _ in range(3):
+        file.with_suffix(".new").write_text(file.read_text())
+        file.with_suffix(".new").chmod(0o600)
+        file.with_suffix(".new").replace(file)
+        assert await identities.current() is before
+
+
+async def test_a_timer_is_no_part_of_the_call_that_starts_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lasting, "LOOK_S", 0.0)
+    file, found = tmp_path / "keys.toml", asyncio.get_running_loop().create_future()
+    key = add_key(file, name="a", tenant="team-a", roles=["inference"], expires=None).key
+    identities = IdentityFile(file)
+    access = Access(identities)
+    current = identities.current
+
+    async def looked() -> Any:
+        if asyncio.current_task() is not call and not found.done():
+            found.set_result(TENANT.get())
+        return await current()
+
+    monkeypatch.setattr(identities, "current", looked)
+    call = asyncio.create_task(held(access, Credentials(f"Bearer {key}")))
+    assert await found == ""
+    call.cancel()
 
 
 async def test_a_certificate_ends_at_its_time(tmp_path: Path, clock: Clock) -> None:

@@ -32,7 +32,14 @@ from tests.refused import refused
 from tests.unit.registry.kit import BASE
 from tests.unit.server.access.tenants_kit import Caller, Shared, shared
 from tests.unit.server.rpc.fake_engine import fake_tokens
-from tests.unit.server.rpc.front_harness import failure, make_adapter, prompt, running, upload
+from tests.unit.server.rpc.front_harness import (
+    failure,
+    make_adapter,
+    prompt,
+    running,
+    until,
+    upload,
+)
 
 GET = "/veneer.v1.AdapterService/GetAdapter"
 
@@ -499,9 +506,13 @@ async def test_an_operator_acts_in_the_tenant_that_it_names(
     await operator.call("UpdateAdapter", name="chat", retain=3)
     entry = (await own.call("GetHistory")).entries[0]
     assert (entry.event, entry.actor) == ("retention", "default-operator")
-    lines = (server.front.data_dir / "audit.jsonl").read_text("utf-8").splitlines()
-    last = json.loads(lines[-1])
-    assert (last["who"], last["tenant"]) == ("default-operator", here)
+
+    def noted() -> bool:  # a thread writes it
+        text = (server.front.data_dir / "audit.jsonl").read_text("utf-8")
+        last = json.loads(text.splitlines()[-1])
+        return (last["who"], last["tenant"]) == ("default-operator", here)
+
+    await until(noted)
 
     for role in ("inference", "publisher", "admin", "metrics"):
         other = server.caller("default", role, named=here)  # type: ignore[arg-type]
