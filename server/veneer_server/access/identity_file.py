@@ -55,6 +55,11 @@ class IdentityFile:
         return not self._reported
 
     @property
+    def settled(self) -> bool:
+        """Whether nobody was writing the file when it was last read."""
+        return self._stamp is not None
+
+    @property
     def latest(self) -> Identities:
         """The file's content when it was last read: the same object until it changes."""
         return self._identities

@@ -25,6 +25,9 @@ ENDED: Final = "ended"
 """Metadata of an error that ends a call which had been let in."""
 
 LOOK_S: Final = 1.0
+_MOST_PUT_OFF: Final = 3
+"""Looks in a row that wait for the keys: after a clock was set back, a file seems to be written
+for hours."""
 _BATCH: Final = 16
 """Calls that are checked before other work gets a turn: a token takes 0.1 ms and more."""
 
@@ -57,17 +60,19 @@ class Lasting:
     Args:
         keys: what is known of keys; the same objects as long as nothing has changed, since
             comparing thousands of keys for each call would hold up the event loop.
-        refresh: brings that up to date.
+        refresh: brings that up to date. Returns False while it may be about to change again.
     """
 
     def __init__(
-        self, keys: Callable[[], tuple[object, ...]], refresh: Callable[[], Awaitable[object]]
+        self, keys: Callable[[], tuple[object, ...]], refresh: Callable[[], Awaitable[bool]]
     ) -> None:
         self._keys = keys
         self._refresh = refresh
         self._calls: set[_Open] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._checking: asyncio.Task[None] | None = None
+        self._put_off = 0
+        """Looks since the last that counted."""
 
     @contextmanager
     def call(self, principal: Principal, check: Check) -> Iterator[None]:
@@ -106,7 +111,10 @@ class Lasting:
             self._checking = asyncio.get_running_loop().create_task(self._check())
 
     async def _check(self) -> None:
-        await self._refresh()
+        if not await self._refresh() and self._put_off < _MOST_PUT_OFF:
+            self._put_off += 1
+            return
+        self._put_off = 0
         keys, now = self._keys(), time.time()
         due = [
             call
