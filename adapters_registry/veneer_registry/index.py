@@ -67,6 +67,8 @@ class Index:
         self._near = NearNames()
         self._shared: set[str] = set()
         """Names that other tenants of the server may use."""
+        self._shared_in_order: tuple[str, ...] | None = None
+        """The same; None after a change."""
         # References to a revision, and to weights. Counted, because while a name's entry is
         # replaced, both the old and the new one refer to a revision. Plain numbers and dicts,
         # since there may be a hundred thousand of them.
@@ -222,7 +224,9 @@ class Index:
             if old is None:
                 self._near.add(name)
             self._names[name] = entry
-            (self._shared.add if entry.shared else self._shared.discard)(name)
+            if entry.shared != (name in self._shared):
+                (self._shared.add if entry.shared else self._shared.discard)(name)
+                self._shared_in_order = None
             self._count(entry, 1)
             self._drop(old)
         self._changed(name, entry)
@@ -232,7 +236,9 @@ class Index:
         with self._lock:
             old = self._names.pop(name)
             self._near.remove(name)
-            self._shared.discard(name)
+            if name in self._shared:
+                self._shared.discard(name)
+                self._shared_in_order = None
             self._drop(old)
         self._changed(name, None)
 
@@ -255,6 +261,7 @@ class Index:
             self._damaged = dict(damaged)
             self._near = NearNames(entries)
             self._shared = {name for name, entry in entries.items() if entry.shared}
+            self._shared_in_order = None
             for entry in entries.values():
                 self._count(entry, 1)
 
@@ -293,7 +300,9 @@ class Index:
     def shared(self) -> tuple[str, ...]:
         """The names that other tenants may use, in order."""
         with self._lock:
-            return tuple(sorted(self._shared))
+            if self._shared_in_order is None:
+                self._shared_in_order = tuple(sorted(self._shared))
+            return self._shared_in_order
 
     def names(self) -> tuple[str, ...]:
         """All names, in order."""

@@ -24,13 +24,17 @@ _CONTROLS: Final = "\x00-\x08\x0b-\x1f\x7f-\x9f"
 """C0 without newline and tab, DEL, C1."""
 _OVERRIDES: Final = "\u202a-\u202e\u2066-\u2069"
 """Make text read in another order than it is written in."""
+_HALVES: Final = "\ud800-\udfff"
+"""Not text. A stream with ``surrogateescape``, as in the locale C, writes some as plain bytes,
+U+009B among them."""
 _MARKS: Final = "\u061c\u200e\u200f\u2028\u2029"
 """Directions of one place, and separators that some terminals take for a newline."""
 _INVISIBLE: Final = "\u00ad\u180e\u200b-\u200d\u2060-\u2064\ufeff\U000e0000-\U000e007f"
 
-_IN_ANSWERS: Final = re.compile(f"[{_CONTROLS}{_OVERRIDES}]")
-_IN_TEXT: Final = re.compile(f"[{_CONTROLS}{_OVERRIDES}{_MARKS}]")
-_IN_A_LINE: Final = re.compile(f"[\t\n{_CONTROLS}{_OVERRIDES}{_MARKS}{_INVISIBLE}]")
+_OBEYED: Final = f"{_CONTROLS}{_OVERRIDES}{_HALVES}"
+_IN_ANSWERS: Final = re.compile(f"[{_OBEYED}]")
+_IN_TEXT: Final = re.compile(f"[{_OBEYED}{_MARKS}]")
+_IN_A_LINE: Final = re.compile(f"[\t\n{_OBEYED}{_MARKS}{_INVISIBLE}]")
 
 _SHORT: Final = {"\t": "\\t", "\n": "\\n", "\r": "\\r", "\b": "\\b", "\f": "\\f"}
 
@@ -49,7 +53,7 @@ def _escape(found: re.Match[str]) -> str:
     text = found[0]
     if text in _SHORT:
         return _SHORT[text]
-    units = text.encode("utf-16-be")
+    units = text.encode("utf-16-be", "surrogatepass")
     return "".join(f"\\u{units[at : at + 2].hex()}" for at in range(0, len(units), 2))
 
 

@@ -37,7 +37,11 @@ __all__ = ["Score", "code_of", "passes", "require_sandbox", "score", "statement_
 _KINDS: Final = ("exact", "regex", "sql", "python")
 _SQL_STEPS: Final = 5_000_000
 _SQL_BYTES: Final = 1 << 20
-"""Of one value, which a statement can make as long as it likes."""
+"""Of all values that a statement returns, which it can make as long and many as it likes."""
+_SQL_ROWS: Final = 10_000
+_SQL_COLUMNS: Final = 100
+_SQL_HEAP: Final = 256 << 20
+"""Of SQLite in this process: what a statement sorts or groups is kept there, not in files."""
 _READS: Final = frozenset(
     {
         sqlite3.SQLITE_SELECT,
@@ -196,16 +200,30 @@ def _rows(setup: str, statement: str) -> list[tuple[Any, ...]] | None:
     """The rows that a statement returns, floats rounded to six digits; None if it fails."""
     with sqlite3.connect(":memory:") as database:
         database.executescript(setup)
+        database.execute("PRAGMA temp_store = MEMORY")
+        database.execute(f"PRAGMA hard_heap_limit = {_SQL_HEAP}").fetchall()
         database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _SQL_BYTES)
+        database.setlimit(sqlite3.SQLITE_LIMIT_COLUMN, _SQL_COLUMNS)
         database.set_authorizer(
             lambda action, *_: sqlite3.SQLITE_OK if action in _READS else sqlite3.SQLITE_DENY
         )
         database.set_progress_handler(lambda: 1, _SQL_STEPS)
         try:
-            found = database.execute(statement).fetchmany(10_000)
-        except (sqlite3.Error, sqlite3.Warning, ValueError):
+            found = _few(database.execute(statement))
+        except (sqlite3.Error, sqlite3.Warning, ValueError, MemoryError):
             return None
-    return [tuple(map(_rounded, row)) for row in found]
+    return None if found is None else [tuple(map(_rounded, row)) for row in found]
+
+
+def _few(rows: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]] | None:
+    """The rows; None if they are more than any task wants."""
+    found, left = list[tuple[Any, ...]](), _SQL_BYTES
+    for row in rows:
+        found.append(row)
+        left -= sum(len(value) if isinstance(value, str | bytes) else 8 for value in row)
+        if left < 0 or len(found) > _SQL_ROWS:
+            return None
+    return found
 
 
 def _rounded(value: object) -> object:

@@ -31,6 +31,7 @@ from typing import Final, NamedTuple
 
 from veneer_registry.errors import InvalidField, VeneerError
 
+from veneer_server.access.lasting import ENDED
 from veneer_server.access.methods import AUDITED
 from veneer_server.access.principal import ANYONE, PRINCIPAL, Principal
 from veneer_server.logs import REQUEST_ID, get_logger
@@ -62,7 +63,8 @@ _UNCHANGED: Final = _REFUSALS | {
     *("INVALID_ARGUMENT", "NOT_FOUND", "ALREADY_EXISTS", "FAILED_PRECONDITION"),
     *("OUT_OF_RANGE", "UNIMPLEMENTED"),
 }
-"""Outcomes of calls that have changed nothing. Any other call may have taken effect."""
+"""Outcomes of calls that have changed nothing, unless they are `ENDED`. Any other call may have
+taken effect."""
 
 
 class _History(Enum):
@@ -181,6 +183,7 @@ class Audit:
         self._tell_left_out()
         principal = PRINCIPAL.get()
         adapter = getattr(answer, "adapter", None)
+        ended = error is not None and ENDED in error.metadata
         entry = {
             "time": _now(),
             "who": principal.name,
@@ -189,19 +192,22 @@ class Audit:
             "method": method.removeprefix("/"),
             "outcome": code,
             "reason": "" if error is None else error.reason,
+            "ended": ended,
             "adapter": _text(adapter, "name") or _text(request, "name", "alias"),
             "revision": _text(adapter, "revision") or _text(request, "revision"),
             "request_id": REQUEST_ID.get(),
         }
         line = json.dumps({key: value for key, value in entry.items() if value}) + "\n"
-        history = self._history(method, code, principal, peer, entry["reason"], len(line))
+        changed = ended or code not in _UNCHANGED
+        reason = "" if error is None else error.reason
+        history = self._history(method, changed, principal, peer, reason, len(line))
         if history is not None:
             self._put(history, line)
             return
         self.left_out += 1
         self._on_left_out()
         about = _LeftOut(
-            principal.name, principal.tenant, entry["method"], code, entry["reason"]
+            principal.name, principal.tenant, method.removeprefix("/"), code, reason
         )
         with self._counting:
             if about not in self._counts and len(self._counts) >= _MOST_COUNTS:
@@ -209,9 +215,15 @@ class Audit:
             self._counts[about] += 1
 
     def _history(
-        self, method: str, code: str, principal: Principal, peer: str, reason: str, size: int
+        self,
+        method: str,
+        changed: bool,
+        principal: Principal,
+        peer: str,
+        reason: str,
+        size: int,
     ) -> _History | None:
-        """Where a line goes; None if it is left out."""
+        """Where a line goes; None if it is left out. ``changed``: it may have taken effect."""
         now = self._clock()
         known = principal is not ANYONE or not self._keyed
         who = _account(principal) if known else None
@@ -219,7 +231,7 @@ class Audit:
             if self._changes.has(who, now):
                 self._changes.take(who, size, now)
                 return _History.CHANGES
-            if code not in _UNCHANGED:
+            if changed:
                 return _History.FREQUENT
         host = peer.rpartition(":")[0]
         taken = self._refusals.take(who, host, (method, reason), size, now)
@@ -386,5 +398,6 @@ def _now() -> str:
 
 
 def _account(principal: Principal) -> str:
-    """The same for all calls of a caller, also in other tenants than its own."""
-    return principal.accounts[0].id if principal.accounts else principal.name
+    """The same for all calls of a caller, also in other tenants than its own. Callers of two
+    tenants may have one name."""
+    return f"{'' if principal.visiting else principal.tenant}/{principal.name}"

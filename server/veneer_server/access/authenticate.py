@@ -124,7 +124,7 @@ class TokenCheck(Protocol):
 
     @property
     def keys(self) -> object:
-        """What tokens are verified with; equal as long as that has not changed."""
+        """What tokens are verified with; the same object as long as it has not changed."""
 
     async def principal(self, token: str) -> Principal:
         """Whose token it is. Raises Unauthenticated."""
@@ -227,11 +227,15 @@ class Access:
             None if self._tokens is None else self._tokens.keys,
         )
 
-    async def _refresh(self) -> None:
-        if self._identities is not None:
-            await self._identities.current()
+    async def _refresh(self) -> bool:
+        """Returns whether that is the last word: a file that is being written may be read when
+        it is empty, or has only the first keys."""
         if self._tokens is not None:
             await self._tokens.refresh()
+        if self._identities is None:
+            return True
+        await self._identities.current()
+        return self._identities.settled or not self._identities.usable
 
     async def _principal(self, credentials: Credentials) -> Principal:
         identities = None if self._identities is None else await self._identities.current()

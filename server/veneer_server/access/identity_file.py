@@ -55,8 +55,13 @@ class IdentityFile:
         return not self._reported
 
     @property
+    def settled(self) -> bool:
+        """Whether nobody was writing the file when it was last read."""
+        return self._stamp is not None
+
+    @property
     def latest(self) -> Identities:
-        """The file's content when it was last read."""
+        """The file's content when it was last read: the same object until it changes."""
         return self._identities
 
     async def current(self) -> Identities:
@@ -74,7 +79,7 @@ class IdentityFile:
     async def _read_again(self, number: int) -> None:
         seen, before = _stamp(self._path), self._identities
         try:
-            self._identities, self._stamp = await asyncio.to_thread(_read, self._path)
+            read, self._stamp = await asyncio.to_thread(_read, self._path)
         except VeneerError as error:
             self._stamp = seen
             if self._reported != (seen,):
@@ -82,8 +87,9 @@ class IdentityFile:
                 _log.warning("the keys file is not used, the last one stays", why=str(error))
         else:
             self._reported = ()
-            if self._identities != before:
-                _log.info("keys read", keys=len(self._identities.keys))
+            if read != before:  # else the object stays: open calls tell changes by it
+                self._identities = read
+                _log.info("keys read", keys=len(read.keys))
         finally:
             self._reading, self._done = None, number
 

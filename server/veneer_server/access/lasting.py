@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from contextvars import Context
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,9 +19,15 @@ from veneer_registry.errors import PermissionDenied, Unauthenticated, VeneerErro
 
 from veneer_server.access.principal import Principal
 
-__all__ = ["Lasting"]
+__all__ = ["ENDED", "Lasting"]
+
+ENDED: Final = "ended"
+"""Metadata of an error that ends a call which had been let in."""
 
 LOOK_S: Final = 1.0
+_MOST_PUT_OFF: Final = 3
+"""Looks in a row that wait for the keys: after a clock was set back, a file seems to be written
+for hours."""
 _BATCH: Final = 16
 """Calls that are checked before other work gets a turn: a token takes 0.1 ms and more."""
 
@@ -41,7 +48,7 @@ class _Open:
 
     check: Check
     principal: Principal
-    keys: object
+    keys: tuple[object, ...]
     task: asyncio.Task[Any]
     cancelling: int
     why: VeneerError | None = None
@@ -51,26 +58,29 @@ class Lasting:
     """Belongs to one event loop.
 
     Args:
-        keys: what is known of keys; equal as long as nothing has changed.
-        refresh: brings that up to date.
+        keys: what is known of keys; the same objects as long as nothing has changed, since
+            comparing thousands of keys for each call would hold up the event loop.
+        refresh: brings that up to date. Returns False while it may be about to change again.
     """
 
     def __init__(
-        self, keys: Callable[[], object], refresh: Callable[[], Awaitable[object]]
+        self, keys: Callable[[], tuple[object, ...]], refresh: Callable[[], Awaitable[bool]]
     ) -> None:
         self._keys = keys
         self._refresh = refresh
         self._calls: set[_Open] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._checking: asyncio.Task[None] | None = None
+        self._put_off = 0
+        """Looks since the last that counted."""
 
     @contextmanager
     def call(self, principal: Principal, check: Check) -> Iterator[None]:
         """Holds an open call, which has just been let in.
 
         Raises:
-            Unauthenticated, PermissionDenied: it would not be let in any more. The block was
-                cancelled.
+            Unauthenticated, PermissionDenied: it would not be let in any more (metadata
+                `ENDED`). The block was cancelled; what it had begun may have taken effect.
         """
         task = asyncio.current_task()
         assert task is not None, "calls are answered in tasks"
@@ -88,7 +98,9 @@ class Lasting:
             self._calls.discard(call)
 
     def _look_later(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(LOOK_S, self._look)
+        # In a context of its own: it is no part of the call that happens to start it.
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(LOOK_S, self._look, context=Context())
 
     def _look(self) -> None:
         self._timer = None
@@ -99,22 +111,29 @@ class Lasting:
             self._checking = asyncio.get_running_loop().create_task(self._check())
 
     async def _check(self) -> None:
-        await self._refresh()
+        if not await self._refresh() and self._put_off < _MOST_PUT_OFF:
+            self._put_off += 1
+            return
+        self._put_off = 0
         keys, now = self._keys(), time.time()
         due = [
             call
             for call in self._calls
-            if call.why is None and (call.principal.until <= now or call.keys != keys)
+            if call.why is None and (call.principal.until <= now or not _same(call.keys, keys))
         ]
         for number, call in enumerate(due, 1):
             why = await _refusal(call)
             if why is None:
                 call.keys = keys
             elif call in self._calls:
-                call.why = why
+                call.why = type(why)(why.message, metadata={**why.metadata, ENDED: "true"})
                 call.task.cancel()
             if number % _BATCH == 0:
                 await asyncio.sleep(0)
+
+
+def _same(before: tuple[object, ...], now: tuple[object, ...]) -> bool:
+    return all(one is other for one, other in zip(before, now, strict=True))
 
 
 async def _refusal(call: _Open) -> VeneerError | None:

@@ -167,22 +167,35 @@ class Tokens:
         return self._keys
 
     async def refresh(self) -> None:
-        """Look whether the file with keys has changed."""
+        """Look whether the keys have changed: those of a file now, those of an issuer beside
+        this call, once they are old."""
         if self._file is not None:
             await self._follow_file(self._file)
+        elif self._fetched is not None and self._age() > FRESH_S:
+            self._start(self._least_s)
 
     async def _key(self, id: str | None) -> jwt.PyJWK | None:
         if self._file is not None:
             await self._follow_file(self._file)
         else:
-            age = self._clock() - self._as_of
-            if age > KEPT_S:
-                self._keys = {}
+            age = self._age()
             if id not in self._keys or (age > 2 * FRESH_S and not self._failing):
                 await self._fetch(_FETCH_S)
             elif age > FRESH_S:
-                self._start(_RETRY_S if self._failing else _FETCH_S)
+                self._start(self._least_s)
         return self._keys.get(id)
+
+    def _age(self) -> float:
+        """Of the issuer's keys, which are forgotten when they are too old."""
+        age = self._clock() - self._as_of
+        if age > KEPT_S and self._keys:
+            self._keys = {}
+        return age
+
+    @property
+    def _least_s(self) -> float:
+        """Least time between two fetches of keys that are merely old."""
+        return _RETRY_S if self._failing else _FETCH_S
 
     async def _follow_file(self, file: Path) -> None:
         try:

@@ -13,6 +13,7 @@ import os
 import pty
 import random
 import re
+import subprocess
 import sys
 import threading
 import traceback
@@ -251,11 +252,28 @@ def test_a_terminal_gets_scripts_as_they_are_written() -> None:
     assert b"".join(arrived).decode() == text
 
 
+def test_half_a_pair_is_no_byte_of_a_control() -> None:
+    """In the locale C, Python's streams write U+DC80 to U+DCFF as bytes: here C2 9B, which is
+    U+009B, out of a file of somebody's JSON."""
+    evil = json.loads(r'"\udcc2\udc9b2J \ud83d"')
+    code = (
+        "import sys; from veneer_registry.terminal import Guard\n"
+        "assert sys.stdout.errors == 'surrogateescape'\n"
+        f"print({evil!r}, file=Guard(sys.stdout))"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code], env={"LC_ALL": "C"}, stdout=subprocess.PIPE, check=True
+    ).stdout
+    assert shown == rb"\udcc2\udc9b2J \ud83d" b"\n"
+
+
 def test_json_stays_json_with_the_same_content() -> None:
     rng = random.Random(seed := random.randrange(2**32))
     print(f"{seed=}")
     for _ in range(200):
-        text = "".join(chr(rng.choice((*CONTROLS, 0xE0001, 65, 0x2028))) for _ in range(20))
+        text = "".join(
+            chr(rng.choice((*CONTROLS, 0xE0001, 65, 0x2028, 0xDC9B))) for _ in range(20)
+        )
         assert json.loads(visible(json.dumps(text, ensure_ascii=False))) == text
 
 

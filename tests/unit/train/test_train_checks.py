@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -344,3 +346,34 @@ def test_sql_answers_of_other_samples_fail() -> None:
 def test_the_sql_recipe_is_the_same_for_the_same_seed() -> None:
     assert json.dumps(sql.build(3)) == json.dumps(sql.build(3))
     assert sql.build(3) != sql.build(4)
+
+
+_MANY = "WITH RECURSIVE c(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM c LIMIT 300000) "
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        _MANY + "SELECT zeroblob(1000000) FROM c",
+        f"SELECT {', '.join(['zeroblob(1000000)'] * 1900)}",
+        _MANY + "SELECT hex(zeroblob(400000)) || i AS v FROM c ORDER BY v",
+        _MANY + "SELECT count(*) FROM (SELECT DISTINCT zeroblob(900000) || i FROM c)",
+    ],
+    ids=["rows", "columns", "sorted", "distinct"],
+)
+def test_a_statement_takes_neither_memory_nor_disk(statement: str) -> None:
+    """Each asks for more than 1 GB. In a process of its own, whose memory and files end before
+    that."""
+    code = (
+        "import resource, sys\n"
+        "from veneer_train.checks import passes\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        f"assert not passes({{'sql': {{'setup': ''}}}}, {statement!r}, 'SELECT 1')\n"
+        "assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 600_000\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

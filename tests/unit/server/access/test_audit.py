@@ -271,6 +271,40 @@ def test_a_stranger_s_flood_hides_no_other_host_and_no_caller(tmp_path: Path) ->
     assert of(tmp_path) == []
 
 
+def test_callers_of_two_tenants_with_one_name_have_a_share_each(tmp_path: Path) -> None:
+    """Names such as "ci" are common, and a tenant's key may be called like another's."""
+    log = Log(tmp_path)
+    ours, theirs = (Principal("ci", tenant, frozenset({"admin"})) for tenant in ("t1", "t2"))
+    for _ in range(2500):
+        log.note(theirs)
+    log.note(ours, name="ours")
+    for _ in range(2500):
+        log.note(theirs, AdapterNotFound("no"))
+    log.note(ours, PermissionDenied("no"), name="refused")
+    log.audit.close()
+    assert of(tmp_path, ".frequent"), "theirs"
+    assert [line["adapter"] for line in of(tmp_path) if line["tenant"] == "t1"] == [
+        "ours",
+        "refused",
+    ]
+
+
+def test_a_change_whose_call_was_ended_is_kept_beyond_the_share(tmp_path: Path) -> None:
+    """It may have taken effect, though its key was revoked meanwhile."""
+    log = Log(tmp_path)
+    for _ in range(5000):
+        log.note(PUBLISHER, AdapterNotFound("no"))
+    for ended in (True, False):
+        log.note(
+            PUBLISHER,
+            Unauthenticated("no", metadata={"ended": "true"} if ended else {}),
+            name=f"ended {ended}",
+        )
+    log.audit.close()
+    (kept,) = of(tmp_path, ".frequent")
+    assert (kept["adapter"], kept["ended"]) == ("ended True", True)
+
+
 def test_a_device_gets_every_history(tmp_path: Path) -> None:
     reading, writing = os.pipe()
     audit = Audit(Path(f"/proc/self/fd/{writing}"), keyed=True)

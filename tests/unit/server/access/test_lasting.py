@@ -19,16 +19,23 @@ from veneer_proto.v1 import (
     replication_pb2_grpc,
 )
 from veneer_registry.errors import Unauthenticated
-from veneer_server.access import lasting
+from veneer_server.access import identity_file, lasting
 from veneer_server.access.authenticate import Access, Credentials
 from veneer_server.access.certificates import Shown
 from veneer_server.access.edit_keys import add_key, revoke_key
 from veneer_server.access.identity_file import IdentityFile
+from veneer_server.logs import TENANT
 
 from tests.pki import Pki
 from tests.refused import refused
 from tests.unit.server.access.tenants_kit import Caller, shared
-from tests.unit.server.rpc.front_harness import failure, make_adapter, running, upload
+from tests.unit.server.rpc.front_harness import (
+    failure,
+    make_adapter,
+    running,
+    until,
+    upload,
+)
 
 WATCH = "/veneer.v1.AdapterService/WatchAdapters"
 SYNCED = adapters_pb2.ADAPTER_EVENT_SYNCED
@@ -269,6 +276,71 @@ async def test_a_key_ends_at_its_time_also_if_the_clock_is_set(
         await calls[0]
     assert not calls[1].done()
     calls[1].cancel()
+
+
+async def test_a_file_that_says_the_same_has_no_call_checked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thousands of keys would be compared once a call and second, on the event loop."""
+    file = tmp_path / "keys.toml"
+    add_key(file, name="a", tenant="a", roles=["inference"], expires=None)
+    identities = IdentityFile(file)
+    before = identities.latest
+    for _ in range(3):
+        file.with_suffix(".new").write_text(file.read_text())
+        file.with_suffix(".new").chmod(0o600)
+        file.with_suffix(".new").replace(file)
+        assert await identities.current() is before
+
+
+async def test_a_file_that_is_being_written_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Editors and `cp` empty a file before they write it."""
+    file = tmp_path / "keys.toml"
+    key = add_key(file, name="a", tenant="a", roles=["inference"], expires=None).key
+    access, before = Access(IdentityFile(file)), file.read_text()
+    monkeypatch.setattr(lasting, "LOOK_S", 3600.0)
+    call = asyncio.create_task(held(access, Credentials(f"Bearer {key}")))
+    await until(lambda: bool(access._lasting._calls))  # private: it was let in
+    monkeypatch.setattr(identity_file, "_SETTLED_NS", 10**18)  # private: written just now
+    file.write_text("")
+    for _ in range(3):
+        await access._lasting._check()  # private: what the timer does
+    assert not call.done()
+    file.write_text(before)
+    await access._lasting._check()
+    monkeypatch.setattr(identity_file, "_SETTLED_NS", -(10**18))  # private: time passes
+    await access._lasting._check()
+    assert not call.done()
+    # The clock was set back by hours: the file seems to be written all the time.
+    monkeypatch.setattr(identity_file, "_SETTLED_NS", 10**18)
+    revoked(file, key)
+    for _ in range(lasting._MOST_PUT_OFF + 1):
+        await access._lasting._check()
+    with refused(Unauthenticated, cause="key"):
+        await call
+
+
+async def test_a_timer_is_no_part_of_the_call_that_starts_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lasting, "LOOK_S", 0.0)
+    file, found = tmp_path / "keys.toml", asyncio.get_running_loop().create_future()
+    key = add_key(file, name="a", tenant="team-a", roles=["inference"], expires=None).key
+    identities = IdentityFile(file)
+    access = Access(identities)
+    current = identities.current
+
+    async def looked() -> Any:
+        if asyncio.current_task() is not call and not found.done():
+            found.set_result(TENANT.get())
+        return await current()
+
+    monkeypatch.setattr(identities, "current", looked)
+    call = asyncio.create_task(held(access, Credentials(f"Bearer {key}")))
+    assert await found == ""
+    call.cancel()
 
 
 async def test_a_certificate_ends_at_its_time(tmp_path: Path, clock: Clock) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import shutil
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,7 +16,8 @@ import httpx
 import pytest
 import pytest_asyncio
 from veneer_proto.v1 import adapters_pb2, inference_pb2
-from veneer_registry.errors import PermissionDenied
+from veneer_registry.errors import AdapterNotFound, PermissionDenied
+from veneer_registry.index import not_found
 from veneer_registry.lock import OwnerLock
 from veneer_registry.registry import Registry
 from veneer_server import logs
@@ -32,7 +33,14 @@ from tests.refused import refused
 from tests.unit.registry.kit import BASE
 from tests.unit.server.access.tenants_kit import Caller, Shared, shared
 from tests.unit.server.rpc.fake_engine import fake_tokens
-from tests.unit.server.rpc.front_harness import failure, make_adapter, prompt, running, upload
+from tests.unit.server.rpc.front_harness import (
+    failure,
+    make_adapter,
+    prompt,
+    running,
+    until,
+    upload,
+)
 
 GET = "/veneer.v1.AdapterService/GetAdapter"
 
@@ -482,6 +490,36 @@ def test_a_name_deleted_while_a_list_is_made_is_listed_once() -> None:
     assert Visible(tenants).aliases(mine, "") == (alias,)
 
 
+class _Counted(tuple[str, ...]):
+    """Names that may be counted, and are not to be looked through."""
+
+    def __iter__(self) -> Iterator[str]:
+        raise AssertionError("it takes 1 ms for a thousand, on the event loop")
+
+
+def test_a_name_that_is_not_there_costs_no_more_where_others_share_many() -> None:
+    """FAKE registries: a tenant may share tens of thousands of names."""
+
+    def missing(spec: str, key: str) -> Any:
+        raise not_found(spec, None)
+
+    nothing = SimpleNamespace(knows=lambda _: False, acquire=missing)
+    home: Any = SimpleNamespace(name="home", registry=nothing)
+    names = _Counted(f"n{number}" for number in range(20_000))
+    many = SimpleNamespace(shared=lambda: names, is_shared=lambda name: name == "n7")
+    other = SimpleNamespace(name="other", registry=many)
+    tenants: Any = SimpleNamespace(
+        all=[home, other], accepts=lambda _: [], named={"other": other}.get
+    )
+    for asked, metadata in (
+        ("m7", {"adapter": "m7"}),
+        ("n7", {"adapter": "n7", "did_you_mean": "other/n7"}),
+    ):
+        with pytest.raises(AdapterNotFound) as told:
+            Visible(tenants).acquire(home, asked, "")
+        assert told.value.metadata == metadata
+
+
 # ----------------------------------------------------------------- an operator elsewhere
 
 
@@ -499,9 +537,13 @@ async def test_an_operator_acts_in_the_tenant_that_it_names(
     await operator.call("UpdateAdapter", name="chat", retain=3)
     entry = (await own.call("GetHistory")).entries[0]
     assert (entry.event, entry.actor) == ("retention", "default-operator")
-    lines = (server.front.data_dir / "audit.jsonl").read_text("utf-8").splitlines()
-    last = json.loads(lines[-1])
-    assert (last["who"], last["tenant"]) == ("default-operator", here)
+
+    def noted() -> bool:  # a thread writes it
+        text = (server.front.data_dir / "audit.jsonl").read_text("utf-8")
+        last = json.loads(text.splitlines()[-1])
+        return (last["who"], last["tenant"]) == ("default-operator", here)
+
+    await until(noted)
 
     for role in ("inference", "publisher", "admin", "metrics"):
         other = server.caller("default", role, named=here)  # type: ignore[arg-type]

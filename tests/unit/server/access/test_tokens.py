@@ -20,6 +20,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from veneer_registry.errors import InvalidField, PermissionDenied, Unauthenticated, Unavailable
+from veneer_server.access import lasting
 from veneer_server.access import tokens as tokens_module
 from veneer_server.access.authenticate import Access, Credentials
 from veneer_server.access.edit_keys import add_key
@@ -29,6 +30,7 @@ from veneer_server.access.tokens import Tokens, TokenSettings
 from tests.refused import refused
 
 GENERATE = "/veneer.v1.InferenceService/Generate"
+WATCH = "/veneer.v1.AdapterService/WatchAdapters"
 
 
 class Issuer:
@@ -237,6 +239,56 @@ async def test_a_withdrawn_key_ends_although_nobody_names_another(issuer: Issuer
         async for _ in turns():
             await admit(access, old)
     assert len(issuer.asked) == 4
+
+
+async def test_a_withdrawn_key_ends_open_calls_though_nobody_calls(
+    issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lasting, "LOOK_S", 0.01)
+    access, now = aged(issuer)
+    given = Credentials(f"Bearer {issuer.token()}")
+
+    async def watch() -> None:
+        await access.admit(WATCH, given)
+        with access.while_admitted(WATCH, given):
+            await asyncio.Event().wait()
+
+    watching = asyncio.create_task(watch())
+    async for _ in turns():
+        if issuer.asked:
+            break
+    issuer.rotate("second")
+    now[0] += tokens_module.FRESH_S + 1
+    with refused(Unauthenticated, cause="token"):
+        async with asyncio.timeout(30):
+            await watching
+
+
+async def test_while_the_issuer_is_down_open_calls_go_on_and_it_is_asked_seldom(
+    issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    access, now = aged(issuer)
+    tokens = access._tokens  # private: what `Lasting` calls every second
+    assert tokens is not None
+    await tokens.refresh()
+    assert not issuer.asked, "no token was shown yet"
+    await admit(access, issuer.token())
+    issuer.up = False
+    before, known = len(issuer.asked), tokens.keys
+    now[0] += tokens_module.FRESH_S + 1
+    for _ in range(60):
+        now[0] += 1
+        await tokens.refresh()
+        if (fetching := tokens._fetching) is not None:  # type: ignore[attr-defined]
+            await asyncio.wait({fetching})
+    assert len(issuer.asked) - before <= 3
+    assert tokens.keys is known
+    now[0] += tokens_module.KEPT_S
+    await tokens.refresh()
+    gone = tokens.keys
+    await tokens.refresh()
+    assert gone == {}
+    assert tokens.keys is gone, "or all calls are checked every second"
 
 
 async def test_after_a_pause_a_withdrawn_key_does_not_count_even_once(issuer: Issuer) -> None:
