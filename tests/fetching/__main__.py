@@ -38,7 +38,7 @@ PLANTED: Final[Mapping[str, tuple[str, ModuleType, str, str]]] = {
     ),
     "links are followed out": (
         "uri", local_folders,
-        "self._open_below(os.path.realpath(folder, strict=True), _FOLDER)",
+        "self._open_below(str(real), _FOLDER)",
         "os.open(folder, os.O_RDONLY)",
     ),
     "any address is contacted": (

@@ -35,8 +35,8 @@ COMMAND = re.compile(
 APART = re.compile(r"[;&|()]")
 """What stands between two commands of a line."""
 FLAG = re.compile(r"^(?P<flag>--?[a-z][\w-]*)")
-OTHERS = {"--kernels", "--only", "--rehearse", "--steps"}
-"""Of ``tests.gpu``, and of the example in examples/train_and_swap."""
+OTHERS = {"--kernels", "--only", "--rehearse", "--show", "--steps"}
+"""Of ``tests.gpu``, ``veneer_labs.answers`` and the example in examples/train_and_swap."""
 
 
 @cache

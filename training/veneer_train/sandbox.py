@@ -39,7 +39,7 @@ _TIMEOUT_S: Final = 20.0
 """Ends code that waits; code that computes is ended by its CPU limit, however busy we are."""
 _RESULT_BYTES: Final = 64 << 10
 _SOURCE_CHARS: Final = 20_000
-_PROGRAM: Final = Path(sandboxed.__file__)
+PROGRAM: Final = Path(sandboxed.__file__)
 
 DESCRIPTION: Final = (
     "a process of its own under a seccomp filter: no files, network, processes, threads or "
@@ -87,7 +87,7 @@ def run_python(source: str, expressions: Sequence[str] = ()) -> Ran:
         {"source": source, "modules": modules, "expressions": list(expressions)}
     )
     with subprocess.Popen(
-        child_python("-I", "-S", str(_PROGRAM)),
+        child_python("-I", "-S", str(PROGRAM)),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -132,16 +132,14 @@ class Audit:
                 f"--audit-log {path} cannot be opened: {error.strerror or error}",
                 metadata={"key": "audit_log"},
             ) from error
-        self._files = dict.fromkeys(_History, changes)
+        self.files = dict.fromkeys(_History, changes)
         if changes.regular:
             fewer = min(kept, KEPT_OTHERS)
             for history, name in (
                 (_History.FREQUENT, f"{path.stem}.frequent{path.suffix}"),
                 (_History.REFUSED, f"{path.stem}.refused{path.suffix}"),
             ):
-                self._files[history] = _File(
-                    path.with_name(name), most_bytes, fewer, later=True
-                )
+                self.files[history] = _File(path.with_name(name), most_bytes, fewer, later=True)
         self._changes = _Share(CALLER_BYTES, burst_minutes=16)
         self._refusals = _Refusals()
         self._counts = Counter[_LeftOut]()
@@ -269,12 +267,12 @@ class Audit:
                 break
             history, line = item
             try:
-                self._files[history].write(line.encode())
+                self.files[history].write(line.encode())
             except OSError as error:
                 self._lose(error.strerror or str(error))
             else:
                 self._on_written()
-        for file in set(self._files.values()):
+        for file in set(self.files.values()):
             file.close()
 
     def _lose(self, why: str) -> None:
@@ -334,7 +332,7 @@ class _File:
     def __init__(self, path: Path, most_bytes: int, kept: int, *, later: bool = False) -> None:
         """Raises OSError if it cannot be opened. ``later``: it is opened for its first line."""
         self._path = path
-        self._most = most_bytes
+        self.most = most_bytes
         self._kept = kept
         self._fd = -1
         self.regular = True
@@ -346,7 +344,7 @@ class _File:
         """Append a line, whole or not at all. Raises OSError."""
         if self._fd < 0:
             self._open()
-        if self.regular and self._size and self._size + len(line) > self._most:
+        if self.regular and self._size and self._size + len(line) > self.most:
             self._rotate()
         written = os.write(self._fd, line)
         if written < len(line):  # the disk is full

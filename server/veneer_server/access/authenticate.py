@@ -140,13 +140,13 @@ class Access:
         self, identities: IdentityFile | None = None, tokens: TokenCheck | None = None
     ) -> None:
         self._identities = identities
-        self._tokens = tokens
-        self._lasting = Lasting(self._keys, self._refresh)
+        self.tokens = tokens
+        self.lasting = Lasting(self._keys, self._refresh)
 
     @property
     def asks(self) -> bool:
         """Whether callers must say who they are."""
-        return self._identities is not None or self._tokens is not None
+        return self._identities is not None or self.tokens is not None
 
     def accepts(self, tenant: str) -> Sequence[str]:
         """Whose shared adapters a tenant knows by their plain names; see `Identities`."""
@@ -219,19 +219,19 @@ class Access:
         async def check() -> Principal:
             return await self.admit(method, credentials, elsewhere)
 
-        return self._lasting.call(PRINCIPAL.get(), check)
+        return self.lasting.call(PRINCIPAL.get(), check)
 
     def _keys(self) -> tuple[object, object]:
         return (
             None if self._identities is None else self._identities.latest,
-            None if self._tokens is None else self._tokens.keys,
+            None if self.tokens is None else self.tokens.keys,
         )
 
     async def _refresh(self) -> bool:
         """Returns whether that is the last word: a file that is being written may be read when
         it is empty, or has only the first keys."""
-        if self._tokens is not None:
-            await self._tokens.refresh()
+        if self.tokens is not None:
+            await self.tokens.refresh()
         if self._identities is None:
             return True
         await self._identities.current()
@@ -257,8 +257,8 @@ class Access:
                     raise _refused("the client's certificate has expired", "certificate")
                 return replace(found, until=shown.until)
             raise _refused("this server wants to know who calls", "no_credential")
-        if self._tokens is not None and not secret.startswith(_KEY):
-            found = await self._tokens.principal(secret)
+        if self.tokens is not None and not secret.startswith(_KEY):
+            found = await self.tokens.principal(secret)
             return found if identities is None else identities.limited(found)
         found = identities and identities.by_key(secret, datetime.now(UTC))
         if not found:

@@ -16,7 +16,7 @@ from veneer_server.logs import get_logger
 
 __all__ = ["IdentityFile"]
 
-_SETTLED_NS: Final = 100_000_000
+SETTLED_NS: Final = 100_000_000
 """A file that changed this recently may change again without its times showing it."""
 
 _log = get_logger(__name__)
@@ -136,7 +136,7 @@ def _read(path: Path) -> tuple[Identities, _Stamp | None]:
     stamp = _Stamp(
         found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
     )
-    settled = time.time_ns() - max(stamp.modified_ns, stamp.changed_ns) > _SETTLED_NS
+    settled = time.time_ns() - max(stamp.modified_ns, stamp.changed_ns) > SETTLED_NS
     return identities, stamp if settled else None
 
 

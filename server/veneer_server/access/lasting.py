@@ -25,7 +25,7 @@ ENDED: Final = "ended"
 """Metadata of an error that ends a call which had been let in."""
 
 LOOK_S: Final = 1.0
-_MOST_PUT_OFF: Final = 3
+MOST_PUT_OFF: Final = 3
 """Looks in a row that wait for the keys: after a clock was set back, a file seems to be written
 for hours."""
 _BATCH: Final = 16
@@ -68,7 +68,7 @@ class Lasting:
     ) -> None:
         self._keys = keys
         self._refresh = refresh
-        self._calls: set[_Open] = set()
+        self.calls: set[_Open] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._checking: asyncio.Task[None] | None = None
         self._put_off = 0
@@ -85,7 +85,7 @@ class Lasting:
         task = asyncio.current_task()
         assert task is not None, "calls are answered in tasks"
         call = _Open(check, principal, self._keys(), task, task.cancelling())
-        self._calls.add(call)
+        self.calls.add(call)
         if self._timer is None:
             self._look_later()
         try:
@@ -95,7 +95,7 @@ class Lasting:
                 raise call.why from None
             raise
         finally:
-            self._calls.discard(call)
+            self.calls.discard(call)
 
     def _look_later(self) -> None:
         # In a context of its own: it is no part of the call that happens to start it.
@@ -104,28 +104,28 @@ class Lasting:
 
     def _look(self) -> None:
         self._timer = None
-        if not self._calls:
+        if not self.calls:
             return  # the next call starts it again
         self._look_later()
         if self._checking is None or self._checking.done():
-            self._checking = asyncio.get_running_loop().create_task(self._check())
+            self._checking = asyncio.get_running_loop().create_task(self.look())
 
-    async def _check(self) -> None:
-        if not await self._refresh() and self._put_off < _MOST_PUT_OFF:
+    async def look(self) -> None:
+        if not await self._refresh() and self._put_off < MOST_PUT_OFF:
             self._put_off += 1
             return
         self._put_off = 0
         keys, now = self._keys(), time.time()
         due = [
             call
-            for call in self._calls
+            for call in self.calls
             if call.why is None and (call.principal.until <= now or not _same(call.keys, keys))
         ]
         for number, call in enumerate(due, 1):
             why = await _refusal(call)
             if why is None:
                 call.keys = keys
-            elif call in self._calls:
+            elif call in self.calls:
                 call.why = type(why)(why.message, metadata={**why.metadata, ENDED: "true"})
                 call.task.cancel()
             if number % _BATCH == 0:

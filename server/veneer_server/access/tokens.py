@@ -2,7 +2,7 @@
 
 The issuer's public keys come from a file or a URL. Those of a URL are fetched again
 
-- when a token names a key that is not known, but not more often than every `_FETCH_S`, since
+- when a token names a key that is not known, but not more often than every `FETCH_S`, since
   strangers can send such tokens;
 - when they are older than `FRESH_S`, beside the call that finds that; a call that finds them
   older than twice that waits for it. So a key that the issuer has withdrawn ends by then.
@@ -48,7 +48,7 @@ FRESH_S: Final = 300.0
 """Age from which the issuer's keys are fetched again."""
 KEPT_S: Final = 86_400.0
 """Age from which they do not count any more, if the issuer does not answer."""
-_FETCH_S: Final = 5.0
+FETCH_S: Final = 5.0
 """Least time between two fetches of the issuer's keys."""
 _RETRY_S: Final = 30.0
 """The same where keys are merely old and the issuer has not answered."""
@@ -93,7 +93,7 @@ class Tokens:
         self._settings = settings
         self._clock = clock
         self._keys: dict[str | None, jwt.PyJWK] = {}
-        self._fetching: asyncio.Task[None] | None = None
+        self.fetching: asyncio.Task[None] | None = None
         self._fetched: float | None = None
         """When the last fetch began."""
         self._as_of = 0.0
@@ -180,7 +180,7 @@ class Tokens:
         else:
             age = self._age()
             if id not in self._keys or (age > 2 * FRESH_S and not self._failing):
-                await self._fetch(_FETCH_S)
+                await self._fetch(FETCH_S)
             elif age > FRESH_S:
                 self._start(self._least_s)
         return self._keys.get(id)
@@ -195,7 +195,7 @@ class Tokens:
     @property
     def _least_s(self) -> float:
         """Least time between two fetches of keys that are merely old."""
-        return _RETRY_S if self._failing else _FETCH_S
+        return _RETRY_S if self._failing else FETCH_S
 
     async def _follow_file(self, file: Path) -> None:
         try:
@@ -215,15 +215,15 @@ class Tokens:
     def _start(self, least_s: float) -> asyncio.Task[None] | None:
         """Fetch the keys, unless that was done less than ``least_s`` ago; callers share a
         fetch."""
-        if self._fetching is None:
+        if self.fetching is None:
             now = self._clock()
             if self._fetched is not None and now - self._fetched < least_s:
                 return None
             self._fetched = now
-            self._fetching = asyncio.create_task(self._fetch_once(now))
+            self.fetching = asyncio.create_task(self._fetch_once(now))
             # Perhaps nobody waits for it.
-            self._fetching.add_done_callback(lambda task: task.cancelled() or task.exception())
-        return self._fetching
+            self.fetching.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return self.fetching
 
     async def _fetch_once(self, began: float) -> None:
         settings = self._settings
@@ -237,11 +237,11 @@ class Tokens:
             if not self._keys:
                 raise Unavailable(
                     "tokens cannot be checked yet, since their issuer does not answer: retry",
-                    retry_after_s=_FETCH_S,
+                    retry_after_s=FETCH_S,
                     metadata={"cause": "issuer"},
                 ) from error
         finally:
-            self._fetching = None
+            self.fetching = None
 
 
 def _download(keys: str, issuer: str) -> dict[str | None, jwt.PyJWK]:

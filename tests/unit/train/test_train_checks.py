@@ -249,7 +249,7 @@ def test_without_a_sandbox_no_code_is_run(
     program.write_text(
         text.replace("_PR_SET_SECCOMP: Final = 22", "_PR_SET_SECCOMP: Final = 222")
     )
-    monkeypatch.setattr(sandbox, "_PROGRAM", program)
+    monkeypatch.setattr(sandbox, "PROGRAM", program)
     with refused(Unimplemented, cause="no_sandbox"):
         passes(TESTS, RIGHT, "")
     with refused(Unimplemented, cause="no_sandbox"):

@@ -62,8 +62,8 @@ _TRIES: Final = 2
 _COMPILE_LIMITS: Final = 1000
 
 _PARTIES: Final = 1000
-_TEMPLATES: Final = 16
-_SIZES: Final = 8
+MOST_TEMPLATES: Final = 16
+MOST_SIZES: Final = 8
 """Most parties, templates of one and sizes of one that something is remembered about. A party
 that sends more forgets its own."""
 
@@ -100,7 +100,7 @@ class _Verdict:
     cause: Cause | None = None
 
 
-class _Input(NamedTuple):
+class Input(NamedTuple):
     """A chat to render.
 
     Attributes:
@@ -132,32 +132,32 @@ class _Known:
     quick: list[Size] = field(default_factory=list)
 
 
-class _Verdicts:
+class Verdicts:
     """What is remembered about inputs, by party and template."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         """Args: clock: seconds."""
         self._clock = clock
-        self._parties: Recent[tuple[str, ...], Recent[bytes, _Known]] = Recent(_PARTIES)
+        self.parties: Recent[tuple[str, ...], Recent[bytes, _Known]] = Recent(_PARTIES)
 
-    def slow(self, what: _Input) -> bool:
+    def slow(self, what: Input) -> bool:
         """Whether such an input was too slow for the quick process."""
         return any(each.cause is None for each in self._about(what))
 
-    def refused(self, what: _Input) -> Cause | None:
+    def refused(self, what: Input) -> Cause | None:
         """Why such an input is refused; None if it is not."""
         causes = (each.cause for each in self._about(what) if each.cause is not None)
         return next(causes, None)
 
     def note(
-        self, what: _Input, seconds: float, cause: Cause | None, *, any_size: bool = False
+        self, what: Input, seconds: float, cause: Cause | None, *, any_size: bool = False
     ) -> None:
         """Remember for so many seconds that an input is slow, or refused.
 
         Args:
             any_size: whatever the input, as when the template takes too long to compile.
         """
-        size, known = ANY if any_size else what.size, self._known(what)
+        size, known = ANY if any_size else what.size, self.known(what)
         if not any_size and any(each.covers(size) for each in known.quick):
             return
         now = self._clock()
@@ -167,28 +167,28 @@ class _Verdicts:
             if now < each.until
             and not (each.size.covers(size) and (each.cause is None) == (cause is None))
         ]
-        known.verdicts = [*kept[1 - _SIZES :], _Verdict(size, now + seconds, cause)]
+        known.verdicts = [*kept[1 - MOST_SIZES :], _Verdict(size, now + seconds, cause)]
 
-    def quick(self, what: _Input) -> None:
+    def quick(self, what: Input) -> None:
         """An input was quick, and so what is known about smaller ones may be wrong."""
-        known, size = self._known(what), what.size
+        known, size = self.known(what), what.size
         if any(each.covers(size) for each in known.quick):
             return
         kept = [each for each in known.quick if not size.covers(each)]
-        known.quick = [*kept[1 - _SIZES :], size]
+        known.quick = [*kept[1 - MOST_SIZES :], size]
         known.verdicts = [
             each for each in known.verdicts if each.size == ANY or not size.covers(each.size)
         ]
 
-    def _known(self, what: _Input) -> _Known:
-        if (templates := self._parties.get(what.sender.party)) is None:
-            templates = self._parties[what.sender.party] = Recent(_TEMPLATES)
+    def known(self, what: Input) -> _Known:
+        if (templates := self.parties.get(what.sender.party)) is None:
+            templates = self.parties[what.sender.party] = Recent(MOST_TEMPLATES)
         if (known := templates.get(what.with_options)) is None:
             known = templates[what.with_options] = _Known()
         return known
 
-    def _about(self, what: _Input) -> list[_Verdict]:
-        verdicts = self._known(what).verdicts
+    def _about(self, what: Input) -> list[_Verdict]:
+        verdicts = self.known(what).verdicts
         if not verdicts:
             return verdicts
         now = self._clock()
@@ -220,7 +220,7 @@ class Renderer:
         self.slow, self._slow_turns = Worker(low_priority=True), Turns(self._accounts)
         self._compile_limit: Recent[bytes, float] = Recent(_COMPILE_LIMITS)
         """Limits for templates that take more than the quick limit to compile."""
-        self._verdicts = _Verdicts(_now)
+        self._verdicts = Verdicts(_now)
         self._ended: Recent[tuple[tuple[str, ...], bytes], float] = Recent(_PARTIES)
         """Until when a party's template, whatever the input, is kept out of the quick process,
         which it had ended: whoever was next had to wait for another one to start."""
@@ -264,7 +264,7 @@ class Renderer:
         digest = template.digest()
         template.update(kwargs.encode())
         size = Size(len(messages) + len(tools), len(msgspec.msgpack.encode(chat)))
-        what = _Input(sender, digest, template.digest(), size)
+        what = Input(sender, digest, template.digest(), size)
         job = Job(chat, compile_limit_s=self._limit_s, limit_s=self._limit_s)
         tries = _TRIES
         try:
@@ -277,7 +277,7 @@ class Renderer:
             raise TemplateFailed(done.error, metadata={"cause": done.cause})
         return done.text
 
-    async def _quickly(self, what: _Input, job: Job) -> Done | None:
+    async def _quickly(self, what: Input, job: Job) -> Done | None:
         """Render in the quick process; None if the input is too slow for it. Raises Ended
         if something else killed the process."""
         key = what.template
@@ -315,12 +315,12 @@ class Renderer:
                     return None
         return None
 
-    def _slow(self, what: _Input) -> bool:
+    def _slow(self, what: Input) -> bool:
         """Whether it is kept out of the quick process."""
         until = self._ended.get((what.sender.party, what.template), 0.0)
         return _now() < until or self._verdicts.slow(what)
 
-    async def _slowly(self, what: _Input, job: Job, tries: int) -> Done:
+    async def _slowly(self, what: Input, job: Job, tries: int) -> Done:
         async with self._slow_turns.turn(what.key):
             while True:
                 self._check(what)
@@ -338,7 +338,7 @@ class Renderer:
                     self._verdicts.note(what, SLOW_FOR_S, None)
                 return done
 
-    async def _do(self, worker: Worker, what: _Input, job: Job) -> Done:
+    async def _do(self, worker: Worker, what: Input, job: Job) -> Done:
         """Do a job and charge its CPU time. Raises Ended."""
 
         def charge(seconds: float, done: Done | None) -> None:
@@ -349,11 +349,11 @@ class Renderer:
 
         return await worker.do(job, charge)
 
-    def _check(self, what: _Input) -> None:
+    def _check(self, what: Input) -> None:
         if (cause := self._verdicts.refused(what)) is not None:
             raise self._failure(cause)
 
-    def _refuse(self, what: _Input, cause: Cause, *, any_size: bool = False) -> TemplateFailed:
+    def _refuse(self, what: Input, cause: Cause, *, any_size: bool = False) -> TemplateFailed:
         perhaps_the_machine = cause in (Cause.NO_ANSWER, Cause.OTHERS)
         seconds = SLOW_FOR_S if perhaps_the_machine else REFUSED_FOR_S
         self._verdicts.note(what, seconds, cause, any_size=any_size)

@@ -321,7 +321,7 @@ def test_no_history_is_given_up_where_no_new_file_can_be_made(tmp_path: Path) ->
     for _ in range(5):
         log.note(ADMIN, name="n" * 150)
     (tmp_path / "audit.jsonl.new").mkdir()
-    log.audit._files[next(iter(log.audit._files))]._most = 2000  # private: no 64 MiB
+    log.audit.files[next(iter(log.audit.files))].most = 2000  # private: no 64 MiB
     for _ in range(50):
         log.note(ADMIN, name="m" * 150)
     log.audit.close()

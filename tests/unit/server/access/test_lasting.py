@@ -302,22 +302,22 @@ async def test_a_file_that_is_being_written_ends_nothing(
     access, before = Access(IdentityFile(file)), file.read_text()
     monkeypatch.setattr(lasting, "LOOK_S", 3600.0)
     call = asyncio.create_task(held(access, Credentials(f"Bearer {key}")))
-    await until(lambda: bool(access._lasting._calls))  # private: it was let in
-    monkeypatch.setattr(identity_file, "_SETTLED_NS", 10**18)  # private: written just now
+    await until(lambda: bool(access.lasting.calls))  # private: it was let in
+    monkeypatch.setattr(identity_file, "SETTLED_NS", 10**18)  # private: written just now
     file.write_text("")
     for _ in range(3):
-        await access._lasting._check()  # private: what the timer does
+        await access.lasting.look()  # private: what the timer does
     assert not call.done()
     file.write_text(before)
-    await access._lasting._check()
-    monkeypatch.setattr(identity_file, "_SETTLED_NS", -(10**18))  # private: time passes
-    await access._lasting._check()
+    await access.lasting.look()
+    monkeypatch.setattr(identity_file, "SETTLED_NS", -(10**18))  # private: time passes
+    await access.lasting.look()
     assert not call.done()
     # The clock was set back by hours: the file seems to be written all the time.
-    monkeypatch.setattr(identity_file, "_SETTLED_NS", 10**18)
+    monkeypatch.setattr(identity_file, "SETTLED_NS", 10**18)
     revoked(file, key)
-    for _ in range(lasting._MOST_PUT_OFF + 1):
-        await access._lasting._check()
+    for _ in range(lasting.MOST_PUT_OFF + 1):
+        await access.lasting.look()
     with refused(Unauthenticated, cause="key"):
         await call
 

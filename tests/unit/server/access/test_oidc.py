@@ -86,7 +86,7 @@ class Realm(Issuer):
 def realm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Realm]:
     made = Realm(tmp_path / "realm")
     monkeypatch.setenv("SSL_CERT_FILE", made.pki.ca_file)
-    monkeypatch.setattr(tokens_module, "_FETCH_S", 0.0)  # private: time passes
+    monkeypatch.setattr(tokens_module, "FETCH_S", 0.0)  # private: time passes
     yield made
     made.server.shutdown()
     made.server.server_close()

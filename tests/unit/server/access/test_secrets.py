@@ -18,6 +18,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
+from unittest.mock import patch
 
 import grpc
 import httpx
@@ -26,6 +27,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from jwt.algorithms import ECAlgorithm
 from veneer_proto.v1 import adapters_pb2, inference_pb2
+from veneer_server import logs
+from veneer_server.access import audit
 from veneer_server.access.edit_keys import add_key
 from veneer_server.access.principal import ROLES
 
@@ -128,7 +131,12 @@ async def server(base: Path, cache: Path, folder: Path) -> AsyncIterator[Server]
     listed = {**ECAlgorithm.to_jwk(signer.public_key(), as_dict=True), "kid": "one"}
     (folder / "jwks.json").write_text(json.dumps({"keys": [listed]}))
     heard = Heard()
-    with listening() as heard.log:
+    with (
+        listening() as heard.log,
+        # Refusals are sampled; here each has its line.
+        patch.object(audit, "REFUSED_BYTES", 1 << 40),
+        patch.object(logs, "BURST", 1e9),
+    ):
         async with running(
             base,
             cache,
@@ -142,7 +150,8 @@ async def server(base: Path, cache: Path, folder: Path) -> AsyncIterator[Server]
             made = Server(front, heard, keys, signer)
             made.secrets |= {key.split("_", 2)[2] for key in keys.values()}
             yield made
-    heard.audit = (folder / "front/data/audit.jsonl").read_text().splitlines()
+    for file in (folder / "front/data").glob("audit*.jsonl"):
+        heard.audit += file.read_text().splitlines()
 
 
 def grpc_calls(server: Server) -> Iterator[Callable[[], Any]]:

@@ -189,7 +189,7 @@ async def test_keys_are_fetched_when_the_issuer_rotates_them(
     new = issuer.token()
     with refused(Unauthenticated, cause="token"):
         await admit(access, new)  # fetched a moment ago
-    monkeypatch.setattr(tokens_module, "_FETCH_S", 0.0)  # private: time passes
+    monkeypatch.setattr(tokens_module, "FETCH_S", 0.0)  # private: time passes
     assert (await admit(access, new)).name == "alice"
     with refused(Unauthenticated, cause="token"):
         await admit(access, old)
@@ -198,7 +198,7 @@ async def test_keys_are_fetched_when_the_issuer_rotates_them(
 async def test_an_issuer_that_is_down_stops_nobody_whose_key_is_known(
     issuer: Issuer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokens_module, "_FETCH_S", 0.0)  # private: time passes
+    monkeypatch.setattr(tokens_module, "FETCH_S", 0.0)  # private: time passes
     issuer.up = False
     access = access_of(issuer)
     with refused(Unavailable, cause="issuer"):
@@ -268,7 +268,7 @@ async def test_while_the_issuer_is_down_open_calls_go_on_and_it_is_asked_seldom(
     issuer: Issuer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     access, now = aged(issuer)
-    tokens = access._tokens  # private: what `Lasting` calls every second
+    tokens = access.tokens  # private: what `Lasting` calls every second
     assert tokens is not None
     await tokens.refresh()
     assert not issuer.asked, "no token was shown yet"
@@ -279,7 +279,7 @@ async def test_while_the_issuer_is_down_open_calls_go_on_and_it_is_asked_seldom(
     for _ in range(60):
         now[0] += 1
         await tokens.refresh()
-        if (fetching := tokens._fetching) is not None:  # type: ignore[attr-defined]
+        if (fetching := tokens.fetching) is not None:  # type: ignore[attr-defined]
             await asyncio.wait({fetching})
     assert len(issuer.asked) - before <= 3
     assert tokens.keys is known

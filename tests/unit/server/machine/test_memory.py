@@ -332,7 +332,7 @@ def test_what_cannot_fit_names_the_largest_part_first(model: DecoderConfig) -> N
     lower = caught.value.metadata["lower"]
     assert lower.index("--host-cache-bytes") < lower.index("--kv-cache-bytes")
     assert "1536" in caught.value.message, "what there is"
-    planned = plan(model, 1.5, host_cache_bytes="64MiB", device_adapter_bytes="64MiB")
+    planned = plan(model, 1.6, host_cache_bytes="64MiB", device_adapter_bytes="64MiB")
     assert planned.kv_cache.short
 
 

@@ -447,7 +447,7 @@ LONG = list(range(400_000))
         ("/v1/completions", {**TEXT, "stop_token_ids": LONG}, "stop_token_ids"),
         ("/v1/completions", {**TEXT, "prompt": [*LONG, "a"]}, "prompt"),
         ("/v1/completions", {**TEXT, "prompt": [[1, 2], [*LONG, -1]]}, "prompt"),
-        ("/detokenize", {"model": BASE, "tokens": [*LONG, True]}, "tokens"),
+        ("/detokenize", {"model": BASE, "tokens": [*LONG, True]}, f"tokens[{len(LONG)}]"),
     ],
 )
 async def test_what_grows_with_a_request_is_never_written_before_it_is_measured(

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 import pytest
 from veneer_registry.errors import QueueFull
-from veneer_server.openai.http import asgi as wire
 from veneer_server.openai.http.asgi import LONG_BODY, Bodies, read_json
 from veneer_server.queues.connection_places import STALLED_S
+from veneer_server.serving import spare_time
 
 from tests.refused import refused
 
@@ -103,7 +103,7 @@ async def test_the_thread_rests_while_it_parses_and_between_bodies(
 ) -> None:
     """Also after one that is no JSON."""
     clock = Clock()
-    monkeypatch.setattr(wire, "time", clock)
+    monkeypatch.setattr(spare_time, "time", clock)
     text, broken = b'"' + b"x" * LONG_BODY + b'"', b"[" * LONG_BODY
     quotes = b'"' + rb"\"" * (1 << 20) + b'"'
     parses = (bodies.parse(body) for body in (text, broken, quotes, text))

@@ -195,7 +195,7 @@ async def test_a_refusal_is_in_the_audit_log_and_metrics(limited: Limited) -> No
     assert 'veneer_request_failures_total{reason="RATE_LIMIT_EXCEEDED"}' in page
 
     def mine() -> list[dict[str, str]]:
-        text = (limited.front.data_dir / "audit.jsonl").read_text("utf-8")
+        text = (limited.front.data_dir / "audit.refused.jsonl").read_text("utf-8")
         whole = text[: text.rfind("\n") + 1].splitlines()
         found = [json.loads(line) for line in whole]
         return [each for each in found if each.get("tenant") == caller.tenant]

@@ -9,6 +9,7 @@ import grpc
 import msgspec
 import pytest
 from veneer_proto.v1 import inference_pb2 as pb
+from veneer_server.queues.fairness import Sender
 from veneer_server.text.prompts import Prompt, Prompts, Room
 from veneer_server.text.tokenizer import TextTokenizer
 
@@ -59,10 +60,10 @@ class Gate:
     def close(self, monkeypatch: pytest.MonkeyPatch) -> None:
         prepare = Prompts.from_text
 
-        async def from_text(prompts: Prompts, text: str, room: Room) -> Prompt:
+        async def from_text(prompts: Prompts, text: str, room: Room, *more: Sender) -> Prompt:
             self.begun += 1
             await self.opened.wait()
-            return await prepare(prompts, text, room)
+            return await prepare(prompts, text, room, *more)
 
         monkeypatch.setattr(Prompts, "from_text", from_text)
 

@@ -515,9 +515,9 @@ def test_what_is_remembered_is_bounded() -> None:
     seed = random.randrange(1 << 32)
     print("seed", seed)
     rng = random.Random(seed)
-    verdicts = template_renderer._Verdicts(lambda: 0.0)  # private: nothing else shows it
+    verdicts = template_renderer.Verdicts(lambda: 0.0)  # private: nothing else shows it
     for _ in range(20_000):
-        what = template_renderer._Input(
+        what = template_renderer.Input(
             party(rng.randrange(3)),
             template := bytes([rng.randrange(200)]),
             template,
@@ -527,12 +527,12 @@ def test_what_is_remembered_is_bounded() -> None:
             verdicts.quick(what)
         else:
             verdicts.note(what, 60.0, None)
-            assert verdicts.slow(what) or verdicts._known(what).quick
-    for templates_ in verdicts._parties.values():
-        assert len(templates_) <= template_renderer._TEMPLATES
+            assert verdicts.slow(what) or verdicts.known(what).quick
+    for templates_ in verdicts.parties.values():
+        assert len(templates_) <= template_renderer.MOST_TEMPLATES
         for known in templates_.values():
-            assert len(known.verdicts) <= template_renderer._SIZES
-            assert len(known.quick) <= template_renderer._SIZES
+            assert len(known.verdicts) <= template_renderer.MOST_SIZES
+            assert len(known.quick) <= template_renderer.MOST_SIZES
 
 
 async def test_chats_that_wait_outlive_a_kill_of_the_process(

@@ -89,10 +89,14 @@ async def test_load_counts_sequences(front: Front, http: httpx.AsyncClient) -> N
     front.engine.pace = asyncio.Semaphore(0)
     asked = asyncio.create_task(post(http, TEXT, n=3))
     await until(lambda: front.engine.in_flight == 1)
+    # Its further samples count once they can run.
+    assert (await http.get("/load")).json() == {"server_load": 1}
+    others = [asyncio.create_task(post(http, TEXT)) for _ in range(2)]
+    await until(lambda: front.engine.in_flight == 3)
     assert (await http.get("/load")).json() == {"server_load": 3}
     for _ in range(100):
         front.engine.pace.release()
-    assert (await asked).status_code == 200
+    assert [(await each).status_code for each in (asked, *others)] == [200] * 3
     assert (await http.get("/load")).json() == {"server_load": 0}
 
 
