@@ -63,8 +63,7 @@ _UNCHANGED: Final = _REFUSALS | {
     *("INVALID_ARGUMENT", "NOT_FOUND", "ALREADY_EXISTS", "FAILED_PRECONDITION"),
     *("OUT_OF_RANGE", "UNIMPLEMENTED"),
 }
-"""Outcomes of calls that have changed nothing, unless they are `ENDED`. Any other call may have
-taken effect."""
+"""Outcomes of calls that have changed nothing, unless they are `ENDED`. Others may have."""
 
 
 class _History(Enum):
@@ -204,9 +203,7 @@ class Audit:
             return
         self.left_out += 1
         self._on_left_out()
-        about = _LeftOut(
-            principal.name, principal.tenant, method.removeprefix("/"), code, reason
-        )
+        about = _LeftOut(principal.name, principal.tenant, str(entry["method"]), code, reason)
         with self._counting:
             if about not in self._counts and len(self._counts) >= _MOST_COUNTS:
                 about = _LeftOut("", "", "others", code, "")
