@@ -159,7 +159,12 @@ def _dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
     if a.dtype.scalar == tl.bfloat16:
         a = interpreter.TensorHandle(from_bfloat16(a.data), tl.float32)
         b = interpreter.TensorHandle(from_bfloat16(b.data), tl.float32)
-    return _DOT(self, a, b, d, *rest)
+    if a.dtype.scalar != tl.float32 or d.dtype.scalar != tl.float32:
+        return _DOT(self, a, b, d, *rest)
+    # NumPy's order of a sum depends on the matrix's shape with some of OpenBLAS's kernels (those
+    # for AVX2); a card's does not. In float64 sums of such products are the same in any order.
+    product = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64))
+    return interpreter.TensorHandle(product.astype(np.float32) + d.data, tl.float32)
 
 
 def _binary(self: Any, left: Any, right: Any, op: Any) -> Any:
