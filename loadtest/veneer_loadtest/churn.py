@@ -14,7 +14,8 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Final
 
@@ -41,6 +42,8 @@ SETTLE_S: Final = 2.0
 _TAIL: Final = 3
 """Steps after an activation that count as part of it: its copies may slow them down."""
 _TOKENS: Final = 1900
+_LONGEST_S: Final = 30.0
+"""A phase without two tokens is made as long as this, or eight times as long as asked for."""
 EVERY_S: Final = 1.0
 
 
@@ -101,21 +104,25 @@ async def churn(
             kind there is no result.
 
     Raises:
-        TargetFailed: a stream failed.
+        TargetFailed: a stream failed, or none had two tokens in phases that were made longer.
     """
-    uploaded = int(options.phase_s / EVERY_S) + 1 if options.by == "upload" else 0
-    fresh = await asyncio.to_thread(
-        lambda: [
-            make_adapter(
-                folder / f"churn-{number}",
-                options.base,
-                rank=options.rank,
-                seed=options.seed * 100_000 + number,
-            )
-            for number in range(len(NAMES) + uploaded * options.phases)
-        ]
-    )
-    uploads = iter(fresh)
+    numbers = count()
+
+    def make(number: int) -> Path:
+        seed = options.seed * 100_000 + number
+        return make_adapter(
+            folder / f"churn-{number}", options.base, rank=options.rank, seed=seed
+        )
+
+    async def made(phase_s: float, *, more: int = 0) -> list[Path]:
+        """Adapters for a phase, and some more."""
+        uploaded = int(phase_s / EVERY_S) + 1 if options.by == "upload" else 0
+        wanted = list(islice(numbers, uploaded + more))
+        return await asyncio.to_thread(lambda: [make(number) for number in wanted])
+
+    uploads: Iterator[Path] = iter(await made(0.0, more=len(NAMES)))
+    for _ in range(options.phases):
+        uploads = chain(uploads, await made(options.phase_s))
     order = [kind for n in range(options.phases) for kind in _pair(n)]
     quiet: list[Phase] = []
     churned: list[Phase] = []
@@ -129,6 +136,20 @@ async def churn(
                 break
             found = await _phase(client, options, number, bring if kind == "churn" else None)
             (churned if kind == "churn" else quiet).append(found)
+        # On a slow machine a phase may have had no two tokens.
+        longer = options
+        while quiet and churned and not (_measured(quiet) and _measured(churned)):
+            if stopped() or longer.phase_s >= max(_LONGEST_S, 8 * options.phase_s):
+                raise TargetFailed(
+                    f"no stream had two tokens within {longer.phase_s:g} s, quiet or while an "
+                    "adapter was brought: try a longer --churn, or a machine that does less"
+                )
+            longer = replace(longer, phase_s=2 * longer.phase_s)
+            if _measured(quiet):
+                uploads = chain(uploads, await made(longer.phase_s))
+                churned.append(await _phase(client, longer, len(order), bring))
+            else:
+                quiet.append(await _phase(client, longer, len(order), None))
     return figures(options.streams, quiet, churned, options.by) if quiet and churned else None
 
 
@@ -264,6 +285,15 @@ def figures(
 Gaps = tuple[
     np.ndarray[tuple[int], np.dtype[np.float64]], np.ndarray[tuple[int], np.dtype[np.bool_]]
 ]
+
+
+def _measured(phases: Sequence[Phase]) -> bool:
+    """Whether there are gaps between tokens; beside windows, within those."""
+    return any(
+        bool(within.any() if phase.windows else len(gaps))
+        for phase in phases
+        for gaps, within in (_gaps(phase),)
+    )
 
 
 def _gaps(phase: Phase) -> Gaps:

@@ -48,3 +48,31 @@ async def test_each_activation_beside_streams_reads_from_disk(
     assert found.by == "load"
     assert found.publishes >= 1
     assert after - before == found.publishes
+
+
+async def test_a_phase_without_two_tokens_is_made_longer(
+    server: Server,
+    real_adapters: dict[str, Path],
+    base_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a machine that does something else meanwhile."""
+    monkeypatch.setattr(churn, "SETTLE_S", 0.0)
+    options = churn.ChurnOptions(
+        base=read_base_shape(base_folder),
+        adapters=tuple(real_adapters)[:1],
+        rank=4,
+        phase_s=0.0001,
+        phases=1,
+        context=256,
+        seed=2,
+        streams=1,
+        by="load",
+    )
+    async with AsyncClient(server.address) as client:
+        await client.activate(options.adapters[0])
+        found = await churn.churn(client, options, tmp_path)
+    assert found is not None
+    assert found.quiet_gaps
+    assert found.inside_gaps
