@@ -161,8 +161,8 @@ def _dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
         b = interpreter.TensorHandle(from_bfloat16(b.data), tl.float32)
     if a.dtype.scalar != tl.float32 or d.dtype.scalar != tl.float32:
         return _DOT(self, a, b, d, *rest)
-    # With OpenBLAS's kernels for AVX2 the order of a sum depends on the matrix's shape; a card's
-    # does not. In float64 sums of such products are the same in any order.
+    # With OpenBLAS's kernels for AVX2 the order of a sum depends on the matrix's shape, unlike
+    # a card's. In float64 sums of such products are the same in any order.
     product = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64))
     return interpreter.TensorHandle(product.astype(np.float32) + d.data, tl.float32)
 
