@@ -58,8 +58,9 @@ NAMES = ("chat", "code", "sql")
 WEIGHTS = "adapter_model.safetensors"
 TARGET = "target"
 """The attacker's adapter."""
-KV_BYTES = 256 << 20
-"""Filled before the first attack, so that planned memory does not count as growth."""
+KV_BYTES, SHORT_KV_BYTES = 256 << 20, 128 << 20
+"""For the whole attacks, and for the short ones. Filled before the first attack, so that planned
+memory does not count as growth, which takes up to a minute without AMX."""
 GAP_S = 0.050
 CONTROLS, QUIET_S = 4, 0.050
 """The control is repeated, at most this many times, until a run has no gap as long as this."""
@@ -328,7 +329,7 @@ def flags_of(name: str) -> dict[str, str]:
 
 @asynccontextmanager
 async def _server(
-    group: Group, folder: Path, cache: Path
+    group: Group, folder: Path, cache: Path, kv_bytes: int
 ) -> AsyncIterator[tuple[Server, dict[str, str], Path]]:
     """The group's server, its keys by name, and their file."""
     flags, keys, file = list(chain(*group.flags.items())), {}, folder / "keys.toml"
@@ -338,7 +339,7 @@ async def _server(
             for name, (tenant, role) in KEYS.items()
         }
         flags += ["--keys-file", str(file)]
-    kv = ("--kv-cache-bytes", str(KV_BYTES))
+    kv = ("--kv-cache-bytes", str(kv_bytes))
     with contextlib.ExitStack() as stack:
         if group.bug:
             edit = planting(group.bug)
@@ -356,7 +357,8 @@ async def run_group(
     waiting, results = list(group.names), []
     while waiting:
         with tempfile.TemporaryDirectory() as folder:
-            async with _server(group, Path(folder), given.cache_dir) as (server, *known):
+            kv = KV_BYTES if given.full else SHORT_KV_BYTES
+            async with _server(group, Path(folder), given.cache_dir, kv) as (server, *known):
                 for name in NAMES:
                     await server.push(ADAPTERS / name, name)
                 await server.push_files(_other_weights(), TARGET)

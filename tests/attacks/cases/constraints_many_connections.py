@@ -15,7 +15,7 @@ from tests.attacks.hostile_constraints import Hostile
 
 TITLE = "slow constraints from 150 connections of one key"
 KEYS = True
-FLAGS = ("--max-queue", "400")
+FLAGS = ("--max-queue", "400", "--max-connections", "512")
 BUG = Bug(
     "veneer_server.serving.who",
     'return Sender(who.tenant, key, user, "" if user else connection)',

@@ -13,6 +13,7 @@ from tests.hostile.callers import http_answer
 
 TITLE = "long texts to tokenize, from a hundred connections of one key"
 KEYS = True
+FLAGS = ("--max-connections", "512")
 BUG = Bug(
     "veneer_server.serving.who",
     'return Sender(who.tenant, key, user, "" if user else connection)',
