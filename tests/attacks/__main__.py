@@ -59,7 +59,7 @@ WEIGHTS = "adapter_model.safetensors"
 TARGET = "target"
 """The attacker's adapter."""
 KV_BYTES, SHORT_KV_BYTES = 256 << 20, 128 << 20
-"""For the whole attacks, and for the short ones. Filled before the first attack, so that planned
+"""For the whole attacks, and for the short ones. Filled before the first one, so that planned
 memory does not count as growth, which takes up to a minute without AMX."""
 GAP_S = 0.050
 CONTROLS, QUIET_S = 4, 0.050

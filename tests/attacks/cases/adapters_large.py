@@ -48,7 +48,7 @@ async def attack(target: Target) -> list[str]:
     ]
     hog, light = callers
     await hog.push(folder, "large")
-    count = target.rng.randint(600, 900)
+    count = target.rng.randint(600, 900) if target.full else target.rng.randint(320, 420)
     stream = light.inference.GenerateStream(_request(8, 1500, target))
     tokens, computed = 0, asyncio.Event()
 
