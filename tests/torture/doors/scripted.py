@@ -134,7 +134,7 @@ class Script:
             request.top_logprobs,
             random.Random(f"{weights}|{request.prompt}"),  # whatever the seed
         )
-        hidden = {"deadline", "caller", "prompt", "prompt_logprobs", "prompt_ranks"}
+        hidden = {"deadline", "sender", "arrived", "prompt", "prompt_logprobs", "prompt_ranks"}
         fields = {
             name: getattr(request, name)
             for name in request.__struct_fields__
