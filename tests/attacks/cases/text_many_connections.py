@@ -22,8 +22,8 @@ BUG = Bug(
 
 _CONNECTIONS: Final = 100
 _OVERTAKEN: Final = 85
-"""Most of them that may be tokenized while another tenant's text waits; without turns it is all
-that have not been. The attacker has the lowest priority, so a while passes before it is sent."""
+"""Most of them that may be tokenized while another tenant's text waits; without turns all are.
+The attacker has the lowest priority, so a while passes before that text is sent."""
 
 
 async def attack(target: Target) -> list[str]:
