@@ -35,7 +35,7 @@ async def attack(target: Target) -> list[str]:
 
         async def post(key: str, **body: Any) -> tuple[int, Any]:
             headers = dict(target.metadata(key))
-            body |= {"model": target.adapter, "ignore_eos": True}
+            body |= {"model": "smollm2-135m", "ignore_eos": True}
             async with session.post(url, json=body, headers=headers) as answer:
                 return answer.status, await answer.json()
 
