@@ -412,6 +412,7 @@ def main() -> int:
     parser.add_argument("--busy", action="store_true", help="beside a process that computes")
     parser.add_argument("--bugs", action="store_true", help="plant each attack's bug")
     parser.add_argument("--only", action="append", choices=found_cases(), default=[])
+    parser.add_argument("--except", action="append", choices=found_cases(), default=[])
     parser.add_argument("--seconds", type=float, help="of each attack (3, or 15 with --full)")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
     parser.add_argument("--cache-dir", type=Path, default=cache_dir())
@@ -424,7 +425,8 @@ def main() -> int:
     given.seconds = given.seconds or (15.0 if given.full else 3.0)
     given.times = given.times or given.full
     print(f"seed {given.seed}", flush=True)
-    names = given.only or found_cases()
+    left_out = getattr(given, "except")
+    names = [name for name in given.only or found_cases() if name not in left_out]
     groups = with_bugs(names) if given.bugs else servers(names)
     with _busy_process() if given.busy else contextlib.nullcontext():
         results = asyncio.run(run_cases(groups, given))

@@ -11,6 +11,8 @@ from tests.attacks.case import Bug, Target
 
 TITLE = "chats that a public template renders in quadratic time, and others' chats with it"
 KEYS = True
+LOADS = 60 << 20
+"""The two processes that render adapters' templates start with it."""
 BUG = Bug("veneer_server.queues.fairness", "return self[:3]", 'return ("", "", "")')
 
 NAME = "deepseek-like"
