@@ -60,13 +60,13 @@ async def attack(target: Target) -> list[str]:
             share = pb.UpdateAdapterRequest(name=name, shared=True)
             await adapters.UpdateAdapter(share, metadata=target.metadata("team-a"))
             found = await adapters.GetAdapter(
-                pb.GetAdapterRequest(name=name), metadata=target.metadata("team-b")
+                pb.GetAdapterRequest(name=f"team-a/{name}"), metadata=target.metadata("team-b")
             )
             told = found.adapter.training
             wrong += [
                 f"{name}: {k!r}: {v!r}" for k, v in told.items() if _CONTROLS.search(k + v)
             ]
-            shown = _OURS.sub("", await _shown(target, name)).replace("\r\n", "\n")
+            shown = _OURS.sub("", await _shown(target, f"team-a/{name}")).replace("\r\n", "\n")
             if _CONTROLS.search(shown) or name not in shown:
                 wrong.append(f"{name} on a terminal: {shown[:500]!r}")
             gone = pb.DeleteAdapterRequest(name=name)
