@@ -305,7 +305,7 @@ class _Refusals:
         self._alike = _Share(REFUSED_BYTES // 32)
 
     def take(self, who: str | None, host: str, about: Hashable, size: int, now: float) -> bool:
-        """Whether a refusal gets a line, of so many bytes.
+        """Whether to write a line of `size` bytes for a refusal.
 
         Args:
             who: the caller; None without a valid key.

@@ -82,7 +82,7 @@ class SpareTime:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def request(self, work: Callable[[], T], size: int) -> T:
-        """As `run`, for a request of so many bytes. Raises QueueFull if too many wait."""
+        """As `run`, for a request of `size` bytes. Raises QueueFull if too many wait."""
         tenant = PRINCIPAL.get().tenant
         own, held = self._waiting[tenant], self._waiting.total()
         if own + size > MAX_WAITING // 2 or held + size > MAX_WAITING:

@@ -128,8 +128,8 @@ class SequenceRequest(Message, frozen=True):
             that of one whom the gateway calls for.
         weight: the tenant's.
         priority: within those; lower starts earlier, see `PRIORITY_SECONDS`.
-        arrived: when the request arrived of which this is a further sample, on the monotonic
-            clock: it goes before requests that arrived later. None for a first sample.
+        arrived: for a further sample, when its request arrived, on the monotonic clock: it goes
+            before requests that arrived later. None for a first sample.
     """
 
     prompt: list[int]
