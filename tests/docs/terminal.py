@@ -25,11 +25,14 @@ __all__ = ["COMMANDS"]
 COMMANDS: Final = (
     "veneer-server > server.log 2>&1 &",
     "veneer health --wait 60s",
-    "veneer adapter push examples/adapters/chat --name chat",
+    "veneer example sql --push",
+    'Q="CREATE TABLE movies (id INTEGER, title TEXT, rating REAL); What is the highest rating?"',
+    'veneer generate --temperature 0 "$Q"',
+    'veneer generate --temperature 0 -a sql "$Q"',
     "veneer adapter push examples/adapters/code --name code",
-    'veneer generate "What is the capital of France?"',
-    'veneer generate -a chat "How do I cheer up a friend?"',
-    'veneer generate -a code "Reverse a string."',
+    'veneer generate --temperature 0 -a code "Reverse a string."',
+    "veneer adapter evict sql",
+    'veneer generate --temperature 0 -a sql "$Q"',
     "veneer ls",
 )
 WIDTH: Final = 96
@@ -71,7 +74,7 @@ def record(cache_dir: Path) -> list[tuple[str, str]]:
     with tempfile.TemporaryDirectory() as folder, Session(Path(folder), cache_dir) as session:
         for command in COMMANDS:
             line = command
-            if not command.endswith("&"):
+            if command.startswith("veneer "):  # not the server, nor an assignment
                 spawned = shlex.join([sys.executable, "-c", _PTY])
                 line = f"TERM=xterm-256color COLUMNS={WIDTH} {spawned} {command}"
             ran = session.run(Block(1, "sh", line + "\n"), 120)
