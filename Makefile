@@ -12,7 +12,13 @@ endif
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install base demo claims programs ray test check protos check-python check-cpp protos-check client-sync audit bench bench-guard bench-kernels gpu-kernels gpu-check format-cpp sanitize mutants test-matrix test-matrix-quick test-numeric torture-quick torture attacks attacks-bugs attacks-quick docs-check terminal-svg tools clients packages dashboard docker-lint wheel wheel-arm wheel-check image-replay clean
+.PHONY: help install base demo claims programs ray test test-time check protos check-python check-cpp protos-check client-sync audit bench bench-guard bench-kernels gpu-kernels gpu-check format-cpp sanitize mutants test-matrix test-matrix-quick test-numeric torture-quick torture attacks attacks-bugs attacks-quick docs-check terminal-svg tools clients packages dashboard docker-lint wheel wheel-arm wheel-check image-replay clean
+
+# Begins a line of shell whose command may be silent for long: says every 5 seconds how long it has run.
+define with_progress
+began=$$(date +%s); while sleep 5; do echo "  $(1): $$(( $$(date +%s) - began )) s so far"; done & \
+	said=$$!; trap 'kill $$said' EXIT; trap 'exit 130' INT TERM
+endef
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -22,11 +28,9 @@ install: $(VENV)/.installed ## Make .venv with all extras, the labs and the peer
 $(VENV)/.installed: pyproject.toml labs/pyproject.toml peers/pyproject.toml
 	@echo 'installing Veneer with all extras into $(VENV): 1 to 3 minutes, and longer where torch is downloaded slowly'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@began=$$(date +%s); \
-	while sleep 5; do echo "  installing: $$(( $$(date +%s) - began )) s so far"; done & said=$$!; \
-	trap 'kill $$said; echo "stopped: what was downloaded stays in the cache of pip; the same command goes on"; exit 130' INT TERM; \
-	$(BIN)/python -m pip install --quiet $(if $(CI),--no-compile) -e '.[all,dev]' -e ./labs -e ./peers; \
-	status=$$?; kill $$said; exit $$status
+	@$(call with_progress,installing); \
+	trap 'echo "stopped: what was downloaded stays in the cache of pip; the same command goes on"; exit 130' INT TERM; \
+	$(BIN)/python -m pip install --quiet $(if $(CI),--no-compile) -e '.[all,dev]' -e ./labs -e ./peers
 	touch $@
 
 base: install ## Import the bundled base model into the cache that veneer-server uses
@@ -44,7 +48,10 @@ claims: base ## What README and docs say of answers, counted anew: base and adap
 # A file is one worker's, since those that start a server share it. In the order of their names: the
 # slow ones, of integration, come first, so that all workers end at about the same time. Three of
 # them: tests wait for servers and processes, so two workers leave a quarter of two cores idle.
-test: base ## Run the whole test suite, three files at a time
+test-time:
+	@$(PYTHON) tests/suite_time.py
+
+test: test-time base ## Run the whole test suite, three files at a time
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --whole
 
 # A run of the suite for each: an hour or two. `python -m tests.matrix --only NAME` runs one.
@@ -64,13 +71,13 @@ client-sync: install ## Generate the synchronous client from the asyncio one
 	$(BIN)/python clients/generate_sync.py
 
 check: install protos-check ## ruff, mypy, import-linter, structure, bandit, pip-audit, buf, hadolint; of the C++ warnings, clang-format, clang-tidy
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target check-python check-cpp
+	@$(MAKE) --no-print-directory --jobs=2 check-python check-cpp
 
 check-python:
 	$(BIN)/python clients/generate_sync.py --check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	@$(call with_progress,mypy); $(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m tests.structure
 	$(BIN)/python -m tests.audit
@@ -88,6 +95,7 @@ audit: install ## bandit and pip-audit, and an error if nothing can be looked up
 # cannot be installed beside protobuf 7, so it has an environment of its own.
 .venv-protos/.installed: Makefile
 	test -x .venv-protos/bin/python || $(PYTHON) -m venv .venv-protos
+	@$(call with_progress,installing the generator of protobuf code); \
 	.venv-protos/bin/python -m pip install --quiet 'grpcio-tools>=1.81,<1.82' 'mypy-protobuf>=5,<6'
 	touch $@
 

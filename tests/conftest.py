@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from veneer_server.engine.execution.backend_choice import Chosen
 from veneer_server.models.source import import_bundled
 from veneer_server.wire.messages import EngineConfig
 
-from tests import places
+from tests import places, suite_time
 from tests.backends_ran import RAN, check, missing, with_asked
 
 # As in `veneer-server`: gRPC's fork handlers sometimes fail in a child with a `preexec_fn`, if
@@ -24,6 +25,8 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 # Imports and collected tests are a million objects, which each collection would visit.
 gc.disable()
+
+BEGAN = time.monotonic()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -78,10 +81,16 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int) -> None:
     ran = ", ".join(f"{name}: {count}" for name, count in sorted(RAN.items()))
     terminalreporter.write_line(f"engines by backend: {ran or 'none'}")
-    if terminalreporter.config.getoption("whole") and (wrong := missing(RAN)):
+    if not terminalreporter.config.getoption("whole"):
+        return
+    outcomes = ("passed", "failed", "error", "skipped", "xfailed")
+    tests = sum(len(terminalreporter.stats.get(outcome, ())) for outcome in outcomes)
+    if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        suite_time.record(tests, time.monotonic() - BEGAN)
+    if wrong := missing(RAN):
         terminalreporter.write_line(f"FAILED: {wrong}", red=True)
 
 

@@ -26,7 +26,8 @@ COMMANDS: Final = (
     "veneer-server > server.log 2>&1 &",
     "veneer health --wait 60s",
     "veneer example sql --push",
-    'Q="CREATE TABLE movies (id INTEGER, title TEXT, rating REAL); What is the highest rating?"',
+    'Q="CREATE TABLE movies (id INTEGER, title TEXT, rating REAL); '
+    'What is the highest rating?"',
     'veneer generate --temperature 0 "$Q"',
     'veneer generate --temperature 0 -a sql "$Q"',
     "veneer adapter push examples/adapters/code --name code",
