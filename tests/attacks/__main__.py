@@ -56,6 +56,8 @@ ADAPTERS = Path(__file__).parents[2] / "examples" / "adapters"
 NAMES = ("chat", "code", "sql")
 """Adapters of the normal callers."""
 WEIGHTS = "adapter_model.safetensors"
+HANGS_S = 300.0
+"""Beyond ten times its seconds an attack hangs; a loaded machine may take most of that."""
 TARGET = "target"
 """The attacker's adapter."""
 KV_BYTES, SHORT_KV_BYTES = 256 << 20, 128 << 20
@@ -189,7 +191,7 @@ async def run_attack(
         memory = Memory(server.process.pid)
         watching = asyncio.gather(callers, memory.watch(until))
         try:
-            async with asyncio.timeout(10 * given.seconds + 60):
+            async with asyncio.timeout(10 * given.seconds + HANGS_S):
                 attacker.stdin.write(json.dumps(target).encode() + b"\n")
                 await attackers.start_next(name)
                 said = await attacker.stdout.readline()

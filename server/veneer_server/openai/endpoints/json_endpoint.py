@@ -87,7 +87,7 @@ class JsonEndpoint(ABC):
         """Read the body and answer it."""
         core = self._core
         try:
-            body = await read_json(scope, receive, core.reader_limit_s, core.bodies, share)
+            body = await read_json(receive, core.reader_limit_s, core.bodies, share)
         except (QueueFull, HttpError) as error:
             return _Failed(without_frames(error))
         work = asyncio.create_task(self._work(body, reply, long=share.received >= LONG_BODY))

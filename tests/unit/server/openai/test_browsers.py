@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -96,6 +97,8 @@ async def test_programs_and_own_pages_are_served(front: Front, http: httpx.Async
     for headers in ({}, {"content-type": "application/x-www-form-urlencoded"}):
         for path in ("/pause?mode=keep", "/resume"):
             assert (await http.post(path, content=b"", headers=headers)).is_success
+        told = json.dumps(TEXT).encode()
+        assert (await http.post("/v1/completions", content=told, headers=headers)).is_success
 
 
 async def test_an_own_page_says_json(front: Front, http: httpx.AsyncClient) -> None:

@@ -17,8 +17,6 @@ from veneer_server.serving import spare_time
 
 from tests.refused import refused
 
-SCOPE = {"headers": [(b"content-type", b"application/json")]}
-
 
 @pytest.fixture
 def bodies() -> Iterator[Bodies]:
@@ -56,7 +54,7 @@ async def test_one_piece_is_read_in_each_turn_of_the_event_loop(bodies: Bodies) 
             return {"type": "http.request", "body": piece, "more_body": number <= count}
 
         with bodies.share() as share:
-            return await read_json(SCOPE, receive, 30.0, bodies, share)
+            return await read_json(receive, 30.0, bodies, share)
 
     tick()
     answers = await asyncio.gather(*(one() for _ in range(callers)))
@@ -127,7 +125,7 @@ async def test_a_body_that_stalls_loses_its_room_to_others(
 
     async def first() -> object:
         with bodies.share() as share:
-            return await read_json(SCOPE, receive, 30.0, bodies, share)
+            return await read_json(receive, 30.0, bodies, share)
 
     stalled = asyncio.create_task(first())
     sent.put_nowait(size)

@@ -34,8 +34,9 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
         (b"\xff", "application/json", 400, "invalid_json", "not valid JSON"),
         (b"[]", "application/json", 400, "invalid_field", "JSON object"),
         (b"{}", "application/json; charset=utf-8", 400, "invalid_field", "is missing"),
-        (b"{}", "text/plain", 415, "unsupported_media_type", "application/json"),
-        (b"{}", "", 415, "unsupported_media_type", "application/json"),
+        (b"{}", "text/plain", 400, "invalid_field", "is missing"),
+        (b"{}", "", 400, "invalid_field", "is missing"),
+        (b"a=1", "application/x-www-form-urlencoded", 400, "invalid_json", "not valid JSON"),
         (b" " * ((4 << 20) + 1), "application/json", 413, "request_too_large", "send less"),
     ],
 )
