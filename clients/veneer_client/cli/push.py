@@ -79,7 +79,7 @@ def push(
     ] = "",
     wait_replicas: WaitReplicasOption = WaitReplicas.NONE,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, publish nothing.")
+        bool, typer.Option("--dry-run", help="Run all checks without publishing.")
     ] = False,
     json_: JsonFlag = False,
     server: ServerOption = None,
@@ -128,9 +128,9 @@ def pull(
         str,
         typer.Argument(help="NAME, NAME@REVISION or NAME/ALIAS.", autocompletion=adapter_names),
     ],
-    folder: Annotated[Path, typer.Argument(help="Folder to make.")],
+    folder: Annotated[Path, typer.Argument(help="Destination folder; it must not exist.")],
     force: Annotated[
-        bool, typer.Option("--force", help="Replace an adapter that is in the folder.")
+        bool, typer.Option("--force", help="Replace the adapter that the folder already holds.")
     ] = False,
     json_: JsonFlag = False,
     server: ServerOption = None,
@@ -177,7 +177,7 @@ def _resumed(resumed: Resumed) -> str:
         return f"the part on the server was damaged: sending all {total} again"
     if resumed.after is None:
         # From an earlier push of it, or from another adapter that shares a file.
-        return f"{total if at == total else f'{at} of {total}'} were there already"
+        return f"{total if at == total else f'{at} of {total}'} already on the server"
     return f"interrupted; resumed at {at} of {total}"
 
 
@@ -185,7 +185,7 @@ def _outcome(pushed: Pushed, dry_run: bool) -> str:
     adapter = pushed.adapter
     facts = f"rank {adapter.rank}, {byte_size(adapter.size)} once loaded"
     if dry_run:
-        return f"valid: {adapter.short} would be published ({facts}); nothing was"
+        return f"valid: {adapter.short} would be published ({facts}); nothing changed (dry run)"
     if not pushed.published:
         return f"unchanged: {adapter.short} holds this content already"
     verb = "replaced" if pushed.replaced else "published"

@@ -53,7 +53,7 @@ def test_push_again_goes_on(
     server.breaks.clear()
     server.start()
     done = run(*push, "--json", env={"VENEER_ACTOR": "ada"})
-    assert "1.0 MiB of 2.5 MiB were there already" in done.stderr
+    assert "1.0 MiB of 2.5 MiB already on the server" in done.stderr
     assert "interrupted" not in done.stderr
     pushed = json.loads(done.stdout)
     assert (pushed["skipped_bytes"], pushed["resumes"]) == (1 << 20, 0)
@@ -63,7 +63,7 @@ def test_push_again_goes_on(
 def test_push_of_what_is_there(server: FakeServer, run: Run, adapter_folder: Path) -> None:
     run("adapter", "push", str(adapter_folder), "--name", "one")
     done = run("adapter", "push", str(adapter_folder), "--name", "two", "--etag", "e9")
-    assert "2.5 MiB were there already" in done.stderr
+    assert "2.5 MiB already on the server" in done.stderr
     assert server.uploads[-1].spec.etag == "e9"
 
 
@@ -139,8 +139,8 @@ def test_rollback_goes_one_back_at_a_time(server: FakeServer, run: Run) -> None:
     oldest, middle = two(server)
     server.replace("chat")
     done = run("adapter", "rollback", "chat")
-    assert done.stdout == f"chat means chat@{middle} again\n"
-    assert run("adapter", "rollback", "chat").stdout == f"chat means chat@{oldest} again\n"
+    assert done.stdout == f"chat now points to chat@{middle}\n"
+    assert run("adapter", "rollback", "chat").stdout == f"chat now points to chat@{oldest}\n"
     assert "no earlier revision" in one_line(run("adapter", "rollback", "chat"))
 
 
@@ -193,7 +193,7 @@ def test_retain(server: FakeServer, run: Run) -> None:
 
 def test_share(server: FakeServer, run: Run) -> None:
     server.add("chat")
-    assert run("adapter", "share", "chat").stdout == "chat: all tenants may use it\n"
+    assert run("adapter", "share", "chat").stdout == "chat: all tenants can use it\n"
     assert "(shared)" in run("ls").stdout
     assert "with all tenants" in run("adapter", "show", "chat").stdout
     stopped = run("adapter", "share", "chat", "--stop")
@@ -298,7 +298,7 @@ def test_a_self_test_of_no_adapter_says_so(passed: bool, server: FakeServer, run
     server.self_test_note = "" if passed else "none of 3 adapters could be tested: no room"
     done = run("self-test")
     assert done.exit_code == (0 if passed else 1)
-    told = "passed: no adapter was tested" if passed else "NOT PROVEN: none of 3 adapters"
+    told = "passed: no adapter was tested" if passed else "INCONCLUSIVE: none of 3 adapters"
     assert told in done.stdout
     assert "in one batch" not in done.stdout
 

@@ -261,7 +261,7 @@ def test_without_any_place_the_reason_is_told(
 ) -> None:
     bench.cache.touch()
     monkeypatch.setattr(tempfile, "tempdir", str(bench.cache))
-    with pytest.raises(NativeUnavailable, match="no place to compile"):
+    with pytest.raises(NativeUnavailable, match="no folder to compile"):
         bench.build()
 
 
