@@ -194,7 +194,7 @@ def rank(runs: Runs, ranks: Sequence[int], *, command: str) -> Lab:
         question="Does a larger adapter learn more in the same steps?",
         rows=rows,
         plot=_bars(rows, "rank", ("val loss", "peak, MB", "tokens/s")),
-        says=[f"The least validation loss is rank {best['rank']}'s, {best['val loss']:.4f}."],
+        says=[f"The lowest validation loss is rank {best['rank']}'s, {best['val loss']:.4f}."],
         limits=[
             _SHORT,
             "One learning rate for all ranks: with alpha in proportion to the rank a larger "

@@ -43,7 +43,9 @@ _COLUMN_WIDTH: Final = 16
 def report(
     files: Annotated[
         list[Path],
-        typer.Argument(metavar="FILE...", help="Of run, find-max, swap or compare --json."),
+        typer.Argument(
+            metavar="FILE...", help="Result files (--json) of run, find-max, swap or compare."
+        ),
     ],
     html_file: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Write a page with plots.")

@@ -32,8 +32,10 @@ EXAMPLES = (
 
 
 def lab(
-    name: Annotated[Name, typer.Argument(help="Which lab.")],
-    out: Annotated[Path, typer.Option(help="Folder for table, CSV and plot; empty or new.")],
+    name: Annotated[Name, typer.Argument(help="Lab to run.")],
+    out: Annotated[
+        Path, typer.Option(help="Output folder for table, CSV and plot; must be empty or new.")
+    ],
     base: Annotated[
         str | None,
         typer.Option(
@@ -53,8 +55,8 @@ def lab(
         str | None,
         typer.Option(
             "--optim",
-            help="optimizers: transformers' names of them; default: AdamW in 32 and 8 bits, "
-            "and on a GPU both paged, too.",
+            help="optimizers: transformers' names of them; default: AdamW in 32 and "
+            "8 bits, on a GPU also both paged.",
         ),
     ] = None,
     adapters: Annotated[
