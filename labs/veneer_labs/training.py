@@ -164,7 +164,7 @@ def qlora_vs_lora(runs: Runs, methods: Sequence[Method] = METHODS, *, command: s
         plot=_bars(rows, "method", ("val loss", "peak, MB", "tokens/s")),
         says=[
             *says,
-            "`veneer-train plan` says the planned column before anything is loaded, for "
+            "`veneer-train plan` computes the planned column before anything is loaded, for "
             f"`data.max_len={found.longest}`, the longest sample's tokens.",
         ],
         limits=[

@@ -48,7 +48,7 @@ Examples:
 
   veneer adapter pull sql adapters/sql
 
-  veneer adapter pull sql@1a2b3c4d5e6f adapters/sql --force      replace what is there
+  veneer adapter pull sql@1a2b3c4d5e6f adapters/sql --force      replace the adapter in it
 """
 
 

@@ -199,7 +199,7 @@ async def _churn(
             Path(scratch), options.base, count=4, rank=options.rank, seed=options.seed
         )
         async with setup.published(client, named):
-            with Screen(stderr=True).status(f"streams beside {by}s"):
+            with Screen(stderr=True).status(f"streams during {by}s"):
                 return await churn(
                     client,
                     ChurnOptions(

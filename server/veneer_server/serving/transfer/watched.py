@@ -306,8 +306,8 @@ def _digest(spec: adapters_pb2.UploadSpec) -> str:
 def _not_whole() -> VeneerError:
     return AdapterInvalid(
         "the folder is not a complete adapter: its config does not parse, its weights are "
-        "shorter than their header says, or somebody writes to it; copy to a hidden name "
-        "beside it and rename that",
+        "shorter than their header says, or it is still being written; copy to a hidden name "
+        "next to it and rename that",
         metadata={"cause": "not_whole"},
     )
 
