@@ -161,7 +161,7 @@ class ServerConfig:
     backend: Literal["auto", "native", "torch", "cuda"] = setting(
         "auto", kinds.one_of("auto", "native", "torch", "cuda"),
         "Backend that executes steps; auto uses the native CPU kernels where they can run. "
-        "cuda needs --device cuda; we have not benchmarked it on a GPU (docs/gpu.md).")
+        "cuda needs --device cuda and has not been run on a GPU yet (docs/gpu.md).")
     native_instructions: Literal[
         "auto", "amx-bf16", "avx512-bf16", "avx2", "neon-bf16", "neon"
     ] = setting(
