@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import yaml
 from prometheus_client import CollectorRegistry
 from typer.testing import CliRunner
 from veneer_client.cli.main import cli
@@ -138,6 +139,33 @@ def test_each_metric_is_on_the_page_once_with_its_labels(
     assert dict(page) == dict(server)
 
 
+def table(page: str, title: str) -> Iterator[list[str]]:
+    """Rows of the first table after a heading."""
+    text = (DOCS / page).read_text("utf-8").partition(f"\n{title}\n")[2].partition("\n## ")[0]
+    for line in text.splitlines():
+        if line.startswith("| ") and not line.startswith("| ---"):
+            yield [cell.strip() for cell in line.strip("|").split(" | ")]
+
+
+def test_the_alerts_on_the_page_are_those_of_the_rules() -> None:
+    rules = (REPOSITORY / "deploy" / "prometheus" / "rules.yml").read_text("utf-8")
+    rows = table("monitoring.md", "## Alerts")
+    shown = [name for cells in rows for name in CODE.findall(cells[0])]
+    assert sorted(shown) == sorted(re.findall(r"- alert: (\w+)", rules))
+
+
+def test_the_log_events_on_the_page_are_logged() -> None:
+    logged = set()
+    for file in (REPOSITORY / "server").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                logged.add(node.value)
+    rows = [*table("monitoring.md", "## Logs")][1:]
+    shown = {name for cells in rows for name in CODE.findall(cells[0])}
+    assert len(shown) > 10
+    assert shown - logged == set()
+
+
 # --------------------------------------------------------------------------- numbers
 
 # fmt: off
@@ -164,6 +192,18 @@ BOUNDS = [
     ("openai.md", "a completion 128 prompts", "openai.fields.MAX_PROMPTS"),
     ("openai.md", "a `top_logprobs` of at most 20", "serving.checks.MAX_TOP_LOGPROBS"),
     ("openai.md", "at most 16 KiB", "text.templates.options.MAX_KWARGS"),
+    ("adapters.md", "At most eight uploads", "serving.adapters.upload_places.MAX_AT_ONCE"),
+    ("adapters.md", "received at 8 MiB/s", "queues.upload_flow.BYTES_A_SECOND"),
+    ("security.md", "16 KiB a minute of each", "access.audit.CALLER_BYTES"),
+    ("security.md", "are rotated at 64 MiB", "access.audit.MOST_BYTES"),
+    ("security.md", "The last 2,400 hours", "quotas.usage_store.MAX_HOURS"),
+    ("security.md", "at most every 5 s", "access.tokens.FETCH_S"),
+    ("security.md", "for 2 s they have", "queues.connection_places.STALLED_S"),
+    ("security.md", "sent less than 8 KiB", "queues.connection_places.PROGRESS"),
+    ("security.md", "from -100 to 100", "queues.fairness.MAX_PRIORITY"),
+    ("scale.md", "UNAVAILABLE after 15 s", "rpc.followers.asking.AWAY_S"),
+    ("scale.md", "answers 256 calls of followers", "rpc.open_calls.MAX_OTHER_CALLS"),
+    ("scale.md", "counts for 5 s after", "replication.states.LEASE_S"),
     ("openai.md", "one to 8 calls", "serving.tools.schema.MAX_FORCED_CALLS"),
 ]
 # fmt: on
@@ -187,7 +227,7 @@ def test_a_number_on_a_page_is_the_one_of_the_code(
 ) -> None:
     text = " ".join((DOCS / page).read_text("utf-8").split())
     assert words in text, "change the row above, too"
-    number = NUMBER.search(words)
+    number = NUMBER.search(words.replace("eight", "8"))
     assert number is not None
     unit = {"KiB": 1 << 10, "MiB": 1 << 20, None: 1}[number[2]]
     assert int(number[1].replace(",", "")) * unit == value(constant)
@@ -206,6 +246,35 @@ def test_every_bound_in_a_page_s_text_is_compared(page: str) -> None:
         if not any(start <= at.start() < end for start, end in covered)
     ]
     assert open_ones == [], "add a row to BOUNDS"
+
+
+def test_the_chart_s_defaults_on_the_page_are_those_of_its_values() -> None:
+    file = REPOSITORY / "deploy" / "helm" / "veneer" / "values.yaml"
+    values: Any = yaml.safe_load(file.read_text("utf-8"))
+    compared, wrong = 0, []
+    for cells in [*table("kubernetes.md", "## Values")][1:]:
+        names = [name for name in CODE.findall(cells[0]) if re.fullmatch(r"[a-zA-Z.]+", name)]
+        defaults = [each.strip("` ") for each in cells[1].split(", ")]
+        for at, name in enumerate(names):
+            found = values
+            for step in name.split("."):
+                found = found[step]
+            if name.endswith(".resources"):
+                limits = found["limits"]
+                cores = [f"{limits['cpu']} cores"] if "cpu" in limits else []
+                shown = [*cores, limits["memory"].replace("Gi", " GiB")]
+                same = defaults == shown
+            elif isinstance(found, bool):
+                same = defaults[at] == ("on" if found else "off")
+            elif isinstance(found, int) or (isinstance(found, str) and found):
+                same = defaults[at] == str(found)
+            else:
+                continue
+            compared += 1
+            if not same:
+                wrong.append(f"{name}: {cells[1]}, and values.yaml has {found}")
+    assert compared > 8
+    assert wrong == []
 
 
 # --------------------------------------------------------------------------- unimplemented

@@ -125,7 +125,7 @@ def _moved(move: AliasMove) -> str:
     where = replicas_shown(move.replicas)
     if not move.alias.targets:
         return f"removed {move.alias.alias}{before}{where}"
-    return f"{move.alias.alias} means {shares(move.alias.targets)}{before}{where}"
+    return f"{move.alias.alias} now points to {shares(move.alias.targets)}{before}{where}"
 
 
 def aliases(

@@ -137,7 +137,7 @@ def _check_role(config: ServerConfig) -> None:
             if getattr(config, name):
                 raise ConfigInvalid(
                     f"{_BY_NAME[name].flag} has no effect with --role "
-                    "{config.role}: remove it, or use --role engine",
+                    f"{config.role}: remove it, or use --role engine",
                     metadata={"key": name},
                 )
     else:

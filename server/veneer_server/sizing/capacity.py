@@ -116,7 +116,7 @@ def plan_capacity(
                 budgets.kv_bytes,
                 f"the KV cache holds {by_cache} of {concurrency} sequences of "
                 f"{context_length} tokens; the others queue: {Limit.KV_CACHE.value} "
-                "{needed} would hold all",
+                f"{needed} would hold all",
             )
         )
     if concurrency > budgets.max_running:

@@ -85,16 +85,16 @@ def test_push_of_damaged_parts(server: FakeServer, run: Run, adapter_folder: Pat
 
 def test_alias_moves(server: FakeServer, run: Run) -> None:
     older, newer = two(server)
-    assert run("adapter", "alias", "chat/prod", older).stdout == f"chat/prod means {older}\n"
+    assert run("adapter", "alias", "chat/prod", older).stdout == f"chat/prod now points to {older}\n"
     shared = ("--canary", f"{older}=90", "--canary", f"chat@{newer}=10")
     assert run("adapter", "alias", "chat/prod", *shared).stdout == (
-        f"chat/prod means {older}=90 {newer}=10 (before: {older})\n"
+        f"chat/prod now points to {older}=90 {newer}=10 (before: {older})\n"
     )
     listed = run("adapter", "aliases").stdout
     assert f"chat/prod  {older}=90 {newer}=10" in listed
     assert json.loads(run("adapter", "aliases", "chat", "--json").stdout)[0]["etag"] == "a2"
     back = run("adapter", "rollback", "chat/prod").stdout
-    assert back == f"chat/prod means {older} (before: {older}=90 {newer}=10)\n"
+    assert back == f"chat/prod now points to {older} (before: {older}=90 {newer}=10)\n"
     gone = run("adapter", "alias", "chat/prod", "--remove", "--etag", "a3", "--json")
     assert json.loads(gone.stdout)["alias"]["targets"] == []
     assert "no aliases of chat: set one" in run("adapter", "aliases", "chat").stdout
@@ -105,7 +105,7 @@ def test_alias_rollback_flag(server: FakeServer, run: Run) -> None:
     run("adapter", "alias", "chat/prod", older)
     run("adapter", "alias", "chat/prod", f"chat@{newer}")
     done = run("adapter", "alias", "chat/prod", "--rollback")
-    assert done.stdout == f"chat/prod means {older} (before: {newer})\n"
+    assert done.stdout == f"chat/prod now points to {older} (before: {newer})\n"
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_share(server: FakeServer, run: Run) -> None:
     assert "(shared)" in run("ls").stdout
     assert "with all tenants" in run("adapter", "show", "chat").stdout
     stopped = run("adapter", "share", "chat", "--stop")
-    assert stopped.stdout == "chat: only its own tenant may use it\n"
+    assert stopped.stdout == "chat: only its own tenant can use it\n"
     server.adapters["chat"].tenant = "team-a"
     assert "(of team-a)" in run("ls").stdout
     assert " 0 " not in run("ls").stdout, "how much others use it is not told"
