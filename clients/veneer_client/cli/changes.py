@@ -107,7 +107,7 @@ def retain(
     server: ServerOption = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Set how many superseded revisions a name keeps; any beyond are dropped at once."""
+    """Set how many superseded revisions a name keeps; older ones are removed at once."""
     with errors_shown(context, debug), connect(context, server) as client:
         adapter = client.update_adapter(name, retain=revisions)
         print(

@@ -50,7 +50,7 @@ def login(
     ] = "",
     debug: DebugFlag = False,
 ) -> None:
-    """Check an API key with a server, and keep both for later commands."""
+    """Check an API key with a server and save both for later commands."""
     with errors_shown(context, debug):
         secret = _ask()
         files = {
@@ -74,7 +74,7 @@ def login(
 def logout(
     context: typer.Context, profile: _Profile = DEFAULT_PROFILE, debug: DebugFlag = False
 ) -> None:
-    """Forget a profile."""
+    """Delete a saved profile."""
     with errors_shown(context, debug):
         if not forget_profile(profile):
             raise InvalidField(f"there is no profile {profile}", metadata={"field": "profile"})

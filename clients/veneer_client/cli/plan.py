@@ -58,7 +58,7 @@ def plan(
     server: ServerOption = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Say how many adapters and sequences fit; exit status 1 if the given ones do not."""
+    """Show how many adapters and sequences fit; exit status 1 if those asked for do not."""
     with errors_shown(context, debug), connect(context, server) as client:
         capacity = client.plan(
             like=like,

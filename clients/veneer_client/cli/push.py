@@ -85,7 +85,7 @@ def push(
     server: ServerOption = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Check an adapter folder here, then publish it."""
+    """Check an adapter folder locally, then publish it."""
     console = Screen(stderr=True, highlight=False)
     with errors_shown(context, debug), connect(context, server) as client:
         labels = parse_labels(label or ())
@@ -136,7 +136,7 @@ def pull(
     server: ServerOption = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Get an adapter's files back as they were uploaded, verified."""
+    """Download an adapter's files as they were uploaded, and verify them."""
     console = Screen(stderr=True, highlight=False)
     with errors_shown(context, debug), connect(context, server) as client:
         with _bar(console) as bar:

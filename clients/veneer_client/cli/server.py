@@ -104,7 +104,7 @@ def self_test(
     server: ServerOption = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Check that base and adapters answer as their files say; exit status 1 if not."""
+    """Verify that base and adapters answer as their files say; exit status 1 if not."""
     with errors_shown(context, debug), connect(context, server) as client:
         test = client.self_test(adapters or (), timeout_s=timeout)
     if json_:

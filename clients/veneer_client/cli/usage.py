@@ -53,7 +53,7 @@ def usage(
     server: ServerOption = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Show what tenants have used: requests, tokens, and adapters stored."""
+    """Show the usage of tenants: requests, tokens and stored adapters."""
     with errors_shown(context, debug), connect(context, server) as client:
         report = client.usage(tenant, start=_time("start", start), end=_time("end", end))
     if json_:

@@ -65,10 +65,10 @@ def watch(
     server: ServerOption = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Show adapters and what happens to them, until Ctrl-C.
+    """Show adapters and their events live, until Ctrl-C.
 
-    If the server goes away, it says so and resumes when the server is back: with the missed
-    events or, after a restart, with all present adapters.
+    If the connection is lost, it reconnects and resumes: with the missed events or,
+    after a restart of the server, with all current adapters.
     """
     console, errors = Screen(highlight=False), Screen(stderr=True, highlight=False)
 

@@ -115,7 +115,7 @@ def find_max(
     fail_if: FailIf = None,
     debug: Debug = False,
 ) -> None:
-    """Find the highest request rate that a server serves within latency limits."""
+    """Find the highest request rate that a server sustains within latency limits."""
 
     async def work() -> None:
         limits = [parse_limit(each, KEYS) for each in fail_if or ()]

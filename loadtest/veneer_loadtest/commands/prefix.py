@@ -54,7 +54,7 @@ def prefix(
     json_file: JsonFile = None,
     debug: Debug = False,
 ) -> None:
-    """Measure what the prefix cache gains if prompts share a prefix."""
+    """Measure the gain of the prefix cache when prompts share a prefix."""
 
     async def work() -> None:
         levels = numbers_of("--streams", streams, least=1)

@@ -52,7 +52,7 @@ def report(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Show results side by side, here and as a page with plots."""
+    """Show results side by side, in the terminal and as a page with plots."""
 
     async def work() -> None:
         check_writable(html_file)

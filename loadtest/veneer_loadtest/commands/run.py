@@ -145,7 +145,7 @@ def run(
     fail_if: FailIf = None,
     debug: Debug = False,
 ) -> None:
-    """Load a server as its users would, and report what they would have seen."""
+    """Put a load on a server as its users would, and report what they would see."""
 
     async def work() -> None:
         kept: list[tuple[int, float, list[Record]]] = []

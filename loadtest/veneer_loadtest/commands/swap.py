@@ -98,8 +98,8 @@ def swap(
     fail_if: FailIf = None,
     debug: Debug = False,
 ) -> None:
-    """Measure what a swap of adapters costs, by the tier that holds the next one, and how
-    published adapters affect running streams."""
+    """Measure the cost of swapping adapters, by the tier that holds the next one, and
+    the effect of uploads on running streams."""
 
     async def work() -> None:
         limits = [parse_limit(each, KEYS) for each in fail_if or ()]

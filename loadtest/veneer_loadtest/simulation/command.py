@@ -171,8 +171,7 @@ def _real(
     json_file: Json = None,
     debug: Debug = False,
 ) -> None:
-    """Send a scenario's requests to real servers, one per core, and simulate the same "
-    "scenario."""
+    """Send a scenario's requests to real servers, one per core, and simulate the same."""
 
     async def work() -> None:
         check_writable(json_file)
@@ -223,8 +222,7 @@ def _fit(
     seed: Seed = 1,
     debug: Debug = False,
 ) -> None:
-    """Measure the costs of each operation on a real server with the bundled base, started "
-    "for this."""
+    """Measure the cost of each operation on a real server with the bundled base."""
 
     async def work() -> None:
         check_writable(out)

@@ -48,7 +48,7 @@ def make(
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Output folder for both files.")
     ] = Path("tls"),
-    days: Annotated[int, typer.Option(min=1, max=3650, help="Validity.")] = 365,
+    days: Annotated[int, typer.Option(min=1, max=3650, help="Validity in days.")] = 365,
     debug: Debug = False,
 ) -> None:
     """Create a private key and a self-signed certificate, for testing: clients

@@ -85,7 +85,8 @@ def test_push_of_damaged_parts(server: FakeServer, run: Run, adapter_folder: Pat
 
 def test_alias_moves(server: FakeServer, run: Run) -> None:
     older, newer = two(server)
-    assert run("adapter", "alias", "chat/prod", older).stdout == f"chat/prod now points to {older}\n"
+    done = run("adapter", "alias", "chat/prod", older)
+    assert done.stdout == f"chat/prod now points to {older}\n"
     shared = ("--canary", f"{older}=90", "--canary", f"chat@{newer}=10")
     assert run("adapter", "alias", "chat/prod", *shared).stdout == (
         f"chat/prod now points to {older}=90 {newer}=10 (before: {older})\n"

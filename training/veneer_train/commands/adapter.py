@@ -129,7 +129,7 @@ def verify(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Check that an adapter is whole, fits this base, and is as good as its manifest says."""
+    """Check that an adapter is complete, fits this base, and reaches its manifest's figures."""
     with errors(debug):
         base_folder = resolve_base(base)
         quiet_libraries()

@@ -40,9 +40,9 @@ def import_gguf(
     out: Annotated[Path, typer.Option(help="Output folder; must not exist.")],
     debug: Debug = False,
 ) -> None:
-    """Write a GGUF file's model as a Hugging Face folder in bfloat16.
+    """Convert a GGUF file into a Hugging Face folder in bfloat16.
 
-    Weights that the file holds in fewer bits gain no precision. Digits are split as the
+    Weights stored in fewer bits gain no precision. Digits are split as the
     file's tokenizer says, which transformers alone does not do for SmolLM.
     """
     with errors(debug):
@@ -101,7 +101,7 @@ def plan(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Say how much memory a run will take, by QLoRA, LoRA and full fine-tuning, without
+    """Estimate the memory of a run with QLoRA, LoRA and full fine-tuning, without
     loading anything."""
     with errors(debug):
         from veneer_train import plan as planning

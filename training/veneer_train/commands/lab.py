@@ -55,7 +55,7 @@ def lab(
         str | None,
         typer.Option(
             "--optim",
-            help="optimizers: transformers' names of them; default: AdamW in 32 and "
+            help="optimizers: their names in transformers; default: AdamW in 32 and "
             "8 bits, on a GPU also both paged.",
         ),
     ] = None,
@@ -74,7 +74,7 @@ def lab(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Labs that train: override a key."),
     ] = None,
-    threads: Annotated[int, typer.Option(help="Per run; 0: one per core.", min=0)] = 0,
+    threads: Annotated[int, typer.Option(help="Threads per run; 0: one per core.", min=0)] = 0,
     seed: Annotated[int, typer.Option(help="Seed of all random choices.")] = 0,
     debug: Debug = False,
 ) -> None:
