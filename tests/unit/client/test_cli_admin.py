@@ -202,7 +202,7 @@ def test_share(server: FakeServer, run: Run) -> None:
     server.adapters["chat"].tenant = "team-a"
     assert "(of team-a)" in run("ls").stdout
     assert " 0 " not in run("ls").stdout, "how much others use it is not told"
-    assert "team-a, which shares it" in run("adapter", "show", "chat").stdout
+    assert "team-a (shared by that tenant)" in run("adapter", "show", "chat").stdout
 
 
 def test_history(server: FakeServer, run: Run) -> None:
