@@ -110,7 +110,7 @@ def native_check(config: ServerConfig) -> Check:
         return Check("native kernels", "warning", str(reason), fix)
     wanted = config.native_instructions
     if wanted not in ("auto", instructions):
-        found = f"this CPU has {instructions} at most, not --native-instructions {wanted}"
+        found = f"this CPU supports at most {instructions}, not --native-instructions {wanted}"
         return Check("native kernels", "warning", found, fix)
     if library.why_prebuilt:
         found = (

@@ -178,8 +178,8 @@ def test_the_cpu_s_features_choose(
     ("cpu", "asked", "said"),
     [
         ("cortex-a72", "neon-bf16", "this CPU supports at most neon"),
-        ("max", "avx2", "this CPU has neon-bf16 at most"),
-        (None, "neon", "this CPU has "),
+        ("max", "avx2", "this CPU supports at most neon-bf16"),
+        (None, "neon", "this CPU supports at most "),
     ],
     ids=["without BF16", "of x86", "of ARM"],
 )
