@@ -336,7 +336,7 @@ def test_the_doctor_says_that_the_cpu_lacks_what_is_wanted(
     }
     check = backends.native_check(load_config(given, {}))
     assert check.status == "warning"
-    assert "avx2 at most" in check.found
+    assert "supports at most avx2" in check.found
 
 
 # -------------------------------------------------------------------- the compiler
