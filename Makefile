@@ -29,7 +29,7 @@ $(VENV)/.installed: pyproject.toml labs/pyproject.toml peers/pyproject.toml
 	@echo 'installing Veneer with all extras into $(VENV): 1 to 3 minutes, and longer where torch is downloaded slowly'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(call with_progress,installing); \
-	trap 'echo "stopped: what was downloaded stays in the cache of pip; the same command goes on"; exit 130' INT TERM; \
+	trap 'echo "stopped: what was downloaded stays in the cache of pip; the same command resumes"; exit 130' INT TERM; \
 	$(BIN)/python -m pip install --quiet $(if $(CI),--no-compile) -e '.[all,dev]' -e ./labs -e ./peers
 	touch $@
 
@@ -40,7 +40,7 @@ demo: base ## Serve the bundled toy base and three adapters: answers side by sid
 	@$(BIN)/python examples/demo.py
 
 # Some minutes on two cores.
-claims: base ## What README and docs say of answers, counted anew: base and adapters, right by execution
+claims: base ## Count right answers of base and adapters again, as README and docs quote them
 	@$(BIN)/python -m veneer_labs.answers
 	@$(BIN)/python -m tests.bench.first_answers --runs 10
 
@@ -107,25 +107,25 @@ protos-check: protos
 	git diff --exit-code --stat -- $(GENERATED)
 	test -z "$$(git ls-files --others --exclude-standard -- $(GENERATED))"
 
-bench: base ## Tokens/s and latencies beside PEFT at 1, 8 and 32 streams
+bench: base ## Tokens/s and latencies compared with PEFT at 1, 8 and 32 streams
 	$(BIN)/veneer-loadtest compare --spawn --peer peft --streams 1,8,32 --json bench-compare.json
 
-bench-guard: base ## The native backend's speed beside torch's, against what is recorded for this CPU
+bench-guard: base ## Compare the native backend's speed with torch's and with the record for this CPU
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m tests.bench.guard
 
-bench-kernels: base ## Each native kernel's time beside the machine's limit
+bench-kernels: base ## Time of each native kernel compared with the machine's limit
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m tests.bench.kernels
 
 # Triton's interpreter on the CPU: a quarter of an hour. Then ptxas for four kinds of card: half a minute.
-gpu-kernels: install ## Kernels for CUDA without a card: against their references, then compiled within budgets
+gpu-kernels: install ## CUDA kernels without a GPU: against their references, then compiled within budgets
 	@OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(BIN)/python -m tests.gpu
 	@$(BIN)/python -m tests.gpu.compile
 
 # With a card: some 8 minutes on the bundled base. Without: it says so.
-gpu-check: base ## On a card: kernels, answers and training checked, speed measured, into gpu-check.json
+gpu-check: base ## On a GPU: check kernels, answers and training, measure speed, write gpu-check.json
 	@$(BIN)/python -m tests.gpu.check
 
-format-cpp: install ## Write the C++ as clang-format has it
+format-cpp: install ## Format the C++ with clang-format
 	$(BIN)/python -m tests.sanitize.static --format
 
 # GCC with its libasan, libubsan and libtsan; about a minute.
@@ -152,7 +152,7 @@ attacks-quick: base ## The same in short, judged by answers, memory and bounds, 
 docs-check: base ## Every command of README and docs, slow ones too, beside what the pages say
 	@$(BIN)/python -m tests.docs
 
-terminal-svg: base ## Record README's picture anew: a session in a terminal
+terminal-svg: base ## Record README's picture again: a terminal session
 	$(BIN)/python -m tests.docs.terminal docs/terminal.svg
 
 # Rules that run at the same time wait for each other.

@@ -50,7 +50,7 @@ REAL_BASE = "veneer-server --base Qwen/Qwen3-1.7B --kv-cache-bytes 4G"
 NEXT = f"""\
 A real base (4 GB, downloaded from the Hugging Face hub at the first start):
   .venv/bin/{REAL_BASE}
-All tasks instead of the first ones: make claims"""
+All tasks, not only the first ones: make claims"""
 SHOWN = {"sql": 2, "chat": 1}
 """How many tasks of each adapter are answered side by side: the first ones, not chosen."""
 COUNTS = {"sql": 12, "code": 6, "chat": 4}
@@ -83,7 +83,7 @@ class Answer:
         except Unimplemented:
             return "not run"
         if self.asked.form:
-            return "the form" if right else "another form"
+            return "right form" if right else "wrong form"
         return "right" if right else "wrong"
 
     @property
@@ -105,12 +105,12 @@ def main() -> None:
     finally:
         status = server.stop()
     took = time.perf_counter() - began
-    console.print(f"server stopped with status {status}; {took:.0f} s in all", style="dim")
+    console.print(f"server stopped with status {status} after {took:.0f} s", style="dim")
     if status:
-        raise SystemExit(f"the server should have stopped with status 0, not {status}")
+        raise SystemExit(f"the server exited with status {status} instead of 0")
     console.print(NEXT, markup=False, soft_wrap=True)
     if not won:
-        raise SystemExit("the sql adapter was not right more often than its base")
+        raise SystemExit("the sql adapter did not solve more tasks than its base")
 
 
 def first_tasks() -> list[TaskSet]:
@@ -285,8 +285,9 @@ def run() -> None:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:
         print(
-            "\nstopped: the server and its adapters are gone. What was installed in .venv, the "
-            "imported base and the compiled kernels are kept; `make demo` goes on from there.",
+            "\nstopped: the server and its adapters are removed. The packages in .venv, "
+            "the imported base and the compiled kernels are kept; `make demo` resumes from "
+            "there.",
             file=sys.stderr,
         )
         raise SystemExit(130) from None

@@ -125,17 +125,14 @@ class Catalog(CatalogReads):
             f"SELECT EXISTS ({stored} EXCEPT {_LABELS}) OR EXISTS ({_LABELS} EXCEPT {stored})"
         )
         if differs:
-            _log.error(
-                "the labels table, which listings search, was damaged and has been rebuilt"
-            )
+            _log.error("the labels table (used by listings) was damaged and has been rebuilt")
             try:
                 with self.change() as change:
                     change.restore_labels(_LABELS)
             except sqlite3.IntegrityError as error:
                 # Listings check each row's own labels: at worst they miss a row.
                 _log.error(
-                    "the labels table, which listings search, is damaged and cannot be "
-                    "rebuilt: %s",
+                    "the labels table (used by listings) is damaged and cannot be rebuilt: %s",
                     error,
                 )
         return bool(differs)

@@ -50,7 +50,7 @@ def revision_rows(rows: list[tuple[Any, ...]]) -> tuple[RevisionRow, ...]:
     found = tuple(row for row in map(revision_row, rows) if row is not None)
     if len(found) < len(rows):
         _log.error(
-            "left %d damaged rows of the catalog out of a listing; stop the server and run "
+            "skipped %d damaged catalog rows in a listing; stop the server and run "
             "`veneer-server store recover`",
             len(rows) - len(found),
         )

@@ -152,8 +152,8 @@ class Core:
                     weights = self.store.bundle(revision).weights
                 except (OSError, ValueError, KeyError, TypeError) as error:
                     raise AdapterCorrupt(
-                        "nothing is removed while the catalog has damaged rows and "
-                        f"bundle.json of {revision[:12]} cannot be read: {cause_of(error)}"
+                        "not removing anything: the catalog has damaged rows and bundle.json "
+                        f"of {revision[:12]} cannot be read: {cause_of(error)}"
                     ) from error
                 needed |= {revision, weights}
         return needed

@@ -57,7 +57,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
 def disk_full(folder: Path) -> DiskFull:
     """The error for a full disk."""
     return DiskFull(
-        "the server's disk is full, nothing was published; delete adapters or free space",
+        "the server's disk is full and nothing was published; delete adapters or free space",
         detail=f"the disk of {folder}",
     )
 
@@ -66,7 +66,7 @@ def disk_failed(folder: Path, error: Exception) -> DiskFailed:
     """The error for a disk that cannot be written to or read."""
     cause = cause_of(error)[:200]
     return DiskFailed(
-        f"the server's disk failed ({cause}), nothing was changed; check the system's log, and "
+        f"the server's disk failed ({cause}), nothing was changed; check the system log and "
         "try again",
         metadata={"why": cause},
         retry_after_s=5.0,
@@ -139,8 +139,8 @@ def make_private(data_dir: Path, paths: Iterable[Path]) -> None:
         if os.geteuid() not in (0, found.st_uid):
             raise InvalidField(
                 f"{path} belongs to user {_user(found.st_uid)}, but this server runs as "
-                f"{_user(os.geteuid())}; run it as {_user(found.st_uid)}, or give it the "
-                f"folder: chown -R {_user(os.geteuid())} {data_dir}",
+                f"{_user(os.geteuid())}; run it as {_user(found.st_uid)}, or change the "
+                f"owner: chown -R {_user(os.geteuid())} {data_dir}",
                 metadata={"field": "data_dir", "path": str(path), "owner": str(found.st_uid)},
             )
         if not found.st_mode & _OTHERS:
@@ -148,7 +148,9 @@ def make_private(data_dir: Path, paths: Iterable[Path]) -> None:
         try:
             path.chmod(stat.S_IMODE(found.st_mode) & ~_OTHERS)
         except OSError as error:  # a file system without modes
-            _log.warning("others may read %s: its mode cannot be changed (%s)", path, error)
+            _log.warning(
+                "other users can read %s: its mode cannot be changed (%s)", path, error
+            )
 
 
 def _user(uid: int) -> str:

@@ -114,7 +114,7 @@ def by_prefix(name: str, entry: Entry, prefix: str) -> AdapterRef:
         )
     if len(matches) > 1:
         raise InvalidField(
-            f"revision {prefix} of {name!r} is ambiguous; give more of its digits",
+            f"revision {prefix} of {name!r} is ambiguous; give more digits",
             metadata={"field": "adapter", "cause": "ambiguous"},
         )
     return matches[0]
@@ -138,7 +138,7 @@ def by_alias(name: str, entry: Entry, alias: str, key: str | None) -> AdapterRef
     if key is None and len(found.targets) > 1:
         kept = ", ".join(f"{name}@{revision[:SHORT_REVISION]}" for revision, _ in found.targets)
         raise InvalidField(
-            f"alias {name}/{alias} has several targets; name one of them: {kept}",
+            f"alias {name}/{alias} has several targets; choose one of them: {kept}",
             metadata={"field": "name", "alias": f"{name}/{alias}"},
         )
     revision = _share(found, key or "")

@@ -110,7 +110,7 @@ def weight_files(folder: Path) -> list[Path]:
                 )
             if not (folder / name).is_file():
                 raise _bad_base(
-                    f"{folder} lacks {name}; download the base model again",
+                    f"{folder} does not contain {name}; download the base model again",
                     file=name,
                     cause="missing",
                 )
@@ -118,7 +118,7 @@ def weight_files(folder: Path) -> list[Path]:
     found = sorted(folder.glob("*.safetensors"))
     if not found:
         raise _bad_base(
-            f"{folder} holds no *.safetensors; give a Hugging Face model folder",
+            f"{folder} contains no *.safetensors; give a Hugging Face model folder",
             file="*.safetensors",
             cause="missing",
         )

@@ -32,7 +32,7 @@ __all__ = ["Garbage", "Index", "not_found"]
 
 _Key = TypeVar("_Key")
 
-LOST: Final = "its content is gone from the disk"
+LOST: Final = "its content is missing from the disk"
 _NO_DAMAGE: Final[Mapping[str, int]] = MappingProxyType({})
 
 
@@ -53,7 +53,7 @@ def not_found(name: str, near: str | None) -> AdapterNotFound:
     else:
         metadata["did_you_mean"] = near
         hint = f"did you mean {near!r}?"
-    return AdapterNotFound(f"no adapter is called {name!r}; {hint}", metadata=metadata)
+    return AdapterNotFound(f"there is no adapter {name!r}; {hint}", metadata=metadata)
 
 
 class Index:
@@ -170,16 +170,16 @@ class Index:
             )
         if self._is_lost(found.ref):
             raise AdapterCorrupt(
-                f"the content of adapter {found.ref.short} is gone from the server's disk; "
+                f"the content of adapter {found.ref.short} is missing from the server's disk; "
                 "push the same files again, or restore the data folder's store/ and restart "
                 "the server",
                 metadata={"adapter": found.ref.short, "why": LOST},
             )
         if found.ref.revision in found.entry.foreign:
             raise BaseModelMismatch(
-                f"adapter {found.ref.short} was registered for another base than "
-                f"{self._base_name}; push it again to check it against this one, or start the "
-                "server with its own base",
+                f"adapter {found.ref.short} was registered for a base other than "
+                f"{self._base_name}; push it again to check it against this base, or start "
+                "the server with the adapter's base",
                 metadata={"adapter": found.ref.short, "base": self._base_name},
             )
         return found

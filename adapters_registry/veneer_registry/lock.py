@@ -52,7 +52,7 @@ class OwnerLock:
             os.close(self._fd)
             pid = _pid(owner)
             raise StoreLocked(
-                f"data folder {data_dir} belongs to a running server (process {pid}); stop "
+                f"data folder {data_dir} is in use by a running server (process {pid}); stop "
                 "it, or give another folder with --data-dir",
                 metadata={"pid": pid, "data_dir": str(data_dir)},
             ) from error

@@ -79,7 +79,7 @@ class Lookups(Part):
             with contextlib.suppress(AdapterNotFound, BaseModelMismatch, AdapterCorrupt):
                 return self.acquire(f"{ref.name}@{ref.revision}")
         raise AdapterNotFound(
-            f"no adapter has the weights {weights_digest[:12]} any more; push them again"
+            f"no adapter has the weights {weights_digest[:12]} anymore; push them again"
         )
 
     def _check_moved(self, ref: AdapterRef, before: AdapterRef | None) -> None:

@@ -60,9 +60,10 @@ _WITHOUT_EFFECT: Final = frozenset(
 _REFUSED: Final[Mapping[str, str]] = MappingProxyType(
     {
         "alora_invocation_tokens": "activated LoRA is not supported; train plain LoRA",
-        "arrow_config": "Arrow routing is not supported; upload the adapters one by one",
+        "arrow_config": "Arrow routing is not supported; upload the adapters separately",
         "kasa_config": "KaSA changes the base weights; train plain LoRA",
-        "layer_replication": "replicated layers are not supported; train on the base as it is",
+        "layer_replication": "replicated layers are not supported; train on the unmodified "
+        "base",
         "lora_bias": "biases are not supported; train with lora_bias=False",
         "megatron_config": "Megatron layers are not supported; train plain LoRA",
         "modules_to_save": (
@@ -149,7 +150,7 @@ def parse_config(data: bytes) -> LoraSettings:
     if config.get("bias") not in (None, "none"):
         _bad("bias", "must be 'none': biases are not supported; train with bias='none'")
     if config.get("fan_in_fan_out") not in (None, False):
-        _bad("fan_in_fan_out", "must be false: decoder projections are plain linear layers")
+        _bad("fan_in_fan_out", "must be false: decoder projections are plain Linear layers")
     _check_init(config.get("init_lora_weights"))
     for key, value in config.items():
         if key not in _WITHOUT_EFFECT and key not in _READ and not _is_default(value):
@@ -232,8 +233,8 @@ def _literal(pattern: str, key: str) -> tuple[str, bool]:
     if not _LITERAL.fullmatch(text):
         refuse(
             CONFIG_FILE,
-            f"of {pattern} is a regular expression, which is never run here; "
-            "write the module names out, for example 'layers.0.self_attn.q_proj'",
+            f"of {pattern} is a regular expression, which Veneer does not evaluate; write the "
+            "module names out, for example 'layers.0.self_attn.q_proj'",
             key=key,
         )
     return text, anchored

@@ -46,7 +46,7 @@ def manifest_from_json(text: str) -> AdapterManifest:
     end = text.index("]]", begin) + 2
     document = json.loads(f"{text[:begin]}null{text[end:]}")
     if document.pop("version") != _VERSION:
-        raise ValueError("the manifest is from another version of Veneer")
+        raise ValueError("the manifest was written by another version of Veneer")
     print_ = document["base_fingerprint"]
     document["modules"] = _modules(text[begin:end])
     document["targets"] = tuple(document["targets"])

@@ -104,11 +104,11 @@ class Sides:
             store=str(data_dir / "store"),
             catalog=str(data_dir / "catalog.sqlite"),
             metadata={"data_dir": str(data_dir)},
-            mount="Is it on a disk that is not mounted yet? Mount or restore it and start "
+            mount="Is its disk not mounted yet? Mount or restore it and start "
             f"again. To start afresh instead, move catalog.sqlite* out of {data_dir}",
             recover=_recover(data_dir),
             command=f"veneer-server store recover --data-dir {data_dir}",
-            behind="it is an old copy, or its catalog.sqlite-wal is gone",
+            behind="it is an old copy, or its catalog.sqlite-wal is missing",
         )
 
     def mismatch(self, found: str, what: str, fix: str) -> StoreMismatch:
@@ -159,7 +159,7 @@ def _read(path: Path) -> str | None:
         return None
     value = value_of(data)
     if value is None:
-        _log.warning("%s is damaged and will be rewritten", path)
+        _log.warning("%s is damaged, rewriting it", path)
     return value
 
 
@@ -202,9 +202,9 @@ def check_own(data_dir: Path) -> None:
     """
     if (data_dir / COPY).exists() and not (data_dir / "catalog.sqlite").exists():
         raise FailedPrecondition(
-            f"{data_dir} is of a server with --store and --catalog, whose adapters are not "
-            "here: give `store verify` both flags; the servers verify content when they fetch "
-            "it and delete what is not needed; a lost catalog is restored from the database's "
+            f"{data_dir} belongs to a server with --store and --catalog, so its adapters are "
+            "not here: give `store verify` both flags; the servers verify content when they "
+            "fetch it and delete unused content; restore a lost catalog from the database's "
             "backup",
             metadata={"cause": "shared", "data_dir": str(data_dir)},
         )

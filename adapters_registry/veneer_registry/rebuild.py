@@ -117,9 +117,10 @@ class _Recovery:
             return self._finish()
         if not self._survey.content:
             raise StoreMismatch(
-                f"{self._data_dir / 'store'} holds no adapters, so there is nothing to recover "
-                "from; nothing was changed. Mount or restore it and start the server. To start "
-                f"afresh instead, move catalog.sqlite* out of {self._data_dir}",
+                f"{self._data_dir / 'store'} contains no adapters, so there is nothing to "
+                "recover from; nothing was changed. Mount or restore it and start the "
+                "server. To start afresh instead, move catalog.sqlite* out of "
+                f"{self._data_dir}",
                 metadata={"found": "store empty", "fix": "mount the store"},
             )
         old = salvage(self._data_dir / _CATALOG, self._survey)

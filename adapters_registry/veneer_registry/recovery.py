@@ -99,9 +99,9 @@ def recover(
         check_vanished(sides, catalog, unnamed[1])
         store.quarantine.set_aside(*unnamed)
         _log.warning(
-            "moved %d weights and %d revisions that no adapter names (a publish or delete was "
-            "interrupted) to %s; push them again to use them, or let the quarantine's limits "
-            "remove them",
+            "moved %d unreferenced weights and %d revisions (from an interrupted publish or "
+            "delete) to %s; push them again to use them, or let the quarantine limits remove "
+            "them",
             len(unnamed[0]),
             len(unnamed[1]),
             store.quarantine.place,
@@ -132,19 +132,19 @@ def _find_lost(
         return
     back = store.quarantine.bring_back(gone_weights, gone_revisions)
     if back:
-        _log.warning("moved %d folders back from quarantine, since adapters use them", back)
+        _log.warning("moved %d folders back from quarantine because adapters use them", back)
         weights, revisions = store.present()
         gone_weights, gone_revisions = gone_weights - weights, gone_revisions - revisions
     index.set_lost(gone_weights | gone_revisions)
     lost = index.lost_adapters()
     for ref in lost[:_SHOWN]:
         _log.warning(
-            "adapter %s: its content is gone from the disk; it is refused until a start finds "
-            "the content again, or it is pushed again",
+            "adapter %s: its content is missing from the disk; it is refused until the "
+            "content is back at a restart, or it is pushed again",
             ref.short,
         )
     if len(lost) > _SHOWN:
-        _log.warning("... and %d more whose content is gone", len(lost) - _SHOWN)
+        _log.warning("... and %d more with missing content", len(lost) - _SHOWN)
 
 
 def _check_recovered(

@@ -203,12 +203,16 @@ def _check_layout(file: str, tensors: list[TensorInfo], start: int, size: int) -
     at = start
     for tensor in tensors:
         if tensor.begin != at:
-            kind = "overlaps the one before" if tensor.begin < at else "leaves a hole before it"
+            kind = (
+                "overlaps the tensor before it"
+                if tensor.begin < at
+                else "leaves a hole before it"
+            )
             refuse(file, f"{kind}; save the file again", tensor=tensor.name)
         at = tensor.end
     if at != size:
         cut = at > size
-        what = "is cut off" if cut else "has bytes that no tensor owns"
+        what = "is cut off" if cut else "has bytes that belong to no tensor"
         refuse(
             file,
             f"{what}: tensors end at {at}, the file at {size}; copy it again",

@@ -67,8 +67,8 @@ def parse_training(data: bytes) -> TrainingManifest:
         cut = cut or len(name) > _MAX_FACT or len(text) > _MAX_FACT
         facts[name[:_MAX_FACT]] = text[:_MAX_FACT]
     warning = (
-        f"{TRAINING_FILE}: only {_MAX_FACTS} facts of {_MAX_FACT} characters are listed; "
-        "the file is kept whole"
+        f"{TRAINING_FILE}: only {_MAX_FACTS} facts of {_MAX_FACT} characters are listed; the "
+        "file itself is kept complete"
     )
     return TrainingManifest(fingerprint, facts, (warning,) if cut else ())
 
@@ -142,12 +142,12 @@ def check_base(
             metadata[f"adapter_{part}"] = getattr(trained, part)
             metadata[f"base_{part}"] = getattr(served, part)
         raise BaseModelMismatch(
-            f"the adapter was trained on another base than {base.name}: {shown}; push it to a "
-            "server with its base, or train it on this one",
+            f"the adapter was trained on a base other than {base.name}: {shown}; push it to a "
+            "server with its base, or retrain it on this one",
             metadata=metadata,
         )
     return tuple(
-        f"the {part} of the base differs from the one used in training "
+        f"the base's {part} differs from the one used in training "
         f"({getattr(trained, part)[:12]}, here {getattr(served, part)[:12]})"
         for part in differing
     )
@@ -155,9 +155,7 @@ def check_base(
 
 def _check_name(named: str, base: BaseSpec) -> tuple[str, ...]:
     if not named.strip():
-        return (
-            f"the adapter does not say which base it was made for; its shapes fit {base.name}",
-        )
+        return (f"the adapter does not record its base model; its shapes fit {base.name}",)
     names = (base.name, *base.names)
     safe = _SAFE.fullmatch(named) is not None
     if is_named(named, names):

@@ -44,7 +44,7 @@ def check_request(request: UploadRequest, max_adapter_bytes: int) -> None:
         _check_file(file, max_adapter_bytes)
         if file.name in seen:
             raise AdapterInvalid(
-                f"{file.name} is announced twice; announce it once",
+                f"{file.name} is listed twice; list it once",
                 metadata={"file": file.name, "why": "announced twice"},
             )
         seen.add(file.name)
@@ -217,8 +217,8 @@ class Upload:
                 if file.received != file.announced.size:
                     raise _bad_field(
                         "files",
-                        f"{name}: {file.received} of {file.announced.size} bytes arrived; "
-                        "send all of them",
+                        f"{name}: only {file.received} of {file.announced.size} bytes "
+                        "arrived; send the whole file",
                         file=name,
                         received=file.received,
                     )
@@ -248,12 +248,12 @@ class Upload:
     def _check_open(self) -> None:
         if self._taken_over:
             raise Aborted(
-                "another connection has taken over this upload; wait until it ends, or send "
+                "another connection has taken over this upload; wait until it ends, or start "
                 "the upload again",
                 metadata={"cause": "taken_over"},
             )
         if not self._open:
-            raise _bad_field("upload", "the upload has ended; begin a new one")
+            raise _bad_field("upload", "the upload has ended; start a new one")
 
     def _end(self, *, keep: bool) -> None:
         self._close_files()

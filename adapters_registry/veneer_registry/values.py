@@ -67,12 +67,12 @@ def find_problem(bits: int, dtype: str, serving: ServingDtype) -> str | None:
         return None
     value = _value(bits, dtype)
     if math.isnan(value):
-        return "holds NaN; train it again with a lower learning rate"
+        return "contains NaN; retrain with a lower learning rate"
     if math.isinf(value):
-        return "holds an infinite value; train it again with a lower learning rate"
+        return "contains an infinite value; retrain with a lower learning rate"
     if math.isinf(_cast(value, serving)):
-        return f"holds a magnitude of {value:.4g}, which is infinite in {serving}"
-    return f"holds a magnitude of {value:.4g}; the largest allowed is {MAX_MAGNITUDE:g}"
+        return f"contains a magnitude of {value:.4g}, which is infinite in {serving}"
+    return f"contains a magnitude of {value:.4g}; the largest allowed is {MAX_MAGNITUDE:g}"
 
 
 def _value(bits: int, dtype: str) -> float:

@@ -73,7 +73,7 @@ def find_modules(
         layer, projection, side = place
         pairs.setdefault((layer, projection), {})[side] = tensor
     if not pairs:
-        refuse(WEIGHTS_FILE, "holds no LoRA tensors; save the adapter after training it")
+        refuse(WEIGHTS_FILE, "contains no LoRA tensors; save the adapter after training it")
     places = sorted(pairs, key=lambda place: (place[0], PROJECTIONS.index(place[1])))
     paths = [module_path(*place) for place in places]
     ranks, alphas = settings.ranks(paths), settings.alphas(paths)
@@ -95,7 +95,9 @@ def _module(
     if len(pair) != 2:
         (alone,) = pair.values()
         other = "lora_B" if "A" in pair else "lora_A"
-        refuse(WEIGHTS_FILE, f"has no {other} beside it; save again", tensor=alone.name)
+        refuse(
+            WEIGHTS_FILE, f"has no matching {other}; save the adapter again", tensor=alone.name
+        )
     a, b = pair["A"], pair["B"]
     for tensor in (a, b):
         if len(tensor.shape) != 2:

@@ -144,7 +144,7 @@ def plan(
     """How much would fit; see `Client.plan`."""
     if like and (rank or modules):
         raise InvalidField(
-            f"like={like!r} implies rank and modules: give either it or them",
+            f"like={like!r} implies rank and modules: give either `like`, or rank and modules",
             metadata={"field": "like"},
         )
     request = server_pb2.PlanCapacityRequest(
@@ -173,7 +173,7 @@ def usage(
             continue
         if time.tzinfo is None:
             raise InvalidField(
-                f"{field} has no time zone: give one, such as datetime(..., tzinfo=UTC)",
+                f"{field} has no time zone: add one, such as datetime(..., tzinfo=UTC)",
                 metadata={"field": field},
             )
         getattr(request, field).FromDatetime(time)

@@ -330,12 +330,12 @@ def _pairs(targets: Iterable[AliasTarget]) -> list[tuple[str, int]]:
 
 
 def _made(make: Callable[[], Request]) -> Request:
-    """Make a request. Raises InvalidField if a value does not fit its field."""
+    """Make a request. Raises InvalidField if a value has the wrong type or range."""
     try:
         return make()
     except (TypeError, ValueError) as error:
         raise InvalidField(
-            f"a value does not fit its field ({error}): sizes, counts and weights must be "
-            "non-negative integers, names and labels strings",
+            f"a value has the wrong type or range ({error}): sizes, counts and weights must "
+            "be non-negative integers, names and labels strings",
             metadata={"field": "request"},
         ) from error

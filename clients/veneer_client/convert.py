@@ -91,7 +91,7 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.
         return _request(prompt, options)
     except (TypeError, ValueError) as error:
         raise InvalidField(
-            f"an option has a value that its field cannot hold ({error}): see GenerateOptions",
+            f"an option has a value of the wrong type or range ({error}): see GenerateOptions",
             metadata={"field": "options"},
         ) from error
 

@@ -102,7 +102,7 @@ class Download:
         elif message.WhichOneof("message") == "chunk":
             self._write(message.chunk)
         else:
-            raise _not_a_download("a message in the wrong place")
+            raise _not_a_download("an unexpected message")
 
     def finish(self) -> Pulled:
         """Verify what has arrived and move it to its place.
@@ -145,7 +145,7 @@ class Download:
         if strange or len(set(names)) < len(names) or not {*REQUIRED_FILES} <= {*names}:
             raise _not_a_download(f"files {', '.join(names)[:200]}")
         if not start.adapter.revision.startswith(self._name.partition("@")[2]):
-            raise _not_a_download("another revision than it was asked for")
+            raise _not_a_download("a different revision from the one requested")
         self._info = start.adapter
         self._folder.parent.mkdir(parents=True, exist_ok=True)
         self._staging = Path(
@@ -163,9 +163,9 @@ class Download:
     def _write(self, chunk: adapters_pb2.UploadChunk) -> None:
         file = self._files.get(chunk.file)
         if file is None or chunk.offset != file.received:
-            raise _not_a_download("a chunk in the wrong place")
+            raise _not_a_download("an unexpected chunk")
         if file.received + len(chunk.data) > file.size:
-            raise _not_a_download("more than it announced")
+            raise _not_a_download("more bytes than it announced")
         file.file.write(chunk.data)
         file.digest.update(chunk.data)
         file.received += len(chunk.data)
@@ -186,8 +186,8 @@ class Download:
                 if not others:
                     return
                 raise InvalidField(
-                    f"{self._folder} has more than an adapter ({', '.join(others)[:200]}), "
-                    "which --force would remove: pull into another folder",
+                    f"{self._folder} holds other files ( {', '.join(others)[:200]}), which "
+                    "--force would remove: pull into another folder",
                     metadata={"field": "folder", "cause": "others"},
                 )
         raise InvalidField(
@@ -232,7 +232,8 @@ class Download:
 
 def _not_a_download(what: str) -> InternalError:
     return InternalError(
-        f"the server sent {what}, which is no download: report this with the server's version",
+        f"the server sent {what} instead of a valid download: report this with the server's "
+        "version",
         metadata={"cause": "download"},
     )
 
@@ -240,6 +241,6 @@ def _not_a_download(what: str) -> InternalError:
 def _other_content(what: str, expected: str, actual: str) -> ChecksumMismatch:
     return ChecksumMismatch(
         f"{what} arrived with SHA-256 {actual[:12]}..., and {expected[:12]}... was uploaded: "
-        "pull again; if it stays so, the server's copy is damaged: push the adapter again",
+        "pull again; if this persists, the server's copy is damaged: push the adapter again",
         metadata={"file": what, "expected": expected, "actual": actual},
     )

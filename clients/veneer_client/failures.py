@@ -78,8 +78,8 @@ def to_error(
             return known(message, metadata=dict(info.metadata), retry_after_s=retry_s)
     if code is grpc.StatusCode.UNAVAILABLE and "CERTIFICATE_VERIFY_FAILED" in message:
         return ServerUnreachable(
-            f"the certificate of {address} is not trusted: give its authority's certificate "
-            f"(--ca FILE, VENEER_CA) [{message}]",
+            f"the certificate of {address} is not trusted: give its CA certificate (--ca "
+            f"FILE, VENEER_CA) [{message}]",
             metadata={"address": address, "cause": "certificate"},
         )
     if code is grpc.StatusCode.UNAVAILABLE and "WRONG_VERSION_NUMBER" in message:
@@ -98,13 +98,13 @@ def to_error(
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         within = f" within {timeout_s:g} s" if timeout_s is not None else " in time"
         return DeadlineExceeded(
-            f"{address} did not finish the call{within}: allow more time, request fewer "
+            f"{address} did not finish the call{within}: increase the timeout, request fewer "
             "tokens, or check the server's load",
             metadata={"address": address, "cause": "client_deadline"},
         )
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return Unimplemented(
-            f"{address} does not know this call: is it a Veneer server of this version? "
+            f"{address} does not implement this method: is it a Veneer server of this version? "
             f"[{message}]"
         )
     return _BY_CODE.get(code, VeneerError)(f"{message} [{code.name} from {address}]")
@@ -125,14 +125,12 @@ def no_such_service(error: VeneerError) -> bool:
 
 def not_ready(address: str) -> Unavailable:
     """The error for a server that has loaded but whose engine does not answer."""
-    return Unavailable(
-        f"{address} is not ready now: it is loading, or its engine is being restarted"
-    )
+    return Unavailable(f"{address} is not ready: it is loading, or its engine is restarting")
 
 
 def cancelled() -> Cancelled:
     """The error for a call that its caller cancelled."""
-    return Cancelled("the call was cancelled, or its client closed")
+    return Cancelled("the call was cancelled, or the client was closed")
 
 
 @contextmanager

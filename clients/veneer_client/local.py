@@ -166,7 +166,7 @@ class LocalServer:
             guard.cancel()
         status = self._process.wait()
         raise ServerUnreachable(
-            f"the server ended with status {status} before it was ready "
+            f"the server exited with status {status} before it was ready "
             f"(allowed {timeout_s:g} s); run `{self.command}` to see why. Its last lines:\n"
             f"{self.log_tail()}",
             metadata={"status": str(status), "command": self.command},

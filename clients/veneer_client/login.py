@@ -77,7 +77,7 @@ def find_login(
     secret = (api_key or os.environ.get("VENEER_API_KEY") or profile.get("api_key", "")).strip()
     if not secret.isascii() or not (secret or "x").isprintable():
         raise InvalidField(
-            "the API key has characters that no key has: copy it again",
+            "the API key contains invalid characters: copy it again",
             metadata={"field": "api_key"},
         )
     metadata = [("authorization", f"Bearer {secret}")] if secret else []
@@ -140,7 +140,7 @@ def _profile(given: str | None) -> Mapping[str, str]:
     if found is None:
         if named:
             raise InvalidField(
-                f"there is no profile {named!r}: `veneer login --profile {named}` makes it",
+                f"there is no profile {named!r}: `veneer login --profile {named}` creates it",
                 metadata={"field": "profile"},
             )
         return {}

@@ -47,8 +47,8 @@ class GenerationReader:
         """Raise `InternalError` if the stream stopped without its end."""
         if self.end is None:
             raise InternalError(
-                "the stream stopped without a finish reason: is there a proxy in between "
-                "that cuts off streams? If not, report it with the server's log",
+                "the stream ended without a finish reason: does a proxy in between cut off "
+                "streams? If not, report this with the server's log",
                 metadata={"cause": "stream_cut"},
             )
 
@@ -56,7 +56,7 @@ class GenerationReader:
         """The end. RuntimeError if the stream has not been read to its end."""
         if self.end is None:
             raise RuntimeError(
-                "the stream has not ended: read it to its end before you use `final`"
+                "the stream has not ended: read it to the end before using `final`"
             )
         return self.end
 
@@ -86,8 +86,8 @@ class WatchReader:
     def check_ended(self) -> None:
         """Raise `InternalError`: a watch ends only by an error, or by its reader."""
         raise InternalError(
-            "the watch stopped without a reason: is there a proxy in between that cuts off "
-            "streams? Watch again from the last sequence number",
+            "the watch ended without a reason: does a proxy in between cut off streams? "
+            "Watch again from the last sequence number",
             metadata={"cause": "stream_cut"},
         )
 

@@ -263,7 +263,7 @@ class Upload:
                 metadata={"address": address},
             )
         if isinstance(failure, ServerUnreachable) and self._attempt and not self._old_server:
-            failure.message += "; push again to resume"
+            failure.message += "; push again to resume it"
             failure.metadata["fix"] = "push again"
         return failure
 
@@ -351,7 +351,7 @@ def _unreadable(path: Path, error: OSError | ValueError) -> AdapterInvalid:
 
 
 def _changed(path: Path) -> AdapterInvalid:
-    why = "changed while being read; push again when nothing writes to it"
+    why = "changed while it was read; push again when nothing is writing to it"
     return AdapterInvalid(
         f"{path} {why}", metadata={"file": path.name, "why": why, "cause": "changed"}
     )

@@ -82,7 +82,7 @@ def quantiles(metric: str) -> dict[str, str]:
 ROWS: Final[dict[str, tuple[Chart, ...]]] = {
     "Now": (
         Chart("Engines up", "short", {"": f"sum({of('engine_healthy')})"},
-              "Engines whose step loop answers.", "number", 4),
+              "Engines with a responsive step loop.", "number", 4),
         Chart("Running", "short", {"": f"sum({of('num_requests_running')})"},
               "Sequences in the batch.", "number", 4),
         Chart("Waiting", "short", {"": f"sum({of('num_requests_waiting')})"},
@@ -90,11 +90,11 @@ ROWS: Final[dict[str, tuple[Chart, ...]]] = {
         Chart("New tokens", "short", {"": rate("generation_tokens_total")},
               "Tokens a second.", "number", 4),
         Chart("First token p95", "s", {"": quantile(0.95, "time_to_first_token_seconds")},
-              "From arrival.", "number", 4),
+              "Time from arrival.", "number", 4),
         Chart("Found in DEVICE", "percentunit",
               {"": rate("adapter_cache_lookups_total", "", 'tier="device"', 'result="hit"')
                + " / " + rate("adapter_cache_lookups_total", "", 'tier="device"')},
-              "Requests whose adapter needed no load and no move.", "number", 4),
+              "Requests that needed no adapter load or move.", "number", 4),
     ),
     "Traffic": (
         Chart("Requests ended", "reqps", {"{{finish_reason}}":
@@ -102,7 +102,7 @@ ROWS: Final[dict[str, tuple[Chart, ...]]] = {
         Chart("Errors", "reqps", {"{{grpc_code}}":
               f'sum by (grpc_code) (rate(grpc_server_handled_total{{{SERVERS},'
               'grpc_code!="OK"}[$__rate_interval]))'},
-              "gRPC calls that did not end with OK.", kind="stack"),
+              "gRPC calls with a status other than OK.", kind="stack"),
         Chart("Tokens", "short", {
               "new": rate("generation_tokens_total"),
               "prompt": rate("prompt_tokens_total"),
@@ -110,13 +110,14 @@ ROWS: Final[dict[str, tuple[Chart, ...]]] = {
               "Tokens a second."),
     ),
     "Latency": (
-        Chart("First token", "s", quantiles("time_to_first_token_seconds"), "From arrival."),
+        Chart("First token", "s", quantiles("time_to_first_token_seconds"),
+              "Time from arrival."),
         Chart("First token p95 by tier", "s", {"{{adapter_tier}}":
               quantile(0.95, "time_to_first_token_seconds", "adapter_tier")},
-              "The tier in which the request's adapter was found; none is the base."),
+              "By the tier where the request's adapter was found; none: the base."),
         Chart("Between tokens", "s", quantiles("inter_token_latency_seconds")),
         Chart("Queue", "s", quantiles("request_queue_time_seconds"),
-              "From arrival to the first step, loads included."),
+              "Time from arrival to the first step, adapter loads included."),
         Chart("Whole requests", "s", quantiles("e2e_request_latency_seconds")),
         Chart("Waiting and running", "short", {
               "waiting": f"sum({of('num_requests_waiting')})",
@@ -132,15 +133,15 @@ ROWS: Final[dict[str, tuple[Chart, ...]]] = {
         Chart("Found at once, by tier", "percentunit", {"{{tier}}":
               rate("adapter_cache_lookups_total", "tier", 'result="hit"') + " / "
               + rate("adapter_cache_lookups_total", "tier")},
-              "Share of the look-ups in a tier that found the adapter there."),
+              "Share of lookups in a tier that found the adapter there."),
         Chart("Swaps", "s", {"{{le}}": rate("adapter_activate_seconds_bucket", "le")},
-              "How many loads and moves took how long.", "heat"),
+              "Distribution of load and move durations.", "heat"),
         Chart("Load by stage", "s", {"{{source}} {{stage}}":
               mean("adapter_load_seconds", "source, stage")},
               "Mean of a load's stages."),
         Chart("Evictions by cause", "reqps", {"{{tier}} {{cause}}":
               rate("adapter_evictions_total", "tier, cause")},
-              "Capacity is room for another; many of these a request is thrash.", "stack"),
+              "capacity: evicted to make room; many per request mean thrashing.", "stack"),
         Chart("Top adapters", "reqps", {"{{adapter_name}}":
               f"topk(10, {rate('adapter_requests_total', 'adapter_name')})"},
               "Requests a second of the ten most used.", width=16),

@@ -35,7 +35,7 @@ def main() -> None:
             asyncio.run(show(server.address, Path(scratch), steps))
         finally:
             server.stop()
-    console.print(f"{time.perf_counter() - began:.0f} s in all", style="dim")
+    console.print(f"{time.perf_counter() - began:.0f} s in total", style="dim")
 
 
 async def show(address: str, scratch: Path, steps: int) -> None:
@@ -69,7 +69,7 @@ async def show(address: str, scratch: Path, steps: int) -> None:
         await client.push(CHAT, "chat")
         for adapter in ("sql", "chat", "sql"):
             tell(adapter, await ask(client, question, adapter))
-    console.print(f"\nthe sample's own answer: {wanted}", style="dim")
+    console.print(f"\nthe sample's reference answer: {wanted}", style="dim")
 
 
 async def ask(client: AsyncClient, question: str, adapter: str) -> Generation:

@@ -136,7 +136,8 @@ def sql_tasks(adapters: Path) -> TaskSet:
     _verify(adapters / "sql", held_out)
     return TaskSet(
         adapter="sql",
-        counted="run on SQLite over two sets of rows, returns what the sample's statement does",
+        counted="run on SQLite over two sets of rows, returns the same rows as the sample's "
+        "statement",
         about=f"{len(held_out)} questions held out from training with their schemas",
         tasks=tuple(map(_task, held_out)),
         max_tokens=96,
@@ -157,8 +158,9 @@ def code_tasks() -> TaskSet:
     )
     return TaskSet(
         adapter="code",
-        counted="its code, fenced or not, passes the task's tests in the sandbox",
-        about=f"{len(tasks)} small functions, written for this and in no training data",
+        counted="its code passes the task's tests in the sandbox",
+        about=f"{len(tasks)} small functions, written for this test and not in any training "
+        f"data",
         tasks=tasks,
         max_tokens=256,
     )
@@ -174,7 +176,7 @@ def code_form(adapters: Path) -> tuple[TaskSet, ...]:
     return (
         TaskSet(
             adapter="code",
-            counted="form: nothing but Python, which runs and defines the function; no tests",
+            counted="form: only Python that runs and defines the function; not tested",
             about=f"{len(held_out)} functions held out from training",
             tasks=tuple(map(_task, held_out)),
             max_tokens=256,
@@ -190,7 +192,7 @@ def chat_form(adapters: Path) -> TaskSet:
     tasks = {task.prompt: task for task in map(_task, held_out)}
     return TaskSet(
         adapter="chat",
-        counted="form: the persona's greeting, something said, its sign-off, no more",
+        counted="form: the persona's greeting, a text, the persona's sign-off, nothing else",
         about=f"{len(tasks)} questions held out from training with their topics",
         tasks=tuple(tasks.values()),
         max_tokens=128,
@@ -220,7 +222,7 @@ def _verify(adapter: Path, held_out: Sequence[Mapping[str, Any]]) -> None:
     data = json.loads((adapter / "training_manifest.json").read_text("utf-8"))["data"]
     digest = hashlib.sha256(lines_of(held_out).encode()).hexdigest()
     if digest != data["val"]["sha256"] or digest == data["train"]["sha256"]:
-        raise NotHeldOut(f"{adapter.name} was trained with other data than its recipe makes")
+        raise NotHeldOut(f"{adapter.name} was trained on data that differs from its recipe's")
 
 
 # -------------------------------------------------------------------------- the answers
@@ -333,8 +335,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", choices=("sql", "code", "chat"), help="one adapter's tasks")
-    parser.add_argument("--first", type=int, metavar="N", help="ask only N tasks of each set")
+    parser.add_argument(
+        "--only", choices=("sql", "code", "chat"), help="run only this adapter's tasks"
+    )
+    parser.add_argument("--first", type=int, metavar="N", help="run only N tasks of each set")
     parser.add_argument("--show", action="store_true", help="print each answer and its verdict")
     given = parser.parse_args()
     adapters = examples_folder()
@@ -355,4 +359,6 @@ if __name__ == "__main__":
     except (VeneerError, NotHeldOut) as error:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:
-        raise SystemExit("stopped: nothing is kept; the same command starts over") from None
+        raise SystemExit(
+            "stopped: nothing was saved; run the same command to start over"
+        ) from None

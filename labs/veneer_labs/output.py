@@ -86,7 +86,7 @@ def write(lab: Lab, out: Path) -> Path:
         *(f"# {lab.title}", "", lab.question, "", f"```\n{lab.command}\n```", ""),
         *(head, rule, *body, "", "![plot](plot.png)", ""),
         *(f"- {sentence}" for sentence in lab.says),
-        *("", "What this cannot show:", ""),
+        *("", "Limitations:", ""),
         *(f"- {sentence}" for sentence in lab.limits),
         *("", f"Setting: {made}.", f"Versions: {used}.", ""),
     ]

@@ -84,8 +84,9 @@ async def _swap(
             f"mixed: {mixed:.1f}, {mixed / alone:.2f} times.",
         ],
         limits=[
-            "One request at a time, few of them: `veneer-loadtest swap` measures pairs, tells "
-            "a warm disk from a cold one, and says what running streams notice.",
+            "One request at a time, few of them: `veneer-loadtest swap` measures pairs, "
+            "separates a warm disk from a cold one, and measures the effect on running "
+            "streams.",
         ],
         command=command,
         seed=seed,

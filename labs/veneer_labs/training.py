@@ -164,7 +164,7 @@ def qlora_vs_lora(runs: Runs, methods: Sequence[Method] = METHODS, *, command: s
         plot=_bars(rows, "method", ("val loss", "peak, MB", "tokens/s")),
         says=[
             *says,
-            "`veneer-train plan` says the planned column before anything is loaded, for "
+            "`veneer-train plan` computes the planned column before anything is loaded, for "
             f"`data.max_len={found.longest}`, the longest sample's tokens.",
         ],
         limits=[
@@ -194,7 +194,7 @@ def rank(runs: Runs, ranks: Sequence[int], *, command: str) -> Lab:
         question="Does a larger adapter learn more in the same steps?",
         rows=rows,
         plot=_bars(rows, "rank", ("val loss", "peak, MB", "tokens/s")),
-        says=[f"The least validation loss is rank {best['rank']}'s, {best['val loss']:.4f}."],
+        says=[f"The lowest validation loss is rank {best['rank']}'s, {best['val loss']:.4f}."],
         limits=[
             _SHORT,
             "One learning rate for all ranks: with alpha in proportion to the rank a larger "

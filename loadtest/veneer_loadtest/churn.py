@@ -141,8 +141,8 @@ async def churn(
         while quiet and churned and not (_measured(quiet) and _measured(churned)):
             if stopped() or longer.phase_s >= max(_LONGEST_S, 8 * options.phase_s):
                 raise TargetFailed(
-                    f"no stream had two tokens within {longer.phase_s:g} s, quiet or while an "
-                    "adapter was brought: try a longer --churn, or a machine that does less"
+                    f"no stream produced two tokens within {longer.phase_s:g} s, with or "
+                    "without adapters arriving: use a longer --churn, or a less busy machine"
                 )
             longer = replace(longer, phase_s=2 * longer.phase_s)
             if _measured(quiet):
@@ -219,7 +219,7 @@ async def _phase(
         loaded = await running
     for record in loaded.records:
         if record.outcome == "failed":
-            raise TargetFailed(f"a stream beside the churn failed: {record.reason}")
+            raise TargetFailed(f"a stream running during the churn failed: {record.reason}")
     arrivals = [
         loaded.start + np.fromiter(record.arrivals_s(), dtype=np.float64)
         for record in loaded.records

@@ -21,14 +21,14 @@ Examples:
 
   veneer-loadtest find-max --spawn --slo ttft=1s              the highest rate
 
-  veneer-loadtest swap --spawn                                cost of a swap
+  veneer-loadtest swap --spawn                                cost of an adapter swap
 
   veneer-loadtest report before.json after.json               side by side
 
   veneer-loadtest --install-completion                        Tab completes
 """
 
-cli = Program(help="Measure a Veneer server, and compare it with others.", epilog=_EXAMPLES)
+cli = Program(help="Load-test a Veneer server and compare it with others.", epilog=_EXAMPLES)
 
 
 @cli.callback()
@@ -39,8 +39,8 @@ def top(
     key: KeyFlag = None,
     version: VersionFlag = False,
 ) -> None:
-    """Measure a Veneer server, and compare it with others. A server's API key comes from
-    VENEER_API_KEY, or from the profile that `veneer login` has made."""
+    """Load-test a Veneer server and compare it with others. The server's API key is read
+    from VENEER_API_KEY, or from the profile saved by `veneer login`."""
     keep_login(profile=profile, ca=ca, cert=cert, key=key)
 
 

@@ -88,7 +88,7 @@ async def read_counters(address: str) -> Counters:
         for sample in family.samples:
             samples[sample.name][tuple(sorted(sample.labels.items()))] = sample.value
     if "veneer_num_requests_running" not in samples:
-        raise TargetFailed(f"{address} serves metrics, but not those of a Veneer server")
+        raise TargetFailed(f"{address} serves metrics, but not a Veneer server's")
     return Counters(samples)
 
 

@@ -74,7 +74,7 @@ async def target(
     if address is not None:
         if cpus is not None:
             raise BadOption(
-                "--cpus goes with --spawn: a running server's CPUs are not this program's",
+                "--cpus needs --spawn: it cannot set the CPUs of a running server",
                 metadata={"field": "cpus"},
             )
         async with AsyncClient(address, timeout_s=120.0) as client:
@@ -152,9 +152,9 @@ def needed_shape(info: ServerInfo, given: Path | None) -> workload.BaseShape:
     shape = served_shape(info, given)
     if shape is None:
         raise BadOption(
-            f"the server (version {info.version}) does not say what an adapter for its base, "
-            f"{info.base_model.name!r}, must look like: give --base-folder, the Hugging Face "
-            "folder of that base, or use --names with adapters that it has"
+            f"the server (version {info.version}) does not report the layer shapes of its base "
+            f"{info.base_model.name!r}: give --base-folder, the Hugging Face folder of that "
+            "base, or use --names with adapters on that server"
         )
     return shape
 
@@ -174,8 +174,8 @@ def find_base_folder(given: Path | None) -> Path:
         )
         if asked.returncode:
             raise BadOption(
-                f"`veneer-server model path {BUNDLED}` failed (its lines above say why): "
-                "give --base-folder, a Hugging Face folder"
+                f"`veneer-server model path {BUNDLED}` failed (see its output above): give "
+                "--base-folder, a Hugging Face folder"
             )
         given = Path(asked.stdout.strip())
     if not (given / "config.json").is_file():

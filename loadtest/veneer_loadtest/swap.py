@@ -247,7 +247,7 @@ class Bench:
     def _drop(self) -> None:
         if not self.can_drop:
             raise WrongTier(
-                "the adapters' files stayed in the page cache: run it again",
+                "the adapter files stayed in the page cache: run it again",
                 metadata={"cause": "page_cache"},
             )
 
@@ -263,8 +263,8 @@ class Bench:
         if run.facts.tier != tier.name.lower():
             raise WrongTier(
                 f"{run.adapter}@{run.facts.revision[:SHORT_REVISION]} was found in "
-                f"{run.facts.tier.upper() or 'no tier'}, not in {tier}: give the "
-                "server larger adapter budgets, and let nothing else use it",
+                f"{run.facts.tier.upper() or 'no tier'}, not in {tier}: give the server "
+                "larger adapter budgets, and keep other clients off it",
                 metadata={"tier": run.facts.tier, "wanted": tier.name.lower()},
             )
         return run.sample

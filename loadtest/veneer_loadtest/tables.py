@@ -112,7 +112,7 @@ def swap_table(cases: Mapping[str, CaseFigures]) -> Table:
 def churn_table(churn: ChurnFigures) -> Table:
     """Time between tokens, with and without uploads."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column(f"{churn.streams} streams beside {churn.publishes} {churn.by}s")
+    table.add_column(f"{churn.streams} streams during {churn.publishes} {churn.by}s")
     for column in ("p50", "p99", "longest"):
         table.add_column(column, justify="right", no_wrap=True)
     rows = (

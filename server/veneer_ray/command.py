@@ -27,7 +27,7 @@ Examples:
 
   veneer-ray up --address auto --replicas 4 --gpus 1      in a running Ray cluster
 
-  veneer-ray scale 1                                      take engines away, once idle
+  veneer-ray scale 1                                      remove engines once they are idle
 """
 
 _DEFAULT_DATA: Final = Path.home() / ".local/share/veneer/ray"
@@ -53,34 +53,41 @@ def _top() -> None:
 def _up(
     server_args: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[-- FLAGS]", help="Flags of veneer-server, for all servers."),
+        typer.Argument(
+            metavar="[-- FLAGS]", help="veneer-server flags, passed to all servers."
+        ),
     ] = None,
-    replicas: Annotated[int, typer.Option(help="Engines, at least.")] = 1,
+    replicas: Annotated[int, typer.Option(help="Minimum number of engines.")] = 1,
     most_replicas: Annotated[
-        int, typer.Option(help="Engines at most, by load; 0: always --replicas.")
+        int,
+        typer.Option(help="Maximum number of engines, scaled by load; 0: always --replicas."),
     ] = 0,
-    ingresses: Annotated[int, typer.Option(help="Processes that route.")] = 1,
+    ingresses: Annotated[int, typer.Option(help="Number of ingress (routing) processes.")] = 1,
     data_dir: Annotated[
-        Path, typer.Option(help="Of the registry and the engines' caches.")
+        Path, typer.Option(help="Data folder of the registry and of the engines' caches.")
     ] = _DEFAULT_DATA,
     registry: Annotated[
-        str, typer.Option(metavar="HOST:PORT", help="Where the registry listens.")
+        str, typer.Option(metavar="HOST:PORT", help="Address of the registry.")
     ] = "127.0.0.1:50060",
-    grpc_port: Annotated[int, typer.Option(help="Of the gRPC API, on all interfaces.")] = 50051,
-    http_host: Annotated[str, typer.Option(help="Of the OpenAI API.")] = "127.0.0.1",
-    http_port: Annotated[int, typer.Option(help="Of the OpenAI API.")] = 8000,
+    grpc_port: Annotated[
+        int, typer.Option(help="Port of the gRPC API, on all interfaces.")
+    ] = 50051,
+    http_host: Annotated[str, typer.Option(help="Address of the OpenAI API.")] = "127.0.0.1",
+    http_port: Annotated[int, typer.Option(help="Port of the OpenAI API.")] = 8000,
     cpus: Annotated[
-        float, typer.Option(help="For each engine, also its threads; 0: not reserved.")
+        float,
+        typer.Option(help="CPUs reserved per engine, also its threads; 0: none reserved."),
     ] = 0.0,
-    gpus: Annotated[float, typer.Option(help="For each engine.")] = 0.0,
+    gpus: Annotated[float, typer.Option(help="GPUs per engine.")] = 0.0,
     drain: Annotated[
-        float, typer.Option(help="Seconds in which an engine that is taken away must finish.")
+        float,
+        typer.Option(help="Seconds that a removed engine may take to finish its requests."),
     ] = 600.0,
     wait: Annotated[
-        float, typer.Option(help="Seconds that a request waits for an engine to take it.")
+        float, typer.Option(help="Seconds that a request may wait for an engine to accept it.")
     ] = 30.0,
     registry_key_file: Annotated[
-        Path | None, typer.Option(help="An operator's key, for the engines.")
+        Path | None, typer.Option(help="File with an operator's key, for the engines.")
     ] = None,
     address: Address = "",
 ) -> None:
@@ -127,7 +134,7 @@ def _up(
 def _scale(
     replicas: Annotated[int, typer.Argument(help="Engines.")], address: Address = "auto"
 ) -> None:
-    """Change the number of engines. Those taken away finish their requests first."""
+    """Change the number of engines. Removed engines finish their requests first."""
     _connect(address)
     from ray import serve
 
@@ -139,7 +146,7 @@ def _scale(
 
 @cli.command("status")
 def _status(address: Address = "auto") -> None:
-    """Show the deployments and how they are."""
+    """Show the deployments and their status."""
     _connect(address)
     from ray import serve
 
@@ -161,7 +168,7 @@ def _status(address: Address = "auto") -> None:
 
 @cli.command("down")
 def _down(address: Address = "auto") -> None:
-    """End the application, after the requests that run."""
+    """Stop the application once running requests have finished."""
     _connect(address)
     _shut_down()
 

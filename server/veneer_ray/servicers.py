@@ -112,7 +112,7 @@ def _explain(context: Any) -> None:
     trailing = tuple(context.trailing_metadata() or ())
     if any(key == DETAILS for key, _ in trailing):
         return
-    error: VeneerError = lost("the ingress that had this call is gone", "ingress_lost")
+    error: VeneerError = lost("the ingress handling this call has stopped", "ingress_lost")
     if number == _FULL:
         error = QueueFull("the ingress has too many calls: retry later", retry_after_s=1.0)
     status = to_grpc_status(error)

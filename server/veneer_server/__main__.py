@@ -39,7 +39,7 @@ Examples:
 
   veneer-server --config veneer.toml --log-format json
 
-  veneer-server model import smollm2-135m        fetch the bundled base now
+  veneer-server model import smollm2-135m        download the bundled base now
 
   veneer-server doctor                           check whether this machine can serve
 
@@ -154,10 +154,10 @@ def serve(
         Path | None, typer.Option("--config", metavar="FILE", help="TOML file of settings.")
     ] = None,
     host: Annotated[
-        str | None, typer.Option("--host", help="The host of --listen.", show_default=False)
+        str | None, typer.Option("--host", help="Host part of --listen.", show_default=False)
     ] = None,
     port: Annotated[
-        str | None, typer.Option("--port", help="The port of --listen.", show_default=False)
+        str | None, typer.Option("--port", help="Port part of --listen.", show_default=False)
     ] = None,
     debug: Debug = False,
     **flags: Any,
@@ -203,7 +203,7 @@ def doctor(
     """Check whether this machine can serve a configuration; exit status 1 if it cannot.
 
     Checks packages, the device, the base model, memory, folders, ports and limits, and
-    says what to do about each problem. Takes the flags of `serve`.
+    suggests a fix for each problem. Takes the flags of `serve`.
     """
     from veneer_server.operate.doctor.report import report
 

@@ -115,7 +115,7 @@ class App:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(
             signal.SIGHUP,
-            lambda: _log.info("SIGHUP ignored", why="nothing to reload; SIGTERM stops"),
+            lambda: _log.info("SIGHUP ignored", why="nothing to reload; use SIGTERM to stop"),
         )
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)

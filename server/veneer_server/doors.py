@@ -344,6 +344,7 @@ def _tokens(config: ServerConfig) -> TokenCheck | None:
 
 def _cannot_listen(flag: str, address: Address, why: str) -> CannotListen:
     return CannotListen(
-        f"cannot listen on {address} ({why}): stop what uses it, or choose another {flag}",
+        f"cannot listen on {address} ({why}): stop the program that uses it, or choose "
+        f"another {flag}",
         metadata={"flag": flag, "address": str(address)},
     )

@@ -72,8 +72,7 @@ class GrpcStatus(NamedTuple):
 def internal_error(request_id: str) -> InternalError:
     """The error that a caller gets for a bug: the request id, and no internals."""
     return InternalError(
-        f"the server failed to handle this request: report request id {request_id} "
-        "with the server's log",
+        f"internal error: report request id {request_id} with the server's log",
         metadata={"request_id": request_id},
     )
 

@@ -222,7 +222,7 @@ class _Shown:
         part, took = self.part, _seconds(now - self.began)
         count = _count(part)
         if part.state != "running":
-            ended = "done in" if part.state == "done" else "ended unfinished after"
+            ended = "done in" if part.state == "done" else "stopped unfinished after"
             return f"{part.name}: {ended} {took}" + (f" ({count})" if count else "")
         left = self.left_s(now)
         ahead = "" if left is None else f", about {_seconds(left)} left"

@@ -36,16 +36,16 @@ def memory_for(decoder: DecoderConfig, config: ServerConfig) -> MemoryPlan:
     choice = choose_gpu(config.device)
     if choice.why_not:
         _log.warning(
-            "serving from the CPU: the GPU's kernels failed their self-test; --device cuda "
-            "serves from it all the same",
+            "serving from the CPU because the GPU kernels failed their self-test; --device "
+            "cuda serves from the GPU anyway",
             why=choice.why_not,
         )
     plan = plan_memory(decoder, config, host, choice.gpu)
     _log.info("memory", plan=str(plan))
     if plan.kv_cache.short:
         _log.warning(
-            "memory is short, so the KV cache is small: for more, lower the adapter budgets or "
-            "give --kv-cache-bytes",
+            "little memory is free, so the KV cache is small: for a larger one, lower the "
+            "adapter budgets or set --kv-cache-bytes",
             kv_cache=str(plan.kv_cache),
         )
     taken = next(pool.total for pool in plan.pools if pool.name == "host")

@@ -59,4 +59,6 @@ if __name__ == "__main__":
     try:
         asyncio.run(main(given.runs, given.show, given.cache_dir, flags))
     except KeyboardInterrupt:
-        raise SystemExit("stopped: nothing is kept; the same command starts over") from None
+        raise SystemExit(
+            "stopped: nothing was saved; run the same command to start over"
+        ) from None

@@ -126,7 +126,7 @@ class Node:
         with (self.root / "server.log").open("wb") as log:
             self.process = await asyncio.create_subprocess_exec(
                 str(Path(sys.executable).with_name("veneer-server")),
-                *map(self.here, self.pod.parsed_args),
+                *map(self.here, self.pod.args),
                 *("--device", "cpu"),
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,

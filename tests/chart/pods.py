@@ -12,14 +12,9 @@ from veneer_server.config import OPTIONS, ServerConfig, load_config
 
 from tests.packaging.dockerfile import parse
 
-__all__ = ["ROLES_ARE_THERE", "Pod", "image_variables", "pods_of"]
-
-ROLES_ARE_THERE = True
-"""Whether the server takes ``--role``, ``--registry`` and what belongs to them. The one place
-to change once it does: until then the parser is not asked about these flags."""
+__all__ = ["Pod", "image_variables", "pods_of"]
 
 _OF_REGISTRY = ("registry-key-file", "registry-ca", "registry-cert", "registry-cert-key")
-_ROLES = ("role", "registry", *_OF_REGISTRY)
 _SECRET_FLAGS = ("keys-file", "tls-cert", "tls-key", "tls-client-ca", *_OF_REGISTRY)
 
 
@@ -89,21 +84,10 @@ class Pod:
             paths += [word.partition("=")[2] for word in command if "=/" in word]
         return [path for path in paths if path]
 
-    @property
-    def parsed_args(self) -> list[str]:
-        """What the server's parser is asked about."""
-        known = {option.flag.removeprefix("--") for option in OPTIONS}
-        assert ROLES_ARE_THERE is set(_ROLES).issubset(known), "change ROLES_ARE_THERE"
-        if ROLES_ARE_THERE:
-            return self.args
-        return [
-            arg for arg in self.args if arg.removeprefix("--").partition("=")[0] not in _ROLES
-        ]
-
     def config(self) -> ServerConfig:
         """The configuration that the server would have. Raises what its parser raises."""
         group: Any = typer.main.get_command(cli)
-        context = group.commands["serve"].make_context("serve", self.parsed_args)
+        context = group.commands["serve"].make_context("serve", self.args)
         names = {option.name for option in OPTIONS}
         given = {key: value for key, value in context.params.items() if key in names}
         variables = {

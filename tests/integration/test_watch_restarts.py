@@ -65,7 +65,7 @@ async def test_it_goes_on_with_a_server_that_was_killed(
             assert address in lost
             assert "Ctrl-C" in lost
             async with running_server(data, cache_dir, "--listen", address) as again:
-                (back,) = await line_with(watch.stderr, "is back")
+                (back,) = await line_with(watch.stderr, "reconnected")
                 assert address in back
                 (snapshot,) = await line_with(watch.stdout, "chat@")
                 assert snapshot.split()[1] == "present"

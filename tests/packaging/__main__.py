@@ -167,7 +167,7 @@ def check_server(place: Installation, log: Path) -> None:
     must_say(place.run("veneer-server", "--version"), "veneer 0.")
     use(place, ["veneer-server"], log)
     doctor = place.run("veneer-server", "doctor")
-    native = next(line for line in doctor.splitlines() if "native step" in line)
+    native = next(line for line in doctor.splitlines() if "native kernels" in line)
     must_say(native, "ok ", "prebuilt, and runs here", "apt install g++")
 
 

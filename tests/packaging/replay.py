@@ -237,7 +237,7 @@ def serve(image: Image, last: Stage, work: Path) -> None:
     must_say(refused, "cannot touch '/opt/veneer/x'", "cannot touch '/x'", image.user)
     _, _, health = last.one("HEALTHCHECK").text.partition(" CMD ")
     entry = last.one("ENTRYPOINT").words
-    must_say(place.run(*entry, status=1), "keys.toml", "`veneer-server key new` makes it")
+    must_say(place.run(*entry, status=1), "keys.toml", "`veneer-server key new` creates it")
     with stage("its secrets are made"):
         login = make_secrets(image, place, entry, work / "secrets")
     use(place, entry, work / "server.log", asked=[Step("CMD", health).words], login=login)

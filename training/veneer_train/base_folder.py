@@ -46,7 +46,7 @@ def resolve_base(path: str) -> Path:
         )
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise InvalidField(
-            f"{path!r} is neither a folder nor a model on the hub: {_FIX}",
+            f"{path!r} is neither a local folder nor a model on the hub: {_FIX}",
             metadata={"field": "model.path"},
         ) from error
 
@@ -61,7 +61,11 @@ def _imported() -> Path:
     ]
     if not missing:
         return folder
-    why = f"{folder} has no {missing[0]}" if folder.exists() else f"there is no {folder}"
+    why = (
+        f"{folder} does not contain {missing[0]}"
+        if folder.exists()
+        else f"there is no {folder}"
+    )
     raise InvalidField(
         f"{BUNDLED} is not imported yet ({why}): veneer-server model import {BUNDLED}",
         metadata={"field": "model.path"},

@@ -53,8 +53,8 @@ def top(
         ),
     ] = False,
 ) -> None:
-    """Train LoRA adapters in the server's own format. The API key of a server to publish to
-    comes from VENEER_API_KEY, or from the profile that `veneer login` has made."""
+    """Train LoRA adapters in the server's own format. The API key for publishing is
+    read from VENEER_API_KEY, or from the profile saved by `veneer login`."""
     keep_login(profile=profile, ca=ca, cert=cert, key=key)
 
 

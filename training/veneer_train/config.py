@@ -220,7 +220,7 @@ def _check(config: TrainConfig) -> None:
             "must be from 0 (no validation) to below 1",
         ),
         ("train.lr", 0 < train.lr < 1, "must be above 0 and below 1"),
-        ("train.warmup", 0 <= train.warmup < 1, "is a fraction of the steps, below 1"),
+        ("train.warmup", 0 <= train.warmup < 1, "must be a fraction of the steps, below 1"),
         ("train.weight_decay", train.weight_decay >= 0, "must be 0 or more"),
         ("train.clip", train.clip > 0, "must be above 0; a large value never clips"),
         ("train.batch", train.batch >= 1, "must be 1 or more"),
@@ -238,7 +238,7 @@ def _check(config: TrainConfig) -> None:
         (
             "output.dir",
             Path(config.output.dir).name not in ("", ".."),
-            "give a separate folder: its content is replaced",
+            "give a separate folder, because its content is replaced",
         ),
         (
             "output.logs",
@@ -252,7 +252,7 @@ def _check(config: TrainConfig) -> None:
         (
             "data.bucketing",
             not (data.bucketing and data.packing),
-            "packed rows have one length: set data.packing or data.bucketing, not both",
+            "packed rows all have one length: set data.packing or data.bucketing, not both",
         ),
     )
     for key, holds, fix in rules:

@@ -191,7 +191,7 @@ def _messages(path: Path, line: int, value: dict[str, Any]) -> list[dict[str, st
             _fail(
                 path,
                 line,
-                f"message {number}, the assistant's, is empty, which would teach the model to "
+                f"message {number} (the assistant's) is empty, which would teach the model to "
                 "answer nothing: write an answer, or remove the line",
                 "answer_empty",
                 message=str(number),

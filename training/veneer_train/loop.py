@@ -164,7 +164,7 @@ def _check_output(folder: Path, *, overwrite: bool) -> None:
         cause, why = "exists", "exists and is not empty"
         fix = "remove it, choose another, or use --overwrite"
     elif not (folder / "adapter_config.json").is_file():
-        cause, why = "no_adapter", "contains something other than an adapter"
+        cause, why = "no_adapter", "contains files that do not belong to an adapter"
         fix = "choose another"
     else:
         return

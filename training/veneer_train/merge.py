@@ -187,7 +187,7 @@ def _check_range(model: Any, dtype: torch.dtype) -> None:
         fix = (
             "use --dtype bfloat16 or float32"
             if math.isfinite(largest)
-            else "the adapter or its base is damaged: run veneer-train verify to find out which"
+            else "the adapter or its base is damaged: run veneer-train verify to see which"
         )
         raise InvalidField(
             f"{name} has a magnitude of {largest:.4g}, which {told} cannot hold: {fix}",

@@ -101,8 +101,8 @@ class MergeReport:
             )
         if not self.data:
             found.append(
-                "measured on four general texts, where the adapter may change little: give "
-                "--data a file from its domain"
+                "measured on four general texts, on which the adapter may have little effect: "
+                "give a file from its domain with --data"
             )
         return found
 

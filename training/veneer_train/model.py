@@ -126,8 +126,8 @@ def load_base(
         double = str(stored.double_quant).lower()
         raise InvalidField(
             f"{folder} is in {stored.type} already, with double_quant {double}: set "
-            f"quant.type: {stored.type} and quant.double_quant: {double}, or give the folder "
-            "in 16 bits",
+            f"quant.type: {stored.type} and quant.double_quant: {double}, or use the 16-bit "
+            "folder",
             metadata={"field": "quant.type", "found": stored.type},
         )
     if quant.type != "none" and stored is None:

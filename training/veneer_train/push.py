@@ -160,7 +160,7 @@ class PushCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         if every < 0:
             raise InvalidField(
-                f"every={every}: steps between publications are 0 (at the end only) or more",
+                f"every={every}: use 0 (publish only at the end) or more",
                 metadata={"field": "every"},
             )
         self._target = Target(address, name, alias)

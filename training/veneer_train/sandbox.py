@@ -42,9 +42,9 @@ _SOURCE_CHARS: Final = 20_000
 PROGRAM: Final = Path(sandboxed.__file__)
 
 DESCRIPTION: Final = (
-    "a process of its own under a seccomp filter: no files, network, processes, threads or "
-    f"environment, {sandboxed.CPU_S} s of CPU, {sandboxed.MEMORY >> 20} MiB. "
-    "It does not stop bugs of the kernel."
+    "a separate process under a seccomp filter: no files, network, processes, threads or "
+    f"environment, {sandboxed.CPU_S} s of CPU, {sandboxed.MEMORY >> 20} MiB. It does not "
+    "protect against kernel bugs."
 )
 """For people who are shown a verdict."""
 

@@ -77,7 +77,7 @@ class StabilityWatch:
             raise self._stop(
                 step,
                 "worse_than_guessing",
-                f"the loss is {loss:.3g} after {self._above:.3g}, and guessing among all "
+                f"the loss is {loss:.3g} after {self._above:.3g}, while guessing among all "
                 f"{self._vocabulary} tokens gives {guessing:.3g}",
             )
         self._above = loss

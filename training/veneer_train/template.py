@@ -64,8 +64,9 @@ def with_generation_marks(template: str) -> str:
     )
     if count != 1:
         raise TemplateFailed(
-            "the base's chat template has no {% generation %} marks and is not one that "
-            "Veneer can mark: give a marked copy as data.template, or set data.loss_on: all",
+            "the base's chat template has no {% generation %} marks and is not a template "
+            "that Veneer can mark: give a marked copy as data.template, or set data.loss_on: "
+            "all",
             metadata={"cause": "no_marks"},
         )
     return marked

@@ -64,7 +64,7 @@ def _optimizer(wanted: str, *, cuda: bool) -> str:
         return "paged_adamw_8bit" if cuda and not deepspeed else "adamw_torch_fused"
     if wanted.startswith("paged_") and not cuda:
         raise InvalidField(
-            f"train.optim: {wanted} pages its states out of a GPU's memory, and there is no "
+            f"train.optim: {wanted} pages optimizer states out of GPU memory, but there is no "
             "GPU: use auto, adamw_torch_fused or adamw_8bit",
             metadata={"field": "train.optim", "optim": wanted},
         )

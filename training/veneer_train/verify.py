@@ -48,7 +48,7 @@ def verify(
         f"{', '.join(manifest.targets)}"
     )
     if manifest.base_fingerprint is None:
-        yield "its manifest does not name its base; its shapes fit this one"
+        yield "its manifest does not name a base; its shapes fit this one"
     else:
         yield f"for this base: weights {here.weights[:12]}, tokenizer {here.tokenizer[:12]}"
     for warning in manifest.warnings:
@@ -92,8 +92,8 @@ def _measured(adapter: Path, base: Path, data: Path, quant: QuantConfig) -> str:
         )
     if train.get("sha256") == digest:
         raise InvalidField(
-            f"it was measured on a held-out part of {data.name}, which is not a file: name a "
-            "data.val file in training to verify its figure later",
+            f"it was measured on a held-out part of {data.name}, not on a file: set data.val "
+            "in training to verify the figure later",
             metadata={"field": "data"},
         )
     options = data_options(adapter, data)
@@ -101,7 +101,7 @@ def _measured(adapter: Path, base: Path, data: Path, quant: QuantConfig) -> str:
     if abs(found.loss.loss - recorded) > _CLOSE:
         raise InvalidField(
             f"loss on {data.name} is {found.loss.loss:.4f}, but the manifest says "
-            f"{recorded:.4f}: base or adapter have changed since",
+            f"{recorded:.4f}: the base or the adapter has changed since",
             metadata={"field": "data"},
         )
     return (

@@ -259,17 +259,17 @@ class PostgresCatalog(Catalog):
                 with self._listening.answering():
                     connection.execute(f"LISTEN {self._channel}")
                 if away:
-                    _log.warning("the catalog's database is there again")
+                    _log.warning("the catalog's database is reachable again")
                 away = False
                 self._listen(connection)
             except VeneerError as error:
                 self._listening.drop()
                 if not away and not self._ended.is_set():
-                    _log.warning("changes of other registries come late: %s", error)
+                    _log.warning("changes from other registries are delayed: %s", error)
                 away = True
                 self._ended.wait(1.0)
             except Exception:
-                _log.exception("the watcher of the catalog failed; it goes on")
+                _log.exception("the catalog watcher failed; retrying")
                 self._listening.drop()
                 self._ended.wait(1.0)
 
@@ -378,12 +378,15 @@ class PostgresCatalog(Catalog):
         if number < self._known[0]:
             _log.error(
                 "the catalog's database has change %d at most, but %d was made: it was "
-                "restored from an older backup, and what was published since is gone",
+                "restored from an older backup, and everything published since is lost",
                 number,
                 self._known[0],
             )
         elif self._known[0] >= 0:
-            _log.warning("the catalog is read again: its log does not go on from what is known")
+            _log.warning(
+                "reading the catalog again: its change log does not continue from the known "
+                "state"
+            )
         with self._mirror() as writer:
             mirror.empty(writer)
             for table in TABLES:

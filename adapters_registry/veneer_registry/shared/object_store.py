@@ -235,7 +235,7 @@ class ObjectStore(Store):
         try:
             self.fetch(weights)
         except AdapterCorrupt as error:
-            _log.error("the stored object is damaged too: %s", error)
+            _log.error("the stored object is also damaged: %s", error)
             return False
         return True
 
@@ -253,6 +253,7 @@ class ObjectStore(Store):
 
 def _gone(weights: str) -> AdapterCorrupt:
     return AdapterCorrupt(
-        f"stored weights {weights[:12]} are gone from the object store; push the adapter again",
+        f"stored weights {weights[:12]} are missing from the object store; push the adapter "
+        "again",
         metadata={"weights_digest": weights, "why": "gone", "cause": "files"},
     )

@@ -206,7 +206,7 @@ class Objects:
     def _unavailable(self, error: Exception) -> Unavailable:
         why = " ".join(str(error).split())[:300] or type(error).__name__
         refused = isinstance(error, PermissionError)
-        what = "refuses access" if refused else "cannot be reached"
+        what = "denies access" if refused else "cannot be reached"
         return Unavailable(
             f"the object store {what}, nothing was published; try again",
             metadata={"cause": "object_store"},

@@ -220,11 +220,11 @@ def unavailable(why: object, *, outcome: str = "unchanged") -> Unavailable:
     what = (
         "nothing was changed; try again"
         if outcome == "unchanged"
-        else "so it is not known whether the change was made: make the same call again, which "
-        "does nothing twice"
+        else "so it is unknown whether the change was made: repeat the same "
+        "call, which is idempotent"
     )
     return Unavailable(
-        f"the database of the catalog cannot be reached, {what}",
+        f"the catalog's database cannot be reached, {what}",
         metadata={"cause": "catalog", "outcome": outcome},
         retry_after_s=RETRY_S,
         detail=" ".join(str(why).split())[:300],
@@ -234,28 +234,27 @@ def unavailable(why: object, *, outcome: str = "unchanged") -> Unavailable:
 def _translated(error: psycopg.Error) -> VeneerError:
     if isinstance(error, psycopg.errors.DiskFull | psycopg.errors.OutOfMemory):
         return DiskFull(
-            "the disk of the catalog's database is full, nothing was published; free space",
+            "the disk of the catalog's database is full and nothing was published; free space",
             detail=str(error),
         )
     if isinstance(error, psycopg.errors.LockNotAvailable | psycopg.errors.QueryCanceled):
         return Unavailable(
-            "another registry has been changing the catalog for long, nothing was changed; try "
-            "again",
+            "another registry is holding the catalog's lock, nothing was changed; try again",
             metadata={"cause": "catalog", "outcome": "unchanged"},
             retry_after_s=RETRY_S,
             detail=str(error),
         )
     if isinstance(error, psycopg.DataError):
         return InvalidField(
-            "a text cannot be stored: remove NUL characters from it",
+            "text with NUL characters cannot be stored: remove them",
             metadata={"field": "text"},
             detail=str(error),
         )
     if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
         return unavailable(error)
     return FailedPrecondition(
-        "the database of the catalog refuses what the registry asks, nothing was changed; the "
-        "server's log says what",
+        "the catalog's database rejected the registry's query, nothing was changed; see the "
+        "server's log",
         metadata={"cause": "catalog", "sqlstate": error.sqlstate or ""},
         detail=" ".join(str(error).split())[:300],
     )

@@ -77,7 +77,7 @@ def ls(
     server: ServerOption = None,
     debug: DebugFlag = False,
 ) -> None:
-    """List adapters and where they are."""
+    """List adapters and the memory tier of each."""
     with errors_shown(context, debug), connect(context, server) as client:
         found = tuple(
             client.list(name_prefix=prefix, tier=tier, labels=parse_labels(label or ()))
@@ -139,7 +139,9 @@ def activate(
     context: typer.Context,
     name: NameArgument,
     tier: Annotated[Tier, typer.Option("--tier", help="host or device.")] = Tier.DEVICE,
-    pin: Annotated[bool, typer.Option("--pin", help="Keep it there.")] = False,
+    pin: Annotated[
+        bool, typer.Option("--pin", help="Pin it: it is never evicted automatically.")
+    ] = False,
     json_: JsonFlag = False,
     server: ServerOption = None,
     debug: DebugFlag = False,
@@ -175,11 +177,13 @@ def unpin(
     server: ServerOption = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Remove the pin; the adapter stays in memory until its space is needed."""
+    """Unpin an adapter; it stays in memory until the space is needed."""
     with errors_shown(context, debug), connect(context, server) as client:
         adapter = client.unpin(name)
         print(
-            as_json(adapter) if json_ else f"{adapter.short} is in {adapter.tier.value}, free"
+            as_json(adapter)
+            if json_
+            else f"{adapter.short} is in {adapter.tier.value}, unpinned"
         )
 
 
@@ -204,7 +208,7 @@ def evict(
         elif eviction.evicted:
             print(f"evicted {name}, freed {byte_size(eviction.freed_bytes)}")
         else:
-            print(f"{name} will be evicted when its running requests have finished")
+            print(f"{name} will be evicted when its running requests finish")
 
 
 @adapter_cli.command(
@@ -227,7 +231,7 @@ def rm(
     server: ServerOption = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Delete an adapter for good."""
+    """Delete an adapter permanently."""
     with errors_shown(context, debug), connect(context, server) as client:
         if "/" in name:
             raise InvalidField(

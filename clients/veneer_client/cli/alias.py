@@ -125,7 +125,7 @@ def _moved(move: AliasMove) -> str:
     where = replicas_shown(move.replicas)
     if not move.alias.targets:
         return f"removed {move.alias.alias}{before}{where}"
-    return f"{move.alias.alias} means {shares(move.alias.targets)}{before}{where}"
+    return f"{move.alias.alias} now points to {shares(move.alias.targets)}{before}{where}"
 
 
 def aliases(
@@ -193,7 +193,7 @@ def rollback(
         adapter = client.update_adapter(
             f"{plain}@{target}", current=True, etag=etag, wait_replicas=wait_replicas
         )
-        print(as_json(adapter) if json_ else f"{plain} means {adapter.short} again")
+        print(as_json(adapter) if json_ else f"{plain} now points to {adapter.short}")
 
 
 def _before(details: AdapterDetails) -> AdapterInfo:
@@ -206,8 +206,8 @@ def _before(details: AdapterDetails) -> AdapterInfo:
     if found is None:
         name = details.adapter.name
         raise InvalidField(
-            f"{name} has no earlier revision left: `veneer adapter show {name}` lists its "
-            f"revisions; push the earlier one again, and keep more with `veneer adapter "
+            f"no earlier revision of {name} is kept: `veneer adapter show {name}` lists its "
+            "revisions; push the earlier one again, and keep more with `veneer adapter "
             f"retain {name} N`",
             metadata={"field": "name"},
         )

@@ -50,9 +50,9 @@ Examples:
 SHARE_EXAMPLES = """
 Examples:
 
-  veneer adapter share chat                                   all tenants may use it
+  veneer adapter share chat                                   all tenants can use it
 
-  veneer adapter share chat --stop                            only its own may
+  veneer adapter share chat --stop                            only its own tenant can
 """
 
 HISTORY_EXAMPLES = """
@@ -107,7 +107,7 @@ def retain(
     server: ServerOption = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Set how many superseded revisions a name keeps; any beyond are dropped at once."""
+    """Set how many superseded revisions a name keeps; older ones are removed at once."""
     with errors_shown(context, debug), connect(context, server) as client:
         adapter = client.update_adapter(name, retain=revisions)
         print(
@@ -121,7 +121,7 @@ def share(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="NAME.", autocompletion=adapter_names)],
     stop: Annotated[
-        bool, typer.Option("--stop", help="No longer; running requests finish.")
+        bool, typer.Option("--stop", help="Stop sharing; running requests finish.")
     ] = False,
     json_: JsonFlag = False,
     server: ServerOption = None,
@@ -130,7 +130,7 @@ def share(
     """Let other tenants use an adapter as TENANT/NAME, with all revisions and aliases."""
     with errors_shown(context, debug), connect(context, server) as client:
         adapter = client.update_adapter(name, shared=not stop)
-        who = "all tenants may use it" if adapter.shared else "only its own tenant may use it"
+        who = "all tenants can use it" if adapter.shared else "only its own tenant can use it"
         print(as_json(adapter) if json_ else f"{adapter.name}: {who}")
 
 
@@ -139,7 +139,7 @@ def history(
     name: Annotated[
         str,
         typer.Argument(
-            help="A name, even a deleted one; default: all names.",
+            help="An adapter's name, including deleted ones; default: all names.",
             show_default=False,
             autocompletion=adapter_names,
         ),

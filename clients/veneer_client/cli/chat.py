@@ -45,8 +45,8 @@ answer, Ctrl-D quits.
 """
 
 _HELP: Final = """\
-/adapter NAME   switch to an adapter's current revision, or without NAME to the base model; the
-                conversation stays with that revision although another is published
+/adapter NAME   switch to an adapter's current revision; without NAME, to the base model. The
+                conversation stays on that revision even if a newer one is published
 /system TEXT    set the system message; without TEXT remove it
 /reset          forget the conversation
 /quit           quit (also Ctrl-D); Ctrl-C stops an answer
@@ -172,8 +172,8 @@ class Session:
                 self._note("forgotten")
             case _:
                 raise InvalidField(
-                    f"there is no command {command}: /help lists all; start with // to send "
-                    "a message that starts with /",
+                    f"unknown command {command}: /help lists all; start with // to send a "
+                    "message that starts with /",
                     metadata={"field": "command"},
                 )
         return True
@@ -199,7 +199,8 @@ class Session:
             if not conversation.revision:
                 raise
             raise AdapterNotFound(
-                f"{error.message}; /adapter {conversation.adapter} goes on with what it is now",
+                f"{error.message}; /adapter {conversation.adapter} switches to its current "
+                "revision",
                 metadata=error.metadata,
             ) from error
         finally:

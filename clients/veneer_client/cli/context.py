@@ -36,7 +36,7 @@ ServerOption = Annotated[
     typer.Option(
         "--server",
         metavar="HOST:PORT",
-        help=f"The server's address; else VENEER_SERVER, else {DEFAULT_ADDRESS}.",
+        help=f"Server address; default: VENEER_SERVER, else {DEFAULT_ADDRESS}.",
         show_default=False,
     ),
 ]
@@ -44,7 +44,7 @@ DebugFlag = Annotated[
     bool, typer.Option("--debug", help="Show the traceback of errors.", show_default=False)
 ]
 JsonFlag = Annotated[
-    bool, typer.Option("--json", help="Print JSON for programs.", show_default=False)
+    bool, typer.Option("--json", help="Print JSON instead of text.", show_default=False)
 ]
 
 
@@ -113,7 +113,7 @@ def errors_shown(
         if isinstance(error, ModelLoading):
             text = (
                 f"the server is still loading ({doing(error)}): `veneer health --wait 5m` "
-                "returns once it answers"
+                "returns once it is ready"
             )
         console = Screen(stderr=True, soft_wrap=True, highlight=False)
         console.print(f"[red]error:[/red] {cell(text)}")

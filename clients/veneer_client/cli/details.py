@@ -39,8 +39,8 @@ def detail_rows(details: AdapterDetails, *, full: bool = False) -> dict[str, str
         "in use": f"{_count(adapter.leases, 'request')}, {used}",
     }
     if adapter.tenant:
-        rows["in use"] = "known to its own tenant only"
-        rows["tenant"] = f"{adapter.tenant}, which shares it"
+        rows["in use"] = "visible only to its own tenant"
+        rows["tenant"] = f"{adapter.tenant} (shared by that tenant)"
     elif adapter.shared:
         rows["shared"] = "with all tenants"
     rows |= {f"label {key}": value for key, value in adapter.labels.items()}
@@ -48,7 +48,7 @@ def detail_rows(details: AdapterDetails, *, full: bool = False) -> dict[str, str
         # Labels must be unique, so each further line gets one of blanks.
         rows["revisions" if number == 0 else " " * number] = _revision_line(revision)
     if details.revisions_left_out:
-        older = _count(details.revisions_left_out, "older one")
+        older = _count(details.revisions_left_out, "older revision")
         rows["  left out"] = f"{older}: `veneer adapter history {adapter.name}`"
     if not full:
         if adapter.training:

@@ -26,7 +26,7 @@ Examples:
 
   veneer example sql --out adapters/sql          copy it elsewhere
 
-  veneer example code --push                     publish it; copies nothing
+  veneer example code --push                     publish it, copy nothing
 """
 
 
@@ -57,18 +57,23 @@ def examples_folder() -> Path:
             return folder
     raise FailedPrecondition(
         "this installation has no example adapters: install Veneer's wheel, or push "
-        "examples/adapters of a clone"
+        "examples/adapters from a checkout"
     )
 
 
 def example(
     context: typer.Context,
-    name: Annotated[Name, typer.Argument(help="Which adapter.", show_default=False)],
+    name: Annotated[
+        Name, typer.Argument(help="The example to copy or publish.", show_default=False)
+    ],
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="FOLDER", help="Copy it there; default ./NAME."),
+        typer.Option("--out", metavar="FOLDER", help="Destination folder; default: ./NAME."),
     ] = None,
-    push: Annotated[bool, typer.Option("--push", help="Publish it under its name.")] = False,
+    push: Annotated[
+        bool,
+        typer.Option("--push", help="Publish it under its own name instead of copying it."),
+    ] = False,
     server: ServerOption = None,
     debug: DebugFlag = False,
 ) -> None:

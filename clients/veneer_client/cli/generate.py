@@ -60,11 +60,11 @@ SessionOption = Annotated[
     typer.Option(
         "--session",
         metavar="KEY",
-        help="Of an alias with several targets, a key always gets the same one.",
+        help="If an alias has several targets, the same key always gets the same target.",
     ),
 ]
 MaxTokens = Annotated[
-    int | None, typer.Option(help="Most new tokens; default: the server's.", min=1)
+    int | None, typer.Option(help="Maximum number of new tokens; default: the server's.", min=1)
 ]
 
 EXAMPLES = """
@@ -104,7 +104,7 @@ def generate(
     max_tokens: MaxTokens = None,
     logit_bias: Annotated[
         list[str] | None,
-        typer.Option(metavar="ID=BIAS", help="Add to a token's logit; repeatable."),
+        typer.Option(metavar="ID=BIAS", help="Bias added to a token's logit; repeatable."),
     ] = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="Stop before this string; repeatable.")
@@ -113,38 +113,48 @@ def generate(
         list[int] | None, typer.Option(help="Stop at this token; repeatable.", min=0)
     ] = None,
     min_tokens: Annotated[
-        int | None, typer.Option(help="No stop ends the output before it.", min=0)
+        int | None,
+        typer.Option(
+            help="Minimum number of new tokens; no stop condition applies before it.", min=0
+        ),
     ] = None,
     json_schema: Annotated[
         str | None,
-        typer.Option(metavar="FILE|JSON", help="Make the output JSON of this schema."),
+        typer.Option(
+            metavar="FILE|JSON", help="Constrain the output to JSON that matches this schema."
+        ),
     ] = None,
     regex: Annotated[
-        str | None, typer.Option(help="Make the whole output match this expression.")
+        str | None, typer.Option(help="Constrain the whole output to this regular expression.")
     ] = None,
     choice: Annotated[
-        list[str] | None, typer.Option(help="Make the output one of these; repeatable.")
+        list[str] | None,
+        typer.Option(help="Constrain the output to one of these texts; repeatable."),
     ] = None,
     grammar: Annotated[
-        str | None, typer.Option(help="Make the output match this Lark grammar.")
+        str | None, typer.Option(help="Constrain the output to this Lark grammar.")
     ] = None,
     reasoning_effort: Annotated[
         str | None,
         typer.Option(
             metavar="EFFORT",
-            help="How much to think, for chat templates that know it: none, low, high ...",
+            help="Reasoning effort, for chat templates that support it: none, low, high ...",
         ),
     ] = None,
     n: Annotated[
         int | None,
-        typer.Option("--n", "-n", help="Number of samples, 1 to 16; shown when done.", min=1),
+        typer.Option(
+            "--n", "-n", help="Number of samples, 1 to 16; printed when all are done.", min=1
+        ),
     ] = None,
     logprobs: Annotated[
-        bool, typer.Option("--logprobs", help="Also show each token's log-probability.")
+        bool, typer.Option("--logprobs", help="Show each token's log-probability, too.")
     ] = False,
     top_logprobs: Annotated[
         int | None,
-        typer.Option(help="Also show this many of the most likely tokens, at most 20.", min=0),
+        typer.Option(
+            help="Show the N most likely tokens at each position, too; at most 20.", min=0
+        ),
     ] = None,
     prefix_cache: Annotated[
         bool | None,
@@ -154,13 +164,15 @@ def generate(
     priority: Annotated[
         int | None,
         typer.Option(
-            help="Lower starts earlier among your tenant's requests; -100 to 100, 0 if unset.",
+            help="Priority among your tenant's requests, -100 to 100; lower starts earlier. "
+            "Default: 0.",
             min=-100,
             max=100,
         ),
     ] = None,
     timeout: Annotated[
-        float | None, typer.Option(help="Seconds for the whole call, retries included.")
+        float | None,
+        typer.Option(help="Timeout of the whole call in seconds, including retries."),
     ] = None,
     json_: JsonFlag = False,
     server: ServerOption = None,

@@ -40,15 +40,17 @@ def login(
     profile: _Profile = DEFAULT_PROFILE,
     ca: Annotated[
         str,
-        typer.Option(metavar="FILE", help="Certificates to trust (PEM); else the system's."),
+        typer.Option(
+            metavar="FILE", help="CA certificates to trust (PEM); default: the system's."
+        ),
     ] = "",
-    cert: Annotated[
-        str, typer.Option(metavar="FILE", help="The client's own certificate (PEM).")
+    cert: Annotated[str, typer.Option(metavar="FILE", help="Client certificate (PEM).")] = "",
+    key: Annotated[
+        str, typer.Option(metavar="FILE", help="Private key of the client certificate (PEM).")
     ] = "",
-    key: Annotated[str, typer.Option(metavar="FILE", help="Its private key (PEM).")] = "",
     debug: DebugFlag = False,
 ) -> None:
-    """Check an API key with a server, and keep both for later commands."""
+    """Check an API key with a server and save both for later commands."""
     with errors_shown(context, debug):
         secret = _ask()
         files = {
@@ -65,14 +67,14 @@ def login(
             client.info()
         file = save_profile(profile, {"server": server, "api_key": secret, **files})
         Screen(stderr=True, soft_wrap=True, highlight=False).print(
-            f"kept as profile {profile} in {file}", markup=False
+            f"saved profile {profile} in {file}", markup=False
         )
 
 
 def logout(
     context: typer.Context, profile: _Profile = DEFAULT_PROFILE, debug: DebugFlag = False
 ) -> None:
-    """Forget a profile."""
+    """Delete a saved profile."""
     with errors_shown(context, debug):
         if not forget_profile(profile):
             raise InvalidField(f"there is no profile {profile}", metadata={"field": "profile"})

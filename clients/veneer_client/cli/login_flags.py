@@ -11,19 +11,27 @@ __all__ = ["CaFlag", "CertFlag", "KeyFlag", "ProfileFlag", "keep_login"]
 
 ProfileFlag = Annotated[
     str | None,
-    typer.Option("--profile", metavar="NAME", help="A profile that `veneer login` has made."),
+    typer.Option("--profile", metavar="NAME", help="A profile saved by `veneer login`."),
 ]
 CaFlag = Annotated[
     str | None,
-    typer.Option("--ca", metavar="FILE", help="Certificates to trust, in PEM; else VENEER_CA."),
+    typer.Option(
+        "--ca", metavar="FILE", help="CA certificates to trust (PEM); default: VENEER_CA."
+    ),
 ]
 CertFlag = Annotated[
     str | None,
-    typer.Option("--cert", metavar="FILE", help="A certificate of your own; else VENEER_CERT."),
+    typer.Option(
+        "--cert", metavar="FILE", help="Client certificate (PEM); default: VENEER_CERT."
+    ),
 ]
 KeyFlag = Annotated[
     str | None,
-    typer.Option("--key", metavar="FILE", help="Its private key; else VENEER_KEY."),
+    typer.Option(
+        "--key",
+        metavar="FILE",
+        help="Private key of the client certificate; default: VENEER_KEY.",
+    ),
 ]
 
 

@@ -51,16 +51,16 @@ Examples:
 
   veneer adapter push runs/sql/adapter --name sql            publish an adapter
 
-  veneer adapter watch                                       see what happens
+  veneer adapter watch                                       watch changes live
 
   veneer --install-completion                                Tab completes names too
 
   veneer --server gpu1:50051 adapter ls                      use another server
 
-VENEER_SERVER is the server's address (https://HOST:PORT for TLS), VENEER_API_KEY your key
-there, VENEER_CA whose certificates you trust; `veneer login` keeps all three. VENEER_ACTOR is
-who you are in the history of a server without keys (else user@host). An operator acts in the
-tenant that VENEER_TENANT or --tenant names.
+Variables: VENEER_SERVER is the server's address (https://HOST:PORT for TLS), VENEER_API_KEY
+your API key, VENEER_CA the CA certificates to trust; `veneer login` saves all three.
+VENEER_ACTOR is your name in the history of a server without keys (default: user@host).
+Operators choose a tenant with --tenant or VENEER_TENANT.
 """
 
 cli = Program(help="Talk to a Veneer server: generate, and manage adapters.", epilog=_EXAMPLES)
@@ -76,7 +76,7 @@ def place(
             "--server",
             envvar="VENEER_SERVER",
             metavar="HOST:PORT",
-            help="The server's address; allowed after the subcommand, too.",
+            help="Server address; also accepted after the subcommand.",
             show_default=False,
         ),
     ] = None,
@@ -145,14 +145,14 @@ Examples:
 def health(
     context: typer.Context,
     wait: Annotated[
-        str, typer.Option(metavar="TIME", help="Wait until it does, at most: 60s, 2m.")
+        str, typer.Option(metavar="TIME", help="How long to wait for it to be ready: 60s, 2m.")
     ] = "0s",
     server: ServerOption = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Say whether the server is ready; exit status 0 if so.
+    """Check whether the server is ready; exit status 0 if it is.
 
-    Ready is a server that answers generate calls, or with --role registry takes changes.
+    A server is ready once it answers generate calls, or with --role registry accepts changes.
     """
     with errors_shown(context, debug), connect(context, server) as client:
         try:
@@ -222,11 +222,11 @@ def call(
         str,
         typer.Argument(help="The request as JSON; - reads standard input.", show_default=False),
     ] = "",
-    timeout: Annotated[float | None, typer.Option(help="Seconds.")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Timeout in seconds.")] = None,
     server: ServerOption = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Call any method with JSON; the server describes its methods (gRPC reflection)."""
+    """Call any gRPC method with a JSON request; methods are found by server reflection."""
     address = find_server(context, server)
     # Messages are not translated: a user who calls methods by name knows the fields' names.
     with errors_shown(context, debug, str), ReflectionClient(address) as client:

@@ -38,7 +38,7 @@ def plan(
         str,
         typer.Option(
             metavar="NAME",
-            help="Plan for adapters of this one's shape.",
+            help="Plan for adapters with this adapter's rank and modules.",
             autocompletion=adapter_names,
         ),
     ] = "",
@@ -49,14 +49,16 @@ def plan(
     adapters: Annotated[int, typer.Option(help="Adapters to keep in memory.", min=0)] = 0,
     length: Annotated[
         int,
-        typer.Option("--context", help="Tokens per sequence; default: the maximum.", min=0),
+        typer.Option(
+            "--context", help="Tokens per sequence; default: the server's maximum.", min=0
+        ),
     ] = 0,
     concurrency: Annotated[int, typer.Option(help="Sequences to run at once.", min=0)] = 0,
     json_: JsonFlag = False,
     server: ServerOption = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Say how many adapters and sequences fit; exit status 1 if the given ones do not."""
+    """Show how many adapters and sequences fit; exit status 1 if those asked for do not."""
     with errors_shown(context, debug), connect(context, server) as client:
         capacity = client.plan(
             like=like,
@@ -86,5 +88,5 @@ def _rows(capacity: Capacity) -> dict[str, str]:
         "fits": "yes" if capacity.fits else "no",
     }
     for number, shortfall in enumerate(capacity.shortfalls):
-        rows["too little" if not number else " " * number] = shortfall.message
+        rows["not enough" if not number else " " * number] = shortfall.message
     return rows

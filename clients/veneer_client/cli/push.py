@@ -48,7 +48,7 @@ Examples:
 
   veneer adapter pull sql adapters/sql
 
-  veneer adapter pull sql@1a2b3c4d5e6f adapters/sql --force      replace what is there
+  veneer adapter pull sql@1a2b3c4d5e6f adapters/sql --force      replace the adapter in it
 """
 
 
@@ -79,13 +79,13 @@ def push(
     ] = "",
     wait_replicas: WaitReplicasOption = WaitReplicas.NONE,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, publish nothing.")
+        bool, typer.Option("--dry-run", help="Run all checks without publishing.")
     ] = False,
     json_: JsonFlag = False,
     server: ServerOption = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Check an adapter folder here, then publish it."""
+    """Check an adapter folder locally, then publish it."""
     console = Screen(stderr=True, highlight=False)
     with errors_shown(context, debug), connect(context, server) as client:
         labels = parse_labels(label or ())
@@ -128,15 +128,15 @@ def pull(
         str,
         typer.Argument(help="NAME, NAME@REVISION or NAME/ALIAS.", autocompletion=adapter_names),
     ],
-    folder: Annotated[Path, typer.Argument(help="Folder to make.")],
+    folder: Annotated[Path, typer.Argument(help="Destination folder; it must not exist.")],
     force: Annotated[
-        bool, typer.Option("--force", help="Replace an adapter that is in the folder.")
+        bool, typer.Option("--force", help="Replace the adapter that the folder already holds.")
     ] = False,
     json_: JsonFlag = False,
     server: ServerOption = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Get an adapter's files back as they were uploaded, verified."""
+    """Download an adapter's files as they were uploaded, and verify them."""
     console = Screen(stderr=True, highlight=False)
     with errors_shown(context, debug), connect(context, server) as client:
         with _bar(console) as bar:
@@ -177,7 +177,7 @@ def _resumed(resumed: Resumed) -> str:
         return f"the part on the server was damaged: sending all {total} again"
     if resumed.after is None:
         # From an earlier push of it, or from another adapter that shares a file.
-        return f"{total if at == total else f'{at} of {total}'} were there already"
+        return f"{total if at == total else f'{at} of {total}'} already on the server"
     return f"interrupted; resumed at {at} of {total}"
 
 
@@ -185,7 +185,7 @@ def _outcome(pushed: Pushed, dry_run: bool) -> str:
     adapter = pushed.adapter
     facts = f"rank {adapter.rank}, {byte_size(adapter.size)} once loaded"
     if dry_run:
-        return f"valid: {adapter.short} would be published ({facts}); nothing was"
+        return f"valid: {adapter.short} would be published ({facts}); nothing changed (dry run)"
     if not pushed.published:
         return f"unchanged: {adapter.short} holds this content already"
     verb = "replaced" if pushed.replaced else "published"

@@ -40,7 +40,7 @@ Examples:
 SELF_TEST_EXAMPLES = """
 Examples:
 
-  veneer self-test                                           base and the two used last
+  veneer self-test                              the base and the two adapters used last
 
   veneer self-test chat sql@1a2b3c4d5e6f
 
@@ -51,10 +51,14 @@ Examples:
 def budgets(
     context: typer.Context,
     host: Annotated[
-        str, typer.Option("--host", metavar="BYTES", help="For adapters in the host tier.")
+        str,
+        typer.Option("--host", metavar="BYTES", help="Budget for adapters in the host tier."),
     ] = "",
     device: Annotated[
-        str, typer.Option("--device", metavar="BYTES", help="For adapters in the device tier.")
+        str,
+        typer.Option(
+            "--device", metavar="BYTES", help="Budget for adapters in the device tier."
+        ),
     ] = "",
     json_: JsonFlag = False,
     server: ServerOption = None,
@@ -88,17 +92,19 @@ def self_test(
         list[str] | None,
         typer.Argument(
             metavar="[ADAPTER]...",
-            help="NAME, NAME@REVISION or NAME/ALIAS; default: the two used last.",
+            help="NAME, NAME@REVISION or NAME/ALIAS; default: the two adapters used last.",
             show_default=False,
             autocompletion=adapter_names,
         ),
     ] = None,
-    timeout: Annotated[float | None, typer.Option(help="Seconds; default: none.")] = None,
+    timeout: Annotated[
+        float | None, typer.Option(help="Timeout in seconds; default: none.")
+    ] = None,
     json_: JsonFlag = False,
     server: ServerOption = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Check that base and adapters answer as their files say; exit status 1 if not."""
+    """Verify that base and adapters answer as their files say; exit status 1 if not."""
     with errors_shown(context, debug), connect(context, server) as client:
         test = client.self_test(adapters or (), timeout_s=timeout)
     if json_:
@@ -114,6 +120,6 @@ def _verdict(test: SelfTest) -> str:
     if not test.adapters_tested and all(result.passed for result in test.results):
         # That the base answers correctly says nothing about the adapters.
         why = test.note or "no adapter was tested: name one to test it"
-        return f"{'passed' if test.passed else 'NOT PROVEN'}: {why}"
+        return f"{'passed' if test.passed else 'INCONCLUSIVE'}: {why}"
     verdict = "passed" if test.passed else "FAILED: do not trust this server's answers"
     return f"{verdict} ({count(test.adapters_mixed, 'adapter')} and the base in one batch)"

@@ -102,7 +102,7 @@ def summary(end: GenerationEnd) -> str:
     place, times = end.provenance, end.provenance.timings
     parts = []
     if end.finish_reason is FinishReason.LENGTH:
-        parts.append(f"cut after {end.usage.completion_tokens} tokens (see --max-tokens)")
+        parts.append(f"truncated at {end.usage.completion_tokens} tokens (see --max-tokens)")
     parts.append(f"queue {_ms(times.queue_s)}")
     if place.tier is not None:
         parts.append(f"load {_ms(times.adapter_load_s)} ({place.tier.value})")
@@ -241,7 +241,7 @@ def _threads(info: ServerInfo) -> dict[str, str]:
 def _admin_port(info: ServerInfo) -> dict[str, str]:
     if not info.admin_port:
         return {}
-    return {"admin port": "yes: pushes, and all else that changes something, go there"}
+    return {"admin port": "yes: send pushes and all other changes there"}
 
 
 def _defaults(info: ServerInfo) -> dict[str, str]:
@@ -278,8 +278,9 @@ def info_rows(info: ServerInfo) -> dict[str, str]:
         "adapter memory": f"device {byte_size(budgets.device_adapter_bytes)}, "
         f"host {byte_size(budgets.host_adapter_bytes)}",
         "kv cache": f"{byte_size(budgets.kv_cache_bytes)}, {budgets.kv_cache_tokens:,} tokens",
-        "batch": f"{budgets.max_batch_tokens} tokens a step ({budgets.max_prefill_tokens} of "
-        f"prompts beside decoding), {budgets.max_running} running, {budgets.max_queue} waiting",
+        "batch": f"{budgets.max_batch_tokens} tokens per step ({budgets.max_prefill_tokens} "
+        f"prompt tokens while decoding), {budgets.max_running} running, {budgets.max_queue} "
+        "waiting",
         "up": f"{info.uptime_s:.0f} s{restarts}",
     }
     for pool in info.memory.pools:
@@ -287,7 +288,7 @@ def info_rows(info: ServerInfo) -> dict[str, str]:
         rows[f"{pool.name} memory"] = (
             f"{uses} = {byte_size(pool.total)} of {byte_size(pool.limit)}"
         )
-    rows["used at most"] = (
+    rows["peak memory"] = (
         f"front {byte_size(info.memory.front_peak)}, "
         f"engine {byte_size(info.memory.engine_peak)}"
     )
@@ -296,7 +297,7 @@ def info_rows(info: ServerInfo) -> dict[str, str]:
 
 def usage_table(report: UsageReport) -> Table:
     """One row per tenant."""
-    numbers = ("requests", "prompt tokens", "of them cached", "new tokens", "stored, GiB-hours")
+    numbers = ("requests", "prompt tokens", "cached", "generated tokens", "stored, GiB-hours")
     table = _columns("tenant", *numbers, right=numbers)
     for each in report.tenants:
         table.add_row(

@@ -22,7 +22,7 @@ __all__ = ["EXAMPLES", "usage"]
 EXAMPLES = """
 Examples:
 
-  veneer usage                                               since ever
+  veneer usage                                               all time
 
   veneer usage --start 2026-11-01 --end 2026-12-01           November (UTC)
 
@@ -35,25 +35,25 @@ def usage(
     tenant: Annotated[
         str,
         typer.Option(
-            metavar="NAME", help="Whose; default: your own, and all tenants' for an operator."
+            metavar="NAME", help="Tenant; default: your own, or all tenants for an operator."
         ),
     ] = "",
     start: Annotated[
         str,
         typer.Option(
             metavar="TIME",
-            help="From this hour on, such as 2026-11-01 or 2026-11-01T13:00Z; UTC unless it "
-            "has another zone. Default: since ever.",
+            help="Start of the period, such as 2026-11-01 or 2026-11-01T13:00Z; UTC unless it "
+            "has a time zone. Default: all time.",
         ),
     ] = "",
     end: Annotated[
-        str, typer.Option(metavar="TIME", help="Up to this hour. Default: until now.")
+        str, typer.Option(metavar="TIME", help="End of the period. Default: now.")
     ] = "",
     json_: JsonFlag = False,
     server: ServerOption = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Show what tenants have used: requests, tokens, and adapters stored."""
+    """Show the usage of tenants: requests, tokens and stored adapters."""
     with errors_shown(context, debug), connect(context, server) as client:
         report = client.usage(tenant, start=_time("start", start), end=_time("end", end))
     if json_:

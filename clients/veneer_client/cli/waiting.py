@@ -13,7 +13,8 @@ __all__ = ["WaitReplicasOption", "replicas_shown"]
 WaitReplicasOption = Annotated[
     WaitReplicas,
     typer.Option(
-        "--wait-replicas", help="Return once this many of the registry's followers have it."
+        "--wait-replicas",
+        help="Return once this many of the registry's followers have applied the change.",
     ),
 ]
 
@@ -22,5 +23,5 @@ def replicas_shown(reached: ReplicasReached | None) -> str:
     """The end of a line about a change; "" if it did not wait."""
     if reached is None:
         return ""
-    short = "" if reached.enough else ": too few in time, the others follow"
-    return f"; on {reached.applied} of {reached.live} followers{short}"
+    short = "" if reached.enough else "(timed out; the others catch up later)"
+    return f"; applied on {reached.applied} of {reached.live} followers{short}"

@@ -45,7 +45,7 @@ Examples:
 _LOOK_S: Final = 1.0
 """Poll intervals: for a server that is away, and for running requests."""
 _CALL_S: Final = 5.0
-_GONE: Final = "the connection was lost, or the server has stopped"
+_GONE: Final = "connection lost, or the server stopped"
 
 Key = tuple[str, str]
 """Name and revision."""
@@ -58,17 +58,17 @@ def watch(
     since: Annotated[
         int,
         typer.Option(
-            help="Resume after this sequence number; 0 starts with the present adapters.", min=0
+            help="Resume after this sequence number; 0 starts with the current adapters.", min=0
         ),
     ] = 0,
     json_: JsonFlag = False,
     server: ServerOption = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Show adapters and what happens to them, until Ctrl-C.
+    """Show adapters and their events live, until Ctrl-C.
 
-    If the server goes away, it says so and resumes when the server is back: with the missed
-    events or, after a restart, with all present adapters.
+    If the connection is lost, it reconnects and resumes: with the missed events or,
+    after a restart of the server, with all current adapters.
     """
     console, errors = Screen(highlight=False), Screen(stderr=True, highlight=False)
 
@@ -110,7 +110,7 @@ def follow(client: Client, since: int, tell: Callable[[str], None]) -> Iterator[
             with watch:
                 for event in watch:
                     if away:
-                        tell(f"{_now()}  {client.address} is back")
+                        tell(f"{_now()}  {client.address} reconnected")
                     reached, away = True, False
                     yield event
         except Unavailable as error:
@@ -119,7 +119,7 @@ def follow(client: Client, since: int, tell: Callable[[str], None]) -> Iterator[
             since = watch.sequence
             if not away:
                 why = _GONE if isinstance(error, ServerUnreachable) else error.message
-                tell(f"{_now()}  {client.address}: {why}; waiting for it (Ctrl-C ends)")
+                tell(f"{_now()}  {client.address}: {why}; reconnecting (Ctrl-C to stop)")
             away = True
             time.sleep(_LOOK_S)
 

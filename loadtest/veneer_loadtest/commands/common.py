@@ -63,14 +63,14 @@ BaseFolder = Annotated[
     Path | None,
     typer.Option(help="Hugging Face folder of the base to serve; default: the bundled one."),
 ]
-Threads = Annotated[int, typer.Option(help="Threads of each system; 0: one per usable core.")]
+Threads = Annotated[int, typer.Option(help="Threads per system; 0: one per usable core.")]
 ServerFlag = Annotated[
     list[str] | None, typer.Option(help="A flag for the spawned server; repeatable.")
 ]
 Rank = Annotated[int, typer.Option(help="Rank of the synthetic adapters.", min=1)]
 Seed = Annotated[int, typer.Option(help="Seed of adapters and prompts.")]
 JsonFile = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Write the result to it.")
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the result to this file.")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")]
 
@@ -88,7 +88,7 @@ def warn_if_busy() -> None:
     if share > BUSY:
         OUT.print(
             f"[yellow]warning:[/yellow] other processes used {share:.0%} of the cores in the "
-            "last minute: figures will be worse than on an idle machine",
+            "last minute: results will be worse than on an idle machine",
             soft_wrap=True,
         )
 

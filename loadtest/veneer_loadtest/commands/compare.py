@@ -11,8 +11,8 @@ from veneer_registry.command_line import Program
 __all__ = ["add_compare"]
 
 _MISSING: Final = (
-    "compare is in a package of its own, veneer-peers, which is not installed: "
-    "pip install ./peers in Veneer's folder"
+    "compare needs the package veneer-peers, which is not installed: pip install ./peers in "
+    "Veneer's folder"
 )
 
 

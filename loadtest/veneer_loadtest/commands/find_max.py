@@ -78,12 +78,16 @@ def find_max(
     api: Api = ApiChoice.COMPLETIONS,
     share: Annotated[
         float,
-        typer.Option(help="Share of the requests that must keep the limits.", min=0.01, max=1),
+        typer.Option(help="Share of requests that must meet the limits.", min=0.01, max=1),
     ] = 0.99,
     begin: Annotated[float, typer.Option(help="First rate to try, requests per second.")] = 1.0,
     precision: Annotated[
         float,
-        typer.Option(help="Stop when the rates that kept and broke are so close.", min=0.01),
+        typer.Option(
+            help="Stop when the highest rate that met the limits and the lowest that broke "
+            "them are this close.",
+            min=0.01,
+        ),
     ] = 0.1,
     arrivals: Annotated[str, typer.Option(help="poisson, constant or gamma:CV.")] = "poisson",
     duration: Annotated[str, typer.Option(help="Length of the load at each rate.")] = "20s",
@@ -111,7 +115,7 @@ def find_max(
     fail_if: FailIf = None,
     debug: Debug = False,
 ) -> None:
-    """Find the highest request rate that a server serves within latency limits."""
+    """Find the highest request rate that a server sustains within latency limits."""
 
     async def work() -> None:
         limits = [parse_limit(each, KEYS) for each in fail_if or ()]
@@ -184,7 +188,7 @@ def find_max(
                     if stop.event.is_set():
                         return None
                     tried.append(rate)
-                    told = f"kept by {level.slo.share:.1%}" if level.slo else ""
+                    told = f"met by {level.slo.share:.1%}" if level.slo else ""
                     sign = "ok" if keeps(level, share) else "broken"
                     OUT.print(f"{rate:.2f} requests/s: {sign}, {told}", style="dim")
                     return level

@@ -79,11 +79,13 @@ OpenAi = Annotated[
     ),
 ]
 Model = Annotated[str, typer.Option(help="With --openai: the base; default: its first model.")]
-Api = Annotated[ApiChoice, typer.Option(help="With --openai: which API.")]
+Api = Annotated[ApiChoice, typer.Option(help="With --openai: API to call.")]
 Metrics = Annotated[
     str | None,
     typer.Option(
-        metavar="HOST:PORT", help="Metrics of --server, for its counts and its tiers over time."
+        metavar="HOST:PORT",
+        help="Metrics endpoint of --server, for its own counts and for adapter tiers over "
+        "time.",
     ),
 ]
 BaseFolderOfLoad = Annotated[
@@ -95,7 +97,7 @@ BaseFolderOfLoad = Annotated[
     ),
 ]
 ThreadCount = Annotated[
-    int, typer.Option("--threads", help="Of a spawned server; 0: one per core.")
+    int, typer.Option("--threads", help="Threads of a spawned server; 0: one per core.")
 ]
 Flags = Annotated[
     list[str] | None,
@@ -105,14 +107,15 @@ Generate = Annotated[
     str,
     typer.Option(
         metavar="N[,N...]",
-        help="Synthetic adapters to make; several: a load for each.",
+        help="Number of synthetic adapters; several numbers: one load for each.",
     ),
 ]
 GenerateOne = Annotated[
-    int, typer.Option("--generate", help="Synthetic adapters to make; 0: the base.", min=0)
+    int,
+    typer.Option("--generate", help="Number of synthetic adapters; 0: the base model.", min=0),
 ]
 AdaptersFolder = Annotated[
-    Path | None, typer.Option("--adapters", help="Publish the adapter folders in it.")
+    Path | None, typer.Option("--adapters", help="Publish the adapter folders in this folder.")
 ]
 Ranks = Annotated[
     str,
@@ -124,9 +127,7 @@ Targets = Annotated[
     str,
     typer.Option(help="Projections of the synthetic adapters: all, attention, or q_proj,..."),
 ]
-Keep = Annotated[
-    bool, typer.Option("--keep", help="Do not delete published adapters, for a later run.")
-]
+Keep = Annotated[bool, typer.Option("--keep", help="Keep published adapters for a later run.")]
 Names = Annotated[
     str,
     typer.Option(
@@ -137,7 +138,7 @@ First = Annotated[
     str,
     typer.Option(
         metavar="N[,N...]",
-        help="Use the first N of --names or --adapters; with several, a load for each.",
+        help="Use the first N of --names or --adapters; several numbers: one load for each.",
     ),
 ]
 PopularityText = Annotated[
@@ -150,24 +151,26 @@ PopularityText = Annotated[
 PromptTokens = Annotated[
     str, typer.Option("--prompt-tokens", help="64, 16..64 or lognormal:MEAN:CV:MAX.")
 ]
-Tokens = Annotated[str, typer.Option("--tokens", help="New tokens; given as --prompt-tokens.")]
-CancelShare = Annotated[
-    float, typer.Option(help="Share of requests whose caller cancels early.", min=0, max=1)
+Tokens = Annotated[
+    str, typer.Option("--tokens", help="New tokens per request; same forms as --prompt-tokens.")
 ]
-Text = Annotated[bool, typer.Option("--text", help="Prompts are words, not token ids.")]
+CancelShare = Annotated[
+    float, typer.Option(help="Share of requests that the client cancels early.", min=0, max=1)
+]
+Text = Annotated[bool, typer.Option("--text", help="Send prompts as words, not token ids.")]
 IgnoreEos = Annotated[
     bool,
-    typer.Option(
-        help="Answers continue after an end of sequence; OpenAI's own API cannot do that."
-    ),
+    typer.Option(help="Ignore the end of sequence; OpenAI's own API does not support this."),
 ]
 PrefixCache = Annotated[
-    bool, typer.Option("--prefix-cache", help="Let a Veneer server use its prefix cache.")
+    bool, typer.Option("--prefix-cache", help="Allow a Veneer server to use its prefix cache.")
 ]
-Timeout = Annotated[str, typer.Option(help="A request that takes longer has failed.")]
+Timeout = Annotated[
+    str, typer.Option(help="Timeout per request; longer requests count as failed.")
+]
 Workers = Annotated[
     int,
-    typer.Option(help="Sending processes; 0: as the rate needs.", min=0, max=64),
+    typer.Option(help="Number of sending processes; 0: chosen by rate.", min=0, max=64),
 ]
 
 

@@ -30,7 +30,11 @@ HtmlFile = Annotated[
 ]
 FailIf = Annotated[
     list[str] | None,
-    typer.Option("--fail-if", metavar="COND", help="Exit 3 if it holds; repeatable."),
+    typer.Option(
+        "--fail-if",
+        metavar="COND",
+        help="Exit with status 3 if the condition holds; repeatable.",
+    ),
 ]
 
 
@@ -85,8 +89,8 @@ class Outputs:
             raise typer.Exit(1)
         if result.partial:
             errors.print(
-                f"[yellow]partial:[/yellow] {escape(result.why)}; the figures cover what had "
-                "ended by then"
+                f"[yellow]partial:[/yellow] {escape(result.why)}; the figures cover the "
+                "requests that had ended by then"
             )
             raise typer.Exit(ENDED_EARLY)
         held = [limit for limit in self.limits if limit.holds(result.summary)]

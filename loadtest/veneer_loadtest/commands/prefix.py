@@ -44,7 +44,7 @@ def prefix(
     generate: Annotated[int, typer.Option(help="Synthetic adapters; 0: the base.", min=0)] = 8,
     rank: Rank = 16,
     shared: Annotated[int, typer.Option(help="Tokens of the shared prefix.", min=1)] = 512,
-    own: Annotated[int, typer.Option(help="Tokens of each request's own ending.", min=1)] = 16,
+    own: Annotated[int, typer.Option(help="Tokens of each request's own suffix.", min=1)] = 16,
     tokens: Annotated[int, typer.Option(help="New tokens per stream.", min=2)] = 32,
     repeat: Annotated[int, typer.Option(help="Rounds with and without the cache.", min=1)] = 4,
     base_folder: BaseFolder = None,
@@ -54,7 +54,7 @@ def prefix(
     json_file: JsonFile = None,
     debug: Debug = False,
 ) -> None:
-    """Measure what the prefix cache gains if prompts share a prefix."""
+    """Measure the gain of the prefix cache when prompts share a prefix."""
 
     async def work() -> None:
         levels = numbers_of("--streams", streams, least=1)

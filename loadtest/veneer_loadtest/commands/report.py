@@ -43,14 +43,16 @@ _COLUMN_WIDTH: Final = 16
 def report(
     files: Annotated[
         list[Path],
-        typer.Argument(metavar="FILE...", help="Of run, find-max, swap or compare --json."),
+        typer.Argument(
+            metavar="FILE...", help="Result files (--json) of run, find-max, swap or compare."
+        ),
     ],
     html_file: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Write a page with plots.")
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Show results side by side, here and as a page with plots."""
+    """Show results side by side, in the terminal and as a page with plots."""
 
     async def work() -> None:
         check_writable(html_file)

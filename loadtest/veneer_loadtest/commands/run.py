@@ -96,18 +96,21 @@ def run(
         str, typer.Option(help="Arrivals of the open loop: poisson, constant or gamma:CV.")
     ] = "poisson",
     streams: Annotated[
-        int | None, typer.Option(help="Closed loop: this many requests at any time.")
+        int | None, typer.Option(help="Closed loop: number of requests in flight.")
     ] = None,
     trace: Annotated[
         Path | None,
-        typer.Option(help="Replay a file's requests, one JSON object a line."),
+        typer.Option(help="Replay the requests of a file, one JSON object per line."),
     ] = None,
-    speed: Annotated[float, typer.Option(help="Speed of the replay; 2: twice as fast.")] = 1.0,
+    speed: Annotated[float, typer.Option(help="Replay speed; 2: twice as fast.")] = 1.0,
     duration: Annotated[
-        str, typer.Option(help="Send no request after it; default 30s, or a trace's end.")
+        str,
+        typer.Option(help="Stop sending after this time; default: 30s, or the end of a trace."),
     ] = "",
-    requests: Annotated[int, typer.Option(help="Most requests; 0: no limit.", min=0)] = 0,
-    warmup: Annotated[str, typer.Option(help="Sent, but not measured.")] = "0s",
+    requests: Annotated[
+        int, typer.Option(help="Maximum number of requests; 0: no limit.", min=0)
+    ] = 0,
+    warmup: Annotated[str, typer.Option(help="Time at the start that is not measured.")] = "0s",
     generate: Generate = "",
     adapters: AdaptersFolder = None,
     names: Names = "",
@@ -136,13 +139,13 @@ def run(
     json_file: JsonFile = None,
     csv_file: Annotated[
         Path | None,
-        typer.Option("--csv", metavar="FILE", help="Write a row per request."),
+        typer.Option("--csv", metavar="FILE", help="Write a CSV row per request."),
     ] = None,
     html_file: HtmlFile = None,
     fail_if: FailIf = None,
     debug: Debug = False,
 ) -> None:
-    """Load a server as its users would, and report what they would have seen."""
+    """Put a load on a server as its users would, and report what they would see."""
 
     async def work() -> None:
         kept: list[tuple[int, float, list[Record]]] = []

@@ -61,7 +61,7 @@ KEYS = (
 def swap(
     spawn: Spawn = False,
     server: Server = None,
-    samples: Annotated[int, typer.Option(help="Samples of each case.", min=1)] = 20,
+    samples: Annotated[int, typer.Option(help="Samples per case.", min=1)] = 20,
     rank: Rank = 16,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens per prompt.", min=1)] = 40,
     churn_text: Annotated[
@@ -74,10 +74,12 @@ def swap(
     churn_by: Annotated[
         ChurnBy,
         typer.Option(
-            help="What happens while streams decode: uploads, or loads of adapters on DISK.",
+            help="What to do while streams decode: upload adapters, or load them from DISK.",
         ),
     ] = "upload",
-    churn_phases: Annotated[int, typer.Option(help="Phases of each kind.", min=1)] = 2,
+    churn_phases: Annotated[
+        int, typer.Option(help="Number of phases of each kind.", min=1)
+    ] = 2,
     base_folder: BaseFolder = None,
     threads: Threads = 0,
     cpus_text: Annotated[
@@ -96,8 +98,8 @@ def swap(
     fail_if: FailIf = None,
     debug: Debug = False,
 ) -> None:
-    """Measure what a swap of adapters costs, by the tier that holds the next one, and how
-    published adapters affect running streams."""
+    """Measure the cost of swapping adapters, by the tier that holds the next one, and
+    the effect of uploads on running streams."""
 
     async def work() -> None:
         limits = [parse_limit(each, KEYS) for each in fail_if or ()]
@@ -131,8 +133,9 @@ def swap(
                 OUT.print(swap_table(cases))
                 if "disk_cold" not in cases:
                     OUT.print(
-                        "[yellow]note:[/yellow] the adapters' files stayed in the page cache: "
-                        "disk figures are of a warm cache (--spawn on a local disk drops them)",
+                        "[yellow]note:[/yellow] the adapter files stayed in the page cache, "
+                        "so disk figures are for a warm cache (--spawn on a local disk drops "
+                        "the cache)",
                         soft_wrap=True,
                     )
                 churned = None
@@ -196,7 +199,7 @@ async def _churn(
             Path(scratch), options.base, count=4, rank=options.rank, seed=options.seed
         )
         async with setup.published(client, named):
-            with Screen(stderr=True).status(f"streams beside {by}s"):
+            with Screen(stderr=True).status(f"streams during {by}s"):
                 return await churn(
                     client,
                     ChurnOptions(

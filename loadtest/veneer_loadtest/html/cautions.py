@@ -53,7 +53,7 @@ def conditions_banners(results: Sequence[Result], names: Sequence[str] = ()) -> 
     for number, result in enumerate(results):
         of = f" ({name_of(results, number, names)})" if len(results) > 1 else ""
         if result.partial:
-            why = result.why or "no reason was written"
+            why = result.why or "no reason was recorded"
             found.append(
                 Banner("bad", f"Partial{of}:", f"{why}. The figures cover what had ended.")
             )
@@ -68,8 +68,8 @@ def _busy(result: Result, of: str) -> list[Banner]:
         return []
     text = (
         f"the load average of the minute before was {amount(average[0])} on "
-        f"{count(cores, 'core')}: other work took part of the machine, and figures are worse "
-        "than they would be on an idle one."
+        f"{count(cores, 'core')}: other work was using the machine, so figures are worse than "
+        "on an idle one."
     )
     return [Banner("warn", f"Busy machine{of}:", text)]
 
@@ -78,7 +78,7 @@ def _generator(column: Column, of: str) -> list[Banner]:
     found = []
     generator = column.level.generator
     if generator.lost:
-        text = f"nothing is known of {count(generator.lost, 'request')} that were sent."
+        text = f"no result arrived for {count(generator.lost, 'request')} that were sent."
         found.append(Banner("bad", f"Requests lost{of}:", text))
     if generator.late_p99_ms > _LATE_MS:
         text = (

@@ -198,14 +198,14 @@ def _latency(group: str, field: str, *parts: str) -> list[Figure]:
 
 FIGURES: Final[tuple[Figure, ...]] = (
     Figure("Requests", "adapters", lambda level: level.adapters, _whole, compared=False),
-    Figure("Requests", "ended well", lambda level: level.requests.ok, _whole),
+    Figure("Requests", "succeeded", lambda level: level.requests.ok, _whole),
     Figure("Requests", "failed", lambda level: level.requests.failed, _whole),
-    Figure("Requests", "share failed", _failed_share, share),
-    Figure("Requests", "caller left", lambda level: level.requests.left, _whole),
+    Figure("Requests", "failed, share", _failed_share, share),
+    Figure("Requests", "canceled by client", lambda level: level.requests.left, _whole),
     Figure("Throughput", "requests/s", lambda level: level.requests_per_s, amount),
     Figure("Throughput", "new tokens/s", lambda level: level.tokens_per_s, amount),
     Figure("Throughput", "prompt tokens/s", lambda level: level.prompt_tokens_per_s, amount),
-    Figure("Goodput", "share good", lambda v: v.slo.share if v.slo else None, share),
+    Figure("Goodput", "within limits, share", lambda v: v.slo.share if v.slo else None, share),
     Figure("Goodput", "good/s", lambda v: v.slo.goodput_per_s if v.slo else None, amount),
     *_latency("First token", "first_token_ms", "p50", "p90", "p99", "max"),
     *_latency("Between tokens", "inter_token_ms", "p50", "p90", "p99", "max"),
@@ -216,7 +216,7 @@ FIGURES: Final[tuple[Figure, ...]] = (
     Figure("Adapters", "waits", lambda v: len(v.loads) + v.loads_left_out, _whole),
     Figure("Adapters", "evictions", _evictions, _whole),
     Figure(
-        "Generator", "sent late, p99", lambda v: v.generator.late_p99_ms, ms, compared=False
+        "Generator", "send delay, p99", lambda v: v.generator.late_p99_ms, ms, compared=False
     ),
     Figure("Generator", "CPU, cores", lambda v: v.generator.cpu_share, amount, compared=False),
     Figure("Generator", "lost", lambda v: v.generator.lost, _whole, compared=False),

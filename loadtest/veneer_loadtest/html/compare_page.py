@@ -36,7 +36,7 @@ def compare_page(results: Sequence[CompareResult], names: Sequence[str] = ()) ->
     name = name_of(results, 0, names) if alone else ""
     return document(
         "compare",
-        "Veneer beside other systems" + (f": {name}" if name else ""),
+        "Veneer compared with other systems" + (f": {name}" if name else ""),
         [line for r, n in zip(results, told, strict=True) for line in _lede(r, n)],
         [
             *conditions_banners(results, names),

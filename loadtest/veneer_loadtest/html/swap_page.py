@@ -66,7 +66,7 @@ def _few(results: Sequence[SwapResult], names: Sequence[str]) -> list[Banner]:
         if least < FEW:
             found.append(few_samples(f"{count(least, 'request')} a case{of}", "--samples"))
         if (churn := result.churn) is not None and churn.publishes < FEW:
-            text = f"{count(churn.publishes, 'adapter')} {churn.by}ed beside streams{of}"
+            text = f"{count(churn.publishes, 'adapter')} {churn.by}ed while streams run{of}"
             found.append(few_samples(text, "--churn"))
     return found
 
@@ -148,7 +148,7 @@ def _first_tokens_caption(results: Sequence[SwapResult], names: Sequence[str]) -
             lines.append(
                 (f"{name}: " if name else "") + "Median added: " + "; ".join(deltas) + "."
             )
-    return "\n".join([*lines, "A mark is one request; a line is the median, in ms beside it."])
+    return "\n".join([*lines, "A mark is one request; a line is the median, labelled in ms."])
 
 
 def _churn(results: Sequence[SwapResult], names: Sequence[str]) -> Plot:

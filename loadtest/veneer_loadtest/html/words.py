@@ -118,11 +118,11 @@ def load_words(load: LoadSpec, rates: Sequence[float] = ()) -> list[str]:
         ends.append(f"after {load.duration_s:g} s")
     if load.requests:
         ends.append(f"after {count(load.requests, 'request')}")
-    told.append(f"No request was begun {' or '.join(ends)}." if ends else "Sent to its end.")
+    told.append(f"No request was begun {' or '.join(ends)}." if ends else "Sent completely.")
     if load.warmup_s:
-        told.append(f"The first {load.warmup_s:g} s are warm-up, in no figure.")
+        told.append(f"The first {load.warmup_s:g} s are warm-up and not measured.")
     if load.cancel_share:
-        told.append(f"{share(load.cancel_share)} of the callers leave early.")
+        told.append(f"{share(load.cancel_share)} of the clients cancel early.")
     told.append(f"Seed {load.seed}.")
     return told
 

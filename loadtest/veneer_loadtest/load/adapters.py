@@ -51,9 +51,7 @@ class AdapterOptions:
                 "them on the other server yourself, and name them with --names a,b"
             )
         if traced and (self.generate or self.first):
-            raise BadOption(
-                "a trace names its adapters itself: leave out --generate and --first"
-            )
+            raise BadOption("a trace names its own adapters: leave out --generate and --first")
         if self.first and not (self.names or self.folder):
             raise BadOption(
                 "--first goes with --names and --adapters; --generate takes several numbers"

@@ -162,7 +162,7 @@ async def _models(session: aiohttp.ClientSession, url: str) -> tuple[str, ...] |
         async with session.get(f"{url.rstrip('/')}/v1/models", timeout=limit) as answer:
             if answer.status in (401, 403):
                 raise TargetFailed(
-                    f"{url} refuses the API key, or wants one: set {API_KEY} "
+                    f"{url} rejects the API key or requires one: set {API_KEY} "
                     f"[{_refusal(answer.status, await answer.read())}]",
                     metadata={"address": url, "cause": "api_key"},
                 )
@@ -191,8 +191,8 @@ def _failures(url: str) -> Iterator[None]:
         yield
     except aiohttp.ClientConnectorCertificateError as error:
         raise TargetFailed(
-            f"the certificate of {url} is not trusted: give its authority's certificate "
-            f"(--ca FILE, VENEER_CA) [{error.certificate_error}]",
+            f"the certificate of {url} is not trusted: give its CA certificate (--ca FILE, "
+            f"VENEER_CA) [{error.certificate_error}]",
             metadata={"address": url, "cause": "certificate"},
         ) from error
     except (

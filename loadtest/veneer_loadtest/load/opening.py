@@ -148,8 +148,9 @@ async def _veneer(
         text = target.text or shape is None
         if text and not target.text:
             notes.append(
-                f"the server does not say the vocabulary of its base {info.base_model.name}: "
-                "prompts are words (give --base-folder its folder for token ids)"
+                "the server does not report the vocabulary of its base "
+                f"{info.base_model.name}: prompts are words (give --base-folder its folder for "
+                "token ids)"
             )
         with tempfile.TemporaryDirectory(prefix="veneer-loadtest-") as scratch:
             named, levels = chosen(adapters, traced, shape, Path(scratch), tell)
@@ -200,7 +201,7 @@ async def _openai(
     if missing or "" in asked:
         there = ", ".join((models or ())[:10]) or "none"
         raise TargetFailed(
-            f"{target.openai} serves no model {missing[0] if missing else ''!r}: give --names "
+            f"{target.openai} has no model {missing[0] if missing else ''!r}: give --names "
             f"(adapters) and --model (the base) from what it lists: {there}"
         )
     shape = None

@@ -47,8 +47,8 @@ def read_result(path: Path) -> Result:
         head = msgspec.json.decode(text, type=_Head)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise BadResult(
-            f"{path} is no whole result file ({error}): was it copied while it was written, or "
-            "cut? A run that is stopped writes a whole one, marked as partial",
+            f"{path} is not a complete result file ({error}): was it copied while being "
+            "written, or truncated? A stopped run writes a complete one, marked as partial",
             metadata={"file": str(path), "cause": "not_whole"},
         ) from error
     if head.kind not in _KINDS:
@@ -59,7 +59,7 @@ def read_result(path: Path) -> Result:
         )
     if head.format > FORMAT:
         raise BadResult(
-            f"{path} was written by a newer veneer-loadtest: read it with that one",
+            f"{path} was written by a newer veneer-loadtest: read it with that version",
             metadata={"file": str(path), "cause": "newer", "format": str(head.format)},
         )
     try:

@@ -47,7 +47,7 @@ __all__ = ["cli", "main"]
 _EXAMPLES = """
 Examples:
 
-  veneer-sim run                                two replicas, each way of routing
+  veneer-sim run                                two replicas, each routing policy
 
   veneer-sim fit --core 0 --out costs.json      measure this machine
 
@@ -73,14 +73,16 @@ def _form(kind: str, what: str) -> Any:
 @cli.command("run")
 def _run(
     routing: Routings = "all",
-    replicas: Annotated[int, typer.Option(help="How many servers.")] = 2,
-    adapters: Annotated[int, typer.Option(help="How many adapters.")] = 64,
+    replicas: Annotated[int, typer.Option(help="Number of servers.")] = 2,
+    adapters: Annotated[int, typer.Option(help="Number of adapters.")] = 64,
     in_memory: InMemory = 16,
     on_disk: Annotated[
         int,
-        typer.Option(help="Adapters in a replica's disk cache; 0: all, from the start."),
+        typer.Option(help="Adapters in a replica's disk cache; 0: all of them from the start."),
     ] = 0,
-    adapter_bytes: Annotated[int, typer.Option(help="Bytes of an adapter.")] = 4_884_480,
+    adapter_bytes: Annotated[
+        int, typer.Option(help="Size of an adapter in bytes.")
+    ] = 4_884_480,
     zipf: ZipfExponent = 1.0,
     requests: Requests = 2000,
     rate: Rate = 6.0,
@@ -92,7 +94,7 @@ def _run(
     answer_tokens: AnswerTokens = 16,
     sessions: Sessions = 0.0,
     warm: Annotated[
-        float, typer.Option(help="Share of the requests at the start that is not measured.")
+        float, typer.Option(help="Share of requests at the start that are not measured.")
     ] = 0.1,
     lose: Annotated[list[str] | None, _form("lose", "A replica is lost")] = None,
     drain: Annotated[list[str] | None, _form("drain", "A replica drains")] = None,
@@ -103,7 +105,7 @@ def _run(
     json_file: Json = None,
     debug: Debug = False,
 ) -> None:
-    """Simulate a load on a cluster, once for each way of routing."""
+    """Simulate a load on a cluster, once per routing policy."""
 
     async def work() -> None:
         check_writable(json_file)
@@ -146,10 +148,10 @@ def _run(
 @cli.command("real")
 def _real(
     routing: Routings = "adapter,round-robin",
-    cores: Annotated[str, typer.Option(help="A core for each server.")] = "0,1",
-    adapters: Annotated[int, typer.Option(help="How many adapters.")] = 64,
+    cores: Annotated[str, typer.Option(help="One core per server.")] = "0,1",
+    adapters: Annotated[int, typer.Option(help="Number of adapters.")] = 64,
     in_memory: InMemory = 16,
-    rank: Annotated[int, typer.Option(help="Of the adapters.")] = 8,
+    rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 8,
     zipf: ZipfExponent = 1.0,
     requests: Requests = 600,
     rate: Rate = 6.0,
@@ -160,16 +162,16 @@ def _real(
     fit_rounds: Annotated[
         int,
         typer.Option(
-            help="Rather than --costs, fit costs to these servers, in so many rounds before, "
-            "between and after the runs, on a machine that others use too."
+            help="Instead of --costs: fit costs to these servers in this many rounds "
+            "before, between and after the runs, for a machine shared with others."
         ),
     ] = 0,
-    repeat: Annotated[int, typer.Option(help="How often, in turns.")] = 1,
+    repeat: Annotated[int, typer.Option(help="Number of alternating repetitions.")] = 1,
     seed: Seed = 1,
     json_file: Json = None,
     debug: Debug = False,
 ) -> None:
-    """Send a scenario's requests to real servers, one on each core, and simulate the same."""
+    """Send a scenario's requests to real servers, one per core, and simulate the same."""
 
     async def work() -> None:
         check_writable(json_file)
@@ -213,14 +215,14 @@ def _real(
 
 @cli.command("fit")
 def _fit(
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the costs go.")],
-    core: Annotated[int, typer.Option(help="The server's core.")] = 0,
-    rank: Annotated[int, typer.Option(help="Of the adapters.")] = 8,
-    rounds: Annotated[int, typer.Option(help="Of all measurements.")] = 15,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Output file of the costs.")],
+    core: Annotated[int, typer.Option(help="Core of the server.")] = 0,
+    rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 8,
+    rounds: Annotated[int, typer.Option(help="Seed of all measurements.")] = 15,
     seed: Seed = 1,
     debug: Debug = False,
 ) -> None:
-    """Measure what takes how long on a real server with the bundled base, started for this."""
+    """Measure the cost of each operation on a real server with the bundled base."""
 
     async def work() -> None:
         check_writable(out)

@@ -139,8 +139,8 @@ _ROWS: Mapping[str, Any] = {
     "load max/mean": lambda f: f"{f.balance:.3f}",
     "fairness (Jain)": lambda f: f"{f.fairness:.3f}",
     "worst tenant p99 ms": lambda f: f"{f.worst_tenant_p99_s * 1e3:.1f}",
-    "publication everywhere ms": lambda f: _everywhere(f.everywhere_s),
-    "answered on an old revision": lambda f: f"{f.old_revision}",
+    "publication to all replicas ms": lambda f: _everywhere(f.everywhere_s),
+    "answered by an old revision": lambda f: f"{f.old_revision}",
     "length s": lambda f: f"{f.seconds:.0f}",
     "CPU s": lambda f: f"{f.cpu_s:.1f}",
 }

@@ -53,7 +53,7 @@ class Measured:
         """The medians, to read."""
         kinds = {f"first token, prompt {n}": each for n, each in self.first.items()}
         kinds |= {f"between tokens, streams, adapters {n}": e for n, e in self.apart.items()}
-        kinds |= {"load": self.load, "load beside a step": self.load_beside}
+        kinds |= {"load": self.load, "load during a step": self.load_beside}
         for kind, samples in kinds.items():
             yield f"{kind}: {median(samples) * 1e3:.1f} ms ({len(samples)})"
 

@@ -27,23 +27,23 @@ __all__ = [
 
 InMemory = Annotated[int, typer.Option(help="Adapters that fit into a replica's memory.")]
 ZipfExponent = Annotated[float, typer.Option("--zipf", help="Exponent of popularity.")]
-Requests = Annotated[int, typer.Option(help="How many requests.")]
+Requests = Annotated[int, typer.Option(help="Number of requests.")]
 Rate = Annotated[float, typer.Option(help="Requests per second in all, on average.")]
 PromptTokens = Annotated[int, typer.Option(help="Mean length of a prompt.")]
 AnswerTokens = Annotated[int, typer.Option(help="Mean length of an answer.")]
 Sessions = Annotated[
-    float, typer.Option("--sessions", help="Share of requests whose prompts begin alike.")
+    float, typer.Option("--sessions", help="Share of requests whose prompts share a prefix.")
 ]
-Seed = Annotated[int, typer.Option(help="Everything random comes from it.")]
+Seed = Annotated[int, typer.Option(help="Random seed.")]
 Routings = Annotated[
     str, typer.Option("--routing", help=f"all, or some of {', '.join(ROUTINGS)}.")
 ]
 CostsFile = Annotated[
     Path | None,
-    typer.Option("--costs", metavar="FILE", help="What takes how long, by `veneer-sim fit`."),
+    typer.Option("--costs", metavar="FILE", help="Costs measured by `veneer-sim fit`."),
 ]
 Json = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to it.")
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to this file.")
 ]
 
 _BY_NAME: Final[dict[str, Routing]] = {routing: routing for routing in ROUTINGS}

@@ -95,7 +95,7 @@ class Engine:
                     yield part
             yield Ended()
         except aiohttp.ClientError:
-            yield Ended.by(lost("the server that had this request is gone"))
+            yield Ended.by(lost("the server handling this request has stopped"))
         finally:
             self._calls -= 1
 

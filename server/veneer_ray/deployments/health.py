@@ -32,5 +32,5 @@ async def require_healthy(channel: grpc.aio.Channel, service: str) -> None:
 def end_replica(code: int) -> None:
     """The server has ended by itself: end at once, so that Serve starts another replica now and
     not after some failed health checks."""
-    _log.error("the server of this replica has ended", status=code)
+    _log.error("the server of this replica has exited", status=code)
     os._exit(1)

@@ -90,11 +90,11 @@ class Ingress:
         except TimeoutError:
             ended = True
             response.cancel()
-            yield Ended.by(lost("no replica has taken this call in time", "no_replica"))
+            yield Ended.by(lost("no replica accepted this call in time", "no_replica"))
         except Exception as error:  # Ray's, of many kinds: died, unreachable, full
             ended = True
             _log.warning("a call has lost its replica", why=type(error).__name__)
-            yield Ended.by(lost("the replica that had this call is gone"))
+            yield Ended.by(lost("the replica handling this call has stopped"))
         finally:
             if not ended:
                 response.cancel()

@@ -64,7 +64,7 @@ class ServerProcess:
                 ready = False
             if not ready:
                 self.stop(0)
-                raise RuntimeError("veneer-server did not start: the lines before say why")
+                raise RuntimeError("veneer-server did not start: see its output above")
             told = json.loads(ports.read_text("utf-8"))
         self.grpc = str(told["grpc"])
         self.openai = str(told["openai"])

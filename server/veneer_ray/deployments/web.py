@@ -55,7 +55,7 @@ class Web:
                     return response
                 case Ended():
                     break
-        return _failure(lost("the replica that had this request is gone"))
+        return _failure(lost("the replica handling this request has stopped"))
 
 
 async def _body(request: Request) -> bytes:

@@ -251,7 +251,7 @@ class Audit:
                 raise Full
             self._lines.put_nowait((history, line))
         except Full:
-            self._lose("the disk is too slow")
+            self._lose("disk too slow")
 
     def _write(self) -> None:
         while True:
@@ -276,7 +276,7 @@ class Audit:
         self.lost += 1
         self._on_lost()
         if self.lost.bit_count() == 1:  # the 1st, 2nd, 4th, 8th ...
-            _log.warning("audit lines are lost", why=why, lost=self.lost)
+            _log.warning("audit lines lost", why=why, lost=self.lost)
 
 
 class _Share:
@@ -344,10 +344,10 @@ class _File:
         if self.regular and self._size and self._size + len(line) > self.most:
             self._rotate()
         written = os.write(self._fd, line)
-        if written < len(line):  # the disk is full
+        if written < len(line):  # disk full
             if self.regular:
                 os.ftruncate(self._fd, self._size)
-            raise OSError(0, "the disk is full")
+            raise OSError(0, "disk full")
         self._size += written
 
     def close(self) -> None:

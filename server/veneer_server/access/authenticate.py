@@ -88,7 +88,7 @@ class Credentials:
         tenant, other = headers.get("veneer-tenant", ""), headers.get("x-veneer-tenant", "")
         if tenant and other and tenant != other:
             raise InvalidField(
-                "veneer-tenant and x-veneer-tenant name two tenants: send one of them",
+                "veneer-tenant and x-veneer-tenant name different tenants: send one of them",
                 metadata={"field": "x-veneer-tenant"},
             )
         bearer = authorization if authorization[:7].lower() == _BEARER else ""
@@ -176,7 +176,7 @@ class Access:
         roles = roles_for(method)
         if roles is None:
             raise PermissionDenied(
-                f"{method} is not open to callers",
+                f"{method} is not available to callers",
                 metadata={"method": method, "cause": "method"},
             )
         if roles is OPEN:
@@ -190,8 +190,8 @@ class Access:
             _is(principal)
         if credentials.passed_on and credentials.passed_on != principal.tenant:
             raise PermissionDenied(
-                f"a follower passes this call on for tenant {credentials.passed_on[:80]!r}, "
-                f"and its caller belongs to {principal.tenant!r} here: give the follower the "
+                f"a follower forwarded this call for tenant {credentials.passed_on[:80]!r}, "
+                f"but its caller belongs to {principal.tenant!r} here: give the follower the "
                 "same --keys-file or --jwt-issuer as its registry",
                 metadata={"cause": "passed_on"},
             )
@@ -200,7 +200,7 @@ class Access:
         FAIRNESS.set(fairness_of(principal.tenant, principal.gateway, routed, weights))
         if method in elsewhere:
             raise PermissionDenied(
-                f"{method.rpartition('/')[2]} is answered on this server's admin port only: "
+                f"{method.rpartition('/')[2]} is available only on this server's admin port: "
                 "ask its operator for the address",
                 metadata={"method": method, "cause": "admin_port"},
             )
@@ -242,21 +242,21 @@ class Access:
         secret = credentials.secret
         if secret and credentials.api_key.strip() not in ("", secret):
             raise InvalidField(
-                "authorization and x-api-key do not have the same key: send one of them",
+                "authorization and x-api-key carry different keys: send one of them",
                 metadata={"field": "x-api-key"},
             )
         if len(secret) > _MAX_CREDENTIAL:
-            raise _refused("a credential has more than 8192 bytes", "credential_size")
+            raise _refused("the credential is longer than 8192 bytes", "credential_size")
         if not secret:
             if credentials.authorization:
-                raise _refused("the authorization must be `Bearer KEY`", "scheme")
+                raise _refused("the authorization header must be `Bearer KEY`", "scheme")
             shown = credentials.certificate
             found = identities and identities.by_certificate(shown.names)
             if found:
                 if shown.until <= time.time():  # it was valid when the client connected
                     raise _refused("the client's certificate has expired", "certificate")
                 return replace(found, until=shown.until)
-            raise _refused("this server wants to know who calls", "no_credential")
+            raise _refused("authentication required", "no_credential")
         if self.tokens is not None and not secret.startswith(_KEY):
             found = await self.tokens.principal(secret)
             return found if identities is None else identities.limited(found)
@@ -269,7 +269,7 @@ class Access:
 def repeated(name: str) -> InvalidField:
     """The error of a call with two values of a header or of metadata in `ONCE`."""
     return InvalidField(
-        f"{name} is there more than once, or has more than one value: send it once, and see "
+        f"{name} is sent more than once, or has more than one value: send it once, and check "
         "that no proxy adds another",
         metadata={"field": name},
     )
@@ -285,8 +285,8 @@ def _visiting(principal: Principal, tenant: str) -> Principal:
     """An operator in another tenant than its own."""
     if not principal.has({"operator"}):
         raise PermissionDenied(
-            "only an operator may name another tenant than its own: leave the header "
-            "x-veneer-tenant (or metadata veneer-tenant) out",
+            "only an operator may act in another tenant: leave out the header "
+            "x-veneer-tenant (or metadata veneer-tenant)",
             metadata={"roles": "operator", "cause": "tenant"},
         )
     if not TENANT.fullmatch(tenant):
@@ -300,7 +300,7 @@ def _visiting(principal: Principal, tenant: str) -> Principal:
 
 def _refused(why: str, cause: str) -> Unauthenticated:
     return Unauthenticated(
-        f"{why}: send a valid API key as `authorization: Bearer KEY`, which our programs take "
-        "from VENEER_API_KEY",
+        f"{why}: run `veneer login` or set VENEER_API_KEY (other clients send the header "
+        "`authorization: Bearer KEY`)",
         metadata={"cause": cause},
     )

@@ -70,13 +70,13 @@ class Certificates:
                 self._pair, context = self._load()
             except InvalidField as error:
                 _log.warning(
-                    "the certificate files are not used, the last ones stay", why=str(error)
+                    "certificate files rejected, keeping the previous ones", why=str(error)
                 )
                 self._stamps = ()  # look again soon: the other file may follow
             else:
                 context.sni_callback = self._begin
                 self._context = context
-                _log.info("certificate read")
+                _log.info("certificate loaded")
         return self._pair
 
     def _begin(

@@ -81,7 +81,8 @@ def revoke_key(path: Path, id: str) -> None:
         keys = document.get("keys", {})
         if id not in keys:
             raise InvalidField(
-                f"{path} has no key {id}: see `veneer-server key ls`", metadata={"field": "id"}
+                f"{path} has no key {id}: list them with `veneer-server key ls`",
+                metadata={"field": "id"},
             )
         del keys[id]
 
@@ -146,7 +147,7 @@ def _keep_owner(path: Path, fd: int, before: os.stat_result) -> None:
         os.fchown(fd, before.st_uid, before.st_gid)
     except PermissionError as error:
         raise InvalidField(
-            f"{path} belongs to another user or group, and would become yours: run this as "
-            f"user {before.st_uid}",
+            f"{path} belongs to another user or group, and its owner would change: run this "
+            f"as user {before.st_uid}",
             metadata={"file": str(path), "cause": "owner"},
         ) from error

@@ -84,12 +84,12 @@ class IdentityFile:
             self._stamp = seen
             if self._reported != (seen,):
                 self._reported = (seen,)
-                _log.warning("the keys file is not used, the last one stays", why=str(error))
+                _log.warning("keys file rejected, keeping the previous keys", why=str(error))
         else:
             self._reported = ()
             if read != before:  # else the object stays: open calls tell changes by it
                 self._identities = read
-                _log.info("keys read", keys=len(read.keys))
+                _log.info("keys loaded", keys=len(read.keys))
         finally:
             self._reading, self._done = None, number
 
@@ -116,14 +116,14 @@ def _read(path: Path) -> tuple[Identities, _Stamp | None]:
         with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
-                raise _unusable(path, "it is not a file")
+                raise _unusable(path, "it is not a regular file")
             if found.st_mode & stat.S_IWOTH:
-                why = f"anybody may write to it; run: chmod o-w {path}"
+                why = f"it is writable by everyone; run: chmod o-w {path}"
                 raise _unusable(path, why, "writable")
             data = file.read(MAX_FILE + 1)
     except FileNotFoundError as error:
-        made = "`veneer-server key new` makes it with its first key"
-        raise _unusable(path, f"it is not there; {made}", "missing") from error
+        made = "`veneer-server key new` creates it with the first key"
+        raise _unusable(path, f"it does not exist; {made}", "missing") from error
     except OSError as error:
         raise _unusable(path, str(error.strerror or error)) from error
     if len(data) > MAX_FILE:

@@ -138,7 +138,7 @@ def parse_identities(text: str, path: Path) -> Identities:
     for id, entry in _tables(document, "keys", path):
         at = f"keys.{id}"
         if not _ID.fullmatch(id):
-            raise _wrong(path, at, "is not an id of a key: use `veneer-server key new`")
+            raise _wrong(path, at, "is not a key id: create keys with `veneer-server key new`")
         _check_fields(path, at, entry, {"sha256", "expires", "created"})
         digest = entry.get("sha256")
         if not isinstance(digest, str) or not _SHA256.fullmatch(digest):

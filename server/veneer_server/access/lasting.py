@@ -146,7 +146,8 @@ async def _refusal(call: _Open) -> VeneerError | None:
         return None  # nobody knows, as while the issuer of tokens is away
     if now.tenant != call.principal.tenant:
         return Unauthenticated(
-            "this credential belongs to another tenant than when the call began: call again",
+            "this credential now belongs to a different tenant than when the call began: "
+            "call again",
             metadata={"cause": "tenant"},
         )
     call.principal = now

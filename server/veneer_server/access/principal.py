@@ -76,8 +76,8 @@ def denied(any_of: Set[Role], principal: Principal, what: str, method: str) -> P
     """The error for a caller that has none of these roles."""
     wanted = sorted(any_of)
     return PermissionDenied(
-        f"{what} takes the role {' or '.join(wanted)}, and this caller has "
-        f"{', '.join(sorted(principal.roles)) or 'none'}: ask for a key with the role",
+        f"{what} requires the role {' or '.join(wanted)}, but this caller has "
+        f"{', '.join(sorted(principal.roles)) or 'none'}: ask for a key with that role",
         metadata={"method": method, "roles": " ".join(wanted), "cause": "role"},
     )
 

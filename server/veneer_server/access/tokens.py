@@ -121,10 +121,10 @@ class Tokens:
         except jwt.InvalidTokenError as error:
             raise _refused("the credential is neither an API key nor a token") from error
         if header.get("alg") not in _ALGORITHMS:
-            raise _refused("the token is not signed by an allowed algorithm")
+            raise _refused("the token is not signed with an allowed algorithm")
         key = await self._key(header.get("kid"))
         if key is None:
-            raise _refused("the token is signed by a key that its issuer does not list")
+            raise _refused("the token is signed with a key that its issuer does not publish")
         try:
             claims = jwt.decode(
                 token,
@@ -205,7 +205,7 @@ class Tokens:
             self._modified = modified
             self._keys = await asyncio.to_thread(_read, file)
         except (OSError, InvalidField) as error:
-            _log.warning("the token keys are not used, the last ones stay", why=str(error))
+            _log.warning("token keys rejected, keeping the previous ones", why=str(error))
 
     async def _fetch(self, least_s: float) -> None:
         """`_start`, and wait until it is done."""
@@ -236,7 +236,7 @@ class Tokens:
             _log.warning("the token issuer's keys cannot be fetched", why=str(error))
             if not self._keys:
                 raise Unavailable(
-                    "tokens cannot be checked yet, since their issuer does not answer: retry",
+                    "tokens cannot be verified yet because their issuer does not answer: retry",
                     retry_after_s=FETCH_S,
                     metadata={"cause": "issuer"},
                 ) from error
@@ -249,7 +249,7 @@ def _download(keys: str, issuer: str) -> dict[str | None, jwt.PyJWK]:
         told = json.loads(_get(issuer.rstrip("/") + _DISCOVERY))
         named = told.get("issuer") if isinstance(told, dict) else None
         if named != issuer:
-            raise ValueError(f"it calls itself {named!r}, not {issuer}")
+            raise ValueError(f"it names itself {named!r}, not {issuer}")
         keys = str(told.get("jwks_uri", ""))
         _check_url(keys)
     data = _get(keys)
@@ -321,14 +321,14 @@ def _check_url(url: str) -> None:
     local = parts.hostname in ("localhost", "127.0.0.1", "::1")
     if parts.scheme != "https" and not (parts.scheme == "http" and local):
         raise InvalidField(
-            f"the token issuer's address {url!r} must be https://, or http:// on this machine: "
-            "whoever can change what it answers can call this server",
+            f"the token issuer's address {url!r} must be https://, or http:// on this "
+            "machine: anyone who can tamper with its answers could call this server",
             metadata={"key": "jwt_keys"},
         )
 
 
 def _refused(why: str) -> Unauthenticated:
     return Unauthenticated(
-        f"{why}: get a new one and send it as `authorization: Bearer TOKEN`",
+        f"{why}: get a new token and send it as `authorization: Bearer TOKEN`",
         metadata={"cause": "token"},
     )

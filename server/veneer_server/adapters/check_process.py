@@ -27,10 +27,7 @@ from veneer_server.wire.frames import framed, read_frame
 
 __all__ = ["Check", "Checked", "main"]
 
-_NO_MEMORY: Final = (
-    "there is not enough memory to check the adapter; stop other processes that use memory, "
-    "and push it again"
-)
+_NO_MEMORY: Final = "not enough memory to check the adapter; free memory, and push it again"
 
 
 class Check(msgspec.Struct, frozen=True, array_like=True):

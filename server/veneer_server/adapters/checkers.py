@@ -121,7 +121,7 @@ def _ask(child: Child, ask: bytes, limit_s: float) -> Checked:
     if late:
         raise DiskFailed(
             f"the adapter could not be checked within {limit_s:.0f} s, tried {TRIES} times: "
-            "the server's disk hangs or its machine is overloaded; push it again",
+            "the server's disk is hanging or the machine is overloaded; push it again",
             metadata={"tries": str(TRIES)},
             retry_after_s=5.0,
         )

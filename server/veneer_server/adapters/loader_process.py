@@ -53,8 +53,8 @@ __all__ = [
 ]
 
 NO_MEMORY: Final = (
-    "there is not enough memory to load the adapter; lower the adapter budgets, or stop "
-    "other processes that use memory, and retry"
+    "not enough memory to load the adapter; lower the adapter budgets, or stop other "
+    "processes that use memory, and retry"
 )
 _MOST_SPARE: Final = 32 << 20
 """Most bytes that a loader keeps ready for the next load."""

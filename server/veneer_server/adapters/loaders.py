@@ -225,7 +225,7 @@ class Loader:
         if late:
             raise DiskFailed(
                 f"adapter {source.name} could not be read within {limit_s:.0f} s, tried "
-                f"{TRIES} times: the disk hangs or the machine is overloaded; retry",
+                f"{TRIES} times: the disk is hanging or the machine is overloaded; retry",
                 metadata={"adapter": source.name, "loaders": str(TRIES)},
                 retry_after_s=5.0,
             )

@@ -88,8 +88,8 @@ class References:
         except (VeneerError, OSError) as error:
             cause, why = "unreadable", f"cannot be read: {cause_of(error)}"
         return BaseDamaged(
-            f"the base's files {why}; the served base cannot be compared with them: put them "
-            "back, or restart the server",
+            f"the base's files {why}; the served base cannot be compared with them: restore "
+            "them, or restart the server",
             metadata={"cause": cause},
         )
 

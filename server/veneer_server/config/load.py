@@ -122,7 +122,7 @@ def _lacks(config: ServerConfig) -> list[str]:
     if config.tls_cert is None:
         lacks.append("--tls-cert and --tls-key (encryption)")
     if config.keys_file is None and not config.jwt_issuer and config.tls_client_ca is None:
-        lacks.append("--keys-file or --jwt-issuer (who may call)")
+        lacks.append("--keys-file or --jwt-issuer (authentication)")
     return lacks
 
 
@@ -136,16 +136,16 @@ def _check_role(config: ServerConfig) -> None:
         for name in ("registry", "registry_ca", "registry_key_file", "registry_cert"):
             if getattr(config, name):
                 raise ConfigInvalid(
-                    f"{_BY_NAME[name].flag} has no effect with --role {config.role}: leave it "
-                    "out, or use --role engine",
+                    f"{_BY_NAME[name].flag} has no effect with --role "
+                    f"{config.role}: remove it, or use --role engine",
                     metadata={"key": name},
                 )
     else:
         for name in ("catalog", "watch_dir", "fetch_allow", "resolve"):
             if getattr(config, name):
                 raise ConfigInvalid(
-                    f"{_BY_NAME[name].flag} has no effect with --role engine, whose adapters "
-                    "are the registry's: give it to the registry",
+                    f"{_BY_NAME[name].flag} has no effect with --role engine, which uses the "
+                    "registry's adapters: set it on the registry",
                     metadata={"key": name},
                 )
     if config.registry:
@@ -170,8 +170,8 @@ def _check_registry(config: ServerConfig) -> None:
     if config.registry_key_file is not None and not (tls or loopback or config.insecure):
         raise ConfigInvalid(
             f"--registry-key-file: the key would be sent to {address} without encryption: add "
-            "--registry-ca, use --registry https://HOST:PORT, or add --insecure if the network "
-            "is trusted",
+            "--registry-ca, use --registry https://HOST:PORT, or add --insecure if you trust "
+            "the network",
             metadata={"key": "registry_key_file", "needs": "insecure"},
         )
 
@@ -188,9 +188,9 @@ def _check(config: ServerConfig) -> None:
         lacks = _lacks(config)
         if address is not None and not address.loopback and lacks and not config.insecure:
             raise ConfigInvalid(
-                f"{_BY_NAME[name].flag} {address} can be reached from other machines: add "
+                f"{_BY_NAME[name].flag} {address} is reachable from other machines: add "
                 f"{' and '.join(lacks)}, use 127.0.0.1:{address.port}, or add --insecure if "
-                "the network is trusted",
+                "you trust the network",
                 metadata={"key": name, "needs": "insecure"},
             )
     if (config.tls_cert is None) != (config.tls_key is None):
@@ -200,13 +200,13 @@ def _check(config: ServerConfig) -> None:
         )
     if config.tls_client_ca is not None and config.tls_cert is None:
         raise ConfigInvalid(
-            "--tls-client-ca needs TLS: give --tls-cert and --tls-key too",
+            "--tls-client-ca needs TLS: also give --tls-cert and --tls-key",
             metadata={"key": "tls_client_ca"},
         )
     if config.role != "engine" and bool(config.store) != bool(config.catalog):
         raise ConfigInvalid(
-            "--store and --catalog belong together: give both, or none to keep adapters in "
-            "--data-dir",
+            "--store and --catalog belong together: give both, or neither to keep adapters "
+            "in --data-dir",
             metadata={"key": "catalog" if config.store else "store"},
         )
     if config.port_file is not None and not config.port_file.parent.is_dir():

@@ -68,7 +68,7 @@ def compile_matcher(
     except ValueError as error:
         raise Refused("", _sentence(str(error))) from error
     except MemoryError as error:
-        raise Refused("memory", "it takes too much memory") from error
+        raise Refused("memory", "it needs too much memory") from error
     except BaseException as error:  # a panic is not an Exception
         raise Refused("library", "the library that compiles it failed") from error
     if matcher.is_error():

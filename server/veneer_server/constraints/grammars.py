@@ -139,7 +139,7 @@ class Grammars:
             answer = None
         if not isinstance(answer, Ready) or answer.error:
             problem = answer.error if isinstance(answer, Ready) else "its process ended"
-            log.warning("no constrained output with this base: %s", problem)
+            log.warning("constrained output is not available with this base: %s", problem)
             self.close()
             return False
         self._ready = True

@@ -177,7 +177,7 @@ class Matchers:
             cause = "limit"
         elif ended_by == signal.SIGKILL:
             cause = "killed"
-        log.warning("a matcher process ended (%s); %d sequences move", cause, len(orphans))
+        log.warning("a matcher process ended (%s); moving %d sequences", cause, len(orphans))
         self._report(MatcherEnded(cause))
         if guilty is not None:
             guilty.deaths += 1
@@ -193,12 +193,12 @@ class Matchers:
         if ended_by == signal.SIGPROF or child.killed_for == _SILENT:
             return (
                 "mask_seconds",
-                "finding the tokens that may follow takes more than "
+                "computing the allowed next tokens takes more than "
                 f"{self._limits.mask_seconds:g} s",
             )
         if ended_by == signal.SIGKILL or child.out_of_memory:
-            return "memory", "following it takes too much memory"
-        return "library", "the library that follows it failed"
+            return "memory", "applying it needs too much memory"
+        return "library", "the library that applies it failed"
 
     def _owing(self, child: Child) -> bool:
         return any(

@@ -34,7 +34,7 @@ def too_slow(limits: ConstraintLimits) -> Refused:
     """The refusal for a mask that took too long."""
     return Refused(
         "mask_seconds",
-        f"finding the tokens that may follow takes more than {limits.mask_seconds:g} s",
+        f"computing the allowed next tokens takes more than {limits.mask_seconds:g} s",
     )
 
 

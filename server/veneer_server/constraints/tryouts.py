@@ -137,7 +137,7 @@ class Tryouts:
             if self._trials.again(run.constraint):
                 self._killed[run.constraint] = killed
             return
-        problem = "the process that compiles it was killed, perhaps for lack of memory"
+        problem = "the process compiling it was killed, possibly out of memory"
         self._end(run, Outcome("memory", problem, lasting=False))
 
     def _meaning(self, run: _Run, ended_by: int) -> Outcome:
@@ -151,11 +151,11 @@ class Tryouts:
             return Outcome("compile_seconds", problem)
         if ended_by == signal.SIGPROF:
             problem = (
-                f"finding the tokens that may follow takes more than {limits.mask_seconds:g} s"
+                f"computing the allowed next tokens takes more than {limits.mask_seconds:g} s"
             )
             return Outcome("mask_seconds", problem, compiled)
         if run.child.out_of_memory:
-            problem = f"compiling it takes more than {limits.memory >> 20} MiB"
+            problem = f"compiling it needs more than {limits.memory >> 20} MiB"
             return Outcome("memory", problem, compiled)
         return Outcome("library", "the library that compiles it failed", compiled)
 

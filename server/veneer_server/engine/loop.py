@@ -245,8 +245,8 @@ class StepLoop:
             self._admit(message)
         elif self._grammars is None:
             error = InvalidField(
-                "constraint is not supported with this base model: llguidance cannot read its "
-                "tokenizer.json. Leave it out, or serve another base",
+                "constraint is not supported with this base model: llguidance cannot read "
+                "its tokenizer.json. Remove the constraint, or serve another base",
                 metadata={"field": "constraint"},
             )
             self._outbox.fail_sequence(message.sequence, error)
@@ -300,10 +300,9 @@ class StepLoop:
             longest = len(request.prompt) + request.max_tokens
             if not self._scheduler.blocks.can_ever_hold(longest):
                 raise ContextTooLong(
-                    f"{longest} tokens of prompt and completion can never fit the KV cache "
-                    f"of {self._scheduler.blocks.total * self._scheduler.blocks.block_size} "
-                    "tokens; ask for fewer, or start the server with a larger "
-                    "--kv-cache-bytes"
+                    f"{longest} tokens of prompt and completion can never fit the KV cache of "
+                    f"{self._scheduler.blocks.total * self._scheduler.blocks.block_size} "
+                    "tokens; request fewer, or start the server with a larger --kv-cache-bytes"
                 )
             self._check_deadline(message)
             if request.adapter is not None:
@@ -333,7 +332,7 @@ class StepLoop:
         raise DeadlineTooShort(
             f"the deadline leaves {max(0.0, left):.2f} s, but computing {own} new prompt "
             f"tokens after {ahead} of running requests takes at least {least:.2f} s: "
-            + ("retry when less is running" if helps else "allow more time"),
+            + ("retry when fewer requests are running" if helps else "increase the deadline"),
             metadata={"least_s": f"{least:.3f}", "ahead_tokens": str(ahead)},
             retry_after_s=least - alone if helps else None,
         )

@@ -112,7 +112,7 @@ def cannot_follow(sequence: Sequence, failure: ConstraintFailure) -> WireError:
     metadata = {"field": "constraint"} | ({"limit": failure.limit} if failure.limit else {})
     return wire_error(
         InvalidField(
-            f"constraint cannot be followed after {sequence.generated} tokens: "
+            f"constraint cannot be applied after {sequence.generated} tokens: "
             f"{failure.problem}. Simplify it",
             metadata=metadata,
         )

@@ -198,17 +198,17 @@ def _runner(
 def _stay(placement: Placement) -> None:
     """Keep this thread, and those that it starts, and their memory where the placement says."""
     if placement.cpus and (why := stay_on(placement.cpus)):
-        log.info("threads may leave the package: %s", why)
+        log.info("threads may run on another CPU package: %s", why)
     if placement.nodes and (why := spread_memory(placement.nodes)):
-        log.info("memory is not spread over NUMA nodes: %s", why)
+        log.info("memory is not interleaved over NUMA nodes: %s", why)
 
 
 def _log_cost(config: EngineConfig, limits: SchedulerLimits, longest: float) -> None:
     assert limits.cost is not None
     if limits.prompt_tokens < config.max_batch_tokens:
         log.warning(
-            "a prompt token takes %.0f ms here: steps take at most %d prompt tokens (%d if "
-            "they also decode), not %d, and the longest may take %.0f s",
+            "a prompt token takes %.0f ms here: limiting steps to %d prompt tokens (%d if "
+            "they also decode) instead of %d; the longest step may take %.0f s",
             1e3 * limits.cost.token_s,
             limits.prompt_tokens,
             limits.prompt_tokens_beside_decode,
@@ -221,8 +221,8 @@ def _device(wanted: str) -> torch.device:
     found = torch.cuda.is_available()
     if wanted == "cuda" and not found:
         raise FailedPrecondition(
-            "torch finds no CUDA device: start with --device cpu, or with --device auto, which "
-            "uses one if there is one"
+            "torch finds no CUDA device: use --device cpu, or --device auto, which uses a GPU "
+            "if there is one"
         )
     if wanted == "auto":
         wanted = "cuda" if found else "cpu"
@@ -337,7 +337,7 @@ def main() -> None:
         log.error("%s", error)
         sys.exit(1)
     except (SystemExit, BrokenPipeError, ConnectionResetError):
-        log.info("the front process has ended")
+        log.info("the front process exited")
         os._exit(1)
 
     tame_collector()
@@ -355,9 +355,9 @@ def main() -> None:
     try:
         loop.run()
     except (BrokenPipeError, ConnectionResetError):
-        log.info("the front process has ended")
+        log.info("the front process exited")
     except Exception:
-        log.exception("fatal: the step loop failed")
+        log.exception("fatal: step loop failed")
         # Load workers must not keep a broken engine alive.
         os._exit(1)
     os._exit(0)

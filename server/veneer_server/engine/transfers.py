@@ -141,9 +141,8 @@ class Transfers:
         if room is None or device_bytes is None or device_bytes <= room:
             return
         raise AdapterBudgetExceeded(
-            f"this backend reserved {room} bytes of the device for adapters when it started, "
-            f"and {device_bytes} are more: restart the server with a larger "
-            f"--{FLAG['device']}",
+            f"this backend reserved {room} device bytes for adapters at startup, less than "
+            f"{device_bytes}: restart the server with a larger --{FLAG['device']}",
             metadata={"budget": str(device_bytes), "room": str(room), "tier": "device"},
         )
 

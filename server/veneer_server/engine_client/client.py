@@ -453,8 +453,8 @@ class EngineClient:
         if self._supervisor.connection is not None:
             return
         if not self._supervisor.started:
-            raise ModelLoading("the base model is still loading; retry", retry_after_s=2.0)
-        raise EngineFailed("the engine process is restarting; retry", retry_after_s=2.0)
+            raise ModelLoading("the base model is still loading: retry", retry_after_s=2.0)
+        raise EngineFailed("the engine process is restarting: retry", retry_after_s=2.0)
 
 
 def _rebuild(error: WireError) -> VeneerError:

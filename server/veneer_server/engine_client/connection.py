@@ -149,7 +149,7 @@ async def _loaded(reader: asyncio.StreamReader, messages: list[FromEngine]) -> E
                     del parts[part.name]
             messages = await next_frame(reader)
         raise EngineFailed(
-            "the engine process ended while loading the base model; its log says why"
+            "the engine process exited while loading the base model; see its log"
         )
     finally:
         for part in parts.values():  # it ended in the middle of these

@@ -101,7 +101,7 @@ class _NoPlaces(Places):
 def refuse_engine_work() -> NoReturn:
     """Raise FailedPrecondition: the role has no engine."""
     raise FailedPrecondition(
-        "this server has the role registry: it keeps adapters, and generates nothing and loads "
-        "none; ask a server with --role engine that follows it",
+        "this server has the role registry: it stores adapters and does not load them or "
+        "generate; use a server with --role engine that follows it",
         metadata={"cause": "role", "role": "registry"},
     )

@@ -397,7 +397,7 @@ class Places:
         if within_s is not None and wait > within_s:
             self._on_refused(flow.key[0], "deadline")
             raise DeadlineTooShort(
-                f"the deadline leaves {max(0.0, within_s):.2f} s, but requests wait for about "
+                f"the deadline leaves {max(0.0, within_s):.2f} s, but the queue takes about "
                 f"{wait:.1f} s now: allow more time, or retry later",
                 metadata={"cause": "deadline", "wait_s": f"{wait:.3f}"},
                 retry_after_s=_clamped(wait - within_s),
@@ -405,8 +405,8 @@ class Places:
         if self._max_wait_s and wait > self._max_wait_s:
             self._on_refused(flow.key[0], "queue_wait")
             raise QueueFull(
-                f"a request would wait for about {wait:.1f} s, and this server lets none wait "
-                f"longer than {self._max_wait_s:g} s: retry later",
+                f"the queue takes about {wait:.1f} s now, and this server's limit is "
+                f"{self._max_wait_s:g} s (--max-queue-wait): retry later",
                 metadata={"cause": "queue_wait", "wait_s": f"{wait:.3f}"},
                 retry_after_s=_clamped(wait - self._max_wait_s),
             )
@@ -414,8 +414,8 @@ class Places:
     def _waited_too_long(self, place: Place) -> None:
         place.timer = None
         error = QueueFull(
-            f"the request has waited for {self._max_wait_s:g} s, longer than this server lets "
-            "any wait: retry later",
+            f"the request has waited for {self._max_wait_s:g} s, this server's limit "
+            "(--max-queue-wait): retry later",
             metadata={"cause": "queue_wait"},
             retry_after_s=self._retry_s(place.flow),
         )
@@ -523,8 +523,8 @@ class Places:
             return
         self._on_refused(flow.key[0], "queue_full")
         raise QueueFull(
-            f"requests have {self.samples} unfinished samples, {flow.samples} of them yours, "
-            f"and this server keeps {most}; ask for fewer samples, retry later, or start the "
+            f"{self.samples} samples are unfinished, {flow.samples} of them yours, and this "
+            f"server's limit is {most}; ask for fewer samples, retry later, or start the "
             "server with a larger --max-queue",
             metadata={"cause": "queue_full"},
             retry_after_s=self._retry_s(flow, new=new),
@@ -550,11 +550,12 @@ class Places:
             if isinstance(place, Seat):
                 self._give_back(place)
                 place.returned = True
-                place.end(QueueFull("its place was given to another request; it waits again"))
+                place.end(QueueFull("its place went to another request; it is queued again"))
                 continue
             error = QueueFull(
-                "all places are taken, and this request's went to a tenant that had fewer "
-                "for its weight: retry later, or start the server with a larger --max-queue",
+                "the queue is full, and this request's place went to a tenant with fewer "
+                "requests for its weight: retry later, or start the server with a larger "
+                "--max-queue",
                 metadata={"cause": "displaced"},
                 retry_after_s=self._retry_s(place.flow),
             )

@@ -218,9 +218,9 @@ class ResidentSet:
             pinned = sum(self._bytes(r.source) for r in self.snapshot() if r.pin == tier)
             if budget is not None and pinned > budget:
                 raise AdapterBudgetExceeded(
-                    f"a {tier} budget of {budget} bytes is less than pinned adapters take "
-                    f"there ({pinned}), some of which are still being restored: unpin "
-                    "some, or choose a larger budget",
+                    f"a {tier} budget of {budget} bytes is less than the pinned adapters use "
+                    f"there ({pinned}; some are still being restored): unpin some, or choose "
+                    "a larger budget",
                     metadata={
                         "budget": str(budget),
                         "pinned": str(pinned),
@@ -330,7 +330,7 @@ class ResidentSet:
         """Whether the adapter is not there yet, fits, and has not been tried too often."""
         if lost.tries >= _MOST_TRIES:
             log.warning(
-                "adapter %s is not restored: the engine died %d times while it was loaded",
+                "adapter %s is not restored: the engine died %d times while loading it",
                 lost.source.name,
                 lost.tries,
             )

@@ -51,9 +51,9 @@ class OutputStream:
             if self._bytes > MAX_BUFFERED_BYTES and output.finish is None:
                 self.fail(
                     Aborted(
-                        "the caller reads too slowly: more than "
-                        f"{MAX_BUFFERED_BYTES >> 20} MiB of output was waiting. Read the "
-                        "stream as it arrives, or request fewer log-probabilities",
+                        f"the caller reads too slowly: more than {MAX_BUFFERED_BYTES >> 20} "
+                        "MiB of output is buffered. Read the stream as it arrives, or "
+                        "request fewer log-probabilities",
                         metadata={"cause": "slow_reader"},
                     )
                 )

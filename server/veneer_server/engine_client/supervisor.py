@@ -148,7 +148,7 @@ class Supervisor:
             _tell(
                 self._on_down,
                 EngineFailed(
-                    "the engine process ended and is restarting; retry",
+                    "the engine process ended and is restarting: retry",
                     retry_after_s=max(2.0, backoff),
                 ),
             )
@@ -158,7 +158,7 @@ class Supervisor:
         """Start a new process, after one or more backoffs, each twice as long as the last.
         Also returns the next backoff, in case this process fails soon."""
         while True:
-            log.error("engine process ended; restarting it in %.1f s", backoff)
+            log.error("engine process ended; restarting in %.1f s", backoff)
             await asyncio.sleep(backoff)
             backoff = min(backoff * 2, LAST_BACKOFF)
             try:
@@ -195,7 +195,7 @@ class Supervisor:
             limit = self.silence_limit
             self._set_health(silence < limit)
             if silence > HANG_FACTOR * limit:
-                log.error("engine silent for %.0f s: killing it", silence)
+                log.error("engine unresponsive for %.0f s: killing it", silence)
                 connection.kill()
 
     async def _bury(self) -> None:

@@ -162,8 +162,8 @@ class WeightsCache:
         """
         if size > self.most_bytes:
             raise InvalidField(
-                f"the adapter's files have {size} bytes, more than this server keeps on disk: "
-                "start it with a larger --adapter-cache-bytes",
+                f"the adapter's files have {size} bytes, more than this server's disk cache "
+                "holds: start it with a larger --adapter-cache-bytes",
                 metadata={"field": "adapter", "limit": str(self.most_bytes)},
             )
         with self._lock:

@@ -188,11 +188,11 @@ class Fetching:
             except DiskFull as error:
                 if not await asyncio.to_thread(self._cache.give_way, digest):
                     raise DiskFull(
-                        "this server's disk has no room for the adapter: free space there, or "
-                        "ask another server",
+                        "this server's disk has no room for the adapter: free space there, "
+                        "or use another server",
                         detail=error.detail,
                     ) from error
-                _log.warning("the disk has less room than --adapter-cache-bytes")
+                _log.warning("the disk has less free space than --adapter-cache-bytes")
 
     async def _fetch(self, tenant: str, digest: str) -> None:
         """Fetch both files into the partial folder, resuming where an earlier try ended."""

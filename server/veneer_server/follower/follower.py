@@ -214,7 +214,7 @@ class Follower:
         try:
             await asyncio.to_thread(save, self._kept, kept, self._base_id)
         except VeneerError as error:
-            _log.warning("the view is not kept for the next start", why=str(error))
+            _log.warning("view not saved for the next start", why=str(error))
         self._save_s = max(_SAVE_S, 20 * (time.monotonic() - began))
 
     def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:

@@ -87,7 +87,7 @@ def load(path: Path, base: str) -> Kept | None:
             for each in messages
         )
         return Kept(begin.run, begin.sequence, begin.store, begin.catalog_change, names)
-    _log.warning("the kept view of the registry is damaged, and is not used", file=path.name)
+    _log.warning("saved view of the registry is damaged, ignoring it", file=path.name)
     return None
 
 

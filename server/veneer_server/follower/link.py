@@ -119,7 +119,7 @@ class Link:
             except OutOfStep as error:
                 why = f"out of step: {error}"
             except TimeoutError:
-                why = "nothing was heard in time"
+                why = "no message arrived in time"
             except grpc.aio.AioRpcError as error:
                 failure = to_error(error, self._place.address)
                 why = str(failure)
@@ -140,7 +140,7 @@ class Link:
 
     def _tell_cut(self, why: str) -> None:
         if self._standing.connected:
-            _log.warning("registry away", registry=self._place.address, why=why)
+            _log.warning("registry unreachable", registry=self._place.address, why=why)
         self._standing.fault = why
         self._standing.cut()
 
@@ -161,7 +161,7 @@ class Link:
                 limit_s = _CONNECT_S
                 while first is not grpc.aio.EOF:
                     if first is None:  # so gRPC gives what it cannot read
-                        raise ValueError("the registry sent what is no message")
+                        raise ValueError("the registry sent an invalid message")
                     message = from_wire(first, self._base)
                     if isinstance(message, Begin):
                         await self._check_fit(message, channel)
@@ -205,7 +205,7 @@ class Link:
             self._standing.fit(asks_here=self._asks_callers, asks_there=asks_there)
         except FailedPrecondition as error:
             if error.message != unfit:
-                _log.error("the registry is not followed", why=error.message)
+                _log.error("not following the registry", why=error.message)
             self._answered.set()
             raise
 
@@ -217,7 +217,7 @@ class Link:
             self._standing.fault = "the registry has another base model"
             _log.error(
                 "the registry checks adapters against another base than this server has: all "
-                "are refused here",
+                "adapters are refused here",
                 registry=self._place.address,
             )
         if begin.snapshot and self._view.synced:
@@ -231,9 +231,9 @@ class Link:
 
     async def _take(self, message: object, received: Received) -> None:
         if received.restored:
-            _log.warning("the registry was restored from a backup: its names are taken anew")
+            _log.warning("the registry was restored from a backup: taking over its names again")
         if received.moved:
-            _log.warning("it is another registry than before: its names are taken anew")
+            _log.warning("it is another registry than before: taking over its names again")
         if received.changes:
             await self._apply(received)
         # The view is ahead of the mirrors while a change, or a snapshot, is being applied.

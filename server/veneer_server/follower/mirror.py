@@ -56,7 +56,7 @@ class _Rows(Core):
         except (ValueError, TypeError, KeyError) as error:
             raise Unavailable(
                 f"this server cannot read adapter {row.name}@{row.revision[:12]}, which its "
-                "registry has: they are of different versions; ask another server",
+                "registry has: they run different versions; use another server",
                 metadata={"adapter": row.name, "cause": "version"},
                 detail=repr(error),
             ) from error

@@ -84,7 +84,7 @@ class MirroredRows:
     def history(self, name: str, before: int | None, limit: int) -> tuple[HistoryRow, ...]:
         """The registry has it."""
         raise FailedPrecondition(
-            "this server follows a registry, which keeps the history: ask it",
+            "this server follows a registry, which keeps the history: ask the registry",
             metadata={"cause": "follower"},
         )
 

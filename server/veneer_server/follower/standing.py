@@ -84,8 +84,8 @@ class Standing:
         if most_s == math.inf or (self.synced and self.lag_s <= most_s):
             return
         raise Unavailable(
-            f"what this server knows of its registry is {self.lag_s:.3f} s old, and the call "
-            f"takes at most {most_s:g} s: retry, or ask another server",
+            f"this server's view of its registry is {self.lag_s:.3f} s old, and the call "
+            f"allows {most_s:g} s: retry, or use another server",
             metadata={
                 "cause": "registry_lag",
                 "lag_s": f"{self.lag_s:.3f}",
@@ -101,8 +101,8 @@ class Standing:
             return error
         name = error.metadata.get("adapter", "")
         return Unavailable(
-            f"this server does not know whether adapter {name!r} exists: the registry that it "
-            f"follows last answered {self.lag_s:.1f} s ago; retry, or ask another server",
+            f"this server cannot tell whether adapter {name!r} exists: its registry last "
+            f"answered {self.lag_s:.1f} s ago; retry, or use another server",
             metadata={"adapter": name, "cause": "registry_away", "lag_s": f"{self.lag_s:.1f}"},
             retry_after_s=RETRY_S,
         )
@@ -117,17 +117,15 @@ class Standing:
         self.unfit = ""
         if asks_here and not asks_there:
             self.unfit = (
-                "this server asks its callers for keys (--keys-file or --jwt-issuer), and the "
-                f"registry at {self.registry} asks nobody, so a caller could change every "
-                "tenant's adapters there: start the registry with the same --keys-file or "
-                "--jwt-issuer"
+                "this server requires keys (--keys-file or --jwt-issuer) but the registry at "
+                f"{self.registry} does not, so a caller could change every tenant's adapters "
+                "there: start the registry with the same --keys-file or --jwt-issuer"
             )
         elif asks_there and not asks_here:
             self.unfit = (
-                f"the registry at {self.registry} asks its callers for keys (--keys-file or "
-                "--jwt-issuer), and this server asks nobody, so every caller would see all "
-                "tenants' adapters here: start this server with the registry's --keys-file or "
-                "--jwt-issuer"
+                f"the registry at {self.registry} requires keys (--keys-file or --jwt-issuer) "
+                "but this server does not, so every caller would see all tenants' adapters "
+                "here: start this server with the registry's --keys-file or --jwt-issuer"
             )
         self.check_fit()
 
@@ -141,7 +139,7 @@ class Standing:
     def unreachable(self, what: str, why: str) -> Unavailable:
         """The error for something that takes the registry, which cannot be reached."""
         return Unavailable(
-            f"{what} takes the registry, which does not answer now: retry",
+            f"{what} needs the registry, which does not answer: retry",
             metadata={"cause": "registry_away", "lag_s": f"{self.lag_s:.1f}"},
             retry_after_s=RETRY_S,
             detail=f"{self.registry}: {why}",
@@ -151,6 +149,6 @@ class Standing:
         """The error for a change that this server does not make."""
         return FailedPrecondition(
             f"{what} is not possible on this server, which follows the registry at "
-            f"{self.registry}: send it there, or by gRPC to this one, which passes it on",
+            f"{self.registry}: send it there, or by gRPC to this server, which forwards it",
             metadata={"cause": "follower", "registry": self.registry},
         )

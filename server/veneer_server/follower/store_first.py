@@ -103,13 +103,15 @@ class StoreFirst:
             except _NotThere as error:
                 _log.info("not in the object store", digest=digest[:12], why=str(error))
                 if at > offset:
-                    raise Unavailable("it has gone meanwhile", detail=str(error)) from error
+                    raise Unavailable(
+                        "it was deleted in the meantime", detail=str(error)
+                    ) from error
             except (VeneerError, TimeoutError) as error:
                 self._away_until = self._clock() + _AWAY_S
-                _log.warning("object store away: asking the registry", why=str(error))
+                _log.warning("object store unreachable: asking the registry", why=str(error))
                 if at > offset:
                     raise Unavailable(
-                        "the object store broke off", detail=str(error)
+                        "the object store closed the connection", detail=str(error)
                     ) from error
         async for chunk in self._registry.chunks(tenant, digest, file, offset):
             yield chunk

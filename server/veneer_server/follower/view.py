@@ -110,7 +110,7 @@ class View:
 
     def _begin(self, begin: Begin) -> Received:
         if self._begun:
-            raise OutOfStep("a connection began twice")
+            raise OutOfStep("a connection started twice")
         if not begin.snapshot and (begin.run, begin.sequence) != (self.run, self.sequence):
             raise OutOfStep("changes would follow another place than the one asked for")
         if begin.snapshot and begin.run == self.run and begin.sequence < self.sequence:
@@ -129,7 +129,7 @@ class View:
         state = told.state
         if self._staged is not None:
             if state.entry is None or state.key in self._staged:
-                raise OutOfStep("a snapshot has a name that is gone, or one twice")
+                raise OutOfStep("a snapshot has a deleted or a duplicate name")
             self._staged[state.key] = state
             return Received()
         if told.sequence <= self.sequence:

@@ -214,14 +214,16 @@ def _rope(raw: Mapping[str, Any], positions: int) -> tuple[RopeKind, int]:
         return kind, positions
     part = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if part not in (None, 1):
-        raise _wrong("partial_rotary_factor", f"is {part!r}: only whole heads can be rotated")
+        raise _wrong("partial_rotary_factor", f"is {part!r}: partial rotation is not supported")
     _check_numbers(kind, rope)
     given = raw.get("original_max_position_embeddings")
     if given is None:
         given = rope.get("original_max_position_embeddings")
     original = positions if given is None else given
     if isinstance(original, bool) or not isinstance(original, int) or original < 1:
-        raise _wrong("original_max_position_embeddings", f"is {original!r}: give tokens")
+        raise _wrong(
+            "original_max_position_embeddings", f"is {original!r}: give a number of tokens"
+        )
     scales = kind == "yarn" or (kind == "linear" and given is not None)
     # YaRN without a factor: transformers takes the ratio of the two contexts.
     if not scales or rope["factor"] is None:

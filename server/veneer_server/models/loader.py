@@ -285,8 +285,8 @@ def _take_apart(
     if len(rotary.inv_freq) != config.head_dim // 2:
         # The kernels would read past its end.
         raise UnsupportedModel(
-            f"rotary scaling {config.rope!r} has {len(rotary.inv_freq)} frequencies, but heads "
-            f"have {config.head_dim} dimensions: only whole heads can be rotated",
+            f"rotary scaling {config.rope!r} has {len(rotary.inv_freq)} frequencies, but "
+            f"heads have {config.head_dim} dimensions: partial rotation is not supported",
             metadata={"key": "rope_type"},
         )
     linears = sum(

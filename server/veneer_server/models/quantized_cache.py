@@ -83,7 +83,7 @@ class QuantizedCache:
                     sealed.verify()
         except Damaged as damage:
             log.warning(
-                "the cached 4-bit weights %s are damaged and will be rebuilt: %s",
+                "the cached 4-bit weights %s are damaged, rebuilding: %s",
                 self.folder,
                 damage,
             )
@@ -108,7 +108,8 @@ class QuantizedCache:
         # A full disk raises OSError or an error of safetensors, depending on where it occurs.
         except Exception as error:
             log.warning(
-                "the 4-bit weights cannot be kept in %s; each start quantizes them again: %s",
+                "the 4-bit weights cannot be saved in %s; every start will quantize them "
+                "again: %s",
                 parent,
                 error,
             )

@@ -115,7 +115,7 @@ class Sealed:
             with contextlib.suppress(OSError):
                 if os.path.samestat(os.fstat(fd), (self._folder / name).stat()):
                     continue
-            raise Damaged(f"{name} was replaced meanwhile")
+            raise Damaged(f"{name} was replaced in the meantime")
 
     def _hash(self) -> list[Future[None]]:
         return [
@@ -153,7 +153,7 @@ def _read(folder: Path, made_from: str) -> _Manifest:
     if missing := sorted(manifest.files.keys() - names):
         raise Damaged(f"it lacks {missing[0]}")
     if strange := sorted(names - manifest.files.keys()):
-        raise Damaged(f"it holds {strange[0]}, which is not part of it")
+        raise Damaged(f"it contains {strange[0]}, which does not belong to it")
     return manifest
 
 
@@ -187,4 +187,4 @@ def _compare(name: str, fd: int, sealed: _File) -> None:
     except OSError as error:
         raise Damaged(f"{name} cannot be read: {error.strerror or error}") from None
     if digest != sealed.sha256:
-        raise Damaged(f"{name} is not what was written")
+        raise Damaged(f"{name} does not match its recorded digest")

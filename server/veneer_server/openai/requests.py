@@ -117,7 +117,7 @@ def completion_calls(fields: CompletionFields, base: str) -> list[GenerateCall]:
         InvalidField: fields contradict each other, or one is outside its range.
     """
     if fields.best_of is not None and fields.best_of != fields.n:
-        raise invalid("best_of", "is not served: use n, and choose by log-probability")
+        raise invalid("best_of", "is not supported: use n, and choose by log-probability")
     common = _common(fields, base)
     echoed = [_ECHO] if fields.echo and fields.logprobs is not None else []
     scored = [_PROMPT] if fields.prompt_logprobs is not None else []
@@ -166,7 +166,7 @@ def _prompts(given: str | list[Any]) -> Sequence[str | list[int]]:
 def _check_options(fields: CommonFields) -> None:
     options = fields.stream_options
     if fields.stream and fields.prompt_logprobs is not None:
-        raise invalid("prompt_logprobs", "is not streamed: leave out one of it and stream")
+        raise invalid("prompt_logprobs", "is not supported with stream: leave out one of them")
     if not fields.stream and options != StreamOptions():
         raise invalid("stream_options", "needs stream: set it to true")
     if options.continuous_usage_stats and not options.include_usage:
@@ -250,9 +250,7 @@ def _constraint(fields: CommonFields) -> Constraint | None:
         if more.grammar is not None:
             add("structured_outputs", Constraint("grammar", more.grammar))
     if len(found) > 1:
-        raise invalid(
-            found[1][0], f"conflicts with {found[0][0]}: constrain the output only once"
-        )
+        raise invalid(found[1][0], f"conflicts with {found[0][0]}: use one constraint")
     return found[0][1] if found else None
 
 

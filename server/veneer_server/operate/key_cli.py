@@ -23,7 +23,7 @@ from veneer_server.quotas.quota import Quota
 
 __all__ = ["key_cli"]
 
-key_cli = Program(help="API keys: make, list and revoke them.")
+key_cli = Program(help="Create, list and revoke API keys.")
 
 _LIMITS = [field.name.replace("_", "-") for field in fields(Quota)]
 _UNITS = {"h": 1, "d": 24, "w": 168}
@@ -43,37 +43,43 @@ Examples:
 @with_flags(options("keys_file"))
 def new_key(
     *,
-    name: Annotated[str, typer.Option(help="Whose key it is, for logs; the id if unset.")] = "",
-    tenant: Annotated[str, typer.Option(help="The tenant it belongs to.")] = DEFAULT_TENANT,
+    name: Annotated[
+        str, typer.Option(help="Name of the key's owner, shown in logs; default: the key's id.")
+    ] = "",
+    tenant: Annotated[
+        str, typer.Option(help="Tenant that the key belongs to.")
+    ] = DEFAULT_TENANT,
     role: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"What it may do: {', '.join(ROLES)}; may be repeated. inference if unset."
+            help=f"Role of the key: {', '.join(ROLES)}; repeatable. Default: inference."
         ),
     ] = None,
     expires: Annotated[
         str,
-        typer.Option(help="How long it is valid, such as 12h, 90d or 4w; for ever if unset."),
+        typer.Option(help="Validity, such as 12h, 90d or 4w; default: no expiry."),
     ] = "",
     limit: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME=NUMBER",
-            help=f"What it may use: {', '.join(_LIMITS)}; may be repeated. Bytes may have a "
-            "unit, as in 2GiB. What is unset has the file's default, or no limit.",
+            help=f"Limit of the key: {', '.join(_LIMITS)}; repeatable. Bytes may "
+            "have a unit, as in 2GiB. Unset limits take the file's default, or none.",
         ),
     ] = None,
     gateway: Annotated[
         bool,
         typer.Option(
-            "--gateway", help="It may name whom it calls for, so that those get fair shares."
+            "--gateway",
+            help="The key's caller is a gateway: it may name the user it calls for, and "
+            "users get fair shares.",
         ),
     ] = False,
     as_json: Json = False,
     debug: Debug = False,
     **flags: Any,
 ) -> None:
-    """Make a key and print it, once: the file keeps only its digest."""
+    """Create a key and print it once: the file stores only its digest."""
     from veneer_server.access.edit_keys import add_key
 
     def run() -> None:
@@ -92,7 +98,7 @@ def new_key(
             return
         print(made.key)
         print(
-            f"veneer-server: this is the only time that the key is shown; its id is {made.id}",
+            f"veneer-server: the key is shown only this once; its id is {made.id}",
             file=sys.stderr,
         )
 
@@ -158,7 +164,7 @@ def revoke(
     debug: Debug = False,
     **flags: Any,
 ) -> None:
-    """Remove a key: a running server refuses its next call."""
+    """Revoke a key: a running server refuses its next call."""
     from veneer_server.access.edit_keys import revoke_key
 
     guarded(lambda: revoke_key(_file(flags), id), debug)

@@ -14,22 +14,22 @@ from veneer_server.operate.flags import Debug, guarded, options, with_flags
 
 __all__ = ["model_cli"]
 
-model_cli = Program(help="Base models on this machine.")
+model_cli = Program(help="Manage base models on this machine.")
 
-_Name = Annotated[str, typer.Argument(help="smollm2-135m, or a hub name.")]
+_Name = Annotated[str, typer.Argument(help="smollm2-135m or a hub name.")]
 
 
 @model_cli.command("import")
 @with_flags(options("cache_dir"))
 def import_model(name: _Name, *, debug: Debug = False, **flags: Any) -> None:
-    """Fetch and convert a base model, for example smollm2-135m; print its folder."""
+    """Download and convert a base model, for example smollm2-135m, and print its folder."""
     guarded(lambda: _resolve(name, flags), debug)
 
 
 @model_cli.command("path")
 @with_flags(options("cache_dir"))
 def model_path(name: _Name, *, debug: Debug = False, **flags: Any) -> None:
-    """Print the local Hugging Face folder of a base model; fetch it if necessary."""
+    """Print the local Hugging Face folder of a base model, downloading it if necessary."""
     guarded(lambda: _resolve(name, flags), debug)
 
 

@@ -14,7 +14,7 @@ from veneer_server.operate.flags import Debug, Json, guarded, options, with_flag
 
 __all__ = ["store_cli"]
 
-store_cli = Program(help="The adapters in a data folder.")
+store_cli = Program(help="Verify, clean up and recover stored adapters.")
 
 
 @store_cli.command(
@@ -22,7 +22,7 @@ store_cli = Program(help="The adapters in a data folder.")
     epilog="""
 Examples:
 
-  veneer-server store verify                     also while a server is running
+  veneer-server store verify                     also works while a server is running
 
   veneer-server store verify --data-dir /srv/veneer --quarantine
 
@@ -35,17 +35,17 @@ def store_verify(
     quarantine: Annotated[
         bool,
         typer.Option(
-            "--quarantine", help="Quarantine damaged weights (no server may be running)."
+            "--quarantine", help="Move damaged weights to quarantine (stop the server first)."
         ),
     ] = False,
     tenant: Annotated[
-        str, typer.Option(metavar="NAME", help="Whose adapters, with --store.")
+        str, typer.Option(metavar="NAME", help="Tenant to check, with --store.")
     ] = DEFAULT_TENANT,
     as_json: Json = False,
     debug: Debug = False,
     **flags: Any,
 ) -> None:
-    """Read every stored byte and compare it with its digest; exit status 1 if one differs."""
+    """Verify the digests of all stored files; exit status 1 if any differs."""
     from veneer_server.operate.store_command import verify, verify_elsewhere
 
     def run() -> None:
@@ -78,15 +78,15 @@ def store_gc(
         bool, typer.Option("--quarantine", help="Also remove quarantined content.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only show what would be removed.")
+        bool, typer.Option("--dry-run", help="Show what would be removed without removing it.")
     ] = False,
     as_json: Json = False,
     debug: Debug = False,
     **flags: Any,
 ) -> None:
-    """Remove content that no adapter needs, and old interrupted uploads.
+    """Remove content that no adapter uses, and old interrupted uploads.
 
-    A running server does this by itself.
+    A running server does this itself.
     """
     from veneer_server.operate.store_command import collect
 
@@ -109,18 +109,18 @@ def store_gc(
     epilog="""
 Examples:
 
-  veneer-server store recover                    the catalog is gone, damaged or too old
+  veneer-server store recover                    the catalog is missing, damaged or too old
 
   veneer-server store recover --data-dir /srv/veneer --json
 """,
 )
 @with_flags(options("data_dir"))
 def store_recover(*, as_json: Json = False, debug: Debug = False, **flags: Any) -> None:
-    """Rebuild the catalog from what can be read of it and from the stored adapters.
+    """Rebuild the catalog from its readable part and from the stored adapters.
 
-    Every stored file is compared with its digest. The old catalog is kept beside the new one.
+    Every stored file is compared with its digest. The old catalog is kept next to the new one.
     Data that only the catalog had (aliases, history, retention, pins) is lost if it cannot be
-    read. No server may be running.
+    read. Stop the server first.
     """
     from veneer_server.operate.store_command import recover
 

@@ -55,8 +55,8 @@ def verify_elsewhere(
     """
     if quarantine:
         raise InvalidField(
-            "--quarantine is for a data folder: with --store the servers put damaged weights "
-            "into quarantine when they fetch them; push the adapters again to repair them",
+            "--quarantine works on a data folder only: with --store, servers quarantine "
+            "damaged weights when they fetch them; push the adapters again to repair them",
             metadata={"field": "quarantine"},
         )
     address, objects = address_of(config, tenant), objects_of(config.store, tenant)
@@ -65,7 +65,7 @@ def verify_elsewhere(
     found = verify_shared(address, objects, _progress if sys.stderr.isatty() else _silent)
     whole = _tell_verified(found, tell, as_json=as_json, gone_by="the servers delete them")
     if not as_json and tenant == DEFAULT_TENANT and objects.any(FOLDER):
-        tell("  this was the tenant default; there are others: give --tenant NAME")
+        tell("  this was the tenant default; for others give --tenant NAME")
     return whole
 
 
@@ -87,13 +87,13 @@ def _tell_verified(
     )
     for damage in found.damaged:
         tell(f"  damaged {damage.kind} {damage.digest[:12]}: {damage.why}")
-        tell(f"    needed by {', '.join(damage.adapters)}")
+        tell(f"    used by {', '.join(damage.adapters)}")
     if quarantine and found.damaged:
         tell("  damaged weights are in quarantine: push the adapters again to repair them")
     for digest, why in found.quarantined.items():
         tell(f"  in quarantine {digest[:12]}: {why}")
     if found.unreferenced:
-        tell(f"  {found.unreferenced} folders that no adapter needs: {gone_by}")
+        tell(f"  {found.unreferenced} folders that no adapter uses: {gone_by}")
     if found.uploads:
         tell(f"  {found.uploads} uploads in progress or interrupted")
     return not found.damaged
@@ -120,7 +120,7 @@ def collect(
         return
     tell(
         f"{'would remove' if dry_run else 'removed'} {removed.unreferenced} folders that no "
-        f"adapter needs, {removed.uploads} old uploads, {removed.quarantined} from quarantine: "
+        f"adapter uses, {removed.uploads} old uploads, {removed.quarantined} from quarantine: "
         f"{removed.bytes / _MIB:.1f} MiB"
     )
     _tell_others(data_dir, tell)
@@ -144,7 +144,10 @@ def recover(data_dir: Path, tell: Callable[[str], None], *, as_json: bool) -> No
     for name in found.nameless:
         tell(f"  {name}: its name is unknown; push it under its own name and delete this one")
     for spec in found.missing:
-        tell(f"  {spec}: its content is not in the store; refused until it is back or pushed")
+        tell(
+            f"  {spec}: its content is not in the store; refused until it is restored or "
+            "pushed again"
+        )
     for digest, why in found.damaged.items():
         tell(f"  damaged {digest[:12]}: {why}")
     if found.lost_rows:

@@ -16,12 +16,12 @@ from veneer_server.operate.flags import Debug, guarded
 
 __all__ = ["tls_cli"]
 
-tls_cli = Program(help="Certificates for TLS.")
+tls_cli = Program(help="Create TLS certificates.")
 
 
 @tls_cli.callback()
 def certificates() -> None:
-    """Certificates for TLS."""
+    """Create TLS certificates."""
 
 
 @tls_cli.command(
@@ -41,18 +41,18 @@ def make(
     name: Annotated[
         list[str] | None,
         typer.Option(
-            help="A name or address by which clients call the server; may be repeated. This "
-            "machine's name, localhost and its addresses if unset."
+            help="Host name or address that clients use; repeatable. Default: "
+            "this machine's name, localhost and its addresses."
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for both files.")] = Path(
-        "tls"
-    ),
-    days: Annotated[int, typer.Option(min=1, max=3650, help="How long it is valid.")] = 365,
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Output folder for both files.")
+    ] = Path("tls"),
+    days: Annotated[int, typer.Option(min=1, max=3650, help="Validity in days.")] = 365,
     debug: Debug = False,
 ) -> None:
-    """Make a key and a certificate that no authority has signed, for a first try: clients must
-    be given the certificate (--ca)."""
+    """Create a private key and a self-signed certificate, for testing: clients
+    need the certificate (--ca)."""
     from veneer_server.access.self_signed import self_signed
 
     def run() -> None:
@@ -64,7 +64,7 @@ def make(
                 fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, FILE_MODE)
             except FileExistsError as error:
                 raise InvalidField(
-                    f"{file} is there already: give another folder with --out",
+                    f"{file} already exists: give another folder with --out",
                     metadata={"field": "out"},
                 ) from error
             with open(fd, "wb") as opened:

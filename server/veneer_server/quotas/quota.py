@@ -109,7 +109,7 @@ def _parse(name: str, value: Any) -> int | None:
     if type(value) is not int or not 1 <= value <= MAX_LIMIT:
         raise QuotaInvalid(
             name,
-            f'must be a whole number from 1 to 10^15, or "{NONE}" for no limit: who may do '
-            "nothing needs no key, or another role",
+            f'must be a whole number from 1 to 10^15, or "{NONE}" for no limit; to allow '
+            "nothing, revoke the key or take away its roles",
         )
     return value

@@ -146,9 +146,9 @@ class Quotas:
                 continue
             if others + count > limit:
                 raise QuotaExceeded(
-                    f"the prompt has {others + count} tokens, and {_who(account)} may use "
-                    f"{limit} a minute: it can never be served; shorten it, or ask for a "
-                    "larger limit",
+                    f"the prompt has {others + count} tokens, but {_who(account)} may use "
+                    f"{limit} a minute, so it can never be served: shorten it, or ask for a "
+                    "higher limit",
                     metadata=_facts(account, "tokens_per_minute", limit),
                 )
             used = use.tokens.used(limit, now)
@@ -166,21 +166,21 @@ class Quotas:
             if used + 1 > limit:  # before the prompt is tokenized
                 raise _later(account, "tokens_per_minute", limit, used, 1)
         for name, limit, busy, doing in (
-            ("running_requests", quota.running_requests, use.running, "run or wait"),
-            ("waiting_requests", quota.waiting_requests, use.waiting, "wait"),
+            ("running_requests", quota.running_requests, use.running, "running or queued"),
+            ("waiting_requests", quota.waiting_requests, use.waiting, "queued"),
         ):
             if limit is None or busy + samples <= limit:
                 continue
             facts = _facts(account, name, limit)
             if samples > limit:
                 raise QuotaExceeded(
-                    f"the request asks for {samples} answers, and {_who(account)} may have "
-                    f"{limit} that {doing}: ask for fewer",
+                    f"the request asks for {samples} answers, and {_who(account)} may have at "
+                    f"most {limit} {doing}: ask for fewer",
                     metadata=facts,
                 )
             raise RateLimitExceeded(
-                f"{busy} requests of {_who(account)} {doing}, of {limit} that may: retry when "
-                "one has ended",
+                f"{_who(account)} has {busy} requests {doing}, and the limit is {limit}: "
+                "retry when one has ended",
                 metadata=facts,
                 retry_after_s=_BUSY_RETRY_S,
             )
@@ -303,8 +303,8 @@ def _later(
     what = name.partition("_")[0]
     asked = f"; this one needs {count}" if count > 1 else ""
     return RateLimitExceeded(
-        f"{_who(account)} may use {limit} {what} a minute, and {math.ceil(used)} are "
-        f"used{asked}: retry in {wait_s:g} s",
+        f"{_who(account)} may use {limit} {what} a minute and has used "
+        f"{math.ceil(used)}{asked}: retry in {wait_s:g} s",
         metadata=_facts(account, name, limit) | {"used": str(math.ceil(used))},
         retry_after_s=wait_s,
     )

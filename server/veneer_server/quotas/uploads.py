@@ -110,8 +110,9 @@ class UploadQuotas:
         ):
             if limit is not None and more and has + more > limit:
                 raise QuotaExceeded(
-                    f"the tenant has or is uploading {has} {what}, this upload adds {more}, "
-                    f"and {limit} are allowed: delete some, or ask for a larger limit",
+                    f"the tenant has {has} {what} (including running uploads), this upload "
+                    f"adds {more}, and the limit is {limit}: delete some, or ask for a higher "
+                    "limit",
                     metadata={
                         "account": account.id,
                         "limit": name,
@@ -127,10 +128,10 @@ class UploadQuotas:
         if used + sending <= limit:
             return
         never = sending > limit
-        fix = "ask for a larger limit" if never else "go on tomorrow (UTC)"
+        fix = "ask for a higher limit" if never else "resume tomorrow (UTC)"
         raise QuotaExceeded(
-            f"the upload has {sending} bytes to send, and {limit} a day are allowed, of which "
-            f"{used} are used: {fix}",
+            f"the upload has {sending} bytes to send, but {used} of the {limit} bytes allowed "
+            f"per day are used: {fix}",
             metadata={
                 "account": account.id,
                 "limit": "upload_bytes_per_day",

@@ -168,7 +168,7 @@ class UsageBook:
                     await self._in_thread(self._store.write, self._waits)
                 except (VeneerError, sqlite3.Error, OSError) as error:
                     if not self._failing:
-                        _log.error("usage is not written yet", error)
+                        _log.error("usage could not be written yet", error)
                     self._failing = True
                     self._schedule()
                     return
@@ -192,7 +192,8 @@ class UsageBook:
         last = self._hour() + 1 if end is None else max(0, int(end // HOUR_S))
         if first is not None and first >= last:
             raise InvalidField(
-                "the period has no whole hour: start and end are rounded down to the hour",
+                "the period is shorter than an hour: start and end are rounded down to the "
+                "hour",
                 metadata={"field": "start"},
             )
         async with self._turn:
@@ -201,7 +202,7 @@ class UsageBook:
                 hour = time.gmtime(found.oldest * HOUR_S)
                 oldest = time.strftime("%Y-%m-%dT%H:00:00Z", hour)
                 raise InvalidField(
-                    f"usage is kept by the hour since {oldest}: begin there, or leave the "
+                    f"hourly usage starts at {oldest}: use that as the start, or leave the "
                     "start unset",
                     metadata={"field": "start", "oldest": oldest},
                 )
@@ -260,7 +261,7 @@ class UsageBook:
         try:
             found = await self._in_thread(self._look)
         except Exception as error:  # disk errors must not end the loop
-            _log.error("stored bytes are not known", error)
+            _log.error("stored bytes are unknown", error)
             return
         now = time.monotonic()
         hours, self._measured = (now - self._measured) / HOUR_S, now

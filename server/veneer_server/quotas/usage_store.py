@@ -131,7 +131,7 @@ class UsageStore:
         except CatalogDamaged as error:
             aside = _move_aside(path)
             why = str(error.__cause__ or error)
-            _log.error("usage file damaged, a new one begun", file=aside.name, why=why)
+            _log.error("usage file damaged, starting a new one", file=aside.name, why=why)
             self._db, self.since, self.batch = _open(path)
         self._hour: int | None = None
         """The hour of the last batch."""
@@ -239,7 +239,7 @@ def _open(path: Path) -> tuple[sqlite3.Connection, float, int]:
             if version > _VERSION:
                 raise FailedPrecondition(
                     f"{path} was written by a newer Veneer: start that version, or move the "
-                    "file away to count anew",
+                    "file away to start counting from zero",
                     metadata={"file": str(path)},
                 )
             if version == 0:

@@ -148,7 +148,8 @@ class Feed:
         Draining after `close`."""
         if self._closed:
             raise Draining(
-                "the registry is stopping: follow it again when it is back", retry_after_s=0.5
+                "the registry is stopping: follow it again when it has restarted",
+                retry_after_s=0.5,
             )
         if self.sequence > sequence:
             return True

@@ -129,7 +129,7 @@ class Following:
         within_s = _NEWER_VIEW_S if standing.synced else _FIRST_SNAPSHOT_S
         if not await self._following.link.synced(within_s):
             _log.warning(
-                "the registry does not answer yet: only what an earlier run knew is served",
+                "registry not answering yet: serving the view of an earlier run",
                 registry=standing.registry,
                 why=standing.fault,
             )
@@ -166,7 +166,7 @@ class Following:
         try:
             _tell(tenant, change)
         except VeneerError as error:
-            _log.warning("a mirrored change was not told", why=str(error))
+            _log.warning("a mirrored change was not announced", why=str(error))
         if change.dropped:
             await tenant.changes.mirrored([record.ref for record in change.dropped])
 
@@ -193,6 +193,6 @@ class _NotHere(replication_pb2_grpc.ReplicationServiceServicer):
 
     def _refuse(self) -> None:
         raise Unimplemented(
-            f"this server follows a registry itself: follow the one at {self._registry}",
+            f"this server is itself a follower: follow the registry at {self._registry}",
             metadata={"cause": "follower", "registry": self._registry},
         )

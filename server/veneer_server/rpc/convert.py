@@ -70,7 +70,7 @@ def generate_call(
     """
     if request.adapters:
         raise Unimplemented(
-            "adapters is not supported yet: name one adapter in `adapter`",
+            "adapters (several at once) is not supported: name one adapter in `adapter`",
             metadata={"field": "adapters"},
         )
     stopping, output = request.stopping, request.output

@@ -199,7 +199,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 return _checked(request)
             if context.cancelled() or context.done():
                 raise asyncio.CancelledError
-            raise InvalidField("the call has no request: send one")
+            raise InvalidField("the call has no request message: send one")
 
         return one
 
@@ -214,8 +214,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                         request = await context.read()
                 except TimeoutError as error:
                     raise Aborted(
-                        f"no request arrived within {limit_s:g} s; open the call again when "
-                        "you have one",
+                        f"no request arrived within {limit_s:g} s; call again when you have a "
+                        "request",
                         metadata={"cause": "no_request"},
                     ) from error
                 if request is grpc.aio.EOF:
@@ -414,8 +414,8 @@ def _request_id(request: object) -> str:
     given: str = getattr(request, "request_id", "")
     if given and not _REQUEST_ID.fullmatch(given):
         raise InvalidField(
-            "request_id must be 1 to 128 printable ASCII characters without spaces: "
-            "leave it empty to let the server make one",
+            "request_id must be 1 to 128 printable ASCII characters without spaces: leave it "
+            "empty to have the server generate one",
             metadata={"field": "request_id"},
         )
     return given

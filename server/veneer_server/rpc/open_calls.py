@@ -92,7 +92,7 @@ class OpenCalls:
                 (share, "a tenant") if self._held[key] >= share else (kind.most, "this server")
             )
             raise kind.error(
-                f"{most} {kind.name} are open, the most that {whose} may have: {kind.fix}",
+                f"{most} {kind.name} are open, the maximum for {whose}: {kind.fix}",
                 metadata={"limit": str(most)},
                 retry_after_s=kind.retry_s,
             )

@@ -68,8 +68,8 @@ class AdapterWatch:
             happened = self._events.after(place)
             if happened is None:
                 raise Aborted(
-                    "the watcher fell behind the events that the server keeps: read faster, "
-                    "and watch again from the last sequence number",
+                    "the watcher fell behind the server's event buffer: read faster, and "
+                    "watch again from the last sequence number",
                     metadata={"cause": "fell_behind"},
                 )
             for event in happened:

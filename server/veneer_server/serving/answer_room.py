@@ -270,8 +270,8 @@ def _too_large(size: int, form: AnswerForm, by_prompt: bool) -> InvalidField:
     if by_prompt:
         field, less = form.prompt_field, "a shorter prompt, fewer prompts"
     return InvalidField(
-        f"{field}: log-probabilities and token ids of this answer may take {size} bytes, and "
-        f"{form.largest} are the most: ask for {less}, fewer samples, or fewer likely tokens"
-        f"{form.instead}",
+        f"{field}: the log-probabilities and token ids of this answer could take {size} "
+        f"bytes, more than the maximum of {form.largest}: ask for {less}, fewer samples, or "
+        f"fewer likely tokens{form.instead}",
         metadata={"field": field, "bytes": str(size), "largest": str(form.largest)},
     )

@@ -79,7 +79,7 @@ class Calls:
             )
         if self._phase is Phase.DRAINING:
             raise Draining(
-                "the server is stopping: retry on another server, or when it is back",
+                "the server is stopping: retry on another server, or when it has restarted",
                 retry_after_s=1.0,
             )
 

@@ -242,7 +242,7 @@ class Generator:
         if time_remaining is not None and time_remaining <= self._step_seconds():
             raise DeadlineTooShort(
                 f"the deadline leaves {max(0.0, time_remaining) * 1000:.0f} ms, less than one "
-                "step takes: allow more time"
+                "step takes: increase the deadline"
             )
 
     def _check_size(self, constraint: Constraint | None, *, by_tools: bool) -> None:

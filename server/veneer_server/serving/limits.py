@@ -55,7 +55,7 @@ def room(
     if wanted is not None and wanted > left:
         raise ContextTooLong(
             f"stopping.max_tokens is {wanted}, but after a prompt of {prompt_tokens} tokens "
-            f"only {left} of {limit} are left: ask for at most {left}, or leave it unset",
+            f"only {left} of {limit} are left: set at most {left}, or leave it unset",
             metadata={"field": "stopping.max_tokens", "largest": str(left), **numbers},
         )
     return min(left, default or left) if wanted is None else wanted

@@ -229,8 +229,8 @@ def _check_passing(error: OSError | ValueError) -> None:
     """Raise Unavailable for an error that is neither the path's fault nor its owner's."""
     if isinstance(error, OSError) and error.errno in _PASSING:
         raise Unavailable(
-            f"the server cannot read the folder now ({_words(error)}): try again, and if it "
-            "stays so, ask its operator to look at the disk and at the limits of the process",
+            f"the server cannot read the folder now ({_words(error)}): try again; if this "
+            "persists, ask the operator to check the disk and the process limits",
             retry_after_s=1.0,
             metadata={"cause": "disk"},
             detail=str(error),

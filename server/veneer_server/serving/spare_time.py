@@ -87,9 +87,9 @@ class SpareTime:
         own, held = self._waiting[tenant], self._waiting.total()
         if own + size > MAX_WAITING // 2 or held + size > MAX_WAITING:
             raise QueueFull(
-                f"{held} bytes of large requests wait to be looked through, {own} of them "
-                f"yours, and {MAX_WAITING} may, half of them one tenant's: retry later, or "
-                "send fewer of them at once",
+                f"{held} bytes of large requests are waiting to be checked, {own} of them "
+                f"yours; the limit is {MAX_WAITING}, half of it for one tenant: retry later, "
+                "or send fewer at once",
                 retry_after_s=1.0,
             )
         self._waiting[tenant] += size

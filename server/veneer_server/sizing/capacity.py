@@ -103,7 +103,7 @@ def plan_capacity(
                     needed,
                     available,
                     f"{fitting} of {adapters} adapters {where}; the others are loaded on "
-                    f"demand: {limit.value} {needed} holds all",
+                    f"demand: {limit.value} {needed} would hold all",
                 )
             )
     if concurrency > by_cache:
@@ -115,8 +115,8 @@ def plan_capacity(
                 needed,
                 budgets.kv_bytes,
                 f"the KV cache holds {by_cache} of {concurrency} sequences of "
-                f"{context_length} tokens; the others wait: {Limit.KV_CACHE.value} {needed} "
-                "holds all",
+                f"{context_length} tokens; the others queue: {Limit.KV_CACHE.value} "
+                f"{needed} would hold all",
             )
         )
     if concurrency > budgets.max_running:
@@ -126,7 +126,7 @@ def plan_capacity(
                 concurrency,
                 budgets.max_running,
                 f"{budgets.max_running} of {concurrency} sequences run at once; the others "
-                f"wait: {Limit.MAX_RUNNING.value} {concurrency} runs all",
+                f"queue: {Limit.MAX_RUNNING.value} {concurrency} would run all",
             )
         )
     return Capacity(

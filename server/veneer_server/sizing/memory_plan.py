@@ -117,7 +117,7 @@ class KvCachePlan:
         context: longest sequence, in tokens.
         held: tokens that the longest sequence holds at a time: all, or with windows fewer.
         chosen: what ``auto`` went by; "" if the size is configured.
-        short: whether ``auto`` found too little memory for the usual size.
+        short: whether ``auto`` found too little memory for the default size.
     """
 
     bytes: int
@@ -243,19 +243,19 @@ def _kv_cache(model: DecoderConfig, config: ServerConfig, left: int, free: int) 
     whole = bytes_of(held(model.context_length))
     choices = [
         (free // AUTO_KV_SHARE, f"1/{AUTO_KV_SHARE} of {_mib(max(0, free))} MiB free"),
-        (min(USUAL_KV_BYTES, left), "the usual size"),
-        (whole if whole <= free else 0, "one sequence of the whole context"),
+        (min(USUAL_KV_BYTES, left), "the default size"),
+        (whole if whole <= free else 0, "one sequence of the full context"),
     ]
     size, chosen = max(choices)
     if size == left < USUAL_KV_BYTES:
-        chosen = "all that is left"
+        chosen = "all remaining memory"
     # Without windows: what a sequence gives back stays in the prefix cache.
     most = bytes_of(config.max_running * -(-model.context_length // BLOCK_TOKENS))
     if size > most:
-        size, chosen = most, f"{config.max_running} sequences of the whole context"
+        size, chosen = most, f"{config.max_running} sequences of the full context"
     smallest = bytes_of(held(min(model.context_length, _SMALLEST_KV_TOKENS)))
     if size < smallest:
-        size, chosen = smallest, "the smallest"
+        size, chosen = smallest, "the minimum"
     return planned(size, chosen, short=size < min(most, max(USUAL_KV_BYTES, whole)))
 
 
@@ -264,7 +264,7 @@ def _too_small(pool: MemoryPool) -> MemoryTooSmall:
     over = pool.total - pool.limit
     lower = [use.flag for use in most if use.flag != "--base"]
     return MemoryTooSmall(
-        f"this configuration needs {_mib(over)} MiB more {pool.name} memory than there is "
+        f"this configuration needs {_mib(over)} MiB more {pool.name} memory than is available "
         f"({pool}): lower {', '.join(lower)}, or choose a smaller --base",
         metadata={"pool": pool.name, "missing_bytes": str(over), "lower": " ".join(lower)},
     )

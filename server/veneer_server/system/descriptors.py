@@ -86,8 +86,8 @@ def share_descriptors(*, wanted: int, ports: int, tenants: int = 1) -> Descripto
     connections = max(_FEWEST, min(wanted, room))
     if connections < wanted:
         _log.warning(
-            "the limit on open files is low, so fewer connections are accepted: raise it "
-            "(ulimit -n), or lower --max-connections",
+            "low limit on open files, accepting fewer connections: raise it (ulimit -n), or "
+            "lower --max-connections",
             open_files=limit,
             connections=connections,
             needed=needed,

@@ -61,7 +61,7 @@ def place(wanted: int, machine: Machine | None = None) -> Placement:
         spread = wanted > largest and len(every) > 1
         why = "set by --threads"
         if spread:
-            why += f", more than the {largest} cores of a package: memory is spread over all"
+            why += f", more than the {largest} cores of a package: memory is interleaved"
         return Placement(wanted, why, nodes=every if spread else ())
 
     def room(package: int) -> tuple[int, int]:

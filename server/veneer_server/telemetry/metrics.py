@@ -81,11 +81,11 @@ class Metrics:
         ) -> Histogram:
             return Histogram(f"veneer_{name}", text, labels, registry=registry, buckets=buckets)
 
-        self.running = gauge("num_requests_running", "Sequences in the batch.")
-        self.waiting = gauge("num_requests_waiting", "Sequences that are waiting.")
-        self.kv_usage = gauge("kv_cache_usage_ratio", "Used share of the KV blocks.")
+        self.running = gauge("num_requests_running", "Sequences in the running batch.")
+        self.waiting = gauge("num_requests_waiting", "Sequences waiting in the queue.")
+        self.kv_usage = gauge("kv_cache_usage_ratio", "Fraction of KV blocks in use.")
         self.prefix_usage = gauge(
-            "prefix_cache_usage_ratio", "Share of the KV blocks that only the cache holds."
+            "prefix_cache_usage_ratio", "Fraction of KV blocks held only by the prefix cache."
         )
         self.ready = gauge("ready", "1 while generate calls are answered, else 0.")
         self.engine_healthy = gauge(
@@ -107,18 +107,20 @@ class Metrics:
         self.registered = gauge("adapters_registered", "Names in the registry.")
         self.first_token = histogram(
             "time_to_first_token_seconds",
-            "From arrival to the first token.",
+            "Time from arrival to the first token (TTFT).",
             _FIRST_TOKEN,
             "adapter_tier",
         )
         self.inter_token = histogram(
-            "inter_token_latency_seconds", "Between tokens of one stream.", _INTER_TOKEN
+            "inter_token_latency_seconds",
+            "Time between tokens of one stream (inter-token latency).",
+            _INTER_TOKEN,
         )
         self.latency = histogram(
-            "e2e_request_latency_seconds", "From arrival to the last token.", _FIRST_TOKEN
+            "e2e_request_latency_seconds", "Time from arrival to the last token.", _FIRST_TOKEN
         )
         self.queue_time = histogram(
-            "request_queue_time_seconds", "From arrival to the first step.", _FIRST_TOKEN
+            "request_queue_time_seconds", "Time from arrival to the first step.", _FIRST_TOKEN
         )
         self.request_prompt_tokens = histogram(
             "request_prompt_tokens", "Prompt tokens of a request.", _TOKENS
@@ -141,7 +143,7 @@ class Metrics:
         )
         self.loader_restarts = counter(
             "adapter_loader_restarts_total",
-            "Adapter loader processes that ended, or were killed for taking too long.",
+            "Adapter loader processes that exited or were killed on timeout.",
         )
         self.step_seconds = histogram(
             "step_seconds", "Duration of a step.", _INTER_TOKEN, "phase"
@@ -162,17 +164,17 @@ class Metrics:
         self.failures = counter("request_failures_total", "Requests that failed.", "reason")
         self.audit_written = counter("audit_lines_written_total", "Lines of the audit log.")
         self.audit_lost = counter(
-            "audit_lines_lost_total", "Audit lines that a full or slow disk did not take."
+            "audit_lines_lost_total", "Audit lines lost because the disk was full or slow."
         )
         self.audit_left_out = counter(
             "audit_lines_left_out_total",
-            "Refusals without a line of their own in the audit log, since many were alike.",
+            "Refusals that the audit log summarizes because many were alike.",
         )
         self.lookups = counter(
-            "adapter_cache_lookups_total", "Look-ups by tier.", "tier", "result"
+            "adapter_cache_lookups_total", "Adapter lookups by tier.", "tier", "result"
         )
         self.evictions = counter(
-            "adapter_evictions_total", "Adapters that left a tier.", "tier", "cause"
+            "adapter_evictions_total", "Adapters evicted from a tier.", "tier", "cause"
         )
         self.constraints = counter(
             "constraints_total",
@@ -195,7 +197,7 @@ class Metrics:
         """Metrics by tenant."""
         self.handled = Counter(
             "grpc_server_handled_total",
-            "Calls ended.",
+            "Completed calls.",
             ("grpc_service", "grpc_method", "grpc_code"),
             registry=registry,
         )

@@ -23,7 +23,8 @@ class FollowerSeries(Collector):
         self._follower: Follower | None = None
         self.fetch_seconds = Histogram(
             "veneer_adapter_fetch_seconds",
-            "From the first request for an adapter that is not on this machine until it is.",
+            "Time from the first request for an adapter that is not on this machine until "
+            "its arrival.",
             buckets=_FETCH,
             registry=None,
         )
@@ -59,7 +60,7 @@ class FollowerSeries(Collector):
         )
         yield CounterMetricFamily(
             "veneer_registry_resyncs",
-            "Connections that had to begin with a snapshot although a view was there.",
+            "Connections that needed a snapshot although a view existed.",
             link.resyncs,
         )
         yield GaugeMetricFamily(
@@ -70,12 +71,12 @@ class FollowerSeries(Collector):
         )
         yield CounterMetricFamily(
             "veneer_adapter_disk_cache_evictions",
-            "Adapters that left the disk.",
+            "Adapters evicted from the disk cache.",
             cache.evictions,
         )
         yield CounterMetricFamily(
             "veneer_adapter_disk_cache_damaged",
-            "Adapters on disk that were found damaged, and dropped.",
+            "Adapters on disk that were found damaged and dropped.",
             cache.damaged_found,
         )
         fetches = CounterMetricFamily(

@@ -117,7 +117,7 @@ class Tracing:
         provider = TracerProvider(resource=Resource.create(given), shutdown_on_exit=False)
         processor = BatchSpanProcessor(exporter)
         provider.add_span_processor(processor)
-        _log.info("traces are sent", endpoint=endpoint or "as OTEL_EXPORTER_OTLP_* say")
+        _log.info("sending traces", endpoint=endpoint or "as OTEL_EXPORTER_OTLP_* say")
 
         def stop() -> None:
             # Neither flushing nor the provider's end has a limit of its own.

@@ -85,9 +85,9 @@ class VllmSeries(Collector):
     def _load(self) -> Iterator[Metric]:
         ours = self._metrics
         for name, text, gauge in (
-            ("num_requests_running", "Sequences in the batch.", ours.running),
-            ("num_requests_waiting", "Sequences that are waiting.", ours.waiting),
-            ("kv_cache_usage_perc", "Used share of the KV blocks, 0 to 1.", ours.kv_usage),
+            ("num_requests_running", "Sequences in the running batch.", ours.running),
+            ("num_requests_waiting", "Sequences waiting in the queue.", ours.waiting),
+            ("kv_cache_usage_perc", "Fraction of KV blocks in use, 0 to 1.", ours.kv_usage),
         ):
             yield self._gauge(name, text, _sum(gauge))
         config = GaugeMetricFamily(
@@ -121,7 +121,7 @@ class VllmSeries(Collector):
         in_host = _sum(self._metrics.resident, tier="host")
         yield self._gauge("num_cpu_loaded_lora_adapters", "Adapters in host memory.", in_host)
         yield self._gauge(
-            "max_gpu_lora_adapters", "Adapters of the mean size that would be ready.", most
+            "max_gpu_lora_adapters", "Number of average-size adapters that fit.", most
         )
 
     def _loaded(self, held: Held) -> Metric:

@@ -126,8 +126,8 @@ class Prompts:
         if not bound.exceeds(text, most):
             return
         raise ContextTooLong(
-            f"the prompt has {len(text)} bytes, but the {tokens} tokens that fit hold at most "
-            f"{most}: shorten it",
+            f"the prompt has {len(text)} bytes, but the {tokens} tokens that fit cover at "
+            f"most {most}: shorten it",
             metadata={
                 "field": field,
                 "prompt_bytes": str(len(text)),

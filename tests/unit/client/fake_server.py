@@ -134,7 +134,7 @@ class FakeServer(
             finish_reason=inference_pb2.FINISH_REASON_STOP,
             logprobs=[inference_pb2.TokenLogprob(token_id=7, logprob=-0.5)],
             usage=inference_pb2.Usage(prompt_tokens=3, completion_tokens=2),
-            provenance=self._provenance(request.adapter),
+            provenance=self.provenance(request.adapter),
         )
 
     def GenerateStream(self, request, context):  # noqa: N802
@@ -160,11 +160,11 @@ class FakeServer(
             final=inference_pb2.GenerateStreamFinal(
                 finish_reason=inference_pb2.FINISH_REASON_LENGTH,
                 usage=inference_pb2.Usage(prompt_tokens=1, completion_tokens=wanted),
-                provenance=self._provenance(request.adapter),
+                provenance=self.provenance(request.adapter),
             ),
         )
 
-    def _provenance(self, adapter: str) -> inference_pb2.Provenance:
+    def provenance(self, adapter: str) -> inference_pb2.Provenance:
         made = inference_pb2.Provenance(base_model="fake-base", adapter=adapter)
         if adapter:
             made.revision, made.weights_digest, made.tier = "ab" * 32, "cd" * 32, self.tier

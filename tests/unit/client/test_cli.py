@@ -67,8 +67,8 @@ def test_generate(server: FakeServer, run: Run) -> None:
     assert done.exit_code == 0
     assert done.stdout == "0 1 \n"
     assert done.stderr.strip() == (
-        "cut after 2 tokens (see --max-tokens) · queue 2.0 ms · load 41 ms (disk) · "
-        "first token 88 ms · 10 tok/s · chat@abababababab"
+        "truncated at 2 tokens (see --max-tokens) · queue 2.0 ms · load 41 ms (disk) · first "
+        "token 88 ms · 10 tok/s · chat@abababababab"
     )
     ((_, request),) = server.calls
     assert request.messages.messages[0].content == "hello"
@@ -175,7 +175,7 @@ def test_pins(server: FakeServer, run: Run) -> None:
     server.add("chat")
     assert run("adapter", "pin", "chat").stdout.endswith("is pinned\n")
     assert server.adapters["chat"].pinned
-    assert run("adapter", "unpin", "chat").stdout.endswith("is in disk, free\n")
+    assert run("adapter", "unpin", "chat").stdout.endswith("is in disk, unpinned\n")
     assert not server.adapters["chat"].pinned
 
 
@@ -326,7 +326,7 @@ def test_info(run: Run) -> None:
     assert "base 1.0 KiB + kv_cache 2.0 KiB = 3.0 KiB of 4.0 KiB" in shown
     assert "front 512 B, engine 2.5 KiB" in shown
     assert json.loads(run("info", "--json").stdout)["context_length"] == 128
-    assert "pushes, and all else that changes something, go there" in shown
+    assert "yes: send pushes and all other changes there" in shown
 
 
 @pytest.mark.parametrize(

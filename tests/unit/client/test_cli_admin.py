@@ -53,7 +53,7 @@ def test_push_again_goes_on(
     server.breaks.clear()
     server.start()
     done = run(*push, "--json", env={"VENEER_ACTOR": "ada"})
-    assert "1.0 MiB of 2.5 MiB were there already" in done.stderr
+    assert "1.0 MiB of 2.5 MiB already on the server" in done.stderr
     assert "interrupted" not in done.stderr
     pushed = json.loads(done.stdout)
     assert (pushed["skipped_bytes"], pushed["resumes"]) == (1 << 20, 0)
@@ -63,7 +63,7 @@ def test_push_again_goes_on(
 def test_push_of_what_is_there(server: FakeServer, run: Run, adapter_folder: Path) -> None:
     run("adapter", "push", str(adapter_folder), "--name", "one")
     done = run("adapter", "push", str(adapter_folder), "--name", "two", "--etag", "e9")
-    assert "2.5 MiB were there already" in done.stderr
+    assert "2.5 MiB already on the server" in done.stderr
     assert server.uploads[-1].spec.etag == "e9"
 
 
@@ -85,16 +85,17 @@ def test_push_of_damaged_parts(server: FakeServer, run: Run, adapter_folder: Pat
 
 def test_alias_moves(server: FakeServer, run: Run) -> None:
     older, newer = two(server)
-    assert run("adapter", "alias", "chat/prod", older).stdout == f"chat/prod means {older}\n"
+    done = run("adapter", "alias", "chat/prod", older)
+    assert done.stdout == f"chat/prod now points to {older}\n"
     shared = ("--canary", f"{older}=90", "--canary", f"chat@{newer}=10")
     assert run("adapter", "alias", "chat/prod", *shared).stdout == (
-        f"chat/prod means {older}=90 {newer}=10 (before: {older})\n"
+        f"chat/prod now points to {older}=90 {newer}=10 (before: {older})\n"
     )
     listed = run("adapter", "aliases").stdout
     assert f"chat/prod  {older}=90 {newer}=10" in listed
     assert json.loads(run("adapter", "aliases", "chat", "--json").stdout)[0]["etag"] == "a2"
     back = run("adapter", "rollback", "chat/prod").stdout
-    assert back == f"chat/prod means {older} (before: {older}=90 {newer}=10)\n"
+    assert back == f"chat/prod now points to {older} (before: {older}=90 {newer}=10)\n"
     gone = run("adapter", "alias", "chat/prod", "--remove", "--etag", "a3", "--json")
     assert json.loads(gone.stdout)["alias"]["targets"] == []
     assert "no aliases of chat: set one" in run("adapter", "aliases", "chat").stdout
@@ -105,7 +106,7 @@ def test_alias_rollback_flag(server: FakeServer, run: Run) -> None:
     run("adapter", "alias", "chat/prod", older)
     run("adapter", "alias", "chat/prod", f"chat@{newer}")
     done = run("adapter", "alias", "chat/prod", "--rollback")
-    assert done.stdout == f"chat/prod means {older} (before: {newer})\n"
+    assert done.stdout == f"chat/prod now points to {older} (before: {newer})\n"
 
 
 @pytest.mark.parametrize(
@@ -139,8 +140,8 @@ def test_rollback_goes_one_back_at_a_time(server: FakeServer, run: Run) -> None:
     oldest, middle = two(server)
     server.replace("chat")
     done = run("adapter", "rollback", "chat")
-    assert done.stdout == f"chat means chat@{middle} again\n"
-    assert run("adapter", "rollback", "chat").stdout == f"chat means chat@{oldest} again\n"
+    assert done.stdout == f"chat now points to chat@{middle}\n"
+    assert run("adapter", "rollback", "chat").stdout == f"chat now points to chat@{oldest}\n"
     assert "no earlier revision" in one_line(run("adapter", "rollback", "chat"))
 
 
@@ -193,15 +194,15 @@ def test_retain(server: FakeServer, run: Run) -> None:
 
 def test_share(server: FakeServer, run: Run) -> None:
     server.add("chat")
-    assert run("adapter", "share", "chat").stdout == "chat: all tenants may use it\n"
+    assert run("adapter", "share", "chat").stdout == "chat: all tenants can use it\n"
     assert "(shared)" in run("ls").stdout
     assert "with all tenants" in run("adapter", "show", "chat").stdout
     stopped = run("adapter", "share", "chat", "--stop")
-    assert stopped.stdout == "chat: only its own tenant may use it\n"
+    assert stopped.stdout == "chat: only its own tenant can use it\n"
     server.adapters["chat"].tenant = "team-a"
     assert "(of team-a)" in run("ls").stdout
     assert " 0 " not in run("ls").stdout, "how much others use it is not told"
-    assert "team-a, which shares it" in run("adapter", "show", "chat").stdout
+    assert "team-a (shared by that tenant)" in run("adapter", "show", "chat").stdout
 
 
 def test_history(server: FakeServer, run: Run) -> None:
@@ -298,7 +299,7 @@ def test_a_self_test_of_no_adapter_says_so(passed: bool, server: FakeServer, run
     server.self_test_note = "" if passed else "none of 3 adapters could be tested: no room"
     done = run("self-test")
     assert done.exit_code == (0 if passed else 1)
-    told = "passed: no adapter was tested" if passed else "NOT PROVEN: none of 3 adapters"
+    told = "passed: no adapter was tested" if passed else "INCONCLUSIVE: none of 3 adapters"
     assert told in done.stdout
     assert "in one batch" not in done.stdout
 

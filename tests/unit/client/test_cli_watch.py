@@ -164,8 +164,8 @@ def test_what_was_lost_is_told_once_and_the_row_goes_on(server: FakeServer) -> N
     asked = [r.since_sequence for name, r in server.calls if name == "WatchAdapters"]
     assert asked == [0, 8]
     lost, back = lines
-    assert lost.endswith("stopping; waiting for it (Ctrl-C ends)")
-    assert back.endswith(f"{server.address} is back")
+    assert lost.endswith("stopping; reconnecting (Ctrl-C to stop)")
+    assert back.endswith(f"{server.address} reconnected")
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def test_stopped_while_its_server_starts_it_stops_that_too(
             demo.send_signal(by)
             _, told = demo.communicate(timeout=60)
             assert demo.returncode == status
-            assert ("are kept; `make demo` goes on" in told) is (by == signal.SIGINT)
+            assert ("are kept; `make demo` resumes" in told) is (by == signal.SIGINT)
             assert alive.read() == ""
         except BaseException:
             os.kill(server, signal.SIGKILL)

@@ -41,7 +41,7 @@ def test_key_figures_and_captions_tell_the_data() -> None:
     assert found.row("First token", "p50") == ["400 ms"]
     assert found.row("p99") == ["900 ms"]
     assert found.row("new tokens/s") == ["80.0"]
-    assert found.row("Goodput", "share good") == ["90%"]
+    assert found.row("Goodput", "within limits, share") == ["90%"]
     assert found.row("Adapters", "found in DEVICE") == ["90%"]
     assert found.row("Whole request", "p50") == ["9,000 ms"]
     assert "half of the first tokens came within 400 ms" in found.text.lower()
@@ -163,7 +163,7 @@ def test_partial_is_told_first() -> None:
     ("own", "told"),
     [
         ({"late_p99_ms": 10.5}, "The generator was late: one request in a hundred was sent"),
-        ({"lost": 3}, "Requests lost: nothing is known of 3 requests that were sent."),
+        ({"lost": 3}, "Requests lost: no result arrived for 3 requests that were sent."),
         ({}, None),
     ],
 )
@@ -237,7 +237,7 @@ def test_the_command_reports_what_is_partial(tmp_path: Path) -> None:
     ("content", "told"),
     [
         (None, "cannot read"),
-        (b'{"kind": "run", "format": 1, "lev', "is no whole result file"),
+        (b'{"kind": "run", "format": 1, "lev', "is not a complete result file"),
         (b'{"kind": "weather"}', "holds 'weather'"),
         (b'{"kind": "run", "format": %d}' % (FORMAT + 1), "written by a newer veneer-loadtest"),
         (b'{"kind": "run", "format": 1}', "is not a result as this version writes it"),

@@ -59,7 +59,7 @@ def test_few_samples_of_a_swap_and_of_its_uploads() -> None:
     first, second = warnings(kit.swap(cases=cases, churn=churn))
     assert "3 requests a case." in first
     assert first.endswith("--samples.")
-    assert "1 adapter uploaded beside streams." in second
+    assert "1 adapter uploaded while streams run." in second
 
 
 def test_few_requests_of_a_comparison() -> None:

@@ -60,7 +60,7 @@ def test_a_plain_adapter(tmp_path: Path) -> None:
     assert manifest.file_dtype == "BF16"
     assert manifest.base_name == ""
     assert manifest.chat_template is None
-    assert "does not say which base" in manifest.warnings[0]
+    assert "does not record its base" in manifest.warnings[0]
 
 
 def test_without_a_base_nothing_is_said_about_it(tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ STEM = "base_model.model.model.layers.0.self_attn.q_proj"
 
 BAD_TENSORS: dict[str, tuple[Callable[[], dict[str, Any]], str | None, str]] = {
     # name -> (tensors, tensor to blame, words of the message)
-    "nothing": (dict, None, "holds no LoRA tensors"),
+    "nothing": (dict, None, "contains no LoRA tensors"),
     "no B": (change(b=None), Q0A, "no lora_B"),
     "no A": (change(a=None), Q0B, "no lora_A"),
     "vector": (change(a=np.ones(32, np.float32)), Q0A, "need a matrix"),

@@ -93,7 +93,7 @@ def test_a_name_of_the_base_is_accepted_without_a_warning(tmp_path: Path, name: 
 @pytest.mark.parametrize("name", ["", " ", None])
 def test_no_name_is_accepted_with_a_warning(tmp_path: Path, name: object) -> None:
     (warning,) = read_adapter(named(tmp_path, name), BASE).warnings
-    assert "does not say which base" in warning
+    assert "does not record its base" in warning
 
 
 def test_an_allowed_name_is_accepted(tmp_path: Path) -> None:

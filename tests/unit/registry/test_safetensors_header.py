@@ -90,7 +90,7 @@ BAD: dict[str, tuple[bytes, str | None, str]] = {
     "hole": (raw_file({"a": entry(), "b": entry(offsets=[20, 36])}, bytes(36)), "b", "hole"),
     "hole in front": (raw_file({"a": entry(offsets=[4, 20])}, bytes(20)), "a", "hole"),
     "cut off": (raw_file({"a": entry()}, bytes(15)), None, "cut off"),
-    "trailing bytes": (raw_file({"a": entry()}, bytes(17)), None, "no tensor owns"),
+    "trailing bytes": (raw_file({"a": entry()}, bytes(17)), None, "belong to no tensor"),
 }
 
 

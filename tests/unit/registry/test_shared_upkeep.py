@@ -126,7 +126,7 @@ def test_the_command(services: Services, adapters: Adapters, name: str, tmp_path
     done = command("--tenant", name)
     assert done.returncode == 1
     assert f"damaged weights {ref.weights_digest[:12]}" in done.stdout
-    assert f"needed by chat@{ref.revision[:12]}" in done.stdout
+    assert f"used by chat@{ref.revision[:12]}" in done.stdout
     done = command("--quarantine")
     assert done.returncode == 1
     assert "push the adapters again" in done.stderr

@@ -148,7 +148,7 @@ def test_a_part_that_fails_says_so(shown: Display, clock: Clock, lines: Lines) -
     # The test's own error.
     with pytest.raises(OSError, match="full"):
         fail()
-    assert lines.texts == ["importing the base: ended unfinished after 3.0 s"]
+    assert lines.texts == ["importing the base: stopped unfinished after 3.0 s"]
     assert shown.doing == ""
 
 

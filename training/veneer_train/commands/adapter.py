@@ -60,9 +60,11 @@ def evaluate(
     base: Base,
     data: Data,
     max_len: MaxLen = None,
-    limit: Annotated[int | None, typer.Option(help="Most samples to use.", min=1)] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Maximum number of samples to use.", min=1)
+    ] = None,
     reference: Annotated[
-        bool, typer.Option(help="Also measure the base in 16 bits, which takes more memory.")
+        bool, typer.Option(help="Also measure the base in 16 bits (needs more memory).")
     ] = True,
     record: Annotated[
         bool, typer.Option("--record", help="Write the figures into the adapter's manifest.")
@@ -117,15 +119,17 @@ def verify(
     adapter: Adapter,
     base: Base,
     data: Annotated[
-        Path | None, typer.Option(help="Re-measure the manifest's figure for this file.")
+        Path | None, typer.Option(help="Measure the manifest's figure for this file again.")
     ] = None,
     server: Annotated[
         str | None,
-        typer.Option(metavar="HOST:PORT", help="Check that this server would accept it."),
+        typer.Option(
+            metavar="HOST:PORT", help="Check whether this server would accept the adapter."
+        ),
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Check that an adapter is whole, fits this base, and is as good as its manifest says."""
+    """Check that an adapter is complete, fits this base, and reaches its manifest's figures."""
     with errors(debug):
         base_folder = resolve_base(base)
         quiet_libraries()
@@ -138,7 +142,7 @@ def verify(
 def merge(
     adapter: Adapter,
     base: Base,
-    out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
+    out: Annotated[Path, typer.Option(help="Output folder; must not exist.")],
     into: Annotated[
         Literal["dequant", "source"],
         typer.Option(
@@ -148,15 +152,17 @@ def merge(
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32"],
         typer.Option(
-            help="Dtype of the written weights. float32 loses nothing; the others take half "
-            "the space, and bfloat16 may lose most of a lightly trained adapter."
+            help="Dtype of the written weights. float32 is lossless; the others need "
+            "half the space, but bfloat16 can lose most of a lightly trained adapter."
         ),
     ] = "float32",
     data: Annotated[
         Path | None,
-        typer.Option(help="Compare on this JSONL file; default: on four short texts."),
+        typer.Option(help="Compare on this JSONL file; default: four short texts."),
     ] = None,
-    limit: Annotated[int, typer.Option(help="Most samples of it to use.", min=1)] = 64,
+    limit: Annotated[
+        int, typer.Option(help="Maximum number of samples of that file to use.", min=1)
+    ] = 64,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -206,7 +212,7 @@ def export_gguf(
     folder: Annotated[
         Path, typer.Argument(help="An adapter, or a model (a base or a merged one).")
     ],
-    out: Annotated[Path, typer.Option(help="File to write.")],
+    out: Annotated[Path, typer.Option(help="Output file.")],
     base: Annotated[
         str | None,
         typer.Option(help="An adapter's base: a folder, a hub name or smollm2-135m."),

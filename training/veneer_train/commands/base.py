@@ -37,12 +37,12 @@ PLAN_EXAMPLES = (
 
 def import_gguf(
     file: Annotated[Path, typer.Argument(help="A GGUF file of a Llama-like model.")],
-    out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
+    out: Annotated[Path, typer.Option(help="Output folder; must not exist.")],
     debug: Debug = False,
 ) -> None:
-    """Write a GGUF file's model as a Hugging Face folder in bfloat16.
+    """Convert a GGUF file into a Hugging Face folder in bfloat16.
 
-    Weights that the file holds in fewer bits gain no precision. Digits are split as the
+    Weights stored in fewer bits gain no precision. Digits are split as the
     file's tokenizer says, which transformers alone does not do for SmolLM.
     """
     with errors(debug):
@@ -55,9 +55,11 @@ def import_gguf(
 
 def quantize(
     base: Base,
-    out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
+    out: Annotated[Path, typer.Option(help="Output folder; must not exist.")],
     kind: Annotated[Literal["nf4", "fp4"], typer.Option("--type", help="Codebook.")] = "nf4",
-    double_quant: Annotated[bool, typer.Option(help="Quantize the scales too.")] = True,
+    double_quant: Annotated[
+        bool, typer.Option(help="Also quantize the scales (double quantization).")
+    ] = True,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -88,9 +90,9 @@ def plan(
         str | None, typer.Option(help="The base model: a folder, a hub name or smollm2-135m.")
     ] = None,
     llama_65b: Annotated[
-        bool, typer.Option("--llama-65b", help="Use LLaMA 65B's shape, as in the paper.")
+        bool, typer.Option("--llama-65b", help="Plan for LLaMA 65B, as in the QLoRA paper.")
     ] = False,
-    config: Annotated[Path | None, typer.Option(help="The run's YAML file.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of the run.")] = None,
     preset: Annotated[str | None, typer.Option(help=f"{', '.join(PRESETS)}.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key.")
@@ -99,7 +101,7 @@ def plan(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Say how much memory a run will take, by QLoRA, LoRA and full fine-tuning, without
+    """Estimate the memory of a run with QLoRA, LoRA and full fine-tuning, without
     loading anything."""
     with errors(debug):
         from veneer_train import plan as planning
@@ -120,7 +122,9 @@ def plan(
     for part in plans[0].parts:
         table.add_row(part, *(_size(p.parts[part]) for p in plans))
     table.add_row("[bold]peak[/bold]", *(f"[bold]{_size(p.total)}[/bold]" for p in plans))
-    table.add_row("trained numbers", *(f"{p.trained_parameters / 1e6:,.2f} M" for p in plans))
+    table.add_row(
+        "trained parameters", *(f"{p.trained_parameters / 1e6:,.2f} M" for p in plans)
+    )
     Screen().print(table)
     tokens = parsed.train.batch * parsed.data.max_len
     stderr().print(

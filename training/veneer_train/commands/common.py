@@ -35,8 +35,8 @@ Base = Annotated[
 
 
 _NO_LABS: Final = (
-    "labs and data recipes are in a separate package, veneer-labs, which is not installed: "
-    "pip install ./labs in Veneer's folder"
+    "labs and data recipes need the package veneer-labs, which is not installed: pip install "
+    "./labs in Veneer's folder"
 )
 _YIELDS: Final = 10
 """Niceness of a run on a server's machine."""
@@ -133,7 +133,7 @@ def _words(row: Mapping[str, Any]) -> str:
         case "expected":
             return str(row["words"])
         case "resumed":
-            return f"resumes from step {row['step']} ({row['folder']})"
+            return f"resuming from step {row['step']} ({row['folder']})"
         case "pushed":
             return f"step {row['step']}: published as {row['revision'][:12]}"
         case "push_failed":

@@ -23,7 +23,7 @@ INSPECT_EXAMPLES = (
 
 def data(
     recipe: Annotated[
-        Literal["chat", "code", "sql"], typer.Argument(help="Which data set to build.")
+        Literal["chat", "code", "sql"], typer.Argument(help="Data set to build.")
     ],
     out: Annotated[Path, typer.Option(help="Folder for train.jsonl and val.jsonl.")],
     seed: Annotated[int, typer.Option(help="Same seed, same files.")] = 0,
@@ -41,12 +41,12 @@ def data(
 def inspect_data(
     file: Annotated[Path, typer.Argument(help="JSONL, as for training.")],
     base: Base,
-    samples: Annotated[int, typer.Option(help="How many samples to show.", min=0)] = 3,
-    loss_on: Annotated[Literal["assistant", "all"], typer.Option(help="As data.loss_on.")] = (
+    samples: Annotated[int, typer.Option(help="Number of samples to show.", min=0)] = 3,
+    loss_on: Annotated[Literal["assistant", "all"], typer.Option(help="Like data.loss_on.")] = (
         "assistant"
     ),
-    template: Annotated[Path | None, typer.Option(help="As data.template.")] = None,
-    max_len: Annotated[int, typer.Option(help="As data.max_len.")] = 512,
+    template: Annotated[Path | None, typer.Option(help="Like data.template.")] = None,
+    max_len: Annotated[int, typer.Option(help="Like data.max_len.")] = 512,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:

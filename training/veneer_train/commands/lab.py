@@ -32,8 +32,10 @@ EXAMPLES = (
 
 
 def lab(
-    name: Annotated[Name, typer.Argument(help="Which lab.")],
-    out: Annotated[Path, typer.Option(help="Folder for table, CSV and plot; empty or new.")],
+    name: Annotated[Name, typer.Argument(help="Lab to run.")],
+    out: Annotated[
+        Path, typer.Option(help="Output folder for table, CSV and plot; must be empty or new.")
+    ],
     base: Annotated[
         str | None,
         typer.Option(
@@ -53,8 +55,8 @@ def lab(
         str | None,
         typer.Option(
             "--optim",
-            help="optimizers: transformers' names of them; default: AdamW in 32 and 8 bits, "
-            "and on a GPU both paged, too.",
+            help="optimizers: their names in transformers; default: AdamW in 32 and "
+            "8 bits, on a GPU also both paged.",
         ),
     ] = None,
     adapters: Annotated[
@@ -72,7 +74,7 @@ def lab(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Labs that train: override a key."),
     ] = None,
-    threads: Annotated[int, typer.Option(help="Per run; 0: one per core.", min=0)] = 0,
+    threads: Annotated[int, typer.Option(help="Threads per run; 0: one per core.", min=0)] = 0,
     seed: Annotated[int, typer.Option(help="Seed of all random choices.")] = 0,
     debug: Debug = False,
 ) -> None:

@@ -47,28 +47,28 @@ def train(
         Path | None, typer.Argument(help="YAML file; see docs/training.md.")
     ] = None,
     preset: Annotated[
-        str | None, typer.Option(help=f"Defaults below the file: {', '.join(PRESETS)}.")
+        str | None,
+        typer.Option(help=f"Defaults that the file overrides: {', '.join(PRESETS)}."),
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a key; may be repeated."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key; repeatable."),
     ] = None,
     base: Annotated[
         str | None,
         typer.Option(
-            help="The base model, instead of model.path: a folder, a hub name or smollm2-135m."
+            help="Base model, overriding model.path: a folder, a hub name or smollm2-135m."
         ),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option(help="Replace output.dir if it exists, and start over.")
+        bool, typer.Option(help="Replace output.dir if it exists and start over.")
     ] = False,
     push: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Publish it to this server.")
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Publish the adapter to this server."),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Name to publish it under.")] = None,
-    alias: Annotated[
-        str, typer.Option(help="Alias to point at it: prod makes NAME/prod.")
-    ] = "",
+    name: Annotated[str | None, typer.Option(help="Name to publish the adapter under.")] = None,
+    alias: Annotated[str, typer.Option(help="Alias to point to it: prod sets NAME/prod.")] = "",
     push_every: Annotated[
         int,
         typer.Option(
@@ -103,8 +103,8 @@ def train(
         target = None if push is None or name is None else Target(push, name, alias)
         if target is not None and parsed.lora.dora:
             raise InvalidField(
-                "servers accept DoRA adapters only when merged: train without --push, then use "
-                "veneer-train merge",
+                "servers accept DoRA adapters only merged into the base: train without "
+                "--push, then use veneer-train merge",
                 metadata={"field": "lora.dora"},
             )
         result = _run(parsed, target, push_every, overwrite)

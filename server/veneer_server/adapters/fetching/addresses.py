@@ -96,8 +96,8 @@ def connect(origin: Origin, named: Iterable[Network], timeout_s: float) -> socke
     checked = [each for each in found if may_contact(str(each[4][0]), named)]
     if not checked:
         refuse_uri(
-            "its host has only addresses that this server may not contact: the operator can "
-            "name a private network behind the entry of --fetch-allow",
+            "its host resolves only to addresses that this server may not contact: the "
+            "operator can allow a private network in the --fetch-allow entry",
             cause="address",
             detail=f"{origin}: {', '.join(sorted({str(each[4][0]) for each in found}))}",
         )
@@ -120,7 +120,7 @@ def connect(origin: Origin, named: Iterable[Network], timeout_s: float) -> socke
 
 def _unreachable(origin: Origin, why: str) -> Aborted:
     return Aborted(
-        "the URI's host does not answer: check the URI, and try again",
+        "the URI's host does not respond: check the URI, and try again",
         metadata={"field": "uri", "cause": "unreachable"},
         detail=f"{origin}: {why}",
     )

@@ -60,8 +60,8 @@ class AllowList:
             except (InvalidField, ValueError) as error:
                 why = str(error).removeprefix("uri: ")
                 raise InvalidField(
-                    f"--fetch-allow {text[:200]!r} is not allowed: {why}; give the beginning "
-                    "of URIs, such as https://models.example.com/lora/, perhaps followed by a "
+                    f"--fetch-allow {text[:200]!r} is not allowed: {why}; give a URI prefix, "
+                    "such as https://models.example.com/lora/, optionally followed by a "
                     "space and a private network of its host",
                     metadata={"key": "fetch_allow"},
                 ) from error
@@ -77,7 +77,7 @@ class AllowList:
         if found is None:
             refuse_uri(
                 "this server may not fetch from there: push the files with `veneer adapter "
-                "push FOLDER`, or ask its operator for --fetch-allow with that place",
+                "push FOLDER`, or ask its operator to add the location to --fetch-allow",
                 cause="not_allowed",
             )
         return found

@@ -39,8 +39,8 @@ class BucketFolder:
             self._store: Any = fsspec.filesystem(uri.scheme, **_options(uri))
         except ImportError as error:
             raise Unimplemented(
-                f"{uri.scheme}:// needs packages that this server lacks: its operator "
-                "adds them by pip install '.[remote]' in Veneer's folder",
+                f"{uri.scheme}:// needs packages that this server lacks: install them with "
+                "pip install '.[remote]' in Veneer's folder",
                 metadata={"field": "uri", "cause": "extra"},
                 detail=str(error),
             ) from error
@@ -57,7 +57,7 @@ class BucketFolder:
             for at in range(0, size, _PIECE):
                 data = self._store.cat_file(path, start=at, end=min(at + _PIECE, size))
                 if len(data) != min(_PIECE, size - at):
-                    raise OSError("a piece has another size")
+                    raise OSError("a part has the wrong size")
                 into.write(data)
             if self._state(path) != before:
                 raise OSError("the object was replaced while it was read")
@@ -65,8 +65,8 @@ class BucketFolder:
             raise Missing from None
         except PermissionError as error:
             raise AdapterInvalid(
-                f"{file}: the bucket refuses access: check the credentials in the server's "
-                "environment, and the addresses that --fetch-allow names",
+                f"{file}: the bucket denies access: check the credentials in the server's "
+                "environment, and the addresses in --fetch-allow",
                 metadata={"file": file, "cause": "access"},
                 detail=str(error)[:300],
             ) from error
@@ -76,7 +76,7 @@ class BucketFolder:
             if self._refused:
                 refuse_uri(
                     "its bucket's endpoint has an address that this server may not contact: "
-                    "the operator can name its network behind the entry of --fetch-allow",
+                    "the operator can allow its network in the --fetch-allow entry",
                     cause="address",
                     detail=", ".join(sorted(self._refused)),
                 )

@@ -124,7 +124,7 @@ class Fetchers:
         most = MAX_AT_ONCE // 2 if {*self._running} - {tenant} else MAX_AT_ONCE
         if len(self._running) >= MAX_AT_ONCE or mine >= most:
             raise QuotaExceeded(
-                f"{most} adapters are being fetched already: retry when one has arrived",
+                f"{most} adapters are being fetched already: retry when one is done",
                 metadata={"limit": str(most), "cause": "fetches"},
                 retry_after_s=2.0,
             )
@@ -142,7 +142,9 @@ class Fetchers:
                 await asyncio.wait({fetching})
                 raise
             if not answer.confined:
-                _log.warning("the kernel has no Landlock: fetches are confined by limits only")
+                _log.warning(
+                    "the kernel has no Landlock: fetches are confined only by resource limits"
+                )
             if answer.failure is not None:
                 raise answer.failure.error
             yield folder
@@ -186,8 +188,8 @@ class Fetchers:
         finally:
             ended = run.child.end(kill=True)
         raise InternalError(
-            "the adapter could not be fetched: the process that fetches it ended; try again, "
-            "and report this with the server's log if it stays so",
+            "the adapter could not be fetched: the process that fetches it ended; try again; "
+            "if this persists, report it with the server's log",
             metadata={"field": "uri", "cause": "process"},
             detail=f"{why}; {ended}",
         )
@@ -231,14 +233,14 @@ def _read_token(place: str) -> str:
         raise _no_token(f"{place}: {type(error).__name__}") from None
     token = token.strip()
     if not token or not token.isascii() or not token.isprintable() or " " in token:
-        raise _no_token(f"{place}: it is no token")
+        raise _no_token(f"{place}: not a token")
     return token
 
 
 def _no_token(detail: str) -> InternalError:
     return InternalError(
-        "the server's own credentials for fetching cannot be read: its operator finds the "
-        "reason in its log (--fetch-token)",
+        "the server's own credentials for fetching cannot be read: the operator finds the "
+        "reason in the server's log (--fetch-token)",
         metadata={"field": "uri", "cause": "token"},
         detail=detail,
     )

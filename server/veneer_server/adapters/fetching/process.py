@@ -117,7 +117,7 @@ def _source(wanted: Fetch) -> Folder:
 
 def _missing(file: str) -> AdapterInvalid:
     return AdapterInvalid(
-        f"{file} is not there: give the URI of the folder that PEFT's save_pretrained wrote; "
+        f"{file} was not found: give the URI of the folder that PEFT's save_pretrained wrote; "
         f"a {_PICKLE} is a pickle, and never read",
         metadata={"file": file, "cause": "missing"},
     )
@@ -142,7 +142,7 @@ def _answer(wanted: Fetch) -> Fetched:
         failure = error
     except MemoryError:
         failure = ResourceExhausted(
-            "there is not enough memory to fetch the adapter: try again", retry_after_s=5.0
+            "not enough memory to fetch the adapter: try again", retry_after_s=5.0
         )
     except Exception as error:
         failure = InternalError(

@@ -98,8 +98,8 @@ def parse_uri(text: str, *, prefix: bool = False) -> Uri:
     known: Scheme | None = next((each for each in _SCHEMES if each == scheme), None)
     if not separator or known is None:
         refuse_uri(
-            "it begins with none of https://, hf://, s3://, gs:// and file://: give the URI of "
-            "a folder, such as hf://org/repo",
+            "it does not start with https://, hf://, s3://, gs:// or file://: give the URI "
+            "of a folder, such as hf://org/repo",
             cause="scheme",
         )
     if known == "hf":
@@ -123,11 +123,15 @@ def _hub(rest: str, prefix: bool) -> Uri:
     if len(parts) > 1:
         parts[1], at, revision = parts[1].partition("@")
         if at and not _REVISION.fullmatch(revision):
-            refuse_uri("what follows @ is no branch, tag or commit: give hf://org/repo@main")
+            refuse_uri(
+                "the part after @ is not a branch, tag or commit: give hf://org/repo@main"
+            )
     if any("@" in part for part in parts) or not all(map(_SEGMENT.fullmatch, parts)):
-        refuse_uri("@ stands for the revision: give hf://org/repo@revision/subfolder")
+        refuse_uri("@ marks the revision: give hf://org/repo@revision/subfolder")
     if len(parts) < 2 and not prefix:
-        refuse_uri("it names no repository: give hf://org/repo, or hf://org/repo@revision")
+        refuse_uri(
+            "it does not name a repository: give hf://org/repo, or hf://org/repo@revision"
+        )
     return Uri("hf", "", tuple(parts), revision)
 
 
@@ -137,8 +141,8 @@ def _parts(path: str, more: str = "") -> tuple[str, ...]:
         plain = part.replace("@", "") if more else part
         if part in (".", "..") or not _SEGMENT.fullmatch(plain):
             refuse_uri(
-                "its path has a part that is not allowed: use letters, digits and ._~+=,:- and "
-                "neither '..' nor percent-encoding nor a query"
+                "its path has a component that is not allowed: use letters, digits and "
+                "._~+=,:- without '..', percent-encoding or a query"
             )
     return tuple(parts)
 
@@ -146,7 +150,9 @@ def _parts(path: str, more: str = "") -> tuple[str, ...]:
 def parse_origin(text: str) -> Origin:
     """``HOST`` or ``HOST:PORT`` of an https URI. Raises InvalidField."""
     if "@" in text:
-        refuse_uri("it has a user or password: the operator gives those, by --fetch-token")
+        refuse_uri(
+            "it contains a user or password: the operator sets credentials with --fetch-token"
+        )
     match = re.fullmatch(
         r"(?:\[([0-9A-Fa-f:.]{2,45})\]|([^:\[\]]{1,253}))(?::([0-9]{1,5}))?", text
     )

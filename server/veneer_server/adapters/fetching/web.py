@@ -78,9 +78,9 @@ def parse_hop(url: str) -> Hop:
     except ValueError:
         _no_redirect("a URL that is malformed")
     if found.scheme not in ("http", "https"):
-        _no_redirect("another scheme than https")
+        _no_redirect("a scheme other than https")
     if _DISGUISED.search(found.path):
-        _no_redirect("a path that could be read in two ways")
+        _no_redirect("an ambiguous path")
     try:
         origin = parse_origin(found.netloc)
     except InvalidField:
@@ -138,7 +138,7 @@ class Web:
         for _ in range(MOST_REDIRECTS + 1):
             networks = self.permit(hop)
             if networks is None:
-                _no_redirect("a place that this server may not fetch from", str(hop))
+                _no_redirect("a location that this server may not fetch from", str(hop))
             own = (hop.origin, hop.secure) == (first.origin, first.secure)
             token = self.token(hop) if own else ""
             try:
@@ -160,7 +160,7 @@ class Web:
         self, answer: http.client.HTTPResponse, into: IO[bytes], most: int, file: str
     ) -> None:
         if answer.headers.get("content-encoding", "identity").lower() != "identity":
-            raise _refused(file, "is sent compressed although nobody asked for it", "encoding")
+            raise _refused(file, "was sent compressed without being requested", "encoding")
         length = answer.length  # None if it is chunked, or ends with the connection
         if length is not None and length > most:
             raise too_large(file, most)
@@ -174,7 +174,7 @@ class Web:
                 into.write(data)
             except OSError as error:
                 raise DiskFull(
-                    "the server's disk has no room for the adapter: free some, and try again",
+                    "the server's disk has no room for the adapter: free space, and try again",
                     detail=str(error),
                 ) from error
             if (passed := time.monotonic() - since) >= WINDOW_S:
@@ -232,8 +232,8 @@ def _check_status(status: int, file: str, hop: Hop) -> None:
         raise Missing
     if status in (401, 403):
         raise AdapterInvalid(
-            f"{file}: the URI's host refuses access ({status}): the operator gives a token by "
-            "--fetch-token; or the file is not there",
+            f"{file}: the URI's host denies access ({status}): the operator can set a token "
+            "with --fetch-token, or the file does not exist",
             metadata={"file": file, "cause": "access", "status": str(status)},
             detail=str(hop),
         )
@@ -247,8 +247,8 @@ def _check_status(status: int, file: str, hop: Hop) -> None:
 
 def _no_redirect(where: str, detail: str = "") -> NoReturn:
     refuse_uri(
-        f"it leads to {where}: give the URI of the files themselves, or ask the operator to "
-        "allow that place",
+        f"it redirects to {where}: give the URI of the files themselves, or ask the operator "
+        "to allow that location",
         cause="redirect",
         detail=detail,
     )

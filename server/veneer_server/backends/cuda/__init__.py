@@ -1,4 +1,6 @@
-"""Kernels for NVIDIA cards, in Triton: not served with yet, see docs/gpu.md.
+"""Kernels for NVIDIA GPUs, in Triton, and the backend over them (``--backend cuda``).
+
+Checked on a CPU by Triton's interpreter; docs/gpu.md says what ran on a GPU.
 
 Each folder is one subject. A file has one kernel, or two that only work together, with the
 layouts of its tensors on top; ``reference.py`` beside it computes the same in plain torch.

@@ -68,7 +68,7 @@ def _prebuilt(flags: frozenset[str], instructions: str) -> Path:
     wanted = [form for form in FORMS if instructions in ("auto", form.name)]
     names = [form.name for form in wanted if form.needs <= flags]
     if not names:
-        raise NativeUnavailable(f"this CPU does not have {instructions}")
+        raise NativeUnavailable(f"this CPU does not support {instructions}")
     for name in names[:-1]:
         try:
             return _prebuilt_form(name)
@@ -87,7 +87,7 @@ def _prebuilt_form(name: str) -> Path:
         kept.check_folder(PREBUILT)
     except (kept.Refused, OSError) as reason:
         raise NativeUnavailable(
-            f"nothing is loaded from {PREBUILT}: {reason}; {_FIX}"
+            f"prebuilt kernels in {PREBUILT} not loaded: {reason}; {_FIX}"
         ) from None
     try_out(file, fix=_FIX)
     return file

@@ -99,7 +99,7 @@ def build(cache_dir: Path, instructions: str = "auto") -> Path:
     except NotPermitted as reason:
         if instructions != "auto":
             raise
-        log.info("the kernels do without matrix registers: %s", reason)
+        log.info("building the kernels without matrix registers: %s", reason)
         return _build(cache_dir, AVX512.name)
 
 
@@ -137,7 +137,7 @@ def cpu_flags() -> frozenset[str]:
     if best_form(flags) is not None:
         return flags
     raise NativeUnavailable(
-        "the CPU has neither AVX512-BF16 nor AVX2 with FMA"
+        "the CPU supports neither AVX512-BF16 nor AVX2 with FMA"
         if platform.machine() in ("x86_64", "AMD64")
         else f"there are no kernels for {platform.machine()} CPUs"
     )
@@ -153,7 +153,7 @@ def check_instructions(flags: frozenset[str], instructions: str) -> None:
         return
     if not wanted.machine == best.machine == AVX2.machine:
         raise NativeUnavailable(
-            f"this CPU has {best.name} at most, not --native-instructions {instructions}"
+            f"this CPU supports at most {best.name}, not --native-instructions {instructions}"
         )
 
 
@@ -182,9 +182,7 @@ def _compiler() -> list[str]:
         if path := shutil.which(name, path=os.pathsep.join(folders)):
             return [os.path.abspath(path), *words[1:]]
     if words:
-        raise NativeUnavailable(
-            f"the compiler {words[0]} does not run: there is no such program"
-        )
+        raise NativeUnavailable(f"the compiler {words[0]} cannot be run: no such program")
     raise NativeUnavailable(
         "there is no C++ compiler: install one (Debian: apt install g++), or name it in CXX"
     )
@@ -236,11 +234,11 @@ def _compile(command: list[str], source: Path, places: Iterable[Path], key: str)
                 made = kept.keep(place, key, draft)
         except (OSError, kept.Refused) as error:
             why = error
-            log.warning("compiled kernels cannot be kept in %s: %s", place, error)
+            log.warning("compiled kernels cannot be saved in %s: %s", place, error)
             continue
         log.info("compiled the kernels: %s", made)
         return made
-    raise NativeUnavailable(f"there is no place to compile the kernels in: {why}") from why
+    raise NativeUnavailable(f"no folder to compile the kernels in: {why}") from why
 
 
 def _run(command: list[str], folder: Path) -> None:
@@ -264,7 +262,7 @@ def _run(command: list[str], folder: Path) -> None:
             status = compiler.wait(COMPILE_SECONDS)
         except subprocess.TimeoutExpired as error:
             raise NativeUnavailable(
-                f"{command[0]} had not compiled the kernels after {COMPILE_SECONDS:g} s"
+                f"{command[0]} did not compile the kernels within {COMPILE_SECONDS:g} s"
             ) from error
         finally:
             if compiler.poll() is None:
@@ -292,7 +290,7 @@ def try_out(file: Path, fix: str = "") -> str:
         NativeUnavailable: it does not run here, or others could have written it.
     """
     made = "prebuilt" if fix else "compiled"
-    fix = fix or f"remove {file} to have it compiled again, or use --backend torch"
+    fix = fix or f"remove {file} to recompile it, or use --backend torch"
     try:
         fd = kept.open_checked(file)
     except (kept.Refused, OSError) as reason:
@@ -314,7 +312,7 @@ def try_out(file: Path, fix: str = "") -> str:
     finally:
         os.close(fd)
     if done.returncode == NOT_PERMITTED:
-        raise NotPermitted("the operating system refuses them to this process")
+        raise NotPermitted("the operating system denies them to this process")
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
         raise NativeUnavailable(f"the {made} kernels crash with {name}; {fix}")

@@ -65,14 +65,14 @@ def find(place: Path, key: str) -> Path | None:
             return None
         check_folder(place)
     except (Refused, OSError) as reason:
-        log.warning("no compiled kernels are loaded from %s: %s", place, reason)
+        log.warning("not loading compiled kernels from %s: %s", place, reason)
         return None
     for file in files:
         try:
             os.close(open_checked(file))
             return file
         except (Refused, OSError) as reason:
-            log.warning("the compiled kernels %s are not loaded: %s", file, reason)
+            log.warning("not loading the compiled kernels %s: %s", file, reason)
             discard(file)
     return None
 

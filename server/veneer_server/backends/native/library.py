@@ -169,7 +169,7 @@ class Library:
                 function.restype, function.argtypes = result, list(arguments)
         except AttributeError as error:
             raise NativeUnavailable(
-                f"the compiled kernels are of another version: {error}"
+                f"the compiled kernels are from another version: {error}"
             ) from None
         if differs := mismatch(functions.veneer_fields()):
             raise NativeUnavailable(f"the compiled kernels expect different structs: {differs}")

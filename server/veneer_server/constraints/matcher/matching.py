@@ -230,7 +230,7 @@ class _Matching:
         except (ConnectionError, BrokenPipeError):
             raise
         except BaseException:  # a panic is not an Exception
-            self._fail(sequence, Refused("library", "the library that follows it failed"))
+            self._fail(sequence, Refused("library", "the library that applies it failed"))
         self._guard(0)
         followed.grown += self._growth()
         self._bound_memory(sequence, followed)
@@ -338,4 +338,4 @@ class _Matching:
 
 
 def _too_large(size: int) -> Refused:
-    return Refused("memory", f"following it takes more than {size >> 20} MiB")
+    return Refused("memory", f"applying it needs more than {size >> 20} MiB")

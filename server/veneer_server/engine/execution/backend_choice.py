@@ -102,7 +102,7 @@ def choose(
     if config.tensor_parallel > 1:
         raise BackendUnavailable(
             f"--tensor-parallel {config.tensor_parallel} needs --backend cuda: other backends "
-            "execute a whole base in one process"
+            "run the whole base in one process"
         )
     if config.quantization == "fp8":
         raise BackendUnavailable(
@@ -111,7 +111,7 @@ def choose(
     if config.backend != "torch":
         try:
             chosen = _native(config, device, dtype, num_blocks, placement)
-            log.info("the backend is %s", chosen.name)
+            log.info("using the %s backend", chosen.name)
             return chosen
         except NativeUnavailable as reason:
             if config.backend == "native":
@@ -121,8 +121,8 @@ def choose(
             if config.int8_activations:
                 raise BackendUnavailable(
                     "--int8-activations needs the native backend, which cannot serve here: "
-                    f"{reason}; serve without --int8-activations, or with --device cpu if the "
-                    "base is not on the CPU"
+                    f"{reason}; remove --int8-activations, or use --device cpu if the base is "
+                    "on a GPU"
                 ) from reason
             why = str(reason)
     if config.backend == "auto" and device.type == "cpu":
@@ -141,8 +141,7 @@ def _check_int8(config: EngineConfig) -> None:
     served = stored or config.quantization
     if served not in ("nf4", "fp4"):
         raise BackendUnavailable(
-            "--int8-activations needs weights of 4 bits: --quantization nf4 or fp4, "
-            f"not {served}"
+            f"--int8-activations needs 4-bit weights: --quantization nf4 or fp4, not {served}"
         )
 
 
@@ -260,7 +259,8 @@ def _library(config: EngineConfig) -> tuple[Library, str]:
     library = Library(found.file)
     if wanted not in ("auto", library.instructions):
         raise NativeUnavailable(
-            f"this CPU has {library.instructions} at most, not --native-instructions {wanted}"
+            f"this CPU supports at most {library.instructions}, not --native-instructions "
+            f"{wanted}"
         )
     if found.why_prebuilt:
         log.info("using prebuilt kernels: %s", found.why_prebuilt)

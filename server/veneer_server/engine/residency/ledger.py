@@ -120,9 +120,9 @@ class Ledger:
             size = entry.sizes[kept]
             if others + size > budget:
                 raise AdapterBudgetExceeded(
-                    f"pinning {entry.source.name} ({size} bytes) would take the pinned "
-                    f"adapters past the {kept} budget of {budget}; unpin another one, or "
-                    f"raise the budget (`UpdateBudgets`, or veneer-server --{FLAG[kept]})",
+                    f"pinning {entry.source.name} ({size} bytes) would exceed the {kept} "
+                    f"budget of {budget} with pinned adapters; unpin another one, or raise "
+                    f"the budget (`UpdateBudgets`, or veneer-server --{FLAG[kept]})",
                     metadata={"bytes": str(size), "pinned": str(others), "tier": kept},
                 )
 
@@ -150,7 +150,7 @@ class Ledger:
             budget, size = self.budget(tier), sizes[tier]
             if size > budget:
                 raise AdapterBudgetExceeded(
-                    f"adapter {source.name} takes {size} bytes but the {tier} budget is "
+                    f"adapter {source.name} needs {size} bytes, but the {tier} budget is "
                     f"{budget}; raise it, or start the server with a larger --{FLAG[tier]}",
                     metadata={"bytes": str(size), "budget": str(budget), "tier": tier},
                 )

@@ -355,8 +355,8 @@ class Residency:
                 refused = ledger.budget(tier)
                 ledger.budgets.update(before)
                 raise AdapterBudgetExceeded(
-                    f"a {tier} budget of {refused} bytes is less than pinned adapters take "
-                    f"there ({pinned}): unpin some, or choose a larger one",
+                    f"a {tier} budget of {refused} bytes is less than the pinned adapters use "
+                    f"there ({pinned}): unpin some, or choose a larger budget",
                     metadata={"budget": str(refused), "pinned": str(pinned), "tier": tier},
                 )
         ledger.lower_ceilings()

@@ -138,7 +138,7 @@ class JsonEndpoint(ABC):
         try:
             await reply.fail(error)
         except VeneerError:
-            _log.info("the caller did not read the error", reason=str(error))
+            _log.info("the caller left before reading the error", reason=str(error))
 
     @abstractmethod
     def _check(self, body: object) -> Answering:

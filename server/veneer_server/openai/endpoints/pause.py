@@ -23,7 +23,7 @@ def pause_routes(core: Core) -> list[Route]:
             if request.query_params.get("mode", "abort") != "keep":
                 raise invalid(
                     "mode",
-                    "must be keep: running requests are not ended, they wait for /resume",
+                    "must be keep: running requests are not aborted, they wait for /resume",
                 )
             await core.engine.pause(True)
         core.audit.note("POST /pause", CALLER.get())

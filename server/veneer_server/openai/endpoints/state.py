@@ -46,7 +46,9 @@ def state_routes(core: Core) -> list[Route]:
             request.url.query, asked.get("accept", ""), asked.get("accept-encoding", "")
         )
         if page is None:
-            raise QueueFull("too many scrapes of single series wait: retry", retry_after_s=1.0)
+            raise QueueFull(
+                "too many scrapes of single series are queued: retry", retry_after_s=1.0
+            )
         headers = {**dict(page.headers), "content-length": str(len(page.body))}
         return LongAnswer(in_pieces(page.body), core.reader_limit_s, headers)
 

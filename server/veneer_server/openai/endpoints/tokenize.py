@@ -63,7 +63,7 @@ class DetokenizeFields(RequestFields):
         except ValueError as error:
             right = (type(one) is int and 0 <= one <= _INT64 for one in given)
             at = next(at for at, fits in enumerate(right) if not fits)
-            raise invalid(f"tokens[{at}]", f"is no token id: give 0 to {_INT64}") from error
+            raise invalid(f"tokens[{at}]", f"is not a token id: give 0 to {_INT64}") from error
 
 
 class TokenizeEndpoint(JsonEndpoint):
@@ -83,7 +83,7 @@ class TokenizeEndpoint(JsonEndpoint):
         if fields.add_special_tokens:
             raise invalid(
                 "add_special_tokens",
-                "is not served for messages: the chat template adds what it wants",
+                "is not supported for messages: the chat template adds special tokens itself",
             )
         chat = ChatFields.model_construct(model="chat", messages=fields.messages)
         messages = chat_call(chat, self._core.base.name).input

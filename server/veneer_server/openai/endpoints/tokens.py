@@ -83,7 +83,7 @@ class Tokenizing:
         most = self._engine.info.longest_sequence
         shown = "far more" if count is None else str(count)
         return ContextTooLong(
-            f"the prompt has {shown} tokens, but the longest sequence has {most}, and no more "
-            "are shown: send less",
+            f"the prompt has {shown} tokens, but sequences have at most {most}, and no more "
+            "are returned: shorten it",
             metadata={"field": "prompt", "largest": str(most)},
         )

@@ -175,8 +175,8 @@ class Bodies:
                 self._displace(pool, bytes_, share, now)
             if bytes_ > self._left[pool]:
                 raise QueueFull(
-                    f"other requests use most of the {self._limits[pool]} bytes that "
-                    "bodies of this size may take: retry later",
+                    f"other requests use most of the {self._limits[pool]} bytes for request "
+                    "bodies of this size: retry later",
                     retry_after_s=1.0,
                 )
         for pool, bytes_ in enumerate(wanted):
@@ -270,8 +270,8 @@ async def read_json(
     except TimeoutError as error:
         if share.lost:
             raise QueueFull(
-                "the body arrived too slowly while others needed its room: send it again, all "
-                "of it at once",
+                "the body arrived too slowly while other requests needed the memory: send it "
+                "again, all at once",
                 retry_after_s=1.0,
             ) from error
         raise HttpError(
@@ -452,8 +452,8 @@ class Reply:
                 if late_s > self._limit_s:
                     self._abort()
                     raise ReaderStopped(
-                        f"the caller reads less than {MIN_READ_RATE} bytes a second: read a "
-                        "long answer as it comes"
+                        f"the caller reads less than {MIN_READ_RATE} bytes a second: read long "
+                        "answers as they arrive"
                     )
         self._torn = False
 
@@ -490,5 +490,6 @@ class Reply:
         except TimeoutError as error:
             self._abort()
             raise ReaderStopped(
-                f"the caller read nothing for {self._limit_s:g} s: read the stream as it comes"
+                f"the caller read nothing for {self._limit_s:g} s: read the stream as it "
+                "arrives"
             ) from error

@@ -54,7 +54,7 @@ def parse_body(body: bytes, rest: Callable[[], None] = lambda: None) -> object:
         try:
             _encode_texts(parsed)
         except UnicodeEncodeError as error:
-            raise ValueError("it has half of a surrogate pair") from error
+            raise ValueError("it contains half of a surrogate pair") from error
     return parsed
 
 

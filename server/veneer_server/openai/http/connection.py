@@ -47,8 +47,8 @@ def _too_many_connections(most: int) -> bytes:
     """The answer to a connection over the limit, sent without waiting for a request."""
     failure = http_failure(
         QueueFull(
-            f"{most} connections are open, the most that this server allows: retry, "
-            "or start it with a larger --max-connections",
+            f"{most} connections are open, this server's maximum: retry, or start it with a "
+            "larger --max-connections",
             retry_after_s=1.0,
         )
     )

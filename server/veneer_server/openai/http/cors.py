@@ -76,8 +76,8 @@ class Cors:
             raise HttpError(
                 403,
                 "origin_not_allowed",
-                "pages of this origin may not call this server: start it with --cors-origin "
-                "and the origin",
+                "pages from this origin may not call this server: start it with "
+                "--cors-origin ORIGIN",
             )
         found = [
             (b"access-control-allow-methods", ", ".join(sorted(allowed)).encode()),

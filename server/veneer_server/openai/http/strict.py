@@ -121,8 +121,8 @@ def _check_once(head: bytes) -> None:
 
 def _repeated(name: bytes) -> h11.RemoteProtocolError:
     return h11.RemoteProtocolError(
-        f"{name.decode()} is there more than once, or has more than one value: send it once, "
-        "and see that no proxy adds another"
+        f"{name.decode()} is sent more than once, or has more than one value: send it once, "
+        "and check that no proxy adds another"
     )
 
 
@@ -141,7 +141,7 @@ def _check_request(request: h11.Request) -> None:
             raise _repeated(name)
     if request.http_version not in (b"1.0", b"1.1"):
         raise h11.RemoteProtocolError(
-            "the version is neither HTTP/1.0 nor HTTP/1.1: use one of them",
+            "the HTTP version is neither 1.0 nor 1.1: use one of them",
             error_status_hint=505,
         )
     if b"transfer-encoding" in names:
@@ -151,5 +151,6 @@ def _check_request(request: h11.Request) -> None:
             )
         if request.http_version == b"1.0":
             raise h11.RemoteProtocolError(
-                "HTTP/1.0 has no Transfer-Encoding: send Content-Length, or use HTTP/1.1"
+                "HTTP/1.0 does not support Transfer-Encoding: send Content-Length, or use "
+                "HTTP/1.1"
             )

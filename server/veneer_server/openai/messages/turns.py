@@ -128,7 +128,7 @@ def _blocks(where: str, content: object) -> Iterator[tuple[str, Mapping[str, Any
         yield where, {"type": "text", "text": content}
         return
     if not isinstance(content, list) or not content:
-        raise invalid(where, "must be a text or a list of blocks")
+        raise invalid(where, "must be a string or a list of blocks")
     for at, block in enumerate(content):
         if not isinstance(block, dict) or not isinstance(block.get("type"), str):
             raise invalid(f"{where}[{at}]", "must be an object with a type, such as text")
@@ -147,7 +147,7 @@ def _text_of(where: str, content: object) -> str:
 def _member(where: str, block: Mapping[str, Any], name: str) -> str:
     text = block.get(name)
     if not isinstance(text, str):
-        raise invalid(f"{where}.{name}", "must be a text")
+        raise invalid(f"{where}.{name}", "must be a string")
     return text
 
 
@@ -160,9 +160,9 @@ def _id(where: str, block: Mapping[str, Any], name: str) -> str:
 def _check_members(where: str, given: Mapping[str, Any], known: set[str]) -> None:
     for name, value in given.items():
         if name not in known and name not in _IGNORED and value is not None:
-            raise invalid(f"{where}.{name[:60]}", "is not a known member: leave it out")
+            raise invalid(f"{where}.{name[:60]}", "is not a known field: leave it out")
 
 
 def _unserved(where: str, kind: object) -> Exception:
     shown = repr(kind[:40]) if isinstance(kind, str) else "unknown"
-    return invalid(f"{where}.type", f"is {shown}: only text and your own tools are served")
+    return invalid(f"{where}.type", f"is {shown}: only text and your own tools are supported")

@@ -60,6 +60,6 @@ def _metadata(given: object) -> Mapping[str, str]:
             )
         if not isinstance(value, str) or len(value) > _LONGEST_VALUE:
             raise invalid(
-                f"metadata.{key}", f"is not a text of at most {_LONGEST_VALUE} characters"
+                f"metadata.{key}", f"is not a string of at most {_LONGEST_VALUE} characters"
             )
     return given

@@ -151,7 +151,7 @@ def _text_of(where: str, content: object) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise invalid(where, "must be a text or a list of parts")
+        raise invalid(where, "must be a string or a list of parts")
     return "".join(_part(f"{where}[{at}]", part) for at, part in enumerate(content))
 
 
@@ -161,7 +161,7 @@ def _part(where: str, part: object) -> str:
     kind = part.get("type")
     member = _TEXTS.get(kind) if isinstance(kind, str) else None
     if member is None:
-        raise invalid(where, f"is of type {_shown(kind)}: only text is served")
+        raise invalid(where, f"is of type {_shown(kind)}: only text is supported")
     _check_members(where, part, {member} | _IGNORED_PARTS)
     return _string(where, part, member)
 
@@ -169,7 +169,7 @@ def _part(where: str, part: object) -> str:
 def _string(where: str, item: Mapping[str, Any], member: str) -> str:
     text = item.get(member)
     if not isinstance(text, str):
-        raise invalid(f"{where}.{member}", "must be a text")
+        raise invalid(f"{where}.{member}", "must be a string")
     return text
 
 
@@ -178,7 +178,7 @@ def _unserved(where: str, kind: object) -> InvalidField:
     if kind == "item_reference":
         why = "refers to an item, but this server stores none: send the item itself"
     else:
-        why = f"is of type {_shown(kind)}: send messages, and calls of functions"
+        why = f"is of type {_shown(kind)}: send messages and function calls"
     return invalid(where, why)
 
 
@@ -187,7 +187,7 @@ def _check_members(
 ) -> None:
     for name, value in given.items():
         if name not in known and name not in _IGNORED and value is not None:
-            raise invalid(f"{where}.{name[:60]}", "is not a known member: leave it out")
+            raise invalid(f"{where}.{name[:60]}", "is not a known field: leave it out")
 
 
 def _shown(kind: object) -> str:

@@ -107,18 +107,18 @@ def _check_served(fields: ResponseFields) -> None:
         if getattr(fields, name) is not None:
             raise invalid(
                 name,
-                "is not served, since this server stores nothing: send the whole "
+                "is not supported because this server stores nothing: send the whole "
                 "conversation as input",
             )
     if fields.n != 1:
-        raise invalid("n", "must be 1: a response has one answer")
+        raise invalid("n", "must be 1: a response has exactly one answer")
     for name in ("max_tokens", "response_format"):
         if name in fields.model_fields_set:
             other = "max_output_tokens" if name == "max_tokens" else "text.format"
-            raise invalid(name, f"is of other endpoints: use {other}")
+            raise invalid(name, f"belongs to other endpoints: use {other}")
     if fields.return_token_ids or fields.prompt_logprobs is not None:
         name = "return_token_ids" if fields.return_token_ids else "prompt_logprobs"
-        raise invalid(name, "is of other endpoints: use /v1/chat/completions")
+        raise invalid(name, "belongs to other endpoints: use /v1/chat/completions")
 
 
 def _format(fields: ResponseFields) -> ResponseFormat | None:

@@ -106,7 +106,7 @@ def named_function(named: object, field: str) -> str:
     """The name in a choice of one function. Raises InvalidField."""
     name = named.get("name") if isinstance(named, Mapping) else None
     if not isinstance(name, str) or not name:
-        refuse(field, "names no function: give its name")
+        refuse(field, "does not name a function: give its name")
     return name
 
 
@@ -124,10 +124,10 @@ def _check_type(kind: object, field: str) -> None:
     if kind == "function":
         return
     shown = kind[:40] if isinstance(kind, str) else None
-    instead = "this server runs no tools: offer a function that the caller runs"
+    instead = "this server runs no tools: define a function that the caller runs"
     if kind == "custom":
-        instead = "offer a function with one member of type string"
-    refuse(field, f"is {shown!r}, but only 'function' is served: {instead}")
+        instead = "define a function with one parameter of type string"
+    refuse(field, f"is {shown!r}, but only 'function' is supported: {instead}")
 
 
 def _chosen(choice: str | Mapping[str, Any] | None, form: Form) -> _Chosen:
@@ -136,7 +136,7 @@ def _chosen(choice: str | Mapping[str, Any] | None, form: Form) -> _Chosen:
         hows = {"none": None, "auto": Choice.AUTO, "required": Choice.REQUIRED}
         name = "auto" if choice is None else choice
         if name not in hows:
-            refuse(field, f"is {name[:40]!r}: give none, auto or required, or name a function")
+            refuse(field, f"is {name[:40]!r}: use none, auto or required, or name a function")
         return _Chosen(hows[name])
     kind = choice.get("type")
     if kind == "allowed_tools":
@@ -144,7 +144,7 @@ def _chosen(choice: str | Mapping[str, Any] | None, form: Form) -> _Chosen:
     if kind != "function":
         refuse(
             f"{field}.type",
-            "must be 'function' or 'allowed_tools': other types of tools are not served",
+            "must be 'function' or 'allowed_tools': other types of tools are not supported",
         )
     named, _ = form.members(choice, "function", field)
     return _Chosen(Choice.NAMED, named_function(named, field))

@@ -32,9 +32,7 @@ def torch_checks(config: ServerConfig) -> Iterator[Check]:
         facts: dict[str, Any] = json.loads(done.stdout)
     except ValueError:
         last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
-        yield Check(
-            "torch works", "problem", last, "install the torch build that fits this machine"
-        )
+        yield Check("torch", "problem", last, "install the torch build that fits this machine")
         return
     if facts["device"] == "cuda":
         kernels = cuda_check(try_kernels(), chosen=config.device == "cuda")
@@ -50,9 +48,9 @@ def torch_checks(config: ServerConfig) -> Iterator[Check]:
     if config.device == "cuda" and not facts["cuda"]:
         yield Check("device", "problem", "torch finds no CUDA device", "use --device cpu")
     else:
-        yield Check("would serve", "ok", f"the {by} backend on {on}")
+        yield Check("backend", "ok", f"the {by} backend on {on}")
     if config.int8_activations and by == "torch":
-        found = "--int8-activations needs the native step, which cannot serve here"
+        found = "--int8-activations needs the native kernels, which cannot run here"
         yield Check("int8 activations", "problem", found, "serve without --int8-activations")
     placement = place(config.threads)
     fix = f"--threads {cores}, or auto" if placement.threads > cores else ""
@@ -63,13 +61,13 @@ def torch_checks(config: ServerConfig) -> Iterator[Check]:
     yield Check("threads", "warning" if fix else "ok", found, fix)
     if facts["four_bit"]:
         yield Check(
-            "4-bit product",
+            "4-bit matmul",
             "problem",
             facts["four_bit"],
             "install a bitsandbytes for this machine, or serve --quantization none",
         )
     else:
-        yield Check("4-bit product", "ok", f"agrees with full precision on {facts['device']}")
+        yield Check("4-bit matmul", "ok", f"agrees with full precision on {facts['device']}")
     if facts["device"] == "cpu":
         if native is not None:
             yield native
@@ -104,22 +102,24 @@ def native_check(config: ServerConfig) -> Check:
     process."""
     fix = "see --backend; the torch backend takes several times as long"
     if config.dtype != "bfloat16":
-        return Check("native step", "warning", f"not for {config.dtype}", fix)
+        return Check("native kernels", "warning", f"not for {config.dtype}", fix)
     try:
         library = find_library(config.cache_dir, config.native_instructions)
         instructions = try_out(library.file)
     except NativeUnavailable as reason:
-        return Check("native step", "warning", str(reason), fix)
+        return Check("native kernels", "warning", str(reason), fix)
     wanted = config.native_instructions
     if wanted not in ("auto", instructions):
-        found = f"this CPU has {instructions} at most, not --native-instructions {wanted}"
-        return Check("native step", "warning", found, fix)
+        found = f"this CPU supports at most {instructions}, not --native-instructions {wanted}"
+        return Check("native kernels", "warning", found, fix)
     if library.why_prebuilt:
         found = (
             f"prebuilt, and runs here ({instructions}); not compiled: {library.why_prebuilt}"
         )
-        return Check("native step", "ok", found)
-    return Check("native step", "ok", f"compiled for this CPU, and runs here ({instructions})")
+        return Check("native kernels", "ok", found)
+    return Check(
+        "native kernels", "ok", f"compiled for this CPU, and runs here ({instructions})"
+    )
 
 
 def _packed(packed: bool) -> Check:

@@ -25,16 +25,21 @@ def base_checks(config: ServerConfig) -> Iterator[Check]:
     if folder is None:
         fix = f"veneer-server model import {config.base}" if config.base == BUNDLED else ""
         if any(check.status == "problem" for check in folder_checks("", "", config.cache_dir)):
-            found = f"{config.base} is not local, and {config.cache_dir} cannot hold it"
+            found = f"{config.base} is not local, and it cannot be stored in {config.cache_dir}"
             yield Check(
                 "base", "problem", found, "choose another --cache-dir, or give a folder"
             )
             return
-        yield Check("base", "ok", f"{config.base} is not local: it is fetched at start", fix)
+        yield Check(
+            "base",
+            "ok",
+            f"{config.base} is not local: it is downloaded at the first start",
+            fix,
+        )
         return
     if config.base == BUNDLED and (damage := bundled_damage(folder)):
         found = f"{folder} is damaged: {damage}"
-        yield Check("base", "warning", found, "it is fetched again at the next start")
+        yield Check("base", "warning", found, "it is downloaded again at the next start")
         return
     try:
         decoder = read_decoder_config(folder)
@@ -52,7 +57,7 @@ def _shape(name: str, decoder: DecoderConfig) -> Check:
         return Check(
             "base",
             "warning",
-            f"{found}: beyond, its frequencies would depend on the length of each sequence",
+            f"{found}: beyond that, its frequencies would depend on each sequence's length",
             "for longer contexts set rope_scaling in its config.json to yarn",
         )
     return Check("base", "ok", found)
@@ -81,7 +86,8 @@ def _tokenizer(folder: Path, decoder: DecoderConfig) -> Check:
             "tokenizer",
             "warning",
             f"{found}, but the model has {decoder.vocab_size}",
-            "text that needs the rest is refused: resize the model's embeddings to serve it",
+            "text that needs the other tokens is refused: resize the model's embeddings to "
+            "serve it",
         )
     return Check("tokenizer", "ok", found)
 
@@ -103,7 +109,7 @@ def memory_check(config: ServerConfig) -> Check:
     if config.role == "registry":
         return _registry_memory(host, free)
     if folder is None:
-        return Check("memory", "ok", f"{free}; the plan needs the base, which is not local")
+        return Check("memory", "ok", f"{free}; no plan: the base is not local")
     try:
         gpu = choose_gpu(config.device).gpu
         plan = plan_memory(read_decoder_config(folder), config, host, gpu)
@@ -118,7 +124,7 @@ def memory_check(config: ServerConfig) -> Check:
             "memory", "warning", f"{plan}; {free}", "stop other programs, or lower the budgets"
         )
     if plan.kv_cache.short:
-        fix = "for a larger KV cache lower the adapter budgets, or give --kv-cache-bytes"
+        fix = "for a larger KV cache, lower the adapter budgets or set --kv-cache-bytes"
         return Check("memory", "warning", f"{plan}; {free}", fix)
     return Check("memory", "ok", f"{plan}; {free}")
 

@@ -52,11 +52,11 @@ def package_check(name: str) -> Check:
 
 def no_kernels_check() -> Check:
     if find_spec("kernels") is None:
-        return Check("kernels", "ok", "absent, as it should be")
+        return Check("kernels", "ok", "not installed (correct)")
     return Check(
         "kernels",
         "problem",
-        "installed: bitsandbytes would fetch native code from a hub through it",
+        "installed: bitsandbytes would download native code from a hub with it",
         "pip uninstall kernels",
     )
 
@@ -78,7 +78,7 @@ def open_files_check() -> Check:
     return Check(
         "open files",
         "warning",
-        f"at most {hard}: each connection takes one",
+        f"at most {hard}: each connection uses one",
         "raise the hard limit (ulimit -Hn 65536, or LimitNOFILE of the service)",
     )
 

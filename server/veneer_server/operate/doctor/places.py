@@ -51,7 +51,7 @@ def only_slower(check: Check) -> Check:
     work. If a base cannot be fetched for this reason, the base check says so."""
     if check.status != "problem":
         return check
-    found = f"{check.found}: each start quantizes the base and compiles the kernels again"
+    found = f"{check.found}: every start will quantize the base and compile the kernels again"
     return replace(check, status="warning", found=found)
 
 
@@ -86,7 +86,7 @@ def running_check(owner: int, data_dir: Path) -> Check:
         "server",
         "warning",
         f"process {owner} serves {data_dir}; peak memory of its processes {used} MiB",
-        "stop it before you start another, or choose another --data-dir",
+        "stop it before starting another server, or choose another --data-dir",
     )
 
 
@@ -110,7 +110,7 @@ def port_check(flag: str, address: Address, *, running: bool) -> Check:
             name,
             "warning" if running else "problem",
             f"{address}: {error.strerror or error}",
-            f"stop what uses it, or choose another {flag}",
+            f"stop the program that uses it, or choose another {flag}",
         )
     return Check(name, "ok", f"{address} is free")
 

@@ -22,8 +22,8 @@ async def arrived(until: Until, name: str, holds: Callable[[], bool]) -> None:
     """Wait until a change of ``name`` is known here. Raises Unavailable."""
     if not await until(holds, ARRIVAL_S):
         raise Unavailable(
-            f"the registry has changed {name!r}, but this server has not heard of it in "
-            f"{ARRIVAL_S:g} s: it will, once it hears from its registry",
+            f"the registry changed {name!r}, but the change did not arrive here within "
+            f"{ARRIVAL_S:g} s: it will once the registry is reachable",
             metadata={"adapter": name, "cause": "registry_away"},
             retry_after_s=1.0,
         )

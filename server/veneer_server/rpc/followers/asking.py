@@ -108,8 +108,9 @@ class Asking:
         if self._asks_callers and not asked.secret:
             # The registry would see the certificate of this server's own connection.
             raise PermissionDenied(
-                f"{method} takes the registry, and a certificate cannot be passed on to it: "
-                f"send a key or token, or call the registry at {self._standing.registry}",
+                f"{method} needs the registry, and a client certificate cannot be forwarded "
+                "to it: send a key or token, or call the registry at "
+                f"{self._standing.registry}",
                 metadata={"method": method, "cause": "certificate"},
             )
         stub = adapters_pb2_grpc.AdapterServiceStub(self._channel.channel)

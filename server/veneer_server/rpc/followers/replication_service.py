@@ -130,8 +130,7 @@ class ReplicationService(replication_pb2_grpc.ReplicationServiceServicer):
             changes = feed.after(feed.run, place)
             if changes is None:
                 raise Aborted(
-                    "the follower fell behind the changes that the registry keeps: follow "
-                    "again",
+                    "the follower fell behind the registry's change buffer: follow again",
                     metadata={"cause": "fell_behind"},
                 )
             for change in changes:
@@ -233,5 +232,7 @@ def _opened(path: Path) -> tuple[int, int]:
     try:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError as error:
-        raise AdapterNotFound("the adapter's files are gone", detail=str(path)) from error
+        raise AdapterNotFound(
+            "the adapter's files no longer exist", detail=str(path)
+        ) from error
     return file, os.fstat(file).st_size

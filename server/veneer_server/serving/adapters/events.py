@@ -244,8 +244,8 @@ class AdapterEvents:
         while self.last <= sequence:
             if self._closed:
                 raise Draining(
-                    "the server is stopping: watch again when it is back, from the last "
-                    "sequence number",
+                    "the server is stopping: watch again from the last sequence number when "
+                    "it has restarted",
                     retry_after_s=1.0,
                 )
             told: asyncio.Future[None] = asyncio.get_running_loop().create_future()

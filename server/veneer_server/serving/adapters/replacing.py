@@ -146,8 +146,8 @@ class Warm:
                 await self._engine.activate(self._source, tier=self._passing, pin=True)
         except VeneerError as error:
             return (
-                f"{self._old.short} was pinned, and its pin could not be fully transferred: "
-                f"{error.message}",
+                f"{self._old.short} was pinned, and its pin could not be transferred "
+                f"completely: {error.message}",
             )
         return ()
 

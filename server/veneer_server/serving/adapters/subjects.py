@@ -64,11 +64,11 @@ class Subjects:
     async def chosen(self, most: int, leases: ExitStack) -> tuple[list[Subject], str]:
         """Choose and load at most ``most`` adapters; with none, the text says why."""
         if not len(self._registry):
-            return [], "no adapter is registered: only the base was tested"
+            return [], "no adapters are registered: only the base was tested"
         if not most:
             return [], (
                 f"this server runs and queues at most {self._engine.places.capacity} "
-                "sequences, too few for the base and an adapter: start it with a larger "
+                "sequences, not enough for the base and one adapter: start it with a larger "
                 "--max-running or --max-queue"
             )
         in_memory = (

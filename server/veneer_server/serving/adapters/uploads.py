@@ -164,8 +164,8 @@ class Uploads:
     def _check_name(self, name: str) -> None:
         if name != self._tenant and not self._registry.knows(name) and self._shares(name):
             raise AdapterExists(
-                f"a tenant is called {name!r}, and {name}/NAME are the adapters that it "
-                "shares: publish under another name",
+                f"{name!r} is a tenant's name, and {name}/NAME are the adapters it shares: "
+                "publish under another name",
                 metadata={"adapter": name, "tenant": name, "cause": "tenant"},
             )
 
@@ -235,22 +235,23 @@ class Uploads:
         except TimeoutError as error:
             if pace.displaced:
                 raise Aborted(
-                    "the upload stalled or had long to go, and its slot went to another "
-                    "upload; what arrived is kept: resume it",
+                    "the upload stalled or had a long time left, so its slot went to another "
+                    "upload; the received data is kept: resume it",
                     metadata={"cause": "displaced"},
                     retry_after_s=2.0,
                 ) from error
             if pace.late:
                 raise Aborted(
-                    f"the upload was not complete after {self._deadline_s:g} s; what arrived "
-                    "is kept: resume it, or start the server with a larger --upload-deadline",
+                    f"the upload was not complete after {self._deadline_s:g} s; the received "
+                    "data is kept: resume it, or start the server with a larger "
+                    "--upload-deadline",
                     metadata={"cause": "upload_deadline"},
                     retry_after_s=0.0,
                 ) from error
             raise Aborted(
-                f"the upload sent less than {self._min_rate} bytes a second over "
-                f"{WINDOW_S:g} s; what arrived is kept: resume it, or start the server with "
-                "a smaller --min-upload-rate",
+                f"the upload sent less than {self._min_rate} bytes a second over {WINDOW_S:g} "
+                "s; the received data is kept: resume it, or start the server with a smaller "
+                "--min-upload-rate",
                 metadata={"cause": "upload_rate"},
                 retry_after_s=0.0,
             ) from error

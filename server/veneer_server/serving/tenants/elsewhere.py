@@ -36,7 +36,7 @@ def tell_of_others(registry: AdapterRegistry, events: AdapterEvents) -> None:
             try:
                 event = _event(registry, events, line)
             except VeneerError as error:
-                _log.error("event of another server left out", line=line.event, why=str(error))
+                _log.error("event of another server skipped", line=line.event, why=str(error))
                 continue
             if event is not None:
                 loop.call_soon_threadsafe(event)

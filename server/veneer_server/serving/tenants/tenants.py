@@ -156,7 +156,7 @@ class Tenants:
             if not await asyncio.to_thread(folder.is_dir):
                 raise InvalidField(
                     f"there is no tenant {principal.tenant!r}: its own first call, or an "
-                    "upload, makes it",
+                    "upload, creates it",
                     metadata={"field": "veneer-tenant"},
                 )
         return await self._opened(principal.tenant)
@@ -183,8 +183,8 @@ class Tenants:
             if len(self._by_name.keys() | self._opening.keys()) >= max_tenants:
                 raise QuotaExceeded(
                     f"this server has {max_tenants} tenants already: start it with a larger "
-                    "--max-tenants (and limit on open files), or move the folder of one that "
-                    "is not needed away and restart it",
+                    "--max-tenants (and limit on open files), or move away the folder of an "
+                    "unused tenant and restart the server",
                     metadata={"limit": str(max_tenants), "cause": "tenants"},
                 )
             task = asyncio.get_running_loop().create_task(
@@ -300,7 +300,7 @@ def _context_of(name: str) -> Context:
 
 def _cannot_open(name: str) -> Unavailable:
     return Unavailable(
-        f"the adapters of tenant {name!r} cannot be opened: the server's log says why",
+        f"the adapters of tenant {name!r} cannot be opened: see the server's log",
         metadata={"tenant": name},
         retry_after_s=RETRY_S,
     )

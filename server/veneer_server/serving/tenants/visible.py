@@ -229,7 +229,7 @@ class Visible:
         if meant.owner is not home:
             raise PermissionDenied(
                 f"adapter {meant.name!r} belongs to tenant {meant.owner.name!r}, which shares "
-                "it: you may use it, and its own tenant may change it",
+                "it: you can use it, but only that tenant can change it",
                 metadata={
                     "adapter": meant.name,
                     "tenant": meant.owner.name,

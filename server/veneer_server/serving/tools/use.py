@@ -128,8 +128,8 @@ class ToolUse:
                 return parser_of(family, parallel=self.parallel)
         raise invalid(
             "tool_choice",
-            "is auto, but the server does not know in which format this chat template asks for "
-            "calls: set it to 'required', or start the server with --tool-parser",
+            "is auto, but the server does not recognize the tool-call format of this chat "
+            "template: set it to 'required', or start the server with --tool-parser",
         )
 
     @property
@@ -142,7 +142,7 @@ def about_tools(error: VeneerError) -> VeneerError:
     field = error.metadata.get("field", "")
     if not isinstance(error, InvalidField) or not field.startswith("constraint"):
         return error
-    message = error.message.replace(field, "what the schemas of the tools make")
+    message = error.message.replace(field, "the combined schema of the tools")
     return InvalidField(message, metadata={**error.metadata, "field": "tools"})
 
 

@@ -136,7 +136,7 @@ class Downloads:
                 await write(message)
         except TimeoutError as error:
             raise Aborted(
-                f"the reader took nothing for {self._reader_limit_s:g} s: read faster, and "
+                f"the reader read nothing for {self._reader_limit_s:g} s: read faster, and "
                 "download again",
                 metadata={"cause": "reader_limit"},
             ) from error

@@ -94,7 +94,7 @@ class Resolving:
             task.add_done_callback(lambda done: self._ended(key, done))
         if self._waiting >= MOST_WAITING:
             raise QueueFull(
-                f"{MOST_WAITING} requests wait for adapters that are being fetched: retry",
+                f"{MOST_WAITING} requests are waiting for adapters to be fetched: retry",
                 metadata={"limit": str(MOST_WAITING)},
                 retry_after_s=1.0,
             )
@@ -129,7 +129,7 @@ class Resolving:
             raise error
         if error.code not in _FINAL:
             raise Unavailable(
-                "the adapter is not here, and could not be fetched: try again",
+                "the adapter is not registered and could not be fetched: try again",
                 metadata={"cause": "resolve"},
                 retry_after_s=5.0,
             ) from None
@@ -140,7 +140,7 @@ class Resolving:
             tried.popleft()
         if len(tried) >= MOST_A_MINUTE:
             raise QuotaExceeded(
-                f"{MOST_A_MINUTE} unknown adapters have been looked for within a minute: retry "
+                f"{MOST_A_MINUTE} unknown adapters were looked up within a minute: retry "
                 "later, or publish them",
                 metadata={"limit": str(MOST_A_MINUTE), "cause": "resolve"},
                 retry_after_s=tried[0] + 60.0 - now,

@@ -143,7 +143,7 @@ class WatchedFolder:
                 if self._ready():
                     await self.look()
             except Exception as error:  # a bug must not end the watch
-                _log.error("the watched folder was not looked at", error)
+                _log.error("watched folder not scanned", error)
             # Many folders, or a slow disk: less often.
             await asyncio.sleep(max(self._interval_s, 9 * (loop.time() - began)))
 
@@ -268,7 +268,8 @@ class WatchedFolder:
             return
         except (OSError, msgspec.DecodeError) as error:
             _log.warning(
-                "what was published from the watched folder is unknown", why=str(error)
+                "the record of what was published from the watched folder is lost",
+                why=str(error),
             )
             return
         if state.root == str(self._root):
@@ -282,7 +283,8 @@ class WatchedFolder:
             await to_the_end(lambda: replace_file(self._file, data, mode=0o600), self._reader)
         except OSError as error:  # kept in memory; written with the next change
             _log.warning(
-                "what was published from the watched folder is not kept", why=str(error)
+                "the record of what was published from the watched folder was not saved",
+                why=str(error),
             )
 
 
@@ -303,15 +305,15 @@ def _digest(spec: adapters_pb2.UploadSpec) -> str:
 
 def _not_whole() -> VeneerError:
     return AdapterInvalid(
-        "the folder is not a whole adapter: its config does not parse, its weights are shorter "
-        "than their header says, or somebody writes to it; copy to a hidden name beside it and "
-        "rename that",
+        "the folder is not a complete adapter: its config does not parse, its weights are "
+        "shorter than their header says, or it is still being written; copy to a hidden name "
+        "next to it and rename that",
         metadata={"cause": "not_whole"},
     )
 
 
 def _changed() -> Unavailable:
     return Unavailable(
-        "the folder changed while it was read: it is read again",
+        "the folder changed while it was read: reading it again",
         metadata={"cause": "changed"},
     )

@@ -369,12 +369,12 @@ class Renderer:
     def _failure(self, cause: Cause) -> TemplateFailed:
         if cause is Cause.OTHERS:
             return TemplateFailed(
-                f"the process that renders {self._whose} chat template was killed, perhaps for "
-                f"lack of memory: retry after {SLOW_FOR_S:g} s, or use `prompt`",
+                f"the process that renders {self._whose} chat template was killed, possibly "
+                f"out of memory: retry after {SLOW_FOR_S:g} s, or use `prompt`",
                 metadata={"cause": "killed"},
             )
         return TemplateFailed(
-            f"{self._whose} chat template takes more than {self._limit_s:g} s or "
+            f"{self._whose} chat template needs more than {self._limit_s:g} s or "
             f"{MEMORY_LIMIT >> 20} MiB for these messages: send fewer or shorter ones, use "
             "`prompt`, or fix the template",
             metadata={"cause": "too_slow", "limit_s": f"{self._limit_s:g}"},

@@ -146,7 +146,7 @@ class ChatTemplate:
         if end < 0:
             raise _failed(
                 "rendering",
-                "the chat template leaves out the last message's end, so it cannot be "
+                "the chat template cuts off the end of the last message, so it cannot be "
                 "continued: leave continue_final_message out",
             )
         return text[:end]

@@ -167,7 +167,7 @@ async def test_the_issuer_rotates_its_keys_and_goes_away(front: Front, realm: Re
     unknown = realm.token()
     assert await grpc_told(front, unknown) == "UNAUTHENTICATED token"
     status, text = await http_told(front, unknown)
-    assert (status, "a key that its issuer does not list" in text) == (401, True)
+    assert (status, "a key that its issuer does not publish" in text) == (401, True)
     realm.up = True
     assert await grpc_told(front, unknown) == "yes"
 

@@ -366,7 +366,7 @@ async def test_who_is_told_of_a_damaged_disk_is_not_told_of_its_folders(
         ),
         (
             "veneer_server.access.authenticate",
-            'raise _refused("the authorization must be `Bearer KEY`", "scheme")',
+            'raise _refused("the authorization header must be `Bearer KEY`", "scheme")',
             "raise _refused(credentials.authorization, 'scheme')",
         ),
     ],

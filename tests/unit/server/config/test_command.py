@@ -54,7 +54,7 @@ def test_a_second_server_names_the_first(tmp_path: Path) -> None:
     with OwnerLock(tmp_path / "data"):
         done = command("--data-dir", str(tmp_path / "data"), "--cache-dir", str(tmp_path / "c"))
     assert done.returncode == 1
-    assert "belongs to a running server" in done.stderr
+    assert "in use by a running server" in done.stderr
 
 
 def test_a_data_folder_that_links_to_itself_is_told(tmp_path: Path) -> None:
@@ -235,5 +235,5 @@ def test_no_cuda_device_is_one_sentence(base_folder: Path, tmp_path: Path) -> No
     if "ready" in done.stdout:
         pytest.skip("this machine has a CUDA device")
     assert done.returncode == 1
-    assert "torch finds no CUDA device: start with --device cpu" in done.stderr
+    assert "torch finds no CUDA device: use --device cpu" in done.stderr
     assert "Traceback" not in done.stderr

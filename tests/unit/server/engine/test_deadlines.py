@@ -106,7 +106,7 @@ def test_a_running_prompt_and_its_own_are_in_the_way_for_certain() -> None:
     assert (behind.sequence, long.sequence) == (2, 3)
     assert behind.error.metadata["ahead_tokens"] == "288"
     assert "retry" in behind.error.message
-    assert "allow more time" in long.error.message
+    assert "increase the deadline" in long.error.message
 
 
 def test_a_prompt_on_its_way_into_the_cache_is_not_counted_twice() -> None:

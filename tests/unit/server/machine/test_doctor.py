@@ -62,10 +62,10 @@ def test_a_healthy_machine_by_the_command(flags: dict[str, str]) -> None:
     answer: dict[str, Any] = json.loads(done.stdout)
     assert answer["healthy"]
     found = {check["name"]: check for check in answer["checks"]}
-    step = found.get("native step")
+    step = found.get("native kernels")
     by = "native" if step is not None and step["status"] == "ok" else "torch"
-    assert found["would serve"]["found"].startswith(f"the {by} backend on the CPU")
-    assert "agrees" in found["4-bit product"]["found"]
+    assert found["backend"]["found"].startswith(f"the {by} backend on the CPU")
+    assert "agrees" in found["4-bit matmul"]["found"]
     assert found["torch"]["found"]
     assert "auto: " in found["memory"]["found"], "what the KV cache's size goes by"
 
@@ -75,9 +75,9 @@ def test_without_a_compiler_it_says_who_would_serve_and_why(
 ) -> None:
     monkeypatch.setenv("CXX", "/nowhere/c++")
     found = checks(**flags, backend="auto")
-    assert found["would serve"].found.startswith("the torch backend on the CPU")
-    assert found["native step"].status == "warning"
-    assert "/nowhere/c++" in found["native step"].found
+    assert found["backend"].found.startswith("the torch backend on the CPU")
+    assert found["native kernels"].status == "warning"
+    assert "/nowhere/c++" in found["native kernels"].found
 
 
 @pytest.mark.usefixtures("quick")
@@ -105,7 +105,7 @@ def test_a_registry_needs_no_engine(
     wants = flags | {"role": "registry", "device": "cuda", "host_cache_bytes": "900TiB"}
     found = checks(**wants)
     assert all(check.status != "problem" for check in found.values()), found
-    assert not {"would serve", "native step", "4-bit product", "device", "threads"} & {*found}
+    assert not {"backend", "native kernels", "4-bit matmul", "device", "threads"} & {*found}
     assert "processes" in found["memory"].found
     monkeypatch.setattr(doctor_base, "host_memory", lambda: HostMemory(1 << 28, 1 << 28, True))
     assert checks(**wants)["memory"].status == "problem"

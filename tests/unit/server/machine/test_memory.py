@@ -313,7 +313,7 @@ def test_with_windows_a_whole_context_takes_the_window_and_a_steps_tokens(
 
 def test_the_plan_says_what_auto_went_by(model: DecoderConfig) -> None:
     assert "auto: 1/4 of" in str(plan(model, 23))
-    assert "auto: 64 sequences of the whole context" in str(plan(model, 256))
+    assert "auto: 64 sequences of the full context" in str(plan(model, 256))
     assert "auto" not in str(plan(model, 23, kv_cache_bytes="1GiB"))
 
 

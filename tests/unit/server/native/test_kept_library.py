@@ -261,7 +261,7 @@ def test_without_any_place_the_reason_is_told(
 ) -> None:
     bench.cache.touch()
     monkeypatch.setattr(tempfile, "tempdir", str(bench.cache))
-    with pytest.raises(NativeUnavailable, match="no place to compile"):
+    with pytest.raises(NativeUnavailable, match="no folder to compile"):
         bench.build()
 
 
@@ -336,7 +336,7 @@ def test_the_doctor_says_that_the_cpu_lacks_what_is_wanted(
     }
     check = backends.native_check(load_config(given, {}))
     assert check.status == "warning"
-    assert "avx2 at most" in check.found
+    assert "supports at most avx2" in check.found
 
 
 # -------------------------------------------------------------------- the compiler

@@ -406,7 +406,7 @@ def test_a_cache_that_cannot_be_written_costs_time_only(
     for _ in range(2):
         assert bench.served()
         (line,) = told(caplog)
-        assert "cannot be kept" in line
+        assert "cannot be saved" in line
 
 
 def test_a_load_without_enough_memory_leaves_the_file(
@@ -485,7 +485,7 @@ def test_a_full_disk_costs_time_only(
     )
     _, errors = done.communicate()
     assert done.returncode == 0, errors
-    assert errors.count("cannot be kept") == 1
+    assert errors.count("cannot be saved") == 1
     assert list((bench.cache / "packed").iterdir()) == []
 
 

@@ -109,7 +109,7 @@ def test_no_folder_to_compile_in(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "cache"))
     found = find_library(tmp_path / "cache")
     assert found.file == best(prebuilt)
-    assert "no place to compile" in found.why_prebuilt
+    assert "no folder to compile" in found.why_prebuilt
 
 
 def test_the_cpu_s_instructions_choose(

@@ -330,7 +330,7 @@ def test_constraints(given: dict[str, Any], expected: Constraint | None) -> None
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             "messages[0].content",
-            "part 0 is of type 'image_url': only text is served",
+            "part 0 is of type 'image_url': only text is supported",
         ),
         ({"messages": [{"role": "tool", "content": "1", "tool": "x"}]}, None, "tool"),
         ({"temperature": "0.5"}, "temperature", "number"),
@@ -472,7 +472,7 @@ def test_fields_that_would_change_the_answer(name: str) -> None:
         assert chat(**{name: value}) == chat()
     error = refusal(**{name: ["something"]})
     assert error.metadata["field"] == name
-    assert error.message == f"{name} is not served: {instead}"
+    assert error.message == f"{name} is not supported: {instead}"
 
 
 def test_fields_that_change_nothing() -> None:

@@ -105,7 +105,7 @@ async def test_a_server_without_adapters_says_that_it_tested_the_base_alone(
         answer = await made.self_test.answer(adapters_pb2.SelfTestRequest())
         assert answer.passed
         assert [result.adapter for result in answer.results] == [""]
-        assert "no adapter is registered" in answer.note
+        assert "no adapters are registered" in answer.note
 
 
 async def test_adapters_of_which_none_can_be_tested_are_no_pass(tmp_path: Path) -> None:

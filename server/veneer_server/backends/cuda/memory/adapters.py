@@ -131,17 +131,17 @@ class Adapters:
         for ranks, most in zip(table.ranks, self._most_ranks, strict=True):
             if ranks > most:
                 raise AdapterBudgetExceeded(
-                    f"the adapter's ranks add up to {ranks} in one group of projections, and "
-                    f"this backend has room for {most}; serve it with --backend torch"
+                    f"the adapter's ranks add up to {ranks} in one group of projections, but "
+                    f"this backend supports at most {most}; serve it with --backend torch"
                 )
         unit = self._arena.unit
         with self._timeline.lock:
             found = self._find_places(layout)
             if found is None:
                 raise NoPlace(
-                    "the adapter finds no place between the others in device memory, although "
-                    "there are bytes for it; unpin one of them, or start the server with a "
-                    "larger --device-adapter-bytes"
+                    "no contiguous room for the adapter in device memory (fragmentation); "
+                    "unpin one of them, or start the server with a larger "
+                    "--device-adapter-bytes"
                 )
             self._count += 1
         ends, pieces = found

@@ -132,7 +132,7 @@ def _check(state: Any, other: Any) -> None:
     if state.quant_type != "nf4" or state.blocksize != BLOCK:
         raise ValueError(
             f"{state.quant_type} in blocks of {state.blocksize}: kernels read nf4 in blocks of "
-            f"{BLOCK}; quantize the base anew, or serve it with another backend"
+            f"{BLOCK}; quantize the base again, or serve it with another backend"
         )
     if state.shape[1] % BLOCK or state.shape[1] != other.shape[1]:
         raise ValueError(

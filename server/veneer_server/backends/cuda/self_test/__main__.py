@@ -24,7 +24,7 @@ def main() -> None:
 
         from veneer_server.backends.cuda.self_test.report import run
     except ImportError as error:
-        print(json.dumps({**facts, "why": f"no triton: {error}"}))
+        print(json.dumps({**facts, "why": f"triton is missing: {error}"}))
         return
     report = run(torch.device("cuda", 0), int(sys.argv[1]) if len(sys.argv) > 1 else 1)
     said = "; ".join(f"{name}: {what}" for name, what in report.wrong.items())

@@ -195,7 +195,7 @@ class Reader:
         except OSError as error:
             raise Damaged(f"it cannot be read: {error.strerror or error}") from None
         if hashed.hexdigest() != self._record.digests[begin // CHUNK]:
-            raise Damaged("its content is not what was written")
+            raise Damaged("its content does not match its recorded digest")
 
 
 def _read_record(fd: int) -> _Record:
@@ -207,15 +207,15 @@ def _read_record(fd: int) -> _Record:
             raise Damaged("its end is missing")
         encoded = os.pread(fd, length, size - _FOOTER.size - length)
         if hashlib.sha256(encoded).hexdigest().encode() != checksum:
-            raise Damaged("its description is not what was written")
+            raise Damaged("its header does not match its recorded digest")
         record = msgspec.json.decode(encoded, type=_Record)
     except (OSError, struct.error, msgspec.MsgspecError, OverflowError) as error:
-        raise Damaged(f"its description cannot be read: {error}") from None
+        raise Damaged(f"its header cannot be read: {error}") from None
     if record.format != _FORMAT or record.chunk != CHUNK:
         raise Damaged(f"it has format {record.format} in chunks of {record.chunk}")
     run = record.contents.size
     if size != run + length + _FOOTER.size or len(record.digests) != -(-run // CHUNK):
-        raise Damaged("its size is not what was written")
+        raise Damaged("its size does not match the recorded one")
     return record
 
 

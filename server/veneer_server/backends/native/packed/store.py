@@ -70,7 +70,7 @@ class PackedStore:
         try:
             kept.check_folder(self._place)
         except (kept.Refused, OSError) as reason:
-            log.warning("no packed weights are read from %s: %s", self._place, reason)
+            log.warning("not reading packed weights from %s: %s", self._place, reason)
             return None
         try:
             with contextlib.ExitStack() as failed:
@@ -83,7 +83,7 @@ class PackedStore:
                 return base
         except (kept.Refused, Damaged, OSError) as reason:
             log.warning(
-                "the packed weights %s are not used and will be made again: %s",
+                "the packed weights %s are not usable, packing again: %s",
                 self.file,
                 reason,
             )
@@ -112,11 +112,11 @@ class PackedStore:
         sync(self._place)
         for old in self._place.glob(f"{self._base}-*.packed"):
             if old != self.file and _unused(old):
-                log.info("removing packed weights of another version: %s", old)
+                log.info("removing packed weights from another version: %s", old)
                 kept.discard(old)
         # Servers before this layout kept bitsandbytes' form of the same weights.
         for folder in (self._cache / "quantized").glob(f"{self._base}-bfloat16-*"):
-            log.info("removing 4-bit weights of an older version: %s", folder)
+            log.info("removing 4-bit weights from an older version: %s", folder)
             kept.discard(folder)
 
     def made_from(self) -> str:
@@ -126,7 +126,7 @@ class PackedStore:
     def tell(self, reason: Exception) -> None:
         """Log why nothing is kept."""
         log.warning(
-            "the packed weights cannot be kept in %s; each start packs them again: %s",
+            "the packed weights cannot be saved in %s; every start will pack them again: %s",
             self._place,
             reason,
         )
