@@ -33,7 +33,7 @@ COMMANDS: Final = (
     "veneer adapter push examples/adapters/code --name code",
     'veneer generate --temperature 0 -a code "Reverse a string."',
     "veneer adapter evict sql",
-    'veneer generate --temperature 0 -a sql "$Q"',
+    'veneer generate --temperature 0 -a sql@66643f67d1f2 "$Q"',
     "veneer ls",
 )
 WIDTH: Final = 96

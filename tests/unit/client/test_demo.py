@@ -39,7 +39,7 @@ def test_stopped_while_its_server_starts_it_stops_that_too(
         server = int(alive.readline())
         try:
             demo.send_signal(by)
-            _, told = demo.communicate(timeout=60)
+            _, told = demo.communicate(timeout=240)
             assert demo.returncode == status
             assert ("are kept; `make demo` resumes" in told) is (by == signal.SIGINT)
             assert alive.read() == ""
