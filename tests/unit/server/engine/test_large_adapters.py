@@ -50,7 +50,8 @@ def test_an_adapter_of_an_ordinary_rank_counts_for_nothing() -> None:
     of_rank_64 = adapter("a", 19_500_000)
     assert token_work(of_rank_64, 134_515_008) == 1
     of_rank_1024 = adapter("a", 16 * 19_500_000)
-    assert 6 < token_work(of_rank_1024, 134_515_008) < 9
+    # CPU time, measured: 3.4 times the base's for prompts, 6.2 for a row that decodes alone.
+    assert 3.4 < token_work(of_rank_1024, 134_515_008) < 6.2
     assert token_work(of_rank_1024, 7_000_000_000) == 1
     assert token_work(of_rank_1024, 0) == token_work(None, 1) == 1
 
