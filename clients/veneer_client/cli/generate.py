@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Final, cast
 
 import typer
 from rich.console import Console
@@ -28,6 +28,7 @@ from veneer_client.cli.show import as_json, summary, write_reasoning
 from veneer_client.client import Client
 from veneer_client.types import (
     Chat,
+    FinishReason,
     GenerateOptions,
     Generation,
     GenerationEnd,
@@ -190,14 +191,30 @@ def generate(
             priority=priority,
             timeout_s=timeout,
         )
-        text = sys.stdin.read() if prompt == "-" else prompt
+        text = _prompt(prompt, chat=chat)
         asked: Prompt = Chat.user(text) if chat else Text(text)
         if json_:
-            print(as_json(client.generate(asked, **options)))
+            answer = client.generate(asked, **options)
+            print(as_json(answer))
+            if any(s.finish_reason is FinishReason.LENGTH for s in (answer, *answer.others)):
+                _warn_of_cut(_notes(), options)
         elif (n or 1) > 1:
             _samples(client, asked, options)
         else:
             _stream(client, asked, options)
+
+
+def _prompt(given_as: str, *, chat: bool) -> str:
+    text = given_as
+    if given_as == "-":
+        if sys.stdin.isatty():
+            _notes().print("reading the prompt from the terminal; Ctrl-D ends it", style="dim")
+        text = sys.stdin.read()
+    # The server would answer an empty message at length: a chat template has text around it.
+    if not (text.strip() if chat else text):
+        where = "standard input has no text" if given_as == "-" else "give one, or - to read it"
+        raise InvalidField(f"the prompt is empty: {where}", metadata={"field": "prompt"})
+    return text
 
 
 def given(**options: Any) -> GenerateOptions:
@@ -246,6 +263,40 @@ def _notes() -> Console:
     return Screen(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
+_CUT: Final = {
+    "regex": "the answer does not match the regular expression yet",
+    "choice": "the answer is not a whole choice",
+    "grammar": "the answer does not match the grammar yet",
+}
+
+
+def _warn_of_cut(notes: Console, options: GenerateOptions) -> None:
+    """Say what an answer lacks that was cut off before its constraint was fulfilled."""
+    schema = options.get("json_schema")
+    told = [why for option, why in _CUT.items() if option in options]
+    more = ""
+    if schema is not None:
+        told = ["the JSON is incomplete"]
+        if _open(schema):
+            more = (
+                ". The schema allows members that it does not name, and the model may go on "
+                'adding some: "additionalProperties": false in its objects forbids that'
+            )
+    if told:
+        notes.print(
+            f"warning: {told[0]}: allow more tokens (--max-tokens){more}", style="yellow"
+        )
+
+
+def _open(schema: object) -> bool:
+    """Whether an object of the schema allows members that it does not name."""
+    if isinstance(schema, Mapping):
+        if "properties" in schema and schema.get("additionalProperties", True) is not False:
+            return True
+        return any(map(_open, schema.values()))
+    return isinstance(schema, list) and any(map(_open, schema))
+
+
 def _stream(client: Client, prompt: Prompt, options: GenerateOptions) -> None:
     notes = _notes()
     scores: list[TokenLogprob] = []
@@ -261,6 +312,8 @@ def _stream(client: Client, prompt: Prompt, options: GenerateOptions) -> None:
             sys.stdout.write("\n")
             sys.stdout.flush()
         _show_scores(notes, scores)
+        if stream.final.finish_reason is FinishReason.LENGTH:
+            _warn_of_cut(notes, options)
         notes.print(summary(stream.final), style="dim")
 
 
@@ -268,13 +321,20 @@ def _samples(client: Client, prompt: Prompt, options: GenerateOptions) -> None:
     notes = _notes()
     answer = client.generate(prompt, **options)
     samples: tuple[Generation | Sample, ...] = (answer, *answer.others)
+    cut = False
     for number, sample in enumerate(samples, 1):
         write_answer(sys.stdout, f"[{number}] {sample.text}\n")
         _show_scores(notes, sample.logprobs)
+        if sample.finish_reason is FinishReason.LENGTH:
+            cut = True
+            told = f"[{number}] was cut after {len(sample.token_ids)} tokens (see --max-tokens)"
+            notes.print(told, style="dim")
+    if cut:
+        _warn_of_cut(notes, options)
     end = GenerationEnd(
         answer.request_id, answer.finish_reason, answer.usage, answer.provenance
     )
-    notes.print(summary(end), style="dim")
+    notes.print(summary(end, samples=len(samples)), style="dim")
 
 
 def _show_scores(notes: Console, scores: Iterable[TokenLogprob]) -> None:

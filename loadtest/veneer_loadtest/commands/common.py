@@ -84,11 +84,12 @@ OUT: Final = Screen(highlight=False, width=None if sys.stdout.isatty() else _TAB
 
 def warn_if_busy() -> None:
     """Warn if other work on the machine will spoil the figures."""
-    share = report.busy_share()
+    share, cores = report.busy_share(), report.usable_cores()
     if share > BUSY:
         OUT.print(
-            f"[yellow]warning:[/yellow] other processes used {share:.0%} of the cores in the "
-            "last minute: figures will be worse than on an idle machine",
+            f"[yellow]warning:[/yellow] other processes were busy in the last minute (load "
+            f"{share * cores:.1f} on {cores} cores): figures will be worse than on an idle "
+            "machine",
             soft_wrap=True,
         )
 
