@@ -96,6 +96,8 @@ class Group(_Shown, TyperGroup):
             return [self.guesses[word]]
         root = ctx.find_root()
         paths = dict(_paths(root.command, root.info_name))
+        if ctx is not root:  # `store ls` does not mean `key ls`
+            paths = {path: name for path, name in paths.items() if path.count(" ") == 1}
         found = [path for path, name in paths.items() if name == word]
         if not found:
             own = {

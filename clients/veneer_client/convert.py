@@ -90,10 +90,24 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.
     try:
         return _request(prompt, options)
     except (TypeError, ValueError) as error:
+        name = _unfit(prompt, options)
         raise InvalidField(
-            f"an option has a value that its field cannot hold ({error}): see GenerateOptions",
-            metadata={"field": "options"},
+            f"{name} is too large or of the wrong kind ({error}): see GenerateOptions",
+            metadata={"field": name},
         ) from error
+
+
+def _unfit(prompt: Prompt, options: GenerateOptions) -> str:
+    """Which option cannot be sent: the first that cannot be sent alone."""
+    for name, value in options.items():
+        alone: Any = {name: value}
+        try:
+            _request(prompt, alone)
+        except InvalidField:  # it needs another one
+            continue
+        except (TypeError, ValueError):
+            return name
+    return "the prompt"
 
 
 def _request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.GenerateRequest:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
+from typer.exceptions import TyperException
 from veneer_registry.command_line import Group, Program
 from veneer_registry.lock import OwnerLock
 
@@ -68,6 +69,22 @@ class _ServeByDefault(Group):
             args = ["serve", *args]
         return super().parse_args(ctx, args)
 
+    def meant(self, ctx: Any, word: str) -> list[str]:
+        """As `Group.meant`; other servers take the model without a flag."""
+        if "/" in word or os.path.isdir(word):
+            return [f"veneer-server --base {word}"]
+        return super().meant(ctx, word)
+
+    def invoke(self, ctx: Any) -> Any:
+        """As Typer's, with a hint at the flag for the model."""
+        try:
+            return super().invoke(ctx)
+        except TyperException as error:
+            message = getattr(error, "message", "")
+            if message.startswith("Got unexpected extra argument"):
+                error.message = f"{message}: the base model is given as --base MODEL"  # type: ignore[attr-defined]
+            raise
+
     def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
         found = super().shell_complete(ctx, incomplete)
         if incomplete.startswith("-"):
@@ -80,6 +97,20 @@ cli = Program(
     epilog=_EXAMPLES,
     cls=_ServeByDefault,
     no_args_is_help=False,
+    guesses={
+        "start": "veneer-server",
+        "run": "veneer-server",
+        "up": "veneer-server",
+        "check": "veneer-server doctor",
+        "download": "veneer-server model import",
+        "keys": "veneer-server key",
+        "version": "veneer-server --version",
+        "stop": "kill -TERM PID, where `veneer-server doctor` names the PID; or Ctrl-C",
+        "push": "veneer push",
+        "generate": "veneer generate",
+        "info": "veneer info",
+        "health": "veneer health",
+    },
 )
 cli.add_typer(model_cli, name="model")
 cli.add_typer(store_cli, name="store")

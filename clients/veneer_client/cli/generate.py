@@ -45,10 +45,11 @@ __all__ = [
     "SessionOption",
     "generate",
     "given",
+    "named",
 ]
 
 AdapterOption = Annotated[
-    str,
+    str | None,
     typer.Option(
         "-a",
         "--adapter",
@@ -94,8 +95,13 @@ Examples:
 @with_parameters(flag_parameters(), before="logit_bias")
 def generate(
     context: typer.Context,
-    prompt: Annotated[str, typer.Argument(help="The prompt; - reads standard input.")],
-    adapter: AdapterOption = "",
+    prompt: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PROMPT", help="The prompt, as one argument; - reads standard input."
+        ),
+    ],
+    adapter: AdapterOption = None,
     chat: Annotated[
         bool,
         typer.Option(
@@ -161,7 +167,8 @@ def generate(
         ),
     ] = None,
     timeout: Annotated[
-        float | None, typer.Option(help="Seconds for the whole call, retries included.")
+        float | None,
+        typer.Option(help="Seconds for the whole call, retries included.", min=0.001),
     ] = None,
     json_: JsonFlag = False,
     server: ServerOption = None,
@@ -171,7 +178,7 @@ def generate(
     """Generate text, shown as it arrives."""
     with errors_shown(context, debug), connect(context, server) as client:
         options = given(
-            adapter=adapter,
+            adapter=named(adapter),
             max_tokens=max_tokens,
             **sampling,
             logit_bias=_biases(logit_bias) if logit_bias else None,
@@ -191,7 +198,13 @@ def generate(
             priority=priority,
             timeout_s=timeout,
         )
-        text = _prompt(prompt, chat=chat)
+        if len(prompt) > 1:
+            raise InvalidField(
+                f"the prompt is {len(prompt)} arguments, of which the first is "
+                f"{prompt[0][:40]!r}: put it in quotes",
+                metadata={"field": "prompt"},
+            )
+        text = _prompt(prompt[0], chat=chat)
         asked: Prompt = Chat.user(text) if chat else Text(text)
         if json_:
             answer = client.generate(asked, **options)
@@ -215,6 +228,17 @@ def _prompt(given_as: str, *, chat: bool) -> str:
         where = "standard input has no text" if given_as == "-" else "give one, or - to read it"
         raise InvalidField(f"the prompt is empty: {where}", metadata={"field": "prompt"})
     return text
+
+
+def named(adapter: str | None) -> str:
+    """The adapter to ask; "" for the base. Raises InvalidField if the flag was given without a
+    name, as by a script whose variable is unset: the base must not answer then."""
+    if adapter == "":
+        raise InvalidField(
+            "--adapter is empty: give a name, or leave it out for the base model",
+            metadata={"field": "adapter"},
+        )
+    return adapter or ""
 
 
 def given(**options: Any) -> GenerateOptions:
@@ -244,7 +268,9 @@ def _schema(given_as: str) -> Mapping[str, object]:
         if not given_as.lstrip().startswith("{"):
             text = Path(given_as).read_text("utf-8")
         schema = json.loads(text)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise _no_schema(given_as, error.strerror or str(error)) from error
+    except ValueError as error:
         raise _no_schema(given_as, str(error)) from error
     if not isinstance(schema, dict):
         raise _no_schema(given_as, "a schema must be a JSON object")
@@ -302,12 +328,19 @@ def _stream(client: Client, prompt: Prompt, options: GenerateOptions) -> None:
     scores: list[TokenLogprob] = []
     ended_line = True
     with client.generate_stream(prompt, **options) as stream:
-        for chunk in stream:
-            write_reasoning(chunk)
-            if chunk.text:
-                write_answer(sys.stdout, chunk.text)
-                ended_line = chunk.text.endswith("\n")
-            scores += chunk.logprobs
+        try:
+            for chunk in stream:
+                write_reasoning(chunk)
+                if chunk.text:
+                    write_answer(sys.stdout, chunk.text)
+                    ended_line = chunk.text.endswith("\n")
+                scores += chunk.logprobs
+        except KeyboardInterrupt:
+            stream.cancel()
+            sys.stdout.write("" if ended_line else "\n")
+            sys.stdout.flush()
+            notes.print("stopped: the server makes no more of this answer", style="dim")
+            raise typer.Exit(130) from None
         if not ended_line:
             sys.stdout.write("\n")
             sys.stdout.flush()

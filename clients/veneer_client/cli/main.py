@@ -262,7 +262,7 @@ def call(
         str,
         typer.Argument(help="The request as JSON; - reads standard input.", show_default=False),
     ] = "",
-    timeout: Annotated[float | None, typer.Option(help="Seconds.")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds.", min=0.001)] = None,
     server: ServerOption = None,
     debug: DebugFlag = False,
 ) -> None:
@@ -283,8 +283,6 @@ def call(
 
 def main() -> None:
     """Entry point of the console script."""
-    # gRPC would write lines of its own, beside our error, when a TLS handshake fails.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     cli()
 
 

@@ -93,7 +93,9 @@ def self_test(
             autocompletion=adapter_names,
         ),
     ] = None,
-    timeout: Annotated[float | None, typer.Option(help="Seconds; default: none.")] = None,
+    timeout: Annotated[
+        float | None, typer.Option(help="Seconds; default: none.", min=0.001)
+    ] = None,
     json_: JsonFlag = False,
     server: ServerOption = None,
     debug: DebugFlag = False,

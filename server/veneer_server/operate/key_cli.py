@@ -118,6 +118,13 @@ def new_key(
 
     def make() -> Any:
         roles: Any = list(dict.fromkeys(role or ["inference"]))
+        for each in roles:
+            if each not in ROLES:
+                raise InvalidField(
+                    f"--role {each} is not allowed: choose one of {', '.join(ROLES)}; give "
+                    "--role several times for several",
+                    metadata={"field": "role"},
+                )
         return add_key(
             _file(flags),
             name=name,

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import http.server
 import json
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +18,6 @@ from veneer_proto.v1 import adapters_pb2, inference_pb2, server_pb2
 from tests.unit.client.fake_server import FakeServer
 
 Run = Callable[..., Any]
-PROGRAM = (sys.executable, "-m", "veneer_client.cli.main")
 
 
 # ------------------------------------------------------------------------ commands
@@ -115,7 +113,58 @@ def test_a_wrong_choice_is_named_without_pythons_words(run: Run) -> None:
     assert "remote" not in run("adapter", "activate", "-h").stdout
 
 
+def test_a_push_without_a_name_suggests_one(run: Run, tmp_path: Path) -> None:
+    for given, suggested in (
+        ("runs/My SQL/", "my-sql"),
+        ("hf://org/sql-lora@main", "sql-lora"),
+        ("s3://bucket/path/x", "x"),
+        ("/", "my-adapter"),
+    ):
+        failed = run("push", given)
+        assert failed.exit_code == 1
+        assert f"such as --name {suggested}\n" in failed.stderr.replace("\r", "")
+
+
+def test_a_folder_that_is_no_adapters_is_recognised(
+    run: Run, tmp_path: Path, adapter_folder: Path
+) -> None:
+    assert (
+        "the folder 'adapter' in it has one"
+        in run("push", str(adapter_folder.parent), "--name", "x").stderr
+    )
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    told = run("push", str(tmp_path / "model"), "--name", "x").stderr
+    assert "holds a whole model" in told
+    assert "veneer-server --base" in told
+
+
 # ------------------------------------------------------------------------- prompts
+
+
+def test_words_that_were_not_quoted(server: FakeServer, run: Run) -> None:
+    failed = run("generate", "tell", "me", "more")
+    assert (failed.exit_code, "put it in quotes" in failed.stderr) == (1, True)
+    assert server.calls == []
+
+
+def test_an_empty_adapter_is_not_the_base(server: FakeServer, run: Run) -> None:
+    for command in (("generate", "hi"), ("chat",)):
+        failed = run(*command, "-a", "", input="hi\n")
+        assert (failed.exit_code, "--adapter is empty" in failed.stderr) == (1, True)
+    assert server.calls == []
+
+
+def test_a_number_that_no_field_holds_names_its_flag(run: Run) -> None:
+    failed = run("generate", "hi", "--max-tokens", "999999999999", "--seed", "1")
+    assert failed.exit_code == 1
+    assert failed.stderr.startswith("error: --max-tokens is too large or of the wrong kind")
+    assert run("generate", "hi", "--timeout", "0").exit_code == 2
+    missing = run("generate", "hi", "--json-schema", "nope.json").stderr
+    assert "Errno" not in missing
+    both = run("plan", "--like", "chat", "--rank", "4").stderr
+    assert "--like chat implies rank" in both
+    assert run("plan", "--rank", "0").exit_code == 2
 
 
 @pytest.mark.parametrize("given", [("",), ("  \n",), ("--raw", ""), ("-",), ("--json", "")])
@@ -288,20 +337,6 @@ def test_why_nobody_answers_is_said_in_plain_words(run: Run) -> None:
     nowhere = run("info", "--server", "nohost.invalid:50051").stderr
     assert "no host has this name" in nowhere
     assert "lookup error" not in nowhere
-
-
-def test_grpc_writes_nothing_of_its_own(server: FakeServer) -> None:
-    """In a process of its own: gRPC writes to the descriptor, when it is loaded first."""
-    done = subprocess.run(
-        [*PROGRAM, "info", "--server", f"https://{server.address}"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-    assert done.returncode == 1
-    assert len(done.stderr.splitlines()) == 1, done.stderr
-    assert "does not speak TLS" in done.stderr
 
 
 # --------------------------------------------------------------------------- words

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -361,3 +362,25 @@ def test_a_gpu_is_a_pool_of_its_own(model: DecoderConfig) -> None:
         plan(model, 8, Gpu("fake", 4 * GIB, 4 * GIB), device_adapter_bytes="4GiB")
     with refused(MemoryTooSmall, pool="host"):
         plan(model, 2, Gpu("fake", 4 * GIB, 4 * GIB))
+
+
+@pytest.mark.parametrize("size", ["1", "16KiB", "1MiB"])
+def test_a_cache_without_room_for_a_request_is_refused(model: DecoderConfig, size: str) -> None:
+    with refused(MemoryTooSmall, key="kv_cache_bytes") as caught:
+        plan(model, 23, kv_cache_bytes=size)
+    (least,) = re.findall(r"at least (\w+)", str(caught.value))
+    assert plan(model, 23, kv_cache_bytes=least).kv_cache.tokens == 128
+
+
+@pytest.mark.parametrize("size", ["0", "1KiB"])
+def test_a_budget_without_room_for_an_adapter_is_refused(
+    model: DecoderConfig, size: str
+) -> None:
+    with refused(MemoryTooSmall, key="device_adapter_bytes") as caught:
+        plan(model, 23, device_adapter_bytes=size)
+    (least,) = re.findall(r"takes (\w+)", str(caught.value))
+    plan(model, 23, device_adapter_bytes=least)
+    # On a CPU, HOST may use the larger of both budgets; on a card it is memory of its own.
+    plan(model, 23, host_cache_bytes=size)
+    with refused(MemoryTooSmall, key="host_cache_bytes"):
+        plan(model, 23, Gpu("a card", 23 * GIB, 23 * GIB), host_cache_bytes=size)
