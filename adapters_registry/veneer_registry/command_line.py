@@ -105,7 +105,7 @@ class Group(_Shown, TyperGroup):
                 **{name: f"{ctx.command_path} {name}" for name in self.commands},
             }
             found = [own[near] for near in _near(word, own)]
-        if not found:
+        if not found and ctx is root:
             near = _near(word, set(paths.values()))
             found = [path for path, name in paths.items() if name in near]
         return found[:_MOST_MEANT]

@@ -88,11 +88,11 @@ def to_error(
             f"{address} does not speak TLS: give HOST:PORT, or http://HOST:PORT",
             metadata={"address": address, "cause": "no_tls"},
         )
-    if code is grpc.StatusCode.UNAVAILABLE and _HTTP.search(message):
+    if code is grpc.StatusCode.UNAVAILABLE and _NO_GRPC.search(message):
         return ServerUnreachable(
-            f"{address} answers HTTP, not gRPC: give the server's gRPC address, that of its "
-            "--listen (its ready line shows it; port 50051 unless set)",
-            metadata={"address": address, "cause": "http"},
+            f"{address} answers, but not in gRPC; it may be the HTTP port: give the gRPC "
+            "address, that of the server's --listen (its ready line shows it; port 50051 unless set)",
+            metadata={"address": address, "cause": "no_grpc"},
         )
     if code is grpc.StatusCode.UNAVAILABLE:
         # So does a port with TLS end a connection without.
@@ -118,8 +118,8 @@ def to_error(
     return _BY_CODE.get(code, VeneerError)(f"{message} [{code.name} from {address}]")
 
 
-_HTTP: Final = re.compile(r"http1\.x server|missing selected ALPN")
-"""How gRPC says that the other side speaks HTTP/1.1, without and with TLS."""
+_NO_GRPC: Final = re.compile("Expected SETTINGS frame|http1.x server|missing selected ALPN")
+"""How gRPC says that the other side speaks something else, without and with TLS."""
 _CONNECTING: Final = re.compile(r".*?last error: (?:\w+: )?(?:ipv[46]:\S+: )?(?P<why>.*)", re.S)
 _WHY: Final = re.compile(r"Failed to connect to remote host: (?P<why>.*)", re.S)
 

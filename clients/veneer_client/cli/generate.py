@@ -48,6 +48,9 @@ __all__ = [
     "named",
 ]
 
+_LARGEST: Final = (1 << 31) - 1
+"""Of a number of tokens, more than any context has."""
+
 AdapterOption = Annotated[
     str | None,
     typer.Option(
@@ -66,7 +69,8 @@ SessionOption = Annotated[
     ),
 ]
 MaxTokens = Annotated[
-    int | None, typer.Option(help="Most new tokens; default: the server's.", min=1)
+    int | None,
+    typer.Option(help="Most new tokens; default: the server's.", min=1, max=_LARGEST),
 ]
 
 EXAMPLES = """
@@ -117,10 +121,12 @@ def generate(
         list[str] | None, typer.Option(help="Stop before this string; repeatable.")
     ] = None,
     stop_token_id: Annotated[
-        list[int] | None, typer.Option(help="Stop at this token; repeatable.", min=0)
+        list[int] | None,
+        typer.Option(help="Stop at this token; repeatable.", min=0, max=_LARGEST),
     ] = None,
     min_tokens: Annotated[
-        int | None, typer.Option(help="No stop ends the output before it.", min=0)
+        int | None,
+        typer.Option(help="No stop ends the output before it.", min=0, max=_LARGEST),
     ] = None,
     json_schema: Annotated[
         str | None,

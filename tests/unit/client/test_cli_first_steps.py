@@ -87,7 +87,7 @@ def test_every_command_that_is_suggested_exists() -> None:
         for word, meant in group.guesses.items():
             assert word not in group.commands, f"{path} {word} is a command"
             first, *words = meant.split()
-            if first == "veneer" and words != ["--version"]:
+            if first == "veneer" and not words[0].startswith("-"):
                 assert runs(words), meant
         for name, command in group.commands.items():
             if hasattr(command, "commands"):
@@ -101,7 +101,7 @@ def test_push_pull_and_show_need_no_second_word(
 ) -> None:
     done = run("push", str(adapter_folder), "--name", "short")
     assert (done.exit_code, "published: short@" in done.stdout) == (0, True), done.stderr
-    assert run("show", "chat").exit_code == 0
+    assert run("show", "short").exit_code == 0
     assert "--force" in run("pull", "-h").stdout
 
 
@@ -157,8 +157,8 @@ def test_an_empty_adapter_is_not_the_base(server: FakeServer, run: Run) -> None:
 
 def test_a_number_that_no_field_holds_names_its_flag(run: Run) -> None:
     failed = run("generate", "hi", "--max-tokens", "999999999999", "--seed", "1")
-    assert failed.exit_code == 1
-    assert failed.stderr.startswith("error: --max-tokens is too large or of the wrong kind")
+    assert failed.exit_code == 2
+    assert "'--max-tokens'" in failed.stderr
     assert run("generate", "hi", "--timeout", "0").exit_code == 2
     missing = run("generate", "hi", "--json-schema", "nope.json").stderr
     assert "Errno" not in missing
@@ -324,7 +324,7 @@ def http_port() -> Iterator[int]:
 def test_an_http_port_is_recognised(command: str, http_port: int, run: Run) -> None:
     failed = run(command, "--server", f"127.0.0.1:{http_port}")
     assert failed.exit_code == 1
-    assert f"127.0.0.1:{http_port} answers HTTP, not gRPC" in failed.stderr
+    assert f"127.0.0.1:{http_port} answers, but not in gRPC" in failed.stderr
     assert "--listen" in failed.stderr
     for inside in ("SETTINGS", "UNAVAILABLE", "HTTP/2", "ipv4:"):
         assert inside not in failed.stderr
