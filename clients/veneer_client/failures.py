@@ -91,7 +91,8 @@ def to_error(
     if code is grpc.StatusCode.UNAVAILABLE and _NO_GRPC.search(message):
         return ServerUnreachable(
             f"{address} answers, but not in gRPC; it may be the HTTP port: give the gRPC "
-            "address, that of the server's --listen (its ready line shows it; port 50051 unless set)",
+            "address, that of the server's --listen (its ready line shows it; port 50051 "
+            "unless set)",
             metadata={"address": address, "cause": "no_grpc"},
         )
     if code is grpc.StatusCode.UNAVAILABLE:

@@ -290,9 +290,10 @@ Gaps = tuple[
 
 
 def _measured(phases: Sequence[Phase], *, inside: bool = False) -> bool:
-    """Whether there are gaps between tokens, or with ``inside`` some within a window."""
+    """Whether there are gaps between tokens that did not all arrive together, or with
+    ``inside`` any gaps within a window."""
     return any(
-        bool(within.any() if inside else len(gaps))
+        bool(within.any() if inside else gaps.any())
         for phase in phases
         for gaps, within in (_gaps(phase),)
     )

@@ -152,7 +152,9 @@ def test_what_a_slow_machine_leaves_empty() -> None:
 
 
 def test_quiet_tokens_that_arrive_together_have_no_ratio() -> None:
-    together = figures(1, [_phase([1.0, 1.0, 1.0])], [_phase([1.0, 1.05], (1.0, 1.08))])
+    assert not _measured([_phase([1.0, 1.0, 1.0])])
+    quiet = _phase([1.0] * 200 + [1.01])
+    together = figures(1, [quiet], [_phase([1.0, 1.05], (1.0, 1.08))])
     cases = swap.case_figures(
         {case: _samples(1.0) for case in ("same", "device", "host", "disk", "publish")}
     )

@@ -369,7 +369,7 @@ def test_a_cache_without_room_for_a_request_is_refused(model: DecoderConfig, siz
     with refused(MemoryTooSmall, key="kv_cache_bytes") as caught:
         plan(model, 23, kv_cache_bytes=size)
     (least,) = re.findall(r"at least (\w+)", str(caught.value))
-    assert plan(model, 23, kv_cache_bytes=least).kv_cache.tokens == 128
+    assert 128 <= plan(model, 23, kv_cache_bytes=least).kv_cache.tokens < 256
 
 
 @pytest.mark.parametrize("size", ["0", "1KiB"])
