@@ -93,7 +93,7 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.
         name = _unfit(prompt, options)
         raise InvalidField(
             f"{name} is too large or of the wrong kind ({error}): see GenerateOptions",
-            metadata={"field": name},
+            metadata={"field": "options", "option": name},
         ) from error
 
 

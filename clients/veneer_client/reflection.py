@@ -186,7 +186,7 @@ class ReflectionClient:
             _check(json.loads(request or "{}"), method.input_type, "")
             json_format.Parse(request or "{}", message, descriptor_pool=self._pool)
         except json.JSONDecodeError as error:
-            raise _misfit(f"the request is not JSON: {error}") from error
+            raise _misfit(f"the JSON does not fit {name}: it is not JSON: {error}") from error
         except RecursionError as error:
             raise _misfit("the request is nested too deeply") from error
         except _Misfit as error:
@@ -220,8 +220,8 @@ def _check(value: object, message: Any, path: str) -> None:
             near = difflib.get_close_matches(name, message.fields_by_name, n=1)
             known = ", ".join(message.fields_by_name) or "none"
             dot = f"{path}." if path else ""
-            hint = f"did you mean {dot}{near[0]}?" if near else f"there are {known}"
-            raise _Misfit(f"there is no field {at}: {hint}")
+            hint = f"; did you mean {dot}{near[0]}?" if near else ""
+            raise _Misfit(f"there is no field {at}; its fields: {known}{hint}")
         if part is not None:
             _check_field(part, field, at)
 
