@@ -138,7 +138,7 @@ async def churn(
             (churned if kind == "churn" else quiet).append(found)
         # On a slow machine a phase may have had no two tokens.
         longer = options
-        while quiet and churned and not (_measured(quiet) and _measured(churned, inside=True)):
+        while quiet and churned and not (measured(quiet) and measured(churned, inside=True)):
             if stopped():
                 return None
             if longer.phase_s >= max(_LONGEST_S, 8 * options.phase_s):
@@ -147,7 +147,7 @@ async def churn(
                     "adapter was brought: try a longer --churn, or a machine that does less"
                 )
             longer = replace(longer, phase_s=2 * longer.phase_s)
-            if _measured(quiet):
+            if measured(quiet):
                 uploads = chain(uploads, await made(longer.phase_s))
                 churned.append(await _phase(client, longer, len(order), bring))
             else:
@@ -289,7 +289,7 @@ Gaps = tuple[
 ]
 
 
-def _measured(phases: Sequence[Phase], *, inside: bool = False) -> bool:
+def measured(phases: Sequence[Phase], *, inside: bool = False) -> bool:
     """Whether there are gaps between tokens that did not all arrive together, or with
     ``inside`` any gaps within a window."""
     return any(

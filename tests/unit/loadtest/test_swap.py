@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 from veneer_client import AsyncClient
 from veneer_loadtest import churn, page_cache, swap
-from veneer_loadtest.churn import Phase, _measured, figures
+from veneer_loadtest.churn import Phase, figures, measured
 from veneer_loadtest.cli import cli
 from veneer_loadtest.commands.swap import KEYS
 from veneer_loadtest.results import Case
@@ -141,9 +141,9 @@ def test_what_a_slow_machine_leaves_empty() -> None:
     inside = _phase([1.0, 1.05, 1.1], (1.0, 1.08))
     never = _phase([1.0, 1.05, 1.1])  # no adapter was brought
     for lacking in (nothing, one, outside, never):
-        assert not _measured([lacking], inside=True)
-    assert not _measured([nothing, one])
-    assert _measured([nothing, inside], inside=True)
+        assert not measured([lacking], inside=True)
+    assert not measured([nothing, one])
+    assert measured([nothing, inside], inside=True)
     found = figures(1, [nothing, _phase([1.0, 1.01, 1.02])], [nothing, inside])
     assert found.inside_gaps == 2
     assert swap.case_figures({"same": [], "device": []}) == {}
@@ -152,7 +152,7 @@ def test_what_a_slow_machine_leaves_empty() -> None:
 
 
 def test_quiet_tokens_that_arrive_together_have_no_ratio() -> None:
-    assert not _measured([_phase([1.0, 1.0, 1.0])])
+    assert not measured([_phase([1.0, 1.0, 1.0])])
     quiet = _phase([1.0] * 200 + [1.01])
     together = figures(1, [quiet], [_phase([1.0, 1.05], (1.0, 1.08))])
     cases = swap.case_figures(
