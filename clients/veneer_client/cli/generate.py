@@ -215,7 +215,8 @@ def generate(
         if json_:
             answer = client.generate(asked, **options)
             print(as_json(answer))
-            if any(s.finish_reason is FinishReason.LENGTH for s in (answer, *answer.others)):
+            reasons = {answer.finish_reason, *(each.finish_reason for each in answer.others)}
+            if FinishReason.LENGTH in reasons:
                 _warn_of_cut(_notes(), options)
         elif (n or 1) > 1:
             _samples(client, asked, options)

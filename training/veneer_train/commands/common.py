@@ -181,22 +181,12 @@ class Pulse:
 
 
 @contextmanager
-def pulse() -> Iterator[Callable[[str], None]]:
-    """For commands without a bar: yields a function that prints a line, after which lines say
-    how long that has been going on."""
+def pulse(what: str) -> Iterator[Pulse]:
+    """For commands without a bar: prints what goes on, every `EVERY_S`; at first ``what``."""
     console = stderr()
-
-    def shown(line: str) -> None:
-        console.print(line, style="dim", markup=False)
-
-    with Pulse(shown) as running:
-
-        def told(line: str) -> None:
-            shown(line)
-            running.printed()
-            running.doing(line)
-
-        yield told
+    with Pulse(lambda line: console.print(line, style="dim", markup=False)) as running:
+        running.doing(what)
+        yield running
 
 
 class Reporter:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from veneer_server import startup
-from veneer_server.config import ServerConfig, load_config
+from veneer_server.config import ConfigInvalid, ServerConfig, load_config
 from veneer_server.engine.execution.sampler import sample
 from veneer_server.models.config import DecoderConfig, read_decoder_config
 from veneer_server.sizing.memory_plan import (
@@ -384,3 +385,12 @@ def test_a_budget_without_room_for_an_adapter_is_refused(
     plan(model, 23, host_cache_bytes=size)
     with refused(MemoryTooSmall, key="host_cache_bytes"):
         plan(model, 23, Gpu("a card", 23 * GIB, 23 * GIB), host_cache_bytes=size)
+
+
+def test_inputs_of_8_bits_need_weights_of_4_before_anything_is_loaded(
+    model: DecoderConfig,
+) -> None:
+    with refused(ConfigInvalid, key="int8_activations"):
+        startup.memory_for(model, config(int8_activations="true", quantization="none"))
+    stored = replace(model, quantization="nf4")
+    startup.memory_for(stored, config(int8_activations="true", quantization="none"))
