@@ -35,7 +35,8 @@ def memory_for(decoder: DecoderConfig, config: ServerConfig) -> MemoryPlan:
     served = decoder.quantization or config.quantization
     if config.int8_activations and served not in ("nf4", "fp4"):
         raise ConfigInvalid(
-            f"--int8-activations needs weights of 4 bits: --quantization nf4 or fp4, not {served}",
+            "--int8-activations needs weights of 4 bits: --quantization nf4 or fp4, not "
+            f"{served}",
             metadata={"key": "int8_activations"},
         )
     host = host_memory()

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from typer.main import get_command
 from veneer_client.cli.main import cli
 from veneer_client.cli.words import in_cli_words
 from veneer_proto.v1 import adapters_pb2, inference_pb2, server_pb2
 
-from tests.unit.client.fake_server import FakeServer
+from tests.unit.client.fake_server import FakeServer, Refusal
 
 Run = Callable[..., Any]
 
@@ -357,3 +358,14 @@ def test_every_enums_value_has_the_flags_value() -> None:
     assert told == "--tier must be host or device"
     assert in_cli_words("use EVICT_MODE_FAIL_IF_BUSY") == "use fail-if-busy"
     assert in_cli_words("'TIER_HOST' is what you sent") == "'TIER_HOST' is what you sent"
+
+
+def test_a_budget_that_is_refused_names_this_commands_flag(
+    server: FakeServer, run: Run
+) -> None:
+    told = "--device-adapter-bytes 1 holds no adapter; --host-cache-bytes is enough"
+    server.refusals.append(
+        Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, told, "ADAPTER_BUDGET_EXCEEDED")
+    )
+    failed = run("budgets", "--device", "1")
+    assert failed.stderr.strip() == "error: --device 1 holds no adapter; --host is enough"
