@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 
 import typer
-from typer import BadParameter
 from typer.core import TyperCommand, TyperGroup
+from typer.exceptions import TyperException
 
 from veneer_registry.bash_words import whole_words
 from veneer_registry.terminal import guarded
@@ -64,12 +64,19 @@ class _Shown:
 class Command(_Shown, TyperCommand):
     """A command of a program."""
 
+    after_too_many = ": put text with spaces in quotes"
+    """What follows the error for an argument too many."""
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """As Typer's; a wrong value is refused without the prefix that Typer's parser adds."""
+        """As Typer's; a wrong value is refused without the prefix that Typer's parser adds,
+        and an argument too many with its usual cause."""
         try:
             return super().parse_args(ctx, args)
-        except BadParameter as error:
-            error.message = error.message.removeprefix("Value error, ")
+        except TyperException as error:
+            message = getattr(error, "message", "").removeprefix("Value error, ")
+            if message.startswith("Got unexpected extra argument"):
+                message += self.after_too_many
+            error.message = message  # type: ignore[attr-defined]
             raise
 
 
@@ -160,7 +167,7 @@ class Program(typer.Typer):
 
     def command(self, name: str | None = None, **more: Any) -> Callable[[Any], Any]:
         """As `typer.Typer.command`."""
-        return super().command(name, cls=Command, **more)
+        return super().command(name, cls=more.pop("cls", Command), **more)
 
 
 def with_parameters(

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
-from typer.exceptions import TyperException
-from veneer_registry.command_line import Group, Program
+from veneer_registry.command_line import Command, Group, Program
 from veneer_registry.lock import OwnerLock
 
 from veneer_server import __version__
@@ -60,6 +59,12 @@ _TOP_FLAGS: Final = (
 )
 
 
+class _Serve(Command):
+    """Other servers take the model without a flag."""
+
+    after_too_many = ": the base model is given as --base MODEL"
+
+
 class _ServeByDefault(Group):
     """Flags without a subcommand belong to `serve`."""
 
@@ -74,16 +79,6 @@ class _ServeByDefault(Group):
         if "/" in word or os.path.isdir(word):
             return [f"veneer-server --base {word}"]
         return super().meant(ctx, word)
-
-    def invoke(self, ctx: Any) -> Any:
-        """As Typer's, with a hint at the flag for the model."""
-        try:
-            return super().invoke(ctx)
-        except TyperException as error:
-            message = getattr(error, "message", "")
-            if message.startswith("Got unexpected extra argument"):
-                error.message = f"{message}: the base model is given as --base MODEL"  # type: ignore[attr-defined]
-            raise
 
     def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
         found = super().shell_complete(ctx, incomplete)
@@ -177,7 +172,7 @@ def _forget_closed_outputs() -> None:
             os.close(nowhere)
 
 
-@cli.command(epilog=_EXAMPLES)
+@cli.command(epilog=_EXAMPLES, cls=_Serve)
 @with_flags(OPTIONS)
 def serve(
     *,

@@ -99,12 +99,7 @@ Examples:
 @with_parameters(flag_parameters(), before="logit_bias")
 def generate(
     context: typer.Context,
-    prompt: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="PROMPT", help="The prompt, as one argument; - reads standard input."
-        ),
-    ],
+    prompt: Annotated[str, typer.Argument(help="The prompt; - reads standard input.")],
     adapter: AdapterOption = None,
     chat: Annotated[
         bool,
@@ -204,13 +199,7 @@ def generate(
             priority=priority,
             timeout_s=timeout,
         )
-        if len(prompt) > 1:
-            raise InvalidField(
-                f"the prompt is {len(prompt)} arguments, of which the first is "
-                f"{prompt[0][:40]!r}: put it in quotes",
-                metadata={"field": "prompt"},
-            )
-        text = _prompt(prompt[0], chat=chat)
+        text = _prompt(prompt, chat=chat)
         asked: Prompt = Chat.user(text) if chat else Text(text)
         if json_:
             answer = client.generate(asked, **options)

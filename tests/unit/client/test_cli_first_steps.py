@@ -145,7 +145,7 @@ def test_a_folder_that_is_no_adapters_is_recognised(
 
 def test_words_that_were_not_quoted(server: FakeServer, run: Run) -> None:
     failed = run("generate", "tell", "me", "more")
-    assert (failed.exit_code, "put it in quotes" in failed.stderr) == (1, True)
+    assert (failed.exit_code, "spaces in quotes" in failed.stderr) == (2, True)
     assert server.calls == []
 
 
