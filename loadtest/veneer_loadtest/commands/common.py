@@ -12,6 +12,7 @@ from typing import Annotated, Any, Final
 import typer
 from rich.markup import escape
 from veneer_client import VeneerError
+from veneer_client.cli.words import in_cli_words
 from veneer_registry.screen import Screen
 
 from veneer_loadtest import report
@@ -118,7 +119,7 @@ def run(work: Coroutine[Any, Any, None], debug: bool) -> None:
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
         console = Screen(stderr=True, highlight=False, soft_wrap=True)
-        console.print(f"[red]error:[/red] {escape(str(error))}")
+        console.print(f"[red]error:[/red] {escape(in_cli_words(str(error)))}")
         raise typer.Exit(1) from None
 
 

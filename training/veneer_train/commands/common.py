@@ -22,6 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from veneer_client.address import server_address
+from veneer_client.cli.words import in_cli_words
 from veneer_registry.errors import VeneerError
 from veneer_registry.screen import Screen
 
@@ -79,7 +80,8 @@ def errors(
     except VeneerError as error:
         if debug:
             raise
-        stderr().print(f"veneer-train: {error}", markup=False)
+        # A server's refusal of a push names methods.
+        stderr().print(f"veneer-train: {in_cli_words(str(error))}", markup=False)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         stderr().print(f"veneer-train: stopped by Ctrl-C: {kept()}", markup=False)
