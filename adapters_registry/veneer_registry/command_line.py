@@ -76,7 +76,7 @@ class Command(_Shown, TyperCommand):
             message = getattr(error, "message", "").removeprefix("Value error, ")
             if message.startswith("Got unexpected extra argument"):
                 message += self.after_too_many
-            error.message = message  # type: ignore[attr-defined]
+            error.message = message
             raise
 
 

@@ -98,7 +98,11 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.
 
 
 def _unfit(prompt: Prompt, options: GenerateOptions) -> str:
-    """Which option cannot be sent: the first that cannot be sent alone."""
+    """What cannot be sent: the prompt, or the first option that cannot be sent alone."""
+    try:
+        _request(prompt, {})
+    except (TypeError, ValueError):
+        return "the prompt"
     for name, value in options.items():
         alone: Any = {name: value}
         try:
@@ -107,7 +111,7 @@ def _unfit(prompt: Prompt, options: GenerateOptions) -> str:
             continue
         except (TypeError, ValueError):
             return name
-    return "the prompt"
+    return "an option"
 
 
 def _request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.GenerateRequest:

@@ -219,6 +219,13 @@ def _prompt(given_as: str, *, chat: bool) -> str:
         if sys.stdin.isatty():
             _notes().print("reading the prompt from the terminal; Ctrl-D ends it", style="dim")
         text = sys.stdin.read()
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # of a shell or file with another encoding
+        raise InvalidField(
+            "the prompt is not UTF-8: convert it, for example with iconv -t UTF-8",
+            metadata={"field": "prompt"},
+        ) from error
     # The server would answer an empty message at length: a chat template has text around it.
     if not (text.strip() if chat else text):
         where = "standard input has no text" if given_as == "-" else "give one, or - to read it"

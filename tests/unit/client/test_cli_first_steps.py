@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -175,6 +176,12 @@ def test_an_empty_prompt_is_refused_before_a_call(
     failed = run("generate", *given, input="")
     assert failed.exit_code == 1
     assert "the prompt is empty" in failed.stderr
+    assert server.calls == []
+
+
+def test_a_prompt_of_another_encoding_is_told(server: FakeServer, run: Run) -> None:
+    failed = run("generate", os.fsdecode(b"caf\xe9"))
+    assert (failed.exit_code, "not UTF-8" in failed.stderr) == (1, True)
     assert server.calls == []
 
 
