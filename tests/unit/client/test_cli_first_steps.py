@@ -15,6 +15,7 @@ import pytest
 from typer.main import get_command
 from veneer_client.cli.main import cli
 from veneer_client.cli.words import in_cli_words
+from veneer_client.client import Client
 from veneer_proto.v1 import adapters_pb2, inference_pb2, server_pb2
 
 from tests.unit.client.fake_server import FakeServer, Refusal
@@ -125,6 +126,19 @@ def test_a_push_without_a_name_suggests_one(run: Run, tmp_path: Path) -> None:
         failed = run("push", given)
         assert failed.exit_code == 1
         assert f"such as --name {suggested}\n" in failed.stderr.replace("\r", "")
+
+
+def test_ctrl_c_in_a_push_says_that_it_goes_on(
+    run: Run, adapter_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Client, "push", interrupted)
+    stopped = run("push", str(adapter_folder), "--name", "x")
+    assert stopped.exit_code == 130
+    assert "nothing was published" in stopped.stderr
+    assert "the same command goes on" in stopped.stderr
 
 
 def test_a_folder_that_is_no_adapters_is_recognised(
