@@ -84,7 +84,7 @@ def train(
 ) -> None:
     """Train an adapter on the 4-bit base and write its folder."""
     parsed: TrainConfig | None = None
-    with errors(debug, lambda: _kept(parsed)), reporter() as report:
+    with errors(debug, lambda: _kept(parsed)):
         parsed = load_config(config, settings or (), preset, base=base)
         if (push is None) != (name is None):
             raise InvalidField(
@@ -96,26 +96,27 @@ def train(
                 metadata={"field": "push"},
             )
         resolve_base(parsed.model.path)  # fail before imports, which take seconds
-        report.doing("importing PyTorch")
-        if push is not None:
-            share_cores(push)
-        # Imported here: torch and transformers take seconds, and --help needs neither.
-        quiet_libraries()
-        from veneer_train.push import Target
-        from veneer_train.trainer import main_process
+        with reporter() as report:
+            report.doing("importing PyTorch")
+            if push is not None:
+                share_cores(push)
+            # Imported here: torch and transformers take seconds, and --help needs neither.
+            quiet_libraries()
+            from veneer_train.push import Target
+            from veneer_train.trainer import main_process
 
-        target = None if push is None or name is None else Target(push, name, alias)
-        if target is not None and parsed.lora.dora:
-            raise InvalidField(
-                "servers accept DoRA adapters only when merged: train without --push, then use "
-                "veneer-train merge",
-                metadata={"field": "lora.dora"},
-            )
-        result = _run(parsed, target, push_every, overwrite, report)
-        if not main_process():
-            return
-        report.doing("publishing")
-        published = _publish(target, result) if target is not None else None
+            target = None if push is None or name is None else Target(push, name, alias)
+            if target is not None and parsed.lora.dora:
+                raise InvalidField(
+                    "servers accept DoRA adapters only when merged: train without --push, then "
+                    "use veneer-train merge",
+                    metadata={"field": "lora.dora"},
+                )
+            result = _run(parsed, target, push_every, overwrite, report)
+            if not main_process():
+                return
+            report.doing("publishing")
+            published = _publish(target, result) if target is not None else None
     _show(result, published, as_json)
 
 
