@@ -345,7 +345,7 @@ def test_with_several_cards_the_plan_is_of_one(
     choice = GpuChoice(Gpu("fake", 4 * GIB, 4 * GIB))
     monkeypatch.setattr(startup, "choose_gpu", lambda _device: choice)
     whole, part = (
-        startup.memory_for(model, config(device="cuda", tensor_parallel=count))
+        startup.memory_for(model, config(device="cuda", backend="cuda", tensor_parallel=count))
         for count in ("1", "3")
     )
     assert whole.kv_token_bytes == 3 * part.kv_token_bytes
