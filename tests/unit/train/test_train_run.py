@@ -486,7 +486,7 @@ def test_no_value_in_the_manifest_loses_a_run(
     chats.rename(oddly_named)
     settings = config(tiny_base, Path("data.jsonl"), tmp_path / "mine", train={"steps": 1})
     settings = replace(settings, data=replace(settings.data, train=str(oddly_named)))
-    monkeypatch.setattr(loop, "evaluate", lambda *_: Evaluation(float("-inf"), 0.5, 1))
+    monkeypatch.setattr(loop, "evaluate", lambda *_, **__: Evaluation(float("-inf"), 0.5, 1))
     run(settings)
     written = (tmp_path / "mine" / "training_manifest.json").read_bytes()
     facts = parse_object(written, file="training_manifest.json")
