@@ -40,7 +40,7 @@ class Aliases(Part):
         """Create or move ``name/alias``, atomically for all callers.
 
         Args:
-            targets: (12 to 64 hex digits of a kept revision, weight of 1 to 10,000).
+            targets: (4 to 64 hex digits of a kept revision, weight of 1 to 10,000).
             etag: if not empty, the alias's etag must equal it.
 
         Raises:

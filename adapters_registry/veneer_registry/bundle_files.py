@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
@@ -102,10 +102,23 @@ def select_files(folder: Path) -> FileSelection:
                 check_file_name(name)
     for name in REQUIRED_FILES:
         if name not in names:
-            refuse(name, "is missing; save the adapter with save_pretrained")
+            refuse(name, f"is missing{_instead(entries)}")
     for path in files:
         _check_size(path)
     return FileSelection(files, skipped)
+
+
+def _instead(entries: Sequence[Path]) -> str:
+    """What a folder that is no adapter's may be, and what to do."""
+    below = [path for path in entries if (path / REQUIRED_FILES[0]).is_file()]
+    if below:
+        return f", but the folder {show(below[0].name)} in it has one: give that"
+    if any(path.name == "config.json" for path in entries):
+        return (
+            ", and the folder holds a whole model: give the folder of a LoRA adapter; a model "
+            "is served by `veneer-server --base FOLDER`"
+        )
+    return "; save the adapter with save_pretrained"
 
 
 def _check_size(path: Path) -> None:

@@ -6,14 +6,16 @@ a command's first sentence whole, and keeps an epilog's examples as lines that c
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 
 import typer
 from typer.core import TyperCommand, TyperGroup
+from typer.exceptions import TyperException
 
 from veneer_registry.bash_words import whole_words
 from veneer_registry.terminal import guarded
@@ -26,6 +28,22 @@ _EXAMPLE: Final = "  "
 _COMMENT: Final = re.compile(r" {2,}(?=\S)")
 _BREAK: Final = re.compile(r" (?=--?[a-zA-Z])")
 """Where a command that is too long may be broken."""
+
+
+_MOST_MEANT: Final = 3
+"""Suggestions for an unknown command."""
+
+
+def _near(word: str, names: Iterable[str]) -> list[str]:
+    return difflib.get_close_matches(word, sorted(names), n=1, cutoff=0.7)
+
+
+def _paths(group: Any, path: str) -> Iterator[tuple[str, str]]:
+    """Every command below a group: how it is called, and its own name."""
+    for name, command in getattr(group, "commands", {}).items():
+        if not command.hidden:
+            yield f"{path} {name}", name
+            yield from _paths(command, f"{path} {name}")
 
 
 class _Shown:
@@ -46,9 +64,58 @@ class _Shown:
 class Command(_Shown, TyperCommand):
     """A command of a program."""
 
+    after_too_many = ": put text with spaces in quotes"
+    """What follows the error for an argument too many."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As Typer's; a wrong value is refused without the prefix that Typer's parser adds,
+        and an argument too many with its usual cause."""
+        try:
+            return super().parse_args(ctx, args)
+        except TyperException as error:
+            message = getattr(error, "message", "").removeprefix("Value error, ")
+            if message.startswith("Got unexpected extra argument"):
+                message += self.after_too_many
+            error.message = message
+            raise
+
 
 class Group(_Shown, TyperGroup):
     """A program, or a group of its commands."""
+
+    guesses: Mapping[str, str] = {}
+    """Words that people try, with the command line that they mean."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """As Typer's; an unknown command is answered with the one that was probably meant,
+        also if that is in another group of the program."""
+        word = args[0]
+        unknown = self.get_command(ctx, word) is None and not word.startswith("-")
+        if unknown and not ctx.resilient_parsing:
+            meant = " or ".join(f"`{line}`" for line in self.meant(ctx, word))
+            hint = f": did you mean {meant}?" if meant else "."
+            ctx.fail(f"No such command {word!r}{hint}")
+        return super().resolve_command(ctx, args)
+
+    def meant(self, ctx: Any, word: str) -> list[str]:
+        """The command lines that an unknown ``word`` probably means; [] if none is like it."""
+        if word in self.guesses:
+            return [self.guesses[word]]
+        root = ctx.find_root()
+        paths = dict(_paths(root.command, root.info_name))
+        if ctx is not root:  # `store ls` does not mean `key ls`
+            paths = {path: name for path, name in paths.items() if path.count(" ") == 1}
+        found = [path for path, name in paths.items() if name == word]
+        if not found:
+            own = {
+                **self.guesses,
+                **{name: f"{ctx.command_path} {name}" for name in self.commands},
+            }
+            found = [own[near] for near in _near(word, own)]
+        if not found and ctx is root:
+            near = _near(word, set(paths.values()))
+            found = [path for path, name in paths.items() if name in near]
+        return found[:_MOST_MEANT]
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """List the commands, each with its first sentence."""
@@ -66,11 +133,22 @@ class Group(_Shown, TyperGroup):
 class Program(typer.Typer):
     """A `typer.Typer` whose commands share this help layout."""
 
-    def __init__(self, *, help: str, epilog: str = "", **more: Any) -> None:
+    def __init__(
+        self,
+        *,
+        help: str,
+        epilog: str = "",
+        guesses: Mapping[str, str] | None = None,
+        **more: Any,
+    ) -> None:
+        """Args:
+        guesses: words that people try instead of its commands, with what they mean.
+        """
+        group = more.pop("cls", Group)
         super().__init__(
             help=help,
             epilog=epilog,
-            cls=more.pop("cls", Group),
+            cls=type(group.__name__, (group,), {"guesses": guesses or {}}),
             no_args_is_help=more.pop("no_args_is_help", True),
             pretty_exceptions_enable=False,
             rich_markup_mode=None,
@@ -89,7 +167,7 @@ class Program(typer.Typer):
 
     def command(self, name: str | None = None, **more: Any) -> Callable[[Any], Any]:
         """As `typer.Typer.command`."""
-        return super().command(name, cls=Command, **more)
+        return super().command(name, cls=more.pop("cls", Command), **more)
 
 
 def with_parameters(

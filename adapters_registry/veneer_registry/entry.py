@@ -24,7 +24,9 @@ __all__ = [
     "split_spec",
 ]
 
-_PREFIX: Final = re.compile(rf"[0-9a-f]{{{SHORT_REVISION},64}}")
+_LEAST_DIGITS: Final = 4
+"""Fewest digits of a revision that a person may type, where no other one begins with them."""
+_PREFIX: Final = re.compile(rf"[0-9a-f]{{{_LEAST_DIGITS},64}}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +99,8 @@ def check_prefix(prefix: str) -> None:
     """Raise InvalidField unless this is a valid prefix of a revision."""
     if not _PREFIX.fullmatch(prefix):
         raise InvalidField(
-            f"revision {show(prefix)} is not allowed: use {SHORT_REVISION} to 64 "
-            "lower-case hex digits after '@'",
+            f"revision {show(prefix)} is not allowed: use {_LEAST_DIGITS} to 64 "
+            "lower-case hex digits",
             metadata={"field": "adapter"},
         )
 
@@ -113,8 +115,9 @@ def by_prefix(name: str, entry: Entry, prefix: str) -> AdapterRef:
             metadata={"adapter": name, "revision": prefix, "kept": kept},
         )
     if len(matches) > 1:
+        found = ", ".join(ref.revision[:SHORT_REVISION] for ref in matches[:8])
         raise InvalidField(
-            f"revision {prefix} of {name!r} is ambiguous; give more digits",
+            f"revision {prefix} of {name!r} is ambiguous: give more digits, of {found}",
             metadata={"field": "adapter", "cause": "ambiguous"},
         )
     return matches[0]

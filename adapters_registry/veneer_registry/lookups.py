@@ -42,7 +42,7 @@ class Lookups(Part):
         microseconds.
 
         Args:
-            name: ``revision`` is the first 12 to 64 hex digits.
+            name: ``revision`` is the first 4 to 64 hex digits.
             key: chooses among an alias's targets; the same key gets the same target.
 
         Raises:

@@ -332,7 +332,7 @@ class AdapterCalls(Connection):
         one of ``revision``, ``targets``, ``rollback`` and ``remove``.
 
         Args:
-            revision: its new target, as 12 to 64 hex digits of a kept revision.
+            revision: its new target, as 4 to 64 hex digits of a kept revision.
             targets: several revisions with their weights (a canary):
                 ``{"1a2b3c4d5e6f": 90, "6f5e4d3c2b1a": 10}``.
             rollback: restore its targets from before the last move.

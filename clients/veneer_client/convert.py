@@ -90,10 +90,28 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.
     try:
         return _request(prompt, options)
     except (TypeError, ValueError) as error:
+        name = _unfit(prompt, options)
         raise InvalidField(
-            f"an option has a value of the wrong type or range ({error}): see GenerateOptions",
-            metadata={"field": "options"},
+            f"{name} has a value of the wrong type or range ({error}): see GenerateOptions",
+            metadata={"field": "options", "option": name},
         ) from error
+
+
+def _unfit(prompt: Prompt, options: GenerateOptions) -> str:
+    """What cannot be sent: the prompt, or the first option that cannot be sent alone."""
+    try:
+        _request(prompt, {})
+    except (TypeError, ValueError):
+        return "the prompt"
+    for name, value in options.items():
+        alone: Any = {name: value}
+        try:
+            _request(prompt, alone)
+        except InvalidField:  # it needs another one
+            continue
+        except (TypeError, ValueError):
+            return name
+    return "an option"
 
 
 def _request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.GenerateRequest:

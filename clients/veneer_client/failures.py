@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,12 +88,20 @@ def to_error(
             f"{address} does not speak TLS: give HOST:PORT, or http://HOST:PORT",
             metadata={"address": address, "cause": "no_tls"},
         )
+    if code is grpc.StatusCode.UNAVAILABLE and _NO_GRPC.search(message):
+        return ServerUnreachable(
+            f"{address} answers, but not in gRPC; it may be the HTTP port: give the gRPC "
+            "address, that of the server's --listen (its ready line shows it; port 50051 "
+            "unless set)",
+            metadata={"address": address, "cause": "no_grpc"},
+        )
     if code is grpc.StatusCode.UNAVAILABLE:
         # So does a port with TLS end a connection without.
         tls = "; if it has TLS: https://HOST:PORT" if "Socket closed" in message else ""
         return ServerUnreachable(
             f"no Veneer server answers at {address}: start one with `veneer-server`, or "
-            f"give the right address (--server HOST:PORT, VENEER_SERVER){tls} [{message}]",
+            f"give the right address (--server HOST:PORT, VENEER_SERVER){tls} "
+            f"({_in_plain_words(message)})",
             metadata={"address": address},
         )
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
@@ -108,6 +117,22 @@ def to_error(
             f"[{message}]"
         )
     return _BY_CODE.get(code, VeneerError)(f"{message} [{code.name} from {address}]")
+
+
+_NO_GRPC: Final = re.compile("Expected SETTINGS frame|http1.x server|missing selected ALPN")
+"""How gRPC says that the other side speaks something else, without and with TLS."""
+_CONNECTING: Final = re.compile(r".*?last error: (?:\w+: )?(?:ipv[46]:\S+: )?(?P<why>.*)", re.S)
+_WHY: Final = re.compile(r"Failed to connect to remote host: (?P<why>.*)", re.S)
+
+
+def _in_plain_words(message: str) -> str:
+    """Why gRPC could not connect, without the address and its own words."""
+    if "lookup" in message or "name not found" in message.lower():
+        return "no host has this name"
+    for pattern in (_CONNECTING, _WHY):
+        if found := pattern.fullmatch(message):
+            message = found["why"]
+    return message[:1].lower() + message[1:]
 
 
 def write_broke(error: grpc.RpcError | grpc.aio.AioRpcError) -> bool:

@@ -5,6 +5,9 @@ Needs nothing but the server, which describes its methods (gRPC reflection).
 
 from __future__ import annotations
 
+import contextlib
+import difflib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -178,14 +181,89 @@ class ReflectionClient:
 
     def _message(self, method: MethodDescriptor, request: str) -> Any:
         message = message_factory.GetMessageClass(method.input_type)()
+        name = method.input_type.full_name
         try:
+            _check(json.loads(request or "{}"), method.input_type, "")
             json_format.Parse(request or "{}", message, descriptor_pool=self._pool)
+        except json.JSONDecodeError as error:
+            raise _misfit(f"the JSON does not fit {name}: it is not JSON: {error}") from error
+        except RecursionError as error:
+            raise _misfit("the request is nested too deeply") from error
+        except _Misfit as error:
+            raise _misfit(f"the JSON does not fit {name}: {error}") from error
         except json_format.ParseError as error:
-            fields = ", ".join(field.name for field in method.input_type.fields) or "none"
-            why = str(error).partition("\n")[0]
-            raise InvalidField(
-                f"the JSON does not fit {method.input_type.full_name} ({why}); "
-                f"its fields: {fields}",
-                metadata={"field": "request"},
-            ) from error
+            why = str(error).partition("\n")[0].rstrip(".")
+            raise _misfit(f"the JSON does not fit {name}: {why}") from error
         return message
+
+
+class _Misfit(ValueError):
+    """What does not fit, and what does."""
+
+
+def _misfit(why: str) -> InvalidField:
+    return InvalidField(why, metadata={"field": "request"})
+
+
+def _check(value: object, message: Any, path: str) -> None:
+    """Raise `_Misfit` for the first part that does not have its field's type. `json_format`
+    would name the Python operation that failed on it."""
+    if message.full_name.startswith("google.protobuf."):
+        return  # times and such have forms of their own
+    if not isinstance(value, dict):
+        raise _Misfit(f"{path or 'it'}: give an object, {{...}}")
+    names = {field.json_name: field for field in message.fields} | dict(message.fields_by_name)
+    for name, part in value.items():
+        field = names.get(name)
+        at = f"{path}.{name}" if path else name
+        if field is None:
+            near = difflib.get_close_matches(name, message.fields_by_name, n=1)
+            known = ", ".join(message.fields_by_name) or "none"
+            dot = f"{path}." if path else ""
+            hint = f"; did you mean {dot}{near[0]}?" if near else ""
+            raise _Misfit(f"there is no field {at}; its fields: {known}{hint}")
+        if part is not None:
+            _check_field(part, field, at)
+
+
+def _check_field(value: Any, field: Any, path: str) -> None:
+    entry = field.message_type
+    if entry is not None and entry.GetOptions().map_entry:
+        if not isinstance(value, dict):
+            raise _Misfit(f"{path}: give an object, {{...}}")
+        for key, part in value.items():
+            _check_one(key, entry.fields_by_name["key"], f"the key {key!r} of {path}")
+            _check_one(part, entry.fields_by_name["value"], f"{path}.{key}")
+    elif field.is_repeated:
+        if not isinstance(value, list):
+            raise _Misfit(f"{path}: give a list, [...]")
+        for number, part in enumerate(value):
+            _check_one(part, field, f"{path}[{number}]")
+    else:
+        _check_one(value, field, path)
+
+
+def _check_one(value: Any, field: Any, path: str) -> None:
+    match field.cpp_type:
+        case field.CPPTYPE_MESSAGE:
+            _check(value, field.message_type, path)
+        case field.CPPTYPE_STRING:
+            if not isinstance(value, str):
+                raise _Misfit(f'{path}: give a string, "..."')
+        case field.CPPTYPE_ENUM:
+            names = [each.name for each in field.enum_type.values]
+            if not isinstance(value, int) and (
+                not isinstance(value, str) or value not in names
+            ):
+                raise _Misfit(f"{path}: give a string, one of {', '.join(names)}")
+        case field.CPPTYPE_BOOL:
+            if not isinstance(value, bool) and value not in ("true", "false"):
+                raise _Misfit(f"{path}: give true or false")
+        case _:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if isinstance(value, str):  # JSON has no other form for large numbers and keys
+                with contextlib.suppress(ValueError):
+                    float(value)
+                    number = True
+            if not number:
+                raise _Misfit(f"{path}: give a number")

@@ -28,7 +28,19 @@ Examples:
   veneer-loadtest --install-completion                        Tab completes
 """
 
-cli = Program(help="Load-test a Veneer server and compare it with others.", epilog=_EXAMPLES)
+cli = Program(
+    help="Load-test a Veneer server and compare it with others.",
+    epilog=_EXAMPLES,
+    guesses={
+        "bench": "veneer-loadtest run",
+        "load": "veneer-loadtest run",
+        "start": "veneer-loadtest run",
+        "max": "veneer-loadtest find-max",
+        "page": "veneer-loadtest report",
+        "html": "veneer-loadtest report",
+        "version": "veneer-loadtest --version",
+    },
+)
 
 
 @cli.callback()

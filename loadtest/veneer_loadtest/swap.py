@@ -96,9 +96,10 @@ def summary(cases: Mapping[str, CaseFigures], churn: ChurnFigures | None) -> dic
         "disk_cached_delta_ms": cases["disk"].delta_ms.p50,
         "publish_to_first_token_ms": cases["publish"].first_token_ms.p50,
     }
+    if churn is not None and churn.quiet_ms.p99 > 0:  # 0 where tokens arrive in bundles
+        found["churn_itl_p99_ratio"] = churn.inside_ms.p99 / churn.quiet_ms.p99
     if churn is not None:
         found |= {
-            "churn_itl_p99_ratio": churn.inside_ms.p99 / churn.quiet_ms.p99,
             "churn_added_p99_ms": churn.inside_ms.p99 - churn.quiet_ms.p99,
             "churn_max_stall_steps": churn.steps,
         }

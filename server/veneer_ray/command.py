@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -44,8 +45,21 @@ Address = Annotated[
 ]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"veneer {version('veneer')}")
+        raise typer.Exit
+
+
 @cli.callback()
-def _top() -> None:
+def _top(
+    show_version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
     """Run a registry and engines of Veneer on Ray Serve, behind one address."""
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
-from veneer_registry.command_line import Group, Program
+from veneer_registry.command_line import Command, Group, Program
 from veneer_registry.lock import OwnerLock
 
 from veneer_server import __version__
@@ -59,6 +59,12 @@ _TOP_FLAGS: Final = (
 )
 
 
+class _Serve(Command):
+    """Other servers take the model without a flag."""
+
+    after_too_many = ": the base model is given as --base MODEL"
+
+
 class _ServeByDefault(Group):
     """Flags without a subcommand belong to `serve`."""
 
@@ -67,6 +73,12 @@ class _ServeByDefault(Group):
         if flags or (not args and not ctx.resilient_parsing):
             args = ["serve", *args]
         return super().parse_args(ctx, args)
+
+    def meant(self, ctx: Any, word: str) -> list[str]:
+        """As `Group.meant`; other servers take the model without a flag."""
+        if "/" in word or os.path.isdir(word):
+            return [f"veneer-server --base {word}"]
+        return super().meant(ctx, word)
 
     def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
         found = super().shell_complete(ctx, incomplete)
@@ -80,6 +92,20 @@ cli = Program(
     epilog=_EXAMPLES,
     cls=_ServeByDefault,
     no_args_is_help=False,
+    guesses={
+        "start": "veneer-server",
+        "run": "veneer-server",
+        "up": "veneer-server",
+        "check": "veneer-server doctor",
+        "download": "veneer-server model import",
+        "keys": "veneer-server key",
+        "version": "veneer-server --version",
+        "stop": "kill -TERM PID, where `veneer-server doctor` names the PID; or Ctrl-C",
+        "push": "veneer push",
+        "generate": "veneer generate",
+        "info": "veneer info",
+        "health": "veneer health",
+    },
 )
 cli.add_typer(model_cli, name="model")
 cli.add_typer(store_cli, name="store")
@@ -146,7 +172,7 @@ def _forget_closed_outputs() -> None:
             os.close(nowhere)
 
 
-@cli.command(epilog=_EXAMPLES)
+@cli.command(epilog=_EXAMPLES, cls=_Serve)
 @with_flags(OPTIONS)
 def serve(
     *,

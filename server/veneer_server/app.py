@@ -24,7 +24,7 @@ from veneer_server.adapters.checkers import Checkers
 from veneer_server.config import ServerConfig
 from veneer_server.doors import Bound, Doors
 from veneer_server.engine_client.client import EngineClient, EngineEvent
-from veneer_server.logs import get_logger, show_status
+from veneer_server.logs import get_logger, quiet_in_background, show_status
 from veneer_server.models.config import read_decoder_config
 from veneer_server.models.source import BaseFolder, resolve_base
 from veneer_server.openai import require_gateway
@@ -393,3 +393,4 @@ class App:
             f"adapters: device {config.device_adapter_bytes >> 20} MiB, "
             f"host {config.host_cache_bytes >> 20} MiB  memory: {memory.summary}"
         )
+        quiet_in_background()

@@ -7,6 +7,7 @@ and callers learn that the model is loading. The services that answer are suppli
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -217,7 +218,9 @@ class Doors:
         try:
             address = await scraping.start(wanted)
         except OSError as error:
-            raise _cannot_listen("--metrics-listen", wanted, str(error)) from error
+            raise _cannot_listen(
+                "--metrics-listen", wanted, error.strerror or str(error)
+            ) from error
         self._scraping = scraping
         resources.push_async_callback(scraping.stop)
         return address
@@ -279,11 +282,14 @@ class Doors:
         await self._health.add_to(server)
         enable_reflection([*SERVICES, "grpc.health.v1.Health"], server)
         try:
+            _check_free(wanted)
             if self._certificates is None:
                 port = server.add_insecure_port(str(wanted))
             else:
                 credentials = grpc_credentials(self._certificates)
                 port = server.add_secure_port(str(wanted), credentials)
+        except OSError as error:
+            raise _cannot_listen(flag, wanted, error.strerror or str(error)) from error
         except RuntimeError as error:
             raise _cannot_listen(flag, wanted, str(error)) from error
         await server.start()
@@ -319,7 +325,9 @@ class Doors:
         try:
             address = await gateway.start(wanted)
         except OSError as error:
-            raise _cannot_listen("--openai-listen", wanted, str(error)) from error
+            raise _cannot_listen(
+                "--openai-listen", wanted, error.strerror or str(error)
+            ) from error
         self.gateway = gateway
         resources.push_async_callback(gateway.stop)
         return address
@@ -340,6 +348,15 @@ def _tokens(config: ServerConfig) -> TokenCheck | None:
             roles_claim=config.jwt_roles_claim,
         )
     )
+
+
+def _check_free(address: Address) -> None:
+    """Raises OSError if nobody could listen there: gRPC says less, and writes a line of its
+    own."""
+    family, _, _, _, where = socket.getaddrinfo(address.host, address.port)[0]
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(where)
 
 
 def _cannot_listen(flag: str, address: Address, why: str) -> CannotListen:

@@ -23,7 +23,7 @@ from veneer_server.queues.recent import Recent
 
 __all__ = [
     *("BURST", "REQUEST_ID", "TENANT", "Logger"),
-    *("configure", "get_logger", "show_status", "takes_status"),
+    *("configure", "get_logger", "quiet_in_background", "show_status", "takes_status"),
 ]
 
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
@@ -107,6 +107,8 @@ def configure(
     handler = _handler(stream)
     if isinstance(handler, _Unblocked):
         handler.for_a_person = log_format == "console"
+        # What the engine tells while it starts, the front tells too.
+        handler.quiet_in_background = process == "engine"
     handler.setFormatter(_Json(process) if log_format == "json" else _Console(process))
     root = logging.getLogger()
     root.handlers[:] = [handler]
@@ -119,6 +121,19 @@ def takes_status() -> bool:
     """Whether the log goes to a terminal with this process in its foreground. A background
     process must not draw over the output of a shell or another program."""
     return any(handler.takes_status() for handler in _unblocked())
+
+
+def quiet_in_background() -> None:
+    """From now on, show only warnings and errors while the log goes to a terminal that this
+    process is in the background of: a person is typing there. Nothing changes for files,
+    pipes, or in the foreground."""
+    quiet = [handler for handler in _unblocked() if handler.in_background()]
+    if quiet:
+        get_logger(__name__).info(
+            "in the background: only warnings are shown from here on (2>FILE keeps the log)"
+        )
+    for handler in _unblocked():
+        handler.quiet_in_background = True
 
 
 def show_status(line: str) -> None:
@@ -160,6 +175,8 @@ class _Unblocked(logging.Handler):
         super().__init__()
         self._file = file = _non_blocking(file)
         self.for_a_person = False
+        self.quiet_in_background = False
+        """See the function of this name."""
         self._status = False
         """Whether a status line is shown."""
         self._poll = select.poll()
@@ -168,14 +185,21 @@ class _Unblocked(logging.Handler):
 
     def takes_status(self) -> bool:
         """See the function `takes_status`."""
+        return self._in_foreground() is True
+
+    def in_background(self) -> bool:
+        """Whether somebody works with the terminal that the lines go to."""
+        return self._in_foreground() is False
+
+    def _in_foreground(self) -> bool | None:
+        """None if the lines do not go to a person's terminal, or to another one than this
+        process's."""
         try:
-            return (
-                self.for_a_person
-                and os.isatty(self._file)
-                and os.tcgetpgrp(self._file) == os.getpgrp()
-            )
-        except OSError:  # not this process's terminal
-            return False
+            if self.for_a_person and os.isatty(self._file):
+                return os.tcgetpgrp(self._file) == os.getpgrp()
+        except OSError:
+            pass
+        return None
 
     def show_status(self, line: str) -> None:
         """See the function `show_status`."""
@@ -192,6 +216,9 @@ class _Unblocked(logging.Handler):
                     self._status = bool(line)
 
     def emit(self, record: logging.LogRecord) -> None:
+        quiet = self.quiet_in_background and record.levelno < logging.WARNING
+        if quiet and self.in_background():
+            return
         if self._status:
             self.show_status("")
         if self._lost:

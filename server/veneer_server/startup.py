@@ -9,7 +9,7 @@ from veneer_registry.adapter import BaseFingerprint, BaseSpec
 from veneer_registry.fingerprint import fingerprint_base
 
 from veneer_server.backends.parallel.sharding import Shard
-from veneer_server.config import ServerConfig
+from veneer_server.config import ConfigInvalid, ServerConfig
 from veneer_server.logs import get_logger
 from veneer_server.models.config import DecoderConfig
 from veneer_server.models.source import BaseFolder
@@ -31,6 +31,14 @@ def memory_for(decoder: DecoderConfig, config: ServerConfig) -> MemoryPlan:
         MemoryTooSmall: the configuration does not fit this machine.
         UnsupportedModel: the base cannot be divided among so many cards.
     """
+    # A folder that is stored in 4 bits is served as it is.
+    served = decoder.quantization or config.quantization
+    if config.int8_activations and served not in ("nf4", "fp4"):
+        raise ConfigInvalid(
+            "--int8-activations needs weights of 4 bits: --quantization nf4 or fp4, not "
+            f"{served}",
+            metadata={"key": "int8_activations"},
+        )
     host = host_memory()
     decoder = Shard(0, config.tensor_parallel).config(decoder)  # what one card has
     choice = choose_gpu(config.device)

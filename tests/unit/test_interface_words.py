@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 from typer.main import get_command
 from veneer_client.cli.main import cli
+from veneer_client.cli.values import MODES
 from veneer_client.cli.words import in_cli_words
 from veneer_proto.v1 import adapters_pb2, inference_pb2, server_pb2
+from veneer_registry.adapter import Tier
 from veneer_registry.interface_words import Translation
 from veneer_server.openai.fields import ChatFields, CompletionFields
 from veneer_server.openai.words import in_openai_words
@@ -36,8 +38,9 @@ def test_every_word_of_the_cli_is_one() -> None:
         commands.add(path)
         options |= {name for p in command.params for name in (*p.opts, *p.secondary_opts)}
         left += [(f"{path} {name}", c) for name, c in getattr(command, "commands", {}).items()]
+    values = {"unspecified", *(t.value for t in Tier), *MODES}
     for word in in_cli_words.words.values():
-        assert word.strip("`") in commands | options
+        assert word.strip("`") in commands | options | values
 
 
 def _contract() -> set[str]:
@@ -76,5 +79,4 @@ def test_every_call_has_its_command() -> None:
         for service in file.DESCRIPTOR.services_by_name.values()
         for method in service.methods
     }
-    parts_of_a_command = {"GetUpload", "RegisterAdapter", "UpdateAdapter"}
-    assert calls - in_cli_words.words.keys() == parts_of_a_command
+    assert calls <= in_cli_words.words.keys()

@@ -35,6 +35,7 @@ def answer(
     model.eval()
     model.config.use_cache = True
     try:
+        progress(0)
         for start in range(0, len(order), batch):
             part = order[start : start + batch]
             longest = max(len(tasks[i].prompt_ids) for i in part)

@@ -24,7 +24,14 @@ from veneer_registry.disk import sync
 from veneer_registry.errors import DiskFull, InvalidField, VeneerError
 from veneer_registry.replacing import replace_file
 
-__all__ = ["Checkpoint", "CheckpointFailed", "Checkpoints", "differences", "disk_errors"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointFailed",
+    "Checkpoints",
+    "differences",
+    "disk_errors",
+    "last_step",
+]
 
 RECORD: Final = "veneer_checkpoint.json"
 _PREFIX: Final = "checkpoint-"
@@ -120,6 +127,17 @@ class Checkpoints:
         if not whole:
             return "free some space and start again"
         return f"free some space and run the same command: it resumes from {whole[0].name}"
+
+
+def last_step(root: Path) -> int | None:
+    """The step of the newest whole checkpoint in a folder, of whichever run; None if there is
+    none."""
+    steps = [
+        int(folder.name.removeprefix(_PREFIX))
+        for folder in root.glob(f"{_PREFIX}*")
+        if folder.name.removeprefix(_PREFIX).isdigit() and (folder / RECORD).is_file()
+    ]
+    return max(steps, default=None)
 
 
 @contextlib.contextmanager

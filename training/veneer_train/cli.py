@@ -31,6 +31,17 @@ app = Program(
     name="veneer-train",
     help="Train LoRA adapters in the server's own format.",
     epilog=_EXAMPLES,
+    guesses={
+        "run": "veneer-train train",
+        "start": "veneer-train train",
+        "fit": "veneer-train train",
+        "evaluate": "veneer-train eval",
+        "test": "veneer-train eval",
+        "check": "veneer-train verify",
+        "export": "veneer-train export-gguf",
+        "push": "veneer push",
+        "version": "veneer-train --version",
+    },
 )
 
 

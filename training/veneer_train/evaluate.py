@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +33,18 @@ class Evaluation:
         return math.exp(min(self.loss, 700.0))
 
 
-def evaluate(model: Any, samples: Sequence[Sample], batch: int) -> Evaluation:
-    """Measure ``model`` on ``samples``, and restore its train or eval mode."""
+def evaluate(
+    model: Any,
+    samples: Sequence[Sample],
+    batch: int,
+    *,
+    progress: Callable[[int], object] = lambda done: None,
+) -> Evaluation:
+    """Measure ``model`` on ``samples``, and restore its train or eval mode.
+
+    Args:
+        progress: called with the number of samples done, at first 0.
+    """
     was_training = model.training
     device = next(model.parameters()).device
     total, right, tokens = 0.0, 0, 0
@@ -44,6 +54,7 @@ def evaluate(model: Any, samples: Sequence[Sample], batch: int) -> Evaluation:
     try:
         with torch.no_grad():
             for start in range(0, len(ordered), batch):
+                progress(start)
                 inputs = {
                     k: v.to(device) for k, v in collate(ordered[start : start + batch]).items()
                 }

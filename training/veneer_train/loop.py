@@ -7,9 +7,10 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
@@ -46,6 +47,12 @@ from veneer_train.stability import TrainingStopped
 from veneer_train.trainer import Fitted, fit, log_evaluation, main_process
 
 __all__ = ["TrainResult", "train"]
+
+
+class Doing(Protocol):
+    """Takes what goes on, and how much of it is done."""
+
+    def __call__(self, what: str, done: int = 0, total: int = 0) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +229,7 @@ def train(
     callbacks: Callable[[Snapshots], Sequence[TrainerCallback]] = lambda snapshots: (),
     check_base: Callable[[BaseFingerprint], object] = lambda base: None,
     expect: Callable[[Estimate], None] | None = None,
+    doing: Doing = lambda what, done=0, total=0: None,
 ) -> TrainResult:
     """Train an adapter as ``config`` says and write its folder.
 
@@ -234,6 +242,8 @@ def train(
         callbacks: returns callbacks for Trainer; see `Snapshots`.
         check_base: called before anything is loaded; may raise.
         expect: called before the first step with an estimate of the training time.
+        doing: called with what goes on before, between and after the steps, and how much of it
+            is done.
 
     Raises:
         InvalidField: the config, the data or the base cannot be used.
@@ -246,12 +256,14 @@ def train(
     out = Path(config.output.dir)
     _check_output(out, overwrite=overwrite)
     folder = resolve_base(config.model.path)
+    doing("reading the data")
     tokenizer = load_tokenizer(folder)
     template = read_template(config.data.template, tokenizer)
     split = load_split(config.data, tokenizer, template, config.train.seed)
     if split.val is not None and config.eval.tasks:  # not at the end, when all is trained
         tasks = [each.task for each in split.val.samples if each.task is not None]
         require_sandbox(task.check for task in tasks[: config.eval.tasks])
+    doing("hashing the base")
     base = fingerprint(folder, config.quant)
     if main_process():
         check_base(base)
@@ -263,6 +275,7 @@ def train(
     resume = _found(checkpoints, config, overwrite=overwrite)
     device = training_device()
     set_seed(config.train.seed)
+    doing("loading the base")
     started = time.monotonic() - (resume.facts["seconds"] if resume is not None else 0.0)
     model = add_adapter(load_base(folder, config.quant, device), config.lora)
     logs = config.output.logs_dir
@@ -282,10 +295,26 @@ def train(
     def measured(step: int) -> _Figures:
         if split.val is None:
             return _Figures()
-        loss = evaluate(model, split.val.samples, config.train.batch)
+        whose = "the adapter" if step else "the base"
+        samples = len(split.val.samples)
+        loss = evaluate(
+            model,
+            split.val.samples,
+            config.train.batch,
+            progress=partial(doing, f"measuring {whose}, samples", total=samples),
+        )
         log_evaluation(log, step, loss)
         limit = config.eval.tasks
-        scores = measure_tasks(model, tokenizer, split.val.samples, limit=limit)
+        asked = sum(each.task is not None for each in split.val.samples)
+        scores = measure_tasks(
+            model,
+            tokenizer,
+            split.val.samples,
+            limit=limit,
+            progress=partial(
+                doing, f"measuring {whose}, tasks", total=min(asked, limit or asked)
+            ),
+        )
         for kind, score in scores.items():
             log.write(event="tasks", step=step, kind=kind, right=score.right, asked=score.asked)
         return _Figures(loss, scores)
@@ -298,6 +327,7 @@ def train(
         elif config.eval.compare_base:  # with a fresh adapter, bit-identical to the base
             before = measured(0)
 
+        doing("measuring one step")
         snapshots = snapshots_from(before)
         try:
             fitted = _fit(
@@ -322,6 +352,7 @@ def train(
             raise TrainingStopped(f"the trained adapter's validation loss is {after.loss.loss}")
     facts = snapshots.facts(fitted, after)
     if main_process():
+        doing("writing the adapter")
         with disk_errors(f"the adapter {out}", checkpoints.advice()):
             snapshots.write(take(model, config.model.name), out, facts)
         checkpoints.clear()

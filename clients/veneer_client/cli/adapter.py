@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Annotated
 
 import typer
@@ -35,6 +36,21 @@ adapter_cli = Program(
     epilog="Examples:\n\n  veneer adapter push runs/sql/adapter --name sql\n\n"
     "  veneer adapter ls --tier device\n\n  veneer adapter watch\n\n"
     "  veneer adapter alias sql/prod 1a2b3c4d5e6f\n\n  veneer adapter rollback sql",
+    guesses={
+        "list": "veneer adapter ls",
+        "delete": "veneer adapter rm",
+        "remove": "veneer adapter rm",
+        "upload": "veneer adapter push",
+        "publish": "veneer adapter push",
+        "add": "veneer adapter push",
+        "download": "veneer adapter pull",
+        "load": "veneer adapter activate",
+        "unload": "veneer adapter evict",
+        "info": "veneer adapter show",
+        "get": "veneer adapter show",
+        "tag": "veneer adapter alias",
+        "log": "veneer adapter history",
+    },
 )
 
 adapter_cli.command(epilog=push.EXAMPLES)(push.push)
@@ -56,6 +72,13 @@ ModeOption = Annotated[
         autocompletion=modes,
     ),
 ]
+
+
+class _Memory(Enum):
+    """The tiers that an adapter can be loaded into."""
+
+    HOST = Tier.HOST.value
+    DEVICE = Tier.DEVICE.value
 
 
 @adapter_cli.command(
@@ -138,7 +161,9 @@ def show(
 def activate(
     context: typer.Context,
     name: NameArgument,
-    tier: Annotated[Tier, typer.Option("--tier", help="host or device.")] = Tier.DEVICE,
+    tier: Annotated[
+        _Memory, typer.Option("--tier", help="The memory to load it into.")
+    ] = _Memory.DEVICE,
     pin: Annotated[
         bool, typer.Option("--pin", help="Pin it: it is never evicted automatically.")
     ] = False,
@@ -148,7 +173,7 @@ def activate(
 ) -> None:
     """Load an adapter into memory before the first request needs it."""
     with errors_shown(context, debug), connect(context, server) as client:
-        adapter = client.activate(name, tier=tier, pin=pin)
+        adapter = client.activate(name, tier=Tier(tier.value), pin=pin)
         pinned = ", pinned" if adapter.pinned else ""
         print(
             as_json(adapter) if json_ else f"{adapter.short} is in {adapter.tier.value}{pinned}"

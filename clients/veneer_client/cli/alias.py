@@ -71,7 +71,7 @@ def alias(
     revision: Annotated[
         str,
         typer.Argument(
-            help="12 or more digits of a kept revision.",
+            help="4 or more digits of a kept revision.",
             show_default=False,
             autocompletion=kept_revisions,
         ),

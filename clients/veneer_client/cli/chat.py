@@ -22,6 +22,7 @@ from veneer_client.cli.generate import (
     MaxTokens,
     SessionOption,
     given,
+    named,
 )
 from veneer_client.cli.sampling_flags import flag
 from veneer_client.cli.show import summary, write_reasoning
@@ -77,7 +78,7 @@ class Conversation:
 
 def chat(
     context: typer.Context,
-    adapter: AdapterOption = "",
+    adapter: AdapterOption = None,
     system: Annotated[str, typer.Option(help="The system message.")] = "",
     max_tokens: MaxTokens = None,
     temperature: Annotated[float | None, flag("temperature")] = None,
@@ -92,7 +93,7 @@ def chat(
         conversation = Conversation(system=system)
         conversation.session = session or conversation.session
         talk = Session(client, conversation, options)
-        talk.use(adapter)
+        talk.use(named(adapter))
         if sys.stdin.isatty():
             talk.terminal()
         else:

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Final, cast
 
 import typer
 from rich.console import Console
@@ -28,6 +28,7 @@ from veneer_client.cli.show import as_json, summary, write_reasoning
 from veneer_client.client import Client
 from veneer_client.types import (
     Chat,
+    FinishReason,
     GenerateOptions,
     Generation,
     GenerationEnd,
@@ -44,10 +45,14 @@ __all__ = [
     "SessionOption",
     "generate",
     "given",
+    "named",
 ]
 
+_LARGEST: Final = (1 << 31) - 1
+"""Of a number of tokens, more than any context has."""
+
 AdapterOption = Annotated[
-    str,
+    str | None,
     typer.Option(
         "-a",
         "--adapter",
@@ -64,7 +69,10 @@ SessionOption = Annotated[
     ),
 ]
 MaxTokens = Annotated[
-    int | None, typer.Option(help="Maximum number of new tokens; default: the server's.", min=1)
+    int | None,
+    typer.Option(
+        help="Maximum number of new tokens; default: the server's.", min=1, max=_LARGEST
+    ),
 ]
 
 EXAMPLES = """
@@ -94,7 +102,7 @@ Examples:
 def generate(
     context: typer.Context,
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads standard input.")],
-    adapter: AdapterOption = "",
+    adapter: AdapterOption = None,
     chat: Annotated[
         bool,
         typer.Option(
@@ -110,12 +118,15 @@ def generate(
         list[str] | None, typer.Option(help="Stop before this string; repeatable.")
     ] = None,
     stop_token_id: Annotated[
-        list[int] | None, typer.Option(help="Stop at this token; repeatable.", min=0)
+        list[int] | None,
+        typer.Option(help="Stop at this token; repeatable.", min=0, max=_LARGEST),
     ] = None,
     min_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Minimum number of new tokens; no stop condition applies before it.", min=0
+            help="Minimum number of new tokens; no stop condition applies before it.",
+            min=0,
+            max=_LARGEST,
         ),
     ] = None,
     json_schema: Annotated[
@@ -172,7 +183,9 @@ def generate(
     ] = None,
     timeout: Annotated[
         float | None,
-        typer.Option(help="Timeout of the whole call in seconds, including retries."),
+        typer.Option(
+            help="Timeout of the whole call in seconds, including retries.", min=0.001
+        ),
     ] = None,
     json_: JsonFlag = False,
     server: ServerOption = None,
@@ -182,7 +195,7 @@ def generate(
     """Generate text, shown as it arrives."""
     with errors_shown(context, debug), connect(context, server) as client:
         options = given(
-            adapter=adapter,
+            adapter=named(adapter),
             max_tokens=max_tokens,
             **sampling,
             logit_bias=_biases(logit_bias) if logit_bias else None,
@@ -202,14 +215,49 @@ def generate(
             priority=priority,
             timeout_s=timeout,
         )
-        text = sys.stdin.read() if prompt == "-" else prompt
+        text = _prompt(prompt, chat=chat)
         asked: Prompt = Chat.user(text) if chat else Text(text)
         if json_:
-            print(as_json(client.generate(asked, **options)))
+            answer = client.generate(asked, **options)
+            print(as_json(answer))
+            reasons = {answer.finish_reason, *(each.finish_reason for each in answer.others)}
+            if FinishReason.LENGTH in reasons:
+                _warn_of_cut(_notes(), options)
         elif (n or 1) > 1:
             _samples(client, asked, options)
         else:
             _stream(client, asked, options)
+
+
+def _prompt(given_as: str, *, chat: bool) -> str:
+    text = given_as
+    if given_as == "-":
+        if sys.stdin.isatty():
+            _notes().print("reading the prompt from the terminal; Ctrl-D ends it", style="dim")
+        text = sys.stdin.read()
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # of a shell or file with another encoding
+        raise InvalidField(
+            "the prompt is not UTF-8: convert it, for example with iconv -t UTF-8",
+            metadata={"field": "prompt"},
+        ) from error
+    # The server would answer an empty message at length: a chat template has text around it.
+    if not (text.strip() if chat else text):
+        where = "standard input has no text" if given_as == "-" else "give one, or - to read it"
+        raise InvalidField(f"the prompt is empty: {where}", metadata={"field": "prompt"})
+    return text
+
+
+def named(adapter: str | None) -> str:
+    """The adapter to ask; "" for the base. Raises InvalidField if the flag was given without a
+    name, as by a script whose variable is unset: the base must not answer then."""
+    if adapter == "":
+        raise InvalidField(
+            "--adapter is empty: give a name, or leave it out for the base model",
+            metadata={"field": "adapter"},
+        )
+    return adapter or ""
 
 
 def given(**options: Any) -> GenerateOptions:
@@ -239,7 +287,9 @@ def _schema(given_as: str) -> Mapping[str, object]:
         if not given_as.lstrip().startswith("{"):
             text = Path(given_as).read_text("utf-8")
         schema = json.loads(text)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise _no_schema(given_as, error.strerror or str(error)) from error
+    except ValueError as error:
         raise _no_schema(given_as, str(error)) from error
     if not isinstance(schema, dict):
         raise _no_schema(given_as, "a schema must be a JSON object")
@@ -258,21 +308,64 @@ def _notes() -> Console:
     return Screen(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
+_CUT: Final = {
+    "regex": "the answer does not match the regular expression yet",
+    "choice": "the answer is not a whole choice",
+    "grammar": "the answer does not match the grammar yet",
+}
+
+
+def _warn_of_cut(notes: Console, options: GenerateOptions) -> None:
+    """Say what an answer lacks that was cut off before its constraint was fulfilled."""
+    schema = options.get("json_schema")
+    told = [why for option, why in _CUT.items() if option in options]
+    more = ""
+    if schema is not None:
+        told = ["the JSON is incomplete"]
+        if _open(schema):
+            more = (
+                ". The schema allows members that it does not name, and the model may go on "
+                'adding some: "additionalProperties": false in its objects forbids that'
+            )
+    if told:
+        notes.print(
+            f"warning: {told[0]}: allow more tokens (--max-tokens){more}", style="yellow"
+        )
+
+
+def _open(schema: object) -> bool:
+    """Whether an object of the schema allows members that it does not name."""
+    if isinstance(schema, Mapping):
+        if "properties" in schema and schema.get("additionalProperties", True) is not False:
+            return True
+        return any(map(_open, schema.values()))
+    return isinstance(schema, list) and any(map(_open, schema))
+
+
 def _stream(client: Client, prompt: Prompt, options: GenerateOptions) -> None:
     notes = _notes()
     scores: list[TokenLogprob] = []
     ended_line = True
     with client.generate_stream(prompt, **options) as stream:
-        for chunk in stream:
-            write_reasoning(chunk)
-            if chunk.text:
-                write_answer(sys.stdout, chunk.text)
-                ended_line = chunk.text.endswith("\n")
-            scores += chunk.logprobs
+        try:
+            for chunk in stream:
+                write_reasoning(chunk)
+                if chunk.text:
+                    write_answer(sys.stdout, chunk.text)
+                    ended_line = chunk.text.endswith("\n")
+                scores += chunk.logprobs
+        except KeyboardInterrupt:
+            stream.cancel()
+            sys.stdout.write("" if ended_line else "\n")
+            sys.stdout.flush()
+            notes.print("stopped: the server makes no more of this answer", style="dim")
+            raise typer.Exit(130) from None
         if not ended_line:
             sys.stdout.write("\n")
             sys.stdout.flush()
         _show_scores(notes, scores)
+        if stream.final.finish_reason is FinishReason.LENGTH:
+            _warn_of_cut(notes, options)
         notes.print(summary(stream.final), style="dim")
 
 
@@ -280,13 +373,20 @@ def _samples(client: Client, prompt: Prompt, options: GenerateOptions) -> None:
     notes = _notes()
     answer = client.generate(prompt, **options)
     samples: tuple[Generation | Sample, ...] = (answer, *answer.others)
+    cut = False
     for number, sample in enumerate(samples, 1):
         write_answer(sys.stdout, f"[{number}] {sample.text}\n")
         _show_scores(notes, sample.logprobs)
+        if sample.finish_reason is FinishReason.LENGTH:
+            cut = True
+            told = f"[{number}] was cut after {len(sample.token_ids)} tokens (see --max-tokens)"
+            notes.print(told, style="dim")
+    if cut:
+        _warn_of_cut(notes, options)
     end = GenerationEnd(
         answer.request_id, answer.finish_reason, answer.usage, answer.provenance
     )
-    notes.print(summary(end), style="dim")
+    notes.print(summary(end, samples=len(samples)), style="dim")
 
 
 def _show_scores(notes: Console, scores: Iterable[TokenLogprob]) -> None:

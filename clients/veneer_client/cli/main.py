@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 from veneer_registry.command_line import Program
@@ -19,7 +19,7 @@ from veneer_registry.errors import (
     VeneerError,
 )
 
-from veneer_client.cli import adapter, chat, example, generate, login, plan, usage
+from veneer_client.cli import adapter, chat, example, generate, login, plan, push, usage
 from veneer_client.cli import server as server_commands
 from veneer_client.cli.adapter import adapter_cli
 from veneer_client.cli.context import (
@@ -63,7 +63,42 @@ VENEER_ACTOR is your name in the history of a server without keys (default: user
 Operators choose a tenant with --tenant or VENEER_TENANT.
 """
 
-cli = Program(help="Talk to a Veneer server: generate, and manage adapters.", epilog=_EXAMPLES)
+_GUESSES: Final = {
+    "list": "veneer ls",
+    "models": "veneer ls",
+    "delete": "veneer rm",
+    "remove": "veneer rm",
+    "upload": "veneer push",
+    "publish": "veneer push",
+    "add": "veneer push",
+    "download": "veneer pull",
+    "get": "veneer pull",
+    "load": "veneer adapter activate",
+    "unload": "veneer adapter evict",
+    "run": "veneer generate",
+    "ask": "veneer generate",
+    "complete": "veneer generate",
+    "completion": "veneer --install-completion",
+    "status": "veneer health",
+    "ping": "veneer health",
+    "version": "veneer --version",
+    "help": "veneer -h",
+    "serve": "veneer-server",
+    "server": "veneer-server",
+    "start": "veneer-server",
+    "up": "veneer-server",
+    "doctor": "veneer-server doctor",
+    "key": "veneer-server key",
+    "train": "veneer-train",
+    "bench": "veneer-loadtest",
+    "loadtest": "veneer-loadtest",
+}
+
+cli = Program(
+    help="Talk to a Veneer server: generate, and manage adapters.",
+    epilog=_EXAMPLES,
+    guesses=_GUESSES,
+)
 cli.add_typer(adapter_cli, name="adapter")
 
 
@@ -105,6 +140,11 @@ cli.command(epilog=chat.EXAMPLES)(chat.chat)
 cli.command(epilog=example.EXAMPLES)(example.example)
 cli.command("ls", epilog="Examples:\n\n  veneer ls\n\n  veneer ls --prefix sql")(adapter.ls)
 cli.command("ps", epilog="Examples:\n\n  veneer ps")(adapter.ps)
+cli.command(epilog=push.EXAMPLES)(push.push)
+cli.command(epilog=push.PULL_EXAMPLES)(push.pull)
+cli.command("show", epilog="Examples:\n\n  veneer show sql\n\n  veneer show sql --full")(
+    adapter.show
+)
 cli.command("rm", epilog="Examples:\n\n  veneer rm sql\n\n  veneer rm sql@1a2b3c4d5e6f")(
     adapter.rm
 )
@@ -222,7 +262,9 @@ def call(
         str,
         typer.Argument(help="The request as JSON; - reads standard input.", show_default=False),
     ] = "",
-    timeout: Annotated[float | None, typer.Option(help="Timeout in seconds.")] = None,
+    timeout: Annotated[
+        float | None, typer.Option(help="Timeout in seconds.", min=0.001)
+    ] = None,
     server: ServerOption = None,
     debug: DebugFlag = False,
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from veneer_registry.errors import InvalidField
 
 from veneer_client.cli.complete import adapter_names
 from veneer_client.cli.context import (
@@ -42,7 +43,9 @@ def plan(
             autocompletion=adapter_names,
         ),
     ] = "",
-    rank: Annotated[int, typer.Option(help="Or of this rank; 16 if unset.", min=0)] = 0,
+    rank: Annotated[
+        int | None, typer.Option(help="Or of this rank; 16 if unset.", min=1, max=4096)
+    ] = None,
     module: Annotated[
         list[str] | None, typer.Option(help="And with these modules, repeatable; all if unset.")
     ] = None,
@@ -60,9 +63,15 @@ def plan(
 ) -> None:
     """Show how many adapters and sequences fit; exit status 1 if those asked for do not."""
     with errors_shown(context, debug), connect(context, server) as client:
+        if like and (rank or module):
+            raise InvalidField(
+                f"--like {like} implies rank and modules: leave out --rank and --module, or "
+                "--like",
+                metadata={"field": "like"},
+            )
         capacity = client.plan(
             like=like,
-            rank=rank,
+            rank=rank or 0,
             modules=module or (),
             adapters=adapters,
             context_length=length,

@@ -3,6 +3,10 @@ server fetches; ``veneer adapter pull``: get the files back."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from veneer_registry.adapter import Tier
-from veneer_registry.errors import ChecksumMismatch
+from veneer_registry.errors import ChecksumMismatch, InvalidField
 from veneer_registry.screen import Screen, cell
 
 from veneer_client.cli.complete import adapter_names
@@ -62,7 +66,10 @@ def push(
             "fetches: hf://, s3://, gs://, https:// or file://.",
         ),
     ],
-    name: Annotated[str, typer.Option("--name", help="Name to publish it under.")],
+    name: Annotated[
+        str,
+        typer.Option("--name", help="Name to publish it under (needed).", show_default=False),
+    ] = "",
     replace: Annotated[
         bool, typer.Option("--replace", help="Publish even if the name holds other content.")
     ] = False,
@@ -89,6 +96,12 @@ def push(
     console = Screen(stderr=True, highlight=False)
     with errors_shown(context, debug), connect(context, server) as client:
         labels = parse_labels(label or ())
+        if not name:
+            named = _name_for(folder)
+            raise InvalidField(
+                f"--name is missing: give the name to publish it under, such as --name {named}",
+                metadata={"field": "name"},
+            )
         if "://" in folder:
             pushed = client.register(
                 folder,
@@ -101,7 +114,7 @@ def push(
                 wait_replicas=wait_replicas,
             )
         else:
-            with _bar(console) as bar:
+            with _resumable(console), _bar(console) as bar:
                 task = bar.add_task(f"checking {cell(folder)}", total=None)
                 pushed = client.push(
                     Path(folder),
@@ -162,6 +175,30 @@ def _bar(console: Console) -> Progress:
         transient=True,
         disable=not console.is_terminal,
     )
+
+
+def _name_for(folder: str) -> str:
+    """A name that a server takes, from the last part of a folder or URI."""
+    last = re.split("[/@]", folder.partition("://")[2] or os.path.abspath(folder))
+    words = [part for part in last if part]
+    if len(words) > 1 and "@" in folder:
+        words.pop()
+    made = re.sub(r"[^a-z0-9._-]+", "-", (words or [""])[-1].lower()).strip("._-")
+    return made[:63] or "my-adapter"
+
+
+@contextlib.contextmanager
+def _resumable(console: Console) -> Iterator[None]:
+    """Say after Ctrl-C that a push goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print(
+            "stopped: nothing was published. What was sent is kept for a while; the same "
+            "command goes on from there",
+            soft_wrap=True,
+        )
+        raise typer.Exit(130) from None
 
 
 def _warn(console: Console, pushed: Pushed) -> None:

@@ -23,6 +23,7 @@ from veneer_client.cli.show import (
     self_test_table,
 )
 from veneer_client.cli.values import parse_bytes
+from veneer_client.cli.words import in_cli_words
 from veneer_client.server_records import SelfTest
 
 __all__ = ["BUDGETS_EXAMPLES", "SELF_TEST_EXAMPLES", "budgets", "self_test"]
@@ -48,6 +49,14 @@ Examples:
 """
 
 
+def _in_words_of_budgets(message: str) -> str:
+    """The server names its own flags for what this command sets while it runs."""
+    words = {"--device-adapter-bytes": "--device", "--host-cache-bytes": "--host"}
+    for flag, own in words.items():
+        message = message.replace(flag, own)
+    return in_cli_words(message)
+
+
 def budgets(
     context: typer.Context,
     host: Annotated[
@@ -65,7 +74,8 @@ def budgets(
     debug: DebugFlag = False,
 ) -> None:
     """Show the memory budgets of adapters, or change them while the server runs."""
-    with errors_shown(context, debug), connect(context, server) as client:
+    shown = errors_shown(context, debug, _in_words_of_budgets)
+    with shown, connect(context, server) as client:
         use = client.update_budgets(
             host_cache_bytes=parse_bytes(host, "--host") if host else None,
             device_adapter_bytes=parse_bytes(device, "--device") if device else None,
@@ -98,7 +108,7 @@ def self_test(
         ),
     ] = None,
     timeout: Annotated[
-        float | None, typer.Option(help="Timeout in seconds; default: none.")
+        float | None, typer.Option(help="Timeout in seconds; default: none.", min=0.001)
     ] = None,
     json_: JsonFlag = False,
     server: ServerOption = None,

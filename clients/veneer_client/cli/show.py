@@ -96,12 +96,14 @@ def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.1f} ms" if seconds < 0.01 else f"{seconds * 1e3:.0f} ms"
 
 
-def summary(end: GenerationEnd) -> str:
+def summary(end: GenerationEnd, *, samples: int = 1) -> str:
     """``queue 2 ms · load 41 ms (disk) · first token 88 ms · 54 tok/s · chat@1a2b…``; it
-    starts with a note if the answer was cut off."""
+    starts with a note if the answer was cut off, or with several samples by their tokens."""
     place, times = end.provenance, end.provenance.timings
     parts = []
-    if end.finish_reason is FinishReason.LENGTH:
+    if samples > 1:
+        parts.append(f"{samples} samples, {end.usage.completion_tokens} tokens in all")
+    elif end.finish_reason is FinishReason.LENGTH:
         parts.append(f"truncated at {end.usage.completion_tokens} tokens (see --max-tokens)")
     parts.append(f"queue {_ms(times.queue_s)}")
     if place.tier is not None:
@@ -109,7 +111,9 @@ def summary(end: GenerationEnd) -> str:
     parts.append(f"first token {_ms(times.time_to_first_token_s)}")
     after_first = times.total_s - times.time_to_first_token_s
     if end.usage.completion_tokens > 1 and after_first > 0:
-        parts.append(f"{(end.usage.completion_tokens - 1) / after_first:.0f} tok/s")
+        together = " in all" if samples > 1 else ""
+        speed = (end.usage.completion_tokens - samples) / after_first
+        parts.append(f"{speed:.0f} tok/s{together}")
     return " · ".join([*parts, place.short])
 
 

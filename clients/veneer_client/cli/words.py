@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from veneer_proto.v1 import inference_pb2
+from veneer_proto.v1 import adapters_pb2, inference_pb2
 from veneer_registry.interface_words import Translation
 
 __all__ = ["in_cli_words"]
@@ -15,6 +15,9 @@ _COMMANDS: Final = {
     "ListAdapters": "adapter ls",
     "GetAdapter": "adapter show",
     "UploadAdapter": "adapter push",
+    "GetUpload": "adapter push",
+    "RegisterAdapter": "adapter push",
+    "UpdateAdapter": "adapter label",
     "DownloadAdapter": "adapter pull",
     "DeleteAdapter": "adapter rm",
     "ActivateAdapter": "adapter activate",
@@ -57,12 +60,23 @@ _OPTIONS: Final = {
     "allow_replace": "--replace",
     "unpin": "--unpin",
     "mode": "--mode",
+    "tier": "--tier",
     "context_length": "--context",
     "shape.rank": "--rank",
     "shape.modules": "--module",
 }
 
+_VALUES: Final = {
+    value.name: value.name.removeprefix(prefix).lower().replace("_", "-")
+    for enum, prefix in (
+        (inference_pb2.Tier.DESCRIPTOR, "TIER_"),
+        (adapters_pb2.EvictMode.DESCRIPTOR, "EVICT_MODE_"),
+    )
+    for value in enum.values
+}
+"""Values of the contract's enumerations, as flags take them."""
+
 in_cli_words: Final = Translation(
-    {name: f"`veneer {command}`" for name, command in _COMMANDS.items()} | _OPTIONS
+    {name: f"`veneer {command}`" for name, command in _COMMANDS.items()} | _OPTIONS | _VALUES
 )
 """Translates a message of the server for a user of ``veneer``."""

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Final
 import typer
 from rich.markup import escape
 from veneer_client import VeneerError
+from veneer_client.cli.words import in_cli_words
 from veneer_registry.screen import Screen
 
 from veneer_loadtest import report
@@ -84,11 +85,12 @@ OUT: Final = Screen(highlight=False, width=None if sys.stdout.isatty() else _TAB
 
 def warn_if_busy() -> None:
     """Warn if other work on the machine will spoil the figures."""
-    share = report.busy_share()
+    share, cores = report.busy_share(), report.usable_cores()
     if share > BUSY:
         OUT.print(
-            f"[yellow]warning:[/yellow] other processes used {share:.0%} of the cores in the "
-            "last minute: results will be worse than on an idle machine",
+            f"[yellow]warning:[/yellow] other processes were busy in the last minute (load "
+            f"{share * cores:.1f} on {cores} cores): results will be worse than on an idle "
+            "machine",
             soft_wrap=True,
         )
 
@@ -117,7 +119,7 @@ def run(work: Coroutine[Any, Any, None], debug: bool) -> None:
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
         console = Screen(stderr=True, highlight=False, soft_wrap=True)
-        console.print(f"[red]error:[/red] {escape(str(error))}")
+        console.print(f"[red]error:[/red] {escape(in_cli_words(str(error)))}")
         raise typer.Exit(1) from None
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from veneer_client import Tokens
 
 from veneer_loadtest import workload
+from veneer_loadtest.errors import TargetFailed
 from veneer_loadtest.quantiles import median, percentiles
 from veneer_loadtest.report import conditions
 from veneer_loadtest.simulation.costs import Costs
@@ -135,10 +136,20 @@ def fit(measured: Measured, adapter_bytes: int, how: str, before: Costs) -> Cost
 
     Args:
         before: for what is not measured: fetches, followers and detection.
+
+    Raises:
+        TargetFailed: streams that were sent together never ran together.
     """
+    # On a slow machine, some may have ended before the others began.
+    apart = {key: samples for key, samples in measured.apart.items() if samples}
+    if len(apart) < 2:
+        raise TargetFailed(
+            "streams that were sent together did not run together: try more rounds of "
+            "--fit-rounds, or a machine that does less"
+        )
     # Between tokens: step + streams row + adapters adapter.
-    rows = [[1.0, streams, adapters, 0.0, 0.0] for streams, adapters in measured.apart]
-    times = [median(samples) for samples in measured.apart.values()]
+    rows = [[1.0, streams, adapters, 0.0, 0.0] for streams, adapters in apart]
+    times = [median(samples) for samples in apart.values()]
     # A first token: step + adapter + length prompt + what is around it.
     rows += [[1.0, 0.0, 1.0, length, 1.0] for length in measured.first]
     times += [median(samples) for samples in measured.first.values()]
@@ -150,6 +161,8 @@ def fit(measured: Measured, adapter_bytes: int, how: str, before: Costs) -> Cost
         for sample in samples
     ]
     load = max(1e-4, median(measured.load))
+    # None where the stream ended sooner than its first load began.
+    beside = median(measured.load_beside) if measured.load_beside else load
     known: dict[str, Any] = msgspec.structs.asdict(before)
     return Costs(
         **known
@@ -166,7 +179,7 @@ def fit(measured: Measured, adapter_bytes: int, how: str, before: Costs) -> Cost
             "noise": tuple(percentiles(noise, _SHARES)),
             "load_s": 0.3 * load,
             "load_byte_s": 0.7 * load / adapter_bytes,
-            "busy_rate": min(1.0, max(0.02, load / max(load, median(measured.load_beside)))),
+            "busy_rate": min(1.0, max(0.02, load / max(load, beside))),
         }
     )
 

@@ -8,7 +8,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from veneer_server.config import kinds
 from veneer_server.config.record import OPTIONS, ServerConfig
@@ -176,9 +176,51 @@ def _check_registry(config: ServerConfig) -> None:
         )
 
 
+def _check_backend(config: ServerConfig) -> None:
+    """Settings of which one excludes the other. The engine would find them too, after the base
+    has been fetched and loaded."""
+
+    def refuse(name: str, why: str) -> NoReturn:
+        raise ConfigInvalid(f"{_BY_NAME[name].flag} {why}", metadata={"key": name})
+
+    backend, native = config.backend, config.backend in ("auto", "native")
+    if config.tensor_parallel > 1 and backend != "cuda":
+        refuse(
+            "tensor_parallel",
+            f"{config.tensor_parallel} needs --backend cuda: other backends execute a whole "
+            "base in one process",
+        )
+    if config.quantization == "fp8" and backend != "cuda":
+        refuse(
+            "quantization",
+            "fp8 needs --backend cuda: other backends have no kernels for it; give nf4",
+        )
+    if backend == "cuda" and config.device == "cpu":
+        refuse("backend", "cuda needs --device cuda, not cpu")
+    if backend == "native" and config.device == "cuda":
+        refuse("backend", "native is for CPUs: give --device cpu, or --backend auto")
+    if backend == "native" and config.dtype != "bfloat16":
+        refuse(
+            "backend",
+            f"native computes in bfloat16, not in {config.dtype}: leave --dtype out, or give "
+            "--backend torch",
+        )
+    if config.int8_activations:
+        if not native:
+            refuse("int8_activations", f"needs --backend native or auto, not {backend}")
+        if config.device == "cuda":
+            refuse("int8_activations", "is for CPUs: give --device cpu, or leave it out")
+        if config.dtype != "bfloat16":
+            refuse(
+                "int8_activations",
+                f"needs --dtype bfloat16, not {config.dtype}: leave one of them out",
+            )
+
+
 def _check(config: ServerConfig) -> None:
     """Rules that need more than one setting."""
     _check_role(config)
+    _check_backend(config)
     for name, address in (
         ("listen", config.listen),
         ("metrics_listen", config.metrics_listen),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 import sys
 from dataclasses import fields
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from veneer_registry.command_line import Program
@@ -35,6 +36,8 @@ _UNITS = {"h": 1, "d": 24, "w": 168}
 Examples:
 
   veneer-server key new --keys-file keys.toml --name ci --role publisher --expires 90d
+
+  veneer-server key new --keys-file keys.toml --name me --role admin --out me.key
 
   veneer-server key new --keys-file keys.toml --name chat-app --tenant team-a \\
     --limit requests-per-minute=60 --limit tokens-per-minute=100000
@@ -75,6 +78,13 @@ def new_key(
             "users get fair shares.",
         ),
     ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write the key to this new file, which only you can read; print none.",
+        ),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
     **flags: Any,
@@ -83,8 +93,45 @@ def new_key(
     from veneer_server.access.edit_keys import add_key
 
     def run() -> None:
+        file = _new_private_file(out) if out is not None else None
+        try:
+            made = make()
+        except BaseException:
+            if out is not None:
+                out.unlink()
+            raise
+        if file is not None:
+            with file:
+                file.write(made.key)  # no line break: others make secrets of the whole file
+        if as_json:
+            shown = {"id": made.id} if file is not None else {"id": made.id, "key": made.key}
+            print(json.dumps(shown))
+            return
+        if file is not None:
+            print(f"{out} has the key; its id is {made.id}")
+            return
+        print(made.key)
+        print(
+            f"veneer-server: the key is shown only this once; its id is {made.id}",
+            file=sys.stderr,
+        )
+        if others := _readers_of_output():
+            print(
+                f"veneer-server: warning: {others} can read the file that it was written to: "
+                "chmod 600 it; --out FILE makes it private from the start",
+                file=sys.stderr,
+            )
+
+    def make() -> Any:
         roles: Any = list(dict.fromkeys(role or ["inference"]))
-        made = add_key(
+        for each in roles:
+            if each not in ROLES:
+                raise InvalidField(
+                    f"--role {each} is not allowed: choose one of {', '.join(ROLES)}; give "
+                    "--role several times for several",
+                    metadata={"field": "role"},
+                )
+        return add_key(
             _file(flags),
             name=name,
             tenant=tenant,
@@ -93,16 +140,33 @@ def new_key(
             limits=dict(map(_limit, limit or ())),
             gateway=gateway,
         )
-        if as_json:
-            print(json.dumps({"id": made.id, "key": made.key}))
-            return
-        print(made.key)
-        print(
-            f"veneer-server: the key is shown only this once; its id is {made.id}",
-            file=sys.stderr,
-        )
 
     guarded(run, debug)
+
+
+def _new_private_file(path: Path) -> TextIO:
+    """Raises InvalidField if it exists."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError as error:
+        raise InvalidField(
+            f"--out {path}: it exists; remove it, or choose another file",
+            metadata={"field": "out"},
+        ) from error
+    return open(descriptor, "w", encoding="ascii")
+
+
+def _readers_of_output() -> str:
+    """Who else can read the file that standard output goes to; "" if nobody, or no file."""
+    try:
+        found = os.fstat(1)
+    except OSError:  # closed
+        return ""
+    if not stat.S_ISREG(found.st_mode):
+        return ""
+    if found.st_mode & stat.S_IROTH:
+        return "all users"
+    return "its group" if found.st_mode & stat.S_IRGRP else ""
 
 
 @key_cli.command("ls")

@@ -14,7 +14,17 @@ from veneer_server.operate.flags import Debug, Json, guarded, options, with_flag
 
 __all__ = ["store_cli"]
 
-store_cli = Program(help="Verify, clean up and recover stored adapters.")
+store_cli = Program(
+    help="Verify, clean up and recover stored adapters.",
+    guesses={
+        "ls": "veneer ls",
+        "list": "veneer ls",
+        "check": "veneer-server store verify",
+        "fsck": "veneer-server store verify",
+        "repair": "veneer-server store recover",
+        "clean": "veneer-server store gc",
+    },
+)
 
 
 @store_cli.command(

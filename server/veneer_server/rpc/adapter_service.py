@@ -217,7 +217,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         tier = convert.tier_from_proto(request.tier, "tier")
         if tier not in (None, Tier.HOST, Tier.DEVICE):
             raise InvalidField(
-                "tier must be TIER_HOST or TIER_DEVICE, or unset for TIER_DEVICE",
+                "`tier` must be TIER_HOST or TIER_DEVICE, or unset for TIER_DEVICE",
                 metadata={"field": "tier"},
             )
         if request.pin:

@@ -42,6 +42,10 @@ AUTO_KV_SHARE: Final = 4
 USUAL_KV_BYTES: Final = 1 << 30
 """``auto`` gives it at least this much where it fits."""
 _SMALLEST_KV_TOKENS: Final = 2048
+_LEAST_KV_TOKENS: Final = 128
+"""A configured cache must hold at least these, or one whole context: a question and a short
+answer."""
+_USUAL_RANK: Final = 16
 
 _FRONT_BYTES: Final = 280 << 20
 """Front process with its template processes (measured: 30 MB each) and gRPC."""
@@ -172,6 +176,7 @@ def plan_memory(
 
     Raises:
         MemoryTooSmall: it does not fit; the message has the numbers and the flags to lower.
+            Or a budget holds no adapter at all, or the KV cache no request.
     """
     base = MemoryUse("base", base_bytes(model, config), "--base")
     scratch = MemoryUse("scratch", _scratch_bytes(model, config), "--max-batch-tokens")
@@ -182,6 +187,9 @@ def plan_memory(
     on_device = MemoryUse(
         "device_adapters", config.device_adapter_bytes, "--device-adapter-bytes"
     )
+    _check_holds_adapters(model, on_device)
+    if gpu is not None:  # otherwise HOST may use the larger of both budgets
+        _check_holds_adapters(model, hosted)
     host_pool: tuple[MemoryPool, ...] = ()
     if gpu is None:
         larger = max(hosted, on_device, key=lambda use: use.bytes)
@@ -239,7 +247,16 @@ def _kv_cache(model: DecoderConfig, config: ServerConfig, left: int, free: int) 
         return KvCachePlan(size, tokens, context, held(context) * BLOCK_TOKENS, chosen, short)
 
     if config.kv_cache_bytes is not None:
-        return planned(config.kv_cache_bytes)
+        found = planned(config.kv_cache_bytes)
+        least = min(model.context_length, _LEAST_KV_TOKENS)
+        if found.tokens < least:
+            raise MemoryTooSmall(
+                f"--kv-cache-bytes {config.kv_cache_bytes} has room for {found.tokens} tokens: "
+                f"give at least {_shown(bytes_of(-(-least // BLOCK_TOKENS)))}, which is "
+                f"{least} tokens of this base, or leave it out",
+                metadata={"key": "kv_cache_bytes", "tokens": str(found.tokens)},
+            )
+        return found
     whole = bytes_of(held(model.context_length))
     choices = [
         (free // AUTO_KV_SHARE, f"1/{AUTO_KV_SHARE} of {_mib(max(0, free))} MiB free"),
@@ -257,6 +274,23 @@ def _kv_cache(model: DecoderConfig, config: ServerConfig, left: int, free: int) 
     if size < smallest:
         size, chosen = smallest, "the minimum"
     return planned(size, chosen, short=size < min(most, max(USUAL_KV_BYTES, whole)))
+
+
+def _check_holds_adapters(model: DecoderConfig, budget: MemoryUse) -> None:
+    """Raises MemoryTooSmall for a budget that would refuse every adapter of this base."""
+    sizes = [2 * model.num_layers * sum(shape) for shape in model.shapes.values()]
+    if budget.bytes < min(sizes):
+        raise MemoryTooSmall(
+            f"{budget.flag} {budget.bytes} holds no adapter: the smallest for this base takes "
+            f"{_shown(min(sizes))} (rank 1, one module), one of rank {_USUAL_RANK} with all "
+            f"modules {_shown(_USUAL_RANK * sum(sizes))}",
+            metadata={"key": budget.flag.strip("-").replace("-", "_")},
+        )
+
+
+def _shown(size: int) -> str:
+    """Rounded up, so that it can be given as a budget."""
+    return f"{-(-size // 1024)}KiB" if size < 1 << 20 else f"{_mib(size)}MiB"
 
 
 def _too_small(pool: MemoryPool) -> MemoryTooSmall:

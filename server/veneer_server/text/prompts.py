@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,6 +77,30 @@ class Room:
     def to_cut(self) -> Room:
         """The limits for a prompt of which only the last tokens will be kept."""
         return replace(self, tokens=max(self.tokens, MAX_CUT))
+
+
+ROLES: Final = ("system", "user", "assistant", "tool", "developer", "function")
+"""Roles that chat templates and OpenAI's API have in common use."""
+
+
+def check_roles(messages: Sequence[Mapping[str, Any]], template: str) -> None:
+    """Raises InvalidField for a role that is neither in common use nor named by the template.
+
+    Most templates print whatever role they get, and the model answers a role that it does not
+    know somehow: without this check, nobody would notice a misspelling.
+    """
+    for at, message in enumerate(messages):
+        role = message["role"]
+        if role in ROLES or f"'{role}'" in template or f'"{role}"' in template:
+            continue
+        field = f"messages[{at}].role"
+        near = difflib.get_close_matches(role, ROLES, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise InvalidField(
+            f"{field} is {role!r}: give {', '.join(ROLES[:4])} or {ROLES[4]}, or a role that "
+            f"the chat template names{hint}",
+            metadata={"field": field} | ({"did_you_mean": near[0]} if near else {}),
+        )
 
 
 class Prompts:
@@ -170,8 +195,10 @@ class Prompts:
             TemplateFailed: there is no template, or it rejects these messages, or takes too
                 long for them.
             QueueFull: too many of the sender's requests wait for the template.
+            InvalidField: a message has an unknown role; see `check_roles`.
             ContextTooLong, TooManyTokens, InvalidField: as `from_text`.
         """
+        check_roles(messages, self._source(adapter_template) or "")
         if needs_words(messages, tools) and not knows_tools(self._source(adapter_template)):
             messages, tools = in_words(messages, tools), ()
         source, renderer = adapter_template, self._uploaded

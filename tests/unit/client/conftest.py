@@ -47,7 +47,8 @@ def run(server: FakeServer) -> Callable[..., Any]:
 
     def invoke(*args: str, env: dict[str, str] | None = None, **kwargs: object) -> Any:
         place = {"VENEER_SERVER": server.address, "COLUMNS": "200"}
-        return CliRunner().invoke(cli, args, env=place | (env or {}), **kwargs)
+        named = {"prog_name": "veneer"}
+        return CliRunner().invoke(cli, args, env=place | (env or {}), **named, **kwargs)
 
     return invoke
 

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
+from veneer_loadtest import report
 from veneer_loadtest.cli import cli
+from veneer_loadtest.commands import common
 from veneer_loadtest.load.csv_file import COLUMNS
 from veneer_loadtest.results import RunResult, read_result
 
@@ -203,3 +205,15 @@ def test_an_older_server_that_does_not_tell_its_bases_sizes_gets_no_adapters(
     result = read_result(file)
     assert isinstance(result, RunResult)
     assert result.load.vocab == 100
+
+
+def test_a_busy_machine_is_told_by_its_load(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """More than all of its cores cannot be used."""
+    monkeypatch.setattr(report, "busy_share", lambda: 4.06)
+    monkeypatch.setattr(report, "usable_cores", lambda: 2)
+    common.warn_if_busy()
+    told = capsys.readouterr().out
+    assert "load 8.1 on 2 cores" in told
+    assert "%" not in told

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 from veneer_client import AsyncClient
 from veneer_loadtest import churn, page_cache, swap
-from veneer_loadtest.churn import Phase, figures
+from veneer_loadtest.churn import Phase, figures, measured
 from veneer_loadtest.cli import cli
 from veneer_loadtest.commands.swap import KEYS
 from veneer_loadtest.results import Case
@@ -132,6 +132,35 @@ def test_uploads_without_a_break_between_them() -> None:
     assert found.outside_ms is None
     assert found.inside_gaps == 3
     assert churn_table(found).row_count == 3
+
+
+def test_what_a_slow_machine_leaves_empty() -> None:
+    nothing = Phase(begin=1.0, arrivals=[], windows=[(1.0, 1.1)])
+    one = _phase([1.05], (1.0, 1.1))
+    outside = _phase([2.0, 2.1], (1.0, 1.1))
+    inside = _phase([1.0, 1.05, 1.1], (1.0, 1.08))
+    never = _phase([1.0, 1.05, 1.1])  # no adapter was brought
+    for lacking in (nothing, one, outside, never):
+        assert not measured([lacking], inside=True)
+    assert not measured([nothing, one])
+    assert measured([nothing, inside], inside=True)
+    found = figures(1, [nothing, _phase([1.0, 1.01, 1.02])], [nothing, inside])
+    assert found.inside_gaps == 2
+    assert swap.case_figures({"same": [], "device": []}) == {}
+    assert swap.summary({}, None) == {}
+    assert swap_table({}).row_count == 0
+
+
+def test_quiet_tokens_that_arrive_together_have_no_ratio() -> None:
+    assert not measured([_phase([1.0, 1.0, 1.0])])
+    quiet = _phase([1.0] * 200 + [1.01])
+    together = figures(1, [quiet], [_phase([1.0, 1.05], (1.0, 1.08))])
+    cases = swap.case_figures(
+        {case: _samples(1.0) for case in ("same", "device", "host", "disk", "publish")}
+    )
+    found = swap.summary(cases, together)
+    assert "churn_itl_p99_ratio" not in found
+    assert found["churn_added_p99_ms"] == pytest.approx(50)
 
 
 async def test_nobodys_adapter_is_replaced_or_deleted(

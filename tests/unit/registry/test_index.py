@@ -91,6 +91,18 @@ def test_unknown_revision_names_those_kept(index: Index) -> None:
         index.resolve("chat@" + "0" * 12)
 
 
+def test_a_few_digits_do_where_no_other_revision_has_them(index: Index) -> None:
+    one = AdapterRef("chat", "0e99" + "a" * 60, "1" * 64)
+    two = AdapterRef("chat", "0e99" + "b" * 60, "1" * 64)
+    index.put("chat", entry(one))
+    assert index.resolve("chat@0e99") == one
+    index.put("chat", entry(one, two))
+    with refused(InvalidField, field="adapter", cause="ambiguous") as caught:
+        index.resolve("chat@0e99")
+    assert "0e99aaaaaaaa, 0e99bbbbbbbb" in str(caught.value)
+    assert index.resolve("chat@0e99b") == two
+
+
 def test_ambiguous_prefix(index: Index) -> None:
     one = AdapterRef("chat", "a" * 63 + "0", "1" * 64)
     two = AdapterRef("chat", "a" * 63 + "1", "1" * 64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from veneer_registry.format import read_adapter
 from veneer_registry.strict_json import parse_object
 from veneer_train import loop, trainer
 from veneer_train.cli import app
+from veneer_train.commands.common import Pulse
 from veneer_train.config import OptimConfig, QuantConfig, TrainConfig, parse_config
 from veneer_train.evaluate import Evaluation
 from veneer_train.export import AdapterState
@@ -51,6 +53,101 @@ def run(settings: TrainConfig, **kwargs: Any) -> Rows:
     rows: Rows = []
     loop.train(settings, lambda row: rows.append(dict(row)), **kwargs)
     return rows
+
+
+def test_every_long_part_of_a_run_says_what_it_is(
+    tiny_base: Path, chats: Path, tmp_path: Path
+) -> None:
+    told: list[tuple[str, int, int]] = []
+    run(
+        config(tiny_base, chats, tmp_path / "mine"),
+        doing=lambda what, done=0, total=0: told.append((what, done, total)),
+    )
+    parts = list(dict.fromkeys(what for what, _, _ in told))
+    assert parts == [
+        "reading the data",
+        "hashing the base",
+        "loading the base",
+        "measuring the base, samples",
+        "measuring one step",
+        "measuring the adapter, samples",
+        "writing the adapter",
+    ]
+    samples = [row[1:] for row in told if row[0] == "measuring the base, samples"]
+    assert samples[0] == (0, samples[0][1])
+    assert samples == sorted(samples)
+
+
+class _Clock:
+    """A pulse's lines, and a way to wait for so many of them."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self._more = threading.Condition()
+
+    def __call__(self, line: str) -> None:
+        with self._more:
+            self.lines.append(line)
+            self._more.notify()
+
+    def wait_for(self, count: int) -> None:
+        with self._more:
+            assert self._more.wait_for(lambda: len(self.lines) >= count, timeout=60)
+
+
+def test_a_pulse_says_what_goes_on_until_it_ends() -> None:
+    shown = _Clock()
+    with Pulse(shown, every_s=0.001) as pulse:
+        pulse.doing("measuring the base, samples", 3, 9)
+        shown.wait_for(2)
+    assert shown.lines[0].startswith("measuring the base, samples: 3 of 9, ")
+    count = len(shown.lines)
+    assert not any(thread.name == "pulse" for thread in threading.enumerate())
+    assert len(shown.lines) == count
+
+
+@pytest.mark.parametrize(
+    ("save_every", "step", "says"),
+    [
+        (0, None, "output.save_every is 0"),
+        (2, None, "at step 2"),
+        (2, 4, "checkpoint of step 4 is kept"),
+    ],
+)
+def test_ctrl_c_says_what_is_kept_and_how_to_go_on(
+    save_every: int,
+    step: int | None,
+    says: str,
+    tiny_base: Path,
+    chats: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Interrupted while the base is measured, or after a step."""
+    out = tmp_path / "mine"
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        if step is None or kwargs.get("resume") is None:
+            raise KeyboardInterrupt
+        raise AssertionError
+
+    if step is None:
+        monkeypatch.setattr(loop, "evaluate", interrupted)
+    else:
+        monkeypatch.setattr(loop, "round_to_file_dtype", interrupted)
+    flags = [
+        *(f"data.train={chats}", "data.val_fraction=0.25", "train.steps=4", "lora.r=4"),
+        *(f"output.dir={out}", f"output.logs={out}.logs", f"output.save_every={save_every}"),
+        *("train.batch=4", "data.max_len=256", "model.name=tiny"),
+    ]
+    command = ["train", "--base", str(tiny_base)]
+    for flag in flags:
+        command += ["--set", flag]
+    stopped = CliRunner().invoke(app, command)
+    assert stopped.exit_code == 130, stopped.output
+    assert "stopped by Ctrl-C" in stopped.stderr
+    assert says in stopped.stderr
+    assert "the same command" in stopped.stderr
 
 
 def test_a_run_writes_the_whole_folder(tiny_base: Path, chats: Path, tmp_path: Path) -> None:
@@ -389,7 +486,7 @@ def test_no_value_in_the_manifest_loses_a_run(
     chats.rename(oddly_named)
     settings = config(tiny_base, Path("data.jsonl"), tmp_path / "mine", train={"steps": 1})
     settings = replace(settings, data=replace(settings.data, train=str(oddly_named)))
-    monkeypatch.setattr(loop, "evaluate", lambda *_: Evaluation(float("-inf"), 0.5, 1))
+    monkeypatch.setattr(loop, "evaluate", lambda *_, **__: Evaluation(float("-inf"), 0.5, 1))
     run(settings)
     written = (tmp_path / "mine" / "training_manifest.json").read_bytes()
     facts = parse_object(written, file="training_manifest.json")

@@ -12,7 +12,15 @@ from veneer_registry.errors import InvalidField
 from veneer_registry.screen import Screen
 
 from veneer_train.base_folder import resolve_base
-from veneer_train.commands.common import AsJson, Base, Debug, errors, quiet_libraries, stderr
+from veneer_train.commands.common import (
+    AsJson,
+    Base,
+    Debug,
+    errors,
+    pulse,
+    quiet_libraries,
+    stderr,
+)
 
 __all__ = [
     "EVAL_EXAMPLES",
@@ -74,7 +82,7 @@ def evaluate(
 ) -> None:
     """Compare an adapter with its base in 4 and in 16 bits: loss, perplexity, and tasks if
     samples have a check."""
-    with errors(debug):
+    with errors(debug), pulse("importing PyTorch") as running:
         base_folder = resolve_base(base)
         quiet_libraries()
         from veneer_train import measure
@@ -83,6 +91,13 @@ def evaluate(
             measure.check_recordable(adapter)
         options = measure.data_options(adapter, data, max_len=max_len)
         console = stderr()
+
+        def told(line: str) -> None:
+            console.print(line, style="dim")
+            running.printed()
+            running.doing(line)
+
+        running.doing("loading the base")
         found = measure.measure(
             base_folder,
             adapter,
@@ -90,7 +105,7 @@ def evaluate(
             options,
             reference=reference,
             limit=limit,
-            told=lambda line: console.print(line, style="dim"),
+            told=told,
         )
         if record:
             measure.record(adapter, data, found)
@@ -130,7 +145,7 @@ def verify(
     debug: Debug = False,
 ) -> None:
     """Check that an adapter is complete, fits this base, and reaches its manifest's figures."""
-    with errors(debug):
+    with errors(debug), pulse("verifying"):
         base_folder = resolve_base(base)
         quiet_libraries()
         from veneer_train.verify import verify as run
@@ -168,7 +183,7 @@ def merge(
 ) -> None:
     """Merge an adapter into its base. Reports how much of the adapter's change is lost to
     rounding, and how far the result is from the 4-bit and the 16-bit base with the adapter."""
-    with errors(debug):
+    with errors(debug), pulse("merging"):
         base_folder = resolve_base(base)
         quiet_libraries()
         from veneer_train.merge_report import merge_and_compare
@@ -227,7 +242,7 @@ def export_gguf(
     debug: Debug = False,
 ) -> None:
     """Write a GGUF file for llama.cpp, of a model or of an adapter (which needs --base)."""
-    with errors(debug):
+    with errors(debug), pulse("exporting"):
         is_adapter = (folder / "adapter_config.json").is_file()
         if is_adapter and base is None:
             raise InvalidField(

@@ -11,7 +11,15 @@ from rich.table import Table
 from veneer_registry.screen import Screen
 
 from veneer_train.base_folder import resolve_base
-from veneer_train.commands.common import AsJson, Base, Debug, errors, quiet_libraries, stderr
+from veneer_train.commands.common import (
+    AsJson,
+    Base,
+    Debug,
+    errors,
+    pulse,
+    quiet_libraries,
+    stderr,
+)
 from veneer_train.config import PRESETS, QuantConfig, load_config
 
 __all__ = [
@@ -45,7 +53,7 @@ def import_gguf(
     Weights stored in fewer bits gain no precision. Digits are split as the
     file's tokenizer says, which transformers alone does not do for SmolLM.
     """
-    with errors(debug):
+    with errors(debug), pulse("converting"):
         quiet_libraries()
         from veneer_train.llama_cpp.import_ import import_file
 
@@ -64,7 +72,7 @@ def quantize(
     debug: Debug = False,
 ) -> None:
     """Write a base in 4 bits, so that it loads quickly for serving and training."""
-    with errors(debug):
+    with errors(debug), pulse("quantizing"):
         base_folder = resolve_base(base)
         quiet_libraries()
         from veneer_train.quantize import quantize as run

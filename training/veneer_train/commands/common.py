@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any, Final
+from types import TracebackType
+from typing import Annotated, Any, Final, Self
 
 import typer
 from rich.console import Console
@@ -19,10 +22,22 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from veneer_client.address import server_address
+from veneer_client.cli.words import in_cli_words
 from veneer_registry.errors import VeneerError
 from veneer_registry.screen import Screen
 
-__all__ = ["AsJson", "Base", "Debug", "errors", "quiet_libraries", "reporter", "share_cores"]
+__all__ = [
+    "AsJson",
+    "Base",
+    "Debug",
+    "Pulse",
+    "Reporter",
+    "errors",
+    "pulse",
+    "quiet_libraries",
+    "reporter",
+    "share_cores",
+]
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -48,18 +63,29 @@ def stderr() -> Console:
 
 
 @contextmanager
-def errors(debug: bool) -> Iterator[None]:
+def errors(
+    debug: bool,
+    kept: Callable[[], str] = lambda: "the same command begins again",
+) -> Iterator[None]:
     """End the command with one line and code 1 for our errors; show a bug's traceback.
 
-    A missing package of labs and recipes counts as one of our errors.
+    A missing package of labs and recipes counts as one of our errors. Ctrl-C ends it with
+    code 130.
+
+    Args:
+        kept: what a command that is stopped leaves, and how to go on.
     """
     try:
         yield
     except VeneerError as error:
         if debug:
             raise
-        stderr().print(f"veneer-train: {error}", markup=False)
+        # A server's refusal of a push names methods.
+        stderr().print(f"veneer-train: {in_cli_words(str(error))}", markup=False)
         raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        stderr().print(f"veneer-train: stopped by Ctrl-C: {kept()}", markup=False)
+        raise typer.Exit(130) from None
     except ModuleNotFoundError as error:
         if error.name != "veneer_labs":
             raise
@@ -93,31 +119,133 @@ def share_cores(server: str) -> None:
         os.setpriority(os.PRIO_PROCESS, 0, max(niceness, _YIELDS))
 
 
+EVERY_S: Final = 4.0
+"""Nothing that takes longer than this goes on in silence."""
+
+
+class Pulse:
+    """Says what is going on, every `EVERY_S` in which nothing else was printed. Use it in a
+    ``with``; its methods may be called in any thread.
+
+    Args:
+        shown: called with a line.
+    """
+
+    def __init__(self, shown: Callable[[str], None], every_s: float = EVERY_S) -> None:
+        self._shown = shown
+        self._every_s = every_s
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
+        self._what, self._done, self._total = "", 0, 0
+        self._began = self._due = time.monotonic()
+        self._ended = False
+
+    def __enter__(self) -> Self:
+        self.printed()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._changed:
+            self._ended = True
+            self._changed.notify()
+        self._thread.join()
+
+    def doing(self, what: str, done: int = 0, total: int = 0) -> None:
+        """What goes on now, and how much of it is done; "" for nothing worth a line."""
+        with self._changed:
+            if what != self._what:
+                self._what, self._began = what, time.monotonic()
+            self._done, self._total = done, total
+
+    def printed(self) -> None:
+        """Something else was printed: a line is due only `EVERY_S` later."""
+        with self._changed:
+            self._due = time.monotonic() + self._every_s
+
+    def _run(self) -> None:
+        with self._changed:
+            while not self._ended:
+                left = self._due - time.monotonic()
+                if left > 0:
+                    self._changed.wait(left)
+                    continue
+                self._due = time.monotonic() + self._every_s
+                if self._what:
+                    count = f"{self._done} of {self._total}, " if self._total else ""
+                    seconds = time.monotonic() - self._began
+                    self._shown(f"{self._what}: {count}{seconds:.0f} s so far")
+
+
 @contextmanager
-def reporter() -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Shows a run's progress: a bar on a terminal, otherwise occasional lines."""
+def pulse(what: str) -> Iterator[Pulse]:
+    """For commands without a bar: prints what goes on, every `EVERY_S`; at first ``what``."""
+    console = stderr()
+    with Pulse(lambda line: console.print(line, style="dim", markup=False)) as running:
+        running.doing(what)
+        yield running
+
+
+class Reporter:
+    """Shows a run's progress; see `reporter`."""
+
+    def __init__(self, console: Console, progress: Progress, running: Pulse) -> None:
+        self._console = console
+        self._progress = progress
+        self._task = progress.add_task("train", total=None, note="")
+        self._pulse = running
+
+    def __call__(self, row: Mapping[str, Any]) -> None:
+        """Show a row of the metrics."""
+        if row["event"] != "step":
+            self._print(_words(row))
+            return
+        step, steps = row["step"], row["steps"]
+        speed = row["tokens"] / max(row["seconds"], 1e-9)
+        note = f"loss {row['loss']:.3f}  grad {row['grad_norm']:.2f}  {speed:.0f} tok/s"
+        self._progress.update(self._task, completed=step, total=steps, note=note)
+        self._pulse.doing("training, steps", step, steps)
+        if not self._console.is_terminal and (step % 10 == 0 or step == 1):
+            self._print(f"step {step}/{steps}  {note}")
+
+    def doing(self, what: str, done: int = 0, total: int = 0) -> None:
+        """Show what goes on before, between and after the steps."""
+        self._pulse.doing(what, done, total)
+        count = f" {done} of {total}" if total else ""
+        self._progress.update(self._task, note=f"{what}{count}")
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, markup=False)
+        self._pulse.printed()
+
+
+@contextmanager
+def reporter() -> Iterator[Reporter]:
+    """Shows a run's progress: a bar on a terminal, otherwise a line at least every
+    `EVERY_S`."""
     console = stderr()
     columns = (
         TextColumn("train"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("train", total=None, note="")
 
-        def report(row: Mapping[str, Any]) -> None:
-            if row["event"] != "step":
-                console.print(_words(row))
-                return
-            speed = row["tokens"] / max(row["seconds"], 1e-9)
-            note = f"loss {row['loss']:.3f}  grad {row['grad_norm']:.2f}  {speed:.0f} tok/s"
-            progress.update(task, completed=row["step"], total=row["steps"], note=note)
-            if not console.is_terminal and (row["step"] % 10 == 0 or row["step"] == 1):
-                console.print(f"step {row['step']}/{row['steps']}  {note}")
+    def shown(line: str) -> None:
+        if not console.is_terminal:  # which has the bar and its note
+            console.print(line, markup=False)
 
-        yield report
+    with (
+        Progress(*columns, console=console, disable=not console.is_terminal) as progress,
+        Pulse(shown) as running,
+    ):
+        yield Reporter(console, progress, running)
 
 
 def _words(row: Mapping[str, Any]) -> str:

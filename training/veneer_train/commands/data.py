@@ -10,7 +10,7 @@ import typer
 from veneer_registry.screen import Screen
 
 from veneer_train.base_folder import resolve_base
-from veneer_train.commands.common import AsJson, Base, Debug, errors, quiet_libraries
+from veneer_train.commands.common import AsJson, Base, Debug, errors, pulse, quiet_libraries
 
 __all__ = ["DATA_EXAMPLES", "INSPECT_EXAMPLES", "data", "inspect_data"]
 
@@ -30,7 +30,7 @@ def data(
     debug: Debug = False,
 ) -> None:
     """Build a JSONL data set from what is on this machine."""
-    with errors(debug):
+    with errors(debug), pulse("building the data set"):
         from veneer_labs.recipes import build
 
         counts = build(recipe, out, seed)

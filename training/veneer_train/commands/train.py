@@ -11,9 +11,11 @@ import typer
 from veneer_registry.errors import InvalidField, VeneerError
 
 from veneer_train.base_folder import resolve_base
+from veneer_train.checkpoint import last_step
 from veneer_train.commands.common import (
     AsJson,
     Debug,
+    Reporter,
     errors,
     quiet_libraries,
     reporter,
@@ -81,16 +83,9 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Train an adapter on the 4-bit base and write its folder."""
-    with errors(debug):
+    parsed: TrainConfig | None = None
+    with errors(debug, lambda: _kept(parsed)):
         parsed = load_config(config, settings or (), preset, base=base)
-        resolve_base(parsed.model.path)  # fail before imports, which take seconds
-        if push is not None:
-            share_cores(push)
-        # Imported here: torch and transformers take seconds, and --help needs neither.
-        quiet_libraries()
-        from veneer_train.push import Target
-        from veneer_train.trainer import main_process
-
         if (push is None) != (name is None):
             raise InvalidField(
                 "--push HOST:PORT and --name NAME belong together", metadata={"field": "name"}
@@ -100,40 +95,74 @@ def train(
                 "--alias and --push-every need --push HOST:PORT and --name NAME",
                 metadata={"field": "push"},
             )
-        target = None if push is None or name is None else Target(push, name, alias)
-        if target is not None and parsed.lora.dora:
-            raise InvalidField(
-                "servers accept DoRA adapters only merged into the base: train without "
-                "--push, then use veneer-train merge",
-                metadata={"field": "lora.dora"},
-            )
-        result = _run(parsed, target, push_every, overwrite)
-        if not main_process():
-            return
-        published = _publish(target, result) if target is not None else None
+        resolve_base(parsed.model.path)  # fail before imports, which take seconds
+        with reporter() as report:
+            report.doing("importing PyTorch")
+            if push is not None:
+                share_cores(push)
+            # Imported here: torch and transformers take seconds, and --help needs neither.
+            quiet_libraries()
+            from veneer_train.push import Target
+            from veneer_train.trainer import main_process
+
+            target = None if push is None or name is None else Target(push, name, alias)
+            if target is not None and parsed.lora.dora:
+                raise InvalidField(
+                    "servers accept DoRA adapters only merged into the base: train without "
+                    "--push, then use veneer-train merge",
+                    metadata={"field": "lora.dora"},
+                )
+            result = _run(parsed, target, push_every, overwrite, report)
+            if not main_process():
+                return
+            report.doing("publishing")
+            published = _publish(target, result) if target is not None else None
     _show(result, published, as_json)
 
 
+def _kept(config: TrainConfig | None) -> str:
+    """What a stopped run leaves, and how to go on."""
+    if config is None:
+        return "nothing had begun"
+    output = config.output
+    if (step := last_step(output.checkpoints_dir)) is not None:
+        return (
+            f"the checkpoint of step {step} is kept in {output.checkpoints_dir}; the same "
+            "command resumes from it"
+        )
+    if not output.save_every:
+        return "nothing is kept, as output.save_every is 0; the same command starts anew"
+    return (
+        f"nothing is kept before the first checkpoint, at step {output.save_every}; the same "
+        "command starts anew (sooner: --set output.save_every=N)"
+    )
+
+
 def _run(
-    config: TrainConfig, target: Target | None, push_every: int, overwrite: bool
+    config: TrainConfig,
+    target: Target | None,
+    push_every: int,
+    overwrite: bool,
+    report: Reporter,
 ) -> TrainResult:
     from veneer_train.loop import train as run
 
     if target is None:
-        with reporter() as report:
-            return run(config, report, overwrite=overwrite, expect=_expect(report))
+        return run(
+            config, report, overwrite=overwrite, expect=_expect(report), doing=report.doing
+        )
     from veneer_train.push import check_target
 
-    with reporter() as report:
-        return run(
-            config,
-            report,
-            overwrite=overwrite,
-            callbacks=lambda snapshots: (_callback(target, push_every, snapshots, report),),
-            expect=_expect(report),
-            # Check before hours of training, not after.
-            check_base=lambda base: check_target(target, base),
-        )
+    return run(
+        config,
+        report,
+        overwrite=overwrite,
+        callbacks=lambda snapshots: (_callback(target, push_every, snapshots, report),),
+        expect=_expect(report),
+        # Check before hours of training, not after.
+        check_base=lambda base: check_target(target, base),
+        doing=report.doing,
+    )
 
 
 def _expect(report: Report) -> Callable[[Estimate], None]:

@@ -151,7 +151,7 @@ class Ledger:
             if size > budget:
                 raise AdapterBudgetExceeded(
                     f"adapter {source.name} needs {size} bytes, but the {tier} budget is "
-                    f"{budget}; raise it, or start the server with a larger --{FLAG[tier]}",
+                    f"{budget}: raise it (`UpdateBudgets`, or veneer-server --{FLAG[tier]})",
                     metadata={"bytes": str(size), "budget": str(budget), "tier": tier},
                 )
         return self.entries.get(source.weights_digest) or LedgerEntry(source, sizes)

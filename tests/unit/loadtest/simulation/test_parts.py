@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
-from veneer_loadtest.errors import BadOption
+from veneer_loadtest.errors import BadOption, TargetFailed
 from veneer_loadtest.simulation import command
 from veneer_loadtest.simulation.costs import Costs, read_costs, write_costs
 from veneer_loadtest.simulation.events import Events
@@ -161,6 +161,24 @@ def test_a_fit_finds_the_costs_that_made_the_times() -> None:
     assert found.busy_rate == pytest.approx(0.25)
     assert found.noise == pytest.approx([1.0] * 20)
     assert found.cpu
+
+
+def test_a_fit_without_some_samples() -> None:
+    """On a slow machine streams may not have run together, and on a fast one a stream may have
+    ended before a load beside it began."""
+    measured = Measured()
+    for streams, adapters in ((1, 1), (2, 1), (2, 2), (4, 1)):
+        measured.apart[streams, adapters] = [6e-3 + streams * 2e-3 + adapters * 1e-3]
+    measured.apart[4, 4] = []
+    for length in (8, 16, 64):
+        measured.first[length] = [11e-3 + length * 3e-3]
+    measured.load = [20e-3]
+    found = fit(measured, 1_000_000, "test", Costs())
+    assert found.row_s == pytest.approx(2e-3)
+    assert found.busy_rate == 1.0
+    measured.apart = defaultdict(list, {(1, 1): [1e-3], (2, 2): []})
+    with refused(TargetFailed):
+        fit(measured, 1_000_000, "test", Costs())
 
 
 def test_a_fit_gives_no_negative_cost() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import stat
 import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from tests.refused import refused
 
 GENERATE = "/veneer.v1.InferenceService/Generate"
 DIGEST = "0" * 64
+KEY_NEW = (sys.executable, "-m", "veneer_server", "key", "new", "--keys-file", "keys.toml")
 
 
 def put(file: Path, content: str | bytes | None) -> str:
@@ -273,3 +276,43 @@ def test_the_command_line(file: Path) -> None:
     for wrong in (("--role", "king"), ("--expires", "soon"), ("--tenant", "A b")):
         failed = run("new", *wrong)
         assert (failed.returncode, failed.stdout) == (1, "")
+
+
+def _made(folder: Path, *flags: str, umask: int = 0o022) -> subprocess.CompletedProcess[str]:
+    """`key new` with its output in ``shown``, as a shell redirects it."""
+    with (folder / "shown").open("w") as shown:
+        return subprocess.run(
+            [*KEY_NEW, *flags],
+            cwd=folder,
+            stdout=shown,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            umask=umask,
+        )
+
+
+def test_a_key_goes_to_a_file_that_only_its_owner_reads(tmp_path: Path) -> None:
+    done = _made(tmp_path, "--out", "me.key")
+    assert done.returncode == 0, done.stderr
+    assert stat.S_IMODE((tmp_path / "me.key").stat().st_mode) == 0o600
+    key = (tmp_path / "me.key").read_text()
+    assert key == key.strip()
+    assert key
+    assert key not in (tmp_path / "shown").read_text() + done.stderr
+    again = _made(tmp_path, "--out", "me.key")
+    assert (again.returncode, "it exists" in again.stderr) == (1, True)
+    assert (tmp_path / "me.key").read_text() == key
+    assert len(list_keys(tmp_path / "keys.toml")) == 1, "no key was made for nothing"
+    bad = _made(tmp_path, "--out", "other.key", "--expires", "soon")
+    assert bad.returncode == 1
+    assert not (tmp_path / "other.key").exists()
+
+
+def test_a_key_that_others_can_read_is_warned_of(tmp_path: Path) -> None:
+    (tmp_path / "shown").touch(mode=0o644)
+    told = _made(tmp_path).stderr
+    assert "all users can read" in told
+    assert "--out FILE" in told
+    (tmp_path / "shown").chmod(0o600)
+    assert "can read" not in _made(tmp_path).stderr

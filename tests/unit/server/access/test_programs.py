@@ -244,7 +244,7 @@ def test_a_push_of_the_trainer(
     ("role", "told"),
     [
         ("wrong", "unknown, was revoked or has expired"),
-        ("inference", "GetUpload takes the role publisher"),
+        ("inference", "`veneer adapter push`"),
     ],
 )
 def test_a_push_that_may_not_be_is_refused_before_training(

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 from veneer_registry.lock import OwnerLock
 from veneer_registry.registry import Registry
 from veneer_server import __version__
+from veneer_server.__main__ import cli
 
 from tests.places import REPOSITORY
 from tests.unit.registry.kit import BASE, make_adapter, push
@@ -237,3 +239,22 @@ def test_no_cuda_device_is_one_sentence(base_folder: Path, tmp_path: Path) -> No
     assert done.returncode == 1
     assert "torch finds no CUDA device: use --device cpu" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [
+        (("Qwen/Qwen3-1.7B",), "`veneer-server --base Qwen/Qwen3-1.7B`"),
+        (("serve", "Qwen/Qwen3-1.7B"), "--base MODEL"),
+        (("start",), "`veneer-server`"),
+        (("push",), "`veneer push`"),
+        (("store", "ls"), "`veneer ls`"),
+        (("key", "revok"), "`veneer-server key revoke`"),
+    ],
+)
+def test_what_other_servers_are_told_is_answered_with_ours(
+    typed: tuple[str, ...], says: str
+) -> None:
+    failed = CliRunner().invoke(cli, typed, prog_name="veneer-server")
+    assert failed.exit_code == 2
+    assert says in failed.stderr

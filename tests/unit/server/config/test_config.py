@@ -219,3 +219,35 @@ def test_a_follower_needs_its_registry_and_sends_no_key_in_the_clear(tmp_path: P
         load_config({"role": "engine", "registry": "10.0.0.1:1", "registry_cert": "x.pem"}, {})
     for allowed in ("127.0.0.1:50051", "https://10.0.0.1:50051"):
         assert load_config({**key, "registry": allowed}, {}).registry == allowed
+
+
+@pytest.mark.parametrize(
+    ("key", "flags"),
+    [
+        ("tensor_parallel", {"tensor_parallel": "2"}),
+        ("tensor_parallel", {"tensor_parallel": "2", "backend": "native"}),
+        ("quantization", {"quantization": "fp8"}),
+        ("quantization", {"quantization": "fp8", "backend": "torch"}),
+        ("backend", {"backend": "cuda", "device": "cpu"}),
+        ("backend", {"backend": "native", "device": "cuda"}),
+        ("backend", {"backend": "native", "dtype": "float32"}),
+        ("int8_activations", {"int8_activations": "true", "backend": "torch"}),
+        ("int8_activations", {"int8_activations": "true", "device": "cuda"}),
+        ("int8_activations", {"int8_activations": "true", "dtype": "float16"}),
+    ],
+)
+def test_settings_that_exclude_each_other_are_found_before_anything_is_loaded(
+    key: str, flags: dict[str, str]
+) -> None:
+    with refused(ConfigInvalid, key=key):
+        load_config(flags, {})
+
+
+def test_settings_that_go_together() -> None:
+    for flags in (
+        {"backend": "cuda", "device": "cuda", "tensor_parallel": "2", "quantization": "fp8"},
+        {"backend": "cuda"},
+        {"backend": "native", "int8_activations": "true", "device": "cpu"},
+        {"backend": "torch", "dtype": "float32"},
+    ):
+        load_config(flags, {})

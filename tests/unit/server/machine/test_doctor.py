@@ -124,6 +124,19 @@ def test_a_base_that_cannot_be_served(flags: dict[str, str], tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_problem_is_listed_once(
+    flags: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = checks(**flags | {"base": str(tmp_path / "none")})
+    assert [c.name for c in found.values() if c.status == "problem"] == ["base"]
+    small = checks(**flags, kv_cache_bytes="1")["memory"]
+    assert (small.status, "128 tokens" in small.fix) == ("problem", True)
+    # Without a package, its own check says so.
+    monkeypatch.setitem(sys.modules, "veneer_server.text.tokenizer", None)
+    assert checks(**flags)["tokenizer"].status == "ok"
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_taken_port_and_a_running_server(flags: dict[str, str], tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

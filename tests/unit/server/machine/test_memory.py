@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -11,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from veneer_server import startup
-from veneer_server.config import ServerConfig, load_config
+from veneer_server.config import ConfigInvalid, ServerConfig, load_config
 from veneer_server.engine.execution.sampler import sample
 from veneer_server.models.config import DecoderConfig, read_decoder_config
 from veneer_server.sizing.memory_plan import (
@@ -343,7 +345,7 @@ def test_with_several_cards_the_plan_is_of_one(
     choice = GpuChoice(Gpu("fake", 4 * GIB, 4 * GIB))
     monkeypatch.setattr(startup, "choose_gpu", lambda _device: choice)
     whole, part = (
-        startup.memory_for(model, config(device="cuda", tensor_parallel=count))
+        startup.memory_for(model, config(device="cuda", backend="cuda", tensor_parallel=count))
         for count in ("1", "3")
     )
     assert whole.kv_token_bytes == 3 * part.kv_token_bytes
@@ -361,3 +363,34 @@ def test_a_gpu_is_a_pool_of_its_own(model: DecoderConfig) -> None:
         plan(model, 8, Gpu("fake", 4 * GIB, 4 * GIB), device_adapter_bytes="4GiB")
     with refused(MemoryTooSmall, pool="host"):
         plan(model, 2, Gpu("fake", 4 * GIB, 4 * GIB))
+
+
+@pytest.mark.parametrize("size", ["1", "16KiB", "1MiB"])
+def test_a_cache_without_room_for_a_request_is_refused(model: DecoderConfig, size: str) -> None:
+    with refused(MemoryTooSmall, key="kv_cache_bytes") as caught:
+        plan(model, 23, kv_cache_bytes=size)
+    (least,) = re.findall(r"at least (\w+)", str(caught.value))
+    assert 128 <= plan(model, 23, kv_cache_bytes=least).kv_cache.tokens < 256
+
+
+@pytest.mark.parametrize("size", ["0", "1KiB"])
+def test_a_budget_without_room_for_an_adapter_is_refused(
+    model: DecoderConfig, size: str
+) -> None:
+    with refused(MemoryTooSmall, key="device_adapter_bytes") as caught:
+        plan(model, 23, device_adapter_bytes=size)
+    (least,) = re.findall(r"takes (\w+)", str(caught.value))
+    plan(model, 23, device_adapter_bytes=least)
+    # On a CPU, HOST may use the larger of both budgets; on a card it is memory of its own.
+    plan(model, 23, host_cache_bytes=size)
+    with refused(MemoryTooSmall, key="host_cache_bytes"):
+        plan(model, 23, Gpu("a card", 23 * GIB, 23 * GIB), host_cache_bytes=size)
+
+
+def test_inputs_of_8_bits_need_weights_of_4_before_anything_is_loaded(
+    model: DecoderConfig,
+) -> None:
+    with refused(ConfigInvalid, key="int8_activations"):
+        startup.memory_for(model, config(int8_activations="true", quantization="none"))
+    stored = replace(model, quantization="nf4")
+    startup.memory_for(stored, config(int8_activations="true", quantization="none"))

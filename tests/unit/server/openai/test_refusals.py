@@ -65,6 +65,30 @@ async def test_a_wrong_method_names_the_right_one(http: httpx.AsyncClient) -> No
     assert "use POST" in error_of(answer)["message"]
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "usr", "content": "x"}]}),
+        ("/v1/responses", {"input": [{"role": "usr", "content": "x"}]}),
+        ("/v1/messages", {"messages": [{"role": "usr", "content": "x"}], "max_tokens": 1}),
+        ("/tokenize", {"messages": [{"role": "usr", "content": "x"}]}),
+    ],
+)
+async def test_a_misspelt_role_is_refused_with_the_roles(
+    path: str, body: dict[str, Any], http: httpx.AsyncClient
+) -> None:
+    answer = await http.post(path, json={"model": CHAT["model"], **body})
+    assert answer.status_code == 400
+    assert "user" in answer.text
+    assert "assistant" in answer.text
+
+
+@pytest.mark.parametrize("role", ["system", "tool", "developer", "function", "assistant"])
+async def test_roles_in_common_use_are_answered(role: str, http: httpx.AsyncClient) -> None:
+    messages = [*CHAT["messages"], {"role": role, "content": "x"}]
+    assert (await ok(http, CHAT, messages=messages))["choices"]
+
+
 async def test_fields_are_refused_by_their_json_names(http: httpx.AsyncClient) -> None:
     for more, param in (
         ({"top_p": 3}, "top_p"),

@@ -227,11 +227,14 @@ def _bad_requests() -> list[tuple[str, pb.GenerateRequest]]:
     sampling, stopping, output = pb.SamplingOptions, pb.StoppingOptions, pb.OutputOptions
     limit = pb.Constraint
     chat = pb.ChatInput(messages=[pb.ChatMessage(role="", content="x")])
+    roles = ("system", "usr")
+    usr = pb.ChatInput(messages=[pb.ChatMessage(role=role, content="x") for role in roles])
     return [
         ("input", pb.GenerateRequest()),
         ("prompt", prompt("")),
         ("messages", pb.GenerateRequest(messages=pb.ChatInput())),
         ("messages[0].role", pb.GenerateRequest(messages=chat)),
+        ("messages[1].role", pb.GenerateRequest(messages=usr)),
         ("token_ids", pb.GenerateRequest(token_ids=pb.TokenIds())),
         ("token_ids", pb.GenerateRequest(token_ids=pb.TokenIds(ids=[49152]))),
         ("token_ids", pb.GenerateRequest(token_ids=pb.TokenIds(ids=[2**32 - 1]))),

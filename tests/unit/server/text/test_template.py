@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
-from veneer_registry.errors import TemplateFailed
+from veneer_registry.errors import InvalidField, TemplateFailed
+from veneer_server.text.prompts import check_roles
 from veneer_server.text.templates.template import (
     MAX_TEMPLATE,
     ChatTemplate,
@@ -15,6 +17,22 @@ from veneer_server.text.templates.template import (
 from tests.refused import refused
 
 USER = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.mark.parametrize(
+    ("role", "template", "known"),
+    [
+        ("usr", "{{ messages[0].role }}", False),
+        ("usr", "{% if m.role == 'usr' %}", True),
+        ("observation", '{% if m.role == "observation" %}', True),
+        ("observation", "{# observation #}", False),
+        ("USER", "{{ messages[0].role }}", False),
+        ("developer", "", True),
+    ],
+)
+def test_a_role_that_no_template_has_is_refused(role: str, template: str, known: bool) -> None:
+    with contextlib.nullcontext() if known else refused(InvalidField, field="messages[1].role"):
+        check_roles([{"role": "user"}, {"role": role}], template)
 
 
 def test_the_base_template(base_folder: Path) -> None:
