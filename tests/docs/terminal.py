@@ -30,10 +30,10 @@ COMMANDS: Final = (
     'What is the highest rating?"',
     'veneer generate --temperature 0 "$Q"',
     'veneer generate --temperature 0 -a sql "$Q"',
-    "veneer adapter push examples/adapters/code --name code",
+    "veneer push examples/adapters/code --name code",
     'veneer generate --temperature 0 -a code "Reverse a string."',
     "veneer adapter evict sql",
-    'veneer generate --temperature 0 -a sql@66643f67d1f2 "$Q"',
+    'veneer generate --temperature 0 -a sql@6664 "$Q"',
     "veneer ls",
 )
 WIDTH: Final = 96
