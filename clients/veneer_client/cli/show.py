@@ -301,7 +301,7 @@ def info_rows(info: ServerInfo) -> dict[str, str]:
 
 def usage_table(report: UsageReport) -> Table:
     """One row per tenant."""
-    numbers = ("requests", "prompt tokens", "cached", "generated tokens", "stored, GiB-hours")
+    numbers = ("requests", "prompt tokens", "cached", "new tokens", "stored, GiB-hours")
     table = _columns("tenant", *numbers, right=numbers)
     for each in report.tenants:
         table.add_row(

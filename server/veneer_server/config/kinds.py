@@ -102,7 +102,7 @@ _UNITS: Final = {
 
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise ValueError("must not be empty")
+        raise ValueError("give a text that is not empty")
     return value.strip()
 
 

@@ -282,8 +282,8 @@ STEM = "base_model.model.model.layers.0.self_attn.q_proj"
 BAD_TENSORS: dict[str, tuple[Callable[[], dict[str, Any]], str | None, str]] = {
     # name -> (tensors, tensor to blame, words of the message)
     "nothing": (dict, None, "contains no LoRA tensors"),
-    "no B": (change(b=None), Q0A, "no lora_B"),
-    "no A": (change(a=None), Q0B, "no lora_A"),
+    "no B": (change(b=None), Q0A, "no matching lora_B"),
+    "no A": (change(a=None), Q0B, "no matching lora_A"),
     "vector": (change(a=np.ones(32, np.float32)), Q0A, "need a matrix"),
     "ranks differ": (change(b=np.ones((32, 5), np.float32)), Q0B, "has rank 5"),
     "rank not r": (

@@ -329,7 +329,7 @@ def test_whole_content_without_a_row_is_kept_in_quarantine(
         unnamed = filled / "store" / "quarantine" / "unnamed"
         verify_weights(unnamed / f"w-{bundle.weights}", bundle.weights)
         assert (unnamed / f"r-{bundle.revision}" / "bundle.json").is_file()
-        assert "moved 1 weights and 1 revisions that no adapter names" in caplog.text
+        assert "moved 1 unreferenced weights and 1 revisions" in caplog.text
         assert push(registry, "again", adapters(7)).record.ref.weights_digest == bundle.weights
         assert registry.resolve("again").revision == bundle.revision
     with Registry.open(filled, BASE) as registry:
