@@ -475,8 +475,9 @@ def test_the_picture_shows_what_the_command_line_prints_today() -> None:
                     assert difference(summary(lines[-1]), summary(printed[-1])) is None
                 case "ls" | "ps":
                     assert difference(lines[0], printed[0]) is None
+                case "health":  # the fake server does not load anything first
+                    assert difference(lines[-1], printed[-1]) is None
                 case _:
-                    # Only the fake server warns.
+                    # Only the fake server warns. The picture wraps long lines.
                     printed = [line for line in printed if not line.startswith("warning: ")]
-                    for line, now in zip(lines, printed, strict=True):
-                        assert difference(line, now) is None
+                    assert difference("\n".join(lines), "\n".join(printed)) is None
