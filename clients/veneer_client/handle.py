@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AdapterHandle"]
 
-_NOT_ENTERED: Final = "use the adapter inside its `with`: entering it fixes the revision"
+_NOT_ENTERED: Final = "use the adapter inside its `with`: entering it pins the revision"
 
 _UNPIN_S: Final = 5.0
 """Timeout for removing a pin that may or may not have been set."""
