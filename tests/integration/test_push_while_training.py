@@ -216,7 +216,7 @@ async def test_the_command_asks_before_it_loads_anything(
 ) -> None:
     other = _other_base(base_folder, tmp_path / "base")
     for base, address, told in (
-        (other, server.address, "another base"),
+        (other, server.address, "a base other than"),
         (base_folder, f"127.0.0.1:{free_port()}", "no Veneer server answers"),
     ):
         asked = [*command(address, base, data, tmp_path / "mine"), "--name", "foreign"]

@@ -211,7 +211,7 @@ def _must_be_refused(here: Installation, port: int, login: Login) -> None:
     """Callers without a key, or with a wrong one."""
     keyless = {**here.environment, "VENEER_API_KEY": ""}
     stranger = Installation(keyless, here.folder, here.prefix)
-    must_say(stranger.run("veneer", "ls", status=1), "wants to know who calls")
+    must_say(stranger.run("veneer", "ls", status=1), "authentication required")
     try:
         _ask_http(port, "Hello?", Login(f"{login.key}x", login.ca))
     except urllib.error.HTTPError as error:

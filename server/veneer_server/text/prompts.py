@@ -97,7 +97,8 @@ def check_roles(messages: Sequence[Mapping[str, Any]], template: str) -> None:
         near = difflib.get_close_matches(role, ROLES, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise InvalidField(
-            f"{field} is {role!r}: give {', '.join(ROLES[:4])} or {ROLES[4]}, or a role that "
+            # The role itself may be anything that a caller sent, also a secret.
+            f"{field} is not a role: give {', '.join(ROLES[:4])} or {ROLES[4]}, or one that "
             f"the chat template names{hint}",
             metadata={"field": field} | ({"did_you_mean": near[0]} if near else {}),
         )

@@ -33,7 +33,12 @@ def test_stopped_while_its_server_starts_it_stops_that_too(
     os.mkfifo(pipe)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "ALIVE": str(pipe)}
     demo = subprocess.Popen(
-        [sys.executable, str(DEMO)], env=environment, stderr=subprocess.PIPE, text=True
+        [sys.executable, str(DEMO)],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A suite that a shell runs in the background ignores SIGINT, and its children would.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     with pipe.open() as alive:
         server = int(alive.readline())

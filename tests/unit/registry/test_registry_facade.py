@@ -224,7 +224,7 @@ GOOD = (UploadFile(CONFIG_FILE, 10, SHA), UploadFile(WEIGHTS_FILE, 10, SHA))
         (UploadRequest("tiny", GOOD), InvalidField, "'tiny' is the base model"),
         (UploadRequest("x", GOOD[:1]), AdapterInvalid, f"{WEIGHTS_FILE} is missing"),
         (UploadRequest("x", GOOD[1:]), AdapterInvalid, f"{CONFIG_FILE} is missing"),
-        (UploadRequest("x", (*GOOD, GOOD[0])), AdapterInvalid, "announced twice"),
+        (UploadRequest("x", (*GOOD, GOOD[0])), AdapterInvalid, "listed twice"),
         (
             UploadRequest("x", (*GOOD, UploadFile("adapter_model.bin", 1, SHA))),
             AdapterInvalid,

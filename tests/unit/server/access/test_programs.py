@@ -149,7 +149,7 @@ def test_a_load_over_https(
     ("role", "more", "told"),
     [
         ("wrong", (), ("unknown, was revoked or has expired", "VENEER_API_KEY")),
-        ("", (), ("wants to know who calls", "VENEER_API_KEY")),
+        ("", (), ("authentication required", "VENEER_API_KEY")),
         ("inference", ("--generate", "1"), ("role publisher", "has inference")),
     ],
 )
@@ -177,7 +177,7 @@ def test_a_load_over_https_that_may_not_be(
     monkeypatch.setenv("OPENAI_API_KEY", key)
     words = ("run", "--openai", secured.url("openai"), "--names", "smollm2-135m", *SMALL)
     done = call(loadtest, "--ca", secured.pki.ca_file, *words)
-    must_refuse(done, "refuses the API key", "OPENAI_API_KEY", secret=key)
+    must_refuse(done, "rejects the API key", "OPENAI_API_KEY", secret=key)
     monkeypatch.delenv("VENEER_CA")
     must_refuse(call(loadtest, *words), "not trusted", "--ca", secret=key)
     done = call(loadtest, "--ca", "/nowhere.pem", *words)

@@ -47,7 +47,7 @@ def test_without_a_compiler_torch_serves_and_says_why(
     found = asked(base, tmp_path, backend="auto")
     assert found.name == "torch"
     assert isinstance(found.backend, Decoder)
-    assert "/nowhere/c++ does not run" in found.why_not_native
+    assert "/nowhere/c++ cannot be run" in found.why_not_native
     # Why the kernels do not serve is words for the operator, here and below: the compiler's,
     # or those of `NativeUnavailable`, which has no more than words.
     with pytest.raises(BackendUnavailable, match=r"/nowhere/c\+\+"):
@@ -156,5 +156,5 @@ def test_prebuilt_kernels_serve_under_a_name_that_says_so(
         file.chmod(0o644)
     found = asked(base, cache_dir, backend="auto")
     assert found.name == "torch"
-    assert "/nowhere/c++ does not run" in found.why_not_native
+    assert "/nowhere/c++ cannot be run" in found.why_not_native
     assert "it is damaged" in found.why_not_native

@@ -113,7 +113,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
 
 
 def pauses(caplog: pytest.LogCaptureFixture) -> list[float]:
-    return [r.args[0] for r in caplog.records if "restarting it" in r.msg]  # type: ignore[index,misc]
+    return [r.args[0] for r in caplog.records if "restarting in" in r.msg]  # type: ignore[index,misc]
 
 
 async def test_repeated_deaths_wait_longer_up_to_a_limit(

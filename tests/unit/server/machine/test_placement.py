@@ -126,7 +126,7 @@ def test_threads_on_several_packages_spread_memory_over_the_nodes_allowed(
     }
     found = placed(TWO, memory, wanted=8, memory_allowed="0-1,3")
     assert (found.threads, found.bound, found.nodes) == (8, (), (0, 1))
-    assert "memory is spread" in found.why
+    assert "memory is interleaved" in found.why
 
 
 def test_without_sys_each_cpu_is_a_core(placed: Placed) -> None:

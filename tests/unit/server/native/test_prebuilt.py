@@ -70,7 +70,7 @@ def with_cpu(monkeypatch: pytest.MonkeyPatch, flags: frozenset[str]) -> None:
 def test_without_a_compiler_it_serves_and_says_why(prebuilt: Path, tmp_path: Path) -> None:
     found = find_library(tmp_path / "cache")
     assert found.file == best(prebuilt)
-    assert "/nowhere/c++ does not run" in found.why_prebuilt
+    assert "/nowhere/c++ cannot be run" in found.why_prebuilt
     assert found.file.name.startswith(f"{Library(found.file).instructions}-")
 
 
@@ -205,7 +205,7 @@ def test_what_is_broken_or_may_be_anybodys_is_not_loaded(
     # Words for the operator, which is what is tested: the doctor says the same.
     with pytest.raises(NativeUnavailable, match=said) as raised:
         find_library(tmp_path / "cache")
-    assert "/nowhere/c++ does not run" in str(raised.value)
+    assert "/nowhere/c++ cannot be run" in str(raised.value)
     if "no prebuilt" not in said:
         assert "install Veneer's wheel again" in str(raised.value)
     config = load_config({"cache_dir": str(tmp_path / "cache"), "device": "cpu"}, {})
@@ -233,4 +233,4 @@ def test_the_doctor_says_which_serves(prebuilt: Path, tmp_path: Path) -> None:
     check = backends.native_check(config)
     assert check.status == "ok"
     assert check.found.startswith("prebuilt, and runs here")
-    assert "/nowhere/c++ does not run" in check.found
+    assert "/nowhere/c++ cannot be run" in check.found
