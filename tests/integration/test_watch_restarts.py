@@ -61,7 +61,7 @@ async def test_it_goes_on_with_a_server_that_was_killed(
             assert "present" in (await line_with(watch.stdout, "chat@"))[-1]
             server.process.kill()
             await server.process.wait()
-            (lost,) = await line_with(watch.stderr, "waiting")
+            (lost,) = await line_with(watch.stderr, "reconnecting")
             assert address in lost
             assert "Ctrl-C" in lost
             async with running_server(data, cache_dir, "--listen", address) as again:

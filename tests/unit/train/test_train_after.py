@@ -141,7 +141,7 @@ def test_what_was_held_out_of_the_training_file_cannot_be_verified(
     run(config(tiny_base, chats, out))
     done = invoke("verify", out, "--base", tiny_base, "--data", chats)
     assert done.exit_code == 1
-    assert "name a data.val file" in done.stderr
+    assert "set data.val in training" in done.stderr
 
 
 @pytest.mark.parametrize(

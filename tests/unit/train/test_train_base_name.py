@@ -97,7 +97,7 @@ def test_what_an_import_left_half_done_is_no_base(cache: Path) -> None:
     (folder / "config.json").write_text("{}")
     done = invoke("plan", "--base", BUNDLED, "--preset", "quick")
     assert done.exit_code == 1
-    assert "no model.safetensors" in done.stderr
+    assert "does not contain model.safetensors" in done.stderr
     assert done.stderr.rstrip().endswith(f"veneer-server model import {BUNDLED}")
 
 
