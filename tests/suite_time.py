@@ -15,7 +15,7 @@ from pathlib import Path
 FILE = Path(__file__).parents[1] / ".cache" / "suite-time.json"
 """Of the last whole run in this checkout."""
 RECORDED_TESTS, RECORDED_MINUTES, RECORDED_LOOPS_PER_S = 8400, 49, 62e6
-"""A whole run on two cores of an AMD EPYC (Zen 3, AVX2), with some work beside it, 2026-11-30."""
+"""A whole run on two cores of an AMD EPYC (Zen 3, AVX2), some work beside it, 2026-11-30."""
 
 
 def record(tests: int, seconds: float) -> None:

@@ -63,7 +63,7 @@ def test_unknown_name_is_told_at_entry(server: FakeServer, client: Driver) -> No
         client.inside(handle, lambda a: None)
     assert caught.value.metadata["did_you_mean"] == "chat"
     # A wrong use of the client is a plain error, whose sentence is the fix.
-    with pytest.raises(RuntimeError, match="inside its `(async )?with`"):
+    with pytest.raises(RuntimeError, match=r"inside its `(async )?with`"):
         _ = handle.info
 
 
