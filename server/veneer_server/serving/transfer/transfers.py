@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from veneer_server.adapters.fetching.fetchers import Fetchers, FetchSettings
 from veneer_server.config import ServerConfig
+from veneer_server.logs import get_logger
 from veneer_server.queues.upload_flow import UploadFlow
 from veneer_server.serving.calls import Calls, Phase
 from veneer_server.serving.local_folders import LocalFolders
@@ -19,6 +20,8 @@ from veneer_server.serving.transfer.watched import WatchedFolder
 from veneer_server.telemetry.watched_series import WatchedSeries
 
 __all__ = ["Transfers"]
+
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,10 @@ class Transfers:
             )
         )
         await asyncio.to_thread(fetchers.clear)
+        for folder in config.lora_root:
+            # Not refused: a disk may be mounted later.
+            if not await asyncio.to_thread(folder.is_dir):
+                _log.warning("there is no such folder: check --lora-root", folder=folder)
         most = config.max_adapter_bytes
         if config.watch_dir is not None:
             watched = WatchedFolder(

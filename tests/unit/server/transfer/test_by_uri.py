@@ -360,6 +360,14 @@ async def test_secrets_are_told_to_nobody(
     assert SECRET not in caplog.text + "".join(map(str, errors))
 
 
+async def test_a_lora_root_that_does_not_exist_is_logged(
+    base_folder: Path, front_cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    missing = tmp_path / "lorra"
+    async with running(base_folder, front_cache, tmp_path / "data", lora_root=str(missing)):
+        assert "there is no such folder: check --lora-root" in caplog.messages
+
+
 async def names(site: Site) -> list[str]:
     return [found.name async for found in site.client.list()]
 
