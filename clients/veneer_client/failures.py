@@ -80,7 +80,7 @@ def to_error(
     if code is grpc.StatusCode.UNAVAILABLE and "CERTIFICATE_VERIFY_FAILED" in message:
         return ServerUnreachable(
             f"the certificate of {address} is not trusted: give its CA certificate (--ca "
-            f"FILE, VENEER_CA) [{message}]",
+            f"FILE, VENEER_CA) ({_distrust(message)})",
             metadata={"address": address, "cause": "certificate"},
         )
     if code is grpc.StatusCode.UNAVAILABLE and "WRONG_VERSION_NUMBER" in message:
@@ -133,6 +133,12 @@ def _in_plain_words(message: str) -> str:
         if found := pattern.fullmatch(message):
             message = found["why"]
     return message[:1].lower() + message[1:]
+
+
+def _distrust(message: str) -> str:
+    """Why a certificate is not trusted, in OpenSSL's words."""
+    found = re.search(r"CERTIFICATE_VERIFY_FAILED: (?P<why>[^:\]]+)", message)
+    return found["why"].strip() if found else message
 
 
 def write_broke(error: grpc.RpcError | grpc.aio.AioRpcError) -> bool:

@@ -300,8 +300,10 @@ async def test_a_client_is_told_what_is_wrong_with_its_address(
     async with front_with(base_folder, front_cache, tmp_path / "front", pki) as front:
         address = front.addresses["grpc"]
         async with AsyncClient(f"https://{address}", retry=RetryPolicy(attempts=1)) as client:
-            with refused(ServerUnreachable, cause="certificate"):
+            with refused(ServerUnreachable, cause="certificate") as untrusted:
                 await client.info(timeout_s=20)
+            for inside in ("handshake", "SSL", "UNKNOWN", "ipv4"):
+                assert inside not in untrusted.value.message
         async with AsyncClient(address, retry=RetryPolicy(attempts=1)) as client:
             with pytest.raises(ServerUnreachable) as caught:
                 await client.info(timeout_s=20)
