@@ -31,7 +31,7 @@ from tests.backends_ran import check_ready_line, server_environment
 CHUNK = 1 << 20
 TEMPLATE = "chat_template.jinja"
 READY_SECONDS = 240
-"""The first start on a machine compiles kernels and quantizes the base, as do two others beside it."""
+"""The first start on a machine compiles kernels and quantizes the base, beside two others."""
 SERVICE = "veneer.v1.InferenceService"
 
 

@@ -5,6 +5,9 @@ valid key (on a server without keys: who have had a request answered well), and 
 all are at first. Each kind has a share of its own: one place in `NEWCOMERS` is kept for
 strangers, so that somebody new always gets in, and no stranger takes a caller's place.
 
+Callers whose requests are all being answered may have all places for a while; once they wait
+again, they give those up that are not theirs, as somebody else comes.
+
 Within its kind a connection goes first that makes no progress (`STALLED_S`, `PROGRESS`), and
 then the least recently used one of the host or tenant that has most. One whose whole request
 is being answered never goes.
@@ -78,6 +81,7 @@ class Places:
         self._watching: _Queues = {}
         self._sending: _Queues = {}
         self._resting: _Queues = {}
+        self._callers_watching: _Queues = {}
 
     def __len__(self) -> int:
         return self._count
@@ -145,8 +149,8 @@ class Places:
             self._wait(place, self._sending if asking else self._resting)
 
     def watches(self, place: Place) -> None:
-        """It has calls that only wait for news: it goes after all others that wait."""
-        self._wait(place, self._watching)
+        """It has calls that only wait for news: it goes after others of its kind that wait."""
+        self._wait(place, self._watching if place.owner is None else self._callers_watching)
 
     def earns(self, place: Place, owner: str) -> Place | None:
         """It is a caller's from now on. Returns the caller's place that must be given up for
@@ -154,8 +158,15 @@ class Places:
         if place.owner == owner:
             return None
         waiting = place.queue is not None
+        name = place.host if place.owner is None else place.owner
+        watching = waiting and any(
+            queues.get(name) is place.queue
+            for queues in (self._watching, self._callers_watching)
+        )
         self._whose_is(place, owner)
-        if waiting:
+        if watching:
+            self.watches(place)
+        elif waiting:
             self._wait(place, self._resting if self.keyless else self._sending)
         return self._of_callers(place) if self.crowded else None
 
@@ -176,6 +187,7 @@ class Places:
         """
         found = self._worst(self._strangers, self._clock() - STALLED_S)
         found = found or next(iter(delayed), None)
+        found = found or (self._of_callers(None) if self.crowded else None)
         if found or self._strangers:
             return found or self._worst(self._strangers, before)
         return self._worst(self._watching) or (self._of_callers(None) if self.keyless else None)
@@ -184,32 +196,46 @@ class Places:
         """Whether no other place waits that could be given up for this stranger's."""
         mine = self._strangers.get(place.host)
         others = len(self._strangers) > 1 or mine is None or len(mine) > 1 or self._watching
-        return not others and not (self.keyless and (self._resting or self._sending))
+        callers = self._resting or self._sending or self._callers_watching
+        return not others and not ((self.keyless or self.crowded) and callers)
 
     @property
     def _all(self) -> tuple[_Queues, ...]:
-        return self._strangers, self._watching, self._sending, self._resting
+        return (
+            self._strangers,
+            self._watching,
+            self._sending,
+            self._resting,
+            self._callers_watching,
+        )
 
     def _of_callers(self, but: Place | None) -> Place | None:
         """A caller's place. Args: but: not this one."""
         late = self._clock() - STALLED_S
         if (found := self._worst(self._sending, late)) not in (None, but):
             return found
-        worst, most = None, 0
-        for queues in (self._resting, self._sending):
-            for queue in queues.values():
-                first = next((each for each in queue if each is not but), None)
-                if first is not None and (count := self._of[first.whose]) > most:
-                    worst, most = first, count
-        return worst
+        resting = (*self._resting.values(), *self._sending.values())
+        return self._of_most(resting, but=but) or self._of_most(
+            self._callers_watching.values(), but=but
+        )
 
     def _worst(self, queues: _Queues, before: float = float("inf")) -> Place | None:
         """The place that made progress longest ago, of the host or owner that has most.
         Args: before: only one that has made none since then."""
+        return self._of_most(queues.values(), before)
+
+    def _of_most(
+        self,
+        queues: Iterable[OrderedDict[Place, None]],
+        before: float = float("inf"),
+        but: Place | None = None,
+    ) -> Place | None:
         worst, most = None, 0
-        for queue in queues.values():
-            first = next(iter(queue))
-            if first.since < before and (count := self._of[first.whose]) > most:
+        for queue in queues:
+            first = next((each for each in queue if each is not but), None)
+            if first is None or first.since >= before:
+                continue
+            if (count := self._of[first.whose]) > most:
                 worst, most = first, count
         return worst
 

@@ -78,11 +78,46 @@ def test_what_has_just_come_can_stay_for_a_while_and_nobody_is_closed_for_it() -
 def test_callers_that_have_left_make_room_for_callers() -> None:
     _, places = filled(keyless=False)
     joined = [places.join("a") for _ in range(MOST)]
-    found = [places.earns(place, "a") for place in joined]
+    share = MOST - MOST // NEWCOMERS
+    for place in joined[:share]:
+        assert places.earns(place, "a") is None
+    for place in joined[share:]:
+        assert places.earns(place, "a") in joined[:share]
     assert places.crowded
-    assert found[-1] in joined
     for place in joined[: MOST // NEWCOMERS]:
         places.leave(place)
+    assert not places.crowded
+    late = places.join("b")
+    assert places.earns(late, "b") in joined
+
+
+@pytest.mark.parametrize("keyless", [True, False])
+@pytest.mark.parametrize("afterwards", ["rest", "send", "watch"])
+def test_callers_who_were_all_answered_at_once_give_up_what_is_not_theirs(
+    keyless: bool, afterwards: str
+) -> None:
+    """While they are answered nobody can be closed; later a newcomer can."""
+    _, places = filled(keyless)
+    callers = [places.join("a") for _ in range(MOST)]
+    for place in callers:
+        places.busy(place)
+    for place in callers:
+        assert places.earns(place, "team-a") is None
+    busy = places.join("b")
+    assert places.alone(busy)
+    places.leave(busy)
+    for place in callers:
+        if afterwards == "watch":
+            places.watches(place)
+        else:
+            places.waits(place, asking=afterwards == "send")
+    for n in range(MOST // NEWCOMERS):
+        new = places.join(f"10.0.0.{n}")
+        assert not places.alone(new)
+        victim = places.victim()
+        assert victim in callers
+        places.leave(victim)
+        callers.remove(victim)
     assert not places.crowded
 
 

@@ -35,6 +35,9 @@ _LOOK_S: Final = 0.005
 """How long there may be too many connections: what has arrived on the new ones is read first,
 so that a whole request is never dropped unread."""
 
+_MOST_CLOSING, _CLOSING_S = UNREAD // 2, 1.0
+"""Connections that may go on sending after a refusal, and for how many seconds."""
+
 _log = get_logger(__name__)
 
 # Silences uvicorn's warnings about bad requests, which we log ourselves, and about
@@ -86,6 +89,7 @@ def connection_class(
     by_caller: dict[str, Connection] = {}
     by_place: dict[Place, Connection] = {}
     refused: dict[Place, None] = {}
+    closing: set[Connection] = set()
     refusal = _too_many_connections(most)
 
     class Connection(H11Protocol):
@@ -155,7 +159,7 @@ def connection_class(
                 h11.EndOfMessage(),
             ):
                 self.transport.write(self.conn.send(event))
-            self.transport.close()
+            self._close_read()
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             self.app_state = {
@@ -172,7 +176,7 @@ def connection_class(
             if full and next(_delayed(), None) is None:
                 self.give_way()  # all others are being answered
                 return
-            if len(places) > most + UNREAD:
+            if len(places) > most + UNREAD - _MOST_CLOSING:
                 _trim()
             elif len(places) == most + 1:
                 self.loop.call_later(_LOOK_S, _trim)
@@ -191,7 +195,19 @@ def connection_class(
                 self.cycle.message_event.set()
             self._refused = True
             self.transport.write(refusal)
-            self.transport.close()
+            self._close_read()
+
+        def _close_read(self) -> None:
+            """Close once the client has, or soon. What it still sends is read and discarded:
+            unread, it would turn the close into a reset, and the answer would be lost."""
+            if len(closing) >= _MOST_CLOSING:
+                self.transport.close()
+                return
+            closing.add(self)
+            if self.transport.can_write_eof():
+                self.transport.write_eof()
+            self.flow.resume_reading()
+            self.loop.call_later(_CLOSING_S, self.transport.abort)
 
         def _earned(self, owner: str) -> None:
             """It has shown a valid key of this tenant; without keys it was answered well."""
@@ -241,6 +257,7 @@ def connection_class(
             if self._late is not None:
                 self._late.cancel()
             self._leave()
+            closing.discard(self)
             super().connection_lost(exc)
 
         def _watch(self) -> None:

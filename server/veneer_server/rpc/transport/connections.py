@@ -131,16 +131,12 @@ class Connections:
             return
         if progressed:
             self._places.progressed(known.place)
-        if known.whole > known.watching or (known.whole and not self._may_go(known)):
+        if known.whole > known.watching:
             self._places.busy(known.place)
         elif known.watching:
             self._places.watches(known.place)
         else:
             self._places.waits(known.place, asking=known.calls > 0)
-
-    def _may_go(self, known: _Connection) -> bool:
-        """Whether it may be closed while its calls only watch."""
-        return self._places.keyless or known.place.owner is None
 
     def earned(self, known: _Connection, tenant: str) -> None:
         """A connection is a caller's from now on."""

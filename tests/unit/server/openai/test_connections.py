@@ -134,6 +134,37 @@ async def test_another_tenant_takes_no_place_either(
         assert len(opened) == 1, "its connection was dropped"
 
 
+async def test_a_pool_of_another_tenant_takes_no_place_either(
+    base_folder: Path, front_cache: Path, tmp_path: Path
+) -> None:
+    """It has asked on all connections at once, and keeps them."""
+    flags = {"max_connections": str(MOST)}
+    async with shared(base_folder, front_cache, tmp_path, **flags) as asks:
+        mine, other = (
+            {"authorization": f"Bearer {asks.caller(name, 'inference').key}"}
+            for name in ("team-a", "team-b")
+        )
+        engine = asks.front.engine
+        url = f"http://{asks.front.addresses['openai']}/v1/completions"
+        async with httpx.AsyncClient(trust_env=False, timeout=60) as pool:
+            for _ in range(2):
+                engine.pace = asyncio.Semaphore(0)
+                calls = [
+                    asyncio.create_task(pool.post(url, json=TEXT, headers=other))
+                    for _ in range(MOST)
+                ]
+                while engine.in_flight < MOST:  # noqa: ASYNC110
+                    await asyncio.sleep(0.005)
+                for _ in range(64 * MOST):
+                    engine.pace.release()
+                for answer in await asyncio.gather(*calls):
+                    assert answer.status_code == 200, answer.text
+                for _ in range(5):
+                    async with httpx.AsyncClient(trust_env=False, timeout=60) as new:
+                        answer = await new.post(url, json=TEXT, headers=mine)
+                        assert answer.status_code == 200, answer.text
+
+
 async def test_where_all_are_answered_a_new_one_is_told_so(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:
@@ -149,6 +180,12 @@ async def test_where_all_are_answered_a_new_one_is_told_so(
             reader, writer = await asyncio.open_connection(host, int(port))
             assert (await reader.read()).startswith(b"HTTP/1.1 429")
             writer.close()
+            for _ in range(8):
+                long = {**TEXT, "user": "u" * (1 << 20)}
+                async with httpx.AsyncClient(trust_env=False, timeout=60) as new:
+                    refused = await new.post(url, json=long)
+                assert refused.status_code == 429
+                assert refused.headers["retry-after"] == "1"
             for _ in range(64):
                 front.engine.pace.release()
             for answer in await asyncio.gather(*calls):
