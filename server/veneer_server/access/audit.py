@@ -4,12 +4,13 @@ Lines say who, what, on which revision, from where and with which outcome; never
 prompt or a path. A thread of their own writes them. A disk that is full or slow stops no call:
 lines that cannot be written are counted.
 
-No caller can make the log forget what others did, so lines go to three histories, each rotated
-by itself:
+Callers without a key cannot make the log forget a change, and a caller's changes within its share
+cannot be displaced, so lines go to three histories, each rotated by itself:
 
 - ``audit.jsonl``: calls that change something, of callers who are known, up to a share of bytes
   for each caller;
-- ``audit.frequent.jsonl``: changes of a caller beyond its share, all of them;
+- ``audit.frequent.jsonl``: changes of callers beyond their share, all of them, until newer ones
+  of any caller displace them;
 - ``audit.refused.jsonl``: refusals of callers without a valid key, and other refusals: samples,
   by host, method and reason. What is left out is counted, and a line a minute says how much.
 """
@@ -28,6 +29,7 @@ from pathlib import Path
 from queue import Empty, Full, Queue
 from threading import Lock, Thread
 from typing import Final, NamedTuple
+from urllib.parse import unquote
 
 from veneer_registry.errors import InvalidField, VeneerError
 
@@ -35,6 +37,7 @@ from veneer_server.access.lasting import ENDED
 from veneer_server.access.methods import AUDITED
 from veneer_server.access.principal import ANYONE, PRINCIPAL, Principal
 from veneer_server.logs import REQUEST_ID, get_logger
+from veneer_server.queues.connection_places import host_of
 from veneer_server.queues.recent import Recent
 
 __all__ = ["MOST_BYTES", "Audit"]
@@ -228,7 +231,7 @@ class Audit:
                 return _History.CHANGES
             if changed:
                 return _History.FREQUENT
-        host = peer.rpartition(":")[0]
+        host = host_of(unquote(peer).removeprefix("ipv4:").removeprefix("ipv6:"))
         taken = self._refusals.take(who, host, (method, reason), size, now)
         return _History.REFUSED if taken else None
 

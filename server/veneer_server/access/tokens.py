@@ -114,7 +114,7 @@ class Tokens:
 
         Raises:
             Unauthenticated: it is not valid.
-            Unavailable: the issuer's keys could not be fetched yet.
+            Unavailable: the issuer does not answer, and none of its keys is known.
         """
         try:
             header = jwt.get_unverified_header(token)
@@ -123,6 +123,8 @@ class Tokens:
         if header.get("alg") not in _ALGORITHMS:
             raise _refused("the token is not signed with an allowed algorithm")
         key = await self._key(header.get("kid"))
+        if key is None and self._failing and not self._keys:
+            raise _unavailable()
         if key is None:
             raise _refused("the token is signed with a key that its issuer does not publish")
         try:
@@ -235,11 +237,7 @@ class Tokens:
             self._failing = True
             _log.warning("the token issuer's keys cannot be fetched", why=str(error))
             if not self._keys:
-                raise Unavailable(
-                    "tokens cannot be verified yet because their issuer does not answer: retry",
-                    retry_after_s=FETCH_S,
-                    metadata={"cause": "issuer"},
-                ) from error
+                raise _unavailable() from error
         finally:
             self.fetching = None
 
@@ -325,6 +323,14 @@ def _check_url(url: str) -> None:
             "machine: anyone who can tamper with its answers could call this server",
             metadata={"key": "jwt_keys"},
         )
+
+
+def _unavailable() -> Unavailable:
+    return Unavailable(
+        "tokens cannot be verified because their issuer does not answer: retry",
+        retry_after_s=FETCH_S,
+        metadata={"cause": "issuer"},
+    )
 
 
 def _refused(why: str) -> Unauthenticated:

@@ -174,7 +174,7 @@ class Edge:
                 403,
                 "host_not_allowed",
                 f"the Host {(host or b'').decode('latin-1')[:100]!r} is not one of this "
-                "server's names: call it as localhost, or start it with --allowed-hosts NAME",
+                "server's names: call it by its address, or start it with --allowed-hosts NAME",
             )
 
     async def _admit(
@@ -217,8 +217,8 @@ class Edge:
             raise HttpError(
                 403,
                 "origin_not_allowed",
-                f"a web page of {page[:100]} may not call a server without keys: start it "
-                "with --cors-origin ORIGIN",
+                f"a web page of {page[:100]} may not call this server without a key: send one, "
+                "or start the server with --cors-origin ORIGIN",
             )
         if verb == "POST" and ("origin" in headers or "sec-fetch-site" in headers):
             check_json(headers.get("content-type", ""))

@@ -32,8 +32,9 @@ _PASSING: Final = frozenset(
     {
         *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT),
         *(errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.EHOSTDOWN, errno.ENOTCONN),
-        *(errno.ENODEV, errno.ENXIO, errno.EREMOTEIO, errno.ECONNREFUSED, errno.ENOBUFS),
+        *(errno.ENODEV, errno.ENXIO, errno.ECONNREFUSED, errno.ENOBUFS),
         *(errno.EHOSTUNREACH, errno.ENETUNREACH),
+        getattr(errno, "EREMOTEIO", errno.EIO),  # Linux has it
     }
 )
 """Errors of this machine, its disk or a network disk; others are about the path."""

@@ -30,8 +30,9 @@ ANY_HOST: Final = "*"
 """As an allowed host: every name is allowed."""
 
 _HOST: Final = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]]*))(?::(\d*))?")
-_NOBODYS: Final = (".localhost", ".svc", ".cluster.local", ".internal")
-"""Ends of names that no stranger can register: reserved ones, and those of Kubernetes."""
+_NOBODYS: Final = (".localhost", ".svc", ".local", ".internal", ".home.arpa", ".test")
+"""Ends of names that no stranger can register: reserved ones (RFC 6761, 6762 and 8375, ICANN's
+.internal), and those of Kubernetes."""
 _PORTS: Final = {"http": "80", "https": "443"}
 
 

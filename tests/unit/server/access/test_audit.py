@@ -271,6 +271,17 @@ def test_a_stranger_s_flood_hides_no_other_host_and_no_caller(tmp_path: Path) ->
     assert of(tmp_path) == []
 
 
+@pytest.mark.parametrize("form", ["ipv6:%5B2001:db8:0:{}::{:x}%5D:1", "2001:db8:0:{}::{:x}:1"])
+def test_a_network_of_ipv6_is_one_host(tmp_path: Path, form: str) -> None:
+    """One machine has 2**64 addresses; all of them have the share of one."""
+    log = Log(tmp_path)
+    for n in range(1, 2000):
+        log.note(ANYONE, Unauthenticated("no"), method=GENERATE, peer=form.format(6, n))
+    log.note(ANYONE, Unauthenticated("no"), method=GENERATE, peer=form.format(7, 1))
+    log.audit.close()
+    assert form.format(7, 1) in [line.get("from") for line in of(tmp_path, ".refused")]
+
+
 def test_callers_of_two_tenants_with_one_name_have_a_share_each(tmp_path: Path) -> None:
     """Names such as "ci" are common, and a tenant's key may be called like another's."""
     log = Log(tmp_path)
