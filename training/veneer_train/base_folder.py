@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from veneer_registry.bundled_base import BUNDLED, CACHE_DIR, CACHE_VARIABLE, bundled_folder
 from veneer_registry.errors import InvalidField
+from veneer_registry.terminal import Guard
 
-__all__ = ["resolve_base"]
+__all__ = ["progress_bar", "resolve_base"]
 
 _FIX: Final = (
     f"give a Hugging Face folder, a hub name or {BUNDLED} as model.path or with --base"
@@ -42,13 +44,30 @@ def resolve_base(path: str) -> Path:
 
     try:
         return Path(
-            snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.jinja"])  # nosec B615 # the user names the base
+            snapshot_download(  # nosec B615 # the user names the base
+                path,
+                allow_patterns=["*.json", "*.safetensors", "*.jinja"],
+                tqdm_class=progress_bar(),
+            )
         )
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise InvalidField(
             f"{path!r} is neither a local folder nor a model on the hub: {_FIX}",
             metadata={"field": "model.path"},
         ) from error
+
+
+def progress_bar() -> type[Any]:
+    """The hub's bar, which draws itself again over its own line: a `Guard` would show how."""
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            stream = sys.stderr
+            options["file"] = stream.raw if isinstance(stream, Guard) else stream
+            super().__init__(*args, **options)  # type: ignore[no-untyped-call]
+
+    return Bar
 
 
 def _imported() -> Path:

@@ -4,8 +4,8 @@ Lines say who, what, on which revision, from where and with which outcome; never
 prompt or a path. A thread of their own writes them. A disk that is full or slow stops no call:
 lines that cannot be written are counted.
 
-Callers without a key cannot make the log forget a change, and a caller's changes within its share
-cannot be displaced, so lines go to three histories, each rotated by itself:
+No caller can make the log forget a change that another made within its share, and a caller
+without a key can make it forget none. So lines go to three histories, each rotated by itself:
 
 - ``audit.jsonl``: calls that change something, of callers who are known, up to a share of bytes
   for each caller;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -11,8 +12,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 from veneer_registry.bundled_base import BUNDLED
+from veneer_registry.terminal import guarded
 from veneer_server.config import load_config as server_config
 from veneer_server.models.source import bundled_folder, resolve_base
+from veneer_train.base_folder import progress_bar
 from veneer_train.base_folder import resolve_base as train_base
 from veneer_train.cli import app
 from veneer_train.config import load_config
@@ -137,3 +140,15 @@ def test_torch_is_not_imported_for_it(cache: Path, arguments: list[str]) -> None
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert done.stdout.endswith("set()\n")
+
+
+def test_a_download_s_bar_is_drawn_over_its_own_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although a terminal does not obey what other people write."""
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+    raw = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", raw)
+    with guarded(), progress_bar()(total=2, mininterval=0) as bar:
+        bar.update()
+        bar.update()
+    assert "\r" in raw.getvalue()
+    assert "\\r" not in raw.getvalue()
