@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
@@ -266,7 +267,8 @@ class EngineClient:
         counts: Counts | None = None,
     ) -> AsyncGenerator[SequenceOutput, None]:
         """Submit a sequence; yields a `SequenceOutput` for each step it took part in.
-        Outputs that are waiting when the caller comes back (a slow reader) are joined.
+        Outputs that are waiting when the caller comes back (a slow reader) are joined. The
+        first one's ``queue_seconds`` begin with the first iteration.
 
         The caller holds a place for its request, see `Places`; a further sample first waits
         for a place of its own. Raises, at the first iteration,
@@ -279,7 +281,7 @@ class EngineClient:
             counts: told what is computed.
         """
         seat = None if place is None else self.places.take(place)
-        ended = False
+        asked, ended = time.monotonic(), False
         while not ended:
             self._check_ready()
             while place is not None and (seat is None or seat.returned):
@@ -304,6 +306,12 @@ class EngineClient:
                     self._supervisor.write(Submit(number, request))
                     while not ended:
                         output = await stream.get()
+                        if output.queue_seconds and request.arrived is not None:
+                            # The engine counts from its request's arrival.
+                            waited = output.queue_seconds - (asked - request.arrived)
+                            output = msgspec.structs.replace(
+                                output, queue_seconds=max(0.0, waited)
+                            )
                         count += len(output.tokens)
                         ended = output.finish is not None
                         if output.finish in ("stop", "length"):

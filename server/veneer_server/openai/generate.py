@@ -12,7 +12,6 @@ from typing import Final
 
 from veneer_registry.errors import InvalidField
 
-from veneer_server.access.principal import PRINCIPAL
 from veneer_server.engine_client.places import Place
 from veneer_server.logs import REQUEST_ID
 from veneer_server.openai.answers import Answer, Piece
@@ -28,6 +27,7 @@ from veneer_server.quotas.meter import Metered
 from veneer_server.serving.answer_room import Held
 from veneer_server.serving.generation import Generation
 from veneer_server.serving.records import GenerateCall
+from veneer_server.serving.who import sender
 
 __all__ = ["ChatEndpoint", "CompletionEndpoint", "GenerateEndpoint", "Job"]
 
@@ -112,8 +112,7 @@ class CompletionEndpoint(GenerateEndpoint):
 
 async def _answer(core: Core, job: Job, reply: Reply) -> None:
     # Until the caller has read it, however long after the last token.
-    tenant = PRINCIPAL.get().tenant
-    with core.generator.answers.answer(tenant, len(job.calls)) as held:
+    with core.generator.answers.answer(sender(), len(job.calls)) as held:
         await (_stream if job.stream else _collect)(core, job, held, reply)
 
 

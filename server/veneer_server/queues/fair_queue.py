@@ -84,6 +84,16 @@ class FairQueue(Generic[K, T]):
             self._forget_if_empty(key)
             self._count -= 1
 
+    def drop(self, unwanted: Callable[[T], bool]) -> None:
+        """Remove items, all at once: with many of them, one at a time takes far longer."""
+        for key, queue in list(self._queues.items()):
+            kept = [item for item in queue if not unwanted(item)]
+            if len(kept) < len(queue):
+                self._count -= len(queue) - len(kept)
+                queue.clear()
+                queue.extend(kept)
+                self._forget_if_empty(key)
+
     def _forget_if_empty(self, key: K) -> None:
         if not self._queues[key]:
             del self._queues[key]
@@ -111,6 +121,10 @@ class SenderQueue(Generic[T]):
     def remove(self, sender: Sender, item: T) -> None:
         """Remove an item, if it is still waiting."""
         self._queue.remove(sender, item)
+
+    def drop(self, unwanted: Callable[[T], bool]) -> None:
+        """Remove items, see `FairQueue.drop`."""
+        self._queue.drop(unwanted)
 
     def pop(
         self, may: Callable[[Sender], bool] = lambda sender: True

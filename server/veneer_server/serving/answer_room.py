@@ -6,7 +6,11 @@ bytes that they and token ids can take are computed from the request, once the p
 are known and before the engine gets it, and compared with a bound.
 
 What callers have not read yet counts towards `MAX_HELD`. An answer with scores of its prompt
-waits while its tenant holds half of that, or all tenants hold all of it.
+waits while its tenant holds half of that, or all tenants hold all of it. Whoever reads slowly,
+or not at all, must keep nobody else waiting. So a party (a key, a host where callers have no
+keys, a gateway's user) that holds nothing is let in, unless several others of its tenant hold
+all of it together; what one of them holds counts up to a quarter. A party of which nothing is
+let in for `PATIENCE_S` is refused.
 """
 
 from __future__ import annotations
@@ -18,14 +22,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
-from veneer_registry.errors import InvalidField
+from veneer_registry.errors import InvalidField, QueueFull
 
 from veneer_server.queues.fair_queue import FairQueue
+from veneer_server.queues.fairness import Sender
 from veneer_server.text.tokenizer import TokenNames
 
 __all__ = [
     "MAX_ANSWER",
     "MAX_HELD",
+    "PATIENCE_S",
     "AnswerForm",
     "AnswerRoom",
     "AnswerSize",
@@ -39,6 +45,13 @@ MAX_ANSWER: Final = 64 << 20
 MAX_HELD: Final = 64 << 20
 """Bytes of all answers' log-probabilities that callers have not read yet, from which on an
 answer with those of its prompt waits. A tenant that holds none is always let in."""
+
+PATIENCE_S: Final = 120.0
+"""How long an answer waits for that, and no other of its party is let in, before its request is
+refused. A party's many answers let one another in as they end."""
+
+_RETRY_S: Final = 10.0
+"""When to come back then: who reads slowly does so for minutes."""
 
 _SCORE_BYTES: Final = 128
 """Of one token's log-probability, beside those of likely tokens, until it is written."""
@@ -83,7 +96,7 @@ class AnswerForm:
         prompts: those of its prompt, in each place where it has them.
         ids: bytes of each of the answer's token ids, 0 without them.
         prompt_ids: the same of the prompt's, in all copies.
-        prompt_field: what asks for most of what belongs to the prompt.
+        prompt_field: what asks for its prompt's log-probabilities.
         largest: most bytes of all.
         instead: what a caller beyond it may do, beside asking for less.
     """
@@ -105,11 +118,14 @@ class AnswerSize:
         held: of the prompt's scores, once, and of its text in all copies.
         fixed: of all that depends on the prompt.
         token: of each token of the answer.
+        prompt_field, field: what asks for most of `fixed`, and of `token`.
     """
 
     held: int
     fixed: int
     token: int
+    prompt_field: str = ""
+    field: str = ""
 
     @classmethod
     def of(
@@ -127,74 +143,118 @@ class AnswerSize:
             answer's; None: without log-probabilities.
         echoed: characters of the prompt's text in all copies.
         """
-        # A control character is six characters of JSON.
-        held, fixed, token = echoed, 6 * echoed + prompt_tokens * form.prompt_ids, form.ids
+        held, prompt, own = echoed, Counter[str](), Counter({"return_token_ids": form.ids})
+        prompt["output.echo"] = 6 * echoed  # a control character is six characters of JSON
+        prompt["return_token_ids"] = prompt_tokens * form.prompt_ids
         for each in form.prompts if prompt_tops is not None else ():
             once = prompt_tokens * each.position(names, prompt_tops or 0)
             held += once
-            fixed += once * each.copies
+            prompt[form.prompt_field] += once * each.copies
         if tops is not None:
-            token += form.own.copies * form.own.position(names, tops)
-        return cls(held, fixed, token)
+            field = "output.top_logprobs" if tops else "output.logprobs"
+            own[field] = form.own.copies * form.own.position(names, tops)
+        most = [each.most_common(1)[0][0] for each in (prompt, own)]
+        return cls(held, prompt.total(), own.total(), *most)
 
 
 class AnswerRoom:
     """What all answers hold. Belongs to one event loop."""
 
-    def __init__(self, most: int = MAX_HELD) -> None:
+    def __init__(self, most: int = MAX_HELD, *, patience_s: float = PATIENCE_S) -> None:
         self._most = most
-        self._by_tenant: Counter[str] = Counter()
-        self._waiting: FairQueue[str, tuple[str, int, asyncio.Future[None]]] = FairQueue()
+        self._patience_s = patience_s
+        self._held: Counter[tuple[str, ...]] = Counter()
+        """Bytes by party, by key, by tenant, and of all."""
+        self._counted: Counter[tuple[str, ...]] = Counter()
+        """The same by key and by tenant, each member counting up to a quarter."""
+        self._waiting: FairQueue[tuple[str, str, str], tuple[int, asyncio.Future[None]]] = (
+            FairQueue()
+        )
+        self._entered: Counter[tuple[str, ...]] = Counter()
+        """How many of a party were let in while others of it wait."""
 
     @property
     def held(self) -> int:
         """Bytes."""
-        return self._by_tenant.total()
+        return self._held[()]
 
     @contextmanager
-    def answer(self, tenant: str, prompts: int = 1) -> Iterator[Held]:
+    def answer(self, whose: Sender, prompts: int = 1) -> Iterator[Held]:
         """The room of an answer to so many prompts, until the block ends."""
-        held = Held(self, tenant, prompts)
+        held = Held(self, whose, prompts)
         try:
             yield held
         finally:
-            self.add(tenant, -held.bytes)
+            self.add(whose, -held.bytes)
 
-    async def take(self, tenant: str, wanted: int) -> None:
-        """Wait until there is room, and take so many bytes of it."""
+    async def take(self, whose: Sender, wanted: int) -> None:
+        """Wait until there is room, and take so many bytes of it. Raises QueueFull if nothing
+        of the party is let in for long."""
+        party = whose.party
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        waiter = tenant, wanted, turn
-        self._waiting.push(tenant, waiter)
+        waiter = wanted, turn
+        self._waiting.push(party, waiter)
         self._let_in()
         try:
-            await turn
-        except asyncio.CancelledError:
-            self._waiting.remove(tenant, waiter)
-            if turn.done() and not turn.cancelled():
-                self.add(tenant, -wanted)
+            while not turn.done():
+                before = self._entered[party]
+                await asyncio.wait({turn}, timeout=self._patience_s)
+                if not turn.done() and self._entered[party] == before:
+                    raise self._full(whose)
+        except BaseException:
+            if turn.done():
+                self.add(whose, -wanted)
+            turn.cancel()
             raise
+        finally:
+            self._waiting.remove(party, waiter)
+            if not self._waiting.waiting(party):
+                del self._entered[party]
 
-    def add(self, tenant: str, count: int) -> None:
+    def add(self, whose: Sender, count: int) -> None:
         """Take room without waiting, or give some back."""
-        self._by_tenant[tenant] += count
-        if not self._by_tenant[tenant]:
-            del self._by_tenant[tenant]
+        party = whose.party
+        self._held[()] += count
+        for depth in range(1, len(party) + 1):
+            group, outer = party[:depth], party[: depth - 1]
+            before = self._held[group]
+            now = self._held[group] = before + count
+            self._counted[outer] += min(now, self._most // 4) - min(before, self._most // 4)
+            for counter, name in ((self._held, group), (self._counted, outer)):
+                if not counter[name]:
+                    del counter[name]
         if count < 0:
             self._let_in()
 
     def _let_in(self) -> None:
-        while (found := self._waiting.pop(self._rank)) is not None:
-            tenant, wanted, turn = found
-            if not turn.done():
-                self.add(tenant, wanted)  # before the call goes on
-                turn.set_result(None)
+        while (found := self._waiting.pop_with_key(self._rank)) is not None:
+            party, (wanted, turn) = found
+            if turn.done():  # its caller has left, and perhaps others with it
+                self._waiting.drop(lambda waiter: waiter[1].done())
+                continue
+            self._entered[party] += 1
+            self.add(Sender(*party), wanted)  # before the call goes on
+            turn.set_result(None)
 
-    def _rank(self, tenant: str) -> tuple[float, ...] | None:
-        """A tenant may hold one answer more than its half."""
-        own = self._by_tenant[tenant]
-        if own and (own >= self._most // 2 or self.held >= self._most):
-            return None
-        return (own > 0,)
+    def _rank(self, party: tuple[str, str, str]) -> tuple[float, ...] | None:
+        """Who holds least is next: of the tenants, of a tenant's keys, of a key's users. None:
+        it must wait."""
+        tenant, key, own = (self._held[party[:depth]] for depth in (1, 2, 3))
+        if own:
+            wait = tenant >= self._most // 2 or self.held >= self._most
+        else:
+            wait = any(self._counted[party[:depth]] >= self._most for depth in (1, 2))
+        return None if wait else (tenant, key, own)
+
+    def _full(self, whose: Sender) -> QueueFull:
+        return QueueFull(
+            f"{self.held} bytes of log-probabilities have not been read yet, "
+            f"{self._held[whose.party]} of them yours, and there has been no room for those of "
+            f"your prompts for {self._patience_s:g} s: read answers to their end, and retry "
+            "later",
+            metadata={"cause": "unread_answers"},
+            retry_after_s=_RETRY_S,
+        )
 
 
 class Held:
@@ -204,10 +264,10 @@ class Held:
         bytes: held now.
     """
 
-    def __init__(self, room: AnswerRoom, tenant: str, prompts: int) -> None:
+    def __init__(self, room: AnswerRoom, whose: Sender, prompts: int) -> None:
         self.bytes = 0
         self._room = room
-        self._tenant = tenant
+        self._whose = whose
         self._uncounted = prompts
         self._counted = asyncio.Event()
         self._whole = 0
@@ -231,6 +291,7 @@ class Held:
 
         Raises:
             InvalidField: the answer may become too large.
+            QueueFull: there was no room for long.
         """
         # Each of several prompts may use an equal part of what those before it have left.
         left = (form.largest - self._whole) // max(1, self._uncounted) - size.fixed
@@ -239,7 +300,10 @@ class Held:
         whole = size.fixed + size.token * most * n
         self._whole += whole
         if self._whole > form.largest:
-            raise _too_large(self._whole, form, size.fixed > whole // 2)
+            if size.fixed > whole // 2:
+                less = "a shorter prompt, fewer prompts"
+                raise _too_large(self._whole, form, size.prompt_field, less)
+            raise _too_large(self._whole, form, size.field, "a smaller max_tokens")
         self._prompts += size.held
         self._uncounted -= 1
         if not self._uncounted:
@@ -247,7 +311,7 @@ class Held:
         await self._counted.wait()  # none begins of an answer that is too large
         async with self._entering:
             if self._prompts and not self._entered:
-                await self._room.take(self._tenant, self._prompts)
+                await self._room.take(self._whose, self._prompts)
                 self.bytes += self._prompts
                 self._entered = True
         return most
@@ -261,17 +325,18 @@ class Held:
         """
         count = tokens * _SCORE_BYTES + tops
         self.bytes += count
-        self._room.add(self._tenant, count)
+        self._room.add(self._whose, count)
 
 
-def _too_large(size: int, form: AnswerForm, by_prompt: bool) -> InvalidField:
-    """Args: by_prompt: most of it is the prompt's."""
-    field, less = "output.top_logprobs", "a smaller max_tokens"
-    if by_prompt:
-        field, less = form.prompt_field, "a shorter prompt, fewer prompts"
+def _too_large(size: int, form: AnswerForm, field: str, less: str) -> InvalidField:
+    """Args:
+    field: what asks for most of it.
+    less: what makes that smaller.
+    """
+    last = "fewer likely tokens" if field.endswith("logprobs") else "leave it out"
     return InvalidField(
-        f"{field}: the log-probabilities and token ids of this answer could take {size} "
-        f"bytes, more than the maximum of {form.largest}: ask for {less}, fewer samples, or "
-        f"fewer likely tokens{form.instead}",
+        f"{field}: the log-probabilities, token ids and repeated prompts of this answer could "
+        f"take {size} bytes, more than the maximum of {form.largest}: ask for {less}, fewer "
+        f"samples, or {last}{form.instead}",
         metadata={"field": field, "bytes": str(size), "largest": str(form.largest)},
     )

@@ -152,9 +152,7 @@ class Generator:
                 self.place(call.n, time_remaining)
                 if place is None
                 else nullcontext(place) as placed,
-                self.answers.answer(PRINCIPAL.get().tenant)
-                if held is None
-                else nullcontext(held) as answer,
+                self.answers.answer(sender()) if held is None else nullcontext(held) as answer,
             ):
                 plan = self._plan(call, lease)
                 prompt = await self._prompt(call, lease)

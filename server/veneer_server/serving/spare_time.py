@@ -3,7 +3,7 @@
 Writing an answer of 60 MB takes seconds. On the event loop nobody else would be answered
 meanwhile, and a busy thread takes the interpreter's lock and a core from every stream. So such
 work is cut in pieces of about a millisecond. One thread does them, and sleeps between
-them for longer than it worked. Tenants take turns by piece.
+them for longer than it worked. Senders take turns by piece.
 
 A piece must not be one long call into C: the thread would keep the interpreter's lock.
 """
@@ -21,7 +21,9 @@ from typing import Any, Final, TypeVar
 from veneer_registry.errors import QueueFull
 
 from veneer_server.access.principal import PRINCIPAL
-from veneer_server.queues.fair_queue import FairQueue
+from veneer_server.queues.fair_queue import SenderQueue
+from veneer_server.queues.fairness import Sender
+from veneer_server.serving.who import sender
 
 __all__ = ["MAX_WAITING", "SpareTime", "WorkBreaks"]
 
@@ -66,13 +68,13 @@ class WorkBreaks:
 
 
 class SpareTime:
-    """One thread, whose next piece is that of the tenant whose turn it is. Belongs to one event
+    """One thread, whose next piece is that of the sender whose turn it is. Belongs to one event
     loop."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "spare-time")
         self._breaks = WorkBreaks()
-        self._queue: FairQueue[str, asyncio.Future[None]] = FairQueue()
+        self._queue: SenderQueue[asyncio.Future[None]] = SenderQueue()
         self._working = False
         self._waiting: Counter[str] = Counter()
         """Bytes by tenant."""
@@ -103,7 +105,7 @@ class SpareTime:
     async def run(self, work: Callable[[], T]) -> T:
         """Do a piece of work, and return what it returns. It sees the context variables of the
         call. If cancelled before its turn, it is not done."""
-        await self._turn(PRINCIPAL.get().tenant)
+        await self._turn(sender())
         try:
             context, loop = contextvars.copy_context(), asyncio.get_running_loop()
             return await loop.run_in_executor(self._thread, context.run, self._paced, work)
@@ -122,26 +124,27 @@ class SpareTime:
         finally:
             self._breaks.end()
 
-    async def _turn(self, tenant: str) -> None:
+    async def _turn(self, whose: Sender) -> None:
         if not self._working:
             self._working = True
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._queue.push(tenant, turn)
+        self._queue.push(whose, turn)
         try:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
                 self._next()  # it was this call's turn, but the caller has left
             else:
-                self._queue.remove(tenant, turn)
+                self._queue.remove(whose, turn)
             raise
 
     def _next(self) -> None:
-        while (turn := self._queue.pop()) is not None:
-            if not turn.done():
-                turn.set_result(None)
+        while (found := self._queue.pop()) is not None:
+            if not found[1].done():
+                found[1].set_result(None)
                 return
+            self._queue.drop(asyncio.Future.done)  # others may have left with its caller
         self._working = False
 
 

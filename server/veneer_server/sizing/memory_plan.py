@@ -187,9 +187,10 @@ def plan_memory(
     on_device = MemoryUse(
         "device_adapters", config.device_adapter_bytes, "--device-adapter-bytes"
     )
-    _check_holds_adapters(model, on_device)
+    itemsize = _adapter_itemsize(config, gpu)
+    _check_holds_adapters(model, on_device, itemsize)
     if gpu is not None:  # otherwise HOST may use the larger of both budgets
-        _check_holds_adapters(model, hosted)
+        _check_holds_adapters(model, hosted, itemsize)
     host_pool: tuple[MemoryPool, ...] = ()
     if gpu is None:
         larger = max(hosted, on_device, key=lambda use: use.bytes)
@@ -276,9 +277,19 @@ def _kv_cache(model: DecoderConfig, config: ServerConfig, left: int, free: int) 
     return planned(size, chosen, short=size < min(most, max(USUAL_KV_BYTES, whole)))
 
 
-def _check_holds_adapters(model: DecoderConfig, budget: MemoryUse) -> None:
+def _adapter_itemsize(config: ServerConfig, gpu: Gpu | None) -> int:
+    """Least bytes of one number of an adapter in memory, see `Chosen.lora_dtype`. With
+    --backend auto, torch may have to serve a CPU that native could serve as well."""
+    if config.backend in ("native", "cuda"):
+        return 2
+    if gpu is not None:
+        return ITEMSIZE[config.dtype]
+    return 2 if config.backend == "auto" and config.dtype == "bfloat16" else 4
+
+
+def _check_holds_adapters(model: DecoderConfig, budget: MemoryUse, itemsize: int) -> None:
     """Raises MemoryTooSmall for a budget that would refuse every adapter of this base."""
-    sizes = [2 * model.num_layers * sum(shape) for shape in model.shapes.values()]
+    sizes = [itemsize * model.num_layers * sum(shape) for shape in model.shapes.values()]
     if budget.bytes < min(sizes):
         raise MemoryTooSmall(
             f"{budget.flag} {budget.bytes} holds no adapter: the smallest for this base takes "

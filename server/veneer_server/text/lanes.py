@@ -78,6 +78,8 @@ class _Lane:
         """Pass a thread on to the next in the queue; it then counts as taken."""
         self._free += 1
         while self._free and (found := self._queue.pop()) is not None:
-            if not found[1].done():
-                self._free -= 1
-                found[1].set_result(None)
+            if found[1].done():  # its caller has left, and perhaps others with it
+                self._queue.drop(asyncio.Future.done)
+                continue
+            self._free -= 1
+            found[1].set_result(None)

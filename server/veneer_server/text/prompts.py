@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 
 from veneer_registry.errors import ContextTooLong, InvalidField, TemplateFailed
 
+from veneer_server.logs import get_logger
 from veneer_server.queues.fairness import NOBODY, Sender
 from veneer_server.text.lanes import Lanes
 from veneer_server.text.replies.thinking import (
@@ -23,7 +24,7 @@ from veneer_server.text.replies.thinking import (
 )
 from veneer_server.text.replies.tools.families import Family, family_of, knows_tools
 from veneer_server.text.templates.options import TemplateOptions
-from veneer_server.text.templates.renderer import Renderer
+from veneer_server.text.templates.renderer import QUICK_LIMIT_S, RENDER_LIMIT_S, Renderer
 from veneer_server.text.templates.template import ChatTemplate, read_base_template
 from veneer_server.text.templates.tool_words import in_words, needs_words
 from veneer_server.text.tokenizer import TextTokenizer
@@ -36,6 +37,8 @@ INLINE_CHARACTERS: Final = 2000
 
 MAX_CUT: Final = 1 << 16
 """Most tokens of a prompt that is to be cut; the context may allow more."""
+
+_log = get_logger(__name__)
 
 Reasoning = Literal["auto", "think", "mistral", "none"]
 """Which answers to chats may begin with thinking in tags: those whose template names the tags,
@@ -88,10 +91,16 @@ def check_roles(messages: Sequence[Mapping[str, Any]], template: str) -> None:
 
     Most templates print whatever role they get, and the model answers a role that it does not
     know somehow: without this check, nobody would notice a misspelling.
+
+    A template is looked through once, however many messages there are.
     """
+    unknown = {message["role"] for message in messages}.difference(ROLES)
+    if unknown:
+        # What is between two quotes, as a template names a role.
+        unknown = unknown.difference(template.split("'")[1:-1], template.split('"')[1:-1])
     for at, message in enumerate(messages):
         role = message["role"]
-        if role in ROLES or f"'{role}'" in template or f'"{role}"' in template:
+        if role not in unknown:
             continue
         field = f"messages[{at}].role"
         near = difflib.get_close_matches(role, ROLES, n=1)
@@ -123,19 +132,26 @@ class Prompts:
         if source is not None:
             ChatTemplate(source, special)  # raises if it is no template
         self._base_source = source
-        self._base = Renderer(special, whose="the base's")
+        # The operator chose it: no caller can have anything else compiled in its process.
+        self._base = Renderer(special, whose="the base's", compile_limit_s=RENDER_LIMIT_S)
         self._reasoning = reasoning
         self._uploaded = Renderer(special)
         self._lanes = Lanes()
 
     async def start(self) -> None:
         """Start the process that renders the base's template, and have it compile that, since
-        the first chat would wait for it. Optional."""
-        if self._base_source is not None:
-            with contextlib.suppress(TemplateFailed):  # it may reject these messages
-                await self._base.render(
-                    self._base_source, [{"role": "user", "content": "Hello"}]
-                )
+        the first chat would wait for it. Logged if it is slow. Optional."""
+        if self._base_source is None:
+            return
+        with contextlib.suppress(TemplateFailed):  # it may reject these messages
+            await self._base.render(self._base_source, [{"role": "user", "content": "Hello"}])
+        if self._base.slow.process is not None:
+            _log.warning(
+                "the base's chat template is slow",
+                limit_s=QUICK_LIMIT_S,
+                hint="even one short message takes longer, so chats are rendered at low "
+                "priority: simplify the template",
+            )
 
     async def close(self) -> None:
         """End threads and processes; no call may follow."""

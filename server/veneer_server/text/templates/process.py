@@ -45,7 +45,7 @@ _COMPILED: Final = 64
 
 
 class TooSlow(StrEnum):
-    """What exceeded its limit of CPU time."""
+    """What exceeded its limit of CPU time, or the process's of memory."""
 
     NOTHING = ""
     COMPILING = "compiling"
@@ -138,7 +138,7 @@ def _do(job: Job, compiled: Recent[str, ChatTemplate]) -> Done:
             return Done(template.render(chat.messages, chat.tools, options=chat.options))
     except TemplateFailed as error:
         return Done(error=error.message, cause=cast(Cause, error.metadata["cause"]))
-    except _Interrupted:
+    except (_Interrupted, MemoryError):
         return Done(too_slow=doing)
     finally:
         # Here, because an interruption can no longer skip it.

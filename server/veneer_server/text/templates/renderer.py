@@ -9,7 +9,8 @@ base's has processes of its own, since an adapter's template might take its proc
 A `Renderer` has two processes. The quick one interrupts a rendering after `QUICK_LIMIT_S`. The
 rendering is then repeated in the slow one, at low priority and for up to `RENDER_LIMIT_S`.
 Compiling, which happens once, may take `COMPILE_LIMIT_S` in the quick process, behind all
-others. In both, the sender with the least recent CPU time is next.
+others, and `RENDER_LIMIT_S` for the base's template, which the operator chose. In both, the
+sender with the least recent CPU time is next.
 
 What was slow is remembered for a while: for the same template, inputs at least as large, and
 the same party, which is a tenant's key (or a host, where callers have no keys). So slow chats
@@ -48,7 +49,8 @@ QUICK_LIMIT_S: Final = 0.02
 """The limit in the quick process. Rendering hundreds of messages takes less."""
 
 COMPILE_LIMIT_S: Final = 0.25
-"""Limit for compiling in the quick process: enough for about the largest template."""
+"""Limit for compiling an uploaded template in the quick process. One of 32 KB takes 0.2 s, the
+largest about 0.4 s."""
 
 SLOW_FOR_S: Final = 60.0
 """How long an input counts as slow, or is refused if the machine may be at fault."""
@@ -209,12 +211,18 @@ class Renderer:
         whose: str = "the adapter's",
         limit_s: float = RENDER_LIMIT_S,
         quick_limit_s: float = QUICK_LIMIT_S,
+        compile_limit_s: float | None = None,
     ) -> None:
-        """Args: whose: the templates are, for messages."""
+        """Args:
+        whose: the templates are, for messages.
+        compile_limit_s: in the quick process; None: `COMPILE_LIMIT_S`.
+        """
         self._special = dict(special_tokens)
         self._whose = whose
         self._limit_s = limit_s
         self._quick_limit_s = min(quick_limit_s, limit_s)
+        longest = COMPILE_LIMIT_S if compile_limit_s is None else compile_limit_s
+        self._longest_compile_s = max(longest, self._quick_limit_s)
         self._accounts = Accounts(_now)
         self.quick, self._quick_turns = Worker(), Turns(self._accounts)
         self.slow, self._slow_turns = Worker(low_priority=True), Turns(self._accounts)
@@ -307,9 +315,8 @@ class Renderer:
                 if not done.too_slow:
                     return done
                 compiling = done.too_slow is TooSlow.COMPILING
-                longer = max(COMPILE_LIMIT_S, self._quick_limit_s)
-                if compiling and limit < longer:
-                    self._compile_limit[key] = longer
+                if compiling and limit < self._longest_compile_s:
+                    self._compile_limit[key] = self._longest_compile_s
                 else:
                     self._verdicts.note(what, SLOW_FOR_S, None, any_size=compiling)
                     return None

@@ -107,6 +107,7 @@ class ChatTemplate:
 
         Raises:
             TemplateFailed: the template is too long, or not valid Jinja.
+            MemoryError: there is not enough to compile it.
         """
         if len(source.encode()) > MAX_TEMPLATE:
             raise _failed(
@@ -115,6 +116,8 @@ class ChatTemplate:
             )
         try:
             self._template = _ENVIRONMENT.from_string(source)
+        except MemoryError:
+            raise
         except Exception as error:  # deep nesting also overflows the parser's stack
             raise _failed(
                 "syntax", f"the chat template is not valid Jinja: {_words(error)}"
@@ -136,6 +139,7 @@ class ChatTemplate:
 
         Raises:
             TemplateFailed: the template rejects these messages, or exceeds a bound.
+            MemoryError: there is not enough to render it.
         """
         if not options.continue_final:
             return self._render(messages, tools, options)
@@ -178,7 +182,7 @@ class ChatTemplate:
                         "fewer messages or fix the template",
                     )
                 pieces.append(piece)
-        except TemplateFailed:
+        except (TemplateFailed, MemoryError):
             raise
         except Exception as error:  # a template may raise anything Python can
             raise _failed(

@@ -165,4 +165,6 @@ class Turns:
             if not waiter.done():
                 waiter.set_result(None)
                 return
+            # Its caller has left, and others perhaps with it: all at once.
+            self._queue.drop(asyncio.Future.done)
         self._busy = None

@@ -38,7 +38,7 @@ _BY_OTHERS: Final = (-signal.SIGKILL, -signal.SIGTERM)
 class Cause(Enum):
     """Why a process ended during a job."""
 
-    CPU_TIME = "CPU time"
+    CPU_TIME = "CPU time or memory"
     NO_ANSWER = "no answer in time"
     OTHERS = "killed by something else"
     ITSELF = "it ended"

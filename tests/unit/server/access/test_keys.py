@@ -12,11 +12,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 from veneer_registry.errors import InvalidField, PermissionDenied, Unauthenticated
+from veneer_server.access import edit_keys
 from veneer_server.access.authenticate import Access, Credentials
 from veneer_server.access.edit_keys import add_key, list_keys, revoke_key
 from veneer_server.access.identity_file import IdentityFile
 from veneer_server.access.principal import Role
+from veneer_server.operate import key_cli
 
 from tests.places import REPOSITORY
 from tests.refused import refused
@@ -307,6 +310,44 @@ def test_a_key_goes_to_a_file_that_only_its_owner_reads(tmp_path: Path) -> None:
     bad = _made(tmp_path, "--out", "other.key", "--expires", "soon")
     assert bad.returncode == 1
     assert not (tmp_path / "other.key").exists()
+    nowhere = _made(tmp_path, "--out", "none/me.key")
+    assert (nowhere.returncode, "choose a file" in nowhere.stderr) == (1, True)
+    assert "Errno" not in nowhere.stderr
+    assert len(list_keys(tmp_path / "keys.toml")) == 1
+
+
+def test_a_key_that_could_not_be_written_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a full disk, of which /dev/full is a FAKE."""
+
+    keys, out = tmp_path / "keys.toml", tmp_path / "me.key"
+    open_file = os.open
+
+    def full(path: Path, *how: int) -> int:
+        if path == out:
+            os.close(open_file(out, *how))
+            return open_file("/dev/full", os.O_WRONLY)
+        return open_file(path, *how)
+
+    monkeypatch.setattr(os, "open", full)
+    failed = CliRunner().invoke(
+        key_cli.key_cli, ["new", "--keys-file", str(keys), "--out", str(out)]
+    )
+    assert (failed.exit_code, "No space left" in failed.stderr) == (1, True), failed.output
+    assert "free space" in failed.stderr
+    assert not out.exists()
+    assert list_keys(keys) == []
+
+    def stays(path: Path, id: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(edit_keys, "revoke_key", stays)
+    failed = CliRunner().invoke(
+        key_cli.key_cli, ["new", "--keys-file", str(keys), "--out", str(out)]
+    )
+    (left,) = list_keys(keys)
+    assert f"key revoke {left.id}" in failed.stderr
 
 
 def test_a_key_that_others_can_read_is_warned_of(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ real loop and residency in this process, with a runner and a memory that take no
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import ClassVar
 
 import msgspec
@@ -237,6 +239,23 @@ async def test_what_its_caller_does_not_read_keeps_no_place() -> None:
             assert (await read).finish == "length"
             await sample.aclose()
     assert places.taken == places.samples == 0
+    await client.stop()
+
+
+@pytest.mark.timeout(30)
+async def test_a_further_sample_has_waited_since_it_was_asked_for() -> None:
+    """It goes by its request's arrival in the queue; what happened before it was asked for is
+    counted by whoever asks, and was counted twice."""
+    config = msgspec.structs.replace(CONFIG, max_running=2)
+    client = EngineClient(config, max_queue=2, on_event=lambda event: None)
+    await client.start()
+    LoopConnection.made[-1].engine.now = time.monotonic()
+    with client.places.hold(2) as place:
+        place.since -= 1000.0
+        for _ in range(2):
+            async with aclosing(client.generate(asked(9, 3), place)) as outputs:
+                waited = (await anext(outputs)).queue_seconds
+                assert 0 <= waited < 500
     await client.stop()
 
 

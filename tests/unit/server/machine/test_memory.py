@@ -387,6 +387,25 @@ def test_a_budget_without_room_for_an_adapter_is_refused(
         plan(model, 23, Gpu("a card", 23 * GIB, 23 * GIB), host_cache_bytes=size)
 
 
+def test_adapters_take_what_the_backend_stores_of_a_number(model: DecoderConfig) -> None:
+    """With torch on a CPU, that is twice as much: half was named, and taken for enough."""
+    card = Gpu("a card", 23 * GIB, 23 * GIB)
+
+    def least(gpu: Gpu | None = None, **flags: str) -> int:
+        with refused(MemoryTooSmall, key="device_adapter_bytes") as caught:
+            plan(model, 23, gpu, device_adapter_bytes="1", **flags)
+        (size,) = re.findall(r"takes (\d+)KiB", str(caught.value))
+        return int(size)
+
+    half = least(backend="native")
+    assert abs(least(backend="torch") - 2 * half) <= 1
+    assert abs(least(dtype="float32") - 2 * half) <= 1
+    assert abs(least(card, backend="torch", dtype="float32") - 2 * half) <= 1
+    assert least() == least(card) == least(card, backend="cuda") == half
+    with refused(MemoryTooSmall, key="device_adapter_bytes"):
+        plan(model, 23, backend="torch", device_adapter_bytes=f"{half}KiB")
+
+
 def test_inputs_of_8_bits_need_weights_of_4_before_anything_is_loaded(
     model: DecoderConfig,
 ) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import random
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ import msgspec
 import pytest
 import pytest_asyncio
 from veneer_proto.v1 import inference_pb2
-from veneer_registry.errors import InvalidField
+from veneer_registry.errors import InvalidField, QueueFull
 from veneer_server.openai.errors import HttpError
 from veneer_server.openai.http.asgi import ABORT, Reply
 from veneer_server.openai.http.long_json import Joined, Many, dump, written
+from veneer_server.queues.fairness import Sender
 from veneer_server.rpc import convert
 from veneer_server.serving.answer_room import (
     MAX_ANSWER,
@@ -31,9 +32,11 @@ from veneer_server.serving.answer_room import (
 )
 from veneer_server.serving.checks import check_json_size
 from veneer_server.serving.spare_time import MAX_WAITING, SpareTime
+from veneer_server.serving.who import CALLER
 from veneer_server.text.templates.options import longer_as_json
-from veneer_server.text.tokenizer import TextTokenizer
+from veneer_server.text.tokenizer import TextTokenizer, TokenNames
 
+from tests.refused import refused
 from tests.unit.server.openai.kit import BASE, CHAT, TEXT, error_of, events, ok, post
 from tests.unit.server.rpc.fake_engine import FakeEngine
 from tests.unit.server.rpc.front_harness import Front, failure, running
@@ -260,38 +263,157 @@ async def test_grpc_refuses_what_is_too_long_in_a_stream(front: Front) -> None:
 # -------------------------------------------------------------------------------- room
 
 
-async def test_a_tenant_s_answers_leave_room_for_those_of_others() -> None:
-    room, events_ = AnswerRoom(100), []
+class Desk:
+    """Answers of senders, each held until its event."""
 
-    async def hold(tenant: str, size: int, end: asyncio.Event) -> None:
-        with room.answer(tenant) as held:
-            await room.take(tenant, size)
-            held.bytes += size
-            events_.append((tenant, size))
+    def __init__(self, room: AnswerRoom, group: asyncio.TaskGroup | None) -> None:
+        self.let_in: list[tuple[str, int]] = []
+        self._room = room
+        self._start = asyncio.create_task if group is None else group.create_task
+
+    async def ask(self, whose: Sender, size: int) -> tuple[asyncio.Task[None], asyncio.Event]:
+        end = asyncio.Event()
+        task = self._start(self._hold(whose, size, end))
+        await settle()
+        return task, end
+
+    async def _hold(self, whose: Sender, size: int, end: asyncio.Event) -> None:
+        with self._room.answer(whose) as held:
+            await held.fits(AnswerSize(size, size, 1), AnswerForm(SCORES), 1, 1, 1)
+            self.let_in.append((next(name for name in reversed(whose) if name), size))
             await end.wait()
 
-    ends = [asyncio.Event() for _ in range(4)]
-    async with asyncio.TaskGroup() as group:
-        group.create_task(hold("a", 60, ends[0]))
-        second = group.create_task(hold("a", 60, ends[1]))
-        group.create_task(hold("b", 60, ends[2]))
-        for _ in range(5):
-            await asyncio.sleep(0)
-        assert events_ == [("a", 60), ("b", 60)], "a's second waits, and b is let in"
-        leaver = group.create_task(hold("a", 10, ends[3]))
+
+async def settle() -> None:
+    for _ in range(5):
         await asyncio.sleep(0)
+
+
+SCORES = ScoreForm(32, 32)
+
+
+async def test_a_tenant_s_answers_leave_room_for_those_of_others() -> None:
+    room = AnswerRoom(100)
+    async with asyncio.TaskGroup() as group:
+        desk = Desk(room, group)
+        _, first = await desk.ask(Sender("a"), 60)
+        second, end = await desk.ask(Sender("a"), 60)
+        _, other = await desk.ask(Sender("b"), 60)
+        assert desk.let_in == [("a", 60), ("b", 60)], "a's second waits, and b is let in"
+        leaver, _ = await desk.ask(Sender("a"), 10)
         leaver.cancel()
         await asyncio.wait({leaver})
-        ends[2].set()
-        for _ in range(5):
-            await asyncio.sleep(0)
+        other.set()
+        await settle()
         assert not second.done()
-        assert len(events_) == 2
-        ends[0].set()
-        for _ in range(5):
-            await asyncio.sleep(0)
-        assert events_[-1] == ("a", 60)
-        ends[1].set()
+        assert len(desk.let_in) == 2
+        first.set()
+        await settle()
+        assert desk.let_in[-1] == ("a", 60)
+        end.set()
+    assert room.held == 0
+
+
+@pytest.mark.parametrize(
+    ("slow", "others"),
+    [
+        (Sender("default", "host a"), [Sender("default", f"host {n}") for n in range(3)]),
+        (Sender("t", "key a"), [Sender("t", "key b"), Sender("t", "gateway", "user b")]),
+        (Sender("t", "gateway", "user a"), [Sender("t", "gateway", "user b"), Sender("t")]),
+    ],
+)
+async def test_one_who_does_not_read_keeps_nobody_else_waiting(
+    slow: Sender, others: list[Sender]
+) -> None:
+    """Without keys all callers are one tenant: whatever one host held, all waited for."""
+    room = AnswerRoom(100)
+    async with asyncio.TaskGroup() as group:
+        desk = Desk(room, group)
+        ends = [(await desk.ask(slow._replace(connection="c"), 90))[1]]
+        ends += [(await desk.ask(slow._replace(connection="d"), 1))[1]]
+        assert len(desk.let_in) == 1, "it waits for itself, whatever its connection"
+        # What one's answers hold may grow beyond all that there is.
+        room.add(slow, 500)
+        for each in others:
+            ends += [(await desk.ask(each, 10))[1]]
+        assert len(desk.let_in) == 1 + len(others)
+        room.add(slow, -500)
+        for end in ends:
+            end.set()
+    assert room.held == 0
+
+
+async def test_a_gateway_s_many_users_do_not_keep_another_key_waiting() -> None:
+    room = AnswerRoom(100)
+    async with asyncio.TaskGroup() as group:
+        desk = Desk(room, group)
+        asked = [await desk.ask(Sender("t", "gateway", f"user {n}"), 30) for n in range(8)]
+        assert len(desk.let_in) == 4, "together they have a bound as well"
+        asked.append(await desk.ask(Sender("t", "key"), 30))
+        assert desk.let_in[-1] == ("key", 30)
+        assert len(desk.let_in) == 5
+        for _, end in asked:
+            end.set()
+    assert room.held == 0
+
+
+async def test_who_holds_least_is_next() -> None:
+    room = AnswerRoom(100)
+    async with asyncio.TaskGroup() as group:
+        desk = Desk(room, group)
+        asked = [await desk.ask(Sender("t", "many"), 20) for _ in range(6)]
+        asked.append(await desk.ask(Sender("t", "few"), 1))
+        asked.append(await desk.ask(Sender("t", "few"), 2))
+        assert desk.let_in == [("many", 20)] * 3 + [("few", 1)]
+        asked[0][1].set()
+        await settle()
+        assert desk.let_in[4:] == [("few", 2), ("many", 20)]
+        for _, end in asked:
+            end.set()
+    assert room.held == 0
+
+
+ECHOES = AnswerForm(SCORES, (SCORES,), prompt_field="output.echo", largest=1000)
+IDS = AnswerForm(SCORES, (SCORES,), ids=8, prompt_ids=8, largest=1000)
+
+
+@pytest.mark.parametrize(
+    ("form", "asked", "field"),
+    [
+        (IDS, {"echoed": 900}, "output.echo"),
+        (IDS, {"prompt_tokens": 900}, "return_token_ids"),
+        (IDS, {"prompt_tokens": 900, "prompt_tops": 1}, "output.prompt_logprobs"),
+        (ECHOES, {"prompt_tokens": 900, "prompt_tops": 1}, "output.echo"),
+        (IDS, {"tokens": 900}, "return_token_ids"),
+        (IDS, {"tokens": 900, "tops": 0}, "output.logprobs"),
+        (IDS, {"tokens": 900, "tops": 1}, "output.top_logprobs"),
+    ],
+)
+async def test_what_makes_an_answer_too_large_is_named(
+    form: AnswerForm, asked: dict[str, int], field: str
+) -> None:
+    """It was a field of log-probabilities, also where nobody had asked for any."""
+    tokens = asked.pop("tokens", 1)
+    given = {"prompt_tokens": 1, "prompt_tops": None, "tops": None, "echoed": 0, **asked}
+    size = AnswerSize.of(form, TokenNames([20] * 32, [10] * 32), **given)  # type: ignore[arg-type]
+    with AnswerRoom().answer(Sender("a")) as held, refused(InvalidField, field=field) as caught:
+        await held.fits(size, form, tokens, tokens, 1)
+    assert "repeated prompts" in caught.value.message
+    likely = "likely tokens" in caught.value.message
+    assert likely == field.endswith("logprobs")
+
+
+async def test_a_long_wait_for_room_ends_with_a_refusal() -> None:
+    room = AnswerRoom(100, patience_s=0.001)
+    with room.answer(Sender("a")) as first, room.answer(Sender("a")) as second:
+        form, size = AnswerForm(SCORES), AnswerSize(60, 60, 1)
+        await first.fits(size, form, 1, 1, 1)
+        with refused(QueueFull, cause="unread_answers") as caught:
+            await second.fits(size, form, 1, 1, 1)
+        assert caught.value.retry_after_s
+        assert room.held == 60
+    with room.answer(Sender("a")) as third:
+        await third.fits(size, form, 1, 1, 1)
     assert room.held == 0
 
 
@@ -299,12 +421,35 @@ async def test_prompts_without_a_length_share_what_an_answer_may_have() -> None:
     """The first got all of it, and the second was refused: nobody had asked for so much."""
     room = AnswerRoom()
     form, size = AnswerForm(ScoreForm(100, 100), largest=1000), AnswerSize(0, 100, 10)
-    with room.answer("a", 4) as held:
+    with room.answer(Sender("a"), 4) as held:
         asked = [held.fits(size, form, None, 1000, 1) for _ in range(4)]
         given = await asyncio.gather(*asked)
     assert given == [15] * 4
-    with room.answer("a") as held, pytest.raises(InvalidField):
+    with room.answer(Sender("a")) as held, pytest.raises(InvalidField):
         await held.fits(size, form, 91, 1000, 1)
+
+
+async def test_but_not_while_others_of_the_same_caller_are_let_in() -> None:
+    room, refusals = AnswerRoom(100, patience_s=0.2), list[Sender]()
+    a, b = Sender("a"), Sender("b")
+
+    async def too_long(task: asyncio.Task[None], whose: Sender) -> None:
+        await asyncio.wait({task})
+        assert isinstance(task.exception(), QueueFull)
+        refusals.append(whose)
+
+    desk = Desk(room, None)
+    (_, first), (_, held) = await desk.ask(a, 60), await desk.ask(b, 60)
+    (second, end), (third, _) = await desk.ask(a, 50), await desk.ask(a, 1)
+    waits, _ = await desk.ask(b, 1)  # it came last
+    first.set()
+    await asyncio.gather(too_long(third, a), too_long(waits, b))
+    assert refusals == [b, a]
+    end.set()
+    held.set()
+    await second
+    await settle()
+    assert room.held == 0
 
 
 # -------------------------------------------------------------------------------- JSON
@@ -506,6 +651,26 @@ async def test_an_error_is_not_written_into_half_an_event() -> None:
     assert aborted.is_set()
     assert len(sent) == before
     spare.close()
+
+
+async def test_a_host_with_many_long_answers_has_one_turn_beside_another() -> None:
+    """Without keys both are one tenant, in which it was first come, first served."""
+    spare, go, order = SpareTime(), threading.Event(), list[str]()
+
+    async def piece(caller: str, work: Callable[[], object]) -> None:
+        CALLER.set(f"{caller}:1")
+        await spare.run(work)
+        order.append(caller)
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(piece("10.0.0.1", go.wait))
+        for _ in range(5):
+            group.create_task(piece("10.0.0.1", lambda: None))
+        group.create_task(piece("10.0.0.2", lambda: None))
+        await settle()
+        go.set()
+    spare.close()
+    assert order.index("10.0.0.2") <= 2
 
 
 async def test_large_grpc_requests_do_not_pile_up_while_they_are_looked_through(

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from veneer_registry.errors import QueueFull, TemplateFailed
 from veneer_server.queues.fairness import Sender
+from veneer_server.text.prompts import Prompts, Room
 from veneer_server.text.templates import renderer as template_renderer
 from veneer_server.text.templates import turns as template_turns
 from veneer_server.text.templates import worker as template_worker
@@ -338,6 +339,9 @@ async def test_a_process_that_templates_have_filled_is_replaced() -> None:
 LARGE = "{{ messages[0].content }}{% if messages[1] %}{{ messages[2] }}{% endif %}" * 800
 """Takes a quarter of a second to compile, and less than a millisecond to render."""
 
+BUSY = "{% for a in range(499) %}{% for b in range(9999) %}{% endfor %}{% endfor %}{{ 'Hi' }}"
+"""Takes a fifth of a second to render."""
+
 
 async def test_a_large_template_is_compiled_in_the_quick_process(
     monkeypatch: pytest.MonkeyPatch,
@@ -361,6 +365,53 @@ async def test_one_that_is_too_large_for_that_is_compiled_in_the_slow_one(
         for _ in range(2):
             assert await processes.render(LARGE, USER) == "Hi" * 800
         assert processes.slow.process is not None
+    finally:
+        await processes.close()
+
+
+def with_template(base: Path, folder: Path, source: str) -> Path:
+    """A base model's folder with another template."""
+    for file in base.iterdir():
+        if file.name != "chat_template.jinja":
+            (folder / file.name).symlink_to(file)
+    (folder / "chat_template.jinja").write_text(source)
+    return folder
+
+
+@pytest.mark.parametrize(("source", "slow"), [(LARGE, False), (BUSY, True)])
+async def test_the_base_s_template_has_all_its_time_to_be_compiled(
+    base_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    source: str,
+    slow: bool,
+) -> None:
+    """The operator chose it: all chats were slow for a minute, and nothing said why."""
+    monkeypatch.setattr(template_renderer, "COMPILE_LIMIT_S", 0.03)
+    prompts = Prompts(with_template(base_folder, tmp_path, source))
+    try:
+        await prompts.start()
+        prompt = await prompts.from_messages(USER, None, Room(49152, 8191))
+        assert prompt.text
+        logged = [each for each in caplog.records if "slow" in each.message]
+        assert len(logged) == slow
+    finally:
+        await prompts.close()
+
+
+async def test_a_template_that_takes_too_much_memory_is_refused_from_then_on() -> None:
+    """It was called invalid Jinja, with nothing behind the colon, and tried again each time."""
+    processes = Renderer({})
+    try:
+        for source in ('{% set x = "a" * 400_000_000 %}', "{{ 'a' * 400_000_000 }}x"):
+            with refused(TemplateFailed, cause="too_slow"):
+                await processes.render(source, USER)
+            running = processes.slow.process
+            with refused(TemplateFailed, cause="too_slow"):
+                await processes.render(source, USER)
+            assert processes.slow.process is running
+        assert await processes.render(GOOD, USER) == "Hi"
     finally:
         await processes.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from veneer_registry.errors import InvalidField, TemplateFailed
@@ -28,11 +29,45 @@ USER = [{"role": "user", "content": "Hi"}]
         ("observation", "{# observation #}", False),
         ("USER", "{{ messages[0].role }}", False),
         ("developer", "", True),
+        ("critic", "{# don't #}{% if m.role == 'critic' %}", True),
+        ("critic", """{{ "don't" }}{% if m.role in ['judge', "critic"] %}""", True),
+        ("critic", "critic' 'critic", False),
     ],
 )
 def test_a_role_that_no_template_has_is_refused(role: str, template: str, known: bool) -> None:
     with contextlib.nullcontext() if known else refused(InvalidField, field="messages[1].role"):
         check_roles([{"role": "user"}, {"role": role}], template)
+
+
+class Searched(str):
+    """Counts how often it is looked through."""
+
+    times = 0
+
+    def __contains__(self, part: object) -> bool:
+        self.times += 1
+        return super().__contains__(str(part))
+
+    def split(self, *args: Any, **more: Any) -> list[str]:
+        self.times += 1
+        return super().split(*args, **more)
+
+
+@pytest.mark.parametrize("roles", [["critic"], [f"critic {n}" for n in range(4096)]])
+def test_a_template_is_not_searched_for_each_message(roles: list[str]) -> None:
+    """On the event loop: 4,096 messages with a role at the end of 64 KB took 0.9 s."""
+    template = Searched("a" * 60_000 + "".join(f"'{role}'" for role in roles))
+    check_roles([{"role": roles[n % len(roles)]} for n in range(4096)], template)
+    assert template.times <= 2
+    with refused(InvalidField, field="messages[4096].role"):
+        check_roles(
+            [*({"role": role} for role in roles * (4096 // len(roles))), {"role": "x"}],
+            template,
+        )
+    assert template.times <= 4
+    common = Searched("")
+    check_roles(USER * 4096, common)
+    assert not common.times
 
 
 def test_the_base_template(base_folder: Path) -> None:

@@ -162,6 +162,45 @@ async def test_many_of_one_template_are_refused_to_the_connection_that_sends_the
     assert desk.order.count("other") == 1
 
 
+async def test_many_callers_who_leave_together_are_forgotten_at_once(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each was ranked among all the others: with a thousand, the event loop stood for 2 s."""
+    ranked = 0
+    ranks = desk.accounts.ranks
+
+    def counted() -> Callable[[Key], tuple[float, ...]]:
+        rank = ranks()
+
+        def count(key: Key) -> tuple[float, ...]:
+            nonlocal ranked
+            ranked += 1
+            return rank(key)
+
+        return count
+
+    monkeypatch.setattr(desk.accounts, "ranks", counted)
+    held = asyncio.Event()
+
+    async def hold() -> None:
+        async with desk.turns.turn(key_of("first", "first")):
+            await held.wait()
+
+    async with asyncio.TaskGroup() as group:
+        first = group.create_task(hold())
+        await asyncio.sleep(0)
+        chats = [desk.chat("same", f"caller {n}", QUICK_S) for n in range(100)]
+        leavers = [group.create_task(chat) for chat in chats]
+        await asyncio.sleep(0)
+        stays = group.create_task(desk.chat("stays", "me", QUICK_S))
+        await asyncio.sleep(0)
+        for each in (first, *leavers):  # in this order, as a connection that many share ends
+            each.cancel()
+        await stays
+    assert desk.order == ["stays"]
+    assert ranked < 300
+
+
 @pytest.mark.parametrize("when", ["while it waits", "when its turn has come"])
 async def test_a_caller_who_leaves_passes_the_turn_on(desk: Desk, when: str) -> None:
     held = asyncio.Event()
