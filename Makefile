@@ -16,7 +16,7 @@ export HF_HUB_OFFLINE ?= 1
 
 # Begins a line of shell whose command may be silent for long: says every 5 seconds how long it has run.
 define with_progress
-began=$$(date +%s); while sleep 5; do echo "  $(1): $$(( $$(date +%s) - began )) s so far"; done & \
+began=$$(date +%s); while sleep 5 >/dev/null 2>&1; do echo "  $(1): $$(( $$(date +%s) - began )) s so far"; done & \
 	said=$$!; trap 'kill $$said' EXIT; trap 'exit 130' INT TERM
 endef
 

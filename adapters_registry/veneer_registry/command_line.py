@@ -20,7 +20,7 @@ from typer.exceptions import TyperException
 from veneer_registry.bash_words import whole_words
 from veneer_registry.terminal import guarded
 
-__all__ = ["Command", "Group", "Program", "with_parameters"]
+__all__ = ["Command", "Group", "Program", "TextCommand", "with_parameters"]
 
 _WIDEST: Final = 120
 _EXAMPLE: Final = "  "
@@ -64,12 +64,12 @@ class _Shown:
 class Command(_Shown, TyperCommand):
     """A command of a program."""
 
-    after_too_many = ": put text with spaces in quotes"
-    """What follows the error for an argument too many."""
+    after_too_many = ""
+    """What follows the error for an argument too many: its usual cause, if there is one."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """As Typer's; a wrong value is refused without the prefix that Typer's parser adds,
-        and an argument too many with its usual cause."""
+        and an argument too many with `after_too_many`."""
         try:
             return super().parse_args(ctx, args)
         except TyperException as error:
@@ -78,6 +78,12 @@ class Command(_Shown, TyperCommand):
                 message += self.after_too_many
             error.message = message
             raise
+
+
+class TextCommand(Command):
+    """One with an argument that is text."""
+
+    after_too_many = ": put text with spaces in quotes"
 
 
 class Group(_Shown, TyperGroup):

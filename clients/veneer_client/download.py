@@ -186,7 +186,7 @@ class Download:
                 if not others:
                     return
                 raise InvalidField(
-                    f"{self._folder} holds other files ( {', '.join(others)[:200]}), which "
+                    f"{self._folder} holds other files ({', '.join(others)[:200]}), which "
                     "--force would remove: pull into another folder",
                     metadata={"field": "folder", "cause": "others"},
                 )

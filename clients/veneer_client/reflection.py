@@ -252,9 +252,10 @@ def _check_one(value: Any, field: Any, path: str) -> None:
                 raise _Misfit(f'{path}: give a string, "..."')
         case field.CPPTYPE_ENUM:
             names = [each.name for each in field.enum_type.values]
-            if not isinstance(value, int) and (
-                not isinstance(value, str) or value not in names
-            ):
+            named = isinstance(value, str) and (
+                value in names or value.removeprefix("-").isdigit()
+            )
+            if not named and not isinstance(value, int):
                 raise _Misfit(f"{path}: give a string, one of {', '.join(names)}")
         case field.CPPTYPE_BOOL:
             if not isinstance(value, bool) and value not in ("true", "false"):

@@ -178,6 +178,8 @@ def test_what_helm_renders_is_valid_and_fits_together(
     assert problems(list(rendered.objects)) == []
     assert rendered.lint == ()
     assert "kubectl --namespace llm rollout status" in rendered.notes
+    waits = "The pods wait until they exist" in rendered.notes
+    assert waits == ("Required Secret" in rendered.notes)
 
 
 def test_it_is_valid_for_the_oldest_kubernetes_that_it_promises(

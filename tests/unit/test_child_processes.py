@@ -34,6 +34,7 @@ from veneer_server.operate.doctor import backends
 from veneer_server.system import machine
 from veneer_server.text.templates.renderer import Renderer
 from veneer_server.wire.messages import ConstraintLimits, EngineConfig
+from veneer_train.checks import passes
 from veneer_train.llama_cpp.import_ import import_file
 from veneer_train.sandbox import run_python
 
@@ -155,6 +156,11 @@ def test_a_run_of_a_lab(traps: Ran, tmp_path: Path) -> None:
 
 def test_the_sandbox(traps: Ran) -> None:
     assert run_python("import json, socket, typing").ended
+    assert traps() == []
+
+
+def test_the_judge_of_sql(traps: Ran) -> None:
+    assert passes({"sql": {"setup": ""}}, "SELECT 1", "SELECT 1")
     assert traps() == []
 
 

@@ -7,49 +7,43 @@ A sample may have a ``check`` beside its messages, one of:
 - ``{"sql": {"setup": STATEMENTS}}``: run in SQLite after the set-up, it returns the same rows
   as the sample's own statement (in the same order, if that statement has ORDER BY);
 - ``{"python": {"signature": TEXT, "tests": STATEMENTS}}``: its code passes the tests. Each is
-  an assertion about a value that can be written down: ``assert add(2, 3) == 5``,
+  an assertion about a value that can be written down (None, a truth value, a number, a string,
+  or a list, tuple, set or dict of these): ``assert add(2, 3) == 5``,
   ``assert is_even(2)``, ``assert not is_even(3)``. Run is what `code_of` takes from the answer;
   with ``signature`` it must define that function.
 - the same *without tests* is a check of form: the whole answer is Python, runs to its end, and
   defines a function (of that signature, if given).
 
-SQL runs in memory, may not write or attach, and is stopped if it takes too long. Python runs
-in `sandbox`, which returns values; they are compared here.
+SQL runs in memory, in a process of its own that is ended if it takes too much (`sql_rows`), and
+may not write or attach. Python runs in `sandbox`, which returns values; they are compared here.
+A sample's own statement is also run in this process, once, when its check is read.
 """
 
 from __future__ import annotations
 
 import ast
+import json
 import math
 import re
 import sqlite3
+import subprocess
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
+from veneer_registry.child_python import child_python
 from veneer_registry.errors import InvalidField
 
-from veneer_train import sandbox
+from veneer_train import sandbox, sandboxed, sql_rows
 
 __all__ = ["Score", "code_of", "passes", "require_sandbox", "score", "statement_of", "validate"]
 
 _KINDS: Final = ("exact", "regex", "sql", "python")
-_SQL_STEPS: Final = 5_000_000
-_SQL_BYTES: Final = 1 << 20
-"""Of all values that a statement returns, which it can make as long and many as it likes."""
-_SQL_ROWS: Final = 10_000
-_SQL_COLUMNS: Final = 100
-_SQL_HEAP: Final = 256 << 20
-"""Of SQLite in this process: what a statement sorts or groups is kept there, not in files."""
-_READS: Final = frozenset(
-    {
-        sqlite3.SQLITE_SELECT,
-        sqlite3.SQLITE_READ,
-        sqlite3.SQLITE_FUNCTION,
-        sqlite3.SQLITE_RECURSIVE,
-    }
-)
+_SQL_TIMEOUT_S: Final = 20.0
+"""Ends a judge that waits; one that computes is ended by its CPU limit, however busy we are."""
+SQL_PROGRAM: Final = Path(sql_rows.__file__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +108,7 @@ def validate(check: object, expected: str) -> Mapping[str, Any]:
             case "regex":
                 re.compile(facts)
             case "sql":
-                if _rows(facts["setup"], expected) is None:
+                if sql_rows.rows(facts["setup"], expected) is None:
                     raise _bad(f"'check': the line's own statement fails: {expected!r:.120}")
             case "python":
                 _assertions(facts.get("tests", ""))
@@ -179,55 +173,24 @@ def statement_of(answer: str) -> str:
 
 
 def _same_rows(setup: str, statement: str, expected: str) -> bool:
-    wanted = _rows(setup, expected)
-    got = _rows(setup, statement)
-    if wanted is None or got is None or len(got) != len(wanted):
-        return False
-    if _ordered(expected):
-        return got == wanted
-    return Counter(got) == Counter(wanted)
-
-
-def _ordered(statement: str) -> bool:
-    """Whether it has an ORDER BY outside of subqueries and string literals."""
-    bare = re.sub(r"'[^']*'", "", statement)
-    while (inner := re.sub(r"\([^()]*\)", "", bare)) != bare:
-        bare = inner
-    return "order by" in bare.lower()
-
-
-def _rows(setup: str, statement: str) -> list[tuple[Any, ...]] | None:
-    """The rows that a statement returns, floats rounded to six digits; None if it fails."""
-    with sqlite3.connect(":memory:") as database:
-        database.executescript(setup)
-        database.execute("PRAGMA temp_store = MEMORY")
-        database.execute(f"PRAGMA hard_heap_limit = {_SQL_HEAP}").fetchall()
-        database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _SQL_BYTES)
-        database.setlimit(sqlite3.SQLITE_LIMIT_COLUMN, _SQL_COLUMNS)
-        database.set_authorizer(
-            lambda action, *_: sqlite3.SQLITE_OK if action in _READS else sqlite3.SQLITE_DENY
+    asked = {"setup": setup, "statement": statement, "expected": expected}
+    try:
+        done = subprocess.run(
+            child_python("-I", "-S", str(SQL_PROGRAM)),
+            input=json.dumps(asked).encode(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            cwd="/",
+            env={},
+            timeout=_SQL_TIMEOUT_S,
+            check=False,
         )
-        database.set_progress_handler(lambda: 1, _SQL_STEPS)
-        try:
-            found = _few(database.execute(statement))
-        except (sqlite3.Error, sqlite3.Warning, ValueError, MemoryError):
-            return None
-    return None if found is None else [tuple(map(_rounded, row)) for row in found]
-
-
-def _few(rows: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]] | None:
-    """The rows; None if they are more than any task wants."""
-    found, left = list[tuple[Any, ...]](), _SQL_BYTES
-    for row in rows:
-        found.append(row)
-        left -= sum(len(value) if isinstance(value, str | bytes) else 8 for value in row)
-        if left < 0 or len(found) > _SQL_ROWS:
-            return None
-    return found
-
-
-def _rounded(value: object) -> object:
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    except subprocess.TimeoutExpired:
+        return False
+    if done.returncode in (0, 1):
+        told = done.stderr.decode(errors="replace")
+        raise RuntimeError(f"SQL could not be judged: {SQL_PROGRAM} failed: {told}")
+    return done.returncode == sql_rows.SAME
 
 
 # ---------------------------------------------------------------------------- Python
@@ -298,12 +261,15 @@ def _assertion(statement: ast.stmt) -> tuple[str, object]:
     match statement.test:
         case ast.Compare(left=left, ops=[ast.Eq() | ast.Is()], comparators=[right]):
             try:
-                return ast.unparse(left), ast.literal_eval(right)
-            except ValueError:
+                expected = ast.literal_eval(right)
+                sandboxed.literal(expected)  # else no answer could be right
+            except (ValueError, TypeError):
                 raise ValueError(
-                    f"{ast.unparse(statement)!r:.80}: to the right of == must be a literal, "
-                    "such as 5, 'x' or [1, 2]"
+                    f"{ast.unparse(statement)!r:.80}: to the right of == must be None, True, "
+                    "False, an int, a finite float, a str, or a list, tuple, set or dict of "
+                    "these, such as 5, 'x' or [1, 2]"
                 ) from None
+            return ast.unparse(left), expected
         case ast.UnaryOp(op=ast.Not(), operand=left):
             return f"bool({ast.unparse(left)})", False
         case ast.Compare():
@@ -328,7 +294,7 @@ def _six_digits(value: Any) -> Any:
         case dict():
             return {key: _six_digits(item) for key, item in value.items()}
         case _:
-            return _rounded(value)
+            return sql_rows.rounded(value)
 
 
 def _plain_signature(text: str) -> str:

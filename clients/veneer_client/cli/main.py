@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Annotated, Final
 
 import typer
-from veneer_registry.command_line import Program
+from veneer_registry.command_line import Program, TextCommand
 from veneer_registry.errors import (
     DeadlineExceeded,
     InvalidField,
@@ -135,7 +135,7 @@ def place(
     context.obj = Place(server, debug)
 
 
-cli.command(epilog=generate.EXAMPLES)(generate.generate)
+cli.command(cls=TextCommand, epilog=generate.EXAMPLES)(generate.generate)
 cli.command(epilog=chat.EXAMPLES)(chat.chat)
 cli.command(epilog=example.EXAMPLES)(example.example)
 cli.command("ls", epilog="Examples:\n\n  veneer ls\n\n  veneer ls --prefix sql")(adapter.ls)
@@ -251,7 +251,7 @@ Examples:
 """
 
 
-@cli.command(epilog=_CALL_EXAMPLES)
+@cli.command(cls=TextCommand, epilog=_CALL_EXAMPLES)
 def call(
     context: typer.Context,
     method: Annotated[

@@ -103,18 +103,28 @@ def push(
                 metadata={"field": "name"},
             )
         if "://" in folder:
-            pushed = client.register(
-                folder,
-                name,
-                labels=labels,
-                validate_only=dry_run,
-                activate=activate,
-                allow_replace=replace,
-                etag=etag,
-                wait_replicas=wait_replicas,
-            )
+            with _stopped(
+                console,
+                "the server stops fetching, and publishes nothing unless it just has: "
+                f"`veneer show {name}` says whether it did. Nothing that was fetched is kept; "
+                "the same command starts anew",
+            ):
+                pushed = client.register(
+                    folder,
+                    name,
+                    labels=labels,
+                    validate_only=dry_run,
+                    activate=activate,
+                    allow_replace=replace,
+                    etag=etag,
+                    wait_replicas=wait_replicas,
+                )
         else:
-            with _resumable(console), _bar(console) as bar:
+            sent = (
+                "nothing was published. What was sent is kept for a while; the same command "
+                "goes on from there"
+            )
+            with _stopped(console, sent), _bar(console) as bar:
                 task = bar.add_task(f"checking {cell(folder)}", total=None)
                 pushed = client.push(
                     Path(folder),
@@ -152,7 +162,8 @@ def pull(
     """Download an adapter's files as they were uploaded, and verify them."""
     console = Screen(stderr=True, highlight=False)
     with errors_shown(context, debug), connect(context, server) as client:
-        with _bar(console) as bar:
+        kept = "nothing of it is kept; the same command starts anew"
+        with _stopped(console, kept), _bar(console) as bar:
             task = bar.add_task(f"receiving {cell(name)}", total=None)
             pulled = client.pull(
                 name,
@@ -188,16 +199,12 @@ def _name_for(folder: str) -> str:
 
 
 @contextlib.contextmanager
-def _resumable(console: Console) -> Iterator[None]:
-    """Say after Ctrl-C that a push goes on."""
+def _stopped(console: Console, kept: str) -> Iterator[None]:
+    """After Ctrl-C, say what is kept and how to go on."""
     try:
         yield
     except KeyboardInterrupt:
-        console.print(
-            "stopped: nothing was published. What was sent is kept for a while; the same "
-            "command goes on from there",
-            soft_wrap=True,
-        )
+        console.print(f"stopped: {cell(kept)}", soft_wrap=True)
         raise typer.Exit(130) from None
 
 

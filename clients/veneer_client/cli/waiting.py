@@ -23,5 +23,5 @@ def replicas_shown(reached: ReplicasReached | None) -> str:
     """The end of a line about a change; "" if it did not wait."""
     if reached is None:
         return ""
-    short = "" if reached.enough else "(timed out; the others catch up later)"
+    short = "" if reached.enough else " (timed out; the others catch up later)"
     return f"; applied on {reached.applied} of {reached.live} followers{short}"

@@ -218,7 +218,7 @@ def _fit(
     out: Annotated[Path, typer.Option(metavar="FILE", help="Output file of the costs.")],
     core: Annotated[int, typer.Option(help="Core of the server.")] = 0,
     rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 8,
-    rounds: Annotated[int, typer.Option(help="Seed of all measurements.")] = 15,
+    rounds: Annotated[int, typer.Option(help="Number of rounds of all measurements.")] = 15,
     seed: Seed = 1,
     debug: Debug = False,
 ) -> None:

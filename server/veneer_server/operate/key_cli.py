@@ -7,20 +7,24 @@ import os
 import re
 import stat
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from veneer_registry.command_line import Program
-from veneer_registry.errors import InvalidField
+from veneer_registry.errors import InvalidField, VeneerError
 
 from veneer_server.access.keys import ApiKey
 from veneer_server.access.principal import DEFAULT_TENANT, ROLES
 from veneer_server.config import load_config
 from veneer_server.operate.flags import Debug, Json, guarded, options, with_flags
 from veneer_server.quotas.quota import Quota
+
+if TYPE_CHECKING:
+    from veneer_server.access.edit_keys import NewKey
 
 __all__ = ["key_cli"]
 
@@ -90,24 +94,15 @@ def new_key(
     **flags: Any,
 ) -> None:
     """Create a key and print it once: the file stores only its digest."""
-    from veneer_server.access.edit_keys import add_key
+    from veneer_server.access.edit_keys import add_key, revoke_key
 
     def run() -> None:
-        file = _new_private_file(out) if out is not None else None
-        try:
-            made = make()
-        except BaseException:
-            if out is not None:
-                out.unlink()
-            raise
-        if file is not None:
-            with file:
-                file.write(made.key)  # no line break: others make secrets of the whole file
+        made = make() if out is None else _written(out, make, lambda id: revoke_key(file(), id))
         if as_json:
-            shown = {"id": made.id} if file is not None else {"id": made.id, "key": made.key}
+            shown = {"id": made.id} if out is not None else {"id": made.id, "key": made.key}
             print(json.dumps(shown))
             return
-        if file is not None:
+        if out is not None:
             print(f"{out} has the key; its id is {made.id}")
             return
         print(made.key)
@@ -122,7 +117,10 @@ def new_key(
                 file=sys.stderr,
             )
 
-    def make() -> Any:
+    def file() -> Path:
+        return _file(flags)
+
+    def make() -> NewKey:
         roles: Any = list(dict.fromkeys(role or ["inference"]))
         for each in roles:
             if each not in ROLES:
@@ -132,7 +130,7 @@ def new_key(
                     metadata={"field": "role"},
                 )
         return add_key(
-            _file(flags),
+            file(),
             name=name,
             tenant=tenant,
             roles=roles,
@@ -144,13 +142,48 @@ def new_key(
     guarded(run, debug)
 
 
+def _written(path: Path, make: Callable[[], NewKey], revoke: Callable[[str], None]) -> NewKey:
+    """Make a key and write it to a new file; on an error there is neither.
+
+    Raises:
+        InvalidField: the file exists or cannot be written, or as ``make``.
+    """
+    file, made = _new_private_file(path), None
+    try:
+        with file:
+            made = make()
+            file.write(made.key)  # no line break: others make secrets of the whole file
+    except BaseException as error:
+        path.unlink(missing_ok=True)
+        if made is None:
+            raise
+        left = "no key was made"
+        try:
+            revoke(made.id)
+        except (OSError, VeneerError):  # the keys file may be on the same full disk
+            left = f"`veneer-server key revoke {made.id}` removes the key that nobody has"
+        if isinstance(error, OSError):
+            raise InvalidField(
+                f"--out {path}: {error.strerror}; {left}: free space, or choose another file",
+                metadata={"field": "out"},
+            ) from error
+        raise
+    return made
+
+
 def _new_private_file(path: Path) -> TextIO:
-    """Raises InvalidField if it exists."""
+    """Raises InvalidField if it exists or cannot be made."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError as error:
         raise InvalidField(
             f"--out {path}: it exists; remove it, or choose another file",
+            metadata={"field": "out"},
+        ) from error
+    except OSError as error:
+        raise InvalidField(
+            f"--out {path}: {error.strerror}; choose a file in a folder that exists and that "
+            "you may write to",
             metadata={"field": "out"},
         ) from error
     return open(descriptor, "w", encoding="ascii")

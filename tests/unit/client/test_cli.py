@@ -349,6 +349,12 @@ def test_call_stream(run: Run) -> None:
     assert lines[-1]["final"]["finish_reason"] == "FINISH_REASON_LENGTH"
 
 
+@pytest.mark.parametrize("mode", ['"EVICT_MODE_FAIL_IF_BUSY"', "2", '"2"'])
+def test_call_takes_an_enum_by_name_and_number(mode: str, run: Run, server: FakeServer) -> None:
+    assert run("call", "EvictAdapter", f'{{"name": "chat", "mode": {mode}}}').exit_code == 0
+    assert server.calls[-1][1].mode == 2
+
+
 def test_call_lists_methods(run: Run) -> None:
     lines = run("call").stdout.splitlines()
     assert (
@@ -364,6 +370,7 @@ def test_call_lists_methods(run: Run) -> None:
         (("Nope",), "`veneer call` lists them"),
         (("GetAdapter", '{"nam": 1}'), "its fields: name"),
         (("GetAdapter", "{"), "does not fit veneer.v1.GetAdapterRequest"),
+        (("EvictAdapter", '{"name": "chat", "mode": "x"}'), "one of EVICT_MODE_"),
         (("UploadAdapter",), "use `veneer adapter push`"),
         (("GetAdapter", '{"name": "chatt"}'), "no such adapter"),
     ],

@@ -141,6 +141,20 @@ def test_ctrl_c_in_a_push_says_that_it_goes_on(
     assert "the same command goes on" in stopped.stderr
 
 
+def test_ctrl_c_says_what_is_left_of_a_uri_s_push_and_of_a_pull(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Client, "register", interrupted)
+    monkeypatch.setattr(Client, "pull", interrupted)
+    pushed = run("push", "hf://org/sql-lora", "--name", "x")
+    assert (pushed.exit_code, "`veneer show x` says whether" in pushed.stderr) == (130, True)
+    pulled = run("pull", "x", str(tmp_path / "x"))
+    assert (pulled.exit_code, "nothing of it is kept" in pulled.stderr) == (130, True)
+
+
 def test_a_folder_that_is_no_adapters_is_recognised(
     run: Run, tmp_path: Path, adapter_folder: Path
 ) -> None:
@@ -159,8 +173,22 @@ def test_a_folder_that_is_no_adapters_is_recognised(
 
 
 def test_words_that_were_not_quoted(server: FakeServer, run: Run) -> None:
-    failed = run("generate", "tell", "me", "more")
-    assert (failed.exit_code, "spaces in quotes" in failed.stderr) == (2, True)
+    for words in (("generate", "tell", "me", "more"), ("call", "GetAdapter", "{", "}")):
+        failed = run(*words)
+        assert (failed.exit_code, "spaces in quotes" in failed.stderr) == (2, True)
+    assert server.calls == []
+
+
+@pytest.mark.parametrize(
+    "words", [("ls", "x"), ("health", "x"), ("push", "a", "b"), ("usage", "november")]
+)
+def test_an_argument_too_many_is_no_text_without_quotes(
+    words: tuple[str, ...], server: FakeServer, run: Run
+) -> None:
+    failed = run(*words)
+    assert failed.exit_code == 2
+    assert f"({words[-1]})\n" in failed.stderr
+    assert f"veneer {words[0]} -h" in failed.stderr
     assert server.calls == []
 
 

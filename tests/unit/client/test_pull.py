@@ -18,6 +18,7 @@ from veneer_registry.errors import (
     AdapterInvalid,
     ChecksumMismatch,
     InternalError,
+    InvalidField,
     VeneerError,
 )
 from veneer_registry.format import read_adapter
@@ -132,6 +133,19 @@ def test_lies(folder: Path, tmp_path: Path) -> None:
         assert os.listdir(place) == [], what
     with refused(InternalError, cause="download"):
         pulled(place / "out", sent(folder), name="sql@" + "f" * 12)
+
+
+def test_a_folder_with_other_files_is_not_replaced(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("b.txt", "a.txt", CONFIG):
+        (out / name).touch()
+    with (
+        refused(InvalidField, field="folder", cause="others") as caught,
+        Download("sql", out, force=True, progress=lambda done, total: None) as download,
+    ):
+        download.begin()
+    assert f"{out} holds other files (a.txt, b.txt), which" in str(caught.value)
 
 
 def test_a_connection_that_breaks(

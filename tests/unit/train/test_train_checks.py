@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import psutil
 import pytest
 from veneer_labs.recipes import chat, code, sql
 from veneer_registry.errors import InvalidField, Unimplemented
-from veneer_train import sandbox, sandboxed
+from veneer_train import checks, sandbox, sandboxed
 from veneer_train.checks import Score, passes, require_sandbox, validate
 from veneer_train.config import DataConfig
 from veneer_train.data import load_file
@@ -58,6 +60,35 @@ def test_sql_that_does_not_end_is_stopped() -> None:
         "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT max(x) FROM n"
     )
     assert not passes(SQL, endless, "SELECT 1;")
+
+
+def test_sql_of_few_but_long_steps_is_stopped() -> None:
+    """Steps of seconds each, of which it has a thousand: hours."""
+    long = (
+        "WITH RECURSIVE c(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM c LIMIT 1000) SELECT "
+        "sum(instr(hex(zeroblob(400000)), hex(zeroblob(200000 + i)) || '1')) FROM c"
+    )
+    assert not passes(SQL, long, "SELECT 0;")
+
+
+def test_judging_sql_leaves_this_process_as_it_was() -> None:
+    with closing(sqlite3.connect(":memory:")) as other:
+        before = other.execute("PRAGMA hard_heap_limit").fetchall()
+        assert passes(SQL, "SELECT a FROM t", "SELECT a FROM t;")
+        validate(SQL, "SELECT a FROM t;")
+        assert other.execute("PRAGMA hard_heap_limit").fetchall() == before == [(0,)]
+
+
+def test_sql_that_no_process_can_hold_is_wrong_and_a_broken_judge_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not passes(SQL, "SELECT '\ud800'", "SELECT 1;")
+    program = tmp_path / "broken.py"
+    program.write_text("import there_is_none")
+    monkeypatch.setattr(checks, "SQL_PROGRAM", program)
+    with pytest.raises(RuntimeError) as caught:
+        passes(SQL, "SELECT 1", "SELECT 1;")
+    assert "there_is_none" in str(caught.value)
 
 
 def test_sql_cannot_take_our_memory() -> None:
@@ -223,6 +254,57 @@ def test_an_answer_may_use_the_standard_library() -> None:
     assert run_python(source, list(asked)).values == tuple(asked.values())
 
 
+DATACLASS = """
+from dataclasses import dataclass
+
+@dataclass
+class Pair:
+    a: int
+    b: int
+
+def add(a, b):
+    return Pair(a, b).a + Pair(a, b).b
+"""
+
+
+@pytest.mark.parametrize("future", ["", "from __future__ import annotations\n"])
+def test_an_answer_may_define_a_dataclass(future: str) -> None:
+    assert passes(TESTS, future + DATACLASS, "")
+    assert passes({"python": {}}, (future + DATACLASS).strip(), "")
+
+
+def test_an_answer_runs_without_our_own_future_imports() -> None:
+    source = "import __future__\ndef f(a: int): return a"
+    told = "f.__annotations__['a'] is int"
+    assert run_python(source, [told]).values == ("True",)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("from collections import Counter\ndef f(): return Counter('aab')", "{'a': 2, 'b': 1}"),
+        (
+            "from collections import defaultdict as D\ndef f(): return D(int, a=2)",
+            "{'a': 2}",
+        ),
+        ("from collections import OrderedDict as D\ndef f(): return D(a=1)", "{'a': 1}"),
+        (
+            "from collections import namedtuple\nP = namedtuple('P', 'x y')\n"
+            "def f(): return [P(1, 2)]",
+            "[(1, 2)]",
+        ),
+        ("import enum\nclass E(enum.IntEnum):\n    A = 1\ndef f(): return E.A", "1"),
+        ("import enum\nclass E(enum.StrEnum):\n    A = 'x'\ndef f(): return E.A", "'x'"),
+        ("class F(float): pass\ndef f(): return F(0.5)", "0.5"),
+        ("class L(list): pass\ndef f(): return L([1])", "[1]"),
+        ("def f(): return frozenset({1, 2})", "{1, 2}"),
+    ],
+)
+def test_a_subclass_s_value_counts_as_python_compares_it(source: str, expected: str) -> None:
+    exec(f"{source}\nassert f() == {expected}", {})  # negative control: Python's own assert
+    assert passes({"python": {"tests": f"assert f() == {expected}"}}, source, "")
+
+
 def test_code_that_prints_without_end_costs_us_no_memory() -> None:
     flood = (
         "import os\nwhile True:\n    for n in range(64):\n        try: os.write(n, b'x' * 9999)"
@@ -299,6 +381,11 @@ def test_an_interval_holds_the_share() -> None:
         {"python": {"tests": "import math"}},
         {"python": {"tests": "assert add(1, 2) == add(2, 1)"}},
         {"python": {"tests": "assert add(1, 2) > 2"}},
+        {"python": {"tests": "assert add(1, 2) == b'x'"}},
+        {"python": {"tests": "assert add(1, 2) == [1 + 2j]"}},
+        {"python": {"tests": "assert add(1, 2) == ..."}},
+        {"python": {"tests": "assert add(1, 2) == 1e999"}},
+        {"python": {"tests": "assert add(1, 2) == {[]: 1}"}},
         {"sql": {"setup": "CREATE TABEL t"}},
         {},
         {"exact": False},
@@ -362,16 +449,15 @@ _MANY = "WITH RECURSIVE c(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM c LIMIT 30
     ids=["rows", "columns", "sorted", "distinct"],
 )
 def test_a_statement_takes_neither_memory_nor_disk(statement: str) -> None:
-    """Each asks for more than 1 GB. In a process of its own, whose memory and files end before
-    that."""
+    """Each asks for more than 1 GB. Asked in a process whose memory and files end before that,
+    and with it its children's."""
     code = (
         "import resource, sys\n"
         "from veneer_train.checks import passes\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
         "resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         f"assert not passes({{'sql': {{'setup': ''}}}}, {statement!r}, 'SELECT 1')\n"
-        "assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 600_000\n"
+        "assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 600_000\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False

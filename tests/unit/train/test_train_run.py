@@ -8,6 +8,7 @@ import stat
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from veneer_registry.errors import AdapterInvalid, BaseModelMismatch, InvalidFie
 from veneer_registry.fingerprint import fingerprint_base
 from veneer_registry.format import read_adapter
 from veneer_registry.strict_json import parse_object
-from veneer_train import loop, trainer
+from veneer_train import loop, push, trainer
 from veneer_train.cli import app
 from veneer_train.commands.common import Pulse
 from veneer_train.config import OptimConfig, QuantConfig, TrainConfig, parse_config
@@ -107,16 +108,18 @@ def test_a_pulse_says_what_goes_on_until_it_ends() -> None:
 
 
 @pytest.mark.parametrize(
-    ("save_every", "step", "says"),
+    ("save_every", "step", "resume", "says"),
     [
-        (0, None, "output.save_every is 0"),
-        (2, None, "at step 2"),
-        (2, 4, "checkpoint of step 4 is kept"),
+        (0, None, "auto", "output.save_every is 0; the same command starts anew"),
+        (2, None, "auto", "at step 2; the same command starts anew"),
+        (2, 4, "auto", "checkpoint of step 4 is kept"),
+        (2, 4, "never", "to resume from it, add --set output.resume=auto: the same command"),
     ],
 )
 def test_ctrl_c_says_what_is_kept_and_how_to_go_on(
     save_every: int,
     step: int | None,
+    resume: str,
     says: str,
     tiny_base: Path,
     chats: Path,
@@ -138,7 +141,7 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(
     flags = [
         *(f"data.train={chats}", "data.val_fraction=0.25", "train.steps=4", "lora.r=4"),
         *(f"output.dir={out}", f"output.logs={out}.logs", f"output.save_every={save_every}"),
-        *("train.batch=4", "data.max_len=256", "model.name=tiny"),
+        *("train.batch=4", "data.max_len=256", "model.name=tiny", f"output.resume={resume}"),
     ]
     command = ["train", "--base", str(tiny_base)]
     for flag in flags:
@@ -147,7 +150,31 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(
     assert stopped.exit_code == 130, stopped.output
     assert "stopped by Ctrl-C" in stopped.stderr
     assert says in stopped.stderr
-    assert "the same command" in stopped.stderr
+
+
+def test_ctrl_c_while_it_publishes_says_that_the_adapter_is_written(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With FAKES in place of the run, which has ended, and of the push."""
+
+    def interrupted(*args: Any, **more: Any) -> Any:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "mine"
+    ended: Any = SimpleNamespace(folder=out, dora=False, facts=SimpleNamespace(steps=4))
+    monkeypatch.setattr(loop, "train", lambda *args, **more: ended)
+    monkeypatch.setattr(push, "publish", interrupted)
+    stopped = CliRunner().invoke(
+        app,
+        [
+            *("train", "--base", str(tiny_base), "--push", "server.example:1", "--name", "x"),
+            *("--set", "data.train=none.jsonl", "--set", f"output.dir={out}"),
+        ],
+    )
+    assert stopped.exit_code == 130, stopped.output
+    told = f"the adapter is in {out}; publish it: veneer adapter push {out} --name x"
+    assert told in stopped.stderr
+    assert "the same command" not in stopped.stderr
 
 
 def test_a_run_writes_the_whole_folder(tiny_base: Path, chats: Path, tmp_path: Path) -> None:

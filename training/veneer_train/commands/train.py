@@ -84,7 +84,8 @@ def train(
 ) -> None:
     """Train an adapter on the 4-bit base and write its folder."""
     parsed: TrainConfig | None = None
-    with errors(debug, lambda: _kept(parsed)):
+    result: TrainResult | None = None
+    with errors(debug, lambda: _kept(parsed) if result is None else _written(result, name)):
         parsed = load_config(config, settings or (), preset, base=base)
         if (push is None) != (name is None):
             raise InvalidField(
@@ -126,16 +127,31 @@ def _kept(config: TrainConfig | None) -> str:
         return "nothing had begun"
     output = config.output
     if (step := last_step(output.checkpoints_dir)) is not None:
-        return (
-            f"the checkpoint of step {step} is kept in {output.checkpoints_dir}; the same "
-            "command resumes from it"
-        )
+        kept = f"the checkpoint of step {step} is kept in {output.checkpoints_dir}"
+        if output.resume == "never":
+            return (
+                f"{kept}; to resume from it, add --set output.resume=auto: the same command "
+                "without that removes it"
+            )
+        return f"{kept}; the same command resumes from it"
     if not output.save_every:
         return "nothing is kept, as output.save_every is 0; the same command starts anew"
     return (
         f"nothing is kept before the first checkpoint, at step {output.save_every}; the same "
         "command starts anew (sooner: --set output.save_every=N)"
     )
+
+
+def _written(result: TrainResult, name: str | None) -> str:
+    """As `_kept`, once the run has ended."""
+    return f"the adapter is in {result.folder}; {_next(result, name)}"
+
+
+def _next(result: TrainResult, name: str | None) -> str:
+    """How an adapter that is not published comes to be served."""
+    if result.dora:
+        return f"to serve DoRA, merge it: veneer-train merge {result.folder} --out DIR ..."
+    return f"publish it: veneer adapter push {result.folder} --name {name or 'NAME'}"
 
 
 def _run(
@@ -219,9 +235,4 @@ def _show(result: TrainResult, published: str | None, as_json: bool) -> None:
     for name, value in metrics.items():
         print(f"{name:<22}{value:.4f}")
     print(f"\nadapter written to {result.folder}")
-    if published is None and result.dora:
-        print(f"to serve DoRA, merge it: veneer-train merge {result.folder} --out DIR ...")
-    elif published is None:
-        print(f"publish it: veneer adapter push {result.folder} --name NAME")
-    else:
-        print(f"published as {published[:12]}")
+    print(_next(result, None) if published is None else f"published as {published[:12]}")
