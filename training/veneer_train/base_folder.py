@@ -58,14 +58,16 @@ def resolve_base(path: str) -> Path:
 
 
 def progress_bar() -> type[Any]:
-    """The hub's bar, which draws itself again over its own line: a `Guard` would show how."""
-    from huggingface_hub.utils.tqdm import tqdm
+    """A download's bar, which draws itself again over its own line: a `Guard` would show how.
+    Not the hub's own, which transformers switches off with its others."""
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-    class Bar(tqdm):
+    class Bar(tqdm):  # type: ignore[misc]
         def __init__(self, *args: Any, **options: Any) -> None:
             stream = sys.stderr
+            options.pop("name", None)  # the hub's
             options["file"] = stream.raw if isinstance(stream, Guard) else stream
-            super().__init__(*args, **options)  # type: ignore[no-untyped-call]
+            super().__init__(*args, **options)
 
     return Bar
 

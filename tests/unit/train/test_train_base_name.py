@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner
 from veneer_registry.bundled_base import BUNDLED
 from veneer_registry.terminal import guarded
@@ -144,10 +145,10 @@ def test_torch_is_not_imported_for_it(cache: Path, arguments: list[str]) -> None
 
 def test_a_download_s_bar_is_drawn_over_its_own_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """Although a terminal does not obey what other people write."""
-    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+    transformers_logging.disable_progress_bar()  # as a training does, the hub's among them
     raw = io.StringIO()
     monkeypatch.setattr(sys, "stderr", raw)
-    with guarded(), progress_bar()(total=2, mininterval=0) as bar:
+    with guarded(), progress_bar()(total=2, mininterval=0, name="hub") as bar:
         bar.update()
         bar.update()
     assert "\r" in raw.getvalue()

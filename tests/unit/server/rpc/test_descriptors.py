@@ -358,7 +358,8 @@ async def test_idle_connections_to_all_ports_leave_descriptors_to_the_server(
                         assert answer.status_code == 200
             assert (await front.inference.Generate(prompt())).token_ids, "it was there before"
             taken = process.num_fds() - before - 300  # ours are the process's, too
-            assert taken <= 2 * 40 + UNREAD + SCRAPES + 8
+            # Half of `UNREAD` more: HTTP connections that were refused and may still send.
+            assert taken <= 2 * 40 + UNREAD + UNREAD // 2 + SCRAPES + 8
         await until(lambda: process.num_fds() < before + 40)
 
 
