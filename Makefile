@@ -52,7 +52,7 @@ test-time:
 	@$(PYTHON) tests/suite_time.py
 
 test: test-time base ## Run the whole test suite, three files at a time
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --whole
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --whole --durations 20
 
 # A run of the suite for each: an hour or two. `python -m tests.matrix --only NAME` runs one.
 test-matrix: base ## The suite with other instruction sets, threads, locales, umasks and users
