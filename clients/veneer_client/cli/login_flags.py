@@ -43,6 +43,6 @@ def keep_login(
     for name, value in (("PROFILE", profile), ("CA", ca), ("CERT", cert), ("KEY", key)):
         if value is not None:
             os.environ[f"VENEER_{name}"] = value
-    # In processes that this one starts, gRPC would print a line for each failed handshake, beside
-    # our own error. This one has imported it already.
+    # In processes that this one starts, gRPC would print a line for each failed handshake,
+    # beside our own error. This one has imported it already.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
