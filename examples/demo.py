@@ -25,9 +25,11 @@ from rich.panel import Panel
 from rich.table import Table
 from veneer_client import AsyncClient, Chat, GenerationEnd, VeneerError
 from veneer_client.local import LocalServer
-from veneer_labs.answers import (
+from veneer_registry.errors import Unimplemented
+from veneer_registry.screen import Screen
+from veneer_train.labs.answers import (
+    ChatTask,
     NotHeldOut,
-    Task,
     TaskSet,
     ask_all,
     chat_form,
@@ -37,8 +39,6 @@ from veneer_labs.answers import (
     telling,
     verdicts,
 )
-from veneer_registry.errors import Unimplemented
-from veneer_registry.screen import Screen
 from veneer_train.sandbox import DESCRIPTION
 
 ADAPTERS = Path(__file__).parent / "adapters"
@@ -72,7 +72,7 @@ class Answer:
     end: GenerationEnd | None = field(default=None)
 
     @property
-    def task(self) -> Task:
+    def task(self) -> ChatTask:
         return self.asked.tasks[self.number]
 
     @property

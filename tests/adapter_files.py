@@ -18,8 +18,6 @@ from veneer_registry.safetensors_header import (
 )
 from veneer_registry.weights import WEIGHTS_FILE
 
-__all__ = ["parse_header", "write_adapter", "write_safetensors"]
-
 _DTYPES: Final = {"float32": "F32", "float16": "F16", "uint16": "BF16"}
 _ALIGNMENT: Final = 8
 

@@ -72,7 +72,12 @@ def run_bandit(paths: list[Path]) -> bool:
     settings = ("-q", "-c", str(ROOT / "pyproject.toml"), "-f", "custom")
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "bandit", *settings, "--msg-template", _SHOWN),
+            sys.executable,
+            "-m",
+            "bandit",
+            *settings,
+            "--msg-template",
+            _SHOWN,
             *("-r", *map(str, paths)),
         ],
         capture_output=True,
@@ -108,7 +113,12 @@ def look_up(packages: list[str]) -> list[dict[str, Any]]:
         file.write_text("\n".join(packages))
         done = subprocess.run(
             [
-                *(sys.executable, "-m", "pip_audit", "-r", str(file), "--no-deps"),
+                sys.executable,
+                "-m",
+                "pip_audit",
+                "-r",
+                str(file),
+                "--no-deps",
                 *("--disable-pip", "--progress-spinner", "off", "--timeout", "5"),
                 *("--format", "json"),
             ],

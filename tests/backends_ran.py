@@ -24,18 +24,6 @@ import msgspec
 import pytest
 from veneer_server.wire.messages import EngineConfig
 
-__all__ = [
-    "RAN",
-    "asked",
-    "check",
-    "check_ready_line",
-    "missing",
-    "native_possible",
-    "server_environment",
-    "skip_or_fail",
-    "with_asked",
-]
-
 RAN: Counter[str] = Counter()
 """Engines of this process and servers that it started, by backend."""
 

@@ -10,8 +10,6 @@ from typing import Literal
 
 import pytest
 
-__all__ = ["Scheme", "chromium", "dump_dom", "screenshot"]
-
 _NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 
 

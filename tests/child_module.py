@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 from veneer_server.adapters import child
 
-__all__ = ["run_instead"]
-
 
 def run_instead(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
     """Let children that are started from now on run ``module``."""

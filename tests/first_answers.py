@@ -11,8 +11,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-__all__ = ["COUNTED", "QUESTIONS", "Question"]
-
 _LONGEST = 1500
 
 COUNTED = (

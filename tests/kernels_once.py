@@ -11,8 +11,6 @@ from veneer_server.backends.native import compiler
 from veneer_server.backends.native.compiler import build
 from veneer_server.backends.native.forms import compile_forms
 
-__all__ = ["forms_built", "kernels_built", "kernels_folder"]
-
 
 def kernels_folder(factory: pytest.TempPathFactory) -> Path:
     """Where `kernels_built` keeps them; a worker of pytest-xdist has a folder in the run's."""

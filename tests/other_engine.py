@@ -12,8 +12,6 @@ from unittest.mock import patch
 
 from veneer_registry.child_python import child_python
 
-__all__ = ["engine_of"]
-
 _ROOT = Path(__file__).resolve().parents[1]
 _ENGINE = tuple(child_python("-m", "veneer_server.engine.process")[1:])
 

@@ -10,8 +10,6 @@ from veneer_server.step.adapter_table import AdapterTable
 from veneer_server.step.arrays import StepArrays
 from veneer_server.step.layout import MEMBERS, Layout, Slot
 
-__all__ = ["paired", "place_a", "with_pairs"]
-
 _MADE: WeakKeyDictionary[AdapterTable, AdapterTable] = WeakKeyDictionary()
 
 

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import trustme
 
-__all__ = ["Pki"]
-
 
 @dataclass
 class Pki:

@@ -8,8 +8,6 @@ from typing import Final
 
 from veneer_server.config import load_config
 
-__all__ = ["REPOSITORY", "cache_dir"]
-
 REPOSITORY: Final = Path(__file__).resolve().parent.parent
 
 

@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
-__all__ = ["edited", "planted"]
-
 
 def edited(module: ModuleType, old: str, new: str) -> tuple[FunctionType, CodeType]:
     """The function of ``module`` whose source contains ``old``, and its code with ``new``

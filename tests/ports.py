@@ -5,8 +5,6 @@ from __future__ import annotations
 import random
 import socket
 
-__all__ = ["free_port"]
-
 
 def free_port() -> int:
     """A loopback port that nobody listens on, below the system's ephemeral range.

@@ -12,8 +12,6 @@ from typing import TypeVar
 import pytest
 from veneer_registry.errors import VeneerError
 
-__all__ = ["refused"]
-
 _Error = TypeVar("_Error", bound=VeneerError)
 
 

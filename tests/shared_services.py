@@ -19,9 +19,9 @@ from typing import Any
 
 import psutil
 import psycopg
+from veneer_registry.shared.locations import SharedLocations
 from veneer_registry.shared.objects import Objects
-from veneer_registry.shared.places import SharedPlaces
-from veneer_registry.shared.postgres import Address
+from veneer_registry.shared.postgres import PostgresAddress
 
 BUCKET = "veneer-tests"
 _ROOT = Path(__file__).resolve().parents[1]
@@ -65,7 +65,13 @@ class PostgresServer:
         self.url = f"postgresql://veneer@/postgres?host={self.folder}"
         self._data = self.folder / "data"
         self._run(
-            *(postgres_binary("initdb"), "-D", self._data, "-U", "veneer", "-E", "UTF8"),
+            postgres_binary("initdb"),
+            "-D",
+            self._data,
+            "-U",
+            "veneer",
+            "-E",
+            "UTF8",
             *("--locale=C", "--no-sync", "-A", "scram-sha-256"),
             f"--pwfile={self.password_file}",
         )
@@ -91,7 +97,9 @@ class PostgresServer:
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(
                 [
-                    *(postgres_binary("postgres"), "-D", str(self._data)),
+                    postgres_binary("postgres"),
+                    "-D",
+                    str(self._data),
                     *("-k", str(self.folder), "-c", "listen_addresses="),
                     *("-c", "max_connections=60", "-c", "shared_buffers=16MB"),
                     *("-c", "fsync=on", "-c", "autovacuum=off"),
@@ -195,13 +203,13 @@ class Services:
             self.postgres.stop()
             raise
 
-    def address(self, name: str) -> Address:
+    def address(self, name: str) -> PostgresAddress:
         """The catalog of that name."""
-        return Address(self.postgres.url, self.postgres.password_file, f"t_{name}")
+        return PostgresAddress(self.postgres.url, self.postgres.password_file, f"t_{name}")
 
-    def places(self, name: str, data: Path, *, cache_bytes: int = 1 << 30) -> SharedPlaces:
+    def places(self, name: str, data: Path, *, cache_bytes: int = 1 << 30) -> SharedLocations:
         """Places of that name for a registry whose own folder is ``data``."""
-        return SharedPlaces(
+        return SharedLocations(
             data, self.address(name), self.s3.objects(name), cache_bytes=cache_bytes
         )
 

@@ -15,8 +15,6 @@ from unittest.mock import patch
 from veneer_server.engine import process
 from veneer_server.engine.execution.backend_choice import Chosen, choose
 
-__all__ = ["Slow"]
-
 
 class Slow:
     """A backend that waits before each call."""

@@ -18,8 +18,6 @@ import numpy.typing as npt
 
 from tests.adapter_files import write_adapter, write_safetensors
 
-__all__ = ["SHAPES", "VOCABULARY", "make_lora", "make_tiny_llama"]
-
 HIDDEN: Final = 64
 INNER: Final = 128
 LAYERS: Final = 3

@@ -17,8 +17,6 @@ from typing import Any, Final
 import httpx
 import jsonschema
 
-__all__ = ["TEMPLATES", "Outcome", "check_tool_calls", "with_template"]
-
 _CHAT: Final = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "<|im_start|>assistant\n"
@@ -32,8 +30,12 @@ TEMPLATES: Final = {
 """A chat template of each format, for a base with ChatML's special tokens."""
 
 _ASK: Final = (
-    *("What is the weather in Paris?", "Book a table for four.", "Remind me at nine."),
-    *("Translate good morning.", "How far is the moon?", "Send mail to Ana: 日本 🙂."),
+    "What is the weather in Paris?",
+    "Book a table for four.",
+    "Remind me at nine.",
+    "Translate good morning.",
+    "How far is the moon?",
+    "Send mail to Ana: 日本 🙂.",
 )
 
 

@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["Answer", "Asked", "WebFolder", "dripping", "endless", "web_folder"]
-
 
 @dataclass(frozen=True)
 class Asked:

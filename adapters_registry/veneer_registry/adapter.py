@@ -14,19 +14,6 @@ from typing import Final, Literal
 
 from veneer_registry.errors import InvalidField
 
-__all__ = [
-    "PROJECTIONS",
-    "SHORT_REVISION",
-    "AdapterManifest",
-    "AdapterRef",
-    "BaseFingerprint",
-    "BaseSpec",
-    "LoraModule",
-    "Projection",
-    "Tier",
-    "check_name",
-]
-
 Projection = Literal[
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
 ]
@@ -123,6 +110,8 @@ class BaseSpec:
         serving_dtype: dtype that adapter tensors are served in.
         names: other names that an adapter's config may use for this base: its hub name,
             its folder, names that the operator allows (`base_names`).
+        vocabulary: `fingerprint.vocabulary_digest` of its folder.
+        folder: of its checkpoint, to compare an adapter's embeddings with; "" if there is none.
     """
 
     name: str
@@ -131,6 +120,32 @@ class BaseSpec:
     fingerprint: BaseFingerprint
     serving_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     names: tuple[str, ...] = ()
+    vocabulary: str = ""
+    folder: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BaseClaim:
+    """What the publisher says about an adapter's base, besides what the adapter's files say.
+
+    Attributes:
+        same: the base that its config names is the served one, by another name.
+        vocabulary: `fingerprint.vocabulary_digest` of the tokenizer beside the adapter, or "".
+    """
+
+    same: bool = False
+    vocabulary: str = ""
+
+
+NO_CLAIM: Final = BaseClaim()
+"""Nothing is said."""
+
+
+BaseWord = Literal["", "fingerprint", "name", "rule", "publisher", "none"]
+"""What says that an adapter was trained on the served base: the fingerprint in its training
+manifest; the base's name in its config; a name that means the same base by a built-in rule
+(`base_names.is_copy`); the publisher (`BaseClaim.same`); nothing, only its shapes fit. "" if it
+was not asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +183,8 @@ class AdapterManifest:
         file_dtype: dtype of the tensors in the file ("mixed" if several).
         base_name: ``base_model_name_or_path`` as written; compared with the base's names,
             never fetched.
+        base_word: what says that it was trained on the served base; without one, what its
+            files say (`plain_word`).
         base_fingerprint: the base it was trained on, if its manifest says so.
         chat_template: template shipped with the adapter, or None.
         training: flat facts from ``training_manifest.json`` (metrics, origin).
@@ -182,6 +199,7 @@ class AdapterManifest:
     serving_bytes: int
     file_dtype: str
     base_name: str
+    base_word: BaseWord = ""
     base_fingerprint: BaseFingerprint | None = None
     chat_template: str | None = None
     training: Mapping[str, str] = field(default_factory=dict)

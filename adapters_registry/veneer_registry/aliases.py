@@ -17,8 +17,6 @@ from veneer_registry.errors import (
 from veneer_registry.records import AliasChange
 from veneer_registry.rows import SERVER, AliasRow, Who
 
-__all__ = ["Aliases"]
-
 _MOST_WEIGHT: Final = 10_000
 _MOST_TARGETS: Final = 16
 _MOST_ALIASES: Final = 64

@@ -14,13 +14,20 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
-__all__ = ["is_named", "known_names"]
-
 _ALIASES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {"smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct",)}
 )
 """Other names of bundled bases."""
 _CONFIG_LIMIT: Final = 1 << 20
+
+_QUANTIZED: Final = re.compile(r"(?:-unsloth)?-bnb-4bit$")
+"""The end of a quantized copy's name, whoever made it."""
+_MLX: Final = re.compile(r"-(?:[3468]bit|bf16|fp16)$")
+"""The end of a copy's name in mlx-community."""
+_RENAMED: Final = re.compile(r"^meta-(?=llama-)")
+"""Meta's Llamas are known with and without it."""
+_COPIERS: Final = frozenset({"unsloth", "mlx-community"})
+"""Owners that publish copies of others' models, under the names of these."""
 
 _CACHED: Final = re.compile(r"(?:^|/)models--([^/]+?)--([^/]+)/snapshots/[^/]+$")
 """A folder of the hub's cache: its path holds owner and model, and ends in a commit."""
@@ -51,14 +58,47 @@ def _shown(name: str) -> str:
 
 def is_named(name: str, names: Iterable[str]) -> bool:
     """Whether ``name`` is one of ``names``, ignoring case and treating ``_`` and spaces as
-    ``-``. Two hub names must have the same owner; only the last part of a path counts.
+    ``-``. Two hub names must have the same owner; only the last part of a path counts. A
+    name without an owner counts for a hub name if ``names`` have no owner of that model. The
+    logical name of a bundled base is not the model's part of a hub name: SmolLM2-135M is
+    another model than the bundled one.
     """
     owner, model = _parts(name)
-    return any(
-        model == other_model and (not owner or not other_owner or owner == other_owner)
-        for other_owner, other_model in map(_parts, names)
-        if model
-    )
+    owners = {other for other, other_model in map(_parts, names) if other_model == model}
+    if not model or not owners:
+        return False
+    if not owner or owner in owners:
+        return True
+    return owners == {""} and model not in _ALIASES
+
+
+def is_copy(name: str, names: Iterable[str]) -> bool:
+    """Whether ``name`` is that of a copy of one of ``names``: the same model's name under any
+    owner, and perhaps quantized. ``unsloth/Llama-3.2-1B-Instruct-bnb-4bit`` is a copy of
+    ``meta-llama/Llama-3.2-1B-Instruct``, and not of ``meta-llama/Llama-3.2-1B``.
+
+    Only names are compared: an owner may publish anything under a model's name. Hub names
+    count if there are any, since a folder may be called anything.
+    """
+    names = tuple(names)
+    model = _origin(name)
+    hub_names = [other for other in names if _parts(other)[0]]
+    return bool(model) and any(model == _origin(other) for other in hub_names or names)
+
+
+def says_its_origin(name: str) -> bool:
+    """Whether a copy's name can be believed: that of a folder, or of an owner that publishes
+    copies under the names of what they were made from."""
+    return _parts(name)[0] in {"", *_COPIERS}
+
+
+def _origin(name: str) -> str:
+    """The model's name, without what its copies add."""
+    owner, model = _parts(name)
+    model = _QUANTIZED.sub("", model)
+    if owner == "mlx-community":
+        model = _MLX.sub("", model)
+    return _RENAMED.sub("", model)
 
 
 def _parts(name: str) -> tuple[str, str]:

@@ -13,8 +13,6 @@ import sys
 from collections.abc import Iterator, MutableMapping
 from typing import Final
 
-__all__ = ["whole_words"]
-
 _BREAKS: Final = "@:="
 
 

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 from veneer_registry.strict_json import canonical_json
 
-__all__ = ["Bundle"]
-
 
 @dataclass(frozen=True, slots=True)
 class Bundle:

@@ -16,19 +16,6 @@ from veneer_registry.strict_json import refuse, show
 from veneer_registry.training_manifest import TRAINING_FILE, TRAINING_LIMIT
 from veneer_registry.weights import WEIGHTS_FILE
 
-__all__ = [
-    "ALLOWED_FILES",
-    "README_FILE",
-    "REQUIRED_FILES",
-    "TEMPLATE_FILE",
-    "TEMPLATE_LIMIT",
-    "FileSelection",
-    "check_file_name",
-    "open_file",
-    "read_small",
-    "select_files",
-]
-
 TEMPLATE_FILE: Final = "chat_template.jinja"
 TEMPLATE_LIMIT: Final = 64 << 10
 README_FILE: Final = "README.md"
@@ -47,6 +34,9 @@ ALLOWED_FILES: Final[Mapping[str, int | None]] = MappingProxyType(
 )
 """Files of a bundle, each with its size limit in bytes (for weights, the server's limit)."""
 
+MLX_FILE: Final = "adapters.safetensors"
+"""Where mlx-lm writes an adapter's weights."""
+_CONVERT: Final = "`veneer adapter convert IN OUT`, and push OUT"
 _PICKLES: Final = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
 
 
@@ -90,6 +80,12 @@ def select_files(folder: Path) -> FileSelection:
             the message names it and says how to convert it); or a file of the bundle is
             empty, too large, not a regular file, or a link that leaves the folder.
     """
+    if folder.suffix.lower() == ".gguf" and folder.is_file():
+        refuse(
+            show(str(folder)),
+            f"is a GGUF file: make it a PEFT folder with {_CONVERT}",
+            cause="gguf",
+        )
     if not folder.is_dir():
         refuse(show(str(folder)), "is not a folder; give the folder that PEFT saved")
     entries = sorted(folder.iterdir())
@@ -100,12 +96,32 @@ def select_files(folder: Path) -> FileSelection:
         for name in skipped:
             if Path(name).stem == "adapter_model" and Path(name).suffix.lower() in _PICKLES:
                 check_file_name(name)
+    if WEIGHTS_FILE not in names:
+        _check_trainer(entries)
     for name in REQUIRED_FILES:
         if name not in names:
             refuse(name, f"is missing{_instead(entries)}")
     for path in files:
         _check_size(path)
     return FileSelection(files, skipped)
+
+
+def _check_trainer(entries: Sequence[Path]) -> None:
+    """Refuse what `converting.convert_adapter` can make a PEFT folder of."""
+    for path in entries:
+        if path.name == MLX_FILE:
+            refuse(
+                path.name,
+                f"is an mlx-lm adapter's: make it a PEFT folder with {_CONVERT}",
+                cause="mlx",
+            )
+    for path in entries:
+        if path.suffix.lower() == ".gguf":
+            refuse(
+                show(path.name),
+                f"is a GGUF file: make it a PEFT folder with {_CONVERT}",
+                cause="gguf",
+            )
 
 
 def _instead(entries: Sequence[Path]) -> str:

@@ -8,8 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-__all__ = ["BUNDLED", "CACHE_DIR", "CACHE_VARIABLE", "bundled_folder"]
-
 BUNDLED: Final = "smollm2-135m"
 CACHE_DIR: Final = "~/.cache/veneer"
 CACHE_VARIABLE: Final = "VENEER_CACHE_DIR"

@@ -24,8 +24,6 @@ from veneer_registry.exclusive import Exclusive
 from veneer_registry.rows import SERVER, Foreign, Who
 from veneer_registry.schema import upgrade
 
-__all__ = ["Catalog"]
-
 _log = logging.getLogger(__name__)
 
 _LABELS: Final = (

@@ -31,8 +31,6 @@ from veneer_registry.rows import (
     damaged_row,
 )
 
-__all__ = ["CatalogReads"]
-
 _log = logging.getLogger(__name__)
 
 _FEW: Final = 1000

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["cause_of"]
-
 
 def cause_of(error: BaseException) -> str:
     """An error's own words; of a path only the last part, so callers may read it."""

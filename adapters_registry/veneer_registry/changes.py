@@ -19,8 +19,6 @@ from veneer_registry.rows import (
 )
 from veneer_registry.strict_json import canonical_json
 
-__all__ = ["Change"]
-
 _DETAIL: Final = 500
 """Most characters of a history line's detail."""
 _LINES: Final = 1000
@@ -67,7 +65,10 @@ class Change:
             "current = excluded.current, generation = excluded.generation, "
             "retain = excluded.retain, digest = excluded.digest",
             (
-                *(name, current, generation, retain),
+                name,
+                current,
+                generation,
+                retain,
                 row_digest("names", name, current, generation, retain),
             ),
         )
@@ -76,8 +77,14 @@ class Change:
         """Insert or replace a revision's row. Its name must exist."""
         self.forget(row.name, [row.revision])
         values = (
-            *(row.name, row.revision, row.weights, row.base, float(row.created)),
-            *(canonical_json(dict(row.labels)).decode(), row.bytes, sequence),
+            row.name,
+            row.revision,
+            row.weights,
+            row.base,
+            float(row.created),
+            canonical_json(dict(row.labels)).decode(),
+            row.bytes,
+            sequence,
             text_digest(row.manifest),
         )
         self._db.execute(
@@ -197,8 +204,12 @@ class Change:
     def set_alias(self, row: AliasRow) -> None:
         """Create or move an alias."""
         values = (
-            *(row.name, row.alias, _pairs(row.targets), _pairs(row.previous)),
-            *(row.generation, float(row.updated)),
+            row.name,
+            row.alias,
+            _pairs(row.targets),
+            _pairs(row.previous),
+            row.generation,
+            float(row.updated),
         )
         self._db.execute(
             "INSERT OR REPLACE INTO aliases "
@@ -263,8 +274,13 @@ class Change:
     def add_line(self, line: HistoryRow) -> None:
         """Add a line unchanged except for its sequence."""
         values = (
-            *(float(line.time), line.name, line.event, line.revision),
-            *(line.who.actor, line.who.peer, line.detail),
+            float(line.time),
+            line.name,
+            line.event,
+            line.revision,
+            line.who.actor,
+            line.who.peer,
+            line.detail,
         )
         self._db.execute(
             "INSERT INTO history (time, name, event, revision, actor, peer, detail, digest) "

@@ -12,17 +12,6 @@ from veneer_registry.errors import InvalidField
 from veneer_registry.integrity import row_digest, text_digest
 from veneer_registry.rows import SERVER, AliasRow, HistoryRow, RevisionRow, Who
 
-__all__ = [
-    "COLUMNS",
-    "REVISION",
-    "alias_row",
-    "history_row",
-    "newest_first",
-    "revision_row",
-    "revision_rows",
-    "sound_name",
-]
-
 _log = logging.getLogger(__name__)
 
 REVISION: Final = (

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 
-__all__ = ["child_python"]
-
 
 def child_python(*arguments: str) -> list[str]:
     """This interpreter with ``arguments``, without the current folder on its path.

@@ -20,8 +20,6 @@ from typer.exceptions import TyperException
 from veneer_registry.bash_words import whole_words
 from veneer_registry.terminal import guarded
 
-__all__ = ["Command", "Group", "Program", "TextCommand", "with_parameters"]
-
 _WIDEST: Final = 120
 _EXAMPLE: Final = "  "
 """Indent of the lines of an epilog that are meant to be pasted."""
@@ -86,7 +84,7 @@ class TextCommand(Command):
     after_too_many = ": put text with spaces in quotes"
 
 
-class Group(_Shown, TyperGroup):
+class CommandGroup(_Shown, TyperGroup):
     """A program, or a group of its commands."""
 
     guesses: Mapping[str, str] = {}
@@ -150,7 +148,7 @@ class Program(typer.Typer):
         """Args:
         guesses: words that people try instead of its commands, with what they mean.
         """
-        group = more.pop("cls", Group)
+        group = more.pop("cls", CommandGroup)
         super().__init__(
             help=help,
             epilog=epilog,

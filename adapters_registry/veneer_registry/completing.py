@@ -12,8 +12,6 @@ from veneer_registry import registration
 from veneer_registry.core import Core
 from veneer_registry.rows import SERVER
 
-__all__ = ["Completing"]
-
 _FACT: Final = "completed"
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from veneer_registry import registration
-from veneer_registry.adapter import AdapterManifest, AdapterRef, BaseSpec
+from veneer_registry.adapter import AdapterManifest, AdapterRef, BaseClaim, BaseSpec
 from veneer_registry.catalog import Catalog
 from veneer_registry.causes import cause_of
 from veneer_registry.changes import Change
@@ -33,9 +33,7 @@ from veneer_registry.rows import SERVER, HistoryRow, RevisionRow, Who
 from veneer_registry.store import Store
 from veneer_registry.values import SERVING_BYTES
 
-__all__ = ["Core", "Part", "ReadAdapter", "check_etag"]
-
-ReadAdapter = Callable[[Path, BaseSpec | None], AdapterManifest]
+ReadAdapter = Callable[[Path, BaseSpec | None, BaseClaim], AdapterManifest]
 
 _CACHED_MANIFESTS: Final = 256
 
@@ -50,7 +48,7 @@ class Core:
         base_id: identity of the base, for whether an adapter was checked against it.
         retain: superseded revisions that a name keeps, unless it sets its own number.
         clock: returns Unix seconds.
-        read: checks the files of an upload, as `format.read_adapter`.
+        read: checks the files of an upload, as `format.read_upload`.
         close: closes what else belongs to the catalog and the store.
         watchers: called with what other processes did; see `Registry.watch`.
     """

@@ -8,14 +8,13 @@ import re
 import shutil
 import sqlite3
 import threading
+import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Final
 
 from veneer_registry.disk import disk_failed, disk_full
 from veneer_registry.schema import damaged
-
-__all__ = ["Reader", "connect", "database_errors"]
 
 _FULL_BYTES: Final = 1 << 20
 """A disk with less free space than this counts as full."""
@@ -62,6 +61,16 @@ def database_errors(path: Path) -> Iterator[None]:
     except UnicodeDecodeError as error:
         # SQLite's error quotes the damaged schema, which Python cannot decode.
         raise damaged(path, "the SQL of its schema is not valid UTF-8") from error
+
+
+def move_aside(path: Path) -> Path:
+    """Rename a damaged database, which must be closed; return its new path."""
+    aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
+    for end in ("", "-wal", "-shm"):
+        file = path.with_name(path.name + end)
+        if file.exists():
+            file.rename(aside.with_name(aside.name + end))
+    return aside
 
 
 class Reader:

@@ -20,22 +20,6 @@ from typing import Final
 from veneer_registry.causes import cause_of
 from veneer_registry.errors import DiskFailed, DiskFull, InvalidField
 
-__all__ = [
-    "FILE_MODE",
-    "FOLDER_MODE",
-    "create_file",
-    "disk_errors",
-    "disk_failed",
-    "disk_full",
-    "link",
-    "make_folder",
-    "make_private",
-    "move_away",
-    "remove",
-    "sync",
-    "write_file",
-]
-
 _log = logging.getLogger(__name__)
 
 FOLDER_MODE: Final = 0o700

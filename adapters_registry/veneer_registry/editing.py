@@ -21,8 +21,6 @@ from veneer_registry.records import AdapterRecord
 from veneer_registry.rows import SERVER, AliasRow, Who
 from veneer_registry.upload import check_labels
 
-__all__ = ["Editing"]
-
 _log = logging.getLogger(__name__)
 
 _MOST_RETAIN: Final = 1000

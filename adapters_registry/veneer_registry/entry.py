@@ -14,16 +14,6 @@ from veneer_registry.errors import AdapterNotFound, InvalidField
 from veneer_registry.rows import AliasRow
 from veneer_registry.strict_json import show
 
-__all__ = [
-    "Entry",
-    "Found",
-    "by_alias",
-    "by_prefix",
-    "check_prefix",
-    "short_name",
-    "split_spec",
-]
-
 _LEAST_DIGITS: Final = 4
 """Fewest digits of a revision that a person may type, where no other one begins with them."""
 _PREFIX: Final = re.compile(rf"[0-9a-f]{{{_LEAST_DIGITS},64}}")

@@ -7,8 +7,6 @@ import threading
 from collections.abc import Iterator
 from types import TracebackType
 
-__all__ = ["Exclusive"]
-
 
 class Exclusive:
     """One thread at a time; it may enter again inside its block.

@@ -13,8 +13,6 @@ from typing import Final
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-__all__ = ["install_extra", "missing_extra", "run_with_extra"]
-
 _REQUIREMENT: Final = re.compile(r"([A-Za-z0-9._-]+).*extra == ['\"]([a-z]+)['\"]")
 
 _NAMES: Final = {"pyyaml": "yaml"}

@@ -23,9 +23,9 @@ from veneer_registry.replacing import replace_file
 from veneer_registry.safetensors_header import CHECKPOINT_LIMITS, TensorInfo, read_header
 from veneer_registry.strict_json import canonical_json
 
-__all__ = ["fingerprint_base", "weight_files", "weights_fingerprint"]
-
 _log = logging.getLogger(__name__)
+
+TOKENIZER_FILE: Final = "tokenizer.json"
 
 _SINGLE: Final = "model.safetensors"
 _INDEX: Final = "model.safetensors.index.json"
@@ -64,6 +64,21 @@ def fingerprint_base(
         quantization=quantized,
         template=_template(folder),
     )
+
+
+def vocabulary_digest(tokenizer: bytes) -> str:
+    """SHA-256 of the tokens and merges in a ``tokenizer.json``, or "" if it has none.
+
+    Unlike `BaseFingerprint.tokenizer` it stays the same when a trainer saves a tokenizer
+    again: it does not cover added tokens, padding and truncation.
+    """
+    try:
+        model = json.loads(tokenizer)["model"]
+        # "a b" by older versions of tokenizers, ["a", "b"] by newer ones.
+        merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", ())]
+        return _sha256(canonical_json([model["vocab"], merges]))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return ""
 
 
 def weights_fingerprint(folder: Path) -> str:
@@ -217,7 +232,7 @@ def _hash_weights(
 
 
 def _tokenizer(folder: Path) -> str:
-    path = folder / "tokenizer.json"
+    path = folder / TOKENIZER_FILE
     if path.is_file():
         try:
             return _sha256(canonical_json(json.loads(path.read_bytes())))

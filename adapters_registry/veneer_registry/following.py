@@ -10,8 +10,6 @@ from veneer_registry.core import Core
 from veneer_registry.recovery import entry_of
 from veneer_registry.rows import Foreign
 
-__all__ = ["follow_changes"]
-
 _log = logging.getLogger(__name__)
 
 _AT_ONCE: Final = 500

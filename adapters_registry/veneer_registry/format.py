@@ -1,8 +1,7 @@
 """The adapter format: reading and checking a PEFT adapter folder.
 
 Everything is checked by our own code before any library sees a byte. Pickles are
-never opened; ``base_model_name_or_path`` is never fetched; no config string is
-run as a regular expression. Each refusal names the
+never opened; ``base_model_name_or_path`` is never fetched. Each refusal names the
 file, the tensor or key, and the fix.
 """
 
@@ -15,7 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from veneer_registry.adapter import PROJECTIONS, AdapterManifest, BaseSpec, LoraModule
+from veneer_registry.adapter import (
+    NO_CLAIM,
+    PROJECTIONS,
+    AdapterManifest,
+    BaseClaim,
+    BaseSpec,
+    LoraModule,
+)
 from veneer_registry.bundle_files import (
     TEMPLATE_FILE,
     FileSelection,
@@ -23,8 +29,9 @@ from veneer_registry.bundle_files import (
     read_small,
     select_files,
 )
+from veneer_registry.embeddings import check_embeddings, drop_embeddings, split_embeddings
 from veneer_registry.lora_config import CONFIG_FILE, LoraSettings, parse_config
-from veneer_registry.safetensors_header import SafetensorsHeader, read_header
+from veneer_registry.safetensors_header import SafetensorsHeader, TensorInfo
 from veneer_registry.strict_json import refuse
 from veneer_registry.tensor_names import module_path
 from veneer_registry.training_manifest import (
@@ -32,6 +39,7 @@ from veneer_registry.training_manifest import (
     TrainingManifest,
     check_base,
     parse_training,
+    plain_word,
 )
 from veneer_registry.values import SERVING_BYTES
 from veneer_registry.weights import (
@@ -40,29 +48,42 @@ from veneer_registry.weights import (
     digest_weights,
     find_modules,
     read_pieces,
+    read_weights_header,
 )
-
-__all__ = ["check_adapter", "check_fit", "describe", "read_adapter", "weights_digest"]
 
 _SERVING_ANYWHERE: Final = "float32"
 """Serving dtype to check against without a base; the bound on magnitudes is the same."""
 
 
-def read_adapter(folder: Path, base: BaseSpec | None) -> AdapterManifest:
+def read_adapter(
+    folder: Path, base: BaseSpec | None, claim: BaseClaim = NO_CLAIM
+) -> AdapterManifest:
     """Check an adapter folder and describe it.
 
     Args:
         folder: written by PEFT's ``save_pretrained``. Files outside the allow-list
             are not opened.
-        base: the base that it must fit; None skips the checks of shapes, layers and
-            fingerprint against a base. See also `check_adapter`.
+        base: the base that it must fit; None skips the checks of shapes, layers, embeddings
+            and fingerprint against a base. See also `check_adapter`.
+        claim: what its publisher says about its base.
 
     Raises:
         AdapterInvalid: metadata ``file`` and ``tensor`` or ``key``.
         BaseModelMismatch: its manifest or config names another base; the message shows both.
     """
     selection = select_files(folder)
-    return _read_rest(folder, base, selection, _read_weights(folder, base))
+    with _opened_weights(folder, base) as opened:
+        return _read_rest(folder, base, claim, selection, opened, opened.digest(base))
+
+
+def read_upload(
+    folder: Path, base: BaseSpec | None, claim: BaseClaim = NO_CLAIM
+) -> AdapterManifest:
+    """`read_adapter` of a folder of our own. Its weights file is replaced by one without
+    embeddings, if they are the base's."""
+    manifest = read_adapter(folder, base, claim)
+    drop_embeddings(folder)
+    return manifest
 
 
 def check_adapter(folder: Path) -> tuple[str, ...]:
@@ -72,29 +93,39 @@ def check_adapter(folder: Path) -> tuple[str, ...]:
         AdapterInvalid: as `read_adapter`.
     """
     selection = select_files(folder)
-    with _opened_weights(folder, None) as (file, header, settings, modules):
-        check_numbers(read_pieces(file), header, _SERVING_ANYWHERE)
-    manifest = describe("", header, settings, modules, None)
-    return _read_rest(folder, None, selection, manifest).warnings
+    with _opened_weights(folder, None) as opened:
+        check_numbers(read_pieces(opened.file), opened.header, _SERVING_ANYWHERE)
+        return _read_rest(folder, None, NO_CLAIM, selection, opened, "").warnings
 
 
 def _read_rest(
-    folder: Path, base: BaseSpec | None, selection: FileSelection, manifest: AdapterManifest
+    folder: Path,
+    base: BaseSpec | None,
+    claim: BaseClaim,
+    selection: FileSelection,
+    opened: _Opened,
+    digest: str,
 ) -> AdapterManifest:
-    """``manifest``, completed from the other files of the folder."""
+    """The whole manifest, of opened weights with that digest and the folder's other files."""
+    manifest = describe(digest, opened.header, opened.settings, opened.modules, base)
     names = {path.name for path in selection.files}
     warnings = list(manifest.warnings)
     training = TrainingManifest(None, {}, ())
     if TRAINING_FILE in names:
         training = parse_training(read_small(folder, TRAINING_FILE))
         warnings += training.warnings
+    word = plain_word(training.fingerprint, manifest.base_name)
     if base is not None:
-        warnings += check_base(training.fingerprint, base, manifest.base_name)
+        word, more = check_base(training.fingerprint, base, manifest.base_name, claim)
+        warnings += more
+    # Last, since the embeddings of another base differ too.
+    warnings += check_embeddings(read_pieces(opened.file), opened.embeddings, base)
     template = None
     if TEMPLATE_FILE in names:
         template = _template(read_small(folder, TEMPLATE_FILE))
     return dataclasses.replace(
         manifest,
+        base_word=word,
         base_fingerprint=training.fingerprint,
         chat_template=template,
         training=training.facts,
@@ -110,26 +141,37 @@ def check_fit(folder: Path, base: BaseSpec) -> None:
 
 def weights_digest(folder: Path) -> str:
     """The weights digest of an adapter folder, checked as `read_adapter` does."""
-    return _read_weights(folder, None).weights_digest
+    with _opened_weights(folder, None) as opened:
+        return opened.digest(None)
 
 
-def _read_weights(folder: Path, base: BaseSpec | None) -> AdapterManifest:
-    serving = _SERVING_ANYWHERE if base is None else base.serving_dtype
-    with _opened_weights(folder, base) as (file, header, settings, modules):
-        digest = digest_weights(read_pieces(file), header, modules, serving)
-    return describe(digest, header, settings, modules, base)
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Opened:
+    """The two weight files, with everything checked except the numbers.
 
+    Attributes:
+        header: without ``embeddings``.
+    """
 
-_Opened = tuple[io.BufferedReader, SafetensorsHeader, LoraSettings, tuple[LoraModule, ...]]
+    file: io.BufferedReader
+    header: SafetensorsHeader
+    settings: LoraSettings
+    modules: tuple[LoraModule, ...]
+    embeddings: tuple[TensorInfo, ...]
+
+    def digest(self, base: BaseSpec | None) -> str:
+        """The weights digest; refuses bad numbers on the way."""
+        serving = _SERVING_ANYWHERE if base is None else base.serving_dtype
+        return digest_weights(read_pieces(self.file), self.header, self.modules, serving)
 
 
 @contextlib.contextmanager
 def _opened_weights(folder: Path, base: BaseSpec | None) -> Iterator[_Opened]:
-    """Open the two weight files and check everything except the numbers."""
     settings = parse_config(read_small(folder, CONFIG_FILE))
     with open_file(folder, WEIGHTS_FILE) as file:
-        header = read_header(file, WEIGHTS_FILE)
-        yield file, header, settings, find_modules(header, settings, base)
+        header, embeddings = split_embeddings(read_weights_header(file))
+        modules = find_modules(header, settings, base)
+        yield _Opened(file, header, settings, modules, embeddings)
 
 
 def describe(

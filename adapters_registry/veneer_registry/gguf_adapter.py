@@ -29,8 +29,6 @@ from veneer_registry.replacing import replacing
 from veneer_registry.stored_adapter import open_stored
 from veneer_registry.weights import TensorView
 
-__all__ = ["Matrix", "gguf_file", "interleave_halves", "write_gguf_adapter"]
-
 _TENSORS: Final[Mapping[Projection, str]] = {
     "q_proj": "attn_q",
     "k_proj": "attn_k",

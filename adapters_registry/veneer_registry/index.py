@@ -28,8 +28,6 @@ from veneer_registry.errors import AdapterCorrupt, AdapterNotFound, BaseModelMis
 from veneer_registry.rows import damaged_row
 from veneer_registry.suggest import NearNames
 
-__all__ = ["Garbage", "Index", "not_found"]
-
 _Key = TypeVar("_Key")
 
 LOST: Final = "its content is missing from the disk"

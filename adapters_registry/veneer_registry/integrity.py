@@ -10,8 +10,6 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 
-__all__ = ["add_functions", "row_digest", "text_digest"]
-
 
 def row_digest(table: str, *values: object) -> str:
     """SHA-256 of a row's values. A changed type changes it too: ``b'a'`` is not ``a``."""

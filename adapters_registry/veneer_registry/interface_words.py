@@ -11,8 +11,6 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
-__all__ = ["Translation"]
-
 _QUOTED: Final = r"""(?<!\w)'[^']*'(?!\w)|"[^"]*\""""
 """Text that a caller sent is never translated."""
 _PLAIN: Final = re.compile(r"[a-z]+")

@@ -10,8 +10,6 @@ from typing import Self
 from veneer_registry.adapter import AdapterRef
 from veneer_registry.records import AdapterRecord
 
-__all__ = ["RevisionLease"]
-
 
 class RevisionLease:
     """Keeps one revision's content on disk from admission to the end of a request."""

@@ -16,8 +16,6 @@ from typing import Final, Self
 
 from veneer_registry.errors import InvalidField, StoreLocked
 
-__all__ = ["OwnerLock"]
-
 _FILE: Final = "LOCK"
 
 

@@ -22,8 +22,6 @@ from veneer_registry.lease import RevisionLease
 from veneer_registry.records import AdapterRecord
 from veneer_registry.rows import AliasRow, HistoryRow, ResidentRow
 
-__all__ = ["Lookups"]
-
 _MAX_PAGE: Final = 1000
 
 
@@ -36,6 +34,10 @@ class Lookups(Part):
     def __len__(self) -> int:
         """Registered names."""
         return len(self._core.index)
+
+    def check_age(self, most_s: float) -> None:
+        """Raise Unavailable if names are known from a view that is older than ``most_s``, or
+        than the server answers by. A registry of its own always knows its names."""
 
     def resolve(self, name: str, key: str = "") -> AdapterRef:
         """The revision that ``name``, ``name@revision`` or ``name/alias`` means now. Takes

@@ -3,7 +3,8 @@
 Nothing in it is ever run, imported or fetched. PEFT itself has imported modules
 that a config named (PEFT #3085), and matches ``target_modules`` by ``re.fullmatch``,
 where a 12-byte pattern took seconds. Here the tensors' names decide what is
-adapted, and pattern keys are literals.
+adapted. Keys of ``rank_pattern`` and ``alpha_pattern`` are names or, where they must be,
+regular expressions, which RE2 matches in time linear in the name.
 """
 
 from __future__ import annotations
@@ -13,18 +14,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final, NoReturn, TypeVar
+from typing import Any, Final, NoReturn, TypeVar
 
 from veneer_registry.strict_json import parse_object, refuse, show
-
-__all__ = [
-    "CONFIG_FILE",
-    "CONFIG_LIMIT",
-    "MAX_ALPHA",
-    "MAX_RANK",
-    "LoraSettings",
-    "parse_config",
-]
 
 CONFIG_FILE: Final = "adapter_config.json"
 CONFIG_LIMIT: Final = 1 << 20
@@ -32,6 +24,12 @@ CONFIG_LIMIT: Final = 1 << 20
 
 MAX_RANK: Final = 4096
 MAX_ALPHA: Final = 1e6
+MAX_EXPRESSIONS: Final = 8
+"""Regular expressions in each of ``rank_pattern`` and ``alpha_pattern``."""
+
+MAX_EXPRESSION_LENGTH: Final = 200
+_EXPRESSION_MEMORY: Final = 1 << 16
+"""Bytes that RE2 may use for one: enough for some 4,000 instructions."""
 
 # Keys that cannot change what the tensors and scalings of this project compute.
 _WITHOUT_EFFECT: Final = frozenset(
@@ -85,6 +83,8 @@ _INITS: Final = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 _Number = TypeVar("_Number", int, float)
 
 _LITERAL: Final = re.compile(r"[A-Za-z0-9_.]+")
+_OTHERWISE: Final = re.compile(r"\{,|\[:|\\[pPCQ]|\(\?[A-Za-z-]*U")
+"""What RE2 reads otherwise than Python's ``re``, or reads and ``re`` does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +143,12 @@ def parse_config(data: bytes) -> LoraSettings:
         AdapterInvalid: metadata ``file`` and, if one key is at fault, ``key``.
     """
     config = parse_object(data, file=CONFIG_FILE)
+    if "peft_type" not in config and "lora_parameters" in config:
+        _bad(
+            "lora_parameters",
+            "is mlx-lm's, not PEFT's: make it a PEFT folder with `veneer adapter convert IN "
+            "OUT`, and push OUT",
+        )
     if config.get("peft_type") != "LORA":
         _bad("peft_type", f"is {show(config.get('peft_type'))}; only LORA is supported")
     if config.get("task_type") not in (None, "CAUSAL_LM"):
@@ -222,22 +228,54 @@ def _pattern(config: Mapping[str, object], name: str) -> dict[str, object]:
     return value
 
 
-def _literal(pattern: str, key: str) -> tuple[str, bool]:
-    """The plain text of a pattern key, and whether it is anchored at the start.
+def _literal(key: str) -> tuple[str, bool] | None:
+    """The plain text of a pattern key, and whether it is anchored at the start; None for a
+    regular expression.
 
     PEFT reads a key as ``(.*\\.)?(key)$``. A literal, with or without anchors or escaped
-    dots, means the same here; anything else would need a regex engine and is refused.
+    dots, means the same here.
     """
-    anchored = key.startswith("^")
     text = key.removeprefix("^").removesuffix("$").replace("\\.", ".")
-    if not _LITERAL.fullmatch(text):
-        refuse(
-            CONFIG_FILE,
-            f"of {pattern} is a regular expression, which Veneer does not evaluate; write the "
-            "module names out, for example 'layers.0.self_attn.q_proj'",
-            key=key,
+    return (text, key.startswith("^")) if _LITERAL.fullmatch(text) else None
+
+
+def _expression(pattern: str, key: str) -> Any:
+    """A key as PEFT matches it, compiled by RE2, which never backtracks. A stranger's key must
+    not reach Python's ``re``."""
+    if len(key) > MAX_EXPRESSION_LENGTH:
+        _bad(
+            key,
+            f"of {pattern} is a regular expression of {len(key)} characters; at most "
+            f"{MAX_EXPRESSION_LENGTH} are allowed: write the module names out",
         )
-    return text, anchored
+    if (found := _OTHERWISE.search(key)) is not None:
+        _bad(
+            key,
+            f"of {pattern} has {found[0]!r}, which RE2 reads otherwise than PEFT does; write "
+            "the module names out, for example 'layers.0.self_attn.q_proj'",
+        )
+    try:
+        import re2  # only few adapters need it
+    except ModuleNotFoundError:
+        _bad(
+            key,
+            f"of {pattern} is a regular expression, and the package that reads it is not "
+            "installed: pip install google-re2, or write the module names out",
+        )
+    options = re2.Options()
+    options.max_mem = _EXPRESSION_MEMORY
+    options.log_errors = False
+    try:
+        return re2.compile(rf"(.*\.)?({key})$", options=options)
+    except (re2.error, UnicodeEncodeError) as error:
+        why = error.args[0] if error.args else ""
+        why = why.decode("utf-8", "replace") if isinstance(why, bytes) else str(why)
+        _bad(
+            key,
+            f"of {pattern} is a regular expression that RE2 does not read ({why[:80]}); use no "
+            "lookarounds or back-references, or write the module names out, for example "
+            "'layers.0.self_attn.q_proj'",
+        )
 
 
 def _by_path(
@@ -248,9 +286,9 @@ def _by_path(
         return dict.fromkeys(paths, default)
     keys = list(values)
     hits = _hits(pattern, keys, paths)
-    used = {_literal(pattern, keys[index]) for found in hits.values() for index in found}
+    used = {_literal(keys[index]) or keys[index] for found in hits.values() for index in found}
     for key in keys:
-        if _literal(pattern, key) not in used:
+        if (_literal(key) or key) not in used:
             refuse(
                 CONFIG_FILE,
                 f"of {pattern} matches no adapted module; remove it or correct the name",
@@ -260,17 +298,29 @@ def _by_path(
 
 
 def _hits(pattern: str, keys: Sequence[str], paths: Iterable[str]) -> dict[str, list[int]]:
-    """For each path, the keys (by position, ascending) that are a dotted suffix of it.
+    """For each path, the keys (by position, ascending) that match it.
 
-    Looks up the few suffixes of a path in a table, so that the time is linear in keys +
-    paths, however many an upload has.
+    Names are looked up by the few dotted suffixes of a path, so that the time is linear in
+    keys + paths, however many an upload has. Expressions are few.
     """
     order: dict[tuple[str, bool], int] = {}
+    expressions: list[tuple[int, Any]] = []
     for index, key in enumerate(keys):
-        order.setdefault(_literal(pattern, key), index)
+        if (literal := _literal(key)) is not None:
+            order.setdefault(literal, index)
+        elif len(expressions) == MAX_EXPRESSIONS:
+            _bad(
+                pattern,
+                f"has more than {MAX_EXPRESSIONS} regular expressions; write the module names "
+                "out, or join some of them with |",
+            )
+        else:
+            expressions.append((index, _expression(pattern, key)))
     hits: dict[str, list[int]] = {}
     for path in paths:
         parts = path.split(".")
         forms = [(".".join(parts[n:]), False) for n in range(len(parts))] + [(path, True)]
-        hits[path] = sorted(order[form] for form in forms if form in order)
+        found = [order[form] for form in forms if form in order]
+        found += [index for index, expression in expressions if expression.match(path)]
+        hits[path] = sorted(found)
     return hits

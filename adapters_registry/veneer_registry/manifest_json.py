@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import asdict
-from typing import Final
+from dataclasses import asdict, fields
+from typing import Any, Final
 
 from veneer_registry.adapter import AdapterManifest, BaseFingerprint, LoraModule
 from veneer_registry.strict_json import canonical_json
 from veneer_registry.tensor_names import tensor_keys
-
-__all__ = ["manifest_from_json", "manifest_to_json"]
+from veneer_registry.training_manifest import plain_word
 
 _VERSION: Final = 1
 _MODULES: Final = '"modules":[['
@@ -20,7 +19,8 @@ _MODULES: Final = '"modules":[['
 
 def manifest_to_json(manifest: AdapterManifest) -> str:
     """The same text for equal manifests. Tensor names follow from layer and projection and are
-    left out: 210 modules take 6 KB instead of 40."""
+    left out: 210 modules take 6 KB instead of 40. So is a plain ``base_word``
+    (`plain_word`): a server that is older than this key refuses a manifest with it."""
     print_ = manifest.base_fingerprint
     document = {
         "version": _VERSION,
@@ -37,11 +37,14 @@ def manifest_to_json(manifest: AdapterManifest) -> str:
         "training": dict(manifest.training),
         "warnings": list(manifest.warnings),
     }
+    if manifest.base_word not in ("", plain_word(print_, manifest.base_name)):
+        document["base_word"] = manifest.base_word
     return canonical_json(document).decode("ascii")
 
 
 def manifest_from_json(text: str) -> AdapterManifest:
-    """Inverse of `manifest_to_json`. Raises ValueError for text of another version."""
+    """Inverse of `manifest_to_json`, but a ``base_word`` of "" becomes the plain one.
+    Ignores keys that a later version adds. Raises ValueError for text of another format."""
     begin = text.index(_MODULES) + len(_MODULES) - 2
     end = text.index("]]", begin) + 2
     document = json.loads(f"{text[:begin]}null{text[end:]}")
@@ -51,8 +54,15 @@ def manifest_from_json(text: str) -> AdapterManifest:
     document["modules"] = _modules(text[begin:end])
     document["targets"] = tuple(document["targets"])
     document["warnings"] = tuple(document["warnings"])
-    document["base_fingerprint"] = None if print_ is None else BaseFingerprint(**print_)
-    return AdapterManifest(**document)
+    found = None if print_ is None else BaseFingerprint(**_known(BaseFingerprint, print_))
+    document["base_fingerprint"] = found
+    document.setdefault("base_word", plain_word(found, document["base_name"]))
+    return AdapterManifest(**_known(AdapterManifest, document))
+
+
+def _known(kind: type[Any], document: dict[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in fields(kind)}
+    return {key: value for key, value in document.items() if key in names}
 
 
 @functools.lru_cache(maxsize=256)

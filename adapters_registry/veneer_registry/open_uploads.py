@@ -14,8 +14,6 @@ from veneer_registry.records import UploadRequest
 from veneer_registry.upload import Upload, check_request
 from veneer_registry.weights import WEIGHTS_FILE
 
-__all__ = ["OpenUploads"]
-
 
 class OpenUploads:
     """Uploads that have begun and not ended. Thread-safe."""

@@ -1,7 +1,7 @@
 """Opens a registry's catalog and store; if they do not belong together, nothing is changed.
 
-Where they are kept is a `Places`: a data folder (`FolderPlaces`), or PostgreSQL and an object
-store (`shared.places`).
+Where they are kept is a `Locations`: a data folder (`FolderLocations`), or PostgreSQL and an
+object store (`shared.locations`).
 """
 
 from __future__ import annotations
@@ -31,10 +31,8 @@ from veneer_registry.pairing import (
 from veneer_registry.recovery import base_identity, recover
 from veneer_registry.store import Store
 
-__all__ = ["FolderPlaces", "Places", "open_core"]
 
-
-class Places(Protocol):
+class Locations(Protocol):
     """Where a registry keeps its catalog and its content. Used once."""
 
     @property
@@ -57,7 +55,7 @@ class Places(Protocol):
         """Close what is neither catalog nor store. Idempotent."""
 
 
-class FolderPlaces:
+class FolderLocations:
     """A data folder: ``catalog.sqlite`` and ``store/``. The caller holds its lock."""
 
     def __init__(self, data_dir: Path) -> None:
@@ -67,30 +65,30 @@ class FolderPlaces:
         self.sides = Sides.of_folder(data_dir)
 
     def open_catalog(self) -> Catalog:
-        """See `Places`. Raises StoreMismatch, CatalogDamaged, InvalidField."""
+        """See `Locations`. Raises StoreMismatch, CatalogDamaged, InvalidField."""
         make_private(self._data_dir, _owned(self._data_dir))
         check_catalog(self._data_dir, self.survey())
         return Catalog(self._data_dir / "catalog.sqlite", after_change=self._mark.write)
 
     def survey(self) -> Survey:
-        """See `Places`."""
+        """See `Locations`."""
         return survey(self._root)
 
     def open_store(self) -> Store:
-        """See `Places`."""
+        """See `Locations`."""
         return Store(self._root)
 
     def write_id(self, data: bytes) -> None:
-        """See `Places`."""
+        """See `Locations`."""
         write_id(self._root, data)
 
     def close(self) -> None:
-        """See `Places`."""
+        """See `Locations`."""
         self._mark.close()
 
 
 def open_core(
-    places: Places,
+    places: Locations,
     base: BaseSpec,
     lock: OwnerLock,
     retain: int,

@@ -30,24 +30,6 @@ from veneer_registry.disk import FILE_MODE
 from veneer_registry.errors import FailedPrecondition, StoreMismatch
 from veneer_registry.replacing import replace_file
 
-__all__ = [
-    "COPY",
-    "REBUILT",
-    "STORE_FACT",
-    "ChangeMark",
-    "Sides",
-    "Survey",
-    "check_catalog",
-    "check_own",
-    "check_pair",
-    "check_vanished",
-    "line_of",
-    "settle_id",
-    "survey",
-    "value_of",
-    "write_id",
-]
-
 _log = logging.getLogger(__name__)
 
 _ID: Final = "id"

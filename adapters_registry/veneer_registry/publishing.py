@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from veneer_registry import registration
-from veneer_registry.adapter import AdapterRef
+from veneer_registry.adapter import AdapterRef, BaseWord
 from veneer_registry.bundle import Bundle
 from veneer_registry.bundle_files import REQUIRED_FILES
 from veneer_registry.changes import Change
@@ -22,8 +23,7 @@ from veneer_registry.manifest_json import manifest_to_json
 from veneer_registry.records import AdapterRecord, Published, UploadRequest
 from veneer_registry.rows import SERVER, RevisionRow, Who
 from veneer_registry.upload import Upload
-
-__all__ = ["Publishing", "Staged"]
+from veneer_registry.weights import WEIGHTS_FILE
 
 _log = logging.getLogger(__name__)
 
@@ -31,10 +31,11 @@ _log = logging.getLogger(__name__)
 @dataclasses.dataclass(slots=True)
 class _Content:
     """Content of an upload: the bundle, the SHA-256 of each file, and whether its weights are
-    new on disk (or the same were stored already)."""
+    new on disk (or the same were stored already). ``word`` is the manifest's ``base_word``."""
 
     bundle: Bundle
     sums: Mapping[str, str]
+    word: BaseWord
     fresh: bool = False
     found: bool = False
 
@@ -175,8 +176,15 @@ class Publishing(Part):
         """Check a complete upload and return its row and content."""
         request = upload.request
         upload.finish()
-        manifest = self._core.read(upload.folder, self._core.base)
+        manifest = self._core.read(upload.folder, self._core.base, request.claim)
         sums = {file.name: file.sha256 for file in request.files}
+        size = upload.received_bytes
+        weights = upload.folder / WEIGHTS_FILE
+        if smaller := upload.committed[WEIGHTS_FILE] - weights.stat().st_size:
+            # Embeddings were left out: the file is not the one that was announced.
+            with weights.open("rb") as file:
+                sums[WEIGHTS_FILE] = hashlib.file_digest(file, "sha256").hexdigest()
+            size -= smaller
         extra = {name: sha for name, sha in sums.items() if name not in REQUIRED_FILES}
         bundle = Bundle(manifest.weights_digest, extra)
         row = RevisionRow(
@@ -187,9 +195,9 @@ class Publishing(Part):
             manifest=manifest_to_json(manifest),
             created=self._core.clock(),
             labels=dict(request.labels),
-            bytes=upload.received_bytes,
+            bytes=size,
         )
-        return row, _Content(bundle, sums)
+        return row, _Content(bundle, sums, manifest.base_word)
 
     def _preview(self, request: UploadRequest, row: RevisionRow) -> Published:
         entry = self._core.index.entry(request.name)
@@ -238,6 +246,9 @@ class Publishing(Part):
         ref = AdapterRef(row.name, row.revision, row.weights)
         before = None if entry is None else entry.current
         replaced = before is not None and before != ref
+        details = [f"before: {before.revision}"] if replaced and before else []
+        if content.word == "publisher":
+            details.append("the publisher says that it is for this base")
         with core.change(who) as change:
             repaired = self._note_content(change, content, row.name)
             change.publish(row)
@@ -245,7 +256,7 @@ class Publishing(Part):
                 "replaced" if replaced else "published",
                 row.name,
                 row.revision,
-                f"before: {before.revision}" if replaced and before else "",
+                "; ".join(details),
             )
         self._heal(repaired)
         old = Entry(None, (), 0) if entry is None else entry

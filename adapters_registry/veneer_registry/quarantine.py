@@ -10,8 +10,6 @@ from pathlib import Path
 from veneer_registry.disk import disk_errors, make_folder, move_away, remove, sync
 from veneer_registry.store_folders import StoreFolders, size_of
 
-__all__ = ["Quarantine"]
-
 
 class Quarantine:
     """Content that was moved out of the served folders and is kept for a while."""

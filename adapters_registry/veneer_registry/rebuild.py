@@ -36,8 +36,6 @@ from veneer_registry.store import Store
 from veneer_registry.store_folders import size_of
 from veneer_registry.upkeep import COMMAND, check_revision, check_weights
 
-__all__ = ["Recovered", "recover"]
-
 _log = logging.getLogger(__name__)
 
 _CATALOG: Final = "catalog.sqlite"

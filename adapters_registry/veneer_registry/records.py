@@ -6,11 +6,9 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from veneer_registry.adapter import AdapterManifest, AdapterRef
+from veneer_registry.adapter import NO_CLAIM, AdapterManifest, AdapterRef, BaseClaim
 from veneer_registry.rows import AliasRow
 from veneer_registry.strict_json import canonical_json
-
-__all__ = ["AdapterRecord", "AliasChange", "Published", "UploadFile", "UploadRequest"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +30,7 @@ class UploadRequest:
         labels: arbitrary key-value pairs to filter by.
         allow_replace: publish even if the name holds other content.
         etag: if not empty, the name's etag must equal it.
+        claim: what the publisher says about its base.
     """
 
     name: str
@@ -39,6 +38,7 @@ class UploadRequest:
     labels: Mapping[str, str] = field(default_factory=dict)
     allow_replace: bool = False
     etag: str = ""
+    claim: BaseClaim = NO_CLAIM
 
     @property
     def upload_id(self) -> str:

@@ -20,8 +20,6 @@ from veneer_registry.store import Store
 from veneer_registry.strict_json import canonical_json
 from veneer_registry.training_manifest import check_base
 
-__all__ = ["base_identity", "entry_of", "recover"]
-
 _log = logging.getLogger(__name__)
 
 _NONE: Final[frozenset[str]] = frozenset()

@@ -21,8 +21,6 @@ from veneer_registry.rows import RevisionRow
 from veneer_registry.store import REGISTRATION
 from veneer_registry.strict_json import canonical_json
 
-__all__ = ["file_name", "read", "write"]
-
 _FORMAT: Final = 1
 
 

@@ -22,18 +22,16 @@ from veneer_registry.aliases import Aliases
 from veneer_registry.completing import Completing
 from veneer_registry.core import Core, ReadAdapter
 from veneer_registry.editing import Editing
-from veneer_registry.format import read_adapter
+from veneer_registry.format import read_upload
 from veneer_registry.lock import OwnerLock
 from veneer_registry.lookups import Lookups
 from veneer_registry.open_uploads import OpenUploads
-from veneer_registry.opening import FolderPlaces, Places, open_core
+from veneer_registry.opening import FolderLocations, Locations, open_core
 from veneer_registry.publishing import Publishing
 from veneer_registry.records import UploadRequest
 from veneer_registry.replicating import Replicating
 from veneer_registry.rows import SERVER, HistoryRow, ResidentRow, Who
 from veneer_registry.upload import Upload
-
-__all__ = ["Registry"]
 
 
 class Registry(Lookups, Aliases, Editing, Publishing, Replicating):
@@ -52,11 +50,11 @@ class Registry(Lookups, Aliases, Editing, Publishing, Replicating):
         base: BaseSpec,
         *,
         lock: OwnerLock | None = None,
-        places: Places | None = None,
+        places: Locations | None = None,
         retain_superseded: int = 2,
         max_adapter_bytes: int = 2 << 30,
         clock: Callable[[], float] = time.time,
-        read: ReadAdapter = read_adapter,
+        read: ReadAdapter = read_upload,
     ) -> Self:
         """Lock the folder, check that its parts belong together, and fill the index.
 
@@ -69,7 +67,7 @@ class Registry(Lookups, Aliases, Editing, Publishing, Replicating):
             retain_superseded: revisions kept behind the current one of each name.
             max_adapter_bytes: largest ``adapter_model.safetensors`` accepted.
             clock: returns Unix seconds, for `AdapterRecord.created`.
-            read: checks the files of an upload; raises what `read_adapter` does.
+            read: checks the files of an upload; raises what `read_upload` does.
 
         Raises:
             StoreLocked: another process owns the folder.
@@ -84,7 +82,7 @@ class Registry(Lookups, Aliases, Editing, Publishing, Replicating):
             lock = OwnerLock(data_dir)
         try:
             if places is None:
-                places = FolderPlaces(data_dir)
+                places = FolderLocations(data_dir)
             core = open_core(places, base, lock, retain_superseded, clock, read)
             return cls(core, max_adapter_bytes=max_adapter_bytes)
         except BaseException:

@@ -16,8 +16,6 @@ from typing import Final
 
 from veneer_registry.strict_json import refuse, show
 
-__all__ = ["open_regular", "stat_regular"]
-
 _SNAPSHOTS: Final = "snapshots"
 _BLOBS: Final = "blobs"
 _CACHED: Final = ("models--", "datasets--", "spaces--")

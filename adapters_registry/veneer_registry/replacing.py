@@ -13,8 +13,6 @@ from pathlib import Path
 
 from veneer_registry.disk import sync
 
-__all__ = ["new_folder", "replace_file", "replacing"]
-
 
 @contextlib.contextmanager
 def replacing(path: Path, *, mode: int | None = None) -> Iterator[Path]:

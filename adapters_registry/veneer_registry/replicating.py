@@ -13,8 +13,6 @@ from veneer_registry.entry import Entry
 from veneer_registry.pairing import STORE_FACT
 from veneer_registry.rows import RevisionRow
 
-__all__ = ["Replicating"]
-
 _FETCHING: Final = ThreadPoolExecutor(8, thread_name_prefix="fetch")
 """Threads of their own: an object store that answers slowly must not stall other work."""
 

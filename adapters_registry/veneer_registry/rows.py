@@ -8,21 +8,6 @@ from typing import Final
 
 from veneer_registry.errors import AdapterCorrupt
 
-__all__ = [
-    "BEGINNINGS",
-    "ENDS",
-    "SERVER",
-    "AliasRow",
-    "Foreign",
-    "HistoryRow",
-    "NameRow",
-    "ResidentRow",
-    "RevisionRow",
-    "Who",
-    "damaged_row",
-]
-
-
 BEGINNINGS: Final = ("published", "replaced", "lost")
 """Events of the history after which a revision should have a row. An older Veneer recorded
 ``lost``, and dropped the row, if one start did not find the content; that must not count as

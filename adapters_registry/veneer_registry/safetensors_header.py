@@ -1,4 +1,4 @@
-"""A strict reader of safetensors headers.
+"""A strict reader of safetensors headers, and a writer of adapters' headers.
 
 A file is an 8-byte little-endian length, a JSON object of that many bytes
 (``name -> {dtype, shape, data_offsets}``), and the tensors' bytes. The reader
@@ -9,23 +9,15 @@ duplicate keys, a shape of [0, 2^60], and 100,000 empty tensors.
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import BinaryIO, Final, TypeGuard
 
 from veneer_registry.strict_json import parse_object, refuse, show
-
-__all__ = [
-    "ADAPTER_LIMITS",
-    "CHECKPOINT_LIMITS",
-    "HeaderLimits",
-    "SafetensorsHeader",
-    "TensorInfo",
-    "read_header",
-]
 
 _LENGTH_BYTES: Final = 8
 _METADATA: Final = "__metadata__"
@@ -154,7 +146,27 @@ def read_header(
     )
 
 
+def new_header(tensors: Sequence[TensorInfo], metadata: Mapping[str, str]) -> bytes:
+    """The start of a file that has these tensors' bytes, one after the other in this order.
+    Their offsets are not used, only what lies between them."""
+    entries: dict[str, object] = {_METADATA: dict(metadata)}
+    at = 0
+    for tensor in tensors:
+        end = at + tensor.end - tensor.begin
+        entries[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [at, end],
+        }
+        at = end
+    text = json.dumps(entries, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % _LENGTH_BYTES)  # so that the tensors are aligned
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text
+
+
 def _metadata(name: str, value: object) -> dict[str, str]:
+    if value is None:  # as MLX writes it
+        return {}
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
         refuse(name, "must map strings to strings", key=_METADATA)
     return value

@@ -28,8 +28,6 @@ from veneer_registry.rows import (
 )
 from veneer_registry.schema import VERSION, version_of
 
-__all__ = ["NameState", "Salvaged", "salvage"]
-
 _log = logging.getLogger(__name__)
 
 _DIGESTS: Final = 4
@@ -39,7 +37,7 @@ _SHARED: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
-class NameState:
+class SalvagedName:
     """A row of the names table."""
 
     current: str | None
@@ -66,7 +64,7 @@ class Salvaged:
     behind: bool = False
     damaged: int = 0
     number: int = 0
-    names: dict[str, NameState] = field(default_factory=dict)
+    names: dict[str, SalvagedName] = field(default_factory=dict)
     rows: dict[tuple[str, str], RevisionRow] = field(default_factory=dict)
     sequences: dict[tuple[str, str], int] = field(default_factory=dict)
     aliases: list[AliasRow] = field(default_factory=list)
@@ -146,7 +144,7 @@ class _Reader:
             "names", f"name, current, generation, {retained}"
         ):
             with self._sound():
-                old.names[check_name(name)] = NameState(
+                old.names[check_name(name)] = SalvagedName(
                     current, generation, retain, name in shared
                 )
         self._revisions()
@@ -190,7 +188,12 @@ class _Reader:
             with self._sound():
                 manifest_from_json(manifest)
                 row = RevisionRow(
-                    *(check_name(name), revision, weights, base, manifest, created),
+                    check_name(name),
+                    revision,
+                    weights,
+                    base,
+                    manifest,
+                    created,
                     labels=json.loads(labels),
                     bytes=size,
                 )

@@ -11,8 +11,6 @@ from veneer_registry.disk import create_file, sync
 from veneer_registry.errors import CatalogDamaged, FailedPrecondition
 from veneer_registry.integrity import add_functions
 
-__all__ = ["VERSION", "damaged", "upgrade", "version_of"]
-
 STEPS: Final = (
     """
     CREATE TABLE counter (value INTEGER NOT NULL);

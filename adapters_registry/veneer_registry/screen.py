@@ -14,8 +14,6 @@ from rich.text import Text
 
 from veneer_registry.terminal import Guard, one_line, visible
 
-__all__ = ["Screen", "cell"]
-
 
 def cell(text: object) -> str:
     """A name, label or other short text of somebody as markup: on one line, without styles."""

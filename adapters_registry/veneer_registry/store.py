@@ -48,8 +48,6 @@ from veneer_registry.store_folders import StoreFolders, checked_digest
 from veneer_registry.stored_adapter import verify_weights
 from veneer_registry.upload_folders import UploadFolders
 
-__all__ = ["REGISTRATION", "Store"]
-
 _log = logging.getLogger(__name__)
 
 _BUNDLE: Final = "bundle.json"

@@ -14,8 +14,6 @@ from typing import Final
 from veneer_registry.disk import FOLDER_MODE, disk_errors, make_folder, remove, sync
 from veneer_registry.errors import InternalError
 
-__all__ = ["StoreFolders", "checked_digest", "size_of"]
-
 _HEX: Final = re.compile(r"[0-9a-f]{64}")
 
 
@@ -51,8 +49,11 @@ class StoreFolders:
     def roots(self) -> tuple[Path, ...]:
         """The folders right below the root."""
         return (
-            *(self.weights_root, self.revisions_root),
-            *(self.staging_root, self.uploads_root, self.quarantine_root),
+            self.weights_root,
+            self.revisions_root,
+            self.staging_root,
+            self.uploads_root,
+            self.quarantine_root,
         )
 
     def weights_folder(self, digest: str) -> Path:

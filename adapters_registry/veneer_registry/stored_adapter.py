@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import io
 import os
 import threading
@@ -14,11 +15,12 @@ from typing import Final
 from veneer_registry.adapter import AdapterManifest, LoraModule
 from veneer_registry.bundle_files import read_small
 from veneer_registry.causes import cause_of
-from veneer_registry.errors import AdapterCorrupt, AdapterInvalid
+from veneer_registry.disk import disk_failed
+from veneer_registry.errors import AdapterCorrupt, AdapterInvalid, DiskFailed
 from veneer_registry.format import describe
 from veneer_registry.lora_config import CONFIG_FILE, LoraSettings, parse_config
 from veneer_registry.regular_files import open_regular
-from veneer_registry.safetensors_header import SafetensorsHeader, read_header
+from veneer_registry.safetensors_header import SafetensorsHeader
 from veneer_registry.weights import (
     WEIGHTS_FILE,
     ModuleTensors,
@@ -26,10 +28,12 @@ from veneer_registry.weights import (
     digest_weights,
     find_modules,
     mapped,
+    read_weights_header,
     view_tensors,
 )
 
-__all__ = ["Stored", "open_stored", "open_unverified", "verify_weights"]
+_NOT_A_FILE: Final = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+"""Errors of a path that leads to no file, which no retry mends."""
 
 _HEADER_BYTES: Final = 64 << 10
 """Buffer size that holds all or most of a weights file's header."""
@@ -58,7 +62,11 @@ def open_stored(
     Raises:
         AdapterCorrupt: as `verify_weights`.
     """
-    with open_unverified(folder, digest) as stored:
+    with contextlib.ExitStack() as stack:
+        try:
+            stored = stack.enter_context(open_unverified(folder, digest))
+        except DiskFailed as error:  # whoever checks content cannot say that it is whole
+            raise _damaged(digest, error.metadata["why"], "files") from error
         stored.verify()
         manifest = describe(digest, stored.header, stored.settings, stored.modules, None)
         yield manifest, stored.tensors
@@ -86,7 +94,8 @@ def open_unverified(folder: Path, digest: str) -> Iterator[Stored]:
     another thread while it works; until that returns, the content must not be trusted.
 
     Raises:
-        AdapterCorrupt: as `verify_weights`; also by ``verify``.
+        AdapterCorrupt: files are missing, or unreadable as an adapter; also by ``verify``.
+        DiskFailed: the system cannot read them now, which says nothing about their content.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -95,11 +104,15 @@ def open_unverified(folder: Path, digest: str) -> Iterator[Stored]:
             file = stack.enter_context(io.BufferedReader(raw, _HEADER_BYTES))
             file.peek()  # before the read-ahead, or the header would wait for it
             stack.enter_context(_read_ahead(file.fileno()))
-            header = read_header(file, WEIGHTS_FILE)
+            header = read_weights_header(file)
             modules = find_modules(header, settings, None)
             content = stack.enter_context(mapped(file))
-        except (AdapterInvalid, OSError) as error:
+        except AdapterInvalid as error:
             raise _damaged(digest, cause_of(error)[:200], "files") from error
+        except OSError as error:
+            if error.errno in _NOT_A_FILE:
+                raise _damaged(digest, cause_of(error)[:200], "files") from error
+            raise disk_failed(folder, error) from error
 
         def verify() -> None:
             pieces: Pieces = lambda tensor: (content[tensor.begin : tensor.end],)  # noqa: E731

@@ -12,8 +12,6 @@ from typing import Final, NoReturn
 
 from veneer_registry.errors import AdapterInvalid
 
-__all__ = ["canonical_json", "parse_object", "refuse", "show"]
-
 _SHOWN: Final = 120
 """Most characters of untrusted text that a message quotes: it must fit a gRPC trailer."""
 

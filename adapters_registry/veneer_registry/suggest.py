@@ -13,8 +13,6 @@ import string
 from collections.abc import Container, Iterable, Iterator
 from typing import Final
 
-__all__ = ["NearNames"]
-
 _ALPHABET: Final = string.ascii_lowercase + string.digits + "._-"
 _ALIKE: Final = 0.6
 """Smallest share of both names' characters in their common prefix and suffix."""

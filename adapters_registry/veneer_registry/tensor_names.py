@@ -1,13 +1,15 @@
-"""Names of adapter tensors, as PEFT writes them for the projections of a decoder layer."""
+"""Names of adapter tensors, as PEFT writes them for the projections of a decoder layer.
+
+Trainers that save a model's own state write two variants: without PEFT's prefix
+``base_model.model.``, and with the adapter's name (``lora_A.default.weight``).
+"""
 
 from __future__ import annotations
 
 import re
-from typing import Final, Literal, cast
+from typing import Final, Literal, NamedTuple, cast
 
 from veneer_registry.adapter import PROJECTIONS, Projection
-
-__all__ = ["Side", "module_path", "parse_tensor_name", "tensor_keys"]
 
 Side = Literal["A", "B"]
 
@@ -16,10 +18,29 @@ _BLOCK: Final[dict[Projection, str]] = {
     for name in PROJECTIONS
 }
 
+PREFIX: Final = "base_model.model."
+"""PEFT's prefix of the names of a base's modules."""
+
 _NAME: Final = re.compile(
-    r"base_model\.model\.model\.layers\.(?P<layer>0|[1-9][0-9]{0,3})\."
-    r"(?P<block>self_attn|mlp)\.(?P<projection>[a-z]{1,4}_proj)\.lora_(?P<side>[AB])\.weight"
+    r"(?P<prefix>base_model\.model\.)?model\.layers\.(?P<layer>0|[1-9][0-9]{0,3})\."
+    r"(?P<block>self_attn|mlp)\.(?P<projection>[a-z]{1,4}_proj)\.lora_(?P<side>[AB])"
+    r"(?:\.(?P<adapter>[A-Za-z0-9_-]{1,64}))?\.weight"
 )
+_EMBEDDINGS: Final = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+class TensorName(NamedTuple):
+    """What a tensor's name says.
+
+    Attributes:
+        variant: whether it has PEFT's prefix, and the adapter's name or "". The same in a
+            whole file.
+    """
+
+    layer: int
+    projection: Projection
+    side: Side
+    variant: tuple[bool, str]
 
 
 def module_path(layer: int, projection: Projection) -> str:
@@ -29,16 +50,24 @@ def module_path(layer: int, projection: Projection) -> str:
 
 def tensor_keys(layer: int, projection: Projection) -> tuple[str, str]:
     """Names of A and B of one projection."""
-    stem = f"base_model.model.{module_path(layer, projection)}"
+    stem = f"{PREFIX}{module_path(layer, projection)}"
     return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
 
 
-def parse_tensor_name(name: str) -> tuple[int, Projection, Side] | None:
-    """(layer, projection, side) of a tensor name, or None if it is not an adapter tensor."""
+def parse_tensor_name(name: str) -> TensorName | None:
+    """What a tensor's name says, or None if it is not a LoRA matrix of a projection."""
     match = _NAME.fullmatch(name)
     if match is None or match["projection"] not in _BLOCK:
         return None
     projection = cast(Projection, match["projection"])
     if _BLOCK[projection] != match["block"]:
         return None
-    return int(match["layer"]), projection, cast(Side, match["side"])
+    variant = (match["prefix"] is not None, match["adapter"] or "")
+    return TensorName(int(match["layer"]), projection, cast(Side, match["side"]), variant)
+
+
+def embedding_name(name: str) -> str | None:
+    """The base's name of an embedding or head that PEFT saves whole beside the adapter, or
+    None for any other tensor."""
+    plain = name.removeprefix(PREFIX)
+    return plain if plain in _EMBEDDINGS else None

@@ -18,8 +18,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-__all__ = ["Guard", "guarded", "one_line", "visible", "write_answer"]
-
 _CONTROLS: Final = "\x00-\x08\x0b-\x1f\x7f-\x9f"
 """C0 without newline and tab, DEL, C1."""
 _OVERRIDES: Final = "\u202a-\u202e\u2066-\u2069"

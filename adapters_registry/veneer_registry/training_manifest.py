@@ -7,19 +7,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from veneer_registry.adapter import BaseFingerprint, BaseSpec
-from veneer_registry.base_names import is_named
+from veneer_registry.adapter import (
+    NO_CLAIM,
+    BaseClaim,
+    BaseFingerprint,
+    BaseSpec,
+    BaseWord,
+)
+from veneer_registry.base_names import is_copy, is_named, says_its_origin
 from veneer_registry.errors import BaseModelMismatch
 from veneer_registry.lora_config import CONFIG_FILE
 from veneer_registry.strict_json import canonical_json, parse_object, refuse, show
-
-__all__ = [
-    "TRAINING_FILE",
-    "TRAINING_LIMIT",
-    "TrainingManifest",
-    "check_base",
-    "parse_training",
-]
 
 TRAINING_FILE: Final = "training_manifest.json"
 TRAINING_LIMIT: Final = 1 << 20
@@ -105,23 +103,35 @@ def _flatten(prefix: str, value: object) -> Iterator[tuple[str, str]]:
         yield prefix, canonical_json(value).decode()
 
 
+def plain_word(fingerprint: BaseFingerprint | None, base_name: str) -> BaseWord:
+    """What says that a base is the right one, if the adapter's files say it by themselves."""
+    if fingerprint is not None:
+        return "fingerprint"
+    return "name" if base_name.strip() else "none"
+
+
 def check_base(
-    trained: BaseFingerprint | None, base: BaseSpec, named: str = ""
-) -> tuple[str, ...]:
-    """Check the base that an adapter was trained on; returns warnings.
+    trained: BaseFingerprint | None,
+    base: BaseSpec,
+    named: str = "",
+    claim: BaseClaim = NO_CLAIM,
+) -> tuple[BaseWord, tuple[str, ...]]:
+    """Check the base that an adapter was trained on; returns what says so, and warnings.
 
     If there is a fingerprint, it decides; a part that either side lacks ("") counts as equal.
-    Without one, the name in the adapter's config must be one of the base's names.
+    Without one, the name in the adapter's config must be one of the base's names or of a copy
+    of it, unless the publisher says that it means this base.
 
     Args:
         named: ``base_model_name_or_path``, or "".
+        claim: what the publisher says.
 
     Raises:
         BaseModelMismatch: weights or tokenizer differ, or the config names another base;
             metadata holds both sides.
     """
     if trained is None:
-        return _check_name(named, base)
+        return _check_name(named, base, claim)
     served = base.fingerprint
     differing = [
         part
@@ -146,24 +156,49 @@ def check_base(
             "server with its base, or retrain it on this one",
             metadata=metadata,
         )
-    return tuple(
+    return "fingerprint", tuple(
         f"the base's {part} differs from the one used in training "
         f"({getattr(trained, part)[:12]}, here {getattr(served, part)[:12]})"
         for part in differing
     )
 
 
-def _check_name(named: str, base: BaseSpec) -> tuple[str, ...]:
+def _check_name(
+    named: str, base: BaseSpec, claim: BaseClaim
+) -> tuple[BaseWord, tuple[str, ...]]:
     if not named.strip():
-        return (f"the adapter does not record its base model; its shapes fit {base.name}",)
+        why = f"the adapter does not record its base model; its shapes fit {base.name}"
+        return "none", (why,)
     names = (base.name, *base.names)
-    safe = _SAFE.fullmatch(named) is not None
     if is_named(named, names):
-        return ()
+        return "name", ()
+    config = f"the adapter's config names {show(named)}"
+    copy = is_copy(named, names)
+    compared = bool(claim.vocabulary and base.vocabulary)
+    same_tokens = claim.vocabulary == base.vocabulary
+    if copy and (same_tokens if compared else says_its_origin(named)):
+        how = "its tokenizer" if compared else "its shapes"
+        return "rule", (f"{config}: taken for {base.name} by its name and {how}",)
+    if claim.same:
+        why = (
+            f"the adapter's config names {show(named)}: taken for {base.name} since you say so"
+        )
+        return "publisher", (why,)
+    if copy and compared:
+        more = ", and the tokenizer beside the adapter is not this base's"
+    elif copy:
+        more = (
+            ": the same name by another owner. Use `veneer adapter push` with the "
+            "tokenizer.json that it was trained with beside it, so that they can be compared"
+        )
+    else:
+        more = ""
+    safe = _SAFE.fullmatch(named) is not None
     raise BaseModelMismatch(
         f"the adapter's config names another base, {show(named)}; this server serves "
-        f"{base.name}. Push it to a server with its base; if it is the same base by another "
-        f"name, start this one with --allow-base-name {named if safe else 'NAME'}",
+        f"{base.name}{more}. Push it to a server with its base; if it is the same base by "
+        "another name, push it with `same_base`, or start this server with --allow-base-name "
+        f"{named if safe else 'NAME'}",
         metadata={
             "base": base.name,
             "adapter_base": named[:200],

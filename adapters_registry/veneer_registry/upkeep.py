@@ -27,20 +27,6 @@ from veneer_registry.store_folders import size_of
 from veneer_registry.stored_adapter import verify_weights
 from veneer_registry.strict_json import parse_object
 
-__all__ = [
-    "COMMAND",
-    "Collected",
-    "Damage",
-    "Row",
-    "Verified",
-    "check_revision",
-    "check_weights",
-    "collect",
-    "grouped",
-    "quarantine",
-    "verify",
-]
-
 COMMAND: Final = Who("veneer-server store", "command line")
 
 

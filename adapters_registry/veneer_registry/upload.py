@@ -22,8 +22,6 @@ from veneer_registry.records import UploadFile, UploadRequest
 from veneer_registry.strict_json import show
 from veneer_registry.weights import WEIGHTS_FILE
 
-__all__ = ["Upload", "check_labels", "check_request"]
-
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _LABEL_KEY: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,62}")
 _MAX_LABELS: Final = 64
@@ -51,7 +49,8 @@ def check_request(request: UploadRequest, max_adapter_bytes: int) -> None:
     for name in REQUIRED_FILES:
         if name not in seen:
             raise AdapterInvalid(
-                f"{name} is missing; send {' and '.join(REQUIRED_FILES)}",
+                f"{name} is missing; send {' and '.join(REQUIRED_FILES)} (`veneer adapter "
+                "convert` makes them of an adapter from MLX or llama.cpp)",
                 metadata={"file": name, "why": "missing"},
             )
     check_labels(request.labels)

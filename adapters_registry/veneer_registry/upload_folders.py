@@ -9,8 +9,6 @@ from pathlib import Path
 from veneer_registry.disk import disk_errors, make_folder
 from veneer_registry.store_folders import StoreFolders, checked_digest
 
-__all__ = ["UploadFolders"]
-
 
 class UploadFolders:
     """The folders of uploads in a store."""

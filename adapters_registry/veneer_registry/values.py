@@ -16,15 +16,6 @@ from typing import Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-__all__ = [
-    "MAX_MAGNITUDE",
-    "SERVING_BYTES",
-    "ServingDtype",
-    "find_problem",
-    "peak_bits",
-    "to_bfloat16",
-]
-
 ServingDtype = Literal["bfloat16", "float16", "float32"]
 
 MAX_MAGNITUDE: Final = 1e4

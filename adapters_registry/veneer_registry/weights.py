@@ -13,6 +13,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
+from types import MappingProxyType
 from typing import BinaryIO, Final
 
 from veneer_registry.adapter import (
@@ -22,23 +23,10 @@ from veneer_registry.adapter import (
     Projection,
 )
 from veneer_registry.lora_config import LoraSettings
-from veneer_registry.safetensors_header import SafetensorsHeader, TensorInfo
-from veneer_registry.strict_json import refuse
+from veneer_registry.safetensors_header import SafetensorsHeader, TensorInfo, read_header
+from veneer_registry.strict_json import refuse, show
 from veneer_registry.tensor_names import Side, module_path, parse_tensor_name, tensor_keys
 from veneer_registry.values import ServingDtype, find_problem, peak_bits
-
-__all__ = [
-    "MAX_SCALING",
-    "WEIGHTS_FILE",
-    "ModuleTensors",
-    "TensorView",
-    "check_numbers",
-    "digest_weights",
-    "find_modules",
-    "mapped",
-    "read_pieces",
-    "view_tensors",
-]
 
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
 MAX_SCALING: Final = 1e4
@@ -49,6 +37,35 @@ _DIGEST_TAG: Final = b"veneer.weights.v1\0"
 
 
 # ------------------------------------------------------------------ which modules
+
+
+def read_weights_header(file: BinaryIO) -> SafetensorsHeader:
+    """`read_header` of an adapter's weights, by the names that PEFT's ``save_pretrained``
+    gives the tensors. So the other variants of `tensor_names` have the same digest.
+
+    A `TensorInfo` keeps the name that is in the file, for messages.
+
+    Raises:
+        AdapterInvalid: also if the file mixes variants.
+    """
+    header = read_header(file, WEIGHTS_FILE)
+    tensors: dict[str, TensorInfo] = {}
+    variants: dict[tuple[bool, str], list[str]] = {}
+    for name, tensor in header.tensors.items():
+        if (found := parse_tensor_name(name)) is not None:
+            variants.setdefault(found.variant, []).append(name)
+            name = tensor_keys(found.layer, found.projection)[found.side == "B"]
+        tensors[name] = tensor
+    if len(variants) > 1:
+        rare, *_, usual = sorted(variants.values(), key=len)
+        refuse(
+            WEIGHTS_FILE,
+            f"is named in another way than {show(usual[0])}, so they may be of two adapters; "
+            "save one adapter with save_pretrained",
+            tensor=rare[0],
+            cause="mixed_names",
+        )
+    return SafetensorsHeader(MappingProxyType(tensors), header.metadata)
 
 
 def find_modules(
@@ -62,19 +79,21 @@ def find_modules(
     """
     pairs: dict[tuple[int, Projection], dict[Side, TensorInfo]] = {}
     for tensor in header.tensors.values():
-        place = parse_tensor_name(tensor.name)
-        if place is None:
+        name = parse_tensor_name(tensor.name)
+        if name is None:
             refuse(
                 WEIGHTS_FILE,
                 "is not a LoRA matrix of a decoder projection (attention q, k, v, o; MLP gate, "
                 "up, down); retrain without biases, embeddings, heads or other layers",
                 tensor=tensor.name,
             )
-        layer, projection, side = place
-        pairs.setdefault((layer, projection), {})[side] = tensor
+        pairs.setdefault((name.layer, name.projection), {})[name.side] = tensor
     if not pairs:
         refuse(WEIGHTS_FILE, "contains no LoRA tensors; save the adapter after training it")
     places = sorted(pairs, key=lambda place: (place[0], PROJECTIONS.index(place[1])))
+    if base is not None:  # before patterns are matched, which takes a while for many modules
+        for place in places:
+            _check_place(base, *place, next(iter(pairs[place].values())))
     paths = [module_path(*place) for place in places]
     ranks, alphas = settings.ranks(paths), settings.alphas(paths)
     return tuple(
@@ -118,7 +137,7 @@ def _module(
             tensor=a.name,
         )
     if base is not None:
-        _check_base(base, layer, projection, a, b, (out_features, in_features))
+        _check_base(base, projection, a, b, (out_features, in_features))
     scaling = settings.scaling(alpha, rank)
     if abs(scaling) > MAX_SCALING:
         refuse(
@@ -130,27 +149,27 @@ def _module(
     return LoraModule(layer, projection, rank, scaling, *tensor_keys(layer, projection))
 
 
-def _check_base(
-    base: BaseSpec,
-    layer: int,
-    projection: Projection,
-    a: TensorInfo,
-    b: TensorInfo,
-    shape: tuple[int, int],
+def _check_place(
+    base: BaseSpec, layer: int, projection: Projection, tensor: TensorInfo
 ) -> None:
     if layer >= base.num_layers:
         refuse(
             WEIGHTS_FILE,
             f"targets layer {layer}, but {base.name} has layers 0 to {base.num_layers - 1}; "
             "push it to a server with its base",
-            tensor=a.name,
+            tensor=tensor.name,
         )
     if projection not in base.shapes:
         refuse(
             WEIGHTS_FILE,
             f"targets {projection}, but {base.name} has no such module",
-            tensor=a.name,
+            tensor=tensor.name,
         )
+
+
+def _check_base(
+    base: BaseSpec, projection: Projection, a: TensorInfo, b: TensorInfo, shape: tuple[int, int]
+) -> None:
     out_features, in_features = base.shapes[projection]
     if shape[1] != in_features:
         refuse(

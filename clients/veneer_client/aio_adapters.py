@@ -57,6 +57,7 @@ class AsyncAdapterCalls(AsyncConnection):
         validate_only: bool = False,
         activate: bool = False,
         allow_replace: bool = False,
+        same_base: bool = False,
         etag: str = "",
         wait_replicas: WaitReplicas = WaitReplicas.NONE,
         progress: Progress = lambda done, total: None,
@@ -72,6 +73,8 @@ class AsyncAdapterCalls(AsyncConnection):
             validate_only: check everything, publish nothing.
             activate: also load the adapter onto the device before returning.
             allow_replace: publish even if the name holds other content.
+            same_base: you say that the base which its config names is the served one, by
+                another name. The registry records that.
             etag: must equal the name's (`AdapterInfo.etag`), else nothing is published.
             wait_replicas: return once followers have it, too; see `Pushed.replicas`.
             progress: called with the bytes sent so far and the total, in any thread.
@@ -87,6 +90,7 @@ class AsyncAdapterCalls(AsyncConnection):
             validate_only=validate_only,
             activate=activate,
             allow_replace=allow_replace,
+            same_base=same_base,
             etag=etag,
             wait_replicas=wait_replicas,
             progress=progress,
@@ -138,6 +142,7 @@ class AsyncAdapterCalls(AsyncConnection):
         validate_only: bool = False,
         activate: bool = False,
         allow_replace: bool = False,
+        same_base: bool = False,
         etag: str = "",
         wait_replicas: WaitReplicas = WaitReplicas.NONE,
         timeout_s: float | None = None,
@@ -157,6 +162,7 @@ class AsyncAdapterCalls(AsyncConnection):
             validate_only=validate_only,
             activate=activate,
             allow_replace=allow_replace,
+            same_base=same_base,
             etag=etag,
             wait_replicas=wait_replicas,
         )

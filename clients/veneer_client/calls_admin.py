@@ -119,6 +119,7 @@ def register(
     validate_only: bool,
     activate: bool,
     allow_replace: bool,
+    same_base: bool,
     etag: str,
     wait_replicas: WaitReplicas,
 ) -> Call[adapters_pb2.RegisterAdapterResponse, Pushed]:
@@ -132,6 +133,7 @@ def register(
             validate_only=validate_only,
             activate=activate,
             allow_replace=allow_replace,
+            same_base=same_base,
             etag=etag,
             wait=wait_for(wait_replicas),
         )

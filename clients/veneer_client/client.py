@@ -231,7 +231,7 @@ class Client(AdapterCalls):
     def self_test(
         self, adapters: Iterable[str] = (), *, timeout_s: float | None = None
     ) -> SelfTest:
-        """Check the answers of base and adapters, mixed in one batch, against their files.
+        """Check the answers of base and adapters, mixed in batches, against their files.
 
         Args:
             adapters: names, ``name@revision`` or ``name/alias``. If empty: the two adapters

@@ -58,6 +58,7 @@ class AdapterCalls(Connection):
         validate_only: bool = False,
         activate: bool = False,
         allow_replace: bool = False,
+        same_base: bool = False,
         etag: str = "",
         wait_replicas: WaitReplicas = WaitReplicas.NONE,
         progress: Progress = lambda done, total: None,
@@ -73,6 +74,8 @@ class AdapterCalls(Connection):
             validate_only: check everything, publish nothing.
             activate: also load the adapter onto the device before returning.
             allow_replace: publish even if the name holds other content.
+            same_base: you say that the base which its config names is the served one, by
+                another name. The registry records that.
             etag: must equal the name's (`AdapterInfo.etag`), else nothing is published.
             wait_replicas: return once followers have it, too; see `Pushed.replicas`.
             progress: called with the bytes sent so far and the total, in gRPC's thread.
@@ -88,6 +91,7 @@ class AdapterCalls(Connection):
             validate_only=validate_only,
             activate=activate,
             allow_replace=allow_replace,
+            same_base=same_base,
             etag=etag,
             wait_replicas=wait_replicas,
             progress=progress,
@@ -139,6 +143,7 @@ class AdapterCalls(Connection):
         validate_only: bool = False,
         activate: bool = False,
         allow_replace: bool = False,
+        same_base: bool = False,
         etag: str = "",
         wait_replicas: WaitReplicas = WaitReplicas.NONE,
         timeout_s: float | None = None,
@@ -158,6 +163,7 @@ class AdapterCalls(Connection):
             validate_only=validate_only,
             activate=activate,
             allow_replace=allow_replace,
+            same_base=same_base,
             etag=etag,
             wait_replicas=wait_replicas,
         )

@@ -14,12 +14,12 @@ from veneer_client.failures import Attempts, starting
 from veneer_client.records import AdapterEvent
 from veneer_client.types import Chunk, GenerationEnd
 
-__all__ = ["GenerationReader", "Reader", "StreamStart", "WatchReader"]
+__all__ = ["GenerationReader", "StreamReader", "StreamStart", "WatchReader"]
 
 Read = TypeVar("Read", covariant=True)
 
 
-class Reader(Protocol[Read]):
+class StreamReader(Protocol[Read]):
     """Reads the messages of one stream."""
 
     @property

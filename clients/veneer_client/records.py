@@ -65,6 +65,8 @@ class AdapterInfo:
         shared: other tenants may use the name.
         tenant: whose it is, if it is another tenant's that shares it; else "". The name is
             then ``TENANT/name``, unless the caller's tenant accepts it by its plain name.
+        base_word: what says that it was trained on the served base: ``fingerprint``, ``name``,
+            ``rule``, ``publisher`` or ``none``; "" if an older server registered it.
     """
 
     name: str
@@ -91,6 +93,7 @@ class AdapterInfo:
     retain: int
     shared: bool = False
     tenant: str = ""
+    base_word: str = ""
 
     @property
     def short(self) -> str:

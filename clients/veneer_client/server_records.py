@@ -264,7 +264,7 @@ class SelfTest:
 
     Attributes:
         passed: every result passed, and an adapter was tested if any is registered.
-        adapters_mixed: number of adapters in one batch with the base.
+        adapters_mixed: number of adapters that were mixed with others, or the base, in a batch.
         note: why no adapter was tested; "" if one was.
     """
 

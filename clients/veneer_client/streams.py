@@ -14,7 +14,7 @@ from typing import Generic, Self, TypeVar
 import grpc
 
 from veneer_client.failures import cancelled
-from veneer_client.readers import GenerationReader, Reader, StreamStart, WatchReader
+from veneer_client.readers import GenerationReader, StreamReader, StreamStart, WatchReader
 from veneer_client.records import AdapterEvent
 from veneer_client.transport import Event, happens, next_message
 from veneer_client.types import Chunk, GenerationEnd
@@ -25,7 +25,7 @@ Item = TypeVar("Item")
 
 
 class _Stream(Generic[Item]):
-    def __init__(self, start: StreamStart, reader: Reader[Item]) -> None:
+    def __init__(self, start: StreamStart, reader: StreamReader[Item]) -> None:
         self._start = start
         self._reader = reader
         self._cancelled = Event()

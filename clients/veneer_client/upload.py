@@ -30,6 +30,7 @@ from veneer_registry.errors import (
     Unimplemented,
     VeneerError,
 )
+from veneer_registry.fingerprint import TOKENIZER_FILE, vocabulary_digest
 from veneer_registry.format import check_adapter
 from veneer_registry.regular_files import open_regular
 
@@ -39,6 +40,8 @@ from veneer_client.records import Pushed, Resumed
 from veneer_client.replicas import WaitReplicas, reached, wait_for
 
 __all__ = ["CHUNK_BYTES", "OnResume", "Progress", "PushOptions", "Upload", "prepare"]
+
+_TOKENIZER_LIMIT: Final = 64 << 20
 
 CHUNK_BYTES: Final = 1 << 20
 """Bytes per message; gRPC's receive limit is four times this."""
@@ -59,6 +62,7 @@ class PushOptions:
     validate_only: bool
     activate: bool
     allow_replace: bool
+    same_base: bool
     etag: str
     wait_replicas: WaitReplicas
     progress: Progress
@@ -124,12 +128,14 @@ class _Bundle:
         sources: open files, in the order of ``files``.
         warnings: from the local check.
         skipped: files of the folder that are not part of a bundle.
+        vocabulary: of the tokenizer beside the adapter: see `vocabulary_digest`.
     """
 
     sources: tuple[_Source, ...]
     files: tuple[adapters_pb2.UploadFile, ...]
     warnings: tuple[str, ...]
     skipped: tuple[str, ...]
+    vocabulary: str
 
 
 class Upload:
@@ -152,6 +158,8 @@ class Upload:
             validate_only=options.validate_only,
             activate=options.activate,
             allow_replace=options.allow_replace,
+            same_base=options.same_base,
+            vocabulary=bundle.vocabulary,
             etag=options.etag,
             wait=wait_for(options.wait_replicas),
         )
@@ -321,10 +329,23 @@ def prepare(folder: Path, name: str, options: PushOptions) -> Upload:
             files = tuple(source.describe() for source in sources)
         except OSError as error:
             raise _unreadable(folder, error) from error
-        bundle = _Bundle(tuple(sources), files, warnings, selection.skipped)
+        bundle = _Bundle(
+            tuple(sources), files, warnings, selection.skipped, _vocabulary(folder)
+        )
         upload = Upload(name, bundle, options)
         opened.pop_all()  # from here on the upload closes them
         return upload
+
+
+def _vocabulary(folder: Path) -> str:
+    """`vocabulary_digest` of the tokenizer in the folder; "" if there is none that can be
+    read, which is no error: it is not part of the adapter."""
+    try:
+        with open_regular(folder / TOKENIZER_FILE) as file:
+            data = file.read(_TOKENIZER_LIMIT + 1) or b""
+    except (AdapterInvalid, OSError):
+        return ""
+    return vocabulary_digest(data) if len(data) <= _TOKENIZER_LIMIT else ""
 
 
 def _message(file: str, offset: int, data: bytes) -> adapters_pb2.UploadAdapterRequest:

@@ -49,7 +49,11 @@ async def show(address: str, scratch: Path, steps: int) -> None:
         base = await run("veneer-server", "model", "path", "smollm2-135m")
         training = asyncio.create_task(
             run(
-                *("veneer-train", "train", str(HERE / "sql.yaml"), "--base", base),
+                "veneer-train",
+                "train",
+                str(HERE / "sql.yaml"),
+                "--base",
+                base,
                 *("--set", f"data.train={scratch / 'data' / 'train.jsonl'}"),
                 *("--set", f"output.dir={scratch / 'sql'}"),
                 *("--set", f"train.steps={steps}", "--push", address, "--name", "sql"),

@@ -23,16 +23,14 @@ import numpy as np
 from veneer_client import AsyncClient
 
 from veneer_loadtest.errors import TargetFailed
-from veneer_loadtest.load.generator import Loaded, generate
-from veneer_loadtest.load.spec import Closed, Lengths, LoadSpec, Popularity
+from veneer_loadtest.load.generator import LoadOutcome, generate
+from veneer_loadtest.load.spec import AdapterMix, Closed, Lengths, LoadSpec
 from veneer_loadtest.load.targets import VeneerSpec
 from veneer_loadtest.quantiles import median
 from veneer_loadtest.report import spread
 from veneer_loadtest.results import ChurnBy, ChurnFigures
 from veneer_loadtest.setup import remove
-from veneer_loadtest.workload import BaseShape, make_adapter
-
-__all__ = ["ChurnOptions", "churn", "figures"]
+from veneer_loadtest.workload import BaseSizes, make_adapter
 
 NAMES: Final = ("churn-0", "churn-1")
 """Published before the phases, then replaced in turn."""
@@ -66,7 +64,7 @@ class ChurnOptions:
         by: how a churn phase brings adapters to DEVICE.
     """
 
-    base: BaseShape
+    base: BaseSizes
     adapters: tuple[str, ...]
     rank: int
     phase_s: float
@@ -78,7 +76,7 @@ class ChurnOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Phase:
+class ChurnPhase:
     """What one phase measured.
 
     Attributes:
@@ -124,8 +122,8 @@ async def churn(
     for _ in range(options.phases):
         uploads = chain(uploads, await made(options.phase_s))
     order = [kind for n in range(options.phases) for kind in _pair(n)]
-    quiet: list[Phase] = []
-    churned: list[Phase] = []
+    quiet: list[ChurnPhase] = []
+    churned: list[ChurnPhase] = []
 
     async def bring(number: int) -> Window | None:
         return await _bring(client, NAMES[number % len(NAMES)], uploads, options.by)
@@ -177,11 +175,11 @@ async def published(
 
 async def _phase(
     client: AsyncClient, options: ChurnOptions, number: int, bring: Bring | None
-) -> Phase:
+) -> ChurnPhase:
     load = LoadSpec(
         adapters=options.adapters,
         arrivals=Closed(options.streams),
-        popularity=Popularity("roundrobin"),
+        popularity=AdapterMix("roundrobin"),
         prompt_tokens=Lengths(16, 64),
         # So long that few prompts are prefilled within a phase.
         tokens=Lengths(*[min(_TOKENS, options.context - 64)] * 2),
@@ -195,7 +193,7 @@ async def _phase(
     stop = asyncio.Event()
     began = asyncio.Event()
 
-    def on_progress(loaded: Loaded) -> None:
+    def on_progress(loaded: LoadOutcome) -> None:
         if sum(loaded.sent.values()) >= options.streams:
             began.set()
 
@@ -226,7 +224,7 @@ async def _phase(
         loaded.start + np.fromiter(record.arrivals_s(), dtype=np.float64)
         for record in loaded.records
     ]
-    return Phase(begin, arrivals, windows)
+    return ChurnPhase(begin, arrivals, windows)
 
 
 async def _windows(bring: Bring | None, end: float) -> list[Window]:
@@ -259,7 +257,10 @@ async def _bring(
 
 
 def figures(
-    streams: int, quiet: Sequence[Phase], churned: Sequence[Phase], by: ChurnBy = "upload"
+    streams: int,
+    quiet: Sequence[ChurnPhase],
+    churned: Sequence[ChurnPhase],
+    by: ChurnBy = "upload",
 ) -> ChurnFigures:
     """The figures of the phases, in milliseconds."""
     calm = np.concatenate([_gaps(phase)[0] for phase in quiet])
@@ -289,7 +290,7 @@ Gaps = tuple[
 ]
 
 
-def measured(phases: Sequence[Phase], *, inside: bool = False) -> bool:
+def measured(phases: Sequence[ChurnPhase], *, inside: bool = False) -> bool:
     """Whether there are gaps between tokens that did not all arrive together, or with
     ``inside`` any gaps within a window."""
     return any(
@@ -299,7 +300,7 @@ def measured(phases: Sequence[Phase], *, inside: bool = False) -> bool:
     )
 
 
-def _gaps(phase: Phase) -> Gaps:
+def _gaps(phase: ChurnPhase) -> Gaps:
     """Seconds between tokens of all streams since the phase's beginning, and for each
     whether it overlaps a window (or is one of the few after it)."""
     gaps, within = [], []

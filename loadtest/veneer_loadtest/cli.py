@@ -9,10 +9,7 @@ from veneer_client.cli.context import VersionFlag
 from veneer_client.cli.login_flags import CaFlag, CertFlag, KeyFlag, ProfileFlag, keep_login
 from veneer_registry.command_line import Program
 
-from veneer_loadtest.commands import find_max, prefix, report, run, swap
-from veneer_loadtest.commands.compare import add_compare
-
-__all__ = ["cli", "main"]
+from veneer_loadtest.commands import compare, find_max, prefix, report, run, swap
 
 _EXAMPLES = """
 Examples:
@@ -60,7 +57,7 @@ cli.command(epilog=run.EXAMPLES)(run.run)
 cli.command("find-max", epilog=find_max.EXAMPLES)(find_max.find_max)
 cli.command(epilog=report.EXAMPLES)(report.report)
 cli.command(epilog=swap.EXAMPLES)(swap.swap)
-add_compare(cli)
+cli.command(epilog=compare.EXAMPLES)(compare.compare)
 cli.command(epilog=prefix.EXAMPLES)(prefix.prefix)
 
 

@@ -12,8 +12,6 @@ from pathlib import Path
 
 from veneer_loadtest.errors import BadOption
 
-__all__ = ["Cpus", "during", "parse_cpus"]
-
 
 @dataclass(frozen=True, slots=True)
 class Cpus:

@@ -4,15 +4,6 @@ from __future__ import annotations
 
 from veneer_client import VeneerError
 
-__all__ = [
-    "BadOption",
-    "BadResult",
-    "BadTrace",
-    "GeneratorFailed",
-    "HttpFailed",
-    "TargetFailed",
-]
-
 
 class BadOption(VeneerError):
     """An invalid option value; the message says what is valid (metadata ``field``, the
@@ -34,6 +25,13 @@ class TargetFailed(VeneerError):
 
     code = "FAILED_PRECONDITION"
     reason = "TARGET_FAILED"
+
+
+class PeerError(VeneerError):
+    """A peer of ``compare`` could not be started, or failed."""
+
+    code = "FAILED_PRECONDITION"
+    reason = "PEER_FAILED"
 
 
 class GeneratorFailed(VeneerError):

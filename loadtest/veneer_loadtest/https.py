@@ -7,8 +7,6 @@ import ssl
 
 from veneer_loadtest.errors import BadOption
 
-__all__ = ["https_context"]
-
 
 def https_context() -> ssl.SSLContext:
     """Trusts VENEER_CA, else the system's certificates; VENEER_CERT and VENEER_KEY are the

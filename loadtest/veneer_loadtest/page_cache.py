@@ -8,8 +8,6 @@ import os
 import sys
 from pathlib import Path
 
-__all__ = ["drop", "is_cached"]
-
 
 def drop(folder: Path) -> bool:
     """Ask the kernel to forget every file under ``folder``.

@@ -23,11 +23,9 @@ import numpy as np
 from veneer_client import AsyncClient
 
 from veneer_loadtest.load.rounds import Round, send_round
-from veneer_loadtest.load.spec import Closed, Lengths, LoadSpec, Popularity
+from veneer_loadtest.load.spec import AdapterMix, Closed, Lengths, LoadSpec
 from veneer_loadtest.load.targets import VeneerSpec
 from veneer_loadtest.quantiles import median
-
-__all__ = ["Level", "PrefixOptions", "measure"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +48,7 @@ class PrefixOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Level:
+class PrefixLevel:
     """Rounds at one number of streams; ``cached_share`` is of prompt tokens."""
 
     streams: int
@@ -100,7 +98,7 @@ async def measure(
     options: PrefixOptions,
     streams: int,
     on_round: Callable[[], None] = lambda: None,
-) -> Level:
+) -> PrefixLevel:
     """Rounds of ``streams`` requests at once, cache off, on, on, off, and so on.
 
     Raises:
@@ -120,7 +118,7 @@ async def measure(
         on_round()
     hits = sum(r.cached_prompt_tokens for r in rounds[True])
     asked = options.repeat * streams * (options.shared + options.own)
-    return Level(streams, tuple(rounds[False]), tuple(rounds[True]), hits / asked)
+    return PrefixLevel(streams, tuple(rounds[False]), tuple(rounds[True]), hits / asked)
 
 
 def _prefixes(options: PrefixOptions) -> dict[str, tuple[int, ...]]:
@@ -139,7 +137,7 @@ def _load(
     return LoadSpec(
         adapters=options.adapters,
         arrivals=Closed(streams),
-        popularity=Popularity("roundrobin"),
+        popularity=AdapterMix("roundrobin"),
         prompt_tokens=Lengths(own, own),
         tokens=Lengths(tokens, tokens),
         duration_s=0.0,

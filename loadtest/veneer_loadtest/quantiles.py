@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Samples", "median", "percentile", "percentiles"]
-
 Samples = Sequence[float] | npt.NDArray[np.float64]
 
 

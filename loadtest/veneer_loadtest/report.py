@@ -20,16 +20,6 @@ from veneer_registry.replacing import replace_file
 from veneer_loadtest.quantiles import percentiles
 from veneer_loadtest.results import Spread
 
-__all__ = [
-    "busy_share",
-    "conditions",
-    "spread",
-    "usable_cores",
-    "versions",
-    "without_folders",
-    "write_json",
-]
-
 _FOLDERS: Final = re.compile(
     r"(?P<url>\b(?!file:)[a-z][a-z0-9+.-]+://[^\s,]*)"
     r"|(?P<scheme>\bfile://)?(?<![^=:,/\s])/(?:[^/=:,\s]*/)*",

@@ -17,9 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from veneer_loadtest.errors import TargetFailed
 from veneer_loadtest.https import https_context
-from veneer_loadtest.results import Residency, ServerCounts, Totals
-
-__all__ = ["Counters", "MetricsWatch", "read_counters"]
+from veneer_loadtest.results import ServerCounts, TierShares, Totals
 
 API_KEY: Final = "VENEER_API_KEY"
 """Environment variable of the API key, which is in no option and no result."""
@@ -137,7 +135,7 @@ class MetricsWatch:
                 return
             await asyncio.sleep(_SETTLE_EVERY_S)
 
-    def residency(self, start: float) -> Residency:
+    def residency(self, start: float) -> TierShares:
         """Adapters by tier over time; ``start``: when the load began, on the same clock."""
         tiers = sorted(
             {t for each in self._scrapes for t in each.by("adapters_resident", "tier")}
@@ -147,7 +145,7 @@ class MetricsWatch:
             found = [each.by(name, "tier") for each in self._scrapes]
             return {tier: [values.get(tier, 0) for values in found] for tier in tiers}
 
-        return Residency(
+        return TierShares(
             at_s=[round(moment - start, 3) for moment in self._times],
             adapters=rows("adapters_resident"),
             bytes=rows("adapter_bytes"),

@@ -18,21 +18,11 @@ from veneer_loadtest.cpus import Cpus, during
 from veneer_loadtest.errors import BadOption
 from veneer_loadtest.report import without_folders
 
-__all__ = [
-    "Target",
-    "find_adapters",
-    "find_base_folder",
-    "needed_shape",
-    "published",
-    "served_shape",
-    "target",
-]
-
 BUNDLED = "smollm2-135m"
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class ReadyServer:
     """A server that is ready.
 
     Attributes:
@@ -54,7 +44,7 @@ async def target(
     threads: int,
     flags: Sequence[str],
     cpus: Cpus | None = None,
-) -> AsyncIterator[Target]:
+) -> AsyncIterator[ReadyServer]:
     """A server spawned for this run (``spawn``), or the one at ``address``.
 
     Args:
@@ -78,7 +68,7 @@ async def target(
                 metadata={"field": "cpus"},
             )
         async with AsyncClient(address, timeout_s=120.0) as client:
-            yield Target(client, f"(running at {address})")
+            yield ReadyServer(client, f"(running at {address})")
         return
     folder = find_base_folder(base_folder)
     all_flags = ["--base", str(folder), "--threads", str(threads), *flags]
@@ -88,7 +78,7 @@ async def target(
         if cpus:
             stack.enter_context(during(cpus.client))
         async with AsyncClient(server.url, timeout_s=120.0) as client:
-            yield Target(client, without_folders(server.command), server.data_dir)
+            yield ReadyServer(client, without_folders(server.command), server.data_dir)
 
 
 @asynccontextmanager
@@ -127,7 +117,7 @@ async def remove(client: AsyncClient, name: str) -> None:
         print(f"could not delete {name}: {error}", file=sys.stderr)
 
 
-def served_shape(info: ServerInfo, given: Path | None) -> workload.BaseShape | None:
+def served_shape(info: ServerInfo, given: Path | None) -> workload.BaseSizes | None:
     """Sizes of the base that a server serves, for adapters and token ids, as it reports them.
     An older server does not: then those of the folder ``given``, else of the bundled base
     if the server serves that, else None.
@@ -143,7 +133,7 @@ def served_shape(info: ServerInfo, given: Path | None) -> workload.BaseShape | N
     return workload.read_base_shape(find_base_folder(given))
 
 
-def needed_shape(info: ServerInfo, given: Path | None) -> workload.BaseShape:
+def needed_shape(info: ServerInfo, given: Path | None) -> workload.BaseSizes:
     """`served_shape`, for a load that needs it.
 
     Raises:

@@ -22,13 +22,11 @@ from veneer_registry.adapter import SHORT_REVISION
 from veneer_loadtest import page_cache
 from veneer_loadtest.errors import TargetFailed
 from veneer_loadtest.load.plan import Planned
-from veneer_loadtest.load.spec import Closed, Lengths, LoadSpec, Popularity
+from veneer_loadtest.load.spec import AdapterMix, Closed, Lengths, LoadSpec
 from veneer_loadtest.load.targets import Facts, VeneerSpec, VeneerTarget
 from veneer_loadtest.report import spread
 from veneer_loadtest.results import Case, CaseFigures, ChurnFigures
-from veneer_loadtest.workload import BaseShape, make_adapter
-
-__all__ = ["Sample", "SwapOptions", "case_figures", "summary", "swap"]
+from veneer_loadtest.workload import BaseSizes, make_adapter
 
 A, B = "swap-a", "swap-b"
 NEW = "swap-new"
@@ -50,7 +48,7 @@ class SwapOptions:
             dropped from the page cache, and the case ``disk_cold`` is left out.
     """
 
-    base: BaseShape
+    base: BaseSizes
     rank: int
     prompt_tokens: int
     samples: int
@@ -59,14 +57,14 @@ class SwapOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class SwapSample:
     """One first token; seconds."""
 
     first_token_s: float
     load_s: float
 
 
-def case_figures(cases: Mapping[Case, list[Sample]]) -> dict[str, CaseFigures]:
+def case_figures(cases: Mapping[Case, list[SwapSample]]) -> dict[str, CaseFigures]:
     """The figures of each measured case; ``same`` has a sample for each of the others'."""
     same = cases["same"]  # rounds are complete, so samples pair up
     return {
@@ -112,7 +110,7 @@ async def swap(
     folder: Path,
     on_sample: Callable[[], None] = lambda: None,
     stopped: Callable[[], bool] = lambda: False,
-) -> dict[Case, list[Sample]]:
+) -> dict[Case, list[SwapSample]]:
     """Measure; adapters are made in ``folder``, published, and deleted at the end.
 
     Args:
@@ -126,7 +124,7 @@ async def swap(
         WrongTier: the server found an adapter in another tier than expected.
     """
     bench = Bench(client, options, folder)
-    cases: dict[Case, list[Sample]] = {case: [] for case in get_args(Case)}
+    cases: dict[Case, list[SwapSample]] = {case: [] for case in get_args(Case)}
     async with AsyncExitStack() as new:
         new.push_async_callback(bench.close)
         for name in (A, B):
@@ -154,8 +152,8 @@ class _Answer:
     facts: Facts
 
     @property
-    def sample(self) -> Sample:
-        return Sample(self.first_token_s, self.facts.load_s or 0.0)
+    def sample(self) -> SwapSample:
+        return SwapSample(self.first_token_s, self.facts.load_s or 0.0)
 
 
 def _load(options: SwapOptions) -> LoadSpec:
@@ -163,7 +161,7 @@ def _load(options: SwapOptions) -> LoadSpec:
     return LoadSpec(
         adapters=(A, B, NEW),
         arrivals=Closed(1),
-        popularity=Popularity("identical"),
+        popularity=AdapterMix("identical"),
         prompt_tokens=Lengths(options.prompt_tokens, options.prompt_tokens),
         tokens=Lengths(1, 1),
         duration_s=0.0,
@@ -215,7 +213,7 @@ class Bench:
         """Close the connection to the server."""
         await self._target.close()
 
-    async def sample(self, case: Case) -> Sample:
+    async def sample(self, case: Case) -> SwapSample:
         await self._prepare(case)
         await self.run(A)
         match case:
@@ -252,7 +250,7 @@ class Bench:
                 metadata={"cause": "page_cache"},
             )
 
-    async def publish_and_run(self) -> Sample:
+    async def publish_and_run(self) -> SwapSample:
         await self.publish(NEW)
         try:
             run = await self.run(NEW)
@@ -260,7 +258,7 @@ class Bench:
             await self._client.delete(NEW)
         return run.sample
 
-    def _checked(self, run: _Answer, tier: Tier) -> Sample:
+    def _checked(self, run: _Answer, tier: Tier) -> SwapSample:
         if run.facts.tier != tier.name.lower():
             raise WrongTier(
                 f"{run.adapter}@{run.facts.revision[:SHORT_REVISION]} was found in "

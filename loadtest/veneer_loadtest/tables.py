@@ -13,20 +13,10 @@ from veneer_loadtest.results import (
     ChurnFigures,
     CompareLevel,
     Distribution,
+    Level,
     Probe,
     Ratio,
 )
-from veneer_loadtest.results import Level as LoadLevel
-
-__all__ = [
-    "churn_table",
-    "compare_table",
-    "levels_table",
-    "prefix_table",
-    "probes_table",
-    "split_table",
-    "swap_table",
-]
 
 
 def compare_table(levels: Sequence[CompareLevel]) -> Table:
@@ -60,7 +50,7 @@ def _ratio(ratio: Ratio) -> str:
     return f"{ratio.ratio:.2f} ({ratio.low:.2f}-{ratio.high:.2f}{overlap})"
 
 
-def prefix_table(levels: Sequence[prefix.Level]) -> Table:
+def prefix_table(levels: Sequence[prefix.PrefixLevel]) -> Table:
     """Without and with the prefix cache at each number of streams."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("streams", justify="right")
@@ -128,10 +118,10 @@ def churn_table(churn: ChurnFigures) -> Table:
     return table
 
 
-def levels_table(levels: Sequence[LoadLevel]) -> Table:
+def levels_table(levels: Sequence[Level]) -> Table:
     """A run: one row for each number of adapters."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    columns = [*("adapters", "ok", "failed", "req/s", "tok/s", "TTFT p50", "p99")]
+    columns = ["adapters", "ok", "failed", "req/s", "tok/s", "TTFT p50", "p99"]
     columns += ("ITL p50", "p99", "e2e p50", "queue p99", "good")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
@@ -171,7 +161,7 @@ def probes_table(probes: Sequence[Probe]) -> Table:
     return table
 
 
-def split_table(level: LoadLevel) -> Table:
+def split_table(level: Level) -> Table:
     """A level, split by the tier in which the server found the adapter."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     adapters = "1 adapter" if level.adapters == 1 else f"{level.adapters} adapters"

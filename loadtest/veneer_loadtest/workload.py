@@ -18,18 +18,6 @@ import veneer_client
 
 from veneer_loadtest.errors import BadOption
 
-__all__ = [
-    "ATTENTION",
-    "PROJECTIONS",
-    "BaseShape",
-    "adapter_name",
-    "adapter_seed",
-    "make_adapter",
-    "make_adapters",
-    "read_base_shape",
-    "served_base_shape",
-]
-
 SCALING: Final = 2.0
 """alpha / rank of the synthetic adapters."""
 
@@ -42,7 +30,7 @@ small enough that the model still writes text (see the gate's figures in a resul
 
 
 @dataclass(frozen=True, slots=True)
-class BaseShape:
+class BaseSizes:
     """Sizes of a base model."""
 
     name: str
@@ -66,7 +54,7 @@ class BaseShape:
         }
 
 
-def read_base_shape(folder: Path) -> BaseShape:
+def read_base_shape(folder: Path) -> BaseSizes:
     """Sizes of the base model in a Hugging Face folder.
 
     Raises:
@@ -76,7 +64,7 @@ def read_base_shape(folder: Path) -> BaseShape:
     config = json.loads((folder / "config.json").read_text("utf-8"))
     heads = int(config["num_attention_heads"])
     head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
-    return BaseShape(
+    return BaseSizes(
         name=folder.name,
         layers=int(config["num_hidden_layers"]),
         hidden=int(config["hidden_size"]),
@@ -87,7 +75,7 @@ def read_base_shape(folder: Path) -> BaseShape:
     )
 
 
-def served_base_shape(name: str, told: veneer_client.BaseShape) -> BaseShape:
+def served_base_shape(name: str, told: veneer_client.BaseShape) -> BaseSizes:
     """Sizes of the base model ``name``, as its server reports them.
 
     Raises:
@@ -95,7 +83,7 @@ def served_base_shape(name: str, told: veneer_client.BaseShape) -> BaseShape:
     """
     sizes = told.projections
     try:
-        shape = BaseShape(
+        shape = BaseSizes(
             name=name,
             layers=told.layers,
             hidden=sizes["q_proj"][1],
@@ -117,7 +105,7 @@ def served_base_shape(name: str, told: veneer_client.BaseShape) -> BaseShape:
 
 
 def make_adapters(
-    folder: Path, base: BaseShape, *, count: int, rank: int, seed: int
+    folder: Path, base: BaseSizes, *, count: int, rank: int, seed: int
 ) -> dict[str, Path]:
     """Write ``count`` adapters under ``folder``; name -> adapter folder."""
     return {
@@ -138,7 +126,7 @@ def adapter_seed(seed: int, number: int) -> int:
 
 def make_adapter(
     folder: Path,
-    base: BaseShape,
+    base: BaseSizes,
     *,
     rank: int,
     seed: int,

@@ -20,9 +20,7 @@ from veneer_ray.deployments.engine import Engine
 from veneer_ray.deployments.ingress import Ingress
 from veneer_ray.deployments.registry import Registry
 from veneer_ray.servicers import SERVICERS
-from veneer_ray.settings import Cluster
-
-__all__ = ["NAME", "application", "deploy"]
+from veneer_ray.settings import RayCluster
 
 NAME: Final = "veneer"
 
@@ -33,7 +31,7 @@ _HEALTH_S: Final = 2.0
 _STATS_S: Final = 1.0
 
 
-def application(cluster: Cluster) -> Any:
+def application(cluster: RayCluster) -> Any:
     """The application, for `serve.run`."""
     number = _number(cluster)
     # What replicas are made with does not say how many there are.
@@ -76,7 +74,7 @@ def _versioned(deployment: Any, settings: str) -> Any:
     return deployment.options(version=version, _internal=True)
 
 
-def _number(cluster: Cluster) -> dict[str, Any]:
+def _number(cluster: RayCluster) -> dict[str, Any]:
     if not cluster.scales:
         return {"num_replicas": cluster.replicas}
     return {
@@ -90,7 +88,7 @@ def _number(cluster: Cluster) -> dict[str, Any]:
     }
 
 
-def _engines(cluster: Cluster, settings: str, number: dict[str, Any]) -> Any:
+def _engines(cluster: RayCluster, settings: str, number: dict[str, Any]) -> Any:
     engines = serve.deployment(
         Engine,
         name="engines",
@@ -109,7 +107,7 @@ def _engines(cluster: Cluster, settings: str, number: dict[str, Any]) -> Any:
     return _versioned(engines, settings).bind(settings)
 
 
-def deploy(cluster: Cluster) -> None:
+def deploy(cluster: RayCluster) -> None:
     """Start it, or change it to what ``cluster`` says; returns once it is ready. Ray must be
     connected."""
     serve.start(

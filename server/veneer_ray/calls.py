@@ -1,8 +1,8 @@
 """What travels between the deployments: calls as bytes, and what comes back.
 
-An engine's replica answers with `Started`, then messages as bytes, then one `Ended`, also for a
-call with one answer. Errors travel as values: an exception would be logged with a traceback at
-each hop, and would lose the details of its status.
+An engine's replica answers with `Started`, then messages as bytes, then one `CallEnded`, also
+for a call with one answer. Errors travel as values: an exception would be logged with a
+traceback at each hop, and would lose the details of its status.
 """
 
 from __future__ import annotations
@@ -13,21 +13,8 @@ from typing import Final
 import grpc
 from veneer_proto.v1 import adapters_pb2, inference_pb2, server_pb2
 from veneer_registry.errors import Unavailable, VeneerError
-from veneer_server.errors import to_grpc_status
 from veneer_server.routing.records import Wanted
-
-__all__ = [
-    "DETAILS",
-    "METHODS",
-    "Call",
-    "Ended",
-    "Head",
-    "HttpCall",
-    "Metadata",
-    "Method",
-    "Started",
-    "passed_on",
-]
+from veneer_server.rpc.status import to_grpc_status
 
 Metadata = tuple[tuple[str, str | bytes], ...]
 
@@ -39,7 +26,7 @@ _CONNECTIONS: Final = frozenset(("user-agent", "content-type", "te"))
 
 
 @dataclass(frozen=True, slots=True)
-class Method:
+class RayMethod:
     """A method of one of Veneer's gRPC services.
 
     Attributes:
@@ -64,7 +51,7 @@ _IN_MEMORY: Final = frozenset(("ActivateAdapter", "EvictAdapter", "UpdateBudgets
 """What the AdapterService does with memory, of which a registry has none."""
 
 METHODS: Final = tuple(
-    Method(f"/{service.full_name}/{each.name}", each.client_streaming, each.server_streaming)
+    RayMethod(f"/{service.full_name}/{each.name}", each.client_streaming, each.server_streaming)
     for file in (inference_pb2, adapters_pb2, server_pb2)
     for service in file.DESCRIPTOR.services_by_name.values()
     for each in service.methods
@@ -72,7 +59,7 @@ METHODS: Final = tuple(
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class RayCall:
     """A gRPC call with one request.
 
     Attributes:
@@ -113,7 +100,7 @@ class Head:
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class CallEnded:
     """How a call ended.
 
     Attributes:
@@ -126,13 +113,13 @@ class Ended:
     trailing: Metadata = ()
 
     @classmethod
-    def by(cls, error: VeneerError) -> Ended:
+    def by(cls, error: VeneerError) -> CallEnded:
         """With an error of ours."""
         status = to_grpc_status(error)
         return cls(status.code.value[0], status.message, status.trailing)
 
     @classmethod
-    def failed(cls, error: grpc.aio.AioRpcError) -> Ended:
+    def failed(cls, error: grpc.aio.AioRpcError) -> CallEnded:
         """With a server's error, as it came. One without details is the connection's: the
         server is gone."""
         trailing = _pairs(error.trailing_metadata())
@@ -142,7 +129,7 @@ class Ended:
         return cls(error.code().value[0], error.details() or "", trailing)
 
     @classmethod
-    def well(cls, trailing: object) -> Ended:
+    def well(cls, trailing: object) -> CallEnded:
         """As it should."""
         return cls(trailing=_pairs(trailing))
 

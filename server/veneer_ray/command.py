@@ -15,9 +15,7 @@ import typer
 from veneer_registry.command_line import Program
 from veneer_registry.errors import VeneerError
 
-from veneer_ray.settings import Cluster
-
-__all__ = ["cli", "main"]
+from veneer_ray.settings import RayCluster
 
 _EXAMPLES = """
 Examples:
@@ -107,7 +105,7 @@ def _up(
 ) -> None:
     """Deploy the registry, the engines and the ingress; run until Ctrl-C unless --address is
     given."""
-    cluster = Cluster(
+    cluster = RayCluster(
         data_dir=data_dir.absolute(),
         replicas=replicas,
         most_replicas=most_replicas,
@@ -155,7 +153,7 @@ def _scale(
     from veneer_ray.application import NAME, deploy
 
     now = serve.get_app_handle(NAME).settings.remote().result(timeout_s=30)
-    deploy(replace(Cluster.of_text(now), replicas=replicas, most_replicas=0))
+    deploy(replace(RayCluster.of_text(now), replicas=replicas, most_replicas=0))
 
 
 @cli.command("status")

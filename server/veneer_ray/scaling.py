@@ -10,8 +10,6 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final
 
-__all__ = ["KV", "WAITING", "engines_wanted", "policy"]
-
 WAITING: Final = "veneer_waiting"
 """Sequences without a token yet, of one engine."""
 KV: Final = "veneer_kv"

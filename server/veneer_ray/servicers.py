@@ -19,11 +19,9 @@ import grpc
 from grpc_health.v1 import health_pb2_grpc
 from veneer_proto.v1 import adapters_pb2_grpc, inference_pb2_grpc, server_pb2_grpc
 from veneer_registry.errors import QueueFull, VeneerError
-from veneer_server.errors import to_grpc_status
+from veneer_server.rpc.status import to_grpc_status
 
 from veneer_ray.calls import DETAILS, lost
-
-__all__ = ["SERVICERS", "add_adapters", "add_health", "add_inference", "add_server"]
 
 SERVICERS: Final = tuple(
     f"veneer_ray.servicers.{name}"

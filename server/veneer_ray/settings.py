@@ -9,19 +9,26 @@ from typing import Final
 
 from veneer_registry.errors import InvalidField
 
-__all__ = ["Cluster"]
-
 _OURS: Final = frozenset(
     (
-        *("role", "registry", "listen", "metrics-listen", "openai-listen", "data-dir"),
-        *("port-file", "admin-listen", "tls-cert", "tls-key", "tls-client-ca"),
+        "role",
+        "registry",
+        "listen",
+        "metrics-listen",
+        "openai-listen",
+        "data-dir",
+        "port-file",
+        "admin-listen",
+        "tls-cert",
+        "tls-key",
+        "tls-client-ca",
     )
 )
 """Flags of the servers that are set here, or that would change how they are called."""
 
 
 @dataclass(frozen=True, slots=True)
-class Cluster:
+class RayCluster:
     """Checked when it is made.
 
     Args:
@@ -87,7 +94,7 @@ class Cluster:
         return json.dumps(asdict(self), default=str, sort_keys=True)
 
     @classmethod
-    def of_text(cls, text: str) -> Cluster:
+    def of_text(cls, text: str) -> RayCluster:
         """What `as_text` wrote."""
         found = json.loads(text)
         key = found.pop("key_file")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
-from veneer_registry.command_line import Command, Group, Program
+from veneer_registry.command_line import Command, CommandGroup, Program
 from veneer_registry.lock import OwnerLock
 
 from veneer_server import __version__
@@ -27,8 +27,6 @@ from veneer_server.operate.key_cli import key_cli
 from veneer_server.operate.model_cli import model_cli
 from veneer_server.operate.store_cli import store_cli
 from veneer_server.operate.tls_cli import tls_cli
-
-__all__ = ["main"]
 
 _EXAMPLES: Final = """
 Examples:
@@ -65,7 +63,7 @@ class _Serve(Command):
     after_too_many = ": the base model is given as --base MODEL"
 
 
-class _ServeByDefault(Group):
+class _ServeByDefault(CommandGroup):
     """Flags without a subcommand belong to `serve`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -75,7 +73,7 @@ class _ServeByDefault(Group):
         return super().parse_args(ctx, args)
 
     def meant(self, ctx: Any, word: str) -> list[str]:
-        """As `Group.meant`; other servers take the model without a flag."""
+        """As `CommandGroup.meant`; other servers take the model without a flag."""
         if "/" in word or os.path.isdir(word):
             return [f"veneer-server --base {word}"]
         return super().meant(ctx, word)

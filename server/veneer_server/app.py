@@ -29,7 +29,7 @@ from veneer_server.models.config import read_decoder_config
 from veneer_server.models.source import BaseFolder, resolve_base
 from veneer_server.openai import require_gateway
 from veneer_server.progress import SINK, Display
-from veneer_server.queues.refusal_pace import Pace
+from veneer_server.queues.refusal_pace import RefusalPace
 from veneer_server.queues.upload_flow import UploadFlow
 from veneer_server.quotas.meter import Meter
 from veneer_server.quotas.rates import Quotas
@@ -37,20 +37,17 @@ from veneer_server.quotas.uploads import UploadQuotas
 from veneer_server.quotas.usage import UsageBook
 from veneer_server.quotas.usage_store import UsageStore
 from veneer_server.roles import role_of
-from veneer_server.rpc.health import Health
 from veneer_server.rpc.inference_service import InferenceService
-from veneer_server.rpc.server_service import ServerService
-from veneer_server.serving.adapters.budgets import AdapterBudgets
-from veneer_server.serving.adapters.upload_places import UploadPlaces
-from veneer_server.serving.calls import Calls, Phase
+from veneer_server.rpc.server_service import Health, ServerService
+from veneer_server.serving.changes import AdapterBudgets
+from veneer_server.serving.generation import Calls, Phase
 from veneer_server.serving.generator import Generator
-from veneer_server.serving.tenants.stores import TenantStores
-from veneer_server.serving.tenants.tenant import Furnish
-from veneer_server.serving.tenants.tenants import Tenants
-from veneer_server.serving.threads import Background
-from veneer_server.serving.transfer.transfers import Transfers
+from veneer_server.serving.registering import Transfers
+from veneer_server.serving.spare_time import Background
+from veneer_server.serving.tenants import Furnish, Tenants, TenantStores
+from veneer_server.serving.uploads import UploadPlaces
 from veneer_server.sizing.memory_plan import MemoryPlan
-from veneer_server.startup import engine_config, fingerprint_of
+from veneer_server.startup import engine_config, fingerprint_of, vocabulary_of
 from veneer_server.system.descriptors import share_descriptors
 from veneer_server.telemetry.adapter_log import AdapterLog
 from veneer_server.telemetry.metrics import Metrics
@@ -59,8 +56,6 @@ from veneer_server.telemetry.vllm_names import VllmSeries
 from veneer_server.text.defaults import read_defaults
 from veneer_server.text.prompts import Prompts
 from veneer_server.wire.messages import EngineInfo
-
-__all__ = ["App"]
 
 _STOP_GRACE_S: Final = 1.0
 
@@ -95,7 +90,7 @@ class App:
         self._display = Display(structured=config.log_format == "json")
         self._calls = Calls(lambda: self._display.doing)
         self._health = Health(generates=config.role != "registry")
-        self._pace = Pace(config.refusal_rate)
+        self._pace = RefusalPace(config.refusal_rate)
         self._quotas = Quotas()
         self._stop_asked = asyncio.Event()
         self._doors = Doors(
@@ -193,6 +188,8 @@ class App:
             fingerprint=fingerprint,
             serving_dtype=config.dtype,
             names=known_names(base_folder.name, base_folder.path, *config.allow_base_name),
+            vocabulary=await asyncio.to_thread(vocabulary_of, base_folder.path),
+            folder=str(base_folder.path),
         )
         engine = self._engine(base_folder, base, memory)
         if (read := self._read) is None:
@@ -210,7 +207,10 @@ class App:
         places = UploadPlaces(UploadFlow(busy=lambda: engine.in_flight > 0))
         await tenants.start(
             Furnish(
-                *(config, engine, prompts, places),
+                config,
+                engine,
+                prompts,
+                places,
                 quotas=UploadQuotas(stores, book),
                 shares=tenants.shares,
             ),
@@ -259,12 +259,18 @@ class App:
             step_seconds=lambda: self._metrics.recent_step_s if engine.in_flight else 0.0,
         )
         self._resources.callback(generator.spare_time.close)
-        self._answer_openai(generator, engine, base)
+        await self._answer_openai(generator, engine, base)
         self._doors.answer_grpc(
             InferenceService(generator, reader_limit_s=config.reader_limit),
             self._role.adapters(tenants, budgets, transfers),
             ServerService(
-                *(config, base, tenants, engine, budgets, defaults, book),
+                config,
+                base,
+                tenants,
+                engine,
+                budgets,
+                defaults,
+                book,
                 replication=self._role.facts,
             ),
             self._role.replication(tenants),
@@ -358,16 +364,33 @@ class App:
         auto = self._config.backend == "auto" and info.device == "cpu"
         return info.why_not_native if auto else ""
 
-    def _answer_openai(
+    async def _answer_openai(
         self, generator: Generator, engine: EngineClient, base: BaseSpec
     ) -> None:
         if self._doors.gateway is None:
             return
         # Imported here, since its dependencies are an optional extra.
-        from veneer_server.openai.endpoints.core import Loaded
+        from veneer_server.openai.core import ServingParts
+        from veneer_server.openai.response_store import ResponseDatabase, StoredResponses
 
+        config, responses = self._config, None
+        # A follower is one of several servers, of which any may get the next call.
+        if config.store_responses == "on" or (
+            config.store_responses == "auto" and config.role == "all"
+        ):
+            database = await asyncio.to_thread(
+                ResponseDatabase,
+                config.data_dir / "responses.sqlite",
+                most_bytes=config.stored_responses_bytes,
+                age_s=config.stored_responses_age * 3600,
+            )
+            responses = StoredResponses(database, self._metrics)
+            self._resources.push_async_callback(responses.stop)
+            responses.start()
         self._doors.gateway.answer_by(
-            Loaded(generator, self._tenants, engine, base, self._role.loading())
+            ServingParts(
+                generator, self._tenants, engine, base, self._role.loading(), responses
+            )
         )
 
     def _ready(

@@ -15,37 +15,34 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import grpc
-from veneer_proto.v1 import (
-    adapters_pb2_grpc,
-    inference_pb2_grpc,
-    replication_pb2_grpc,
-    server_pb2_grpc,
-)
 from veneer_registry.errors import VeneerError
 
 from veneer_server.access.audit import Audit
 from veneer_server.access.authenticate import Access, TokenCheck
 from veneer_server.access.certificates import Certificates
 from veneer_server.access.identity_file import IdentityFile
-from veneer_server.access.methods import ADMIN
+from veneer_server.access.methods import ADMIN, GENERATES
 from veneer_server.config import Address, ServerConfig
-from veneer_server.queues.refusal_pace import Pace
+from veneer_server.queues.refusal_pace import RefusalPace
 from veneer_server.quotas.rates import Quotas
 from veneer_server.rpc.adapter_service import AdapterService
-from veneer_server.rpc.health import SERVICES, Health
-from veneer_server.rpc.inference_service import GENERATE_METHODS, InferenceService
+from veneer_server.rpc.inference_service import InferenceService
 from veneer_server.rpc.interceptors import CallInterceptor
 from veneer_server.rpc.open_calls import OpenCalls
-from veneer_server.rpc.server_service import ServerService
-from veneer_server.rpc.transport.channel import channel_options
+from veneer_server.rpc.replication_service import NoFollowers, ReplicationService
+from veneer_server.rpc.server_service import SERVICES, Health, ServerService
+from veneer_server.rpc.transport.channel import (
+    LaterServices,
+    channel_options,
+    enable_reflection,
+    grpc_credentials,
+)
 from veneer_server.rpc.transport.connections import Connections
-from veneer_server.rpc.transport.credentials import grpc_credentials
-from veneer_server.rpc.transport.later import Later
 from veneer_server.rpc.transport.receiving import Receiving
-from veneer_server.rpc.transport.reflection import enable_reflection
-from veneer_server.serving.calls import Calls
+from veneer_server.serving.gate import Gate
+from veneer_server.serving.generation import Calls
 from veneer_server.serving.local_folders import LocalFolders
-from veneer_server.serving.tenants.tenants import Tenants
+from veneer_server.serving.tenants import Tenants
 from veneer_server.system.hosts import AllowedHosts
 from veneer_server.telemetry.metrics import Metrics
 from veneer_server.telemetry.pages import Pages
@@ -53,8 +50,6 @@ from veneer_server.telemetry.scrape import ScrapeServer
 
 if TYPE_CHECKING:
     from veneer_server.openai.gateway import Gateway
-
-__all__ = ["Bound", "CannotListen", "Doors"]
 
 
 class CannotListen(VeneerError):
@@ -98,7 +93,7 @@ class Doors:
         metrics: Metrics,
         calls: Calls,
         health: Health,
-        pace: Pace,
+        pace: RefusalPace,
         quotas: Quotas,
     ) -> None:
         """Raises InvalidField if the files with keys or certificates cannot be used."""
@@ -125,10 +120,7 @@ class Doors:
         # Both gRPC ports share these bounds.
         self._receiving = Receiving(limit_s=config.reader_limit)
         self._open_calls = OpenCalls(watchers=config.max_watchers)
-        self._inference = Later(inference_pb2_grpc.InferenceServiceServicer)
-        self._adapters = Later(adapters_pb2_grpc.AdapterServiceServicer)
-        self._about = Later(server_pb2_grpc.ServerServiceServicer)
-        self._replication = Later(replication_pb2_grpc.ReplicationServiceServicer)
+        self._services = LaterServices()
         self._check_wire: Callable[[bytes], None] = lambda request: None
 
     async def open(self, resources: AsyncExitStack, connections: int) -> Bound:
@@ -154,17 +146,24 @@ class Doors:
         resources.callback(self._audit.close)
         resources.callback(self._pages.close)
         metrics = await self._open_metrics(resources)
-        openai = await self._open_openai(resources, connections)
+        elsewhere = frozenset() if self._config.admin_listen is None else ADMIN
+        openai = await self._open_openai(resources, connections, self._gate(elsewhere))
         admin = await self._open_admin(resources, connections)
         grpc = await self._open_grpc(
-            resources, connections, "--listen", self._config.listen, self._elsewhere
+            resources, connections, "--listen", self._config.listen, self._gate(elsewhere)
         )
         return Bound(grpc, metrics, openai, admin)
 
-    @property
-    def _elsewhere(self) -> frozenset[str]:
-        """Methods that only the admin port answers."""
-        return frozenset() if self._config.admin_listen is None else ADMIN
+    def _gate(self, elsewhere: frozenset[str]) -> Gate:
+        """Of a port that does not answer the methods ``elsewhere``."""
+        return Gate(
+            self._metrics,
+            access=self.access,
+            audit=self._audit,
+            pace=self._pace,
+            quotas=self._quotas,
+            elsewhere=elsewhere,
+        )
 
     @property
     def _http_tls(self) -> ssl.SSLContext | None:
@@ -189,14 +188,11 @@ class Doors:
         inference: InferenceService,
         adapters: AdapterService,
         about: ServerService,
-        replication: replication_pb2_grpc.ReplicationServiceServicer,
+        replication: ReplicationService | NoFollowers,
     ) -> None:
         """Answer gRPC calls with these services from now on."""
-        self._inference.answer_by(inference)
+        self._services.answer_by(inference, adapters, about, replication)
         self._check_wire = inference.check_wire
-        self._adapters.answer_by(adapters)
-        self._about.answer_by(about)
-        self._replication.answer_by(replication)
 
     def stop_accepting(self) -> None:
         """Accept no new connections to the gateway."""
@@ -233,7 +229,9 @@ class Doors:
         wanted = self._config.admin_listen
         if wanted is None:
             return None
-        return await self._open_grpc(resources, most, "--admin-listen", wanted, frozenset())
+        return await self._open_grpc(
+            resources, most, "--admin-listen", wanted, self._gate(frozenset())
+        )
 
     async def _open_grpc(
         self,
@@ -241,27 +239,21 @@ class Doors:
         most: int,
         flag: str,
         wanted: Address,
-        elsewhere: frozenset[str],
+        gate: Gate,
     ) -> Address:
-        """Open a gRPC port. Args: elsewhere: methods that it refuses."""
+        """Open a gRPC port."""
         capacity = self._config.max_running + self._config.max_queue
         connections = Connections(most, keyless=not self.access.asks)
         server = grpc.aio.server(
             interceptors=[
                 CallInterceptor(
+                    gate,
                     self._metrics,
                     self._calls,
                     self._receiving,
                     open_calls=self._open_calls,
                     connections=connections,
-                    checks=dict.fromkeys(
-                        GENERATE_METHODS, lambda request: self._check_wire(request)
-                    ),
-                    pace=self._pace,
-                    access=self.access,
-                    audit=self._audit,
-                    quotas=self._quotas,
-                    elsewhere=elsewhere,
+                    checks=dict.fromkeys(GENERATES, lambda request: self._check_wire(request)),
                 )
             ],
             options=channel_options(
@@ -270,15 +262,7 @@ class Doors:
                 generations=capacity,
             ),
         )
-        # `Later` has the methods of the class that the generated functions expect.
-        inference: Any = self._inference
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server)
-        adapters: Any = self._adapters
-        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, server)
-        about: Any = self._about
-        server_pb2_grpc.add_ServerServiceServicer_to_server(about, server)
-        replication: Any = self._replication
-        replication_pb2_grpc.add_ReplicationServiceServicer_to_server(replication, server)
+        self._services.add_to(server)
         await self._health.add_to(server)
         enable_reflection([*SERVICES, "grpc.health.v1.Health"], server)
         try:
@@ -298,7 +282,9 @@ class Doors:
         resources.callback(asyncio.create_task(connections.watch(port)).cancel)
         return Address(wanted.host, port)
 
-    async def _open_openai(self, resources: AsyncExitStack, most: int) -> Address | None:
+    async def _open_openai(
+        self, resources: AsyncExitStack, most: int, gate: Gate
+    ) -> Address | None:
         wanted = self._config.openai_listen
         if wanted is None:
             return None
@@ -307,20 +293,17 @@ class Doors:
         from veneer_server.openai.http.cors import Cors
 
         gateway = Gateway(
+            gate,
             calls=self._calls,
             metrics=self._metrics,
             hosts=self._hosts(wanted),
             reader_limit_s=self._config.reader_limit,
             max_connections=most,
-            pace=self._pace,
-            access=self.access,
-            audit=self._audit,
             tls=self._http_tls,
-            quotas=self._quotas,
             pages=self._pages,
             cors=Cors(self._config.cors_origin),
             local=LocalFolders(self._config.lora_root, self._config.max_adapter_bytes),
-            elsewhere=self._elsewhere,
+            unknown_fields=self._config.unknown_fields,
         )
         try:
             address = await gateway.start(wanted)
@@ -337,9 +320,9 @@ def _tokens(config: ServerConfig) -> TokenCheck | None:
     if not config.jwt_issuer:
         return None
     # Imported here, since its libraries make each start longer.
-    from veneer_server.access.tokens import Tokens, TokenSettings
+    from veneer_server.access.tokens import TokenSettings, TokenVerifier
 
-    return Tokens(
+    return TokenVerifier(
         TokenSettings(
             issuer=config.jwt_issuer,
             audience=config.jwt_audience,

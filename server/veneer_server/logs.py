@@ -14,23 +14,28 @@ import stat
 import sys
 import time
 from collections.abc import Mapping
-from contextvars import ContextVar
+from contextvars import Context, ContextVar, copy_context
 from typing import Any, Final, Literal, TextIO
 
 from veneer_registry.terminal import one_line, visible
 
 from veneer_server.queues.recent import Recent
 
-__all__ = [
-    *("BURST", "REQUEST_ID", "TENANT", "Logger"),
-    *("configure", "get_logger", "quiet_in_background", "show_status", "takes_status"),
-]
-
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 """Id of the call that the current task serves; added to each of its log lines."""
 
 TENANT: ContextVar[str] = ContextVar("tenant", default="")
 """The tenant of that call, unless it is the default one; added in the same way."""
+
+
+def upkeep_of(tenant: str) -> Context:
+    """A context for a tenant's upkeep, which outlives the call that begins it: its lines have
+    the tenant, and no call's id."""
+    context = copy_context()
+    context.run(REQUEST_ID.set, "")
+    context.run(TENANT.set, tenant)
+    return context
+
 
 BURST: Final = 100
 """Refusals of a kind and tenant that are logged at once."""

@@ -17,8 +17,6 @@ from typing import Final, Literal
 
 from veneer_server.logs import get_logger, show_status, takes_status
 
-__all__ = ["EVERY_S", "SINK", "Display", "Part", "Stage", "StartStopped", "stage"]
-
 EVERY_S: Final = 5.0
 """Seconds between log lines of a running part."""
 
@@ -41,7 +39,7 @@ class StartStopped(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class StartPart:
     """The state of one part.
 
     Attributes:
@@ -56,7 +54,7 @@ class Part:
     state: Literal["running", "done", "failed"] = "running"
 
 
-Sink = Callable[[Part], None]
+Sink = Callable[[StartPart], None]
 """Receives each change, in any thread. Raises `StartStopped`."""
 
 SINK: ContextVar[Sink] = ContextVar("progress", default=lambda part: None)
@@ -65,7 +63,7 @@ SINK: ContextVar[Sink] = ContextVar("progress", default=lambda part: None)
 class Stage:
     """A running part; see `stage`."""
 
-    def __init__(self, part: Part) -> None:
+    def __init__(self, part: StartPart) -> None:
         self._part = part
         self._sink = SINK.get()
 
@@ -82,7 +80,7 @@ class Stage:
         """Report that the part has ended."""
         self._tell(replace(self._part, state=state))
 
-    def _tell(self, part: Part) -> None:
+    def _tell(self, part: StartPart) -> None:
         self._part = part
         self._sink(part)
 
@@ -90,7 +88,7 @@ class Stage:
 @contextmanager
 def stage(name: str, *, total: int = 0, unit: Unit = "") -> Iterator[Stage]:
     """Report a part of the start while the block runs."""
-    running = Stage(Part(name, 0, total, unit))
+    running = Stage(StartPart(name, 0, total, unit))
     running.update(0)
     try:
         yield running
@@ -126,7 +124,7 @@ class Display:
         self._thread: threading.Thread | None = None
         self._stopped = False
 
-    def __call__(self, part: Part) -> None:
+    def __call__(self, part: StartPart) -> None:
         """A `Sink`."""
         with self._changed:
             now = self._clock()
@@ -204,7 +202,7 @@ class _Shown:
             first count went into something else, such as importing torch.
     """
 
-    part: Part
+    part: StartPart
     began: float
     due: float
     since: float
@@ -236,7 +234,7 @@ class _Shown:
         return bar + self.words(now)
 
 
-def _count(part: Part) -> str:
+def _count(part: StartPart) -> str:
     if not part.unit or not (part.done or part.total):
         return ""
     if part.unit == "bytes":

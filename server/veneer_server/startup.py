@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from veneer_registry.adapter import BaseFingerprint, BaseSpec
-from veneer_registry.fingerprint import fingerprint_base
+from veneer_registry.fingerprint import TOKENIZER_FILE, fingerprint_base, vocabulary_digest
 
 from veneer_server.backends.parallel.sharding import Shard
 from veneer_server.config import ConfigInvalid, ServerConfig
@@ -18,8 +18,6 @@ from veneer_server.sizing.memory_plan import BLOCK_TOKENS, MemoryPlan, plan_memo
 from veneer_server.system.gpu import choose_gpu
 from veneer_server.system.machine import find_gpu, host_memory
 from veneer_server.wire.messages import ConstraintLimits, EngineConfig
-
-__all__ = ["engine_config", "fingerprint_of", "memory_for", "replan"]
 
 _log = get_logger(__name__)
 
@@ -137,3 +135,11 @@ def engine_config(
             number_digits=config.constraint_number_digits,
         ),
     )
+
+
+def vocabulary_of(folder: Path) -> str:
+    """`vocabulary_digest` of the base's tokenizer, or "" if it has none of that kind."""
+    try:
+        return vocabulary_digest((folder / TOKENIZER_FILE).read_bytes())
+    except OSError:
+        return ""

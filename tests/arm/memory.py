@@ -9,8 +9,6 @@ from typing import Any, Final
 
 import torch
 
-__all__ = ["BASE", "BYTES", "SharedMemory"]
-
 BASE: Final = 0x2000_0000_0000
 """The address: Linux puts nothing there by itself."""
 BYTES: Final = 4 << 30

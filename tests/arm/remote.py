@@ -34,8 +34,6 @@ from veneer_server.backends.native.structs import Field, mismatch
 from tests.arm.memory import BASE, BYTES, SharedMemory
 from tests.arm.tools import command
 
-__all__ = ["RemoteLibrary"]
-
 _GROUPS: Final = 4  # of projections
 
 

@@ -7,8 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Final
 
-__all__ = ["CXX", "DRIVER", "ROOT", "command", "missing", "readelf"]
-
 _HERE: Final = Path(__file__).resolve().parent
 ROOT: Final = _HERE.parents[1] / ".cache" / "tools" / "arm"
 CXX: Final = _HERE / "c++"

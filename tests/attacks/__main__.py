@@ -146,7 +146,12 @@ class Attackers:
     async def _start(self, name: str) -> None:
         if name not in self._started:
             self._started[name] = await asyncio.create_subprocess_exec(
-                *("nice", "-n", "19", sys.executable, "-m", "tests.attacks"),
+                "nice",
+                "-n",
+                "19",
+                sys.executable,
+                "-m",
+                "tests.attacks",
                 *("--attack", name, "--seed", str(self._given.seed)),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,

@@ -15,8 +15,6 @@ from tests.attacks.case import Target
 from tests.hostile.callers import reason_of
 from tests.server_harness import read_files, upload_messages
 
-__all__ = ["ACCUMULATING", "Chatter", "chat", "hostile"]
-
 ACCUMULATING: Final = (
     "{% set ns = namespace(system_prompt='', first=true) %}"
     "{% for again in range(8) %}{% set ns.system_prompt = '' %}"

@@ -29,8 +29,6 @@ from typing import Final, Literal, Protocol
 
 from veneer_server.access.principal import Role
 
-__all__ = ["KEYS", "AttackModule", "Bug", "Target"]
-
 KEYS: Final[dict[str, tuple[str, Role]]] = {
     "operator": ("default", "operator"),
     "team-a": ("team-a", "admin"),

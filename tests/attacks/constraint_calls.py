@@ -14,8 +14,6 @@ from veneer_proto.v1 import inference_pb2_grpc
 from tests.attacks.hostile_constraints import Hostile
 from tests.server_harness import refusal
 
-__all__ = ["ANSWER_S", "Caller", "caller", "until_the_end"]
-
 ANSWER_S: Final = 60.0
 """An answer later than this counts as missing."""
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any, Final, NamedTuple
 
-__all__ = ["GROWS", "HOSTILE", "PANICS", "SLOW_MASK", "Hostile"]
-
 
 class Hostile(NamedTuple):
     """A constraint by its field of the request."""

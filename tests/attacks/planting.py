@@ -11,8 +11,6 @@ from tests.attacks.case import Bug
 from tests.other_engine import engine_of
 from tests.planted import planted
 
-__all__ = ["planting"]
-
 _ROOT = Path(__file__).resolve().parents[2]
 _kept: list[AbstractContextManager[None]] = []
 """Contexts that stay entered for as long as the process runs."""

@@ -13,8 +13,6 @@ import psutil
 
 from tests.server_harness import Server, request
 
-__all__ = ["Memory", "Noticed", "notice"]
-
 STREAMS = 4
 TOKENS = 48
 """Tokens of each answer of a stream; the next answer begins at once."""

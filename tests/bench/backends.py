@@ -28,8 +28,6 @@ from veneer_server.step.adapter_table import AdapterTable
 
 from tests.bench.steps import PROMPT, ROWS, blocks_for, load, make_adapters, run_round
 
-__all__ = ["Kind", "Peers", "ratios"]
-
 NEW = 60
 
 

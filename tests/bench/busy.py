@@ -20,8 +20,6 @@ from veneer_server.step.arrays import Backend
 
 from tests.bench.steps import PROMPT, ROWS, blocks_for, load, make_adapters, run_round
 
-__all__: list[str] = []
-
 NEW = 60
 
 

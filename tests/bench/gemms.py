@@ -29,8 +29,6 @@ from veneer_server.backends.native.linear import NativeLinear, pack_dense
 from tests.bench.kernels import copies_of
 from tests.bench.steps import CACHE, REPOSITORY, load
 
-__all__: list[str] = []
-
 SOURCES: Final = "server/veneer_server/backends/native/cpp"
 ROWS: Final = (1, 8, 16, 32, 128, 512)
 SECONDS: Final = 0.01

@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 
 import numpy as np
-from veneer_loadtest.load.generator import Loaded, generate
-from veneer_loadtest.load.spec import Arrivals, Closed, Lengths, LoadSpec, Open, Popularity
+from veneer_loadtest.load.generator import LoadOutcome, generate
+from veneer_loadtest.load.spec import AdapterMix, Arrivals, Closed, Lengths, LoadSpec, Open
 from veneer_loadtest.load.targets import OpenAiSpec, TargetSpec, VeneerSpec
 
 from tests.fakes.fast_target import FastTarget
@@ -24,7 +24,7 @@ def load(arrivals: Arrivals, seconds: float) -> LoadSpec:
     return LoadSpec(
         adapters=("a", "b"),
         arrivals=arrivals,
-        popularity=Popularity("uniform"),
+        popularity=AdapterMix("uniform"),
         prompt_tokens=Lengths(16, 64),
         tokens=Lengths(4, 4),
         duration_s=seconds,
@@ -36,7 +36,7 @@ def load(arrivals: Arrivals, seconds: float) -> LoadSpec:
     )
 
 
-async def send(spec: LoadSpec, target: TargetSpec, workers: int) -> Loaded:
+async def send(spec: LoadSpec, target: TargetSpec, workers: int) -> LoadOutcome:
     return await generate(spec, target, workers=workers, timeout_s=60.0, stop=asyncio.Event())
 
 

@@ -29,8 +29,6 @@ from tests.bench.backends import Peers, ratios
 from tests.bench.judge import Record, Spread, judge, read_records, write_record
 from tests.bench.steps import PROMPT, REPOSITORY, ROWS
 
-__all__: list[str] = []
-
 FILE = Path(__file__).with_name("guard.json")
 NEW = 16
 """Steps of a round: many short alternating rounds are more reliable than few long ones."""

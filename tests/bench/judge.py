@@ -18,8 +18,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["Loss", "Record", "Spread", "judge", "read_records", "write_record"]
-
 LEAST_TOLERANCE = 0.10
 """Smallest tolerance, as a share of the recorded ratio."""
 MADS = 3

@@ -33,8 +33,6 @@ from tests.bench.limits import Limits, Work, huge_pages, load_limits, measure_li
 from tests.bench.steps import CACHE, ROWS, blocks_for, load, make_adapters, make_step
 from tests.bench.work import EXPANDS, SHRINKS, adapter_work, base_work, kernel_work
 
-__all__ = ["copies_of"]
-
 COLD = 128 << 20
 """Bytes of weights that are read in turn: more than fit in caches."""
 CONTEXTS = (104, 1000)

@@ -53,7 +53,7 @@ def write(folder: Path, rank: int) -> None:
         "r": rank,
         "lora_alpha": rank,
         "target_modules": [module.split(".")[1] for module in SHAPES],
-        "base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M",
+        "base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct",
     }
     write_adapter(folder, config, tensors)
 

@@ -15,8 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Limits", "Work", "huge_pages", "load_limits", "matmul_rate", "measure_limits"]
-
 SIZE = 256 << 20
 """Bytes read: several times what fits in caches."""
 

@@ -11,8 +11,6 @@ from veneer_server.engine.residency.eviction import EvictionOrder
 from tests.bench.residency import LeastRecentlyUsed
 from tests.other_engine import engine_of
 
-__all__: list[str] = []
-
 _AS_ENGINE = "--as-engine"
 
 

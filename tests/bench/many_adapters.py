@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from veneer_registry.format import weights_digest
-from veneer_server.adapters.loader_process import Setup
+from veneer_server.adapters.loader_process import LoaderSetup
 from veneer_server.adapters.loaders import HostCopy, Loaders
 from veneer_server.wire.messages import AdapterSource
 
@@ -31,7 +31,7 @@ def main() -> None:
         path = make_adapter(Path(folder) / "a")
         source = AdapterSource(weights_digest(path), str(path), 0, "chat@000000000000")
         reader = Loaders(
-            Setup(dict(SHAPES), 2, "bfloat16"), torch.bfloat16, count=1, pinned=False
+            LoaderSetup(dict(SHAPES), 2, "bfloat16"), torch.bfloat16, count=1, pinned=False
         )
         copies: list[HostCopy] = []
         began = time.monotonic()

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from prometheus_client import generate_latest
 from veneer_server.telemetry.metrics import Metrics
-from veneer_server.wire.messages import Occupancy, Residency, StepDone
+from veneer_server.wire.messages import Occupancy, ResidencyChanged, StepDone
 
 STEPS = 2000
 SCRAPES = 50
@@ -46,7 +46,9 @@ def main() -> None:
     for adapters in (0, 50, 200):
         for number in range(adapters):
             digest = f"{number:064x}"
-            metrics.on_event(Residency(digest, "device", False, 10, 20, 10, adapters, adapters))
+            metrics.on_event(
+                ResidencyChanged(digest, "device", False, 10, 20, 10, adapters, adapters)
+            )
         start = time.perf_counter()
         for _ in range(SCRAPES):
             generate_latest(metrics.registry)

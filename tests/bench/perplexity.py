@@ -34,16 +34,14 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils.logging import disable_progress_bar
 from veneer_client import Client, Tokens
 from veneer_client.local import LocalServer
-from veneer_labs.quant import library_text, restored
+from veneer_loadtest.peers.vllm import vllm_peer
 from veneer_loadtest.report import versions
-from veneer_peers.vllm import vllm_peer
 from veneer_server.models.source import import_bundled
+from veneer_train.labs.quant import library_text, restored
 from veneer_train.merge import linears
 from veneer_train.model import load_tokenizer
 
 from tests.places import cache_dir
-
-__all__: list[str] = []
 
 CACHE = cache_dir()
 WINDOW: Final = 512

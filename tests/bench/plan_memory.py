@@ -14,15 +14,13 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from veneer_labs.one_run import run
-from veneer_labs.quant import library_text
 from veneer_server.models.source import import_bundled
 from veneer_train.config import parse_config
+from veneer_train.labs.one_run import run
+from veneer_train.labs.quant import library_text
 from veneer_train.plan import plan, read_shape
 
 from tests.places import cache_dir
-
-__all__: list[str] = []
 
 CACHE = cache_dir()
 

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from veneer_server.backends.native import chosen
-from veneer_server.backends.native.chosen import Found
+from veneer_server.backends.native.chosen import UsableLibrary
 from veneer_server.backends.native.compiler import build, cpu_flags
 from veneer_server.backends.native.forms import FORMS, compile_forms
 from veneer_server.engine.execution import backend_choice as backends
@@ -24,14 +24,12 @@ from veneer_server.models.source import import_bundled
 
 from tests.bench.steps import CACHE, ROWS, load, make_adapters, make_step
 
-__all__: list[str] = []
-
 ROUNDS, CONTEXT, BLOCKS = 100, 64, 400
 
 
 def loaded(file: Path) -> Chosen:
     """The base with this library, loaded as by the server."""
-    backends.find_library = lambda cache, instructions="auto": Found(file)
+    backends.find_library = lambda cache, instructions="auto": UsableLibrary(file)
     return load("native", 1, num_blocks=BLOCKS)
 
 

@@ -19,8 +19,6 @@ from veneer_server.backends.native.forms import AMX, AVX2, AVX512
 
 from tests.bench.steps import blocks_for, load, make_adapters, make_step
 
-__all__: list[str] = []
-
 TOKENS = 512
 
 

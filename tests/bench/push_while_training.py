@@ -25,8 +25,6 @@ import numpy as np
 from veneer_client import AdapterEventKind, AsyncClient, Text
 from veneer_client.local import LocalServer
 
-__all__: list[str] = []
-
 _BEFORE_S = 1.0
 _AFTER_S = 1.0
 _PROMPT = Text("Once upon a time")
@@ -73,7 +71,13 @@ async def _train(scratch: Path, address: str, base: str, steps: int, every: int)
     for arguments in (
         ["data", "sql", "--out", str(data)],
         [
-            *("train", "--preset", "quick", "--base", base, "--push", address),
+            "train",
+            "--preset",
+            "quick",
+            "--base",
+            base,
+            "--push",
+            address,
             *("--name", "growing", "--push-every", str(every)),
             *("--set", f"data.train={data / 'train.jsonl'}", "--set", "data.val_fraction=0"),
             *("--set", f"output.dir={scratch / 'growing'}", "--set", f"train.steps={steps}"),

@@ -38,7 +38,7 @@ from veneer_registry.catalog import Catalog
 from veneer_registry.errors import AdapterNotFound
 from veneer_registry.registry import Registry
 from veneer_registry.upkeep import verify
-from veneer_server.rpc.convert_admin import encode_token
+from veneer_server.rpc.convert import encode_token
 
 from tests.bench.registered_folder import make_folder, name_of
 from tests.unit.registry.kit import BASE, make_adapter, push

@@ -19,8 +19,6 @@ from veneer_registry.tensor_names import tensor_keys
 from tests.adapter_files import write_adapter
 from tests.unit.registry.kit import BASE, SHAPES
 
-__all__ = ["make_folder", "name_of"]
-
 LAYERS = 30
 """Layers of the manifests in the catalog: 210 modules, as in SmolLM2-135M."""
 TEAMS = 1000

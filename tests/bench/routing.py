@@ -16,7 +16,7 @@ from statistics import median
 
 from veneer_server.routing.adapter_router import AdapterRouter
 from veneer_server.routing.baselines import LeastLoaded, RandomChoice, RoundRobin
-from veneer_server.routing.records import Choice, Report, Wanted
+from veneer_server.routing.records import ReplicaReport, RoutedTo, Wanted
 from veneer_server.routing.router import Router
 
 
@@ -27,7 +27,7 @@ def time_router(router: Router, replicas: int, adapters: int, requests: int) -> 
     sums = list(itertools.accumulate(1 / (n + 1) for n in range(adapters)))
     drawn = random_.choices(range(adapters), cum_weights=sums, k=requests)
     wanted = [Wanted(f"{number:064x}", work=64.0) for number in drawn]
-    under_way: deque[Choice] = deque()
+    under_way: deque[RoutedTo] = deque()
     took: list[float] = []
     for number, each in enumerate(wanted):
         now = number / (2 * replicas)
@@ -43,7 +43,7 @@ def time_router(router: Router, replicas: int, adapters: int, requests: int) -> 
     reports = []
     for number in range(2 * replicas):
         began = time.thread_time()
-        report = Report(resident[number // replicas], 2)
+        report = ReplicaReport(resident[number // replicas], 2)
         router.report(f"replica-{number % replicas}", report, now)
         reports.append(time.thread_time() - began)
     began = time.thread_time()

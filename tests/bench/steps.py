@@ -23,19 +23,6 @@ from veneer_server.wire.messages import EngineConfig
 
 from tests.places import cache_dir
 
-__all__ = [
-    "ADAPTERS",
-    "BLOCK",
-    "PROMPT",
-    "RANK",
-    "ROWS",
-    "blocks_for",
-    "load",
-    "make_adapters",
-    "make_step",
-    "run_round",
-]
-
 REPOSITORY = Path(__file__).parents[2]
 CACHE = cache_dir()
 BLOCK = 16

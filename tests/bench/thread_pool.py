@@ -23,8 +23,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Final, NamedTuple
 
-__all__ = ["Counts", "Pool"]
-
 HERE: Final = Path(__file__).parent
 REPOSITORY: Final = HERE.parents[1]
 KERNELS: Final = REPOSITORY / "server" / "veneer_server" / "backends" / "native" / "cpp"

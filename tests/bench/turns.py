@@ -75,8 +75,13 @@ class Version:
         numbers = [NEW, max(given.rows), given.threads]
         self._process = subprocess.Popen(
             [
-                *(sys.executable, "-c", CHILD, *map(str, numbers)),
-                *(base, *sets, "int8" if int8 else ""),
+                sys.executable,
+                "-c",
+                CHILD,
+                *map(str, numbers),
+                base,
+                *sets,
+                "int8" if int8 else "",
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

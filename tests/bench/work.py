@@ -15,8 +15,6 @@ from veneer_server.models.config import DecoderConfig
 from tests.bench.limits import Work
 from tests.bench.steps import RANK
 
-__all__ = ["EXPANDS", "SHRINKS", "adapter_work", "base_work", "kernel_work", "packed_bytes"]
-
 _BITS: Final = {"nf4": 4, "8-bit": 8, "bf16": 16}
 _BYTES: Final = 2  # of a bfloat16
 _GROUPS: Final[dict[str, tuple[Projection, ...]]] = {

@@ -12,8 +12,6 @@ import kubernetes_validate
 from tests.chart.custom import SCHEMAS
 from tests.chart.pods import Pod, pods_of
 
-__all__ = ["NEWEST", "OLDEST", "problems", "valid"]
-
 Object = dict[str, Any]
 
 OLDEST = "1.27"

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["SCHEMAS"]
-
 
 def _object(required: str, **properties: Any) -> dict[str, Any]:
     return {

@@ -24,8 +24,6 @@ from tests.chart.pods import Pod, image_variables
 from tests.pki import Pki
 from tests.ports import free_port
 
-__all__ = ["Node", "running_pod"]
-
 _READY_S = 120
 
 

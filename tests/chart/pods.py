@@ -12,8 +12,6 @@ from veneer_server.config import OPTIONS, ServerConfig, load_config
 
 from tests.packaging.dockerfile import parse
 
-__all__ = ["Pod", "image_variables", "pods_of"]
-
 _OF_REGISTRY = ("registry-key-file", "registry-ca", "registry-cert", "registry-cert-key")
 _SECRET_FLAGS = ("keys-file", "tls-cert", "tls-key", "tls-client-ca", *_OF_REGISTRY)
 

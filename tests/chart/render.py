@@ -15,8 +15,6 @@ from typing import Any
 
 import yaml
 
-__all__ = ["CHART", "NAMESPACE", "RELEASE", "VALUES", "Rendered", "render"]
-
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "deploy" / "helm" / "veneer"
 RELEASE = "veneer"

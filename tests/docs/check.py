@@ -11,8 +11,6 @@ from tests.docs.pages import REPOSITORY, Block, read_page
 from tests.docs.session import Session
 from tests.docs.shapes import difference
 
-__all__ = ["check_page"]
-
 QUICK_S: Final = 90
 SLOW_S: Final = 3 * 3600
 """Time limits of a block: one that the suite runs, and one that only `make docs-check` runs."""

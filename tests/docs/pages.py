@@ -20,8 +20,6 @@ from typing import Final, Literal
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-__all__ = ["REPOSITORY", "Block", "Page", "pages", "read_page"]
-
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
 RUN: Final = ("sh", "python")
 _MARK: Final = re.compile(r"<!--\s*(not run|slow|varies):\s*(.*?)\s*-->", re.DOTALL)
@@ -65,6 +63,7 @@ def pages() -> list[Path]:
         REPOSITORY / "README.md",
         REPOSITORY / "CONTRIBUTING.md",
         *sorted((REPOSITORY / "docs").glob("*.md")),
+        *sorted((REPOSITORY / "docs" / "benchmarks").glob("*.md")),
         examples / "README.md",
         examples / "train_and_swap" / "README.md",
     ]

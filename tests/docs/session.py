@@ -25,8 +25,6 @@ from typing import Final
 from tests.backends_ran import server_environment
 from tests.docs.pages import REPOSITORY, Block
 
-__all__ = ["Ran", "Session", "busy_ports"]
-
 PORTS: Final = (50051, 9095, 8000)
 """Ports that the pages use."""
 _OWN: Final = (

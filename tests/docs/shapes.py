@@ -10,8 +10,6 @@ import re
 from collections.abc import Iterable
 from typing import Final
 
-__all__ = ["difference"]
-
 _ID: Final = re.compile(r"(?<![0-9A-Za-z])(?=[a-f]*\d)[0-9a-f]{8,}(?![0-9A-Za-z])")
 _NUMBER: Final = re.compile(r"\d+(?:[.,:]\d+)*")
 _UNIT: Final = re.compile(r"#\s*(?:[um]?s|min|h|[kKMGT]?i?B|bytes)\b")

@@ -20,8 +20,6 @@ from rich.text import Text
 from tests.docs.pages import REPOSITORY, Block
 from tests.docs.session import Session
 
-__all__ = ["COMMANDS"]
-
 COMMANDS: Final = (
     "veneer-server > server.log 2>&1 &",
     "veneer health --wait 60s",
@@ -45,8 +43,14 @@ THEME: Final = TerminalTheme(
     (22, 27, 34),
     (230, 237, 243),
     [
-        *((72, 79, 88), (255, 123, 114), (126, 231, 135), (227, 179, 65)),
-        *((121, 192, 255), (210, 168, 255), (86, 212, 221), (201, 209, 217)),
+        (72, 79, 88),
+        (255, 123, 114),
+        (126, 231, 135),
+        (227, 179, 65),
+        (121, 192, 255),
+        (210, 168, 255),
+        (86, 212, 221),
+        (201, 209, 217),
     ],
 )
 FORMAT: Final = """\

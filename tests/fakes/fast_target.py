@@ -7,8 +7,6 @@ import subprocess
 import sys
 from types import TracebackType
 
-__all__ = ["FastTarget"]
-
 
 class FastTarget:
     """Runs `tests.fakes.fast_server`.

@@ -22,8 +22,7 @@ from types import ModuleType
 from typing import Final
 
 from veneer_server.adapters.fetching import addresses, uris, web
-from veneer_server.serving import local_folders
-from veneer_server.serving.transfer import settled, watched
+from veneer_server.serving import local_folders, watched
 
 from tests.fetching.drops import Drops
 from tests.fetching.uris import redirect_case, uri_case
@@ -53,9 +52,14 @@ PLANTED: Final[Mapping[str, tuple[str, ModuleType, str, str]]] = {
         "drop", watched, "seen.signature and before.get(name) == seen", "seen.signature",
     ),
     "writers are not seen": (
-        "drop", settled, "if any(_is_written(file.descriptor) for file in files):", "if False:",
+        "drop",
+        watched,
+        "if any(_is_written(file.descriptor) for file in files):",
+        "if False:",
     ),
-    "lengths are not compared": ("drop", settled, "read_header(file, WEIGHTS_FILE)", "pass"),
+    "lengths are not compared": (
+        "drop", watched, "read_header(file, WEIGHTS_FILE)", "pass",
+    ),
 }  # fmt: skip
 """Bug -> kind of cases that find it, and its edit."""
 

@@ -18,14 +18,12 @@ from veneer_registry.records import Published
 from veneer_registry.registry import Registry
 from veneer_registry.rows import Who
 from veneer_registry.upload import Upload
-from veneer_server.serving.adapters.uploads import Uploads
-from veneer_server.serving.transfer.watched import WatchedFolder
+from veneer_server.serving.uploads import Uploads
+from veneer_server.serving.watched import WatchedFolder
 from veneer_server.telemetry.watched_series import WatchedSeries
 
 from tests.fetching.world import CONFIG, WEIGHTS, World
 from tests.unit.registry.kit import BASE, make_adapter
-
-__all__ = ["Drops"]
 
 Files = dict[str, bytes]
 

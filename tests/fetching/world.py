@@ -21,8 +21,6 @@ from tests.pki import Pki
 from tests.unit.registry.kit import make_adapter
 from tests.web_folder import WebFolder, web_folder
 
-__all__ = ["CONFIG", "MARK", "TOKEN", "WEIGHTS", "World", "world"]
-
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
 MARK: Final = b"SECRET-MARK"

@@ -18,8 +18,6 @@ import tests.gpu.interpreter  # noqa: F401 (before anything that imports triton)
 from tests.gpu.subject import Bug, Subject, planted
 from tests.gpu.subjects import SUBJECTS
 
-__all__: list[str] = []
-
 
 def check(subject: Subject, seed: str, shapes: int) -> str:
     """The first wrong result, or ""."""

@@ -13,8 +13,6 @@ from tests.gpu.guarded import Guard, numbers
 from tests.gpu.interpreter import order
 from tests.gpu.subject import Bug, Subject, close
 
-__all__ = ["SUBJECTS"]
-
 
 @dataclass(frozen=True, slots=True)
 class _Model:

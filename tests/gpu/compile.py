@@ -32,8 +32,6 @@ from triton.runtime.jit import JITFunction
 from tests.gpu.cards import CARDS
 from tests.gpu.launches import LAUNCHES, Launch, recorded
 
-__all__ = ["BUDGETS", "TARGETS", "Used", "compiled"]
-
 BUDGETS: Final = Path(__file__).with_name("budgets.json")
 TARGETS: Final = (80, 89, 90, 100)
 TYPES: Final = {

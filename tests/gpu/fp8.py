@@ -13,8 +13,6 @@ from tests.gpu.guarded import Guard, numbers
 from tests.gpu.interpreter import order
 from tests.gpu.subject import Bug, Subject, close
 
-__all__ = ["SUBJECTS"]
-
 
 def _weight(random: Random) -> packing.PackedFp8:
     inputs = packing.BLOCK * random.choice((1, 2, 3, 17, random.randint(1, 12)))

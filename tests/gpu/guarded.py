@@ -9,8 +9,6 @@ import torch
 
 from tests.gpu.interpreter import allow
 
-__all__ = ["Guard", "numbers"]
-
 PAD = 501
 """Elements before and after a buffer."""
 

@@ -14,8 +14,6 @@ from tests.gpu.guarded import Guard, numbers
 from tests.gpu.interpreter import OutOfBounds, Race, order, to_bfloat16
 from tests.gpu.subject import Subject, close
 
-__all__ = ["SUBJECTS"]
-
 
 @triton.jit
 def shifted(x, y, by, size, BLOCK: tl.constexpr):  # noqa: N803 (as kernels have them)

@@ -37,8 +37,6 @@ os.environ["TRITON_INTERPRET"] = "1"
 import triton.language as tl  # noqa: E402 (the variable is read at import)
 from triton.runtime import interpreter  # noqa: E402
 
-__all__ = ["OutOfBounds", "Race", "allow", "order"]
-
 _BUILDER: Any = interpreter.interpreter_builder
 _CLASS: Any = type(_BUILDER)
 

@@ -18,14 +18,12 @@ from veneer_server.backends.cuda.fp8 import rows as fp8_rows
 from veneer_server.backends.cuda.fp8.packing import PackedFp8
 from veneer_server.backends.cuda.lora import panels as lora_panels
 from veneer_server.backends.cuda.lora import rows as lora_rows
-from veneer_server.backends.cuda.lora.tables import AdapterPlaces
+from veneer_server.backends.cuda.lora.tables import AdapterSlots
 from veneer_server.backends.cuda.nf4 import panels as nf4_panels
 from veneer_server.backends.cuda.nf4 import rows as nf4_rows
 from veneer_server.backends.cuda.nf4.packing import PackedNf4
 from veneer_server.backends.cuda.pointwise import gate, norm, rotary
 from veneer_server.backends.cuda.sampling import draw, logprobs
-
-__all__ = ["LAUNCHES", "Launch", "recorded"]
 
 HIDDEN: Final = 4096
 INNER: Final = 11008
@@ -87,11 +85,16 @@ def _lora(module: Any, rows: int, rank: int) -> Launch:
         scratch = (lora_rows.splits(HIDDEN), *scratch)
 
     def call() -> None:
-        adapters = AdapterPlaces(64, HIDDEN, [HIDDEN] * members, META)
+        adapters = AdapterSlots(64, HIDDEN, [HIDDEN] * members, META)
         columns = table(members * HIDDEN // module.BLOCK_COLUMNS, 5)
         (lora_rows.add_rows if decode else lora_panels.add_panels)(
-            *(empty(rows, HIDDEN), empty(rows, out), empty(1 << 28), table(tiles, 3)),
-            *(adapters, columns, empty(*scratch, dtype=torch.float32)),
+            empty(rows, HIDDEN),
+            empty(rows, out),
+            empty(1 << 28),
+            table(tiles, 3),
+            adapters,
+            columns,
+            empty(*scratch, dtype=torch.float32),
         )
 
     weights = min(8, rows) * (HIDDEN * ranks + rank * out)
@@ -202,7 +205,12 @@ def _decode(
         cache, pieces = _cache(sequences * context, kv_heads), decode.splits(context)
         query = empty(sequences, heads, 128)
         decode.attend(
-            *(query, cache, cache, table(sequences, context // 32), table(sequences), None),
+            query,
+            cache,
+            cache,
+            table(sequences, context // 32),
+            table(sequences),
+            None,
             empty(sequences, heads, pieces, 128, dtype=torch.float32),
             empty(sequences, heads, pieces, 2, dtype=torch.float32),
             empty(sequences, heads, 128),
@@ -228,8 +236,13 @@ def _prefill(rows: int, position: int, heads: int, kv_heads: int) -> Launch:
     def call() -> None:
         cache, query = _cache(position + rows, kv_heads), empty(rows, heads, 128)
         prefill.attend(
-            *(query, cache, cache, table(1, (position + rows) // 32)),
-            *(table(rows // prefill.ROWS, 4), None, empty(rows, heads, 128)),
+            query,
+            cache,
+            cache,
+            table(1, (position + rows) // 32),
+            table(rows // prefill.ROWS, 4),
+            None,
+            empty(rows, heads, 128),
             scale=128**-0.5,
             window=None,
             cap=0.0,
@@ -267,13 +280,15 @@ def _rotary(rows: int, heads: int, kv_heads: int) -> Launch:
     def call() -> None:
         cache = _cache(1 << 20, kv_heads)
         rotary.place(
-            *(
-                empty(rows, heads + 2 * kv_heads, 128),
-                table(rows),
-                empty(rows, dtype=torch.int64),
-            ),
-            *(empty(4096, 2, 64, dtype=torch.float32), empty(2, 128, dtype=torch.float32)),
-            *(empty(rows, heads, 128), cache, cache, 1e-6),
+            empty(rows, heads + 2 * kv_heads, 128),
+            table(rows),
+            empty(rows, dtype=torch.int64),
+            empty(4096, 2, 64, dtype=torch.float32),
+            empty(2, 128, dtype=torch.float32),
+            empty(rows, heads, 128),
+            cache,
+            cache,
+            1e-6,
         )
 
     numbers = rows * (heads + 2 * kv_heads) * 128
@@ -284,8 +299,11 @@ def _rotary(rows: int, heads: int, kv_heads: int) -> Launch:
 def _draw(rows: int, vocab: int) -> Launch:
     def call() -> None:
         draw.draw(
-            *(empty(rows, vocab, dtype=torch.float32), empty(rows, 2, dtype=torch.float32)),
-            *(table(rows), empty(rows, 2, dtype=torch.float64), empty(rows, dtype=torch.int64)),
+            empty(rows, vocab, dtype=torch.float32),
+            empty(rows, 2, dtype=torch.float32),
+            table(rows),
+            empty(rows, 2, dtype=torch.float64),
+            empty(rows, dtype=torch.int64),
         )
 
     name = f"draw: {rows} rows of {vocab}"

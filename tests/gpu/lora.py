@@ -10,13 +10,11 @@ from typing import Final
 
 import torch
 from veneer_server.backends.cuda.lora import panels, reference, rows
-from veneer_server.backends.cuda.lora.tables import AdapterPlaces, column_table, tile_table
+from veneer_server.backends.cuda.lora.tables import AdapterSlots, column_table, tile_table
 
 from tests.gpu.guarded import Guard, numbers
 from tests.gpu.interpreter import order
 from tests.gpu.subject import Bug, Subject, close
-
-__all__ = ["SUBJECTS"]
 
 CPU = torch.device("cpu")
 
@@ -38,9 +36,9 @@ def _rank(random: Random) -> int:
 
 def _adapters(
     random: Random, fan_in: int, fan_outs: list[int], slots: int
-) -> tuple[AdapterPlaces, torch.Tensor]:
+) -> tuple[AdapterSlots, torch.Tensor]:
     """Adapters in an arena; between them NaN."""
-    places = AdapterPlaces(slots, fan_in, fan_outs, CPU)
+    places = AdapterSlots(slots, fan_in, fan_outs, CPU)
     parts, length = [], 0
 
     def take(count: int) -> int:
@@ -91,7 +89,7 @@ def _run(
     module: ModuleType,
     random: Random,
     batch: _Batch,
-    adapters: AdapterPlaces,
+    adapters: AdapterSlots,
     arena: torch.Tensor,
 ) -> torch.Tensor:
     guard = Guard(random)
@@ -103,7 +101,7 @@ def _run(
     if module is rows:
         scratch = (rows.splits(adapters.fan_in), *scratch)
     # A table's reader that goes astray finds the last slot.
-    guarded = AdapterPlaces(len(adapters.places), adapters.fan_in, adapters.fan_outs, CPU)
+    guarded = AdapterSlots(len(adapters.places), adapters.fan_in, adapters.fan_outs, CPU)
     guarded.places = guard.given("places", adapters.places, filler=1)
     guarded.scalings = guard.given("scalings", adapters.scalings)
     y = guard.out("y", batch.y, gap=random.choice((0, 3)))

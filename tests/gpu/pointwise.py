@@ -12,8 +12,6 @@ from tests.gpu.guarded import Guard, numbers
 from tests.gpu.interpreter import order
 from tests.gpu.subject import Bug, Subject, close
 
-__all__ = ["SUBJECTS"]
-
 FLOATS: Final = (torch.float32, torch.bfloat16)
 
 

@@ -11,14 +11,12 @@ import msgspec
 import torch
 from veneer_server.backends.cuda.sampling import draw, logprobs
 from veneer_server.engine.execution import sampler
-from veneer_server.step.choice import Choice
+from veneer_server.step.choice import TokenChoice
 from veneer_server.wire.messages import SamplingParams
 
 from tests.gpu.guarded import Guard, numbers
 from tests.gpu.interpreter import order
 from tests.gpu.subject import Bug, Subject, close
-
-__all__ = ["SUBJECTS"]
 
 
 def _vocab(random: Random) -> int:
@@ -38,7 +36,7 @@ def _logits(random: Random, rows: int, vocab: int) -> torch.Tensor:
     return logits
 
 
-def _choice(random: Random, vocab: int) -> Choice:
+def _choice(random: Random, vocab: int) -> TokenChoice:
     params = SamplingParams(
         temperature=random.choice((0.0, 0.2, 1.0, 1.7)),
         top_k=random.choice((0, 0, 1, 3, random.randint(1, vocab), vocab + 3)),
@@ -46,10 +44,10 @@ def _choice(random: Random, vocab: int) -> Choice:
         min_p=random.choice((0.0, 0.0, 0.0, 0.05, random.random())),
         seed=random.getrandbits(40),
     )
-    return Choice(params, random.randrange(1000))
+    return TokenChoice(params, random.randrange(1000))
 
 
-def _expected(logits: torch.Tensor, choice: Choice) -> set[int]:
+def _expected(logits: torch.Tensor, choice: TokenChoice) -> set[int]:
     """The reference's token, and those that rounding may make of it."""
     exact = sampler.uniform(choice.params.seed, choice.position)
     found = set()
@@ -61,7 +59,7 @@ def _expected(logits: torch.Tensor, choice: Choice) -> set[int]:
             moved = min(max(exact + share, 0.0), 1 - 2**-53)
             with mock.patch.object(sampler, "uniform", lambda *_, moved=moved: moved):
                 (token,) = sampler.TorchDraws().tokens(
-                    logits.unsqueeze(0), [Choice(params, choice.position)]
+                    logits.unsqueeze(0), [TokenChoice(params, choice.position)]
                 )
             found.add(-1 if token is None else token)
     return found

@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 
-__all__ = ["Bug", "Subject", "close", "planted"]
-
 
 @dataclass(frozen=True, slots=True)
 class Bug:

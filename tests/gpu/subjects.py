@@ -7,8 +7,6 @@ from typing import Final
 from tests.gpu import attention, fp8, harness, lora, nf4, pointwise, sampling
 from tests.gpu.subject import Subject
 
-__all__ = ["SUBJECTS"]
-
 SUBJECTS: Final[tuple[Subject, ...]] = (
     *harness.SUBJECTS,
     *lora.SUBJECTS,

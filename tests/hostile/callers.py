@@ -9,8 +9,6 @@ from typing import Any
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 
-__all__ = ["grpc_outcome", "http_answer", "reason_of"]
-
 SECONDS = 60.0
 """Time within which every call must be answered."""
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-__all__ = ["Answer", "PostConnection"]
-
 
 @dataclass(frozen=True, slots=True)
 class Answer:

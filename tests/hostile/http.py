@@ -9,8 +9,6 @@ from typing import Any, Final
 
 from veneer_server.openai.fields import IGNORED, REFUSED, ChatFields, CompletionFields
 
-__all__ = ["JsonCase", "json_cases"]
-
 _MARK: Final = "\N{SNOWMAN}"
 """Placeholder for the hostile value in a valid request."""
 
@@ -76,7 +74,8 @@ def json_cases(model: str) -> Iterator[JsonCase]:
         "messages": [{"role": "user", "content": "Hi"}],
     }
     text: dict[str, Any] = {"model": model, "max_tokens": 2, "prompt": "Hi"}
-    others = sorted(IGNORED | set(REFUSED) | {"no_such_field"})
+    # Some of each: they are all treated alike.
+    others = [*sorted(IGNORED)[::4], *sorted(REFUSED)[::4], "no_such_field"]
     inner = [
         {"messages": [{"role": _MARK, "content": "Hi"}]},
         {"messages": [{"role": "user", "content": _MARK}]},
@@ -91,6 +90,10 @@ def json_cases(model: str) -> Iterator[JsonCase]:
         {"response_format": {"type": "json_schema", "json_schema": _MARK}},
         {"response_format": {"type": "json_schema", "json_schema": {"schema": _MARK}}},
         {"response_format": {"type": "json_schema", "json_schema": {"name": _MARK}}},
+        {"response_format": {"type": "json", "value": _MARK}},
+        {"response_format": {"type": "regex", "value": _MARK}},
+        {"response_format": {"type": "json_object", "schema": _MARK}},
+        {"tools": [{"type": _MARK, "function": {"name": "f"}}]},
         {"structured_outputs": {"json": _MARK}},
         {"structured_outputs": {"regex": _MARK}},
         {"structured_outputs": {"choice": _MARK}},

@@ -129,6 +129,6 @@ async def test_a_hog_delays_light_tenants_by_a_turn(tmp_path: Path) -> None:
 
 async def test_without_tenants_they_wait_behind_its_queue(tmp_path: Path) -> None:
     """A planted bug, which shows that the bound says something."""
-    nobodys = patch.object(authenticate, "fairness_of", lambda *given: fairness.NOBODYS)
+    nobodys = patch.object(authenticate, "fairness_of", lambda *given: fairness.Fairness())
     with nobodys:
         assert await worst_wait(tmp_path, each=2) > 2 * MOST

@@ -103,7 +103,9 @@ async def test_a_server_without_standard_descriptors_serves(
     """Closed ones were taken by sockets, over which libuv aborted."""
     ports = tmp_path / "ports.json"
     process = await asyncio.create_subprocess_exec(
-        *("sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-'),
+        "sh",
+        "-c",
+        'exec "$0" "$@" <&- >&- 2>&-',
         str(Path(sys.executable).with_name("veneer-server")),
         *("--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0", "--device", "cpu"),
         *("--data-dir", str(tmp_path / "data"), "--cache-dir", str(cache_dir)),

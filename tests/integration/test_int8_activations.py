@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from veneer_proto.v1 import adapters_pb2, server_pb2
-from veneer_server.serving.adapters.verdicts import BOUNDS
+from veneer_server.serving.self_test import BOUNDS
 
 from tests.backends_ran import native_possible
 from tests.places import REPOSITORY

@@ -30,7 +30,10 @@ async def serving(
 
 async def loadtest(*arguments: str) -> tuple[int, str]:
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "veneer_loadtest.cli", *arguments),
+        sys.executable,
+        "-m",
+        "veneer_loadtest.cli",
+        *arguments,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )

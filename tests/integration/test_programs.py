@@ -67,7 +67,10 @@ async def test_a_programs_defaults(with_caller: Server, tmp_path: Path, program:
         missing = pytest.fail if os.environ.get("CI") else pytest.skip
         missing("the programs are not installed: run `make programs`")
     process = await asyncio.create_subprocess_exec(
-        *(str(PYTHON), "-m", "tests.programs", program),
+        str(PYTHON),
+        "-m",
+        "tests.programs",
+        program,
         cwd=REPOSITORY,
         env={
             "PATH": os.environ["PATH"],

@@ -273,7 +273,12 @@ async def test_a_load_is_counted_alike_by_all_three(
     before = await counted()
     file = tmp_path / "zipf.json"
     load = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "veneer_loadtest.cli", "run", "--server", own.address),
+        sys.executable,
+        "-m",
+        "veneer_loadtest.cli",
+        "run",
+        "--server",
+        own.address,
         *("--metrics", own.metrics, "--names", "rank-4,rank-16", "--popularity", "zipf:1"),
         *("--rate", "3", "--duration", f"{seconds}s", "--tokens", "1..16", "--text"),
         *("--json", str(file), "--fail-if", "error_share>0", "--fail-if", "lost>0"),

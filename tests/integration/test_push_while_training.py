@@ -15,7 +15,7 @@ from veneer_client import AsyncClient, Client, Text
 from veneer_registry.errors import BaseModelMismatch, ServerUnreachable
 from veneer_train.cli import app
 from veneer_train.model import load_tokenizer
-from veneer_train.push import Publication, PushCallback
+from veneer_train.push import PushCallback, PushOutcome
 
 from tests.ports import free_port
 from tests.refused import refused
@@ -43,7 +43,13 @@ def data(tmp_path: Path) -> Path:
 
 def command(server: str, base: Path, data: Path, out: Path, *more: str) -> list[str]:
     return [
-        *("train", "--preset", "quick", "--base", str(base), "--push", server),
+        "train",
+        "--preset",
+        "quick",
+        "--base",
+        str(base),
+        "--push",
+        server,
         *("--set", f"data.train={data}", "--set", f"output.dir={out}"),
         *("--set", "train.steps=6", "--set", "train.batch=2", "--set", "lora.r=4"),
         *("--set", "output.save_every=0", "--set", "eval.compare_base=false"),
@@ -122,7 +128,7 @@ def _trainer(base: Path, folder: Path, callback: PushCallback) -> Trainer:
 async def test_any_trainer_can_publish(
     server: Server, base_folder: Path, tmp_path: Path
 ) -> None:
-    told: list[Publication] = []
+    told: list[PushOutcome] = []
     callback = PushCallback(
         server.address,
         "foreign",
@@ -149,7 +155,7 @@ async def test_trl_s_trainer_can_publish(
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    told: list[Publication] = []
+    told: list[PushOutcome] = []
     turns = [
         [
             {"role": "user", "content": f"Say {n}."},
@@ -237,7 +243,7 @@ async def test_nobody_there_is_known_before_training(base_folder: Path, tmp_path
 async def test_a_publication_that_fails_costs_the_run_nothing(
     server: Server, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[Publication] = []
+    told: list[PushOutcome] = []
 
     def broken(*args: Any, **kwargs: Any) -> None:
         raise OSError("no folder today")

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 from veneer_proto.v1 import adapters_pb2
-from veneer_server.serving.adapters.self_test import PROBE
-from veneer_server.serving.adapters.verdicts import BOUNDS, Answers, Verdict, judge
+from veneer_server.serving.self_test import BOUNDS, PROBE, ProbeAnswers, Verdict, judge
 from veneer_server.step.adapter_table import GroupViews
 from veneer_server.text.tokenizer import TextTokenizer
 from veneer_server.wire.messages import EngineConfig, OperationDone, Reference
@@ -133,7 +132,7 @@ class Bench:
             ]
         )
         answers = [
-            Answers(name, answer.prompt_logprobs, self.references[name])
+            ProbeAnswers(name, answer.prompt_logprobs, self.references[name])
             for name, answer in zip(self.sources, served, strict=True)
         ]
         return dict(zip(self.sources, judge(answers, self.bound), strict=True))

@@ -11,8 +11,8 @@ from veneer_registry.base_names import known_names
 from veneer_registry.fingerprint import fingerprint_base
 from veneer_registry.records import UploadFile, UploadRequest
 from veneer_registry.registry import Registry
-from veneer_registry.shared.places import SharedPlaces
-from veneer_registry.shared.postgres import Address
+from veneer_registry.shared.locations import SharedLocations
+from veneer_registry.shared.postgres import PostgresAddress
 from veneer_server.models.config import read_decoder_config
 
 from tests.server_harness import read_files, running_server
@@ -52,14 +52,14 @@ async def test_a_server_serves_what_another_registry_published(
     with running() as services:
         for variable, value in services.s3.environment().items():
             monkeypatch.setenv(variable, value)
-        address = Address(services.postgres.url, services.postgres.password_file)
+        address = PostgresAddress(services.postgres.url, services.postgres.password_file)
         flags = (
             *("--store", f"s3://{BUCKET}/real", "--catalog", address.url),
             *("--catalog-password-file", str(address.password_file)),
         )
         log = tmp_path / "server.log"
         # First, so that what it publishes is known to the server when that is ready.
-        places = SharedPlaces(
+        places = SharedLocations(
             tmp_path / "other", address, services.s3.objects("real"), cache_bytes=1 << 30
         )
         base = base_of(base_folder, cache_dir)

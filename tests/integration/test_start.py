@@ -283,7 +283,11 @@ async def test_a_pasted_block_works(cache_dir: Path, base_folder: Path, tmp_path
     )
     ours, theirs = pty.openpty()
     process = await asyncio.create_subprocess_exec(
-        *("bash", "--norc", "--noprofile", "--noediting", "-i"),
+        "bash",
+        "--norc",
+        "--noprofile",
+        "--noediting",
+        "-i",
         **dict.fromkeys(("stdin", "stdout", "stderr"), theirs),
         env={
             **server_environment(),

@@ -24,7 +24,11 @@ VENEER = str(Path(sys.executable).with_name("veneer"))
 @asynccontextmanager
 async def watching(address: str, stdout: int = PIPE) -> AsyncIterator[Process]:
     process = await asyncio.create_subprocess_exec(
-        *(VENEER, "--server", address, "adapter", "watch"),
+        VENEER,
+        "--server",
+        address,
+        "adapter",
+        "watch",
         stdout=stdout,
         stderr=PIPE,
         env={**os.environ, "TERM": "xterm", "COLUMNS": "200"},

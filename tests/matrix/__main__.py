@@ -22,8 +22,6 @@ from pathlib import Path
 from tests.matrix.conditions import CONDITIONS, Condition, Unavailable, joined
 from tests.places import REPOSITORY, cache_dir
 
-__all__: list[str] = []
-
 LOGS = REPOSITORY / ".cache" / "matrix"
 QUICK = (
     ("locale-turkish", "umask-000", "read-only-home"),

@@ -14,8 +14,6 @@ from typing import Final
 
 from tests.places import cache_dir
 
-__all__ = ["CONDITIONS", "Condition", "Prepared", "Unavailable", "joined"]
-
 _BASES: Final = cache_dir() / "bases"
 
 

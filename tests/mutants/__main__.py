@@ -27,8 +27,6 @@ import veneer_server
 
 from tests.mutants.native import MUTANTS, Form, Mutant
 
-__all__: list[str] = []
-
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = Path(veneer_server.__file__).parent
 TESTS = ("tests/unit/server/native", "tests/unit/server/engine/test_sampler.py")
@@ -85,7 +83,12 @@ def _run(package: Path, form: Form, scratch: Path) -> tuple[bool, str]:
     }
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "pytest", "-x", "-p", "tests.mutants.shown"),
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-p",
+            "tests.mutants.shown",
             *("--basetemp", str(scratch), "-k", f"{form} and not {SLOW}", *TESTS),
         ],
         cwd=REPOSITORY,

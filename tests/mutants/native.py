@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-__all__ = ["MUTANTS", "Form", "Mutant"]
-
 Form = Literal["best", "avx2", "software-matrix", "neon-bf16", "neon and not neon-bf16"]
 
 

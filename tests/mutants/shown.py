@@ -6,8 +6,6 @@ from pathlib import Path
 
 import veneer_server
 
-__all__ = ["pytest_terminal_summary"]
-
 
 def pytest_terminal_summary() -> None:
     print(f"uses {Path(veneer_server.__file__).parent}")

@@ -7,8 +7,6 @@ import re
 import shlex
 from dataclasses import dataclass, field
 
-__all__ = ["Stage", "Step", "parse"]
-
 
 @dataclass(frozen=True)
 class Step:

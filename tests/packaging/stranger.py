@@ -22,8 +22,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Failed", "Installation", "Login", "must_say", "pip_environment", "stage", "use"]
-
 WAIT = "300s"
 """Long, since the first start downloads and converts the base."""
 RUN_SECONDS = 400

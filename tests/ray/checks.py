@@ -28,8 +28,6 @@ ADAPTER = REPOSITORY / "examples/adapters/chat"
 WEIGHTS = "adapter_model.safetensors"
 LONG = {"max_tokens": 200, "ignore_eos": True}
 
-__all__ = ["CHECKS", "Seen"]
-
 
 @dataclass
 class Seen:
@@ -368,6 +366,16 @@ async def _at_once(server: Server, count: int) -> list[Any]:
 
 Check = Callable[[Deployed, Server, Seen], Awaitable[str]]
 CHECKS: tuple[Check, ...] = (
-    *(health, uploads, loads, streams, http, errors, cancels, affinity, publication),
-    *(killed, drained, grown),
+    health,
+    uploads,
+    loads,
+    streams,
+    http,
+    errors,
+    cancels,
+    affinity,
+    publication,
+    killed,
+    drained,
+    grown,
 )

@@ -126,7 +126,12 @@ def deployed(flags: tuple[str, ...]) -> Iterator[Deployed]:
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "veneer_ray", "up", "--replicas", "2"),
+                    sys.executable,
+                    "-m",
+                    "veneer_ray",
+                    "up",
+                    "--replicas",
+                    "2",
                     *("--data-dir", folder, "--registry", f"127.0.0.1:{registry}"),
                     *("--grpc-port", str(grpc), "--http-port", str(http), "--", *flags),
                 ],

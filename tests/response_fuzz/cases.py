@@ -11,8 +11,6 @@ from typing import Any, Final
 from veneer_server.text.tokenizer import TextTokenizer
 from veneer_server.wire.messages import SequenceOutput
 
-__all__ = ["MODELS", "Case", "Written", "cases"]
-
 _MESSAGES: Final = (
     "{% for m in messages %}<{{ m.role }}>{{ m.reasoning_content }}{{ m.content }}"
     "{{ m.tool_calls | tojson if m.tool_calls }}{{ m.tool_call_id }}{% endfor %}"
@@ -38,18 +36,28 @@ _FUNCTIONS: Final[tuple[dict[str, Any], ...]] = (
     {"name": "météo", "parameters": _PARAMETERS, "strict": True},
 )
 _WORDS: Final = (
-    *(" the", " sea", "ab", "\n", " ", "\n\n", '"', "\\", "{", "}", "<", "</", "<think>"),
-    *(
-        "</think>",
-        "<tool_call>",
-        "</tool_call>",
-        "[TOOL_CALLS]",
-        "<tool",
-        "😀",
-        "🏴‍☠️",
-        "é",
-        "漢",
-    ),
+    " the",
+    " sea",
+    "ab",
+    "\n",
+    " ",
+    "\n\n",
+    '"',
+    "\\",
+    "{",
+    "}",
+    "<",
+    "</",
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+    "[TOOL_CALLS]",
+    "<tool",
+    "😀",
+    "🏴‍☠️",
+    "é",
+    "漢",
 )
 _STOPS: Final = ("sea", "\n\n\n", "😀é", "</tool_call>", "🏴")
 _FORMAT: Final = {"type": "json_schema", "name": "a", "schema": {"type": "object"}}

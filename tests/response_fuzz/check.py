@@ -23,8 +23,6 @@ from tests.unit.server.openai.endpoints.response_kit import (
 from tests.unit.server.openai.kit import ok
 from tests.unit.server.rpc.front_harness import Front, make_adapter
 
-__all__ = ["check_responses", "push_models"]
-
 
 async def push_models(front: Front, folder: Path) -> None:
     """Publish an adapter for each template."""

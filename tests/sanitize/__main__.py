@@ -26,8 +26,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 
-__all__: list[str] = []
-
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 KERNELS = REPOSITORY / "server" / "veneer_server" / "backends" / "native" / "cpp"

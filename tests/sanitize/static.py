@@ -19,11 +19,9 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from veneer_server.backends.native.forms import FLAGS, FORMS, Form, forms_of
+from veneer_server.backends.native.forms import FLAGS, FORMS, InstructionSet, forms_of
 
 from tests.arm import tools
-
-__all__: list[str] = []
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 KERNELS = REPOSITORY / "server" / "veneer_server" / "backends" / "native" / "cpp"
@@ -52,7 +50,7 @@ def compilations() -> Iterator[tuple[str, Sequence[str]]]:
 
 
 @functools.cache
-def here() -> list[Form]:
+def here() -> list[InstructionSet]:
     """The forms that can be compiled here."""
     if not (said := tools.missing()) or os.environ.get("CI"):
         return list(FORMS)

@@ -37,13 +37,11 @@ from veneer_server.follower.follower import Follower
 from veneer_server.follower.view import View
 from veneer_server.replication.feed import Feed
 from veneer_server.replication.replicas import Replicas, Wait
-from veneer_server.rpc.followers.replication_service import ReplicationService
+from veneer_server.rpc.replication_service import ReplicationService
 
 from tests.scale.planted import PLANTED
 from tests.scale.proxy import Proxy
 from tests.unit.registry.kit import BASE, make_adapter, push
-
-__all__ = ["main"]
 
 NAMES: Final = ("alpha", "beta", "gamma", "delta")
 FOLLOWERS: Final = 3

@@ -6,10 +6,8 @@ from typing import Any, Final
 
 from veneer_registry.entry import Entry
 from veneer_server.follower.view import Received, View
-from veneer_server.replication.feed import Change, Feed
-from veneer_server.replication.states import Begin, Heartbeat, Key, Told
-
-__all__ = ["PLANTED", "AnyOrder", "NumberedFeed", "OldNumbers"]
+from veneer_server.replication.feed import Feed, FeedChange
+from veneer_server.replication.states import BeginFeed, Heartbeat, Key, Told
 
 
 class AnyOrder(View):
@@ -33,7 +31,7 @@ class OldNumbers(View):
         super().place()
         return NumberedFeed.RUN, self.sequence
 
-    def _begin(self, begin: Begin) -> Received:
+    def _begin(self, begin: BeginFeed) -> Received:
         self.run = begin.run
         return super()._begin(begin)
 
@@ -54,7 +52,7 @@ class NumberedFeed(Feed):
 class ForgetfulFeed(Feed):
     """PLANTED BUG: loses changes, where a newer one is told at once."""
 
-    def after(self, run: str, sequence: int) -> tuple[Change, ...] | None:
+    def after(self, run: str, sequence: int) -> tuple[FeedChange, ...] | None:
         changes = super().after(run, sequence)
         if not changes:
             return changes
@@ -69,7 +67,7 @@ class BackwardsFeed(Feed):
         super().__init__(**options)
         self._seen: dict[Key, dict[int, Entry | None]] = {}
 
-    def told(self, change: Change) -> Told:
+    def told(self, change: FeedChange) -> Told:
         seen = self._seen.setdefault(change.key, {})
         seen[change.sequence] = change.entry
         older = [number for number in list(seen) if number < change.sequence]

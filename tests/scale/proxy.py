@@ -6,8 +6,6 @@ import asyncio
 from contextlib import suppress
 from typing import Self
 
-__all__ = ["Proxy"]
-
 
 class Proxy:
     """Forwards connections to ``target``. Use it as an async context manager.

@@ -16,8 +16,6 @@ from tests.engine_harness import EngineHarness, engine, source
 from tests.torture.forms import Form
 from tests.torture.isolation import Case
 
-__all__ = ["AloneReference"]
-
 
 class AloneReference:
     """Implements `isolation.Reference` for answers that have log-probabilities.

@@ -27,8 +27,6 @@ from typing import Any, Final
 
 from tests.torture.syscalls import ROOT
 
-__all__ = ["Damage", "Golden", "Judge", "Worker", "damages", "flip", "make_golden", "tree"]
-
 ADAPTERS: Final = {"chat": 1, "code": 2, "mail": 1, "sql": 3}
 """Name -> seed of its weights: two names share theirs."""
 NAMES: Final = ("", *ADAPTERS)
@@ -335,8 +333,11 @@ class Judge:
             if RECOVER in message and number % 2:
                 done = subprocess.run(
                     [
-                        *(str(Path(sys.executable).with_name("veneer-server")), "store"),
-                        *("recover", "--data-dir", str(root / "data")),
+                        str(Path(sys.executable).with_name("veneer-server")),
+                        "store",
+                        "recover",
+                        "--data-dir",
+                        str(root / "data"),
                     ],
                     capture_output=True,
                     text=True,

@@ -23,8 +23,6 @@ from tests.server_harness import read_files, refusal, request, upload_messages
 from tests.tiny_llama import VOCABULARY, make_lora
 from tests.torture.churn_record import Attempt, Churn, Content, Traffic
 
-__all__ = ["churn"]
-
 ALIAS = "live"
 CHANGERS = 3
 """Concurrent changes, each of another name."""

@@ -10,8 +10,6 @@ from typing import Final
 
 from tests.tiny_llama import SHAPES
 
-__all__ = ["Attempt", "Churn", "Content", "Ledger", "Span", "Traffic"]
-
 FOREVER: Final = float("inf")
 
 

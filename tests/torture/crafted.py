@@ -14,8 +14,6 @@ from veneer_registry.adapter import PROJECTIONS
 from tests.torture.mutations import STRANGE
 from tests.unit.registry.kit import bundle_files, make_adapter, make_tensors, raw_file
 
-__all__ = ["CONFIG", "TEMPLATE", "TRAINING", "WEIGHTS", "Files", "bombs", "crafted"]
-
 Files = dict[str, bytes]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -24,8 +24,6 @@ from typing import Final
 
 from tests.torture.syscalls import Call
 
-__all__ = ["Choice", "Disk", "Keep"]
-
 SECTOR: Final = 512
 
 

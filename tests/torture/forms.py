@@ -17,8 +17,6 @@ from veneer_server.backends.native.forms import AMX, FORMS
 from tests.backends_ran import asked, native_possible
 from tests.places import cache_dir
 
-__all__ = ["NATIVE", "TORCH", "Form", "forms"]
-
 
 @dataclass(frozen=True, slots=True)
 class Form:

@@ -22,8 +22,6 @@ from veneer_proto.v1 import adapters_pb2
 
 from tests.server_harness import Server, request
 
-__all__ = ["Freed", "Phase", "measure"]
-
 ENDLESS = {"max_tokens": 7000, "ignore_eos": True}
 LONG_PROMPT = 1000
 """Tokens that take more than a second to prefill and still fit the context with the output."""

@@ -25,8 +25,6 @@ from tests.torture.row import Outcome, Scale
 from tests.torture.syscalls import ROOT
 from tests.unit.registry.kit import push
 
-__all__ = ["torture"]
-
 SIZE = 2 << 20
 
 

@@ -22,8 +22,6 @@ from veneer_server.step.arrays import StepArrays, finite_rows
 
 from tests.tiny_llama import LAYERS, VOCABULARY
 
-__all__ = ["BASE", "HashBackend", "expected_tokens", "identity_of_folder"]
-
 BASE: Final = hashlib.sha256(b"base").digest()
 _SPECIAL: Final = 3
 """Token ids below this are special and never generated."""

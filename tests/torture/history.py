@@ -13,24 +13,14 @@ import os
 import random
 import sqlite3
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from veneer_registry.registry import Registry
 
 from tests.unit.registry.kit import BASE, announce, bundle_files, make_adapter, push
-
-__all__ = [
-    "BROKEN_OFF",
-    "CONTENTS",
-    "PLANTED",
-    "Promise",
-    "break_off",
-    "make_contents",
-    "open_registry",
-    "resume",
-]
 
 CONTENTS = 5
 """Number of adapters with different content."""
@@ -151,22 +141,29 @@ def no_fsync_of(kind: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def careless_sqlite() -> Iterator[None]:
-    """A planted bug: ``synchronous=OFF``, so that a commit is not durable."""
+def other_sqlite(words: Mapping[str, str]) -> Iterator[None]:
+    """A planted bug: SQLite gets other words than the product's."""
     real = sqlite3.connect
 
-    class Careless(sqlite3.Connection):
+    class Other(sqlite3.Connection):
         def execute(self, sql: str, *rest: Any) -> sqlite3.Cursor:
-            return super().execute(sql.replace("synchronous=FULL", "synchronous=OFF"), *rest)
+            for old, new in words.items():
+                sql = sql.replace(old, new)
+            return super().execute(sql, *rest)
 
     def connect(*args: Any, **kwargs: Any) -> sqlite3.Connection:
-        return real(*args, factory=Careless, **kwargs)
+        return real(*args, factory=Other, **kwargs)
 
     sqlite3.connect = connect
     try:
         yield
     finally:
         sqlite3.connect = real
+
+
+def careless_sqlite() -> AbstractContextManager[None]:
+    """A planted bug: a commit is not durable."""
+    return other_sqlite({"synchronous=FULL": "synchronous=OFF"})
 
 
 PLANTED = {

@@ -44,8 +44,6 @@ from veneer_server.wire.messages import (
 
 from tests.torture.forms import TORCH, Form
 
-__all__ = ["InProcess", "in_process"]
-
 STOP_SECONDS = 30
 
 

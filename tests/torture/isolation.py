@@ -16,8 +16,6 @@ from typing import Protocol
 from tests.torture.churn_record import Attempt, Churn, Content
 from tests.torture.hash_backend import BASE, expected_tokens, identity_of_folder
 
-__all__ = ["Case", "HashReference", "Reference", "failures_of", "outcomes"]
-
 EXPLAINED = {"ADAPTER_IN_USE", "ADAPTER_PINNED", "ADAPTER_EVICTED", "ADAPTER_BUDGET_EXCEEDED"}
 """Errors that an operator's call may get while others evict and pin."""
 EXPLAINED_MOVES = {"alias: ADAPTER_NOT_FOUND", "rollback: ADAPTER_NOT_FOUND"}

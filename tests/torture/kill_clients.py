@@ -24,8 +24,6 @@ from veneer_registry.lora_config import CONFIG_FILE
 from tests.torture.ledger import Name
 from tests.unit.server.rpc.front_harness import make_adapter
 
-__all__ = ["Client", "Content", "Killed", "make_contents"]
-
 CHUNK: Final = 6000
 """Bytes per message: an adapter takes several, so that kills can fall between them."""
 TIMEOUT_S: Final = 20.0

@@ -28,7 +28,7 @@ import psutil
 import uvloop
 from veneer_registry.catalog import Catalog
 from veneer_registry.changes import Change
-from veneer_registry.format import read_adapter
+from veneer_registry.format import read_upload
 from veneer_registry.rows import SERVER, Who
 from veneer_registry.store import Store
 from veneer_server.app import App
@@ -37,8 +37,6 @@ from veneer_server.engine_client.resident_set import Resident
 from veneer_server.serving.housekeeping import Housekeeping
 
 from tests.unit.server.rpc.fake_engine import FakeEngine
-
-__all__ = ["PLANTED", "RETAIN"]
 
 RETAIN = 1
 """Superseded revisions that a name keeps."""
@@ -179,7 +177,7 @@ async def serve(base: str, cache: str, data: Path) -> None:
         told = {"ready": time.perf_counter() - began, "cpu": time.process_time()}
         print(json.dumps({**told, "grpc": ports["grpc"]}), flush=True)
 
-    app = App(config, ready, RestoringEngine, read=read_adapter)  # type: ignore[arg-type]
+    app = App(config, ready, RestoringEngine, read=read_upload)  # type: ignore[arg-type]
     await app.run()
 
 

@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-__all__ = ["Alias", "Name", "View"]
-
 View = Mapping[str, Any]
 """A caller's view of a name: kept contents, newest first; the current one; labels by content;
 targets by alias; retention."""

@@ -13,8 +13,6 @@ from veneer_server.adapters.reading import read_run
 from veneer_server.step.layout import Layout
 from veneer_server.wire.messages import AdapterSource
 
-__all__ = ["load_here"]
-
 
 def load_here(
     source: AdapterSource, shapes: Mapping[Any, tuple[int, int]], layers: int

@@ -16,10 +16,15 @@ import pytest
 from veneer_registry.errors import AdapterBudgetExceeded, AdapterInUse, AdapterPinned
 from veneer_server.engine import integrity
 from veneer_server.engine.residency.residency import Residency
-from veneer_server.engine.residency.tiers import TIERS, Action, Drop, Load, MemoryTier, Plan
+from veneer_server.engine.residency.tiers import (
+    TIERS,
+    Action,
+    Drop,
+    Load,
+    MemoryTier,
+    ResidencyPlan,
+)
 from veneer_server.wire.messages import AdapterSource
-
-__all__ = ["Memory", "Request"]
 
 ROUNDS: Final = 4
 """Plannings after which the oldest waiting request has its adapter if nothing is held, plus the
@@ -152,7 +157,7 @@ class Memory:
             self.fail(digest)
             self.seen["impossible"] += 1
 
-    def _check_order(self, plan: Plan, wants: list[str], overdue: str | None) -> None:
+    def _check_order(self, plan: ResidencyPlan, wants: list[str], overdue: str | None) -> None:
         """Check that a waiting request loses its copy only to requests before it."""
         for drops, action in _with_drops(plan.actions):
             digest = (

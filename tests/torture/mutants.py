@@ -27,8 +27,6 @@ from tests.torture.crafted import CONFIG, TRAINING, WEIGHTS, Files, bombs, craft
 from tests.torture.mutations import mutate_bytes, mutate_json
 from tests.unit.registry.kit import BASE, SHAPES, announce, raw_file, send
 
-__all__ = ["LIMIT", "PLANTED"]
-
 LIMIT = 32 << 20
 """`max_adapter_bytes` of the registry here."""
 ALLOWED = ("INVALID_ARGUMENT", "FAILED_PRECONDITION", "RESOURCE_EXHAUSTED")

@@ -32,8 +32,6 @@ from tests.torture.loading import load_here
 from tests.torture.row import Control, Outcome, Scale
 from tests.torture.tiny_engine import ask, tiny_engine
 
-__all__ = ["control", "torture"]
-
 Load = Callable[[AdapterSource], HostCopy]
 WORKERS = ("adapter-load", "adapter-map")
 """Names of the engine's loading threads."""

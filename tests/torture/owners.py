@@ -20,8 +20,6 @@ from pathlib import Path
 from veneer_registry.errors import StoreLocked
 from veneer_registry.lock import OwnerLock
 
-__all__ = ["PLANTED"]
-
 
 @contextlib.contextmanager
 def shared_lock() -> Iterator[None]:

@@ -18,8 +18,6 @@ from tests.places import REPOSITORY
 from tests.tiny_llama import VOCABULARY, make_tiny_llama
 from tests.torture.row import Scale
 
-__all__ = ["Matrix", "bundled_matrix", "tiny_matrix"]
-
 
 @dataclass(frozen=True, slots=True)
 class Matrix:

@@ -13,8 +13,6 @@ from transformers import AutoModelForCausalLM
 from tests.torture.churn_record import Content
 from tests.torture.isolation import Case
 
-__all__ = ["BOUND", "MARGIN", "PeftReference", "each_adapter", "teacher_forced"]
-
 BOUND = 1e-4
 """Bound on the difference of a log-probability (natural logarithm), with float32 on both sides:
 only the order of sums differs."""

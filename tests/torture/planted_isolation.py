@@ -30,16 +30,6 @@ from veneer_server.wire.messages import AdapterSource
 
 from tests.planted import planted
 
-__all__ = [
-    "PLANTED",
-    "Planted",
-    "not_exact",
-    "one_adapter_scaled",
-    "prefixes_by_name",
-    "prefixes_without_scope",
-    "two_exchanged",
-]
-
 
 def _name(source: AdapterSource) -> str:
     return source.name.partition("@")[0]

@@ -16,8 +16,6 @@ from unittest.mock import patch
 from tests import server_harness
 from tests.other_engine import engine_of
 
-__all__ = ["planted_server"]
-
 _ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -54,8 +54,6 @@ from veneer_registry.weights import WEIGHTS_FILE
 from tests.torture.ledger import Name
 from tests.unit.registry.kit import BASE, announce, bundle_files, make_adapter, make_tensors
 
-__all__ = ["CONTENTS", "NAMES", "RegistryRules", "contents"]
-
 RETAIN: Final = 1
 WEIGHTS: Final = 5
 """Contents with different weights; two more have the weights of the first two and a

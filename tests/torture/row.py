@@ -30,8 +30,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-__all__ = ["Control", "Outcome", "RowModule", "Scale"]
-
 _T = TypeVar("_T")
 
 

@@ -22,9 +22,9 @@ from veneer_registry.errors import VeneerError
 from veneer_registry.registry import Registry
 from veneer_registry.shared import mirror
 from veneer_registry.shared.catalog import PostgresCatalog
+from veneer_registry.shared.locations import SharedLocations
 from veneer_registry.shared.objects import Objects
-from veneer_registry.shared.places import SharedPlaces
-from veneer_registry.shared.postgres import Address
+from veneer_registry.shared.postgres import PostgresAddress
 
 from tests.unit.registry.kit import BASE, push
 
@@ -39,11 +39,11 @@ PLANTED = (
 )
 
 
-def places(given: dict[str, Any], data: Path) -> SharedPlaces:
+def places(given: dict[str, Any], data: Path) -> SharedLocations:
     """Those that the worker was given."""
     objects = Objects(given["store"], endpoint_url=given["endpoint"], key="test", secret="test")
-    address = Address(given["catalog"], Path(given["password_file"]), given["schema"])
-    return SharedPlaces(data, address, objects, cache_bytes=1 << 30)
+    address = PostgresAddress(given["catalog"], Path(given["password_file"]), given["schema"])
+    return SharedLocations(data, address, objects, cache_bytes=1 << 30)
 
 
 @contextmanager

@@ -27,8 +27,6 @@ from tests.torture.registry_rules import (
     contents,
 )
 
-__all__ = ["StoreAndMemory"]
-
 SIZE = 64
 """Bytes of the smallest adapter in memory; the largest has five times as many."""
 BUDGETS = st.sampled_from([5 * SIZE, 7 * SIZE, 12 * SIZE])

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-__all__ = ["Call", "missing_strace", "trace"]
-
 SEEN: Final = (
     "openat,close,lseek,write,pwrite64,writev,pwritev,pwritev2,copy_file_range,sendfile,"
     "ftruncate,truncate,fallocate,fsync,fdatasync,sync_file_range,rename,renameat,renameat2,"

@@ -20,8 +20,6 @@ from veneer_server.access.edit_keys import add_key
 from tests import server_harness
 from tests.server_harness import Refusal, Stream, refusal
 
-__all__ = ["Call", "call", "edited_server", "make_keys"]
-
 
 def make_keys(file: Path, *tenants: str) -> dict[str, Any]:
     """Write a keys file. Returns the metadata of calls, by tenant."""

@@ -13,8 +13,6 @@ from tests.engine_harness import EngineHarness, engine
 from tests.tiny_llama import make_tiny_llama
 from tests.torture.forms import TORCH, Form
 
-__all__ = ["ask", "tiny_engine"]
-
 
 @contextmanager
 def tiny_engine(work: Path, form: Form = TORCH) -> Iterator[EngineHarness]:

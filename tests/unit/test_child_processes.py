@@ -15,41 +15,60 @@ from pathlib import Path
 
 import pytest
 from veneer_client.local import LocalServer
-from veneer_labs import one_run
 from veneer_loadtest import setup
-from veneer_loadtest.load.generator import Worker
-from veneer_peers import vllm
-from veneer_peers.errors import PeerError
-from veneer_peers.peft import PeftPeerProcess
+from veneer_loadtest.errors import PeerError
+from veneer_loadtest.load.generator import LoadWorker
+from veneer_loadtest.peers import vllm
+from veneer_loadtest.peers.peft import PeftPeerProcess
 from veneer_registry.errors import Aborted, EngineFailed, InvalidField, ServerUnreachable
-from veneer_server.adapters.loader_process import Setup
+from veneer_server.adapters.loader_process import LoaderSetup
 from veneer_server.adapters.loaders import Loader
 from veneer_server.config import load_config
 from veneer_server.constraints import frames as constraints
-from veneer_server.constraints.family import Family
-from veneer_server.engine_client.connection import Connection
+from veneer_server.constraints.family import MatcherFamily
+from veneer_server.engine_client.connection import EngineConnection
 from veneer_server.models import source
 from veneer_server.models.source import BaseUnavailable
 from veneer_server.operate.doctor import backends
 from veneer_server.system import machine
-from veneer_server.text.templates.renderer import Renderer
+from veneer_server.text.template_renderer import Renderer
 from veneer_server.wire.messages import ConstraintLimits, EngineConfig
 from veneer_train.checks import passes
+from veneer_train.labs import one_run
 from veneer_train.llama_cpp.import_ import import_file
 from veneer_train.sandbox import run_python
 
 from tests.places import REPOSITORY
 from tests.unit.registry.kit import SHAPES
 
-PACKAGES = (
-    *("adapters_registry", "clients", "labs", "loadtest", "peers", "proto", "server"),
-    "training",
-)
+PACKAGES = ("adapters_registry", "clients", "loadtest", "proto", "server", "training")
 NAMES = (
-    *("accelerate", "bitsandbytes", "gguf", "grpc", "jinja2", "llguidance", "msgspec", "numpy"),
-    *("peft", "pip", "prometheus_client", "psutil", "safetensors", "tokenizers", "torch"),
-    *("transformers", "typer", "uvloop", "yaml", "veneer_registry", "veneer_server"),
-    *("asyncio", "json", "logging", "socket", "typing"),
+    "accelerate",
+    "bitsandbytes",
+    "gguf",
+    "grpc",
+    "jinja2",
+    "llguidance",
+    "msgspec",
+    "numpy",
+    "peft",
+    "pip",
+    "prometheus_client",
+    "psutil",
+    "safetensors",
+    "tokenizers",
+    "torch",
+    "transformers",
+    "typer",
+    "uvloop",
+    "yaml",
+    "veneer_registry",
+    "veneer_server",
+    "asyncio",
+    "json",
+    "logging",
+    "socket",
+    "typing",
 )
 
 Ran = Callable[[], list[str]]
@@ -87,12 +106,12 @@ async def test_the_engine(traps: Ran, tmp_path: Path) -> None:
         kv_cache_bytes=1 << 20,
     )
     with pytest.raises(EngineFailed):
-        await Connection.open(config)
+        await EngineConnection.open(config)
     assert traps() == []
 
 
 def test_the_reader_of_adapters(traps: Ran) -> None:
-    loader = Loader(Setup(dict(SHAPES), 2, "float32"))
+    loader = Loader(LoaderSetup(dict(SHAPES), 2, "float32"))
     loader.start()
     assert loader.end() == "status 0"
     assert traps() == []
@@ -106,10 +125,12 @@ async def test_the_template_processes(traps: Ran) -> None:
 
 
 def test_the_processes_of_constraints(traps: Ran) -> None:
-    family = Family(constraints.Setup("no tokenizer", 2, [0], ConstraintLimits()))
+    family = MatcherFamily(
+        constraints.MatchingSetup("no tokenizer", 2, [0], ConstraintLimits())
+    )
     family.start()
     select.select([family.control], [], [])
-    assert isinstance(ready := family.receive(), constraints.Ready)
+    assert isinstance(ready := family.receive(), constraints.ParentReady)
     assert ready.error, "it came as far as reading the tokenizer"
     family.end()
     assert traps() == []
@@ -171,7 +192,7 @@ def test_a_local_server(traps: Ran, tmp_path: Path) -> None:
 
 
 async def test_a_worker_of_the_load_generator(traps: Ran) -> None:
-    async with Worker(0):
+    async with LoadWorker(0):
         pass
     assert traps() == []
 

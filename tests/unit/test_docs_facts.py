@@ -26,6 +26,7 @@ from veneer_proto.v1 import inference_pb2
 from veneer_registry.errors import InvalidField
 from veneer_server.follower.follower import Follower
 from veneer_server.models.config import SUPPORTED
+from veneer_server.openai.extensions import Ignored, Unknown
 from veneer_server.openai.fields import (
     IGNORED,
     REFUSED,
@@ -34,6 +35,8 @@ from veneer_server.openai.fields import (
     parse_fields,
 )
 from veneer_server.openai.http.cors import Cors
+from veneer_server.openai.messages import MessageFields
+from veneer_server.openai.responses import ResponseFields
 from veneer_server.openai.routes import Edge
 from veneer_server.quotas.usage import UsageBook
 from veneer_server.telemetry.metrics import Metrics
@@ -48,7 +51,7 @@ from tests.unit.client.fake_server import FakeServer
 
 DOCS = REPOSITORY / "docs"
 PICTURE = DOCS / "terminal.svg"
-PACKAGES = ("adapters_registry", "clients", "server", "training", "loadtest", "labs", "peers")
+PACKAGES = ("adapters_registry", "clients", "server", "training", "loadtest")
 CODE = re.compile(r"`([^`]+)`")
 PARENTHESIS = re.compile(r"\([^()]*\)")
 
@@ -103,7 +106,7 @@ def of_the_server(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, frozenset[
 
     monkeypatch.setattr(CollectorRegistry, "register", keep)
     metrics = Metrics()
-    core = SimpleNamespace(audit=None, quotas=None, pace=None, metrics=metrics)
+    core = SimpleNamespace(gate=None, metrics=metrics)
     Edge(cast("Any", None), cast("Any", core), cast("Any", None), cast("Any", None))
     book = cast("UsageBook", SimpleNamespace(totals={}, stored={}))
     followers = FollowerSeries()
@@ -180,19 +183,10 @@ BOUNDS = [
     ("monitoring.md", "At most 512 names", "telemetry.vllm_names.MAX_ROUTED"),
     ("adapters-by-uri.md", "at most 5, are checked", "adapters.fetching.web.MOST_REDIRECTS"),
     ("adapters-by-uri.md", "30 names tried in a minute",
-     "serving.transfer.resolving.MOST_A_MINUTE"),
-    ("openai.md", "has at most 4 MiB", "openai.http.asgi.MAX_BODY"),
-    ("openai.md", "may hold 64 MiB", "openai.http.asgi.MAX_BODIES"),
-    ("openai.md", "first 64 KiB each", "openai.http.body.LONG_BODY"),
-    ("openai.md", "32 MiB beyond those", "openai.http.asgi.MAX_LONG_BODIES"),
-    ("openai.md", "131,072 values", "openai.http.body.MAX_NODES"),
-    ("openai.md", "524,288 commas", "openai.http.body.MAX_ITEMS"),
-    ("openai.md", "200 levels of nesting", "openai.http.body.MAX_DEPTH"),
-    ("openai.md", "a chat 4,096 messages", "serving.checks.MAX_MESSAGES"),
-    ("openai.md", "a completion 128 prompts", "openai.fields.MAX_PROMPTS"),
+     "serving.registering.MOST_A_MINUTE"),
     ("openai.md", "a `top_logprobs` of at most 20", "serving.checks.MAX_TOP_LOGPROBS"),
-    ("openai.md", "at most 16 KiB", "text.templates.options.MAX_KWARGS"),
-    ("adapters.md", "At most eight uploads", "serving.adapters.upload_places.MAX_AT_ONCE"),
+    ("openai.md", "at most 16 KiB", "text.turns.MAX_KWARGS"),
+    ("adapters.md", "At most eight uploads", "serving.uploads.MAX_AT_ONCE"),
     ("adapters.md", "received at 8 MiB/s", "queues.upload_flow.BYTES_A_SECOND"),
     ("security.md", "16 KiB a minute of each", "access.audit.CALLER_BYTES"),
     ("security.md", "are rotated at 64 MiB", "access.audit.MOST_BYTES"),
@@ -201,10 +195,10 @@ BOUNDS = [
     ("security.md", "for 2 s they have", "queues.connection_places.STALLED_S"),
     ("security.md", "sent less than 8 KiB", "queues.connection_places.PROGRESS"),
     ("security.md", "from -100 to 100", "queues.fairness.MAX_PRIORITY"),
-    ("scale.md", "UNAVAILABLE after 15 s", "rpc.followers.asking.AWAY_S"),
+    ("scale.md", "UNAVAILABLE after 15 s", "rpc.replication_service.AWAY_S"),
     ("scale.md", "answers 256 calls of followers", "rpc.open_calls.MAX_OTHER_CALLS"),
     ("scale.md", "counts for 5 s after", "replication.states.LEASE_S"),
-    ("openai.md", "one to 8 calls", "serving.tools.schema.MAX_FORCED_CALLS"),
+    ("openai.md", "one to 8 calls", "serving.tool_use.MAX_FORCED_CALLS"),
 ]
 # fmt: on
 NUMBER = re.compile(r"(\d[\d,]*)(?: (KiB|MiB))?")
@@ -386,25 +380,33 @@ def bullet(words: str) -> set[str]:
 def test_the_page_s_lists_of_fields_are_those_of_the_code() -> None:
     assert bullet("**Refused**") == {*REFUSED}
     assert bullet("**Ignored**") == {*IGNORED}
-    served = {*ChatFields.model_fields, *CompletionFields.model_fields}
+    kinds = (ChatFields, CompletionFields, ResponseFields, MessageFields)
+    served = {name for kind in kinds for name in kind.model_fields}
     text = (DOCS / "openai.md").read_text("utf-8")
     missing = [name for name in served if not re.search(rf"\b{name}\b", text)]
     assert missing == []
 
 
 @pytest.mark.parametrize("field", ["nonsense", "max_token", "sufix"])
-def test_an_unknown_field_is_refused_unless_it_is_empty(field: str) -> None:
+def test_an_unknown_field_is_treated_as_the_flag_says(field: str) -> None:
     """As openai.md says: in the request, and in a message."""
     message: dict[str, Any] = {"role": "user", "content": "Hi"}
+
+    def ask(unknown: Unknown, value: object) -> str:
+        ignored = Ignored(unknown)
+        parse_fields(ChatFields, {"model": "m", "messages": [message], field: value}, ignored)
+        body = {"model": "m", "messages": [{**message, field: value}]}
+        parse_fields(ChatFields, body, ignored)
+        return ignored.header
+
     for empty in (None, [], {}, ""):
-        parse_fields(ChatFields, {"model": "m", "messages": [message], field: empty})
-        parse_fields(ChatFields, {"model": "m", "messages": [{**message, field: empty}]})
-    for body in (
-        {"model": "m", "messages": [message], field: 1},
-        {"model": "m", "messages": [{**message, field: 1}]},
-    ):
+        assert ask("refuse", empty) == ""
+    assert ask("ignore", 1) == ""
+    if field == "nonsense":
+        assert ask("warn", 1) == "nonsense, messages[].nonsense"
+    for unknown in ("refuse",) if field == "nonsense" else ("refuse", "warn"):
         with pytest.raises(InvalidField) as caught:
-            parse_fields(ChatFields, body)
+            ask(cast("Unknown", unknown), 1)
         assert str(caught.value.metadata["field"]).endswith(field)
 
 

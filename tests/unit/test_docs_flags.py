@@ -36,7 +36,7 @@ APART = re.compile(r"[;&|()]")
 """What stands between two commands of a line."""
 FLAG = re.compile(r"^(?P<flag>--?[a-z][\w-]*)")
 OTHERS = {"--kernels", "--only", "--rehearse", "--show", "--steps"}
-"""Of ``tests.gpu``, ``veneer_labs.answers`` and the example in examples/train_and_swap."""
+"""Of ``tests.gpu``, ``veneer_train.labs.answers`` and examples/train_and_swap."""
 
 
 @cache

@@ -20,8 +20,14 @@ PATHS = re.compile(r"(?<![\w./<-])(?:tests|examples|deploy|server/veneer_server)
 DOCS = REPOSITORY / "docs"
 PICTURE = DOCS / "terminal.svg"
 SOURCES = (
-    *("adapters_registry", "clients", "deploy", "labs", "loadtest", "peers", "proto"),
-    *("server", "tests", "training"),
+    "adapters_registry",
+    "clients",
+    "deploy",
+    "loadtest",
+    "proto",
+    "server",
+    "tests",
+    "training",
 )
 FILE = re.compile(r"[\w./-]+\.(?:py|h|cpp|proto|yml)")
 PAGE = re.compile(r"\bdocs/[\w/-]+\.md\b")

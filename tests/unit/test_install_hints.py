@@ -20,7 +20,7 @@ from veneer_server.backends.native.forms import PLATFORM
 
 from tests.places import REPOSITORY
 
-OURS = {"veneer", "veneer-labs", "veneer-peers"}
+OURS = {"veneer"}
 INSTALL = re.compile(r"\b(?:pip3?|uv) install +([^\n`;|&]+)|(\bveneer\[[\w, -]+\])")
 WORD = re.compile(r"'[^'\n]*'|\"[^\"\n]*\"|[^\s'\"]+")
 NAMED = re.compile(r"(?P<what>.*?)(?:\[(?P<extras>[\w, -]+)\])?")
@@ -46,8 +46,8 @@ def texts() -> Iterator[tuple[str, str]]:
         check=True,
     )
     for name in listed.stdout.splitlines():
-        # Tests expect hints; projects name each other as dependencies.
-        if not name.startswith("tests/unit/") and not name.endswith("pyproject.toml"):
+        # Tests expect hints; extras name each other.
+        if not name.startswith("tests/unit/") and name != "pyproject.toml":
             yield name, (REPOSITORY / name).read_text("utf-8")
 
 
@@ -98,9 +98,8 @@ def wrong(text: str) -> list[str]:
         ("pip install 'veneer[server]'", "veneer[server]: on no package index"),
         ("RUN pip install --no-cache-dir veneer==0.1.0", "veneer==0.1.0: on no package index"),
         ("install\nveneer[remote] there", "veneer[remote]: on no package index"),
-        ("`pip install ./labs veneer-peers`", "veneer-peers: on no package index"),
+        ("`pip install ./clients`", "./clients: no such project"),
         ("pip install '.[serve]'", ".[serve]: no extra serve"),
-        ("pip install ./lab", "./lab: no such project"),
         (
             "pip install 'dist/veneer-0.1.0-py3-none-linux_x86_64.whl[server]'",
             "veneer-0.1.0-py3-none-linux_x86_64.whl[server]: the wheels are",

@@ -12,8 +12,8 @@ from veneer_client.cli.words import in_cli_words
 from veneer_proto.v1 import adapters_pb2, inference_pb2, server_pb2
 from veneer_registry.adapter import Tier
 from veneer_registry.interface_words import Translation
+from veneer_server.openai.errors import in_openai_words
 from veneer_server.openai.fields import ChatFields, CompletionFields
-from veneer_server.openai.words import in_openai_words
 
 
 @pytest.mark.parametrize("words", [in_cli_words, in_openai_words])
@@ -61,8 +61,11 @@ def _contract() -> set[str]:
 
 def test_every_option_of_a_generation_has_its_name_at_each_door() -> None:
     unserved = {
-        *("stopping.ignore_eos", "output.echo", "output.prompt_logprobs"),
-        *("template.kwargs", "template.add_generation_prompt"),
+        "stopping.ignore_eos",
+        "output.echo",
+        "output.prompt_logprobs",
+        "template.kwargs",
+        "template.add_generation_prompt",
         "template.continue_final_message",
     }
     assert _contract() - in_cli_words.words.keys() == unserved

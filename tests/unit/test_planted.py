@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import pytest
 from veneer_server.engine.scheduling import pace, prefix_cache
-from veneer_server.engine.scheduling.pace import Pace
+from veneer_server.engine.scheduling.pace import StepPace
 
 from tests.planted import planted
 from tests.torture import at_rest_worker, planted_isolation
@@ -29,7 +29,7 @@ def test_what_has_been_imported_runs_what_is_planted_until_the_end() -> None:
 
 
 def test_a_method_and_an_error_within() -> None:
-    made = Pace(8)
+    made = StepPace(8)
     made.observe(8, 1.0)
     with suppress(KeyError), planted(pace, "_MARGIN * tokens", "2 * tokens"):
         assert made.seconds(8) == 2.0

@@ -19,7 +19,7 @@ from typer.main import get_command
 from veneer_client.cli.main import cli as veneer
 from veneer_loadtest.cli import cli as loadtest
 from veneer_loadtest.simulation.command import cli as simulator
-from veneer_registry.command_line import Command, Group, Program
+from veneer_registry.command_line import Command, CommandGroup, Program
 from veneer_server.__main__ import cli as server
 from veneer_train.cli import app as train
 
@@ -79,7 +79,7 @@ def test_a_wide_terminal_is_used(program: str) -> None:
 def test_all_help_has_the_same_look(program: str) -> None:
     for path, command in commands(program):
         text = page(program, path, 80)
-        assert isinstance(command, Command | Group), path
+        assert isinstance(command, Command | CommandGroup), path
         assert text.startswith(f"Usage: {' '.join((program, *path))} "), path
         assert not set(text) & set("╭│╰"), path
         heads = [line for line in text.splitlines() if line.endswith(":") and line[0] != " "]

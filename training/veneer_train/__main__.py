@@ -6,8 +6,6 @@ from collections.abc import Callable
 
 from veneer_registry.extras import run_with_extra
 
-__all__ = ["main"]
-
 
 def _find() -> Callable[[], None]:
     from veneer_train.cli import main as program

@@ -11,8 +11,6 @@ from veneer_registry.bundled_base import BUNDLED, CACHE_DIR, CACHE_VARIABLE, bun
 from veneer_registry.errors import InvalidField
 from veneer_registry.terminal import Guard
 
-__all__ = ["progress_bar", "resolve_base"]
-
 _FIX: Final = (
     f"give a Hugging Face folder, a hub name or {BUNDLED} as model.path or with --base"
 )

@@ -8,15 +8,13 @@ from typing import Final
 
 import torch
 
-from veneer_train.data import IGNORE, PAD, Sample
-
-__all__ = ["Order", "Packed", "collate", "collate_packed", "pack"]
+from veneer_train.data import IGNORE, PAD, TrainingSample
 
 _BUCKET: Final = 32
 """Batches per chunk of samples that is sorted by length: lengths are close within a batch, but
 batches still differ from epoch to epoch."""
 
-Packed = tuple[Sample, ...]
+Packed = tuple[TrainingSample, ...]
 """Samples that share a row, one after another."""
 
 
@@ -64,12 +62,12 @@ class Order(torch.utils.data.Sampler[int]):
         return iter([index for batch in (*whole, *rest) for index in batch])
 
 
-def pack(samples: Sequence[Sample], room: int) -> list[Packed]:
+def pack(samples: Sequence[TrainingSample], room: int) -> list[Packed]:
     """Rows of at most ``room`` tokens, by first-fit decreasing.
 
     A sample is never cut: one with more than ``room`` tokens gets its own row.
     """
-    rows: list[list[Sample]] = []
+    rows: list[list[TrainingSample]] = []
     left: list[int] = []
     for sample in sorted(samples, key=lambda s: (-len(s.input_ids), s.line)):
         size = len(sample.input_ids)
@@ -83,7 +81,7 @@ def pack(samples: Sequence[Sample], room: int) -> list[Packed]:
     return [tuple(row) for row in rows]
 
 
-def collate(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+def collate(samples: Sequence[TrainingSample]) -> dict[str, torch.Tensor]:
     """One batch, padded on the right to its longest sample and masked by length.
 
     Returns:

@@ -24,15 +24,6 @@ from veneer_registry.disk import sync
 from veneer_registry.errors import DiskFull, InvalidField, VeneerError
 from veneer_registry.replacing import replace_file
 
-__all__ = [
-    "Checkpoint",
-    "CheckpointFailed",
-    "Checkpoints",
-    "differences",
-    "disk_errors",
-    "last_step",
-]
-
 RECORD: Final = "veneer_checkpoint.json"
 _PREFIX: Final = "checkpoint-"
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
@@ -46,7 +37,7 @@ class CheckpointFailed(VeneerError):
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
+class TrainerCheckpoint:
     """A valid checkpoint.
 
     Attributes:
@@ -72,7 +63,7 @@ class Checkpoints:
         self._identity = json.loads(json.dumps(identity))
         self._keep = keep
 
-    def newest(self) -> Checkpoint | None:
+    def newest(self) -> TrainerCheckpoint | None:
         """The newest valid checkpoint; incomplete ones are removed.
 
         Raises:
@@ -90,7 +81,7 @@ class Checkpoints:
                     "output.dir",
                     metadata={"field": different[0], "cause": "another_run"},
                 )
-            return Checkpoint(folder, record["step"], record["facts"])
+            return TrainerCheckpoint(folder, record["step"], record["facts"])
         return None
 
     @contextlib.contextmanager

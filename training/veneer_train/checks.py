@@ -38,8 +38,6 @@ from veneer_registry.errors import InvalidField
 
 from veneer_train import sandbox, sandboxed, sql_rows
 
-__all__ = ["Score", "code_of", "passes", "require_sandbox", "score", "statement_of", "validate"]
-
 _KINDS: Final = ("exact", "regex", "sql", "python")
 _SQL_TIMEOUT_S: Final = 20.0
 """Ends a judge that waits; one that computes is ended by its CPU limit, however busy we are."""

@@ -11,8 +11,6 @@ from veneer_registry.command_line import Program
 
 from veneer_train.commands import adapter, base, data, lab, train
 
-__all__ = ["app", "main"]
-
 _EXAMPLES = """
 Examples:
 

@@ -19,21 +19,6 @@ from veneer_registry.weights import MAX_SCALING
 
 from veneer_train.strict import apply_setting, bad_setting, build, overlay, read_yaml
 
-__all__ = [
-    "PRESETS",
-    "DataConfig",
-    "EvalConfig",
-    "LoraConfig",
-    "ModelConfig",
-    "OptimConfig",
-    "OutputConfig",
-    "QuantConfig",
-    "TrainConfig",
-    "load_config",
-    "parse_config",
-    "read_preset",
-]
-
 ALL_LINEAR: Final = "all-linear"
 
 _PRESETS_DIR: Final = Path(__file__).parent / "presets"

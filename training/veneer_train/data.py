@@ -22,8 +22,6 @@ from veneer_train.checks import validate
 from veneer_train.config import DataConfig
 from veneer_train.template import render, render_prompt, with_generation_marks
 
-__all__ = ["IGNORE", "PAD", "DataSet", "Sample", "Split", "Task", "load_file", "load_split"]
-
 IGNORE: Final = -100
 """The label that the loss ignores."""
 
@@ -53,7 +51,7 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class TrainingSample:
     """One tokenised line. ``labels[i]`` is ``input_ids[i]`` or `IGNORE`."""
 
     input_ids: tuple[int, ...]
@@ -78,7 +76,7 @@ class DataSet:
         truncated: lines cut to ``max_len``.
     """
 
-    samples: tuple[Sample, ...]
+    samples: tuple[TrainingSample, ...]
     file: str
     sha256: str
     dropped: int = 0
@@ -317,7 +315,7 @@ def _load(
             "'veneer-train data chat --out DIR' builds an example",
             metadata={"file": path.name, "cause": "unreadable"},
         ) from error
-    samples: list[Sample] = []
+    samples: list[TrainingSample] = []
     dropped = truncated = 0
     for line, value in _lines(path, raw):
         ids, labels, task = tokenise(path, line, value)
@@ -336,7 +334,7 @@ def _load(
                 )
             ids, labels = ids[: config.max_len], labels[: config.max_len]
             truncated += 1
-        sample = Sample(tuple(ids), tuple(labels), line, task)
+        sample = TrainingSample(tuple(ids), tuple(labels), line, task)
         if not sample.learned:
             cut = whole > config.max_len
             _fail(
@@ -390,7 +388,7 @@ def load_split(config: DataConfig, tokenizer: Any, template: str, seed: int) -> 
     order = list(whole.samples)
     random.Random(seed).shuffle(order)  # nosec B311 # not for secrets
 
-    def part(samples: Sequence[Sample]) -> DataSet:
+    def part(samples: Sequence[TrainingSample]) -> DataSet:
         return DataSet(tuple(samples), whole.file, whole.sha256, whole.dropped, whole.truncated)
 
     return Split(part(order[count:]), part(order[:count]))

@@ -13,8 +13,6 @@ import torch
 
 from veneer_train.config import TrainConfig
 
-__all__ = ["Estimate", "estimate"]
-
 _LOOKED_AT: Final = 64
 """Number of batches whose lengths represent all batches."""
 

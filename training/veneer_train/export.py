@@ -21,15 +21,6 @@ from veneer_registry.format import read_adapter
 
 from veneer_train.plain_json import plain_json, plain_text
 
-__all__ = [
-    "FILE_DTYPE",
-    "AdapterState",
-    "model_card",
-    "round_to_file_dtype",
-    "take",
-    "write_folder",
-]
-
 FILE_DTYPE: Final = torch.bfloat16
 _MODE: Final = 0o644
 
@@ -43,7 +34,7 @@ def round_to_file_dtype(model: Any) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterState:
+class AdapterSnapshot:
     """A copy of an adapter, so that training can continue meanwhile.
 
     Attributes:
@@ -59,7 +50,7 @@ class AdapterState:
         return bool(self.config.get("use_dora"))
 
 
-def take(model: Any, base_name: str) -> AdapterState:
+def take(model: Any, base_name: str) -> AdapterSnapshot:
     """Copy a PEFT model's adapter.
 
     Args:
@@ -76,7 +67,7 @@ def take(model: Any, base_name: str) -> AdapterState:
         key: tensor.detach().to(device="cpu", dtype=FILE_DTYPE, copy=True).contiguous()
         for key, tensor in get_peft_model_state_dict(model, adapter_name=name).items()
     }
-    return AdapterState(tensors, {key: facts[key] for key in sorted(facts)})
+    return AdapterSnapshot(tensors, {key: facts[key] for key in sorted(facts)})
 
 
 def model_card(
@@ -111,7 +102,7 @@ def model_card(
 
 def write_folder(
     out: Path,
-    adapter: AdapterState,
+    adapter: AdapterSnapshot,
     manifest: Mapping[str, Any],
     *,
     card: str,

@@ -7,15 +7,13 @@ from typing import Any
 
 from rich.text import Text
 
-from veneer_train.data import IGNORE, DataSet, Sample
-
-__all__ = ["coloured", "summary"]
+from veneer_train.data import IGNORE, DataSet, TrainingSample
 
 _LEARNED = "bold green"
 _MASKED = "dim"
 
 
-def coloured(sample: Sample, tokenizer: Any) -> Text:
+def coloured(sample: TrainingSample, tokenizer: Any) -> Text:
     """The sample as text: learned tokens green, masked ones dim.
 
     Adjacent tokens of one kind are decoded together, so that a character of several tokens

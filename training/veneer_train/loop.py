@@ -18,16 +18,15 @@ from transformers import TrainerCallback, set_seed
 from veneer_registry.adapter import BaseFingerprint
 from veneer_registry.errors import InvalidField
 
-from veneer_train.answers import measure_tasks
 from veneer_train.base_folder import resolve_base
-from veneer_train.checkpoint import Checkpoint, Checkpoints, disk_errors
+from veneer_train.checkpoint import Checkpoints, TrainerCheckpoint, disk_errors
 from veneer_train.checks import Score, require_sandbox
 from veneer_train.config import TrainConfig
 from veneer_train.data import Split, load_split
 from veneer_train.estimate import Estimate
-from veneer_train.evaluate import Evaluation, evaluate
+from veneer_train.evaluate import Evaluation, evaluate, measure_tasks
 from veneer_train.export import (
-    AdapterState,
+    AdapterSnapshot,
     model_card,
     round_to_file_dtype,
     take,
@@ -45,8 +44,6 @@ from veneer_train.model import (
 from veneer_train.push import Moment
 from veneer_train.stability import TrainingStopped
 from veneer_train.trainer import Fitted, fit, log_evaluation, main_process
-
-__all__ = ["TrainResult", "train"]
 
 
 class Doing(Protocol):
@@ -126,12 +123,12 @@ class Snapshots:
             tasks_after=after.tasks,
         )
 
-    def write_moment(self, adapter: AdapterState, folder: Path, moment: Moment) -> None:
+    def write_moment(self, adapter: AdapterSnapshot, folder: Path, moment: Moment) -> None:
         """Write the adapter as of ``moment``; called by `push.PushCallback`."""
         loss = moment.metrics.get("train_loss_last", float("nan"))
         self.write(adapter, folder, self.facts(Fitted(moment.step, moment.tokens, loss)))
 
-    def rehearse(self, adapter: AdapterState, folder: Path) -> None:
+    def rehearse(self, adapter: AdapterSnapshot, folder: Path) -> None:
         """Write the untrained adapter, check it as at the end, and remove it. An adapter that
         a server would refuse in any case, or a folder that cannot be written, must be found
         before hours of training.
@@ -145,7 +142,7 @@ class Snapshots:
             nothing = Fitted(steps=0, tokens=0, last_loss=float("nan"))
             self.write(adapter, Path(work) / folder.name, self.facts(nothing))
 
-    def write(self, adapter: AdapterState, folder: Path, facts: RunFacts) -> None:
+    def write(self, adapter: AdapterSnapshot, folder: Path, facts: RunFacts) -> None:
         """Write an adapter of this run; see `export.write_folder`."""
         manifest = build_manifest(self._config, self._split, self.base, facts)
         output = self._config.output
@@ -200,7 +197,7 @@ def _identity(
 
 def _found(
     checkpoints: Checkpoints, config: TrainConfig, *, overwrite: bool
-) -> Checkpoint | None:
+) -> TrainerCheckpoint | None:
     """The checkpoint to resume from. With ``overwrite``, removes those of another run."""
     wanted = config.output.resume
     found = None
@@ -366,7 +363,7 @@ def _fit(
     log: MetricsLog,
     device: Any,
     *,
-    resume: Checkpoint | None,
+    resume: TrainerCheckpoint | None,
     **options: Any,
 ) -> Fitted:
     """`trainer.fit`, unless the checkpoint is of the last step and nothing is left to train."""

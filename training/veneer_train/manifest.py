@@ -24,16 +24,6 @@ from veneer_train.data import DataSet, Split
 from veneer_train.evaluate import Evaluation
 from veneer_train.plain_json import finite
 
-__all__ = [
-    "FORMAT",
-    "RunFacts",
-    "build_manifest",
-    "config_facts",
-    "fingerprint",
-    "hardware",
-    "versions",
-]
-
 FORMAT: Final = 1
 _PACKAGES: Final = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "veneer")
 

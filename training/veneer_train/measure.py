@@ -15,11 +15,10 @@ from veneer_registry.errors import InvalidField
 from veneer_registry.replacing import replace_file
 from veneer_registry.training_manifest import TRAINING_FILE
 
-from veneer_train.answers import measure_tasks
 from veneer_train.checks import Score
 from veneer_train.config import DataConfig, QuantConfig
 from veneer_train.data import DataSet, load_file
-from veneer_train.evaluate import Evaluation, evaluate
+from veneer_train.evaluate import Evaluation, evaluate, measure_tasks
 from veneer_train.model import (
     load_base,
     load_tokenizer,
@@ -28,17 +27,6 @@ from veneer_train.model import (
     training_device,
 )
 from veneer_train.plain_json import finite, plain_json
-
-__all__ = [
-    "Measured",
-    "check_recordable",
-    "data_options",
-    "manifest_of",
-    "measure",
-    "quant_of",
-    "record",
-    "template_of",
-]
 
 REFERENCE: Final = "16-bit base"
 

@@ -30,19 +30,6 @@ from veneer_train.config import QuantConfig
 from veneer_train.model import DTYPES as COMPUTE_DTYPES
 from veneer_train.model import stored_quantization
 
-__all__ = [
-    "DTYPES",
-    "Divergence",
-    "Dtype",
-    "Into",
-    "Rounding",
-    "dequantized_base",
-    "divergence",
-    "linears",
-    "merge",
-    "source_base",
-]
-
 Into = Literal["dequant", "source"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 

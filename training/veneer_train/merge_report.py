@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 from veneer_registry.errors import InvalidField
 
-from veneer_train.data import Sample, load_file
+from veneer_train.data import TrainingSample, load_file
 from veneer_train.evaluate import evaluate
 from veneer_train.measure import data_options, quant_of, template_of
 from veneer_train.merge import (
@@ -28,15 +28,6 @@ from veneer_train.merge import (
 )
 from veneer_train.model import load_tokenizer
 from veneer_train.plain_json import plain_json
-
-__all__ = [
-    "MUCH_ROUNDING",
-    "REPORT_FILE",
-    "TEXTS",
-    "MergeReport",
-    "merge_and_compare",
-    "rounding_of",
-]
 
 MUCH_ROUNDING: Final = 0.1
 """Share of the delta's norm lost to rounding above which the report warns."""
@@ -149,7 +140,7 @@ def merge_and_compare(
         )
     quant = quant_of(adapter)
     tokenizer = load_tokenizer(base)
-    samples: tuple[Sample, ...] = ()
+    samples: tuple[TrainingSample, ...] = ()
     if data is not None:  # before the work, since it may be unreadable
         template = template_of(base, adapter, tokenizer)
         options = data_options(adapter, data)
@@ -183,5 +174,5 @@ def merge_and_compare(
     return report
 
 
-def _losses(name: str, model: Any, samples: Sequence[Sample]) -> dict[str, float]:
+def _losses(name: str, model: Any, samples: Sequence[TrainingSample]) -> dict[str, float]:
     return {name: evaluate(model, samples, _BATCH).loss} if samples else {}

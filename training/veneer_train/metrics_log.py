@@ -13,8 +13,6 @@ from veneer_registry.replacing import replace_file
 from veneer_train.checkpoint import disk_errors
 from veneer_train.plain_json import plain_json
 
-__all__ = ["MetricsLog", "Report", "draw_curves"]
-
 Report = Callable[[Mapping[str, Any]], None]
 """Called with each row as it is written."""
 

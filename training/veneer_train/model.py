@@ -16,17 +16,6 @@ from veneer_registry.errors import InvalidField
 
 from veneer_train.config import LoraConfig, QuantConfig
 
-__all__ = [
-    "DTYPES",
-    "add_adapter",
-    "disable_cpu_packing",
-    "load_base",
-    "load_tokenizer",
-    "read_template",
-    "stored_quantization",
-    "training_device",
-]
-
 DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 

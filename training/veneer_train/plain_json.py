@@ -12,8 +12,6 @@ import math
 from collections.abc import Mapping
 from enum import Enum
 
-__all__ = ["finite", "plain_json", "plain_text"]
-
 
 def finite(numbers: Mapping[str, float]) -> dict[str, float]:
     """The finite numbers, which are all that metrics may contain."""

@@ -17,8 +17,6 @@ from veneer_registry.errors import InvalidField
 
 from veneer_train.config import TrainConfig
 
-__all__ = ["LLAMA_65B", "Method", "Plan", "Shape", "plan", "read_shape"]
-
 Method = Literal["qlora", "lora", "full"]
 """Train an adapter on a frozen 4-bit base, one on a frozen 16-bit base, or all weights."""
 
@@ -48,7 +46,7 @@ GPU). Measured by `python -m tests.bench.plan_memory`."""
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class ModelShape:
     """The shape of a Llama-like base.
 
     Attributes:
@@ -93,13 +91,13 @@ class Shape:
         return self.linear_parameters + self.other_parameters
 
 
-LLAMA_65B: Final = Shape("LLaMA-65B", 80, 8192, 22016, 8192, 8192, 32000, tied=False)
+LLAMA_65B: Final = ModelShape("LLaMA-65B", 80, 8192, 22016, 8192, 8192, 32000, tied=False)
 """For comparison with the paper's figures: over 780 GB for full fine-tuning, under 48 GB for
 QLoRA."""
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class MemoryEstimate:
     """Bytes by purpose."""
 
     method: Method
@@ -111,7 +109,7 @@ class Plan:
         return sum(self.parts.values())
 
 
-def read_shape(folder: Path) -> Shape:
+def read_shape(folder: Path) -> ModelShape:
     """Read the shape from ``config.json``.
 
     Raises:
@@ -121,7 +119,7 @@ def read_shape(folder: Path) -> Shape:
         facts: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
         heads = facts["num_attention_heads"]
         head = facts.get("head_dim") or facts["hidden_size"] // heads
-        return Shape(
+        return ModelShape(
             name=folder.name,
             layers=facts["num_hidden_layers"],
             hidden=facts["hidden_size"],
@@ -140,12 +138,12 @@ def read_shape(folder: Path) -> Shape:
 
 
 def plan(
-    shape: Shape,
+    shape: ModelShape,
     config: TrainConfig,
     *,
     method: Method = "qlora",
     device: Literal["cpu", "cuda"] = "cpu",
-) -> Plan:
+) -> MemoryEstimate:
     """Peak bytes of a run.
 
     Args:
@@ -183,24 +181,24 @@ def plan(
     largest = max(rows * columns for rows, columns in shape.linears.values())
     # A 4-bit weight is dequantized for its GEMM.
     parts["workspace"] = largest * _DTYPE if method == "qlora" else 0
-    return Plan(method, trained, parts)
+    return MemoryEstimate(method, trained, parts)
 
 
-def _trained(shape: Shape, config: TrainConfig, method: Method) -> int:
+def _trained(shape: ModelShape, config: TrainConfig, method: Method) -> int:
     if method == "full":
         return shape.parameters
     chosen = [shape.linears[name] for name in config.lora.target_modules]
     return shape.layers * config.lora.r * sum(rows + columns for rows, columns in chosen)
 
 
-def _base_bytes(shape: Shape, config: TrainConfig, method: Method) -> int:
+def _base_bytes(shape: ModelShape, config: TrainConfig, method: Method) -> int:
     if method != "qlora":
         return shape.parameters * _DTYPE
     bits = _QUANT_BITS[config.quant.double_quant]
     return int(shape.linear_parameters * bits / 8) + shape.other_parameters * _DTYPE
 
 
-def _saved_bytes(shape: Shape, config: TrainConfig, method: Method) -> int:
+def _saved_bytes(shape: ModelShape, config: TrainConfig, method: Method) -> int:
     """Bytes that autograd saves per token and layer."""
     h, i, q, kv = shape.hidden, shape.intermediate, shape.q_out, shape.kv_out
     norms = 2 * (4 * h + 2 * h)  # two norms, each with input in fp32 and normalized input

@@ -24,12 +24,10 @@ from veneer_registry.errors import InvalidField
 from veneer_registry.training_manifest import check_base
 
 from veneer_train.config import QuantConfig
-from veneer_train.export import AdapterState, model_card, take, write_folder
+from veneer_train.export import AdapterSnapshot, model_card, take, write_folder
 from veneer_train.manifest import FORMAT, versions
 from veneer_train.manifest import fingerprint as fingerprint_of
 from veneer_train.plain_json import finite
-
-__all__ = ["Moment", "Publication", "PushCallback", "Target", "check_target", "publish"]
 
 _NICE: Final = 10
 
@@ -49,12 +47,12 @@ class Moment:
     metrics: Mapping[str, float]
 
 
-Write = Callable[[AdapterState, Path, Moment], None]
+Write = Callable[[AdapterSnapshot, Path, Moment], None]
 """Writes the folder of an adapter as of a moment."""
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class PushTarget:
     """Where to publish.
 
     Attributes:
@@ -69,7 +67,7 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
-class Publication:
+class PushOutcome:
     """Outcome of a publication.
 
     Attributes:
@@ -82,7 +80,7 @@ class Publication:
     error: str = ""
 
 
-def check_target(target: Target, base: BaseFingerprint | None) -> tuple[str, ...]:
+def check_target(target: PushTarget, base: BaseFingerprint | None) -> tuple[str, ...]:
     """Ask a server, before hours of training, whether it will accept the adapter; returns
     warnings.
 
@@ -99,10 +97,10 @@ def check_target(target: Target, base: BaseFingerprint | None) -> tuple[str, ...
         served = client.info().base_model
         client.check_push(target.name)
     spec = BaseSpec(served.name, 0, {}, BaseFingerprint(**asdict(served.fingerprint)))
-    return check_base(base, spec) if base is not None else ()
+    return check_base(base, spec)[1] if base is not None else ()
 
 
-def publish(target: Target, folder: Path, *, step: int | None = None) -> Pushed:
+def publish(target: PushTarget, folder: Path, *, step: int | None = None) -> Pushed:
     """Push a folder, replacing the name's current revision, and move the alias to it.
 
     Raises:
@@ -155,7 +153,7 @@ class PushCallback(TrainerCallback):  # type: ignore[misc]
         base_name: str = "",
         fingerprint: BaseFingerprint | None = None,
         at_end: bool = True,
-        on_publication: Callable[[Publication], None] = lambda done: None,
+        on_publication: Callable[[PushOutcome], None] = lambda done: None,
         write: Write | None = None,
     ) -> None:
         if every < 0:
@@ -163,7 +161,7 @@ class PushCallback(TrainerCallback):  # type: ignore[misc]
                 f"every={every}: use 0 (publish only at the end) or more",
                 metadata={"field": "every"},
             )
-        self._target = Target(address, name, alias)
+        self._target = PushTarget(address, name, alias)
         self._every = every
         self._base_name = base_name or (base.name if base is not None else "")
         self._folder = base
@@ -173,8 +171,8 @@ class PushCallback(TrainerCallback):  # type: ignore[misc]
         self._write = write or self._write_plain
         self._worker: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
-        self._waiting: tuple[AdapterState, Moment, Target] | None = None
-        self.publications: list[Publication] = []
+        self._waiting: tuple[AdapterSnapshot, Moment, PushTarget] | None = None
+        self.publications: list[PushOutcome] = []
 
     # ------------------------------------------------------------- Trainer's calls
 
@@ -217,7 +215,7 @@ class PushCallback(TrainerCallback):  # type: ignore[misc]
         try:
             adapter = take(peft_model(model), self._base_name)
         except Exception as error:  # training continues after any error
-            self._done(Publication(moment.step, error=f"{type(error).__name__}: {error}"))
+            self._done(PushOutcome(moment.step, error=f"{type(error).__name__}: {error}"))
             return
         with self._lock:
             self._waiting = (adapter, moment, target)
@@ -235,16 +233,16 @@ class PushCallback(TrainerCallback):  # type: ignore[misc]
                 folder = Path(scratch) / target.name
                 self._write(adapter, folder, moment)
                 pushed = publish(target, folder, step=moment.step)
-            done = Publication(moment.step, pushed.adapter.revision)
+            done = PushOutcome(moment.step, pushed.adapter.revision)
         except Exception as error:  # includes what libraries raise if the disk is full
-            done = Publication(moment.step, error=str(error) or type(error).__name__)
+            done = PushOutcome(moment.step, error=str(error) or type(error).__name__)
         self._done(done)
 
-    def _done(self, done: Publication) -> None:
+    def _done(self, done: PushOutcome) -> None:
         self.publications.append(done)
         self._told(done)
 
-    def _write_plain(self, adapter: AdapterState, folder: Path, moment: Moment) -> None:
+    def _write_plain(self, adapter: AdapterSnapshot, folder: Path, moment: Moment) -> None:
         manifest: dict[str, Any] = {
             "format": FORMAT,
             "base_name": self._base_name,

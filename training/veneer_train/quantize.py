@@ -14,8 +14,6 @@ from veneer_registry.replacing import new_folder
 from veneer_train.config import QuantConfig
 from veneer_train.model import load_base, load_tokenizer
 
-__all__ = ["Saving", "quantize"]
-
 
 @dataclass(frozen=True, slots=True)
 class Saving:

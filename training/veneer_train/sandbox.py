@@ -33,8 +33,6 @@ from veneer_registry.errors import Unimplemented
 
 from veneer_train import sandboxed
 
-__all__ = ["DESCRIPTION", "Ran", "require", "run_python"]
-
 _TIMEOUT_S: Final = 20.0
 """Ends code that waits; code that computes is ended by its CPU limit, however busy we are."""
 _RESULT_BYTES: Final = 64 << 10

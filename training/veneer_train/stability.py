@@ -9,8 +9,6 @@ from typing import ClassVar, Final
 
 from veneer_registry.errors import Aborted
 
-__all__ = ["StabilityWatch", "TrainingStopped"]
-
 _WINDOW: Final = 20
 _ENOUGH: Final = 5
 """Fewest gradient norms to compare with: few enough to cover the first steps, where a learning

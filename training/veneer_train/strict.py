@@ -18,8 +18,6 @@ import msgspec
 import yaml
 from veneer_registry.errors import InvalidField
 
-__all__ = ["apply_setting", "bad_setting", "build", "overlay", "read_yaml"]
-
 _T = TypeVar("_T")
 
 _WANTED: Final = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}

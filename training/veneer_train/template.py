@@ -18,8 +18,6 @@ from typing import Any, Final
 from transformers.utils.chat_template_utils import render_jinja_template
 from veneer_registry.errors import TemplateFailed
 
-__all__ = ["Rendered", "render", "render_prompt", "with_generation_marks"]
-
 _MARK: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 # {{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}

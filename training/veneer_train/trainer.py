@@ -14,15 +14,13 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from veneer_registry.errors import InvalidField
 
 from veneer_train.batches import Order, collate, collate_packed, pack
-from veneer_train.checkpoint import Checkpoint, Checkpoints
+from veneer_train.checkpoint import Checkpoints, TrainerCheckpoint
 from veneer_train.config import OptimConfig, TrainConfig
 from veneer_train.data import Split
 from veneer_train.estimate import Estimate, estimate
 from veneer_train.evaluate import Evaluation, evaluate
 from veneer_train.metrics_log import MetricsLog
 from veneer_train.stability import StabilityWatch
-
-__all__ = ["Fitted", "fit", "log_evaluation", "main_process", "training_arguments"]
 
 _Row = TypeVar("_Row")
 
@@ -269,7 +267,7 @@ def fit(
     device: torch.device,
     *,
     checkpoints: Checkpoints | None = None,
-    resume: Checkpoint | None = None,
+    resume: TrainerCheckpoint | None = None,
     facts: Callable[[], Mapping[str, Any]] = dict,
     callbacks: Sequence[TrainerCallback] = (),
     expect: Callable[[Estimate], None] | None = None,

@@ -19,8 +19,6 @@ from veneer_train.manifest import fingerprint
 from veneer_train.measure import data_options, manifest_of, measure, quant_of
 from veneer_train.plan import read_shape
 
-__all__ = ["verify"]
-
 _CLOSE = 0.01
 """Nats per token by which threads and packed layers may change a mean over a file."""
 
@@ -63,7 +61,7 @@ def _spec(base: Path, here: BaseFingerprint) -> BaseSpec:
     shape = read_shape(base)
     shapes: dict[Any, tuple[int, int]] = dict(shape.linears)
     names = known_names(shape.name, base)
-    return BaseSpec(shape.name, shape.layers, shapes, here, names=names)
+    return BaseSpec(shape.name, shape.layers, shapes, here, names=names, folder=str(base))
 
 
 def _served(server: str, trained: BaseFingerprint | None) -> Iterator[str]:
@@ -72,7 +70,7 @@ def _served(server: str, trained: BaseFingerprint | None) -> Iterator[str]:
     with Client(server) as client:
         served = client.info().base_model
     spec = BaseSpec(served.name, 0, {}, BaseFingerprint(**asdict(served.fingerprint)))
-    for warning in check_base(trained, spec):
+    for warning in check_base(trained, spec)[1]:
         yield f"warning: {warning}"
     yield f"{server} serves {served.name}, and would accept it"
 

@@ -11,12 +11,10 @@ from pathlib import Path
 from veneer_registry.disk import move_away
 from veneer_registry.store_folders import StoreFolders, size_of
 
-__all__ = ["WeightsCache"]
-
 _log = logging.getLogger(__name__)
 
 
-class WeightsCache:
+class SharedWeightsCache:
     """The least recently used weights that no request needs go first. Thread-safe."""
 
     def __init__(self, folders: StoreFolders, there: Iterable[str], most_bytes: int) -> None:

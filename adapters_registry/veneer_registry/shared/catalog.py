@@ -38,11 +38,14 @@ from veneer_registry.errors import Unavailable, VeneerError
 from veneer_registry.rows import Foreign, HistoryRow
 from veneer_registry.shared import mirror
 from veneer_registry.shared.exclusive import SharedExclusive
-from veneer_registry.shared.postgres import Address, Connection, Link, unavailable
+from veneer_registry.shared.postgres import (
+    Connection,
+    PostgresAddress,
+    PostgresLink,
+    unavailable,
+)
 from veneer_registry.shared.tables import KEPT_CHANGES, TABLES, create
 from veneer_registry.shared.transfer import keys_of, read_rows, residents_of, write_rows
-
-__all__ = ["PostgresCatalog"]
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +64,7 @@ class PostgresCatalog(Catalog):
     """The catalog at ``address``, with its copy at ``path``, which is replaced."""
 
     def __init__(
-        self, address: Address, path: Path, *, after_change: Callable[[int, str], None]
+        self, address: PostgresAddress, path: Path, *, after_change: Callable[[int, str], None]
     ) -> None:
         """Connect, create the tables if they are missing, and read everything.
 
@@ -82,8 +85,8 @@ class PostgresCatalog(Catalog):
         key = hashlib.sha256(b"veneer catalog " + address.schema.encode()).digest()
         self.lock_key = int.from_bytes(key[:8], "big", signed=True)
         self._channel = f"veneer_{key.hex()[:16]}"
-        self._link = Link(address, "registry")
-        self._listening = Link(address, "watcher")
+        self._link = PostgresLink(address, "registry")
+        self._listening = PostgresLink(address, "watcher")
         self._follower: Follower | None = None
         self._known: tuple[int, str] = (-1, "")
         """Number and token of the last change that the copy has."""
@@ -283,7 +286,7 @@ class PostgresCatalog(Catalog):
                 for _ in connection.notifies(timeout=POLL_S, stop_after=1):
                     pass
 
-    def _catch_up(self, link: Link) -> None:
+    def _catch_up(self, link: PostgresLink) -> None:
         """Apply the changes after the last known one. The caller holds `exclusive.here`."""
         names: frozenset[str]
         with link.answering() as connection, connection.transaction():

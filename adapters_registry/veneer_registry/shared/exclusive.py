@@ -7,8 +7,6 @@ from types import TracebackType
 
 from veneer_registry.exclusive import Exclusive
 
-__all__ = ["SharedExclusive"]
-
 
 class SharedExclusive(Exclusive):
     """Keeps the threads of this process and the other registries out."""

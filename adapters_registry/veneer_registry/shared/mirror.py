@@ -8,8 +8,6 @@ from typing import Any, Final
 
 from veneer_registry.shared.tables import TABLES
 
-__all__ = ["Key", "Rows", "apply", "begin", "capture", "empty", "touched", "values"]
-
 Key = tuple[Any, ...]
 Rows = Mapping[str, Sequence[tuple[Any, ...]]]
 """Table -> rows, or table -> keys."""

@@ -32,14 +32,12 @@ from veneer_registry.bundle import Bundle
 from veneer_registry.bundle_files import REQUIRED_FILES
 from veneer_registry.disk import disk_errors, remove
 from veneer_registry.errors import AdapterCorrupt
-from veneer_registry.shared.cache import WeightsCache
+from veneer_registry.shared.cache import SharedWeightsCache
 from veneer_registry.shared.objects import Objects
 from veneer_registry.shared.unneeded import UNNEEDED, ObjectQuarantine
 from veneer_registry.store import REGISTRATION, Store
 from veneer_registry.store_folders import checked_digest
 from veneer_registry.stored_adapter import verify_weights
-
-__all__ = ["ObjectStore"]
 
 _log = logging.getLogger(__name__)
 
@@ -53,11 +51,11 @@ class ObjectStore(Store):
     quarantine: ObjectQuarantine
 
     def __init__(self, objects: Objects, root: Path, cache_bytes: int) -> None:
-        """``cache_bytes``: bound on the weights on the local disk; see `WeightsCache`."""
+        """``cache_bytes``: bound on the weights on the local disk; see `SharedWeightsCache`."""
         super().__init__(root)
         self.objects = objects
         self.quarantine = ObjectQuarantine(self, objects)
-        self.cache = WeightsCache(self, super().present()[0], cache_bytes)
+        self.cache = SharedWeightsCache(self, super().present()[0], cache_bytes)
         self._fetching: dict[str, threading.Lock] = {}
         self._guard = threading.Lock()
 

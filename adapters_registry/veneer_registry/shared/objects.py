@@ -22,8 +22,6 @@ from botocore.exceptions import ClientError as RefusedError
 from veneer_registry.disk import disk_full
 from veneer_registry.errors import InvalidField, Unavailable
 
-__all__ = ["Objects", "Stat", "check_url"]
-
 _log = logging.getLogger(__name__)
 
 _URL: Final = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])((?:/[A-Za-z0-9._-]+)*)/?")

@@ -24,8 +24,6 @@ from veneer_registry.errors import (
     VeneerError,
 )
 
-__all__ = ["Address", "Link"]
-
 _log = logging.getLogger(__name__)
 
 Connection = psycopg.Connection[tuple[Any, ...]]
@@ -41,7 +39,7 @@ RETRY_S: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class Address:
+class PostgresAddress:
     """Where the catalog is.
 
     Attributes:
@@ -89,11 +87,11 @@ class Address:
             ) from error
 
 
-class Link:
+class PostgresLink:
     """A connection that is opened when it is needed. One thread at a time uses it; `wake` and
     `close` may come from another."""
 
-    def __init__(self, address: Address, purpose: str) -> None:
+    def __init__(self, address: PostgresAddress, purpose: str) -> None:
         """``purpose`` is shown in ``pg_stat_activity``."""
         self._address = address
         self._purpose = purpose

@@ -15,8 +15,6 @@ from psycopg import sql
 from veneer_registry.errors import FailedPrecondition
 from veneer_registry.shared.postgres import Connection
 
-__all__ = ["KEPT_CHANGES", "TABLES", "Table", "create"]
-
 VERSION: Final = 1
 KEPT_CHANGES: Final = 10_000
 """Changes in the log. A registry that was away for longer reads the whole catalog again."""
@@ -151,8 +149,15 @@ TABLES: Final = (
         "revisions",
         ("name", "revision"),
         (
-            *("weights", "base", "created", "labels", "bytes", "sequence"),
-            *("manifest_sha256", "digest", "manifest"),
+            "weights",
+            "base",
+            "created",
+            "labels",
+            "bytes",
+            "sequence",
+            "manifest_sha256",
+            "digest",
+            "manifest",
         ),
     ),
     Table("labels", ("name", "revision", "key"), ("value",)),

@@ -13,8 +13,6 @@ from veneer_registry.shared import mirror
 from veneer_registry.shared.postgres import Connection
 from veneer_registry.shared.tables import TABLES
 
-__all__ = ["keys_of", "read_rows", "residents_of", "write_rows"]
-
 
 def keys_of(touched: Iterable[dict[str, Any]]) -> dict[str, set[mirror.Key]]:
     """Table -> keys, of several changes."""

@@ -12,8 +12,6 @@ from veneer_registry.quarantine import Quarantine
 from veneer_registry.shared.objects import Objects
 from veneer_registry.store_folders import StoreFolders, checked_digest
 
-__all__ = ["ASIDE", "UNNEEDED", "ObjectQuarantine"]
-
 UNNEEDED: Final = "unneeded"
 ASIDE: Final = "aside"
 GRACE_S: Final = 3600.0

@@ -13,15 +13,13 @@ from psycopg import sql
 
 from veneer_registry.errors import FailedPrecondition, InvalidField
 from veneer_registry.shared.objects import Objects
-from veneer_registry.shared.postgres import Address, Connection, Link
+from veneer_registry.shared.postgres import Connection, PostgresAddress, PostgresLink
 from veneer_registry.shared.tables import VERSION
 from veneer_registry.upkeep import Damage, Row, Verified, check_revision, check_weights, grouped
 
-__all__ = ["verify_shared"]
-
 
 def verify_shared(
-    address: Address,
+    address: PostgresAddress,
     objects: Objects,
     progress: Callable[[int, int], None] = lambda at, of: None,
 ) -> Verified:
@@ -37,7 +35,7 @@ def verify_shared(
         Unavailable: the database or the object store cannot be reached.
     """
     address.check()
-    link = Link(address, "store verify")
+    link = PostgresLink(address, "store verify")
     try:
         return _verify(link, address, objects, progress)
     finally:
@@ -45,7 +43,10 @@ def verify_shared(
 
 
 def _verify(
-    link: Link, address: Address, objects: Objects, progress: Callable[[int, int], None]
+    link: PostgresLink,
+    address: PostgresAddress,
+    objects: Objects,
+    progress: Callable[[int, int], None],
 ) -> Verified:
     found = Verified()
     with link.answering() as db:
@@ -85,7 +86,7 @@ def _verify(
     return found
 
 
-def _check(db: Connection, address: Address) -> None:
+def _check(db: Connection, address: PostgresAddress) -> None:
     db.execute("SET default_transaction_read_only TO on")
     there = db.execute(
         "SELECT 1 FROM pg_tables WHERE schemaname = %s AND tablename = 'meta'",
@@ -119,7 +120,7 @@ def _fetched(
         return check(folder, digest), size
 
 
-def _still_there(link: Link, digest: str) -> bool:
+def _still_there(link: PostgresLink, digest: str) -> bool:
     with link.answering() as db:
         row = db.execute(
             "SELECT 1 FROM revisions WHERE weights = %s OR revision = %s LIMIT 1",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from enum import Enum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from veneer_registry.adapter import Tier
 from veneer_registry.command_line import Program
+from veneer_registry.converting import convert_adapter
 from veneer_registry.errors import InvalidField
+from veneer_registry.screen import Screen, cell
 
 from veneer_client.cli import alias, changes, push, watch
 from veneer_client.cli.complete import adapter_names, modes
@@ -24,6 +27,7 @@ from veneer_client.cli.show import (
     adapter_table,
     as_json,
     byte_size,
+    count,
     print_rows,
     print_table,
 )
@@ -55,6 +59,41 @@ adapter_cli = Program(
 
 adapter_cli.command(epilog=push.EXAMPLES)(push.push)
 adapter_cli.command(epilog=push.PULL_EXAMPLES)(push.pull)
+
+
+@adapter_cli.command(
+    epilog="Examples:\n\n  veneer adapter convert mlx/adapters runs/sql/adapter\n\n"
+    "  veneer adapter convert sql.gguf runs/sql/adapter --base models/Llama-3.2-1B"
+)
+def convert(
+    context: typer.Context,
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="IN", help="Adapter folder of mlx-lm, or GGUF file of a LoRA."),
+    ],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Destination folder; it must not exist.")
+    ],
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            "--base",
+            help="Hugging Face folder of the base, or its config.json; needed for a GGUF file "
+            "for a Llama or Mistral.",
+        ),
+    ] = None,
+    json_: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Make a folder that can be pushed of an adapter from mlx-lm or llama.cpp. Needs no
+    server."""
+    with errors_shown(context, debug):
+        done = convert_adapter(source, out, base=base)
+        for note in done.notes:
+            Screen(stderr=True, highlight=False).print(f"note: {cell(note)}", soft_wrap=True)
+        told = f"converted to {out} ({count(done.modules, 'module')}, rank {done.rank})"
+        print(as_json(done) if json_ else f"{told}: publish it with `veneer adapter push`")
+
 
 NameArgument = Annotated[
     str, typer.Argument(help="NAME or NAME@REVISION.", autocompletion=adapter_names)

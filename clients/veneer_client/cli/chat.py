@@ -30,7 +30,7 @@ from veneer_client.cli.words import in_cli_words
 from veneer_client.client import Client
 from veneer_client.types import BoundOptions, ChatMessage
 
-__all__ = ["EXAMPLES", "Conversation", "Session", "chat"]
+__all__ = ["EXAMPLES", "ChatSession", "ChatState", "chat"]
 
 EXAMPLES = """
 Examples:
@@ -56,7 +56,7 @@ _HISTORY_LINES: Final = 1000
 
 
 @dataclass
-class Conversation:
+class ChatState:
     """The state that the next answer depends on."""
 
     adapter: str = ""
@@ -90,9 +90,9 @@ def chat(
     """Chat with the model, turn by turn."""
     options: BoundOptions = given(max_tokens=max_tokens, temperature=temperature, seed=seed)
     with errors_shown(context, debug), connect(context, server) as client:
-        conversation = Conversation(system=system)
+        conversation = ChatState(system=system)
         conversation.session = session or conversation.session
-        talk = Session(client, conversation, options)
+        talk = ChatSession(client, conversation, options)
         talk.use(named(adapter))
         if sys.stdin.isatty():
             talk.terminal()
@@ -100,12 +100,10 @@ def chat(
             talk.script()
 
 
-class Session:
+class ChatSession:
     """Reads lines, runs commands, shows answers."""
 
-    def __init__(
-        self, client: Client, conversation: Conversation, options: BoundOptions
-    ) -> None:
+    def __init__(self, client: Client, conversation: ChatState, options: BoundOptions) -> None:
         self._client = client
         self._conversation = conversation
         self._options = options

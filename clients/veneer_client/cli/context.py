@@ -20,8 +20,8 @@ from veneer_client.failures import RetryPolicy
 
 __all__ = [
     "DebugFlag",
+    "GlobalOptions",
     "JsonFlag",
-    "Place",
     "ServerOption",
     "VersionFlag",
     "connect",
@@ -67,7 +67,7 @@ VersionFlag = Annotated[
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class GlobalOptions:
     """Global options, given before the subcommand (or by VENEER_SERVER)."""
 
     server: str | None = None
@@ -76,7 +76,7 @@ class Place:
 
 def find_server(context: typer.Context, server: str | None) -> str | None:
     """The address for a command: its own option takes precedence over the global one."""
-    place = context.find_object(Place) or Place()
+    place = context.find_object(GlobalOptions) or GlobalOptions()
     return server or place.server
 
 
@@ -100,7 +100,7 @@ def errors_shown(
     Args:
         say: rewrites its message in the caller's terms.
     """
-    place = context.find_object(Place) or Place()
+    place = context.find_object(GlobalOptions) or GlobalOptions()
     try:
         yield
     except VeneerError as error:

@@ -13,6 +13,13 @@ __all__ = ["detail_rows"]
 
 _ALPHA: Final = "config.lora.alpha"
 """The key that `veneer-train` writes."""
+_WORDS: Final = {
+    "fingerprint": "by its fingerprint",
+    "rule": "a copy of the served one, by its name",
+    "publisher": "the served one, its publisher says",
+    "none": "not recorded",
+}
+"""What is added to a base's name."""
 
 
 def detail_rows(details: AdapterDetails, *, full: bool = False) -> dict[str, str]:
@@ -32,7 +39,7 @@ def detail_rows(details: AdapterDetails, *, full: bool = False) -> dict[str, str
         "alpha": adapter.training.get(_ALPHA, "not in its training manifest"),
         "targets": ", ".join(adapter.targets),
         "size": f"{byte_size(adapter.size)} in memory, {byte_size(adapter.disk_bytes)} on disk",
-        "base model": adapter.base_model,
+        "base model": _base(adapter),
         "created": adapter.created.isoformat(timespec="seconds"),
         "aliases": ", ".join(adapter.aliases) or "none",
         "resident": _resident(adapter),
@@ -63,6 +70,12 @@ def detail_rows(details: AdapterDetails, *, full: bool = False) -> dict[str, str
         "etag": adapter.etag,
     }
     return rows | {f"training {key}": value for key, value in adapter.training.items()}
+
+
+def _base(adapter: AdapterInfo) -> str:
+    """The base that its config names, and what says that it is the served one."""
+    word = _WORDS.get(adapter.base_word, "")
+    return " ".join(filter(None, (adapter.base_model, word and f"({word})")))
 
 
 def _resident(adapter: AdapterInfo) -> str:

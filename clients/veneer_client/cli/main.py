@@ -24,8 +24,8 @@ from veneer_client.cli import server as server_commands
 from veneer_client.cli.adapter import adapter_cli
 from veneer_client.cli.context import (
     DebugFlag,
+    GlobalOptions,
     JsonFlag,
-    Place,
     ServerOption,
     VersionFlag,
     connect,
@@ -132,7 +132,7 @@ def place(
     keep_login(profile=profile, ca=ca, cert=cert, key=key)
     if tenant is not None:
         os.environ["VENEER_TENANT"] = tenant
-    context.obj = Place(server, debug)
+    context.obj = GlobalOptions(server, debug)
 
 
 cli.command(cls=TextCommand, epilog=generate.EXAMPLES)(generate.generate)

@@ -80,6 +80,14 @@ def push(
         list[str] | None,
         typer.Option("--label", metavar="KEY=VALUE", help="Label to set; repeatable."),
     ] = None,
+    same_base: Annotated[
+        bool,
+        typer.Option(
+            "--same-base",
+            help="You say that the base which the adapter's config names is the served one, by "
+            "another name.",
+        ),
+    ] = False,
     etag: Annotated[
         str,
         typer.Option("--etag", help="Only if the name's etag still matches (see `show`)."),
@@ -116,6 +124,7 @@ def push(
                     validate_only=dry_run,
                     activate=activate,
                     allow_replace=replace,
+                    same_base=same_base,
                     etag=etag,
                     wait_replicas=wait_replicas,
                 )
@@ -133,6 +142,7 @@ def push(
                     validate_only=dry_run,
                     activate=activate,
                     allow_replace=replace,
+                    same_base=same_base,
                     etag=etag,
                     wait_replicas=wait_replicas,
                     progress=lambda done, total: bar.update(

@@ -132,4 +132,4 @@ def _verdict(test: SelfTest) -> str:
         why = test.note or "no adapter was tested: name one to test it"
         return f"{'passed' if test.passed else 'INCONCLUSIVE'}: {why}"
     verdict = "passed" if test.passed else "FAILED: do not trust this server's answers"
-    return f"{verdict} ({count(test.adapters_mixed, 'adapter')} and the base in one batch)"
+    return f"{verdict} ({count(test.adapters_mixed, 'adapter')} mixed with others in a batch)"

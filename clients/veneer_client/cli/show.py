@@ -150,7 +150,13 @@ def place_of(adapter: AdapterInfo) -> str:
 def adapter_table(adapters: Iterable[AdapterInfo]) -> Table:
     """One row per adapter."""
     table = _columns(
-        *("adapter", "tier", "rank", "size", "in use", "last used", "labels"),
+        "adapter",
+        "tier",
+        "rank",
+        "size",
+        "in use",
+        "last used",
+        "labels",
         right=("rank", "size", "in use"),
     )
     for adapter in adapters:
@@ -198,7 +204,12 @@ def history_table(entries: Iterable[HistoryEntry]) -> Table:
 def self_test_table(test: SelfTest) -> Table:
     """One row per member of the batch."""
     table = _columns(
-        *("adapter", "passed", "difference", "allowed", "to nearest other", "detail"),
+        "adapter",
+        "passed",
+        "difference",
+        "allowed",
+        "to nearest other",
+        "detail",
         right=("difference", "allowed", "to nearest other"),
     )
     for result in test.results:

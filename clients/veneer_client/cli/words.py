@@ -58,6 +58,7 @@ _OPTIONS: Final = {
     "spec.activate": "--activate",
     "spec.validate_only": "--dry-run",
     "allow_replace": "--replace",
+    "same_base": "--same-base",
     "unpin": "--unpin",
     "mode": "--mode",
     "tier": "--tier",

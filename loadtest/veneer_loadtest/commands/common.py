@@ -20,27 +20,6 @@ from veneer_loadtest.errors import BadOption
 from veneer_loadtest.html.cautions import Banner
 from veneer_loadtest.html.words import BUSY
 
-__all__ = [
-    "OUT",
-    "PACKAGES",
-    "BaseFolder",
-    "Debug",
-    "JsonFile",
-    "Rank",
-    "Seed",
-    "Server",
-    "ServerFlag",
-    "Spawn",
-    "Threads",
-    "check_writable",
-    "finish",
-    "print_banners",
-    "print_notes",
-    "print_summary",
-    "run",
-    "warn_if_busy",
-]
-
 PACKAGES: Final = (
     "veneer",
     "grpcio",

@@ -56,8 +56,6 @@ from veneer_loadtest.load.summary import parse_limit, parse_seconds, parse_slo, 
 from veneer_loadtest.results import FindMaxResult, Level
 from veneer_loadtest.tables import probes_table
 
-__all__ = ["EXAMPLES", "KEYS", "find_max"]
-
 EXAMPLES = (
     "Examples:\n\n"
     "  veneer-loadtest find-max --spawn --slo ttft=1s,tpot=150ms\n\n"

@@ -18,40 +18,6 @@ from veneer_loadtest.load.spec import (
     parse_popularity,
 )
 
-__all__ = [
-    "AdaptersFolder",
-    "Api",
-    "ApiChoice",
-    "BaseFolderOfLoad",
-    "CancelShare",
-    "First",
-    "Flags",
-    "Generate",
-    "GenerateOne",
-    "IgnoreEos",
-    "Keep",
-    "Metrics",
-    "Model",
-    "Names",
-    "OpenAi",
-    "PopularityText",
-    "PrefixCache",
-    "PromptTokens",
-    "Ranks",
-    "ServerAddress",
-    "SpawnOne",
-    "Targets",
-    "Text",
-    "ThreadCount",
-    "Timeout",
-    "Tokens",
-    "Workers",
-    "load_spec",
-    "names_of",
-    "numbers_of",
-    "targets_of",
-]
-
 _MOST_NAMES: int = 1_000_000
 
 

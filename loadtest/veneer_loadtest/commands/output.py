@@ -15,10 +15,8 @@ from veneer_loadtest.commands.common import OUT, check_writable, print_banners, 
 from veneer_loadtest.html.cautions import banners
 from veneer_loadtest.html.columns import columns_of
 from veneer_loadtest.html.page import write_page
-from veneer_loadtest.load.summary import Limit
+from veneer_loadtest.load.summary import FailLimit
 from veneer_loadtest.results import FindMaxResult, Result, RunResult, write_result
-
-__all__ = ["FailIf", "HtmlFile", "Label", "Outputs"]
 
 ENDED_EARLY: Final = 130
 """The usual exit status after Ctrl-C."""
@@ -48,7 +46,7 @@ class Outputs:
 
     json_file: Path | None
     html_file: Path | None
-    limits: Sequence[Limit]
+    limits: Sequence[FailLimit]
     more: Mapping[Path, Callable[[Path], None]]
 
     def check(self) -> None:

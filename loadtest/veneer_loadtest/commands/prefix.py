@@ -29,8 +29,6 @@ from veneer_loadtest.commands.common import run as run_command
 from veneer_loadtest.commands.load_options import numbers_of
 from veneer_loadtest.tables import prefix_table
 
-__all__ = ["EXAMPLES", "prefix"]
-
 EXAMPLES = (
     "Examples:\n\n  veneer-loadtest prefix --spawn\n\n"
     "  veneer-loadtest prefix --spawn --shared 1024 --streams 1,8 --json prefix.json"

@@ -14,7 +14,14 @@ from veneer_registry.replacing import replace_file
 from veneer_loadtest.commands.common import OUT, Debug, check_writable, print_banners
 from veneer_loadtest.commands.common import run as run_command
 from veneer_loadtest.html.cautions import banners, conditions_banners
-from veneer_loadtest.html.columns import FIGURES, Column, columns_of, name_of, pairs, ratio
+from veneer_loadtest.html.columns import (
+    FIGURES,
+    ReportColumn,
+    columns_of,
+    name_of,
+    pairs,
+    ratio,
+)
 from veneer_loadtest.html.page import page
 from veneer_loadtest.html.words import amount
 from veneer_loadtest.results import (
@@ -27,8 +34,6 @@ from veneer_loadtest.results import (
     read_result,
 )
 from veneer_loadtest.tables import churn_table, compare_table, swap_table
-
-__all__ = ["EXAMPLES", "report"]
 
 EXAMPLES = (
     "Examples:\n\n"
@@ -101,7 +106,7 @@ def _print_others(results: Sequence[Result], names: Sequence[str]) -> None:
             OUT.print(compare_table(result.levels))
 
 
-def _table(columns: Sequence[Column], *, ratios: bool) -> Table:
+def _table(columns: Sequence[ReportColumn], *, ratios: bool) -> Table:
     """Figures as rows, so that columns can have long names."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("", no_wrap=True)

@@ -63,8 +63,6 @@ from veneer_loadtest.load.summary import parse_limit, parse_seconds, parse_slo, 
 from veneer_loadtest.results import Level, RunResult
 from veneer_loadtest.tables import levels_table, split_table
 
-__all__ = ["EXAMPLES", "run"]
-
 EXAMPLES = (
     "Examples:\n\n"
     "  veneer-loadtest run --spawn --streams 8 --duration 30s\n\n"

@@ -36,8 +36,6 @@ from veneer_loadtest.load.summary import parse_limit, parse_seconds
 from veneer_loadtest.results import Case, ChurnBy, ChurnFigures, SwapResult
 from veneer_loadtest.tables import churn_table, swap_table
 
-__all__ = ["EXAMPLES", "KEYS", "swap"]
-
 EXAMPLES = (
     "Examples:\n\n  veneer-loadtest swap --spawn\n\n"
     "  veneer-loadtest swap --server 127.0.0.1:50051 --samples 50 --json swap.json\n\n"
@@ -219,7 +217,7 @@ async def _churn(
 
 async def _swap(
     client: AsyncClient, options: swapping.SwapOptions, stop: StopSignal
-) -> dict[Case, list[swapping.Sample]]:
+) -> dict[Case, list[swapping.SwapSample]]:
     progress = Progress(console=Screen(stderr=True), transient=True)
     with tempfile.TemporaryDirectory(prefix="veneer-loadtest-") as scratch, progress:
         task = progress.add_task("swapping", total=options.samples)

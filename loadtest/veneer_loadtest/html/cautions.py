@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from veneer_loadtest.html.columns import Column, name_of
+from veneer_loadtest.html.columns import ReportColumn, name_of
 from veneer_loadtest.html.words import BUSY, amount, count, load_average, ms
 from veneer_loadtest.results import LoadResult, Result
-
-__all__ = ["FEW", "Banner", "banners", "conditions_banners", "few_samples"]
 
 FEW: Final = 10
 """With fewer samples than this a percentile means next to nothing."""
@@ -29,7 +27,7 @@ class Banner:
 
 
 def banners(
-    results: Sequence[LoadResult], columns: Sequence[Column], names: Sequence[str] = ()
+    results: Sequence[LoadResult], columns: Sequence[ReportColumn], names: Sequence[str] = ()
 ) -> list[Banner]:
     """All banners, the worst first."""
     found = conditions_banners(results, names)
@@ -74,7 +72,7 @@ def _busy(result: Result, of: str) -> list[Banner]:
     return [Banner("warn", f"Busy machine{of}:", text)]
 
 
-def _generator(column: Column, of: str) -> list[Banner]:
+def _generator(column: ReportColumn, of: str) -> list[Banner]:
     found = []
     generator = column.level.generator
     if generator.lost:
@@ -91,7 +89,7 @@ def _generator(column: Column, of: str) -> list[Banner]:
     return found
 
 
-def _few(columns: Sequence[Column]) -> list[Banner]:
+def _few(columns: Sequence[ReportColumn]) -> list[Banner]:
     told = []
     for column in columns:
         first = column.level.first_token_ms
@@ -115,7 +113,7 @@ def few_samples(what: str, flag: str) -> Banner:
     return Banner("warn", "Few samples:", text)
 
 
-def _counts(column: Column, of: str) -> list[Banner]:
+def _counts(column: ReportColumn, of: str) -> list[Banner]:
     server, own = column.level.server, column.level.totals
     if server is None or server.agrees is not False:
         return []

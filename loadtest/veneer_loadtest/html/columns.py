@@ -18,17 +18,6 @@ from veneer_loadtest.results import (
     RunResult,
 )
 
-__all__ = [
-    "FIGURES",
-    "MOST_DRAWN",
-    "Column",
-    "columns_of",
-    "drawn",
-    "name_of",
-    "pairs",
-    "ratio",
-]
-
 MOST_DRAWN: Final = 8
 """Most columns in one plot: as many as can be told apart."""
 _SHORT: Final = 28
@@ -36,7 +25,7 @@ _SHORT: Final = 28
 
 
 @dataclass(frozen=True, slots=True)
-class Column:
+class ReportColumn:
     """One load of one result.
 
     Attributes:
@@ -69,10 +58,10 @@ def name_of(results: Sequence[Result], number: int, names: Sequence[str] = ()) -
     return f"{letter(number)}: {label}" if label else letter(number)
 
 
-def columns_of(results: Sequence[LoadResult], names: Sequence[str] = ()) -> list[Column]:
+def columns_of(results: Sequence[LoadResult], names: Sequence[str] = ()) -> list[ReportColumn]:
     """Of a run, each level. Of a single find-max, each probe, by rate; of several results, the
     highest probe that kept the limits, or else the lowest."""
-    columns: list[Column] = []
+    columns: list[ReportColumn] = []
     for number, result in enumerate(results):
         name = name_of(results, number, names)
         if isinstance(result, RunResult):
@@ -82,7 +71,7 @@ def columns_of(results: Sequence[LoadResult], names: Sequence[str] = ()) -> list
     return columns
 
 
-def _levels(result: RunResult, number: int, name: str, *, alone: bool) -> list[Column]:
+def _levels(result: RunResult, number: int, name: str, *, alone: bool) -> list[ReportColumn]:
     columns = []
     several = len(result.levels) > 1
     for level in result.levels:
@@ -93,11 +82,13 @@ def _levels(result: RunResult, number: int, name: str, *, alone: bool) -> list[C
         else:
             title = name or adapters
             short = shortened(title, _SHORT)
-        columns.append(Column(number, title, short, level, result.load))
+        columns.append(ReportColumn(number, title, short, level, result.load))
     return columns
 
 
-def _probes(result: FindMaxResult, number: int, name: str, *, alone: bool) -> list[Column]:
+def _probes(
+    result: FindMaxResult, number: int, name: str, *, alone: bool
+) -> list[ReportColumn]:
     probes = sorted(result.probes, key=lambda probe: probe.rate)
     if not alone:
         kept = [probe for probe in probes if probe.kept and probe.rate == result.max_rate]
@@ -108,11 +99,13 @@ def _probes(result: FindMaxResult, number: int, name: str, *, alone: bool) -> li
         title = rate if alone else f"{name}, {rate}"
         short = rate if alone else shortened(name, _SHORT)
         level = probe.level
-        columns.append(Column(number, title, short, level, result.load, probe.rate, probe.kept))
+        columns.append(
+            ReportColumn(number, title, short, level, result.load, probe.rate, probe.kept)
+        )
     return columns
 
 
-def drawn(columns: Sequence[Column]) -> list[Column]:
+def drawn(columns: Sequence[ReportColumn]) -> list[ReportColumn]:
     """The columns for plots over time or of distributions. Of a find-max's probes, the highest
     that kept the limits and the lowest above it that broke them; of more columns than can be
     told apart, an evenly spaced selection."""
@@ -127,7 +120,9 @@ def drawn(columns: Sequence[Column]) -> list[Column]:
     return [columns[round(place * step)] for place in range(MOST_DRAWN)]
 
 
-def pairs(columns: Sequence[Column], results: int) -> list[tuple[Column, Column]]:
+def pairs(
+    columns: Sequence[ReportColumn], results: int
+) -> list[tuple[ReportColumn, ReportColumn]]:
     """Columns of two results that belong side by side; none if the results do not match."""
     if results != 2:
         return []
@@ -156,7 +151,7 @@ class Figure:
     compared: bool = True
 
 
-def ratio(figure: Figure, first: Column, second: Column) -> float | None:
+def ratio(figure: Figure, first: ReportColumn, second: ReportColumn) -> float | None:
     """second / first, if that is meaningful."""
     before, after = figure.get(first.level), figure.get(second.level)
     if not figure.compared or not before or after is None:

@@ -14,8 +14,6 @@ from veneer_loadtest.html.drawing import COLOURS, INK, PAPER, Plot, canvas, from
 from veneer_loadtest.html.words import amount, count, ms
 from veneer_loadtest.results import CompareLevel, CompareResult, Ratio, SystemFigures
 
-__all__ = ["compare_page"]
-
 _HATCHES = ("", "///", "\\\\\\", "--", "xx")
 
 
@@ -25,8 +23,8 @@ class _Shown:
 
     name: str
     plots: Sequence[Plot]
-    figures: tables.Table
-    systems: tables.Table
+    figures: tables.ReportTable
+    systems: tables.ReportTable
 
 
 def compare_page(results: Sequence[CompareResult], names: Sequence[str] = ()) -> str:
@@ -189,7 +187,7 @@ def _systems_axis(axis: Any, level: CompareLevel) -> None:
     axis.grid(axis="x", visible=False)
 
 
-def _figures_table(result: CompareResult) -> tables.Table:
+def _figures_table(result: CompareResult) -> tables.ReportTable:
     head = ["load, system", "tokens/s", "range", "first token p50", "p99"]
     head += ["between tokens p50", "p99", "ratio"]
     rows = [
@@ -197,7 +195,7 @@ def _figures_table(result: CompareResult) -> tables.Table:
         for level in result.levels
         for name, own in level.systems.items()
     ]
-    return tables.Table(head, rows)
+    return tables.ReportTable(head, rows)
 
 
 def _figures(own: SystemFigures) -> list[str]:
@@ -218,12 +216,14 @@ def _ratio_cell(ratio: Ratio | None) -> str:
     return f"{ratio.ratio:.2f}" + (" (ranges overlap)" if ratio.ranges_overlap else "")
 
 
-def _systems_table(result: CompareResult) -> tables.Table:
+def _systems_table(result: CompareResult) -> tables.ReportTable:
     rows = []
     for name, facts in result.systems.items():
         versions = ", ".join(f"{k} {v}" for k, v in facts.versions.items())
         rows.append([name, facts.command, versions, _gate(result, name)])
-    return tables.Table(["system", "command", "versions", "gate"], rows, kind="facts wide")
+    return tables.ReportTable(
+        ["system", "command", "versions", "gate"], rows, kind="facts wide"
+    )
 
 
 def _gate(result: CompareResult, name: str) -> str:

@@ -11,8 +11,6 @@ import jinja2
 
 from veneer_loadtest.html.cautions import Banner
 
-__all__ = ["document"]
-
 
 def document(
     template: str, title: str, lede: Sequence[str], banners: Sequence[Banner], **parts: Any

@@ -12,32 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
-__all__ = [
-    "BAD",
-    "COLOURS",
-    "DASHES",
-    "GREY",
-    "INK",
-    "LABEL",
-    "MARKERS",
-    "PAPER",
-    "THEMED",
-    "TIERS",
-    "TIER_COLOURS",
-    "TIER_DASHES",
-    "Plot",
-    "canvas",
-    "from_zero",
-    "legend",
-    "log_axis",
-    "named_legend",
-    "result_lines",
-    "seconds_axis",
-    "svg_of",
-    "tiers_in_order",
-    "whole_numbers",
-]
-
 COLOURS: Final = (
     "#0072B2",
     "#D55E00",

@@ -6,13 +6,11 @@ from collections.abc import Sequence
 
 from veneer_loadtest.html import plots, rate_plots, tables, tier_plots, timeline
 from veneer_loadtest.html.cautions import banners
-from veneer_loadtest.html.columns import Column, columns_of, drawn, name_of, pairs
+from veneer_loadtest.html.columns import ReportColumn, columns_of, drawn, name_of, pairs
 from veneer_loadtest.html.document import document
 from veneer_loadtest.html.drawing import Plot
 from veneer_loadtest.html.words import amount, count, ms, rate_words, share
 from veneer_loadtest.results import FindMaxResult, LoadResult
-
-__all__ = ["load_page"]
 
 
 def load_page(results: Sequence[LoadResult], names: Sequence[str] = ()) -> str:
@@ -50,7 +48,7 @@ def _searches(results: Sequence[LoadResult]) -> bool:
 
 
 def _lede(
-    results: Sequence[LoadResult], columns: Sequence[Column], names: Sequence[str]
+    results: Sequence[LoadResult], columns: Sequence[ReportColumn], names: Sequence[str]
 ) -> list[str]:
     """The outcome, in a sentence for each result."""
     told = []
@@ -71,7 +69,7 @@ def _lede(
     return told
 
 
-def _level_words(column: Column) -> str:
+def _level_words(column: ReportColumn) -> str:
     level = column.level
     first = level.first_token_ms
     failed = level.requests.failed
@@ -86,7 +84,9 @@ def _level_words(column: Column) -> str:
 
 
 def _plots(
-    results: Sequence[LoadResult], columns: Sequence[Column], shown: Sequence[Column]
+    results: Sequence[LoadResult],
+    columns: Sequence[ReportColumn],
+    shown: Sequence[ReportColumn],
 ) -> list[Plot]:
     found: list[Plot] = []
     if shown:

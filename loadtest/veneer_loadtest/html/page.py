@@ -19,8 +19,6 @@ from veneer_loadtest.results import (
     SwapResult,
 )
 
-__all__ = ["page", "write_page"]
-
 
 def write_page(path: Path, results: Sequence[Result], names: Sequence[str] = ()) -> None:
     """Write the page atomically; its folder must exist.

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Final
 
-from veneer_loadtest.html.columns import Column
+from veneer_loadtest.html.columns import ReportColumn
 from veneer_loadtest.html.drawing import (
     COLOURS,
     DASHES,
@@ -23,8 +23,6 @@ from veneer_loadtest.html.drawing import (
 from veneer_loadtest.html.words import spread
 from veneer_loadtest.results import Distribution, Level
 
-__all__ = ["latencies"]
-
 _LEAST_MS: Final = 0.01
 """A logarithmic axis has no zero."""
 
@@ -35,7 +33,7 @@ _KINDS: Final[tuple[tuple[str, str], ...]] = (
 )
 
 
-def latencies(columns: Sequence[Column]) -> Plot:
+def latencies(columns: Sequence[ReportColumn]) -> Plot:
     """Cumulative distributions of the three latencies."""
     title = "Latency: what share came within which time"
     kinds = [
@@ -56,7 +54,7 @@ def latencies(columns: Sequence[Column]) -> Plot:
     return Plot(title, _latency_caption(kinds), svg)
 
 
-Rows = list[tuple[int, Column, Distribution]]
+Rows = list[tuple[int, ReportColumn, Distribution]]
 
 
 def _of(level: Level, field: str) -> Distribution | None:

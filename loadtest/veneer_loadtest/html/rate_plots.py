@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from veneer_loadtest.html.columns import MOST_DRAWN, Column, name_of
+from veneer_loadtest.html.columns import MOST_DRAWN, ReportColumn, name_of
 from veneer_loadtest.html.drawing import (
     BAD,
     COLOURS,
@@ -24,10 +24,8 @@ from veneer_loadtest.html.drawing import (
 from veneer_loadtest.html.words import amount, limits_words, ms, share, shortened
 from veneer_loadtest.results import FindMaxResult, Level, LoadResult, Probe
 
-__all__ = ["against_adapters", "against_rate"]
 
-
-def against_adapters(results: Sequence[LoadResult], columns: Sequence[Column]) -> Plot:
+def against_adapters(results: Sequence[LoadResult], columns: Sequence[ReportColumn]) -> Plot:
     """Throughput and first tokens against the number of adapters."""
     title = "Against the number of adapters"
     counts = sorted({column.level.adapters for column in columns})
@@ -50,7 +48,7 @@ def against_adapters(results: Sequence[LoadResult], columns: Sequence[Column]) -
     return Plot(title, _adapters_caption(results, columns), svg)
 
 
-def _adapter_lines(axes: Sequence[Any], columns: Sequence[Column], number: int) -> None:
+def _adapter_lines(axes: Sequence[Any], columns: Sequence[ReportColumn], number: int) -> None:
     told = sorted(columns, key=lambda column: column.level.adapters)
     style = {
         "color": COLOURS[number],
@@ -76,7 +74,7 @@ def _counts_axis(axis: Any, counts: Sequence[int]) -> None:
         axis.xaxis.set_major_locator(FixedLocator(counts))
 
 
-def _adapters_caption(results: Sequence[LoadResult], columns: Sequence[Column]) -> str:
+def _adapters_caption(results: Sequence[LoadResult], columns: Sequence[ReportColumn]) -> str:
     parts = []
     for number in range(len(results)):
         own = sorted(

@@ -23,8 +23,6 @@ from veneer_loadtest.html.drawing import (
 from veneer_loadtest.html.words import bytes_words, count, ms
 from veneer_loadtest.results import CaseFigures, ChurnFigures, SwapResult
 
-__all__ = ["CASES", "swap_page"]
-
 CASES: Final = {
     "same": "same adapter",
     "device": "another,\nin DEVICE",
@@ -192,7 +190,7 @@ def _churn_words(churn: ChurnFigures) -> str:
     )
 
 
-def _cases_table(result: SwapResult, name: str) -> tables.Table:
+def _cases_table(result: SwapResult, name: str) -> tables.ReportTable:
     rows = [
         [
             CASES[case].replace("\n", " "),
@@ -206,10 +204,10 @@ def _cases_table(result: SwapResult, name: str) -> tables.Table:
         for case, own in result.cases.items()
     ]
     head = [name, "p50", "p99", "range", "added, p50", "added, range", "load, p50"]
-    return tables.Table(head, rows)
+    return tables.ReportTable(head, rows)
 
 
-def _churn_table(result: SwapResult, name: str) -> tables.Table | None:
+def _churn_table(result: SwapResult, name: str) -> tables.ReportTable | None:
     churn = result.churn
     if churn is None:
         return None
@@ -223,4 +221,4 @@ def _churn_table(result: SwapResult, name: str) -> tables.Table | None:
         )
         if each is not None
     ]
-    return tables.Table([name, "p50", "p99", "longest"], rows)
+    return tables.ReportTable([name, "p50", "p99", "longest"], rows)

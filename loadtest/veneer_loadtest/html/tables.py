@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from veneer_loadtest.html.columns import FIGURES, Column, Figure, name_of, pairs, ratio
+from veneer_loadtest.html.columns import FIGURES, Figure, ReportColumn, name_of, pairs, ratio
 from veneer_loadtest.html.drawing import tiers_in_order
 from veneer_loadtest.html.words import (
     adapters_words,
@@ -19,19 +19,7 @@ from veneer_loadtest.html.words import (
     share,
 )
 from veneer_loadtest.load.figures import OTHER
-from veneer_loadtest.results import FindMaxResult, LoadResult, Result, Split
-
-__all__ = [
-    "Grouped",
-    "Table",
-    "adapters",
-    "by_tier",
-    "errors",
-    "facts",
-    "key_figures",
-    "plain_facts",
-    "server_counts",
-]
+from veneer_loadtest.results import FindMaxResult, LoadResult, RequestSplit, Result
 
 _BESIDE: Final = 6
 """Most columns in a table; more start a new one, so that none is wider than the page."""
@@ -53,7 +41,7 @@ Row = Sequence[str | Cell]
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class ReportTable:
     """The first cell of a row names it; a row of one cell is a heading."""
 
     head: Row
@@ -71,7 +59,7 @@ class Grouped:
 
 def plain_facts(
     results: Sequence[Result], names: Sequence[str], workloads: Sequence[str]
-) -> Table:
+) -> ReportTable:
     """What was run, where and on what, of any kind of result."""
     conditions = [result.conditions for result in results]
     told = {
@@ -84,10 +72,10 @@ def plain_facts(
         "versions": [", ".join(f"{k} {v}" for k, v in r.versions.items()) for r in results],
     }
     rows = [[name, *cells] for name, cells in told.items() if any(cells)]
-    return Table(["", *names] if len(results) > 1 else [], rows, "facts")
+    return ReportTable(["", *names] if len(results) > 1 else [], rows, "facts")
 
 
-def facts(results: Sequence[LoadResult], names: Sequence[str] = ()) -> Table:
+def facts(results: Sequence[LoadResult], names: Sequence[str] = ()) -> ReportTable:
     """What was run, where and on what: a column for each result."""
     rows: list[Row] = []
 
@@ -112,7 +100,7 @@ def facts(results: Sequence[LoadResult], names: Sequence[str] = ()) -> Table:
     row("Python", [str(each.get("python", "")) for each in conditions])
     row("versions", [", ".join(f"{k} {v}" for k, v in r.versions.items()) for r in results])
     head = [""] + [name_of(results, n, names) for n in range(len(results))]
-    return Table(head if len(results) > 1 else (), rows, "facts")
+    return ReportTable(head if len(results) > 1 else (), rows, "facts")
 
 
 def _load(result: LoadResult) -> str:
@@ -149,11 +137,11 @@ def _busy_words(conditions: Mapping[str, object]) -> str:
     return ", ".join(f"{value:g} ({name})" for value, name in told)
 
 
-def key_figures(columns: Sequence[Column], results: int) -> list[Grouped]:
+def key_figures(columns: Sequence[ReportColumn], results: int) -> list[Grouped]:
     """A row for each figure; with two runs that match, their ratio."""
     matched = pairs(columns, results)
     rows_of = _ratio_rows if matched else _plain_rows
-    blocks: list[Sequence[Column]] = [list(pair) for pair in matched]
+    blocks: list[Sequence[ReportColumn]] = [list(pair) for pair in matched]
     if not matched:
         blocks = [columns[n : n + _BESIDE] for n in range(0, len(columns), _BESIDE)]
     told = [
@@ -172,22 +160,22 @@ def key_figures(columns: Sequence[Column], results: int) -> list[Grouped]:
     return tables
 
 
-def _titled(column: Column) -> Cell:
+def _titled(column: ReportColumn) -> Cell:
     kept = "" if column.rate is None else f"{'kept' if column.kept else 'broke'} the limits"
     return Cell(column.title, below=kept)
 
 
-def _plain_rows(figure: Figure, block: Sequence[Column]) -> list[str]:
+def _plain_rows(figure: Figure, block: Sequence[ReportColumn]) -> list[str]:
     values = [figure.get(column.level) for column in block]
     return ["" if value is None else figure.text(value) for value in values]
 
 
-def _ratio_rows(figure: Figure, block: Sequence[Column]) -> list[str]:
+def _ratio_rows(figure: Figure, block: Sequence[ReportColumn]) -> list[str]:
     by = ratio(figure, block[0], block[1])
     return [*_plain_rows(figure, block), "" if by is None else amount(by)]
 
 
-def errors(columns: Sequence[Column]) -> list[Table]:
+def errors(columns: Sequence[ReportColumn]) -> list[ReportTable]:
     """Failed requests by reason; no table if none failed."""
     reasons = list(dict.fromkeys(reason for c in columns for reason in c.level.errors))
     rows = [[r, *(_number(c.level.errors.get(r, 0)) for c in columns)] for r in reasons]
@@ -198,15 +186,17 @@ def _number(value: int) -> str:
     return f"{value:,}"
 
 
-def _in_blocks(name: str, columns: Sequence[Column], rows: Sequence[Row]) -> list[Table]:
+def _in_blocks(
+    name: str, columns: Sequence[ReportColumn], rows: Sequence[Row]
+) -> list[ReportTable]:
     """A table with a column for each load, in parts that fit the page; none without rows."""
-    tables: list[Table] = []
+    tables: list[ReportTable] = []
     if not rows:
         return tables
     for begin in range(0, len(columns), _BESIDE):
         head = [name, *(c.title for c in columns[begin : begin + _BESIDE])]
         part = [[row[0], *row[1 + begin : 1 + begin + _BESIDE]] for row in rows]
-        tables.append(Table(head, part))
+        tables.append(ReportTable(head, part))
     return tables
 
 
@@ -222,7 +212,7 @@ _SPLIT_HEAD: Final = (
 )
 
 
-def _split(split: Split) -> list[str]:
+def _split(split: RequestSplit) -> list[str]:
     times = (
         split.first_token_p50_ms,
         split.first_token_p99_ms,
@@ -234,7 +224,7 @@ def _split(split: Split) -> list[str]:
     return [*map(_number, counts), *("" if value is None else ms(value) for value in times)]
 
 
-def by_tier(columns: Sequence[Column]) -> list[Table]:
+def by_tier(columns: Sequence[ReportColumn]) -> list[ReportTable]:
     """A row for each tier, under each column's name."""
     rows: list[Row] = []
     for column in columns:
@@ -243,10 +233,10 @@ def by_tier(columns: Sequence[Column]) -> list[Table]:
         for tier in tiers_in_order([*column.level.by_tier]):
             name = "none, or not reported" if tier == "none" else tier.upper()
             rows.append([name, *_split(column.level.by_tier[tier])])
-    return [Table(["found in", *_SPLIT_HEAD], rows)] if rows else []
+    return [ReportTable(["found in", *_SPLIT_HEAD], rows)] if rows else []
 
 
-def adapters(columns: Sequence[Column]) -> list[Table]:
+def adapters(columns: Sequence[ReportColumn]) -> list[ReportTable]:
     """The most requested adapters of each column, and the others together."""
     rows: list[Row] = []
     for column in columns:
@@ -265,10 +255,10 @@ def adapters(columns: Sequence[Column]) -> list[Table]:
                 sum(split.tokens for split in splits),
             )
             rows.append(["all others", *map(_number, sums), "", "", "", "", ""])
-    return [Table(["adapter", *_SPLIT_HEAD], rows)] if rows else []
+    return [ReportTable(["adapter", *_SPLIT_HEAD], rows)] if rows else []
 
 
-def server_counts(columns: Sequence[Column]) -> list[Table]:
+def server_counts(columns: Sequence[ReportColumn]) -> list[ReportTable]:
     """What the server counted; no table if its metrics were not read."""
     servers = [column.level.server for column in columns]
     if not any(servers):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
-from veneer_loadtest.html.columns import Column
+from veneer_loadtest.html.columns import ReportColumn
 from veneer_loadtest.html.drawing import (
     COLOURS,
     GREY,
@@ -23,9 +23,7 @@ from veneer_loadtest.html.drawing import (
 )
 from veneer_loadtest.html.timeline import ROW, shade_warmup
 from veneer_loadtest.html.words import bytes_words, count, ms
-from veneer_loadtest.results import Residency
-
-__all__ = ["first_token_by_tier", "residencies"]
+from veneer_loadtest.results import TierShares
 
 _HATCHES: Final = ("", "///", "\\\\\\", "---", "|||", "xx", "++", "//")
 _WIDTHS: Final = {"device": 2.6}
@@ -36,7 +34,7 @@ _LABELLED: Final = 12
 """Most bars with room for a time above each."""
 
 
-def residencies(columns: Sequence[Column]) -> list[Plot]:
+def residencies(columns: Sequence[ReportColumn]) -> list[Plot]:
     """Adapters and bytes by tier over time; runs beside each other."""
     told = [(c, c.level.residency) for c in columns if c.level.residency is not None]
     if not told:
@@ -46,7 +44,9 @@ def residencies(columns: Sequence[Column]) -> list[Plot]:
     return [_residency(part, number, len(parts)) for number, part in enumerate(parts)]
 
 
-def _residency(told: Sequence[tuple[Column, Residency]], number: int, parts: int) -> Plot:
+def _residency(
+    told: Sequence[tuple[ReportColumn, TierShares]], number: int, parts: int
+) -> Plot:
     title = "Adapters by tier" + (f", part {number + 1} of {parts}" if parts > 1 else "")
     tiers = tiers_in_order(list({tier for _, held in told for tier in held.adapters}))
     with canvas(2, len(told), 3.9, sharey="row", sharex=True) as (figure, axes):
@@ -96,7 +96,7 @@ def _tier_legend(figure: Any, tiers: Sequence[str]) -> None:
     legend(figure, handles, len(handles))
 
 
-def _residency_caption(column: Column, held: Residency, named: bool) -> str:
+def _residency_caption(column: ReportColumn, held: TierShares, named: bool) -> str:
     # The metrics count everything that the server holds, for other levels and callers too.
     most = {tier: max(held.adapters[tier], default=0) for tier in held.adapters}
     parts = [
@@ -121,7 +121,7 @@ def _eviction(key: str) -> str:
     return f"from {tier.upper()} for {cause}" if cause else f"from {tier.upper()}"
 
 
-def first_token_by_tier(columns: Sequence[Column]) -> Plot:
+def first_token_by_tier(columns: Sequence[ReportColumn]) -> Plot:
     """Bars of p50 and p99, a group for each tier, a bar for each run."""
     title = "First token by where the adapter was found"
     found = {
@@ -140,7 +140,7 @@ def first_token_by_tier(columns: Sequence[Column]) -> Plot:
     return Plot(title, "\n".join(_tier_caption(c, len(columns) > 1) for c in columns), svg)
 
 
-def _tier_bars(axis: Any, columns: Sequence[Column], tiers: Sequence[str]) -> None:
+def _tier_bars(axis: Any, columns: Sequence[ReportColumn], tiers: Sequence[str]) -> None:
     width = min(0.8 / len(columns), _WIDEST * len(tiers))
     for place, tier in enumerate(tiers):
         for number, column in enumerate(columns):
@@ -185,7 +185,7 @@ def _tier_name(tier: str) -> str:
     return "no adapter, or not reported" if tier == "none" else tier.upper()
 
 
-def _bar_legend(figure: Any, columns: Sequence[Column]) -> None:
+def _bar_legend(figure: Any, columns: Sequence[ReportColumn]) -> None:
     from matplotlib.patches import Patch
 
     handles = [
@@ -205,7 +205,7 @@ def _bar_legend(figure: Any, columns: Sequence[Column]) -> None:
     legend(figure, handles, 5)
 
 
-def _tier_caption(column: Column, named: bool) -> str:
+def _tier_caption(column: ReportColumn, named: bool) -> str:
     splits = {tier: s for tier, s in column.level.by_tier.items() if tier != "none"}
     whole = sum(split.requests for split in splits.values())
     told: list[str] = []

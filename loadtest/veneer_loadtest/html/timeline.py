@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from veneer_loadtest.html.columns import Column
+from veneer_loadtest.html.columns import ReportColumn
 from veneer_loadtest.html.drawing import (
     BAD,
     COLOURS,
@@ -27,8 +27,6 @@ from veneer_loadtest.html.drawing import (
 from veneer_loadtest.html.words import amount, count, ms
 from veneer_loadtest.results import Timeline
 
-__all__ = ["ROW", "shade_warmup", "timelines"]
-
 ROW: Final = 4
 """Runs beside each other in plots over time; more begin a new plot."""
 
@@ -37,7 +35,7 @@ _LEAST_BIN_S: Final = 1.0
 """Most bins of a timeline: more and shorter ones look like noise."""
 
 
-def timelines(columns: Sequence[Column]) -> list[Plot]:
+def timelines(columns: Sequence[ReportColumn]) -> list[Plot]:
     """Throughput, requests, first tokens and adapter loads over time; runs beside each
     other, on the same scales."""
     told = [column for column in columns if sum(column.level.timeline.due)]
@@ -47,7 +45,7 @@ def timelines(columns: Sequence[Column]) -> list[Plot]:
     return [_timeline(part, number, len(parts)) for number, part in enumerate(parts)]
 
 
-def _timeline(columns: Sequence[Column], number: int, parts: int) -> Plot:
+def _timeline(columns: Sequence[ReportColumn], number: int, parts: int) -> Plot:
     title = "Over time" + (f", part {number + 1} of {parts}" if parts > 1 else "")
     tiers = tiers_in_order(list({each.tier for c in columns for each in c.level.loads}))
     end = max(len(c.level.timeline.due) * c.level.timeline.bucket_s for c in columns)
@@ -84,7 +82,7 @@ def _timeline(columns: Sequence[Column], number: int, parts: int) -> Plot:
     return Plot(title, "\n".join(lines), svg)
 
 
-def _key(columns: Sequence[Column], end: float, *, waits: bool) -> list[str]:
+def _key(columns: Sequence[ReportColumn], end: float, *, waits: bool) -> list[str]:
     """What the marks mean, for those that were drawn."""
     told = []
     if any(column.load.warmup_s for column in columns):
@@ -96,7 +94,7 @@ def _key(columns: Sequence[Column], end: float, *, waits: bool) -> list[str]:
     return [" ".join(told)] if told else []
 
 
-def _draw_timeline(axes: Sequence[Any], column: Column) -> None:
+def _draw_timeline(axes: Sequence[Any], column: ReportColumn) -> None:
     tokens, requests, running, first = axes[:4]
     line = column.level.timeline
     starts = _starts(line)
@@ -119,7 +117,7 @@ def _draw_timeline(axes: Sequence[Any], column: Column) -> None:
     _points(first, middle, line.first_token_p50_ms, "o", COLOURS[0])
 
 
-def _draw_waits(axis: Any, column: Column, tiers: Sequence[str]) -> None:
+def _draw_waits(axis: Any, column: ReportColumn, tiers: Sequence[str]) -> None:
     """A row of ticks for each tier."""
     for row, tier in enumerate(tiers):
         at = [each.at_s for each in column.level.loads if each.tier == tier]
@@ -130,7 +128,7 @@ def _draw_waits(axis: Any, column: Column, tiers: Sequence[str]) -> None:
     axis.grid(visible=False)
 
 
-def shade_warmup(axis: Any, column: Column, end: float) -> None:
+def shade_warmup(axis: Any, column: ReportColumn, end: float) -> None:
     """Grey for the warm-up, and a line where the load ended but requests still ran."""
     if column.load.warmup_s:
         axis.axvspan(0, column.load.warmup_s, color="#9ca3af", alpha=0.22, linewidth=0)
@@ -167,7 +165,7 @@ def _points(
     )
 
 
-def _timeline_legend(figure: Any, columns: Sequence[Column]) -> None:
+def _timeline_legend(figure: Any, columns: Sequence[ReportColumn]) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -184,7 +182,7 @@ def _timeline_legend(figure: Any, columns: Sequence[Column]) -> None:
     legend(figure, handles, 5)
 
 
-def _timeline_caption(column: Column, *, named: bool) -> str:
+def _timeline_caption(column: ReportColumn, *, named: bool) -> str:
     level, line = column.level, column.level.timeline
     waits = Counter(each.tier for each in level.loads)
     whence = ", ".join(

@@ -6,25 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from veneer_loadtest.load.spec import Closed, Lengths, LoadSpec, Open, Popularity
+from veneer_loadtest.load.spec import AdapterMix, Closed, Lengths, LoadSpec, Open
 from veneer_loadtest.results import Distribution, SloLimits
-
-__all__ = [
-    "BUSY",
-    "adapters_words",
-    "amount",
-    "bytes_words",
-    "count",
-    "limits_words",
-    "load_average",
-    "load_words",
-    "machine_words",
-    "ms",
-    "rate_words",
-    "share",
-    "shortened",
-    "spread",
-]
 
 BUSY: Final = 0.25
 """Load average of the last minute / cores above which results are not to be trusted."""
@@ -145,7 +128,7 @@ def _arrivals(load: LoadSpec, rates: Sequence[float]) -> str:
     return f"Replay of {arrivals.path}{speed}."
 
 
-def _popularity(popularity: Popularity) -> str:
+def _popularity(popularity: AdapterMix) -> str:
     if popularity.kind == "identical":
         return "All requests use the first adapter."
     return f"Adapters are requested with {popularity} popularity."

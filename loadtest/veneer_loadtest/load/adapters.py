@@ -12,8 +12,6 @@ from veneer_loadtest.errors import BadOption
 from veneer_loadtest.load.spec import Traced
 from veneer_loadtest.load.trace import read_trace
 
-__all__ = ["AdapterOptions", "chosen", "names_of"]
-
 _SYNTHETIC: int = 8
 _TELL_EVERY: int = 100
 
@@ -82,7 +80,7 @@ def names_of(adapters: AdapterOptions, traced: Traced | None) -> tuple[str, ...]
 def chosen(
     adapters: AdapterOptions,
     traced: Traced | None,
-    shape: workload.BaseShape | None,
+    shape: workload.BaseSizes | None,
     scratch: Path,
     tell: Callable[[str], None],
 ) -> tuple[Mapping[str, Path] | Iterable[tuple[str, Path]], Sequence[tuple[str, ...]]]:
@@ -108,7 +106,7 @@ def chosen(
 def _made(
     adapters: AdapterOptions,
     names: Sequence[str],
-    shape: workload.BaseShape,
+    shape: workload.BaseSizes,
     scratch: Path,
     tell: Callable[[str], None],
 ) -> Iterator[tuple[str, Path]]:

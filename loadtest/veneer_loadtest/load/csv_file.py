@@ -11,8 +11,6 @@ from veneer_registry.replacing import replacing
 
 from veneer_loadtest.load.records import Record
 
-__all__ = ["COLUMNS", "write_csv"]
-
 COLUMNS: Final = (
     "adapters", "index", "adapter", "revision", "tier", "outcome", "reason", "warm_up",
     "due_s", "sent_s", "first_token_ms", "end_to_end_ms", "queue_ms", "load_ms",

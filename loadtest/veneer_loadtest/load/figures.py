@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from veneer_loadtest.load.generator import Loaded
+from veneer_loadtest.load.generator import LoadOutcome
 from veneer_loadtest.load.records import Record
 from veneer_loadtest.load.spec import LoadSpec
 from veneer_loadtest.quantiles import Samples, median, percentiles
@@ -20,16 +20,14 @@ from veneer_loadtest.results import (
     GeneratorFigures,
     Level,
     Requests,
-    Residency,
+    RequestSplit,
     ServerCounts,
     SloFigures,
     SloLimits,
-    Split,
+    TierShares,
     Timeline,
     Totals,
 )
-
-__all__ = ["OTHER", "distribution", "level", "totals"]
 
 OTHER: Final = "_other"
 _MOST_ADAPTERS: Final = 200
@@ -51,11 +49,11 @@ _SHARES: Final = np.unique(
 
 def level(
     load: LoadSpec,
-    loaded: Loaded,
+    loaded: LoadOutcome,
     *,
     workers: int,
     limits: SloLimits | None,
-    residency: Residency | None = None,
+    residency: TierShares | None = None,
     server: ServerCounts | None = None,
 ) -> Level:
     """All figures of one load."""
@@ -165,7 +163,7 @@ def _adapter_keys(records: Sequence[Record]) -> dict[int, str]:
     return {r.index: r.adapter if r.adapter in named else OTHER for r in records}
 
 
-def _splits(records: Sequence[Record], keys: dict[int, str]) -> dict[str, Split]:
+def _splits(records: Sequence[Record], keys: dict[int, str]) -> dict[str, RequestSplit]:
     groups: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         groups[keys[record.index]].append(record)
@@ -173,11 +171,11 @@ def _splits(records: Sequence[Record], keys: dict[int, str]) -> dict[str, Split]
     return {key: _split(group) for key, group in often}
 
 
-def _split(records: Sequence[Record]) -> Split:
+def _split(records: Sequence[Record]) -> RequestSplit:
     first = _quantiles([r.first_token_s for r in records if r.first_token_s is not None])
     gaps = _quantiles(_gaps(records))
     loads = [r.load_s for r in records if r.load_s is not None]
-    return Split(
+    return RequestSplit(
         requests=len(records),
         failed=sum(r.outcome == "failed" for r in records),
         tokens=sum(r.tokens for r in records),
@@ -221,7 +219,7 @@ def _keeps(record: Record, limits: SloLimits) -> bool:
     )
 
 
-def _generator(loaded: Loaded, workers: int) -> GeneratorFigures:
+def _generator(loaded: LoadOutcome, workers: int) -> GeneratorFigures:
     late = np.array([(r.sent_s - r.due_s) * 1e3 for r in loaded.records] or [0.0])
     p50, p99, longest = percentiles(late, [0.5, 0.99, 1.0])
     return GeneratorFigures(

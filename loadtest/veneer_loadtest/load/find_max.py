@@ -11,8 +11,6 @@ from typing import Final
 
 from veneer_loadtest.results import Level, Probe
 
-__all__ = ["HIGHEST", "Tried", "find_max", "keeps"]
-
 HIGHEST: Final = 100_000.0
 """Requests per second at which the search stops although no limit was broken."""
 

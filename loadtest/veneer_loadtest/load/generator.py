@@ -20,28 +20,26 @@ from veneer_loadtest.load.records import Record
 from veneer_loadtest.load.spec import Closed, LoadSpec
 from veneer_loadtest.load.targets import TargetSpec
 from veneer_loadtest.load.wire import (
-    Begin,
-    Done,
-    Failed,
+    BeginLoad,
     FromWorker,
-    Progress,
-    Ready,
-    Setup,
-    Stop,
+    LoadProgress,
+    StopLoad,
     ToWorker,
+    WorkerDone,
+    WorkerFailed,
+    WorkerReady,
+    WorkerSetup,
     decode_from_worker,
     encode,
     read_frame,
 )
-
-__all__ = ["Loaded", "generate"]
 
 _HEAD_START_S: Final = 0.1
 """From when the last worker is ready to the start of the load."""
 
 
 @dataclass(slots=True)
-class Loaded:
+class LoadOutcome:
     """The results of a load; they grow while it runs.
 
     Attributes:
@@ -76,8 +74,8 @@ async def generate(
     workers: int,
     timeout_s: float,
     stop: asyncio.Event,
-    on_progress: Callable[[Loaded], None] = lambda loaded: None,
-) -> Loaded:
+    on_progress: Callable[[LoadOutcome], None] = lambda loaded: None,
+) -> LoadOutcome:
     """Send a load and return its results.
 
     Args:
@@ -91,17 +89,19 @@ async def generate(
     """
     if isinstance(load.arrivals, Closed):
         workers = min(workers, load.arrivals.streams)
-    loaded = Loaded()
+    loaded = LoadOutcome()
     async with AsyncExitStack() as stack:
-        running = [await stack.enter_async_context(Worker(number)) for number in range(workers)]
+        running = [
+            await stack.enter_async_context(LoadWorker(number)) for number in range(workers)
+        ]
         for worker in running:
-            await worker.tell(Setup(load, target, worker.number, workers, timeout_s))
+            await worker.tell(WorkerSetup(load, target, worker.number, workers, timeout_s))
         for worker in running:
-            await worker.hear(Ready)
+            await worker.hear(WorkerReady)
         cpu = time.process_time()
         loaded.start = time.monotonic() + _HEAD_START_S
         for worker in running:
-            await worker.tell(Begin(loaded.start))
+            await worker.tell(BeginLoad(loaded.start))
         async with asyncio.TaskGroup() as group:
             stopping = group.create_task(_stop_all(stop, running, loaded))
             gathering = [
@@ -116,43 +116,45 @@ async def generate(
     return loaded
 
 
-async def _stop_all(stop: asyncio.Event, workers: list[Worker], loaded: Loaded) -> None:
+async def _stop_all(
+    stop: asyncio.Event, workers: list[LoadWorker], loaded: LoadOutcome
+) -> None:
     await stop.wait()
     loaded.stopped = True
     for worker in workers:
-        await worker.tell(Stop())
+        await worker.tell(StopLoad())
 
 
 async def _gather(
-    worker: Worker,
-    loaded: Loaded,
-    on_progress: Callable[[Loaded], None],
+    worker: LoadWorker,
+    loaded: LoadOutcome,
+    on_progress: Callable[[LoadOutcome], None],
     stop: asyncio.Event,
 ) -> float:
     """Collect one worker's reports until it is done; returns its CPU seconds."""
     while True:
         try:
-            message = await worker.hear(Progress, Done)
+            message = await worker.hear(LoadProgress, WorkerDone)
         except GeneratorFailed as error:
             loaded.failure = str(error)
             stop.set()
             return 0.0
         loaded.sent[worker.number] = message.sent
-        if isinstance(message, Done):
+        if isinstance(message, WorkerDone):
             return float(message.cpu_s)
         loaded.records += message.records
         loaded.wall_s = time.monotonic() - loaded.start
         on_progress(loaded)
 
 
-class Worker:
+class LoadWorker:
     """One worker process, from its start to its end."""
 
     def __init__(self, number: int) -> None:
         self.number = number
         self._process: asyncio.subprocess.Process
 
-    async def __aenter__(self) -> Worker:
+    async def __aenter__(self) -> LoadWorker:
         self._process = await asyncio.create_subprocess_exec(
             *child_python("-m", "veneer_loadtest.load.worker"),
             stdin=asyncio.subprocess.PIPE,
@@ -189,7 +191,7 @@ class Worker:
                 "(-9: out of memory?)"
             )
         message: FromWorker = decode_from_worker(body)
-        if isinstance(message, Failed):
+        if isinstance(message, WorkerFailed):
             raise TargetFailed(message.message, metadata=message.metadata)
         if not isinstance(message, kinds):
             raise GeneratorFailed(f"worker {self.number} sent {message!r} unexpectedly")

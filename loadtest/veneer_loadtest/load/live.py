@@ -10,11 +10,9 @@ from rich.live import Live
 from rich.table import Table
 from veneer_registry.screen import Screen
 
-from veneer_loadtest.load.generator import Loaded
+from veneer_loadtest.load.generator import LoadOutcome
 from veneer_loadtest.load.records import Record
 from veneer_loadtest.quantiles import percentiles
-
-__all__ = ["LiveView"]
 
 _RECENT_S: Final = 5.0
 
@@ -46,7 +44,7 @@ class LiveView:
         if self._console.is_terminal:
             self._live.stop()
 
-    def update(self, loaded: Loaded) -> None:
+    def update(self, loaded: LoadOutcome) -> None:
         """Show the results so far; redraws at most a few times per second."""
         if not self._console.is_terminal:
             return
@@ -61,7 +59,7 @@ class LiveView:
             self._drawn = now
             self._live.update(self._table(loaded, now))
 
-    def _table(self, loaded: Loaded, now: float) -> Table:
+    def _table(self, loaded: LoadOutcome, now: float) -> Table:
         sent = sum(loaded.sent.values())
         running = sent - self._read
         table = Table.grid(padding=(0, 2))

@@ -14,9 +14,7 @@ from veneer_loadtest.errors import HttpFailed, TargetFailed
 from veneer_loadtest.https import https_context
 from veneer_loadtest.load.plan import Planned, prompt_ids, prompt_text
 from veneer_loadtest.load.spec import LoadSpec
-from veneer_loadtest.load.targets import OpenAiSpec, Stream, Target
-
-__all__ = ["API_KEY", "OpenAiTarget", "list_models"]
+from veneer_loadtest.load.targets import OpenAiSpec, Target, TargetStream
 
 API_KEY: Final = "OPENAI_API_KEY"
 """Environment variable of the API key, which is in no option and no result."""
@@ -28,7 +26,7 @@ _TIER: Final = "veneer-adapter-tier"
 _REVISION: Final = "veneer-revision"
 
 
-class _Sse(Stream):
+class _Sse(TargetStream):
     """Server-sent events. A chunk with text counts as one token unless it has
     ``token_ids``; the total comes from ``usage``."""
 
@@ -92,7 +90,7 @@ class OpenAiTarget(Target):
         self._session: aiohttp.ClientSession | None = None
 
     @asynccontextmanager
-    async def send(self, request: Planned) -> AsyncIterator[Stream]:
+    async def send(self, request: Planned) -> AsyncIterator[TargetStream]:
         """See `Target.send`."""
         with _failures(self._target.url):
             async with self._open().post(self._url, data=self._body(request)) as answer:

@@ -141,7 +141,7 @@ async def _veneer(
         if metrics is not None:
             await read_counters(metrics)
         if adapters.synthetic(traced=traced is not None):
-            shape: workload.BaseShape | None = setup.needed_shape(info, target.base_folder)
+            shape: workload.BaseSizes | None = setup.needed_shape(info, target.base_folder)
         else:
             shape = setup.served_shape(info, target.base_folder)
         notes = []

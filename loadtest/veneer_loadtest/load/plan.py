@@ -16,10 +16,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from veneer_loadtest.load.spec import Closed, Lengths, LoadSpec, Open, Popularity, Traced
+from veneer_loadtest.load.spec import AdapterMix, Closed, Lengths, LoadSpec, Open, Traced
 from veneer_loadtest.load.trace import read_trace
-
-__all__ = ["Planned", "plan", "prompt_ids", "prompt_text"]
 
 _BLOCK: Final = 512
 
@@ -150,8 +148,8 @@ def _leave_draws(
     return lambda random: random.random((_BLOCK, 2))  # nosec B311 # not for secrets
 
 
-def _which(popularity: Popularity, adapters: int, seed: int) -> Iterator[int]:
-    """Indices into the list of adapters; see `Popularity`."""
+def _which(popularity: AdapterMix, adapters: int, seed: int) -> Iterator[int]:
+    """Indices into the list of adapters; see `AdapterMix`."""
     random = np.random.default_rng([seed, *b"which"])
     parameter = popularity.parameter
     match popularity.kind:

@@ -9,8 +9,6 @@ from typing import Literal
 
 import msgspec
 
-__all__ = ["Outcome", "Record", "pack_gaps"]
-
 Outcome = Literal["ok", "left", "failed", "stopped"]
 """``left``: its caller cancelled, as planned; ``stopped``: the run ended before it did."""
 

@@ -10,8 +10,6 @@ from veneer_loadtest.load.generator import generate
 from veneer_loadtest.load.spec import LoadSpec
 from veneer_loadtest.load.targets import TargetSpec
 
-__all__ = ["Round", "send_round"]
-
 _TIMEOUT_S: float = 600.0
 
 

@@ -14,15 +14,13 @@ import msgspec
 
 from veneer_loadtest import report
 from veneer_loadtest.load.figures import level, totals
-from veneer_loadtest.load.generator import Loaded, generate
+from veneer_loadtest.load.generator import LoadOutcome, generate
 from veneer_loadtest.load.live import LiveView
 from veneer_loadtest.load.opening import Opened
 from veneer_loadtest.load.spec import Closed, LoadSpec, Open, Traced
 from veneer_loadtest.load.trace import read_trace
 from veneer_loadtest.results import Level, SloLimits
 from veneer_loadtest.server_metrics import MetricsWatch
-
-__all__ = ["Session", "StopSignal", "stop_on_signals", "with_adapters", "worker_count"]
 
 _RATE_OF_A_WORKER: float = 300.0
 """Requests per second; measured with short streams over gRPC, see docs/loadtest.md."""
@@ -90,7 +88,7 @@ class Session:
     limits: SloLimits | None
     stop: StopSignal
 
-    async def run(self, load: LoadSpec, title: str) -> tuple[Level, Loaded]:
+    async def run(self, load: LoadSpec, title: str) -> tuple[Level, LoadOutcome]:
         """Send one load; returns its results, up to a stop.
 
         Raises:

@@ -13,19 +13,6 @@ import msgspec
 
 from veneer_loadtest.errors import BadOption
 
-__all__ = [
-    "Arrivals",
-    "Closed",
-    "Lengths",
-    "LoadSpec",
-    "Open",
-    "Popularity",
-    "Traced",
-    "parse_arrivals",
-    "parse_lengths",
-    "parse_popularity",
-]
-
 
 class Closed(msgspec.Struct, frozen=True, tag="closed"):
     """Each of ``streams`` sends its next request when its last one has ended."""
@@ -59,7 +46,7 @@ Arrivals = Closed | Open | Traced
 PopularityKind = Literal["identical", "uniform", "zipf", "powerlaw", "distinct", "roundrobin"]
 
 
-class Popularity(msgspec.Struct, frozen=True):
+class AdapterMix(msgspec.Struct, frozen=True):
     """Which adapter a request uses.
 
     - ``identical``: always the first one
@@ -118,7 +105,7 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     adapters: tuple[str, ...]
     arrivals: Arrivals
-    popularity: Popularity
+    popularity: AdapterMix
     prompt_tokens: Lengths
     tokens: Lengths
     duration_s: float
@@ -180,19 +167,19 @@ def _cv(arrivals: str) -> float:
     )
 
 
-def parse_popularity(text: str) -> Popularity:
-    """``uniform``, ``zipf:1.2`` ...: see `Popularity`.
+def parse_popularity(text: str) -> AdapterMix:
+    """``uniform``, ``zipf:1.2`` ...: see `AdapterMix`.
 
     Raises:
         BadOption: anything else.
     """
     kind, colon, parameter = text.partition(":")
     if kind in _PLAIN and not colon:
-        return Popularity(kind)  # type: ignore[arg-type]
+        return AdapterMix(kind)  # type: ignore[arg-type]
     if kind in _DEFAULTS:
         value = _number(parameter) if colon else _DEFAULTS[kind]
         if value is not None and value > 0:
-            return Popularity(kind, value)  # type: ignore[arg-type]
+            return AdapterMix(kind, value)  # type: ignore[arg-type]
     raise BadOption(
         f"--popularity {text!r}: give identical, uniform, zipf:S, powerlaw:A (S and A above "
         "0), distinct or roundrobin",

@@ -12,8 +12,6 @@ from typing import Final
 from veneer_loadtest.errors import BadOption
 from veneer_loadtest.results import Distribution, Level, SloLimits
 
-__all__ = ["KEYS", "Limit", "parse_limit", "parse_seconds", "parse_slo", "summary"]
-
 KEYS: Final = (
     "requests_per_s",
     "tokens_per_s",
@@ -97,7 +95,7 @@ _COMPARE: Final[dict[str, Callable[[float, float], bool]]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Limit:
+class FailLimit:
     """A condition under which a script is to fail: ``first_token_p99_ms>500``."""
 
     text: str
@@ -115,7 +113,7 @@ class Limit:
         )
 
 
-def parse_limit(text: str, keys: Sequence[str] = KEYS) -> Limit:
+def parse_limit(text: str, keys: Sequence[str] = KEYS) -> FailLimit:
     """A ``--fail-if`` condition.
 
     Raises:
@@ -137,7 +135,7 @@ def parse_limit(text: str, keys: Sequence[str] = KEYS) -> Limit:
             f"--fail-if {text!r}: the summary has {', '.join(keys)}",
             metadata={"field": "--fail-if", "figure": found[1]},
         )
-    return Limit(text, found[1], found[2], value)
+    return FailLimit(text, found[1], found[2], value)
 
 
 _UNITS: Final = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}

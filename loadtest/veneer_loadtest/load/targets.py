@@ -15,8 +15,6 @@ from veneer_client import AsyncClient, RetryPolicy, Text, Tokens
 from veneer_loadtest.load.plan import Planned, prompt_ids, prompt_text
 from veneer_loadtest.load.spec import LoadSpec
 
-__all__ = ["Facts", "OpenAiSpec", "Stream", "Target", "TargetSpec", "VeneerSpec", "make_target"]
-
 
 class VeneerSpec(msgspec.Struct, frozen=True, tag="veneer"):
     """A Veneer server at ``HOST:PORT``.
@@ -61,7 +59,7 @@ class Facts:
     load_s: float | None = None
 
 
-class Stream(ABC):
+class TargetStream(ABC):
     """A running request; iterate for the number of new tokens in each message.
 
     Attributes:
@@ -82,7 +80,7 @@ class Target(ABC):
         self._load = load
 
     @abstractmethod
-    def send(self, request: Planned) -> AbstractAsyncContextManager[Stream]:
+    def send(self, request: Planned) -> AbstractAsyncContextManager[TargetStream]:
         """Send a request; leaving the ``async with`` early cancels it on the server.
 
         Raises, inside:
@@ -113,7 +111,7 @@ class Target(ABC):
         """Cancel running requests and close connections."""
 
 
-class _VeneerStream(Stream):
+class _VeneerStream(TargetStream):
     def __init__(self, call: Any) -> None:
         super().__init__()
         self._call = call
@@ -144,7 +142,7 @@ class VeneerTarget(Target):
         self._client = AsyncClient(target.address, retry=RetryPolicy(attempts=1))
 
     @asynccontextmanager
-    async def send(self, request: Planned) -> AsyncIterator[Stream]:
+    async def send(self, request: Planned) -> AsyncIterator[TargetStream]:
         """See `Target.send`."""
         text = self._load.text or bool(request.prompt)
         beginning = self._target.beginnings.get(request.adapter, ())

@@ -16,8 +16,6 @@ import msgspec
 
 from veneer_loadtest.errors import BadTrace
 
-__all__ = ["TraceLine", "read_trace"]
-
 
 class TraceLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One request; see the module's docstring."""

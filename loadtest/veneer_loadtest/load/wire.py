@@ -15,28 +15,12 @@ from veneer_loadtest.load.records import Record
 from veneer_loadtest.load.spec import LoadSpec
 from veneer_loadtest.load.targets import TargetSpec
 
-__all__ = [
-    "Begin",
-    "Done",
-    "Failed",
-    "FromWorker",
-    "Progress",
-    "Ready",
-    "Setup",
-    "Stop",
-    "ToWorker",
-    "decode_from_worker",
-    "decode_to_worker",
-    "encode",
-    "read_frame",
-]
 
-
-class Message(msgspec.Struct, frozen=True, tag=True):
+class WorkerMessage(msgspec.Struct, frozen=True, tag=True):
     """Base of all messages."""
 
 
-class Setup(Message, frozen=True):
+class WorkerSetup(WorkerMessage, frozen=True):
     """First message: send every ``of``-th request of the load, from number ``worker`` on."""
 
     load: LoadSpec
@@ -46,45 +30,45 @@ class Setup(Message, frozen=True):
     timeout_s: float
 
 
-class Begin(Message, frozen=True):
+class BeginLoad(WorkerMessage, frozen=True):
     """The load starts at ``at`` of ``time.monotonic()``, a clock that processes share."""
 
     at: float
 
 
-class Stop(Message, frozen=True):
+class StopLoad(WorkerMessage, frozen=True):
     """Send no more requests, cancel the running ones, report the rest."""
 
 
-ToWorker = Setup | Begin | Stop
+ToWorker = WorkerSetup | BeginLoad | StopLoad
 
 
-class Ready(Message, frozen=True):
+class WorkerReady(WorkerMessage, frozen=True):
     """The worker can send its first request."""
 
 
-class Progress(Message, frozen=True):
+class LoadProgress(WorkerMessage, frozen=True):
     """Requests that ended since the last report; ``sent`` counts from the start."""
 
     sent: int
     records: list[Record]
 
 
-class Done(Message, frozen=True):
-    """The last message. ``cpu_s``: since `Begin`; ``sent``: in total."""
+class WorkerDone(WorkerMessage, frozen=True):
+    """The last message. ``cpu_s``: since `BeginLoad`; ``sent``: in total."""
 
     sent: int
     cpu_s: float
 
 
-class Failed(Message, frozen=True):
+class WorkerFailed(WorkerMessage, frozen=True):
     """The last message of a worker that cannot continue."""
 
     message: str
     metadata: dict[str, str]
 
 
-FromWorker = Ready | Progress | Done | Failed
+FromWorker = WorkerReady | LoadProgress | WorkerDone | WorkerFailed
 
 _LENGTH_BYTES: Final = 4
 _encoder: Final = msgspec.msgpack.Encoder()

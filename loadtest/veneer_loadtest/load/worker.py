@@ -23,31 +23,29 @@ from veneer_loadtest.load.records import Outcome, Record, pack_gaps
 from veneer_loadtest.load.spec import Closed
 from veneer_loadtest.load.targets import Facts, Target, make_target
 from veneer_loadtest.load.wire import (
-    Begin,
-    Done,
-    Failed,
+    BeginLoad,
     FromWorker,
-    Progress,
-    Ready,
-    Setup,
+    LoadProgress,
+    WorkerDone,
+    WorkerFailed,
+    WorkerReady,
+    WorkerSetup,
     decode_to_worker,
     encode,
     read_frame,
 )
 
-__all__ = ["Share", "main"]
-
 _TELL_S: float = 0.1
 
 
-class Share:
+class WorkerShare:
     """One worker's part of a load.
 
     Attributes:
         sent: requests begun so far.
     """
 
-    def __init__(self, setup: Setup, target: Target) -> None:
+    def __init__(self, setup: WorkerSetup, target: Target) -> None:
         self._setup = setup
         self._target = target
         self._start = 0.0
@@ -225,14 +223,14 @@ async def _serve() -> None:
         return decode_to_worker(body) if body is not None else None
 
     setup = await hear()
-    assert isinstance(setup, Setup)
+    assert isinstance(setup, WorkerSetup)
     try:
         async with make_target(setup.load, setup.target) as target:
-            share = Share(setup, target)
+            share = WorkerShare(setup, target)
             await target.connect()
-            await tell(Ready())
+            await tell(WorkerReady())
             begin = await hear()
-            if not isinstance(begin, Begin):
+            if not isinstance(begin, BeginLoad):
                 return
             gc.freeze()  # so that collections skip what imports allocated
             cpu = time.process_time()
@@ -249,13 +247,13 @@ async def _serve() -> None:
                 ended = share.take()
                 if ended or share.sent != told:
                     told = share.sent
-                    await tell(Progress(told, ended))
+                    await tell(LoadProgress(told, ended))
             stop.cancel()
             work.result()
-            await tell(Progress(share.sent, share.take()))
-            await tell(Done(share.sent, time.process_time() - cpu))
+            await tell(LoadProgress(share.sent, share.take()))
+            await tell(WorkerDone(share.sent, time.process_time() - cpu))
     except VeneerError as error:
-        await tell(Failed(error.message, error.metadata))
+        await tell(WorkerFailed(error.message, error.metadata))
 
 
 async def _pipes() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

@@ -8,19 +8,6 @@ import msgspec
 
 from veneer_loadtest.results.facts import FORMAT
 
-__all__ = [
-    "AnswersGate",
-    "CompareLevel",
-    "CompareResult",
-    "Ends",
-    "Range",
-    "Ratio",
-    "ReferenceGate",
-    "RoundFigures",
-    "SystemFacts",
-    "SystemFigures",
-]
-
 
 class SystemFacts(msgspec.Struct, frozen=True, kw_only=True):
     """One of the systems: how it was started, its versions, its device."""
@@ -75,7 +62,7 @@ class AnswersGate(msgspec.Struct, frozen=True, kw_only=True):
     other_regret: float | None
 
 
-class Range(msgspec.Struct, frozen=True, kw_only=True):
+class FigureRange(msgspec.Struct, frozen=True, kw_only=True):
     """A figure of several rounds."""
 
     median: float
@@ -104,7 +91,7 @@ class SystemFigures(msgspec.Struct, frozen=True, kw_only=True):
         client_cpu_share: CPU time of the load generator / wall time.
     """
 
-    tokens_per_s: Range
+    tokens_per_s: FigureRange
     first_token_ms: Ends
     inter_token_ms: Ends
     client_cpu_share: float

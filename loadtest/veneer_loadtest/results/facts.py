@@ -4,7 +4,5 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["FORMAT"]
-
 FORMAT: Final = 1
 """Increased when an older reader would misunderstand a file."""

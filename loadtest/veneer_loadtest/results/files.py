@@ -14,8 +14,6 @@ from veneer_loadtest.results.facts import FORMAT
 from veneer_loadtest.results.load import FindMaxResult, RunResult
 from veneer_loadtest.results.swap import SwapResult
 
-__all__ = ["LoadResult", "Result", "read_result", "write_result"]
-
 LoadResult = RunResult | FindMaxResult
 """Results of loads, with figures over all requests."""
 Result = LoadResult | SwapResult | CompareResult

@@ -13,24 +13,6 @@ import msgspec
 from veneer_loadtest.load.spec import LoadSpec
 from veneer_loadtest.results.facts import FORMAT
 
-__all__ = [
-    "AdapterLoad",
-    "Distribution",
-    "FindMaxResult",
-    "GeneratorFigures",
-    "Level",
-    "Probe",
-    "Requests",
-    "Residency",
-    "RunResult",
-    "ServerCounts",
-    "SloFigures",
-    "SloLimits",
-    "Split",
-    "Timeline",
-    "Totals",
-]
-
 
 class Distribution(msgspec.Struct, frozen=True, kw_only=True):
     """Milliseconds. ``cdf``: pairs of milliseconds and the share of values up to that."""
@@ -60,7 +42,7 @@ class Requests(msgspec.Struct, frozen=True, kw_only=True):
     stopped: int
 
 
-class Split(msgspec.Struct, frozen=True, kw_only=True):
+class RequestSplit(msgspec.Struct, frozen=True, kw_only=True):
     """A part of the requests; milliseconds, None if there is no value."""
 
     requests: int
@@ -137,7 +119,7 @@ class AdapterLoad(msgspec.Struct, frozen=True, array_like=True):
     load_ms: float
 
 
-class Residency(msgspec.Struct, frozen=True, kw_only=True):
+class TierShares(msgspec.Struct, frozen=True, kw_only=True):
     """Adapters by tier while the load ran, from the server's metrics."""
 
     at_s: list[float]
@@ -195,14 +177,14 @@ class Level(msgspec.Struct, frozen=True, kw_only=True):
     end_to_end_ms: Distribution | None
     queue_ms: Distribution | None
     adapter_load_ms: Distribution | None
-    by_tier: dict[str, Split]
-    by_adapter: dict[str, Split]
+    by_tier: dict[str, RequestSplit]
+    by_adapter: dict[str, RequestSplit]
     slo: SloFigures | None
     generator: GeneratorFigures
     timeline: Timeline
     loads: list[AdapterLoad]
     loads_left_out: int
-    residency: Residency | None
+    residency: TierShares | None
     server: ServerCounts | None
     totals: Totals
 

@@ -12,8 +12,6 @@ import msgspec
 
 from veneer_loadtest.results.files import Result
 
-__all__ = ["schema_text"]
-
 
 def schema_text() -> str:
     """The schema, with the classes' docstrings as descriptions."""

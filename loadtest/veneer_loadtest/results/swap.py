@@ -8,8 +8,6 @@ import msgspec
 
 from veneer_loadtest.results.facts import FORMAT
 
-__all__ = ["Case", "CaseFigures", "ChurnBy", "ChurnFigures", "Spread", "SwapResult"]
-
 Case = Literal["same", "device", "host", "disk", "disk_cold", "publish"]
 """Which adapter a first token is of: the same as before (the reference), another one in
 DEVICE, in HOST only, on DISK only (its file in the page cache, or not), or a new one, from its

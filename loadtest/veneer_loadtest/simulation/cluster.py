@@ -10,7 +10,7 @@ from typing import Final
 from veneer_registry.errors import Unavailable
 from veneer_server.routing.adapter_router import AdapterRouter
 from veneer_server.routing.baselines import LeastLoaded, RandomChoice, RoundRobin
-from veneer_server.routing.records import Choice, Report, Wanted
+from veneer_server.routing.records import ReplicaReport, RoutedTo, Wanted
 from veneer_server.routing.router import Router
 from veneer_server.wire.messages import (
     AdapterSource,
@@ -23,8 +23,8 @@ from veneer_server.wire.messages import (
 
 from veneer_loadtest.simulation.costs import Costs
 from veneer_loadtest.simulation.events import Events
-from veneer_loadtest.simulation.figures import Collected, Figures
-from veneer_loadtest.simulation.registry import Followers, Link
+from veneer_loadtest.simulation.figures import EndedRequests, Figures
+from veneer_loadtest.simulation.registry import Followers, SimulatedLink
 from veneer_loadtest.simulation.replica import ITEMSIZE, Replica, ReplicaSize
 from veneer_loadtest.simulation.scenario import (
     Drain,
@@ -36,8 +36,6 @@ from veneer_loadtest.simulation.scenario import (
     Scenario,
 )
 from veneer_loadtest.simulation.traffic import Asked, prompts, traffic
-
-__all__ = ["Cluster", "new_router", "replica_name"]
 
 _INGRESS: Final = "ingress"
 _STUCK_S: Final = 3600.0
@@ -67,7 +65,7 @@ class _Open:
     """A request that has not ended."""
 
     asked: Asked
-    choice: Choice
+    choice: RoutedTo
     started: bool = False
 
 
@@ -87,7 +85,7 @@ class _Site:
     here: dict[int, _Open] = field(default_factory=dict)
 
 
-class Cluster:
+class SimulatedCluster:
     """One run; call `run` once."""
 
     def __init__(self, scenario: Scenario, routing: Routing, costs: Costs) -> None:
@@ -104,12 +102,12 @@ class Cluster:
         self.router = new_router(routing, scenario.seed)
         for number in range(scenario.replicas):
             self._start(replica_name(number), OrderedDict())
-        self._link = Link(costs, self._events)
+        self._link = SimulatedLink(costs, self._events)
         self._followers = Followers([_INGRESS, *self._sites], self._link, costs, self._events)
         self._sources: dict[tuple[int, int], AdapterSource] = {}
         self._prompts = prompts(scenario.seed, 2 * scenario.prompt_tokens)
         self._open = 0
-        self.collected = Collected(round(scenario.warm * scenario.requests))
+        self.collected = EndedRequests(round(scenario.warm * scenario.requests))
 
     def run(self) -> Figures:
         """Simulate until every request has ended."""
@@ -300,7 +298,7 @@ class Cluster:
         if not replica.lost:
             scheduler = replica.scheduler
             requests = scheduler.running + scheduler.waiting
-            self.router.report(name, Report(replica.resident(), requests), now)
+            self.router.report(name, ReplicaReport(replica.resident(), requests), now)
         self._events.after(self._scenario.report_s, lambda: self._report(name))
 
     def _happen(self, happening: Happening) -> None:

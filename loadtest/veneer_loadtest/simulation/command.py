@@ -18,10 +18,10 @@ from veneer_registry.command_line import Program
 
 from veneer_loadtest.commands.common import OUT, Debug, check_writable, run, warn_if_busy
 from veneer_loadtest.report import conditions
-from veneer_loadtest.simulation.cluster import Cluster
+from veneer_loadtest.simulation.cluster import SimulatedCluster
 from veneer_loadtest.simulation.costs import Costs, read_costs, write_costs
 from veneer_loadtest.simulation.figures import Figures, table
-from veneer_loadtest.simulation.fit import Measured, measure
+from veneer_loadtest.simulation.fit import Measurements, measure
 from veneer_loadtest.simulation.fit import fit as fitted
 from veneer_loadtest.simulation.happenings import FORMS, parse_happenings
 from veneer_loadtest.simulation.options import (
@@ -41,8 +41,6 @@ from veneer_loadtest.simulation.options import (
 from veneer_loadtest.simulation.real import run_real
 from veneer_loadtest.simulation.scenario import Scenario
 from veneer_loadtest.simulation.servers import Served, parse_cores, real_servers
-
-__all__ = ["cli", "main"]
 
 _EXAMPLES = """
 Examples:
@@ -138,7 +136,7 @@ def _run(
         gc.disable()
         runs = []
         for each in parse_routings(routing):
-            runs.append(Cluster(scenario, each, known).run())
+            runs.append(SimulatedCluster(scenario, each, known).run())
             gc.collect()
         _show(scenario, known, runs, json_file)
 
@@ -194,7 +192,7 @@ def _real(
                 session_share=sessions,
                 seed=seed,
             )
-            measured = Measured()
+            measured = Measurements()
             for _ in range(repeat):
                 for each in routings:
                     await _measure_all(servers, fit_rounds, len(runs), measured)
@@ -206,7 +204,7 @@ def _real(
                 for line in measured.lines():
                     OUT.print(line, style="dim")
         for each in routings:
-            found = Cluster(scenario, each, known).run()
+            found = SimulatedCluster(scenario, each, known).run()
             runs.append(msgspec.structs.replace(found, routing=f"{each}, simulated"))
         _show(scenario, known, sorted(runs, key=lambda each: each.routing), json_file)
 
@@ -230,7 +228,7 @@ def _fit(
         async with real_servers([core], adapters=8, in_memory=16, rank=rank, seed=seed) as (
             server,
         ):
-            measured = Measured()
+            measured = Measurements()
             await measure(server, rounds, seed, measured)
             how = f"veneer-sim fit --rank {rank} --rounds {rounds} --seed {seed}"
             costs = fitted(measured, server.adapter_bytes, how, Costs())
@@ -243,7 +241,7 @@ def _fit(
 
 
 async def _measure_all(
-    servers: Sequence[Served], rounds: int, number: int, measured: Measured
+    servers: Sequence[Served], rounds: int, number: int, measured: Measurements
 ) -> None:
     """All at once: they share the machine, as they do in a run."""
     if rounds:

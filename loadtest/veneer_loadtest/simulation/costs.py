@@ -10,8 +10,6 @@ from veneer_server.step.plan import StepPlan
 
 from veneer_loadtest.errors import BadOption
 
-__all__ = ["Costs", "read_costs", "write_costs"]
-
 _Seconds = Annotated[float, msgspec.Meta(ge=0)]
 _Positive = Annotated[float, msgspec.Meta(gt=0)]
 

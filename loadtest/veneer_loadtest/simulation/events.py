@@ -5,8 +5,6 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable
 
-__all__ = ["Events"]
-
 
 class Events:
     """Calls what is due, in order of time; at the same time, in the order of `at`.

@@ -10,8 +10,6 @@ import msgspec
 
 from veneer_loadtest.quantiles import percentiles
 
-__all__ = ["Collected", "Figures", "jain", "table"]
-
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
     """One run. Times in seconds; those of a simulation are its own, except ``cpu_s``.
@@ -57,7 +55,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     cpu_s: float = 0.0
 
 
-class Collected:
+class EndedRequests:
     """Counts requests as they end.
 
     Args:

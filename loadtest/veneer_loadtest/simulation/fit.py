@@ -21,8 +21,6 @@ from veneer_loadtest.simulation.costs import Costs
 from veneer_loadtest.simulation.servers import Served
 from veneer_loadtest.simulation.traffic import prompts
 
-__all__ = ["Measured", "fit", "measure"]
-
 _PROMPTS: Final = (8, 16, 24, 48)
 _STREAMS: Final = (1, 2, 4)
 _TOKENS: Final = 16
@@ -33,7 +31,7 @@ _STARTED_S: Final = 0.2
 
 
 @dataclass(slots=True)
-class Measured:
+class Measurements:
     """Samples, in seconds.
 
     Attributes:
@@ -96,7 +94,7 @@ class _Bench:
         return answer.provenance.timings.adapter_load_s
 
 
-async def measure(server: Served, rounds: int, seed: int, measured: Measured) -> None:
+async def measure(server: Served, rounds: int, seed: int, measured: Measurements) -> None:
     """Add samples, in ``rounds`` of all kinds so that a disturbance hits all alike. The server
     needs as many adapters as `_STREAMS` has streams."""
     bench = _Bench(server, seed)
@@ -131,7 +129,7 @@ def _gaps(answers: Sequence[Sequence[float]]) -> list[float]:
     return found
 
 
-def fit(measured: Measured, adapter_bytes: int, how: str, before: Costs) -> Costs:
+def fit(measured: Measurements, adapter_bytes: int, how: str, before: Costs) -> Costs:
     """Costs that explain what was measured.
 
     Args:

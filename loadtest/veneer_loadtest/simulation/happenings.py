@@ -8,8 +8,6 @@ from typing import Final
 from veneer_loadtest.errors import BadOption
 from veneer_loadtest.simulation.scenario import Drain, Happening, Lose, Partition, Publish
 
-__all__ = ["FORMS", "parse_happenings"]
-
 FORMS: Final = {
     "lose": "REPLICA@SECONDS, or REPLICA@SECONDS+SECONDS if it comes back",
     "drain": "REPLICA@SECONDS",

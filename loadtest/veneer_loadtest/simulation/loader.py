@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from collections import deque
 
-__all__ = ["Loader"]
 
-
-class Loader:
+class SimulatedLoader:
     """Attributes:
     loaded, loaded_bytes: counts since the start.
     """

@@ -10,21 +10,6 @@ import typer
 from veneer_loadtest.errors import BadOption
 from veneer_loadtest.simulation.scenario import ROUTINGS, Routing
 
-__all__ = [
-    "AnswerTokens",
-    "CostsFile",
-    "InMemory",
-    "Json",
-    "PromptTokens",
-    "Rate",
-    "Requests",
-    "Routings",
-    "Seed",
-    "Sessions",
-    "ZipfExponent",
-    "parse_routings",
-]
-
 InMemory = Annotated[int, typer.Option(help="Adapters that fit into a replica's memory.")]
 ZipfExponent = Annotated[float, typer.Option("--zipf", help="Exponent of popularity.")]
 Requests = Annotated[int, typer.Option(help="Number of requests.")]

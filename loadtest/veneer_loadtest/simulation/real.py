@@ -7,17 +7,15 @@ import time
 from collections.abc import Sequence
 
 from veneer_client import Tier, Tokens, VeneerError
-from veneer_server.routing.records import Report, Wanted
+from veneer_server.routing.records import ReplicaReport, Wanted
 from veneer_server.routing.router import Router
 
 from veneer_loadtest import workload
 from veneer_loadtest.simulation.cluster import new_router, replica_name
-from veneer_loadtest.simulation.figures import Collected, Figures
+from veneer_loadtest.simulation.figures import EndedRequests, Figures
 from veneer_loadtest.simulation.scenario import Routing, Scenario
 from veneer_loadtest.simulation.servers import Served
 from veneer_loadtest.simulation.traffic import Asked, prompts, traffic
-
-__all__ = ["Driver", "run_real"]
 
 
 class Driver:
@@ -30,7 +28,7 @@ class Driver:
         self._router = router
         self._servers = {replica_name(n): server for n, server in enumerate(servers)}
         self._prompts = prompts(scenario.seed + 1000 * run, 2 * scenario.prompt_tokens)
-        self.collected = Collected(round(scenario.warm * scenario.requests))
+        self.collected = EndedRequests(round(scenario.warm * scenario.requests))
         for name in self._servers:
             router.join(name)
 
@@ -54,7 +52,7 @@ class Driver:
                 resident = await server.resident()
                 now = time.monotonic()
                 # This is the only router: it knows itself how many requests are there.
-                self._router.report(name, Report(resident, 0, now - asked), now)
+                self._router.report(name, ReplicaReport(resident, 0, now - asked), now)
             await asyncio.sleep(self._scenario.report_s)
 
     async def _send(self, asked: Asked) -> None:

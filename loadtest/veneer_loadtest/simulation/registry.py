@@ -16,12 +16,10 @@ from veneer_registry.entry import Entry
 from veneer_registry.rows import RevisionRow
 from veneer_server.follower.view import OutOfStep, View
 from veneer_server.replication.feed import Feed
-from veneer_server.replication.states import Begin, Message, NameState, SnapshotEnd, Told
+from veneer_server.replication.states import BeginFeed, Message, NameState, SnapshotEnd, Told
 
 from veneer_loadtest.simulation.costs import Costs
 from veneer_loadtest.simulation.events import Events
-
-__all__ = ["Followers", "Link", "Publication"]
 
 _TENANT: Final = "default"
 _IN_STEP_S: Final = 0.05
@@ -29,7 +27,7 @@ _IN_STEP_S: Final = 0.05
 
 
 @dataclass(slots=True)
-class Publication:
+class SimulatedPublication:
     """A new revision of an adapter.
 
     Attributes:
@@ -44,7 +42,7 @@ class Publication:
     everywhere_s: float | None = None
 
 
-class Link:
+class SimulatedLink:
     """The registry's connection to all replicas, which share it.
 
     Attributes:
@@ -127,12 +125,12 @@ class Followers:
     def __init__(
         self,
         names: Iterable[str],
-        link: Link,
+        link: SimulatedLink,
         costs: Costs,
         events: Events,
         changed: Callable[[str, int], None] = lambda name, adapter: None,
     ) -> None:
-        self.publications: list[Publication] = []
+        self.publications: list[SimulatedPublication] = []
         self.out_of_step = 0
         self._link = link
         self._costs = costs
@@ -154,12 +152,12 @@ class Followers:
         """The revision that the registry has."""
         return self._catalog.current.get(adapter, 0)
 
-    def published(self, adapter: int) -> Publication:
+    def published(self, adapter: int) -> SimulatedPublication:
         """A new revision, now; every follower that stays will have it."""
         before = self._feed.sequence
         revision = self._catalog.publish(adapter)
         waiting = {name for name, each in self._all.items() if not each.away}
-        publication = Publication(adapter, revision, self._events.now, waiting)
+        publication = SimulatedPublication(adapter, revision, self._events.now, waiting)
         self.publications.append(publication)
         changes = self._feed.after(self._feed.run, before)
         assert changes is not None, "the feed keeps its last change"
@@ -217,11 +215,11 @@ class Followers:
         messages: tuple[Message, ...]
         if changes is None:
             now, entries = feed.snapshot()
-            begin = Begin(feed.run, store, change, True, now.sequence, base)
+            begin = BeginFeed(feed.run, store, change, True, now.sequence, base)
             states = (Told(feed.state(*entry)) for entry in entries.items())
             messages = (begin, *states, SnapshotEnd(now.sequence, now.checksum))
         else:
-            begin = Begin(feed.run, store, change, False, sequence, base)
+            begin = BeginFeed(feed.run, store, change, False, sequence, base)
             messages = (begin, *map(feed.told, changes), feed.heartbeat())
         self._receive(name, messages)
 
@@ -256,7 +254,7 @@ class Followers:
         each.known[adapter] = int(state.entry.current.revision)
         self._changed(name, adapter)
 
-    def _has(self, publication: Publication, follower: str) -> None:
+    def _has(self, publication: SimulatedPublication, follower: str) -> None:
         publication.waiting.discard(follower)
         if not publication.waiting and publication.everywhere_s is None:
             publication.everywhere_s = self._events.now - publication.at_s

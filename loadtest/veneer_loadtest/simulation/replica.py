@@ -24,9 +24,7 @@ from veneer_server.wire.messages import (
 
 from veneer_loadtest.simulation.costs import Costs
 from veneer_loadtest.simulation.events import Events
-from veneer_loadtest.simulation.loader import Loader
-
-__all__ = ["ITEMSIZE", "Replica", "ReplicaSize"]
+from veneer_loadtest.simulation.loader import SimulatedLoader
 
 ITEMSIZE = 2
 """Bytes of one number of a resident adapter."""
@@ -77,7 +75,7 @@ class Replica:
     ) -> None:
         self.name = name
         self.lost = False
-        self.loader = Loader()
+        self.loader = SimulatedLoader()
         self.residency = Residency(
             size.adapter_bytes,
             size.adapter_bytes,

@@ -7,17 +7,6 @@ from typing import Final, Literal, get_args
 
 from veneer_loadtest.errors import BadOption
 
-__all__ = [
-    "ROUTINGS",
-    "Drain",
-    "Happening",
-    "Lose",
-    "Partition",
-    "Publish",
-    "Routing",
-    "Scenario",
-]
-
 Routing = Literal["adapter", "random", "round-robin", "least-loaded"]
 ROUTINGS: Final[tuple[Routing, ...]] = get_args(Routing)
 
@@ -101,8 +90,16 @@ class Scenario:
     def __post_init__(self) -> None:
         """Raises BadOption."""
         for name in (
-            *("replicas", "adapters", "in_memory", "adapter_bytes", "requests", "rate"),
-            *("tenants", "prompt_tokens", "answer_tokens", "report_s"),
+            "replicas",
+            "adapters",
+            "in_memory",
+            "adapter_bytes",
+            "requests",
+            "rate",
+            "tenants",
+            "prompt_tokens",
+            "answer_tokens",
+            "report_s",
         ):
             if getattr(self, name) <= 0:
                 raise _bad(name, "must be more than 0")

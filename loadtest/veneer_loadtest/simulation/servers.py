@@ -17,8 +17,6 @@ from veneer_loadtest.cpus import during
 from veneer_loadtest.errors import BadOption
 from veneer_loadtest.server_metrics import read_counters
 
-__all__ = ["Served", "parse_cores", "real_servers"]
-
 
 @dataclass(frozen=True, slots=True)
 class Served:

@@ -10,8 +10,6 @@ import numpy.typing as npt
 
 from veneer_loadtest.simulation.scenario import Scenario
 
-__all__ = ["Asked", "prompts", "traffic"]
-
 _POOL = 1 << 16
 _FIRST_TOKEN, _LAST_TOKEN = 1000, 49_000
 """Ordinary tokens of the bundled base."""

@@ -78,7 +78,7 @@ class UploadAdapterRequest(_message.Message):
     def __init__(self, spec: _Optional[_Union[UploadSpec, _Mapping]] = ..., chunk: _Optional[_Union[UploadChunk, _Mapping]] = ...) -> None: ...
 
 class UploadSpec(_message.Message):
-    __slots__ = ("name", "files", "labels", "validate_only", "activate", "allow_replace", "resume", "etag", "wait")
+    __slots__ = ("name", "files", "labels", "validate_only", "activate", "allow_replace", "resume", "etag", "wait", "same_base", "vocabulary")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -95,6 +95,8 @@ class UploadSpec(_message.Message):
     RESUME_FIELD_NUMBER: _ClassVar[int]
     ETAG_FIELD_NUMBER: _ClassVar[int]
     WAIT_FIELD_NUMBER: _ClassVar[int]
+    SAME_BASE_FIELD_NUMBER: _ClassVar[int]
+    VOCABULARY_FIELD_NUMBER: _ClassVar[int]
     name: str
     files: _containers.RepeatedCompositeFieldContainer[UploadFile]
     labels: _containers.ScalarMap[str, str]
@@ -104,7 +106,9 @@ class UploadSpec(_message.Message):
     resume: bool
     etag: str
     wait: _replication_pb2.WaitForReplicas
-    def __init__(self, name: _Optional[str] = ..., files: _Optional[_Iterable[_Union[UploadFile, _Mapping]]] = ..., labels: _Optional[_Mapping[str, str]] = ..., validate_only: _Optional[bool] = ..., activate: _Optional[bool] = ..., allow_replace: _Optional[bool] = ..., resume: _Optional[bool] = ..., etag: _Optional[str] = ..., wait: _Optional[_Union[_replication_pb2.WaitForReplicas, _Mapping]] = ...) -> None: ...
+    same_base: bool
+    vocabulary: str
+    def __init__(self, name: _Optional[str] = ..., files: _Optional[_Iterable[_Union[UploadFile, _Mapping]]] = ..., labels: _Optional[_Mapping[str, str]] = ..., validate_only: _Optional[bool] = ..., activate: _Optional[bool] = ..., allow_replace: _Optional[bool] = ..., resume: _Optional[bool] = ..., etag: _Optional[str] = ..., wait: _Optional[_Union[_replication_pb2.WaitForReplicas, _Mapping]] = ..., same_base: _Optional[bool] = ..., vocabulary: _Optional[str] = ...) -> None: ...
 
 class UploadFile(_message.Message):
     __slots__ = ("name", "size", "sha256")
@@ -141,7 +145,7 @@ class UploadAdapterResponse(_message.Message):
     def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ..., published: _Optional[bool] = ..., replaced: _Optional[bool] = ..., warnings: _Optional[_Iterable[str]] = ..., replicas: _Optional[_Union[_replication_pb2.ReplicasReached, _Mapping]] = ...) -> None: ...
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "revision", "weights_digest", "base_model", "rank", "targets", "parameters", "bytes", "tier", "pinned", "leases", "created", "last_used", "labels", "training", "current", "etag", "has_chat_template", "state", "aliases", "disk_bytes", "retain", "shared", "tenant")
+    __slots__ = ("name", "revision", "weights_digest", "base_model", "rank", "targets", "parameters", "bytes", "tier", "pinned", "leases", "created", "last_used", "labels", "training", "current", "etag", "has_chat_template", "state", "aliases", "disk_bytes", "retain", "shared", "tenant", "base_word")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -180,6 +184,7 @@ class Adapter(_message.Message):
     RETAIN_FIELD_NUMBER: _ClassVar[int]
     SHARED_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
+    BASE_WORD_FIELD_NUMBER: _ClassVar[int]
     name: str
     revision: str
     weights_digest: str
@@ -204,7 +209,8 @@ class Adapter(_message.Message):
     retain: int
     shared: bool
     tenant: str
-    def __init__(self, name: _Optional[str] = ..., revision: _Optional[str] = ..., weights_digest: _Optional[str] = ..., base_model: _Optional[str] = ..., rank: _Optional[int] = ..., targets: _Optional[_Iterable[str]] = ..., parameters: _Optional[int] = ..., bytes: _Optional[int] = ..., tier: _Optional[_Union[_inference_pb2.Tier, str]] = ..., pinned: _Optional[bool] = ..., leases: _Optional[int] = ..., created: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., last_used: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., labels: _Optional[_Mapping[str, str]] = ..., training: _Optional[_Mapping[str, str]] = ..., current: _Optional[bool] = ..., etag: _Optional[str] = ..., has_chat_template: _Optional[bool] = ..., state: _Optional[_Union[AdapterState, str]] = ..., aliases: _Optional[_Iterable[str]] = ..., disk_bytes: _Optional[int] = ..., retain: _Optional[int] = ..., shared: _Optional[bool] = ..., tenant: _Optional[str] = ...) -> None: ...
+    base_word: str
+    def __init__(self, name: _Optional[str] = ..., revision: _Optional[str] = ..., weights_digest: _Optional[str] = ..., base_model: _Optional[str] = ..., rank: _Optional[int] = ..., targets: _Optional[_Iterable[str]] = ..., parameters: _Optional[int] = ..., bytes: _Optional[int] = ..., tier: _Optional[_Union[_inference_pb2.Tier, str]] = ..., pinned: _Optional[bool] = ..., leases: _Optional[int] = ..., created: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., last_used: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., labels: _Optional[_Mapping[str, str]] = ..., training: _Optional[_Mapping[str, str]] = ..., current: _Optional[bool] = ..., etag: _Optional[str] = ..., has_chat_template: _Optional[bool] = ..., state: _Optional[_Union[AdapterState, str]] = ..., aliases: _Optional[_Iterable[str]] = ..., disk_bytes: _Optional[int] = ..., retain: _Optional[int] = ..., shared: _Optional[bool] = ..., tenant: _Optional[str] = ..., base_word: _Optional[str] = ...) -> None: ...
 
 class GetUploadRequest(_message.Message):
     __slots__ = ("spec",)
@@ -226,7 +232,7 @@ class GetUploadResponse(_message.Message):
     def __init__(self, committed: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class RegisterAdapterRequest(_message.Message):
-    __slots__ = ("name", "uri", "labels", "validate_only", "activate", "allow_replace", "etag", "wait")
+    __slots__ = ("name", "uri", "labels", "validate_only", "activate", "allow_replace", "etag", "wait", "same_base")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -242,6 +248,7 @@ class RegisterAdapterRequest(_message.Message):
     ALLOW_REPLACE_FIELD_NUMBER: _ClassVar[int]
     ETAG_FIELD_NUMBER: _ClassVar[int]
     WAIT_FIELD_NUMBER: _ClassVar[int]
+    SAME_BASE_FIELD_NUMBER: _ClassVar[int]
     name: str
     uri: str
     labels: _containers.ScalarMap[str, str]
@@ -250,7 +257,8 @@ class RegisterAdapterRequest(_message.Message):
     allow_replace: bool
     etag: str
     wait: _replication_pb2.WaitForReplicas
-    def __init__(self, name: _Optional[str] = ..., uri: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., validate_only: _Optional[bool] = ..., activate: _Optional[bool] = ..., allow_replace: _Optional[bool] = ..., etag: _Optional[str] = ..., wait: _Optional[_Union[_replication_pb2.WaitForReplicas, _Mapping]] = ...) -> None: ...
+    same_base: bool
+    def __init__(self, name: _Optional[str] = ..., uri: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., validate_only: _Optional[bool] = ..., activate: _Optional[bool] = ..., allow_replace: _Optional[bool] = ..., etag: _Optional[str] = ..., wait: _Optional[_Union[_replication_pb2.WaitForReplicas, _Mapping]] = ..., same_base: _Optional[bool] = ...) -> None: ...
 
 class RegisterAdapterResponse(_message.Message):
     __slots__ = ("adapter", "published", "replaced", "warnings", "replicas")

@@ -243,7 +243,7 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SelfTest(self, request, context):
-        """Proves that the base and resident adapters answer, mixed in one batch, as a
+        """Proves that the base and resident adapters answer, mixed in batches, as a
         reference computed from the files on disk says they must.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -74,7 +74,7 @@ class AdapterServiceStub:
     UpdateBudgets: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.UpdateBudgetsRequest, _adapters_pb2.UpdateBudgetsResponse]
     """Changes the memory budgets of the running server."""
     SelfTest: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.SelfTestRequest, _adapters_pb2.SelfTestResponse]
-    """Proves that the base and resident adapters answer, mixed in one batch, as a
+    """Proves that the base and resident adapters answer, mixed in batches, as a
     reference computed from the files on disk says they must.
     """
 
@@ -124,7 +124,7 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     UpdateBudgets: _aio.UnaryUnaryMultiCallable[_adapters_pb2.UpdateBudgetsRequest, _adapters_pb2.UpdateBudgetsResponse]  # type: ignore[assignment]
     """Changes the memory budgets of the running server."""
     SelfTest: _aio.UnaryUnaryMultiCallable[_adapters_pb2.SelfTestRequest, _adapters_pb2.SelfTestResponse]  # type: ignore[assignment]
-    """Proves that the base and resident adapters answer, mixed in one batch, as a
+    """Proves that the base and resident adapters answer, mixed in batches, as a
     reference computed from the files on disk says they must.
     """
 
@@ -267,7 +267,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.SelfTestRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.SelfTestResponse, _abc.Awaitable[_adapters_pb2.SelfTestResponse]]:
-        """Proves that the base and resident adapters answer, mixed in one batch, as a
+        """Proves that the base and resident adapters answer, mixed in batches, as a
         reference computed from the files on disk says they must.
         """
 

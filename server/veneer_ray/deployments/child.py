@@ -16,8 +16,6 @@ from typing import Final
 
 from veneer_registry.child_python import child_python
 
-__all__: list[str] = []
-
 _PR_SET_PDEATHSIG: Final = 1
 
 

@@ -12,25 +12,31 @@ from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 from veneer_proto.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2
 
-from veneer_ray.calls import Call, Ended, Head, HttpCall, Metadata, Started, lost
+from veneer_ray.calls import CallEnded, Head, HttpCall, Metadata, RayCall, Started, lost
 from veneer_ray.deployments.health import end_replica, require_healthy
-from veneer_ray.deployments.server_process import Folder, ServerProcess
+from veneer_ray.deployments.server_process import ReplicaFolder, ServerProcess
 from veneer_ray.scaling import KV, WAITING
-from veneer_ray.settings import Cluster
-
-__all__ = ["Engine"]
+from veneer_ray.settings import RayCluster
 
 _STATS_S: Final = 2.0
 _MOST_LISTED: Final = 1000
 _HOPS: Final = frozenset(
     (
-        *("connection", "content-length", "host", "keep-alive", "te", "trailer", "upgrade"),
-        *("proxy-authenticate", "proxy-authorization", "transfer-encoding"),
+        "connection",
+        "content-length",
+        "host",
+        "keep-alive",
+        "te",
+        "trailer",
+        "upgrade",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "transfer-encoding",
     )
 )
 """Headers of one connection (RFC 9110, 7.6.1)."""
 
-Answer = AsyncIterator[Started | Head | bytes | Ended]
+Answer = AsyncIterator[Started | Head | bytes | CallEnded]
 
 
 class Engine:
@@ -38,8 +44,8 @@ class Engine:
     gets no new calls, and is stopped when those here have ended."""
 
     def __init__(self, settings: str) -> None:
-        cluster = Cluster.of_text(settings)
-        folder = Folder(cluster.data_dir / "engines")
+        cluster = RayCluster.of_text(settings)
+        folder = ReplicaFolder(cluster.data_dir / "engines")
         self._folder = folder
         self._id = serve.get_replica_context().replica_id.unique_id
         self._server = ServerProcess(
@@ -55,8 +61,8 @@ class Engine:
 
     # ------------------------------------------------------------------ calls
 
-    async def call(self, call: Call) -> Answer:
-        """A gRPC call: `Started`, messages, `Ended`."""
+    async def call(self, call: RayCall) -> Answer:
+        """A gRPC call: `Started`, messages, `CallEnded`."""
         yield Started(self._id)
         self._calls += 1
         made: Any = None
@@ -69,16 +75,16 @@ class Engine:
             else:
                 made = opened.unary_unary(call.path)(call.request, metadata=call.metadata)
                 yield await made
-            yield Ended.well(await made.trailing_metadata())
+            yield CallEnded.well(await made.trailing_metadata())
         except grpc.aio.AioRpcError as error:
-            yield Ended.failed(error)
+            yield CallEnded.failed(error)
         finally:
             self._calls -= 1
             if made is not None:
                 made.cancel()
 
     async def http(self, call: HttpCall) -> Answer:
-        """An HTTP request: `Started`, `Head`, the body in parts, `Ended`."""
+        """An HTTP request: `Started`, `Head`, the body in parts, `CallEnded`."""
         yield Started(self._id)
         self._calls += 1
         try:
@@ -93,9 +99,9 @@ class Engine:
                 yield Head(answer.status, tuple(kept))
                 async for part in answer.content.iter_any():
                     yield part
-            yield Ended()
+            yield CallEnded()
         except aiohttp.ClientError:
-            yield Ended.by(lost("the server handling this request has stopped"))
+            yield CallEnded.by(lost("the server handling this request has stopped"))
         finally:
             self._calls -= 1
 

@@ -9,8 +9,6 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from veneer_server.logs import get_logger
 
-__all__ = ["end_replica", "require_healthy"]
-
 _ANSWER_S: Final = 5.0
 
 _log = get_logger(__name__)

@@ -16,21 +16,19 @@ from veneer_server.routing.records import Wanted
 
 from veneer_ray.calls import (
     METHODS,
-    Call,
-    Ended,
+    CallEnded,
     Metadata,
-    Method,
+    RayCall,
+    RayMethod,
     Started,
     lost,
     passed_on,
 )
-from veneer_ray.deployments.publication import ANSWERS, Publication
+from veneer_ray.deployments.publication import ANSWERS, PublishRequest
 from veneer_ray.deployments.web import Web
 from veneer_ray.routing.digests import Digests
 from veneer_ray.routing.wanted import of_request
-from veneer_ray.settings import Cluster
-
-__all__ = ["Ingress"]
+from veneer_ray.settings import RayCluster
 
 _ACTIVATE: Final = "/veneer.v1.AdapterService/ActivateAdapter"
 _HEALTH_S: Final = 1.0
@@ -58,7 +56,7 @@ class Ingress:
     def __init__(
         self, settings: str, engines: DeploymentHandle, registry: DeploymentHandle
     ) -> None:
-        self._cluster = Cluster.of_text(settings)
+        self._cluster = RayCluster.of_text(settings)
         self._engines = engines.options(stream=True)
         self._digests = Digests(self._look_up)
         self._opened: grpc.aio.Channel | None = None
@@ -75,7 +73,7 @@ class Ingress:
     # ------------------------------------------------------------------ engines
 
     async def answers(self, method: str, call: Any) -> AsyncIterator[Any]:
-        """What the engine that is chosen for a call answers; `Ended` comes last, always."""
+        """What the engine that is chosen for a call answers; `CallEnded` comes last, always."""
         response = getattr(self._engines, method).remote(call)
         items = aiter(response)
         ended = False
@@ -83,36 +81,36 @@ class Ingress:
             async with asyncio.timeout(self._cluster.wait_s):
                 item = await anext(items)
             while not ended:
-                ended = isinstance(item, Ended)
+                ended = isinstance(item, CallEnded)
                 yield item
                 if not ended:
                     item = await anext(items)
         except TimeoutError:
             ended = True
             response.cancel()
-            yield Ended.by(lost("no replica accepted this call in time", "no_replica"))
+            yield CallEnded.by(lost("no replica accepted this call in time", "no_replica"))
         except Exception as error:  # Ray's, of many kinds: died, unreachable, full
             ended = True
             _log.warning("a call has lost its replica", why=type(error).__name__)
-            yield Ended.by(lost("the replica handling this call has stopped"))
+            yield CallEnded.by(lost("the replica handling this call has stopped"))
         finally:
             if not ended:
                 response.cancel()
 
     async def by_engine(
-        self, method: Method, request: Any, context: Any
+        self, method: RayMethod, request: Any, context: Any
     ) -> AsyncIterator[bytes | None]:
         """The messages of a call; None once it has ended, whose end is then in ``context``."""
         metadata = passed_on(context.invocation_metadata())
         wanted = await of_request(request, self._digests, metadata)
         data = request.SerializeToString()
-        call = Call(wanted, method.path, method.server_streaming, data, metadata)
+        call = RayCall(wanted, method.path, method.server_streaming, data, metadata)
         replica: Metadata = ()
         async for item in self.answers("call", call):
             match item:
                 case Started():
                     replica = (("veneer-replica", item.replica),)
-                case Ended():
+                case CallEnded():
                     _end(context, item, replica)
                     yield None
                 case bytes():
@@ -141,11 +139,11 @@ class Ingress:
         return str(found.adapter.weights_digest)
 
     async def by_registry(
-        self, method: Method, request: Any, context: Any
+        self, method: RayMethod, request: Any, context: Any
     ) -> AsyncIterator[bytes | None]:
         """The same from the registry."""
         metadata = passed_on(context.invocation_metadata())
-        published = Publication(request) if method.name in ANSWERS else None
+        published = PublishRequest(request) if method.name in ANSWERS else None
         made = _begin(
             self.registry, method, published.request if published else request, metadata
         )
@@ -158,9 +156,9 @@ class Ingress:
                 if published and published.loads:
                     answer = await self._load(ANSWERS[method.name].FromString(answer), metadata)
                 yield answer
-            _end(context, Ended.well(await made.trailing_metadata()), ())
+            _end(context, CallEnded.well(await made.trailing_metadata()), ())
         except grpc.aio.AioRpcError as error:
-            _end(context, Ended.failed(error), ())
+            _end(context, CallEnded.failed(error), ())
         finally:
             made.cancel()
         yield None
@@ -170,13 +168,13 @@ class Ingress:
         spec = f"{published.adapter.name}@{published.adapter.revision}"
         request = adapters_pb2.ActivateAdapterRequest(name=spec)
         wanted = await of_request(request, self._digests, metadata)
-        call = Call(wanted, _ACTIVATE, False, request.SerializeToString(), metadata)
+        call = RayCall(wanted, _ACTIVATE, False, request.SerializeToString(), metadata)
         async for item in self.answers("call", call):
             match item:
                 case bytes():
                     loaded = adapters_pb2.ActivateAdapterResponse.FromString(item)
                     published.adapter.CopyFrom(loaded.adapter)
-                case Ended() if item.code:
+                case CallEnded() if item.code:
                     published.warnings.append(f"published, but not loaded: {item.message}")
         return bytes(published.SerializeToString())
 
@@ -194,7 +192,7 @@ class Ingress:
             return await stub.Check(request, timeout=_HEALTH_S)
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.NOT_FOUND:
-                _end(grpc_context, Ended.failed(error), ())
+                _end(grpc_context, CallEnded.failed(error), ())
             return health_pb2.HealthCheckResponse(status=_DOWN)
 
     async def Watch(self, request: Any, grpc_context: Any) -> AsyncIterator[Any]:  # noqa: N802
@@ -209,7 +207,7 @@ class Ingress:
 
     async def _engine_status(self, request: Any) -> int:
         data = request.SerializeToString()
-        call = Call(Wanted(), "/grpc.health.v1.Health/Check", False, data, ())
+        call = RayCall(Wanted(), "/grpc.health.v1.Health/Check", False, data, ())
         with suppress(TimeoutError):
             async with asyncio.timeout(_HEALTH_S):
                 async for item in self.answers("call", call):
@@ -218,7 +216,9 @@ class Ingress:
         return int(_DOWN)
 
 
-def _begin(channel: grpc.aio.Channel, method: Method, request: Any, metadata: Metadata) -> Any:
+def _begin(
+    channel: grpc.aio.Channel, method: RayMethod, request: Any, metadata: Metadata
+) -> Any:
     kinds: dict[tuple[bool, bool], Callable[..., Any]] = {
         (False, False): channel.unary_unary,
         (False, True): channel.unary_stream,
@@ -232,7 +232,7 @@ def _serialized(message: Any) -> bytes:
     return bytes(message.SerializeToString())
 
 
-def _end(context: Any, ended: Ended, more: Metadata) -> None:
+def _end(context: Any, ended: CallEnded, more: Metadata) -> None:
     """Set how a call ends; it reaches the proxy with the next message."""
     if ended.code:
         context.set_code(_CODES[ended.code])
@@ -243,7 +243,7 @@ def _end(context: Any, ended: Ended, more: Metadata) -> None:
 _CODES: Final = {code.value[0]: code for code in grpc.StatusCode}
 
 
-def _single(method: Method) -> Callable[..., Any]:
+def _single(method: RayMethod) -> Callable[..., Any]:
     async def answer(self: Ingress, request: Any, grpc_context: Any) -> Raw:
         """The last message before the end; none where it failed."""
         last = b""
@@ -255,7 +255,7 @@ def _single(method: Method) -> Callable[..., Any]:
     return answer
 
 
-def _streaming(method: Method) -> Callable[..., Any]:
+def _streaming(method: RayMethod) -> Callable[..., Any]:
     async def answer(self: Ingress, request: Any, grpc_context: Any) -> AsyncIterator[Raw]:
         """The messages; then an empty one that carries the end (see `servicers`)."""
         ask = self.by_engine if method.by_engine else self.by_registry

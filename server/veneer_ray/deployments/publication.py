@@ -7,8 +7,6 @@ from typing import Any, Final
 
 from veneer_proto.v1 import adapters_pb2, replication_pb2
 
-__all__ = ["ANSWERS", "Publication"]
-
 ANSWERS: Final[Mapping[str, Any]] = {
     "UploadAdapter": adapters_pb2.UploadAdapterResponse,
     "RegisterAdapter": adapters_pb2.RegisterAdapterResponse,
@@ -16,7 +14,7 @@ ANSWERS: Final[Mapping[str, Any]] = {
 """What calls that publish answer with, by the method's name."""
 
 
-class Publication:
+class PublishRequest:
     """A request that publishes, as the registry may have it: it loads nothing and would refuse
     ``activate``.
 

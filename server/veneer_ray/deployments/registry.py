@@ -6,16 +6,14 @@ import grpc
 
 from veneer_ray.deployments.health import end_replica, require_healthy
 from veneer_ray.deployments.server_process import ServerProcess
-from veneer_ray.settings import Cluster
-
-__all__ = ["Registry"]
+from veneer_ray.settings import RayCluster
 
 
 class Registry:
     """One replica. Engines and ingresses call its server, not this class."""
 
     def __init__(self, settings: str) -> None:
-        cluster = Cluster.of_text(settings)
+        cluster = RayCluster.of_text(settings)
         self._server = ServerProcess(cluster.registry_flags, end_replica)
         self._channel: grpc.aio.Channel | None = None
 

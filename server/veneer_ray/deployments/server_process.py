@@ -18,8 +18,6 @@ from typing import IO, Final
 
 from veneer_registry.child_python import child_python
 
-__all__ = ["Folder", "ServerProcess"]
-
 _CHILD: Final = "veneer_ray.deployments.child"
 _START_S: Final = 1800.0
 """A first start may import a base of many gigabytes."""
@@ -97,7 +95,7 @@ class ServerProcess:
             self._on_lost(code)
 
 
-class Folder:
+class ReplicaFolder:
     """The first of ``0``, ``1``, ... below a folder that no other process here has. A replica
     that replaces another finds that one's cached weights."""
 

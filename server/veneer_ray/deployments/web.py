@@ -11,11 +11,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from veneer_registry.errors import VeneerError
 from veneer_server.openai.errors import HttpError, http_failure
 
-from veneer_ray.calls import Ended, Head, HttpCall, lost
+from veneer_ray.calls import CallEnded, Head, HttpCall, lost
 from veneer_ray.routing.digests import Digests
 from veneer_ray.routing.wanted import of_body
-
-__all__ = ["Web"]
 
 _MOST_BODY: Final = 32 << 20
 """Bytes. The servers bound what they read more narrowly, by its parts."""
@@ -53,7 +51,7 @@ class Web:
                         if key.lower() != "x-request-id"  # Serve sets the same
                     ]
                     return response
-                case Ended():
+                case CallEnded():
                     break
         return _failure(lost("the replica handling this request has stopped"))
 
@@ -75,7 +73,7 @@ async def _parts(items: AsyncIterator[Any]) -> AsyncIterator[bytes]:
     async for item in items:
         if isinstance(item, bytes):
             yield item
-        elif isinstance(item, Ended) and item.code:
+        elif isinstance(item, CallEnded) and item.code:
             raise ConnectionAbortedError(item.message)
 
 

@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from veneer_server.routing.adapter_router import AdapterRouter
-from veneer_server.routing.records import Choice, Report, Wanted
-
-__all__ = ["Assignments", "report_of"]
+from veneer_server.routing.records import ReplicaReport, RoutedTo, Wanted
 
 
 @dataclass(slots=True)
 class _Waiting:
-    choice: Choice
+    choice: RoutedTo
     left: Callable[[], bool]
 
 
@@ -35,7 +33,7 @@ class Assignments:
         self._wall = wall
         self._clock = clock
         self._waiting: dict[str, _Waiting] = {}
-        self._sent: dict[str, Choice] = {}
+        self._sent: dict[str, RoutedTo] = {}
         self._reports: dict[str, float] = {}
 
     @property
@@ -106,14 +104,14 @@ class Assignments:
         if (sent := self._sent.pop(request, None)) is not None:  # it is sent again
             self._finish(sent)
 
-    def _finish(self, choice: Choice) -> None:
+    def _finish(self, choice: RoutedTo) -> None:
         self._router.finished(choice, self._clock())
 
 
-def report_of(stats: Mapping[str, Any], now: float) -> Report:
+def report_of(stats: Mapping[str, Any], now: float) -> ReplicaReport:
     """What a replica's ``record_routing_stats`` says. Its clock may differ from ours: a report
     from the future is as of now."""
-    return Report(
+    return ReplicaReport(
         resident=frozenset(stats.get("resident", ())),
         requests=int(stats.get("requests", 0)),
         age_s=max(0.0, now - float(stats.get("at", now))),

@@ -15,12 +15,12 @@ from typing import Final
 
 from veneer_ray.calls import Metadata
 
-__all__ = ["Digests"]
-
 _FRESH_S: Final = 2.0
 _LOOK_UP_S: Final = 0.5
 _MOST: Final = 1 << 16
-_CALLERS: Final = frozenset(("authorization", "x-api-key", "veneer-tenant", "x-veneer-tenant"))
+_CALLERS: Final = frozenset(
+    ("authorization", "x-api-key", "api-key", "veneer-tenant", "x-veneer-tenant")
+)
 """Metadata that decides which tenant's names are meant."""
 
 _Key = tuple[str, Metadata]

@@ -16,8 +16,6 @@ from veneer_server.routing.records import Wanted
 
 from veneer_ray.routing.assignments import Assignments
 
-__all__ = ["AdapterRequestRouter"]
-
 
 class AdapterRequestRouter(RequestRouter):  # type: ignore[misc]  # Ray's types are not read
     """One in each process that has a handle of the engines. Serve calls it from one loop."""

@@ -11,8 +11,6 @@ from veneer_server.routing.records import Wanted
 from veneer_ray.calls import Metadata
 from veneer_ray.routing.digests import Digests
 
-__all__ = ["of_body", "of_request"]
-
 _TOKENS: Final = 128
 """Output of a request that does not bound it. Of its prompt, 4 bytes count as a token."""
 

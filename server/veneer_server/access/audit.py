@@ -33,14 +33,13 @@ from urllib.parse import unquote
 
 from veneer_registry.errors import InvalidField, VeneerError
 
+from veneer_server.access.caller import Caller
 from veneer_server.access.lasting import ENDED
 from veneer_server.access.methods import AUDITED
-from veneer_server.access.principal import ANYONE, PRINCIPAL, Principal
-from veneer_server.logs import REQUEST_ID, get_logger
+from veneer_server.access.principal import ANYONE, Principal
+from veneer_server.logs import get_logger
 from veneer_server.queues.connection_places import host_of
 from veneer_server.queues.recent import Recent
-
-__all__ = ["MOST_BYTES", "Audit"]
 
 MOST_BYTES: Final = 64 << 20
 """Bytes of the file before it is rotated."""
@@ -63,8 +62,12 @@ _MOST_COUNTS: Final = 64
 
 _REFUSALS: Final = frozenset({"UNAUTHENTICATED", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED"})
 _UNCHANGED: Final = _REFUSALS | {
-    *("INVALID_ARGUMENT", "NOT_FOUND", "ALREADY_EXISTS", "FAILED_PRECONDITION"),
-    *("OUT_OF_RANGE", "UNIMPLEMENTED"),
+    "INVALID_ARGUMENT",
+    "NOT_FOUND",
+    "ALREADY_EXISTS",
+    "FAILED_PRECONDITION",
+    "OUT_OF_RANGE",
+    "UNIMPLEMENTED",
 }
 """Outcomes of calls that have changed nothing, unless they are `ENDED`. Others may have."""
 
@@ -161,8 +164,7 @@ class Audit:
 
     def note(
         self,
-        method: str,
-        peer: str,
+        caller: Caller,
         error: VeneerError | None = None,
         *,
         request: object = None,
@@ -171,17 +173,18 @@ class Audit:
         """A call has ended; decides whether it belongs here.
 
         Args:
-            method: as in `methods.METHODS`.
+            caller: as far as it is known.
             error: why it was refused; None if it was answered.
             request, answer: messages, of which only names and revisions are taken.
         """
         if self._writer is None:
             return
+        method, peer = caller.method, caller.peer
         code = "OK" if error is None else error.code
         if method not in AUDITED and code not in _REFUSALS:
             return
         self._tell_left_out()
-        principal = PRINCIPAL.get()
+        principal = caller.principal
         adapter = getattr(answer, "adapter", None)
         ended = error is not None and ENDED in error.metadata
         entry = {
@@ -195,7 +198,7 @@ class Audit:
             "ended": ended,
             "adapter": _text(adapter, "name") or _text(request, "name", "alias"),
             "revision": _text(adapter, "revision") or _text(request, "revision"),
-            "request_id": REQUEST_ID.get(),
+            "request_id": caller.request_id,
         }
         line = json.dumps({key: value for key, value in entry.items() if value}) + "\n"
         changed = ended or code not in _UNCHANGED

@@ -11,28 +11,13 @@ from typing import Final, Protocol
 
 from veneer_registry.errors import InvalidField, PermissionDenied, Unauthenticated
 
-from veneer_server.access.certificates import NOT_SHOWN, Shown
+from veneer_server.access.certificates import NOT_SHOWN, ShownCertificate
 from veneer_server.access.identity_file import IdentityFile
 from veneer_server.access.keys import TENANT
 from veneer_server.access.lasting import Lasting
 from veneer_server.access.methods import OPEN, roles_for
-from veneer_server.access.principal import (
-    ANYONE,
-    DEFAULT_TENANT,
-    PRINCIPAL,
-    Principal,
-    denied,
-)
-from veneer_server.logs import TENANT as LOGGED_TENANT
-from veneer_server.queues.fairness import (
-    FAIRNESS,
-    GATEWAY_HEADERS,
-    Fairness,
-    Routed,
-    fairness_of,
-)
-
-__all__ = ["ONCE", "PASSED_ON", "Access", "Credentials", "TokenCheck", "repeated"]
+from veneer_server.access.principal import ANYONE, Principal, denied
+from veneer_server.queues.fairness import GATEWAY_HEADERS, Fairness, Routed, fairness_of
 
 PASSED_ON: Final = "veneer-passed-on"
 """Metadata of a call that a follower passes on: the tenant that it is for."""
@@ -41,14 +26,20 @@ _BEARER: Final = "bearer "
 _MAX_CREDENTIAL: Final = 8192
 ONCE: Final = frozenset(
     (
-        *("authorization", "x-api-key", "veneer-tenant", "x-veneer-tenant"),
-        *("origin", "sec-fetch-site", PASSED_ON, *GATEWAY_HEADERS),
+        "authorization",
+        "x-api-key",
+        "api-key",
+        "veneer-tenant",
+        "x-veneer-tenant",
+        "origin",
+        "sec-fetch-site",
+        PASSED_ON,
+        *GATEWAY_HEADERS,
     )
 )
 """Headers, or gRPC metadata, that decide who a call is from. Each may be there once: of two, a
 proxy may read one and this server the other."""
 _KEY: Final = "vn_"
-_ANYONES: Final = Fairness(DEFAULT_TENANT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +56,20 @@ class Credentials:
         passed_on: gRPC metadata ``veneer-passed-on``: a follower passes the call on for a
             caller of this tenant. The certificate is then the follower's. Empty: it is the
             caller's own call.
+        azure_key: the header ``api-key``, in which Azure's clients send a key.
     """
 
     authorization: str = ""
     api_key: str = ""
-    certificate: Shown = NOT_SHOWN
+    certificate: ShownCertificate = NOT_SHOWN
     tenant: str = ""
     routed: Routed = field(default_factory=Routed)
     passed_on: str = ""
+    azure_key: str = ""
 
     @classmethod
     def of_headers(
-        cls, headers: Mapping[str, str], certificate: Shown = NOT_SHOWN
+        cls, headers: Mapping[str, str], certificate: ShownCertificate = NOT_SHOWN
     ) -> Credentials:
         """From HTTP headers or gRPC metadata, by lower-case name.
 
@@ -84,7 +77,7 @@ class Credentials:
             InvalidField: they name two callers.
         """
         authorization = headers.get("authorization", "")
-        api_key = headers.get("x-api-key", "")
+        api_key, azure = headers.get("x-api-key", ""), headers.get("api-key", "")
         tenant, other = headers.get("veneer-tenant", ""), headers.get("x-veneer-tenant", "")
         if tenant and other and tenant != other:
             raise InvalidField(
@@ -96,6 +89,7 @@ class Credentials:
         for name, value in (
             ("authorization", bearer),
             ("x-api-key", api_key),
+            ("api-key", azure),
             ("veneer-tenant", tenant),
             ("x-veneer-tenant", other),
             (PASSED_ON, passed_on),
@@ -109,6 +103,7 @@ class Credentials:
             tenant or other,
             Routed.of_headers(headers),
             passed_on,
+            azure,
         )
 
     @property
@@ -116,7 +111,7 @@ class Credentials:
         """The key or token; empty if there is none."""
         if self.authorization[: len(_BEARER)].lower() == _BEARER:
             return self.authorization[len(_BEARER) :].strip()
-        return "" if self.authorization else self.api_key.strip()
+        return "" if self.authorization else self.api_key.strip() or self.azure_key.strip()
 
 
 class TokenCheck(Protocol):
@@ -157,22 +152,23 @@ class Access:
     async def admit(
         self, method: str, credentials: Credentials, elsewhere: Set[str] = frozenset()
     ) -> Principal:
-        """Who calls; also in `PRINCIPAL` and `FAIRNESS` from now on, whether the call is let in
-        or not.
+        """Who calls, if the call is let in. Raises as `identify` and `check`."""
+        principal = await self.identify(method, credentials)
+        self.check(method, principal, credentials, elsewhere)
+        return principal
+
+    async def identify(self, method: str, credentials: Credentials) -> Principal:
+        """Who calls, before it is checked whether it may. An operator who names another tenant
+        acts in that one.
 
         Args:
             method: as in `methods.METHODS`.
-            elsewhere: methods that only another port answers.
 
         Raises:
             Unauthenticated: no credential, or one that is not valid.
             InvalidField: two credentials.
-            PermissionDenied: none of the caller's roles takes the method, it may not act in
-                the tenant that it names, it belongs to another one than a follower passes its
-                call on for, or the method is on another port.
+            PermissionDenied: nobody may call the method.
         """
-        _is(ANYONE)
-        FAIRNESS.set(_ANYONES)
         roles = roles_for(method)
         if roles is None:
             raise PermissionDenied(
@@ -182,12 +178,39 @@ class Access:
         if roles is OPEN:
             return ANYONE
         principal = await self._principal(credentials) if self.asks else ANYONE
-        _is(principal)
+        named = credentials.tenant
+        if named and named != principal.tenant and _may_visit(principal, named) is None:
+            return replace(principal, tenant=named, visiting=True)
+        return principal
+
+    def check(
+        self,
+        method: str,
+        principal: Principal,
+        credentials: Credentials,
+        elsewhere: Set[str] = frozenset(),
+    ) -> None:
+        """Check that a call is let in, of a caller that `identify` has found.
+
+        Args:
+            elsewhere: methods that only another port answers.
+
+        Raises:
+            PermissionDenied: none of the caller's roles takes the method, it may not act in
+                the tenant that it names, it belongs to another one than a follower passes its
+                call on for, or the method is on another port.
+        """
+        roles = roles_for(method)
+        if roles is OPEN:
+            return
+        assert roles is not None, "`identify` has refused it"
         if not principal.has(roles):
             raise denied(roles, principal, method.rpartition("/")[2] or method, method)
-        if credentials.tenant and credentials.tenant != principal.tenant:
-            principal = _visiting(principal, credentials.tenant)
-            _is(principal)
+        named = credentials.tenant
+        if named and named != principal.tenant:
+            refused = _may_visit(principal, named)
+            assert refused is not None, "`identify` has let it"
+            raise refused
         if credentials.passed_on and credentials.passed_on != principal.tenant:
             raise PermissionDenied(
                 f"a follower forwarded this call for tenant {credentials.passed_on[:80]!r}, "
@@ -195,19 +218,24 @@ class Access:
                 "same --keys-file or --jwt-issuer as its registry",
                 metadata={"cause": "passed_on"},
             )
-        weights = None if self._identities is None else self._identities.latest.weights
-        routed = credentials.routed
-        FAIRNESS.set(fairness_of(principal.tenant, principal.gateway, routed, weights))
         if method in elsewhere:
             raise PermissionDenied(
                 f"{method.rpartition('/')[2]} is available only on this server's admin port: "
                 "ask its operator for the address",
                 metadata={"method": method, "cause": "admin_port"},
             )
-        return principal
+
+    def fairness(self, principal: Principal, credentials: Credentials) -> Fairness:
+        """Whose service the call counts as."""
+        weights = None if self._identities is None else self._identities.latest.weights
+        return fairness_of(principal.tenant, principal.gateway, credentials.routed, weights)
 
     def while_admitted(
-        self, method: str, credentials: Credentials, elsewhere: Set[str] = frozenset()
+        self,
+        method: str,
+        principal: Principal,
+        credentials: Credentials,
+        elsewhere: Set[str] = frozenset(),
     ) -> AbstractContextManager[None]:
         """A block for a call that `admit` has just let in, with the same arguments. It is
         cancelled, and raises what `admit` would, once the call would not be let in any more: a
@@ -219,7 +247,7 @@ class Access:
         async def check() -> Principal:
             return await self.admit(method, credentials, elsewhere)
 
-        return self.lasting.call(PRINCIPAL.get(), check)
+        return self.lasting.call(principal, check)
 
     def _keys(self) -> tuple[object, object]:
         return (
@@ -240,11 +268,15 @@ class Access:
     async def _principal(self, credentials: Credentials) -> Principal:
         identities = None if self._identities is None else await self._identities.current()
         secret = credentials.secret
-        if secret and credentials.api_key.strip() not in ("", secret):
-            raise InvalidField(
-                "authorization and x-api-key carry different keys: send one of them",
-                metadata={"field": "x-api-key"},
-            )
+        for name, key in (
+            ("x-api-key", credentials.api_key.strip()),
+            ("api-key", credentials.azure_key.strip()),
+        ):
+            if secret and key not in ("", secret):
+                raise InvalidField(
+                    f"{name} carries another key than another header: send one of them",
+                    metadata={"field": name},
+                )
         if len(secret) > _MAX_CREDENTIAL:
             raise _refused("the credential is longer than 8192 bytes", "credential_size")
         if not secret:
@@ -275,27 +307,21 @@ def repeated(name: str) -> InvalidField:
     )
 
 
-def _is(principal: Principal) -> None:
-    """The current call is from this one."""
-    PRINCIPAL.set(principal)
-    LOGGED_TENANT.set("" if principal.tenant == DEFAULT_TENANT else principal.tenant)
-
-
-def _visiting(principal: Principal, tenant: str) -> Principal:
-    """An operator in another tenant than its own."""
+def _may_visit(principal: Principal, tenant: str) -> PermissionDenied | None:
+    """Why a caller may not act in another tenant than its own; None if it may."""
     if not principal.has({"operator"}):
-        raise PermissionDenied(
+        return PermissionDenied(
             "only an operator may act in another tenant: leave out the header "
             "x-veneer-tenant (or metadata veneer-tenant)",
             metadata={"roles": "operator", "cause": "tenant"},
         )
     if not TENANT.fullmatch(tenant):
-        raise PermissionDenied(
+        return PermissionDenied(
             f"{tenant[:80]!r} is not a tenant's name: use 1 to 63 lower-case letters, digits, "
             "'.', '_' or '-', with a letter or digit at both ends",
             metadata={"cause": "tenant_name"},
         )
-    return replace(principal, tenant=tenant, visiting=True)
+    return None
 
 
 def _refused(why: str, cause: str) -> Unauthenticated:

@@ -20,8 +20,6 @@ from veneer_registry.errors import InvalidField
 
 from veneer_server.logs import get_logger
 
-__all__ = ["NOT_SHOWN", "Certificates", "Pair", "Shown", "shown", "shown_to_grpc"]
-
 _LOOK_NS: Final = 100_000_000
 """Least time between two looks at the files."""
 _MOST_BYTES: Final = 1 << 20
@@ -124,7 +122,7 @@ class Certificates:
         return pair, context
 
 
-class Shown(NamedTuple):
+class ShownCertificate(NamedTuple):
     """A client's certificate, which TLS has verified when the client connected.
 
     Attributes:
@@ -136,32 +134,32 @@ class Shown(NamedTuple):
     until: float = math.inf
 
 
-NOT_SHOWN: Final = Shown()
+NOT_SHOWN: Final = ShownCertificate()
 
 
-def shown(transport: asyncio.BaseTransport) -> Shown:
+def shown(transport: asyncio.BaseTransport) -> ShownCertificate:
     """The client's certificate."""
     connection = transport.get_extra_info("ssl_object")
     found = (None if connection is None else connection.getpeercert()) or {}
     names = tuple(name for _, name in found.get("subjectAltName", ()))
     if not names:
         return NOT_SHOWN
-    return Shown(names, float(ssl.cert_time_to_seconds(found["notAfter"])))
+    return ShownCertificate(names, float(ssl.cert_time_to_seconds(found["notAfter"])))
 
 
-def shown_to_grpc(context: Mapping[str, Sequence[bytes]]) -> Shown:
+def shown_to_grpc(context: Mapping[str, Sequence[bytes]]) -> ShownCertificate:
     """The client's certificate, of a call's authentication context."""
     names = tuple(context.get("x509_subject_alternative_name", ()))
     return _in_pem(names, context["x509_pem_cert"][0]) if names else NOT_SHOWN
 
 
 @lru_cache(1024)
-def _in_pem(names: tuple[bytes, ...], pem: bytes) -> Shown:
+def _in_pem(names: tuple[bytes, ...], pem: bytes) -> ShownCertificate:
     # Imported here, since it makes each start longer.
     from cryptography.x509 import load_pem_x509_certificate
 
     until = load_pem_x509_certificate(pem).not_valid_after_utc.timestamp()
-    return Shown(tuple(name.decode("utf-8", "replace") for name in names), until)
+    return ShownCertificate(tuple(name.decode("utf-8", "replace") for name in names), until)
 
 
 def _read(file: Path) -> bytes:

@@ -18,8 +18,6 @@ from veneer_registry.errors import InvalidField
 from veneer_server.access.keys import ApiKey, Identities, make_key, parse_identities
 from veneer_server.access.principal import Role
 
-__all__ = ["NewKey", "add_key", "list_keys", "revoke_key"]
-
 
 @dataclass(frozen=True, slots=True)
 class NewKey:

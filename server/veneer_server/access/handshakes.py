@@ -15,8 +15,6 @@ from typing import Any, Final
 from veneer_server.queues.connection_places import host_of
 from veneer_server.system.descriptors import HANDSHAKES
 
-__all__ = ["Handshakes"]
-
 LIMIT_S: Final = 10.0
 """How long a handshake may take."""
 

@@ -14,8 +14,6 @@ from veneer_registry.errors import InvalidField, VeneerError
 from veneer_server.access.keys import MAX_FILE, Identities, parse_identities
 from veneer_server.logs import get_logger
 
-__all__ = ["IdentityFile"]
-
 SETTLED_NS: Final = 100_000_000
 """A file that changed this recently may change again without its times showing it."""
 

@@ -22,10 +22,8 @@ from veneer_registry.adapter import check_name
 from veneer_registry.errors import InvalidField
 
 from veneer_server.access.principal import DEFAULT_TENANT, ROLES, Principal, Role
-from veneer_server.queues.fairness import MAX_PRIORITY, MAX_WEIGHT, MIN_WEIGHT, Weights
+from veneer_server.queues.fairness import MAX_PRIORITY, MAX_WEIGHT, MIN_WEIGHT, FairWeights
 from veneer_server.quotas.quota import UNLIMITED, Account, Quota, QuotaInvalid, parse_quota
-
-__all__ = ["MAX_FILE", "TENANT", "ApiKey", "Identities", "make_key", "parse_identities"]
 
 MAX_FILE: Final = 4 << 20
 """Most bytes of a file with keys."""
@@ -81,7 +79,7 @@ class Identities:
 
     keys: Mapping[str, ApiKey]
     certificates: Mapping[str, Principal]
-    weights: Weights
+    weights: FairWeights
     defaults: Quota = UNLIMITED
     tenants: Mapping[str, Account] = field(default_factory=dict)
     accepts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -176,7 +174,7 @@ def _accepts(path: Path, at: str, given: object) -> tuple[str, ...]:
     return tuple(listed)
 
 
-def _tenants(path: Path, document: Mapping[str, Any]) -> tuple[dict[str, Account], Weights]:
+def _tenants(path: Path, document: Mapping[str, Any]) -> tuple[dict[str, Account], FairWeights]:
     """The limits of tenants; the weights of tenants and objectives."""
     accounts: dict[str, Account] = {}
     weights: dict[str, float] = {}
@@ -209,7 +207,7 @@ def _tenants(path: Path, document: Mapping[str, Any]) -> tuple[dict[str, Account
                 f"must be a whole number from {-MAX_PRIORITY} to {MAX_PRIORITY}",
             )
         objectives[name] = priority
-    return accounts, Weights(weights, objectives)
+    return accounts, FairWeights(weights, objectives)
 
 
 def _quota(path: Path, at: str, given: object, defaults: Quota = UNLIMITED) -> Quota:

@@ -19,8 +19,6 @@ from veneer_registry.errors import PermissionDenied, Unauthenticated, VeneerErro
 
 from veneer_server.access.principal import Principal
 
-__all__ = ["ENDED", "Lasting"]
-
 ENDED: Final = "ended"
 """Metadata of an error that ends a call which had been let in."""
 

@@ -11,8 +11,6 @@ from typing import Final
 
 from veneer_server.access.principal import ROLES, Role
 
-__all__ = ["ADMIN", "AUDITED", "HTTP_PATHS", "METHODS", "OPEN", "SCRAPE", "roles_for"]
-
 OPEN: Final[frozenset[Role]] = frozenset()
 """Anybody may call it, also without a credential."""
 
@@ -70,7 +68,27 @@ _HTTP: Final[Mapping[str, frozenset[Role]]] = {
     "POST /v1/chat/completions": _CALLERS,
     "POST /v1/completions": _CALLERS,
     "POST /v1/responses": _CALLERS,
+    "POST /v1/responses/input_tokens": _CALLERS,
+    "GET /v1/responses/{id}": _CALLERS,
+    "DELETE /v1/responses/{id}": _CALLERS,
+    "GET /v1/responses/{id}/input_items": _CALLERS,
+    "POST /v1/conversations": _CALLERS,
+    "GET /v1/conversations/{id}": _CALLERS,
+    "POST /v1/conversations/{id}": _CALLERS,
+    "DELETE /v1/conversations/{id}": _CALLERS,
+    "GET /v1/conversations/{id}/items": _CALLERS,
+    "POST /v1/conversations/{id}/items": _CALLERS,
+    "GET /v1/conversations/{id}/items/{item}": _CALLERS,
+    "DELETE /v1/conversations/{id}/items/{item}": _CALLERS,
     "POST /v1/messages": _CALLERS,
+    "POST /v1/messages/count_tokens": _CALLERS,
+    "POST /inference/v1/generate": _CALLERS,
+    "POST /api/chat": _CALLERS,
+    "POST /api/generate": _CALLERS,
+    "POST /api/show": _READERS,
+    "GET /api/tags": _READERS,
+    "GET /api/ps": _READERS,
+    "GET /api/version": _ANY,
     "POST /tokenize": _CALLERS,
     "POST /detokenize": _CALLERS,
     "GET /v1/models": _READERS,
@@ -78,11 +96,15 @@ _HTTP: Final[Mapping[str, frozenset[Role]]] = {
     "POST /v1/unload_lora_adapter": _PUBLISHERS,
     "POST /pause": _OPERATORS,
     "POST /resume": _OPERATORS,
+    "POST /reset_prefix_cache": _OPERATORS,
     "GET /is_paused": _ANY,
     "GET /load": _ANY,
     "GET /version": _ANY,
     "GET /server_info": _ANY,
+    "GET /get_world_size": _ANY,
+    "GET /tokenizer_info": _READERS,
     "GET /metrics": _SCRAPERS,
+    "GET /": OPEN,
     "GET /health": OPEN,
     "GET /livez": OPEN,
     "GET /ping": OPEN,
@@ -116,6 +138,22 @@ AUDITED: Final = frozenset(
 )
 """Methods that change something: each call is in the audit log."""
 
+GENERATES: Final = frozenset(
+    (
+        "/veneer.v1.InferenceService/Generate",
+        "/veneer.v1.InferenceService/GenerateStream",
+        "POST /v1/chat/completions",
+        "POST /v1/completions",
+        "POST /v1/responses",
+        "POST /v1/messages",
+        "POST /inference/v1/generate",
+        "POST /api/chat",
+        "POST /api/generate",
+    )
+)
+"""Methods that generate: they count towards their caller's limits, and an answer that has begun
+is not cut off."""
+
 ADMIN: Final = frozenset(
     name for name, roles in METHODS.items() if roles in (_PUBLISHERS, _ADMINS, _OPERATORS)
 )
@@ -123,5 +161,7 @@ ADMIN: Final = frozenset(
 
 
 def roles_for(method: str) -> frozenset[Role] | None:
-    """The roles of which a caller needs one; None if the method is not listed."""
+    """The roles of which a caller needs one; None if the method is not listed. Whoever may
+    ``GET`` may ``HEAD``."""
+    method = f"GET{method[4:]}" if method.startswith("HEAD ") else method
     return METHODS.get(method)

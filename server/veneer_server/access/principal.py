@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Set
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Final, Literal, get_args
 
 from veneer_registry.errors import PermissionDenied
 
 from veneer_server.quotas.quota import Account
-
-__all__ = [
-    *("ANYONE", "DEFAULT_TENANT", "PRINCIPAL", "ROLES"),
-    *("Principal", "Role", "denied", "require"),
-]
 
 Role = Literal["inference", "publisher", "admin", "operator", "metrics"]
 
@@ -58,16 +52,15 @@ class Principal:
         return not any_of.isdisjoint(self.roles.union(*included))
 
 
-def require(any_of: Set[Role], what: str) -> None:
+def require(any_of: Set[Role], principal: Principal, what: str) -> None:
     """For what takes more than the method's own role.
 
     Args:
         what: is refused, as the beginning of a sentence.
 
     Raises:
-        PermissionDenied: the current call's caller has none of these roles.
+        PermissionDenied: the caller has none of these roles.
     """
-    principal = PRINCIPAL.get()
     if not principal.has(any_of):
         raise denied(any_of, principal, what, what)
 
@@ -84,6 +77,3 @@ def denied(any_of: Set[Role], principal: Principal, what: str, method: str) -> P
 
 ANYONE: Final = Principal("", DEFAULT_TENANT, frozenset(ROLES))
 """Every caller of a server without authentication."""
-
-PRINCIPAL: ContextVar[Principal] = ContextVar("principal", default=ANYONE)
-"""Who the current call is from."""

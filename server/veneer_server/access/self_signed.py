@@ -11,8 +11,6 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from veneer_registry.errors import InvalidField
 
-__all__ = ["self_signed"]
-
 
 def self_signed(names: list[str], days: int) -> tuple[bytes, bytes]:
     """A private key and its certificate, in PEM.

@@ -34,11 +34,17 @@ from veneer_server.access.principal import DEFAULT_TENANT, ROLES, Principal, Rol
 from veneer_server.logs import get_logger
 from veneer_server.quotas.quota import UNLIMITED, Account
 
-__all__ = ["FRESH_S", "KEPT_S", "TokenSettings", "Tokens"]
-
 _ALGORITHMS: Final = (
-    *("RS256", "RS384", "RS512", "PS256", "PS384", "PS512"),
-    *("ES256", "ES384", "ES512", "EdDSA"),
+    "RS256",
+    "RS384",
+    "RS512",
+    "PS256",
+    "PS384",
+    "PS512",
+    "ES256",
+    "ES384",
+    "ES512",
+    "EdDSA",
 )
 """Public keys only: with a shared secret, whoever can check a token can make one."""
 
@@ -78,7 +84,7 @@ class TokenSettings:
     roles_claim: str = "roles"
 
 
-class Tokens:
+class TokenVerifier:
     """Verifies tokens; belongs to one event loop."""
 
     def __init__(

@@ -1,7 +1,7 @@
 """A process that checks uploaded adapters for the front process, at low priority.
 
 A thread of the front would hold the GIL now and then, and at low priority it may get no CPU
-time to release it: then the event loop, and every stream, waits. Answers a `Check` with a
+time to release it: then the event loop, and every stream, waits. Answers a `CheckFiles` with a
 `Checked`, both as frames on a socket (`wire.frames`).
 """
 
@@ -14,27 +14,26 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
-from veneer_registry.adapter import BaseSpec
+from veneer_registry.adapter import BaseClaim, BaseSpec
 from veneer_registry.causes import cause_of
 from veneer_registry.disk import disk_errors
 from veneer_registry.errors import InternalError, ResourceExhausted, VeneerError
-from veneer_registry.format import read_adapter
+from veneer_registry.format import read_upload
 from veneer_registry.manifest_json import manifest_to_json
 
 from veneer_server.adapters.failure import Failure
 from veneer_server.system.priority import lower_priority
 from veneer_server.wire.frames import framed, read_frame
 
-__all__ = ["Check", "Checked", "main"]
-
 _NO_MEMORY: Final = "not enough memory to check the adapter; free memory, and push it again"
 
 
-class Check(msgspec.Struct, frozen=True, array_like=True):
-    """Check the files in ``folder`` as `read_adapter` does."""
+class CheckFiles(msgspec.Struct, frozen=True, array_like=True):
+    """Check the files in ``folder`` as `read_upload` does."""
 
     folder: str
     base: BaseSpec | None
+    claim: BaseClaim
 
 
 class Checked(msgspec.Struct, frozen=True, array_like=True):
@@ -44,11 +43,11 @@ class Checked(msgspec.Struct, frozen=True, array_like=True):
     failure: Failure | None = None
 
 
-def _check(wanted: Check) -> Checked:
+def _check(wanted: CheckFiles) -> Checked:
     folder = Path(wanted.folder)
     try:
         with disk_errors(folder):
-            return Checked(manifest_to_json(read_adapter(folder, wanted.base)))
+            return Checked(manifest_to_json(read_upload(folder, wanted.base, wanted.claim)))
     except VeneerError as error:
         return Checked("", Failure.of(error))
     except MemoryError:
@@ -65,7 +64,7 @@ def main() -> None:
     lower_priority()
     connection = socket.socket(fileno=int(sys.argv[1]))
     while (body := read_frame(connection)) is not None:
-        checked = _check(msgspec.msgpack.decode(body, type=Check))
+        checked = _check(msgspec.msgpack.decode(body, type=CheckFiles))
         try:
             connection.sendall(framed(msgspec.msgpack.encode(checked)))
         except BrokenPipeError:

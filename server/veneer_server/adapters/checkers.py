@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
-from veneer_registry.adapter import AdapterManifest, BaseSpec
+from veneer_registry.adapter import NO_CLAIM, AdapterManifest, BaseClaim, BaseSpec
 from veneer_registry.errors import DiskFailed, InternalError
 from veneer_registry.manifest_json import manifest_from_json
 
-from veneer_server.adapters.check_process import Check, Checked
-from veneer_server.adapters.child import TRIES, Child
+from veneer_server.adapters.check_process import Checked, CheckFiles
+from veneer_server.adapters.child import TRIES, ChildProcess
 from veneer_server.wire.frames import framed, read_frame
-
-__all__ = ["Checkers"]
 
 log = logging.getLogger(__name__)
 
@@ -44,18 +42,20 @@ class Checkers:
     def __init__(self, *, limit_s: float = LIMIT_S) -> None:
         self._limit_s = limit_s
         self._lock = threading.Lock()
-        self._idle: list[Child] = []
+        self._idle: list[ChildProcess] = []
         self._closed = False
 
-    def read(self, folder: Path, base: BaseSpec | None) -> AdapterManifest:
-        """`veneer_registry.format.read_adapter`, in another process.
+    def read(
+        self, folder: Path, base: BaseSpec | None, claim: BaseClaim = NO_CLAIM
+    ) -> AdapterManifest:
+        """`veneer_registry.format.read_upload`, in another process.
 
         Raises:
-            VeneerError: as `read_adapter`.
+            VeneerError: as `read_upload`.
             DiskFailed: every attempt takes too long.
             InternalError: every process that checks it ends.
         """
-        ask = framed(msgspec.msgpack.encode(Check(str(folder), base)))
+        ask = framed(msgspec.msgpack.encode(CheckFiles(str(folder), base, claim)))
         size = sum(path.stat().st_size for path in folder.iterdir())
         limit_s = self._limit_s + size / BYTES_A_SECOND
         child = self._take()
@@ -81,11 +81,11 @@ class Checkers:
         for child in idle:
             child.end()
 
-    def _take(self) -> Child:
+    def _take(self) -> ChildProcess:
         with self._lock:
-            return self._idle.pop() if self._idle else Child(MODULE)
+            return self._idle.pop() if self._idle else ChildProcess(MODULE)
 
-    def _give_back(self, child: Child) -> None:
+    def _give_back(self, child: ChildProcess) -> None:
         with self._lock:
             keep = child.pid is not None and not self._closed and len(self._idle) < _KEPT
             if keep:
@@ -94,7 +94,7 @@ class Checkers:
             child.end()
 
 
-def _ask(child: Child, ask: bytes, limit_s: float) -> Checked:
+def _ask(child: ChildProcess, ask: bytes, limit_s: float) -> Checked:
     """The answer of a process; one that ends or takes too long is replaced, once."""
     why = ""
     for _ in range(TRIES):

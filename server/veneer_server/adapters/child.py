@@ -15,8 +15,6 @@ from veneer_registry.child_python import child_python
 
 from veneer_server.wire.frames import framed
 
-__all__ = ["TRIES", "Child"]
-
 TRIES: Final = 2
 """How many processes try to do something: one that ends, or takes too long, is replaced."""
 
@@ -24,7 +22,7 @@ _STOP_S: Final = 5.0
 """How long a process may take to end before it is killed, and after that."""
 
 
-class Child:
+class ChildProcess:
     """One process. Not thread-safe.
 
     Args:

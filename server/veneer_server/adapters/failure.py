@@ -5,8 +5,6 @@ from __future__ import annotations
 import msgspec
 from veneer_registry.errors import VeneerError, error_for_reason
 
-__all__ = ["Failure"]
-
 
 class Failure(msgspec.Struct, frozen=True, array_like=True):
     """A `VeneerError`."""

@@ -4,10 +4,10 @@ A worker thread in the engine would sometimes hold the GIL at low priority, and 
 would wait for a thread that gets no CPU time. It could also end the engine: truncating a
 file while it is mapped kills the process that reads it.
 
-They exchange frames on a socket (`wire.frames`). The answer to a `Load` is `Begun`,
-followed by the file descriptor of the memory for the run, and then `Loaded`; or only
-`Loaded` with an error. So the engine can prepare its side while the run is being filled,
-but must not use any of the run before `Loaded`.
+They exchange frames on a socket (`wire.frames`). The answer to a `LoadRequest` is `Begun`,
+followed by the file descriptor of the memory for the run, and then `LoadDone`; or only
+`LoadDone` with an error. So the engine can prepare its side while the run is being filled,
+but must not use any of the run before `LoadDone`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from veneer_registry.errors import (
     VeneerError,
 )
 
+from veneer_server.adapters.failure import Failure
 from veneer_server.adapters.pages import (
     SEGMENT,
     make_ready,
@@ -43,15 +44,6 @@ from veneer_server.adapters.reading import Dtype, read_run
 from veneer_server.system.priority import lower_priority
 from veneer_server.wire.frames import framed, read_frame
 
-__all__ = [
-    "NO_MEMORY",
-    "Begun",
-    "Load",
-    "Loaded",
-    "Setup",
-    "main",
-]
-
 NO_MEMORY: Final = (
     "not enough memory to load the adapter; lower the adapter budgets, or stop other "
     "processes that use memory, and retry"
@@ -62,7 +54,7 @@ _PAUSE_S: Final = 0.0025
 """Pause before making each piece ready."""
 
 
-class Setup(msgspec.Struct, frozen=True, array_like=True):
+class LoaderSetup(msgspec.Struct, frozen=True, array_like=True):
     """The first frame: what all loads have in common.
 
     Attributes:
@@ -79,7 +71,7 @@ class Setup(msgspec.Struct, frozen=True, array_like=True):
     paired: bool = False
 
 
-class Load(msgspec.Struct, frozen=True, array_like=True):
+class LoadRequest(msgspec.Struct, frozen=True, array_like=True):
     """Read the weights in ``folder``, which must have ``digest``."""
 
     folder: str
@@ -104,16 +96,16 @@ class Begun(msgspec.Struct, frozen=True, array_like=True, tag=True):
     offset: int
 
 
-class Loaded(msgspec.Struct, frozen=True, array_like=True, tag=True):
+class LoadDone(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """The end of a load: the run is complete and matches its digest, unless there is an error.
 
     Attributes:
         stages: seconds of each stage.
-        error: reason, message and metadata of a `VeneerError`, or None.
+        error: why it failed, or None.
     """
 
     stages: dict[str, float]
-    error: tuple[str, str, dict[str, str]] | None = None
+    error: Failure | None = None
 
 
 class _Segments:
@@ -210,7 +202,7 @@ class _Job:
         return map_pages(segments.fd, size, offset)
 
 
-def _load(setup: Setup, load: Load, job: _Job) -> Loaded:
+def _load(setup: LoaderSetup, load: LoadRequest, job: _Job) -> LoadDone:
     try:
         stages = read_run(
             Path(load.folder),
@@ -222,16 +214,16 @@ def _load(setup: Setup, load: Load, job: _Job) -> Loaded:
             paired=setup.paired,
         )
     except VeneerError as error:
-        return Loaded({}, (error.reason, error.message, error.metadata))
+        return LoadDone({}, Failure.of(error))
     except MemoryError:
-        return Loaded({}, (AdapterBudgetExceeded.reason, NO_MEMORY, {}))
+        return LoadDone({}, Failure.of(AdapterBudgetExceeded(NO_MEMORY)))
     except BrokenPipeError:
         raise
     except Exception as error:
         cause = f"{type(error).__name__}: {cause_of(error)}"
         why = f"the adapter could not be loaded ({cause}); retry"
-        return Loaded({}, (InternalError.reason, why, {}))
-    return Loaded(stages)
+        return LoadDone({}, Failure.of(InternalError(why)))
+    return LoadDone(stages)
 
 
 def main() -> None:
@@ -243,7 +235,7 @@ def main() -> None:
     first = read_frame(connection)
     if first is None:
         return
-    setup = msgspec.msgpack.decode(first, type=Setup)
+    setup = msgspec.msgpack.decode(first, type=LoaderSetup)
     segments = _Segments(setup.segment_bytes)
     while True:
         while not segments.complete and not select.select([connection], [], [], _PAUSE_S)[0]:
@@ -252,7 +244,7 @@ def main() -> None:
             return
         job = _Job(segments, connection)
         try:
-            loaded = _load(setup, msgspec.msgpack.decode(body, type=Load), job)
+            loaded = _load(setup, msgspec.msgpack.decode(body, type=LoadRequest), job)
             connection.sendall(framed(msgspec.msgpack.encode(loaded)))
         except BrokenPipeError:
             return

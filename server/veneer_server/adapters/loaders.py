@@ -15,22 +15,21 @@ from typing import Final
 import msgspec
 import torch
 from veneer_registry.adapter import LoraModule
-from veneer_registry.errors import DiskFailed, InternalError, VeneerError, error_for_reason
+from veneer_registry.errors import DiskFailed, InternalError, VeneerError
 
-from veneer_server.adapters.child import TRIES, Child
+from veneer_server.adapters.child import TRIES, ChildProcess
+from veneer_server.adapters.failure import Failure
 from veneer_server.adapters.loader_process import (
     Begun,
-    Load,
-    Loaded,
-    Setup,
+    LoadDone,
+    LoaderSetup,
+    LoadRequest,
 )
 from veneer_server.adapters.pages import MappedSegment
 from veneer_server.step.adapter_table import AdapterTable
 from veneer_server.step.layout import Layout
 from veneer_server.wire.frames import framed, read_frame
 from veneer_server.wire.messages import LOST, AdapterSource
-
-__all__ = ["HostCopy", "Loaders"]
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +74,7 @@ class Loaders:
 
     def __init__(
         self,
-        setup: Setup,
+        setup: LoaderSetup,
         dtype: torch.dtype,
         *,
         count: int,
@@ -117,7 +116,7 @@ class Loaders:
 
         Raises:
             AdapterCorrupt: the content no longer matches its digest.
-            DiskFailed: every attempt takes too long.
+            DiskFailed: the system cannot read it now, or every attempt takes too long.
             InternalError: every loader that reads it ends.
         """
         size = source.parameters * self._dtype.itemsize
@@ -180,8 +179,8 @@ _Prepare = Callable[[Begun, int, _Segments], "Future[HostCopy]"]
 class Loader:
     """One process, started on first use and restarted when it has ended."""
 
-    def __init__(self, setup: Setup) -> None:
-        self._child = Child(MODULE, msgspec.msgpack.encode(setup))
+    def __init__(self, setup: LoaderSetup) -> None:
+        self._child = ChildProcess(MODULE, msgspec.msgpack.encode(setup))
         self._segments = _Segments()
 
     def start(self) -> socket.socket:
@@ -196,7 +195,7 @@ class Loader:
         A process that ends is replaced, and one that takes longer than ``limit_s`` is
         killed; then a new one tries, once.
         """
-        ask = msgspec.msgpack.encode(Load(source.folder, source.digest))
+        ask = msgspec.msgpack.encode(LoadRequest(source.folder, source.digest))
         began, late = time.monotonic(), False
         for attempt in range(TRIES):
             try:
@@ -242,16 +241,16 @@ class Loader:
         copy = None
         while (body := read_frame(connection)) is not None:
             connection.settimeout(max(_SOON_S, deadline - time.monotonic()))
-            match msgspec.msgpack.decode(body, type=Begun | Loaded):
+            match msgspec.msgpack.decode(body, type=Begun | LoadDone):
                 case Begun() as begun:
                     _, fds, _, _ = socket.recv_fds(connection, 1, 1)
                     if not fds:
                         return None
                     copy = prepare(begun, fds[0], self._segments)
-                case Loaded(error=None, stages=stages) if copy is not None:
+                case LoadDone(error=None, stages=stages) if copy is not None:
                     return copy.result(), stages
-                case Loaded(error=(reason, message, metadata)):
-                    raise error_for_reason(reason)(message, metadata=metadata)
+                case LoadDone(error=Failure() as failure):
+                    raise failure.error
         return None
 
     @property

@@ -18,7 +18,7 @@ import torch
 from veneer_registry.causes import cause_of
 from veneer_registry.errors import AdapterBudgetExceeded, InternalError, VeneerError
 
-from veneer_server.adapters.loader_process import NO_MEMORY, Setup
+from veneer_server.adapters.loader_process import NO_MEMORY, LoaderSetup
 from veneer_server.adapters.loaders import HostCopy, Loaders
 from veneer_server.adapters.reading import Dtype
 from veneer_server.adapters.references import References
@@ -28,8 +28,6 @@ from veneer_server.step.inbox import Arrived, Inbox
 from veneer_server.step.layout import Layout
 from veneer_server.system.priority import lower_priority
 from veneer_server.wire.messages import AdapterSource, Reference
-
-__all__ = ["LoraMemory", "Placer"]
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +102,9 @@ class LoraMemory:
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="adapter-copy")
         on_gpu = device.type == "cuda"
         self._loaders = Loaders(
-            Setup(dict(config.shapes), config.num_layers, DTYPE_NAMES[dtype], paired=paired),
+            LoaderSetup(
+                dict(config.shapes), config.num_layers, DTYPE_NAMES[dtype], paired=paired
+            ),
             dtype,
             count=workers,
             pinned=on_gpu,

@@ -24,11 +24,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-__all__ = [
-    *("PIECE", "SEGMENT", "MappedSegment", "make_ready"),
-    *("map_pages", "memory", "next_range", "place", "release"),
-]
-
 _LARGE: Final = 2 << 20
 PIECE: Final = 256 << 10
 """Bytes of small pages that are made ready at once."""
@@ -48,8 +43,12 @@ be released alone, and each adapter has a file."""
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [
-    *(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int),
-    *(ctypes.c_int, ctypes.c_int, ctypes.c_long),
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
 ]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]

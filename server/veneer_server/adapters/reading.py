@@ -20,8 +20,6 @@ from veneer_registry.weights import TensorView
 
 from veneer_server.step.layout import Layout
 
-__all__ = ["ITEMSIZE", "Dtype", "read_run"]
-
 Dtype = Literal["bfloat16", "float16", "float32"]
 
 ITEMSIZE: Final[Mapping[Dtype, int]] = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -57,6 +55,7 @@ def read_run(
 
     Raises:
         AdapterCorrupt: the content does not match its digest.
+        DiskFailed: the system cannot read it now.
     """
     stages: dict[str, float] = {}
     clock = time.perf_counter()

@@ -26,8 +26,6 @@ from veneer_server.step.inbox import Inbox
 from veneer_server.system.priority import lower_priority
 from veneer_server.wire.messages import OperationDone, Reference, wire_error
 
-__all__ = ["References", "ServedBase"]
-
 log = logging.getLogger(__name__)
 
 

@@ -14,32 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Generic, NamedTuple, TypeVar, cast
 
-__all__ = [
-    "ADDRESS",
-    "BASE",
-    "BYTES",
-    "CPU_SECONDS",
-    "FILE",
-    "FOLDER",
-    "FOLDERS",
-    "HOSTS",
-    "HOURS",
-    "NAMES",
-    "ORIGINS",
-    "SECONDS",
-    "SOME_SECONDS",
-    "SWITCH",
-    "TEXT",
-    "Address",
-    "Kind",
-    "auto_number",
-    "auto_whole",
-    "bytes_between",
-    "one_of",
-    "optional",
-    "whole",
-]
-
 T = TypeVar("T")
 
 

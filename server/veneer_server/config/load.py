@@ -14,8 +14,6 @@ from veneer_server.config import kinds
 from veneer_server.config.record import OPTIONS, ServerConfig
 from veneer_server.config.setting import PREFIX, ConfigInvalid, Option
 
-__all__ = ["load_config"]
-
 _OTHERS: Final = frozenset({"SERVER", "ACTOR", "API_KEY", "CA", "CERT", "KEY", "PROFILE"})
 """Variables that the clients read."""
 _KUBERNETES: Final = re.compile(r"SERVICE_(HOST|PORT)|^(\w+_)?PORT(_\d+_(TCP|UDP)\w*)?$")

@@ -11,8 +11,6 @@ from veneer_registry.bundled_base import CACHE_DIR
 from veneer_server.config import kinds
 from veneer_server.config.setting import Option, setting
 
-__all__ = ["OPTIONS", "ServerConfig"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
@@ -81,6 +79,12 @@ class ServerConfig:
         "Host names accepted by the HTTP gateway and the metrics port, besides localhost and "
         "their address; * accepts any. Empty: any if other machines can connect and callers "
         "need keys; without keys, only names that no outsider can register.")
+    unknown_fields: Literal["refuse", "ignore", "warn"] = setting(
+        "warn", kinds.one_of("refuse", "ignore", "warn"),
+        "What the HTTP gateway does with fields that it does not know, and with tools of types "
+        "that it does not serve: refuse the request; ignore them; or ignore them and name them "
+        "in the answer's header veneer-ignored (warn). Ollama's API, /tokenize, /detokenize "
+        "and the paths that load adapters always refuse such fields.")
     cors_origin: tuple[str, ...] = setting(
         "", kinds.ORIGINS,
         "Allow web pages from ORIGIN, such as https://chat.example.org, to call the HTTP "
@@ -189,6 +193,11 @@ class ServerConfig:
         "128", kinds.whole(1, 1 << 20),
         "Maximum number of prompt tokens in a step that also decodes (25 % more to finish a "
         "prompt).")
+    max_prefill_seconds: float = setting(
+        "0.2", kinds.SECONDS,
+        "Longest time by which prompt tokens may extend a step that also decodes (25 % more to "
+        "finish a prompt), as measured at start; 16 prompt tokens are always allowed. 0: no "
+        "limit.")
     prefix_cache: bool = setting(
         "true", kinds.SWITCH,
         "Cache the keys and values of prompts and share them between requests.")
@@ -204,10 +213,10 @@ class ServerConfig:
         "0", kinds.SECONDS,
         "Longest time that a request may wait for its first token; a request that would wait "
         "longer, or has, is refused. 0: no limit.")
-    default_max_tokens: int = setting(
-        "512", kinds.whole(1, 1 << 31),
-        "Maximum number of new tokens for requests that set no max_tokens; 16 for "
-        "/v1/completions.")
+    default_max_tokens: int | None = setting(
+        "auto", kinds.optional(kinds.whole(1, 1 << 31), "auto"),
+        "Maximum number of new tokens for requests that set no max_tokens; auto: what is left "
+        "of the context over HTTP, 512 over gRPC. Always 16 for /v1/completions.")
     default_temperature: float | None = setting(
         "auto", kinds.auto_number(0, 100),
         "Temperature for requests that set none; auto: the base's own, else 0.7.")
@@ -297,6 +306,17 @@ class ServerConfig:
     hf_endpoint: str = setting(
         "", kinds.TEXT,
         "URL of the hub for hf:// URIs; empty: HF_ENDPOINT, else https://huggingface.co.")
+    store_responses: Literal["auto", "on", "off"] = setting(
+        "auto", kinds.one_of("auto", "on", "off"),
+        "Store the answers of /v1/responses on disk, unless a request says store: false, and "
+        "conversations; auto: unless --role is engine or registry.")
+    stored_responses_bytes: int = setting(
+        "1GiB", kinds.bytes_between("16MiB", "100TiB"),
+        "Maximum disk space for stored responses and conversations; the oldest of the tenant "
+        "that stores most are removed first.")
+    stored_responses_age: float = setting(
+        "720", kinds.HOURS,
+        "How long responses are stored, and conversations after their last change.")
     grace: float = setting(
         "30", kinds.SECONDS,
         "How long running requests may take to finish when the server shuts down.")

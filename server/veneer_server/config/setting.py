@@ -9,8 +9,6 @@ from veneer_registry.errors import VeneerError
 
 from veneer_server.config.kinds import Kind
 
-__all__ = ["PREFIX", "ConfigInvalid", "Option", "setting"]
-
 PREFIX: Final = "VENEER_"
 """Prefix of the environment variables."""
 

@@ -17,19 +17,17 @@ from veneer_registry.child_python import child_python
 
 from veneer_server.constraints.frames import (
     LONGEST,
-    Begin,
+    BeginMatching,
     FromControl,
     Kill,
+    MatchingSetup,
     Renice,
     Reply,
     Role,
-    Setup,
     ToControl,
     pair,
     receive,
 )
-
-__all__ = ["MARKER_BYTES", "Child", "Family", "Sockets"]
 
 MARKER_BYTES: Final = 8
 
@@ -37,7 +35,7 @@ _MODULE: Final = "veneer_server.constraints.process"
 _NOTES_READ: Final = 2000
 
 
-class Child:
+class MatcherChild:
     """A forked process, from the request for it to its end.
 
     Args:
@@ -123,10 +121,10 @@ class Child:
         os.close(self._marker)
 
 
-class Family:
+class MatcherFamily:
     """The parent process. Its children end with it."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: MatchingSetup) -> None:
         self._setup = setup
         self._process: subprocess.Popen[bytes] | None = None
         self._buffer = bytearray(LONGEST)
@@ -151,14 +149,14 @@ class Family:
         ours.send(msgspec.msgpack.encode(self._setup))
         self._control = ours
 
-    def fork(self, role: Role) -> Child:
+    def fork(self, role: Role) -> MatcherChild:
         """Request a child, which the parent forks later; never, if the parent has ended."""
         self._count += 1
         ours, theirs = pair()
         ours.setblocking(False)
-        child = Child(self._count, role, ours, self._tell)
+        child = MatcherChild(self._count, role, ours, self._tell)
         with theirs:
-            self._tell(Begin(child.number, role), theirs.fileno(), *child.descriptors)
+            self._tell(BeginMatching(child.number, role), theirs.fileno(), *child.descriptors)
         return child
 
     def _tell(self, message: ToControl, *descriptors: int) -> None:
@@ -195,10 +193,10 @@ class Sockets:
         """Make `wait` return at once. Any thread may call this."""
         os.eventfd_write(self._wake, 1)
 
-    def wait(self, timeout: float | None) -> list[tuple[Child | None, int]]:
+    def wait(self, timeout: float | None) -> list[tuple[MatcherChild | None, int]]:
         """The children that can be read or written, with the selector's mask; None is the
         parent."""
-        found: list[tuple[Child | None, int]] = []
+        found: list[tuple[MatcherChild | None, int]] = []
         for key, mask in self._selector.select(timeout):
             if key.fileobj == self._wake:
                 os.eventfd_read(self._wake)
@@ -206,24 +204,24 @@ class Sockets:
                 found.append((key.data, mask))
         return found
 
-    def add_child(self, child: Child) -> None:
+    def add_child(self, child: MatcherChild) -> None:
         self._selector.register(child.connection, selectors.EVENT_READ, child)
 
-    def add_parent(self, family: Family) -> None:
-        """From now on `Family.receive` does not block."""
+    def add_parent(self, family: MatcherFamily) -> None:
+        """From now on `MatcherFamily.receive` does not block."""
         family.control.setblocking(False)
         self._selector.register(family.control, selectors.EVENT_READ)
 
-    def has(self, child: Child) -> bool:
+    def has(self, child: MatcherChild) -> bool:
         return child.connection in self._selector.get_map()
 
-    def remove(self, of: Child | Family) -> None:
+    def remove(self, of: MatcherChild | MatcherFamily) -> None:
         """Does nothing if it was not added."""
-        connection = of.connection if isinstance(of, Child) else of.control
+        connection = of.connection if isinstance(of, MatcherChild) else of.control
         with contextlib.suppress(KeyError):
             self._selector.unregister(connection)
 
-    def write_too(self, child: Child) -> None:
+    def write_too(self, child: MatcherChild) -> None:
         """Also wait for a child's full socket to become writable."""
         try:
             key = self._selector.get_key(child.connection)

@@ -13,36 +13,6 @@ import msgspec
 
 from veneer_server.wire.messages import Constraint, ConstraintLimits
 
-__all__ = [
-    "LONGEST",
-    "Advance",
-    "Advanced",
-    "Begin",
-    "Compiled",
-    "Ended",
-    "Failed",
-    "Follow",
-    "Forget",
-    "FromControl",
-    "FromMatcher",
-    "FromTrial",
-    "Kill",
-    "Limit",
-    "Mask",
-    "Masks",
-    "Ready",
-    "Renice",
-    "Reply",
-    "Role",
-    "Setup",
-    "ToControl",
-    "ToMatcher",
-    "Verdict",
-    "decode",
-    "pair",
-    "receive",
-]
-
 LONGEST: Final = 160 << 10
 """Most bytes of a packet; without privileges a Unix socket accepts 208 KiB."""
 
@@ -59,7 +29,7 @@ class _Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
 # ------------------------------------------------------------ the parent process
 
 
-class Setup(_Message, frozen=True):
+class MatchingSetup(_Message, frozen=True):
     """The first message to the parent: the vocabulary, and the limits of its children."""
 
     tokenizer: str
@@ -68,13 +38,13 @@ class Setup(_Message, frozen=True):
     limits: ConstraintLimits
 
 
-class Ready(_Message, frozen=True):
+class ParentReady(_Message, frozen=True):
     """The parent's answer. ``error`` is empty unless the tokenizer cannot be used."""
 
     error: str
 
 
-class Begin(_Message, frozen=True):
+class BeginMatching(_Message, frozen=True):
     """Fork a child; its socket, notes and marker are attached as descriptors."""
 
     number: int
@@ -93,27 +63,27 @@ class Renice(_Message, frozen=True):
     number: int
 
 
-class Ended(_Message, frozen=True):
+class ChildEnded(_Message, frozen=True):
     """A child has ended; ``signal`` is 0 if no signal ended it."""
 
     number: int
     signal: int
 
 
-ToControl = Begin | Kill | Renice
+ToControl = BeginMatching | Kill | Renice
 
-FromControl = Ready | Ended
+FromControl = ParentReady | ChildEnded
 
 # ------------------------------------------------------------------ a trial's child
 
 
-class Compiled(_Message, frozen=True):
+class ConstraintCompiled(_Message, frozen=True):
     """The constraint has compiled; the first mask is next."""
 
     seconds: float
 
 
-class Verdict(_Message, frozen=True):
+class TrialVerdict(_Message, frozen=True):
     """``problem`` is empty if the constraint may be used."""
 
     limit: Limit
@@ -121,12 +91,12 @@ class Verdict(_Message, frozen=True):
     mask_seconds: float = 0.0
 
 
-FromTrial = Compiled | Verdict
+FromTrial = ConstraintCompiled | TrialVerdict
 
 # --------------------------------------------------------------- a matcher process
 
 
-class Follow(_Message, frozen=True):
+class MatchSequence(_Message, frozen=True):
     """Compile, consume the tokens chosen so far (more messages follow unless ``last``), and
     compute the mask."""
 
@@ -146,7 +116,7 @@ class Forget(_Message, frozen=True):
     sequence: int
 
 
-ToMatcher = Follow | Advance | Forget
+ToMatcher = MatchSequence | Advance | Forget
 
 
 class Advanced(_Message, frozen=True):
@@ -170,7 +140,7 @@ class Masks(_Message, frozen=True):
     rows: list[Mask]
 
 
-class Failed(_Message, frozen=True):
+class MatchingFailed(_Message, frozen=True):
     """The sequence cannot continue, and has been forgotten."""
 
     sequence: int
@@ -178,9 +148,11 @@ class Failed(_Message, frozen=True):
     problem: str
 
 
-FromMatcher = Advanced | Masks | Failed
+FromMatcher = Advanced | Masks | MatchingFailed
 
-Reply = Setup | ToControl | Constraint | ToMatcher | FromControl | FromTrial | FromMatcher
+Reply = (
+    MatchingSetup | ToControl | Constraint | ToMatcher | FromControl | FromTrial | FromMatcher
+)
 
 _decoder = msgspec.msgpack.Decoder(Reply)
 

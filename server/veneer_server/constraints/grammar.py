@@ -14,8 +14,6 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from veneer_server.constraints.frames import Limit
 from veneer_server.wire.messages import Constraint, ConstraintLimits
 
-__all__ = ["Refused", "compile_matcher", "first_problem", "library_limits", "load_tokenizer"]
-
 _JSON_SPACES: Final = " ?"
 """Whitespace between the parts of a JSON text: at most one space. If more were allowed, a
 small model could waste its tokens on blanks. A schema's ``x-guidance`` overrides this."""
@@ -28,7 +26,7 @@ _NO_TEXT: Final = "it admits no text"
 _NO_TEXT_CODE: Final = "NoExtension"
 
 
-class Refused(Exception):
+class ConstraintRefused(Exception):
     """A constraint cannot be used.
 
     Attributes:
@@ -66,23 +64,23 @@ def compile_matcher(
     try:
         matcher = LLMatcher(tokenizer, _grammar(constraint), log_level=0, limits=limits)
     except ValueError as error:
-        raise Refused("", _sentence(str(error))) from error
+        raise ConstraintRefused("", _sentence(str(error))) from error
     except MemoryError as error:
-        raise Refused("memory", "it needs too much memory") from error
+        raise ConstraintRefused("memory", "it needs too much memory") from error
     except BaseException as error:  # a panic is not an Exception
-        raise Refused("library", "the library that compiles it failed") from error
+        raise ConstraintRefused("library", "the library that compiles it failed") from error
     if matcher.is_error():
         raise first_problem(matcher)
     return matcher
 
 
-def first_problem(matcher: LLMatcher) -> Refused:
+def first_problem(matcher: LLMatcher) -> ConstraintRefused:
     """The refusal for a matcher that is in error or allows no token."""
     text = matcher.get_error()
     if text.startswith("panic"):
-        return Refused("library", "the library that compiles it failed")
+        return ConstraintRefused("library", "the library that compiles it failed")
     limited = any(words in text for words in _LIMITED)
-    return Refused("fuel" if limited else "", _sentence(text))
+    return ConstraintRefused("fuel" if limited else "", _sentence(text))
 
 
 def _grammar(constraint: Constraint) -> str:

@@ -23,34 +23,37 @@ import numpy as np
 from numpy.typing import NDArray
 from veneer_registry.errors import InvalidField
 
-from veneer_server.constraints.family import Child, Family, Sockets
-from veneer_server.constraints.following import SLOW_MASK_S, SLOW_TRIAL_S, Followed, refusal
+from veneer_server.constraints.family import MatcherChild, MatcherFamily, Sockets
 from veneer_server.constraints.frames import (
     LONGEST,
     Advanced,
-    Compiled,
-    Ended,
-    Failed,
+    ChildEnded,
+    ConstraintCompiled,
     Masks,
-    Ready,
+    MatchingFailed,
+    MatchingSetup,
+    ParentReady,
     Role,
-    Setup,
-    Verdict,
+    TrialVerdict,
     receive,
+)
+from veneer_server.constraints.matched import (
+    SLOW_MASK_S,
+    SLOW_TRIAL_S,
+    MatchedSequence,
+    refusal,
 )
 from veneer_server.constraints.matchers import Matchers
 from veneer_server.constraints.trials import Outcome
 from veneer_server.constraints.tryouts import Tryouts
 from veneer_server.queues.fairness import NOBODY, Sender
-from veneer_server.step.plan import ConstraintFailure, Following
+from veneer_server.step.plan import ConstraintFailure, ConstraintState
 from veneer_server.wire.messages import (
     Constraint,
     ConstraintDone,
     ConstraintLimits,
     MatcherEnded,
 )
-
-__all__ = ["GrammarFailed", "Grammars"]
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +83,7 @@ class Grammars:
 
     def __init__(
         self,
-        setup: Setup,
+        setup: MatchingSetup,
         *,
         unhold: Callable[[int], None],
         report: Callable[[ConstraintDone | MatcherEnded], None] = lambda message: None,
@@ -88,9 +91,9 @@ class Grammars:
         self._vocab_size = setup.vocab_size
         self._report = report
         self._news = threading.Condition()
-        self._followed: dict[int, Followed] = {}
-        self._children: dict[int, Child] = {}
-        self._family = Family(setup)
+        self._followed: dict[int, MatchedSequence] = {}
+        self._children: dict[int, MatcherChild] = {}
+        self._family = MatcherFamily(setup)
         self._tryouts = Tryouts(setup.limits, self._fork, self._tried)
         self._matchers = Matchers(
             setup,
@@ -122,7 +125,9 @@ class Grammars:
         """Start loading a base folder's ``tokenizer.json``; see `usable`."""
         path = str(folder / "tokenizer.json")
         grammars = cls(
-            Setup(path, vocab_size, list(eos_token_ids), limits), unhold=unhold, report=report
+            MatchingSetup(path, vocab_size, list(eos_token_ids), limits),
+            unhold=unhold,
+            report=report,
         )
         grammars._start()
         return grammars
@@ -137,8 +142,8 @@ class Grammars:
             answer = self._family.receive()
         except TimeoutError:
             answer = None
-        if not isinstance(answer, Ready) or answer.error:
-            problem = answer.error if isinstance(answer, Ready) else "its process ended"
+        if not isinstance(answer, ParentReady) or answer.error:
+            problem = answer.error if isinstance(answer, ParentReady) else "its process ended"
             log.warning("constrained output is not available with this base: %s", problem)
             self.close()
             return False
@@ -176,7 +181,7 @@ class Grammars:
         if the outcome is already known, in this one. Call `forget` in the end either way.
         """
         with self._news:
-            followed = Followed(sequence, constraint, done)
+            followed = MatchedSequence(sequence, constraint, done)
             self._followed[sequence] = followed
             outcome = self._tryouts.ask(sequence, constraint, sender)
             if outcome is not None:
@@ -193,7 +198,7 @@ class Grammars:
             self._matchers.forget(followed)
         self._sockets.poke()
 
-    def allowed(self, sequence: int, until: float) -> NDArray[np.bool_] | Following:
+    def allowed(self, sequence: int, until: float) -> NDArray[np.bool_] | ConstraintState:
         """Tokens that may come next: [vocab] bool, at least one of them True.
 
         Args:
@@ -209,15 +214,15 @@ class Grammars:
             if followed.failure is not None:
                 raise GrammarFailed(followed.failure)
             if followed.stopped:
-                return Following.COMPLETE
+                return ConstraintState.COMPLETE
             if not followed.ready:
                 followed.held = True
-                return Following.LATE
+                return ConstraintState.LATE
             bits = followed.bits
         mask = np.unpackbits(np.frombuffer(bits, dtype=np.uint8), bitorder="little")
         return mask[: self._vocab_size].view(np.bool_)
 
-    def advance(self, chosen: dict[int, int], until: float) -> dict[int, Following]:
+    def advance(self, chosen: dict[int, int], until: float) -> dict[int, ConstraintState]:
         """Give each sequence the token that was chosen for it.
 
         Returns:
@@ -234,16 +239,19 @@ class Grammars:
             self._await(quick, lambda f: f.confirmed == len(f.tokens) or f.ready, until)
             return {f.sequence: f.how() for f in followed}
 
-    def ending(self, sequence: int) -> ConstraintFailure | Following:
+    def ending(self, sequence: int) -> ConstraintFailure | ConstraintState:
         """How a sequence that was held continues."""
         with self._news:
             followed = self._followed.get(sequence)
             if followed is None:
-                return Following.GOES_ON
+                return ConstraintState.GOES_ON
             return followed.failure or followed.how()
 
     def _await(
-        self, followed: list[Followed], known: Callable[[Followed], bool], until: float
+        self,
+        followed: list[MatchedSequence],
+        known: Callable[[MatchedSequence], bool],
+        until: float,
     ) -> None:
         """Wait until ``known`` holds for all sequences that are not slow, or for ``until``."""
         while not all(f.slow or known(f) for f in followed):
@@ -252,7 +260,7 @@ class Grammars:
 
     # ------------------------------------------------------------------- under the lock
 
-    def _follow(self, followed: Followed, outcome: Outcome) -> None:
+    def _follow(self, followed: MatchedSequence, outcome: Outcome) -> None:
         """Have a sequence followed after its trial, or refuse it."""
         if outcome.problem:
             done, followed.done = followed.done, None
@@ -276,7 +284,7 @@ class Grammars:
         for sequence in sequences:
             self._follow(self._followed[sequence], outcome)
 
-    def _fork(self, role: Role) -> Child:
+    def _fork(self, role: Role) -> MatcherChild:
         child = self._family.fork(role)
         self._children[child.number] = child
         self._sockets.add_child(child)
@@ -326,7 +334,7 @@ class Grammars:
         soonest = min((t for t in times if t is not None), default=None)
         return None if soonest is None else max(0.0, soonest - now) + 0.001
 
-    def _hear(self, child: Child, buffer: bytearray) -> None:
+    def _hear(self, child: MatcherChild, buffer: bytearray) -> None:
         while True:
             try:
                 message = receive(child.connection, buffer)
@@ -336,9 +344,9 @@ class Grammars:
                 # The parent reports how it ended, which is what matters.
                 self._sockets.remove(child)
                 return
-            if isinstance(message, Compiled | Verdict):
+            if isinstance(message, ConstraintCompiled | TrialVerdict):
                 self._tryouts.heard(child, message)
-            elif isinstance(message, Advanced | Masks | Failed):
+            elif isinstance(message, Advanced | Masks | MatchingFailed):
                 self._matchers.heard(child, message)
 
     def _hear_parent(self) -> None:
@@ -348,15 +356,15 @@ class Grammars:
             except BlockingIOError:
                 return
             match message:
-                case Ready(error=""):
+                case ParentReady(error=""):
                     self._ready = True
-                case Ended():
+                case ChildEnded():
                     self._ended(self._children.pop(message.number), message.signal)
                 case _:
                     self._lose_parent()
                     return
 
-    def _ended(self, child: Child, ended_by: int) -> None:
+    def _ended(self, child: MatcherChild, ended_by: int) -> None:
         if self._sockets.has(child):
             self._hear(child, bytearray(LONGEST))  # messages from before it ended
         self._sockets.remove(child)

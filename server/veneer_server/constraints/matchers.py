@@ -13,25 +13,23 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final, Literal
 
-from veneer_server.constraints.family import Child
-from veneer_server.constraints.following import DEATHS, SLOW_MASK_S, Followed, refusal
+from veneer_server.constraints.family import MatcherChild
 from veneer_server.constraints.frames import (
     Advance,
     Advanced,
-    Failed,
-    Follow,
     Forget,
     FromMatcher,
     Limit,
     Mask,
     Masks,
+    MatchingFailed,
+    MatchingSetup,
+    MatchSequence,
     Role,
-    Setup,
 )
+from veneer_server.constraints.matched import DEATHS, SLOW_MASK_S, MatchedSequence, refusal
 from veneer_server.step.plan import ConstraintFailure
 from veneer_server.wire.messages import ConstraintDone, MatcherEnded
-
-__all__ = ["SILENCE_S", "Matchers"]
 
 log = logging.getLogger(__name__)
 
@@ -52,10 +50,10 @@ class Matchers:
 
     def __init__(
         self,
-        setup: Setup,
+        setup: MatchingSetup,
         *,
-        fork: Callable[[Role], Child],
-        followed: Mapping[int, Followed],
+        fork: Callable[[Role], MatcherChild],
+        followed: Mapping[int, MatchedSequence],
         unhold: Callable[[int], None],
         report: Callable[[ConstraintDone | MatcherEnded], None],
     ) -> None:
@@ -64,29 +62,29 @@ class Matchers:
         self._followed = followed
         self._unhold = unhold
         self._report = report
-        self._processes: dict[Role, Child] = {}
-        self._quiet: set[Child] = set()
+        self._processes: dict[Role, MatcherChild] = {}
+        self._quiet: set[MatcherChild] = set()
         """Processes that owed an answer at the last check and have sent nothing since."""
         self._looked_at = time.monotonic()
 
     # ----------------------------------------------------------------- to the processes
 
-    def follow(self, followed: Followed) -> None:
+    def follow(self, followed: MatchedSequence) -> None:
         """Have a process follow a sequence from its tokens so far."""
         child = followed.process = self._process("slow" if followed.slow else "quick")
         followed.confirmed = 0
         for at, (tokens, last) in enumerate(followed.replay()):
             constraint = None if at else followed.constraint
-            child.send(Follow(followed.sequence, constraint, tokens, last))
+            child.send(MatchSequence(followed.sequence, constraint, tokens, last))
 
-    def forget(self, followed: Followed) -> None:
+    def forget(self, followed: MatchedSequence) -> None:
         """Tell the process that a sequence has ended."""
         if followed.process is not None:
             followed.process.send(Forget(followed.sequence))
 
-    def advance(self, followed: Iterable[Followed], chosen: Mapping[int, int]) -> None:
+    def advance(self, followed: Iterable[MatchedSequence], chosen: Mapping[int, int]) -> None:
         """Give each sequence its token."""
-        pairs: dict[Child, list[tuple[int, int]]] = {}
+        pairs: dict[MatcherChild, list[tuple[int, int]]] = {}
         for one in followed:
             token = chosen[one.sequence]
             one.tokens.append(token)
@@ -99,7 +97,7 @@ class Matchers:
         """Start the quick process before it is needed."""
         self._process("quick")
 
-    def _process(self, role: Role) -> Child:
+    def _process(self, role: Role) -> MatcherChild:
         child = self._processes.get(role)
         if child is None:
             child = self._processes[role] = self._fork(role)
@@ -107,7 +105,7 @@ class Matchers:
 
     # --------------------------------------------------------------- from the processes
 
-    def heard(self, child: Child, message: FromMatcher) -> None:
+    def heard(self, child: MatcherChild, message: FromMatcher) -> None:
         """Handle a message from a process."""
         self._quiet.discard(child)
         match message:
@@ -122,16 +120,16 @@ class Matchers:
                 for mask in message.rows:
                     if (followed := self._of(child, mask.sequence)) is not None:
                         self._take(followed, mask)
-            case Failed():
+            case MatchingFailed():
                 if (followed := self._of(child, message.sequence)) is not None:
                     self._fail(followed, message.limit, message.problem)
 
-    def _of(self, child: Child, sequence: int) -> Followed | None:
+    def _of(self, child: MatcherChild, sequence: int) -> MatchedSequence | None:
         """The sequence, if this process still follows it."""
         followed = self._followed.get(sequence)
         return followed if followed is not None and followed.process is child else None
 
-    def _take(self, followed: Followed, message: Mask) -> None:
+    def _take(self, followed: MatchedSequence, message: Mask) -> None:
         followed.confirmed = message.count
         if message.count == len(followed.tokens):
             followed.bits, followed.mask_at = message.bits, message.count
@@ -142,14 +140,14 @@ class Matchers:
         if followed.ready:
             self._settled(followed)
 
-    def _fail(self, followed: Followed, limit: Limit, problem: str) -> None:
+    def _fail(self, followed: MatchedSequence, limit: Limit, problem: str) -> None:
         """Record that a sequence cannot be followed any further."""
         followed.failure = ConstraintFailure(limit, problem)
         followed.process = None
         self._report(ConstraintDone("generation", limit or "invalid", 0.0))
         self._settled(followed)
 
-    def _settled(self, followed: Followed) -> None:
+    def _settled(self, followed: MatchedSequence) -> None:
         """Call back whoever waits for this sequence."""
         if followed.done is not None:
             done, followed.done = followed.done, None
@@ -165,7 +163,7 @@ class Matchers:
 
     # ------------------------------------------------------------------ ends, and silence
 
-    def ended(self, child: Child, ended_by: int) -> None:
+    def ended(self, child: MatcherChild, ended_by: int) -> None:
         """Handle the end of a process, by a signal or (0) by itself."""
         if self._processes.get(child.role) is child:
             del self._processes[child.role]
@@ -188,7 +186,7 @@ class Matchers:
             if followed is not guilty or followed.failure is None:
                 self.follow(followed)
 
-    def _meaning(self, child: Child, ended_by: int) -> tuple[Limit, str]:
+    def _meaning(self, child: MatcherChild, ended_by: int) -> tuple[Limit, str]:
         """What the end means for the sequence that the process worked for."""
         if ended_by == signal.SIGPROF or child.killed_for == _SILENT:
             return (
@@ -200,7 +198,7 @@ class Matchers:
             return "memory", "applying it needs too much memory"
         return "library", "the library that applies it failed"
 
-    def _owing(self, child: Child) -> bool:
+    def _owing(self, child: MatcherChild) -> bool:
         return any(
             not f.ready and f.process is child and f.failure is None
             for f in self._followed.values()

@@ -28,14 +28,14 @@ from llguidance import LLTokenizer
 
 from veneer_server.constraints.frames import (
     LONGEST,
-    Begin,
-    Ended,
+    BeginMatching,
+    ChildEnded,
     FromControl,
     Kill,
-    Ready,
+    MatchingSetup,
+    ParentReady,
     Renice,
     Role,
-    Setup,
     decode,
 )
 from veneer_server.constraints.grammar import load_tokenizer
@@ -43,8 +43,6 @@ from veneer_server.constraints.matcher.matching import MARKER, run_matching
 from veneer_server.constraints.trial import run_trial
 from veneer_server.system.heap import data_bytes, fill_holes
 from veneer_server.wire.messages import ConstraintLimits
-
-__all__ = ["NAMES", "main"]
 
 NAMES: Final[dict[Role, str]] = {
     "trial": "veneer-compile",
@@ -75,17 +73,17 @@ def main() -> None:
     if not body:
         return
     setup = decode(body)
-    assert isinstance(setup, Setup), "comes first"
+    assert isinstance(setup, MatchingSetup), "comes first"
     try:
         tokenizer = load_tokenizer(setup.tokenizer, setup.vocab_size, setup.eos_token_ids)
     except BaseException as error:  # of any kind, including panics
-        control.send(msgspec.msgpack.encode(Ready(str(error) or type(error).__name__)))
+        control.send(msgspec.msgpack.encode(ParentReady(str(error) or type(error).__name__)))
         return
     gc.collect()
     fill_holes()  # loading the tokenizer left 28 MB of holes that children could use uncounted
     gc.freeze()  # garbage collection would copy pages shared with children
     with contextlib.suppress(ConnectionError):  # the engine has ended
-        control.send(msgspec.msgpack.encode(Ready("")))
+        control.send(msgspec.msgpack.encode(ParentReady("")))
         _Parent(control, tokenizer, setup.limits).run()
 
 
@@ -123,7 +121,7 @@ class _Parent:
         if not body:
             return False
         match decode(body):
-            case Begin() as begin:
+            case BeginMatching() as begin:
                 self._begin(begin, descriptors)
             case Kill(number):
                 for pid in self._pids(number):
@@ -138,13 +136,13 @@ class _Parent:
         """The child's process id, unless it has been reaped."""
         return [pid for child, pid in self._children.values() if child == number]
 
-    def _begin(self, begin: Begin, descriptors: list[int]) -> None:
+    def _begin(self, begin: BeginMatching, descriptors: list[int]) -> None:
         try:
             pid = os.fork()
             if not pid:
                 self._be_child(begin.role, *descriptors)
         except OSError:  # no process or no memory is left
-            self._say(Ended(begin.number, signal.SIGKILL))
+            self._say(ChildEnded(begin.number, signal.SIGKILL))
             return
         finally:
             for descriptor in descriptors:
@@ -159,7 +157,7 @@ class _Parent:
         os.close(descriptor)
         _, status = os.waitpid(pid, 0)
         ended_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-        self._say(Ended(number, ended_by))
+        self._say(ChildEnded(number, ended_by))
 
     def _be_child(self, role: Role, connection: int, notes: int, marker: int) -> NoReturn:
         """Never returns, as the stack above belongs to the parent."""

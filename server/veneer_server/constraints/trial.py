@@ -14,25 +14,29 @@ from collections.abc import Callable
 import msgspec
 from llguidance import LLTokenizer
 
-from veneer_server.constraints.frames import LONGEST, Compiled, FromTrial, Verdict, receive
+from veneer_server.constraints.frames import (
+    LONGEST,
+    ConstraintCompiled,
+    FromTrial,
+    TrialVerdict,
+    receive,
+)
 from veneer_server.constraints.grammar import (
-    Refused,
+    ConstraintRefused,
     compile_matcher,
     first_problem,
     library_limits,
 )
 from veneer_server.wire.messages import Constraint, ConstraintLimits
 
-__all__ = ["HARD_FACTOR", "run_trial", "too_slow"]
-
 HARD_FACTOR = 4
 """A mask that takes this many times its limit ends the matcher process that computes it; one
 that exceeds the limit by less ends only its own sequence."""
 
 
-def too_slow(limits: ConstraintLimits) -> Refused:
+def too_slow(limits: ConstraintLimits) -> ConstraintRefused:
     """The refusal for a mask that took too long."""
-    return Refused(
+    return ConstraintRefused(
         "mask_seconds",
         f"computing the allowed next tokens takes more than {limits.mask_seconds:g} s",
     )
@@ -41,7 +45,7 @@ def too_slow(limits: ConstraintLimits) -> Refused:
 def run_trial(
     connection: socket.socket, tokenizer: LLTokenizer, limits: ConstraintLimits
 ) -> None:
-    """Receive one `Constraint`; answer with `Compiled` and a `Verdict`."""
+    """Receive one `Constraint`; answer with `ConstraintCompiled` and a `TrialVerdict`."""
     constraint = receive(connection, bytearray(LONGEST))
     if not isinstance(constraint, Constraint):
         return  # its caller has left
@@ -51,8 +55,8 @@ def run_trial(
 
     try:
         say(_tried(tokenizer, constraint, limits, say))
-    except Refused as refused:
-        say(Verdict(refused.limit, refused.problem))
+    except ConstraintRefused as refused:
+        say(TrialVerdict(refused.limit, refused.problem))
 
 
 def _tried(
@@ -60,12 +64,12 @@ def _tried(
     constraint: Constraint,
     limits: ConstraintLimits,
     say: Callable[[FromTrial], None],
-) -> Verdict:
+) -> TrialVerdict:
     began = time.process_time()
     signal.setitimer(signal.ITIMER_PROF, limits.compile_seconds)
     matcher = compile_matcher(tokenizer, constraint, library_limits(limits))
     compiled = time.process_time()
-    say(Compiled(compiled - began))
+    say(ConstraintCompiled(compiled - began))
     signal.setitimer(signal.ITIMER_PROF, limits.mask_seconds)
     bits = matcher.compute_bitmask()
     signal.setitimer(signal.ITIMER_PROF, 0)
@@ -74,4 +78,4 @@ def _tried(
         raise first_problem(matcher)
     if seconds > limits.mask_seconds:
         raise too_slow(limits)
-    return Verdict("", "", seconds)
+    return TrialVerdict("", "", seconds)

@@ -22,8 +22,6 @@ from veneer_server.queues.fair_queue import SenderQueue
 from veneer_server.queues.fairness import Sender
 from veneer_server.wire.messages import Constraint
 
-__all__ = ["REMEMBERED", "TOO_SLOW_FOR_S", "Outcome", "Trials"]
-
 REMEMBERED: Final = 1024
 """Outcomes in the cache (LRU): some 500 bytes each, whatever the constraint's size."""
 

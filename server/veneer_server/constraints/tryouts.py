@@ -7,13 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from veneer_server.constraints.family import Child
-from veneer_server.constraints.frames import Compiled, FromTrial, Role
+from veneer_server.constraints.family import MatcherChild
+from veneer_server.constraints.frames import ConstraintCompiled, FromTrial, Role
 from veneer_server.constraints.trials import Outcome, Trials
 from veneer_server.queues.fairness import Sender
 from veneer_server.wire.messages import Constraint, ConstraintLimits
-
-__all__ = ["WALL_FACTOR", "Tryouts"]
 
 WALL_FACTOR: Final = 20
 """Wall-clock limit of a trial per second of its CPU time limit."""
@@ -34,7 +32,7 @@ _NO_MEMORY: Final = "no memory"
 
 @dataclass(slots=True)
 class _Run:
-    child: Child
+    child: MatcherChild
     constraint: Constraint
     began: float
     look_at: float
@@ -53,7 +51,7 @@ class Tryouts:
     def __init__(
         self,
         limits: ConstraintLimits,
-        fork: Callable[[Role], Child],
+        fork: Callable[[Role], MatcherChild],
         finish: Callable[[Outcome, list[int]], None],
     ) -> None:
         self._limits = limits
@@ -82,12 +80,12 @@ class Tryouts:
             child.send(constraint)
             self._runs[child.number] = _Run(child, constraint, now, now + _BRIEF_S)
 
-    def heard(self, child: Child, message: FromTrial) -> None:
+    def heard(self, child: MatcherChild, message: FromTrial) -> None:
         """Handle a message from a child; a verdict is its last one."""
         run = self._runs.get(child.number)
         if run is None or child.killed_for:
             return
-        if isinstance(message, Compiled):
+        if isinstance(message, ConstraintCompiled):
             run.compiled = message.seconds
             return
         del self._runs[child.number]
@@ -96,7 +94,7 @@ class Tryouts:
         )
         self._end(run, outcome)
 
-    def ended(self, child: Child, ended_by: int) -> None:
+    def ended(self, child: MatcherChild, ended_by: int) -> None:
         """Handle the end of a child, by a signal or (0) by itself."""
         run = self._runs.pop(child.number, None)
         if run is None:

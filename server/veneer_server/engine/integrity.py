@@ -12,8 +12,6 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Final, TypeVar
 
-__all__ = ["in_slices", "run"]
-
 _SLICE: Final = 200
 """Items per slice: a few tenths of a millisecond in the slowest check."""
 

@@ -23,16 +23,16 @@ from veneer_registry.errors import (
 
 from veneer_server.engine.outbox import Outbox, cannot_follow, output_of
 from veneer_server.engine.residency.residency import Residency
-from veneer_server.engine.scheduling.pace import Pace
+from veneer_server.engine.scheduling.pace import StepPace
 from veneer_server.engine.scheduling.scheduler import Scheduler
 from veneer_server.engine.scheduling.sequence import Sequence
-from veneer_server.engine.transfers import AdapterMemory, Transfers
+from veneer_server.engine.transfers import AdapterMemory, TierMoves
 from veneer_server.queues.fairness import NOBODY, Sender
-from veneer_server.step.inbox import Arrived, Compiled, Inbox, News, Unheld
+from veneer_server.step.inbox import Arrived, ConstraintReady, Inbox, News, Unheld
 from veneer_server.step.plan import (
     AheadRunner,
     ConstraintFailure,
-    Following,
+    ConstraintState,
     Runner,
     SequenceResult,
     StepPlan,
@@ -51,6 +51,7 @@ from veneer_server.wire.messages import (
     Pong,
     Prefilled,
     Reference,
+    ResetPrefixCache,
     SequenceFailed,
     SequenceOutput,
     StepDone,
@@ -60,12 +61,6 @@ from veneer_server.wire.messages import (
     Unpin,
     UpdateBudgets,
 )
-
-__all__ = [
-    "GrammarMemory",
-    "StepLoop",
-    "Turn",
-]
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +85,7 @@ class GrammarMemory(Protocol):
 
     def forget(self, sequence: int) -> None: ...
 
-    def ending(self, sequence: int) -> ConstraintFailure | Following:
+    def ending(self, sequence: int) -> ConstraintFailure | ConstraintState:
         """How a sequence whose constraint was late continues."""
 
 
@@ -140,8 +135,8 @@ class StepLoop:
         self._compiling: dict[int, Submit] = {}
         """Submitted sequences that wait for their constraint, by id."""
         self._outbox = Outbox(scheduler, residency, send)
-        self._transfers = Transfers(scheduler, residency, memory, self._outbox, self._ended)
-        self._pace = Pace(scheduler.limits.prompt_tokens)
+        self._transfers = TierMoves(scheduler, residency, memory, self._outbox, self._ended)
+        self._pace = StepPace(scheduler.limits.prompt_tokens)
         self._next_check = self._clock() + CHECK_SECONDS
         self._paused = False
         self.steps = 0
@@ -208,7 +203,7 @@ class StepLoop:
         match message:
             case Submit():
                 self._submit(message)
-            case Compiled():
+            case ConstraintReady():
                 self._compiled(message)
             case Cancel():
                 waited = self._compiling.pop(message.sequence, None)
@@ -228,6 +223,9 @@ class StepLoop:
                 self._transfers.update_budgets(message, self._clock())
             case Pause():
                 self._paused = message.paused
+                self._outbox.add(OperationDone(message.operation))
+            case ResetPrefixCache():
+                self._scheduler.blocks.reset_cache()
                 self._outbox.add(OperationDone(message.operation))
             case Reference():
                 self._memory.reference(message)
@@ -256,11 +254,11 @@ class StepLoop:
             self._grammars.compile(
                 number,
                 message.request.constraint,
-                lambda e: self._inbox.put(Compiled(number, e)),
+                lambda e: self._inbox.put(ConstraintReady(number, e)),
                 message.request.sender,
             )
 
-    def _compiled(self, message: Compiled) -> None:
+    def _compiled(self, message: ConstraintReady) -> None:
         waited = self._compiling.pop(message.sequence, None)
         if waited is None:
             self._ended(message.sequence)  # cancelled meanwhile
@@ -273,10 +271,10 @@ class StepLoop:
     def _unheld(self, number: int) -> None:
         assert self._grammars is not None, "a sequence without a constraint is never late"
         how = self._grammars.ending(number)
-        if how is Following.LATE:
+        if how is ConstraintState.LATE:
             return  # sent before the last token was sampled, and now outdated
         self._scheduler.unhold(number)
-        if how is Following.GOES_ON:
+        if how is ConstraintState.GOES_ON:
             return
         sequence, actions = self._scheduler.cancel(number)
         if sequence is None:
@@ -286,7 +284,7 @@ class StepLoop:
         self._tell_prefill()
         self._outbox.add(
             SequenceOutput(number, [], finish="stop")
-            if how is Following.COMPLETE
+            if how is ConstraintState.COMPLETE
             else SequenceFailed(number, cannot_follow(sequence, how))
         )
 

@@ -9,7 +9,7 @@ from veneer_registry.errors import InvalidField, NonFiniteOutput, VeneerError
 from veneer_server.engine.residency.residency import Residency
 from veneer_server.engine.scheduling.scheduler import Scheduler
 from veneer_server.engine.scheduling.sequence import Sequence
-from veneer_server.engine.scheduling.updates import Update
+from veneer_server.engine.scheduling.updates import SequenceUpdate
 from veneer_server.step.plan import ConstraintFailure
 from veneer_server.wire.messages import (
     FromEngine,
@@ -20,9 +20,7 @@ from veneer_server.wire.messages import (
     WireError,
     wire_error,
 )
-from veneer_server.wire.messages import Residency as ResidencyMessage
-
-__all__ = ["Outbox", "cannot_follow", "output_of"]
+from veneer_server.wire.messages import ResidencyChanged as ResidencyMessage
 
 
 class Outbox:
@@ -119,7 +117,7 @@ def cannot_follow(sequence: Sequence, failure: ConstraintFailure) -> WireError:
     )
 
 
-def output_of(update: Update, step: int) -> FromEngine:
+def output_of(update: SequenceUpdate, step: int) -> FromEngine:
     """The message that reports a step's update to the front.
 
     Args:
@@ -169,4 +167,5 @@ def output_of(update: Update, step: int) -> FromEngine:
         finish=update.finish.value if update.finish else None,
         cached_tokens=sequence.cached_tokens if update.first else 0,
         step=step if update.first else 0,
+        mixed=update.first and sequence.mixed,
     )

@@ -37,10 +37,10 @@ from veneer_server.engine.loop import StepLoop
 from veneer_server.engine.residency.residency import Residency
 from veneer_server.engine.scheduling.block_manager import BlockManager
 from veneer_server.engine.scheduling.scheduler import Scheduler
-from veneer_server.engine.scheduling.step_limits import SchedulerLimits
+from veneer_server.engine.scheduling.step_limits import SCORED_WORK, SchedulerLimits
 from veneer_server.models.config import read_decoder_config
 from veneer_server.models.loader import torch_dtype
-from veneer_server.progress import SINK, Part, stage
+from veneer_server.progress import SINK, StartPart, stage
 from veneer_server.step.inbox import Inbox, Unheld
 from veneer_server.step.plan import Runner
 from veneer_server.system.numa import spread_memory, stay_on
@@ -50,13 +50,11 @@ from veneer_server.wire.messages import (
     EngineConfig,
     EngineInfo,
     FromEngine,
-    Loading,
+    StartProgress,
     Stop,
     decode_to_engine,
     encode,
 )
-
-__all__ = ["build_engine", "main"]
 
 log = logging.getLogger("veneer_server.engine.process")  # __name__ is "__main__" here
 
@@ -134,8 +132,10 @@ def build_engine(
         max_running=config.max_running,
         context_length=model.context_length,
         prefill_beside_decode=config.max_prefill_tokens,
+        prefill_beside_decode_s=config.max_prefill_seconds,
         exact=alone,
         cost=cost,
+        score_work=SCORED_WORK * model.vocab_size * model.hidden_size / weights.parameters,
         base_parameters=weights.parameters,
     )
     blocks = BlockManager(
@@ -279,13 +279,13 @@ class WhileLoading:
     def _give_up(number: int, frame: object) -> None:
         raise SystemExit(1)  # runs every `finally`, which a kill does not
 
-    def _tell(self, part: Part) -> None:
+    def _tell(self, part: StartPart) -> None:
         now = time.monotonic()
         if part.state == "running" and part.done > 0 and now - self._said < _SAY_SECONDS:
             return
         self._said = now
         try:
-            self._send([Loading(part)])
+            self._send([StartProgress(part)])
         except OSError as error:
             # Not OSError: the file being read would be taken for damaged.
             raise SystemExit(1) from error

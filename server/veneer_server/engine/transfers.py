@@ -12,7 +12,7 @@ from veneer_server.engine.residency.ledger import FLAG
 from veneer_server.engine.residency.residency import Residency
 from veneer_server.engine.residency.tiers import Action, Drop, Load
 from veneer_server.engine.scheduling.scheduler import Scheduler
-from veneer_server.step.inbox import Arrived, NoPlace
+from veneer_server.step.inbox import Arrived, NoSlot
 from veneer_server.wire.messages import (
     LOST,
     Activate,
@@ -28,8 +28,6 @@ from veneer_server.wire.messages import (
     UpdateBudgets,
     wire_error,
 )
-
-__all__ = ["AdapterMemory", "Transfers"]
 
 
 class AdapterMemory(Protocol):
@@ -55,7 +53,7 @@ class AdapterMemory(Protocol):
         """Start to compute it; the `OperationDone` that answers it arrives in the inbox."""
 
 
-class Transfers:
+class TierMoves:
     """Carries out what residency decides, and tracks the operations that wait for it.
 
     Args:
@@ -174,7 +172,7 @@ class Transfers:
     def arrived(self, message: Arrived) -> None:
         digest = message.weights_digest
         self._outbox.changed(digest)
-        if isinstance(message.error, NoPlace):
+        if isinstance(message.error, NoSlot):
             drops = self._residency.find_place(digest)
             if drops is not None:
                 self.carry_out([*drops, *self._residency.settle(digest)])

@@ -48,7 +48,8 @@ from veneer_server.wire.messages import (
     Pause,
     Prefilled,
     Reference,
-    Residency,
+    ResetPrefixCache,
+    ResidencyChanged,
     SequenceFailed,
     SequenceOutput,
     SequenceRequest,
@@ -60,12 +61,10 @@ from veneer_server.wire.messages import (
     WireError,
 )
 
-__all__ = ["Counts", "EngineClient", "EngineEvent"]
-
 EngineEvent = (
     StepDone
     | Occupancy
-    | Residency
+    | ResidencyChanged
     | AdapterLoaded
     | AdapterFailed
     | Evicted
@@ -75,7 +74,7 @@ EngineEvent = (
 """What a listener (metrics) receives, on the front's event loop."""
 
 
-class Counts(Protocol):
+class TokenCounter(Protocol):
     """Counts what is computed for a sequence, whether or not its caller is still there."""
 
     def prefilled(self, tokens: int, cached: int) -> None:
@@ -98,6 +97,7 @@ class EngineClient:
         info: the running engine's description of itself; set by `start`.
         places: of requests among the running and waiting sequences.
         paused: whether no step is to run, see `pause`.
+        quantization, tensor_parallel: as configured.
     """
 
     info: EngineInfo
@@ -132,11 +132,12 @@ class EngineClient:
             on_health=on_health,
         )
         self.paused = False
+        self.quantization, self.tensor_parallel = config.quantization, config.tensor_parallel
         self._numbers = itertools.count(1)
         self._streams: dict[int, OutputStream] = {}
         self._seats: dict[int, Seat] = {}
         """By sequence, until the engine has ended it."""
-        self._counts: dict[int, tuple[Counts, int]] = {}
+        self._counts: dict[int, tuple[TokenCounter, int]] = {}
         """By first samples, until their last message: that of a caller who left as well. And
         how many tokens the prompt has."""
         self._operations: dict[int, asyncio.Future[OperationDone]] = {}
@@ -217,7 +218,7 @@ class EngineClient:
                 waiting = self._operations.pop(message.operation, None)
                 if waiting is not None and not waiting.done():
                     waiting.set_result(message)
-            case Residency():
+            case ResidencyChanged():
                 self._residents.update(message)
                 self._on_event(message)
             case Occupancy():
@@ -264,7 +265,7 @@ class EngineClient:
         place: Place | None = None,
         *,
         sibling: bool = False,
-        counts: Counts | None = None,
+        counts: TokenCounter | None = None,
     ) -> AsyncGenerator[SequenceOutput, None]:
         """Submit a sequence; yields a `SequenceOutput` for each step it took part in.
         Outputs that are waiting when the caller comes back (a slow reader) are joined. The
@@ -416,6 +417,10 @@ class EngineClient:
         if self._supervisor.connection is not None:  # one that starts later is not paused
             await self._operate(lambda number: Pause(number, paused))
 
+    async def reset_prefix_cache(self) -> None:
+        """Let no request find a prefix that was computed before; see `ResetPrefixCache`."""
+        await self._operate(ResetPrefixCache)
+
     def _take_budgets(self, budgets: BudgetsState) -> None:
         host, device = budgets.host_budget, budgets.device_budget
         self._residents.set_budgets(host=host, device=device)
@@ -435,7 +440,7 @@ class EngineClient:
             raise _rebuild(done.error)
         return done
 
-    def tier(self, weights_digest: str) -> Residency | None:
+    def tier(self, weights_digest: str) -> ResidencyChanged | None:
         """Last known residency of an adapter, or None if it is only on disk."""
         return self._residents.tier(weights_digest)
 

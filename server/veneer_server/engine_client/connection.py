@@ -15,19 +15,17 @@ from veneer_registry.causes import cause_of
 from veneer_registry.child_python import child_python
 from veneer_registry.errors import EngineFailed
 
-from veneer_server.progress import SINK, Part, StartStopped, stage
+from veneer_server.progress import SINK, StartPart, StartStopped, stage
 from veneer_server.wire.frames import LENGTH, framed
 from veneer_server.wire.messages import (
     EngineConfig,
     EngineInfo,
     FromEngine,
-    Loading,
+    StartProgress,
     ToEngine,
     decode_from_engine,
     encode,
 )
-
-__all__ = ["Connection"]
 
 STOP_SECONDS = 5.0
 """How long a process may take to end before it is killed."""
@@ -36,7 +34,7 @@ GIVE_UP_SECONDS = 3.0
 """The same for a process that is still loading: it cleans up what it has begun."""
 
 
-class Connection:
+class EngineConnection:
     """Lasts from `open` to `close`; the process ends with it.
 
     Attributes:
@@ -56,7 +54,7 @@ class Connection:
         self._writer = writer
 
     @classmethod
-    async def open(cls, config: EngineConfig) -> Connection:
+    async def open(cls, config: EngineConfig) -> EngineConnection:
         """Start a process and wait until it has loaded the base model, reporting progress to
         `progress.SINK`. Cancelling ends the process.
 
@@ -133,13 +131,13 @@ async def _loaded(reader: asyncio.StreamReader, messages: list[FromEngine]) -> E
 
     Args: messages: the engine's first ones.
     """
-    parts: dict[str, Part] = {}
+    parts: dict[str, StartPart] = {}
     try:
         while messages:
             for message in messages:
                 if isinstance(message, EngineInfo):
                     return message
-                if not isinstance(message, Loading):
+                if not isinstance(message, StartProgress):
                     raise EngineFailed("the engine sent an unexpected message while loading")
                 part = message.part
                 parts[part.name] = part

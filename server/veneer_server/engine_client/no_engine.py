@@ -15,8 +15,6 @@ from veneer_server.models.config import read_decoder_config
 from veneer_server.queues.fairness import Fairness
 from veneer_server.wire.messages import AdapterSource, EngineConfig, EngineInfo, EvictMode
 
-__all__ = ["NoEngine", "refuse_engine_work"]
-
 
 class NoEngine(EngineClient):
     """Refuses what takes an engine, and has nothing in memory to evict."""

@@ -37,8 +37,6 @@ from veneer_server.engine_client.wait_estimate import WaitEstimate
 from veneer_server.queues.fairness import Fairness
 from veneer_server.wire.messages import PRIORITY_SECONDS, SequenceRequest, token_work
 
-__all__ = ["REFUSALS", "SAMPLES", "Place", "Places", "Refusal", "Seat"]
-
 Refusal = Literal["queue_full", "displaced", "queue_wait", "deadline"]
 """Why a request was refused: there is no place, its place went to a tenant that had fewer, it
 would wait or has waited longer than `--max-queue-wait`, it would wait past its deadline."""

@@ -23,9 +23,7 @@ from veneer_registry.errors import (
 )
 
 from veneer_server.progress import Stage, stage
-from veneer_server.wire.messages import AdapterSource, MemoryTier, Occupancy, Residency
-
-__all__ = ["Lost", "Resident", "ResidentSet"]
+from veneer_server.wire.messages import AdapterSource, MemoryTier, Occupancy, ResidencyChanged
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +52,7 @@ class Resident:
 @dataclass(slots=True)
 class _Known:
     source: AdapterSource
-    now: Residency | None = None
+    now: ResidencyChanged | None = None
     """As the engine last reported; None if it holds no copy."""
     pin: MemoryTier | None = None
     """The tier that an operator pinned it to."""
@@ -168,7 +166,7 @@ class ResidentSet:
                 self.restore(self._itemsize)
             raise
 
-    def tier(self, weights_digest: str) -> Residency | None:
+    def tier(self, weights_digest: str) -> ResidencyChanged | None:
         """Last known residency of an adapter, or None if it is only on disk."""
         known = self._known.get(weights_digest)
         return None if known is None else known.now
@@ -181,7 +179,7 @@ class ResidentSet:
             if known.now is not None and known.now.tier != "disk"
         ]
 
-    def update(self, event: Residency) -> None:
+    def update(self, event: ResidencyChanged) -> None:
         """The engine has reported a change."""
         self._used = {"host": event.host_bytes, "device": event.device_bytes}
         known = self._known.get(event.weights_digest)
@@ -263,7 +261,7 @@ class ResidentSet:
             self._lost[resident.source.weights_digest] = lost
         self._lost = _pins_first(self._lost)
 
-    def lose(self) -> list[Residency]:
+    def lose(self) -> list[ResidencyChanged]:
         """The engine has died. Returns the new residency of each adapter that it held."""
         if self.restoring is not None:
             self.restoring.cancel()
@@ -358,7 +356,7 @@ def _pins_first(lost: dict[str, Lost]) -> dict[str, Lost]:
     return dict(sorted(lost.items(), key=lambda item: item[1].pin is None))
 
 
-def _gone(residency: Residency) -> Residency:
+def _gone(residency: ResidencyChanged) -> ResidencyChanged:
     return msgspec.structs.replace(
         residency,
         tier="disk",

@@ -15,8 +15,6 @@ from veneer_registry.errors import Aborted, VeneerError
 
 from veneer_server.wire.messages import SequenceOutput, Tops
 
-__all__ = ["MAX_BUFFERED_BYTES", "OutputStream"]
-
 MAX_BUFFERED_BYTES: Final = 4 << 20
 """Estimated size as Python objects: with gRPC's own buffers, a stream stays under 8 MB."""
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 import msgspec
 from veneer_registry.errors import EngineFailed, VeneerError
 
-from veneer_server.engine_client.connection import Connection
+from veneer_server.engine_client.connection import EngineConnection
 from veneer_server.wire.messages import (
     EngineConfig,
     EngineInfo,
@@ -22,8 +22,6 @@ from veneer_server.wire.messages import (
     Stop,
     ToEngine,
 )
-
-__all__ = ["Supervisor"]
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +71,7 @@ class Supervisor:
         self._on_health = on_health
         self.starts = 0
         self.healthy = False
-        self.connection: Connection | None = None
+        self.connection: EngineConnection | None = None
         self._task: asyncio.Task[None] | None = None
         self._pings = itertools.count(1)
         self._heard = 0.0
@@ -124,9 +122,9 @@ class Supervisor:
 
     # ------------------------------------------------------------------- internals
 
-    async def _launch(self) -> Connection:
+    async def _launch(self) -> EngineConnection:
         self.starts += 1
-        connection = await Connection.open(self.config)
+        connection = await EngineConnection.open(self.config)
         self.connection = connection
         self._heard = asyncio.get_running_loop().time()
         self._longest_step = 0.0
@@ -134,7 +132,7 @@ class Supervisor:
         self._set_health(True)
         return connection
 
-    async def _supervise(self, connection: Connection) -> None:
+    async def _supervise(self, connection: EngineConnection) -> None:
         """Serve the process; when it dies, fail what it ran and start another."""
         loop = asyncio.get_running_loop()
         backoff = FIRST_BACKOFF
@@ -154,7 +152,7 @@ class Supervisor:
             )
             connection, backoff = await self._restart(backoff)
 
-    async def _restart(self, backoff: float) -> tuple[Connection, float]:
+    async def _restart(self, backoff: float) -> tuple[EngineConnection, float]:
         """Start a new process, after one or more backoffs, each twice as long as the last.
         Also returns the next backoff, in case this process fails soon."""
         while True:
@@ -170,7 +168,7 @@ class Supervisor:
                 log.exception("the engine could not be started")
                 await self._bury()
 
-    async def _serve(self, connection: Connection) -> None:
+    async def _serve(self, connection: EngineConnection) -> None:
         pinger = asyncio.create_task(self._ping(connection), name="engine-ping")
         try:
             async for message in connection.messages():
@@ -186,7 +184,7 @@ class Supervisor:
         finally:
             pinger.cancel()
 
-    async def _ping(self, connection: Connection) -> None:
+    async def _ping(self, connection: EngineConnection) -> None:
         loop = asyncio.get_running_loop()
         while True:
             connection.write(Ping(next(self._pings)))

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Iterable
 
 import msgspec
 
-from veneer_server.engine_client.client import Counts, EngineClient
+from veneer_server.engine_client.client import EngineClient, TokenCounter
 from veneer_server.engine_client.places import Place, Places
 from veneer_server.engine_client.resident_set import Resident
 from veneer_server.wire.messages import (
@@ -14,14 +14,12 @@ from veneer_server.wire.messages import (
     EngineInfo,
     EvictMode,
     MemoryTier,
-    Residency,
+    ResidencyChanged,
     SequenceOutput,
     SequenceRequest,
     copy_key,
     split_key,
 )
-
-__all__ = ["TenantEngine"]
 
 
 class TenantEngine:
@@ -54,7 +52,7 @@ class TenantEngine:
         place: Place | None = None,
         *,
         sibling: bool = False,
-        counts: Counts | None = None,
+        counts: TokenCounter | None = None,
     ) -> AsyncGenerator[SequenceOutput, None]:
         if request.adapter is not None:
             request = msgspec.structs.replace(request, adapter=request.adapter.of(self._tenant))
@@ -76,7 +74,7 @@ class TenantEngine:
     async def unpin(self, weights_digest: str) -> None:
         await self._engine.unpin(copy_key(self._tenant, weights_digest))
 
-    def tier(self, weights_digest: str) -> Residency | None:
+    def tier(self, weights_digest: str) -> ResidencyChanged | None:
         return self._engine.tier(copy_key(self._tenant, weights_digest))
 
     def resident(self) -> list[str]:

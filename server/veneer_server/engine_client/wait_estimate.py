@@ -12,8 +12,6 @@ from typing import Final
 
 from veneer_server.wire.messages import StepDone
 
-__all__ = ["OUTPUT_COST", "WaitEstimate"]
-
 OUTPUT_COST: Final = 2.0
 
 _RECENT_S: Final = 10.0

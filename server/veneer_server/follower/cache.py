@@ -32,15 +32,13 @@ from veneer_registry.stored_adapter import verify_weights
 
 from veneer_server.logs import get_logger
 
-__all__ = ["WeightsCache"]
-
 _TOUCH_S: Final = 60.0
 """How exactly the order of use survives a restart."""
 
 _log = get_logger(__name__)
 
 
-class WeightsCache:
+class FollowerCache:
     """Thread-safe. Call `open`, `commit`, `check` and `make_room` from worker threads.
 
     Attributes:

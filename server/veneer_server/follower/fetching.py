@@ -24,11 +24,9 @@ from veneer_registry.errors import (
     VeneerError,
 )
 
-from veneer_server.follower.cache import WeightsCache
+from veneer_server.follower.cache import FollowerCache
 from veneer_server.follower.standing import Standing
 from veneer_server.logs import get_logger
-
-__all__ = ["Chunk", "Fetching", "Remote"]
 
 MOST_AT_ONCE: Final = 64
 """Different weights that are fetched at once; requests for further ones are refused."""
@@ -45,7 +43,7 @@ _log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class FilePart:
     """A part of a file.
 
     Attributes:
@@ -62,7 +60,9 @@ class Chunk:
 class Remote(Protocol):
     """Where weights come from."""
 
-    def chunks(self, tenant: str, digest: str, file: str, offset: int) -> AsyncIterator[Chunk]:
+    def chunks(
+        self, tenant: str, digest: str, file: str, offset: int
+    ) -> AsyncIterator[FilePart]:
         """A file's chunks from an offset on; at least one, which may be empty. Raises
         Unavailable if the connection fails, and what the other side raises."""
         ...
@@ -86,7 +86,7 @@ class Fetching:
 
     def __init__(
         self,
-        cache: WeightsCache,
+        cache: FollowerCache,
         remote: Remote,
         standing: Standing,
         *,
@@ -107,11 +107,11 @@ class Fetching:
         self._running: dict[str, asyncio.Task[bool]] = {}
 
     def weights_folder(self, digest: str) -> Path:
-        """As `WeightsCache.weights_folder`."""
+        """As `FollowerCache.weights_folder`."""
         return self._cache.weights_folder(digest)
 
     def damaged(self, digest: str, why: str) -> None:
-        """As `WeightsCache.drop`."""
+        """As `FollowerCache.drop`."""
         self._cache.drop(digest, why)
 
     @property
@@ -249,7 +249,7 @@ class Fetching:
             with suppress(Exception):
                 await chunks.aclose()  # type: ignore[attr-defined]  # a generator
 
-    async def _next(self, chunks: AsyncIterator[Chunk]) -> Chunk | None:
+    async def _next(self, chunks: AsyncIterator[FilePart]) -> FilePart | None:
         try:
             async with asyncio.timeout(self._chunk_s):
                 return await anext(chunks, None)

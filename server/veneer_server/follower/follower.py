@@ -23,19 +23,17 @@ from veneer_registry.recovery import base_identity
 
 from veneer_server.access.principal import DEFAULT_TENANT
 from veneer_server.config import ServerConfig
-from veneer_server.follower.cache import WeightsCache
+from veneer_server.follower.cache import FollowerCache
 from veneer_server.follower.fetching import Fetching, Remote
 from veneer_server.follower.kept_view import Kept, load, save
-from veneer_server.follower.link import Link
+from veneer_server.follower.link import RegistryLink
 from veneer_server.follower.mirror import Mirror
-from veneer_server.follower.registry_channel import RegistryChannel, RegistryPlace
+from veneer_server.follower.registry_channel import RegistryAddress, RegistryChannel
 from veneer_server.follower.standing import Standing
 from veneer_server.follower.store_first import ObjectsOf, StoreFirst
 from veneer_server.follower.view import Received, View
 from veneer_server.logs import get_logger
 from veneer_server.replication.states import Key, NameState
-
-__all__ = ["Applied", "Change", "Follower"]
 
 FOLDER: Final = "follower"
 """In the data folder: what may be deleted while the server is stopped."""
@@ -54,7 +52,7 @@ _log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class NameChange:
     """A name has changed.
 
     Attributes:
@@ -68,7 +66,7 @@ class Change:
     dropped: tuple[AdapterRecord, ...]
 
 
-Applied = Callable[[Change], Awaitable[None]]
+Applied = Callable[[NameChange], Awaitable[None]]
 
 
 class Follower:
@@ -89,12 +87,12 @@ class Follower:
         Raises:
             InvalidField: a file that the configuration names cannot be read.
         """
-        self.place = RegistryPlace.of(config)
+        self.place = RegistryAddress.of(config)
         self.standing = Standing(
             self.place.address, most_lag_s=config.max_registry_lag or math.inf
         )
         self.view = view()
-        self.cache = WeightsCache(
+        self.cache = FollowerCache(
             config.data_dir / FOLDER,
             config.adapter_cache_bytes,
             self._leased,
@@ -105,7 +103,7 @@ class Follower:
         if objects is not None:
             remote = StoreFirst(objects, self.channel, most_bytes=config.max_adapter_bytes)
         self.fetching = Fetching(self.cache, remote, self.standing, on_fetched=on_fetched)
-        self.link = Link(
+        self.link = RegistryLink(
             self.place,
             self.view,
             self.standing,
@@ -145,7 +143,7 @@ class Follower:
 
         Args:
             applied: tells the tenant's other parts of each change.
-            resident: whether weights are in memory: see `WeightsCache`.
+            resident: whether weights are in memory: see `FollowerCache`.
         """
         self._applied = applied
         self._resident = resident
@@ -278,7 +276,7 @@ class Follower:
         dropped = mirror.apply(state)
         self._bring_hot(mirror, before, state)
         if self._applied is not None:
-            await self._applied(Change(mirror, state, before, dropped))
+            await self._applied(NameChange(mirror, state, before, dropped))
 
     def _bring_hot(self, mirror: Mirror, before: AdapterRef | None, state: NameState) -> None:
         """Fetch the new revision of a name whose old one was used here, before the next request

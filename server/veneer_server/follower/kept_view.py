@@ -23,8 +23,6 @@ from veneer_server.logs import get_logger
 from veneer_server.replication.states import NameState
 from veneer_server.replication.wire import state_from_wire, state_to_wire
 
-__all__ = ["Kept", "load", "save"]
-
 _MAGIC: Final = b"veneer view 1\n"
 _LENGTH: Final = 4
 _DIGEST: Final = 32
@@ -46,7 +44,10 @@ class Kept:
     def of(cls, view: View) -> Kept:
         """A copy, which may be written while the view changes."""
         return cls(
-            *(view.run, view.sequence, view.store, view.catalog_change),
+            view.run,
+            view.sequence,
+            view.store,
+            view.catalog_change,
             tuple(view.names.values()),
         )
 

@@ -13,17 +13,15 @@ from veneer_proto.v1 import replication_pb2, replication_pb2_grpc
 from veneer_registry.errors import FailedPrecondition, VeneerError
 
 from veneer_server.follower.registry_channel import (
-    RegistryPlace,
+    RegistryAddress,
     refuses_strangers,
     to_error,
 )
 from veneer_server.follower.standing import Standing
 from veneer_server.follower.view import OutOfStep, Received, View
 from veneer_server.logs import get_logger
-from veneer_server.replication.states import HEARTBEAT_S, LEASE_S, Begin
+from veneer_server.replication.states import HEARTBEAT_S, LEASE_S, BeginFeed
 from veneer_server.replication.wire import from_wire
-
-__all__ = ["REFUSED_WAIT_S", "Link"]
 
 _FIRST_WAIT_S: Final = 0.05
 _LONGEST_WAIT_S: Final = 0.8
@@ -44,7 +42,7 @@ REFUSED_WAIT_S: Final = 5.0
 _log = get_logger(__name__)
 
 
-class Link:
+class RegistryLink:
     """Keeps `view` up to date until it is stopped. Belongs to one event loop.
 
     Attributes:
@@ -54,7 +52,7 @@ class Link:
 
     def __init__(
         self,
-        place: RegistryPlace,
+        place: RegistryAddress,
         view: View,
         standing: Standing,
         *,
@@ -163,10 +161,10 @@ class Link:
                     if first is None:  # so gRPC gives what it cannot read
                         raise ValueError("the registry sent an invalid message")
                     message = from_wire(first, self._base)
-                    if isinstance(message, Begin):
+                    if isinstance(message, BeginFeed):
                         await self._check_fit(message, channel)
                     received = self._view.receive(message)
-                    if isinstance(message, Begin):
+                    if isinstance(message, BeginFeed):
                         self._begun(message)
                         limit_s = self._heartbeat_s * _SILENT_BEATS
                         telling = asyncio.get_running_loop().create_task(
@@ -194,7 +192,7 @@ class Link:
                     telling.cancel()
                 call.cancel()
 
-    async def _check_fit(self, begin: Begin, channel: grpc.aio.Channel) -> None:
+    async def _check_fit(self, begin: BeginFeed, channel: grpc.aio.Channel) -> None:
         """Raise FailedPrecondition, before anything is taken over, if the registry knows
         callers in another way than this server."""
         asks_there = begin.asks_callers
@@ -209,7 +207,7 @@ class Link:
             self._answered.set()
             raise
 
-    def _begun(self, begin: Begin) -> None:
+    def _begun(self, begin: BeginFeed) -> None:
         self.connects += 1
         self._heartbeat_s, self._lease_s = begin.heartbeat_s, begin.lease_s
         self._standing.fault = ""

@@ -31,12 +31,10 @@ from veneer_server.follower.rows import MirroredRows
 from veneer_server.follower.standing import Standing
 from veneer_server.replication.states import NameState
 
-__all__ = ["Content", "Mirror"]
-
 T = TypeVar("T")
 
 
-class Content(Protocol):
+class MirrorContent(Protocol):
     """Where a mirror's weights are: see `cache` and `fetching`."""
 
     def weights_folder(self, digest: str) -> Path: ...
@@ -69,7 +67,12 @@ class Mirror(Lookups):
     """
 
     def __init__(
-        self, tenant: str, base: BaseSpec, standing: Standing, content: Content, retain: int
+        self,
+        tenant: str,
+        base: BaseSpec,
+        standing: Standing,
+        content: MirrorContent,
+        retain: int,
     ) -> None:
         """Args: retain: for the records of names that set no number of their own."""
         self._rows = MirroredRows()
@@ -124,6 +127,9 @@ class Mirror(Lookups):
 
     # -------------------------------------------------------------------- look-ups
 
+    def check_age(self, most_s: float) -> None:
+        self._standing.check(most_s)
+
     def resolve(self, name: str, key: str = "") -> AdapterRef:
         return self._known(lambda: super(Mirror, self).resolve(name, key))
 
@@ -143,18 +149,7 @@ class Mirror(Lookups):
         if ref == before:  # it is being deleted, or its row in the registry is damaged
             raise self._standing.unreachable(f"adapter {ref.short}", "its record is missing")
 
-    def list(
-        self,
-        prefix: str = "",
-        labels: Mapping[str, str] | None = None,
-        after: str = "",
-        limit: int = 100,
-    ) -> tuple[AdapterRecord, ...]:
-        self._standing.check()
-        return super().list(prefix, labels, after, limit)
-
     def _known(self, look: Callable[[], T]) -> T:
-        self._standing.check()
         try:
             return look()
         except AdapterNotFound as error:

@@ -27,9 +27,7 @@ from veneer_registry.errors import (
 
 from veneer_server.config import ServerConfig
 from veneer_server.errors import DOMAIN
-from veneer_server.follower.fetching import Chunk
-
-__all__ = ["RegistryChannel", "RegistryPlace", "refuses_strangers", "to_error"]
+from veneer_server.follower.fetching import FilePart
 
 _MOST_MESSAGE: Final = 64 << 20
 """Bytes of the state of one name: it may have a thousand revisions."""
@@ -58,7 +56,7 @@ _OPTIONS: Final = (
 )
 
 
-class RegistryPlace:
+class RegistryAddress:
     """Where the registry is, and what this server shows it. Belongs to one event loop.
 
     Keys and certificates are read anew for each connection and call: they are renewed while the
@@ -81,7 +79,7 @@ class RegistryPlace:
         self._known = {key: _read(path, key) for key, path in files.items()}
 
     @classmethod
-    def of(cls, config: ServerConfig) -> RegistryPlace:
+    def of(cls, config: ServerConfig) -> RegistryAddress:
         """As configured. Raises InvalidField if a file cannot be read."""
         address = config.registry
         tls = address.startswith("https://")
@@ -122,7 +120,7 @@ class RegistryPlace:
 class RegistryChannel:
     """The connection for everything but following, which has its own."""
 
-    def __init__(self, place: RegistryPlace) -> None:
+    def __init__(self, place: RegistryAddress) -> None:
         self.place = place
         self._pem = place.pem()
         self._channel = place.connect()
@@ -150,7 +148,7 @@ class RegistryChannel:
 
     async def chunks(
         self, tenant: str, digest: str, file: str, offset: int
-    ) -> AsyncIterator[Chunk]:
+    ) -> AsyncIterator[FilePart]:
         """As `fetching.Remote`."""
         request = replication_pb2.FetchWeightsRequest(
             tenant=tenant, weights_digest=digest, file=file, offset=offset
@@ -159,7 +157,7 @@ class RegistryChannel:
         call = stub.FetchWeights(request, metadata=self.place.metadata)
         try:
             async for message in call:
-                yield Chunk(message.size, message.offset, message.data, message.crc32)
+                yield FilePart(message.size, message.offset, message.data, message.crc32)
         except grpc.aio.AioRpcError as error:
             raise to_error(error, self.place.address) from error
         finally:

@@ -11,8 +11,6 @@ from veneer_registry.rows import AliasRow, HistoryRow, ResidentRow, RevisionRow
 
 from veneer_server.replication.states import NameState
 
-__all__ = ["MirroredRows"]
-
 
 class MirroredRows:
     """Takes the place of `Catalog`, read only. Thread-safe: `put` may run beside queries."""

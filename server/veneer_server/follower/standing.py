@@ -9,10 +9,7 @@ from typing import Final
 
 from veneer_registry.errors import AdapterNotFound, FailedPrecondition, Unavailable
 
-from veneer_server.replication.asked import ASKED
 from veneer_server.replication.states import HEARTBEAT_S
-
-__all__ = ["Standing"]
 
 RETRY_S: Final = 1.0
 """When a caller should ask again for what a cut-off follower does not know."""
@@ -74,13 +71,10 @@ class Standing:
         since = self._started if self._current is None else self._current
         return max(0.0, self._clock() - since)
 
-    def check(self) -> None:
-        """Raise Unavailable if the current call, or this server, takes no view as old as this
-        one. What the server does by itself takes any."""
-        asked = ASKED.get()
-        if asked is None:
-            return
-        most_s = min(asked.most_lag_s, self._most_lag_s)
+    def check(self, most_s: float) -> None:
+        """Raise Unavailable if a call, which takes a view of at most this age, or this server
+        takes no view as old as this one. What the server does by itself takes any."""
+        most_s = min(most_s, self._most_lag_s)
         if most_s == math.inf or (self.synced and self.lag_s <= most_s):
             return
         raise Unavailable(

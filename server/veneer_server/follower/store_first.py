@@ -13,10 +13,8 @@ from typing import Final, Protocol, TypeVar
 from veneer_registry.errors import Unavailable, VeneerError
 from veneer_registry.store_folders import checked_digest
 
-from veneer_server.follower.fetching import Chunk, Remote
+from veneer_server.follower.fetching import FilePart, Remote
 from veneer_server.logs import get_logger
-
-__all__ = ["ObjectsOf", "StoreFirst", "StoredObjects"]
 
 _PIECE: Final = 1 << 20
 _ACCESS_S: Final = 2.0
@@ -91,7 +89,7 @@ class StoreFirst:
 
     async def chunks(
         self, tenant: str, digest: str, file: str, offset: int
-    ) -> AsyncIterator[Chunk]:
+    ) -> AsyncIterator[FilePart]:
         """As `Remote.chunks`."""
         if digest not in self._distrusted and self._clock() >= self._away_until:
             at = offset
@@ -118,7 +116,7 @@ class StoreFirst:
 
     async def _stored(
         self, tenant: str, digest: str, file: str, offset: int
-    ) -> AsyncIterator[Chunk]:
+    ) -> AsyncIterator[FilePart]:
         key = f"weights/{checked_digest(digest)}/{file}"
         objects = self._by_tenant.get(tenant)
         if objects is None:
@@ -140,7 +138,7 @@ class StoreFirst:
             )
             if data is None or len(data) != end - at:
                 raise _NotThere("it ended early")
-            yield Chunk(stat.size, at, data, zlib.crc32(data))
+            yield FilePart(stat.size, at, data, zlib.crc32(data))
             self.pieces += 1
             at = end
             if at >= stat.size:

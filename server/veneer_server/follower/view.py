@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from veneer_server.replication.states import (
-    Begin,
+    BeginFeed,
     Heartbeat,
     Key,
     Message,
@@ -22,8 +22,6 @@ from veneer_server.replication.states import (
     add_mark,
     mark_of,
 )
-
-__all__ = ["OutOfStep", "Received", "View"]
 
 
 class OutOfStep(Exception):
@@ -95,7 +93,7 @@ class View:
         """The next message of the connection. Raises OutOfStep."""
         try:
             match message:
-                case Begin():
+                case BeginFeed():
                     return self._begin(message)
                 case Told():
                     return self._told(message)
@@ -108,7 +106,7 @@ class View:
             self._begun, self._staged = False, None
             raise
 
-    def _begin(self, begin: Begin) -> Received:
+    def _begin(self, begin: BeginFeed) -> Received:
         if self._begun:
             raise OutOfStep("a connection started twice")
         if not begin.snapshot and (begin.run, begin.sequence) != (self.run, self.sequence):

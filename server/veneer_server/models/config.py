@@ -16,8 +16,6 @@ from typing import Any, Final, Literal, get_args
 from veneer_registry.adapter import Projection
 from veneer_registry.errors import VeneerError
 
-__all__ = ["DecoderConfig", "Quantization", "UnsupportedModel", "read_decoder_config"]
-
 SUPPORTED: Final = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",

@@ -10,8 +10,6 @@ from typing import Final
 
 from huggingface_hub import snapshot_download
 
-__all__ = ["FILES", "main"]
-
 FILES: Final = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 
 

@@ -22,8 +22,6 @@ from transformers import (
     modeling_gguf_pytorch_utils,
 )
 
-__all__ = ["convert"]
-
 _SMOLLM: Final = "smollm"
 """llama.cpp's name for a tokenizer that splits digits, then bytes."""
 

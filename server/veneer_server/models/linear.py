@@ -14,13 +14,11 @@ from torch import nn
 
 from veneer_server.models.packed import PackedFourBit, expanding_pays, row_slices, rows_of
 
-__all__ = ["Expanded", "Linear", "fuse", "stack_biases", "stack_four_bit"]
-
 Expanded = tuple[torch.Tensor, torch.Tensor | None]
 """Rows of a weight, [rows, in_features], and their biases, [rows]; both float32."""
 
 
-class Linear(Protocol):
+class ServedLinear(Protocol):
     """x [rows, in_features], as `rounded` gives it -> [rows, out_features] in the
     serving dtype or float32."""
 
@@ -107,7 +105,7 @@ class SideBySide:
         parts: the linears, in the order of their outputs.
     """
 
-    def __init__(self, parts: Sequence[Linear]) -> None:
+    def __init__(self, parts: Sequence[ServedLinear]) -> None:
         self.parts = parts
 
     @property
@@ -125,8 +123,8 @@ class SideBySide:
             yield from part.expanded()
 
 
-def fuse(modules: Sequence[nn.Module], dtype: torch.dtype) -> Linear:
-    """One `Linear` for modules that share an input; outputs in the given order.
+def fuse(modules: Sequence[nn.Module], dtype: torch.dtype) -> ServedLinear:
+    """One `ServedLinear` for modules that share an input; outputs in the given order.
 
     Args:
         modules: ``nn.Linear`` or bitsandbytes ``Linear4bit``.
@@ -222,7 +220,7 @@ def _check_sizes(weight: Any) -> None:
         raise ValueError("the size of a 4-bit weight does not match its state")
 
 
-def _four_bit(module: Any, dtype: torch.dtype) -> Linear:
+def _four_bit(module: Any, dtype: torch.dtype) -> ServedLinear:
     state = module.weight.quant_state
     rows, columns = state.shape
     fits = rows % 32 == 0 and columns % 64 == 0 and columns % state.blocksize == 0

@@ -28,14 +28,12 @@ from veneer_server.models.config import (
     UnsupportedModel,
     read_decoder_config,
 )
-from veneer_server.models.linear import Linear, fuse
+from veneer_server.models.linear import ServedLinear, fuse
 from veneer_server.models.quantized_cache import QuantizedCache
 from veneer_server.models.source import BaseDamaged
 from veneer_server.progress import Stage, stage
 
-__all__ = ["DecoderWeights", "Fuse", "LayerWeights", "load_weights", "torch_dtype", "verified"]
-
-Fuse = Callable[[Sequence[nn.Module], torch.dtype], Linear]
+Fuse = Callable[[Sequence[nn.Module], torch.dtype], ServedLinear]
 """One linear for modules that share an input; see `models.linear.fuse`."""
 
 _DTYPES: Final = {
@@ -58,10 +56,10 @@ class LayerWeights:
     post_norm: torch.Tensor
     query_norm: torch.Tensor | None
     key_norm: torch.Tensor | None
-    qkv: Linear
-    output: Linear
-    gate_up: Linear
-    down: Linear
+    qkv: ServedLinear
+    output: ServedLinear
+    gate_up: ServedLinear
+    down: ServedLinear
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,15 +16,6 @@ from typing import Any, Final
 
 import torch
 
-__all__ = [
-    "MANY_ROWS",
-    "PackedFourBit",
-    "expanding_pays",
-    "row_slices",
-    "rows_of",
-    "torch_threads",
-]
-
 log = logging.getLogger(__name__)
 
 MANY_ROWS: Final = 128

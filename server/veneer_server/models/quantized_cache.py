@@ -17,10 +17,8 @@ from typing import Any, TypeVar
 import torch
 from veneer_registry.disk import sync
 
-from veneer_server.models.sealed import Damaged, Sealed, seal
+from veneer_server.models.sealed import FolderDamaged, Sealed, seal
 from veneer_server.system.disk import remove, staged
-
-__all__ = ["QuantizedCache"]
 
 log = logging.getLogger(__name__)
 
@@ -75,13 +73,13 @@ class QuantizedCache:
                     raise
                 except Exception as error:
                     sealed.verify()
-                    raise Damaged(f"it cannot be loaded: {error}") from error
+                    raise FolderDamaged(f"it cannot be loaded: {error}") from error
                 try:
                     return use(model)
                 finally:
                     del model
                     sealed.verify()
-        except Damaged as damage:
+        except FolderDamaged as damage:
             log.warning(
                 "the cached 4-bit weights %s are damaged, rebuilding: %s",
                 self.folder,

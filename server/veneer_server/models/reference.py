@@ -27,8 +27,6 @@ from veneer_server.models.linear import Expanded
 from veneer_server.models.packed import row_slices
 from veneer_server.wire.messages import AdapterSource
 
-__all__ = ["BaseWeights", "references"]
-
 Modules = Mapping[tuple[int, Projection], ModuleTensors]
 """An adapter's modules by layer and projection."""
 

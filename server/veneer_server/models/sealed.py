@@ -19,15 +19,13 @@ from typing import Final
 import msgspec
 from veneer_registry.disk import sync
 
-__all__ = ["MANIFEST", "Damaged", "Sealed", "seal"]
-
 MANIFEST: Final = "veneer_manifest.json"
 SMALL: Final = 16 << 20
 _LONGEST: Final = 1 << 20
 _FORMAT: Final = 1
 
 
-class Damaged(Exception):
+class FolderDamaged(Exception):
     """What is wrong with a folder, in words for an operator."""
 
 
@@ -115,7 +113,7 @@ class Sealed:
             with contextlib.suppress(OSError):
                 if os.path.samestat(os.fstat(fd), (self._folder / name).stat()):
                     continue
-            raise Damaged(f"{name} was replaced in the meantime")
+            raise FolderDamaged(f"{name} was replaced in the meantime")
 
     def _hash(self) -> list[Future[None]]:
         return [
@@ -143,17 +141,17 @@ def _read(folder: Path, made_from: str) -> _Manifest:
             manifest = msgspec.json.decode(file.read(_LONGEST), type=_Manifest)
         names = {entry.name for entry in os.scandir(folder)} - {MANIFEST}
     except FileNotFoundError:
-        raise Damaged(f"it has no {MANIFEST}") from None
+        raise FolderDamaged(f"it has no {MANIFEST}") from None
     except (OSError, ValueError, msgspec.MsgspecError) as error:
-        raise Damaged(f"{MANIFEST} cannot be read: {error}") from None
+        raise FolderDamaged(f"{MANIFEST} cannot be read: {error}") from None
     if manifest.format != _FORMAT:
-        raise Damaged(f"{MANIFEST} has format {manifest.format}")
+        raise FolderDamaged(f"{MANIFEST} has format {manifest.format}")
     if manifest.made_from != made_from:
-        raise Damaged("it was made from something else")
+        raise FolderDamaged("it was made from something else")
     if missing := sorted(manifest.files.keys() - names):
-        raise Damaged(f"it lacks {missing[0]}")
+        raise FolderDamaged(f"it lacks {missing[0]}")
     if strange := sorted(names - manifest.files.keys()):
-        raise Damaged(f"it contains {strange[0]}, which does not belong to it")
+        raise FolderDamaged(f"it contains {strange[0]}, which does not belong to it")
     return manifest
 
 
@@ -173,10 +171,10 @@ def _opened(path: Path, sealed: _File) -> int:
         with _regular(path) as fd:
             size = os.fstat(fd).st_size
             if size != sealed.size:
-                raise Damaged(f"{path.name} has {size} bytes instead of {sealed.size}")
+                raise FolderDamaged(f"{path.name} has {size} bytes instead of {sealed.size}")
             return os.dup(fd)
     except OSError as error:
-        raise Damaged(f"{path.name}: {error.strerror or error}") from None
+        raise FolderDamaged(f"{path.name}: {error.strerror or error}") from None
 
 
 def _compare(name: str, fd: int, sealed: _File) -> None:
@@ -185,6 +183,6 @@ def _compare(name: str, fd: int, sealed: _File) -> None:
         with open(fd, "rb", closefd=False) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise Damaged(f"{name} cannot be read: {error.strerror or error}") from None
+        raise FolderDamaged(f"{name} cannot be read: {error.strerror or error}") from None
     if digest != sealed.sha256:
-        raise Damaged(f"{name} does not match its recorded digest")
+        raise FolderDamaged(f"{name} does not match its recorded digest")

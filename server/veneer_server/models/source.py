@@ -30,7 +30,7 @@ from veneer_registry.errors import VeneerError
 from veneer_registry.fingerprint import fingerprint_base
 from veneer_registry.strict_json import canonical_json
 
-from veneer_server.models.sealed import MANIFEST, Damaged, Sealed, seal
+from veneer_server.models.sealed import MANIFEST, FolderDamaged, Sealed, seal
 from veneer_server.progress import Stage, stage
 from veneer_server.system.disk import make_private, staged
 
@@ -210,7 +210,7 @@ def bundled_damage(folder: Path) -> str | None:
             if sealed.unmoved:
                 return None
             sealed.verify()
-    except Damaged as damage:
+    except FolderDamaged as damage:
         return str(damage)
     # A copy with other times: seal it, so that the next start need not hash it again.
     with contextlib.suppress(OSError):

@@ -25,8 +25,6 @@ from veneer_server.models.config import Quantization, read_decoder_config
 from veneer_server.models.linear import Expanded
 from veneer_server.models.packed import row_slices, rows_of
 
-__all__ = ["SourceLayer", "SourceLinear", "SourceWeights"]
-
 
 @dataclass(frozen=True, slots=True)
 class SourceLinear:

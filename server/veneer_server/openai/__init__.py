@@ -12,8 +12,6 @@ from typing import Final
 from veneer_registry.errors import VeneerError
 from veneer_registry.extras import install_extra
 
-__all__ = ["GatewayMissing", "require_gateway"]
-
 _NEEDED: Final = ("fastapi", "uvicorn")
 
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from veneer_server.openai.answers import SCORES_AT_ONCE, Json, Piece, TokenScore
-from veneer_server.openai.choices import Choice, ChoiceAnswer
+from veneer_server.openai.choices import (
+    SCORES_AT_ONCE,
+    Choice,
+    ChoiceAnswer,
+    Json,
+    Piece,
+    TokenScore,
+)
 from veneer_server.openai.fields import ChatFields
-from veneer_server.openai.http.long_json import Many
-from veneer_server.openai.tools.answers import CallDeltas, Calls
-
-__all__ = ["ChatAnswer"]
+from veneer_server.openai.http.body import Many
+from veneer_server.openai.tools import ToolCallDeltas, ToolCalls
 
 
 def _reasoning(text: str) -> dict[str, str | None]:
@@ -25,13 +29,15 @@ class ChatAnswer(ChoiceAnswer):
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
     id_prefix = "chatcmpl"
+    _legacy = False
+    """Calls are in the form of the older ``functions``."""
 
     def __init__(self, fields: ChatFields, *args: Any, **options: Any) -> None:
         super().__init__(fields, *args, **options)
         self._legacy = bool(fields.functions)
 
     def _whole_choice(self, at: int, text: str, choice: Choice) -> Json:
-        calls = Calls(self._legacy)
+        calls = ToolCalls(self._legacy)
         calls.add(choice.parts)
         message = {
             "role": "assistant",
@@ -85,7 +91,7 @@ class ChatAnswer(ChoiceAnswer):
             deltas.append(_reasoning(reasoning))
         if text:
             deltas.append({"content": text})
-        deltas += CallDeltas(self._legacy).of(piece.delta.parts)
+        deltas += ToolCallDeltas(self._legacy).of(piece.delta.parts)
         if not deltas and (tokens or (ids and piece.delta.tokens)):
             deltas.append({"content": ""})
         for delta in deltas:

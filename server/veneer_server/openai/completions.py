@@ -6,13 +6,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
-from veneer_server.openai.answers import SCORES_AT_ONCE, Json, Offsets, Piece, TokenScore
-from veneer_server.openai.choices import Choice, ChoiceAnswer
-from veneer_server.openai.http.long_json import Joined, Many
+from veneer_server.openai.choices import (
+    SCORES_AT_ONCE,
+    Choice,
+    ChoiceAnswer,
+    Json,
+    Offsets,
+    Piece,
+    TokenScore,
+)
+from veneer_server.openai.http.body import Joined, Many
 from veneer_server.text.tokenizer import TextTokenizer
 from veneer_server.wire.messages import unpack_tops
-
-__all__ = ["CompletionAnswer"]
 
 
 class _Echoed:

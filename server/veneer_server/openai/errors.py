@@ -1,13 +1,13 @@
-"""The one place where an exception becomes an HTTP answer in OpenAI's shape.
+"""The one place where an exception becomes an HTTP answer, in the words of the API called.
 
-``{"error": {"message", "type", "param", "code"}}``. The SDKs decide by status whether to
-retry, unless ``x-should-retry`` overrides it, so each answer sets that header from the error.
+``{"error": {"message", "type", "param", "code"}}``, as OpenAI has it. The SDKs decide by status
+whether to retry, unless ``x-should-retry`` overrides it, so each answer sets that header from
+the error. Below ``/api/`` the shape is Ollama's, ``{"error": message}``.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -21,11 +21,13 @@ from veneer_registry.errors import (
     Unavailable,
     VeneerError,
 )
+from veneer_registry.interface_words import Translation
 
 from veneer_server.errors import MAX_MESSAGE, MAX_VALUE, clip, one_line
-from veneer_server.openai.words import in_openai_words
+from veneer_server.wire.messages import SamplingParams
 
-__all__ = ["PACED", "HttpError", "HttpFailure", "http_failure"]
+OLLAMA: Final = "/api/"
+"""The beginning of the paths of Ollama's API."""
 
 _STATUS: Final = {
     "INVALID_ARGUMENT": 400,
@@ -56,40 +58,127 @@ _CODES: Final[Mapping[type[VeneerError], str]] = {
 
 _UNAVAILABLE_RETRY_S: Final = 1.0
 
-_OUR_FIELDS: Final = re.compile(r"\b(?:sampling|stopping|output|template)\.(?=[a-z])")
-"""Prefixes of protobuf fields whose JSON name is the part after the prefix."""
+# -------------------- words
+# What each API calls the fields and methods that messages name as the gRPC contract does. What
+# constrains an answer has its name with the call; see `GenerateCall.constraint_field`.
 
-_OTHER_NAMES: Final = {
-    "adapter": "model",
-    "name": "model",
-    "token_ids": "prompt",
-    "constraint": "response_format",
-    "kwargs": "chat_template_kwargs",
+_SAME: Final = {
+    "sampling": SamplingParams.__struct_fields__,
+    "stopping": ("max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos"),
+    "output": ("n", "logprobs", "top_logprobs", "echo", "prompt_logprobs"),
+    "template": ("reasoning_effort", "add_generation_prompt", "continue_final_message"),
 }
 
-
-_CONSTRAINTS: Final = (
-    *("constraint.json_schema", "constraint.regex"),
-    *("constraint.choice", "constraint.grammar"),
+in_openai_words: Final = Translation(
+    {f"{part}.{name}": name for part, names in _SAME.items() for name in names}
+    | {
+        "constraint.json_schema": "response_format",
+        "constraint.regex": "structured_outputs.regex",
+        "constraint.choice": "structured_outputs.choice",
+        "constraint.grammar": "structured_outputs.grammar",
+        "template.kwargs": "chat_template_kwargs",
+        "token_ids": "prompt",
+        "session_key": "user",
+        "prompt": "prompt of /v1/completions",
+        "adapter": "model",
+        "ListAdapters": "GET /v1/models",
+        "GetAdapter": "GET /v1/models/NAME",
+        # Not available over HTTP.
+        "SetAlias": "`veneer adapter alias`",
+        "UpdateBudgets": "`veneer budgets`",
+        "EvictAdapter": "`veneer adapter evict`",
+        "unpin": "`veneer adapter evict --unpin`",
+        "same_base": "`veneer adapter push --same-base`",
+    }
 )
+"""Rewrites a server message for a caller of the gateway."""
+
+_COMPLETION: Final = in_openai_words.words | {"output.top_logprobs": "logprobs"}
+
+_WORDS: Final[Mapping[str, Translation]] = {
+    OLLAMA: Translation(
+        in_openai_words.words
+        | {f"sampling.{name}": f"options.{name}" for name in SamplingParams.__struct_fields__}
+        | {
+            "sampling.repetition_penalty": "options.repeat_penalty",
+            "stopping.max_tokens": "options.num_predict",
+            "stopping.stop": "options.stop",
+            "constraint.json_schema": "format",
+            "tool_choice": "tool_choice of /v1/chat/completions",
+            "ListAdapters": "GET /api/tags",
+            "GetAdapter": "POST /api/show",
+        }
+    ),
+    "/v1/completions": Translation(_COMPLETION),
+    "/inference/v1/generate": Translation(_COMPLETION | {"token_ids": "token_ids"}),
+    "/v1/responses": Translation(
+        in_openai_words.words
+        | {"stopping.max_tokens": "max_output_tokens", "output.logprobs": "include"}
+    ),
+}
+"""By the beginning of a path; other paths have `in_openai_words`."""
+
+_OTHER_NAMES: Final = {"adapter": "model", "name": "model", "constraint": "response_format"}
+
+_PROMPTS: Final = {
+    "/v1/chat/completions": "messages",
+    "/v1/messages": "messages",
+    "/v1/messages/count_tokens": "messages",
+    "/v1/responses": "input",
+    "/v1/responses/input_tokens": "input",
+    "/inference/v1/generate": "token_ids",
+}
+"""What a path calls its prompt, where that is not ``prompt``."""
+
+
+def words_of(path: str) -> Translation:
+    """Rewrites a server message for a caller of a path."""
+    return next(
+        (words for begin, words in _WORDS.items() if path.startswith(begin)), in_openai_words
+    )
+
+
+def _param(error: VeneerError, path: str) -> str | None:
+    """The field that an error is about, as its caller knows it."""
+    if isinstance(error, AdapterNotFound):
+        return "model"
+    if (field := error.metadata.get("field")) is None:
+        return None
+    if field in ("prompt", "messages") and isinstance(error, ContextTooLong):
+        return _PROMPTS.get(path, field)
+    field = clip(field, MAX_VALUE)
+    name = field.partition("[")[0]
+    names = words_of(path).words if "." in name or name == "token_ids" else _OTHER_NAMES
+    return names.get(name, name) + field.removeprefix(name)
+
+
+# -------------------- failures
 
 
 class HttpError(Exception):
     """A request that is rejected at the HTTP level, before its fields are checked."""
 
     def __init__(
-        self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None
+        self,
+        status: int,
+        code: str,
+        message: str,
+        headers: Mapping[str, str] | None = None,
+        *,
+        param: str | None = None,
     ) -> None:
         """Args:
         code: for programs, in OpenAI's style.
         message: for people; says how to fix the request.
         headers: of the answer.
+        param: the field that it is about.
         """
         super().__init__(message)
         self.status = status
         self.code = code
         self.message = message
         self.headers = dict(headers or {})
+        self.param = param
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,19 +190,24 @@ class HttpFailure:
     headers: Mapping[str, str]
 
 
-def http_failure(error: VeneerError | HttpError) -> HttpFailure:
-    """Status, body and headers of an error."""
-    told = error.message if isinstance(error, HttpError) else in_openai_words(error.message)
+def http_failure(error: VeneerError | HttpError, path: str = "") -> HttpFailure:
+    """Status, body and headers of an error. Args: path: of the request; decides the form."""
+    if path.startswith(OLLAMA):
+        failure = http_failure(error)
+        told = error.message if isinstance(error, HttpError) else words_of(path)(error.message)
+        sentence = {"error": clip(one_line(told), MAX_MESSAGE)}
+        return HttpFailure(failure.status, sentence, failure.headers)
+    told = error.message if isinstance(error, HttpError) else words_of(path)(error.message)
     message = clip(one_line(told), MAX_MESSAGE)
     if isinstance(error, HttpError):
         headers = {"x-should-retry": "false", **error.headers}
         if error.status in (408, 413):  # the rest of the body is not read
             headers["connection"] = "close"
         return HttpFailure(
-            error.status, _body(message, error.status, None, error.code), headers
+            error.status, _body(message, error.status, error.param, error.code), headers
         )
     status = _STATUS.get(error.code, 500)
-    param = _param(error)
+    param = _param(error, path)
     retry_s = error.retry_after_s
     if retry_s is None and isinstance(error, Unavailable):
         retry_s = _UNAVAILABLE_RETRY_S
@@ -128,26 +222,14 @@ def http_failure(error: VeneerError | HttpError) -> HttpFailure:
         error.reason.lower(),
     )
     body = _body(message, status, param, code)
+    if (known := error.metadata.get("error_code")) is not None:  # to Anthropic's SDKs
+        body["error"]["details"] = {"error_code": known}
     if isinstance(error, QuotaExceeded):
         body["error"]["type"] = code
     elif isinstance(error, RateLimitExceeded):
         tokens = error.metadata.get("limit", "").startswith("tokens")
         body["error"]["type"] = "tokens" if tokens else "requests"
     return HttpFailure(status, body, headers)
-
-
-def _param(error: VeneerError) -> str | None:
-    if isinstance(error, AdapterNotFound):
-        return "model"
-    field = error.metadata.get("field")
-    if field is None:
-        return None
-    field = _OUR_FIELDS.sub("", clip(field, MAX_VALUE))
-    if field in _CONSTRAINTS:
-        return in_openai_words.words[field].partition(".")[0]
-    head = re.match(r"\w*", field)
-    name = head[0] if head is not None else field
-    return _OTHER_NAMES.get(name, field)
 
 
 def _body(message: str, status: int, param: str | None, code: str) -> dict[str, Any]:

@@ -1,20 +1,26 @@
 """The fields of a JSON request: those that are served, refused and ignored.
 
-A field that would change the answer is served or refused, never silently dropped. Extensions
-to OpenAI's fields have vLLM's names.
+A field that is known to change the answer is served or refused, never dropped. Of those that
+nobody knows, ``--unknown-fields`` decides. Extensions to OpenAI's fields have vLLM's names,
+where it has them.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 
 from pydantic import Field, ValidationError, create_model, field_validator
 from veneer_registry.errors import InvalidField
 
-from veneer_server.openai.extensions.base import Fields, is_neutral
-from veneer_server.openai.extensions.fields import ChatExtensions, SharedExtensions
+from veneer_server.openai.extensions import (
+    ChatExtensions,
+    Fields,
+    Ignored,
+    SharedExtensions,
+    is_neutral,
+)
 from veneer_server.serving.checks import (
     MAX_BIAS,
     MAX_BIASES,
@@ -23,64 +29,126 @@ from veneer_server.serving.checks import (
 )
 from veneer_server.wire.sampling import FRACTIONS
 
-__all__ = [
-    "ChatFields",
-    "CommonFields",
-    "CompletionFields",
-    "Message",
-    "RequestFields",
-    "check_ids",
-    "parse_fields",
-    "with_fractions",
-]
-
 MAX_PROMPTS: Final = 128
 """Most prompts in one request; each becomes a separate generate call."""
 
 IGNORED: Final = frozenset(
     {
-        "guided_decoding_backend",
-        "guided_whitespace_pattern",
+        # OpenAI's
+        "access_programs",
+        "background_options",
+        "client_metadata",
+        "context_management",
         "metadata",
         "prediction",
         "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
-        "request_id",
         "safety_identifier",
         "service_tier",
         "store",
+        # Anthropic's
+        "betas",
+        "billing_policy",
+        "cache_control",
+        "diagnostics",
+        "fallback_credit_token",
+        "fallbacks",
+        "inference_geo",
+        "speed",
+        "user_profile_id",
+        "workspace_id",
+        # vLLM's
+        "ec_transfer_params",
+        "guided_decoding_backend",
+        "guided_whitespace_pattern",
+        "kv_transfer_params",
+        "media_io_kwargs",
+        "mm_payload",
+        "mm_processor_kwargs",
+        "request_id",
+        "return_mm_kwargs",
+        "return_token_offsets",
+        "routed_experts_prompt_start",
+        "session_id",
+        "stream_interval",
     }
 )
-"""Fields that do not affect the text of an answer."""
+"""Fields that are accepted and have no effect here."""
 
 _SAME_TEXT: Final = "the text of an answer never holds special tokens or stop strings"
+_LARK: Final = "use structured_outputs.grammar, with a grammar in Lark's form"
+_CUTS: Final = "use temperature, top_p and min_p"
+_PENALTIES: Final = "use repetition_penalty, presence_penalty or frequency_penalty"
 
 REFUSED: Final[Mapping[str, tuple[tuple[Any, ...], str]]] = {
-    "add_special_tokens": ((), "send token ids to /v1/completions"),
     "allowed_token_ids": (([],), "use structured_outputs or logit_bias"),
     "audio": ((), "only text is supported"),
     "bad_words": (([],), "use logit_bias"),
     "chat_template": (("",), "publish the template with the adapter"),
+    "compaction": ((), "ask for a summary in a message"),
+    "container": ((), "this server runs no tools: leave it out"),
+    "custom_logit_processor": ((), "use logit_bias"),
     "documents": (([],), "put them into a message"),
+    "dry_multiplier": ((0,), _PENALTIES),
+    "ebnf": ((), _LARK),
+    "enable_response_messages": ((False,), "read output"),
+    "grammar": (("",), _LARK),
+    "guardrails": (([],), "moderate the texts with a model of your choice"),
     "include_stop_str_in_output": ((False,), _SAME_TEXT),
+    "input_ids": (([],), "send token ids to /v1/completions"),
     "length_penalty": ((1.0,), "beam search is not supported"),
     "logits_processors": (([],), "use logit_bias"),
+    "logprob_token_ids": (([],), "use top_logprobs"),
+    "lora_path": ((), "name the adapter as model"),
+    "max_new_tokens": ((), "use max_tokens"),
+    "mcp_servers": (
+        ([],),
+        "send their functions as tools, and call them yourself",
+    ),
+    "mirostat": ((0,), _CUTS),
     "modalities": ((["text"],), "only text is supported"),
     "moderation": ((), "moderate the texts with a model of your choice"),
+    "n_predict": ((-1,), "use max_tokens"),
+    "n_probs": ((0,), "use top_logprobs"),
+    "no_stop_trim": ((False,), _SAME_TEXT),
+    "previous_input_messages": (([],), "send the whole conversation as input"),
+    "prompt_embeds": (([],), "send text or token ids"),
+    "prompt_mode": ((), "use reasoning_effort"),
+    "repeat_penalty": ((1.0,), "use repetition_penalty"),
+    "repetition_detection": (({},), "use repetition_penalty, or a smaller max_tokens"),
+    "return_hidden_states": ((False,), "leave it out"),
+    "return_prompt_text": ((False,), "use echo of /v1/completions"),
+    "return_routed_experts": ((False,), "leave it out"),
+    "return_weight_versions": ((False,), "read the header veneer-revision"),
+    "safe_prompt": ((False,), "put it into a message"),
+    "samplers": (([],), _CUTS),
+    "separate_reasoning": ((True,), "join reasoning_content and content"),
     "skip_special_tokens": ((True,), _SAME_TEXT),
     "spaces_between_special_tokens": ((True, False), _SAME_TEXT),
+    "stop_regex": (("", []), "use stop"),
     "suffix": (("",), "put it into the prompt"),
+    "thinking_token_budget": ((-1,), "use reasoning_effort"),
+    "tool_prompt": (("",), "put it into a message"),
+    "top_prompt_logprobs": ((0,), "use prompt_logprobs"),
+    "truncation_side": (("left",), "only a prompt's last tokens can be kept"),
+    "typical_p": ((1.0,), _CUTS),
     "use_beam_search": ((False,), "use n to get several answers"),
-    "verbosity": (("medium",), "put it into a message"),
+    "vllm_xargs": (({},), "this server has no such extensions: leave it out"),
+    "watermarking": ((False,), "leave it out"),
     "web_search_options": ((), "put the search results into a message"),
+    "xtc_probability": ((0,), _CUTS),
 }
 """Fields that would change the answer: the values that have no effect, and the alternative."""
 
 _INT32: Final = (1 << 31) - 1
+_INT64: Final = (1 << 63) - 1
 _UINT32: Final = (1 << 32) - 1
 _UINT64: Final = (1 << 64) - 1
 _Count = Annotated[int, Field(ge=0, le=_UINT32)]
+
+_Seed = Annotated[int, Field(ge=-_INT64 - 1, le=_UINT64)]
+"""Negative ones stand for those of the same 64 bits."""
 
 # Validation of a list stops at its first bad element. Otherwise pydantic collects an error
 # for each, which takes seconds and gigabytes for a body of a few megabytes.
@@ -92,7 +160,7 @@ _Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 _SLICE: Final = 4096
 
 
-def check_ids(given: list[Any], most: int = _UINT32) -> list[Any]:
+def parse_ids(given: list[Any], most: int = _UINT32) -> list[Any]:
     """Token ids. There may be half a million: pydantic would look through them in one call,
     which keeps the interpreter's lock. Raises ValueError."""
     for at in range(0, len(given), _SLICE):
@@ -110,6 +178,8 @@ class StreamOptions(Fields):
         continuous_usage_stats: add the usage so far to each chunk.
     """
 
+    where = "stream_options"
+
     include_usage: bool = False
     continuous_usage_stats: bool = False
     include_obfuscation: bool = False
@@ -118,6 +188,8 @@ class StreamOptions(Fields):
 class JsonSchema(Fields):
     """A schema, as `response_format` carries it."""
 
+    refused = None
+
     name: str | None = None
     description: str | None = None
     schema_: dict[str, Any] | bool = Field(default_factory=dict, alias="schema")
@@ -125,20 +197,33 @@ class JsonSchema(Fields):
 
 
 class ResponseFormat(Fields):
-    """The format that the answer must have."""
+    """The format that the answer must have.
 
-    type: Literal["text", "json_object", "json_schema"]
+    Attributes:
+        value: the schema or regular expression, as Hugging Face's TGI has it.
+        schema_: the schema, as llama.cpp has it.
+    """
+
+    refused = None
+
+    type: Literal["text", "json_object", "json_schema", "json", "regex"]
     json_schema: JsonSchema | None = None
+    value: dict[str, Any] | bool | str | None = None
+    schema_: dict[str, Any] | bool | None = Field(default=None, alias="schema")
 
 
 class StructuredOutputs(Fields):
     """vLLM's name for the same, with more kinds."""
+
+    refused = None
 
     json_: dict[str, Any] | bool | str | None = Field(default=None, alias="json")
     regex: str | None = None
     choice: _Texts | None = None
     json_object: bool = False
     grammar: str | None = None
+    disable_any_whitespace: Literal[False] = False
+    disable_additional_properties: Literal[False] = False
 
 
 class RequestFields(Fields):
@@ -156,7 +241,7 @@ class CommonFields(SharedExtensions, RequestFields):
     stream_options: StreamOptions = StreamOptions()
     stop: str | _Texts = Field(default_factory=list)
     user: str | None = None
-    seed: Annotated[int, Field(ge=0, le=_UINT64)] | None = None
+    seed: _Seed | None = None
     logit_bias: dict[str, float] = Field(default_factory=dict)
     response_format: ResponseFormat | None = None
 
@@ -169,6 +254,11 @@ class CommonFields(SharedExtensions, RequestFields):
     guided_regex: str | None = None
     guided_choice: _Texts | None = None
     structured_outputs: StructuredOutputs | None = None
+    # As other programs call the same.
+    random_seed: _Seed | None = None
+    cache_prompt: bool | None = None
+    regex: str | None = None
+    json_schema: dict[str, Any] | bool | str | None = None
 
     @field_validator("stop_token_ids", mode="before")
     @classmethod
@@ -213,14 +303,18 @@ _TEXTS: Final = {
 """Parts that are text, and where that is."""
 
 
-class Message(Fields):
+class MessageItem(Fields):
     """One chat message; parts of type text are joined.
 
     Attributes:
         name: accepted, but passed to chat templates only with a tool's result.
         content: only a message with calls may have none.
         reasoning: what an assistant thought before; ``reasoning_content`` is the older name.
+        prefix: of the last message: the answer continues it, as with Mistral and DeepSeek.
     """
+
+    where = "messages[]"
+    refused: ClassVar[frozenset[str] | None] = frozenset({"audio"})
 
     role: str
     content: str | None = None
@@ -231,6 +325,7 @@ class Message(Fields):
     tool_calls: _Objects = Field(default_factory=list)
     function_call: dict[str, Any] | None = None
     tool_call_id: str = Field(default="", max_length=256)
+    prefix: bool = False
 
     @field_validator("content", mode="before")
     @classmethod
@@ -263,11 +358,12 @@ def with_fractions(kind: type[FieldsT]) -> type[FieldsT]:
 class ChatFields(CommonFields, ChatExtensions):
     """``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(fail_fast=True, max_length=MAX_MESSAGES)]
-    max_completion_tokens: _Count | None = None
+    messages: Annotated[list[MessageItem], Field(fail_fast=True, max_length=MAX_MESSAGES)]
+    add_special_tokens: Literal[False] = False
+    max_completion_tokens: Annotated[int, Field(ge=1, le=_UINT32)] | None = None
     logprobs: bool = False
     top_logprobs: _Count = 0
-    # Read by `veneer_server.openai.tools.requests`.
+    # Read by `veneer_server.openai.tools`.
     tools: _Objects = Field(default_factory=list)
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool = True
@@ -285,6 +381,7 @@ class CompletionFields(CommonFields):
     """
 
     prompt: str | list[Any]
+    add_special_tokens: Literal[True] = True
     echo: bool = False
     # Checked here, since the core uses another name for it.
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -296,7 +393,7 @@ class CompletionFields(CommonFields):
         if not isinstance(given, list) or not given:
             return given
         if isinstance(given[0], int):  # those are one prompt's tokens
-            return check_ids(given)
+            return parse_ids(given)
         if len(given) > MAX_PROMPTS:
             raise ValueError(f"holds {len(given)} prompts: send at most {MAX_PROMPTS}")
         kind = type(given[0])
@@ -307,7 +404,7 @@ class CompletionFields(CommonFields):
                     "such lists"
                 )
             if isinstance(prompt, list):
-                check_ids(prompt)
+                parse_ids(prompt)
         return given
 
 
@@ -316,9 +413,42 @@ _KINDS: Final[Mapping[str, type[CommonFields]]] = {
     "/v1/completions": CompletionFields,
 }
 
+ELSEWHERE: Final[Mapping[str, str]] = {
+    **dict.fromkeys(
+        ("output_config", "stop_sequences", "system", "thinking", "thread"), "/v1/messages"
+    ),
+    "output_format": "/v1/messages",
+    **dict.fromkeys(
+        (
+            "background",
+            "conversation",
+            "image",
+            "include",
+            "input",
+            "instructions",
+            "max_output_tokens",
+            "max_tool_calls",
+            "previous_response_id",
+            "reasoning",
+            "text",
+            "truncation",
+        ),
+        "/v1/responses",
+    ),
+}
+"""Fields of endpoints whose records build upon this module, and the path."""
 
-def parse_fields(kind: type[FieldsT], given: object) -> FieldsT:
+
+_SLIP: Final = 0.9
+"""A name as similar to a served field's is taken for a slip, and not for an extension."""
+
+
+def parse_fields(kind: type[FieldsT], given: object, ignored: Ignored | None = None) -> FieldsT:
     """Check a parsed JSON body; null is the same as leaving a field out.
+
+    Args:
+        ignored: takes what has no effect, and says whether unknown fields are refused. None:
+            they are.
 
     Raises:
         InvalidField: names the first invalid field and the fix.
@@ -328,6 +458,7 @@ def parse_fields(kind: type[FieldsT], given: object) -> FieldsT:
             "the body must be a JSON object: send the request's fields",
             metadata={"cause": "not_object"},
         )
+    ignored = ignored or Ignored()
     kept = {}
     for name, value in given.items():
         if value is None:
@@ -335,17 +466,21 @@ def parse_fields(kind: type[FieldsT], given: object) -> FieldsT:
         if name in kind.model_fields:
             kept[name] = value
         elif name in IGNORED:
-            continue
+            ignored.known(name)
         else:
-            _check_unserved(kind, name, value)
+            _check_unserved(kind, name, value, ignored)
     try:
-        return kind.model_validate(kept)
+        return kind.model_validate(kept, context=ignored)
     except ValidationError as error:
         raise _refusal(kind, error) from error
 
 
-def _check_unserved(kind: type[RequestFields], name: str, value: object) -> None:
+def _check_unserved(
+    kind: type[RequestFields], name: str, value: object, ignored: Ignored
+) -> None:
     known = REFUSED.get(name)
+    if (path := ELSEWHERE.get(name)) is not None:
+        known = (), f"it is a field of {path}"
     for path, other in _KINDS.items():
         if (there := other.model_fields.get(name)) is not None:
             if is_neutral(value) or value == there.get_default(call_default_factory=True):
@@ -353,18 +488,32 @@ def _check_unserved(kind: type[RequestFields], name: str, value: object) -> None
             known = (), f"it is a field of {path}"
     if known is not None:
         neutral, instead = known
-        if value in neutral:
+        if value in neutral or (name in ELSEWHERE and is_neutral(value)):
             return
         raise InvalidField(f"{name} is not supported: {instead}", metadata={"field": name})
     if is_neutral(value):
         return
-    shown, near = name[:60], list[str]()
-    if shown == name:  # comparing a name of several megabytes is slow
-        near = difflib.get_close_matches(name, kind.model_fields, n=1, cutoff=0.6)
-    hint = f"did you mean {near[0]!r}?" if near else "leave it out"
+    near, likeness = "", 0.0
+    if ignored.unknown != "ignore":
+        near, likeness = _nearest(kind, name, ignored)
+    if not ignored.strict and likeness < _SLIP:
+        ignored.field(name)
+        return
+    hint, shown = f"did you mean {near!r}?" if near else "leave it out", name[:60]
     raise InvalidField(
         f"unrecognized request argument {shown!r}: {hint}", metadata={"field": shown}
     )
+
+
+def _nearest(kind: type[RequestFields], name: str, ignored: Ignored) -> tuple[str, float]:
+    """The known name that a name is most like, and how like; empty if it is like none."""
+    # Comparing takes a millisecond, and for a name of several megabytes half a second.
+    if len(name) > 60 or ignored.crowded:
+        return "", 0.0
+    names = (*kind.model_fields, *REFUSED, *ELSEWHERE)
+    for near in difflib.get_close_matches(name, names, n=1):
+        return near, difflib.SequenceMatcher(None, near, name).ratio()
+    return "", 0.0
 
 
 def _refusal(kind: type[RequestFields], error: ValidationError) -> InvalidField:

@@ -9,24 +9,20 @@ from typing import Any, Final
 
 import uvicorn
 
-from veneer_server.access.audit import Audit
-from veneer_server.access.authenticate import Access
 from veneer_server.access.handshakes import Handshakes
 from veneer_server.config import Address
-from veneer_server.openai.endpoints.core import Core, Loaded
+from veneer_server.openai.core import ServingCore, ServingParts
+from veneer_server.openai.extensions import Unknown
 from veneer_server.openai.http.asgi import MAX_BODIES, MAX_LONG_BODIES, Bodies
 from veneer_server.openai.http.connection import connection_class
 from veneer_server.openai.http.cors import Cors
-from veneer_server.openai.routes import Admission, make_app
-from veneer_server.queues.refusal_pace import Pace
-from veneer_server.quotas.rates import Quotas
-from veneer_server.serving.calls import READER_LIMIT_S, Calls
+from veneer_server.openai.routes import make_app
+from veneer_server.serving.gate import Gate
+from veneer_server.serving.generation import READER_LIMIT_S, Calls
 from veneer_server.serving.local_folders import LocalFolders
 from veneer_server.system.hosts import AllowedHosts
 from veneer_server.telemetry.metrics import Metrics
 from veneer_server.telemetry.pages import Pages
-
-__all__ = ["Gateway"]
 
 _STOP_GRACE_S: Final = 1
 _NEVER_S: Final = 86400
@@ -42,60 +38,51 @@ class Gateway:
 
     def __init__(
         self,
+        gate: Gate,
         *,
         calls: Calls,
         metrics: Metrics,
         hosts: AllowedHosts,
         reader_limit_s: float = READER_LIMIT_S,
         max_connections: int = 512,
-        pace: Pace | None = None,
-        access: Access | None = None,
-        audit: Audit | None = None,
         tls: ssl.SSLContext | None = None,
-        quotas: Quotas | None = None,
         pages: Pages | None = None,
         cors: Cors | None = None,
         local: LocalFolders | None = None,
-        elsewhere: frozenset[str] = frozenset(),
+        unknown_fields: Unknown = "warn",
     ) -> None:
         """Args:
         hosts: host names that requests may use.
         pages: of metrics; None makes its own.
         cors: which pages of browsers may call; None lets none.
         local: folders of this machine from which adapters may be loaded; None for none.
-        elsewhere: methods that only another port answers.
+        unknown_fields: what is done with fields of requests that nobody knows.
         reader_limit_s: longest wait for a client to send or read a piece.
         max_connections: most that may be open. A further one replaces another, see
             `queues.connection_places`, or is refused.
-        pace: delays refusals; None for the default.
-        access: lets requests in; None lets everybody in.
-        audit: notes requests that are refused.
         tls: None for plain HTTP.
-        quotas: whose rest callers are told.
         """
-        pace = pace or Pace()
-        self._core = core = Core(
+        self._core = core = ServingCore(
+            gate=gate,
             calls=calls,
             metrics=metrics,
             bodies=Bodies(MAX_BODIES, MAX_LONG_BODIES),
-            pace=pace,
             reader_limit_s=reader_limit_s,
             started=int(time.time()),
-            audit=audit or Audit(None),
-            quotas=quotas or Quotas(),
             pages=pages or Pages(metrics.registry),
             local=local or LocalFolders(),
+            unknown_fields=unknown_fields,
         )
         self._bodies = core.bodies
-        app = make_app(core, hosts, Admission(access or Access(), cors or Cors(), elsewhere))
+        app = make_app(core, hosts, cors or Cors())
         config = uvicorn.Config(
             app,
             http=connection_class(
                 reader_limit_s,
                 max_connections,
-                pace,
+                gate.pace,
                 app.malformed,
-                keyless=access is None or not access.asks,
+                keyless=not gate.access.asks,
             ),
             ws="none",
             lifespan="off",
@@ -116,7 +103,7 @@ class Gateway:
         self._uvicorn = uvicorn.Server(config)
         self._uvicorn.lifespan = config.lifespan_class(config)
 
-    def answer_by(self, loaded: Loaded) -> None:
+    def answer_by(self, loaded: ServingParts) -> None:
         """Supply the core's parts; call it before `Calls` lets the first call through."""
         self._core.loaded = loaded
 

@@ -6,47 +6,49 @@ import asyncio
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
 from veneer_registry.errors import InvalidField
 
+from veneer_server.access.caller import Caller
 from veneer_server.engine_client.places import Place
-from veneer_server.logs import REQUEST_ID
-from veneer_server.openai.answers import Answer, Piece
 from veneer_server.openai.chat import ChatAnswer
+from veneer_server.openai.choices import Answer, Json, Piece
 from veneer_server.openai.completions import CompletionAnswer
-from veneer_server.openai.endpoints.core import Core
-from veneer_server.openai.endpoints.json_endpoint import Answering, JsonEndpoint
+from veneer_server.openai.core import ServingCore
+from veneer_server.openai.extensions import Ignored
 from veneer_server.openai.fields import ChatFields, CompletionFields, parse_fields
 from veneer_server.openai.http.asgi import Reply
-from veneer_server.openai.http.long_json import pieces_of
+from veneer_server.openai.http.body import pieces_of
+from veneer_server.openai.json_endpoint import Answering, JsonEndpoint
 from veneer_server.openai.requests import chat_call, completion_calls
 from veneer_server.quotas.meter import Metered
-from veneer_server.serving.answer_room import Held
+from veneer_server.serving.answer_room import AnswerBytes
 from veneer_server.serving.generation import Generation
 from veneer_server.serving.records import GenerateCall
-from veneer_server.serving.who import sender
-
-__all__ = ["ChatEndpoint", "CompletionEndpoint", "GenerateEndpoint", "Job"]
 
 AT_ONCE: Final = 16
 """Pieces of JSON lists (see `Many`) that are made at once. They take some milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class GenerateJob:
     """A checked request.
 
     Attributes:
         calls: one for each prompt.
         answer: collects their output.
+        ignored: what of the request has no effect.
+        finish: called when it is complete, before its end is sent.
     """
 
     calls: Sequence[GenerateCall]
     answer: Answer
     stream: bool
+    ignored: Ignored = field(default_factory=Ignored)
+    finish: Callable[[], Awaitable[None]] | None = None
 
     @property
     def scored(self) -> bool:
@@ -57,42 +59,42 @@ class Job:
 class GenerateEndpoint(JsonEndpoint):
     """An ASGI application for one path that generates."""
 
-    def _check(self, body: object) -> Answering:
-        job = self._parse(body)
-        return Answering(partial(_answer, self._core, job))
+    def _check(self, body: object, caller: Caller) -> Answering:
+        return self._answering(self._parse(body, caller), caller)
+
+    def _answering(self, job: GenerateJob, caller: Caller) -> Answering:
+        return Answering(partial(_answer, self._core, job, caller), ignored=job.ignored)
 
     @abstractmethod
-    def _parse(self, body: object) -> Job:
+    def _parse(self, body: object, caller: Caller) -> GenerateJob:
         """Check the fields. Raises InvalidField."""
 
 
 class ChatEndpoint(GenerateEndpoint):
     """``POST /v1/chat/completions``."""
 
-    method = "POST /v1/chat/completions"
-
-    def _parse(self, body: object) -> Job:
-        core, fields = self._core, parse_fields(ChatFields, body)
-        call = chat_call(fields, core.base.name)
+    def _parse(self, body: object, caller: Caller) -> GenerateJob:
+        core, ignored = self._core, self._ignored()
+        fields = parse_fields(ChatFields, body, ignored)
+        call = chat_call(fields, core.base.name, ignored)
         answer = ChatAnswer(
             fields,
             core.generator.prompts.tokenizer,
             prompts=1,
             logprobs=fields.logprobs,
             echo=False,
-            request_id=REQUEST_ID.get(),
+            request_id=caller.request_id,
             fingerprint=core.base.fingerprint.weights,
         )
-        return Job([call], answer, fields.stream)
+        return GenerateJob([call], answer, fields.stream, ignored)
 
 
 class CompletionEndpoint(GenerateEndpoint):
     """``POST /v1/completions``."""
 
-    method = "POST /v1/completions"
-
-    def _parse(self, body: object) -> Job:
-        core, fields = self._core, parse_fields(CompletionFields, body)
+    def _parse(self, body: object, caller: Caller) -> GenerateJob:
+        core, ignored = self._core, self._ignored()
+        fields = parse_fields(CompletionFields, body, ignored)
         for prompt in [fields.prompt] if isinstance(fields.prompt, str) else fields.prompt:
             if isinstance(prompt, str):
                 cut = fields.truncate_prompt_tokens is not None
@@ -104,35 +106,46 @@ class CompletionEndpoint(GenerateEndpoint):
             prompts=len(calls),
             logprobs=fields.logprobs is not None,
             echo=fields.echo,
-            request_id=REQUEST_ID.get(),
+            request_id=caller.request_id,
             fingerprint=core.base.fingerprint.weights,
         )
-        return Job(calls, answer, fields.stream)
+        return GenerateJob(calls, answer, fields.stream, ignored)
 
 
-async def _answer(core: Core, job: Job, reply: Reply) -> None:
+async def _answer(core: ServingCore, job: GenerateJob, caller: Caller, reply: Reply) -> None:
     # Until the caller has read it, however long after the last token.
-    with core.generator.answers.answer(sender(), len(job.calls)) as held:
-        await (_stream if job.stream else _collect)(core, job, held, reply)
+    with core.generator.answers.answer(caller.sender, len(job.calls)) as held:
+        await (_stream if job.stream else _collect)(core, job, caller, held, reply)
 
 
-async def _stream(core: Core, job: Job, held: Held, reply: Reply) -> None:
+async def _stream(
+    core: ServingCore, job: GenerateJob, caller: Caller, held: AnswerBytes, reply: Reply
+) -> None:
     reply.framing = job.answer.framing
-    spare = core.generator.spare_time
+
+    async def send(events: Sequence[Json], headers: Mapping[str, str]) -> None:
+        if job.scored and pieces_of(events) > AT_ONCE:
+            spare, sender = core.generator.spare_time, caller.sender
+            await reply.long_events(events, headers, spare, sender)
+        else:
+            await reply.events(events, headers)
 
     async def take(piece: Piece) -> None:
         chunks = job.answer.chunks(piece)
         if chunks or not reply.started:
-            slowly = spare if job.scored and pieces_of(chunks) > AT_ONCE else None
-            await reply.events(chunks, _headers(piece.generation), slowly)
+            await send(chunks, _headers(piece.generation))
 
-    await _generate(core, job.calls, held, take)
+    await _generate(core, job.calls, caller, held, take)
+    if job.finish is not None:
+        await job.finish()
     if (last := job.answer.last_chunk()) is not None:
-        await reply.events([last], {})
+        await send([last], {})
     await reply.end_events()
 
 
-async def _collect(core: Core, job: Job, held: Held, reply: Reply) -> None:
+async def _collect(
+    core: ServingCore, job: GenerateJob, caller: Caller, held: AnswerBytes, reply: Reply
+) -> None:
     headers: dict[str, str] = {}
 
     async def take(piece: Piece) -> None:
@@ -141,18 +154,22 @@ async def _collect(core: Core, job: Job, held: Held, reply: Reply) -> None:
             held.generated(len(delta.tokens), sum(map(len, delta.top_logprobs or ())))
         headers.update(_headers(piece.generation))
 
-    await _generate(core, job.calls, held, take)
+    await _generate(core, job.calls, caller, held, take)
+    if job.finish is not None:
+        await job.finish()
     whole = job.answer.whole()
     if job.scored and pieces_of(whole) > AT_ONCE:
-        await reply.long_json(200, whole, headers, core.generator.spare_time)
+        spare, sender = core.generator.spare_time, caller.sender
+        await reply.long_json(200, whole, headers, spare, sender)
     else:
         await reply.json(200, whole, headers)
 
 
 async def _generate(
-    core: Core,
+    core: ServingCore,
     calls: Sequence[GenerateCall],
-    held: Held,
+    caller: Caller,
+    held: AnswerBytes,
     take: Callable[[Piece], Awaitable[None]],
 ) -> None:
     """Run all calls concurrently and pass their output to ``take``; if one fails, all end.
@@ -170,7 +187,7 @@ async def _generate(
     ) -> None:
         async with (
             core.generator.admit(
-                call, time_remaining=None, counted=counted, place=place, held=held
+                call, caller, counted=counted, place=place, held=held
             ) as generation,
             aclosing(generation.deltas()) as deltas,
         ):
@@ -188,7 +205,10 @@ async def _generate(
             metadata={"field": "prompt"},
         )
     generator = core.generator
-    with generator.count(wanted, len(calls)) as counted, generator.place(wanted) as place:
+    with (
+        generator.count(caller, wanted, len(calls)) as counted,
+        generator.place(caller, wanted) as place,
+    ):
         try:
             async with asyncio.TaskGroup() as group:
                 for at, call in enumerate(calls):

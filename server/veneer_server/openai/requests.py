@@ -1,4 +1,8 @@
-"""Converts checked JSON fields to `GenerateCall`s."""
+"""The parts of a `GenerateCall`, made of plain values, and the calls of chats and completions.
+
+Each HTTP form makes its own call of these parts, so that errors name fields that its caller
+can send.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,19 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any, Final, Literal
 
+from veneer_server.openai.extensions import Ignored, Verbosity
 from veneer_server.openai.fields import (
     ChatFields,
     CommonFields,
     CompletionFields,
+    MessageItem,
+    ResponseFormat,
     StreamOptions,
+    StructuredOutputs,
 )
-from veneer_server.openai.tools.requests import template_messages, tools_of
+from veneer_server.openai.tools import template_messages, tools_of
 from veneer_server.serving.answer_room import AnswerForm, ScoreForm
 from veneer_server.serving.checks import MAX_SCHEMA, check_json_size, choice, invalid
 from veneer_server.serving.records import (
@@ -24,56 +32,285 @@ from veneer_server.serving.records import (
     PromptTokens,
     Sampling,
 )
-from veneer_server.serving.tools.use import ToolUse
-from veneer_server.text.templates.options import TemplateOptions
+from veneer_server.serving.tool_use import ToolUse
+from veneer_server.text.turns import TemplateOptions
 from veneer_server.wire.messages import Constraint, SamplingParams
 
-__all__ = ["CHAT_SCORES", "chat_call", "completion_calls", "conversation_call"]
+_LATEST: Final = ":latest"
+"""What Ollama's clients append to a name. No name has a colon."""
 
 _COMPLETION_TOKENS: Final = 16
 """max_tokens of a completion that sets none, as in OpenAI and vLLM. Clients of this older
 endpoint rely on it: one that has to wait for hundreds of tokens times out and retries."""
 
-
-_ECHO: Final = ScoreForm(own=72, top=32, named=2)
-"""``"a",-1.5,{"a":-1.5,"b":-2.5},17``: numbers have 24 characters at most."""
+ANY_OBJECT: Final = Constraint("json_schema", '{"type": "object"}')
+_NAMED: Final = {"name", "schema"}
 
 CHAT_SCORES: Final = ScoreForm(own=92, top=68, listed=4)
 """``{"token":"a","logprob":-1.5,"bytes":[97],"top_logprobs":[]}``."""
 
-_PROMPT: Final = ScoreForm(own=94, top=90)
+PROMPT_SCORES: Final = ScoreForm(own=94, top=90)
 """``"17":{"logprob":-1.5,"rank":1,"decoded_token":"a"}``."""
+
+_ECHO: Final = ScoreForm(own=72, top=32, named=2)
+"""``"a",-1.5,{"a":-1.5,"b":-2.5},17``: numbers have 24 characters at most."""
 
 _ID: Final = 8
 
-
-def chat_call(fields: ChatFields, base: str) -> GenerateCall:
-    """The call for a chat request.
-
-    Raises:
-        InvalidField: fields contradict each other, or one is outside its range.
-    """
-    return conversation_call(fields, template_messages(fields.messages), tools_of(fields), base)
+# -------------------- parts
+# What every form needs, from values that may have any name in it.
 
 
-def conversation_call(
-    fields: ChatFields,
-    messages: tuple[Mapping[str, Any], ...],
-    use: ToolUse | None,
-    base: str,
-    form: AnswerForm | None = None,
-) -> GenerateCall:
-    """The call that continues a conversation.
+def adapter_named(model: str, base: str) -> str:
+    """The adapter that a request names as its model; empty for the base."""
+    if model != base:
+        model = model.removesuffix(_LATEST) or model
+    return "" if model == base else model
+
+
+def session_key(user: str | None) -> str:
+    """Keeps a user on the same target of a canary. Hashed, as the name may have any length."""
+    return hashlib.sha256(user.encode()).hexdigest() if user else ""
+
+
+def sampling_of(given: Mapping[str, Any]) -> Sampling:
+    """The sampling options that are set, under their names in `SamplingParams`.
 
     Args:
-        fields: everything but messages and tools.
-        messages: as a chat template gets them.
-        use: the tools that may be called.
-        form: of its scores; None: as chats have them.
+        given: fields of a request; others have no effect. None is unset. A ``top_k`` of -1 is
+            off, as in vLLM, and a negative seed stands for that of the same 64 bits.
+    """
+    options = {
+        name: value
+        for name in SamplingParams.__struct_fields__
+        if (value := given.get(name)) not in (None, {})
+    }
+    if "top_k" in options:
+        options["top_k"] = max(0, options["top_k"])
+    if "seed" in options:
+        options["seed"] %= 1 << 64
+    if "logit_bias" in options:
+        options["logit_bias"] = {int(id_): bias for id_, bias in options["logit_bias"].items()}
+    return Sampling(options)
+
+
+def stops_of(given: str | Sequence[str]) -> tuple[str, ...]:
+    """One stop string, or several."""
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+def template_variables(
+    given: Mapping[str, Any], enable_thinking: bool | None, verbosity: Verbosity | None
+) -> Mapping[str, Any]:
+    """Variables of a chat template that a caller sent, with those that have a field too.
+
+    Raises:
+        InvalidField: both say something else.
+    """
+    if enable_thinking is not None:
+        if given.get("enable_thinking", enable_thinking) is not enable_thinking:
+            raise invalid(
+                "enable_thinking", "differs from chat_template_kwargs: send one of them"
+            )
+        given = {**given, "enable_thinking": enable_thinking}
+    return given if verbosity is None else {"verbosity": verbosity, **given}
+
+
+def continues(messages: Sequence[MessageItem]) -> bool:
+    """Whether the last message says that the answer continues it."""
+    return bool(messages) and messages[-1].prefix
+
+
+def json_constraint(schema: dict[str, Any] | bool | str, field: str) -> dict[str, Constraint]:
+    """JSON that fits a schema, by the field that asks for it. A schema sent as text is passed
+    through: the core checks it. Raises InvalidField for one that is too long."""
+    if isinstance(schema, str):
+        return {field: Constraint("json_schema", schema)}
+    check_json_size(field, schema, MAX_SCHEMA)
+    return {field: Constraint("json_schema", json.dumps(schema))}
+
+
+def constrained(
+    use: ToolUse | None, answer: Mapping[str, Constraint], output: Mapping[str, Constraint]
+) -> dict[str, Any]:
+    """The arguments of `GenerateCall` about what the model may write.
+
+    Args:
+        use: the tools that it may or must call.
+        answer: what its answer must match, by the field that says so. If that is JSON, it may
+            call tools instead. A forced call takes the place of it, as in vLLM.
+        output: what all of its output must match.
+
+    Raises:
+        InvalidField: two fields say something else, or one leaves no room for a forced call.
+    """
+    field, constraint = "", None
+    for name, wanted in (*answer.items(), *output.items()):
+        if constraint is None:
+            field, constraint = name, wanted
+        elif wanted != constraint:
+            raise invalid(name, f"conflicts with {field}: use one constraint")
+    if use is not None and use.forced:
+        if constraint is not None and not answer:
+            raise invalid(field, "conflicts with a forced call: send one of them")
+        return {"constraint": use.constraint(), "tools": use}
+    free = constraint is None or (bool(answer) and constraint.kind == "json_schema")
+    return {
+        "constraint": constraint,
+        "constraint_field": field,
+        "tools": use if free else None,
+    }
+
+
+# -------------------- common fields
+# What chats and completions, and the forms with the same names for it, say alike.
+
+
+def common(
+    fields: CommonFields,
+    base: str,
+    use: ToolUse | None = None,
+    answer: Mapping[str, Constraint] | None = None,
+) -> dict[str, Any]:
+    """The arguments of `GenerateCall` for `CommonFields`, but for ``max_tokens``.
+
+    Args:
+        use, answer: as in `constrained`; None: ``response_format`` says it.
 
     Raises:
         InvalidField: fields contradict each other, or one is outside its range.
     """
+    options = fields.stream_options
+    if fields.stream and fields.prompt_logprobs is not None:
+        raise invalid("prompt_logprobs", "is not supported with stream: leave out one of them")
+    if not fields.stream and options != StreamOptions():
+        raise invalid("stream_options", "needs stream: set it to true")
+    if options.continuous_usage_stats and not options.include_usage:
+        raise invalid("stream_options.continuous_usage_stats", "needs include_usage")
+    return {
+        "adapter": adapter_named(fields.model, base),
+        "sampling": sampling_of({**dict(fields), "seed": _same(fields, "seed", "random_seed")}),
+        "stops": stops_of(fields.stop),
+        "stop_token_ids": tuple(fields.stop_token_ids),
+        "ignore_eos": fields.ignore_eos,
+        "min_tokens": fields.min_tokens,
+        "prompt_logprobs": fields.prompt_logprobs,
+        "truncate_prompt": fields.truncate_prompt_tokens,
+        "n": fields.n,
+        "use_prefix_cache": _same(fields, "use_prefix_cache", "cache_prompt"),
+        "cache_salt": fields.cache_salt,
+        "priority": fields.priority,
+        "session_key": session_key(fields.user),
+        **constrained(
+            use,
+            _answer_constraint(fields.response_format) if answer is None else answer,
+            _output_constraints(fields),
+        ),
+    }
+
+
+def _same(fields: CommonFields, name: str, other: str) -> Any:
+    """The value of a field with two names. Raises InvalidField if they differ."""
+    value, again = getattr(fields, name), getattr(fields, other)
+    if value is not None and again is not None and value != again:
+        raise invalid(other, f"differs from {name}: send one of them")
+    return again if value is None else value
+
+
+def answer_form(
+    fields: CommonFields, own: ScoreForm, prompts: list[ScoreForm], *, prompt_copies: int
+) -> AnswerForm:
+    """The form of an answer that has log-probabilities and token ids as chats or completions.
+
+    Args:
+        own, prompts: as in `AnswerForm`.
+        prompt_copies: how often an answer has what belongs to a prompt.
+    """
+    numbered, ids = fields.return_tokens_as_token_ids, _ID if fields.return_token_ids else 0
+    return AnswerForm(
+        replace(own, numbered=numbered),
+        # vLLM's own form always names tokens by their text.
+        tuple(
+            replace(each, copies=prompt_copies, numbered=numbered and each is not PROMPT_SCORES)
+            for each in prompts
+        ),
+        ids=ids,
+        prompt_ids=ids * prompt_copies,
+        prompt_field="output.echo" if prompts[:1] == [_ECHO] else "output.prompt_logprobs",
+    )
+
+
+def _output_constraints(fields: CommonFields) -> dict[str, Constraint]:
+    """What llama.cpp's and vLLM's fields demand of all of the output, by field."""
+    more = fields.structured_outputs or StructuredOutputs()
+    found: dict[str, Constraint] = {}
+    schemas = {
+        "guided_json": fields.guided_json,
+        "json_schema": fields.json_schema,
+        "structured_outputs.json": more.json_,
+    }
+    for name, schema in schemas.items():
+        if schema is not None:
+            found |= json_constraint(schema, name)
+    if more.json_object:
+        found["structured_outputs.json_object"] = ANY_OBJECT
+    texts: Mapping[str, tuple[Literal["regex", "grammar"], str | None]] = {
+        "guided_regex": ("regex", fields.guided_regex),
+        "regex": ("regex", fields.regex),
+        "structured_outputs.regex": ("regex", more.regex),
+        "guided_grammar": ("grammar", fields.guided_grammar),
+        "structured_outputs.grammar": ("grammar", more.grammar),
+    }
+    for name, (kind, text) in texts.items():
+        if text is not None:
+            found[name] = Constraint(kind, text)
+    choices = {
+        "guided_choice": fields.guided_choice,
+        "structured_outputs.choice": more.choice,
+    }
+    for name, one_of in choices.items():
+        if one_of is not None:
+            found[name] = choice(one_of, name)
+    return found
+
+
+def _answer_constraint(given: ResponseFormat | None) -> dict[str, Constraint]:
+    """What ``response_format`` demands, by field; nothing for any text. Raises InvalidField."""
+    if given is None:
+        return {}
+    field, value = "response_format", given.value if given.schema_ is None else given.schema_
+    if given.json_schema is not None:
+        if given.type != "json_schema":
+            raise invalid(f"{field}.json_schema", "needs the type 'json_schema'")
+        value = given.json_schema.schema_
+    if given.type == "text":
+        return {}
+    if given.type == "regex":
+        if not isinstance(value, str):
+            raise invalid(f"{field}.value", "is not a string: send the regular expression")
+        return {field: Constraint("regex", value)}
+    if value is None:
+        if given.type == "json_schema":
+            raise invalid(f"{field}.json_schema", "is missing: send the schema")
+        return {field: ANY_OBJECT}
+    if given.type == "json_schema" and isinstance(value, dict) and value.keys() == _NAMED:
+        value = value["schema"]  # Hugging Face's TGI has the name in there
+    return json_constraint(value, field)
+
+
+# -------------------- chats and completions
+
+
+def chat_call(fields: ChatFields, base: str, ignored: Ignored | None = None) -> GenerateCall:
+    """The call for a chat request.
+
+    Args:
+        ignored: takes tools that are not served; None: they are refused.
+
+    Raises:
+        InvalidField: fields contradict each other, or one is outside its range.
+    """
+    use, messages = tools_of(fields, ignored), template_messages(fields.messages)
     max_tokens = fields.max_tokens
     if fields.max_completion_tokens is not None:
         if max_tokens not in (None, fields.max_completion_tokens):
@@ -81,32 +318,24 @@ def conversation_call(
         max_tokens = fields.max_completion_tokens
     if fields.top_logprobs and not fields.logprobs:
         raise invalid("top_logprobs", "needs logprobs: set it to true")
-    common = _common(fields, base)
-    if use is not None and use.forced:
-        if common["constraint"] is not None and fields.response_format is None:
-            raise invalid(
-                "structured_outputs", "conflicts with a forced call: send one of them"
-            )
-        # As in vLLM, the call takes the place of a response format.
-        common["constraint"] = use.constraint()
-    # Only a response format leaves room for calls; vLLM's options are for all of the output.
-    free = common["constraint"] is None or fields.response_format is not None
     options = TemplateOptions.of(
-        fields.chat_template_kwargs,
+        template_variables(
+            fields.chat_template_kwargs, fields.enable_thinking, fields.verbosity
+        ),
         fields.reasoning_effort,
         fields.add_generation_prompt,
-        fields.continue_final_message,
+        fields.continue_final_message or continues(fields.messages),
     )
     return GenerateCall(
         input=ChatMessages(messages, options, () if use is None else use.tools),
-        form=form or _form(fields, CHAT_SCORES, [_PROMPT], prompt_copies=1),
+        form=answer_form(fields, CHAT_SCORES, [PROMPT_SCORES], prompt_copies=1),
         include_reasoning=fields.include_reasoning,
         max_tokens=max_tokens,
+        open_ended=True,
+        clamped=True,  # opencode and qwen-code ask for 32,000, however large the context is
         logprobs=fields.logprobs,
         top_logprobs=fields.top_logprobs,
-        echo=False,
-        tools=use if free or (use is not None and use.forced) else None,
-        **common,
+        **common(fields, base, use),
     )
 
 
@@ -116,12 +345,11 @@ def completion_calls(fields: CompletionFields, base: str) -> list[GenerateCall]:
     Raises:
         InvalidField: fields contradict each other, or one is outside its range.
     """
-    if fields.best_of is not None and fields.best_of != fields.n:
-        raise invalid("best_of", "is not supported: use n, and choose by log-probability")
-    common = _common(fields, base)
+    check_best_of(fields.best_of, fields.n)
     echoed = [_ECHO] if fields.echo and fields.logprobs is not None else []
-    scored = [_PROMPT] if fields.prompt_logprobs is not None else []
-    form = _form(fields, _ECHO, [*echoed, *scored], prompt_copies=fields.n)
+    scored = [PROMPT_SCORES] if fields.prompt_logprobs is not None else []
+    shared = common(fields, base)
+    form = answer_form(fields, _ECHO, [*echoed, *scored], prompt_copies=fields.n)
     return [
         GenerateCall(
             form=form,
@@ -130,28 +358,16 @@ def completion_calls(fields: CompletionFields, base: str) -> list[GenerateCall]:
             logprobs=fields.logprobs is not None,
             top_logprobs=fields.logprobs or 0,
             echo=fields.echo,
-            **common,
+            **shared,
         )
         for prompt in _prompts(fields.prompt)
     ]
 
 
-def _form(
-    fields: CommonFields, own: ScoreForm, prompts: list[ScoreForm], *, prompt_copies: int
-) -> AnswerForm:
-    """Args: prompt_copies: how often an answer has what belongs to a prompt."""
-    numbered, ids = fields.return_tokens_as_token_ids, _ID if fields.return_token_ids else 0
-    return AnswerForm(
-        replace(own, numbered=numbered),
-        # vLLM's own form always names tokens by their text.
-        tuple(
-            replace(each, copies=prompt_copies, numbered=numbered and each is not _PROMPT)
-            for each in prompts
-        ),
-        ids=ids,
-        prompt_ids=ids * prompt_copies,
-        prompt_field="output.echo" if prompts[:1] == [_ECHO] else "output.prompt_logprobs",
-    )
+def check_best_of(best_of: int | None, n: int) -> None:
+    """Raises InvalidField for more candidates than answers."""
+    if best_of not in (None, n):
+        raise invalid("best_of", "is not supported: use n, and choose by log-probability")
 
 
 def _prompts(given: str | list[Any]) -> Sequence[str | list[int]]:
@@ -161,102 +377,3 @@ def _prompts(given: str | list[Any]) -> Sequence[str | list[int]]:
         raise invalid("prompt", "is empty: send at least one")
     # `CompletionFields` allows no other type next to them.
     return [given] if isinstance(given[0], int) else given
-
-
-def _check_options(fields: CommonFields) -> None:
-    options = fields.stream_options
-    if fields.stream and fields.prompt_logprobs is not None:
-        raise invalid("prompt_logprobs", "is not supported with stream: leave out one of them")
-    if not fields.stream and options != StreamOptions():
-        raise invalid("stream_options", "needs stream: set it to true")
-    if options.continuous_usage_stats and not options.include_usage:
-        raise invalid("stream_options.continuous_usage_stats", "needs include_usage")
-
-
-def _common(fields: CommonFields, base: str) -> dict[str, Any]:
-    """The arguments of `GenerateCall` that both endpoints share."""
-    _check_options(fields)
-    return {
-        "adapter": "" if fields.model == base else fields.model,
-        "sampling": _sampling(fields),
-        "stops": (fields.stop,) if isinstance(fields.stop, str) else tuple(fields.stop),
-        "stop_token_ids": tuple(fields.stop_token_ids),
-        "ignore_eos": fields.ignore_eos,
-        "min_tokens": fields.min_tokens,
-        "prompt_logprobs": fields.prompt_logprobs,
-        "truncate_prompt": fields.truncate_prompt_tokens,
-        "n": fields.n,
-        "constraint": _constraint(fields),
-        "use_prefix_cache": fields.use_prefix_cache,
-        "priority": fields.priority,
-        # Keeps a user on the same target of a canary. Hashed, as it may have any length.
-        "session_key": hashlib.sha256(fields.user.encode()).hexdigest() if fields.user else "",
-    }
-
-
-def _sampling(fields: CommonFields) -> Sampling:
-    """The options that are set; OpenAI and vLLM use the contract's names."""
-    given = {
-        name: value
-        for name in SamplingParams.__struct_fields__
-        if (value := getattr(fields, name)) not in (None, {})
-    }
-    if "top_k" in given:
-        given["top_k"] = max(0, given["top_k"])  # -1 means off, as in vLLM
-    if fields.logit_bias:
-        given["logit_bias"] = {int(token): bias for token, bias in fields.logit_bias.items()}
-    return Sampling(given)
-
-
-def _constraint(fields: CommonFields) -> Constraint | None:
-    found: list[tuple[str, Constraint]] = []
-
-    def add(name: str, constraint: Constraint) -> None:
-        found.append((name, constraint))
-
-    if (wanted := fields.response_format) is not None:
-        if wanted.type == "json_schema":
-            if wanted.json_schema is None:
-                raise invalid("response_format.json_schema", "is missing: send the schema")
-            schema = _schema_text(wanted.json_schema.schema_, "constraint.json_schema")
-            add("response_format", Constraint("json_schema", schema))
-        elif wanted.json_schema is not None:
-            raise invalid("response_format.json_schema", "needs the type 'json_schema'")
-        elif wanted.type == "json_object":
-            add("response_format", Constraint("json_schema", '{"type": "object"}'))
-    if fields.guided_json is not None:
-        add(
-            "guided_json",
-            Constraint("json_schema", _schema_text(fields.guided_json, "guided_json")),
-        )
-    if fields.guided_regex is not None:
-        add("guided_regex", Constraint("regex", fields.guided_regex))
-    if fields.guided_choice is not None:
-        add("guided_choice", choice(fields.guided_choice))
-    if fields.guided_grammar is not None:
-        add("guided_grammar", Constraint("grammar", fields.guided_grammar))
-    if (more := fields.structured_outputs) is not None:
-        if more.json_ is not None:
-            add(
-                "structured_outputs",
-                Constraint("json_schema", _schema_text(more.json_, "structured_outputs.json")),
-            )
-        if more.json_object:
-            add("structured_outputs", Constraint("json_schema", '{"type": "object"}'))
-        if more.regex is not None:
-            add("structured_outputs", Constraint("regex", more.regex))
-        if more.choice is not None:
-            add("structured_outputs", choice(more.choice))
-        if more.grammar is not None:
-            add("structured_outputs", Constraint("grammar", more.grammar))
-    if len(found) > 1:
-        raise invalid(found[1][0], f"conflicts with {found[0][0]}: use one constraint")
-    return found[0][1] if found else None
-
-
-def _schema_text(schema: dict[str, Any] | bool | str, field: str) -> str:
-    """A schema as JSON text. One sent as text is passed through: the core checks it."""
-    if isinstance(schema, str):
-        return schema
-    check_json_size(field, schema, MAX_SCHEMA)
-    return json.dumps(schema)

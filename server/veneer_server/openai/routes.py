@@ -6,8 +6,7 @@ import re
 import time
 import uuid
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from typing import Any, Final
 
 from fastapi import FastAPI, HTTPException, Request
@@ -23,48 +22,150 @@ from veneer_registry.errors import (
 )
 
 from veneer_server import __version__
-from veneer_server.access.authenticate import Access, Credentials
+from veneer_server.access.authenticate import Credentials
+from veneer_server.access.caller import Caller
 from veneer_server.access.certificates import NOT_SHOWN
 from veneer_server.access.methods import HTTP_PATHS, METHODS
-from veneer_server.access.principal import ANYONE, PRINCIPAL
-from veneer_server.errors import detail_for_log, internal_error
-from veneer_server.logs import REQUEST_ID, get_logger
-from veneer_server.openai.endpoints.core import Core
-from veneer_server.openai.endpoints.lora import LoadEndpoint, UnloadEndpoint
-from veneer_server.openai.endpoints.models import model_routes
-from veneer_server.openai.endpoints.pause import pause_routes
-from veneer_server.openai.endpoints.server_info import server_info_routes
-from veneer_server.openai.endpoints.state import state_routes
-from veneer_server.openai.endpoints.tokenize import DetokenizeEndpoint, TokenizeEndpoint
+from veneer_server.access.principal import ANYONE
+from veneer_server.errors import internal_error
+from veneer_server.logs import get_logger
+from veneer_server.openai.core import ServingCore
 from veneer_server.openai.errors import PACED, HttpError, http_failure
 from veneer_server.openai.generate import ChatEndpoint, CompletionEndpoint
 from veneer_server.openai.http.asgi import (
     ABORT,
     CERTIFICATE,
+    CONTEXT,
     EARNED,
+    MODEL,
     Receive,
     Scope,
     Send,
     check_json,
+    context_of,
 )
 from veneer_server.openai.http.cors import Cors
-from veneer_server.openai.messages.endpoint import MessagesEndpoint
-from veneer_server.openai.responses.endpoint import ResponsesEndpoint
-from veneer_server.quotas.standing import rate_headers
-from veneer_server.replication.asked import ASKED, Asked
-from veneer_server.serving.who import CALLER
-from veneer_server.system.hosts import AllowedHosts, foreign_page
-from veneer_server.telemetry.tracing import INGRESS, Ingress
-
-__all__ = ["Admission", "Edge", "make_app"]
-
-_REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
-_GENERATE: Final = frozenset(
-    {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"}
+from veneer_server.openai.json_endpoint import refuse
+from veneer_server.openai.lora import LoadEndpoint, UnloadEndpoint
+from veneer_server.openai.messages import CountEndpoint, MessagesEndpoint
+from veneer_server.openai.models import model_routes
+from veneer_server.openai.ollama import ollama_routes
+from veneer_server.openai.responses import (
+    ResponsesEndpoint,
+    conversation_routes,
+    response_routes,
 )
+from veneer_server.openai.server_state import pause_routes, server_info_routes, state_routes
+from veneer_server.openai.tokens import DetokenizeEndpoint, TokenizeEndpoint, TokensEndpoint
+from veneer_server.serving.gate import REQUEST_ID_FORM, CallContext
+from veneer_server.system.hosts import AllowedHosts, foreign_page
+
+# -------------------- not served
+# Paths of other servers' APIs that are not served, each with the sentence that says so.
+#
+# It stands alone because it is a table that grows by a line for each API that a client tries.
+
+_EMBEDDINGS: Final = "this server makes no embeddings: it generates text"
+_FILES: Final = "this server keeps no files: send the text in the request itself"
+_BATCHES: Final = (
+    "this server has no batches: send the requests at once, they are computed together"
+)
+_TRAINING: Final = (
+    "this server trains nothing: train an adapter with veneer-train, and publish it with "
+    "`veneer adapter push`"
+)
+_AUDIO: Final = "this server neither reads nor makes audio: only text is served"
+_IMAGES: Final = "this server neither reads nor makes images: only text is served"
+_VIDEOS: Final = "this server neither reads nor makes videos: only text is served"
+_REALTIME: Final = "this server has no realtime sessions: stream an answer with stream: true"
+_ASSISTANTS: Final = (
+    "this server has no assistants and no threads: send the conversation to "
+    "/v1/chat/completions or /v1/responses"
+)
+_STORES: Final = "this server has no vector stores: put what was found into a message"
+_EVALS: Final = "this server runs no evals: use `veneer-train eval`"
+_SCORES: Final = (
+    "this server does not rank, score, classify or pool texts: it generates text, with "
+    "log-probabilities if asked for them"
+)
+_SLEEP: Final = "this server does not sleep: /pause?mode=keep lets no step run until /resume"
+_MODELS: Final = (
+    "models are not changed through this API: publish, delete and alias adapters with "
+    "`veneer adapter`"
+)
+
+NOT_SERVED: Final[Mapping[str, str]] = {
+    "/v1/embeddings": _EMBEDDINGS,
+    "/embeddings": _EMBEDDINGS,
+    "/v1/files": _FILES,
+    "/v1/uploads": _FILES,
+    "/v1/containers": _FILES,
+    "/v1/batches": _BATCHES,
+    "/v1/messages/batches": _BATCHES,
+    "/v1/fine_tuning": _TRAINING,
+    "/v1/fine-tunes": _TRAINING,
+    "/v1/audio": _AUDIO,
+    "/v1/images": _IMAGES,
+    "/v1/videos": _VIDEOS,
+    "/v1/realtime": _REALTIME,
+    "/v1/moderations": "this server moderates nothing: use a model made for it",
+    "/v1/assistants": _ASSISTANTS,
+    "/v1/threads": _ASSISTANTS,
+    "/v1/vector_stores": _STORES,
+    "/v1/evals": _EVALS,
+    "/v1/graders": _EVALS,
+    "/rerank": _SCORES,
+    "/v1/rerank": _SCORES,
+    "/v2/rerank": _SCORES,
+    "/score": _SCORES,
+    "/v1/score": _SCORES,
+    "/classify": _SCORES,
+    "/v1/classify": _SCORES,
+    "/pooling": _SCORES,
+    "/v1/pooling": _SCORES,
+    "/sleep": _SLEEP,
+    "/wake_up": _SLEEP,
+    "/is_sleeping": _SLEEP,
+    "/api/embed": _EMBEDDINGS,
+    "/api/embeddings": _EMBEDDINGS,
+    "/api/pull": "this server pulls no models: publish an adapter with `veneer adapter push`",
+    "/api/push": "this server pushes no models: download an adapter with `veneer adapter pull`",
+    "/api/create": "this server makes no models: publish an adapter with `veneer adapter push`",
+    "/api/copy": "this server copies no models: name a revision with `veneer adapter alias`",
+    "/api/delete": _MODELS,
+    "/api/blobs": _MODELS,
+}
+"""Paths, and what an answer says for them and all below them."""
+
+
+def not_served(path: str) -> HttpError | None:
+    """The error of a path in the table, or below one; None for any other path."""
+    for known, why in NOT_SERVED.items():
+        if path == known or path.startswith(f"{known}/"):
+            return HttpError(404, "not_served", why)
+    return None
+
+
 _REFUSALS: Final = (InvalidField, Unauthenticated, PermissionDenied, Unavailable)
 """Of a request, before it gets to its path."""
 _MODEL: Final = "/v1/models/"
+_DEPLOYMENT: Final = re.compile(
+    r"/openai/deployments/([^/].*?)/((?:chat/)?completions|embeddings|(?:audio|images)/.*)",
+    re.S,
+)
+_AZURE: Final = re.compile(r"/openai/(?:v1/)?(?!deployments/|(?:un)?load_lora)(.+)", re.S)
+"""Not what changes anything: a proxy may keep callers from those paths."""
+_STORED: Final = (
+    (re.compile(r"/v1/responses/(?!input_tokens$)[^/]+"), "/v1/responses/{id}"),
+    (re.compile(r"/v1/responses/[^/]+/input_items"), "/v1/responses/{id}/input_items"),
+    (re.compile(r"/v1/conversations/[^/]+"), "/v1/conversations/{id}"),
+    (re.compile(r"/v1/conversations/[^/]+/items"), "/v1/conversations/{id}/items"),
+    (
+        re.compile(r"/v1/conversations/[^/]+/items/[^/]+"),
+        "/v1/conversations/{id}/items/{item}",
+    ),
+)
+"""Paths with the ids of what is stored, and how `METHODS` knows them."""
 _NO_ANSWER: Final = 499
 """The status by which metrics know requests whose callers left."""
 _SECONDS: Final = (0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80)
@@ -72,22 +173,8 @@ _SECONDS: Final = (0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80)
 _log = get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Admission:
-    """Who may call what.
-
-    Attributes:
-        cors: which pages of browsers may call.
-        elsewhere: methods that only another port answers.
-    """
-
-    access: Access
-    cors: Cors
-    elsewhere: frozenset[str]
-
-
-def make_app(core: Core, hosts: AllowedHosts, admission: Admission) -> Edge:
-    """The ASGI application."""
+def make_app(core: ServingCore, hosts: AllowedHosts, cors: Cors) -> Edge:
+    """The ASGI application. Args: cors: which pages of browsers may call."""
     app = FastAPI(
         title="Veneer",
         version=__version__,
@@ -100,7 +187,11 @@ def make_app(core: Core, hosts: AllowedHosts, admission: Admission) -> Edge:
             Route("/v1/chat/completions", ChatEndpoint(core), methods=["POST"]),
             Route("/v1/completions", CompletionEndpoint(core), methods=["POST"]),
             Route("/v1/responses", ResponsesEndpoint(core), methods=["POST"]),
+            *response_routes(core),
+            *conversation_routes(core),
             Route("/v1/messages", MessagesEndpoint(core), methods=["POST"]),
+            Route("/v1/messages/count_tokens", CountEndpoint(core), methods=["POST"]),
+            Route("/inference/v1/generate", TokensEndpoint(core), methods=["POST"]),
             Route("/tokenize", TokenizeEndpoint(core), methods=["POST"]),
             Route("/detokenize", DetokenizeEndpoint(core), methods=["POST"]),
             Route("/v1/load_lora_adapter", LoadEndpoint(core), methods=["POST"]),
@@ -109,50 +200,51 @@ def make_app(core: Core, hosts: AllowedHosts, admission: Admission) -> Edge:
             *pause_routes(core),
             *state_routes(core),
             *server_info_routes(core),
+            *ollama_routes(core),
         ],
     )
     _add_errors(app, core)
-    return Edge(app, core, hosts, admission)
+    return Edge(app, core, hosts, cors)
 
 
-def _add_errors(app: FastAPI, core: Core) -> None:
-    async def answer(error: VeneerError | HttpError) -> JSONResponse:
-        failure = http_failure(error)
+def _add_errors(app: FastAPI, core: ServingCore) -> None:
+    async def answer(request: Request, error: VeneerError | HttpError) -> JSONResponse:
+        failure = http_failure(error, request.url.path)
         if failure.status in PACED:
-            await core.pace.wait(CALLER.get())
+            await core.gate.pace.wait(context_of(request.scope).caller.peer)
         return JSONResponse(failure.body, failure.status, dict(failure.headers))
 
     @app.exception_handler(VeneerError)
     async def refused(request: Request, error: VeneerError) -> JSONResponse:
-        core.audit.note(f"{request.method} {_listed(request.url.path)}", CALLER.get(), error)
-        core.metrics.failures.labels(error.reason).inc()
-        return await answer(error)
+        core.gate.failed(context_of(request.scope), error)
+        return await answer(request, error)
+
+    @app.exception_handler(HttpError)
+    async def rejected(request: Request, error: HttpError) -> JSONResponse:
+        return await answer(request, error)
 
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> JSONResponse:
-        failure = internal_error(REQUEST_ID.get())
-        core.metrics.failures.labels(failure.reason).inc()
-        return await answer(failure)
+        failure = internal_error(context_of(request.scope).caller.request_id)
+        core.gate.count(failure)
+        return await answer(request, failure)
 
     @app.exception_handler(404)
     async def unknown_path(request: Request, error: HTTPException) -> JSONResponse:
         # A path that `Edge` lists and no route matches: a model's name with a line break.
-        return await answer(_unknown_path(request.url.path))
+        return await answer(request, _unknown_path(request.url.path))
 
 
 class Edge:
     """The outermost layer: request id, metrics, and an answer whatever happens inside."""
 
     def __init__(
-        self, app: FastAPI, core: Core, hosts: AllowedHosts, admission: Admission
+        self, app: FastAPI, core: ServingCore, hosts: AllowedHosts, cors: Cors
     ) -> None:
         self._app = app
-        self._admission = admission
-        self._audit = core.audit
-        self._quotas = core.quotas
+        self._gate = core.gate
         self._hosts = hosts
-        self._pace = core.pace
-        self._failures = core.metrics.failures
+        self._cors = cors
         registry = core.metrics.registry
         self._requests = Counter(
             "veneer_http_requests_total",
@@ -178,13 +270,12 @@ class Edge:
             )
 
     async def _admit(
-        self, scope: Scope, headers: Mapping[bytes, bytes]
+        self, scope: Scope, context: CallContext, headers: Mapping[str, str]
     ) -> AbstractContextManager[None]:
         """Raises if the caller may not use the path; ends the block that it returns once the
         caller may not any more. Paths that are not listed do not exist."""
-        verb, path = scope["method"], _listed(scope["path"])
+        verb = "GET" if scope["method"] == "HEAD" else scope["method"]
         allowed = _methods_of(scope["path"])
-        verb = "GET" if verb == "HEAD" else verb
         if verb not in allowed:
             takes = ", ".join(sorted(allowed))
             raise HttpError(
@@ -193,26 +284,19 @@ class Edge:
                 f"{verb} is not allowed on {scope['path'][:100]}: use {takes}",
                 {"allow": takes},
             )
-        text = {
-            name.decode("latin-1"): value.decode("latin-1") for name, value in headers.items()
-        }
-        INGRESS.set(Ingress.of(f"{verb} {path}", text))
-        certificate = scope.get("state", {}).get(CERTIFICATE, NOT_SHOWN)
-        credentials = Credentials.of_headers(text, certificate)
-        access, elsewhere = self._admission.access, self._admission.elsewhere
-        if not (access.asks and credentials.secret):
-            self._check_page(verb, text)
-        principal = await access.admit(f"{verb} {path}", credentials, elsewhere)
-        if principal is not ANYONE:
-            _earned(scope, principal.tenant)
-        ASKED.set(Asked.of(text))
-        if path in _GENERATE:  # an answer that has begun is not cut off
-            return nullcontext()
-        return access.while_admitted(f"{verb} {path}", credentials, elsewhere)
+        certificate = scope["state"].get(CERTIFICATE, NOT_SHOWN)
+        credentials = Credentials.of_headers(headers, certificate)
+        gate = self._gate
+        if not (gate.access.asks and credentials.secret):
+            self._check_page(verb, headers)
+        admitted = await gate.admit(context, credentials)
+        if context.caller.principal is not ANYONE:
+            _earned(scope, context.caller.tenant)
+        return admitted
 
     def _check_page(self, verb: str, headers: Mapping[str, str]) -> None:
         """A browser sends a request for whatever page its user has open."""
-        if foreign_page(verb, headers, self._admission.cors.allows):
+        if foreign_page(verb, headers, self._cors.allows):
             page = headers.get("origin", "another origin")
             raise HttpError(
                 403,
@@ -225,11 +309,17 @@ class Edge:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
+        _take_azures_path(scope)
         headers = dict(scope["headers"])
-        request_id = _request_id(headers.get(b"x-request-id", b""))
-        REQUEST_ID.set(request_id)
+        text = {
+            name.decode("latin-1"): value.decode("latin-1") for name, value in headers.items()
+        }
         host, port = scope.get("client") or ("", 0)
-        CALLER.set(f"{host}:{port}")
+        method = f"{scope['method']} {_listed(scope['path'])}"[:200]
+        request_id = _request_id(text.get("x-request-id", ""))
+        caller = Caller.arriving(method, f"{host}:{port}", request_id, text)
+        self._gate.arrived(caller)
+        context = scope.setdefault("state", {})[CONTEXT] = CallContext(caller)
         status = _NO_ANSWER
 
         async def tagged(message: Any) -> None:
@@ -239,33 +329,24 @@ class Edge:
                 message["headers"] = [
                     *message["headers"],
                     (b"x-request-id", request_id.encode()),
-                    *self._limits(scope),
-                    *self._admission.cors.headers(headers),
+                    *self._limits(context.caller),
+                    *self._cors.headers(headers),
                 ]
             await send(message)
 
         try:
             self._check_host(headers.get(b"host"))
-            if self._admission.cors.asks(scope["method"], headers):
+            if self._cors.asks(scope["method"], headers):
                 await self._preflight(scope["path"], headers)(scope, receive, tagged)
                 return
-            with await self._admit(scope, headers):
+            with await self._admit(scope, context, text):
                 await self._app(scope, receive, tagged)
         except (HttpError, *_REFUSALS) as error:
-            reason = error.code if isinstance(error, HttpError) else error.reason
-            if isinstance(error, VeneerError):
-                self._failures.labels(reason).inc()
-                self._audit.note(
-                    f"{scope['method']} {_listed(scope['path'])}"[:200], CALLER.get(), error
-                )
-            why = {"reason": reason, **detail_for_log(error)}
-            _log.often(reason, "call refused", method="http", **why)
-            if not isinstance(error, Unavailable):  # that is not the caller's fault
-                await self._pace.wait(CALLER.get())
+            await refuse(self._gate, context, error, method="http")
             if status != _NO_ANSWER:  # a part of it has been sent
                 scope["state"][ABORT]()
                 return
-            failure = http_failure(error)
+            failure = http_failure(error, scope["path"])
             answer = JSONResponse(failure.body, failure.status, dict(failure.headers))
             await answer(scope, receive, tagged)
         except Exception as error:
@@ -275,21 +356,18 @@ class Edge:
             path = _listed(scope["path"])
             path = path if path in HTTP_PATHS else "other"
             self._requests.labels(path, str(status)).inc()
-            if status < 400 and not self._admission.access.asks:
+            if status < 400 and not self._gate.access.asks:
                 _earned(scope, "")
             self._seconds.labels(path).observe(time.perf_counter() - started)
 
     def _preflight(self, path: str, headers: Mapping[bytes, bytes]) -> Response:
         answer = Response(status_code=204)
-        answer.raw_headers += self._admission.cors.preflight(headers, _methods_of(path))
+        answer.raw_headers += self._cors.preflight(headers, _methods_of(path))
         return answer
 
-    def _limits(self, scope: Scope) -> list[tuple[bytes, bytes]]:
+    def _limits(self, caller: Caller) -> list[tuple[bytes, bytes]]:
         """What is left of the caller's limits, for requests that count towards them."""
-        if scope["path"] not in _GENERATE:
-            return []
-        found = rate_headers(self._quotas, PRINCIPAL.get().accounts)
-        return [(name.encode(), value.encode()) for name, value in found]
+        return [(name.encode(), value.encode()) for name, value in self._gate.limits(caller)]
 
     def malformed(self, error: HttpError) -> None:
         """Count a request that was not valid HTTP."""
@@ -302,7 +380,18 @@ def _earned(scope: Scope, tenant: str) -> None:
         earned(tenant)
 
 
+def _take_azures_path(scope: Scope) -> None:
+    """Make Azure's paths ours: one with a deployment's name names the model."""
+    if found := _DEPLOYMENT.fullmatch(scope["path"]):
+        scope["path"] = f"/v1/{found[2]}"
+        scope.setdefault("state", {})[MODEL] = found[1]
+    elif found := _AZURE.fullmatch(scope["path"]):
+        scope["path"] = f"/v1/{found[1]}"
+
+
 def _unknown_path(path: str) -> HttpError:
+    if (missing := not_served(path)) is not None:
+        return missing
     known = ", ".join(sorted(HTTP_PATHS))
     return HttpError(404, "unknown_url", f"unknown path {path[:100]!r}: use {known}")
 
@@ -318,10 +407,11 @@ def _methods_of(path: str) -> list[str]:
 
 def _listed(path: str) -> str:
     """The path by which `METHODS` and metrics know it."""
-    return "/v1/models" if path.startswith(_MODEL) and path != _MODEL else path
+    if path.startswith(_MODEL) and path != _MODEL:
+        return "/v1/models"
+    return next((name for form, name in _STORED if form.fullmatch(path)), path)
 
 
-def _request_id(given: bytes) -> str:
+def _request_id(given: str) -> str:
     """The caller's request id if it is usable, since proxies send odd ones; else a new one."""
-    text = given.decode("latin-1")
-    return text if _REQUEST_ID.fullmatch(text) else uuid.uuid4().hex
+    return given if REQUEST_ID_FORM.fullmatch(given) else uuid.uuid4().hex

@@ -15,8 +15,6 @@ from veneer_registry.extras import missing_extra
 
 from veneer_server.config import OPTIONS, Option
 
-__all__ = ["Debug", "Json", "guarded", "options", "with_flags"]
-
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 

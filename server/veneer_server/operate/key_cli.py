@@ -26,8 +26,6 @@ from veneer_server.quotas.quota import Quota
 if TYPE_CHECKING:
     from veneer_server.access.edit_keys import NewKey
 
-__all__ = ["key_cli"]
-
 key_cli = Program(help="Create, list and revoke API keys.")
 
 _LIMITS = [field.name.replace("_", "-") for field in fields(Quota)]

@@ -12,8 +12,6 @@ from veneer_registry.command_line import Program
 from veneer_server.config import load_config
 from veneer_server.operate.flags import Debug, guarded, options, with_flags
 
-__all__ = ["model_cli"]
-
 model_cli = Program(help="Manage base models on this machine.")
 
 _Name = Annotated[str, typer.Argument(help="smollm2-135m or a hub name.")]

@@ -12,8 +12,6 @@ from veneer_server.access.principal import DEFAULT_TENANT
 from veneer_server.config import load_config
 from veneer_server.operate.flags import Debug, Json, guarded, options, with_flags
 
-__all__ = ["store_cli"]
-
 store_cli = Program(
     help="Verify, clean up and recover stored adapters.",
     guesses={

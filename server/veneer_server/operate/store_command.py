@@ -14,10 +14,7 @@ from veneer_registry.errors import InvalidField
 from veneer_registry.terminal import Guard
 
 from veneer_server.access.principal import DEFAULT_TENANT
-from veneer_server.serving.tenants import FOLDER
-from veneer_server.serving.tenants.places import PlacesConfig, address_of, objects_of
-
-__all__ = ["collect", "recover", "verify", "verify_elsewhere"]
+from veneer_server.serving.tenants import FOLDER, LocationConfig, address_of, objects_of
 
 _MIB = 1 << 20
 
@@ -42,7 +39,7 @@ def verify(
 
 
 def verify_elsewhere(
-    config: PlacesConfig,
+    config: LocationConfig,
     tenant: str,
     tell: Callable[[str], None],
     *,

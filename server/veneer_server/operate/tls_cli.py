@@ -14,8 +14,6 @@ from veneer_registry.errors import InvalidField
 
 from veneer_server.operate.flags import Debug, guarded
 
-__all__ = ["tls_cli"]
-
 tls_cli = Program(help="Create TLS certificates.")
 
 

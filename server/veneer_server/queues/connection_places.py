@@ -22,8 +22,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
-__all__ = ["NEWCOMERS", "PROGRESS", "STALLED_S", "Place", "Places", "host_of"]
-
 STALLED_S: Final = 2.0
 """A connection stalls if it sends fewer than `PROGRESS` bytes for this long."""
 
@@ -35,7 +33,7 @@ NEWCOMERS: Final = 8
 
 
 @dataclass(slots=True, eq=False)
-class Place:
+class OpenConnection:
     """One connection's.
 
     Attributes:
@@ -51,13 +49,13 @@ class Place:
     since: float
     owner: str | None = None
     sent: int = 0
-    queue: OrderedDict[Place, None] | None = field(default=None, repr=False)
+    queue: OrderedDict[OpenConnection, None] | None = field(default=None, repr=False)
 
 
-_Queues = dict[str, OrderedDict[Place, None]]
+_Queues = dict[str, OrderedDict[OpenConnection, None]]
 
 
-class Places:
+class OpenConnections:
     """The open connections of one port, of which some wait for their peer. Belongs to one event
     loop."""
 
@@ -86,13 +84,13 @@ class Places:
     def __len__(self) -> int:
         return self._count
 
-    def join(self, host: str, since: float | None = None) -> Place:
+    def join(self, host: str, since: float | None = None) -> OpenConnection:
         """A connection was opened; it waits for its first request.
 
         Args:
             since: when, at the earliest; None: now.
         """
-        place = Place(host, f"host {host}", self._clock())
+        place = OpenConnection(host, f"host {host}", self._clock())
         self._count += 1
         self._of[place.whose] += 1
         self._wait(place, self._strangers)
@@ -107,14 +105,14 @@ class Places:
                 place.queue.move_to_end(each)
         return place
 
-    def leave(self, place: Place) -> None:
+    def leave(self, place: OpenConnection) -> None:
         """It was closed, or is about to be."""
         self.busy(place)
         self._count -= 1
         self._callers -= place.owner is not None
         self._less(place.whose)
 
-    def progressed(self, place: Place, size: int = PROGRESS) -> None:
+    def progressed(self, place: OpenConnection, size: int = PROGRESS) -> None:
         """It has sent, or read, so many bytes."""
         place.sent += size
         if place.sent >= PROGRESS:
@@ -122,7 +120,7 @@ class Places:
             if place.queue is not None:
                 place.queue.move_to_end(place)
 
-    def busy(self, place: Place) -> None:
+    def busy(self, place: OpenConnection) -> None:
         """Its request is whole, and being answered."""
         if (queue := place.queue) is None:
             return
@@ -134,7 +132,7 @@ class Places:
                     if queues.get(name) is queue:
                         del queues[name]
 
-    def waits(self, place: Place, *, asking: bool) -> None:
+    def waits(self, place: OpenConnection, *, asking: bool) -> None:
         """It waits for its peer. Without keys a caller is a stranger again until its next
         request has been answered: everybody may have half of one.
 
@@ -148,11 +146,11 @@ class Places:
         else:
             self._wait(place, self._sending if asking else self._resting)
 
-    def watches(self, place: Place) -> None:
+    def watches(self, place: OpenConnection) -> None:
         """It has calls that only wait for news: it goes after others of its kind that wait."""
         self._wait(place, self._watching if place.owner is None else self._callers_watching)
 
-    def earns(self, place: Place, owner: str) -> Place | None:
+    def earns(self, place: OpenConnection, owner: str) -> OpenConnection | None:
         """It is a caller's from now on. Returns the caller's place that must be given up for
         it, if any; `leave` it."""
         if place.owner == owner:
@@ -176,8 +174,8 @@ class Places:
         return self._callers > self.most - max(1, self.most // NEWCOMERS)
 
     def victim(
-        self, delayed: Iterable[Place] = (), before: float = float("inf")
-    ) -> Place | None:
+        self, delayed: Iterable[OpenConnection] = (), before: float = float("inf")
+    ) -> OpenConnection | None:
         """The place to be given up next, if any.
 
         Args:
@@ -192,7 +190,7 @@ class Places:
             return found or self._worst(self._strangers, before)
         return self._worst(self._watching) or (self._of_callers(None) if self.keyless else None)
 
-    def alone(self, place: Place) -> bool:
+    def alone(self, place: OpenConnection) -> bool:
         """Whether no other place waits that could be given up for this stranger's."""
         mine = self._strangers.get(place.host)
         others = len(self._strangers) > 1 or mine is None or len(mine) > 1 or self._watching
@@ -209,7 +207,7 @@ class Places:
             self._callers_watching,
         )
 
-    def _of_callers(self, but: Place | None) -> Place | None:
+    def _of_callers(self, but: OpenConnection | None) -> OpenConnection | None:
         """A caller's place. Args: but: not this one."""
         late = self._clock() - STALLED_S
         if (found := self._worst(self._sending, late)) not in (None, but):
@@ -219,17 +217,17 @@ class Places:
             self._callers_watching.values(), but=but
         )
 
-    def _worst(self, queues: _Queues, before: float = float("inf")) -> Place | None:
+    def _worst(self, queues: _Queues, before: float = float("inf")) -> OpenConnection | None:
         """The place that made progress longest ago, of the host or owner that has most.
         Args: before: only one that has made none since then."""
         return self._of_most(queues.values(), before)
 
     def _of_most(
         self,
-        queues: Iterable[OrderedDict[Place, None]],
+        queues: Iterable[OrderedDict[OpenConnection, None]],
         before: float = float("inf"),
-        but: Place | None = None,
-    ) -> Place | None:
+        but: OpenConnection | None = None,
+    ) -> OpenConnection | None:
         worst, most = None, 0
         for queue in queues:
             first = next((each for each in queue if each is not but), None)
@@ -239,7 +237,7 @@ class Places:
                 worst, most = first, count
         return worst
 
-    def _whose_is(self, place: Place, owner: str | None) -> None:
+    def _whose_is(self, place: OpenConnection, owner: str | None) -> None:
         if place.owner != owner:
             self.busy(place)
             self._less(place.whose)
@@ -248,7 +246,7 @@ class Places:
             place.whose = f"host {place.host}" if owner is None else f"owner {owner}"
             self._of[place.whose] += 1
 
-    def _wait(self, place: Place, queues: _Queues) -> None:
+    def _wait(self, place: OpenConnection, queues: _Queues) -> None:
         name = place.owner if place.owner is not None else place.host
         if place.queue is not None and place.queue is queues.get(name):
             return

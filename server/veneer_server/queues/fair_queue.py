@@ -10,8 +10,6 @@ from typing import Final, Generic, TypeVar
 from veneer_server.queues.fairness import Sender
 from veneer_server.queues.recent import Recent
 
-__all__ = ["FairQueue", "SenderQueue"]
-
 _KNOWN: Final = 1000
 
 K = TypeVar("K", bound=Hashable)

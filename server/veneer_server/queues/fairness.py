@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Final, NamedTuple
-
-__all__ = [
-    *("FAIRNESS", "GATEWAY_HEADERS", "MAX_PRIORITY", "MAX_WEIGHT", "MIN_WEIGHT", "NOBODY"),
-    *("NOBODYS", "Fairness", "Routed", "Sender", "Weights", "fairness_of"),
-]
 
 MIN_WEIGHT: Final = 0.001
 MAX_WEIGHT: Final = 1000.0
@@ -56,7 +50,7 @@ class Routed:
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
+class FairWeights:
     """What the keys file says about shares.
 
     Attributes:
@@ -113,15 +107,9 @@ class Sender(NamedTuple):
 NOBODY: Final = Sender()
 """The server itself."""
 
-NOBODYS: Final = Fairness()
-"""That of what no caller asks for: the server's own requests."""
-
-FAIRNESS: ContextVar[Fairness] = ContextVar("fairness", default=NOBODYS)
-"""Of the current call."""
-
 
 def fairness_of(
-    tenant: str, gateway: bool, routed: Routed, weights: Weights | None
+    tenant: str, gateway: bool, routed: Routed, weights: FairWeights | None
 ) -> Fairness:
     """Of a caller's call. What it says counts only if it is a gateway, else anybody could take
     another's share."""

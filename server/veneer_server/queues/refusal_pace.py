@@ -15,8 +15,6 @@ from typing import Final
 
 from veneer_server.queues.recent import Recent
 
-__all__ = ["BURST", "LONGEST_S", "MOST", "PIECE", "RATE", "Pace"]
-
 RATE: Final = 100
 """Refusals per second and host that are not delayed; the default of ``--refusal-rate``."""
 
@@ -36,7 +34,7 @@ _KNOWN: Final = 4096
 """Most hosts that are remembered."""
 
 
-class Pace:
+class RefusalPace:
     """How long refusals are delayed. Belongs to one event loop."""
 
     def __init__(

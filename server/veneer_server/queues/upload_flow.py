@@ -8,10 +8,8 @@ from typing import Final
 
 from veneer_server.system.machine import usable_cores
 
-__all__ = ["BYTES_A_SECOND", "UploadFlow"]
-
 BYTES_A_SECOND: Final = 8 << 20
-"""For each CPU that the server may use. Measured: docs/decisions/0063-swap-and-churn.md."""
+"""For each CPU that the server may use. Measured: docs/measurements/swap-and-churn.md."""
 
 _LOOK_S: Final = 0.05
 """How often a held upload looks whether sequences still run."""

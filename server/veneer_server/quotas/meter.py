@@ -12,8 +12,6 @@ from veneer_server.quotas.rates import Quotas, Reservation
 from veneer_server.quotas.standing import rate_headers
 from veneer_server.quotas.usage import UsageBook
 
-__all__ = ["Counted", "Meter", "Metered"]
-
 
 class Meter:
     """Belongs to one event loop."""

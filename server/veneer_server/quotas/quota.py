@@ -9,8 +9,6 @@ from typing import Any, Final
 
 from veneer_server.config.kinds import BYTES
 
-__all__ = ["MAX_LIMIT", "NONE", "UNLIMITED", "Account", "Quota", "QuotaInvalid", "parse_quota"]
-
 MAX_LIMIT: Final = 10**15
 """Largest value of a limit: sums of a few are exact as floating-point numbers."""
 

@@ -23,8 +23,6 @@ from veneer_registry.errors import QuotaExceeded, RateLimitExceeded, VeneerError
 
 from veneer_server.quotas.quota import Account
 
-__all__ = ["MAX_ACCOUNTS", "Bucket", "Quotas", "Reservation"]
-
 MAX_ACCOUNTS: Final = 32_768
 """Accounts whose use is remembered: more than a keys file can list. Of others (subjects of
 tokens) the one that was used least recently starts anew."""

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from veneer_server.quotas.quota import Account
 from veneer_server.quotas.rates import Quotas
 
-__all__ = ["duration", "rate_headers"]
-
 
 def rate_headers(quotas: Quotas, accounts: Sequence[Account]) -> tuple[tuple[str, str], ...]:
     """``x-ratelimit-{limit,remaining,reset}-{requests,tokens}``: HTTP headers, or gRPC

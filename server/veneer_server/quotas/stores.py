@@ -7,10 +7,8 @@ from typing import NamedTuple, Protocol
 
 from veneer_registry.records import UploadRequest
 
-__all__ = ["Stored", "Stores"]
 
-
-class Stored(NamedTuple):
+class TenantStorage(NamedTuple):
     """Attributes:
     adapters: names.
     bytes: of all revisions that are kept; content that several share counts once.
@@ -26,10 +24,10 @@ class Stores(Protocol):
     def tenants(self) -> Sequence[str]:
         """Those that may store something."""
 
-    def stored(self, tenant: str) -> Stored:
+    def stored(self, tenant: str) -> TenantStorage:
         """What a tenant stores."""
 
-    def adds(self, tenant: str, request: UploadRequest) -> Stored:
+    def adds(self, tenant: str, request: UploadRequest) -> TenantStorage:
         """What it would store beyond that, were an upload published."""
 
     def there(self, tenant: str, request: UploadRequest) -> int:

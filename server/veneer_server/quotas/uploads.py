@@ -11,12 +11,10 @@ from veneer_registry.errors import QuotaExceeded
 from veneer_registry.records import UploadRequest
 
 from veneer_server.quotas.quota import Account
-from veneer_server.quotas.stores import Stored, Stores
+from veneer_server.quotas.stores import Stores, TenantStorage
 from veneer_server.quotas.usage import UsageBook
 
-__all__ = ["UploadQuotas", "UploadReservation"]
-
-_NOTHING: Final = Stored(0, 0)
+_NOTHING: Final = TenantStorage(0, 0)
 
 
 class UploadQuotas:
@@ -75,10 +73,12 @@ class UploadQuotas:
             self._sending[account.id] += sending
         return UploadReservation(self, tenant, adds, [a.id for a in by_day], sending)
 
-    async def _look(self, tenant: str, request: UploadRequest) -> tuple[Stored, Stored]:
+    async def _look(
+        self, tenant: str, request: UploadRequest
+    ) -> tuple[TenantStorage, TenantStorage]:
         """What is stored, and what the upload adds."""
 
-        def look() -> tuple[Stored, Stored]:
+        def look() -> tuple[TenantStorage, TenantStorage]:
             return self._stores.stored(tenant), self._stores.adds(tenant, request)
 
         while True:
@@ -90,7 +90,7 @@ class UploadQuotas:
             # we looked.
 
     def _check_stored(
-        self, account: Account, tenant: str, stored: Stored, adds: Stored
+        self, account: Account, tenant: str, stored: TenantStorage, adds: TenantStorage
     ) -> None:
         for name, limit, has, more, what in (
             (
@@ -147,7 +147,9 @@ class UploadQuotas:
             self._book.upload(account, size)
             self._sending[account] -= reserved
 
-    def release(self, tenant: str, adds: Stored, accounts: Sequence[str], rest: int) -> None:
+    def release(
+        self, tenant: str, adds: TenantStorage, accounts: Sequence[str], rest: int
+    ) -> None:
         """Give back what an upload has reserved and not used."""
         self._ended += 1
         for counter, key, count in (
@@ -167,7 +169,7 @@ class UploadReservation:
         self,
         quotas: UploadQuotas,
         tenant: str,
-        adds: Stored,
+        adds: TenantStorage,
         accounts: Sequence[str],
         sending: int,
     ) -> None:

@@ -19,9 +19,7 @@ from veneer_registry.errors import InvalidField, VeneerError
 
 from veneer_server.logs import get_logger
 from veneer_server.quotas.stores import Stores
-from veneer_server.quotas.usage_store import HOUR_S, MAX_DAYS, Batch, Counts, UsageStore
-
-__all__ = ["COMMIT_S", "DAY_S", "MEASURE_S", "Report", "UsageBook"]
+from veneer_server.quotas.usage_store import HOUR_S, MAX_DAYS, Batch, UsageCounts, UsageStore
 
 COMMIT_S: Final = 5.0
 """Seconds from a count to its commit."""
@@ -35,14 +33,14 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class PeriodUsage:
     """What was used in a period.
 
     Attributes:
         start, end: of the period, in Unix seconds.
     """
 
-    counts: Mapping[str, Counts]
+    counts: Mapping[str, UsageCounts]
     start: float
     end: float
 
@@ -66,14 +64,14 @@ class UsageBook:
     ) -> None:
         """Args: clock: Unix seconds. It may be set at any time; that changes only the hour or
         day under which something is counted."""
-        self.totals: defaultdict[str, Counts] = defaultdict(Counts)
+        self.totals: defaultdict[str, UsageCounts] = defaultdict(UsageCounts)
         self.stored: dict[str, int] = {}
         self._store = store
         self._stores = stores
         self._commit_s = commit_s
         self._measure_s = measure_s
         self._clock = clock
-        self._kept: defaultdict[str, Counts] = defaultdict(Counts)
+        self._kept: defaultdict[str, UsageCounts] = defaultdict(UsageCounts)
         """Of the totals, what is in the store or in the batch that waits."""
         self._changed: set[str] = set()
         self._uploaded = store.uploaded()
@@ -94,7 +92,7 @@ class UsageBook:
 
     # ------------------------------------------------------------------- counting
 
-    def of(self, tenant: str) -> Counts:
+    def of(self, tenant: str) -> UsageCounts:
         """A tenant's counts, to be added to; then call `touch`."""
         return self.totals[tenant]
 
@@ -176,7 +174,7 @@ class UsageBook:
 
     async def report(
         self, tenant: str | None, start: float | None, end: float | None
-    ) -> Report:
+    ) -> PeriodUsage:
         """What was used in a period of whole hours (UTC), what is not committed yet included.
 
         Args:
@@ -209,7 +207,7 @@ class UsageBook:
             counts = found.counts
             if first is None or first <= self._hour() < last:
                 self._add_uncommitted(counts, tenant, found.batch)
-        return Report(
+        return PeriodUsage(
             counts,
             self._store.since if first is None else float(first * HOUR_S),
             now if end is None else float(last * HOUR_S),
@@ -218,14 +216,14 @@ class UsageBook:
     # ---------------------------------------------------------------------- parts
 
     def _add_uncommitted(
-        self, counts: dict[str, Counts], tenant: str | None, batch: int
+        self, counts: dict[str, UsageCounts], tenant: str | None, batch: int
     ) -> None:
         waits = self._waits
         found = [] if waits is None or waits.number <= batch else [*waits.added.items()]
         found += [(name, self.totals[name] - self._kept[name]) for name in self._changed]
         for name, more in found:
             if tenant in (None, name):
-                counts[name] = counts.get(name, Counts()) + more
+                counts[name] = counts.get(name, UsageCounts()) + more
 
     def _batch(self) -> Batch:
         added = {name: self.totals[name] - self._kept[name] for name in self._changed}

@@ -10,13 +10,11 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from veneer_registry.database import connect, database_errors
+from veneer_registry.database import connect, database_errors, move_aside
 from veneer_registry.disk import create_file, disk_errors, sync
 from veneer_registry.errors import CatalogDamaged, FailedPrecondition
 
 from veneer_server.logs import get_logger
-
-__all__ = ["HOUR_S", "MAX_DAYS", "MAX_HOURS", "Batch", "Counts", "Found", "UsageStore"]
 
 MAX_HOURS: Final = 2400
 """Hours for which usage is kept by the hour; what was before is kept as one sum. They are
@@ -34,7 +32,7 @@ _log = get_logger(__name__)
 
 
 @dataclass(slots=True)
-class Counts:
+class UsageCounts:
     """What a tenant has used.
 
     Attributes:
@@ -48,14 +46,14 @@ class Counts:
     generated_tokens: int = 0
     adapter_byte_hours: float = 0.0
 
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+    def __add__(self, other: UsageCounts) -> UsageCounts:
+        return UsageCounts(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
-    def __sub__(self, other: Counts) -> Counts:
-        return Counts(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
+    def __sub__(self, other: UsageCounts) -> UsageCounts:
+        return UsageCounts(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
-_NAMES: Final = tuple(field.name for field in fields(Counts))
+_NAMES: Final = tuple(field.name for field in fields(UsageCounts))
 _COLUMNS: Final = ", ".join(_NAMES)
 _SUMS: Final = ", ".join(f"sum({name})" for name in _NAMES)
 _ADDED: Final = (
@@ -98,11 +96,11 @@ class Batch(NamedTuple):
 
     number: int
     hour: int
-    added: Mapping[str, Counts]
+    added: Mapping[str, UsageCounts]
     uploaded: Mapping[tuple[int, str], int]
 
 
-class Found(NamedTuple):
+class UsageFound(NamedTuple):
     """An answer of `UsageStore.report`.
 
     Attributes:
@@ -110,7 +108,7 @@ class Found(NamedTuple):
         oldest: the first hour that is kept by the hour, if older ones are not; else None.
     """
 
-    counts: dict[str, Counts]
+    counts: dict[str, UsageCounts]
     batch: int
     oldest: int | None
 
@@ -129,7 +127,7 @@ class UsageStore:
         try:
             self._db, self.since, self.batch = _open(path)
         except CatalogDamaged as error:
-            aside = _move_aside(path)
+            aside = move_aside(path)
             why = str(error.__cause__ or error)
             _log.error("usage file damaged, starting a new one", file=aside.name, why=why)
             self._db, self.since, self.batch = _open(path)
@@ -156,7 +154,7 @@ class UsageStore:
                 self._forget()
         self._hour = batch.hour
 
-    def report(self, tenant: str | None, start: int | None, end: int) -> Found:
+    def report(self, tenant: str | None, start: int | None, end: int) -> UsageFound:
         """Counts by tenant.
 
         Args:
@@ -179,8 +177,8 @@ class UsageStore:
                 "SELECT EXISTS (SELECT 1 FROM usage WHERE hour = ?)", (_BEFORE,)
             )
             ((oldest,),) = self._db.execute("SELECT min(hour) FROM usage WHERE hour >= 0")
-        counts = {name: Counts(*numbers) for name, *numbers in rows}
-        return Found(counts, batch, oldest if summed else None)
+        counts = {name: UsageCounts(*numbers) for name, *numbers in rows}
+        return UsageFound(counts, batch, oldest if summed else None)
 
     def uploaded(self) -> dict[tuple[int, str], int]:
         """Uploaded bytes by day and account."""
@@ -255,12 +253,3 @@ def _open(path: Path) -> tuple[sqlite3.Connection, float, int]:
             db.close()
             raise CatalogDamaged(f"quick_check: {sound}; facts: {facts[:2]}")
     return db, *facts[0]
-
-
-def _move_aside(path: Path) -> Path:
-    aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
-    for end in ("", "-wal", "-shm"):
-        file = path.with_name(path.name + end)
-        if file.exists():
-            file.rename(aside.with_name(aside.name + end))
-    return aside

@@ -28,13 +28,11 @@ from veneer_server.replication.states import (
     mark_of,
 )
 
-__all__ = ["Change", "Feed", "Followed"]
-
 KEPT: Final = 4096
 """Changes that a follower may be behind before it needs a snapshot."""
 
 
-class Followed(Protocol):
+class FeedSource(Protocol):
     """What followers mirror: see `veneer_registry.replicating`."""
 
     def follow(self, changed: Callable[[str, Entry | None], None]) -> Mapping[str, Entry]: ...
@@ -52,7 +50,7 @@ class Followed(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class FeedChange:
     """One change: a name's entry (None: it is gone), and its number."""
 
     sequence: int
@@ -71,15 +69,15 @@ class Feed:
     def __init__(self, *, kept: int = KEPT) -> None:
         self.run = secrets.token_hex(8)
         self.sequence = 0
-        self._registries: dict[str, Followed] = {}
+        self._registries: dict[str, FeedSource] = {}
         self._entries: dict[Key, Entry] = {}
         self._checksum = 0
-        self._row: deque[Change] = deque(maxlen=kept)
+        self._row: deque[FeedChange] = deque(maxlen=kept)
         self._waiting: set[asyncio.Future[None]] = set()
         self._closed = False
 
     def add(
-        self, tenant: str, registry: Followed, schedule: Callable[..., object] | None = None
+        self, tenant: str, registry: FeedSource, schedule: Callable[..., object] | None = None
     ) -> None:
         """Follow a registry that has just been opened.
 
@@ -107,7 +105,7 @@ class Feed:
         else:
             self._entries[key] = entry
         self.sequence += 1
-        self._row.append(Change(self.sequence, key, entry))
+        self._row.append(FeedChange(self.sequence, key, entry))
         self._wake()
 
     # ------------------------------------------------------------------- followers
@@ -120,14 +118,14 @@ class Feed:
         """All names now."""
         return self.heartbeat(), dict(self._entries)
 
-    def after(self, run: str, sequence: int) -> tuple[Change, ...] | None:
+    def after(self, run: str, sequence: int) -> tuple[FeedChange, ...] | None:
         """The changes after a number of a run; None if they are not, or no longer, kept."""
         oldest = self.sequence - len(self._row)
         if run != self.run or not oldest <= sequence <= self.sequence:
             return None
         return tuple(itertools.islice(self._row, sequence - oldest, None))
 
-    def told(self, change: Change) -> Told:
+    def told(self, change: FeedChange) -> Told:
         """A change with its rows. Reads the catalog: call it from a worker thread."""
         state = self.state(change.key, change.entry)
         return Told(state, change.sequence, change.sequence - 1)
@@ -173,7 +171,7 @@ class Feed:
 
     # ---------------------------------------------------------------------- facts
 
-    def registry(self, tenant: str) -> Followed | None:
+    def registry(self, tenant: str) -> FeedSource | None:
         """The registry of a tenant that is open."""
         return self._registries.get(tenant)
 

@@ -11,8 +11,6 @@ from typing import Literal
 
 from veneer_server.replication.states import LEASE_S
 
-__all__ = ["Reached", "Replicas", "Wait", "WaitMode"]
-
 WaitMode = Literal["none", "quorum", "all"]
 
 

@@ -15,20 +15,6 @@ from veneer_registry.entry import Entry
 from veneer_registry.rows import RevisionRow
 from veneer_registry.strict_json import canonical_json
 
-__all__ = [
-    "HEARTBEAT_S",
-    "LEASE_S",
-    "Begin",
-    "Heartbeat",
-    "Key",
-    "Message",
-    "NameState",
-    "SnapshotEnd",
-    "Told",
-    "add_mark",
-    "mark_of",
-]
-
 HEARTBEAT_S: Final = 0.5
 """Time between a registry's heartbeats."""
 
@@ -63,7 +49,7 @@ class NameState:
 
 
 @dataclass(frozen=True, slots=True)
-class Begin:
+class BeginFeed:
     """First message of a connection.
 
     Attributes:
@@ -113,7 +99,7 @@ class Heartbeat:
     checksum: int
 
 
-Message = Begin | Told | SnapshotEnd | Heartbeat
+Message = BeginFeed | Told | SnapshotEnd | Heartbeat
 
 
 def mark_of(key: Key, entry: Entry | None) -> int:

@@ -14,22 +14,13 @@ from veneer_registry.rows import AliasRow, RevisionRow
 
 from veneer_server.replication.replicas import Reached, Wait, WaitMode
 from veneer_server.replication.states import (
-    Begin,
+    BeginFeed,
     Heartbeat,
     Message,
     NameState,
     SnapshotEnd,
     Told,
 )
-
-__all__ = [
-    "from_wire",
-    "reached_to_wire",
-    "state_from_wire",
-    "state_to_wire",
-    "to_wire",
-    "wait_for",
-]
 
 _CHECKSUM: Final = 16
 
@@ -45,7 +36,7 @@ _LONGEST_WAIT_S: Final = 300.0
 def to_wire(message: Message) -> replication_pb2.FollowResponse:
     """A message for a follower."""
     match message:
-        case Begin():
+        case BeginFeed():
             begin = replication_pb2.FollowBegin(
                 run=message.run,
                 store=message.store,
@@ -86,7 +77,7 @@ def from_wire(message: replication_pb2.FollowResponse, base: str) -> Message:
     match message.WhichOneof("message"):
         case "begin":
             begin = message.begin
-            return Begin(
+            return BeginFeed(
                 run=begin.run,
                 store=begin.store,
                 catalog_change=begin.catalog_change,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from veneer_server.config import ServerConfig
-from veneer_server.roles.following import Following
+from veneer_server.roles.following import FollowerRole
 from veneer_server.roles.owning import Owning, RegistryOnly
 from veneer_server.roles.role import Role
 
@@ -16,6 +16,6 @@ def role_of(config: ServerConfig) -> Role:
         case "registry":
             return RegistryOnly(config)
         case "engine":
-            return Following(config)
+            return FollowerRole(config)
         case _:
             return Owning(config)

@@ -8,36 +8,29 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from veneer_proto.v1 import replication_pb2_grpc
 from veneer_registry.adapter import BaseSpec
 from veneer_registry.core import ReadAdapter
-from veneer_registry.errors import QuotaExceeded, Unavailable, Unimplemented, VeneerError
+from veneer_registry.errors import QuotaExceeded, Unavailable, VeneerError
 from veneer_registry.lock import OwnerLock
 
 from veneer_server.access.principal import DEFAULT_TENANT
 from veneer_server.config import ServerConfig
-from veneer_server.follower.follower import Change, Follower
+from veneer_server.follower.follower import Follower, NameChange
 from veneer_server.logs import get_logger
 from veneer_server.models.config import DecoderConfig
 from veneer_server.roles.role import MakeEngine
 from veneer_server.rpc.adapter_service import AdapterService
-from veneer_server.rpc.followers.asking import Asking
-from veneer_server.rpc.followers.loading_by_registry import LoadingByRegistry
-from veneer_server.rpc.followers.passing_on import PassingOn
+from veneer_server.rpc.passing_on import PassingOn, PublishingByRegistry
+from veneer_server.rpc.replication_service import Asking, NoFollowers
 from veneer_server.rpc.server_service import ReplicationFacts
-from veneer_server.serving.adapters.budgets import AdapterBudgets
-from veneer_server.serving.tenants.places import objects_of
-from veneer_server.serving.tenants.registry import AdapterRegistry
-from veneer_server.serving.tenants.tenant import Tenant
-from veneer_server.serving.tenants.tenants import Tenants
-from veneer_server.serving.transfer.loading import Loading
-from veneer_server.serving.transfer.transfers import Transfers
+from veneer_server.serving.changes import AdapterBudgets
+from veneer_server.serving.registering import FolderPublishing, Transfers
+from veneer_server.serving.registry import AdapterRegistry
+from veneer_server.serving.tenants import Tenant, Tenants, objects_of
 from veneer_server.sizing.memory_plan import MemoryPlan
 from veneer_server.startup import memory_for, replan
 from veneer_server.telemetry.metrics import Metrics
 from veneer_server.telemetry.replication_series import FollowerSeries
-
-__all__ = ["Following"]
 
 _FIRST_SNAPSHOT_S: Final = 5.0
 """How long a start waits for the registry. After that, what is not known is refused."""
@@ -48,7 +41,7 @@ _NEWER_VIEW_S: Final = 1.0
 _log = get_logger(__name__)
 
 
-class Following:
+class FollowerRole:
     """``--role engine``."""
 
     def __init__(self, config: ServerConfig) -> None:
@@ -94,7 +87,7 @@ class Following:
     def _asking(self) -> Asking:
         following = self._following
         return Asking(
-            *(following.channel, following.standing), asks_callers=self._config.asks_callers
+            following.channel, following.standing, asks_callers=self._config.asks_callers
         )
 
     def adapters(
@@ -108,11 +101,11 @@ class Following:
             until=self._following.until,
         )
 
-    def replication(self, tenants: Tenants) -> replication_pb2_grpc.ReplicationServiceServicer:
-        return _NotHere(self._following.standing.registry)
+    def replication(self, tenants: Tenants) -> NoFollowers:
+        return NoFollowers(self._following.standing.registry)
 
-    def loading(self) -> Loading:
-        return LoadingByRegistry(self._asking, self._following.until)
+    def loading(self) -> FolderPublishing:
+        return PublishingByRegistry(self._asking, self._following.until)
 
     async def start(self, tenants: Tenants) -> None:
         self._tenants = tenants
@@ -154,7 +147,7 @@ class Following:
     def is_ready(self, engine_up: bool) -> bool:
         return engine_up
 
-    async def _applied(self, change: Change) -> None:
+    async def _applied(self, change: NameChange) -> None:
         """Tell a tenant's watchers, and free the memory of what no name has any more."""
         assert self._tenants is not None
         try:
@@ -171,28 +164,9 @@ class Following:
             await tenant.changes.mirrored([record.ref for record in change.dropped])
 
 
-def _tell(tenant: Tenant, change: Change) -> None:
+def _tell(tenant: Tenant, change: NameChange) -> None:
     if change.state.entry is None:
         tenant.events.deleted(change.dropped)
     elif (now := change.state.entry.current) is not None:
         record = change.mirror.get(f"{now.name}@{now.revision}")
         tenant.events.mirrored(record, change.before)
-
-
-class _NotHere(replication_pb2_grpc.ReplicationServiceServicer):
-    """A follower has no followers."""
-
-    def __init__(self, registry: str) -> None:
-        self._registry = registry
-
-    async def Follow(self, request_iterator: object, context: object) -> None:  # type: ignore[override]
-        self._refuse()
-
-    async def FetchWeights(self, request: object, context: object) -> None:  # type: ignore[override]
-        self._refuse()
-
-    def _refuse(self) -> None:
-        raise Unimplemented(
-            f"this server is itself a follower: follow the registry at {self._registry}",
-            metadata={"cause": "follower", "registry": self._registry},
-        )

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
-from veneer_proto.v1 import replication_pb2_grpc
 from veneer_registry.adapter import BaseSpec
 from veneer_registry.core import ReadAdapter
 from veneer_registry.lock import OwnerLock
@@ -23,21 +22,17 @@ from veneer_server.replication.feed import Feed
 from veneer_server.replication.replicas import Replicas
 from veneer_server.roles.role import MakeEngine
 from veneer_server.rpc.adapter_service import AdapterService
-from veneer_server.rpc.followers.replication_service import ReplicationService
+from veneer_server.rpc.replication_service import ReplicationService
 from veneer_server.rpc.server_service import ReplicationFacts
-from veneer_server.serving.adapters.budgets import AdapterBudgets
-from veneer_server.serving.tenants.places import places_of
-from veneer_server.serving.tenants.registry import AdapterRegistry
-from veneer_server.serving.tenants.tenants import Tenants
-from veneer_server.serving.transfer.loading import Loading, LoadingHere
-from veneer_server.serving.transfer.transfers import Transfers
+from veneer_server.serving.changes import AdapterBudgets
+from veneer_server.serving.registering import FolderPublishing, PublishingHere, Transfers
+from veneer_server.serving.registry import AdapterRegistry
+from veneer_server.serving.tenants import Tenants, places_of
 from veneer_server.sizing.memory_plan import KvCachePlan, MemoryPlan, plan_registry
 from veneer_server.startup import memory_for, replan
 from veneer_server.system.machine import host_memory
 from veneer_server.telemetry.metrics import Metrics
 from veneer_server.telemetry.replication_series import RegistrySeries
-
-__all__ = ["Owning", "RegistryOnly"]
 
 
 class Owning:
@@ -103,19 +98,21 @@ class Owning:
             reached=lambda wait: self._replicas.reached(self._feed.sequence, wait),
         )
 
-    def replication(self, tenants: Tenants) -> replication_pb2_grpc.ReplicationServiceServicer:
+    def replication(self, tenants: Tenants) -> ReplicationService:
         def source(name: str) -> Lookups | None:
             tenant = tenants.named(name)
             return None if tenant is None else cast(Registry, tenant.registry)
 
         return ReplicationService(
-            *(self._feed, self._replicas, source),
+            self._feed,
+            self._replicas,
+            source,
             asks_callers=self._config.asks_callers,
             reader_limit_s=self._config.reader_limit,
         )
 
-    def loading(self) -> Loading:
-        return LoadingHere()
+    def loading(self) -> FolderPublishing:
+        return PublishingHere()
 
     async def start(self, tenants: Tenants) -> None:
         pass

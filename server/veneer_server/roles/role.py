@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from veneer_proto.v1 import replication_pb2_grpc
 from veneer_registry.adapter import BaseSpec
 from veneer_registry.core import ReadAdapter
 from veneer_registry.lock import OwnerLock
@@ -15,16 +14,14 @@ from veneer_server.config import ServerConfig
 from veneer_server.engine_client.client import EngineClient
 from veneer_server.models.config import DecoderConfig
 from veneer_server.rpc.adapter_service import AdapterService
+from veneer_server.rpc.replication_service import NoFollowers, ReplicationService
 from veneer_server.rpc.server_service import ReplicationFacts
-from veneer_server.serving.adapters.budgets import AdapterBudgets
-from veneer_server.serving.tenants.registry import AdapterRegistry
-from veneer_server.serving.tenants.tenants import Tenants
-from veneer_server.serving.transfer.loading import Loading
-from veneer_server.serving.transfer.transfers import Transfers
+from veneer_server.serving.changes import AdapterBudgets
+from veneer_server.serving.registering import FolderPublishing, Transfers
+from veneer_server.serving.registry import AdapterRegistry
+from veneer_server.serving.tenants import Tenants
 from veneer_server.sizing.memory_plan import MemoryPlan
 from veneer_server.telemetry.metrics import Metrics
-
-__all__ = ["MakeEngine", "Role"]
 
 MakeEngine = Callable[..., EngineClient]
 
@@ -62,11 +59,9 @@ class Role(Protocol):
         self, tenants: Tenants, budgets: AdapterBudgets, transfers: Transfers
     ) -> AdapterService: ...
 
-    def replication(
-        self, tenants: Tenants
-    ) -> replication_pb2_grpc.ReplicationServiceServicer: ...
+    def replication(self, tenants: Tenants) -> ReplicationService | NoFollowers: ...
 
-    def loading(self) -> Loading:
+    def loading(self) -> FolderPublishing:
         """Publishes what lies in a folder of this machine."""
         ...
 

@@ -30,11 +30,9 @@ import numpy as np
 
 from veneer_server.routing.decay import Popularity
 from veneer_server.routing.holders import Holders
-from veneer_server.routing.records import Choice, Report, Wanted
+from veneer_server.routing.records import ReplicaReport, RoutedTo, Wanted
 from veneer_server.routing.rendezvous import Slots, hash_of, ordered, scores
 from veneer_server.routing.router import WINDOW_S, Router
-
-__all__ = ["BOUND", "AdapterRouter"]
 
 BOUND: Final = 1.25
 """Most requests of a replica in any longer period, as a multiple of the mean."""
@@ -82,12 +80,12 @@ class AdapterRouter(Router):
         super().leave(replica)
         self._holders.leave(replica)
 
-    def report(self, replica: str, report: Report, now: float) -> None:
+    def report(self, replica: str, report: ReplicaReport, now: float) -> None:
         super().report(replica, report, now)
         if self.fleet.knows(replica):
             self._holders.report(replica, report, now)
 
-    def choose(self, wanted: Wanted, now: float) -> Choice:
+    def choose(self, wanted: Wanted, now: float) -> RoutedTo:
         choice = super().choose(wanted, now)
         if wanted.digest:
             self._holders.expect(choice.replica, wanted.digest, now)

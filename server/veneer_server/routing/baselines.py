@@ -7,8 +7,6 @@ import random
 from veneer_server.routing.records import Wanted
 from veneer_server.routing.router import Router
 
-__all__ = ["LeastLoaded", "RandomChoice", "RoundRobin"]
-
 
 class RandomChoice(Router):
     """Any replica, each as likely as another."""

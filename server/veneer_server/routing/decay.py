@@ -11,8 +11,6 @@ import math
 from operator import itemgetter
 from typing import Final
 
-__all__ = ["Decay", "Popularity"]
-
 _LARGEST: Final = 1e60
 _MOST_WINDOWS: Final = 500.0
 

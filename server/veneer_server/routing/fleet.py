@@ -10,10 +10,8 @@ from typing import Final
 import numpy as np
 
 from veneer_server.routing.decay import Decay
-from veneer_server.routing.records import Choice, Report
+from veneer_server.routing.records import ReplicaReport, RoutedTo
 from veneer_server.routing.rendezvous import seeds_of
-
-__all__ = ["Fleet"]
 
 _HISTORY: Final = 4096
 """Changes of a replica's count of requests that are kept until its next report."""
@@ -142,7 +140,7 @@ class Fleet:
         """What a request adds to `recent` now; 0 before the first."""
         return self._typical * self._decay.weight(now)
 
-    def send(self, slot: int, work: float, now: float) -> Choice:
+    def send(self, slot: int, work: float, now: float) -> RoutedTo:
         """A request goes there."""
         if (over := self._decay.restart(now)) is not None:
             self.recent /= over
@@ -157,9 +155,9 @@ class Fleet:
         self.recent[slot] += weighted
         self._sums = self._sums[0] + 1, self._sums[1] + weighted
         self._typical += _SMOOTHING * (work - self._typical) if self._typical else work
-        return Choice(name, known.joined)
+        return RoutedTo(name, known.joined)
 
-    def finished(self, choice: Choice, now: float) -> None:
+    def finished(self, choice: RoutedTo, now: float) -> None:
         """A request has ended, however it did."""
         known = self._known.get(choice.replica)
         if known is None or known.joined != choice.joined or not known.own:
@@ -167,7 +165,7 @@ class Fleet:
         self._changed(known, known.own - 1, now)
         self._add_load(choice.replica, -1)
 
-    def report(self, replica: str, report: Report, now: float) -> None:
+    def report(self, replica: str, report: ReplicaReport, now: float) -> None:
         """Take over what other routers sent there."""
         known = self._known.get(replica)
         if known is None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from veneer_server.routing.records import Report
-
-__all__ = ["Holders"]
+from veneer_server.routing.records import ReplicaReport
 
 
 class Holders:
@@ -31,7 +29,7 @@ class Holders:
         self._expected.setdefault(replica, {})[digest] = now
         self._of.setdefault(digest, set()).add(replica)
 
-    def report(self, replica: str, report: Report, now: float) -> None:
+    def report(self, replica: str, report: ReplicaReport, now: float) -> None:
         """What a replica has. Requests sent after that was so are still expected to load."""
         taken = now - report.age_s
         sent = self._expected.get(replica, {})

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Choice", "Report", "Wanted"]
-
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
@@ -25,7 +23,7 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class RoutedTo:
     """Where a request goes. Hand it back with `Router.finished`.
 
     Attributes:
@@ -37,7 +35,7 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class ReplicaReport:
     """What a replica says of itself.
 
     Attributes:

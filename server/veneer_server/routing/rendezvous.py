@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Slots", "hash_of", "ordered", "scores", "seeds_of"]
-
 Seeds = npt.NDArray[np.uint64]
 Slots = npt.NDArray[np.intp]
 

@@ -8,9 +8,7 @@ from typing import Final
 from veneer_registry.errors import Unavailable
 
 from veneer_server.routing.fleet import Fleet
-from veneer_server.routing.records import Choice, Report, Wanted
-
-__all__ = ["WINDOW_S", "Router"]
+from veneer_server.routing.records import ReplicaReport, RoutedTo, Wanted
 
 WINDOW_S: Final = 30.0
 """What is called recent: a request of so many seconds ago counts 1 / e."""
@@ -39,11 +37,11 @@ class Router(ABC):
         """It is gone, and its requests with it. Idempotent."""
         self.fleet.leave(replica)
 
-    def report(self, replica: str, report: Report, now: float) -> None:
+    def report(self, replica: str, report: ReplicaReport, now: float) -> None:
         """What a replica says of itself. Ignored if it has left."""
         self.fleet.report(replica, report, now)
 
-    def choose(self, wanted: Wanted, now: float) -> Choice:
+    def choose(self, wanted: Wanted, now: float) -> RoutedTo:
         """The replica for a request.
 
         Raises:
@@ -57,7 +55,7 @@ class Router(ABC):
             )
         return self.fleet.send(self._slot(wanted, now), wanted.work, now)
 
-    def finished(self, choice: Choice, now: float) -> None:
+    def finished(self, choice: RoutedTo, now: float) -> None:
         """A request has ended. Ignored if its replica has left meanwhile."""
         self.fleet.finished(choice, now)
 

@@ -5,17 +5,25 @@ Request fields are checked by the records that they go into; see `serving.record
 
 from __future__ import annotations
 
+import base64
 import math
-from typing import Any, Final
+import re
+from collections.abc import AsyncIterable, Iterable, Mapping, Sequence
+from typing import Any, Final, Generic, Literal, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
-from veneer_proto.v1 import inference_pb2
-from veneer_registry.adapter import Tier
-from veneer_registry.errors import Unimplemented
+from veneer_proto.v1 import adapters_pb2, inference_pb2
+from veneer_registry.adapter import BaseClaim, Tier, check_name
+from veneer_registry.errors import InvalidField, Unimplemented
+from veneer_registry.records import UploadFile, UploadRequest
+from veneer_registry.rows import AliasRow, HistoryRow
+from veneer_registry.upload import check_labels
 
-from veneer_server.rpc import convert_tools
+from veneer_server.adapters.fetching.uris import Uri, parse_uri
+from veneer_server.replication.replicas import Wait
+from veneer_server.replication.wire import wait_for
 from veneer_server.serving.answer_room import MAX_ANSWER, AnswerForm, ScoreForm
 from veneer_server.serving.checks import choice, invalid, refuse
 from veneer_server.serving.records import (
@@ -27,27 +35,123 @@ from veneer_server.serving.records import (
     Provenance,
     Sampling,
 )
-from veneer_server.serving.tools.use import ToolUse
-from veneer_server.text.templates.options import TemplateOptions, kwargs_of
+from veneer_server.serving.self_test import SelfTestReport
+from veneer_server.serving.tool_history import History, PastCall, check_calls, read_json
+from veneer_server.serving.tool_use import (
+    MAX_TOOL_BYTES,
+    MAX_TOOLS,
+    CallChoice,
+    Tool,
+    ToolUse,
+    check_tool,
+)
+from veneer_server.serving.uploads import (
+    MAX_LABELS,
+    UploadChunk,
+    UploadMessage,
+    UploadOptions,
+    check_file_count,
+)
+from veneer_server.text.replies import ReplyPart, ToolArguments, ToolCallBegun, joined
+from veneer_server.text.turns import TemplateOptions, kwargs_of
 from veneer_server.wire.messages import Constraint
 
-__all__ = [
-    "ChatMessages",
-    "FinishReason",
-    "GenerateCall",
-    "PromptText",
-    "PromptTokens",
-    "Provenance",
-    "Sampling",
-    "duration",
-    "finish_reason",
-    "generate_call",
-    "provenance",
-    "tier_from_proto",
-    "tier_to_proto",
-    "timestamp",
-    "unix_seconds",
-]
+# -------------------- convert tools
+# Tools and their calls: protobuf to records and back.
+
+
+def tool_use(request: inference_pb2.GenerateRequest) -> ToolUse | None:
+    """The tools that the answer may or must use.
+
+    Raises:
+        InvalidField: they are not valid, too many, or do not fit the choice.
+    """
+    choice = request.tool_choice
+    named = choice.name if choice.WhichOneof("choice") == "name" else ""
+    if choice.mode not in inference_pb2.ToolMode.values():
+        refuse("tool_choice.mode", f"has the unknown value {choice.mode}: leave it unset")
+    required = choice.mode == inference_pb2.TOOL_MODE_REQUIRED
+    if not request.tools:
+        if named or required:
+            refuse("tool_choice", "needs tools: send them")
+        return None
+    if request.WhichOneof("input") != "messages":
+        refuse("tools", "needs messages: the chat template shows tools to the model")
+    if choice.mode == inference_pb2.TOOL_MODE_NONE:
+        return None
+    if len(request.tools) > MAX_TOOLS:  # before they are parsed
+        refuse("tools", f"has {len(request.tools)} entries: send at most {MAX_TOOLS}")
+    if sum(len(tool.parameters) for tool in request.tools) > MAX_TOOL_BYTES:
+        refuse("tools", f"has more than {MAX_TOOL_BYTES} bytes: shorten descriptions")
+    parallel = request.parallel_tool_calls or not request.HasField("parallel_tool_calls")
+    how = CallChoice.NAMED if named else CallChoice.REQUIRED if required else CallChoice.AUTO
+    tools = tuple(_tool(tool, f"tools[{at}]") for at, tool in enumerate(request.tools))
+    return ToolUse(tools, how, named, parallel)
+
+
+def _tool(tool: inference_pb2.Tool, field: str) -> Tool:
+    function: dict[str, Any] = {"name": tool.name}
+    if tool.description:
+        function["description"] = tool.description
+    if tool.parameters:
+        try:
+            parameters = read_json(tool.parameters)
+        except ValueError as error:
+            raise invalid(f"{field}.parameters", f"is not valid JSON: {error}") from error
+        function["parameters"] = parameters
+    if tool.strict:
+        function["strict"] = True
+    made = Tool(function)
+    check_tool(made, field)
+    return made
+
+
+def messages(chat: Iterable[inference_pb2.ChatMessage]) -> tuple[Mapping[str, Any], ...]:
+    """Messages as a chat template gets them. Raises InvalidField, see `History`."""
+    history, made = History(), []
+    for at, message in enumerate(chat):
+        field = f"messages[{at}].tool_calls"
+        check_calls(len(message.tool_calls), field)
+        calls = [PastCall(call.id, call.name, call.arguments) for call in message.tool_calls]
+        made.append(
+            history.message(
+                message.role,
+                message.content,
+                calls,
+                call_id=message.tool_call_id,
+                name=message.tool_name,
+                reasoning=message.reasoning,
+                field=field,
+            )
+        )
+    return tuple(made)
+
+
+def call_deltas(parts: Iterable[ReplyPart]) -> list[inference_pb2.ToolCallDelta]:
+    """The pieces of calls among an answer's parts."""
+    pieces = []
+    for part in joined(parts):
+        if isinstance(part, ToolCallBegun):
+            pieces.append(
+                inference_pb2.ToolCallDelta(index=part.index, id=part.id, name=part.name)
+            )
+        elif isinstance(part, ToolArguments):
+            pieces.append(inference_pb2.ToolCallDelta(index=part.index, arguments=part.text))
+    return pieces
+
+
+def calls(parts: Sequence[ReplyPart]) -> list[inference_pb2.ToolCall]:
+    """The calls of a whole answer."""
+    begun = [part for part in parts if isinstance(part, ToolCallBegun)]
+    texts: dict[int, list[str]] = {call.index: [] for call in begun}
+    for part in parts:
+        if isinstance(part, ToolArguments):
+            texts[part.index].append(part.text)
+    return [
+        inference_pb2.ToolCall(id=call.id, name=call.name, arguments="".join(texts[call.index]))
+        for call in begun
+    ]
+
 
 # ----------------------------------------------------------------------- requests
 
@@ -74,7 +178,7 @@ def generate_call(
             metadata={"field": "adapters"},
         )
     stopping, output = request.stopping, request.output
-    tools, constraint = convert_tools.tool_use(request), _constraint(request)
+    tools, constraint = tool_use(request), _constraint(request)
     if tools is not None and tools.forced:
         if constraint is not None:
             raise invalid("constraint", "conflicts with a forced call: send one of them")
@@ -150,7 +254,7 @@ def _input(
             return PromptText(request.prompt)
         case "messages":
             return ChatMessages(
-                convert_tools.messages(request.messages.messages),
+                messages(request.messages.messages),
                 _template_options(request.template),
                 () if tools is None else tools.tools,
             )
@@ -244,3 +348,342 @@ def provenance(record: Provenance) -> inference_pb2.Provenance:
             total=duration(record.total_s),
         ),
     )
+
+
+# -------------------- convert admin
+# Builds admin messages from registry records, and parses admin requests.
+
+DEFAULT_PAGE: Final = 100
+MAX_PAGE: Final = 1000
+
+PAGE_BYTES: Final = 3 << 20
+"""Most bytes of a page's entries, unless a single entry is larger: by default, gRPC clients
+reject answers of more than 4 MiB."""
+
+BATCH: Final = 100
+"""Entries read at once; not a whole page, since a page holds few large entries."""
+
+MAX_LABEL_FILTER: Final = 64
+"""Most labels in a filter; no adapter has more."""
+
+_FRAME: Final = 6
+"""Most bytes of an entry's tag and length."""
+
+EvictMode = Literal["drain", "fail_if_busy", "abort"]
+
+_EVICT_MODES: Final[dict[int, EvictMode]] = {
+    adapters_pb2.EVICT_MODE_UNSPECIFIED: "drain",
+    adapters_pb2.EVICT_MODE_DRAIN: "drain",
+    adapters_pb2.EVICT_MODE_FAIL_IF_BUSY: "fail_if_busy",
+    adapters_pb2.EVICT_MODE_ABORT: "abort",
+}
+
+
+def evict_mode(value: int) -> EvictMode:
+    """The mode of an eviction or deletion. Raises InvalidField for an unknown one."""
+    mode = _EVICT_MODES.get(value)
+    if mode is None:
+        raise InvalidField(f"mode has the unknown value {value}", metadata={"field": "mode"})
+    return mode
+
+
+def page_size(asked: int) -> int:
+    """Entries per page; 0 means the default. Raises InvalidField above `MAX_PAGE`."""
+    if asked > MAX_PAGE:
+        raise InvalidField(
+            f"page_size is {asked}: ask for at most {MAX_PAGE}", metadata={"field": "page_size"}
+        )
+    return asked or DEFAULT_PAGE
+
+
+def label_filter(labels: Mapping[str, str]) -> dict[str, str]:
+    """Labels to filter by. Raises InvalidField for more than any adapter has."""
+    if len(labels) > MAX_LABEL_FILTER:
+        raise InvalidField(
+            f"labels has {len(labels)} entries: filter by at most {MAX_LABEL_FILTER}",
+            metadata={"field": "labels"},
+        )
+    return dict(labels)
+
+
+Entry = TypeVar("Entry", bound=Message)
+
+
+class ListingPage(Generic[Entry]):
+    """Entries of one answer, bounded in number and bytes.
+
+    Attributes:
+        entries: those that fit.
+        place: position of the last entry, from which the next page's token is made.
+    """
+
+    def __init__(self, size: int | None, taken: int = 0) -> None:
+        """Args:
+        size: most entries; None for as many as fit.
+        taken: bytes of the rest of the answer.
+        """
+        self.entries: list[Entry] = []
+        self.place = ""
+        self._size = size
+        self._left = PAGE_BYTES - taken
+
+    def add(self, entry: Entry, place: str = "") -> bool:
+        """Add an entry and return True, or return False if it does not fit; that ends the
+        page. The first entry always fits."""
+        size = entry.ByteSize() + _FRAME
+        if self.entries and (size > self._left or len(self.entries) == self._size):
+            return False
+        self.entries.append(entry)
+        self._left -= size
+        self.place = place
+        return True
+
+    @property
+    def next_token(self) -> str:
+        """Where the next page begins."""
+        return encode_token(self.place)
+
+
+def encode_token(place: str) -> str:
+    """A page token for a position in a list."""
+    return base64.urlsafe_b64encode(place.encode()).decode()
+
+
+def decode_token(token: str, rpc: str) -> str:
+    """The position that a page token stands for; "" for no token. Raises InvalidField."""
+    try:
+        return base64.b64decode(token, altchars=b"-_", validate=True).decode()
+    except ValueError as error:  # not ASCII, not base64, or not UTF-8
+        raise bad_token(rpc) from error
+
+
+def bad_token(rpc: str) -> InvalidField:
+    """The error for a page token that ``rpc`` did not issue."""
+    return InvalidField(
+        f"page_token was not issued by {rpc}: start without one",
+        metadata={"field": "page_token"},
+    )
+
+
+def alias_targets(request: adapters_pb2.SetAliasRequest) -> list[tuple[str, int]]:
+    """(revision, weight) pairs that an alias is to point to; empty for rollback and removal.
+
+    Raises InvalidField unless exactly one change is requested.
+    """
+    asked = [
+        bool(request.revision),
+        bool(request.targets),
+        request.rollback,
+        request.remove,
+    ]
+    if sum(asked) != 1:
+        raise InvalidField(
+            "set one of revision, targets, rollback and remove", metadata={"field": "revision"}
+        )
+    if request.revision:
+        return [(request.revision, 1)]
+    return [(target.revision, target.weight) for target in request.targets]
+
+
+def _targets(pairs: Sequence[tuple[str, int]]) -> list[adapters_pb2.AliasTarget]:
+    return [adapters_pb2.AliasTarget(revision=r, weight=w) for r, w in pairs]
+
+
+def alias_message(row: AliasRow) -> adapters_pb2.Alias:
+    """The protobuf form of an alias."""
+    return adapters_pb2.Alias(
+        alias=f"{row.name}/{row.alias}",
+        targets=_targets(row.targets),
+        etag=str(row.generation),
+        updated=timestamp(row.updated),
+    )
+
+
+def set_alias_response(
+    row: AliasRow, before: Sequence[tuple[str, int]]
+) -> adapters_pb2.SetAliasResponse:
+    """The answer to SetAlias."""
+    return adapters_pb2.SetAliasResponse(alias=alias_message(row), previous=_targets(before))
+
+
+def history_entry(row: HistoryRow) -> adapters_pb2.HistoryEntry:
+    """The protobuf form of a history entry."""
+    return adapters_pb2.HistoryEntry(
+        time=timestamp(row.time),
+        event=row.event,
+        revision=row.revision,
+        name=row.name,
+        actor=row.who.actor,
+        peer=row.who.peer,
+        detail=row.detail,
+    )
+
+
+def self_test_response(report: SelfTestReport) -> adapters_pb2.SelfTestResponse:
+    """The answer to SelfTest."""
+    return adapters_pb2.SelfTestResponse(
+        passed=report.passed,
+        adapters_mixed=report.adapters_mixed,
+        note=report.note,
+        results=[
+            adapters_pb2.SelfTestResult(
+                adapter=verdict.name,
+                passed=verdict.passed,
+                max_difference=verdict.max_difference,
+                bound=verdict.bound,
+                nearest_other=verdict.nearest_other,
+                detail=verdict.detail,
+            )
+            for verdict in report.verdicts
+        ],
+    )
+
+
+# -------------------- convert uploads
+# Uploads and downloads.
+
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
+
+
+def upload_options(spec: adapters_pb2.UploadSpec) -> tuple[UploadOptions, Wait]:
+    """What is announced, and what its answer waits for. Raises InvalidField."""
+    check_file_count(len(spec.files))
+    for file in spec.files:
+        if not _SHA256.fullmatch(file.sha256):
+            raise InvalidField(
+                f"the sha256 of {file.name[:80]!r} must be 64 hex digits in lower case",
+                metadata={"field": "spec.files", "file": file.name[:80]},
+            )
+    if len(spec.labels) > MAX_LABELS:
+        raise InvalidField(
+            f"spec.labels has {len(spec.labels)} labels: give at most {MAX_LABELS}",
+            metadata={"field": "spec.labels"},
+        )
+    if spec.vocabulary and not _SHA256.fullmatch(spec.vocabulary):
+        raise InvalidField(
+            "spec.vocabulary must be 64 hex digits in lower case, or empty",
+            metadata={"field": "spec.vocabulary"},
+        )
+    if spec.validate_only and spec.activate:
+        raise InvalidField(
+            "spec.activate has no effect with spec.validate_only, which publishes nothing: set "
+            "one of them",
+            metadata={"field": "spec.activate"},
+        )
+    request = UploadRequest(
+        name=spec.name,
+        files=tuple(UploadFile(f.name, f.size, f.sha256) for f in spec.files),
+        labels=dict(spec.labels),
+        allow_replace=spec.allow_replace,
+        etag=spec.etag,
+        claim=BaseClaim(spec.same_base, spec.vocabulary),
+    )
+    options = UploadOptions(request, spec.validate_only, spec.activate, spec.resume)
+    return options, wait_for(spec.wait, "spec.wait")
+
+
+class UploadMessages:
+    """The messages of an UploadAdapter call as `Uploads.receive` takes them. It can be read
+    further after a message that is refused.
+
+    Attributes:
+        wait: what the answer waits for; known once the first message has been read.
+    """
+
+    def __init__(self, requests: AsyncIterable[adapters_pb2.UploadAdapterRequest]) -> None:
+        self.wait = Wait()
+        self._requests = aiter(requests)
+        self._begun = False
+
+    def __aiter__(self) -> UploadMessages:
+        return self
+
+    async def __anext__(self) -> UploadMessage | InvalidField:
+        if not self._begun:
+            self._begun = True
+            return self._first(await anext(self._requests, None))
+        request = await anext(self._requests)
+        if request.WhichOneof("message") != "chunk":
+            return InvalidField(
+                "after its first message an upload may hold only `chunk`s",
+                metadata={"field": "chunk"},
+            )
+        chunk = request.chunk
+        return UploadChunk(chunk.file, chunk.offset, chunk.data)
+
+    def _first(
+        self, request: adapters_pb2.UploadAdapterRequest | None
+    ) -> UploadOptions | InvalidField:
+        if request is None or request.WhichOneof("message") != "spec":
+            return InvalidField(
+                "the first message of an upload must be `spec`", metadata={"field": "spec"}
+            )
+        try:
+            options, self.wait = upload_options(request.spec)
+        except InvalidField as error:
+            return error
+        return options
+
+
+def upload_message(message: UploadMessage) -> adapters_pb2.UploadAdapterRequest:
+    """Inverse of `UploadMessages`, without what the answer waits for."""
+    if isinstance(message, UploadChunk):
+        chunk = adapters_pb2.UploadChunk(
+            file=message.file, offset=message.offset, data=message.data
+        )
+        return adapters_pb2.UploadAdapterRequest(chunk=chunk)
+    request = message.request
+    spec = adapters_pb2.UploadSpec(
+        name=request.name,
+        files=[_file(file) for file in request.files],
+        labels=request.labels,
+        validate_only=message.validate_only,
+        activate=message.activate,
+        allow_replace=request.allow_replace,
+        resume=message.resume,
+        etag=request.etag,
+        same_base=request.claim.same,
+        vocabulary=request.claim.vocabulary,
+    )
+    return adapters_pb2.UploadAdapterRequest(spec=spec)
+
+
+def registration(request: adapters_pb2.RegisterAdapterRequest) -> tuple[Uri, UploadOptions]:
+    """What is to be fetched, and uploaded but for its files. Raises InvalidField."""
+    check_name(request.name)
+    check_labels(request.labels)
+    if request.validate_only and request.activate:
+        raise InvalidField(
+            "activate has no effect with validate_only, which publishes nothing: set one of "
+            "them",
+            metadata={"field": "activate"},
+        )
+    uri = parse_uri(request.uri)
+    wanted = UploadRequest(
+        name=request.name,
+        files=(),
+        labels=dict(request.labels),
+        allow_replace=request.allow_replace,
+        etag=request.etag,
+        claim=BaseClaim(request.same_base),
+    )
+    return uri, UploadOptions(wanted, request.validate_only, request.activate)
+
+
+def download_start(adapter: adapters_pb2.Adapter, files: Iterable[UploadFile]) -> bytes:
+    """A download's first message, serialised."""
+    start = adapters_pb2.DownloadStart(adapter=adapter, files=map(_file, files))
+    return adapters_pb2.DownloadAdapterResponse(start=start).SerializeToString()
+
+
+def download_chunk(chunk: UploadChunk) -> bytes:
+    """A later message of a download, serialised."""
+    message = adapters_pb2.DownloadAdapterResponse()
+    # The nested message is filled in place, which saves a copy.
+    found = message.chunk
+    found.file, found.offset, found.data = chunk.file, chunk.offset, chunk.data
+    return message.SerializeToString()
+
+
+def _file(file: UploadFile) -> adapters_pb2.UploadFile:
+    return adapters_pb2.UploadFile(name=file.name, size=file.size, sha256=file.sha256)

@@ -12,28 +12,22 @@ from typing import Any, Final
 from veneer_proto.v1 import inference_pb2, inference_pb2_grpc
 from veneer_registry.errors import Aborted
 
-from veneer_server.logs import REQUEST_ID
-from veneer_server.rpc import convert, convert_tools
-from veneer_server.rpc.transport.decoding import (
+from veneer_server.access.caller import Caller
+from veneer_server.queues.fairness import Sender
+from veneer_server.rpc import convert
+from veneer_server.rpc.transport.receiving import (
     COUNTED_FROM,
     count_numbers,
     holds,
     last_value,
     values,
 )
-from veneer_server.serving.calls import READER_LIMIT_S
-from veneer_server.serving.generation import Delta, Generation
+from veneer_server.serving.generation import READER_LIMIT_S, Generation
 from veneer_server.serving.generator import Generator
-from veneer_server.serving.records import GenerateCall
-from veneer_server.text.replies.deltas import Delta as Part
+from veneer_server.serving.records import FinishReason, GenerateCall
+from veneer_server.serving.samples import Delta
+from veneer_server.text.replies import ReplyPart as Part
 from veneer_server.wire.messages import PackedTops, unpack_tops
-
-__all__ = ["GENERATE_METHODS", "InferenceService"]
-
-GENERATE_METHODS: Final = (
-    "/veneer.v1.InferenceService/Generate",
-    "/veneer.v1.InferenceService/GenerateStream",
-)
 
 _PROMPT_FIELD: Final = inference_pb2.GenerateRequest.PROMPT_FIELD_NUMBER
 _TOKENS_FIELD: Final = inference_pb2.GenerateRequest.TOKEN_IDS_FIELD_NUMBER
@@ -54,7 +48,7 @@ _INSTEAD: Final = "; or use GenerateStream, which sends them in several messages
 _Label = Callable[[int], str]
 """See `TextTokenizer.token_label`."""
 
-# Contexts are Any: the stubs type them for synchronous and asyncio servers at once.
+# Contexts are Any, since the stubs type them as gRPC's; they are `interceptors.GrpcContext`.
 
 
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
@@ -82,17 +76,18 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.GenerateRequest, context: Any
     ) -> inference_pb2.GenerateResponse:
         """Collect the whole completion."""
-        call = await self._call(request, largest=MAX_WHOLE, instead=_INSTEAD)
-        response = inference_pb2.GenerateResponse(request_id=REQUEST_ID.get())
-        remaining = context.time_remaining()
+        caller: Caller = context.caller
+        sender = caller.sender
+        call = await self._call(request, sender, largest=MAX_WHOLE, instead=_INSTEAD)
+        response = inference_pb2.GenerateResponse(request_id=caller.request_id)
         samples = [_Whole() for _ in range(call.n)]
-        async with self._generator.admit(call, time_remaining=remaining) as generation:
+        async with self._generator.admit(call, caller) as generation:
             async with aclosing(generation.deltas()) as deltas:
                 async for delta in deltas:
                     samples[delta.index].add(delta)
-                    async for scores in self._scores(_own(delta)):
+                    async for scores in self._scores(_own(delta), sender):
                         samples[delta.index].logprobs.extend(scores)
-                    async for scores in self._scores(_prompts(generation, delta)):
+                    async for scores in self._scores(_prompts(generation, delta), sender):
                         response.prompt_logprobs.extend(scores)
             prefix = generation.prompt.text if call.echo else ""
             for at, sample in enumerate(samples):
@@ -107,16 +102,16 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.GenerateRequest, context: Any
     ) -> None:
         """Write a message for each output of the engine; the last one carries `final`."""
-        call = await self._call(request)
-        request_id = REQUEST_ID.get()
-        remaining = context.time_remaining()
-        async with self._generator.admit(call, time_remaining=remaining) as generation:
+        caller: Caller = context.caller
+        sender, request_id = caller.sender, caller.request_id
+        call = await self._call(request, sender)
+        async with self._generator.admit(call, caller) as generation:
             prefixes = [generation.prompt.text if call.echo else ""] * call.n
             async with aclosing(generation.deltas()) as deltas:
                 async for delta in deltas:
                     # Those of a long prompt come in several messages: clients take 4 MiB each.
                     before: list[inference_pb2.TokenLogprob] = []
-                    async for scores in self._scores(_prompts(generation, delta)):
+                    async for scores in self._scores(_prompts(generation, delta), sender):
                         if before:
                             part = inference_pb2.GenerateStreamResponse(
                                 request_id=request_id, prompt_logprobs=before
@@ -130,9 +125,9 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                         token_ids=delta.tokens,
                         prompt_logprobs=before,
                         index=delta.index,
-                        tool_calls=convert_tools.call_deltas(delta.parts),
+                        tool_calls=convert.call_deltas(delta.parts),
                     )
-                    async for scores in self._scores(_own(delta)):
+                    async for scores in self._scores(_own(delta), sender):
                         message.logprobs.extend(scores)
                     prefixes[delta.index] = ""
                     if delta.finish is not None:
@@ -142,17 +137,19 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                         context.set_trailing_metadata(_trailing(generation))
                     await self._write(context, message)
 
-    async def _call(self, request: inference_pb2.GenerateRequest, **bound: Any) -> GenerateCall:
+    async def _call(
+        self, request: inference_pb2.GenerateRequest, sender: Sender, **bound: Any
+    ) -> GenerateCall:
         """The request's call. A long request is converted off the event loop. Raises
         InvalidField."""
         convert_it = partial(convert.generate_call, request, **bound)
         size = request.ByteSize()
         if size < COUNTED_FROM:
             return convert_it()
-        return await self._generator.spare_time.request(convert_it, size)
+        return await self._generator.spare_time.request(convert_it, size, sender)
 
     async def _scores(
-        self, given: _Scores
+        self, given: _Scores, sender: Sender
     ) -> AsyncGenerator[list[inference_pb2.TokenLogprob], None]:
         """Log-probabilities, some positions at a time; many are made off the event loop."""
         pieces = given.pieces(self._label)
@@ -160,7 +157,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             for piece in pieces:
                 yield piece
             return
-        async with aclosing(self._generator.spare_time.each(pieces)) as made:
+        async with aclosing(self._generator.spare_time.each(pieces, sender)) as made:
             async for piece in made:
                 yield piece
 
@@ -187,7 +184,7 @@ class _Whole:
         self._tokens: list[int] = []
         self.logprobs: list[inference_pb2.TokenLogprob] = []
         self._parts: list[Part] = []
-        self._finish: convert.FinishReason | None = None
+        self._finish: FinishReason | None = None
 
     def add(self, delta: Delta) -> None:
         self._text.append(delta.text)
@@ -204,7 +201,7 @@ class _Whole:
         message.reasoning = "".join(self._reasoning)
         message.token_ids.extend(self._tokens)
         message.logprobs.extend(self.logprobs)
-        message.tool_calls.extend(convert_tools.calls(self._parts))
+        message.tool_calls.extend(convert.calls(self._parts))
         message.finish_reason = convert.finish_reason(self._finish)
 
 

@@ -1,79 +1,74 @@
-"""Gives every Veneer call a request id, admission control, an error status and timing.
+"""Takes every gRPC call through the gate, times it, and turns errors into statuses.
 
 Health and reflection calls are bounded too, and their malformed requests are refused.
+
+A method of our services gets the message, or the messages, and a `GrpcContext` in place of
+gRPC's own context: that is where it finds its `Caller`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Set
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
-from contextvars import ContextVar
+from contextlib import AbstractContextManager
+from functools import partial
 from inspect import isawaitable
 from typing import Any, Final
 
 import grpc
-from veneer_registry.errors import (
-    Aborted,
-    Cancelled,
-    InvalidField,
-    ModelLoading,
-    VeneerError,
-)
+from veneer_registry.errors import Aborted, InvalidField, VeneerError
 
-from veneer_server.access.audit import Audit
-from veneer_server.access.authenticate import ONCE, Access, Credentials, repeated
+from veneer_server.access.authenticate import ONCE, Credentials, repeated
+from veneer_server.access.caller import Caller
 from veneer_server.access.certificates import NOT_SHOWN, shown_to_grpc
-from veneer_server.access.principal import ANYONE, PRINCIPAL
-from veneer_server.errors import detail_for_log, internal_error, to_grpc_status, without_frames
-from veneer_server.logs import REQUEST_ID, get_logger
-from veneer_server.queues.refusal_pace import Pace
-from veneer_server.quotas.rates import Quotas
-from veneer_server.quotas.standing import rate_headers
-from veneer_server.replication.asked import ASKED, Asked
-from veneer_server.rpc.inference_service import GENERATE_METHODS
+from veneer_server.access.principal import ANYONE
+from veneer_server.errors import without_frames
 from veneer_server.rpc.open_calls import HEALTH_WATCH, WATCH, OpenCalls
-from veneer_server.rpc.transport.connections import Call, Connections
-from veneer_server.rpc.transport.decoding import (
+from veneer_server.rpc.status import to_grpc_status
+from veneer_server.rpc.transport.connections import Connections, OpenCall
+from veneer_server.rpc.transport.receiving import (
     COUNTED_FROM,
     MAX_FIELDS,
     MAX_STREAM_FIELDS,
+    STRANGERS,
+    WAITING,
+    Receiving,
     decoder,
 )
-from veneer_server.rpc.transport.receiving import STRANGERS, WAITING, Receiving
-from veneer_server.serving.calls import Calls
-from veneer_server.serving.who import CALLER
+from veneer_server.serving.gate import REQUEST_ID_FORM, CallContext, Gate
+from veneer_server.serving.generation import Calls
 from veneer_server.telemetry.metrics import Metrics
-from veneer_server.telemetry.tracing import INGRESS, Ingress
-
-__all__ = ["CallInterceptor"]
 
 _OURS: Final = "/veneer.v1."
-_REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
-
-_PACED: Final = frozenset(
-    {"INVALID_ARGUMENT", "NOT_FOUND", "PERMISSION_DENIED", "UNAUTHENTICATED"}
-)
-"""Codes of invalid requests; see `pace`."""
-
-_LEFT: Final = Cancelled("the caller left, or its deadline passed")
-"""How the audit log has calls whose end nobody waited for."""
 
 _WAITING: Final = frozenset({WATCH, HEALTH_WATCH})
 """Methods whose calls wait for news."""
 
-_SIZE: ContextVar[int] = ContextVar("size", default=0)
-"""Bytes of the current call's request if it is large, else 0."""
-
-_log = get_logger(__name__)
-
 # grpc's handlers and contexts are typed as Any by its stubs' generics.
 _Behaviour = Callable[[Any, Any], Awaitable[Any]]
-_Receive = Callable[[Any, Any], Awaitable[Any]]
+_Receive = Callable[[Any, "GrpcContext"], Awaitable[Any]]
+
+
+class GrpcContext(CallContext):
+    """What a method of our services gets as its context: who calls, and as much of gRPC's
+    context as it needs.
+
+    Attributes:
+        grpc: gRPC's own context.
+        write: sends a message of the answer.
+        set_trailing_metadata: of an answer that succeeds.
+    """
+
+    __slots__ = ("grpc", "set_trailing_metadata", "write")
+
+    def __init__(self, grpc: Any, caller: Caller) -> None:
+        super().__init__(caller)
+        self.grpc = grpc
+        self.write: Callable[[Any], Awaitable[None]] = grpc.write
+        self.set_trailing_metadata: Callable[[Any], None] = grpc.set_trailing_metadata
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -90,6 +85,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(
         self,
+        gate: Gate,
         metrics: Metrics,
         calls: Calls,
         receiving: Receiving | None = None,
@@ -97,11 +93,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         open_calls: OpenCalls | None = None,
         connections: Connections | None = None,
         checks: Mapping[str, Callable[[bytes], None]] | None = None,
-        pace: Pace | None = None,
-        access: Access | None = None,
-        audit: Audit | None = None,
-        quotas: Quotas | None = None,
-        elsewhere: Set[str] = frozenset(),
     ) -> None:
         """Args:
         receiving: decides which requests are read; None for the default bounds.
@@ -109,17 +100,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         connections: tracks each connection's calls; None if none are closed to make room.
         checks: by method path, the check that runs before a request is parsed; see
             `decoder`.
-        pace: delays refusals; None for the default.
-        access: lets calls in; None lets everybody in.
-        audit: notes calls that change something or are refused.
-        quotas: whose rest a refused generate call is told.
-        elsewhere: methods that only another port answers.
         """
-        self._audit = audit or Audit(None)
-        self._quotas = quotas or Quotas()
-        self._access = access or Access()
-        self._elsewhere = elsewhere
-        self._pace = pace or Pace()
+        self._gate = gate
         self._checks = checks or {}
         self._metrics = metrics
         self._calls = calls
@@ -184,26 +166,27 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def _one(self, decode: Callable[[bytes], Any]) -> _Receive:
         """The receiver for methods that take a single request."""
 
-        async def finish(request: Any) -> Any:
-            if isinstance(request, bytes):  # large: must not block the event loop
-                _SIZE.set(len(request))
-                loop = asyncio.get_running_loop()
-                request = await loop.run_in_executor(self._decoding, decode, request)
-            return request
+        async def one(requests: Any, context: GrpcContext) -> Any:
+            async def finish(request: Any) -> Any:
+                if isinstance(request, bytes):  # large: must not block the event loop
+                    context.size = len(request)
+                    loop = asyncio.get_running_loop()
+                    request = await loop.run_in_executor(self._decoding, decode, request)
+                return request
 
-        async def one(requests: Any, context: Any) -> Any:
-            stranger = self._access.asks and PRINCIPAL.get() is ANYONE
+            caller = context.caller
+            stranger = self._gate.access.asks and caller.principal is ANYONE
             receiving = self._strangers if stranger else self._receiving
-            request = await receiving.message(context.read, context.peer(), finish)
+            request = await receiving.message(context.grpc.read, caller.peer, finish)
             if request is not grpc.aio.EOF:
                 return _checked(request)
-            if context.cancelled() or context.done():
+            if _gone(context.grpc):
                 raise asyncio.CancelledError
             raise InvalidField("the call has no request message: send one")
 
         return one
 
-    async def _paced(self, requests: Any, context: Any) -> Any:
+    async def _paced(self, requests: Any, context: GrpcContext) -> Any:
         """The requests of a streaming call; each must arrive within the time limit."""
 
         async def paced() -> AsyncIterator[Any]:
@@ -211,7 +194,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             while True:
                 try:
                     async with asyncio.timeout(limit_s):
-                        request = await context.read()
+                        request = await context.grpc.read()
                 except TimeoutError as error:
                     raise Aborted(
                         f"no request arrived within {limit_s:g} s; call again when you have a "
@@ -228,23 +211,28 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def _answer(self, method: str, behaviour: _Behaviour, receive: _Receive) -> _Behaviour:
         """Guards health and reflection: enforces the bounds and reports Veneer errors."""
+        name = method.rpartition("/")[2][:80]
 
         async def answered(requests: Any, context: Any) -> Any:
+            headers = _headers(context)
+            arrived = self._arrived(method, context, headers)
             try:
                 with (
-                    self._connections.call(context.peer()) as call,
-                    await self._admit(method, context, call),
+                    self._connections.call(arrived.caller.peer) as call,
+                    await self._admit(arrived, headers, call),
                 ):
-                    request = await receive(requests, context)
+                    request = await receive(requests, arrived)
                     call.arrived(watching=method in _WAITING)
-                    with self._open.one(method):
+                    with self._open.one(method, arrived.caller.tenant):
                         answer = await behaviour(request, context)
-                    if not self._access.asks:
+                    if not self._gate.access.asks:
                         call.earned("")
                     return answer
             except VeneerError as error:
                 failure = without_frames(error)
-            return await self._refuse(method, failure, context)
+            self._gate.count(failure)
+            await self._gate.delay(arrived, failure, method=name, code=failure.code)
+            return await self._abort(arrived, failure)
 
         return answered
 
@@ -252,84 +240,81 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         service, name = method.removeprefix("/").split("/", 1)
         handling = self._metrics.handling.labels(service, name)
         handled = self._metrics.handled
+        gate = self._gate
 
         async def guarded(requests: Any, context: Any) -> Any:
             started = time.perf_counter()
             code = grpc.StatusCode.OK.name
-            request, fallback_id = None, uuid.uuid4().hex
-            REQUEST_ID.set(fallback_id)
-            CALLER.set(peer := context.peer())
+            headers = _headers(context)
+            arrived = self._arrived(method, context, headers)
             try:
-                with self._connections.call(peer) as call:
-                    INGRESS.set(Ingress.of(f"{service}/{name}", _headers(context)))
-                    with await self._admit(method, context, call):
-                        self._calls.check_phase()
-                        request = await receive(requests, context)
-                        call.arrived(watching=method in _WAITING)
-                        with self._open.one(method), self._calls.running():
-                            REQUEST_ID.set(_request_id(request) or fallback_id)
-                            answer = await behaviour(request, context)
-                        if not self._access.asks:
-                            call.earned("")
-                self._audit.note(method, peer, request=request, answer=answer)
-                return answer
+                with (
+                    # Writing to a caller that has left raises gRPC's own exception.
+                    gate.answering(
+                        arrived, "call failed", left=partial(_gone, context), method=method
+                    ),
+                    self._connections.call(arrived.caller.peer) as call,
+                    await self._admit(arrived, headers, call),
+                ):
+                    self._calls.check_phase()
+                    arrived.request = request = await receive(requests, arrived)
+                    call.arrived(watching=method in _WAITING)
+                    with (
+                        self._open.one(method, arrived.caller.tenant),
+                        self._calls.running(),
+                    ):
+                        if chosen := _request_id(request):
+                            gate.rename(arrived, chosen)
+                        arrived.answer = await behaviour(request, arrived)
+                    if not gate.access.asks:
+                        call.earned("")
+                return arrived.answer
             except VeneerError as error:
                 code = error.code
                 failure = without_frames(error)
             except asyncio.CancelledError:
                 code = _cancelled_code(context)
-                self._audit.note(method, peer, _LEFT, request=request)
                 raise
-            except Exception as error:
-                if context.cancelled() or context.done():
-                    # Writing to a caller that has left raises grpc's own exception.
-                    code = _cancelled_code(context)
-                    self._audit.note(method, peer, _LEFT, request=request)
-                    raise asyncio.CancelledError from error
-                failure = internal_error(REQUEST_ID.get())
-                code = failure.code
-                _log.error("call failed", error, method=method)
             finally:
                 handling.observe(time.perf_counter() - started)
                 handled.labels(service, name, code).inc()
-            self._audit.note(method, peer, failure, request=request)
-            request = None  # grpc keeps an aborted call's frames for a while
-            return await self._refuse(method, failure, context)
+            await gate.refuse(arrived, failure, method=name[:80], code=failure.code)
+            # gRPC keeps an aborted call's frames for a while.
+            request = arrived.request = None
+            return await self._abort(arrived, failure)
 
         return guarded
 
-    async def _admit(
-        self, method: str, context: Any, call: Call
-    ) -> AbstractContextManager[None]:
-        """Before anything of the request is read. Unless it is an answer that is generated, the
-        call ends, while the result is entered, once its caller is not let in any more."""
-        _check_once(context)
-        headers = _headers(context)
-        certificate = shown_to_grpc(context.auth_context()) if self._access.asks else NOT_SHOWN
-        credentials = Credentials.of_headers(headers, certificate)
-        principal = await self._access.admit(method, credentials, self._elsewhere)
-        if principal is not ANYONE:
-            call.earned(principal.tenant)
-        ASKED.set(Asked.of(headers))
-        if method in GENERATE_METHODS:
-            return nullcontext()
-        return self._access.while_admitted(method, credentials, self._elsewhere)
+    def _arrived(self, method: str, context: Any, headers: Mapping[str, str]) -> GrpcContext:
+        caller = Caller.arriving(
+            method,
+            context.peer(),
+            uuid.uuid4().hex,
+            headers,
+            time_left=context.time_remaining(),
+            names_itself=True,
+        )
+        self._gate.arrived(caller)
+        return GrpcContext(context, caller)
 
-    async def _refuse(self, method: str, error: VeneerError, context: Any) -> Any:
-        name = method.rpartition("/")[2]
-        if not isinstance(error, ModelLoading):  # waiting clients retry over and over
-            why = {"code": error.code, "reason": error.reason, **detail_for_log(error)}
-            _log.often(error.reason, "call refused", method=name[:80], **why)
+    async def _admit(
+        self, arrived: GrpcContext, headers: Mapping[str, str], call: OpenCall
+    ) -> AbstractContextManager[None]:
+        """`Gate.admit`, before anything of the request is read."""
+        context, gate = arrived.grpc, self._gate
+        _check_once(context)
+        certificate = shown_to_grpc(context.auth_context()) if gate.access.asks else NOT_SHOWN
+        admitted = await gate.admit(arrived, Credentials.of_headers(headers, certificate))
+        if arrived.caller.principal is not ANYONE:
+            call.earned(arrived.caller.tenant)
+        return admitted
+
+    async def _abort(self, arrived: GrpcContext, error: VeneerError) -> Any:
+        """Send an error. Does not wait for the caller: if it reads nothing, gRPC queues the
+        status behind the message that is stuck."""
         status = to_grpc_status(error)
-        self._metrics.failures.labels(error.reason).inc()
-        if error.code in _PACED:
-            await self._pace.wait(context.peer(), _SIZE.get())
-        # Does not wait for the caller: if it reads nothing, gRPC queues the status behind
-        # the message that is stuck.
-        trailing = status.trailing
-        if method in GENERATE_METHODS:
-            trailing += rate_headers(self._quotas, PRINCIPAL.get().accounts)
-        return await context.abort(status.code, status.message, trailing)
+        trailing = status.trailing + self._gate.limits(arrived.caller)
+        return await arrived.grpc.abort(status.code, status.message, trailing)
 
 
 def _headers(context: Any) -> dict[str, str]:
@@ -370,7 +355,7 @@ class _Checked:
         return _checked(await anext(self._messages))
 
 
-async def _all(requests: Any, context: Any) -> Any:
+async def _all(requests: Any, context: GrpcContext) -> Any:
     """The requests of a method that enforces its own bounds."""
     return _Checked(requests)
 
@@ -403,7 +388,8 @@ def _open_first(behaviour: _Behaviour) -> _Behaviour:
     that message, the metadata would be stuck with it, and the status needs the metadata."""
 
     async def opened(request: Any, context: Any) -> Any:
-        await context.send_initial_metadata(())
+        own = context.grpc if isinstance(context, GrpcContext) else context
+        await own.send_initial_metadata(())
         return await behaviour(request, context)
 
     return opened
@@ -412,13 +398,18 @@ def _open_first(behaviour: _Behaviour) -> _Behaviour:
 def _request_id(request: object) -> str:
     """The request id that the caller chose; empty if none. Raises InvalidField."""
     given: str = getattr(request, "request_id", "")
-    if given and not _REQUEST_ID.fullmatch(given):
+    if given and not REQUEST_ID_FORM.fullmatch(given):
         raise InvalidField(
             "request_id must be 1 to 128 printable ASCII characters without spaces: leave it "
             "empty to have the server generate one",
             metadata={"field": "request_id"},
         )
     return given
+
+
+def _gone(context: Any) -> bool:
+    """Whether the caller has left, or its deadline has passed."""
+    return bool(context.cancelled() or context.done())
 
 
 def _cancelled_code(context: Any) -> str:

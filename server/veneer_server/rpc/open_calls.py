@@ -10,18 +10,7 @@ from typing import Final
 
 from veneer_registry.errors import QueueFull, QuotaExceeded, VeneerError
 
-from veneer_server.access.principal import PRINCIPAL
-from veneer_server.rpc.inference_service import GENERATE_METHODS
-
-__all__ = [
-    "HEALTH_WATCH",
-    "MAX_HEALTH_WATCHES",
-    "MAX_OTHER_CALLS",
-    "MAX_REFLECTIONS",
-    "MAX_WATCHERS",
-    "WATCH",
-    "OpenCalls",
-]
+from veneer_server.access.methods import GENERATES
 
 WATCH: Final = "/veneer.v1.AdapterService/WatchAdapters"
 MAX_WATCHERS: Final = 256
@@ -73,8 +62,8 @@ class OpenCalls:
         """Those that have called."""
 
     @contextmanager
-    def one(self, method: str) -> Iterator[None]:
-        """Count a call while the block runs.
+    def one(self, method: str, tenant: str) -> Iterator[None]:
+        """Count a tenant's call while the block runs.
 
         Raises:
             QuotaExceeded, QueueFull: the limit for calls of this kind is reached.
@@ -83,7 +72,6 @@ class OpenCalls:
         if kind is None:
             yield
             return
-        tenant = PRINCIPAL.get().tenant
         key = kind.name, tenant
         self._tenants.add(tenant)
         share = kind.most if len(self._tenants) == 1 else kind.most // 2
@@ -108,7 +96,7 @@ class OpenCalls:
 
     def _kind(self, method: str) -> _Kind | None:
         """None for calls that are not counted."""
-        if method in GENERATE_METHODS:
+        if method in GENERATES:
             return None
         if method == WATCH:
             fix = (

@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from veneer_proto.v1 import server_pb2, server_pb2_grpc
 from veneer_registry.adapter import PROJECTIONS, BaseSpec
 from veneer_registry.errors import InvalidField
 
 from veneer_server import __version__
-from veneer_server.access.principal import DEFAULT_TENANT, PRINCIPAL, denied
+from veneer_server.access.caller import Caller
+from veneer_server.access.principal import DEFAULT_TENANT, denied
 from veneer_server.config import ServerConfig
 from veneer_server.engine_client.client import EngineClient
 from veneer_server.quotas.usage import UsageBook
 from veneer_server.rpc import convert
-from veneer_server.serving.adapters.budgets import AdapterBudgets
-from veneer_server.serving.tenants.tenants import Tenants
-from veneer_server.serving.tenants.visible import Visible
-from veneer_server.serving.threads import to_the_end
+from veneer_server.serving.changes import AdapterBudgets
+from veneer_server.serving.spare_time import to_the_end
+from veneer_server.serving.tenants import Tenants
+from veneer_server.serving.visible import Visible
 from veneer_server.sizing.capacity import Budgets, Capacity, Limit, plan_capacity
 from veneer_server.sizing.memory_plan import BLOCK_TOKENS
 from veneer_server.system.machine import peak_bytes
 from veneer_server.text.defaults import RequestDefaults
 from veneer_server.wire.sampling import OF_BASE
-
-__all__ = ["ReplicationFacts", "ServerService"]
 
 MAX_RANK: Final = 4096
 _DEFAULT_RANK: Final = 16
@@ -89,11 +90,11 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
     ) -> server_pb2.GetServerInfoResponse:
         """Version, base model, budgets, counts, memory."""
         config, info, base = self._config, self._engine.info, self._base
-        tenant = self._tenants.opened()
+        caller: Caller = context.caller
+        tenant = self._tenants.named(caller.tenant)
         facts = self._replication()
         # Other tenants would learn from it when somebody publishes.
-        who = PRINCIPAL.get()
-        trusted = who.tenant == DEFAULT_TENANT and who.has({"operator"})
+        trusted = caller.tenant == DEFAULT_TENANT and caller.principal.has({"operator"})
         sequence = facts.sequence if trusted else 0
         return server_pb2.GetServerInfoResponse(
             version=__version__,
@@ -153,7 +154,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
             memory=self._memory_used(),
             longest_step=convert.duration(info.longest_step_seconds),
             defaults=server_pb2.RequestDefaults(
-                max_tokens=self._defaults.max_tokens,
+                max_tokens=self._defaults.most_tokens(),
                 **{name: getattr(self._defaults.sampling, name) for name in OF_BASE},
             ),
         )
@@ -181,7 +182,8 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
         self, request: server_pb2.GetUsageRequest, context: Any
     ) -> server_pb2.GetUsageResponse:
         """What the caller's tenant has used; an operator may ask for any or all."""
-        principal, wanted = PRINCIPAL.get(), request.tenant
+        caller: Caller = context.caller
+        principal, wanted = caller.principal, request.tenant
         operator = principal.has({"operator"})
         if not operator and wanted not in ("", principal.tenant):
             raise denied({"operator"}, principal, "another tenant's usage", "GetUsage")
@@ -211,7 +213,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
                 f"{info.context_length} tokens",
                 metadata={"field": "context_length"},
             )
-        parameters = await self._parameters(request)
+        parameters = await self._parameters(request, context.caller)
         budgets = Budgets(
             host_adapters=self._budgets.host,
             device_adapters=self._budgets.device,
@@ -232,10 +234,10 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
         )
         return _response(capacity, parameters, length)
 
-    async def _parameters(self, request: server_pb2.PlanCapacityRequest) -> int:
+    async def _parameters(self, request: server_pb2.PlanCapacityRequest, caller: Caller) -> int:
         """Parameters in all A and B matrices of the adapter that the request describes."""
         if request.WhichOneof("adapter") == "like":
-            home = await self._tenants.current()
+            home = await self._tenants.current(caller)
             record = (await to_the_end(lambda: self._visible.get(home, request.like))).record
             return record.manifest.parameters
         rank = request.shape.rank if request.HasField("shape") else _DEFAULT_RANK
@@ -283,3 +285,69 @@ def _response(
             for short in capacity.shortfalls
         ],
     )
+
+
+# -------------------- health
+# The standard health service, following the server's phase and the engine's heartbeat.
+
+SERVICES: Final = (
+    "veneer.v1.InferenceService",
+    "veneer.v1.AdapterService",
+    "veneer.v1.ServerService",
+    "veneer.v1.ReplicationService",
+)
+"""Services that report their own readiness."""
+
+_ENGINE_SERVICE: Final = SERVICES[0]
+_UP: Final = health_pb2.HealthCheckResponse.SERVING
+_DOWN: Final = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class Health:
+    """Liveness under ``""``, readiness under each service's name.
+
+    Liveness says that the front process answers and is not stopping: restarting it
+    would not help a loading or restarting engine. InferenceService is ready while
+    the engine's step loop answers; the other services once loading is done. A server without
+    an engine does not have InferenceService, so that a check of it gets NOT_FOUND: this tells a
+    registry, which is ready, from a server whose engine is away, and needs no credentials.
+    """
+
+    def __init__(self, *, generates: bool = True) -> None:
+        """Args: generates: whether the server has an engine."""
+        # grpc_health ships no types for its asyncio servicer.
+        self._servicer: Any = health.aio.HealthServicer()
+        self._services = SERVICES if generates else SERVICES[1:]
+        self._loaded = False
+        self._engine = False
+        self._draining = False
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def add_to(self, server: Any) -> None:
+        """Register with a server that has not started."""
+        health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
+        await self._publish()
+
+    async def loaded(self) -> None:
+        """Record that the server has finished loading."""
+        self._loaded = True
+        await self._publish()
+
+    def engine_changed(self, healthy: bool) -> None:
+        """Called back by `EngineClient` when the engine's heartbeat starts or stops."""
+        self._engine = healthy
+        task = asyncio.get_running_loop().create_task(self._publish())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def drain(self) -> None:
+        """Report NOT_SERVING for every service from now on."""
+        self._draining = True
+        await self._publish()
+
+    async def _publish(self) -> None:
+        ready = self._loaded and not self._draining
+        await self._servicer.set("", _DOWN if self._draining else _UP)
+        for service in self._services:
+            up = ready and (self._engine or service != _ENGINE_SERVICE)
+            await self._servicer.set(service, _UP if up else _DOWN)

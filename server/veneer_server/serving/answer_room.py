@@ -28,17 +28,6 @@ from veneer_server.queues.fair_queue import FairQueue
 from veneer_server.queues.fairness import Sender
 from veneer_server.text.tokenizer import TokenNames
 
-__all__ = [
-    "MAX_ANSWER",
-    "MAX_HELD",
-    "PATIENCE_S",
-    "AnswerForm",
-    "AnswerRoom",
-    "AnswerSize",
-    "Held",
-    "ScoreForm",
-]
-
 MAX_ANSWER: Final = 64 << 20
 """Most bytes of an answer's log-probabilities and token ids, as they are sent."""
 
@@ -179,9 +168,9 @@ class AnswerRoom:
         return self._held[()]
 
     @contextmanager
-    def answer(self, whose: Sender, prompts: int = 1) -> Iterator[Held]:
+    def answer(self, whose: Sender, prompts: int = 1) -> Iterator[AnswerBytes]:
         """The room of an answer to so many prompts, until the block ends."""
-        held = Held(self, whose, prompts)
+        held = AnswerBytes(self, whose, prompts)
         try:
             yield held
         finally:
@@ -257,7 +246,7 @@ class AnswerRoom:
         )
 
 
-class Held:
+class AnswerBytes:
     """The room of one answer.
 
     Attributes:
@@ -303,7 +292,7 @@ class Held:
             if size.fixed > whole // 2:
                 less = "a shorter prompt, fewer prompts"
                 raise _too_large(self._whole, form, size.prompt_field, less)
-            raise _too_large(self._whole, form, size.field, "a smaller max_tokens")
+            raise _too_large(self._whole, form, size.field, "a smaller stopping.max_tokens")
         self._prompts += size.held
         self._uncounted -= 1
         if not self._uncounted:

@@ -12,28 +12,14 @@ from typing import Any, Final, NoReturn
 from veneer_registry.errors import InvalidField
 
 from veneer_server.queues.fairness import MAX_PRIORITY
-from veneer_server.text.templates.options import longer_as_json
+from veneer_server.text.turns import longer_as_json
 from veneer_server.wire.messages import Constraint
-
-__all__ = [
-    "check_constraint",
-    "check_json_size",
-    "check_messages",
-    "check_min_tokens",
-    "check_number",
-    "check_priority",
-    "check_prompt_logprobs",
-    "check_stops",
-    "check_truncation",
-    "choice",
-    "invalid",
-    "refuse",
-]
 
 MAX_MESSAGES: Final = 4096
 """Most messages of a chat. Rendering each takes the front process some microseconds."""
 MAX_ROLE: Final = 64
 MAX_SESSION_KEY: Final = 256
+MAX_CACHE_SALT: Final = 1024
 MAX_STOPS: Final = 16
 MAX_STOP_LENGTH: Final = 256
 MAX_STOP_TOKENS: Final = 64
@@ -99,6 +85,12 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
             refuse(f"messages[{at}].role", "must be 1 to 64 characters, such as 'user'")
 
 
+def check_cache_salt(salt: str) -> None:
+    """Raises InvalidField for one that is too long."""
+    if len(salt) > MAX_CACHE_SALT:
+        refuse("cache_salt", f"has {len(salt)} characters: give at most {MAX_CACHE_SALT}")
+
+
 def check_stops(stops: Sequence[str], ids: Sequence[int]) -> None:
     """Raises InvalidField for too many stops, or one that is too long or empty."""
     if len(stops) > MAX_STOPS:
@@ -127,7 +119,7 @@ def check_output(n: int, logprobs: bool, top_logprobs: int) -> None:
 def check_min_tokens(least: int, most: int | None) -> None:
     """Raises InvalidField for a least number of tokens above the most, if that is given."""
     if most is not None and least > most:
-        refuse("stopping.min_tokens", f"is {least}: give at most max_tokens, {most}")
+        refuse("stopping.min_tokens", f"is {least}: give at most stopping.max_tokens, {most}")
 
 
 def check_prompt_logprobs(tops: int | None) -> None:
@@ -142,13 +134,15 @@ def check_truncation(tokens: int | None) -> None:
         refuse("truncate_prompt_tokens", f"is {tokens}: give 1 or more, or -1")
 
 
-def choice(texts: Sequence[str]) -> Constraint:
+def choice(texts: Sequence[str], field: str = "constraint.choice") -> Constraint:
     """A constraint to one of these texts.
+
+    Args:
+        field: their name in errors.
 
     Raises:
         InvalidField: there are no texts, too many, or an empty one.
     """
-    field = "constraint.choice"
     if len(texts) > MAX_CHOICES:
         refuse(field, f"has {len(texts)} texts: give at most {MAX_CHOICES}")
     if not texts or not all(texts):
@@ -156,7 +150,13 @@ def choice(texts: Sequence[str]) -> Constraint:
     return Constraint("choice", json.dumps(list(texts)))
 
 
-def check_constraint(constraint: Constraint) -> None:
-    """Raises InvalidField for an empty constraint. The engine finds out whether it compiles."""
+def check_constraint(constraint: Constraint, field: str) -> None:
+    """Raises InvalidField for an empty constraint. The engine finds out whether it compiles.
+
+    Args:
+        field: what its caller calls it; empty: as the contract does.
+    """
     if not constraint.text:
-        refuse(f"constraint.{constraint.kind}", "is empty: give one, or leave it unset")
+        refuse(
+            field or f"constraint.{constraint.kind}", "is empty: give one, or leave it unset"
+        )

@@ -6,6 +6,7 @@ the engine's sequence.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
@@ -15,16 +16,16 @@ from typing import get_args
 from veneer_registry.errors import ContextTooLong, DeadlineTooShort, VeneerError
 from veneer_registry.lease import RevisionLease
 
-from veneer_server.access.principal import PRINCIPAL
+from veneer_server.access.caller import Caller
 from veneer_server.engine_client.client import EngineClient
 from veneer_server.engine_client.places import Place
-from veneer_server.logs import REQUEST_ID, get_logger
-from veneer_server.queues.fairness import FAIRNESS
+from veneer_server.logs import get_logger
+from veneer_server.queues.fairness import Sender
 from veneer_server.quotas.meter import Meter, Metered
 from veneer_server.serving import checks
-from veneer_server.serving.adapters.use import source_of
-from veneer_server.serving.answer_room import AnswerRoom, AnswerSize, Held
-from veneer_server.serving.generation import Generation
+from veneer_server.serving.answer_room import AnswerBytes, AnswerRoom, AnswerSize
+from veneer_server.serving.events import source_of
+from veneer_server.serving.generation import ANSWER_TOKENS, Generation, starts, without_oldest
 from veneer_server.serving.limits import (
     check_constraint_size,
     check_ids,
@@ -40,24 +41,17 @@ from veneer_server.serving.records import (
     PromptText,
     Provenance,
 )
-from veneer_server.serving.spare_time import SpareTime
-from veneer_server.serving.tenants.tenant import Tenant
-from veneer_server.serving.tenants.tenants import Tenants
-from veneer_server.serving.tenants.visible import Visible
-from veneer_server.serving.threads import Background
-from veneer_server.serving.tools.reading import Plan, ReplyReader
-from veneer_server.serving.tools.use import about_tools
-from veneer_server.serving.transfer.resolving import Resolving
-from veneer_server.serving.who import sender
+from veneer_server.serving.registering import Resolving
+from veneer_server.serving.spare_time import Background, SpareTime
+from veneer_server.serving.tenants import Tenant, Tenants
+from veneer_server.serving.tool_use import AnswerPlan, ReplyReader, about_constraint
+from veneer_server.serving.visible import Visible
 from veneer_server.telemetry.metrics import Metrics
 from veneer_server.telemetry.tracing import Phases, Tracing
 from veneer_server.text.defaults import RequestDefaults
 from veneer_server.text.prompts import Prompt, Prompts, Room
 from veneer_server.text.tokenizer import TooManyTokens
-from veneer_server.wire.messages import Constraint, SequenceRequest
-
-__all__ = ["Generator"]
-
+from veneer_server.wire.messages import SequenceRequest
 
 _log = get_logger(__name__)
 
@@ -110,16 +104,15 @@ class Generator:
     async def admit(
         self,
         call: GenerateCall,
+        caller: Caller,
         *,
-        time_remaining: float | None,
         counted: Metered | None = None,
         place: Place | None = None,
-        held: Held | None = None,
+        held: AnswerBytes | None = None,
     ) -> AsyncIterator[Generation]:
         """Submit a request. When the block ends, however it ends, everything is released.
 
         Args:
-            time_remaining: seconds to the caller's deadline; None if there is none.
             counted, place: of the request of which this is a part; None if it is the whole.
             held: the room of the answer, for callers that keep it until it has been read.
 
@@ -130,42 +123,50 @@ class Generator:
             QueueFull, EngineFailed, Unavailable: the request cannot be served now.
         """
         arrived = time.perf_counter()
-        # A point in time, not a duration: the clock runs while the request waits.
-        deadline = None if time_remaining is None else time.monotonic() + time_remaining
         owner, lease, shown = None, None, ""
         generation: Generation | None = None
-        plan: Plan | None = None
+        forced = call.tools is not None and call.tools.forced
+        constrains = "tools" if forced else call.constraint_field
         outcome, failed = "cancelled", ""
+        sender = caller.sender
         try:
-            self._check_deadline(time_remaining)
-            forced = call.tools is not None and call.tools.forced
-            self._check_size(call.constraint, by_tools=forced)
+            self._check_deadline(caller.time_left)
+            check_constraint_size(call.constraint, self._constraint_bytes)
             if call.adapter:
-                home = await self._tenants.current()
+                home = await self._tenants.current(caller)
                 if self._resolving is not None and not self._visible.knows(home, call.adapter):
-                    await self._resolving.fetch(home, call.adapter)
+                    await self._resolving.fetch(home, call.adapter, caller)
                 owner, lease = self._visible.acquire(home, call.adapter, call.session_key)
                 shown = self._visible.shown(home, owner, lease.ref.name)
             # Before any work: requests that wait for it then count towards the queue limit.
             with (
-                self.count(call.n) if counted is None else nullcontext(counted) as measured,
-                self.place(call.n, time_remaining)
-                if place is None
-                else nullcontext(place) as placed,
-                self.answers.answer(sender()) if held is None else nullcontext(held) as answer,
+                self.count(caller, call.n)
+                if counted is None
+                else nullcontext(counted) as measured,
+                self.place(caller, call.n) if place is None else nullcontext(place) as placed,
+                self.answers.answer(sender) if held is None else nullcontext(held) as answer,
             ):
                 plan = self._plan(call, lease)
-                prompt = await self._prompt(call, lease)
+                if plan.by_tools:
+                    constrains = "tools"
+                check_constraint_size(plan.constraint, self._constraint_bytes)
+                prompt = await self._prompt(call, lease, sender)
                 fetch_s = None
                 if owner is not None and lease is not None:
                     fetch_s = await _brought(owner, lease)
                 counts = await measured.prompt(len(prompt.ids), call.n)
                 call = await self._fitting(call, prompt, answer)
-                request = self._resolve(call, prompt, plan, owner, lease, deadline)
+                request = self._resolve(call, caller, sender, prompt, plan, owner, lease)
                 ref = lease.ref if lease is not None else None
                 generation = Generation(
-                    *(call, prompt, Provenance.of(self.base_name, ref, shown), request),
-                    *(self._engine, arrived, counts, placed),
+                    call,
+                    prompt,
+                    Provenance.of(self.base_name, ref, shown),
+                    request,
+                    self._engine,
+                    arrived,
+                    counts,
+                    placed,
                     metrics=self.metrics,
                     reader=ReplyReader.of(self.prompts.tokenizer, prompt, plan),
                     fetch_s=fetch_s,
@@ -177,18 +178,20 @@ class Generator:
             outcome = generation.finish or "cancelled"
         except VeneerError as error:
             outcome, failed = error.reason, error.message
-            if plan is not None and plan.by_tools:
-                raise about_tools(error) from error
+            if (told := about_constraint(error, constrains)) is not error:
+                raise told from error
             raise
         finally:
             if owner is not None and lease is not None:
                 lease.release()
                 if owner.registry.needs_sweep:
                     self._background.start(f"sweep {owner.name}", owner.registry.sweep)
-            trace = self._trace(generation, lease, outcome, failed)
+            trace = self._trace(caller, generation, lease, outcome, failed)
             self._record(generation, lease, outcome, trace)
 
-    async def _fitting(self, call: GenerateCall, prompt: Prompt, held: Held) -> GenerateCall:
+    async def _fitting(
+        self, call: GenerateCall, prompt: Prompt, held: AnswerBytes
+    ) -> GenerateCall:
         """The call, with fewer tokens if it leaves their number to the server and its answer
         would become too large. Waits for the room that its answer takes. Raises InvalidField
         if it asks for too large an answer."""
@@ -202,19 +205,26 @@ class Generator:
             tops=call.top_logprobs if call.logprobs else None,
             echoed=len(prompt.text) * call.n if call.echo else 0,
         )
-        wanted = 1 if call.max_tokens == 0 else call.max_tokens
-        most = room(self._engine.info, wanted, len(prompt.ids), self._defaults.max_tokens)
+        most = self._most_tokens(call, len(prompt.ids))
         fitting = await held.fits(size, call.form, call.max_tokens, most, call.n)
         return call if fitting == most else replace(call, max_tokens=fitting)
 
-    def count(self, samples: int, prompts: int = 1) -> Metered:
-        """Count a request of the current caller. See `Meter.request`."""
-        who = PRINCIPAL.get()
-        return self._meter.request(who.accounts, who.tenant, samples, prompts)
+    def _most_tokens(self, call: GenerateCall, prompt_tokens: int) -> int:
+        """Most new tokens of a sample. Raises ContextTooLong if they cannot fit."""
+        info = self._engine.info
+        wanted = 1 if call.max_tokens == 0 else call.max_tokens  # it is not shown
+        if call.clamped and wanted is not None:
+            wanted = min(wanted, max(1, info.longest_sequence - prompt_tokens))
+        default = self._defaults.most_tokens(open_ended=call.open_ended)
+        return room(info, wanted, prompt_tokens, default)
 
-    def place(self, count: int, within_s: float | None = None) -> AbstractContextManager[Place]:
-        """Places for ``count`` samples of the current call, see `Places.hold`."""
-        return self._engine.places.hold(count, FAIRNESS.get(), within_s=within_s)
+    def count(self, caller: Caller, samples: int, prompts: int = 1) -> Metered:
+        """Count a request. See `Meter.request`."""
+        return self._meter.request(caller.principal.accounts, caller.tenant, samples, prompts)
+
+    def place(self, caller: Caller, count: int) -> AbstractContextManager[Place]:
+        """Places for ``count`` samples of a call, see `Places.hold`."""
+        return self._engine.places.hold(count, caller.fairness, within_s=caller.time_left)
 
     def check_text(self, text: bytes, *, cut: bool = False) -> None:
         """Raise ContextTooLong for a UTF-8 prompt that cannot fit, before it is copied as
@@ -231,64 +241,106 @@ class Generator:
         """Raise ContextTooLong if a prompt has too many token ids, before they are used."""
         room(self._engine.info, None, tokens)
 
+    def reads_calls(self, adapter_template: str | None) -> bool:
+        """Whether answers to chats with an adapter's template, or else the base's, may call
+        tools of the model's own accord."""
+        return self.prompts.family(adapter_template, self._tool_parser) is not None
+
     @property
     def ready(self) -> bool:
         """Whether the engine's limits are known."""
         return self._engine.healthy
 
-    def _check_deadline(self, time_remaining: float | None) -> None:
-        if time_remaining is not None and time_remaining <= self._step_seconds():
+    def _check_deadline(self, time_left: float | None) -> None:
+        if time_left is not None and time_left <= self._step_seconds():
             raise DeadlineTooShort(
-                f"the deadline leaves {max(0.0, time_remaining) * 1000:.0f} ms, less than one "
+                f"the deadline leaves {time_left * 1000:.0f} ms, less than one "
                 "step takes: increase the deadline"
             )
 
-    def _check_size(self, constraint: Constraint | None, *, by_tools: bool) -> None:
-        """Raises InvalidField for a constraint that is too long, before any work."""
-        if constraint is None:
-            return
-        try:
-            check_constraint_size(constraint, self._constraint_bytes)
-        except VeneerError as error:
-            raise about_tools(error) if by_tools else error from None
-
-    def _plan(self, call: GenerateCall, lease: RevisionLease | None) -> Plan:
+    def _plan(self, call: GenerateCall, lease: RevisionLease | None) -> AnswerPlan:
         """How the answer may look. Raises InvalidField if nobody could read its calls."""
         family, tokenizer = None, self.prompts.tokenizer
         if call.tools is not None:
             family = self.prompts.family(_template(lease), self._tool_parser)
-        plan = Plan.of(call.tools, family, call.constraint, tokenizer)
-        self._check_size(plan.constraint, by_tools=plan.by_tools)
-        return plan
+        return AnswerPlan.of(call.tools, family, call.constraint, tokenizer)
 
-    async def _prompt(self, call: GenerateCall, lease: RevisionLease | None) -> Prompt:
+    async def _prompt(
+        self, call: GenerateCall, lease: RevisionLease | None, sender: Sender
+    ) -> Prompt:
         info = self._engine.info
         space = Room(info.vocab_size, most_prompt_tokens(info))
         if call.truncate_prompt is not None:
             kept = kept_tokens(info, call.truncate_prompt, call.max_tokens)
-            prompt = await self._read(call, lease, space.to_cut, kept)
-            return await self.prompts.last(prompt, kept, sender(), with_text=call.echo)
-        return await self._read(call, lease, space, None)
+            prompt = await self._read(call, lease, sender, space.to_cut, kept)
+            return await self.prompts.last(prompt, kept, sender, with_text=call.echo)
+        if isinstance(call.input, ChatMessages) and call.input.drop_oldest:
+            return await self._shortened(call, call.input, lease, sender, space)
+        return await self._read(call, lease, sender, space, None)
+
+    async def _shortened(
+        self,
+        call: GenerateCall,
+        chat: ChatMessages,
+        lease: RevisionLease | None,
+        sender: Sender,
+        space: Room,
+    ) -> Prompt:
+        """The prompt of as many of the latest turns as fit."""
+        longest = self._engine.info.longest_sequence
+        answer = call.max_tokens or min(ANSWER_TOKENS, longest // 4)
+        room = replace(space, tokens=max(1, longest - answer))
+
+        async def read(start: int, within: Room) -> Prompt:
+            kept = replace(chat, messages=without_oldest(chat.messages, start))
+            return await self._read(replace(call, input=kept), lease, sender, within, None)
+
+        async def fitting(start: int) -> Prompt | None:
+            try:
+                prompt = await read(start, room)
+            except ContextTooLong:
+                return None
+            return prompt if len(prompt.ids) <= room.tokens else None
+
+        begin = starts(chat.messages)
+        if (found := await fitting(begin[0])) is not None:
+            return found
+        low, high = 1, len(begin) - 1
+        while low <= high:  # a shorter one fits if a longer one does
+            middle = (low + high) // 2
+            if (prompt := await fitting(begin[middle])) is None:
+                low = middle + 1
+            else:
+                found, high = prompt, middle - 1
+        return found or await read(begin[-1], space)
 
     async def _read(
-        self, call: GenerateCall, lease: RevisionLease | None, space: Room, kept: int | None
+        self,
+        call: GenerateCall,
+        lease: RevisionLease | None,
+        sender: Sender,
+        space: Room,
+        kept: int | None,
     ) -> Prompt:
         """The whole prompt; of token ids only the last ``kept``, if it is set."""
-        info, whose, echo = self._engine.info, sender(), call.echo
+        info, echo = self._engine.info, call.echo
         try:
             match call.input:
                 case PromptText(text):
-                    return await self.prompts.from_text(text, space, whose)
+                    return await self.prompts.from_text(text, space, sender)
                 case ChatMessages(messages=messages, options=options, tools=tools):
                     return await self.prompts.from_messages(
-                        *(messages, _template(lease), space, whose),
+                        messages,
+                        _template(lease),
+                        space,
+                        sender,
                         tools=[tool.for_template() for tool in tools],
                         options=options,
                     )
                 case tokens:
                     ids = tokens.ids if kept is None else tokens.ids[-kept:]
                     room(info, call.max_tokens, len(ids))  # before they are copied
-                    return await self.prompts.from_ids(ids, space, whose, with_text=echo)
+                    return await self.prompts.from_ids(ids, space, sender, with_text=echo)
         except TooManyTokens as error:
             count = error.count
         if count is not None:
@@ -301,21 +353,20 @@ class Generator:
     def _resolve(
         self,
         call: GenerateCall,
+        caller: Caller,
+        sender: Sender,
         prompt: Prompt,
-        plan: Plan,
+        plan: AnswerPlan,
         owner: Tenant | None,
         lease: RevisionLease | None,
-        deadline: float | None,
     ) -> SequenceRequest:
         """The request for the engine, with all defaults filled in.
 
         Args:
             owner: whose adapter it is.
-            deadline: the caller's deadline, on the monotonic clock.
         """
         info = self._engine.info
-        wanted = 1 if call.max_tokens == 0 else call.max_tokens  # it is not shown
-        max_tokens = room(info, wanted, len(prompt.ids), self._defaults.max_tokens)
+        max_tokens = self._most_tokens(call, len(prompt.ids))
         checks.check_min_tokens(call.min_tokens, max_tokens)
         check_ids(info, "sampling.logit_bias", call.sampling.logit_bias)
         check_ids(info, "stopping.stop_token_ids", call.stop_token_ids)
@@ -325,7 +376,7 @@ class Generator:
             self.metrics.adapters.requested(owner.name, lease.ref.name)
             owner.use.touch(lease.ref)
         self.metrics.prompt_tokens.inc(len(prompt.ids))
-        fairness = FAIRNESS.get()
+        fairness = caller.fairness
         return SequenceRequest(
             prompt.ids,
             max_tokens=max_tokens,
@@ -341,9 +392,9 @@ class Generator:
             constraint=plan.constraint,
             use_prefix_cache=call.use_prefix_cache is not False,
             # How many tokens were cached tells what somebody else has asked.
-            cache_scope=PRINCIPAL.get().tenant,
-            deadline=deadline,
-            sender=sender(),
+            cache_scope=_cache_scope(caller.tenant, call.cache_salt),
+            deadline=caller.deadline,
+            sender=sender,
             tenant=fairness.tenant,
             fairness_id=fairness.fairness_id,
             weight=fairness.weight,
@@ -382,6 +433,7 @@ class Generator:
 
     def _trace(
         self,
+        caller: Caller,
         generation: Generation | None,
         lease: RevisionLease | None,
         outcome: str,
@@ -392,8 +444,8 @@ class Generator:
         attributes: dict[str, str | int | tuple[str, ...]] = {
             "gen_ai.system": "veneer",
             "gen_ai.request.model": self.base_name,
-            "gen_ai.request.id": REQUEST_ID.get(),
-            "veneer.tenant": PRINCIPAL.get().tenant,
+            "gen_ai.request.id": caller.request_id,
+            "veneer.tenant": caller.tenant,
         }
         if lease is not None:
             attributes |= {
@@ -403,7 +455,7 @@ class Generator:
                 "veneer.adapter.revision": lease.ref.revision,
             }
         if generation is None:
-            return self._tracing.request(None, outcome, attributes, failed=failed)
+            return self._tracing.request(caller, None, outcome, attributes, failed=failed)
         facts = generation.facts()
         if generation.tier is not None:
             attributes["veneer.adapter.tier"] = generation.tier.value
@@ -417,7 +469,12 @@ class Generator:
         phases = Phases(
             facts["queue_s"], facts["load_s"], facts["first_token_s"], facts["total_s"]
         )
-        return self._tracing.request(phases, outcome, attributes, failed=failed)
+        return self._tracing.request(caller, phases, outcome, attributes, failed=failed)
+
+
+def _cache_scope(tenant: str, salt: str) -> str:
+    """Salts have any length; no tenant's name has a line break."""
+    return f"{tenant}\n{hashlib.sha256(salt.encode()).hexdigest()}" if salt else tenant
 
 
 def _template(lease: RevisionLease | None) -> str | None:

@@ -15,14 +15,11 @@ from veneer_server.engine_client.client import EngineEvent
 from veneer_server.engine_client.resident_set import Resident
 from veneer_server.engine_client.tenant_engine import TenantEngine
 from veneer_server.logs import get_logger
-from veneer_server.serving.adapters.events import AdapterEvents
-from veneer_server.serving.adapters.uploads import MAX_BROKEN, MAX_BROKEN_BYTES
-from veneer_server.serving.adapters.use import source_of
-from veneer_server.serving.tenants.registry import AdapterRegistry
-from veneer_server.serving.threads import to_the_end
+from veneer_server.serving.events import AdapterEvents, source_of
+from veneer_server.serving.registry import AdapterRegistry
+from veneer_server.serving.spare_time import to_the_end
+from veneer_server.serving.uploads import MAX_BROKEN, MAX_BROKEN_BYTES
 from veneer_server.wire.messages import AdapterFailed, MemoryTier
-
-__all__ = ["Housekeeping"]
 
 _SWEEP_S: Final = 600.0
 _KEEP_S: Final = 5.0

@@ -13,15 +13,6 @@ from veneer_server.serving.records import Sampling
 from veneer_server.text.defaults import RequestDefaults
 from veneer_server.wire.messages import Constraint, EngineInfo, SamplingParams
 
-__all__ = [
-    "check_constraint_size",
-    "check_ids",
-    "kept_tokens",
-    "most_prompt_tokens",
-    "resolve_sampling",
-    "room",
-]
-
 _SEED_BITS: Final = 63
 
 
@@ -70,6 +61,7 @@ def kept_tokens(info: EngineInfo, truncate: int, wanted: int | None) -> int:
 
     Raises:
         InvalidField: more than the context holds.
+        ContextTooLong: -1, but ``wanted`` leaves no room for a prompt.
     """
     most = most_prompt_tokens(info)
     if truncate > most:
@@ -80,11 +72,25 @@ def kept_tokens(info: EngineInfo, truncate: int, wanted: int | None) -> int:
         )
     if truncate > 0:
         return truncate
+    if wanted is not None and wanted > most:
+        raise ContextTooLong(
+            f"stopping.max_tokens is {wanted}, but prompt and completion together may have "
+            f"{info.longest_sequence}, and truncate_prompt_tokens -1 keeps only what "
+            f"stopping.max_tokens leaves: set stopping.max_tokens to at most {most}",
+            metadata={
+                "field": "stopping.max_tokens",
+                "largest": str(most),
+                "context_length": str(info.context_length),
+                "kv_cache_tokens": str(info.kv_cache_tokens),
+            },
+        )
     return max(1, info.longest_sequence - max(1, wanted or 1))
 
 
-def check_constraint_size(constraint: Constraint, most: int) -> None:
+def check_constraint_size(constraint: Constraint | None, most: int) -> None:
     """Raises InvalidField for a constraint of more than ``most`` bytes."""
+    if constraint is None:
+        return
     size = len(constraint.text.encode())
     if size > most:
         field = f"constraint.{constraint.kind}"

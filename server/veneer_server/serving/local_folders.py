@@ -19,21 +19,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from veneer_proto.v1 import adapters_pb2
 from veneer_registry.bundle_files import ALLOWED_FILES
 from veneer_registry.errors import AdapterInvalid, InvalidField, Unavailable, Unimplemented
+from veneer_registry.records import UploadFile
 
-from veneer_server.serving.threads import to_the_end
-
-__all__ = ["LocalFile", "LocalFolders"]
+from veneer_server.serving.spare_time import to_the_end
+from veneer_server.serving.uploads import (
+    UploadChunk,
+    UploadMessage,
+    UploadOptions,
+    check_file_count,
+)
 
 _PIECE: Final = 1 << 20
 _PASSING: Final = frozenset(
     {
-        *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT),
-        *(errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.EHOSTDOWN, errno.ENOTCONN),
-        *(errno.ENODEV, errno.ENXIO, errno.ECONNREFUSED, errno.ENOBUFS),
-        *(errno.EHOSTUNREACH, errno.ENETUNREACH),
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ENOMEM,
+        errno.EIO,
+        errno.ESTALE,
+        errno.ETIMEDOUT,
+        errno.EAGAIN,
+        errno.EINTR,
+        errno.EBUSY,
+        errno.EHOSTDOWN,
+        errno.ENOTCONN,
+        errno.ENODEV,
+        errno.ENXIO,
+        errno.ECONNREFUSED,
+        errno.ENOBUFS,
+        errno.EHOSTUNREACH,
+        errno.ENETUNREACH,
         getattr(errno, "EREMOTEIO", errno.EIO),  # Linux has it
     }
 )
@@ -80,25 +97,30 @@ class LocalFolders:
             yield await to_the_end(lambda: stack.enter_context(opening), self._reader)
 
     async def messages(
-        self, files: Sequence[LocalFile], spec: adapters_pb2.UploadSpec
-    ) -> AsyncGenerator[adapters_pb2.UploadAdapterRequest, None]:
+        self, files: Sequence[LocalFile], options: UploadOptions
+    ) -> AsyncGenerator[UploadMessage, None]:
         """The messages of an upload of open files, as a client would send them. A file that
         changes meanwhile does not have its SHA-256 any more, and is refused.
 
         Args:
-            spec: all but its files.
+            options: all but the request's files.
+
+        Raises:
+            InvalidField: there are none.
+            AdapterInvalid, Unavailable: one cannot be read.
         """
+        check_file_count(len(files))
+        announced = []
         for file in files:
             found = hashlib.sha256()
             for at in range(0, file.size, _PIECE):
                 await self._piece(file, at, found.update)
-            spec.files.add(name=file.name, size=file.size, sha256=found.hexdigest())
-        yield adapters_pb2.UploadAdapterRequest(spec=spec)
+            announced.append(UploadFile(file.name, file.size, found.hexdigest()))
+        request = dataclasses.replace(options.request, files=tuple(announced))
+        yield dataclasses.replace(options, request=request)
         for file in files:
             for at in range(0, file.size, _PIECE):
-                data = await self._piece(file, at)
-                chunk = adapters_pb2.UploadChunk(file=file.name, offset=at, data=data)
-                yield adapters_pb2.UploadAdapterRequest(chunk=chunk)
+                yield UploadChunk(file.name, at, await self._piece(file, at))
 
     async def _piece(
         self, file: LocalFile, at: int, look: Callable[[bytes], None] = lambda data: None

@@ -13,20 +13,10 @@ from veneer_registry.adapter import AdapterRef, Tier
 
 from veneer_server.serving import checks
 from veneer_server.serving.answer_room import AnswerForm, ScoreForm
-from veneer_server.serving.tools.use import Tool, ToolUse
-from veneer_server.text.templates.options import TemplateOptions
+from veneer_server.serving.tool_use import Tool, ToolUse
+from veneer_server.text.turns import TemplateOptions
 from veneer_server.wire.messages import Constraint
 from veneer_server.wire.sampling import RANGES
-
-__all__ = [
-    "ChatMessages",
-    "FinishReason",
-    "GenerateCall",
-    "PromptText",
-    "PromptTokens",
-    "Provenance",
-    "Sampling",
-]
 
 _PLAIN: Final = AnswerForm(ScoreForm(own=32, top=32))
 
@@ -50,11 +40,14 @@ class ChatMessages:
 
     Attributes:
         tools: that the template shows to the model.
+        drop_oldest: leave the oldest turns out, instead of refusing a conversation that is too
+            long; see `serving.generation`.
     """
 
     messages: tuple[Mapping[str, Any], ...]
     options: TemplateOptions = field(default_factory=TemplateOptions)
     tools: tuple[Tool, ...] = ()
+    drop_oldest: bool = False
 
     def __post_init__(self) -> None:
         checks.check_messages(self.messages)
@@ -103,6 +96,9 @@ class GenerateCall:
         adapter: ``name``, ``name@revision`` or ``name/alias``; empty for the base model.
         session_key: selects the target of an alias; the same key selects the same target.
         max_tokens: None means the server's default; 0, with echo, only the prompt.
+        open_ended: without ``max_tokens``, it may use what is left of the context, unless the
+            operator set a default.
+        clamped: ``max_tokens`` may be more than what is left of the context, and means that.
         min_tokens: neither stop tokens nor stop strings end the output before it has so many.
         prompt_logprobs: report the prompt's log-probabilities, with so many most likely tokens
             beside each; None: only if ``echo`` and ``logprobs`` ask for them.
@@ -111,8 +107,11 @@ class GenerateCall:
         include_reasoning: whether the caller wants to see what the model thought.
         n: samples for the same prompt.
         use_prefix_cache: None means the server's default.
+        cache_salt: prefixes are shared only with calls that have the same.
         priority: among requests of the same tenant; lower starts earlier.
         tools: whether and how the answer may call tools; None if it may not.
+        constraint_field: what its caller calls the constraint, for errors; empty: as the
+            contract does.
         form: what its door makes of scores.
     """
 
@@ -120,10 +119,10 @@ class GenerateCall:
     input: PromptText | ChatMessages | PromptTokens
     sampling: Sampling
     max_tokens: int | None
-    stops: tuple[str, ...]
-    ignore_eos: bool
-    logprobs: bool
-    echo: bool
+    stops: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    logprobs: bool = False
+    echo: bool = False
     top_logprobs: int = 0
     n: int = 1
     stop_token_ids: tuple[int, ...] = ()
@@ -136,6 +135,10 @@ class GenerateCall:
     truncate_prompt: int | None = None
     include_reasoning: bool = True
     tools: ToolUse | None = None
+    open_ended: bool = False
+    clamped: bool = False
+    cache_salt: str = ""
+    constraint_field: str = field(default="", compare=False)
     form: AnswerForm = field(default=_PLAIN, compare=False)
 
     def __post_init__(self) -> None:
@@ -150,8 +153,9 @@ class GenerateCall:
         checks.check_prompt_logprobs(self.prompt_logprobs)
         checks.check_truncation(self.truncate_prompt)
         if self.constraint is not None:
-            checks.check_constraint(self.constraint)
+            checks.check_constraint(self.constraint, self.constraint_field)
         checks.check_priority(self.priority)
+        checks.check_cache_salt(self.cache_salt)
         if len(self.session_key) > checks.MAX_SESSION_KEY:
             checks.refuse(
                 "session_key",

@@ -12,9 +12,9 @@ import msgspec
 from veneer_registry.errors import InternalError
 
 from veneer_server.serving.records import FinishReason
-from veneer_server.serving.threads import outlast
+from veneer_server.serving.spare_time import outlast
+from veneer_server.text import replies
 from veneer_server.text.detokenizer import Detokenizer, StopStrings, TokenBytes
-from veneer_server.text.replies import deltas as replies
 from veneer_server.wire.messages import (
     PackedTops,
     SequenceOutput,
@@ -22,8 +22,6 @@ from veneer_server.wire.messages import (
     first_tops,
     pack_tops,
 )
-
-__all__ = ["Delta", "Sample", "SampleStreams", "sample_request", "sample_seed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +49,7 @@ class Delta:
     prompt_top_logprobs: list[PackedTops] | None
     finish: FinishReason | None
     reasoning: str = ""
-    parts: Sequence[replies.Delta] = ()
+    parts: Sequence[replies.ReplyPart] = ()
     ends: Sequence[int] = ()
     prompt_ranks: list[int] | None = None
 
@@ -144,7 +142,7 @@ class Sample:
         prompt_tops = output.prompt_top_logprobs
         if self._tops is not None:
             tops, prompt_tops = map(_first, (tops, prompt_tops), self._tops)
-        parts: Sequence[replies.Delta] = ()
+        parts: Sequence[replies.ReplyPart] = ()
         ends: Sequence[int] = ()
         if self._parser is None:
             text = "".join(texts) + text
@@ -173,7 +171,7 @@ class Sample:
 
     def _parts(
         self, parser: replies.ReplyParser, texts: Sequence[str], *, ended: bool
-    ) -> Iterator[tuple[replies.Delta, int]]:
+    ) -> Iterator[tuple[replies.ReplyPart, int]]:
         """The texts of tokens taken apart, and how many were read for each part. The last text
         is the end's.
 

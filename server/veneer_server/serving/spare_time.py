@@ -14,18 +14,15 @@ import asyncio
 import contextvars
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
 from veneer_registry.errors import QueueFull
 
-from veneer_server.access.principal import PRINCIPAL
+from veneer_server.logs import get_logger
 from veneer_server.queues.fair_queue import SenderQueue
 from veneer_server.queues.fairness import Sender
-from veneer_server.serving.who import sender
-
-__all__ = ["MAX_WAITING", "SpareTime", "WorkBreaks"]
 
 MAX_WAITING: Final = 32 << 20
 """Bytes of large requests that wait for their piece of work, or have it done; half of them
@@ -83,9 +80,9 @@ class SpareTime:
         """End the thread; queued work does not run."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    async def request(self, work: Callable[[], T], size: int) -> T:
+    async def request(self, work: Callable[[], T], size: int, sender: Sender) -> T:
         """As `run`, for a request of `size` bytes. Raises QueueFull if too many wait."""
-        tenant = PRINCIPAL.get().tenant
+        tenant = sender.tenant
         own, held = self._waiting[tenant], self._waiting.total()
         if own + size > MAX_WAITING // 2 or held + size > MAX_WAITING:
             raise QueueFull(
@@ -96,25 +93,25 @@ class SpareTime:
             )
         self._waiting[tenant] += size
         try:
-            return await self.run(work)
+            return await self.run(work, sender)
         finally:
             self._waiting[tenant] -= size
             if not self._waiting[tenant]:
                 del self._waiting[tenant]
 
-    async def run(self, work: Callable[[], T]) -> T:
-        """Do a piece of work, and return what it returns. It sees the context variables of the
-        call. If cancelled before its turn, it is not done."""
-        await self._turn(sender())
+    async def run(self, work: Callable[[], T], sender: Sender) -> T:
+        """Do a piece of work, and return what it returns. Its log lines are the call's. If
+        cancelled before its turn, it is not done."""
+        await self._turn(sender)
         try:
             context, loop = contextvars.copy_context(), asyncio.get_running_loop()
             return await loop.run_in_executor(self._thread, context.run, self._paced, work)
         finally:
             self._next()
 
-    async def each(self, items: Iterator[T]) -> AsyncGenerator[T, None]:
+    async def each(self, items: Iterator[T], sender: Sender) -> AsyncGenerator[T, None]:
         """The items; each is made as a piece of work, once the one before has been used."""
-        while (item := await self.run(lambda: _next_or_end(items))) is not _END:
+        while (item := await self.run(lambda: _next_or_end(items), sender)) is not _END:
             yield item
 
     def _paced(self, work: Callable[[], T]) -> T:
@@ -150,3 +147,69 @@ class SpareTime:
 
 def _next_or_end(items: Iterator[T]) -> Any:
     return next(items, _END)
+
+
+# -------------------- threads
+# Work that a cancelled caller must not abandon: blocking work in threads, and cleanup.
+
+_log = get_logger(__name__)
+
+
+async def to_the_end(work: Callable[[], T], executor: Executor | None = None) -> T:
+    """Run ``work`` in a thread; if cancelled, wait for it to end, then raise CancelledError.
+
+    A thread cannot be stopped, so what it uses (an upload's staging folder) must
+    not be removed while it still runs.
+
+    Args:
+        executor: runs the work; None for the event loop's default.
+    """
+    loop, context = asyncio.get_running_loop(), contextvars.copy_context()
+
+    async def run() -> T:
+        return await loop.run_in_executor(executor, lambda: context.run(work))
+
+    return await outlast(run())
+
+
+async def outlast(work: Coroutine[Any, Any, T]) -> T:
+    """Run ``work``; if cancelled, wait for it to end, then raise CancelledError."""
+    running = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not running.done():
+        try:
+            await asyncio.shield(running)
+        except asyncio.CancelledError as error:
+            cancelled = error
+        except Exception:  # raised to the caller by result() below
+            break
+    if cancelled is not None:
+        if not running.cancelled():
+            running.exception()  # mark it as retrieved; the cancellation takes precedence
+        raise cancelled
+    return running.result()
+
+
+class Background:
+    """Fire-and-forget work in threads; one run of each kind at a time."""
+
+    def __init__(self) -> None:
+        self._running: dict[str, asyncio.Task[None]] = {}
+
+    def start(self, kind: str, work: Callable[[], object]) -> None:
+        """Run ``work`` unless a run of this kind is in progress; log what it raises."""
+        if kind not in self._running:
+            task = asyncio.get_running_loop().create_task(self._run(kind, work))
+            self._running[kind] = task
+
+    async def finish(self) -> None:
+        """Wait for all runs in progress."""
+        await asyncio.gather(*self._running.values())
+
+    async def _run(self, kind: str, work: Callable[[], object]) -> None:
+        try:
+            await to_the_end(work)
+        except Exception as error:
+            _log.error("background work failed", error, kind=kind)
+        finally:
+            del self._running[kind]

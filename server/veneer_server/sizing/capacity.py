@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = ["Budgets", "Capacity", "Limit", "Shortfall", "plan_capacity"]
-
 
 class Limit(Enum):
     """What limits the capacity; the value is the flag that changes it."""

@@ -17,21 +17,6 @@ from veneer_server.models.config import DecoderConfig
 from veneer_server.step.reach import most_blocks
 from veneer_server.system.machine import Gpu, HostMemory
 
-__all__ = [
-    "AUTO_KV_SHARE",
-    "BLOCK_TOKENS",
-    "USUAL_KV_BYTES",
-    "KvCachePlan",
-    "MemoryPlan",
-    "MemoryPool",
-    "MemoryTooSmall",
-    "MemoryUse",
-    "base_bytes",
-    "plan_memory",
-    "plan_registry",
-    "token_bytes",
-]
-
 ITEMSIZE: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 BLOCK_TOKENS: Final = 16

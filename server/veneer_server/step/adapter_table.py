@@ -8,8 +8,6 @@ import torch
 
 from veneer_server.step.layout import MEMBERS, Group, Layout, Slot
 
-__all__ = ["AdapterTable", "GroupViews"]
-
 
 @dataclass(frozen=True, slots=True)
 class GroupViews:

@@ -13,9 +13,7 @@ from typing import Protocol
 import torch
 
 from veneer_server.step.arrays import Backend, StepArrays
-from veneer_server.step.choice import Choice
-
-__all__ = ["AheadBackend", "Sampled", "Submitted"]
+from veneer_server.step.choice import TokenChoice
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +64,7 @@ class AheadBackend(Backend, Protocol):
     def submit(
         self,
         step: StepArrays,
-        choices: Sequence[Choice],
+        choices: Sequence[TokenChoice],
         tops: Sequence[int],
         carried: Sequence[int] = (),
         handed: Sequence[int] = (),

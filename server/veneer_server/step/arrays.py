@@ -15,13 +15,6 @@ from numpy.typing import NDArray
 
 from veneer_server.step.adapter_table import AdapterTable
 
-__all__ = [
-    "Backend",
-    "Segment",
-    "StepArrays",
-    "finite_rows",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class StepArrays:

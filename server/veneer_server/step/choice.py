@@ -13,15 +13,9 @@ from numpy.typing import NDArray
 from veneer_server.step.token_counts import Seen
 from veneer_server.wire.messages import SamplingParams
 
-__all__ = [
-    "Choice",
-    "Draws",
-    "uniform",
-]
-
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class TokenChoice:
     """How to choose one row's token.
 
     Attributes:
@@ -47,7 +41,7 @@ def uniform(seed: int, position: int) -> float:
 class Draws(Protocol):
     """Samples tokens from adjusted logits."""
 
-    def tokens(self, logits: torch.Tensor, choices: Sequence[Choice]) -> list[int | None]:
+    def tokens(self, logits: torch.Tensor, choices: Sequence[TokenChoice]) -> list[int | None]:
         """See `sample`; bias, penalties and masks are already in the logits."""
 
     def log_sums(self, logits: torch.Tensor) -> torch.Tensor:

@@ -14,17 +14,8 @@ from veneer_server.wire.messages import (
     ToEngine,
 )
 
-__all__ = [
-    "Arrived",
-    "Compiled",
-    "Inbox",
-    "News",
-    "NoPlace",
-    "Unheld",
-]
 
-
-class NoPlace(AdapterBudgetExceeded):
+class NoSlot(AdapterBudgetExceeded):
     """There are bytes for a DEVICE copy, but no place between the others."""
 
 
@@ -45,7 +36,7 @@ class Arrived:
 
 
 @dataclass(frozen=True, slots=True)
-class Compiled:
+class ConstraintReady:
     """A worker's report: a sequence's constraint is ready, or it is refused."""
 
     sequence: int
@@ -59,7 +50,7 @@ class Unheld:
     sequence: int
 
 
-News = Arrived | Compiled | Unheld | OperationDone | ConstraintDone | MatcherEnded
+News = Arrived | ConstraintReady | Unheld | OperationDone | ConstraintDone | MatcherEnded
 """Reports from other threads of the engine."""
 
 

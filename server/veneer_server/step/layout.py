@@ -17,8 +17,6 @@ from typing import Final
 
 from veneer_registry.adapter import LoraModule, Projection
 
-__all__ = ["MEMBERS", "Group", "Layout", "Slot"]
-
 
 class Group(Enum):
     """Projections that share an input and, in the decoder, one fused linear."""

@@ -14,18 +14,8 @@ from veneer_server.wire.messages import (
     Tops,
 )
 
-__all__ = [
-    "AheadRunner",
-    "ConstraintFailure",
-    "Following",
-    "PlannedSequence",
-    "Runner",
-    "SequenceResult",
-    "StepPlan",
-]
 
-
-class Following(Enum):
+class ConstraintState(Enum):
     """How a constrained sequence continues."""
 
     GOES_ON = "goes on"
@@ -137,6 +127,11 @@ class StepPlan:
         return tuple(dict.fromkeys(s.digest for s in self.sequences if s.digest is not None))
 
     @property
+    def mixed(self) -> bool:
+        """Whether its rows are of several adapters, or of one and the base."""
+        return self.sequences[0].digest != self.sequences[-1].digest
+
+    @property
     def scores(self) -> bool:
         """Whether a prompt's log-probabilities are requested."""
         return any(s.score for s in self.sequences)
@@ -168,7 +163,7 @@ class SequenceResult:
     scores: tuple[float, ...] = ()
     score_tops: tuple[Tops, ...] = ()
     score_ranks: tuple[int, ...] = ()
-    following: Following = Following.GOES_ON
+    following: ConstraintState = ConstraintState.GOES_ON
     failure: ConstraintFailure | None = None
 
 

@@ -6,8 +6,6 @@ wholly before them are given back while the sequence runs. No torch.
 
 from __future__ import annotations
 
-__all__ = ["first_reached", "most_blocks"]
-
 
 def first_reached(computed: int, window: int | None, block_size: int) -> int:
     """Index of the first block that the token at position ``computed`` attends to, and so do

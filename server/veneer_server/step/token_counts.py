@@ -14,8 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Seen", "TokenCounts"]
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Seen:

@@ -16,8 +16,6 @@ from typing import Final
 
 from veneer_server.system.machine import cpu_quota
 
-__all__ = ["Core", "Machine", "cpu_list"]
-
 _SYS: Final = Path("/sys/devices/system")
 _PROC: Final = Path("/proc")
 _MOST: Final = 1 << 16
@@ -25,7 +23,7 @@ _MOST: Final = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
-class Core:
+class CpuCore:
     """
     Attributes:
         cpus: those that the process may use, ascending; never empty.
@@ -48,7 +46,7 @@ class Machine:
         free: bytes of free memory of each NUMA node.
     """
 
-    cores: tuple[Core, ...]
+    cores: tuple[CpuCore, ...]
     quota: float | None
     memory: dict[int, tuple[int, ...]]
     free: dict[int, int]
@@ -58,20 +56,20 @@ class Machine:
         """This machine, as the calling thread may use it now."""
         allowed = os.sched_getaffinity(0)
         quota = cpu_quota(proc=proc) if cgroups is None else cpu_quota(cgroups, proc)
-        by_siblings: dict[tuple[int, ...], Core] = {}
+        by_siblings: dict[tuple[int, ...], CpuCore] = {}
         for cpu in sorted(allowed):
             topology = sys / "cpu" / f"cpu{cpu}" / "topology"
             siblings = cpu_list(_text(topology / "thread_siblings_list")) & allowed | {cpu}
             key = tuple(sorted(siblings))
             package = _text(topology / "physical_package_id")
             # Some machines say -1: they do not know.
-            by_siblings.setdefault(key, Core(key, int(package) if package.isdigit() else 0))
+            by_siblings.setdefault(key, CpuCore(key, int(package) if package.isdigit() else 0))
         memory, free = _memory(tuple(by_siblings.values()), sys, proc)
         return Machine(tuple(by_siblings.values()), quota, memory, free)
 
 
 def _memory(
-    cores: tuple[Core, ...], sys: Path, proc: Path
+    cores: tuple[CpuCore, ...], sys: Path, proc: Path
 ) -> tuple[dict[int, tuple[int, ...]], dict[int, int]]:
     allowed = None
     for line in _text(proc / "self" / "status").splitlines():

@@ -13,11 +13,6 @@ from typing import Final
 
 from veneer_server.logs import get_logger
 
-__all__ = [
-    *("HANDSHAKES", "RESERVE", "SCRAPES", "UNREAD"),
-    *("Descriptors", "raise_limit", "share_descriptors"),
-]
-
 RESERVE: Final = 256
 """Descriptors for the process itself: files of uploads (16 each, 8 uploads), catalog,
 child processes and their pipes, sockets that listen or are about to be refused."""

@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-__all__ = ["make_private", "remove", "staged"]
-
 _LEAST_AGE_S: Final = 60.0
 """The creator of a younger folder may be about to lock it."""
 

@@ -15,15 +15,13 @@ from veneer_registry.child_python import child_python
 
 from veneer_server.system.machine import Gpu, find_gpu
 
-__all__ = ["Choice", "choose_gpu", "try_kernels"]
-
 SELF_TEST: Final = "veneer_server.backends.cuda.self_test"
 SECONDS: Final = 300
 """Compiling the kernels for the first time takes a part of a minute; they are kept."""
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class DeviceChoice:
     """Attributes:
     gpu: what to serve from; None: the CPU.
     why_not: why a GPU that was found is not used; "" if it is, or none was found.
@@ -53,11 +51,11 @@ def try_kernels() -> dict[str, Any]:
     return found
 
 
-def choose_gpu(device: Literal["auto", "cpu", "cuda"]) -> Choice:
+def choose_gpu(device: Literal["auto", "cpu", "cuda"]) -> DeviceChoice:
     """The GPU to serve from. ``auto`` takes one only if its kernels pass their self-test;
     ``cuda`` is taken at its word. Takes seconds if there may be a GPU."""
     gpu = find_gpu(device)
     if gpu is None or device != "auto":
-        return Choice(gpu)
+        return DeviceChoice(gpu)
     why = str(try_kernels()["why"])
-    return Choice(None, f"{gpu.name}: {why}") if why else Choice(gpu)
+    return DeviceChoice(None, f"{gpu.name}: {why}") if why else DeviceChoice(gpu)

@@ -8,8 +8,6 @@ import resource
 import sys
 from typing import Final
 
-__all__ = ["configure_malloc", "data_bytes", "fill_holes"]
-
 _M_ARENA_MAX: Final = -8
 _ARENAS: Final = 2
 """Arenas of the process, shared by its threads."""

@@ -24,8 +24,6 @@ from typing import Final
 
 from veneer_server.config import Address
 
-__all__ = ["ANY_HOST", "AllowedHosts", "foreign_page"]
-
 ANY_HOST: Final = "*"
 """As an allowed host: every name is allowed."""
 

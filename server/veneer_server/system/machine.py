@@ -15,16 +15,6 @@ from typing import Final, Literal
 
 from veneer_registry.child_python import child_python
 
-__all__ = [
-    "Gpu",
-    "HostMemory",
-    "cpu_quota",
-    "find_gpu",
-    "host_memory",
-    "peak_bytes",
-    "usable_cores",
-]
-
 _CGROUPS: Final = Path("/sys/fs/cgroup")
 _PROC: Final = Path("/proc")
 _DRIVERS: Final = (Path("/dev/nvidiactl"), Path("/dev/dxg"))

@@ -11,8 +11,6 @@ import platform
 from collections.abc import Collection
 from typing import Final
 
-__all__ = ["spread_memory", "stay_on"]
-
 _SET_MEMPOLICY: Final = {"x86_64": 238, "aarch64": 237}
 _INTERLEAVE: Final = 3
 _BITS: Final = 8 * ctypes.sizeof(ctypes.c_ulong)

@@ -19,9 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from veneer_server.system.cores import Core, Machine
-
-__all__ = ["Placement", "place"]
+from veneer_server.system.cores import CpuCore, Machine
 
 FEWEST = 4
 """Fewer threads are not tried by halving: their barriers cost less than half the work."""
@@ -52,7 +50,7 @@ class Placement:
 def place(wanted: int, machine: Machine | None = None) -> Placement:
     """Choose for ``--threads``; 0 is auto."""
     machine = machine or Machine.here()
-    packages: dict[int, list[Core]] = {}
+    packages: dict[int, list[CpuCore]] = {}
     for core in machine.cores:
         packages.setdefault(core.package, []).append(core)
     largest = max(len(cores) for cores in packages.values())
@@ -78,7 +76,7 @@ def place(wanted: int, machine: Machine | None = None) -> Placement:
 
 
 def _fill(
-    machine: Machine, cores: Sequence[Core], package: int, *, others_packages: bool
+    machine: Machine, cores: Sequence[CpuCore], package: int, *, others_packages: bool
 ) -> Placement:
     """One thread for each core of a package."""
     cpus = frozenset(cpu for core in cores for cpu in core.cpus)

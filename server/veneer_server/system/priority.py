@@ -7,8 +7,6 @@ import os
 import threading
 from typing import Final
 
-__all__ = ["lower_priority"]
-
 _NICE: Final = 10
 """Without it, a busy thread doubles a step's time on two cores."""
 

@@ -10,8 +10,6 @@ from veneer_server.engine_client.client import EngineEvent
 from veneer_server.logs import get_logger
 from veneer_server.wire.messages import AdapterFailed, AdapterLoaded, Evicted, split_key
 
-__all__ = ["AdapterLog"]
-
 _DIGITS: int = 12
 _log = get_logger(__name__)
 

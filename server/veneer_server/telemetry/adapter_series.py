@@ -18,9 +18,7 @@ from prometheus_client import Counter as Series
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from veneer_server.wire.messages import Occupancy, Residency, split_key
-
-__all__ = ["MAX_NAMES", "OTHER", "AdapterSeries", "Catalog", "Held"]
+from veneer_server.wire.messages import Occupancy, ResidencyChanged, split_key
 
 MAX_NAMES: Final = 200
 """Adapter names that become labels; later ones are counted as ``_other``."""
@@ -28,7 +26,7 @@ MAX_NAMES: Final = 200
 OTHER: Final = "_other"
 
 
-class Catalog(Protocol):
+class TenantCatalogs(Protocol):
     """The part of `Tenants` that this module uses; thread-safe."""
 
     def __contains__(self, name: object) -> bool:
@@ -53,7 +51,7 @@ class _Empty:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class ResidentAdapters:
     """Which adapters are in memory, by weights.
 
     Attributes:
@@ -62,7 +60,7 @@ class Held:
         at_most: how many of the current mean size the DEVICE tier can hold.
     """
 
-    resident: tuple[Residency, ...]
+    resident: tuple[ResidencyChanged, ...]
     running: tuple[str, ...]
     waiting: tuple[str, ...]
     at_most: int
@@ -72,8 +70,8 @@ class AdapterSeries(Collector):
     """Residency and use by adapter name. Updated by the event loop, read by scrapes.
 
     Residency is tracked by weights, since names may share them, and names are looked up in
-    the catalog at each scrape. So a name that was moved to other weights, or deleted, never
-    shows its old state.
+    the catalog at each scrape. So a name that was deleted never shows its old state, and one
+    with several revisions in memory shows each of their tiers.
     """
 
     def __init__(
@@ -82,11 +80,11 @@ class AdapterSeries(Collector):
         """Args:
         clock: Unix seconds.
         """
-        self.catalog: Catalog = _Empty()
+        self.catalog: TenantCatalogs = _Empty()
         self.device_budget = 0
         self._clock = clock
         self._lock = threading.Lock()
-        self._resident: dict[str, Residency] = {}
+        self._resident: dict[str, ResidencyChanged] = {}
         self._running: tuple[str, ...] = ()
         self._waiting: tuple[str, ...] = ()
         self._changed = clock()
@@ -113,11 +111,11 @@ class AdapterSeries(Collector):
                 self._requested.add(key)
             self._requests.labels(*key).inc()
 
-    def residency(self, event: Residency) -> None:
+    def residency(self, event: ResidencyChanged) -> None:
         """Record an adapter's new tier or pin."""
         with self._lock:
             self._resident.pop(event.weights_digest, None)
-            if event.tier != "disk" or event.pinned:
+            if event.tier != "disk":
                 self._resident[event.weights_digest] = event  # as the last one
 
     def occupancy(self, event: Occupancy) -> None:
@@ -152,11 +150,13 @@ class AdapterSeries(Collector):
         info.add_metric([str(at_most), self._joined(running), self._joined(waiting)], changed)
         return loaded, info
 
-    def held(self) -> Held:
+    def held(self) -> ResidentAdapters:
         """What is in memory now; thread-safe."""
         with self._lock:
             resident = tuple(reversed(self._resident.values()))
-            return Held(resident, self._running, self._waiting, self._at_most(resident))
+            return ResidentAdapters(
+                resident, self._running, self._waiting, self._at_most(resident)
+            )
 
     def _forget_deleted(self) -> None:
         """Remove the series of deleted names, which frees their labels for others."""
@@ -169,7 +169,7 @@ class AdapterSeries(Collector):
         return (
             GaugeMetricFamily(
                 "veneer_adapter_loaded",
-                "1 for each adapter in memory; tier is the nearest that holds it.",
+                "1 for each name of an adapter in memory; tier is the nearest that holds it.",
                 labels=["tenant", "adapter_name", "tier", "pinned"],
             ),
             GaugeMetricFamily(
@@ -179,20 +179,21 @@ class AdapterSeries(Collector):
             ),
         )
 
-    def _loaded(self, resident: list[Residency]) -> Counter[tuple[str, str, str, str]]:
+    def _loaded(self, resident: list[ResidencyChanged]) -> Counter[tuple[str, str, str, str]]:
         """Number by tenant, name, tier and pin: 1, or more for ``_other``."""
-        found = sorted(
+        # A name may have several revisions in memory.
+        found = {
             ((split_key(state.weights_digest)[0], name), state.tier, str(state.pinned).lower())
             for state in resident
             for name in self.catalog.names(state.weights_digest)
-        )
+        }
         shown = set(sorted({key for key, _, _ in found})[:MAX_NAMES])
         others = (OTHER, OTHER)
         return Counter(
             (*(key if key in shown else others), tier, pinned) for key, tier, pinned in found
         )
 
-    def _at_most(self, resident: Sequence[Residency]) -> int:
+    def _at_most(self, resident: Sequence[ResidencyChanged]) -> int:
         """Adapters of the current mean size that the DEVICE tier can hold.
 
         The server has no fixed maximum; this is an estimate for routers that need one.

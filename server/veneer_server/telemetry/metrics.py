@@ -20,7 +20,7 @@ from veneer_registry.adapter import Tier
 
 from veneer_server.engine_client.client import EngineEvent
 from veneer_server.quotas.usage import UsageBook
-from veneer_server.telemetry.adapter_series import AdapterSeries, Catalog
+from veneer_server.telemetry.adapter_series import AdapterSeries, TenantCatalogs
 from veneer_server.telemetry.tenant_series import TenantSeries
 from veneer_server.telemetry.usage_series import UsageSeries
 from veneer_server.telemetry.watched_series import WatchedSeries
@@ -34,11 +34,9 @@ from veneer_server.wire.messages import (
     EvictionCause,
     MatcherEnded,
     Occupancy,
-    Residency,
+    ResidencyChanged,
     StepDone,
 )
-
-__all__ = ["Metrics"]
 
 _FIRST_TOKEN: Final = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10,
@@ -57,7 +55,7 @@ _LONGEST_REASON: Final = 200
 _ADAPTERS: Final = (0, 1, 2, 4, 8, 16, 32, 64)
 
 
-class SizedCatalog(Catalog, Sized, Protocol):
+class SizedCatalog(TenantCatalogs, Sized, Protocol):
     """A catalog that knows how many names it has."""
 
 
@@ -97,7 +95,9 @@ class Metrics:
         self.backend_info = gauge(
             "backend_info",
             "1; backend that executes steps, and why auto did not choose the native one.",
-            *("backend", "instructions", "reason"),
+            "backend",
+            "instructions",
+            "reason",
         )
         self.adapter_bytes = gauge("adapter_bytes", "Bytes of adapters in memory.", "tier")
         self.adapter_budget = gauge(
@@ -162,6 +162,9 @@ class Metrics:
         )
         self.requests = counter("requests_total", "Requests that succeeded.", "finish_reason")
         self.failures = counter("request_failures_total", "Requests that failed.", "reason")
+        self.ignored_fields = counter(
+            "http_ignored_fields_total", "Fields of JSON requests without effect.", "field"
+        )
         self.audit_written = counter("audit_lines_written_total", "Lines of the audit log.")
         self.audit_lost = counter(
             "audit_lines_lost_total", "Audit lines lost because the disk was full or slow."
@@ -169,6 +172,16 @@ class Metrics:
         self.audit_left_out = counter(
             "audit_lines_left_out_total",
             "Refusals that the audit log summarizes because many were alike.",
+        )
+        self.stored_responses = gauge(
+            "stored_responses", "Responses and conversations that are stored."
+        )
+        self.stored_bytes = gauge(
+            "stored_responses_bytes", "Disk space that they take, in bytes."
+        )
+        self.not_stored = counter(
+            "responses_not_stored_total",
+            "Responses that were not stored for lack of room, or because the disk failed.",
         )
         self.lookups = counter(
             "adapter_cache_lookups_total", "Adapter lookups by tier.", "tier", "result"
@@ -265,7 +278,7 @@ class Metrics:
                 self._step(event)
             case Occupancy():
                 self._occupancy(event)
-            case Residency():
+            case ResidencyChanged():
                 self._residency(event)
             case AdapterLoaded():
                 self.loader_restarts.inc(LOST in event.stages)
@@ -312,7 +325,7 @@ class Metrics:
         self.prefix_usage.set(event.kv_blocks_cached / max(1, event.kv_blocks))
         self.adapters.occupancy(event)
 
-    def _residency(self, event: Residency) -> None:
+    def _residency(self, event: ResidencyChanged) -> None:
         self.adapters.residency(event)
         self.on_device = event.device_count
         self.resident.labels("host").set(event.host_count)

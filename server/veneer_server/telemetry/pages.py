@@ -21,8 +21,6 @@ from prometheus_client.exposition import (
 )
 from prometheus_client.openmetrics.exposition import ALLOWUTF8, UNDERSCORES
 
-__all__ = ["MAX_PARTIAL", "Page", "Pages"]
-
 MAX_PARTIAL: Final = 8
 """Most pages of selected series (``name[]``) that may wait to be made; more are refused with
 503."""
@@ -52,7 +50,7 @@ _FORMATS: Final = {
 """By content type. Only a few, which bounds the number of different pages."""
 
 
-class Page(NamedTuple):
+class MetricsPage(NamedTuple):
     """A page, and the headers that describe it."""
 
     headers: list[tuple[str, str]]
@@ -95,7 +93,7 @@ class Pages:
         """Make no more pages. Safe to call again."""
         self._worker.shutdown(wait=False, cancel_futures=True)
 
-    async def page(self, query: str, accept: str, accept_encoding: str) -> Page | None:
+    async def page(self, query: str, accept: str, accept_encoding: str) -> MetricsPage | None:
         """The page that a request selects; None if too many wait for selected series. Requests
         that wait for the same page share it: it is made after the last of them arrived, or not
         at all if all of them leave.
@@ -113,7 +111,7 @@ class Pages:
             pending = self._next[shape] = _Pending(make)
         pending.waiting += 1
         try:
-            return Page(shape.headers, await asyncio.shield(pending.task))
+            return MetricsPage(shape.headers, await asyncio.shield(pending.task))
         finally:
             pending.waiting -= 1
             if not pending.waiting and self._next.get(shape) is pending:

@@ -11,8 +11,6 @@ from prometheus_client.registry import Collector
 
 from veneer_server.follower.follower import Follower
 
-__all__ = ["FollowerSeries", "RegistrySeries"]
-
 _FETCH: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 

@@ -27,8 +27,6 @@ from veneer_server.system.descriptors import SCRAPES
 from veneer_server.system.hosts import AllowedHosts, foreign_page
 from veneer_server.telemetry.pages import Pages
 
-__all__ = ["LIMIT_S", "MAX_HEAD", "ScrapeServer"]
-
 MAX_HEAD: Final = 8 << 10
 """Most bytes of a request."""
 

@@ -13,8 +13,6 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-__all__ = ["MAX_TENANTS", "OTHER", "TenantSeries"]
-
 MAX_TENANTS: Final = 50
 """Tenants that become labels; later ones are counted as ``_other``."""
 

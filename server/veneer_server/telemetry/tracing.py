@@ -11,50 +11,22 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 from veneer_registry.errors import InvalidField
 from veneer_registry.extras import install_extra
 
+from veneer_server.access.caller import Caller
 from veneer_server.logs import get_logger
-
-__all__ = ["INGRESS", "Ingress", "Phases", "Tracing"]
 
 _log = get_logger(__name__)
 
 _ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-_HEADERS: Final = ("traceparent", "tracestate")
 _STOP_S: Final = 2.0
 """Most time that a stopping server waits for the receiver of its spans."""
 
 Attribute = str | int | float | tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Ingress:
-    """Where and when a call came in.
-
-    Attributes:
-        method: of gRPC, or HTTP's verb and path.
-        began: `time.perf_counter` at its arrival.
-        parent: its ``traceparent`` and ``tracestate``, as far as it has them.
-    """
-
-    method: str
-    began: float
-    parent: Mapping[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, method: str, headers: Mapping[str, str]) -> Ingress:
-        """A call that arrives now."""
-        parent = {name: headers[name] for name in _HEADERS if name in headers}
-        return cls(method, time.perf_counter(), parent)
-
-
-INGRESS: ContextVar[Ingress | None] = ContextVar("ingress", default=None)
-"""That of the current call; None outside of one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +104,7 @@ class Tracing:
 
     def request(
         self,
+        caller: Caller,
         phases: Phases | None,
         outcome: str,
         attributes: Mapping[str, Attribute],
@@ -145,17 +118,19 @@ class Tracing:
             outcome: its finish reason, or that of its error.
             failed: why; "" if it did not.
         """
-        ingress = INGRESS.get()
-        if self._tracer is None or ingress is None:
+        if self._tracer is None:
             return ""
         from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         now, ended = time.perf_counter(), time.time_ns()
-        began = ended - _nanoseconds(now - ingress.began)
-        context = TraceContextTextMapPropagator().extract(dict(ingress.parent))
+        began = ended - _nanoseconds(now - caller.began)
+        context = TraceContextTextMapPropagator().extract(dict(caller.trace))
         span = self._tracer.start_span(
-            ingress.method, context, kind=SpanKind.SERVER, start_time=began
+            caller.method.removeprefix("/"),
+            context,
+            kind=SpanKind.SERVER,
+            start_time=began,
         )
         if span.is_recording():
             for name, value in attributes.items():

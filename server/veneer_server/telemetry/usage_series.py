@@ -9,10 +9,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from veneer_server.quotas.usage import UsageBook
-from veneer_server.quotas.usage_store import Counts
+from veneer_server.quotas.usage_store import UsageCounts
 from veneer_server.telemetry.adapter_series import MAX_NAMES, OTHER
-
-__all__ = ["UsageSeries"]
 
 _COUNTERS: Final = {
     "requests": ("requests", 1, "Generate requests that had an answer, by tenant."),
@@ -29,7 +27,7 @@ _COUNTERS: Final = {
         "Bytes of stored adapters, times seconds.",
     ),
 }
-"""Metric -> field of `Counts`, times what, and help."""
+"""Metric -> field of `UsageCounts`, times what, and help."""
 
 
 class UsageSeries(Collector):
@@ -46,10 +44,10 @@ class UsageSeries(Collector):
         # Copies, since another thread adds to both.
         totals, stored = dict(self._book.totals), dict(self._book.stored)
         shown = set([*totals][:MAX_NAMES])
-        counts: dict[str, Counts] = {}
+        counts: dict[str, UsageCounts] = {}
         for tenant, count in totals.items():
             name = tenant if tenant in shown else OTHER
-            counts[name] = counts.get(name, Counts()) + count
+            counts[name] = counts.get(name, UsageCounts()) + count
         families = self._counters()
         for name, (field, times, _) in _COUNTERS.items():
             for tenant, count in counts.items():

@@ -28,10 +28,8 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
 from veneer_server.sizing.memory_plan import BLOCK_TOKENS
-from veneer_server.telemetry.adapter_series import Held
+from veneer_server.telemetry.adapter_series import ResidentAdapters
 from veneer_server.telemetry.metrics import Metrics
-
-__all__ = ["MAX_ROUTED", "VllmSeries"]
 
 MAX_ROUTED: Final = 512
 """Most adapter names in a list, and most series of `lora_adapter_loaded`. Of more, the running
@@ -98,7 +96,7 @@ class VllmSeries(Collector):
         config.add_metric((str(BLOCK_TOKENS), str(self._blocks), _ENGINE), 1)
         yield config
 
-    def _adapters(self, held: Held) -> Iterator[Metric]:
+    def _adapters(self, held: ResidentAdapters) -> Iterator[Metric]:
         ready = [state for state in held.resident if state.tier == "device"]
         first = [state for state in ready if state.weights_digest in held.running]
         running = self._names(state.weights_digest for state in (*first, *ready))
@@ -124,7 +122,7 @@ class VllmSeries(Collector):
             "max_gpu_lora_adapters", "Number of average-size adapters that fit.", most
         )
 
-    def _loaded(self, held: Held) -> Metric:
+    def _loaded(self, held: ResidentAdapters) -> Metric:
         loaded = GaugeMetricFamily(
             "vllm:lora_adapter_loaded",
             "1 for each adapter in memory: gpu, ready to run; cpu, in host memory.",

@@ -7,8 +7,6 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-__all__ = ["WatchedSeries"]
-
 _STATES: Final = ("published", "waiting", "refused")
 
 

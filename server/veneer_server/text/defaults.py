@@ -11,10 +11,9 @@ from msgspec.structs import replace
 
 from veneer_server.wire.sampling import OF_BASE, RANGES, SamplingParams
 
-__all__ = ["RequestDefaults", "read_defaults"]
-
-
 _OURS: Final = SamplingParams(temperature=0.7, top_p=0.9)
+_SHORT: Final = 512
+"""New tokens of a gRPC call that sets no number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +21,21 @@ class RequestDefaults:
     """A base's values for what a request leaves unset.
 
     Attributes:
-        max_tokens: most new tokens; fewer if the context ends first.
+        max_tokens: most new tokens, as the operator has it; fewer if the context ends first.
     """
 
     sampling: SamplingParams = _OURS
-    max_tokens: int = 512
+    max_tokens: int | None = None
+
+    def most_tokens(self, *, open_ended: bool = False) -> int | None:
+        """Most new tokens of a call that does not say; None: what is left of the context.
+
+        Args:
+            open_ended: `GenerateCall.open_ended`.
+        """
+        if self.max_tokens is not None or open_ended:
+            return self.max_tokens
+        return _SHORT
 
 
 _BUNDLED: Final = {
@@ -39,7 +48,7 @@ def read_defaults(
     folder: Path,
     name: str,
     *,
-    max_tokens: int,
+    max_tokens: int | None = None,
     temperature: float | None = None,
     top_p: float | None = None,
 ) -> RequestDefaults:
@@ -52,7 +61,8 @@ def read_defaults(
     Args:
         folder: the base's folder.
         name: the name that the base is served as.
-        temperature, top_p: the operator's values; None for the base's own.
+        max_tokens: the operator's value; None if there is none.
+        temperature, top_p: likewise; None for the base's own.
     """
     found = _from_file(folder, _BUNDLED.get(name, _OURS))
     operators = {"temperature": temperature, "top_p": top_p}

@@ -10,8 +10,6 @@ import codecs
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-__all__ = ["Detokenizer", "StopStrings", "TokenBytes"]
-
 
 class TokenBytes(Protocol):
     """What the detokenizer needs from a tokenizer."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +14,8 @@ from veneer_registry.errors import ContextTooLong, InvalidField, TemplateFailed
 
 from veneer_server.logs import get_logger
 from veneer_server.queues.fairness import NOBODY, Sender
-from veneer_server.text.lanes import Lanes
-from veneer_server.text.replies.thinking import (
+from veneer_server.text.bound import Lanes
+from veneer_server.text.replies import (
     TAGS,
     THINK,
     Tags,
@@ -22,14 +23,11 @@ from veneer_server.text.replies.thinking import (
     tags_of,
     thinking_of,
 )
-from veneer_server.text.replies.tools.families import Family, family_of, knows_tools
-from veneer_server.text.templates.options import TemplateOptions
-from veneer_server.text.templates.renderer import QUICK_LIMIT_S, RENDER_LIMIT_S, Renderer
-from veneer_server.text.templates.template import ChatTemplate, read_base_template
-from veneer_server.text.templates.tool_words import in_words, needs_words
+from veneer_server.text.template import ChatTemplate, in_words, needs_words, read_base_template
+from veneer_server.text.template_renderer import QUICK_LIMIT_S, RENDER_LIMIT_S, Renderer
 from veneer_server.text.tokenizer import TextTokenizer
-
-__all__ = ["Prompt", "Prompts", "Reasoning", "Room"]
+from veneer_server.text.tool_calls import CallFormat, family_of, knows_tools
+from veneer_server.text.turns import TemplateOptions
 
 INLINE_CHARACTERS: Final = 2000
 """Longer texts are tokenized in a thread; shorter ones take about a millisecond."""
@@ -132,6 +130,7 @@ class Prompts:
         if source is not None:
             ChatTemplate(source, special)  # raises if it is no template
         self._base_source = source
+        self._folder = folder
         # The operator chose it: no caller can have anything else compiled in its process.
         self._base = Renderer(special, whose="the base's", compile_limit_s=RENDER_LIMIT_S)
         self._reasoning = reasoning
@@ -238,7 +237,7 @@ class Prompts:
         begun = messages[-1]["content"] if options.continue_final else ""
         return Prompt(text, checked, thinking_of(text, begun, tags), tags)
 
-    def family(self, adapter_template: str | None, chosen: str = "auto") -> Family | None:
+    def family(self, adapter_template: str | None, chosen: str = "auto") -> CallFormat | None:
         """The format of tool calls that an adapter's template, or else the base's, asks for.
 
         Args:
@@ -247,7 +246,27 @@ class Prompts:
         template = self._source(adapter_template)
         if chosen == "auto" or (chosen != "none" and not knows_tools(template)):
             return family_of(template)
-        return None if chosen == "none" else Family(chosen)
+        return None if chosen == "none" else CallFormat(chosen)
+
+    def thinks(self, adapter_template: str | None) -> bool:
+        """Whether answers to chats may begin with thinking that is taken out of them."""
+        if self._reasoning == "auto":
+            return tags_of(self._source(adapter_template)) is not None
+        return self._reasoning in TAGS
+
+    def template(self, adapter_template: str | None) -> str:
+        """The chat template of an adapter, or else the base's; empty if there is none."""
+        return self._source(adapter_template) or ""
+
+    def tokenizer_config(self) -> bytes:
+        """The base's ``tokenizer_config.json``, with its chat template wherever the folder has
+        that. Reads a file."""
+        told: dict[str, Any] = {}
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            read = json.loads((self._folder / "tokenizer_config.json").read_bytes())
+            told = read if isinstance(read, dict) else {}
+        told.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+        return json.dumps({**told, "chat_template": self._base_source}).encode()
 
     def _source(self, adapter_template: str | None) -> str | None:
         return self._base_source if adapter_template is None else adapter_template

@@ -22,8 +22,6 @@ from veneer_registry.errors import VeneerError
 from veneer_server.text.bound import TextBound, read_bound
 from veneer_server.text.detokenizer import Detokenizer
 
-__all__ = ["TextTokenizer", "TokenNames", "TokenizerUnsupported", "TooManyTokens"]
-
 # By default, the library runs batches in a thread pool that all callers share: two long texts
 # would keep short ones waiting, whichever of our threads they run in.
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -8,17 +8,6 @@ from typing import Final, Literal
 
 import msgspec
 
-__all__ = [
-    "MemoryTier",
-    "Message",
-    "PackedTops",
-    "TierName",
-    "Tops",
-    "first_tops",
-    "pack_tops",
-    "unpack_tops",
-]
-
 TierName = Literal["disk", "host", "device"]
 
 MemoryTier = Literal["host", "device"]

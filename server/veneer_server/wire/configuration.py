@@ -6,11 +6,6 @@ from typing import Literal
 
 from veneer_server.wire.base import Message
 
-__all__ = [
-    "ConstraintLimits",
-    "EngineConfig",
-]
-
 
 class ConstraintLimits(Message, frozen=True):
     """Resource limits of one constraint, and of all of them. Times are CPU time, sizes bytes.
@@ -59,6 +54,7 @@ class EngineConfig(Message, frozen=True):
             needs the backend for CUDA.
         max_batch_tokens: most tokens computed in one step.
         max_prefill_tokens: most prompt tokens in a step that also decodes.
+        max_prefill_seconds: by which they may extend such a step; 0: no limit of its own.
         max_running: most sequences running at once.
         block_size: tokens a KV block holds.
         kv_cache_bytes, host_adapter_bytes, device_adapter_bytes: budgets.
@@ -86,6 +82,7 @@ class EngineConfig(Message, frozen=True):
     tensor_parallel: int = 1
     max_batch_tokens: int = 512
     max_prefill_tokens: int = 128
+    max_prefill_seconds: float = 0.2
     max_running: int = 64
     block_size: int = 16
     kv_cache_bytes: int = 1 << 30

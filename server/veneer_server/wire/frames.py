@@ -6,8 +6,6 @@ import socket
 import struct
 from typing import Final
 
-__all__ = ["LENGTH", "framed", "read_frame"]
-
 LENGTH: Final = struct.Struct(">I")
 """Prefix of a frame: bytes that follow."""
 

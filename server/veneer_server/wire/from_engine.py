@@ -6,39 +6,14 @@ from typing import Final, Literal
 
 from veneer_registry.errors import VeneerError
 
-from veneer_server.progress import Part
+from veneer_server.progress import StartPart
 from veneer_server.wire.base import MemoryTier, Message, PackedTops, TierName, Tops
 
-__all__ = [
-    "LOST",
-    "AdapterFailed",
-    "AdapterLoaded",
-    "BudgetsState",
-    "ConstraintDone",
-    "ConstraintOutcome",
-    "EngineInfo",
-    "Evicted",
-    "EvictionCause",
-    "FromEngine",
-    "Loading",
-    "MatcherEnded",
-    "Occupancy",
-    "OperationDone",
-    "Pong",
-    "Prefilled",
-    "Residency",
-    "SequenceFailed",
-    "SequenceOutput",
-    "StepDone",
-    "WireError",
-    "wire_error",
-]
 
-
-class Loading(Message, frozen=True):
+class StartProgress(Message, frozen=True):
     """Progress of one part of the startup, sent before `EngineInfo`."""
 
-    part: Part
+    part: StartPart
 
 
 class EngineInfo(Message, frozen=True):
@@ -114,6 +89,8 @@ class SequenceOutput(Message, frozen=True):
             probability: 1 for the likeliest, if requested.
         cached_tokens: prompt tokens found in the prefix cache; first output only.
         step: number of the step that produced it (see `StepDone`); first output only.
+        mixed: if `prompt_logprobs` are requested, whether a step that computed a part of its
+            prompt had rows of another adapter or the base, too; first output only.
     """
 
     sequence: int
@@ -129,6 +106,7 @@ class SequenceOutput(Message, frozen=True):
     cached_tokens: int = 0
     step: int = 0
     prompt_ranks: list[int] | None = None
+    mixed: bool = False
 
 
 class Prefilled(Message, frozen=True):
@@ -199,7 +177,7 @@ class Occupancy(Message, frozen=True):
     waiting_adapters: tuple[str, ...] = ()
 
 
-class Residency(Message, frozen=True):
+class ResidencyChanged(Message, frozen=True):
     """New state of one adapter; sent on every change.
 
     Attributes:
@@ -297,7 +275,8 @@ class BudgetsState(Message, frozen=True):
 
 
 class OperationDone(Message, frozen=True):
-    """Answer to `Activate`, `Evict`, `Unpin`, `UpdateBudgets`, `Pause` or `Reference`.
+    """Answer to `Activate`, `Evict`, `Unpin`, `UpdateBudgets`, `Pause`, `ResetPrefixCache` or
+    `Reference`.
 
     ``done`` is False if a drain still waits for running sequences; ``budgets`` answers
     `UpdateBudgets`, ``logprobs`` answers `Reference`.
@@ -319,14 +298,14 @@ class Pong(Message, frozen=True):
 
 
 FromEngine = (
-    Loading
+    StartProgress
     | EngineInfo
     | SequenceOutput
     | Prefilled
     | SequenceFailed
     | StepDone
     | Occupancy
-    | Residency
+    | ResidencyChanged
     | AdapterLoaded
     | AdapterFailed
     | Evicted

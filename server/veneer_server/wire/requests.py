@@ -11,16 +11,6 @@ from veneer_server.queues.fairness import NOBODY, Sender
 from veneer_server.wire.base import Message
 from veneer_server.wire.sampling import SamplingParams
 
-__all__ = [
-    "PRIORITY_SECONDS",
-    "AdapterSource",
-    "Constraint",
-    "SequenceRequest",
-    "copy_key",
-    "split_key",
-    "token_work",
-]
-
 PRIORITY_SECONDS: Final = 10.0
 """A priority is worth this many seconds of waiting for each of its steps: so a request is
 overtaken for its priority only by those that arrive within so long after it."""

@@ -14,8 +14,6 @@ import msgspec
 
 from veneer_server.wire.base import Message
 
-__all__ = ["FRACTIONS", "OF_BASE", "RANGES", "Range", "SamplingParams"]
-
 
 class Range(NamedTuple):
     """Allowed values of an option.

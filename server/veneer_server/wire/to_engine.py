@@ -7,21 +7,6 @@ from typing import Literal
 from veneer_server.wire.base import MemoryTier, Message
 from veneer_server.wire.requests import AdapterSource, SequenceRequest
 
-__all__ = [
-    "Activate",
-    "Cancel",
-    "Evict",
-    "EvictMode",
-    "Pause",
-    "Ping",
-    "Reference",
-    "Stop",
-    "Submit",
-    "ToEngine",
-    "Unpin",
-    "UpdateBudgets",
-]
-
 EvictMode = Literal["drain", "fail_if_busy", "abort", "forget"]
 
 
@@ -95,6 +80,13 @@ class Pause(Message, frozen=True):
     paused: bool
 
 
+class ResetPrefixCache(Message, frozen=True):
+    """Find no prefix that was computed before; answered by `OperationDone`. Running sequences
+    keep what they use."""
+
+    operation: int
+
+
 class Reference(Message, frozen=True):
     """Compute a prompt's log-probabilities independently of the serving path; answered by
     `OperationDone`.
@@ -120,5 +112,15 @@ class Stop(Message, frozen=True):
 
 
 ToEngine = (
-    Submit | Cancel | Activate | Evict | Unpin | UpdateBudgets | Pause | Reference | Ping | Stop
+    Submit
+    | Cancel
+    | Activate
+    | Evict
+    | Unpin
+    | UpdateBudgets
+    | Pause
+    | ResetPrefixCache
+    | Reference
+    | Ping
+    | Stop
 )

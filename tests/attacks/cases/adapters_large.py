@@ -91,7 +91,7 @@ def _write(folder: Path, rank: int) -> None:
         "r": rank,
         "lora_alpha": rank,
         "target_modules": list(SHAPES),
-        "base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M",
+        "base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct",
     }
     write_adapter(folder, config, tensors)
 

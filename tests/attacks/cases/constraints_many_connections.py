@@ -17,9 +17,9 @@ TITLE = "slow constraints from 150 connections of one key"
 KEYS = True
 FLAGS = ("--max-queue", "400", "--max-connections", "512")
 BUG = Bug(
-    "veneer_server.serving.who",
-    'return Sender(who.tenant, key, user, "" if user else connection)',
-    'return Sender("", "", "", connection)',
+    "veneer_server.access.caller",
+    'return Sender(principal.tenant, key, user, "" if user else self.peer)',
+    'return Sender("", "", "", self.peer)',
 )
 
 _CONNECTIONS: Final = 150

@@ -16,9 +16,29 @@ BUG = Bug(
     "if True:",
 )
 
-_CHANGES: Final = ("/pause?mode=keep", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
-_GENERATES: Final = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
-_READS: Final = ("/v1/models", "/metrics", "/load", "/is_paused", "/server_info")
+_CHANGES: Final = (
+    "/pause?mode=keep",
+    "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter",
+    "/reset_prefix_cache",
+)
+_GENERATES: Final = (
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/inference/v1/generate",
+    "/api/chat",
+    "/openai/deployments/a/chat/completions",
+)
+_READS: Final = (
+    "/v1/models",
+    "/metrics",
+    "/load",
+    "/is_paused",
+    "/server_info",
+    "/api/tags",
+)
 _SIMPLE: Final = (
     {},
     {"content-type": "text/plain"},
@@ -36,12 +56,11 @@ async def attack(target: Target) -> list[str]:
     def page() -> dict[str, str]:
         name = "".join(rng.choices("abcxyz-", k=rng.randrange(1, 20)))
         origins = (
-            *(
-                f"https://{name}.example",
-                f"http://localhost:{rng.randrange(1, 1 << 15)}",
-                "null",
-            ),
-            *(f"http://127.0.0.1.{name}.example:{port}", f"http://{name}.localhost:{port}"),
+            f"https://{name}.example",
+            f"http://localhost:{rng.randrange(1, 1 << 15)}",
+            "null",
+            f"http://127.0.0.1.{name}.example:{port}",
+            f"http://{name}.localhost:{port}",
         )
         sites = ({}, {"sec-fetch-site": "cross-site"}, {"sec-fetch-site": "same-site"})
         return rng.choice(

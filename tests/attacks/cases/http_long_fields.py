@@ -16,7 +16,7 @@ from tests.hostile.callers import http_answer
 TITLE = "schemas, template variables, tools and call inputs of 500,000 numbers"
 
 BUG = Bug(
-    "veneer_server.text.templates.options",
+    "veneer_server.text.turns",
     "left, todo = most, [value]",
     "left, todo = 1 << 60, [value]",
 )

@@ -20,8 +20,10 @@ BUG = Bug(
 )
 
 _USERS: Final = (
-    *("x-llm-d-inference-fairness-id", "x-gateway-inference-fairness-id"),
-    *("x-llm-d-inference-objective", "x-gateway-inference-objective"),
+    "x-llm-d-inference-fairness-id",
+    "x-gateway-inference-fairness-id",
+    "x-llm-d-inference-objective",
+    "x-gateway-inference-objective",
 )
 
 
@@ -42,7 +44,9 @@ async def attack(target: Target) -> list[str]:
                 [("authorization", f"Bearer {one}{comma}Bearer {other}")],
                 [("x-api-key", one), ("x-api-key", other)],
                 [("x-api-key", f"{one}{comma}{other}")],
-                [me, ("x-api-key", other)],
+                [me, (rng.choice(("x-api-key", "api-key")), other)],
+                [("x-api-key", one), ("api-key", other)],
+                [("api-key", one), ("api-key", other)],
                 [me, (name, "team-a"), (name, rng.choice(("team-a", "team-b")))],
                 [me, ("veneer-tenant", "team-a"), ("x-veneer-tenant", "team-b")],
             )

@@ -24,7 +24,7 @@ from tests.attacks.case import Bug, Target
 TITLE = "escape sequences in the manifest of a shared adapter"
 KEYS = True
 BUG = Bug(
-    "veneer_server.rpc.adapter_view",
+    "veneer_server.rpc.adapter_service",
     "{visible(k): visible(v) for k, v in manifest.training.items()}",
     "dict(manifest.training)",
 )
@@ -91,7 +91,8 @@ async def _shown(target: Target, name: str) -> str:
     arguments = ("-m", "veneer_client.cli.main", "adapter", "show", name, "--full")
     ours_env = {"VENEER_SERVER": target.grpc, "VENEER_API_KEY": target.keys["team-b"]}
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, *arguments),
+        sys.executable,
+        *arguments,
         stdin=asyncio.subprocess.DEVNULL,
         stdout=theirs,
         stderr=theirs,

@@ -21,7 +21,7 @@ from tests.server_harness import read_files, upload_messages
 TITLE = "shared adapters under names that another tenant's callers use"
 KEYS = True
 BUG = Bug(
-    "veneer_server.serving.tenants.visible",
+    "veneer_server.serving.visible",
     "accepts = self._tenants.accepts(home.name)",
     "accepts = [each.name for each in self._tenants.all]",
 )

@@ -15,8 +15,8 @@ TITLE = "long texts to tokenize, from a hundred connections of one key"
 KEYS = True
 FLAGS = ("--max-connections", "512")
 BUG = Bug(
-    "veneer_server.serving.who",
-    'return Sender(who.tenant, key, user, "" if user else connection)',
+    "veneer_server.access.caller",
+    'return Sender(principal.tenant, key, user, "" if user else self.peer)',
     'return Sender("", "", "", "")',
 )
 

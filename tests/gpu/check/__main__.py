@@ -30,8 +30,6 @@ from tests.gpu.check.result import GpuCheck
 from tests.gpu.check.runs import Plan, Runner, run_process
 from tests.gpu.check.steps import Model
 
-__all__ = ["main"]
-
 SEEDS: Final = 20
 NO_CARD: Final = 2
 

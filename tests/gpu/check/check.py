@@ -14,8 +14,6 @@ from tests.gpu.cards import card_of
 from tests.gpu.check.result import GpuCheck, Kernels, Serving, Training
 from tests.gpu.check.runs import Failed, Plan, Run, Runner, read, trained
 
-__all__ = ["check"]
-
 METHODS: Final = ("qlora", "lora")
 
 

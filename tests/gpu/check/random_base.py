@@ -20,13 +20,16 @@ from veneer_loadtest.setup import find_base_folder
 
 from tests.gpu.check.steps import LLAMA_7B, LLAMA_70B, Model
 
-__all__ = ["SHAPES", "write"]
-
 TINY: Final = Model(layers=2, hidden=64, inner=128, heads=4, kv_heads=2, head=16, vocab=512)
 SHAPES: Final = {"7b": LLAMA_7B, "70b": LLAMA_70B, "tiny": TINY}
 NAMES: Final = (
-    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
-    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
 )
 
 

@@ -11,8 +11,6 @@ import torch
 
 from tests.gpu import interpreter
 
-__all__: list[str] = []
-
 
 def main() -> None:
     """Entry point: prints one JSON object."""

@@ -8,8 +8,6 @@ from typing import Final
 
 import msgspec
 
-__all__ = ["FORMAT", "GpuCheck", "Kernels", "Serving", "Training", "schema_text"]
-
 FORMAT: Final = 1
 
 

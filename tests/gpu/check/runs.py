@@ -15,8 +15,6 @@ from tests.gpu.cards import Card
 from tests.gpu.check.result import Serving, Training
 from tests.gpu.check.steps import Model, Step, moved
 
-__all__ = ["Failed", "Plan", "Run", "Runner", "run_process"]
-
 PROMPT: Final = 48
 TOKENS: Final = 64
 RANK: Final = 16
@@ -98,7 +96,11 @@ class Plan:
         """Answers of mixed batches beside PEFT's, then tokens/s of both."""
         return self._run(
             f"compare-{adapters}",
-            *("compare", "--peer", "peft", "--generate", str(adapters)),
+            "compare",
+            "--peer",
+            "peft",
+            "--generate",
+            str(adapters),
             *("--streams", ",".join(map(str, self.streams)), "--repeat", "1"),
             *("--tokens", str(TOKENS), "--prompt-tokens", str(PROMPT), "--rank", str(RANK)),
         )
@@ -107,7 +109,11 @@ class Plan:
         """The base, then each number of adapters, by one server."""
         return self._run(
             f"load-{streams}",
-            *("run", "--streams", str(streams), "--duration", f"{WARM_UP + self.seconds}s"),
+            "run",
+            "--streams",
+            str(streams),
+            "--duration",
+            f"{WARM_UP + self.seconds}s",
             *("--generate", ",".join(map(str, (0, *self.adapters)))),
             *("--warmup", f"{WARM_UP}s", "--popularity", "roundrobin", "--tokens", str(TOKENS)),
             *("--prompt-tokens", str(PROMPT), "--rank", str(RANK)),

@@ -3,7 +3,7 @@ paper.
 
 Lower bounds for any implementation: each weight, each token in the KV cache and each adapter of
 the step is read once, and nothing waits for anything. ``python -m tests.gpu.check.steps``
-prints the table of docs/gpu.md.
+prints the table of docs/measurements/gpu-checks.md.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from tests.gpu.cards import CARDS, Card
-
-__all__ = ["LLAMA_7B", "LLAMA_70B", "Model", "Step", "moved", "seconds", "table"]
 
 Weights = Literal["nf4", "fp8", "bf16"]
 BITS: Final[dict[Weights, float]] = {"nf4": 4 + 8 / 64 + 32 / (64 * 256), "fp8": 8, "bf16": 16}

@@ -22,7 +22,7 @@ from typing import Any, Final
 
 import torch
 from veneer_server.engine.execution.backend_choice import BackendUnavailable, choose
-from veneer_server.step.inbox import NoPlace
+from veneer_server.step.inbox import NoSlot
 from veneer_server.wire.messages import EngineConfig
 
 import tests.gpu.interpreter  # noqa: F401 (before anything that imports triton)
@@ -40,8 +40,6 @@ from tests.gpu.engine.kit import tiny_base
 from tests.gpu.engine.plain import PLAIN
 from tests.gpu.engine.rows import ROWS, cards
 from tests.torture.row import Scale
-
-__all__: list[str] = []
 
 LEAST: Final = 6  # requests of the engine whose distance from torch is judged
 
@@ -62,7 +60,7 @@ def _places(given: Any, _instead: Any) -> Iterator[str]:
     try:
         for number in range(2):
             print(f"places: {places.check(f'{given.seed}/{number}', given.loads)}", flush=True)
-    except NoPlace as error:
+    except NoSlot as error:
         yield str(error)
     for name, bug in places.PLANTED.items():
         found = ""
@@ -70,7 +68,7 @@ def _places(given: Any, _instead: Any) -> Iterator[str]:
             with bug():
                 for number in range(4):
                     places.check(f"{given.seed}/{number}", max(600, given.loads))
-        except NoPlace as error:
+        except NoSlot as error:
             found = str(error)
         print(f"    {name}: {found[:120] or 'NOT NOTICED'}", flush=True)
         if not found:

@@ -25,8 +25,6 @@ from veneer_server.step.layout import Layout
 from tests.gpu.engine.kit import BLOCK_SIZE, SEQUENCES, Card, Part, card, make_run, step_of
 from tests.planted import planted
 
-__all__ = ["PLANTED", "Churned", "churn"]
-
 ADAPTERS: Final = 16
 """Of which at most 6 fit at once."""
 LONGEST: Final = 3 * BLOCK_SIZE
@@ -240,8 +238,8 @@ def _sizes_by_step() -> AbstractContextManager[None]:
     """A graph without launches for adapters serves steps that need them."""
     return planted(
         inputs,
-        "bucket = Bucket(size, pieces, adapters)",
-        "bucket = Bucket(size, pieces, False)",
+        "bucket = LaunchBucket(size, pieces, adapters)",
+        "bucket = LaunchBucket(size, pieces, False)",
     )
 
 
@@ -249,7 +247,7 @@ def _copies_overtake() -> AbstractContextManager[None]:
     return planted(
         fencing,
         "wait = max(wait, uses.get(other, 0))",
-        "wait = max(wait, uses.get(other, 0)) if stream is Stream.STEPS else 0",
+        "wait = max(wait, uses.get(other, 0)) if stream is DeviceStream.STEPS else 0",
     )
 
 

@@ -18,8 +18,6 @@ from veneer_server.models.loader import DecoderWeights
 
 from tests.gpu.engine.simulated import SimulatedDevice
 
-__all__ = ["check", "rounded"]
-
 
 def check(base: Path) -> str:
     """NF4 loaded by bitsandbytes and without it; in words what was compared.

@@ -15,11 +15,9 @@ from random import Random
 from typing import Final
 
 from veneer_server.backends.cuda.memory import chunks, fencing
-from veneer_server.backends.cuda.memory.fencing import Stream
+from veneer_server.backends.cuda.memory.fencing import DeviceStream
 
 from tests.planted import planted
-
-__all__ = ["BUGS", "caught", "check"]
 
 CHUNKS: Final = 6
 UNITS: Final = 4
@@ -45,12 +43,14 @@ class _Adapter:
 class _Device:
     """FAKE: executes operations in the order of their stream, after what they wait for."""
 
-    queues: dict[Stream, deque[tuple[int, int, Callable[[], None]]]] = field(
-        default_factory=lambda: {stream: deque() for stream in Stream}
+    queues: dict[DeviceStream, deque[tuple[int, int, Callable[[], None]]]] = field(
+        default_factory=lambda: {stream: deque() for stream in DeviceStream}
     )
-    done: dict[Stream, int] = field(default_factory=lambda: dict.fromkeys(Stream, 0))
+    done: dict[DeviceStream, int] = field(
+        default_factory=lambda: dict.fromkeys(DeviceStream, 0)
+    )
 
-    def step(self, stream: Stream) -> bool:
+    def step(self, stream: DeviceStream) -> bool:
         """Execute the next operation of a stream; False if it has none or must wait."""
         queue = self.queues[stream]
         if not queue or queue[0][1] > self.done[stream.other]:
@@ -60,7 +60,7 @@ class _Device:
         self.done[stream] = number
         return True
 
-    def until(self, stream: Stream, number: int) -> None:
+    def until(self, stream: DeviceStream, number: int) -> None:
         """Execute as little as possible until an operation is done."""
         while self.done[stream] < number:
             if not self.step(stream):
@@ -88,7 +88,7 @@ class _World:
         """How much faster copies are than steps, in this history."""
 
     def _enqueue(
-        self, stream: Stream, regions: list[Hashable], run: Callable[[], None]
+        self, stream: DeviceStream, regions: list[Hashable], run: Callable[[], None]
     ) -> None:
         issued = self.fences.issue(stream, regions)
         self.device.queues[stream].append((issued.number, issued.wait, run))
@@ -118,7 +118,7 @@ class _World:
                 self.memory[place : place + size] = [tag] * size
 
             regions: list[Hashable] = [*self.pool.chunks_of([(place, size)]), adapter.tag]
-            self._enqueue(Stream.COPIES, regions, run)
+            self._enqueue(DeviceStream.COPIES, regions, run)
 
     def run_step(self) -> None:
         self.count += 1
@@ -154,7 +154,7 @@ class _World:
             for place, tag in writes:
                 self.memory[place : place + width] = [tag] * width
 
-        self._enqueue(Stream.STEPS, regions, run)
+        self._enqueue(DeviceStream.STEPS, regions, run)
 
     def evict(self) -> None:
         adapter = self._some(lambda a: True)
@@ -178,11 +178,13 @@ class _World:
         self.kept.pop(block, None)
 
     def poll(self) -> None:
-        for stream in Stream:
+        for stream in DeviceStream:
             self.fences.done(stream, self.device.done[stream])
 
     def execute(self) -> None:
-        stream = Stream.COPIES if self.random.random() < self.haste else Stream.STEPS
+        stream = (
+            DeviceStream.COPIES if self.random.random() < self.haste else DeviceStream.STEPS
+        )
         for _ in range(self.random.randint(1, 4)):
             self.device.step(stream)
 
@@ -192,7 +194,7 @@ class _World:
 
     def end(self) -> None:
         """All is executed, and what was taken is given back."""
-        for stream in Stream:
+        for stream in DeviceStream:
             self.device.until(stream, self.fences.last(stream))
         self.poll()
         for adapter in self.adapters:
@@ -211,8 +213,16 @@ def check(seed: str, actions: int = 60) -> None:
     random = Random(seed)
     world = _World(random)
     moves = [
-        *(world.load, world.copy, world.copy, world.run_step, world.run_step, world.evict),
-        *(world.reuse_source, world.unmap, world.poll, world.execute),
+        world.load,
+        world.copy,
+        world.copy,
+        world.run_step,
+        world.run_step,
+        world.evict,
+        world.reuse_source,
+        world.unmap,
+        world.poll,
+        world.execute,
     ]
     for _ in range(actions):
         random.choice(moves)()
@@ -224,13 +234,13 @@ BUGS: Final = (
         "a copy does not wait for steps",
         fencing,
         "wait = max(wait, uses.get(other, 0))",
-        "wait = max(wait, uses.get(other, 0)) if stream is Stream.STEPS else 0",
+        "wait = max(wait, uses.get(other, 0)) if stream is DeviceStream.STEPS else 0",
     ),
     (
         "a step does not wait for copies",
         fencing,
         "wait = max(wait, uses.get(other, 0))",
-        "wait = max(wait, uses.get(other, 0)) if stream is Stream.COPIES else 0",
+        "wait = max(wait, uses.get(other, 0)) if stream is DeviceStream.COPIES else 0",
     ),
     (
         "only the last region counts",

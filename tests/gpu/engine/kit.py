@@ -25,10 +25,6 @@ from veneer_server.step.layout import Layout
 from tests.gpu.engine.simulated import SimulatedDevice
 from tests.tiny_llama import make_tiny_llama
 
-__all__ = [
-    *("BLOCK_SIZE", "MOST_RANK", "Card", "Part", "card", "make_run", "step_of", "tiny_base"),
-]
-
 BLOCK_SIZE: Final = 32
 MOST_RANK: Final = 32
 SEQUENCES: Final = 8
@@ -122,6 +118,12 @@ def step_of(parts: Sequence[Part]) -> StepArrays:
         return np.array(numbers, dtype=np.int64)
 
     return StepArrays(
-        *(array(tokens), array(positions), array(slots), array(starts), array(contexts)),
-        *(array(tables), tuple(segments), array(starts[1:]) - 1),
+        array(tokens),
+        array(positions),
+        array(slots),
+        array(starts),
+        array(contexts),
+        array(tables),
+        tuple(segments),
+        array(starts[1:]) - 1,
     )

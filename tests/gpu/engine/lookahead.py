@@ -15,7 +15,7 @@ from veneer_server.backends.cuda import sampled
 from veneer_server.backends.cuda.draws import CudaDraws
 from veneer_server.engine import loop
 from veneer_server.engine.execution import ahead
-from veneer_server.step.choice import Choice
+from veneer_server.step.choice import TokenChoice
 from veneer_server.wire.messages import EngineConfig, SamplingParams
 
 from tests.engine_harness import engine, source
@@ -23,8 +23,6 @@ from tests.gpu.engine.kit import BLOCK_SIZE, Card, Part, card, make_run, step_of
 from tests.gpu.engine.simulated import SimulatedDevice
 from tests.planted import planted
 from tests.tiny_llama import make_lora
-
-__all__ = ["PLANTED", "check", "steady"]
 
 SEQUENCES: Final = 4
 
@@ -151,14 +149,14 @@ class _Run:
         )
 
 
-def _choices(number: int) -> list[Choice]:
+def _choices(number: int) -> list[TokenChoice]:
     params = (
         SamplingParams(temperature=0),
         SamplingParams(temperature=1.0, seed=1),
         SamplingParams(temperature=0.7, seed=2, top_k=30),
         SamplingParams(temperature=1.3, seed=3, top_p=0.8, min_p=0.01),
     )
-    return [Choice(each, number) for each in params]
+    return [TokenChoice(each, number) for each in params]
 
 
 PLANTED: Final[dict[str, Callable[[], AbstractContextManager[None]]]] = {
@@ -166,7 +164,8 @@ PLANTED: Final[dict[str, Callable[[], AbstractContextManager[None]]]] = {
         planted, loop, "if plan is not None and plan.scores:", "if plan is not None:"
     ),
     "rows take the token of the row before theirs": partial(
-        *(planted, ahead),
+        planted,
+        ahead,
         "= self._rows[planned.sequence]",
         "= max(0, self._rows[planned.sequence] - 1)",
     ),
@@ -174,7 +173,8 @@ PLANTED: Final[dict[str, Callable[[], AbstractContextManager[None]]]] = {
         planted, sampled, "known = self._known[:count]", "known = self._known[:count].clone()"
     ),
     "a token is brought to the host to be passed on": partial(
-        *(planted, sampled),
+        planted,
+        sampled,
         "for name in self._results:",
         "known.tolist()\n        for name in self._results:",
     ),

@@ -48,8 +48,6 @@ from tests.places import REPOSITORY
 from tests.planted import planted
 from tests.unit.server.cuda import parallel_kit as kit
 
-__all__ = ["FORMATS", "PLANTED", "PLANTED_LEADING", "check", "serve"]
-
 CONFIG: Final = replace(kit.CONFIG, head_dim=32)
 """Heads of half a block of weights: a process has whole blocks."""
 FORMATS: Final[tuple[Quantization, ...]] = ("nf4", "fp8", "none")
@@ -157,7 +155,9 @@ def _serve(
         cut = weights._cut  # private: the cut that `load` makes
         made = shard_weights(made, member.shard, cut)
     decoder = CudaDecoder(
-        *(device, weights.keep(device, made), Sizes(rows=64, sequences=4, context=256)),
+        device,
+        weights.keep(device, made),
+        Sizes(rows=64, sequences=4, context=256),
         blocks=12,
         block_size=16,
         adapter_bytes=1 << 18,
@@ -203,7 +203,8 @@ PLANTED: Final[dict[str, Any]] = {
         planted, weights, "if divided_inputs(first) and shard.index:", "if False:"
     ),
     "an adapter is not cut": partial(
-        *(planted, adapters),
+        planted,
+        adapters,
         "layout, run = cut_run(layout, run, member.whole, member.shard)",
         "layout, run = cut_run(layout, run, member.whole, type(member.shard)(0, 2))",
     ),
@@ -223,7 +224,7 @@ def serve(*, requests: int, exact: bool, bug: str = "") -> scenario.Found:
         if bug:
             stack.enter_context(PLANTED_LEADING[bug]())
         return scenario.run(
-            *(folder,),
+            folder,
             requests=requests,
             exact=exact,
             quantization="none",
@@ -257,7 +258,8 @@ def _opened(device: Any) -> SimulatedDevice:
 
 PLANTED_LEADING: Final[dict[str, Any]] = {
     "followers have another adapter": partial(
-        *(planted, leading),
+        planted,
+        leading,
         "segments = [(s.begin, s.end, number(s.table)) for s in step.segments]",
         "segments = [(s.begin, s.end, min(self.adapters._numbers.values())) "
         "for s in step.segments]",

@@ -11,15 +11,13 @@ from veneer_registry.adapter import LoraModule
 from veneer_server.backends.cuda.memory import adapters as memory
 from veneer_server.backends.cuda.memory.adapters import Adapters
 from veneer_server.backends.cuda.memory.arena import Arena
-from veneer_server.backends.cuda.memory.timeline import Timeline
+from veneer_server.backends.cuda.memory.timeline import DeviceTimeline
 from veneer_server.models.config import DecoderConfig, Projection
 from veneer_server.step.adapter_table import AdapterTable
 from veneer_server.step.layout import Layout
 
 from tests.gpu.engine.simulated import SimulatedDevice
 from tests.planted import planted
-
-__all__ = ["PLANTED", "check"]
 
 LAYERS: Final = 8
 CONFIG: Final = DecoderConfig(
@@ -61,7 +59,7 @@ def check(seed: str, loads: int) -> str:
         device, CONFIG, blocks=2, block_size=32, adapter_bytes=BYTES, chunk_bytes=1 << 18
     )
     adapters = Adapters(
-        *(device, Timeline(device), arena, CONFIG), slots=64, most_ranks=(96, 32, 64, 32)
+        device, DeviceTimeline(device), arena, CONFIG, slots=64, most_ranks=(96, 32, 64, 32)
     )
     kinds = [_layout(rank, part) for rank in (8, 16, 32) for part in (ATTENTION, ALL[:4], ALL)]
     runs = [torch.zeros(kind.length, dtype=torch.bfloat16) for kind in kinds]
@@ -86,6 +84,6 @@ def _layout(rank: int, targets: tuple[Projection, ...]) -> Layout:
 
 PLANTED: Final = {
     "pieces are as large as a chunk only": partial(
-        *(planted, memory), "(chunk, chunk // 4, chunk // 16, 0)", "(chunk,)"
+        planted, memory, "(chunk, chunk // 4, chunk // 16, 0)", "(chunk,)"
     )
 }

@@ -19,7 +19,7 @@ from veneer_server.backends.cuda.fp8 import rows as fp8_rows
 from veneer_server.backends.cuda.fp8.packing import PackedFp8
 from veneer_server.backends.cuda.lora import panels as lora_panels
 from veneer_server.backends.cuda.lora import rows as lora_rows
-from veneer_server.backends.cuda.lora.tables import AdapterPlaces
+from veneer_server.backends.cuda.lora.tables import AdapterSlots
 from veneer_server.backends.cuda.nf4 import panels as nf4_panels
 from veneer_server.backends.cuda.nf4 import reference as nf4
 from veneer_server.backends.cuda.nf4 import rows as nf4_rows
@@ -28,8 +28,6 @@ from veneer_server.backends.cuda.pointwise.gate import gate
 from veneer_server.backends.cuda.pointwise.norm import normalize
 from veneer_server.backends.cuda.pointwise.rotary import place
 from veneer_server.backends.cuda.sampling import draw, logprobs
-
-__all__ = ["PLAIN"]
 
 Packed = PackedNf4 | PackedFp8
 _EXPANDED: dict[int, tuple[Packed, torch.Tensor]] = {}
@@ -153,7 +151,7 @@ def _prefill(
 
 
 def _add(
-    x: Any, y: Any, arena: Any, tiles: Any, adapters: AdapterPlaces, columns: Any, scratch: Any
+    x: Any, y: Any, arena: Any, tiles: Any, adapters: AdapterSlots, columns: Any, scratch: Any
 ) -> None:
     places = adapters.places.tolist()
     for first, count, slot in tiles.tolist():

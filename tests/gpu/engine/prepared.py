@@ -17,7 +17,7 @@ from typing import Any, Final
 from unittest.mock import patch
 
 import torch
-from veneer_server.step.choice import Choice
+from veneer_server.step.choice import TokenChoice
 from veneer_server.wire.messages import SamplingParams
 
 from tests.gpu import interpreter  # before anything that imports triton
@@ -31,8 +31,6 @@ from tests.gpu.engine.kit import (
     step_of,
     tiny_base,
 )
-
-__all__: list[str] = []
 
 STEPS: Final = 400
 LONGEST: Final = 512
@@ -92,7 +90,7 @@ def _steps(one: Card, random: Random) -> None:
             adapter = random.choice((None, table))
             parts.append(Part([random.randrange(vocab)] * new, start, blocks, adapter))
         step = step_of(sorted(parts, key=lambda part: part.table is not None))
-        choices = [Choice(SamplingParams(), 0)] * len(parts)
+        choices = [TokenChoice(SamplingParams(), 0)] * len(parts)
         decoder.submit(step, choices, [random.randint(0, 20) for _ in parts])
     one.device.drained("")
 

@@ -40,8 +40,6 @@ from tests.torture.rows import row_10_prefix as row_10
 from tests.torture.rows import row_11_non_finite as row_11
 from tests.torture.rows import row_12_parity as row_12
 
-__all__ = ["FORM", "PLANTED", "ROWS", "cards"]
-
 
 class _Exact(Form):
     """Judged as the native forms are: bit for bit."""
@@ -149,12 +147,14 @@ _PREFIXES: Final = "prefix cache keyed without the weights"
 PLANTED: Final[dict[int, dict[str, Bug]]] = {
     9: {
         "a slot is given twice": partial(
-            *(planted, adapters),
+            planted,
+            adapters,
             "self._free.append(placed.slot)",
             "self._free += [placed.slot, placed.slot]",
         ),
         "rows take the token of the row before theirs": partial(
-            *(planted, ahead),
+            planted,
+            ahead,
             "= self._rows[planned.sequence]",
             "= max(0, self._rows[planned.sequence] - 1)",
         ),
@@ -162,7 +162,8 @@ PLANTED: Final[dict[int, dict[str, Bug]]] = {
     10: {_PREFIXES: ISOLATION[_PREFIXES].bug},
     11: {
         "what was sampled from NaN is answered": partial(
-            *(planted, sampled),
+            planted,
+            sampled,
             '[None if token < 0 else token for token in here["tokens"].tolist()],\n'
             '            here["sums"].isfinite().tolist(),',
             '[max(token, 0) for token in here["tokens"].tolist()],\n'
@@ -171,7 +172,8 @@ PLANTED: Final[dict[int, dict[str, Bug]]] = {
     },
     12: {
         "scaling off by 10 %": partial(
-            *(planted, adapters),
+            planted,
+            adapters,
             "at(s.b), s.module.scaling)",
             "at(s.b), 1.1 * s.module.scaling)",
         )

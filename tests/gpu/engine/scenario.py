@@ -15,8 +15,6 @@ from tests.gpu.engine.formats import rounded
 from tests.gpu.engine.simulated import SimulatedDevice
 from tests.tiny_llama import make_lora, make_tiny_llama
 
-__all__ = ["Found", "config", "run"]
-
 RATIO: Final = 1.25
 """Our distance from torch's float32 over that of torch's bfloat16: both are samples of the same
 rounding (the state is float32, what lies between is bfloat16), over hundreds of numbers.

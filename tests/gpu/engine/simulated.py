@@ -26,22 +26,59 @@ from veneer_server.backends.parallel.peers import GroupPeers
 
 from tests.gpu.interpreter import allow
 
-__all__ = ["Resident", "SimulatedDevice"]
-
 _VIEWS: Final = frozenset(
     [
-        *("view", "t", "as_strided", "transpose", "unsqueeze", "squeeze", "expand", "detach"),
-        *("__getitem__", "__len__", "__get__", "stride", "size", "data_ptr", "numel", "dim"),
-        *("is_contiguous", "element_size", "untyped_storage", "storage_offset", "split"),
-        *("unbind", "__repr__", "__hash__", "__format__", "reshape", "chunk", "flatten"),
-        *("is_floating_point", "as_subclass", "__set__", "new_empty", "set_", "__dlpack__"),
+        "view",
+        "t",
+        "as_strided",
+        "transpose",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+        "detach",
+        "__getitem__",
+        "__len__",
+        "__get__",
+        "stride",
+        "size",
+        "data_ptr",
+        "numel",
+        "dim",
+        "is_contiguous",
+        "element_size",
+        "untyped_storage",
+        "storage_offset",
+        "split",
+        "unbind",
+        "__repr__",
+        "__hash__",
+        "__format__",
+        "reshape",
+        "chunk",
+        "flatten",
+        "is_floating_point",
+        "as_subclass",
+        "__set__",
+        "new_empty",
+        "set_",
+        "__dlpack__",
     ]
 )
 """What reads no numbers of the tensor."""
 _WAITING: Final = frozenset(
     [
-        *("tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__"),
-        *("nonzero", "__contains__", "equal", "__array__"),
+        "tolist",
+        "item",
+        "numpy",
+        "cpu",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__index__",
+        "nonzero",
+        "__contains__",
+        "equal",
+        "__array__",
     ]
 )
 

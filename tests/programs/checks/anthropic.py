@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from anthropic import Anthropic, BadRequestError
+from anthropic import Anthropic, BadRequestError, beta_tool
 
 from tests.programs.kit import ASK, CALLER, COLOURS, HELLO, KEY, MODEL, PAINT, URL, City
 
@@ -63,12 +63,48 @@ def check_a_tool_is_called_and_its_result_read() -> None:
         assert answer.content[0].text
 
 
+def check_the_tool_runner_calls_and_goes_on() -> None:
+    """It asks for a thread on the server first, and does without where there is none."""
+    for streamed in (False, True):
+        called = list[str]()
+
+        @beta_tool
+        def paint(colour: str) -> str:
+            """Paint the wall."""
+            called.append(colour)  # noqa: B023 - it is called in this iteration only
+            return f"It is {colour} now."
+
+        given: Any = asked(PAINT, CALLER, tools=[paint])
+        if streamed:
+            for stream in SDK.beta.messages.tool_runner(**given, stream=True):
+                last = stream.get_final_message()
+        else:
+            last = SDK.beta.messages.tool_runner(**given).until_done()
+        assert called
+        assert set(called) <= set(COLOURS)
+        assert last.content[0].type == "text"
+        assert last.content[0].text
+
+
 def check_a_forced_call_of_the_base() -> None:
     choice = {"type": "tool", "name": "paint"}
     message = SDK.messages.create(**asked(PAINT, tools=[TOOL], tool_choice=choice))
     [call] = message.content
     assert call.type == "tool_use"
     assert call.input["colour"] in COLOURS
+
+
+def check_tokens_are_counted_and_models_listed() -> None:
+    given = asked(ASK, system="Be brief.", tools=[TOOL])
+    usage = SDK.messages.create(**given).usage
+    prompt = {name: given[name] for name in ("model", "messages", "system", "tools")}
+    counted = SDK.messages.count_tokens(**prompt).input_tokens
+    assert counted == usage.input_tokens + (usage.cache_read_input_tokens or 0)
+    models = {model.id: model for model in SDK.models.list()}
+    assert {MODEL, CALLER} <= models.keys()
+    assert models[MODEL].display_name == MODEL
+    assert models[MODEL].created_at.year > 2000
+    assert SDK.models.retrieve(CALLER).id == CALLER
 
 
 def check_parse_a_type() -> None:

@@ -96,3 +96,27 @@ def check_a_stream_of_calls_ends_with_parsed_arguments() -> None:
     } <= kinds
     assert answer.message.tool_calls
     assert json.loads(answer.message.tool_calls[0].function.arguments)["colour"] in COLOURS
+
+
+def check_azures_client() -> None:
+    endpoint, given = URL.removesuffix("/v1"), {"max_tokens": 8, "temperature": 0}
+    expected = sdk.completions.create(model=MODEL, prompt=HELLO, **given).choices[0].text
+    named = openai.AzureOpenAI(azure_endpoint=endpoint, api_version="2024-10-21", api_key=KEY)
+    fixed = openai.AzureOpenAI(
+        azure_endpoint=endpoint,
+        azure_deployment=MODEL,
+        api_version="2024-10-21",
+        api_key=KEY,
+    )
+    for azure, model in ((named, MODEL), (fixed, "gpt-4o")):
+        answer = azure.completions.create(model=model, prompt=HELLO, **given)
+        assert (answer.model, answer.choices[0].text) == (MODEL, expected)
+        chat = azure.chat.completions.create(model=model, messages=ASKED, **given, stream=True)
+        assert any(chunk.choices[0].delta.content for chunk in chat)
+        assert {MODEL, CALLER} <= {each.id for each in azure.models.list()}
+    said = ""
+    try:
+        named.embeddings.create(model=MODEL, input="Hi")
+    except openai.NotFoundError as error:
+        said = str(error)
+    assert "no embeddings" in said

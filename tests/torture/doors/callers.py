@@ -13,8 +13,6 @@ import aiohttp
 import numpy as np
 from veneer_proto.v1 import inference_pb2
 
-__all__ = ["FORMS", "Answer", "Callers", "Case", "Found", "Score"]
-
 BASE: Final = "smollm2-135m"
 FORMS: Final = ("gRPC whole", "gRPC stream", "HTTP whole", "HTTP stream")
 _FINISH: Final = {
@@ -103,8 +101,10 @@ class Callers:
     async def all(self, case: Case) -> dict[str, Answer]:
         """By form."""
         calls: tuple[Callable[[Case], Any], ...] = (
-            *(self._grpc_whole, self._grpc_stream),
-            *(self._http_whole, self._http_stream),
+            self._grpc_whole,
+            self._grpc_stream,
+            self._http_whole,
+            self._http_stream,
         )
         answers = await asyncio.gather(*(call(case) for call in calls))
         return dict(zip(FORMS, answers, strict=True))

@@ -33,8 +33,6 @@ from tests.torture.doors.scripted import (
 )
 from tests.unit.server.rpc.front_harness import Front, make_adapter, running
 
-__all__ = ["Doors", "Report", "open_doors"]
-
 ADAPTERS: Final = ("", "one", "two", "templated")
 TEMPLATE: Final = (
     "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "

@@ -23,23 +23,21 @@ from veneer_server.wire.messages import SequenceOutput, SequenceRequest, Tops, p
 
 from tests.unit.server.rpc.fake_engine import FakeEngine
 
-__all__ = [
-    "EMOJI",
-    "STOPS",
-    "Asked",
-    "Expected",
-    "Script",
-    "ScriptedEngine",
-    "expected",
-    "offsets",
-]
-
 EMOJI: Final = ("😀", "🚀", "👩‍💻", "🇫🇷", "❤️", "👍🏽", "é", "漢", "한", "𝔘", "🏴‍☠️", "ß")
 WORDS: Final = (" the", " sea", "ab", "a", "b", "\n", " ", "abc", '"', "\\")
 STOPS: Final = (
     *EMOJI,
     *(one + two for one in EMOJI[:4] for two in EMOJI[:4]),
-    *("👩", "\u200d", "💻", "🇫", "\ufe0f", "\ufffd", "\ufffd\ufffd", "ab", "abc", " the sea"),
+    "👩",
+    "\u200d",
+    "💻",
+    "🇫",
+    "\ufe0f",
+    "\ufffd",
+    "\ufffd\ufffd",
+    "ab",
+    "abc",
+    " the sea",
 )
 EOS: Final = 2
 SPECIAL: Final = (0, 1, 4, 5)
@@ -142,7 +140,14 @@ class Script:
         }
         return Asked(
             tuple(request.prompt),
-            *(tokens, ended, logprobs, tops, before, before_tops, cached, fields),
+            tokens,
+            ended,
+            logprobs,
+            tops,
+            before,
+            before_tops,
+            cached,
+            fields,
         )
 
     def _scores(

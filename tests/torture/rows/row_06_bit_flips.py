@@ -35,7 +35,11 @@ HARMLESS = frozenset(
     {
         # The registry's keys without effect on the result (`lora_config`) that the adapters
         # here have, and those for which the tensors' names decide.
-        *("lora_dropout", "inference_mode", "target_modules", "peft_version", "task_type"),
+        "lora_dropout",
+        "inference_mode",
+        "target_modules",
+        "peft_version",
+        "task_type",
         "base_model_name_or_path",
     }
 )

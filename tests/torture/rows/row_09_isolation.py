@@ -34,8 +34,6 @@ from tests.torture.planted_isolation import PLANTED, Planted
 from tests.torture.planted_server import planted_server
 from tests.torture.row import Control, Outcome, Scale
 
-__all__ = ["ROW", "TITLE", "controls", "run"]
-
 ROW = 9
 TITLE = "isolation under churn"
 BAR = "0 tokens from a wrong digest"

@@ -47,8 +47,6 @@ from tests.torture.planted_isolation import (
 from tests.torture.row import Control, Outcome, Scale
 from tests.torture.tiny_engine import tiny_engine
 
-__all__ = ["ROW", "TITLE", "controls", "run"]
-
 ROW = 10
 TITLE = "prefix cache over replaces"
 BAR = f"equal to a cold cache within {BOUND:.0e}, bitwise in exact mode; 0 hits across"

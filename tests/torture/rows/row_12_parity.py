@@ -38,8 +38,6 @@ from tests.torture.peft_reference import BOUND, MARGIN, each_adapter, teacher_fo
 from tests.torture.planted_isolation import one_adapter_scaled, two_exchanged
 from tests.torture.row import Control, Outcome, Scale
 
-__all__ = ["ROW", "TITLE", "controls", "run"]
-
 ROW = 12
 TITLE = "parity with PEFT"
 NEW_TOKENS = 4

@@ -28,8 +28,6 @@ from tests.torture.forms import Form, forms
 from tests.torture.planted_isolation import not_exact
 from tests.torture.row import Control, Outcome, Scale
 
-__all__ = ["ROW", "TITLE", "controls", "run"]
-
 ROW = 13
 TITLE = "a needle in batches"
 BAR = "bitwise equal in exact mode, native in the default mode too; its rate published"

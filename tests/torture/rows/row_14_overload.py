@@ -27,8 +27,6 @@ from tests.server_harness import Server, running_server
 from tests.torture.row import Control, Outcome, Scale
 from tests.torture.tenants import Call, at_rate, call, edited_server, make_keys
 
-__all__ = ["ROW", "TITLE", "controls", "run"]
-
 ROW = 14
 TITLE = "overload at 2 x"
 BAR = (

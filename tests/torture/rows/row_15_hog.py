@@ -27,8 +27,6 @@ from tests.torture.row import Control, Outcome, Scale
 from tests.torture.tenants import Call, call, edited_server, make_keys
 from tests.unit.server.engine.test_fair_histories import histories
 
-__all__ = ["ROW", "TITLE", "controls", "run"]
-
 ROW = 15
 TITLE = "a hog at 10 x"
 MOST: Final = 2.0
@@ -43,7 +41,7 @@ PAUSE = 2.0
 
 ONE_TENANT: Final = (
     "from veneer_server.access import authenticate\nfrom veneer_server.queues import fairness\n"
-    "authenticate.fairness_of = lambda *given: fairness.NOBODYS"
+    "authenticate.fairness_of = lambda *given: fairness.Fairness()"
 )
 
 

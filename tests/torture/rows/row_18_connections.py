@@ -32,8 +32,6 @@ from tests.tiny_llama import make_tiny_llama
 from tests.torture.row import Control, Outcome, Scale
 from tests.torture.tenants import edited_server
 
-__all__ = ["ROW", "TITLE", "controls", "run"]
-
 ROW = 18
 TITLE = "connections"
 DEADLINE_S: Final = 10.0

@@ -34,8 +34,6 @@ from tests.tiny_llama import SHAPES, VOCABULARY, make_lora, make_tiny_llama
 from tests.torture.row import Control, Outcome, Scale
 from tests.torture.tenants import edited_server
 
-__all__ = ["ROW", "TITLE", "controls", "run"]
-
 ROW = 19
 TITLE = "ends"
 BAR = (
@@ -60,12 +58,12 @@ RAISES_ON_USR2: Final = (
 """Of every process of the server; only the engine gets the signal."""
 
 SILENT_DRAIN: Final = (
-    "from veneer_server.rpc.health import Health\n"
+    "from veneer_server.rpc.server_service import Health\n"
     "async def drain(self): pass\n"
     "Health.drain = drain"
 )
 ENDLESS_DRAIN: Final = (
-    "from veneer_server.serving.calls import Calls\n"
+    "from veneer_server.serving.generation import Calls\n"
     "import asyncio\n"
     "async def finish(self, grace_s): await asyncio.sleep(3600)\n"
     "Calls.finish = finish"

@@ -26,8 +26,6 @@ from tests.torture.at_rest import (
 from tests.torture.at_rest_worker import PLANTED
 from tests.torture.row import Control, Outcome, Scale
 
-__all__ = ["ROW", "TITLE", "controls", "run"]
-
 ROW = 21
 TITLE = "files at rest"
 BAR = (

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Final
 
 from veneer_server.models.source import import_bundled
-from veneer_server.openai import answers, chat
+from veneer_server.openai import chat, choices
 from veneer_server.rpc import inference_service
 from veneer_server.serving import generation, samples
 from veneer_server.text import detokenizer
@@ -26,8 +26,6 @@ from tests.places import cache_dir
 from tests.planted import planted
 from tests.torture.doors.judge import Doors, Report, open_doors
 from tests.torture.row import Control, Outcome, Scale
-
-__all__ = ["ROW", "TITLE", "controls", "run"]
 
 ROW = 22
 TITLE = "both doors"
@@ -66,7 +64,7 @@ PLANTED: Final[tuple[tuple[str, ModuleType, str, str], ...]] = (
     ),
     (
         "broken characters do not move the offsets of tokens",
-        answers,
+        choices,
         "at = self._at + len(first) - 1",
         "at = self._at",
     ),

@@ -37,8 +37,15 @@ def test_forms_of_an_address(given: str, meant: str) -> None:
 @pytest.mark.parametrize(
     "given",
     [
-        *("https://gpu1/v1", "ftp://gpu1", "gpu1:port", "http://gpu1/v1", "::1", "a b"),
-        *("gpu1:0", "gpu1:65536", "[::1]:700500"),
+        "https://gpu1/v1",
+        "ftp://gpu1",
+        "gpu1:port",
+        "http://gpu1/v1",
+        "::1",
+        "a b",
+        "gpu1:0",
+        "gpu1:65536",
+        "[::1]:700500",
     ],
 )
 def test_what_is_no_address_is_refused_with_the_fix(given: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 from veneer_client import calls
 from veneer_proto.v1 import adapters_pb2 as pb
 
+from tests.foreign_adapters import EXAMPLE, write_mlx
 from tests.unit.client.fake_server import FakeServer
 from tests.unit.client.test_cli import complete
 
@@ -29,6 +30,25 @@ def two(server: FakeServer) -> tuple[str, str]:
     """The older and the current revision of ``chat``, in short."""
     older = server.add("chat").revision
     return older[:12], server.replace("chat").revision[:12]
+
+
+# ------------------------------------------------------------------------ convert
+
+
+def test_an_mlx_adapter_is_named_converted_and_pushed(
+    server: FakeServer, run: Run, tmp_path: Path
+) -> None:
+    source, out = write_mlx(EXAMPLE, tmp_path / "mlx"), tmp_path / "out"
+    said = one_line(run("adapter", "push", str(source), "--name", "chat"))
+    assert "veneer adapter convert" in said
+    assert server.calls == []
+    done = run("adapter", "convert", str(source), str(out))
+    assert done.exit_code == 0, done.output
+    assert "210 modules, rank 8" in done.stdout
+    assert server.calls == [], "no server is needed"
+    assert run("push", str(out), "--name", "chat", "--same-base").exit_code == 0
+    assert server.uploads[-1].spec.same_base
+    assert "exists" in one_line(run("adapter", "convert", str(source), str(out)))
 
 
 # --------------------------------------------------------------------------- push
@@ -283,7 +303,7 @@ def test_self_test_is_an_exit_status_too(server: FakeServer, run: Run) -> None:
     server.add("chat"), server.add("sql")
     fine = run("self-test", "chat", "sql")
     assert fine.exit_code == 0, fine.output
-    assert "passed (2 adapters and the base in one batch)" in fine.stdout
+    assert "passed (2 adapters mixed with others in a batch)" in fine.stdout
     assert "base" in fine.stdout
     server.wrong.add("sql")
     wrong = run("self-test", "chat", "sql")
@@ -301,7 +321,7 @@ def test_a_self_test_of_no_adapter_says_so(passed: bool, server: FakeServer, run
     assert done.exit_code == (0 if passed else 1)
     told = "passed: no adapter was tested" if passed else "INCONCLUSIVE: none of 3 adapters"
     assert told in done.stdout
-    assert "in one batch" not in done.stdout
+    assert "in a batch" not in done.stdout
 
 
 # --------------------------------------------------------- sessions and completion

@@ -16,7 +16,7 @@ import grpc
 import pytest
 from typer.testing import CliRunner
 from veneer_client import Chunk, Client
-from veneer_client.cli.chat import Conversation, Session
+from veneer_client.cli.chat import ChatSession, ChatState
 from veneer_client.cli.main import cli
 from veneer_registry.errors import AdapterNotFound
 
@@ -83,13 +83,16 @@ def test_a_conversation_keeps_the_revision_that_it_began_with(
 ) -> None:
     server.add("sql")
     with Client(server.address) as client:
-        session = Session(client, Conversation(adapter=adapter), {"max_tokens": 1})
+        session = ChatSession(client, ChatState(adapter=adapter), {"max_tokens": 1})
         for line in ("a", "b", "c", "/reset", "d", "e", "/adapter sql", "f"):
             assert session.take(line)
     kept = f"sql@{REVISION}"
     assert [asked for asked, _ in chats(server)] == [
-        *(adapter, kept, kept),
-        *(adapter, kept),
+        adapter,
+        kept,
+        kept,
+        adapter,
+        kept,
         "sql",
     ]
 
@@ -99,7 +102,7 @@ def test_a_conversation_whose_revision_is_gone_says_what_to_do(
 ) -> None:
     server.add("sql")
     with Client(server.address) as client:
-        session = Session(client, Conversation(), {"max_tokens": 1})
+        session = ChatSession(client, ChatState(), {"max_tokens": 1})
         session.use("sql")
         assert session.take("a")
         gone = Refusal(grpc.StatusCode.NOT_FOUND, "it is gone", "ADAPTER_NOT_FOUND")
@@ -212,7 +215,7 @@ def test_ctrl_c_stops_the_answer_not_the_conversation(server: FakeServer) -> Non
     stream = Interrupted()
     with Client(server.address) as client:
         whole = client.chat_stream
-        session = Session(client, Conversation(), {"max_tokens": 1})
+        session = ChatSession(client, ChatState(), {"max_tokens": 1})
         client.chat_stream = lambda *_, **__: stream  # type: ignore[assignment,method-assign]
         assert session.take("hello")
         assert stream.cancelled
@@ -239,7 +242,7 @@ def test_ctrl_c_at_the_prompt_leaves_nothing_but_a_hint(
     monkeypatch.setattr("builtins.input", read)
     monkeypatch.setenv("HOME", str(tmp_path))
     with Client(server.address) as client:
-        Session(client, Conversation(), {}).terminal()
+        ChatSession(client, ChatState(), {}).terminal()
     assert [turns for _, turns in chats(server)] == [["user:hello"]]
     assert capsys.readouterr().err.count("Ctrl-D quits") == 2, "at the start, and then"
 

@@ -35,8 +35,18 @@ def rows(text: str) -> dict[str, str]:
 def test_it_starts_with_the_facts(adapter: Any, run: Run) -> None:
     found = rows(run("adapter", "show", "sql").stdout)
     assert list(found)[:12] == [
-        *("name", "revision", "state", "rank", "alpha", "targets", "size", "base model"),
-        *("created", "aliases", "resident", "in use"),
+        "name",
+        "revision",
+        "state",
+        "rank",
+        "alpha",
+        "targets",
+        "size",
+        "base model",
+        "created",
+        "aliases",
+        "resident",
+        "in use",
     ]
     assert found["name"] == "sql"
     assert found["revision"] == adapter.revision

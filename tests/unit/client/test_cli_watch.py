@@ -194,7 +194,11 @@ def test_lines_for_a_pipe(run: Callable[..., Any]) -> None:
     first, second = (line.split() for line in done.stdout.splitlines())
     assert first[1:] == ["present", "sql@73716c73716c", "disk", "200", "B"]
     assert second[1:] == [
-        *["failed", "sql@73716c73716c", "disk", "200", "B"],
+        "failed",
+        "sql@73716c73716c",
+        "disk",
+        "200",
+        "B",
         "push",
         "it",
         "again",

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from veneer_registry.bundle_files import ALLOWED_FILES
 from veneer_registry.errors import AdapterInvalid
+from veneer_registry.fingerprint import vocabulary_digest
 from veneer_registry.format import read_adapter
 
 from tests.refused import refused
@@ -268,3 +269,36 @@ def test_a_push_leaves_no_file_open(
     with pytest.raises(AdapterInvalid):
         client.push(adapter_folder, "chat")
     assert not open_files()
+
+
+# ------------------------------------------------------------- what is said of the base
+
+
+def test_the_publisher_s_word_and_the_tokenizer_s_digest_are_sent(
+    server: FakeServer, client: Driver, adapter_folder: Path
+) -> None:
+    client.push(adapter_folder, "chat")
+    tokenizer = b'{"model": {"vocab": {"a": 0}, "merges": []}}'
+    (adapter_folder / "tokenizer.json").write_bytes(tokenizer)
+    client.push(adapter_folder, "chat", same_base=True)
+    plain, said = (upload.spec for upload in server.uploads)
+    assert (plain.same_base, plain.vocabulary) == (False, "")
+    assert (said.same_base, said.vocabulary) == (True, vocabulary_digest(tokenizer))
+    assert len(said.vocabulary) == 64
+    assert {file.name for file in said.files} == {CONFIG, WEIGHTS}, "the file itself is not"
+
+
+def test_a_tokenizer_that_cannot_be_read_does_not_stop_a_push(
+    server: FakeServer, client: Driver, adapter_folder: Path, secret: Path
+) -> None:
+    path = adapter_folder / "tokenizer.json"
+    for make in (
+        lambda: path.write_text("no JSON"),
+        lambda: path.symlink_to(secret),
+        lambda: path.mkdir(),
+        lambda: os.mkfifo(path),
+    ):
+        make()
+        client.push(adapter_folder, "chat")
+        path.rmdir() if path.is_dir() else path.unlink()
+    assert [upload.spec.vocabulary for upload in server.uploads] == [""] * 4

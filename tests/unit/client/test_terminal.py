@@ -40,9 +40,22 @@ from tests.unit.client.fake_server import FakeServer, Refusal
 COLOUR = "\x1b[35;46m"
 """One that we do not use."""
 SEQUENCES = (
-    *("\x1b]52;c;cHduZWQ=\x07", "\x1b]0;title\x1b\\", "\x1b[2J", COLOUR),
-    *("\x9b2J", "\x9d52;c;eA==\x9c", "\x1bPq\x1b\\", "\r", "\x08", "\x7f", "\x1b", "\x9b"),
-    *("\x00", "\x85", "\u202e", "\u2066"),
+    "\x1b]52;c;cHduZWQ=\x07",
+    "\x1b]0;title\x1b\\",
+    "\x1b[2J",
+    COLOUR,
+    "\x9b2J",
+    "\x9d52;c;eA==\x9c",
+    "\x1bPq\x1b\\",
+    "\r",
+    "\x08",
+    "\x7f",
+    "\x1b",
+    "\x9b",
+    "\x00",
+    "\x85",
+    "\u202e",
+    "\u2066",
 )
 OURS = re.compile(
     r"\r(?=\x1b\[(?:2K|1A))|\x1b\[[0-9;]*m|\x1b\[\?25[lh]|\x1b\[2K|\x1b\[[0-9]*[AG]"
@@ -169,23 +182,42 @@ def check(shown: str) -> None:
 
 
 COMMANDS: tuple[tuple[str, ...], ...] = (
-    *(("ls",), ("ls", "--json"), ("ps",), ("info",), ("info", "--json"), ("health",)),
-    *(("adapter", "show", "chat"), ("adapter", "show", "chat", "--full")),
-    *(("adapter", "show", "chat", "--json"), ("adapter", "aliases"), ("adapter", "history")),
+    ("ls",),
+    ("ls", "--json"),
+    ("ps",),
+    ("info",),
+    ("info", "--json"),
+    ("health",),
+    ("adapter", "show", "chat"),
+    ("adapter", "show", "chat", "--full"),
+    ("adapter", "show", "chat", "--json"),
+    ("adapter", "aliases"),
+    ("adapter", "history"),
     ("adapter", "history", "chat", "--json"),
-    *(("adapter", "label", "chat", "a=b"), ("adapter", "retain", "chat", "5")),
-    *(("adapter", "pin", "chat"), ("adapter", "unpin", "chat"), ("adapter", "share", "chat")),
-    *(("adapter", "activate", "chat"), ("adapter", "evict", "chat"), ("rm", "chat")),
-    *(("adapter", "alias", "chat/x", "chat"), ("adapter", "push", "FOLDER", "--name", "n")),
-    *(("self-test",), ("budgets",), ("usage",), ("plan", "--like", "chat")),
-    *(("generate", "hi"), ("generate", "hi", "--json"), ("generate", "hi", "--n", "2")),
+    ("adapter", "label", "chat", "a=b"),
+    ("adapter", "retain", "chat", "5"),
+    ("adapter", "pin", "chat"),
+    ("adapter", "unpin", "chat"),
+    ("adapter", "share", "chat"),
+    ("adapter", "activate", "chat"),
+    ("adapter", "evict", "chat"),
+    ("rm", "chat"),
+    ("adapter", "alias", "chat/x", "chat"),
+    ("adapter", "push", "FOLDER", "--name", "n"),
+    ("self-test",),
+    ("budgets",),
+    ("usage",),
+    ("plan", "--like", "chat"),
+    ("generate", "hi"),
+    ("generate", "hi", "--json"),
+    ("generate", "hi", "--n", "2"),
     ("generate", "hi", "--top-logprobs", "1"),
-    *(
-        ("call", "GetServerInfo"),
-        ("call", "ListAdapters"),
-        ("--debug", "adapter", "show", "no"),
-    ),
-    *(("chat",), ("chat", "-a", "chat"), ("adapter", "show", "no")),
+    ("call", "GetServerInfo"),
+    ("call", "ListAdapters"),
+    ("--debug", "adapter", "show", "no"),
+    ("chat",),
+    ("chat", "-a", "chat"),
+    ("adapter", "show", "no"),
 )
 
 
@@ -292,8 +324,11 @@ def test_a_console_shows_text_that_is_no_string_too() -> None:
 
 
 PROGRAMS = (
-    *("veneer_client.cli.main:cli", "veneer_server.__main__:cli", "veneer_train.cli:app"),
-    *("veneer_loadtest.cli:cli", "veneer_loadtest.simulation.command:cli"),
+    "veneer_client.cli.main:cli",
+    "veneer_server.__main__:cli",
+    "veneer_train.cli:app",
+    "veneer_loadtest.cli:cli",
+    "veneer_loadtest.simulation.command:cli",
     "veneer_ray.command:cli",
 )
 

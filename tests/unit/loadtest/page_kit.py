@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 from veneer_loadtest.html import plots, rate_plots, tier_plots, timeline
 
-__all__ = ["Page", "keep_figures"]
-
 
 class Page(HTMLParser):
     """A page's tags, its text, its banners, and the cells of its tables' rows."""

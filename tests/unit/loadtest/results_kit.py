@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from veneer_loadtest.load.spec import Lengths, LoadSpec, Open, Popularity
+from veneer_loadtest.load.spec import AdapterMix, Lengths, LoadSpec, Open
 from veneer_loadtest.results import (
     AdapterLoad,
     AnswersGate,
@@ -14,41 +14,29 @@ from veneer_loadtest.results import (
     CompareResult,
     Distribution,
     Ends,
+    FigureRange,
     FindMaxResult,
     GeneratorFigures,
     Level,
     Probe,
-    Range,
     Ratio,
     ReferenceGate,
     Requests,
-    Residency,
+    RequestSplit,
     RoundFigures,
     RunResult,
     ServerCounts,
     SloFigures,
     SloLimits,
-    Split,
     Spread,
     SwapResult,
     SystemFacts,
     SystemFigures,
+    TierShares,
     Timeline,
     Totals,
 )
 from veneer_loadtest.swap import summary
-
-__all__ = [
-    "CONDITIONS",
-    "compare",
-    "distribution",
-    "find_max",
-    "level",
-    "load",
-    "run",
-    "split",
-    "swap",
-]
 
 CONDITIONS: dict[str, Any] = {
     "time": "2026-01-02T03:04:05+00:00",
@@ -79,8 +67,8 @@ def distribution(p50: float, p99: float, count: int = 200) -> Distribution:
     )
 
 
-def split(requests: int, p50: float, p99: float) -> Split:
-    return Split(
+def split(requests: int, p50: float, p99: float) -> RequestSplit:
+    return RequestSplit(
         requests=requests,
         failed=0,
         tokens=8 * requests,
@@ -96,7 +84,7 @@ def load(adapters: tuple[str, ...] = ("sql", "chat"), warmup_s: float = 1.0) -> 
     return LoadSpec(
         adapters=adapters,
         arrivals=Open(2.0),
-        popularity=Popularity("zipf", 1.2),
+        popularity=AdapterMix("zipf", 1.2),
         prompt_tokens=Lengths(16, 64),
         tokens=Lengths(8, 8),
         duration_s=4.0,
@@ -134,7 +122,7 @@ def level(
         "timeline": timeline(),
         "loads": [AdapterLoad(0.1, "sql", "disk", 40.0), AdapterLoad(2.5, "chat", "host", 4.0)],
         "loads_left_out": 0,
-        "residency": Residency(
+        "residency": TierShares(
             at_s=[-0.5, 0.5, 4.5],
             adapters={"device": [0, 1, 1], "host": [0, 1, 2]},
             bytes={"device": [0, 1_000_000, 1_000_000], "host": [0, 1_000_000, 2_000_000]},
@@ -282,7 +270,7 @@ def compare(**own: Any) -> CompareResult:
     for streams, rates in ((1, (40.0, 20.0, 41.0)), (8, (96.0, 40.0, 48.0))):
         systems = {
             name: SystemFigures(
-                tokens_per_s=Range(median=rate, low=rate - 2, high=rate + 2),
+                tokens_per_s=FigureRange(median=rate, low=rate - 2, high=rate + 2),
                 first_token_ms=Ends(p50=1e4 / rate, p99=2e4 / rate),
                 inter_token_ms=Ends(p50=1e3 / rate, p99=3e3 / rate),
                 client_cpu_share=0.1,

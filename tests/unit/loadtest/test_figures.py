@@ -8,9 +8,9 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 from veneer_loadtest.errors import BadResult, TargetFailed
 from veneer_loadtest.load.figures import OTHER, distribution, level
-from veneer_loadtest.load.generator import Loaded
+from veneer_loadtest.load.generator import LoadOutcome
 from veneer_loadtest.load.records import Outcome, Record, pack_gaps
-from veneer_loadtest.load.spec import Closed, Lengths, LoadSpec, Popularity
+from veneer_loadtest.load.spec import AdapterMix, Closed, Lengths, LoadSpec
 from veneer_loadtest.load.summary import summary
 from veneer_loadtest.results import (
     Level,
@@ -28,7 +28,7 @@ from tests.refused import refused
 LOAD = LoadSpec(
     adapters=("a", "b"),
     arrivals=Closed(1),
-    popularity=Popularity(),
+    popularity=AdapterMix(),
     prompt_tokens=Lengths(1, 1),
     tokens=Lengths(1, 1),
     duration_s=10.0,
@@ -69,7 +69,7 @@ def record(
 
 def figures(records: list[Record], limits: SloLimits | None = None, **more: object) -> Level:
     wall = max((r.end_s for r in records), default=0.0)
-    loaded = Loaded(records=records, sent={0: len(records)}, wall_s=wall, cpu_s=wall / 4)
+    loaded = LoadOutcome(records=records, sent={0: len(records)}, wall_s=wall, cpu_s=wall / 4)
     return level(LOAD, loaded, workers=1, limits=limits, **more)  # type: ignore[arg-type]
 
 

@@ -70,7 +70,13 @@ def test_the_command(tmp_path: Path) -> None:
         done = CliRunner().invoke(
             cli,
             [
-                *("find-max", "--server", server.grpc, "--names", "a", "--tokens", "1"),
+                "find-max",
+                "--server",
+                server.grpc,
+                "--names",
+                "a",
+                "--tokens",
+                "1",
                 *(
                     "--duration",
                     "300ms",

@@ -12,22 +12,22 @@ import psutil
 import pytest
 from veneer_client import AsyncClient
 from veneer_loadtest.errors import TargetFailed
-from veneer_loadtest.load.generator import Loaded, generate
+from veneer_loadtest.load.generator import LoadOutcome, generate
 from veneer_loadtest.load.plan import plan
 from veneer_loadtest.load.records import Record, pack_gaps
 from veneer_loadtest.load.session import worker_count
 from veneer_loadtest.load.spec import (
+    AdapterMix,
     Arrivals,
     Closed,
     Lengths,
     LoadSpec,
     Open,
-    Popularity,
     Traced,
 )
 from veneer_loadtest.load.targets import OpenAiSpec, TargetSpec, VeneerSpec, make_target
-from veneer_loadtest.load.wire import Setup
-from veneer_loadtest.load.worker import Share
+from veneer_loadtest.load.wire import WorkerSetup
+from veneer_loadtest.load.worker import WorkerShare
 from veneer_loadtest.report import usable_cores
 from veneer_loadtest.setup import remove
 
@@ -43,7 +43,7 @@ def load(arrivals: Arrivals, **more: object) -> LoadSpec:
         **{  # type: ignore[arg-type]
             "adapters": ("a", "b"),
             "arrivals": arrivals,
-            "popularity": Popularity("roundrobin"),
+            "popularity": AdapterMix("roundrobin"),
             "prompt_tokens": Lengths(5, 9),
             "tokens": Lengths(TOKENS, TOKENS),
             "duration_s": 0.0,
@@ -65,7 +65,7 @@ async def send(
     timeout_s: float = 60.0,
     stop: asyncio.Event | None = None,
     on_progress: object = lambda loaded: None,
-) -> Loaded:
+) -> LoadOutcome:
     return await generate(
         spec,
         target,
@@ -156,7 +156,7 @@ def test_a_generator_that_is_late_adds_to_the_latency() -> None:
 async def test_closed_loop_keeps_its_streams_busy_and_no_more(stalled: FastTarget) -> None:
     stop = asyncio.Event()
 
-    def stop_when_all_are_sent(loaded: Loaded) -> None:
+    def stop_when_all_are_sent(loaded: LoadOutcome) -> None:
         if sum(loaded.sent.values()) >= 5:
             stop.set()
 
@@ -184,7 +184,7 @@ async def test_a_stop_does_not_wait_for_the_next_request(server: FastTarget) -> 
 async def test_a_request_that_is_stopped_before_its_first_line_is_told() -> None:
     spec, nobody = load(Open(1.0), requests=1), VeneerSpec("127.0.0.1:1")
     async with make_target(spec, nobody) as target:
-        share = Share(Setup(spec, nobody, 0, 1, 60.0), target)
+        share = WorkerShare(WorkerSetup(spec, nobody, 0, 1, 60.0), target)
         task = share.begin(next(plan(spec)), 0.0)
         share.stop()
         await asyncio.wait((task,))
@@ -247,7 +247,7 @@ async def test_nobody_there(target: type[VeneerSpec]) -> None:
 async def test_a_server_that_dies_is_a_figure() -> None:
     with FastTarget() as server:
 
-        def kill(loaded: Loaded) -> None:
+        def kill(loaded: LoadOutcome) -> None:
             if len(loaded.records) > 20:
                 server.kill()
 
@@ -279,7 +279,7 @@ def _is_worker(process: psutil.Process) -> bool:
 async def test_what_a_worker_told_before_it_died_is_kept(server: FastTarget) -> None:
     killed: list[int] = []
 
-    def kill_one(loaded: Loaded) -> None:
+    def kill_one(loaded: LoadOutcome) -> None:
         if not killed and len(loaded.records) > 20:
             children = psutil.Process().children(recursive=True)
             next(filter(_is_worker, children)).kill()

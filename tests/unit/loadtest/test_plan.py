@@ -13,12 +13,12 @@ import pytest
 from veneer_loadtest.errors import BadOption, BadTrace
 from veneer_loadtest.load.plan import Planned, plan, prompt_ids, prompt_text
 from veneer_loadtest.load.spec import (
+    AdapterMix,
     Arrivals,
     Closed,
     Lengths,
     LoadSpec,
     Open,
-    Popularity,
     Traced,
     parse_arrivals,
     parse_lengths,
@@ -224,7 +224,7 @@ def test_bad_popularity(text: str) -> None:
 def test_popularity_as_text() -> None:
     for text in ("identical", "zipf:1.2", "powerlaw:0.5"):
         assert str(parse_popularity(text)) == text
-    assert parse_popularity("zipf") == Popularity("zipf", 1.0)
+    assert parse_popularity("zipf") == AdapterMix("zipf", 1.0)
 
 
 @pytest.mark.parametrize(

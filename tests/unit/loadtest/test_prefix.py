@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 from veneer_loadtest.cli import cli
 from veneer_loadtest.load.rounds import send_round
-from veneer_loadtest.load.spec import Closed, Lengths, LoadSpec, Popularity
+from veneer_loadtest.load.spec import AdapterMix, Closed, Lengths, LoadSpec
 from veneer_loadtest.load.targets import VeneerSpec
 
 from tests.unit.client.fake_server import FakeServer, Refusal
@@ -28,7 +28,7 @@ async def test_round_over_grpc(server: FakeServer) -> None:
     load = LoadSpec(
         adapters=names,
         arrivals=Closed(4),
-        popularity=Popularity("roundrobin"),
+        popularity=AdapterMix("roundrobin"),
         prompt_tokens=Lengths(3, 3),
         tokens=Lengths(5, 5),
         duration_s=0.0,

@@ -14,9 +14,9 @@ from veneer_loadtest.html.page import page, write_page
 from veneer_loadtest.results import (
     FORMAT,
     GeneratorFigures,
-    Residency,
     Result,
     ServerCounts,
+    TierShares,
     write_result,
 )
 
@@ -58,7 +58,7 @@ def test_key_figures_and_captions_tell_the_data() -> None:
 @pytest.mark.usefixtures("figures")
 def test_adapters_of_others_in_memory_are_not_counted_as_the_loads() -> None:
     """The server's metrics count every adapter that it holds: three, where two are loaded."""
-    held = Residency(
+    held = TierShares(
         at_s=[0.0, 1.0],
         adapters={"device": [1, 3], "host": [1, 2]},
         bytes={"device": [0, 3_000_000], "host": [0, 2_000_000]},

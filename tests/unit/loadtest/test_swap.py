@@ -13,20 +13,20 @@ import pytest
 from typer.testing import CliRunner
 from veneer_client import AsyncClient
 from veneer_loadtest import churn, page_cache, swap
-from veneer_loadtest.churn import Phase, figures, measured
+from veneer_loadtest.churn import ChurnPhase, figures, measured
 from veneer_loadtest.cli import cli
 from veneer_loadtest.commands.swap import KEYS
 from veneer_loadtest.results import Case
 from veneer_loadtest.swap import SwapOptions, WrongTier
 from veneer_loadtest.tables import churn_table, swap_table
-from veneer_loadtest.workload import BaseShape, make_adapter
+from veneer_loadtest.workload import BaseSizes, make_adapter
 from veneer_proto.v1 import inference_pb2
 from veneer_registry.errors import NonFiniteOutput
 
 from tests.refused import refused
 from tests.unit.client.fake_server import FakeServer, Refusal
 
-SHAPE = BaseShape("tiny", layers=1, hidden=8, intermediate=8, q_out=8, kv_out=8, vocab=5000)
+SHAPE = BaseSizes("tiny", layers=1, hidden=8, intermediate=8, q_out=8, kv_out=8, vocab=5000)
 
 
 @pytest.fixture
@@ -56,12 +56,12 @@ async def test_a_failure_halfway_leaves_nothing(server: FakeServer, tmp_path: Pa
     assert server.adapters == {}
 
 
-def _samples(*ms: float) -> list[swap.Sample]:
-    return [swap.Sample(value / 1e3, 0.0) for value in ms]
+def _samples(*ms: float) -> list[swap.SwapSample]:
+    return [swap.SwapSample(value / 1e3, 0.0) for value in ms]
 
 
 def test_deltas_are_of_the_same_round() -> None:
-    cases: dict[Case, list[swap.Sample]] = {
+    cases: dict[Case, list[swap.SwapSample]] = {
         "same": _samples(10, 50, 90),  # the machine gets slower
         "device": _samples(11, 51, 91),
         "host": _samples(13, 53, 99),
@@ -85,8 +85,8 @@ def test_deltas_are_of_the_same_round() -> None:
     assert swap_table(warm).row_count == 5
 
 
-def _phase(times: list[float], *windows: tuple[float, float]) -> Phase:
-    return Phase(begin=1.0, arrivals=[np.array(times)], windows=windows)
+def _phase(times: list[float], *windows: tuple[float, float]) -> ChurnPhase:
+    return ChurnPhase(begin=1.0, arrivals=[np.array(times)], windows=windows)
 
 
 def test_gaps_inside_an_upload_are_told_from_the_others() -> None:
@@ -108,7 +108,7 @@ def test_gaps_inside_an_upload_are_told_from_the_others() -> None:
 
 
 def test_a_stream_that_began_after_an_upload_has_nothing_in_it() -> None:
-    churned = Phase(
+    churned = ChurnPhase(
         begin=1.0,
         arrivals=[np.array([1.0, 1.01, 1.05, 1.06]), np.array([5.0, 5.1, 5.2])],
         windows=[(1.02, 1.04)],
@@ -135,7 +135,7 @@ def test_uploads_without_a_break_between_them() -> None:
 
 
 def test_what_a_slow_machine_leaves_empty() -> None:
-    nothing = Phase(begin=1.0, arrivals=[], windows=[(1.0, 1.1)])
+    nothing = ChurnPhase(begin=1.0, arrivals=[], windows=[(1.0, 1.1)])
     one = _phase([1.05], (1.0, 1.1))
     outside = _phase([2.0, 2.1], (1.0, 1.1))
     inside = _phase([1.0, 1.05, 1.1], (1.0, 1.08))
@@ -203,7 +203,12 @@ def test_on_the_real_server(
     done = CliRunner().invoke(
         cli,
         [
-            *("swap", "--spawn", "--base-folder", str(base_folder), "--threads", "2"),
+            "swap",
+            "--spawn",
+            "--base-folder",
+            str(base_folder),
+            "--threads",
+            "2",
             *("--server-flag", "--cache-dir", "--server-flag", str(cache_dir)),
             *("--samples", "1", "--rank", "4", "--churn", "1500ms", "--churn-phases", "1"),
             *("--json", str(file), "--fail-if", "churn_max_stall_steps<=0"),

@@ -18,12 +18,12 @@ from veneer_loadtest.errors import BadOption
 from veneer_loadtest.load.adapters import AdapterOptions, chosen
 from veneer_loadtest.load.spec import Lengths, parse_lengths
 from veneer_loadtest.quantiles import percentile
-from veneer_loadtest.workload import BaseShape, make_adapter, make_adapters
+from veneer_loadtest.workload import BaseSizes, make_adapter, make_adapters
 from veneer_registry.format import read_adapter
 
 from tests.refused import refused
 
-SHAPE = BaseShape("tiny", layers=2, hidden=32, intermediate=64, q_out=32, kv_out=16, vocab=5000)
+SHAPE = BaseSizes("tiny", layers=2, hidden=32, intermediate=64, q_out=32, kv_out=16, vocab=5000)
 
 
 def test_adapter_is_accepted_and_whole(tmp_path: Path) -> None:
@@ -179,7 +179,10 @@ def test_a_percentile_lies_between_its_neighbours(values: list[float], share: fl
 
 def test_names_with_a_range() -> None:
     assert names_of("sql, load-{8..10}-x ,chat") == (
-        *("sql", "load-8-x", "load-9-x", "load-10-x"),
+        "sql",
+        "load-8-x",
+        "load-9-x",
+        "load-10-x",
         "chat",
     )
     assert names_of("a{1..1}") == ("a1",)

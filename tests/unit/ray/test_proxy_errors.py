@@ -14,7 +14,7 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from veneer_proto.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 from veneer_ray import servicers
-from veneer_ray.calls import DETAILS, METHODS, Ended, lost, passed_on
+from veneer_ray.calls import DETAILS, METHODS, CallEnded, lost, passed_on
 from veneer_registry.errors import AdapterNotFound
 
 from tests.server_harness import refusal
@@ -100,7 +100,7 @@ async def proxy(behave: Behave) -> AsyncIterator[grpc.aio.Channel]:
     await made.server.stop(None)
 
 
-def set_end(context: Any, ended: Ended) -> None:
+def set_end(context: Any, ended: CallEnded) -> None:
     """As Serve takes it over from the ingress, with a message."""
     if ended.code:
         context.set_code(next(c for c in grpc.StatusCode if c.value[0] == ended.code))
@@ -117,7 +117,7 @@ def one(text: str) -> bytes:
     return inference_pb2.GenerateStreamResponse(text=text).SerializeToString()
 
 
-MISSING = Ended.by(AdapterNotFound("no adapter is called x", metadata={"adapter": "x"}))
+MISSING = CallEnded.by(AdapterNotFound("no adapter is called x", metadata={"adapter": "x"}))
 
 
 async def test_a_stream_s_error_has_details_and_no_message_more() -> None:
@@ -142,7 +142,7 @@ async def test_a_stream_s_error_has_details_and_no_message_more() -> None:
 async def test_a_stream_that_ends_well_has_its_trailing_metadata() -> None:
     def behave(context: Any) -> Iterator[bytes]:
         yield one("a")
-        set_end(context, Ended.well((("veneer-replica", "r"),)))
+        set_end(context, CallEnded.well((("veneer-replica", "r"),)))
         yield b""
 
     async with proxy(behave) as channel:
@@ -153,7 +153,7 @@ async def test_a_stream_that_ends_well_has_its_trailing_metadata() -> None:
 
 
 async def test_an_answer_of_one_message_may_be_empty_and_may_fail() -> None:
-    ended = Ended()
+    ended = CallEnded()
 
     def behave(context: Any) -> Iterator[bytes]:
         set_end(context, ended)
@@ -236,7 +236,7 @@ async def test_an_error_without_details_means_that_the_server_is_gone() -> None:
         try:
             await channel.unary_unary("/veneer.v1.InferenceService/Generate")(b"")
         except grpc.aio.AioRpcError as error:
-            ended = Ended.failed(error)
+            ended = CallEnded.failed(error)
     assert ended.code == grpc.StatusCode.UNAVAILABLE.value[0]
     info = error_details_pb2.ErrorInfo(
         reason="UNAVAILABLE", domain="veneer", metadata={"cause": "replica_lost"}

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from veneer_proto.v1 import adapters_pb2, replication_pb2
-from veneer_ray.deployments.publication import Publication
+from veneer_ray.deployments.publication import PublishRequest
 
 ALL = replication_pb2.WAIT_REPLICAS_ALL
 
@@ -19,7 +19,7 @@ async def upload(**spec: Any) -> AsyncIterator[adapters_pb2.UploadAdapterRequest
 
 
 async def test_an_upload_is_published_everywhere_and_loaded_afterwards() -> None:
-    made = Publication(upload(activate=True, allow_replace=True))
+    made = PublishRequest(upload(activate=True, allow_replace=True))
     messages = [message async for message in made.request]
     spec = messages[0].spec
     assert made.loads
@@ -29,7 +29,7 @@ async def test_an_upload_is_published_everywhere_and_loaded_afterwards() -> None
 
 async def test_without_activate_nothing_is_changed() -> None:
     for more in ({}, {"activate": True, "validate_only": True}):
-        made = Publication(upload(**more))
+        made = PublishRequest(upload(**more))
         messages = [message async for message in made.request]
         assert not made.loads
         assert messages == [message async for message in upload(**more)]
@@ -38,7 +38,7 @@ async def test_without_activate_nothing_is_changed() -> None:
 def test_a_registration_waits_as_its_caller_says() -> None:
     wait = replication_pb2.WaitForReplicas(replicas=replication_pb2.WAIT_REPLICAS_QUORUM)
     asked = adapters_pb2.RegisterAdapterRequest(name="chat", activate=True, wait=wait)
-    made = Publication(asked)
+    made = PublishRequest(asked)
     assert made.loads
     assert not made.request.activate
     assert made.request.wait == wait

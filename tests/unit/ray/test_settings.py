@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import veneer_server.__main__
 from typer.main import get_command
-from veneer_ray.settings import Cluster
+from veneer_ray.settings import RayCluster
 from veneer_registry.errors import InvalidField
 
 from tests.refused import refused
@@ -36,17 +36,17 @@ PORTS = Path("/ports.json")
 )
 def test_what_is_out_of_range_is_refused(field: str, value: Any) -> None:
     with refused(InvalidField, field=field):
-        Cluster(HERE, **{"replicas": 2, field: value})
+        RayCluster(HERE, **{"replicas": 2, field: value})
 
 
 def test_the_number_of_engines_is_fixed_unless_more_are_allowed() -> None:
-    assert not Cluster(HERE, replicas=2).scales
-    assert not Cluster(HERE, replicas=2, most_replicas=2).scales
-    assert Cluster(HERE, replicas=2, most_replicas=3).scales
+    assert not RayCluster(HERE, replicas=2).scales
+    assert not RayCluster(HERE, replicas=2, most_replicas=2).scales
+    assert RayCluster(HERE, replicas=2, most_replicas=3).scales
 
 
 def test_the_servers_know_their_flags() -> None:
-    cluster = Cluster(
+    cluster = RayCluster(
         HERE, cpus=2, key_file=HERE / "key", server_args=("--kv-cache-bytes", "1GiB")
     )
     serve: Any = get_command(veneer_server.__main__.cli)
@@ -60,11 +60,13 @@ def test_the_servers_know_their_flags() -> None:
     assert engine[engine.index("--registry") + 1] == cluster.registry
     assert engine[engine.index("--registry-key-file") + 1] == "/data/key"
     assert engine[engine.index("--threads") + 1] == "2", "threads are what Ray sets aside"
-    assert "--threads" not in Cluster(HERE).engine_flags(HERE, PORTS)
+    assert "--threads" not in RayCluster(HERE).engine_flags(HERE, PORTS)
 
 
 def test_settings_come_back_from_their_text() -> None:
-    cluster = Cluster(HERE, replicas=2, key_file=HERE / "key", server_args=("--threads", "1"))
+    cluster = RayCluster(
+        HERE, replicas=2, key_file=HERE / "key", server_args=("--threads", "1")
+    )
     text = cluster.as_text()
-    assert Cluster.of_text(text) == cluster
-    assert Cluster.of_text(text).as_text() == text
+    assert RayCluster.of_text(text) == cluster
+    assert RayCluster.of_text(text).as_text() == text

@@ -37,7 +37,7 @@ def anywhere(
         return Kept(data)
     services: Services = request.getfixturevalue("services")
     elsewhere = KeptElsewhere(data, services)
-    monkeypatch.setattr("veneer_registry.registry.FolderPlaces", elsewhere.places)
+    monkeypatch.setattr("veneer_registry.registry.FolderLocations", elsewhere.places)
     return elsewhere
 
 

@@ -8,8 +8,6 @@ from typing import Any, Final
 
 import pytest
 
-__all__ = ["HeldQuery"]
-
 GIVE_UP_S: Final = 20.0
 """Time after which a held query continues, so that a caller that must not wait for it fails
 instead of hanging."""

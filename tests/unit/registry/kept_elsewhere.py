@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from veneer_registry.shared.places import SharedPlaces
+from veneer_registry.shared.locations import SharedLocations
 
 from tests.shared_services import Services
 from tests.unit.registry.kit import Kept
@@ -24,7 +24,7 @@ class KeptElsewhere(Kept):
         """Of a data folder's catalog and store."""
         return hashlib.sha256(str(data).encode()).hexdigest()[:16]
 
-    def places(self, data: Path) -> SharedPlaces:
+    def places(self, data: Path) -> SharedLocations:
         """Those of a data folder."""
         return self.services.places(self.name(data), data)
 

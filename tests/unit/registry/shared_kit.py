@@ -13,8 +13,6 @@ from veneer_registry.rows import HistoryRow
 
 from tests.shared_services import Services
 
-__all__ = ["WAIT_S", "Adapters", "Open", "Watched", "execute", "flipped"]
-
 Adapters = Callable[[int], Path]
 Open = Callable[..., Registry]
 WAIT_S = 20.0

@@ -7,13 +7,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from veneer_registry.adapter import BaseFingerprint
-from veneer_registry.base_names import is_named, known_names
-from veneer_registry.errors import BaseModelMismatch
+from veneer_registry.adapter import NO_CLAIM, BaseClaim, BaseFingerprint
+from veneer_registry.base_names import is_copy, is_named, known_names, says_its_origin
+from veneer_registry.errors import AdapterInvalid, BaseModelMismatch
+from veneer_registry.fingerprint import vocabulary_digest
 from veneer_registry.format import read_adapter
+from veneer_registry.registry import Registry
 from veneer_registry.training_manifest import TRAINING_FILE
 
-from tests.unit.registry.kit import BASE, make_adapter
+from tests.refused import refused
+from tests.unit.registry.kit import BASE, make_adapter, push
 
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -64,7 +67,10 @@ def test_what_a_base_is_known_by(tmp_path: Path) -> None:
     (tmp_path / "latest").symlink_to(folder)
     (folder / "config.json").write_text(json.dumps({"_name_or_path": HUB}))
     assert known_names("latest", tmp_path / "latest", "extra/name") == (
-        *("latest", "my-base", HUB, "extra/name"),
+        "latest",
+        "my-base",
+        HUB,
+        "extra/name",
     )
     (folder / "config.json").write_text(json.dumps({"_name_or_path": "/home/anna/secret/base"}))
     assert known_names("x", folder) == ("x", "my-base", "base")
@@ -120,3 +126,179 @@ def test_a_strangers_name_is_shown_safely(tmp_path: Path) -> None:
         read_adapter(named(tmp_path, "x'; rm -rf /\n" * 100), BASE)
     assert len(caught.value.message) < 800
     assert "\n" not in caught.value.message
+
+
+LLAMA = "meta-llama/Llama-3.2-1B-Instruct"
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("unsloth/Llama-3.2-1B-Instruct", LLAMA),
+        ("unsloth/Llama-3.2-1B-Instruct-bnb-4bit", LLAMA),
+        ("unsloth/Llama-3.2-1B-Instruct-unsloth-bnb-4bit", LLAMA),
+        ("unsloth/llama-3.2-1b-instruct-unsloth-bnb-4bit", LLAMA),
+        ("unsloth/Meta-Llama-3.1-8B-bnb-4bit", "meta-llama/Llama-3.1-8B"),
+        ("unsloth/llama-3-8b-bnb-4bit", "meta-llama/Meta-Llama-3-8B"),
+        ("NousResearch/Meta-Llama-3-8B", "meta-llama/Meta-Llama-3-8B"),
+        ("unsloth/Qwen2.5-7B-Instruct-bnb-4bit", "Qwen/Qwen2.5-7B-Instruct"),
+        ("unsloth/mistral-7b-instruct-v0.3-bnb-4bit", "mistralai/Mistral-7B-Instruct-v0.3"),
+        ("mlx-community/Llama-3.2-1B-Instruct-4bit", LLAMA),
+        ("/models/Llama-3.2-1B-Instruct-bnb-4bit", LLAMA),
+        (LLAMA, "unsloth/Llama-3.2-1B-Instruct-bnb-4bit"),
+    ],
+)
+def test_copies_of_a_base(name: str, known: str) -> None:
+    assert is_copy(name, ["something else", known])
+    assert not is_named(name, [known])
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        # Of the same shapes and with the same tokenizer, but other weights.
+        ("unsloth/Llama-3.1-8B-bnb-4bit", "meta-llama/Llama-3.1-8B-Instruct"),
+        ("unsloth/Llama-3.1-8B-Instruct-bnb-4bit", "meta-llama/Llama-3.1-8B"),
+        ("unsloth/Meta-Llama-3-8B", "meta-llama/Llama-3.1-8B"),
+        ("unsloth/Qwen2.5-7B-bnb-4bit", "Qwen/Qwen2.5-7B-Instruct"),
+        ("unsloth/Qwen2.5-Coder-7B-bnb-4bit", "Qwen/Qwen2.5-7B"),
+        ("unsloth/mistral-7b-v0.3-bnb-4bit", "mistralai/Mistral-7B-v0.1"),
+        ("unsloth/Llama-3.2-3B-Instruct", LLAMA),
+        ("x/Llama-3.2-1B-Instruct-abliterated-bnb-4bit", LLAMA),
+        ("x/Llama-3.2-1B-Instruct-4bit", LLAMA),
+        ("unsloth/Llama-3.2-1B-Instruct-4bit", LLAMA),
+        ("mlx-community/Llama-3.2-1B-4bit", LLAMA),
+        ("unsloth/-bnb-4bit", "-bnb-4bit"),
+        ("unsloth/DeepSeek-R1-Distill-Llama-8B", "meta-llama/Llama-3.1-8B"),
+        ("/", "/"),
+    ],
+)
+def test_another_base_is_no_copy(name: str, known: str) -> None:
+    assert not is_copy(name, [known])
+
+
+def test_a_bundled_base_is_not_the_model_of_its_short_name(tmp_path: Path) -> None:
+    """SmolLM2-135M has the same shapes and tokenizer as SmolLM2-135M-Instruct."""
+    names = known_names("smollm2-135m", tmp_path / "smollm2-135m")
+    for name in ("HuggingFaceTB/SmolLM2-135M", "unsloth/SmolLM2-135M-bnb-4bit"):
+        assert not is_named(name, names)
+        assert not is_copy(name, names)
+    assert is_named("smollm2-135m", names)
+    assert is_named(HUB, names)
+    assert is_copy("unsloth/SmolLM2-135M-Instruct-bnb-4bit", names)
+
+
+def test_a_folder_called_as_a_model_is_not_everybody_s_model(tmp_path: Path) -> None:
+    """The name of the folder is known besides the hub name, and says nothing of the owner."""
+    folder = tmp_path / "Llama-3.2-1B-Instruct"
+    names = known_names("Llama-3.2-1B-Instruct", folder, LLAMA)
+    assert not is_named("evil/Llama-3.2-1B-Instruct", names)
+    assert is_copy("evil/Llama-3.2-1B-Instruct", names)
+    for name in (LLAMA, "Llama-3.2-1B-Instruct", "/models/Llama-3.2-1B-Instruct"):
+        assert is_named(name, names)
+    # Where no owner is known, or that of another model, there is nothing to compare.
+    for alone in (["Llama-3.2-1B-Instruct"], ["Llama-3.2-1B-Instruct", "someone/other"]):
+        assert is_named(LLAMA, alone)
+
+
+def test_whose_names_say_what_was_copied() -> None:
+    assert all(map(says_its_origin, ("unsloth/x", "mlx-community/x", "/models/x", "x")))
+    assert not says_its_origin("someone/x")
+    assert not says_its_origin("someone/unsloth")
+
+
+TOKENS = replace(BASE, vocabulary="1" * 64)
+UNSLOTH, STRANGER = "unsloth/base-bnb-4bit", "stranger/base"
+
+
+@pytest.mark.parametrize(
+    ("name", "claim", "word"),
+    [
+        ("tiny", NO_CLAIM, "name"),
+        ("tiny", BaseClaim(same=True), "name"),
+        (None, NO_CLAIM, "none"),
+        (UNSLOTH, NO_CLAIM, "rule"),
+        (UNSLOTH, BaseClaim(vocabulary="1" * 64), "rule"),
+        (STRANGER, BaseClaim(vocabulary="1" * 64), "rule"),
+        (STRANGER, BaseClaim(same=True, vocabulary="1" * 64), "rule"),
+        (STRANGER, BaseClaim(same=True), "publisher"),
+        (UNSLOTH, BaseClaim(same=True, vocabulary="2" * 64), "publisher"),
+        ("any/name", BaseClaim(same=True), "publisher"),
+    ],
+)
+def test_whose_word_is_taken(
+    name: str | None, claim: BaseClaim, word: str, tmp_path: Path
+) -> None:
+    manifest = read_adapter(named(tmp_path, name), TOKENS, claim)
+    assert manifest.base_word == word
+    # Only a base that is called by its own name is taken without saying so.
+    assert len(manifest.warnings) == (word != "name")
+    if word in ("rule", "publisher"):
+        assert str(name) in manifest.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "claim", "fix"),
+    [
+        (STRANGER, NO_CLAIM, "tokenizer.json"),
+        (STRANGER, BaseClaim(vocabulary="2" * 64), "tokenizer"),
+        (UNSLOTH, BaseClaim(vocabulary="2" * 64), "tokenizer"),
+        ("unsloth/base-Instruct-bnb-4bit", NO_CLAIM, "same_base"),
+        ("unsloth/base-Instruct-bnb-4bit", BaseClaim(vocabulary="1" * 64), "same_base"),
+    ],
+)
+def test_a_name_that_is_not_believed(
+    name: str, claim: BaseClaim, fix: str, tmp_path: Path
+) -> None:
+    with refused(BaseModelMismatch, adapter_base=name) as caught:
+        read_adapter(named(tmp_path, name), TOKENS, claim)
+    assert fix in caught.value.message
+    assert "same_base" in caught.value.message
+
+
+def test_a_copy_of_other_shapes_is_refused(tmp_path: Path) -> None:
+    other = replace(BASE, shapes={**BASE.shapes, "q_proj": (64, 32)})
+    with refused(AdapterInvalid):
+        read_adapter(named(tmp_path, UNSLOTH), other)
+    with refused(AdapterInvalid):
+        read_adapter(named(tmp_path, UNSLOTH), other, BaseClaim(same=True))
+
+
+def test_no_word_counts_against_a_fingerprint(tmp_path: Path) -> None:
+    folder = named(tmp_path, UNSLOTH)
+    other = asdict(BaseFingerprint("9" * 64, "8" * 64))
+    (folder / TRAINING_FILE).write_text(json.dumps({"base_fingerprint": other}))
+    with refused(BaseModelMismatch):
+        read_adapter(folder, BASE, BaseClaim(same=True))
+    own = asdict(BASE.fingerprint)
+    (folder / TRAINING_FILE).write_text(json.dumps({"base_fingerprint": own}))
+    assert read_adapter(folder, BASE).base_word == "fingerprint"
+
+
+def test_the_registry_records_whose_word_it_took(tmp_path: Path) -> None:
+    with Registry.open(tmp_path / "data", BASE) as registry:
+        push(registry, "a", named(tmp_path / "a", UNSLOTH))
+        with refused(BaseModelMismatch):
+            push(registry, "b", named(tmp_path / "b", "any/name"))
+        push(registry, "b", named(tmp_path / "b", "any/name"), claim=BaseClaim(same=True))
+    with Registry.open(tmp_path / "data", BASE) as registry:
+        found = {name: registry.get(name).manifest.base_word for name in ("a", "b")}
+        assert found == {"a": "rule", "b": "publisher"}
+        (entry,) = registry.history("b")
+        assert "publisher says" in entry.detail
+
+
+def test_what_a_vocabulary_is() -> None:
+    def tokenizer(**more: object) -> bytes:
+        model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}
+        return json.dumps({"model": {**model, **more}, "added_tokens": []}).encode()
+
+    plain = vocabulary_digest(tokenizer())
+    assert plain == vocabulary_digest(tokenizer(merges=[["a", "b"]], dropout=None))
+    padded = json.loads(tokenizer()) | {"padding": {"pad_id": 3}, "truncation": {}}
+    padded["added_tokens"] = [{"id": 3, "content": "<pad>"}]
+    assert plain == vocabulary_digest(json.dumps(padded).encode())
+    assert plain != vocabulary_digest(tokenizer(vocab={"a": 1, "b": 0, "ab": 2}))
+    assert plain != vocabulary_digest(tokenizer(merges=[]))
+    for broken in (b"", b"[]", b"{}", b'{"model": 1}', b"[" * 100_000, b"\xff"):
+        assert vocabulary_digest(broken) == ""

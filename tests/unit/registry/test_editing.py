@@ -415,7 +415,12 @@ def test_history_tells_who_did_what(registry: Registry, adapters: Adapters) -> N
     registry.delete("chat", who=ANNA)
     lines = registry.history("chat")
     assert [line.event for line in lines] == [
-        *("deleted", "superseded", "retention", "pinned", "replaced", "published"),
+        "deleted",
+        "superseded",
+        "retention",
+        "pinned",
+        "replaced",
+        "published",
     ]
     assert [line.who for line in lines] == [ANNA, Who(), Who(), ANNA, Who(), ANNA]
     assert registry.history("nobody") == ()

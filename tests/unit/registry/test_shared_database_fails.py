@@ -16,7 +16,7 @@ from veneer_registry.errors import (
 from veneer_registry.registry import Registry
 from veneer_registry.shared import catalog as shared_catalog
 from veneer_registry.shared.catalog import PostgresCatalog
-from veneer_registry.shared.places import SharedPlaces
+from veneer_registry.shared.locations import SharedLocations
 
 from tests.refused import refused
 from tests.shared_services import Services
@@ -161,6 +161,8 @@ def test_another_store_is_refused(
     with opened("one") as registry:
         push(registry, "chat", adapters(1))
     other = services.s3.objects(f"{name}-other")
-    places = SharedPlaces(tmp_path / "two", services.address(name), other, cache_bytes=1 << 30)
+    places = SharedLocations(
+        tmp_path / "two", services.address(name), other, cache_bytes=1 << 30
+    )
     with refused(StoreMismatch, found="store empty"):
         Registry.open(tmp_path / "two", BASE, places=places)

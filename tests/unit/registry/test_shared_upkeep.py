@@ -9,8 +9,8 @@ from pathlib import Path
 from veneer_registry.child_python import child_python
 from veneer_registry.errors import FailedPrecondition, InvalidField, Unavailable
 from veneer_registry.registry import Registry
-from veneer_registry.shared.places import SharedPlaces
-from veneer_registry.shared.postgres import Address
+from veneer_registry.shared.locations import SharedLocations
+from veneer_registry.shared.postgres import PostgresAddress
 from veneer_registry.shared.upkeep import verify_shared
 
 from tests.refused import refused
@@ -68,7 +68,8 @@ def test_damaged_and_missing_objects_are_named_with_their_adapters(
         ("revisions", three.revision): (f"adapter-3@{three.revision[:12]}",),
     }
     execute(
-        *(services, name),
+        services,
+        name,
         f"INSERT INTO quarantine VALUES ('{one.weights_digest}', 0, 'a bit flipped')",
     )
     found = verify_shared(services.address(name), objects)
@@ -81,7 +82,7 @@ def test_what_cannot_be_looked_at_is_no_verdict(
 ) -> None:
     push(opened(), "chat", adapters(1))
     address, objects = services.address(name), services.s3.objects(name)
-    nowhere = Address(address.url, address.password_file, f"{address.schema}x")
+    nowhere = PostgresAddress(address.url, address.password_file, f"{address.schema}x")
     with refused(InvalidField, field="catalog"):
         verify_shared(nowhere, objects)
     services.s3.fail(kind="refuse")
@@ -110,9 +111,11 @@ def test_the_command(services: Services, adapters: Adapters, name: str, tmp_path
         )
 
     # The command knows the places of tenants only, as the servers do.
-    address = Address(services.postgres.url, services.postgres.password_file, f"veneer/{name}")
+    address = PostgresAddress(
+        services.postgres.url, services.postgres.password_file, f"veneer/{name}"
+    )
     objects = services.s3.objects(f"{name}/tenants/{name}")
-    places = SharedPlaces(tmp_path / "own", address, objects, cache_bytes=1 << 30)
+    places = SharedLocations(tmp_path / "own", address, objects, cache_bytes=1 << 30)
     with Registry.open(tmp_path / "own", BASE, places=places) as registry:
         ref = push(registry, "chat", adapters(1)).record.ref
         done = command("--tenant", name)

@@ -9,8 +9,6 @@ from types import FrameType
 
 from google.protobuf.message import Message
 
-__all__ = ["Garbage", "collected"]
-
 
 class Garbage:
     """Garbage of a part of a test, after its end."""

@@ -8,10 +8,13 @@ import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+from safetensors.numpy import load_file
 from veneer_registry.adapter import BaseFingerprint, BaseSpec
 from veneer_registry.errors import (
     AdapterInvalid,
@@ -20,8 +23,10 @@ from veneer_registry.errors import (
     InternalError,
 )
 from veneer_registry.format import read_adapter
+from veneer_registry.weights import WEIGHTS_FILE
 from veneer_server.adapters.checkers import Checkers
 
+from tests.adapter_files import write_safetensors
 from tests.child_module import run_instead
 from tests.refused import refused
 from tests.unit.server.rpc.front_harness import HIDDEN, make_adapter
@@ -72,6 +77,28 @@ def test_another_base_is_refused(checkers: Checkers, tmp_path: Path) -> None:
         read_adapter(folder, BASE)
     with pytest.raises(BaseModelMismatch):
         checkers.read(folder, BASE)
+
+
+def test_embeddings_are_compared_and_left_out_in_that_process(
+    checkers: Checkers, tmp_path: Path
+) -> None:
+    own = np.arange(40 * HIDDEN, dtype=np.float32).reshape(40, HIDDEN)
+    (tmp_path / "base").mkdir()
+    write_safetensors(tmp_path / "base/model.safetensors", {"model.embed_tokens.weight": own})
+    base = replace(BASE, folder=str(tmp_path / "base"))
+    plain = make_adapter(tmp_path / "plain")
+    name = "base_model.model.lm_head.weight"
+    for changed in (False, True):
+        folder = make_adapter(tmp_path / "a")
+        tensors = load_file(folder / WEIGHTS_FILE) | {name: own + 1 if changed else own}
+        write_safetensors(folder / WEIGHTS_FILE, tensors)
+        if changed:
+            with refused(AdapterInvalid, tensor=name):
+                checkers.read(folder, base)
+            continue
+        found = checkers.read(folder, base)
+        assert found.weights_digest == read_adapter(plain, base).weights_digest
+        assert load_file(folder / WEIGHTS_FILE).keys() == tensors.keys() - {name}
 
 
 def test_a_file_that_cannot_be_read_is_an_error_without_its_folder(

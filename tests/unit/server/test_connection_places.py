@@ -9,8 +9,8 @@ from veneer_server.queues.connection_places import (
     NEWCOMERS,
     PROGRESS,
     STALLED_S,
-    Place,
-    Places,
+    OpenConnection,
+    OpenConnections,
     host_of,
 )
 
@@ -24,9 +24,9 @@ class Clock:
         return self.now
 
 
-def filled(keyless: bool) -> tuple[Clock, Places]:
+def filled(keyless: bool) -> tuple[Clock, OpenConnections]:
     clock = Clock()
-    return clock, Places(MOST, keyless=keyless, clock=clock)
+    return clock, OpenConnections(MOST, keyless=keyless, clock=clock)
 
 
 @pytest.mark.parametrize("keyless", [True, False])
@@ -177,8 +177,8 @@ def test_calls_that_only_watch_go_after_all_others() -> None:
 def test_nothing_is_lost_whatever_happens(keyless: bool, seed: int) -> None:
     rng = random.Random(seed)
     clock, places = filled(keyless)
-    mine: list[Place] = []
-    busy: set[Place] = set()
+    mine: list[OpenConnection] = []
+    busy: set[OpenConnection] = set()
     for _ in range(3000):
         clock.now += rng.choice((0, 0.1, STALLED_S))
         what = rng.randrange(8)

@@ -63,7 +63,8 @@ async def front(
 
 async def run(command: list[str], *arguments: str) -> dict[str, Any]:
     process = await asyncio.create_subprocess_exec(
-        *(*command, *arguments),
+        *command,
+        *arguments,
         env={"PATH": os.environ["PATH"], "VENEER_API_KEY": "for a server that asks for none"},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from veneer_registry.child_python import child_python
 from veneer_server import progress
-from veneer_server.progress import SINK, Display, Part, StartStopped, stage
+from veneer_server.progress import SINK, Display, StartPart, StartStopped, stage
 
 WAIT_S = 60
 
@@ -193,7 +193,7 @@ def test_times_to_come_are_no_nonsense(shown: Display, clock: Clock) -> None:
         assert shown.doing == "downloading the base: 12 of 10 layers, 10 s so far"
         part.update(10)  # what is done of it now was not counted
         assert shown.doing == "downloading the base: 10 of 10 layers, 10 s so far"
-        shown(Part("downloading the base", 0, 0))
+        shown(StartPart("downloading the base", 0, 0))
 
 
 # ------------------------------------------------------------------------------ terminal

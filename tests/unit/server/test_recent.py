@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from veneer_server.queues.recent import Recent
-from veneer_server.queues.refusal_pace import Pace
-from veneer_server.rpc.transport.standings import Standings
+from veneer_server.queues.refusal_pace import RefusalPace
+from veneer_server.rpc.transport.connections import Standings
 
 
 def test_the_key_assigned_longest_ago_is_forgotten() -> None:
@@ -18,7 +18,7 @@ def test_the_key_assigned_longest_ago_is_forgotten() -> None:
 
 def test_a_host_among_thousands_is_forgotten() -> None:
     """New hosts cost an attacker nothing where it has an IPv6 network."""
-    pace = Pace(1.0, clock=lambda: 0.0)
+    pace = RefusalPace(1.0, clock=lambda: 0.0)
     for _ in range(40):
         last = pace.charge("first:1")
     assert last > 0

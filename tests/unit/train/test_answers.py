@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from veneer_client.cli.example import examples_folder
-from veneer_labs import answers
-from veneer_labs.answers import NotHeldOut, TaskSet
-from veneer_labs.recipes import chat, code, sql
+from veneer_train.labs import answers
+from veneer_train.labs.answers import NotHeldOut, TaskSet
+from veneer_train.recipes import chat, code, sql
 
 LEARNED = {"sql": sql, "code": code, "chat": chat}
 

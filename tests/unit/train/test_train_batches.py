@@ -11,18 +11,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 from veneer_train.batches import Order, collate, collate_packed, pack
-from veneer_train.data import IGNORE, Sample
+from veneer_train.data import IGNORE, TrainingSample
 
 from tests.unit.train.test_train_run import config, run
 
 
-def samples(lengths: Sequence[int], seed: int = 0) -> list[Sample]:
+def samples(lengths: Sequence[int], seed: int = 0) -> list[TrainingSample]:
     draw = random.Random(seed)
     made = []
     for line, length in enumerate(lengths, start=1):
         ids = tuple(draw.randrange(3, 250) for _ in range(length))
         masked = length // 3
-        made.append(Sample(ids, (IGNORE,) * masked + ids[masked:], line))
+        made.append(TrainingSample(ids, (IGNORE,) * masked + ids[masked:], line))
     return made
 
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import psutil
 import pytest
-from veneer_labs.recipes import chat, code, sql
 from veneer_registry.errors import InvalidField, Unimplemented
 from veneer_train import checks, sandbox, sandboxed
 from veneer_train.checks import Score, passes, require_sandbox, validate
 from veneer_train.config import DataConfig
 from veneer_train.data import load_file
+from veneer_train.recipes import chat, code, sql
 from veneer_train.sandbox import run_python
 
 from tests.refused import refused

@@ -11,7 +11,7 @@ import torch
 from veneer_registry.errors import InvalidField
 from veneer_train.batches import collate
 from veneer_train.config import DataConfig
-from veneer_train.data import IGNORE, PAD, Sample, load_split
+from veneer_train.data import IGNORE, PAD, TrainingSample, load_split
 
 from tests.refused import refused
 
@@ -24,12 +24,12 @@ def chat(ask: str, say: str) -> dict[str, list[dict[str, str]]]:
     }
 
 
-def load(path: Path, tokenizer: Any, **settings: Any) -> tuple[Sample, ...]:
+def load(path: Path, tokenizer: Any, **settings: Any) -> tuple[TrainingSample, ...]:
     config = DataConfig(train=str(path), val_fraction=0.0, **settings)
     return load_split(config, tokenizer, tokenizer.chat_template, 0).train.samples
 
 
-def learned_text(sample: Sample, tokenizer: Any) -> str:
+def learned_text(sample: TrainingSample, tokenizer: Any) -> str:
     return str(tokenizer.decode([label for label in sample.labels if label != IGNORE]))
 
 
@@ -68,7 +68,10 @@ def test_prompt_and_completion_are_taken_as_they_stand(jsonl: Jsonl, tokenizer: 
 
 def test_padding_is_token_0_masked_by_length_and_the_end_is_learned(tokenizer: Any) -> None:
     eos = tokenizer.eos_token_id
-    long, short = Sample((5, 6, 7, eos), (IGNORE, 6, 7, eos), 1), Sample((5, eos), (5, eos), 2)
+    long, short = (
+        TrainingSample((5, 6, 7, eos), (IGNORE, 6, 7, eos), 1),
+        TrainingSample((5, eos), (5, eos), 2),
+    )
     batch = collate([long, short])
     assert PAD == 0 != eos
     assert batch["input_ids"].tolist() == [[5, 6, 7, eos], [5, eos, 0, 0]]

@@ -13,12 +13,12 @@ import pytest
 import torch
 from bitsandbytes.functional import has_avx512bf16
 from peft import PeftModel
-from veneer_labs.recipes import chat, code, sql
 from veneer_registry.bundle_files import ALLOWED_FILES
 from veneer_registry.format import read_adapter
 from veneer_train.config import QuantConfig
 from veneer_train.manifest import fingerprint
 from veneer_train.model import load_base, load_tokenizer
+from veneer_train.recipes import chat, code, sql
 
 ADAPTERS = Path(__file__).parents[3] / "examples" / "adapters"
 NAMES = ("chat", "code", "sql")

@@ -10,13 +10,13 @@ import pytest
 import torch
 from bitsandbytes.functional import has_avx512bf16
 from veneer_train.config import LoraConfig, QuantConfig
-from veneer_train.data import Sample
+from veneer_train.data import TrainingSample
 from veneer_train.evaluate import evaluate
 from veneer_train.model import add_adapter, disable_cpu_packing, load_base
 
 CPU = torch.device("cpu")
 TOKENS = torch.arange(3, 40)[None]
-SAMPLES = (Sample(tuple(range(3, 30)), tuple(range(3, 30)), 1),)
+SAMPLES = (TrainingSample(tuple(range(3, 30)), tuple(range(3, 30)), 1),)
 
 
 def gradients(folder: Path, *, evaluated: bool, guarded: bool) -> dict[str, torch.Tensor]:
@@ -95,7 +95,7 @@ def test_only_the_adapter_trains_and_in_fp32(tiny_base: Path) -> None:
 def test_evaluate_is_a_mean_over_learned_tokens_whatever_the_batch(tiny_base: Path) -> None:
     model = load_base(tiny_base, QuantConfig(), CPU)
     rows = [tuple(range(3, 3 + n)) for n in (5, 17, 9, 30)]
-    samples = [Sample(row, (-100, -100, *row[2:]), i) for i, row in enumerate(rows)]
+    samples = [TrainingSample(row, (-100, -100, *row[2:]), i) for i, row in enumerate(rows)]
     alone = [evaluate(model, [sample], 1) for sample in samples]
     together = evaluate(model, samples, 3)
     tokens = sum(each.tokens for each in alone)

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 from typer.testing import CliRunner
-from veneer_labs import one_run, training
-from veneer_labs.one_run import RunResult
+from veneer_registry.extras import install_extra
 from veneer_train.cli import app
+from veneer_train.labs import one_run, training
+from veneer_train.labs.one_run import LabResult
 from veneer_train.plan import Method
 
 
@@ -47,7 +48,13 @@ def test_quant_error(tiny_base: Path, tmp_path: Path) -> None:
 
 def test_quant_ppl(tiny_base: Path, tmp_path: Path) -> None:
     rows = lab(
-        *("quant-ppl", "--base", tiny_base, "--modes", "bf16,nf4-dq", "--tokens", 256),
+        "quant-ppl",
+        "--base",
+        tiny_base,
+        "--modes",
+        "bf16,nf4-dq",
+        "--tokens",
+        256,
         *("--window", 64, "--out", tmp_path / "lab"),
     )
     assert [r["mode"] for r in rows] == ["bf16", "nf4-dq"]
@@ -71,7 +78,7 @@ def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def run(
         config: dict[str, Any], method: Method, scratch: Path, *, threads: int
-    ) -> RunResult:
+    ) -> LabResult:
         return one_run.train(config, method)
 
     monkeypatch.setattr(training, "run", run)
@@ -100,7 +107,13 @@ def test_ranks(tiny_base: Path, chats: Path, tmp_path: Path) -> None:
 def test_optimizers(tiny_base: Path, chats: Path, tmp_path: Path) -> None:
     names = "adamw_torch_fused,adamw_8bit,sgd"
     rows = lab(
-        *("optimizers", "--base", tiny_base, "--out", tmp_path / "lab", "--optim", names),
+        "optimizers",
+        "--base",
+        tiny_base,
+        "--out",
+        tmp_path / "lab",
+        "--optim",
+        names,
         *SHORT,
         "--set",
         f"data.train={chats}",
@@ -128,7 +141,12 @@ def test_qlora_beside_lora_and_full(tiny_base: Path, chats: Path, tmp_path: Path
 @pytest.mark.usefixtures("_in_this_process")
 def test_one_method_alone(tiny_base: Path, chats: Path, tmp_path: Path) -> None:
     rows = lab(
-        *("qlora-vs-lora", "--base", tiny_base, "--out", tmp_path / "lab", *SHORT),
+        "qlora-vs-lora",
+        "--base",
+        tiny_base,
+        "--out",
+        tmp_path / "lab",
+        *SHORT,
         *("--methods", "lora", "--set", f"data.train={chats}"),
     )
     assert [r["method"] for r in rows] == ["lora"]
@@ -164,19 +182,16 @@ def test_a_folder_with_something_in_it_is_left_alone(tiny_base: Path, tmp_path: 
 
 WITHOUT = """
 import sys
-from pathlib import Path
-sys.path = [place for place in sys.path if not (Path(place) / "veneer_labs").exists()]
+sys.modules["matplotlib"] = None
 from veneer_train.__main__ import main
 main()
 """
 
 
-@pytest.mark.parametrize("command", [["lab", "quant-error", "--base", "x"], ["data", "sql"]])
-def test_where_the_package_is_not_installed_it_is_named(
-    command: list[str], tmp_path: Path
-) -> None:
+def test_what_labs_alone_import_is_named_with_its_extra(tmp_path: Path) -> None:
+    """Imported by a command that runs, not as the program starts."""
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT, *command, "--out", str(tmp_path / "out")],
+        [sys.executable, "-c", WITHOUT, "lab", "swap", "--out", str(tmp_path / "out")],
         capture_output=True,
         text=True,
         check=False,
@@ -184,6 +199,4 @@ def test_where_the_package_is_not_installed_it_is_named(
     )
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert "veneer-labs" in line
-    assert "pip install ./labs" in line
-    assert not (tmp_path / "out").exists()
+    assert line.endswith(f"the package matplotlib is not installed: {install_extra('train')}")

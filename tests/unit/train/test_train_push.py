@@ -13,8 +13,8 @@ import pytest
 from veneer_registry.errors import InvalidField, ServerUnreachable
 from veneer_train import push
 from veneer_train.commands.common import share_cores
-from veneer_train.export import AdapterState
-from veneer_train.push import PushCallback, Target
+from veneer_train.export import AdapterSnapshot
+from veneer_train.push import PushCallback, PushTarget
 
 from tests.refused import refused
 
@@ -27,7 +27,7 @@ class _Server:
         self.got: list[tuple[int | None, str]] = []
         self.fails = False
 
-    def publish(self, target: Target, folder: Path, *, step: int | None = None) -> Any:
+    def publish(self, target: PushTarget, folder: Path, *, step: int | None = None) -> Any:
         self.got.append((step, target.alias))
         self.begun.set()
         assert self.go_on.wait(30)
@@ -41,7 +41,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> _Server:
     made = _Server()
     monkeypatch.setattr(push, "publish", made.publish)
     monkeypatch.setattr(push, "check_target", lambda target, base: ())
-    monkeypatch.setattr(push, "take", lambda model, name: AdapterState({}, {}))
+    monkeypatch.setattr(push, "take", lambda model, name: AdapterSnapshot({}, {}))
     return made
 
 
@@ -106,7 +106,7 @@ def test_without_the_end_the_last_step_is_somebody_else_s(server: _Server) -> No
 def test_a_copy_that_fails_is_told_and_training_goes_on(
     server: _Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(model: Any, name: str) -> AdapterState:
+    def broken(model: Any, name: str) -> AdapterSnapshot:
         raise KeyError("default")
 
     pushing = callback(server, every=1)

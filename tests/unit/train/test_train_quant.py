@@ -10,8 +10,8 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 from typer.testing import CliRunner
-from veneer_labs.quant import BITS, restored
 from veneer_train.cli import app
+from veneer_train.labs.quant import BITS, restored
 
 OFFSET = 0.9677083
 """Quantile of the outermost level (arXiv 2305.14314, appendix E; bitsandbytes)."""

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
-from veneer_labs.recipes import chat, code
 from veneer_train.cli import app
+from veneer_train.recipes import chat, code
 
 LIBRARY = '''
 import os

@@ -27,7 +27,7 @@ from veneer_train.cli import app
 from veneer_train.commands.common import Pulse
 from veneer_train.config import OptimConfig, QuantConfig, TrainConfig, parse_config
 from veneer_train.evaluate import Evaluation
-from veneer_train.export import AdapterState
+from veneer_train.export import AdapterSnapshot
 from veneer_train.model import load_base
 from veneer_train.stability import TrainingStopped
 
@@ -139,9 +139,17 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(
     else:
         monkeypatch.setattr(loop, "round_to_file_dtype", interrupted)
     flags = [
-        *(f"data.train={chats}", "data.val_fraction=0.25", "train.steps=4", "lora.r=4"),
-        *(f"output.dir={out}", f"output.logs={out}.logs", f"output.save_every={save_every}"),
-        *("train.batch=4", "data.max_len=256", "model.name=tiny", f"output.resume={resume}"),
+        f"data.train={chats}",
+        "data.val_fraction=0.25",
+        "train.steps=4",
+        "lora.r=4",
+        f"output.dir={out}",
+        f"output.logs={out}.logs",
+        f"output.save_every={save_every}",
+        "train.batch=4",
+        "data.max_len=256",
+        "model.name=tiny",
+        f"output.resume={resume}",
     ]
     command = ["train", "--base", str(tiny_base)]
     for flag in flags:
@@ -167,7 +175,13 @@ def test_ctrl_c_while_it_publishes_says_that_the_adapter_is_written(
     stopped = CliRunner().invoke(
         app,
         [
-            *("train", "--base", str(tiny_base), "--push", "server.example:1", "--name", "x"),
+            "train",
+            "--base",
+            str(tiny_base),
+            "--push",
+            "server.example:1",
+            "--name",
+            "x",
             *("--set", "data.train=none.jsonl", "--set", f"output.dir={out}"),
         ],
     )
@@ -291,7 +305,7 @@ def test_the_file_holds_what_was_measured(
     tokens = torch.arange(3, 40)[None]
     measured: list[torch.Tensor] = []
 
-    def take(model: Any, base_name: str) -> AdapterState:
+    def take(model: Any, base_name: str) -> AdapterSnapshot:
         with torch.no_grad():
             measured.append(model.eval()(input_ids=tokens).logits)
         return original(model, base_name)
@@ -526,10 +540,10 @@ def test_no_value_in_the_manifest_loses_a_run(
 def test_a_folder_that_the_server_would_refuse_does_not_appear(
     tiny_base: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(model: Any, base_name: str) -> AdapterState:
+    def broken(model: Any, base_name: str) -> AdapterSnapshot:
         taken = original(model, base_name)
         tensors = {key: torch.full_like(t, float("nan")) for key, t in taken.tensors.items()}
-        return AdapterState(tensors, taken.config)
+        return AdapterSnapshot(tensors, taken.config)
 
     original = loop.take
     monkeypatch.setattr(loop, "take", broken)

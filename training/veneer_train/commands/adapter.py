@@ -22,17 +22,6 @@ from veneer_train.commands.common import (
     stderr,
 )
 
-__all__ = [
-    "EVAL_EXAMPLES",
-    "EXPORT_EXAMPLES",
-    "MERGE_EXAMPLES",
-    "VERIFY_EXAMPLES",
-    "evaluate",
-    "export_gguf",
-    "merge",
-    "verify",
-]
-
 EVAL_EXAMPLES = (
     "Examples:\n\n  veneer-train eval my-sql --base smollm2-135m --data sql/val.jsonl "
     "--record\n\n"

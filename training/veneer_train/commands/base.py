@@ -22,15 +22,6 @@ from veneer_train.commands.common import (
 )
 from veneer_train.config import PRESETS, QuantConfig, load_config
 
-__all__ = [
-    "IMPORT_EXAMPLES",
-    "PLAN_EXAMPLES",
-    "QUANTIZE_EXAMPLES",
-    "import_gguf",
-    "plan",
-    "quantize",
-]
-
 IMPORT_EXAMPLES = "Example:\n\n  veneer-train import-gguf model.Q4_1.gguf --out model"
 QUANTIZE_EXAMPLES = (
     "Examples:\n\n  veneer-train quantize --base smollm2-135m --out base-nf4\n\n"

@@ -26,19 +26,6 @@ from veneer_client.cli.words import in_cli_words
 from veneer_registry.errors import VeneerError
 from veneer_registry.screen import Screen
 
-__all__ = [
-    "AsJson",
-    "Base",
-    "Debug",
-    "Pulse",
-    "Reporter",
-    "errors",
-    "pulse",
-    "quiet_libraries",
-    "reporter",
-    "share_cores",
-]
-
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Base = Annotated[
@@ -48,11 +35,6 @@ Base = Annotated[
     ),
 ]
 
-
-_NO_LABS: Final = (
-    "labs and data recipes need the package veneer-labs, which is not installed: pip install "
-    "./labs in Veneer's folder"
-)
 _YIELDS: Final = 10
 """Niceness of a run on a server's machine."""
 
@@ -67,10 +49,8 @@ def errors(
     debug: bool,
     kept: Callable[[], str] = lambda: "the same command begins again",
 ) -> Iterator[None]:
-    """End the command with one line and code 1 for our errors; show a bug's traceback.
-
-    A missing package of labs and recipes counts as one of our errors. Ctrl-C ends it with
-    code 130.
+    """End the command with one line and code 1 for our errors; show a bug's traceback. Ctrl-C
+    ends it with code 130.
 
     Args:
         kept: what a command that is stopped leaves, and how to go on.
@@ -86,11 +66,6 @@ def errors(
     except KeyboardInterrupt:
         stderr().print(f"veneer-train: stopped by Ctrl-C: {kept()}", markup=False)
         raise typer.Exit(130) from None
-    except ModuleNotFoundError as error:
-        if error.name != "veneer_labs":
-            raise
-        stderr().print(f"veneer-train: {_NO_LABS}", markup=False)
-        raise typer.Exit(1) from None
 
 
 def quiet_libraries() -> None:

@@ -12,8 +12,6 @@ from veneer_registry.screen import Screen
 from veneer_train.base_folder import resolve_base
 from veneer_train.commands.common import AsJson, Base, Debug, errors, pulse, quiet_libraries
 
-__all__ = ["DATA_EXAMPLES", "INSPECT_EXAMPLES", "data", "inspect_data"]
-
 DATA_EXAMPLES = "Example:\n\n  veneer-train data sql --out .cache/veneer/train-data/sql"
 INSPECT_EXAMPLES = (
     "Examples:\n\n  veneer-train inspect-data my.jsonl --base smollm2-135m\n\n"
@@ -31,7 +29,7 @@ def data(
 ) -> None:
     """Build a JSONL data set from what is on this machine."""
     with errors(debug), pulse("building the data set"):
-        from veneer_labs.recipes import build
+        from veneer_train.recipes import build
 
         counts = build(recipe, out, seed)
     for name, count in counts.items():

@@ -17,8 +17,6 @@ from veneer_train.config import read_preset
 from veneer_train.plan import Method
 from veneer_train.strict import apply_setting, overlay, read_yaml
 
-__all__ = ["EXAMPLES", "lab"]
-
 Name = Literal["quant-error", "quant-ppl", "qlora-vs-lora", "rank", "optimizers", "swap"]
 
 EXAMPLES = (
@@ -80,11 +78,9 @@ def lab(
 ) -> None:
     """Run an experiment; write its table, CSV, plot, versions, seed and limitations."""
     with errors(debug):
-        import veneer_labs  # noqa: F401 (fails first if the package is missing)
-
         folder = None if name == "swap" else _needed(base)
         quiet_libraries()
-        from veneer_labs.output import empty_folder, write
+        from veneer_train.labs.output import empty_folder, write
 
         empty_folder(out)
         command = " ".join(["veneer-train", *_shown(sys.argv[1:])])
@@ -94,18 +90,18 @@ def lab(
             console.print(line, style="dim")
 
         if folder is None:
-            from veneer_labs.swap import swap
+            from veneer_train.labs.swap import swap
 
             made = swap(
                 _adapters(adapters), server=server, repeats=repeats, seed=seed, command=command
             )
         else:
             if name == "quant-error":
-                from veneer_labs.quant import quant_error
+                from veneer_train.labs.quant import quant_error
 
                 made = quant_error(folder, seed=seed, command=command)
             elif name == "quant-ppl":
-                from veneer_labs.quant import quant_ppl
+                from veneer_train.labs.quant import quant_ppl
 
                 made = quant_ppl(
                     folder,
@@ -117,7 +113,7 @@ def lab(
                     told=told,
                 )
             else:
-                from veneer_labs import training
+                from veneer_train.labs import training
 
                 over: dict[str, Any] = read_yaml(config) if config else {}
                 if preset := over.pop("preset", None):

@@ -27,9 +27,7 @@ if TYPE_CHECKING:
     from veneer_train.config import TrainConfig
     from veneer_train.estimate import Estimate
     from veneer_train.loop import Snapshots, TrainResult
-    from veneer_train.push import Publication, Target
-
-__all__ = ["EXAMPLES", "train"]
+    from veneer_train.push import PushOutcome, PushTarget
 
 EXAMPLES = (
     "Examples:\n\n"
@@ -103,10 +101,10 @@ def train(
                 share_cores(push)
             # Imported here: torch and transformers take seconds, and --help needs neither.
             quiet_libraries()
-            from veneer_train.push import Target
+            from veneer_train.push import PushTarget
             from veneer_train.trainer import main_process
 
-            target = None if push is None or name is None else Target(push, name, alias)
+            target = None if push is None or name is None else PushTarget(push, name, alias)
             if target is not None and parsed.lora.dora:
                 raise InvalidField(
                     "servers accept DoRA adapters only merged into the base: train without "
@@ -156,7 +154,7 @@ def _next(result: TrainResult, name: str | None) -> str:
 
 def _run(
     config: TrainConfig,
-    target: Target | None,
+    target: PushTarget | None,
     push_every: int,
     overwrite: bool,
     report: Reporter,
@@ -191,10 +189,10 @@ def _expect(report: Report) -> Callable[[Estimate], None]:
     return told
 
 
-def _callback(target: Target, every: int, snapshots: Snapshots, report: Report) -> Any:
+def _callback(target: PushTarget, every: int, snapshots: Snapshots, report: Report) -> Any:
     from veneer_train.push import PushCallback
 
-    def told(done: Publication) -> None:
+    def told(done: PushOutcome) -> None:
         if done.error:
             report({"event": "push_failed", "step": done.step, "error": done.error})
         else:
@@ -211,7 +209,7 @@ def _callback(target: Target, every: int, snapshots: Snapshots, report: Report) 
     )
 
 
-def _publish(target: Target, result: TrainResult) -> str:
+def _publish(target: PushTarget, result: TrainResult) -> str:
     """Publish the adapter and return its revision.
 
     Raises:

@@ -22,8 +22,6 @@ from veneer_train.llama_cpp.tensors import as_array, read_architecture
 from veneer_train.llama_cpp.tokens import add_tokenizer
 from veneer_train.merge_report import rounding_of
 
-__all__ = ["ModelType", "export_adapter", "export_model"]
-
 ModelType = Literal["f32", "f16", "bf16", "q8_0"]
 
 _TYPES: Final = {

@@ -13,8 +13,6 @@ from veneer_registry.child_python import child_python
 from veneer_registry.errors import InvalidField
 from veneer_registry.replacing import new_folder
 
-__all__ = ["import_file"]
-
 _IMPORTER = "veneer_server.models.importer"
 
 

@@ -12,8 +12,6 @@ import torch
 from transformers import AutoConfig
 from veneer_registry.errors import InvalidField
 
-__all__ = ["Architecture", "as_array", "read_architecture"]
-
 _SUPPORTED: Final = {"llama": gguf.MODEL_ARCH.LLAMA, "mistral": gguf.MODEL_ARCH.LLAMA}
 """transformers' model types; llama.cpp calls both llama."""
 

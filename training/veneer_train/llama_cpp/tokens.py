@@ -9,8 +9,6 @@ from typing import Any
 import gguf
 from veneer_registry.errors import InvalidField
 
-__all__ = ["add_tokenizer"]
-
 
 def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> None:
     """Write what llama.cpp needs to tokenise as ``tokenizer.json`` does.

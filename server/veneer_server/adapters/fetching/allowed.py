@@ -17,13 +17,11 @@ from veneer_registry.errors import InvalidField
 from veneer_server.adapters.fetching.addresses import Network
 from veneer_server.adapters.fetching.uris import Uri, parse_uri, refuse_uri
 
-__all__ = ["AllowList", "Entry", "named_by"]
-
 _LOOPBACK: Final = (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128"))
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class AllowedEntry:
     """One entry.
 
     Attributes:
@@ -35,7 +33,7 @@ class Entry:
     networks: tuple[Network, ...]
 
     @classmethod
-    def parse(cls, text: str) -> Entry:
+    def parse(cls, text: str) -> AllowedEntry:
         """An entry from ``PREFIX [NETWORK...]``. Raises InvalidField or ValueError."""
         first, *rest = text.split()
         prefix = parse_uri(first, prefix=True)
@@ -56,7 +54,7 @@ class AllowList:
         found = []
         for text in self.texts:
             try:
-                found.append(Entry.parse(text))
+                found.append(AllowedEntry.parse(text))
             except (InvalidField, ValueError) as error:
                 why = str(error).removeprefix("uri: ")
                 raise InvalidField(
@@ -67,11 +65,11 @@ class AllowList:
                 ) from error
         self._entries = tuple(found)
 
-    def entry(self, uri: Uri) -> Entry | None:
+    def entry(self, uri: Uri) -> AllowedEntry | None:
         """The first entry that allows ``uri``."""
         return next((each for each in self._entries if each.prefix.covers(uri)), None)
 
-    def check(self, uri: Uri) -> Entry:
+    def check(self, uri: Uri) -> AllowedEntry:
         """`entry`. Raises InvalidField if there is none."""
         found = self.entry(uri)
         if found is None:

@@ -18,12 +18,13 @@ from veneer_server.adapters.fetching.addresses import Network, may_contact
 from veneer_server.adapters.fetching.uris import Uri, refuse_uri
 from veneer_server.adapters.fetching.web import Missing, too_large
 
-__all__ = ["BucketFolder", "credential_files"]
-
 _PIECE: Final = 8 << 20
 _FILES: Final = (
-    *("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE", "AWS_WEB_IDENTITY_TOKEN_FILE"),
-    *("AWS_CA_BUNDLE", "GOOGLE_APPLICATION_CREDENTIALS"),
+    "AWS_SHARED_CREDENTIALS_FILE",
+    "AWS_CONFIG_FILE",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CA_BUNDLE",
+    "GOOGLE_APPLICATION_CREDENTIALS",
 )
 
 
@@ -107,7 +108,8 @@ def credential_files() -> list[Path]:
     home = Path.home()
     return [
         *(path for each in named for path in (each, Path(os.path.realpath(each)).parent)),
-        *(home / ".aws", home / ".config" / "gcloud"),
+        home / ".aws",
+        home / ".config" / "gcloud",
     ]
 
 

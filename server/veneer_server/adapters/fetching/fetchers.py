@@ -19,13 +19,11 @@ import msgspec
 from veneer_registry.disk import disk_errors
 from veneer_registry.errors import InternalError, InvalidField, QuotaExceeded
 
-from veneer_server.adapters.child import Child
+from veneer_server.adapters.child import ChildProcess
 from veneer_server.adapters.fetching.allowed import AllowList
 from veneer_server.adapters.fetching.process import Fetch, Fetched
 from veneer_server.adapters.fetching.uris import Uri, parse_uri
 from veneer_server.wire.frames import framed, read_frame
-
-__all__ = ["MAX_AT_ONCE", "FetchSettings", "Fetchers", "environment"]
 
 _log = logging.getLogger(__name__)
 
@@ -38,8 +36,17 @@ LONGEST_TOKEN: Final = 16 << 10
 
 _HUB: Final = "https://huggingface.co"
 _KEPT: Final = (
-    *("PATH", "HOME", "LANG", "LC_ALL", "TZ", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH"),
-    *("SSL_CERT_FILE", "SSL_CERT_DIR", "STORAGE_EMULATOR_HOST"),
+    "PATH",
+    "HOME",
+    "LANG",
+    "LC_ALL",
+    "TZ",
+    "PYTHONPATH",
+    "VIRTUAL_ENV",
+    "LD_LIBRARY_PATH",
+    "SSL_CERT_FILE",
+    "SSL_CERT_DIR",
+    "STORAGE_EMULATOR_HOST",
 )
 _KEPT_PREFIXES: Final = ("AWS_", "GOOGLE_", "CLOUDSDK_")
 _DEFAULTS: Final = {
@@ -83,7 +90,7 @@ class _Run:
 
     uri: Uri
     folder: Path
-    child: Child
+    child: ChildProcess
     stopped: threading.Event = field(default_factory=threading.Event)
 
     def stop(self) -> None:
@@ -133,7 +140,7 @@ class Fetchers:
         try:
             with disk_errors(self._settings.staging):
                 folder = self._new_folder()
-            run = _Run(uri, folder, Child(MODULE, environment=environment(os.environ)))
+            run = _Run(uri, folder, ChildProcess(MODULE, environment=environment(os.environ)))
             fetching = loop.run_in_executor(self._workers, self._fetch, run)
             try:
                 answer = await asyncio.shield(fetching)

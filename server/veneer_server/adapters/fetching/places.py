@@ -7,11 +7,9 @@ from collections.abc import Mapping
 from typing import IO, Final, Protocol
 
 from veneer_server.adapters.fetching.addresses import Network
-from veneer_server.adapters.fetching.allowed import AllowList, Entry, named_by
+from veneer_server.adapters.fetching.allowed import AllowedEntry, AllowList, named_by
 from veneer_server.adapters.fetching.uris import Uri, parse_uri
-from veneer_server.adapters.fetching.web import Hop, Web, parse_hop
-
-__all__ = ["Folder", "HubFolder", "WebFolder"]
+from veneer_server.adapters.fetching.web import Hop, WebClient, parse_hop
 
 _HUB: Final = "huggingface.co"
 _HUB_STORAGE: Final = (".huggingface.co", ".hf.co")
@@ -20,11 +18,11 @@ _CACHE: Final = ("api", "resolve-cache", "models")
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 
 
-class Folder(Protocol):
+class SourceFolder(Protocol):
     """A folder that is fetched."""
 
     def get(self, file: str, into: IO[bytes], most: int) -> None:
-        """Write a file's content to ``into``. Raises as `Web.get`."""
+        """Write a file's content to ``into``. Raises as `WebClient.get`."""
         ...
 
 
@@ -37,10 +35,10 @@ class WebFolder:
         self._uri = uri
         self._allowed = allowed
         self._tokens = _parsed(tokens)
-        self._web = Web(self._permit, self._token, least_rate)
+        self._web = WebClient(self._permit, self._token, least_rate)
 
     def get(self, file: str, into: IO[bytes], most: int) -> None:
-        """See `Folder`."""
+        """See `SourceFolder`."""
         self._web.get(f"{self._uri}/{file}", into, most=most, file=file)
 
     def _permit(self, hop: Hop) -> tuple[Network, ...] | None:
@@ -58,7 +56,7 @@ class HubFolder:
     def __init__(
         self,
         uri: Uri,
-        entry: Entry,
+        entry: AllowedEntry,
         allowed: AllowList,
         tokens: Mapping[str, str],
         least_rate: int,
@@ -72,10 +70,10 @@ class HubFolder:
         self._own = parse_hop(self._endpoint + "/")
         self._bearer = _token_for(uri, _parsed(tokens))
         self._revision = uri.revision or "main"
-        self._web = Web(self._permit, lambda hop: self._bearer, least_rate)
+        self._web = WebClient(self._permit, lambda hop: self._bearer, least_rate)
 
     def get(self, file: str, into: IO[bytes], most: int) -> None:
-        """See `Folder`."""
+        """See `SourceFolder`."""
         organisation, repository, *below = self._uri.parts
         path = "/".join([organisation, repository, "resolve", self._revision, *below, file])
         headers = self._web.get(f"{self._endpoint}/{path}", into, most=most, file=file)

@@ -28,14 +28,12 @@ from veneer_registry.errors import (
 
 from veneer_server.adapters.failure import Failure
 from veneer_server.adapters.fetching.allowed import AllowList
-from veneer_server.adapters.fetching.places import Folder, HubFolder, WebFolder
+from veneer_server.adapters.fetching.places import HubFolder, SourceFolder, WebFolder
 from veneer_server.adapters.fetching.sandbox import confine, limit
 from veneer_server.adapters.fetching.uris import parse_uri
 from veneer_server.adapters.fetching.web import Missing
 from veneer_server.system.priority import lower_priority
 from veneer_server.wire.frames import framed, read_frame
-
-__all__ = ["Fetch", "Fetched", "fetch", "main"]
 
 _PICKLE: Final = "adapter_model.bin"
 
@@ -103,7 +101,7 @@ def fetch(wanted: Fetch) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _source(wanted: Fetch) -> Folder:
+def _source(wanted: Fetch) -> SourceFolder:
     uri, allowed = parse_uri(wanted.uri), AllowList(wanted.allowed)
     entry = allowed.check(uri)
     if uri.scheme == "https":

@@ -17,8 +17,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-__all__ = ["confine", "limit"]
-
 _CREATE: Final = 444
 _ADD_RULE: Final = 445
 _RESTRICT: Final = 446

@@ -13,8 +13,6 @@ from typing import Final, Literal, NoReturn, get_args
 
 from veneer_registry.errors import InvalidField
 
-__all__ = ["LONGEST", "Origin", "Scheme", "Uri", "parse_origin", "parse_uri", "refuse_uri"]
-
 Scheme = Literal["https", "hf", "s3", "gs", "file"]
 
 LONGEST: Final = 2048

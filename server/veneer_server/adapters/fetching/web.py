@@ -21,8 +21,6 @@ from veneer_registry.errors import Aborted, AdapterInvalid, DiskFull, InvalidFie
 from veneer_server.adapters.fetching.addresses import Network, connect
 from veneer_server.adapters.fetching.uris import Origin, parse_origin, refuse_uri
 
-__all__ = ["Hop", "Missing", "Permit", "Web", "parse_hop", "too_large"]
-
 MOST_REDIRECTS: Final = 5
 IDLE_S: Final = 30.0
 """How long a host may be silent."""
@@ -104,7 +102,7 @@ Permit = Callable[[Hop], tuple[Network, ...] | None]
 
 
 @dataclass(slots=True)
-class Web:
+class WebClient:
     """Gets files.
 
     Attributes:

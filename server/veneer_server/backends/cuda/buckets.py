@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Bucket", "Sizes", "pieces_for", "rows_for"]
-
 
 @dataclass(frozen=True, slots=True)
-class Bucket:
+class LaunchBucket:
     """The shape of a step's launches. Steps of one bucket that only decode share a graph.
 
     Attributes:

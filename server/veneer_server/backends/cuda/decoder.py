@@ -19,24 +19,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from veneer_server.backends.cuda.buckets import Bucket, Sizes
+from veneer_server.backends.cuda.buckets import LaunchBucket, Sizes
 from veneer_server.backends.cuda.device import Device, Graph
 from veneer_server.backends.cuda.forward import Forward
-from veneer_server.backends.cuda.inputs import Filled, Inputs, Shape
+from veneer_server.backends.cuda.inputs import Filled, LaunchShape, StaticInputs
 from veneer_server.backends.cuda.memory.adapters import Adapters
 from veneer_server.backends.cuda.memory.arena import Arena
-from veneer_server.backends.cuda.memory.fencing import Stream
-from veneer_server.backends.cuda.memory.timeline import Timeline
-from veneer_server.backends.cuda.sampled import Sampling
+from veneer_server.backends.cuda.memory.fencing import DeviceStream
+from veneer_server.backends.cuda.memory.timeline import DeviceTimeline
+from veneer_server.backends.cuda.sampled import SampledRows
 from veneer_server.backends.parallel.peers import Member
 from veneer_server.models.loader import DecoderWeights
 from veneer_server.step.ahead import Sampled, Submitted
 from veneer_server.step.arrays import StepArrays
-from veneer_server.step.choice import Choice
+from veneer_server.step.choice import TokenChoice
 from veneer_server.step.layout import MEMBERS
 from veneer_server.wire.messages import SamplingParams
-
-__all__ = ["CudaDecoder"]
 
 MOST_RANK: Final = 256
 """Of an adapter."""
@@ -47,7 +45,7 @@ SLOTS: Final = 1024
 _NONE: Final[NDArray[np.int64]] = np.zeros(0, dtype=np.int64)
 _TABLES: Final[NDArray[np.int64]] = np.zeros((0, 1), dtype=np.int64)
 _EMPTY: Final = StepArrays(
-    *(_NONE, _NONE, _NONE, np.zeros(1, dtype=np.int64), _NONE, _TABLES, (), _NONE)
+    _NONE, _NONE, _NONE, np.zeros(1, dtype=np.int64), _NONE, _TABLES, (), _NONE
 )
 
 
@@ -55,7 +53,7 @@ _EMPTY: Final = StepArrays(
 class _Wanted:
     """See `CudaDecoder.submit`."""
 
-    choices: Sequence[Choice]
+    choices: Sequence[TokenChoice]
     tops: Sequence[int]
     carried: Sequence[int]
     handed: Sequence[int]
@@ -98,7 +96,7 @@ class CudaDecoder:
         config = weights.config
         self.weights = weights
         self._device = device
-        self._timeline = Timeline(device)
+        self._timeline = DeviceTimeline(device)
         self._arena = Arena(
             device,
             config,
@@ -109,12 +107,15 @@ class CudaDecoder:
         )
         ranks = tuple(len(members) * most_rank for members in MEMBERS.values())
         self.adapters = Adapters(
-            *(device, self._timeline, self._arena, config),
+            device,
+            self._timeline,
+            self._arena,
+            config,
             slots=slots,
             most_ranks=ranks,
             member=member,
         )
-        self._inputs = Inputs(device, sizes, block_size, exact=exact)
+        self._inputs = StaticInputs(device, sizes, block_size, exact=exact)
         self._forward = Forward(
             device,
             weights,
@@ -128,9 +129,11 @@ class CudaDecoder:
             peers=None if member is None else member.peers,
         )
         self._captures = graphs
-        self._graphs: dict[Bucket, Graph] = {}
+        self._graphs: dict[LaunchBucket, Graph] = {}
         self._sums = device.empty(self._inputs.rows, dtype=torch.float32)
-        self._sampling = Sampling(device, self._inputs.rows, sizes.sequences, config.vocab_size)
+        self._sampling = SampledRows(
+            device, self._inputs.rows, sizes.sequences, config.vocab_size
+        )
         self.last_logits = self._forward.logits
         self._told = device.pinned(self._inputs.rows, dtype=torch.float32)
 
@@ -140,11 +143,11 @@ class CudaDecoder:
         for shape in chain(self._inputs.mixed(), self._inputs.decoding()):
             turn = ("inputs", self._inputs.turn())
             self._timeline.until_free(turn)
-            with self._timeline.operation(Stream.STEPS, [turn]):
+            with self._timeline.operation(DeviceStream.STEPS, [turn]):
                 filled = self._inputs.fill(_EMPTY, _NONE, _TABLES, [], shape)
                 self._run(filled, shape, self._forward.logits[: shape.logits])
                 first = self._forward.logits[:1]
-                self._sampling.sample(turn[1], first, [Choice(SamplingParams(), 0)], [1])
+                self._sampling.sample(turn[1], first, [TokenChoice(SamplingParams(), 0)], [1])
         self._timeline.until_free(turn)
         return len(self._graphs)
 
@@ -156,7 +159,7 @@ class CudaDecoder:
     def submit(
         self,
         step: StepArrays,
-        choices: Sequence[Choice],
+        choices: Sequence[TokenChoice],
         tops: Sequence[int],
         carried: Sequence[int] = (),
         handed: Sequence[int] = (),
@@ -182,7 +185,7 @@ class CudaDecoder:
             for segment in step.segments:
                 regions += self.adapters.chunks(segment.table)
             shape = self._inputs.shape(step, segments)
-            with self._timeline.operation(Stream.STEPS, [*regions, turn]):
+            with self._timeline.operation(DeviceStream.STEPS, [*regions, turn]):
                 filled = self._inputs.fill(step, slots, tables, segments, shape)
                 logits = self._forward.logits
                 if shape.logits > len(logits):
@@ -210,10 +213,10 @@ class CudaDecoder:
 
     def clear(self, blocks: list[int]) -> None:
         """See `Backend.clear`."""
-        with self._timeline.operation(Stream.STEPS, self._arena.chunks_of(blocks)):
+        with self._timeline.operation(DeviceStream.STEPS, self._arena.chunks_of(blocks)):
             self._arena.clear(blocks)
 
-    def _run(self, filled: Filled, shape: Shape, logits: torch.Tensor) -> None:
+    def _run(self, filled: Filled, shape: LaunchShape, logits: torch.Tensor) -> None:
         def operations() -> None:
             self._forward.enqueue(filled, shape, logits)
             # A sum is finite only if every term is.

@@ -19,8 +19,6 @@ import torch.distributed as dist
 
 from veneer_server.backends.parallel.peers import GroupPeers, Peers
 
-__all__ = ["CudaDevice", "Device", "Event", "Graph", "matmul", "open_device"]
-
 
 class Event(Protocol):
     """A point in a stream: after all that was enqueued before it was recorded."""

@@ -8,9 +8,7 @@ import torch
 
 from veneer_server.backends.cuda.device import Device
 from veneer_server.backends.cuda.sampling.draw import draw, given
-from veneer_server.step.choice import Choice
-
-__all__ = ["CudaDraws"]
+from veneer_server.step.choice import TokenChoice
 
 
 class CudaDraws:
@@ -32,7 +30,7 @@ class CudaDraws:
         self._there = {n: device.empty(*s, dtype=kind) for n, (s, kind) in shapes.items()}
         self._here = {n: device.pinned(*s, dtype=kind) for n, (s, kind) in shapes.items()}
 
-    def tokens(self, logits: torch.Tensor, choices: Sequence[Choice]) -> list[int | None]:
+    def tokens(self, logits: torch.Tensor, choices: Sequence[TokenChoice]) -> list[int | None]:
         """See `Draws.tokens`."""
         found: list[int | None] = []
         for begin in range(0, len(choices), len(self._logits)):
@@ -44,7 +42,7 @@ class CudaDraws:
         """See `Draws.log_sums`."""
         return torch.logsumexp(logits, dim=-1)
 
-    def _tokens(self, logits: torch.Tensor, choices: Sequence[Choice]) -> list[int | None]:
+    def _tokens(self, logits: torch.Tensor, choices: Sequence[TokenChoice]) -> list[int | None]:
         count = len(choices)
         here = {name: pinned[:count] for name, pinned in self._here.items()}
         there = {name: tensor[:count] for name, tensor in self._there.items()}

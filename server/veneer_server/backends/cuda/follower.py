@@ -28,13 +28,11 @@ from veneer_registry.errors import VeneerError
 
 from veneer_server import logs
 from veneer_server.backends.cuda import chosen
-from veneer_server.backends.parallel.leading import Decoder, Leading, Link, follow
+from veneer_server.backends.parallel.leading import Leading, MemberLink, PartDecoder, follow
 from veneer_server.backends.parallel.peers import Member, Peers
 from veneer_server.backends.parallel.sharding import Shard
 from veneer_server.models.config import read_decoder_config
 from veneer_server.wire.messages import EngineConfig
-
-__all__ = ["lead"]
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +59,7 @@ def lead(
     config: EngineConfig,
     num_blocks: int,
     join: Callable[[str, int, int], Peers],
-    build: Callable[[Member], Decoder],
+    build: Callable[[Member], PartDecoder],
     *,
     module: str = "",
     lost: Callable[[int], Any] = lambda _status: os._exit(_LOST),
@@ -101,14 +99,14 @@ def _member(config: EngineConfig, index: int, peers: Peers) -> Member:
     return Member(Shard(index, config.tensor_parallel), whole, peers)
 
 
-def _start(module: str) -> tuple[Link, subprocess.Popen[bytes]]:
+def _start(module: str) -> tuple[MemberLink, subprocess.Popen[bytes]]:
     steps, their_steps = Pipe()
     copies, their_copies = Pipe()
     theirs = their_steps.fileno(), their_copies.fileno()
     process = subprocess.Popen(child_python("-m", module, *map(str, theirs)), pass_fds=theirs)
     their_steps.close()
     their_copies.close()
-    return Link(steps, copies), process
+    return MemberLink(steps, copies), process
 
 
 def _watch(process: subprocess.Popen[bytes], index: int, lost: Callable[[int], Any]) -> None:
@@ -117,7 +115,7 @@ def _watch(process: subprocess.Popen[bytes], index: int, lost: Callable[[int], A
         lost(status)
 
 
-def _answers(links: list[Link]) -> None:
+def _answers(links: list[MemberLink]) -> None:
     """Wait until each follower has gone one step further."""
     for index, link in enumerate(links, 1):
         try:
@@ -129,18 +127,18 @@ def _answers(links: list[Link]) -> None:
             raise chosen.CudaUnavailable(f"card {index}: {why}")
 
 
-def _close(links: list[Link]) -> None:
+def _close(links: list[MemberLink]) -> None:
     for link in links:
         link.close()
 
 
-def _end(links: list[Link], folder: tempfile.TemporaryDirectory[str]) -> None:
+def _end(links: list[MemberLink], folder: tempfile.TemporaryDirectory[str]) -> None:
     # The group of processes may use its file as long as it lives.
     _close(links)
     folder.cleanup()
 
 
-def run(link: Link, ended: Callable[[], Any]) -> None:
+def run(link: MemberLink, ended: Callable[[], Any]) -> None:
     """A follower: build the decoder, then do what the leader says."""
     given: _Given = link.steps.recv()
     config, index, count = given.config, given.index, given.config.tensor_parallel
@@ -169,7 +167,7 @@ def main(ended: Callable[[], Any] = lambda: os._exit(0)) -> None:
     """Entry point: the two connections' descriptors are its arguments."""
     steps, copies = (Connection(int(descriptor)) for descriptor in sys.argv[1:])
     with contextlib.suppress(EOFError):  # the leader is gone
-        run(Link(steps, copies), ended)
+        run(MemberLink(steps, copies), ended)
 
 
 if __name__ == "__main__":

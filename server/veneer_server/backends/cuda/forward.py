@@ -9,11 +9,11 @@ import torch
 
 from veneer_server.backends.cuda.attention import decode, prefill
 from veneer_server.backends.cuda.device import Device
-from veneer_server.backends.cuda.inputs import Filled, Shape
+from veneer_server.backends.cuda.inputs import Filled, LaunchShape
 from veneer_server.backends.cuda.linears import CudaLinear, DenseLinear, Scratch
 from veneer_server.backends.cuda.lora import panels as lora_panels
 from veneer_server.backends.cuda.lora import rows as lora_rows
-from veneer_server.backends.cuda.lora.tables import AdapterPlaces, column_table
+from veneer_server.backends.cuda.lora.tables import AdapterSlots, column_table
 from veneer_server.backends.cuda.memory.arena import Arena
 from veneer_server.backends.cuda.pointwise.gate import gate
 from veneer_server.backends.cuda.pointwise.norm import normalize
@@ -21,8 +21,6 @@ from veneer_server.backends.cuda.pointwise.rotary import place
 from veneer_server.backends.parallel.peers import Peers
 from veneer_server.models.loader import DecoderWeights
 from veneer_server.step.layout import MEMBERS, Group
-
-__all__ = ["Forward"]
 
 ATTENTION_SCRATCH: Final = 1 << 26
 """Numbers for the pieces of contexts: 256 MB. Sequences that need more take turns."""
@@ -61,7 +59,7 @@ class Forward:
         device: Device,
         weights: DecoderWeights,
         arena: Arena,
-        places: list[list[AdapterPlaces]],
+        places: list[list[AdapterSlots]],
         *,
         rows: int,
         decodes: int,
@@ -125,7 +123,7 @@ class Forward:
             for layer in weights.layers
         ]
 
-    def enqueue(self, step: Filled, shape: Shape, logits: torch.Tensor) -> None:
+    def enqueue(self, step: Filled, shape: LaunchShape, logits: torch.Tensor) -> None:
         """All of a step. ``logits`` [logits, vocab] float32 is written to."""
         call, weights = self._device.call, self._weights
         rows = shape.bucket.rows
@@ -172,7 +170,7 @@ class Forward:
     ) -> None:
         self._device.call(normalize, hidden, added, weight, out, self._config.rms_norm_eps)
 
-    def _attention(self, index: int, x: torch.Tensor, step: Filled, shape: Shape) -> None:
+    def _attention(self, index: int, x: torch.Tensor, step: Filled, shape: LaunchShape) -> None:
         call, config = self._device.call, self._config
         rows = len(x)
         qkv = self._qkv[:rows]
@@ -180,8 +178,16 @@ class Forward:
         query, attended = self._query[:rows], self._attended[:rows]
         keys, values = self._arena.keys[index], self._arena.values[index]
         call(
-            *(place, qkv.view(rows, -1, config.head_dim), step.positions, step.slots),
-            *(self._turns, self._norms[index], query, keys, values, config.rms_norm_eps),
+            place,
+            qkv.view(rows, -1, config.head_dim),
+            step.positions,
+            step.slots,
+            self._turns,
+            self._norms[index],
+            query,
+            keys,
+            values,
+            config.rms_norm_eps,
         )
         how = {"scale": self._scale, "window": config.windows[index], "cap": 0.0}
         if shape.decodes:
@@ -199,8 +205,13 @@ class Forward:
                 sums = self._sums[: (end - begin) * each * config.head_dim]
                 weighed = self._weighed[: (end - begin) * each * 2]
                 call(
-                    *(decode.attend, asked[begin:end], keys, values, step.tables[begin:end]),
-                    *(step.contexts[begin:end], None),
+                    decode.attend,
+                    asked[begin:end],
+                    keys,
+                    values,
+                    step.tables[begin:end],
+                    step.contexts[begin:end],
+                    None,
                     sums.view(end - begin, heads, pieces, config.head_dim),
                     weighed.view(end - begin, heads, pieces, 2),
                     answered[begin:end],
@@ -210,7 +221,14 @@ class Forward:
                 call(torch.Tensor.index_copy_, attended, 0, step.decoding, answered)
         if shape.tiles:
             call(
-                *(prefill.attend, query, keys, values, step.tables, step.tiles, None, attended),
+                prefill.attend,
+                query,
+                keys,
+                values,
+                step.tables,
+                step.tiles,
+                None,
+                attended,
                 **how,
             )
 
@@ -233,13 +251,25 @@ class Forward:
             parts, width = lora_rows.splits(adapters.fan_in), memory.many.shape[1]
             few = memory.few[: parts * len(x) * width].view(parts, len(x), width)
             device.call(
-                *(lora_rows.add_rows, x, y, numbers, step.few, adapters),
-                *(memory.few_columns, few),
+                lora_rows.add_rows,
+                x,
+                y,
+                numbers,
+                step.few,
+                adapters,
+                memory.few_columns,
+                few,
             )
         if len(step.many):
             device.call(
-                *(lora_panels.add_panels, x, y, numbers, step.many, adapters),
-                *(memory.many_columns, memory.many[: len(x)]),
+                lora_panels.add_panels,
+                x,
+                y,
+                numbers,
+                step.many,
+                adapters,
+                memory.many_columns,
+                memory.many[: len(x)],
             )
 
     def _lora_memory(self, group: Group, most: int, rows: int) -> _Lora:

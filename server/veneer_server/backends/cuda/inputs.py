@@ -16,20 +16,18 @@ import torch
 from numpy.typing import NDArray
 
 from veneer_server.backends.cuda.attention import decode, prefill
-from veneer_server.backends.cuda.buckets import Bucket, Sizes, pieces_for, rows_for
+from veneer_server.backends.cuda.buckets import LaunchBucket, Sizes, pieces_for, rows_for
 from veneer_server.backends.cuda.device import Device
 from veneer_server.backends.cuda.linears import PANEL, padded
 from veneer_server.backends.cuda.lora import panels as lora_panels
 from veneer_server.backends.cuda.lora import rows as lora_rows
 from veneer_server.step.arrays import StepArrays
 
-__all__ = ["Filled", "Inputs", "Shape"]
-
 SETS: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class LaunchShape:
     """What a step's launches depend on, apart from numbers in device memory.
 
     Attributes:
@@ -43,7 +41,7 @@ class Shape:
         logits: rows of logits, padded.
     """
 
-    bucket: Bucket
+    bucket: LaunchBucket
     graph: bool
     decodes: int
     tiles: int
@@ -81,7 +79,7 @@ class Filled:
     logit_rows: torch.Tensor
 
 
-class Inputs:
+class StaticInputs:
     """The static arrays.
 
     Args:
@@ -126,7 +124,7 @@ class Inputs:
         self.current = (self.current + 1) % SETS
         return self.current
 
-    def shape(self, step: StepArrays, segments: list[tuple[int, int, int]]) -> Shape:
+    def shape(self, step: StepArrays, segments: list[tuple[int, int, int]]) -> LaunchShape:
         """The shape of a step; ``segments`` as for `fill`."""
         counts = np.diff(step.row_starts)
         rows, longest = len(step.tokens), int(step.contexts.max())
@@ -137,8 +135,8 @@ class Inputs:
         decodes = int(alone.sum())
         pieces = decode.splits(int(step.contexts[alone].max())) if decodes else 0
         few, many = self._cut(step, segments)
-        return Shape(
-            Bucket(up(rows_for(rows)), pieces, bool(segments)),
+        return LaunchShape(
+            LaunchBucket(up(rows_for(rows)), pieces, bool(segments)),
             False,
             decodes,
             int((-(-counts[~alone] // prefill.ROWS)).sum()),
@@ -148,7 +146,7 @@ class Inputs:
             up(rows_for(len(step.logit_rows))),
         )
 
-    def decoding(self) -> Iterator[Shape]:
+    def decoding(self) -> Iterator[LaunchShape]:
         """The shapes of all steps that only decode: one for each graph."""
         most = decode.splits(self._sizes.context)
         sizes = {self._up(rows_for(n + 1)) for n in range(self._sizes.sequences)}
@@ -156,7 +154,7 @@ class Inputs:
         for rows, pieces, adapters in product(sorted(sizes), sorted(lengths), (False, True)):
             yield self._decoding(rows, pieces, adapters=adapters)
 
-    def mixed(self) -> Iterator[Shape]:
+    def mixed(self) -> Iterator[LaunchShape]:
         """Shapes of steps with prompts, one for each way that Triton compiles the kernels."""
         sizes = sorted({self._up(rows_for(n + 1)) for n in range(self._sizes.rows)})
         few = _kinds(size for size in sizes if size <= PANEL)
@@ -167,21 +165,23 @@ class Inputs:
         # No kernel gets the rows and one of the others.
         for rows, table in zip_longest(few + many, tables):
             pieces, width = table or tables[-1]
-            bucket = Bucket(rows or few[0], pieces, True)
+            bucket = LaunchBucket(rows or few[0], pieces, True)
             alone = 0 if self._exact else 1
-            yield Shape(bucket, False, alone, 1, 1, alone, width, self._up(1))
+            yield LaunchShape(bucket, False, alone, 1, 1, alone, width, self._up(1))
 
     def _up(self, rows: int) -> int:
         """Rows of the launches for so many of a bucket."""
         return min(padded(rows) if self._exact else rows, self.rows)
 
-    def _decoding(self, rows: int, pieces: int, *, adapters: bool) -> Shape:
+    def _decoding(self, rows: int, pieces: int, *, adapters: bool) -> LaunchShape:
         size = self._up(rows_for(rows))
         pieces = min(pieces_for(pieces), decode.splits(self._sizes.context))
         width = pieces * decode.SPLIT // self._block_size
         tiles, decodes = (size, 0) if self._exact else (0, size)
-        bucket = Bucket(size, pieces, adapters)
-        return Shape(bucket, True, decodes, tiles, size if adapters else 0, 0, width, size)
+        bucket = LaunchBucket(size, pieces, adapters)
+        return LaunchShape(
+            bucket, True, decodes, tiles, size if adapters else 0, 0, width, size
+        )
 
     def fill(
         self,
@@ -189,7 +189,7 @@ class Inputs:
         slots: NDArray[np.int64],
         tables: NDArray[np.int64],
         segments: list[tuple[int, int, int]],
-        shape: Shape,
+        shape: LaunchShape,
     ) -> Filled:
         """Write a step's arrays to the set of `turn`, and enqueue their copies.
 

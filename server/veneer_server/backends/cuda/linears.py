@@ -28,11 +28,6 @@ from veneer_server.backends.cuda.nf4.packing import PackedNf4
 from veneer_server.models.config import Quantization
 from veneer_server.models.linear import stack_biases
 
-__all__ = [
-    *("PANEL", "CudaLinear", "DenseLinear", "PackedLinear", "Scratch"),
-    *("fuse", "linear_of", "padded"),
-]
-
 PANEL: Final = 64
 """Most rows that the kernel for few rows multiplies at once, and all that a cuBLAS call
 multiplies in exact mode."""
@@ -193,12 +188,18 @@ class _Format:
 
 _FORMATS: Final = {
     PackedNf4: _Format(
-        *(nf4_rows.splits, nf4_rows.multiply, nf4_panels.expand),
-        *(nf4_shards.of_outputs, nf4_shards.of_inputs),
+        nf4_rows.splits,
+        nf4_rows.multiply,
+        nf4_panels.expand,
+        nf4_shards.of_outputs,
+        nf4_shards.of_inputs,
     ),
     PackedFp8: _Format(
-        *(fp8_rows.splits, fp8_rows.multiply, fp8_panels.expand),
-        *(fp8_shards.of_outputs, fp8_shards.of_inputs),
+        fp8_rows.splits,
+        fp8_rows.multiply,
+        fp8_panels.expand,
+        fp8_shards.of_outputs,
+        fp8_shards.of_inputs,
     ),
 }
 
@@ -254,7 +255,11 @@ class PackedLinear:
             shape = (parts, len(few), self.out_features)
             partials = scratch.partials[: parts * len(few) * self.out_features].view(shape)
             device.call(
-                *(self._format.multiply, few, self.weight, self.bias, partials),
+                self._format.multiply,
+                few,
+                self.weight,
+                self.bias,
+                partials,
                 y[begin : begin + PANEL],
             )
 

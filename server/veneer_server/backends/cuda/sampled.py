@@ -18,12 +18,10 @@ from veneer_server.backends.cuda.inputs import SETS
 from veneer_server.backends.cuda.sampling.draw import draw, given
 from veneer_server.backends.cuda.sampling.logprobs import TOPS, logprobs
 from veneer_server.step.ahead import Sampled, Submitted
-from veneer_server.step.choice import Choice
-
-__all__ = ["Sampling"]
+from veneer_server.step.choice import TokenChoice
 
 
-class Sampling:
+class SampledRows:
     """Static memory for at most so many ``rows`` of logits, and ``sequences`` whose logits the
     host gets."""
 
@@ -85,7 +83,7 @@ class Sampling:
         self,
         turn: int,
         logits: torch.Tensor,
-        choices: Sequence[Choice],
+        choices: Sequence[TokenChoice],
         tops: Sequence[int],
         scored: Sequence[int] = (),
     ) -> None:

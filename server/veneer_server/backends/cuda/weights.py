@@ -16,11 +16,9 @@ from veneer_server.backends.cuda.linears import CudaLinear, fuse
 from veneer_server.backends.parallel.sharding import Shard, divided_inputs
 from veneer_server.backends.parallel.weights import output_ranges, shard_weights
 from veneer_server.models.config import DecoderConfig, Quantization, read_decoder_config
-from veneer_server.models.linear import Linear
+from veneer_server.models.linear import ServedLinear
 from veneer_server.models.loader import DecoderWeights, LayerWeights, load_weights
 from veneer_server.step.layout import MEMBERS, Group
-
-__all__ = ["keep", "load"]
 
 
 def load(
@@ -67,7 +65,7 @@ def keep(device: Device, made: DecoderWeights) -> DecoderWeights:
     def norm(weight: torch.Tensor | None) -> torch.Tensor | None:
         return None if weight is None else device.keep(weight)
 
-    def linear(found: Linear) -> Linear:
+    def linear(found: ServedLinear) -> ServedLinear:
         return _as_linear(cast(CudaLinear, found).kept(device))
 
     layers = tuple(
@@ -95,11 +93,15 @@ def keep(device: Device, made: DecoderWeights) -> DecoderWeights:
     )
 
 
-def _fuse(modules: Sequence[Any], dtype: torch.dtype, quantization: Quantization) -> Linear:
+def _fuse(
+    modules: Sequence[Any], dtype: torch.dtype, quantization: Quantization
+) -> ServedLinear:
     return _as_linear(fuse(modules, dtype, quantization))
 
 
-def _cut(linear: Linear, group: Group, config: DecoderConfig, shard: Shard) -> Linear:
+def _cut(
+    linear: ServedLinear, group: Group, config: DecoderConfig, shard: Shard
+) -> ServedLinear:
     """See `parallel.weights.Cut`."""
     whole = cast(CudaLinear, linear)
     first = MEMBERS[group][0]
@@ -113,6 +115,6 @@ def _cut(linear: Linear, group: Group, config: DecoderConfig, shard: Shard) -> L
     return _as_linear(whole.part(ranges, inputs, bias))
 
 
-def _as_linear(linear: CudaLinear) -> Linear:
+def _as_linear(linear: CudaLinear) -> ServedLinear:
     """Nothing but the decoder for CUDA, which knows, calls the linears of these weights."""
-    return cast(Linear, linear)
+    return cast(ServedLinear, linear)

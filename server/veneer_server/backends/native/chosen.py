@@ -21,8 +21,6 @@ from veneer_server.backends.native.compiler import (
 )
 from veneer_server.backends.native.forms import FORMS, digest_sources
 
-__all__ = ["Found", "find_library"]
-
 PREBUILT: Final = Path(__file__).with_name("prebuilt")
 """Exists in a wheel for Linux on x86-64 or ARM, but not in a clone."""
 
@@ -30,7 +28,7 @@ _FIX: Final = "install Veneer's wheel again, as this user or root, with umask 02
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class UsableLibrary:
     """A library that runs here.
 
     Attributes:
@@ -41,7 +39,7 @@ class Found:
     why_prebuilt: str = ""
 
 
-def find_library(cache_dir: Path, instructions: str = "auto") -> Found:
+def find_library(cache_dir: Path, instructions: str = "auto") -> UsableLibrary:
     """The library from `build`, or else a prebuilt one, tried in a separate process.
 
     Args:
@@ -53,11 +51,11 @@ def find_library(cache_dir: Path, instructions: str = "auto") -> Found:
     flags = cpu_flags()
     check_instructions(flags, instructions)
     try:
-        return Found(build(cache_dir, instructions))
+        return UsableLibrary(build(cache_dir, instructions))
     except NativeUnavailable as reason:
         why = reason
     try:
-        return Found(_prebuilt(flags, instructions), str(why))
+        return UsableLibrary(_prebuilt(flags, instructions), str(why))
     except NativeUnavailable as reason:
         raise NativeUnavailable(f"{why}; {reason}") from why
 
@@ -85,7 +83,7 @@ def _prebuilt_form(name: str) -> Path:
         raise NativeUnavailable(f"no prebuilt kernels for {name} are installed")
     try:
         kept.check_folder(PREBUILT)
-    except (kept.Refused, OSError) as reason:
+    except (kept.FileRefused, OSError) as reason:
         raise NativeUnavailable(
             f"prebuilt kernels in {PREBUILT} not loaded: {reason}; {_FIX}"
         ) from None

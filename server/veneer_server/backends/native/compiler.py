@@ -40,15 +40,6 @@ from veneer_server.backends.native.forms import (
 )
 from veneer_server.progress import stage
 
-__all__ = [
-    "NativeUnavailable",
-    "NotPermitted",
-    "build",
-    "check_instructions",
-    "cpu_flags",
-    "try_out",
-]
-
 log = logging.getLogger(__name__)
 
 COMPILE_SECONDS: Final = 900.0
@@ -232,7 +223,7 @@ def _compile(command: list[str], source: Path, places: Iterable[Path], key: str)
                 draft = folder / "library.so"
                 _run([*command, "-o", str(draft), str(source)], folder)
                 made = kept.keep(place, key, draft)
-        except (OSError, kept.Refused) as error:
+        except (OSError, kept.FileRefused) as error:
             why = error
             log.warning("compiled kernels cannot be saved in %s: %s", place, error)
             continue
@@ -293,7 +284,7 @@ def try_out(file: Path, fix: str = "") -> str:
     fix = fix or f"remove {file} to recompile it, or use --backend torch"
     try:
         fd = kept.open_checked(file)
-    except (kept.Refused, OSError) as reason:
+    except (kept.FileRefused, OSError) as reason:
         raise NativeUnavailable(
             f"the {made} kernels {file} are not loaded: {reason}; {fix}"
         ) from None

@@ -33,8 +33,6 @@ from veneer_server.step.adapter_table import AdapterTable
 from veneer_server.step.arrays import StepArrays
 from veneer_server.step.layout import Group
 
-__all__ = ["NativeDecoder", "check"]
-
 _RUN = 16
 """Tokens stored together in the cache."""
 

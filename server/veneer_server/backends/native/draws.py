@@ -8,17 +8,22 @@ from typing import Final
 import torch
 
 from veneer_server.backends.native.library import Library, SampleRow, address
-from veneer_server.step.choice import Choice
+from veneer_server.step.choice import TokenChoice
 from veneer_server.wire.messages import SamplingParams
-
-__all__ = ["NativeDraws"]
 
 _SAME: Final = tuple(
     name
     for name in SamplingParams.__struct_fields__
     if hasattr(SampleRow, name) and name != "seed"  # truncated to 64 bits
 )
-"""Options that are passed on as they are; bias and penalties are already in the logits."""
+"""Options that are passed on as they are."""
+_IN_LOGITS: Final = frozenset(
+    {"repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias"}
+)
+"""Options that have changed the logits before."""
+assert {*_SAME, "seed", *_IN_LOGITS} == {*SamplingParams.__struct_fields__}, (
+    "an option that the kernels do not have would be ignored"
+)
 
 
 class NativeDraws:
@@ -33,7 +38,7 @@ class NativeDraws:
         self._library = library
         self.engine = engine
 
-    def tokens(self, logits: torch.Tensor, choices: Sequence[Choice]) -> list[int | None]:
+    def tokens(self, logits: torch.Tensor, choices: Sequence[TokenChoice]) -> list[int | None]:
         """See `Draws.tokens`."""
         logits = logits.contiguous()
         start, row = logits.data_ptr(), logits.stride(0) * logits.itemsize

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 
 from veneer_server.backends.native.library import Library, Model
 
-__all__ = ["NativeEngine"]
-
 
 class NativeEngine:
     """Threads that execute the steps of a model. A model may have several, used in turn.

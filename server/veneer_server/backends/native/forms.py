@@ -16,29 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-__all__ = [
-    "AMX",
-    "AVX2",
-    "AVX512",
-    "FLAGS",
-    "FORMS",
-    "HEX",
-    "NEON",
-    "NEON_BF16",
-    "PLATFORM",
-    "SOFTWARE_MATRIX",
-    "SYMBOLS",
-    "Form",
-    "best_form",
-    "compile_forms",
-    "digest_sources",
-    "forms_of",
-    "knows",
-    "symbol_versions",
-    "target",
-    "too_new",
-]
-
 FLAGS: Final = (
     *("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno"),
     # Multiplications may be fused with additions, as in the reference; nothing else is
@@ -48,7 +25,7 @@ FLAGS: Final = (
 
 
 @dataclass(frozen=True)
-class Form:
+class InstructionSet:
     """One instruction set.
 
     Attributes:
@@ -64,22 +41,24 @@ class Form:
     machine: str = "x86_64"
 
 
-AVX2: Final = Form("avx2", ("-mavx2", "-mfma", "-mf16c"), frozenset({"avx2", "fma", "f16c"}))
-AVX512: Final = Form(
+AVX2: Final = InstructionSet(
+    "avx2", ("-mavx2", "-mfma", "-mf16c"), frozenset({"avx2", "fma", "f16c"})
+)
+AVX512: Final = InstructionSet(
     "avx512-bf16",
     ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni"),
     AVX2.needs
     | {"bmi1", "bmi2", "abm", "movbe"}
     | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"},
 )
-AMX: Final = Form(
+AMX: Final = InstructionSet(
     "amx-bf16",
     (*AVX512.flags, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
     AVX512.needs | {"amx_tile", "amx_bf16", "amx_int8"},
 )
-NEON: Final = Form("neon", ("-march=armv8-a",), frozenset({"fp", "asimd"}), "aarch64")
+NEON: Final = InstructionSet("neon", ("-march=armv8-a",), frozenset({"fp", "asimd"}), "aarch64")
 """Every 64-bit ARM CPU: Graviton 2, Raspberry Pi."""
-NEON_BF16: Final = Form(
+NEON_BF16: Final = InstructionSet(
     "neon-bf16",
     ("-march=armv8.2-a+bf16",),
     NEON.needs | {"crc32", "atomics", "asimdrdm", "bf16"},
@@ -89,7 +68,7 @@ NEON_BF16: Final = Form(
 FORMS: Final = (AMX, AVX512, AVX2, NEON_BF16, NEON)
 """Of each architecture the fastest one first, and last the one that every compiler knows."""
 
-SOFTWARE_MATRIX: Final = Form(
+SOFTWARE_MATRIX: Final = InstructionSet(
     "software-matrix", (*AVX2.flags, "-DVENEER_SOFTWARE_MATRIX"), AVX2.needs
 )
 """For tests: the kernels for matrix registers on any CPU. No wheel contains it."""
@@ -120,12 +99,12 @@ def digest_sources(folder: Path) -> str:
     return digest.hexdigest()[:HEX]
 
 
-def best_form(flags: frozenset[str]) -> Form | None:
+def best_form(flags: frozenset[str]) -> InstructionSet | None:
     """The fastest form for a CPU with these features; None: there are no kernels for it."""
     return next((form for form in FORMS if form.needs <= flags), None)
 
 
-def forms_of(machine: str) -> list[Form]:
+def forms_of(machine: str) -> list[InstructionSet]:
     """The forms for an architecture, the fastest one first."""
     return [form for form in FORMS if form.machine == machine]
 
@@ -171,7 +150,7 @@ def compile_forms(command: Sequence[str], sources: Path, out: Path) -> list[Path
     return made
 
 
-def knows(command: Sequence[str], form: Form) -> bool:
+def knows(command: Sequence[str], form: InstructionSet) -> bool:
     """Whether the compiler takes a form's flags. Those of an architecture's last form it must
     take: if it does not, compiling fails and says why."""
     asked = [*command, *form.flags, "-E", "-x", "c++", os.devnull]

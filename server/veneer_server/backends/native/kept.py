@@ -27,18 +27,6 @@ from veneer_registry.disk import sync
 from veneer_server.backends.native.forms import HEX
 from veneer_server.system.disk import make_private, remove, staged
 
-__all__ = [
-    "Refused",
-    "check_folder",
-    "discard",
-    "find",
-    "keep",
-    "open_checked",
-    "open_own",
-    "places",
-    "scratch",
-]
-
 log = logging.getLogger(__name__)
 
 _NAME: Final = re.compile(rf"[0-9a-f]{{{HEX}}}-[0-9a-f]{{{HEX}}}\.so")
@@ -46,7 +34,7 @@ _NAME: Final = re.compile(rf"[0-9a-f]{{{HEX}}}-[0-9a-f]{{{HEX}}}\.so")
 _OTHERS: Final = stat.S_IWGRP | stat.S_IWOTH
 
 
-class Refused(Exception):
+class FileRefused(Exception):
     """Why a file or folder is not used, in words for an operator."""
 
 
@@ -64,14 +52,14 @@ def find(place: Path, key: str) -> Path | None:
         if not files:
             return None
         check_folder(place)
-    except (Refused, OSError) as reason:
+    except (FileRefused, OSError) as reason:
         log.warning("not loading compiled kernels from %s: %s", place, reason)
         return None
     for file in files:
         try:
             os.close(open_checked(file))
             return file
-        except (Refused, OSError) as reason:
+        except (FileRefused, OSError) as reason:
             log.warning("not loading the compiled kernels %s: %s", file, reason)
             discard(file)
     return None
@@ -123,7 +111,7 @@ def open_checked(file: Path) -> int:
         with open(fd, "rb", closefd=False) as opened:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
         if digest[:HEX] != file.stem.rpartition("-")[2]:
-            raise Refused("it is damaged: its content does not match its name")
+            raise FileRefused("it is damaged: its content does not match its name")
     except BaseException:
         os.close(fd)
         raise
@@ -153,12 +141,12 @@ def check_folder(place: Path) -> None:
 
 def _check(found: os.stat_result, is_kind: Callable[[int], bool], kind: str) -> None:
     if not is_kind(found.st_mode):
-        raise Refused(f"it is not {kind}")
+        raise FileRefused(f"it is not {kind}")
     if found.st_uid not in (0, os.geteuid()):
-        raise Refused(f"it belongs to user {found.st_uid}, not to this user or root")
+        raise FileRefused(f"it belongs to user {found.st_uid}, not to this user or root")
     group = found.st_mode & stat.S_IWGRP and not _is_private(found.st_gid, found.st_uid)
     if group or found.st_mode & stat.S_IWOTH:
-        raise Refused(f"others can write to it (mode {stat.S_IMODE(found.st_mode):04o})")
+        raise FileRefused(f"others can write to it (mode {stat.S_IMODE(found.st_mode):04o})")
 
 
 def _is_private(group: int, user: int) -> bool:

@@ -159,7 +159,7 @@ class Library:
             # not see the same name for two of them.
             self.fd = kept.open_checked(file)
             self.functions = functions = ctypes.CDLL(f"/proc/self/fd/{self.fd}")
-        except (OSError, kept.Refused) as error:
+        except (OSError, kept.FileRefused) as error:
             raise NativeUnavailable(
                 f"the compiled kernels cannot be loaded: {error}"
             ) from error

@@ -23,11 +23,6 @@ from veneer_server.models.checkpoint.code_books import NF4
 from veneer_server.models.linear import Expanded, stack_biases, stack_four_bit
 from veneer_server.models.packed import row_slices, rows_of
 
-__all__ = [
-    *("NativeLinear", "by_turns", "fuse", "pack_dense", "parts_of", "table_bits"),
-    "table_bytes",
-]
-
 _TILE = 32
 _TOGETHER = 64
 """Consecutive outputs of one part, where two parts are interleaved."""

@@ -19,21 +19,6 @@ from ctypes import (
 )
 from typing import Any, ClassVar, Final
 
-__all__ = [
-    "STRUCTS",
-    "Field",
-    "Layer",
-    "Linear",
-    "LoraAdapter",
-    "LoraGroup",
-    "LoraMember",
-    "Model",
-    "SampleRow",
-    "Segment",
-    "Step",
-    "mismatch",
-]
-
 _Fields = Sequence[tuple[str, Any]]
 
 

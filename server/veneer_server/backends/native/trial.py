@@ -25,7 +25,7 @@ _LINE: Final = 64
 """Bytes of a cache line, to which weights are aligned."""
 
 
-class Linear(ctypes.Structure):
+class TrialLinear(ctypes.Structure):
     """As `veneer_server.backends.native.structs` has it."""
 
     _fields_: ClassVar[Any] = [
@@ -42,8 +42,8 @@ class Linear(ctypes.Structure):
     ]
 
 
-class Field(ctypes.Structure):
-    """As `veneer_server.backends.native.structs` has it; the first row is of `Linear`."""
+class TrialField(ctypes.Structure):
+    """As `veneer_server.backends.native.structs` has it; the first row is of `TrialLinear`."""
 
     _fields_: ClassVar[Any] = [
         ("struct", c_char_p),
@@ -69,9 +69,9 @@ def weight(kind: int, output: int, place: int) -> int:
 def main(descriptor: int) -> None:
     """See the module."""
     library = ctypes.CDLL(f"/proc/self/fd/{descriptor}")
-    library.veneer_fields.restype = ctypes.POINTER(Field)
+    library.veneer_fields.restype = ctypes.POINTER(TrialField)
     first = library.veneer_fields()[0]
-    if (first.struct, first.size) != (b"Linear", ctypes.sizeof(Linear)):
+    if (first.struct, first.size) != (b"Linear", ctypes.sizeof(TrialLinear)):
         raise SystemExit("the library expects a different struct Linear")
     if not library.veneer_permit():
         raise SystemExit(NOT_PERMITTED)
@@ -122,7 +122,9 @@ def product(
     begin = -ctypes.addressof(memory) % _LINE
     packed = c_void_p(ctypes.addressof(memory) + begin)
     shape = c_int32(OUTPUTS), c_int32(INPUTS)
-    linear = Linear(weights=packed.value, outputs=OUTPUTS, inputs=INPUTS, kind=kind, parts=1)
+    linear = TrialLinear(
+        weights=packed.value, outputs=OUTPUTS, inputs=INPUTS, kind=kind, parts=1
+    )
     linear.int8_inputs, linear.unit = int(int8), 1.0
     if kind == FOUR_BIT:
         # The earlier of two neighbours is in the high half. Code n is (n - 7) / 2, scaled by 2.

@@ -9,8 +9,6 @@ from veneer_server.models.config import DecoderConfig
 from veneer_server.step.adapter_table import AdapterTable
 from veneer_server.step.layout import Layout
 
-__all__ = ["cut_layout", "cut_run", "shard_adapter"]
-
 
 def shard_adapter(
     layout: Layout, run: torch.Tensor, config: DecoderConfig, shard: Shard

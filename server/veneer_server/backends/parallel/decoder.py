@@ -8,11 +8,9 @@ from veneer_server.backends.parallel.peers import Peers
 from veneer_server.backends.torch.attention import KvCache
 from veneer_server.backends.torch.decoder import Decoder
 from veneer_server.backends.torch.lora import LoraBatch
-from veneer_server.models.linear import Linear
+from veneer_server.models.linear import ServedLinear
 from veneer_server.models.loader import DecoderWeights
 from veneer_server.step.layout import Group
-
-__all__ = ["ParallelDecoder"]
 
 
 class ParallelDecoder(Decoder):
@@ -30,7 +28,12 @@ class ParallelDecoder(Decoder):
         self._peers = peers
 
     def _project(
-        self, linear: Linear, index: int, group: Group, x: torch.Tensor, lora: LoraBatch | None
+        self,
+        linear: ServedLinear,
+        index: int,
+        group: Group,
+        x: torch.Tensor,
+        lora: LoraBatch | None,
     ) -> torch.Tensor:
         y = super()._project(linear, index, group, x, lora)
         if group not in (Group.OUTPUT, Group.DOWN):

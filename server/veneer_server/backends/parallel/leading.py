@@ -25,14 +25,12 @@ from veneer_server.models.loader import DecoderWeights
 from veneer_server.step.adapter_table import AdapterTable
 from veneer_server.step.ahead import AheadBackend, Sampled, Submitted
 from veneer_server.step.arrays import Segment, StepArrays
-from veneer_server.step.choice import Choice
-from veneer_server.step.inbox import NoPlace
+from veneer_server.step.choice import TokenChoice
+from veneer_server.step.inbox import NoSlot
 from veneer_server.step.layout import Layout
 
-__all__ = ["Decoder", "Leading", "LeadingAdapters", "Link", "Places", "follow"]
 
-
-class Places(Protocol):
+class PartMemory(Protocol):
     """A process's memory for adapters."""
 
     def place(self, layout: Layout, run: torch.Tensor) -> AdapterTable:
@@ -45,7 +43,7 @@ class Places(Protocol):
         """See `adapters.memory.Placer`."""
 
 
-class Decoder(AheadBackend, Protocol):
+class PartDecoder(AheadBackend, Protocol):
     """What a process executes."""
 
     @property
@@ -53,7 +51,7 @@ class Decoder(AheadBackend, Protocol):
         """Its part of the base."""
 
     @property
-    def adapters(self) -> Places:
+    def adapters(self) -> PartMemory:
         """Its parts of adapters."""
 
     def prepare(self) -> int:
@@ -61,7 +59,7 @@ class Decoder(AheadBackend, Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
+class MemberLink:
     """The connections between the leader and one follower.
 
     Attributes:
@@ -84,9 +82,9 @@ _NUMBERS: Final = torch.int16
 
 
 class LeadingAdapters:
-    """`Places` of all processes. See `Leading`."""
+    """`PartMemory` of all processes. See `Leading`."""
 
-    def __init__(self, own: Places, links: Sequence[Link]) -> None:
+    def __init__(self, own: PartMemory, links: Sequence[MemberLink]) -> None:
         self._own, self._links = own, links
         self._count = itertools.count(1)
         self._numbers: weakref.WeakKeyDictionary[AdapterTable, int] = (
@@ -111,7 +109,7 @@ class LeadingAdapters:
             failed = error
         answers = [link.copies.recv() for link in self._links]
         # What others refuse although this one does not is a place: only their holes differ.
-        failed = failed or next((NoPlace(answer) for answer in answers if answer), None)
+        failed = failed or next((NoSlot(answer) for answer in answers if answer), None)
         if table is not None and failed is None:
             self._numbers[table] = number
             return table
@@ -124,11 +122,11 @@ class LeadingAdapters:
         raise failed
 
     def part(self, layout: Layout) -> int:
-        """See `Places.part`. All parts of an adapter have one size."""
+        """See `PartMemory.part`. All parts of an adapter have one size."""
         return self._own.part(layout)
 
     def release(self, table: AdapterTable) -> None:
-        """See `Places.release`."""
+        """See `PartMemory.release`."""
         number = self._numbers.pop(table)
         for link in self._links:
             link.steps.send(("release", number))
@@ -147,7 +145,7 @@ class Leading:
         weights: this process's part of the base.
     """
 
-    def __init__(self, decoder: Decoder, links: Sequence[Link]) -> None:
+    def __init__(self, decoder: PartDecoder, links: Sequence[MemberLink]) -> None:
         self._decoder, self._links = decoder, links
         self.weights = decoder.weights
         self.adapters = LeadingAdapters(decoder.adapters, links)
@@ -180,7 +178,7 @@ class Leading:
     def submit(
         self,
         step: StepArrays,
-        choices: Sequence[Choice],
+        choices: Sequence[TokenChoice],
         tops: Sequence[int],
         carried: Sequence[int] = (),
         handed: Sequence[int] = (),
@@ -206,19 +204,19 @@ class Leading:
             link.steps.send(what)
 
 
-class Follower:
+class PartMember:
     """Does what the leader says, by ``decoder``.
 
     Args:
         pinned: makes host memory [numbers] bfloat16 that adapters are copied from.
     """
 
-    def __init__(self, decoder: Decoder, pinned: Any) -> None:
+    def __init__(self, decoder: PartDecoder, pinned: Any) -> None:
         self._decoder, self._pinned = decoder, pinned
         self._tables: dict[int, AdapterTable] = {}
 
     def step(self, name: str, *given: Any) -> None:
-        """A message of `Link.steps`."""
+        """A message of `MemberLink.steps`."""
         match name, given:
             case "prepare", ():
                 self._decoder.prepare()
@@ -238,7 +236,7 @@ class Follower:
                 raise AssertionError(f"the leader says {name}")
 
     def copy(self, copies: Connection) -> None:
-        """Answers messages of `Link.copies`, until the leader closes it."""
+        """Answers messages of `MemberLink.copies`, until the leader closes it."""
         while True:
             try:
                 name, number, *given = copies.recv()
@@ -262,15 +260,15 @@ class Follower:
         return replace(step, segments=tuple(Segment(b, e, tables[n]) for b, e, n in segments))
 
 
-def follow(decoder: Decoder, link: Link, pinned: Any, ended: Any) -> None:
+def follow(decoder: PartDecoder, link: MemberLink, pinned: Any, ended: Any) -> None:
     """Do what the leader says. For a process of its own.
 
     Args:
-        pinned: see `Follower`.
+        pinned: see `PartMember`.
         ended: called in another thread when the leader has closed its connections or is gone.
             This thread may be in a sum that no process adds to any more.
     """
-    follower = Follower(decoder, pinned)
+    follower = PartMember(decoder, pinned)
     told: SimpleQueue[tuple[Any, ...]] = SimpleQueue()
 
     def listen() -> None:

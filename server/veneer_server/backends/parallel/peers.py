@@ -11,8 +11,6 @@ import torch.distributed as dist
 from veneer_server.backends.parallel.sharding import Shard
 from veneer_server.models.config import DecoderConfig
 
-__all__ = ["GroupPeers", "Member", "Peers"]
-
 
 class Peers(Protocol):
     """The processes that have the other parts."""

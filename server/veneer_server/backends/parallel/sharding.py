@@ -9,8 +9,6 @@ from veneer_registry.adapter import Projection
 
 from veneer_server.models.config import DecoderConfig, UnsupportedModel
 
-__all__ = ["Shard", "divided_inputs"]
-
 _BY_INPUT: Final = ("o_proj", "down_proj")
 BLOCK: Final = 64
 """Inputs that a quantized weight's scale is for: what is divided by input is cut between

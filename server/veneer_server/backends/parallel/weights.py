@@ -9,13 +9,11 @@ import torch
 
 from veneer_server.backends.parallel.sharding import Shard, divided_inputs
 from veneer_server.models.config import DecoderConfig
-from veneer_server.models.linear import Dense, Linear
+from veneer_server.models.linear import Dense, ServedLinear
 from veneer_server.models.loader import DecoderWeights
 from veneer_server.step.layout import MEMBERS, Group
 
-__all__ = ["Cut", "output_ranges", "shard_dense", "shard_weights"]
-
-Cut = Callable[[Linear, Group, DecoderConfig, Shard], Linear]
+Cut = Callable[[ServedLinear, Group, DecoderConfig, Shard], ServedLinear]
 """A process's part of a group's linear; given the whole model's config."""
 
 
@@ -30,7 +28,9 @@ def output_ranges(group: Group, config: DecoderConfig, shard: Shard) -> list[sli
     return found
 
 
-def shard_dense(linear: Linear, group: Group, config: DecoderConfig, shard: Shard) -> Linear:
+def shard_dense(
+    linear: ServedLinear, group: Group, config: DecoderConfig, shard: Shard
+) -> ServedLinear:
     """See `Cut`. A bias of what is divided by input is the first process's: it is added
     once."""
     assert isinstance(linear, Dense), "quantized bases are cut as they are packed"
@@ -55,7 +55,7 @@ def shard_weights(
     """
     config = weights.config
 
-    def part(linear: Linear, group: Group) -> Linear:
+    def part(linear: ServedLinear, group: Group) -> ServedLinear:
         return cut(linear, group, config, shard)
 
     layers = tuple(

@@ -18,9 +18,6 @@ from torch.nn import functional as F
 from veneer_server.backends.torch.threads import Threads
 from veneer_server.step.arrays import StepArrays
 
-__all__ = ["AttentionPlan", "KvCache", "attend"]
-
-
 GROUP_NUMBERS: Final = 120_000
 """Elements of K that take as long to read as the overhead of one more group of sequences:
 about 0.1 ms within a step (AVX512 CPU, bfloat16)."""

@@ -14,12 +14,10 @@ from torch.nn import functional as F
 from veneer_server.backends.torch.attention import AttentionPlan, KvCache, attend
 from veneer_server.backends.torch.lora import LoraBatch, LoraBuffers
 from veneer_server.backends.torch.threads import Threads
-from veneer_server.models.linear import Linear
+from veneer_server.models.linear import ServedLinear
 from veneer_server.models.loader import DecoderWeights, LayerWeights
 from veneer_server.step.arrays import StepArrays, finite_rows
 from veneer_server.step.layout import MEMBERS, Group
-
-__all__ = ["Decoder"]
 
 
 class Decoder:
@@ -103,7 +101,12 @@ class Decoder:
         return (x * scale).mul_(weight)
 
     def _project(
-        self, linear: Linear, index: int, group: Group, x: torch.Tensor, lora: LoraBatch | None
+        self,
+        linear: ServedLinear,
+        index: int,
+        group: Group,
+        x: torch.Tensor,
+        lora: LoraBatch | None,
     ) -> torch.Tensor:
         """base(x) + LoRA(x); in the adapters' dtype if any row has an adapter."""
         rounded = linear.rounded(x)

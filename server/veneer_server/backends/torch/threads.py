@@ -16,8 +16,6 @@ import torch
 
 from veneer_server.models.packed import torch_threads
 
-__all__ = ["Threads"]
-
 POOL_WORK: Final = 10_000_000
 """Multiplications from which a GEMM is worth the thread pool: 0.2 to 0.4 ms on one thread
 (4-bit weights, AVX512-BF16). Whole steps of 8 rows were fastest from about here on, and

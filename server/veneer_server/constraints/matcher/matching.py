@@ -27,16 +27,16 @@ from veneer_server.constraints.frames import (
     LONGEST,
     Advance,
     Advanced,
-    Failed,
-    Follow,
     Forget,
     FromMatcher,
     Mask,
     Masks,
+    MatchingFailed,
+    MatchSequence,
     receive,
 )
 from veneer_server.constraints.grammar import (
-    Refused,
+    ConstraintRefused,
     compile_matcher,
     first_problem,
     library_limits,
@@ -44,8 +44,6 @@ from veneer_server.constraints.grammar import (
 from veneer_server.constraints.matcher.numbers import Digits
 from veneer_server.constraints.trial import HARD_FACTOR, too_slow
 from veneer_server.wire.messages import Constraint, ConstraintLimits
-
-__all__ = ["MARKER", "run_matching"]
 
 MARKER: Final = struct.Struct("<q")
 """At the start of the marker's memory: the current job's sequence; 0 between jobs."""
@@ -73,7 +71,7 @@ _trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 @dataclass(slots=True)
-class _Followed:
+class _Matched:
     """A sequence. ``grown``: bytes by which the process grew during its jobs."""
 
     matcher: LLMatcher | None = None
@@ -117,7 +115,7 @@ class _Matching:
         self._limits = limits
         self._library_limits = library_limits(limits)
         self._buffer = bytearray(LONGEST)
-        self._followed: dict[int, _Followed] = {}
+        self._followed: dict[int, _Matched] = {}
         self._to_compile: OrderedDict[int, None] = OrderedDict()
         self._to_mask: dict[int, None] = {}
         self._prototypes: OrderedDict[Constraint, _Prototype] = OrderedDict()
@@ -154,7 +152,7 @@ class _Matching:
             except BlockingIOError:
                 return True
             match message:
-                case Follow():
+                case MatchSequence():
                     self._follow(message)
                 case Advance():
                     self._advance(message)
@@ -163,8 +161,8 @@ class _Matching:
                 case _:
                     return False
 
-    def _follow(self, message: Follow) -> None:
-        followed = self._followed.setdefault(message.sequence, _Followed())
+    def _follow(self, message: MatchSequence) -> None:
+        followed = self._followed.setdefault(message.sequence, _Matched())
         followed.wanted = followed.wanted or message.constraint
         if message.constraint is not None and followed.digits is None:
             followed.digits = self._digits_of(message.constraint)
@@ -214,29 +212,31 @@ class _Matching:
     def _say(self, message: FromMatcher) -> None:
         self._connection.send(msgspec.msgpack.encode(message))
 
-    def _fail(self, sequence: int, refused: Refused) -> None:
+    def _fail(self, sequence: int, refused: ConstraintRefused) -> None:
         self._forget(sequence)
-        self._say(Failed(sequence, refused.limit, refused.problem))
+        self._say(MatchingFailed(sequence, refused.limit, refused.problem))
 
     # ----------------------------------------------------------------------- jobs
 
-    def _job(self, sequence: int, work: Callable[[int, _Followed], None]) -> None:
+    def _job(self, sequence: int, work: Callable[[int, _Matched], None]) -> None:
         followed = self._followed[sequence]
         self._marker[: MARKER.size] = MARKER.pack(sequence)
         try:
             work(sequence, followed)
-        except Refused as refused:
+        except ConstraintRefused as refused:
             self._fail(sequence, refused)
         except (ConnectionError, BrokenPipeError):
             raise
         except BaseException:  # a panic is not an Exception
-            self._fail(sequence, Refused("library", "the library that applies it failed"))
+            self._fail(
+                sequence, ConstraintRefused("library", "the library that applies it failed")
+            )
         self._guard(0)
         followed.grown += self._growth()
         self._bound_memory(sequence, followed)
         self._marker[: MARKER.size] = MARKER.pack(0)
 
-    def _compile(self, sequence: int, followed: _Followed) -> None:
+    def _compile(self, sequence: int, followed: _Matched) -> None:
         assert followed.wanted is not None, "the first message has it"
         prototype = self._prototype(followed.wanted)
         followed.matcher, followed.wanted = prototype.matcher.deep_copy(), None
@@ -273,7 +273,7 @@ class _Matching:
             self._prototypes.popitem(last=False)
         return made
 
-    def _mask(self, sequence: int, followed: _Followed) -> None:
+    def _mask(self, sequence: int, followed: _Matched) -> None:
         assert followed.matcher is not None, "only compiled sequences get here"
         bits, seconds = self._bits(followed.matcher)
         followed.cost = max(seconds, _FORGETTING * followed.cost)
@@ -319,7 +319,7 @@ class _Matching:
         before, self._size = self._size, self._resident()
         return max(0, self._size - before)
 
-    def _bound_memory(self, sequence: int, followed: _Followed) -> None:
+    def _bound_memory(self, sequence: int, followed: _Matched) -> None:
         if followed.grown > self._limits.memory and sequence in self._followed:
             self._fail(sequence, _too_large(self._limits.memory))
         if self._size - self._base <= self._limits.matcher_memory:
@@ -337,5 +337,5 @@ class _Matching:
         return self._size - self._base
 
 
-def _too_large(size: int) -> Refused:
-    return Refused("memory", f"applying it needs more than {size >> 20} MiB")
+def _too_large(size: int) -> ConstraintRefused:
+    return ConstraintRefused("memory", f"applying it needs more than {size >> 20} MiB")

@@ -12,8 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Final
 
-__all__ = ["Digits"]
-
 EXPONENT: Final = 3
 """Most digits of an exponent: no floating-point number has more."""
 

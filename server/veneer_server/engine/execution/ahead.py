@@ -10,21 +10,19 @@ import torch
 
 from veneer_server.constraints.grammars import Grammars
 from veneer_server.engine.execution.model_runner import (
+    LogitRows,
     ModelRunner,
-    Place,
     SampledRow,
     to_arrays,
 )
 from veneer_server.engine.execution.sampler import TorchDraws, token_ranks
 from veneer_server.step.adapter_table import AdapterTable
 from veneer_server.step.ahead import AheadBackend, Sampled, Submitted
-from veneer_server.step.choice import Choice
+from veneer_server.step.choice import TokenChoice
 from veneer_server.step.plan import PlannedSequence, SequenceResult, StepPlan
 from veneer_server.wire.messages import SamplingParams
 
-__all__ = ["AheadModelRunner"]
-
-_IGNORED = Choice(SamplingParams(temperature=0), 0)
+_IGNORED = TokenChoice(SamplingParams(temperature=0), 0)
 """For rows of logits whose token nobody wants."""
 
 
@@ -33,7 +31,7 @@ class _Unread:
     """A step that is submitted."""
 
     plan: StepPlan
-    places: list[Place]
+    places: list[LogitRows]
     submitted: Submitted
     handed: list[int]
     """Indices of sequences whose token the host samples."""
@@ -84,7 +82,7 @@ class AheadModelRunner(ModelRunner):
             if place.sample is None:
                 continue
             if planned.unadjusted:
-                choices[place.sample] = Choice(planned.sampling, planned.position)
+                choices[place.sample] = TokenChoice(planned.sampling, planned.position)
                 tops[place.sample] = planned.top_logprobs if planned.logprobs else 0
                 rows[planned.sequence] = place.sample
             else:

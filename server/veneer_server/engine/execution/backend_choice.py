@@ -32,8 +32,6 @@ from veneer_server.step.choice import Draws
 from veneer_server.system.placement import Placement, place
 from veneer_server.wire.messages import EngineConfig
 
-__all__ = ["BackendUnavailable", "Chosen", "choose"]
-
 log = logging.getLogger(__name__)
 
 _Base = TypeVar("_Base")

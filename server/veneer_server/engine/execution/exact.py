@@ -18,8 +18,6 @@ from __future__ import annotations
 
 from veneer_server.step.plan import Runner, SequenceResult, StepPlan
 
-__all__ = ["ExactRunner"]
-
 
 class ExactRunner:
     """Executes each sequence of a plan alone. Implements `Runner` over another."""

@@ -22,8 +22,6 @@ from veneer_server.backends.native.engine import NativeEngine
 from veneer_server.engine.execution.step_cost import first_tokens
 from veneer_server.system.placement import Placement
 
-__all__ = ["faster", "settle"]
-
 CLEARLY: Final = 0.9
 """Another number of threads is used if its steps take less than this share."""
 ROUNDS: Final = 5

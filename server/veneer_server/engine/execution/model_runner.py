@@ -22,15 +22,13 @@ from veneer_server.engine.execution.sampler import (
 )
 from veneer_server.step.adapter_table import AdapterTable
 from veneer_server.step.arrays import Backend, Segment, StepArrays
-from veneer_server.step.choice import Choice, Draws
+from veneer_server.step.choice import Draws, TokenChoice
 from veneer_server.step.plan import (
-    Following,
+    ConstraintState,
     PlannedSequence,
     SequenceResult,
     StepPlan,
 )
-
-__all__ = ["ModelRunner", "Place", "SampledRow", "to_arrays"]
 
 _PATIENCE_S: Final = 0.002
 """How long a step waits for masks, and again for whether its tokens completed a constraint.
@@ -93,7 +91,7 @@ class ModelRunner:
 
     def _sample(self, logits: torch.Tensor, rows: list[SampledRow]) -> None:
         """Sample a token for every row that can take one now."""
-        choices: list[Choice] = []
+        choices: list[TokenChoice] = []
         ready: list[SampledRow] = []
         until = time.monotonic() + _PATIENCE_S
         for row in rows:
@@ -118,7 +116,7 @@ class ModelRunner:
         if wanted:
             _add_logprobs(logits[wanted], [ready[k] for k in wanted], self._draws)
 
-    def _choice(self, row: SampledRow, until: float) -> Choice | None:
+    def _choice(self, row: SampledRow, until: float) -> TokenChoice | None:
         """None if the row's constraint has no next token, or its mask is late."""
         sequence, allowed = row.sequence, None
         if sequence.constraint is not None:
@@ -128,11 +126,11 @@ class ModelRunner:
             except GrammarFailed as error:
                 row.result.failure = error.failure
                 return None
-            if isinstance(known, Following):
+            if isinstance(known, ConstraintState):
                 row.result.following = known
                 return None
             allowed = known
-        return Choice(
+        return TokenChoice(
             params=sequence.sampling,
             position=sequence.position,
             token_counts=sequence.token_counts,
@@ -185,7 +183,7 @@ def _add_logprobs(logits: torch.Tensor, rows: list[SampledRow], draws: Draws) ->
 def _score(
     logits: torch.Tensor,
     sequence: PlannedSequence,
-    place: Place,
+    place: LogitRows,
     result: SequenceResult,
     draws: Draws,
 ) -> None:
@@ -200,7 +198,7 @@ def _score(
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class LogitRows:
     """A sequence's rows among the logits: scored or only checked ones from ``begin``, then
     the sampled one at ``sample`` if there is one; ``end`` is past both."""
 
@@ -218,7 +216,7 @@ def to_arrays(
     tables: Mapping[str, AdapterTable],
     block_size: int,
     window: int | None = None,
-) -> tuple[StepArrays, list[Place]]:
+) -> tuple[StepArrays, list[LogitRows]]:
     # Lists, since most steps have few rows, and each numpy call costs as much as a few rows.
     tokens: list[int] = []
     positions: list[int] = []
@@ -226,7 +224,7 @@ def to_arrays(
     contexts: list[int] = []
     row_starts = [0]
     logit_rows: list[int] = []
-    places: list[Place] = []
+    places: list[LogitRows] = []
     for sequence in plan.sequences:
         first, start, blocks = len(tokens), sequence.start, sequence.blocks
         end = start + len(sequence.tokens)
@@ -250,7 +248,7 @@ def to_arrays(
         elif not sequence.score:
             # Only to check that the logits are finite, so that the K and V may be shared.
             logit_rows.append(len(tokens) - 1)
-        places.append(Place(begin, len(logit_rows), sampled))
+        places.append(LogitRows(begin, len(logit_rows), sampled))
     arrays = StepArrays(
         tokens=np.array(tokens, dtype=np.int64),
         positions=np.array(positions, dtype=np.int64),

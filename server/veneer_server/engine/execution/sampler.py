@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from veneer_server.step.choice import Choice, Draws, uniform
+from veneer_server.step.choice import Draws, TokenChoice, uniform
 from veneer_server.step.token_counts import Seen
 from veneer_server.wire.messages import SamplingParams, Tops
 
@@ -61,7 +61,7 @@ _NOTHING = -1
 
 
 def sample(
-    logits: torch.Tensor, choices: Sequence[Choice], draws: Draws | None = None
+    logits: torch.Tensor, choices: Sequence[TokenChoice], draws: Draws | None = None
 ) -> list[int | None]:
     """One token per row; None for a row with nothing to sample from, which no validated
     request can cause.
@@ -88,7 +88,7 @@ def sample(
 class TorchDraws:
     """`Draws` in torch, on any device."""
 
-    def tokens(self, logits: torch.Tensor, choices: Sequence[Choice]) -> list[int | None]:
+    def tokens(self, logits: torch.Tensor, choices: Sequence[TokenChoice]) -> list[int | None]:
         chosen = logits.argmax(dim=-1)
         drawn = [i for i, c in enumerate(choices) if c.params.temperature >= _COLDEST]
         if drawn:
@@ -103,7 +103,7 @@ class TorchDraws:
 # ------------------------------------------------------------------- adjustments
 
 
-def _changes(choice: Choice) -> bool:
+def _changes(choice: TokenChoice) -> bool:
     params = choice.params
     return bool(
         params.logit_bias
@@ -115,7 +115,7 @@ def _changes(choice: Choice) -> bool:
     )
 
 
-def penalized(logits: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:
+def penalized(logits: torch.Tensor, choices: Sequence[TokenChoice]) -> torch.Tensor:
     """Apply bias, penalties and masks, in place."""
     biased = [i for i, c in enumerate(choices) if c.params.logit_bias]
     repeated = [i for i, c in enumerate(choices) if c.params.repetition_penalty != 1.0]
@@ -145,7 +145,7 @@ def penalized(logits: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:
     return logits
 
 
-def _add_bias(logits: torch.Tensor, rows: list[int], choices: Sequence[Choice]) -> None:
+def _add_bias(logits: torch.Tensor, rows: list[int], choices: Sequence[TokenChoice]) -> None:
     places = [(i, token) for i in rows for token in choices[i].params.logit_bias]
     values = [bias for i in rows for bias in choices[i].params.logit_bias.values()]
     row, token = torch.tensor(places, device=logits.device).unbind(dim=1)
@@ -153,7 +153,7 @@ def _add_bias(logits: torch.Tensor, rows: list[int], choices: Sequence[Choice]) 
 
 
 def _penalise_repetition(
-    logits: torch.Tensor, rows: list[int], choices: Sequence[Choice]
+    logits: torch.Tensor, rows: list[int], choices: Sequence[TokenChoice]
 ) -> None:
     row, place = _places(logits, rows, [_seen(choices[i]).ids for i in rows])
     penalty = _column(logits, choices, "repetition_penalty")[row]
@@ -162,7 +162,9 @@ def _penalise_repetition(
     logits.view(-1).index_copy_(0, place, values)
 
 
-def _penalise_output(logits: torch.Tensor, rows: list[int], choices: Sequence[Choice]) -> None:
+def _penalise_output(
+    logits: torch.Tensor, rows: list[int], choices: Sequence[TokenChoice]
+) -> None:
     seen = [_seen(choices[i]) for i in rows]
     row, place = _places(logits, rows, [s.ids[s.counts > 0] for s in seen])
     counts = np.concatenate([s.counts[s.counts > 0] for s in seen])
@@ -173,7 +175,7 @@ def _penalise_output(logits: torch.Tensor, rows: list[int], choices: Sequence[Ch
     logits.view(-1).index_copy_(0, place, values)
 
 
-def _seen(choice: Choice) -> Seen:
+def _seen(choice: TokenChoice) -> Seen:
     assert choice.token_counts is not None, "penalties without token counts"
     return choice.token_counts
 
@@ -189,7 +191,7 @@ def _places(
     return owner.to(logits.device), place.to(logits.device)
 
 
-def _column(logits: torch.Tensor, choices: Sequence[Choice], name: str) -> torch.Tensor:
+def _column(logits: torch.Tensor, choices: Sequence[TokenChoice], name: str) -> torch.Tensor:
     """[rows]: the values of one setting."""
     return logits.new_tensor([getattr(c.params, name) for c in choices])
 
@@ -197,7 +199,7 @@ def _column(logits: torch.Tensor, choices: Sequence[Choice], name: str) -> torch
 # -------------------------------------------------------------------------- draw
 
 
-def draw(logits: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:
+def draw(logits: torch.Tensor, choices: Sequence[TokenChoice]) -> torch.Tensor:
     """[rows] int64: inverse transform sampling of what top-k, top-p and min-p leave."""
     # Relative to the maximum, so that huge logits at a low temperature can only overflow to
     # minus infinity.

@@ -18,8 +18,6 @@ from veneer_server.engine.scheduling.step_limits import StepCost
 from veneer_server.models.config import DecoderConfig
 from veneer_server.step.arrays import Backend, StepArrays
 
-__all__ = ["first_tokens", "measure"]
-
 _ROWS: Final = 8
 """Rows of the larger step that is timed."""
 _ATTENTION_FACTOR: Final = 2.0

@@ -24,9 +24,8 @@ from collections.abc import Iterator
 from typing import Final
 
 from veneer_server.engine.integrity import in_slices
-from veneer_server.engine.residency.tiers import LedgerEntry, MemoryTier, Presence
-
-__all__ = ["EvictionOrder", "Key", "ReloadCost"]
+from veneer_server.engine.residency.tiers import LedgerEntry, Presence
+from veneer_server.wire.messages import MemoryTier
 
 Key = tuple[float, float, int]
 

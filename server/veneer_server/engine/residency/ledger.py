@@ -16,10 +16,8 @@ from veneer_registry.errors import AdapterBudgetExceeded
 
 from veneer_server.engine.integrity import in_slices
 from veneer_server.engine.residency.eviction import EvictionOrder, ReloadCost
-from veneer_server.engine.residency.tiers import TIERS, Drop, LedgerEntry, MemoryTier, Presence
-from veneer_server.wire.messages import AdapterSource, EvictionCause
-
-__all__ = ["FLAG", "Ledger"]
+from veneer_server.engine.residency.tiers import TIERS, Drop, LedgerEntry, Presence
+from veneer_server.wire.messages import AdapterSource, EvictionCause, MemoryTier
 
 FLAG: Final[dict[MemoryTier, str]] = {
     "device": "device-adapter-bytes",

@@ -35,13 +35,11 @@ from veneer_server.engine.residency.tiers import (
     Drop,
     LedgerEntry,
     Load,
-    MemoryTier,
     MoveToDevice,
-    Plan,
     Presence,
+    ResidencyPlan,
 )
-
-__all__ = ["AHEAD", "LoadPlanner", "Wants", "shrink"]
+from veneer_server.wire.messages import MemoryTier
 
 AHEAD: Final = 0.5
 """Largest share of HOST for which a prefetch may evict idle copies."""
@@ -55,7 +53,7 @@ class Wants:
         operators: adapters of pending activations, oldest first.
         waiting: adapters of waiting sequences, oldest first.
         near: how many of `waiting` may be in use at the same time.
-        overdue: the want that was `Plan.blocked` for too long, if any.
+        overdue: the want that was `ResidencyPlan.blocked` for too long, if any.
         loads: most loads in progress at once.
     """
 
@@ -88,7 +86,7 @@ class LoadPlanner:
         self._for_operators = 0
         """Loads to HOST that operators wait for."""
 
-    def plan(self) -> Plan:
+    def plan(self) -> ResidencyPlan:
         for index, entry in enumerate(self._queue):
             if index == self._near and self._left is None:
                 self._fill_up_from(index)
@@ -104,7 +102,7 @@ class LoadPlanner:
                 else:
                     self._serve_ahead(entry, target, self._left)
             self._protected.add(entry)
-        return Plan(tuple(self._actions), self._blocked, tuple(self._impossible))
+        return ResidencyPlan(tuple(self._actions), self._blocked, tuple(self._impossible))
 
     def _too_large(self, entry: LedgerEntry) -> bool:
         """Whether it fits no more: budgets may have been lowered."""

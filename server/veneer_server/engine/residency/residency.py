@@ -40,13 +40,16 @@ from veneer_server.engine.residency.tiers import (
     Action,
     Drop,
     LedgerEntry,
-    MemoryTier,
-    Plan,
     Presence,
+    ResidencyPlan,
 )
-from veneer_server.wire.messages import AdapterSource, EvictionCause, EvictMode, TierName
-
-__all__ = ["Residency"]
+from veneer_server.wire.messages import (
+    AdapterSource,
+    EvictionCause,
+    EvictMode,
+    MemoryTier,
+    TierName,
+)
 
 _MOST_OPERATORS: Final = 64
 """Most activations planned at once; the rest wait, so that planning does not delay a step."""
@@ -173,17 +176,17 @@ class Residency:
 
     def plan(
         self, wants: Sequence[str], overdue: str | None = None, near: int | None = None
-    ) -> Plan:
+    ) -> ResidencyPlan:
         """What to start now so that the wanted adapters become resident.
 
         Args:
             wants: digests of waiting sequences, oldest first, without duplicates.
-            overdue: the want that was `Plan.blocked` for too long, if any.
+            overdue: the want that was `ResidencyPlan.blocked` for too long, if any.
             near: how many of the wants may be in use at the same time; all if None.
         """
         idle = not wants and not self.operator_wants and not self._shrinking
         if idle and not self.ledger.draining:
-            return Plan()
+            return ResidencyPlan()
         entries = self.ledger.entries
         waiting = tuple(entries[digest] for digest in wants)
         # The sequences that held them may have been preempted since.
@@ -203,7 +206,7 @@ class Residency:
         plan = planner.plan()
         if not drops:
             return plan
-        return Plan((*drops, *plan.actions), plan.blocked, plan.impossible)
+        return ResidencyPlan((*drops, *plan.actions), plan.blocked, plan.impossible)
 
     def loaded(self, digest: str, seconds: float = 0.0, part: int = 0) -> None:
         """The HOST copy is complete; reading it took ``seconds``, if measured.

@@ -9,20 +9,6 @@ from typing import Final
 
 from veneer_server.wire.messages import AdapterSource, EvictionCause, MemoryTier
 
-__all__ = [
-    "TIERS",
-    "Action",
-    "Drop",
-    "LedgerEntry",
-    "Load",
-    "MemoryTier",
-    "MoveToDevice",
-    "Plan",
-    "Presence",
-    "Standing",
-]
-
-
 TIERS: Final[tuple[MemoryTier, ...]] = ("device", "host")
 
 
@@ -61,7 +47,7 @@ Action = Load | MoveToDevice | Drop
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ResidencyPlan:
     """What `Residency.plan` decided.
 
     Attributes:
@@ -77,7 +63,7 @@ class Plan:
 
 
 @dataclass(slots=True)
-class Standing:
+class CopyStanding:
     """How much a copy in a tier is worth keeping, see `eviction`.
 
     Attributes:
@@ -117,8 +103,8 @@ class LedgerEntry:
     leaving: bool = False
     """A budget was lowered: the DEVICE copy is freed when its last hold ends, and until then
     no further sequence may hold it."""
-    standing: dict[MemoryTier, Standing] = field(
-        default_factory=lambda: {"device": Standing(), "host": Standing()}
+    standing: dict[MemoryTier, CopyStanding] = field(
+        default_factory=lambda: {"device": CopyStanding(), "host": CopyStanding()}
     )
 
     @property

@@ -31,10 +31,8 @@ from typing import Final
 
 from veneer_server.engine.residency.residency import Residency
 from veneer_server.engine.scheduling.fair_shares import Share
-from veneer_server.engine.scheduling.sequence import Sequence
+from veneer_server.engine.scheduling.sequence import Sequence, SequenceState
 from veneer_server.engine.scheduling.waiting import Flow, WaitingGroup, WaitingSequences
-
-__all__ = ["Admission"]
 
 _Order = tuple[float, int]
 """As `WaitingGroup.order`."""
@@ -87,8 +85,9 @@ class Admission:
         now: float,
     ) -> Iterator[Sequence]:
         """Sequences that may start now, in order. Lazy: the caller starts each before it asks
-        for the next one, so that its service counts. It must stop at the first one that gets
-        no blocks, or others would take the blocks that it waits for.
+        for the next one, so that its service counts, or leaves it waiting: then nothing of its
+        share follows. It must stop at the first one that gets no blocks, or others would take
+        the blocks that it waits for.
 
         Args:
             in_batch: adapters of running sequences.
@@ -218,9 +217,10 @@ class _Turns:
             if end is not None and group.order >= end:
                 continue
             yield sequence
+            if sequence.state is SequenceState.WAITING:
+                return  # nothing of its flow may overtake it
             # It has started, and its group's turn is over.
             if group.sequences:
-                assert group.first is not sequence, "a sequence was passed over"
                 heapq.heappush(heap, self._entry(group, levels))
 
     @staticmethod
@@ -280,5 +280,8 @@ def _least_first(parts: list[tuple[Share, Iterator[Sequence]]]) -> Iterator[Sequ
             heapq.heappop(heap)
             continue
         yield sequence
+        if sequence.state is SequenceState.WAITING:
+            heapq.heappop(heap)  # it is passed over, and so is its share
+            continue
         # It has started, and was charged.
         heapq.heapreplace(heap, (share.counter, at))

@@ -26,8 +26,6 @@ from veneer_server.engine.scheduling.prefix_cache import PrefixCache, extend_cha
 from veneer_server.engine.scheduling.sequence import Sequence
 from veneer_server.step.reach import first_reached, most_blocks
 
-__all__ = ["BlockManager"]
-
 
 class BlockManager:
     """Owns ``num_blocks`` blocks of ``block_size`` tokens, one of them padding.
@@ -203,6 +201,10 @@ class BlockManager:
         """Drop this sequence's blocks from the prefix cache: their content is not valid."""
         for block in sequence.blocks[sequence.given_back :]:
             self.cache.forget(block)
+
+    def reset_cache(self) -> None:
+        """Let nobody find a block that is full now. Sequences keep those that they use."""
+        self._free.extend(self.cache.clear())
 
     def release(self, sequence: Sequence) -> None:
         """Release all blocks of ``sequence``; idempotent."""

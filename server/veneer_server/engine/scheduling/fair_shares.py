@@ -23,8 +23,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Final
 
-__all__ = ["MOST_IDLE", "OUTPUT_COST", "PROMPT_COST", "FairShares", "Members", "Share"]
-
 PROMPT_COST: Final = 1.0
 """Cost of a prompt token that is computed."""
 OUTPUT_COST: Final = 2.0
@@ -42,9 +40,11 @@ class Share:
         weight: finite and above 0.
         members: of a tenant; one with the name "" if it is no gateway.
         live: sequences that wait or run.
+        turn: grows each time a prompt of it is the first one of a step, see
+            `FairShares.take_turn`.
     """
 
-    __slots__ = ("counter", "live", "members", "name", "owner", "weight")
+    __slots__ = ("counter", "live", "members", "name", "owner", "turn", "weight")
 
     def __init__(self, name: str, owner: Share | None, weight: float = 1.0) -> None:
         self.name = name
@@ -53,6 +53,7 @@ class Share:
         self.counter = 0.0
         self.members = Members()
         self.live = 0
+        self.turn = 0
 
     def charge(self, cost: float) -> None:
         """Count service."""
@@ -94,7 +95,7 @@ class FairShares:
         self._tenants = Members()
         self._most_idle = most_idle
         self._idle: OrderedDict[Share, None] = OrderedDict()
-
+        self._turns = 0
         self._count = 0
 
     def __len__(self) -> int:
@@ -116,15 +117,25 @@ class FairShares:
         owner = self._tenants.by_name.get(tenant)
         if owner is None:
             owner = self._tenants.by_name[tenant] = Share(tenant, None)
+            owner.turn = self._turns
         owner.weight = weight
         share = owner.members.by_name.get(fairness_id)
         if share is None:
             share = owner.members.by_name[fairness_id] = Share(fairness_id, owner)
+            share.turn = self._turns
             self._count += 1
         if not share.live:
             self._idle.pop(share, None)
         share.live += 1
         return share
+
+    def take_turn(self, share: Share) -> None:
+        """Note that a prompt of a share is the first one of a step. A share that is new is
+        behind those that are there, or a gateway could go first with a new name each time."""
+        self._turns += 1
+        share.turn = self._turns
+        if share.owner is not None:
+            share.owner.turn = self._turns
 
     def release(self, share: Share) -> None:
         """A sequence has ended."""

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["Pace"]
-
 _MARGIN: Final = 0.75
 """Other load on the machine changes step times by 10 to 20 %; a refused deadline must be
 out of reach by more than that."""
 
 
-class Pace:
+class StepPace:
     """Observes every step; consulted before a request with a deadline is queued.
 
     Args:

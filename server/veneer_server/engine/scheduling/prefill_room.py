@@ -14,8 +14,6 @@ from veneer_server.engine.scheduling.step_limits import (
 )
 from veneer_server.step.plan import PlannedSequence
 
-__all__ = ["PrefillRoom"]
-
 
 @dataclass(slots=True)
 class PrefillRoom:
@@ -29,6 +27,7 @@ class PrefillRoom:
             every stream another step with prefill.
         cost: measured cost of a step; None if steps may take any time.
         seconds: time left for prompt tokens.
+        crumb_s: extra time allowed if it finishes a prompt.
         given: tokens handed out, each counted by its work; `SMALLEST_CHUNK` are, however long
             they take, or prompts would never finish.
     """
@@ -38,6 +37,7 @@ class PrefillRoom:
     crumb: int = 0
     cost: StepCost | None = None
     seconds: float = 0.0
+    crumb_s: float = 0.0
     given: float = 0.0
 
     @classmethod
@@ -58,43 +58,54 @@ class PrefillRoom:
         if limits.cost is None:
             return cls(left, limits.exact, crumb)
         context = sum(planned.start for planned in decoding.values())
-        seconds = limits.cost.prompt_s(len(decoding), context) - extra * limits.cost.token_s
-        return cls(left, limits.exact, crumb, limits.cost, seconds)
+        seconds, crumb_s = limits.prompt_s(len(decoding), context, extra)
+        return cls(left, limits.exact, crumb, limits.cost, seconds, crumb_s)
 
-    def chunk(self, sequence: Sequence) -> int:
-        """Tokens of this prefill to compute in the step; 0 if no room is left."""
+    def chunk(self, sequence: Sequence, given: int = 0, *, part: float = 1.0) -> int:
+        """Tokens of this prefill to compute in the step; 0 if no room is left.
+
+        Args:
+            given: tokens that it has been given in this step.
+            part: of the room, what it may take, unless all of it finishes the prompt.
+        """
         if self.left + self.crumb <= 0:
             return 0
         if self.exact:
             of_prompt = sequence.prompt_length - sequence.begun
             return min(FIXED_CHUNK, of_prompt) if of_prompt > 0 else 1
-        work = sequence.work
-        whole = sequence.remaining * work <= self.left + self.crumb
-        count = sequence.remaining
-        if not whole:
-            count = int(max(0.0, self.left) / work)
-            if not count and not self.given and self.left > 0:
-                count = 1  # a token that takes more than all that there is
-        count = min(count, self._most(sequence))
-        return min(count, FIXED_CHUNK) if sequence.scores_prompt else count
+        work, remaining = sequence.prompt_work, sequence.remaining - given
+        most = FIXED_CHUNK - given if sequence.scores_prompt else remaining
+        if remaining * work <= self.left + self.crumb:
+            most = min(most, self._affordable(sequence, given, self.seconds + self.crumb_s))
+            if most >= remaining:
+                return remaining
+        count = int(max(0.0, self.left) * part / work)
+        if not count and not self.given and self.left > 0:
+            count = 1  # a token that takes more than all that there is
+        count = min(count, self._affordable(sequence, given, self.seconds * part))
+        return max(0, min(count, most, remaining))
 
-    def _most(self, sequence: Sequence) -> int:
-        """Most tokens of a prompt that fit into the time left."""
+    def _affordable(self, sequence: Sequence, given: int, seconds: float) -> int:
+        """Most tokens of a prompt that can be computed in that time."""
         if self.cost is None:
             return sequence.remaining
+        work = sequence.prompt_work
         # Assumes the longest context for every token.
-        context = min(sequence.length, sequence.begun + max(1, int(self.left)))
-        least = max(0.0, SMALLEST_CHUNK - self.given) / sequence.work
+        begun = sequence.begun + given
+        context = min(sequence.length, begun + max(1, int(self.left)))
+        least = max(0.0, SMALLEST_CHUNK - self.given) / work
         if least and not self.given:
             least = max(1.0, least)
-        return self.cost.chunk(self.seconds, context, int(least), sequence.work)
+        return self.cost.chunk(seconds, context, int(least), work)
 
-    def take(self, count: int, remaining: int, context: int, work: float = 1.0) -> None:
-        """Give ``count`` tokens to a prompt that had ``remaining`` left to compute, after
-        ``context`` computed ones; ``work``: what each takes."""
+    def take(self, sequence: Sequence, count: int, given: int = 0) -> None:
+        """Give ``count`` more tokens to a prompt that has been given ``given`` in this
+        step."""
+        work = sequence.prompt_work
         self.left -= count * work
         self.given += count * work
         if self.cost is not None:
-            self.seconds -= count * self.cost.row_s(context + count, work)
-        if count < remaining:
+            self.seconds -= count * self.cost.row_s(sequence.begun + given + count, work)
+        if count < sequence.remaining - given:
             self.crumb = 0  # otherwise a younger prompt would finish first
+            self.crumb_s = 0.0

@@ -18,8 +18,6 @@ from hashlib import sha256
 
 from veneer_server.engine.integrity import in_slices
 
-__all__ = ["PrefixCache", "extend_chain"]
-
 
 def extend_chain(
     keys: list[bytes],
@@ -100,6 +98,14 @@ class PrefixCache:
         key = self._key_of.pop(block, None)
         if key is not None:
             del self._block_of[key]
+
+    def clear(self) -> list[int]:
+        """Let no block be found any more; returns the idle ones, which are free now."""
+        idle = list(self._idle)
+        self._block_of.clear()
+        self._key_of.clear()
+        self._idle.clear()
+        return idle
 
     def integrity(self, used: Container[int]) -> Iterator[None]:
         """Check that keys and blocks agree, and that a block with a key is idle unless it is

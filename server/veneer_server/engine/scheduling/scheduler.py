@@ -1,12 +1,13 @@
 """Which sequences take part in the next step. Pure Python: no torch, no clock, no I/O.
 
 A step is filled in this order: every running sequence that decodes gets its one token,
-so that no stream is left out; then each running prefill gets a chunk, oldest first;
-then waiting sequences start in the order that `Admission` gives, fair between tenants,
-while tokens, places and KV blocks last. A step that decodes takes only a few prompt
-tokens (`prefill_beside_decode`), since every stream waits for the whole step. For the same
-reason a token under a large adapter counts for as many as it takes the time of, and sequences
-that decode under such adapters take turns if a step for all would be long.
+so that no stream is left out; then running prefills get their chunks, see
+`Scheduler._continue_prompts`; then waiting sequences start in the order that `Admission`
+gives, fair between tenants, while tokens, places and KV blocks last. A step that decodes
+takes only a few prompt tokens (`prefill_beside_decode`), since every stream waits for the
+whole step. For the same reason a token under a large adapter counts for as many as it
+takes the time of, and sequences that decode under such adapters take turns if a step for
+all would be long.
 
 When KV blocks run out, the sequence that started last is preempted: it loses its blocks
 and goes back to the head of the queue. The one that started first is never preempted,
@@ -33,12 +34,10 @@ from veneer_server.engine.scheduling.sequence import (
     plan_sequence,
 )
 from veneer_server.engine.scheduling.step_limits import SchedulerLimits
-from veneer_server.engine.scheduling.updates import PrefixLookups, Update
+from veneer_server.engine.scheduling.updates import PrefixLookups, SequenceUpdate
 from veneer_server.engine.scheduling.waiting import WaitingSequences
-from veneer_server.step.plan import Following, PlannedSequence, SequenceResult, StepPlan
+from veneer_server.step.plan import ConstraintState, PlannedSequence, SequenceResult, StepPlan
 from veneer_server.wire.messages import pack_tops, token_work
-
-__all__ = ["Scheduler"]
 
 
 class Scheduler:
@@ -123,6 +122,7 @@ class Scheduler:
         over, and running ones that could be preempted, which may be overtaken.
         """
         known, ahead, longest = self.blocks.cached_prefix(sequence), 0, 0
+        prompts: list[Sequence] = []
         for other in self._running.values():
             # A sequence is preempted if it does not fit beside those that started before it.
             request = other.request
@@ -130,11 +130,18 @@ class Scheduler:
             # One under a large adapter takes turns, and leaves room for others in its own.
             in_each_step = other.work == 1.0 or self.limits.exact
             if in_each_step and longest <= self.blocks.total:
-                # It gets this many tokens before a new sequence may start.
-                ahead += PrefillRoom(other.remaining, self.limits.exact).chunk(other)
+                if other.remaining == 1 or self.limits.exact:
+                    # It gets this many tokens before a new sequence may start.
+                    ahead += PrefillRoom(other.remaining, self.limits.exact).chunk(other)
+                else:
+                    prompts.append(other)
             # The prefix that it is about to publish is computed once, for both.
             known = max(known, self.blocks.common_prefix(sequence, other))
-        return max(1, sequence.prompt_length - known), ahead
+        own = max(1, sequence.prompt_length - known)
+        if own >= 2 * self.limits.max_batch_tokens:
+            # Too long for two steps, so it starts after its caller's other prompts.
+            ahead += sum(other.remaining for other in prompts if _same_caller(other, sequence))
+        return own, ahead
 
     def has_work(self) -> bool:
         return bool(self._running or self._waiting)
@@ -150,6 +157,7 @@ class Scheduler:
         request = sequence.request
         self._by_id[sequence.id] = sequence
         sequence.work = token_work(request.adapter, self.limits.base_parameters)
+        sequence.score_work = self.limits.score_work
         sequence.share = self.shares.hold(request.tenant, request.fairness_id, request.weight)
         self._waiting.append(sequence)
 
@@ -221,25 +229,81 @@ class Scheduler:
             may_start = self._waiting and len(self._running) < self.limits.max_running
             self._choose_in_turns(heavy, chosen, prompts=bool(prefilling or may_start))
         room = PrefillRoom.beside(chosen, self.limits)
-        for sequence in prefilling:
-            remaining, count = sequence.remaining, room.chunk(sequence)
-            taken = self._choose(sequence, count, chosen) if count else 0
-            room.take(taken, remaining, sequence.begun, sequence.work)
+        cut = self._continue_prompts(prefilling, room, chosen)
         # A step that preempted has no blocks to spare: admitting would only thrash.
         for sequence in () if self._preempted else self._candidates(now):
             if sequence.id in self._held:
                 continue
             if len(self._running) >= self.limits.max_running:
                 break
-            count = self._start(sequence, room, now)
-            if not count:
+            if not self._start(sequence, room, chosen, cut, now):
                 break
-            chosen[sequence.id] = plan_sequence(sequence, count, self._eos)
-            room.take(count, sequence.remaining, sequence.computed, sequence.work)
+        self._lengthen(cut, room, chosen)
         if not chosen:
             return None
         # A stable sort: within an adapter, order of arrival.
         return StepPlan(tuple(sorted(chosen.values(), key=lambda p: p.digest or "")))
+
+    def _continue_prompts(
+        self,
+        prompts: list[Sequence],
+        room: PrefillRoom,
+        chosen: dict[int, PlannedSequence],
+    ) -> list[Sequence]:
+        """Give the room to prompts that have started.
+
+        Tenants take turns, and so do the callers of each: the oldest prompt of whose turn it is
+        gets half of the room, or what finishes it. Then come those that finish in what is left.
+        The rest of the room is for prompts that start now, so that a short one does not wait
+        for the end of a long one, and last for those that are returned (`_lengthen`).
+        """
+        cut: list[Sequence] = []
+        if self.limits.exact:
+            for sequence in prompts:
+                self._extend(sequence, room.chunk(sequence), room, chosen)
+            return cut
+        if not prompts:
+            return cut
+        first = min(prompts, key=_last_turn)
+        self.shares.take_turn(first.share)
+        self._extend(first, room.chunk(first, part=0.5), room, chosen)
+        others = [sequence for sequence in prompts if sequence is not first]
+        for sequence in sorted(others, key=lambda each: each.remaining):
+            if (count := room.chunk(sequence)) == sequence.remaining:
+                self._extend(sequence, count, room, chosen)
+        others.sort(key=_last_turn)
+        for sequence in (*others, first):
+            planned = chosen.get(sequence.id)
+            if planned is None or not planned.samples:
+                cut.append(sequence)
+        return cut
+
+    def _extend(
+        self,
+        sequence: Sequence,
+        count: int,
+        room: PrefillRoom,
+        chosen: dict[int, PlannedSequence],
+    ) -> None:
+        taken = self._choose(sequence, count, chosen) if count else 0
+        room.take(sequence, taken)
+
+    def _lengthen(
+        self,
+        cut: list[Sequence],
+        room: PrefillRoom,
+        chosen: dict[int, PlannedSequence],
+    ) -> None:
+        """Give what is left of the room to prompts that were cut, where there are blocks."""
+        for sequence in cut:
+            if sequence.state is SequenceState.WAITING:
+                continue  # preempted meanwhile
+            planned = chosen.get(sequence.id)
+            given = 0 if planned is None else len(planned.tokens)
+            more = room.chunk(sequence, given)
+            if more and self.blocks.grow(sequence, sequence.begun + given + more):
+                chosen[sequence.id] = plan_sequence(sequence, given + more, self._eos)
+                room.take(sequence, more, given)
 
     def _choose_in_turns(
         self, heavy: list[Sequence], chosen: dict[int, PlannedSequence], *, prompts: bool
@@ -289,6 +353,7 @@ class Scheduler:
         sequence.state = SequenceState.WAITING
         sequence.computed = sequence.ahead = sequence.awaited = 0
         sequence.prompt_logprobs.clear()
+        sequence.mixed = False
         sequence.prompt_top_logprobs.clear()
         sequence.prompt_ranks.clear()
         self._waiting.appendleft(sequence)
@@ -301,18 +366,30 @@ class Scheduler:
             now=now,
         )
 
-    def _start(self, sequence: Sequence, room: PrefillRoom, now: float) -> int:
-        """Start a waiting sequence; returns its tokens, 0 if there is no room or there are
-        no blocks for it."""
+    def _start(
+        self,
+        sequence: Sequence,
+        room: PrefillRoom,
+        chosen: dict[int, PlannedSequence],
+        cut: list[Sequence],
+        now: float,
+    ) -> bool:
+        """Start a waiting sequence, unless it has to wait for prompts that go on. False if
+        there is no room or there are no blocks for it: then nothing else may start."""
         sequence.computed = self.blocks.adopt(sequence)
         count = room.chunk(sequence)
+        whole = count == sequence.remaining
+        if count and not whole and not self._may_be_cut(sequence, count, cut):
+            self.blocks.release(sequence)
+            sequence.computed = 0
+            return sequence.place >= 0  # nothing overtakes one that was preempted
         # Each running sequence soon needs another block: without one to spare for each, this
         # sequence would be preempted a few steps later, and its work lost.
         spare = len(self._running)
         if not count or not self.blocks.grow(sequence, sequence.computed + count, spare=spare):
             self.blocks.release(sequence)
             sequence.computed = 0
-            return 0
+            return False
         if sequence.digest is not None:
             held = self.residency.try_hold(sequence.digest)
             assert held, "a sequence was admitted without its adapter"
@@ -321,7 +398,7 @@ class Scheduler:
             sequence.admitted = now
             sequence.cached_tokens = sequence.computed
             computed = sequence.prompt_length - sequence.cached_tokens
-            sequence.share.charge(PROMPT_COST * sequence.work * max(1, computed))
+            sequence.share.charge(PROMPT_COST * sequence.prompt_work * max(1, computed))
             if self.blocks.shares(sequence):
                 self._lookups = PrefixLookups(
                     self._lookups.asked + sequence.prompt_length,
@@ -329,7 +406,29 @@ class Scheduler:
                 )
         sequence.state = SequenceState.RUNNING
         self._running[sequence.id] = sequence
-        return count
+        chosen[sequence.id] = plan_sequence(sequence, count, self._eos)
+        room.take(sequence, count)
+        if not whole and not self.limits.exact:
+            cut.append(sequence)
+        return True
+
+    def _may_be_cut(self, sequence: Sequence, count: int, cut: list[Sequence]) -> bool:
+        """Whether a prompt may start with ``count`` tokens although this step cannot finish it.
+
+        Without others that go on it may. Beside them it needs KV blocks for all of these
+        prompts: they would preempt each other, and compute again what they had. And it is
+        its caller's only one, unless it takes about two steps: long prompts of one caller are
+        computed one after another, so that the first answer comes as soon as it can.
+        """
+        if not cut or self.limits.exact:
+            return True
+        blocks = self.blocks
+        missing = sum(blocks.most_blocks(o.length) - len(o.blocks) for o in (*cut, sequence))
+        if missing + 2 * len(self._running) > blocks.free:
+            return False
+        if sequence.place < 0 or sequence.remaining <= 2 * count:
+            return True
+        return all(other.share is not sequence.share for other in cut)
 
     def _note_prefill(self, sequence: Sequence) -> None:
         if sequence.computed and not sequence.generated:
@@ -354,11 +453,11 @@ class Scheduler:
 
     def update(
         self, plan: StepPlan, results: tuple[SequenceResult, ...]
-    ) -> tuple[list[Update], list[Action]]:
+    ) -> tuple[list[SequenceUpdate], list[Action]]:
         """Apply a step's tokens and end the sequences that stop. Sequences that have ended or
         were preempted since it was planned are left out. The caller must carry out the actions
         next."""
-        updates: list[Update] = []
+        updates: list[SequenceUpdate] = []
         actions: list[Action] = []
         charged = self.shares.several
         for planned, result in zip(plan.sequences, results, strict=True):
@@ -367,11 +466,13 @@ class Scheduler:
                 continue
             if sequence.ahead:
                 sequence.returned(planned)
-            if result.following is Following.LATE:
+            if result.following is ConstraintState.LATE:
                 self._held.add(sequence.id)
                 if result.token is None and result.finite:
                     continue  # as if it had not been in the step: it recomputes the same tokens
             sequence.computed = planned.start + len(planned.tokens)
+            if planned.score:
+                sequence.mixed |= plan.mixed
             if result.scores:
                 sequence.prompt_logprobs.extend(result.scores)
                 sequence.prompt_top_logprobs.extend(map(pack_tops, result.score_tops))
@@ -383,24 +484,26 @@ class Scheduler:
                 finite, why = result.finite, result.failure
                 self._note_prefill(sequence)
                 updates.append(
-                    Update(sequence, None, None, False, None, finite=finite, failure=why)
+                    SequenceUpdate(
+                        sequence, None, None, False, None, finite=finite, failure=why
+                    )
                 )
                 continue
             self.blocks.publish(sequence)
             self.blocks.give_back(sequence)
-            if (token := result.token) is None and result.following is Following.COMPLETE:
+            if (token := result.token) is None and result.following is ConstraintState.COMPLETE:
                 actions += self._end(sequence)
-                updates.append(Update(sequence, None, None, False, Finish.STOP))
+                updates.append(SequenceUpdate(sequence, None, None, False, Finish.STOP))
             if token is None:
                 self._note_prefill(sequence)
                 continue
             sequence.tokens.append(token)
             if charged:
                 sequence.share.charge(OUTPUT_COST * sequence.work)
-            finish = self._finish(sequence, token, result.following is Following.COMPLETE)
+            finish = self._finish(sequence, token, result.following is ConstraintState.COMPLETE)
             first = sequence.generated == 1
             logprob, tops = result.logprob, result.tops
-            updates.append(Update(sequence, token, logprob, first, finish, tops=tops))
+            updates.append(SequenceUpdate(sequence, token, logprob, first, finish, tops=tops))
             if finish is not None:
                 actions += self._end(sequence)
         return updates, actions
@@ -439,6 +542,19 @@ class Scheduler:
             held=[s.digest for s in running if s.digest],
             leased=[s.digest for s in self._by_id.values() if s.digest],
         )
+
+
+def _last_turn(sequence: Sequence) -> tuple[int, int]:
+    """When its tenant had its last turn, and then its caller. A sort by it keeps the order of
+    arrival among the prompts of one caller."""
+    share = sequence.share
+    return (share.owner.turn if share.owner else 0), share.turn
+
+
+def _same_caller(one: Sequence, other: Sequence) -> bool:
+    """Whether they are of one share, also before they are queued."""
+    ones, others = one.request, other.request
+    return (ones.tenant, ones.fairness_id) == (others.tenant, others.fairness_id)
 
 
 def _in_turns(sequences: Iterable[Sequence]) -> list[Sequence]:

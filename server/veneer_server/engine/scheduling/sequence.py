@@ -20,13 +20,6 @@ from veneer_server.wire.messages import (
     TierName,
 )
 
-__all__ = [
-    "Finish",
-    "Sequence",
-    "SequenceState",
-    "plan_sequence",
-]
-
 
 class SequenceState(Enum):
     WAITING = "waiting"
@@ -59,6 +52,8 @@ class Sequence:
         published: leading blocks that other sequences may find.
         cached_tokens: prompt tokens that it found in the prefix cache when it first started.
         prompt_logprobs: filled chunk by chunk during prefill, if requested.
+        mixed: if they are requested, whether a step that computed some of them had rows of
+            another adapter or the base.
         place: its order of arrival among waiting sequences; negative once it was preempted.
         urgency: its order in its flow, see `WaitingSequences`.
         load_seconds: time spent waiting for the adapter; complete while it runs.
@@ -68,6 +63,8 @@ class Sequence:
         awaited: tokens that such steps sample: 1 at most when a step is planned.
         carried: whether the next step can take the last of those from the device.
         work: what each of its tokens takes, see `token_work`; set when it is queued.
+        score_work: what a token of its prompt takes beyond that if its log-probability is
+            requested: the model's head, and its part of the vocabulary's softmax.
         turn: the step in which it last decoded, of those that take turns.
         share: whose service it counts as; set when it is queued.
     """
@@ -87,6 +84,7 @@ class Sequence:
     prompt_logprobs: list[float] = field(default_factory=list)
     prompt_top_logprobs: list[PackedTops] = field(default_factory=list)
     prompt_ranks: list[int] = field(default_factory=list)
+    mixed: bool = False
     place: int = 0
     urgency: tuple[float, int] = (0.0, 0)
     load_seconds: float = 0.0
@@ -96,6 +94,7 @@ class Sequence:
     awaited: int = 0
     carried: bool = False
     work: float = 1.0
+    score_work: float = 0.0
     turn: int = 0
     share: Share = field(init=False, repr=False)
 
@@ -123,6 +122,11 @@ class Sequence:
     def scores_prompt(self) -> bool:
         """Whether log-probabilities of the prompt are requested and not yet reported."""
         return self.request.prompt_logprobs and not self.generated
+
+    @property
+    def prompt_work(self) -> float:
+        """What each token of its prompt takes, beside one of the base's without a score."""
+        return self.work + self.score_work if self.scores_prompt else self.work
 
     @property
     def begun(self) -> int:

@@ -8,8 +8,6 @@ from veneer_server.engine.scheduling.sequence import Finish, Sequence
 from veneer_server.step.plan import ConstraintFailure
 from veneer_server.wire.messages import Tops
 
-__all__ = ["PrefixLookups", "Update"]
-
 
 @dataclass(frozen=True, slots=True)
 class PrefixLookups:
@@ -20,7 +18,7 @@ class PrefixLookups:
 
 
 @dataclass(slots=True)
-class Update:
+class SequenceUpdate:
     """What a step produced for one sequence. Read-only; not frozen, since a frozen one takes
     three times as long to make.
 

@@ -18,8 +18,6 @@ from veneer_server.engine.scheduling.fair_shares import FairShares, Share
 from veneer_server.engine.scheduling.sequence import Sequence
 from veneer_server.wire.messages import PRIORITY_SECONDS
 
-__all__ = ["Flow", "WaitingGroup", "WaitingSequences"]
-
 _urgency = attrgetter("urgency")
 _place = attrgetter("place")
 _order = attrgetter("order")

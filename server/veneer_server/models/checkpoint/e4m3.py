@@ -12,8 +12,6 @@ from typing import Final
 
 import torch
 
-__all__ = ["quantize"]
-
 LARGEST: Final = 448.0
 """Of e4m3."""
 LEAST: Final = -100

@@ -24,8 +24,6 @@ from veneer_registry.safetensors_header import CHECKPOINT_LIMITS, TensorInfo, re
 from veneer_server.models.config import DecoderConfig, UnsupportedModel, read_decoder_config
 from veneer_server.models.source import BaseDamaged
 
-__all__ = ["Checkpoint", "Matrix"]
-
 _DTYPES: Final = {
     "F64": torch.float64,
     "F32": torch.float32,

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["rotary"]
-
 
 def rotary(folder: Path) -> tuple[torch.Tensor, float]:
     """Frequencies, [head_dim / 2] float32, and the factor on cos and sin, for the folder's

@@ -7,7 +7,15 @@ import contextlib
 import contextvars
 import time
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
@@ -15,31 +23,19 @@ from typing import Any, Final, TypeVar
 
 from veneer_registry.errors import Aborted, QueueFull, VeneerError
 
+from veneer_server.access.caller import Caller
 from veneer_server.openai.errors import HttpError, HttpFailure, http_failure
-from veneer_server.openai.http.body import LONG_BODY, parse_body
-from veneer_server.openai.http.long_json import dump, written
+from veneer_server.openai.http.body import LONG_BODY, dump, parse_body, written
 from veneer_server.queues.connection_places import PROGRESS, STALLED_S
+from veneer_server.queues.fairness import Sender
+from veneer_server.serving.gate import CallContext
 from veneer_server.serving.spare_time import SpareTime, WorkBreaks
-
-__all__ = [
-    "ABORT",
-    "CERTIFICATE",
-    "DATA_ONLY",
-    "EARNED",
-    "Bodies",
-    "ClientGone",
-    "Framing",
-    "Receive",
-    "Reply",
-    "Scope",
-    "Send",
-    "Share",
-    "check_json",
-    "read_json",
-]
 
 ABORT: Final = "veneer.abort"
 """Key in ``scope["state"]`` of a function that drops the connection at once."""
+
+CONTEXT: Final = "veneer.context"
+"""Key in ``scope["state"]`` of the request's `CallContext`; see `context_of`."""
 
 CERTIFICATE: Final = "veneer.certificate"
 """Key in ``scope["state"]`` of the client's certificate, as `access.certificates.Shown`."""
@@ -47,6 +43,9 @@ CERTIFICATE: Final = "veneer.certificate"
 EARNED: Final = "veneer.earned"
 """Key in ``scope["state"]`` of a function that takes the tenant of a caller who has shown a
 valid key; "" for one whom a server without keys has answered well."""
+
+MODEL: Final = "veneer.model"
+"""Key in ``scope["state"]`` of the model that the path names, as Azure's paths do."""
 
 MAX_BODY: Final = 4 << 20
 """Largest body in bytes; the limit for gRPC messages is the same."""
@@ -97,7 +96,7 @@ class Bodies:
         self._turns: deque[asyncio.Future[None]] = deque()
         self._limits = (limit, long_limit)
         self._left = [limit, long_limit]
-        self._arriving: OrderedDict[Share, None] = OrderedDict()
+        self._arriving: OrderedDict[BodyShare, None] = OrderedDict()
         """In order of their last progress."""
         self._parser = ThreadPoolExecutor(1, "json")
         self._breaks = WorkBreaks()
@@ -113,8 +112,8 @@ class Bodies:
         return await self.thread(lambda: parse_body(body, self._breaks.rest))
 
     async def thread(self, work: Callable[[], T]) -> T:
-        """Do in the thread, which sleeps between bodies, what must be done with a long body. It
-        sees the context variables of the call."""
+        """Do in the thread, which sleeps between bodies, what must be done with a long body.
+        Its log lines are the request's."""
         context, loop = contextvars.copy_context(), asyncio.get_running_loop()
         return await loop.run_in_executor(self._parser, context.run, self._paced, work)
 
@@ -144,16 +143,16 @@ class Bodies:
             asyncio.get_running_loop().call_soon(self._next_turn)
 
     @contextmanager
-    def share(self) -> Iterator[Share]:
+    def share(self) -> Iterator[BodyShare]:
         """A request's share of the bytes, until the block ends."""
-        share = Share(self, time.monotonic())
+        share = BodyShare(self, time.monotonic())
         try:
             yield share
         finally:
             self._give_back(share)
 
     @contextmanager
-    def arriving(self, share: Share, timeout: asyncio.Timeout) -> Iterator[None]:
+    def arriving(self, share: BodyShare, timeout: asyncio.Timeout) -> Iterator[None]:
         """While the block runs the body arrives. Once it stalls, others may take its bytes: the
         timeout then ends at once, and ``share.lost`` says why."""
         share.timeout = timeout
@@ -163,7 +162,7 @@ class Bodies:
         finally:
             self._arriving.pop(share, None)
 
-    def take(self, share: Share, count: int) -> None:
+    def take(self, share: BodyShare, count: int) -> None:
         """Reserve more bytes. Raises QueueFull if too few are left."""
         wanted = [
             more - had
@@ -188,7 +187,7 @@ class Bodies:
             if share in self._arriving:
                 self._arriving.move_to_end(share)
 
-    def _displace(self, pool: int, wanted: int, by: Share, now: float) -> None:
+    def _displace(self, pool: int, wanted: int, by: BodyShare, now: float) -> None:
         """Take bytes back from bodies that have stalled, the longest stalled first."""
         for share in tuple(self._arriving):
             if self._left[pool] >= wanted or share.since > now - STALLED_S:
@@ -200,14 +199,14 @@ class Bodies:
                 del self._arriving[share]
                 self._give_back(share)
 
-    def _give_back(self, share: Share) -> None:
+    def _give_back(self, share: BodyShare) -> None:
         for pool, bytes_ in enumerate(_parts(share.size)):
             self._left[pool] += bytes_
         share.size = 0
 
 
 @dataclass(slots=True, eq=False)
-class Share:
+class BodyShare:
     """One body's share of `Bodies`. A call takes more bytes.
 
     Attributes:
@@ -237,6 +236,17 @@ def _parts(size: int) -> tuple[int, int]:
     return min(size, LONG_BODY), max(0, size - LONG_BODY)
 
 
+def context_of(scope: Scope) -> CallContext:
+    """Of a request. `Edge` has put it there."""
+    context: CallContext = scope["state"][CONTEXT]
+    return context
+
+
+def caller_of(scope: Scope) -> Caller:
+    """Who makes a request."""
+    return context_of(scope).caller
+
+
 def check_json(content_type: str) -> None:
     """Raise HttpError unless a browser says that its request is JSON. A browser sends JSON
     for a page of another origin only after it has asked whether it may. Of programs nobody
@@ -251,7 +261,7 @@ async def read_json(
     receive: Receive,
     limit_s: float,
     bodies: Bodies,
-    share: Share,
+    share: BodyShare,
 ) -> object:
     """The parsed body of a request.
 
@@ -288,7 +298,7 @@ async def read_json(
         ) from error
 
 
-async def _read(receive: Receive, take: Share, bodies: Bodies) -> bytes:
+async def _read(receive: Receive, take: BodyShare, bodies: Bodies) -> bytes:
     body, more = bytearray(), True
     try:
         while more:
@@ -332,7 +342,6 @@ async def _discard(receive: Receive, bodies: Bodies) -> None:
 
 
 _STREAMING: Final = {
-    "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache",
     "x-accel-buffering": "no",  # keeps nginx from buffering events
 }
@@ -343,25 +352,29 @@ class Framing:
     """How a stream writes its events.
 
     Attributes:
-        begin: what is before an event's JSON. Two line breaks are behind it.
+        begin: what is before an event's JSON.
         end: what follows the last event of a stream that succeeded.
         failure: what ends a stream that failed.
+        after: what is behind an event's JSON.
+        kind: the content type.
     """
 
     begin: Callable[[Any], bytes]
     end: bytes
     failure: Callable[[HttpFailure], bytes]
+    after: bytes = b"\n\n"
+    kind: str = "text/event-stream; charset=utf-8"
 
     def event(self, event: Any) -> bytes:
         """An event as bytes."""
-        return self.begin(event) + dump(event) + b"\n\n"
+        return self.begin(event) + dump(event) + self.after
 
     def pieces(self, events: Sequence[Any]) -> Iterator[bytes]:
         """Events as bytes, which are made a piece at a time."""
         for event in events:
             yield self.begin(event)
             yield from written(event)
-            yield b"\n\n"
+            yield self.after
 
 
 DATA_ONLY: Final = Framing(
@@ -371,12 +384,22 @@ DATA_ONLY: Final = Framing(
 )
 """Events without names, as chats and completions have them."""
 
+LINES: Final = Framing(
+    lambda event: b"",
+    b"",
+    lambda failure: dump(failure.body) + b"\n",
+    after=b"\n",
+    kind="application/x-ndjson",
+)
+"""A line of JSON for each event, as Ollama's clients read them."""
+
 
 class Reply:
     """One answer: a JSON document, or a stream of events. Tasks may share it.
 
     Attributes:
         framing: of its events.
+        headers: of the answer, beside those that go with its status.
         started: whether status and headers have been sent.
     """
 
@@ -384,12 +407,14 @@ class Reply:
         """Args: limit_s: longest wait for the client to read a piece."""
         self._send = send
         self._limit_s = limit_s
+        self._path: str = scope.get("path", "")
         self._abort: Callable[[], None] = scope.get("state", {}).get(ABORT, lambda: None)
         self._turn = asyncio.Lock()
         self._streaming = False
         self._torn = False
         """Only a part of an event, or of a document, has been sent."""
         self.framing = DATA_ONLY
+        self.headers: dict[str, str] = {}
         self.started = False
 
     async def json(self, status: int, body: object, headers: Mapping[str, str]) -> None:
@@ -397,13 +422,22 @@ class Reply:
         await self._whole(status, dump(body), "application/json", headers)
 
     async def long_json(
-        self, status: int, body: object, headers: Mapping[str, str], spare: SpareTime
+        self,
+        status: int,
+        body: object,
+        headers: Mapping[str, str],
+        spare: SpareTime,
+        sender: Sender,
     ) -> None:
         """Send the whole answer in pieces, each of which is made off the event loop once the
         one before has been taken."""
         await self._start(status, {"content-type": "application/json", **headers})
-        await self._pieces(written(body), spare)
+        await self._pieces(spare.each(written(body), sender))
         await self._body(b"", more=False)
+
+    async def made_json(self, data: bytes) -> None:
+        """Send the whole answer, which is JSON already."""
+        await self._whole(200, data, "application/json", {})
 
     async def text(self, text: str) -> None:
         """Send the whole answer, as plain text."""
@@ -420,30 +454,39 @@ class Reply:
         self,
         events: Sequence[object],
         headers: Mapping[str, str],
-        spare: SpareTime | None = None,
     ) -> None:
-        """Send server-sent events; the first call also sends status and headers.
-
-        Args:
-            spare: makes them a piece at a time; for long ones.
-        """
-        data = b"".join(map(self.framing.event, events)) if spare is None else b""
+        """Send server-sent events; the first call also sends status and headers."""
+        data = b"".join(map(self.framing.event, events))
         async with self._turn:
-            if not self.started:
-                self._streaming = True
-                await self._start(200, {**_STREAMING, **headers})
-            if spare is not None:
-                await self._pieces(self.framing.pieces(events), spare)
-            elif data:
+            await self._start_events(headers)
+            if data:
                 await self._body(data, more=True)
 
-    async def _pieces(self, pieces: Iterator[bytes], spare: SpareTime) -> None:
+    async def long_events(
+        self,
+        events: Sequence[Any],
+        headers: Mapping[str, str],
+        spare: SpareTime,
+        sender: Sender,
+    ) -> None:
+        """As `events`; they are made a piece at a time."""
+        async with self._turn:
+            await self._start_events(headers)
+            await self._pieces(spare.each(self.framing.pieces(events), sender))
+
+    async def _start_events(self, headers: Mapping[str, str]) -> None:
+        if not self.started:
+            self._streaming = True
+            kind = self.framing.kind
+            await self._start(200, {"content-type": kind, **_STREAMING, **headers})
+
+    async def _pieces(self, pieces: AsyncGenerator[bytes, None]) -> None:
         """Send what may be long. A caller must read it at a rate, as it holds what is not
         written yet: one that reads a little in time would hold it for hours."""
         loop = asyncio.get_running_loop()
         late_s = 0.0
         self._torn = True
-        async with aclosing(spare.each(pieces)) as made:
+        async with aclosing(pieces) as made:
             async for piece in made:
                 begun = loop.time()
                 await self._body(piece, more=True)
@@ -465,7 +508,7 @@ class Reply:
         """Report an error in whatever form the answer still allows."""
         if isinstance(error, ReaderStopped):
             return
-        failure = http_failure(error)
+        failure = http_failure(error, self._path)
         # The error may be queued behind data that the client does not read.
         self._limit_s = min(self._limit_s, _ERROR_LIMIT_S)
         if not self.started:
@@ -477,7 +520,10 @@ class Reply:
 
     async def _start(self, status: int, headers: Mapping[str, str]) -> None:
         self.started = True
-        pairs = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+        pairs = [
+            (name.encode(), value.encode("latin-1"))
+            for name, value in {**headers, **self.headers}.items()
+        ]
         await self._put({"type": "http.response.start", "status": status, "headers": pairs})
 
     async def _body(self, data: bytes, *, more: bool) -> None:

@@ -18,18 +18,16 @@ from veneer_server.logs import get_logger
 from veneer_server.openai.errors import HttpError, http_failure
 from veneer_server.openai.http.asgi import ABORT, CERTIFICATE, EARNED
 from veneer_server.openai.http.strict import StrictConnection
-from veneer_server.queues.connection_places import Place, Places, host_of
-from veneer_server.queues.refusal_pace import Pace
+from veneer_server.queues.connection_places import OpenConnection, OpenConnections, host_of
+from veneer_server.queues.refusal_pace import RefusalPace
 from veneer_server.system.descriptors import UNREAD
-
-__all__ = ["connection_class"]
 
 _AHEAD: Final = 64 << 10
 """Bytes of pipelined requests that are buffered while one is answered."""
 
 _MALFORMED: Final = 512 << 10
-"""Bytes that a malformed request counts as in `Pace`: long heads and tiny chunks take 1 ms to
-read, and each such request needs a new connection."""
+"""Bytes that a malformed request counts as in `RefusalPace`: long heads and tiny chunks take
+1 ms to read, and each such request needs a new connection."""
 
 _LOOK_S: Final = 0.005
 """How long there may be too many connections: what has arrived on the new ones is read first,
@@ -70,7 +68,7 @@ def _too_many_connections(most: int) -> bytes:
 def connection_class(
     limit_s: float,
     most: int,
-    pace: Pace,
+    pace: RefusalPace,
     on_malformed: Callable[[HttpError], None],
     *,
     keyless: bool = True,
@@ -85,10 +83,10 @@ def connection_class(
         keyless: callers need no key.
     """
 
-    places = Places(most, keyless=keyless)
+    places = OpenConnections(most, keyless=keyless)
     by_caller: dict[str, Connection] = {}
-    by_place: dict[Place, Connection] = {}
-    refused: dict[Place, None] = {}
+    by_place: dict[OpenConnection, Connection] = {}
+    refused: dict[OpenConnection, None] = {}
     closing: set[Connection] = set()
     refusal = _too_many_connections(most)
 
@@ -102,12 +100,13 @@ def connection_class(
           nothing keeps the socket open.
         * Messages are parsed strictly. A refused one is counted and answered like any other
           bad request.
-        * At most ``most`` connections. A further one replaces the one that `Places` names.
+        * At most ``most`` connections. A further one replaces the one that
+          `OpenConnections` names.
         """
 
         _late: asyncio.TimerHandle | None = None
         _refused = False
-        _place: Place
+        _place: OpenConnection
         _head = True
         """Whether it waits for a request's head."""
 
@@ -287,7 +286,7 @@ def connection_class(
                 if len(places) > most:
                     self.loop.call_soon(_trim)
 
-    def _delayed() -> Iterator[Place]:
+    def _delayed() -> Iterator[OpenConnection]:
         """Strangers' places whose refusal is being delayed."""
         yield from refused
         for caller in pace.delayed():

@@ -13,8 +13,6 @@ from typing import Final
 
 from veneer_server.openai.errors import HttpError
 
-__all__ = ["Cors"]
-
 Headers = list[tuple[bytes, bytes]]
 
 _MAX_AGE_S: Final = 600
@@ -22,8 +20,14 @@ _MAX_AGE_S: Final = 600
 
 _EXPOSED: Final = ", ".join(
     (
-        *("x-request-id", "retry-after", "retry-after-ms", "x-should-retry"),
-        *("veneer-revision", "veneer-weights-digest", "veneer-adapter-tier"),
+        "x-request-id",
+        "retry-after",
+        "retry-after-ms",
+        "x-should-retry",
+        "veneer-revision",
+        "veneer-weights-digest",
+        "veneer-adapter-tier",
+        "veneer-ignored",
         *(
             f"x-ratelimit-{what}-{unit}"
             for unit in ("requests", "tokens")

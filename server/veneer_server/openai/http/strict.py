@@ -18,8 +18,6 @@ import h11
 
 from veneer_server.access.authenticate import ONCE
 
-__all__ = ["MAX_HEAD", "MAX_HEADERS", "MAX_SMALL_CHUNKS", "StrictConnection"]
-
 MAX_HEAD: Final = 16 << 10
 """Most bytes of a request line and its headers."""
 

@@ -18,8 +18,6 @@ from veneer_server.system.gpu import try_kernels
 from veneer_server.system.machine import usable_cores
 from veneer_server.system.placement import place
 
-__all__ = ["cuda_check", "native_check", "torch_checks"]
-
 
 def torch_checks(config: ServerConfig) -> Iterator[Check]:
     done = subprocess.run(

@@ -16,8 +16,6 @@ from veneer_server.sizing.memory_plan import plan_memory, plan_registry
 from veneer_server.system.gpu import choose_gpu
 from veneer_server.system.machine import HostMemory, host_memory
 
-__all__ = ["base_checks", "memory_check"]
-
 
 def base_checks(config: ServerConfig) -> Iterator[Check]:
     folder = _base_folder(config)
@@ -66,7 +64,7 @@ def _tokenizer(folder: Path, decoder: DecoderConfig) -> Check:
     """The parts of the base that the front process reads: tokenizer and chat template."""
     try:
         # Not at the top: the doctor itself must report a missing package.
-        from veneer_server.text.templates.template import ChatTemplate, read_base_template
+        from veneer_server.text.template import ChatTemplate, read_base_template
         from veneer_server.text.tokenizer import TextTokenizer
 
         tokenizer = TextTokenizer.from_folder(folder)

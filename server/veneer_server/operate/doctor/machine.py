@@ -17,16 +17,6 @@ from veneer_registry.extras import install_extra
 from veneer_server.openai import require_gateway
 from veneer_server.operate.doctor.check import Check
 
-__all__ = [
-    "PACKAGES",
-    "clock_check",
-    "gateway_check",
-    "no_kernels_check",
-    "open_files_check",
-    "package_check",
-    "python_check",
-]
-
 PACKAGES: Final = (
     "torch", "transformers", "bitsandbytes", "tokenizers", "safetensors", "llguidance",
     "grpcio", "protobuf",

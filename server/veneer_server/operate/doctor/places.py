@@ -17,8 +17,6 @@ from veneer_server.config import Address
 from veneer_server.operate.doctor.check import Check
 from veneer_server.system.machine import peak_bytes
 
-__all__ = ["folder_checks", "only_slower", "owner_of", "port_check", "running_check"]
-
 _LEAST_FREE: Final = 1 << 30
 
 

@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["main"]
-
 
 def main() -> None:
     """Entry point; ``auto`` uses CUDA if available."""

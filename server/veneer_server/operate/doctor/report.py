@@ -13,8 +13,6 @@ from veneer_server.config import ServerConfig
 from veneer_server.operate.doctor import backends, base, machine, places
 from veneer_server.operate.doctor.check import Check
 
-__all__ = ["examine", "report"]
-
 
 def report(config: ServerConfig, say: Callable[[str], None], *, as_json: bool) -> bool:
     """Print the checks; True if the server could start."""

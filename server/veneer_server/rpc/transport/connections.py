@@ -2,9 +2,9 @@
 
 gRPC closes connections beyond its limit as they arrive, whoever opened them, while idle ones
 may stay for minutes: one caller could keep everyone else out. gRPC cannot be asked to close a
-connection, so this module works on the process's own sockets. `Places` says which one goes: one
-whose calls have not arrived whole waits like one without calls. A client whose idle connection
-was closed opens another by itself with its next call.
+connection, so this module works on the process's own sockets. `OpenConnections` says which one
+goes: one whose calls have not arrived whole waits like one without calls. A client whose idle
+connection was closed opens another by itself with its next call.
 """
 
 from __future__ import annotations
@@ -22,9 +22,13 @@ from typing import Final
 from urllib.parse import unquote
 
 from veneer_server.logs import get_logger
-from veneer_server.queues.connection_places import STALLED_S, Place, Places, host_of
-
-__all__ = ["KNOWN", "Call", "Connections"]
+from veneer_server.queues.connection_places import (
+    STALLED_S,
+    OpenConnection,
+    OpenConnections,
+    host_of,
+)
+from veneer_server.queues.recent import Recent
 
 LOOK_S: Final = 0.25
 """Seconds between two checks of the number of connections."""
@@ -53,14 +57,14 @@ class _Connection:
     """``used``: when its last call began or ended, or it was first seen. ``whole``:
     calls that have arrived; ``watching``: those of them that only wait for news."""
 
-    place: Place
+    place: OpenConnection
     used: float
     calls: int = 0
     whole: int = 0
     watching: int = 0
 
 
-class Call:
+class OpenCall:
     """One open call, for its connection's place."""
 
     def __init__(self, connections: Connections, connection: _Connection) -> None:
@@ -102,22 +106,22 @@ class Connections:
         """
         self._wanted = most - max(1, most // _SPARE)
         self._clock = clock
-        self._places = Places(self._wanted, keyless=keyless, clock=clock)
+        self._places = OpenConnections(self._wanted, keyless=keyless, clock=clock)
         self._known: OrderedDict[_Address, _Connection] = OrderedDict()
         """Least recently used first."""
-        self._by_place: dict[Place, _Address] = {}
-        self._given_up: set[Place] = set()
+        self._by_place: dict[OpenConnection, _Address] = {}
+        self._given_up: set[OpenConnection] = set()
         self._closing: dict[_Address, float] = {}
         """Closed ones, and when; gRPC takes a while to let their descriptors go."""
         self._looked = clock()
         """When it last looked at the number of connections."""
 
     @contextmanager
-    def call(self, peer: str) -> Iterator[Call]:
+    def call(self, peer: str) -> Iterator[OpenCall]:
         """Count a call while the block runs. ``peer``: gRPC's name for its connection."""
         known = self._used(_address(peer))
         known.calls += 1
-        call = Call(self, known)
+        call = OpenCall(self, known)
         self.tell(known, progressed=True)  # a whole head
         try:
             yield call
@@ -280,3 +284,64 @@ def _close(descriptor: int, address: _Address) -> bool:
         finally:
             end.detach()
     return False
+
+
+# -------------------- standings
+# Whether each connection's recent messages arrived in time; see `receiving`.
+
+LATE_S: Final = 10.0
+"""How long a connection counts as late."""
+
+PAUSE_S: Final = 0.25
+"""How long a connection is not read after it lost a place: its next message may be slow too."""
+
+_KNOWN: Final = 4096
+"""Most connections that are remembered."""
+
+
+@dataclass(slots=True)
+class _Standing:
+    prompt: bool = False
+    late_until: float = 0.0
+    paused_until: float = 0.0
+
+
+_UNKNOWN: Final = _Standing()
+
+
+class Standings:
+    """A connection is *prompt* from the time a message was whole when it was read until one is
+    late, and *late* for `LATE_S` after a message that did not arrive in time."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        """Args: clock: seconds."""
+        self._clock = clock
+        self._by_peer: Recent[str, _Standing] = Recent(_KNOWN)
+
+    def was_prompt(self, peer: str) -> None:
+        """Record a message that was whole when it was read."""
+        self._known(peer).prompt = True
+
+    def was_late(self, peer: str, *, displaced: bool) -> None:
+        """Record a message that did not arrive in time, and whether it lost its place."""
+        known, now = self._known(peer), self._clock()
+        known.prompt, known.late_until = False, now + LATE_S
+        if displaced:
+            known.paused_until = now + PAUSE_S
+
+    def prompt(self, peer: str) -> bool:
+        """Whether a message was whole when read, and none has been late since."""
+        return self._by_peer.get(peer, _UNKNOWN).prompt
+
+    def late(self, peer: str) -> bool:
+        """Whether a message was late within the last `LATE_S`."""
+        return self._clock() < self._by_peer.get(peer, _UNKNOWN).late_until
+
+    def may_be_read(self, peer: str, held: int) -> bool:
+        """Whether a connection that holds ``held`` places may have another now."""
+        known, now = self._by_peer.get(peer, _UNKNOWN), self._clock()
+        return now >= known.paused_until and (not held or now >= known.late_until)
+
+    def _known(self, peer: str) -> _Standing:
+        known = self._by_peer[peer] = self._by_peer.get(peer) or _Standing()
+        return known

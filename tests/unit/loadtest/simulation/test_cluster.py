@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import msgspec
 import pytest
-from veneer_loadtest.simulation.cluster import Cluster, replica_name
+from veneer_loadtest.simulation.cluster import SimulatedCluster, replica_name
 from veneer_loadtest.simulation.costs import Costs
 from veneer_loadtest.simulation.figures import Figures
 from veneer_loadtest.simulation.scenario import (
@@ -36,7 +36,7 @@ SMALL = Scenario(requests=600, rate=12.0, adapter_bytes=10_000_000, seed=3)
 
 
 def run(scenario: Scenario, routing: Routing = "adapter", costs: Costs = COSTS) -> Figures:
-    return Cluster(scenario, routing, costs).run()
+    return SimulatedCluster(scenario, routing, costs).run()
 
 
 def without_cpu(figures: Figures) -> Figures:
@@ -112,7 +112,7 @@ def test_without_any_replica_requests_are_refused_at_once() -> None:
 
 
 def test_a_draining_replica_gets_nothing_new_and_loses_nothing() -> None:
-    cluster = Cluster(replace(SMALL, happenings=(Drain(10.0, 0),)), "adapter", COSTS)
+    cluster = SimulatedCluster(replace(SMALL, happenings=(Drain(10.0, 0),)), "adapter", COSTS)
     sent = []
     wrapped = cluster.collected.sent
     cluster.collected.sent = lambda number, name: (  # type: ignore[method-assign]

@@ -13,10 +13,10 @@ from veneer_loadtest.errors import BadOption, TargetFailed
 from veneer_loadtest.simulation import command
 from veneer_loadtest.simulation.costs import Costs, read_costs, write_costs
 from veneer_loadtest.simulation.events import Events
-from veneer_loadtest.simulation.figures import Collected, jain
-from veneer_loadtest.simulation.fit import Measured, fit
+from veneer_loadtest.simulation.figures import EndedRequests, jain
+from veneer_loadtest.simulation.fit import Measurements, fit
 from veneer_loadtest.simulation.happenings import parse_happenings
-from veneer_loadtest.simulation.loader import Loader
+from veneer_loadtest.simulation.loader import SimulatedLoader
 from veneer_loadtest.simulation.options import parse_routings
 from veneer_loadtest.simulation.scenario import Drain, Lose, Partition, Publish, Scenario
 from veneer_loadtest.simulation.servers import parse_cores
@@ -35,7 +35,7 @@ def test_events_come_in_order_of_time_and_then_of_their_making() -> None:
 
 
 def test_a_loader_takes_one_after_another() -> None:
-    loader = Loader()
+    loader = SimulatedLoader()
     loader.add("a", 10, 2.0)
     loader.add("b", 20, 3.0)
     assert loader.work(1.5) == []
@@ -145,7 +145,7 @@ def test_costs_go_through_their_file_and_others_are_refused(tmp_path: Path) -> N
 
 
 def test_a_fit_finds_the_costs_that_made_the_times() -> None:
-    measured = Measured()
+    measured = Measurements()
     for streams, adapters in ((1, 1), (2, 1), (2, 2), (4, 1), (4, 4)):
         measured.apart[streams, adapters] = [6e-3 + streams * 2e-3 + adapters * 1e-3]
     for length in (8, 16, 64):
@@ -166,7 +166,7 @@ def test_a_fit_finds_the_costs_that_made_the_times() -> None:
 def test_a_fit_without_some_samples() -> None:
     """On a slow machine streams may not have run together, and on a fast one a stream may have
     ended before a load beside it began."""
-    measured = Measured()
+    measured = Measurements()
     for streams, adapters in ((1, 1), (2, 1), (2, 2), (4, 1)):
         measured.apart[streams, adapters] = [6e-3 + streams * 2e-3 + adapters * 1e-3]
     measured.apart[4, 4] = []
@@ -182,7 +182,7 @@ def test_a_fit_without_some_samples() -> None:
 
 
 def test_a_fit_gives_no_negative_cost() -> None:
-    measured = Measured()
+    measured = Measurements()
     for streams, adapters in ((1, 1), (2, 1), (2, 2), (4, 1), (4, 4)):
         measured.apart[streams, adapters] = [9e-3 - adapters * 1e-3]
     for length in (8, 16):
@@ -199,7 +199,7 @@ def test_fairness_is_one_if_all_are_equal_and_a_share_if_one_has_all() -> None:
 
 
 def test_figures_leave_the_first_requests_out() -> None:
-    collected = Collected(1)
+    collected = EndedRequests(1)
     for number, seconds in ((0, 9.0), (1, 1.0), (2, 3.0)):
         collected.sent(number, "a" if number < 2 else "b")
         collected.first_token(number, 0, seconds, hit=number == 1, prompt=4, cached=number)

@@ -8,7 +8,7 @@ import pytest
 from veneer_loadtest.simulation import registry
 from veneer_loadtest.simulation.costs import Costs
 from veneer_loadtest.simulation.events import Events
-from veneer_loadtest.simulation.registry import Followers, Link
+from veneer_loadtest.simulation.registry import Followers, SimulatedLink
 from veneer_server.follower import view
 from veneer_server.replication import feed
 
@@ -21,7 +21,7 @@ def check_history(seed: int) -> None:
     """Raises AssertionError if a follower goes back, has what was never published, or does not
     have everything after a quiet time."""
     random_, events, costs = random.Random(seed), Events(), Costs(follow_s=0.3, notify_s=0.2)
-    link = Link(costs, events)
+    link = SimulatedLink(costs, events)
     followers = Followers(NAMES, link, costs, events)
     published = dict.fromkeys(range(3), 0)
     seen = {(name, adapter): 0 for name in NAMES for adapter in published}
@@ -92,7 +92,7 @@ def test_planted_bugs_are_caught() -> None:
 
 def test_fetches_share_the_registrys_connection() -> None:
     costs, events = Costs(registry_byte_s=1e-9, fetch_byte_s=4e-9, fetch_s=0.0), Events()
-    link = Link(costs, events)
+    link = SimulatedLink(costs, events)
     ends = [link.fetch(10**9) for _ in range(8)]
     # One alone is as slow as a replica's own connection; many, as the registry's.
     assert ends[0] == pytest.approx(4.0)

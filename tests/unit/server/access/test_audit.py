@@ -22,8 +22,9 @@ from veneer_registry.errors import (
     VeneerError,
 )
 from veneer_server.access.audit import Audit
+from veneer_server.access.caller import Caller
 from veneer_server.access.edit_keys import add_key
-from veneer_server.access.principal import ANYONE, PRINCIPAL, Principal
+from veneer_server.access.principal import ANYONE, Principal
 from veneer_server.quotas.quota import UNLIMITED, Account
 
 from tests.refused import refused
@@ -38,6 +39,7 @@ from tests.unit.server.rpc.front_harness import (
 
 GENERATE = "/veneer.v1.InferenceService/Generate"
 DELETE = "/veneer.v1.AdapterService/DeleteAdapter"
+DELETES = Caller(method=DELETE, peer="ipv4:1.2.3.4:5")
 SECRETS = ("whisper this", "vn_")
 KINDS = ("written", "lost")
 
@@ -150,7 +152,7 @@ def test_the_file_is_rotated_and_stays_private(tmp_path: Path) -> None:
     audit = Audit(file, most_bytes=2000, kept=2)
     for number in range(100):
         request = adapters_pb2.DeleteAdapterRequest(name=f"n{number}")
-        audit.note(DELETE, "ipv4:1.2.3.4:5", request=request)
+        audit.note(DELETES, request=request)
     audit.close()
     audit.close()
     files = sorted(tmp_path.iterdir())
@@ -192,10 +194,8 @@ class Log:
         peer: str = "ipv4:1.2.3.4:5",
         name: str = "x",
     ) -> None:
-        token = PRINCIPAL.set(who)
         request = adapters_pb2.DeleteAdapterRequest(name=name)
-        self.audit.note(method, peer, error, request=request)
-        PRINCIPAL.reset(token)
+        self.audit.note(Caller(who, method=method, peer=peer), error, request=request)
         while self.audit._lines.qsize() > 4000:  # private: as slow callers would
             pass
 
@@ -319,7 +319,7 @@ def test_a_change_whose_call_was_ended_is_kept_beyond_the_share(tmp_path: Path) 
 def test_a_device_gets_every_history(tmp_path: Path) -> None:
     reading, writing = os.pipe()
     audit = Audit(Path(f"/proc/self/fd/{writing}"), keyed=True)
-    audit.note(DELETE, "ipv4:1.2.3.4:5", Unauthenticated("no"))
+    audit.note(DELETES, Unauthenticated("no"))
     audit.close()
     os.close(writing)
     with os.fdopen(reading) as pipe:
@@ -343,7 +343,7 @@ def test_no_history_is_given_up_where_no_new_file_can_be_made(tmp_path: Path) ->
 def test_a_full_disk_stops_no_call(tmp_path: Path) -> None:
     audit = Audit(Path("/dev/full"))
     for _ in range(5):
-        audit.note(DELETE, "ipv4:1.2.3.4:5", PermissionDenied("no"))
+        audit.note(DELETES, PermissionDenied("no"))
     audit.close()
     assert audit.lost == 5
 
@@ -372,7 +372,7 @@ def test_what_a_caller_writes_stays_in_its_line(tmp_path: Path) -> None:
     file = tmp_path / "audit.jsonl"
     audit = Audit(file)
     request = adapters_pb2.DeleteAdapterRequest(name='x"}\n{"who": "admin' + "y" * 10_000)
-    audit.note(DELETE, "ipv4:1.2.3.4:5", request=request)
+    audit.note(DELETES, request=request)
     audit.close()
     (line,) = lines(file)
     assert len(line["adapter"]) == 200

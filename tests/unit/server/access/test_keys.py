@@ -65,12 +65,14 @@ async def test_a_key_is_let_in_by_either_header(file: Path) -> None:
         Credentials(f"bearer  {key} "),
         Credentials(api_key=key),
         Credentials.of_headers({"x-api-key": key}),
+        Credentials.of_headers({"api-key": key}),
     ):
         assert (await access.admit(GENERATE, credentials)).name == "app"
     for wrong in (
         Credentials(key),
         Credentials(f"Basic {key}"),
         Credentials(f"Basic {key}", key),
+        Credentials.of_headers({"authorization": f"Basic {key}", "api-key": key}),
         Credentials("Bearer"),
         Credentials("Bearer " + "x" * 10_000),
         Credentials(f"Bearer {key}x"),

@@ -21,7 +21,7 @@ from veneer_proto.v1 import (
 from veneer_registry.errors import Unauthenticated
 from veneer_server.access import identity_file, lasting
 from veneer_server.access.authenticate import Access, Credentials
-from veneer_server.access.certificates import Shown
+from veneer_server.access.certificates import ShownCertificate
 from veneer_server.access.edit_keys import add_key, revoke_key
 from veneer_server.access.identity_file import IdentityFile
 from veneer_server.logs import TENANT
@@ -205,7 +205,9 @@ async def test_a_certificate_that_is_listed_no_more_ends_a_watch(
     cert, key = pki.client("ann.example.org")
     files = map(_content, (pki.ca_file, key, cert))
     async with running(
-        *(base_folder, front_cache, tmp_path / "front"),
+        base_folder,
+        front_cache,
+        tmp_path / "front",
         credentials=grpc.ssl_channel_credentials(*files),
         tls_cert=pki.cert,
         tls_key=pki.key,
@@ -250,8 +252,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 async def held(access: Access, credentials: Credentials) -> None:
     """An open call, until it is ended."""
-    await access.admit(WATCH, credentials)
-    with access.while_admitted(WATCH, credentials):
+    principal = await access.admit(WATCH, credentials)
+    with access.while_admitted(WATCH, principal, credentials):
         await asyncio.Event().wait()
 
 
@@ -349,7 +351,7 @@ async def test_a_certificate_ends_at_its_time(tmp_path: Path, clock: Clock) -> N
     file.write_text('[certificates."ann.example.org"]\nroles = ["inference"]\n')
     access = Access(IdentityFile(file))
     until = (datetime.now(UTC) + timedelta(hours=1)).timestamp()
-    shows = Credentials(certificate=Shown(("ann.example.org",), until))
+    shows = Credentials(certificate=ShownCertificate(("ann.example.org",), until))
     call = asyncio.create_task(held(access, shows))
     await asyncio.sleep(0)
     assert not call.done()

@@ -24,7 +24,7 @@ from veneer_client import AsyncClient, RetryPolicy, Text, VeneerError
 from veneer_registry.errors import PermissionDenied, Unavailable
 from veneer_server.access import tokens as tokens_module
 from veneer_server.access.authenticate import Access
-from veneer_server.access.tokens import Tokens, TokenSettings
+from veneer_server.access.tokens import TokenSettings, TokenVerifier
 
 from tests.pki import Pki
 from tests.refused import refused
@@ -214,15 +214,16 @@ def forged(realm: Realm) -> dict[str, str]:
         ),
     }
     for kid in (
-        *(
-            "../../../../../../dev/null",
-            "/dev/null",
-            "first/../first",
-            "",
-            "first\x00",
-            "k" * 2000,
-        ),
-        *("' UNION SELECT 'x", "file:///etc/passwd", f"{realm.url}/keys", "FIRST"),
+        "../../../../../../dev/null",
+        "/dev/null",
+        "first/../first",
+        "",
+        "first\x00",
+        "k" * 2000,
+        "' UNION SELECT 'x",
+        "file:///etc/passwd",
+        f"{realm.url}/keys",
+        "FIRST",
     ):
         wrong[f"kid {kid[:40]!r}"] = realm.token(headers={"kid": kid})
     return wrong
@@ -241,7 +242,7 @@ async def test_an_issuer_whose_certificate_is_not_trusted_is_not_believed(
 ) -> None:
     other = Pki(tmp_path / "other")
     monkeypatch.setenv("SSL_CERT_FILE", other.ca_file)
-    access = Access(tokens=Tokens(TokenSettings(realm.url, "veneer")))
+    access = Access(tokens=TokenVerifier(TokenSettings(realm.url, "veneer")))
     for _ in range(2):  # the keys are not asked for again so soon
         with refused(Unavailable, cause="issuer"):
             await admit(access, realm.token())
@@ -250,7 +251,7 @@ async def test_an_issuer_whose_certificate_is_not_trusted_is_not_believed(
 async def test_a_discovery_document_of_another_issuer_is_not_believed(realm: Realm) -> None:
     """One that a proxy or a wrong address answers with; its keys may be anybody's."""
     url = realm.url
-    access = Access(tokens=Tokens(TokenSettings(url, "veneer")))
+    access = Access(tokens=TokenVerifier(TokenSettings(url, "veneer")))
     realm.url = url.replace("/realm", "/other")
     with refused(Unavailable, cause="issuer"):
         await admit(access, realm.token(iss=url))
@@ -282,7 +283,7 @@ async def test_keys_are_not_fetched_from_where_a_redirect_leads_without_tls(
     realm: Realm, redirecting: ThreadingHTTPServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     where = f"http://127.0.0.1:{redirecting.server_address[1]}/keys"
-    access = Access(tokens=Tokens(TokenSettings(realm.url, "veneer", keys=where)))
+    access = Access(tokens=TokenVerifier(TokenSettings(realm.url, "veneer", keys=where)))
     with refused(Unavailable, cause="issuer"):
         await admit(access, realm.token())
     fields = [vars(record)["veneer_fields"] for record in caplog.records]
@@ -292,6 +293,6 @@ async def test_keys_are_not_fetched_from_where_a_redirect_leads_without_tls(
 async def test_a_document_that_is_none_is_told(realm: Realm) -> None:
     for document in (b"[]", b"{", b"3", b'{"issuer": 1}', b"\xff"):
         realm.answer = lambda path, document=document: document  # type: ignore[method-assign]
-        access = Access(tokens=Tokens(TokenSettings(realm.url, "veneer")))
+        access = Access(tokens=TokenVerifier(TokenSettings(realm.url, "veneer")))
         with refused(Unavailable, cause="issuer"):
             await admit(access, realm.token())

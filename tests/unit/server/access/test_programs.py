@@ -136,7 +136,11 @@ def test_a_load_over_https(
     file = tmp_path / "run.json"
     done = call(
         loadtest,
-        *("run", "--openai", secured.url("openai"), "--json", str(file)),
+        "run",
+        "--openai",
+        secured.url("openai"),
+        "--json",
+        str(file),
         *("--names", "smollm2-135m", *SMALL),
     )
     assert done.exit_code == 0, done.output

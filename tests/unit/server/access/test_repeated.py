@@ -19,7 +19,13 @@ from tests.unit.server.rpc.front_harness import failure, prompt
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-TWICE = ("authorization", "x-api-key", "veneer-tenant", "x-llm-d-inference-fairness-id")
+TWICE = (
+    "authorization",
+    "x-api-key",
+    "api-key",
+    "veneer-tenant",
+    "x-llm-d-inference-fairness-id",
+)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -41,6 +47,10 @@ def cases(mine: str, other: str) -> list[tuple[tuple[str, str], ...]]:
         (("x-api-key", mine), ("x-api-key", other)),
         (("x-api-key", f"{mine}, {other}"),),
         (me, ("x-api-key", other)),
+        (("api-key", mine), ("api-key", other)),
+        (("api-key", f"{mine}, {other}"),),
+        (me, ("api-key", other)),
+        (("x-api-key", mine), ("api-key", other)),
         (me, ("veneer-tenant", "team-a"), ("veneer-tenant", "team-a")),
         (me, ("veneer-tenant", "team-a, team-b")),
         (me, ("veneer-tenant", "team-a"), ("x-veneer-tenant", "team-b")),
@@ -72,9 +82,13 @@ async def test_what_is_said_twice_in_the_same_words_by_two_headers_is_taken(
 ) -> None:
     mine: Any = both.caller("team-a", "operator")
     given = (
-        *(("authorization", f"Bearer {mine.key}"), ("x-api-key", mine.key)),
-        *(("veneer-tenant", "team-a"), ("x-veneer-tenant", "team-a")),
-        *(("x-llm-d-inference-fairness-id", "a, b"), ("x-gateway-inference-fairness-id", "c")),
+        ("authorization", f"Bearer {mine.key}"),
+        ("x-api-key", mine.key),
+        ("api-key", mine.key),
+        ("veneer-tenant", "team-a"),
+        ("x-veneer-tenant", "team-a"),
+        ("x-llm-d-inference-fairness-id", "a, b"),
+        ("x-gateway-inference-fairness-id", "c"),
     )
     await both.front.inference.Generate(prompt(), metadata=given)
     url = f"http://{both.front.addresses['openai']}/v1/models"

@@ -354,15 +354,15 @@ async def test_who_is_told_of_a_damaged_disk_is_not_told_of_its_folders(
             'raise _refused(f"the API key {secret} is unknown", "key")',
         ),
         (
-            "veneer_server.rpc.interceptors",
-            "self._metrics.failures.labels(error.reason).inc()",
-            '_log.info("metadata", given=context.invocation_metadata())',
+            "veneer_server.serving.gate",
+            "self.log(error.reason, error, **logged)",
+            '_log.info("metadata", given=context.caller.shown)',
         ),
         (
-            "veneer_server.rpc.interceptors",
-            "self._audit.note(method, peer, failure, request=request)",
-            "REQUEST_ID.set(repr(request)[-64:]); "
-            "self._audit.note(method, peer, failure, request=request)",
+            "veneer_server.serving.gate",
+            "self._audit.note(context.caller, error, request=context.request)",
+            "self.rename(context, repr(context.request)[-64:]); "
+            "self._audit.note(context.caller, error)",
         ),
         (
             "veneer_server.access.authenticate",

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
 from veneer_proto.v1 import inference_pb2 as pb
-from veneer_server.access.principal import ANYONE, PRINCIPAL, Principal
-from veneer_server.queues.fairness import FAIRNESS, NOBODYS, Fairness, Sender
-from veneer_server.serving.who import CALLER, sender
+from veneer_server.access.caller import Caller as CallerValue
+from veneer_server.access.principal import ANYONE, Principal
+from veneer_server.queues.fairness import Fairness, Sender
 
 from tests.unit.server.access.tenants_kit import Caller, Shared, shared
 from tests.unit.server.rpc.front_harness import failure, make_adapter
@@ -144,17 +143,10 @@ async def test_whose_turn_a_call_uses(server: Shared) -> None:
 
 
 def sender_of(
-    connection: str, principal: Principal = ANYONE, fairness: Fairness = NOBODYS
+    connection: str, principal: Principal = ANYONE, fairness: Fairness | None = None
 ) -> Sender:
     """Whose turn a call uses that has these."""
-
-    def call() -> Sender:
-        CALLER.set(connection)
-        PRINCIPAL.set(principal)
-        FAIRNESS.set(fairness)
-        return sender()
-
-    return copy_context().run(call)
+    return CallerValue(principal, fairness or Fairness(), peer=connection).sender
 
 
 @pytest.mark.parametrize(

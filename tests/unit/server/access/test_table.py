@@ -81,15 +81,36 @@ REFUSED: Final = {
 }
 
 
+KEYLESS: Final = ("no key", "wrong or expired key")
+ALLOWED: Final[Mapping[str, frozenset[str]]] = {
+    "anybody": frozenset({*KEYLESS, *ROLES}),
+    "any key": frozenset(ROLES),
+    "inference": frozenset({"inference", "admin", "operator"}),
+    "inference or publisher": frozenset({"inference", "publisher", "admin", "operator"}),
+    "publisher": frozenset({"publisher", "admin", "operator"}),
+    "admin": frozenset({"admin", "operator"}),
+    "operator": frozenset({"operator"}),
+    "metrics": frozenset({"metrics", "operator"}),
+}
+"""Who may call, as the page has it -> the callers to whom it applies."""
+
+
 def table() -> dict[str, dict[str, str]]:
     """Method -> caller -> "yes", "401", "403", "404" or "own"."""
     lines = PAGE.read_text("utf-8").splitlines()
-    at = next(i for i, line in enumerate(lines) if line.startswith("| method |"))
-    callers = [cell.strip() for cell in lines[at].strip("| ").split("|")][1:]
-    found = {}
+    at = next(i for i, line in enumerate(lines) if line.startswith("| who may call |"))
+    found: dict[str, dict[str, str]] = {}
     for line in itertools.takewhile(lambda line: line.startswith("|"), lines[at + 2 :]):
-        method, *cells = (cell.strip() for cell in line.strip("| ").split("|"))
-        found[method.replace("`", "")] = dict(zip(callers, cells, strict=True))
+        who, methods, other = (cell.strip() for cell in line.strip("| ").split("|"))
+        allowed = ALLOWED[who.replace("`", "")]
+        told = {
+            caller: "yes" if caller in allowed else "401" if caller in KEYLESS else "403"
+            for caller in (*KEYLESS, *ROLES)
+        }
+        for method in re.split(", (?=`)", methods):
+            name = method.replace("`", "")
+            assert name not in found, f"{name} has one row"
+            found[name] = {**told, OTHER: other}
     return found
 
 
@@ -108,7 +129,7 @@ class Guarded:
 
     async def told(self, method: str, key: str, adapter: str = "") -> str:
         """What a caller is told: "yes", "401", "403", or "404" if it asks for an adapter."""
-        if method.startswith(("GET ", "POST ")):
+        if method.startswith(("GET ", "POST ", "DELETE ")):
             return await self._http(method, key, adapter)
         metadata = (("authorization", f"Bearer {key}"),) if key else ()
         try:
@@ -169,9 +190,13 @@ class Guarded:
                     given = body("/v1/load_lora_adapter", THEIRS)
                     answer = await http.post(url, json=given, headers=dict(metadata))
                     return bool(answer.json()["error"]["param"] == "lora_name")
-            case "GET /v1/models":
+            case "GET /v1/models" | "GET /api/tags" | "GET /api/ps":
+                if method == "GET /api/ps":
+                    own = (("authorization", f"Bearer {self.keys['operator'][0]}"),)
+                    activated = adapters_pb2.ActivateAdapterRequest(name=THEIRS)
+                    await adapters.ActivateAdapter(activated, metadata=own)
                 async with httpx.AsyncClient(trust_env=False) as http:
-                    url = f"http://{self.front.addresses['openai']}/v1/models"
+                    url = f"http://{self.front.addresses['openai']}{method.split()[1]}"
                     return THEIRS in (await http.get(url, headers=dict(metadata))).text
         return False
 
@@ -236,11 +261,30 @@ def body(path: str, adapter: str) -> dict[str, Any]:
         },
         "/v1/completions": {**model, "prompt": "Hi", "max_tokens": 1},
         "/v1/responses": {**model, "input": "Hi", "max_output_tokens": 1},
+        "/v1/responses/input_tokens": {**model, "input": "Hi"},
+        "/v1/conversations/{id}": {"metadata": {}},
+        "/v1/conversations/{id}/items": {"items": [{"role": "user", "content": "Hi"}]},
         "/v1/messages": {
             **model,
             "messages": [{"role": "user", "content": "Hi"}],
             "max_tokens": 1,
         },
+        "/v1/messages/count_tokens": {
+            **model,
+            "messages": [{"role": "user", "content": "Hi"}],
+        },
+        "/inference/v1/generate": {
+            **model,
+            "token_ids": [1000],
+            "sampling_params": {"max_tokens": 1},
+        },
+        "/api/chat": {
+            **model,
+            "messages": [{"role": "user", "content": "Hi"}],
+            "options": {"num_predict": 1},
+        },
+        "/api/generate": {**model, "prompt": "Hi", "options": {"num_predict": 1}},
+        "/api/show": model,
         "/tokenize": {**model, "prompt": "Hi"},
         "/detokenize": {**model, "tokens": [1000]},
         "/v1/load_lora_adapter": {"lora_name": adapter or "none", "lora_path": "none"},
@@ -376,14 +420,14 @@ async def test_the_page_lists_every_method_that_a_port_has(guarded: Guarded) -> 
             "wrong or expired key",
         ),
         (
-            "veneer_server.serving.tenants.tenants",
+            "veneer_server.serving.tenants",
             "        found = self._by_name.get(principal.tenant)",
             "        found = self._by_name.get(DEFAULT_TENANT)",
             "AdapterService/ListAdapters",
             OTHER,
         ),
         (
-            "veneer_server.serving.tenants.visible",
+            "veneer_server.serving.visible",
             "        owner = self._accepted(home, first)",
             "        owner = next((t for t in self._tenants.all if first in t.registry), None)",
             "POST /v1/completions",
@@ -391,8 +435,12 @@ async def test_the_page_lists_every_method_that_a_port_has(guarded: Guarded) -> 
         ),
     ],
     ids=[
-        *("a method is left open", "roles are not checked", "secrets", "expiry"),
-        *("one tenant for all", "what is not shared"),
+        "a method is left open",
+        "roles are not checked",
+        "secrets",
+        "expiry",
+        "one tenant for all",
+        "what is not shared",
     ],
 )
 async def test_a_planted_hole_is_seen(

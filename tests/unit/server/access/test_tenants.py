@@ -22,11 +22,14 @@ from veneer_registry.lock import OwnerLock
 from veneer_registry.registry import Registry
 from veneer_server import logs
 from veneer_server.access.authenticate import Access, Credentials
+from veneer_server.access.caller import Caller as CallerValue
 from veneer_server.access.edit_keys import add_key
 from veneer_server.engine_client.tenant_engine import TenantEngine
 from veneer_server.operate.store_command import verify
-from veneer_server.serving.tenants import tenants as tenants_module
-from veneer_server.serving.tenants.visible import Seen, Visible
+from veneer_server.serving import tenants as tenants_module
+from veneer_server.serving.gate import CallContext, Gate
+from veneer_server.serving.visible import Visible, VisibleAdapter
+from veneer_server.telemetry.metrics import Metrics
 from veneer_server.wire.messages import AdapterLoaded, split_key
 
 from tests.refused import refused
@@ -282,6 +285,10 @@ HTTP: dict[str, dict[str, Any]] = {
     },
     "/v1/messages": {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1},
     "/v1/responses": {"input": "Hello", "max_output_tokens": 1},
+    "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": "Hello"}]},
+    "/inference/v1/generate": {"token_ids": [1000], "sampling_params": {"max_tokens": 1}},
+    "/api/generate": {"prompt": "Hello", "options": {"num_predict": 1}},
+    "/api/show": {},
     "/tokenize": {"prompt": "Hello"},
 }
 
@@ -486,7 +493,7 @@ def test_a_name_deleted_while_a_list_is_made_is_listed_once() -> None:
         all=[home, other], accepts=lambda _: ["other"], named={"other": other}.get
     )
     mine: Any = home
-    assert Visible(tenants).page(mine) == [Seen(mine, cast(Any, record), "chat")]
+    assert Visible(tenants).page(mine) == [VisibleAdapter(mine, cast(Any, record), "chat")]
     assert Visible(tenants).aliases(mine, "") == (alias,)
 
 
@@ -581,9 +588,9 @@ async def test_a_name_that_could_be_a_path_is_refused(name: str) -> None:
 
 async def test_log_lines_of_a_call_name_its_tenant() -> None:
     """What each line then says: `test_logs_and_metrics`."""
-    access = Access()
+    gate = Gate(Metrics())
     for given, logged in (("team-a", "team-a"), ("default", ""), ("", "")):
-        await access.admit(GET, Credentials(tenant=given))
+        await gate.admit(CallContext(CallerValue(method=GET)), Credentials(tenant=given))
         assert logs.TENANT.get() == logged
 
 

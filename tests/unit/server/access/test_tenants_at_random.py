@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import grpc
-from veneer_server.serving.tenants import visible
+from veneer_server.serving import visible
 
 from tests.planted import planted
 from tests.unit.server.access.tenants_kit import Caller, Shared, shared

@@ -25,7 +25,7 @@ from veneer_server.access import tokens as tokens_module
 from veneer_server.access.authenticate import Access, Credentials
 from veneer_server.access.edit_keys import add_key
 from veneer_server.access.identity_file import IdentityFile
-from veneer_server.access.tokens import Tokens, TokenSettings
+from veneer_server.access.tokens import TokenSettings, TokenVerifier
 
 from tests.refused import refused
 
@@ -110,7 +110,7 @@ def issuer() -> Iterator[Issuer]:
 
 
 def access_of(issuer: Issuer, **settings: str) -> Access:
-    return Access(tokens=Tokens(TokenSettings(issuer.url, "veneer", **settings)))
+    return Access(tokens=TokenVerifier(TokenSettings(issuer.url, "veneer", **settings)))
 
 
 async def admit(access: Access, token: str, method: str = GENERATE) -> Any:
@@ -221,7 +221,7 @@ async def turns() -> AsyncIterator[None]:
 def aged(issuer: Issuer) -> tuple[Access, list[float]]:
     """Access by this issuer's tokens, and a clock that tests set."""
     now = [1000.0]
-    made = Tokens(TokenSettings(issuer.url, "veneer"), clock=lambda: now[0])
+    made = TokenVerifier(TokenSettings(issuer.url, "veneer"), clock=lambda: now[0])
     return Access(tokens=made), now
 
 
@@ -249,8 +249,8 @@ async def test_a_withdrawn_key_ends_open_calls_though_nobody_calls(
     given = Credentials(f"Bearer {issuer.token()}")
 
     async def watch() -> None:
-        await access.admit(WATCH, given)
-        with access.while_admitted(WATCH, given):
+        principal = await access.admit(WATCH, given)
+        with access.while_admitted(WATCH, principal, given):
             await asyncio.Event().wait()
 
     watching = asyncio.create_task(watch())
@@ -358,7 +358,7 @@ async def test_keys_from_a_file_follow_the_file(issuer: Issuer, tmp_path: Path) 
 async def test_keys_and_tokens_side_by_side(issuer: Issuer, tmp_path: Path) -> None:
     file = tmp_path / "keys.toml"
     key = add_key(file, name="app", tenant="default", roles=["inference"], expires=None).key
-    access = Access(IdentityFile(file), Tokens(TokenSettings(issuer.url, "veneer")))
+    access = Access(IdentityFile(file), TokenVerifier(TokenSettings(issuer.url, "veneer")))
     assert (await admit(access, key)).name == "app"
     assert (await admit(access, issuer.token())).name == "alice"
     with refused(Unauthenticated, cause="key"):
@@ -368,7 +368,7 @@ async def test_keys_and_tokens_side_by_side(issuer: Issuer, tmp_path: Path) -> N
 @pytest.mark.parametrize("url", ["http://example.org/keys", "ftp://x/y", "file:///etc/passwd"])
 def test_an_address_that_others_can_change_is_refused(url: str) -> None:
     with refused(InvalidField, key="jwt_keys"):
-        Tokens(TokenSettings("https://example.org", "veneer", keys=url))
+        TokenVerifier(TokenSettings("https://example.org", "veneer", keys=url))
 
 
 @pytest.mark.parametrize(
@@ -379,4 +379,4 @@ def test_a_file_without_keys_is_refused(tmp_path: Path, content: str | None) -> 
     if content is not None:
         file.write_text(content)
     with refused(InvalidField, key="jwt_keys"):
-        Tokens(TokenSettings("https://example.org", "veneer", keys=str(file)))
+        TokenVerifier(TokenSettings("https://example.org", "veneer", keys=str(file)))

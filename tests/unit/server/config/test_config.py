@@ -45,11 +45,23 @@ def test_threads_are_a_number_or_auto(tmp_path: Path, given: str | int, threads:
     assert load_config({"threads": str(given)}, {}).threads == threads
 
 
+def test_answers_have_no_limit_unless_one_is_given() -> None:
+    assert load_config({}, {}).default_max_tokens is None
+    assert load_config({"default_max_tokens": "auto"}, {}).default_max_tokens is None
+    assert load_config({"default_max_tokens": "7"}, {}).default_max_tokens == 7
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [
-        *[("512MiB", 512 << 20), ("2GB", 2 * 10**9), ("1.5 gib", 3 << 29), ("17", 17)],
-        *[(17, 17), ("4G", 4 << 30), ("512m", 512 << 20), ("4Gi", 4 << 30)],
+        ("512MiB", 512 << 20),
+        ("2GB", 2 * 10**9),
+        ("1.5 gib", 3 << 29),
+        ("17", 17),
+        (17, 17),
+        ("4G", 4 << 30),
+        ("512m", 512 << 20),
+        ("4Gi", 4 << 30),
     ],
 )
 def test_sizes(tmp_path: Path, text: str | int, size: int) -> None:
@@ -79,6 +91,12 @@ def test_sizes(tmp_path: Path, text: str | int, size: int) -> None:
         ("listen", ""),
         ("base", " "),
         ("insecure", "maybe"),
+        ("store_responses", "yes"),
+        ("stored_responses_bytes", "1MiB"),
+        ("stored_responses_age", "-1"),
+        ("default_max_tokens", "0"),
+        ("default_max_tokens", "none"),
+        ("unknown_fields", "drop"),
     ],
 )
 def test_bad_values_name_the_flag_and_the_fix(name: str, value: str) -> None:
@@ -144,7 +162,8 @@ def test_names_may_be_repeated(tmp_path: Path) -> None:
     assert load_config({}, {}).allow_base_name == ()
     assert load_config({}, {}, file).allow_base_name == ("a/b", "c")
     assert load_config({}, {"VENEER_ALLOW_BASE_NAME": "d, e/f"}, file).allow_base_name == (
-        *("d", "e/f"),
+        "d",
+        "e/f",
     )
     flags: dict[str, str | bool | list[str] | None] = {"allow_base_name": ["g", "h/i"]}
     assert load_config(flags, {}, file).allow_base_name == ("g", "h/i")

@@ -10,8 +10,16 @@ from typing import Any
 
 import pytest
 from veneer_registry.errors import InvalidField
-from veneer_server.constraints.following import Followed
-from veneer_server.constraints.frames import Advance, Failed, Follow, Mask, Masks, Role, Setup
+from veneer_server.constraints.frames import (
+    Advance,
+    Mask,
+    Masks,
+    MatchingFailed,
+    MatchingSetup,
+    MatchSequence,
+    Role,
+)
+from veneer_server.constraints.matched import MatchedSequence
 from veneer_server.constraints.matchers import Matchers
 from veneer_server.wire.messages import Constraint, ConstraintLimits
 
@@ -42,7 +50,7 @@ class World:
 
     def __init__(self) -> None:
         self.children: list[FakeChild] = []
-        self.followed: dict[int, Followed] = {}
+        self.followed: dict[int, MatchedSequence] = {}
         self.unheld: list[int] = []
         self.refused: dict[int, InvalidField | None] = {}
         numbers = itertools.count(1)
@@ -52,14 +60,14 @@ class World:
             return self.children[-1]
 
         self.matchers = Matchers(
-            Setup("", 16, [2], ConstraintLimits()),
+            MatchingSetup("", 16, [2], ConstraintLimits()),
             fork=fork,
             followed=self.followed,
             unhold=self.unheld.append,
             report=lambda message: None,
         )
         for number in (1, 2, 3):
-            one = Followed(number, WORD, self.refused_setter(number))
+            one = MatchedSequence(number, WORD, self.refused_setter(number))
             self.followed[number] = one
             self.matchers.follow(one)
             self.mask(number, 0)
@@ -102,7 +110,7 @@ def test_a_fault_ends_the_sequence_it_happened_in_and_the_rest_moves(
     ]
     assert world.unheld == [2]
     _, second = world.children
-    assert second.got == [Follow(1, WORD, [5], True), Follow(3, WORD, [7], True)]
+    assert second.got == [MatchSequence(1, WORD, [5], True), MatchSequence(3, WORD, [7], True)]
 
 
 def test_a_process_killed_from_outside_twice_within_one_sequence_is_its_fault() -> None:
@@ -128,7 +136,7 @@ def test_what_a_former_process_still_says_is_not_listened_to() -> None:
     world = World()
     former: Any = world.children[0]
     world.end(former, signal.SIGKILL)
-    world.matchers.heard(former, Failed(1, "fuel", "old news"))
+    world.matchers.heard(former, MatchingFailed(1, "fuel", "old news"))
     assert world.followed[1].failure is None
 
 
@@ -139,7 +147,7 @@ def test_a_slow_mask_counts_and_moves_its_sequence() -> None:
     assert world.followed[1].ready
     quick, slow = world.children
     assert (quick.role, slow.role) == ("quick", "slow")
-    assert slow.got == [Follow(1, WORD, [5], True)]
+    assert slow.got == [MatchSequence(1, WORD, [5], True)]
     world.matchers.advance([world.followed[1]], {1: 6})
     assert slow.got[1:] == [Advance([(1, 6)])]
     assert not world.followed[1].ready

@@ -14,7 +14,7 @@ import pytest
 from veneer_registry.errors import InvalidField
 from veneer_server.constraints.grammars import Grammars
 from veneer_server.constraints.matcher.numbers import EXPONENT, Digits
-from veneer_server.step.plan import Following
+from veneer_server.step.plan import ConstraintState
 from veneer_server.text.tokenizer import TextTokenizer
 from veneer_server.wire.messages import Constraint, ConstraintLimits
 
@@ -72,11 +72,11 @@ def longest(grammars: Grammars, tokenizer: TextTokenizer, schema: dict[str, Any]
     try:
         while len(written) < 100:
             known = grammars.allowed(1, time.monotonic() + 60)
-            if known is Following.LATE:  # the machine is busy
+            if known is ConstraintState.LATE:  # the machine is busy
                 UNHELD.get(timeout=60)
                 continue
             if not isinstance(known, np.ndarray):
-                assert known is Following.COMPLETE
+                assert known is ConstraintState.COMPLETE
                 break
             wished = [token for token in wishes if known[token]]
             token = wished[0] if wished else int(known.nonzero()[0][0])

@@ -18,10 +18,10 @@ import pytest
 from numpy.typing import NDArray
 from veneer_registry.errors import InvalidField
 from veneer_server.constraints import matchers
-from veneer_server.constraints.family import Family
-from veneer_server.constraints.frames import Ended, Ready, Setup
+from veneer_server.constraints.family import MatcherFamily
+from veneer_server.constraints.frames import ChildEnded, MatchingSetup, ParentReady
 from veneer_server.constraints.grammars import GrammarFailed, Grammars
-from veneer_server.step.plan import Following
+from veneer_server.step.plan import ConstraintState
 from veneer_server.wire.messages import (
     Constraint,
     ConstraintDone,
@@ -67,11 +67,11 @@ class Constraints:
             known = self.grammars.allowed(sequence, time.monotonic() + 60)
             if isinstance(known, np.ndarray):
                 return known
-            assert known is Following.LATE
+            assert known is ConstraintState.LATE
             assert self.unheld.get(timeout=60) == sequence
-            assert self.grammars.ending(sequence) is not Following.COMPLETE
+            assert self.grammars.ending(sequence) is not ConstraintState.COMPLETE
 
-    def say(self, sequence: int, token: int) -> Following:
+    def say(self, sequence: int, token: int) -> ConstraintState:
         return self.grammars.advance({sequence: token}, time.monotonic() + 60)[sequence]
 
     def say_for_ever(self, sequence: int) -> None:
@@ -149,12 +149,12 @@ def test_a_mask_that_is_late_is_not_waited_for(make: Callable[..., Constraints])
     [stopped] = made.processes("veneer-matcher")
     stopped.suspend()
     now = time.monotonic()
-    assert made.grammars.advance({1: token}, now)[1] is Following.GOES_ON
-    assert made.grammars.allowed(1, now) is Following.LATE
+    assert made.grammars.advance({1: token}, now)[1] is ConstraintState.GOES_ON
+    assert made.grammars.allowed(1, now) is ConstraintState.LATE
     assert made.unheld.empty()
     stopped.resume()
     assert made.unheld.get(timeout=60) == 1
-    assert made.grammars.ending(1) is Following.GOES_ON
+    assert made.grammars.ending(1) is ConstraintState.GOES_ON
     assert made.grammars.allowed(1, now).any()  # type: ignore[union-attr]
 
 
@@ -175,7 +175,7 @@ def test_what_a_full_socket_does_not_take_waits_for_room(
     done: queue.SimpleQueue[InvalidField | None] = queue.SimpleQueue()
     for at, text in enumerate(large):
         made.grammars.compile(200 + at, Constraint("choice", text), done.put)
-    assert made.grammars.advance({1: token}, time.monotonic())[1] is Following.GOES_ON
+    assert made.grammars.advance({1: token}, time.monotonic())[1] is ConstraintState.GOES_ON
     for process in stopped:
         process.resume()
     assert [done.get(timeout=60) for _ in large] == [None] * 30
@@ -230,9 +230,9 @@ def test_a_slow_sequence_is_followed_by_a_process_that_yields(
     monkeypatch.setattr(matchers, "SLOW_MASK_S", 0.0)
     made = make()
     assert made.compile(1, LETTERS) is None
-    assert made.say(1, token_of(made.allowed(1))) is Following.LATE
+    assert made.say(1, token_of(made.allowed(1))) is ConstraintState.LATE
     assert made.unheld.get(timeout=60) == 1
-    assert made.grammars.ending(1) is Following.GOES_ON
+    assert made.grammars.ending(1) is ConstraintState.GOES_ON
     assert made.allowed(1).any()
     nices = sorted(p.nice() for p in made.processes("veneer-matcher"))
     assert nices == [os.nice(0), os.nice(0) + 10]
@@ -291,14 +291,14 @@ def test_what_has_ended_is_not_signalled(
     base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its process id may be another's by then: only the parent, which reaps, signals."""
-    setup = Setup(str(base_folder / "tokenizer.json"), VOCAB, [EOS], ConstraintLimits())
-    family = Family(setup)
+    setup = MatchingSetup(str(base_folder / "tokenizer.json"), VOCAB, [EOS], ConstraintLimits())
+    family = MatcherFamily(setup)
     family.start()
     try:
-        assert family.receive() == Ready("")
+        assert family.receive() == ParentReady("")
         first = family.fork("trial")
         first.close()  # it has nothing to do then
-        assert family.receive() == Ended(first.number, 0)
+        assert family.receive() == ChildEnded(first.number, 0)
         with monkeypatch.context() as without:
             for name in ("kill", "setpriority"):
                 without.delattr(os, name)
@@ -306,7 +306,7 @@ def test_what_has_ended_is_not_signalled(
             first.yield_to_others()
             second = family.fork("trial")
             second.kill("in time")
-        assert family.receive() == Ended(second.number, signal.SIGKILL)
+        assert family.receive() == ChildEnded(second.number, signal.SIGKILL)
         second.close()
     finally:
         family.end()

@@ -10,8 +10,6 @@ from veneer_server.backends.cuda.chosen import CudaUnavailable
 from veneer_server.backends.cuda.follower import lead
 from veneer_server.wire.messages import EngineConfig
 
-__all__: list[str] = []
-
 
 def _never(*_: object) -> NoReturn:
     raise AssertionError("a follower without a card is ready")

@@ -24,8 +24,6 @@ from veneer_server.step.layout import Layout
 
 from tests.unit.server.cuda.steps import step
 
-__all__ = ["CONFIG", "adapter", "base", "process", "serve", "serve_part", "steps"]
-
 CONFIG = DecoderConfig(
     architecture="LlamaForCausalLM",
     vocab_size=96,

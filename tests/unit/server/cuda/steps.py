@@ -5,8 +5,6 @@ from __future__ import annotations
 import numpy as np
 from veneer_server.step.arrays import StepArrays
 
-__all__ = ["step"]
-
 
 def step(parts: list[tuple[list[int], int, list[int]]], block_size: int = 16) -> StepArrays:
     """Rows of several sequences: (new tokens, start, blocks); all logits wanted. Processes

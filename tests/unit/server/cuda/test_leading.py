@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from veneer_server.backends.parallel.leading import Follower, Leading, Link
+from veneer_server.backends.parallel.leading import Leading, MemberLink, PartMember
 from veneer_server.step.adapter_table import AdapterTable
-from veneer_server.step.inbox import NoPlace
+from veneer_server.step.inbox import NoSlot
 from veneer_server.step.layout import Layout
 
 from tests.refused import refused
@@ -27,7 +27,7 @@ class Places:
 
     def place(self, layout: Layout, run: torch.Tensor) -> AdapterTable:
         if len(self.runs) == self.room:
-            raise NoPlace("full")
+            raise NoSlot("full")
         table = AdapterTable(layout, torch.empty(layout.length, device="meta"))
         self.runs[table] = run
         return table
@@ -52,14 +52,14 @@ class Decoder:
         self.steps.append(step)
 
 
-def _pair(mine: int, theirs: int) -> tuple[Leading, Decoder, Follower, Decoder, Link]:
+def _pair(mine: int, theirs: int) -> tuple[Leading, Decoder, PartMember, Decoder, MemberLink]:
     steps, their_steps = Pipe()
     copies, their_copies = Pipe()
     own, other = Decoder(mine), Decoder(theirs)
-    follower = Follower(other, lambda count: torch.empty(count, dtype=torch.bfloat16))  # type: ignore[arg-type]
+    follower = PartMember(other, lambda count: torch.empty(count, dtype=torch.bfloat16))  # type: ignore[arg-type]
     threading.Thread(target=follower.copy, args=(their_copies,), daemon=True).start()
-    leading = Leading(own, [Link(steps, copies)])  # type: ignore[arg-type]
-    return leading, own, follower, other, Link(their_steps, their_copies)
+    leading = Leading(own, [MemberLink(steps, copies)])  # type: ignore[arg-type]
+    return leading, own, follower, other, MemberLink(their_steps, their_copies)
 
 
 def _run() -> tuple[Layout, torch.Tensor]:
@@ -92,10 +92,10 @@ def test_a_follower_has_the_leader_s_adapters_and_steps() -> None:
 @pytest.mark.parametrize("rooms", [(1, 0), (0, 1)])
 def test_an_adapter_is_placed_everywhere_or_nowhere(rooms: tuple[int, int]) -> None:
     leading, own, _, other, _ = _pair(*rooms)
-    with refused(NoPlace):
+    with refused(NoSlot):
         leading.adapters.place(*_run())
     # An answer to the next message comes after the release.
-    with refused(NoPlace):
+    with refused(NoSlot):
         leading.adapters.place(*_run())
     assert not own.adapters.runs
     assert len(other.adapters.runs) <= rooms[1]

@@ -28,7 +28,7 @@ from veneer_server.queues.fairness import Sender
 from veneer_server.step.inbox import Inbox, Unheld
 from veneer_server.step.plan import (
     AheadRunner,
-    Following,
+    ConstraintState,
     PlannedSequence,
     SequenceResult,
     StepPlan,
@@ -93,17 +93,17 @@ class Device:
             token = (token + int(p.token_counts.counts.sum())) % VOCAB
         while token in p.forbidden:
             token += 1
-        following = Following.GOES_ON
+        following = ConstraintState.GOES_ON
         if p.constraint is not None:
-            following = Following.COMPLETE if token % 7 == 1 else self._following(p)
-        if following is Following.LATE and self.random and self.random.random() < 0.5:
+            following = ConstraintState.COMPLETE if token % 7 == 1 else self._following(p)
+        if following is ConstraintState.LATE and self.random and self.random.random() < 0.5:
             return SequenceResult(following=following)  # its mask was late already
         return SequenceResult(token=token, scores=scores, following=following)
 
-    def _following(self, p: PlannedSequence) -> Following:
+    def _following(self, p: PlannedSequence) -> ConstraintState:
         if self.random is None or self.random.random() < 0.6:
-            return Following.GOES_ON
-        return Following.LATE
+            return ConstraintState.GOES_ON
+        return ConstraintState.LATE
 
     @staticmethod
     def _slot(p: PlannedSequence, at: int) -> int:
@@ -153,7 +153,7 @@ class Ahead(Behind):
         self.device.late += [
             planned.sequence
             for planned, result in zip(plan.sequences, results, strict=True)
-            if result.following is Following.LATE
+            if result.following is ConstraintState.LATE
         ]
         return results
 
@@ -178,8 +178,8 @@ class Grammars:
     def forget(self, sequence: int) -> None:
         pass
 
-    def ending(self, sequence: int) -> Following:
-        return Following.GOES_ON
+    def ending(self, sequence: int) -> ConstraintState:
+        return ConstraintState.GOES_ON
 
 
 class Engine:
@@ -340,7 +340,8 @@ def test_scores_are_read_before_the_next_step() -> None:
 
 PLANTED: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "host-sampled tokens are taken from the device": partial(
-        *(planted, sequence),
+        planted,
+        sequence,
         "return self.carried and goes_on and self.length < context",
         "return goes_on and self.length < context",
     ),
@@ -348,17 +349,20 @@ PLANTED: dict[str, Callable[[], AbstractContextManager[None]]] = {
         planted, sequence, "position=length,", "position=known,"
     ),
     "a step begins where the last one did": partial(
-        *(planted, sequence),
+        planted,
+        sequence,
         "start = sequence.computed + sequence.ahead",
         "start = sequence.computed",
     ),
     "blocks are those of the last step": partial(
-        *(planted, scheduler),
+        planted,
+        scheduler,
         "while not self.blocks.grow(sequence, sequence.begun + count):",
         "while not self.blocks.grow(sequence, sequence.computed + count):",
     ),
     "a preempted sequence still awaits a token": partial(
-        *(planted, scheduler),
+        planted,
+        scheduler,
         "sequence.computed = sequence.ahead = sequence.awaited = 0",
         "sequence.computed = 0",
     ),
@@ -366,12 +370,14 @@ PLANTED: dict[str, Callable[[], AbstractContextManager[None]]] = {
         planted, scheduler, "sequence.returned(planned)", "pass"
     ),
     "the wrong step's results are applied": partial(
-        *(planted, loop),
+        planted,
+        loop,
         "self._report(flying, runner.read())",
         "self._report(plan, runner.read())",
     ),
     "the last step is never read": partial(
-        *(planted, loop),
+        planted,
+        loop,
         "if plan is not None or self._flying is not None:",
         "if plan is not None:",
     ),

@@ -21,7 +21,7 @@ from veneer_server.wire.messages import (
     BudgetsState,
     EngineConfig,
     FromEngine,
-    Residency,
+    ResidencyChanged,
     SamplingParams,
     SequenceRequest,
     ToEngine,
@@ -89,7 +89,7 @@ class Server:
         self.tasks: set[asyncio.Task[None]] = set()
 
     def _note(self, event: EngineEvent) -> None:
-        if isinstance(event, Residency):
+        if isinstance(event, ResidencyChanged):
             task = asyncio.create_task(self._tell())
             self.tasks.add(task)
             task.add_done_callback(self.tasks.discard)
@@ -113,7 +113,7 @@ class Server:
 @pytest.fixture(autouse=True)
 def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LoopConnection, "made", [])
-    monkeypatch.setattr(supervisor, "Connection", LoopConnection)
+    monkeypatch.setattr(supervisor, "EngineConnection", LoopConnection)
     monkeypatch.setattr(supervisor, "FIRST_BACKOFF", 0.001)
 
 

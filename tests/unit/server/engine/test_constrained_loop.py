@@ -18,7 +18,7 @@ from veneer_server.queues.fairness import NOBODY, Sender
 from veneer_server.step.inbox import Inbox, Unheld
 from veneer_server.step.plan import (
     ConstraintFailure,
-    Following,
+    ConstraintState,
     PlannedSequence,
     SequenceResult,
     StepPlan,
@@ -44,7 +44,7 @@ class FakeGrammars:
             queue.SimpleQueue()
         )
         self.forgotten: list[int] = []
-        self.endings: dict[int, ConstraintFailure | Following] = {}
+        self.endings: dict[int, ConstraintFailure | ConstraintState] = {}
 
     def compile(
         self,
@@ -55,8 +55,8 @@ class FakeGrammars:
     ) -> None:
         self.begun.put((sequence, done))
 
-    def ending(self, sequence: int) -> ConstraintFailure | Following:
-        return self.endings.pop(sequence, Following.GOES_ON)
+    def ending(self, sequence: int) -> ConstraintFailure | ConstraintState:
+        return self.endings.pop(sequence, ConstraintState.GOES_ON)
 
     def forget(self, sequence: int) -> None:
         self.forgotten.append(sequence)
@@ -78,12 +78,12 @@ class FakeRunner:
 
     def _result(self, planned: PlannedSequence) -> SequenceResult:
         failure = self.failures.get(planned.sequence)
-        following = Following.GOES_ON
+        following = ConstraintState.GOES_ON
         if planned.sequence in self.late:
-            following = Following.LATE
+            following = ConstraintState.LATE
         elif planned.sequence in self.complete:
-            following = Following.COMPLETE
-        samples = planned.samples and failure is None and following is not Following.LATE
+            following = ConstraintState.COMPLETE
+        samples = planned.samples and failure is None and following is not ConstraintState.LATE
         return SequenceResult(
             token=100 + planned.position if samples else None,
             following=following,
@@ -228,9 +228,11 @@ def test_a_late_mask_leaves_its_sequence_out_of_steps_and_delays_no_other(loop: 
     assert (end.finish, end.tokens) == ("length", [104])
 
 
-@pytest.mark.parametrize("how", [Following.COMPLETE, ConstraintFailure("memory", "too large")])
+@pytest.mark.parametrize(
+    "how", [ConstraintState.COMPLETE, ConstraintFailure("memory", "too large")]
+)
 def test_what_is_known_late_of_a_sequence_ends_it(
-    how: Following | ConstraintFailure, loop: Loop
+    how: ConstraintState | ConstraintFailure, loop: Loop
 ) -> None:
     loop.runner.late.add(1)
     loop.submit(1, ignore_eos=True)
@@ -239,7 +241,7 @@ def test_what_is_known_late_of_a_sequence_ends_it(
     loop.grammars.endings[1] = how
     loop.inbox.put(Unheld(1))
     end = loop.end_of(1)
-    if isinstance(how, Following):
+    if isinstance(how, ConstraintState):
         assert isinstance(end, SequenceOutput)
         assert (end.finish, end.tokens) == ("stop", [])
     else:

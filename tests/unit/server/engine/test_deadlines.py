@@ -98,9 +98,9 @@ def test_a_running_prompt_and_its_own_are_in_the_way_for_certain() -> None:
     made = engine()
     made.inbox.put(ask(1, fresh(320)))
     made.turn()
-    made.inbox.put(ask(2, [1] * 32, deadline=7.0))  # 9 + 1 steps of a second, less a margin
+    made.inbox.put(ask(2, [1] * 64, deadline=8.0))  # 9 + 2 steps of a second, less a margin
     made.inbox.put(ask(3, [2] * 320, deadline=7.0))
-    made.inbox.put(ask(4, [3] * 32, deadline=8.0))
+    made.inbox.put(ask(4, [3] * 64, deadline=9.0))
     made.turn()
     behind, long = refused(made)
     assert (behind.sequence, long.sequence) == (2, 3)
@@ -114,7 +114,7 @@ def test_a_prompt_on_its_way_into_the_cache_is_not_counted_twice() -> None:
     made.inbox.put(ask(1, fresh(320)))
     made.turn()
     made.inbox.put(ask(2, fresh(320), deadline=7.0))  # 288 tokens for both
-    made.inbox.put(ask(3, [*fresh(310), *[1] * 40], deadline=7.0))  # and 40 of its own
+    made.inbox.put(ask(3, [*fresh(310), *[1] * 80], deadline=7.0))  # and 80 of its own
     made.turn()
     assert [m.sequence for m in refused(made)] == [3]
 

@@ -17,7 +17,7 @@ from veneer_server.engine.execution.sampler import sample
 from veneer_server.rpc.convert import generate_call
 from veneer_server.serving.limits import resolve_sampling
 from veneer_server.serving.records import Sampling
-from veneer_server.step.choice import Choice, Draws
+from veneer_server.step.choice import Draws, TokenChoice
 from veneer_server.text.defaults import RequestDefaults
 from veneer_server.wire.messages import SamplingParams
 
@@ -82,7 +82,7 @@ def rows(draw: st.DrawFn, vocab: int) -> torch.Tensor:
 
 
 @st.composite
-def choices(draw: st.DrawFn, vocab: int) -> Choice:
+def choices(draw: st.DrawFn, vocab: int) -> TokenChoice:
     try:
         asked = checked(draw(options(vocab)))
     except InvalidField:
@@ -94,7 +94,7 @@ def choices(draw: st.DrawFn, vocab: int) -> Choice:
     if draw(st.booleans()):
         allowed = np.zeros(vocab, dtype=np.bool_)
         allowed[draw(st.lists(token, min_size=1, max_size=4))] = True
-    return Choice(
+    return TokenChoice(
         resolve_sampling(asked, RequestDefaults()),
         draw(st.sampled_from([0, 1, 2**31])),
         seen_in(history[:begin], history[begin:]),
@@ -119,7 +119,7 @@ def test_a_top_p_that_rounds_to_nothing_keeps_the_likeliest_token(draws: Draws) 
     logits = torch.randn(1, 600, generator=torch.Generator().manual_seed(3))
     for top_k in (0, 1, 5, 550):
         asked = pb.SamplingOptions(top_p=TINY, top_k=top_k, seed=1)
-        choice = Choice(resolve_sampling(checked(asked), RequestDefaults()), 1)
+        choice = TokenChoice(resolve_sampling(checked(asked), RequestDefaults()), 1)
         assert sample(logits, [choice], draws) == logits.argmax(dim=-1).tolist()
 
 
@@ -136,9 +136,9 @@ def test_a_penalty_that_overflows_all_the_same_harms_no_row(
 ) -> None:
     """The sampler's own guard, behind the range that requests are held to."""
     logits = torch.randn(3, 600, generator=torch.Generator().manual_seed(1))
-    usual = Choice(SamplingParams(seed=4, **cut), 1)
+    usual = TokenChoice(SamplingParams(seed=4, **cut), 1)
     params = SamplingParams(seed=4, repetition_penalty=1e-39, **cut)
-    wild = Choice(params, 1, seen_in(range(600), []))
+    wild = TokenChoice(params, 1, seen_in(range(600), []))
     first, overflowed, last = sample(logits, [usual, wild, usual], draws)
     assert overflowed is not None
     assert logits[1, overflowed] > 0, "one of those that became infinitely likely"
@@ -151,9 +151,9 @@ def test_a_row_without_any_probability_is_told_and_harms_no_other(
 ) -> None:
     """An infinite temperature is no request's: minus infinity by infinity is NaN."""
     logits = torch.randn(3, 600, generator=torch.Generator().manual_seed(2))
-    usual = Choice(SamplingParams(seed=4, **cut), 1)
+    usual = TokenChoice(SamplingParams(seed=4, **cut), 1)
     allowed = np.arange(600) > 300
-    wild = Choice(SamplingParams(temperature=math.inf, **cut), 1, allowed=allowed)
+    wild = TokenChoice(SamplingParams(temperature=math.inf, **cut), 1, allowed=allowed)
     first, none, last = sample(logits, [usual, wild, usual], draws)
     assert none is None
     assert [first, last] == [sample(logits[i : i + 1], [usual], draws)[0] for i in (0, 2)]

@@ -242,7 +242,7 @@ PLANTED: dict[str, tuple[ModuleType, str, str]] = {
     ),
     "prompts are not charged": (
         scheduler,
-        "sequence.share.charge(PROMPT_COST * sequence.work * max(1, computed))",
+        "sequence.share.charge(PROMPT_COST * sequence.prompt_work * max(1, computed))",
         "sequence.share.charge(1)",
     ),
     "weights do not count": (fair_shares, "cost / self.weight", "cost"),

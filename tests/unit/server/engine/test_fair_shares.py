@@ -96,3 +96,13 @@ def test_a_weight_counts_from_when_it_is_changed() -> None:
     assert shares.hold("a", "", 4) is share
     share.charge(100)
     assert tenant_of(share).counter == 125
+
+
+def test_a_new_caller_has_its_turn_after_those_that_are_there() -> None:
+    """A gateway that sends another name each time would always go first."""
+    shares = FairShares()
+    old = shares.hold("gateway", "ann", 1.0)
+    shares.take_turn(old)
+    new = shares.hold("gateway", "bob", 1.0)
+    assert new.turn >= old.turn
+    assert shares.hold("another", "", 1.0).turn >= old.turn

@@ -16,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 from veneer_registry.errors import InvalidField
 from veneer_server.constraints.grammars import GrammarFailed, Grammars
-from veneer_server.step.plan import Following
+from veneer_server.step.plan import ConstraintState
 from veneer_server.text.tokenizer import TextTokenizer
 from veneer_server.wire.messages import Constraint, ConstraintLimits
 
@@ -69,9 +69,9 @@ def allowed(grammars: Grammars, sequence: int) -> NDArray[np.bool_]:
 def advance(grammars: Grammars, sequence: int, token: int) -> bool:
     """Take a token; whether nothing more may follow, however long it takes to know."""
     how = grammars.advance({sequence: token}, time.monotonic() + 60)[sequence]
-    if how is Following.LATE:
+    if how is ConstraintState.LATE:
         how = grammars.ending(sequence)
-    return how is Following.COMPLETE
+    return how is ConstraintState.COMPLETE
 
 
 def compile_now(grammars: Grammars, sequence: int, constraint: Constraint) -> None:

@@ -31,7 +31,7 @@ from veneer_registry.errors import AdapterBudgetExceeded, AdapterInUse, AdapterP
 from veneer_server.engine.residency import load_planner, residency
 from veneer_server.engine.residency.ledger import Ledger
 from veneer_server.engine.residency.residency import Residency
-from veneer_server.engine.residency.tiers import Action, Drop, LedgerEntry, Plan
+from veneer_server.engine.residency.tiers import Action, Drop, LedgerEntry, ResidencyPlan
 from veneer_server.engine.scheduling import (
     admission,
     block_manager,
@@ -44,7 +44,7 @@ from veneer_server.engine.scheduling.block_manager import BlockManager
 from veneer_server.engine.scheduling.prefix_cache import PrefixCache
 from veneer_server.engine.scheduling.scheduler import Scheduler
 from veneer_server.engine.scheduling.sequence import Sequence
-from veneer_server.engine.scheduling.updates import Update
+from veneer_server.engine.scheduling.updates import SequenceUpdate
 from veneer_server.step.plan import StepPlan
 from veneer_server.wire.messages import AdapterSource
 
@@ -325,7 +325,7 @@ def _edit(patch: pytest.MonkeyPatch, module: ModuleType, old: str, new: str) -> 
 def _sampled_tokens_count_as_computed(patch: pytest.MonkeyPatch) -> None:
     right = Scheduler.update
 
-    def wrong(self: Scheduler, *args: Any) -> tuple[list[Update], list[Action]]:
+    def wrong(self: Scheduler, *args: Any) -> tuple[list[SequenceUpdate], list[Action]]:
         updates, actions = right(self, *args)
         for update in updates:
             update.sequence.computed += 1
@@ -484,7 +484,7 @@ def _nobody_is_held_back(patch: pytest.MonkeyPatch) -> None:
 def _the_room_is_taken_for_ever(patch: pytest.MonkeyPatch) -> None:
     right = Residency.plan
 
-    def wrong(self: Residency, wants: Any, overdue: Any, near: Any) -> Plan:
+    def wrong(self: Residency, wants: Any, overdue: Any, near: Any) -> ResidencyPlan:
         return right(self, wants, None, near)
 
     patch.setattr(Residency, "plan", wrong)
@@ -511,7 +511,7 @@ def _adapters_that_are_not_planned_yet_stay(patch: pytest.MonkeyPatch) -> None:
 def _reading_ahead_takes_what_others_use(patch: pytest.MonkeyPatch) -> None:
     right = Residency.plan
 
-    def wrong(self: Residency, wants: Any, overdue: Any, near: Any) -> Plan:
+    def wrong(self: Residency, wants: Any, overdue: Any, near: Any) -> ResidencyPlan:
         return right(self, wants, overdue, None)
 
     patch.setattr(Residency, "plan", wrong)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from veneer_server.engine.execution import sampler
 from veneer_server.engine.scheduling.sequence import Sequence, plan_sequence
-from veneer_server.step.choice import Choice
+from veneer_server.step.choice import TokenChoice
 from veneer_server.step.token_counts import Seen, TokenCounts
 from veneer_server.wire.messages import SamplingParams, SequenceRequest
 
@@ -81,7 +81,7 @@ def test_penalties_change_logits_as_the_text_says_to_the_bit(
             presence_penalty=presence,
             frequency_penalty=frequency,
         )
-        choices.append(Choice(params, 1, seen_in(prompt, output)))
+        choices.append(TokenChoice(params, 1, seen_in(prompt, output)))
         for token in {*prompt, *output}:
             value = row[token].clone()
             row[token] = value / repetition if value > 0 else value * repetition

@@ -18,7 +18,7 @@ from veneer_registry.errors import AdapterCorrupt, DiskFailed, InternalError
 from veneer_registry.format import weights_digest
 from veneer_registry.weights import WEIGHTS_FILE
 from veneer_server.adapters import loaders, pages
-from veneer_server.adapters.loader_process import Setup
+from veneer_server.adapters.loader_process import LoaderSetup
 from veneer_server.adapters.loaders import Loaders
 from veneer_server.step.adapter_table import AdapterTable
 from veneer_server.wire.messages import LOST, AdapterSource
@@ -46,7 +46,7 @@ def make() -> Iterator[Callable[[str], Loaders]]:
     made = []
 
     def start(dtype: str = "float32") -> Loaders:
-        setup = Setup(dict(SHAPES), 2, dtype)  # type: ignore[arg-type]
+        setup = LoaderSetup(dict(SHAPES), 2, dtype)  # type: ignore[arg-type]
         made.append(Loaders(setup, DTYPES[dtype], count=1, pinned=False))
         return made[-1]
 
@@ -92,7 +92,7 @@ def test_pairs_of_inputs_lie_side_by_side(
     """For kernels that multiply pairs; all else is as without."""
     wanted = source(make_adapter(tmp_path / "a", tensors=make_tensors(4, seed=3, dtype=stored)))
     plain, _ = make("bfloat16").read(wanted)
-    setup = Setup(dict(SHAPES), 2, "bfloat16", paired=True)
+    setup = LoaderSetup(dict(SHAPES), 2, "bfloat16", paired=True)
     reader = Loaders(setup, torch.bfloat16, count=1, pinned=False)
     try:
         pairs, _ = reader.read(wanted)
@@ -133,7 +133,7 @@ def test_damage_is_told_and_the_next_load_goes_on(
 
 def test_a_table_made_ahead_is_of_the_whole_run_and_taken_once(tmp_path: Path) -> None:
     wanted = source(make_adapter(tmp_path / "a"))
-    setup = Setup(dict(SHAPES), 2, "float32")
+    setup = LoaderSetup(dict(SHAPES), 2, "float32")
     reader = Loaders(setup, torch.float32, count=1, pinned=False, tables=True)
     try:
         copy, _ = reader.read(wanted)
@@ -196,9 +196,9 @@ def test_loaders_end_with_the_engine(tmp_path: Path) -> None:
     """Even with one that is killed."""
     program = f"""
 import os, signal, sys
-from tests.unit.server.engine.test_loaders import Loaders, Setup, SHAPES, source, torch
+from tests.unit.server.engine.test_loaders import Loaders, LoaderSetup, SHAPES, source, torch
 from pathlib import Path
-loaders = Loaders(Setup(dict(SHAPES), 2, "float32"), torch.float32, count=2, pinned=False)
+loaders = Loaders(LoaderSetup(dict(SHAPES), 2, "float32"), torch.float32, count=2, pinned=False)
 loaders.start()
 loaders.read(source(Path({str(make_adapter(tmp_path / "a"))!r})))
 print(*loaders.pids, flush=True)
@@ -247,7 +247,7 @@ def test_many_adapters_take_few_mappings(tmp_path: Path) -> None:
     """Linux allows a process 65,530, and adapters of a small base are small."""
     folders = [make_adapter(tmp_path / str(n), seed=n) for n in range(3)]
     # Room for four.
-    setup = Setup(dict(SHAPES), 2, "float32", 8 << 20)
+    setup = LoaderSetup(dict(SHAPES), 2, "float32", 8 << 20)
     reader = Loaders(setup, torch.float32, count=2, pinned=False)
     maps, before = adapter_memory()
     try:
@@ -270,9 +270,11 @@ def test_many_adapters_take_few_mappings(tmp_path: Path) -> None:
 def test_an_adapter_larger_than_a_segment_has_one_of_its_own(tmp_path: Path) -> None:
     wanted = source(make_adapter(tmp_path / "a"))
     small = Loaders(
-        Setup(dict(SHAPES), 2, "float32", 4096), torch.float32, count=1, pinned=False
+        LoaderSetup(dict(SHAPES), 2, "float32", 4096), torch.float32, count=1, pinned=False
     )
-    large = Loaders(Setup(dict(SHAPES), 2, "float32"), torch.float32, count=1, pinned=False)
+    large = Loaders(
+        LoaderSetup(dict(SHAPES), 2, "float32"), torch.float32, count=1, pinned=False
+    )
     try:
         found = [each.read(wanted)[0].run for each in (small, large, small)]
     finally:
@@ -286,7 +288,7 @@ def test_an_adapter_larger_than_a_segment_has_one_of_its_own(tmp_path: Path) -> 
 @pytest.fixture
 def hurried() -> Iterator[Loaders]:
     """Loaders with little patience."""
-    setup = Setup(dict(SHAPES), 2, "float32")
+    setup = LoaderSetup(dict(SHAPES), 2, "float32")
     reader = Loaders(setup, torch.float32, count=1, pinned=False, limit_s=2.0)
     yield reader
     reader.close()
@@ -316,7 +318,7 @@ def test_a_load_that_takes_too_long_each_time_may_be_tried_again(
     module = tmp_path / "sleeps_for_ever.py"
     module.write_text("import signal\nsignal.pause()\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    setup = Setup(dict(SHAPES), 2, "float32")
+    setup = LoaderSetup(dict(SHAPES), 2, "float32")
     reader = Loaders(setup, torch.float32, count=1, pinned=False, limit_s=0.2)
     with monkeypatch.context() as patch:
         run_instead(patch, "sleeps_for_ever")
@@ -347,7 +349,7 @@ def test_a_large_adapter_has_more_time(
 
 
 def test_a_stopped_loader_does_not_hold_up_the_end(tmp_path: Path) -> None:
-    setup = Setup(dict(SHAPES), 2, "float32")
+    setup = LoaderSetup(dict(SHAPES), 2, "float32")
     reader = Loaders(setup, torch.float32, count=1, pinned=False)
     reader.read(source(make_adapter(tmp_path / "a")))
     (pid,) = reader.pids

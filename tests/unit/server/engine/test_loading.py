@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from veneer_server.engine.process import WhileLoading
-from veneer_server.progress import Part, stage
-from veneer_server.wire.messages import FromEngine, Loading
+from veneer_server.progress import StartPart, stage
+from veneer_server.wire.messages import FromEngine, StartProgress
 
 
 @pytest.fixture(autouse=True)
@@ -28,9 +28,9 @@ def load(loading: WhileLoading, work: Callable[[], None]) -> None:
 def test_the_front_is_told() -> None:
     sent: list[FromEngine] = []
     load(WhileLoading(sent.extend), lambda: None)
-    parts = [message.part for message in sent if isinstance(message, Loading)]
-    assert parts[0] == Part("packing the weights", 0, 3, "layers")
-    assert parts[-1] == Part("packing the weights", 1, 3, "layers", "done")
+    parts = [message.part for message in sent if isinstance(message, StartProgress)]
+    assert parts[0] == StartPart("packing the weights", 0, 3, "layers")
+    assert parts[-1] == StartPart("packing the weights", 1, 3, "layers", "done")
 
 
 def test_a_front_that_cannot_be_told_is_no_damaged_file() -> None:

@@ -24,6 +24,7 @@ from veneer_server.wire.messages import (
     Ping,
     Pong,
     Prefilled,
+    ResetPrefixCache,
     SamplingParams,
     SequenceFailed,
     SequenceOutput,
@@ -227,19 +228,19 @@ def with_deadline(number: int, prompt: range, deadline: float) -> Submit:
 
 def test_a_deadline_is_refused_when_what_runs_makes_it_impossible() -> None:
     """The loop measures the pace: a full step of 32 tokens takes a second."""
-    engine = Engine(pace=32)
+    engine = Engine(pace=32, context=128, blocks=60)
     engine.inbox.put(with_deadline(1, range(40), 0.001))
     engine.turn()
     assert engine.of(SequenceFailed) == [], "nothing was measured yet"
     assert engine.now == 1
     engine.inbox.put(with_deadline(2, range(100, 140), 1.5))
-    engine.inbox.put(with_deadline(3, range(50, 58), 1.3))
+    engine.inbox.put(with_deadline(3, range(50, 114), 2.6))
     engine.turn()
     alone, behind = [m for m in engine.sent if isinstance(m, SequenceFailed)]
     assert (alone.sequence, behind.sequence) == (2, 3)
     assert {m.error.reason for m in (alone, behind)} == {"DEADLINE_TOO_SHORT"}
     assert alone.error.retry_after_s is None, "40 tokens take longer whoever waits"
-    assert behind.error.retry_after_s is not None, "8 tokens do not, once 1 has gone"
+    assert behind.error.retry_after_s is not None, "64 tokens do not, once 1 has gone"
     assert "retry" in behind.error.message
     assert engine.scheduler.waiting + engine.scheduler.running == 1
     while engine.scheduler.has_work():
@@ -303,6 +304,19 @@ def test_adapters_of_what_runs_and_what_waits_are_told() -> None:
     told = engine.of(Occupancy)[-1]
     assert isinstance(told, Occupancy)
     assert (told.running_adapters, told.waiting_adapters) == (("a",), ("b",))
+
+
+def test_the_prefix_cache_is_reset_between_steps() -> None:
+    engine = Engine()
+    engine.inbox.put(request(1, new=9))
+    for _ in range(9):
+        engine.turn()
+    assert engine.scheduler.blocks.cached > 0
+    engine.inbox.put(ResetPrefixCache(7))
+    engine.turn()
+    assert OperationDone(7) in engine.sent
+    assert engine.scheduler.blocks.cached == 0
+    engine.loop.check_integrity()
 
 
 def test_a_paused_loop_runs_no_step_and_goes_on_where_it_was() -> None:

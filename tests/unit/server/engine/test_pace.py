@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from veneer_server.engine.scheduling.pace import Pace
+from veneer_server.engine.scheduling.pace import StepPace
 
 FIXED_S = 0.02
 
@@ -21,7 +21,7 @@ def quiet_s(tokens: int, chunk: int, fixed_s: float) -> float:
 
 
 def test_nothing_is_refused_before_anything_was_measured() -> None:
-    assert Pace(512).seconds(100_000) == 0
+    assert StepPace(512).seconds(100_000) == 0
 
 
 def test_it_never_exceeds_the_time_of_a_quiet_engine() -> None:
@@ -30,7 +30,7 @@ def test_it_never_exceeds_the_time_of_a_quiet_engine() -> None:
     generator = random.Random(seed)
     for _ in range(2000):
         chunk = generator.choice([64, 128, 512])
-        pace = Pace(chunk)
+        pace = StepPace(chunk)
         # Where the fixed part is all, a full step takes no longer than half of one.
         fixed_s = generator.choice([0.0, FIXED_S, 10.0])
         steps = [generator.randint(1, chunk) for _ in range(generator.randint(1, 8))]
@@ -43,7 +43,7 @@ def test_it_never_exceeds_the_time_of_a_quiet_engine() -> None:
 
 
 def test_small_steps_say_nothing_of_long_prompts() -> None:
-    pace = Pace(512)
+    pace = StepPace(512)
     pace.observe(1, step_s(1))
     assert pace.seconds(4000) < 0.03
     pace.observe(512, step_s(512))
@@ -51,7 +51,7 @@ def test_small_steps_say_nothing_of_long_prompts() -> None:
 
 
 def test_a_long_queue_is_worth_its_tokens() -> None:
-    pace = Pace(512)
+    pace = StepPace(512)
     pace.observe(512, 0.5)
     assert pace.seconds(10_000) > 7
     pace.observe(300, 0.0)  # a clock that did not move: not a rate

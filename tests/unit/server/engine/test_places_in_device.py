@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from veneer_server.step.inbox import Arrived, NoPlace
+from veneer_server.step.inbox import Arrived, NoSlot
 from veneer_server.wire.messages import (
     Activate,
     Evicted,
@@ -20,7 +20,7 @@ class TwoPlaces(FakeMemory):
 
     def move(self, weights_digest: str) -> None:
         copies = [digest for digest, tier in self.held if tier == "device"]
-        error = NoPlace("no place") if len(copies) == 2 else None
+        error = NoSlot("no place") if len(copies) == 2 else None
         self.inbox.put(Arrived(weights_digest, "device", {}, error))
 
 

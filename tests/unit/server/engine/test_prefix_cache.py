@@ -125,6 +125,25 @@ def test_the_tail_is_given_up_before_the_head_and_the_oldest_first() -> None:
     assert found(world, 5, prompt=[1] * 9) == 4
 
 
+@pytest.mark.parametrize("window", [None, 2 * BLOCK])
+def test_a_reset_is_the_end_of_what_was_cached(window: int | None) -> None:
+    world = World(window=window)
+    assert found(world, 1) == 0
+    assert found(world, 2) == 3 * BLOCK
+    running = world.ask(3, PROMPT, 20)
+    world.step()
+    free = world.scheduler.blocks.free
+    world.scheduler.blocks.reset_cache()
+    world.scheduler.check_integrity()
+    assert world.scheduler.blocks.free == free, "what was idle is free"
+    assert world.scheduler.blocks.cached == 0
+    assert found(world, 4) == 0
+    assert found(world, 5) == 3 * BLOCK, "what is computed after it is kept"
+    assert len(world.outputs[3]) == 20, "what runs goes on"
+    assert running.cached_tokens == 3 * BLOCK
+    world.scheduler.check_integrity()
+
+
 def test_lookups_are_counted_once_a_request() -> None:
     world = World()
     found(world, 1)

@@ -24,7 +24,7 @@ from veneer_server.engine.residency.tiers import (
     Load,
     MemoryTier,
     MoveToDevice,
-    Plan,
+    ResidencyPlan,
 )
 from veneer_server.wire.messages import EvictMode
 
@@ -77,7 +77,7 @@ class Memory:
             assert (name, "device") in self.there
             self.holds.append(name)
 
-    def plan(self) -> Plan:
+    def plan(self) -> ResidencyPlan:
         waiting = list(self.leases)
         for name in self.holds:
             waiting.remove(name)
@@ -131,7 +131,7 @@ class Memory:
         self.device = self.device if device is None else device
         self.most = {tier: self.used(tier) for tier in ("host", "device")}
 
-    def settle(self) -> Plan:
+    def settle(self) -> ResidencyPlan:
         """Plan and let all transfers end, until nothing changes."""
         while True:
             plan = self.plan()

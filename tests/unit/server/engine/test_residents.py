@@ -21,8 +21,8 @@ from veneer_registry.errors import (
 from veneer_server.engine_client import resident_set as residents
 from veneer_server.engine_client.client import EngineClient
 from veneer_server.engine_client.resident_set import MemoryTier, ResidentSet
-from veneer_server.progress import SINK, Part
-from veneer_server.wire.messages import AdapterSource, EngineConfig, Occupancy, Residency
+from veneer_server.progress import SINK, StartPart
+from veneer_server.wire.messages import AdapterSource, EngineConfig, Occupancy, ResidencyChanged
 
 from tests.refused import refused
 
@@ -73,14 +73,14 @@ class Engine:
         self.there[name] = pinned
         used = SIZE * len(self.there)
         self.residents.update(
-            Residency(name, "device", pinned, SIZE, used, used, len(self.there), used)
+            ResidencyChanged(name, "device", pinned, SIZE, used, used, len(self.there), used)
         )
 
     def request(self, name: str) -> None:
         self.residents.used(source(name))
         self.loaded(name, pinned=self.there.get(name, False))
 
-    def die(self) -> list[Residency]:
+    def die(self) -> list[ResidencyChanged]:
         self.there.clear()
         return self.residents.lose()
 
@@ -99,7 +99,7 @@ async def test_it_is_told_how_many_are_back() -> None:
     for name in "abc":
         engine.request(name)
     engine.die()
-    told: list[Part] = []
+    told: list[StartPart] = []
     before = SINK.set(told.append)
     await engine.restart()
     engine.die()
@@ -136,7 +136,9 @@ async def test_what_was_in_host_is_brought_back_there() -> None:
     for name in "ab":
         engine.request(name)
     engine.residents.used(source("c"))
-    engine.residents.update(Residency("c", "host", False, SIZE, 3 * SIZE, 2 * SIZE, 3, 2))
+    engine.residents.update(
+        ResidencyChanged("c", "host", False, SIZE, 3 * SIZE, 2 * SIZE, 3, 2)
+    )
     engine.die()
     await engine.restart()
     assert engine.asked == [
@@ -301,7 +303,7 @@ async def test_what_the_server_held_is_brought_back_by_the_next_one() -> None:
     before.residents.pinned(source("a"), "device")
     before.loaded("a", pinned=True)
     before.residents.pinned(source("h"), "host")
-    before.residents.update(Residency("h", "host", True, SIZE, 50, 40, 5, 4))
+    before.residents.update(ResidencyChanged("h", "host", True, SIZE, 50, 40, 5, 4))
     assert held(before) == [
         ("h", "host", "host"),
         ("a", "device", "device"),

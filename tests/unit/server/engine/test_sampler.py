@@ -18,7 +18,7 @@ from veneer_server.engine.execution.sampler import (
     top_tokens,
     uniform,
 )
-from veneer_server.step.choice import Choice, Draws
+from veneer_server.step.choice import Draws, TokenChoice
 from veneer_server.wire.messages import SamplingParams
 
 from tests.unit.server.engine.test_history import as_dict, seen_in
@@ -27,7 +27,7 @@ VOCAB = 3000
 """More than the head that the sampler looks at first."""
 
 
-def oracle(logits: torch.Tensor, choice: Choice) -> int | None:
+def oracle(logits: torch.Tensor, choice: TokenChoice) -> int | None:
     """One row, in float64 and plain Python; None where rounding may decide."""
     params, vocab = choice.params, len(logits)
     values = [float(x) for x in logits]
@@ -85,7 +85,7 @@ def oracle(logits: torch.Tensor, choice: Choice) -> int | None:
     return None if min(map(abs, edges)) < 2e-6 else chosen
 
 
-def random_choice(rng: random.Random) -> Choice:
+def random_choice(rng: random.Random) -> TokenChoice:
     def maybe(value: float, off: float) -> float:
         return value if rng.random() < 0.5 else off
 
@@ -108,7 +108,7 @@ def random_choice(rng: random.Random) -> Choice:
     begin = rng.randint(0, len(history))
     text = seen_in(history[:begin], history[begin:])
     forbidden = rng.sample(range(VOCAB), 1000) if allowed is None and rng.random() < 0.3 else ()
-    return Choice(params, rng.randint(1, 5000), text, allowed, tuple(forbidden))
+    return TokenChoice(params, rng.randint(1, 5000), text, allowed, tuple(forbidden))
 
 
 def random_logits(rng: random.Random, rows: int) -> torch.Tensor:
@@ -155,7 +155,7 @@ def test_equal_tokens_are_kept_by_id_wherever_the_cut_falls(draws: Draws) -> Non
     logits = torch.zeros(1, VOCAB)
     for top_k in (1, 3, 511, 512, 513, 1500):
         params = [SamplingParams(top_k=top_k, seed=s) for s in range(200)]
-        tokens = sample(logits.expand(200, -1), [Choice(p, 1) for p in params], draws)
+        tokens = sample(logits.expand(200, -1), [TokenChoice(p, 1) for p in params], draws)
         assert max(tokens) < top_k
         expected = [int(uniform(s, 1) * top_k) for s in range(200)]
         assert tokens == pytest.approx(expected, abs=1)
@@ -166,7 +166,7 @@ def test_top_p_is_a_share_of_what_a_wide_top_k_leaves(draws: Draws) -> None:
     that is looked at first holds both, but does not know the share of the 800."""
     params = [SamplingParams(top_k=800, top_p=0.15, seed=s) for s in range(400)]
     logits = torch.arange(VOCAB) * -1e-4
-    tokens = sample(logits.expand(400, -1), [Choice(p, 1) for p in params], draws)
+    tokens = sample(logits.expand(400, -1), [TokenChoice(p, 1) for p in params], draws)
     assert 100 < max(tokens) < 125
 
 
@@ -187,7 +187,9 @@ def test_many_rare_tokens_are_drawn_as_often_as_they_should(
         kept = int((weights >= cut["min_p"]).sum())
     sums = weights[:kept].cumsum(0)
     positions = range(1, 401)
-    choices = [Choice(SamplingParams(temperature=1.0, seed=3, **cut), at) for at in positions]
+    choices = [
+        TokenChoice(SamplingParams(temperature=1.0, seed=3, **cut), at) for at in positions
+    ]
     rare = 0
     for token, at in zip(
         sample(logits.repeat(len(choices), 1), choices, draws), positions, strict=True
@@ -212,7 +214,7 @@ def test_draws_follow_the_distribution(draws: Draws) -> None:
     for params, expected in cases:
         count = 4000
         tokens = sample(
-            logits.expand(count, -1), [Choice(params, p) for p in range(count)], draws
+            logits.expand(count, -1), [TokenChoice(params, p) for p in range(count)], draws
         )
         shares = np.bincount(tokens, minlength=4) / count
         assert shares == pytest.approx(expected, abs=0.04), params
@@ -227,7 +229,7 @@ def test_a_token_that_is_not_allowed_is_never_drawn(monkeypatch: pytest.MonkeyPa
     for last in (0.0, np.nextafter(1.0, 0.0)):
         monkeypatch.setattr(sampler, "uniform", lambda seed, position, last=last: last)
         for params in (SamplingParams(), SamplingParams(top_k=50), SamplingParams(top_p=0.99)):
-            assert sample(logits, [Choice(params, 1, allowed=allowed)])[0] in (7, 1000)
+            assert sample(logits, [TokenChoice(params, 1, allowed=allowed)])[0] in (7, 1000)
 
 
 def test_extreme_temperatures_are_finite(draws: Draws) -> None:
@@ -235,13 +237,13 @@ def test_extreme_temperatures_are_finite(draws: Draws) -> None:
     best = logits.argmax(dim=-1).tolist()
     for temperature in (1e-300, 1e-7, 1e-5, 2e-5):
         params = SamplingParams(temperature=temperature)
-        assert sample(logits, [Choice(params, 1)] * 3, draws) == best
+        assert sample(logits, [TokenChoice(params, 1)] * 3, draws) == best
     huge = logits * 1e35
     huge[:, 5] = 3e38
     for params in (SamplingParams(temperature=1e-5), SamplingParams(temperature=0.7, top_k=9)):
-        assert sample(huge, [Choice(params, 1)] * 3, draws) == [5] * 3
+        assert sample(huge, [TokenChoice(params, 1)] * 3, draws) == [5] * 3
     hot = SamplingParams(temperature=100.0)
-    assert all(0 <= token < VOCAB for token in sample(logits, [Choice(hot, 1)] * 3))
+    assert all(0 <= token < VOCAB for token in sample(logits, [TokenChoice(hot, 1)] * 3))
 
 
 def test_greedy_rows_cost_one_argmax_and_change_nothing(
@@ -250,7 +252,7 @@ def test_greedy_rows_cost_one_argmax_and_change_nothing(
     monkeypatch.setattr(sampler, "draw", None)
     logits = torch.randn(4, VOCAB)
     before = logits.clone()
-    greedy = Choice(SamplingParams(temperature=0), 1, seen_in([1], [2]))
+    greedy = TokenChoice(SamplingParams(temperature=0), 1, seen_in([1], [2]))
     monkeypatch.setattr(sampler, "penalized", None)
     assert sample(logits, [greedy] * 4) == before.argmax(dim=-1).tolist()
     assert torch.equal(logits, before)
@@ -270,7 +272,7 @@ def test_repetition_penalty_is_that_of_transformers() -> None:
     history = [3, 3, 9, 2000, 17]
     logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(3))
     theirs = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([history]), logits.clone())
-    choice = Choice(
+    choice = TokenChoice(
         SamplingParams(repetition_penalty=1.3), 5, seen_in(history[:3], history[3:])
     )
     assert torch.equal(sampler.penalized(logits, [choice]), theirs)

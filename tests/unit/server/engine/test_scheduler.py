@@ -43,6 +43,89 @@ def test_a_decoding_sequence_takes_part_in_every_step_while_others_prefill() -> 
         assert plan.rows <= 8
 
 
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("tenant", ["a", "b"])
+def test_a_short_prompt_does_not_wait_for_the_end_of_a_long_one(
+    tenant: str, streams: bool
+) -> None:
+    """Neither another tenant's nor one's own, beside streams or not."""
+    world = World(budget=16, beside_decode=16, blocks=400)
+    if streams:
+        world.ask(1, [-1] * 2, 60, tenant="a")
+        world.step()
+    world.ask(2, [-2] * 200, 1, tenant="a")
+    world.step()
+    world.ask(3, [-3] * 6, 1, tenant=tenant)
+    world.step()
+    assert 3 in world.finished
+    world.drain()
+
+
+def test_a_long_prompt_gets_half_of_each_step_beside_short_ones() -> None:
+    """However many come, and they get the other half."""
+    world = World(budget=16, blocks=400, max_running=8)
+    world.submit(1, 160, 1, None)
+    world.step()
+    number = 1
+    for _ in range(17):
+        for _ in range(4):
+            number += 1
+            world.submit(number, 4, 1, None)
+        world.step()
+    assert 1 in world.finished
+    assert len(world.finished) - 1 > 1.8 * 17
+    world.drain()
+
+
+def test_long_prompts_of_one_caller_are_computed_one_after_another() -> None:
+    """So that the first answer comes as soon as it can, and each has the whole of a step."""
+    world = World(budget=16, blocks=400)
+    for number in (1, 2, 3):
+        world.submit(number, 64, 1, None)
+    for _ in range(4):
+        plan = world.step()
+        assert plan is not None
+        assert plan.rows == 16
+    assert set(world.finished) == {1}
+    assert len(world.starts) == 1
+    world.drain()
+
+
+def test_a_prompt_of_two_steps_does_not_wait_for_its_callers_long_one() -> None:
+    world = World(budget=16, blocks=400)
+    world.submit(1, 200, 1, None)
+    world.step()
+    world.submit(2, 14, 1, None)
+    world.step()
+    world.step()
+    assert 2 in world.finished
+    world.drain()
+
+
+@pytest.mark.parametrize("prefix_cache", [False, True])
+def test_long_prompts_of_many_tenants_do_not_preempt_each_other(prefix_cache: bool) -> None:
+    """Where the cache holds K and V of two of them: each is computed once."""
+    world = World(budget=32, blocks=126, max_running=16, prefix_cache=prefix_cache)
+    for number in range(1, 9):
+        world.ask(number, [-number] * 240, 2, tenant=f"t{number}")
+    world.drain()
+    assert not world.preempted
+    assert world.computed == 8 * 240
+
+
+def test_long_prompts_of_two_tenants_get_on_together() -> None:
+    """The one that comes later, and has had less, is computed within twice its own time."""
+    world = World(budget=16, blocks=600)
+    world.ask(1, [-1] * 800, 1, tenant="a")
+    world.step()
+    world.ask(2, [-2] * 128, 1, tenant="b")
+    for _ in range(2 * 128 // 16 + 1):
+        world.step()
+    assert 2 in world.finished
+    assert 1 not in world.finished
+    world.drain()
+
+
 def test_a_sequence_whose_adapter_is_loading_does_not_block_others() -> None:
     world = World()
     world.submit(1, 2, 2, adapter("slow"))

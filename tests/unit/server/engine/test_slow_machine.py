@@ -8,6 +8,7 @@ import random
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -150,8 +151,8 @@ SLOWEST = StepCost(step_s=9.0, token_s=1.0, attention_s=1e-3)
 """Even one token is past the target."""
 
 
-def limits(cost: StepCost | None, **changes: int | bool) -> SchedulerLimits:
-    settings: dict[str, int | bool] = {"prefill_beside_decode": 128, **changes}
+def limits(cost: StepCost | None, **changes: float) -> SchedulerLimits:
+    settings: dict[str, Any] = {"prefill_beside_decode": 128, **changes}
     return SchedulerLimits(512, 8, context_length=4096, cost=cost, **settings)
 
 
@@ -165,6 +166,13 @@ def test_a_slow_machine_computes_what_fits_the_target() -> None:
     slow = limits(SLOW)
     assert (slow.prompt_tokens, slow.prompt_tokens_beside_decode) == (80, 72)
     assert limits(SLOWEST).prompt_tokens == SMALLEST_CHUNK
+
+
+def test_a_machine_that_is_fast_enough_computes_what_is_configured_beside_streams() -> None:
+    """A limit in time changes nothing there; on a slow one it leaves the least chunk."""
+    assert limits(FAST, prefill_beside_decode_s=0.2).prompt_tokens_beside_decode == 128
+    fewer = limits(FAST, prefill_beside_decode_s=0.1)
+    assert (fewer.prompt_tokens, fewer.prompt_tokens_beside_decode) == (512, 100)
 
 
 def test_exact_mode_keeps_its_chunks_and_says_how_long_they_take() -> None:
@@ -215,6 +223,45 @@ def test_no_planned_step_is_longer_than_the_target_but_for_the_least_chunk(seed:
     assert len(world.finished) == 11
 
 
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("scores", [False, True])
+def test_prompts_lengthen_a_step_beside_a_stream_by_so_many_seconds(
+    seed: int, scores: bool
+) -> None:
+    """However long they are, and whether their tokens get log-probabilities."""
+    print(f"seed {seed}")
+    draw = random.Random(seed)
+    cost, most = StepCost(0.1, draw.uniform(0.001, 0.01), draw.random() / 1e5), 0.3
+    world = World(budget=512, beside_decode=512, blocks=2000, max_running=6)
+    world.limits = world.scheduler.limits = SchedulerLimits(
+        512,
+        6,
+        context_length=4096,
+        prefill_beside_decode=512,
+        prefill_beside_decode_s=most,
+        cost=cost,
+        score_work=0.5,
+    )
+    world.ask(0, [-100] * 2, 150)
+    world.step()
+    for number in range(1, 8):
+        world.ask(number, [-number] * draw.randint(100, 500), 2, scores=scores)
+    beside = 0
+    while {*range(1, 8)} & world.live.keys():
+        plan = world.step()
+        assert plan is not None
+        prompts = [p for p in plan.sequences if len(p.tokens) > 1]
+        if len(prompts) == len(plan.sequences):
+            continue
+        each = 1.5 if scores else 1.0
+        seconds = sum(
+            cost.row_s(p.start + i + 1, each) for p in prompts for i in range(len(p.tokens))
+        )
+        assert seconds <= 1.25 * most + cost.row_s(512, each)
+        beside += bool(prompts)
+    assert beside > 5
+
+
 # ------------------------------------------------------------------- what measuring leaves
 
 
@@ -251,7 +298,7 @@ async def test_a_longer_step_than_was_measured_moves_the_limit(
         return Slow()
 
     told = asyncio.Event()
-    monkeypatch.setattr(supervisor.Connection, "open", opened)
+    monkeypatch.setattr(supervisor.EngineConnection, "open", opened)
     made = watching(INFO)
     await made.start()
     await told.wait()

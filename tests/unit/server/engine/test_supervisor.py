@@ -13,7 +13,7 @@ from typing import ClassVar, TypeVar
 import pytest
 from veneer_registry.errors import EngineFailed, VeneerError
 from veneer_server.engine_client import supervisor
-from veneer_server.engine_client.connection import Connection, next_frame
+from veneer_server.engine_client.connection import EngineConnection, next_frame
 from veneer_server.engine_client.supervisor import Supervisor
 from veneer_server.wire.frames import LENGTH
 from veneer_server.wire.messages import (
@@ -106,7 +106,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
     for name in ("opened", "fails_to_load", "failure", "talks_nonsense"):
         monkeypatch.setattr(FakeConnection, name, getattr(FakeConnection, name))
     monkeypatch.setattr(FakeConnection, "made", [])
-    monkeypatch.setattr(supervisor, "Connection", FakeConnection)
+    monkeypatch.setattr(supervisor, "EngineConnection", FakeConnection)
     monkeypatch.setattr(supervisor, "FIRST_BACKOFF", 0.001)
     monkeypatch.setattr(supervisor, "LAST_BACKOFF", 0.008)
     return Watched()
@@ -227,7 +227,7 @@ async def test_a_process_that_cannot_be_started_is_an_engine_that_failed(
         patch.setattr(socket, "socketpair", noted)
         patch.setattr(asyncio, "create_subprocess_exec", no_memory)
         with refused(EngineFailed, cause="not_started", errno="ENOMEM"):
-            await Connection.open(EngineConfig("", "", "", ""))
+            await EngineConnection.open(EngineConfig("", "", "", ""))
     assert [s.fileno() for s in pairs[0]] == [-1, -1], "a file left open at each try"
 
     def no_files() -> None:
@@ -236,7 +236,7 @@ async def test_a_process_that_cannot_be_started_is_an_engine_that_failed(
     with monkeypatch.context() as patch:
         patch.setattr(socket, "socketpair", no_files)
         with refused(EngineFailed, cause="not_started", errno="EMFILE"):
-            await Connection.open(EngineConfig("", "", "", ""))
+            await EngineConnection.open(EngineConfig("", "", "", ""))
 
 
 async def test_a_frame_that_cannot_be_read_is_an_engine_that_failed() -> None:
@@ -247,5 +247,5 @@ async def test_a_frame_that_cannot_be_read_is_an_engine_that_failed() -> None:
 
 
 def test_the_fake_has_what_the_real_one_has() -> None:
-    public = {n for n in dir(Connection) if re.match("[a-z]", n)}
+    public = {n for n in dir(EngineConnection) if re.match("[a-z]", n)}
     assert public <= {*dir(FakeConnection), "pid", "info"}

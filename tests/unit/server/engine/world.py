@@ -382,12 +382,14 @@ class World:
             self.cancel(sequence.id)
         self.residency.failed(digest)
         self.carry_out(self.residency.settle(digest))
+        self._check_drained()
 
     def arrive(self, index: int = 0) -> None:
         digest, tier = self.pending.pop(index)
         self.memory.add((digest, tier))
         (self.residency.loaded if tier == "host" else self.residency.moved)(digest)
         self.carry_out(self.residency.settle(digest))
+        self._check_drained()
 
     # ---------------------------------------------------------------- steps
 

@@ -14,8 +14,6 @@ from veneer_proto.v1 import inference_pb2, server_pb2
 from tests.scale.proxy import Proxy
 from tests.unit.server.rpc.front_harness import Front, make_adapter, prompt, running
 
-__all__ = ["Pair", "bearer", "generate", "pair", "until"]
-
 
 @dataclass
 class Pair:
@@ -68,7 +66,9 @@ async def pair(
         running(base, cache, tmp / "registry", **(registry or {})) as owner,
         Proxy(owner.addresses["grpc"]) as proxy,
         running(
-            *(base, cache, tmp / "follower"),
+            base,
+            cache,
+            tmp / "follower",
             role="engine",
             registry=proxy.address,
             **flags,

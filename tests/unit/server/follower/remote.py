@@ -11,11 +11,9 @@ from typing import Final
 from veneer_registry.adapter import AdapterRef
 from veneer_registry.errors import AdapterNotFound, Unavailable
 from veneer_registry.format import read_adapter
-from veneer_server.follower.fetching import Chunk
+from veneer_server.follower.fetching import FilePart
 
 from tests.unit.registry.kit import make_adapter
-
-__all__ = ["CHUNK", "FILES", "Remote", "ref"]
 
 FILES: Final = ("adapter_config.json", "adapter_model.safetensors")
 CHUNK: Final = 1000
@@ -41,7 +39,7 @@ class Remote:
 
     async def chunks(
         self, tenant: str, digest: str, file: str, offset: int
-    ) -> AsyncIterator[Chunk]:
+    ) -> AsyncIterator[FilePart]:
         self.asked.append((digest, file, offset))
         if digest in self.gates:
             await self.gates[digest].wait()
@@ -53,7 +51,7 @@ class Remote:
             crc32 = zlib.crc32(part)
             if self.spoil_next and part:
                 self.spoil_next, part = False, bytes(len(part))
-            yield Chunk(len(data), offset, part, crc32)
+            yield FilePart(len(data), offset, part, crc32)
             offset += len(part)
             if offset >= len(data):
                 return

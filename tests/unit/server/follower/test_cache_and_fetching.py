@@ -18,7 +18,7 @@ from veneer_registry.errors import (
     QueueFull,
     Unavailable,
 )
-from veneer_server.follower.cache import WeightsCache
+from veneer_server.follower.cache import FollowerCache
 from veneer_server.follower.fetching import Fetching
 from veneer_server.follower.standing import Standing
 
@@ -41,7 +41,7 @@ class Kit:
 
     def start(self) -> None:
         """As a start of the server does."""
-        self.cache = WeightsCache(
+        self.cache = FollowerCache(
             self.root, self.most, self.used.__contains__, self.in_memory.__contains__
         )
         self.cache.open()

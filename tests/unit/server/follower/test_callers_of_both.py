@@ -15,8 +15,8 @@ from veneer_proto.v1 import adapters_pb2_grpc, replication_pb2
 from veneer_registry.errors import FailedPrecondition
 from veneer_server.access.edit_keys import add_key
 from veneer_server.follower import link
-from veneer_server.replication.states import Begin
-from veneer_server.rpc.followers import replication_service
+from veneer_server.replication.states import BeginFeed
+from veneer_server.rpc import replication_service
 
 from tests.pki import Pki
 from tests.ports import free_port
@@ -73,7 +73,7 @@ def not_telling() -> Iterator[None]:
         to_wire = replication_service.to_wire
 
         def older(message: Any) -> replication_pb2.FollowResponse:
-            if isinstance(message, Begin):
+            if isinstance(message, BeginFeed):
                 message = replace(message, asks_callers=None)
             return to_wire(message)
 
@@ -222,7 +222,9 @@ async def test_nobody_acts_by_the_certificate_of_the_follower(
             base_folder, front_cache, tmp_path / "registry", credentials=ann, **tls
         ) as registry,
         running(
-            *(base_folder, front_cache, tmp_path / "follower"),
+            base_folder,
+            front_cache,
+            tmp_path / "follower",
             **{**following(registry), **own, **tls},
             credentials=ann,
         ) as follower,

@@ -17,7 +17,7 @@ from veneer_proto.v1 import inference_pb2, replication_pb2, server_pb2
 from veneer_registry.errors import AdapterBudgetExceeded
 from veneer_server.access.edit_keys import add_key, revoke_key
 from veneer_server.access.principal import Role
-from veneer_server.rpc.followers import asking
+from veneer_server.rpc import replication_service
 
 from tests.pki import Pki
 from tests.scale.proxy import Proxy
@@ -153,7 +153,7 @@ async def test_what_a_silent_registry_does_not_answer_ends_with_an_error(
     both: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its connections stay half open: no call of a follower's client may wait for ever."""
-    monkeypatch.setattr(asking, "AWAY_S", 0.4)
+    monkeypatch.setattr(replication_service, "AWAY_S", 0.4)
     large = make_adapter(tmp_path / "large", rank=1024)  # more than sockets hold
     assert (await both.follower.push(large, "before-the-ice")).published
     await both.agreed()
@@ -333,7 +333,9 @@ async def test_the_registry_comes_back_from_a_backup(
         async with running(base_folder, front_cache, data) as registry:
             proxy.target = registry.addresses["grpc"]
             async with running(
-                *(base_folder, front_cache, tmp_path / "follower"),
+                base_folder,
+                front_cache,
+                tmp_path / "follower",
                 role="engine",
                 registry=proxy.address,
             ) as follower:
@@ -372,7 +374,9 @@ async def test_whoever_may_not_change_adapters_may_not_by_a_follower(
     async with (
         running(base_folder, front_cache, tmp_path / "registry", **keys) as registry,
         running(
-            *(base_folder, front_cache, tmp_path / "follower"),
+            base_folder,
+            front_cache,
+            tmp_path / "follower",
             role="engine",
             registry=registry.addresses["grpc"],
             registry_key_file=str(token),
@@ -587,7 +591,9 @@ async def test_a_follower_trusts_a_renewed_authority_without_a_restart(
     places = [tmp_path / "registry", tmp_path / "follower"]
     async with (
         running(
-            *(base_folder, front_cache, places[0]),
+            base_folder,
+            front_cache,
+            places[0],
             credentials=grpc.ssl_channel_credentials(trusted.read_bytes()),
             **tls,
         ) as registry,

@@ -70,7 +70,9 @@ async def loading(
     }
     token.write_text(keys["operator"])
     async with pair(
-        *(base_folder, front_cache, tmp),
+        base_folder,
+        front_cache,
+        tmp,
         registry={"keys_file": str(file)},
         keys_file=str(file),
         registry_key_file=str(token),

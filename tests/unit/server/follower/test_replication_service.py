@@ -13,7 +13,7 @@ from veneer_registry.errors import AdapterCorrupt, AdapterNotFound, InvalidField
 from veneer_registry.registry import Registry
 from veneer_server.replication.feed import Feed
 from veneer_server.replication.replicas import Replicas
-from veneer_server.rpc.followers.replication_service import ReplicationService
+from veneer_server.rpc.replication_service import ReplicationService
 
 from tests.refused import refused
 from tests.unit.registry.kit import BASE, make_adapter, push

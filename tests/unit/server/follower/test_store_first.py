@@ -13,7 +13,7 @@ import pytest
 from veneer_proto.v1 import inference_pb2
 from veneer_registry.errors import Unavailable
 from veneer_registry.shared.objects import Stat
-from veneer_server.follower.cache import WeightsCache
+from veneer_server.follower.cache import FollowerCache
 from veneer_server.follower.fetching import Fetching
 from veneer_server.follower.standing import Standing
 from veneer_server.follower.store_first import StoreFirst
@@ -51,7 +51,7 @@ class Kit:
     registry: Remote
     objects: Objects
     remote: StoreFirst
-    cache: WeightsCache
+    cache: FollowerCache
     fetching: Fetching
     now: list[float]
 
@@ -76,18 +76,23 @@ def kit(tmp_path: Path) -> Kit:
     for digest, folder in registry.folders.items():
         for name in FILES:
             objects.content[f"weights/{digest}/{name}"] = (folder / name).read_bytes()
-    cache = WeightsCache(tmp_path / "cache", 1 << 30, lambda digest: False)
+    cache = FollowerCache(tmp_path / "cache", 1 << 30, lambda digest: False)
     cache.open()
     standing = Standing("registry:1")
     standing.current()
     remote = StoreFirst(
-        *(lambda tenant: objects, registry),
+        lambda tenant: objects,
+        registry,
         most_bytes=1 << 20,
         access_s=0.2,
         clock=lambda: now[0],
     )
     return Kit(
-        *(registry, objects, remote, cache, Fetching(cache, remote, standing, patience_s=1.0)),
+        registry,
+        objects,
+        remote,
+        cache,
+        Fetching(cache, remote, standing, patience_s=1.0),
         now,
     )
 
@@ -181,9 +186,7 @@ async def test_weights_come_from_a_real_store(
         for name, value in server.environment().items():
             monkeypatch.setenv(name, value)
         objects = server.objects("own")
-        async with pair(
-            *(base_folder, front_cache, tmp_path), store=f"s3://{BUCKET}/own"
-        ) as both:
+        async with pair(base_folder, front_cache, tmp_path, store=f"s3://{BUCKET}/own") as both:
             size = 0
             for name, seed in (("stored", 1), ("not-stored", 2)):
                 pushed = await both.push(name, seed)

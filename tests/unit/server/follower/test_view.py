@@ -18,7 +18,7 @@ from veneer_registry.rows import RevisionRow
 from veneer_server.follower.view import OutOfStep, Received, View
 from veneer_server.replication.feed import Feed
 from veneer_server.replication.states import (
-    Begin,
+    BeginFeed,
     Key,
     Message,
     NameState,
@@ -105,13 +105,13 @@ class Connection:
         if self.feed.after(run, sequence) is None:
             beat, entries = self.feed.snapshot()
             self.sent.append(
-                Begin(self.feed.run, snapshot=True, sequence=beat.sequence, **begin)
+                BeginFeed(self.feed.run, snapshot=True, sequence=beat.sequence, **begin)
             )
             self.sent += [Told(NameState(*key, entry)) for key, entry in entries.items()]
             self.sent.append(SnapshotEnd(beat.sequence, beat.checksum))
             self.place = beat.sequence
         else:
-            self.sent.append(Begin(run, snapshot=False, sequence=sequence, **begin))
+            self.sent.append(BeginFeed(run, snapshot=False, sequence=sequence, **begin))
             self.place = sequence
 
     def more(self) -> bool:

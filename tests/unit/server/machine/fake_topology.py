@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-__all__ = ["FakeTopology"]
-
 
 class FakeTopology:
     """A machine in files; `sys` and `proc` are given to `Machine.here`.

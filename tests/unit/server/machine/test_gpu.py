@@ -56,7 +56,7 @@ def _hangs(*_: Any, timeout: float, **__: Any) -> subprocess.CompletedProcess[st
 
 def test_auto_takes_a_card_whose_kernels_are_right(child: Callable[[Answer], None]) -> None:
     child(_says("a library's greeting\n" + json.dumps(RIGHT)))
-    assert gpu.choose_gpu("auto") == gpu.Choice(CARD)
+    assert gpu.choose_gpu("auto") == gpu.DeviceChoice(CARD)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_what_is_asked_for_is_not_tested(
     child: Callable[[Answer], None], device: Any, found: Gpu | None
 ) -> None:
     child(_never)
-    assert gpu.choose_gpu(device) == gpu.Choice(found)
+    assert gpu.choose_gpu(device) == gpu.DeviceChoice(found)
 
 
 @pytest.mark.parametrize("works", [True, False])

@@ -26,8 +26,8 @@ from veneer_server.sizing.memory_plan import (
     plan_memory,
     token_bytes,
 )
-from veneer_server.step.choice import Choice
-from veneer_server.system.gpu import Choice as GpuChoice
+from veneer_server.step.choice import TokenChoice
+from veneer_server.system.gpu import DeviceChoice as GpuChoice
 from veneer_server.system.machine import Gpu, HostMemory
 from veneer_server.wire.messages import SamplingParams
 
@@ -99,7 +99,7 @@ def test_scratch_covers_what_sampling_takes(
     rows = 64
     logits = torch.randn(rows, model.vocab_size)
     with torch.profiler.profile(profile_memory=True) as profiled, torch.inference_mode():
-        sample(logits, [Choice(params, 1)] * rows)
+        sample(logits, [TokenChoice(params, 1)] * rows)
     held = peak = 0
     for event in profiled.profiler.kineto_results.events():
         if event.name() == "[memory]":

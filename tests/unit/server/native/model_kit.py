@@ -26,8 +26,6 @@ from tests.paired import place_a
 from tests.unit.server import test_decoder as oracle
 from tests.unit.server.native.rounded_model import LINEARS, Base, Update
 
-__all__ = ["Part", "Served", "adapter_of", "make_base", "normal", "table_of", "with_bytes"]
-
 PROJECTIONS: Final[Mapping[str, Any]] = {name: f"{name}_proj" for name in LINEARS}
 BF16: Final = torch.bfloat16
 VOCABULARY: Final = 128

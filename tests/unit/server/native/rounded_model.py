@@ -17,8 +17,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch.nn import functional as F
 
-__all__ = ["LINEARS", "Base", "Update", "int8_rounded", "logits_of", "rounded"]
-
 PIECE = 512
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 

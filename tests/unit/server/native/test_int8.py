@@ -64,8 +64,22 @@ def test_bytes_fit_the_code_book() -> None:
     """NF4's numbers before they were rounded to bfloat16, which others would fit better."""
     fitted, unit = table_bytes(table_bits(torch.tensor(NF4).bfloat16()))
     assert fitted == (
-        *(-112, -78, -59, -44, -32, -21, -10, 0),
-        *(9, 18, 28, 38, 49, 63, 81, 112),
+        -112,
+        -78,
+        -59,
+        -44,
+        -32,
+        -21,
+        -10,
+        0,
+        9,
+        18,
+        28,
+        38,
+        49,
+        63,
+        81,
+        112,
     )
     assert unit == pytest.approx(1 / 112.03, abs=1e-6)
     # Thirds, halves and a 192nd: FP4. Any other book is fitted as it is.

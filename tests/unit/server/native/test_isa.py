@@ -53,7 +53,7 @@ def test_the_pattern_finds_other_ways_to_name_one(line: str) -> None:
 
 
 @pytest.mark.parametrize("form", forms.FORMS, ids=lambda form: form.name)
-def test_each_form_has_the_name_that_its_header_gives(form: forms.Form) -> None:
+def test_each_form_has_the_name_that_its_header_gives(form: forms.InstructionSet) -> None:
     headers = [f.read_text("utf-8") for f in (CPP / "isa").glob("*.h")]
     named = re.compile(rf'(?:kInstructions|kName)\[\] = "{form.name}"')
     assert sum(bool(named.search(text)) for text in headers) == 1

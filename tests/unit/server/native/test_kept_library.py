@@ -175,15 +175,15 @@ def test_a_user_private_group_may_write(bench: Bench, monkeypatch: pytest.Monkey
     for name, members in (("jo", ["mo"]), ("staff", [])):
         groups[gid] = grp.struct_group((name, "x", gid, members))
         # `Refused` and `NativeUnavailable` have words for the operator only, here and below.
-        with pytest.raises(kept.Refused, match="others can write"):
+        with pytest.raises(kept.FileRefused, match="others can write"):
             kept.open_checked(file)
     groups[gid] = grp.struct_group(("jo", "x", gid, ["jo"]))
     os.close(kept.open_checked(file))
     users.append(pwd.struct_passwd(("mo", "x", me + 1, gid, "", "/", "/")))
-    with pytest.raises(kept.Refused, match="others can write"):
+    with pytest.raises(kept.FileRefused, match="others can write"):
         kept.open_checked(file)
     groups.clear()  # a container often has no name for a number
-    with pytest.raises(kept.Refused, match="others can write"):
+    with pytest.raises(kept.FileRefused, match="others can write"):
         kept.open_checked(file)
 
 

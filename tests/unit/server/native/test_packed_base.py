@@ -30,7 +30,7 @@ from veneer_server.backends.native.packed import file as packed_file
 from veneer_server.backends.native.packed.base import PackedBase, load_packed
 from veneer_server.models.loader import load_weights
 from veneer_server.models.source import BaseDamaged
-from veneer_server.progress import SINK, Part
+from veneer_server.progress import SINK, StartPart
 
 from tests.backends_ran import skip_or_fail
 from tests.kernels_once import kernels_built, kernels_folder
@@ -557,7 +557,7 @@ def test_a_base_that_lost_a_bit_is_neither_served_nor_kept(bench: Bench) -> None
 
 
 def test_progress_is_told_layer_by_layer_and_chunk_by_chunk(bench: Bench) -> None:
-    seen: list[Part] = []
+    seen: list[StartPart] = []
     token = SINK.set(seen.append)
     try:
         bench.load()

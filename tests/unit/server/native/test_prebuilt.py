@@ -152,8 +152,16 @@ def test_they_load_wherever_the_wheel_s_tag_lets_pip_install_them(made: Path) ->
 
 def test_symbols_that_the_tag_does_not_promise_are_noticed(tmp_path: Path) -> None:
     names = (
-        *("log", "GLIBC_2.29", "GLIBC_2.4", "GLIBCXX_3.4.24", "GLIBCXX_3.4.29"),
-        *("CXXABI_1.3.15", "CXXABI_1.3.9", "GCC_3.0", "GCC_12.0.0", "NOT_GLIBC_2.99"),
+        "log",
+        "GLIBC_2.29",
+        "GLIBC_2.4",
+        "GLIBCXX_3.4.24",
+        "GLIBCXX_3.4.29",
+        "CXXABI_1.3.15",
+        "CXXABI_1.3.9",
+        "GCC_3.0",
+        "GCC_12.0.0",
+        "NOT_GLIBC_2.99",
     )
     (tmp_path / "a.so").write_bytes(b"\0" + b"\0".join(map(str.encode, names)) + b"\0")
     versions = symbol_versions(tmp_path / "a.so")

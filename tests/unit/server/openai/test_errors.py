@@ -80,6 +80,30 @@ def test_fields_have_their_json_names(field: str, param: str) -> None:
     assert "sampling." not in told["message"]
 
 
+@pytest.mark.parametrize(
+    ("path", "field", "param"),
+    [
+        ("/v1/completions", "output.top_logprobs", "logprobs"),
+        ("/inference/v1/generate", "output.top_logprobs", "logprobs"),
+        ("/v1/responses", "output.logprobs", "include"),
+        ("/v1/responses", "stopping.max_tokens", "max_output_tokens"),
+        ("/v1/responses", "prompt", "prompt"),
+        ("/v1/chat/completions", "stopping.max_tokens", "max_tokens"),
+    ],
+)
+def test_fields_have_the_names_of_the_api(path: str, field: str, param: str) -> None:
+    error = errors.InvalidField(f"{field} is wrong", metadata={"field": field})
+    told = http_failure(error, path).body["error"]
+    assert told["param"] == param
+    assert told["message"] == f"{param} is wrong"
+
+
+def test_ollama_s_options_are_named_as_such() -> None:
+    error = errors.InvalidField("send a smaller stopping.max_tokens", metadata={"field": "x"})
+    told = http_failure(error, "/api/chat").body["error"]
+    assert told == "send a smaller options.num_predict"
+
+
 def test_retries_are_advised_by_what_the_error_knows() -> None:
     full = http_failure(errors.QueueFull("x", retry_after_s=1.4)).headers
     assert full == {"retry-after": "2", "retry-after-ms": "1400", "x-should-retry": "true"}

@@ -6,8 +6,6 @@ import json
 from typing import Any
 
 import pytest
-from openai.types import completion_create_params as completion_params
-from openai.types.chat import completion_create_params as chat_params
 from pydantic import ValidationError
 from veneer_registry.errors import InvalidField
 from veneer_server.openai.fields import (
@@ -16,7 +14,6 @@ from veneer_server.openai.fields import (
     MAX_PROMPTS,
     REFUSED,
     ChatFields,
-    CommonFields,
     CompletionFields,
     parse_fields,
 )
@@ -28,7 +25,7 @@ from veneer_server.serving.records import (
     PromptTokens,
     Sampling,
 )
-from veneer_server.text.templates.options import TemplateOptions
+from veneer_server.text.turns import TemplateOptions
 from veneer_server.wire.messages import Constraint
 
 from tests.refused import refused
@@ -111,6 +108,8 @@ def test_every_field_that_is_served_arrives() -> None:
         use_prefix_cache=False,
         priority=-2,
         constraint=Constraint("json_schema", "{}"),
+        open_ended=True,
+        clamped=True,
     )
 
 
@@ -127,6 +126,8 @@ def test_what_is_left_out_or_null_stays_unset() -> None:
         ignore_eos=False,
         logprobs=False,
         echo=False,
+        open_ended=True,
+        clamped=True,
     )
     assert chat(top_k=-1).sampling.given["top_k"] == 0
 
@@ -271,7 +272,7 @@ def test_prompts_of_every_form(prompt: Any, expected: list[Any]) -> None:
 def test_prompts_that_are_none(prompt: Any) -> None:
     with pytest.raises(InvalidField) as caught:
         completions(prompt=prompt)
-    # The core, which refuses no tokens, has its own name for them; see `openai.words`.
+    # The core, which refuses no tokens, has its own name for them; see `openai.errors`.
     known = "token_ids" if prompt == [[]] else "prompt"
     assert caught.value.metadata["field"].startswith(known)
 
@@ -308,6 +309,55 @@ SCHEMA = {"type": "object", "properties": {"a": {"const": None}}, "default": Non
             {"structured_outputs": {"json_object": True}},
             Constraint("json_schema", '{"type": "object"}'),
         ),
+        # Hugging Face's TGI, llama.cpp, SGLang.
+        (
+            {"response_format": {"type": "json", "value": SCHEMA}},
+            Constraint("json_schema", json.dumps(SCHEMA)),
+        ),
+        (
+            {"response_format": {"type": "json_object", "value": SCHEMA}},
+            Constraint("json_schema", json.dumps(SCHEMA)),
+        ),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "value": {"name": "s", "schema": SCHEMA},
+                }
+            },
+            Constraint("json_schema", json.dumps(SCHEMA)),
+        ),
+        (
+            {"response_format": {"type": "json_object", "schema": SCHEMA}},
+            Constraint("json_schema", json.dumps(SCHEMA)),
+        ),
+        (
+            {"response_format": {"type": "json"}},
+            Constraint("json_schema", '{"type": "object"}'),
+        ),
+        (
+            {"response_format": {"type": "regex", "value": "a+"}},
+            Constraint("regex", "a+"),
+        ),
+        ({"regex": "a+"}, Constraint("regex", "a+")),
+        ({"json_schema": '{"type": "array"}'}, Constraint("json_schema", '{"type": "array"}')),
+        ({"json_schema": SCHEMA}, Constraint("json_schema", json.dumps(SCHEMA))),
+        # guidance sends the same grammar under two names.
+        (
+            {
+                "guided_grammar": "start: /a/",
+                "guided_decoding_backend": "guidance",
+                "structured_outputs": {"grammar": "start: /a/"},
+            },
+            Constraint("grammar", "start: /a/"),
+        ),
+        (
+            {
+                "response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}},
+                "guided_json": SCHEMA,
+            },
+            Constraint("json_schema", json.dumps(SCHEMA)),
+        ),
     ],
 )
 def test_constraints(given: dict[str, Any], expected: Constraint | None) -> None:
@@ -338,9 +388,31 @@ def test_constraints(given: dict[str, Any], expected: Constraint | None) -> None
         ({"max_tokens": -1}, "max_tokens", "greater"),
         ({"max_tokens": 1.5}, "max_tokens", "integer"),
         ({"n": 0}, "n", "greater"),
-        ({"seed": -1}, "seed", "greater"),
+        ({"seed": -(2**63) - 1}, "seed", "greater"),
+        ({"seed": 1, "random_seed": 2}, "random_seed", "differs from seed"),
+        ({"use_prefix_cache": True, "cache_prompt": False}, "cache_prompt", "differs"),
+        ({"cache_salt": "x" * 1025}, "cache_salt", "at most 1024"),
+        ({"verbosity": "loud"}, "verbosity", "medium"),
+        (
+            {"enable_thinking": True, "chat_template_kwargs": {"enable_thinking": False}},
+            "enable_thinking",
+            "differs from chat_template_kwargs",
+        ),
+        ({"add_special_tokens": True}, "add_special_tokens", "False"),
+        ({"response_format": {"type": "regex"}}, "response_format.value", "not a string"),
+        (
+            {"response_format": {"type": "json_schema", "strict": True}},
+            "response_format.strict",
+            "not supported",
+        ),
+        (
+            {"structured_outputs": {"structural_tag": "{}"}},
+            "structured_outputs.structural_tag",
+            "not supported",
+        ),
+        ({"regex": "a", "guided_regex": "b"}, "regex", "conflicts with guided_regex"),
         ({"min_tokens": -1}, "min_tokens", "greater"),
-        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens", "at most max_tokens, 4"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens", "at most stopping.max_tokens, 4"),
         ({"prompt_logprobs": 21}, "prompt_logprobs", "less"),
         ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "stream"),
         ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens", "greater"),
@@ -354,7 +426,7 @@ def test_constraints(given: dict[str, Any], expected: Constraint | None) -> None
             "one of them",
         ),
         ({"guided_grammar": "start: /a/", "guided_regex": "a"}, "guided_grammar", "conflicts"),
-        ({"structured_outputs": {"grammar": ""}}, "constraint.grammar", "empty"),
+        ({"structured_outputs": {"grammar": ""}}, "structured_outputs.grammar", "empty"),
         ({"seed": 2**64}, "seed", "less"),
         ({"stream": "yes"}, "stream", "boolean"),
         ({"stop": [1]}, "stop", "string"),
@@ -394,7 +466,7 @@ def test_what_is_wrong_names_the_field_and_the_fix(
     error = refusal(**given)
     assert says in error.message
     if field is not None:
-        # The core has its own names for some; see `openai.words`.
+        # The core has its own names for some; see `openai.errors`.
         assert error.metadata["field"] in (field, f"stopping.{field}")
         assert field in error.message
 
@@ -489,24 +561,45 @@ def test_what_is_said_twice_or_asks_for_nothing_is_no_contradiction() -> None:
     assert chat(stream=True, stream_options=options) == chat()
 
 
-@pytest.mark.parametrize(
-    ("params", "kind"),
-    [
-        (chat_params.CompletionCreateParamsStreaming, ChatFields),
-        (completion_params.CompletionCreateParamsStreaming, CompletionFields),
-    ],
-)
-def test_every_field_of_the_sdk_is_known(params: Any, kind: type[CommonFields]) -> None:
-    """Fails when the SDK learns a new one: decide whether it changes the answer."""
-    fields = params.__annotations__.keys()
-    assert {"model", "stream"} <= fields
-    assert fields <= kind.model_fields.keys() | IGNORED | REFUSED.keys()
-
-
 def test_best_of_only_as_n() -> None:
     assert completions(n=2, best_of=2) == completions(n=2)
     with refused(InvalidField, field="best_of"):
         completions(best_of=2)
+
+
+def test_a_negative_seed_is_that_of_the_same_64_bits() -> None:
+    for given, used in ((-1, 2**64 - 1), (-(2**63), 2**63), (7, 7)):
+        assert chat(seed=given).sampling.given["seed"] == used
+        assert chat(random_seed=given) == chat(seed=given)
+
+
+def test_other_names_of_the_same() -> None:
+    assert chat(cache_prompt=False) == chat(use_prefix_cache=False)
+    assert chat(cache_prompt=True, use_prefix_cache=True) == chat(use_prefix_cache=True)
+    assert chat(enable_thinking=False) == chat(chat_template_kwargs={"enable_thinking": False})
+    kwargs = {"verbosity": "low"}
+    assert chat(verbosity="low") == chat(chat_template_kwargs=kwargs)
+    tool = {"type": "function", "function": {"name": "f"}}
+    forced = chat(tools=[tool], tool_choice="required")
+    assert chat(tools=[tool], tool_choice="any") == forced
+    named = {"function": {"name": "f"}}  # as Hugging Face's client writes it
+    assert (
+        chat(tools=[tool], tool_choice=named).tools
+        == chat(tools=[tool], tool_choice={"type": "function", **named}).tools
+    )
+
+
+def test_a_prefix_is_continued() -> None:
+    begun = {"role": "assistant", "content": "The answer is"}
+    expected = chat(messages=[begun], continue_final_message=True)
+    assert chat(messages=[{**begun, "prefix": True}]) == expected
+    assert chat(messages=[{**begun, "prefix": False}]) == chat(messages=[begun])
+
+
+def test_only_chats_may_use_all_of_the_context() -> None:
+    assert (chat().max_tokens, chat().open_ended) == (None, True)
+    [call] = completions()
+    assert (call.max_tokens, call.open_ended) == (16, False)
 
 
 def test_a_user_gets_the_same_target_of_a_canary() -> None:

@@ -33,8 +33,9 @@ def shape(status: int, body: bytes) -> str:
         error = json.loads(body)["error"]
     except (ValueError, KeyError):
         return f"status {status} without an error object: {body[:200]!r}"
-    if "\n" in error["message"] or len(error["message"].encode()) > 800:
-        return f"a message of {len(error['message'])} characters: {error['message'][:200]}"
+    told = error if isinstance(error, str) else error["message"]  # Ollama's form, or OpenAI's
+    if "\n" in told or len(told.encode()) > 800:
+        return f"a message of {len(told)} characters: {told[:200]}"
     return ""
 
 

@@ -12,7 +12,7 @@ import pytest
 from veneer_registry.errors import VeneerError
 from veneer_registry.records import AdapterRecord
 from veneer_registry.registry import Registry
-from veneer_server.openai.endpoints import models
+from veneer_server.openai import models
 from veneer_server.text.tokenizer import TextTokenizer
 from veneer_server.wire.messages import SequenceOutput
 
@@ -149,6 +149,22 @@ async def test_samples_of_a_chat(http: httpx.AsyncClient) -> None:
             texts[choice["index"]] += choice["delta"].get("content", "")
     assert sorted(roles) == [0, 1]
     assert texts == [choice["message"]["content"] for choice in whole["choices"]]
+
+
+async def test_max_tokens_of_a_chat_is_a_bound(front: Front, http: httpx.AsyncClient) -> None:
+    """opencode and qwen-code ask for 32,000, whatever the context is."""
+    for limit in (
+        {"max_tokens": 32_000},
+        {"max_tokens": None, "max_completion_tokens": 32_000},
+    ):
+        answer = await ok(http, CHAT, **limit)
+        asked = front.engine.submitted[-1]
+        assert asked.max_tokens == CONTEXT - len(asked.prompt)
+        assert answer["choices"][0]["finish_reason"] == "length"
+    answer = await post(http, CHAT, messages=[{"role": "user", "content": "long " * CONTEXT}])
+    assert error_of(answer)["code"] == "context_length_exceeded"
+    answer = await post(http, TEXT, max_tokens=32_000)
+    assert error_of(answer)["code"] == "context_length_exceeded", "a completion is as vLLM's"
 
 
 async def test_one_bad_prompt_refuses_all(front: Front, http: httpx.AsyncClient) -> None:

@@ -18,10 +18,11 @@ import pytest
 import pytest_asyncio
 from veneer_proto.v1 import inference_pb2
 from veneer_registry.errors import InvalidField, QueueFull
+from veneer_server.access.caller import Caller
 from veneer_server.openai.errors import HttpError
 from veneer_server.openai.http.asgi import ABORT, Reply
-from veneer_server.openai.http.long_json import Joined, Many, dump, written
-from veneer_server.queues.fairness import Sender
+from veneer_server.openai.http.body import Joined, Many, dump, written
+from veneer_server.queues.fairness import NOBODY, Sender
 from veneer_server.rpc import convert
 from veneer_server.serving.answer_room import (
     MAX_ANSWER,
@@ -32,9 +33,8 @@ from veneer_server.serving.answer_room import (
 )
 from veneer_server.serving.checks import check_json_size
 from veneer_server.serving.spare_time import MAX_WAITING, SpareTime
-from veneer_server.serving.who import CALLER
-from veneer_server.text.templates.options import longer_as_json
 from veneer_server.text.tokenizer import TextTokenizer, TokenNames
+from veneer_server.text.turns import longer_as_json
 
 from tests.refused import refused
 from tests.unit.server.openai.kit import BASE, CHAT, TEXT, error_of, events, ok, post
@@ -61,8 +61,8 @@ async def module_front(
     base_folder: Path, front_cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Front]:
     data = tmp_path_factory.mktemp("long-answers")
-    flags = {"openai_listen": "127.0.0.1:0", "default_max_tokens": str(CONTEXT - 1000)}
-    async with running(base_folder, front_cache, data, engine=LongEngine, **flags) as front:
+    options = {"engine": LongEngine, "openai_listen": "127.0.0.1:0"}
+    async with running(base_folder, front_cache, data, **options) as front:  # type: ignore[arg-type]
         yield front
 
 
@@ -80,7 +80,7 @@ def ids(count: int) -> list[int]:
             {**TEXT, "prompt": ids(9000), "n": 16, "echo": True, "logprobs": 5, "stream": True},
             "echo",
         ),
-        ({**TEXT, "max_tokens": 30_000, "n": 4, "logprobs": 20}, "top_logprobs"),
+        ({**TEXT, "max_tokens": 30_000, "n": 4, "logprobs": 20}, "logprobs"),
         ({**CHAT, "max_tokens": 30_000, "logprobs": True, "top_logprobs": 20}, "top_logprobs"),
         (
             {**CHAT, "max_tokens": 30_000, "logprobs": True, "top_logprobs": 9, "stream": True}
@@ -122,7 +122,7 @@ async def test_who_sets_no_length_gets_as_much_as_fits(
             await asyncio.sleep(0.005)
         [request] = front.engine.submitted
         front.engine.submitted.clear()
-        assert (request.max_tokens == CONTEXT - 1000) == whole
+        assert (request.max_tokens == CONTEXT - len(request.prompt)) == whole
         assert request.max_tokens > 5000
         call.cancel()
         await asyncio.wait({call})
@@ -642,7 +642,7 @@ async def test_an_error_is_not_written_into_half_an_event() -> None:
     reply = Reply({"state": {ABORT: aborted.set}}, send, 30.0)
     spare = SpareTime()
     long = {"choices": Many(200_000, lambda: range(200_000))}
-    writing = asyncio.create_task(reply.events([long], {}, spare))
+    writing = asyncio.create_task(reply.long_events([long], {}, spare, NOBODY))
     await stuck.wait()
     writing.cancel()
     await asyncio.wait({writing})
@@ -658,8 +658,7 @@ async def test_a_host_with_many_long_answers_has_one_turn_beside_another() -> No
     spare, go, order = SpareTime(), threading.Event(), list[str]()
 
     async def piece(caller: str, work: Callable[[], object]) -> None:
-        CALLER.set(f"{caller}:1")
-        await spare.run(work)
+        await spare.run(work, Caller(peer=f"{caller}:1").sender)
         order.append(caller)
 
     async with asyncio.TaskGroup() as group:

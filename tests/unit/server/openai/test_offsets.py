@@ -6,7 +6,7 @@ import os
 import random
 
 import pytest
-from veneer_server.openai.answers import Offsets
+from veneer_server.openai.choices import Offsets
 
 from tests.torture.doors.scripted import offsets
 

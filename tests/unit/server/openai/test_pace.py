@@ -9,7 +9,7 @@ import grpc
 import httpx
 import pytest
 from veneer_proto.v1 import inference_pb2
-from veneer_server.queues.refusal_pace import BURST, LONGEST_S, MOST, PIECE, Pace
+from veneer_server.queues.refusal_pace import BURST, LONGEST_S, MOST, PIECE, RefusalPace
 
 from tests.unit.server.rpc.front_harness import Front, failure, prompt, running, until
 
@@ -26,13 +26,13 @@ class Clock:
 
 
 def test_a_burst_is_not_delayed_and_more_is_spaced() -> None:
-    pace = Pace(8, clock=Clock())
+    pace = RefusalPace(8, clock=Clock())
     assert [pace.charge(HERE) for _ in range(BURST)] == [0.0] * BURST
     assert [pace.charge(HERE) for _ in range(3)] == pytest.approx([1 / 8, 2 / 8, 3 / 8])
 
 
 def test_a_host_is_charged_whatever_port_it_calls_from_and_no_other_one() -> None:
-    pace = Pace(8, clock=Clock())
+    pace = RefusalPace(8, clock=Clock())
     for port in range(2 * BURST):
         pace.charge(f"10.0.0.1:{port}")
     assert pace.charge("10.0.0.1:9") > 0
@@ -40,14 +40,14 @@ def test_a_host_is_charged_whatever_port_it_calls_from_and_no_other_one() -> Non
 
 
 def test_a_large_request_counts_for_many() -> None:
-    pace = Pace(8, clock=Clock())
+    pace = RefusalPace(8, clock=Clock())
     assert pace.charge(HERE, (BURST - 1) * PIECE) == 0
     assert pace.charge(HERE, 4 * PIECE) == pytest.approx(5 / 8)
 
 
 def test_no_refusal_waits_long_and_all_is_forgotten_in_time() -> None:
     clock = Clock()
-    pace = Pace(8, clock=clock)
+    pace = RefusalPace(8, clock=clock)
     for _ in range(1000):
         assert pace.charge(HERE) <= LONGEST_S
     assert pace.charge(HERE) == LONGEST_S
@@ -56,12 +56,12 @@ def test_no_refusal_waits_long_and_all_is_forgotten_in_time() -> None:
 
 
 def test_a_rate_of_0_lets_none_wait() -> None:
-    pace = Pace(0)
+    pace = RefusalPace(0)
     assert {pace.charge(HERE, 1 << 30) for _ in range(1000)} == {0.0}
 
 
 async def test_so_many_answers_wait_at_once_and_no_more() -> None:
-    pace = Pace(1, clock=Clock())
+    pace = RefusalPace(1, clock=Clock())
     pace.charge(HERE, 1 << 30)
     waiting = [asyncio.create_task(pace.wait(HERE)) for _ in range(MOST)]
     await asyncio.sleep(0)
@@ -89,11 +89,11 @@ def delayed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Callers whose refusals are held back, for longer than any test takes."""
     callers: list[str] = []
 
-    def charge(self: Pace, caller: str, size: int = 0) -> float:
+    def charge(self: RefusalPace, caller: str, size: int = 0) -> float:
         callers.append(caller)
         return 60.0
 
-    monkeypatch.setattr(Pace, "charge", charge)
+    monkeypatch.setattr(RefusalPace, "charge", charge)
     return callers
 
 
@@ -169,11 +169,11 @@ async def test_what_is_no_http_waits_and_is_refused(
 ) -> None:
     waited = []
 
-    def charge(self: Pace, caller: str, size: int = 0) -> float:
+    def charge(self: RefusalPace, caller: str, size: int = 0) -> float:
         waited.append(caller)
         return 0.05
 
-    monkeypatch.setattr(Pace, "charge", charge)
+    monkeypatch.setattr(RefusalPace, "charge", charge)
     host, port = front.addresses["openai"].rsplit(":", 1)
     reader, writer = await asyncio.open_connection(host, int(port))
     for _ in range(3):

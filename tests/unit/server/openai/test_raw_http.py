@@ -53,10 +53,16 @@ ODD: dict[str, bytes] = {
         + b"%s: a\r\n%s: a\r\n\r\n" % (name, other)
         + BODY
         for name, other in (
-            *((b"Authorization", b"authorization"), (b"X-Api-Key", b"x-api-key")),
-            *((b"X-Veneer-Tenant",) * 2, (b"Veneer-Tenant",) * 2, (b"Origin",) * 2),
-            *((b"Sec-Fetch-Site",) * 2, (b"X-Llm-D-Inference-Fairness-Id",) * 2),
-            *((b"X-Gateway-Inference-Objective",) * 2, (b"X-Llm-D-Inference-Objective",) * 2),
+            (b"Authorization", b"authorization"),
+            (b"X-Api-Key", b"x-api-key"),
+            (b"Api-Key", b"api-key"),
+            (b"X-Veneer-Tenant",) * 2,
+            (b"Veneer-Tenant",) * 2,
+            (b"Origin",) * 2,
+            (b"Sec-Fetch-Site",) * 2,
+            (b"X-Llm-D-Inference-Fairness-Id",) * 2,
+            (b"X-Gateway-Inference-Objective",) * 2,
+            (b"X-Llm-D-Inference-Objective",) * 2,
         )
     },
     "two content types": HEAD + b"Content-Type: application/json\r\n" + LENGTH + b"\r\n" + BODY,

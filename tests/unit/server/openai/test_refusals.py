@@ -51,7 +51,7 @@ async def test_bodies_that_are_no_request(
     assert (await ok(http, TEXT))["choices"], "the server goes on"
 
 
-@pytest.mark.parametrize("path", ["/", "/v1", "/v1/embeddings", "/v1/chat/completions/"])
+@pytest.mark.parametrize("path", ["/v1", "/v1/nothing", "/v1/chat/completions/"])
 async def test_unknown_paths_name_the_known_ones(http: httpx.AsyncClient, path: str) -> None:
     answer = await http.post(path, json={})
     assert answer.status_code == 404
@@ -71,6 +71,8 @@ async def test_a_wrong_method_names_the_right_one(http: httpx.AsyncClient) -> No
         ("/v1/chat/completions", {"messages": [{"role": "usr", "content": "x"}]}),
         ("/v1/responses", {"input": [{"role": "usr", "content": "x"}]}),
         ("/v1/messages", {"messages": [{"role": "usr", "content": "x"}], "max_tokens": 1}),
+        ("/v1/messages/count_tokens", {"messages": [{"role": "usr", "content": "x"}]}),
+        ("/api/chat", {"messages": [{"role": "usr", "content": "x"}]}),
         ("/tokenize", {"messages": [{"role": "usr", "content": "x"}]}),
     ],
 )

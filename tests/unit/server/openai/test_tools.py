@@ -251,7 +251,10 @@ async def test_an_unknown_format_is_refused_for_auto_only(
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0].type"),
+        (
+            {"tools": [{"type": "custom", "custom": {"name": "x"}}], "tool_choice": "required"},
+            "tool_choice",
+        ),
         ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
         ({"tools": [{"type": "function", "function": {"name": ""}}]}, "tools[0].function.name"),
@@ -264,13 +267,13 @@ async def test_an_unknown_format_is_refused_for_auto_only(
             {"tools": [{"function": {"name": "f", "description": "x" * (128 << 10)}}]},
             "tools",
         ),
-        ({"tool_choice": "any"}, "tool_choice"),
+        ({"tool_choice": "every"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice"),
         ({"tool_choice": {"type": "custom"}}, "tool_choice.type"),
         ({"tools": [], "tool_choice": "required"}, "tool_choice"),
         ({"functions": [CLOCK["function"]]}, "functions"),
         ({"tools": [], "function_call": {"name": "x"}}, "function_call"),
-        ({"tool_choice": "required", "guided_regex": "a"}, "structured_outputs"),
+        ({"tool_choice": "required", "guided_regex": "a"}, "guided_regex"),
         ({"messages": [{"role": "assistant"}]}, "messages[0].content"),
         (
             {"messages": [{"role": "assistant", "tool_calls": [{"id": "x"}]}]},

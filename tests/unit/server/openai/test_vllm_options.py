@@ -146,6 +146,22 @@ async def test_a_prompt_is_cut_from_the_left(
     assert error["code"] == "context_length_exceeded", "unless it is to be cut"
 
 
+@pytest.mark.parametrize("most", [CONTEXT, 32_000])
+async def test_no_prompt_is_cut_to_nothing_for_its_answer(
+    front: Front, http: httpx.AsyncClient, most: int
+) -> None:
+    """A chat's limit may be more than the context, but then -1 leaves no prompt."""
+    for given in (CHAT, TEXT):
+        answer = await post(http, {**given, "max_tokens": most}, truncate_prompt_tokens=-1)
+        assert answer.status_code == 400
+        error = error_of(answer)
+        assert (error["code"], error["param"]) == ("context_length_exceeded", "max_tokens")
+        assert f"set max_tokens to at most {CONTEXT - 1}" in error["message"]
+    assert not front.engine.submitted
+    await ok(http, {**CHAT, "max_tokens": most}, truncate_prompt_tokens=7)
+    assert len(front.engine.submitted[-1].prompt) == 7
+
+
 async def test_the_least_number_of_tokens(
     front: Front, http: httpx.AsyncClient, tokenizer: TextTokenizer
 ) -> None:
@@ -184,8 +200,21 @@ async def test_grammars_and_what_the_gateway_calls_fields(
             {"continue_final_message": True, "add_generation_prompt": True},
             "continue_final_message",
         ),
-        ({"structured_outputs": {"grammar": ""}}, "structured_outputs"),
-        ({"messages": [{"role": "user", "content": "Hi", "a": 1, "b": 2}]}, "messages[0].a"),
+        ({"structured_outputs": {"grammar": ""}}, "structured_outputs.grammar"),
+        ({"structured_outputs": {"regex": "a", "b": 2}}, "structured_outputs.b"),
     ):
         assert error_of(await post(http, CHAT, **given))["param"] == param
     await ok(http, CHAT, continue_final_message=True, return_token_ids=True)
+
+
+async def test_a_salt_keeps_prefixes_apart(front: Front, http: httpx.AsyncClient) -> None:
+    scopes = []
+    for salt in ({}, {"cache_salt": "a"}, {"cache_salt": "b"}, {"cache_salt": "a"}):
+        await ok(http, CHAT, **salt)
+        scopes.append(front.engine.submitted[-1].cache_scope)
+    assert scopes[1] == scopes[3]
+    assert len(set(scopes)) == 3
+    assert all(scope.startswith(scopes[0]) for scope in scopes), "within the tenant's"
+    message = {**CHAT, "cache_salt": "a"}
+    assert (await http.post("/v1/messages", json=message)).status_code == 200
+    assert front.engine.submitted[-1].cache_scope == scopes[1]

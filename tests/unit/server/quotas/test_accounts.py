@@ -19,7 +19,7 @@ from veneer_server.access.edit_keys import add_key, list_keys
 from veneer_server.access.identity_file import IdentityFile
 from veneer_server.access.keys import MAX_FILE, parse_identities
 from veneer_server.access.principal import Principal
-from veneer_server.access.tokens import Tokens, TokenSettings
+from veneer_server.access.tokens import TokenSettings, TokenVerifier
 from veneer_server.operate.key_cli import key_cli
 from veneer_server.quotas.quota import Account, Quota
 
@@ -85,7 +85,7 @@ async def test_each_subject_of_tokens_has_an_account_of_its_own(tmp_path: Path) 
     public = json.loads(ECAlgorithm.to_jwk(secret.public_key()))
     keys = tmp_path / "jwks.json"
     keys.write_text(json.dumps({"keys": [{**public, "kid": "k", "use": "sig"}]}))
-    tokens = Tokens(TokenSettings("https://idp.example", "veneer", str(keys)))
+    tokens = TokenVerifier(TokenSettings("https://idp.example", "veneer", str(keys)))
     subjects = [
         "ann",
         "bob",

@@ -14,7 +14,7 @@ from veneer_registry.errors import QuotaExceeded
 from veneer_registry.records import UploadRequest
 from veneer_server.access.edit_keys import add_key
 from veneer_server.quotas.quota import Account, Quota
-from veneer_server.quotas.stores import Stored
+from veneer_server.quotas.stores import TenantStorage
 from veneer_server.quotas.uploads import UploadQuotas
 from veneer_server.quotas.usage import UsageBook
 from veneer_server.quotas.usage_store import UsageStore
@@ -109,15 +109,15 @@ class Racing:
     def tenants(self) -> list[str]:
         return ["a"]
 
-    def stored(self, tenant: str) -> Stored:
+    def stored(self, tenant: str) -> TenantStorage:
         seen = self.count
         for end in self.meanwhile:
             end()
         self.meanwhile.clear()
-        return Stored(seen, 0)
+        return TenantStorage(seen, 0)
 
-    def adds(self, tenant: str, request: UploadRequest) -> Stored:
-        return Stored(1, 0)
+    def adds(self, tenant: str, request: UploadRequest) -> TenantStorage:
+        return TenantStorage(1, 0)
 
     def there(self, tenant: str, request: UploadRequest) -> int:
         return 0

@@ -16,9 +16,9 @@ import pytest
 from veneer_registry.errors import DiskFull, FailedPrecondition, InvalidField
 from veneer_registry.records import UploadRequest
 from veneer_server.quotas import usage_store
-from veneer_server.quotas.stores import Stored
+from veneer_server.quotas.stores import TenantStorage
 from veneer_server.quotas.usage import DAY_S, UsageBook
-from veneer_server.quotas.usage_store import HOUR_S, MAX_DAYS, Batch, Counts, UsageStore
+from veneer_server.quotas.usage_store import HOUR_S, MAX_DAYS, Batch, UsageCounts, UsageStore
 
 from tests.places import REPOSITORY
 from tests.refused import refused
@@ -30,10 +30,10 @@ class Nothing:
     def tenants(self) -> list[str]:
         return ["a"]
 
-    def stored(self, tenant: str) -> Stored:
-        return Stored(1, 1 << 30)
+    def stored(self, tenant: str) -> TenantStorage:
+        return TenantStorage(1, 1 << 30)
 
-    def adds(self, tenant: str, request: UploadRequest) -> Stored:
+    def adds(self, tenant: str, request: UploadRequest) -> TenantStorage:
         raise NotImplementedError
 
     def there(self, tenant: str, request: UploadRequest) -> int:
@@ -168,18 +168,18 @@ async def test_a_caller_that_leaves_while_it_is_told_disturbs_nothing(tmp_path: 
 
 
 def batch(store: UsageStore, hour: int, number: int = 1) -> None:
-    counts = Counts(requests=number, adapter_byte_hours=0.5)
+    counts = UsageCounts(requests=number, adapter_byte_hours=0.5)
     store.write(Batch(store.batch + 1, hour, {"a": counts}, {}))
     store.batch += 1
 
 
 def test_a_batch_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     store = UsageStore(tmp_path / "u.db")
-    added = {"a": Counts(requests=1), "b": Counts(requests=1 << 70)}
+    added = {"a": UsageCounts(requests=1), "b": UsageCounts(requests=1 << 70)}
     with pytest.raises(OverflowError):
         store.write(Batch(1, 5, added, {}))
     assert store.report(None, None, 10**6).counts == {}
-    store.write(Batch(1, 5, {"a": Counts(requests=2)}, {}))
+    store.write(Batch(1, 5, {"a": UsageCounts(requests=2)}, {}))
     assert store.report(None, None, 10**6).counts["a"].requests == 2
 
 
@@ -189,7 +189,7 @@ def test_old_hours_become_one_sum(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for hour in range(100, 200):
         batch(store, hour)
     found = store.report(None, None, 10**6)
-    assert found.counts["a"] == Counts(requests=100, adapter_byte_hours=50.0)
+    assert found.counts["a"] == UsageCounts(requests=100, adapter_byte_hours=50.0)
     assert found.oldest == 190
     assert store.report("a", 190, 200).counts["a"].requests == 10
     rows = sqlite3.connect(tmp_path / "u.db").execute("SELECT count(*) FROM usage").fetchone()

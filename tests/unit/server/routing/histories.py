@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from veneer_server.routing.adapter_router import BOUND, AdapterRouter
-from veneer_server.routing.records import Choice, Report, Wanted
+from veneer_server.routing.records import ReplicaReport, RoutedTo, Wanted
 from veneer_server.routing.router import Router
 
 FREE = 2.0
@@ -20,7 +20,7 @@ class Model:
 
     accepting: set[str] = field(default_factory=set)
     draining: set[str] = field(default_factory=set)
-    open: list[Choice] = field(default_factory=list)
+    open: list[RoutedTo] = field(default_factory=list)
 
     def load(self, replica: str) -> int:
         return sum(choice.replica == replica for choice in self.open)
@@ -64,7 +64,7 @@ def check_history(seed: int, make: Callable[[], Router] = bounded_router) -> int
         elif action < 0.93 and model.accepting:
             name = random_.choice(sorted(model.accepting))
             requests = model.load(name)
-            router.report(name, Report(frozenset(digests[:3]), requests), now)
+            router.report(name, ReplicaReport(frozenset(digests[:3]), requests), now)
         elif action < 0.95 and model.accepting:
             name = random_.choice(sorted(model.accepting))
             router.drain(name)

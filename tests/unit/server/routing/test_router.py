@@ -13,7 +13,7 @@ from veneer_server.routing import adapter_router, fleet
 from veneer_server.routing.adapter_router import BOUND, AdapterRouter
 from veneer_server.routing.baselines import LeastLoaded, RandomChoice, RoundRobin
 from veneer_server.routing.holders import Holders
-from veneer_server.routing.records import Choice, Report, Wanted
+from veneer_server.routing.records import ReplicaReport, RoutedTo, Wanted
 from veneer_server.routing.router import Router
 
 from tests.planted import planted
@@ -148,22 +148,22 @@ def test_beyond_the_bound_a_copy_elsewhere_goes_before_a_new_one() -> None:
     router = router_of(10)
     first, second, third, fourth = router.homes("adapter", 4)
     for name in (first, second):
-        router.report(name, Report(frozenset(), 50), 0.0)
+        router.report(name, ReplicaReport(frozenset(), 50), 0.0)
     assert serve(router, Wanted("adapter"), 0.0) == third
-    router.report(third, Report(frozenset(), 0), 1.0)  # it did not keep it
-    router.report(fourth, Report(frozenset({"adapter"}), 0), 1.0)
+    router.report(third, ReplicaReport(frozenset(), 0), 1.0)  # it did not keep it
+    router.report(fourth, ReplicaReport(frozenset({"adapter"}), 0), 1.0)
     assert serve(router, Wanted("adapter"), 1.0) == fourth
 
 
 def test_an_adapter_stays_where_it_was_loaded_until_that_replica_has_much_more_to_do() -> None:
     router = router_of(10)
     first, second = router.homes("adapter", 2)
-    router.report(first, Report(frozenset(), 1), 0.0)
+    router.report(first, ReplicaReport(frozenset(), 1), 0.0)
     assert serve(router, Wanted("adapter"), 0.0) == second  # it has less to do
-    router.report(second, Report(frozenset({"adapter"}), 2), 1.0)
+    router.report(second, ReplicaReport(frozenset({"adapter"}), 2), 1.0)
     assert serve(router, Wanted("adapter"), 1.0) == second  # 2 there, 1 at the first
-    router.report(first, Report(frozenset(), 0), 2.0)
-    router.report(second, Report(frozenset({"adapter"}), 6), 2.0)
+    router.report(first, ReplicaReport(frozenset(), 0), 2.0)
+    router.report(second, ReplicaReport(frozenset({"adapter"}), 6), 2.0)
     assert serve(router, Wanted("adapter"), 2.0) == first
 
 
@@ -171,9 +171,9 @@ def test_a_report_says_nothing_of_what_was_sent_after_it() -> None:
     holders = Holders()
     holders.expect("one", "sent", 1.0)
     # Older than the request that makes it load the adapter.
-    holders.report("one", Report(frozenset({"other"}), 0, age_s=2.0), 2.0)
+    holders.report("one", ReplicaReport(frozenset({"other"}), 0, age_s=2.0), 2.0)
     assert set(holders.of("sent")) == set(holders.of("other")) == {"one"}
-    holders.report("one", Report(frozenset(), 0, age_s=0.5), 2.0)
+    holders.report("one", ReplicaReport(frozenset(), 0, age_s=0.5), 2.0)
     assert not holders.of("sent")
     assert not holders.of("other")
     holders.expect("one", "sent", 3.0)
@@ -186,13 +186,13 @@ def test_what_other_routers_send_counts_and_ones_own_counts_once() -> None:
     choices = [router.choose(Wanted(), 0.0) for _ in range(10)]
     router.finished(choices.pop(), 1.0)
     # Taken before one had ended: nine or ten of its five requests there are not others'.
-    router.report("replica-0", Report(frozenset(), 5, age_s=0.5), 1.2)
-    router.report("replica-1", Report(frozenset(), 25, age_s=0.5), 1.2)
+    router.report("replica-0", ReplicaReport(frozenset(), 5, age_s=0.5), 1.2)
+    router.report("replica-1", ReplicaReport(frozenset(), 25, age_s=0.5), 1.2)
     assert router.fleet.load.tolist() in ([5, 24], [4, 25])
     for choice in choices:
         router.finished(choice, 2.0)
     assert router.fleet.load.tolist() == [0, 20]
-    router.report("replica-1", Report(frozenset(), 0), 3.0)
+    router.report("replica-1", ReplicaReport(frozenset(), 0), 3.0)
     assert router.fleet.load.tolist() == [0, 0]
 
 
@@ -236,7 +236,7 @@ def test_a_popular_adapter_that_is_replaced_leaves_every_period_within_the_bound
     replicas, rate, seconds = 40, 240.0, 60.0
     shares = 1 / np.arange(1, 2001)
     asked = drawn.choice(2000, int(rate * seconds), p=shares / shares.sum())
-    router, sent, open_ = AdapterRouter(), Counter[str](), deque[tuple[float, Choice]]()
+    router, sent, open_ = AdapterRouter(), Counter[str](), deque[tuple[float, RoutedTo]]()
     for number in range(replicas):
         router.join(f"r{number}")
     for number, adapter in enumerate(asked.tolist()):

@@ -17,18 +17,17 @@ from typing import Any, TypeVar
 import pytest
 from veneer_proto.v1 import adapters_pb2 as pb
 from veneer_registry.registry import Registry
+from veneer_server.access.caller import Caller
 from veneer_server.config import load_config
 from veneer_server.engine_client import supervisor
 from veneer_server.engine_client.client import EngineClient, EngineEvent
 from veneer_server.rpc.adapter_service import AdapterService
-from veneer_server.serving.adapters.budgets import AdapterBudgets
-from veneer_server.serving.adapters.upload_places import UploadPlaces
-from veneer_server.serving.adapters.use import source_of
-from veneer_server.serving.tenants.tenant import Furnish
-from veneer_server.serving.tenants.tenants import Tenants
-from veneer_server.serving.transfer.downloads import Downloads
-from veneer_server.serving.transfer.resolving import Resolving
-from veneer_server.serving.transfer.transfers import Transfers
+from veneer_server.serving.changes import AdapterBudgets
+from veneer_server.serving.downloads import Downloads
+from veneer_server.serving.events import source_of
+from veneer_server.serving.registering import Resolving, Transfers
+from veneer_server.serving.tenants import Furnish, Tenants
+from veneer_server.serving.uploads import UploadPlaces
 from veneer_server.telemetry.adapter_log import AdapterLog
 from veneer_server.telemetry.metrics import Metrics
 from veneer_server.wire.messages import (
@@ -163,9 +162,7 @@ class Server:
         )
         self._log = AdapterLog(self.tenants)
         self._requests = AsyncExitStack()
-        self.context = SimpleNamespace(
-            invocation_metadata=lambda: (("veneer-actor", "test"),), peer=lambda: "here"
-        )
+        self.context = SimpleNamespace(caller=Caller(actor="test", peer="here"))
 
     async def start(self) -> None:
         await self.engine.start()
@@ -233,8 +230,7 @@ class Server:
         return [line.event for line in self.registry.history(name)][::-1]
 
     def happened(self) -> list[str]:
-        found = self.events.after(self._began) or []
-        return [pb.AdapterEvent.Name(e.kind).removeprefix("ADAPTER_EVENT_") for e in found]
+        return [event.kind for event in self.events.after(self._began) or ()]
 
     async def check(self) -> None:
         """Check that engine, front, catalog and disk agree, and that nothing unneeded is
@@ -259,7 +255,7 @@ class Server:
 
 @asynccontextmanager
 async def server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Server]:
-    monkeypatch.setattr(supervisor, "Connection", Turns)
+    monkeypatch.setattr(supervisor, "EngineConnection", Turns)
     made = Server(folder)
     try:
         await made.start()

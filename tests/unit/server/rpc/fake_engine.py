@@ -19,7 +19,7 @@ from veneer_registry.errors import (
     QueueFull,
     VeneerError,
 )
-from veneer_server.engine_client.client import Counts, EngineEvent
+from veneer_server.engine_client.client import EngineEvent, TokenCounter
 from veneer_server.engine_client.places import Place, Places, Refusal, Seat
 from veneer_server.engine_client.resident_set import Resident
 from veneer_server.wire.messages import (
@@ -29,7 +29,7 @@ from veneer_server.wire.messages import (
     EngineInfo,
     EvictMode,
     Occupancy,
-    Residency,
+    ResidencyChanged,
     SequenceOutput,
     SequenceRequest,
     StepDone,
@@ -92,6 +92,7 @@ class FakeEngine:
             threads=3,
             why_threads="it is fake",
         )
+        self.quantization, self.tensor_parallel = config.quantization, config.tensor_parallel
         self.starts = 0
         self.healthy = False
         self.in_flight = 0
@@ -101,7 +102,7 @@ class FakeEngine:
         )
         self.load_gate = asyncio.Event()
         self.load_gate.set()
-        self.residency: dict[str, Residency] = {}
+        self.residency: dict[str, ResidencyChanged] = {}
         self.sources: dict[str, AdapterSource] = {}
         self.budgets = (config.host_adapter_bytes, config.device_adapter_bytes)
         self.expected: list[Resident] = []
@@ -117,9 +118,9 @@ class FakeEngine:
         """Reset all state of tests."""
         self.submitted: list[SequenceRequest] = []
         self.evictions: list[tuple[str, str]] = []
-        self.counted: list[Counts] = []
+        self.counted: list[TokenCounter] = []
         """Of the first samples, in the order in which they were submitted."""
-        self.cancelled = 0
+        self.cancelled = self.resets = 0
         self.activations: list[str] = []
         self.activating: asyncio.Event | None = None
         """If set, activations wait for it."""
@@ -162,7 +163,7 @@ class FakeEngine:
         place: Place | None = None,
         *,
         sibling: bool = False,
-        counts: Counts | None = None,
+        counts: TokenCounter | None = None,
     ) -> AsyncIterator[SequenceOutput]:
         assert place is not None, "a request without a place"
         seat = self.places.take(place)
@@ -256,7 +257,7 @@ class FakeEngine:
             crash.cancel()
 
     def _set_tier(self, digest: str, tier: TierName, *, pinned: bool) -> None:
-        event = Residency(
+        event = ResidencyChanged(
             digest, tier, pinned, 10, 10, 10 * (tier == "device"), 1, int(tier == "device")
         )
         if tier == "disk":
@@ -295,6 +296,9 @@ class FakeEngine:
 
     async def pause(self, paused: bool) -> None:
         (self.resumed.clear if paused else self.resumed.set)()
+
+    async def reset_prefix_cache(self) -> None:
+        self.resets += 1
 
     async def unpin(self, weights_digest: str) -> None:
         if (state := self.residency.get(weights_digest)) is not None:
@@ -341,5 +345,5 @@ class FakeEngine:
     def expect_residents(self, residents: Iterable[Resident]) -> None:
         self.expected += residents
 
-    def tier(self, weights_digest: str) -> Residency | None:
+    def tier(self, weights_digest: str) -> ResidencyChanged | None:
         return self.residency.get(weights_digest)

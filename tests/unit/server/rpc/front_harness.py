@@ -24,11 +24,10 @@ from veneer_proto.v1 import (
     inference_pb2_grpc,
     server_pb2_grpc,
 )
-from veneer_registry.format import read_adapter
+from veneer_registry.format import read_upload
 from veneer_server.app import App
 from veneer_server.config import load_config
-from veneer_server.serving.tenants.tenant import Tenant
-from veneer_server.serving.tenants.tenants import Tenants
+from veneer_server.serving.tenants import Tenant, Tenants
 
 from tests.adapter_files import write_adapter
 from tests.ports import free_port
@@ -216,7 +215,7 @@ async def running(
         return engines[0]
 
     ready, made = asyncio.Event(), asyncio.Event()
-    app = App(config, lambda line: ready.set(), make_engine, read_adapter)
+    app = App(config, lambda line: ready.set(), make_engine, read_upload)
     task = asyncio.create_task(app.run())
     waiting = asyncio.create_task((made if loading else ready).wait())
     await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)

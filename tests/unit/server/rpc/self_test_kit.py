@@ -16,8 +16,8 @@ from veneer_registry.adapter import AdapterRef, BaseFingerprint, BaseSpec
 from veneer_registry.registry import Registry
 from veneer_server.engine_client.client import EngineClient
 from veneer_server.models.config import read_decoder_config
-from veneer_server.serving.adapters.self_test import Report, SelfTest
-from veneer_server.serving.adapters.use import AdapterUse, source_of
+from veneer_server.serving.events import AdapterUse, source_of
+from veneer_server.serving.self_test import SelfTest, SelfTestReport
 from veneer_server.step.adapter_table import AdapterTable
 from veneer_server.text.prompts import Prompts
 from veneer_server.wire.messages import EngineConfig, SequenceRequest, ToEngine
@@ -64,7 +64,7 @@ class Bench:
     def table(self, name: str) -> AdapterTable:
         return self.tables[self.ref(name).weights_digest]
 
-    async def run(self, *names: str) -> Report:
+    async def run(self, *names: str) -> SelfTestReport:
         return await self.self_test.run(names)
 
     async def score(self, name: str) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from veneer_server.telemetry.adapter_series import MAX_NAMES, AdapterSeries
-from veneer_server.wire.messages import Occupancy, Residency, TierName
+from veneer_server.wire.messages import Occupancy, ResidencyChanged, TierName
 
 
 class FakeCatalog(dict[str, str]):
@@ -27,7 +27,7 @@ class World:
         self.series.catalog = self.catalog
 
     def resident(self, digest: str, tier: TierName, *, pinned: bool = False) -> None:
-        self.series.residency(Residency(digest, tier, pinned, 10, 0, 0, 0, 0))
+        self.series.residency(ResidencyChanged(digest, tier, pinned, 10, 0, 0, 0, 0))
 
     def occupied(self, running: tuple[str, ...], waiting: tuple[str, ...]) -> None:
         self.series.occupancy(
@@ -70,6 +70,15 @@ def test_an_adapter_is_shown_by_all_its_names_until_it_is_evicted(world: World) 
     assert world.shown("adapter_loaded") == {loaded("code", "host"): 1}
 
 
+def test_a_pinned_adapter_is_not_shown_before_it_is_in_memory(world: World) -> None:
+    """A pin outlasts the copy: until it is loaded again, there is nothing in memory."""
+    world.catalog["chat"] = "d1"
+    world.resident("d1", "disk", pinned=True)
+    assert world.shown("adapter_loaded") == {}
+    world.resident("d1", "device", pinned=True)
+    assert world.shown("adapter_loaded") == {loaded("chat", "device", "true"): 1}
+
+
 def test_a_replaced_name_is_not_shown_with_what_it_was(world: World) -> None:
     world.catalog["chat"] = "d1"
     world.resident("d1", "device")
@@ -77,6 +86,22 @@ def test_a_replaced_name_is_not_shown_with_what_it_was(world: World) -> None:
     assert world.shown("adapter_loaded") == {}
     world.resident("d2", "host")
     assert world.shown("adapter_loaded") == {loaded("chat", "host"): 1}
+
+
+def test_a_name_is_1_whatever_number_of_its_revisions_is_in_memory(world: World) -> None:
+    class Kept(FakeCatalog):
+        def names(self, key: str) -> list[str]:
+            return ["chat"]
+
+    world.series.catalog = Kept()
+    world.resident("d1", "device")
+    world.resident("d2", "device")
+    assert world.shown("adapter_loaded") == {loaded("chat", "device"): 1}
+    world.resident("d1", "host")
+    assert world.shown("adapter_loaded") == {
+        loaded("chat", "device"): 1,
+        loaded("chat", "host"): 1,
+    }
 
 
 def test_names_beyond_the_cap_are_summed(world: World) -> None:

@@ -59,6 +59,34 @@ async def test_an_upload_says_what_was_published(front: Front, tmp_path: Path) -
     assert got.etag == adapter.etag
 
 
+async def test_whose_word_was_taken_for_the_base_is_recorded(
+    front: Front, tmp_path: Path
+) -> None:
+    def named(name: str) -> Path:
+        folder = make_adapter(tmp_path / "a")
+        config = json.loads((folder / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = name
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        return folder
+
+    copy = await front.push(named("unsloth/SmolLM2-135M-Instruct-bnb-4bit"), "copy")
+    assert copy.adapter.base_word == "rule"
+    assert any("unsloth" in warning for warning in copy.warnings)
+    for name in ("unsloth/SmolLM2-135M-bnb-4bit", "stranger/SmolLM2-135M-Instruct"):
+        refused = await failure(front.push(named(name), "word"))
+        assert refused.reason == "BASE_MODEL_MISMATCH"
+        assert "`same_base`" in refused.message
+        assert refused.metadata["adapter_base"] == name
+    said = await front.push(named("stranger/SmolLM2-135M-Instruct"), "word", same_base=True)
+    assert said.adapter.base_word == "publisher"
+    got = await front.adapters.GetAdapter(pb.GetAdapterRequest(name="word"))
+    assert got.adapter.base_word == "publisher"
+    history = await front.adapters.GetHistory(pb.GetHistoryRequest(name="word"))
+    assert "publisher says" in history.entries[0].detail
+    bad = await failure(front.push(named("x/y"), "bad", vocabulary="no digest"))
+    assert (bad.reason, bad.metadata["field"]) == ("INVALID_FIELD", "spec.vocabulary")
+
+
 async def test_facts_of_a_manifest_have_no_control_characters(
     front: Front, tmp_path: Path
 ) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from veneer_registry.errors import AdapterBudgetExceeded
-from veneer_server.serving.adapters.budgets import AdapterBudgets
+from veneer_server.serving.changes import AdapterBudgets
 from veneer_server.sizing.memory_plan import KvCachePlan, MemoryPlan, MemoryTooSmall
 
 from tests.unit.server.rpc.cancelling import BUDGET, server

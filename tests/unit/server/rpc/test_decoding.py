@@ -10,7 +10,7 @@ import grpc
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from veneer_proto.v1 import adapters_pb2, inference_pb2
-from veneer_server.rpc.transport.decoding import (
+from veneer_server.rpc.transport.receiving import (
     COUNTED_FROM,
     MAX_FIELDS,
     MAX_STREAM_FIELDS,
@@ -20,7 +20,7 @@ from veneer_server.rpc.transport.decoding import (
     last_value,
     values,
 )
-from veneer_server.serving.adapters.upload_options import MAX_FILES, MAX_LABELS
+from veneer_server.serving.uploads import MAX_FILES, MAX_LABELS
 
 from tests.hostile.wire import length_delimited, tag, varint
 from tests.unit.server.rpc.front_harness import Front, failure

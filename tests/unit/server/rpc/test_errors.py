@@ -11,7 +11,8 @@ from google.rpc import status_pb2
 from google.rpc.error_details_pb2 import ErrorInfo
 from veneer_registry import errors
 from veneer_registry.errors import VeneerError, error_for_reason
-from veneer_server.errors import DOMAIN, internal_error, to_grpc_status
+from veneer_server.errors import DOMAIN, internal_error
+from veneer_server.rpc.status import to_grpc_status
 
 DETAIL = {
     "INVALID_ARGUMENT": "BadRequest",

@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from veneer_proto.v1 import inference_pb2, server_pb2
 from veneer_registry.errors import StoreLocked
 from veneer_server.doors import CannotListen
-from veneer_server.rpc.health import SERVICES
+from veneer_server.rpc.server_service import SERVICES
 
 from tests.refused import refused
 from tests.unit.server.rpc.front_harness import (

@@ -24,7 +24,7 @@ from veneer_server.wire.messages import (
     AdapterLoaded,
     Evicted,
     Occupancy,
-    Residency,
+    ResidencyChanged,
     StepDone,
     WireError,
 )
@@ -193,8 +193,8 @@ def exposed(metrics: Metrics) -> dict[str, float]:
 
 def test_engine_events() -> None:
     metrics = Metrics()
-    metrics.on_event(Residency("d1", "device", False, 10, 20, 10, 1, 1))
-    metrics.on_event(Residency("d2", "host", False, 10, 30, 10, 2, 1))
+    metrics.on_event(ResidencyChanged("d1", "device", False, 10, 20, 10, 1, 1))
+    metrics.on_event(ResidencyChanged("d2", "host", False, 10, 30, 10, 2, 1))
     metrics.on_event(AdapterLoaded("d1", "disk", {"read": 0.5, "copy": 0.25}))
     metrics.on_event(Evicted("d1", "device", "capacity"))
     metrics.on_event(AdapterFailed("d3", WireError("DATA_LOSS", "it is gone", {}, None)))
@@ -219,7 +219,7 @@ def test_engine_events() -> None:
     assert found["veneer_prefix_cache_usage_ratio"] == 0.5
     assert found["veneer_prefix_cache_queried_tokens_total"] == 40
     assert found["veneer_prefix_cache_hit_tokens_total"] == 16
-    metrics.on_event(Residency("d1", "disk", False, 10, 10, 0, 1, 0))
+    metrics.on_event(ResidencyChanged("d1", "disk", False, 10, 10, 0, 1, 0))
     metrics.engine_health(False)
     found = exposed(metrics)
     assert found['veneer_adapters_resident{tier="device"}'] == 0

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,10 +13,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from veneer_proto.v1 import adapters_pb2 as pb
 from veneer_proto.v1 import adapters_pb2_grpc, server_pb2
 from veneer_registry.errors import QueueFull
-from veneer_server.access.principal import ANYONE, PRINCIPAL
+from veneer_server.access.principal import DEFAULT_TENANT
 from veneer_server.rpc.open_calls import MAX_OTHER_CALLS, OpenCalls
-from veneer_server.serving.adapters.self_test import MAX_WAITING, SelfTest
-from veneer_server.serving.adapters.verdicts import Verdict
+from veneer_server.serving.self_test import MAX_WAITING, SelfTest, Verdict
 
 from tests.unit.server.rpc.front_harness import Front, failure, prompt, until
 
@@ -33,8 +30,8 @@ async def test_other_calls_have_a_limit_of_their_own() -> None:
     calls = OpenCalls()
     with contextlib.ExitStack() as held:
         for _ in range(MAX_OTHER_CALLS):
-            held.enter_context(calls.one(SELF_TEST))
-        with pytest.raises(QueueFull) as refused, calls.one(SELF_TEST):
+            held.enter_context(calls.one(SELF_TEST, DEFAULT_TENANT))
+        with pytest.raises(QueueFull) as refused, calls.one(SELF_TEST, DEFAULT_TENANT):
             pass
         assert refused.value.metadata["limit"] == str(MAX_OTHER_CALLS)
         assert refused.value.retry_after_s
@@ -45,23 +42,22 @@ async def test_other_calls_have_a_limit_of_their_own() -> None:
             "ServerService/GetServerInfo",
         ):
             for _ in range(MAX_OTHER_CALLS):
-                held.enter_context(calls.one(f"/veneer.v1.{method}"))
-    with calls.one(SELF_TEST):
+                held.enter_context(calls.one(f"/veneer.v1.{method}", DEFAULT_TENANT))
+    with calls.one(SELF_TEST, DEFAULT_TENANT):
         pass
 
 
 async def test_a_tenant_does_not_fill_the_places_of_others() -> None:
     calls = OpenCalls()
-    here, there = contextvars.copy_context(), contextvars.copy_context()
-    there.run(PRINCIPAL.set, dataclasses.replace(ANYONE, tenant="team-b"))
+    here, there = DEFAULT_TENANT, "team-b"
 
-    def hold(context: contextvars.Context, most: int) -> int:
+    def hold(tenant: str, most: int) -> int:
         """How many it gets, of so many that it tries."""
         before = len(held)
         for _ in range(most):
-            call = calls.one(SELF_TEST)
+            call = calls.one(SELF_TEST, tenant)
             with contextlib.suppress(QueueFull):
-                context.run(call.__enter__)
+                call.__enter__()
                 held.append(call)
         return len(held) - before
 

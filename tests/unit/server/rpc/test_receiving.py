@@ -13,7 +13,7 @@ import psutil
 import pytest
 from veneer_proto.v1 import adapters_pb2
 from veneer_registry.errors import Aborted, QueueFull
-from veneer_server.rpc.transport import receiving, standings
+from veneer_server.rpc.transport import connections, receiving
 from veneer_server.rpc.transport.channel import SPARE_STREAMS
 from veneer_server.rpc.transport.receiving import MAX_MESSAGE, Receiving
 
@@ -154,7 +154,7 @@ async def test_a_late_connection_is_not_read_for_a_while() -> None:
 async def test_a_late_connection_loses_its_places_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(standings, "PAUSE_S", 0)
+    monkeypatch.setattr(connections, "PAUSE_S", 0)
     reading = Receiving(places=PLACES, slow=PLACES - 1)
     await made_late(reading, "late")
     late, *honest = await held(reading, "late", *["honest"] * (PLACES - 1))
@@ -186,7 +186,7 @@ async def order_read(reading: Receiving, *peers: str) -> list[str]:
 
 
 async def test_a_late_connection_is_read_after_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(standings, "PAUSE_S", 0)
+    monkeypatch.setattr(connections, "PAUSE_S", 0)
     reading = Receiving(places=PLACES, slow=PLACES - 1)
     await made_late(reading, "late")
     order = await order_read(reading, "late", "a", "b", "c")

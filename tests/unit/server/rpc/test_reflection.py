@@ -15,8 +15,8 @@ from google.protobuf import descriptor_pb2, descriptor_pool, json_format, messag
 from google.rpc import error_details_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from veneer_proto.v1 import adapters_pb2, inference_pb2, server_pb2
-from veneer_server.rpc.health import SERVICES
-from veneer_server.rpc.transport.reflection import REFLECTION
+from veneer_server.rpc.server_service import SERVICES
+from veneer_server.rpc.transport.channel import REFLECTION
 
 from tests.unit.server.rpc.front_harness import Front, prompt
 
@@ -153,7 +153,11 @@ async def test_the_contract_is_the_one_that_is_served(front: Front, service: str
 async def curl(front: Front, kind: str, body: dict[str, Any]) -> tuple[int, str, str]:
     """`buf curl`, which knows nothing but the address."""
     process = await asyncio.create_subprocess_exec(
-        *(str(BUF), "curl", "--protocol", "grpc", "--http2-prior-knowledge"),
+        str(BUF),
+        "curl",
+        "--protocol",
+        "grpc",
+        "--http2-prior-knowledge",
         *("--reflect-protocol", kind, "--data", json.dumps(body)),
         f"http://{front.addresses['grpc']}{GENERATE}",
         stdout=asyncio.subprocess.PIPE,

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from veneer_proto.v1 import adapters_pb2
 from veneer_registry.errors import (
     AdapterBudgetExceeded,
     AdapterNotFound,
@@ -22,9 +21,9 @@ from veneer_registry.errors import (
 )
 from veneer_server.adapters import references
 from veneer_server.engine_client.places import Place
-from veneer_server.serving.adapters.self_test import MAX_ADAPTERS, MAX_WAITING, SelfTest
-from veneer_server.serving.adapters.use import source_of
-from veneer_server.serving.adapters.verdicts import BOUNDS
+from veneer_server.rpc.convert import self_test_response
+from veneer_server.serving.events import source_of
+from veneer_server.serving.self_test import BOUNDS, MAX_ADAPTERS, MAX_WAITING, SelfTest
 from veneer_server.wire.messages import SequenceRequest
 
 from tests.engine_harness import GREEDY
@@ -49,9 +48,7 @@ async def test_a_healthy_server_passes_with_all_in_one_batch(tmp_path: Path) -> 
 
 async def test_the_wire_says_the_same(tmp_path: Path) -> None:
     async with bench(tmp_path) as made:
-        answer = await made.self_test.answer(
-            adapters_pb2.SelfTestRequest(adapters=["one", "two"])
-        )
+        answer = self_test_response(await made.run("one", "two"))
     assert answer.passed
     assert answer.adapters_mixed == 2
     assert [r.adapter.partition("@")[0] for r in answer.results] == ["", "one", "two"]
@@ -102,7 +99,7 @@ async def test_a_server_without_adapters_says_that_it_tested_the_base_alone(
     tmp_path: Path,
 ) -> None:
     async with bench(tmp_path, ()) as made:
-        answer = await made.self_test.answer(adapters_pb2.SelfTestRequest())
+        answer = self_test_response(await made.run())
         assert answer.passed
         assert [result.adapter for result in answer.results] == [""]
         assert "no adapters are registered" in answer.note
@@ -111,7 +108,7 @@ async def test_a_server_without_adapters_says_that_it_tested_the_base_alone(
 async def test_adapters_of_which_none_can_be_tested_are_no_pass(tmp_path: Path) -> None:
     """The base is right; nothing is known of the adapters, and the note says why."""
     async with bench(tmp_path, device_adapter_bytes=1000, host_adapter_bytes=1000) as made:
-        answer = await made.self_test.answer(adapters_pb2.SelfTestRequest())
+        answer = self_test_response(await made.run())
         assert [(r.adapter, r.passed) for r in answer.results] == [("", True)]
         assert not answer.passed
         assert "none of 3 adapters could be tested" in answer.note
@@ -188,7 +185,7 @@ async def test_exact_mode_mixes_none(exact: bool, mixed: int, tmp_path: Path) ->
         assert report.adapters_mixed == mixed
 
 
-async def test_as_many_as_allowed_share_one_step(tmp_path: Path) -> None:
+async def test_as_many_as_allowed_are_mixed(tmp_path: Path) -> None:
     names = [f"a{n}" for n in range(MAX_ADAPTERS)]
     async with bench(tmp_path, names) as made:
         # Beside a base as small as this one any adapter is large.

@@ -12,7 +12,7 @@ import torch
 from veneer_registry.fingerprint import weights_fingerprint
 from veneer_server.engine.execution import model_runner
 from veneer_server.models.source import BaseDamaged
-from veneer_server.serving.adapters.verdicts import Answers, judge
+from veneer_server.serving.self_test import ProbeAnswers, judge
 from veneer_server.step.adapter_table import GroupViews
 
 from tests.planted import planted
@@ -166,8 +166,8 @@ async def test_files_that_are_damaged_fail_and_the_others_are_tested(tmp_path: P
 # ---------------------------------------------------------------------------- judgement
 
 
-def answers(*served: tuple[str, list[float], list[float]]) -> list[Answers]:
-    return [Answers(name, got, wanted) for name, got, wanted in served]
+def answers(*served: tuple[str, list[float], list[float]]) -> list[ProbeAnswers]:
+    return [ProbeAnswers(name, got, wanted) for name, got, wanted in served]
 
 
 def test_within_the_bound_but_nearer_to_another_is_wrong() -> None:

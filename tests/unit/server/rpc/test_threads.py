@@ -7,7 +7,7 @@ import logging
 import threading
 
 import pytest
-from veneer_server.serving.threads import Background, to_the_end
+from veneer_server.serving.spare_time import Background, to_the_end
 
 
 async def test_results_and_errors_come_back() -> None:

@@ -106,7 +106,9 @@ async def test_a_request_is_one_trace_from_its_arrival_to_its_end(
         assert facts["gen_ai.request.id"] == answer.request_id
         names = [span.name for span in receiver.below(root)]
         assert [name for name in names if name != "adapter load"] == [
-            *("queue", "prefill", "decode")
+            "queue",
+            "prefill",
+            "decode",
         ]
         assert receiver.resources[0]["service.name"] == "veneer"
         at = root.start_time_unix_nano

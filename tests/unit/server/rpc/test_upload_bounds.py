@@ -14,8 +14,8 @@ import pytest
 from veneer_proto.v1 import adapters_pb2 as pb
 from veneer_registry.errors import QuotaExceeded
 from veneer_server.access.edit_keys import add_key
-from veneer_server.serving.adapters import upload_places as uploads
-from veneer_server.serving.adapters.upload_places import (
+from veneer_server.serving import uploads as uploads
+from veneer_server.serving.uploads import (
     MAX_AT_ONCE,
     MIN_RATE,
     WINDOW_S,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from veneer_server.queues import upload_flow
 from veneer_server.queues.upload_flow import UploadFlow
-from veneer_server.serving.adapters.upload_places import LONG_S, TURN_S, UploadPace
+from veneer_server.serving.uploads import LONG_S, TURN_S, UploadPace
 
 from tests.fake_clock import in_no_time
 from tests.unit.server.rpc.front_harness import make_adapter, prompt, running, until

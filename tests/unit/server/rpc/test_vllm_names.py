@@ -10,7 +10,7 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from veneer_server.telemetry.metrics import Metrics
 from veneer_server.telemetry.vllm_names import MAX_ROUTED, VllmSeries
-from veneer_server.wire.messages import Occupancy, Residency, TierName
+from veneer_server.wire.messages import Occupancy, ResidencyChanged, TierName
 
 from tests.unit.server.rpc.front_harness import make_adapter, prompt, running
 
@@ -100,7 +100,7 @@ class World:
         )
 
     def resident(self, digest: str, tier: TierName, *, pinned: bool = False) -> None:
-        self.metrics.on_event(Residency(digest, tier, pinned, 10, 0, 0, 1, 1))
+        self.metrics.on_event(ResidencyChanged(digest, tier, pinned, 10, 0, 0, 1, 1))
 
     def occupied(self, *running: str, waiting: tuple[str, ...] = ()) -> None:
         self.metrics.on_event(

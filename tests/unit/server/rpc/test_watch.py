@@ -13,13 +13,13 @@ from veneer_proto.v1 import adapters_pb2 as pb
 from veneer_proto.v1 import inference_pb2
 from veneer_registry.adapter import Tier
 from veneer_registry.errors import Aborted, Draining
-from veneer_server.rpc.watch import AdapterWatch
-from veneer_server.serving.adapters.events import WOKEN, AdapterEvents, Weights
+from veneer_server.rpc.adapter_service import EventWatch
+from veneer_server.serving.events import WOKEN, AdapterEvents, WeightsState
 from veneer_server.wire.messages import (
     AdapterFailed,
     AdapterLoaded,
     Evicted,
-    Residency,
+    ResidencyChanged,
     StepDone,
     WireError,
 )
@@ -32,8 +32,8 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 DIGEST = "d" * 64
 
 
-def state(tier: Any, *, pinned: bool = False) -> Residency:
-    return Residency(DIGEST, tier, pinned, 10, 10, 10, 1, 1)
+def state(tier: Any, *, pinned: bool = False) -> ResidencyChanged:
+    return ResidencyChanged(DIGEST, tier, pinned, 10, 10, 10, 1, 1)
 
 
 async def told(events: AdapterEvents, *frame: Any) -> list[tuple[str, Tier, bool, str]]:
@@ -44,11 +44,10 @@ async def told(events: AdapterEvents, *frame: Any) -> list[tuple[str, Tier, bool
     await asyncio.sleep(0)
     happened = events.after(since)
     assert happened is not None
-    found = []
+    found: list[tuple[str, Tier, bool, str]] = []
     for event in happened:
-        assert isinstance(event.subject, Weights)
-        kind = pb.AdapterEvent.Name(event.kind).removeprefix("ADAPTER_EVENT_").lower()
-        found.append((kind, event.subject.tier, event.subject.pinned, event.detail))
+        assert isinstance(event.subject, WeightsState)
+        found.append((event.kind, event.subject.tier, event.subject.pinned, event.detail))
     return found
 
 
@@ -220,8 +219,8 @@ class Nobody:
         return ()
 
 
-def lonely_watch(events: AdapterEvents, **limits: float) -> AdapterWatch:
-    return AdapterWatch(Nobody(), None, events, **limits)  # type: ignore[arg-type]
+def lonely_watch(events: AdapterEvents, **limits: float) -> EventWatch:
+    return EventWatch(Nobody(), None, events, **limits)  # type: ignore[arg-type]
 
 
 async def test_who_falls_behind_is_closed() -> None:
@@ -255,7 +254,7 @@ async def test_what_happens_during_the_snapshot_follows_it() -> None:
             return ("a record",)
 
     view = SimpleNamespace(adapter=lambda record: pb.Adapter(name=record))
-    watch = AdapterWatch(Someone(), view, events)  # type: ignore[arg-type]
+    watch = EventWatch(Someone(), view, events)  # type: ignore[arg-type]
     with pytest.raises(Draining):
         await watch.serve(0, write)
     assert seen[1:] == [(pb.ADAPTER_EVENT_LOADED, 0), (pb.ADAPTER_EVENT_SYNCED, 0)]
@@ -285,7 +284,7 @@ async def test_what_happened_to_weights_is_not_told_of_a_name_that_came_later() 
 
     view = SimpleNamespace(adapter=lambda record: pb.Adapter(name=record.ref.name))
     with pytest.raises(Draining):
-        await AdapterWatch(Both(), view, events).serve(since, write)  # type: ignore[arg-type]
+        await EventWatch(Both(), view, events).serve(since, write)  # type: ignore[arg-type]
     assert seen == [
         (pb.ADAPTER_EVENT_ACTIVATED, "old"),
         (pb.ADAPTER_EVENT_EVICTED, "old"),
@@ -341,7 +340,7 @@ async def test_an_event_is_built_once_however_many_watch() -> None:
         seen.append(pb.WatchAdaptersResponse.FromString(data).event)
 
     view = SimpleNamespace(adapter=lambda record: pb.Adapter(name=record))
-    watch = AdapterWatch(Someone(), view, events)  # type: ignore[arg-type]
+    watch = EventWatch(Someone(), view, events)  # type: ignore[arg-type]
     watchers = [asyncio.create_task(watch.serve(since, write)) for _ in range(200)]
     await asyncio.sleep(0)
     await told(events, state("host"), AdapterLoaded(DIGEST, "disk", {}))
@@ -369,7 +368,7 @@ async def test_a_build_that_fails_is_tried_again_for_the_next() -> None:
         pass
 
     view = SimpleNamespace(adapter=lambda record: pb.Adapter(name=record))
-    watch = AdapterWatch(Sometimes(), view, events)  # type: ignore[arg-type]
+    watch = EventWatch(Sometimes(), view, events)  # type: ignore[arg-type]
     for error in (OSError, Draining):
         with pytest.raises(error):
             await watch.serve(since, write)

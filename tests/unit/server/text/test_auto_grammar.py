@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 from veneer_server.constraints.grammar import compile_matcher, library_limits, load_tokenizer
-from veneer_server.serving.tools.auto import auto_grammar
-from veneer_server.serving.tools.schema import MAX_FORCED_CALLS, without_words
-from veneer_server.serving.tools.use import Tool, ToolUse
+from veneer_server.serving.tool_use import (
+    MAX_FORCED_CALLS,
+    Tool,
+    ToolUse,
+    auto_grammar,
+    without_words,
+)
 from veneer_server.text.tokenizer import TextTokenizer
 from veneer_server.wire.messages import Constraint, ConstraintLimits
 

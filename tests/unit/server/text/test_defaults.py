@@ -20,11 +20,11 @@ FULL = {
     "repetition_penalty": 1.1,
 }
 ALL = SamplingParams(temperature=0.6, top_k=20, top_p=0.8, min_p=0.05, repetition_penalty=1.1)
-OURS = RequestDefaults(SamplingParams(temperature=0.7, top_p=0.9), max_tokens=512)
+OURS = RequestDefaults(SamplingParams(temperature=0.7, top_p=0.9))
 
 
 def defaults(folder: Path, name: str = "base", **operators: Any) -> RequestDefaults:
-    return read_defaults(folder, name, max_tokens=operators.pop("max_tokens", 512), **operators)
+    return read_defaults(folder, name, **operators)
 
 
 def read(folder: Path, **values: Any) -> RequestDefaults:
@@ -79,4 +79,13 @@ def test_the_operator_comes_first(tmp_path: Path) -> None:
 
 def test_the_bundled_base_has_its_model_cards_values(base_folder: Path) -> None:
     said = defaults(base_folder, "smollm2-135m")
-    assert said == RequestDefaults(SamplingParams(temperature=0.2, top_p=0.9), 512)
+    assert said == RequestDefaults(SamplingParams(temperature=0.2, top_p=0.9))
+
+
+def test_who_sets_no_length_gets_the_operators_or_else_what_the_door_has(
+    tmp_path: Path,
+) -> None:
+    unset, limited = defaults(tmp_path), defaults(tmp_path, max_tokens=64)
+    assert unset.most_tokens() == 512
+    assert unset.most_tokens(open_ended=True) is None
+    assert limited.most_tokens() == limited.most_tokens(open_ended=True) == 64

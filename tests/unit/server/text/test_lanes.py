@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from veneer_registry.errors import ContextTooLong
 from veneer_server.queues.fairness import NOBODY, Sender
-from veneer_server.text.lanes import LONG_TEXT, LONG_THREADS, Lanes
+from veneer_server.text.bound import LONG_TEXT, LONG_THREADS, Lanes
 from veneer_server.text.prompts import Prompts, Room
 from veneer_server.text.tokenizer import TextTokenizer
 

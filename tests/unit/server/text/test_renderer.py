@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from veneer_registry.errors import QueueFull, TemplateFailed
 from veneer_server.queues.fairness import Sender
+from veneer_server.text import template_renderer as template_renderer
+from veneer_server.text import template_worker as template_worker
+from veneer_server.text import turns as template_turns
 from veneer_server.text.prompts import Prompts, Room
-from veneer_server.text.templates import renderer as template_renderer
-from veneer_server.text.templates import turns as template_turns
-from veneer_server.text.templates import worker as template_worker
-from veneer_server.text.templates.options import TemplateOptions
-from veneer_server.text.templates.process import MEMORY_LIMIT, Chat, Job
-from veneer_server.text.templates.renderer import Renderer, Size
+from veneer_server.text.template_process import MEMORY_LIMIT, ChatToRender, RenderJob
+from veneer_server.text.template_renderer import Renderer, Size
+from veneer_server.text.turns import TemplateOptions
 
 from tests.refused import refused
 
@@ -315,11 +315,11 @@ def address_space(pid: int) -> int:
 async def test_a_process_that_templates_have_filled_is_replaced() -> None:
     """Constants that are made while a template is compiled stay for as long as it does: a few
     templates had the process run out of memory in whoever's chat was next."""
-    worker, charged = template_worker.Worker(), list[float]()
+    worker, charged = template_worker.RenderWorker(), list[float]()
 
     async def job(source: str) -> int:
-        chat = Chat(source, {}, USER)
-        done = await worker.do(Job(chat, 60.0, 60.0), lambda s, done: charged.append(s))
+        chat = ChatToRender(source, {}, USER)
+        done = await worker.do(RenderJob(chat, 60.0, 60.0), lambda s, done: charged.append(s))
         assert done.text == "1"
         return 0 if worker.process is None else worker.process.pid
 

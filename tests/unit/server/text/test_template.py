@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from veneer_registry.errors import InvalidField, TemplateFailed
 from veneer_server.text.prompts import check_roles
-from veneer_server.text.templates.template import (
+from veneer_server.text.template import (
     MAX_TEMPLATE,
     ChatTemplate,
     read_base_template,

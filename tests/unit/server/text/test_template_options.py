@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 from veneer_registry.errors import InvalidField, TemplateFailed
-from veneer_server.text.templates.options import (
+from veneer_server.text.template import ChatTemplate
+from veneer_server.text.template_renderer import Renderer
+from veneer_server.text.turns import (
     MAX_DEPTH,
     MAX_KWARGS,
     TemplateOptions,
     kwargs_of,
 )
-from veneer_server.text.templates.renderer import Renderer
-from veneer_server.text.templates.template import ChatTemplate
 
 from tests.refused import refused
 

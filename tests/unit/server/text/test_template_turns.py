@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable
 import pytest
 from veneer_registry.errors import QueueFull
 from veneer_server.queues.fairness import Sender
-from veneer_server.text.templates import turns as template_turns
-from veneer_server.text.templates.turns import CREDIT_S, NEW_S, Accounts, Key, Turns
+from veneer_server.text import turns as template_turns
+from veneer_server.text.turns import CREDIT_S, NEW_S, Accounts, Key, Turns
 
 SLOW_S = 0.17
 QUICK_S = 0.001

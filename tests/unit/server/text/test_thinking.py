@@ -8,26 +8,24 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from veneer_server.text.replies.deltas import (
-    Content,
-    Delta,
-    Reasoning,
-    ReplyParser,
-    ToolArguments,
-    ToolCallBegun,
-)
-from veneer_server.text.replies.pipeline import reply_parser
-from veneer_server.text.replies.thinking import (
+from veneer_server.text.replies import (
     TAGS,
     THINK,
+    Content,
+    Reasoning,
+    ReplyParser,
+    ReplyPart,
     Thinking,
     ThinkingParser,
+    ToolArguments,
+    ToolCallBegun,
+    reply_parser,
     tags_of,
     thinking_of,
 )
 
 
-def taken_apart(parser: ReplyParser, pieces: Sequence[str]) -> tuple[str, str, list[Delta]]:
+def taken_apart(parser: ReplyParser, pieces: Sequence[str]) -> tuple[str, str, list[ReplyPart]]:
     """Reasoning, content, and what else there is."""
     deltas = [delta for piece in pieces for delta in parser.feed(piece)] + [*parser.finish()]
     kinds = [type(delta) for delta in deltas]
@@ -119,17 +117,17 @@ class Calls:
     def __init__(self) -> None:
         self._begun = False
 
-    def feed(self, text: str) -> Sequence[Delta]:
+    def feed(self, text: str) -> Sequence[ReplyPart]:
         if self._begun:
             return [ToolArguments(0, text)]
         before, mark, after = text.partition("!")
-        deltas: list[Delta] = [Content(before)] if before else []
+        deltas: list[ReplyPart] = [Content(before)] if before else []
         if mark:
             self._begun = True
             deltas += [ToolCallBegun(0, "id", "f"), ToolArguments(0, after)]
         return deltas
 
-    def finish(self) -> Sequence[Delta]:
+    def finish(self) -> Sequence[ReplyPart]:
         return [ToolArguments(0, ".")] if self._begun else []
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 from veneer_server.serving.samples import Sample
-from veneer_server.serving.tools.reading import Plan, ReplyReader
+from veneer_server.serving.tool_use import AnswerPlan, ReplyReader
 from veneer_server.text.prompts import Prompt
-from veneer_server.text.replies.thinking import TAGS, Tags, Thinking
+from veneer_server.text.replies import TAGS, Tags, Thinking
 from veneer_server.text.tokenizer import TextTokenizer
 from veneer_server.wire.messages import SequenceOutput
 
@@ -39,7 +39,7 @@ def test_thinking_is_found(
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert (tags.close in tokenizer.decode(ids)) is not special
     prompt = Prompt("", [0], Thinking.OPENED if opened else Thinking.TAGGED, tags)
-    reader = ReplyReader.of(tokenizer, prompt, Plan.of(None, None, None, tokenizer))
+    reader = ReplyReader.of(tokenizer, prompt, AnswerPlan.of(None, None, None, tokenizer))
     sample = Sample(0, reader.tokens, stops=(), stop_token_ids=(), parser=reader.parser())
     deltas = []
     for at in range(0, len(ids), step):

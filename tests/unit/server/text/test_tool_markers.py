@@ -9,21 +9,20 @@ import pytest
 from tokenizers import Tokenizer
 from veneer_registry.errors import InvalidField
 from veneer_server.serving.samples import Sample
-from veneer_server.serving.tools.reading import Plan, ReplyReader
-from veneer_server.serving.tools.use import Tool, ToolUse
+from veneer_server.serving.tool_use import AnswerPlan, ReplyReader, Tool, ToolUse
 from veneer_server.text.prompts import Prompt, Prompts
-from veneer_server.text.replies.deltas import ToolArguments, ToolCallBegun
-from veneer_server.text.replies.tools.families import Family, markers
+from veneer_server.text.replies import ToolArguments, ToolCallBegun
 from veneer_server.text.tokenizer import TextTokenizer
+from veneer_server.text.tool_calls import CallFormat, markers
 from veneer_server.wire.messages import SequenceOutput
 
 from tests.refused import refused
 
 USE = ToolUse((Tool({"name": "f"}),))
-SPECIAL = {Family.MISTRAL: "[TOOL_CALLS]", Family.LLAMA3: "<|python_tag|>"}
+SPECIAL = {CallFormat.MISTRAL: "[TOOL_CALLS]", CallFormat.LLAMA3: "<|python_tag|>"}
 AFTER = {
-    Family.MISTRAL: '[{"name": "f", "arguments": {"x": 1}}]',
-    Family.LLAMA3: '{"name": "f", "parameters": {"x": 1}}',
+    CallFormat.MISTRAL: '[{"name": "f", "arguments": {"x": 1}}]',
+    CallFormat.LLAMA3: '{"name": "f", "parameters": {"x": 1}}',
 }
 
 
@@ -37,7 +36,9 @@ def with_special(folder: Path, name: str) -> TextTokenizer:
 
 @pytest.mark.parametrize("family", SPECIAL)
 @pytest.mark.parametrize("step", [1, 3, 100])
-def test_a_call_behind_a_special_token(base_folder: Path, family: Family, step: int) -> None:
+def test_a_call_behind_a_special_token(
+    base_folder: Path, family: CallFormat, step: int
+) -> None:
     tokenizer = with_special(base_folder, SPECIAL[family])
     shown = tokenizer.special_ids(markers(family))
     [tag] = shown
@@ -47,7 +48,9 @@ def test_a_call_behind_a_special_token(base_folder: Path, family: Family, step: 
         *tokenizer.encode(AFTER[family], add_special_tokens=False),
     ]
     assert "[TOOL" not in tokenizer.decode(ids)
-    reader = ReplyReader.of(tokenizer, Prompt("", [0]), Plan.of(USE, family, None, tokenizer))
+    reader = ReplyReader.of(
+        tokenizer, Prompt("", [0]), AnswerPlan.of(USE, family, None, tokenizer)
+    )
     sample = Sample(
         0,
         reader.tokens,
@@ -86,8 +89,8 @@ async def test_the_flag_is_for_templates_that_know_tools(base_folder: Path) -> N
     finally:
         await prompts.close()
     assert found == {
-        "auto": [Family.MISTRAL, Family.HERMES, Family.HERMES],
-        "llama3_json": [Family.LLAMA3, Family.HERMES, Family.HERMES],
+        "auto": [CallFormat.MISTRAL, CallFormat.HERMES, CallFormat.HERMES],
+        "llama3_json": [CallFormat.LLAMA3, CallFormat.HERMES, CallFormat.HERMES],
         "none": [None, None, None],
     }
     with refused(InvalidField, field="tool_choice"):

@@ -9,14 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from veneer_server.text.replies.deltas import (
+from veneer_server.text.replies import (
     Content,
     ReplyParser,
     ToolArguments,
     ToolCallBegun,
 )
-from veneer_server.text.replies.tools.families import Family, family_of, parser_of
-from veneer_server.text.replies.tools.forced import NamedParser, RequiredParser
+from veneer_server.text.tool_calls import (
+    CallFormat,
+    NamedParser,
+    RequiredParser,
+    family_of,
+    parser_of,
+)
 
 from tests.unit.server.text.tool_outputs import FAMILIES, answers
 
@@ -57,7 +62,7 @@ def read(parser: ReplyParser, pieces: Sequence[str]) -> Read:
 
 
 def of(family: str) -> ReplyParser:
-    return parser_of(Family(family.split()[0]), parallel=True)
+    return parser_of(CallFormat(family.split()[0]), parallel=True)
 
 
 def parsed(calls: Sequence[Sequence[str]]) -> list[tuple[str, Any]]:
@@ -146,7 +151,7 @@ def test_mutated_answers_never_break_a_parser(family: str) -> None:
 def test_one_call_where_several_are_not_wanted(family: str) -> None:
     for row in RECORDED[family]:
         if row["kind"] == "several":
-            parser = parser_of(Family(family.split()[0]), parallel=False)
+            parser = parser_of(CallFormat(family.split()[0]), parallel=False)
             assert parsed(read(parser, [row["text"]])[1]) == parsed(row["calls"][:1])
 
 
@@ -180,21 +185,21 @@ def test_forced_calls_are_read_as_they_come() -> None:
 @pytest.mark.parametrize(
     ("template", "family"),
     [
-        ("{% if tools %}<tool_call>{% endif %}", Family.HERMES),
-        ("{% if tools %}{{ '[TOOL_CALLS]' }}{% endif %}", Family.MISTRAL),
-        ("{% if tools %}<|python_tag|>{% endif %}", Family.LLAMA3),
+        ("{% if tools %}<tool_call>{% endif %}", CallFormat.HERMES),
+        ("{% if tools %}{{ '[TOOL_CALLS]' }}{% endif %}", CallFormat.MISTRAL),
+        ("{% if tools %}<|python_tag|>{% endif %}", CallFormat.LLAMA3),
         (
             '{% if tools %}<|start_header_id|>{"name": , "parameters": }{% endif %}',
-            Family.LLAMA3,
+            CallFormat.LLAMA3,
         ),
         ("{% if tools %}<tool_call><function=f>{% endif %}", None),
         ("{% if tools %}<tool_call>f<arg_key>{% endif %}", None),
         ("{% if tools %}something else{% endif %}", None),
-        ("{{ messages }}", Family.HERMES),
-        (None, Family.HERMES),
+        ("{{ messages }}", CallFormat.HERMES),
+        (None, CallFormat.HERMES),
     ],
 )
 def test_the_family_is_found_in_the_template(
-    template: str | None, family: Family | None
+    template: str | None, family: CallFormat | None
 ) -> None:
     assert family_of(template) is family

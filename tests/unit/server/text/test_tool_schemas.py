@@ -9,8 +9,13 @@ from typing import Any
 import jsonschema
 import pytest
 from veneer_server.constraints.grammar import compile_matcher, library_limits, load_tokenizer
-from veneer_server.serving.tools.schema import MAX_FORCED_CALLS, arguments_schema
-from veneer_server.serving.tools.use import Choice, Tool, ToolUse
+from veneer_server.serving.tool_use import (
+    MAX_FORCED_CALLS,
+    CallChoice,
+    Tool,
+    ToolUse,
+    arguments_schema,
+)
 from veneer_server.wire.messages import ConstraintLimits
 
 PLACE = {
@@ -62,7 +67,7 @@ BAD: list[Any] = [
 
 
 def schema(**options: Any) -> str:
-    constraint = ToolUse(TOOLS, Choice.REQUIRED, **options).constraint()
+    constraint = ToolUse(TOOLS, CallChoice.REQUIRED, **options).constraint()
     assert constraint is not None
     return constraint.text
 
@@ -93,7 +98,7 @@ def test_one_call_where_several_are_not_wanted() -> None:
 def accepts(base_folder: Path) -> Any:
     """Whether the library that constrains the output agrees."""
     tokenizer = load_tokenizer(str(base_folder / "tokenizer.json"), 49152, [0])
-    constraint = ToolUse(TOOLS, Choice.REQUIRED).constraint()
+    constraint = ToolUse(TOOLS, CallChoice.REQUIRED).constraint()
     assert constraint is not None
 
     def accept(calls: Any) -> bool:

@@ -6,10 +6,9 @@ import json
 from typing import Any
 
 import pytest
-from veneer_server.serving.tools.history import History, PastCall
-from veneer_server.text.templates.renderer import Renderer
-from veneer_server.text.templates.template import ChatTemplate
-from veneer_server.text.templates.tool_words import in_words, needs_words
+from veneer_server.serving.tool_history import History, PastCall
+from veneer_server.text.template import ChatTemplate, in_words, needs_words
+from veneer_server.text.template_renderer import Renderer
 
 TOOLS = [
     {

@@ -11,18 +11,33 @@ import random
 from collections.abc import Callable
 from typing import Any, Final
 
-__all__ = ["FAMILIES", "KINDS", "answers"]
-
 SEED: Final = 25
 COUNT: Final = 200
 
 _NAMES: Final = ("weather", "get_time", "search-web", "fs.read", "Rechnung_prüfen", "a")
 _WORDS: Final = (
-    *("Paris", "naïve café", "日本語", "🙂👍🏽", 'say "hi"', "back\\slash", "a{b}c", "x</x>"),
-    *("line\nbreak", "tab\there", "", "[1, 2]", "50 % & more", "semi; colon", "<b>"),
+    "Paris",
+    "naïve café",
+    "日本語",
+    "🙂👍🏽",
+    'say "hi"',
+    "back\\slash",
+    "a{b}c",
+    "x</x>",
+    "line\nbreak",
+    "tab\there",
+    "",
+    "[1, 2]",
+    "50 % & more",
+    "semi; colon",
+    "<b>",
 )
 _BEFORE: Final = (
-    *("I will look that up.\n", "Sure! ", "Let me think: 2 < 3.\n\n", "好的。", "A: "),
+    "I will look that up.\n",
+    "Sure! ",
+    "Let me think: 2 < 3.\n\n",
+    "好的。",
+    "A: ",
 )
 
 
@@ -104,8 +119,16 @@ _WRITERS: Final[dict[str, Callable[[random.Random, int, int], str]]] = {
 FAMILIES: Final = tuple(_WRITERS)
 
 KINDS: Final = (
-    *("one", "one", "several", "several", "before", "nested"),
-    *("truncated", "malformed", "broken", "text"),
+    "one",
+    "one",
+    "several",
+    "several",
+    "before",
+    "nested",
+    "truncated",
+    "malformed",
+    "broken",
+    "text",
 )
 
 

@@ -19,7 +19,7 @@ from veneer_registry.errors import (
     InvalidField,
     QuotaExceeded,
 )
-from veneer_server.serving.transfer import downloads
+from veneer_server.serving import downloads
 
 from tests.planted import planted
 from tests.refused import refused

@@ -25,7 +25,7 @@ from veneer_server.adapters.fetching.allowed import AllowList
 from veneer_server.adapters.fetching.fetchers import Fetchers, FetchSettings
 from veneer_server.adapters.fetching.process import Fetch
 from veneer_server.adapters.fetching.uris import Origin, parse_uri
-from veneer_server.adapters.fetching.web import Web
+from veneer_server.adapters.fetching.web import WebClient
 from veneer_server.wire.frames import framed
 
 from tests.planted import planted
@@ -33,33 +33,80 @@ from tests.refused import refused
 from tests.web_folder import Answer, dripping, web_folder
 
 PRIVATE = (
-    *("127.0.0.1", "10.1.2.3", "192.168.0.1", "172.16.0.1", "169.254.169.254", "0.0.0.0"),
-    *("100.64.0.1", "224.0.0.1", "255.255.255.255", "240.0.0.1", "192.0.2.1", "198.18.0.1"),
-    *("::1", "::", "fe80::1", "fc00::1", "fd00:ec2::254", "ff02::1", "2001:db8::1"),
-    *("::ffff:127.0.0.1", "::ffff:169.254.169.254", "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe"),
-    *("2002:7f00:1::", "2002:a9fe:a9fe::1", "::127.0.0.1", "fe80::1%lo", "nonsense"),
+    "127.0.0.1",
+    "10.1.2.3",
+    "192.168.0.1",
+    "172.16.0.1",
+    "169.254.169.254",
+    "0.0.0.0",
+    "100.64.0.1",
+    "224.0.0.1",
+    "255.255.255.255",
+    "240.0.0.1",
+    "192.0.2.1",
+    "198.18.0.1",
+    "::1",
+    "::",
+    "fe80::1",
+    "fc00::1",
+    "fd00:ec2::254",
+    "ff02::1",
+    "2001:db8::1",
+    "::ffff:127.0.0.1",
+    "::ffff:169.254.169.254",
+    "64:ff9b::7f00:1",
+    "64:ff9b::a9fe:a9fe",
+    "2002:7f00:1::",
+    "2002:a9fe:a9fe::1",
+    "::127.0.0.1",
+    "fe80::1%lo",
+    "nonsense",
 )
 PUBLIC = ("8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808")
 
 
 NOT_GLOBAL = (
-    *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16"),
-    *("172.16.0.0/12", "192.0.0.0/29", "192.0.0.8/32", "192.0.0.170/31", "192.0.0.0/24"),
-    *("192.0.2.0/24", "192.88.99.0/24", "192.88.99.2/32", "192.168.0.0/16", "198.18.0.0/15"),
-    *("198.51.100.0/24", "203.0.113.0/24", "240.0.0.0/4", "255.255.255.255/32"),
-    *("::1/128", "::/128", "64:ff9b:1::/48", "100::/64", "100:0:0:1::/64", "2001::/32"),
-    *("2001:2::/48", "2001:10::/28", "2001:db8::/32", "2002::/16", "3fff::/20", "5f00::/16"),
-    *("fc00::/7", "fe80::/10"),
+    "0.0.0.0/8",
+    "10.0.0.0/8",
+    "100.64.0.0/10",
+    "127.0.0.0/8",
+    "169.254.0.0/16",
+    "172.16.0.0/12",
+    "192.0.0.0/29",
+    "192.0.0.8/32",
+    "192.0.0.170/31",
+    "192.0.0.0/24",
+    "192.0.2.0/24",
+    "192.88.99.0/24",
+    "192.88.99.2/32",
+    "192.168.0.0/16",
+    "198.18.0.0/15",
+    "198.51.100.0/24",
+    "203.0.113.0/24",
+    "240.0.0.0/4",
+    "255.255.255.255/32",
+    "::1/128",
+    "::/128",
+    "64:ff9b:1::/48",
+    "100::/64",
+    "100:0:0:1::/64",
+    "2001::/32",
+    "2001:2::/48",
+    "2001:10::/28",
+    "2001:db8::/32",
+    "2002::/16",
+    "3fff::/20",
+    "5f00::/16",
+    "fc00::/7",
+    "fe80::/10",
     # In other registries: multicast, site-local, IPv4-compatible, unallocated.
-    *(
-        "224.0.0.0/4",
-        "ff00::/8",
-        "fec0::/10",
-        "::/96",
-        "::ffff:0:0:0/96",
-        "4000::/2",
-        "8000::/2",
-    ),
+    "224.0.0.0/4",
+    "ff00::/8",
+    "fec0::/10",
+    "::/96",
+    "::ffff:0:0:0/96",
+    "4000::/2",
+    "8000::/2",
 )
 """From IANA's special-purpose address registries: what they do not list as globally reachable
 (false, or not applicable). ``::ffff:0:0/96`` counts as the address inside."""
@@ -192,7 +239,7 @@ def test_a_body_that_drips(monkeypatch: pytest.MonkeyPatch) -> None:
     with web_folder() as server:
         server.answers["/x"] = Answer(partial(dripping, server.ended), length=1000)
         with refused(Aborted, file="x", cause="rate"):
-            Web(lambda hop: loopback, least_rate=1000).get(
+            WebClient(lambda hop: loopback, least_rate=1000).get(
                 f"http://localhost:{server.port}/x", BytesIO(), most=1000, file="x"
             )
 
@@ -228,7 +275,11 @@ def test_the_process_ends_with_the_front(tmp_path: Path) -> None:
             partial(dripping, server.ended), length=1000
         )
         wanted = Fetch(
-            *("hf://org/a", str(tmp_path), ("hf://",), {}, f"http://localhost:{server.port}"),
+            "hf://org/a",
+            str(tmp_path),
+            ("hf://",),
+            {},
+            f"http://localhost:{server.port}",
             most_bytes=1000,
             deadline_s=300.0,
             least_rate=0,

@@ -14,8 +14,8 @@ import pytest
 import pytest_asyncio
 from prometheus_client import CollectorRegistry
 from veneer_proto.v1 import adapters_pb2 as pb
-from veneer_server.serving.transfer import settled, watched
-from veneer_server.serving.transfer.watched import WatchedFolder
+from veneer_server.serving import watched
+from veneer_server.serving.watched import WatchedFolder
 from veneer_server.telemetry.watched_series import WatchedSeries
 
 from tests.planted import planted
@@ -178,7 +178,7 @@ async def test_a_change_between_reading_and_publishing(
     folder = dropped(watch)
     real, changes = watched.look_at, iter(range(1, 3))
 
-    def changing(path: Path) -> settled.Seen:
+    def changing(path: Path) -> watched.FolderSeen:
         if next(changes, None) is not None:
             (folder / "README.md").write_text("new")
             os.utime(folder / "README.md", ns=(next(iter([1])), os.stat(path).st_mtime_ns))
@@ -246,7 +246,7 @@ async def test_a_check_that_is_left_out_is_seen(watch: Watch) -> None:
     with (
         (folder / WEIGHTS).open("r+b") as file,
         planted(
-            settled, "if any(_is_written(file.descriptor) for file in files):", "if False:"
+            watched, "if any(_is_written(file.descriptor) for file in files):", "if False:"
         ),
     ):
         file.flush()

@@ -32,8 +32,6 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["SPLIT", "attend", "attend_splits", "capped", "join_splits", "splits"]
-
 SPLIT: Final = 256
 """Tokens that one program attends to. Part of the order of summation: fixed."""
 BLOCK_TOKENS: Final = 64
@@ -203,8 +201,18 @@ def attend(
     window = 1 << 30 if window is None else window
     width = triton.next_power_of_2(max(dim, 16))
     attend_splits[(sequences, kv_heads, pieces)](
-        *(query, keys, values, tables, contexts, sums, weights),
-        *(query.stride(0), tables.shape[1], pieces, window, scale),
+        query,
+        keys,
+        values,
+        tables,
+        contexts,
+        sums,
+        weights,
+        query.stride(0),
+        tables.shape[1],
+        pieces,
+        window,
+        scale,
         HEADS=heads,
         KV_HEADS=kv_heads,
         DIM=dim,
@@ -218,8 +226,14 @@ def attend(
         enable_fp_fusion=True,
     )
     join_splits[(sequences, heads)](
-        *(sums, weights, contexts, weights if sinks is None else sinks, out),
-        *(out.stride(0), pieces, window),
+        sums,
+        weights,
+        contexts,
+        weights if sinks is None else sinks,
+        out,
+        out.stride(0),
+        pieces,
+        window,
         HEADS=heads,
         DIM=dim,
         SINKS=sinks is not None,

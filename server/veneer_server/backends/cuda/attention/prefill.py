@@ -26,8 +26,6 @@ import triton.language as tl
 
 from veneer_server.backends.cuda.attention.decode import capped
 
-__all__ = ["ROWS", "attend", "attend_tiles", "tile_table"]
-
 ROWS: Final = 64
 """Rows of a tile."""
 BLOCK_TOKENS: Final = 32
@@ -152,9 +150,18 @@ def attend(
     assert query.stride()[1:] == out.stride()[1:] == (dim, 1)
     assert heads % kv_heads == 0
     attend_tiles[(len(tiles), heads)](
-        *(query, keys, values, tables, tiles, query if sinks is None else sinks, out),
-        *(query.stride(0), out.stride(0), tables.shape[1]),
-        *(1 << 30 if window is None else window, scale),
+        query,
+        keys,
+        values,
+        tables,
+        tiles,
+        query if sinks is None else sinks,
+        out,
+        query.stride(0),
+        out.stride(0),
+        tables.shape[1],
+        1 << 30 if window is None else window,
+        scale,
         HEADS=heads,
         KV_HEADS=kv_heads,
         DIM=dim,

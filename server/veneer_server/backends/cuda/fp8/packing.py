@@ -17,8 +17,6 @@ import torch
 
 from veneer_server.models.checkpoint.e4m3 import quantize
 
-__all__ = ["BLOCK", "PackedFp8", "pack"]
-
 BLOCK: Final = 64
 """Inputs that lie side by side."""
 

@@ -15,8 +15,6 @@ import triton.language as tl
 from veneer_server.backends.cuda.fp8.packing import BLOCK, PackedFp8
 from veneer_server.backends.cuda.fp8.rows import halves
 
-__all__ = ["expand", "expand_panel"]
-
 
 @triton.jit
 def expand_panel(numbers, scales, panel, begin, end, outputs, BLOCK_N: tl.constexpr):
@@ -38,7 +36,12 @@ def expand(weight: PackedFp8, begin: int, end: int, panel: torch.Tensor) -> None
     assert panel.shape == (end - begin, weight.in_features)
     assert panel.is_contiguous()
     expand_panel[(triton.cdiv(end - begin, 32), weight.in_features // BLOCK)](
-        *(weight.numbers, weight.scales, panel, begin, end, weight.out_features),
+        weight.numbers,
+        weight.scales,
+        panel,
+        begin,
+        end,
+        weight.out_features,
         BLOCK_N=32,
         num_warps=4,
     )

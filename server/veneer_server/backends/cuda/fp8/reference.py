@@ -6,8 +6,6 @@ import torch
 
 from veneer_server.backends.cuda.fp8.packing import PackedFp8
 
-__all__ = ["expand", "multiply"]
-
 
 def expand(weight: PackedFp8) -> torch.Tensor:
     """[n, 64 * k] float32, each a bfloat16 number."""

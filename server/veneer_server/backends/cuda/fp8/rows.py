@@ -23,8 +23,6 @@ import triton.language as tl
 
 from veneer_server.backends.cuda.fp8.packing import PackedFp8
 
-__all__ = ["ROWS", "SPLIT", "add_scaled", "halves", "multiply", "multiply_rows", "splits"]
-
 ROWS: Final = 16
 """Rows of a tile: the smallest that tensor cores multiply."""
 SPLIT: Final = 16
@@ -112,15 +110,27 @@ def multiply(
     assert parts == splits(weight)
     assert x.stride(1) == y.stride(1) == 1
     multiply_rows[(triton.cdiv(outputs, BLOCK_OUTPUTS), parts, triton.cdiv(rows, ROWS))](
-        *(x, weight.numbers, partials, x.stride(0), rows, outputs, len(weight.numbers)),
+        x,
+        weight.numbers,
+        partials,
+        x.stride(0),
+        rows,
+        outputs,
+        len(weight.numbers),
         ROWS=ROWS,
         SPLIT=SPLIT,
         BLOCK_N=BLOCK_OUTPUTS,
         num_warps=4,
     )
     add_scaled[(rows, triton.cdiv(outputs, 256))](
-        *(partials, weight.scales, y if bias is None else bias, y),
-        *(y.stride(0), rows, outputs, parts),
+        partials,
+        weight.scales,
+        y if bias is None else bias,
+        y,
+        y.stride(0),
+        rows,
+        outputs,
+        parts,
         BIAS=bias is not None,
         BLOCK_N=256,
         num_warps=4,

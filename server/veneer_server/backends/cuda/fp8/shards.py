@@ -8,8 +8,6 @@ import torch
 
 from veneer_server.backends.cuda.fp8.packing import BLOCK, PackedFp8
 
-__all__ = ["of_inputs", "of_outputs"]
-
 
 def of_outputs(weight: PackedFp8, ranges: Sequence[slice]) -> PackedFp8:
     """Some outputs, of all inputs."""

@@ -22,9 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from veneer_server.backends.cuda.lora.tables import AdapterPlaces, fields
-
-__all__ = ["BLOCK_COLUMNS", "ROWS", "add_panels", "expand_panels", "shrink_panels"]
+from veneer_server.backends.cuda.lora.tables import AdapterSlots, fields
 
 ROWS: Final = 32
 """Rows of a tile."""
@@ -145,7 +143,7 @@ def add_panels(
     y: torch.Tensor,
     arena: torch.Tensor,
     tiles: torch.Tensor,
-    adapters: AdapterPlaces,
+    adapters: AdapterSlots,
     columns: torch.Tensor,
     shrunk: torch.Tensor,
 ) -> None:
@@ -159,8 +157,14 @@ def add_panels(
     members = len(adapters.fan_outs)
     assert x.stride(1) == y.stride(1) == 1
     shrink_panels[(len(tiles), LANES)](
-        *(x, arena, tiles, adapters.places, shrunk),
-        *(x.stride(0), adapters.fan_in, shrunk.shape[1]),
+        x,
+        arena,
+        tiles,
+        adapters.places,
+        shrunk,
+        x.stride(0),
+        adapters.fan_in,
+        shrunk.shape[1],
         FIELDS=fields(members),
         ROWS=ROWS,
         BLOCK_K=64,
@@ -169,8 +173,15 @@ def add_panels(
         enable_fp_fusion=True,
     )
     expand_panels[(len(tiles), len(columns))](
-        *(shrunk, arena, tiles, adapters.places, adapters.scalings, columns, y),
-        *(y.stride(0), shrunk.shape[1]),
+        shrunk,
+        arena,
+        tiles,
+        adapters.places,
+        adapters.scalings,
+        columns,
+        y,
+        y.stride(0),
+        shrunk.shape[1],
         FIELDS=fields(members),
         MEMBERS=members,
         ROWS=ROWS,

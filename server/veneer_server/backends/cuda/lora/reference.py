@@ -6,9 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from veneer_server.backends.cuda.lora.tables import FIRST_MEMBER, MEMBER_FIELDS, AdapterPlaces
-
-__all__ = ["add"]
+from veneer_server.backends.cuda.lora.tables import FIRST_MEMBER, MEMBER_FIELDS, AdapterSlots
 
 
 def add(
@@ -16,7 +14,7 @@ def add(
     y: torch.Tensor,
     arena: torch.Tensor,
     segments: Iterable[tuple[int, int, int]],
-    adapters: AdapterPlaces,
+    adapters: AdapterSlots,
     *,
     rounded: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,9 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from veneer_server.backends.cuda.lora.tables import AdapterPlaces, fields
-
-__all__ = ["BLOCK_COLUMNS", "ROWS", "SPLIT", "add_rows", "expand_rows", "shrink_rows", "splits"]
+from veneer_server.backends.cuda.lora.tables import AdapterSlots, fields
 
 ROWS: Final = 4
 """Rows of a tile."""
@@ -162,7 +160,7 @@ def add_rows(
     y: torch.Tensor,
     arena: torch.Tensor,
     tiles: torch.Tensor,
-    adapters: AdapterPlaces,
+    adapters: AdapterSlots,
     columns: torch.Tensor,
     partials: torch.Tensor,
 ) -> None:
@@ -178,8 +176,15 @@ def add_rows(
     assert parts == splits(adapters.fan_in)
     assert x.stride(1) == y.stride(1) == 1
     shrink_rows[(len(tiles), parts, LANES)](
-        *(x, arena, tiles, adapters.places, partials),
-        *(x.stride(0), adapters.fan_in, rows, width),
+        x,
+        arena,
+        tiles,
+        adapters.places,
+        partials,
+        x.stride(0),
+        adapters.fan_in,
+        rows,
+        width,
         FIELDS=fields(members),
         ROWS=ROWS,
         SPLIT=SPLIT,
@@ -189,8 +194,17 @@ def add_rows(
         enable_fp_fusion=True,
     )
     expand_rows[(len(tiles), len(columns))](
-        *(partials, arena, tiles, adapters.places, adapters.scalings, columns, y),
-        *(y.stride(0), rows, width, parts),
+        partials,
+        arena,
+        tiles,
+        adapters.places,
+        adapters.scalings,
+        columns,
+        y,
+        y.stride(0),
+        rows,
+        width,
+        parts,
         FIELDS=fields(members),
         MEMBERS=members,
         ROWS=ROWS,

@@ -1,7 +1,7 @@
 """Where the kernels find adapters and rows: numbers in tables, never addresses in a launch.
 
 A captured graph replays its launches with the same pointers. So all adapters lie in one arena,
-and a swap writes new offsets into `AdapterPlaces`; a batch writes new `tiles`.
+and a swap writes new offsets into `AdapterSlots`; a batch writes new `tiles`.
 
 Layouts (contiguous, last index fastest):
     arena      [elements] bfloat16. An adapter's A of a group, transposed: [fan_in, ranks],
@@ -23,8 +23,6 @@ from typing import Final
 
 import torch
 
-__all__ = ["AdapterPlaces", "column_table", "fields", "place_row", "tile_table"]
-
 FIRST_MEMBER: Final = 2
 MEMBER_FIELDS: Final = 3
 
@@ -34,7 +32,7 @@ def fields(members: int) -> int:
     return FIRST_MEMBER + MEMBER_FIELDS * members
 
 
-class AdapterPlaces:
+class AdapterSlots:
     """One group's adapters of one layer, by slot.
 
     Args:
@@ -62,7 +60,7 @@ class AdapterPlaces:
         scalings: torch.Tensor,
         fan_in: int,
         fan_outs: Sequence[int],
-    ) -> AdapterPlaces:
+    ) -> AdapterSlots:
         """Over tables that exist."""
         made = cls(0, fan_in, fan_outs, places.device)
         made.places, made.scalings = places, scalings
@@ -89,7 +87,7 @@ class AdapterPlaces:
 def place_row(
     members: int, a: int, adapted: Iterable[tuple[int, int, int, float]]
 ) -> tuple[list[int], list[float]]:
-    """An adapter's rows of ``places`` and ``scalings``; see `AdapterPlaces.put`.
+    """An adapter's rows of ``places`` and ``scalings``; see `AdapterSlots.put`.
 
     Args:
         members: of the group.

@@ -20,18 +20,16 @@ from numpy.typing import NDArray
 from veneer_registry.errors import AdapterBudgetExceeded
 
 from veneer_server.backends.cuda.device import Device
-from veneer_server.backends.cuda.lora.tables import AdapterPlaces, fields, place_row
+from veneer_server.backends.cuda.lora.tables import AdapterSlots, fields, place_row
 from veneer_server.backends.cuda.memory.arena import Arena
-from veneer_server.backends.cuda.memory.fencing import Stream
-from veneer_server.backends.cuda.memory.timeline import Timeline
+from veneer_server.backends.cuda.memory.fencing import DeviceStream
+from veneer_server.backends.cuda.memory.timeline import DeviceTimeline
 from veneer_server.backends.parallel.adapters import cut_layout, cut_run
 from veneer_server.backends.parallel.peers import Member
 from veneer_server.models.config import DecoderConfig
 from veneer_server.step.adapter_table import AdapterTable
-from veneer_server.step.inbox import NoPlace
+from veneer_server.step.inbox import NoSlot
 from veneer_server.step.layout import MEMBERS, Group, Layout, Slot
-
-__all__ = ["Adapters"]
 
 COPY_BYTES: Final = 8 << 20
 """Most bytes of one copy, so that copies and steps take turns on the way to the device."""
@@ -67,7 +65,7 @@ class Adapters:
     def __init__(
         self,
         device: Device,
-        timeline: Timeline,
+        timeline: DeviceTimeline,
         arena: Arena,
         config: DecoderConfig,
         *,
@@ -90,7 +88,7 @@ class Adapters:
         self._tables: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._staged: list[tuple[torch.Tensor, torch.Tensor]] = []
         """Pinned: the rows of one adapter on their way into the tables."""
-        self.places: list[list[AdapterPlaces]] = []
+        self.places: list[list[AdapterSlots]] = []
         for members in MEMBERS.values():
             width, fan_in = fields(len(members)), config.shapes[members[0]][1]
             of = (layers, slots, width), (layers, slots, len(members))
@@ -106,7 +104,7 @@ class Adapters:
             outs = [config.shapes[member][0] for member in members]
             self.places.append(
                 [
-                    AdapterPlaces.over(tables[0][at], tables[1][at], fan_in, outs)
+                    AdapterSlots.over(tables[0][at], tables[1][at], fan_in, outs)
                     for at in range(layers)
                 ]
             )
@@ -138,7 +136,7 @@ class Adapters:
         with self._timeline.lock:
             found = self._find_places(layout)
             if found is None:
-                raise NoPlace(
+                raise NoSlot(
                     "no contiguous room for the adapter in device memory (fragmentation); "
                     "unpin one of them, or start the server with a larger "
                     "--device-adapter-bytes"
@@ -155,7 +153,7 @@ class Adapters:
                 to = piece[0] * unit + at - begin
                 self._timeline.allow_copy((last - at) * run.itemsize)
                 regions = [*self._arena.pool.chunks_of([piece]), source]
-                with self._timeline.operation(Stream.COPIES, regions):
+                with self._timeline.operation(DeviceStream.COPIES, regions):
                     target = self._arena.numbers[to : to + last - at]
                     self._device.call(target.copy_, run[at:last], non_blocking=True)
         self._timeline.until_free(source)
@@ -210,7 +208,7 @@ class Adapters:
                     self._timeline.until_free(("rows", id(pinned)))
                     pinned.numpy()[:] = numbers
                     to = target[:, placed.slot]
-                    with self._timeline.operation(Stream.STEPS, [("rows", id(pinned))]):
+                    with self._timeline.operation(DeviceStream.STEPS, [("rows", id(pinned))]):
                         self._device.call(to.copy_, pinned, non_blocking=True)
         return placed.slot
 

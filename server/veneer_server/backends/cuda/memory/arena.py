@@ -22,8 +22,6 @@ from veneer_server.backends.cuda.memory.chunks import ChunkPool, KvPages
 from veneer_server.models.config import DecoderConfig
 from veneer_server.step.arrays import StepArrays
 
-__all__ = ["Arena"]
-
 CHUNK_BYTES: Final = 2 << 20
 SPARE: Final = 8
 """One chunk for each so many of adapters, beyond their bytes: pieces begin at units."""

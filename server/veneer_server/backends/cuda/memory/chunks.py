@@ -12,8 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-__all__ = ["ChunkPool", "KvPages"]
-
 _FREE, _ADAPTER, _KV = 0, 1, 2
 
 

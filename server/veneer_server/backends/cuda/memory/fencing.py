@@ -17,19 +17,17 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = ["Fences", "Issued", "Stream"]
 
-
-class Stream(Enum):
+class DeviceStream(Enum):
     """Where operations execute in their order."""
 
     STEPS = "steps"
     COPIES = "copies"
 
     @property
-    def other(self) -> Stream:
+    def other(self) -> DeviceStream:
         """The stream that an operation of this one may have to wait for."""
-        return Stream.COPIES if self is Stream.STEPS else Stream.STEPS
+        return DeviceStream.COPIES if self is DeviceStream.STEPS else DeviceStream.STEPS
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +48,13 @@ class Fences:
     """Numbers of operations by stream and region. One thread at a time."""
 
     def __init__(self) -> None:
-        self._last = dict.fromkeys(Stream, 0)
-        self._done = dict.fromkeys(Stream, 0)
-        self._waited = dict.fromkeys(Stream, 0)
+        self._last = dict.fromkeys(DeviceStream, 0)
+        self._done = dict.fromkeys(DeviceStream, 0)
+        self._waited = dict.fromkeys(DeviceStream, 0)
         """By stream: it has waited for this number of the other."""
-        self._uses: dict[Hashable, dict[Stream, int]] = {}
+        self._uses: dict[Hashable, dict[DeviceStream, int]] = {}
 
-    def issue(self, stream: Stream, regions: Iterable[Hashable]) -> Issued:
+    def issue(self, stream: DeviceStream, regions: Iterable[Hashable]) -> Issued:
         """The next operation on a stream, which uses these regions."""
         number = self._last[stream] = self._last[stream] + 1
         other = stream.other
@@ -70,16 +68,16 @@ class Fences:
         self._waited[stream] = wait
         return Issued(number, wait)
 
-    def done(self, stream: Stream, number: int) -> None:
+    def done(self, stream: DeviceStream, number: int) -> None:
         """The device has executed this operation, and so all before it on its stream."""
         assert number <= self._last[stream], "an operation that was never issued"
         self._done[stream] = max(self._done[stream], number)
 
-    def last(self, stream: Stream) -> int:
+    def last(self, stream: DeviceStream) -> int:
         """The last number that was issued."""
         return self._last[stream]
 
-    def pending(self, region: Hashable) -> dict[Stream, int]:
+    def pending(self, region: Hashable) -> dict[DeviceStream, int]:
         """The last operations that use a region and are not known to be done."""
         uses = self._uses.get(region, {})
         return {s: number for s, number in uses.items() if number > self._done[s]}

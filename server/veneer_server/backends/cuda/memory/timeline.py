@@ -9,15 +9,13 @@ from contextlib import contextmanager, nullcontext
 from typing import Final
 
 from veneer_server.backends.cuda.device import Device, Event
-from veneer_server.backends.cuda.memory.fencing import Fences, Stream
-
-__all__ = ["BYTES_PER_STEP", "Timeline"]
+from veneer_server.backends.cuda.memory.fencing import DeviceStream, Fences
 
 BYTES_PER_STEP: Final = 32 << 20
 """Of adapters that are copied beside one step: about a millisecond of PCIe 4.0 x16."""
 
 
-class Timeline:
+class DeviceTimeline:
     """The events of a device's operations. Several threads may use it.
 
     Attributes:
@@ -28,15 +26,17 @@ class Timeline:
         self.lock = threading.RLock()
         self._device = device
         self._fences = Fences()
-        self._events: dict[Stream, deque[tuple[int, Event]]] = {s: deque() for s in Stream}
+        self._events: dict[DeviceStream, deque[tuple[int, Event]]] = {
+            s: deque() for s in DeviceStream
+        }
         """Of operations that are not known to be done."""
         self._most = bytes_per_step
         self._left = bytes_per_step
 
     @contextmanager
-    def operation(self, stream: Stream, regions: Iterable[Hashable]) -> Iterator[None]:
+    def operation(self, stream: DeviceStream, regions: Iterable[Hashable]) -> Iterator[None]:
         """What is enqueued within it is one operation, which uses these regions."""
-        copies = stream is Stream.COPIES
+        copies = stream is DeviceStream.COPIES
         with self.lock, self._device.copying() if copies else nullcontext():
             self.poll()
             issued = self._fences.issue(stream, regions)
@@ -79,12 +79,12 @@ class Timeline:
         while True:
             with self.lock:
                 self.poll()
-                steps = self._events[Stream.STEPS]
+                steps = self._events[DeviceStream.STEPS]
                 if not steps or self._left > 0:
                     self._left -= size
                     return
                 event = steps[-1][1]
             self._device.sync(event)
 
-    def _event(self, stream: Stream, number: int) -> Event:
+    def _event(self, stream: DeviceStream, number: int) -> Event:
         return next(event for at, event in self._events[stream] if at >= number)

@@ -28,8 +28,6 @@ from typing import Any, Final
 
 import torch
 
-__all__ = ["BLOCK", "PackedNf4", "pack", "stack"]
-
 BLOCK: Final = 64
 """Numbers that share a scale."""
 GROUP: Final = 256

@@ -18,8 +18,6 @@ import triton.language as tl
 from veneer_server.backends.cuda.nf4.packing import BLOCK, PackedNf4
 from veneer_server.backends.cuda.nf4.rows import scales_of
 
-__all__ = ["expand", "expand_panel"]
-
 
 @triton.jit
 def expand_panel(
@@ -59,8 +57,17 @@ def expand(weight: PackedNf4, begin: int, end: int, panel: torch.Tensor) -> None
     assert panel.shape == (end - begin, weight.in_features)
     assert panel.is_contiguous()
     expand_panel[(triton.cdiv(end - begin, 32), weight.in_features // BLOCK)](
-        *(weight.numbers, weight.scales, weight.first, weight.offsets, weight.groups),
-        *(weight.levels, weight.codes, panel, begin, end, weight.out_features),
+        weight.numbers,
+        weight.scales,
+        weight.first,
+        weight.offsets,
+        weight.groups,
+        weight.levels,
+        weight.codes,
+        panel,
+        begin,
+        end,
+        weight.out_features,
         NESTED=weight.nested,
         BLOCK_N=32,
         num_warps=4,

@@ -16,8 +16,6 @@ import torch
 from veneer_server.backends.cuda.nf4.packing import BLOCK, GROUP, PackedNf4
 from veneer_server.models.checkpoint.code_books import NF4
 
-__all__ = ["CODES", "levels", "quantize"]
-
 CODES: Final = NF4
 """What the 16 codes stand for."""
 STEPS: Final = 65535

@@ -6,8 +6,6 @@ import torch
 
 from veneer_server.backends.cuda.nf4.packing import BLOCK, PackedNf4
 
-__all__ = ["expand", "multiply", "scales"]
-
 
 def scales(weight: PackedNf4) -> torch.Tensor:
     """[k, n] float32. Two roundings, as bitsandbytes has them: never a fused multiply-add."""

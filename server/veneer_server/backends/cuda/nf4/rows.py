@@ -26,8 +26,6 @@ import triton.language as tl
 
 from veneer_server.backends.cuda.nf4.packing import PackedNf4
 
-__all__ = ["ROWS", "SPLIT", "add_splits", "multiply", "multiply_rows", "splits"]
-
 ROWS: Final = 16
 """Rows of a tile: the smallest that tensor cores multiply. One size for every number of rows,
 since another takes other instructions, which need not add in the same order."""
@@ -137,9 +135,19 @@ def multiply(
     assert parts == splits(weight)
     assert x.stride(1) == y.stride(1) == 1
     multiply_rows[(triton.cdiv(outputs, BLOCK_OUTPUTS), parts, triton.cdiv(rows, ROWS))](
-        *(x, weight.numbers, weight.scales, weight.first, weight.offsets),
-        *(weight.groups, weight.levels, weight.codes, partials),
-        *(x.stride(0), rows, outputs, len(weight.numbers)),
+        x,
+        weight.numbers,
+        weight.scales,
+        weight.first,
+        weight.offsets,
+        weight.groups,
+        weight.levels,
+        weight.codes,
+        partials,
+        x.stride(0),
+        rows,
+        outputs,
+        len(weight.numbers),
         NESTED=weight.nested,
         ROWS=ROWS,
         SPLIT=SPLIT,
@@ -148,8 +156,13 @@ def multiply(
         enable_fp_fusion=False,
     )
     add_splits[(rows, triton.cdiv(outputs, 256))](
-        *(partials, y if bias is None else bias, y),
-        *(y.stride(0), rows, outputs, parts),
+        partials,
+        y if bias is None else bias,
+        y,
+        y.stride(0),
+        rows,
+        outputs,
+        parts,
         BIAS=bias is not None,
         BLOCK_N=256,
         num_warps=4,

@@ -10,8 +10,6 @@ import torch
 
 from veneer_server.backends.cuda.nf4.packing import BLOCK, PackedNf4
 
-__all__ = ["of_inputs", "of_outputs"]
-
 
 def of_outputs(weight: PackedNf4, ranges: Sequence[slice]) -> PackedNf4:
     """Some outputs, of all inputs."""

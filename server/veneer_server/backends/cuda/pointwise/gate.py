@@ -13,8 +13,6 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["gate", "gate_rows"]
-
 
 @triton.jit
 def gate_rows(pairs, out, pairs_stride, out_stride, features, BLOCK: tl.constexpr):
@@ -32,7 +30,11 @@ def gate(pairs: torch.Tensor, out: torch.Tensor) -> None:
     """``out`` = SiLU(gate) * up."""
     rows, features = out.shape
     gate_rows[(rows, triton.cdiv(features, 1024))](
-        *(pairs, out, pairs.stride(0), out.stride(0), features),
+        pairs,
+        out,
+        pairs.stride(0),
+        out.stride(0),
+        features,
         BLOCK=1024,
         num_warps=4,
         enable_fp_fusion=True,

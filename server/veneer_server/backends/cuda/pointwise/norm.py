@@ -17,8 +17,6 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["normalize", "normalize_rows"]
-
 
 @triton.jit
 def normalize_rows(
@@ -58,8 +56,14 @@ def normalize(
     rows, features = hidden.shape
     assert hidden.is_contiguous()
     normalize_rows[(rows,)](
-        *(hidden, hidden if added is None else added, weight, out),
-        *(features if added is None else added.stride(0), out.stride(0), features, epsilon),
+        hidden,
+        hidden if added is None else added,
+        weight,
+        out,
+        features if added is None else added.stride(0),
+        out.stride(0),
+        features,
+        epsilon,
         ADD=added is not None,
         BLOCK=triton.next_power_of_2(features),
         num_warps=8,

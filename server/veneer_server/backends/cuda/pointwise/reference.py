@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-__all__ = ["gate", "normalize", "turn"]
-
 
 def normalize(numbers: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
     """RMSNorm of [..., features]."""

@@ -22,8 +22,6 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["place", "place_heads"]
-
 
 @triton.jit
 def place_heads(
@@ -100,8 +98,16 @@ def place(
     assert qkv.stride()[1:] == (dim, 1)
     assert query.is_contiguous()
     place_heads[(rows, all_heads)](
-        *(qkv, positions, slots, turns, turns if norms is None else norms),
-        *(query, keys, values, qkv.stride(0), epsilon),
+        qkv,
+        positions,
+        slots,
+        turns,
+        turns if norms is None else norms,
+        query,
+        keys,
+        values,
+        qkv.stride(0),
+        epsilon,
         HEADS=heads,
         KV_HEADS=kv_heads,
         HALF=dim // 2,

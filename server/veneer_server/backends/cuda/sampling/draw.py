@@ -31,9 +31,7 @@ import torch
 import triton
 import triton.language as tl
 
-from veneer_server.step.choice import Choice, uniform
-
-__all__ = ["COLDEST", "draw", "draw_rows", "given"]
+from veneer_server.step.choice import TokenChoice, uniform
 
 COLDEST: Final = 1e-5
 """Lower temperatures are greedy: dividing by them would overflow."""
@@ -202,7 +200,13 @@ def draw(
     rows, vocab = logits.shape
     assert logits.stride(1) == 1
     draw_rows[(rows,)](
-        *(logits, settings, top_k, shares, tokens, logits.stride(0), vocab),
+        logits,
+        settings,
+        top_k,
+        shares,
+        tokens,
+        logits.stride(0),
+        vocab,
         COLDEST=COLDEST,
         BLOCK=2048,
         num_warps=16,  # with 8, compiled for sm_89, registers spill
@@ -210,7 +214,7 @@ def draw(
     )
 
 
-def given(choices: Sequence[Choice]) -> dict[str, list[Any]]:
+def given(choices: Sequence[TokenChoice]) -> dict[str, list[Any]]:
     """What `draw` is to be given for these rows, by name."""
     params = [choice.params for choice in choices]
     return {

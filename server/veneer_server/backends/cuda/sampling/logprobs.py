@@ -19,8 +19,6 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["TOPS", "log_rows", "logprobs"]
-
 TOPS: Final = 20
 """The most that a request may ask for."""
 
@@ -83,7 +81,14 @@ def logprobs(
     rows, vocab = logits.shape
     assert logits.stride(1) == 1
     log_rows[(rows,)](
-        *(logits, tokens, counts, own, tops, top_own, logits.stride(0), vocab),
+        logits,
+        tokens,
+        counts,
+        own,
+        tops,
+        top_own,
+        logits.stride(0),
+        vocab,
         TOPS=TOPS,
         BLOCK=2048,
         num_warps=8,

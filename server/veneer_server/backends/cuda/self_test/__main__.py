@@ -8,8 +8,6 @@ from dataclasses import asdict
 
 import torch
 
-__all__ = ["main"]
-
 
 def main() -> None:
     """Entry point. Without a card it says so, and runs nothing."""

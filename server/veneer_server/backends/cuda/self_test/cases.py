@@ -21,15 +21,13 @@ from veneer_server.backends.cuda.fp8 import rows as fp8_rows
 from veneer_server.backends.cuda.lora import panels as lora_panels
 from veneer_server.backends.cuda.lora import reference as lora_reference
 from veneer_server.backends.cuda.lora import rows as lora_rows
-from veneer_server.backends.cuda.lora.tables import AdapterPlaces, column_table, tile_table
+from veneer_server.backends.cuda.lora.tables import AdapterSlots, column_table, tile_table
 from veneer_server.backends.cuda.nf4 import panels as nf4_panels
 from veneer_server.backends.cuda.nf4 import quantizing as nf4_quantizing
 from veneer_server.backends.cuda.nf4 import reference as nf4_reference
 from veneer_server.backends.cuda.nf4 import rows as nf4_rows
 from veneer_server.backends.cuda.pointwise import gate, norm, reference, rotary
 from veneer_server.backends.cuda.sampling import draw, logprobs
-
-__all__ = ["CASES", "Compared", "Inputs"]
 
 CPU: Final = torch.device("cpu")
 ROUNDED: Final = 2**-8
@@ -51,7 +49,7 @@ class Compared:
         return int((~(difference <= self.tolerance)).sum())
 
 
-class Inputs:
+class CaseInputs:
     """Random numbers, the same on every machine, and where they are copied to."""
 
     def __init__(self, device: torch.device, seed: int) -> None:
@@ -72,12 +70,12 @@ class Inputs:
         return torch.full(shape, filler, dtype=dtype, device=self.device)
 
 
-def _put_all(inputs: Inputs, weight: Any) -> Any:
+def _put_all(inputs: CaseInputs, weight: Any) -> Any:
     """A packed weight on the device."""
     return replace(weight, **{n: inputs.put(getattr(weight, n)) for n in weight.__slots__})
 
 
-def _norm(inputs: Inputs) -> Iterator[Compared]:
+def _norm(inputs: CaseInputs) -> Iterator[Compared]:
     hidden = inputs.numbers(3, 577, dtype=torch.float32)
     added, weight = inputs.numbers(3, 577), inputs.numbers(577, dtype=torch.float32)
     stream, out = inputs.put(hidden), inputs.empty(3, 577)
@@ -88,14 +86,14 @@ def _norm(inputs: Inputs) -> Iterator[Compared]:
     yield Compared(out.cpu(), expected, expected.abs() * ROUNDED + 1e-6)
 
 
-def _gate(inputs: Inputs) -> Iterator[Compared]:
+def _gate(inputs: CaseInputs) -> Iterator[Compared]:
     pairs, out = inputs.numbers(3, 2 * 321), inputs.empty(3, 321)
     gate.gate(inputs.put(pairs), out)
     expected = reference.gate(pairs)
     yield Compared(out.cpu(), expected, expected.abs() * ROUNDED + 1e-6)
 
 
-def _rotary(inputs: Inputs) -> Iterator[Compared]:
+def _rotary(inputs: CaseInputs) -> Iterator[Compared]:
     heads, kv_heads, dim = 4, 2, 32
     qkv = inputs.numbers(3, heads + 2 * kv_heads, dim)
     positions = torch.tensor([0, 17, 63], dtype=torch.int32)
@@ -105,7 +103,10 @@ def _rotary(inputs: Inputs) -> Iterator[Compared]:
     query = inputs.empty(3, heads, dim)
     keys, values = (inputs.put(torch.zeros(2, kv_heads, 16, dim).bfloat16()) for _ in range(2))
     rotary.place(
-        *(inputs.put(qkv), inputs.put(positions), inputs.put(slots), inputs.put(turns)),
+        inputs.put(qkv),
+        inputs.put(positions),
+        inputs.put(slots),
+        inputs.put(turns),
         None,
         query,
         keys,
@@ -122,7 +123,7 @@ def _rotary(inputs: Inputs) -> Iterator[Compared]:
     yield Compared((keys.cpu() != 0).any(dim=3).sum(), torch.tensor(2 * kv_heads), 0.0)
 
 
-def _nf4(inputs: Inputs) -> Iterator[Compared]:
+def _nf4(inputs: CaseInputs) -> Iterator[Compared]:
     # More blocks than one split has, and outputs that no tile divides.
     packed = nf4_quantizing.quantize(inputs.numbers(45, 64 * 17, dtype=torch.float32))
     weight, x = _put_all(inputs, packed), inputs.numbers(3, packed.in_features)
@@ -136,7 +137,7 @@ def _nf4(inputs: Inputs) -> Iterator[Compared]:
     yield Compared(panel.cpu(), nf4_reference.expand(packed)[7:37].bfloat16(), 0.0)
 
 
-def _fp8(inputs: Inputs) -> Iterator[Compared]:
+def _fp8(inputs: CaseInputs) -> Iterator[Compared]:
     packed = fp8_packing.pack([inputs.numbers(45, 64 * 17, dtype=torch.float32)])
     weight, x = _put_all(inputs, packed), inputs.numbers(3, packed.in_features)
     y = inputs.empty(3, 45, dtype=torch.float32)
@@ -149,10 +150,10 @@ def _fp8(inputs: Inputs) -> Iterator[Compared]:
     yield Compared(panel.cpu(), fp8_reference.expand(packed)[7:37], 0.0)
 
 
-def _lora(inputs: Inputs) -> Iterator[Compared]:
+def _lora(inputs: CaseInputs) -> Iterator[Compared]:
     fan_in, fan_outs = 200, [70, 33]
     segments = [(0, 1, 0), (2, 9, 1)]  # row 1 has no adapter
-    whole, arena = AdapterPlaces(2, fan_in, fan_outs, CPU), inputs.numbers(9000)
+    whole, arena = AdapterSlots(2, fan_in, fan_outs, CPU), inputs.numbers(9000)
     for slot, (first, second, begin) in enumerate(((4, 0, 3), (5, 16, 1001))):
         a = begin + fan_in * (first + second)
         members = [(0, first, a, 0.5)]
@@ -160,7 +161,7 @@ def _lora(inputs: Inputs) -> Iterator[Compared]:
             members.append((1, second, a + first * fan_outs[0], 2.0))
         whole.put(slot, begin, members)
     x, y = inputs.numbers(9, fan_in), inputs.numbers(9, sum(fan_outs))
-    places = AdapterPlaces(2, fan_in, fan_outs, inputs.device)
+    places = AdapterSlots(2, fan_in, fan_outs, inputs.device)
     places.places, places.scalings = inputs.put(whole.places), inputs.put(whole.scalings)
     for module, add, scratch in (
         (lora_rows, lora_rows.add_rows, (lora_rows.splits(fan_in), 9, 21)),
@@ -169,7 +170,12 @@ def _lora(inputs: Inputs) -> Iterator[Compared]:
         result, tiles = inputs.put(y), tile_table(segments, module.ROWS, 9, inputs.device)
         columns = column_table(fan_outs, module.BLOCK_COLUMNS, inputs.device)
         add(
-            *(inputs.put(x), result, inputs.put(arena), tiles, places, columns),
+            inputs.put(x),
+            result,
+            inputs.put(arena),
+            tiles,
+            places,
+            columns,
             inputs.empty(*scratch, dtype=torch.float32),
         )
         rounded = module is lora_panels
@@ -178,7 +184,7 @@ def _lora(inputs: Inputs) -> Iterator[Compared]:
         yield Compared(result.cpu(), expected, tolerance)
 
 
-def _attention(inputs: Inputs) -> Iterator[Compared]:
+def _attention(inputs: CaseInputs) -> Iterator[Compared]:
     heads, kv_heads, dim, size, tokens = 4, 2, 32, 16, 300
     plain_keys = inputs.numbers(24, kv_heads, size, dim)
     plain_values = inputs.numbers(24, kv_heads, size, dim)
@@ -189,15 +195,15 @@ def _attention(inputs: Inputs) -> Iterator[Compared]:
     out = inputs.empty(2, heads, dim)
     contexts = torch.tensor([tokens, 5], dtype=torch.int32)
     decode.attend(
-        *(
-            inputs.put(query),
-            keys,
-            values,
-            inputs.put(table.repeat(2, 1)),
-            inputs.put(contexts),
-        ),
-        *(None, inputs.empty(2, heads, pieces, dim, dtype=torch.float32)),
-        *(inputs.empty(2, heads, pieces, 2, dtype=torch.float32), out),
+        inputs.put(query),
+        keys,
+        values,
+        inputs.put(table.repeat(2, 1)),
+        inputs.put(contexts),
+        None,
+        inputs.empty(2, heads, pieces, dim, dtype=torch.float32),
+        inputs.empty(2, heads, pieces, 2, dtype=torch.float32),
+        out,
         **how,
     )
     for row, context in enumerate(contexts.tolist()):
@@ -211,7 +217,13 @@ def _attention(inputs: Inputs) -> Iterator[Compared]:
         [(0, 0, rows, position)], -(-rows // prefill.ROWS), inputs.device
     )
     prefill.attend(
-        *(inputs.put(query), keys, values, inputs.put(table.unsqueeze(0)), tiles, None, out),
+        inputs.put(query),
+        keys,
+        values,
+        inputs.put(table.unsqueeze(0)),
+        tiles,
+        None,
+        out,
         **how,
     )
     expected, most = attention.attend(
@@ -220,7 +232,7 @@ def _attention(inputs: Inputs) -> Iterator[Compared]:
     yield Compared(out.cpu(), expected, most * 2**-6)
 
 
-def _sampling(inputs: Inputs) -> Iterator[Compared]:
+def _sampling(inputs: CaseInputs) -> Iterator[Compared]:
     logits = inputs.numbers(2, 4099, dtype=torch.float32)
     best, tokens = logits.argmax(dim=1), inputs.empty(2, dtype=torch.int64)
     # Greedy, and a draw among one.
@@ -243,7 +255,7 @@ def _sampling(inputs: Inputs) -> Iterator[Compared]:
     yield Compared(top_own.cpu()[:, :3], right, 1e-4)
 
 
-CASES: Final[dict[str, Callable[[Inputs], Iterator[Compared]]]] = {
+CASES: Final[dict[str, Callable[[CaseInputs], Iterator[Compared]]]] = {
     "norm": _norm,
     "gate": _gate,
     "rotary": _rotary,

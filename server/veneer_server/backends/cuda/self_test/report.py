@@ -7,13 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from veneer_server.backends.cuda.self_test.cases import CASES, Inputs
-
-__all__ = ["Report", "run"]
+from veneer_server.backends.cuda.self_test.cases import CASES, CaseInputs
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class CudaReport:
     """Attributes:
     wrong: for each subject that computes something else, what is wrong; by its name.
     checked: subjects that were run.
@@ -25,7 +23,7 @@ class Report:
     seconds: float
 
 
-def run(device: torch.device, seeds: int = 1) -> Report:
+def run(device: torch.device, seeds: int = 1) -> CudaReport:
     """Run every case ``seeds`` times with other numbers."""
     began, wrong = time.perf_counter(), {}
     for name, case in CASES.items():
@@ -33,10 +31,10 @@ def run(device: torch.device, seeds: int = 1) -> Report:
             found = sum(
                 compared.wrong
                 for seed in range(seeds)
-                for compared in case(Inputs(device, seed))
+                for compared in case(CaseInputs(device, seed))
             )
             if found:
                 wrong[name] = f"{found} numbers are wrong"
         except Exception as error:  # a compiler's errors have no common class
             wrong[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    return Report(wrong, tuple(CASES), time.perf_counter() - began)
+    return CudaReport(wrong, tuple(CASES), time.perf_counter() - began)

@@ -24,15 +24,13 @@ from veneer_server.backends.native.packed.contents import (
     LinearPart,
     TensorPart,
 )
-from veneer_server.backends.native.packed.file import Reader
+from veneer_server.backends.native.packed.file import PackedReader
 from veneer_server.backends.native.packed.packing import pack
 from veneer_server.backends.native.packed.store import PackedStore
 from veneer_server.models.checkpoint.reader import Checkpoint
 from veneer_server.models.config import DecoderConfig, Quantization, read_decoder_config
 from veneer_server.models.loader import DecoderWeights, LayerWeights, verified
 from veneer_server.progress import stage
-
-__all__ = ["THP", "PackedBase", "huge_pages", "load_packed"]
 
 THP: Final = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -73,7 +71,7 @@ def load_packed(
     """
     config = read_decoder_config(folder)
 
-    def read(reader: Reader) -> PackedBase:
+    def read(reader: PackedReader) -> PackedBase:
         contents = reader.contents
         with stage("reading the packed weights", unit="bytes") as reading:
             if huge_pages():

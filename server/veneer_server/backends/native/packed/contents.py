@@ -10,8 +10,6 @@ from typing import Final, Literal
 import msgspec
 import torch
 
-__all__ = ["DTYPES", "LINE", "Contents", "LayerParts", "LinearPart", "TensorPart"]
-
 LINE: Final = 64
 
 DTYPES: Final[dict[str, torch.dtype]] = {"BF16": torch.bfloat16, "F32": torch.float32}

@@ -23,8 +23,6 @@ from numpy.typing import NDArray
 from veneer_server.backends.native.packed.contents import LINE, Contents
 from veneer_server.progress import Stage
 
-__all__ = ["CHUNK", "Damaged", "Reader", "Writer"]
-
 CHUNK: Final = 8 << 20
 _PIECE: Final = 1 << 20
 """Bytes that are hashed after they are read, while a cache has them."""
@@ -36,7 +34,7 @@ _FOOTER: Final = struct.Struct("<8sQ64s")
 _LONGEST: Final = 64 << 20
 
 
-class Damaged(Exception):
+class PackedFileDamaged(Exception):
     """What is wrong with a file, in words for an operator."""
 
 
@@ -116,7 +114,7 @@ class Writer:
             self._unsynced = 0
 
 
-class Reader:
+class PackedReader:
     """An open file whose record is whole and of the right base.
 
     Args:
@@ -130,7 +128,7 @@ class Reader:
         self._fd = fd
         self._record = _read_record(fd)
         if self._record.made_from != made_from:
-            raise Damaged("it was made from something else")
+            raise PackedFileDamaged("it was made from something else")
 
     @property
     def contents(self) -> Contents:
@@ -189,13 +187,13 @@ class Reader:
                 piece = to[done : done + _PIECE]
                 count = os.preadv(self._fd, [piece], begin + done)
                 if not count:
-                    raise Damaged("it is cut off")
+                    raise PackedFileDamaged("it is cut off")
                 hashed.update(piece[:count])
                 done += count
         except OSError as error:
-            raise Damaged(f"it cannot be read: {error.strerror or error}") from None
+            raise PackedFileDamaged(f"it cannot be read: {error.strerror or error}") from None
         if hashed.hexdigest() != self._record.digests[begin // CHUNK]:
-            raise Damaged("its content does not match its recorded digest")
+            raise PackedFileDamaged("its content does not match its recorded digest")
 
 
 def _read_record(fd: int) -> _Record:
@@ -204,18 +202,18 @@ def _read_record(fd: int) -> _Record:
         end = os.pread(fd, _FOOTER.size, size - _FOOTER.size)
         magic, length, checksum = _FOOTER.unpack(end)
         if magic != _MAGIC or length > min(_LONGEST, size - _FOOTER.size):
-            raise Damaged("its end is missing")
+            raise PackedFileDamaged("its end is missing")
         encoded = os.pread(fd, length, size - _FOOTER.size - length)
         if hashlib.sha256(encoded).hexdigest().encode() != checksum:
-            raise Damaged("its header does not match its recorded digest")
+            raise PackedFileDamaged("its header does not match its recorded digest")
         record = msgspec.json.decode(encoded, type=_Record)
     except (OSError, struct.error, msgspec.MsgspecError, OverflowError) as error:
-        raise Damaged(f"its header cannot be read: {error}") from None
+        raise PackedFileDamaged(f"its header cannot be read: {error}") from None
     if record.format != _FORMAT or record.chunk != CHUNK:
-        raise Damaged(f"it has format {record.format} in chunks of {record.chunk}")
+        raise PackedFileDamaged(f"it has format {record.format} in chunks of {record.chunk}")
     run = record.contents.size
     if size != run + length + _FOOTER.size or len(record.digests) != -(-run // CHUNK):
-        raise Damaged("its size does not match the recorded one")
+        raise PackedFileDamaged("its size does not match the recorded one")
     return record
 
 

@@ -25,13 +25,11 @@ from veneer_server.backends.native.packed.contents import (
     LinearPart,
     TensorPart,
 )
-from veneer_server.backends.native.packed.quantizing import FourBit, quantize
+from veneer_server.backends.native.packed.quantizing import FourBitBlocks, quantize
 from veneer_server.models.checkpoint.reader import Checkpoint, Matrix
 from veneer_server.models.checkpoint.rotary import rotary
 from veneer_server.models.config import Quantization
 from veneer_server.progress import stage
-
-__all__ = ["pack"]
 
 _QKV: Final[tuple[Projection, ...]] = ("q_proj", "k_proj", "v_proj")
 
@@ -188,14 +186,14 @@ class _Packer:
         ]
         return self.tensor(torch.cat(biases))
 
-    def _quantized(self, matrix: Matrix) -> FourBit:
+    def _quantized(self, matrix: Matrix) -> FourBitBlocks:
         _check_inputs(matrix, BLOCK)
         weight = self._checkpoint.read(matrix.name, matrix.shape)
         # As it would be served without quantization.
         weight = weight.to(torch.bfloat16)
         return quantize(self._library, weight, self._quantization, threads=self._threads)
 
-    def _stored(self, matrix: Matrix) -> FourBit:
+    def _stored(self, matrix: Matrix) -> FourBitBlocks:
         """A weight that the checkpoint has in bitsandbytes' 4-bit form."""
         from bitsandbytes.functional import QuantState, dequantize_blockwise
 
@@ -212,7 +210,7 @@ class _Packer:
         codes = read(matrix.name).view(-1).view(torch.uint8)
         if tuple(state.shape) != matrix.shape or 2 * len(codes) != outputs * inputs:
             raise ValueError(f"the size of {matrix.name} does not match its state")
-        return FourBit(
+        return FourBitBlocks(
             codes.view(outputs, inputs // 2).clone(),
             scales.float().view(outputs, inputs // BLOCK),
             state.code,

@@ -14,11 +14,9 @@ import torch
 
 from veneer_server.backends.native.library import Library
 
-__all__ = ["FourBit", "code_book", "nested_scales", "quantize"]
-
 
 @dataclass(frozen=True, slots=True)
-class FourBit:
+class FourBitBlocks:
     """A weight in 4 bits, in blocks of 64.
 
     Attributes:
@@ -43,7 +41,7 @@ def code_book(kind: str) -> torch.Tensor:
 
 def quantize(
     library: Library, weight: torch.Tensor, kind: str, *, nested: bool = True, threads: int = 1
-) -> FourBit:
+) -> FourBitBlocks:
     """As `bitsandbytes.functional.quantize_4bit` on a CPU, and with its scales expanded.
 
     Args:
@@ -54,7 +52,7 @@ def quantize(
     order = torch.argsort(book)
     bounds = (book[order[:-1]] + book[order[1:]]) / 2
     codes, scales = library.quantize(weight, bounds, order.to(torch.uint8), threads)
-    return FourBit(codes, nested_scales(scales) if nested else scales, book)
+    return FourBitBlocks(codes, nested_scales(scales) if nested else scales, book)
 
 
 def nested_scales(scales: torch.Tensor) -> torch.Tensor:

@@ -24,11 +24,9 @@ from veneer_registry.disk import sync
 
 from veneer_server.backends.native import kept
 from veneer_server.backends.native.packed.contents import Contents
-from veneer_server.backends.native.packed.file import Damaged, Reader, Writer
+from veneer_server.backends.native.packed.file import PackedFileDamaged, PackedReader, Writer
 from veneer_server.progress import stage
 from veneer_server.system.disk import remove
-
-__all__ = ["Draft", "PackedStore"]
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +57,7 @@ class PackedStore:
         config = hashlib.sha256((source / "config.json").read_bytes()).hexdigest()
         self._made_from = f"weights {fingerprint}, config {config}, {self.file.stem}"
 
-    def load(self, use: Callable[[Reader], _Base]) -> _Base | None:
+    def load(self, use: Callable[[PackedReader], _Base]) -> _Base | None:
         """What ``use`` makes of the file; None if there is none that can be used.
 
         The file stays open and locked for as long as this process lives, so that a server of
@@ -69,7 +67,7 @@ class PackedStore:
             return None
         try:
             kept.check_folder(self._place)
-        except (kept.Refused, OSError) as reason:
+        except (kept.FileRefused, OSError) as reason:
             log.warning("not reading packed weights from %s: %s", self._place, reason)
             return None
         try:
@@ -78,10 +76,10 @@ class PackedStore:
                 failed.callback(os.close, fd)
                 with contextlib.suppress(OSError):  # a file system without locks
                     fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                base = use(Reader(fd, self._made_from))
+                base = use(PackedReader(fd, self._made_from))
                 failed.pop_all()
                 return base
-        except (kept.Refused, Damaged, OSError) as reason:
+        except (kept.FileRefused, PackedFileDamaged, OSError) as reason:
             log.warning(
                 "the packed weights %s are not usable, packing again: %s",
                 self.file,
@@ -98,7 +96,7 @@ class PackedStore:
             try:
                 folder = stack.enter_context(kept.scratch(self._place, _SCRATCH, _NAME))
                 draft.begin(folder / "base.packed")
-            except (OSError, kept.Refused) as reason:
+            except (OSError, kept.FileRefused) as reason:
                 draft.fail(reason)
             stack.callback(draft.close)
             yield draft
@@ -163,7 +161,7 @@ class Draft:
             with stage("writing the packed weights"):
                 self._writer.end(self._store.made_from(), contents)
             self._store.keep(self._path)
-        except (OSError, kept.Refused) as reason:
+        except (OSError, kept.FileRefused) as reason:
             self.fail(reason)
 
     def fail(self, reason: Exception) -> None:

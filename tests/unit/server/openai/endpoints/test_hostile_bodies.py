@@ -9,11 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from veneer_server.openai.endpoints.lora import LoadFields, UnloadFields
-from veneer_server.openai.endpoints.tokenize import DetokenizeFields, TokenizeFields
 from veneer_server.openai.fields import CommonFields
-from veneer_server.openai.messages.fields import MessageFields
-from veneer_server.openai.responses.fields import ResponseFields
+from veneer_server.openai.lora import LoadFields, UnloadFields
+from veneer_server.openai.messages import CountFields, MessageFields
+from veneer_server.openai.ollama import (
+    OllamaChatFields,
+    OllamaGenerateFields,
+    Options,
+    ShowFields,
+)
+from veneer_server.openai.responses import ResponseFields
+from veneer_server.openai.tokens import DetokenizeFields, TokenizeFields, TokensFields
 
 from tests.hostile.connection import PostConnection
 from tests.hostile.http import FRAGMENTS
@@ -33,6 +39,28 @@ GOOD: dict[str, dict[str, Any]] = {
         "messages": [{"role": "user", "content": "Hi"}],
         "max_tokens": 2,
     },
+    "/v1/messages/count_tokens": {
+        "model": BASE,
+        "messages": [{"role": "user", "content": "Hi"}],
+    },
+    "/inference/v1/generate": {
+        "model": BASE,
+        "token_ids": [1000],
+        "sampling_params": {"max_tokens": 2},
+    },
+    "/api/chat": {
+        "model": BASE,
+        "messages": [{"role": "user", "content": "Hi"}],
+        "options": {"num_predict": 2},
+        "stream": False,
+    },
+    "/api/generate": {
+        "model": BASE,
+        "prompt": "Hi",
+        "options": {"num_predict": 2},
+        "stream": False,
+    },
+    "/api/show": {"model": BASE},
     "/tokenize": {"model": BASE, "prompt": "Hi"},
     "/detokenize": {"model": BASE, "tokens": [1000]},
     "/v1/load_lora_adapter": {"lora_name": "a", "lora_path": "/a"},
@@ -42,6 +70,11 @@ OWN = {
     # Those that it shares with chats have their own test.
     "/v1/responses": ResponseFields.model_fields.keys() - CommonFields.model_fields.keys(),
     "/v1/messages": MessageFields.model_fields.keys(),
+    "/v1/messages/count_tokens": CountFields.model_fields.keys(),
+    "/inference/v1/generate": TokensFields.model_fields.keys(),
+    "/api/chat": OllamaChatFields.model_fields.keys(),
+    "/api/generate": {*OllamaGenerateFields.model_fields, "images", "context", "suffix"},
+    "/api/show": ShowFields.model_fields.keys(),
     "/tokenize": TokenizeFields.model_fields.keys(),
     "/detokenize": DetokenizeFields.model_fields.keys(),
     "/v1/load_lora_adapter": LoadFields.model_fields.keys(),
@@ -141,11 +174,46 @@ OF_MESSAGES: list[dict[str, Any]] = [
 """Nested fields of a message."""
 
 
+OF_OLLAMA: list[dict[str, Any]] = [
+    *({"options": {name: MARK}} for name in (*Options.model_fields, "mirostat", MARK)),
+    {"messages": [MARK]},
+    {"messages": [{"role": MARK, "content": "Hi"}]},
+    {"messages": [{"role": "user", "content": MARK}]},
+    {"messages": [{"role": "user", "content": "Hi", "images": MARK}]},
+    {"messages": [{"role": "assistant", "tool_calls": [MARK]}]},
+    {"messages": [{"role": "assistant", "tool_calls": [{"id": MARK, "function": MARK}]}]},
+    {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": MARK}}]}]},
+    {
+        "messages": [
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]},
+            {"role": "tool", "content": "a", "tool_name": MARK},
+        ]
+    },
+    {"tools": [MARK]},
+    {"tools": [{"type": "function", "function": MARK}]},
+]
+"""Nested fields of Ollama's chats."""
+OF_TOKENS: list[dict[str, Any]] = [
+    {"token_ids": [MARK]},
+    *(
+        {"sampling_params": {name: MARK}}
+        for name in ("max_tokens", "temperature", "logprobs", "stop", "n", "prompt", MARK)
+    ),
+]
+"""Nested fields of vLLM's generate."""
+
+
 def templates(path: str) -> Iterator[dict[str, Any]]:
     for name in sorted(OWN[path]):
         yield {**GOOD[path], name: MARK}
     if path == "/v1/responses":
         for each in INSIDE:
+            yield {**GOOD[path], **each}
+    if path == "/api/chat":
+        for each in OF_OLLAMA:
+            yield {**GOOD[path], **each}
+    if path == "/inference/v1/generate":
+        for each in OF_TOKENS:
             yield {**GOOD[path], **each}
     if path == "/v1/messages":
         for each in OF_MESSAGES:

@@ -178,6 +178,12 @@ async def test_a_name_of_the_hub_is_no_folder(loading: Loading) -> None:
     assert (answer.status_code, error_of(answer)["param"]) == (400, "lora_path")
 
 
+async def test_a_folder_without_any_file_of_an_adapter(loading: Loading) -> None:
+    (loading.root / "empty").mkdir()
+    answer = await loading.load("a", loading.root / "empty")
+    assert (answer.status_code, error_of(answer)["param"]) == (400, "spec.files")
+
+
 async def test_loads_of_one_name_at_once(loading: Loading) -> None:
     folders = [make_adapter(loading.root / f"{at}", seed=at) for at in range(4)]
     answers = await asyncio.gather(*(loading.load("one", folder) for folder in folders))

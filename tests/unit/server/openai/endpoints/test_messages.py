@@ -14,6 +14,7 @@ from veneer_server.wire.messages import SequenceOutput
 
 from tests.unit.server.openai.kit import BASE, CHAT, error_of, ok
 from tests.unit.server.openai.tool_kit import TEMPLATES, long_context, outputs
+from tests.unit.server.rpc.fake_engine import CONTEXT
 from tests.unit.server.rpc.front_harness import Front, make_adapter
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -25,6 +26,7 @@ ASK: dict[str, Any] = {
 }
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 WEATHER = {"name": "weather", "description": "Weather at a place.", "input_schema": SCHEMA}
+BASH = {"type": "bash_20250124", "name": "bash"}
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 
 
@@ -201,6 +203,68 @@ async def test_choices_and_formats(
         assert json.loads(held.text) == SCHEMA
 
 
+async def test_what_the_system_says_in_between(
+    front: Front, http: httpx.AsyncClient, tokenizer: TextTokenizer
+) -> None:
+    """Claude Code does. Before the first turn it is one message with the field: templates know
+    one, at the beginning."""
+    turns = [
+        {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+        *ASK["messages"],
+        {"role": "assistant", "content": "Hm."},
+        {"role": "system", "content": "The plan has changed."},
+        {"role": "user", "content": "Well?"},
+    ]
+    await say(http, system="You are a pirate.", messages=turns)
+    asked = front.engine.submitted[-1].prompt
+    expected = [
+        {"role": "system", "content": "You are a pirate.\n\nBe brief."},
+        *ASK["messages"],
+        *turns[2:3],
+        {"role": "system", "content": "The plan has changed."},
+        *turns[4:],
+    ]
+    await ok(http, CHAT, messages=expected)
+    assert front.engine.submitted[-1].prompt == asked
+
+
+async def test_max_tokens_is_a_bound(front: Front, http: httpx.AsyncClient) -> None:
+    """Claude Code asks for 32,000, whatever the context is."""
+    await say(http, max_tokens=32_000)
+    [request] = front.engine.submitted
+    assert request.max_tokens == CONTEXT - len(request.prompt)
+    answer = await http.post("/v1/messages", json={**ASK, "system": "long " * CONTEXT})
+    assert error_of(answer)["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
+    "thread", [{"type": "create"}, {"type": "continue", "previous_message_id": "msg_1"}]
+)
+async def test_a_thread_is_refused_in_the_words_that_sdks_understand(
+    http: httpx.AsyncClient, thread: dict[str, Any]
+) -> None:
+    """The SDK's tool runner then sends the whole conversation. Were `create` accepted, its next
+    request would have the result of the call alone."""
+    answer = await http.post("/v1/messages", json={**ASK, "thread": thread})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == "thread"
+    assert error["details"] == {"error_code": "thread_unsupported_request"}
+
+
+async def test_the_older_name_of_the_format(front: Front, http: httpx.AsyncClient) -> None:
+    format_ = {"type": "json_schema", "schema": SCHEMA}
+    await say(http, output_format=format_)
+    held = front.engine.submitted[-1].constraint
+    assert held is not None
+    assert json.loads(held.text) == SCHEMA
+    twice = {"output_format": format_, "output_config": {"format": format_}}
+    await say(http, **twice)
+    twice["output_config"] = {"format": {**format_, "schema": {}}}
+    answer = await http.post("/v1/messages", json={**ASK, **twice})
+    assert (answer.status_code, error_of(answer)["param"]) == (400, "output_format")
+
+
 async def test_an_answer_continues_the_assistants_turn(
     front: Front, http: httpx.AsyncClient, tokenizer: TextTokenizer
 ) -> None:
@@ -229,11 +293,11 @@ def past(**members: Any) -> dict[str, Any]:
         ({"max_tokens": 0}, "max_tokens"),
         ({"messages": []}, "messages"),
         ({"messages": ["Hi"]}, "messages[0]"),
-        (turn(role="system", content="Hi"), "messages[0].role"),
+        (turn(role="system", content="Hi"), "messages"),
+        (turn(role="tool", content="Hi"), "messages[0].role"),
         (turn(role="user"), "messages[0].content"),
         (turn(role="user", content=[]), "messages[0].content"),
         (turn(role="user", content=["Hi"]), "messages[0].content[0]"),
-        (turn(role="user", content="Hi", audio=1), "messages[0].audio"),
         (block(type="image", source={}), "messages[0].content[0].type"),
         (block(type="text", text=1), "messages[0].content[0].text"),
         (block(type="tool_use", id="1", name="f", input={}), "messages[0].content[0].type"),
@@ -252,9 +316,12 @@ def past(**members: Any) -> dict[str, Any]:
         ({"stop_sequences": ["a"] * 17}, "stop_sequences"),
         (past(type="thinking"), "messages[0].content[0].thinking"),
         ({"system": [{"type": "image"}]}, "system[0].type"),
-        ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools[0].type"),
+        ({"tools": [BASH], "tool_choice": {"type": "any"}}, "tool_choice"),
+        ({"tools": [BASH], "tool_choice": {"type": "tool", "name": "bash"}}, "tools[0].type"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "auto", "no": 1}}, "tool_choice.no"),
+        ({"compaction": {"type": "auto"}}, "compaction"),
         ({"tools": [{"name": ""}]}, "tools[0].name"),
-        ({"tools": [{"name": "f", "input_schema": []}]}, "tools[0].parameters"),
+        ({"tools": [{"name": "f", "input_schema": []}]}, "tools[0].input_schema"),
         ({"tools": [WEATHER], "tool_choice": {"type": "tool", "name": "g"}}, "tool_choice"),
         ({"tool_choice": {"type": "any"}}, "tool_choice"),
         ({"tool_choice": {"type": "all"}}, "tool_choice.type"),
@@ -272,6 +339,41 @@ async def test_a_bad_field_is_named(
     assert answer.status_code == 400, answer.text
     assert error_of(answer)["param"] == param
     assert not front.engine.submitted
+
+
+async def test_tokens_are_counted_as_a_message_has_them(
+    front: Front, http: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    shout = "{{ tools | tojson if tools }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    await front.push(make_adapter(tmp_path, template=shout), "tooled")
+    begun = {"role": "assistant", "content": "The answer is"}
+    async with long_context(front):
+        for more in (
+            {},
+            {"system": "Be brief."},
+            {"tools": [WEATHER]},
+            {"tools": [WEATHER], "model": "tooled", "tool_choice": {"type": "any"}},
+            {"messages": [*ASK["messages"], begun]},
+            {"thinking": {"type": "disabled"}},
+        ):
+            await say(http, **more)
+            expected = len(front.engine.submitted[-1].prompt)
+            asked = {k: v for k, v in {**ASK, **more}.items() if k != "max_tokens"}
+            answer = await http.post("/v1/messages/count_tokens", json=asked)
+            assert answer.json() == {"input_tokens": expected}, more
+    assert len(front.engine.submitted) == 6, "counting generates nothing"
+
+
+async def test_more_tokens_than_fit_are_counted_too(
+    front: Front, http: httpx.AsyncClient
+) -> None:
+    """A program that counts wants to know how much it must leave out."""
+    long = [{"role": "user", "content": "word " * 500}]
+    counted = await http.post("/v1/messages/count_tokens", json={**ASK, "messages": long})
+    assert counted.json()["input_tokens"] > 500
+    far = [{"role": "user", "content": "x" * 3_000_000}]
+    told = await http.post("/v1/messages/count_tokens", json={**ASK, "messages": far})
+    assert (told.status_code, error_of(told)["code"]) == (400, "context_length_exceeded")
 
 
 async def test_a_stream_that_fails_says_so(front: Front, http: httpx.AsyncClient) -> None:

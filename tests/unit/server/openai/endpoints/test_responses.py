@@ -9,9 +9,10 @@ from typing import Any
 
 import httpx
 import pytest
-from openai import AsyncOpenAI, BadRequestError, NotFoundError, OpenAIError
+from openai import AsyncOpenAI, NotFoundError, OpenAIError
 from openai.types.responses import Response
 from veneer_registry.errors import EngineFailed
+from veneer_server.text.tokenizer import TextTokenizer
 from veneer_server.wire.messages import SequenceOutput
 
 from tests.unit.server.openai.endpoints.response_kit import ASK, respond, same, streamed
@@ -47,7 +48,7 @@ async def test_a_response_is_the_chats_answer(front: Front, http: httpx.AsyncCli
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": chat["usage"]["total_tokens"],
     }
-    assert (response["metadata"], response["store"]) == ({"a": "b"}, False)
+    assert (response["metadata"], response["store"]) == ({"a": "b"}, True)
     front.engine.script = [SequenceOutput(1, [1000], finish="stop")]
     whole = await respond(http)
     assert (whole["status"], whole["incomplete_details"]) == ("completed", None)
@@ -79,9 +80,15 @@ async def test_a_stream_ends_with_the_whole_response(
     deltas = [event for event in events if event["type"] == "response.output_text.delta"]
     state = "completed" if finish == "stop" else "incomplete"
     assert kinds == [
-        *("created", "in_progress", "output_item.added", "content_part.added"),
+        "created",
+        "in_progress",
+        "output_item.added",
+        "content_part.added",
         *["output_text.delta"] * len(deltas),
-        *("output_text.done", "content_part.done", "output_item.done", state),
+        "output_text.done",
+        "content_part.done",
+        "output_item.done",
+        state,
     ]
     last = events[-1]["response"]
     Response.model_validate(last)
@@ -180,14 +187,6 @@ async def test_openais_client_streams_and_parses(
             with pytest.raises(RuntimeError) as none:
                 await stream.get_final_response()
             assert not isinstance(none.value, OpenAIError)
-        with pytest.raises(BadRequestError) as refused:
-            await client.responses.create(
-                model="style", input="Hi", previous_response_id=whole.id
-            )
-        assert refused.value.param == "previous_response_id"
-        with pytest.raises(NotFoundError) as unknown:
-            await client.responses.retrieve(whole.id)
-        assert unknown.value.code == "unknown_url"
         with pytest.raises(NotFoundError) as missing:
             await client.responses.create(model="nosuch", input="Hi")
         assert missing.value.code == "model_not_found"
@@ -218,11 +217,10 @@ def item(**members: Any) -> dict[str, Any]:
         (item(role="user"), "input[0].content"),
         (item(role="tool", content="x"), "input[0].role"),
         (item(role=["user"], content="x"), "input[0].role"),
-        (item(role="user", content="x", colour="red"), "input[0].colour"),
         (item(role="user", content=[{"type": "input_image", "image_url": "x"}]), None),
         (item(role="user", content=[{"type": ["input_text"], "text": "x"}]), None),
         (item(role="user", content=[{"type": "input_text"}]), "input[0].content[0].text"),
-        (item(type="item_reference", id="msg_1"), "input[0]"),
+        (item(type="item_reference", id=1), "input[0]"),
         (item(type="function_call_output", output="x"), "input[0].call_id"),
         (item(type="function_call_output", call_id="1", output=1), "input[0].output"),
         (item(type="function_call", call_id="1", name="f"), "input[0].arguments"),
@@ -231,11 +229,15 @@ def item(**members: Any) -> dict[str, Any]:
         (item(type="reasoning", content=[{"type": "reasoning_text"}]), "input[0].content[0]"),
         (item(type="web_search_call", id="1"), "input[0]"),
         ({"tools": ["f"]}, "tools[0]"),
-        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
-        ({"tools": [{"type": "custom", "name": "f"}]}, "tools[0].type"),
+        ({"tools": [{"type": "web_search"}], "tool_choice": "required"}, "tool_choice"),
+        (
+            {"tools": [{"type": "web_search"}], "tool_choice": {"type": "web_search"}},
+            "tool_choice.type",
+        ),
+        ({"tools": [{"type": ["custom"], "name": "f"}]}, "tools[0].type"),
         ({"tools": [{"type": "function"}]}, "tools[0].name"),
         ({"tools": [{"name": "f", "parameters": "{}"}]}, "tools[0].parameters"),
-        ({"tools": [{"name": "f"}], "tool_choice": "any"}, "tool_choice"),
+        ({"tools": [{"name": "f"}], "tool_choice": "every"}, "tool_choice"),
         ({"tools": [{"name": "f"}], "tool_choice": {"type": "mcp"}}, "tool_choice.type"),
         (
             {"tools": [{"name": "f"}], "tool_choice": {"type": "function", "name": "g"}},
@@ -246,10 +248,8 @@ def item(**members: Any) -> dict[str, Any]:
             "tool_choice.mode",
         ),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"previous_response_id": "resp_1"}, "previous_response_id"),
-        ({"conversation": "conv_1"}, "conversation"),
         ({"background": True}, "background"),
-        ({"truncation": "auto"}, "truncation"),
+        ({"truncation": "some"}, "truncation"),
         ({"reasoning": {"effort": "very"}}, "reasoning.effort"),
         ({"return_token_ids": True}, "return_token_ids"),
         ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "text.format.schema"),
@@ -266,7 +266,7 @@ def item(**members: Any) -> dict[str, Any]:
         ({"text": {"format": {"description": "x" * 4097}}}, "text.format.description"),
         ({"max_tool_calls": 1 << 31}, "max_tool_calls"),
         ({"temperature": 1000}, "temperature"),
-        ({"outputs": 1}, "outputs"),
+        ({"messages": [1]}, "messages"),
     ],
 )
 async def test_a_bad_field_is_named(
@@ -306,6 +306,35 @@ async def test_neutral_fields_pass(http: httpx.AsyncClient) -> None:
         user="me",
         prompt_cache_key="x",
     )
+
+
+async def test_a_conversation_that_is_too_long_loses_its_oldest_turns(
+    front: Front, http: httpx.AsyncClient, tokenizer: TextTokenizer
+) -> None:
+    said = [
+        {"role": "user" if at % 2 == 0 else "assistant", "content": f"Say {at} again."}
+        for at in range(7)
+    ]
+    long = {"instructions": "Be brief.", "input": said, "max_output_tokens": 4}
+    refused = await http.post("/v1/responses", json={**ASK, **long})
+    assert error_of(refused)["code"] == "context_length_exceeded"
+    response = await respond(http, **long, truncation="auto")
+    assert response["truncation"] == "auto"
+    [request] = front.engine.submitted
+    assert len(request.prompt) + 4 <= CONTEXT
+    prompt = tokenizer.decode(request.prompt)
+    assert "Be brief." in prompt
+    assert "Say 6" in prompt
+    assert "Say 0" not in prompt
+    # As many of the latest turns as fit: with one more it would be refused.
+    [first] = [at for at in range(0, 7, 2) if f"Say {at}" in prompt][:1]
+    more = {**long, "input": said[first - 2 :]}
+    refused = await http.post("/v1/responses", json={**ASK, **more})
+    assert error_of(refused)["code"] == "context_length_exceeded"
+    # One turn is not cut in two.
+    alone = {**long, "input": "long " * CONTEXT, "truncation": "auto"}
+    refused = await http.post("/v1/responses", json={**ASK, **alone})
+    assert error_of(refused)["code"] == "context_length_exceeded"
 
 
 async def test_one_that_is_too_long_is_refused(http: httpx.AsyncClient) -> None:

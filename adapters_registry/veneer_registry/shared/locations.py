@@ -1,0 +1,164 @@
+"""A catalog in PostgreSQL and a store of objects as the places of a registry."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from veneer_registry.catalog import Catalog
+from veneer_registry.disk import make_private
+from veneer_registry.errors import InvalidField, VeneerError
+from veneer_registry.pairing import COPY, Sides, Survey, line_of, value_of
+from veneer_registry.shared.catalog import PostgresCatalog
+from veneer_registry.shared.object_store import ObjectStore
+from veneer_registry.shared.objects import Objects
+from veneer_registry.shared.postgres import PostgresAddress
+
+_log = logging.getLogger(__name__)
+
+_CACHE: Final = "cache"
+
+
+class SharedLocations:
+    """Where several registries keep one catalog and one store; each has a folder of its own.
+
+    The folder holds nothing that cannot be had again, except uploads in progress and the list
+    of adapters in memory.
+    """
+
+    def __init__(
+        self, data_dir: Path, address: PostgresAddress, objects: Objects, *, cache_bytes: int
+    ) -> None:
+        """Connects to nothing. Raises InvalidField for an address that cannot be one."""
+        address.check()
+        self._data_dir = data_dir
+        self._address = address
+        self._objects = objects
+        self._cache_bytes = cache_bytes
+        self._catalog: PostgresCatalog | None = None
+        self._mark = ObjectMark(objects)
+        self.sides = Sides(
+            store=objects.url,
+            catalog=f"the catalog in PostgreSQL (schema {address.schema})",
+            metadata={"store": objects.url},
+            mount="Is it the right bucket and prefix? Restore the objects and start again",
+            recover="Restore the database from its newest backup. To accept that the changes "
+            f"since are lost, delete {objects.url}/changes; to start afresh instead, give "
+            "another prefix with --store and another database with --catalog",
+            command="restore the database",
+            behind="it was restored from an older backup",
+        )
+
+    def open_catalog(self) -> Catalog:
+        """See `Places`."""
+        if (self._data_dir / "catalog.sqlite").exists():
+            raise InvalidField(
+                f"{self._data_dir} holds adapters of its own, which --store and --catalog "
+                "would hide: give another folder with --data-dir, and push them again",
+                metadata={"field": "data_dir"},
+            )
+        make_private(self._data_dir, [self._data_dir, self._data_dir / _CACHE])
+        self._catalog = PostgresCatalog(
+            self._address, self._data_dir / COPY, after_change=self._mark.write
+        )
+        return self._catalog
+
+    def survey(self) -> Survey:
+        """See `Places`."""
+        number, token = self._mark.read()
+        survey = Survey(
+            present=True,
+            content=self._objects.any("weights") or self._objects.any("revisions"),
+            id=_value(self._objects.read("id")),
+            changes=number,
+        )
+        catalog = self._catalog
+        if catalog is None or number is None or token is None or number > catalog.number:
+            return survey
+        if not catalog.has(number, token):
+            raise self.sides.mismatch(
+                "catalog of another history",
+                f"{self.sides.catalog} made another change {number} than the one that the "
+                "store knows: it was restored from a backup and has been used since",
+                self.sides.recover,
+            )
+        return replace(survey, changes=number)
+
+    def open_store(self) -> ObjectStore:
+        """See `Places`."""
+        store = ObjectStore(self._objects, self._data_dir / _CACHE, self._cache_bytes)
+        try:
+            if dropped := self._objects.drop_stale_parts(time.time()):
+                _log.warning("removed %d interrupted multipart uploads", dropped)
+        except VeneerError as error:  # a store that does not let us list them
+            _log.warning("interrupted multipart uploads are not removed: %s", error)
+        return store
+
+    def write_id(self, data: bytes) -> None:
+        """See `Places`."""
+        self._objects.write("id", data)
+
+    def close(self) -> None:
+        """See `Places`."""
+        if self._catalog is not None:
+            self._catalog.join()
+        self._mark.close()
+
+
+class ObjectMark:
+    """Writes ``changes`` from a thread, so that no publication waits for it: number and token
+    of the last change, one line each. It may lag behind the catalog; see `pairing`."""
+
+    def __init__(self, objects: Objects) -> None:
+        self._objects = objects
+        self._new = threading.Condition()
+        self._latest: tuple[int, str] | None = None
+        self._ended = False
+        self._thread: threading.Thread | None = None
+
+    def read(self) -> tuple[int | None, str | None]:
+        """(number, token); None for what is missing or damaged. Raises Unavailable."""
+        lines = (self._objects.read("changes") or b"").splitlines(keepends=True)
+        values = [_value(line) for line in lines[:2]]
+        if len(values) < 2 or values[0] is None:
+            return None, None
+        return int(values[0], 16), values[1]
+
+    def write(self, number: int, token: str) -> None:
+        """Record a durable change, soon."""
+        with self._new:
+            self._latest = (number, token)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="mark", daemon=True)
+                self._thread.start()
+            self._new.notify()
+
+    def close(self) -> None:
+        """Write the last one, and end. Idempotent."""
+        with self._new:
+            self._ended = True
+            self._new.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._new:
+                while self._latest is None and not self._ended:
+                    self._new.wait()
+                latest, self._latest = self._latest, None
+            if latest is None:
+                return
+            with contextlib.suppress(VeneerError):  # it only helps to detect a loss
+                self._objects.write(
+                    "changes", line_of(f"{latest[0]:032x}") + line_of(latest[1])
+                )
+
+
+def _value(data: bytes | None) -> str | None:
+    return None if data is None else value_of(data)

@@ -1,1 +1,0 @@
-"""Small experiments (`veneer-train lab`) and data sets (`veneer-train data`)."""

@@ -1,1 +1,0 @@
-"""What vLLM adds to OpenAI's requests and answers."""

@@ -1,0 +1,403 @@
+"""ReplicationService: what followers are told, and the weights that they fetch."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+import zlib
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import grpc
+from veneer_proto.v1 import adapters_pb2_grpc, replication_pb2, replication_pb2_grpc
+from veneer_registry.bundle_files import REQUIRED_FILES
+from veneer_registry.errors import (
+    Aborted,
+    AdapterNotFound,
+    InvalidField,
+    PermissionDenied,
+    Unavailable,
+    Unimplemented,
+)
+from veneer_registry.lease import RevisionLease
+from veneer_registry.lookups import Lookups
+
+from veneer_server.access.authenticate import PASSED_ON
+from veneer_server.access.caller import Caller
+from veneer_server.follower.registry_channel import RegistryChannel, to_error
+from veneer_server.follower.standing import Standing
+from veneer_server.logs import get_logger
+from veneer_server.replication.feed import Feed
+from veneer_server.replication.replicas import Replicas
+from veneer_server.replication.states import HEARTBEAT_S, BeginFeed, Message, SnapshotEnd, Told
+from veneer_server.replication.wire import to_wire
+from veneer_server.serving.generation import READER_LIMIT_S
+from veneer_server.serving.spare_time import to_the_end
+from veneer_server.serving.tenants import Tenant
+
+CHUNK: Final = 256 << 10
+"""Bytes of a chunk of weights."""
+
+_BATCH: Final = 64
+"""Names of a snapshot that are read at a time."""
+
+_NAME: Final = 128
+
+_log = get_logger(__name__)
+
+Write = Callable[[Any], Awaitable[None]]
+Source = Callable[[str], Lookups | None]
+"""The registry of a tenant, if it is open."""
+
+
+class ReplicationService(replication_pb2_grpc.ReplicationServiceServicer):
+    """Serves followers. Reading the catalog and the store happens in worker threads."""
+
+    def __init__(
+        self,
+        feed: Feed,
+        replicas: Replicas,
+        source: Source,
+        *,
+        asks_callers: bool = False,
+        heartbeat_s: float = HEARTBEAT_S,
+        reader_limit_s: float = READER_LIMIT_S,
+    ) -> None:
+        """Args: asks_callers: whether this server wants to know who calls."""
+        self._feed = feed
+        self._replicas = replicas
+        self._source = source
+        self._asks_callers = asks_callers
+        self._heartbeat_s = heartbeat_s
+        self._reader_limit_s = reader_limit_s
+
+    async def Follow(  # type: ignore[override]  # writes instead of yielding
+        self, request_iterator: Any, context: Any
+    ) -> None:
+        """Tell a follower all names, or what it has missed; then changes, until it leaves."""
+        requests = aiter(request_iterator)
+        first = await anext(requests, None)
+        if first is None or first.WhichOneof("message") != "start":
+            raise InvalidField(
+                "the first request must be `start`", metadata={"field": "message"}
+            )
+        start = first.start
+        if not 1 <= len(start.follower) <= _NAME:
+            raise InvalidField(
+                f"start.follower must have 1 to {_NAME} characters",
+                metadata={"field": "start.follower"},
+            )
+        telling = asyncio.ensure_future(self._tell(start, context.write))
+        hearing = asyncio.ensure_future(self._hear(start.follower, requests))
+        try:
+            await asyncio.wait({telling, hearing}, return_when=asyncio.FIRST_COMPLETED)
+            for ended in (telling, hearing):
+                if ended.done():
+                    ended.result()
+        finally:
+            for task in (telling, hearing):
+                task.cancel()
+            await asyncio.gather(telling, hearing, return_exceptions=True)
+
+    async def _hear(self, follower: str, requests: Any) -> None:
+        """Note what a follower has applied. One that just goes silent keeps its lease."""
+        async for request in requests:
+            if request.WhichOneof("message") != "applied":
+                raise InvalidField(
+                    "after `start`, requests must be `applied`", metadata={"field": "message"}
+                )
+            if request.applied.leaving:
+                self._replicas.leave(follower)
+                return
+            self._replicas.report(follower, request.applied.sequence)
+
+    async def _tell(self, start: replication_pb2.FollowStart, write: Write) -> None:
+        feed = self._feed
+        store, catalog_change, base = await to_the_end(feed.facts)
+        begin = partial(
+            BeginFeed,
+            run=feed.run,
+            store=store,
+            catalog_change=catalog_change,
+            base=base,
+            heartbeat_s=self._heartbeat_s,
+            lease_s=self._replicas.lease_s,
+            asks_callers=self._asks_callers,
+        )
+        place = start.sequence
+        _log.info("follower", follower=start.follower, run=start.run, sequence=place)
+        if feed.after(start.run, place) is None:
+            place = await self._snapshot(begin, write)
+        else:
+            await self._send(write, begin(snapshot=False, sequence=place))
+        while True:
+            changes = feed.after(feed.run, place)
+            if changes is None:
+                raise Aborted(
+                    "the follower fell behind the registry's change buffer: follow again",
+                    metadata={"cause": "fell_behind"},
+                )
+            for change in changes:
+                told = await to_the_end(partial(feed.told, change))
+                await self._send(write, told)
+                place = change.sequence
+            beat = feed.heartbeat()
+            if beat.sequence == place:
+                await self._send(write, beat)
+                await feed.beyond(place, self._heartbeat_s)
+
+    async def _snapshot(self, begin: Callable[..., BeginFeed], write: Write) -> int:
+        beat, entries = self._feed.snapshot()
+        await self._send(write, begin(snapshot=True, sequence=beat.sequence))
+        items = list(entries.items())
+        for at in range(0, len(items), _BATCH):
+            batch = items[at : at + _BATCH]
+            states = await to_the_end(
+                lambda batch=batch: [self._feed.state(*each) for each in batch]  # type: ignore[misc]
+            )
+            for state in states:
+                await self._send(write, Told(state))
+        await self._send(write, SnapshotEnd(beat.sequence, beat.checksum))
+        return beat.sequence
+
+    async def _send(self, write: Write, message: Message) -> None:
+        await self._write(write, to_wire(message))
+
+    async def _write(self, write: Write, message: object) -> None:
+        try:
+            async with asyncio.timeout(self._reader_limit_s):
+                await write(message)
+        except TimeoutError as error:
+            raise Aborted(
+                f"the follower read nothing for {self._reader_limit_s:g} s",
+                metadata={"cause": "reader_limit"},
+            ) from error
+
+    # --------------------------------------------------------------------- weights
+
+    async def FetchWeights(  # type: ignore[override]  # writes instead of yielding
+        self, request: replication_pb2.FetchWeightsRequest, context: Any
+    ) -> None:
+        """Send one of the two weight files from an offset on; it is leased meanwhile."""
+        if request.file not in REQUIRED_FILES:
+            raise InvalidField(
+                f"file must be one of {', '.join(REQUIRED_FILES)}", metadata={"field": "file"}
+            )
+        registry = self._source(request.tenant)
+        if registry is None:
+            raise AdapterNotFound(
+                "this tenant has no adapters here", metadata={"tenant": request.tenant[:80]}
+            )
+        lease = await to_the_end(lambda: _leased(registry, request.weights_digest))
+        with lease:
+            await self._file(registry, lease, request, context.write)
+
+    async def _file(
+        self,
+        registry: Lookups,
+        lease: RevisionLease,
+        request: replication_pb2.FetchWeightsRequest,
+        write: Write,
+    ) -> None:
+        path = registry.weights_folder(lease.ref) / request.file
+        file, size = await to_the_end(lambda: _opened(path))
+        try:
+            at = request.offset
+            while True:
+                data = b""
+                if at < size:
+                    data = await to_the_end(lambda at=at: os.pread(file, CHUNK, at))  # type: ignore[misc]
+                await self._write(
+                    write,
+                    replication_pb2.FetchWeightsResponse(
+                        size=size, offset=at, data=data, crc32=zlib.crc32(data)
+                    ),
+                )
+                at += len(data)
+                if not data or at >= size:
+                    return
+        finally:
+            with suppress(OSError):
+                os.close(file)
+
+
+def _leased(registry: Lookups, digest: str) -> RevisionLease:
+    """A lease on weights. Raises AdapterNotFound, or why what has them is not served."""
+    try:
+        return registry.acquire_weights(digest)
+    except AdapterNotFound:
+        for record in registry.holding(digest):
+            return registry.acquire(f"{record.ref.name}@{record.ref.revision}")
+        raise
+
+
+def _opened(path: Path) -> tuple[int, int]:
+    """(descriptor, size). Raises AdapterNotFound if the file is gone."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError as error:
+        raise AdapterNotFound(
+            "the adapter's files no longer exist", detail=str(path)
+        ) from error
+    return file, os.fstat(file).st_size
+
+
+class NoFollowers(replication_pb2_grpc.ReplicationServiceServicer):
+    """ReplicationService of a follower, which has no followers."""
+
+    def __init__(self, registry: str) -> None:
+        """Args: registry: the one that it follows."""
+        self._registry = registry
+
+    async def Follow(self, request_iterator: object, context: object) -> None:  # type: ignore[override]
+        self._refuse()
+
+    async def FetchWeights(self, request: object, context: object) -> None:  # type: ignore[override]
+        self._refuse()
+
+    def _refuse(self) -> None:
+        raise Unimplemented(
+            f"this server is itself a follower: follow the registry at {self._registry}",
+            metadata={"cause": "follower", "registry": self._registry},
+        )
+
+
+# -------------------- asking
+# Calls that a follower passes on to its registry, with the caller's own credentials.
+
+T = TypeVar("T")
+
+AWAY_S: Final = 15.0
+"""A call ends after so long without progress, if nothing is heard of the registry meanwhile. On
+a half-open connection gRPC's keepalive did not end it (tried for 60 s)."""
+
+
+class CallProgress:
+    """When a call last took or gave a message."""
+
+    def __init__(self) -> None:
+        self.made()
+
+    def made(self) -> None:
+        self._at = time.monotonic()
+
+    @property
+    def ago_s(self) -> float:
+        return time.monotonic() - self._at
+
+
+class Asking:
+    """Calls of the registry's AdapterService. They raise what the registry raises,
+    `Unavailable` if it does not answer, `FailedPrecondition` if it knows callers in another way
+    than this server, and `PermissionDenied` if the caller has only a certificate."""
+
+    def __init__(
+        self, channel: RegistryChannel, standing: Standing, *, asks_callers: bool
+    ) -> None:
+        """Args: asks_callers: whether callers of this server say who they are."""
+        self._channel = channel
+        self._standing = standing
+        self._asks_callers = asks_callers
+
+    async def answer(
+        self,
+        method: str,
+        request: Any,
+        caller: Caller,
+        *,
+        progress: CallProgress | None = None,
+    ) -> Any:
+        """The answer of a call.
+
+        Args:
+            request: a message, or an iterator of messages.
+            caller: whose credentials the registry is shown, and whose deadline counts.
+            progress: told by the iterator of each message.
+        """
+        call = self._begin(method, request, caller)
+        try:
+            return await self._while_heard(call, progress or CallProgress())
+        except grpc.aio.AioRpcError as error:
+            raise to_error(error, self._channel.place.address) from error
+        finally:
+            call.cancel()
+
+    async def messages(
+        self, method: str, request: Any, caller: Caller
+    ) -> AsyncGenerator[Any, None]:
+        """What a call streams."""
+        call = self._begin(method, request, caller)
+        try:
+            while True:
+                message = await self._while_heard(call.read(), CallProgress())
+                if message is grpc.aio.EOF:
+                    return
+                yield message
+        except grpc.aio.AioRpcError as error:
+            raise to_error(error, self._channel.place.address) from error
+        finally:
+            call.cancel()
+
+    async def _while_heard(self, awaited: Awaitable[T], progress: CallProgress) -> T:
+        answering = asyncio.ensure_future(awaited)
+        try:
+            while not (await asyncio.wait({answering}, timeout=AWAY_S / 4))[0]:
+                silent_s = min(self._standing.lag_s, progress.ago_s)
+                if silent_s > AWAY_S and not self._standing.connected:
+                    raise self._standing.unreachable("this call", "it is silent")
+            return answering.result()
+        finally:
+            answering.cancel()
+
+    def _begin(self, method: str, request: Any, caller: Caller) -> Any:
+        self._standing.check_fit()
+        if self._asks_callers and not caller.shows_secret:
+            # The registry would see the certificate of this server's own connection.
+            raise PermissionDenied(
+                f"{method} needs the registry, and a client certificate cannot be forwarded "
+                "to it: send a key or token, or call the registry at "
+                f"{self._standing.registry}",
+                metadata={"method": method, "cause": "certificate"},
+            )
+        stub = adapters_pb2_grpc.AdapterServiceStub(self._channel.channel)
+        return getattr(stub, method)(
+            request,
+            metadata=(*caller.shown, (PASSED_ON, caller.tenant)),
+            timeout=caller.time_left,
+        )
+
+
+# -------------------- arrival
+# A change that a registry has made for a follower's caller, and when it is known here.
+
+ARRIVAL_S: Final = 10.0
+"""How long a change that the registry has made may take to be known here."""
+
+Until = Callable[[Callable[[], bool], float], Awaitable[bool]]
+"""Wait until a predicate holds for the view of the registry. Args: the predicate, a timeout in
+seconds. Returns False on timeout."""
+
+
+async def arrived(until: Until, name: str, holds: Callable[[], bool]) -> None:
+    """Wait until a change of ``name`` is known here. Raises Unavailable."""
+    if not await until(holds, ARRIVAL_S):
+        raise Unavailable(
+            f"the registry changed {name!r}, but the change did not arrive here within "
+            f"{ARRIVAL_S:g} s: it will once the registry is reachable",
+            metadata={"adapter": name, "cause": "registry_away"},
+            retry_after_s=1.0,
+        )
+
+
+def knows(home: Tenant, spec: str, caller: Caller) -> bool:
+    """Whether ``name@revision`` is known here, by a view that is as new as the caller wants."""
+    try:
+        home.registry.check_age(caller.most_lag_s)
+        home.registry.resolve(spec)
+    except (AdapterNotFound, Unavailable):  # in doubt, while the registry is away
+        return False
+    return True

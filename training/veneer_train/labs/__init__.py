@@ -1,0 +1,1 @@
+"""Small experiments (`veneer-train lab`); counts of the example adapters' right answers."""
