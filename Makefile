@@ -10,9 +10,11 @@ ifneq ($(wildcard .cache/veneer/bases),)
 export VENEER_CACHE_DIR ?= $(CURDIR)/.cache/veneer
 endif
 export HF_HUB_OFFLINE ?= 1
+# Every program that a test starts would compile what it imports again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install base demo claims programs agents ray test test-time check structure protos check-python check-cpp protos-check client-sync audit bench bench-guard bench-kernels gpu-kernels gpu-check format-cpp sanitize mutants test-matrix test-matrix-quick test-numeric torture-quick torture attacks attacks-bugs attacks-quick docs-check terminal-svg tools clients packages dashboard docker-lint wheel wheel-arm wheel-check image-replay clean
+.PHONY: help install base demo claims programs agents ray test test-push test-all verify check structure protos check-python check-cpp protos-check client-sync audit bench bench-guard bench-kernels gpu-kernels gpu-check format-cpp sanitize mutants test-matrix test-matrix-quick test-numeric torture-quick torture attacks attacks-bugs attacks-quick docs-check terminal-svg tools clients packages dashboard docker-lint wheel wheel-arm wheel-check image-replay clean
 
 # Begins a line of shell whose command may be silent for long: says every 5 seconds how long it has run.
 define with_progress
@@ -48,11 +50,24 @@ claims: base ## Count right answers of base and adapters again, as README and do
 # A file is one worker's, since those that start a server share it. In the order of their names: the
 # slow ones, of integration, come first, so that all workers end at about the same time. Three of
 # them: tests wait for servers and processes, so two workers leave a quarter of two cores idle.
-test-time:
-	@$(PYTHON) tests/suite_time.py
+PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --whole
 
-test: test-time base ## Run the whole test suite, three files at a time
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --whole --durations 20
+# tests/tiers.py says which test belongs to which tier.
+test: ## Run the tests that a person waits for, three files at a time
+	@$(PYTHON) tests/suite_time.py test
+	@$(MAKE) --no-print-directory base
+	$(PYTEST) --tier test --durations 50
+
+test-push: base ## The slower tests that every push must prove too
+	@$(PYTHON) tests/suite_time.py push
+	$(PYTEST) --tier push --durations 50
+
+test-all: base ## The whole suite: all tiers
+	@$(PYTHON) tests/suite_time.py all
+	$(PYTEST) --durations 50
+
+verify: base ## Run everything there is, hours, and write docs/verified.md; ONLY=NAME runs one stage
+	@$(BIN)/python -m tests.verify $(if $(ONLY),--only $(ONLY))
 
 # A run of the suite for each: an hour or two. `python -m tests.matrix --only NAME` runs one.
 test-matrix: base ## The suite with other instruction sets, threads, locales, umasks and users

@@ -16,7 +16,7 @@ from veneer_server.engine.execution.backend_choice import Chosen
 from veneer_server.models.source import import_bundled
 from veneer_server.wire.messages import EngineConfig
 
-from tests import places, suite_time
+from tests import places, suite_time, tiers
 from tests.backends_ran import RAN, check, missing, with_asked
 
 # As in `veneer-server`: gRPC's fork handlers sometimes fail in a child with a `preexec_fn`, if
@@ -61,10 +61,30 @@ def _asked_backend() -> Iterator[None]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
+        "--tier",
+        choices=tiers.NAMES,
+        help="run one tier of the suite (see tests/tiers.py); without it, every test runs",
+    )
+    parser.addoption(
         "--whole",
         action="store_true",
-        help="the run is of the whole suite: fail if no engine was native where one can be",
+        help="the run is of a whole tier or of all: fail if no engine was native where one can be",
     )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Do not even import a file that has no test of the tier."""
+    tier = config.getoption("tier")
+    if tier and collection_path.suffix == ".py" and not tiers.may_hold(collection_path, tier):
+        return True
+    return None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if tier := config.getoption("tier"):
+        others = [item for item in items if tiers.of(item) != tier]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if tiers.of(item) == tier]
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -89,7 +109,8 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int) -> None:
     outcomes = ("passed", "failed", "error", "skipped", "xfailed")
     tests = sum(len(terminalreporter.stats.get(outcome, ())) for outcome in outcomes)
     if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
-        suite_time.record(tests, time.monotonic() - BEGAN)
+        tier = terminalreporter.config.getoption("tier") or suite_time.ALL
+        suite_time.record(tier, tests, time.monotonic() - BEGAN)
     if wrong := missing(RAN):
         terminalreporter.write_line(f"FAILED: {wrong}", red=True)
 

@@ -1,4 +1,4 @@
-"""``python tests/suite_time.py``: how many tests there are, and how long they will take here.
+"""``python tests/suite_time.py TIER``: how many tests there are, and how long they take here.
 
 What `make test` says first, before anything is installed, so it needs nothing but the standard
 library. The last whole run in this checkout is the best estimate; without one, a run that was
@@ -9,32 +9,43 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
 FILE = Path(__file__).parents[1] / ".cache" / "suite-time.json"
-"""Of the last whole run in this checkout."""
-RECORDED_TESTS, RECORDED_MINUTES, RECORDED_LOOPS_PER_S = 8400, 49, 62e6
-"""A whole run on two cores of an AMD EPYC (Zen 3, AVX2), some work beside it, 2026-11-30."""
+"""Of the last whole runs in this checkout, by tier."""
+ALL = "all"
+"""Every tier in one run."""
+RECORDED = {"test": (0, 0.0), "push": (0, 0.0), ALL: (0, 0.0)}
+"""Tests and minutes of a run on the CPU of `RECORDED_LOOPS_PER_S`, by tier (tests/tiers.py)."""
+RECORDED_LOOPS_PER_S = 62e6
+"""Two cores of an Intel Xeon (AMX, 2 GHz), nothing beside it, 2026-12-01."""
 
 
-def record(tests: int, seconds: float) -> None:
-    """Keep what a whole run took, for the next one's estimate."""
+def record(tier: str, tests: int, seconds: float) -> None:
+    """Keep what a whole run of a tier took, for the next one's estimate."""
     FILE.parent.mkdir(exist_ok=True)
-    FILE.write_text(json.dumps({"tests": tests, "seconds": round(seconds)}), "utf-8")
+    FILE.write_text(json.dumps(_kept() | {tier: [tests, round(seconds)]}), "utf-8")
 
 
-def estimate() -> str:
-    """One line: the number of tests, the time, and what the estimate rests on."""
+def _kept() -> dict[str, list[int]]:
     try:
-        last = json.loads(FILE.read_text("utf-8"))
-        tests, minutes = int(last["tests"]), float(last["seconds"]) / 60
-        source = "as the last whole run here"
-    except (OSError, ValueError, KeyError, TypeError):
-        tests = RECORDED_TESTS
-        slower = RECORDED_LOOPS_PER_S / _loops_per_s() * 2 / min(os.cpu_count() or 1, 3)
-        minutes = RECORDED_MINUTES * slower
-        source = "estimated; a run of `make test` makes it exact"
+        kept = json.loads(FILE.read_text("utf-8"))
+        return {str(tier): [int(tests), int(s)] for tier, (tests, s) in kept.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def estimate(tier: str) -> str:
+    """One line: the number of tests, the time, and what the estimate is based on."""
+    if tier in (kept := _kept()):
+        tests, minutes = kept[tier][0], kept[tier][1] / 60
+        source = "as the last such run here"
+    else:
+        tests, minutes = RECORDED[tier]
+        minutes *= RECORDED_LOOPS_PER_S / _loops_per_s() * 2 / min(os.cpu_count() or 1, 3)
+        source = "estimated; the next run knows it exactly"
     return (
         f"about {tests:,} tests, {max(1, round(minutes))} minutes ({source}); "
         "Ctrl-C ends them and prints what failed so far"
@@ -51,4 +62,4 @@ def _loops_per_s() -> float:
 
 
 if __name__ == "__main__":
-    print(estimate(), flush=True)
+    print(estimate(sys.argv[1] if len(sys.argv) > 1 else ALL), flush=True)
