@@ -68,7 +68,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--whole",
         action="store_true",
-        help="the run is of a whole tier or of all: fail if no engine was native where one can be",
+        help="the run is of a whole tier: fail if no engine was native where one can be",
     )
 
 
