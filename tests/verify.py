@@ -145,8 +145,9 @@ _RESULT, _DIGEST = 3, 7
 _HEAD: Final = """\
 # When everything last ran
 
-`make test` is what a person waits for, `.ci/run` what every push must prove. `make verify` runs the
-rest before a release, stage by stage (`make verify ONLY=torture`), and writes this page. Times are of two cores. *Subject* is a digest of the files that decide a stage's result:
+`make test` is what a person waits for, `.ci/run` what every push must prove. `make verify`
+runs the rest before a release, stage by stage (`make verify ONLY=torture`), and writes this
+page. Times are of two cores. *Subject* is a digest of the files that decide a stage's result:
 `.ci/run` runs some stages only when it has changed since they last passed.
 
 | stage | shows | last result | took | on | commit | subject | CPU |
