@@ -67,7 +67,7 @@ class MergeReport:
     losses: dict[str, float]
 
     def as_json(self) -> dict[str, Any]:
-        """For scripts, and for the merged folder."""
+        """The report as plain data, for scripts and for the merged folder."""
         return {
             "dtype": self.dtype,
             "into": self.into,
