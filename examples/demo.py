@@ -1,4 +1,4 @@
-"""One base model, three adapters: answered side by side, judged by running, swapped.
+"""Demo of one base with three adapters: side by side, judged by running answers, swapped.
 
 Starts a server of its own on free ports, publishes the example adapters, streams answers of
 base and adapters in one batch, shows which weights gave them, counts right answers to tasks

@@ -120,7 +120,7 @@ def to_error(
 
 
 _NO_GRPC: Final = re.compile("Expected SETTINGS frame|http1.x server|missing selected ALPN")
-"""How gRPC says that the other side speaks something else, without and with TLS."""
+"""gRPC's messages for a server that does not speak gRPC, without and with TLS."""
 _CONNECTING: Final = re.compile(r".*?last error: (?:\w+: )?(?:ipv[46]:\S+: )?(?P<why>.*)", re.S)
 _WHY: Final = re.compile(r"Failed to connect to remote host: (?P<why>.*)", re.S)
 

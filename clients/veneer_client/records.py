@@ -47,7 +47,7 @@ class AdapterState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class AdapterInfo:
-    """What the server knows of one revision.
+    """One revision, as the server describes it.
 
     Attributes:
         rank: largest rank of any module.

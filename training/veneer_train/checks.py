@@ -278,7 +278,7 @@ def _assertion(statement: ast.stmt) -> tuple[str, object]:
 
 
 def _is(value: str, expected: object) -> bool:
-    """Whether the literal that the sandbox returned is what was expected."""
+    """Whether the literal that the sandbox returned equals the expected value."""
     try:
         return bool(_six_digits(ast.literal_eval(value)) == _six_digits(expected))
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):

@@ -33,7 +33,8 @@ MUCH_ROUNDING: Final = 0.1
 """Share of the delta's norm lost to rounding above which the report warns."""
 
 REPORT_FILE: Final = "veneer_merge.json"
-"""Report file in the merged folder: what it was made from, and how far it is from that."""
+"""Report file in the merged folder: how it was merged, and how far it is from the base plus
+adapter."""
 
 _BATCH: Final = 8
 

@@ -87,7 +87,7 @@ def connect(context: typer.Context, server: str | None) -> Client:
 
 
 def doing(error: ModelLoading) -> str:
-    """What a server that is still loading is doing."""
+    """What a loading server is doing, in words."""
     return error.metadata.get("doing", "starting")
 
 

@@ -168,8 +168,8 @@ def qlora_vs_lora(runs: Runs, methods: Sequence[Method] = METHODS, *, command: s
         ],
         limits=[
             _SHORT,
-            "On a CPU nothing is paged, and 4-bit weights are restored for each product, which "
-            "costs time that a GPU's kernels do not take.",
+            "On a CPU nothing is paged, and 4-bit weights are dequantized for each matrix "
+            "multiply, which costs time that a GPU's kernels do not take.",
             "Of this small base a third are embeddings, which stay in 16 bits, and the "
             "libraries take more than the weights: at 65B the same sum gives 49 GB "
             "against 784 (`veneer-train plan --llama-65b --preset paper --device cuda`).",
