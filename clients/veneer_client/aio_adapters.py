@@ -376,7 +376,8 @@ class AsyncAdapterCalls(AsyncConnection):
         self, name: str = "", *, page_size: int = 100, timeout_s: float | None = None
     ) -> AsyncIterator[HistoryEntry]:
         """Iterate over the history of changes (who, what and when), newest first, including
-        deleted names; "" means all names. Fetches pages as needed, each within ``timeout_s``."""
+        deleted names; "" means all names. Fetches pages as needed, each within
+        ``timeout_s``."""
         page = partial(calls_admin.history_page, name=name, page_size=page_size)
         return self._pages(page, timeout_s)
 

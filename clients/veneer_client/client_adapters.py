@@ -377,7 +377,8 @@ class AdapterCalls(Connection):
         self, name: str = "", *, page_size: int = 100, timeout_s: float | None = None
     ) -> Iterator[HistoryEntry]:
         """Iterate over the history of changes (who, what and when), newest first, including
-        deleted names; "" means all names. Fetches pages as needed, each within ``timeout_s``."""
+        deleted names; "" means all names. Fetches pages as needed, each within
+        ``timeout_s``."""
         page = partial(calls_admin.history_page, name=name, page_size=page_size)
         return self._pages(page, timeout_s)
 
