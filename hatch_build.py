@@ -1,9 +1,9 @@
-"""Builds the wheel: with a C++ compiler for Linux on x86-64 or ARM it brings compiled kernels.
+"""Builds the wheel. With a C++ compiler for Linux on x86-64 or ARM it has compiled kernels.
 
-Its tag is `forms.PLATFORM`, which PyPI takes, if the libraries need no newer symbols of the
-system's libraries; else ``linux``, for this machine alone.
+Its tag is `forms.PLATFORM`, which PyPI accepts, if the kernels need no newer symbols of the
+system's libraries than that platform has; else ``linux``, for this machine alone.
 
-Without a compiler it is a pure wheel, and a server compiles them at its first start. An
+Without a compiler it is a pure wheel, and a server compiles the kernels at its first start. An
 editable install compiles nothing here. A compiler for another architecture, named in CXX, makes
 a wheel for that one.
 """
@@ -31,7 +31,7 @@ class KernelsHook(BuildHookInterface[Any]):
     _made: tempfile.TemporaryDirectory[str] | None = None
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """See the module."""
+        """Compile the kernels and add them to the wheel; see the module."""
         if version == "editable":
             return
         root = Path(self.root)
@@ -60,12 +60,12 @@ class KernelsHook(BuildHookInterface[Any]):
             build_data["force_include"][str(file)] = (
                 f"veneer_server/backends/native/prebuilt/{file.name}"
             )
-        # For any Python 3: the libraries know nothing of it.
+        # For any Python 3: the libraries do not use Python's API.
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{self._platform(forms, files)}_{machine}"
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
-        """The libraries are in the wheel."""
+        """Remove the compiled libraries, which the wheel contains by now."""
         if self._made is not None:
             self._made.cleanup()
 
@@ -102,11 +102,11 @@ def _load(path: Path) -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look
+    sys.modules[spec.name] = module  # dataclasses look the module up there
     spec.loader.exec_module(module)
     return module
 
 
 def get_build_hook() -> type[BuildHookInterface[Any]]:
-    """What hatchling asks for."""
+    """The hook that hatchling loads."""
     return KernelsHook

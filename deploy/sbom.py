@@ -1,10 +1,10 @@
 """Writes the wheel's bill of materials (SBOM) beside it, as CycloneDX JSON: ``make wheel``.
 
 It lists our packages, the native library's sources with their digests, and every package that
-the wheel needs with any of its extras: in the version that is installed in this environment,
-which is the one that the tests ran with, and for those that pyproject.toml names with the range
-that it allows. What only an extra brings has the scope "optional". Nothing in it depends on the
-time or the folder, so that the same wheel in the same environment has the same bytes.
+the wheel or one of its extras needs. Versions are those installed in this environment, with
+which the tests ran; packages that pyproject.toml names also have the range that it allows. A
+package that only an extra needs has the scope "optional". Nothing in the output depends on the
+time or the folder, so that the same wheel in the same environment gives the same bytes.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ EXTRAS: Final = (
     "scale",
     "cuda",
 )
-"""What users install; "" is the base install. Not deepspeed and ray: transformers imports one
-wherever it is, the other is 240 MB, and this environment has neither."""
+"""The extras that are listed; "" is the base install. Left out, as this environment lacks them:
+deepspeed, which transformers imports wherever it is installed, and ray, which is 240 MB."""
 
 
 def main() -> int:
@@ -58,11 +58,11 @@ def main() -> int:
 
 
 def build(wheel: Path) -> str:
-    """The document, as JSON."""
+    """The bill of materials as JSON text."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     bom = Bom(serial_number=uuid.uuid5(uuid.NAMESPACE_URL, f"sha256:{digest}"))
-    # The library's default is now, which would differ from build to build.
+    # The library's default is the current time, which would differ from build to build.
     bom.metadata.timestamp = None  # type: ignore[assignment]
     bom.metadata.properties.add(
         Property(name="veneer:resolved", value="as installed where the wheel was built")
@@ -107,7 +107,7 @@ def _veneer(project: dict[str, Any], wheel: str, digest: str) -> Component:
 
 
 def _native() -> Component:
-    """The library of kernels that the wheel has compiled, and compiles again at need."""
+    """The library of kernels, which the wheel contains compiled and as sources."""
     files = sorted(p for p in (ROOT / NATIVE).rglob("*") if p.suffix in (".cpp", ".h"))
     return Component(
         name="veneer-native",
@@ -169,7 +169,7 @@ def _packages(project: dict[str, Any]) -> Iterator[tuple[str, tuple[Component, s
         needed.setdefault(_plain(name), set()).update(n for n, _ in after)
         todo += [each for each in sorted(new) if each[0] not in needed or each[1]]
     base = [name for name, of in extras.items() if "" in of]
-    for name in base:  # and all that those need
+    for name in base:  # and everything that those need
         base += sorted(needed[name] - set(base))
     for name in sorted(needed):
         scope = ComponentScope.REQUIRED if name in base else ComponentScope.OPTIONAL
@@ -201,7 +201,7 @@ def _component(
 
 
 def _licences(told: Any) -> Iterable[Any]:
-    """As the package's metadata has them: an expression, else classifiers, else a name."""
+    """The licences in a package's metadata: an expression, else classifiers, else a name."""
     factory = LicenseFactory()
     if expression := told.get("License-Expression"):
         return [factory.make_from_string(expression)]
@@ -213,7 +213,7 @@ def _licences(told: Any) -> Iterable[Any]:
     if named:
         return [DisjunctiveLicense(name=each) for each in sorted(set(named))]
     text = (told.get("License") or "").strip()
-    # Some put the whole text there.
+    # Some packages put the whole licence text there.
     return [factory.make_from_string(text)] if text and "\n" not in text else []
 
 

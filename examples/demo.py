@@ -1,4 +1,4 @@
-"""One base model, three adapters: answered side by side, judged by running, swapped.
+"""Demo of one base with three adapters: side by side, judged by running answers, swapped.
 
 Starts a server of its own on free ports, publishes the example adapters, streams answers of
 base and adapters in one batch, shows which weights gave them, counts right answers to tasks
@@ -56,14 +56,14 @@ SHOWN = {"sql": 2, "chat": 1}
 COUNTS = {"sql": 12, "code": 6, "chat": 4}
 """How many tasks of each adapter are counted: the first ones, not chosen."""
 LONGEST = 128
-"""Tokens of a counted answer."""
+"""Most tokens of a counted answer."""
 
 console = Screen(highlight=False)
 
 
 @dataclass
 class Answer:
-    """One of the answers, growing."""
+    """One answer, filled in as it streams."""
 
     asked: TaskSet
     number: int
@@ -77,7 +77,7 @@ class Answer:
 
     @property
     def verdict(self) -> str:
-        """On the whole answer, as a person reads it."""
+        """The verdict on the whole answer, in words."""
         try:
             right = self.task.right(self.text)
         except Unimplemented:
@@ -96,7 +96,7 @@ def main() -> None:
     began = time.perf_counter()
     console.print(TOY, markup=False, soft_wrap=True)
     console.print("starting a server ...", style="dim")
-    # Not in a thread beside the event loop: there Ctrl-C could not end it.
+    # Not in a thread of the event loop, where Ctrl-C could not end it.
     server = LocalServer(told=show_start)
     try:
         console.print(escape(server.ready_line), style="dim", soft_wrap=True)
@@ -127,13 +127,13 @@ def first_tasks() -> list[TaskSet]:
 
 
 def show_start(line: str) -> None:
-    """What takes long of a start, from the server's log."""
+    """Print a line of the server's log if it is about a slow step of the start."""
     if line.endswith(" so far") or " so far, " in line or ": done in " in line:
         console.print(escape(line), style="dim", soft_wrap=True)
 
 
 async def show(address: str, sets: Sequence[TaskSet]) -> bool:
-    """Publish the adapters, and let them answer; whether ``sql`` beats its base."""
+    """Publish the adapters and let them answer; return whether ``sql`` beats its base."""
     async with AsyncClient(address) as client:
         for name in NAMES:
             pushed = await client.push(ADAPTERS / name, name)
@@ -190,7 +190,8 @@ async def answer_side_by_side(client: AsyncClient, sets: Sequence[TaskSet]) -> N
 
 
 async def show_counts(client: AsyncClient, sets: Sequence[TaskSet]) -> bool:
-    """Count right answers to tasks that no training saw; whether ``sql`` beats its base."""
+    """Count right answers to tasks that no training saw; return whether ``sql`` beats its
+    base."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("counted")
     for column in ("base", "adapter"):
@@ -227,7 +228,7 @@ async def show_counts(client: AsyncClient, sets: Sequence[TaskSet]) -> bool:
 async def stream(
     client: AsyncClient, answer: Answer, done: Callable[[], object] = lambda: None
 ) -> None:
-    """Let one answer grow."""
+    """Stream one answer."""
     call = client.generate_stream(
         prompt_for(answer.asked, answer.task, answer.adapter),
         adapter=answer.adapter,
@@ -241,7 +242,7 @@ async def stream(
 
 
 def side(groups: list[list[Answer]]) -> Group:
-    """Each prompt, and beneath it its answers in columns as wide as the terminal."""
+    """Show each prompt, and beneath it its answers in columns across the terminal."""
     parts: list[RenderableType] = []
     for group in groups:
         width = max(24, console.width // len(group) - 1)
@@ -255,7 +256,7 @@ def side(groups: list[list[Answer]]) -> Group:
 
 
 async def show_swaps(client: AsyncClient) -> None:
-    """For each adapter: the first token from disk, then from the device."""
+    """Show each adapter's TTFT: first loaded from disk, then found on the device."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("swap to")
     for column in ("load from disk", "first token, cold", "first token, warm"):
@@ -270,14 +271,14 @@ async def show_swaps(client: AsyncClient) -> None:
 
 
 async def first_token(client: AsyncClient, adapter: str) -> tuple[float, float]:
-    """Seconds to the first token, and those of them spent loading the adapter."""
+    """Return the seconds to the first token, and how many of them loaded the adapter."""
     answer = await client.generate(Chat.user("Ahoy!"), adapter=adapter, max_tokens=1)
     timings = answer.provenance.timings
     return timings.time_to_first_token_s, timings.adapter_load_s
 
 
 def run() -> None:
-    """Entry: errors are one line, and a SIGTERM stops the server too."""
+    """Entry point: an error is one line, and a SIGTERM stops the server, too."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         main()

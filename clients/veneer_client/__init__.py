@@ -7,7 +7,7 @@
         for chunk in client.generate_stream(Chat.user("Count users."), adapter="sql"):
             print(chunk.text, end="")
 
-`AsyncClient` has the same methods for asyncio. Errors are those of
+`AsyncClient` has the same methods for asyncio. Errors are exceptions of
 `veneer_registry.errors`, rebuilt from the server's response.
 """
 

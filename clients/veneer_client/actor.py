@@ -1,4 +1,4 @@
-"""The caller's name as he gives it, which the server keeps in its history."""
+"""The name that a caller gives itself, which the server records in its history."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LONGEST: Final = 128
 
 
 def actor_metadata(actor: str | None) -> tuple[tuple[str, str], ...]:
-    """Metadata of every call: ``actor``, else VENEER_ACTOR, else ``user@host``.
+    """Metadata for every call: ``actor``, else VENEER_ACTOR, else ``user@host``.
 
     Header values are printable ASCII; other characters become ``?``. The name is a claim,
     which the server records but does not verify.

@@ -1,4 +1,4 @@
-"""The server's address, in the forms that people write it."""
+"""Parses a server address in the forms that people write."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _OTHERS: Final = frozenset({"unix", "unix-abstract", "dns", "ipv4", "ipv6", "vso
 
 
 def server_address(given: str | None = None) -> str:
-    """``HOST:PORT`` from ``given``, else from ``VENEER_SERVER``, else the default.
+    """Return ``HOST:PORT`` from ``given``, else from ``VENEER_SERVER``, else the default.
 
     Also accepts ``http://HOST:PORT``, ``https://HOST:PORT`` (see `is_tls`) and a host without a
     port.

@@ -46,14 +46,15 @@ class AsyncConnection:
         """Args:
         address: ``HOST:PORT``, or ``https://HOST:PORT`` for TLS; else VENEER_SERVER, else a
             profile's, else the default.
-        timeout_s: default deadline of a call, retries included. Generate, push, watch and
-            self_test have none unless given one.
+        timeout_s: default deadline of a call, retries included. Generate, push, register,
+            pull, watch and self_test have none unless given one.
         keepalive_s: see `calls.channel_options`.
         actor: the caller's name for the server's history; else VENEER_ACTOR, else
             ``user@host``.
         api_key, ca, cert, key, tenant: see `login.find_login`.
-        max_registry_lag_s: of a server that follows a registry: the oldest view of it that
-            names may be taken from; else the call is `Unavailable`.
+        max_registry_lag_s: for a server that follows a registry: the maximum age of the view
+            of the registry in which it looks up names. If its view is older, the call fails
+            with `Unavailable`.
         """
         login = find_login(address, api_key=api_key, ca=ca, cert=cert, key=key, tenant=tenant)
         self.address = login.address

@@ -100,12 +100,13 @@ class AsyncGenerationStream(_AsyncStream[Chunk]):
 
     @property
     def final(self) -> GenerationEnd:
-        """Finish reason, usage and provenance; after the last chunk."""
+        """Finish reason, usage and provenance; available after the last chunk."""
         return self._answer.require_end()
 
 
 class AsyncAdapterWatch(_AsyncStream[AdapterEvent]):
-    """Endless events of adapters, across interruptions; see `AsyncClient.watch`."""
+    """An endless stream of adapter events that survives interruptions; see
+    `AsyncClient.watch`."""
 
     def __init__(self, start: StreamStart, reader: WatchReader) -> None:
         self._place = reader
@@ -113,5 +114,5 @@ class AsyncAdapterWatch(_AsyncStream[AdapterEvent]):
 
     @property
     def sequence(self) -> int:
-        """Where another watch could resume."""
+        """The sequence number from which another watch can resume."""
         return self._place.sequence

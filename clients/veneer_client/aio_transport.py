@@ -72,7 +72,8 @@ async def next_message(stream: Any) -> Any:
 
 
 async def apart(work: Callable[[], Answer]) -> Answer:
-    """Work that reads or writes the disk, outside the event loop; waited for if cancelled."""
+    """Run work that reads or writes the disk in a thread. A cancelled caller still waits for
+    it to finish."""
     running = asyncio.ensure_future(asyncio.to_thread(work))
     try:
         return await asyncio.shield(running)
@@ -89,7 +90,7 @@ async def happens(event: Event, within_s: float) -> bool:
 
 
 async def prepared(folder: Path, name: str, options: PushOptions) -> Upload:
-    """`prepare` outside the event loop."""
+    """Run `prepare` outside the event loop."""
     preparing = asyncio.ensure_future(asyncio.to_thread(prepare, folder, name, options))
     try:
         return await asyncio.shield(preparing)

@@ -43,7 +43,7 @@ KEEPALIVE_S: Final = 20.0
 """Idle time after which a client pings the server."""
 
 _PLAN_RANK: Final = 16
-"""Rank of a planned adapter without a given shape, as in the server."""
+"""Rank to plan with if only modules are given; the server's default is the same."""
 
 RECONNECT_S: Final = 1.0
 """First wait of a watch or push for a server that was reachable before."""
@@ -52,7 +52,7 @@ LOOK_S: Final = 0.2
 """Interval of health checks while a server is not ready."""
 
 TELL_S: Final = 1.0
-"""Interval of asking a server why it is not ready."""
+"""How often to ask a server why it is not ready."""
 
 LEAST_S: Final = 1.0
 """Shortest timeout of a health check, however little time is left."""
@@ -79,7 +79,7 @@ def channel_options(keepalive_s: float) -> tuple[tuple[str, int], ...]:
         # Error details may hold a suggestion and a long message: gRPC's default is 8 KiB.
         ("grpc.max_metadata_size", 64 << 10),
         # gRPC's default is 4 MiB, which 18,000 tokens with 20 alternatives each exceed. No
-        # limit, as in the server for sending: both limit tokens, not bytes.
+        # limit, as for the server's sending: answers are limited in tokens, not bytes.
         ("grpc.max_receive_message_length", -1),
     )
 

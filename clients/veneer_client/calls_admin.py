@@ -102,7 +102,7 @@ def page(
 def committed(
     spec: adapters_pb2.UploadSpec,
 ) -> Call[adapters_pb2.GetUploadResponse, Mapping[str, int]]:
-    """Bytes of an upload that the server has, by file."""
+    """Ask how many bytes of each file of an upload the server already has."""
     return Call(
         f"/{_ADAPTERS}/GetUpload",
         adapters_pb2.GetUploadRequest(spec=spec),
@@ -123,8 +123,8 @@ def register(
     etag: str,
     wait_replicas: WaitReplicas,
 ) -> Call[adapters_pb2.RegisterAdapterResponse, Pushed]:
-    """Publish what the server fetches from a URI. Repeating it publishes nothing new, unless
-    an etag is given, which the first attempt would have changed."""
+    """Have the server fetch an adapter from a URI and publish it. A repetition publishes
+    nothing new. With an etag it is not retried, as the first attempt would have changed it."""
     request = _made(
         lambda: adapters_pb2.RegisterAdapterRequest(
             name=name,

@@ -88,8 +88,9 @@ class Client(AdapterCalls):
         return self.generate_stream(Chat.of(messages), **options)
 
     def adapter(self, name: str, *, activate: bool = False, pin: bool = False) -> AdapterHandle:
-        """One adapter for a ``with``: all calls inside use the revision that the name
-        or alias means at entry, even if another one is published meanwhile.
+        """Return a handle on one adapter, for a ``with``: all calls inside use the
+        revision that the name or alias resolves to at entry, even if another one is
+        published meanwhile.
 
         Args:
             activate: load it onto the device at entry.
@@ -119,14 +120,14 @@ class Client(AdapterCalls):
         concurrency: int = 0,
         timeout_s: float | None = None,
     ) -> Capacity:
-        """How many adapters and sequences would fit.
+        """Ask the server how many adapters and sequences would fit.
 
         Args:
             like: a published adapter that gives the shape. Otherwise ``rank`` (16 if unset)
                 and ``modules`` (``q_proj`` ...; all if unset) give it.
-            adapters: how many should be in memory; 0 requires nothing.
+            adapters: how many must fit in memory; 0 sets no requirement.
             context_length: tokens of one sequence; 0 means the model's maximum.
-            concurrency: how many sequences should run at once; 0 requires nothing.
+            concurrency: how many sequences must run at once; 0 sets no requirement.
 
         Raises:
             InvalidField: ``like`` together with a shape, or a shape that no adapter can have.
@@ -149,21 +150,23 @@ class Client(AdapterCalls):
         end: datetime | None = None,
         timeout_s: float | None = None,
     ) -> UsageReport:
-        """What tenants have used: requests, tokens, and adapters stored.
+        """Return what tenants have used: requests, tokens, and adapters stored.
 
         Args:
-            tenant: whose usage; one's own if empty, and every tenant's for an operator.
-            start, end: with a time zone; rounded down to the hour (UTC), so that periods that
-                follow each other count everything once. Unset: since ever, and until now.
+            tenant: the tenant to report on; if empty, the caller's own, or for an operator
+                all tenants.
+            start, end: the period, as times with a time zone. They are rounded down to the
+                hour (UTC), so that consecutive periods count everything once. If unset, the
+                period starts with the first record and ends now.
         """
         return self._ask(calls.usage(tenant, start, end), timeout_s)
 
     def health(
         self, service: str | None = None, *, timeout_s: float | None = None
     ) -> ServingStatus:
-        """Readiness of a service; "" asks whether the process is alive. If unset, whether the
-        server does what it is for: generate, or as a registry (``--role registry``) take
-        changes of adapters."""
+        """Return whether a service is ready; "" asks whether the process is alive. If unset,
+        return whether the server can do its job: generate, or as a registry (``--role
+        registry``) accept changes to adapters."""
         if service is not None:
             return self._ask(calls.health(service), timeout_s)
         try:
@@ -179,7 +182,7 @@ class Client(AdapterCalls):
         *,
         told: Callable[[VeneerError], None] = lambda why: None,
     ) -> None:
-        """Return once the server answers generate calls, or as a registry takes changes; it
+        """Wait until the server answers generate calls, or as a registry accepts changes; it
         need not have started yet.
 
         Args:
@@ -189,7 +192,8 @@ class Client(AdapterCalls):
                 `Unavailable`.
 
         Raises:
-            Unavailable, DeadlineExceeded: it was not ready in time; says what it was doing.
+            Unavailable, DeadlineExceeded: it was not ready in time; the message says what it
+                was doing.
         """
         ends, look = time.monotonic() + timeout_s, 0.0
         while True:
@@ -204,7 +208,7 @@ class Client(AdapterCalls):
             except grpc.RpcError as error:
                 failure = to_error(error, self.address, timeout_s=timeout_s)
                 if not isinstance(failure, Unauthenticated | PermissionDenied):
-                    why = failure  # health is open to all; what it is doing is not
+                    why = failure  # health needs no permission, `info` does
             except (Unavailable, DeadlineExceeded) as error:
                 why = error
             if left <= 0:
@@ -231,11 +235,12 @@ class Client(AdapterCalls):
     def self_test(
         self, adapters: Iterable[str] = (), *, timeout_s: float | None = None
     ) -> SelfTest:
-        """Check the answers of base and adapters, mixed in batches, against their files.
+        """Compare the answers of base and adapters, mixed in batches, with a reference
+        computed from their files.
 
         Args:
             adapters: names, ``name@revision`` or ``name/alias``. If empty: the two adapters
                 in memory that were used last, else two registered ones.
-            timeout_s: unlimited if unset, since each needs a reference computation.
+            timeout_s: unlimited if unset, since each reference takes a while to compute.
         """
         return self._perform(calls_admin.self_test(adapters), timeout_s)

@@ -74,9 +74,9 @@ class AdapterCalls(Connection):
             validate_only: check everything, publish nothing.
             activate: also load the adapter onto the device before returning.
             allow_replace: publish even if the name holds other content.
-            same_base: you say that the base which its config names is the served one, by
-                another name. The registry records that.
-            etag: must equal the name's (`AdapterInfo.etag`), else nothing is published.
+            same_base: declare that the base named in the adapter's config is the served one
+                under another name. The registry records this declaration.
+            etag: must equal the name's etag (`AdapterInfo.etag`), else nothing is published.
             wait_replicas: return once followers have it, too; see `Pushed.replicas`.
             progress: called with the bytes sent so far and the total, in gRPC's thread.
             on_resume: called when the push resumes from bytes that the server has.
@@ -111,14 +111,14 @@ class AdapterCalls(Connection):
                     sleep_or_raise(upload.wait_s(failure), failure, error)
 
     def check_push(self, name: str, *, timeout_s: float | None = None) -> None:
-        """Ask whether this caller may push under ``name`` here, and send nothing: for programs
-        that have the adapter only after hours.
+        """Check that this caller may push under ``name``, without sending anything. For
+        programs that have the adapter only hours later, such as a training run.
 
         Raises:
-            Unauthenticated, PermissionDenied: it may not.
+            Unauthenticated, PermissionDenied: the caller may not push.
         """
         asked = calls_admin.committed(adapters_pb2.UploadSpec(name=name))
-        # The server would let it in, but then misses the files; or is older than the question.
+        # Past the permission check: the server misses the files, or is too old for this call.
         with suppress(InvalidField, AdapterInvalid, Unimplemented):
             self._ask(asked, timeout_s)
 
@@ -151,10 +151,11 @@ class AdapterCalls(Connection):
         """Let the server fetch an adapter, and publish it as `push` does.
 
         Args:
-            uri: of a folder: ``https://``, ``hf://``, ``s3://``, ``gs://`` or ``file://``.
+            uri: the adapter folder's URI: ``https://``, ``hf://``, ``s3://``, ``gs://`` or ``file://``.
 
         Raises:
-            InvalidField: the server may not fetch from it (metadata ``field``). Others: `push`.
+            InvalidField: the server may not fetch from it (metadata ``field``).
+            Also every error of `push`.
         """
         call = calls_admin.register(
             uri,
@@ -178,18 +179,20 @@ class AdapterCalls(Connection):
         progress: Progress = lambda done, total: None,
         timeout_s: float | None = None,
     ) -> Pulled:
-        """Write the files of an adapter as they were uploaded, verified, into ``folder``.
+        """Download an adapter's files as they were uploaded, verify them, and write them to
+        ``folder``.
 
         Args:
             name: ``name``, ``name@revision`` or ``name/alias``.
-            folder: must not exist, or be empty. It appears when everything is there.
-            force: replace an adapter that is in the folder.
+            folder: must not exist or must be empty. It is created once all files are
+                complete.
+            force: replace the adapter that the folder already holds.
             progress: called with the bytes that have arrived and the total. The first number
-                falls if the connection breaks, since the pull begins anew.
+                drops if the connection breaks, since the pull then starts over.
 
         Raises:
-            InvalidField: the folder is in the way.
-            ChecksumMismatch: what arrived is not what was uploaded.
+            InvalidField: the folder already holds something that may not be replaced.
+            ChecksumMismatch: the received files differ from the uploaded ones.
         """
         start: Any = self._channel.unary_stream(
             calls_admin.DOWNLOAD,
@@ -216,8 +219,8 @@ class AdapterCalls(Connection):
                     call.cancel()
 
     def get(self, name: str, *, timeout_s: float | None = None) -> AdapterDetails:
-        """One adapter, by ``name``, ``name@revision`` or ``name/alias``, and all revisions of
-        its name."""
+        """Return one adapter, by ``name``, ``name@revision`` or ``name/alias``, and all
+        revisions of its name."""
         return self._ask(calls_admin.get(name), timeout_s)
 
     def list(
@@ -229,8 +232,8 @@ class AdapterCalls(Connection):
         page_size: int = 100,
         timeout_s: float | None = None,
     ) -> Iterator[AdapterInfo]:
-        """Current revisions in name order. Fetches pages as needed, each within
-        ``timeout_s``."""
+        """Iterate over the current revisions in name order. Fetches pages as needed, each
+        within ``timeout_s``."""
         page = partial(
             calls_admin.page,
             page_size=page_size,
@@ -279,10 +282,11 @@ class AdapterCalls(Connection):
             pinned: True loads it onto the device and keeps it there.
             labels: labels to set; other labels stay.
             remove_labels: keys of labels to remove.
-            retain: superseded revisions that the name keeps; any beyond are dropped at once.
+            retain: number of superseded revisions that the name keeps; older ones are
+                dropped at once.
             current: True makes ``name@revision`` the current one, for example to roll back.
             shared: True lets other tenants use the name with all its revisions and aliases.
-            etag: must equal the name's (`AdapterInfo.etag`), else nothing changes.
+            etag: must equal the name's etag (`AdapterInfo.etag`), else nothing changes.
             wait_replicas: return once followers have it, too.
         """
         call = calls_admin.update(
@@ -318,7 +322,8 @@ class AdapterCalls(Connection):
         wait_replicas: WaitReplicas = WaitReplicas.NONE,
         timeout_s: float | None = None,
     ) -> tuple[str, ...]:
-        """Remove ``name`` with all revisions, or ``name@revision``. Returns what it removed."""
+        """Remove ``name`` with all revisions, or ``name@revision``. Return the revisions
+        removed."""
         call = calls_admin.delete(name, etag=etag, mode=mode, wait_replicas=wait_replicas)
         return self._ask(call, timeout_s)
 
@@ -343,7 +348,7 @@ class AdapterCalls(Connection):
                 ``{"1a2b3c4d5e6f": 90, "6f5e4d3c2b1a": 10}``.
             rollback: restore its targets from before the last move.
             remove: remove the alias.
-            etag: must equal the alias's (`Alias.etag`), else nothing changes.
+            etag: must equal the alias's etag (`Alias.etag`), else nothing changes.
             wait_replicas: return once followers have it, too; see `AliasMove.replicas`.
 
         Raises:
@@ -364,29 +369,30 @@ class AdapterCalls(Connection):
     def list_aliases(
         self, name: str = "", *, timeout_s: float | None = None
     ) -> tuple[Alias, ...]:
-        """Aliases of one name, or of all names, in order."""
+        """Return the aliases of one name, or of all names, in order."""
         pages = self._pages(partial(calls_admin.alias_page, name=name), timeout_s)
         return tuple(pages)
 
     def history(
         self, name: str = "", *, page_size: int = 100, timeout_s: float | None = None
     ) -> Iterator[HistoryEntry]:
-        """Who changed what and when, newest first, including deleted names; "" means all
-        names. Fetches pages as needed, each within ``timeout_s``."""
+        """Iterate over the history of changes (who, what and when), newest first, including
+        deleted names; "" means all names. Fetches pages as needed, each within
+        ``timeout_s``."""
         page = partial(calls_admin.history_page, name=name, page_size=page_size)
         return self._pages(page, timeout_s)
 
     def watch(self, since: int = 0, *, timeout_s: float | None = None) -> AdapterWatch:
-        """Endless stream of the events of all adapters: first those after ``since`` (or, if
-        the server no longer has them, RESET and the present adapters), then SYNCED, then live
-        events.
+        """Stream the events of all adapters, without end: first the events after ``since``
+        (or, if the server no longer has them, RESET and the present adapters), then SYNCED,
+        then live events.
 
         If the server restarts or the connection breaks, it resumes by itself without a gap,
         as long as `RetryPolicy` has attempts left.
 
         Args:
             since: `AdapterEvent.sequence` of the last event seen; 0 at first.
-            timeout_s: of the whole watch; unlimited if unset.
+            timeout_s: limit for the whole watch; none if unset.
         """
         start = self._channel.unary_stream(
             calls_admin.WATCH,

@@ -98,7 +98,8 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.
 
 
 def _unfit(prompt: Prompt, options: GenerateOptions) -> str:
-    """What cannot be sent: the prompt, or the first option that cannot be sent alone."""
+    """Name the part that cannot be sent: the prompt, or the first option that cannot be sent
+    alone."""
     try:
         _request(prompt, {})
     except (TypeError, ValueError):
@@ -107,7 +108,7 @@ def _unfit(prompt: Prompt, options: GenerateOptions) -> str:
         alone: Any = {name: value}
         try:
             _request(prompt, alone)
-        except InvalidField:  # it needs another one
+        except InvalidField:  # it needs another option
             continue
         except (TypeError, ValueError):
             return name

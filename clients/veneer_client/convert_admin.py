@@ -131,7 +131,7 @@ def _time(stamp: Timestamp) -> datetime:
 
 
 def registered(message: adapters_pb2.RegisterAdapterResponse) -> Pushed:
-    """The outcome of a push that the server fetched itself."""
+    """The outcome of a push whose files the server fetched itself."""
     return Pushed(
         adapter=adapter_info(message.adapter),
         published=message.published,

@@ -1,5 +1,5 @@
-"""A pull: the files of a revision, received into a hidden folder beside the target, verified,
-and moved to their place whole.
+"""Pulls an adapter: receives a revision's files into a hidden folder beside the target,
+verifies them, and renames the folder to the target.
 
 `Download` makes the decisions; the clients only feed it the server's messages.
 """
@@ -51,16 +51,16 @@ class _Arriving:
 
 
 class Download:
-    """Receives one revision, over as many connections as needed: each attempt begins anew,
-    with the revision of the first. A context manager, which removes what was not finished."""
+    """Receives one revision, over as many connections as needed: each attempt starts over,
+    with the revision of the first. A context manager that removes an unfinished download."""
 
     def __init__(self, name: str, folder: Path, *, force: bool, progress: Progress) -> None:
         """Args:
-        folder: made by `finish`; must not exist, or be empty.
-        force: it may also be an adapter's folder, which is replaced.
+        folder: created by `finish`; must not exist or must be empty.
+        force: also accept a folder that holds an adapter, and replace it.
 
         Raises:
-            InvalidField: the folder is in the way.
+            InvalidField: the folder already holds something that may not be replaced.
         """
         self._name = name
         self._folder = Path(os.path.abspath(folder))
@@ -84,7 +84,7 @@ class Download:
         self._clear()
 
     def begin(self) -> adapters_pb2.DownloadAdapterRequest:
-        """Start an attempt; what an earlier one has received is dropped."""
+        """Start an attempt and return its request; drops the data of an earlier attempt."""
         if self._info is not None:
             # An alias or a name may have moved since.
             self._name = f"{self._info.name}@{self._info.revision}"
@@ -92,10 +92,10 @@ class Download:
         return adapters_pb2.DownloadAdapterRequest(name=self._name)
 
     def receive(self, message: adapters_pb2.DownloadAdapterResponse) -> None:
-        """Take the server's next message; writes to the disk.
+        """Take the server's next message, and write its data to disk.
 
         Raises:
-            InternalError: the server sends something that is no download.
+            InternalError: the server did not send a valid download.
         """
         if message.WhichOneof("message") == "start" and not self._files:
             self._start(message.start)
@@ -105,12 +105,12 @@ class Download:
             raise _not_a_download("an unexpected message")
 
     def finish(self) -> Pulled:
-        """Verify what has arrived and move it to its place.
+        """Verify the received files and move them to the target.
 
         Raises:
             Aborted: something is missing.
-            ChecksumMismatch: it is not what was uploaded; the target is as it was.
-            InvalidField: the target is in the way now.
+            ChecksumMismatch: the files differ from the uploaded ones; the target is unchanged.
+            InvalidField: the target has meanwhile got content that may not be replaced.
         """
         staging, info = self._staging, self._info
         if staging is None or info is None:
@@ -127,7 +127,7 @@ class Download:
             if file.digest.hexdigest() != file.sha256:
                 raise _other_content(name, file.sha256, file.digest.hexdigest())
         extra = {n: f.sha256 for n, f in self._files.items() if n not in REQUIRED_FILES}
-        # Not from the server's word: from the bytes that are here.
+        # Computed from the received bytes, without trusting what the server says.
         found = Bundle(read_adapter(staging, None).weights_digest, extra).revision
         if found != info.revision:
             raise _other_content("the adapter", info.revision, found)

@@ -91,12 +91,12 @@ def to_error(
     if code is grpc.StatusCode.UNAVAILABLE and _NO_GRPC.search(message):
         return ServerUnreachable(
             f"{address} answers, but not in gRPC; it may be the HTTP port: give the gRPC "
-            "address, that of the server's --listen (its ready line shows it; port 50051 "
-            "unless set)",
+            "address, which the server's --listen sets and its ready line shows (default "
+            "port: 50051)",
             metadata={"address": address, "cause": "no_grpc"},
         )
     if code is grpc.StatusCode.UNAVAILABLE:
-        # So does a port with TLS end a connection without.
+        # A port with TLS closes a plain-text connection like this, too.
         tls = "; if it has TLS: https://HOST:PORT" if "Socket closed" in message else ""
         return ServerUnreachable(
             f"no Veneer server answers at {address}: start one with `veneer-server`, or "
@@ -120,13 +120,13 @@ def to_error(
 
 
 _NO_GRPC: Final = re.compile("Expected SETTINGS frame|http1.x server|missing selected ALPN")
-"""How gRPC says that the other side speaks something else, without and with TLS."""
+"""gRPC's messages for a server that does not speak gRPC, without and with TLS."""
 _CONNECTING: Final = re.compile(r".*?last error: (?:\w+: )?(?:ipv[46]:\S+: )?(?P<why>.*)", re.S)
 _WHY: Final = re.compile(r"Failed to connect to remote host: (?P<why>.*)", re.S)
 
 
 def _in_plain_words(message: str) -> str:
-    """Why gRPC could not connect, without the address and its own words."""
+    """Why gRPC could not connect, without the address and gRPC's own phrases."""
     if "lookup" in message or "name not found" in message.lower():
         return "no host has this name"
     for pattern in (_CONNECTING, _WHY):
@@ -166,7 +166,8 @@ def cancelled() -> Cancelled:
 
 @contextmanager
 def starting() -> Iterator[None]:
-    """Wraps beginning a call: on a closed channel gRPC raises errors of other types."""
+    """Wrap the start of a call: on a closed channel gRPC raises errors of other types, which
+    become `Cancelled`."""
     try:
         yield
     except (ValueError, grpc.aio.UsageError) as error:
@@ -197,9 +198,9 @@ class RetryPolicy:
 
     Attributes:
         attempts: total attempts, or attempts without progress; 1 turns retries off.
-        longest_wait_s: longest wait; a longer one is left to the caller.
-        growth: each wait is at least what the server said, and this many times the last
-            one: with the defaults half a minute in total, enough for a restart.
+        longest_wait_s: longest wait; if the server asks for more, the call fails.
+        growth: the first wait is at least what the server said, and each further one this
+            many times the last: with the defaults half a minute in total, enough for a restart.
         final: errors after which a call is not retried, such as `ModelLoading`.
     """
 

@@ -30,7 +30,8 @@ class LocalServer:
 
     Attributes:
         address: ``HOST:PORT`` of gRPC.
-        url: the same, saying that it has no TLS, if ``flags`` have no certificate.
+        url: the address to give to clients: ``http://HOST:PORT``, which says that there is no
+            TLS, or `address` if ``flags`` name a certificate.
         metrics_address: ``HOST:PORT`` of Prometheus.
         data_dir: where adapters are stored, unless ``flags`` say otherwise.
         ready_line: the line that the server printed when it was ready.
@@ -48,13 +49,14 @@ class LocalServer:
         """Start, and return when the server is ready.
 
         Args:
-            flags: of ``veneer-server``.
-            environment: of the process; None inherits this one's.
+            flags: command-line flags of ``veneer-server``.
+            environment: the process's environment; None inherits this process's.
             told: called from another thread with each line of the server's log until it is
                 ready: the first start on a machine takes a minute, and the log says why.
 
         Raises:
-            ServerUnreachable: it ended or was not ready in time; shows its last log lines.
+            ServerUnreachable: it ended or was not ready in time; the message has its last log
+                lines.
         """
         self._folder = tempfile.TemporaryDirectory(prefix="veneer-")
         folder = Path(self._folder.name)

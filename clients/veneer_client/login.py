@@ -1,4 +1,4 @@
-"""Where the server is, and how a client proves who it is: arguments, variables, profiles.
+"""Finds a client's server address and credentials: arguments, variables, profiles.
 
 A profile is a table of ``profiles.toml`` in the user's configuration folder, which ``veneer
 login`` writes. Its key is sent to its own server only.
@@ -31,12 +31,12 @@ _MOST_BYTES: Final = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Login:
-    """What a channel needs.
+    """What is needed to open a channel and to make calls.
 
     Attributes:
         address: ``HOST:PORT``.
-        credentials: of the channel; None for plain text.
-        metadata: of every call.
+        credentials: the channel's credentials; None for plain text.
+        metadata: sent with every call.
     """
 
     address: str
@@ -53,16 +53,18 @@ def find_login(
     key: str | os.PathLike[str] | None = None,
     tenant: str | None = None,
 ) -> Login:
-    """What is not given comes from VENEER_SERVER, VENEER_API_KEY, VENEER_CA, VENEER_CERT,
-    VENEER_KEY and VENEER_TENANT, then (but for the tenant) from the profile that VENEER_PROFILE
-    names, or the one named ``default``.
+    """Find the address and credentials to use.
+
+    An argument that is not given comes from VENEER_SERVER, VENEER_API_KEY, VENEER_CA,
+    VENEER_CERT, VENEER_KEY or VENEER_TENANT, then (except the tenant) from the profile that
+    VENEER_PROFILE names, or the one named ``default``.
 
     Args:
         address: ``HOST:PORT``; ``https://HOST:PORT`` for TLS, ``http://HOST:PORT`` for none.
-        ca: PEM file with the certificates that are trusted, which turns TLS on for
-            ``HOST:PORT``; the system's if there is none.
+        ca: PEM file with the trusted CA certificates; default: the system's. Giving one turns
+            TLS on for ``HOST:PORT``.
         cert, key: PEM files of the client's own certificate (mTLS).
-        tenant: an operator acts in this tenant instead of its own.
+        tenant: the tenant in which an operator acts, instead of the operator's own.
 
     Raises:
         InvalidField: an address, file or profile cannot be used.
@@ -134,7 +136,7 @@ def _file() -> Path:
 
 
 def _profile(given: str | None) -> Mapping[str, str]:
-    """The profile to use; empty if there is none, or if it is of another server."""
+    """The profile to use; empty if there is none, or if it is for another server."""
     named = os.environ.get("VENEER_PROFILE")
     found = _profiles().get(named or DEFAULT_PROFILE)
     if found is None:
@@ -173,7 +175,7 @@ def save_profile(name: str, profile: Mapping[str, str]) -> Path:
     """Write a profile, readable by this user alone; returns the file.
 
     Raises:
-        InvalidField: the name, or the file that is there, cannot be used.
+        InvalidField: the name or the existing file cannot be used.
     """
     _check_name(name)
     kept = {field: value for field, value in profile.items() if value}

@@ -65,7 +65,7 @@ class WatchReader:
     """Reads a watch and keeps its position, so that it can resume.
 
     Attributes:
-        sequence: of the last event seen.
+        sequence: sequence number of the last event seen.
     """
 
     started = False
@@ -97,7 +97,7 @@ class StreamStart:
     """How to start and restart a stream.
 
     Attributes:
-        call: starts it; takes the seconds left until the deadline, or None.
+        call: starts the stream; takes the seconds left until the deadline, or None.
         to_failure: converts the error of a failed call.
     """
 

@@ -47,7 +47,7 @@ class AdapterState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class AdapterInfo:
-    """What the server knows of one revision.
+    """One revision, as the server describes it.
 
     Attributes:
         rank: largest rank of any module.
@@ -63,10 +63,10 @@ class AdapterInfo:
         disk_bytes: size of its files on disk.
         retain: superseded revisions that the name keeps.
         shared: other tenants may use the name.
-        tenant: whose it is, if it is another tenant's that shares it; else "". The name is
+        tenant: its owner, if another tenant shares it with the caller; else "". The name is
             then ``TENANT/name``, unless the caller's tenant accepts it by its plain name.
-        base_word: what says that it was trained on the served base: ``fingerprint``, ``name``,
-            ``rule``, ``publisher`` or ``none``; "" if an older server registered it.
+        base_word: how we know that it was trained on the served base: ``fingerprint``,
+            ``name``, ``rule``, ``publisher`` or ``none``; "" if an older server registered it.
     """
 
     name: str
@@ -231,7 +231,7 @@ class HistoryEntry:
     Attributes:
         event: ``published``, ``replaced``, ``made_current``, ``deleted``, ``alias_set``,
             ``labels`` ... ; the contract of ``GetHistory`` has them all.
-        revision: "" if it is not about one revision.
+        revision: "" if the change is not about one revision.
         actor: who the caller claims to be; not verified.
         peer: where the call came from; ``server`` for the server's own changes.
     """

@@ -1,6 +1,6 @@
-"""Calls by name with JSON in and out, for methods that the typed clients do not wrap.
+"""Calls gRPC methods by name, with JSON in and out: for those without a typed client.
 
-Needs nothing but the server, which describes its methods (gRPC reflection).
+Needs no generated code: the server describes its methods (gRPC reflection).
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ class ReflectionClient:
 
 
 class _Misfit(ValueError):
-    """What does not fit, and what does."""
+    """A part of a request does not fit; the message says which, and what would."""
 
 
 def _misfit(why: str) -> InvalidField:
@@ -206,10 +206,10 @@ def _misfit(why: str) -> InvalidField:
 
 
 def _check(value: object, message: Any, path: str) -> None:
-    """Raise `_Misfit` for the first part that does not have its field's type. `json_format`
-    would name the Python operation that failed on it."""
+    """Raise `_Misfit` for the first part that does not have its field's type. The error of
+    `json_format` would only name the Python operation that failed on it."""
     if message.full_name.startswith("google.protobuf."):
-        return  # times and such have forms of their own
+        return  # timestamps and the like have JSON forms of their own
     if not isinstance(value, dict):
         raise _Misfit(f"{path or 'it'}: give an object, {{...}}")
     names = {field.json_name: field for field in message.fields} | dict(message.fields_by_name)

@@ -1,4 +1,5 @@
-"""Servers that follow a registry: waiting until they have a change, and how old they may be."""
+"""Options for servers that follow a registry: wait until they have a change, and limit how
+old their view of the registry may be."""
 
 from __future__ import annotations
 
@@ -25,12 +26,12 @@ class WaitReplicas(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ReplicasReached:
-    """How such a wait ended.
+    """How the wait for followers ended.
 
     Attributes:
         live: followers that were alive.
-        applied: those of them that had the change.
-        enough: whether these were as many as the change waited for.
+        applied: live followers that had the change.
+        enough: whether that was as many as the change waited for.
     """
 
     live: int
@@ -46,21 +47,22 @@ _MODES: Final = {
 
 
 def wait_for(wait: WaitReplicas) -> replication_pb2.WaitForReplicas | None:
-    """The field of a request; None leaves it out, which an older server understands."""
+    """The field of a request; None leaves it out, which older servers need."""
     if wait is WaitReplicas.NONE:
         return None
     return replication_pb2.WaitForReplicas(replicas=_MODES[wait])
 
 
 def reached(answer: replication_pb2.ReplicasReached, present: bool) -> ReplicasReached | None:
-    """From an answer's field; None if the change did not wait."""
+    """Convert the field of an answer; None if the change did not wait."""
     if not present:
         return None
     return ReplicasReached(answer.live, answer.applied, answer.enough)
 
 
 def lag_metadata(seconds: float | None) -> tuple[tuple[str, str], ...]:
-    """Metadata of calls that take names from a view of at most so much age."""
+    """Call metadata: the maximum age of the view of the registry in which names are looked
+    up."""
     if seconds is None:
         return ()
     if not 0 <= seconds < math.inf:

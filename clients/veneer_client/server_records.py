@@ -69,7 +69,7 @@ class Budgets:
     """The server's effective limits; bytes and counts.
 
     Attributes:
-        max_batch_tokens: of one step; on a slow machine fewer than configured.
+        max_batch_tokens: most tokens in one step; on a slow machine fewer than configured.
         max_prefill_tokens: prompt tokens in a step that also decodes.
     """
 
@@ -113,17 +113,19 @@ class ServerInfo:
     """Description of a server.
 
     Attributes:
-        backend: what executes a step: ``native (avx512-bf16)``, ``native (avx2)``, with
-            ``, int8 activations`` inside if inputs are rounded to 8 bits, and ``, prebuilt`` if
-            the kernels came with the wheel, or ``torch``.
-        why_not_native: the reason in words; empty if the backend is native.
+        backend: what executes a step: ``torch``, or for example ``native (avx512-bf16)`` or
+            ``native (avx2)``. The parentheses also have ``, int8 activations`` if inputs are
+            rounded to 8 bits, and ``, prebuilt`` if the kernels came with the wheel.
+        why_not_native: why the backend is not native, in words; empty if it is.
         context_length: most tokens of prompt plus completion.
         engine_starts: 1 unless the engine process failed.
         longest_step_s: expected duration of the longest step, as measured before serving.
-        threads: of a step on a CPU; 0 from a server that does not report them.
-        why_threads: in words, why so many.
-        admin_port: changes are taken at another port, whose address the operator knows.
-        defaults: None from a server that does not report them.
+        threads: number of threads that compute a step on a CPU; 0 from a server that does not
+            report it.
+        why_threads: the reason for that number, in words.
+        admin_port: whether changes are accepted only at another port, whose address the
+            operator knows.
+        defaults: defaults of unset options; None from a server that does not report them.
     """
 
     version: str
@@ -185,7 +187,7 @@ class SequenceCapacity:
     Attributes:
         size: bytes of one sequence's keys and values.
         running: how many can run at once.
-        limited_by: why not more.
+        limited_by: the resource that allows no more.
     """
 
     context_length: int
@@ -199,8 +201,8 @@ class Shortfall:
     """A requested number that does not fit.
 
     Attributes:
-        flag: of ``veneer-server``, to be raised from ``available`` to ``needed``.
-        message: the same as a sentence.
+        flag: the flag of ``veneer-server`` to raise from ``available`` to ``needed``.
+        message: the same in a sentence.
     """
 
     limit: Limit
@@ -226,7 +228,7 @@ class BudgetUse:
 
     Attributes:
         host_cache_bytes, device_adapter_bytes: the budgets.
-        host_bytes, device_bytes: in use. More than the budget while running requests
+        host_bytes, device_bytes: bytes in use. They exceed the budget while running requests
             lease adapters that are to be evicted.
     """
 
@@ -245,8 +247,8 @@ class SelfTestResult:
         max_difference: largest difference of a log-probability (natural logarithm)
             between the serving path and the reference.
         bound: largest allowed difference.
-        nearest_other: largest difference to the nearest of the other references: if two
-            adapters had been swapped, this would be the small one.
+        nearest_other: largest difference to the nearest of the other references. If two
+            adapters had been swapped, this difference would be the small one.
         detail: why it failed, or "".
     """
 
@@ -284,9 +286,9 @@ class TenantUsage:
     """What a tenant has used.
 
     Attributes:
-        requests: generate requests that had an answer, or the beginning of one.
-        cached_prompt_tokens: those of ``prompt_tokens`` that were in the prefix cache.
-        adapter_byte_hours: bytes of stored adapters, times hours.
+        requests: generate requests that got an answer, or the beginning of one.
+        cached_prompt_tokens: the part of ``prompt_tokens`` that was in the prefix cache.
+        adapter_byte_hours: bytes of stored adapters times the hours they were stored.
     """
 
     tenant: str

@@ -92,12 +92,13 @@ class GenerationStream(_Stream[Chunk]):
 
     @property
     def final(self) -> GenerationEnd:
-        """Finish reason, usage and provenance; after the last chunk."""
+        """Finish reason, usage and provenance; available after the last chunk."""
         return self._answer.require_end()
 
 
 class AdapterWatch(_Stream[AdapterEvent]):
-    """Endless events of adapters, across interruptions; see `Client.watch`."""
+    """An endless stream of adapter events that survives interruptions; see
+    `Client.watch`."""
 
     def __init__(self, start: StreamStart, reader: WatchReader) -> None:
         self._place = reader
@@ -105,5 +106,5 @@ class AdapterWatch(_Stream[AdapterEvent]):
 
     @property
     def sequence(self) -> int:
-        """Where another watch could resume."""
+        """The sequence number from which another watch can resume."""
         return self._place.sequence

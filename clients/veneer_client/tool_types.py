@@ -15,8 +15,8 @@ class Tool:
 
     Attributes:
         parameters: the JSON schema of an object; None if it has no arguments.
-        strict: hold the arguments to it also where the model need not call, if the chat
-            template asks for calls in Hermes' format.
+        strict: constrain the arguments to the schema even if the model need not call, provided
+            that the chat template asks for calls in Hermes' format.
     """
 
     name: str
@@ -38,7 +38,7 @@ class ToolCall:
     """A call that the model has made.
 
     Attributes:
-        id: the result's message has it as ``tool_call_id``.
+        id: the call's id, which the message with its result repeats as ``tool_call_id``.
         arguments: JSON text as the model wrote it, which need not be valid unless the call
             was forced.
     """
@@ -53,7 +53,7 @@ class ToolCallDelta:
     """A piece of a call in a stream: the first one has id and name, the others arguments.
 
     Attributes:
-        index: of the call within its answer, from 0.
+        index: number of the call within its answer, from 0.
     """
 
     index: int

@@ -63,7 +63,7 @@ def next_message(stream: Any) -> Any:
 
 
 def apart(work: Callable[[], Answer]) -> Answer:
-    """Work that reads or writes the disk."""
+    """Run work that reads or writes the disk."""
     return work()
 
 

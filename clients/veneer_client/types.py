@@ -47,9 +47,9 @@ class ChatMessage:
     """One message; ``role`` is for example ``system``, ``user``, ``assistant`` or ``tool``.
 
     Attributes:
-        tool_calls: that an assistant's message holds.
-        tool_call_id, tool_name: of the call whose result a tool's message is.
-        reasoning: what an assistant thought before, for templates that show it.
+        tool_calls: the calls in an assistant's message.
+        tool_call_id, tool_name: in a tool's message, the call that it has the result of.
+        reasoning: an assistant's reasoning before its message, for templates that show it.
     """
 
     role: str
@@ -120,7 +120,7 @@ Prompt = Text | Chat | Tokens
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """An option's flag of ``veneer generate``: its help, and its minimum, if any."""
+    """The flag of ``veneer generate`` for an option: its help, and its minimum, if any."""
 
     help: str
     least: float | None = None
@@ -160,15 +160,17 @@ class BoundOptions(SamplingNumbers, total=False):
     """Generation ends at any of these tokens, which is not part of the text."""
     ignore_eos: bool
     min_tokens: int
-    """Stop tokens and stop strings end nothing before the output has so many tokens."""
+    """Stop tokens and stop strings have no effect until the output has this many tokens."""
     logprobs: bool
     """Log-probabilities of the raw distribution, one for each new token."""
     top_logprobs: int
-    """The most likely tokens beside each one, at most 20; implies ``logprobs``."""
+    """How many of the most likely tokens to report at each position, at most 20; implies
+    ``logprobs``."""
     echo: bool
     """The text starts with the prompt; with ``logprobs``, also its log-probabilities."""
     prompt_logprobs: int
-    """Log-probabilities of the prompt, with so many most likely tokens beside each."""
+    """Log-probabilities of the prompt, with this many of the most likely tokens at each
+    position."""
     n: int
     """Samples of the same prompt, 1 to 16."""
     json_schema: Mapping[str, object]
@@ -180,7 +182,8 @@ class BoundOptions(SamplingNumbers, total=False):
     grammar: str
     """The output matches this grammar, in llguidance's form of Lark."""
     truncate_prompt_tokens: int
-    """Keep only the prompt's last tokens, so many; -1: as many as leave room for the output."""
+    """Keep only this many of the prompt's last tokens; -1 keeps as many as leave room for the
+    output."""
     template_kwargs: Mapping[str, object]
     """Variables of the chat template, such as ``enable_thinking``."""
     reasoning_effort: str
@@ -190,9 +193,9 @@ class BoundOptions(SamplingNumbers, total=False):
     tools: Sequence[Tool]
     """Functions that the model may call; needs a `Chat`."""
     tool_choice: ToolMode | str
-    """Whether it calls, or the name of the one that it must call."""
+    """Whether the model calls a function, or the name of the function that it must call."""
     parallel_tool_calls: bool
-    """Unset: an answer may hold several calls."""
+    """Whether an answer may hold several calls; if unset, it may."""
     use_prefix_cache: bool
     """Unset: the server's default."""
     session_key: str
@@ -234,7 +237,8 @@ class FinishReason(Enum):
     """``max_tokens`` or the end of the context."""
     CANCELLED = "cancelled"
     TOOL_CALLS = "tool_calls"
-    """By itself, with calls of tools; `STOP` after a call that was asked for by name."""
+    """The model ended by itself after tool calls. A call that was required by name ends with
+    `STOP`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,8 +262,8 @@ class TokenLogprob:
         top: the most likely tokens at its position, likeliest first, if requested.
         token: its unique name: its text, ``bytes:\\xf0\\x9f`` for a fragment of a character,
             or a special token's name. Empty from a server that does not send it.
-        rank: how many tokens are at least as likely at its position, 1 for the likeliest. Only
-            the option ``prompt_logprobs`` asks for it, of the prompt's tokens; otherwise 0.
+        rank: how many tokens are at least as likely at its position, 1 for the likeliest. Set
+            only for tokens of the prompt, with the option ``prompt_logprobs``; otherwise 0.
     """
 
     token_id: int
@@ -271,8 +275,9 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of one call, over all its samples; ``cached_prompt_tokens`` came from the
-    prefix cache, ``reasoning_tokens`` of the completions are thinking."""
+    """Tokens of one call, over all its samples. ``cached_prompt_tokens`` is the part of the
+    prompt found in the prefix cache, ``reasoning_tokens`` the part of the completions that is
+    reasoning."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -302,8 +307,8 @@ class Provenance:
 
     Attributes:
         adapter: its name, or "" for the base model.
-        revision: the one that the name meant when the call was admitted, or "".
-        weights_digest: of the adapter's tensors, or "".
+        revision: what the name resolved to when the call was admitted, or "".
+        weights_digest: digest of the adapter's tensors, or "".
         tier: where the adapter was found; None for the base model.
     """
 
@@ -327,11 +332,11 @@ class Chunk:
     Attributes:
         text: new text, never retracted; may lag behind ``token_ids``.
         logprobs: one for each of ``token_ids``, if requested.
-        prompt_logprobs: if requested, one for each prompt token after the first; in the first
-            chunk with tokens, and those of a long prompt also in chunks before it.
-        index: the sample that it belongs to, from 0.
+        prompt_logprobs: if requested, one for each prompt token after the first. They come in
+            the first chunk with tokens; for a long prompt, also in chunks before it.
+        index: number of the sample that the chunk belongs to, from 0.
         finish_reason: set in a sample's last chunk, which may have no text.
-        reasoning: new text of what the model thought, see `Generation`.
+        reasoning: new text of the model's reasoning; see `Generation`.
         tool_calls: new pieces of calls.
     """
 
@@ -373,9 +378,9 @@ class Generation:
 
     Attributes:
         others: with ``n``, the further samples.
-        reasoning: what the model thought before ``text``, if its chat template has
+        reasoning: the model's reasoning before ``text``, if its chat template has
             ``<think>``.
-        tool_calls: what the answer calls; ``text`` is what it says besides.
+        tool_calls: the answer's tool calls; ``text`` is the rest of the answer.
     """
 
     request_id: str

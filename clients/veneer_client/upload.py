@@ -1,4 +1,5 @@
-"""A push: checked locally, hashed, cut into messages, resumed after an interruption.
+"""Pushes an adapter: checks and hashes its folder locally, sends it in messages, and resumes
+after an interruption.
 
 `Upload` makes the decisions; the clients only send its queries and messages.
 """
@@ -82,10 +83,10 @@ class _Source:
         self._lock = threading.Lock()
 
     def chunks(self, offset: int, size: int) -> Iterator[tuple[int, bytes]]:
-        """Its bytes from ``offset`` to ``size``, its size when hashed.
+        """Yield (offset, bytes) from ``offset`` to ``size``, the file's size when hashed.
 
         Raises:
-            AdapterInvalid: it has become shorter.
+            AdapterInvalid: the file has become shorter.
         """
         while offset < size:
             with self._lock:
@@ -128,7 +129,8 @@ class _Bundle:
         sources: open files, in the order of ``files``.
         warnings: from the local check.
         skipped: files of the folder that are not part of a bundle.
-        vocabulary: of the tokenizer beside the adapter: see `vocabulary_digest`.
+        vocabulary: digest of the vocabulary of the tokenizer beside the adapter: see
+            `vocabulary_digest`.
     """
 
     sources: tuple[_Source, ...]
@@ -315,7 +317,7 @@ def prepare(folder: Path, name: str, options: PushOptions) -> Upload:
 
     Raises:
         InvalidField: the name is not a legal adapter name.
-        AdapterInvalid: the server would refuse these files; says which and why.
+        AdapterInvalid: the server would refuse these files; the message says which and why.
     """
     check_name(name)
     with ExitStack() as opened:
@@ -356,8 +358,8 @@ def _message(file: str, offset: int, data: bytes) -> adapters_pb2.UploadAdapterR
 
 
 def _out_of_step(failure: VeneerError) -> bool:
-    """Whether the server has something else than it answered: more, from a connection that we
-    thought dead, or less, since it found a file damaged. Then ask it again."""
+    """Whether the server now has other bytes than it told us, so that we must ask it again:
+    more, from a connection that we thought dead, or fewer, since it found a file damaged."""
     if not isinstance(failure, InvalidField):
         return False
     field = failure.metadata.get("field")

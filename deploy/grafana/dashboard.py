@@ -1,7 +1,7 @@
 """Writes Veneer's Grafana dashboard: ``python deploy/grafana/dashboard.py`` (`make dashboard`).
 
-The JSON beside this file is what Grafana loads; a test sees that it is what this file
-writes, and runs each query against a real Prometheus.
+The JSON beside this file is what Grafana loads. A test checks that this file writes the same
+JSON, and runs each query against a real Prometheus.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Chart:
     """One panel.
 
     Attributes:
-        unit: a unit of Grafana's: s, short, bytes, percentunit, reqps.
+        unit: a unit that Grafana knows: s, short, bytes, percentunit, reqps.
         queries: legend -> PromQL; ``{...}`` in a legend is a label.
         kind: line; stack (parts of a whole); number (the last value); heat (buckets).
     """
@@ -57,7 +57,7 @@ class Chart:
 
 
 def of(metric: str, *labels: str) -> str:
-    """A selector of the chosen servers."""
+    """A PromQL selector of a metric of the chosen servers."""
     chosen = ",".join((SERVERS, *labels))
     return f"veneer_{metric}{{{chosen}}}"
 

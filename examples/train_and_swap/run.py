@@ -25,7 +25,7 @@ console = Screen(highlight=False, soft_wrap=True)
 def main() -> None:
     """The whole example."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=60, help="of training; fewer for a look")
+    parser.add_argument("--steps", type=int, default=60, help="steps; fewer for a quick look")
     steps = parser.parse_args().steps
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="veneer-example-") as scratch:
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 async def show(address: str, scratch: Path, steps: int) -> None:
-    """Data, training beside serving, then the swap."""
+    """Build the data, train while serving, then swap adapters."""
     await run("veneer-train", "data", "sql", "--out", str(scratch / "data"))
     sample = json.loads((scratch / "data" / "val.jsonl").read_text("utf-8").splitlines()[0])
     question, wanted = (message["content"] for message in sample["messages"])
@@ -77,14 +77,14 @@ async def show(address: str, scratch: Path, steps: int) -> None:
 
 
 async def ask(client: AsyncClient, question: str, adapter: str) -> Generation:
-    """A greedy answer."""
+    """Return a greedy answer."""
     return await client.generate(
         Chat.user(question), adapter=adapter, temperature=0, max_tokens=64
     )
 
 
 def tell(who: str, answer: Generation) -> None:
-    """The answer, which weights gave it, and what its first token waited for."""
+    """Print the answer, which weights gave it, and how long its first token took."""
     waited = answer.provenance.timings
     text = " ".join(answer.text.split())
     console.print(f"{who:<16}", style="bold", end="")
@@ -98,7 +98,7 @@ def tell(who: str, answer: Generation) -> None:
 
 
 async def run(program: str, *arguments: str, shown: bool = False) -> str:
-    """Run a command of this Python's environment; its output, stripped."""
+    """Run a command of this Python's environment; return its output, stripped."""
     command = str(Path(sys.executable).with_name(program))
     process = await asyncio.create_subprocess_exec(
         command, *arguments, stdout=asyncio.subprocess.PIPE

@@ -17,8 +17,9 @@ _FIX: Final = (
 
 
 def resolve_base(path: str) -> Path:
-    """The base's folder. The bundled base's name means its import, as it does for
-    ``veneer-server``; a hub name (``owner/model``) is downloaded by the hub's library.
+    """Return the base's folder. The bundled base's name stands for the folder it was imported
+    to, as for ``veneer-server``; a hub name (``owner/model``) is downloaded with the hub's
+    library.
 
     Raises:
         InvalidField: there is no such folder or import, and the hub did not provide it.
@@ -56,8 +57,12 @@ def resolve_base(path: str) -> Path:
 
 
 def progress_bar() -> type[Any]:
-    """A download's bar, which draws itself again over its own line: a `Guard` would show how.
-    Not the hub's own, which transformers switches off with its others."""
+    """Return the class of a download's progress bar.
+
+    The bar overwrites its own line, so it bypasses a `Guard`, which would make its control
+    characters visible. The hub's own class is not used: transformers switches that off with
+    its other bars.
+    """
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
     class Bar(tqdm):  # type: ignore[misc]

@@ -11,19 +11,20 @@ import torch
 from veneer_train.data import IGNORE, PAD, TrainingSample
 
 _BUCKET: Final = 32
-"""Batches per chunk of samples that is sorted by length: lengths are close within a batch, but
-batches still differ from epoch to epoch."""
+"""Samples are sorted by length in chunks of this many batches: lengths are close within a
+batch, but batches still differ from epoch to epoch."""
 
 Packed = tuple[TrainingSample, ...]
 """Samples that share a row, one after another."""
 
 
 class Order(torch.utils.data.Sampler[int]):
-    """The order of an epoch. It depends only on seed and epoch, so a resumed run repeats it.
+    """The order of samples in an epoch. It depends only on seed and epoch, so a resumed run
+    repeats it.
 
     Args:
-        lengths: tokens of each sample, to make neighbours in the order about the same
-            length. None: any order.
+        lengths: tokens of each sample, to put samples of similar length next to each other.
+            None: ignore lengths.
         batch: samples per step.
     """
 

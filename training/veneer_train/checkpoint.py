@@ -104,11 +104,11 @@ class Checkpoints:
             shutil.rmtree(old, ignore_errors=True)
 
     def clear(self) -> None:
-        """Remove them all."""
+        """Remove all checkpoints."""
         shutil.rmtree(self.root, ignore_errors=True)
 
     def _folders(self) -> list[Path]:
-        """Newest first."""
+        """The checkpoint folders, newest first."""
         found = [p for p in self.root.glob(f"{_PREFIX}*") if p.name[len(_PREFIX) :].isdigit()]
         return sorted(found, key=lambda p: int(p.name[len(_PREFIX) :]), reverse=True)
 
@@ -121,7 +121,7 @@ class Checkpoints:
 
 
 def last_step(root: Path) -> int | None:
-    """The step of the newest whole checkpoint in a folder, of whichever run; None if there is
+    """The step of the newest complete checkpoint in a folder, from any run; None if there is
     none."""
     steps = [
         int(folder.name.removeprefix(_PREFIX))
@@ -133,7 +133,7 @@ def last_step(root: Path) -> int | None:
 
 @contextlib.contextmanager
 def disk_errors(what: str, advice: str) -> Iterator[None]:
-    """Turn what libraries raise when a file cannot be written into our errors.
+    """Convert the exceptions of libraries that cannot write a file to our errors.
 
     Raises:
         DiskFull: the disk is full.
@@ -154,7 +154,7 @@ def disk_errors(what: str, advice: str) -> Iterator[None]:
 def _write_error(error: Exception, what: str, advice: str) -> VeneerError:
     text = str(error)
     full = isinstance(error, OSError) and error.errno in _FULL
-    # safetensors and torch report it only in their messages.
+    # safetensors and torch report a full disk only in their messages.
     if full or "No space left" in text or "os error 28" in text:
         return DiskFull(
             f"{what} could not be written, the disk is full: {advice}", metadata={"what": what}

@@ -1,21 +1,21 @@
-"""Checks whether an answer solves its sample's task: what a user would notice, unlike loss.
+"""Checks whether an answer solves its sample's task, which users notice more than loss.
 
 A sample may have a ``check`` beside its messages, one of:
 
-- ``{"exact": true}``: the answer is the sample's own, apart from surrounding whitespace;
+- ``{"exact": true}``: the answer equals the sample's own, apart from surrounding whitespace;
 - ``{"regex": PATTERN}``: the whole answer matches;
 - ``{"sql": {"setup": STATEMENTS}}``: run in SQLite after the set-up, it returns the same rows
   as the sample's own statement (in the same order, if that statement has ORDER BY);
 - ``{"python": {"signature": TEXT, "tests": STATEMENTS}}``: its code passes the tests. Each is
   an assertion about a value that can be written down (None, a truth value, a number, a string,
   or a list, tuple, set or dict of these): ``assert add(2, 3) == 5``,
-  ``assert is_even(2)``, ``assert not is_even(3)``. Run is what `code_of` takes from the answer;
-  with ``signature`` it must define that function.
+  ``assert is_even(2)``, ``assert not is_even(3)``. `code_of` extracts the code to run from the
+  answer; with ``signature`` it must define that function.
 - the same *without tests* is a check of form: the whole answer is Python, runs to its end, and
   defines a function (of that signature, if given).
 
-SQL runs in memory, in a process of its own that is ended if it takes too much (`sql_rows`), and
-may not write or attach. Python runs in `sandbox`, which returns values; they are compared here.
+SQL runs in memory, in a separate process with limits on time and memory (`sql_rows`), and may
+not write or attach. Python runs in `sandbox`, which returns values; they are compared here.
 A sample's own statement is also run in this process, once, when its check is read.
 """
 
@@ -40,7 +40,8 @@ from veneer_train import sandbox, sandboxed, sql_rows
 
 _KINDS: Final = ("exact", "regex", "sql", "python")
 _SQL_TIMEOUT_S: Final = 20.0
-"""Ends a judge that waits; one that computes is ended by its CPU limit, however busy we are."""
+"""Wall-clock limit, for a process that hangs; one that computes is ended by its CPU limit,
+however busy this machine is."""
 SQL_PROGRAM: Final = Path(sql_rows.__file__)
 
 
@@ -81,7 +82,7 @@ def validate(check: object, expected: str) -> Mapping[str, Any]:
     """Validate a sample's check by applying it to the sample's own answer.
 
     Raises:
-        InvalidField: it is malformed, or does not work.
+        InvalidField: the check is malformed, or does not work.
     """
     if not isinstance(check, Mapping) or len(check) != 1 or next(iter(check)) not in _KINDS:
         raise _bad(f"'check' must have one of {', '.join(_KINDS)}; got {check!r:.80}")
@@ -124,7 +125,7 @@ def passes(check: Mapping[str, Any], answer: str, expected: str) -> bool:
     """Whether an answer is right; ``expected`` is the sample's own.
 
     Raises:
-        Unimplemented: it is code, and this machine has no sandbox for it.
+        Unimplemented: the answer is code, and this machine has no sandbox for it.
     """
     kind, facts = next(iter(check.items()))
     match kind:
@@ -229,7 +230,7 @@ def _runs(facts: Mapping[str, Any], answer: str) -> bool:
 
 
 def _defines(code: str, signature: str) -> bool:
-    """Whether it is Python that defines a function, of that signature if one is given."""
+    """Whether the code is Python that defines a function, with this signature if given."""
     wanted = _plain_signature(signature)
     try:
         tree = ast.parse(code)
@@ -244,11 +245,11 @@ def _defines(code: str, signature: str) -> bool:
 
 
 def _assertions(tests: str) -> list[tuple[str, object]]:
-    """Expressions, each with the value that it should have.
+    """The expressions of the tests, each with the value that it should have.
 
     Raises:
         SyntaxError: not Python.
-        ValueError: a statement is no assertion about a value that can be written down.
+        ValueError: a statement is not an assertion about a value that can be written down.
     """
     return [_assertion(statement) for statement in ast.parse(tests).body]
 
@@ -277,7 +278,7 @@ def _assertion(statement: ast.stmt) -> tuple[str, object]:
 
 
 def _is(value: str, expected: object) -> bool:
-    """Whether the literal that the sandbox returned is what was expected."""
+    """Whether the literal that the sandbox returned equals the expected value."""
     try:
         return bool(_six_digits(ast.literal_eval(value)) == _six_digits(expected))
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
@@ -285,7 +286,7 @@ def _is(value: str, expected: object) -> bool:
 
 
 def _six_digits(value: Any) -> Any:
-    """The same with its floats rounded, as those of SQL are."""
+    """The value with its floats rounded as in SQL results."""
     match value:
         case list() | tuple():
             return type(value)(map(_six_digits, value))

@@ -1,6 +1,6 @@
 """The training configuration: strict YAML in, one frozen `TrainConfig` out.
 
-Nothing else in the package reads a settings file or an environment variable.
+No setting of a run comes from an environment variable.
 An unknown key, a wrong type or a value out of range is an `InvalidField` that
 names the key (metadata ``field``) and, for a misspelt key, the nearest one.
 """
@@ -58,7 +58,7 @@ class LoraConfig:
 
     @property
     def scaling(self) -> float:
-        """The factor of B A x."""
+        """The factor that B A x is multiplied by."""
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
     @property
@@ -92,7 +92,7 @@ class DataConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimConfig:
     """Optimiser and steps. ``warmup`` is a fraction of ``steps``; ``optim: auto``
-    is ``paged_adamw_8bit`` on CUDA and ``adamw_torch_fused`` on a CPU;
+    is ``paged_adamw_8bit`` on CUDA, and ``adamw_torch_fused`` on a CPU or with DeepSpeed;
     ``checkpointing: auto`` recomputes activations only on CUDA."""
 
     lr: float = 2e-4
@@ -111,9 +111,9 @@ class OptimConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalConfig:
-    """Validation loss every ``every`` steps (0: only before and after), and of the base before
-    training if ``compare_base``. Before and after training, the model answers ``tasks`` samples
-    that have a check, and the answers are scored."""
+    """Validation loss is measured every ``every`` steps (0: only before and after), and for the
+    base before training if ``compare_base``. Before and after training, the model answers
+    ``tasks`` samples that have a check, and the answers are scored."""
 
     every: int = 50
     compare_base: bool = True

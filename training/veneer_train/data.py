@@ -71,7 +71,7 @@ class DataSet:
 
     Attributes:
         file: base name only: a manifest must not reveal where data is stored.
-        sha256: of the whole file's bytes.
+        sha256: digest of the whole file's bytes.
         dropped: lines left out because they are longer than ``max_len``.
         truncated: lines cut to ``max_len``.
     """

@@ -17,7 +17,7 @@ _LOOKED_AT: Final = 64
 """Number of batches whose lengths represent all batches."""
 
 _FORWARD: Final = 1 / 3
-"""Time of a validation relative to a step of as many tokens: it is a forward pass only."""
+"""Time of a validation relative to a step with as many tokens: it is only a forward pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def estimate(
 
     Args:
         rows, order, collate: the training data and its order.
-        steps: steps that are left.
+        steps: number of steps that are left.
         recompute: recompute activations, as in training; stays switched on.
     """
     options, device = config.train, next(model.parameters()).device
@@ -103,7 +103,7 @@ def estimate(
 
 
 def _step(model: Any, batch: dict[str, torch.Tensor], device: torch.device) -> float:
-    """Seconds."""
+    """Run one forward and backward pass; return its seconds."""
     began = time.perf_counter()
     model(**{name: values.to(device) for name, values in batch.items()}).loss.backward()
     if device.type == "cuda":

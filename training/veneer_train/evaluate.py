@@ -81,10 +81,10 @@ def answer(
     max_tokens: int = 256,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
-    """Answers in the order of the tasks.
+    """Answer each task greedily; return the answers in the order of the tasks.
 
     Args:
-        max_tokens: of an answer; longer ones are cut off.
+        max_tokens: most tokens of an answer; longer ones are cut off.
         progress: called with the number done.
     """
     was_training, cached = model.training, model.config.use_cache

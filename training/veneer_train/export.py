@@ -108,7 +108,7 @@ def write_folder(
     card: str,
     template: str | None = None,
 ) -> None:
-    """Write the adapter folder ``out``: complete and checked as by the server, or not at all.
+    """Write the adapter folder ``out``, checked as a server does; complete or not at all.
 
     Args:
         out: replaced if it exists.

@@ -47,7 +47,7 @@ from veneer_train.trainer import Fitted, fit, log_evaluation, main_process
 
 
 class Doing(Protocol):
-    """Takes what goes on, and how much of it is done."""
+    """Called with the current activity, and how much of it is done."""
 
     def __call__(self, what: str, done: int = 0, total: int = 0) -> None: ...
 
@@ -129,8 +129,8 @@ class Snapshots:
         self.write(adapter, folder, self.facts(Fitted(moment.step, moment.tokens, loss)))
 
     def rehearse(self, adapter: AdapterSnapshot, folder: Path) -> None:
-        """Write the untrained adapter, check it as at the end, and remove it. An adapter that
-        a server would refuse in any case, or a folder that cannot be written, must be found
+        """Write the untrained adapter, check it as at the end, and remove it. This finds an
+        adapter that a server would refuse in any case, or a folder that cannot be written,
         before hours of training.
 
         Raises:
@@ -198,7 +198,8 @@ def _identity(
 def _found(
     checkpoints: Checkpoints, config: TrainConfig, *, overwrite: bool
 ) -> TrainerCheckpoint | None:
-    """The checkpoint to resume from. With ``overwrite``, removes those of another run."""
+    """Return the checkpoint to resume from; if there is none, remove all checkpoints. With
+    ``overwrite``, checkpoints of another run are no error."""
     wanted = config.output.resume
     found = None
     if wanted != "never":
@@ -239,12 +240,12 @@ def train(
         callbacks: returns callbacks for Trainer; see `Snapshots`.
         check_base: called before anything is loaded; may raise.
         expect: called before the first step with an estimate of the training time.
-        doing: called with what goes on before, between and after the steps, and how much of it
+        doing: called with each activity before, between and after the steps, and how much of it
             is done.
 
     Raises:
         InvalidField: the config, the data or the base cannot be used.
-        AdapterInvalid: a server would refuse the adapter, whatever is learned.
+        AdapterInvalid: a server would refuse the adapter, whatever it learns.
         TemplateFailed: the chat template cannot be marked or rendered.
         TrainingStopped: the run diverged.
         DiskFull, CheckpointFailed: a file could not be written.
@@ -257,7 +258,7 @@ def train(
     tokenizer = load_tokenizer(folder)
     template = read_template(config.data.template, tokenizer)
     split = load_split(config.data, tokenizer, template, config.train.seed)
-    if split.val is not None and config.eval.tasks:  # not at the end, when all is trained
+    if split.val is not None and config.eval.tasks:  # fail now, not after the training
         tasks = [each.task for each in split.val.samples if each.task is not None]
         require_sandbox(task.check for task in tasks[: config.eval.tasks])
     doing("hashing the base")
@@ -366,7 +367,7 @@ def _fit(
     resume: TrainerCheckpoint | None,
     **options: Any,
 ) -> Fitted:
-    """`trainer.fit`, unless the checkpoint is of the last step and nothing is left to train."""
+    """Call `trainer.fit`, unless the checkpoint is of the last step and only needs loading."""
     if resume is None or resume.step < config.train.steps:
         return fit(model, split, config, log, device, resume=resume, **options)
     weights = load_file(resume.folder / "adapter_model.safetensors")

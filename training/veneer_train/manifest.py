@@ -34,7 +34,7 @@ class RunFacts:
 
     Attributes:
         steps: optimiser steps.
-        tokens: input tokens seen, without padding.
+        tokens: input tokens seen; see `trainer.Fitted`.
         seconds: wall time from loading the base to the last evaluation.
         last_loss: the last step's training loss.
         before, after: validation of the base and of the written adapter.
@@ -51,7 +51,7 @@ class RunFacts:
     tasks_after: Mapping[str, Score] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
-        """Flat name -> number."""
+        """The figures, each under a flat name."""
         found = {"train_loss_last": self.last_loss}
         for when, measured in (("before", self.before), ("after", self.after)):
             if measured is not None:

@@ -44,7 +44,7 @@ class Measured:
     tasks: Mapping[str, Score]
 
     def metrics(self) -> dict[str, float]:
-        """Flat name -> number."""
+        """The figures, each under a flat name."""
         found = {
             "loss": self.loss.loss,
             "perplexity": self.loss.perplexity,
@@ -65,7 +65,7 @@ def manifest_of(adapter: Path) -> dict[str, Any]:
     """Content of ``training_manifest.json``; empty if it is missing or unreadable.
 
     Raises:
-        AdapterInvalid: it is not a regular file, or a link that leaves the folder.
+        AdapterInvalid: it is not a regular file, or it is a link that leaves the folder.
     """
     if not os.path.lexists(adapter / TRAINING_FILE):
         return {}
@@ -112,7 +112,7 @@ def measure(
     limit: int | None = None,
     told: Callable[[str], None] = lambda line: None,
 ) -> list[Measured]:
-    """Loss and task scores of the reference, the base and the adapter, in this order.
+    """Measure loss and task scores of the reference, the base and the adapter, in this order.
 
     Args:
         adapter: None: measure only the bases.

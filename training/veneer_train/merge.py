@@ -2,9 +2,10 @@
 
 The target is either the dequantized base (``dequant``), which is what the server computes with,
 or the original 16-bit weights (``source``), which are closer to the original model but not what
-the adapter was trained on. Never back into 4 bits: quantization rounds most of a small adapter
-away (a delta of 2 % of the base's norm gets a relative error of 1.07). bfloat16, whose steps
-are 1/256 of a weight, also loses much of a lightly trained adapter: `Rounding` says how much.
+the adapter was trained on. We never merge back into 4 bits: quantization rounds most of a small
+adapter away (a delta of 2 % of the base's norm gets a relative error of 1.07). bfloat16, whose
+steps are 1/256 of a weight, also loses much of a lightly trained adapter: `Rounding` says how
+much.
 """
 
 from __future__ import annotations
@@ -135,8 +136,8 @@ def adapted(base: Any, adapter: Path) -> Any:
 
 
 def _merged(model: Any, dtype: torch.dtype) -> tuple[Any, Rounding]:
-    """The model with its adapter merged, still in float32, and what ``dtype`` will lose of it.
-    Works module by module, to avoid a second copy of the model."""
+    """Merge the adapter. Return the model, still in float32, and how much of the change
+    ``dtype`` will lose. Works module by module, to avoid a second copy of the model."""
     error = delta = 0.0
     worst, worst_module, modules = 0.0, "", []
     with torch.no_grad():
@@ -189,7 +190,7 @@ def merge(
 
     Args:
         out: must not exist; appears complete at the end.
-        dtype: of the written weights.
+        dtype: dtype of the written weights.
 
     Raises:
         AdapterInvalid: a file of the adapter is missing, or not a regular file.

@@ -33,7 +33,8 @@ MUCH_ROUNDING: Final = 0.1
 """Share of the delta's norm lost to rounding above which the report warns."""
 
 REPORT_FILE: Final = "veneer_merge.json"
-"""Report file in the merged folder: what it was made from, and how far it is from that."""
+"""Report file in the merged folder: how it was merged, and how far it is from the base plus
+adapter."""
 
 _BATCH: Final = 8
 
@@ -67,7 +68,7 @@ class MergeReport:
     losses: dict[str, float]
 
     def as_json(self) -> dict[str, Any]:
-        """For scripts, and for the merged folder."""
+        """The report as plain data, for scripts and for the merged folder."""
         return {
             "dtype": self.dtype,
             "into": self.into,

@@ -21,7 +21,7 @@ class MetricsLog:
     """Writes one object per line and flushes it; non-finite numbers become null.
 
     Args:
-        path: None if another process of the run writes it.
+        path: the file; None if another process of the run writes it.
         after: keep existing rows up to this step, from which the run resumes. None: keep none.
 
     Attributes:

@@ -99,11 +99,11 @@ def _quantized_layers(model: torch.nn.Module) -> int:
 def load_base(
     folder: Path, quant: QuantConfig, device: torch.device, *, train: bool = True
 ) -> Any:
-    """The base model, quantized, frozen and guarded, in eval mode.
+    """Load the base model, quantized and frozen, in eval mode.
 
     Args:
-        train: False: only for measuring, with faster layers that have no gradients
-            (see `disable_cpu_packing`).
+        train: whether gradients are needed. If False, layers may use a faster kernel that has
+            none (see `disable_cpu_packing`).
     """
     dtype = DTYPES[quant.compute_dtype]
     options: dict[str, Any] = {}

@@ -98,7 +98,7 @@ QLoRA."""
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes by purpose."""
+    """The memory that a run needs: bytes by purpose."""
 
     method: Method
     trained_parameters: int
@@ -147,7 +147,8 @@ def plan(
     """Peak bytes of a run.
 
     Args:
-        config: its batch, length, rank, targets, optimizer and checkpointing count.
+        config: the run's config; uses ``train``, ``lora``, ``quant.double_quant`` and
+            ``data.max_len``.
         method: how to train; the config itself means ``qlora`` or, with ``quant.type: none``,
             ``lora``.
     """

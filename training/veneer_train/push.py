@@ -1,7 +1,7 @@
 """Publishes adapters from a training run, during it and at its end.
 
 `PushCallback` works with any Hugging Face style trainer whose model is a PEFT model
-(Trainer, TRL's SFTTrainer): every so many steps it copies the adapter and publishes it
+(Trainer, TRL's SFTTrainer): every N steps it copies the adapter and publishes it
 from a thread, so that training waits only for the copy.
 """
 
@@ -71,7 +71,7 @@ class PushOutcome:
     """Outcome of a publication.
 
     Attributes:
-        revision: of the adapter; "" if it failed.
+        revision: revision of the adapter; "" if it failed.
         error: why it failed, or "".
     """
 
@@ -86,8 +86,8 @@ def check_target(target: PushTarget, base: BaseFingerprint | None) -> tuple[str,
 
     Raises:
         InvalidField: the name or alias is not allowed.
-        BaseModelMismatch: it serves another base.
-        Unauthenticated, PermissionDenied: it would not let the adapter in.
+        BaseModelMismatch: the server serves another base.
+        Unauthenticated, PermissionDenied: the server does not let this caller push.
         ServerUnreachable: no server answers.
     """
     check_name(target.name)
@@ -121,13 +121,13 @@ class PushCallback(TrainerCallback):  # type: ignore[misc]
     one is running, at most one waits, and a newer one replaces it.
 
     Args:
-        address, name: of the server and the adapter.
+        address, name: the server's address and the adapter's name.
         every: steps between publications; 0: only at the end.
-        alias: moved to the last revision at the end.
+        alias: alias that is moved to the last revision at the end.
         base: folder of the base model, for the fingerprint that lets a server refuse
             adapters of another base; None: the adapter does not record its base.
         base_name: the base's logical name.
-        fingerprint: of the base, instead of the folder.
+        fingerprint: the base's fingerprint, to give instead of its folder.
         at_end: publish the adapter when training ends; if False, the caller does that, and
             the last step is not published here.
         on_publication: called with each outcome, from another thread.
@@ -190,8 +190,8 @@ class PushCallback(TrainerCallback):  # type: ignore[misc]
         )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Publish every so many steps. Not in `on_step_end`, since the step is checked for
-        soundness only after that."""
+        """Publish every ``every`` steps. Not in `on_step_end`, since the step is checked for
+        divergence only after that."""
         step = int(state.global_step)
         if self._worker is not None and self._every and step and step % self._every == 0:
             self._submit(kwargs["model"], state)

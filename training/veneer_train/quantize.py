@@ -20,8 +20,8 @@ class Saving:
     """Bytes in 16 bits and as written.
 
     Attributes:
-        linear_*: of the quantized layers.
-        whole_*: of the whole model; embedding, head and norms stay in 16 bits.
+        linear_*: bytes of the quantized layers.
+        whole_*: bytes of the whole model; embedding, head and norms stay in 16 bits.
     """
 
     linear_before: int

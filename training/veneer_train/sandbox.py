@@ -6,14 +6,14 @@ allowed, and all others fail. So the code cannot open a file or a socket, start 
 thread, send a signal, or read another process's memory. Limits bound its CPU time, memory and
 output; the parent kills it when its time is up.
 
-The verdict is not given in there. The process returns *values*, as Python literals, and the
-caller compares them with what it expected (`checks`). The process is never told what that is,
-so code that prints a verdict, exits early or replaces ``assert`` gains nothing.
+The process does not decide the verdict. It returns *values*, as Python literals, and the
+caller compares them with the expected ones (`checks`). The process never gets the expected
+values, so code that prints a verdict, exits early or replaces ``assert`` gains nothing.
 
 Where the kernel or the CPU has no such filter, no code is run: see `require`.
 
-It does not stop: bugs of the kernel in the allowed calls, leaks through timing, and the use of
-one core until the CPU limit. To judge a model that may attack those, use a virtual machine.
+It does not protect against kernel bugs in the allowed calls, leaks through timing, and the use
+of one core until the CPU limit. To judge a model that may attack those, use a virtual machine.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from veneer_registry.errors import Unimplemented
 from veneer_train import sandboxed
 
 _TIMEOUT_S: Final = 20.0
-"""Ends code that waits; code that computes is ended by its CPU limit, however busy we are."""
+"""Wall-clock limit, for code that hangs; code that computes is ended by its CPU limit, however
+busy this machine is."""
 _RESULT_BYTES: Final = 64 << 10
 _SOURCE_CHARS: Final = 20_000
 PROGRAM: Final = Path(sandboxed.__file__)
@@ -44,17 +45,17 @@ DESCRIPTION: Final = (
     f"environment, {sandboxed.CPU_S} s of CPU, {sandboxed.MEMORY >> 20} MiB. It does not "
     "protect against kernel bugs."
 )
-"""For people who are shown a verdict."""
+"""Text for people who are shown a verdict."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """What became of the code.
+    """Outcome of running the code.
 
     Attributes:
         ended: it ran to its end, and its process exited with status 0. Code may forge this.
-        values: of each expression, as a Python literal; None if it raised, returned something
-            that has no literal, or was not reached.
+        values: value of each expression, as a Python literal; None if it raised, returned
+            something that has no literal, or was not reached.
     """
 
     ended: bool
@@ -69,7 +70,7 @@ def require() -> None:
 def run_python(source: str, expressions: Sequence[str] = ()) -> Ran:
     """Run ``source``, then evaluate ``expressions`` in its namespace.
 
-    Modules of the standard library that it names in an import are there; others are not.
+    Only modules of the standard library that it names in an import are available.
 
     Raises:
         Unimplemented: this machine has no sandbox. Nothing was run.
@@ -109,7 +110,7 @@ def run_python(source: str, expressions: Sequence[str] = ()) -> Ran:
             guard.cancel()
             child.kill()
     first, *lines = told.decode("ascii", "replace").split("\n")
-    # Written before the code runs, so the code has no part in it.
+    # This line is written before the code runs, so the code cannot forge it.
     if first != sandboxed.CONFINED:
         raise Unimplemented(
             "generated code is not run here, since this machine cannot isolate it "
@@ -127,7 +128,8 @@ def run_python(source: str, expressions: Sequence[str] = ()) -> Ran:
 
 
 def _imports(source: str) -> list[str]:
-    """Modules of the standard library that the source imports, with those they are parts of.
+    """Modules of the standard library that the source imports. ``from a import b`` gives ``a``
+    and ``a.b``, which may be a module.
 
     Raises:
         SyntaxError, ValueError, RecursionError, MemoryError: it cannot be parsed.

@@ -1,7 +1,7 @@
-"""The process that `sandbox` runs code in. It stands alone: it imports nothing of ours.
+"""The process that `sandbox` runs code in. It imports none of our packages.
 
 It reads a request from stdin (``source``, ``modules``, ``expressions``), imports the modules,
-gives up what it does not need, and answers on stdout in lines: `CONFINED` or why not; `ENDED`
+confines itself, and answers on stdout in lines: `CONFINED` or why not; `ENDED`
 once the source has run; for each expression its value as a Python literal, or `FAILED`.
 """
 
@@ -35,9 +35,9 @@ _LAZY: Final = (
     "encodings.utf_8",
     "locale",
 )
-"""What modules of the standard library import only when they are used."""
+"""Modules that others of the standard library import only on use, too late once confined."""
 _DEEPEST: Final = 20
-"""Lists within lists in a value."""
+"""Most levels of nesting in a value."""
 
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_SECCOMP: Final = 22
@@ -53,9 +53,9 @@ _KILL: Final = 0x80000000
 _EPERM: Final = 0x00050000 | 1
 _OFFSET_NUMBER, _OFFSET_ARCHITECTURE = 0, 4
 
-# Memory, locks, clocks, signals of its own, descriptors that it has (three of /dev/null and the
-# answer's pipe), random numbers, and the end. Not among them: whatever opens, starts, connects,
-# sends, waits, maps another process, or changes these limits.
+# The allowed calls: memory, locks, clocks, signals within the process, open descriptors (three
+# of /dev/null and the answer's pipe), random numbers, and exit. Not allowed is any call that
+# opens, starts, connects, sends, waits, maps another process, or changes these limits.
 _CALLS: Final = (
     "read",
     "write",
@@ -166,7 +166,7 @@ _MACHINES: Final = {
 
 
 def confine() -> str:
-    """Set limits, then allow only `_CALLS`. Returns why that is impossible, or nothing."""
+    """Set limits, then allow only `_CALLS`. Returns why that is impossible, or ""."""
     try:
         import ctypes
         import resource
@@ -189,7 +189,7 @@ def confine() -> str:
     program = filter_program(architecture, tuple(numbers.values()))
     code = ctypes.create_string_buffer(program, len(program))
     header = struct.pack("@HP", len(program) // 8, ctypes.addressof(code))
-    # A process that nobody waits for any more ends.
+    # If the parent ends, nobody waits for this process: end it, too.
     libc.prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0)
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or libc.prctl(
         _PR_SET_SECCOMP, _FILTER_MODE, ctypes.c_char_p(header), 0, 0
@@ -202,7 +202,8 @@ def confine() -> str:
 
 
 def filter_program(architecture: int, allowed: tuple[int, ...]) -> bytes:
-    """BPF: another architecture's call kills; a call that is not ``allowed`` fails by EPERM."""
+    """The BPF program: a call of another architecture kills the process, and a call that is not
+    ``allowed`` fails with EPERM."""
     count = len(allowed)
     instructions = [
         (_LOAD, 0, 0, _OFFSET_ARCHITECTURE),
@@ -217,8 +218,8 @@ def filter_program(architecture: int, allowed: tuple[int, ...]) -> bytes:
 
 
 def literal(value: object, depth: int = 0) -> str:
-    """The value as a Python literal, that of a subclass as its base's: with it, it compares
-    equal. Raises ValueError if it has none."""
+    """The value as a Python literal; a subclass's value is written as its base's, since the two
+    compare equal. Raises ValueError if it has none."""
     if value is None or isinstance(value, bool):
         return repr(value)
     if isinstance(value, int):

@@ -1,6 +1,6 @@
-"""Runs SQL in memory. As a program: compares two statements, within bounds of time and memory.
+"""Runs SQL in memory. As a program: compares two statements, within limits of time and memory.
 
-It stands alone, as it is run without our packages: it imports nothing of ours. The program is
+It imports none of our packages, as it is run without them. The program is
 for statements that a model wrote. SQLite can be interrupted only between its steps, and one
 step may take minutes; a process can be ended at any time, with the memory it took.
 """
@@ -19,14 +19,15 @@ from typing import Any, Final
 CPU_S: Final = 5
 MEMORY: Final = 512 << 20
 SAME: Final = 10
-"""Exit status. Not 0 or 1, with which a Python ends that could not run this."""
+"""Exit status. Not 0 or 1, with which Python ends if it could not run this file."""
 DIFFERENT: Final = 11
 
 _HEAP: Final = 256 << 20
-"""Of SQLite in the program: what a statement sorts or groups is kept there, not in files."""
+"""SQLite's heap limit in the program. Data that a statement sorts or groups is kept in the
+heap, not in files."""
 _STEPS: Final = 5_000_000
 _BYTES: Final = 1 << 20
-"""Of all values that a statement returns, which it can make as long and many as it likes."""
+"""Most bytes of one value, and of all values that a statement returns."""
 _ROWS: Final = 10_000
 _COLUMNS: Final = 100
 _READS: Final = frozenset(
@@ -42,7 +43,7 @@ _READS: Final = frozenset(
 def rows(setup: str, statement: str) -> list[tuple[Any, ...]] | None:
     """The rows that a statement returns, floats rounded to six digits; None if it fails.
 
-    It may not write or attach, and is bounded in steps and in what it returns, not in time.
+    The statement may not write or attach. Its steps and its result are limited, not its time.
 
     Raises:
         sqlite3.Error: the set-up fails.
@@ -64,12 +65,13 @@ def rows(setup: str, statement: str) -> list[tuple[Any, ...]] | None:
 
 
 def rounded(value: object) -> object:
-    """A float to six digits; anything else as it is."""
+    """Round a float to six digits; return anything else as it is."""
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def same(setup: str, statement: str, expected: str) -> bool:
-    """Whether a statement returns the rows of another; in its order, if that has ORDER BY."""
+    """Whether a statement returns the same rows as ``expected``, and in the same order if that
+    has ORDER BY."""
     wanted = rows(setup, expected)
     got = rows(setup, statement)
     if wanted is None or got is None or len(got) != len(wanted):
@@ -91,7 +93,7 @@ def _few(found: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]] | None:
 
 
 def _ordered(statement: str) -> bool:
-    """Whether it has an ORDER BY outside of subqueries and string literals."""
+    """Whether the statement has an ORDER BY outside of subqueries and string literals."""
     bare = re.sub(r"'[^']*'", "", statement)
     while (inner := re.sub(r"\([^()]*\)", "", bare)) != bare:
         bare = inner
@@ -100,7 +102,7 @@ def _ordered(statement: str) -> bool:
 
 def main() -> None:
     """Read `same`'s arguments from stdin as JSON; end with `SAME` or `DIFFERENT`."""
-    import resource  # which not every system has that imports this file
+    import resource  # not on every system that imports this file
 
     asked = json.loads(sys.stdin.buffer.read())
     for what, most in (

@@ -27,12 +27,17 @@ class TrainingStopped(Aborted):
 class StabilityWatch:
     """Raises when loss or gradient norm show that the run has diverged.
 
-    Not finite: at once. A jump: the gradient norm before clipping is more than 100
-    times the median of the last 20 steps (or of those so far), from the sixth step on.
-    Worse than guessing: in two consecutive steps the loss is 2 nats above that of uniform
-    guessing, or above the first step's if that was worse. A step's loss is measured before
-    its update, so this applies from the third step on; a single such step may be an odd
-    batch. Low precision may cause any of these; try a smaller learning rate first.
+    It raises in three cases:
+
+    - A value is not finite.
+    - The gradient norm jumps: before clipping, it is more than 100 times the median of the
+      last 20 steps (or of those so far), from the sixth step on.
+    - The loss is worse than guessing: in two consecutive steps it is 2 nats above that of
+      uniform guessing, or above the first step's if that was worse. A step's loss is measured
+      before its update, so this applies from the third step on; a single such step may be an
+      odd batch.
+
+    Low precision may cause any of these; try a smaller learning rate first.
 
     Args:
         vocabulary: size of the model's vocabulary.

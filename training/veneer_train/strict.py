@@ -122,7 +122,7 @@ def apply_setting(raw: dict[str, Any], setting: str) -> None:
     """Put ``section.key=value`` (the value in YAML) into ``raw``.
 
     Raises:
-        InvalidField: malformed.
+        InvalidField: ``setting`` is malformed.
     """
     key, equals, text = setting.partition("=")
     parts = key.strip().split(".")

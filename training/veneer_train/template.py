@@ -111,7 +111,7 @@ def render(
 
     Args:
         template: what the server will render.
-        marked: `with_generation_marks` of it.
+        marked: the same template after `with_generation_marks`.
         special: the tokenizer's special tokens by name (``special_tokens_map``).
 
     Raises:

@@ -36,7 +36,7 @@ class Fitted:
         steps: optimiser steps, of all sessions.
         tokens: input tokens seen, without padding (with packing, including the little padding
             that there is).
-        last_loss: of the last step.
+        last_loss: loss of the last step.
     """
 
     steps: int
@@ -154,8 +154,8 @@ class _Rows(torch.utils.data.Dataset[_Row]):
 
 class _Trainer(Trainer):  # type: ignore[misc]
     """Args:
-    order: of the samples.
-    watch: has the last loss.
+    order: order of the samples.
+    watch: knows the last loss.
     checkpoints: where to save; None: nowhere.
     facts: returns the facts to save with a checkpoint.
     """

@@ -76,7 +76,8 @@ def _served(server: str, trained: BaseFingerprint | None) -> Iterator[str]:
 
 
 def _measured(adapter: Path, base: Path, data: Path, quant: QuantConfig) -> str:
-    """Raise InvalidField if the figure differs, or there is none to compare with."""
+    """Measure the loss again. Raise InvalidField if it differs from the manifest's, or the
+    manifest has none to compare with."""
     manifest = manifest_of(adapter)
     recorded = manifest.get("metrics", {}).get("val_loss_after")
     val, train = (manifest.get("data", {}).get(part) or {} for part in ("val", "train"))

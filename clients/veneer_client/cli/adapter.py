@@ -85,7 +85,7 @@ def convert(
     json_: JsonFlag = False,
     debug: DebugFlag = False,
 ) -> None:
-    """Make a folder that can be pushed of an adapter from mlx-lm or llama.cpp. Needs no
+    """Convert an adapter from mlx-lm or llama.cpp to a folder that can be pushed. Needs no
     server."""
     with errors_shown(context, debug):
         done = convert_adapter(source, out, base=base)

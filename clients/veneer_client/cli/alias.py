@@ -1,4 +1,4 @@
-"""``veneer adapter alias|aliases|rollback``: which revision requests get."""
+"""``veneer adapter alias|aliases|rollback``: choose which revision requests get."""
 
 from __future__ import annotations
 

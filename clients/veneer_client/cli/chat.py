@@ -61,7 +61,8 @@ class ChatState:
 
     adapter: str = ""
     revision: str = ""
-    """Of the first answer, as ``name@revision``; "" before it, and with the base."""
+    """The revision that gave the first answer, as ``name@revision``; "" before that answer
+    and for the base."""
     system: str = ""
     session: str = field(default_factory=lambda: uuid.uuid4().hex)
     turns: list[ChatMessage] = field(default_factory=list)

@@ -33,7 +33,7 @@ def adapter_names(context: typer.Context, incomplete: str) -> list[str]:
             listed = client.list(name_prefix=name, page_size=_MOST)
             names = [adapter.name for adapter in itertools.islice(listed, _MOST)]
             if "/" in name:
-                with suppress(AdapterNotFound):  # it is a tenant's
+                with suppress(AdapterNotFound):  # the part before / is a tenant
                     found = client.list_aliases(name.rpartition("/")[0])
                     names += [one.alias for one in found if one.alias.startswith(name)]
             return names

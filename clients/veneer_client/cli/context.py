@@ -81,13 +81,13 @@ def find_server(context: typer.Context, server: str | None) -> str | None:
 
 
 def connect(context: typer.Context, server: str | None) -> Client:
-    """A client for a command. If the server is still loading, the command says so at once
-    instead of retrying, as a program would; see `errors_shown`."""
+    """Make a client for a command. It does not retry while the server is still loading, so that
+    the user is told at once; see `errors_shown`."""
     return Client(find_server(context, server), retry=RetryPolicy(final=(ModelLoading,)))
 
 
 def doing(error: ModelLoading) -> str:
-    """What a server that is still loading is doing."""
+    """What a loading server is doing, in words."""
     return error.metadata.get("doing", "starting")
 
 

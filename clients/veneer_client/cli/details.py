@@ -19,7 +19,7 @@ _WORDS: Final = {
     "publisher": "the served one, its publisher says",
     "none": "not recorded",
 }
-"""What is added to a base's name."""
+"""How the base was recognised as the served one; shown after its name."""
 
 
 def detail_rows(details: AdapterDetails, *, full: bool = False) -> dict[str, str]:
@@ -73,7 +73,7 @@ def detail_rows(details: AdapterDetails, *, full: bool = False) -> dict[str, str
 
 
 def _base(adapter: AdapterInfo) -> str:
-    """The base that its config names, and what says that it is the served one."""
+    """The base named in the adapter's config, and how it was recognised as the served one."""
     word = _WORDS.get(adapter.base_word, "")
     return " ".join(filter(None, (adapter.base_model, word and f"({word})")))
 

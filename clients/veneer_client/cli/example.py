@@ -94,7 +94,7 @@ def example(
 
 
 def _copy(source: Path, to: Path) -> Path:
-    """Copy a folder, which appears by one rename and replaces nothing."""
+    """Copy a folder. The copy appears by one rename and never replaces anything."""
     if os.path.lexists(to):
         raise InvalidField(
             f"{to} already exists: give another folder with --out",

@@ -49,7 +49,7 @@ __all__ = [
 ]
 
 _LARGEST: Final = (1 << 31) - 1
-"""Of a number of tokens, more than any context has."""
+"""Upper bound for a number of tokens, more than any context has."""
 
 AdapterOption = Annotated[
     str | None,
@@ -237,7 +237,7 @@ def _prompt(given_as: str, *, chat: bool) -> str:
         text = sys.stdin.read()
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # of a shell or file with another encoding
+    except UnicodeEncodeError as error:  # from a shell or file with another encoding
         raise InvalidField(
             "the prompt is not UTF-8: convert it, for example with iconv -t UTF-8",
             metadata={"field": "prompt"},
@@ -250,8 +250,8 @@ def _prompt(given_as: str, *, chat: bool) -> str:
 
 
 def named(adapter: str | None) -> str:
-    """The adapter to ask; "" for the base. Raises InvalidField if the flag was given without a
-    name, as by a script whose variable is unset: the base must not answer then."""
+    """The adapter to use; "" for the base. Raises InvalidField for an empty flag, which a
+    script gives if its variable is unset: the base must not answer then."""
     if adapter == "":
         raise InvalidField(
             "--adapter is empty: give a name, or leave it out for the base model",
@@ -316,7 +316,7 @@ _CUT: Final = {
 
 
 def _warn_of_cut(notes: Console, options: GenerateOptions) -> None:
-    """Say what an answer lacks that was cut off before its constraint was fulfilled."""
+    """Warn that an answer was cut off before it fulfilled its constraint."""
     schema = options.get("json_schema")
     told = [why for option, why in _CUT.items() if option in options]
     more = ""
@@ -358,7 +358,7 @@ def _stream(client: Client, prompt: Prompt, options: GenerateOptions) -> None:
             stream.cancel()
             sys.stdout.write("" if ended_line else "\n")
             sys.stdout.flush()
-            notes.print("stopped: the server makes no more of this answer", style="dim")
+            notes.print("stopped: the server has been told to stop generating", style="dim")
             raise typer.Exit(130) from None
         if not ended_line:
             sys.stdout.write("\n")

@@ -1,4 +1,4 @@
-"""The flags that say who a program is, and whom it trusts: the same in all our programs."""
+"""Flags for credentials and trusted certificates, the same in all our programs."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ KeyFlag = Annotated[
 def keep_login(
     *, profile: str | None, ca: str | None, cert: str | None, key: str | None
 ) -> None:
-    """Keep what was given in the environment, where every client of this process and of its
-    children reads it; a flag takes precedence over its variable."""
+    """Write the given flags to environment variables, where every client in this process and
+    its children reads them. A flag takes precedence over its variable."""
     for name, value in (("PROFILE", profile), ("CA", ca), ("CERT", cert), ("KEY", key)):
         if value is not None:
             os.environ[f"VENEER_{name}"] = value
-    # In processes that this one starts, gRPC would print a line for each failed handshake,
-    # beside our own error. This one has imported it already.
+    # In child processes gRPC would print a line for each failed handshake, beside our own
+    # error. This process has imported gRPC already, so the variable no longer affects it.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")

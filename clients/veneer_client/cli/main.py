@@ -209,7 +209,8 @@ def health(
 
 
 def _teller() -> Callable[[VeneerError], None]:
-    """Reports to standard error what the server that we wait for is doing, once per step."""
+    """Return a callback that reports on standard error what the server that we wait for is
+    doing, once per step."""
     said = ""
 
     def tell(why: VeneerError) -> None:

@@ -44,10 +44,10 @@ def plan(
         ),
     ] = "",
     rank: Annotated[
-        int | None, typer.Option(help="Or of this rank; 16 if unset.", min=1, max=4096)
+        int | None, typer.Option(help="Rank to plan for; 16 if unset.", min=1, max=4096)
     ] = None,
     module: Annotated[
-        list[str] | None, typer.Option(help="And with these modules, repeatable; all if unset.")
+        list[str] | None, typer.Option(help="Module to plan for; repeatable; all if unset.")
     ] = None,
     adapters: Annotated[int, typer.Option(help="Adapters to keep in memory.", min=0)] = 0,
     length: Annotated[

@@ -1,5 +1,5 @@
-"""``veneer adapter push``: publish a folder, resuming as often as necessary, or a URI that the
-server fetches; ``veneer adapter pull``: get the files back."""
+"""``veneer adapter push`` publishes a folder, resuming as often as necessary, or a URI that the
+server fetches; ``veneer adapter pull`` gets the files back."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def push(
         bool,
         typer.Option(
             "--same-base",
-            help="You say that the base which the adapter's config names is the served one, by "
+            help="Declare that the base named in the adapter's config is the served one, under "
             "another name.",
         ),
     ] = False,
@@ -113,9 +113,9 @@ def push(
         if "://" in folder:
             with _stopped(
                 console,
-                "the server stops fetching, and publishes nothing unless it just has: "
-                f"`veneer show {name}` says whether it did. Nothing that was fetched is kept; "
-                "the same command starts anew",
+                "the server stops fetching. Unless it had just finished, nothing is published: "
+                f"`veneer show {name}` shows which. No fetched data is kept; the same command "
+                "starts over",
             ):
                 pushed = client.register(
                     folder,
@@ -130,8 +130,8 @@ def push(
                 )
         else:
             sent = (
-                "nothing was published. What was sent is kept for a while; the same command "
-                "goes on from there"
+                "nothing was published. The data sent is kept for a while; the same command "
+                "resumes from there"
             )
             with _stopped(console, sent), _bar(console) as bar:
                 task = bar.add_task(f"checking {cell(folder)}", total=None)
@@ -172,7 +172,7 @@ def pull(
     """Download an adapter's files as they were uploaded, and verify them."""
     console = Screen(stderr=True, highlight=False)
     with errors_shown(context, debug), connect(context, server) as client:
-        kept = "nothing of it is kept; the same command starts anew"
+        kept = "nothing of it is kept; the same command starts over"
         with _stopped(console, kept), _bar(console) as bar:
             task = bar.add_task(f"receiving {cell(name)}", total=None)
             pulled = client.pull(
@@ -199,7 +199,7 @@ def _bar(console: Console) -> Progress:
 
 
 def _name_for(folder: str) -> str:
-    """A name that a server takes, from the last part of a folder or URI."""
+    """A valid adapter name, made from the last part of a folder or URI."""
     last = re.split("[/@]", folder.partition("://")[2] or os.path.abspath(folder))
     words = [part for part in last if part]
     if len(words) > 1 and "@" in folder:
@@ -210,7 +210,7 @@ def _name_for(folder: str) -> str:
 
 @contextlib.contextmanager
 def _stopped(console: Console, kept: str) -> Iterator[None]:
-    """After Ctrl-C, say what is kept and how to go on."""
+    """On Ctrl-C, tell the user what is kept and how to resume."""
     try:
         yield
     except KeyboardInterrupt:

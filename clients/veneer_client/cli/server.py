@@ -50,7 +50,7 @@ Examples:
 
 
 def _in_words_of_budgets(message: str) -> str:
-    """The server names its own flags for what this command sets while it runs."""
+    """A server's message, with this command's flags in place of the server's own."""
     words = {"--device-adapter-bytes": "--device", "--host-cache-bytes": "--host"}
     for flag, own in words.items():
         message = message.replace(flag, own)

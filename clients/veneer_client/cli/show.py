@@ -97,8 +97,9 @@ def _ms(seconds: float) -> str:
 
 
 def summary(end: GenerationEnd, *, samples: int = 1) -> str:
-    """``queue 2 ms · load 41 ms (disk) · first token 88 ms · 54 tok/s · chat@1a2b…``; it
-    starts with a note if the answer was cut off, or with several samples by their tokens."""
+    """A summary line: ``queue 2 ms · load 41 ms (disk) · first token 88 ms · 54 tok/s ·
+    chat@1a2b…``. It starts with a note if the answer was cut off, or with the number of
+    samples and tokens if there are several samples."""
     place, times = end.provenance, end.provenance.timings
     parts = []
     if samples > 1:
@@ -136,7 +137,7 @@ def _columns(*names: str, right: Iterable[str] = ()) -> Table:
 
 
 def place_of(adapter: AdapterInfo) -> str:
-    """Its tier and notable state: ``disk (pinned, quarantined)``."""
+    """An adapter's tier and notable state: ``disk (pinned, quarantined)``."""
     notes = ["pinned"] if adapter.pinned else []
     if adapter.tenant:
         notes.append(f"of {adapter.tenant}")
@@ -165,7 +166,7 @@ def adapter_table(adapters: Iterable[AdapterInfo]) -> Table:
             cell(place_of(adapter)),
             str(adapter.rank),
             byte_size(adapter.size),
-            # How much others use a shared one is for its own tenant to know.
+            # Only its own tenant may see how much a shared adapter is used.
             "" if adapter.tenant else str(adapter.leases),
             "" if adapter.tenant else ago(adapter.last_used),
             cell(" ".join(f"{key}={value}" for key, value in adapter.labels.items())),
@@ -327,6 +328,6 @@ def usage_table(report: UsageReport) -> Table:
 
 
 def write_reasoning(chunk: Chunk) -> None:
-    """Show what the model thinks on standard error: standard output has the answer alone."""
+    """Write the model's reasoning to standard error: standard output has only the answer."""
     if chunk.reasoning:
         write_answer(sys.stderr, chunk.reasoning)

@@ -93,7 +93,7 @@ def watch(
 
 
 def follow(client: Client, since: int, tell: Callable[[str], None]) -> Iterator[AdapterEvent]:
-    """Endless events, even if the server goes away for a while.
+    """Yield events without end, even if the server goes away for a while.
 
     Args:
         client: a client that does not retry by itself.
@@ -148,8 +148,8 @@ def _show_board(client: Client, since: int, console: Console) -> None:
 
 
 def leases_now(client: Client, also: Iterable[Key]) -> dict[Key, int]:
-    """Running requests of each revision that is in memory or in ``also``. Asked for, since the
-    end of a request is not an event."""
+    """Number of running requests of each revision that is in memory or in ``also``. This is
+    polled, since the end of a request is not an event."""
     found = {
         (adapter.name, adapter.revision): adapter.leases
         for tier in (Tier.DEVICE, Tier.HOST)
@@ -170,11 +170,11 @@ class Board:
     def __init__(self) -> None:
         self._rows: dict[Key, tuple[AdapterInfo, str]] = {}
         self._leases: dict[Key, int] = {}
-        """Running requests by row; unknown for a row that is missing."""
+        """Number of running requests by row; a missing row's is unknown."""
         self._lock = threading.Lock()
 
     def lose(self) -> None:
-        """Note that the server is away, so that the numbers of requests are unknown."""
+        """Forget the numbers of requests: the server is away, so they are unknown."""
         with self._lock:
             self._leases.clear()
 

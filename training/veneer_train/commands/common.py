@@ -47,20 +47,20 @@ def stderr() -> Console:
 @contextmanager
 def errors(
     debug: bool,
-    kept: Callable[[], str] = lambda: "the same command begins again",
+    kept: Callable[[], str] = lambda: "the same command starts over",
 ) -> Iterator[None]:
     """End the command with one line and code 1 for our errors; show a bug's traceback. Ctrl-C
     ends it with code 130.
 
     Args:
-        kept: what a command that is stopped leaves, and how to go on.
+        kept: returns what a stopped command leaves behind, and how to resume it.
     """
     try:
         yield
     except VeneerError as error:
         if debug:
             raise
-        # A server's refusal of a push names methods.
+        # A server's message about a refused push names gRPC methods.
         stderr().print(f"veneer-train: {in_cli_words(str(error))}", markup=False)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
@@ -95,12 +95,12 @@ def share_cores(server: str) -> None:
 
 
 EVERY_S: Final = 4.0
-"""Nothing that takes longer than this goes on in silence."""
+"""Longest time without a line of output."""
 
 
 class Pulse:
-    """Says what is going on, every `EVERY_S` in which nothing else was printed. Use it in a
-    ``with``; its methods may be called in any thread.
+    """Prints what the command is doing whenever nothing else was printed for `EVERY_S`. Use it
+    in a ``with``; its methods may be called in any thread.
 
     Args:
         shown: called with a line.
@@ -132,14 +132,14 @@ class Pulse:
         self._thread.join()
 
     def doing(self, what: str, done: int = 0, total: int = 0) -> None:
-        """What goes on now, and how much of it is done; "" for nothing worth a line."""
+        """Set the current activity, and how much of it is done; "" prints nothing."""
         with self._changed:
             if what != self._what:
                 self._what, self._began = what, time.monotonic()
             self._done, self._total = done, total
 
     def printed(self) -> None:
-        """Something else was printed: a line is due only `EVERY_S` later."""
+        """Note that something else was printed: the next line is due `EVERY_S` later."""
         with self._changed:
             self._due = time.monotonic() + self._every_s
 
@@ -159,7 +159,8 @@ class Pulse:
 
 @contextmanager
 def pulse(what: str) -> Iterator[Pulse]:
-    """For commands without a bar: prints what goes on, every `EVERY_S`; at first ``what``."""
+    """Print the current activity, at first ``what``, every `EVERY_S`; for commands without a
+    progress bar."""
     console = stderr()
     with Pulse(lambda line: console.print(line, style="dim", markup=False)) as running:
         running.doing(what)
@@ -189,7 +190,7 @@ class Reporter:
             self._print(f"step {step}/{steps}  {note}")
 
     def doing(self, what: str, done: int = 0, total: int = 0) -> None:
-        """Show what goes on before, between and after the steps."""
+        """Show an activity before, between or after the steps."""
         self._pulse.doing(what, done, total)
         count = f" {done} of {total}" if total else ""
         self._progress.update(self._task, note=f"{what}{count}")
@@ -201,7 +202,7 @@ class Reporter:
 
 @contextmanager
 def reporter() -> Iterator[Reporter]:
-    """Shows a run's progress: a bar on a terminal, otherwise a line at least every
+    """Show a run's progress: a bar on a terminal, otherwise a line at least every
     `EVERY_S`."""
     console = stderr()
     columns = (
@@ -213,7 +214,7 @@ def reporter() -> Iterator[Reporter]:
     )
 
     def shown(line: str) -> None:
-        if not console.is_terminal:  # which has the bar and its note
+        if not console.is_terminal:  # a terminal has the bar and its note
             console.print(line, markup=False)
 
     with (

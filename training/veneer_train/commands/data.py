@@ -27,7 +27,7 @@ def data(
     seed: Annotated[int, typer.Option(help="Same seed, same files.")] = 0,
     debug: Debug = False,
 ) -> None:
-    """Build a JSONL data set from what is on this machine."""
+    """Build a JSONL data set from files on this machine."""
     with errors(debug), pulse("building the data set"):
         from veneer_train.recipes import build
 

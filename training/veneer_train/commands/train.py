@@ -120,7 +120,7 @@ def train(
 
 
 def _kept(config: TrainConfig | None) -> str:
-    """What a stopped run leaves, and how to go on."""
+    """What a stopped run leaves behind, and how to resume it."""
     if config is None:
         return "nothing had begun"
     output = config.output
@@ -141,12 +141,12 @@ def _kept(config: TrainConfig | None) -> str:
 
 
 def _written(result: TrainResult, name: str | None) -> str:
-    """As `_kept`, once the run has ended."""
+    """Like `_kept`, for a run that has ended."""
     return f"the adapter is in {result.folder}; {_next(result, name)}"
 
 
 def _next(result: TrainResult, name: str | None) -> str:
-    """How an adapter that is not published comes to be served."""
+    """How to get an adapter served that was not published."""
     if result.dora:
         return f"to serve DoRA, merge it: veneer-train merge {result.folder} --out DIR ..."
     return f"publish it: veneer adapter push {result.folder} --name {name or 'NAME'}"
@@ -213,7 +213,7 @@ def _publish(target: PushTarget, result: TrainResult) -> str:
     """Publish the adapter and return its revision.
 
     Raises:
-        VeneerError: the server does not accept it; says where the adapter is.
+        VeneerError: the server does not accept it; the message says where the adapter is.
     """
     from veneer_train.push import publish
 

@@ -7,8 +7,8 @@
 It starts a server on the bundled base, publishes the three example adapters, asks each task
 once of the base and once of its adapter (temperature 0), and judges every answer by
 `veneer_train.checks`: SQL is executed on SQLite, code is run against tests in a sandbox. It
-prints what was counted. ``--only sql`` asks one adapter's tasks, ``--first 12`` so many of each
-set, ``--show`` prints every answer with its verdict.
+prints what was counted. ``--only sql`` asks one adapter's tasks, ``--first 12`` the first 12 of
+each set, and ``--show`` prints every answer with its verdict.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from veneer_train.recipes import chat, code, lines_of, sql
 from veneer_train.sandbox import DESCRIPTION
 
 _SEED: Final = 0
-"""Of the examples' data; see their ``training_manifest.json``."""
+"""Seed of the example adapters' data; see their ``training_manifest.json``."""
 _AT_ONCE: Final = 16
 _TELL_S: Final = 4.0
 
 
 class NotHeldOut(Exception):
-    """The tasks are not those that the adapter was trained without."""
+    """The tasks are not the ones that were held out from the adapter's training."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class ChatTask:
     """A prompt, how its answer is judged, and the sample's own answer.
 
     Attributes:
-        checks: all of which the answer must pass.
+        checks: checks that the answer must pass, all of them.
     """
 
     prompt: Chat
@@ -64,7 +64,8 @@ class ChatTask:
         return self.prompt.messages[-1].content
 
     def right(self, answer: str) -> bool:
-        """Raises Unimplemented if it is code, and this machine has no sandbox."""
+        """Whether the answer passes. Raises Unimplemented if it is code, and this machine has
+        no sandbox."""
         return all(passes(check, answer, self.expected) for check in self.checks)
 
 
@@ -73,12 +74,13 @@ class TaskSet:
     """Tasks of one kind.
 
     Attributes:
-        adapter: who is asked beside the base.
-        counted: what an answer must be to be counted, in words.
-        about: how many there are and why no training saw them, in words.
-        max_tokens: of an answer.
+        adapter: name of the adapter that is asked beside the base.
+        counted: which answers are counted, in words.
+        about: how many tasks there are and why no training saw them, in words.
+        max_tokens: most tokens of an answer.
         form: whether only the answer's form is judged, not whether it is right.
-        hint: what the base alone is told after the prompt; the adapter was trained to know it.
+        hint: instruction that only the base gets after the prompt; the adapter learned it in
+            training.
     """
 
     adapter: str
@@ -154,7 +156,8 @@ def code_tasks() -> TaskSet:
 
 
 def code_form(adapters: Path) -> tuple[TaskSet, ...]:
-    """The held-out part of the adapter's data; none where Python's library is another one."""
+    """The held-out part of the adapter's data; empty if this Python's standard library differs
+    from the one in training."""
     _, held_out = code.build(_SEED)
     try:
         _verify(adapters / "code", held_out)
@@ -195,8 +198,8 @@ def _task(sample: Mapping[str, Any]) -> ChatTask:
 
 
 def _rows_twice(check: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The same with each row once more, under another id: over one set of rows ``SELECT 1`` is
-    right about every count that happens to be one."""
+    """The check with each row once more, under another id: with only one set of rows,
+    ``SELECT 1`` would be right for every count that happens to be one."""
     setup = check["sql"]["setup"]
     again = re.sub(r"^(INSERT INTO \w+ VALUES \(\d+)", r"\g<1>000", setup, flags=re.MULTILINE)
     rows = [line for line in again.splitlines() if line.startswith("INSERT")]
@@ -204,8 +207,8 @@ def _rows_twice(check: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _verify(adapter: Path, held_out: Sequence[Mapping[str, Any]]) -> None:
-    """Compare with what the adapter's training recorded: it measured on this file, and did not
-    train on it."""
+    """Raise NotHeldOut unless the adapter's manifest says that training measured on these
+    samples and did not train on them."""
     data = json.loads((adapter / "training_manifest.json").read_text("utf-8"))["data"]
     digest = hashlib.sha256(lines_of(held_out).encode()).hexdigest()
     if digest != data["val"]["sha256"] or digest == data["train"]["sha256"]:
@@ -216,7 +219,7 @@ def _verify(adapter: Path, held_out: Sequence[Mapping[str, Any]]) -> None:
 
 
 def prompt_for(asked: TaskSet, task: ChatTask, adapter: str) -> Chat:
-    """What the adapter is asked, or the base (""), with its hint."""
+    """The prompt for the adapter, or for the base (""), which also gets the hint."""
     if adapter or not asked.hint:
         return task.prompt
     *before, last = task.prompt.messages
@@ -250,7 +253,8 @@ async def ask_all(
 
 
 def verdicts(asked: TaskSet, answers: Sequence[str]) -> list[bool]:
-    """Whether each is right. Raises Unimplemented if this machine has no sandbox for code."""
+    """Whether each answer is right. Raises Unimplemented if this machine has no sandbox for
+    code."""
     return [task.right(text) for task, text in zip(asked.tasks, answers, strict=True)]
 
 
@@ -259,7 +263,8 @@ def verdicts(asked: TaskSet, answers: Sequence[str]) -> list[bool]:
 
 @asynccontextmanager
 async def telling(what: str, total: int) -> AsyncIterator[Callable[[], None]]:
-    """Says every few seconds how many of ``total`` are done."""
+    """Print every few seconds how many of ``total`` answers are done; yields a function to call
+    for each."""
     done = 0
 
     def one() -> None:
@@ -340,7 +345,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server too has to stop
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server stops, too
     try:
         main()
     except (VeneerError, NotHeldOut) as error:

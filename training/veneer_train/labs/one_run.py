@@ -27,9 +27,9 @@ class LabResult:
 
     Attributes:
         val_loss, val_accuracy: after training.
-        base_loss: of the base, before training.
+        base_loss: loss of the base, before training.
         peak_bytes: peak memory of the process (on a GPU, of the GPU's memory).
-        tokens_per_s: of training, without evaluations.
+        tokens_per_s: speed of training, without evaluations.
         trained: number of trained parameters.
         longest: tokens of the longest sample.
     """
@@ -53,7 +53,7 @@ def run(config: Mapping[str, Any], method: Method, scratch: Path, *, threads: in
         scratch: a folder for the run's files.
 
     Raises:
-        Aborted: the process failed; says how it ended.
+        Aborted: the process failed; the message says how it ended.
     """
     scratch.mkdir(parents=True, exist_ok=True)
     spec, result = scratch / "spec.json", scratch / "result.json"
@@ -84,7 +84,7 @@ def _main(spec_file: Path, result_file: Path) -> None:
 
 
 def train(raw: dict[str, Any], method: Method) -> LabResult:
-    """The run itself, in this process; see `run`."""
+    """Do the run in this process; see `run`."""
     raw.setdefault("quant", {})["type"] = "nf4" if method == "qlora" else "none"
     config = parse_config(raw)
     import torch

@@ -34,7 +34,7 @@ BITS: Final = {
 
 
 def restored(weight: torch.Tensor, mode: str) -> torch.Tensor:
-    """A weight quantized and dequantized in a mode; same shape and dtype.
+    """Quantize a weight in a mode and dequantize it again; same shape and dtype.
 
     Raises:
         InvalidField: there is no such mode.

@@ -23,8 +23,8 @@ _TOKENS: Final = 24
 def swap(
     adapters: Mapping[str, Path], *, server: str | None, repeats: int, seed: int, command: str
 ) -> Lab:
-    """TTFT of the same adapter again, of another one in memory and of one on disk; the answers
-    of A, B and A again; and the speed of all in one batch.
+    """Measure the TTFT of the same adapter again, of another one in memory and of another one
+    on disk; compare the answers of A, B and A again; measure the speed of all in one batch.
 
     Args:
         adapters: name -> folder; two or more.
@@ -117,7 +117,7 @@ async def _case(client: AsyncClient, case: str, a: str, b: str) -> float:
 
 
 async def _ask(client: AsyncClient, adapter: str) -> tuple[str, float]:
-    """The text, and the TTFT in seconds."""
+    """Return the text, and the TTFT in seconds."""
     began, first, text = time.perf_counter(), None, ""
     stream = client.generate_stream(
         PROMPT,

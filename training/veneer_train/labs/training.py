@@ -62,7 +62,7 @@ class Runs:
             self._data = {"train": str(data / "train.jsonl"), "val": str(data / "val.jsonl")}
 
     def config(self, name: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-        """Sections of one run."""
+        """The config of one run, as sections."""
         own = {
             "model": {"path": str(self.base), "name": self.base.name},
             "train": {"seed": self.seed},
@@ -77,7 +77,7 @@ class Runs:
         return raw
 
     def run(self, name: str, changes: Mapping[str, Any], method: Method = "qlora") -> LabResult:
-        """One run."""
+        """Do one run."""
         self._told(f"{name}: training")
         config = self.config(name, changes)
         return run(config, method, self._out / name, threads=self._threads)
@@ -122,7 +122,8 @@ def _bars(rows: Sequence[Row], label: str, columns: Sequence[str]) -> Figure:
 
 
 def qlora_vs_lora(runs: Runs, methods: Sequence[Method] = METHODS, *, command: str) -> Lab:
-    """The same run on a 4-bit base, on a 16-bit one, and of all weights."""
+    """The same run with an adapter on a 4-bit base, with one on a 16-bit base, and with all
+    weights trained."""
     shape = read_shape(runs.base)
     rows: list[Row] = []
     for method in methods:
@@ -167,8 +168,8 @@ def qlora_vs_lora(runs: Runs, methods: Sequence[Method] = METHODS, *, command: s
         ],
         limits=[
             _SHORT,
-            "On a CPU nothing is paged, and 4-bit weights are restored for each product, which "
-            "costs time that a GPU's kernels do not take.",
+            "On a CPU nothing is paged, and 4-bit weights are dequantized for each matrix "
+            "multiply, which costs time that a GPU's kernels do not take.",
             "Of this small base a third are embeddings, which stay in 16 bits, and the "
             "libraries take more than the weights: at 65B the same sum gives 49 GB "
             "against 784 (`veneer-train plan --llama-65b --preset paper --device cuda`).",
@@ -205,7 +206,7 @@ def rank(runs: Runs, ranks: Sequence[int], *, command: str) -> Lab:
 
 
 def usual_optimizers() -> str:
-    """What the lab compares by default, separated by commas."""
+    """The optimizers that the lab compares by default, separated by commas."""
     names = "adamw_torch_fused,adamw_8bit"
     if training_device().type == "cuda":
         names += ",paged_adamw_8bit,paged_adamw_32bit"

@@ -1,6 +1,6 @@
-"""Writes a GGUF file as a Hugging Face folder, by the server's importer.
+"""Converts a GGUF file to a Hugging Face folder, with the server's importer.
 
-That runs as a separate process. Using the same importer gives a base the same fingerprint,
+The importer runs as a separate process. Using the same one gives a base the same fingerprint,
 whether it is imported for training or for serving.
 """
 

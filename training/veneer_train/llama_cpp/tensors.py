@@ -45,7 +45,7 @@ class Architecture:
         return self.kv_heads if ".k_proj." in name else None
 
     def gguf_name(self, name: str) -> str:
-        """GGUF's name for a tensor of transformers' name (with or without ``.weight``).
+        """GGUF's name for transformers' tensor ``name`` (with or without ``.weight``).
 
         Raises:
             InvalidField: GGUF has no such tensor.
@@ -86,5 +86,5 @@ def read_architecture(folder: Path) -> Architecture:
 
 
 def as_array(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[Any]]:
-    """In float32."""
+    """The tensor as an array of float32."""
     return tensor.detach().to(torch.float32).numpy()

@@ -7,7 +7,7 @@ Each sample has rows to run its statement on: an answer is right if it returns w
 sample's own statement returns (`veneer_train.checks`).
 """
 
-# SQL of example data, made of names that this package has; it is run on a database in memory.
+# The SQL is built from names in this package only, and is run on a database in memory.
 
 from __future__ import annotations
 
