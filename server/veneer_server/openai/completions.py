@@ -73,7 +73,7 @@ class CompletionAnswer(ChoiceAnswer):
         if not choice.started and self._logprobs:
             begin = len(piece.generation.prompt.text) if self._echo else 0
             self._offsets[at] = Offsets(self._tokenizer, at=begin)
-            # The first sample comes first.
+            # The prompt's scores come with the first piece of its first sample.
             if self._echo and piece.delta.prompt_logprobs is not None:
                 self._echoed[piece.prompt] = _Echoed(
                     piece,
