@@ -46,7 +46,7 @@ _STATUS: Final = {
 """gRPC code -> HTTP status, as Google's APIs map them; all others are 500."""
 
 PACED: Final = frozenset({400, 401, 403, 404, 405, 413, 415})
-"""Statuses of invalid requests; see `pace`."""
+"""Statuses of invalid requests, whose refusal is delayed; see `RefusalPace`."""
 
 _CODES: Final[Mapping[type[VeneerError], str]] = {
     AdapterNotFound: "model_not_found",

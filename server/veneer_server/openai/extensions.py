@@ -51,7 +51,7 @@ class Ignored:
 
     @property
     def crowded(self) -> bool:
-        """Whether there are too many unknown fields to look for similar names of more."""
+        """Whether there are so many unknown fields that no similar names are suggested."""
         return self._asked >= MAX_NAMED
 
     def known(self, field: str) -> None:

@@ -168,7 +168,7 @@ class JsonEndpoint(ABC):
 
         Runs in a thread if the body is long. Even there, no call into C may take long, since it
         holds the GIL. So the caller's JSON is measured before it is serialized
-        (`check_json_size`), and a list before it is searched.
+        (`check_json_size`), and a list before it is iterated over.
 
         Raises:
             InvalidField: a field is invalid.

@@ -54,7 +54,7 @@ class ListForm:
 
 
 def rfc3339(seconds: float) -> str:
-    """A Unix time as text."""
+    """A Unix time in the form of RFC 3339."""
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 

@@ -660,7 +660,7 @@ class ShowEndpoint(JsonEndpoint):
 
 
 def ollama_routes(core: ServingCore) -> list[Route]:
-    """The routes of Ollama's API, and of ``/``, where its clients look whether a server is
+    """The routes of Ollama's API, and of ``/``, where its clients check whether a server is
     running."""
 
     async def running(request: Request) -> Response:

@@ -77,7 +77,7 @@ def sampling_of(given: Mapping[str, Any]) -> Sampling:
     """The sampling options that are set, under their names in `SamplingParams`.
 
     Args:
-        given: fields of a request. Those that are no sampling options are ignored; None means
+        given: fields of a request. All but sampling options are ignored; None means
             unset. A ``top_k`` of -1 is off, as in vLLM. A negative seed means the unsigned
             number with the same 64 bits.
     """

@@ -574,7 +574,7 @@ class ResponseDatabase:
 
     @contextmanager
     def _change(self) -> Iterator[None]:
-        """A transaction. It is on disk when the block has ended."""
+        """Run the block as a transaction, which is on disk when the block has ended."""
         with database_errors(self.path):
             self._db.execute("BEGIN IMMEDIATE")
             try:

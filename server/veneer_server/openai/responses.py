@@ -1,4 +1,4 @@
-"""OpenAI's ``/v1/responses``, with counting of tokens and stored responses, and
+"""OpenAI's ``/v1/responses``, including stored responses and token counts, and
 ``/v1/conversations``."""
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ from veneer_server.wire.messages import Constraint
 # -------------------- fields
 
 _Label = Annotated[str, Field(max_length=64)]
-"""A text that a response repeats. OpenAI's limit on it holds, as each event may repeat it."""
+"""A text that a response repeats. Limited as by OpenAI, since each event may repeat it."""
 
 _Id = Annotated[str, Field(min_length=1, max_length=128)]
 
@@ -204,7 +204,7 @@ _OUTPUT: Final = frozenset({"call_id", "name", "output", "caller", "namespace"})
 
 
 _PREFIXES: Final = {"reasoning": "rs", "function_call": "fc", "function_call_output": "fco"}
-"""Prefixes of the ids of stored items, by type; all other types have that of messages."""
+"""Prefixes of the ids of stored items, by type; other types use the prefix of messages."""
 
 
 def messages_of(
@@ -294,7 +294,7 @@ class _Messages:
         """Path of the turn's first item."""
 
     def take_given(self, where: str, item: object) -> None:
-        """Add an item from the caller, which may be no object."""
+        """Add an item from the caller, which may be of any type."""
         if not isinstance(item, dict):
             raise invalid(where, "must be an object, such as a message")
         self.take(where, item)
@@ -468,7 +468,7 @@ def response_call(
         None,
         False,
     )
-    # A stream has the scores in five events: that of the tokens, and four at the end.
+    # A stream repeats scores in five events: one when the tokens come, and four at the end.
     scores = replace(
         CHAT_SCORES,
         copies=5 if fields.stream else 1,
@@ -771,7 +771,7 @@ class Output:
         """Add a part of the answer, and yield its events.
 
         Args:
-            scores: those of the tokens that completed the part.
+            scores: log-probabilities of the tokens that completed the part.
         """
         scores, self._scores = [*self._scores, *scores], []
         match part:
@@ -945,7 +945,7 @@ class ResponseAnswer(Answer):
         return self._numbered(self._status, response=self._response)
 
     def not_stored(self) -> None:
-        """Say from now on that the response is not stored."""
+        """Report from now on that the response is not stored."""
         self._told["store"] = False
 
     def stored(self) -> tuple[Json, list[Json]]:
@@ -1214,8 +1214,7 @@ class _Asked:
 
     @property
     def references(self) -> list[tuple[int, str]]:
-        """Positions of the input's items that refer to stored ones, and the stored ones'
-        ids."""
+        """Positions of the input's references to stored items, with the items' ids."""
         given = self.fields.input
         return [
             (at, item["id"])
@@ -1360,8 +1359,8 @@ class ResponsesEndpoint(GenerateEndpoint):
             own: the response's input.
 
         Raises:
-            DiskFull, DiskFailed, HttpError: the items cannot be added to the conversation. It
-                would otherwise be continued as if the missing turn had never happened.
+            DiskFull, DiskFailed, HttpError: the items cannot be added to the conversation.
+                Otherwise it would be continued as if this turn had never happened.
         """
         stored = storing(self._core)
         head, output = answer.stored()

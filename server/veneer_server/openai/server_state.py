@@ -66,7 +66,7 @@ def state_routes(core: ServingCore) -> list[Route]:
 
 
 # -------------------- server info
-# ``/server_info``, ``/get_world_size`` and ``/tokenizer_info``, as vLLM has them.
+# ``/server_info``, ``/get_world_size`` and ``/tokenizer_info``, as in vLLM.
 #
 # TRL's clients read the first to learn whether adapters can be loaded. It has only the members
 # that they read, not all of vLLM's, and nothing about the machine.
@@ -76,7 +76,7 @@ MAX_LORA_RANK: Final = 512
 
 
 def server_info_routes(core: ServingCore) -> list[Route]:
-    """The routes."""
+    """The routes about the server's configuration."""
 
     async def server_info(request: Request) -> Response:
         with core.calls.running():
@@ -121,11 +121,11 @@ def server_info_routes(core: ServingCore) -> list[Route]:
 
 
 # -------------------- pause
-# ``/pause``, ``/resume``, ``/is_paused`` and ``/reset_prefix_cache``, as vLLM has them.
+# ``/pause``, ``/resume``, ``/is_paused`` and ``/reset_prefix_cache``, as in vLLM.
 
 
 def pause_routes(core: ServingCore) -> list[Route]:
-    """The routes."""
+    """The routes that pause the engine and reset its prefix cache."""
 
     async def pause(request: Request) -> Response:
         """Takes only ``mode=keep``: running requests are not aborted. ``clear_cache`` has no

@@ -144,7 +144,7 @@ class Tokenizing:
 
 
 # -------------------- tokenize
-# ``/tokenize`` and ``/detokenize``, as vLLM has them.
+# ``/tokenize`` and ``/detokenize``, as in vLLM.
 
 _INT64 = (1 << 63) - 1
 
@@ -154,7 +154,8 @@ class TokenizeFields(RequestFields):
 
     Attributes:
         model: the adapter whose chat template is used; the base if it is left out.
-        add_special_tokens: whether to add those of a completion's prompt; None: to a text, yes.
+        add_special_tokens: whether to add the special tokens of a completion's prompt to a
+            text; None: yes. A chat has those of its template.
         return_token_strs: also return the tokens as the vocabulary spells them.
     """
 
@@ -268,7 +269,7 @@ def _adapter(core: ServingCore, model: str | None) -> str:
 
 
 # -------------------- token generate
-# ``POST /inference/v1/generate``: token ids in, token ids out, as vLLM has it.
+# ``POST /inference/v1/generate``: token ids in, token ids out, as in vLLM.
 
 _NO_EFFECT: Final = frozenset(
     {
@@ -280,7 +281,7 @@ _NO_EFFECT: Final = frozenset(
         "spaces_between_special_tokens",
     }
 )
-"""Sampling parameters about an answer's text, without effect as these answers have none."""
+"""Sampling parameters about an answer's text. They have no effect, as answers have no text."""
 
 _REFUSED: Final = {
     "features": "only token ids are served: leave it out",

@@ -77,8 +77,8 @@ def use_of(
     *,
     parallel: bool,
 ) -> ToolUse | None:
-    """The tools that the answer may or must use; None for a request without tools, and for one
-    that wants none of them to be called.
+    """The tools that the answer may or must use; None if the request has no tools, or forbids
+    their use.
 
     Args:
         given, choice: the request's tools and its choice.
@@ -128,7 +128,7 @@ def read_tools(
 
 
 def read_function(function: object, field: str) -> Tool:
-    """A function as chats have it. Raises InvalidField."""
+    """Read a function in the form of chats. Raises InvalidField."""
     if not isinstance(function, dict):
         refuse(field, "is not an object: give the function's name and parameters")
     kept = {name: value for name, value in function.items() if value is not None}

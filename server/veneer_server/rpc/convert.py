@@ -548,7 +548,7 @@ _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 
 def upload_options(spec: adapters_pb2.UploadSpec) -> tuple[UploadOptions, Wait]:
-    """The options in an upload's spec, and which followers its answer waits for. Raises
+    """The options in an upload's spec, and how many followers its answer waits for. Raises
     InvalidField."""
     check_file_count(len(spec.files))
     for file in spec.files:
@@ -590,7 +590,7 @@ class UploadMessages:
     be read after a message that is refused.
 
     Attributes:
-        wait: which followers the answer waits for; set once the first message has been read.
+        wait: how many followers the answer waits for; set by the first message.
     """
 
     def __init__(self, requests: AsyncIterable[adapters_pb2.UploadAdapterRequest]) -> None:

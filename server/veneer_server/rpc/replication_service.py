@@ -1,4 +1,4 @@
-"""ReplicationService, which sends followers changes and weights; and followers' own calls."""
+"""ReplicationService for followers, and the calls that a follower makes to its registry."""
 
 from __future__ import annotations
 
@@ -295,8 +295,8 @@ class CallProgress:
 
 class Asking:
     """Calls the registry's AdapterService. Calls raise the registry's errors, `Unavailable` if
-    it does not answer, `FailedPrecondition` if it identifies callers in another way than this
-    server, and `PermissionDenied` if the caller has only a certificate."""
+    it does not answer, `FailedPrecondition` if only one of the two servers asks who calls, and
+    `PermissionDenied` if the caller has only a certificate."""
 
     def __init__(
         self, channel: RegistryChannel, standing: Standing, *, asks_callers: bool

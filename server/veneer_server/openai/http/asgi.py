@@ -244,7 +244,7 @@ def context_of(scope: Scope) -> CallContext:
 
 
 def caller_of(scope: Scope) -> Caller:
-    """Who makes a request."""
+    """Return the caller of a request."""
     return context_of(scope).caller
 
 
@@ -456,7 +456,7 @@ class Reply:
         events: Sequence[object],
         headers: Mapping[str, str],
     ) -> None:
-        """Send server-sent events; the first call also sends status and headers."""
+        """Send events; the first call also sends status and headers."""
         data = b"".join(map(self.framing.event, events))
         async with self._turn:
             await self._start_events(headers)

@@ -189,7 +189,7 @@ class Many:
 
 
 class Joined:
-    """Lists, concatenated to one."""
+    """Several lists, concatenated into one."""
 
     def __init__(self, *parts: Many) -> None:
         self._parts = [part for part in parts if part.count]

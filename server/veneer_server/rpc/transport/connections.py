@@ -66,7 +66,7 @@ class _Connection:
 
 
 class OpenCall:
-    """One open call, for its connection's place."""
+    """One open call. It reports its progress to `Connections`."""
 
     def __init__(self, connections: Connections, connection: _Connection) -> None:
         self._connections = connections
