@@ -1,7 +1,7 @@
 """The OpenAI-compatible HTTP gateway, in front of the same core as gRPC.
 
 Start reading at `gateway` (the server's life) and `generate` (a request's life). Its
-dependencies are an optional extra, so no other package may import its modules at the top.
+dependencies are an optional extra, so no other package may import it at module level.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The form of a chat completion."""
+"""Builds chat completions, whole or as chunks."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from veneer_server.openai.tools import ToolCallDeltas, ToolCalls
 
 
 def _reasoning(text: str) -> dict[str, str | None]:
-    """What the model thought, under DeepSeek's name, which most programs know, and vLLM's."""
+    """The model's reasoning under DeepSeek's name, which most programs know, and vLLM's."""
     return {"reasoning_content": text, "reasoning": text} if text else {}
 
 
 class ChatAnswer(ChoiceAnswer):
-    """``chat.completion`` and its chunks."""
+    """Builds a ``chat.completion`` or its chunks."""
 
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
     id_prefix = "chatcmpl"
     _legacy = False
-    """Calls are in the form of the older ``functions``."""
+    """Whether calls take the form of the older ``functions``, because the request used it."""
 
     def __init__(self, fields: ChatFields, *args: Any, **options: Any) -> None:
         super().__init__(fields, *args, **options)
@@ -56,7 +56,7 @@ class ChatAnswer(ChoiceAnswer):
         return "function_call" if self._legacy and reason == "tool_calls" else reason
 
     def whole(self) -> Json:
-        """See `Answer.whole`. What belongs to the one prompt is beside the choices."""
+        """See `Answer.whole`. A chat has one prompt; its members go beside the choices."""
         return super().whole() | self._additions.of_prompt(0)
 
     def chunks(self, piece: Piece) -> list[Json]:
@@ -84,7 +84,7 @@ class ChatAnswer(ChoiceAnswer):
 
         if not choice.started:
             yield chunk({"role": "assistant", "content": ""}, None, None)
-        # The tokens go with the first chunk that has any of their text.
+        # The first of these chunks carries the scores and the token ids.
         scores, ids = self._logprob_object(tokens), self._additions.of_delta(piece.delta)
         deltas: list[Mapping[str, Any]] = []
         if reasoning := piece.delta.reasoning:

@@ -1,6 +1,6 @@
-"""Answers that are choices: what chats and completions share.
+"""Answers made of ``choices``: the code that chats and completions share.
 
-`chat` and `completions` hold their own forms.
+`chat` and `completions` add what is specific to each.
 """
 
 from __future__ import annotations
@@ -22,13 +22,11 @@ from veneer_server.text.tokenizer import TextTokenizer
 from veneer_server.wire.messages import PackedTops, unpack_tops
 
 # -------------------- answers
-# What every answer is made from, whatever its form: pieces of output, counts and scores.
-#
-# `choices` makes chats' and completions' answers of them, `responses.answer` responses.
+# Building blocks of every API's answers: pieces of output, counts and scores.
 
 SCORES_AT_ONCE: Final = 8
-"""Positions whose log-probabilities are made in one go: with 20 likely tokens beside each, a
-fraction of a millisecond."""
+"""Positions whose log-probabilities are encoded in one go. With 20 top tokens each, this takes
+a fraction of a millisecond."""
 
 Json = dict[str, Any]
 
@@ -38,7 +36,7 @@ class Piece:
     """New output of one choice.
 
     Attributes:
-        prompt: index of the request's prompt.
+        prompt: index of the prompt within the request.
     """
 
     prompt: int
@@ -68,7 +66,7 @@ class Offsets:
             if self._prompt is not None and self._prompt.startswith(name, at):
                 self._at += len(name)
             return at
-        # The first byte ends the last of these characters, or is one of its own.
+        # The token's first byte completes the last of these characters, or starts a new one.
         first = (self._decoder.held + data[:1]).decode(errors="replace")
         at = self._at + len(first) - 1
         self._at += len(self._decoder.feed([token]))
@@ -77,10 +75,10 @@ class Offsets:
 
 @dataclass(frozen=True, slots=True)
 class TokenScore:
-    """One of an answer's tokens with its log-probability.
+    """A generated token with its log-probability.
 
     Attributes:
-        packed: the likely tokens beside it, which take a tenth of the memory so.
+        packed: the top tokens at its position; packed, they take a tenth of the memory.
     """
 
     id: int
@@ -89,12 +87,12 @@ class TokenScore:
 
     @property
     def tops(self) -> Iterator[tuple[int, float]]:
-        """The likely tokens beside it."""
+        """The top tokens at its position: id and log-probability of each."""
         return unpack_tops(self.packed)
 
 
 def scores_of(delta: Delta) -> list[TokenScore]:
-    """New tokens with their log-probabilities; none where they were not asked for."""
+    """The new tokens with their log-probabilities; empty if these were not requested."""
     if delta.logprobs is None:
         return []
     tops = delta.top_logprobs or [b""] * len(delta.tokens)
@@ -105,11 +103,11 @@ def scores_of(delta: Delta) -> list[TokenScore]:
 
 
 class Answer(ABC):
-    """Builds what answers one request. Pass in every piece, each choice's in order: all of
-    them to `add`, or all to `chunks`."""
+    """Builds the answer to one request. Pass in every piece, in order within each choice:
+    either all to `add`, or all to `chunks`."""
 
     framing: Framing = DATA_ONLY
-    """Of its chunks."""
+    """How a stream frames the chunks."""
 
     @abstractmethod
     def add(self, piece: Piece) -> None:
@@ -117,24 +115,24 @@ class Answer(ABC):
 
     @abstractmethod
     def whole(self) -> Json:
-        """The answer made of all added pieces."""
+        """The complete answer, made of all added pieces."""
 
     @abstractmethod
     def chunks(self, piece: Piece) -> list[Json]:
-        """What a stream shows of a piece; nothing if it has nothing to show yet."""
+        """The chunks to stream for a piece; empty if there is nothing to show yet."""
 
     @abstractmethod
     def last_chunk(self) -> Json | None:
-        """What a stream shows after the last piece, if anything."""
+        """The chunk to stream after the last piece, if any."""
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerCounts:
-    """Tokens of a request.
+    """Token counts of a request.
 
     Attributes:
-        cached: those of the prompts that were in the prefix cache.
-        reasoning: those of the completions that are thinking.
+        cached: prompt tokens that were in the prefix cache.
+        reasoning: completion tokens spent on reasoning.
     """
 
     prompt: int
@@ -169,7 +167,7 @@ class Choice:
     """The output of one choice so far.
 
     Attributes:
-        started: whether a chunk has been made from it.
+        started: whether its first piece has been processed.
     """
 
     text: list[str] = field(default_factory=list)
@@ -184,7 +182,7 @@ class ChoiceAnswer(Answer):
     """An object with ``choices``, whole or in chunks."""
 
     kind: str
-    """Object type of a whole answer."""
+    """Object type of a complete answer."""
     chunk_kind: str
     id_prefix: str
 
@@ -295,7 +293,7 @@ class ChoiceAnswer(Answer):
 
     @abstractmethod
     def _whole_choice(self, at: int, text: str, choice: Choice) -> Json:
-        """One entry of a whole answer's ``choices``."""
+        """One entry of a complete answer's ``choices``."""
 
     @abstractmethod
     def _choice_chunks(

@@ -1,4 +1,4 @@
-"""The form of a text completion."""
+"""Builds text completions, whole or as chunks."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from veneer_server.wire.messages import unpack_tops
 
 
 class _Echoed:
-    """A prompt's log-probabilities, which each of its choices begins with. Their JSON is made
-    once. A prompt's first token has none."""
+    """Log-probabilities of an echoed prompt, with which each of its choices begins. Their JSON
+    is made once. The prompt's first token has none."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class _Echoed:
         *,
         several: bool,
     ) -> None:
-        """Args: piece: the prompt's first. several: choices."""
+        """Args: piece: the prompt's first piece. several: whether it has several choices."""
         prompt, delta = piece.generation.prompt, piece.delta
         ids, logprobs = prompt.ids, delta.prompt_logprobs
         assert logprobs is not None, "asked for with echo"
@@ -56,7 +56,7 @@ class _Echoed:
 
 
 class CompletionAnswer(ChoiceAnswer):
-    """``text_completion``; its chunks have the same form."""
+    """Builds a ``text_completion``; its chunks have the same form."""
 
     kind = chunk_kind = "text_completion"
     id_prefix = "cmpl"
@@ -64,16 +64,16 @@ class CompletionAnswer(ChoiceAnswer):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._echoed: dict[int, _Echoed] = {}
-        """By prompt."""
+        """By index of the prompt."""
         self._offsets: dict[int, Offsets] = {}
-        """Of the choices' own tokens, by choice."""
+        """Offsets of the generated tokens, by index of the choice."""
 
     def _choice(self, piece: Piece) -> tuple[int, Choice]:
         at, choice = super()._choice(piece)
         if not choice.started and self._logprobs:
             begin = len(piece.generation.prompt.text) if self._echo else 0
             self._offsets[at] = Offsets(self._tokenizer, at=begin)
-            # The first sample comes first.
+            # The prompt's scores come with the first piece of its first sample.
             if self._echo and piece.delta.prompt_logprobs is not None:
                 self._echoed[piece.prompt] = _Echoed(
                     piece,
@@ -117,7 +117,7 @@ class CompletionAnswer(ChoiceAnswer):
     def _logprob_object(
         self, at: int, tokens: Sequence[TokenScore], echoed: _Echoed | None
     ) -> Json | None:
-        """Of a choice's next tokens, behind its prompt's."""
+        """The ``logprobs`` of a choice's next tokens, after its prompt's if echoed."""
         if not self._logprobs:
             return None
         label, offsets, count = self._label, self._offsets[at], len(tokens)
@@ -131,7 +131,7 @@ class CompletionAnswer(ChoiceAnswer):
                 ),
                 at_once=SCORES_AT_ONCE,
             ),
-            # Written once, and in order.
+            # `Offsets` keeps state, which works because this is written once, and in order.
             Many(count, lambda: (offsets.of(token.id) for token in tokens), at_once=64),
         )
         names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")

@@ -25,8 +25,8 @@ class ServingParts:
     """The parts that exist once the base is known; no call needs them earlier.
 
     Attributes:
-        loading: publishes what lies in a folder.
-        responses: those that are stored; None if none are.
+        loading: publishes adapters from folders.
+        responses: the store of responses; None if responses are not stored.
     """
 
     generator: Generator
@@ -44,9 +44,9 @@ class ServingCore:
     Attributes:
         reader_limit_s: longest wait for a client to send or read a piece.
         started: when the server started, in Unix seconds.
-        pages: of metrics.
+        pages: makes the pages of metrics.
         local: folders of this machine from which adapters may be loaded.
-        unknown_fields: what is done with fields of requests that nobody knows.
+        unknown_fields: how to treat unknown fields of requests.
         loaded: set before `Calls` lets calls through.
     """
 

@@ -1,8 +1,8 @@
-"""The one place where an exception becomes an HTTP answer, in the words of the API called.
+"""The one place where an exception becomes an HTTP answer, in the terms of the API called.
 
-``{"error": {"message", "type", "param", "code"}}``, as OpenAI has it. The SDKs decide by status
-whether to retry, unless ``x-should-retry`` overrides it, so each answer sets that header from
-the error. Below ``/api/`` the shape is Ollama's, ``{"error": message}``.
+The body is OpenAI's, ``{"error": {"message", "type", "param", "code"}}``. The SDKs decide by
+status whether to retry, unless ``x-should-retry`` overrides it, so each answer sets that header
+from the error. Below ``/api/`` the body is Ollama's, ``{"error": message}``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from veneer_server.errors import MAX_MESSAGE, MAX_VALUE, clip, one_line
 from veneer_server.wire.messages import SamplingParams
 
 OLLAMA: Final = "/api/"
-"""The beginning of the paths of Ollama's API."""
+"""Prefix of the paths of Ollama's API."""
 
 _STATUS: Final = {
     "INVALID_ARGUMENT": 400,
@@ -43,10 +43,10 @@ _STATUS: Final = {
     "UNAVAILABLE": 503,
     "DEADLINE_EXCEEDED": 504,
 }
-"""gRPC code -> HTTP status, as Google's APIs map them; all else is 500."""
+"""gRPC code -> HTTP status, as Google's APIs map them; all others are 500."""
 
 PACED: Final = frozenset({400, 401, 403, 404, 405, 413, 415})
-"""Statuses of invalid requests; see `pace`."""
+"""Statuses of invalid requests, whose refusal is delayed; see `RefusalPace`."""
 
 _CODES: Final[Mapping[type[VeneerError], str]] = {
     AdapterNotFound: "model_not_found",
@@ -59,8 +59,8 @@ _CODES: Final[Mapping[type[VeneerError], str]] = {
 _UNAVAILABLE_RETRY_S: Final = 1.0
 
 # -------------------- words
-# What each API calls the fields and methods that messages name as the gRPC contract does. What
-# constrains an answer has its name with the call; see `GenerateCall.constraint_field`.
+# Server messages use the gRPC contract's names of fields and methods. These are each HTTP API's
+# names for them. The call names the field of a constraint: `GenerateCall.constraint_field`.
 
 _SAME: Final = {
     "sampling": SamplingParams.__struct_fields__,
@@ -116,7 +116,7 @@ _WORDS: Final[Mapping[str, Translation]] = {
         | {"stopping.max_tokens": "max_output_tokens", "output.logprobs": "include"}
     ),
 }
-"""By the beginning of a path; other paths have `in_openai_words`."""
+"""By prefix of the path; other paths use `in_openai_words`."""
 
 _OTHER_NAMES: Final = {"adapter": "model", "name": "model", "constraint": "response_format"}
 
@@ -128,18 +128,18 @@ _PROMPTS: Final = {
     "/v1/responses/input_tokens": "input",
     "/inference/v1/generate": "token_ids",
 }
-"""What a path calls its prompt, where that is not ``prompt``."""
+"""The prompt's field by path, where it is not ``prompt``."""
 
 
 def words_of(path: str) -> Translation:
-    """Rewrites a server message for a caller of a path."""
+    """Return the translation of server messages for callers of a path."""
     return next(
         (words for begin, words in _WORDS.items() if path.startswith(begin)), in_openai_words
     )
 
 
 def _param(error: VeneerError, path: str) -> str | None:
-    """The field that an error is about, as its caller knows it."""
+    """The field that an error is about, under the caller's name for it."""
     if isinstance(error, AdapterNotFound):
         return "model"
     if (field := error.metadata.get("field")) is None:
@@ -171,7 +171,7 @@ class HttpError(Exception):
         code: for programs, in OpenAI's style.
         message: for people; says how to fix the request.
         headers: of the answer.
-        param: the field that it is about.
+        param: the field that the error is about.
         """
         super().__init__(message)
         self.status = status
@@ -191,7 +191,7 @@ class HttpFailure:
 
 
 def http_failure(error: VeneerError | HttpError, path: str = "") -> HttpFailure:
-    """Status, body and headers of an error. Args: path: of the request; decides the form."""
+    """Status, body and headers of an error. Args: path: the request's; decides the form."""
     if path.startswith(OLLAMA):
         failure = http_failure(error)
         told = error.message if isinstance(error, HttpError) else words_of(path)(error.message)
@@ -222,7 +222,7 @@ def http_failure(error: VeneerError | HttpError, path: str = "") -> HttpFailure:
         error.reason.lower(),
     )
     body = _body(message, status, param, code)
-    if (known := error.metadata.get("error_code")) is not None:  # to Anthropic's SDKs
+    if (known := error.metadata.get("error_code")) is not None:  # for Anthropic's SDKs
         body["error"]["details"] = {"error_code": known}
     if isinstance(error, QuotaExceeded):
         body["error"]["type"] = code

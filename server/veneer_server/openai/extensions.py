@@ -1,4 +1,4 @@
-"""The base of all records of fields, and what is done with members that none of them has."""
+"""Base class of request objects, the treatment of unknown fields, and vLLM's extensions."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ from veneer_server.text.turns import Effort
 from veneer_server.wire.messages import PackedTops, unpack_tops
 
 Unknown = Literal["refuse", "ignore", "warn"]
-"""What is done with a field that nobody knows, as ``--unknown-fields`` has it."""
+"""How to treat unknown fields: the values of ``--unknown-fields``."""
 
 MAX_NAMED: Final = 16
-"""Most names in the header of an answer."""
+"""Most names in the header ``veneer-ignored``."""
 _LONGEST: Final = 64
 _NO_NAME: Final = re.compile(r"[^A-Za-z0-9_.\[\]-]")
 
 
 class Ignored:
-    """What one request asks for that has no effect on its answer.
+    """Collects the fields and tools of one request that have no effect on its answer.
 
     Attributes:
-        unknown: what is done with fields that nobody knows, and with tools that are not served.
-        counts: by label of the metric: a known field's name, ``unknown`` or ``tools``.
+        unknown: how to treat unknown fields and unsupported tools.
+        counts: how many, by label of the metric: a known field's name, ``unknown`` or
+            ``tools``.
     """
 
     def __init__(self, unknown: Unknown = "refuse") -> None:
@@ -45,29 +46,29 @@ class Ignored:
 
     @property
     def strict(self) -> bool:
-        """Whether unknown fields, and tools that are not served, are refused."""
+        """Whether unknown fields and unsupported tools are refused."""
         return self.unknown == "refuse"
 
     @property
     def crowded(self) -> bool:
-        """Whether there are so many unknown fields that no more are looked at."""
+        """Whether there are so many unknown fields that no similar names are suggested."""
         return self._asked >= MAX_NAMED
 
     def known(self, field: str) -> None:
-        """A field that is listed as without effect."""
+        """Record a known field that has no effect."""
         self.counts[field] += 1
 
     def field(self, name: str) -> None:
-        """A field that nobody knows, with the names of what it is in."""
+        """Record an unknown field. Its name includes those of the objects that contain it."""
         self._asked += 1
         self._add("unknown", name)
 
     def tool(self, kind: str) -> None:
-        """A tool of a type that is not served."""
+        """Record a tool of an unsupported type."""
         self._add("tools", f"tools.{kind}")
 
     def _add(self, label: str, name: str) -> None:
-        # Callers chose it: it goes into a header.
+        # The caller chose this name, and it goes into a header.
         name = _NO_NAME.sub("?", name[:_LONGEST])
         if name in self._named:
             return
@@ -79,7 +80,7 @@ class Ignored:
 
     @property
     def header(self) -> str:
-        """Names for the answer's header; empty if there is nothing to say."""
+        """Value of the header ``veneer-ignored``; empty if there is nothing to report."""
         if self.unknown != "warn":
             return ""
         more = [f"and {self._more} more"] if self._more else []
@@ -87,8 +88,8 @@ class Ignored:
 
 
 def is_neutral(value: object) -> bool:
-    """Whether a member that nobody knows can be left out: null, or nothing at all. SDKs write
-    these for what was never set."""
+    """Whether an unknown member can be dropped because it is null or empty. SDKs send such
+    members for fields that were never set."""
     return value is None or (isinstance(value, list | dict | str) and not value)
 
 
@@ -98,13 +99,13 @@ def _members_of(kind: type[BaseModel]) -> frozenset[str]:
 
 
 class Fields(BaseModel):
-    """Drops null members, and unknown ones that are empty. Others are refused, unless the
-    validation's context is an `Ignored` that says otherwise.
+    """Base class of request objects. Drops null members and empty unknown ones. Other unknown
+    members are refused, unless the validation's context is an `Ignored` that allows them.
 
     Attributes:
-        where: name of such an object in its request.
-        refused: members that would change the answer, so that they are always refused; None:
-            all that are unknown.
+        where: the object's path in its request.
+        refused: unknown members that are always refused, because they would change the
+            answer; None: all unknown members.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
@@ -133,7 +134,7 @@ class Fields(BaseModel):
 
 
 # -------------------- fields
-# vLLM's extensions of both endpoints' fields, and of a chat's.
+# vLLM's extensions: fields of both chats and completions, and fields of chats only.
 
 _INT32: Final = (1 << 31) - 1
 _UINT32: Final = (1 << 32) - 1
@@ -142,14 +143,14 @@ Verbosity = Literal["low", "medium", "high"]
 
 
 class SharedExtensions(Fields):
-    """Fields of both endpoints.
+    """Fields of both chats and completions.
 
     Attributes:
-        prompt_logprobs: number of top tokens beside each of the prompt's log-probabilities.
-        return_token_ids: answer with the ids of the prompt's and the answer's tokens.
-        return_tokens_as_token_ids: call tokens ``token_id:17`` in log-probabilities.
+        prompt_logprobs: number of top tokens reported with each prompt token's log-probability.
+        return_token_ids: whether the answer includes the token ids of prompt and answer.
+        return_tokens_as_token_ids: name tokens ``token_id:17`` in log-probabilities.
         truncate_prompt_tokens: see `GenerateCall.truncate_prompt`.
-        cache_salt: only requests with the same one share prefixes in the cache.
+        cache_salt: only requests with the same salt share prefixes in the cache.
     """
 
     min_tokens: Annotated[int, Field(ge=0, le=_UINT32)] = 0
@@ -162,11 +163,11 @@ class SharedExtensions(Fields):
 
 
 class ChatExtensions(Fields):
-    """Fields of chats.
+    """Fields of chats only.
 
     Attributes:
-        include_reasoning: whether the answer shows what the model thought.
-        enable_thinking: the template's variable of that name.
+        include_reasoning: whether the answer shows the model's reasoning.
+        enable_thinking: sets the template's variable of that name.
         verbosity: likewise.
         add_generation_prompt: unset means yes, unless ``continue_final_message``.
     """
@@ -187,20 +188,20 @@ Json = dict[str, Any]
 
 
 def labels(fields: SharedExtensions, tokenizer: TextTokenizer) -> Callable[[int], str]:
-    """What tokens are called in log-probabilities."""
+    """Return the function that names tokens in log-probabilities."""
     if fields.return_tokens_as_token_ids:
         return "token_id:{}".format
     return tokenizer.token_label
 
 
 class Additions:
-    """What a request asked for besides OpenAI's answer. Nothing, for most: all of its objects
-    are then empty."""
+    """Builds the members that a request asked for beyond OpenAI's answer. Most requests ask for
+    none; then every object is empty."""
 
     def __init__(
         self, fields: SharedExtensions, tokenizer: TextTokenizer, *, several: bool
     ) -> None:
-        """Args: several: choices have what belongs to a prompt."""
+        """Args: several: whether several choices repeat a prompt's members."""
         self.token_ids = fields.return_token_ids
         self._prompt_tops = fields.prompt_logprobs
         self._label = tokenizer.token_label
@@ -209,7 +210,7 @@ class Additions:
         self._prompts: dict[int, Json] = {}
 
     def add(self, at: int, prompt: int, generation: Generation, delta: Delta) -> None:
-        """Keep what a delta of choice ``at`` has for them."""
+        """Keep the token ids and prompt scores in a delta of choice ``at``."""
         if self.token_ids:
             self._ids.setdefault(at, []).extend(delta.tokens)
             self._of(prompt).setdefault("prompt_token_ids", _ids(generation.prompt.ids))
@@ -221,7 +222,7 @@ class Additions:
                 delta.prompt_top_logprobs or [b""] * len(delta.prompt_logprobs),
                 delta.prompt_ranks,
             )
-            # As vLLM has it: each of a completion's choices has them. Their JSON is made once.
+            # As in vLLM, each of a completion's choices repeats them. Their JSON is made once.
             self._of(prompt)["prompt_logprobs"] = Many(
                 len(generation.prompt.ids),
                 lambda: chain((None,), map(self._scores, *each)),
@@ -230,27 +231,27 @@ class Additions:
             )
 
     def of_prompt(self, prompt: int) -> Json:
-        """What belongs to a prompt, in a whole answer."""
+        """A prompt's members in a complete answer."""
         return self._prompts.get(prompt, {})
 
     def of_choice(self, at: int) -> Json:
-        """What belongs to a choice, in a whole answer."""
+        """A choice's members in a complete answer."""
         return {"token_ids": _ids(self._ids.get(at, []))} if self.token_ids else {}
 
     def of_start(self, generation: Generation) -> Json:
-        """What belongs to a prompt, in a choice's first chunk."""
+        """A prompt's members in a choice's first chunk."""
         return {"prompt_token_ids": _ids(generation.prompt.ids)} if self.token_ids else {}
 
     def of_delta(self, delta: Delta) -> Json:
-        """What belongs to a choice, in a chunk with the delta's tokens."""
+        """A choice's members in the chunk with the delta's tokens."""
         return {"token_ids": _ids(delta.tokens)} if self.token_ids else {}
 
     def _of(self, prompt: int) -> Json:
         return self._prompts.setdefault(prompt, {})
 
     def _scores(self, token: int, logprob: float, packed: PackedTops, rank: int) -> Json:
-        """By token id: the prompt's own token first. Where it is among the most likely ones,
-        its rank is its place there, so that no two entries have the same."""
+        """Scores by token id, the prompt's own token first. If that is among the top tokens,
+        its rank is its position there, so that no two entries have the same rank."""
         tops = list(unpack_tops(packed))
         ranks = {token: rank} | {other: place for place, (other, _) in enumerate(tops, 1)}
         return {

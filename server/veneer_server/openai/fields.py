@@ -1,8 +1,8 @@
-"""The fields of a JSON request: those that are served, refused and ignored.
+"""The fields of a JSON request, and which of them are served, refused or ignored.
 
-A field that is known to change the answer is served or refused, never dropped. Of those that
-nobody knows, ``--unknown-fields`` decides. Extensions to OpenAI's fields have vLLM's names,
-where it has them.
+A field that is known to change the answer is served or refused, never dropped.
+``--unknown-fields`` decides about unknown fields. Extensions to OpenAI's fields have vLLM's
+names, if vLLM has them.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ _UINT64: Final = (1 << 64) - 1
 _Count = Annotated[int, Field(ge=0, le=_UINT32)]
 
 _Seed = Annotated[int, Field(ge=-_INT64 - 1, le=_UINT64)]
-"""Negative ones stand for those of the same 64 bits."""
+"""A negative seed means the unsigned number with the same 64 bits."""
 
 # Validation of a list stops at its first bad element. Otherwise pydantic collects an error
 # for each, which takes seconds and gigabytes for a body of a few megabytes.
@@ -161,8 +161,8 @@ _SLICE: Final = 4096
 
 
 def parse_ids(given: list[Any], most: int = _UINT32) -> list[Any]:
-    """Token ids. There may be half a million: pydantic would look through them in one call,
-    which keeps the interpreter's lock. Raises ValueError."""
+    """Check token ids and return them. There may be half a million: pydantic would check them
+    in one call, which holds the GIL. Raises ValueError."""
     for at in range(0, len(given), _SLICE):
         part = given[at : at + _SLICE]
         if set(map(type, part)) != {int} or min(part) < 0 or max(part) > most:
@@ -171,7 +171,7 @@ def parse_ids(given: list[Any], most: int = _UINT32) -> list[Any]:
 
 
 class StreamOptions(Fields):
-    """What a stream carries besides the text.
+    """What a stream contains besides the text.
 
     Attributes:
         include_usage: add a last chunk with the total usage.
@@ -186,7 +186,7 @@ class StreamOptions(Fields):
 
 
 class JsonSchema(Fields):
-    """A schema, as `response_format` carries it."""
+    """``response_format.json_schema``."""
 
     refused = None
 
@@ -200,8 +200,8 @@ class ResponseFormat(Fields):
     """The format that the answer must have.
 
     Attributes:
-        value: the schema or regular expression, as Hugging Face's TGI has it.
-        schema_: the schema, as llama.cpp has it.
+        value: the schema or regular expression, in the form of Hugging Face's TGI.
+        schema_: the schema, in llama.cpp's form.
     """
 
     refused = None
@@ -213,7 +213,7 @@ class ResponseFormat(Fields):
 
 
 class StructuredOutputs(Fields):
-    """vLLM's name for the same, with more kinds."""
+    """vLLM's counterpart of `ResponseFormat`, with more kinds of constraints."""
 
     refused = None
 
@@ -231,8 +231,8 @@ class RequestFields(Fields):
 
 
 class CommonFields(SharedExtensions, RequestFields):
-    """Fields of both endpoints, except those that `with_fractions` adds. Ranges that gRPC has
-    too are checked in code shared with it."""
+    """Fields of both chats and completions, except those that `with_fractions` adds. Ranges
+    that gRPC has too are checked in code shared with it."""
 
     model: str = Field(min_length=1, max_length=512)
     max_tokens: _Count | None = None
@@ -254,7 +254,7 @@ class CommonFields(SharedExtensions, RequestFields):
     guided_regex: str | None = None
     guided_choice: _Texts | None = None
     structured_outputs: StructuredOutputs | None = None
-    # As other programs call the same.
+    # Other programs' names for the same settings.
     random_seed: _Seed | None = None
     cache_prompt: bool | None = None
     regex: str | None = None
@@ -300,7 +300,7 @@ _TEXTS: Final = {
     "output_text": "text",
     "refusal": "refusal",
 }
-"""Parts that are text, and where that is."""
+"""Types of parts that are text, and the member that holds it."""
 
 
 class MessageItem(Fields):
@@ -308,9 +308,9 @@ class MessageItem(Fields):
 
     Attributes:
         name: accepted, but passed to chat templates only with a tool's result.
-        content: only a message with calls may have none.
-        reasoning: what an assistant thought before; ``reasoning_content`` is the older name.
-        prefix: of the last message: the answer continues it, as with Mistral and DeepSeek.
+        content: may be missing only in a message with calls.
+        reasoning: the assistant's earlier reasoning; ``reasoning_content`` is the older name.
+        prefix: in the last message: the answer continues it, as with Mistral and DeepSeek.
     """
 
     where = "messages[]"
@@ -348,8 +348,8 @@ FieldsT = TypeVar("FieldsT", bound=RequestFields)
 
 
 def with_fractions(kind: type[FieldsT]) -> type[FieldsT]:
-    """Add the sampling options that are fractions: OpenAI and vLLM use the same names for them
-    as our table."""
+    """Add the sampling options that are fractions to a class of fields. OpenAI and vLLM use the
+    same names for them as our table."""
     fractions: Any = dict.fromkeys(FRACTIONS, (float | None, None))
     return create_model(kind.__name__, __base__=kind, __doc__=kind.__doc__, **fractions)
 
@@ -436,19 +436,20 @@ ELSEWHERE: Final[Mapping[str, str]] = {
         "/v1/responses",
     ),
 }
-"""Fields of endpoints whose records build upon this module, and the path."""
+"""Fields of other endpoints, with the path of each."""
 
 
 _SLIP: Final = 0.9
-"""A name as similar to a served field's is taken for a slip, and not for an extension."""
+"""From this similarity to a served field on, an unknown name counts as a typo, not as an
+extension."""
 
 
 def parse_fields(kind: type[FieldsT], given: object, ignored: Ignored | None = None) -> FieldsT:
     """Check a parsed JSON body; null is the same as leaving a field out.
 
     Args:
-        ignored: takes what has no effect, and says whether unknown fields are refused. None:
-            they are.
+        ignored: collects fields without effect, and says whether unknown fields are refused.
+            None: they are.
 
     Raises:
         InvalidField: names the first invalid field and the fix.
@@ -506,7 +507,7 @@ def _check_unserved(
 
 
 def _nearest(kind: type[RequestFields], name: str, ignored: Ignored) -> tuple[str, float]:
-    """The known name that a name is most like, and how like; empty if it is like none."""
+    """The most similar known name and its similarity; empty if none is similar."""
     # Comparing takes a millisecond, and for a name of several megabytes half a second.
     if len(name) > 60 or ignored.crowded:
         return "", 0.0
@@ -517,7 +518,7 @@ def _nearest(kind: type[RequestFields], name: str, ignored: Ignored) -> tuple[st
 
 
 def _refusal(kind: type[RequestFields], error: ValidationError) -> InvalidField:
-    """The first problem as a sentence; for a union, that of its first member."""
+    """The first problem as a sentence; for a union, the first member's problem."""
     first = error.errors(include_url=False, include_input=False)[0]
     path, unknown = "", first["type"] == "extra_forbidden"
     for step in first["loc"]:

@@ -53,12 +53,12 @@ class Gateway:
     ) -> None:
         """Args:
         hosts: host names that requests may use.
-        pages: of metrics; None makes its own.
-        cors: which pages of browsers may call; None lets none.
+        pages: makes the pages of metrics; None creates one.
+        cors: which web pages may call from a browser; None allows none.
         local: folders of this machine from which adapters may be loaded; None for none.
-        unknown_fields: what is done with fields of requests that nobody knows.
+        unknown_fields: how to treat unknown fields of requests.
         reader_limit_s: longest wait for a client to send or read a piece.
-        max_connections: most that may be open. A further one replaces another, see
+        max_connections: most connections that may be open. A further one replaces another, see
             `queues.connection_places`, or is refused.
         tls: None for plain HTTP.
         """
@@ -90,7 +90,7 @@ class Gateway:
             access_log=False,
             proxy_headers=False,
             server_header=False,
-            # Not worth the timer that keeps it current, which wakes ten times a second.
+            # The header is not worth its timer, which wakes up ten times a second.
             date_header=False,
             timeout_keep_alive=_NEVER_S,  # the connection class has its own timer
             timeout_graceful_shutdown=_STOP_GRACE_S,
@@ -108,8 +108,8 @@ class Gateway:
         self._core.loaded = loaded
 
     async def start(self, address: Address) -> Address:
-        """Answer requests from now on; before `answer_by`, with an error that says the server
-        is loading.
+        """Start answering requests. Before `answer_by` is called, the answer is an error that
+        says the server is loading.
 
         Does not use `uvicorn.Server.serve`, which takes over the process's signals and wakes
         up ten times a second to see whether it should stop.

@@ -30,7 +30,8 @@ from veneer_server.serving.generation import Generation
 from veneer_server.serving.records import GenerateCall
 
 AT_ONCE: Final = 16
-"""Pieces of JSON lists (see `Many`) that are made at once. They take some milliseconds."""
+"""Most pieces of JSON lists (see `Many`) that are made at once, which takes some milliseconds.
+Larger answers are made piece by piece, off the event loop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +41,8 @@ class GenerateJob:
     Attributes:
         calls: one for each prompt.
         answer: collects their output.
-        ignored: what of the request has no effect.
-        finish: called when it is complete, before its end is sent.
+        ignored: the request's fields and tools that have no effect.
+        finish: called when the answer is complete, before its end is sent.
     """
 
     calls: Sequence[GenerateCall]
@@ -52,7 +53,7 @@ class GenerateJob:
 
     @property
     def scored(self) -> bool:
-        """Whether there is more than the text that is generated."""
+        """Whether the answer has more than the generated text; see `GenerateCall.scored`."""
         return any(call.scored for call in self.calls)
 
 
@@ -113,7 +114,7 @@ class CompletionEndpoint(GenerateEndpoint):
 
 
 async def _answer(core: ServingCore, job: GenerateJob, caller: Caller, reply: Reply) -> None:
-    # Until the caller has read it, however long after the last token.
+    # Held until the caller has read the answer, however long after the last token.
     with core.generator.answers.answer(caller.sender, len(job.calls)) as held:
         await (_stream if job.stream else _collect)(core, job, caller, held, reply)
 
@@ -172,7 +173,7 @@ async def _generate(
     held: AnswerBytes,
     take: Callable[[Piece], Awaitable[None]],
 ) -> None:
-    """Run all calls concurrently and pass their output to ``take``; if one fails, all end.
+    """Run all calls concurrently and pass their output to ``take``. If one fails, all end.
 
     Raises:
         InvalidField: they need more places than the engine has.
@@ -218,7 +219,7 @@ async def _generate(
 
 
 def _headers(generation: Generation) -> Mapping[str, str]:
-    """Which weights answer, for clients and proxies that read headers."""
+    """Headers that name the weights that answer, for clients and proxies."""
     where, tier = generation.provenance, generation.tier
     if not where.adapter:
         return {}

@@ -39,9 +39,10 @@ class Answering:
     """A request whose fields have been checked.
 
     Attributes:
-        run: answers it, and returns what the audit log takes a revision from, if anything.
-        about: what the audit log takes a name from; see `Audit.note`.
-        ignored: what of the request has no effect.
+        run: answers the request. Returns the object from which the audit log takes a revision,
+            if any.
+        about: the object from which the audit log takes a name; see `Audit.note`.
+        ignored: the request's fields and tools that have no effect.
     """
 
     run: Callable[[Reply], Awaitable[object]]
@@ -62,7 +63,7 @@ async def refuse(
     method: str,
     begun: bool = False,
 ) -> None:
-    """`Gate.refuse`; what is wrong at the HTTP level is only logged and delayed."""
+    """Call `Gate.refuse`. Errors at the HTTP level are only logged and delayed."""
     if isinstance(error, VeneerError):
         await gate.refuse(context, error, begun=begun, method=method)
         return
@@ -109,7 +110,7 @@ class JsonEndpoint(ABC):
         long = share.received >= LONG_BODY
         work = asyncio.create_task(self._work(body, context, reply, long=long))
         gone = asyncio.create_task(_disconnected(receive))
-        del body  # the parsed body is many times as large; keep only the checked request
+        del body  # much larger than the checked request, which is kept
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -121,7 +122,7 @@ class JsonEndpoint(ABC):
     async def _work(
         self, body: object, context: CallContext, reply: Reply, *, long: bool
     ) -> VeneerError | HttpError | None:
-        """Answer a body. Args: long: its fields are checked off the event loop."""
+        """Answer a body. Args: long: whether to check its fields off the event loop."""
         core, caller = self._core, context.caller
         try:
             with (
@@ -141,11 +142,11 @@ class JsonEndpoint(ABC):
             return without_frames(error)
 
     def _ignored(self) -> Ignored:
-        """For one request: takes what has no effect on it."""
+        """Return a new `Ignored`, for one request."""
         return Ignored(self._core.unknown_fields)
 
     def _tell(self, ignored: Ignored, reply: Reply) -> None:
-        """Count what has no effect, and name it in the answer's headers."""
+        """Count the fields and tools without effect, and name them in the answer's headers."""
         for label, count in ignored.counts.items():
             self._core.metrics.ignored_fields.labels(label).inc(count)
         if ignored.header:
@@ -163,11 +164,11 @@ class JsonEndpoint(ABC):
 
     @abstractmethod
     def _check(self, body: object, caller: Caller) -> Answering:
-        """Check the fields now, and answer later. What is returned should not keep the body.
+        """Check the fields now, and answer later. The result should not keep the body.
 
-        Runs in a thread if the body is long. No call into C may take long even there: it keeps
-        the interpreter's lock. So what a caller sent as JSON is measured before it is written
-        (`check_json_size`), and a list before it is looked through.
+        Runs in a thread if the body is long. Even there, no call into C may take long, since it
+        holds the GIL. So the caller's JSON is measured before it is serialized
+        (`check_json_size`), and a list before it is iterated over.
 
         Raises:
             InvalidField: a field is invalid.
@@ -181,13 +182,13 @@ async def _disconnected(receive: Receive) -> None:
 
 
 # -------------------- streams
-# Long answers, of which each reader holds a piece at a time.
+# Long answers, sent so that each reader holds one piece in memory at a time.
 
 _PIECE: Final = 64 << 10
 
 
 class LongAnswer(StreamingResponse):
-    """An answer in pieces. A client that has not read it all within the limit is
+    """An answer sent in pieces. A client that has not read it all within the limit is
     disconnected."""
 
     def __init__(
@@ -209,6 +210,6 @@ class LongAnswer(StreamingResponse):
 
 
 async def in_pieces(body: bytes) -> AsyncIterator[bytes]:
-    """A body piece by piece, so that none is copied into a socket's buffer as a whole."""
+    """Yield a body piece by piece, so that it is not copied into a socket's buffer at once."""
     for at in range(0, len(body), _PIECE):
         yield body[at : at + _PIECE]

@@ -1,4 +1,4 @@
-"""vLLM's endpoints that load and unload adapters by name, over the registry."""
+"""vLLM's endpoints that load and unload adapters by name, on top of the registry."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ class UnloadFields(RequestFields):
 
 @dataclass(frozen=True, slots=True)
 class _Named:
-    """Of a request, for the audit log."""
+    """The name in a request, for the audit log."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class _Changed:
-    """Of an answer, for the audit log."""
+    """The adapter that a request changed, for the audit log."""
 
     adapter: AdapterRef
 
@@ -68,8 +68,8 @@ class LoadEndpoint(JsonEndpoint):
         return Answering(partial(self._load, fields, caller), about=_Named(fields.lora_name))
 
     async def _load(self, fields: LoadFields, caller: Caller, reply: Reply) -> _Changed:
-        """Upload the folder's files as a client would: the same checks, limits and events.
-        vLLM loads before it answers, and so does this."""
+        """Upload the folder's files as a client would, with the same checks, limits and events.
+        Like vLLM, load the adapter before answering."""
         core, name = self._core, fields.lora_name
         home = await core.tenants.current(caller, publishing=True)
         if name in home.registry and not fields.load_inplace:
@@ -86,7 +86,7 @@ class LoadEndpoint(JsonEndpoint):
                 aclosing(core.local.messages(files, UploadOptions(request))) as messages,
             ):
                 loaded = await core.loading.load(home, messages, caller)
-        except AdapterExists:  # meanwhile
+        except AdapterExists:  # loaded meanwhile by another request
             raise _loaded(name) from None
         await reply.text(f"Success: LoRA adapter '{name}' added successfully.")
         return _Changed(loaded.ref)
@@ -101,7 +101,7 @@ class UnloadEndpoint(JsonEndpoint):
         return Answering(partial(self._unload, fields, caller), about=_Named(fields.lora_name))
 
     async def _unload(self, fields: UnloadFields, caller: Caller, reply: Reply) -> _Changed:
-        """Delete the name. Requests that run keep the weights they started with."""
+        """Delete the name. Running requests keep the weights they started with."""
         core, name = self._core, fields.lora_name
         home = await core.tenants.current(caller)
         Visible(core.tenants).check_own(home, name)

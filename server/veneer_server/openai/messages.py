@@ -1,4 +1,4 @@
-"""Anthropic's API: ``POST /v1/messages``, and how many tokens its prompt has."""
+"""Anthropic's API: ``POST /v1/messages``, and the count of its prompt's tokens."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ _Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 
 
 class ThinkingFields(RequestFields):
-    """``thinking``: whether the model thinks first, where its template lets a caller say so."""
+    """``thinking``: whether the model thinks first, if its template has that option."""
 
     where = "thinking"
 
@@ -103,13 +103,13 @@ class Metadata(RequestFields):
 
 @with_fractions
 class MessageFields(RequestFields):
-    """``POST /v1/messages``, with our other fractions beside Anthropic's.
+    """``POST /v1/messages``, with all our fractional sampling options, not only Anthropic's.
 
     Attributes:
-        messages, system, tools: see `turns`.
+        messages, system, tools: see `messages_of` and `tools_of`.
         output_format: the older name of ``output_config.format``.
-        chat_template_kwargs, cache_salt: as chats have them.
-        thread: that the API keeps the conversation; refused by the endpoint.
+        chat_template_kwargs, cache_salt: as for chats.
+        thread: asks the API to keep the conversation; refused by the endpoint.
     """
 
     model: str = Field(min_length=1, max_length=512)
@@ -134,7 +134,7 @@ class MessageFields(RequestFields):
 
 
 class CountFields(MessageFields):
-    """``POST /v1/messages/count_tokens``: those of a message, of which only the prompt's count.
+    """``POST /v1/messages/count_tokens``: a message's fields; only the prompt's matter.
 
     Attributes:
         max_tokens: no effect.
@@ -144,11 +144,11 @@ class CountFields(MessageFields):
 
 
 # -------------------- turns
-# Turns of a conversation as messages for a chat template, and tools.
+# Converts a conversation's turns to messages for a chat template, and reads the tools.
 #
-# A turn of the user may hold results of tools, which are messages of their own for a template.
-# Members that say something about caches or citations have no effect. Tools that Anthropic
-# defines or runs are left out, unless the request demands a call of one.
+# A user's turn may hold tool results, which are separate messages for a template. Members about
+# caches or citations have no effect. Tools that Anthropic defines or runs are left out, unless
+# the request forces a call of one.
 
 _CHOICES: Final = {
     "auto": CallChoice.AUTO,
@@ -165,13 +165,13 @@ def messages_of(
     system: str | Sequence[Mapping[str, Any]],
     ignored: Ignored | None = None,
 ) -> tuple[Mapping[str, Any], ...]:
-    """The messages. What the system says before the first turn is one message.
+    """Convert turns to messages. System texts before the first turn become one message.
 
     Args:
-        ignored: takes members that nobody knows; None: they are refused.
+        ignored: collects unknown members; None: they are refused.
 
     Raises:
-        InvalidField: a turn is malformed, or holds what is not served.
+        InvalidField: a turn is malformed, or has unsupported content.
     """
     return tuple(_Turns(ignored or Ignored()).messages(turns, system))
 
@@ -214,7 +214,8 @@ class _Turns:
         return self._history.message("system", "\n\n".join(texts), field="system")
 
     def _of_user(self, where: str, content: object) -> Iterator[Mapping[str, Any]]:
-        """Results come first, as a template expects them right after the calls."""
+        """Yield a user's messages. Tool results come first, as a template expects them right
+        after the calls."""
         texts: list[str] = []
         for at, block in _blocks(f"{where}.content", content):
             if block["type"] == "text":
@@ -288,10 +289,10 @@ def tools_of(
     """The tools that the answer may or must use; None if it may use none.
 
     Args:
-        ignored: takes tools that Anthropic defines or runs; None: they are refused.
+        ignored: collects tools that Anthropic defines or runs; None: they are refused.
 
     Raises:
-        InvalidField: a tool is malformed, or must be called but is not there.
+        InvalidField: a tool is malformed, or one that must be called is missing.
     """
     if len(given) > MAX_TOOLS:
         refuse("tools", f"has {len(given)} entries: send at most {MAX_TOOLS}")
@@ -328,7 +329,7 @@ def _tool(given: Mapping[str, Any], where: str) -> Tool:
 
 
 def _blocks(where: str, content: object) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Each block with its name in errors. A text is one block."""
+    """Yield each block with its path for error messages. A string is one text block."""
     if isinstance(content, str):
         yield where, {"type": "text", "text": content}
         return
@@ -362,10 +363,10 @@ def _unserved(where: str, kind: object) -> Exception:
 
 
 def message_call(fields: MessageFields, base: str, ignored: Ignored) -> GenerateCall:
-    """The call of a message.
+    """Make the generate call for a message.
 
     Args:
-        ignored: takes what has no effect of turns and tools.
+        ignored: collects members and tools that have no effect.
 
     Raises:
         InvalidField: fields contradict each other, or one is outside its range.
@@ -397,8 +398,9 @@ def message_call(fields: MessageFields, base: str, ignored: Ignored) -> Generate
 
 
 def _check_no_thread(fields: MessageFields) -> None:
-    """Refuse a thread in the words after which the SDKs' tool runners send the whole
-    conversation. To ignore ``create`` is not enough: the next request would continue it."""
+    """Refuse a thread with the error that makes the SDKs' tool runners send the whole
+    conversation instead. Ignoring ``create`` would not do: the next request would continue the
+    thread."""
     if fields.thread is not None:
         raise InvalidField(
             "thread is not supported, because conversations are not kept: leave it out, and "
@@ -408,7 +410,7 @@ def _check_no_thread(fields: MessageFields) -> None:
 
 
 def _answer_constraint(fields: MessageFields) -> dict[str, Constraint]:
-    """What the answer must match, by field."""
+    """The constraint on the answer, by the field that asks for it."""
     newer, older = fields.output_config.format, fields.output_format
     if newer is None:
         return {} if older is None else json_constraint(older.schema_, "output_format.schema")
@@ -418,7 +420,7 @@ def _answer_constraint(fields: MessageFields) -> dict[str, Constraint]:
 
 
 # -------------------- answer
-# The form of a message, whole and as events.
+# Builds a message, whole or as events.
 
 _TEXT: Final = {"text": "text_delta", "thinking": "thinking_delta"}
 _ERRORS: Final = {
@@ -433,7 +435,8 @@ _ERRORS: Final = {
 
 
 class MessageAnswer(Answer):
-    """``message`` and its events: one block of content at a time, each with a number."""
+    """Builds a ``message`` or its events. Blocks of content are numbered, and sent one at a
+    time."""
 
     def __init__(self, model: str, *, request_id: str) -> None:
         self.framing = Framing(_begin, b"", _failure)
@@ -442,9 +445,9 @@ class MessageAnswer(Answer):
         self._open = False
         """Whether the last block may grow."""
         self._arguments = ""
-        """Of the call in the last block."""
+        """Arguments so far of the call in the last block."""
         self._blank = ""
-        """Text that may be nothing but white space around thinking and calls."""
+        """White space held back, as it may be mere padding around thinking and calls."""
         self._finish: str | None = None
         self._begun = False
         self._told: Final[Json] = {
@@ -478,7 +481,7 @@ class MessageAnswer(Answer):
         return events
 
     def last_chunk(self) -> None:
-        """None: the last event says nothing."""
+        """None: `chunks` has sent the last event already."""
 
     def _message(self, blocks: list[Json], reason: str | None) -> Json:
         said = {"content": blocks, "stop_reason": reason, "stop_sequence": None}
@@ -486,7 +489,7 @@ class MessageAnswer(Answer):
 
     @property
     def _usage(self) -> Json:
-        """As Anthropic counts, tokens that were cached are not among those of the input."""
+        """Token counts as Anthropic counts them: ``input_tokens`` excludes cached tokens."""
         counts = self._tally.counts
         return {
             "input_tokens": counts.prompt - counts.cached,
@@ -506,10 +509,10 @@ class MessageAnswer(Answer):
     # ------------------------------------------------------------------------ events
 
     def _events(self, piece: Piece) -> Iterator[Json]:
-        """What a piece changes in the content."""
+        """Yield the events for a piece's changes to the content."""
         self._tally.take(piece)
         delta = piece.delta
-        # A part for each, so that events do not depend on how the engine's outputs are joined.
+        # Adjacent parts of one kind become one event, however finely the text was taken apart.
         parts = joined(delta.parts) if delta.parts else [Content(delta.text)]
         for part in parts:
             yield from self._take(part)
@@ -551,7 +554,7 @@ class MessageAnswer(Answer):
 
     def _add(self, block: Json) -> Iterator[Json]:
         yield from self._close()
-        self._blocks.append(dict(block))  # grows, after the event may have been kept
+        self._blocks.append(dict(block))  # a copy: it grows, and the event must not
         self._open = True
         yield self._numbered("start", content_block=block)
 
@@ -572,8 +575,8 @@ class MessageAnswer(Answer):
 
 
 def _object(arguments: str) -> Json:
-    """A call's arguments; empty if they were cut, or are no object: the field has no place for
-    anything else."""
+    """Parse a call's arguments. Empty if they were cut off or are not an object: the field can
+    hold nothing else."""
     try:
         found = json.loads(arguments)
     except (ValueError, RecursionError):
@@ -610,8 +613,8 @@ class MessagesEndpoint(GenerateEndpoint):
 
 
 class CountEndpoint(JsonEndpoint):
-    """``POST /v1/messages/count_tokens``: the tokens of the prompt that a message would have.
-    Nothing is generated."""
+    """``POST /v1/messages/count_tokens``: counts the tokens of a message's prompt. Nothing is
+    generated."""
 
     def _check(self, body: object, caller: Caller) -> Answering:
         ignored = self._ignored()

@@ -40,11 +40,12 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class ListForm:
-    """How an API shows models.
+    """How an API shows the list of models.
 
     Attributes:
-        begin, end: of the list; the end gets the ids of the first and the last model.
-        model: makes a model of OpenAI's form and its record; None for the base.
+        begin, end: JSON before and after the models; ``end`` takes the ids of the first and
+            the last model.
+        model: converts a model from OpenAI's form; also takes its record, None for the base.
     """
 
     begin: bytes
@@ -53,7 +54,7 @@ class ListForm:
 
 
 def rfc3339(seconds: float) -> str:
-    """A Unix time as text."""
+    """A Unix time in the form of RFC 3339."""
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
@@ -109,7 +110,7 @@ def model_routes(core: ServingCore) -> list[Route]:
 
 
 async def all_models(core: ServingCore, caller: Caller, form: ListForm) -> Response:
-    """The answer with all models that the caller sees, the base's first."""
+    """The answer that lists all models that the caller sees, the base first."""
     with core.calls.running():
         home = await core.tenants.current(caller)
         page = await asyncio.to_thread(_page, core, home, "", form)
@@ -125,8 +126,8 @@ async def all_models(core: ServingCore, caller: Caller, form: ListForm) -> Respo
 async def named_model(
     core: ServingCore, caller: Caller, name: str
 ) -> tuple[Json, AdapterRecord | None]:
-    """A model that the caller sees, under the name that it gave, and its record; None for the
-    base. Raises AdapterNotFound."""
+    """A model that the caller sees, with the given name as its id, and its record (None for the
+    base). Raises AdapterNotFound."""
     adapter = adapter_named(name, core.base.name)
     if not adapter:
         return {**base_model(core), "id": name}, None
@@ -153,7 +154,7 @@ async def _pieces(
     core: ServingCore, home: Tenant, form: ListForm, page: _Page, base: str
 ) -> AsyncIterator[bytes]:
     """The list as JSON, page by page: thousands of adapters in one piece would stall every
-    stream, and take megabytes for each slow reader. Args: page: the first."""
+    stream, and take megabytes for each slow reader. Args: page: the first page."""
     last = page.last or base
     yield form.begin + b",".join(page.models)
     while page.after:
@@ -185,13 +186,13 @@ def _aliases(
 
 
 def _named(core: ServingCore, home: Tenant, model: str) -> tuple[Json, AdapterRecord]:
-    """The model of an adapter's name, ``name@revision`` or ``name/alias``, and its record.
-    Raises AdapterNotFound."""
+    """The model for ``name``, ``name@revision`` or ``name/alias``, and its record. Raises
+    AdapterNotFound."""
     visible = Visible(core.tenants)
     meant = visible.meant(home, model)
     if "/" in meant.spec:
         shown = visible.shown(home, meant.owner, meant.name)
-        with suppress(AdapterNotFound):  # what follows says what is near
+        with suppress(AdapterNotFound):  # the error of `get` below suggests similar names
             for row in meant.owner.registry.aliases(meant.name):
                 if meant.spec == f"{meant.name}/{row.alias}":
                     return _alias_model(core, home, meant.owner, shown, row)
@@ -204,7 +205,7 @@ def _dump(model: Mapping[str, Any]) -> bytes:
 
 
 def base_model(core: ServingCore) -> Json:
-    """The base."""
+    """The base model in OpenAI's form."""
     name = core.base.name
     return {
         "id": name,
@@ -236,8 +237,9 @@ def _adapter_model(core: ServingCore, home: Tenant, seen: VisibleAdapter) -> Jso
 def _alias_model(
     core: ServingCore, home: Tenant, owner: Tenant, name: str, row: AliasRow
 ) -> tuple[Json, AdapterRecord]:
-    """The model of an alias of what ``home`` calls ``name``: that of its target, or of the
-    heaviest one if it has several; and the record. Raises AdapterNotFound if that is gone."""
+    """An alias's model and record: its target's, or its heaviest target's if it has several.
+    Raises AdapterNotFound if the target is gone. Args: name: the adapter's name for ``home``.
+    """
     heaviest = max(row.targets, key=lambda target: target[1], default=("", 0))[0]
     record = owner.registry.get(f"{row.name}@{heaviest}")
     target = _adapter_model(core, home, VisibleAdapter(owner, record, name))

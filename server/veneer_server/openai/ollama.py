@@ -1,8 +1,7 @@
-"""Ollama's API, for programs made for it: chats, prompts, and which models there are.
+"""Ollama's API, for programs made for it: chats, prompts, and lists of models.
 
-Streams are lines of JSON, and errors are
-``{"error": message}``; see `openai.errors`. Nothing here changes anything: what Ollama has for
-that is in `openai.routes`.
+Streams are lines of JSON, and errors are ``{"error": message}``; see `openai.errors`. Nothing
+here changes models: Ollama's paths for that are among those not served in `openai.routes`.
 """
 
 from __future__ import annotations
@@ -80,7 +79,7 @@ VERSION: Final = "0.32.0"
 least 0.6.4."""
 
 NEVER: Final = "2300-01-01T00:00:00Z"
-"""When models leave memory: not by time."""
+"""The reported time at which a model leaves memory: models do not expire."""
 
 NO_EFFECT: Final = frozenset(
     {
@@ -106,7 +105,7 @@ NO_EFFECT: Final = frozenset(
 """Options about how Ollama computes, which do not affect the text of an answer here."""
 
 OTHER_NAMES: Final = {"repeat_penalty": "repetition_penalty"}
-"""Options that have another name here."""
+"""Ollama's names of options, and ours where they differ."""
 
 REFUSED: Final[Mapping[str, tuple[tuple[Any, ...], str]]] = {
     "mirostat": ((0,), "use top_p"),
@@ -130,11 +129,11 @@ _NANO: Final = 1_000_000_000
 
 @with_fractions
 class Options(RequestFields):
-    """``options``: how tokens are sampled, with our names for the fractions.
+    """``options``: the sampling options, with our names for the fractions.
 
     Attributes:
-        num_predict: most tokens of the answer; below 1: what is left of the context.
-        seed: -1: another one each time.
+        num_predict: most tokens of the answer; below 1: as many as the context has left.
+        seed: -1: a different one for each request.
     """
 
     top_k: Annotated[int, Field(ge=-1, le=_UINT32)] | None = None
@@ -144,7 +143,7 @@ class Options(RequestFields):
 
 
 class OllamaMessage(Fields):
-    """A message of a chat. Attributes: tool_name: of the tool whose result it is."""
+    """A message of a chat. Attributes: tool_name: the tool whose result the message is."""
 
     role: str
     content: str = ""
@@ -155,12 +154,12 @@ class OllamaMessage(Fields):
 
 
 class OllamaFields(RequestFields):
-    """Fields of both endpoints.
+    """Fields of both ``/api/chat`` and ``/api/generate``.
 
     Attributes:
-        format: ``json``, or a schema that the answer is held to.
+        format: ``json``, or a schema that the answer must match.
         keep_alive: no effect: adapters leave memory when others need it.
-        truncate, shift: only false is served.
+        truncate, shift: only false is supported.
     """
 
     model: _Model
@@ -206,7 +205,7 @@ class OllamaGenerateFields(OllamaFields):
     """``POST /api/generate``. Without a prompt, nothing is generated.
 
     Attributes:
-        raw: the prompt is tokenized as it is, and not a message of the user.
+        raw: whether to tokenize the prompt as it is, instead of making it a user's message.
     """
 
     prompt: str = ""
@@ -240,7 +239,7 @@ FieldsT = TypeVar("FieldsT", bound=OllamaFields)
 
 
 def _check_names(body: object) -> None:
-    """Raises InvalidField for fields of other APIs, or of Ollama's that are not served."""
+    """Raise InvalidField for fields of other APIs, and for Ollama's that are not supported."""
     if isinstance(body, dict):
         for name, instead in _REFUSED_FIELDS.items():
             if not is_neutral(body.get(name)):
@@ -262,8 +261,8 @@ def _parse(kind: type[FieldsT], body: object, core: ServingCore) -> FieldsT:
 
 
 def _check_tag(model: str, base: str) -> None:
-    """Raises AdapterNotFound for a name with a tag of Ollama's, such as ``llama3:8b``: such a
-    model is not there, rather than wrongly called."""
+    """Raise AdapterNotFound for a name with an Ollama tag, such as ``llama3:8b``: such a name
+    is valid for Ollama, but no model has it."""
     if ":" in adapter_named(model, base):
         shown = model if len(model) <= 80 else f"{model[:80]}..."
         raise AdapterNotFound(
@@ -287,7 +286,7 @@ def _call(
     base: str,
     use: ToolUse | None = None,
 ) -> GenerateCall:
-    """The call of a chat or a prompt. Raises InvalidField. Args: use: the tools, if any."""
+    """The call for a chat or a prompt. Raises InvalidField. Args: use: the tools, if any."""
     if fields.top_logprobs and not fields.logprobs:
         raise invalid("top_logprobs", "needs logprobs: set it to true")
     options = fields.options
@@ -309,7 +308,7 @@ def _call(
 
 
 def _format(fields: OllamaFields) -> dict[str, Constraint]:
-    """What the answer must match, by field."""
+    """The constraint on the answer, by field."""
     if isinstance(fields.format, dict):
         return json_constraint(fields.format, "format")
     if fields.format not in ("", "json"):
@@ -325,7 +324,7 @@ def _template_options(fields: OllamaFields) -> TemplateOptions:
 
 
 def _messages(given: Sequence[OllamaMessage]) -> tuple[Mapping[str, Any], ...]:
-    """The messages as a chat template gets them. Raises InvalidField."""
+    """Convert messages to the form that a chat template takes. Raises InvalidField."""
     history, calls, made = History(), _Calls(), []
     for at, message in enumerate(given):
         field, role = f"messages[{at}].tool_calls", message.role.lower()
@@ -349,8 +348,8 @@ def _messages(given: Sequence[OllamaMessage]) -> tuple[Mapping[str, Any], ...]:
 
 
 class _Calls:
-    """Gives ids to calls and results that have none: a result is that of the first call of its
-    tool that has none yet, or else of the first of any."""
+    """Gives ids to calls and results that lack one. A result belongs to the first call of its
+    tool that has no result yet, or else to the first such call of any tool."""
 
     def __init__(self) -> None:
         self._open: dict[str, None] = {}
@@ -358,7 +357,7 @@ class _Calls:
         self._of_tool: dict[str, deque[str]] = {}
 
     def made(self, at: int, call: Json) -> Json:
-        """A call of message ``at``, with an id."""
+        """Return a call of message ``at`` with an id."""
         function, given = call.get("function"), call.get("id")
         name = function.get("name") if isinstance(function, dict) else None
         # Nine characters, as Mistral's templates want them.
@@ -369,7 +368,7 @@ class _Calls:
         return {**call, "id": call_id}
 
     def answered(self, call_id: str, tool: str) -> str:
-        """The id of the call whose result a message is; empty if there is no call."""
+        """Return the id of the call to which a result belongs; empty if there is no call."""
         named = self._of_tool.get(tool, deque())
         while not call_id and named:
             if (first := named.popleft()) in self._open:
@@ -392,18 +391,18 @@ class Said:
 
     @property
     def members(self) -> Json:
-        """What a message has beside its text."""
+        """A message's members besides its text."""
         thinking = {"thinking": self.thinking} if self.thinking else {}
         return thinking | ({"tool_calls": self.calls} if self.calls else {})
 
 
 class OllamaAnswer(Answer):
-    """An object, or lines with its parts and a last one with the counts."""
+    """Builds an object, or lines with its parts and a last line with the counts."""
 
     framing = LINES
 
     def __init__(self, model: str, tokenizer: TextTokenizer, *, scored: bool) -> None:
-        """Args: model: as the caller called it."""
+        """Args: model: the caller's name for it."""
         self._model = model
         self._tokenizer = tokenizer
         self._scored = scored
@@ -418,7 +417,7 @@ class OllamaAnswer(Answer):
 
     @abstractmethod
     def said(self, part: Said) -> Json:
-        """The members of an answer that say something."""
+        """An answer's members with its text, thinking and calls."""
 
     def add(self, piece: Piece) -> None:
         """See `Answer.add`."""
@@ -450,7 +449,7 @@ class OllamaAnswer(Answer):
         """None: the last piece's line has the counts."""
 
     def loaded(self) -> Json:
-        """The answer to a request that has nothing to answer: Ollama then loads the model."""
+        """The answer to a request without messages or prompt: Ollama then loads the model."""
         return {**self._head(), **self.said(Said()), "done": True, "done_reason": "load"}
 
     def _head(self) -> Json:
@@ -481,8 +480,8 @@ class OllamaAnswer(Answer):
             self._last = self._counts(piece.generation, delta.finish)
 
     def _ended_call(self) -> Iterator[Said]:
-        """A call once its arguments are complete. Those that were cut are left out: there is
-        only room for an object."""
+        """Yield the call whose arguments have just ended, if any. Arguments that were cut off
+        are dropped: the field can hold only an object."""
         if self._call is None:
             return
         try:
@@ -532,7 +531,7 @@ class OllamaAnswer(Answer):
 
 
 class OllamaMessageAnswer(OllamaAnswer):
-    """Of ``/api/chat``."""
+    """Builds answers of ``/api/chat``."""
 
     def said(self, part: Said) -> Json:
         """See `OllamaAnswer.said`."""
@@ -541,7 +540,7 @@ class OllamaMessageAnswer(OllamaAnswer):
 
 
 class OllamaTextAnswer(OllamaAnswer):
-    """Of ``/api/generate``."""
+    """Builds answers of ``/api/generate``."""
 
     def said(self, part: Said) -> Json:
         """See `OllamaAnswer.said`."""
@@ -623,7 +622,7 @@ class ShowEndpoint(JsonEndpoint):
     """``POST /api/show``."""
 
     def _check(self, body: object, caller: Caller) -> Answering:
-        if isinstance(body, dict):  # they would change how the model is used in Ollama
+        if isinstance(body, dict):  # dropped: in Ollama, these override the model's own
             body = {k: v for k, v in body.items() if k not in ("system", "template", "options")}
             _check_names(body)
         fields = parse_fields(ShowFields, body)
@@ -661,8 +660,8 @@ class ShowEndpoint(JsonEndpoint):
 
 
 def ollama_routes(core: ServingCore) -> list[Route]:
-    """The routes of Ollama's API, and of ``/``, by which its clients know that a server is
-    there."""
+    """The routes of Ollama's API, and of ``/``, where its clients check whether a server is
+    running."""
 
     async def running(request: Request) -> Response:
         return PlainTextResponse("Veneer is running")
@@ -696,7 +695,7 @@ def ollama_routes(core: ServingCore) -> list[Route]:
 
 
 def _tag(core: ServingCore, model: Json, record: AdapterRecord | None) -> Json:
-    """A model of the list. Clients look for the names that they have appended a tag to."""
+    """A model of the list. Its name has a tag, as clients append one to what they look for."""
     name = f"{model['id']}:latest"
     return {
         "name": name,
@@ -710,7 +709,8 @@ def _tag(core: ServingCore, model: Json, record: AdapterRecord | None) -> Json:
 
 
 def _in_memory(core: ServingCore, home: Tenant, resident: Sequence[str]) -> bytes:
-    """The base, and the tenant's adapters in memory. Args: resident: their weights digests."""
+    """The base and the tenant's adapters in memory, as JSON. Args: resident: weights digests of
+    those adapters."""
 
     def shown(tag: Json, size: int) -> bytes:
         del tag["modified_at"], tag["capabilities"]
@@ -722,7 +722,7 @@ def _in_memory(core: ServingCore, home: Tenant, resident: Sequence[str]) -> byte
     base = base_model(core)
     models = [shown(_tag(core, base, None), core.engine.info.weights_bytes)]
     for digest in resident:
-        # Of the revisions of a name with the same weights, the current one or the latest.
+        # If revisions of a name have the same weights, show the current one, else the latest.
         held = sorted(home.registry.holding(digest), key=lambda it: (it.current, it.created))
         for name, record in {each.ref.name: each for each in held}.items():
             shown_as = name if record.current else record.ref.short

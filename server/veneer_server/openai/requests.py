@@ -1,6 +1,6 @@
-"""The parts of a `GenerateCall`, made of plain values, and the calls of chats and completions.
+"""Builds the parts of a `GenerateCall` from plain values, and calls of chats and completions.
 
-Each HTTP form makes its own call of these parts, so that errors name fields that its caller
+Each HTTP API makes its own call from these parts, so that errors name fields that its caller
 can send.
 """
 
@@ -37,7 +37,7 @@ from veneer_server.text.turns import TemplateOptions
 from veneer_server.wire.messages import Constraint, SamplingParams
 
 _LATEST: Final = ":latest"
-"""What Ollama's clients append to a name. No name has a colon."""
+"""Suffix that Ollama's clients append to a name. No adapter's name has a colon."""
 
 _COMPLETION_TOKENS: Final = 16
 """max_tokens of a completion that sets none, as in OpenAI and vLLM. Clients of this older
@@ -58,7 +58,7 @@ _ECHO: Final = ScoreForm(own=72, top=32, named=2)
 _ID: Final = 8
 
 # -------------------- parts
-# What every form needs, from values that may have any name in it.
+# Parts that every API needs, made from plain values, whatever the API calls their fields.
 
 
 def adapter_named(model: str, base: str) -> str:
@@ -77,8 +77,9 @@ def sampling_of(given: Mapping[str, Any]) -> Sampling:
     """The sampling options that are set, under their names in `SamplingParams`.
 
     Args:
-        given: fields of a request; others have no effect. None is unset. A ``top_k`` of -1 is
-            off, as in vLLM, and a negative seed stands for that of the same 64 bits.
+        given: fields of a request. All but sampling options are ignored; None means
+            unset. A ``top_k`` of -1 is off, as in vLLM. A negative seed means the unsigned
+            number with the same 64 bits.
     """
     options = {
         name: value
@@ -102,10 +103,10 @@ def stops_of(given: str | Sequence[str]) -> tuple[str, ...]:
 def template_variables(
     given: Mapping[str, Any], enable_thinking: bool | None, verbosity: Verbosity | None
 ) -> Mapping[str, Any]:
-    """Variables of a chat template that a caller sent, with those that have a field too.
+    """Merge a caller's chat template variables with those that have a field of their own.
 
     Raises:
-        InvalidField: both say something else.
+        InvalidField: ``enable_thinking`` has different values in the two.
     """
     if enable_thinking is not None:
         if given.get("enable_thinking", enable_thinking) is not enable_thinking:
@@ -122,8 +123,9 @@ def continues(messages: Sequence[MessageItem]) -> bool:
 
 
 def json_constraint(schema: dict[str, Any] | bool | str, field: str) -> dict[str, Constraint]:
-    """JSON that fits a schema, by the field that asks for it. A schema sent as text is passed
-    through: the core checks it. Raises InvalidField for one that is too long."""
+    """The constraint to JSON that fits a schema, by the field that asks for it. A schema sent
+    as text is passed through: the core checks it. Raises InvalidField for one that is too long.
+    """
     if isinstance(schema, str):
         return {field: Constraint("json_schema", schema)}
     check_json_size(field, schema, MAX_SCHEMA)
@@ -133,16 +135,16 @@ def json_constraint(schema: dict[str, Any] | bool | str, field: str) -> dict[str
 def constrained(
     use: ToolUse | None, answer: Mapping[str, Constraint], output: Mapping[str, Constraint]
 ) -> dict[str, Any]:
-    """The arguments of `GenerateCall` about what the model may write.
+    """The arguments of `GenerateCall` for tools and constraints.
 
     Args:
-        use: the tools that it may or must call.
-        answer: what its answer must match, by the field that says so. If that is JSON, it may
-            call tools instead. A forced call takes the place of it, as in vLLM.
-        output: what all of its output must match.
+        use: the tools that the model may or must call.
+        answer: the constraint on the answer, by the field that asks for it. If it is JSON, the
+            model may call tools instead. A forced call replaces it, as in vLLM.
+        output: constraints on all of the output, by field.
 
     Raises:
-        InvalidField: two fields say something else, or one leaves no room for a forced call.
+        InvalidField: two fields ask for different constraints, or one rules out a forced call.
     """
     field, constraint = "", None
     for name, wanted in (*answer.items(), *output.items()):
@@ -163,7 +165,7 @@ def constrained(
 
 
 # -------------------- common fields
-# What chats and completions, and the forms with the same names for it, say alike.
+# Fields shared by chats, completions, and other APIs that use the same names.
 
 
 def common(
@@ -172,10 +174,11 @@ def common(
     use: ToolUse | None = None,
     answer: Mapping[str, Constraint] | None = None,
 ) -> dict[str, Any]:
-    """The arguments of `GenerateCall` for `CommonFields`, but for ``max_tokens``.
+    """The arguments of `GenerateCall` for `CommonFields`, except ``max_tokens``.
 
     Args:
-        use, answer: as in `constrained`; None: ``response_format`` says it.
+        use: as in `constrained`.
+        answer: as in `constrained`; None: taken from ``response_format``.
 
     Raises:
         InvalidField: fields contradict each other, or one is outside its range.
@@ -220,11 +223,11 @@ def _same(fields: CommonFields, name: str, other: str) -> Any:
 def answer_form(
     fields: CommonFields, own: ScoreForm, prompts: list[ScoreForm], *, prompt_copies: int
 ) -> AnswerForm:
-    """The form of an answer that has log-probabilities and token ids as chats or completions.
+    """The `AnswerForm` of an answer whose scores and token ids are as in chats or completions.
 
     Args:
         own, prompts: as in `AnswerForm`.
-        prompt_copies: how often an answer has what belongs to a prompt.
+        prompt_copies: how often an answer repeats the scores and token ids of a prompt.
     """
     numbered, ids = fields.return_tokens_as_token_ids, _ID if fields.return_token_ids else 0
     return AnswerForm(
@@ -241,7 +244,7 @@ def answer_form(
 
 
 def _output_constraints(fields: CommonFields) -> dict[str, Constraint]:
-    """What llama.cpp's and vLLM's fields demand of all of the output, by field."""
+    """Constraints on all of the output, from llama.cpp's and vLLM's fields, by field."""
     more = fields.structured_outputs or StructuredOutputs()
     found: dict[str, Constraint] = {}
     schemas = {
@@ -275,7 +278,8 @@ def _output_constraints(fields: CommonFields) -> dict[str, Constraint]:
 
 
 def _answer_constraint(given: ResponseFormat | None) -> dict[str, Constraint]:
-    """What ``response_format`` demands, by field; nothing for any text. Raises InvalidField."""
+    """The constraint in ``response_format``, by field; empty if any text is allowed. Raises
+    InvalidField."""
     if given is None:
         return {}
     field, value = "response_format", given.value if given.schema_ is None else given.schema_
@@ -294,7 +298,7 @@ def _answer_constraint(given: ResponseFormat | None) -> dict[str, Constraint]:
             raise invalid(f"{field}.json_schema", "is missing: send the schema")
         return {field: ANY_OBJECT}
     if given.type == "json_schema" and isinstance(value, dict) and value.keys() == _NAMED:
-        value = value["schema"]  # Hugging Face's TGI has the name in there
+        value = value["schema"]  # Hugging Face's TGI puts name and schema in there
     return json_constraint(value, field)
 
 
@@ -305,7 +309,7 @@ def chat_call(fields: ChatFields, base: str, ignored: Ignored | None = None) -> 
     """The call for a chat request.
 
     Args:
-        ignored: takes tools that are not served; None: they are refused.
+        ignored: collects unsupported tools; None: they are refused.
 
     Raises:
         InvalidField: fields contradict each other, or one is outside its range.
@@ -365,7 +369,7 @@ def completion_calls(fields: CompletionFields, base: str) -> list[GenerateCall]:
 
 
 def check_best_of(best_of: int | None, n: int) -> None:
-    """Raises InvalidField for more candidates than answers."""
+    """Raise InvalidField if the number of candidates differs from that of answers."""
     if best_of not in (None, n):
         raise invalid("best_of", "is not supported: use n, and choose by log-probability")
 

@@ -1,8 +1,8 @@
-"""Stored responses and conversations: in SQLite, by tenant, bounded in bytes and in time.
+"""Stored responses and conversations, by tenant, in SQLite, with limits on size and age.
 
-A response's row has its own items. Those before them are in the rows of the responses that it
-continues, and these rows stay as long as it does, even if their own responses are deleted. So
-a chain takes as much disk as its items do, and whatever is stored can be continued. A
+A response's row holds only its own items. Earlier items are in the rows of the responses that
+it continues. Those rows stay as long as it does, even if their own responses are deleted. So a
+chain takes no more disk than its items, and every stored response can be continued. A
 conversation is a list of items that its caller may change.
 """
 
@@ -40,23 +40,24 @@ from veneer_server.serving.checks import MAX_MESSAGES, invalid
 from veneer_server.telemetry.metrics import Metrics
 
 MAX_HISTORY: Final = MAX_BODY
-"""Bytes of the items that a request may continue, as JSON."""
+"""Most bytes of stored items, as JSON, that a request may continue."""
 
 MAX_REFERRED: Final = 2 * MAX_HISTORY
-"""Bytes of the responses that are read for the items that a request refers to."""
+"""Most bytes of responses that are read to find the items that a request refers to."""
 
 MAX_WAITING: Final = 32
-"""Requests of one tenant that wait to be written, and as many that wait to be read."""
+"""Most requests of one tenant that may wait to write, and as many that may wait to read."""
 
 MAX_READ: Final = 32 << 20
-"""Bytes of stored answers that are being sent, but for the first 64 KiB of each; half of them
-for one tenant."""
+"""Most bytes of stored responses being sent at a time, not counting the first 64 KiB of each.
+One tenant may use half of them."""
 
 MAX_LISTED: Final = 100
-"""Items in one page of a list, as with OpenAI."""
+"""Most items in one page of a list, as with OpenAI."""
 
 WRITE_LIMIT_S: Final = 5.0
-"""How long an answer waits to be stored. Then it is sent, and says that it is not stored."""
+"""How long an answer waits to be stored. After that it is sent, and says that it is not stored.
+"""
 
 _UPKEEP_S: Final = 60.0
 _REST: Final = 3
@@ -64,7 +65,7 @@ _REST: Final = 3
 _AT_ONCE: Final = 256
 """Rows that upkeep removes in one transaction, so that it holds up no answer for long."""
 _ROW: Final = 256
-"""Bytes that a row takes beside what is in it, roughly."""
+"""Rough overhead of a row, in bytes."""
 FREE_PAGES: Final = 4096
 """Unused pages that are kept in the file. More are given back to the file system."""
 _WAL_BYTES: Final = 16 << 20
@@ -122,7 +123,7 @@ T = TypeVar("T")
 
 
 class StoredItem(NamedTuple):
-    """An item with its id. Attributes: json: all of it, the id too."""
+    """An item with its id. Attributes: json: the whole item, including the id."""
 
     id: str
     json: bytes
@@ -134,7 +135,7 @@ class FinishedResponse:
 
     Attributes:
         previous: id of the response that it continues.
-        conversation: to which its items are added.
+        conversation: id of the conversation to which its items are added.
         head: the response without its output, as JSON.
     """
 
@@ -148,7 +149,7 @@ class FinishedResponse:
 
 @dataclass(frozen=True, slots=True)
 class ItemPage:
-    """Which part of a list of items is wanted.
+    """The requested page of a list of items.
 
     Attributes:
         after: id of the item before the first one; empty for the beginning.
@@ -161,7 +162,7 @@ class ItemPage:
 
 
 class _NoRoom(Exception):
-    """A change takes more than may be stored."""
+    """A change would exceed the limit on bytes, or continues a response that is gone."""
 
 
 class _Oldest(NamedTuple):
@@ -177,7 +178,7 @@ def joined(items: Sequence[StoredItem]) -> bytes:
 
 
 def no_such(kind: str, name: str, *, param: str | None = None, hint: str = "") -> HttpError:
-    """The error for what is not stored, or is another tenant's: nobody can tell which.
+    """The error for an object that is not stored or is another tenant's, without saying which.
 
     Args:
         kind: ``response``, ``previous response``, ``conversation`` or ``item``.
@@ -188,12 +189,12 @@ def no_such(kind: str, name: str, *, param: str | None = None, hint: str = "") -
 
 
 class ResponseDatabase:
-    """The database at ``path``. One thread at a time changes it, and another may read.
+    """The SQLite database at ``path``. One thread at a time changes it, and another may read.
 
     Attributes:
-        count: responses and conversations.
-        bytes: that they take on disk.
-        renewed: how often a damaged one was replaced.
+        count: number of responses and conversations.
+        bytes: bytes that they take on disk.
+        renewed: how often a damaged database was replaced.
     """
 
     def __init__(
@@ -204,14 +205,15 @@ class ResponseDatabase:
         age_s: float,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """Open or make the database. One that is damaged is moved aside, and a new one begun.
+        """Open or create the database. A damaged one is moved aside, and a new one created.
 
         Args:
-            most_bytes: on disk. Beyond them the oldest of the tenant that stores most go.
-            age_s: what is older is gone.
+            most_bytes: limit on disk. Beyond it, the oldest entries of the tenant that stores
+                most are removed.
+            age_s: older entries are removed.
 
         Raises:
-            FailedPrecondition: it is from a newer Veneer.
+            FailedPrecondition: it was written by a newer Veneer.
             DiskFull, DiskFailed: it cannot be opened.
         """
         self.count = self.bytes = self.renewed = 0
@@ -229,7 +231,8 @@ class ResponseDatabase:
         self._db.close()
 
     def renew(self, error: CatalogDamaged, renewed: int) -> None:
-        """Begin a new database, as this one is damaged. Args: renewed: when that was found."""
+        """Replace this damaged database, unless that was done since the damage was found. Args:
+        renewed: the value of `renewed` at that time."""
         if renewed != self.renewed:
             return
         self.renewed += 1
@@ -256,11 +259,11 @@ class ResponseDatabase:
     # ------------------------------------------------------------------ changes
 
     def put(self, tenant: str, response: FinishedResponse) -> bool:
-        """Store a response, and add its items to its conversation. False if there is no room
-        for it, or the response that it continues is gone: nothing has changed then.
+        """Store a response, and add its items to its conversation. Return False, and change
+        nothing, if there is no room for it or the response that it continues is gone.
 
         Raises:
-            HttpError: there is no such conversation any more.
+            HttpError: the conversation no longer exists.
         """
         items = joined(response.input), joined(response.output)
         size = _ROW + len(response.head) + sum(map(len, items))
@@ -300,8 +303,8 @@ class ResponseDatabase:
         return False
 
     def delete(self, tenant: str, response: str) -> bool:
-        """Forget a response. Its items stay for those that continue it. False if there is
-        none."""
+        """Delete a response; return False if there is none. Its items stay for the responses
+        that continue it."""
         with self._change():
             found = self._db.execute(
                 "SELECT number FROM responses WHERE tenant = ? AND id = ? AND created >= ?",
@@ -314,7 +317,8 @@ class ResponseDatabase:
     def begin_conversation(
         self, tenant: str, conversation: str, metadata: bytes, items: Sequence[StoredItem]
     ) -> int:
-        """Make a conversation; when that was. Raises DiskFull if there is no room for it."""
+        """Create a conversation, and return the time in Unix seconds. Raises DiskFull if there
+        is no room for it."""
         now = self._clock()
         with self._room_or_full(), self._change():
             before, size = self._used(), _ROW + len(metadata)
@@ -348,7 +352,7 @@ class ResponseDatabase:
         """Add items to a conversation.
 
         Args:
-            most: bytes that it may have then; None sets no bound.
+            most: most bytes that it may then have; None sets no limit on bytes or items.
 
         Raises:
             HttpError: there is no such conversation.
@@ -370,7 +374,7 @@ class ResponseDatabase:
             self._make_room(before, {(False, number)})
 
     def delete_item(self, tenant: str, conversation: str, item: str) -> None:
-        """Take an item out of a conversation. Raises HttpError if there is none."""
+        """Delete an item of a conversation. Raises HttpError if there is none."""
         with self._change():
             number = self._found(tenant, conversation)
             found = self._db.execute(
@@ -388,13 +392,13 @@ class ResponseDatabase:
             self._count(tenant, 0, -size)
 
     def delete_conversation(self, tenant: str, conversation: str) -> None:
-        """Forget a conversation with its items. Raises HttpError if there is none."""
+        """Delete a conversation with its items. Raises HttpError if there is none."""
         with self._change():
             self._drop_conversation(tenant, self._found(tenant, conversation))
 
     def upkeep(self) -> bool:
-        """Remove some of what is too old or too much, and give back some of a large file.
-        Whether there may be more to do."""
+        """Remove some entries that are too old or over the limit, and shrink a large file a
+        bit. Return whether there may be more to do."""
         with self._change():
             self._db.execute("DELETE FROM tenants WHERE count = 0 AND bytes = 0")
             dropped, before = 0, self._oldest_allowed
@@ -409,7 +413,7 @@ class ResponseDatabase:
         ((free,),) = self._db.execute("PRAGMA freelist_count")
         if free > FREE_PAGES:
             with database_errors(self.path):
-                # By `execute`, Python's module would end it after one page.
+                # With `execute`, Python's sqlite3 would stop after one page.
                 self._db.executescript(f"PRAGMA incremental_vacuum({_AT_ONCE * 4})")
             return True
         return dropped > 0
@@ -441,11 +445,11 @@ class ResponseDatabase:
         return _within(field, [part for row in chain for part in row[:2]])
 
     def referred(self, tenant: str, names: Sequence[str]) -> list[bytes]:
-        """The items of responses with these ids, in this order.
+        """The items with these ids, in this order.
 
         Raises:
             HttpError: there is no such item.
-            InvalidField: they are too long, or in responses that are.
+            InvalidField: the items, or the responses that hold them, are too long.
         """
         wanted: dict[str, set[str]] = {}
         for name in names:
@@ -477,8 +481,8 @@ class ResponseDatabase:
         return found
 
     def input_items(self, tenant: str, response: str, page: ItemPage) -> bytes:
-        """A page of what a response was made from: its own input, after the items that it
-        continued. Raises HttpError, InvalidField."""
+        """A page of the items that a response was made from: those that it continued, followed
+        by its own input. Raises HttpError, InvalidField."""
         chain = self._chain(tenant, response)
         if not chain:
             raise no_such("response", response)
@@ -495,7 +499,7 @@ class ResponseDatabase:
         return listed(wanted, more=begin + page.limit < len(found))
 
     def conversation(self, tenant: str, conversation: str) -> tuple[int, bytes]:
-        """When a conversation was made, and its metadata. Raises HttpError if there is none."""
+        """A conversation's creation time and metadata. Raises HttpError if there is none."""
         for created, metadata in self._reader.rows(
             "SELECT created, metadata FROM conversations "
             "WHERE tenant = ? AND id = ? AND used >= ?",
@@ -549,8 +553,8 @@ class ResponseDatabase:
         raise no_such("item", item)
 
     def _chain(self, tenant: str, response: str) -> list[tuple[bytes, bytes, str | None]]:
-        """Input, output and conversation of a response, after those that it continues. One
-        statement, so that no change can come in between."""
+        """Input, output and conversation of each response in a chain, oldest first, this one
+        last. One statement, so that no change can come in between."""
         return self._reader.rows(
             "WITH RECURSIVE chain (number, previous, depth) AS ("
             "SELECT number, previous, 0 FROM responses "
@@ -570,7 +574,7 @@ class ResponseDatabase:
 
     @contextmanager
     def _change(self) -> Iterator[None]:
-        """A transaction. It is on disk when the block has ended."""
+        """Run the block as a transaction, which is on disk when the block has ended."""
         with database_errors(self.path):
             self._db.execute("BEGIN IMMEDIATE")
             try:
@@ -596,14 +600,14 @@ class ResponseDatabase:
         self.count, self.bytes = count, self._used()
 
     def _used(self) -> int:
-        """Bytes of pages that hold something, in the transaction's state."""
+        """Bytes of the pages in use, as the open transaction sees them."""
         ((pages,),) = self._db.execute("PRAGMA page_count")
         ((free,),) = self._db.execute("PRAGMA freelist_count")
         ((size,),) = self._db.execute("PRAGMA page_size")
         return int((pages - free) * size)
 
     def _tenants(self) -> list[tuple[str, int]]:
-        """Names and bytes, the one that stores most first."""
+        """Names and bytes of the tenants, the one that stores most first."""
         return self._db.execute(
             "SELECT tenant, bytes FROM tenants ORDER BY bytes DESC"
         ).fetchall()
@@ -625,7 +629,7 @@ class ResponseDatabase:
         raise no_such("conversation", conversation)
 
     def _add(self, tenant: str, conversation: str, items: Sequence[StoredItem]) -> int:
-        """Add items; the conversation's number. Raises HttpError."""
+        """Add items to a conversation, and return its number. Raises HttpError."""
         number = self._found(tenant, conversation)
         self._db.executemany(
             "INSERT INTO items (conversation, id, item) VALUES (?, ?, ?)",
@@ -641,16 +645,17 @@ class ResponseDatabase:
         return number
 
     def _make_room(self, before: int, keep: set[tuple[bool, int]]) -> None:
-        """Remove the oldest until no more is stored than may be, or, where more was, no more
-        than before. Args: keep: what may not go. Raises _NoRoom."""
+        """Remove the oldest entries until the limit is met or, if it was exceeded already,
+        until no more is used than ``before``. Args: keep: entries that must stay. Raises
+        _NoRoom."""
         most = max(self._most, before)
         while (over := self._used() - most) > 0:
             if not self._drop_some(over, keep):
                 raise _NoRoom
 
     def _drop_some(self, over: int, keep: set[tuple[bool, int]]) -> int:
-        """Remove some of the oldest of the tenant that stores most; how many. No more than
-        half of what is too much at once: what it frees on disk is known only afterwards."""
+        """Remove some of the oldest entries of the tenant that stores most; return how many.
+        About half of the excess at once: what it frees on disk is known only afterwards."""
         tenants = self._tenants()
         for at, (tenant, held) in enumerate(tenants):
             others = tenants[at + 1][1] if at + 1 < len(tenants) else 0
@@ -684,7 +689,7 @@ class ResponseDatabase:
         drop(tenant, each.number)
 
     def _drop_response(self, tenant: str, number: int) -> None:
-        """Forget a response, and items that nothing continues any more."""
+        """Delete a response, and the rows of its chain that nothing continues any more."""
         self._count(tenant, -1, 0)
         self._db.execute("UPDATE responses SET id = NULL WHERE number = ?", (number,))
         at: int | None = number
@@ -736,7 +741,7 @@ class _Identified(msgspec.Struct):
 
 
 _ITEM: Final = re.compile(r"[a-z]+_([0-9a-f]+)_(?:in)?[0-9]+")
-"""Ids of items have the unique part of that of their response."""
+"""An item's id contains the unique part of its response's id."""
 
 
 def _named(parts: Sequence[bytes]) -> list[tuple[str, bytes]]:
@@ -749,7 +754,7 @@ def _named(parts: Sequence[bytes]) -> list[tuple[str, bytes]]:
 
 
 def _within(field: str, parts: Sequence[bytes]) -> bytes:
-    """JSON lists as one. Raises InvalidField if it is too long."""
+    """Join JSON lists into one. Raises InvalidField if it is too long."""
     items = b"[" + b",".join(part[1:-1] for part in parts if part != b"[]") + b"]"
     if len(items) > MAX_HISTORY:
         raise invalid(
@@ -800,8 +805,8 @@ def _open(path: Path) -> sqlite3.Connection:
 
 
 class StoredResponses:
-    """What endpoints ask for stored responses. Belongs to one event loop; a thread writes, and
-    another reads."""
+    """The endpoints' access to stored responses. Belongs to one event loop; one thread writes,
+    and another reads."""
 
     def __init__(
         self, database: ResponseDatabase, metrics: Metrics, *, limit_s: float = WRITE_LIMIT_S
@@ -815,24 +820,26 @@ class StoredResponses:
         self._writing = ThreadPoolExecutor(1, "store-responses")
         self._reading = ThreadPoolExecutor(1, "read-responses")
         self._sending: Counter[str] = Counter()
-        """Bytes by tenant."""
+        """Bytes being sent, by tenant."""
         self._changes: Counter[str] = Counter()
+        """Requests that wait to write, by tenant."""
         self._reads: Counter[str] = Counter()
-        """How many wait, by tenant."""
+        """Requests that wait to read, by tenant."""
         self._changing = asyncio.Lock()
-        """The thread has one change at a time, so that answers go before those that wait."""
+        """Passes one change at a time to the thread, so that answers overtake waiting changes.
+        """
         self._keeping_up: asyncio.Task[None] | None = None
         self._late = False
-        """A write has taken too long, and those behind it have not been done."""
+        """Whether a write has taken too long, and the writes queued behind it are not done."""
         self._begun: float | None = None
-        """When the write that runs began."""
+        """When the running write began; None if none runs."""
 
     def start(self) -> None:
-        """Begin to remove what is too old."""
+        """Start the task that removes old entries."""
         self._keeping_up = asyncio.create_task(self._keep_up())
 
     async def stop(self) -> None:
-        """End once everything is written. No call may follow."""
+        """Stop once everything is written. No call may follow."""
         if self._keeping_up is not None:
             self._keeping_up.cancel()
             await asyncio.wait({self._keeping_up})
@@ -843,11 +850,11 @@ class StoredResponses:
         self._reading.shutdown()
 
     async def keep(self, tenant: str, make: Callable[[], FinishedResponse]) -> bool:
-        """Store a response of a tenant; whether it is on disk now. It is not if
-        there is no room for it, or the disk is full, fails or is slow.
+        """Store a tenant's response, and return whether it is on disk now. It is not if there
+        is no room for it, or the disk is full, fails or is slow.
 
         Args:
-            make: makes it, in the thread.
+            make: builds the response, in the writing thread.
         """
         why = f"that would take longer than {self._limit_s:g} s"
         try:
@@ -858,7 +865,7 @@ class StoredResponses:
                 why = "no room, or the response before it is gone"
         except TimeoutError:
             begun = self._begun
-            # Otherwise the disk is well, and there are only many writes.
+            # Otherwise the disk is fine, and there are only many writes.
             if begun is not None and time.monotonic() - begun >= self._limit_s / 2:
                 self._late = True  # answers do not wait for it any more
                 self._writing.submit(self._in_time)
@@ -879,7 +886,8 @@ class StoredResponses:
                 return await self.write(work)
 
     async def write(self, work: Callable[[ResponseDatabase], T]) -> T:
-        """As `change`, however many wait: for an answer, which has been computed already."""
+        """Like `change`, but without the limit on waiting requests: for an answer, which has
+        been computed already."""
 
         def timed(database: ResponseDatabase) -> T:
             self._begun = time.monotonic()
@@ -897,7 +905,7 @@ class StoredResponses:
         `change` does.
 
         Args:
-            changed: the same request has changed something, so that it is not refused now.
+            changed: whether the same request has changed something, so that it is not refused.
         """
         with nullcontext() if changed else self._waiting(self._reads, tenant):
             return await self._run(self._reading, work)
@@ -921,7 +929,7 @@ class StoredResponses:
 
     @contextmanager
     def sending(self, tenant: str, size: int) -> Iterator[None]:
-        """Room for an answer to a tenant until it is sent. Raises QueueFull."""
+        """Reserve room for an answer to a tenant until it is sent. Raises QueueFull."""
         long = max(0, size - LONG_BODY)
         own = self._sending[tenant]
         if long and (own + long > MAX_READ // 2 or self._sending.total() + long > MAX_READ):

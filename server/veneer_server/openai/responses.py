@@ -1,4 +1,4 @@
-"""OpenAI's ``/v1/responses``: made, counted, and those that are stored read and deleted; and
+"""OpenAI's ``/v1/responses``, including stored responses and token counts, and
 ``/v1/conversations``."""
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ from veneer_server.wire.messages import Constraint
 # -------------------- fields
 
 _Label = Annotated[str, Field(max_length=64)]
-"""Of what a response repeats, in OpenAI's bounds: each of its events may."""
+"""A text that a response repeats. Limited as by OpenAI, since each event may repeat it."""
 
 _Id = Annotated[str, Field(min_length=1, max_length=128)]
 
@@ -141,21 +141,22 @@ class ConversationField(RequestFields):
 
 @with_fractions
 class ResponseFields(CommonFields):
-    """``POST /v1/responses``. Sampling options that a chat has are served here too.
+    """``POST /v1/responses``. A chat's sampling options are supported here too.
 
     Attributes:
-        input: a text, or items of a conversation; see `items`.
-        max_tool_calls: of tools that OpenAI runs; without effect.
-        image: how images are compressed; without effect.
-        user, safety_identifier, prompt_cache_key: without effect; a response repeats them.
-        chat_template_kwargs, enable_thinking, include_reasoning: as chats have them.
+        input: a text, or items of a conversation; see `messages_of`.
+        max_tool_calls: limit for tools that OpenAI runs; no effect.
+        image: how images are compressed; no effect.
+        user: keeps a user on the same target of a canary; a response repeats it.
+        safety_identifier, prompt_cache_key: no effect; a response repeats them.
+        chat_template_kwargs, enable_thinking, include_reasoning: as for chats.
         truncation: ``auto``: the oldest turns of a conversation that is too long are left out.
-        store: None: as the server does by default.
-        previous_response_id: of a stored response, whose items go before the input.
+        store: whether to store the response; None: if this server stores responses.
+        previous_response_id: id of a stored response; its items go before the input.
         conversation: an id, or an object with it.
-        prompt: of what OpenAI stores; refused.
+        prompt: a prompt that OpenAI stores; refused.
         metadata: the caller's notes, which a response repeats; see `metadata_of`.
-        include: only the log-probabilities have an effect.
+        include: only the value for log-probabilities has an effect.
     """
 
     input: str | list[Any]
@@ -186,15 +187,15 @@ class ResponseFields(CommonFields):
 
 
 # -------------------- items
-# The items of a conversation as messages for a chat template, and as they are stored.
+# Converts a conversation's items to messages for a chat template, and to their stored form.
 #
-# Answers of this server can be sent back as they came: ids and states of items are ignored. An
+# Answers of this server can be sent back unchanged: ids and states of items are ignored. An
 # assistant's turn is one message of a chat, but several items: thinking, text and calls.
 
 _NUMBER: Final = re.compile(r"\[\d+\]")
 _ROLES: Final = ("user", "assistant", "system", "developer")
 _TEXTS: Final = {"input_text": "text", "output_text": "text", "refusal": "refusal"}
-"""Kinds of parts that are text, and the member that has it."""
+"""Types of parts that are text, and the member that holds it."""
 
 _IGNORED_PARTS: Final = frozenset({"annotations", "logprobs", "prompt_cache_breakpoint"})
 _IGNORED: Final = frozenset({"id", "status", "phase", "type"})
@@ -203,7 +204,7 @@ _OUTPUT: Final = frozenset({"call_id", "name", "output", "caller", "namespace"})
 
 
 _PREFIXES: Final = {"reasoning": "rs", "function_call": "fc", "function_call_output": "fco"}
-"""Of the ids of stored items; others have that of messages."""
+"""Prefixes of the ids of stored items, by type; other types use the prefix of messages."""
 
 
 def messages_of(
@@ -215,13 +216,13 @@ def messages_of(
     """The messages of a conversation, instructions first.
 
     Args:
-        before: stored items, which the given ones follow.
-        ignored: takes members of items that nobody knows; None: they are refused.
+        before: stored items, which go before the given ones.
+        ignored: collects unknown members of items; None: they are refused.
 
     Raises:
-        InvalidField: an item is not served, or malformed.
+        InvalidField: an item is unsupported or malformed.
     """
-    made = _Messages(Ignored("ignore"))  # stored items were judged when they came
+    made = _Messages(Ignored("ignore"))  # stored items were checked when they came
     if instructions:
         made.say("system", instructions, "instructions")
     for item in before:
@@ -243,7 +244,7 @@ def messages_of(
 
 
 def check_items(given: list[Any], field: str, ignored: Ignored) -> None:
-    """Raises InvalidField for items that are not served, or malformed. Args: ignored: as in
+    """Raise InvalidField for unsupported or malformed items. Args: ignored: as in
     `messages_of`."""
     made = _Messages(ignored)
     if len(given) > MAX_MESSAGES:
@@ -254,11 +255,11 @@ def check_items(given: list[Any], field: str, ignored: Ignored) -> None:
 
 
 def stored_items(given: str | list[Any], name: str) -> list[StoredItem]:
-    """Items as they are stored and listed: with ids of our own, since a caller's may occur
-    twice. They must have been checked.
+    """Convert checked items to the form in which they are stored and listed. They get ids of
+    our own, since a caller's may occur twice.
 
     Args:
-        name: unique; a part of the ids.
+        name: the unique part of the ids.
     """
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]
@@ -280,7 +281,7 @@ def stored_items(given: str | list[Any], name: str) -> list[StoredItem]:
 
 
 class _Messages:
-    """Messages, and the turn of the assistant that is not one yet."""
+    """Collects messages, and the assistant's unfinished turn."""
 
     def __init__(self, ignored: Ignored) -> None:
         self.ignored = ignored
@@ -290,10 +291,10 @@ class _Messages:
         self._text: str | None = None
         self._calls: list[PastCall] = []
         self._where = ""
-        """The first item of the turn."""
+        """Path of the turn's first item."""
 
     def take_given(self, where: str, item: object) -> None:
-        """Add an item that may be anything."""
+        """Add an item from the caller, which may be of any type."""
         if not isinstance(item, dict):
             raise invalid(where, "must be an object, such as a message")
         self.take(where, item)
@@ -322,8 +323,8 @@ class _Messages:
         self.messages.append(made)
 
     def end_turn(self) -> None:
-        """The assistant's turn has ended. Thinking without text or calls is left out, as
-        templates leave that of earlier turns out."""
+        """End the assistant's turn. Thinking without text or calls is left out, as templates
+        leave out the thinking of earlier turns."""
         if self._text is not None or self._calls:
             made = self._history.message(
                 "assistant",
@@ -349,7 +350,8 @@ class _Messages:
         self._text, self._where = text, where
 
     def _think(self, where: str, item: Mapping[str, Any]) -> None:
-        """Its summary, and what is encrypted, say nothing that a template could use."""
+        """Add the content of a reasoning item. Templates have no use for its summary and its
+        encrypted content."""
         if self._text is not None or self._calls:
             self.end_turn()
         parts = item.get("content") or []
@@ -379,7 +381,7 @@ class _Messages:
         self.say("tool", text, where, call_id=_string(where, item, "call_id"), name=named)
 
     def _text_of(self, where: str, content: object) -> str:
-        """A text, or a list of parts that are text."""
+        """The text of a string, or of a list of text parts."""
         if isinstance(content, str):
             return content
         if not isinstance(content, list):
@@ -415,9 +417,9 @@ def _string(where: str, item: Mapping[str, Any], member: str) -> str:
 
 
 def _unserved(where: str, kind: object) -> InvalidField:
-    """The one place that says which items are not served."""
+    """The error for an unsupported item."""
     if kind == "item_reference":
-        why = "refers to a stored item by no id, or where none is stored: send the item itself"
+        why = "has no id, or is a reference where none is supported: send the item itself"
     else:
         why = f"is of type {_shown(kind)}: send messages and function calls"
     return invalid(where, why)
@@ -442,10 +444,11 @@ def response_call(
 
     Args:
         before: stored items that go before the input.
-        ignored: takes what has no effect of items and tools; None: that is refused.
+        ignored: collects tools and members of items that have no effect; None: they are
+            refused.
 
     Raises:
-        InvalidField: a field is not served, is outside its range or contradicts another.
+        InvalidField: a field is not supported, is outside its range or contradicts another.
     """
     check_served(fields)
     ignored = ignored or Ignored()
@@ -465,7 +468,7 @@ def response_call(
         None,
         False,
     )
-    # A stream's events repeat scores: that of the tokens, and four when all is complete.
+    # A stream repeats scores in five events: one when the tokens come, and four at the end.
     scores = replace(
         CHAT_SCORES,
         copies=5 if fields.stream else 1,
@@ -488,7 +491,7 @@ def response_call(
 
 
 def check_served(fields: ResponseFields) -> None:
-    """Refuses what is not served: the one place for it. Raises InvalidField."""
+    """Raise InvalidField for fields and values that are not supported."""
     if fields.prompt is not None:
         raise invalid("prompt", "is not supported: send its text as instructions or input")
     if fields.conversation is not None and fields.previous_response_id is not None:
@@ -508,7 +511,7 @@ def check_served(fields: ResponseFields) -> None:
 
 
 def _answer_constraint(fields: ResponseFields) -> dict[str, Constraint]:
-    """What the answer must match, by field."""
+    """The constraint on the answer, by the field that asks for it."""
     wanted = fields.text.format
     if wanted is None or wanted.type == "text":
         return {}
@@ -519,14 +522,14 @@ def _answer_constraint(fields: ResponseFields) -> dict[str, Constraint]:
 
 
 def shown_tools(fields: ResponseFields, ignored: Ignored | None = None) -> dict[str, Any]:
-    """What a response says about its request's tools: what was read of them, in bounds, since
-    several events repeat it.
+    """A response's members about its request's tools. They show what was read of the tools, and
+    are limited in size, since several events repeat them.
 
     Args:
         ignored: as in `response_call`.
 
     Raises:
-        InvalidField: they are too long.
+        InvalidField: the tools are too long.
     """
     tools, choice = read_tools(fields.tools, Form.FLAT, ignored), fields.tool_choice
     if tools:
@@ -559,16 +562,16 @@ def shown_tools(fields: ResponseFields, ignored: Ignored | None = None) -> dict[
 
 
 # -------------------- output
-# The items of a response's output, as they come into being: each change is an event.
+# Builds the items of a response's output; each change is an event.
 #
-# Thinking is an item, text is one, and each call. They follow each other, so one is open at a
-# time. A whole response is made by the same code as a stream's events.
+# Thinking, text and each call are separate items. They follow each other, so only one is open
+# at a time. A response that is not streamed is built by the same code as a stream's events.
 
 Event = tuple[str, Json]
-"""What follows ``response.`` in its type, and its members."""
+"""An event: its type without ``response.``, and its members."""
 
 _Shown = Callable[..., Many]
-"""What is shown of tokens' log-probabilities; see `Output`."""
+"""Makes JSON of tokens' log-probabilities; see `Output`."""
 
 _OPEN: Final = "in_progress"
 
@@ -596,14 +599,14 @@ class _Item(ABC):
 
     @abstractmethod
     def begin(self) -> Iterator[Event]:
-        """It is added."""
+        """Yield the events that add the item."""
 
     @abstractmethod
     def _done(self) -> Iterator[Event]:
-        """Its text is complete."""
+        """Yield the events with the complete text."""
 
     def end(self, status: str) -> Iterator[Event]:
-        """It is complete, or cut."""
+        """Yield the events that end the item, complete or cut off."""
         self.status = status
         yield from self._done()
         yield "output_item.done", {"output_index": self._index, "item": self.told}
@@ -633,7 +636,7 @@ class _Message(_Item):
         self._shown = shown
         self._scores: list[TokenScore] = []
         self._all: Many | None = None
-        """Once it has ended: four events repeat them."""
+        """All scores once the message has ended: four events repeat them."""
 
     @property
     def told(self) -> Json:
@@ -735,10 +738,10 @@ class _Call(_Item):
 
 
 class Output:
-    """Takes what the model writes, and tells what changes.
+    """Turns the model's output into items, and yields the events for their changes.
 
-    A token's score belongs to the text that it completes. Those of thinking and of calls are
-    dropped: items of these kinds have no place for them.
+    A token's score belongs to the text that it completes. Scores of thinking and of calls are
+    dropped: these items have no member for them.
     """
 
     def __init__(
@@ -746,8 +749,8 @@ class Output:
     ) -> None:
         """Args:
         shown: makes JSON of log-probabilities.
-        calls: the model may call tools. Blanks before a call are then no text.
-        reasoning: thinking is shown.
+        calls: whether the model may call tools. If so, blanks before a call are dropped.
+        reasoning: whether thinking is shown.
         """
         self._request_id = request_id
         self._shown = shown
@@ -755,7 +758,7 @@ class Output:
         self._may_call = calls
         self._items: list[_Item] = []
         self._scores: list[TokenScore] = []
-        """Of tokens that have not completed any text yet."""
+        """Scores of tokens that have not completed any text yet."""
         self._blank: list[tuple[str, list[TokenScore]]] = []
         """Text that is dropped if a call follows."""
 
@@ -765,10 +768,10 @@ class Output:
         return [item.told for item in self._items]
 
     def take(self, part: ReplyPart, scores: Sequence[TokenScore] = ()) -> Iterator[Event]:
-        """More of the answer.
+        """Add a part of the answer, and yield its events.
 
         Args:
-            scores: of the tokens that completed it.
+            scores: log-probabilities of the tokens that completed the part.
         """
         scores, self._scores = [*self._scores, *scores], []
         match part:
@@ -786,11 +789,11 @@ class Output:
                 yield call.more(text)
 
     def keep(self, scores: Sequence[TokenScore]) -> None:
-        """Scores of tokens that have not completed any text yet."""
+        """Keep scores of tokens that have not completed any text yet."""
         self._scores.extend(scores)
 
     def end(self, status: str) -> Iterator[Event]:
-        """The answer has ended: its last item has this status. An answer of nothing is an empty
+        """End the answer, whose last item gets this status. If there are no items, add an empty
         text."""
         scores, self._scores = self._scores, []
         called = any(isinstance(item, _Call) for item in self._items)
@@ -844,10 +847,10 @@ class Output:
 
 
 # -------------------- answer
-# The form of a response, whole and as events.
+# Builds a response, whole or as events.
 #
-# Events have a type, which is their name too, and numbers from 0 without a gap. A stream ends
-# with ``response.completed`` or ``response.incomplete``, and one that fails with ``error`` and
+# An event's type is also its name. Events are numbered from 0 without gaps. A stream ends with
+# ``response.completed`` or ``response.incomplete``, and one that fails with ``error`` and
 # ``response.failed``.
 
 _CODES: Final = {"rate_limit_exceeded", "server_error", "invalid_prompt"}
@@ -855,7 +858,7 @@ _CODES: Final = {"rate_limit_exceeded", "server_error", "invalid_prompt"}
 
 
 class ResponseAnswer(Answer):
-    """``response`` and its events."""
+    """Builds a ``response`` or its events."""
 
     def __init__(
         self,
@@ -870,12 +873,12 @@ class ResponseAnswer(Answer):
         conversation: str | None = None,
     ) -> None:
         """Args:
-        call: what `fields` became.
-        tools: what it says about them; see `shown_tools`.
+        call: the call that was made from `fields`.
+        tools: the response's members about tools; see `shown_tools`.
         name: the unique part of its ids.
-        metadata: the caller's, which the response repeats.
-        store: it is to be stored.
-        conversation: to which its items are added.
+        metadata: the caller's metadata, which the response repeats.
+        store: whether the response is to be stored.
+        conversation: id of the conversation to which its items are added.
         """
         self.id = f"resp_{name}"
         self.framing = Framing(_begin, b"", self._failure)
@@ -942,7 +945,7 @@ class ResponseAnswer(Answer):
         return self._numbered(self._status, response=self._response)
 
     def not_stored(self) -> None:
-        """It could not be stored: it says so from now on."""
+        """Report from now on that the response is not stored."""
         self._told["store"] = False
 
     def stored(self) -> tuple[Json, list[Json]]:
@@ -955,7 +958,7 @@ class ResponseAnswer(Answer):
     # ------------------------------------------------------------------------ events
 
     def _events(self, piece: Piece) -> Iterator[Event]:
-        """What a piece changes in the output."""
+        """Yield the events for a piece's changes to the output."""
         self._tally.take(piece)
         delta, output = piece.delta, self._output
         scores = scores_of(delta) if self._logprobs else []
@@ -965,7 +968,7 @@ class ResponseAnswer(Answer):
             for part, own in zip(parts, _shared(parts, scores[taken:end]), strict=True):
                 yield from output.take(part, own)
             taken = end
-        if delta.text and not delta.parts:  # it is not taken apart
+        if delta.text and not delta.parts:  # the text is not taken apart
             yield from output.take(Content(delta.text), scores)
         else:
             output.keep(scores[taken:])
@@ -1035,7 +1038,7 @@ class ResponseAnswer(Answer):
         }
 
     def _shown(self, scores: Sequence[TokenScore], *, keep: bool) -> Many:
-        """Log-probabilities; ``keep`` for those that several events repeat."""
+        """JSON of log-probabilities; ``keep`` if several events repeat them."""
         count = len(scores)
         return Many(
             count,
@@ -1061,8 +1064,8 @@ class ResponseAnswer(Answer):
 def _shared(
     parts: Sequence[Part], scores: Sequence[TokenScore]
 ) -> Iterator[Sequence[TokenScore]]:
-    """Shares scores among the parts that their last token completed: that token's own belongs
-    to text, if any of them is, the others to the first part."""
+    """Share scores among the parts that their last token completed. The last token's score goes
+    to the first text part, if there is one, and the other scores to the first part."""
     text = next((at for at, part in enumerate(parts) if isinstance(part, Content)), 0)
     for at in range(len(parts)):
         begin = len(scores) - 1 if at and at == text else 0
@@ -1100,7 +1103,7 @@ _LONGEST_VALUE: Final = 512
 
 
 def response_routes(core: ServingCore) -> list[Route]:
-    """The routes of stored responses, and of counting."""
+    """The routes of stored responses, and of counting tokens."""
 
     async def get_response(request: Request) -> Response:
         name, query = request.path_params["response"], request.query_params
@@ -1153,7 +1156,7 @@ def storing(core: ServingCore) -> StoredResponses:
 
 
 class StoredAnswer(LongAnswer):
-    """What was read from the store, as JSON."""
+    """An answer with JSON that was read from the store."""
 
     def __init__(self, core: ServingCore, data: bytes) -> None:
         headers = {"content-type": "application/json", "content-length": str(len(data))}
@@ -1178,12 +1181,12 @@ def page_of(query: QueryParams) -> ItemPage:
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """A checked request, but for what goes before its input.
+    """A checked request, without the stored items that go before its input.
 
     Attributes:
-        metadata: the caller's.
-        conversation: its id.
-        ignored: what of it has no effect.
+        metadata: the caller's metadata.
+        conversation: the conversation's id.
+        ignored: the request's fields and tools that have no effect.
     """
 
     fields: ResponseFields
@@ -1211,7 +1214,7 @@ class _Asked:
 
     @property
     def references(self) -> list[tuple[int, str]]:
-        """Which items of the input stand for stored ones, and the ids of these."""
+        """Positions of the input's references to stored items, with the items' ids."""
         given = self.fields.input
         return [
             (at, item["id"])
@@ -1232,7 +1235,7 @@ class _Asked:
         return before, b"[" + b",".join(database.referred(tenant, names)) + b"]"
 
     def with_items(self, items: Sequence[Any]) -> _Asked:
-        """The same with these items in place of references."""
+        """The same request with these items in place of references."""
         if not items:
             return self
         given = list(self.fields.input)
@@ -1242,10 +1245,10 @@ class _Asked:
 
 
 class _Continued(NamedTuple):
-    """A request with what goes before its input.
+    """A request with the items that go before its input.
 
     Attributes:
-        long: so much that nothing should be made of it on the event loop.
+        long: whether the items are too long to be processed on the event loop.
     """
 
     asked: _Asked
@@ -1256,11 +1259,11 @@ class _Continued(NamedTuple):
 async def _continued(
     core: ServingCore, asked: _Asked, tenant: str, share: BodyShare
 ) -> _Continued:
-    """Get the stored items of a request. They count as a body does.
+    """Get the stored items of a request. Their bytes count as a body's do.
 
     Raises:
         HttpError: there is no such response, conversation or item.
-        InvalidField: they are too many.
+        InvalidField: the items are too many, or this server stores nothing.
         QueueFull: other bodies leave no room for them.
     """
     field = "conversation" if asked.conversation is not None else "previous_response_id"
@@ -1300,8 +1303,8 @@ class ResponsesEndpoint(GenerateEndpoint):
         return self._job(_Asked.of(body, self._ignored()), (), caller.tenant)
 
     async def _continue(self, asked: list[_Asked], caller: Caller, reply: Reply) -> None:
-        """Args: asked: the only one; it is taken out, so that nothing keeps the parsed input
-        while the answer is made."""
+        """Args: asked: a list with the request. It is taken out, so that nothing keeps the
+        parsed input while the answer is made."""
         with self._core.bodies.share() as share:
             job = await self._made(asked.pop(), caller.tenant, share)
             self._tell(job.ignored, reply)
@@ -1353,11 +1356,11 @@ class ResponsesEndpoint(GenerateEndpoint):
         """Store a response that is complete, and add its items to its conversation.
 
         Args:
-            own: its input.
+            own: the response's input.
 
         Raises:
-            DiskFull, DiskFailed, HttpError: they cannot be added. A conversation in which a
-                turn is missing would be continued as if nothing had happened.
+            DiskFull, DiskFailed, HttpError: the items cannot be added to the conversation.
+                Otherwise it would be continued as if this turn had never happened.
         """
         stored = storing(self._core)
         head, output = answer.stored()
@@ -1401,7 +1404,8 @@ class InputTokenFields(ResponseFields):
 
 
 class InputTokensEndpoint(JsonEndpoint):
-    """``POST /v1/responses/input_tokens``: how many tokens a response's prompt would have."""
+    """``POST /v1/responses/input_tokens``: counts the tokens that a response's prompt would
+    have."""
 
     def _check(self, body: object, caller: Caller) -> Answering:
         asked = _Asked.of(body, self._ignored(), InputTokenFields)
@@ -1412,7 +1416,7 @@ class InputTokensEndpoint(JsonEndpoint):
         return Answering(count, ignored=asked.ignored)
 
     def _chat(self, asked: _Asked, before: Sequence[Any]) -> tuple[str, ChatMessages]:
-        """The adapter, empty for the base, and what is counted."""
+        """The adapter (empty for the base), and the chat to count."""
         base, fields = self._core.base.name, asked.fields
         fields = fields.model_copy(update={"model": fields.model or base})
         call = response_call(fields, base, before, asked.ignored)
@@ -1436,7 +1440,8 @@ class InputTokensEndpoint(JsonEndpoint):
 
 
 def metadata_of(given: object) -> Mapping[str, str]:
-    """The caller's notes, within OpenAI's bounds, since each event may repeat them."""
+    """Check the caller's notes against OpenAI's limits, which matter as each event may repeat
+    the notes. Raises InvalidField."""
     if given is None:
         return {}
     if not isinstance(given, dict) or len(given) > _MOST_METADATA:
@@ -1465,7 +1470,7 @@ class UpdateFields(RequestFields):
 
 
 class ConversationFields(RequestFields):
-    """``POST /v1/conversations``. Attributes: metadata: the caller's notes; `metadata_of`."""
+    """``POST /v1/conversations``. Attributes: metadata: the caller's notes: `metadata_of`."""
 
     items: list[Any] | None = None
     metadata: Any = None
@@ -1478,7 +1483,7 @@ class ItemsFields(RequestFields):
 
 
 def conversation_routes(core: ServingCore) -> list[Route]:
-    """The routes."""
+    """The routes of conversations."""
 
     async def get_conversation(request: Request) -> Response:
         with core.calls.running():
@@ -1528,8 +1533,8 @@ def conversation_routes(core: ServingCore) -> list[Route]:
 async def _told(
     core: ServingCore, tenant: str, name: str, *, changed: bool = False
 ) -> Mapping[str, Any]:
-    """A conversation as it is shown. Raises HttpError if there is none. Args: changed: by this
-    request."""
+    """A conversation as callers see it. Raises HttpError if there is none. Args: changed:
+    whether this request has changed it."""
     created, metadata = await storing(core).read(
         tenant, lambda db: db.conversation(tenant, name), changed=changed
     )
@@ -1542,7 +1547,7 @@ async def _told(
 
 
 def _checked(given: Sequence[Any], name: str, ignored: Ignored) -> list[StoredItem]:
-    """Items that can be stored. Raises InvalidField."""
+    """Check items, and convert them to their stored form. Raises InvalidField."""
     check_items(list(given), "items", ignored)
     return stored_items(list(given), name)
 

@@ -1,4 +1,4 @@
-"""The HTTP paths: models, health, version, and the generate endpoints."""
+"""The HTTP app: its routes, answers for paths that are not served, and its outermost layer."""
 
 from __future__ import annotations
 
@@ -61,9 +61,8 @@ from veneer_server.serving.gate import REQUEST_ID_FORM, CallContext
 from veneer_server.system.hosts import AllowedHosts, foreign_page
 
 # -------------------- not served
-# Paths of other servers' APIs that are not served, each with the sentence that says so.
-#
-# It stands alone because it is a table that grows by a line for each API that a client tries.
+# Paths of other servers' APIs that are not served, each with its error message. The table grows
+# by a line for each API that clients try.
 
 _EMBEDDINGS: Final = "this server makes no embeddings: it generates text"
 _FILES: Final = "this server keeps no files: send the text in the request itself"
@@ -135,11 +134,11 @@ NOT_SERVED: Final[Mapping[str, str]] = {
     "/api/delete": _MODELS,
     "/api/blobs": _MODELS,
 }
-"""Paths, and what an answer says for them and all below them."""
+"""Error message by path, which also holds for all paths below it."""
 
 
 def not_served(path: str) -> HttpError | None:
-    """The error of a path in the table, or below one; None for any other path."""
+    """The error for a path in the table, or below one in it; None for any other path."""
     for known, why in NOT_SERVED.items():
         if path == known or path.startswith(f"{known}/"):
             return HttpError(404, "not_served", why)
@@ -147,14 +146,14 @@ def not_served(path: str) -> HttpError | None:
 
 
 _REFUSALS: Final = (InvalidField, Unauthenticated, PermissionDenied, Unavailable)
-"""Of a request, before it gets to its path."""
+"""Errors that refuse a request before it reaches its endpoint."""
 _MODEL: Final = "/v1/models/"
 _DEPLOYMENT: Final = re.compile(
     r"/openai/deployments/([^/].*?)/((?:chat/)?completions|embeddings|(?:audio|images)/.*)",
     re.S,
 )
 _AZURE: Final = re.compile(r"/openai/(?:v1/)?(?!deployments/|(?:un)?load_lora)(.+)", re.S)
-"""Not what changes anything: a proxy may keep callers from those paths."""
+"""Leaves out the paths that change adapters: a proxy may keep callers from those."""
 _STORED: Final = (
     (re.compile(r"/v1/responses/(?!input_tokens$)[^/]+"), "/v1/responses/{id}"),
     (re.compile(r"/v1/responses/[^/]+/input_items"), "/v1/responses/{id}/input_items"),
@@ -165,16 +164,16 @@ _STORED: Final = (
         "/v1/conversations/{id}/items/{item}",
     ),
 )
-"""Paths with the ids of what is stored, and how `METHODS` knows them."""
+"""Paths with ids of stored objects, and their names in `METHODS`."""
 _NO_ANSWER: Final = 499
-"""The status by which metrics know requests whose callers left."""
+"""The status in metrics of requests whose callers left."""
 _SECONDS: Final = (0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80)
 
 _log = get_logger(__name__)
 
 
 def make_app(core: ServingCore, hosts: AllowedHosts, cors: Cors) -> Edge:
-    """The ASGI application. Args: cors: which pages of browsers may call."""
+    """The ASGI application. Args: cors: which web pages may call from a browser."""
     app = FastAPI(
         title="Veneer",
         version=__version__,
@@ -272,8 +271,8 @@ class Edge:
     async def _admit(
         self, scope: Scope, context: CallContext, headers: Mapping[str, str]
     ) -> AbstractContextManager[None]:
-        """Raises if the caller may not use the path; ends the block that it returns once the
-        caller may not any more. Paths that are not listed do not exist."""
+        """Raise if the caller may not use the path. Returns a context manager that ends its
+        block once the caller may no longer use it. Paths that are not listed do not exist."""
         verb = "GET" if scope["method"] == "HEAD" else scope["method"]
         allowed = _methods_of(scope["path"])
         if verb not in allowed:
@@ -295,7 +294,8 @@ class Edge:
         return admitted
 
     def _check_page(self, verb: str, headers: Mapping[str, str]) -> None:
-        """A browser sends a request for whatever page its user has open."""
+        """Refuse requests of foreign web pages: a browser sends requests for any page that its
+        user has open."""
         if foreign_page(verb, headers, self._cors.allows):
             page = headers.get("origin", "another origin")
             raise HttpError(
@@ -343,7 +343,7 @@ class Edge:
                 await self._app(scope, receive, tagged)
         except (HttpError, *_REFUSALS) as error:
             await refuse(self._gate, context, error, method="http")
-            if status != _NO_ANSWER:  # a part of it has been sent
+            if status != _NO_ANSWER:  # a part of the answer has been sent
                 scope["state"][ABORT]()
                 return
             failure = http_failure(error, scope["path"])
@@ -366,7 +366,8 @@ class Edge:
         return answer
 
     def _limits(self, caller: Caller) -> list[tuple[bytes, bytes]]:
-        """What is left of the caller's limits, for requests that count towards them."""
+        """Headers with what is left of the caller's limits, for requests that count towards
+        them."""
         return [(name.encode(), value.encode()) for name, value in self._gate.limits(caller)]
 
     def malformed(self, error: HttpError) -> None:
@@ -375,13 +376,13 @@ class Edge:
 
 
 def _earned(scope: Scope, tenant: str) -> None:
-    """The connection's place is a caller's from now on."""
+    """Mark the connection's place as earned by a caller."""
     if (earned := scope.get("state", {}).get(EARNED)) is not None:
         earned(tenant)
 
 
 def _take_azures_path(scope: Scope) -> None:
-    """Make Azure's paths ours: one with a deployment's name names the model."""
+    """Rewrite Azure's paths to ours. A deployment's name in the path names the model."""
     if found := _DEPLOYMENT.fullmatch(scope["path"]):
         scope["path"] = f"/v1/{found[2]}"
         scope.setdefault("state", {})[MODEL] = found[1]
@@ -406,7 +407,7 @@ def _methods_of(path: str) -> list[str]:
 
 
 def _listed(path: str) -> str:
-    """The path by which `METHODS` and metrics know it."""
+    """A path's name in `METHODS` and metrics."""
     if path.startswith(_MODEL) and path != _MODEL:
         return "/v1/models"
     return next((name for form, name in _STORED if form.fullmatch(path)), path)

@@ -1,4 +1,4 @@
-"""What the server is and does: health, load, version and metrics."""
+"""Endpoints about the server: health, load, version, metrics, server info and pausing."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def state_routes(core: ServingCore) -> list[Route]:
         return JSONResponse({"status": "alive"})
 
     async def load(request: Request) -> Response:
-        """Sequences that run or wait, over both ports."""
+        """The number of sequences that run or wait, from both ports."""
         taken = 0 if core.loaded is None else core.engine.places.taken
         return JSONResponse({"server_load": taken})
 
@@ -66,17 +66,17 @@ def state_routes(core: ServingCore) -> list[Route]:
 
 
 # -------------------- server info
-# ``/server_info``, ``/get_world_size`` and ``/tokenizer_info``, as vLLM has them.
+# ``/server_info``, ``/get_world_size`` and ``/tokenizer_info``, as in vLLM.
 #
-# TRL's clients read the first to learn whether adapters can be loaded. It holds the members
-# that they read, not all that vLLM has, and nothing of the machine.
+# TRL's clients read the first to learn whether adapters can be loaded. It has only the members
+# that they read, not all of vLLM's, and nothing about the machine.
 
 MAX_LORA_RANK: Final = 512
-"""vLLM's largest. Here no rank is too large in itself; larger ones are for uploads."""
+"""vLLM's largest. This server itself has no largest rank: larger ones can be uploaded."""
 
 
 def server_info_routes(core: ServingCore) -> list[Route]:
-    """The routes."""
+    """The routes about the server's configuration."""
 
     async def server_info(request: Request) -> Response:
         with core.calls.running():
@@ -90,7 +90,7 @@ def server_info_routes(core: ServingCore) -> list[Route]:
                 "model_config": {
                     "model": core.base.name,
                     "max_model_len": info.longest_sequence,
-                    # Before temperature and the like.
+                    # Log-probabilities are those before temperature and the like.
                     "logprobs_mode": "raw_logprobs",
                 },
                 "parallel_config": {
@@ -103,7 +103,7 @@ def server_info_routes(core: ServingCore) -> list[Route]:
             return JSONResponse({"vllm_config": config})
 
     async def world_size(request: Request) -> Response:
-        """Cards that compute together."""
+        """The number of cards that compute together."""
         with core.calls.running():
             return JSONResponse({"world_size": core.engine.tensor_parallel})
 
@@ -121,15 +121,15 @@ def server_info_routes(core: ServingCore) -> list[Route]:
 
 
 # -------------------- pause
-# ``/pause``, ``/resume``, ``/is_paused`` and ``/reset_prefix_cache``, as vLLM has them.
+# ``/pause``, ``/resume``, ``/is_paused`` and ``/reset_prefix_cache``, as in vLLM.
 
 
 def pause_routes(core: ServingCore) -> list[Route]:
-    """The routes."""
+    """The routes that pause the engine and reset its prefix cache."""
 
     async def pause(request: Request) -> Response:
-        """Only ``mode=keep``: nothing that has begun ends early. ``clear_cache`` has no effect
-        with it in vLLM either."""
+        """Takes only ``mode=keep``: running requests are not aborted. ``clear_cache`` has no
+        effect in this mode, in vLLM either."""
         with core.calls.running():
             if request.query_params.get("mode", "abort") != "keep":
                 raise invalid(
@@ -151,9 +151,9 @@ def pause_routes(core: ServingCore) -> list[Route]:
             return JSONResponse({"is_paused": core.engine.paused})
 
     async def reset_prefix_cache(request: Request) -> Response:
-        """Unlike vLLM's it never fails: running requests keep the blocks that they use, and
-        nobody else finds these any more. So ``reset_running_requests`` has no effect, nor has
-        ``reset_external``, as there is no other cache."""
+        """Unlike in vLLM, this never fails: running requests keep the blocks that they use, but
+        no other request finds them any more. So ``reset_running_requests`` has no effect.
+        Neither has ``reset_external``, as there is no other cache."""
         with core.calls.running():
             await core.engine.reset_prefix_cache()
         core.gate.answered(context_of(request.scope))

@@ -1,4 +1,4 @@
-"""vLLM's endpoints about token ids: ``/tokenize``, ``/detokenize`` and its generate."""
+"""vLLM's endpoints for token ids: ``/tokenize``, ``/detokenize`` and its ``generate``."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ from veneer_server.text.turns import TemplateOptions
 
 
 class Tokenizing:
-    """Tokens of texts and chats, as `Generator.admit` would compute them. As many as a
-    sequence may have, which bounds what an answer holds."""
+    """Tokenizes texts and chats as `Generator.admit` would. Returns at most as many tokens as a
+    sequence may have, which bounds the size of an answer."""
 
     def __init__(self, prompts: Prompts, engine: EngineClient, tenants: Tenants) -> None:
         self._prompts = prompts
@@ -61,11 +61,11 @@ class Tokenizing:
     async def of_text(
         self, text: str, model: str, caller: Caller, *, add_special_tokens: bool
     ) -> list[int]:
-        """Raises ContextTooLong, AdapterNotFound.
+        """The tokens of a text. Raises ContextTooLong, AdapterNotFound.
 
         Args:
-            model: an adapter that the caller sees, or empty for the base; the tokens are the
-                same.
+            model: an adapter that the caller sees, or empty for the base. It does not change
+                the tokens.
         """
         await self._template(model, caller)
         try:
@@ -88,8 +88,8 @@ class Tokenizing:
             raise self._too_many(error.count, "messages") from None
 
     async def count(self, chat: ChatMessages, model: str, caller: Caller) -> int:
-        """How many tokens a chat has. More than a sequence may have are counted too, unless
-        there are so many that it takes long. Raises as `of_chat`."""
+        """Count a chat's tokens. The count may exceed what a sequence may have, unless counting
+        would take long. Raises as `of_chat`."""
         try:
             return len(await self._ids_of(chat, model, caller))
         except TooManyTokens as error:
@@ -144,7 +144,7 @@ class Tokenizing:
 
 
 # -------------------- tokenize
-# ``/tokenize`` and ``/detokenize``, as vLLM has them.
+# ``/tokenize`` and ``/detokenize``, as in vLLM.
 
 _INT64 = (1 << 63) - 1
 
@@ -153,9 +153,9 @@ class TokenizeFields(RequestFields):
     """``POST /tokenize``: a text or a chat.
 
     Attributes:
-        model: whose chat template; the base if it is left out.
-        add_special_tokens: as a completion's prompt has them; None means that a text has
-            them.
+        model: the adapter whose chat template is used; the base if it is left out.
+        add_special_tokens: whether to add the special tokens of a completion's prompt to a
+            text; None: yes. A chat has those of its template.
         return_token_strs: also return the tokens as the vocabulary spells them.
     """
 
@@ -259,7 +259,7 @@ class DetokenizeEndpoint(JsonEndpoint):
 
 
 def tokenizing(core: ServingCore) -> Tokenizing:
-    """Counts tokens for requests."""
+    """Return a `Tokenizing` for requests."""
     return Tokenizing(core.generator.prompts, core.engine, core.tenants)
 
 
@@ -269,7 +269,7 @@ def _adapter(core: ServingCore, model: str | None) -> str:
 
 
 # -------------------- token generate
-# ``POST /inference/v1/generate``: token ids in, token ids out, as vLLM has it.
+# ``POST /inference/v1/generate``: token ids in, token ids out, as in vLLM.
 
 _NO_EFFECT: Final = frozenset(
     {
@@ -281,7 +281,7 @@ _NO_EFFECT: Final = frozenset(
         "spaces_between_special_tokens",
     }
 )
-"""Sampling parameters about the text, which the answer does not have."""
+"""Sampling parameters about an answer's text. They have no effect, as answers have no text."""
 
 _REFUSED: Final = {
     "features": "only token ids are served: leave it out",
@@ -301,12 +301,12 @@ _NO_SAMPLING: Final = (
 
 
 class TokensFields(RequestFields):
-    """The request.
+    """``POST /inference/v1/generate``.
 
     Attributes:
         token_ids: the prompt.
         model: an adapter; the base if it is left out.
-        cache_salt: whoever sends one shares its prefix with nobody.
+        cache_salt: if given, the request does not use the prefix cache.
     """
 
     token_ids: list[Any]
@@ -330,7 +330,7 @@ class TokensFields(RequestFields):
 
 @with_fractions
 class TokenSampling(CommonFields):
-    """``sampling_params``, with what the request says beside them.
+    """``sampling_params``, together with the request's fields beside them.
 
     Attributes:
         logprobs: number of top tokens per position; 0 gives only the chosen token's.
@@ -361,7 +361,7 @@ def sampling_fields(fields: TokensFields, base: str, ignored: Ignored) -> TokenS
 
 
 def tokens_call(fields: TokensFields, sampling: TokenSampling, base: str) -> GenerateCall:
-    """The call of a request. Raises InvalidField."""
+    """The call for a request. Raises InvalidField."""
     check_best_of(sampling.best_of, sampling.n)
     scored = [PROMPT_SCORES] if sampling.prompt_logprobs is not None else []
     form = answer_form(sampling, CHAT_SCORES, scored, prompt_copies=sampling.n)
@@ -377,7 +377,7 @@ def tokens_call(fields: TokensFields, sampling: TokenSampling, base: str) -> Gen
 
 
 class TokensAnswer(ChatAnswer):
-    """A whole answer and its chunks, without text. Its log-probabilities are as a chat's."""
+    """Builds an answer without text, whole or as chunks. Its scores have a chat's form."""
 
     def __init__(
         self, sampling: TokenSampling, tokenizer: TextTokenizer, *, request_id: str
@@ -390,7 +390,7 @@ class TokensAnswer(ChatAnswer):
             logprobs=sampling.logprobs is not None,
             echo=False,
             request_id=request_id,
-            fingerprint="",  # it says neither what nor which model it is
+            fingerprint="",  # unused: these answers do not name the model
         )
         self._request_id = request_id
 
@@ -406,7 +406,7 @@ class TokensAnswer(ChatAnswer):
         }
 
     def chunks(self, piece: Piece) -> list[Json]:
-        """See `Answer.chunks`. Nothing of the prompt is repeated."""
+        """See `Answer.chunks`. Chunks have no members about the prompt."""
         return ChoiceAnswer.chunks(self, piece)
 
     def _whole_choice(self, at: int, text: str, choice: Choice) -> Json:

@@ -1,9 +1,9 @@
-"""Tools and calls in OpenAI's forms: what may be called, what was, and what an answer calls.
+"""Tools and calls in OpenAI's forms: a request's tools, earlier calls, and an answer's calls.
 
-Tools of other types than functions are left out, unless the request demands a call of one.
+Tools of other types than functions are left out, unless the request forces a call of one.
 
-Chats have ``{"type": "function", "function": {"name": ...}}``, responses
-``{"type": "function", "name": ...}``, and the same in ``tool_choice``.
+A tool is ``{"type": "function", "function": {"name": ...}}`` in chats, and
+``{"type": "function", "name": ...}`` in responses; ``tool_choice`` differs likewise.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from veneer_server.serving.tool_use import MAX_TOOLS, CallChoice, Tool, ToolUse,
 from veneer_server.text.replies import ReplyPart, ToolArguments, ToolCallBegun, joined
 
 _FLAT_MEMBERS: Final = ("name", "description", "parameters", "strict")
-"""What a chat template sees of a tool in the flat form: the members that chats have."""
+"""Members of a tool in the flat form that a chat template sees: those that chats have too."""
 
 
 _HOWS: Final = {
@@ -43,12 +43,12 @@ class Form(Enum):
     """Where the members of a tool and of a choice are."""
 
     NESTED = "nested"
-    """In an object that is named like the type."""
+    """In a nested object named after the type."""
     FLAT = "flat"
     """Beside the type."""
 
     def members(self, entry: Mapping[str, Any], kind: str, field: str) -> tuple[Any, str]:
-        """The members, and their name in errors."""
+        """The members, and their path for error messages."""
         if self is Form.FLAT:
             return entry, field
         return entry.get(kind), f"{field}.{kind}"
@@ -56,10 +56,10 @@ class Form(Enum):
 
 @dataclass(frozen=True, slots=True)
 class _Chosen:
-    """A choice that has been read.
+    """A parsed ``tool_choice``.
 
     Attributes:
-        how: None calls nothing.
+        how: how tools may be called; None: not at all.
         named: the tool that must be called.
         allowed: names of the tools that may be called; None: all.
     """
@@ -77,16 +77,17 @@ def use_of(
     *,
     parallel: bool,
 ) -> ToolUse | None:
-    """The tools that the answer may or must use; None for a request without tools, and for one
-    that wants none of them to be called.
+    """The tools that the answer may or must use; None if the request has no tools, or forbids
+    their use.
 
     Args:
-        given, choice: of the request.
-        parallel: an answer may hold several calls.
-        ignored: takes tools that are not served; None: they are refused.
+        given, choice: the request's tools and its choice.
+        parallel: whether an answer may hold several calls.
+        ignored: collects unsupported tools; None: they are refused.
 
     Raises:
-        InvalidField: a tool or the choice is not in OpenAI's form, or they do not fit.
+        InvalidField: a tool or the choice is not in OpenAI's form, or they contradict each
+            other.
     """
     ignored = ignored or Ignored()
     tools = read_tools(given, form, ignored)
@@ -109,7 +110,7 @@ def read_tools(
     """The functions among the tools of a request.
 
     Args:
-        ignored: takes the others.
+        ignored: collects the other tools.
 
     Raises:
         InvalidField: a tool is malformed, or of another type and may not be left out.
@@ -127,7 +128,7 @@ def read_tools(
 
 
 def read_function(function: object, field: str) -> Tool:
-    """A function as chats have it. Raises InvalidField."""
+    """Read a function in the form of chats. Raises InvalidField."""
     if not isinstance(function, dict):
         refuse(field, "is not an object: give the function's name and parameters")
     kept = {name: value for name, value in function.items() if value is not None}
@@ -213,7 +214,7 @@ def _allowed_names(choice: Mapping[str, Any], form: Form, ignored: Ignored) -> _
 
 
 def _allowed(tools: Sequence[Tool], names: Sequence[str]) -> list[Tool]:
-    """The tools that a request allows: the model sees no other, so that it calls no other."""
+    """The tools that a request allows. The model sees no others, so it cannot call them."""
     known = {tool.name for tool in tools}
     for name in names:
         if name not in known:
@@ -224,7 +225,7 @@ def _allowed(tools: Sequence[Tool], names: Sequence[str]) -> list[Tool]:
 # -------------------- requests
 # Reads the tools of a chat request, and the calls in its messages.
 #
-# The older ``functions`` and ``function_call`` are the same in an older form.
+# ``functions`` and ``function_call`` mean the same in an older form.
 
 ROLES: Final = {"developer": "system", "function": "tool"}
 """OpenAI's newer and older role names. Templates do not know them; many drop such messages."""
@@ -234,10 +235,11 @@ def tools_of(fields: ChatFields, ignored: Ignored | None = None) -> ToolUse | No
     """The tools of a chat, see `use_of`.
 
     Args:
-        ignored: takes tools that are not served; None: they are refused.
+        ignored: collects unsupported tools; None: they are refused.
 
     Raises:
-        InvalidField: a tool or the choice is not in OpenAI's form, or they do not fit.
+        InvalidField: a tool or the choice is not in OpenAI's form, or they contradict each
+            other.
     """
     if fields.functions:
         return _functions_of(fields)
@@ -253,7 +255,7 @@ def tools_of(fields: ChatFields, ignored: Ignored | None = None) -> ToolUse | No
 
 
 def _functions_of(fields: ChatFields) -> ToolUse | None:
-    """The tools of a request in the older form, whose answers hold one call."""
+    """The tools of a request in the older form, in which an answer holds at most one call."""
     if fields.tools:
         raise invalid("functions", "conflicts with tools: send one of them")
     if fields.tool_choice is not None:
@@ -275,7 +277,7 @@ def _functions_of(fields: ChatFields) -> ToolUse | None:
 
 
 def template_messages(messages: Sequence[MessageItem]) -> tuple[Mapping[str, Any], ...]:
-    """The messages as a chat template gets them.
+    """Convert messages to the form that a chat template takes.
 
     Raises:
         InvalidField: a message has neither content nor calls, or a call is not in OpenAI's
@@ -310,13 +312,13 @@ def template_messages(messages: Sequence[MessageItem]) -> tuple[Mapping[str, Any
 
 
 def past_call(given: Mapping[str, Any], field: str) -> PastCall:
-    """A call of an earlier answer. Raises InvalidField."""
+    """Read a call of an earlier answer. Raises InvalidField."""
     function = given.get("function")
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(function, dict) or not isinstance(name, str):
         refuse(field, "has no function with a name: send calls as they were received")
     arguments = function.get("arguments")
-    if isinstance(arguments, dict):  # some clients send what templates expect
+    if isinstance(arguments, dict):  # some clients send the object that templates expect
         check_json_size(field, arguments, MAX_ARGUMENT_BYTES)
         arguments = json.dumps(arguments)
     if not isinstance(arguments, str | None):
@@ -336,7 +338,7 @@ class ToolCalls:
     """The calls of one choice so far.
 
     Attributes:
-        legacy: in the form of the older ``functions``, which has one call.
+        legacy: whether they are in the form of the older ``functions``, which has one call.
     """
 
     legacy: bool = False
@@ -344,7 +346,7 @@ class ToolCalls:
     _arguments: list[list[str]] = field(default_factory=list)
 
     def add(self, parts: Iterable[ReplyPart]) -> None:
-        """Keep what belongs to calls."""
+        """Keep the parts that belong to calls."""
         for part in parts:
             if isinstance(part, ToolCallBegun):
                 self._begun.append(part)
@@ -356,7 +358,7 @@ class ToolCalls:
         return bool(self._begun)
 
     def whole(self) -> Json:
-        """The message's members for them; none without calls."""
+        """The message's members for the calls; empty if there are none."""
         functions = [
             {"name": call.name, "arguments": "".join(arguments)}
             for call, arguments in zip(self._begun, self._arguments, strict=True)

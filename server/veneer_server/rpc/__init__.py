@@ -1,1 +1,1 @@
-"""The gRPC services; protobuf goes no further than this package."""
+"""The gRPC services. Only they and the replication transport use protobuf."""

@@ -94,8 +94,8 @@ class AdapterView:
 
 
 def as_shared(message: adapters_pb2.Adapter, owner: str, name: str) -> adapters_pb2.Adapter:
-    """The message as another tenant sees it, which calls the adapter ``name``: without what the
-    use by others tells."""
+    """Adapt a message for another tenant, which knows the adapter as ``name``. Fields that show
+    how others use the adapter are cleared."""
     aliases = [name + alias[len(message.name) :] for alias in message.aliases]
     message.tenant, message.name = owner, name
     message.ClearField("aliases")
@@ -267,7 +267,7 @@ class EventWatch:
 
 
 _MOST_DIGITS: Final = 18
-"""Digits of a history entry's sequence number, at most: SQLite's integers have 63 bits."""
+"""Most digits of a history entry's sequence number: SQLite's integers have 63 bits."""
 
 
 WaitReplicas = Callable[[Wait], Awaitable[Reached | None]]
@@ -279,7 +279,7 @@ async def _no_replicas(wait: Wait) -> Reached | None:
 
 @dataclass(frozen=True, slots=True)
 class _Told:
-    """How a tenant's adapters are told to callers."""
+    """What builds the messages about a tenant's adapters."""
 
     view: AdapterView
     watch: EventWatch
@@ -323,8 +323,8 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         return as_shared(message, owner.name, name)
 
     async def _own(self, spec: str, caller: Caller) -> Tenant:
-        """The caller's tenant, to change its adapter. Raises PermissionDenied if ``spec`` means
-        one that another tenant shares."""
+        """The caller's tenant, for a change to one of its adapters. Raises PermissionDenied if
+        ``spec`` means an adapter that another tenant shares."""
         home = await self._tenants.current(caller)
         self._visible.check_own(home, spec)
         return home
@@ -345,7 +345,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
                 published = await home.changes.publish(
                     upload, activate=options.activate, who=context.caller.who
                 )
-        # Another upload may have its place while this one waits for followers.
+        # The upload's place is free now: another may use it while this one waits for followers.
         wait = Wait() if options.validate_only else messages.wait
         return adapters_pb2.UploadAdapterResponse(
             adapter=self._message(home, home, published.record),
@@ -393,13 +393,14 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def GetUpload(
         self, request: adapters_pb2.GetUploadRequest, context: Any
     ) -> adapters_pb2.GetUploadResponse:
-        """What the server already has of an upload, and need not be sent again."""
+        """Report which parts of an upload the server already has: they need not be sent
+        again."""
         if not request.HasField("spec"):
             raise InvalidField(
                 "spec is unset: give the name and files of the upload",
                 metadata={"field": "spec"},
             )
-        # What a push begins with.
+        # A push begins with this call.
         home = await self._tenants.current(context.caller, publishing=True)
         options, _ = convert.upload_options(request.spec)
         return adapters_pb2.GetUploadResponse(
@@ -584,7 +585,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.UpdateAdapterRequest, context: Any
     ) -> adapters_pb2.UpdateAdapterResponse:
         """Change a revision's labels or pin, or its name's retention, current revision or
-        whether other tenants may use it."""
+        sharing with other tenants."""
         update = AdapterUpdate(
             labels=dict(request.labels),
             remove_labels=list(request.remove_labels),

@@ -1,6 +1,6 @@
-"""Protobuf to frozen records and back. Protobuf goes no further into the server.
+"""Converts protobuf messages to frozen records and back, so that `serving` has no protobuf.
 
-Request fields are checked by the records that they go into; see `serving.records`.
+The records check the request fields that they are made from; see `serving.records`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def tool_use(request: inference_pb2.GenerateRequest) -> ToolUse | None:
     """The tools that the answer may or must use.
 
     Raises:
-        InvalidField: they are not valid, too many, or do not fit the choice.
+        InvalidField: the tools are invalid, too many, or contradict the choice.
     """
     choice = request.tool_choice
     named = choice.name if choice.WhichOneof("choice") == "name" else ""
@@ -107,7 +107,8 @@ def _tool(tool: inference_pb2.Tool, field: str) -> Tool:
 
 
 def messages(chat: Iterable[inference_pb2.ChatMessage]) -> tuple[Mapping[str, Any], ...]:
-    """Messages as a chat template gets them. Raises InvalidField, see `History`."""
+    """Convert messages to the form that a chat template takes. Raises InvalidField, see
+    `History`."""
     history, made = History(), []
     for at, message in enumerate(chat):
         field = f"messages[{at}].tool_calls"
@@ -141,7 +142,7 @@ def call_deltas(parts: Iterable[ReplyPart]) -> list[inference_pb2.ToolCallDelta]
 
 
 def calls(parts: Sequence[ReplyPart]) -> list[inference_pb2.ToolCall]:
-    """The calls of a whole answer."""
+    """The calls of a complete answer."""
     begun = [part for part in parts if isinstance(part, ToolCallBegun)]
     texts: dict[int, list[str]] = {call.index: [] for call in begun}
     for part in parts:
@@ -291,15 +292,15 @@ _FINISH: Final = {
 
 
 def tier_to_proto(tier: Tier | None) -> inference_pb2.Tier:
-    """TIER_UNSPECIFIED for None."""
+    """The protobuf value of a tier; TIER_UNSPECIFIED for None."""
     return inference_pb2.TIER_UNSPECIFIED if tier is None else _TIERS[tier]
 
 
 def tier_from_proto(tier: inference_pb2.Tier, field: str) -> Tier | None:
-    """None for TIER_UNSPECIFIED.
+    """The tier of a protobuf value; None for TIER_UNSPECIFIED.
 
     Raises:
-        InvalidField: a number that the contract does not name.
+        InvalidField: the contract does not name this value.
     """
     if tier == inference_pb2.TIER_UNSPECIFIED:
         return None
@@ -315,13 +316,13 @@ def finish_reason(reason: FinishReason) -> inference_pb2.FinishReason:
 
 
 def duration(seconds: float) -> Duration:
-    """From seconds; negative values become zero."""
+    """A duration of seconds; negative values become zero."""
     fraction, whole = math.modf(max(0.0, seconds))
     return Duration(seconds=int(whole), nanos=int(fraction * 1e9))
 
 
 def unix_seconds(message: Timestamp, field: str) -> float:
-    """Unix seconds. Raises InvalidField for a time that is none."""
+    """Convert a timestamp to Unix seconds. Raises InvalidField if it is invalid."""
     try:
         return message.ToNanoseconds() / 1e9
     except ValueError as error:
@@ -329,7 +330,7 @@ def unix_seconds(message: Timestamp, field: str) -> float:
 
 
 def timestamp(unix_s: float) -> Timestamp:
-    """From Unix seconds."""
+    """A timestamp of Unix seconds."""
     return Timestamp(seconds=int(unix_s), nanos=int(math.modf(unix_s)[0] * 1e9))
 
 
@@ -361,7 +362,7 @@ PAGE_BYTES: Final = 3 << 20
 reject answers of more than 4 MiB."""
 
 BATCH: Final = 100
-"""Entries read at once; not a whole page, since a page holds few large entries."""
+"""Entries read at once. Not a whole page, as only a few large entries fit into a page."""
 
 MAX_LABEL_FILTER: Final = 64
 """Most labels in a filter; no adapter has more."""
@@ -397,7 +398,7 @@ def page_size(asked: int) -> int:
 
 
 def label_filter(labels: Mapping[str, str]) -> dict[str, str]:
-    """Labels to filter by. Raises InvalidField for more than any adapter has."""
+    """Labels to filter by. Raises InvalidField if they are more than any adapter has."""
     if len(labels) > MAX_LABEL_FILTER:
         raise InvalidField(
             f"labels has {len(labels)} entries: filter by at most {MAX_LABEL_FILTER}",
@@ -420,7 +421,7 @@ class ListingPage(Generic[Entry]):
     def __init__(self, size: int | None, taken: int = 0) -> None:
         """Args:
         size: most entries; None for as many as fit.
-        taken: bytes of the rest of the answer.
+        taken: bytes that the rest of the answer takes.
         """
         self.entries: list[Entry] = []
         self.place = ""
@@ -440,7 +441,7 @@ class ListingPage(Generic[Entry]):
 
     @property
     def next_token(self) -> str:
-        """Where the next page begins."""
+        """Page token of the next page."""
         return encode_token(self.place)
 
 
@@ -466,7 +467,8 @@ def bad_token(rpc: str) -> InvalidField:
 
 
 def alias_targets(request: adapters_pb2.SetAliasRequest) -> list[tuple[str, int]]:
-    """(revision, weight) pairs that an alias is to point to; empty for rollback and removal.
+    """The requested targets of an alias: (revision, weight) pairs; empty for rollback and
+    removal.
 
     Raises InvalidField unless exactly one change is requested.
     """
@@ -540,13 +542,14 @@ def self_test_response(report: SelfTestReport) -> adapters_pb2.SelfTestResponse:
 
 
 # -------------------- convert uploads
-# Uploads and downloads.
+# Converts uploads and downloads.
 
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 
 def upload_options(spec: adapters_pb2.UploadSpec) -> tuple[UploadOptions, Wait]:
-    """What is announced, and what its answer waits for. Raises InvalidField."""
+    """The options in an upload's spec, and how many followers its answer waits for. Raises
+    InvalidField."""
     check_file_count(len(spec.files))
     for file in spec.files:
         if not _SHA256.fullmatch(file.sha256):
@@ -583,11 +586,11 @@ def upload_options(spec: adapters_pb2.UploadSpec) -> tuple[UploadOptions, Wait]:
 
 
 class UploadMessages:
-    """The messages of an UploadAdapter call as `Uploads.receive` takes them. It can be read
-    further after a message that is refused.
+    """The messages of an UploadAdapter call, in the form that `Uploads.receive` takes. More can
+    be read after a message that is refused.
 
     Attributes:
-        wait: what the answer waits for; known once the first message has been read.
+        wait: how many followers the answer waits for; set by the first message.
     """
 
     def __init__(self, requests: AsyncIterable[adapters_pb2.UploadAdapterRequest]) -> None:
@@ -626,7 +629,8 @@ class UploadMessages:
 
 
 def upload_message(message: UploadMessage) -> adapters_pb2.UploadAdapterRequest:
-    """Inverse of `UploadMessages`, without what the answer waits for."""
+    """Convert an upload's message to protobuf: the inverse of `UploadMessages`, without its
+    ``wait``."""
     if isinstance(message, UploadChunk):
         chunk = adapters_pb2.UploadChunk(
             file=message.file, offset=message.offset, data=message.data
@@ -649,7 +653,8 @@ def upload_message(message: UploadMessage) -> adapters_pb2.UploadAdapterRequest:
 
 
 def registration(request: adapters_pb2.RegisterAdapterRequest) -> tuple[Uri, UploadOptions]:
-    """What is to be fetched, and uploaded but for its files. Raises InvalidField."""
+    """The URI to fetch, and the options of the upload, without its files. Raises
+    InvalidField."""
     check_name(request.name)
     check_labels(request.labels)
     if request.validate_only and request.activate:

@@ -35,13 +35,13 @@ _TRUNCATE_FIELD: Final = inference_pb2.GenerateRequest.TRUNCATE_PROMPT_TOKENS_FI
 _IDS_FIELD: Final = inference_pb2.TokenIds.IDS_FIELD_NUMBER
 
 MAX_WHOLE: Final = 16 << 20
-"""The most bytes that log-probabilities of an answer in one message may take. As the longest
-names of tokens are assumed, most such answers have a quarter of it: clients receive 4 MiB
-unless they are told otherwise."""
+"""Most bytes that log-probabilities may take in an answer of one message. The bound assumes the
+longest names of tokens, so most answers at the bound take a quarter of it: clients receive 4
+MiB unless they are told otherwise."""
 
 _AT_ONCE: Final = 64
-"""Positions whose log-probabilities are made in one go: with 20 likely tokens beside each, they
-take about two milliseconds, and 30 kB."""
+"""Positions whose log-probabilities are made in one go. With 20 top tokens each, this takes
+about two milliseconds, and 30 kB."""
 
 _INSTEAD: Final = "; or use GenerateStream, which sends them in several messages"
 
@@ -61,14 +61,14 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self._label = generator.prompts.tokenizer.token_label
 
     def check_wire(self, request: bytes) -> None:
-        """Raises VeneerError for a GenerateRequest that cannot be served. Runs before parsing,
+        """Raise VeneerError for a GenerateRequest that cannot be served. Runs before parsing,
         because a prompt that is too long would be held as protobuf, text and tokens."""
         if not self._generator.ready:
             return
         cut = holds(request, _TRUNCATE_FIELD)
         self._generator.check_text(last_value(request, _PROMPT_FIELD), cut=cut)
         if cut:
-            return  # of token ids, only as many as are kept are copied
+            return  # only those token ids that are kept are copied
         for ids in values(request, _TOKENS_FIELD):
             self._generator.check_count(sum(map(count_numbers, values(ids, _IDS_FIELD))))
 
@@ -109,7 +109,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             prefixes = [generation.prompt.text if call.echo else ""] * call.n
             async with aclosing(generation.deltas()) as deltas:
                 async for delta in deltas:
-                    # Those of a long prompt come in several messages: clients take 4 MiB each.
+                    # A long prompt's scores take several messages: clients take 4 MiB each.
                     before: list[inference_pb2.TokenLogprob] = []
                     async for scores in self._scores(_prompts(generation, delta), sender):
                         if before:
@@ -140,7 +140,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def _call(
         self, request: inference_pb2.GenerateRequest, sender: Sender, **bound: Any
     ) -> GenerateCall:
-        """The request's call. A long request is converted off the event loop. Raises
+        """Make the request's call. A long request is converted off the event loop. Raises
         InvalidField."""
         convert_it = partial(convert.generate_call, request, **bound)
         size = request.ByteSize()
@@ -151,7 +151,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def _scores(
         self, given: _Scores, sender: Sender
     ) -> AsyncGenerator[list[inference_pb2.TokenLogprob], None]:
-        """Log-probabilities, some positions at a time; many are made off the event loop."""
+        """Yield log-probabilities, some positions at a time. If there are many, they are made
+        off the event loop."""
         pieces = given.pieces(self._label)
         if len(given.tokens) <= _AT_ONCE:
             for piece in pieces:
@@ -162,7 +163,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 yield piece
 
     async def _write(self, context: Any, message: inference_pb2.GenerateStreamResponse) -> None:
-        """Send a message, in limited time: a caller that stopped reading must not occupy the
+        """Send a message, with a time limit: a caller that stopped reading must not occupy the
         engine for ever."""
         limit = self._reader_limit_s
         try:
@@ -176,7 +177,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 
 
 class _Whole:
-    """Collects one sample of an answer that is sent whole."""
+    """Collects one sample of an answer that is not streamed."""
 
     def __init__(self) -> None:
         self._text: list[str] = []
@@ -207,7 +208,7 @@ class _Whole:
 
 @dataclass(frozen=True, slots=True)
 class _Scores:
-    """Log-probabilities of tokens, and of the likely ones beside each."""
+    """Log-probabilities of tokens, and of the top tokens at each position."""
 
     tokens: Sequence[int] = ()
     logprobs: Sequence[float] = ()
@@ -215,7 +216,7 @@ class _Scores:
     ranks: Sequence[int] = ()
 
     def pieces(self, label: _Label) -> Iterator[list[inference_pb2.TokenLogprob]]:
-        """As messages, `_AT_ONCE` of them at a time."""
+        """Yield them as messages, `_AT_ONCE` at a time."""
         for begin in range(0, len(self.tokens), _AT_ONCE):
             places = range(begin, min(begin + _AT_ONCE, len(self.tokens)))
             yield [self._entry(at, label) for at in places]
@@ -234,14 +235,14 @@ class _Scores:
 
 
 def _own(delta: Delta) -> _Scores:
-    """Those of the new tokens; empty if not requested."""
+    """The new tokens' log-probabilities; empty if not requested."""
     if delta.logprobs is None:
         return _Scores()
     return _Scores(delta.tokens, delta.logprobs, delta.top_logprobs or ())
 
 
 def _prompts(generation: Generation, delta: Delta) -> _Scores:
-    """Those of the prompt, if requested; empty after the first delta."""
+    """The prompt's log-probabilities, if requested; empty after the first delta."""
     if delta.prompt_logprobs is None:
         return _Scores()
     return _Scores(
@@ -267,7 +268,7 @@ def _final(generation: Generation) -> inference_pb2.GenerateStreamFinal:
 
 
 def _trailing(generation: Generation) -> tuple[tuple[str, str], ...]:
-    """For clients that read only metadata, such as proxies."""
+    """Trailing metadata, for clients that read nothing else, such as proxies."""
     where, limits = generation.provenance, generation.counted.rate_headers()
     if where.tier is None:
         return limits

@@ -3,7 +3,7 @@
 Health and reflection calls are bounded too, and their malformed requests are refused.
 
 A method of our services gets the message, or the messages, and a `GrpcContext` in place of
-gRPC's own context: that is where it finds its `Caller`.
+gRPC's own context. The `GrpcContext` holds its `Caller`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from veneer_server.telemetry.metrics import Metrics
 _OURS: Final = "/veneer.v1."
 
 _WAITING: Final = frozenset({WATCH, HEALTH_WATCH})
-"""Methods whose calls wait for news."""
+"""Methods whose calls wait for events."""
 
 # grpc's handlers and contexts are typed as Any by its stubs' generics.
 _Behaviour = Callable[[Any, Any], Awaitable[Any]]
@@ -53,13 +53,13 @@ _Receive = Callable[[Any, "GrpcContext"], Awaitable[Any]]
 
 
 class GrpcContext(CallContext):
-    """What a method of our services gets as its context: who calls, and as much of gRPC's
-    context as it needs.
+    """The context of a method of our services: who calls, and the parts of gRPC's context that
+    methods need.
 
     Attributes:
         grpc: gRPC's own context.
         write: sends a message of the answer.
-        set_trailing_metadata: of an answer that succeeds.
+        set_trailing_metadata: sets the metadata of an answer that succeeds.
     """
 
     __slots__ = ("grpc", "set_trailing_metadata", "write")
@@ -97,7 +97,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         """Args:
         receiving: decides which requests are read; None for the default bounds.
         open_calls: bounds the open calls; None for the default bounds.
-        connections: tracks each connection's calls; None if none are closed to make room.
+        connections: tracks each connection's calls; None if connections are never closed to
+            make room.
         checks: by method path, the check that runs before a request is parsed; see
             `decoder`.
         """
@@ -300,7 +301,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     async def _admit(
         self, arrived: GrpcContext, headers: Mapping[str, str], call: OpenCall
     ) -> AbstractContextManager[None]:
-        """`Gate.admit`, before anything of the request is read."""
+        """Call `Gate.admit`, before any of the request is read."""
         context, gate = arrived.grpc, self._gate
         _check_once(context)
         certificate = shown_to_grpc(context.auth_context()) if gate.access.asks else NOT_SHOWN
@@ -323,7 +324,7 @@ def _headers(context: Any) -> dict[str, str]:
 
 
 def _check_once(context: Any) -> None:
-    """Raise InvalidField if metadata that decides who calls is there twice."""
+    """Raise InvalidField if metadata that decides who calls is repeated."""
     names = [key for key, _ in context.invocation_metadata() or ()]
     if len(set(names)) < len(names):
         for name in ONCE:
@@ -339,8 +340,8 @@ def _checked(request: Any) -> Any:
 
 
 class _Checked:
-    """The checked messages of a stream. Unlike a generator, it can be read further after it
-    has raised, so that a refused client can finish sending."""
+    """The checked messages of a stream. Unlike a generator, it can still be read after it has
+    raised, so that a refused client can finish sending."""
 
     def __init__(self, requests: Any) -> None:
         self._requests = requests
@@ -365,7 +366,7 @@ def _write_all(answers: Callable[[Any, Any], AsyncIterator[Any]]) -> _Behaviour:
 
     async def written(requests: Any, context: Any) -> None:
         answering: Any = answers(requests, context)
-        if isawaitable(answering):  # it writes by itself
+        if isawaitable(answering):  # the handler writes by itself
             await answering
             return
         async for answer in answering:
@@ -377,7 +378,7 @@ def _write_all(answers: Callable[[Any, Any], AsyncIterator[Any]]) -> _Behaviour:
 def _serializer(
     serializer: Callable[[Any], bytes] | None,
 ) -> Callable[[Any], bytes] | None:
-    """Accepts messages, and bytes that were serialised once for many callers."""
+    """Extend a serializer to accept bytes that were serialised once for many callers."""
     if serializer is None:
         return None
     return lambda message: message if type(message) is bytes else serializer(message)

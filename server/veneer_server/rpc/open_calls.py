@@ -17,13 +17,13 @@ MAX_WATCHERS: Final = 256
 """Default of ``--max-watchers``."""
 
 MAX_HEALTH_WATCHES: Final = 256
-"""Open ``Watch`` calls of the health service."""
+"""Most open ``Watch`` calls of the health service."""
 
 MAX_REFLECTIONS: Final = 4
-"""Open reflection calls; each may hold a message."""
+"""Most open reflection calls; each may hold a message."""
 
 MAX_OTHER_CALLS: Final = 256
-"""Open calls per Veneer service, not counting generate and watch calls."""
+"""Most open calls per Veneer service, not counting generate and watch calls."""
 
 _OURS: Final = "/veneer.v1."
 HEALTH_WATCH: Final = "/grpc.health.v1.Health/Watch"
@@ -48,8 +48,8 @@ class OpenCalls:
     are not counted here, since the engine's capacity bounds them. Calls whose request is
     still arriving are bounded by `Receiving`.
 
-    Once a second tenant has called, none may hold more than half of a kind's places: calls that
-    wait do not give way to others, so one tenant's must not fill them.
+    Once a second tenant has called, no tenant may hold more than half of a kind's places: open
+    calls do not give way to others, so one tenant's calls must not take them all.
     """
 
     def __init__(self, *, watchers: int = MAX_WATCHERS) -> None:
@@ -57,9 +57,9 @@ class OpenCalls:
         self._watchers = watchers
         self._count: Counter[str] = Counter()
         self._held: Counter[tuple[str, str]] = Counter()
-        """By kind and tenant; those that hold none are left out."""
+        """Open calls by kind and tenant; without entries of zero."""
         self._tenants: set[str] = set()
-        """Those that have called."""
+        """Tenants that have called."""
 
     @contextmanager
     def one(self, method: str, tenant: str) -> Iterator[None]:
@@ -95,7 +95,7 @@ class OpenCalls:
                 del self._held[key]
 
     def _kind(self, method: str) -> _Kind | None:
-        """None for calls that are not counted."""
+        """The kind of a method's calls; None if they are not counted."""
         if method in GENERATES:
             return None
         if method == WATCH:

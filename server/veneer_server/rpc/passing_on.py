@@ -1,4 +1,4 @@
-"""AdapterService of a follower: what changes the registry is passed on to it."""
+"""AdapterService of a follower, which passes changes on to the registry."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from veneer_server.serving.uploads import UploadMessage
 
 
 class PassingOn(AdapterService):
-    """Looks up and loads here, and has the registry make changes with the caller's own
-    credentials: whatever this server may do, a caller may do there only what it may do."""
+    """Looks up and loads adapters here, and has the registry make changes. The registry sees
+    the caller's own credentials, so callers gain no rights from this server's."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class PassingOn(AdapterService):
         self._until = until
 
     async def UploadAdapter(self, request_iterator: Any, context: Any) -> Any:
-        """Passed on as it arrives; then loaded here, if that is asked for."""
+        """Pass the upload on as it arrives, then load the adapter here if requested."""
         broken: list[VeneerError] = []
         activate = False
         progress = CallProgress()
@@ -52,7 +52,7 @@ class PassingOn(AdapterService):
                     if request.WhichOneof("message") == "spec":
                         activate = _taken_off(request.spec)
                     yield request
-            except VeneerError as error:  # it was malformed
+            except VeneerError as error:  # a message was malformed
                 broken.append(error)
                 raise
 
@@ -70,7 +70,7 @@ class PassingOn(AdapterService):
     async def RegisterAdapter(
         self, request: adapters_pb2.RegisterAdapterRequest, context: Any
     ) -> Any:
-        """The registry fetches; then it is loaded here, if that is asked for."""
+        """Have the registry fetch the adapter, then load it here if requested."""
         activate = _taken_off(request)
         answer = await self._pass("RegisterAdapter", request, context)
         return await self._load(answer, context) if activate else answer
@@ -78,7 +78,8 @@ class PassingOn(AdapterService):
     async def DownloadAdapter(  # type: ignore[override]  # writes instead of yielding
         self, request: Any, context: Any
     ) -> None:
-        """Passed on as it arrives: a follower keeps only what it generates with."""
+        """Pass the registry's messages on as they arrive: a follower keeps only the files that
+        it generates with."""
         messages = self._registry.messages("DownloadAdapter", request, context.caller)
         async with aclosing(messages):
             async for message in messages:
@@ -98,17 +99,18 @@ class PassingOn(AdapterService):
     async def UpdateAdapter(
         self, request: adapters_pb2.UpdateAdapterRequest, context: Any
     ) -> Any:
-        """A pin is this server's own; the rest is the registry's."""
+        """Change a pin here, and have the registry make other changes."""
         if request.HasField("pinned"):
             return await super().UpdateAdapter(request, context)
         return await self._pass("UpdateAdapter", request, context)
 
     async def _load(self, answer: Any, context: Any) -> Any:
-        """Load what the registry has published. It stands, so a failure is a warning."""
+        """Load the revision that the registry has published. It stays published, so a failure
+        here is only a warning."""
         name, caller = answer.adapter.name, context.caller
         spec = f"{name}@{answer.adapter.revision}"
         try:
-            # Waits for a view that is as new as the caller wants it, instead of refusing it.
+            # Waits for a view as new as the caller wants, instead of refusing the call.
             home = await self._tenants.ensure(caller.tenant)
             await arrived(self._until, name, lambda: knows(home, spec, caller))
             record = await home.changes.activate(spec, "device", pin=False, who=caller.who)
@@ -124,8 +126,8 @@ class PassingOn(AdapterService):
 
 
 def _taken_off(wanted: adapters_pb2.UploadSpec | adapters_pb2.RegisterAdapterRequest) -> bool:
-    """Whether what is to be published is to be loaded; a registry, which loads nothing, is not
-    asked to. With ``validate_only`` it refuses that."""
+    """Take ``activate`` off a request, as a registry loads nothing; return whether it was set.
+    With ``validate_only`` it is left in place, and the registry refuses it."""
     activate = wanted.activate and not wanted.validate_only
     if activate:
         wanted.activate = False
@@ -137,8 +139,9 @@ def _taken_off(wanted: adapters_pb2.UploadSpec | adapters_pb2.RegisterAdapterReq
 
 
 class PublishingByRegistry:
-    """The caller shows this server its folder and its credentials; both are passed on. So the
-    registry need not have the folder, and the caller may do there what it may do."""
+    """Publishes folders through the registry: their files and the caller's credentials are
+    passed on. So the registry need not have the folder, and the caller's own rights apply
+    there."""
 
     def __init__(self, registry: Asking, until: Until) -> None:
         self._registry = registry
@@ -165,7 +168,8 @@ class PublishingByRegistry:
     async def _upload(
         self, messages: AsyncIterator[UploadMessage], caller: Caller
     ) -> adapters_pb2.UploadAdapterResponse:
-        """Raises what the messages raise, too. None is being made when it returns."""
+        """Send the messages to the registry. Also raises the errors of ``messages``, which is
+        not running any more when this returns."""
         broken: list[Exception] = []
         idle = asyncio.Event()
         idle.set()
@@ -191,10 +195,10 @@ class PublishingByRegistry:
             answer: adapters_pb2.UploadAdapterResponse = await self._registry.answer(
                 "UploadAdapter", sent(), caller, progress=progress
             )
-        except (Exception, asyncio.CancelledError):  # gRPC cancels a call that cannot go on
+        except (Exception, asyncio.CancelledError):  # gRPC cancels a call whose input fails
             if broken:
                 raise broken[0] from None
             raise
         finally:
-            await idle.wait()  # gRPC's own task may still be asking for the next
+            await idle.wait()  # gRPC's own task may still be waiting for the next message
         return answer

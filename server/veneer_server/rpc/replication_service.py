@@ -1,4 +1,4 @@
-"""ReplicationService: what followers are told, and the weights that they fetch."""
+"""ReplicationService for followers, and the calls that a follower makes to its registry."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ CHUNK: Final = 256 << 10
 """Bytes of a chunk of weights."""
 
 _BATCH: Final = 64
-"""Names of a snapshot that are read at a time."""
+"""Names of a snapshot that are read at once."""
 
 _NAME: Final = 128
 
@@ -51,7 +51,7 @@ _log = get_logger(__name__)
 
 Write = Callable[[Any], Awaitable[None]]
 Source = Callable[[str], Lookups | None]
-"""The registry of a tenant, if it is open."""
+"""Returns the registry of a tenant, if it is open."""
 
 
 class ReplicationService(replication_pb2_grpc.ReplicationServiceServicer):
@@ -67,7 +67,7 @@ class ReplicationService(replication_pb2_grpc.ReplicationServiceServicer):
         heartbeat_s: float = HEARTBEAT_S,
         reader_limit_s: float = READER_LIMIT_S,
     ) -> None:
-        """Args: asks_callers: whether this server wants to know who calls."""
+        """Args: asks_callers: whether callers of this server must say who they are."""
         self._feed = feed
         self._replicas = replicas
         self._source = source
@@ -78,7 +78,8 @@ class ReplicationService(replication_pb2_grpc.ReplicationServiceServicer):
     async def Follow(  # type: ignore[override]  # writes instead of yielding
         self, request_iterator: Any, context: Any
     ) -> None:
-        """Tell a follower all names, or what it has missed; then changes, until it leaves."""
+        """Send a follower all names, or the changes that it missed; then new changes, until it
+        leaves."""
         requests = aiter(request_iterator)
         first = await anext(requests, None)
         if first is None or first.WhichOneof("message") != "start":
@@ -104,7 +105,8 @@ class ReplicationService(replication_pb2_grpc.ReplicationServiceServicer):
             await asyncio.gather(telling, hearing, return_exceptions=True)
 
     async def _hear(self, follower: str, requests: Any) -> None:
-        """Note what a follower has applied. One that just goes silent keeps its lease."""
+        """Record which changes a follower has applied. One that goes silent without leaving
+        keeps its lease."""
         async for request in requests:
             if request.WhichOneof("message") != "applied":
                 raise InvalidField(
@@ -182,7 +184,7 @@ class ReplicationService(replication_pb2_grpc.ReplicationServiceServicer):
     async def FetchWeights(  # type: ignore[override]  # writes instead of yielding
         self, request: replication_pb2.FetchWeightsRequest, context: Any
     ) -> None:
-        """Send one of the two weight files from an offset on; it is leased meanwhile."""
+        """Send one of the two weight files, from an offset on, with a lease on the weights."""
         if request.file not in REQUIRED_FILES:
             raise InvalidField(
                 f"file must be one of {', '.join(REQUIRED_FILES)}", metadata={"field": "file"}
@@ -226,7 +228,8 @@ class ReplicationService(replication_pb2_grpc.ReplicationServiceServicer):
 
 
 def _leased(registry: Lookups, digest: str) -> RevisionLease:
-    """A lease on weights. Raises AdapterNotFound, or why what has them is not served."""
+    """A lease on weights. Raises AdapterNotFound, or the error that says why the revision with
+    these weights is not served."""
     try:
         return registry.acquire_weights(digest)
     except AdapterNotFound:
@@ -250,7 +253,7 @@ class NoFollowers(replication_pb2_grpc.ReplicationServiceServicer):
     """ReplicationService of a follower, which has no followers."""
 
     def __init__(self, registry: str) -> None:
-        """Args: registry: the one that it follows."""
+        """Args: registry: address of the registry that it follows."""
         self._registry = registry
 
     async def Follow(self, request_iterator: object, context: object) -> None:  # type: ignore[override]
@@ -272,12 +275,12 @@ class NoFollowers(replication_pb2_grpc.ReplicationServiceServicer):
 T = TypeVar("T")
 
 AWAY_S: Final = 15.0
-"""A call ends after so long without progress, if nothing is heard of the registry meanwhile. On
-a half-open connection gRPC's keepalive did not end it (tried for 60 s)."""
+"""A call ends after this long without progress, if nothing is heard from the registry
+meanwhile. On a half-open connection, gRPC's keepalive did not end it (tried for 60 s)."""
 
 
 class CallProgress:
-    """When a call last took or gave a message."""
+    """Records when a call last sent or received a message."""
 
     def __init__(self) -> None:
         self.made()
@@ -291,9 +294,9 @@ class CallProgress:
 
 
 class Asking:
-    """Calls of the registry's AdapterService. They raise what the registry raises,
-    `Unavailable` if it does not answer, `FailedPrecondition` if it knows callers in another way
-    than this server, and `PermissionDenied` if the caller has only a certificate."""
+    """Calls the registry's AdapterService. Calls raise the registry's errors, `Unavailable` if
+    it does not answer, `FailedPrecondition` if only one of the two servers asks who calls, and
+    `PermissionDenied` if the caller has only a certificate."""
 
     def __init__(
         self, channel: RegistryChannel, standing: Standing, *, asks_callers: bool
@@ -311,12 +314,12 @@ class Asking:
         *,
         progress: CallProgress | None = None,
     ) -> Any:
-        """The answer of a call.
+        """Call a method, and return its answer.
 
         Args:
             request: a message, or an iterator of messages.
-            caller: whose credentials the registry is shown, and whose deadline counts.
-            progress: told by the iterator of each message.
+            caller: the registry sees its credentials, and its deadline applies.
+            progress: to be updated by the iterator for each message.
         """
         call = self._begin(method, request, caller)
         try:
@@ -329,7 +332,7 @@ class Asking:
     async def messages(
         self, method: str, request: Any, caller: Caller
     ) -> AsyncGenerator[Any, None]:
-        """What a call streams."""
+        """Call a method that streams, and yield its messages."""
         call = self._begin(method, request, caller)
         try:
             while True:
@@ -372,7 +375,7 @@ class Asking:
 
 
 # -------------------- arrival
-# A change that a registry has made for a follower's caller, and when it is known here.
+# Waits until a change that the registry has made for a follower's caller is known here.
 
 ARRIVAL_S: Final = 10.0
 """How long a change that the registry has made may take to be known here."""
@@ -398,6 +401,6 @@ def knows(home: Tenant, spec: str, caller: Caller) -> bool:
     try:
         home.registry.check_age(caller.most_lag_s)
         home.registry.resolve(spec)
-    except (AdapterNotFound, Unavailable):  # in doubt, while the registry is away
+    except (AdapterNotFound, Unavailable):  # Unavailable: cannot tell, the registry is away
         return False
     return True

@@ -43,13 +43,13 @@ _LIMITS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class ReplicationFacts:
-    """A server's role, and how it stands with its registry or its followers.
+    """A server's role, and its state as a follower or a registry.
 
     Attributes:
-        registry: of a follower: its registry's address; else "".
+        registry: address of a follower's registry; else "".
         lag_s: seconds since a follower's view was known to be current.
         sequence: a follower's last applied change; a registry's last change.
-        followers: of a registry.
+        followers: number of a registry's followers.
     """
 
     role: str = "all"
@@ -93,7 +93,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
         caller: Caller = context.caller
         tenant = self._tenants.named(caller.tenant)
         facts = self._replication()
-        # Other tenants would learn from it when somebody publishes.
+        # It would tell other tenants when somebody publishes.
         trusted = caller.tenant == DEFAULT_TENANT and caller.principal.has({"operator"})
         sequence = facts.sequence if trusted else 0
         return server_pb2.GetServerInfoResponse(
@@ -181,7 +181,8 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
     async def GetUsage(
         self, request: server_pb2.GetUsageRequest, context: Any
     ) -> server_pb2.GetUsageResponse:
-        """What the caller's tenant has used; an operator may ask for any or all."""
+        """Report the caller's tenant's usage. An operator may ask for any tenant, or for
+        all."""
         caller: Caller = context.caller
         principal, wanted = caller.principal, request.tenant
         operator = principal.has({"operator"})
@@ -204,7 +205,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
     async def PlanCapacity(
         self, request: server_pb2.PlanCapacityRequest, context: Any
     ) -> server_pb2.PlanCapacityResponse:
-        """Arithmetic over the budgets; loads nothing."""
+        """Compute what fits into the budgets, without loading anything."""
         info, config = self._engine.info, self._config
         length = request.context_length or info.longest_sequence
         if length > info.context_length:
@@ -309,8 +310,8 @@ class Health:
     Liveness says that the front process answers and is not stopping: restarting it
     would not help a loading or restarting engine. InferenceService is ready while
     the engine's step loop answers; the other services once loading is done. A server without
-    an engine does not have InferenceService, so that a check of it gets NOT_FOUND: this tells a
-    registry, which is ready, from a server whose engine is away, and needs no credentials.
+    an engine does not have InferenceService, so that a check of it gets NOT_FOUND. That tells a
+    ready registry from a server whose engine is down, and needs no credentials.
     """
 
     def __init__(self, *, generates: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""The one place where an exception becomes a gRPC status, also for the router on Ray.
+"""The one place where an exception becomes a gRPC status; the router on Ray uses it too.
 
 Every status carries ``google.rpc.ErrorInfo`` (domain ``veneer``) and the detail
 that the contract specifies for its code, in ``grpc-status-details-bin``.

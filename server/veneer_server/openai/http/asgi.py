@@ -42,7 +42,7 @@ CERTIFICATE: Final = "veneer.certificate"
 
 EARNED: Final = "veneer.earned"
 """Key in ``scope["state"]`` of a function that takes the tenant of a caller who has shown a
-valid key; "" for one whom a server without keys has answered well."""
+valid key; "" for one whom a server without keys has answered without an error."""
 
 MODEL: Final = "veneer.model"
 """Key in ``scope["state"]`` of the model that the path names, as Azure's paths do."""
@@ -51,7 +51,8 @@ MAX_BODY: Final = 4 << 20
 """Largest body in bytes; the limit for gRPC messages is the same."""
 
 MAX_BODIES: Final = 64 << 20
-"""Bytes of all bodies being read or answered, counting only the first `LONG_BODY` of each."""
+"""Most bytes of all bodies being read or answered, counting only the first `LONG_BODY` of each.
+"""
 
 MAX_LONG_BODIES: Final = 8 * MAX_BODY
 """The same for the bytes of each body beyond `LONG_BODY`, so that long bodies leave room for
@@ -112,8 +113,8 @@ class Bodies:
         return await self.thread(lambda: parse_body(body, self._breaks.rest))
 
     async def thread(self, work: Callable[[], T]) -> T:
-        """Do in the thread, which sleeps between bodies, what must be done with a long body.
-        Its log lines are the request's."""
+        """Do work on a long body in the thread, which sleeps between bodies. Log lines of the
+        work carry the request's context."""
         context, loop = contextvars.copy_context(), asyncio.get_running_loop()
         return await loop.run_in_executor(self._parser, context.run, self._paced, work)
 
@@ -153,8 +154,8 @@ class Bodies:
 
     @contextmanager
     def arriving(self, share: BodyShare, timeout: asyncio.Timeout) -> Iterator[None]:
-        """While the block runs the body arrives. Once it stalls, others may take its bytes: the
-        timeout then ends at once, and ``share.lost`` says why."""
+        """Mark a body as arriving while the block runs. If it stalls, others may take its
+        bytes: the timeout then expires at once, and ``share.lost`` is set."""
         share.timeout = timeout
         self._arriving[share] = None
         try:
@@ -207,15 +208,15 @@ class Bodies:
 
 @dataclass(slots=True, eq=False)
 class BodyShare:
-    """One body's share of `Bodies`. A call takes more bytes.
+    """One body's share of `Bodies`. Calling it takes more bytes.
 
     Attributes:
         since: when it last made progress, see `queues.connection_places`.
         size: bytes taken.
         received: all bytes that have arrived.
-        sent: those since it made progress.
-        timeout: of its arrival.
-        lost: its bytes were given to others, because it stalled.
+        sent: bytes that have arrived since it made progress.
+        timeout: bounds the time in which it must arrive.
+        lost: whether its bytes were given to others, because it stalled.
     """
 
     bodies: Bodies
@@ -237,20 +238,20 @@ def _parts(size: int) -> tuple[int, int]:
 
 
 def context_of(scope: Scope) -> CallContext:
-    """Of a request. `Edge` has put it there."""
+    """Return the context of a request, which `Edge` has set."""
     context: CallContext = scope["state"][CONTEXT]
     return context
 
 
 def caller_of(scope: Scope) -> Caller:
-    """Who makes a request."""
+    """Return the caller of a request."""
     return context_of(scope).caller
 
 
 def check_json(content_type: str) -> None:
-    """Raise HttpError unless a browser says that its request is JSON. A browser sends JSON
-    for a page of another origin only after it has asked whether it may. Of programs nobody
-    demands it: ``curl -d`` says that it sends a form."""
+    """Raise HttpError unless the content type of a browser's request is JSON. A browser sends
+    JSON for a page of another origin only after a preflight. Other programs need not say so:
+    ``curl -d`` says that it sends a form."""
     if content_type.partition(";")[0].strip().lower() != "application/json":
         raise HttpError(
             415, "unsupported_media_type", "send JSON with content-type application/json"
@@ -263,7 +264,7 @@ async def read_json(
     bodies: Bodies,
     share: BodyShare,
 ) -> object:
-    """The parsed body of a request.
+    """Read and parse the body of a request.
 
     Args:
         share: takes the bytes received; see `Bodies.share`.
@@ -352,10 +353,10 @@ class Framing:
     """How a stream writes its events.
 
     Attributes:
-        begin: what is before an event's JSON.
-        end: what follows the last event of a stream that succeeded.
-        failure: what ends a stream that failed.
-        after: what is behind an event's JSON.
+        begin: makes the bytes before an event's JSON.
+        end: bytes after the last event of a stream that succeeded.
+        failure: makes the bytes that end a stream that failed.
+        after: bytes after an event's JSON.
         kind: the content type.
     """
 
@@ -370,7 +371,7 @@ class Framing:
         return self.begin(event) + dump(event) + self.after
 
     def pieces(self, events: Sequence[Any]) -> Iterator[bytes]:
-        """Events as bytes, which are made a piece at a time."""
+        """Yield events as bytes, made a piece at a time."""
         for event in events:
             yield self.begin(event)
             yield from written(event)
@@ -382,7 +383,7 @@ DATA_ONLY: Final = Framing(
     b"data: [DONE]\n\n",
     lambda failure: b"data: " + dump(failure.body) + b"\n\n",
 )
-"""Events without names, as chats and completions have them."""
+"""Events without names, as in chats and completions."""
 
 LINES: Final = Framing(
     lambda event: b"",
@@ -391,15 +392,15 @@ LINES: Final = Framing(
     after=b"\n",
     kind="application/x-ndjson",
 )
-"""A line of JSON for each event, as Ollama's clients read them."""
+"""A line of JSON for each event, as Ollama's clients expect."""
 
 
 class Reply:
     """One answer: a JSON document, or a stream of events. Tasks may share it.
 
     Attributes:
-        framing: of its events.
-        headers: of the answer, beside those that go with its status.
+        framing: how a stream frames its events.
+        headers: more headers of the answer, sent whatever its status.
         started: whether status and headers have been sent.
     """
 
@@ -412,7 +413,7 @@ class Reply:
         self._turn = asyncio.Lock()
         self._streaming = False
         self._torn = False
-        """Only a part of an event, or of a document, has been sent."""
+        """Whether an event, or a document, has been sent only in part."""
         self.framing = DATA_ONLY
         self.headers: dict[str, str] = {}
         self.started = False
@@ -429,8 +430,8 @@ class Reply:
         spare: SpareTime,
         sender: Sender,
     ) -> None:
-        """Send the whole answer in pieces, each of which is made off the event loop once the
-        one before has been taken."""
+        """Send the whole answer in pieces. Each is made off the event loop, once the one before
+        has been taken."""
         await self._start(status, {"content-type": "application/json", **headers})
         await self._pieces(spare.each(written(body), sender))
         await self._body(b"", more=False)
@@ -455,7 +456,7 @@ class Reply:
         events: Sequence[object],
         headers: Mapping[str, str],
     ) -> None:
-        """Send server-sent events; the first call also sends status and headers."""
+        """Send events; the first call also sends status and headers."""
         data = b"".join(map(self.framing.event, events))
         async with self._turn:
             await self._start_events(headers)
@@ -469,7 +470,7 @@ class Reply:
         spare: SpareTime,
         sender: Sender,
     ) -> None:
-        """As `events`; they are made a piece at a time."""
+        """Like `events`, but the bytes are made a piece at a time."""
         async with self._turn:
             await self._start_events(headers)
             await self._pieces(spare.each(self.framing.pieces(events), sender))
@@ -481,8 +482,9 @@ class Reply:
             await self._start(200, {"content-type": kind, **_STREAMING, **headers})
 
     async def _pieces(self, pieces: AsyncGenerator[bytes, None]) -> None:
-        """Send what may be long. A caller must read it at a rate, as it holds what is not
-        written yet: one that reads a little in time would hold it for hours."""
+        """Send pieces of an answer that may be long. The caller must read at a minimum rate, as
+        the rest stays in memory: a caller that reads a little now and then would keep it there
+        for hours."""
         loop = asyncio.get_running_loop()
         late_s = 0.0
         self._torn = True
@@ -515,7 +517,7 @@ class Reply:
             await self.json(failure.status, failure.body, failure.headers)
         elif self._streaming and not self._torn:
             await self._body(self.framing.failure(failure), more=False)
-        else:  # the error would be in the middle of what has been sent
+        else:  # the error would be in the middle of a document or an event
             self._abort()
 
     async def _start(self, status: int, headers: Mapping[str, str]) -> None:

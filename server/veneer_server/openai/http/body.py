@@ -1,6 +1,6 @@
-"""JSON bodies, bounded before they are parsed.
+"""Parses JSON bodies, whose size is checked first, and writes long ones in pieces.
 
-Parsing holds the GIL: 4 MiB of ``{}`` take 150 ms, during which every stream stalls, whatever
+Parsing holds the GIL: 4 MiB of ``{}`` take 150 ms, during which every stream stalls, whichever
 thread parses. So a body's items are counted first, in pieces that let other threads run, and
 a body with too many is never parsed.
 """
@@ -27,13 +27,14 @@ MAX_DEPTH: Final = 200
 of our code and of libraries."""
 
 PIECE: Final = 64 << 10
-"""Bytes that are scanned before other threads may run."""
+"""Bytes that are scanned before other threads may run, and bytes of a piece of written JSON. A
+piece of log-probabilities takes about a millisecond to make."""
 
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def parse_body(body: bytes, rest: Callable[[], None] = lambda: None) -> object:
-    """The JSON of a body.
+    """Parse the JSON of a body.
 
     Args:
         rest: called between pieces of the work, which take milliseconds each. A thread
@@ -113,8 +114,8 @@ def _check_depth(parsed: object) -> None:
 
 
 def _encode_texts(parsed: object) -> None:
-    """Raises UnicodeEncodeError for half of a surrogate pair. Writing all as JSON would be
-    one call, which keeps the interpreter's lock."""
+    """Raise UnicodeEncodeError for half of a surrogate pair. Serializing everything would find
+    it too, but in one call, which holds the GIL."""
     todo = [parsed]
     while todo:
         one = todo.pop()
@@ -134,17 +135,15 @@ def _no_constant(text: str) -> object:
 # -------------------- long json
 # JSON that is too long to be made at once: lists whose items are made as they are written.
 
-"""Bytes of a piece of JSON. One of log-probabilities takes about a millisecond to make."""
-
 NUMBERS: Final = 2048
-"""Numbers or texts that are written by one call into C."""
+"""Numbers or texts that one call into C writes."""
 
 
 class Many:
     """A JSON list of many items.
 
-    Its text can be kept where an answer repeats it: ``n`` choices of a completion have the same
-    prompt, and each shows its scores.
+    Its JSON can be kept if an answer repeats it: each of a completion's ``n`` choices shows the
+    scores of the same prompt.
     """
 
     def __init__(
@@ -156,9 +155,9 @@ class Many:
         keep: bool = False,
     ) -> None:
         """Args:
-        items: makes them anew whenever they are written.
-        at_once: so many take a fraction of a millisecond.
-        keep: make them once, and keep their JSON.
+        items: makes the items, anew each time they are written.
+        at_once: how many items are written in one go, in a fraction of a millisecond.
+        keep: make the items once, and keep their JSON.
         """
         self.count = count
         self._items = items
@@ -168,7 +167,7 @@ class Many:
 
     @property
     def pieces(self) -> float:
-        """In how many it is made."""
+        """The number of pieces in which it is made."""
         return self.count / self._at_once
 
     def __iter__(self) -> Iterator[Any]:
@@ -190,7 +189,7 @@ class Many:
 
 
 class Joined:
-    """Lists one behind the other, as one."""
+    """Several lists, concatenated into one."""
 
     def __init__(self, *parts: Many) -> None:
         self._parts = [part for part in parts if part.count]
@@ -211,7 +210,7 @@ class Joined:
 
 
 def pieces_of(body: object) -> float:
-    """In how many pieces its long lists are made."""
+    """The number of pieces in which a body's long lists are made."""
     if isinstance(body, Many | Joined):
         return body.pieces
     if isinstance(body, dict):
@@ -220,7 +219,7 @@ def pieces_of(body: object) -> float:
 
 
 def dump(body: object) -> bytes:
-    """Compact JSON, at once."""
+    """Write compact JSON, all at once."""
     return json.dumps(body, ensure_ascii=False, separators=(",", ":"), default=_listed).encode()
 
 
@@ -231,7 +230,7 @@ def _listed(value: object) -> list[Any]:
 
 
 def written(body: object) -> Iterator[bytes]:
-    """The same in pieces of about `PIECE` bytes, each of which is made when it is asked for."""
+    """Write compact JSON in pieces of about `PIECE` bytes, each made when it is needed."""
     piece = bytearray()
     for part in _parts(body):
         piece += part

@@ -30,11 +30,11 @@ _MALFORMED: Final = 512 << 10
 1 ms to read, and each such request needs a new connection."""
 
 _LOOK_S: Final = 0.005
-"""How long there may be too many connections: what has arrived on the new ones is read first,
-so that a whole request is never dropped unread."""
+"""How long there may be too many connections. Data that has arrived on the new ones is read
+first, so that a whole request is never dropped unread."""
 
 _MOST_CLOSING, _CLOSING_S = UNREAD // 2, 1.0
-"""Connections that may go on sending after a refusal, and for how many seconds."""
+"""Most connections that may keep sending after a refusal, and for how many seconds."""
 
 _log = get_logger(__name__)
 
@@ -73,14 +73,14 @@ def connection_class(
     *,
     keyless: bool = True,
 ) -> type[H11Protocol]:
-    """The protocol class of one server's connections, with what uvicorn's own lacks.
+    """Make the protocol class of one server's connections, which extends uvicorn's.
 
     Args:
         limit_s: how long a connection may go without a request being answered.
-        most: connections that may be open.
+        most: most connections that may be open.
         pace: delays refusals.
         on_malformed: called for each request that is not valid HTTP/1.1.
-        keyless: callers need no key.
+        keyless: whether callers need no key.
     """
 
     places = OpenConnections(most, keyless=keyless)
@@ -132,7 +132,7 @@ def connection_class(
                 self.cycle.disconnected = True  # wakes readers of the body and writers
                 self.cycle.message_event.set()
             if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
-                self.transport.abort()  # half of another answer has been sent
+                self.transport.abort()  # another answer has been sent in part
                 return
             wait_s = pace.charge(self._caller(), _MALFORMED)
             self.loop.call_later(wait_s, self._send_refusal, error)
@@ -197,8 +197,9 @@ def connection_class(
             self._close_read()
 
         def _close_read(self) -> None:
-            """Close once the client has, or soon. What it still sends is read and discarded:
-            unread, it would turn the close into a reset, and the answer would be lost."""
+            """Close once the client has closed, or after a short time. Data that it still sends
+            is read and discarded: left unread, it would turn the close into a reset, and the
+            answer would be lost."""
             if len(closing) >= _MOST_CLOSING:
                 self.transport.close()
                 return
@@ -209,7 +210,8 @@ def connection_class(
             self.loop.call_later(_CLOSING_S, self.transport.abort)
 
         def _earned(self, owner: str) -> None:
-            """It has shown a valid key of this tenant; without keys it was answered well."""
+            """Note that the caller has shown a valid key of this tenant or, if the server has
+            no keys, has been answered without an error."""
             if self._place not in by_place:
                 return
             if (other := places.earns(self._place, owner or self._place.host)) is not None:
@@ -276,7 +278,7 @@ def connection_class(
             """Tell `places` whether the connection waits for its peer."""
             sending = self.conn.their_state is h11.SEND_BODY
             if answering and self._head:
-                places.progressed(self._place)  # a whole head
+                places.progressed(self._place)  # a whole head has arrived
             self._head = not answering
             if answering and not sending and not self.flow.write_paused:
                 places.busy(self._place)
@@ -287,7 +289,8 @@ def connection_class(
                     self.loop.call_soon(_trim)
 
     def _delayed() -> Iterator[OpenConnection]:
-        """Strangers' places whose refusal is being delayed."""
+        """Places whose refusal is being delayed: malformed requests', and those of callers that
+        have not earned their place."""
         yield from refused
         for caller in pace.delayed():
             found = by_caller.get(caller)

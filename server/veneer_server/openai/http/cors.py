@@ -1,8 +1,8 @@
 """Cross-origin resource sharing: which web pages may call the gateway from a browser.
 
-Off by default: a browser then shows no answer to a page of another origin, and sends no JSON
-for it; a server without keys refuses what it does send (`system.hosts`). Keys travel in a
-header, never in a cookie, so no answer allows credentials.
+Off by default: a browser then hides the answers from pages of other origins, and sends no JSON
+for them. A server without keys refuses the requests that it does send (`system.hosts`). Keys
+travel in a header, never in a cookie, so no answer allows credentials.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ _NAMES: Final = re.compile(rb"[A-Za-z0-9_-]+(?:[ \t]*,[ \t]*[A-Za-z0-9_-]+)*")
 
 
 class Cors:
-    """The origins whose pages may call; ``*`` lets all."""
+    """The origins whose pages may call; ``*`` allows all."""
 
     def __init__(self, origins: Collection[str] = ()) -> None:
         self._any = "*" in origins
         self._origins = frozenset(origin.encode() for origin in origins)
 
     def headers(self, request: Mapping[bytes, bytes]) -> Headers:
-        """What an answer to a request says about it; for any kind of answer."""
+        """The CORS headers of an answer to a request, be it a success or an error."""
         if not self._origins:
             return []
         vary = [] if self._any else [(b"vary", b"origin")]
@@ -62,16 +62,15 @@ class Cors:
         ]
 
     def asks(self, method: str, request: Mapping[bytes, bytes]) -> bool:
-        """Whether it is a browser's question before a request (a preflight), which has no
-        credentials."""
+        """Whether the request is a browser's preflight, which has no credentials."""
         asked = b"origin" in request and b"access-control-request-method" in request
         return bool(self._origins) and method == "OPTIONS" and asked
 
     def preflight(self, request: Mapping[bytes, bytes], allowed: Iterable[str]) -> Headers:
-        """What the answer says, besides `headers`.
+        """The headers of the answer to a preflight, besides `headers`.
 
         Args:
-            allowed: methods of the path.
+            allowed: methods that the path takes.
 
         Raises:
             HttpError: pages of this origin may not call.

@@ -38,7 +38,7 @@ _LENGTH: Final = re.compile(rb"\ncontent-length:[^\r\n]*,", re.IGNORECASE)
 _FRAMING: Final = ("content-type", "content-length", "transfer-encoding", "host")
 _ONCE: Final = frozenset(name.encode() for name in (*ONCE, *_FRAMING))
 _ONE_VALUE: Final = (b"content-type", b"host")
-"""Headers whose value has no comma, which some proxies put between the values of two."""
+"""Headers whose value has no comma: some proxies join the values of repeated headers by one."""
 
 
 class StrictConnection(h11.Connection):
@@ -108,7 +108,7 @@ def _check_head(waiting: bytes) -> None:
 
 
 def _check_once(head: bytes) -> None:
-    """Check the names of a head's headers. h11 takes several equal lengths for one."""
+    """Check that no header of `_ONCE` is repeated. h11 takes several equal lengths for one."""
     names = [name.lower() for name in _NAME.findall(head)]
     twice = len(set(names)) < len(names)
     if twice and (more := next((each for each in _ONCE if names.count(each) > 1), None)):

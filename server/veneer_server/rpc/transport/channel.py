@@ -1,4 +1,4 @@
-"""gRPC's own settings: what a connection may hold, and for how long."""
+"""gRPC's own settings and services: limits of connections, credentials, and reflection."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ HANDSHAKE_LIMIT_S: Final = 10.0
 """How long a new connection may take for the HTTP/2 handshake."""
 
 MAX_METADATA: Final = 16 << 10
-"""Bytes of a call's headers."""
+"""Most bytes of a call's headers."""
 
 MAX_PENDING: Final = 3000
-"""Calls received but not accepted yet; each holds its headers. gRPC refuses any beyond this.
-By default it would refuse some from 1,000 on, chosen at random, whoever made them."""
+"""Most calls received but not accepted yet; each holds its headers. gRPC refuses any beyond
+this. By default it would refuse some from 1,000 on, chosen at random, whoever made them."""
 
 SPARE_STREAMS: Final = 64
 """Streams per connection in addition to the engine's running and queued requests."""
@@ -45,8 +45,8 @@ def channel_options(
     Args:
         reader_limit_s: a connection with calls is closed once its peer has not answered a
             ping for this long, because its process is stopped or its machine is gone.
-        connections: most that may be open. `Connections` closes some of those beyond; gRPC
-            closes any beyond another `UNREAD` as they arrive.
+        connections: most connections that may be open. Beyond these, `Connections` closes some;
+            beyond another `UNREAD`, gRPC closes new ones as they arrive.
         generations: most requests that may run or wait in the engine.
     """
     limit_ms = max(1_000, int(reader_limit_s * 1000))
@@ -81,7 +81,7 @@ def channel_options(
 
 
 def grpc_credentials(certificates: Certificates) -> grpc.ServerCredentials:
-    """Each new connection gets the newest certificate."""
+    """Make credentials that give each new connection the newest certificate."""
     last = certificates.current
 
     def newest() -> Any:
@@ -106,9 +106,9 @@ def _configuration(pair: Pair) -> Any:
 
 
 class Later:
-    """A stand-in with the methods of a servicer, which `answer_by` supplies. A server must know
-    its methods when it starts, before the base is loaded; until then `CallInterceptor` lets no
-    call through."""
+    """A stand-in with the methods of a servicer, which `answer_by` supplies later. A server
+    must know its methods when it starts, before the base is loaded. Until the base is loaded,
+    `CallInterceptor` lets no call through."""
 
     def __init__(self, kind: type) -> None:
         """Args: kind: the generated class of the servicer."""
@@ -130,7 +130,7 @@ class Later:
 
 
 class LaterServices:
-    """The services of the contract, each `Later`; the same on every port."""
+    """The services of the contract, each of them a `Later`; the same on every port."""
 
     def __init__(self) -> None:
         # They have the methods of the classes that the generated functions expect.
@@ -161,14 +161,13 @@ class LaterServices:
 
 
 # -------------------- reflection
-# gRPC's reflection under both of its names: ``v1``, which newer clients ask first, and
+# gRPC's reflection under both of its names: ``v1``, which newer clients try first, and
 # ``v1alpha``, which grpcio has.
 #
-# Their messages are the same on the wire, so one service answers both. It finds the contract,
-# and the messages of `google.rpc` that errors carry, with which clients show an error's
-# details.
-
-# Errors carry its messages: imported so that reflection finds them whatever else is loaded.
+# Their messages are the same on the wire, so one service answers both. It describes the
+# contract, and the messages of `google.rpc` that errors carry, so that clients can show an
+# error's details. Those are imported above, so that reflection finds them whatever else is
+# loaded.
 
 
 _V1: Final = "grpc.reflection.v1"
@@ -185,7 +184,7 @@ def enable_reflection(services: Iterable[str], server: Any) -> None:
     """Answer reflection on a server that has not started.
 
     Args:
-        services: full names of the others that it has.
+        services: full names of the server's other services.
         server: a `grpc.aio.Server`, whose own type its stubs do not give to servicers.
     """
     pool = descriptor_pool.Default()
@@ -218,7 +217,7 @@ def _describe_v1(pool: descriptor_pool.DescriptorPool) -> None:
 
 
 def _rename(made: descriptor_pb2.FileDescriptorProto) -> None:
-    """From v1alpha's description to v1's, as gRPC publishes it."""
+    """Turn v1alpha's description into v1's, as gRPC publishes it."""
     made.options.Clear()
     made.name = "grpc/reflection/v1/reflection.proto"
     made.package = _V1

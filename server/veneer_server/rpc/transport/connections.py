@@ -3,8 +3,8 @@
 gRPC closes connections beyond its limit as they arrive, whoever opened them, while idle ones
 may stay for minutes: one caller could keep everyone else out. gRPC cannot be asked to close a
 connection, so this module works on the process's own sockets. `OpenConnections` says which one
-goes: one whose calls have not arrived whole waits like one without calls. A client whose idle
-connection was closed opens another by itself with its next call.
+to close. A connection whose calls have not arrived whole counts as waiting, like one without
+calls. A client whose idle connection was closed opens another by itself with its next call.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ LOOK_S: Final = 0.25
 """Seconds between two checks of the number of connections."""
 
 _SOON_S: Final = 0.03
-"""The same after one that had to close some: others may be arriving by the hundred."""
+"""The same after a check that had to close some: others may be arriving by the hundred."""
 
 _SPARE: Final = 8
 """One in this many places is kept free for new connections."""
 
 KNOWN: Final = 4096
-"""Connections without calls that are remembered."""
+"""Most connections that are remembered. Beyond it, one without calls is forgotten."""
 
 _CLOSING_S: Final = 1.0
-"""How long a connection that was closed is not counted, if its descriptor is still there."""
+"""How long a closed connection whose descriptor still exists is not counted."""
 
 _DESCRIPTORS: Final = "/dev/fd"
 
@@ -54,8 +54,9 @@ _Address = tuple[str, int]
 
 @dataclass(slots=True)
 class _Connection:
-    """``used``: when its last call began or ended, or it was first seen. ``whole``:
-    calls that have arrived; ``watching``: those of them that only wait for news."""
+    """A known connection. ``used``: when its last call began or ended, or it was first seen.
+    ``whole``: calls that have arrived; ``watching``: those of them that only wait for
+    events."""
 
     place: OpenConnection
     used: float
@@ -65,7 +66,7 @@ class _Connection:
 
 
 class OpenCall:
-    """One open call, for its connection's place."""
+    """One open call. It reports its progress to `Connections`."""
 
     def __init__(self, connections: Connections, connection: _Connection) -> None:
         self._connections = connections
@@ -73,19 +74,20 @@ class OpenCall:
         self._whole = self._watching = False
 
     def arrived(self, *, watching: bool = False) -> None:
-        """Its request is whole. Args: watching: it waits for news, maybe for ever."""
+        """Record that the request is whole. Args: watching: whether the call waits for events,
+        maybe for ever."""
         self._whole, self._watching = True, watching
         self._connection.whole += 1
         self._connection.watching += watching
         self._connections.tell(self._connection, progressed=True)
 
     def earned(self, tenant: str) -> None:
-        """The caller has shown a valid key of this tenant; "" for one whom a server without
-        keys has answered well."""
+        """Record that the caller has shown a valid key of this tenant; "" for one whom a server
+        without keys has answered without an error."""
         self._connections.earned(self._connection, tenant)
 
     def ended(self) -> None:
-        """It is over."""
+        """Record that the call is over."""
         connection = self._connection
         connection.calls -= 1
         connection.whole -= self._whole
@@ -100,9 +102,9 @@ class Connections:
         self, most: int, *, keyless: bool = True, clock: Callable[[], float] = time.monotonic
     ) -> None:
         """Args:
-        most: connections that gRPC allows to be open.
-        keyless: callers need no key.
-        clock: seconds.
+        most: most connections that gRPC allows to be open.
+        keyless: whether callers need no key.
+        clock: returns the time in seconds.
         """
         self._wanted = most - max(1, most // _SPARE)
         self._clock = clock
@@ -112,9 +114,9 @@ class Connections:
         self._by_place: dict[OpenConnection, _Address] = {}
         self._given_up: set[OpenConnection] = set()
         self._closing: dict[_Address, float] = {}
-        """Closed ones, and when; gRPC takes a while to let their descriptors go."""
+        """Closed connections, and when; gRPC takes a while to let their descriptors go."""
         self._looked = clock()
-        """When it last looked at the number of connections."""
+        """When the number of connections was last checked."""
 
     @contextmanager
     def call(self, peer: str) -> Iterator[OpenCall]:
@@ -122,7 +124,7 @@ class Connections:
         known = self._used(_address(peer))
         known.calls += 1
         call = OpenCall(self, known)
-        self.tell(known, progressed=True)  # a whole head
+        self.tell(known, progressed=True)  # a whole head has arrived
         try:
             yield call
         finally:
@@ -130,7 +132,7 @@ class Connections:
             call.ended()
 
     def tell(self, known: _Connection, *, progressed: bool) -> None:
-        """What a connection waits for has changed."""
+        """Tell `OpenConnections` what a connection now waits for."""
         if known.place not in self._by_place:
             return
         if progressed:
@@ -143,7 +145,7 @@ class Connections:
             self._places.waits(known.place, asking=known.calls > 0)
 
     def earned(self, known: _Connection, tenant: str) -> None:
-        """A connection is a caller's from now on."""
+        """Mark a connection as earned by a caller."""
         if known.place not in self._by_place:
             return
         other = self._places.earns(known.place, tenant or known.place.host)
@@ -173,7 +175,7 @@ class Connections:
         """Close connections until few enough are left; returns whether to look again soon.
 
         Args:
-            sockets: the open ones.
+            sockets: descriptors of the open connections.
             began: when listing them began. A connection used since may be missing.
         """
         for address, at in tuple(self._closing.items()):
@@ -183,8 +185,8 @@ class Connections:
             known = self._known[address]
             if not known.calls and known.used < began:
                 self._forget(address)  # it is closed
-        # What has come since the last look may not have been read yet: it stays until the next.
-        # Among such connections those go first whose calls nobody has seen.
+        # The data of connections that are new since the last check may not have been read yet,
+        # so they stay until the next check. Then those without a call go first.
         before = max(self._looked, began - STALLED_S / 2)
         for address in sockets:
             # Not `_used`, which drops another connection when many are known.
@@ -239,7 +241,7 @@ class Connections:
 
 
 def _address(peer: str) -> _Address:
-    """Of ``ipv4:10.0.0.1:5000`` or ``ipv6:%5B::1%5D:5000``."""
+    """The address in ``ipv4:10.0.0.1:5000`` or ``ipv6:%5B::1%5D:5000``."""
     host, _, port = unquote(peer.partition(":")[2]).rpartition(":")
     return host.strip("[]"), int(port) if port.isdigit() else 0
 
@@ -293,7 +295,7 @@ LATE_S: Final = 10.0
 """How long a connection counts as late."""
 
 PAUSE_S: Final = 0.25
-"""How long a connection is not read after it lost a place: its next message may be slow too."""
+"""How long a connection that lost a place is not read: its next message may be slow too."""
 
 _KNOWN: Final = 4096
 """Most connections that are remembered."""
@@ -310,11 +312,14 @@ _UNKNOWN: Final = _Standing()
 
 
 class Standings:
-    """A connection is *prompt* from the time a message was whole when it was read until one is
-    late, and *late* for `LATE_S` after a message that did not arrive in time."""
+    """Records whether connections are prompt or late.
+
+    A connection is *prompt* once a message of it was whole when it was read, until one is late.
+    It is *late* for `LATE_S` after a message that did not arrive in time.
+    """
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        """Args: clock: seconds."""
+        """Args: clock: returns the time in seconds."""
         self._clock = clock
         self._by_peer: Recent[str, _Standing] = Recent(_KNOWN)
 

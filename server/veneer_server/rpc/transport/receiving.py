@@ -12,7 +12,7 @@ One that is not whole after `BRIEF_S` is slow. Slow messages must not keep other
   refused: those of late connections first, then those of the connection with the most places.
 * The other slow messages keep their places for `PATIENCE_S` or `GREEDY_PATIENCE_S` while
   any request waits, and up to the time limit while none does.
-* A connection whose message lost its place is late (see `standings`): for some seconds it is
+* A connection whose message lost its place is late (see `Standings`): for some seconds it is
   read after the others, one message at a time, and loses its place first.
 
 Hosts take turns, and so do the connections of each. Every other free place goes to a connection
@@ -52,14 +52,14 @@ PLACES: Final = 8
 """Requests read at once; each may hold `MAX_MESSAGE` bytes."""
 
 STRANGERS: Final = 2
-"""The same, in addition, of callers without a key on a server that asks for keys, who may check
-its health: what they send never takes a caller's place."""
+"""Additional places on a server that asks for keys, for callers without one, who may check its
+health: their requests never take the place of a caller with a key."""
 
 SLOW: Final = 4
 """Places that slow messages may keep while another connection waits."""
 
 WAITING: Final = 512
-"""Requests waiting to be read; each may hold `WINDOW` bytes."""
+"""Most requests waiting to be read; each may hold `WINDOW` bytes."""
 
 WINDOW: Final = 16 << 10
 """Bytes that a client may send on a stream before it is read."""
@@ -83,19 +83,19 @@ _LOOK_S: Final = 0.005
 """Interval of the checks for slow messages, while any request waits."""
 
 _SPREAD: Final = 0.1
-"""Jitter of the time that a call waits for a place, as a share of the limit."""
+"""Jitter of a call's longest wait for a place, as a share of the limit."""
 
 _RETRY_S: Final = 1.0
 
 _KNOWN_HOSTS: Final = 4096
-"""Connections whose host is remembered."""
+"""Most connections whose host is remembered."""
 
 T = TypeVar("T")
 
 
 @dataclass(slots=True, eq=False)
 class _Place:
-    """``looks``: how many checks found its message slow."""
+    """The place of a message being read. ``looks``: how many checks found the message slow."""
 
     peer: str
     since: float
@@ -150,8 +150,8 @@ class Receiving:
 
         Args:
             peer: the connection.
-            finish: processes the whole message before its place is released. The message
-                can no longer lose the place.
+            finish: processes the whole message before its place is released. Meanwhile the
+                message can no longer lose the place.
 
         Raises:
             QueueFull: too many requests are arriving.
@@ -309,7 +309,7 @@ class Receiving:
 
 @lru_cache(_KNOWN_HOSTS)
 def _host(peer: str) -> str:
-    """Of gRPC's name of a connection, see `host_of`."""
+    """The host in gRPC's name of a connection; see `host_of`."""
     return host_of(unquote(peer.partition(":")[2]))
 
 
@@ -328,11 +328,11 @@ def _too_many() -> QueueFull:
 # interceptor raises it inside the call, where every error is handled.
 
 MAX_FIELDS: Final = 32_768
-"""Fields of one message on the wire, including those of nested messages. Parsing holds the
+"""Most fields of one message on the wire, including those of nested messages. Parsing holds the
 GIL: 4 MiB of empty messages take 65 ms and 90 MB."""
 
 MAX_STREAM_FIELDS: Final = 512
-"""The same for each message of a stream, which is counted and parsed on the event loop: that
+"""The same for each message of a stream. These are counted and parsed on the event loop, which
 takes less than a millisecond. An upload's first message has 300 at most, a chunk has 4."""
 
 COUNTED_FROM: Final = 2 * MAX_FIELDS
@@ -392,7 +392,7 @@ def _malformed(descriptor: Descriptor, error: Exception) -> VeneerError:
 
 
 def last_value(data: bytes, field: int) -> bytes:
-    """The last of `values`, which is the one that parsing keeps; empty if there is none."""
+    """The last of a field's `values`, which is the one that parsing keeps; empty if none."""
     found = values(data, field)
     return found[-1] if found else b""
 
@@ -422,8 +422,8 @@ def values(data: bytes, field: int) -> list[bytes]:
 
 
 def holds(data: bytes, field: int) -> bool:
-    """Whether a message that is well-formed so far has a number at its top level under this
-    field number. For messages with few fields."""
+    """Whether a message has a top-level varint field with this number, as far as the message is
+    well-formed. For messages with few fields."""
     at, found = 0, False
     try:
         while at < len(data):
