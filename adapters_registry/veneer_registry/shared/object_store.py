@@ -59,7 +59,7 @@ class ObjectStore(Store):
         self._fetching: dict[str, threading.Lock] = {}
         self._guard = threading.Lock()
 
-    # ------------------------------------------------------------------- what is there
+    # ------------------------------------------------------------------ stored content
 
     def present(self) -> tuple[set[str], set[str]]:
         """See `Store`."""
