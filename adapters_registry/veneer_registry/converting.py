@@ -7,7 +7,7 @@ b. Rotary halves are in the same order as PEFT's. ``alpha`` has had no effect si
 llama.cpp (``convert_lora_to_gguf.py`` and ``llama-adapter.cpp``): a GGUF file has PEFT's A as
 ``NAME.lora_a`` and its B as ``NAME.lora_b``, and scales by ``adapter.lora.alpha`` / rank, or
 not at all if that is 0. For the architecture ``llama`` the rows of q and k are interleaved
-within each head (see `gguf_adapter`): that is undone here, and takes the numbers of heads.
+within each head (see `gguf_adapter`): that is undone here, which needs the numbers of heads.
 
 The files are untrusted. Both headers are read by our own bounded readers: the package ``gguf``
 loops as often as a file says, and the client does not need it for anything else. Matrices are

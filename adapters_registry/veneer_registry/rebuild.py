@@ -50,7 +50,7 @@ class Recovered:
     """What `recover` did.
 
     Attributes:
-        changed: a new catalog is in place; otherwise the old one is whole and stays.
+        changed: a new catalog is in place; otherwise the old one is intact and stays.
         names, revisions: how many the new catalog has.
         current: name -> its current revision; only for names whose revisions differ from the
             old catalog's.

@@ -1,10 +1,10 @@
 """The registry: the facade over format, store, catalog and index.
 
 A publish is: check the received files, store their content (`stage`), one catalog
-transaction, then the index (`commit`). Nothing is visible before it is whole and durable,
-and what was acknowledged survives ``kill -9``. `open_uploads` receives content, `publishing`
-publishes it, `aliases` and `editing` change it, `lookups` reads it; `core` is their shared
-state.
+transaction, then the index (`commit`). Nothing is visible before it is complete and durable,
+and every acknowledged change survives ``kill -9``. `open_uploads` receives content,
+`publishing` publishes it, `aliases` and `editing` change it, `lookups` reads it; `core` is
+their shared state.
 The index is never locked across a system call, so `resolve`, `acquire` and `release` may
 be called from an event loop. Call everything else from a worker thread.
 """

@@ -14,7 +14,7 @@
 ``bundle.json`` is canonical: its SHA-256 is the revision. Paths are built from
 digests computed here and from random hex, never from a caller's text. A commit
 is: fsync files, fsync folder, rename, fsync parent. So a folder that exists under
-its digest is whole even after a power cut. Callers serialise commit and remove.
+its digest is complete even after a power cut. Callers serialise commit and remove.
 Folders are 0700 and files 0600, whatever the umask.
 """
 
@@ -82,7 +82,7 @@ class Store(StoreFolders):
     def commit(
         self, staged: Path, bundle: Bundle, registration: tuple[str, bytes] | None = None
     ) -> bool:
-        """Publish the staged files. On return they are whole and durable.
+        """Publish the staged files. On return they are complete and durable.
 
         Returns True if the staged weights were stored, False if the same were stored already.
         Existing content is verified, and replaced by the staged content if it is damaged, so

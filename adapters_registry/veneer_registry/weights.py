@@ -61,7 +61,7 @@ def read_weights_header(file: BinaryIO) -> SafetensorsHeader:
         rare, *_, usual = sorted(variants.values(), key=len)
         refuse(
             WEIGHTS_FILE,
-            f"is named in another way than {show(usual[0])}, so they may be of two adapters; "
+            f"is named differently from {show(usual[0])}, so they may belong to two adapters; "
             "save one adapter with save_pretrained",
             tensor=rare[0],
             cause="mixed_names",
