@@ -5,7 +5,8 @@ Layouts:
     tokens     [rows] int64
     counts     [rows] int32: how many of the likeliest are wanted; the rest is not written
     own        [rows] float32: the token's log-probability
-    tops       [rows, TOPS] int32: the likeliest tokens in falling order, equal ones by rising id
+    tops       [rows, TOPS] int32: the likeliest tokens, likeliest first; equal ones by rising
+               id
     top_own    [rows, TOPS] float32: their log-probabilities
 
 Grid: (rows,). One program reads a whole row, and again for each of the likeliest tokens.

@@ -90,7 +90,7 @@ class PackedStore:
 
     @contextlib.contextmanager
     def draft(self) -> Iterator[Draft]:
-        """Context with a new file, which is removed at the end unless `Draft.keep` is called."""
+        """Context with a new file, which is removed at the end unless `Draft.keep` is used."""
         draft = Draft(self)
         with contextlib.ExitStack() as stack:
             try:
