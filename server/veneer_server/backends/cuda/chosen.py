@@ -58,7 +58,7 @@ def build(
         )
     if config.exact and count > 2:
         raise CudaUnavailable(
-            f"sums of {count} cards have no order of their own, so --exact needs "
+            f"the order of sums over {count} GPUs is not fixed, so --exact needs "
             "--tensor-parallel 2 or 1"
         )
     try:

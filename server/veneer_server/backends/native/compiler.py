@@ -308,7 +308,7 @@ def try_out(file: Path, fix: str = "") -> str:
     finally:
         os.close(fd)
     if done.returncode == NOT_PERMITTED:
-        raise NotPermitted("the operating system denies them to this process")
+        raise NotPermitted("the operating system denies matrix registers to this process")
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
         raise NativeUnavailable(f"the {made} kernels crash with {name}; {fix}")

@@ -79,7 +79,7 @@ class MemberLink:
 Numbered = tuple[int, int, int]
 """A segment: begin, end, the adapter's number."""
 _NUMBERS: Final = torch.int16
-"""The dtype under which numpy sees bfloat16 numbers: it has none of its own for them."""
+"""numpy has no bfloat16, so numbers are sent with the same bits in this dtype."""
 
 
 class LeadingAdapters:

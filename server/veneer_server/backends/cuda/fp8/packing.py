@@ -53,7 +53,7 @@ def pack(weights: Sequence[torch.Tensor]) -> PackedFp8:
     """
     inputs = {weight.shape[1] for weight in weights}
     if len(inputs) > 1 or any(count % BLOCK for count in inputs):
-        raise ValueError(f"{inputs} inputs: must be a multiple of {BLOCK}, alike in a group")
+        raise ValueError(f"{inputs} inputs: must be a multiple of {BLOCK}, the same in a group")
     made = [quantize(weight) for weight in weights]
     numbers = torch.cat([numbers.view(torch.uint8) for numbers, _ in made])
     blocks = numbers.view(len(numbers), -1, BLOCK).transpose(0, 1).contiguous()

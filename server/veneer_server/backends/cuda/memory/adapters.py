@@ -118,7 +118,7 @@ class Adapters:
             run: the adapter's numbers, bfloat16 in pinned memory.
 
         Returns:
-            A table without numbers of its own, for `Segment`.
+            A table for `Segment`. Its run has no data (meta device).
 
         Raises:
             AdapterBudgetExceeded: its ranks are too large.

@@ -134,7 +134,7 @@ def _check(state: Any, other: Any) -> None:
         )
     if state.shape[1] % BLOCK or state.shape[1] != other.shape[1]:
         raise ValueError(
-            f"{state.shape[1]} inputs: must be a multiple of {BLOCK}, alike in a group"
+            f"{state.shape[1]} inputs: must be a multiple of {BLOCK}, the same in a group"
         )
     if state.nested != other.nested:
         raise ValueError("weights with and without double quantization in one group")

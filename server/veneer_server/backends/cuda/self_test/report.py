@@ -15,7 +15,7 @@ class CudaReport:
     """The findings of a self-test.
 
     Attributes:
-        wrong: by name of a case that failed, what is wrong.
+        wrong: for each case that failed, a description of the failure.
         checked: names of all cases that were run.
         seconds: duration of the whole test, compilation included.
     """

@@ -34,7 +34,8 @@ struct RowTile {
     bool first;  // the first row tile of its adapter's rows
 };
 
-// The number of chunks for `count` items of work: one per item, but at most `most`.
+// The number of chunks for `count` items of work: one per item, but no more than `most`, which is
+// what threads need to share the work well.
 inline int chunk_count(int64_t count, int most) {
     return int(std::min<int64_t>(count, std::min(most, kMaxChunks)));
 }

@@ -1,5 +1,5 @@
-// Lists what a group's GEMM prefetches for the phases after it: each thread, what it will itself
-// read.
+// Lists the memory that a group's GEMM prefetches for later phases. Each thread prefetches the
+// memory that it will itself read.
 #pragma once
 
 #include <algorithm>
@@ -36,8 +36,8 @@ inline void each_shrink(const Step& step, int group, const Function& function) {
 
 inline Items shrink_items(int64_t count) { return {count, chunk_count(count, kShrinks)}; }
 
-// A part of the KV cache that attention reads: some heads of a sequence's blocks `first` to end -
-// 1.
+// A part of the KV cache that attention reads: some heads of one sequence, in its blocks `first` to
+// end - 1.
 struct KvRead {
     int64_t sequence;
     int first, end;

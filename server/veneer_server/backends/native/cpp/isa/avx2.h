@@ -266,7 +266,7 @@ inline void store_int8(int8_t* at, Floats a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(at), _mm_shuffle_epi8(bytes, order));
 }
 
-// Sixteen pairs of signed bytes, each of which bfloat16 represents exactly.
+// Load sixteen pairs of signed bytes, widened to bfloat16, which represents them exactly.
 inline __m256i widened_bytes(const int8_t* at) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
     const __m256 lo = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));

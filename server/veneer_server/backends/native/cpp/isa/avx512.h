@@ -202,7 +202,7 @@ inline void store_int8(int8_t* at, Floats a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(at), _mm_shuffle_epi8(bytes, order));
 }
 
-// Sixteen pairs of signed bytes, each of which bfloat16 represents exactly.
+// Load sixteen pairs of signed bytes, widened to bfloat16, which represents them exactly.
 inline Pairs load_bytes(const int8_t* at) {
     const __m128i* halves = reinterpret_cast<const __m128i*>(at);
     const __m512 lo = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(halves)));

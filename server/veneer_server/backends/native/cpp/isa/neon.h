@@ -295,7 +295,7 @@ inline void store_int8(int8_t* at, Floats a) {
     vst1q_s8(at, vqtbl1q_s8(bytes, vld1q_u8(order)));
 }
 
-// Sixteen pairs of signed bytes, each of which bfloat16 represents exactly.
+// Load sixteen pairs of signed bytes, widened to bfloat16, which represents them exactly.
 inline uint16x8_t widened(int8x8_t bytes) {
     const int16x8_t halves = vmovl_s8(bytes);
     const float32x4_t lo = vcvtq_f32_s32(vmovl_s16(vget_low_s16(halves)));

@@ -107,7 +107,7 @@ inline void merge(const KvShape& shape, float* first, int count, size_t stride, 
     for (int i = 0; i < count; ++i) {
         const Piece piece{first + i * stride};
         if (piece.total() == 0) continue;
-        shares[i] = std::exp(piece.top() - top);  // e^(its maximum - that of all pieces)
+        shares[i] = std::exp(piece.top() - top);  // e^(its maximum - maximum of all pieces)
         total += shares[i] * piece.total();
     }
     for (int d = 0; d < shape.dim; d += kLanes) {

@@ -9,8 +9,7 @@
 //     bf16:    for each block: 32 pairs of inputs, each for 32 outputs (4096 bytes)
 //
 // Products of bfloat16 are added up in float over a block, and the sum is multiplied by the scale.
-// So the only rounding of a 4-bit weight is that of its code book. Padding past the last output is
-// zero.
+// So a 4-bit weight is only rounded in its code book. Padding past the last output is zero.
 #pragma once
 
 #include <algorithm>
