@@ -169,6 +169,7 @@ def pod(rendered: Rendered, component: str) -> Pod:
     return found
 
 
+@pytest.mark.push
 @pytest.mark.parametrize("values", VALUES)
 def test_what_helm_renders_is_valid_and_fits_together(
     charts: dict[str, Rendered], values: str

@@ -20,6 +20,8 @@ from veneer_registry.tensor_names import module_path
 from tests.refused import refused
 from tests.unit.registry.kit import SHAPES
 
+pytestmark = pytest.mark.push
+
 LAYERS = 3
 BASE = BaseSpec(
     "tiny",

@@ -441,6 +441,7 @@ print(sum(kept.nbytes for kept in (*cache.keys, *cache.values)), resident() - be
 """
 
 
+@pytest.mark.push
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_cache_takes_memory_only_as_it_is_written_to(dtype: str) -> None:
     # In a process of its own, as an engine is: other tests leave free memory behind, which the

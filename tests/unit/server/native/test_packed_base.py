@@ -311,6 +311,7 @@ def test_a_place_where_others_could_write_is_emptied(
     assert told(caplog) == []
 
 
+@pytest.mark.push
 @pytest.mark.usefixtures("_both_ways")
 def test_a_flipped_bit_anywhere_is_never_served(
     bench: Bench, caplog: pytest.LogCaptureFixture
@@ -475,6 +476,7 @@ def process(
         each.stderr.close()
 
 
+@pytest.mark.push
 def test_a_full_disk_costs_time_only(
     bench: Bench, process: Callable[[str], subprocess.Popen[str]]
 ) -> None:
@@ -489,6 +491,7 @@ def test_a_full_disk_costs_time_only(
     assert list((bench.cache / "packed").iterdir()) == []
 
 
+@pytest.mark.push
 def test_what_a_killed_start_left_is_removed(
     bench: Bench, process: Callable[[str], subprocess.Popen[str]]
 ) -> None:
@@ -504,6 +507,7 @@ def test_what_a_killed_start_left_is_removed(
     assert bench.served()
 
 
+@pytest.mark.push
 def test_two_servers_that_start_at_once_do_not_clash(
     bench: Bench,
     process: Callable[[str], subprocess.Popen[str]],
