@@ -50,9 +50,9 @@ SAMPLES: Final = 8
 memory; beyond this limit only flows with less than their share are let in."""
 
 _AHEAD: Final = 4
-"""Per this many sequences that may run at once, one further sample may have a place in advance.
-In any case one of each tenant may, so that the tenant has its turn in the engine beside those
-that queue."""
+"""How many sequences that may run at once allow one further sample a place in advance. Beyond
+that, each tenant may still have one such sample, so that it gets its turn in the engine beside
+the tenants that queue there."""
 
 _UNKNOWN_RETRY_S: Final = 1.0
 _LEAST_RETRY_S: Final = 0.1

@@ -2,8 +2,8 @@
 
 Written for readability, not for speed, and independent of the serving path: no fused
 projections, no segments, no resident adapter, no KV cache, float32 throughout. An
-adapter's A and B come from its files, verified by their digest; the base's weights come
-from its own files too, not from what was loaded (`models.source_weights`).
+adapter's A and B come from its files, verified by their digest; the base's weights also come
+from its files, not from the weights in memory (`models.source_weights`).
 
 Several adapters share a pass, since reading the base takes most of its time. Weights are
 expanded a slice at a time, to save memory.
@@ -58,7 +58,7 @@ class BaseLinear(Protocol):
     """One or more linears that share an input."""
 
     def expanded(self) -> Iterator[Expanded]:
-        """See `models.linear.Linear.expanded`."""
+        """See `models.linear.ServedLinear.expanded`."""
 
 
 class BaseWeights(Protocol):

@@ -29,7 +29,7 @@ from veneer_server.models.packed import row_slices, rows_of
 
 @dataclass(frozen=True, slots=True)
 class SourceLinear:
-    """Linears side by side, in float32; see `models.linear.Linear.expanded`."""
+    """Linears side by side, in float32; see `models.linear.ServedLinear.expanded`."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None

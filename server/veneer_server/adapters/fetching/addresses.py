@@ -46,7 +46,7 @@ differs between versions. 192.0.0.0/24 is refused as a whole: the two "global" a
 are anycast and lead to the nearest router, in this server's own network."""
 
 _IPV6_GLOBAL: Final = ipaddress.IPv6Network("2000::/3")
-"""IANA has allocated no other global unicast addresses."""
+"""The only global unicast addresses that IANA has allocated."""
 
 _IPV6_REFUSED: Final = tuple(
     map(

@@ -189,7 +189,7 @@ class WebClient:
 
 
 class _Connection(http.client.HTTPConnection):
-    """Connects to a checked address, and verifies the host's name by TLS."""
+    """Connects to a checked address; with https, TLS still verifies the host's own name."""
 
     def __init__(
         self, hop: Hop, networks: tuple[Network, ...], context: ssl.SSLContext

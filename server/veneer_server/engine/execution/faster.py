@@ -27,7 +27,8 @@ CLEARLY: Final = 0.9
 ROUNDS: Final = 5
 FEWEST_ROUNDS: Final = 2
 LONGEST_S: Final = 0.1
-"""Steps that take longer have enough work for each thread, and would take too long to try."""
+"""Nothing is tried if steps take longer than this: each thread then has enough work, and trying
+would take too long."""
 BUDGET_S: Final = 0.6
 
 

@@ -1,8 +1,7 @@
 """Eviction order of one memory tier: the copy that costs least to lose goes first.
 
-This module only decides; it moves and frees nothing. The policy is
-
-GreedyDual-Size-Frequency (Cherkasova 1998, after Cao and Irani 1997): a copy's rank is
+This module only decides; it moves and frees nothing. The policy is GreedyDual-Size-Frequency
+(Cherkasova 1998, after Cao and Irani 1997): a copy's rank is
 
     age of the tier at its last use + uses x seconds to reload it / bytes
 

@@ -7,7 +7,8 @@ room, copies are dropped in this order, until there is enough:
 1. idle copies, in the order of `eviction`;
 2. HOST copies of adapters that run from a separate DEVICE copy;
 3. copies that later wants need: first those of wants that are not planned yet, since there are
-   too many older ones, then the last want's and so on, as it is needed last.
+   too many older ones; then those of planned wants from the last one backwards, since the last
+   one is needed last.
 
 A copy that an earlier want needs is never dropped for a later one, so two adapters cannot
 evict each other forever, and a loaded adapter serves the sequences it was loaded for. After

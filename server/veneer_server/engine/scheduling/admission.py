@@ -154,9 +154,9 @@ class _Lacking:
     def end(self, group: WaitingGroup) -> _Order | None:
         """Return the order from which on no sequence of ``group`` may start; None if all may.
 
-        Only for groups whose sequences would keep an adapter's room occupied. Groups before the
-        want are those whose adapters are planned before it, see `WaitingSequences.wanted`: if
-        they were held back, neither they nor the want would make progress."""
+        Only for groups whose sequences would keep an adapter's room occupied. Those whose
+        adapters are planned before the want (see `WaitingSequences.wanted`) may start: if they
+        were held back, neither they nor the want would make progress."""
         lacking = self.group
         if lacking is None:
             return _BEFORE_ALL

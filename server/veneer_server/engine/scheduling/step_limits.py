@@ -82,9 +82,8 @@ class SchedulerLimits:
     cost: measured cost of a step; None if a step may take any time. Unless `exact`, it
         further limits the prompt tokens of a step.
     score_work: extra work of a prompt token whose log-probability is requested, in tokens.
-    base_parameters: number of parameters of the base, from which it follows for how many
-        tokens a token under a large adapter counts in the limits above, unless `exact`.
-        0 counts all tokens alike.
+    base_parameters: number of parameters of the base. With it, a token under a large adapter
+        counts for several in the limits above, unless `exact`. 0 counts all tokens alike.
     """
 
     max_batch_tokens: int
