@@ -100,7 +100,7 @@ class Turn(Enum):
 
 
 class StepLoop:
-    """Runs until `Stop`.
+    """The loop, with the engine's state; see the module docstring.
 
     Args:
         send: writes one frame to the front; called on the loop's thread.
@@ -148,8 +148,8 @@ class StepLoop:
                 return
 
     def turn(self) -> Turn:
-        """Take the pending messages, plan, run a step, report. Never waits for a message; if
-        nothing can run, the caller may."""
+        """Take the pending messages, plan, run a step, report. Never waits for a message: if
+        nothing can run, it returns, and the caller may wait."""
         if not self._take_messages(block=False):
             return Turn.STOPPED
         self._transfers.start(self._clock())
@@ -314,8 +314,8 @@ class StepLoop:
         self._scheduler.add(Sequence(message.sequence, request, arrived, found))
 
     def _check_deadline(self, message: Submit) -> None:
-        """Refuse a sequence that cannot get its first token before its deadline, to spend no
-        time on it."""
+        """Refuse a sequence that cannot get its first token before its deadline, so that no
+        time is spent on it."""
         deadline = message.request.deadline
         if deadline is None:
             return

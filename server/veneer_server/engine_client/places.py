@@ -50,9 +50,9 @@ SAMPLES: Final = 8
 memory; beyond this limit only flows with less than their share are let in."""
 
 _AHEAD: Final = 4
-"""How many sequences that may run at once allow one further sample a place in advance. Beyond
-that, each tenant may still have one such sample, so that it gets its turn in the engine beside
-the tenants that queue there."""
+"""The number of sequences that may run at once, divided by this, is how many further samples
+may have a place in advance. Beyond that, each tenant may still have one such sample, so that it
+gets its turn in the engine beside the tenants that queue there."""
 
 _UNKNOWN_RETRY_S: Final = 1.0
 _LEAST_RETRY_S: Final = 0.1

@@ -203,7 +203,7 @@ def _rope(raw: Mapping[str, Any], positions: int) -> tuple[RopeKind, int]:
         raise _wrong(
             "rope_parameters",
             f"differs between layers ({', '.join(map(str, nested))}), which is not supported: "
-            "all layers must have one",
+            "all layers must use the same scaling",
         )
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in SUPPORTED_ROPE:

@@ -255,7 +255,7 @@ def _no_redirect(where: str, detail: str = "") -> NoReturn:
 
 def _refused(file: str, why: str, cause: str) -> AdapterInvalid:
     return AdapterInvalid(
-        f"{file} {why}: put the file itself there", metadata={"file": file, "cause": cause}
+        f"{file} {why}: serve the file uncompressed", metadata={"file": file, "cause": cause}
     )
 
 

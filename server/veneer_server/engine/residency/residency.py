@@ -354,7 +354,7 @@ class Residency:
 
     def set_budgets(self, *, host: int | None, device: int | None) -> None:
         """Change budgets, in bytes; None leaves one as it is. The next `plan` drops unused
-        copies beyond the budgets, and later ones the rest, once no longer in use.
+        copies beyond the budgets; later calls of `plan` drop the rest once they are not in use.
 
         Raises:
             AdapterBudgetExceeded: pinned adapters alone take more. Nothing has changed.

@@ -48,10 +48,10 @@ Action = Load | MoveToDevice | Drop
 
 @dataclass(frozen=True, slots=True)
 class ResidencyPlan:
-    """What `Residency.plan` decided.
+    """The decisions of `Residency.plan`.
 
     Attributes:
-        actions: to carry out, in order.
+        actions: actions to carry out, in order.
         blocked: the first want that finds no room now, because all other copies are held
             or wanted by earlier sequences. It will fit when holds end.
         impossible: wants that can never fit, because of the budgets or pinned adapters.

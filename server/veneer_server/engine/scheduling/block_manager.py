@@ -99,8 +99,8 @@ class BlockManager:
         """Give a sequence that has no blocks yet the cached blocks of its prefix.
 
         Returns:
-            Tokens in those blocks: a multiple of the block size, and fewer than the
-            sequence has, since the logits of its last token are still needed.
+            The number of tokens in those blocks: a multiple of the block size, and fewer than
+            the sequence has, since the logits of its last token are still needed.
         """
         assert not sequence.blocks, "the sequence already has blocks"
         sequence.blocks = self._cached(sequence)

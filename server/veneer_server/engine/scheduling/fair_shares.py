@@ -26,7 +26,7 @@ from typing import Final
 PROMPT_COST: Final = 1.0
 """Cost of a prompt token that is computed."""
 OUTPUT_COST: Final = 2.0
-"""Cost of a generated token, as in the paper: it takes a row of a step of its own."""
+"""Cost of a generated token, as in the paper: it takes its own row of a step."""
 MOST_IDLE: Final = 4096
 """How many shares without a sequence are remembered. A forgotten one begins again at the lowest
 counter of the runnable ones, to which it would be lifted anyway if its own were lower."""
