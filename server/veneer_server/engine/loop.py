@@ -66,7 +66,7 @@ log = logging.getLogger(__name__)
 
 CHECK_SECONDS = 60.0
 """How often an idle engine checks everything it holds, which takes milliseconds per thousand
-adapters. A cheap check that ended sequences left nothing behind runs whenever none are left."""
+adapters. A cheap check for leftovers of ended sequences runs whenever no sequence is left."""
 CHECK_AGAIN_SECONDS = 1.0
 """Time until the next attempt after a message interrupted a check."""
 

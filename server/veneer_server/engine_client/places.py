@@ -209,7 +209,7 @@ class Places:
         """Per tenant, the number of its flows, which share its weight."""
 
     def waiting(self) -> dict[str, int]:
-        """Number of places of sequences without a first token, by tenant that has any. May be
+        """Places of sequences without a first token, counted for each tenant with any. May be
         called from another thread."""
         found: Counter[str] = Counter()
         for flow in list(self._flows.values()):
