@@ -34,7 +34,7 @@ _STATS_S: Final = 1.0
 def application(cluster: RayCluster) -> Any:
     """The application, for `serve.run`."""
     number = _number(cluster)
-    # Replicas' settings do not contain the number of replicas: it may change without new ones.
+    # Without the number of replicas, so that changing it replaces no replica.
     settings = replace(cluster, replicas=1, most_replicas=0).as_text()
     registry = _versioned(
         serve.deployment(

@@ -1,4 +1,4 @@
-"""What ``veneer-ray up`` deploys: one frozen record that travels to every deployment."""
+"""Settings of ``veneer-ray up``: one frozen record that is passed to every deployment."""
 
 from __future__ import annotations
 

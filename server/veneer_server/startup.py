@@ -1,4 +1,4 @@
-"""What `App.startup` computes before it starts anything: base identity, memory, engine."""
+"""Computations of `App.startup` before it starts anything: base identity, memory, engine."""
 
 from __future__ import annotations
 

@@ -182,7 +182,7 @@ class MatcherFamily:
 
 
 class Sockets:
-    """What the watching thread waits on: each child, the parent, and `poke`."""
+    """The sockets that the watching thread waits on: each child, the parent, and `poke`."""
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
@@ -208,7 +208,7 @@ class Sockets:
         self._selector.register(child.connection, selectors.EVENT_READ, child)
 
     def add_parent(self, family: MatcherFamily) -> None:
-        """From now on `MatcherFamily.receive` does not block."""
+        """Watch the parent; from now on `MatcherFamily.receive` does not block."""
         family.control.setblocking(False)
         self._selector.register(family.control, selectors.EVENT_READ)
 

@@ -19,7 +19,7 @@ LONGEST: Final = 160 << 10
 Role = Literal["trial", "quick", "slow"]
 
 Limit = Literal["", "compile_seconds", "memory", "mask_seconds", "fuel", "library"]
-"""Which limit stopped a constraint; ``library``: llguidance failed; empty: none of these."""
+"""The limit that stopped a constraint; ``library``: llguidance failed; empty: none of these."""
 
 
 class _Message(msgspec.Struct, frozen=True, tag=True, array_like=True):

@@ -33,7 +33,8 @@ from veneer_registry.stored_adapter import verify_weights
 from veneer_server.logs import get_logger
 
 _TOUCH_S: Final = 60.0
-"""How exactly the order of use survives a restart."""
+"""Seconds between updates of a folder's time of use: the accuracy of the order of use after a
+restart."""
 
 _log = get_logger(__name__)
 

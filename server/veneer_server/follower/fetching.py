@@ -58,7 +58,7 @@ class FilePart:
 
 
 class Remote(Protocol):
-    """Where weights come from."""
+    """A source of weights."""
 
     def chunks(
         self, tenant: str, digest: str, file: str, offset: int

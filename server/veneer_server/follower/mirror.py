@@ -170,7 +170,7 @@ class Mirror(Lookups):
         """Refuse: downloads are forwarded to the registry."""
         self._refuse("a download")
 
-    # ------------------------------------------------------------- what is local here
+    # ------------------------------------------------------------- local upkeep
 
     @property
     def needs_sweep(self) -> bool:

@@ -75,7 +75,7 @@ class Metered:
         return Counted(self, tokens, samples)
 
     def rate_headers(self) -> tuple[tuple[str, str], ...]:
-        """What is left of its caller's limits."""
+        """Headers with the caller's remaining limits."""
         return rate_headers(self._quotas, self._accounts)
 
 
@@ -135,5 +135,5 @@ class Counted:
             self.generated(tokens)
 
     def rate_headers(self) -> tuple[tuple[str, str], ...]:
-        """What is left of its caller's limits."""
+        """Headers with the caller's remaining limits."""
         return self._of.rate_headers()

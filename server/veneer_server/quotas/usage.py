@@ -84,7 +84,7 @@ class UsageBook:
         self._waits: Batch | None = None
         """The batch that is being written, or could not be written yet."""
         self._turn = asyncio.Lock()
-        # Own thread: the store finishes its work even if the caller leaves.
+        # One thread of its own: the store finishes its work even if the caller leaves.
         self._thread = ThreadPoolExecutor(1, "usage")
         self._timer: asyncio.TimerHandle | None = None
         self._commits: set[asyncio.Task[None]] = set()
@@ -119,7 +119,7 @@ class UsageBook:
             self._schedule()
 
     def _forget_days(self, now: int) -> None:
-        """Keep no more days than the store does."""
+        """Forget older days, as the store does."""
         self._upload_day = now
         days = sorted({day for day, _ in self._uploaded} | {now})
         for key in [key for key in self._uploaded if key[0] in days[:-MAX_DAYS]]:

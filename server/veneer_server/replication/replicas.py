@@ -54,8 +54,8 @@ class Replicas:
         """Time from which every follower that counts is known."""
 
     def begin(self) -> None:
-        """Start a lease time in which every wait lasts until its limit: followers of an earlier
-        run may not have reconnected yet, and serve old revisions until they do."""
+        """Let no wait succeed for the time of a lease: followers of an earlier run may not have
+        reconnected yet, and serve old revisions until they do."""
         self._all_known = self._clock() + self.lease_s
 
     def __len__(self) -> int:

@@ -7,7 +7,7 @@ from enum import Enum
 
 
 class Limit(Enum):
-    """What limits the capacity; the value is the flag that changes it."""
+    """A setting that limits the capacity; the value is its flag."""
 
     DEVICE_ADAPTERS = "--device-adapter-bytes"
     HOST_ADAPTERS = "--host-cache-bytes"

@@ -23,7 +23,7 @@ BLOCK_TOKENS: Final = 16
 """Tokens that a KV block holds."""
 
 AUTO_KV_SHARE: Final = 4
-"""``auto`` gives the KV cache a quarter of the free memory."""
+"""``auto`` gives the KV cache the free memory divided by this."""
 USUAL_KV_BYTES: Final = 1 << 30
 """``auto`` gives the KV cache at least this many bytes if they fit."""
 _SMALLEST_KV_TOKENS: Final = 2048
@@ -224,7 +224,7 @@ def _kv_cache(model: DecoderConfig, config: ServerConfig, left: int, free: int) 
         return most_blocks(tokens, model.window, chunk, BLOCK_TOKENS)
 
     def bytes_of(blocks: int) -> int:
-        """Bytes of so many blocks and the one that the engine keeps for padding."""
+        """Bytes of these blocks plus the one that the engine keeps for padding."""
         return (blocks + 1) * block
 
     def planned(size: int, chosen: str = "", *, short: bool = False) -> KvCachePlan:

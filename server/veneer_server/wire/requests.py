@@ -57,7 +57,7 @@ def token_work(adapter: AdapterSource | None, base_parameters: int) -> float:
 
 
 class AdapterSource(Message, frozen=True):
-    """Where the engine finds the weights of one revision.
+    """The source of one revision's weights for the engine.
 
     Attributes:
         weights_digest: key of the resident copy, see `copy_key`; the digest in it is verified

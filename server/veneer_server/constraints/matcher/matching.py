@@ -53,7 +53,7 @@ _PROTOTYPES: Final = 32
 milliseconds."""
 
 _PROTOTYPES_SHARE: Final = 8
-"""Kept constraints may take 1/8 of the process's memory."""
+"""Kept constraints may take the process's memory limit divided by this."""
 
 _LARGE: Final = 4 << 20
 """If a sequence grew the process by more bytes than this, its memory is returned to the
