@@ -15,7 +15,6 @@ from shutil import copytree
 from typing import Any, Final
 
 import httpx
-import jsonschema
 
 _CHAT: Final = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -154,6 +153,8 @@ async def _check(http: httpx.AsyncClient, given: dict[str, Any], outcome: Outcom
     schemas = {
         tool["function"]["name"]: tool["function"]["parameters"] for tool in given["tools"]
     }
+    import jsonschema  # a second of every worker that collects tests
+
     for content, calls, finish in (whole, streamed):
         try:
             assert not content, "text beside forced calls"

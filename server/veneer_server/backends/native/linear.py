@@ -29,7 +29,7 @@ _TOGETHER = 64
 
 
 class NativeLinear:
-    """A `models.linear.Linear` whose weights are in the kernels' order.
+    """A `models.linear.ServedLinear` whose weights are in the kernels' order.
 
     Attributes:
         struct: the linear as the kernels take it; valid as long as this object lives.
@@ -76,7 +76,7 @@ class NativeLinear:
         return self._library.multiply(self.struct, x.contiguous())
 
     def expanded(self) -> Iterator[Expanded]:
-        """See `models.linear.Linear.expanded`. Numbers are exactly those the kernels use."""
+        """See `models.linear.ServedLinear.expanded`. Numbers are exactly those the kernels use."""
         outputs, inputs = self.shape
         tiles = self.packed.view(-(-outputs // _TILE), inputs // BLOCK, -1)
         if self.struct.parts == 2:
