@@ -76,7 +76,7 @@ class NativeLinear:
         return self._library.multiply(self.struct, x.contiguous())
 
     def expanded(self) -> Iterator[Expanded]:
-        """See `models.linear.ServedLinear.expanded`. Numbers are exactly those the kernels use."""
+        """See `ServedLinear.expanded`. Numbers are exactly those that the kernels use."""
         outputs, inputs = self.shape
         tiles = self.packed.view(-(-outputs // _TILE), inputs // BLOCK, -1)
         if self.struct.parts == 2:
