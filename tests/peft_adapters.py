@@ -14,7 +14,7 @@ ATTENTION, MLP = ALL_LINEAR[:4], ALL_LINEAR[4:]
 
 
 def variants() -> dict[str, LoraConfig]:
-    """One adapter of each kind that the server must serve, mixed in one batch."""
+    """Return one config for each kind of adapter that the server must mix in a batch."""
 
     def lora(**options: Any) -> LoraConfig:
         # False gives random A and B: an adapter whose B is zero tests nothing.
@@ -61,8 +61,8 @@ def make_adapters(
 def reference_logprobs(
     model: Any, adapters: Mapping[str, Path], prompts: Sequence[list[int]]
 ) -> dict[str | None, list[list[float]]]:
-    """Teacher-forced log-probabilities of each prompt's tokens after the first, by
-    PEFT with one adapter loaded at a time; key None has those of the base."""
+    """Compute teacher-forced log-probabilities of each prompt's tokens after the first, by
+    PEFT with one adapter loaded at a time; key None is the base."""
 
     def score(scorer: Any) -> list[list[float]]:
         scores = []
