@@ -299,7 +299,7 @@ async def measure(base: Path, work: Path) -> None:
 
 
 def main() -> None:
-    """See the module."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(prog="tests.bench.big_base", description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="1.07b")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "bigbase")

@@ -82,7 +82,7 @@ def time_steps(title: str, tokens: int, waiting: int, adapters: int, tenants: in
 
 
 def main() -> None:
-    """See the module."""
+    """Measure and print."""
     time_steps("64 sequences of 40 tokens", 40, 0, 0)
     time_steps("64 sequences of 16,384 tokens", LONG, 0, 0)
     time_steps("10,000 waiting for the base", 40, WAITING, 0)
