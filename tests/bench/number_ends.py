@@ -1,6 +1,6 @@
 """Count the answers that end by themselves if a schema does not bound a number:
-``python -m tests.bench.number_ends URL``. URL, such as http://127.0.0.1:8000/v1, is that of a
-server with the bundled base; start it with ``--constraint-number-digits 0`` to see answers
+``python -m tests.bench.number_ends URL``. URL is the address of a server with the bundled base,
+such as http://127.0.0.1:8000/v1; start it with ``--constraint-number-digits 0`` to see answers
 without the server's bound.
 
 There are a hundred cases: questions, greedy and sampled, for ``{"score": number}``, a bare

@@ -65,7 +65,7 @@ class Memory:
         """The adapter that found no space, and for how many consecutive plannings."""
         self.seen: Counter[str] = Counter()
 
-    # ----------------------------------------------------------------- what it holds
+    # ----------------------------------------------------------------- contents
 
     def budget(self, tier: str) -> int:
         if tier == "host" and self.shared:

@@ -1,7 +1,7 @@
 """A peer that is an HTTP server: start its processes, wait for it to be ready, end them all.
 
 Each peer's own module defines its command line, its environment, and how a request names an
-adapter. This module only manages processes; it sends no requests.
+adapter. This module only manages processes; requests of a load are sent elsewhere.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A loader process that hangs: requests that wait for it must not wait for ever."""
+"""A loader process that hangs: requests that wait for it must not wait forever."""
 
 from __future__ import annotations
 
