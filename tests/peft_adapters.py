@@ -16,7 +16,7 @@ ATTENTION, MLP = ALL_LINEAR[:4], ALL_LINEAR[4:]
 
 
 def variants() -> dict[str, LoraConfig]:
-    """One adapter of each kind that the server must serve, mixed in one batch."""
+    """Return one config for each kind of adapter that the server must mix in a batch."""
     from peft import LoraConfig
 
     def lora(**options: Any) -> LoraConfig:
@@ -66,9 +66,8 @@ def make_adapters(
 def reference_logprobs(
     model: Any, adapters: Mapping[str, Path], prompts: Sequence[list[int]]
 ) -> dict[str | None, list[list[float]]]:
-    """Teacher-forced log-probabilities of each prompt's tokens after the first, by
-    PEFT with one adapter loaded at a time; key None has those of the base."""
-
+    """Compute teacher-forced log-probabilities of each prompt's tokens after the first, by
+    PEFT with one adapter loaded at a time; key None is the base."""
     from peft import PeftModel
 
     def score(scorer: Any) -> list[list[float]]:
