@@ -2,7 +2,7 @@
 //
 // Loading a run's K or V into matrix registers takes longer than multiplying it by the few queries
 // of a decoding row. So few queries are multiplied on vectors, with the same additions in the same
-// order as in the registers (see isa/): a query's bits are the same with any number of
+// order as in the registers (see the software model): a query's bits are the same with any number of
 // queries.
 #pragma once
 

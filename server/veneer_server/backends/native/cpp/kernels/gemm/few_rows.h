@@ -2,7 +2,7 @@
 //
 // Decoding a block for the registers takes longer than multiplying a row or two by it. So few rows
 // are multiplied on vectors, with the same additions in the same order as in the registers
-// (see isa/): a row's bits are the same with any number of rows. That is why the first
+// (see the software model): a row's bits are the same with any number of rows. That is why the first
 // inputs of pairs are summed separately from the second ones, 32 inputs at a time, by FMAs that
 // flush denormals.
 #pragma once
