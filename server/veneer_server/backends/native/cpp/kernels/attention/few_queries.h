@@ -2,8 +2,8 @@
 //
 // Loading a run's K or V into matrix registers takes longer than multiplying it by the few queries
 // of a decoding row. So few queries are multiplied on vectors, with the same additions in the same
-// order as in the registers (see the software model): a query's bits are the same with any number of
-// queries.
+// order as in the registers (see the software model): a query's bits are the same with any number
+// of queries.
 #pragma once
 
 #include "cache.h"

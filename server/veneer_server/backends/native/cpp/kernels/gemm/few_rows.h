@@ -1,10 +1,10 @@
 // The GEMM for a few rows, on vectors, for CPUs with matrix registers.
 //
 // Decoding a block for the registers takes longer than multiplying a row or two by it. So few rows
-// are multiplied on vectors, with the same additions in the same order as in the registers
-// (see the software model): a row's bits are the same with any number of rows. That is why the first
-// inputs of pairs are summed separately from the second ones, 32 inputs at a time, by FMAs that
-// flush denormals.
+// are multiplied on vectors, with the same additions in the same order as in the registers (see the
+// software model): a row's bits are the same with any number of rows. That is why the first inputs
+// of pairs are summed separately from the second ones, 32 inputs at a time, by FMAs that flush
+// denormals.
 #pragma once
 
 #include <type_traits>
