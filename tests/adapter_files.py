@@ -1,4 +1,4 @@
-"""Adapter folders as PEFT would write them, and the headers of their files."""
+"""Write adapter folders as PEFT would, and read the headers of their files."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def write_adapter(
     Args:
         folder: created if missing; the two files are replaced.
         config: PEFT's keys; ``peft_type`` and ``task_type`` are added if absent.
-        tensors: float32, float16, or uint16 that holds raw bfloat16 bits
-            (`to_bfloat16`), by full name.
+        tensors: full name -> float32, float16, or uint16 with raw bfloat16 bits
+            (`to_bfloat16`).
 
     Raises ValueError for other dtypes.
     """
@@ -43,7 +43,7 @@ def write_adapter(
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
-    """A minimal safetensors writer. Widest dtypes first, so that all are aligned."""
+    """Write a minimal safetensors file. Widest dtypes come first, so that all are aligned."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     at = 0

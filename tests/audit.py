@@ -1,10 +1,10 @@
 """``python -m tests.audit``: bandit over our code, pip-audit over the packages it runs with.
 
-Both must find nothing. pip-audit asks a database of known vulnerabilities over the network.
-Where that cannot be reached, this says so in a line of its own and exits with 0; with
-``--strict`` (`make audit`) it exits with 1. Whether it can be reached is found out by asking
-about a release that is known to be vulnerable: pip-audit itself reports packages that it cannot
-look up as "no known vulnerabilities found".
+Both must find nothing. pip-audit asks a database of known vulnerabilities over the network. If
+the database cannot be reached, this says so in a line of its own and exits with 0; with
+``--strict`` (`make audit`) it exits with 1. To find out whether it can be reached, this asks
+about a release that is known to be vulnerable, since pip-audit itself reports packages that it
+cannot look up as "no known vulnerabilities found".
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ KNOWN_BAD: Final = "jinja2==2.4.1"
 """A release with vulnerabilities that every database lists."""
 _SHOWN: Final = "{relpath}:{line}: {test_id} {msg}"
 _NOISE: Final = "nosec encountered"
-"""bandit warns of each mark on a line of which one part of several has the finding."""
+"""Bandit warns with this about a ``nosec`` mark if only one of several parts of its line has
+the finding."""
 
 
 def main() -> int:
@@ -46,19 +47,19 @@ def main() -> int:
 
 
 def shipped() -> list[Path]:
-    """The code that users install, and what builds it."""
+    """Return the code that users install, and the script that builds it."""
     build = _project()["tool"]["hatch"]["build"]["targets"]["wheel"]
     return [*(ROOT / each for each in build["packages"]), ROOT / "hatch_build.py"]
 
 
 def ignored() -> dict[str, str]:
-    """Vulnerabilities that do not concern us: id -> why, of pyproject.toml."""
+    """Return vulnerabilities that do not concern us, from pyproject.toml: id -> why."""
     found: dict[str, str] = _project()["tool"]["veneer-audit"]["ignore"]
     return found
 
 
 def installed() -> list[str]:
-    """``NAME==VERSION`` of every package in this environment, but for our own."""
+    """Return ``NAME==VERSION`` of every package in this environment except our own."""
     found = set()
     for each in metadata.distributions():
         name = re.sub(r"[-_.]+", "-", each.metadata["Name"]).lower()
@@ -68,7 +69,7 @@ def installed() -> list[str]:
 
 
 def run_bandit(paths: list[Path]) -> bool:
-    """Whether it finds anything, which it prints."""
+    """Run bandit and print its findings; return whether there are any."""
     settings = ("-q", "-c", str(ROOT / "pyproject.toml"), "-f", "custom")
     done = subprocess.run(
         [
@@ -91,7 +92,7 @@ def run_bandit(paths: list[Path]) -> bool:
 
 
 def run_pip_audit(packages: list[str], ignore: dict[str, str]) -> tuple[list[str], bool]:
-    """What is wrong, a line each, and whether it could be looked up."""
+    """Return the vulnerabilities, one line each, and whether they could be looked up."""
     if not any(each["vulns"] for each in look_up([KNOWN_BAD])):
         return [], False
     wrong = []
@@ -107,7 +108,7 @@ def run_pip_audit(packages: list[str], ignore: dict[str, str]) -> tuple[list[str
 
 
 def look_up(packages: list[str]) -> list[dict[str, Any]]:
-    """pip-audit's answer for each package; none at all if it has none."""
+    """Return pip-audit's answer for each package; empty if it gave no answer."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "packages.txt"
         file.write_text("\n".join(packages))

@@ -1,12 +1,12 @@
-"""Records which backends the suite's engines ran with, and checks that against the machine.
+"""Record which backends the suite's engines ran with, and check them against the machine.
 
 Native is the default, with torch as the fallback: with a broken compiler the whole suite would
 test the torch backend and pass. So wherever CPU and compiler allow it, an engine that was not
 explicitly set to torch must be native, or its test fails (`check`); a test of the kernels does
 not skip there (`skip_or_fail`); and a run of the whole suite (``--whole``, as in ``make test``)
 without a native engine fails at its end. With ``CI`` set, such a run fails even on a machine
-that cannot run the native backend. This module finds out what the machine can do by itself, not
-with the product's code.
+that cannot run the native backend. This module detects what the machine can do with its own
+code, not with the product's.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ RAN: Counter[str] = Counter()
 """Engines of this process and servers that it started, by backend."""
 
 _ASKED: Final = ("VENEER_BACKEND", "VENEER_NATIVE_INSTRUCTIONS", "VENEER_THREADS")
-"""Variables that the whole suite may be run with. Engines inside a test and servers that it
+"""Environment variables with which the whole suite may be run. Engines and servers that a test
 starts obey them, unless the test sets something else."""
 
 
 @functools.cache
 def native_possible() -> bool:
-    """Whether the native backend must run here: AVX2 with FMA, and a compiler."""
+    """Return whether the native backend must run here: AVX2 with FMA, and a compiler."""
     try:
         text = Path("/proc/cpuinfo").read_text("utf-8")
     except OSError:
@@ -45,25 +45,26 @@ def native_possible() -> bool:
 
 
 def skip_or_fail(reason: object) -> NoReturn:
-    """The kernels could not be compiled: skip if this machine cannot do it, else fail."""
+    """Skip the test if this machine cannot compile and run the kernels; otherwise fail it."""
     if native_possible():
         pytest.fail(f"this machine has AVX2 and a compiler, but: {reason}")
     pytest.skip(str(reason))
 
 
 def asked() -> dict[str, str]:
-    """The variables that are set."""
+    """Return those of the variables that are set."""
     return {name: os.environ[name] for name in _ASKED if os.environ.get(name)}
 
 
 def server_environment() -> dict[str, str]:
-    """Environment of a server that a test starts: the suite's, without Veneer's variables."""
+    """Return the environment for a server that a test starts: the suite's, with only those of
+    Veneer's variables with which the suite may be run."""
     others = {k: v for k, v in os.environ.items() if not k.startswith("VENEER_")}
     return others | asked()
 
 
 def with_asked(config: EngineConfig) -> EngineConfig:
-    """The config of an engine inside a test, with those variables applied."""
+    """Return the config of an engine inside a test, with the suite's variables applied."""
     given = asked()
     changes: dict[str, Any] = {}
     if config.backend == "auto" and "VENEER_BACKEND" in given:
@@ -83,7 +84,7 @@ def check(backend: str, *, torch_wanted: bool, why: str = "") -> None:
 
 
 def check_ready_line(line: str, flags: Iterable[str]) -> None:
-    """`check` for a server, from its ready line."""
+    """Apply `check` to a server, from its ready line."""
     _, _, rest = line.partition("backend=")
     given = " ".join(flags).replace("=", " ").split()
     values = dict(pairwise(given))
@@ -94,12 +95,12 @@ def check_ready_line(line: str, flags: Iterable[str]) -> None:
         or values.get("--backend") == "torch"
         or values.get("--dtype", "bfloat16") != "bfloat16"
     )
-    name = rest.partition("  ")[0].partition(" (several")[0]  # drops why it is slower
+    name = rest.partition("  ")[0].partition(" (several")[0]  # without why it is slower
     check(name.strip(), torch_wanted=torch_wanted, why=line)
 
 
 def missing(ran: Mapping[str, int]) -> str:
-    """What is wrong with a whole run's backends, or ""."""
+    """Return what is wrong with the backends of a whole run, or ""."""
     if asked().get("VENEER_BACKEND") == "torch":
         return ""
     if not native_possible():

@@ -1,4 +1,4 @@
-"""A real headless Chromium, installed by ``make tools``."""
+"""Run a real headless Chromium, installed by ``make tools``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chr
 
 
 def chromium() -> str:
-    """Path of the program; without it, the test is skipped, except in CI."""
+    """Return the program's path. If it is missing, skip the test; in CI, fail it."""
     found = next((path for name in _NAMES if (path := shutil.which(name))), None)
     if found is None:
         if os.environ.get("CI"):
@@ -28,14 +28,14 @@ Scheme = Literal["light", "dark"]
 
 
 def dump_dom(page: Path, width: int, work: Path, scheme: Scheme = "light") -> str:
-    """The document after its scripts have run, in a window of this width in pixels."""
+    """Return the document after its scripts have run, in a window ``width`` pixels wide."""
     return _run(page, work, scheme, f"--window-size={width},900", "--dump-dom")
 
 
 def screenshot(
     page: Path, file: Path, size: tuple[int, int], work: Path, scheme: Scheme = "light"
 ) -> None:
-    """The upper left part of the page, as a PNG of ``size`` pixels."""
+    """Save the upper left part of the page as a PNG of ``size`` pixels."""
     width, height = size
     _run(page, work, scheme, f"--window-size={width},{height}", f"--screenshot={file}")
 
@@ -46,7 +46,7 @@ def _run(page: Path, work: Path, scheme: Scheme, *flags: str) -> str:
         [
             chromium(),
             "--headless",
-            # Chromium's sandbox does not work for root, which containers run as.
+            # Chromium's sandbox does not work for root, the usual user in containers.
             "--no-sandbox",
             "--disable-gpu",
             "--disable-dev-shm-usage",

@@ -1,4 +1,4 @@
-"""Another module in place of the one that a child process should run."""
+"""Run another module in a child process instead of the usual one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from veneer_server.adapters import child
 
 
 def run_instead(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
-    """Let children that are started from now on run ``module``."""
+    """Make child processes that are started from now on run ``module``."""
     right = child.child_python
     monkeypatch.setattr(
         child, "child_python", lambda option, _, *rest: right(option, module, *rest)

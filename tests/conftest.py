@@ -75,9 +75,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Do not even import a file that has no test of the tier."""
     tier = config.getoption("tier")
-    if tier and collection_path.suffix == ".py" and not tiers.may_hold(collection_path, tier):
-        return True
-    return None
+    return True if tier and not tiers.may_hold(collection_path, tier) else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""The real engine inside the test process: the same loop, no socket."""
+"""Run the real engine inside the test process: the same loop, no socket."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from veneer_server.wire.messages import (
 )
 
 LONGEST_S = 120.0
-"""An engine that says nothing for so long hangs."""
+"""An engine that sends nothing for this long is considered hung."""
 GREEDY = SamplingParams(temperature=0)
 
 
@@ -105,8 +105,8 @@ class EngineHarness:
         exact: bool = False,
         **limits: Any,
     ) -> None:
-        """Like a restart with these settings on the loaded weights: other `SchedulerLimits`,
-        fewer KV blocks, an empty cache. Call it between batches.
+        """Act like a restart with these settings, but keep the loaded weights: other
+        `SchedulerLimits`, fewer KV blocks, an empty cache. Call it between batches.
         """
         self.settle()
         scheduler = self.scheduler
@@ -119,7 +119,7 @@ class EngineHarness:
         self._either.exact = exact
 
     def settle(self) -> None:
-        """Return when the loop has handled all its messages."""
+        """Wait until the loop has handled all its messages."""
         number = next(self._numbers)
         self.inbox.put(Ping(number))
         while not (
@@ -163,7 +163,7 @@ def engine(config: EngineConfig) -> Iterator[EngineHarness]:
 
 
 def source(folder: Path, name: str = "") -> AdapterSource:
-    """The source that the front would send for an adapter folder."""
+    """Return the source that the front would send for an adapter folder."""
     manifest = read_adapter(folder, None)
     return AdapterSource(
         weights_digest=manifest.weights_digest,

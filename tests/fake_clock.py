@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class _Skipping(selectors.DefaultSelector):
-    """Waits for nothing: time jumps."""
+    """Never waits: its time jumps instead."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class _Skipping(selectors.DefaultSelector):
 
 
 def in_no_time(work: Coroutine[Any, Any, T]) -> T:
-    """Run work that only sleeps, in no time; what it gives."""
+    """Run work that only sleeps, without waiting; return its result."""
     selector = _Skipping()
     loop = asyncio.SelectorEventLoop(selector)
     loop.time = lambda: selector.now  # type: ignore[method-assign]

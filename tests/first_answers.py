@@ -1,9 +1,9 @@
-"""What a new user asks the bundled base first, and what a good answer contains.
+"""Questions that a new user asks the bundled base first, and what a good answer contains.
 
-All are asked of the base alone. The first eight were written before any default was chosen
-(2026-11-27), the others before any of them was asked (2026-11-30). The bundled base has 135
-million parameters, so a child could answer. ``python -m tests.bench.first_answers`` gives the
-pass rate of many runs without a seed.
+All questions go to the base without an adapter. The first eight were written before any default
+was chosen (2026-11-27), the others before any of these was asked (2026-11-30). The bundled base
+has 135 million parameters, so a child could answer. ``python -m tests.bench.first_answers``
+gives the pass rate of many runs without a seed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ COUNTED = (
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question, and what a good answer contains: so many different matches of ``word``."""
+    """A question; a good answer contains ``times`` different matches of ``word``."""
 
     prompt: str
     word: str

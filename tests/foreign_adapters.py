@@ -1,4 +1,4 @@
-"""Adapters in the forms of mlx-lm and llama.cpp, written as those projects document them."""
+"""Write adapters in the formats of mlx-lm and llama.cpp, as those projects document them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Arrays = dict[str, "np.ndarray[Any, Any]"]
 
 
 def read_arrays(path: Path) -> Arrays:
-    """Tensors of a safetensors file; those in bfloat16 as uint16."""
+    """Read the tensors of a safetensors file; bfloat16 tensors are returned as uint16."""
     data = path.read_bytes()
     stored = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
     return {
@@ -30,14 +30,15 @@ def read_arrays(path: Path) -> Arrays:
 
 
 def float32(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Exactly; uint16 is bfloat16."""
+    """Convert to float32 exactly; uint16 holds bfloat16 bits."""
     if array.dtype == np.uint16:
         return (array.astype(np.uint32) << 16).view(np.float32)
     return array.astype(np.float32)
 
 
 def write_mlx(peft: Path, out: Path, **config: Any) -> Path:
-    """As ``mlx_lm.lora`` saves: ``lora_a`` [inputs, rank] and ``lora_b`` [rank, outputs]."""
+    """Write an adapter as ``mlx_lm.lora`` does: ``lora_a`` [inputs, rank] and ``lora_b`` [rank,
+    outputs]."""
     settings = json.loads((peft / CONFIG_FILE).read_text())
     out.mkdir()
     tensors = {}
@@ -64,7 +65,7 @@ def write_mlx(peft: Path, out: Path, **config: Any) -> Path:
 
 
 def _without_metadata(path: Path) -> None:
-    """``"__metadata__": null``, as ``mlx.core.save_safetensors`` writes."""
+    """Set ``"__metadata__": null``, as ``mlx.core.save_safetensors`` does."""
     data = path.read_bytes()
     begin = 8 + int.from_bytes(data[:8], "little")
     header = json.dumps({**json.loads(data[8:begin]), "__metadata__": None}).encode()
@@ -72,7 +73,7 @@ def _without_metadata(path: Path) -> None:
 
 
 def interleaved(rows: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
-    """llama.cpp's ``LlamaModel.permute``."""
+    """Permute rows like llama.cpp's ``LlamaModel.permute``."""
     return (
         rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
         .swapaxes(1, 2)
@@ -101,8 +102,8 @@ def write_gguf(
     facts: Mapping[str, Any] | None = None,
     alpha: float | None = None,
 ) -> Path:
-    """As ``convert_lora_to_gguf.py`` writes: A and B with their values, q and k of a llama
-    interleaved, alpha beside them."""
+    """Write an adapter as ``convert_lora_to_gguf.py`` does: A and B unscaled, q and k of a
+    llama interleaved, alpha as a separate field."""
     settings = json.loads((peft / CONFIG_FILE).read_text())
     writer = gguf.GGUFWriter(out, arch)
     writer.add_type(gguf.GGUFType.ADAPTER)

@@ -1,4 +1,4 @@
-"""The native kernels, compiled once for a run of the suite: its workers share them."""
+"""Compile the native kernels once for a run of the suite; its workers share them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from veneer_server.backends.native.forms import compile_forms
 
 
 def kernels_folder(factory: pytest.TempPathFactory) -> Path:
-    """Where `kernels_built` keeps them; a worker of pytest-xdist has a folder in the run's."""
+    """Return the folder in which `kernels_built` keeps them. A pytest-xdist worker's own folder
+    is inside the run's folder, which all workers share."""
     own = factory.getbasetemp()
     return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "native"
 
 
 def kernels_built(factory: pytest.TempPathFactory, instructions: str = "auto") -> Path:
-    """The library of a form. Who needs one that another worker compiles waits for it, since
-    compiling takes ten seconds of a processor.
+    """Return the shared library for one instruction set. If another worker is compiling it,
+    wait, since compiling takes ten seconds of a processor.
 
     Raises:
         NativeUnavailable: as `build`.
@@ -33,7 +34,7 @@ def kernels_built(factory: pytest.TempPathFactory, instructions: str = "auto") -
 
 
 def forms_built(factory: pytest.TempPathFactory) -> Path:
-    """A folder with the libraries of a wheel, which tests copy; compiled as for a wheel."""
+    """Return a folder with libraries compiled as for a wheel; tests copy it."""
     folder = kernels_folder(factory)
     folder.mkdir(exist_ok=True)
     with (folder / "forms.lock").open("w") as lock:

@@ -1,4 +1,4 @@
-"""A front process that starts another module as its engine process."""
+"""Make a front process start another module as its engine process."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _ENGINE = tuple(child_python("-m", "veneer_server.engine.process")[1:])
 
 @contextmanager
 def engine_of(*module: str) -> Iterator[None]:
-    """In the block, engines are ``python -m MODULE ARGUMENTS``, followed by the front's
-    arguments; the module is looked up from the repository's root."""
+    """Inside the block, start engines as ``python -m MODULE ARGUMENTS``, followed by the
+    front's arguments; the module is looked up from the repository's root."""
     right: Any = asyncio.create_subprocess_exec
 
     async def start(program: str, *arguments: str, **options: Any) -> Any:

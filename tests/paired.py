@@ -1,4 +1,4 @@
-"""Adapters as loaders lay them out for the native backend: A of bfloat16 in pairs."""
+"""Lay out adapters as loaders do for the native backend: A in bfloat16, in pairs."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def place_a(run: torch.Tensor, slot: Slot, a_t: torch.Tensor, *, paired: bool) -
 
 
 def paired(table: AdapterTable) -> AdapterTable:
-    """The same adapter for `NativeDecoder`; float32 ones are not paired."""
+    """Return the same adapter laid out for `NativeDecoder`; float32 adapters are not paired."""
     layout = table.layout
     if table.run.dtype != torch.bfloat16 or layout.paired:
         return table
     if (made := _MADE.get(table)) is None:
         shapes = {slot.module.projection: (slot.fan_out, slot.fan_in) for slot in layout.slots}
-        for members in MEMBERS.values():  # those that it does not adapt have no matrices
+        for members in MEMBERS.values():  # projections that it does not adapt have no matrices
             inputs = [shapes[name][1] for name in members if name in shapes]
             for name in members:
                 shapes.setdefault(name, (0, inputs[0] if inputs else 0))
@@ -46,6 +46,6 @@ def paired(table: AdapterTable) -> AdapterTable:
 
 
 def with_pairs(step: StepArrays) -> StepArrays:
-    """The same step for `NativeDecoder`."""
+    """Return the same step with adapters laid out for `NativeDecoder`."""
     segments = tuple(replace(each, table=paired(each.table)) for each in step.segments)
     return replace(step, segments=segments)

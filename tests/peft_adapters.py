@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+
+if TYPE_CHECKING:  # two seconds of every worker, which few need
+    from peft import LoraConfig
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ATTENTION, MLP = ALL_LINEAR[:4], ALL_LINEAR[4:]
 
 
 def variants() -> dict[str, LoraConfig]:
-    """One adapter of each kind that the server must serve, mixed in one batch."""
+    """Return one config for each kind of adapter that the server must mix in a batch."""
+    from peft import LoraConfig
 
     def lora(**options: Any) -> LoraConfig:
         # False gives random A and B: an adapter whose B is zero tests nothing.
@@ -44,6 +47,8 @@ def make_adapters(
     model: Any, folder: Path, *, scale: float = 0.02, seed: int = 0
 ) -> dict[str, Path]:
     """Save every variant over ``model``, with random B; returns name -> folder."""
+    from peft import get_peft_model
+
     made: dict[str, Path] = {}
     for index, (name, config) in enumerate(variants().items()):
         torch.manual_seed(seed + index)
@@ -61,8 +66,9 @@ def make_adapters(
 def reference_logprobs(
     model: Any, adapters: Mapping[str, Path], prompts: Sequence[list[int]]
 ) -> dict[str | None, list[list[float]]]:
-    """Teacher-forced log-probabilities of each prompt's tokens after the first, by
-    PEFT with one adapter loaded at a time; key None has those of the base."""
+    """Compute teacher-forced log-probabilities of each prompt's tokens after the first, by
+    PEFT with one adapter loaded at a time; key None is the base."""
+    from peft import PeftModel
 
     def score(scorer: Any) -> list[list[float]]:
         scores = []

@@ -1,4 +1,4 @@
-"""Certificates of an authority of our own, as files, for tests of TLS."""
+"""Certificates of our own authority, as files, for tests of TLS."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Pki:
         return str(self.folder / "key.pem")
 
     def renew(self, name: str = "localhost") -> None:
-        """A new certificate of the server; both files are replaced, one after the other."""
+        """Issue a new certificate for the server; replace its two files one after the other."""
         made = self.ca.issue_cert(name, "127.0.0.1")
         for path, blobs in (
             (Path(self.key), [made.private_key_pem]),
@@ -44,7 +44,7 @@ class Pki:
             draft.replace(path)
 
     def client(self, name: str) -> tuple[str, str]:
-        """Certificate and key of a client."""
+        """Issue a client certificate; return the files of the certificate and its key."""
         made = self.ca.issue_cert(name)
         cert, key = self.folder / f"{name}.pem", self.folder / f"{name}.key"
         cert.write_bytes(b"".join(blob.bytes() for blob in made.cert_chain_pems))

@@ -1,4 +1,4 @@
-"""Where the suite finds the imported base: in the programs' cache, filled by `make base`."""
+"""Find the imported base for the suite: in the programs' cache, filled by `make base`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ REPOSITORY: Final = Path(__file__).resolve().parent.parent
 
 
 def cache_dir() -> Path:
-    """The server's default `--cache-dir`, unless the checkout has its own copy of the base,
-    which takes precedence here and in the Makefile."""
+    """Return the server's default `--cache-dir`, unless the checkout has its own copy of the
+    base, which takes precedence here and in the Makefile."""
     own = REPOSITORY / ".cache" / "veneer"
     if "VENEER_CACHE_DIR" not in os.environ and (own / "bases").is_dir():
         return own

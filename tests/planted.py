@@ -1,7 +1,7 @@
-"""Plants bugs in our Python code, each as an edit of its source.
+"""Plant bugs in our Python code, each as an edit of its source.
 
-Replaces the code object of the edited function, not the function itself, so that modules that
-imported it run the planted bug too. An edit that no longer fits a changed source is an error.
+This replaces the code object of the edited function, not the function itself, so that modules
+that imported it run the planted bug too. An edit that no longer fits the source is an error.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 
 
 def edited(module: ModuleType, old: str, new: str) -> tuple[FunctionType, CodeType]:
-    """The function of ``module`` whose source contains ``old``, and its code with ``new``
-    instead.
+    """Return the function of ``module`` whose source contains ``old``, and its code with
+    ``new`` instead.
 
     Raises:
-        LookupError: ``old`` is not in the source exactly once, or in no function.
+        LookupError: ``old`` is not in the source exactly once, or is not in a function.
     """
     source = inspect.getsource(module)
     if source.count(old) != 1:
@@ -36,7 +36,7 @@ def edited(module: ModuleType, old: str, new: str) -> tuple[FunctionType, CodeTy
 
 @contextmanager
 def planted(module: ModuleType, old: str, new: str) -> Iterator[None]:
-    """``module`` runs with ``new`` in place of ``old`` until the context exits."""
+    """Run ``module`` with ``new`` in place of ``old`` until the context exits."""
     function, code = edited(module, old, new)
     right, function.__code__ = function.__code__, code
     try:
@@ -53,7 +53,7 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 
 def _functions(owner: Any) -> Iterator[FunctionType]:
-    """The functions that are defined in a module or class."""
+    """Yield the functions that are defined in a module or class."""
     module = owner.__name__ if isinstance(owner, ModuleType) else owner.__module__
     for each in vars(owner).values():
         if isinstance(each, property):

@@ -1,4 +1,4 @@
-"""Free ports, for servers that need a port number before they start."""
+"""Find free ports, for servers that need a port number before they start."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import socket
 
 
 def free_port() -> int:
-    """A loopback port that nobody listens on, below the system's ephemeral range.
+    """Return a loopback port that nobody listens on, below the system's ephemeral range.
 
     An ephemeral port could become the local end of someone's next connection before the server
     binds it.

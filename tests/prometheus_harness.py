@@ -1,4 +1,4 @@
-"""A real Prometheus and promtool, installed by ``make tools``."""
+"""Run a real Prometheus and promtool, installed by ``make tools``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ RULES = REPOSITORY / "deploy" / "prometheus" / "rules.yml"
 
 
 def tool(name: str) -> str:
-    """Path of a program from `make tools`; without it, the test is skipped, except in CI."""
+    """Return the path of a program from `make tools`. If it is missing, skip the test; in CI,
+    fail it."""
     here = REPOSITORY / ".cache" / "tools" / "usr" / "bin" / name
     found = str(here) if here.exists() else shutil.which(name)
     if found is None:
@@ -39,7 +40,7 @@ class Prometheus:
         self._address = address
 
     async def query(self, promql: str) -> list[dict[str, Any]]:
-        """An instant vector: ``metric`` (labels) and ``value`` (time, text) of each."""
+        """Query an instant vector; each has ``metric`` (labels) and ``value`` (time, text)."""
         query = urlencode({"query": promql})
         answer = await self._get(f"/api/v1/query?{query}")
         assert answer["status"] == "success", answer
@@ -47,7 +48,8 @@ class Prometheus:
         return found
 
     async def values(self, promql: str) -> dict[str, float]:
-        """The value of each series, by its labels except job, instance and name, as JSON."""
+        """Return the value of each series, by its labels as JSON, except job, instance,
+        name."""
         ours = ("__name__", "instance", "job")
         return {
             json.dumps({k: v for k, v in sorted(s["metric"].items()) if k not in ours}): float(
@@ -61,7 +63,7 @@ class Prometheus:
         while True:
             if await self.query(f"timestamp(up) > {moment!r}"):
                 return
-            await asyncio.sleep(0.05)  # it reports scrapes only on request
+            await asyncio.sleep(0.05)  # Prometheus reports scrapes only when queried
 
     async def _get(self, path: str) -> Any:
         def get() -> Any:
@@ -73,7 +75,7 @@ class Prometheus:
 
 @asynccontextmanager
 async def running_prometheus(folder: Path, target: str) -> AsyncIterator[Prometheus]:
-    """Scrape ``target`` with our rules loaded."""
+    """Run a Prometheus that scrapes ``target``, with our rules loaded."""
     program = tool("prometheus")
     address = f"127.0.0.1:{free_port()}"
     (folder / "prometheus.yml").write_text(

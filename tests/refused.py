@@ -1,4 +1,4 @@
-"""Expects one of our errors by its stable parts: class, `reason` and metadata.
+"""Expect one of our errors by its stable parts: class, `reason` and metadata.
 
 Its message is for people, and can be improved without changing tests.
 """

@@ -1,4 +1,4 @@
-"""The real server as a user starts it: a process with sockets, on the real base."""
+"""Run the real server as a user would: a process with sockets, on the real base."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Refusal:
 
 
 def refusal(error: grpc.aio.AioRpcError) -> Refusal:
-    """Read the rich status; every error of ours must have an ErrorInfo."""
+    """Read an error's rich status; every error of ours must have an ErrorInfo."""
     status = rpc_status.from_call(error)
     assert status is not None, f"no rich status: {error.code()} {error.details()}"
     info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
@@ -65,7 +65,7 @@ def refusal(error: grpc.aio.AioRpcError) -> Refusal:
 
 
 class _CallerKey:
-    """Gives calls an API key."""
+    """Adds an API key to calls."""
 
     def __init__(self, key: str) -> None:
         self._header = ("authorization", f"Bearer {key}")
@@ -79,7 +79,7 @@ class _CallerKey:
 
 
 def caller_key(key: str) -> list[Any]:
-    """Interceptors that give all calls of a channel an API key."""
+    """Return interceptors that add an API key to all calls of a channel."""
     # A channel takes an interceptor for one kind of call only.
     kinds = (
         grpc.aio.UnaryUnaryClientInterceptor,
@@ -101,7 +101,7 @@ class Stream:
         return await anext(self._messages)
 
     async def rest(self) -> list[Any]:
-        """All further messages; raises the error that ended the call."""
+        """Return all further messages, or raise the error that ended the call."""
         return [message async for message in self._messages]
 
 
@@ -142,7 +142,7 @@ class Server:
         return Stream(self.inference.GenerateStream(request(**fields)))
 
     async def refused(self, call: Any) -> Refusal:
-        """The error of a call that must fail."""
+        """Return the error of a call that must fail."""
         try:
             answer = await call
         except grpc.aio.AioRpcError as error:
@@ -166,12 +166,12 @@ class Server:
         await asyncio.wait_for(follow(), seconds)
 
     async def metric(self, name: str) -> dict[str, float]:
-        """Samples of one metric, scraped over HTTP: labels -> value."""
+        """Return the samples of one metric, scraped over HTTP: labels -> value."""
         (found,) = await self.scrape(name)
         return found
 
     async def scrape(self, *names: str) -> list[dict[str, float]]:
-        """Samples of each metric, from one scrape: labels -> value."""
+        """Return the samples of each metric, from one scrape: labels -> value."""
         host, port = self.metrics.rsplit(":", 1)
         reader, writer = await asyncio.open_connection(host, int(port))
         key = f"authorization: Bearer {self.key}\r\n" if self.key else ""
@@ -188,7 +188,7 @@ class Server:
 
     @property
     def engine(self) -> psutil.Process:
-        """The process that runs the model; others of the front's children check uploads."""
+        """The process that runs the model; other children of the front check uploads."""
         (found,) = [
             child
             for child in psutil.Process(self.process.pid).children()
@@ -197,13 +197,13 @@ class Server:
         return found
 
     async def stop(self) -> int:
-        """Send SIGTERM; returns the exit code."""
+        """Send SIGTERM; return the exit code."""
         self.process.send_signal(signal.SIGTERM)
         return await asyncio.wait_for(self.process.wait(), 60)
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
-    """What a server needs of an adapter folder, and its template if it has one."""
+    """Read the files of an adapter folder that a server needs, and its template if any."""
     names = ["adapter_config.json", "adapter_model.safetensors"]
     if (folder / TEMPLATE).exists():
         names.append(TEMPLATE)
@@ -217,7 +217,7 @@ def upload_messages(
     tamper: Callable[[Any], None] = lambda m: None,
     **spec: Any,
 ) -> list[Any]:
-    """The messages of a valid upload; ``tamper`` may change each one."""
+    """Build the messages of a valid upload; ``tamper`` may change each one."""
     described = [
         adapters_pb2.UploadFile(
             name=file, size=len(data), sha256=hashlib.sha256(data).hexdigest()
@@ -253,7 +253,7 @@ def request(
     output: dict[str, Any] | None = None,
     **more: Any,
 ) -> Any:
-    """A greedy request unless ``sampling`` says otherwise."""
+    """Build a request, greedy unless ``sampling`` says otherwise."""
     built = inference_pb2.GenerateRequest(
         adapter=adapter,
         sampling=inference_pb2.SamplingOptions(**(sampling or {"temperature": 0})),
@@ -281,7 +281,7 @@ async def running_server(
 
     Args:
         key: API key of the harness's own calls.
-        open_files: its file descriptor limit, if different from that of the tests.
+        open_files: the server's file descriptor limit; None: the same as for the tests.
     """
     port_file = data_dir.parent / f"{data_dir.name}-ports.json"
     port_file.unlink(missing_ok=True)

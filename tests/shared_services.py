@@ -1,4 +1,4 @@
-"""A real PostgreSQL and a server that speaks S3, each in processes of its own, for tests."""
+"""Run a real PostgreSQL and an S3 server for tests, each in its own processes."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from veneer_registry.shared.postgres import PostgresAddress
 BUCKET = "veneer-tests"
 _ROOT = Path(__file__).resolve().parents[1]
 _USER = "nobody"
-"""Runs PostgreSQL where the tests run as root, which it refuses."""
+"""User that runs PostgreSQL if the tests run as root, which PostgreSQL refuses."""
 
 
 def postgres_binary(name: str) -> str:
-    """Path of a program of PostgreSQL's server. Fails if it is not installed."""
+    """Return the path of a program of PostgreSQL's server; fail if it is not installed."""
     found = shutil.which(name)
     if found is None:
         versions = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"), reverse=True)
@@ -44,11 +44,11 @@ def postgres_binary(name: str) -> str:
 
 
 class PostgresServer:
-    """A database cluster in a folder of its own, on a Unix socket, with a password.
+    """A PostgreSQL server in its own folder, on a Unix socket, with a password.
 
     Attributes:
-        url: of the database, without the password.
-        password_file: has the password.
+        url: URL of the database, without the password.
+        password_file: file with the password.
     """
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ class PostgresServer:
         )
         self.process: subprocess.Popen[bytes]
         self.start()
-        # Should the tests be killed, their end of the pipe closes.
+        # If the tests are killed, their end of the pipe closes, and this stops PostgreSQL.
         pid = self._data / "postmaster.pid"
         self._guard = subprocess.Popen(
             ["sh", "-c", 'cat; kill -INT "$(head -n 1 "$0")"', str(pid)],
@@ -93,7 +93,7 @@ class PostgresServer:
         assert done.returncode == 0, done.stderr
 
     def start(self) -> None:
-        """Start it, after a stop or a kill, and wait until it answers."""
+        """Start the server, also after a stop or a kill, and wait until it answers."""
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(
                 [
@@ -114,24 +114,24 @@ class PostgresServer:
             assert self.process.poll() is None, (self.folder / "log").read_text()[-2000:]
 
     def kill(self) -> None:
-        """Like a power cut of the database alone: every process gets SIGKILL."""
-        self.process.send_signal(signal.SIGSTOP)  # it starts no more processes
+        """Kill every process with SIGKILL, like a power cut of the database alone."""
+        self.process.send_signal(signal.SIGSTOP)  # so that it starts no more processes
         children = psutil.Process(self.process.pid).children()
         self.process.kill()
         for child in children:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
         self.process.wait()
-        # A new server refuses to start while one of them still holds the shared memory.
+        # A new server refuses to start while any of them still holds the shared memory.
         _, left = psutil.wait_procs(children, timeout=60)
         assert not left, f"PostgreSQL's processes {left} do not end"
 
     def connect(self) -> psycopg.Connection[tuple[Any, ...]]:
-        """A connection of the test's own."""
+        """Open a connection for the test itself."""
         return psycopg.connect(self.url, password=self.password, autocommit=True)
 
     def stop(self) -> None:
-        """Stop it and remove its folder."""
+        """Stop the server and remove its folder."""
         self.process.send_signal(signal.SIGINT)
         try:
             self.process.wait(20)
@@ -144,7 +144,7 @@ class PostgresServer:
 
 
 class S3Server:
-    """Moto's server in a process of its own, with a bucket; `fail` makes it misbehave."""
+    """Moto's S3 server in its own process, with a bucket; `fail` makes it misbehave."""
 
     def __init__(self) -> None:
         self._start()
@@ -162,12 +162,12 @@ class S3Server:
         self.objects(BUCKET).fs.mkdir(BUCKET)
 
     def objects(self, prefix: str) -> Objects:
-        """The objects under a prefix of the bucket."""
+        """Return the objects under a prefix of the bucket."""
         url = f"s3://{BUCKET}" if prefix == BUCKET else f"s3://{BUCKET}/{prefix}"
         return Objects(url, endpoint_url=self.endpoint, key="test", secret="test")
 
     def environment(self) -> dict[str, str]:
-        """Variables by which a process finds it."""
+        """Return the environment variables with which a process finds the server."""
         return {
             "AWS_ENDPOINT_URL_S3": self.endpoint,
             "AWS_ACCESS_KEY_ID": "test",
@@ -176,7 +176,7 @@ class S3Server:
         }
 
     def fail(self, **faults: Any) -> None:
-        """Set what goes wrong from now on; see `fakes.s3_server`. No argument: nothing."""
+        """Set the faults from now on, see `fakes.s3_server`; no argument: no faults."""
         request = urllib.request.Request(
             f"{self.endpoint}/_faults", json.dumps(faults).encode(), method="POST"
         )
@@ -184,7 +184,7 @@ class S3Server:
             answer.read()
 
     def stop(self) -> None:
-        """End it with everything that it stored."""
+        """Stop the server and lose everything that it stored."""
         self.process.kill()
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
@@ -193,7 +193,8 @@ class S3Server:
 
 
 class Services:
-    """Both, and places in them by name: the same name is the same catalog and store."""
+    """PostgreSQL and S3, and locations in them by name. The same name always means the same
+    catalog and store."""
 
     def __init__(self) -> None:
         self.postgres = PostgresServer()
@@ -204,24 +205,24 @@ class Services:
             raise
 
     def address(self, name: str) -> PostgresAddress:
-        """The catalog of that name."""
+        """Return the address of the catalog with that name."""
         return PostgresAddress(self.postgres.url, self.postgres.password_file, f"t_{name}")
 
     def places(self, name: str, data: Path, *, cache_bytes: int = 1 << 30) -> SharedLocations:
-        """Places of that name for a registry whose own folder is ``data``."""
+        """Return the locations with that name for a registry whose own folder is ``data``."""
         return SharedLocations(
             data, self.address(name), self.s3.objects(name), cache_bytes=cache_bytes
         )
 
     def stop(self) -> None:
-        """Stop both."""
+        """Stop both services."""
         self.s3.stop()
         self.postgres.stop()
 
 
 @contextlib.contextmanager
 def running() -> Iterator[Services]:
-    """Both services for the block."""
+    """Run both services during the block."""
     services = Services()
     try:
         yield services

@@ -1,8 +1,8 @@
 """A FAKE slow machine: ``python -m tests.slow_engine STEP ROW HANG FD`` is the engine process
 on a backend that waits before each call.
 
-STEP and ROW are the seconds per step and per row; from call number HANG on (0: never) it does
-not return at all. Calls made for measuring count, too.
+STEP and ROW are the seconds to wait per step and per row. From call number HANG on (0: never),
+calls do not return at all. Calls made for measuring count too.
 """
 
 from __future__ import annotations

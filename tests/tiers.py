@@ -10,8 +10,9 @@ verify    ``make verify``              ``@pytest.mark.verify``: long forms and c
                                        plant bugs, run before a release
 ========  ===========================  ====================================================
 
-A mark stands on a test, or on a whole file as ``pytestmark``; then a run of another tier does
-not import the file. ``pytest FILE`` without ``--tier`` runs every test of the file.
+A mark stands on a test, or on a whole file as ``pytestmark``, and `FOLDERS` has those of whole
+folders; a run of another tier does not import such files. ``pytest FILE`` without ``--tier``
+runs every test of the file.
 ``python -m tests.tiers`` lists the files and tests that have a mark.
 """
 
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -31,6 +32,14 @@ DEFAULT: Final = "test"
 MARKED: Final = ("push", "verify")
 NAMES: Final = (DEFAULT, *MARKED)
 
+FOLDERS: Final[Mapping[str, str]] = {
+    "tests/unit/loadtest": "verify",
+    "tests/unit/server/cuda": "verify",
+    "tests/unit/train": "verify",
+}
+"""Tiers of whole folders. ``.ci/run`` runs them where what they test has changed
+(`tests.verify`)."""
+
 _WHOLE_FILE: Final = re.compile(
     r"^pytestmark = (?:\[[^\]]*?|)pytest\.mark\.(push|verify)\b", re.MULTILINE
 )
@@ -41,23 +50,37 @@ _ONE_TEST: Final = re.compile(
 
 def of(item: pytest.Item) -> str:
     """The tier of a test; of two marks (a file's and its own), the later tier."""
+    if (tier := _folder(item.path)) is not None:
+        return tier
     marks = [name for name in MARKED if item.get_closest_marker(name) is not None]
     return marks[-1] if marks else DEFAULT
 
 
-def may_hold(file: Path, tier: str) -> bool:
-    """Return False if a file's ``pytestmark`` says that it has no test of the tier."""
-    if not file.name.startswith("test_"):
+def may_hold(path: Path, tier: str) -> bool:
+    """Return False if the folder's or file's own mark says that it has no test of the tier."""
+    if (folder := _folder(path)) is not None:
+        return folder == tier
+    if not path.name.startswith("test_") or path.suffix != ".py":
         return True
-    text = file.read_text("utf-8")
+    text = path.read_text("utf-8")
     whole = _WHOLE_FILE.search(text)
     if whole is not None:
         return tier == whole[1] or (tier == "verify" and "mark.verify" in text)
     return tier == DEFAULT or f"pytest.mark.{tier}" in text
 
 
+def _folder(path: Path) -> str | None:
+    if not path.is_relative_to(REPOSITORY):
+        return None
+    name = f"{path.relative_to(REPOSITORY)}/"
+    return next(
+        (tier for folder, tier in FOLDERS.items() if name.startswith(f"{folder}/")), None
+    )
+
+
 def marked(tier: str) -> Iterator[str]:
-    """Files (``tests/...py``) and tests (``tests/...py::name``) of a marked tier, sorted."""
+    """Folders, files and tests (``tests/...py::name``) of a marked tier, sorted."""
+    yield from (f"{folder}/" for folder, each in FOLDERS.items() if each == tier)
     for file in sorted((REPOSITORY / "tests").rglob("test_*.py")):
         text, name = file.read_text("utf-8"), str(file.relative_to(REPOSITORY))
         whole = _WHOLE_FILE.search(text)

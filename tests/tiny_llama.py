@@ -1,7 +1,7 @@
-"""A Llama of random weights, small enough to serve thousands of requests in seconds.
+"""Make a Llama with random weights, small enough to serve thousands of requests in seconds.
 
-A Hugging Face folder like any other: config, weights, a byte-level BPE tokenizer trained
-here on a few sentences, a chat template. Nothing is downloaded. The sizes are the smallest
+It is a Hugging Face folder like any other: config, weights, a byte-level BPE tokenizer trained
+here on a few sentences, and a chat template. Nothing is downloaded. The sizes are the smallest
 that bitsandbytes' 4-bit GEMMs accept (rows % 32 = 0, columns % 64 = 0). The weights are
 ten times larger than a usual initialisation, so that distributions differ between prompts
 and between adapters by far more than rounding.
@@ -79,7 +79,7 @@ def make_lora(
 
     Args:
         modules: keys of `SHAPES`.
-        bfloat16: the file's dtype, instead of float32; numbers are rounded towards zero.
+        bfloat16: store bfloat16 instead of float32; numbers are rounded towards zero.
     """
     random = np.random.default_rng(seed)
 

@@ -1,6 +1,6 @@
-"""Tool prompts against a running server, in three formats, mixed with plain requests.
+"""Send tool prompts in three formats to a running server, mixed with plain requests.
 
-Forced calls must fit their tool's schema, and a stream must say what a whole answer says.
+Forced calls must fit their tool's schema, and a streamed answer must equal the whole answer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from shutil import copytree
 from typing import Any, Final
 
 import httpx
-import jsonschema
 
 _CHAT: Final = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -40,7 +39,7 @@ _ASK: Final = (
 
 
 def with_template(adapter: Path, folder: Path, format_: str) -> Path:
-    """A copy of an adapter that has one of `TEMPLATES`."""
+    """Copy an adapter and give it one of `TEMPLATES`."""
     copytree(adapter, folder)
     (folder / "chat_template.jinja").write_text(TEMPLATES[format_], encoding="utf-8")
     return folder
@@ -48,11 +47,11 @@ def with_template(adapter: Path, folder: Path, format_: str) -> Path:
 
 @dataclass
 class Outcome:
-    """What came back.
+    """Counts of the checked answers, and problems.
 
     Attributes:
-        calls: forced calls that were checked, whole and streamed ones.
-        problems: what did not fit, with its request.
+        calls: forced calls that were checked, both whole and streamed.
+        problems: answers that were wrong, with their requests.
     """
 
     prompts: int = 0
@@ -62,7 +61,7 @@ class Outcome:
 
 
 def _schema(random_: random.Random) -> dict[str, Any]:
-    """Of arguments that a model ends by itself."""
+    """Make a random schema of arguments that a model ends by itself."""
     kinds: list[dict[str, Any]] = [
         {"type": "string", "maxLength": 12},
         {"enum": ["red", "größer", 'a"b']},
@@ -113,8 +112,8 @@ async def check_tool_calls(
     seed: int,
     at_once: int = 8,
 ) -> Outcome:
-    """Send ``prompts`` requests with forced calls, each whole and streamed, and a plain one
-    beside every second.
+    """Send ``prompts`` requests with forced calls, each both whole and streamed, and with every
+    second one a plain request.
 
     Args:
         address: HOST:PORT of the OpenAI port.
@@ -154,6 +153,8 @@ async def _check(http: httpx.AsyncClient, given: dict[str, Any], outcome: Outcom
     schemas = {
         tool["function"]["name"]: tool["function"]["parameters"] for tool in given["tools"]
     }
+    import jsonschema  # a second of every worker that collects tests
+
     for content, calls, finish in (whole, streamed):
         try:
             assert not content, "text beside forced calls"

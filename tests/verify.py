@@ -35,6 +35,22 @@ _PYTEST: Final = "OMP_WAIT_POLICY=passive .venv/bin/python -m pytest -n 3 --dist
 _ATTACKS: Final = "OMP_WAIT_POLICY=passive .venv/bin/python -m tests.attacks --full"
 
 
+_ELSEWHERE: Final = (
+    "tests/unit/server/native",
+    "tests/unit/server/engine/test_backends.py",
+    "tests/unit/server/cuda",
+    "tests/unit/train",
+    "tests/unit/loadtest",
+    "tests/integration/test_programs.py",
+    "tests/integration/test_agents.py",
+)
+"""Tests of the tier ``verify`` that have a stage of their own."""
+
+
+def _tier(paths: str) -> str:
+    return f"{_PYTEST} --tier verify --durations 10 {paths}"
+
+
 @dataclass(frozen=True, slots=True)
 class Stage:
     """One command and what it shows.
@@ -72,11 +88,52 @@ def _git(*command: str) -> str:
 STAGES: Final[Mapping[str, Stage]] = {
     "check": Stage("make check", "static checks of Python, C++ and the contract", "2 min"),
     "test": Stage("make test", "the tier of the suite that a person waits for", "8 min"),
-    "push": Stage("make test-push", "the tier that every push must prove", "20 min"),
-    "verify": Stage(
-        f"{_PYTEST} --tier verify --durations 50",
-        "the suite's long forms and controls that plant bugs",
-        "20 min",
+    "push": Stage("make test-push", "the tier that every push must prove", "15 min"),
+    "native": Stage(
+        _tier("tests/unit/server/native tests/unit/server/engine/test_backends.py"),
+        "kernels: each instruction set, ARM under QEMU, matrix registers, prebuilt libraries",
+        "5 min",
+        (
+            _NATIVE,
+            "tests/unit/server/native",
+            "tests/arm",
+            "tests/unit/server/engine/test_backends.py",
+        ),
+    ),
+    "cuda": Stage(
+        _tier("tests/unit/server/cuda"),
+        "the CUDA backend on a simulated card, kernels within their budgets",
+        "2 min",
+        (
+            "server/veneer_server/backends/cuda",
+            "server/veneer_server/step",
+            "tests/gpu",
+            "tests/unit/server/cuda",
+        ),
+    ),
+    "training": Stage(
+        _tier("tests/unit/train"),
+        "veneer-train: runs, resumes, exports, labs, the judges of answers",
+        "3 min",
+        ("training", "clients", "adapters_registry", "examples/adapters", "tests/unit/train"),
+    ),
+    "loadtest": Stage(
+        _tier("tests/unit/loadtest"),
+        "veneer-loadtest: figures, pages, peers, the simulator",
+        "2 min",
+        (
+            "loadtest",
+            "clients",
+            "server/veneer_server/engine",
+            "server/veneer_server/routing",
+            "server/veneer_server/step",
+            "tests/unit/loadtest",
+        ),
+    ),
+    "controls": Stage(
+        f"{_tier('tests')} " + " ".join(f"--ignore={folder}" for folder in _ELSEWHERE),
+        "planted bugs that tests must notice, llama.cpp, int8 inputs",
+        "5 min",
     ),
     "matrix": Stage(
         "make test-matrix",
@@ -110,7 +167,9 @@ STAGES: Final[Mapping[str, Stage]] = {
         f"{_ATTACKS} --busy", "the same beside a process that computes", "1 h"
     ),
     "attacks-bugs": Stage("make attacks-bugs", "each attack notices its planted bug", "40 min"),
-    "gpu-kernels": Stage("make gpu-kernels", "CUDA kernels in Triton's interpreter", "20 min"),
+    "gpu-kernels": Stage(
+        "make gpu-kernels", "every CUDA kernel in Triton's interpreter, then compiled", "20 min"
+    ),
     "docs": Stage("make docs-check", "every command of the docs, slow ones too", "hours"),
     "programs": Stage(
         f"make programs && {_PYTEST} tests/integration/test_programs.py",
@@ -140,6 +199,8 @@ STAGES: Final[Mapping[str, Stage]] = {
 }
 
 _COUNTS: Final = re.compile(r"^=*\s*((?:\d+ \w+(?:, )?)+)(?: in .*)?$")
+_SHOWN: Final = 80
+"""Lines of output that are printed of a stage that failed."""
 _RESULT, _DIGEST = 3, 7
 """Cells of a row, counted from what stands before the first bar."""
 _HEAD: Final = """\
@@ -186,6 +247,8 @@ def run(name: str, stage: Stage) -> tuple[bool, str]:
     commit = _git("rev-parse", "--short=8", "HEAD").strip()
     day = datetime.date.today().isoformat()
     print(f"{name}: {result}, {took}", flush=True)
+    if ended.returncode:
+        print(*text.splitlines()[-_SHOWN:], sep="\n", flush=True)
     cells = (f"`{name}`", stage.shows, result, took, day, commit, stage.digest(), cpu_name())
     return ended.returncode == 0, f"| {' | '.join(cells)} |"
 

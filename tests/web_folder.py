@@ -1,6 +1,6 @@
-"""A web server of folders with adapters, which can also behave badly: for tests of fetching.
+"""A web server for adapter folders that can also misbehave, for tests of fetching.
 
-It counts what it is asked, by host name and path, and with which token.
+It records each request: its path, host name and token.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Answer:
     """How one path is answered.
 
     Attributes:
-        status: 200, or another one.
-        length: Content-Length; None for the body's own, -1 for none.
+        status: HTTP status.
+        length: Content-Length; None: the body's length; -1: no header.
         body: bytes, or a generator of pieces that may never end.
-        headers: more of them.
+        headers: additional headers.
     """
 
     body: bytes | Callable[[], Iterator[bytes]] = b""
@@ -45,9 +45,9 @@ class WebFolder:
     """The server.
 
     Attributes:
-        answers: by path; others are 404.
-        asked: what has been asked so far.
-        port: of all addresses of ``localhost``.
+        answers: path -> answer; other paths are 404.
+        asked: requests so far.
+        port: port on all addresses of ``localhost``.
     """
 
     def __init__(self, port: int) -> None:
@@ -58,7 +58,7 @@ class WebFolder:
 
     @property
     def url(self) -> str:
-        """Beginning of its https URIs."""
+        """The beginning of its https URIs."""
         return f"https://localhost:{self.port}"
 
     def serve(self, path: str, folder: Path) -> None:
@@ -67,18 +67,18 @@ class WebFolder:
             self.answers[f"{path}/{file.name}"] = Answer(file.read_bytes())
 
     def paths(self) -> list[str]:
-        """The paths that were asked for, in order."""
+        """Return the requested paths, in order."""
         return [asked.path for asked in self.asked]
 
 
 def endless(ended: threading.Event, piece: bytes = b"x" * 65536) -> Iterator[bytes]:
-    """A body that never ends."""
+    """Yield a body that never ends."""
     while not ended.is_set():
         yield piece
 
 
 def dripping(ended: threading.Event, every_s: float = 0.05) -> Iterator[bytes]:
-    """A body of one byte now and then."""
+    """Yield a body of one byte now and then."""
     while not ended.wait(every_s):
         yield b"x"
 

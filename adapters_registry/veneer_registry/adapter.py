@@ -100,7 +100,7 @@ class BaseFingerprint:
 
 @dataclass(frozen=True, slots=True)
 class BaseSpec:
-    """What an adapter is checked against.
+    """The base model that adapters are checked against.
 
     Attributes:
         name: logical name of the base model, for messages.
@@ -111,7 +111,8 @@ class BaseSpec:
         names: other names that an adapter's config may use for this base: its hub name,
             its folder, names that the operator allows (`base_names`).
         vocabulary: `fingerprint.vocabulary_digest` of its folder.
-        folder: of its checkpoint, to compare an adapter's embeddings with; "" if there is none.
+        folder: the checkpoint's folder, for comparing an adapter's embeddings; "" if there is
+            none.
     """
 
     name: str
@@ -126,7 +127,7 @@ class BaseSpec:
 
 @dataclass(frozen=True, slots=True)
 class BaseClaim:
-    """What the publisher says about an adapter's base, besides what the adapter's files say.
+    """The publisher's statement about an adapter's base, in addition to the adapter's files.
 
     Attributes:
         same: the base that its config names is the served one, by another name.
@@ -138,14 +139,14 @@ class BaseClaim:
 
 
 NO_CLAIM: Final = BaseClaim()
-"""Nothing is said."""
+"""The publisher says nothing about the base."""
 
 
 BaseWord = Literal["", "fingerprint", "name", "rule", "publisher", "none"]
-"""What says that an adapter was trained on the served base: the fingerprint in its training
-manifest; the base's name in its config; a name that means the same base by a built-in rule
-(`base_names.is_copy`); the publisher (`BaseClaim.same`); nothing, only its shapes fit. "" if it
-was not asked."""
+"""The evidence that an adapter was trained on the served base: ``fingerprint``, in its training
+manifest; ``name``, the base's name in its config; ``rule``, a name in its config that means the
+same base by a built-in rule (`base_names.is_copy`); ``publisher``, who says so
+(`BaseClaim.same`); ``none``, only its shapes fit. "" if this was not checked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +171,7 @@ class LoraModule:
 
 @dataclass(frozen=True, slots=True)
 class AdapterManifest:
-    """What a validated adapter folder holds; derived from its content, never declared.
+    """The description of a validated adapter folder, derived from its content, never declared.
 
     Attributes:
         weights_digest: see `AdapterRef`.
@@ -183,8 +184,8 @@ class AdapterManifest:
         file_dtype: dtype of the tensors in the file ("mixed" if several).
         base_name: ``base_model_name_or_path`` as written; compared with the base's names,
             never fetched.
-        base_word: what says that it was trained on the served base; without one, what its
-            files say (`plain_word`).
+        base_word: the evidence that it was trained on the served base; without a served base,
+            the evidence in its files (`plain_word`).
         base_fingerprint: the base it was trained on, if its manifest says so.
         chat_template: template shipped with the adapter, or None.
         training: flat facts from ``training_manifest.json`` (metrics, origin).

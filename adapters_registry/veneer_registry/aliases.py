@@ -25,7 +25,7 @@ Targets = tuple[tuple[str, int], ...]
 
 
 class Aliases(Part):
-    """Changes of aliases. Each is one transaction, then one swap in the index."""
+    """Changes to aliases. Each is one transaction, then one swap in the index."""
 
     def set_alias(
         self,

@@ -25,9 +25,9 @@ _QUANTIZED: Final = re.compile(r"(?:-unsloth)?-bnb-4bit$")
 _MLX: Final = re.compile(r"-(?:[3468]bit|bf16|fp16)$")
 """The end of a copy's name in mlx-community."""
 _RENAMED: Final = re.compile(r"^meta-(?=llama-)")
-"""Meta's Llamas are known with and without it."""
+"""A prefix that Meta's Llamas are known with and without."""
 _COPIERS: Final = frozenset({"unsloth", "mlx-community"})
-"""Owners that publish copies of others' models, under the names of these."""
+"""Owners that publish copies of others' models under the original names."""
 
 _CACHED: Final = re.compile(r"(?:^|/)models--([^/]+?)--([^/]+)/snapshots/[^/]+$")
 """A folder of the hub's cache: its path holds owner and model, and ends in a commit."""
@@ -48,7 +48,7 @@ def known_names(name: str, folder: Path, *more: str) -> tuple[str, ...]:
 
 
 def _shown(name: str) -> str:
-    """A hub name unchanged; the model's name if it is a path."""
+    """Return a hub name unchanged, and only the model's name of a path."""
     text = name.strip().replace("\\", "/").rstrip("/")
     if cached := _CACHED.search(text):
         return f"{cached[1]}/{cached[2]}"
@@ -73,12 +73,12 @@ def is_named(name: str, names: Iterable[str]) -> bool:
 
 
 def is_copy(name: str, names: Iterable[str]) -> bool:
-    """Whether ``name`` is that of a copy of one of ``names``: the same model's name under any
+    """Whether ``name`` names a copy of one of ``names``: the same model's name under any
     owner, and perhaps quantized. ``unsloth/Llama-3.2-1B-Instruct-bnb-4bit`` is a copy of
     ``meta-llama/Llama-3.2-1B-Instruct``, and not of ``meta-llama/Llama-3.2-1B``.
 
-    Only names are compared: an owner may publish anything under a model's name. Hub names
-    count if there are any, since a folder may be called anything.
+    Only names are compared: an owner may publish anything under a model's name. If ``names``
+    has hub names, only they count, since a folder may be called anything.
     """
     names = tuple(names)
     model = _origin(name)
@@ -87,13 +87,13 @@ def is_copy(name: str, names: Iterable[str]) -> bool:
 
 
 def says_its_origin(name: str) -> bool:
-    """Whether a copy's name can be believed: that of a folder, or of an owner that publishes
-    copies under the names of what they were made from."""
+    """Whether a copy's name can be trusted to name the original: it is a folder's name, or its
+    owner publishes copies under the original names."""
     return _parts(name)[0] in {"", *_COPIERS}
 
 
 def _origin(name: str) -> str:
-    """The model's name, without what its copies add."""
+    """Return the model's name, without the affixes that copies add."""
     owner, model = _parts(name)
     model = _QUANTIZED.sub("", model)
     if owner == "mlx-community":

@@ -1,4 +1,4 @@
-"""What a revision is made of, and the document that names it."""
+"""The content of a revision, and the document whose SHA-256 names it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from veneer_registry.strict_json import canonical_json
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """What a revision is made of.
+    """The content of a revision: weights and other files, by digest.
 
     Attributes:
         weights: the weights digest.

@@ -107,7 +107,7 @@ def select_files(folder: Path) -> FileSelection:
 
 
 def _check_trainer(entries: Sequence[Path]) -> None:
-    """Refuse what `converting.convert_adapter` can make a PEFT folder of."""
+    """Refuse an adapter that `converting.convert_adapter` can turn into a PEFT folder."""
     for path in entries:
         if path.name == MLX_FILE:
             refuse(
@@ -125,7 +125,7 @@ def _check_trainer(entries: Sequence[Path]) -> None:
 
 
 def _instead(entries: Sequence[Path]) -> str:
-    """What a folder that is no adapter's may be, and what to do."""
+    """Say what a folder without an adapter may be, and what to do."""
     below = [path for path in entries if (path / REQUIRED_FILES[0]).is_file()]
     if below:
         return f", but the folder {show(below[0].name)} in it has one: give that"

@@ -41,8 +41,8 @@ class Catalog(CatalogReads):
     """The database at ``path``. Every method may be called from any thread.
 
     Attributes:
-        exclusive: held by whoever reads the index to decide on a change, until the change is
-            made.
+        exclusive: lock to hold from reading the index, to decide on a change, until the change
+            is made.
     """
 
     def __init__(self, path: Path, *, after_change: Callable[[int], None] = _nothing) -> None:
@@ -110,10 +110,12 @@ class Catalog(CatalogReads):
         """Called at the beginning of a change."""
 
     def _before_commit(self, number: int) -> None:
-        """Called with a change that is complete; it is rolled back if this raises."""
+        """Called when a change is complete, before its commit. If this raises, the change is
+        rolled back."""
 
     def follow(self, follower: Callable[[Foreign], None]) -> None:
-        """Call ``follower`` with what other processes change. Nobody else changes this one."""
+        """Call ``follower`` with the changes of other processes. Does nothing here, since no
+        other process changes this catalog."""
 
     def restore_labels(self) -> bool:
         """Rebuild the labels table from the revisions' rows if they differ, and return whether

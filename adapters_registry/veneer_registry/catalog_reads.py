@@ -1,4 +1,4 @@
-"""What the catalog is asked: names, revisions, aliases, history. See `catalog`."""
+"""The catalog's queries: names, revisions, aliases, history. See `catalog`."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ from veneer_registry.rows import (
 _log = logging.getLogger(__name__)
 
 _FEW: Final = 1000
-"""Up to how many revisions with a label are counted to find the rarer of two labels."""
+"""Limit when counting the revisions with each label, to find the rarest label."""
 
 _HEX: Final = re.compile(r"[0-9a-f]{64}")
 
 
 class CatalogReads:
-    """Queries. Any thread may ask; they never wait for a change."""
+    """The catalog's queries. Thread-safe; they never wait for a change."""
 
     _reader: Reader
     _urgent: Reader
@@ -62,21 +62,22 @@ class CatalogReads:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of all revisions; weights that several have count once."""
+        """Bytes of all revisions; weights shared by several count once."""
         query = "SELECT max(bytes) FROM revisions GROUP BY weights"
         return sum(size for (size,) in self._reader.rows(query))
 
     @property
     def empty(self) -> bool:
-        """Whether it has neither names nor revisions."""
+        """Whether the catalog has neither names nor revisions."""
         ((some,),) = self._reader.rows(
             "SELECT EXISTS (SELECT 1 FROM names) OR EXISTS (SELECT 1 FROM revisions)"
         )
         return not some
 
     def names(self, only: Collection[str] | None = None) -> Iterator[NameRow]:
-        """Names in order, for the index: all, or these. A damaged row is counted for the name
-        that it seems to be about, or for an empty name."""
+        """Yield names for the index: all, or only those in ``only``. Names come in order,
+        followed by any whose own row is missing or damaged. A damaged row counts towards the
+        name that it seems to be about, or towards an empty name."""
         chosen = _among(only)
         aliases, damage = self._aliases(only)
         shared = self._shared(only)
@@ -126,7 +127,7 @@ class CatalogReads:
         return count
 
     def aliases(self) -> tuple[AliasRow, ...]:
-        """Every alias whose row is sound, by name and alias."""
+        """Return every alias with an undamaged row, ordered by name and alias."""
         return tuple(alias for group in self._aliases()[0].values() for alias in group)
 
     def _aliases(
@@ -187,8 +188,8 @@ class CatalogReads:
         return tuple(history_row(row) for row in rows)
 
     def vanished(self, revisions: Set[str]) -> set[str]:
-        """Which of these revisions, which no row names, should have a row: the history
-        records that they were published and not that they ended."""
+        """Return those of ``revisions`` (none of them is in a row) that should have a row: the
+        history records that they were published, and not that they ended."""
         last: dict[tuple[str, str], str] = {}
         events = ", ".join(f"'{event}'" for event in (*ENDS, *BEGINNINGS))
         for name, revision, event in self._reader.rows(
@@ -200,8 +201,8 @@ class CatalogReads:
         return {revision for (_, revision), event in last.items() if event in BEGINNINGS}
 
     def revisions_of(self, name: str) -> set[str]:
-        """All revisions of a name, including those in damaged rows and those that, by the
-        history, were published and have not ended."""
+        """Return all revisions of a name, including those in damaged rows and those that were
+        published and have not ended according to the history."""
         rows = self._reader.rows("SELECT revision FROM revisions WHERE name = ?", (name,))
         found = {text for (text,) in rows if isinstance(text, str) and _HEX.fullmatch(text)}
         for _, *values, digest in self._reader.rows(
@@ -242,7 +243,7 @@ class CatalogReads:
         return row
 
     def revisions(self, name: str) -> tuple[RevisionRow, ...]:
-        """All revisions of a name whose row is sound, newest first."""
+        """Return all revisions of a name that have an undamaged row, newest first."""
         rows = self._reader.rows(
             f"SELECT {COLUMNS} FROM revisions r JOIN names n ON n.name = r.name "  # nosec B608 # names of ours
             "WHERE r.name = ? ORDER BY r.sequence DESC",
@@ -253,8 +254,9 @@ class CatalogReads:
     def page(
         self, prefix: str, labels: Mapping[str, str], after: str, limit: int
     ) -> tuple[RevisionRow, ...]:
-        """Current revisions in name order that carry all of ``labels``, of names that start
-        with ``prefix`` and come after ``after``. Damaged rows are left out."""
+        """Return up to ``limit`` current revisions that carry all of ``labels``, in name order,
+        for names that start with ``prefix`` and come after ``after``. Damaged rows are left
+        out."""
         pairs = self._rarest_first(labels)
         first, at = "names n", "n"
         if pairs:
@@ -288,7 +290,7 @@ class CatalogReads:
         return found
 
     def _rarest_first(self, labels: Mapping[str, str]) -> list[tuple[str, str]]:
-        """Pairs of a filter, the one that the fewest revisions have first."""
+        """Return the filter's pairs, the one that the fewest revisions have first."""
         if len(labels) < 2:
             return list(labels.items())
 
@@ -301,5 +303,5 @@ class CatalogReads:
 
 
 def _among(names: Collection[str] | None) -> str:
-    """A condition on the name of a row, which takes the names as its parameters."""
+    """SQL condition for rows with these names, which are its parameters; "" if None."""
     return "" if names is None else f" WHERE name IN ({', '.join('?' * len(names))})"

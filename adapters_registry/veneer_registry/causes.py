@@ -1,4 +1,4 @@
-"""What an unexpected error says, without the paths that only the operator may read."""
+"""The message of an unexpected error, without full paths, which only the operator may see."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 
 def cause_of(error: BaseException) -> str:
-    """An error's own words; of a path only the last part, so callers may read it."""
+    """Return the error's message. Paths are cut to their last part, so callers may see it."""
     if not isinstance(error, OSError) or not error.strerror:
         return str(error)
     name = os.path.basename(os.fsdecode(error.filename)) if error.filename else ""

@@ -1,4 +1,4 @@
-"""The changes that one transaction of the catalog may make, all or none."""
+"""A transaction of the catalog, and the changes that it may make: all or none."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LINES: Final = 1000
 
 
 class Change:
-    """Made by `Catalog.change`, and valid inside its block.
+    """One transaction of the catalog. Made by `Catalog.change`, and valid inside its block.
 
     Attributes:
         number: larger than that of any earlier change, even across deletions. It becomes the
@@ -101,7 +101,7 @@ class Change:
 
     def _update_name(self, name: str, assignment: str, *values: object) -> None:
         """Change a name's row and give it this change's number as its generation. A damaged
-        row stays as it is: a new digest would make it look whole."""
+        row is refused: a new digest would make it look intact."""
         self._check_name(name)
         self._db.execute(
             f"UPDATE names SET {assignment}, generation = ? WHERE name = ?",  # nosec B608 # names of ours
@@ -148,7 +148,8 @@ class Change:
     # ------------------------------------------------------------ labels, retention
 
     def set_labels(self, name: str, revision: str, labels: Mapping[str, str]) -> None:
-        """Replace the labels of a revision whose row was just read and is sound."""
+        """Replace a revision's labels. The caller has just read its row, and it is
+        undamaged."""
         self._db.execute(
             "UPDATE revisions SET labels = ?1, digest = row_digest('revisions', name, "
             "revision, weights, base, created, ?1, bytes, sequence, manifest_sha256) "
@@ -185,7 +186,7 @@ class Change:
         self._update_name(name, "retain = ?", retain)
 
     def set_shared(self, name: str, shared: bool) -> None:
-        """Let other tenants use a name, or no longer."""
+        """Set whether other tenants may use a name."""
         self._db.execute("DELETE FROM shared WHERE name = ?", (name,))
         if shared:
             self.share(name)
@@ -232,7 +233,7 @@ class Change:
         self.forget_files([weights])
 
     def release(self, weights: str) -> bool:
-        """Take weights that are whole out of quarantine. True if they were in it."""
+        """Delete the record that weights are in quarantine. Return True if there was one."""
         return (
             self._db.execute("DELETE FROM quarantine WHERE weights = ?", (weights,)).rowcount
             > 0

@@ -28,14 +28,15 @@ _sequence: Final = operator.itemgetter(8)
 
 
 def newest_first(rows: list[tuple[Any, ...]]) -> tuple[tuple[str, str, str], ...]:
-    """(revision, weights, base) of rows of digest and `REVISION`; sorts ``rows`` in place."""
+    """Return (revision, weights, base) of each row, newest first. A row has the digest and then
+    the columns of `REVISION`. Sorts ``rows`` in place."""
     if len(rows) > 1:
         rows.sort(key=_sequence, reverse=True)
     return tuple([(row[2], row[3], row[4]) for row in rows])
 
 
 def revision_rows(rows: list[tuple[Any, ...]]) -> tuple[RevisionRow, ...]:
-    """The undamaged rows."""
+    """Parse rows of `COLUMNS`. Damaged ones are logged and left out."""
     found = tuple(row for row in map(revision_row, rows) if row is not None)
     if len(found) < len(rows):
         _log.error(
@@ -47,7 +48,7 @@ def revision_rows(rows: list[tuple[Any, ...]]) -> tuple[RevisionRow, ...]:
 
 
 def revision_row(row: tuple[Any, ...]) -> RevisionRow | None:
-    """A row of `COLUMNS`; None if it is damaged."""
+    """Parse a row of `COLUMNS`; None if it is damaged."""
     *values, digest, manifest, current, generation = row
     if digest != row_digest("revisions", *values) or values[-1] != text_digest(manifest):
         return None
@@ -67,7 +68,8 @@ def revision_row(row: tuple[Any, ...]) -> RevisionRow | None:
 
 
 def history_row(row: tuple[Any, ...]) -> HistoryRow:
-    """A line of the history; of a damaged one, its number and that it is damaged."""
+    """Parse a line of the history. A damaged line keeps its number and says that it is
+    damaged."""
     number, *values, digest = row
     if digest != row_digest("history", *values):
         return HistoryRow(number, 0.0, "", "damaged", "", SERVER, "this line is damaged")
@@ -76,7 +78,7 @@ def history_row(row: tuple[Any, ...]) -> HistoryRow:
 
 
 def alias_row(row: tuple[Any, ...]) -> AliasRow | None:
-    """A row of the aliases table, all columns; None if it is damaged."""
+    """Parse a row of the aliases table (all columns); None if it is damaged."""
     *values, digest = row
     if digest != row_digest("aliases", *values):
         return None
@@ -89,7 +91,7 @@ def _targets(text: str) -> tuple[tuple[str, int], ...]:
 
 
 def sound_name(value: object) -> str:
-    """A name from a possibly damaged row; "" if no adapter can have that name."""
+    """Return the name in a possibly damaged row, or "" if no adapter can have that name."""
     try:
         return check_name(value) if isinstance(value, str) else ""
     except InvalidField:

@@ -1,4 +1,4 @@
-"""How every package here starts a Python child process."""
+"""The command with which every package here starts a Python child process."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import sys
 
 
 def child_python(*arguments: str) -> list[str]:
-    """This interpreter with ``arguments``, without the current folder on its path.
+    """Return the command for this interpreter with ``arguments``, but without the current
+    folder on its path.
 
     ``-m`` and ``-c`` put the current folder first on `sys.path`: a ``numpy.py`` in the folder
     that a server is started from would run inside the engine. ``-P`` leaves it out. ``-I``

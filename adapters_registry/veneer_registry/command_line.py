@@ -29,7 +29,7 @@ _BREAK: Final = re.compile(r" (?=--?[a-zA-Z])")
 
 
 _MOST_MEANT: Final = 3
-"""Suggestions for an unknown command."""
+"""The most suggestions to show for an unknown command."""
 
 
 def _near(word: str, names: Iterable[str]) -> list[str]:
@@ -37,7 +37,7 @@ def _near(word: str, names: Iterable[str]) -> list[str]:
 
 
 def _paths(group: Any, path: str) -> Iterator[tuple[str, str]]:
-    """Every command below a group: how it is called, and its own name."""
+    """Yield every command below a group as (full path, own name)."""
     for name, command in getattr(group, "commands", {}).items():
         if not command.hidden:
             yield f"{path} {name}", name
@@ -63,11 +63,11 @@ class Command(_Shown, TyperCommand):
     """A command of a program."""
 
     after_too_many = ""
-    """What follows the error for an argument too many: its usual cause, if there is one."""
+    """Appended to the error for too many arguments: the usual cause, if there is one."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """As Typer's; a wrong value is refused without the prefix that Typer's parser adds,
-        and an argument too many with `after_too_many`."""
+        """Like Typer's, but the error for a wrong value lacks the prefix of Typer's parser, and
+        the error for too many arguments ends with `after_too_many`."""
         try:
             return super().parse_args(ctx, args)
         except TyperException as error:
@@ -79,7 +79,7 @@ class Command(_Shown, TyperCommand):
 
 
 class TextCommand(Command):
-    """One with an argument that is text."""
+    """A command with an argument that is free text."""
 
     after_too_many = ": put text with spaces in quotes"
 
@@ -88,11 +88,11 @@ class CommandGroup(_Shown, TyperGroup):
     """A program, or a group of its commands."""
 
     guesses: Mapping[str, str] = {}
-    """Words that people try, with the command line that they mean."""
+    """Word that people try -> the command line that they mean."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """As Typer's; an unknown command is answered with the one that was probably meant,
-        also if that is in another group of the program."""
+        """Like Typer's, but the error for an unknown command suggests the one that was probably
+        meant, even if that is in another group of the program."""
         word = args[0]
         unknown = self.get_command(ctx, word) is None and not word.startswith("-")
         if unknown and not ctx.resilient_parsing:
@@ -102,7 +102,8 @@ class CommandGroup(_Shown, TyperGroup):
         return super().resolve_command(ctx, args)
 
     def meant(self, ctx: Any, word: str) -> list[str]:
-        """The command lines that an unknown ``word`` probably means; [] if none is like it."""
+        """Return the command lines that an unknown ``word`` probably means; [] if none is
+        similar."""
         if word in self.guesses:
             return [self.guesses[word]]
         root = ctx.find_root()
@@ -146,7 +147,7 @@ class Program(typer.Typer):
         **more: Any,
     ) -> None:
         """Args:
-        guesses: words that people try instead of its commands, with what they mean.
+        guesses: word that people try instead of a command -> the command line they mean.
         """
         group = more.pop("cls", CommandGroup)
         super().__init__(
@@ -164,13 +165,13 @@ class Program(typer.Typer):
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the program, with the process's arguments unless others are given. What it prints
-        of other people is shown by a terminal, not obeyed."""
+        """Run the program, with the process's arguments unless others are given. Untrusted text
+        in its output cannot control a terminal (see `terminal`)."""
         with guarded(), whole_words():
             return super().__call__(*args, **kwargs)
 
     def command(self, name: str | None = None, **more: Any) -> Callable[[Any], Any]:
-        """As `typer.Typer.command`."""
+        """Like `typer.Typer.command`."""
         return super().command(name, cls=more.pop("cls", Command), **more)
 
 
@@ -181,7 +182,8 @@ def with_parameters(
     which Typer reads the flags.
 
     Args:
-        before: the command's own parameter that follows them in the help; None: put them last.
+        before: the command's own parameter that comes after them in the help; None puts them
+            last.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:

@@ -1,17 +1,17 @@
-"""Adapters that mlx-lm and llama.cpp write, as the PEFT folders that a server accepts.
+"""Converts adapters from mlx-lm and llama.cpp into PEFT folders, which a server accepts.
 
 mlx-lm (facts from its ``tuner/lora.py``): ``adapters.safetensors`` has ``lora_a`` [inputs,
 rank] and ``lora_b`` [rank, outputs], the transposes of PEFT's, and computes y + ``scale`` (x a)
-b. Its rotary halves lie as PEFT's do. ``alpha`` has had no effect since 0.14.
+b. Rotary halves are in the same order as PEFT's. ``alpha`` has had no effect since 0.14.
 
 llama.cpp (``convert_lora_to_gguf.py`` and ``llama-adapter.cpp``): a GGUF file has PEFT's A as
 ``NAME.lora_a`` and its B as ``NAME.lora_b``, and scales by ``adapter.lora.alpha`` / rank, or
-not at all if that is 0. For a ``llama`` the rows of q and k are interleaved within each
-head (see `gguf_adapter`): that is undone here, which takes the numbers of heads.
+not at all if that is 0. For the architecture ``llama`` the rows of q and k are interleaved
+within each head (see `gguf_adapter`): that is undone here, which needs the numbers of heads.
 
-The files are strangers'. Both headers are read by our own bounded readers: the package ``gguf``
-loops as often as a file says, and the client does not need it otherwise. Matrices are written
-one by one.
+The files are untrusted. Both headers are read by our own bounded readers: the package ``gguf``
+loops as often as a file says, and the client does not need it for anything else. Matrices are
+written one by one.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ Bits = npt.NDArray[Any]
 """A matrix of float32 or float16, or of uint16 that holds raw bfloat16."""
 
 _MOST_MATRIX: Final = 256 << 20
-"""Bytes of a matrix, which is held in memory: rank 4,096 and 16,384 inputs in float32."""
+"""Most bytes of a matrix, which is held in memory: rank 4,096, 16,384 inputs, in float32."""
 
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """What was converted.
+    """Result of a conversion.
 
     Attributes:
         modules: adapted projections.
@@ -70,7 +70,7 @@ class Converted:
 
 @dataclass(frozen=True, slots=True)
 class _Matrix:
-    """One A or B as PEFT has it: where it is and how it is read."""
+    """One A or B in PEFT's layout, with the function that reads it."""
 
     dtype: str
     shape: tuple[int, int]
@@ -79,11 +79,11 @@ class _Matrix:
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """A foreign adapter.
+    """An adapter in another trainer's format.
 
     Attributes:
         matrices: A and B by layer and projection.
-        scaling: of a module of that rank.
+        scaling: rank of a module -> its scaling.
     """
 
     kind: Kind
@@ -98,13 +98,13 @@ def convert_adapter(source: Path, out: Path, *, base: Path | None = None) -> Con
     `check_adapter`. ``out`` appears complete at the end, or not at all.
 
     Args:
-        source: a folder of mlx-lm's, or a LoRA in a GGUF file (or a folder with one).
+        source: a folder that mlx-lm wrote, or a LoRA in a GGUF file (or a folder with one).
         base: Hugging Face folder of the base, or its config.json: for the numbers of heads
             that a GGUF file for ``llama`` lacks.
 
     Raises:
-        InvalidField: ``out`` exists, or ``base`` is missing or no such folder.
-        AdapterInvalid: it is not an adapter that can be converted; says why.
+        InvalidField: ``out`` exists, or ``base`` is missing or not such a folder.
+        AdapterInvalid: ``source`` cannot be converted; the message says why.
     """
     if out.exists():
         raise InvalidField(
@@ -125,7 +125,7 @@ def convert_adapter(source: Path, out: Path, *, base: Path | None = None) -> Con
 
 @contextmanager
 def _opened(source: Path, base: Path | None) -> Iterator[_Read]:
-    """What the adapter at ``source`` has, while its file is open."""
+    """Open and parse the adapter at ``source``. Its matrices can be read inside the block."""
     if source.is_dir():
         names = {path.name for path in source.iterdir()}
         ggufs = sorted(name for name in names if name.lower().endswith(".gguf"))
@@ -152,10 +152,10 @@ def _opened(source: Path, base: Path | None) -> Iterator[_Read]:
 
 
 def _rank(at: tuple[int, Projection], pair: Mapping[Side, _Matrix]) -> int:
-    """The rank of a module; refuses one that lacks a side or has two ranks."""
+    """Return the rank of a module; refuse one that lacks A or B, or has two ranks."""
     path = module_path(*at)
     if len(pair) != 2:
-        refuse(WEIGHTS_FILE, f"{path} has one matrix of A and B; save the adapter again")
+        refuse(WEIGHTS_FILE, f"{path} has only one of A and B; save the adapter again")
     rank, other = pair["A"].shape[0], pair["B"].shape[1]
     if rank != other or not 1 <= rank <= MAX_RANK:
         refuse(
@@ -189,7 +189,7 @@ def _write_config(path: Path, read: _Read, ranks: Mapping[tuple[int, Projection]
 
 
 def _alpha(scaling: float, rank: int) -> float:
-    """The alpha whose alpha / rank is the scaling, to the last bit if there is one."""
+    """Return an alpha such that alpha / rank is the scaling, to the last bit if possible."""
     near = scaling * rank
     for alpha in (near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf)):
         if alpha / rank == scaling:
@@ -219,7 +219,7 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 
 def _bits(file: BinaryIO, name: str, dtype: str, shape: tuple[int, ...], at: int) -> Bits:
-    """A matrix of a file, as it is there."""
+    """Read a matrix from a file, in the file's dtype and layout."""
     stored = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[dtype]
     size = math.prod(shape) * np.dtype(stored).itemsize
     return np.frombuffer(_bytes(file, name, at, size), stored).reshape(shape)
@@ -323,14 +323,14 @@ _NUMBERS: Final = {
     11: "<q",
     12: "<d",
 }
-"""Types of metadata, but for strings (8) and arrays (9)."""
+"""Metadata type -> `struct` format, for all types except strings (8) and arrays (9)."""
 _TYPES: Final = {0: "F32", 1: "F16", 30: "BF16", 8: "Q8_0"}
-"""ggml's types of matrices that llama.cpp's converter writes."""
+"""ggml's types for the matrices that llama.cpp's converter writes."""
 _GGUF_NAME: Final = re.compile(
     r"blk\.(?P<layer>0|[1-9][0-9]{0,3})\.(?P<part>[a-z_]+)\.weight\.lora_(?P<side>[ab])"
 )
 _BLOCK: Final = 32
-"""Numbers of a block of Q8_0: a scale in float16, then as many int8."""
+"""Numbers in a Q8_0 block, which has a float16 scale and then this many int8."""
 
 _PROJECTIONS: Final[Mapping[str, Projection]] = {
     "attn_q": "q_proj",
@@ -343,11 +343,11 @@ _PROJECTIONS: Final[Mapping[str, Projection]] = {
 }
 _OWN_BASE: Final = "give --base with the base that it was trained on"
 _ARCHITECTURES: Final = {"llama": True, "qwen2": False, "qwen3": False}
-"""Whether llama.cpp interleaves the rows of q and k."""
+"""Architecture -> whether llama.cpp interleaves the rows of q and k."""
 
 
 class _Cursor:
-    """Reads a GGUF header; never past the bytes that were read for it."""
+    """Reads values from the bytes of a GGUF header, and never past their end."""
 
     def __init__(self, data: bytes, name: str) -> None:
         self._data, self._name, self.at = data, name, 0
@@ -372,7 +372,7 @@ class _Cursor:
         return self.take(self.number("<Q")).decode("utf-8", "replace")
 
     def value(self, kind: int, depth: int = 0) -> Any:
-        """A value of metadata; of an array, its length, since none is needed."""
+        """Read a metadata value. Return only the length of an array, since none is needed."""
         if kind == 8:
             return self.text()
         if kind in _NUMBERS:
@@ -390,7 +390,7 @@ class _Cursor:
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
-    """Where a GGUF file has a matrix [rows, columns]."""
+    """A matrix [rows, columns] in a GGUF file, and its offset there."""
 
     name: str
     kind: str
@@ -447,7 +447,7 @@ def _read_gguf(path: Path, file: BinaryIO, base: Path | None) -> _Read:
 
 
 def _gguf_header(name: str, file: BinaryIO) -> tuple[dict[str, Any], tuple[_Tensor, ...]]:
-    """Metadata and matrices of a file whose claims were checked against its size."""
+    """Read a file's metadata and list its matrices, checking its claims against its size."""
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
     cursor = _Cursor(file.read(_MOST_HEADER), name)
@@ -522,7 +522,8 @@ def _stored(file: BinaryIO, name: str, tensor: _Tensor) -> Bits:
 
 
 def _heads(name: str, base: Path | None) -> tuple[int, Mapping[Projection, tuple[int, int]]]:
-    """Inputs of q and k, and the heads of each with their rows, from the base's config.json."""
+    """Read the base's config.json. Return (inputs of q and k, projection -> (number of heads,
+    rows of each))."""
     if base is None:
         raise InvalidField(
             f"{name} interleaves the rows of each attention head, and does not say how many "
@@ -559,7 +560,7 @@ def _heads(name: str, base: Path | None) -> tuple[int, Mapping[Projection, tuple
 
 
 def _separated(name: str, matrix: _Matrix, heads: int, head_rows: int) -> _Matrix:
-    """B with the rows of each head in PEFT's order: all of the first half, then the second."""
+    """Return B with the rows of each head in PEFT's order: first half, then second half."""
     rows, rank = matrix.shape
     if rows != heads * head_rows or head_rows % 2:
         refuse(
@@ -575,7 +576,8 @@ def _separated(name: str, matrix: _Matrix, heads: int, head_rows: int) -> _Matri
 
 
 def _gguf_base(facts: Mapping[str, Any]) -> str:
-    """The base's hub name, from the address that llama.cpp's converter copies from a card."""
+    """Return the base's hub name, from the URL in the adapter's model card, which llama.cpp's
+    converter copies; "" if there is none."""
     url = facts.get("general.base_model.0.repo_url")
     parts = url.rstrip("/").split("/")[-2:] if isinstance(url, str) else []
     return "/".join(parts) if len(parts) == 2 and all(parts) else ""

@@ -1,9 +1,9 @@
 """State that the parts of the registry share: folder, catalog, index; and reading a row.
 
 Two locks: every change of store or catalog holds `changes` for as long as it takes; the index
-has its own lock, which is never held across a system call. Where several processes have one
-catalog, `changes` keeps the others out too, and whoever gets it finds their changes in the
-index.
+has its own lock, which is never held across a system call. Where several processes share one
+catalog, `changes` keeps the other processes out too, and once it is acquired the index has
+their changes.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ class Core:
     """Owner of a data folder's parts; `Registry` opens and closes it.
 
     Attributes:
-        base_id: identity of the base, for whether an adapter was checked against it.
-        retain: superseded revisions that a name keeps, unless it sets its own number.
+        base_id: identity of the base; shows whether an adapter was checked against it.
+        retain: how many superseded revisions a name keeps, unless it sets its own number.
         clock: returns Unix seconds.
-        read: checks the files of an upload, as `format.read_upload`.
-        close: closes what else belongs to the catalog and the store.
-        watchers: called with what other processes did; see `Registry.watch`.
+        read: checks the files of an upload, as `format.read_upload` does.
+        close: closes everything else that belongs to the catalog and the store.
+        watchers: called with the changes of other processes; see `Registry.watch`.
     """
 
     lock: OwnerLock
@@ -74,7 +74,7 @@ class Core:
 
     @property
     def changes(self) -> Exclusive:
-        """Held for every change; see the module docstring."""
+        """The lock that is held for every change; see the module docstring."""
         return self.catalog.exclusive
 
     def change(self, who: Who) -> AbstractContextManager[Change]:
@@ -157,18 +157,18 @@ class Core:
         return needed
 
     def sweep_quietly(self) -> None:
-        """`sweep` after a change, which stands even if this fails: content that cannot be
-        removed now is tried again later."""
+        """`sweep` after a change, but only log a failure, since the change itself stands.
+        Content that could not be removed is tried again later."""
         try:
             self.sweep()
         except (VeneerError, OSError, sqlite3.Error) as error:
             _log.warning("unneeded content stays on disk for now: %s", error)
 
     def drop_superseded(self, name: str, entry: Entry, dropped: Iterable[AdapterRef]) -> None:
-        """Forget revisions that ``entry``, which is in the index already, does not hold.
+        """Forget revisions that ``entry`` no longer has.
 
-        Must come after the change of the index: a request that found one of them before then
-        looks the name up again and gets the new one.
+        ``entry`` must be in the index already: a request that found one of these revisions
+        before that looks the name up again and gets the new one.
         """
         dropped = tuple(dropped)
         with self.change(SERVER) as change:
@@ -187,7 +187,7 @@ class Core:
                 _log.warning("%s is still registered in the store: %s", name, error)
 
     def register(self, row: RevisionRow) -> None:
-        """Copy what the catalog says about a revision beside its bundle."""
+        """Write a copy of a revision's catalog row beside its bundle."""
         try:
             self.store.register(row.revision, *registration.write(row))
         except VeneerError as error:

@@ -1,4 +1,4 @@
-"""Connections to the catalog's database, and what SQLite's errors mean."""
+"""Connections to the catalog's database that turn SQLite's errors into ours."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _DAMAGE: Final = re.compile(r"no such (table|column)|malformed")
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """A connection that any thread may use, one thread at a time."""
+    """Open a connection that any thread may use, one at a time."""
     connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
     try:
         connection.execute("PRAGMA journal_mode=WAL")
@@ -85,7 +85,7 @@ class Reader:
     def rows(
         self, sql: str, parameters: Collection[object] | None = None
     ) -> list[tuple[Any, ...]]:
-        """All rows of a query. Raises as `database_errors`."""
+        """Return all rows of a query. Raises the errors of `database_errors`."""
         parameters = tuple(parameters or ())
         with self._lock, database_errors(self._path):
             try:

@@ -1,5 +1,5 @@
-"""Changes of what is registered, except aliases: labels, retention, current revision,
-deletion, quarantine."""
+"""Changes to registered names and revisions, except aliases: labels, retention, sharing, the
+current revision, deletion, quarantine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MOST_RETAIN: Final = 1000
 
 
 class Editing(Part):
-    """Changes of revisions and names. Each is one transaction, then one swap in the index."""
+    """Changes to revisions and names. Each is one transaction, then one swap in the index."""
 
     def update(
         self,
@@ -45,7 +45,7 @@ class Editing(Part):
 
         Args:
             labels, remove_labels: labels to set, and labels to remove.
-            retain: superseded revisions that the name keeps; any beyond are dropped at once.
+            retain: how many superseded revisions the name keeps; others are dropped at once.
             current: make this revision the current one.
             shared: whether other tenants of the server may use the name.
             etag: if not empty, the name's etag must equal it.
@@ -217,7 +217,8 @@ class Editing(Part):
     ) -> tuple[AdapterRef, ...]:
         """Stop serving damaged weights until they are pushed again.
 
-        Returns the revisions that have them; empty if they were in quarantine already.
+        Returns the revisions that have them; empty if there are none, if the weights were in
+        quarantine already, or if an intact copy replaced them.
         """
         core = self._core
         with core.changes:
@@ -242,7 +243,7 @@ class Editing(Part):
 
 
 def _forgetting(alias: AliasRow, gone: Sequence[str]) -> AliasRow:
-    """The alias, no longer able to roll back if a previous target is among ``gone``."""
+    """Return the alias. If a previous target is among ``gone``, it can no longer roll back."""
     if any(revision in gone for revision, _ in alias.previous):
         return dataclasses.replace(alias, previous=())
     return alias

@@ -2,7 +2,7 @@
 
 PEFT adds them by itself when a vocabulary was resized, or a base's config could not be read,
 whether or not they were trained. Those that equal the base's are left out of the adapter. A
-trained one is refused: the base that is served has its own.
+trained one is refused, since requests are served with the base's own.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from veneer_registry.weights import WEIGHTS_FILE, Pieces
 _CHUNK: Final = 1 << 20
 _ITEM: Final = {"F32": 4, "F16": 2, "BF16": 2}
 _TIED: Final = "model.embed_tokens.weight"
-"""The base's head where its checkpoint has none."""
+"""Used as the base's head if its checkpoint has none."""
 _REMEDY: Final = (
     "train without embed_tokens and lm_head (not in modules_to_save, no added tokens)"
 )
@@ -46,7 +46,7 @@ Floats = npt.NDArray[np.float32]
 def split_embeddings(
     header: SafetensorsHeader,
 ) -> tuple[SafetensorsHeader, tuple[TensorInfo, ...]]:
-    """A header without whole embeddings and heads, and these."""
+    """Split a header into (header without whole embeddings and heads, those tensors)."""
     rest, found = {}, []
     for name, tensor in header.tensors.items():
         if embedding_name(name) is None:
@@ -61,12 +61,12 @@ def check_embeddings(
 ) -> tuple[str, ...]:
     """Refuse embeddings that differ from the base's. Returns a note on those that do not.
 
-    Fewer rows than the base has are no difference: a trainer cut off tokens that the base
+    Having fewer rows than the base is no difference: a trainer cut off tokens that the base
     only has for padding. Reads both sides piece by piece, in constant memory.
 
     Args:
         pieces: reads a tensor of the adapter's file; see `weights.read_pieces`.
-        base: None says only that they will be compared.
+        base: None compares nothing; the note then says that the server will.
 
     Raises:
         AdapterInvalid: one differs, has more rows than the base's, or cannot be compared.
@@ -86,8 +86,8 @@ def check_embeddings(
 
 
 def drop_embeddings(folder: Path) -> None:
-    """Rewrite a checked adapter's weights file without embeddings; does nothing without any.
-    The old file is replaced, not written to: it may be a link into the store."""
+    """Rewrite a checked adapter's weights file without embeddings, if it has any. The old file
+    is replaced, not written to: it may be a link into the store."""
     path = folder / WEIGHTS_FILE
     with path.open("rb") as file:
         header = read_header(file, WEIGHTS_FILE)
@@ -149,7 +149,8 @@ def _compare(pieces: Pieces, tensor: TensorInfo, base: BaseSpec) -> None:
 
 @contextmanager
 def _opened(base: BaseSpec, name: str) -> Iterator[tuple[io.BufferedReader, TensorInfo]]:
-    """The base's own tensor of that name, in its checkpoint."""
+    """Find the base's own tensor of that name. Yields the open checkpoint file and the tensor's
+    place in it."""
     found: dict[str, tuple[Path, TensorInfo]] = {}
     try:
         for path in weight_files(Path(base.folder)) if base.folder else ():
@@ -157,7 +158,7 @@ def _opened(base: BaseSpec, name: str) -> Iterator[tuple[io.BufferedReader, Tens
                 tensors = read_header(file, path.name, CHECKPOINT_LIMITS).tensors
             found |= {each: (path, tensors[each]) for each in (name, _TIED) if each in tensors}
     except (VeneerError, OSError):
-        found.clear()  # it is gone, or in part; its path is not for the caller
+        found.clear()  # the checkpoint is gone or incomplete; callers must not see its path
     place = found.get(name) or found.get(_TIED)
     if place is None or place[1].dtype not in _ITEM or len(place[1].shape) != 2:
         refuse(
@@ -172,7 +173,7 @@ def _opened(base: BaseSpec, name: str) -> Iterator[tuple[io.BufferedReader, Tens
 
 
 def _floats(data: bytes | memoryview, dtype: str) -> Floats:
-    """The numbers in float32, exactly."""
+    """Convert to float32, exactly."""
     if dtype == "BF16":
         # A bfloat16 is the upper half of a float32.
         return (np.frombuffer(data, "<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
@@ -180,7 +181,7 @@ def _floats(data: bytes | memoryview, dtype: str) -> Floats:
 
 
 def _cast(numbers: Floats, dtype: str) -> Floats:
-    """Rounded to the dtype that a trainer loaded the base in."""
+    """Round to the dtype in which a trainer loaded the base. The result is float32 again."""
     if dtype == "BF16":
         return _floats(to_bfloat16(numbers).tobytes(), dtype)
     if dtype == "F16":

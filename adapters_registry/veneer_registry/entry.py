@@ -15,7 +15,7 @@ from veneer_registry.rows import AliasRow
 from veneer_registry.strict_json import show
 
 _LEAST_DIGITS: Final = 4
-"""Fewest digits of a revision that a person may type, where no other one begins with them."""
+"""Fewest digits of a revision that a person may type; no other revision may begin with them."""
 _PREFIX: Final = re.compile(rf"[0-9a-f]{{{_LEAST_DIGITS},64}}")
 
 
@@ -28,7 +28,7 @@ class Entry:
         revisions: all kept revisions, newest first.
         generation: the etag, as a number.
         foreign: revisions that were checked against another base.
-        retain: superseded revisions to keep; None means the server's default.
+        retain: how many superseded revisions to keep; None means the server's default.
         aliases: sorted by name; each target is among `revisions`.
         shared: whether other tenants of the server may use the name.
     """
@@ -50,8 +50,9 @@ class Entry:
         return tuple(a.alias for a in self.aliases if revision in dict(a.targets))
 
     def beyond(self, retain: int) -> tuple[AdapterRef, ...]:
-        """Superseded revisions beyond ``retain``, which are to be dropped. Targets of an alias
-        stay, and so do its previous ones, since its last move can be rolled back."""
+        """Return the superseded revisions beyond ``retain``, which are to be dropped. Targets
+        of an alias stay, and so do its previous ones, since its last move can be rolled
+        back."""
         kept = {revision for a in self.aliases for revision, _ in (*a.targets, *a.previous)}
         superseded = [ref for ref in self.revisions if ref != self.current]
         if self.retain is not None:
@@ -59,7 +60,7 @@ class Entry:
         return tuple(ref for ref in superseded[retain:] if ref.revision not in kept)
 
     def without(self, revisions: tuple[str, ...]) -> tuple[AdapterRef, ...]:
-        """Its revisions except these."""
+        """Return the name's revisions except these."""
         return tuple(ref for ref in self.revisions if ref.revision not in revisions)
 
 
@@ -72,12 +73,12 @@ class Found:
 
 
 def short_name(name: str) -> str:
-    """`check_name` whose error quotes at most 80 characters of an untrusted name."""
+    """Like `check_name`, but the error quotes at most 80 characters of an untrusted name."""
     return check_name(name if len(name) <= 80 else name[:80])
 
 
 def split_spec(spec: str) -> tuple[str, str, str]:
-    """(name, separator ``@``, ``/`` or "", the rest)."""
+    """Split a spec into (name, separator, rest). The separator is ``@``, ``/`` or ""."""
     for mark in "@/":
         name, found, rest = spec.partition(mark)
         if found:
@@ -96,7 +97,8 @@ def check_prefix(prefix: str) -> None:
 
 
 def by_prefix(name: str, entry: Entry, prefix: str) -> AdapterRef:
-    """The only revision with this prefix. Raises AdapterNotFound, or InvalidField for many."""
+    """Return the only revision with this prefix. Raises AdapterNotFound if there is none,
+    InvalidField if there are several."""
     matches = [ref for ref in entry.revisions if ref.revision.startswith(prefix)]
     if not matches:
         kept = ", ".join(ref.revision[:SHORT_REVISION] for ref in entry.revisions[:8])
@@ -114,7 +116,7 @@ def by_prefix(name: str, entry: Entry, prefix: str) -> AdapterRef:
 
 
 def by_alias(name: str, entry: Entry, alias: str, key: str | None) -> AdapterRef:
-    """The target of an alias for this key; if the key is None, it must have only one.
+    """Return the target of an alias for this key. If the key is None, there must be only one.
 
     Raises AdapterNotFound, or InvalidField for an alias with several targets.
     """
@@ -145,7 +147,8 @@ def by_alias(name: str, entry: Entry, alias: str, key: str | None) -> AdapterRef
 
 
 def _share(alias: AliasRow, key: str) -> str:
-    """The target that a key hashes to, by weight; stable as long as the targets are."""
+    """Choose a target by weight. A key always gets the same one, as long as the targets do not
+    change; an empty key gets a random one."""
     if len(alias.targets) == 1:
         return alias.targets[0][0]
     total = sum(weight for _, weight in alias.targets)

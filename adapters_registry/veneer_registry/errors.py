@@ -12,6 +12,8 @@ The server maps an instance to a status, and the client rebuilds it from that::
     │   ├── ContextTooLong          CONTEXT_TOO_LONG
     │   ├── MalformedMessage        MALFORMED_MESSAGE
     │   └── TemplateFailed          TEMPLATE_FAILED
+    ├── Unauthenticated             UNAUTHENTICATED
+    ├── PermissionDenied            PERMISSION_DENIED
     ├── AdapterNotFound             ADAPTER_NOT_FOUND
     ├── AdapterExists               ADAPTER_EXISTS
     ├── FailedPrecondition
@@ -103,9 +105,11 @@ class VeneerError(Exception):
         message: one sentence for a person; it names the fix.
         metadata: string pairs that a program may read (``ErrorInfo.metadata``),
             for example ``{"file": "adapter_config.json", "did_you_mean": "chat"}``.
-            If two causes of one class look alike in them, ``cause`` is a stable word.
+            Where they would not tell two causes of one class apart, ``cause`` is a stable
+            word that does.
         retry_after_s: seconds after which a retry may succeed; None if it cannot help.
-        detail: such as a path: in ``str(error)``, for the operator; callers get ``message``.
+        detail: more for the operator, such as a path. It is part of ``str(error)``, but
+            callers get only ``message``.
     """
 
     code: ClassVar[str] = "UNKNOWN"
@@ -173,14 +177,14 @@ class TemplateFailed(InvalidArgument):
 
 
 class Unauthenticated(VeneerError):
-    """The caller did not say who it is, or not in a way that can be believed."""
+    """The caller sent no credentials, or invalid ones."""
 
     code = "UNAUTHENTICATED"
     reason = "UNAUTHENTICATED"
 
 
 class PermissionDenied(VeneerError):
-    """The caller is known, and may not do this."""
+    """The caller is known but may not do this."""
 
     code = "PERMISSION_DENIED"
     reason = "PERMISSION_DENIED"
@@ -270,8 +274,8 @@ class QuotaExceeded(ResourceExhausted):
 
 
 class RateLimitExceeded(ResourceExhausted):
-    """The caller or its tenant is doing as much as it may; retry after ``retry_after_s``
-    (metadata ``account``, ``limit``, ``allowed``)."""
+    """The caller or its tenant is at its limit; retry after ``retry_after_s`` (metadata
+    ``account``, ``limit``, ``allowed``)."""
 
     reason = "RATE_LIMIT_EXCEEDED"
 
@@ -352,7 +356,7 @@ class DeadlineTooShort(DeadlineExceeded):
 
 
 class AdapterCorrupt(VeneerError):
-    """Stored content no longer has its digest; push the adapter again."""
+    """Stored content no longer matches its digest; push the adapter again."""
 
     code = "DATA_LOSS"
     reason = "ADAPTER_CORRUPT"
@@ -366,7 +370,7 @@ class Cancelled(VeneerError):
 
 
 class Unimplemented(VeneerError):
-    """Part of the contract that this version does not serve yet."""
+    """The call needs a part of the contract that this version does not serve yet."""
 
     code = "UNIMPLEMENTED"
     reason = "UNIMPLEMENTED"

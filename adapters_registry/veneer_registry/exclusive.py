@@ -9,10 +9,10 @@ from types import TracebackType
 
 
 class Exclusive:
-    """One thread at a time; it may enter again inside its block.
+    """A lock for one thread at a time. That thread may enter it again.
 
-    Where several processes change one catalog, a subclass keeps the others out as well, and
-    `__enter__` returns with their changes applied.
+    Where several processes change one catalog, a subclass also keeps the other processes out,
+    and `__enter__` returns after their changes have been applied.
     """
 
     def __init__(self) -> None:
@@ -31,6 +31,6 @@ class Exclusive:
 
     @contextlib.contextmanager
     def here(self) -> Iterator[None]:
-        """Keep the other threads of this process out, and nobody else. Needs no network."""
+        """Keep out only the other threads of this process. Needs no network."""
         with self._lock:
             yield

@@ -26,13 +26,13 @@ def install_extra(extra: str) -> str:
         told = metadata.distribution("veneer").read_text("direct_url.json")
         origin = json.loads(told or "{}")
         url = urlsplit(origin.get("url", ""))
-        # By path, and only while it is there: an image is built from a folder that it lacks.
+        # Only if the path exists: a container image lacks the folder that it was built from.
         path = url2pathname(url.path) if url.scheme == "file" else ""
         if path and Path(path).exists():
             editable = "-e " if origin.get("dir_info", {}).get("editable") else ""
             return f"pip install {editable}{shlex.quote(f'{path}[{extra}]')}"
     except (metadata.PackageNotFoundError, ValueError, AttributeError):
-        pass  # a broken installation, which must not hide what its command misses
+        pass  # a broken installation must not hide which package is missing
     return f"pip install '.[{extra}]' in Veneer's folder, or 'WHEEL[{extra}]' with its wheel"
 
 

@@ -1,7 +1,7 @@
 """Computes a base model's `BaseFingerprint` from its files.
 
-Training writes it into an adapter's manifest, and the server compares it with that of its
-own base. Files are hashed, never live modules: a quantized or repacked module in
+Training writes it into an adapter's manifest, and the server compares it with the fingerprint
+of its own base. Files are hashed, never live modules: a quantized or repacked module in
 memory no longer has the bytes that identify the checkpoint.
 """
 
@@ -99,7 +99,8 @@ def _bad_base(message: str, **metadata: str) -> InvalidField:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers would load: the single file, else those of the index.
+    """Return the files that transformers would load: the single file, else those in the index,
+    else all ``*.safetensors``.
 
     Raises:
         InvalidField: (metadata ``field`` = ``base``) no safetensors, or a broken index.
@@ -163,14 +164,14 @@ def _cached_weights(
 
 
 def _entry(key: str, digest: str) -> dict[str, str]:
-    """The cached form of a digest. It has a checksum: with a flipped bit, the digest would be
-    taken for that of another base."""
+    """Return the cache entry for a digest. It has a checksum, since a flipped bit would turn
+    the digest into one of another base."""
     return {"weights": digest, "check": _sha256(f"{key} {digest}".encode())}
 
 
 def _cache_key(shards: list[Path]) -> str:
-    """Covers path and header as well as size and time: some images set all times to zero, and
-    two fine-tunes of one base have files of the same size."""
+    """Return the cache key. It covers path and header as well as size and time: some images set
+    all times to zero, and two fine-tunes of one base have files of the same size."""
     digest = hashlib.sha256()
     for path in shards:
         status = path.stat()

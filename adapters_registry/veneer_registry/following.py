@@ -13,11 +13,11 @@ from veneer_registry.rows import Foreign
 _log = logging.getLogger(__name__)
 
 _AT_ONCE: Final = 500
-"""Names for which the catalog is asked in one query."""
+"""Names in one query of the catalog."""
 
 
 def follow_changes(core: Core, foreign: Foreign) -> None:
-    """Set the entries of the names that others changed; then tell the watchers."""
+    """Update the index for the names that other processes changed, then call the watchers."""
     names = iter(sorted(foreign.names))
     while chosen := tuple(islice(names, _AT_ONCE)):
         rows = {row.name: row for row in core.catalog.names(chosen)}
@@ -32,10 +32,10 @@ def follow_changes(core: Core, foreign: Foreign) -> None:
             core.index.put(name, entry)
             core.index.set_damaged(name, row.damaged)
             for ref in entry.revisions:
-                core.index.found(ref)  # whoever published it has stored it
+                core.index.found(ref)  # its publisher has stored it
     core.index.set_quarantined(core.catalog.quarantined())
     for watcher in tuple(core.watchers) if foreign.lines else ():
         try:
             watcher(foreign.lines)
-        except Exception:  # the index is right, and stays so
+        except Exception:  # the index is up to date already
             _log.exception("a watcher of the registry failed")

@@ -52,7 +52,7 @@ from veneer_registry.weights import (
 )
 
 _SERVING_ANYWHERE: Final = "float32"
-"""Serving dtype to check against without a base; the bound on magnitudes is the same."""
+"""Serving dtype for checks without a base; the bound on magnitudes is the same."""
 
 
 def read_adapter(
@@ -79,15 +79,15 @@ def read_adapter(
 def read_upload(
     folder: Path, base: BaseSpec | None, claim: BaseClaim = NO_CLAIM
 ) -> AdapterManifest:
-    """`read_adapter` of a folder of our own. Its weights file is replaced by one without
-    embeddings, if they are the base's."""
+    """Like `read_adapter`, for a folder that we own: embeddings that equal the base's are
+    removed from its weights file."""
     manifest = read_adapter(folder, base, claim)
     drop_embeddings(folder)
     return manifest
 
 
 def check_adapter(folder: Path) -> tuple[str, ...]:
-    """Check as `read_adapter` does without a base, but compute no digest. Returns warnings.
+    """Like `read_adapter` without a base, but compute no digest. Returns the warnings.
 
     Raises:
         AdapterInvalid: as `read_adapter`.
@@ -106,7 +106,7 @@ def _read_rest(
     opened: _Opened,
     digest: str,
 ) -> AdapterManifest:
-    """The whole manifest, of opened weights with that digest and the folder's other files."""
+    """Build the manifest from opened weights, their digest, and the folder's other files."""
     manifest = describe(digest, opened.header, opened.settings, opened.modules, base)
     names = {path.name for path in selection.files}
     warnings = list(manifest.warnings)

@@ -36,7 +36,12 @@ _NO_DAMAGE: Final[Mapping[str, int]] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class Garbage:
-    """Result of `Index.take_garbage`: weights digests and revisions, and the refs they had."""
+    """Result of `Index.take_garbage`.
+
+    Attributes:
+        noted: the refs that were noted as possible garbage.
+        weights, revisions: weights digests and revisions that nothing needs.
+    """
 
     noted: frozenset[AdapterRef]
     weights: set[str]
@@ -44,7 +49,7 @@ class Garbage:
 
 
 def not_found(name: str, near: str | None) -> AdapterNotFound:
-    """The error for a name that does not exist; ``near`` is a similar one that does."""
+    """The error for a name that does not exist; ``near`` is a similar name that does."""
     metadata = {"adapter": name}
     if near is None:
         hint = "push it first, or list the names with `ListAdapters`"
@@ -55,7 +60,8 @@ def not_found(name: str, near: str | None) -> AdapterNotFound:
 
 
 class Index:
-    """Counts references (by names) and leases (by requests) to content. Thread-safe."""
+    """Resolves names, and counts references (by names) and leases (by requests) to content.
+    Thread-safe."""
 
     def __init__(self, base_name: str) -> None:
         """``base_name`` is for messages."""
@@ -66,7 +72,7 @@ class Index:
         self._shared: set[str] = set()
         """Names that other tenants of the server may use."""
         self._shared_in_order: tuple[str, ...] | None = None
-        """The same; None after a change."""
+        """`_shared`, sorted; None after a change."""
         # References to a revision, and to weights. Counted, because while a name's entry is
         # replaced, both the old and the new one refer to a revision. Plain numbers and dicts,
         # since there may be a hundred thousand of them.
@@ -89,8 +95,8 @@ class Index:
     # ------------------------------------------------------------------- look-up
 
     def find(self, spec: str) -> Found:
-        """Look up ``name``, ``name@revision`` or ``name/alias``, for whatever base the
-        revision was made.
+        """Look up ``name``, ``name@revision`` or ``name/alias``, whatever base the revision
+        was checked against.
 
         Raises:
             InvalidField: malformed, or an alias with several targets.
@@ -100,14 +106,14 @@ class Index:
             return self._find(spec, None)
 
     def resolve(self, spec: str, key: str = "") -> AdapterRef:
-        """`find`, and refuse a revision that was checked against another base or is damaged.
-        For an alias with several targets, ``key`` chooses one; without a key, the choice is
-        random."""
+        """Like `find`, but refuse a revision that was checked against another base, is damaged
+        or is missing from the disk. For an alias with several targets, ``key`` chooses one;
+        without a key, the choice is random."""
         with self._lock:
             return self._servable(spec, key).ref
 
     def acquire(self, spec: str, key: str = "") -> Found:
-        """`resolve` and lease the revision's content, in one step."""
+        """Resolve a name and lease the revision's content, in one step."""
         with self._lock:
             found = self._servable(spec, key)
             self._lease(found.ref)
@@ -241,9 +247,9 @@ class Index:
         self._changed(name, None)
 
     def follow(self, changed: Callable[[str, Entry | None], None]) -> dict[str, Entry]:
-        """All entries, and from then on each change (None: the name is gone), in order. It is
-        called in the thread of the change, and may be told again of a change that is in the
-        entries already."""
+        """Return all entries, and call ``changed`` for each later change, in order (None: the
+        name is gone). It is called in the thread that makes the change, and may repeat a change
+        that the returned entries already have."""
         with self._lock:
             self._changed = changed
             return dict(self._names)
@@ -353,7 +359,7 @@ class Index:
                 self._damaged.pop(name, None)
 
     def lost_adapters(self) -> tuple[AdapterRef, ...]:
-        """Revisions whose content is not on disk, by name."""
+        """Revisions whose content is not on disk, ordered by name."""
         with self._lock:
             if not self._lost:
                 return ()
@@ -372,10 +378,10 @@ class Index:
         return bool(self._garbage)
 
     def take_garbage(self) -> Garbage:
-        """Content that no name or lease needs.
+        """Take the content that no name or lease needs.
 
-        The caller must block publishes until it has removed the content, and `put_back` what
-        it could not remove.
+        The caller must block publishes until it has removed the content, and `put_back` the
+        garbage if it cannot be removed.
         """
         with self._lock:
             noted, self._garbage = self._garbage, set()

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Final
 
 _QUOTED: Final = r"""(?<!\w)'[^']*'(?!\w)|"[^"]*\""""
-"""Text that a caller sent is never translated."""
+"""Quoted text, which a caller sent. It is never translated."""
 _PLAIN: Final = re.compile(r"[a-z]+")
 
 
@@ -21,7 +21,7 @@ class Translation:
 
     def __init__(self, words: Mapping[str, str]) -> None:
         """Args:
-        words: contract's name -> this interface's; fields of a list without an index.
+        words: contract's name -> this interface's name. Fields of list items have no index.
         """
         self.words: Final = dict(words)
         names = sorted(map(re.escape, words), key=len, reverse=True)

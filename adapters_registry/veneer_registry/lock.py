@@ -79,8 +79,8 @@ class OwnerLock:
 
 
 def _make(folder: Path) -> None:
-    """Create a folder and its parents, each durable: a power cut must not take the folder with
-    what is stored in it."""
+    """Create a folder and its missing parents durably, so that a power cut cannot lose the
+    folder with everything stored in it."""
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     folder.mkdir(0o700, parents=True, exist_ok=True)
     for each in made:

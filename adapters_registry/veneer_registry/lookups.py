@@ -29,15 +29,16 @@ class Lookups(Part):
     """The part of `Registry` that changes nothing, apart from granting leases."""
 
     _stored: tuple[int, int] | None = None
-    """Number of a change, and bytes stored after it."""
+    """Cache of `stored_bytes`: (number of the catalog's last change, bytes stored after it)."""
 
     def __len__(self) -> int:
-        """Registered names."""
+        """Number of registered names."""
         return len(self._core.index)
 
     def check_age(self, most_s: float) -> None:
-        """Raise Unavailable if names are known from a view that is older than ``most_s``, or
-        than the server answers by. A registry of its own always knows its names."""
+        """Raise Unavailable if names come from a view of another registry that is older than
+        ``most_s``, or than this server accepts. Does nothing here: a registry knows its own
+        names."""
 
     def resolve(self, name: str, key: str = "") -> AdapterRef:
         """The revision that ``name``, ``name@revision`` or ``name/alias`` means now. Takes
@@ -56,9 +57,9 @@ class Lookups(Part):
         return self._core.index.resolve(name, key)
 
     def acquire(self, name: str, key: str = "") -> RevisionLease:
-        """`resolve` and lease in one step: the content stays until the lease ends, even if it
-        is deleted or superseded meanwhile. Takes less than a millisecond: it waits for no
-        other read of the catalog and for no change of it."""
+        """Resolve and lease in one step: the content stays until the lease ends, even if it is
+        deleted or superseded meanwhile. Takes less than a millisecond: it does not wait for
+        listings or for changes of the catalog."""
         index = self._core.index
         before: AdapterRef | None = None
         while True:
@@ -75,7 +76,7 @@ class Lookups(Part):
             index.release(ref)
 
     def acquire_weights(self, weights_digest: str) -> RevisionLease:
-        """`acquire` of any kept revision that has these weights. Raises AdapterNotFound."""
+        """Like `acquire`, for any kept revision with these weights. Raises AdapterNotFound."""
         for ref in self._core.index.holding(weights_digest):
             # It was just deleted, is registered for another base, or its row is damaged.
             with contextlib.suppress(AdapterNotFound, BaseModelMismatch, AdapterCorrupt):
@@ -85,9 +86,9 @@ class Lookups(Part):
         )
 
     def _check_moved(self, ref: AdapterRef, before: AdapterRef | None) -> None:
-        """The row of ``ref`` is gone. If the revision was superseded meanwhile, return, so that
-        the caller looks it up again. If the name still means the same one, raise: a delete has
-        reached the catalog but not yet the index."""
+        """Handle the missing row of ``ref``. If the revision was superseded meanwhile, return,
+        so that the caller looks the name up again. If the name still resolves to the same
+        revision, raise: a delete has reached the catalog but not yet the index."""
         if ref == before:
             raise AdapterNotFound(
                 f"adapter {ref.short} has just been deleted; push it again",
@@ -144,7 +145,7 @@ class Lookups(Part):
         return isinstance(name, str) and self._core.index.entry(name) is not None
 
     def knows(self, name: str) -> bool:
-        """Whether a plain name is registered, or may be, by a damaged row. Reads no disk."""
+        """Whether a plain name is registered, or may be in a damaged row. Reads no disk."""
         return self._core.index.entry(name) is not None or self._core.index.damaged(name)
 
     def is_shared(self, name: str) -> bool:
@@ -162,8 +163,8 @@ class Lookups(Part):
         )
 
     def asked_as(self, weights_digest: str) -> tuple[str, ...]:
-        """What resolves to these weights now: names by their current revision, and
-        ``name/alias`` by each target; sorted. Reads no disk."""
+        """Return the specs that resolve to these weights now: names whose current revision has
+        them, and ``name/alias`` with a target that has them; sorted. Reads no disk."""
         found = set()
         for ref in self._core.index.holding(weights_digest):
             entry = self._core.index.entry(ref.name)
@@ -175,7 +176,7 @@ class Lookups(Part):
         return tuple(sorted(found))
 
     def stored_bytes(self) -> int:
-        """Bytes of all kept revisions; weights that several have count once. Reads all rows,
+        """Bytes of all kept revisions; weights shared by several count once. Reads all rows,
         unless nothing has changed since the last call."""
         number = self._core.catalog.number
         if self._stored is None or self._stored[0] != number:
@@ -192,8 +193,9 @@ class Lookups(Part):
 
     @contextmanager
     def bundle_files(self, ref: AdapterRef) -> Iterator[Mapping[str, Path]]:
-        """The files of a leased revision as they were pushed, by name, to be opened in the
-        block. Weights that were pushed several times are those of the first push.
+        """Yield file name -> path for a leased revision, with the files as they were pushed.
+        The paths are valid inside the block. If the same weights were pushed several times,
+        the weights files are those of the first push.
 
         Raises:
             AdapterCorrupt: they are damaged or gone.
@@ -216,8 +218,8 @@ class Lookups(Part):
         return self._core.store.is_local(ref.weights_digest)
 
     def fetch(self, ref: AdapterRef) -> None:
-        """Make `is_local` true for a leased revision. May take as long as reading its bytes
-        over the network does.
+        """Make `is_local` true for a leased revision. May take as long as downloading its
+        weights.
 
         Raises:
             AdapterCorrupt: its content is damaged or gone.

@@ -29,7 +29,7 @@ MAX_EXPRESSIONS: Final = 8
 
 MAX_EXPRESSION_LENGTH: Final = 200
 _EXPRESSION_MEMORY: Final = 1 << 16
-"""Bytes that RE2 may use for one: enough for some 4,000 instructions."""
+"""Bytes that RE2 may use for one expression: enough for some 4,000 instructions."""
 
 # Keys that cannot change what the tensors and scalings of this project compute.
 _WITHOUT_EFFECT: Final = frozenset(
@@ -84,7 +84,7 @@ _Number = TypeVar("_Number", int, float)
 
 _LITERAL: Final = re.compile(r"[A-Za-z0-9_.]+")
 _OTHERWISE: Final = re.compile(r"\{,|\[:|\\[pPCQ]|\(\?[A-Za-z-]*U")
-"""What RE2 reads otherwise than Python's ``re``, or reads and ``re`` does not."""
+"""Syntax that RE2 reads differently from Python's ``re``, or that only RE2 reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class LoraSettings:
     Attributes:
         rank, alpha: defaults for modules that match no pattern.
         rslora: scaling is alpha / sqrt(rank) instead of alpha / rank.
-        rank_pattern, alpha_pattern: literal keys, in the order of the file.
+        rank_pattern, alpha_pattern: keys as written, in the order of the file.
         base_name: ``base_model_name_or_path`` as written, "" if there is none. Does not
             change the result.
     """
@@ -240,8 +240,8 @@ def _literal(key: str) -> tuple[str, bool] | None:
 
 
 def _expression(pattern: str, key: str) -> Any:
-    """A key as PEFT matches it, compiled by RE2, which never backtracks. A stranger's key must
-    not reach Python's ``re``."""
+    """Compile a key, as PEFT matches it, with RE2, which never backtracks. An untrusted key
+    must not reach Python's ``re``."""
     if len(key) > MAX_EXPRESSION_LENGTH:
         _bad(
             key,
@@ -251,7 +251,7 @@ def _expression(pattern: str, key: str) -> Any:
     if (found := _OTHERWISE.search(key)) is not None:
         _bad(
             key,
-            f"of {pattern} has {found[0]!r}, which RE2 reads otherwise than PEFT does; write "
+            f"of {pattern} has {found[0]!r}, which RE2 reads differently from PEFT; write "
             "the module names out, for example 'layers.0.self_attn.q_proj'",
         )
     try:
@@ -281,7 +281,8 @@ def _expression(pattern: str, key: str) -> Any:
 def _by_path(
     pattern: str, values: Mapping[str, _Number], default: _Number, paths: Iterable[str]
 ) -> dict[str, _Number]:
-    """The value of each path: that of the first key, in file order, that matches it."""
+    """Return path -> value of the first key, in file order, that matches it; else the
+    default."""
     if not values:
         return dict.fromkeys(paths, default)
     keys = list(values)
@@ -300,8 +301,8 @@ def _by_path(
 def _hits(pattern: str, keys: Sequence[str], paths: Iterable[str]) -> dict[str, list[int]]:
     """For each path, the keys (by position, ascending) that match it.
 
-    Names are looked up by the few dotted suffixes of a path, so that the time is linear in
-    keys + paths, however many an upload has. Expressions are few.
+    Literal keys are looked up by the few dotted suffixes of a path, so that the time is linear
+    in keys + paths, however many an upload has. Expressions are few.
     """
     order: dict[tuple[str, bool], int] = {}
     expressions: list[tuple[int, Any]] = []

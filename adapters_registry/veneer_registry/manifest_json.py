@@ -18,9 +18,10 @@ _MODULES: Final = '"modules":[['
 
 
 def manifest_to_json(manifest: AdapterManifest) -> str:
-    """The same text for equal manifests. Tensor names follow from layer and projection and are
-    left out: 210 modules take 6 KB instead of 40. So is a plain ``base_word``
-    (`plain_word`): a server that is older than this key refuses a manifest with it."""
+    """Serialize a manifest; equal manifests give the same text. Tensor names follow from layer
+    and projection and are left out: 210 modules take 6 KB instead of 40. A plain ``base_word``
+    (`plain_word`) is left out too, since a server older than this key refuses a manifest that
+    has it."""
     print_ = manifest.base_fingerprint
     document = {
         "version": _VERSION,
@@ -67,8 +68,8 @@ def _known(kind: type[Any], document: dict[str, Any]) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=256)
 def _modules(text: str) -> tuple[LoraModule, ...]:
-    """Cached: the modules are nearly all of a manifest and the same in most adapters of a base,
-    so a page of adapters is read several times as fast."""
+    """Parse the list of modules. It is cached: modules make up nearly all of a manifest and are
+    the same in most adapters of a base, so a page of adapters is read several times as fast."""
     return tuple(
         LoraModule(layer, projection, rank, scaling, *tensor_keys(layer, projection))
         for layer, projection, rank, scaling in json.loads(text)

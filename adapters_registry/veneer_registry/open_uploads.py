@@ -22,7 +22,7 @@ class OpenUploads:
         self._core = core
         self._max_adapter_bytes = max_adapter_bytes
         self._active: dict[str, Upload] = {}
-        """By upload id: the upload that is using the folder of that name."""
+        """Upload id -> the upload that is using the folder of that name."""
         self._uploads: set[Upload] = set()
         self._lock = threading.Lock()
 
@@ -129,8 +129,9 @@ class OpenUploads:
         return swept
 
     def trim(self, *, most: int, most_bytes: int) -> int:
-        """Remove the oldest interrupted uploads until at most ``most`` with ``most_bytes`` are
-        left; the newest stays whatever its size. Returns how many were removed.
+        """Remove the oldest interrupted uploads until at most ``most`` are left, with at most
+        ``most_bytes`` in all. The newest stays whatever its size. Returns how many were
+        removed.
         """
         trimmed = 0
         with self._lock:

@@ -37,7 +37,7 @@ class Locations(Protocol):
 
     @property
     def sides(self) -> Sides:
-        """How errors call them."""
+        """How errors name the catalog and the store."""
 
     def open_catalog(self) -> Catalog:
         """Open or make the catalog. Refuses to make one beside stored content."""
@@ -52,7 +52,7 @@ class Locations(Protocol):
         """Replace the store's id."""
 
     def close(self) -> None:
-        """Close what is neither catalog nor store. Idempotent."""
+        """Close everything except the catalog and the store. Idempotent."""
 
 
 class FolderLocations:

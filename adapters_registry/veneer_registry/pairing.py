@@ -1,6 +1,6 @@
 """Checks that a catalog and a store belong together, before anything is changed.
 
-Two files of the store tell. ``store/id`` is a random id that is also in the catalog
+Two files of the store show this. ``store/id`` is a random id that is also in the catalog
 (`Catalog.fact`): written once, durable before any content. ``store/changes`` is the number
 of the catalog's last change, written after each change without fsync. It may lag behind the
 catalog after a power cut but is never ahead of it, so a catalog with a smaller number has lost
@@ -45,13 +45,13 @@ REBUILT: Final = "catalog.sqlite.rebuilt"
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What a store has, found without changing it.
+    """The state of a store, read without changing it.
 
     Attributes:
         present: its folder exists.
         content: it has committed weights or revisions.
-        id: None if it is missing or damaged.
-        changes: number of the catalog's last change that was written; None as for `id`.
+        id: the content of ``store/id``; None if missing or damaged.
+        changes: the number in ``store/changes``; None if missing or damaged.
     """
 
     present: bool
@@ -62,12 +62,15 @@ class Survey:
 
 @dataclass(frozen=True, slots=True)
 class Sides:
-    """How errors call a store and its catalog, and what an operator does about a mismatch.
+    """Texts for errors about a mismatch: the names of store and catalog, and what to do.
 
     Attributes:
-        metadata: of every such error.
-        mount: if the store is empty or missing.
-        recover, command: if the catalog is; a sentence, and the command that it names.
+        store: name of the store.
+        catalog: name of the catalog.
+        metadata: added to the metadata of every such error.
+        mount: what to do if the store is empty or missing.
+        recover: what to do if the catalog is missing, empty, older, or from elsewhere.
+        command: the command that ``recover`` names.
         behind: why a catalog may lack changes.
     """
 
@@ -81,7 +84,7 @@ class Sides:
 
     @classmethod
     def of_folder(cls, data_dir: Path) -> Sides:
-        """Those of a data folder."""
+        """Return the texts for a data folder."""
         return cls(
             store=str(data_dir / "store"),
             catalog=str(data_dir / "catalog.sqlite"),
@@ -177,10 +180,10 @@ def check_catalog(data_dir: Path, found: Survey) -> None:
 
 
 def check_own(data_dir: Path) -> None:
-    """Refuse to maintain a folder whose catalog and content are elsewhere.
+    """Refuse to maintain a data folder if its catalog and content are kept elsewhere.
 
     Raises:
-        FailedPrecondition: the message says what does it there.
+        FailedPrecondition: the message says what to use instead.
     """
     if (data_dir / COPY).exists() and not (data_dir / "catalog.sqlite").exists():
         raise FailedPrecondition(
@@ -243,7 +246,7 @@ def check_pair(sides: Sides, found: Survey, catalog: Catalog) -> None:
 
 
 def check_vanished(sides: Sides, catalog: Catalog, unnamed: set[str]) -> None:
-    """Refuse a catalog that has lost rows of stored revisions.
+    """Refuse a catalog that has lost its rows for stored revisions.
 
     Args:
         unnamed: stored revisions that no row names.

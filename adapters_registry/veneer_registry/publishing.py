@@ -30,8 +30,14 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(slots=True)
 class _Content:
-    """Content of an upload: the bundle, the SHA-256 of each file, and whether its weights are
-    new on disk (or the same were stored already). ``word`` is the manifest's ``base_word``."""
+    """Content of an upload.
+
+    Attributes:
+        sums: SHA-256 of each file.
+        word: the manifest's ``base_word``.
+        fresh: the weights are new on disk, or were in quarantine.
+        found: the revision's content was missing from the disk before.
+    """
 
     bundle: Bundle
     sums: Mapping[str, str]
@@ -42,13 +48,14 @@ class _Content:
 
 @dataclasses.dataclass(eq=False)
 class Staged:
-    """Content that is on disk but has no name yet, until `Publishing.commit` or `discard` ends
-    this. Sweeps leave it alone meanwhile.
+    """Content that is on disk but has no name yet. Sweeps leave it alone until
+    `Publishing.commit` or `discard`.
 
     Attributes:
         folder: its files.
-        record: of the new revision, which is not current.
-        current: the name's current revision at the time of staging, if it is another one.
+        record: record of the new revision, which is not current.
+        current: the name's current revision at the time of staging; None if it has none or it
+            is this one.
         end: undoes the staging.
     """
 
@@ -107,7 +114,7 @@ class Publishing(Part):
         """
         core, request = self._core, upload.request
         with contextlib.ExitStack() as undo:
-            undo.enter_context(upload)  # aborts it, which does nothing after a commit
+            undo.enter_context(upload)  # aborts the upload; no effect after a commit
             row, content = self._read(upload)
             ref = AdapterRef(row.name, row.revision, row.weights)
             undo.callback(core.sweep_quietly)  # removes content that got no name
@@ -124,7 +131,7 @@ class Publishing(Part):
                     upload.folder, content.bundle, registration.write(kept)
                 )
                 content.found = core.index.found(ref)
-                # Weights in quarantine may be whole on disk since an unpublished push:
+                # Weights in quarantine may be intact on disk since an unpublished push:
                 # committing this one heals them too.
                 content.fresh |= core.index.quarantined(row.weights) is not None
             current = None if entry is None else entry.current
@@ -222,7 +229,7 @@ class Publishing(Part):
             )
 
     def _registered(self, row: RevisionRow, entry: Entry | None) -> RevisionRow:
-        """The revision's row as it is in the catalog, or as it will be."""
+        """Return the revision's row as it is in the catalog, or as it will be."""
         if entry is not None and _means(entry, row.revision):
             with contextlib.suppress(AdapterCorrupt):
                 before = self._core.catalog.revision(row.name, row.revision)
@@ -286,8 +293,8 @@ class Publishing(Part):
         return Published(record, True, replaced, record.manifest.warnings, dropped)
 
     def _is_sound(self, row: RevisionRow) -> bool:
-        """Whether the rows of the name and its current revision are sound. If not, the push
-        rewrites them."""
+        """Whether the rows of the name and its current revision are undamaged. If not, the
+        push rewrites them."""
         if self._core.index.damaged(row.name):
             return False
         try:

@@ -1,4 +1,4 @@
-"""The store's quarantine: damaged weights, and whole content without a name."""
+"""The store's quarantine: damaged weights, and intact content without a name."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Quarantine:
             sync(self._folders.weights_root)
 
     def set_aside(self, weights: Iterable[str], revisions: Iterable[str]) -> None:
-        """Move whole content that no name has into quarantine."""
+        """Move intact content that no name has into quarantine."""
         with disk_errors(self._folders.root):
             make_folder(self._unnamed, exist_ok=True)
             for folder, aside in self._folders.places(weights, revisions, self._unnamed):
@@ -41,7 +41,8 @@ class Quarantine:
             self._sync_unnamed()
 
     def bring_back(self, weights: Iterable[str], revisions: Iterable[str]) -> int:
-        """Undo `set_aside` for those of these that are there. Returns the number of folders."""
+        """Undo `set_aside` for those of these folders that are in quarantine. Return how
+        many."""
         places = self._folders.places(weights, revisions, self._unnamed)
         found = [(folder, aside) for folder, aside in places if aside.exists()]
         if found:
@@ -66,8 +67,8 @@ class Quarantine:
         return sorted(found, key=lambda path: (_changed(path), path.name))
 
     def prune(self, most_bytes: int, older_than: float) -> list[tuple[str, int]]:
-        """Remove content that came before ``older_than`` (Unix seconds), then the oldest until
-        at most ``most_bytes`` are left. Returns (folder's name, bytes) of what was removed."""
+        """Remove content quarantined before ``older_than`` (Unix seconds), then the oldest
+        until at most ``most_bytes`` are left. Return (name, bytes) of each removed folder."""
         held = [(path, size_of(path)) for path in self.held()]
         left = sum(size for _, size in held)
         removed = []

@@ -6,8 +6,9 @@ The old catalog is only read. The new one is built beside it under another name,
 new one put in their place. If interrupted before that rename, a second run starts over; after
 it, a second run finishes the swap. In between a server refuses to start.
 
-A name's current revision is that of the old catalog, if its row can be read and the catalog
-has lost no changes; otherwise the one created last.
+A name's current revision is the one in the old catalog, if its row can be read. It is the one
+created last if the row cannot be read, or if the catalog has lost changes and that revision is
+only in the store.
 """
 
 from __future__ import annotations
@@ -49,16 +50,16 @@ class Recovered:
     """What `recover` did.
 
     Attributes:
-        changed: a new catalog is in place; otherwise the old one is whole and stays.
-        names, revisions: their numbers in the new catalog.
+        changed: a new catalog is in place; otherwise the old one is intact and stays.
+        names, revisions: how many the new catalog has.
         current: name -> its current revision; only for names whose revisions differ from the
             old catalog's.
         from_store: ``name@revision`` that was missing or damaged in the old catalog.
-        nameless: those of `from_store` whose name is unknown; they are called
-            ``recovered-...``.
+        nameless: new names (``recovered-...``) of those in `from_store` whose name is unknown.
         missing: ``name@revision`` whose content is not in the store; refused until it is back.
         damaged: weights digest or revision -> why; weights are quarantined.
         lost_rows: number of rows of the old catalog that could not be read.
+        aliases, history: how many aliases and history lines were kept.
         aside: where the old catalog was moved, if there was one.
     """
 
@@ -139,7 +140,7 @@ class _Recovery:
         self._found.names = len({name for name, _ in rows})
         self._found.revisions = len(rows)
 
-    # ------------------------------------------------------------------- what there is
+    # ---------------------------------------------------------------- finding the rows
 
     def _rows(self, store: Store, old: Salvaged) -> dict[tuple[str, str], RevisionRow]:
         """(name, revision) -> row, from the old catalog and then from the store."""
@@ -193,8 +194,8 @@ class _Recovery:
                 yield nameless
 
     def _nameless(self, store: Store, revision: str) -> RevisionRow | None:
-        """Row of a revision without a sound registration: it is damaged, or an older Veneer
-        stored the revision."""
+        """Make a row for a revision without a readable registration: that is damaged, or an
+        older Veneer stored the revision. None if the content is damaged too."""
         folder = store.revision_folder(revision)
         why = check_revision(folder, revision)
         if why is not None:

@@ -61,7 +61,7 @@ class AdapterRecord:
         etag: changes with every change of the name's registration; "" if there is none.
         bytes: size of the bundle's files on disk.
         aliases: aliases (without the adapter's name) that have this revision as a target.
-        retain: superseded revisions that its name keeps.
+        retain: how many superseded revisions its name keeps.
         quarantined: why its stored content is not served, or None.
         foreign: whether it was registered for another base.
         shared: whether other tenants of the server may use its name.
@@ -105,7 +105,7 @@ class AliasChange:
     """Outcome of moving an alias.
 
     Attributes:
-        alias: as it is now; without targets if it was removed.
+        alias: the alias as it is now; it has no targets if it was removed.
         before: its previous (revision, weight) pairs; empty for a new alias.
     """
 

@@ -29,7 +29,7 @@ _SHOWN: Final = 20
 
 
 def base_identity(base: BaseSpec) -> str:
-    """The part of a base that decides whether an adapter checked earlier still fits."""
+    """Return a digest of what decides whether an adapter checked earlier still fits a base."""
     facts = {
         "weights": base.fingerprint.weights,
         "tokenizer": base.fingerprint.tokenizer,
@@ -50,8 +50,8 @@ def recover(
     """Fill the index, and make disk and catalog agree without losing anything.
 
     A revision whose content is gone keeps its row, name, labels and aliases, and is refused
-    with DATA_LOSS until a start finds the content again. So is a revision with a damaged row.
-    Whole content that no row names moves to quarantine.
+    with DATA_LOSS until a start finds the content again. A revision with a damaged row is
+    refused too. Intact content that no row names moves to quarantine, unless rows are damaged.
 
     Raises:
         StoreMismatch: the catalog has lost rows that it must have had.
@@ -107,7 +107,7 @@ def recover(
 
 
 def entry_of(row: NameRow, base_id: str) -> Entry:
-    """A name's entry in the index."""
+    """Build a name's entry for the index."""
     refs = tuple(
         [AdapterRef(row.name, revision, digest) for revision, digest, _ in row.revisions]
     )
@@ -124,8 +124,8 @@ def entry_of(row: NameRow, base_id: str) -> Entry:
 def _find_lost(
     store: Store, index: Index, gone_weights: set[str], gone_revisions: set[str]
 ) -> None:
-    """Bring back content from quarantine that a row names (an earlier start had another
-    catalog), and mark named content that is nowhere as lost in the index."""
+    """Bring content that a row names back from quarantine (it is there if an earlier start had
+    another catalog), and mark named content that cannot be found as lost in the index."""
     if not gone_weights and not gone_revisions:
         return
     back = store.quarantine.bring_back(gone_weights, gone_revisions)
@@ -153,8 +153,8 @@ def _check_recovered(
     base_id: str,
     time: float,
 ) -> None:
-    """Check revisions that `store recover` found without a registration against the base:
-    nobody has done so yet."""
+    """Check against this base the revisions that `store recover` found without a registration,
+    since they have not been checked yet."""
     for name, entry in entries.items():
         for ref in entry.revisions:
             if ref.revision not in entry.foreign:

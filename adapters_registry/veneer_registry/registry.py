@@ -1,10 +1,10 @@
 """The registry: the facade over format, store, catalog and index.
 
 A publish is: check the received files, store their content (`stage`), one catalog
-transaction, then the index (`commit`). Nothing is visible before it is whole and durable,
-and what was acknowledged survives ``kill -9``. `open_uploads` receives content, `publishing`
-publishes it, `aliases` and `editing` change it, `lookups` reads it; `core` is their shared
-state.
+transaction, then the index (`commit`). Nothing is visible before it is complete and durable,
+and every acknowledged change survives ``kill -9``. `open_uploads` receives content,
+`publishing` publishes it, `aliases` and `editing` change it, `lookups` reads it; `core` is
+their shared state.
 The index is never locked across a system call, so `resolve`, `acquire` and `release` may
 be called from an event loop. Call everything else from a worker thread.
 """
@@ -153,9 +153,9 @@ class Registry(Lookups, Aliases, Editing, Publishing, Replicating):
             change.note(event, ref.name, ref.revision, detail)
 
     def watch(self, watcher: Callable[[Sequence[HistoryRow]], None]) -> None:
-        """Be told what other processes change in the same catalog: each line of the history
-        once, in order, when lookups know it already. Never called for a data folder, which has
-        one owner.
+        """Call ``watcher`` with the changes that other processes make in the same catalog: each
+        line of the history once, in order, after lookups show the change. Never called for a
+        data folder, which has one owner.
 
         Args:
             watcher: called from a thread of the registry; must return soon and not raise.
@@ -177,8 +177,9 @@ class Registry(Lookups, Aliases, Editing, Publishing, Replicating):
         return self._core.index.has_garbage
 
     def complete_store(self, limit: int = 100) -> bool:
-        """Upgrade what an older Veneer stored: registrations, which `store recover` needs, and
-        modes. Up to ``limit`` names per call; False once there is nothing left to do.
+        """Upgrade content that an older Veneer stored: add the registrations that `store
+        recover` needs, and make files private. Processes up to ``limit`` names per call; False
+        once there is nothing left to do.
         """
         return self._completing.more(limit)
 
@@ -186,7 +187,7 @@ class Registry(Lookups, Aliases, Editing, Publishing, Replicating):
         """Keep the quarantine within bounds: remove what has been there for longer than
         ``idle_s`` seconds, then the oldest until at most ``most_bytes`` are left.
 
-        Returns (folder's name, bytes) of what was removed.
+        Returns (name, bytes) for each removed item.
         """
         with self._core.changes:
             return self._core.store.quarantine.prune(most_bytes, time.time() - idle_s)

@@ -54,7 +54,8 @@ def open_regular(path: Path) -> io.FileIO:
     """
     stat_regular(path)  # merely opening some devices has side effects
     flags = os.O_RDONLY | os.O_CLOEXEC
-    # Where the system has them. Even if the file is replaced meanwhile, opening cannot block.
+    # Flags, where the system has them, so that opening cannot block even if the file is
+    # replaced meanwhile.
     for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_NOCTTY"):
         flags |= getattr(os, name, 0)
     try:

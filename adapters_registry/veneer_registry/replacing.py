@@ -55,8 +55,8 @@ def replace_file(path: Path, data: str | bytes, *, mode: int | None = None) -> N
 def new_folder(out: Path) -> Iterator[Path]:
     """Yield a path at which to create a folder, which becomes ``out`` at the end of the block.
 
-    Others may read the folder and its files, whatever the umask. Creates the parents of
-    ``out``, which must not exist; if the block raises, it still does not.
+    Others may read the folder and its files, whatever the umask. ``out`` must not exist; its
+    parents are created. If the block raises, ``out`` is not created.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:

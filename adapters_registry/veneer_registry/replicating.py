@@ -1,4 +1,4 @@
-"""What followers are told of a registry."""
+"""The part of the registry that followers mirror: names, rows, identities, weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from veneer_registry.pairing import STORE_FACT
 from veneer_registry.rows import RevisionRow
 
 _FETCHING: Final = ThreadPoolExecutor(8, thread_name_prefix="fetch")
-"""Threads of their own: an object store that answers slowly must not stall other work."""
+"""Separate threads for downloads: a slow object store must not stall other work."""
 
 
 class Replicating(Part):
@@ -25,8 +25,8 @@ class Replicating(Part):
         return self._core.index.follow(changed)
 
     def rows(self, name: str) -> tuple[RevisionRow, ...]:
-        """All kept revisions of a name whose row is sound, newest first; none for a name that
-        does not exist."""
+        """Return the kept revisions of a name that have an undamaged row, newest first; none
+        for a name that does not exist."""
         return self._core.catalog.revisions(name)
 
     @property
@@ -36,7 +36,7 @@ class Replicating(Part):
 
     @property
     def last_change(self) -> int:
-        """Number of the catalog's last change: less than before after a backup was restored."""
+        """Number of the catalog's last change. It goes back when a backup is restored."""
         return self._core.catalog.number
 
     @property

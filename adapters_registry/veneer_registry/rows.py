@@ -83,10 +83,11 @@ class AliasRow:
 
 @dataclass(frozen=True, slots=True)
 class NameRow:
-    """What the index needs of a name: revisions are (revision, weights, base), newest first.
+    """What the index needs to know about a name.
 
     Attributes:
-        retain: superseded revisions to keep; None means the server's default.
+        revisions: (revision, weights, base), newest first.
+        retain: how many superseded revisions to keep; None means the server's default.
         damaged: number of damaged rows about the name, which are left out here. If its own
             row is one of them, only the name itself is known.
         shared: whether other tenants of the server may use it.
@@ -124,10 +125,10 @@ class HistoryRow:
 
 @dataclass(frozen=True, slots=True)
 class Foreign:
-    """Changes that other processes made to the catalog and that its rows show by now.
+    """Changes that other processes made to the catalog. Its rows already show them.
 
     Attributes:
-        names: those whose rows changed.
+        names: names whose rows changed.
         lines: new lines of the history, oldest first.
     """
 

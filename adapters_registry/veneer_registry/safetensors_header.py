@@ -105,7 +105,7 @@ CHECKPOINT_LIMITS: Final = HeaderLimits(
 def read_header(
     file: BinaryIO, name: str, limits: HeaderLimits = ADAPTER_LIMITS
 ) -> SafetensorsHeader:
-    """Read and check the header of a file, which messages call ``name``.
+    """Read and check the header of a file. Error messages call the file ``name``.
 
     Raises:
         AdapterInvalid: metadata ``file`` and, if one tensor is at fault, ``tensor``.
@@ -147,8 +147,8 @@ def read_header(
 
 
 def new_header(tensors: Sequence[TensorInfo], metadata: Mapping[str, str]) -> bytes:
-    """The start of a file that has these tensors' bytes, one after the other in this order.
-    Their offsets are not used, only what lies between them."""
+    """Return the start of a file that has these tensors' bytes, one after the other in this
+    order. Their offsets serve only to compute their sizes."""
     entries: dict[str, object] = {_METADATA: dict(metadata)}
     at = 0
     for tensor in tensors:

@@ -1,4 +1,4 @@
-"""Reads what is still readable of a damaged catalog, which it never writes to."""
+"""Reads what can still be read of a damaged catalog. It never writes to that catalog."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ class SalvagedName:
 
 @dataclass(slots=True)
 class Salvaged:
-    """The sound part of a catalog.
+    """The undamaged part of a catalog.
 
     Attributes:
         whole: the catalog exists, belongs to the store, and passes SQLite's checks. It may
             be of an older version, which the next start upgrades.
         damaged: number of rows that are damaged or could not be read.
         behind: it lacks changes that the store has recorded.
-        begun, ended: (name, revision) that, by the history, were published and kept, or were
-            deleted or superseded.
+        begun: (name, revision) that were published and kept, according to the history.
+        ended: (name, revision) that were deleted or superseded, according to the history.
         sequences: (name, revision) -> order of publishing.
     """
 
@@ -76,12 +76,12 @@ class Salvaged:
 
     @property
     def healthy(self) -> bool:
-        """Whether nothing of it is damaged or missing."""
+        """Whether nothing in the catalog is damaged or missing."""
         return self.whole and not self.behind and not self.damaged
 
     def misses(self, name: str, revision: str) -> bool:
-        """Whether a revision without a row should have one. For a healthy catalog only the
-        history can say so: a revision that it never recorded was never acknowledged."""
+        """Whether a revision without a row should have one. For a healthy catalog the history
+        must say so: a revision that it never recorded was never acknowledged."""
         if self.healthy:
             return (name, revision) in self.begun
         return (name, revision) not in self.ended
@@ -211,7 +211,7 @@ class _Reader:
     def _rows(
         self, table: str, columns: str, order: str = "", *, manifest: bool = False
     ) -> Iterator[list[Any]]:
-        """Rows of a table whose digest matches."""
+        """Yield the rows of a table that match their digest. Count the others as damaged."""
         more = ", manifest" if manifest else ""
         digest = "digest" if self._checked else "''"
         sql = f"SELECT {columns}, {digest}{more} FROM {table}{order}"  # nosec B608 # names of ours
@@ -223,7 +223,7 @@ class _Reader:
             yield [*values, row[-1]] if manifest else values
 
     def _plain(self, sql: str) -> Iterator[tuple[Any, ...]]:
-        """The rows that SQLite can read."""
+        """Yield the rows that SQLite can read."""
         try:
             yield from self._db.execute(sql)
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:

@@ -1,5 +1,5 @@
-"""A `rich` console for other people's text. Apart from `terminal`, since a server's front
-imports that without rich."""
+"""A `rich` console for untrusted text. It is not in `terminal`, since a server's front imports
+that without rich."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from veneer_registry.terminal import Guard, one_line, visible
 
 
 def cell(text: object) -> str:
-    """A name, label or other short text of somebody as markup: on one line, without styles."""
+    """Return a name, label or other short untrusted text as markup: one line, no styles."""
     return escape(one_line(str(text)))
 
 
 class Screen(Console):
-    """A console whose own sequences reach the terminal, while those in its text are shown."""
+    """A console that sends its own escape sequences to the terminal, but escapes those in the
+    text that it shows."""
 
     @property
     def file(self) -> IO[str]:
-        """The stream that is written to, past its `Guard`: what comes was rendered here."""
+        """The output stream, without its `Guard`: all its text has been escaped by `render`."""
         found: Any = self._file or (sys.stderr if self.stderr else sys.stdout)
         found = getattr(found, "rich_proxied_file", found)
         return found.raw if isinstance(found, Guard) else super().file
@@ -35,7 +36,7 @@ class Screen(Console):
         self._file = new
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """See `Console`. Before it is measured."""
+        """See `Console`. Escapes the text before it is measured."""
         return super().render_str(visible(text), **options)
 
     def render(

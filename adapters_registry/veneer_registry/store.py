@@ -8,13 +8,13 @@
     store/uploads/<upload id>/        received part of an upload, which can be resumed
     store/staging/<random>/           content that is being assembled or removed
     store/quarantine/<digest>/        weights that were found damaged, kept for inspection
-    store/quarantine/unnamed/         whole content that no row of the catalog named at a start
+    store/quarantine/unnamed/         intact content that no catalog row named at start-up
     store/id  store/changes           tie the store to its catalog (`pairing`)
 
 ``bundle.json`` is canonical: its SHA-256 is the revision. Paths are built from
 digests computed here and from random hex, never from a caller's text. A commit
 is: fsync files, fsync folder, rename, fsync parent. So a folder that exists under
-its digest is whole even after a power cut. Callers serialise commit and remove.
+its digest is complete even after a power cut. Callers serialise commit and remove.
 Folders are 0700 and files 0600, whatever the umask.
 """
 
@@ -56,7 +56,7 @@ REGISTRATION: Final = "registered-"
 
 
 class Store(StoreFolders):
-    """The folders under ``root``. It knows no adapter names; these are in the catalog."""
+    """The content in the folders under ``root``. Adapter names are in the catalog, not here."""
 
     def __init__(self, root: Path) -> None:
         """See `StoreFolders`."""
@@ -82,7 +82,7 @@ class Store(StoreFolders):
     def commit(
         self, staged: Path, bundle: Bundle, registration: tuple[str, bytes] | None = None
     ) -> bool:
-        """Publish the staged files. On return they are whole and durable.
+        """Publish the staged files. On return they are complete and durable.
 
         Returns True if the staged weights were stored, False if the same were stored already.
         Existing content is verified, and replaced by the staged content if it is damaged, so
@@ -93,8 +93,7 @@ class Store(StoreFolders):
                 being part of it: see `registration`.
 
         Raises:
-            DiskFull: nothing was published (weights without a revision may remain, which
-                nothing refers to).
+            DiskFull: nothing was published (weights that no revision refers to may remain).
         """
         with disk_errors(self.root):
             intact = self._weights_intact(bundle.weights)
@@ -154,13 +153,13 @@ class Store(StoreFolders):
     # ------------------------------------------------- for content that is kept elsewhere
 
     def prepare(self, staged: Path, bundle: Bundle) -> bool:
-        """Do what can be done of `commit` before it, while others commit. True if this stored
-        the weights, which `commit` will not do any more."""
+        """Do the part of `commit` that can be done ahead, while others commit. Return True if
+        this stored the weights, so that `commit` does not."""
         return False
 
     def still_there(self, staged: Path, bundle: Bundle) -> None:
-        """Store again what others removed since `commit`. The one owner of a folder removes
-        nothing that it holds."""
+        """Store content again if another registry removed it since `commit`. Nothing to do
+        here: a folder has only one owner."""
 
     def is_local(self, weights: str) -> bool:
         """Whether committed weights can be read from `weights_folder` now. Reads no disk."""
@@ -170,13 +169,12 @@ class Store(StoreFolders):
         """Make `is_local` true. Raises AdapterCorrupt, Unavailable."""
 
     def heal(self, weights: str) -> bool:
-        """Replace weights that were found damaged by a whole copy, if there is one. False if
-        there is none."""
+        """Replace damaged weights by an intact copy. Return False if there is none."""
         return False
 
     def keep_while(self, leases: Callable[[str], int], named: Callable[[str], bool]) -> None:
-        """Set the functions that tell how many requests need some content now, and whether a
-        name has it."""
+        """Set the functions that decide whether content is kept: ``leases`` returns how many
+        requests need it now, and ``named`` whether a name has it."""
 
     # --------------------------------------------------------------- registrations
 
@@ -202,8 +200,8 @@ class Store(StoreFolders):
             remove(staged)
 
     def complete(self, weights: str, revision: str, name: str, data: bytes) -> None:
-        """`register` if there is no registration, without fsync; and make weights and revision
-        private."""
+        """Write a registration if there is none, without fsync. Also make the folders of the
+        weights and the revision private."""
         folder = self.revision_folder(revision)
         with disk_errors(self.root):
             if folder.is_dir() and not (folder / name).exists():

@@ -21,7 +21,7 @@ class StoreFolders:
     """The folders under ``root``.
 
     Attributes:
-        unnamed_root: the part of the quarantine for whole content that no name had.
+        unnamed_root: the part of the quarantine for intact content that no name had.
     """
 
     def __init__(self, root: Path) -> None:
@@ -67,7 +67,8 @@ class StoreFolders:
     def places(
         self, weights: Iterable[str], revisions: Iterable[str], to: Path
     ) -> list[tuple[Path, Path]]:
-        """(folder, its path in ``to``) for committed content to be moved there or back."""
+        """Return (folder, its path in ``to``) pairs, to move committed content there or
+        back."""
         return [
             *((self.weights_folder(digest), to / f"w-{digest}") for digest in weights),
             *((self.revision_folder(digest), to / f"r-{digest}") for digest in revisions),
@@ -102,7 +103,8 @@ class StoreFolders:
 
 
 def checked_digest(digest: str) -> str:
-    """Return ``digest`` if it is one: it is about to become part of a path."""
+    """Return ``digest`` if it is a valid digest, and so can be part of a path. Raises
+    InternalError."""
     if not _HEX.fullmatch(digest):
         raise InternalError(f"{digest[:80]!r} is not a digest, so it cannot be part of a path")
     return digest

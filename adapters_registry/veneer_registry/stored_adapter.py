@@ -1,4 +1,4 @@
-"""Reads an adapter of the store and compares it with its digest."""
+"""Reads a stored adapter and compares it with its digest."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from veneer_registry.weights import (
 )
 
 _NOT_A_FILE: Final = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
-"""Errors of a path that leads to no file, which no retry mends."""
+"""Errors for a path that does not lead to a file. Retrying does not help."""
 
 _HEADER_BYTES: Final = 64 << 10
 """Buffer size that holds all or most of a weights file's header."""
@@ -46,7 +46,7 @@ def verify_weights(folder: Path, digest: str) -> AdapterManifest:
     that a loader gets modules and scalings from verified bytes.
 
     Raises:
-        AdapterCorrupt: files are missing, unreadable as an adapter, or differ from it.
+        AdapterCorrupt: files are missing, unreadable as an adapter, or do not match ``digest``.
     """
     with open_stored(folder, digest) as (manifest, _):
         return manifest
@@ -56,8 +56,8 @@ def verify_weights(folder: Path, digest: str) -> AdapterManifest:
 def open_stored(
     folder: Path, digest: str
 ) -> Iterator[tuple[AdapterManifest, Sequence[ModuleTensors]]]:
-    """`verify_weights`, and views of the verified bytes in the order of ``manifest.modules``.
-    The views are invalid after the block: copy what you keep.
+    """Like `verify_weights`, but also yields views of the verified bytes, in the order of
+    ``manifest.modules``. The views are invalid after the block: copy what you keep.
 
     Raises:
         AdapterCorrupt: as `verify_weights`.
@@ -65,7 +65,7 @@ def open_stored(
     with contextlib.ExitStack() as stack:
         try:
             stored = stack.enter_context(open_unverified(folder, digest))
-        except DiskFailed as error:  # whoever checks content cannot say that it is whole
+        except DiskFailed as error:  # content that cannot be read cannot be called intact
             raise _damaged(digest, error.metadata["why"], "files") from error
         stored.verify()
         manifest = describe(digest, stored.header, stored.settings, stored.modules, None)
@@ -74,7 +74,7 @@ def open_stored(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Stored:
-    """An opened adapter of the store; see `open_unverified`.
+    """An opened stored adapter; see `open_unverified`.
 
     Attributes:
         tensors: views, in the order of `modules`.
@@ -90,11 +90,13 @@ class Stored:
 
 @contextlib.contextmanager
 def open_unverified(folder: Path, digest: str) -> Iterator[Stored]:
-    """`open_stored` without checking the digest. The caller must call ``verify``, possibly in
-    another thread while it works; until that returns, the content must not be trusted.
+    """Like `open_stored`, but without checking the digest. The caller must call ``verify``,
+    possibly in another thread while it works; until that returns, the content must not be
+    trusted.
 
     Raises:
-        AdapterCorrupt: files are missing, or unreadable as an adapter; also by ``verify``.
+        AdapterCorrupt: files are missing, or unreadable as an adapter. ``verify`` raises it
+            too, if the digest differs.
         DiskFailed: the system cannot read them now, which says nothing about their content.
     """
     with contextlib.ExitStack() as stack:
@@ -126,8 +128,8 @@ def open_unverified(folder: Path, digest: str) -> Iterator[Stored]:
 
 @contextlib.contextmanager
 def _read_ahead(fd: int) -> Iterator[None]:
-    """Prefetch the whole file during the block. In a thread, since the call blocks until the
-    kernel has found that much memory."""
+    """Prefetch the whole file during the block. This runs in a thread, since the call blocks
+    until the kernel has found that much memory."""
     if not hasattr(os, "posix_fadvise"):
         yield
         return

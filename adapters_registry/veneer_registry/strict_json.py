@@ -1,4 +1,4 @@
-"""Untrusted JSON: no duplicate keys, no NaN, nothing that cannot be encoded as UTF-8.
+"""Strict JSON for untrusted input: no duplicate keys, no NaN, only text that UTF-8 can encode.
 
 Also the two helpers that every refusal in this package uses, so that all of them name the
 file, the tensor or key, and the reason in the same way.
@@ -104,8 +104,8 @@ def parse_object(data: bytes, *, file: str) -> dict[str, object]:
 
 
 def canonical_json(value: object) -> bytes:
-    """The same bytes for equal values: sorted keys, no spaces, ASCII. Used for hashing and
-    storing."""
+    """Serialize to JSON with sorted keys, no spaces, in ASCII, so that equal values give the
+    same bytes. Used for hashing and storing."""
     return json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
     ).encode("ascii")

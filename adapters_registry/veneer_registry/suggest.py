@@ -15,7 +15,7 @@ from typing import Final
 
 _ALPHABET: Final = string.ascii_lowercase + string.digits + "._-"
 _ALIKE: Final = 0.6
-"""Smallest share of both names' characters in their common prefix and suffix."""
+"""A similar name shares at least this part of both names' characters as prefix or suffix."""
 
 
 class NearNames:

@@ -30,11 +30,11 @@ _EMBEDDINGS: Final = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 class TensorName(NamedTuple):
-    """What a tensor's name says.
+    """The parts of a tensor's name.
 
     Attributes:
-        variant: whether it has PEFT's prefix, and the adapter's name or "". The same in a
-            whole file.
+        variant: whether it has PEFT's prefix, and the adapter's name or "". All names in a
+            file must have the same variant.
     """
 
     layer: int
@@ -55,7 +55,7 @@ def tensor_keys(layer: int, projection: Projection) -> tuple[str, str]:
 
 
 def parse_tensor_name(name: str) -> TensorName | None:
-    """What a tensor's name says, or None if it is not a LoRA matrix of a projection."""
+    """Parse a tensor's name; None if it is not a LoRA matrix of a projection."""
     match = _NAME.fullmatch(name)
     if match is None or match["projection"] not in _BLOCK:
         return None
@@ -67,7 +67,7 @@ def parse_tensor_name(name: str) -> TensorName | None:
 
 
 def embedding_name(name: str) -> str | None:
-    """The base's name of an embedding or head that PEFT saves whole beside the adapter, or
-    None for any other tensor."""
+    """Return the base's name for an embedding or head that PEFT saves whole beside the adapter,
+    or None for any other tensor."""
     plain = name.removeprefix(PREFIX)
     return plain if plain in _EMBEDDINGS else None

@@ -1,12 +1,12 @@
-"""Text of other people on a terminal: what would control the terminal is shown, not obeyed.
+"""Safe output of untrusted text to a terminal: control characters are shown, not obeyed.
 
-Names, labels, manifests, errors and answers come from whoever uses a server. A terminal obeys
-what is between them: an escape sequence moves the cursor, changes the title or writes the
+Names, labels, manifests, errors and answers come from a server's users, and a terminal obeys
+control characters in them: an escape sequence moves the cursor, changes the title or writes the
 clipboard (OSC 52), U+009B is ESC and [ in one character, and a carriage return or a
-bidirectional control makes a line read as another. So our programs write through a `Guard`
-(`command_line.Program` installs it), and through a `Screen` where a line has colours.
+bidirectional control makes a line look like another one. So our programs write through a
+`Guard` (`command_line.Program` installs it), and through a `Screen` where a line has colours.
 
-Escapes are JSON's, so that JSON stays JSON with the same content.
+Escapes are written as in JSON, so that JSON output stays JSON with the same content.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import Any, Final
 _CONTROLS: Final = "\x00-\x08\x0b-\x1f\x7f-\x9f"
 """C0 without newline and tab, DEL, C1."""
 _OVERRIDES: Final = "\u202a-\u202e\u2066-\u2069"
-"""Make text read in another order than it is written in."""
+"""Bidirectional overrides and isolates, which change the order in which text is displayed."""
 _HALVES: Final = "\ud800-\udfff"
-"""Not text. A stream with ``surrogateescape``, as in the locale C, writes some as plain bytes,
-U+009B among them."""
+"""Lone surrogates, which are not text. A stream with ``surrogateescape``, as in the C locale,
+writes some of them as raw bytes, U+009B among them."""
 _MARKS: Final = "\u061c\u200e\u200f\u2028\u2029"
-"""Directions of one place, and separators that some terminals take for a newline."""
+"""Directional marks, and separators that some terminals take for a newline."""
 _INVISIBLE: Final = "\u00ad\u180e\u200b-\u200d\u2060-\u2064\ufeff\U000e0000-\U000e007f"
 
 _OBEYED: Final = f"{_CONTROLS}{_OVERRIDES}{_HALVES}"
@@ -38,12 +38,13 @@ _SHORT: Final = {"\t": "\\t", "\n": "\\n", "\r": "\\r", "\b": "\\b", "\f": "\\f"
 
 
 def visible(text: str) -> str:
-    """Text with escapes for what controls a terminal, but for newline and tab."""
+    """Escape the characters that control a terminal, except newline and tab."""
     return _IN_TEXT.sub(_escape, text) if _IN_TEXT.search(text) else text
 
 
 def one_line(text: str) -> str:
-    """A name or label: `visible`, and on one line, without invisible characters."""
+    """Like `visible`, for a name or label: also escapes newlines, tabs and invisible
+    characters."""
     return _IN_A_LINE.sub(_escape, text) if _IN_A_LINE.search(text) else text
 
 
@@ -56,10 +57,10 @@ def _escape(found: re.Match[str]) -> str:
 
 
 class Guard(io.TextIOBase):
-    """A text stream whose text is made `visible`.
+    """A text stream that writes all text as `visible` does.
 
     Attributes:
-        raw: the stream itself, for sequences of our own.
+        raw: the underlying stream, for our own escape sequences.
     """
 
     def __init__(self, raw: Any) -> None:
@@ -106,13 +107,13 @@ class Guard(io.TextIOBase):
         return getattr(self.raw, name)
 
     def __del__(self) -> None:
-        """The stream itself stays open."""
+        """Leave the underlying stream open."""
 
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """Standard output and error are guarded while the block runs, and for the traceback of an
-    exception that leaves it."""
+    """Guard standard output and error while the block runs. If an exception leaves the block,
+    they stay guarded, so that its traceback is too."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (
         stream if stream is None or isinstance(stream, Guard) else Guard(stream)
@@ -127,8 +128,8 @@ def guarded() -> Iterator[None]:
 
 
 def write_answer(stream: Any, text: str) -> None:
-    """Write a model's text, now: byte by byte into a pipe or file, without controls to a
-    terminal. Marks and joiners, which some scripts and emoji need, stay."""
+    """Write a model's text and flush. A pipe or file gets it unchanged; for a terminal,
+    controls are escaped. Marks and joiners are kept: some scripts and emoji need them."""
     raw = stream.raw if isinstance(stream, Guard) else stream
     raw.write(_IN_ANSWERS.sub(_escape, text) if raw.isatty() else text)
     raw.flush()

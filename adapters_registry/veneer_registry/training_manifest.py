@@ -104,7 +104,7 @@ def _flatten(prefix: str, value: object) -> Iterator[tuple[str, str]]:
 
 
 def plain_word(fingerprint: BaseFingerprint | None, base_name: str) -> BaseWord:
-    """What says that a base is the right one, if the adapter's files say it by themselves."""
+    """Return the evidence of an adapter's base that is in its own files; see `BaseWord`."""
     if fingerprint is not None:
         return "fingerprint"
     return "name" if base_name.strip() else "none"
@@ -116,11 +116,11 @@ def check_base(
     named: str = "",
     claim: BaseClaim = NO_CLAIM,
 ) -> tuple[BaseWord, tuple[str, ...]]:
-    """Check the base that an adapter was trained on; returns what says so, and warnings.
+    """Check that an adapter was trained on this base. Returns the evidence and warnings.
 
     If there is a fingerprint, it decides; a part that either side lacks ("") counts as equal.
-    Without one, the name in the adapter's config must be one of the base's names or of a copy
-    of it, unless the publisher says that it means this base.
+    Without one, a name in the adapter's config must be one of the base's names or that of a
+    copy, unless the publisher says that it means this base.
 
     Args:
         named: ``base_model_name_or_path``, or "".

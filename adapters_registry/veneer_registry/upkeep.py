@@ -154,7 +154,7 @@ def verify(
 
 
 def grouped(rows: list[Row], by: int) -> dict[str, list[str]]:
-    """``name@revision`` of the rows, by the digest in column ``by``."""
+    """Group the rows by the digest in column ``by``: digest -> ``name@revision`` of each."""
     groups: dict[str, list[str]] = {}
     for row in rows:
         groups.setdefault(row[by], []).append(f"{row[0]}@{row[1][:12]}")
@@ -250,7 +250,7 @@ def collect(
 
 
 def _needed(data_dir: Path) -> set[str]:
-    """Weights and revisions that the catalog names. Fails unless the whole catalog is sound,
+    """Return the weights and revisions that the catalog names. Fails if any row is damaged,
     since all other content is about to be removed."""
     found = survey(data_dir / "store")
     check_catalog(data_dir, found)

@@ -40,13 +40,14 @@ _DIGEST_TAG: Final = b"veneer.weights.v1\0"
 
 
 def read_weights_header(file: BinaryIO) -> SafetensorsHeader:
-    """`read_header` of an adapter's weights, by the names that PEFT's ``save_pretrained``
-    gives the tensors. So the other variants of `tensor_names` have the same digest.
+    """Read the header of an adapter's weights, with tensors under the names that PEFT's
+    ``save_pretrained`` gives them, so that all name variants (`tensor_names`) have the same
+    digest.
 
     A `TensorInfo` keeps the name that is in the file, for messages.
 
     Raises:
-        AdapterInvalid: also if the file mixes variants.
+        AdapterInvalid: as `read_header`, or the file mixes variants.
     """
     header = read_header(file, WEIGHTS_FILE)
     tensors: dict[str, TensorInfo] = {}
@@ -60,7 +61,7 @@ def read_weights_header(file: BinaryIO) -> SafetensorsHeader:
         rare, *_, usual = sorted(variants.values(), key=len)
         refuse(
             WEIGHTS_FILE,
-            f"is named in another way than {show(usual[0])}, so they may be of two adapters; "
+            f"is named differently from {show(usual[0])}, so they may belong to two adapters; "
             "save one adapter with save_pretrained",
             tensor=rare[0],
             cause="mixed_names",
@@ -249,14 +250,15 @@ def _check_peak(peak: int, tensor: TensorInfo, serving: ServingDtype) -> None:
 
 
 def read_pieces(file: BufferedReader) -> Pieces:
-    """Plain reads into one buffer of 1 MiB; refuses a file that is truncated meanwhile."""
+    """Return `Pieces` that read with plain reads into one buffer of 1 MiB, and refuse a file
+    that is truncated meanwhile."""
     buffer = memoryview(bytearray(_CHUNK))
     return lambda tensor: _chunks(file, tensor, buffer)
 
 
 @contextlib.contextmanager
 def mapped(file: BinaryIO) -> Iterator[memoryview]:
-    """The whole file, mapped copy-on-write: writing changes no file. Only for files of the
+    """Map the whole file copy-on-write: writing does not change the file. Only for files of the
     store, since truncating a mapped file would kill the process."""
     # Private and writable: torch warns about read-only buffers.
     mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -304,7 +306,7 @@ class TensorView:
     Attributes:
         dtype: ``F32``, ``F16`` or ``BF16``.
         shape: (rows, columns).
-        data: its bytes, mapped from the file copy-on-write: writing changes no file.
+        data: its bytes, mapped from the file copy-on-write: writing does not change the file.
     """
 
     dtype: str

@@ -1,4 +1,4 @@
-"""Entry of ``veneer-loadtest``, which names its extra where that is not installed."""
+"""Entry point of ``veneer-loadtest``; names the extra to install if it is missing."""
 
 from __future__ import annotations
 

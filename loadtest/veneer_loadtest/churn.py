@@ -1,11 +1,11 @@
-"""How uploads or loads of adapters affect streams that decode meanwhile.
+"""Measure how uploading or loading adapters affects streams that are decoding.
 
 Phases without and with uploads alternate (quiet, churn, churn, quiet ...). In each phase all
 streams decode from its beginning to its end (a stream that reaches the end of the context
 is followed by another). Their requests come from a separate process, so that this process's
-work on uploads is not measured as the server's. In a churn phase, once a second, an adapter
-is replaced by another revision, which is activated; or an adapter on DISK is activated,
-which leaves out what an upload costs on the client's machine.
+work on uploads is not measured as the server's. Once a second in a churn phase, either a new
+revision of an adapter is uploaded and activated, or an adapter on DISK is activated. The
+latter leaves out the cost of an upload on the client's machine.
 """
 
 from __future__ import annotations
@@ -33,31 +33,33 @@ from veneer_loadtest.setup import remove
 from veneer_loadtest.workload import BaseSizes, make_adapter
 
 NAMES: Final = ("churn-0", "churn-1")
-"""Published before the phases, then replaced in turn."""
+"""Adapters published before the phases, then replaced in turn."""
 
 SETTLE_S: Final = 2.0
-"""From a phase's start until prompts are prefilled and all streams decode."""
+"""Seconds from a phase's start until prompts are prefilled and all streams decode."""
 _TAIL: Final = 3
 """Steps after an activation that count as part of it: its copies may slow them down."""
 _TOKENS: Final = 1900
 _LONGEST_S: Final = 30.0
-"""A phase without two tokens is made as long as this, or eight times as long as asked for."""
+"""Phases without two tokens are doubled until they are this long, or eight times the requested
+length if that is longer."""
 EVERY_S: Final = 1.0
 
 
 Window = tuple[float, float]
-"""Beginning and end, seconds of ``time.monotonic()``."""
+"""Beginning and end, in seconds of ``time.monotonic()``."""
 
 Bring = Callable[[int], Awaitable[Window | None]]
-"""Brings the adapter of that number to DEVICE; None: no adapter is left."""
+"""Function that brings the adapter with that number to DEVICE and returns how long it took, or
+None if no adapter is left."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChurnOptions:
-    """What is measured.
+    """Options of a churn measurement.
 
     Attributes:
-        adapters: those that the streams use, in turn; already published.
+        adapters: adapters that the streams use in turn; already published.
         phase_s: seconds of each phase, after it has settled.
         phases: number of phases of each kind.
         context: length of the server's context, in tokens.
@@ -77,7 +79,7 @@ class ChurnOptions:
 
 @dataclass(frozen=True, slots=True)
 class ChurnPhase:
-    """What one phase measured.
+    """Measurements of one phase.
 
     Attributes:
         arrivals: when tokens arrived, by stream; seconds of ``time.monotonic()``.
@@ -95,14 +97,14 @@ async def churn(
     folder: Path,
     stopped: Callable[[], bool] = lambda: False,
 ) -> ChurnFigures | None:
-    """Measure; the adapters published for it are deleted at the end.
+    """Run all phases and return their figures; delete the adapters published for them.
 
     Args:
-        stopped: called before each phase; True ends the phases. Without a phase of each
-            kind there is no result.
+        stopped: called before each phase; True ends the phases. The result is None
+            unless there was a phase of each kind.
 
     Raises:
-        TargetFailed: a stream failed, or none had two tokens in phases that were made longer.
+        TargetFailed: a stream failed, or no stream produced two tokens even in longer phases.
     """
     numbers = count()
 
@@ -113,7 +115,7 @@ async def churn(
         )
 
     async def made(phase_s: float, *, more: int = 0) -> list[Path]:
-        """Adapters for a phase, and some more."""
+        """Make the adapters that a phase needs, and ``more``."""
         uploaded = int(phase_s / EVERY_S) + 1 if options.by == "upload" else 0
         wanted = list(islice(numbers, uploaded + more))
         return await asyncio.to_thread(lambda: [make(number) for number in wanted])
@@ -134,7 +136,7 @@ async def churn(
                 break
             found = await _phase(client, options, number, bring if kind == "churn" else None)
             (churned if kind == "churn" else quiet).append(found)
-        # On a slow machine a phase may have had no two tokens.
+        # On a slow machine, no stream may have produced two tokens in a phase.
         longer = options
         while quiet and churned and not (measured(quiet) and measured(churned, inside=True)):
             if stopped():
@@ -161,7 +163,7 @@ def _pair(number: int) -> tuple[str, str]:
 async def published(
     client: AsyncClient, names: Sequence[str], folders: Iterator[Path]
 ) -> AsyncIterator[None]:
-    """The names with a first revision each, deleted at the end.
+    """Publish a first revision under each name; delete them at the end.
 
     Raises:
         AdapterExists: a name is taken; that adapter stays as it is.
@@ -262,7 +264,7 @@ def figures(
     churned: Sequence[ChurnPhase],
     by: ChurnBy = "upload",
 ) -> ChurnFigures:
-    """The figures of the phases, in milliseconds."""
+    """Compute the figures of the phases, in milliseconds."""
     calm = np.concatenate([_gaps(phase)[0] for phase in quiet])
     parts = [_gaps(phase) for phase in churned]
     inside = np.concatenate([gaps[within] for gaps, within in parts])
@@ -291,8 +293,8 @@ Gaps = tuple[
 
 
 def measured(phases: Sequence[ChurnPhase], *, inside: bool = False) -> bool:
-    """Whether there are gaps between tokens that did not all arrive together, or with
-    ``inside`` any gaps within a window."""
+    """Return whether any gap between tokens is longer than 0, or with ``inside`` whether
+    there is any gap within a window."""
     return any(
         bool(within.any() if inside else gaps.any())
         for phase in phases
@@ -301,8 +303,8 @@ def measured(phases: Sequence[ChurnPhase], *, inside: bool = False) -> bool:
 
 
 def _gaps(phase: ChurnPhase) -> Gaps:
-    """Seconds between tokens of all streams since the phase's beginning, and for each
-    whether it overlaps a window (or is one of the few after it)."""
+    """Return the gaps between tokens of all streams since the phase began, in seconds, and
+    for each gap whether it overlaps a window or is one of the few after it."""
     gaps, within = [], []
     for arrivals in phase.arrivals:
         times = arrivals[arrivals >= phase.begin]

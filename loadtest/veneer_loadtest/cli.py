@@ -63,7 +63,7 @@ cli.command(epilog=prefix.EXAMPLES)(prefix.prefix)
 
 def main() -> None:
     """Entry point of the console script."""
-    # As after Ctrl-C: everything that this run started is stopped on exit.
+    # As with Ctrl-C, everything that this run started is stopped on exit.
     for kind in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(kind, lambda number, _: sys.exit(128 + number))
     cli()

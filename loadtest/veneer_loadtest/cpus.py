@@ -1,5 +1,5 @@
-"""Which CPUs the spawned server and the client use: with CPUs of its own, the client's work is
-not measured as the server's."""
+"""Pinning of the spawned server and of the client to CPUs. If the client has CPUs of its own,
+its work is not measured as the server's."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Cpus:
 
 
 def parse_cpus(text: str) -> Cpus | None:
-    """``SERVER/CLIENT``, such as ``0/1`` or ``0-2,4/3``; None for "".
+    """Parse ``SERVER/CLIENT``, such as ``0/1`` or ``0-2,4/3``; return None for "".
 
     Raises:
-        BadOption: it is not of that form, or names CPUs that this process may not use.
+        BadOption: the text is not of that form, or names CPUs that this process may not use.
     """
     if not text:
         return None
@@ -40,7 +40,7 @@ def parse_cpus(text: str) -> Cpus | None:
 
 @contextmanager
 def during(cpus: frozenset[int]) -> Iterator[None]:
-    """Keep all threads of this process, and processes that it starts, to these CPUs."""
+    """Pin all threads of this process, and processes that it starts, to these CPUs."""
     before = {task: os.sched_getaffinity(task) for task in _tasks()}
     usual = os.sched_getaffinity(0)
     for task in before:

@@ -1,4 +1,4 @@
-"""What can go wrong in a run; each message is one line that says what to do."""
+"""Errors of a run; each message is one line that says what to do."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class BadTrace(VeneerError):
 
 
 class TargetFailed(VeneerError):
-    """The server under test cannot be loaded: it is not there, or not what the options say."""
+    """The server under test cannot be measured: it is unreachable, fails, or does not match the
+    options."""
 
     code = "FAILED_PRECONDITION"
     reason = "TARGET_FAILED"
@@ -52,7 +53,7 @@ class HttpFailed(VeneerError):
     """An endpoint rejected a request or ended an answer early.
 
     Attributes:
-        word: the endpoint's own word for the reason, if it gave one.
+        word: the reason as the endpoint names it, if it gave one.
     """
 
     code = "INTERNAL"

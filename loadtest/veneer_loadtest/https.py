@@ -9,8 +9,8 @@ from veneer_loadtest.errors import BadOption
 
 
 def https_context() -> ssl.SSLContext:
-    """Trusts VENEER_CA, else the system's certificates; VENEER_CERT and VENEER_KEY are the
-    program's own.
+    """Return a context that trusts VENEER_CA, or else the system's certificates, and presents
+    VENEER_CERT with VENEER_KEY.
 
     Raises:
         BadOption: a file cannot be used.

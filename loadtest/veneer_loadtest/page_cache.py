@@ -1,4 +1,4 @@
-"""Drops files from the page cache, so that they are read from the disk."""
+"""Drop files from the page cache, so that they are read from the disk."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ def drop(folder: Path) -> bool:
     """Ask the kernel to forget every file under ``folder``.
 
     Returns:
-        whether it did: some file systems keep pages, some kernels lack the call.
+        whether it did, judged by the files above 1 MiB: some file systems keep pages, and
+        some kernels lack the call.
 
-    Needs no privileges, and affects no other file.
+    This needs no privileges, and affects no other file.
     """
     if not hasattr(os, "posix_fadvise"):
         return False
@@ -35,9 +36,9 @@ def drop(folder: Path) -> bool:
 
 
 def is_cached(path: Path) -> bool:
-    """Whether any page of the file is in memory; True where the system cannot tell.
+    """Return whether any page of the file is in memory; True if the system cannot tell.
 
-    Asks `mincore`, which unlike a read that does not wait never has the kernel read ahead."""
+    This asks `mincore`, which never makes the kernel read ahead, unlike a non-blocking read."""
     size = path.stat().st_size
     if size == 0 or not sys.platform.startswith("linux"):
         return True

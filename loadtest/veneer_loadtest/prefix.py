@@ -1,8 +1,8 @@
-"""What the prefix cache gains: prompts with a long shared prefix, cache on and off.
+"""Measure the gain of the prefix cache: prompts with a long shared prefix, cache on and off.
 
 Every adapter has its own prefix (K and V depend on the adapter, so adapters share nothing);
-each round sends new endings after it. Rounds alternate off, on, on, off, so that drift of
-the machine affects both alike.
+each round sends new endings after it. Rounds alternate off, on, on, off, so that a drift of the
+machine's speed affects both alike.
 
 A result file holds:
 
@@ -30,12 +30,12 @@ from veneer_loadtest.quantiles import median
 
 @dataclass(frozen=True, slots=True)
 class PrefixOptions:
-    """What `measure` sends.
+    """Options of `measure`.
 
     Attributes:
         adapters: names, or one empty name for the base model.
         shared, own: tokens of the shared prefix and of each request's own ending.
-        repeat: pairs of rounds, with and without the cache.
+        repeat: number of pairs of rounds, with and without the cache.
     """
 
     adapters: tuple[str, ...]
@@ -49,7 +49,7 @@ class PrefixOptions:
 
 @dataclass(frozen=True, slots=True)
 class PrefixLevel:
-    """Rounds at one number of streams; ``cached_share`` is of prompt tokens."""
+    """Rounds at one number of streams; ``cached_share`` is a share of the prompt tokens."""
 
     streams: int
     off: tuple[Round, ...]
@@ -58,7 +58,7 @@ class PrefixLevel:
 
     @property
     def first_token_gain(self) -> float:
-        """Median first token without the cache / with it."""
+        """Median time to first token without the cache / with it."""
         return _first_token(self.off) / _first_token(self.on)
 
     @property
@@ -67,7 +67,7 @@ class PrefixLevel:
         return _speed(self.on) / _speed(self.off)
 
     def as_json(self) -> dict[str, object]:
-        """One of the ``levels`` of a result file."""
+        """Return one of the ``levels`` of a result file."""
         return {
             "streams": self.streams,
             "off": _numbers(self.off),
@@ -99,13 +99,13 @@ async def measure(
     streams: int,
     on_round: Callable[[], None] = lambda: None,
 ) -> PrefixLevel:
-    """Rounds of ``streams`` requests at once, cache off, on, on, off, and so on.
+    """Run rounds of ``streams`` requests at once, with the cache off, on, on, off, and so on.
 
     Raises:
         TargetFailed: a call failed.
     """
     prefixes = _prefixes(options)
-    # Fills the cache and warms up the server for both.
+    # This fills the cache, and warms up the server for both kinds of rounds.
     warm = _load(options, len(prefixes), own=0, tokens=1, seed=options.seed)
     await send_round("veneer", warm, VeneerSpec(client.address, True, prefixes))
     rounds: dict[bool, list[Round]] = {False: [], True: []}
@@ -133,7 +133,8 @@ def _prefixes(options: PrefixOptions) -> dict[str, tuple[int, ...]]:
 def _load(
     options: PrefixOptions, streams: int, *, own: int, tokens: int, seed: int
 ) -> LoadSpec:
-    """One request for each stream, all at once, with ``own`` tokens after the prefix."""
+    """Build a load of one request per stream, all at once, with ``own`` tokens after the
+    prefix."""
     return LoadSpec(
         adapters=options.adapters,
         arrivals=Closed(streams),

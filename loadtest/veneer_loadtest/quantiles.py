@@ -1,4 +1,4 @@
-"""Percentiles of samples, by one rule for every figure of this package."""
+"""Percentiles of samples, computed the same way for every figure of this package."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Samples = Sequence[float] | npt.NDArray[np.float64]
 
 
 def percentiles(values: Samples, shares: Samples) -> list[float]:
-    """The values below which each of ``shares`` (0 to 1) of ``values`` lies, interpolated.
+    """Return the interpolated value below which each of ``shares`` (0 to 1) of ``values`` lies.
 
     Raises:
         ValueError or IndexError: there are no values.
@@ -21,7 +21,7 @@ def percentiles(values: Samples, shares: Samples) -> list[float]:
 
 
 def percentile(values: Samples, share: float) -> float:
-    """The same for one share."""
+    """Return the interpolated value below which ``share`` (0 to 1) of ``values`` lies."""
     return percentiles(values, [share])[0]
 
 

@@ -25,8 +25,8 @@ _FOLDERS: Final = re.compile(
     r"|(?P<scheme>\bfile://)?(?<![^=:,/\s])/(?:[^/=:,\s]*/)*",
     re.IGNORECASE,
 )
-"""A URL, which is kept; or the folders of an absolute path, which is a whole word, in a file
-URL, or after ``=``, ``:`` or ``,``."""
+"""Matches a URL, which is kept; or the folders of an absolute path. The path must be a whole
+word, in a file URL, or after ``=``, ``:`` or ``,``."""
 
 
 def usable_cores() -> int:
@@ -35,8 +35,8 @@ def usable_cores() -> int:
 
 
 def spread(seconds: Iterable[float]) -> Spread:
-    """The spread of several samples, in milliseconds."""
-    values = [float(second) * 1e3 for second in seconds]  # also numpy's
+    """Compute the spread of samples in seconds, as milliseconds."""
+    values = [float(second) * 1e3 for second in seconds]  # also for numpy's floats
     p50, p99 = percentiles(values, [0.5, 0.99])
     return Spread(
         p50=p50,
@@ -64,13 +64,13 @@ def busy_share() -> float:
 
 
 def without_folders(argument: str) -> str:
-    """A part of a command line for a result, which others may read: absolute paths are cut
-    to their last names. URLs other than file URLs stay as they are."""
+    """Cut absolute paths in a part of a command line to their last names, since others may read
+    the result. URLs other than file URLs stay as they are."""
     return _FOLDERS.sub(lambda found: found["url"] or found["scheme"] or "", argument)
 
 
 def conditions() -> dict[str, object]:
-    """When and where a run happened, and how busy the machine was at its start."""
+    """Return when and where a run happened, and how busy the machine was at its start."""
     memory = psutil.virtual_memory()
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),

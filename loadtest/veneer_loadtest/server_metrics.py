@@ -1,4 +1,4 @@
-"""A Veneer server's Prometheus metrics, read while a load runs."""
+"""Read a Veneer server's Prometheus metrics while a load runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from veneer_loadtest.https import https_context
 from veneer_loadtest.results import ServerCounts, TierShares, Totals
 
 API_KEY: Final = "VENEER_API_KEY"
-"""Environment variable of the API key, which is in no option and no result."""
+"""Environment variable with the API key, so that no option and no result contains it."""
 
 _EVERY_S: Final = 1.0
 _SETTLE_S: Final = 5.0
@@ -37,11 +37,11 @@ class Counters:
         self._samples = samples
 
     def total(self, name: str) -> int:
-        """Sum over all series of ``veneer_NAME``."""
+        """Return the sum over all series of ``veneer_NAME``."""
         return int(sum(self._samples[f"veneer_{name}"].values()))
 
     def by(self, name: str, *labels: str) -> dict[str, int]:
-        """Sums of ``veneer_NAME`` by the values of ``labels``, joined by spaces."""
+        """Return sums of ``veneer_NAME`` by the values of ``labels``, joined by spaces."""
         sums: dict[str, int] = defaultdict(int)
         for series, value in self._samples[f"veneer_{name}"].items():
             own = dict(series)
@@ -117,13 +117,13 @@ class MetricsWatch:
     async def __aexit__(self, *_: object) -> None:
         self._task.cancel()
         await asyncio.wait((self._task,))
-        with suppress(TargetFailed):  # a server that is gone has no last counts
+        with suppress(TargetFailed):  # a server that is gone has no final counts
             await self._settle()
             self._whole = True
 
     async def _settle(self) -> None:
-        """Scrape until the server has counted the last request: an answer may arrive earlier,
-        and a cancelled request ends a step later."""
+        """Scrape until the server has counted the last request: an answer may arrive before it
+        is counted, and a cancelled request ends a step later."""
         deadline = self._now() + _SETTLE_S
         while True:
             await self._scrape()
@@ -136,7 +136,7 @@ class MetricsWatch:
             await asyncio.sleep(_SETTLE_EVERY_S)
 
     def residency(self, start: float) -> TierShares:
-        """Adapters by tier over time; ``start``: when the load began, on the same clock."""
+        """Return adapters by tier over time; ``start``: the load's start, on the same clock."""
         tiers = sorted(
             {t for each in self._scrapes for t in each.by("adapters_resident", "tier")}
         )
@@ -152,8 +152,8 @@ class MetricsWatch:
         )
 
     def counts(self, client: Totals, *, comparable: bool) -> ServerCounts | None:
-        """What the server counted between entry and exit, compared with the client's totals;
-        None if it could not be scraped at the end."""
+        """Return the server's counts between entry and exit, compared with the client's totals;
+        None if the server could not be scraped at the end."""
         if not self._whole:
             return None
         before, after = self._scrapes[0], self._scrapes[-1]

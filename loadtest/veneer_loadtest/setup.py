@@ -1,4 +1,4 @@
-"""What a run needs: the base's folder, the adapters' folder, a server."""
+"""Set up a run: find the base's folder and the adapters' folder, and start a server."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ReadyServer:
 
     Attributes:
         command: how it was started.
-        data_dir: a spawned server's data folder, with its adapters' files.
+        data_dir: data folder of a spawned server, with its adapters' files.
     """
 
     client: AsyncClient
@@ -45,16 +45,16 @@ async def target(
     flags: Sequence[str],
     cpus: Cpus | None = None,
 ) -> AsyncIterator[ReadyServer]:
-    """A server spawned for this run (``spawn``), or the one at ``address``.
+    """Spawn a server for this run (``spawn``), or connect to the server at ``address``.
 
     Args:
         base_folder: the base that a spawned server serves; None: the bundled one.
-        cpus: of a spawned server and of this process; None: both use all.
+        cpus: CPUs of a spawned server and of this process; None: both use all.
 
     Raises:
-        BadOption: neither or both are given, CPUs for a running server, or there is no base to
-            spawn a server with.
-        ServerUnreachable: it did not start.
+        BadOption: neither or both are given, CPUs are given for a running server, or there is
+            no base for a spawned server.
+        ServerUnreachable: the server did not start.
     """
     if spawn == (address is not None):
         raise BadOption(
@@ -89,12 +89,13 @@ async def published(
     activate: bool = True,
     keep: bool = False,
 ) -> AsyncIterator[None]:
-    """Publish adapters on the server and activate them; at the end, delete those that were
-    not there before: the server may be somebody else's.
+    """Publish adapters on the server and activate them. At the end, delete only the adapters
+    that were not there before: the server may be somebody else's.
 
     Args:
-        named: pairs are taken one at a time, so that not all need to be on disk at once.
-        activate: False only publishes them.
+        named: name -> folder, or pairs of them; pairs are taken one at a time, so that not all
+            need to be on disk at once.
+        activate: if False, only publish them.
         keep: do not delete them.
 
     Raises:
@@ -110,7 +111,7 @@ async def published(
 
 
 async def remove(client: AsyncClient, name: str) -> None:
-    """Delete what this run published. If that fails, the figures are still valid."""
+    """Delete an adapter that this run published. If that fails, the figures are still valid."""
     try:
         await client.delete(name)
     except VeneerError as error:
@@ -118,9 +119,10 @@ async def remove(client: AsyncClient, name: str) -> None:
 
 
 def served_shape(info: ServerInfo, given: Path | None) -> workload.BaseSizes | None:
-    """Sizes of the base that a server serves, for adapters and token ids, as it reports them.
-    An older server does not: then those of the folder ``given``, else of the bundled base
-    if the server serves that, else None.
+    """Return the sizes of the base that a server serves, for making adapters and token ids.
+
+    The server reports them. An older server does not: then read them from the folder ``given``,
+    or from the bundled base if the server serves that; return None otherwise.
 
     Raises:
         BadOption: ``given`` is not a base's folder.
@@ -134,10 +136,10 @@ def served_shape(info: ServerInfo, given: Path | None) -> workload.BaseSizes | N
 
 
 def needed_shape(info: ServerInfo, given: Path | None) -> workload.BaseSizes:
-    """`served_shape`, for a load that needs it.
+    """Return `served_shape` for a load that cannot do without it.
 
     Raises:
-        BadOption: it is unknown, or as `served_shape`.
+        BadOption: the sizes are unknown, or as in `served_shape`.
     """
     shape = served_shape(info, given)
     if shape is None:
@@ -150,10 +152,10 @@ def needed_shape(info: ServerInfo, given: Path | None) -> workload.BaseSizes:
 
 
 def find_base_folder(given: Path | None) -> Path:
-    """The base's Hugging Face folder: the given one, else the bundled base's.
+    """Return the base's Hugging Face folder: the given one, or else the bundled base's.
 
     Raises:
-        BadOption: there is none.
+        BadOption: there is no such folder.
     """
     if given is None:
         asked = subprocess.run(
@@ -174,7 +176,7 @@ def find_base_folder(given: Path | None) -> Path:
 
 
 def find_adapters(folder: Path) -> Mapping[str, Path]:
-    """Adapter folders under ``folder``, by name.
+    """Find adapter folders under ``folder``, by name.
 
     Raises:
         BadOption: there is none.

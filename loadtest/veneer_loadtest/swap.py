@@ -1,10 +1,10 @@
-"""What a swap of adapters costs: first tokens in a closed loop, one request at a time.
+"""Measure the cost of swapping adapters: first tokens in a closed loop, one request at a time.
 
 Each round runs adapter A, then measures the first token of A again (resident, the
-reference), of B resident, of B in HOST only, of B on DISK only, and of a new adapter
-from the acknowledged upload on. Admin calls bring B to its tier before each measurement;
-each case follows a request to A, so that it is a swap. Figures are differences within a
-round. The result is `results.SwapResult`.
+reference), of B resident, of B in HOST only, of B on DISK only, and of a new adapter, timed
+from its acknowledged upload. Admin calls bring B to its tier before each measurement; each case
+follows a request to A, so that it is a swap. Figures are differences within a round. The result
+is `results.SwapResult`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NEW = "swap-new"
 
 
 class WrongTier(VeneerError):
-    """A request found its adapter in another tier than the case needs."""
+    """A request found its adapter in a tier other than the case needs."""
 
     code = "FAILED_PRECONDITION"
     reason = "WRONG_TIER"
@@ -41,11 +41,11 @@ class WrongTier(VeneerError):
 
 @dataclass(frozen=True, slots=True)
 class SwapOptions:
-    """What `swap` measures: ``samples`` of each case, prompts of ``prompt_tokens``.
+    """Options of `swap`: ``samples`` per case, prompts of ``prompt_tokens`` tokens.
 
     Attributes:
-        data_dir: the server's, if this process can see it; else its files cannot be
-            dropped from the page cache, and the case ``disk_cold`` is left out.
+        data_dir: the server's data folder, if this process can see it. Otherwise files cannot
+            be dropped from the page cache, and the case ``disk_cold`` is left out.
     """
 
     base: BaseSizes
@@ -58,14 +58,14 @@ class SwapOptions:
 
 @dataclass(frozen=True, slots=True)
 class SwapSample:
-    """One first token; seconds."""
+    """Times of one first token, in seconds."""
 
     first_token_s: float
     load_s: float
 
 
 def case_figures(cases: Mapping[Case, list[SwapSample]]) -> dict[str, CaseFigures]:
-    """The figures of each measured case; ``same`` has a sample for each of the others'."""
+    """Compute the figures of each measured case; each of its samples has one in ``same``."""
     same = cases["same"]  # rounds are complete, so samples pair up
     return {
         case: CaseFigures(
@@ -83,7 +83,7 @@ def case_figures(cases: Mapping[Case, list[SwapSample]]) -> dict[str, CaseFigure
 
 
 def summary(cases: Mapping[str, CaseFigures], churn: ChurnFigures | None) -> dict[str, float]:
-    """Medians in milliseconds; see `results.SwapResult`."""
+    """Return medians in milliseconds; see `results.SwapResult`."""
     if "same" not in cases:
         return {}
     found = {
@@ -111,7 +111,7 @@ async def swap(
     on_sample: Callable[[], None] = lambda: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[Case, list[SwapSample]]:
-    """Measure; adapters are made in ``folder``, published, and deleted at the end.
+    """Run all cases; adapters are made in ``folder``, published, and deleted at the end.
 
     Args:
         stopped: called before each round; True ends the rounds.
@@ -121,7 +121,7 @@ async def swap(
         page cache.
 
     Raises:
-        WrongTier: the server found an adapter in another tier than expected.
+        WrongTier: the server found an adapter in an unexpected tier.
     """
     bench = Bench(client, options, folder)
     cases: dict[Case, list[SwapSample]] = {case: [] for case in get_args(Case)}
@@ -145,7 +145,7 @@ async def swap(
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """The first token of an adapter, and what the server reports about it."""
+    """The first token of an answer, and the facts that the server reports about it."""
 
     adapter: str
     first_token_s: float
@@ -157,7 +157,7 @@ class _Answer:
 
 
 def _load(options: SwapOptions) -> LoadSpec:
-    """The load that the requests are sampled from."""
+    """Build the load from which the requests are sampled."""
     return LoadSpec(
         adapters=(A, B, NEW),
         arrivals=Closed(1),
@@ -196,7 +196,7 @@ class Bench:
         await self._client.push(made, name)
 
     async def run(self, adapter: str) -> _Answer:
-        """One request, from this process: starting a worker would take longer."""
+        """Send one request from this process: starting a worker would take longer."""
         # A new prompt each time, so that no prefix cache can help.
         self._asked += 1
         request = Planned(self._asked, 0.0, adapter, self._options.prompt_tokens, 1)
@@ -240,7 +240,7 @@ class Bench:
 
     @property
     def can_drop(self) -> bool:
-        """Whether the server's files can be dropped from the page cache."""
+        """Whether the server's files can be dropped from the page cache; drops them."""
         return self._options.data_dir is not None and page_cache.drop(self._options.data_dir)
 
     def _drop(self) -> None:

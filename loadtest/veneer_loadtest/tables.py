@@ -20,7 +20,7 @@ from veneer_loadtest.results import (
 
 
 def compare_table(levels: Sequence[CompareLevel]) -> Table:
-    """All systems under each load."""
+    """Tabulate all systems under each load."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("load", justify="right", no_wrap=True)
     table.add_column("system", no_wrap=True)
@@ -51,7 +51,7 @@ def _ratio(ratio: Ratio) -> str:
 
 
 def prefix_table(levels: Sequence[prefix.PrefixLevel]) -> Table:
-    """Without and with the prefix cache at each number of streams."""
+    """Tabulate figures without and with the prefix cache at each number of streams."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("streams", justify="right")
     table.add_column("prefix cache")
@@ -73,7 +73,7 @@ def prefix_table(levels: Sequence[prefix.PrefixLevel]) -> Table:
 
 
 def swap_table(cases: Mapping[str, CaseFigures]) -> Table:
-    """First tokens by the tier that held the adapter."""
+    """Tabulate first tokens by the tier that held the adapter."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("first token of")
     for column in ("p50", "p99", "range", "added p50", "load p50"):
@@ -100,7 +100,7 @@ def swap_table(cases: Mapping[str, CaseFigures]) -> Table:
 
 
 def churn_table(churn: ChurnFigures) -> Table:
-    """Time between tokens, with and without uploads."""
+    """Tabulate the time between tokens, with and without uploads."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column(f"{churn.streams} streams during {churn.publishes} {churn.by}s")
     for column in ("p50", "p99", "longest"):
@@ -119,7 +119,7 @@ def churn_table(churn: ChurnFigures) -> Table:
 
 
 def levels_table(levels: Sequence[Level]) -> Table:
-    """A run: one row for each number of adapters."""
+    """Tabulate a run: one row for each number of adapters."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     columns = ["adapters", "ok", "failed", "req/s", "tok/s", "TTFT p50", "p99"]
     columns += ("ITL p50", "p99", "e2e p50", "queue p99", "good")
@@ -142,7 +142,7 @@ def levels_table(levels: Sequence[Level]) -> Table:
 
 
 def probes_table(probes: Sequence[Probe]) -> Table:
-    """A search for the highest rate, in order of the rates."""
+    """Tabulate a search for the highest rate, in order of the rates."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("req/s", "good", "", "ok", "failed", "tok/s", "TTFT p50", "p99", "ITL p99"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -162,7 +162,7 @@ def probes_table(probes: Sequence[Probe]) -> Table:
 
 
 def split_table(level: Level) -> Table:
-    """A level, split by the tier in which the server found the adapter."""
+    """Tabulate a level by the tier in which the server found the adapter."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     adapters = "1 adapter" if level.adapters == 1 else f"{level.adapters} adapters"
     table.add_column(f"{adapters}, found in", no_wrap=True)

@@ -1,7 +1,7 @@
-"""Synthetic adapters, from one seed.
+"""Make synthetic adapters from one seed.
 
-They differ (B is not zero, and each has its own random numbers), and are saved as PEFT
-saves them, so that the server and PEFT read the same files.
+Adapters differ (B is not zero, and each has its own random numbers). They are saved in PEFT's
+format, so that the server and PEFT read the same files.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ class BaseSizes:
 
 
 def read_base_shape(folder: Path) -> BaseSizes:
-    """Sizes of the base model in a Hugging Face folder.
+    """Read the sizes of the base model in a Hugging Face folder.
 
     Raises:
         FileNotFoundError: the folder has no ``config.json``.
-        KeyError: the config is not that of a Llama-like decoder.
+        KeyError: the config does not describe a Llama-like decoder.
     """
     config = json.loads((folder / "config.json").read_text("utf-8"))
     heads = int(config["num_attention_heads"])
@@ -76,10 +76,10 @@ def read_base_shape(folder: Path) -> BaseSizes:
 
 
 def served_base_shape(name: str, told: veneer_client.BaseShape) -> BaseSizes:
-    """Sizes of the base model ``name``, as its server reports them.
+    """Return the sizes of the base model ``name``, as its server reports them.
 
     Raises:
-        BadOption: it is not a Llama-like decoder.
+        BadOption: the base is not a Llama-like decoder.
     """
     sizes = told.projections
     try:
@@ -107,7 +107,7 @@ def served_base_shape(name: str, told: veneer_client.BaseShape) -> BaseSizes:
 def make_adapters(
     folder: Path, base: BaseSizes, *, count: int, rank: int, seed: int
 ) -> dict[str, Path]:
-    """Write ``count`` adapters under ``folder``; name -> adapter folder."""
+    """Write ``count`` adapters under ``folder``; return name -> adapter folder."""
     return {
         name: make_adapter(folder / name, base, rank=rank, seed=adapter_seed(seed, i))
         for i, name in enumerate(map(adapter_name, range(count)))
@@ -115,12 +115,12 @@ def make_adapters(
 
 
 def adapter_name(number: int) -> str:
-    """The name of synthetic adapter ``number``, from 0."""
+    """Return the name of synthetic adapter ``number``, from 0."""
     return f"load-{number}"
 
 
 def adapter_seed(seed: int, number: int) -> int:
-    """The seed of synthetic adapter ``number`` of a run with ``seed``."""
+    """Return the seed of synthetic adapter ``number`` in a run with ``seed``."""
     return seed * 1000 + number
 
 
@@ -132,7 +132,7 @@ def make_adapter(
     seed: int,
     targets: Collection[str] = PROJECTIONS,
 ) -> Path:
-    """Write one random adapter on some projections, in bf16; returns ``folder``."""
+    """Write one random adapter for the ``targets`` projections, in bf16; return ``folder``."""
     modules = {
         module: shape
         for module, shape in base.projections().items()
@@ -167,15 +167,15 @@ def make_adapter(
 
 
 def to_bfloat16(values: npt.NDArray[np.float64]) -> npt.NDArray[np.uint16]:
-    """The bits of ``values`` rounded to the nearest bfloat16 (ties to even)."""
+    """Return the bits of ``values`` rounded to the nearest bfloat16 (ties to even)."""
     bits = values.astype(np.float32).view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
 
 
 def _write_bf16(path: Path, tensors: Mapping[str, npt.NDArray[np.uint16]]) -> None:
-    """A safetensors file: header length, JSON header, tensors back to back.
+    """Write a safetensors file: header length, JSON header, tensors back to back.
 
-    Written here because numpy has no bfloat16 for safetensors' own numpy writer.
+    safetensors' own numpy writer cannot do this, because numpy has no bfloat16.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -1,6 +1,7 @@
 """Veneer on Ray Serve (``veneer-ray``, extra ``ray``): a registry, engine replicas that follow
-it, and an ingress that sends each request where its adapter is.
+it, and an ingress that sends each request to a replica that has its adapter.
 
-Ray starts, watches, scales and replaces; the servers are ordinary ``veneer-server`` processes.
+Ray starts, watches, scales and replaces the servers, which are ordinary ``veneer-server``
+processes.
 Only `deployments`, `routing.request_router`, `application` and the commands import Ray.
 """

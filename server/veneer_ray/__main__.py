@@ -1,4 +1,4 @@
-"""Entry of ``veneer-ray``, which names its extra where that is not installed."""
+"""Entry point of ``veneer-ray``; if its extra is not installed, the error says so."""
 
 from __future__ import annotations
 

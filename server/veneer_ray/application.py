@@ -1,4 +1,4 @@
-"""The Serve application: its deployments, and how they are started, changed and ended."""
+"""The Serve application: its deployments, and how they are started and changed."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from veneer_ray.settings import RayCluster
 NAME: Final = "veneer"
 
 _MOST_CALLS: Final = 100_000
-"""At a replica. The servers bound what they take, and refuse the rest with an error that says
-so; Serve would let it wait."""
+"""Maximum number of calls at a replica, too high to be reached: the servers limit their calls
+themselves and refuse the rest with an error that says so, whereas Serve would queue it."""
 _HEALTH_S: Final = 2.0
 _STATS_S: Final = 1.0
 
@@ -34,7 +34,7 @@ _STATS_S: Final = 1.0
 def application(cluster: RayCluster) -> Any:
     """The application, for `serve.run`."""
     number = _number(cluster)
-    # What replicas are made with does not say how many there are.
+    # Without the number of replicas, so that changing it replaces no replica.
     settings = replace(cluster, replicas=1, most_replicas=0).as_text()
     registry = _versioned(
         serve.deployment(
@@ -64,11 +64,11 @@ def application(cluster: RayCluster) -> Any:
 
 
 def _versioned(deployment: Any, settings: str) -> Any:
-    """With a version of ours: the same for the same settings and the same Veneer.
+    """The deployment with a version of our own, the same for equal settings of the same Veneer.
 
-    Serve replaces every replica of another version, and gives what `serve.run` deploys a random
-    one, unless it has one. There is no public way to set it (see record 92); that this works is
-    tested, and Ray's minor version pinned.
+    Serve replaces every replica of another version, and `serve.run` gives a deployment without
+    a version a random one. There is no public way to set it (see record 92); a test checks that
+    this works, and Ray's minor version is pinned.
     """
     version = hashlib.sha256(f"{__version__}\n{settings}".encode()).hexdigest()[:16]
     return deployment.options(version=version, _internal=True)
@@ -108,8 +108,8 @@ def _engines(cluster: RayCluster, settings: str, number: dict[str, Any]) -> Any:
 
 
 def deploy(cluster: RayCluster) -> None:
-    """Start it, or change it to what ``cluster`` says; returns once it is ready. Ray must be
-    connected."""
+    """Start the application, or change it to match ``cluster``; return once it is ready. Ray
+    must be connected."""
     serve.start(
         http_options=HTTPOptions(host=cluster.http_host, port=cluster.http_port),
         grpc_options=gRPCOptions(

@@ -1,7 +1,7 @@
-"""What travels between the deployments: calls as bytes, and what comes back.
+"""Messages between the deployments: calls as bytes, and their answers.
 
-An engine's replica answers with `Started`, then messages as bytes, then one `CallEnded`, also
-for a call with one answer. Errors travel as values: an exception would be logged with a
+An engine's replica answers with `Started`, then messages as bytes, then one `CallEnded`, even
+for a call with a single answer. Errors travel as values: an exception would be logged with a
 traceback at each hop, and would lose the details of its status.
 """
 
@@ -43,12 +43,12 @@ class RayMethod:
 
     @property
     def by_engine(self) -> bool:
-        """Whether an engine answers it; the registry does otherwise."""
+        """Whether an engine answers the method; otherwise the registry does."""
         return "/veneer.v1.AdapterService/" not in self.path or self.name in _IN_MEMORY
 
 
 _IN_MEMORY: Final = frozenset(("ActivateAdapter", "EvictAdapter", "UpdateBudgets", "SelfTest"))
-"""What the AdapterService does with memory, of which a registry has none."""
+"""AdapterService methods that work on adapters in memory, which a registry does not have."""
 
 METHODS: Final = tuple(
     RayMethod(f"/{service.full_name}/{each.name}", each.client_streaming, each.server_streaming)
@@ -63,7 +63,7 @@ class RayCall:
     """A gRPC call with one request.
 
     Attributes:
-        wanted: what the router goes by.
+        wanted: what the router decides by.
     """
 
     wanted: Wanted
@@ -75,7 +75,7 @@ class RayCall:
 
 @dataclass(frozen=True, slots=True)
 class HttpCall:
-    """An HTTP request, whole."""
+    """A whole HTTP request."""
 
     wanted: Wanted
     method: str
@@ -105,7 +105,7 @@ class CallEnded:
 
     Attributes:
         code: a gRPC status code's number.
-        trailing: metadata that ends the call, its error's details among it.
+        trailing: the trailing metadata, including the error's details.
     """
 
     code: int = 0
@@ -114,14 +114,14 @@ class CallEnded:
 
     @classmethod
     def by(cls, error: VeneerError) -> CallEnded:
-        """With an error of ours."""
+        """A call that ended with an error of ours."""
         status = to_grpc_status(error)
         return cls(status.code.value[0], status.message, status.trailing)
 
     @classmethod
     def failed(cls, error: grpc.aio.AioRpcError) -> CallEnded:
-        """With a server's error, as it came. One without details is the connection's: the
-        server is gone."""
+        """A call that ended with a server's error, which is passed on unchanged. UNAVAILABLE
+        without details comes from the connection: the server is gone."""
         trailing = _pairs(error.trailing_metadata())
         known = any(key == DETAILS for key, _ in trailing)
         if not known and error.code() is grpc.StatusCode.UNAVAILABLE:
@@ -130,17 +130,17 @@ class CallEnded:
 
     @classmethod
     def well(cls, trailing: object) -> CallEnded:
-        """As it should."""
+        """A call that ended without an error."""
         return cls(trailing=_pairs(trailing))
 
 
 def lost(what: str, cause: str = "replica_lost") -> Unavailable:
-    """The error of a call whose server is gone, or that none has taken."""
+    """The error of a call that lost its server, or that no server accepted."""
     return Unavailable(f"{what}: retry", metadata={"cause": cause}, retry_after_s=1.0)
 
 
 def passed_on(metadata: object) -> Metadata:
-    """A caller's metadata, without what belongs to its connection or to Serve."""
+    """A caller's metadata, without the keys that belong to its connection or to Serve."""
     return tuple(
         (key, value)
         for key, value in _pairs(metadata)

@@ -192,11 +192,11 @@ def _shut_down() -> None:
 
 
 def _connect(address: str) -> Any:
-    """Connect to a Ray cluster, or start one of this machine alone."""
-    # Ray reports to its makers unless told not to.
+    """Connect to a Ray cluster, or start one on this machine only."""
+    # Ray sends usage statistics to its makers by default.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # A cluster that Ray starts itself asks for this token, but a program that joins it does not
-    # show it unless told to, before Ray is imported.
+    # A cluster that Ray starts itself requires this token, but a program that joins it sends
+    # the token only if this variable is set before Ray is imported.
     if (Path.home() / ".ray" / "auth_token").exists():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
@@ -204,7 +204,7 @@ def _connect(address: str) -> Any:
     if address:
         ray.init(address=address, log_to_driver=False)
     else:
-        # Not one that is here already, or was: Ray would join that without being asked to.
+        # "local" starts a new cluster: otherwise Ray would join one that runs, or ran, here.
         ray.init(address="local", include_dashboard=False)
     return ray
 

@@ -1,7 +1,7 @@
-"""How many engines there should be: by requests that wait and by the KV cache.
+"""Autoscaling: the number of engines, from waiting requests and KV cache use.
 
-Serve's own policy counts requests, whatever they cost. An engine knows better: while its KV
-cache has room and nothing waits, more requests only make its batch larger.
+Serve's own policy counts requests, whatever they cost. An engine's figures are better: while
+its KV cache has room and nothing waits, more requests only make its batch larger.
 """
 
 from __future__ import annotations
@@ -11,38 +11,38 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 WAITING: Final = "veneer_waiting"
-"""Sequences without a token yet, of one engine."""
+"""Name of the statistic: one engine's sequences that have no token yet."""
 KV: Final = "veneer_kv"
-"""Used share of its KV cache, 0 to 1."""
+"""Name of the statistic: used share of one engine's KV cache, 0 to 1."""
 
 _KV_TARGET: Final = 0.7
 _WAITING_TARGET: Final = 2.0
 """Sequences that may wait at an engine: they start with one of its next steps."""
 _QUIET: Final = 0.5
-"""An engine is taken away if the others then stay below this share of both targets."""
+"""An engine is removed if the others then stay below this share of both targets."""
 
 
 def engines_wanted(current: int, waiting: float, kv: float, held_back: float) -> int:
-    """From sums over all engines.
+    """Return the number of engines to run, from sums over all engines.
 
     Args:
-        current: engines that run.
+        current: number of running engines.
         waiting: sequences that wait in them.
-        kv: sum of their used shares.
-        held_back: requests that no engine has taken.
+        kv: sum of the used shares of their KV caches.
+        held_back: requests that no engine has accepted yet.
     """
     if current == 0:
         return 1
     load = max(kv / _KV_TARGET, (waiting + held_back) / _WAITING_TARGET)
     if load > current:
-        return min(math.ceil(load), 2 * current)  # doubled at most: loads lag behind
+        return min(math.ceil(load), 2 * current)  # at most doubled, as loads lag behind
     if current > 1 and load <= _QUIET * (current - 1):
         return current - 1
     return current
 
 
 def policy(context: Any) -> tuple[int, dict[str, Any]]:
-    """For Serve's autoscaler, which applies its delays and bounds."""
+    """The policy for Serve's autoscaler, which applies its own delays and bounds."""
     metrics: Mapping[str, Mapping[Any, float]] = context.aggregated_metrics or {}
     wanted = engines_wanted(
         context.current_num_replicas,

@@ -1,13 +1,13 @@
-"""What Serve's gRPC proxy registers: Veneer's own services, and errors with their details.
+"""Veneer's gRPC services as registered in Serve's proxy, with details for every error.
 
 Serve calls these functions in its proxy's process with the server that it is about to start
-(``grpc_servicer_functions``), and replaces each handler by one of its own. Two things are
-mended around those:
+(``grpc_servicer_functions``), and replaces each handler by one of its own. Those handlers are
+wrapped to fix two things:
 
 - A stream's trailing metadata reaches the proxy only together with a message. So the ingress
-  ends each stream with an empty message, which carries code, details and trailing metadata, and
-  which is taken out here. No message of Veneer's streams is empty otherwise.
-- Serve's own errors (an ingress that died, one that is full) have no details. They get ours.
+  ends each stream with an empty message that carries code, details and trailing metadata; it is
+  removed here. No other message of Veneer's streams is empty.
+- Serve's own errors (an ingress died or is full) have no details. They get ours.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _OWN: Final = frozenset(
         grpc.StatusCode.DEADLINE_EXCEEDED,
     )
 )
-"""What gRPC says itself, or says to a caller that has left."""
+"""Codes that need no details: gRPC sets them itself, or the caller has left."""
 _FULL: Final = grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
 
 
@@ -61,7 +61,7 @@ def add_health(servicer: Any, server: Any) -> None:
 
 
 class _Mended:
-    """Makes handlers as Serve's factory does, with both things mended."""
+    """Serve's handler factory, with both fixes applied to its handlers."""
 
     def __init__(self, factory: Callable[..., Any]) -> None:
         self._factory = factory
@@ -102,7 +102,7 @@ def _single(
 
 
 def _explain(context: Any) -> None:
-    """Give an error of Serve's own our code and details."""
+    """Replace an error of Serve's own with our code and details."""
     code = context.code()
     number = code.value[0] if isinstance(code, grpc.StatusCode) else int(code or 0)
     if number in _OWN:

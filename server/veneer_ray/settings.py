@@ -1,4 +1,4 @@
-"""What ``veneer-ray up`` deploys: one frozen record that travels to every deployment."""
+"""Settings of ``veneer-ray up``: one frozen record that is passed to every deployment."""
 
 from __future__ import annotations
 
@@ -24,31 +24,33 @@ _OURS: Final = frozenset(
         "tls-client-ca",
     )
 )
-"""Flags of the servers that are set here, or that would change how they are called."""
+"""Server flags that are set here, or that would change how the servers are called."""
 
 
 @dataclass(frozen=True, slots=True)
 class RayCluster:
-    """Checked when it is made.
+    """The cluster's settings, validated on construction.
 
     Args:
-        data_dir: below it, ``registry`` and ``engines/0``, ``engines/1`` and so on.
-        replicas: engines, at least this many where ``most_replicas`` is more.
-        most_replicas: with more than ``replicas``, their number follows the load.
-        ingresses: processes that route. Each counts on its own, and learns of the others'
-            requests from the engines' reports.
+        data_dir: parent folder of ``registry``, ``engines/0``, ``engines/1`` and so on.
+        replicas: number of engines; the minimum if ``most_replicas`` is larger.
+        most_replicas: maximum number of engines; if larger than ``replicas``, their number
+            follows the load.
+        ingresses: number of processes that route. Each counts its own requests, and learns of
+            the others' requests from the engines' reports.
         registry: ``HOST:PORT`` where the registry listens.
-        http_host, http_port: of the OpenAI API.
-        grpc_port: of the gRPC API; on all interfaces, since Serve's proxy knows no other way.
-        cpus: that Ray sets aside for each engine, and threads of its steps. 0: it may use all.
-        gpus: for each engine.
-        drain_s: a replica that is taken away has so long to finish its requests.
-        wait_s: a request waits so long for a replica that can take it.
-        key_file: an operator's key, with which the engines follow the registry.
-        server_args: further flags of all servers.
+        http_host, http_port: address of the OpenAI API.
+        grpc_port: port of the gRPC API, on all interfaces: Serve's proxy has no other way.
+        cpus: CPUs that Ray reserves for each engine, and threads of the engine's steps; with 0
+            it may use all.
+        gpus: GPUs for each engine.
+        drain_s: seconds that a removed replica has to finish its requests.
+        wait_s: seconds that a request may wait for a replica to accept it.
+        key_file: file with an operator's key, with which the engines follow the registry.
+        server_args: further flags for all servers.
 
     Raises:
-        InvalidField: naming what is out of range.
+        InvalidField: a value is out of range; the error names its field.
     """
 
     data_dir: Path
@@ -85,17 +87,17 @@ class RayCluster:
             _check(
                 not (argument.startswith("--") and flag in _OURS),
                 "server_args",
-                f"without --{flag}: how servers are called is veneer-ray's",
+                f"without --{flag}: veneer-ray decides how servers are called",
             )
 
     def as_text(self) -> str:
-        """For `of_text`. Serve compares what replicas are made with by its pickled bytes, which
-        differ for equal records."""
+        """The settings as text, for `of_text`. Serve compares the pickled arguments of
+        replicas, which differ for equal records."""
         return json.dumps(asdict(self), default=str, sort_keys=True)
 
     @classmethod
     def of_text(cls, text: str) -> RayCluster:
-        """What `as_text` wrote."""
+        """The settings that `as_text` wrote."""
         found = json.loads(text)
         key = found.pop("key_file")
         return cls(
@@ -111,7 +113,7 @@ class RayCluster:
         return self.most_replicas > self.replicas
 
     def registry_flags(self, port_file: Path) -> list[str]:
-        """Of the registry's process."""
+        """Flags of the registry's process."""
         return [
             *("--role", "registry", "--listen", self.registry),
             *("--openai-listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"),
@@ -120,7 +122,7 @@ class RayCluster:
         ]
 
     def engine_flags(self, data_dir: Path, port_file: Path) -> list[str]:
-        """Of an engine's process."""
+        """Flags of an engine's process."""
         key = () if self.key_file is None else ("--registry-key-file", str(self.key_file))
         threads = ("--threads", str(int(self.cpus))) if self.cpus >= 1 else ()
         return [

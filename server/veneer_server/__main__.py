@@ -58,13 +58,14 @@ _TOP_FLAGS: Final = (
 
 
 class _Serve(Command):
-    """Other servers take the model without a flag."""
+    """The command `serve`. A positional argument gets a hint at --base, since other servers
+    take the model that way."""
 
     after_too_many = ": the base model is given as --base MODEL"
 
 
 class _ServeByDefault(CommandGroup):
-    """Flags without a subcommand belong to `serve`."""
+    """Command group that gives flags without a subcommand to `serve`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         flags = args and args[0].startswith("-") and args[0] not in _TOP_FLAGS
@@ -73,7 +74,8 @@ class _ServeByDefault(CommandGroup):
         return super().parse_args(ctx, args)
 
     def meant(self, ctx: Any, word: str) -> list[str]:
-        """As `CommandGroup.meant`; other servers take the model without a flag."""
+        """As `CommandGroup.meant`, and suggests --base for a model that is given without a
+        flag, as other servers take it."""
         if "/" in word or os.path.isdir(word):
             return [f"veneer-server --base {word}"]
         return super().meant(ctx, word)
@@ -127,7 +129,7 @@ def _serve(config_file: Path | None, flags: dict[str, Any]) -> None:
     # Lets a background process write its log to the terminal (stty tostop).
     signal.signal(signal.SIGTTOU, signal.SIG_IGN)
     config = load_config(flags, os.environ, config_file)
-    # Before the app's imports, most of a start: a second server ends at once.
+    # Locked before the app's imports, which take most of a start: a second server ends at once.
     lock = OwnerLock(config.data_dir)
     import uvloop
 

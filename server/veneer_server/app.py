@@ -76,8 +76,9 @@ class App:
         """Args:
         announce: called with one line when the server is ready.
         make_engine: takes the arguments of `EngineClient`; tests pass a substitute.
-        read: checks uploads; None does so in processes of their own.
-        lock: of the data folder, held; released at the end of `run`. None takes it.
+        read: checks uploads; None checks them in separate processes.
+        lock: the data folder's lock, already held; None makes `startup` take it. It is
+            released at the end of `run`.
         """
         self._config = config
         self._announce = announce
@@ -149,7 +150,7 @@ class App:
     # ------------------------------------------------------------------- lifecycle
 
     async def startup(self) -> None:
-        """Own the data folder, open the sockets, prepare the base, load the engine."""
+        """Lock the data folder, open the sockets, prepare the base, load the engine."""
         config = self._config
         if config.openai_listen is not None:
             require_gateway()
@@ -161,7 +162,7 @@ class App:
             tenants=config.max_tenants,
         )
         lock = self._resources.enter_context(self._lock or OwnerLock(config.data_dir))
-        # First the ports, so that one that is taken is reported at once, and callers learn
+        # Open the ports first, so that a port in use is reported at once, and callers learn
         # that the base is being fetched and loaded.
         bound = await self._doors.open(self._resources, descriptors.connections)
         _log.info("listening", **bound.told("off"))
@@ -255,7 +256,7 @@ class App:
             meter=Meter(self._quotas, book),
             resolving=transfers.resolving,
             tracing=tracing,
-            # When nothing is running, the duration of earlier steps tells nothing.
+            # When nothing is running, the duration of earlier steps says nothing.
             step_seconds=lambda: self._metrics.recent_step_s if engine.in_flight else 0.0,
         )
         self._resources.callback(generator.spare_time.close)
@@ -335,7 +336,8 @@ class App:
         )
 
     async def _open_usage(self, stores: TenantStores) -> UsageBook:
-        """Count usage until the app's resources are closed, before the registries are."""
+        """Open the usage book; it is stopped with the app's resources, before the registries
+        are closed."""
         file = self._config.data_dir / "usage.db"
         book = UsageBook(await asyncio.to_thread(UsageStore, file), stores)
         self._resources.push_async_callback(book.stop)
@@ -374,7 +376,7 @@ class App:
         from veneer_server.openai.response_store import ResponseDatabase, StoredResponses
 
         config, responses = self._config, None
-        # A follower is one of several servers, of which any may get the next call.
+        # A follower is one of several servers, and any of them may get the next call.
         if config.store_responses == "on" or (
             config.store_responses == "auto" and config.role == "all"
         ):
@@ -402,7 +404,7 @@ class App:
     ) -> None:
         config = self._config
         if config.port_file is not None:
-            # Atomically: whoever waits for the file reads it as soon as it exists.
+            # Written atomically: a waiting program reads the file as soon as it exists.
             replace_file(config.port_file, json.dumps(bound.told("")) + "\n")
         listening = "  ".join(f"{name}={at}" for name, at in bound.told("off").items())
         why = self._why_slower(info)

@@ -1,7 +1,7 @@
 """The server's sockets: gRPC, the HTTP gateway and Prometheus.
 
-They are opened before the base is loaded, so that a port that is taken is reported at once,
-and callers learn that the model is loading. The services that answer are supplied later.
+They are opened before the base is loaded, so that a port in use is reported at once, and
+callers learn that the model is loading. The services that answer are supplied later.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 
 class CannotListen(VeneerError):
-    """An address is taken or does not exist."""
+    """An address is in use or does not exist."""
 
     code = "FAILED_PRECONDITION"
     reason = "CANNOT_LISTEN"
@@ -69,7 +69,7 @@ class Bound:
     admin: Address | None
 
     def told(self, off: str) -> dict[str, str]:
-        """The addresses by name, as text; ``off`` for sockets that are off."""
+        """The addresses as text, by name; ``off`` is the text for sockets that are off."""
         return {
             "grpc": str(self.grpc),
             "metrics": str(self.metrics or off),
@@ -79,11 +79,11 @@ class Bound:
 
 
 class Doors:
-    """Opens the sockets, then gets the services that answer; `stop_accepting` and `stop`
-    close them.
+    """The server's sockets: `open` opens them, services are supplied later, and
+    `stop_accepting` and `stop` close them.
 
     Attributes:
-        access: lets calls in.
+        access: authenticates calls.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Doors:
         """Listen on all configured addresses; ``resources`` closes the sockets.
 
         Args:
-            connections: most for each port.
+            connections: maximum for each port.
 
         Raises:
             CannotListen: an address cannot be bound.
@@ -155,7 +155,7 @@ class Doors:
         return Bound(grpc, metrics, openai, admin)
 
     def _gate(self, elsewhere: frozenset[str]) -> Gate:
-        """Of a port that does not answer the methods ``elsewhere``."""
+        """The gate of a port that does not answer the methods ``elsewhere``."""
         return Gate(
             self._metrics,
             access=self.access,
@@ -334,8 +334,8 @@ def _tokens(config: ServerConfig) -> TokenCheck | None:
 
 
 def _check_free(address: Address) -> None:
-    """Raises OSError if nobody could listen there: gRPC says less, and writes a line of its
-    own."""
+    """Raise OSError if the address cannot be bound: gRPC's own error says less, and gRPC also
+    prints a line."""
     family, _, _, _, where = socket.getaddrinfo(address.host, address.port)[0]
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

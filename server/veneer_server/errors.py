@@ -1,4 +1,4 @@
-"""What callers and logs are told of an error, over gRPC and HTTP alike."""
+"""How errors are shown to callers and in logs, over gRPC and HTTP alike."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_VALUE: Final = 200
 
 
 def internal_error(request_id: str) -> InternalError:
-    """The error that a caller gets for a bug: the request id, and no internals."""
+    """The error that a caller gets for a bug: it has the request id, and no internals."""
     return InternalError(
         f"internal error: report request id {request_id} with the server's log",
         metadata={"request_id": request_id},
@@ -29,13 +29,13 @@ def internal_error(request_id: str) -> InternalError:
 
 
 def detail_for_log(error: Exception) -> dict[str, str]:
-    """What callers are not told of an error, as fields of a log line."""
+    """The error's detail, which callers do not get, as fields of a log line."""
     detail = error.detail if isinstance(error, VeneerError) else ""
     return {"detail": detail} if detail else {}
 
 
 def clip(text: str, size: int) -> str:
-    """At most ``size`` bytes of UTF-8."""
+    """The text, cut to at most ``size`` bytes of UTF-8."""
     data = text.encode()
     if len(data) <= size:
         return text
@@ -43,8 +43,7 @@ def clip(text: str, size: int) -> str:
 
 
 def one_line(text: str) -> str:
-    """The text without line breaks and control characters, which may come from text that a
-    caller sent."""
+    """Replace line breaks and control characters with spaces; a caller may have sent them."""
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else " " for char in text)

@@ -25,12 +25,12 @@ REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 """Id of the call that the current task serves; added to each of its log lines."""
 
 TENANT: ContextVar[str] = ContextVar("tenant", default="")
-"""The tenant of that call, unless it is the default one; added in the same way."""
+"""Tenant of that call, or "" for the default tenant; added in the same way."""
 
 
 def upkeep_of(tenant: str) -> Context:
-    """A context for a tenant's upkeep, which outlives the call that begins it: its lines have
-    the tenant, and no call's id."""
+    """A context for a tenant's background work, which outlives the call that starts it: its
+    log lines have the tenant, but no request id."""
     context = copy_context()
     context.run(REQUEST_ID.set, "")
     context.run(TENANT.set, tenant)
@@ -38,7 +38,7 @@ def upkeep_of(tenant: str) -> Context:
 
 
 BURST: Final = 100
-"""Refusals of a kind and tenant that are logged at once."""
+"""Lines of one kind and tenant that `Logger.often` logs before it limits their rate."""
 
 _FIELDS: Final = "veneer_fields"
 
@@ -48,7 +48,7 @@ _ERASE: Final = "\x1b[K"
 """Terminal sequence that erases everything to the right of the cursor."""
 
 _PIECE: Final = 1024
-"""Bytes of a write. A pipe or socket that polls as writable accepts 4 KiB without blocking,
+"""Bytes in each write. A pipe or socket that polls as writable accepts 4 KiB without blocking,
 but other processes may write to it at the same time."""
 
 
@@ -60,8 +60,8 @@ class Logger:
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger
         self._frequent: Recent[tuple[str, str], tuple[float, int]] = Recent(1024)
-        """Of `often`, by kind and tenant: when its lines are paid for, and how many were left
-        out since the last one."""
+        """State of `often`'s rate limit by kind and tenant: the time until which its logged
+        lines use up the rate, and how many lines were left out since the last logged one."""
 
     def _log(
         self, level: int, event: str, fields: Mapping[str, object], error: BaseException | None
@@ -78,8 +78,9 @@ class Logger:
         self._log(logging.INFO, event, fields, None)
 
     def often(self, kind: str, event: str, **fields: object) -> None:
-        """`info` for what strangers can make happen as often as they like: of a kind and
-        tenant `BURST` lines at once, then one a second. The next one has ``left_out``."""
+        """Log an event that strangers can cause as often as they like: for each kind and tenant
+        `BURST` lines at once, then one a second. The next logged line counts the lines that
+        were left out as ``left_out``."""
         now, key = time.monotonic(), (kind, TENANT.get())
         due, left_out = self._frequent.get(key, (now, 0))
         if due - now >= BURST:
@@ -112,7 +113,7 @@ def configure(
     handler = _handler(stream)
     if isinstance(handler, _Unblocked):
         handler.for_a_person = log_format == "console"
-        # What the engine tells while it starts, the front tells too.
+        # The front reports the engine's start too.
         handler.quiet_in_background = process == "engine"
     handler.setFormatter(_Json(process) if log_format == "json" else _Console(process))
     root = logging.getLogger()
@@ -129,9 +130,9 @@ def takes_status() -> bool:
 
 
 def quiet_in_background() -> None:
-    """From now on, show only warnings and errors while the log goes to a terminal that this
-    process is in the background of: a person is typing there. Nothing changes for files,
-    pipes, or in the foreground."""
+    """From now on, show only warnings and errors whenever this process is in the background of
+    the terminal that it logs to: a person is typing there. Nothing changes for files, pipes, or
+    in the foreground."""
     quiet = [handler for handler in _unblocked() if handler.in_background()]
     if quiet:
         get_logger(__name__).info(
@@ -193,12 +194,12 @@ class _Unblocked(logging.Handler):
         return self._in_foreground() is True
 
     def in_background(self) -> bool:
-        """Whether somebody works with the terminal that the lines go to."""
+        """Whether the lines go to a terminal with this process in its background."""
         return self._in_foreground() is False
 
     def _in_foreground(self) -> bool | None:
-        """None if the lines do not go to a person's terminal, or to another one than this
-        process's."""
+        """Whether this process is in the foreground of the terminal that the lines go to; None
+        if they go elsewhere, are not for a person, or go to another session's terminal."""
         try:
             if self.for_a_person and os.isatty(self._file):
                 return os.tcgetpgrp(self._file) == os.getpgrp()

@@ -1,4 +1,4 @@
-"""What `App.startup` computes before it starts anything: base identity, memory, engine."""
+"""Computations of `App.startup` before it starts anything: base identity, memory, engine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def memory_for(decoder: DecoderConfig, config: ServerConfig) -> MemoryPlan:
 
     Raises:
         MemoryTooSmall: the configuration does not fit this machine.
-        UnsupportedModel: the base cannot be divided among so many cards.
+        UnsupportedModel: the base cannot be divided among this number of GPUs.
     """
     # A folder that is stored in 4 bits is served as it is.
     served = decoder.quantization or config.quantization
@@ -38,7 +38,7 @@ def memory_for(decoder: DecoderConfig, config: ServerConfig) -> MemoryPlan:
             metadata={"key": "int8_activations"},
         )
     host = host_memory()
-    decoder = Shard(0, config.tensor_parallel).config(decoder)  # what one card has
+    decoder = Shard(0, config.tensor_parallel).config(decoder)  # one GPU's part
     choice = choose_gpu(config.device)
     if choice.why_not:
         _log.warning(
@@ -115,7 +115,8 @@ def engine_config(
     planned = replace(config, kv_cache_bytes=memory.kv_cache_bytes)
     settings = asdict(planned)
     if config.device == "auto":
-        # As the memory was planned: a GPU that is there may have failed its self-test.
+        # The device that the memory was planned for: an existing GPU may have failed its
+        # self-test.
         settings["device"] = "cuda" if _on_gpu(memory) else "cpu"
     return EngineConfig(
         **{name: settings[name] for name in EngineConfig.__struct_fields__ if name in settings},
@@ -138,7 +139,7 @@ def engine_config(
 
 
 def vocabulary_of(folder: Path) -> str:
-    """`vocabulary_digest` of the base's tokenizer, or "" if it has none of that kind."""
+    """`vocabulary_digest` of the base's tokenizer, or "" if it has no `TOKENIZER_FILE`."""
     try:
         return vocabulary_digest((folder / TOKENIZER_FILE).read_bytes())
     except OSError:

@@ -1,23 +1,23 @@
-"""Attacks on a real server beside normal callers: ``make attacks``.
+"""Attack a real server while normal callers use it: ``make attacks``.
 
 ``python -m tests.attacks`` runs each module of `tests.attacks.cases` for some seconds against
-the real server with the bundled base, beside 4 streams and a caller of small requests, and
-checks:
+the real server with the bundled base, along with 4 streams and a caller of small requests, and
+checks that:
 
 - all other callers are answered, and health stays SERVING
 - the server's processes use at most 64 MB more memory than with the normal callers alone
 - the attack itself is answered as documented
-- afterwards nothing of it is left: no sequence, no lease, no corrupted engine state
+- the attack leaves nothing behind: no sequence, no lease, no corrupted engine state
 - with ``--times``: the longest gap of the streams exceeds that of a control run without the
   attack by at most 50 ms
 
 The attack runs in a separate process at the lowest priority, since an attacker on another
 machine would use this one's CPU only through the server. Exit status 1 if an attack succeeds.
 
-``--busy`` does the same beside a process that computes without pause.
+``--busy`` does the same while another process computes without pause.
 
-``--bugs`` runs each attack that has a `Bug` against a server with that bug: exit status 1 if
-one does not fail then.
+``--bugs`` runs each attack that has a `Bug` against a server with that bug, and exits with
+status 1 if an attack does not fail then.
 """
 
 from __future__ import annotations
@@ -54,25 +54,26 @@ from tests.torture.tenants import edited_server
 CASES = Path(__file__).parent / "cases"
 ADAPTERS = Path(__file__).parents[2] / "examples" / "adapters"
 NAMES = ("chat", "code", "sql")
-"""Adapters of the normal callers."""
+"""Adapters that the normal callers use."""
 WEIGHTS = "adapter_model.safetensors"
 HANGS_S = 300.0
-"""Beyond ten times its seconds an attack hangs; a loaded machine may take most of that."""
+"""Seconds after which an attack counts as hung; a loaded machine may take most of them."""
 TARGET = "target"
 """The attacker's adapter."""
 KV_BYTES, SHORT_KV_BYTES = 256 << 20, 128 << 20
-"""For the whole attacks, and for the short ones. Filled before the first one, so that planned
-memory does not count as growth, which takes up to a minute without AMX."""
+"""Size of the KV cache for the whole attacks, and for the short ones. It is filled before the
+first attack, so that planned memory does not count as growth; filling takes up to a minute
+without AMX."""
 GAP_S = 0.050
 CONTROLS, QUIET_S = 4, 0.050
-"""The control is repeated, at most this many times, until a run has no gap as long as this."""
+"""The control run is repeated, at most ``CONTROLS`` times, until no gap exceeds ``QUIET_S``."""
 MEMORY = 64 << 20
 CLEAR_S = 30.0
-"""After this time nothing of an attack may be left."""
+"""Seconds after which an attack must have left nothing behind."""
 
 
 def found_cases() -> list[str]:
-    """Names of the attacks, from their file names."""
+    """Return the names of the attacks, from their file names."""
     return sorted(path.stem for path in CASES.glob("*.py") if path.stem != "__init__")
 
 
@@ -82,10 +83,10 @@ def case(name: str) -> AttackModule:
 
 @dataclass(slots=True)
 class Result:
-    """Result of one attack: figures for a line, and failures.
+    """Result of one attack: figures to print, and failures.
 
     Attributes:
-        attacker_cpu_s: CPU seconds of the attacker.
+        attacker_cpu_s: CPU seconds that the attacker used.
     """
 
     name: str
@@ -98,8 +99,8 @@ class Result:
 
 
 def attack_here(name: str, seed: int) -> None:
-    """In the attacker's process: wait for the target, attack it, and print what differed from
-    the documentation."""
+    """Run in the attacker's process: wait for the target, attack it, and print how answers
+    differed from the documentation."""
     rng = random.Random(f"{seed} {name}")
     module = case(name)
     print("ready", flush=True)
@@ -111,7 +112,7 @@ def attack_here(name: str, seed: int) -> None:
 
     async def told() -> None:
         print(json.dumps(await module.attack(Target(**target, rng=rng))), flush=True)
-        # Exiting would take a CPU from the other processes for a tenth of a second.
+        # Exiting takes a tenth of a second of CPU, which the other processes need.
         sys.stdin.readline()
 
     asyncio.run(told())
@@ -120,8 +121,8 @@ def attack_here(name: str, seed: int) -> None:
 class Attackers:
     """Processes that will attack, at the lowest priority.
 
-    Each takes a second or two to import what it needs. Unless times count, the next one does
-    so during the attack before.
+    Each takes a second or two to import its modules. Unless times count, the next attacker does
+    so during the previous attack.
     """
 
     def __init__(self, names: list[str], given: argparse.Namespace) -> None:
@@ -130,7 +131,7 @@ class Attackers:
         self._started: dict[str, asyncio.subprocess.Process] = {}
 
     async def take(self, name: str) -> asyncio.subprocess.Process:
-        """The attacker of that name, ready to be told its target."""
+        """Return the attacker of that name, ready to be told its target."""
         await self._start(name)
         process = self._started.pop(name)
         assert process.stdout is not None
@@ -168,7 +169,7 @@ async def run_attack(
     keys: dict[str, str],
     keys_file: Path,
 ) -> Result:
-    """One attack beside normal callers, after a control run without it."""
+    """Run one attack along with normal callers, after a control run without the attack."""
     adapters = ["", *NAMES]
     with tempfile.TemporaryDirectory() as work:
         target = {
@@ -238,8 +239,8 @@ async def run_attack(
 
 
 async def _control(server: Server, adapters: list[str], seconds: float) -> Noticed:
-    """A run without an attack, after all work of the previous attack is done. Measures memory
-    as with an attack, since each measurement takes 20 ms of CPU."""
+    """Run without an attack, after all work of the previous attack is done. Memory is measured
+    as in an attack, since each measurement takes 20 ms of CPU."""
     for _ in range(CONTROLS):
         control = await _for_seconds(server, adapters, seconds)
         if control.longest < QUIET_S:
@@ -256,7 +257,7 @@ async def _for_seconds(server: Server, adapters: list[str], seconds: float) -> N
 
 
 async def _fill_kv(server: Server) -> None:
-    """Touch all of the KV cache, by prompts that the prefix cache keeps."""
+    """Touch all of the KV cache, with prompts that the prefix cache keeps."""
     info = await server.about.GetServerInfo(server_pb2.GetServerInfoRequest())
     room = min(info.context_length, info.budgets.kv_cache_tokens) - 1
     for first in range(-(-info.budgets.kv_cache_tokens // room)):
@@ -270,8 +271,8 @@ async def _fill_kv(server: Server) -> None:
 
 
 def _other_weights() -> dict[str, bytes]:
-    """Files of an adapter that shares no weights with those of the normal callers."""
-    # Here, since every attacker imports this module, and torch takes seconds.
+    """Return files of an adapter that shares no weights with the normal callers' adapters."""
+    # Imported here, since every attacker imports this module, and torch takes seconds.
     from safetensors.torch import load, save
 
     files = read_files(ADAPTERS / NAMES[0])
@@ -293,7 +294,7 @@ class Group:
     """Attacks that share a server.
 
     Attributes:
-        bug: the server's bug, with ``--bugs``.
+        bug: the bug planted in the server, with ``--bugs``.
     """
 
     flags: dict[str, str]
@@ -303,8 +304,8 @@ class Group:
 
 
 def servers(names: list[str]) -> list[Group]:
-    """One server for the attacks without flags, and one for all whose flags do not contradict
-    each other; those with keys apart."""
+    """Group the attacks by server: one for the attacks without flags, and one for each set of
+    attacks whose flags do not contradict each other. Attacks with keys are separate."""
     groups: list[Group] = []
     for name in names:
         wanted, keys = flags_of(name), getattr(case(name), "KEYS", False)
@@ -320,7 +321,7 @@ def servers(names: list[str]) -> list[Group]:
 
 
 def with_bugs(names: list[str]) -> list[Group]:
-    """A server with its bug for each attack that has one."""
+    """Make a group for each attack that has a bug, with that bug in its server."""
     return [
         Group(flags_of(name), getattr(case(name), "KEYS", False), [name], bug)
         for name in names
@@ -329,7 +330,7 @@ def with_bugs(names: list[str]) -> list[Group]:
 
 
 def flags_of(name: str) -> dict[str, str]:
-    """The attack's flags with their values."""
+    """Return the attack's flags with their values."""
     flags = getattr(case(name), "FLAGS", ())
     return dict(zip(flags[::2], flags[1::2], strict=True))
 
@@ -338,7 +339,7 @@ def flags_of(name: str) -> dict[str, str]:
 async def _server(
     group: Group, folder: Path, cache: Path, kv_bytes: int
 ) -> AsyncIterator[tuple[Server, dict[str, str], Path]]:
-    """The group's server, its keys by name, and their file."""
+    """Start the group's server; yield it, its keys by name, and the file of keys."""
     flags, keys, file = list(chain(*group.flags.items())), {}, folder / "keys.toml"
     if group.keys:
         keys = {
@@ -360,7 +361,7 @@ async def _server(
 async def run_group(
     group: Group, attackers: Attackers, given: argparse.Namespace
 ) -> list[Result]:
-    """Run the group's attacks; a server that one of them has harmed is replaced."""
+    """Run the group's attacks; replace a server that an attack has harmed."""
     waiting, results = list(group.names), []
     while waiting:
         with tempfile.TemporaryDirectory() as folder:
@@ -412,7 +413,7 @@ def _print(result: Result, seconds: float) -> None:
 
 
 def main() -> int:
-    """Run the attacks of the command line. Returns the exit status."""
+    """Run the attacks that the command line names; return the exit status."""
     parser = argparse.ArgumentParser(prog="tests.attacks", description=__doc__)
     parser.add_argument("--full", action="store_true", help="the whole attacks, not the short")
     parser.add_argument("--times", action="store_true", help="judge the streams' gaps, too")

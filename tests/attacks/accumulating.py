@@ -27,13 +27,13 @@ ACCUMULATING: Final = (
     "{% for message in messages %}{% if message['role'] == 'user' %}"
     "<|User|>{{ message['content'] }}{% endif %}{% endfor %}<|Assistant|>"
 )
-"""As DeepSeek V3's public template gathers system prompts; several times, to take long with
-little memory."""
+"""Gathers system prompts like DeepSeek V3's public template, but several times, so that it
+takes long with little memory."""
 
 _ADAPTER: Final = Path(__file__).parents[2] / "examples" / "adapters" / "chat"
 
 ANSWER_S: Final = 60.0
-"""An answer later than this counts as missing."""
+"""Seconds after which an answer counts as missing."""
 
 
 def chat(contents: list[str], role: str = "user") -> inference_pb2.ChatInput:
@@ -42,12 +42,12 @@ def chat(contents: list[str], role: str = "user") -> inference_pb2.ChatInput:
 
 
 def hostile(rng: random.Random) -> inference_pb2.ChatInput:
-    """3,500 to 4,096 messages that take 10 s or more of CPU time, and fill 4 MB at most."""
+    """Make 3,500 to 4,096 messages of at most 4 MB that take 10 s or more of CPU time."""
     return chat(["x" * rng.randint(850, 950)] * rng.randint(3500, 4096), role="system")
 
 
 class Chatter:
-    """A key with a connection of its own."""
+    """A caller with one key and its own connection."""
 
     def __init__(self, channel: grpc.aio.Channel, metadata: Any) -> None:
         # The stubs are typed for synchronous channels.
@@ -58,7 +58,7 @@ class Chatter:
     @classmethod
     @asynccontextmanager
     async def of(cls, target: Target, key: str) -> AsyncIterator[Chatter]:
-        """Args: key: one of `KEYS`."""
+        """Connect with ``key``, one of `KEYS`."""
         options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_send_message_length", -1)]
         async with grpc.aio.insecure_channel(target.grpc, options=options) as channel:
             yield cls(channel, target.metadata(key))
@@ -69,7 +69,7 @@ class Chatter:
         await self._adapters.UploadAdapter(messages, metadata=self._metadata)
 
     async def says(self, adapter: str, messages: inference_pb2.ChatInput) -> str:
-        """ "OK", or why the chat is refused: the reason and its cause."""
+        """Send a chat; return "OK", or the reason and cause of its refusal."""
         request = inference_pb2.GenerateRequest(
             adapter=adapter,
             messages=messages,

@@ -1,4 +1,4 @@
-"""The shape of an attack: what one caller does to harm the others.
+"""The interface of an attack: what one caller does to harm the others.
 
 An attack is a module in ``tests/attacks/cases``; the runner finds it by its file name::
 
@@ -12,11 +12,12 @@ An attack is a module in ``tests/attacks/cases``; the runner finds it by its fil
         '''Repeats the attack for `target.seconds`. Returns a line for each answer that was not
         as documented; empty if every answer was right.'''
 
-The runner (`python -m tests.attacks`) attacks a server beside 4 normal streams, after a run
-without the attack where times count. Attacks share a server as far as their flags allow, and
-one that has been harmed is replaced. The runner checks the streams' longest gap between tokens,
-the growth of the processes' memory, that all other callers were answered and that the server
-works afterwards. So a module only attacks, and only the addresses that it is given. With
+The runner (`python -m tests.attacks`) attacks a server that also serves 4 normal streams; if
+times count, it first makes a run without the attack. Attacks share a server as far as their
+flags allow, and a server that has been harmed is replaced. The runner checks the streams'
+longest gap between tokens, the growth of the processes' memory, that all other callers were
+answered and that the server works afterwards. So a module only attacks, and only the addresses
+that it is given. With
 ``--bugs`` each attack runs against a server that has its `BUG`, and must fail.
 """
 
@@ -41,11 +42,12 @@ KEYS: Final[dict[str, tuple[str, Role]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Bug:
-    """A bug for the attack to notice: an edit of the server's source in its process.
+    """A planted bug that the attack must notice: an edit of the server's source in its process.
 
     Attributes:
         module: the edited module.
-        old, new: ``old`` is in the module's source once, inside a function.
+        old, new: text and its replacement; ``old`` is in the module's source once, inside a
+            function.
         process: which process is edited.
     """
 
@@ -64,13 +66,13 @@ class Target:
         openai: host:port of the OpenAI-compatible HTTP server.
         metrics: host:port of the metrics server.
         seconds: about how long to attack; the attack ends by itself.
-        full: the whole attack; else a short form for every test run.
-        times: also judge how long answers take; else only answers, memory and bounds.
+        full: run the whole attack; otherwise a short form for every test run.
+        times: also judge how long answers take; otherwise only answers, memory and bounds.
         rng: source of all randomness; its seed is printed.
         work: an empty folder.
         adapter: an adapter that the server has.
         keys: API keys by the names in `KEYS`; empty on a server without keys.
-        keys_file: the file with these keys, for attacks with keys of their own.
+        keys_file: the file with these keys, for attacks that add their own keys.
     """
 
     grpc: str
@@ -86,12 +88,13 @@ class Target:
     keys_file: Path
 
     def metadata(self, key: str) -> tuple[tuple[str, str], ...]:
-        """gRPC metadata (also the headers of HTTP requests) of a caller with that key."""
+        """Return the gRPC metadata (also used as HTTP headers) of a caller with that key."""
         return (("authorization", f"Bearer {self.keys[key]}"),)
 
 
 class AttackModule(Protocol):
-    """What the runner needs of an attack's module, beside ``FLAGS``, ``KEYS`` and ``BUG``."""
+    """What an attack's module must define, besides the optional ``FLAGS``, ``KEYS``, ``LOADS``
+    and ``BUG``."""
 
     TITLE: str
 

@@ -1,4 +1,4 @@
-"""Shared by the attacks with constraints: send a request with one, and judge the answer."""
+"""Shared by the attacks with constraints: send a constraint and judge the answer."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tests.attacks.hostile_constraints import Hostile
 from tests.server_harness import refusal
 
 ANSWER_S: Final = 60.0
-"""An answer later than this counts as missing."""
+"""Seconds after which an answer counts as missing."""
 
 
 class Caller:
-    """A caller with its own connection, as the server tells callers apart."""
+    """A caller with its own connection, by which the server tells callers apart."""
 
     def __init__(
         self, channel: grpc.aio.Channel, metadata: tuple[tuple[str, str], ...] = ()
@@ -29,8 +29,8 @@ class Caller:
         self.stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)
 
     async def ask(self, hostile: Hostile, *, tokens: int = 4, seed: int = 1) -> str:
-        """ "" if the answer is as documented: text, INVALID_ARGUMENT that names the field, or
-        QUEUE_FULL under load. Else the answer."""
+        """Send a request; return "" if the answer is as documented, else the answer. Documented
+        are text, INVALID_ARGUMENT that names the field, and QUEUE_FULL under load."""
         request = pb.GenerateRequest(
             prompt="A:",
             constraint=pb.Constraint(**{hostile.kind: hostile.text}),
@@ -62,7 +62,7 @@ def _wrong(hostile: Hostile, error: grpc.aio.AioRpcError) -> str:
 
 @asynccontextmanager
 async def caller(address: str) -> AsyncIterator[Caller]:
-    """A caller on a connection that no other shares."""
+    """Open a connection that is not shared; yield a caller on it."""
     options = [("grpc.use_local_subchannel_pool", 1)]
     async with grpc.aio.insecure_channel(address, options=options) as channel:
         yield Caller(channel)

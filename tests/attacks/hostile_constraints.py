@@ -7,7 +7,7 @@ from typing import Any, Final, NamedTuple
 
 
 class Hostile(NamedTuple):
-    """A constraint by its field of the request."""
+    """A constraint, and the request field that holds it (``kind``)."""
 
     kind: str
     text: str
@@ -24,7 +24,7 @@ SLOW_MASK: Final = Hostile("regex", "((a{100}){100}){100}")
 """Compiles in a millisecond; its first mask takes 100 ms."""
 
 PANICS: Final = Hostile("regex", r"((é|\w)|((b)*|\w))")
-"""A bug of the library (llguidance 1.9.1)."""
+"""Panics because of a bug in the library (llguidance 1.9.1)."""
 
 
 def _wrapped(text: str, times: int) -> str:
@@ -112,4 +112,4 @@ HOSTILE: Final[dict[str, Hostile]] = {
         {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(40_000)}}
     ),
 }
-"""Each is answered within its limits, or INVALID_ARGUMENT."""
+"""Each must be answered within its limits, or with INVALID_ARGUMENT."""

@@ -1,4 +1,4 @@
-"""Just enough HTTP/2 to begin a gRPC call and never end it, as no honest client can."""
+"""Just enough HTTP/2 to begin a gRPC call and never end it, which no normal client can do."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ _CANCEL: Final = (8).to_bytes(4)
 
 
 def grpc_message(size: int, *, whole: bool = False) -> bytes:
-    """A length-prefixed message of ``size`` bytes; without its last byte unless ``whole``."""
+    """Build a length-prefixed message of ``size`` bytes, without its last byte unless
+    ``whole``."""
     return b"\0" + struct.pack(">I", size) + b"x" * (size - (not whole))
 
 
 class Connection:
-    """One connection. Obeys flow control: data that may not be sent waits.
+    """One HTTP/2 connection. It obeys flow control: data that may not be sent waits.
 
     Attributes:
-        ended: streams that the server has ended.
+        ended: numbers of the streams that the server has ended.
         lost: set when the server has closed the connection.
         max_streams: the server's limit; None if it sets none.
     """
@@ -75,7 +76,7 @@ class Connection:
         self._writer.transport.abort()
 
     def call(self, method: str) -> int:
-        """Begin a call; returns its stream."""
+        """Begin a call; return the number of its stream."""
         stream, self._next = self._next, self._next + 2
         self._windows[stream] = self._initial
         self._writer.write(_frame(_HEADERS, _END_HEADERS, stream, _headers(method)))
@@ -84,8 +85,8 @@ class Connection:
     async def send(
         self, stream: int, data: bytes, *, patience_s: float, piece: int = _FRAME
     ) -> int:
-        """Send as much as the server's window allows; gives up after ``patience_s`` without
-        progress. Returns the number of bytes."""
+        """Send as much as the server's window allows; give up after ``patience_s`` without
+        progress. Return the number of bytes sent."""
         sent = 0
         while sent < len(data) and stream not in self.ended and not self.lost.is_set():
             allowed = min(self._window, self._windows[stream], piece, len(data) - sent)
@@ -109,7 +110,7 @@ class Connection:
         self._writer.write(_frame(_RESET, 0, stream, _CANCEL))
 
     def ping(self, times: int = 1) -> None:
-        """Ask for a sign of life, ``times`` at once."""
+        """Send ``times`` pings at once."""
         self._writer.write(_frame(_PING, 0, 0, b"veneer--") * times)
 
     async def until_ended(self, stream: int) -> None:
@@ -161,7 +162,7 @@ def _frame(kind: int, flags: int, stream: int, body: bytes = b"") -> bytes:
 
 
 def _headers(method: str) -> bytes:
-    """HPACK without tables or Huffman codes."""
+    """Encode a call's headers as HPACK without tables or Huffman codes."""
     fields = (
         (":method", "POST"),
         (":scheme", "http"),

@@ -1,4 +1,4 @@
-"""A server's process with an attack's bug."""
+"""Plant an attack's bug in a server's process."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tests.planted import planted
 
 _ROOT = Path(__file__).resolve().parents[2]
 _kept: list[AbstractContextManager[None]] = []
-"""Contexts that stay entered for as long as the process runs."""
+"""Contexts that stay entered while the process runs."""
 
 
 def planting(bug: Bug) -> str:
-    """Source that plants the bug in the server that runs it before its start."""
+    """Return Python source that a server runs before it starts, which plants the bug."""
     return (
         f"import sys\nsys.path.insert(0, {str(_ROOT)!r})\n"
         "from tests.attacks.case import Bug\n"
@@ -27,7 +27,7 @@ def planting(bug: Bug) -> str:
 
 
 def plant(bug: Bug) -> None:
-    """In the front process: plant the bug here, or in the engine that it will start."""
+    """Called in the front process: plant the bug here, or in the engine that it will start."""
     if bug.process == "engine":
         _kept.append(engine_of("tests.attacks.planting", bug.module, bug.old, bug.new))
     else:

@@ -1,4 +1,4 @@
-"""What other callers notice during an attack: streams, small calls, memory."""
+"""Watch what other callers notice during an attack: streams, small calls, memory."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ STREAMS = 4
 TOKENS = 48
 """Tokens of each answer of a stream; the next answer begins at once."""
 PAUSE_S = 0.25
-"""Between two small calls, and between two measurements of memory."""
+"""Seconds between two small calls, and between two measurements of memory."""
 ANSWER_S = 30.0
-"""After this time without an answer, a caller counts as not answered."""
+"""Seconds without an answer after which a caller counts as not answered."""
 PROMPTS = (
     "Write one sentence about the sea.",
     "Name three animals.",
@@ -33,11 +33,11 @@ class Noticed:
     """What normal callers noticed.
 
     Attributes:
-        gaps: TTFT and ITL in seconds.
-        worst: when the longest gap was.
+        gaps: TTFTs and ITLs, in seconds.
+        worst: when the longest gap was, for display.
         answers: number of streams and small calls that ended well.
-        unanswered: how all others ended, a line each.
-        streaming: set once each stream has had a token, or was not answered.
+        unanswered: how the others ended, one line each.
+        streaming: set once each stream has received a token, or was not answered.
     """
 
     gaps: list[float] = field(default_factory=list)
@@ -109,7 +109,7 @@ async def _stream(
 
 
 async def _small(server: Server, until: asyncio.Event, noticed: Noticed) -> None:
-    """One short answer, one list page and one health check after another."""
+    """Make small calls, one after another: a short answer, a list page and a health check."""
     while not until.is_set():
         try:
             async with asyncio.timeout(ANSWER_S):
@@ -129,14 +129,14 @@ def _told(error: BaseException) -> str:
 
 
 class Memory:
-    """Memory of a server's processes: private bytes, and their shares of shared ones (PSS)."""
+    """Memory of a server's processes (PSS): private bytes plus a share of shared bytes."""
 
     def __init__(self, pid: int) -> None:
         self._root = psutil.Process(pid)
         self._start = self._peak = self._of_each()
 
     def _of_each(self) -> Counter[str]:
-        """Bytes by kind of process."""
+        """Return the bytes by kind of process."""
         found: Counter[str] = Counter()
         for process in [self._root, *self._root.children(recursive=True)]:
             with contextlib.suppress(psutil.Error):
@@ -152,7 +152,7 @@ class Memory:
         return self._peak.total() - self._start.total()
 
     def largest(self) -> str:
-        """Which processes had grown at that time."""
+        """Describe which processes had grown at the highest measurement."""
         grown = {name: (self._peak[name] - self._start[name]) >> 20 for name in self._peak}
         return ", ".join(f"{name} {mb:+d}" for name, mb in grown.items() if abs(mb) >= 1)
 

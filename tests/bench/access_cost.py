@@ -1,11 +1,12 @@
-"""What keys, TLS and limits cost with one tenant: ``python -m tests.bench.access_cost``.
+"""Measure the cost of keys, TLS and limits for one tenant:
+``python -m tests.bench.access_cost``.
 
 In each round the real server is started without keys; with keys; with keys and TLS; and with
-keys, TLS and limits that nobody reaches (every second round in reverse). 32 streams run on it,
-for the base and an adapter. Prints the CPU seconds for 1,000 tokens of the front process, which
-has all of the cost, and of all processes: median and range, and the ratio to the server without
-keys, of the same round. A process differs from the next one of its kind by 10 %, by how its
-memory lies, so each is started anew.
+keys, TLS and limits that nobody reaches (every second round in reverse order). 32 streams run
+on it, for the base and an adapter. Prints the CPU seconds per 1,000 tokens of the front
+process, which bears all of the cost, and of all processes: median and range, and the ratio to
+the server without keys in the same round. Processes of the same kind differ by 10 %, depending
+on how their memory is laid out, so each is started anew.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ LIMITS: Final = {
 
 @dataclass
 class Served:
-    """A server, and a client that it lets in."""
+    """A server, and a client that it accepts."""
 
     server: Server
     client: AsyncClient
     thousands: ClassVar[float] = STREAMS * NEW_TOKENS / 1000
 
     async def cost(self, turn: int) -> tuple[float, float]:
-        """CPU seconds for 1,000 tokens: of the front, and of all processes."""
+        """Return the CPU seconds per 1,000 tokens of the front, and of all processes."""
         pid = self.server.process.pid
         before = own_cpu_of(pid), cpu_of(pid)
         tokens = sum(await asyncio.gather(*(self._stream(turn, n) for n in range(STREAMS))))
@@ -69,7 +70,7 @@ class Served:
 
 
 async def serve(stack: AsyncExitStack, folder: Path, parts: str) -> Served:
-    """Start a server with these parts: of "keys", "TLS" and "limits"."""
+    """Start a server with ``parts``: any of "keys", "TLS" and "limits"."""
     flags: list[str] = []
     login: dict[str, str] = {}
     if "keys" in parts:
@@ -122,7 +123,7 @@ async def bench(rounds: int) -> None:
 
 
 def shown(values: list[float]) -> str:
-    """Median and range."""
+    """Format the median and range."""
     return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 

@@ -1,14 +1,15 @@
-"""Steps of decoding by each backend, without a server: ``python -m tests.bench.backends``.
+"""Time decoding steps of each backend, without a server: ``python -m tests.bench.backends``.
 
-The bundled base in NF4, 1, 8 and 32 rows, a context of 40 to 104 tokens; plain, and with a mix
-of 8 different adapters of rank 16 on all projections. Backends alternate by round, so that a
-slow minute of the machine affects both; prints medians over all rounds, and their ratios.
+It runs the bundled base in NF4, 1, 8 and 32 rows, contexts of 40 to 104 tokens; plain, and with
+a mix of 8 different adapters of rank 16 on all projections. Backends alternate by round, so
+that a slow minute of the machine affects both. Prints medians over all rounds, and their
+ratios.
 
 With ``--llama-batched-bench`` and ``--llama-model``, llama.cpp decodes its base for as long in
 each round, without adapters, since its server cannot mix adapters.
 
-With ``--base``, that base is decoded instead, by the native backend alone:
-`tests.bench.big_base` writes large ones. llama.cpp's model must be of the same shape.
+With ``--base``, that base is used instead, by the native backend alone; `tests.bench.big_base`
+writes large bases. llama.cpp's model must be of the same shape.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ NEW = 60
 
 
 class Kind(NamedTuple):
-    """What a round measures."""
+    """What a round measures: a backend, with or without mixed adapters."""
 
     backend: str
     mixed: bool
@@ -48,10 +49,10 @@ class Peers:
     """Both backends, loaded.
 
     Args:
-        threads: per backend.
-        most: most tokens of a sequence.
-        base: a folder, for the native backend alone; None: the bundled base, for both.
-        int8: activations of 8 bits, in the native backend.
+        threads: number of threads per backend.
+        most: maximum tokens of a sequence.
+        base: folder of a base, for the native backend alone; None: the bundled base, for both.
+        int8: whether the native backend uses 8-bit activations.
     """
 
     def __init__(
@@ -72,11 +73,11 @@ class Peers:
 
     @property
     def native_name(self) -> str:
-        """With its instruction set: ``native (avx512-bf16)``."""
+        """The native backend's name with its instruction set: ``native (avx512-bf16)``."""
         return self._chosen["native"].name
 
     def rounds(self, rows: int, count: int, new: int) -> Iterator[dict[Kind, float]]:
-        """Median seconds per step of each kind, for each round; the order alternates."""
+        """Yield each round's median seconds per step of each kind, in alternating order."""
         for number in range(count):
             times = {}
             for kind in self.kinds if number % 2 == 0 else self.kinds[::-1]:
@@ -88,7 +89,7 @@ class Peers:
 
 
 def ratios(times: dict[Kind, float]) -> dict[str, float]:
-    """Ratios of speeds, from seconds per step."""
+    """Compute ratios of speeds from seconds per step."""
     base, mixed = times[Kind("native", False)], times[Kind("native", True)]
     theirs = {
         f"native / torch, {'mixed' if kind.mixed else 'base'}": (
@@ -101,7 +102,7 @@ def ratios(times: dict[Kind, float]) -> dict[str, float]:
 
 
 def llama_decode(given: argparse.Namespace, rows: int) -> float:
-    """llama.cpp's decoding speed in tokens per second."""
+    """Measure llama.cpp's decoding speed in tokens per second."""
     sizes = ["-c", str(rows * (PROMPT + 2 * NEW)), "-npp", str(PROMPT), "-ntg", str(NEW)]
     threads = ["-t", str(given.threads), "-tb", str(given.threads)]
     command = [given.llama_batched_bench, "-m", given.llama_model, *sizes, *threads]

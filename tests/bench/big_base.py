@@ -1,4 +1,4 @@
-"""How long a server with a large base takes to start, and how much memory that needs.
+"""Measure how long a server with a large base takes to start, and its memory.
 
 ::
 
@@ -6,14 +6,14 @@
     python -m tests.bench.big_base --shape 7b --folder /tmp/bigbase
 
 Writes a random-weight Llama of the shape with the bundled base's tokenizer, shard by shard,
-unless the folder has it. Then three starts with one cache, which is empty at first: the first
-start compiles the kernels, hashes the base, quantizes and packs it; the second finds all of
-that; and a restart, after the engine was killed by SIGKILL. Each is timed until health says
-SERVING, and one answer is generated after it. Prints peak and steady resident memory of the
-engine process, the CPU seconds of all processes, which other work on the machine changes
-little, and how often health left SERVING by itself.
+unless the folder has it. Then it starts a server three times with one cache, which is empty at
+first: the first start compiles the kernels, and hashes, quantizes and packs the base; the
+second start finds all of that; and the third is a restart after the engine was killed with
+SIGKILL. Each is timed until health says SERVING, and one answer is generated after it. Prints
+peak and steady resident memory of the engine process, the CPU seconds of all processes (which
+other work on the machine hardly changes), and how often health left SERVING by itself.
 
-The base stays in the folder, the cache does not.
+The base is kept in the folder, the cache is not.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from tests.bench.start import cpu_of
 from tests.server_harness import SERVICE, Server
 
 VOCABULARY: Final = 49_152
-"""Of the bundled tokenizer."""
+"""Size of the bundled tokenizer's vocabulary."""
 SHAPES: Final[Mapping[str, Mapping[str, Any]]] = {
     "1.07b": {
         "hidden_size": 2048,
@@ -86,7 +86,7 @@ def write_base(folder: Path, shape: str, cache: Path) -> None:
     made = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir(parents=True)
-    # Numbers of one pool, each tensor from another place: drawing 7 billion takes minutes.
+    # Each tensor takes another part of one pool: drawing 7 billion numbers takes minutes.
     pool = (torch.randn(POOL, generator=torch.Generator().manual_seed(1)) * SPREAD).bfloat16()
     begin = 0
 
@@ -138,11 +138,11 @@ def write_base(folder: Path, shape: str, cache: Path) -> None:
 
 @dataclass
 class Watched:
-    """What was seen of a server.
+    """Observations of a server.
 
     Attributes:
         health: (seconds since the start, whether it was SERVING), one for each change.
-        peak: largest resident memory of each engine process by its id, bytes.
+        peak: process id -> largest resident memory of that engine process, bytes.
         anonymous: the same without pages of files.
     """
 
@@ -152,7 +152,7 @@ class Watched:
     anonymous: dict[int, int] = field(default_factory=dict)
 
     def serving_since(self, after: float = 0.0) -> float | None:
-        """When health became SERVING after a time, if it is now."""
+        """Return when health became SERVING, if it is now and that was after ``after``."""
         if not self.health or not self.health[-1][1] or self.health[-1][0] < after:
             return None
         return self.health[-1][0]
@@ -174,14 +174,14 @@ class Running:
         return None
 
     async def serving(self, after: float = 0.0) -> float:
-        """Seconds from ``after`` until SERVING."""
+        """Wait until SERVING; return the seconds from ``after`` until then."""
         while (since := self.watched.serving_since(after)) is None:
             assert self.server.process.returncode is None, "the server has ended"
             await asyncio.sleep(LOOK_SECONDS)
         return since - after
 
     async def answer(self) -> float:
-        """Seconds of one answer of 16 tokens to 64."""
+        """Generate 16 tokens for a prompt of 64; return the seconds."""
         began = time.monotonic()
         await self.server.generate(
             token_ids=[500 + i for i in range(64)],
@@ -274,7 +274,7 @@ def parts(log: Path) -> None:
 
 
 async def measure(base: Path, work: Path) -> None:
-    """Three starts; print the figures."""
+    """Start three times and print the figures."""
     flaps = 0
     for name in ("first start", "second start"):
         async with started(base, work, name) as running:
@@ -299,7 +299,7 @@ async def measure(base: Path, work: Path) -> None:
 
 
 def main() -> None:
-    """See the module."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(prog="tests.bench.big_base", description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="1.07b")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "bigbase")

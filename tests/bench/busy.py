@@ -1,7 +1,7 @@
-"""Steps beside a busy process on the same cores: ``python -m tests.bench.busy``.
+"""Time steps beside a busy process on the same cores: ``python -m tests.bench.busy``.
 
 The native backend decodes with 8 adapters mixed, alternately on a quiet machine and beside one
-process that computes without pause; prints medians of the rounds' median steps, and their
+process that computes without pause. Prints medians of the rounds' median steps, and their
 ratio. A fair share would give 1.5: on two cores, three busy threads get two thirds of a core
 each.
 """

@@ -1,11 +1,12 @@
-"""How many first answers of the bundled base are good, with the server's defaults and no seed.
+"""Count good first answers of the bundled base, with the server's defaults and no seed.
 
 ::
 
     python -m tests.bench.first_answers --runs 20
 
-Prints the pass rate of each question (`tests.first_answers`), of all, and what was counted. No
-adapter is asked. ``--show`` prints the answers that are not good. Other flags go to the server.
+Prints the pass rate of each question (`tests.first_answers`) and of all, and what was counted.
+No adapter is used. ``--show`` prints the answers that are not good. Other flags go to the
+server.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""What following costs on one machine: ``python -m tests.bench.follower_cost``.
+"""Measure the cost of following a registry on the same machine:
+``python -m tests.bench.follower_cost``.
 
 In each round the real server is started with ``--role all``, and as a follower
-(``--role engine``) beside a registry, every second round the other way round. 32 streams run on
-it, for the base and an adapter. Prints the CPU seconds for 1,000 tokens of the server, of its
-front process alone, and of the registry: median and range, and the ratio to ``--role all`` of
+(``--role engine``) beside a registry; every second round in reverse order. 32 streams run on
+it, for the base and an adapter. Prints the CPU seconds per 1,000 tokens of the server, of its
+front process alone, and of the registry: median and range, and the ratio to ``--role all`` in
 the same round.
 """
 
@@ -28,7 +29,7 @@ ROLES: Final = ("all", "engine")
 
 
 async def serve(stack: AsyncExitStack, folder: Path, role: str) -> tuple[Served, Server | None]:
-    """Start a server with this role, and the registry of a follower."""
+    """Start a server with this role, and for a follower also its registry."""
     flags: list[str] = ["--no-prefix-cache", "--role", role]
     registry = None
     if role == "engine":

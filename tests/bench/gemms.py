@@ -1,4 +1,5 @@
-"""The native GEMM of two versions in turns: ``python -m tests.bench.gemms --against HEAD~1``.
+"""Time the native GEMM of two versions in turns:
+``python -m tests.bench.gemms --against HEAD~1``.
 
 Both versions' kernels are compiled for this CPU, and multiply the bundled base's weights, read
 from memory, on one thread. Machines change their speed from second to second, so the versions
@@ -32,7 +33,7 @@ from tests.bench.steps import CACHE, REPOSITORY, load
 SOURCES: Final = "server/veneer_server/backends/native/cpp"
 ROWS: Final = (1, 8, 16, 32, 128, 512)
 SECONDS: Final = 0.01
-"""Of a round, about."""
+"""Approximate length of a round."""
 
 
 def compile_revision(revision: str, folder: Path) -> Path:
@@ -48,7 +49,7 @@ def compile_revision(revision: str, folder: Path) -> Path:
 
 
 def compare(name: str, linear: NativeLinear, versions: Sequence[Any], rounds: int) -> None:
-    """Print the times of a weight [outputs, inputs] by each version."""
+    """Print each version's times for a weight [outputs, inputs]."""
     outputs, inputs = linear.shape
     copies, _memory = copies_of(linear)
     for rows in ROWS:

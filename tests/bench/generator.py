@@ -1,8 +1,8 @@
-"""Limits of the load generator: ``python -m tests.bench.generator``.
+"""Measure the limits of the load generator: ``python -m tests.bench.generator``.
 
-Against the FAKE fast server, on the same cores: a thousand requests per second over gRPC and
-over HTTP, counted on both sides; and a one-second stall of the server, as measured by an open
-loop, which counts from the time a request was due, and by a closed loop.
+It sends to the FAKE fast server, on the same cores, a thousand requests per second over gRPC
+and over HTTP, counted on both sides. It also shows a one-second stall of the server as measured
+by an open loop, which counts from the time a request was due, and by a closed loop.
 """
 
 from __future__ import annotations

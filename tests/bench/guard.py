@@ -1,4 +1,4 @@
-"""Guards the native backend's speed: ``python -m tests.bench.guard`` (``make bench-guard``).
+"""Guard the native backend's speed: ``python -m tests.bench.guard`` (``make bench-guard``).
 
 Compares ratios, not times, since times vary with the machine: native / torch, plain and with
 mixed adapters, and the native backend's mixed / plain steps, at 1, 8 and 32 rows. A run is a
@@ -36,7 +36,7 @@ _CPU_FIELDS = ("model name", "cpu family", "model")
 
 
 def cpu_name() -> str:
-    """Linux's name of the CPU, with family and model, since a VM's name may say little."""
+    """Return Linux's name of the CPU, with family and model: a VM's name may say little."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:
@@ -54,7 +54,7 @@ class Run(NamedTuple):
 
     Attributes:
         cpu: CPU, instruction set and number of threads, which are the record's key.
-        ratios: by name, the median over the rounds.
+        ratios: name -> median over the rounds.
     """
 
     cpu: str
@@ -86,7 +86,7 @@ def spreads(runs: list[Run]) -> dict[str, Spread]:
 
 
 def held_against(record: Record, first: Run, given: argparse.Namespace) -> int:
-    """Print ratios and losses; returns the exit status."""
+    """Print ratios and losses; return the exit status."""
     if record.about["torch"] != torch.__version__:
         print(f"note: recorded beside torch {record.about['torch']}")
     runs = [first]
@@ -103,7 +103,7 @@ def held_against(record: Record, first: Run, given: argparse.Namespace) -> int:
 
 
 def record_runs(first: Run, given: argparse.Namespace) -> None:
-    """Measure as often as a record needs, and write the record."""
+    """Do as many runs as a record needs, and write the record."""
     runs = [first, *(run_apart(given) for _ in range(given.runs - 1))]
     found = spreads(runs)
     for name, spread in found.items():
@@ -130,7 +130,7 @@ def _parse() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Measure, and compare or record; returns the exit status."""
+    """Measure, and compare or record; return the exit status."""
     given = _parse()
     if given.once:
         print(json.dumps(measure(given.rounds, given.threads)._asdict()))

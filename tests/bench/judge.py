@@ -1,11 +1,11 @@
-"""Whether ratios of speeds have fallen below recorded ones by more than noise.
+"""Judge whether ratios of speeds have fallen below recorded ones by more than noise.
 
 A ratio is recorded as the median of several runs with their spread (the median absolute
 deviation, MAD). It is a loss if the present median is below the recorded one by more than
-the tolerance: 10 % of the recorded one, or three times the larger of both MADs if that is
-more. A MAD is about two thirds of a normal distribution's standard deviation, so three of them
-are two standard deviations of a single run; the 10 % cover what a few runs do not show, such as
-other hours of a virtual machine. Gains are not reported.
+the tolerance: 10 % of the recorded median, or three times the larger of both MADs if that is
+more. A MAD is about two thirds of a normal distribution's standard deviation, so three MADs
+are two standard deviations of a single run. The 10 % cover differences that a few runs do not
+show, such as between hours on a virtual machine. Gains are not reported.
 
 Ratios depend on the CPU: there is a record for each.
 """
@@ -53,11 +53,11 @@ class Loss(NamedTuple):
 
 
 class Record(NamedTuple):
-    """What was measured on one CPU.
+    """Recorded ratios of one CPU.
 
     Attributes:
-        about: version of torch, date and runs, for the reader.
-        ratios: by name.
+        about: version of torch, date and number of runs, for the reader.
+        ratios: name -> ratio.
     """
 
     about: dict[str, str]
@@ -65,12 +65,12 @@ class Record(NamedTuple):
 
 
 def tolerance(recorded: Spread, found: Spread) -> float:
-    """How much lower than recorded a ratio may be."""
+    """Return how much lower than recorded a ratio may be."""
     return max(LEAST_TOLERANCE * recorded.median, MADS * max(recorded.mad, found.mad))
 
 
 def judge(recorded: Mapping[str, Spread], found: Mapping[str, Spread]) -> list[Loss]:
-    """The ratios that are lost.
+    """Return the losses.
 
     Raises:
         ValueError: recorded and measured ratios have different names.
@@ -87,7 +87,7 @@ def judge(recorded: Mapping[str, Spread], found: Mapping[str, Spread]) -> list[L
 
 
 def read_records(file: Path) -> dict[str, Record]:
-    """Records by CPU; none if there is no file."""
+    """Read the records by CPU; there are none without a file."""
     if not file.is_file():
         return {}
     return {
@@ -103,7 +103,7 @@ def read_records(file: Path) -> dict[str, Record]:
 
 
 def write_record(file: Path, cpu: str, record: Record) -> None:
-    """Replace the CPU's record; those of other CPUs stay."""
+    """Replace the record of one CPU; records of other CPUs stay."""
     records = read_records(file) | {cpu: record}
     kept = {
         cpu: {

@@ -1,12 +1,12 @@
-"""Each kernel's time against the machine's limit: ``python -m tests.bench.kernels``.
+"""Compare each kernel's time with the machine's limit: ``python -m tests.bench.kernels``.
 
 Limits are measured in the same run, for one thread and for two: memory bytes read per second,
-and bf16 multiplications per second. A kernel's limit is the longer of its bytes and its
-multiplications at those rates; its share is that limit divided by the time it took. First come
-single GEMMs on one thread, with weights from memory; then the parts of whole steps on all
-threads, which the kernels time themselves if compiled with ``VENEER_TIMES`` (LoRA is the
-difference of a mixed step and a plain one, measured alternately). A step's limit is the sum of
-its parts' limits, since they run one after another.
+and bf16 multiplications per second. A kernel's limit is the longer of the times for its bytes
+and for its multiplications at those rates; its share is that limit divided by the time it took.
+First come single GEMMs on one thread, with weights from memory; then the parts of whole steps
+on all threads, which the kernels time themselves if compiled with ``VENEER_TIMES`` (LoRA is the
+difference between a mixed step and a plain step, measured alternately). A step's limit is the
+sum of its parts' limits, since they run one after another.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tests.bench.steps import CACHE, ROWS, blocks_for, load, make_adapters, make
 from tests.bench.work import EXPANDS, SHRINKS, adapter_work, base_work, kernel_work
 
 COLD = 128 << 20
-"""Bytes of weights that are read in turn: more than fit in caches."""
+"""Bytes of weights that are read in turn: more than fit in the caches."""
 CONTEXTS = (104, 1000)
 ROUNDS, STEPS = 7, 10
 Parts = dict[str, float]
@@ -87,7 +87,8 @@ def print_products(
 
 
 def copies_of(linear: NativeLinear) -> tuple[list[Linear], torch.Tensor]:
-    """As many copies of a weight as fit in `COLD`, and their memory, which must stay alive."""
+    """Make as many copies of a weight as fit in `COLD`. Return them with their memory, which
+    must stay alive."""
     size = -(-linear.nbytes // 64) * 64
     count = max(2, COLD // size)
     memory = huge_pages(count * size)
@@ -105,7 +106,7 @@ def copies_of(linear: NativeLinear) -> tuple[list[Linear], torch.Tensor]:
 
 
 def part_names() -> list[str]:
-    """The parts in the order of decoder.h; its ``kQkvTime`` is ``qkv`` here."""
+    """Return the parts in the order of decoder.h; its ``kQkvTime`` is ``qkv`` here."""
     source = (
         resources.files("veneer_server.backends.native") / "cpp" / "decoder" / "decoder.h"
     ).read_text("utf-8")
@@ -125,7 +126,7 @@ class Steps:
         self._times.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
 
     def run(self, rows: int, context: int, tables: Sequence[AdapterTable]) -> Parts:
-        """Seconds per step of one round."""
+        """Run a round; return the seconds per step."""
         step = make_step(rows, context - 1, 1, tables, most=context)
         self._backend.execute(step)
         before, began = self._read(), time.perf_counter()
@@ -176,8 +177,8 @@ def _sum(works: Iterable[Work]) -> Work:
 
 
 def _print_whole(name: str, works: list[Work], limits: Limits, took: float) -> None:
-    """Print a step's time and the sum of its parts' limits, by torch's matmul and by
-    multiplications in registers."""
+    """Print a step's time and the sum of its parts' limits, at the rate of torch's matmul and
+    of multiplications in registers."""
     total = _sum(works)
     limit, strict = (
         sum(each.seconds(work) for work in works)

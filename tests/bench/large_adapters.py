@@ -1,11 +1,11 @@
-"""What adapters of a large rank take, and what others notice of them.
+"""Measure the cost of adapters with a large rank, and their effect on other requests.
 
 ``python -m tests.bench.large_adapters``
 
 On a real server with the bundled base, for the base and for adapters of the given ranks in all
 modules: the engine's CPU time for a prompt token and for a token of rows that decode, then the
 longest gap of a quiet stream of the base beside a prompt of 1,500 tokens and beside 16 callers
-of 24 tokens each. What `veneer_server.wire.requests.token_work` counts rests on the CPU times.
+of 24 tokens each. `veneer_server.wire.requests.token_work` is based on the CPU times.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.places import cache_dir
 from tests.server_harness import Server, running_server
 
 HIDDEN, WIDE, KV, LAYERS = 576, 1536, 192, 30
-"""Of the bundled base."""
+"""Sizes of the bundled base."""
 SHAPES = {
     "self_attn.q_proj": (HIDDEN, HIDDEN),
     "self_attn.k_proj": (HIDDEN, KV),
@@ -41,7 +41,7 @@ _DRAW = random.Random(1)
 
 
 def write(folder: Path, rank: int) -> None:
-    """An adapter with small random numbers in every module."""
+    """Write an adapter with small random numbers in every module."""
     numbers = (np.random.default_rng(0).standard_normal(1 << 16) * 0.01).astype(np.float16)
     tensors = {}
     for layer in range(LAYERS):
@@ -59,7 +59,7 @@ def write(folder: Path, rank: int) -> None:
 
 
 def ask(prompt: int, new: int, adapter: str) -> pb.GenerateRequest:
-    """Random tokens, so that nothing is found in the prefix cache."""
+    """Build a request with random tokens, so that nothing is found in the prefix cache."""
     return pb.GenerateRequest(
         token_ids=pb.TokenIds(ids=[_DRAW.randrange(1000, 40_000) for _ in range(prompt)]),
         adapter=adapter,
@@ -73,7 +73,7 @@ async def generate(server: Server, count: int, *request: Any) -> None:
 
 
 async def cpu_times(server: Server, adapter: str) -> str:
-    """Milliseconds of the engine's CPU for each token."""
+    """Measure the engine's CPU milliseconds per token."""
 
     async def of(count: int, prompt: int, new: int) -> float:
         began = sum(server.engine.cpu_times()[:2])
@@ -89,7 +89,7 @@ async def cpu_times(server: Server, adapter: str) -> str:
 
 
 async def gaps(server: Server, adapter: str) -> str:
-    """The longest gap of a stream of the base beside the adapter's requests."""
+    """Measure the longest gap of a stream of the base beside the adapter's requests."""
     seen: list[float] = []
     calm = asyncio.Event()
 
@@ -124,7 +124,7 @@ async def measure(ranks: list[int]) -> None:
                 if rank:
                     write(Path(work) / adapter, rank)
                     await server.push(Path(work) / adapter, adapter)
-                await generate(server, 1, 8, 1, adapter)  # it is in memory then
+                await generate(server, 1, 8, 1, adapter)  # loads it into memory
                 print(f"{adapter or 'base'}: {await cpu_times(server, adapter)}", flush=True)
                 print(f"{adapter or 'base'}: {await gaps(server, adapter)}", flush=True)
             await server.stop()

@@ -1,4 +1,4 @@
-"""The machine's limits, measured: how fast it reads memory and multiplies (``limits.cpp``)."""
+"""Measure the machine's limits: how fast it reads memory and multiplies (``limits.cpp``)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import torch
 
 SIZE = 256 << 20
-"""Bytes read: several times what fits in caches."""
+"""Bytes to read: several times the size of the caches."""
 
 
 class Work(NamedTuple):
-    """The least work: bytes read from memory, and floating-point operations."""
+    """Necessary work: bytes read from memory, and floating-point operations."""
 
     bytes: float = 0.0
     flops: float = 0.0
@@ -30,12 +30,12 @@ class Work(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """Limits of a number of threads.
+    """Limits with a number of threads.
 
     Attributes:
         read: bytes per second from memory, in pages of 2 MB if the system has them.
         registers: floating-point operations per second of bfloat16 products in registers.
-        matmul: the same of torch's GEMM of large bfloat16 matrices.
+        matmul: floating-point operations per second of torch's GEMM of large bfloat16 matrices.
     """
 
     threads: int
@@ -44,8 +44,8 @@ class Limits(NamedTuple):
     matmul: float
 
     def seconds(self, work: Work) -> float:
-        """The least time for the work: reading all bytes, or all operations at `matmul`'s
-        rate."""
+        """Return the least time for the work: the longer of reading all bytes and doing all
+        operations at the rate of `matmul`."""
         return max(work.bytes / self.read, work.flops / self.matmul)
 
     def __str__(self) -> str:
@@ -57,7 +57,7 @@ class Limits(NamedTuple):
 
 
 def huge_pages(size: int) -> torch.Tensor:
-    """Memory in pages of 2 MB if the system has them, written once.
+    """Allocate memory in pages of 2 MB if the system has them, and write it once.
 
     The mapping is private, since shared memory, mmap's default, rarely gets such pages.
     """
@@ -68,7 +68,7 @@ def huge_pages(size: int) -> torch.Tensor:
 
 
 def load_limits() -> Any:
-    """The functions of limits.cpp, compiled for this CPU by the kernels' compiler."""
+    """Compile limits.cpp for this CPU with the kernels' compiler; return its functions."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     flags = ["-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread"]
     source = Path(__file__).with_suffix(".cpp")
@@ -84,7 +84,8 @@ def load_limits() -> Any:
 
 
 def matmul_rate(threads: int) -> float:
-    """Floating-point operations per second of torch's best of some bfloat16 GEMMs."""
+    """Return torch's best rate, in floating-point operations per second, over some bfloat16
+    GEMMs."""
     torch.set_num_threads(threads)
     best = 0.0
     for size in (1024, 2048, 3072):
@@ -97,7 +98,7 @@ def matmul_rate(threads: int) -> float:
 
 
 def measure_limits(functions: Any, threads: int) -> Limits:
-    """Measure the limits; takes some seconds."""
+    """Measure the limits, which takes some seconds."""
     memory = huge_pages(SIZE)
     read = functions.limit_read(memory.data_ptr(), SIZE, threads)
     return Limits(threads, read, functions.limit_multiply(threads), matmul_rate(threads))

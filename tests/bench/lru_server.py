@@ -1,4 +1,4 @@
-"""``veneer-server`` with plain LRU eviction, for comparison:
+"""Run ``veneer-server`` with plain LRU eviction, for comparison:
 ``python -m tests.bench.lru_server [FLAGS OF veneer-server]``."""
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""How many adapters one process can hold, and the mappings that they take. ``python -m
-tests.bench.many_adapters``.
+"""Measure how many adapters one process can hold, and how many mappings they take:
+``python -m tests.bench.many_adapters``.
 
-Loads a tiny adapter again and again, by real loader processes, and keeps every copy. Linux
+It loads a tiny adapter again and again with real loader processes, and keeps every copy. Linux
 allows a process 65,530 mappings (vm.max_map_count).
 """
 
@@ -23,7 +23,7 @@ from tests.unit.registry.kit import SHAPES, make_adapter
 
 
 def main() -> None:
-    """See the module."""
+    """Load adapters and print the figures; see the module docstring."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--adapters", type=int, default=70_000)
     wanted: int = parser.parse_args().adapters

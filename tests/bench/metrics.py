@@ -1,4 +1,4 @@
-"""What metrics cost the front process: ``python -m tests.bench.metrics``.
+"""Measure what metrics cost the front process: ``python -m tests.bench.metrics``.
 
 Prints the microseconds for one step's events and tokens, and for a scrape with many resident
 adapters. The rest of a step runs in another process.
@@ -18,7 +18,7 @@ SCRAPES = 50
 
 
 class Names:
-    """FAKE registry: every content has one name, which it needs to have a series."""
+    """FAKE registry: every content has one name, since only named contents have a series."""
 
     def __contains__(self, name: object) -> bool:
         return True

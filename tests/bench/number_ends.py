@@ -1,9 +1,10 @@
-"""How many answers end by themselves if a schema leaves a number open. ``python -m
-tests.bench.number_ends URL``, such as http://127.0.0.1:8000/v1, of a server with the bundled
-base; start it with ``--constraint-number-digits 0`` to see what they do without the bound.
+"""Count the answers that end by themselves if a schema does not bound a number:
+``python -m tests.bench.number_ends URL``. URL is the address of a server with the bundled base,
+such as http://127.0.0.1:8000/v1; start it with ``--constraint-number-digits 0`` to see answers
+without the server's bound.
 
-A hundred cases: questions, greedy and sampled, for ``{"score": number}``, a bare number and a
-bare integer.
+There are a hundred cases: questions, greedy and sampled, for ``{"score": number}``, a bare
+number and a bare integer.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ CASES: Final = 100
 
 
 def case(number: int) -> dict[str, Any]:
-    """The request of a case; the seed is its number."""
+    """Build the request of a case; its seed is the case's number."""
     question = QUESTIONS[number % len(QUESTIONS)]
     rest = number // len(QUESTIONS)
     schema = OPEN[rest % len(OPEN)]

@@ -1,12 +1,12 @@
-"""Quality as well as speed: each system's perplexity on one text, with the base alone:
+"""Measure each system's perplexity on one text, with the base alone:
 ``python -m tests.bench.perplexity``.
 
-All systems get the same token ids in the same windows, those of llama.cpp's
-``llama-perplexity``: 512 tokens with nothing before them (this base has no BOS token), of which
-the last 255 count, each predicted from all earlier tokens of its window. We query our servers
-over gRPC and vLLM over HTTP; llama.cpp tokenizes and computes by itself, and its ids are
-compared with ours. The text is the beginning of Python's standard library, as in the lab
-quant-ppl, unless --text names another.
+All systems get the same token ids in the same windows as llama.cpp's ``llama-perplexity``: 512
+tokens with nothing before them (this base has no BOS token), of which the last 255 count, each
+predicted from all earlier tokens of its window. We query our servers over gRPC and vLLM over
+HTTP; llama.cpp tokenizes and computes by itself, and its ids are compared with ours. The text
+is the beginning of Python's standard library, as in the lab quant-ppl, unless --text names
+another.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ CACHE = cache_dir()
 WINDOW: Final = 512
 """Tokens per window."""
 FIRST_SCORED: Final = WINDOW // 2 + 1
-"""Position in its window of the first scored token: llama-perplexity skips the predictions of
+"""Position of the first scored token in its window: llama-perplexity skips the predictions of
 the first half."""
 TOKENS: Final = 16_384
 PACKAGES: Final = ("torch", "transformers", "bitsandbytes")
@@ -61,7 +61,7 @@ class Text:
     """The scored text.
 
     Attributes:
-        name: for the result; not a path.
+        name: name for the result; not a path.
         windows: token ids, each of length `WINDOW`.
     """
 
@@ -76,7 +76,7 @@ class Row:
 
     Attributes:
         weights: dtype of the linear layers, and of the head if it differs.
-        activations: dtype that they are multiplied by.
+        activations: dtype of the activations.
     """
 
     system: str
@@ -86,7 +86,7 @@ class Row:
 
 
 def read_text(base: Path, file: Path | None, tokens: int) -> Text:
-    """The first tokens of a file, or of Python's standard library."""
+    """Read the first tokens of a file, or of Python's standard library."""
     if file is None:
         name = f"the standard library of Python {platform.python_version()}"
         content = library_text(6 * tokens)
@@ -101,8 +101,8 @@ def read_text(base: Path, file: Path | None, tokens: int) -> Text:
 
 
 def perplexity(windows: Iterator[Sequence[float]]) -> float:
-    """Perplexity of log-probabilities: one sequence per window, for all tokens but the
-    first."""
+    """Compute the perplexity from log-probabilities: one sequence per window, for all tokens
+    but the first."""
     scored = [logprob for window in windows for logprob in window[FIRST_SCORED - 1 :]]
     return math.exp(-math.fsum(scored) / len(scored))
 
@@ -111,7 +111,7 @@ def perplexity(windows: Iterator[Sequence[float]]) -> float:
 
 
 def transformers_rows(base: Path, text: Text) -> Iterator[Row]:
-    """The reference, rounded more and more; the last one is the base that PEFT serves."""
+    """Measure the reference, rounded more and more; the last row is the base with PEFT."""
     model = _load(base, torch.float32)
     yield Row("transformers", "float32", "float32", _by_model(model, text))
     for layer in linears(model):
@@ -148,7 +148,7 @@ def _by_model(model: Any, text: Text) -> float:
 
 @torch.inference_mode()
 def _score(model: Any, window: Window) -> list[float]:
-    """Log-probabilities of a window's tokens after its first."""
+    """Return the log-probabilities of a window's tokens after the first."""
     ids = torch.tensor([window])
     logits = model(input_ids=ids).logits[0, :-1].float()
     found: list[float] = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].tolist()
@@ -182,7 +182,7 @@ def _ask_veneer(client: Client, window: Window) -> list[float]:
 
 
 def llama_row(program: Path, model: Path, text: Text, threads: int) -> Row:
-    """``llama-perplexity``, which reads the text itself; its ids must be ours."""
+    """Run ``llama-perplexity``, which reads the text itself; its ids must equal ours."""
     with tempfile.TemporaryDirectory() as scratch:
         written, pipe = Path(scratch, "text"), Path(scratch, "logits")
         written.write_text(text.content, "utf-8")
@@ -193,7 +193,7 @@ def llama_row(program: Path, model: Path, text: Text, threads: int) -> Row:
         windows: list[Window] = []
         reader = threading.Thread(
             target=lambda: windows.extend(_read_ids(pipe)),
-            daemon=True,  # would wait for ever if the program never opens the pipe
+            daemon=True,  # would wait forever if the program never opened the pipe
         )
         reader.start()
         said = subprocess.run(
@@ -210,7 +210,7 @@ def llama_row(program: Path, model: Path, text: Text, threads: int) -> Row:
 
 
 def _read_ids(pipe: Path) -> list[Window]:
-    """The ids that ``llama-perplexity`` writes ahead of its logits: windows x `WINDOW`.
+    """Read the ids that ``llama-perplexity`` writes before its logits: windows x `WINDOW`.
 
     The logits, 25 MB per window, are read and dropped.
     """
@@ -224,7 +224,7 @@ def _read_ids(pipe: Path) -> list[Window]:
 
 
 def _gguf_types(model: Path) -> tuple[str, str]:
-    """Dtype of a GGUF's weights, and of what its linear layers are multiplied by."""
+    """Return the dtype of a GGUF's weights, and of its linear layers' activations."""
     types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(model).tensors}
     linear = types["blk.0.attn_q.weight"]
     head = types.get("output.weight", types["token_embd.weight"])
@@ -232,7 +232,7 @@ def _gguf_types(model: Path) -> tuple[str, str]:
     kept = plain.get(linear, linear)
     if head != linear:
         kept += f", head {plain.get(head, head)}"
-    # Quantized weights are multiplied as integers: rows are rounded to 8 bits in blocks.
+    # Quantized weights are multiplied as integers: activations are rounded to 8 bits in blocks.
     return kept, plain.get(linear, "int8")
 
 
@@ -260,7 +260,7 @@ def _ask_vllm(url: str, fields: dict[str, object], window: Window) -> list[float
         "prompt": window,
         "max_tokens": 1,
         "temperature": 0,
-        "prompt_logprobs": 0,  # only of the prompt's own tokens
+        "prompt_logprobs": 0,  # only those of the prompt's own tokens
         **fields,
     }
     request = urllib.request.Request(
@@ -277,7 +277,7 @@ def _ask_vllm(url: str, fields: dict[str, object], window: Window) -> list[float
 
 
 def rows(given: argparse.Namespace, base: Path, text: Text) -> Iterator[Row]:
-    """One system after another; the first is the reference."""
+    """Measure one system after another; the first is the reference."""
     yield from transformers_rows(base, text)
     for backend in ("torch", "native"):
         yield veneer_row(base, text, backend, given.threads, given.server_flag)

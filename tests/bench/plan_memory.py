@@ -1,9 +1,9 @@
-"""Compares the memory that `veneer-train plan` predicts with the peak of a training process:
+"""Compare the memory that `veneer-train plan` predicts with the peak of a training process:
 ``python -m tests.bench.plan_memory``.
 
-NF4 + LoRA on the bundled base, one process per setting, every sample as long as
-``data.max_len`` allows (the plan is for the longest batch). Fails if a prediction is off by
-more than 15 %.
+It trains NF4 + LoRA on the bundled base, in one process per setting. Every sample is as long as
+``data.max_len`` allows, since the plan is for the longest batch. Fails if a prediction is off
+by more than 15 %.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _SETTINGS = (
 
 def _data(folder: Path, length: int) -> Path:
     text = library_text(400_000)
-    size = 8 * length  # characters: more than so many tokens
+    size = 8 * length  # characters: more than ``length`` tokens
     rows = [
         {"prompt": "def", "completion": text[start : start + size]}
         for start in range(0, 12 * size, size)
@@ -71,7 +71,7 @@ def _config(base: Path, scratch: Path, setting: _Setting, steps: int) -> dict[st
 
 
 def main() -> None:
-    """Measure and print; fail where a plan is off."""
+    """Measure and print; fail if a plan is off."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)

@@ -1,9 +1,9 @@
-"""Kernels compiled for this CPU against those of a wheel: ``python -m tests.bench.prebuilt``.
+"""Compare kernels compiled for this CPU with a wheel's: ``python -m tests.bench.prebuilt``.
 
-Decoding steps on one thread with an adapter per row, all libraries in one process, in a new
-random order for each round; the shortest time of each counts, so that other processes may share
-the cores. With the same compiler, the two AVX2 libraries are the same bytes: their ratio shows
-the noise, most of which comes from where the weights are in memory.
+It times decoding steps on one thread with an adapter per row, with all libraries in one process
+and in a new random order for each round. The shortest time of each counts, so other processes
+may share the cores. With the same compiler, the two AVX2 libraries have the same bytes, so
+their ratio shows the noise, most of which comes from where the weights are in memory.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ ROUNDS, CONTEXT, BLOCKS = 100, 64, 400
 
 
 def loaded(file: Path) -> Chosen:
-    """The base with this library, loaded as by the server."""
+    """Load the base with this library, as the server does."""
     backends.find_library = lambda cache, instructions="auto": UsableLibrary(file)
     return load("native", 1, num_blocks=BLOCKS)
 
 
 def main() -> None:
-    """See the module docstring."""
+    """Measure and print."""
     print("seed 1")
     chance = random.Random(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,8 @@
-"""Prefill of 512 tokens by each instruction set of this CPU: ``python -m tests.bench.prefill``.
+"""Time a prefill of 512 tokens by each instruction set: ``python -m tests.bench.prefill``.
 
-One step of the bundled base in NF4 with a prompt of 512 tokens, without adapters and with one
-of rank 16, in turns; prints the fastest rounds and ratios to the last instruction set's.
+It runs one step of the bundled base in NF4 with a prompt of 512 tokens, without an adapter and
+with one of rank 16, alternating between this CPU's instruction sets. Prints the fastest rounds,
+and ratios to the last instruction set.
 """
 
 from __future__ import annotations

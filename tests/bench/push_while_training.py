@@ -1,11 +1,11 @@
-"""What running streams notice of checkpoints that are published during training:
+"""Measure how running streams are affected by checkpoints published during training:
 ``python -m tests.bench.push_while_training``.
 
-Starts a server, trains on the sql recipe's data in a separate process and publishes every few
-steps. Meanwhile one stream after another runs on the base, and one after another on the newest
-revision. Each answer must be whole and name a published revision. ITL is reported separately
-within publications (from the end of the training step's copy until the name is updated, plus a
-second) and outside of them; training runs all the time.
+It starts a server, trains on the sql recipe's data in a separate process and publishes every
+few steps. Meanwhile one stream after another runs on the base, and one after another on the
+newest revision. Each answer must be whole and name a published revision. ITL is reported
+separately within publications (from the end of the training step's copy until the name is
+updated, plus a second) and outside of them; training runs all the time.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""What 100,000 registered adapters cost: ``python -m tests.bench.registered``.
+"""Measure the cost of 100,000 registered adapters: ``python -m tests.bench.registered``.
 
-The folder is created first, in a separate process: tiny adapters of distinct content, put
-into the real store by `Store.commit` and into the real catalog in one transaction, with
-fsync disabled for this only (100,000 publishes would take hours and measure the
-disk). Their manifests in the catalog have as many modules as an adapter on every projection of
-SmolLM2-135M, since reading and parsing depends on the size of rows; the files on disk have
-one module. Every tenth name has an alias. ``--data-dir`` keeps the folder and reuses it.
+First a separate process creates the folder: tiny adapters with distinct content, put into the
+real store by `Store.commit` and into the real catalog in one transaction. Only for this, fsync
+is disabled (100,000 publishes would take hours and measure the disk). The manifests in the
+catalog have as many modules as an adapter on every projection of SmolLM2-135M, since reading
+and parsing depend on the size of rows; the files on disk have one module. Every tenth name has
+an alias. ``--data-dir`` keeps the folder and reuses it.
 
-Then this process, with all imports done, opens the folder and queries it. Memory is the
-growth of its resident size by opening. Files are in the page cache. ``--grpc`` also starts the
-real server on the folder and lists over gRPC, from another process on the same cores.
+Then this process, with all imports done, opens the folder and queries it. Memory is how much
+its resident size grows by opening. Files are in the page cache. ``--grpc`` also starts the real
+server, a separate process on the same cores, on the folder and lists over gRPC.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ console = Console(width=110)
 
 @dataclasses.dataclass
 class Figures:
-    """Rows of the table: what, p50, p99, unit, bar (for the p99, or the only figure)."""
+    """Rows of the table: what, p50, p99, unit, bar (a limit for the p99 or the only figure)."""
 
     rows: list[tuple[str, float, float | None, str, float | None]] = dataclasses.field(
         default_factory=list
@@ -87,7 +87,7 @@ class Figures:
 
 
 def timed(calls: Iterator[Callable[[], object]]) -> list[float]:
-    """Seconds of each call, including calls that raise."""
+    """Time each call in seconds, including calls that raise `AdapterNotFound`."""
     took = []
     for call in calls:
         start = time.perf_counter()
@@ -106,7 +106,7 @@ def resident_mb() -> float:
 def measure(data_dir: Path, count: int, seed: int) -> Figures:
     figures, draw = Figures(), random.Random(seed)
     before = resident_mb()
-    # Upgrade an older catalog first, with its copy, which is not measured.
+    # Upgrade an older catalog first, which also copies it; this is not measured.
     Catalog(data_dir / "catalog.sqlite").close()
     start, cpu = time.perf_counter(), time.process_time()
     registry = Registry.open(data_dir, BASE)
@@ -161,7 +161,7 @@ def _random_name(draw: random.Random) -> str:
 
 
 def _filters(draw: random.Random, count: int) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Random filters for each page."""
+    """Return functions that make random filters for a page, by name."""
 
     def place() -> str:
         return name_of(draw.randrange(count))
@@ -199,7 +199,7 @@ def _changes(registry: Registry, figures: Figures, data_dir: Path) -> None:
 
 
 def measure_grpc(data_dir: Path, count: int, seed: int, figures: Figures) -> None:
-    """Pages through the real front. Its base is not the adapters', which listings ignore."""
+    """Page through the real front. Listings ignore that its base is not the adapters'."""
     draw = random.Random(seed)
     start = time.perf_counter()
     with (

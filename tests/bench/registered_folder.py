@@ -1,4 +1,4 @@
-"""A data folder with very many registered adapters, for `tests.bench.registered`."""
+"""Make a data folder with very many registered adapters, for `tests.bench.registered`."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def name_of(number: int) -> str:
 
 
 def make_folder(data_dir: Path, count: int) -> None:
-    """A data folder with ``count`` names."""
+    """Make a data folder with ``count`` names."""
     manifest = _manifest_text()
     store = Store(data_dir / "store")
     catalog = Catalog(data_dir / "catalog.sqlite")
     base = base_identity(BASE)
     with (
-        mock.patch("veneer_registry.store.sync"),  # for speed: no folder outlives it
+        mock.patch("veneer_registry.store.sync"),  # for speed: it need not survive a crash
         catalog.change(time=1.0) as change,
     ):
         for number in range(count):
@@ -64,7 +64,7 @@ def make_folder(data_dir: Path, count: int) -> None:
 
 
 def _labels(number: int, count: int) -> dict[str, str]:
-    """Half of all have stage=dev; ten, spread over the names, have rare=yes."""
+    """Return an adapter's labels: half have stage=dev; ten, spread out, have rare=yes."""
     labels = {"team": f"{number % TEAMS:03}", "stage": "dev" if number % 2 else "prod"}
     return labels | ({"rare": "yes"} if number % max(1, count // 10) == 7 else {})
 

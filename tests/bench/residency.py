@@ -1,11 +1,11 @@
-"""Eviction compared with LRU, and the cost of planning: ``python -m tests.bench.residency``.
+"""Compare eviction with LRU, and measure planning: ``python -m tests.bench.residency``.
 
-Four times as many adapters as fit in DEVICE, and twice as many as fit in HOST, requested in
-turn (LRU's worst case), by Zipf's law and uniformly, by streams with one request at a time
-each. The product's scheduler and residency decide; a FAKE runner and FAKE load workers take the
-times in `Costs` on a simulated clock, so that the figures depend only on the seed. Also
-measures the CPU time on the step thread for one planning, and for a message to an idle loop
-(``--idle``: only this).
+Streams with one request at a time each use four times as many adapters as fit in DEVICE, and
+twice as many as fit in HOST: in turn (LRU's worst case), by Zipf's law and uniformly. The
+product's scheduler and residency decide; a FAKE runner and FAKE load workers take the times in
+`Costs` on a simulated clock, so that the figures depend only on the seed. This also measures
+the step thread's CPU time for planning once, and for a message to an idle loop (``--idle``:
+only the latter).
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ from veneer_server.wire.messages import (
 )
 
 SIZE: Final = 10_000_000
-"""Bytes of an adapter."""
+"""Size of an adapter in bytes."""
 PROMPT: Final = 32
 TOKENS: Final = (8, 56)
-"""Fewest and most new tokens of a request."""
+"""Minimum and maximum number of new tokens of a request."""
 WORKLOADS: Final = ("round robin", "zipf", "uniform")
 
 
@@ -62,7 +62,7 @@ class LeastRecentlyUsed(EvictionOrder):
 
 @dataclass(frozen=True)
 class Costs:
-    """Durations in seconds, about those of two CPU cores with SmolLM2-135M."""
+    """Durations in seconds, roughly as on two CPU cores with SmolLM2-135M."""
 
     step: float = 2.5e-3
     row: float = 0.7e-3
@@ -87,7 +87,7 @@ class Simulation:
 
     Attributes:
         order: eviction order; None for the product's.
-        device, host: adapters that fit in a tier.
+        device, host: number of adapters that fit in each tier.
         streams: requests in flight, each with an adapter from ``wanted``.
     """
 
@@ -105,9 +105,9 @@ class Simulation:
     found: Counter[str] = field(default_factory=Counter)
     evictions: Counter[str] = field(default_factory=Counter)
     longest_wait: int = 0
-    """Steps from a request to its first token."""
+    """Longest wait from a request to its first token, in steps."""
     waits: list[float] = field(default_factory=list)
-    """Seconds."""
+    """Waits from a request to its first token, in seconds."""
     done: int = 0
     failures: int = 0
 
@@ -143,7 +143,7 @@ class Simulation:
             if plan is not None:
                 self._step(plan)
             else:
-                self.now = self._coming[0][0]  # fails if nothing can go on
+                self.now = self._coming[0][0]  # fails if nothing can proceed
         self.scheduler.check_integrity()
         return self
 
@@ -198,7 +198,7 @@ class Simulation:
 
 
 def wanted(workload: str, count: int, seed: int) -> Iterator[str]:
-    """The adapters of requests, one after another."""
+    """Yield the adapter of each request."""
     if workload == "round robin":
         yield from (f"{i % count}" for i in itertools.count())
     random_ = random.Random(seed)
@@ -239,8 +239,9 @@ def compare(
 
 
 def time_planning(adapters: int, waiting: int) -> None:
-    """Time a planning with this many resident adapters, DEVICE full, and this many others
-    waiting: the first one, which evicts for them, and later ones while nothing becomes free."""
+    """Time planning with ``adapters`` resident adapters, a full DEVICE and ``waiting`` others
+    waiting: the first planning, which evicts for them, and later ones while nothing is
+    freed."""
     first, then = [], []
     for seed in range(20):
         random_ = random.Random(seed)
@@ -272,7 +273,7 @@ def time_planning(adapters: int, waiting: int) -> None:
 
 
 class NoMemory:
-    """FAKE adapter memory: it holds nothing, and loads and moves end at once."""
+    """FAKE adapter memory: holds nothing, and completes loads and moves at once."""
 
     room: int | None = None
 
@@ -303,8 +304,8 @@ class NoRunner:
 
 
 def time_idle(adapters: int, pings: int) -> None:
-    """CPU time on the loop's thread from the handling of one message to the next, in an idle
-    step loop with this many adapters. Also times the full check."""
+    """Measure the loop thread's CPU time from the handling of one message to the next, in an
+    idle step loop with ``adapters`` adapters. Also time the full check."""
     inbox: Inbox = queue.SimpleQueue()
     residency = Residency(adapters * SIZE, adapters * SIZE, 1, shared=True)
     limits = SchedulerLimits(512, max_running=64, context_length=8192)

@@ -1,13 +1,13 @@
-"""Keys and certificates rotated under load: ``python -m tests.bench.rotation``.
+"""Rotate keys and certificates under load: ``python -m tests.bench.rotation``.
 
-Starts the real server with keys and TLS. Callers over gRPC and HTTP, some on one connection and
-some on a new one for each call, ask all the time. Every two seconds, for five minutes, the
-callers get a new key, the old one is revoked as soon as no call is on its way with it, and the
-certificate is replaced. Exit status 1 unless
+It starts the real server with keys and TLS. Callers over gRPC and HTTP, some on one connection
+and some on a new connection for each call, send requests all the time. Every two seconds, for
+five minutes, the callers get a new key, the old key is revoked as soon as no call with it is
+being sent, and the certificate is replaced. The exit status is 1 unless
 
-- no valid call fails: neither one that was sent with a key that was not revoked, nor a stream
-  that was running when its key was,
-- the very next call with an old key is refused, at both doors and the metrics port,
+- no valid call fails: neither a call sent with a key that was not revoked, nor a stream that
+  was running when its key was revoked,
+- the very next call with an old key is refused, by gRPC, HTTP and the metrics port,
 - new connections to every port get the new certificate.
 """
 
@@ -46,12 +46,12 @@ ONCE: Final = RetryPolicy(attempts=1)
 
 @dataclass
 class Report:
-    """What was seen.
+    """Counts of calls, and failures.
 
     Attributes:
-        calls: that were answered, by kind.
-        failures: valid calls that were not, and old keys and certificates that were.
-        certificate_s: from a renewal to the first connection with the new certificate.
+        calls: calls that were answered, by kind.
+        failures: valid calls that failed, and old keys and certificates that still worked.
+        certificate_s: seconds from a renewal to the first connection with the new certificate.
     """
 
     rotations: int = 0
@@ -62,7 +62,7 @@ class Report:
 
 
 class Rotation:
-    """Callers and what is rotated under them, for a server that runs already."""
+    """Callers of a running server, and the rotation of their keys and its certificate."""
 
     def __init__(
         self, addresses: Mapping[str, str], pki: Pki, keys_file: Path, model: str
@@ -78,7 +78,7 @@ class Rotation:
         self._stop = False
 
     async def run(self, callers: int, more: Callable[[], bool], period_s: float) -> Report:
-        """Rotate while ``more`` says so."""
+        """Rotate while ``more`` returns True."""
         kinds = (self._grpc, self._grpc_anew, self._http, self._http_anew)
         async with asyncio.TaskGroup() as group:
             for number in range(callers):
@@ -144,7 +144,7 @@ class Rotation:
         await asyncio.to_thread(self._pki.renew)
         began = time.monotonic()
         for port in PORTS:
-            # Looked at ten times a second at most.
+            # The server checks at most ten times a second.
             while await asyncio.to_thread(self._serial, port) == before[port]:
                 if time.monotonic() - began > 30:
                     self.report.failures.append(f"{port} keeps its old certificate")
@@ -167,7 +167,7 @@ class Rotation:
 
     @asynccontextmanager
     async def _call(self, kind: str) -> AsyncIterator[str]:
-        """One valid call: with which key."""
+        """Count one valid call; yield the key to use."""
         key = self._key.key
         self._on_their_way[key] += 1
         try:
@@ -217,7 +217,7 @@ class Rotation:
 
 
 def serial(address: str, ca: str) -> str:
-    """The serial number of the certificate that a new connection gets."""
+    """Return the serial number of the certificate that a new connection gets."""
     host, _, port = address.rpartition(":")
     context = ssl.create_default_context(cafile=ca)
     with (

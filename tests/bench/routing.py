@@ -1,8 +1,9 @@
-"""What a routing decision costs: ``python -m tests.bench.routing``.
+"""Measure the cost of a routing decision: ``python -m tests.bench.routing``.
 
-Each router, with so many replicas and adapters by Zipf's law, on this thread's CPU time: a
-decision with its end, a replica's report, and what a replica that joins costs all decisions
-after it (every adapter's order is computed again when it is next asked for).
+For each router, with the given numbers of replicas and adapters (popular by Zipf's law), it
+measures this thread's CPU time for a decision and the end of its request, for a replica's
+report, and for the decisions after a replica joins (each adapter's order is then computed again
+when it is next needed).
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""Time to SERVING, TTFT, and CPU time of tokens, alternating between versions.
+"""Measure time to SERVING, TTFT, and CPU time per token, alternating between versions.
 
 ::
 
     python -m tests.bench.start .venv/bin/veneer-server ../before/.venv/bin/veneer-server
 
 Each round starts every given ``veneer-server`` once, with its checkout's cache and a data
-folder with one adapter. It measures the wall-clock and CPU seconds until the ready line, then
-the TTFT of a 40-token prompt, for the base and for the adapter, then the CPU seconds of all its
-processes, and of the front alone, for 1,000 tokens of eight callers with text prompts: over
-gRPC, then as streamed chat completions over HTTP. Prints median, minimum and maximum of the
-rounds, after one round that fills the caches.
+folder with one adapter. It measures the wall-clock and CPU seconds until the ready line; then
+the TTFT of a 40-token prompt, for the base and for the adapter; then the CPU seconds of all its
+processes, and of the front alone, per 1,000 tokens of eight callers with text prompts: first
+over gRPC, then as streamed chat completions over HTTP. Prints median, minimum and maximum of
+the rounds, after one round that fills the caches.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TEXT = "Write some sentences about the sea, the wind and what sailors say of bot
 
 
 async def one_start(program: str, folder: Path, push: bool) -> dict[str, float]:
-    """One start of ``program``: seconds of each figure."""
+    """Start ``program`` once; return the seconds of each figure."""
     ports = folder / "ports.json"
     ports.unlink(missing_ok=True)
     cache = Path(program).parents[2] / ".cache" / "veneer"
@@ -84,13 +84,13 @@ async def one_start(program: str, folder: Path, push: bool) -> dict[str, float]:
 
 
 def cpu_of(pid: int) -> float:
-    """CPU seconds of a process and its descendants."""
+    """Return the CPU seconds of a process and its descendants."""
     tree = [psutil.Process(pid), *psutil.Process(pid).children(True)]
     return float(sum(sum(each.cpu_times()[:2]) for each in tree))
 
 
 def own_cpu_of(pid: int) -> float:
-    """CPU seconds of one process."""
+    """Return the CPU seconds of one process."""
     return float(sum(psutil.Process(pid).cpu_times()[:2]))
 
 
@@ -101,7 +101,7 @@ class Grpc:
         self._server = server
 
     async def tokens(self, text: str, adapter: str) -> int:
-        """Run a stream; returns the number of its tokens."""
+        """Run a stream; return the number of its tokens."""
         stopping = {"max_tokens": NEW_TOKENS, "ignore_eos": True}
         asked = request(prompt=text, adapter=adapter, stopping=stopping)
         return sum(
@@ -119,7 +119,7 @@ class Http:
         self._client = AsyncOpenAI(base_url=f"http://{address}/v1", api_key="none")
 
     async def tokens(self, text: str, adapter: str) -> int:
-        """Run a stream; returns the number of its tokens."""
+        """Run a stream; return the number of its tokens."""
         stream = await self._client.chat.completions.create(
             model=adapter or "smollm2-135m",
             messages=[{"role": "user", "content": text}],
@@ -136,7 +136,7 @@ class Http:
 
 
 async def _caller(door: Grpc | Http, number: int) -> int:
-    """Run streams one after another, on the base or the adapter; returns the number of
+    """Run streams one after another, on the base or the adapter; return the number of
     tokens."""
     tokens = 0
     for turn in range(ANSWERS):

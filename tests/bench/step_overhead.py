@@ -1,12 +1,12 @@
-"""Python's share of a step: planning, arrays for the backend, results. ``python -m
-tests.bench.step_overhead``.
+"""Measure Python's share of a step (planning, arrays for the backend, results):
+``python -m tests.bench.step_overhead``.
 
 The scheduler, the residency and the runner's arrays are the real ones; the backend is left out.
-Medians of CPU time, in ms, of one step:
+Prints medians of one step's CPU time, in ms, for
 
 - 64 sequences of 16,384 tokens that decode
-- 10,000 sequences that wait while 64 run: for the base, for 50 adapters, for an adapter each;
-  for 50 adapters, of 256 tenants
+- 10,000 sequences that wait while 64 run: for the base; for 50 adapters; each for its own
+  adapter; and for 50 adapters, from 256 tenants
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def time_steps(title: str, tokens: int, waiting: int, adapters: int, tenants: in
 
 
 def main() -> None:
-    """See the module."""
+    """Measure and print."""
     time_steps("64 sequences of 40 tokens", 40, 0, 0)
     time_steps("64 sequences of 16,384 tokens", LONG, 0, 0)
     time_steps("10,000 waiting for the base", 40, WAITING, 0)

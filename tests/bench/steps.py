@@ -1,4 +1,4 @@
-"""What the benchmarks of backends execute: the bundled base, random adapters, steps."""
+"""Shared by the benchmarks of backends: the bundled base, random adapters, steps."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from tests.places import cache_dir
 REPOSITORY = Path(__file__).parents[2]
 CACHE = cache_dir()
 BLOCK = 16
-"""Tokens of a block of the KV cache."""
+"""Tokens per block of the KV cache."""
 PROMPT = 40
 ADAPTERS, RANK = 8, 16
 ROWS = (1, 8, 32)
 _WARM_UP = 4
-"""Warm-up steps of a round, which are not counted."""
+"""Number of uncounted warm-up steps of a round."""
 
 
 def load(
@@ -43,7 +43,8 @@ def load(
     instructions: str = "auto",
     int8_activations: bool = False,
 ) -> Chosen:
-    """The bundled base or one in a folder, in NF4 for a backend, ``torch`` or ``native``."""
+    """Load the bundled base, or the one in a folder, in NF4 for the backend ``name``: ``torch``
+    or ``native``."""
     base = import_bundled(CACHE).path if base is None else base
     config = EngineConfig(
         base_folder=str(base),
@@ -65,7 +66,7 @@ def load(
 def make_adapters(
     config: DecoderConfig, dtype: torch.dtype, *, paired: bool
 ) -> list[AdapterTable]:
-    """`ADAPTERS` different adapters of `RANK` on all projections, with non-zero B.
+    """Make `ADAPTERS` different adapters of rank `RANK` on all projections, with non-zero B.
 
     Args:
         paired: see `Layout`.
@@ -88,7 +89,7 @@ def _adapter(
 
 
 def _as_loaded(run: torch.Tensor, number: int) -> torch.Tensor:
-    """Copy into memory like that of the server's loaders, which hold others already."""
+    """Copy into memory like that of the server's loaders, as if other adapters came first."""
     begin = place(number, run.nbytes)
     size = begin + run.nbytes
     fd, ready = memory(size), 0
@@ -102,19 +103,19 @@ def _as_loaded(run: torch.Tensor, number: int) -> torch.Tensor:
 
 
 def blocks_for(tokens: int) -> int:
-    """Blocks for this many tokens of a sequence."""
+    """Return the number of blocks for ``tokens`` tokens of a sequence."""
     return -(-tokens // BLOCK)
 
 
 def make_step(
     sequences: int, start: int, new: int, tables: Sequence[AdapterTable], *, most: int
 ) -> StepArrays:
-    """A step with ``new`` tokens per sequence from position ``start``; neighbours share an
-    adapter.
+    """Make a step with ``new`` tokens per sequence from position ``start``; neighbouring
+    sequences share an adapter.
 
     Args:
         tables: the sequences are split into equal parts, one per table; none: no adapters.
-        most: most tokens of a sequence, which determines its blocks.
+        most: maximum tokens of a sequence, which determines its number of blocks.
     """
     rng = np.random.default_rng(start)
     within = np.tile(np.arange(start, start + new), sequences)
@@ -139,9 +140,9 @@ def make_step(
 
 
 def run_round(backend: Backend, rows: int, new: int, tables: Sequence[AdapterTable]) -> float:
-    """Median seconds of ``new`` decoding steps, the first after `PROMPT` tokens per row.
+    """Run ``new`` decoding steps after `PROMPT` tokens per row; return the median seconds.
 
-    These tokens were never computed, since the time does not depend on the cache's content.
+    Those tokens are never computed, since the time does not depend on the cache's content.
     """
     most = PROMPT + _WARM_UP + new
     times = []

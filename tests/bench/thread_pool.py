@@ -1,11 +1,11 @@
-"""What the thread pool does in a phase, counted: ``python -m tests.bench.thread_pool``.
+"""Count the thread pool's operations in a phase: ``python -m tests.bench.thread_pool``.
 
-At 2, 8, 32 and 64 threads: the atomic operations of all threads together and of one, and how
-often a share is cut. A count does not depend on the cores that are here, nor on what else runs
-(see `thread_pool.cpp`): each thread executes its own 8 chunks of every phase, as with a core
-for each thread. With ``--against REVISION`` the same is counted of that revision's pool, and
-the time of a phase of 16 chunks of half a microsecond on 2 threads is measured in turns: a
-ratio, of the fastest programs.
+At 2, 8, 32 and 64 threads, it counts the atomic operations of all threads together and per
+thread, and how often a share is cut. The counts do not depend on this machine's cores or on
+other processes (see `thread_pool.cpp`): each thread executes its own 8 chunks of every phase,
+as if it had its own core. With ``--against REVISION``, the same is counted for that revision's
+pool, and the time of a phase of 16 chunks of half a microsecond on 2 threads is measured in
+turns, as a ratio of the fastest programs.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Counts(NamedTuple):
     """Operations per phase, of all threads together.
 
     Attributes:
-        reads: of atomics, without the turns of a wait that only read.
-        exchanges: reads that also write, or try to: each takes the line from other cores.
+        reads: reads of atomics, without the turns of a wait that only read.
+        exchanges: reads that also write, or try to: each takes the cache line from other cores.
         cuts: computations of where a share begins.
     """
 
@@ -49,7 +49,7 @@ class Counts(NamedTuple):
 
 
 class Pool:
-    """The pool of one header, compiled to count and to be timed; delete the folder after use.
+    """The pool of one header, compiled to count and to time; delete the folder after use.
 
     Args:
         kernels: the folder with ``thread_pool.h``.
@@ -67,12 +67,12 @@ class Pool:
         return Counts(*self._run("counted", threads, phases, 1)[:4])
 
     def nanoseconds(self, threads: int) -> float:
-        """Of a phase, in the fastest of 200 programs of 300 phases."""
+        """Return the nanoseconds of a phase, in the fastest of 200 programs of 300 phases."""
         return self._run("timed", threads, 300, 200)[4]
 
     def waiting(self) -> list[float]:
-        """The shares of a core that two threads take while one waits: for the caller to begin
-        a program, for the other one to leave it, and to prepare a phase."""
+        """Return the shares of a core that two threads use while one waits for the other: to
+        begin a program, to leave it, and to prepare a phase."""
         return self._run("timed", "waiting")
 
     def _run(self, name: str, *words: int | str) -> list[float]:

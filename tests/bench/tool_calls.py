@@ -1,9 +1,9 @@
-"""Forced calls of tools over base and adapters, in three formats, beside plain requests.
+"""Check forced tool calls on the base and adapters, in three formats, beside plain requests.
 
     python -m tests.bench.tool_calls --prompts 300
 
-Prints how many calls fitted their tool's schema and whether every stream said what the whole
-answer said; exits with 1 if anything did not fit.
+Prints how many calls fitted their tool's schema, and whether every streamed answer equalled the
+whole answer; exits with 1 if not.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ async def _run(prompts: int, seed: int) -> int:
 
 
 def main() -> None:
-    """Run it."""
+    """Run the checks."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompts", type=int, default=300)
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))

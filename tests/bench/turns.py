@@ -1,13 +1,14 @@
-"""Steps of two or more checkouts in turns: ``python -m tests.bench.turns . ../before``.
+"""Time steps of two or more checkouts in turns: ``python -m tests.bench.turns . ../before``.
 
-Each is a folder with a checkout of Veneer, and after a colon what it serves with, separated by
-commas: an instruction set, ``int8`` for ``--int8-activations``, or both. So ``.:avx2
-../before:avx2`` compares versions, and ``. .:int8`` compares options. All run with this
-environment's packages.
+Each argument is a folder with a checkout of Veneer, optionally followed by a colon and options
+separated by commas: an instruction set, ``int8`` for ``--int8-activations``, or both. So
+``.:avx2 ../before:avx2`` compares versions, and ``. .:int8`` compares options. All run with
+this environment's packages.
 
-Decodes as `tests.bench.backends` does, with the native backend. Prints the median of each one's
-rounds, and as ratios to the first one's. A process can be a tenth slower than another of the
-same code, by where its memory lies: name each checkout twice to see that.
+It decodes as `tests.bench.backends` does, with the native backend. Prints the median over each
+checkout's rounds, and its ratio to the first one's. A process can be a tenth slower than
+another with the same code, depending on where its memory is: name each checkout twice to see
+that.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tests.bench.steps import ROWS
 from tests.places import cache_dir
 
 NEW: Final = 24
-"""Steps of a round."""
+"""Number of steps per round."""
 
 PACKAGES: Final = ("server", "adapters_registry", "proto", "clients", "training", "loadtest")
 
@@ -52,11 +53,11 @@ for line in sys.stdin:
 
 
 class Version:
-    """A checkout's backend, in a process of its own.
+    """A checkout's backend, in its own process.
 
     Args:
-        spec: see the module.
-        given: the command line.
+        spec: the argument; see the module docstring.
+        given: the parsed command line.
     """
 
     def __init__(self, spec: str, given: argparse.Namespace) -> None:
@@ -104,7 +105,7 @@ class Version:
         return line.strip()
 
     def round(self, rows: int, *, mixed: bool) -> float:
-        """Median seconds of a step."""
+        """Run a round; return the median seconds of a step."""
         assert self._process.stdin is not None
         print(rows, int(mixed), file=self._process.stdin, flush=True)
         return float(self._read())

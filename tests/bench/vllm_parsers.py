@@ -1,14 +1,14 @@
-"""Record what vLLM's parsers of tool calls make of the answers in `tool_outputs`.
+"""Record how vLLM's tool-call parsers parse the answers in `tool_outputs`.
 
     pip download --no-deps vllm==0.33.0
     python3 -m venv /tmp/parsers
     /tmp/parsers/bin/pip install openai ijson mistral_common partial_json_parser transformers
     /tmp/parsers/bin/python -m tests.bench.vllm_parsers vllm-0.33.0-*.whl
 
-Writes `tests/unit/server/text/vllm_tool_calls.json`. The parsers are the wheel's own modules;
-what they import from the rest of vLLM is replaced by stand-ins, so that neither torch nor a GPU
-is needed. Each answer goes to the parser for whole answers, and to the one for streams, cut
-into tokens in `CUTS` ways.
+It writes `tests/unit/server/text/vllm_tool_calls.json`. The parsers are the wheel's own
+modules; their imports from the rest of vLLM are replaced by stand-ins, so that neither torch
+nor a GPU is needed. Each answer goes to the parser for whole answers, and to the parser for
+streams, cut into tokens in `CUTS` ways.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _REAL: Final = re.compile(
     r"vllm\.(tool_parsers\.(utils|hermes_tool_parser|llama_tool_parser)"
     r"|parser\.mistral|parser\.engine\.(?!registered_adapters)\w+)"
 )
-"""Modules that are the wheel's own."""
+"""Modules that are taken from the wheel."""
 _PARSERS: Final = {
     "hermes": ("vllm.tool_parsers.hermes_tool_parser", "Hermes2ProToolParser"),
     "llama3_json": ("vllm.tool_parsers.llama_tool_parser", "Llama3JsonToolParser"),
@@ -89,7 +89,7 @@ class ExtractedToolCallInformation(BaseModel):
 
 
 class Parser:
-    """What both kinds of parsers inherit."""
+    """Stand-in for the base class of both kinds of parsers."""
 
     reasoning_parser_cls = tool_parser_cls = None
 
@@ -106,7 +106,7 @@ class Parser:
 
 
 class StreamState:
-    """A parser's notes on a stream."""
+    """Stand-in for a parser's state of a stream."""
 
     def __init__(self, **given: Any) -> None:
         self.__dict__.update(given)
@@ -161,7 +161,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 @dataclass(frozen=True)
 class Request:
-    """A chat whose model may choose."""
+    """Stand-in for a chat request whose model may choose a tool."""
 
     tool_choice: str = "auto"
     tools: tuple[int, ...] = (1,)
@@ -173,7 +173,8 @@ class Request:
 
 
 class Tokenizer:
-    """Markers are tokens; any other piece becomes one when it is met."""
+    """Stand-in tokenizer: markers are tokens, and any other piece becomes a token at its first
+    use."""
 
     supports_grammar = False
 
@@ -218,7 +219,7 @@ def _whole(parser: Any, text: str) -> dict[str, Any]:
 
 
 def _pieces(text: str, random_: random.Random) -> list[str]:
-    """Tokens of one to four characters; a marker is one."""
+    """Split into tokens of one to four characters; a marker is one token."""
     found = []
     for part in re.split(f"({'|'.join(map(re.escape, _MARKERS))})", text):
         while part:

@@ -1,7 +1,8 @@
-"""The least that a decoding step must read and multiply, part by part of ``decoder.h``.
+"""Compute the least work of a decoding step (reads and multiplications), by part of
+``decoder.h``.
 
-Read: each packed weight, each adapter of the batch and each sequence's keys and values, once.
-Activations stay in caches and are not counted; neither are the written logits.
+A step reads each packed weight, each adapter of the batch and each sequence's keys and values
+once. Activations stay in caches and are not counted; written logits are not counted either.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from tests.bench.limits import Work
 from tests.bench.steps import RANK
 
 _BITS: Final = {"nf4": 4, "8-bit": 8, "bf16": 16}
-_BYTES: Final = 2  # of a bfloat16
+_BYTES: Final = 2  # per bfloat16 number
 _GROUPS: Final[dict[str, tuple[Projection, ...]]] = {
     "qkv": ("q_proj", "k_proj", "v_proj"),
     "output": ("o_proj",),
@@ -27,22 +28,24 @@ _GROUPS: Final[dict[str, tuple[Projection, ...]]] = {
 SHRINKS: Final = tuple(_GROUPS)
 """Parts that multiply by A, in addition to the base's weights."""
 EXPANDS: Final = ("norm", "rotate", "gate")
-"""Parts that also multiply by B: of o and down; of q, k and v; of gate and up."""
+"""Parts that also multiply by B, in this order: of o and down; of q, k and v; of gate and
+up."""
 _EXPANDED_IN: Final = {"qkv": "rotate", "output": "norm", "gateup": "gate", "down": "norm"}
 
 
 def packed_bytes(kind: str, outputs: int, inputs: int) -> float:
-    """Bytes of a weight: its numbers and, unless in bf16, a float scale per 64 of them."""
+    """Return the bytes of a weight: its numbers and, unless in bf16, a float scale per 64 of
+    them."""
     return outputs * inputs * (_BITS[kind] / 8 + (0 if kind == "bf16" else 4 / 64))
 
 
 def kernel_work(kind: str, outputs: int, inputs: int, rows: int) -> Work:
-    """Work of one GEMM."""
+    """Return the work of one GEMM."""
     return Work(packed_bytes(kind, outputs, inputs), 2.0 * rows * outputs * inputs)
 
 
 def base_work(config: DecoderConfig, rows: int, context: int) -> dict[str, Work]:
-    """Work of a step without adapters, by part; parts without an entry do almost nothing."""
+    """Return the work of a step without adapters, by part; other parts do almost nothing."""
     layers, shapes = config.num_layers, config.shapes
     parts = {}
     for part, projections in _GROUPS.items():
@@ -57,7 +60,7 @@ def base_work(config: DecoderConfig, rows: int, context: int) -> dict[str, Work]
 
 
 def adapter_work(config: DecoderConfig, rows: int, adapters: int) -> Mapping[str, Work]:
-    """Work of this many adapters on all projections, by part."""
+    """Return the work of ``adapters`` adapters on all projections, by part."""
     parts: dict[str, Work] = {}
     for group, projections in _GROUPS.items():
         for name in projections:

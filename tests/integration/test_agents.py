@@ -22,7 +22,11 @@ from tests.integration.test_programs import BASE, CALLER, caller
 from tests.places import REPOSITORY
 from tests.server_harness import Server
 
-pytestmark = [pytest.mark.real_base, pytest.mark.asyncio(loop_scope="session")]
+pytestmark = [
+    pytest.mark.verify,
+    pytest.mark.real_base,
+    pytest.mark.asyncio(loop_scope="session"),
+]
 
 AGENTS: Final = REPOSITORY / ".cache" / "agents"
 NODE: Final = AGENTS / "node_modules" / ".bin"

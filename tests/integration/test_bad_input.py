@@ -15,7 +15,11 @@ from veneer_proto.v1 import adapters_pb2, inference_pb2
 
 from tests.server_harness import Server, read_files, request, upload_messages
 
-pytestmark = [pytest.mark.real_base, pytest.mark.asyncio(loop_scope="session")]
+pytestmark = [
+    pytest.mark.push,
+    pytest.mark.real_base,
+    pytest.mark.asyncio(loop_scope="session"),
+]
 
 Files = dict[str, bytes]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -11,7 +11,11 @@ from veneer_loadtest.workload import read_base_shape
 
 from tests.server_harness import Server
 
-pytestmark = [pytest.mark.real_base, pytest.mark.asyncio(loop_scope="session")]
+pytestmark = [
+    pytest.mark.push,
+    pytest.mark.real_base,
+    pytest.mark.asyncio(loop_scope="session"),
+]
 
 LOADS = "veneer_adapter_load_seconds_count"
 FROM_DISK = 'source="disk",stage="read"'

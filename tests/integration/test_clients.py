@@ -26,7 +26,11 @@ from veneer_registry.errors import AdapterCorrupt, AdapterNotFound, InvalidField
 
 from tests.server_harness import Server, running_server
 
-pytestmark = [pytest.mark.real_base, pytest.mark.asyncio(loop_scope="session")]
+pytestmark = [
+    pytest.mark.push,
+    pytest.mark.real_base,
+    pytest.mark.asyncio(loop_scope="session"),
+]
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 # The suite shares two cores: what the server says is right, only later than usual. It tells up

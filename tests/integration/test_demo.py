@@ -14,6 +14,8 @@ from veneer_server.config import load_config
 
 from tests.places import REPOSITORY
 
+pytestmark = pytest.mark.push
+
 DEMO = REPOSITORY / "examples" / "demo.py"
 
 

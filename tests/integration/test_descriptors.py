@@ -17,7 +17,7 @@ from veneer_server.system.descriptors import raise_limit
 
 from tests.server_harness import running_server
 
-pytestmark = pytest.mark.real_base
+pytestmark = [pytest.mark.push, pytest.mark.real_base]
 
 IDLE = 1100
 

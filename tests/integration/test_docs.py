@@ -11,7 +11,7 @@ from tests.docs.pages import REPOSITORY, pages
 from tests.docs.session import busy_ports
 
 # A page may take minutes where other work takes the processors.
-pytestmark = [pytest.mark.real_base, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.push, pytest.mark.real_base, pytest.mark.timeout(600)]
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(REPOSITORY)))

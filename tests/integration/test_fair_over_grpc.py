@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 from veneer_proto.v1 import inference_pb2 as pb
 from veneer_server.access import authenticate
 from veneer_server.engine.execution import backend_choice
@@ -26,6 +27,8 @@ from tests.tiny_llama import make_tiny_llama
 from tests.torture.hash_backend import HashBackend
 from tests.torture.in_process import InProcess, in_process
 from tests.torture.tenants import Call, call, make_keys
+
+pytestmark = pytest.mark.push
 
 RUNNING, NEW = 4, 16
 LIGHT = ("light-1", "light-2")

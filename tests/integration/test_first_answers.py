@@ -11,7 +11,7 @@ from tests.bench.first_answers import answer
 from tests.first_answers import QUESTIONS
 from tests.server_harness import running_server
 
-pytestmark = pytest.mark.real_base
+pytestmark = [pytest.mark.verify, pytest.mark.real_base]
 
 SEEDS = (1, 2, 3)
 GOOD = 23

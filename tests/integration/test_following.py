@@ -17,6 +17,8 @@ from tests.scale.proxy import Proxy
 from tests.server_harness import Server, running_server
 from tests.tiny_llama import make_lora, make_tiny_llama
 
+pytestmark = pytest.mark.push
+
 SMALL = ("--kv-cache-bytes", "16MiB", "--host-cache-bytes", "64MiB")
 SMALL += ("--device-adapter-bytes", "32MiB", "--threads", "1")
 

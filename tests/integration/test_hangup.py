@@ -19,7 +19,7 @@ import pytest
 
 from tests.server_harness import READY_SECONDS, Server, running_server
 
-pytestmark = pytest.mark.real_base
+pytestmark = [pytest.mark.push, pytest.mark.real_base]
 
 LONG = {"max_tokens": 60, "ignore_eos": True}
 

@@ -24,7 +24,7 @@ from veneer_proto.v1 import inference_pb2_grpc
 from tests.attacks.hostile_constraints import GROWS, HOSTILE, PANICS, SLOW_MASK, Hostile
 from tests.server_harness import Server, refusal, running_server
 
-pytestmark = [pytest.mark.real_base, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.push, pytest.mark.real_base, pytest.mark.asyncio(loop_scope="module")]
 
 PERSON = json.dumps(
     {

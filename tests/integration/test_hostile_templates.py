@@ -13,7 +13,11 @@ from veneer_proto.v1 import inference_pb2 as pb
 
 from tests.server_harness import Server, read_files
 
-pytestmark = [pytest.mark.real_base, pytest.mark.asyncio(loop_scope="session")]
+pytestmark = [
+    pytest.mark.push,
+    pytest.mark.real_base,
+    pytest.mark.asyncio(loop_scope="session"),
+]
 
 HOSTILE = {
     "loops for ever": (

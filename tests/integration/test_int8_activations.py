@@ -14,6 +14,7 @@ from tests.places import REPOSITORY
 from tests.server_harness import running_server
 
 pytestmark = [
+    pytest.mark.verify,
     pytest.mark.real_base,
     pytest.mark.skipif(not native_possible(), reason="no AVX2 or no compiler"),
 ]

@@ -24,6 +24,7 @@ def begin(server: Server, **fields: Any) -> Stream:
     return server.stream(prompt="Go", stopping=LONG, **fields)
 
 
+@pytest.mark.push
 async def test_sigterm_refuses_new_calls_finishes_running_ones_and_exits_0(
     base_folder: Path, cache_dir: Path, tmp_path: Path
 ) -> None:
@@ -41,6 +42,7 @@ async def test_sigterm_refuses_new_calls_finishes_running_ones_and_exits_0(
         assert await asyncio.wait_for(server.process.wait(), 60) == 0
 
 
+@pytest.mark.push
 async def test_after_the_grace_running_calls_are_ended_and_the_exit_code_is_0(
     base_folder: Path, cache_dir: Path, tmp_path: Path
 ) -> None:
@@ -73,6 +75,7 @@ async def test_kill_9_loses_no_acknowledged_adapter_and_a_restart_serves_them(
         assert await server.stop() == 0
 
 
+@pytest.mark.push
 async def test_a_killed_engine_ends_calls_with_unavailable_and_comes_back(
     base_folder: Path, cache_dir: Path, tmp_path: Path
 ) -> None:
@@ -96,6 +99,7 @@ async def test_a_killed_engine_ends_calls_with_unavailable_and_comes_back(
         assert await server.stop() == 0
 
 
+@pytest.mark.push
 async def test_a_hung_engine_is_not_called_healthy(
     base_folder: Path, cache_dir: Path, tmp_path: Path
 ) -> None:
@@ -109,6 +113,7 @@ async def test_a_hung_engine_is_not_called_healthy(
         await server.generate(prompt="Hello")
 
 
+@pytest.mark.push
 async def test_a_full_queue_refuses_with_the_time_to_retry(
     base_folder: Path, cache_dir: Path, tmp_path: Path
 ) -> None:
@@ -131,6 +136,7 @@ async def test_a_full_queue_refuses_with_the_time_to_retry(
             assert (await task).usage.completion_tokens > 0
 
 
+@pytest.mark.push
 async def test_a_second_server_on_the_same_data_folder_names_the_first(
     base_folder: Path, cache_dir: Path, tmp_path: Path
 ) -> None:
@@ -155,6 +161,7 @@ async def test_an_address_that_others_can_reach_needs_insecure(
     assert "--insecure" in log.read_text()
 
 
+@pytest.mark.push
 async def test_the_ready_line_says_why_torch_serves(
     base_folder: Path, cache_dir: Path, tmp_path: Path
 ) -> None:

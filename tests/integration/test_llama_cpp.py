@@ -20,7 +20,7 @@ from veneer_train.llama_cpp.export import export_adapter, export_model
 from veneer_train.merge import merge, source_base
 from veneer_train.model import load_tokenizer
 
-pytestmark = pytest.mark.real_base
+pytestmark = [pytest.mark.verify, pytest.mark.real_base]
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "adapters"
 PROMPTS = (

@@ -15,6 +15,8 @@ from veneer_loadtest.results import RunResult, read_result
 from tests.server_harness import Server, running_server
 from tests.tiny_llama import VOCABULARY, make_tiny_llama
 
+pytestmark = pytest.mark.push
+
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def serving(

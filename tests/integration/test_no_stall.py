@@ -21,7 +21,7 @@ from veneer_server.wire.messages import (
 
 from tests.engine_harness import GREEDY, engine, source
 
-pytestmark = pytest.mark.real_base
+pytestmark = [pytest.mark.push, pytest.mark.real_base]
 
 STREAMS, NEW_TOKENS = 16, 80
 

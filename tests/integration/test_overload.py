@@ -91,6 +91,7 @@ async def test_a_deadline_that_a_long_prompt_cannot_meet_is_refused(crowded: Ser
     assert (await crowded.inference.Generate(cached, timeout=20)).token_ids
 
 
+@pytest.mark.push
 async def test_callers_that_do_not_read_are_closed_and_harm_nobody(crowded: Server) -> None:
     already = await readers.closed(crowded)
     async with readers.streams(crowded, 4, new_tokens=8) as stuck:

@@ -16,7 +16,7 @@ from veneer_server.wire.messages import AdapterSource, EngineConfig
 from tests.engine_harness import EngineHarness, engine, source
 from tests.peft_adapters import make_adapters, reference_logprobs
 
-pytestmark = pytest.mark.real_base
+pytestmark = [pytest.mark.push, pytest.mark.real_base]
 
 SEED = 7
 PROMPT_LENGTHS = (24, 37)

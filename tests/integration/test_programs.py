@@ -15,7 +15,11 @@ from tests.adapter_files import write_adapter
 from tests.places import REPOSITORY
 from tests.server_harness import Server
 
-pytestmark = [pytest.mark.real_base, pytest.mark.asyncio(loop_scope="session")]
+pytestmark = [
+    pytest.mark.verify,
+    pytest.mark.real_base,
+    pytest.mark.asyncio(loop_scope="session"),
+]
 
 PYTHON = REPOSITORY / ".cache" / "programs" / "bin" / "python"
 PROGRAMS = sorted(path.stem for path in (REPOSITORY / "tests/programs/checks").glob("*.py"))

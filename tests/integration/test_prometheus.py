@@ -22,7 +22,7 @@ from veneer_proto.v1 import adapters_pb2, server_pb2
 from tests.prometheus_harness import RULES, Prometheus, running_prometheus, tool
 from tests.server_harness import Server, running_server
 
-pytestmark = [pytest.mark.real_base, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.push, pytest.mark.real_base, pytest.mark.asyncio(loop_scope="module")]
 
 DASHBOARD = RULES.parents[1] / "grafana" / "veneer.json"
 REQUESTS = (("", 5), ("rank-4", 7), ("rank-16", 3), ("rank-4", 6))

@@ -21,7 +21,11 @@ from tests.ports import free_port
 from tests.refused import refused
 from tests.server_harness import Server
 
-pytestmark = [pytest.mark.real_base, pytest.mark.asyncio(loop_scope="session")]
+pytestmark = [
+    pytest.mark.push,
+    pytest.mark.real_base,
+    pytest.mark.asyncio(loop_scope="session"),
+]
 
 ROWS = [
     {"prompt": f"{n} plus {n} is", "completion": f" {2 * n}, of course."} for n in range(12)

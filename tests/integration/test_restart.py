@@ -21,7 +21,7 @@ from tests.server_harness import (
     upload_messages,
 )
 
-pytestmark = [pytest.mark.real_base, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.push, pytest.mark.real_base, pytest.mark.asyncio(loop_scope="module")]
 
 ENDLESS = {"max_tokens": 7000, "ignore_eos": True}
 

@@ -23,7 +23,7 @@ from veneer_server.wire.messages import EngineConfig, SamplingParams
 from tests.engine_harness import Answer, EngineHarness, engine, source
 from tests.server_harness import Server, running_server
 
-pytestmark = pytest.mark.real_base
+pytestmark = [pytest.mark.push, pytest.mark.real_base]
 
 SEED = 11
 NEW_TOKENS = 8

@@ -74,6 +74,7 @@ async def ask_for_people(server: Server, adapters: list[str], tries: int) -> int
     return valid
 
 
+@pytest.mark.push
 async def test_json_is_valid_every_time_with_base_and_adapters(server: Server) -> None:
     assert await ask_for_people(server, ["", "rank-16", "mlp", "all-linear"], 24) == 24
 
@@ -131,6 +132,7 @@ async def test_samples_differ_and_are_counted(server: Server) -> None:
     assert {greedy.text, *(other.text for other in greedy.others)} == {" Paris."}
 
 
+@pytest.mark.push
 async def test_penalties_biases_and_min_p_do_what_they_say(server: Server) -> None:
     long = {"max_tokens": 40, "ignore_eos": True}
     prompt = "one two one two one two one two one"

@@ -21,7 +21,7 @@ from tests.engine_harness import EngineHarness, engine, source
 from tests.places import REPOSITORY
 from tests.server_harness import Server, Stream, running_server
 
-pytestmark = pytest.mark.real_base
+pytestmark = [pytest.mark.push, pytest.mark.real_base]
 
 EXAMPLES = {name: REPOSITORY / "examples" / "adapters" / name for name in ("chat", "code")}
 
@@ -202,6 +202,7 @@ def full(base_folder: Path, cache_dir: Path) -> Iterator[Bench]:
     yield from bench(base_folder, cache_dir, "float32")
 
 
+@pytest.mark.verify
 def test_bfloat16_finds_an_exchange_and_a_doubled_adapter(rounded: Bench) -> None:
     assert rounded.failed() == []
     rounded.exchange()
@@ -217,6 +218,7 @@ def test_bfloat16_finds_an_exchange_and_a_doubled_adapter(rounded: Bench) -> Non
     assert rounded.failed() == []
 
 
+@pytest.mark.verify
 def test_float32_finds_a_tenth_more_in_one_matrix(full: Bench) -> None:
     """One of the 210 B matrices of an adapter, in a layer of the middle."""
     assert full.failed() == []
@@ -226,6 +228,7 @@ def test_float32_finds_a_tenth_more_in_one_matrix(full: Bench) -> None:
     assert full.failed() == list(EXAMPLES)
 
 
+@pytest.mark.verify
 def test_bfloat16_finds_a_layer_of_the_base_that_was_lost(rounded: Bench) -> None:
     """One linear of thirty layers, zeroed in the 4-bit weights that serve. The reference that
     is computed then is what it was: it reads the base's files."""

@@ -29,6 +29,7 @@ def tokens(messages: list[Any]) -> list[int]:
     return [token for message in messages for token in message.token_ids]
 
 
+@pytest.mark.push
 async def test_eight_adapters_and_32_streams_share_batches_and_stay_apart(
     server: Server, real_adapters: dict[str, Path]
 ) -> None:

@@ -18,7 +18,7 @@ from veneer_server.models.config import read_decoder_config
 from tests.server_harness import read_files, running_server
 from tests.shared_services import BUCKET, running
 
-pytestmark = [pytest.mark.real_base, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.push, pytest.mark.real_base, pytest.mark.asyncio(loop_scope="module")]
 
 
 def base_of(folder: Path, cache_dir: Path) -> BaseSpec:

@@ -29,7 +29,7 @@ from tests.backends_ran import server_environment
 from tests.ports import free_port
 from tests.server_harness import Server
 
-pytestmark = pytest.mark.real_base
+pytestmark = [pytest.mark.push, pytest.mark.real_base]
 
 PROGRAMS = Path(sys.executable).parent
 WAIT_S = 120

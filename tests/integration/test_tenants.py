@@ -7,11 +7,14 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import pytest
 from veneer_proto.v1 import adapters_pb2, inference_pb2
 from veneer_server.access.edit_keys import add_key
 
 from tests.server_harness import Server, read_files, request, running_server, upload_messages
 from tests.tiny_llama import make_lora, make_tiny_llama
+
+pytestmark = pytest.mark.push
 
 FIRST, SECOND, OTHER = "first", "second", "other"
 NAMES = ("", "chat", "twin")

@@ -17,6 +17,7 @@ from tests.tool_load import TEMPLATES, check_tool_calls, with_template
 pytestmark = [pytest.mark.real_base, pytest.mark.asyncio(loop_scope="session")]
 
 
+@pytest.mark.push
 async def test_forced_calls_fit_their_schema_with_any_template(
     server: Server, real_adapters: dict[str, Path], tmp_path: Path
 ) -> None:

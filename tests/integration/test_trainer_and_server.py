@@ -18,7 +18,11 @@ from veneer_train.model import load_base, load_tokenizer
 
 from tests.server_harness import Server
 
-pytestmark = [pytest.mark.real_base, pytest.mark.asyncio(loop_scope="session")]
+pytestmark = [
+    pytest.mark.push,
+    pytest.mark.real_base,
+    pytest.mark.asyncio(loop_scope="session"),
+]
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "adapters"
 NAMES = ("chat", "code", "sql")

@@ -49,6 +49,7 @@ def as_unsloth_saves(peft: Path, base: Path, out: Path) -> Path:
     return out
 
 
+@pytest.mark.push
 @pytest.mark.parametrize("form", ["unsloth", "mlx", "gguf"])
 async def test_the_same_adapter_in_another_form_gives_the_same_answers(
     form: str,

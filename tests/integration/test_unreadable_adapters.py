@@ -28,6 +28,7 @@ os.open = broken
 """
 
 
+@pytest.mark.push
 async def test_a_file_that_cannot_be_read_for_a_while(
     cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,8 +13,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
+
 from tests.ports import free_port
 from tests.server_harness import running_server
+
+pytestmark = pytest.mark.push
 
 ADAPTERS = Path("examples/adapters")
 PATIENCE_S = 60

@@ -1,10 +1,10 @@
-"""The suite under other conditions: ``python -m tests.matrix`` (``make test-matrix``).
+"""Run the suite under other conditions: ``python -m tests.matrix`` (``make test-matrix``).
 
-``--list`` names them, ``--only NAME`` runs one (repeatable). ``--quick`` runs CI's part of the
-suite under the cheap conditions, ``--numeric`` the tests that compare numbers under other
-instruction sets and threads. Arguments after ``--`` go to pytest, such as test files. Each
-run's output is in ``.cache/matrix/NAME.log``. The exit status is 1 if a condition fails or
-cannot be run here.
+``--list`` lists the conditions, ``--only NAME`` runs one (repeatable). ``--quick`` runs CI's
+part of the suite under the cheap conditions, ``--numeric`` runs the tests that compare numbers
+under other instruction sets and numbers of threads. Arguments after ``--`` go to pytest, such
+as test files. Each run's output is in ``.cache/matrix/NAME.log``. The exit status is 1 if a
+condition fails or cannot be run here.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ QUICK_TESTS = (
     "tests/unit/client/test_local.py",
     "tests/unit/train/test_train_config.py",
 )
-"""Tests that read and write files, parse text and start servers. The slow ones first, so that
-no worker is left alone with them."""
+"""Tests that read and write files, parse text and start servers. Slow tests come first, so that
+no worker is left alone with them at the end."""
 
 QUICK_LEFT_OUT = (
     "--deselect=tests/unit/server/engine/test_backends.py"
     "::test_prebuilt_kernels_serve_under_a_name_that_says_so",
 )
-"""It compiles for a minute, and what it shows does not depend on the condition."""
+"""This test compiles for a minute, and its result does not depend on the condition."""
 
 NUMERIC = (
     "plain",
@@ -85,7 +85,7 @@ NUMERIC_TESTS = (
     "tests/unit/train/test_train_run.py",
     "tests/unit/train/test_train_stability.py",
 )
-"""docs/numeric-tests.md says what each compares, and with what tolerance."""
+"""docs/numeric-tests.md lists what each test compares, and with what tolerance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ def run(condition: Condition, chosen: list[str]) -> Result:
 
 
 def _read(report: Path, status: int) -> tuple[str, tuple[str, ...]]:
-    """Counts and failures of a run, from its report."""
+    """Return the counts and failures of a run, from its report."""
     if not report.exists():
         return f"DID NOT RUN: pytest ended with {status}", ("pytest",)
     suite = ET.parse(report).getroot().find("testsuite")
@@ -155,7 +155,7 @@ def _read(report: Path, status: int) -> tuple[str, tuple[str, ...]]:
 
 
 def main() -> int:
-    """Run the conditions of the command line; returns the exit status."""
+    """Run the conditions that the command line names; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="tests.matrix",
         description=__doc__,

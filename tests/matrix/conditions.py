@@ -48,7 +48,7 @@ class Condition:
 
 
 def joined(conditions: Sequence[Condition]) -> Condition:
-    """All conditions at once; they must not affect the same things."""
+    """Combine conditions into one; they must not affect the same things."""
     if len(conditions) == 1:
         return conditions[0]
 
@@ -77,7 +77,7 @@ def _umask(mask: str) -> Prepare:
 
 
 def _locale(source: str, charmap: str) -> Prepare:
-    """A locale compiled into the folder, which needs no root and does not change the system."""
+    """Compile a locale into the folder, which needs no root and does not change the system."""
 
     def prepare(scratch: Path) -> Prepared:
         if shutil.which("localedef") is None:
@@ -104,19 +104,19 @@ def _link(file: str, copy: str) -> None:
 
 
 def _user(home_mode: int) -> Prepare:
-    """Another user, whose home, temporary files and caches are in the folder."""
+    """Run as another user, with home, temporary files and caches in the folder."""
 
     def prepare(scratch: Path) -> Prepared:
         home, caches, temporary = (scratch / name for name in ("home", "cache", "tmp"))
         for folder in (home, caches, temporary):
             folder.mkdir()
-        # What a user would have imported: the base, without the engines' caches of it.
+        # As after an import of the base: without the engines' caches of it.
         shutil.copytree(_BASES, caches / "bases", copy_function=_link)
         environment = {
             "HOME": str(home),
             "TMPDIR": str(temporary),
             "VENEER_CACHE_DIR": str(caches),
-            # By default in the checkout, which belongs to another user here.
+            # Its default is in the checkout, which belongs to another user here.
             "HYPOTHESIS_STORAGE_DIRECTORY": str(temporary / "hypothesis"),
             "USER": "nobody",
             "LOGNAME": "nobody",
@@ -139,8 +139,8 @@ def _user(home_mode: int) -> Prepare:
 
 
 def _may_read(user: int) -> tuple[str, ...]:
-    """Options of setpriv that grant read access only, if root's Python is in root's home."""
-    # setpriv's child still has root's access when it is looked up, but its children do not.
+    """Return setpriv options that grant only read access, if Python is in root's home."""
+    # setpriv itself still has root's access when it looks up Python, but children do not.
     again = "import subprocess, sys; subprocess.run([sys.executable, '-c', ''], check=True)"
     tried = subprocess.run(
         ["setpriv", f"--reuid={user}", "--clear-groups", sys.executable, "-c", again],

@@ -1,1 +1,1 @@
-"""Several servers together: followers of a registry, on real sockets that fail."""
+"""Tests of several servers together: followers of a registry, over real sockets that fail."""

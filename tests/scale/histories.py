@@ -1,13 +1,14 @@
 """Random histories of a registry and its followers over real sockets.
 
     python -m tests.scale.histories                       200 histories
-    python -m tests.scale.histories --count 20 --first 7  another part of them
-    python -m tests.scale.histories --plant lost          must fail: so must order and backup
+    python -m tests.scale.histories --count 20 --first 7  20 others, from seed 7
+    python -m tests.scale.histories --plant lost          must fail, as with order or backup
 
-Each has a registry on disk, its service on a real port, three followers with a disk cache each,
-and a proxy before each that cuts, freezes, slows and refuses connections. Meanwhile the
-registry publishes, deletes, rolls back, restarts, and comes back from a backup. No follower may
-serve a revision that was never current; all agree after a quiet time, and have what they fetch.
+Each history has a registry on disk, its service on a real port, three followers with a disk
+cache each, and before each follower a proxy that cuts, freezes, slows and refuses connections.
+Meanwhile the registry publishes, deletes, rolls back, restarts, and is restored from a backup.
+No follower may serve a revision that was never current. After a quiet time all followers must
+agree with the registry and be able to fetch.
 """
 
 from __future__ import annotations
@@ -50,12 +51,12 @@ STEPS: Final = 40
 HEARTBEAT_S: Final = 0.05
 LEASE_S: Final = 0.5
 QUIET_S: Final = 10.0
-"""How long agreement may take on a busy machine; usually it takes a tenth of a second."""
+"""Seconds that agreement may take on a busy machine; it usually takes a tenth of a second."""
 
 
 @dataclass
 class Origin:
-    """A registry, its service, and everything that its names ever meant."""
+    """A registry, its service, and every revision that each of its names ever had."""
 
     folder: Path
     contents: list[Path]
@@ -90,7 +91,7 @@ class Origin:
         await asyncio.to_thread(self.registry.close)
 
     async def publish(self, name: str, content: Path) -> None:
-        # Before: a follower may have it before this process hears that it is published.
+        # Note it first: a follower may have it before this process hears of the publication.
         self.ever.add((name, await asyncio.to_thread(self._revision, content)))
         await asyncio.to_thread(push, self.registry, name, content, allow_replace=True)
 
@@ -153,7 +154,7 @@ async def _started(folder: Path, proxy: Proxy, seed: int, view: type[View]) -> R
             "registry": proxy.address,
             "data_dir": str(folder),
             "cache_dir": str(folder / "cache"),
-            # Room for some of the contents: the rest is evicted and fetched again.
+            # Room for only some of the contents: others are evicted and fetched again.
             "adapter_cache_bytes": "64KiB" if seed % 2 else "1MiB",
         },
         {},
@@ -190,7 +191,7 @@ class History:
         self.converged_s = 0.0
 
     async def run(self) -> None:
-        """Raises AssertionError."""
+        """Run the history; raises AssertionError if it fails."""
         await self.origin.start()
         async with contextlib.AsyncExitStack() as stack:
             for number in range(FOLLOWERS):
@@ -209,7 +210,7 @@ class History:
             assert not self.wrong, self.wrong
 
     async def _watch(self) -> None:
-        """Look at what the followers serve, all the time."""
+        """Check all the time what the followers serve."""
         while True:
             for number, replica in enumerate(self.replicas):
                 for name, revision in replica.meanings().items():
@@ -267,7 +268,7 @@ class History:
             replica.proxy.target = self.origin.address
 
     async def _ask(self, replica: Replica, name: str) -> None:
-        """As a request does: take a lease, and bring the weights, which are verified."""
+        """Do as a request does: take a lease and fetch the weights, which are verified."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(0.5):
                 try:
@@ -302,7 +303,7 @@ class History:
 
 
 def _quiet() -> None:
-    """gRPC and the followers tell of every cut connection, on standard error."""
+    """Disable logging: gRPC and the followers report every cut connection on standard error."""
     logging.disable(logging.CRITICAL)
 
 
@@ -330,7 +331,7 @@ async def _all(seeds: range, scratch: Path, view: type[View], feed: type[Feed]) 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns 1 if a history failed."""
+    """Run histories; return 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--first", type=int, default=0, help="seed of the first one")

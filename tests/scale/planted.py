@@ -11,7 +11,7 @@ from veneer_server.replication.states import BeginFeed, Heartbeat, Key, Told
 
 
 class AnyOrder(View):
-    """PLANTED BUG: takes changes in whatever order they come, and misses none."""
+    """PLANTED BUG: accepts changes in any order, and never notices that one is missing."""
 
     def _told(self, told: Told) -> Received:
         if self._staged is not None:
@@ -25,7 +25,7 @@ class AnyOrder(View):
 
 
 class OldNumbers(View):
-    """PLANTED BUG: goes on by number alone, as if a registry never went back."""
+    """PLANTED BUG: resumes by number alone, as if a registry never went back to a backup."""
 
     def place(self) -> tuple[str, int]:
         super().place()
@@ -50,7 +50,7 @@ class NumberedFeed(Feed):
 
 
 class ForgetfulFeed(Feed):
-    """PLANTED BUG: loses changes, where a newer one is told at once."""
+    """PLANTED BUG: loses changes if a newer one is sent at the same time."""
 
     def after(self, run: str, sequence: int) -> tuple[FeedChange, ...] | None:
         changes = super().after(run, sequence)
@@ -60,8 +60,8 @@ class ForgetfulFeed(Feed):
 
 
 class BackwardsFeed(Feed):
-    """PLANTED BUG: numbers some changes after the ones that followed them, so that the last
-    thing told of a name is an old one."""
+    """PLANTED BUG: sends some old changes again after newer ones, so that the last change sent
+    for a name is an old one."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -82,4 +82,4 @@ PLANTED: Final[dict[str, tuple[type[View], type[Feed]]]] = {
     "order": (AnyOrder, BackwardsFeed),
     "backup": (OldNumbers, NumberedFeed),
 }
-"""What each plants: a view that does not check, and a feed that needs to be checked."""
+"""Name -> a view that lacks a check, and a feed that needs that check."""

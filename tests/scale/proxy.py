@@ -1,4 +1,4 @@
-"""A TCP proxy whose connections a test cuts, freezes or slows."""
+"""A TCP proxy with which a test cuts, freezes or slows connections."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class Proxy:
 
     Attributes:
         target: ``host:port`` of the server.
-        address: its own.
-        forwarded: bytes that came from the server.
+        address: ``host:port`` of the proxy.
+        forwarded: bytes forwarded from the server.
     """
 
     def __init__(self, target: str) -> None:
@@ -46,25 +46,25 @@ class Proxy:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def cut(self) -> None:
-        """End all connections; new ones are forwarded."""
+        """Cut all connections; new ones are forwarded."""
         for writer in list(self._writers):
             writer.transport.abort()
 
     def refuse(self) -> None:
-        """End all connections, and new ones at once: the server is gone."""
+        """Cut all connections, and new ones at once, as if the server were gone."""
         self._refusing = True
         self.cut()
 
     def freeze(self) -> None:
-        """Forward nothing, and end nothing: connections are half open."""
+        """Forward nothing but keep connections open."""
         self._open.clear()
 
     def cut_after(self, size: int) -> None:
-        """End all connections once the server has sent so many more bytes."""
+        """Cut all connections once the server has sent ``size`` more bytes."""
         self._budget, self._then_freeze = size, False
 
     def freeze_after(self, size: int) -> None:
-        """`freeze` once the server has sent so many more bytes."""
+        """`freeze` once the server has sent ``size`` more bytes."""
         self._budget, self._then_freeze = size, True
 
     def heal(self) -> None:

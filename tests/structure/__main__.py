@@ -1,15 +1,15 @@
-"""Figures of the code's structure, for a reader to judge: ``make structure``.
+"""Print figures about the code's structure, for a reader to judge: ``make structure``.
 
-Nothing here is a limit: the exit status is 0 unless the figures cannot be had. Printed are
+Nothing here is a limit: the exit status is 0 unless the figures cannot be computed. It prints
 
 - handwritten source files outside tests, and their lines
 - names that two or more classes have, with their files
 - the longest files, and the folders with the most files
-- the files that name one sampling option, which are those that a similar new one would touch
-- what a warm gRPC generate, a warm chat over HTTP and a warm upload enter in the processes of a
-  server (`tests.structure.calls`)
+- the files that name one sampling option: a similar new option would touch the same files
+- the code that a warm gRPC generate, a warm chat over HTTP and a warm upload enter in the
+  processes of a server (`tests.structure.calls`)
 
-``--json`` writes all of it, with the names of what is counted.
+``--json`` writes everything, with the names of the counted items.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.structure.sources import Figures, figures
 
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
 SHOWN: Final = 10
-"""How many files and folders are printed."""
+"""Number of files and of folders to print."""
 
 
 def print_sources(found: Figures) -> None:

@@ -1,10 +1,10 @@
-"""What a warm call enters, in all processes of a real server: files, functions and classes.
+"""Record the files, functions and classes that a warm call enters in a server's processes.
 
 The server runs with `tests.structure.tracer`. Each call is made `BEFORE` times and then
 recorded `TIMES` times, from before it is sent until `SETTLE_S` after its answer, because a
-server releases, counts and logs after it has answered. Only what is entered every time counts,
-so what timers start now and then, such as housekeeping, does not. The front's ping to the
-engine each second does: it is printed as ``idle``, and part of every figure.
+server releases, counts and logs after it has answered. Only code that is entered every time
+counts, so work that timers start now and then, such as housekeeping, does not. The front's ping
+to the engine each second does count: it is printed as ``idle``, and is part of every figure.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ SETTLE_S: Final = 1.0
 
 @dataclass(frozen=True)
 class Entered:
-    """What one call enters.
+    """The code that one call enters.
 
     Attributes:
-        functions: ``FILE:LINE NAME``; a file's path begins at the repository.
+        functions: ``FILE:LINE NAME``; the path is relative to the repository.
         classes: ``MODULE.NAME``.
-        processes: how many processes of the server enter anything.
+        processes: number of server processes that enter any code.
     """
 
     functions: frozenset[str]
@@ -66,8 +66,8 @@ class Recorder:
     """Switches recording on and off in all processes of a server, and reads their records.
 
     Args:
-        folder: where the tracer lies.
-        repository: the checkout that the server is of.
+        folder: folder with the tracer.
+        repository: checkout whose server runs.
     """
 
     def __init__(self, folder: Path, repository: Path) -> None:
@@ -99,7 +99,7 @@ class Recorder:
 
 
 async def warm_calls(repository: Path) -> dict[str, Entered]:
-    """What each call enters in the server of the checkout at ``repository``."""
+    """Return the code that each call enters in the server of the checkout at ``repository``."""
     with tempfile.TemporaryDirectory() as made:
         traces = Path(made) / "traces"
         traces.mkdir()
@@ -155,7 +155,7 @@ def _chat(address: str) -> None:
 
 
 def _files(turn: int) -> dict[str, bytes]:
-    """An adapter whose content is another one each turn: the last weight is."""
+    """Return an adapter's files, with different content each turn: the last weight differs."""
     files = read_files(ADAPTER)
     files[WEIGHTS] = files[WEIGHTS][:-4] + bytes([turn, 0, 0, 0])
     return files

@@ -1,4 +1,4 @@
-"""Figures of the source files that git tracks: lines, names of classes, who names an option."""
+"""Figures of git's source files: lines, names of classes, files that name an option."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ GENERATED: Final = re.compile(
 )
 """Matches generated files by their first two lines or path."""
 RECORDED: Final = ("docs/benchmarks/", "docs/terminal.svg")
-"""Pages and pictures written by a program."""
+"""Pages and pictures that a program writes."""
 OPTION: Final = re.compile(r"\bmin_p\b")
 """A sampling option; a similar new one would touch the files that name it."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Of handwritten source files outside tests; paths begin at the repository.
+    """Figures of handwritten source files outside tests; paths are relative to the repository.
 
     Attributes:
-        lines: of each file.
-        classes: the files that define a class of each name, one for each definition.
+        lines: file -> number of lines.
+        classes: class name -> the files that define it, once for each definition.
         option: the files that name `OPTION`.
     """
 
@@ -38,16 +38,16 @@ class Figures:
 
     @property
     def python(self) -> dict[str, int]:
-        """Lines of each file in Python."""
+        """Number of lines of each Python file."""
         return {path: count for path, count in self.lines.items() if path.endswith(".py")}
 
     @property
     def folders(self) -> Counter[str]:
-        """Files in each folder, without those in its subfolders."""
+        """Number of files in each folder, not counting subfolders."""
         return Counter(path.rpartition("/")[0] for path in self.lines)
 
     def twice(self, under: str = "") -> dict[str, list[str]]:
-        """Names of two or more classes in files whose path begins with ``under``."""
+        """Return names of two or more classes, in files whose path begins with ``under``."""
         found = {
             name: [path for path in paths if path.startswith(under)]
             for name, paths in sorted(self.classes.items())
@@ -72,7 +72,7 @@ def figures(repository: Path) -> Figures:
 
 
 def _sources(repository: Path) -> Iterator[tuple[str, str]]:
-    """Path and text of each handwritten source file outside tests."""
+    """Yield the path and text of each handwritten source file outside tests."""
     listed = subprocess.run(
         ["git", "ls-files", "-z"], cwd=repository, capture_output=True, text=True, check=True
     )

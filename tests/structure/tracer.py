@@ -1,16 +1,16 @@
-"""Records what each process of a server enters, in the folder where it lies.
+"""Record the code that each process of a server enters, in this file's folder.
 
 `tests.structure.calls` copies it to a new folder as ``sitecustomize.py`` and puts that folder
-on the server's ``PYTHONPATH``. So every Python process of the server runs it as it starts, and
-sets a profile function before it starts a thread. All of them map the byte in the file
-``phase``, which says what is being recorded; 0 is nothing. What is seen for the first time is
-at once appended to ``PHASE-PID``, so nothing is lost when a process is killed. A line is
+on the server's ``PYTHONPATH``. So every Python process of the server runs it at its start, and
+sets a profile function before it starts a thread. All processes map the byte in the file
+``phase``, the number of the recording; 0 means none. Anything seen for the first time is
+appended to ``PHASE-PID`` at once, so nothing is lost when a process is killed. A line is one of
 
 - ``f FILE:LINE NAME``: a function of ours is called, or a coroutine or generator of ours
   resumes. Lambdas count; comprehensions, modules and bodies of classes do not.
-- ``c MODULE.NAME``: a function that counts gets an object of this class of ours as an argument,
-  such as ``self``, or the class itself, or returns one. Methods that Python generates, such as
-  a dataclass's ``__init__``, are no functions of ours, but what they get counts.
+- ``c MODULE.NAME``: a counted function gets or returns an object of this class of ours (such as
+  ``self``), or the class itself. Methods that Python generates, such as a dataclass's
+  ``__init__``, are not functions of ours, but their arguments count.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def see_class(phase: int, value: object) -> None:
 
 
 def record(phase: int, line: str) -> None:
-    # Not kept open: a fork may close all descriptors that it does not know.
+    # Not kept open, because a forked process may close all descriptors that it does not know.
     with (FOLDER / f"{phase}-{os.getpid()}").open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 
@@ -89,7 +89,7 @@ def run_hidden() -> None:
     others = [folder for folder in sys.path if folder != str(FOLDER)]
     spec = PathFinder.find_spec("sitecustomize", others)
     if spec is not None and spec.loader is not None:
-        # It may look for another one and not find it.
+        # It may itself look for another `sitecustomize` and not find it.
         with contextlib.suppress(ModuleNotFoundError):
             spec.loader.exec_module(module_from_spec(spec))
 

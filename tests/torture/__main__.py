@@ -1,10 +1,10 @@
-"""Runs rows of the reliability scoreboard: ``python -m tests.torture --quick``.
+"""Run rows of the reliability scoreboard: ``python -m tests.torture --quick``.
 
 ``--row 4`` runs one row, ``--full`` uses the scoreboard's numbers, ``--seed`` repeats a run.
-Rows that are judged by times (`TIMED`) run with ``--full`` or by their number only, since they
-need a machine that does nothing else, and so do those that take long (`LONG`).
-Each row runs in a separate process, so that no planted bug reaches the next row. The exit
-status is 1 if a row fails or does not catch one of its planted bugs.
+Rows that are judged by times (`TIMED`) need an idle machine, so they run only with ``--full``
+or by their number. So do rows that take long (`LONG`). Each row runs in a separate process, so
+that no planted bug reaches the next row. The exit status is 1 if a row fails or does not catch
+one of its planted bugs.
 """
 
 from __future__ import annotations
@@ -29,21 +29,22 @@ ROWS = Path(__file__).parent / "rows"
 MODULE = re.compile(r"row_(\d+)_\w+")
 TIMED = frozenset({14, 15, 18, 19})
 LONG = frozenset({23})
-"""Takes minutes in its quick form too; the suite has each of its faults alone."""
+"""Rows that take minutes even in their quick form; the suite tests each of their faults
+alone."""
 SLOWEST = (9, 21, 7, 5, 12)
-"""Begin first, in this order, so that no job is left alone with one at the end."""
+"""Rows that begin first, in this order, so that no slow row is left alone at the end."""
 SHOWN = 10
-"""Most failures of a row that are printed."""
+"""Maximum number of a row's failures to print."""
 
 
 def found_rows() -> dict[int, str]:
-    """Row number -> module name, from the file names."""
+    """Return row number -> module name, from the file names."""
     matches = (MODULE.fullmatch(path.stem) for path in sorted(ROWS.glob("row_*.py")))
     return {int(match[1]): match[0] for match in matches if match is not None}
 
 
 def run_row(number: int, module: str, scale: Scale) -> bool:
-    """Run one row with its controls and print the result. False if it fails."""
+    """Run one row with its controls and print the result; return False if it fails."""
     row = cast(RowModule, importlib.import_module(f"tests.torture.rows.{module}"))
     if number != row.ROW:
         raise ValueError(f"{module} says that it is row {row.ROW}")
@@ -63,7 +64,7 @@ def run_row(number: int, module: str, scale: Scale) -> bool:
 def report(
     row: RowModule, outcome: Outcome, controls: list[Control], scale: Scale, seconds: str
 ) -> Iterator[str]:
-    """Print one line for the row, and below it failures and notes."""
+    """Yield the lines to print: one for the row, and below it failures and notes."""
     missed = [control for control in controls if not control.caught]
     verdict = "FAILED" if outcome.failures else "held"
     caught = f"{len(controls) - len(missed)} of {len(controls)} planted bugs caught"
@@ -86,7 +87,8 @@ def report(
 
 
 def run_apart(number: int, *, full: bool, seed: int) -> tuple[bool, str]:
-    """`run_row` in a separate process; returns its errors if it printed nothing."""
+    """Do `run_row` in a separate process; return whether it passed, and its output (its errors
+    if it printed nothing)."""
     command = [sys.executable, "-m", "tests.torture", "--row", str(number)]
     command += ["--seed", str(seed), *(["--full"] if full else [])]
     ended = subprocess.run(command, check=False, capture_output=True, text=True)
@@ -95,7 +97,7 @@ def run_apart(number: int, *, full: bool, seed: int) -> tuple[bool, str]:
 
 
 def main() -> int:
-    """Run the rows of the command line. Returns the exit status."""
+    """Run the rows that the command line names; return the exit status."""
     rows = found_rows()
     parser = argparse.ArgumentParser(prog="tests.torture", description=__doc__)
     size = parser.add_mutually_exclusive_group()

@@ -1,8 +1,8 @@
-"""The native engine with one request at a time, as the reference for its batched answers.
+"""Use the native engine with one request at a time as the reference for its batched answers.
 
 A row's numbers do not depend on the rest of the batch, on the chunking of its prompt, or on the
 prefix cache. So an answer's log-probabilities must be bit-identical to those of an otherwise
-idle engine. PEFT cannot serve as this reference, since it rounds to bfloat16 at other places.
+idle engine. PEFT cannot be this reference, since it rounds to bfloat16 in other places.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class AloneReference:
     """Implements `isolation.Reference` for answers that have log-probabilities.
 
     Attributes:
-        judged: answers compared.
+        judged: number of answers compared.
     """
 
     def __init__(self, base: Path, form: Form, cache: Path) -> None:

@@ -1,9 +1,9 @@
-"""Damages single files and folders of a server's data and cache, and checks what follows.
+"""Damage single files and folders of a server's data and cache, and check the consequences.
 
 After any damage:
 
 - no start ends in a crash or a traceback; a refusal is one sentence with a fix
-- no answer is wrong: a name's tokens are those of the undamaged server, or it is refused
+- no answer is wrong: a name gives the same tokens as on the undamaged server, or is refused
 - no adapter content is deleted: all its files are still below the data folder
 - a damaged cache is rebuilt: the first start serves everything, and the second start has
   nothing to report
@@ -28,10 +28,10 @@ from typing import Any, Final
 from tests.torture.syscalls import ROOT
 
 ADAPTERS: Final = {"chat": 1, "code": 2, "mail": 1, "sql": 3}
-"""Name -> seed of its weights: two names share theirs."""
+"""Name -> seed of its weights; two names share their weights."""
 NAMES: Final = ("", *ADAPTERS)
 REFUSED: Final = {"DATA_LOSS", "FAILED_PRECONDITION"}
-"""How a name with damaged content or a damaged row may be refused."""
+"""Codes with which a name with damaged content or a damaged row may be refused."""
 RECOVER: Final = "store recover"
 LONGEST_MESSAGE: Final = 600
 
@@ -39,10 +39,10 @@ Answers = dict[str, Any]
 
 
 class Worker:
-    """One `tests.torture.at_rest_worker`.
+    """A `tests.torture.at_rest_worker` process.
 
     Attributes:
-        planted: the bug of the starts from now on; none if "".
+        planted: name of the bug planted in starts from now on; "" for none.
     """
 
     def __init__(self, base: str) -> None:
@@ -59,7 +59,7 @@ class Worker:
         assert self._process.stdout.readline() == "ready\n", "the worker did not start"
 
     def start(self, folder: Path, **asked: Any) -> Answers:
-        """One start of a server on ``folder``; see the worker for the result."""
+        """Start a server once on ``folder``; see the worker for the result."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         asked |= {"folder": str(folder), "names": NAMES, "planted": self.planted}
@@ -83,7 +83,7 @@ class Golden:
     """Undamaged folders, and the answers of a server on them.
 
     Attributes:
-        folders: "stopped" after a clean stop, "killed" as a crash leaves it.
+        folders: "stopped": after a clean stop; "killed": as a crash leaves it.
         answers: name -> tokens.
         adapters: name -> folder to push.
     """
@@ -98,10 +98,10 @@ class Damage:
     """A kind of damage to a file or folder.
 
     Attributes:
-        golden: which of the golden folders.
-        path: relative to it.
-        how: removed, emptied, halved, flipped.
-        at: for a flip: byte and bit.
+        golden: name of the golden folder.
+        path: path of the file or folder, relative to it.
+        how: removed, emptied, halved or flipped.
+        at: byte and bit, for a flip.
     """
 
     golden: str
@@ -118,7 +118,8 @@ class Damage:
         return self.path.split("/")[0] == "cache"
 
     def spoils(self, golden: Path) -> bool:
-        """Whether a file still exists with different content; missing files are recreated."""
+        """Return whether a file still exists with other content; missing files are
+        recreated."""
         return self.how != "removed" and (golden / self.path).is_file()
 
     def apply(self, root: Path) -> None:
@@ -140,7 +141,7 @@ class Damage:
                 target.write_bytes(bytes(data))
 
     def undo(self, root: Path, golden: Path) -> None:
-        """Put the original back, as an operator does from a backup."""
+        """Restore the original, as an operator does from a backup."""
         target, original = root / self.path, golden / self.path
         if original.is_dir():
             shutil.rmtree(target, ignore_errors=True)
@@ -151,20 +152,20 @@ class Damage:
 
 
 def tree(root: Path) -> list[Path]:
-    """Every file and folder below the data and the cache folder, relative, sorted."""
+    """List every file and folder below the data and cache folders, relative and sorted."""
     return sorted(
         path.relative_to(root) for top in ("data", "cache") for path in (root / top).rglob("*")
     )
 
 
 def damages(golden: Golden, count: int, rng: random.Random) -> list[Damage]:
-    """``count`` damages, spread as evenly as possible over files and kinds.
+    """Return ``count`` damages, spread as evenly as possible over files and kinds.
 
-    First every kind of damage on every file once, in random order, then further flips."""
+    First comes every kind of damage on every file once, in random order; then more flips."""
     every: list[Damage] = []
     files: list[tuple[str, Path]] = []
     for kind, root in golden.folders.items():
-        # The data folder itself is not removed: that would look like a first start.
+        # The data folder itself is not removed, since that would look like a first start.
         for path in [Path("cache"), *tree(root)]:
             if (root / path).is_dir():
                 every += [Damage(kind, str(path), how) for how in ("removed", "emptied")]
@@ -191,7 +192,7 @@ def damages(golden: Golden, count: int, rng: random.Random) -> list[Damage]:
 
 
 def flip(golden: Golden, kind: str, path: Path, rng: random.Random) -> Damage:
-    """A flip of a random bit of a file."""
+    """Make a flip of a random bit of a file."""
     size = (golden.folders[kind] / path).stat().st_size
     return Damage(kind, str(path), "flipped", (rng.randrange(size), rng.randrange(8)))
 
@@ -200,7 +201,7 @@ def make_golden(worker: Worker, work: Path, adapters: dict[str, Path]) -> Golden
     """Push the adapters, request an answer from each, and keep both folders.
 
     Raises:
-        AssertionError: the undamaged server does not serve them all.
+        AssertionError: the undamaged server does not serve all adapters.
     """
     stopped, killed = work / "stopped", work / "killed"
     stopped.mkdir(parents=True)
@@ -227,7 +228,7 @@ def make_golden(worker: Worker, work: Path, adapters: dict[str, Path]) -> Golden
 
 
 def _contents(root: Path) -> dict[str, str]:
-    """SHA-256 -> path of every adapter file below the data folder."""
+    """Return SHA-256 -> path of every adapter file below the data folder."""
     found = {}
     for path in (root / "data").rglob("*"):
         if path.is_file() and path.name in ("adapter_model.safetensors", "adapter_config.json"):
@@ -237,11 +238,11 @@ def _contents(root: Path) -> dict[str, str]:
 
 @dataclass(slots=True)
 class Judge:
-    """Runs damages and keeps failures.
+    """Applies damages, and records failures.
 
     Attributes:
-        outcomes: counts of the first starts' outcomes.
-        failures: one line each, with the damage.
+        outcomes: counts of outcomes of the first starts.
+        failures: one line per failure, with the damage.
     """
 
     worker: Worker
@@ -252,7 +253,7 @@ class Judge:
     told: list[str] = field(default_factory=list)
 
     def run(self, number: int, damage: Damage) -> None:
-        """One damage: two starts on it, then the fix and a third start."""
+        """Apply one damage: two starts on it, then the fix and a third start."""
         root = self.work / f"case-{number}"
         shutil.copytree(self.golden.folders[damage.golden], root)
         try:
@@ -327,7 +328,7 @@ class Judge:
     def _way_out(
         self, damage: Damage, root: Path, number: int, first: Answers, second: Answers
     ) -> Iterator[str]:
-        """Alternately restore the file, or do what the message says."""
+        """Either restore the file or do what the message says, alternately."""
         if "refused" in first:
             message = second.get("refused", first["refused"])["message"]
             if RECOVER in message and number % 2:
@@ -363,7 +364,7 @@ class Judge:
 
 
 def _bad_sentence(said: dict[str, Any]) -> Iterator[str]:
-    """Why an operator could not use a refusal."""
+    """Yield reasons why an operator could not use a refusal."""
     message = said["message"]
     if said["code"] in ("INTERNAL", "UNKNOWN") or "Traceback" in message:
         yield f"refused with {said['code']}: {message[:300]}"

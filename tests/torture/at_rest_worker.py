@@ -1,9 +1,9 @@
-"""Starts servers on damaged folders: ``python -m tests.torture.at_rest_worker BASE``.
+"""Start servers on damaged folders: ``python -m tests.torture.at_rest_worker BASE``.
 
-Imports everything once, then reads one JSON object per line and answers each with one. Every
+It imports everything once, then reads one JSON object per line and answers each with one. Every
 start happens in a forked process, so that a start that ends in SIGBUS or SIGSEGV is a result
-("died") and not the end of the run. The server is the real `App` on real sockets with the
-real engine code, whose loop runs on a thread (`tests.torture.in_process`).
+("died") and does not end the run. The server is the real `App` on real sockets with the real
+engine code, whose loop runs on a thread (`tests.torture.in_process`).
 
 Requests::
 
@@ -13,7 +13,7 @@ Requests::
         -> {"died": "signal 7"} or {"crashed": traceback}
 
 A refusal is {"code", "reason", "message"}. ``log`` has the lines at WARNING and above. With
-``"planted": NAME`` that start has a bug of `PLANTED`.
+``"planted": NAME`` that start has one of the bugs in `PLANTED`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-# Imported before the forks, which then take half a second instead of seconds. Those of
-# transformers are what it imports when it loads a 4-bit Llama.
+# Imported before the forks, so that a start takes half a second instead of seconds. The modules
+# of transformers are the ones that it imports when it loads a 4-bit Llama.
 import accelerate  # noqa: F401
 import bitsandbytes  # noqa: F401
 import grpc
@@ -83,7 +83,7 @@ class Lines(logging.Handler):
 
 
 async def start(base: str, asked: dict[str, Any]) -> dict[str, Any]:
-    """One start, one greedy answer per name, one stop."""
+    """Start once, get one greedy answer per name, and stop."""
     answers: dict[str, Any] = {}
     pushed: dict[str, Any] = {}
     async with in_process(Path(base), Path(asked["folder"]), **SETTINGS) as server:
@@ -107,13 +107,14 @@ async def start(base: str, asked: dict[str, Any]) -> dict[str, Any]:
             except grpc.aio.AioRpcError as error:
                 answers[name] = vars(refusal(error))
         if asked.get("snapshot"):
-            # As after a crash: the catalog's log is not merged into its file.
+            # Copied while running, as after a crash: the catalog's log is not merged into its
+            # file.
             shutil.copytree(Path(asked["folder"]), Path(asked["snapshot"]))
     return {"answers": answers, "pushed": pushed}
 
 
 def one(base: str, asked: dict[str, Any]) -> dict[str, Any]:
-    """`start`, returning any outcome."""
+    """Do `start`, and return any outcome, also a failure."""
     lines = Lines()
     logging.getLogger("veneer_server").addHandler(lines)
     logging.getLogger("veneer_registry").addHandler(lines)
@@ -148,7 +149,7 @@ def main() -> None:
     parser.add_argument("base")
     given = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    # A start collects garbage: each fork would visit, and so copy, all that was imported.
+    # A start collects garbage: each fork would visit, and so copy, all imported objects.
     gc.collect()
     gc.freeze()
     serve(given.base)

@@ -1,4 +1,4 @@
-"""Requests that end early, at random phases and in three ways, and what they leave behind.
+"""End requests early, at random phases and in three ways, and check what they leave behind.
 
 ``python -m tests.torture.cancels --count 1000 --seed 7`` runs the full form against a
 new server and prints figures; a quick form is in ``tests/integration``.
@@ -51,8 +51,8 @@ class Attempt:
     """One request and its end.
 
     Attributes:
-        pause_s: pause before an early end; for a deadline, the whole time.
-        tokens: requested new tokens.
+        pause_s: pause before an early end; for a deadline, the whole deadline.
+        tokens: number of requested new tokens.
     """
 
     how: How
@@ -76,7 +76,7 @@ class Attempt:
 
 
 async def end_early(server: Server, attempts: list[Attempt]) -> Counter[str]:
-    """Run all attempts, `AT_ONCE` at a time; returns how they ended for their callers."""
+    """Run all attempts, `AT_ONCE` at a time; return how they ended for their callers."""
     places = asyncio.Semaphore(AT_ONCE)
     ends: Counter[str] = Counter()
 
@@ -147,7 +147,7 @@ async def all_free(server: Server) -> None:
     listed = await server.adapters.ListAdapters(adapters_pb2.ListAdaptersRequest())
     assert not {a.name: a.leases for a in listed.adapters if a.leases}, "leases are left"
     for adapter in listed.adapters:
-        if "/" in adapter.name:  # another tenant shares it
+        if "/" in adapter.name:  # shared by another tenant
             continue
         await server.adapters.EvictAdapter(
             adapters_pb2.EvictAdapterRequest(
@@ -175,7 +175,7 @@ async def _main(count: int, seed: int, folders: list[Path], cache: Path) -> None
             print(f"all free {time.perf_counter() - ended:.3f} s after the last one ended")
             for phase, deadline in product(Phase, (False, True)):
                 if phase is Phase.PREFILLING and deadline:
-                    continue  # refused early: there is nothing to free
+                    continue  # it is refused early, so there is nothing to free
                 freed = await measure(
                     server, phase, deadline=deadline, probes=20, names=names[:2], seed=seed
                 )

@@ -1,4 +1,4 @@
-"""Traffic over constantly changing adapters, and a record of all answers.
+"""Send traffic over constantly changing adapters, and record all answers.
 
 `churn` sends requests to a server (over real sockets) while names are replaced, rolled back,
 deleted and published again, aliases move, and adapters are evicted in every mode, pinned and
@@ -25,7 +25,7 @@ from tests.torture.churn_record import Attempt, Churn, Content, Traffic
 
 ALIAS = "live"
 CHANGERS = 3
-"""Concurrent changes, each of another name."""
+"""Number of concurrent changes, each of another name."""
 KINDS = {
     "replace": 50,
     "alias": 20,
@@ -35,9 +35,9 @@ KINDS = {
     "pin": 6,
     "delete": 3,
 }
-"""Changes of adapters, with their frequency."""
+"""Kinds of changes of adapters, with their relative frequency."""
 LONGEST_S = 60.0
-"""A call that takes longer counts as hung: it fails with DEADLINE_EXCEEDED."""
+"""Seconds after which a call counts as hung: it fails with DEADLINE_EXCEEDED."""
 
 
 class Stubs(Protocol):
@@ -50,7 +50,7 @@ class Stubs(Protocol):
 async def churn(
     server: Stubs, traffic: Traffic, generator: random.Random, folder: Path
 ) -> Churn:
-    """Publish all names, then send the traffic while they change.
+    """Publish all names, then send the traffic while they change; return the record.
 
     Args:
         folder: a new folder for the adapters.
@@ -61,7 +61,7 @@ async def churn(
     for name in names:
         await changer.publish(name, changer.fresh())
     waiting = _requests(traffic, names, random.Random(generator.random()), run)
-    # Bounded, so that requests wait if changes do not keep up: their ratio is fixed.
+    # Bounded, so that requests wait if changes do not keep up: the ratio of both is fixed.
     due: asyncio.Queue[bool] = asyncio.Queue(traffic.each * CHANGERS)
 
     async def work() -> None:
@@ -91,7 +91,7 @@ async def churn(
 def _requests(
     traffic: Traffic, names: list[str], generator: random.Random, run: Churn
 ) -> Iterator[Attempt]:
-    """Requests in order. There are few prompt prefixes, so that adapters share them."""
+    """Yield requests in order. There are few prompt prefixes, so that adapters share them."""
 
     def tokens(count: int) -> list[int]:
         return [generator.randrange(3, VOCABULARY) for _ in range(count)]
@@ -183,7 +183,7 @@ class _Changer:
         self._locks: dict[str, asyncio.Lock] = {}
 
     def fresh(self) -> Content:
-        """New weights that no adapter has had."""
+        """Make new weights that no adapter has had."""
         seed = self._random.getrandbits(32)
         folder = make_lora(
             self._folder / f"content-{len(self._made)}",
@@ -214,7 +214,8 @@ class _Changer:
                 self._run.changes[f"{kind}: {refusal(error).reason}"] += 1
 
     async def _replace(self, name: str) -> None:
-        """Replace, usually by new weights, else by some that this or another name had."""
+        """Replace, usually with new weights, otherwise with weights that this or another name
+        had."""
         old = self._random.random() < 0.3
         await self.publish(name, self._random.choice(self._made) if old else self.fresh())
 

@@ -23,16 +23,16 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """What to send.
+    """The traffic to send.
 
     Attributes:
-        requests: how many, ``workers`` at a time.
+        requests: number of requests; ``workers`` run at a time.
         names: number of adapters.
-        each: requests per change of an adapter.
+        each: number of requests per change of an adapter.
         modules: modules that the adapters target.
         ranks: ranks to choose from at random.
         sampled: share of requests with a temperature; all others are greedy.
-        logprobs: request log-probabilities.
+        logprobs: whether to request log-probabilities.
     """
 
     requests: int
@@ -53,10 +53,11 @@ class Attempt:
 
     Attributes:
         asked: name, ``name@revision``, ``name/alias``, or "" for the base.
-        cancel_at: tokens after which the caller cancels; 0: before the first; None: never.
+        cancel_at: number of tokens after which the caller cancels; 0: before the first; None:
+            never.
         settled: time of the first token, or of the end; its revision was fixed by then.
         outcome: ``finished``, ``cancelled``, or the reason of an error.
-        revision, digest, adapter: from the provenance, if there was one.
+        revision, digest, adapter: from the answer's provenance, if it had one.
     """
 
     number: int
@@ -90,21 +91,22 @@ class Span:
 
 @dataclass(slots=True)
 class Ledger:
-    """What each name and alias may have meant at which time, recorded by the only publisher."""
+    """What each name and alias may have meant at any time, as recorded by the only
+    publisher."""
 
     contents: dict[str, Content] = field(default_factory=dict)
-    """By revision."""
+    """Contents by revision."""
     spans: dict[str, list[Span]] = field(default_factory=dict)
     aborted: list[tuple[str, float, float]] = field(default_factory=list)
     """Evictions with mode ABORT: weights digest, start and end."""
 
     def now(self, name: str) -> str:
-        """The revision that ``name`` was given last; "" for none."""
+        """Return the latest revision of ``name``; "" for none."""
         spans = self.spans.get(name)
         return spans[-1].revisions[0] if spans and spans[-1].revisions else ""
 
     def before(self, name: str) -> str:
-        """The revision that ``name`` had before that; "" for none."""
+        """Return the revision that ``name`` had before its latest one; "" for none."""
         revisions = self.spans[name][-2].revisions
         return revisions[0] if revisions else ""
 
@@ -117,7 +119,7 @@ class Ledger:
         spans.append(Span(revisions, began))
 
     def between(self, name: str, begin: float, end: float) -> list[Span]:
-        """All that ``name`` may have meant at some time in the interval."""
+        """Return all spans of ``name`` that overlap the interval."""
         spans = self.spans.get(name, [Span((), 0.0)])
         return [s for s in spans if s.begin <= end and s.end >= begin]
 
@@ -129,4 +131,4 @@ class Churn:
     ledger: Ledger = field(default_factory=Ledger)
     attempts: list[Attempt] = field(default_factory=list)
     changes: Counter[str] = field(default_factory=Counter)
-    """Counts of changes; refused ones as ``kind: reason``."""
+    """Counts of changes by kind; refused changes as ``kind: reason``."""

@@ -1,5 +1,4 @@
-"""About 200 crafted adapters, valid and invalid, which row 1 damages further; and size
-bombs."""
+"""Craft about 200 adapters, valid and invalid, which row 1 damages further; and size bombs."""
 
 from __future__ import annotations
 
@@ -41,8 +40,8 @@ ODD_KEYS: dict[str, Any] = {
 
 
 def crafted() -> list[Files]:
-    """Valid adapters with every dtype and some ranks, targets and options; then adapters with
-    one error each."""
+    """Return valid adapters with every dtype and some ranks, targets and options; then adapters
+    with one error each."""
     good = list(_good())
     return [*good, *_bad(good[0])]
 
@@ -74,7 +73,7 @@ def _good() -> Any:
 
 
 def split(weights: bytes) -> tuple[dict[str, Any], bytes]:
-    """(header, data) of a valid safetensors file."""
+    """Split a valid safetensors file into header and data."""
     end = 8 + int.from_bytes(weights[:8], "little")
     return json.loads(weights[8:end]), weights[end:]
 
@@ -105,7 +104,7 @@ def _bad(good: Files) -> Any:
 
 
 def bombs(good: Files, header_bytes: int) -> dict[str, Files]:
-    """Files of the largest allowed size that would be expensive to check, by name."""
+    """Return files of the largest allowed size that are expensive to check, by name."""
     header, data = split(good[WEIGHTS])
     rest = json.dumps(header)[1:]
     room = header_bytes - len(rest) - 64

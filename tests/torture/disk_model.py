@@ -1,15 +1,15 @@
-"""Possible contents of a disk after a power cut, from a record of system calls.
+"""Model the possible contents of a disk after a power cut, from a record of system calls.
 
 The model is as pessimistic as POSIX: a write, truncate or folder entry that was not followed by
-an fsync of *that* file or folder may be there or not, in any combination.
+an fsync of *that* file or folder may or may not be on disk, in any combination.
 
 - File data: everything written before the last fsync or fdatasync of the file is kept. Each
   512-byte sector of a later write is independently kept or lost; if the file grew, it may
   have the new size with zeros.
-- Folder entries (create, remove, rename): those before the last fsync of their folder are kept.
+- Folder entries (create, remove, rename) before the last fsync of their folder are kept.
   An fsync of a file does not make its name durable, as it would on ext4.
-- A rename is atomic: the old name or the new one, never both or neither. An fsync of the target
-  folder makes it durable. Journalling filesystems (ext4, XFS, btrfs) guarantee this.
+- A rename is atomic: there is the old name or the new one, never both or neither. An fsync of
+  the target folder makes it durable. Journalling filesystems (ext4, XFS, btrfs) guarantee this.
 - ``-shm`` files are ignored: SQLite rebuilds them from the log.
 """
 
@@ -53,7 +53,7 @@ class _Truncate(_Change):
 
 @dataclass(slots=True)
 class _Entry(_Change):
-    """Names that are set atomically: (folder, name, target or None)."""
+    """Folder entries that are set atomically: (folder, name, target or None)."""
 
     names: tuple[tuple[Node, str, Node | None], ...]
 
@@ -65,7 +65,7 @@ class Node:
     Attributes:
         syncs: numbers of the events that synced it.
         changes: changes of its data, in order.
-        entries: current names in a folder.
+        entries: current entries of a folder, by name.
     """
 
     folder: bool
@@ -83,7 +83,7 @@ class _Open:
 
 
 Keep = Callable[[_Change], bool]
-"""Decides whether a change that is not durable is kept."""
+"""Function that decides whether a change that is not durable is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class Choice:
     Attributes:
         cut: events from this number on did not happen.
         keep: decides for each change that was not durable.
-        torn: if given, a kept write randomly loses some of its sectors.
+        torn: if given, kept writes randomly lose some of their sectors.
     """
 
     cut: int
@@ -102,11 +102,11 @@ class Choice:
 
 
 class Disk:
-    """Everything that happened below ``root``, which starts as an empty and durable folder.
+    """All changes below ``root``, which starts as an empty and durable folder.
 
     Attributes:
         events: number of calls that changed or synced something.
-        said: (events before it, line) for each line on standard output.
+        said: (number of events before it, line) for each line on standard output.
     """
 
     def __init__(self, root: Path, calls: Iterable[Call]) -> None:
@@ -131,7 +131,7 @@ class Disk:
             handler(call)
 
     def _refuse_unknown(self, call: Call) -> None:
-        """Fail if a call that this model does not know touches the disk."""
+        """Fail if a call that this model does not know concerns the disk."""
         paths = [a for a in call.arguments if isinstance(a, bytes)]
         inside = any(os.fsencode(self._root_path) in path for path in paths)
         if inside or any(self._file(a) for a in call.arguments if isinstance(a, str)):
@@ -141,7 +141,7 @@ class Disk:
         return self._open.get(int(descriptor)) if str(descriptor).isdigit() else None
 
     def _place(self, base: str | bytes, path: str | bytes) -> tuple[Node, str] | None:
-        """(folder, name) of a path below the root, else None."""
+        """Return (folder, name) for a path below the root, else None."""
         text = os.fsdecode(path)
         if text.startswith("/"):
             pure = PurePosixPath(text)
@@ -285,7 +285,7 @@ class Disk:
     # ------------------------------------------------------------- after the cut
 
     def pending(self, cut: int) -> list[_Change]:
-        """Changes before ``cut`` that no fsync before it made durable."""
+        """Return the changes before ``cut`` that no fsync before ``cut`` made durable."""
         nodes = {id(self._root): self._root}
         found: list[_Change] = []
         for entry in self._names:
@@ -299,7 +299,7 @@ class Disk:
         return sorted(found, key=lambda change: change.at)
 
     def build(self, choice: Choice, target: Path) -> None:
-        """Write one disk into the empty folder ``target``."""
+        """Write the contents of one possible disk into the empty folder ``target``."""
         entries: dict[int, dict[str, Node]] = {}
         for entry in self._names:
             if entry.at >= choice.cut:

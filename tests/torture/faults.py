@@ -1,8 +1,9 @@
-"""The program that row 5 injects faults into: changes that are retried after the fault.
+"""The program into which row 5 injects faults: it makes changes, and retries after a fault.
 
 ``python -m tests.torture.faults DATA ADAPTERS`` prints one JSON line per event. strace makes
 one of its system calls fail between a ``begin`` and its ``end``. The program prints the
-registry's error, whether it served others meanwhile, and what is left, for row 5 to judge.
+registry's error, whether other names were served meanwhile, and what is left, for row 5 to
+judge.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def say(event: str, **facts: Any) -> None:
 
 
 class Player:
-    """The registry under faults, and what it has acknowledged so far."""
+    """The registry under faults, and the changes that it has acknowledged so far."""
 
     def __init__(self, data: Path, adapters: Path) -> None:
         self.data = data
@@ -56,7 +57,7 @@ class Player:
         self.registry = open_registry(self.data)
 
     def steps(self) -> dict[str, Callable[[], None]]:
-        """The steps to inject faults into, in order."""
+        """Return the steps in which to inject faults, in order."""
         return {
             "replace": lambda: self.publish("chat", 3),
             "publish": lambda: self.publish("new", 4),
@@ -65,7 +66,7 @@ class Player:
         }
 
     def attempt(self, step: str, change: Callable[[], None]) -> bool:
-        """Try one change and print the outcome; True if it was acknowledged."""
+        """Try one change and print the outcome; return True if it was acknowledged."""
         say("begin", step=step)
         try:
             change()
@@ -77,7 +78,7 @@ class Player:
         return True
 
     def check_others(self, after: str) -> None:
-        """Check that the names which the change did not concern are intact."""
+        """Check that the content of the kept names is intact, also after a failed change."""
         for name in ("keep", "chat"):
             try:
                 with self.registry.acquire(name) as lease:
@@ -105,7 +106,7 @@ class Player:
 
 
 def residue(data: Path, registry: Registry) -> list[str]:
-    """Content of the store's folders that nothing refers to."""
+    """Return content of the store's folders that nothing refers to."""
     kept = [old.ref for r in registry.list() for old in registry.revisions(r.ref.name)]
     store = data / "store"
     wanted = {

@@ -1,4 +1,4 @@
-"""The engine variants that a row runs: torch in float32, and the native kernels.
+"""The variants of the engine that a row runs: torch in float32, and the native kernels.
 
 The native backend is the default, so testing torch alone would cover only a part of the
 product. Its kernels exist once per instruction set; a machine runs those that it supports.
@@ -24,16 +24,16 @@ class Form:
 
     Attributes:
         name: its name in figures.
-        settings: of a server; also fields of `EngineConfig`. An engine that cannot apply
-            them does not start.
+        settings: settings of a server, also fields of `EngineConfig`. An engine that cannot
+            apply them does not start.
     """
 
     name: str
     settings: Mapping[str, Any]
 
     def cache(self, folder: Path) -> Path:
-        """Cache folder of its engines: ``folder``, or a shared one, so that kernels are
-        compiled once for all rows."""
+        """Return the cache folder of its engines: ``folder``, or for native kernels a shared
+        one, so that they are compiled once for all rows."""
         return _SHARED if self.native else folder
 
     @property
@@ -62,7 +62,8 @@ NATIVE: Final = {name: _native(name) for name in ("amx-bf16", "avx512-bf16", "av
 
 
 def forms() -> tuple[Form, ...]:
-    """The forms that this machine can run and the suite is set to, torch first."""
+    """Return the forms that this machine can run and the suite's settings allow, torch
+    first."""
     given = asked()
     if not native_possible() or given.get("VENEER_BACKEND") == "torch":
         return (TORCH,)
@@ -76,6 +77,7 @@ def forms() -> tuple[Form, ...]:
 
 
 def _matrix_permitted() -> bool:
-    """Whether Linux lets a process use AMX's registers, asked as the kernels ask (`amx.h`)."""
+    """Return whether Linux lets a process use AMX's registers; asks as the kernels do
+    (`amx.h`)."""
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
     return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0

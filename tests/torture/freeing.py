@@ -1,4 +1,4 @@
-"""How long a request still holds resources after its end, by what it was doing.
+"""Measure how long a request still holds resources after its end, by its phase.
 
 Part of ``python -m tests.torture.cancels``. One request at a time is cancelled, or runs
 into its deadline, while it is queued, waits for its adapter, prefills or decodes; then
@@ -24,13 +24,14 @@ from tests.server_harness import Server, request
 
 ENDLESS = {"max_tokens": 7000, "ignore_eos": True}
 LONG_PROMPT = 1000
-"""Tokens that take more than a second to prefill and still fit the context with the output."""
+"""Number of tokens that take over a second to prefill and still fit the context with the
+output."""
 LOOK_EVERY_S = 0.005
-"""Polling without a pause would take one of the two cores from the server."""
+"""Seconds between polls; polling without a pause would take a core from the server."""
 
 
 class Phase(Enum):
-    """What a request is doing when it is ended."""
+    """The phase of a request when it is ended."""
 
     QUEUED = "waiting for a place"
     WANTING = "waiting for room for its adapter"
@@ -43,7 +44,7 @@ class Freed:
     """Seconds from each end, as seen by the caller, to the first poll without a trace of it.
 
     Attributes:
-        step_s: mean seconds of the slowest kind of step meanwhile.
+        step_s: mean seconds of a step meanwhile, of the slowest kind of step.
     """
 
     phase: Phase
@@ -86,7 +87,7 @@ async def measure(
 
 @asynccontextmanager
 async def _beside(server: Server, phase: Phase, name: str) -> AsyncIterator[int]:
-    """Streams that keep a request in its phase; yields their number."""
+    """Run streams that keep a request in its phase; yield their number."""
     wanted = {Phase.QUEUED: [""] * 8, Phase.WANTING: [name]}.get(phase, [])
     async with AsyncExitStack() as stack:
         for adapter in wanted:
@@ -147,7 +148,7 @@ async def _free(server: Server, others: int, name: str) -> None:
 
 
 async def _gauges(server: Server) -> list[float]:
-    """Running requests, waiting requests, and share of KV blocks in use."""
+    """Return the numbers of running and waiting requests, and the share of KV blocks in use."""
     names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_ratio")
     return [found[""] for found in await server.scrape(*(f"veneer_{name}" for name in names))]
 
@@ -158,7 +159,7 @@ async def _leases(server: Server, name: str) -> int:
 
 
 async def _steps(server: Server) -> dict[str, tuple[float, float]]:
-    """Seconds and number of steps so far, by kind."""
+    """Return the seconds and number of steps so far, by kind."""
     seconds, counts = await server.scrape(
         "veneer_step_seconds_sum", "veneer_step_seconds_count"
     )

@@ -1,8 +1,8 @@
-"""A disk that is really full: the third part of row 5.
+"""Publish on a disk that is really full: the third part of row 5.
 
 ``python -m tests.torture.full_disk FOLDER ADAPTERS LEAVES`` mounts a small tmpfs (in a private
-mount namespace, so that it ends with the process), fills it until each of LEAVES bytes are
-left, publishes, frees space, and publishes again.
+mount namespace, so that it ends with the process). For each number of bytes in LEAVES, it fills
+the disk until that many are left, publishes, frees space, and publishes again.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ SIZE = 2 << 20
 
 
 def fill(folder: Path, leave: int) -> Path:
-    """Use up all space but ``leave`` bytes."""
+    """Fill the disk until ``leave`` bytes are left."""
     filler = folder / "filler"
     filler.write_bytes(bytes(shutil.disk_usage(folder).free - leave))
     return filler
 
 
 def whole(registry: Registry, name: str) -> str:
-    """The current revision of ``name``, after reading all its content."""
+    """Return the current revision of ``name``, after verifying all its content."""
     ref = registry.resolve(name)
     verify_weights(registry.weights_folder(ref), ref.weights_digest)
     return ref.revision
 
 
 def play(folder: Path, adapters: Path, leaves: list[int]) -> dict[str, Any]:
-    """Publish at each level; returns failures and answers."""
+    """Publish at each level; return failures and counts of answers."""
     failures, answers = [], {"published": 0, "DiskFull": 0, "other": 0}
     data = folder / "data"
     registry = open_registry(data)
@@ -82,7 +82,7 @@ def play(folder: Path, adapters: Path, leaves: list[int]) -> dict[str, Any]:
 
 
 def torture(scale: Scale) -> Outcome:
-    """Levels of 4 KiB (full: 1 KiB) up to where a publish fits."""
+    """Run levels in steps of 4 KiB (full: 1 KiB), up to a level at which a publish fits."""
     work = scale.folder("full")
     make_contents(work / "adapters")
     (work / "disk").mkdir()

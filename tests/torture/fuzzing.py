@@ -1,4 +1,4 @@
-"""The program that row 2 starts: the parsers of untrusted bytes under a fuzzer.
+"""The program that row 2 starts: it runs the parsers of untrusted bytes under a fuzzer.
 
 ``python -m tests.torture.fuzzing --seconds 1200 --seed 7 WORK`` fuzzes guided by coverage if
 `atheris` is installed (it is not a dependency: ``pip install --target DIR atheris``, then
@@ -28,14 +28,14 @@ MOST_BYTES = 8192
 
 
 def has_atheris() -> bool:
-    """Whether coverage-guided fuzzing is possible here."""
+    """Return whether coverage-guided fuzzing is possible here."""
     return importlib.util.find_spec("atheris") is not None
 
 
 def parsers() -> Target:
-    """A function that passes its bytes to the parser selected by the first byte.
+    """Return a function that passes its bytes to the parser selected by the first byte.
 
-    Imports the product, so that the caller can have it instrumented.
+    This imports the product, so that the caller can have it instrumented.
     """
     from veneer_registry.errors import AdapterInvalid
     from veneer_registry.lora_config import parse_config
@@ -67,7 +67,7 @@ def parsers() -> Target:
 
 
 def seeds() -> list[bytes]:
-    """Valid inputs for each parser, so that the fuzzer starts past the first checks."""
+    """Return valid inputs for each parser, so that the fuzzer starts past the first checks."""
     header = {
         "__metadata__": {"format": "pt"},
         "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": {
@@ -105,8 +105,8 @@ def seeds() -> list[bytes]:
 def deep_bug(data: bytes) -> None:
     """A planted bug behind three bytes, which can only be found step by step.
 
-    It replaces the parsers, whose coverage would lead the fuzzer elsewhere for
-    longer than a quick run lasts.
+    It replaces the parsers, because their coverage would lead the fuzzer elsewhere for
+    longer than a quick run.
     """
     # One comparison per line: each is a separate branch that coverage rewards.
     if len(data) > 3 and data[0] == 0x56:  # noqa: SIM102
@@ -116,7 +116,8 @@ def deep_bug(data: bytes) -> None:
 
 
 def shallow_bug(target: Target) -> Target:
-    """``target`` with a planted bug that needs two bytes, for the run without coverage."""
+    """Return ``target`` with a planted bug that needs two bytes, for the run without
+    coverage."""
 
     def planted(data: bytes) -> None:
         if b"[[" in data and data[0] % 3:
@@ -127,7 +128,8 @@ def shallow_bug(target: Target) -> Target:
 
 
 def by_coverage(seconds: int, seed: int, work: Path, *, planted: bool) -> None:
-    """Never returns: the fuzzer ends the process, with status 77 after an escape."""
+    """Fuzz by coverage. Never returns: the fuzzer ends the process, with status 77 after an
+    error that is not documented."""
     import atheris
 
     with atheris.instrument_imports(include=["veneer_registry", "json"]):
@@ -137,7 +139,7 @@ def by_coverage(seconds: int, seed: int, work: Path, *, planted: bool) -> None:
     flags = [f"-max_total_time={seconds}", f"-seed={seed}", "-timeout=2", "-rss_limit_mb=1024"]
     flags += ["-print_final_stats=1", f"-artifact_prefix={work}/", str(corpus)]
     if planted:
-        # Without seeds, so that only coverage can lead there.
+        # Without seeds, so that only coverage can lead to the bug.
         target = atheris.instrument_func(deep_bug)
     else:
         for number, data in enumerate(seeds()):
@@ -151,7 +153,7 @@ def by_coverage(seconds: int, seed: int, work: Path, *, planted: bool) -> None:
 
 
 def by_mutation(seconds: int, seed: int, work: Path, *, planted: bool) -> int:
-    """Random damage to the same seeds. Returns the exit status."""
+    """Fuzz by random damage to the same seeds; return the exit status."""
     target = parsers()
     if planted:
         target = shallow_bug(target)

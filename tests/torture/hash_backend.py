@@ -1,10 +1,10 @@
-"""A FAKE decoder: the likeliest token is a hash of everything read to compute it.
+"""A FAKE decoder whose likeliest token is a hash of everything read to compute it.
 
 K and V of a position are a number derived from the weights that wrote it, its token and its
 position; the next token is SHA-256 of the weights that read it and of every number in the
 sequence's blocks. So a wrong table, a changed buffer, another sequence's block or a prefix
-computed by other weights gives a different token for certain, at some thousands of steps
-per second. `expected_tokens` computes the right tokens from files and prompt alone.
+computed with other weights certainly gives a different token. It does thousands of steps per
+second. `expected_tokens` computes the right tokens from files and prompt alone.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _next(identity: bytes, cells: bytes) -> int:
 
 
 def expected_tokens(identity: bytes, prompt: Sequence[int], count: int) -> list[int]:
-    """The tokens that these weights must generate for this prompt."""
+    """Return the tokens that these weights must generate for this prompt."""
     tokens = list(prompt)
     cells = bytearray()
     for position in range(len(prompt) + count - 1):
@@ -49,7 +49,8 @@ def expected_tokens(identity: bytes, prompt: Sequence[int], count: int) -> list[
 
 
 def identity_of_folder(folder: Path) -> bytes:
-    """Identity of an adapter that targets only q_proj, in every layer, from its files."""
+    """Compute the identity of an adapter from its files; it targets only q_proj, in every
+    layer."""
     tensors = load_file(folder / "adapter_model.safetensors")
     found = hashlib.sha256()
     for layer in range(LAYERS):
@@ -62,7 +63,8 @@ def identity_of_folder(folder: Path) -> bytes:
 
 
 def _identity_of_table(table: AdapterTable) -> bytes:
-    """The same from memory, read each time, so that a changed buffer is detected."""
+    """Compute the identity of an adapter from memory; it is read each time, so that a changed
+    buffer is detected."""
     found = hashlib.sha256()
     for group in Group:
         for layer, views in enumerate(table.views[group.value]):

@@ -1,7 +1,7 @@
-"""A history of uploads, replaces, aliases and deletes that records what was acknowledged.
+"""Play a history of uploads, replaces, aliases and deletes, and record what was acknowledged.
 
 Row 4 records ``python -m tests.torture.history DATA ADAPTERS --seed 7``. It writes ``begin``
-before each change, and one JSON line after it: the state that must be found from then on.
+before each change, and one JSON line after it: the state that must be on disk from then on.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ BROKEN_OFF = "broken-off"
 """Name and content of an upload that a history never finishes."""
 
 Promise = dict[str, list[str]]
-"""Name -> kept revisions, the current one first. ``name/alias`` -> its targets."""
+"""Name -> kept revisions, the current one first; ``name/alias`` -> its targets."""
 
 
 def make_contents(folder: Path) -> None:
-    """The adapters that histories publish."""
+    """Make the adapters that histories publish."""
     for number, name in enumerate([*map(str, range(CONTENTS)), BROKEN_OFF]):
         made = make_adapter(folder / name, seed=number)
         (made / "chat_template.jinja").write_text(f"{{{{ messages }}}} {number}")
@@ -50,7 +50,7 @@ def say(word: str) -> None:
 
 
 def break_off(registry: Registry, folder: Path) -> None:
-    """Send half of each file, then leave it to be resumed."""
+    """Send half of each file, then suspend the upload."""
     files = bundle_files(folder)
     upload = registry.begin_upload(announce(BROKEN_OFF, files), resume=True)
     for name, data in files.items():
@@ -59,7 +59,7 @@ def break_off(registry: Registry, folder: Path) -> None:
 
 
 def resume(registry: Registry, name: str, folder: Path) -> str:
-    """Send what is still missing, and publish. Returns the revision."""
+    """Send the missing rest of an upload and publish it; return the revision."""
     files = bundle_files(folder)
     request = announce(name, files, allow_replace=True)
     upload = registry.begin_upload(request, resume=True)
@@ -99,7 +99,8 @@ class Teller:
         self.promised[f"{name}/prod"] = [revision]
 
     def step(self, number: int) -> None:
-        """One change. The first two publish, so that the shortest history has a replace."""
+        """Make one change. The first two publish, so that even the shortest history
+        replaces."""
         name = self.rng.choice(("chat", "code", "legal"))
         chance = self.rng.random() if number > 1 and name in self.promised else 1
         if chance < 0.2:
@@ -142,7 +143,7 @@ def no_fsync_of(kind: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def other_sqlite(words: Mapping[str, str]) -> Iterator[None]:
-    """A planted bug: SQLite gets other words than the product's."""
+    """A planted bug: words in the product's SQL are replaced."""
     real = sqlite3.connect
 
     class Other(sqlite3.Connection):

@@ -1,7 +1,8 @@
-"""The whole server inside this process: real sockets, front and step loop, no child process.
+"""Run the whole server inside this process: real sockets, front and step loop, no child
+process.
 
-The engine's loop runs on a thread instead of a process, behind the same client and the
-same message encoding. So thousands of requests per minute pass through every part that keeps
+The engine's loop runs on a thread instead of in a process, with the same client and the same
+message encoding. So thousands of requests per minute pass through every part that keeps
 adapters apart, and a bug can be planted by patching a function.
 """
 
@@ -51,7 +52,7 @@ class InProcess:
     """A running server and stubs that talk to it.
 
     Attributes:
-        engine_error: what ended the step loop, if anything did.
+        engine_error: the error that ended the step loop, if any.
     """
 
     def __init__(self, app: App, client: _ThreadClient, channel: grpc.aio.Channel) -> None:
@@ -75,7 +76,7 @@ class InProcess:
 
         Raises:
             AssertionError: a block or hold is left.
-            TimeoutError: something stays in flight or leased.
+            TimeoutError: a request stays in flight, or a revision stays leased.
         """
         async with asyncio.timeout(STOP_SECONDS):
             while self._client.in_flight or await self._leased():  # noqa: ASYNC110
@@ -84,7 +85,7 @@ class InProcess:
         self._client.thread.loop.check_integrity()
 
     async def _leased(self) -> bool:
-        """Whether a current revision has a lease."""
+        """Return whether any current revision has a lease."""
         if self.engine_error is not None:
             return False
         asked = adapters_pb2.ListAdaptersRequest(page_size=100)
@@ -140,7 +141,7 @@ class _EngineThread:
         self._on_health(True)
 
     def settle(self) -> None:
-        """Wait until the loop, which has been told to end, waits for messages."""
+        """Tell the loop to end, and wait until its thread has ended."""
         assert self._thread is not None
         self._inbox.put(Stop())
         self._thread.join(STOP_SECONDS)
@@ -210,7 +211,7 @@ async def in_process(
     """Serve ``base`` from this process until the block ends.
 
     Args:
-        folder: exists; for data, caches and the port file.
+        folder: existing folder for data, caches and the port file.
         flags: further settings of `load_config`, by option name.
     """
     transformers_logging.disable_progress_bar()

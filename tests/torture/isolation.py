@@ -1,9 +1,9 @@
-"""Judges a run of `tests.torture.churn`: did every answer come from its own weights?
+"""Judge a run of `tests.torture.churn`: did every answer come from its own weights?
 
 An answer must name a revision that its name may have had between the request's start and
-its first token, and its tokens must be those of this revision's weights, by a reference
-that is independent of the server. The tokens of a request that ended early must be those of
-one of the revisions that it may have got.
+its first token. Its tokens must be those of this revision's weights, according to a reference
+that is independent of the server. If a request ended early, its tokens must be those of one of
+the revisions that it may have had.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from tests.torture.churn_record import Attempt, Churn, Content
 from tests.torture.hash_backend import BASE, expected_tokens, identity_of_folder
 
 EXPLAINED = {"ADAPTER_IN_USE", "ADAPTER_PINNED", "ADAPTER_EVICTED", "ADAPTER_BUDGET_EXCEEDED"}
-"""Errors that an operator's call may get while others evict and pin."""
+"""Errors that an operator's call may get while other operators evict and pin."""
 EXPLAINED_MOVES = {"alias: ADAPTER_NOT_FOUND", "rollback: ADAPTER_NOT_FOUND"}
-"""The revision to go back to may no longer be kept."""
+"""Allowed because the earlier revision may no longer be kept."""
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """An answer and the weights that should have given it (None is the base)."""
+    """An answer, and the weights that should have produced it (None is the base)."""
 
     attempt: Attempt
     content: Content | None
 
 
 class Reference(Protocol):
-    """Knows the right answers of weights."""
+    """A reference that knows the right answers of weights."""
 
     def differences(self, cases: Sequence[Case]) -> list[str]:
-        """How each case's answer differs; "" if it does not."""
+        """Return how each case's answer differs from the right one; "" if it does not."""
 
 
 class HashReference:
@@ -58,12 +58,12 @@ class HashReference:
 
 
 def outcomes(run: Churn) -> Counter[str]:
-    """Number of requests by outcome."""
+    """Count requests by outcome."""
     return Counter(attempt.outcome for attempt in run.attempts)
 
 
 def failures_of(run: Churn, reference: Reference) -> tuple[str, ...]:
-    """All violations of isolation, one line each."""
+    """Return all violations of isolation, one line each."""
     found: list[str] = []
     cases: list[Case] = []
     choices: list[tuple[Attempt, range]] = []
@@ -97,7 +97,7 @@ def _claimed(attempt: Attempt, possible: int) -> str:
 
 
 def _possible(run: Churn, attempt: Attempt) -> list[Content | None]:
-    """The weights that may have answered."""
+    """Return the weights that may have answered."""
     if not attempt.name:
         return [None]
     contents = run.ledger.contents
@@ -107,7 +107,7 @@ def _possible(run: Churn, attempt: Attempt) -> list[Content | None]:
 
 
 def _revisions(run: Churn, attempt: Attempt) -> list[str]:
-    """Revisions that the request may have been given."""
+    """Return the revisions that the request may have had."""
     _, _, wanted = attempt.asked.partition("@")
     if wanted:
         return [r for r in run.ledger.contents if r.startswith(wanted)]
@@ -116,7 +116,7 @@ def _revisions(run: Churn, attempt: Attempt) -> list[str]:
 
 
 def _wrong_claim(run: Churn, attempt: Attempt) -> str:
-    """What is wrong with an answer apart from its tokens, or ""."""
+    """Return what is wrong with an answer apart from its tokens, or ""."""
     match attempt.outcome:
         case "finished":
             return _wrong_provenance(run, attempt)
@@ -157,7 +157,7 @@ def _was_aborted(run: Churn, attempt: Attempt) -> bool:
 
 
 def _operations(run: Churn) -> Iterator[str]:
-    """Unexplained refusals of operators' calls."""
+    """Yield unexplained refusals of operators' calls."""
     for kind, count in run.changes.items():
         reason = kind.partition(": ")[2]
         if reason and reason not in EXPLAINED and kind not in EXPLAINED_MOVES:

@@ -1,4 +1,4 @@
-"""Clients of a front process that is killed: each owns a name, changes it, and records which
+"""Clients of a front process that is killed. Each owns a name, changes it, and records which
 changes were acknowledged and which were in flight. See row 3."""
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.torture.ledger import Name
 from tests.unit.server.rpc.front_harness import make_adapter
 
 CHUNK: Final = 6000
-"""Bytes per message: an adapter takes several, so that kills can fall between them."""
+"""Bytes per message: an adapter takes several messages, so that kills can fall between them."""
 TIMEOUT_S: Final = 20.0
 ALIASES: Final = ("prod", "canary")
 DEAD: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
@@ -47,7 +47,7 @@ class Content:
 
 
 def make_contents(folder: Path, seeds: list[int]) -> list[Content]:
-    """One content per seed, and one with the first one's weights and a template."""
+    """Make one content per seed, and one with the weights of the first and a template."""
     made = []
     for number, seed in enumerate([*seeds, seeds[0]]):
         template = f"{{{{ messages }}}} {seed}" if number == len(seeds) else None
@@ -65,7 +65,7 @@ def make_contents(folder: Path, seeds: list[int]) -> list[Content]:
 
 @dataclass(slots=True)
 class Part:
-    """What is known about one upload: for each file, the fewest and most bytes received."""
+    """What is known about one upload: for each file, the minimum and maximum bytes received."""
 
     told: dict[str, int] = field(default_factory=dict)
     sent: dict[str, int] = field(default_factory=dict)
@@ -73,11 +73,12 @@ class Part:
 
 @dataclass(slots=True)
 class UnderWay:
-    """A call in flight: the name's state and the pins after it.
+    """A call in flight, with the name's state and the pins after it.
 
     Attributes:
-        states: all states that may be found if it was interrupted, without the previous one.
-        publishes: the content whose upload it completes.
+        states: all states that may be found if the call was interrupted, besides the previous
+            state.
+        publishes: the content whose upload the call completes.
     """
 
     what: str
@@ -87,12 +88,13 @@ class UnderWay:
 
 
 class Client:
-    """One thread's client. `work` runs until the front dies; `judge` checks the next front.
+    """The client of one thread. `work` runs until the front dies; `judge` checks the next
+    front.
 
     Attributes:
-        state, pins: what was acknowledged; pins are weights digests.
+        state, pins: the acknowledged state and pins (weights digests).
         counts: acknowledged calls by kind, and kills during calls.
-        pinning: whether it pins; then no other client has its contents.
+        pinning: whether it pins; if so, no other client has its contents.
     """
 
     whole: ClassVar[set[str]] = set()
@@ -275,8 +277,8 @@ class Client:
             yield message
 
     def _break_off(self, messages: list[pb.UploadAdapterRequest], content: int) -> None:
-        """Send a part, then end the stream or the call. (Not the call of a new upload, since
-        the server may begin it, and empty the folder, after its end.)"""
+        """Send a part, then end the stream or cancel the call. (A new upload is not cancelled,
+        since the server may begin it, and empty the folder, after its end.)"""
         self.under_way = UnderWay("broken upload", (), self.pins)
         left = threading.Event()
         cancel = messages[0].spec.resume and self._rng.random() < 0.5
@@ -305,7 +307,7 @@ class Client:
         return spec
 
     def _committed(self, content: int) -> dict[str, int]:
-        """GetUpload's answer, checked against earlier answers and what was sent."""
+        """Return GetUpload's answer, checked against earlier answers and the bytes sent."""
         part, made = self.parts[content], self.contents[content]
         call = pb.GetUploadRequest(spec=self._spec_of(content))
         told = dict(self._call(self._stub.GetUpload, call).committed)
@@ -321,7 +323,7 @@ class Client:
         return told
 
     def _stored(self, sha256: str) -> bool:
-        """Whether the server may have this file from a published adapter."""
+        """Return whether the server may have this file from a published adapter."""
         if not self.pinning:
             return sha256 in self.whole
         return any(sha256 in self.contents[c].sums.values() for c in self.state.kept)
@@ -348,7 +350,7 @@ class Client:
         try:
             answer = self._call(rpc, call)
         except grpc.RpcError as error:
-            # Content that was stored when queried has been deleted meanwhile by another name.
+            # Another name has meanwhile deleted content that was stored when it was queried.
             lost = publishes is not None and not self.pinning
             if lost and error.code() is grpc.StatusCode.INVALID_ARGUMENT:
                 self._acknowledged("incomplete by another's delete")
@@ -392,12 +394,12 @@ class Client:
     # ---------------------------------------------------------------------- judge
 
     def judge(self) -> None:
-        """Check that the new front has what was acknowledged, with or without the call in
+        """Check that the new front has the acknowledged state, with or without the call in
         flight. `work` continues from there.
 
         Raises:
-            Killed: the front has died already; judge the next one.
-            LookupError: it has something else, so this name cannot be judged any more.
+            Killed: this front has died already; judge the next one.
+            LookupError: its state is different, so this name cannot be judged any more.
         """
         found, pins = self._found()
         under_way, self.under_way = self.under_way, None
@@ -409,7 +411,7 @@ class Client:
             raise LookupError(self.name)
         before = self._held(state, self.pins)
         after = self._held(state, under_way.pins) if under_way else before
-        # A replace and the transfer of its pin are two steps: either may be missing.
+        # A replace and the transfer of its pin are two steps, and either may be missing.
         if wrong := (before ^ pins) - (before ^ after):
             lost, left = (
                 sorted(w[:12] for w in each) for each in (before & wrong, wrong & pins)

@@ -1,6 +1,6 @@
 """A front process that is killed: the real `App` on real sockets and a real data folder,
-with a FAKE engine. Uploads are checked in this process: one that checks them starts too late
-for a front that lives for half a second.
+with a FAKE engine. Uploads are checked in this process, since a separate process for this would
+start too late for a front that lives for half a second.
 
 ``python -m tests.torture.killed_front BASE CACHE DATA`` imports everything, prints
 ``{"imported": seconds}`` and waits for a line ``POINT``. Then it starts and reports when it is
@@ -39,7 +39,7 @@ from veneer_server.serving.housekeeping import Housekeeping
 from tests.unit.server.rpc.fake_engine import FakeEngine
 
 RETAIN = 1
-"""Superseded revisions that a name keeps."""
+"""Number of superseded revisions that a name keeps."""
 
 _CHANGES = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.link", "shutil.rmtree"}
 
@@ -61,8 +61,8 @@ class RestoringEngine(FakeEngine):
 
 
 def die_at(point: int, data: Path) -> None:
-    """Kill this process at the ``point``-th system call that changes ``data``, or statement
-    that changes the catalog."""
+    """Kill this process at the ``point``-th change: a system call that changes ``data``, or a
+    statement that changes the catalog."""
     count, lock = 0, threading.Lock()
     root = str(data)
 
@@ -106,14 +106,14 @@ def die_at(point: int, data: Path) -> None:
 
 
 def _commit_later() -> None:
-    """A planted bug: a change is acknowledged when its statements have run, and only the next
+    """A planted bug: a change is acknowledged once its statements have run, but only the next
     change commits it."""
     right = Catalog.__init__
 
     def made(self: Catalog, path: Path, **options: Any) -> None:
         right(self, path, **options)
         for reader in (self._reader, self._urgent):
-            reader._connection.close()  # private: reads must see what is not committed
+            reader._connection.close()  # private: reads must see uncommitted changes
             reader._connection = self._writer  # private: so they use the writer's
 
     @contextmanager

@@ -1,8 +1,8 @@
 """The expected state of a registered name after each change: a model in plain Python, for rows
 3 and 7.
 
-It uses nothing of the registry. A content is a number; `Name` tracks which contents a name
-keeps and what its aliases point to.
+It uses no code of the registry. A content is a number; `Name` tracks which contents a name
+keeps and where its aliases point.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 View = Mapping[str, Any]
-"""A caller's view of a name: kept contents, newest first; the current one; labels by content;
-targets by alias; retention."""
+"""A caller's view of a name: kept contents, newest first; the current content; labels by
+content; targets by alias; retention."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +26,11 @@ class Alias:
 
 @dataclass(frozen=True, slots=True)
 class Name:
-    """A name's state; one without `kept` is not registered.
+    """A name's state; a name without `kept` is not registered.
 
     Attributes:
         kept: contents, newest first.
-        default_retain: the server's setting.
+        default_retain: the server's setting for superseded revisions.
     """
 
     default_retain: int
@@ -56,7 +56,7 @@ class Name:
         return Name(self.default_retain)
 
     def publish(self, content: int, labels: Mapping[str, str]) -> Name:
-        """The state after a publish, before superseded revisions are dropped."""
+        """Return the state after a publish, before superseded revisions are dropped."""
         if self.kept and self.current == content:
             return self
         return replace(
@@ -67,8 +67,8 @@ class Name:
         )
 
     def trimmed(self) -> Name:
-        """Without superseded contents beyond the retention that are in no alias, present or
-        previous."""
+        """Return the state without superseded contents beyond the retention, except targets of
+        aliases, present or previous."""
         retain = self.default_retain if self.retain is None else self.retain
         safe = {c for a in self.aliases.values() for c, _ in (*a.targets, *a.previous)}
         superseded = [c for c in self.kept if c != self.current]
@@ -76,7 +76,7 @@ class Name:
         return self._without(dropped)
 
     def retaining(self, retain: int) -> Name:
-        """With another retention, dropping what is beyond it."""
+        """Return the state with another retention, without contents beyond it."""
         return replace(self, retain=retain).trimmed()
 
     def made_current(self, content: int) -> Name:
@@ -90,8 +90,8 @@ class Name:
         )
 
     def delete(self, content: int) -> Name:
-        """Without a content that is neither current nor a target of an alias, or is the
-        last."""
+        """Return the state without a content, which must be the last one, or neither current
+        nor a target of an alias."""
         if self.kept == (content,):
             return self.forgotten()
         aliases = {

@@ -1,4 +1,4 @@
-"""A load in this process instead of a loader process, so that faults can be injected."""
+"""Load in this process instead of a loader process, so that faults can be injected."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The expected adapter memory: a model that carries out the decisions of `Residency` and judges
-each of them. For row 7.
+each decision. For row 7.
 
-It knows which requests wait and run, what is pinned, and which copies it had to make and drop,
-but nothing about how residency ranks them.
+It knows which requests wait and run, which adapters are pinned, and which copies it had to make
+and drop, but nothing about how residency ranks them.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from veneer_server.engine.residency.tiers import (
 from veneer_server.wire.messages import AdapterSource
 
 ROUNDS: Final = 4
-"""Plannings after which the oldest waiting request has its adapter if nothing is held, plus the
-same number for each activation before it."""
+"""Number of plannings after which the oldest waiting request must have its adapter if nothing
+is held, plus the same number for each activation before it."""
 
 
 @dataclass(eq=False)
@@ -41,7 +41,7 @@ class Request:
 
 
 class Memory:
-    """See the module docstring. Sizes are bytes; a number takes one byte."""
+    """The model; see the module docstring. Sizes are bytes; a number takes one byte."""
 
     def __init__(self, host: int, device: int, *, shared: bool) -> None:
         self.residency = Residency(host, device, itemsize=1, shared=shared)
@@ -53,18 +53,19 @@ class Memory:
         self.requests: list[Request] = []
         self.pins: dict[str, str] = {}
         self.wanted: dict[str, str] = {}
-        """Pending activations, oldest first."""
+        """Pending activations (digest -> tier), oldest first."""
         self.draining: set[str] = set()
         """Adapters evicted while requests ran on them; no request may start until they are
         gone."""
         self.forgotten: set[str] = set()
-        """Evicted because no name has them any more; gone with their last request."""
+        """Adapters evicted because no name has them any more; their copies go with the last
+        request."""
         self.most: dict[str, int] = {}
         self.blocked: tuple[str, int] | None = None
-        """The want that found no space, and for how many consecutive plannings."""
+        """The adapter that found no space, and for how many consecutive plannings."""
         self.seen: Counter[str] = Counter()
 
-    # ----------------------------------------------------------------- what it holds
+    # ----------------------------------------------------------------- contents
 
     def budget(self, tier: str) -> int:
         if tier == "host" and self.shared:
@@ -93,13 +94,13 @@ class Memory:
         return any(d == digest for d, _ in self.coming)
 
     def waiting(self) -> list[str]:
-        """Digests of waiting requests, oldest first, without repeats."""
+        """Return the digests of waiting requests, oldest first, without repeats."""
         return list(dict.fromkeys(r.digest for r in self.requests if not r.running))
 
     # --------------------------------------------------------------------- requests
 
     def ask(self, source: AdapterSource, end: Callable[[], None]) -> Request | None:
-        """Submit a request; None if its adapter can never fit."""
+        """Submit a request; return None if its adapter can never fit."""
         digest, size = source.weights_digest, source.parameters
         if any(size > self.budget(tier) for tier in TIERS):
             with pytest.raises(AdapterBudgetExceeded):
@@ -114,7 +115,7 @@ class Memory:
         return request
 
     def start(self, request: Request) -> bool:
-        """Schedule a request, if its adapter is there."""
+        """Schedule a request if its adapter is in DEVICE; return whether it runs."""
         there = (request.digest, "device") in self.there
         got = self.residency.try_hold(request.digest)
         if there and not got:
@@ -127,7 +128,7 @@ class Memory:
         return got
 
     def finish(self, request: Request) -> None:
-        """End a request: finished, cancelled or failed."""
+        """End a request, which may be finished, cancelled or failed."""
         self.requests.remove(request)
         if request.running:
             self.residency.unhold(request.digest)
@@ -240,7 +241,7 @@ class Memory:
         self._drained(digest)
 
     def fail(self, digest: str) -> None:
-        """Fail a load: everything that waits for it ends."""
+        """Fail a load: all requests that wait for it end."""
         if (digest, "device") not in self.there:
             self.end_all(digest)
         self.coming = [(d, t) for d, t in self.coming if d != digest]
@@ -252,7 +253,8 @@ class Memory:
         self._drained(digest)
 
     def find_place(self, index: int) -> None:
-        """A copy to DEVICE finds none: another goes, or it is tried again, or it fails."""
+        """Handle a copy to DEVICE that finds no place: another copy is evicted, or it is tried
+        again, or it fails."""
         digest, tier = self.coming[index]
         assert tier == "device"
         drops = self.residency.find_place(digest)
@@ -273,7 +275,7 @@ class Memory:
     # --------------------------------------------------------------------- operators
 
     def activate(self, source: AdapterSource, tier: MemoryTier, *, pin: bool) -> bool:
-        """Activate; False if it was refused, as it must be if it cannot fit."""
+        """Activate; return False if it was refused, as it must be if it cannot fit."""
         digest, size = source.weights_digest, source.parameters
         refused = any(size > self.budget(each) for each in TIERS)
         if pin:
@@ -296,7 +298,7 @@ class Memory:
         return True
 
     def evict(self, digest: str, mode: str, *, unpin: bool) -> None:
-        """Evict as the engine's loop does; checks that it is refused if it must be."""
+        """Evict as the engine's loop does; check that it is refused if it must be."""
         if mode == "abort":
             self.end_all(digest)
         refused: type[Exception] | None = None
@@ -345,7 +347,8 @@ class Memory:
         return next((tier for tier in TIERS if (digest, tier) in self.there), "disk")
 
     def _drained(self, digest: str) -> None:
-        """Must be called when something that an eviction waits for has ended."""
+        """Check evictions that waited; call this when something that they wait for has
+        ended."""
         if self._is_coming(digest):
             return
         if digest in self.draining and not self.held(digest):
@@ -372,7 +375,7 @@ class Memory:
             assert residency.budget(tier) == self.budgets[tier]
 
     def settle(self) -> None:
-        """Without failures and new requests, check that every request gets its adapter, every
+        """Check that without failures and new requests, every request gets its adapter, every
         activation is carried out, and every budget is met."""
         for request in [r for r in self.requests if r.running]:
             self.finish(request)
@@ -400,7 +403,7 @@ class Memory:
 
 
 def _with_drops(actions: Iterable[Action]) -> Iterator[tuple[list[Drop], Action]]:
-    """Each load and move with the evictions for it."""
+    """Yield each load and move with the evictions that make room for it."""
     drops: list[Drop] = []
     for action in actions:
         if not isinstance(action, Drop):

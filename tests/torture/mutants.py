@@ -1,7 +1,7 @@
-"""The program that row 1 starts: damaged adapters pushed through a real registry.
+"""The program that row 1 starts: it pushes damaged adapters through a real registry.
 
 ``python -m tests.torture.mutants WORK --count 10000 --seed 7`` prints one JSON object. It is a
-separate process, so that a crash is detected and its memory shows what these adapters cost.
+separate process, so that a crash is detected and its memory shows the cost of these adapters.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from tests.torture.mutations import mutate_bytes, mutate_json
 from tests.unit.registry.kit import BASE, SHAPES, announce, raw_file, send
 
 LIMIT = 32 << 20
-"""`max_adapter_bytes` of the registry here."""
+"""The registry's `max_adapter_bytes`."""
 ALLOWED = ("INVALID_ARGUMENT", "FAILED_PRECONDITION", "RESOURCE_EXHAUSTED")
-"""Codes for an error in the adapter, a wrong base, or its size."""
+"""Allowed codes: for an error in the adapter, a wrong base, or a wrong size."""
 
 
 def mutant(seeds: list[Files], rng: random.Random) -> Files:
-    """One of ``seeds`` with one file damaged."""
+    """Return one of ``seeds`` with one file damaged."""
     files = dict(rng.choice(seeds))
     name = rng.choice([WEIGHTS, WEIGHTS, CONFIG, *files])
     if name not in files:
@@ -64,7 +64,8 @@ def _structural(name: str, data: bytes, rng: random.Random) -> bytes:
 
 
 def objection(files: Files) -> str:
-    """Why these files should not have been accepted, by code independent of the registry."""
+    """Return why these files should not have been accepted, or ""; uses none of the registry's
+    code."""
     config = json.loads(files[CONFIG], object_pairs_hook=_no_duplicates)
     header = files[WEIGHTS][8 : 8 + int.from_bytes(files[WEIGHTS][:8], "little")]
     json.loads(header, object_pairs_hook=_no_duplicates)
@@ -103,7 +104,7 @@ def _finite(tensor: dict[str, Any]) -> bool:
 
 
 class Judge:
-    """Pushes adapters and collects what is wrong with the answers."""
+    """Pushes adapters and collects wrong answers."""
 
     def __init__(self, registry: Registry) -> None:
         self.registry = registry
@@ -152,7 +153,7 @@ class Judge:
 
 
 def torture(work: Path, count: int, seed: int, *, with_bombs: bool) -> dict[str, Any]:
-    """Push ``count`` mutants and the bombs; returns the results for JSON."""
+    """Push ``count`` mutants and the bombs; return the results for JSON."""
     rng = random.Random(seed)
     seeds = crafted()
     large = bombs(seeds[0], ADAPTER_LIMITS.header_bytes) if with_bombs else {}
@@ -182,7 +183,7 @@ def torture(work: Path, count: int, seed: int, *, with_bombs: bool) -> dict[str,
 
 
 def resident(key: str) -> int:
-    """Bytes in memory now (``VmRSS:``) or at most so far (``VmHWM:``)."""
+    """Return the bytes in memory now (``VmRSS:``), or the maximum so far (``VmHWM:``)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
@@ -208,7 +209,7 @@ def no_number_check() -> Any:
 
 
 def own_json(bug: Any) -> Any:
-    """The strict reader's ``json.loads`` with ``bug`` called on its text first."""
+    """Plant a bug: the strict reader's ``json.loads`` calls ``bug`` on its text first."""
     real = json.loads
 
     def loads(text: str, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Seeded damage to bytes and JSON values, which rows 1 and 2 feed to the parsers."""
+"""Damage bytes and JSON values from a seed; rows 1 and 2 feed them to the parsers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ TOKENS = (
     b'"BF16"',
     b'"__metadata__":{}',
 )
-"""Pieces with a meaning to a JSON parser, or to the reader of its result."""
+"""Pieces that mean something to a JSON parser, or to the reader of its result."""
 
 STRANGE: tuple[Any, ...] = (
     None,
@@ -90,7 +90,7 @@ STRANGE: tuple[Any, ...] = (
 
 
 def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
-    """One to eight flips, cuts, insertions, repeats, mostly near the front."""
+    """Make one to eight flips, cuts, insertions or repeats, mostly near the front."""
     changed = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 8))):
         reach = len(changed) if rng.random() < 0.3 else min(len(changed), 900)
@@ -112,7 +112,7 @@ def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
 
 
 def mutate_json(value: Any, rng: random.Random) -> Any:
-    """A copy with one to three places replaced, removed, renamed or repeated."""
+    """Return a copy with one to three places replaced, removed, renamed or repeated."""
     changed = copy.deepcopy(value)
     for _ in range(rng.choice((1, 1, 2, 3))):
         changed = _mutate_once(changed, rng)

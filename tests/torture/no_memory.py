@@ -1,7 +1,7 @@
-"""Out of memory while an adapter loads: the second part of row 5.
+"""Run out of memory while an adapter loads: the second part of row 5.
 
-First a loader process alone: each of its calls into C that allocate memory fails once with
-`MemoryError`. Then the whole engine: each allocation of the worker that takes over the
+First this tests a load alone: each call into C that allocates memory fails once with
+`MemoryError`. Then it tests the whole engine: each allocation of the worker that takes over the
 loader's result fails once, while the base and another adapter are served in the same batch.
 """
 
@@ -36,17 +36,17 @@ Load = Callable[[AdapterSource], HostCopy]
 WORKERS = ("adapter-load", "adapter-map")
 """Names of the engine's loading threads."""
 GIVE_BACK = ("close", "__exit__", "release", "seek", "fileno", "len", "setprofile")
-"""Calls that allocate no memory, and the one that ends the fault."""
+"""Calls that do not fail: they allocate no memory, or (the last one) end the fault."""
 
 
 def load_copy(wanted: AdapterSource) -> HostCopy:
-    """A load for the tiny base."""
+    """Load an adapter for the tiny base."""
     shapes: Any = {module.rpartition(".")[2]: shape for module, shape in SHAPES.items()}
     return load_here(wanted, shapes, LAYERS)
 
 
 def with_fault(load: Load, wanted: AdapterSource, number: int) -> tuple[HostCopy | None, int]:
-    """Load with the ``number``-th C call failing (0: none); returns the copy, or None, and the
+    """Load with the ``number``-th C call failing (0: none); return the copy, or None, and the
     number of calls."""
     seen = 0
 
@@ -73,7 +73,7 @@ def with_fault(load: Load, wanted: AdapterSource, number: int) -> tuple[HostCopy
 
 
 def torture_reading(load: Load, folder: Path, most: int, scale: Scale) -> Outcome:
-    """`load` with up to ``most`` of its C calls failing."""
+    """Make up to ``most`` of the C calls of `load` fail, one at a time."""
     wanted = source(folder)
     good, calls = with_fault(load, wanted, 0)
     assert good is not None
@@ -107,12 +107,12 @@ class Scarcity:
         self._lock = threading.Lock()
 
     def arm(self, number: int) -> None:
-        """The ``number``-th allocation from now on fails."""
+        """Make the ``number``-th allocation from now on fail."""
         with self._lock:
             self.left, self.struck = number, False
 
     def take(self) -> None:
-        """Must be called before each allocation."""
+        """Fail if this allocation is the armed one; call this before each allocation."""
         if not threading.current_thread().name.startswith(WORKERS):
             return
         with self._lock:
@@ -123,7 +123,7 @@ class Scarcity:
 
     @contextlib.contextmanager
     def patched(self) -> Iterator[None]:
-        """Patch all functions that a load allocates with to call `take`."""
+        """Patch all functions with which a load allocates, so that they call `take`."""
         places: list[tuple[Any, str]] = [(pages, "_map"), (torch, "frombuffer")]
         places += [(socket, "recv_fds"), (msgspec.msgpack, "decode")]
         real = [getattr(module, name) for module, name in places]
@@ -191,7 +191,7 @@ def _load_and_serve(
 
 
 def torture(scale: Scale) -> Outcome:
-    """Both forms."""
+    """Run both parts."""
     work = scale.folder("memory")
     adapter = make_lora(work / "adapter", seed=1)
     reading = torture_reading(load_copy, adapter, scale.pick(60, 100_000), scale)

@@ -1,4 +1,4 @@
-"""The simplest owner of a data folder, for row 8.
+"""The simplest program that owns a data folder, for row 8.
 
 ``python -m tests.torture.owners DATA`` prints ``ready``, reads a CLOCK_MONOTONIC time from its
 input, tries to lock the folder at that time, prints one JSON line, and keeps the lock until
@@ -34,7 +34,8 @@ def shared_lock() -> Iterator[None]:
 
 @contextlib.contextmanager
 def lock_by_file() -> Iterator[None]:
-    """A planted bug: whoever creates a file owns the folder, and a killed owner leaves it."""
+    """A planted bug: a process owns the folder by creating a file, which stays if it is
+    killed."""
     real = fcntl.flock
 
     def flock(fd: int, _: int) -> None:

@@ -1,4 +1,4 @@
-"""Sixteen adapters of every kind, made by PEFT itself, and prompts for each of them."""
+"""Fifteen adapters of every kind, made by PEFT itself, and the base; and prompts for each."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.torture.row import Scale
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """A base, prompts, and adapters' folders by name ("" is the base)."""
+    """A base, prompts, and the folders of adapters by name."""
 
     base: Path
     prompts: list[list[int]]
@@ -30,7 +30,7 @@ class Matrix:
 
     @property
     def pairs(self) -> list[tuple[str, int]]:
-        """Every adapter with every prompt, in an order that mixes adapters."""
+        """Every adapter ("" is the base) with every prompt, in an order that mixes adapters."""
         found = [(name, p) for p in range(len(self.prompts)) for name in ("", *self.folders)]
         Random(self.seed).shuffle(found)
         return found
@@ -44,7 +44,7 @@ class Matrix:
 
 
 def _configs() -> dict[str, LoraConfig]:
-    """Fifteen adapters; sixteen with the base."""
+    """Return the configs of fifteen adapters (sixteen with the base)."""
     more: dict[str, dict[str, Any]] = {
         "rank-2": {"r": 2, "lora_alpha": 3},
         "rank-32": {"r": 32},
@@ -59,7 +59,7 @@ def _configs() -> dict[str, LoraConfig]:
 
 
 def _make(model: Any, folder: Path, *, strength: float, seed: int) -> dict[str, Path]:
-    """Adapters saved by PEFT itself, with random A and B."""
+    """Make adapters, saved by PEFT itself, with random A and B."""
     folders = {}
     for index, (name, config) in enumerate(_configs().items()):
         torch.manual_seed(seed + index)

@@ -1,4 +1,4 @@
-"""PEFT, one adapter at a time in float32, as the reference for a server's answers."""
+"""Use PEFT, one adapter at a time in float32, as the reference for a server's answers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BOUND = 1e-4
 """Bound on the difference of a log-probability (natural logarithm), with float32 on both sides:
 only the order of sums differs."""
 MARGIN = 1e-3
-"""If the two likeliest tokens are nearer than this, rounding may choose either."""
+"""If the two likeliest tokens are closer than this, rounding may choose either."""
 
 
 class PeftReference:
@@ -25,7 +25,8 @@ class PeftReference:
 
     Attributes:
         worst: largest difference of a log-probability among the accepted answers.
-        near_ties: greedy tokens where the two likeliest were nearer than `MARGIN`.
+        near_ties: number of greedy tokens for which the two likeliest were closer than
+            `MARGIN`.
     """
 
     def __init__(self, base: Path) -> None:
@@ -77,9 +78,9 @@ class PeftReference:
 
 @torch.no_grad()
 def teacher_forced(model: Any, texts: Sequence[list[int]]) -> list[torch.Tensor]:
-    """Log-probabilities [tokens, vocabulary] after each token of each text.
+    """Compute log-probabilities [tokens, vocabulary] after each token of each text.
 
-    Texts are padded at their ends, which earlier positions do not attend to.
+    Texts are padded at the end; earlier positions do not attend to the padding.
     """
     width = max(map(len, texts))
     padded = torch.zeros(len(texts), width, dtype=torch.int64)
@@ -95,7 +96,7 @@ def teacher_forced(model: Any, texts: Sequence[list[int]]) -> list[torch.Tensor]
 
 
 def each_adapter(model: Any, folders: Mapping[str, Path]) -> Iterator[tuple[str, Any]]:
-    """The bare model, under "", then with one adapter at a time."""
+    """Yield the bare model, under "", then the model with one adapter at a time."""
     yield "", model.eval()
     double = model.dtype is torch.float64
     for name, folder in folders.items():

@@ -1,4 +1,4 @@
-"""Planted bugs that mix up adapters, as context managers that patch the product.
+"""Planted bugs that mix up adapters: context managers that patch the product.
 
 `PLANTED` lists them. They are used in this process, or in a server's engine process by
 ``python -m tests.torture.planted_server``.
@@ -58,8 +58,8 @@ def _replace_under_running() -> Iterator[None]:
 def _at_admission(
     choose: Callable[[dict[str, AdapterTable], list[str], AdapterTable], AdapterTable],
 ) -> Iterator[None]:
-    """``choose`` picks the table for a digest, from all tables, the present digests of other
-    revisions of the same name, and the new table."""
+    """Let ``choose`` pick the table for a digest, given all tables, the resident digests of
+    other revisions of the same name, and the new table."""
     names: dict[str, str] = {}
     load, admit = LoraMemory.load, LoraMemory.admit
 
@@ -109,7 +109,7 @@ def _recycled_memory() -> Iterator[None]:
 
 
 def _segments_shifted() -> AbstractContextManager[None]:
-    """In a step with several adapters, each gets the next one's table."""
+    """In a step with several adapters, each gets the table of the next."""
     return planted(
         model_runner,
         "    return tuple(segments)\n",
@@ -120,7 +120,7 @@ def _segments_shifted() -> AbstractContextManager[None]:
 
 
 def _prefixes_without_weights() -> AbstractContextManager[None]:
-    """The prefix cache's keys leave the weights digest out."""
+    """The prefix cache's keys do not contain the weights digest."""
     return planted(prefix_cache, "else _root(scope, digest)", "else _root(scope, None)")
 
 
@@ -144,7 +144,7 @@ def _holds_ignored() -> Iterator[None]:
 
 @contextmanager
 def _late_name() -> Iterator[None]:
-    """The answer names the revision that is current when it ends."""
+    """An answer names the revision that is current when it ends."""
     acquire, right = Registry.acquire, generation.replace
     registries: list[Registry] = []
 
@@ -209,7 +209,7 @@ def prefixes_by_name() -> AbstractContextManager[None]:
 
 
 def prefixes_without_scope() -> AbstractContextManager[None]:
-    """The prefix cache's keys leave the isolation scope out."""
+    """The prefix cache's keys do not contain the isolation scope."""
     return planted(prefix_cache, "else _root(scope, digest)", 'else _root("", digest)')
 
 
@@ -226,12 +226,12 @@ def not_exact() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Planted:
-    """A bug.
+    """A planted bug.
 
     Attributes:
-        engine: whether it is in the engine process, not in the front.
-        tight: it shows only if memory is scarce; the others show if old and new tables of a
-            name are resident together.
+        engine: whether the bug is in the engine process, not in the front.
+        tight: whether it shows only if memory is scarce; other bugs show if the old and new
+            tables of a name are resident together.
     """
 
     bug: Callable[[], AbstractContextManager[None]]

@@ -1,4 +1,4 @@
-"""A real server whose engine process has a planted bug, with the command line of
+"""Run a real server whose engine process has a planted bug, with the command line of
 ``veneer-server``.
 
 `planted_server` makes `running_server` start it instead of ``veneer-server``.
@@ -21,10 +21,11 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 @contextmanager
 def planted_server(planted: str, folder: Path) -> Iterator[None]:
-    """While the block runs, `running_server` starts servers with a bug of `PLANTED`.
+    """While the block runs, make `running_server` start servers with one of the bugs in
+    `PLANTED`.
 
     Args:
-        folder: for the command that replaces ``veneer-server``.
+        folder: folder for the command that replaces ``veneer-server``.
     """
     command = folder / "veneer-server"
     command.write_text(
@@ -41,7 +42,7 @@ def planted_server(planted: str, folder: Path) -> Iterator[None]:
 
 
 def _front(planted: str) -> None:
-    """The unmodified front process, except that the engine it starts is `_engine`."""
+    """Run the unmodified front process, except that it starts `_engine` as its engine."""
     from veneer_server.__main__ import main
 
     with engine_of("tests.torture.planted_server", planted):

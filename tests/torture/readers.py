@@ -1,8 +1,8 @@
-"""Callers that start streams and never read them, beside one that does.
+"""Start streams that are never read, beside one that is.
 
 ``python -m tests.torture.readers --count 200`` runs the full form against a new server and
-prints the memory per stream, the healthy stream's p99 beside them and alone, and when they
-were closed; a quick form is in ``tests/integration``.
+prints the memory per stream, the p99 gap of the healthy stream beside them and alone, and when
+the server closed them; a quick form is in ``tests/integration``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from veneer_proto.v1 import inference_pb2_grpc
 from tests.places import cache_dir
 from tests.server_harness import Server, request, running_server
 
-# A large first message and a small window: the stream is stuck from its first message.
+# A large first message and a small window, so that a stream is stuck at its first message.
 PROMPT = [100 + at for at in range(100)]
 OUTPUT = {"logprobs": True, "echo": True, "top_logprobs": 20}
 SMALL_WINDOW = [
@@ -36,7 +36,7 @@ SMALL_WINDOW = [
 
 @asynccontextmanager
 async def streams(server: Server, count: int, *, new_tokens: int) -> AsyncIterator[list[Any]]:
-    """Calls on a separate connection that nobody reads; cancelled at the end."""
+    """Start calls that nobody reads, on a separate connection; cancel them at the end."""
     async with grpc.aio.insecure_channel(server.address, SMALL_WINDOW) as channel:
         stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)
         asked = request(
@@ -51,14 +51,14 @@ async def streams(server: Server, count: int, *, new_tokens: int) -> AsyncIterat
 
 
 async def closed(server: Server) -> float:
-    """How many calls the server has ended because nobody read them."""
+    """Return how many calls the server has ended because nobody read them."""
     return (await server.metric("veneer_request_failures_total")).get('reason="ABORTED"', 0)
 
 
 async def gaps(server: Server, new_tokens: int) -> list[float]:
-    """Seconds between the messages of one stream that is read without delay to its end.
+    """Read one stream to its end without delay; return the seconds between its messages.
 
-    A message has one token, or more if the front was late; then there are fewer gaps.
+    A message has one token, or more if the front was late, and then there are fewer gaps.
     """
     stopping = {"max_tokens": new_tokens, "ignore_eos": True}
     times, tokens = [], 0

@@ -1,8 +1,9 @@
-"""Random histories of a registry: publish and resume, aliases, retention, leases, quarantine,
-restarts, checked against `ledger.Name` and a list of what must be on disk. For row 7.
+"""Random histories of a registry: publish and resume, aliases, retention, leases, quarantine
+and restarts, checked against `ledger.Name` and a list of the content that must be on disk. For
+row 7.
 
-Contents are numbers, each for a bundle of files that is made once. Names and contents are few,
-so that operations interact.
+Contents are numbers, each for a bundle of files that is made once. There are few names and
+contents, so that operations interact.
 """
 
 from __future__ import annotations
@@ -56,12 +57,12 @@ from tests.unit.registry.kit import BASE, announce, bundle_files, make_adapter, 
 
 RETAIN: Final = 1
 WEIGHTS: Final = 5
-"""Contents with different weights; two more have the weights of the first two and a
+"""Number of contents with different weights; two more have the weights of the first two and a
 template."""
 CONTENTS = st.integers(0, WEIGHTS + 1)
 NAMES = st.sampled_from(["a", "b"])
 SOME_NAME = st.integers(0, 23)
-"""See `RegistryRules.some`."""
+"""Choice of a name; see `RegistryRules.some`."""
 ALIASES = st.sampled_from(["prod", "canary"])
 WHICH = st.integers(0, 63)
 SOMETIMES = st.integers(0, 7).map(lambda number: number == 7)
@@ -80,7 +81,7 @@ class Content:
 
 @cache
 def contents() -> tuple[Content, ...]:
-    """All contents; their ranks, and so their sizes in memory, differ."""
+    """Make all contents; their ranks, and so their sizes in memory, differ."""
     with tempfile.TemporaryDirectory(prefix="veneer-test-") as root:
         return tuple(_content(Path(root) / str(n), n) for n in range(WEIGHTS + 2))
 
@@ -103,8 +104,8 @@ class Sending:
     """An open upload.
 
     Attributes:
-        own: it has a separate folder, since another connection sends the same upload.
-        there: received bytes of each file.
+        own: whether it has a separate folder, since another connection sends the same upload.
+        there: number of received bytes of each file.
     """
 
     upload: Upload
@@ -121,12 +122,12 @@ class Sending:
 
 
 class RegistryRules(RuleBasedStateMachine):
-    """See the module docstring. Subclasses may override the hooks `leased` and `gone`."""
+    """The histories; see the module docstring. Subclasses may override hooks such as `gone`."""
 
     pool: ClassVar[str] = "ab"
-    """Names, of one letter each."""
+    """The names, of one letter each."""
     seen: ClassVar[Counter[str]] = Counter()
-    """Counts of what happened in all histories, which would prove nothing if nothing had."""
+    """Counts of events in all histories, which show that the histories are not empty."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,19 +154,19 @@ class RegistryRules(RuleBasedStateMachine):
         return self.names.get(name, Name(RETAIN))
 
     def some(self, which: int) -> str:
-        """A name; rarely one that is not registered, if there are registered ones."""
+        """Return a name; if there are registered ones, rarely one that is not registered."""
         if which < 2 or not self.names:
             return self.pool[which % len(self.pool)]
         return sorted(self.names)[which % len(self.names)]
 
     def some_alias(self, which: int) -> tuple[str, str]:
-        """Name and alias; rarely one that does not exist."""
+        """Return a name and an alias; rarely an alias that does not exist."""
         aliases = sorted(self.alias_etags)
         name, _, alias = aliases[which % len(aliases)].partition("/")
         return name, alias if which < 60 else "none"
 
     def set_name(self, name: str, state: Name) -> None:
-        """Set a name's state; calls `gone` for revisions that it no longer has."""
+        """Set a name's state; call `gone` for contents that it no longer keeps."""
         before = self.name(name)
         if state.kept:
             self.names[name] = state
@@ -183,14 +184,14 @@ class RegistryRules(RuleBasedStateMachine):
         """Hook: a name no longer keeps these contents."""
 
     def held(self, number: int) -> bool:
-        """Whether a name keeps these weights."""
+        """Return whether any name keeps these weights."""
         weights = contents()[number].weights
         return any(
             contents()[c].weights == weights for n in self.names.values() for c in n.kept
         )
 
     def stored(self, number: int, file: str) -> bool:
-        """Whether the server has, and reports, this file of a content."""
+        """Return whether the registry has, and reports, this file of a content."""
         content = contents()[number]
         if content.weights in self.quarantined:
             # Its template may be there, but a new push sends everything.
@@ -211,8 +212,8 @@ class RegistryRules(RuleBasedStateMachine):
 
     @contextmanager
     def changed(self, name: str, *, expected: bool = True) -> Iterator[None]:
-        """Check that a change of the name's registration, and nothing else, changes its
-        etag."""
+        """Check that the block changes the name's etag if it changes the registration
+        (``expected``), and only then."""
         yield
         if name in self.names:
             etag = self.registry.revisions(name)[0].etag
@@ -287,7 +288,7 @@ class RegistryRules(RuleBasedStateMachine):
     @precondition(lambda self: self.sending)
     @rule(which=WHICH, share=st.sampled_from([0.3, 0.7, 1.0, 1.0]))
     def write(self, which: int, share: float) -> None:
-        """Send the missing part of each file, or the first part of that."""
+        """Send the missing part of each file, or the first ``share`` of each file."""
         self._write(self.sending[which % len(self.sending)], share)
 
     def _write(self, sending: Sending, share: float) -> None:
@@ -360,7 +361,7 @@ class RegistryRules(RuleBasedStateMachine):
 
     @rule(name=NAMES, number=CONTENTS, resume=st.booleans(), unready=SOMETIMES)
     def push(self, name: str, number: int, resume: bool, unready: bool) -> None:
-        """A whole upload in one step."""
+        """Do a whole upload in one step."""
         before = len(self.sending)
         self.begin(name, number, resume, True, False, False, "x" if resume else "")
         if len(self.sending) > before or (
@@ -389,7 +390,7 @@ class RegistryRules(RuleBasedStateMachine):
     @precondition(lambda self: self.parts)
     @rule(left=st.booleans())
     def sweep_uploads(self, left: bool) -> None:
-        """Sweep uploads: either none is old enough, or all inactive ones are."""
+        """Sweep uploads; either none is old enough, or all inactive ones are."""
         swept = self.registry.sweep_uploads(-60 if left else 3600)
         assert swept == (len(self.parts) if left else 0)
         if left:
@@ -574,7 +575,8 @@ class RegistryRules(RuleBasedStateMachine):
             self.set_name(name, state.delete(number))
 
     def _meant_before(self) -> list[tuple[str, str, int]]:
-        """(name, alias, content) that the alias could roll back to and that may be deleted."""
+        """Return (name, alias, content) for contents that the alias could roll back to and that
+        may be deleted."""
         return [
             (name, alias, number)
             for name, state in self.names.items()
@@ -603,7 +605,7 @@ class RegistryRules(RuleBasedStateMachine):
         self.take_lease(name, alias, key)
 
     def take_lease(self, name: str, alias: str | None, key: str) -> RevisionLease | None:
-        """Take a lease like a request; None if it had to be refused, and was."""
+        """Take a lease as a request does; return None if it had to be refused, and was."""
         state = self.name(name)
         spec = name if alias is None else f"{name}/{alias}"
         if not state.kept or (alias is not None and alias not in state.aliases):

@@ -1,4 +1,4 @@
-"""The shape of a row of the reliability scoreboard.
+"""The interface of a row of the reliability scoreboard.
 
 A row is a module ``tests/torture/rows/row_NN_what.py`` with four names; the runner finds
 it by its file name::
@@ -12,11 +12,11 @@ it by its file name::
     def controls(scale: Scale) -> Iterable[Control]:
         '''Planted bugs. Each runs the same check against a broken product.'''
 
-Both get the same `Scale`: quick or full, a seed, an empty folder. The two must share the code
-that judges (so that a control shows that *this* check can fail), and all randomness comes from
-`Scale.random`, so that a seed repeats a run. `controls` plants its bugs at the product's edge:
-an argument, a subclass, a patched function that is restored at once, a child process; never an
-edit of a file. Each row has its own process.
+Both functions get the same `Scale`: quick or full, a seed, an empty folder. They must share the
+code that judges (so that a control shows that *this* check can fail), and all randomness must
+come from `Scale.random`, so that a seed repeats a run. `controls` plants its bugs at the
+product's edge: an argument, a subclass, a patched function that is restored at once, a child
+process; never an edit of a file. Each row has its own process.
 
 The runner fails (exit 1) for a row with failures, without controls, or with a control
 that was not caught.
@@ -38,8 +38,8 @@ class Scale:
     """How much to do.
 
     Attributes:
-        full: the scoreboard's numbers; else the quick form for every test run.
-        seed: printed by the runner; the same seed repeats the run.
+        full: use the scoreboard's numbers; otherwise the quick form for every test run.
+        seed: seed that the runner prints; the same seed repeats the run.
         work: an empty folder, removed afterwards.
     """
 
@@ -48,15 +48,15 @@ class Scale:
     work: Path
 
     def pick(self, quick: _T, full: _T) -> _T:
-        """``full`` in the full form, else ``quick``."""
+        """Return ``full`` in the full form, else ``quick``."""
         return full if self.full else quick
 
     def random(self, purpose: str = "") -> random.Random:
-        """A separate generator per purpose, so that adding one does not change the others."""
+        """Return a generator for one purpose, so that adding one does not change others."""
         return random.Random(f"{self.seed} {purpose}")
 
     def folder(self, name: str) -> Path:
-        """A new empty folder in `work`."""
+        """Make a new empty folder in `work`."""
         folder = self.work / name
         folder.mkdir(parents=True)
         return folder
@@ -64,13 +64,13 @@ class Scale:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a run found.
+    """The result of a run.
 
     Attributes:
-        figure: what was done and measured, for a table's cell.
+        figure: what was done and measured, as text for a table's cell.
         bar: requirement for the figure.
         failures: one line each, with how to reproduce it; empty if the bar is met.
-        notes: what a reader must know in addition to the figure, for example a part left out.
+        notes: notes for the reader besides the figure, for example about a part left out.
         skipped: why nothing was run, and what to install; "" if it was run. A skipped row
             is printed as such, does not fail, and its controls are not run.
     """
@@ -88,7 +88,7 @@ class Control:
 
     Attributes:
         planted: the bug, in a few words.
-        caught: first failure that the check reported; "" if there was none.
+        caught: the first failure that the check reported; "" if there was none.
     """
 
     planted: str
@@ -96,12 +96,12 @@ class Control:
 
     @classmethod
     def of(cls, planted: str, outcome: Outcome) -> Control:
-        """The control whose check had this ``outcome``."""
+        """Make the control whose check had this ``outcome``."""
         return cls(planted, outcome.failures[0] if outcome.failures else "")
 
 
 class RowModule(Protocol):
-    """What the runner needs from a row's module."""
+    """What a row's module must define."""
 
     ROW: int
     TITLE: str

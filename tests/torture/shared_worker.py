@@ -1,9 +1,9 @@
-"""A registry on PostgreSQL and S3 that publishes until it is killed, for row 23.
+"""Run a registry on PostgreSQL and S3 that publishes until it is killed, for row 23.
 
-``python -m tests.torture.shared_worker``, with a JSON object on standard input: where catalog
-and store are, the adapters to publish, a seed, and a planted bug. Prints a line for each
-answer: ``new NAME REVISION``, ``same NAME REVISION`` if the name had it already, or
-``no NAME REASON``.
+``python -m tests.torture.shared_worker`` reads a JSON object from standard input: the locations
+of catalog and store, the adapters to publish, a seed, and a planted bug. It prints a line for
+each answer: ``new NAME REVISION``, ``same NAME REVISION`` if the name had this revision
+already, or ``no NAME REASON``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from tests.unit.registry.kit import BASE, push
 
 RETAIN = 1000
 LOST = 0.2
-"""Share of the commits whose answer is lost; with the bug about them, three times as many."""
+"""Share of commits whose answer is lost; three times as many with the bug about lost
+answers."""
 
 PLANTED = (
     "acknowledged before the database's commit",
@@ -40,7 +41,7 @@ PLANTED = (
 
 
 def places(given: dict[str, Any], data: Path) -> SharedLocations:
-    """Those that the worker was given."""
+    """Return the locations that the worker was given."""
     objects = Objects(given["store"], endpoint_url=given["endpoint"], key="test", secret="test")
     address = PostgresAddress(given["catalog"], Path(given["password_file"]), given["schema"])
     return SharedLocations(data, address, objects, cache_bytes=1 << 30)
@@ -48,7 +49,7 @@ def places(given: dict[str, Any], data: Path) -> SharedLocations:
 
 @contextmanager
 def planted(bug: str) -> Iterator[None]:
-    """The product with one of `PLANTED`, or without."""
+    """Run the product with one of the bugs in `PLANTED`, or without a bug."""
     with ExitStack() as stack:
         if bug == PLANTED[0]:
             stack.enter_context(patch.object(mirror, "touched", lambda *_: {}))
@@ -61,7 +62,7 @@ def planted(bug: str) -> Iterator[None]:
 
 @contextmanager
 def losing(rng: random.Random, share: float) -> Iterator[None]:
-    """Lose the connection at some commits: before they are made, or after."""
+    """Lose the connection at some commits, either before or after they are made."""
     real = psycopg.Connection.execute
 
     def execute(self: Any, query: Any, *more: Any, **options: Any) -> Any:
@@ -77,7 +78,7 @@ def losing(rng: random.Random, share: float) -> Iterator[None]:
 
 
 def main() -> None:
-    """Publish for ever."""
+    """Publish forever."""
     given = json.loads(sys.stdin.readline())
     rng = random.Random(given["seed"])
     adapters = [Path(path) for path in given["adapters"]]

@@ -1,6 +1,6 @@
-"""Registry and adapter memory in one history, connected as in the front process: requests
-lease a revision and wait for its weights, loads read from the store, a delete frees memory,
-and damage found by a load leads to quarantine. For row 7."""
+"""Random histories of registry and adapter memory together, connected as in the front process:
+requests lease a revision and wait for its weights, loads read from the store, a delete frees
+memory, and damage found by a load leads to quarantine. For row 7."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from tests.torture.registry_rules import (
 )
 
 SIZE = 64
-"""Bytes of the smallest adapter in memory; the largest has five times as many."""
+"""Bytes of the smallest adapter in memory; the largest takes five times as many."""
 BUDGETS = st.sampled_from([5 * SIZE, 7 * SIZE, 12 * SIZE])
 LOWERED = st.sampled_from([None, None, 4 * SIZE, 7 * SIZE, 12 * SIZE])
 
 
 class StoreAndMemory(RegistryRules):
-    """See the module docstring."""
+    """The histories; see the module docstring."""
 
     pool = "abcde"
     memory: Memory
@@ -48,7 +48,7 @@ class StoreAndMemory(RegistryRules):
     def _memory(self, host: int, device: int, shared: bool) -> Memory:
         memory = Memory(host, device, shared=shared)
         self.operators: dict[str, RevisionLease] = {}
-        """Leases that keep the files during an activation."""
+        """Leases that keep files during an activation, by digest."""
         return memory
 
     def source(self, ref: AdapterRef) -> AdapterSource:
@@ -72,7 +72,7 @@ class StoreAndMemory(RegistryRules):
 
     @rule(which_names=st.lists(SOME_NAME, min_size=1, max_size=3), loads=st.integers(0, 6))
     def turn(self, which_names: list[int], loads: int) -> None:
-        """Requests arrive, loads end, what can start starts; the oldest running one ends."""
+        """Requests arrive, loads end, ready requests start; the oldest running one ends."""
         for which in which_names:
             self.ask(which, None, "")
         self.plan(None)
@@ -119,7 +119,7 @@ class StoreAndMemory(RegistryRules):
         self._operators_done()
 
     def _arrive(self, index: int, broken: bool = False) -> None:
-        """A worker has read an adapter from the store, or copied it to DEVICE."""
+        """Handle a worker that has read an adapter from the store, or copied it to DEVICE."""
         digest, tier = self.memory.coming[index]
         if tier == "host" and self._is_there(digest):
             folder = self.registry.weights_folder(AdapterRef("", "", digest))
@@ -142,8 +142,8 @@ class StoreAndMemory(RegistryRules):
             self.seen["loaded"] += tier == "host"
 
     def _is_there(self, digest: str) -> bool:
-        """Whether anyone still needs the weights: a delete may leave a load running that nobody
-        waits for."""
+        """Return whether the weights are still needed: a delete may leave a load running that
+        nobody waits for."""
         return bool(self.memory.leases(digest)) or digest in self.operators
 
     # --------------------------------------------------------------------- operators
@@ -203,7 +203,7 @@ class StoreAndMemory(RegistryRules):
     # ------------------------------------------------------- what the registry tells
 
     def end_lease(self, lease: RevisionLease) -> None:
-        """End a lease that no request holds: those of requests end in `Memory.finish`."""
+        """End a lease that no request holds; leases of requests end in `Memory.finish`."""
         if lease in self.leases:
             super().end_lease(lease)
 
@@ -214,7 +214,7 @@ class StoreAndMemory(RegistryRules):
     def push_at_once(self, *arguments: Any) -> None:
         super().push_at_once(*arguments)
 
-    # Not rules here: requests take and release leases, and `push` sends all at once.
+    # These are not rules here: requests take and release leases, and `push` does whole uploads.
 
     def lease(self, *arguments: Any) -> None:
         super().lease(*arguments)
@@ -232,8 +232,8 @@ class StoreAndMemory(RegistryRules):
         super().committed(*arguments)
 
     def gone(self, numbers: list[int]) -> None:
-        """As `AdapterService._removed`: free the memory of what no name keeps, even if
-        pinned."""
+        """Free the memory of contents that no name keeps, even if pinned, as
+        `AdapterService._removed` does."""
         for number in numbers:
             digest = contents()[number].weights
             if not self.held(number) and digest in self.memory.sizes:
@@ -242,7 +242,7 @@ class StoreAndMemory(RegistryRules):
         self._operators_done()
 
     def replaced(self, name: str, before: Name, after: Name) -> None:
-        """As `Replacing`: a pin moves to the name's new revision."""
+        """Move a pin to the name's new revision, as `Replacing` does."""
         if not before.kept or before.current == after.current:
             return
         old, new = contents()[before.current].weights, contents()[after.current].weights

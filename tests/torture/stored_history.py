@@ -1,7 +1,7 @@
-"""A history of stored responses and conversations that records what was acknowledged.
+"""Play a history of stored responses and conversations, and record what was acknowledged.
 
 Row 24 records ``python -m tests.torture.stored_history DATA --seed 7``. It writes ``begin``
-before each change, and one JSON line after it: what must be found from then on.
+before each change, and one JSON line after it: the content that must be found from then on.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ TENANTS = ("a", "b")
 NOW = 1_000_000.0
 
 Found = dict[str, str]
-"""``TENANT/ID`` of a response or a conversation -> its content, with all that it continues."""
+"""``TENANT/ID`` of a response or conversation -> its content, with everything it continues."""
 
 
 def open_database(data: Path) -> ResponseDatabase:
-    """Open the database as histories and their judge do: nothing is too old or too much."""
+    """Open the database as histories and their judge do, with limits that are never reached."""
     return ResponseDatabase(
         data / "responses.sqlite", most_bytes=1 << 30, age_s=1e9, clock=lambda: NOW
     )
 
 
 def found_in(database: ResponseDatabase, steps: int) -> Found:
-    """What a history of so many steps has left, as a server reads it."""
+    """Return what a history of ``steps`` steps has left, as a server reads it."""
     found = {}
     for tenant in TENANTS:
         for number in range(steps):
             response, conversation = f"r{number}", f"c{number}"
             if (body := database.response(tenant, response)) is not None:
                 found[f"{tenant}/{response}"] = body.decode()
-                with contextlib.suppress(InvalidField):  # of one in a conversation
+                with contextlib.suppress(InvalidField):  # the response is in a conversation
                     found[f"{tenant}/{response}"] += database.history(tenant, response).decode()
             with contextlib.suppress(HttpError):
                 page = database.items(tenant, conversation, ItemPage(limit=100))
@@ -56,7 +56,7 @@ def found_in(database: ResponseDatabase, steps: int) -> Found:
 
 
 def miscounted(database: ResponseDatabase) -> str:
-    """How its counts by tenant differ from its rows; "" if they do not."""
+    """Return how the counts by tenant differ from the rows; "" if they do not."""
     with contextlib.closing(connect(database.path)) as db:
         counted = db.execute("SELECT tenant, count FROM tenants WHERE count ORDER BY tenant")
         rows = db.execute(
@@ -99,8 +99,8 @@ class Teller:
         return self.rng.choice(names) if names else None
 
     def step(self, number: int) -> None:
-        """One change. The first two store, so that the shortest history has a response that
-        continues another, or a conversation."""
+        """Make one change. The first two store, so that even the shortest history has a
+        response that continues another, or a conversation."""
         database, tenant = self.database, self.rng.choice(TENANTS)
         response, conversation = self._one_of(tenant, "r"), self._one_of(tenant, "c")
         chance = self.rng.random() if number > 1 else 1.0

@@ -1,6 +1,6 @@
-"""Records, or breaks, file operations of a child process by strace.
+"""Record, or break, file operations of a child process with strace.
 
-strace also sees what SQLite does, unlike patches of Python's functions.
+Unlike patches of Python's functions, strace also sees what SQLite does.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Call:
     Attributes:
         name: for example ``openat``.
         arguments: numbers and flags as text, strings as bytes; a descriptor is its number.
-        result: what it returned, -1 for an error.
-        number: count of this name's calls in the process, from 1.
+        result: the returned value, -1 for an error.
+        number: number of the call among the process's calls of this name, from 1.
         injected: whether strace made it fail.
     """
 
@@ -48,15 +48,15 @@ class Call:
     injected: bool
 
     def path(self, at: int) -> str:
-        """Argument ``at`` as a path; the folder descriptors of the ``*at`` calls are the
-        caller's to resolve."""
+        """Return argument ``at`` as a path; the caller must resolve the folder descriptors of
+        ``*at`` calls."""
         value = self.arguments[at]
         return os.fsdecode(value) if isinstance(value, bytes) else value
 
 
 @functools.cache
 def missing_strace() -> str:
-    """Why calls cannot be traced here, and what to do; "" if they can."""
+    """Return why calls cannot be traced here, and what to do; "" if they can."""
     if shutil.which("strace") is None:
         return "strace is not installed (apt-get install strace)"
     tried = subprocess.run(["strace", "-o", os.devnull, "true"], capture_output=True, text=True)
@@ -68,22 +68,22 @@ def missing_strace() -> str:
 def trace(
     module: str, arguments: Sequence[str], log: Path, *, inject: str = "", reads: bool = False
 ) -> tuple[int, str, str, list[Call]]:
-    """Run ``python -m module arguments``: exit status, stdout, stderr and its calls.
+    """Run ``python -m module arguments``; return exit status, stdout, stderr and its calls.
 
     Args:
         log: file for strace's output.
         inject: as in ``strace -e inject=``, for example ``fsync:error=EIO:when=3``.
         reads: also trace `read`, which moves a file's position.
 
-    Traces only the main thread. Byte code is not written and hashes are fixed, so that
-    the n-th call of one run is the n-th of the next.
+    This traces only the main thread. Byte code is not written and hashes are fixed, so that
+    the n-th call of one run is the n-th call of the next.
     """
     command = ["strace", "-o", str(log), "-xx", "-y", "-s", "1048576"]
     command += ["-e", f"trace={SEEN},read" if reads else f"trace={SEEN}"]
     if inject:
         command += ["-e", f"inject={inject}"]
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0"}
-    # numpy's threads would be useless here.
+    # numpy needs no threads here.
     environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     ended = subprocess.run(
         [*command, sys.executable, "-m", module, *arguments],

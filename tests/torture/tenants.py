@@ -1,4 +1,4 @@
-"""Tenants of a real server: their keys, their traffic, and servers that forget them."""
+"""Tenants of a real server: their keys and their calls; and servers with planted bugs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.server_harness import Refusal, Stream, refusal
 
 
 def make_keys(file: Path, *tenants: str) -> dict[str, Any]:
-    """Write a keys file. Returns the metadata of calls, by tenant."""
+    """Write a keys file; return the metadata of calls, by tenant."""
     keys = {
         name: add_key(file, name=name, tenant=name, roles=["operator"], expires=None).key
         for name in tenants
@@ -37,8 +37,8 @@ class Call:
     Attributes:
         first_s: seconds to its first token; None if it got none.
         total_s: seconds to its end.
-        tokens: how many it got.
-        ends: terminal statuses; there must be one.
+        tokens: number of tokens that it got.
+        ends: number of terminal statuses; there must be one.
     """
 
     first_s: float | None = None
@@ -73,11 +73,11 @@ async def call(inference: Any, metadata: Any, request: pb.GenerateRequest) -> Ca
 
 @contextmanager
 def edited_server(edit: str, folder: Path) -> Iterator[None]:
-    """While the block runs, `running_server` starts a server whose front process first runs
+    """While the block runs, make `running_server` start a server whose front process first runs
     ``edit``, which plants a bug.
 
     Args:
-        folder: for the command that replaces ``veneer-server``.
+        folder: folder for the command that replaces ``veneer-server``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     command = folder / "veneer-server"
@@ -93,7 +93,7 @@ def edited_server(edit: str, folder: Path) -> Iterator[None]:
 async def at_rate(
     rate: float, seconds: float, make: Any, done: list[Call], open_calls: set[asyncio.Task[Any]]
 ) -> int:
-    """Start calls at a rate, whether earlier ones have ended or not; returns how many."""
+    """Start calls at a rate, whether earlier ones have ended or not; return how many."""
     began, count = time.monotonic(), 0
     while (now := time.monotonic() - began) < seconds:
         while count <= now * rate:

@@ -1,4 +1,4 @@
-"""The real engine on a tiny Llama, for rows that torture adapter loading."""
+"""Run the real engine on a tiny Llama, for rows that torture adapter loading."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.torture.forms import TORCH, Form
 
 @contextmanager
 def tiny_engine(work: Path, form: Form = TORCH) -> Iterator[EngineHarness]:
-    """A started engine with space for a few sequences; checks on exit that nothing leaked."""
+    """Run an engine with space for a few sequences; check on exit that nothing leaked."""
     base = make_tiny_llama(work / "base")
     settings = EngineConfig(
         base_folder=str(base),
@@ -34,6 +34,6 @@ def tiny_engine(work: Path, form: Form = TORCH) -> Iterator[EngineHarness]:
 
 
 def ask(seed: int, **more: Any) -> dict[str, Any]:
-    """A request whose prompt is determined by ``seed``."""
+    """Build a request whose prompt is determined by ``seed``."""
     prompt = [3 + (seed * 37 + n * 11) % 500 for n in range(6)]
     return {"prompt": prompt, "max_tokens": 4, "logprobs": True, "ignore_eos": True, **more}

@@ -17,6 +17,8 @@ from tests.chart.check import NEWEST, OLDEST, problems, valid
 from tests.chart.pods import Pod, pods_of
 from tests.chart.render import CHART, VALUES, Rendered, render
 
+pytestmark = pytest.mark.push
+
 REFUSED: dict[str, dict[str, Any]] = {
     "an unknown value": {"engine": {"replica": 3}},
     "a value of the wrong type": {"ports": {"grpc": "50051"}},
@@ -169,6 +171,7 @@ def pod(rendered: Rendered, component: str) -> Pod:
     return found
 
 
+@pytest.mark.push
 @pytest.mark.parametrize("values", VALUES)
 def test_what_helm_renders_is_valid_and_fits_together(
     charts: dict[str, Rendered], values: str

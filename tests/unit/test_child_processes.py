@@ -41,6 +41,8 @@ from veneer_train.sandbox import run_python
 from tests.places import REPOSITORY
 from tests.unit.registry.kit import SHAPES
 
+pytestmark = pytest.mark.push
+
 PACKAGES = ("adapters_registry", "clients", "loadtest", "proto", "server", "training")
 NAMES = (
     "accelerate",

@@ -5,9 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from tests.places import REPOSITORY
 
 
+@pytest.mark.push
 def test_mutated_uris_redirects_and_drops() -> None:
     ran = subprocess.run(
         [sys.executable, "-m", "tests.fetching", "--cases", "60"],

@@ -16,6 +16,8 @@ from tests.planted import edited
 from tests.torture import at_rest_worker, planted_isolation
 from tests.torture.rows import row_07_models
 
+pytestmark = pytest.mark.push
+
 BUGS = {
     name: bug
     for name in found_cases()

@@ -66,6 +66,7 @@ def test_help_fits_the_terminal(program: str, columns: int) -> None:
         assert len(widest) <= columns, (path, widest)
 
 
+@pytest.mark.push
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_wide_terminal_is_used(program: str) -> None:
     narrow, wide = (
@@ -75,6 +76,7 @@ def test_a_wide_terminal_is_used(program: str) -> None:
     assert wide < narrow
 
 
+@pytest.mark.push
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_all_help_has_the_same_look(program: str) -> None:
     for path, command in commands(program):
@@ -96,6 +98,7 @@ def test_every_command_and_option_says_what_it_does(program: str) -> None:
             assert (getattr(parameter, "help", "") or "").strip(), (path, parameter.name)
 
 
+@pytest.mark.push
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_every_example_is_a_command_line_of_the_program(program: str) -> None:
     """Joined as a shell joins them, at the width where most of them are broken."""
@@ -168,6 +171,7 @@ def completed(program: str, typed: str, setup: str | None = None, **more: str) -
     return set(done.stdout.split())
 
 
+@pytest.mark.push
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [
@@ -190,6 +194,7 @@ def test_bash_completes(typed: str, offered: set[str]) -> None:
     assert completed(typed.split()[0], typed) == offered
 
 
+@pytest.mark.push
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_completion_is_installed_by_the_program(program: str, tmp_path: Path) -> None:
     """From a login to the first Tab; bash is found by looking at the parent process."""
@@ -208,6 +213,7 @@ def test_completion_is_installed_by_the_program(program: str, tmp_path: Path) ->
     assert offered == {"--version"}
 
 
+@pytest.mark.push
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_other_shells_have_their_script(program: str, shell: str, tmp_path: Path) -> None:
@@ -235,6 +241,7 @@ def test_other_shells_have_their_script(program: str, shell: str, tmp_path: Path
     assert "--version" in asked.stdout
 
 
+@pytest.mark.push
 def test_adapter_names_complete() -> None:
     with FakeServer() as server:
         server.add("chat")
@@ -244,6 +251,7 @@ def test_adapter_names_complete() -> None:
         assert completed("veneer", f"veneer --server {server.address} rm ch") == {"chat"}
 
 
+@pytest.mark.push
 def test_words_that_bash_takes_apart_complete() -> None:
     """As bash hands them over, and only what it will put in place of the last part."""
     with FakeServer() as server:

@@ -19,6 +19,8 @@ from packaging.requirements import Requirement
 
 from tests.places import REPOSITORY
 
+pytestmark = pytest.mark.push
+
 PROGRAM = REPOSITORY / "deploy" / "sbom.py"
 NATIVE = REPOSITORY / "server/veneer_server/backends/native/cpp"
 

@@ -1,6 +1,6 @@
 """A catalog in PostgreSQL and a store of objects, which several registries may share.
 
-`places` opens both. `catalog` keeps the catalog, with a local copy for reading (`mirror`);
+`locations` opens both. `catalog` keeps the catalog, with a local copy for reading (`mirror`);
 `object_store` keeps the content, with a local cache (`cache`). `postgres` and `objects` are the
-two connections, and say what their errors mean.
+two connections, and turn their errors into ours.
 """

@@ -1,4 +1,4 @@
-"""Which weights are on the local disk, and which of them go when it is too many."""
+"""A bounded cache of weights on the local disk."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ _log = logging.getLogger(__name__)
 
 
 class SharedWeightsCache:
-    """The least recently used weights that no request needs go first. Thread-safe."""
+    """Bounded cache of weights on the local disk. It evicts the least recently used weights
+    that no request needs. Thread-safe."""
 
     def __init__(self, folders: StoreFolders, there: Iterable[str], most_bytes: int) -> None:
-        """``there``: what an earlier run left. It stays, within the bound."""
+        """``there``: digests of the weights that an earlier run left, kept within the bound."""
         self._folders = folders
         self._most_bytes = most_bytes
         self._lock = threading.Lock()
@@ -38,7 +39,7 @@ class SharedWeightsCache:
         return sum(self._sizes.values())
 
     def has(self, weights: str) -> bool:
-        """Whether they are here; this counts as a use."""
+        """Whether the weights are on the local disk. Counts as a use."""
         with self._lock:
             if weights not in self._sizes:
                 return False
@@ -46,7 +47,7 @@ class SharedWeightsCache:
             return True
 
     def add(self, weights: str) -> None:
-        """Note weights whose folder is in place, and make room for them."""
+        """Register weights whose folder is in place, and evict others to make room."""
         with self._lock:
             self._sizes[weights] = size_of(self._folders.weights_folder(weights))
             self._used[weights] = next(self._turn)
@@ -67,7 +68,7 @@ class SharedWeightsCache:
             self._folders.drop_staging(own)
 
     def trim(self, but: str = "") -> None:
-        """Remove weights until the bound is kept, or requests need all that is left.
+        """Evict weights until the cache is within its bound or requests need all the rest.
 
         Args:
             but: weights to keep.

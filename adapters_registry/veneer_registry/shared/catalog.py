@@ -1,19 +1,21 @@
 """The catalog in PostgreSQL, which several registries may change.
 
-Each keeps a local copy in SQLite (`mirror`), and lookups read that: no request waits for the
-network, and what is known is served on while the database is away. The copy is no truth: it is
-made anew at each start.
+Each registry keeps a local copy in SQLite (`mirror`), and lookups read the copy: no request
+waits for the network, and known adapters are still served while the database is away. The copy
+is not authoritative: it is rebuilt at each start.
 
 A change is made to the copy, as in `Catalog`, and the rows that it touched are written to
-PostgreSQL in one transaction before the copy's own commit. `SharedExclusive` keeps the other
-registries out meanwhile, so that numbers are given and become visible in one order: whoever
-reads by number misses none. Each change leaves a row in ``changes``: its number, a random
-token, and the keys of what it touched. The others are woken by NOTIFY, and read by number what
-came after the last change that they know. That last one must still be there with its token: if
-not, the database was restored from a backup, and everything is read again.
+PostgreSQL in one transaction before the copy's own commit. Meanwhile `SharedExclusive` keeps
+the other registries out, so that numbers are assigned and become visible in the same order, and
+a registry that reads changes by number misses none. Each change adds a row to ``changes``: its
+number, a random token, and the keys of the rows it touched. NOTIFY wakes the other registries,
+and they read the changes after the last one they know. That one must still be in the log with
+the same token. If not, the database was restored from a backup, or the log has been cut since,
+and everything is read again.
 
 If the connection is lost before COMMIT was sent, nothing was changed. If it is lost after that,
-the token tells, once the lock shows that the old session has ended.
+the token tells whether the commit was made; it can be read once the lock shows that the old
+session has ended.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ _log = logging.getLogger(__name__)
 POLL_S: Final = 5.0
 """How often the log of changes is read without being woken: a notification may be lost."""
 FIND_OUT_S: Final = 15.0
-"""How long to try to learn whether a commit whose answer was lost was made."""
+"""Seconds to keep asking whether a commit was made after its answer was lost."""
 _PAUSE_S: Final = 0.2
 _AT_ONCE: Final = 2000
 _HISTORY: Final = next(table for table in TABLES if table.name == "history")
@@ -61,7 +63,7 @@ Follower = Callable[[Foreign], None]
 
 
 class PostgresCatalog(Catalog):
-    """The catalog at ``address``, with its copy at ``path``, which is replaced."""
+    """The catalog at ``address``. Its local copy at ``path`` is replaced."""
 
     def __init__(
         self, address: PostgresAddress, path: Path, *, after_change: Callable[[int, str], None]
@@ -73,7 +75,7 @@ class PostgresCatalog(Catalog):
 
         Raises:
             Unavailable: the database cannot be reached.
-            FailedPrecondition: the catalog is from a newer version, or permissions are missing.
+            FailedPrecondition: the catalog is from another version, or permissions are missing.
             DiskFull: no space for the copy.
         """
         residents = residents_of(path)
@@ -96,7 +98,7 @@ class PostgresCatalog(Catalog):
         self._watcher: threading.Thread | None = None
         self.exclusive: SharedExclusive = SharedExclusive(self._enter, self._leave)
         try:
-            # Rows come from PostgreSQL: what they refer to comes in the same transaction.
+            # The copy is rebuilt at each start, so it need not survive a power cut.
             self._writer.execute("PRAGMA synchronous=OFF")
             with self._link.answering() as connection:
                 self._lock(connection)
@@ -123,12 +125,12 @@ class PostgresCatalog(Catalog):
         super().close()
 
     def join(self) -> None:
-        """Wait for the end of the watcher's thread. Not from inside `exclusive`."""
+        """Wait until the watcher thread ends. Must not be called inside `exclusive`."""
         if self._watcher is not None:
             self._watcher.join()
 
     def follow(self, follower: Follower) -> None:
-        """See `Catalog.follow`; from now on. The caller holds `exclusive`."""
+        """See `Catalog.follow`. Starts the watcher thread. The caller holds `exclusive`."""
         self._follower = follower
         self._watcher = threading.Thread(
             target=self._watch, name="catalog-watcher", daemon=True
@@ -136,8 +138,8 @@ class PostgresCatalog(Catalog):
         self._watcher.start()
 
     def has(self, number: int, token: str) -> bool:
-        """Whether the change with this number is the one with this token, as far as the log
-        still knows."""
+        """Whether the change with this number has this token. True also if the log no longer
+        has that change."""
         with self._link.answering() as connection:
             row = connection.execute(
                 "SELECT token FROM changes WHERE number = %s", [number]
@@ -156,7 +158,7 @@ class PostgresCatalog(Catalog):
             self._take()
 
     def _take(self) -> None:
-        """Lock the catalog, and apply what others changed."""
+        """Lock the catalog, and apply the changes of other registries."""
         with self._link.answering() as connection:
             self._lock(connection)
         try:
@@ -187,7 +189,7 @@ class PostgresCatalog(Catalog):
 
     def _before_commit(self, number: int) -> None:
         keys = mirror.touched(self._writer)
-        if not keys:  # only about this registry, such as what is in its memory
+        if not keys:  # only this registry's own rows changed, such as its residents
             self._writer.execute("UPDATE counter SET value = value - 1")
             return
         there, gone = mirror.values(self._writer, keys)
@@ -217,10 +219,10 @@ class PostgresCatalog(Catalog):
         self._sent = (number, token)
 
     def find_out(self, number: int, token: str, error: VeneerError) -> None:
-        """The answer to a COMMIT was lost. Return if it was made.
+        """Find out whether a COMMIT was made after its answer was lost. Return if it was.
 
         Raises:
-            Unavailable: it was not, or this cannot be found out.
+            Unavailable: it was not made, or this cannot be found out.
         """
         deadline = time.monotonic() + FIND_OUT_S
         while True:
@@ -240,7 +242,7 @@ class PostgresCatalog(Catalog):
             raise unavailable(error) from error
 
     def _committed(self, number: int) -> None:
-        """The copy has its own change."""
+        """Record that the copy has committed this registry's own change, and report it."""
         if self._sent is not None:
             self._known = self._sent
             ((self._line,),) = self._reader.rows(
@@ -317,7 +319,7 @@ class PostgresCatalog(Catalog):
     def _apply(
         self, there: mirror.Rows, keys: dict[str, set[mirror.Key]], number: int
     ) -> frozenset[str]:
-        """Write changed rows to the copy. Returns the names that they are about."""
+        """Write changed rows to the copy. Return the names that they belong to."""
         gone: dict[str, list[mirror.Key]] = {}
         for table in TABLES:
             found = {row[: len(table.key)] for row in there.get(table.name, ())}
@@ -345,7 +347,7 @@ class PostgresCatalog(Catalog):
 
     @contextlib.contextmanager
     def _mirror(self) -> Iterator[sqlite3.Connection]:
-        """A transaction of the copy, for rows that PostgreSQL has already."""
+        """A write transaction on the copy, for rows that PostgreSQL already has."""
         with self._write_lock, database_errors(self._path):
             self._writer.execute("BEGIN IMMEDIATE")
             try:
@@ -357,8 +359,8 @@ class PostgresCatalog(Catalog):
                 raise
 
     def _lines(self, number: int) -> tuple[HistoryRow, ...]:
-        """The history's lines after the last known one. Of a restored backup, none: its lines
-        are old ones."""
+        """Return the history lines after the last known one. After a restored backup there are
+        none: its lines are old."""
         if number < self._known[0] or self._known[0] < 0:
             ((self._line,),) = self._reader.rows(
                 "SELECT coalesce(max(sequence), 0) FROM history"
@@ -372,8 +374,8 @@ class PostgresCatalog(Catalog):
         return tuple(map(history_row, rows))
 
     def _read_all(self, connection: Connection) -> tuple[tuple[int, str], frozenset[str]]:
-        """Replace the whole copy: at the start, after a long absence, or if the database is not
-        the one that it was. Returns the last change, and all names of before and now."""
+        """Replace the whole copy: at the start, after a long absence, or if the database was
+        restored from a backup. Return the last change, and all names from before and after."""
         before = {name for (name,) in self._reader.rows("SELECT name FROM names")}
         ((number, token),) = connection.execute(
             "SELECT number, token FROM changes ORDER BY number DESC LIMIT 1"

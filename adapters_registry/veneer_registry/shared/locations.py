@@ -1,4 +1,4 @@
-"""A catalog in PostgreSQL and a store of objects as the places of a registry."""
+"""`Locations` of a registry with a catalog in PostgreSQL and content in an object store."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ _CACHE: Final = "cache"
 
 
 class SharedLocations:
-    """Where several registries keep one catalog and one store; each has a folder of its own.
+    """A catalog and a store that several registries share. Each has its own data folder.
 
-    The folder holds nothing that cannot be had again, except uploads in progress and the list
-    of adapters in memory.
+    The data folder can be rebuilt from them, except for uploads in progress and the list of
+    adapters in memory.
     """
 
     def __init__(
         self, data_dir: Path, address: PostgresAddress, objects: Objects, *, cache_bytes: int
     ) -> None:
-        """Connects to nothing. Raises InvalidField for an address that cannot be one."""
+        """Connects to nothing. Raises InvalidField for a malformed address."""
         address.check()
         self._data_dir = data_dir
         self._address = address
@@ -55,7 +55,7 @@ class SharedLocations:
         )
 
     def open_catalog(self) -> Catalog:
-        """See `Places`."""
+        """See `Locations`."""
         if (self._data_dir / "catalog.sqlite").exists():
             raise InvalidField(
                 f"{self._data_dir} holds adapters of its own, which --store and --catalog "
@@ -69,7 +69,7 @@ class SharedLocations:
         return self._catalog
 
     def survey(self) -> Survey:
-        """See `Places`."""
+        """See `Locations`."""
         number, token = self._mark.read()
         survey = Survey(
             present=True,
@@ -90,29 +90,30 @@ class SharedLocations:
         return replace(survey, changes=number)
 
     def open_store(self) -> ObjectStore:
-        """See `Places`."""
+        """See `Locations`."""
         store = ObjectStore(self._objects, self._data_dir / _CACHE, self._cache_bytes)
         try:
             if dropped := self._objects.drop_stale_parts(time.time()):
                 _log.warning("removed %d interrupted multipart uploads", dropped)
-        except VeneerError as error:  # a store that does not let us list them
+        except VeneerError as error:  # the store may forbid listing them
             _log.warning("interrupted multipart uploads are not removed: %s", error)
         return store
 
     def write_id(self, data: bytes) -> None:
-        """See `Places`."""
+        """See `Locations`."""
         self._objects.write("id", data)
 
     def close(self) -> None:
-        """See `Places`."""
+        """See `Locations`."""
         if self._catalog is not None:
             self._catalog.join()
         self._mark.close()
 
 
 class ObjectMark:
-    """Writes ``changes`` from a thread, so that no publication waits for it: number and token
-    of the last change, one line each. It may lag behind the catalog; see `pairing`."""
+    """Writes the object ``changes``: number and token of the last change, one line each. A
+    thread writes it, so that no publication waits. It may lag behind the catalog; see
+    `pairing`."""
 
     def __init__(self, objects: Objects) -> None:
         self._objects = objects
@@ -122,7 +123,7 @@ class ObjectMark:
         self._thread: threading.Thread | None = None
 
     def read(self) -> tuple[int | None, str | None]:
-        """(number, token); None for what is missing or damaged. Raises Unavailable."""
+        """Read (number, token); each is None if missing or damaged. Raises Unavailable."""
         lines = (self._objects.read("changes") or b"").splitlines(keepends=True)
         values = [_value(line) for line in lines[:2]]
         if len(values) < 2 or values[0] is None:
@@ -130,7 +131,7 @@ class ObjectMark:
         return int(values[0], 16), values[1]
 
     def write(self, number: int, token: str) -> None:
-        """Record a durable change, soon."""
+        """Have the thread record a durable change. Returns at once."""
         with self._new:
             self._latest = (number, token)
             if self._thread is None:
@@ -139,7 +140,7 @@ class ObjectMark:
             self._new.notify()
 
     def close(self) -> None:
-        """Write the last one, and end. Idempotent."""
+        """Write the last change, and end the thread. Idempotent."""
         with self._new:
             self._ended = True
             self._new.notify()

@@ -1,4 +1,5 @@
-"""The local copy of the shared catalog: which rows a change touched, and rows from others."""
+"""The local copy of the shared catalog: finds the rows that a change touched, and applies rows
+from other registries."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ _WIDEST: Final = max(len(table.key) for table in TABLES)
 
 
 def capture(connection: sqlite3.Connection) -> None:
-    """Have the connection note the key of every row that it changes, also by a cascade."""
+    """Record the key of every row that this connection changes, including by a cascade."""
     keys = ", ".join(f"k{n}" for n in range(_WIDEST))
     connection.execute(f"CREATE TEMP TABLE touched (tbl, {keys})")
     for table in TABLES:
@@ -44,7 +45,7 @@ def capture(connection: sqlite3.Connection) -> None:
 
 
 def begin(connection: sqlite3.Connection) -> None:
-    """Forget what was noted."""
+    """Clear the recorded keys."""
     connection.execute("DELETE FROM temp.touched")
 
 
@@ -58,7 +59,7 @@ def touched(connection: sqlite3.Connection) -> dict[str, list[Key]]:
 
 
 def values(connection: sqlite3.Connection, keys: Rows) -> tuple[Rows, Rows]:
-    """(rows that exist, keys of those that do not) of these keys."""
+    """Look up these keys. Return (rows that exist, keys without a row)."""
     there: dict[str, list[tuple[Any, ...]]] = {}
     gone: dict[str, list[Key]] = {}
     for table in TABLES:
@@ -74,7 +75,7 @@ def values(connection: sqlite3.Connection, keys: Rows) -> tuple[Rows, Rows]:
 
 
 def apply(connection: sqlite3.Connection, there: Rows, gone: Rows) -> None:
-    """Write rows of others, and delete those that are gone."""
+    """Write the rows ``there``, and delete those with the keys ``gone``."""
     for table in reversed(TABLES):
         connection.executemany(table.delete("?"), gone.get(table.name, ()))
     for table in TABLES:

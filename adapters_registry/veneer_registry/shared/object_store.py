@@ -4,18 +4,18 @@
 
     weights/<weights digest>/   adapter_config.json, and last adapter_model.safetensors
     revisions/<revision>/       the bundle's other files, registrations, and last bundle.json
-    unneeded/<kind>/<digest>    marks content that no name has; it is deleted an hour later
-    aside/<kind>/<digest>       marks content that no name had at a start; kept like quarantine
+    unneeded/<kind>/<digest>    marks content that no name has any more; deleted an hour later
+    aside/<kind>/<digest>       marks content that no name had at start-up; kept like quarantine
     quarantine/<digest>/        weights that were found damaged
     id  changes                 as in the folder store
 
-A folder counts as present if its last file is there, so one that was written in part is never
-seen, and is completed by the next push. Keys contain the content's digest, so writing twice
-writes the same. Content is compared with its digest when it is read.
+A folder counts as present if its last file exists, so a partly written one is never seen, and
+the next push completes it. Keys contain the content's digest, so writing twice writes the same.
+Content is compared with its digest when it is read.
 
-Deleting is put off because another registry may be about to read what nobody needs any more.
-Whoever stores content removes its mark, under the catalog's lock, under which marked content is
-deleted too.
+Deletion is delayed because another registry may be about to read the content. A registry that
+stores content again removes its mark. This and the deletion of marked content both happen under
+the catalog's lock.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class ObjectStore(Store):
         self._fetching: dict[str, threading.Lock] = {}
         self._guard = threading.Lock()
 
-    # ------------------------------------------------------------------- what is there
+    # ------------------------------------------------------------------ stored content
 
     def present(self) -> tuple[set[str], set[str]]:
         """See `Store`."""
@@ -98,7 +98,7 @@ class ObjectStore(Store):
     # ------------------------------------------------------------------------- commit
 
     def prepare(self, staged: Path, bundle: Bundle) -> bool:
-        """Send the content while others commit: it may be large. See `Store`."""
+        """Upload the content while others commit, since it may be large. See `Store`."""
         return self._send(staged, bundle)
 
     def commit(
@@ -117,7 +117,7 @@ class ObjectStore(Store):
         return fresh
 
     def _send(self, source: Path, bundle: Bundle) -> bool:
-        """Write what is missing. True if the weights were."""
+        """Upload the files that are missing. Return True if any weights file was."""
         fresh = False
         for name in REQUIRED_FILES:
             fresh |= self._put(f"weights/{bundle.weights}/{name}", source / name)
@@ -162,7 +162,7 @@ class ObjectStore(Store):
             self.objects.write(f"revisions/{revision}/{name}", data)
 
     def complete(self, weights: str, revision: str, name: str, data: bytes) -> None:
-        """Nothing: no older Veneer wrote objects."""
+        """Do nothing: no older version of Veneer wrote objects."""
 
     def unregister(self, revision: str, name: str) -> None:
         """See `Store`."""
@@ -193,7 +193,7 @@ class ObjectStore(Store):
         return self.cache.has(weights)
 
     def fetch(self, weights: str) -> None:
-        """See `Store`. Two who need the same weights share one download."""
+        """See `Store`. Concurrent calls for the same weights share one download."""
         with self._alone(weights):
             if self.cache.has(weights):
                 return
@@ -228,7 +228,7 @@ class ObjectStore(Store):
             remove(staged)
 
     def heal(self, weights: str) -> bool:
-        """See `Store`: the local copy may be damaged while the object is whole."""
+        """See `Store`. The local copy may be damaged while the object is intact."""
         self.cache.remove(weights)
         try:
             self.fetch(weights)

@@ -1,4 +1,4 @@
-"""Objects under a prefix of a bucket, by fsspec, and what its errors mean."""
+"""Objects under a prefix of an S3 bucket, through fsspec, whose errors become ours."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _URL: Final = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])((?:/[A-Za-z0-
 RETRY_S: Final = 5.0
 _DELETED_AT_ONCE: Final = 500
 _STALE_PARTS_S: Final = 24 * 3600.0
-"""An interrupted multipart upload of this age is removed: nobody sees it, but it costs."""
+"""Age at which an interrupted multipart upload is removed: it is invisible but costs money."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Stat:
 
 
 def check_url(url: str) -> tuple[str, str]:
-    """(bucket, prefix without slashes at its ends) of ``s3://bucket/prefix``.
+    """Split ``s3://bucket/prefix`` into bucket and prefix, the latter without outer slashes.
 
     Raises InvalidField. Connects to nothing.
     """
@@ -57,8 +57,8 @@ def check_url(url: str) -> tuple[str, str]:
 class Objects:
     """The objects whose keys begin with a prefix. Thread-safe.
 
-    A key here is relative to it. An object appears whole or not at all, and once written it is
-    read by everybody (S3 is strongly consistent).
+    Keys are relative to the prefix. An object appears whole or not at all, and once written
+    every reader sees it (S3 is strongly consistent).
 
     Attributes:
         fs: fsspec's file system.
@@ -86,7 +86,7 @@ class Objects:
             },
             **options,
         )
-        self.fs.retries = 1  # botocore repeats
+        self.fs.retries = 1  # botocore retries
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}"
@@ -108,7 +108,7 @@ class Objects:
         return None
 
     def read_part(self, key: str, start: int, end: int) -> bytes | None:
-        """The bytes from ``start`` to before ``end``; None if there is no object. Raises
+        """Read the bytes from ``start`` to before ``end``; None if there is no object. Raises
         Unavailable."""
         with self._errors(), contextlib.suppress(FileNotFoundError):
             return bytes(self.fs.cat_file(self._path(key), start=start, end=end))
@@ -168,7 +168,7 @@ class Objects:
             self.fs.cp_file(self._path(key), self._path(to))
 
     def drop_stale_parts(self, now: float) -> int:
-        """Remove what interrupted multipart uploads left. Returns how many."""
+        """Abort multipart uploads that were interrupted long ago. Return how many."""
         dropped = 0
         with self._errors():
             page = self.fs.call_s3(
@@ -187,7 +187,7 @@ class Objects:
 
     @contextlib.contextmanager
     def _errors(self, local: Path | None = None) -> Iterator[None]:
-        """Turn the errors of an access into ours, except FileNotFoundError of an object."""
+        """Turn access errors into ours, except FileNotFoundError for a missing object."""
         try:
             yield
         except FileNotFoundError as error:
@@ -215,7 +215,7 @@ class Objects:
 
 @functools.cache
 def _session() -> Any:
-    """One for all: reading what the S3 API looks like takes a while."""
+    """Return the shared session: loading the description of the S3 API takes a while."""
     return get_session()
 
 

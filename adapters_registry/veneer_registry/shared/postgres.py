@@ -1,4 +1,4 @@
-"""A connection to PostgreSQL, and what its errors mean."""
+"""A connection to PostgreSQL that turns its errors into ours."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ Connection = psycopg.Connection[tuple[Any, ...]]
 CONNECT_S: Final = 5
 """Seconds for one attempt to connect."""
 ANSWER_S: Final = 30.0
-"""Seconds within which the database must answer. Beyond, the connection counts as lost: a
+"""Seconds within which the database must answer. After that the connection counts as lost: a
 stopped server still acknowledges packets, so the kernel does not notice."""
 LOCK_S: Final = 20
-"""Seconds to wait for the change of another process."""
+"""Seconds to wait for another process to finish its change."""
 RETRY_S: Final = 2.0
 
 
@@ -88,8 +88,8 @@ class PostgresAddress:
 
 
 class PostgresLink:
-    """A connection that is opened when it is needed. One thread at a time uses it; `wake` and
-    `close` may come from another."""
+    """A connection that is opened when it is first needed. Only one thread at a time may use
+    it, but `wake` and `close` may be called from another."""
 
     def __init__(self, address: PostgresAddress, purpose: str) -> None:
         """``purpose`` is shown in ``pg_stat_activity``."""
@@ -105,7 +105,7 @@ class PostgresLink:
         return self._connection is not None
 
     def open(self) -> Connection:
-        """The connection, made if there is none. Raises Unavailable."""
+        """Return the connection, after connecting if there is none. Raises Unavailable."""
         if self._connection is None:
             with self.errors():
                 made = psycopg.connect(
@@ -130,13 +130,13 @@ class PostgresLink:
                 with self.answering() as connection:
                     self._set_up(connection)
             except BaseException:
-                self.drop()  # it must not be used as it is
+                self.drop()  # it is not set up, so it must not be used
                 raise
         assert self._connection is not None
         return self._connection
 
     def _set_up(self, connection: Connection) -> None:
-        # The session of a machine that is gone must end, since it may hold the lock.
+        # A session must end when its client machine is gone, since it may hold the lock.
         settings = {
             "search_path": f'"{self._address.schema}"',
             "synchronous_commit": "on",
@@ -156,9 +156,9 @@ class PostgresLink:
 
     @contextlib.contextmanager
     def answering(self) -> Iterator[Connection]:
-        """The connection, for statements that must all be answered within `ANSWER_S`.
+        """Yield the connection, for statements that must all be answered within `ANSWER_S`.
 
-        A failure of the connection drops it. Raises as `errors`.
+        A broken connection is dropped. Raises the same errors as `errors`.
         """
         connection = self.open()
         timer = threading.Timer(ANSWER_S, self.wake)
@@ -192,7 +192,7 @@ class PostgresLink:
                 connection.close()
 
     def wake(self) -> None:
-        """Make whoever waits for the database fail now."""
+        """Make a thread that is waiting for the database fail now."""
         with self._guard:
             connection = self._connection
             if connection is None or connection.closed:
@@ -203,7 +203,7 @@ class PostgresLink:
                     duplicate.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """`wake`, for good."""
+        """Like `wake`, and close any connection that is made later."""
         with self._guard:
             self._closed = True
         self.wake()
@@ -213,7 +213,7 @@ def unavailable(why: object, *, outcome: str = "unchanged") -> Unavailable:
     """The error for a database that cannot be reached.
 
     Args:
-        outcome: of the change: ``unchanged`` or ``unknown``.
+        outcome: what became of the change: ``unchanged`` or ``unknown``.
     """
     what = (
         "nothing was changed; try again"

@@ -106,7 +106,7 @@ CREATE INDEX history_of_name ON history (name, sequence);
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table that both databases have; its key is its first columns."""
+    """A table that both databases (PostgreSQL and SQLite) have. The key columns come first."""
 
     name: str
     key: tuple[str, ...]
@@ -119,21 +119,21 @@ class Table:
         return self.key + self.rest
 
     def upsert(self, mark: str) -> str:
-        """Insert or update one row; ``mark`` is the database's placeholder. (``OR REPLACE``
-        would delete the row first, and with it those that refer to it.)"""
+        """SQL to insert or update one row; ``mark`` is the database's placeholder. (``OR
+        REPLACE`` would first delete the row, and with it the rows that refer to it.)"""
         into = f"INSERT INTO {self.name} ({', '.join(self.columns)}) VALUES "  # nosec B608 # names of ours
         values = f"({', '.join([mark] * len(self.columns))})"
         changes = ", ".join(f"{column} = excluded.{column}" for column in self.rest)
         return f"{into}{values} ON CONFLICT ({', '.join(self.key)}) DO UPDATE SET {changes}"  # nosec B608 # names of ours
 
     def delete(self, mark: str) -> str:
-        """Delete the row with a key."""
+        """SQL to delete the row with a key."""
         where = " AND ".join(f"{column} = {mark}" for column in self.key)
         return f"DELETE FROM {self.name} WHERE {where}"  # nosec B608 # names of ours
 
     def chosen(self) -> str:
-        """PostgreSQL's query for the rows whose keys are in arrays, one for each column of the
-        key."""
+        """PostgreSQL query for the rows with given keys. Its parameters are arrays, one for
+        each key column."""
         arrays = ", ".join([f"%s::{self.key_type}[]"] * len(self.key))
         columns = ", ".join(f"t.{column}" for column in self.columns)
         on = " AND ".join(f"t.{column} = k.{column}" for column in self.key)
@@ -177,14 +177,15 @@ TABLES: Final = (
         "bigint",
     ),
 )
-"""In an order in which rows may be inserted. Without `residents`: each registry has its own."""
+"""In the order in which rows may be inserted. `residents` is not one of them: each registry has
+its own."""
 
 
 def create(connection: Connection, schema: str) -> None:
     """Create the tables unless they exist; the caller holds the lock of the catalog.
 
     Raises:
-        FailedPrecondition: they are from a newer Veneer.
+        FailedPrecondition: they are from another version of Veneer.
     """
     found: Sequence[Any] | None = connection.execute(
         "SELECT 1 FROM pg_tables WHERE schemaname = %s AND tablename = 'meta'", [schema]

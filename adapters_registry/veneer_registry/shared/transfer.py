@@ -1,4 +1,4 @@
-"""Rows on their way between PostgreSQL and the local copy."""
+"""Moves rows between PostgreSQL and the local copy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from veneer_registry.shared.tables import TABLES
 
 
 def keys_of(touched: Iterable[dict[str, Any]]) -> dict[str, set[mirror.Key]]:
-    """Table -> keys, of several changes."""
+    """Merge the keys that several changes touched: table -> keys."""
     keys: dict[str, set[mirror.Key]] = {}
     for each in touched:
         for table, found in each.items():
@@ -24,7 +24,7 @@ def keys_of(touched: Iterable[dict[str, Any]]) -> dict[str, set[mirror.Key]]:
 
 
 def read_rows(connection: Connection, keys: dict[str, set[mirror.Key]]) -> dict[str, list[Any]]:
-    """The rows that exist of these keys."""
+    """Read the rows with these keys; keys without a row are skipped."""
     found: dict[str, list[Any]] = {}
     for table in TABLES:
         if wanted := sorted(keys.get(table.name, ())):
@@ -44,7 +44,7 @@ def write_rows(connection: Connection, there: mirror.Rows, gone: mirror.Rows) ->
 
 
 def residents_of(path: Path) -> Sequence[ResidentRow]:
-    """What the last run had in memory, which only the copy knows."""
+    """Weights that the last run had in memory. Only the local copy records them."""
     with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(path)) as db:
         rows = db.execute("SELECT weights, tier, pin FROM residents ORDER BY place").fetchall()
         return [ResidentRow(*row) for row in rows]

@@ -1,4 +1,5 @@
-"""Objects that nobody needs any more, and damaged ones: marked or moved, and later deleted."""
+"""Quarantine in the object store: marks unneeded content, moves damaged content, and deletes
+both later."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ GRACE_S: Final = 3600.0
 
 
 class ObjectQuarantine(Quarantine):
-    """See `object_store` for the keys. All but `needed` is called under the catalog's lock."""
+    """The quarantine of an `ObjectStore`; see `object_store` for its keys. Everything except
+    `needed` is called under the catalog's lock."""
 
     def __init__(self, folders: StoreFolders, objects: Objects) -> None:
         super().__init__(folders)
@@ -32,13 +34,13 @@ class ObjectQuarantine(Quarantine):
         return f"{self._objects.url}/{ASIDE} (as marks)"
 
     def mark(self, why: str, weights: Iterable[str], revisions: Iterable[str]) -> None:
-        """Mark content as not needed; again, if it is marked already."""
+        """Mark content with the reason ``why``. Marking it again renews the mark's time."""
         for kind, digests in (("weights", weights), ("revisions", revisions)):
             for digest in digests:
                 self._objects.write(f"{why}/{kind}/{checked_digest(digest)}", b"")
 
     def unmark(self, weights: Iterable[str], revisions: Iterable[str]) -> None:
-        """Content is needed. Idempotent."""
+        """Remove all marks from content that is needed. Idempotent."""
         self._objects.delete(
             f"{why}/{kind}/{checked_digest(digest)}"
             for why in (UNNEEDED, ASIDE)
@@ -55,15 +57,15 @@ class ObjectQuarantine(Quarantine):
         self._objects.delete(f"weights/{weights}/{name}" for name in REQUIRED_FILES)
 
     def set_aside(self, weights: Iterable[str], revisions: Iterable[str]) -> None:
-        """See `Quarantine`: it stays where it is."""
+        """See `Quarantine`. The content is marked, not moved."""
         self.mark(ASIDE, weights, revisions)
 
     def bring_back(self, weights: Iterable[str], revisions: Iterable[str]) -> int:
-        """See `Quarantine`: what is set aside stays where it is."""
+        """See `Quarantine`. Nothing to do: content that was set aside was not moved."""
         return 0
 
     def held(self) -> list[Path]:
-        """Nothing that has a path."""
+        """See `Quarantine`. Empty, since nothing here has a local path."""
         return []
 
     def prune(self, most_bytes: int, older_than: float) -> list[tuple[str, int]]:

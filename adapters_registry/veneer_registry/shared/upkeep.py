@@ -111,7 +111,7 @@ def _check(db: Connection, address: PostgresAddress) -> None:
 def _fetched(
     objects: Objects, prefix: str, digest: str, check: Callable[[Path, str], str | None]
 ) -> tuple[str | None, int]:
-    """(what is wrong with a folder of the store, its size)."""
+    """Fetch a folder of the store. Return (what is wrong with it or None, its size)."""
     with tempfile.TemporaryDirectory(prefix="veneer-verify-") as name:
         folder, size = Path(name), 0
         for key, stat in objects.list(prefix).items():

@@ -1,4 +1,4 @@
-"""What the commands share: options, the warning about a busy machine, errors, results."""
+"""Shared by the commands: options, the warning about a busy machine, errors, results."""
 
 from __future__ import annotations
 
@@ -75,14 +75,14 @@ def warn_if_busy() -> None:
 
 
 def print_banners(found: Sequence[Banner]) -> None:
-    """What a reader must know before any figure."""
+    """Print what a reader must know before looking at any figure."""
     for banner in found:
         head = f"[{_COLOURS[banner.kind]}]{escape(banner.head)}[/]"
         OUT.print(f"{head} {escape(banner.text)}", soft_wrap=True)
 
 
 def print_notes(notes: Sequence[str]) -> None:
-    """What a reader of the figures should know of the target."""
+    """Print what a reader of the figures should know about the target."""
     for note in notes:
         OUT.print(f"[yellow]note:[/yellow] {escape(note)}", soft_wrap=True)
 
@@ -111,13 +111,13 @@ def finish(result: Mapping[str, Any], json_file: Path | None) -> None:
 
 
 def print_summary(figures: Mapping[str, float]) -> None:
-    """``key=value`` lines."""
+    """Print the figures as ``key=value`` lines."""
     for key, value in figures.items():
         print(f"{key}={value:.6g}")
 
 
 def check_writable(file: Path | None) -> None:
-    """Check before a run, not after it, that the file can be written.
+    """Check that the file can be written, before a run rather than after it.
 
     Raises:
         BadOption: the file's folder does not exist, or the file is a folder.

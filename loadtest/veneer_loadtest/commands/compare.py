@@ -282,10 +282,10 @@ async def _facts(client: AsyncClient, command: str) -> SystemFacts:
 def _programs_of(
     peers: Sequence[Peer], vllm: Path | None, llama: Path | None, model: Path | None
 ) -> Mapping[Peer, tuple[Path, ...]]:
-    """The files that each chosen peer is started from.
+    """Return the files from which each chosen peer is started.
 
     Raises:
-        BadOption: one of them was not given, or is not there.
+        BadOption: a file was not given, or does not exist.
     """
     needed = {
         Peer.VLLM: {"--vllm-python": vllm},
@@ -312,7 +312,7 @@ async def _started(
     scratch: Path,
     parallel: int,
 ) -> AsyncIterator[list[HttpSystem]]:
-    """The chosen peers that are servers, started and ready."""
+    """Start the chosen peers that are servers; yield them when all are ready."""
     async with AsyncExitStack() as stack:
         systems = []
         for each, paths in programs.items():
@@ -343,10 +343,10 @@ async def _answer_gates(
     reference: PeftPeerProcess,
     options: comparing.CompareOptions,
 ) -> dict[str, AnswersGate]:
-    """The gate of each peer, before any of them is measured.
+    """Check the answers of each peer, before any peer is measured.
 
     Raises:
-        GateFailed: a peer does not answer with the adapters that it was asked for.
+        GateFailed: a peer does not answer with the requested adapters.
         PeerError: a peer rejected a request.
     """
     gates = {}

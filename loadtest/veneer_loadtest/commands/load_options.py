@@ -22,7 +22,7 @@ _MOST_NAMES: int = 1_000_000
 
 
 class ApiChoice(Enum):
-    """Which OpenAI API."""
+    """The OpenAI API to call."""
 
     COMPLETIONS = "completions"
     CHAT = "chat"
@@ -153,7 +153,7 @@ def load_spec(
     requests: int,
     seed: int,
 ) -> LoadSpec:
-    """The load that these options mean, still without adapters.
+    """Build the load from these options; its adapters are set later.
 
     Raises:
         BadOption: a text cannot be parsed.
@@ -175,8 +175,8 @@ def load_spec(
 
 
 def names_of(text: str) -> tuple[str, ...]:
-    """``a,b``; ``a-{0..9}`` stands for ten names. ``base`` is a name like any other, not the
-    base model.
+    """Parse names such as ``a,b``; ``a-{0..9}`` stands for ten names. ``base`` is a name like
+    any other, not the base model.
 
     Raises:
         BadOption: a range that counts down, or has more than a million names.
@@ -199,7 +199,7 @@ def _counted(part: str) -> tuple[str, ...]:
 
 
 def targets_of(text: str) -> tuple[str, ...]:
-    """``all``, ``attention``, or projections by name.
+    """Parse ``all``, ``attention``, or names of projections.
 
     Raises:
         BadOption: anything else.
@@ -217,7 +217,7 @@ def targets_of(text: str) -> tuple[str, ...]:
 
 
 def numbers_of(option: str, text: str, *, least: int = 0) -> tuple[int, ...]:
-    """``1,8,32``; "" is none, where ``least`` is 0.
+    """Parse numbers such as ``1,8,32``; if ``least`` is 0, "" means none.
 
     Raises:
         BadOption: anything else, or a number below ``least``; names ``option``.

@@ -50,7 +50,7 @@ class Outputs:
     more: Mapping[Path, Callable[[Path], None]]
 
     def check(self) -> None:
-        """Check before the load, not after it.
+        """Check before the load, not after it, that the files can be written.
 
         Raises:
             BadOption: a file cannot be written.

@@ -1,4 +1,4 @@
-"""What a reader must know before any figure: why results may be misleading."""
+"""Warnings shown before any figure: why results may be misleading."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ _LATE_MS: Final = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Banner:
-    """``bad``: the figures do not answer the question; ``warn``: they may be inaccurate."""
+    """A warning. ``bad``: the figures do not answer the question; ``warn``: they may be
+    inaccurate."""
 
     kind: Literal["bad", "warn", "good"]
     head: str
@@ -100,11 +101,11 @@ def _few(columns: Sequence[ReportColumn]) -> list[Banner]:
 
 
 def few_samples(what: str, flag: str) -> Banner:
-    """For figures of fewer than `FEW` samples.
+    """Return the banner for figures of fewer than `FEW` samples.
 
     Args:
-        what: their number, and what they are of.
-        flag: the option that gives more.
+        what: the number of samples, and of what, such as ``3 requests``.
+        flag: the option that gives more samples.
     """
     text = (
         f"{what}. With fewer than {FEW} a median is rough, and p90 and p99 are no more than "

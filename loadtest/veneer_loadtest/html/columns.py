@@ -31,7 +31,7 @@ class ReportColumn:
     Attributes:
         result: its number, from 0.
         title: heading of a table's column; ``short``: label of a plot's line.
-        rate: of a probe of find-max, requests/s; ``kept``: whether it kept the limits.
+        rate: rate of a find-max probe, requests/s; ``kept``: whether the probe kept the limits.
     """
 
     result: int
@@ -44,14 +44,14 @@ class ReportColumn:
 
 
 def letter(number: int) -> str:
-    """A, B ... Z, A1 ..."""
+    """Return A, B ... Z, A1 ... for 0, 1 ..."""
     letters = string.ascii_uppercase
     again = number // len(letters)
     return letters[number % len(letters)] + (str(again) if again else "")
 
 
 def name_of(results: Sequence[Result], number: int, names: Sequence[str] = ()) -> str:
-    """A result's letter, if there are several, and its label, or its file's name."""
+    """Return a result's label or file name, after its letter if there are several results."""
     label = results[number].label or (names[number] if number < len(names) else "")
     if len(results) == 1:
         return label
@@ -59,8 +59,9 @@ def name_of(results: Sequence[Result], number: int, names: Sequence[str] = ()) -
 
 
 def columns_of(results: Sequence[LoadResult], names: Sequence[str] = ()) -> list[ReportColumn]:
-    """Of a run, each level. Of a single find-max, each probe, by rate; of several results, the
-    highest probe that kept the limits, or else the lowest."""
+    """Return the columns of the results. A run has one for each level. A find-max alone has one
+    for each probe, by rate; next to other results it has one, for the highest probe that kept
+    the limits, or else the lowest."""
     columns: list[ReportColumn] = []
     for number, result in enumerate(results):
         name = name_of(results, number, names)
@@ -106,9 +107,9 @@ def _probes(
 
 
 def drawn(columns: Sequence[ReportColumn]) -> list[ReportColumn]:
-    """The columns for plots over time or of distributions. Of a find-max's probes, the highest
-    that kept the limits and the lowest above it that broke them; of more columns than can be
-    told apart, an evenly spaced selection."""
+    """Select the columns for plots over time or of distributions. For a find-max, these are the
+    highest probe that kept the limits and the lowest above it that broke them. If there are
+    more columns than can be told apart, they are an evenly spaced selection."""
     if columns and all(column.rate is not None and column.result == 0 for column in columns):
         kept = [column for column in columns if column.kept][-1:]
         least = kept[0].rate or 0.0 if kept else 0.0
@@ -123,7 +124,7 @@ def drawn(columns: Sequence[ReportColumn]) -> list[ReportColumn]:
 def pairs(
     columns: Sequence[ReportColumn], results: int
 ) -> list[tuple[ReportColumn, ReportColumn]]:
-    """Columns of two results that belong side by side; none if the results do not match."""
+    """Pair the columns of two results; return no pairs if the results do not match."""
     if results != 2:
         return []
     first = [column for column in columns if column.result == 0]
@@ -152,7 +153,7 @@ class Figure:
 
 
 def ratio(figure: Figure, first: ReportColumn, second: ReportColumn) -> float | None:
-    """second / first, if that is meaningful."""
+    """Return second / first, or None if that is meaningless."""
     before, after = figure.get(first.level), figure.get(second.level)
     if not figure.compared or not before or after is None:
         return None

@@ -55,7 +55,7 @@ def compare_page(results: Sequence[CompareResult], names: Sequence[str] = ()) ->
 
 
 def _plots(result: CompareResult, number: int) -> list[Plot]:
-    """None if nothing was measured."""
+    """Return no plots if nothing was measured."""
     return [_throughput(result, number), _latency(result, number)] if result.levels else []
 
 

@@ -1,4 +1,4 @@
-"""Pages from the templates beside this module: one HTML file, no network, no scripts."""
+"""Render pages from the templates beside this module: one HTML file, no network, no scripts."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from veneer_loadtest.html.cautions import Banner
 def document(
     template: str, title: str, lede: Sequence[str], banners: Sequence[Banner], **parts: Any
 ) -> str:
-    """The whole file. All text is escaped, except plots, which are already SVG.
+    """Render the whole file. All text is escaped, except plots, which are already SVG.
 
     Args:
         template: ``load``, ``swap`` or ``compare``.
-        lede: lines.
-        parts: what else that template shows.
+        lede: opening lines of the page.
+        parts: the template's other variables.
     """
     page = _templates().get_template(f"{template}.html.j2")
     return page.render(title=title, lede=lede, banners=banners, **parts)

@@ -1,4 +1,4 @@
-"""What all plots share: colours, axes, and SVG that can share a page with other SVG."""
+"""Shared by all plots: colours, axes, and SVG that can share a page with other SVG."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COLOURS: Final = (
     "#000000",
     "#7F5F2A",
 )
-"""Okabe and Ito's, which colour-blind readers can tell apart, and a brown."""
+"""Okabe and Ito's palette, which colour-blind readers can tell apart, and a brown."""
 DASHES: Final[tuple[Any, ...]] = (
     "-",
     (0, (5, 2)),
@@ -119,12 +119,12 @@ class Plot:
 def canvas(
     rows: int, columns: int, height: float, **kwargs: Any
 ) -> Iterator[tuple[Any, list[list[Any]]]]:
-    """A figure and its axes, in our style whatever the user's own configuration says."""
+    """Yield a figure and its axes, in our style whatever the user's matplotlib settings."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with warnings.catch_warnings(), matplotlib.rc_context():
-        # Such as: the font for measuring widths lacks a character of a label.
+        # For example, the font that measures widths lacks a character of a label.
         warnings.simplefilter("ignore")
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_RC)
@@ -144,7 +144,7 @@ def svg_of(figure: Any, key: str, title: str) -> str:
     figure.savefig(out, format="svg", metadata=nothing)
     svg = ElementTree.fromstring(_NOT_XML.sub("\ufffd", out.getvalue()))  # nosec B314 # of matplotlib
     for part in svg.findall(f".//{_SVG}defs/{_SVG}style/.."):
-        part.clear()  # of all plots alike; the page has its own
+        part.clear()  # the same in all plots; the page has its own
     for part in svg.findall(f"{_SVG}metadata"):
         svg.remove(part)
     for part in svg.iter():
@@ -159,7 +159,8 @@ def svg_of(figure: Any, key: str, title: str) -> str:
 
 
 def _own(name: str, value: str, key: str) -> str:
-    """An attribute's value with ids of this plot, and colours that a dark page replaces."""
+    """Return an attribute's value with ids unique to this plot, and with colours that a dark
+    page can replace."""
     if name == "id":
         return f"{key}-{value}"
     if name == f"{_XLINK}href":
@@ -171,13 +172,13 @@ def _own(name: str, value: str, key: str) -> str:
 
 
 def legend(figure: Any, handles: Sequence[Any], most: int = 4) -> None:
-    """A legend above the plots, in at most ``most`` columns."""
+    """Draw a legend above the plots, in at most ``most`` columns."""
     columns = min(most, len(handles)) or 1
     figure.legend(handles=handles, loc="outside upper left", ncols=columns)
 
 
 def result_lines(names: Sequence[str], *, dashed: bool = True, **more: Any) -> list[Any]:
-    """A legend's entry for each result: its colour, its mark and its dash."""
+    """Return a legend entry for each result, with its colour, marker and dash."""
     from matplotlib.lines import Line2D
 
     return [
@@ -195,13 +196,13 @@ def result_lines(names: Sequence[str], *, dashed: bool = True, **more: Any) -> l
 
 
 def named_legend(figure: Any, names: Sequence[str], *, dashed: bool = False) -> None:
-    """A legend of the results' colours; none for a single result."""
+    """Draw a legend of the results' colours, unless there is a single result."""
     if len(names) > 1:
         legend(figure, result_lines(names, dashed=dashed))
 
 
 def log_axis(axis: Any, low: float, high: float) -> None:
-    """A logarithmic axis from ``low`` to ``high`` with a few round numbers on it."""
+    """Make the axis logarithmic, from ``low`` to ``high``, with a few round numbers on it."""
     from matplotlib.ticker import FixedLocator, NullLocator
 
     low, high = low / 1.12, high * 1.12
@@ -213,8 +214,8 @@ def log_axis(axis: Any, low: float, high: float) -> None:
 
 
 def from_zero(axis: Any, unit: str, room: float = 1.06) -> None:
-    """A linear vertical axis from 0 to above everything drawn on it and on the axes that share
-    it. Call it last: it fixes the limits."""
+    """Make the vertical axis linear, from 0 to above everything drawn on it and on the axes
+    that share it. Call it last: it fixes the limits."""
     axis.set_ylabel(unit)
     highest = max(other.dataLim.y1 for other in axis.get_shared_y_axes().get_siblings(axis))
     axis.set_ylim(0, highest * room if highest > 0 and math.isfinite(highest) else 1.0)
@@ -228,14 +229,14 @@ def _plain(axis: Any) -> None:
 
 
 def whole_numbers(axis: Any) -> None:
-    """Only whole numbers on the vertical axis."""
+    """Show only whole numbers on the vertical axis."""
     from matplotlib.ticker import MaxNLocator
 
     axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
 
 
 def seconds_axis(axis: Any, begin: float, end: float) -> None:
-    """A time axis with whole seconds; no label at the end, where the next plot's 0 is."""
+    """Label the time axis in whole seconds, except at its end, where the next plot's 0 is."""
     from matplotlib.ticker import MaxNLocator
 
     axis.set_xlim(begin, max(end, begin + 0.1))
@@ -244,7 +245,7 @@ def seconds_axis(axis: Any, begin: float, end: float) -> None:
 
 
 def _round_numbers(low: float, high: float) -> list[float]:
-    """Three to seven round numbers in this range, if possible."""
+    """Return three to seven round numbers in this range, if possible."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     found: list[float] = []
     for steps in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)):
@@ -261,6 +262,6 @@ def _round_numbers(low: float, high: float) -> list[float]:
 
 
 def tiers_in_order(names: Sequence[str]) -> list[str]:
-    """The fastest first; others, such as ``none``, last."""
+    """Sort tiers, the fastest first; other names, such as ``none``, last."""
     known = [tier for tier in TIERS if tier in names]
     return known + sorted(name for name in names if name not in TIERS)

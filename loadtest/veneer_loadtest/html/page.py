@@ -47,6 +47,7 @@ def page(results: Sequence[Result], names: Sequence[str] = ()) -> str:
     if len(compared) == len(results):
         return compare_page(compared, names)
     raise BadResult(
-        "side by side are results of one kind: of run and find-max, of swap, or of compare",
+        "only results of one kind can be shown side by side: of run and find-max, of swap, or "
+        "of compare",
         metadata={"cause": "kinds"},
     )

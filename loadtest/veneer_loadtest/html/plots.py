@@ -34,7 +34,7 @@ _KINDS: Final[tuple[tuple[str, str], ...]] = (
 
 
 def latencies(columns: Sequence[ReportColumn]) -> Plot:
-    """Cumulative distributions of the three latencies."""
+    """Plot the cumulative distributions of the three latencies."""
     title = "Latency: what share came within which time"
     kinds = [
         (name, rows)
@@ -96,7 +96,7 @@ def _cdf(axis: Any, name: str, rows: Rows) -> None:
 
 
 def _latency_caption(kinds: Sequence[tuple[str, Rows]]) -> str:
-    """For one run all three latencies, for several only their first tokens."""
+    """Describe all three latencies of one run, or only the first tokens of several runs."""
     things = {
         "First token": "the first tokens",
         "From one token to the next": "the tokens after them",

@@ -1,4 +1,4 @@
-"""Plots over the number of adapters, and over the rate."""
+"""Plots against the number of adapters, and against the rate."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _first_words(level: Level) -> str:
 
 
 def against_rate(results: Sequence[LoadResult]) -> list[Plot]:
-    """For find-max, the share that kept the limits at each rate; nothing for other results."""
+    """Plot the share that kept the limits at each rate of a find-max; skip other results."""
     found = [(n, r) for n, r in enumerate(results) if isinstance(r, FindMaxResult)]
     if not found:
         return []

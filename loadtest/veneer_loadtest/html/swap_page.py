@@ -117,7 +117,7 @@ def _first_tokens(results: Sequence[SwapResult], names: Sequence[str]) -> Plot:
 
 
 def _strip(axis: Any, place: int, number: int, of: int, case: CaseFigures) -> None:
-    """Every sample as a mark, the median as a line with its value."""
+    """Draw every sample as a mark, and the median as a line with its value."""
     width = 0.7 / of
     middle = place - 0.35 + width * (number + 0.5)
     samples = case.samples_ms

@@ -42,7 +42,7 @@ Row = Sequence[str | Cell]
 
 @dataclass(frozen=True, slots=True)
 class ReportTable:
-    """The first cell of a row names it; a row of one cell is a heading."""
+    """A table. The first cell of a row names it; a row of one cell is a heading."""
 
     head: Row
     rows: Sequence[Row]
@@ -51,7 +51,7 @@ class ReportTable:
 
 @dataclass(frozen=True, slots=True)
 class Grouped:
-    """A table whose first column names a group of rows, its second each."""
+    """A table whose first column names a group of rows, and whose second names each row."""
 
     head: Row
     groups: Mapping[str, Sequence[Row]]
@@ -60,7 +60,7 @@ class Grouped:
 def plain_facts(
     results: Sequence[Result], names: Sequence[str], workloads: Sequence[str]
 ) -> ReportTable:
-    """What was run, where and on what, of any kind of result."""
+    """Tabulate what was run, where and on what, for results of any kind."""
     conditions = [result.conditions for result in results]
     told = {
         "label": [result.label for result in results],
@@ -76,7 +76,7 @@ def plain_facts(
 
 
 def facts(results: Sequence[LoadResult], names: Sequence[str] = ()) -> ReportTable:
-    """What was run, where and on what: a column for each result."""
+    """Tabulate what was run, where and on what: a column for each result."""
     rows: list[Row] = []
 
     def row(name: str, cells: Sequence[str], kind: str = "") -> None:
@@ -138,7 +138,7 @@ def _busy_words(conditions: Mapping[str, object]) -> str:
 
 
 def key_figures(columns: Sequence[ReportColumn], results: int) -> list[Grouped]:
-    """A row for each figure; with two runs that match, their ratio."""
+    """Tabulate the figures, one a row; if two runs match, with their ratio."""
     matched = pairs(columns, results)
     rows_of = _ratio_rows if matched else _plain_rows
     blocks: list[Sequence[ReportColumn]] = [list(pair) for pair in matched]
@@ -189,7 +189,8 @@ def _number(value: int) -> str:
 def _in_blocks(
     name: str, columns: Sequence[ReportColumn], rows: Sequence[Row]
 ) -> list[ReportTable]:
-    """A table with a column for each load, in parts that fit the page; none without rows."""
+    """Build a table with a column for each load, in parts that fit the page; none without
+    rows."""
     tables: list[ReportTable] = []
     if not rows:
         return tables
@@ -225,7 +226,7 @@ def _split(split: RequestSplit) -> list[str]:
 
 
 def by_tier(columns: Sequence[ReportColumn]) -> list[ReportTable]:
-    """A row for each tier, under each column's name."""
+    """Tabulate requests by tier, under each column's name."""
     rows: list[Row] = []
     for column in columns:
         if len(columns) > 1:
@@ -237,7 +238,7 @@ def by_tier(columns: Sequence[ReportColumn]) -> list[ReportTable]:
 
 
 def adapters(columns: Sequence[ReportColumn]) -> list[ReportTable]:
-    """The most requested adapters of each column, and the others together."""
+    """Tabulate the most requested adapters of each column, and all others in one row."""
     rows: list[Row] = []
     for column in columns:
         named = [item for item in column.level.by_adapter.items() if item[0] != OTHER]
@@ -259,7 +260,7 @@ def adapters(columns: Sequence[ReportColumn]) -> list[ReportTable]:
 
 
 def server_counts(columns: Sequence[ReportColumn]) -> list[ReportTable]:
-    """What the server counted; no table if its metrics were not read."""
+    """Tabulate what the server counted; return no table if its metrics were not read."""
     servers = [column.level.server for column in columns]
     if not any(servers):
         return []

@@ -1,4 +1,4 @@
-"""Plots of where adapters were."""
+"""Plots of which tier adapters were in."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def _eviction(key: str) -> str:
 
 
 def first_token_by_tier(columns: Sequence[ReportColumn]) -> Plot:
-    """Bars of p50 and p99, a group for each tier, a bar for each run."""
+    """Plot p50 and p99 as bars: a group for each tier, a bar for each run."""
     title = "First token by where the adapter was found"
     found = {
         tier
@@ -174,7 +174,7 @@ def _tier_bars(axis: Any, columns: Sequence[ReportColumn], tiers: Sequence[str])
 
 
 def _bar_text(requests: int, p50: float, p99: float, bars: int) -> str:
-    """As much text as there is room for."""
+    """Return as much text as there is room for."""
     if bars > _LABELLED:
         return f"{requests:,}"
     between = " / " if bars <= _LABELLED // 2 else "\n"

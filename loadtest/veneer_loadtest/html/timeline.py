@@ -32,7 +32,7 @@ ROW: Final = 4
 
 _BINS: Final = 60
 _LEAST_BIN_S: Final = 1.0
-"""Most bins of a timeline: more and shorter ones look like noise."""
+"""Limits on the bins of a timeline: more or shorter bins look like noise."""
 
 
 def timelines(columns: Sequence[ReportColumn]) -> list[Plot]:
@@ -83,7 +83,7 @@ def _timeline(columns: Sequence[ReportColumn], number: int, parts: int) -> Plot:
 
 
 def _key(columns: Sequence[ReportColumn], end: float, *, waits: bool) -> list[str]:
-    """What the marks mean, for those that were drawn."""
+    """Explain the marks that were drawn."""
     told = []
     if any(column.load.warmup_s for column in columns):
         told.append("Shaded: warm-up.")
@@ -118,7 +118,7 @@ def _draw_timeline(axes: Sequence[Any], column: ReportColumn) -> None:
 
 
 def _draw_waits(axis: Any, column: ReportColumn, tiers: Sequence[str]) -> None:
-    """A row of ticks for each tier."""
+    """Draw a row of ticks for each tier."""
     for row, tier in enumerate(tiers):
         at = [each.at_s for each in column.level.loads if each.tier == tier]
         colour = TIER_COLOURS.get(tier, GREY)
@@ -129,7 +129,7 @@ def _draw_waits(axis: Any, column: ReportColumn, tiers: Sequence[str]) -> None:
 
 
 def shade_warmup(axis: Any, column: ReportColumn, end: float) -> None:
-    """Grey for the warm-up, and a line where the load ended but requests still ran."""
+    """Shade the warm-up, and draw a line where the load ended but requests still ran."""
     if column.load.warmup_s:
         axis.axvspan(0, column.load.warmup_s, color="#9ca3af", alpha=0.22, linewidth=0)
     if 0 < column.load.duration_s < end:
@@ -137,7 +137,7 @@ def shade_warmup(axis: Any, column: ReportColumn, end: float) -> None:
 
 
 def _starts(line: Timeline) -> list[int]:
-    """The first bucket of each bin; buckets left at the end belong to the last bin."""
+    """Return the first bucket of each bin; buckets left at the end belong to the last bin."""
     buckets = len(line.due)
     step = max(1, math.ceil(buckets / _BINS), round(_LEAST_BIN_S / line.bucket_s))
     return [number * step for number in range(max(1, buckets // step))]

@@ -17,7 +17,8 @@ _TAIL: Final = 100
 
 
 def amount(value: float) -> str:
-    """Three significant digits, or all before the point: ``0.53``, ``80.9``, ``1,019``."""
+    """Format with three significant digits, or all digits before the point: ``0.53``,
+    ``80.9``, ``1,019``."""
     if not math.isfinite(value):
         return str(value)
     size = abs(value)
@@ -31,14 +32,14 @@ def amount(value: float) -> str:
 
 
 def ms(milliseconds: float) -> str:
-    """A time with its unit; from 10,000 ms on, seconds."""
+    """Format a time with its unit: milliseconds, or seconds from 10,000 ms on."""
     if milliseconds >= 10_000:
         return f"{milliseconds / 1e3:,.1f} s"
     return f"{amount(milliseconds)} ms"
 
 
 def share(value: float) -> str:
-    """``12.5%``; exactly 1 is 100%, and exactly 0 is 0%."""
+    """Format a share as ``12.5%``; only 1 is 100%, and only 0 is 0%."""
     text = f"{value:.1%}"
     if text == "100.0%":
         return "100%" if value >= 1 else "above 99.9%"
@@ -48,12 +49,12 @@ def share(value: float) -> str:
 
 
 def count(number: float, one: str, many: str = "") -> str:
-    """``1 request``, ``2 requests``."""
+    """Format a count: ``1 request``, ``2 requests``."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def bytes_words(size: float) -> str:
-    """``19.5 MB``."""
+    """Format bytes: ``19.5 MB``."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(size) < 1000:
             return f"{size:,.0f} {unit}" if unit == "B" else f"{amount(size)} {unit}"
@@ -62,12 +63,12 @@ def bytes_words(size: float) -> str:
 
 
 def shortened(text: str, length: int) -> str:
-    """At most this many characters."""
+    """Shorten the text to at most ``length`` characters."""
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"
 
 
 def spread(things: str, values: Distribution) -> str:
-    """Half of ``things`` came within a time, and how long the slowest took."""
+    """Say within which time half of ``things`` came, and how long the slowest took."""
     slow = (
         f"one in a hundred took more than {ms(values.p99)}"
         if values.count >= _TAIL
@@ -77,19 +78,19 @@ def spread(things: str, values: Distribution) -> str:
 
 
 def rate_words(rate: float) -> str:
-    """``2.38 requests/s``."""
+    """Format a rate: ``2.38 requests/s``."""
     return f"{amount(rate)} request{'' if rate == 1 else 's'}/s"
 
 
 def adapters_words(names: Sequence[str]) -> str:
-    """Their number, and the first few names."""
+    """Return the number of adapters, and the first few names."""
     shown = ["the base model" if not name else shortened(name, 40) for name in names[:3]]
     rest = ", …" if len(names) > len(shown) else ""
     return f"{count(len(names), 'adapter')} ({', '.join(shown)}{rest})"
 
 
 def load_words(load: LoadSpec, rates: Sequence[float] = ()) -> list[str]:
-    """A load in sentences; ``rates``: those that were tried, if there were several."""
+    """Describe a load in sentences; ``rates``: the rates that were tried, if several were."""
     told = [_arrivals(load, rates), _popularity(load.popularity)]
     prompts = "words" if load.text else "random token ids"
     told.append(
@@ -145,7 +146,7 @@ def _lengths(lengths: Lengths) -> str:
 
 
 def limits_words(limits: SloLimits) -> str:
-    """``first token within 500 ms, ...``."""
+    """Format limits: ``first token within 500 ms, ...``."""
     named = (
         ("first token within", limits.ttft_ms),
         ("mean time between tokens within", limits.tpot_ms),
@@ -155,7 +156,7 @@ def limits_words(limits: SloLimits) -> str:
 
 
 def load_average(conditions: Mapping[str, Any]) -> tuple[float, ...]:
-    """Load averages of 1, 5 and 15 minutes; none if the file has none."""
+    """Return the load averages of 1, 5 and 15 minutes, or nothing if the file has none."""
     found = conditions.get("load_average")
     if not isinstance(found, Sequence) or isinstance(found, str):
         return ()
@@ -163,7 +164,7 @@ def load_average(conditions: Mapping[str, Any]) -> tuple[float, ...]:
 
 
 def machine_words(conditions: Mapping[str, Any]) -> str:
-    """CPU, cores, memory, system."""
+    """Describe the machine: CPU, cores, memory, system."""
     memory = conditions.get("memory_bytes")
     parts = [
         str(conditions.get("cpu") or "CPU unknown"),

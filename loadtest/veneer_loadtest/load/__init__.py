@@ -1,1 +1,1 @@
-"""The load of ``veneer-loadtest run``: its requests, who sends them, and their results."""
+"""The load of ``veneer-loadtest run``: its requests, the sending workers, and the results."""

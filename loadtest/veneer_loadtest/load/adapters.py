@@ -1,4 +1,4 @@
-"""Which adapters a load uses: those the server has, folders, or synthetic ones."""
+"""The adapters of a load: adapters that the server has, folders, or synthetic ones."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _TELL_EVERY: int = 100
 
 @dataclass(frozen=True, slots=True)
 class AdapterOptions:
-    """Which adapters: those the server has (``names``), folders, or synthetic ones.
+    """Options that choose the adapters: names on the server, folders, or synthetic ones.
 
     Attributes:
-        first: for each number, a level on that many of the first ``names`` or folders;
-            empty: one level on all of them.
+        first: numbers N; each is a level on the first N of ``names`` or of the folders. Empty:
+            one level on all of them.
         generate: number of synthetic adapters, by level; empty: 8 if nothing else is given.
-        ranks: of the synthetic ones, in turn.
+        ranks: ranks of the synthetic adapters, in turn.
         targets: projections that synthetic adapters adapt.
         keep: published adapters are not deleted at the end.
     """
@@ -56,14 +56,14 @@ class AdapterOptions:
             )
 
     def synthetic(self, *, traced: bool) -> bool:
-        """Whether the adapters are synthetic, made for the served base."""
+        """Return whether the adapters are synthetic, made for the served base."""
         return self.folder is None and not self.names and not traced
 
     def levels(self, names: tuple[str, ...]) -> Sequence[tuple[str, ...]]:
-        """The names of each level; ``("",)`` is the base.
+        """Return the names of each level; ``("",)`` is the base.
 
         Raises:
-            BadOption: ``first`` is more than there are.
+            BadOption: a number in ``first`` is larger than the number of adapters.
         """
         if self.first and max(self.first) > len(names):
             raise BadOption(f"--first {max(self.first)}: there are {len(names)} adapters")
@@ -71,7 +71,7 @@ class AdapterOptions:
 
 
 def names_of(adapters: AdapterOptions, traced: Traced | None) -> tuple[str, ...]:
-    """The adapters of the trace, else the given names; ``""`` is the base."""
+    """Return the adapters of the trace, or else the given names; ``""`` is the base."""
     if traced is not None:
         return tuple(sorted({line.adapter for line in read_trace(Path(traced.path))}))
     return tuple(adapters.names) or ("",)
@@ -84,12 +84,12 @@ def chosen(
     scratch: Path,
     tell: Callable[[str], None],
 ) -> tuple[Mapping[str, Path] | Iterable[tuple[str, Path]], Sequence[tuple[str, ...]]]:
-    """The adapters to publish, and the names of each level.
+    """Return the adapters to publish, and the names of each level.
 
     Args:
-        shape: of the base that synthetic adapters are for; None if there are none.
+        shape: sizes of the base for synthetic adapters; None if the adapters are not synthetic.
         scratch: a folder for synthetic adapters.
-        tell: called with messages about progress.
+        tell: called with progress messages.
     """
     if adapters.folder is not None:
         found = setup.find_adapters(adapters.folder)
@@ -110,8 +110,8 @@ def _made(
     scratch: Path,
     tell: Callable[[str], None],
 ) -> Iterator[tuple[str, Path]]:
-    """Synthetic adapters, each removed when the next one is requested: the server keeps its
-    own copy, and thousands of them would need the disk space twice."""
+    """Make synthetic adapters, and remove each when the next one is requested: the server keeps
+    its own copy, and thousands of adapters would need the disk space twice."""
     for number, name in enumerate(names):
         folder = workload.make_adapter(
             scratch / name,

@@ -1,4 +1,4 @@
-"""Every request of a load as a row of a CSV file."""
+"""Write each request of a load as a row of a CSV file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Computes the figures of a load from its records; `results` says what they mean."""
+"""Compute the figures of a load from its records; `results` documents them."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ _MOST_LOADS: Final = 2000
 _BUCKETS: Final = 300
 """Most buckets of a timeline: as many as a plot can show."""
 _LOADED_MS: Final = 0.1
-"""A shorter wait for an adapter does not count as one."""
+"""Shorter waits for an adapter are not counted."""
 
 _ROUNDING_S: Final = 1e-3
-"""More than the error of a sum of 32-bit gaps."""
+"""Larger than the error of a sum of 32-bit gaps."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -56,7 +56,7 @@ def level(
     residency: TierShares | None = None,
     server: ServerCounts | None = None,
 ) -> Level:
-    """All figures of one load."""
+    """Compute all figures of one load."""
     whole = loaded.wall_s
     end = min(load.duration_s or math.inf, whole)
     window = max(end - load.warmup_s, 1e-9)
@@ -114,7 +114,7 @@ def totals(records: Iterable[Record]) -> Totals:
 
 
 def distribution(milliseconds: Samples) -> Distribution | None:
-    """None if there are no values."""
+    """Return the distribution of the values, or None if there are none."""
     if not len(milliseconds):
         return None
     values = np.sort(np.asarray(milliseconds, dtype=np.float64))
@@ -145,8 +145,8 @@ def _gaps(records: Iterable[Record]) -> Floats:
 
 
 def _arrivals(records: Iterable[Record]) -> tuple[Floats, Floats]:
-    """When each message with tokens arrived, over all requests and unordered, and how many
-    tokens it counts for: 1, unless the server says that its chunks held more."""
+    """Return when each message with tokens arrived, for all requests and in no order, and how
+    many tokens it counts for: 1, unless the server says that its messages held more."""
     times, weights = [np.zeros(0)], [np.zeros(0)]
     for r in records:
         if r.first_s is None:

@@ -1,7 +1,8 @@
-"""The highest rate that keeps limits: the rate is doubled until it breaks them, then bisected.
+"""Search for the highest rate that keeps the limits: double the rate until it breaks them, then
+bisect.
 
-Each rate is a separate open loop. A closed loop could not find it: it slows down with the
-server.
+Each rate is a separate open loop. A closed loop could not find the highest rate, because it
+slows down with the server.
 """
 
 from __future__ import annotations
@@ -12,17 +13,18 @@ from typing import Final
 from veneer_loadtest.results import Level, Probe
 
 HIGHEST: Final = 100_000.0
-"""Requests per second at which the search stops although no limit was broken."""
+"""Requests per second at which the search stops even if no limit was broken."""
 
 _LOWEST: Final = 100
 """The search gives up below the first rate divided by this."""
 
 Tried = Callable[[float], Awaitable[Level | None]]
-"""Sends a load at a rate; None ends the search."""
+"""Function that sends a load at a rate; if it returns None, the search ends."""
 
 
 def keeps(level: Level, share: float) -> bool:
-    """Whether at least ``share`` of the requests kept the limits; False if none succeeded."""
+    """Return whether at least ``share`` of the requests kept the limits; False if none
+    succeeded."""
     return level.slo is not None and level.slo.share >= share and level.requests.ok > 0
 
 
@@ -32,13 +34,13 @@ async def find_max(
     """Search from ``begin`` requests a second.
 
     Args:
-        share: of the requests that must keep the limits.
+        share: share of the requests that must keep the limits.
         precision: the search ends when the lowest rate that broke the limits is at most
             this much (0.1: 10 %) above the highest that kept them.
 
     Returns:
         the rates tried, in order; the highest rate that kept the limits (0: none did);
-        whether a higher one was seen to break them.
+        whether a higher rate broke them.
     """
     probes: list[Probe] = []
     good, bad = 0.0, HIGHEST

@@ -1,7 +1,7 @@
 """The load generator: worker processes that share a load, and the results they report.
 
-Processes, not threads: an event loop that sends a thousand requests per second needs a core
-to itself, and answers that are read late would make the server look slow.
+Workers are processes, not threads: an event loop that sends a thousand requests per second
+needs a core to itself, and answers that are read late would make the server look slow.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from veneer_loadtest.load.wire import (
 )
 
 _HEAD_START_S: Final = 0.1
-"""From when the last worker is ready to the start of the load."""
+"""Time between the last worker becoming ready and the start of the load."""
 
 
 @dataclass(slots=True)
@@ -43,14 +43,14 @@ class LoadOutcome:
     """The results of a load; they grow while it runs.
 
     Attributes:
-        start: in ``time.monotonic()``; 0 before the load has begun.
+        start: when the load began, in ``time.monotonic()``; 0 before that.
         records: in the order in which requests ended.
         sent: requests begun, by worker.
         wall_s: from the start to the last request's end, or to now while the load runs.
         cpu_s: CPU time of the generator: workers and this process.
         stopped: the load was ended early.
-        failure: why a worker process ended by itself; the results of the others, and those
-            that it had reported by then, are kept.
+        failure: why a worker process ended by itself. Results that it had reported by then,
+            and those of the other workers, are kept.
     """
 
     start: float = 0.0
@@ -79,8 +79,8 @@ async def generate(
     """Send a load and return its results.
 
     Args:
-        timeout_s: of each request; one that takes longer has failed.
-        stop: set it to end early: running requests are cancelled, ended ones are kept.
+        timeout_s: timeout of each request; a request that takes longer has failed.
+        stop: set it to end early: running requests are cancelled, results so far are kept.
         on_progress: called as results come in, about ten times per second and worker.
 
     Raises:

@@ -18,7 +18,7 @@ _RECENT_S: Final = 5.0
 
 
 class LiveView:
-    """A few lines that are redrawn; nothing if standard error is not a terminal."""
+    """A few lines that are redrawn; shows nothing if standard error is not a terminal."""
 
     def __init__(self, title: str, duration_s: float) -> None:
         self._title = title

@@ -1,4 +1,4 @@
-"""Any endpoint with OpenAI's completions or chat API, streamed over HTTP."""
+"""Target for any endpoint with OpenAI's completions or chat API, streamed over HTTP."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from veneer_loadtest.load.spec import LoadSpec
 from veneer_loadtest.load.targets import OpenAiSpec, Target, TargetStream
 
 API_KEY: Final = "OPENAI_API_KEY"
-"""Environment variable of the API key, which is in no option and no result."""
+"""Environment variable with the API key, so that no option and no result contains it."""
 
 _DATA: Final = b"data:"
 _LONGEST_LINE: Final = 8 << 20
@@ -145,7 +145,7 @@ def _refusal(status: int, body: bytes) -> HttpFailed:
 
 
 async def list_models(url: str) -> tuple[str, ...] | None:
-    """The models that ``GET /v1/models`` lists; None if the endpoint has no such list.
+    """Return the models that ``GET /v1/models`` lists, or None if there is no such list.
 
     Raises:
         TargetFailed: no server answers, or it refuses the API key.

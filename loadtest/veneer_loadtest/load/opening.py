@@ -1,4 +1,4 @@
-"""Opens the target that a command's options name: its adapters, and checks of both."""
+"""Open the target that a command's options name, publish its adapters, and check both."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ __all__ = ["AdapterOptions", "Opened", "TargetOptions", "opened"]
 
 @dataclass(frozen=True, slots=True)
 class TargetOptions:
-    """What to load: exactly one of ``spawn``, ``server`` and ``openai``.
+    """The server to load: exactly one of ``spawn``, ``server`` and ``openai``.
 
     Attributes:
         openai: URL of an OpenAI-compatible server.
-        model: there, the model of requests without an adapter.
-        metrics: ``HOST:PORT`` of a Veneer server's metrics; known for a spawned one.
+        model: model of requests without an adapter, on an OpenAI-compatible server.
+        metrics: ``HOST:PORT`` of a Veneer server's metrics; not needed for a spawned server.
         text: prompts are words, not token ids.
     """
 
@@ -70,11 +70,11 @@ class Opened:
     """A target that answers, with its adapters.
 
     Attributes:
-        facts: for the result file.
+        facts: facts about the target for the result file.
         adapters: names by level; ``("",)`` is the base.
         vocab: number of token ids to sample from; 0: prompts are text.
-        metrics: where to scrape, or None.
-        notes: what a reader of the figures should know.
+        metrics: address to scrape, or None.
+        notes: notes for readers of the figures.
     """
 
     spec: TargetSpec
@@ -97,7 +97,7 @@ async def opened(
     Published adapters are deleted at the end, unless they were there before or are to be kept.
 
     Args:
-        tell: called with messages about progress, where it takes long.
+        tell: called with progress messages if publishing takes long.
 
     Raises:
         BadOption: options that cannot be combined.

@@ -1,6 +1,6 @@
-"""A `LoadSpec` as a finite or endless sequence of requests, each with its due time.
+"""Turn a `LoadSpec` into a finite or endless sequence of requests, each with its due time.
 
-Sampled in blocks, each quantity from its own random generator, so that request number i is
+Each quantity is sampled in blocks from its own random generator, so that request number i is
 the same however many workers share the load and however many requests are read.
 """
 
@@ -39,8 +39,8 @@ class Planned:
     Attributes:
         index: its number in the load, from 0.
         at_s: when it is due, seconds after the start; 0 in a closed loop.
-        prompt: its text, from a trace; "" where tokens are sampled.
-        leave_after: its caller cancels after this many tokens (0: at once); None: never.
+        prompt: its text, from a trace; "" if tokens are sampled.
+        leave_after: number of tokens after which its caller cancels (0: at once); None: never.
     """
 
     index: int
@@ -53,10 +53,10 @@ class Planned:
 
 
 def plan(spec: LoadSpec) -> Iterator[Planned]:
-    """The requests in order; endless for a closed loop without a request limit.
+    """Yield the requests in order; endless for a closed loop without a request limit.
 
     Raises:
-        BadTrace: at the first step.
+        BadTrace: at the first request, if the trace cannot be read.
     """
     limit = spec.requests or math.inf
     source = _traced(spec, spec.arrivals) if isinstance(spec.arrivals, Traced) else _drawn(spec)
@@ -109,7 +109,7 @@ def _leave(spec: LoadSpec, share: float, place: float, tokens: int) -> int | Non
 def _blocks(
     seed: int, name: str, draw: Callable[[np.random.Generator], npt.NDArray[np.generic]]
 ) -> Iterator[npt.NDArray[np.generic]]:
-    """Values of one quantity, from a random generator that no other quantity uses."""
+    """Yield values of one quantity, from a random generator that no other quantity uses."""
     random = np.random.default_rng([seed, *name.encode()])
     while True:
         yield from draw(random)
@@ -149,7 +149,7 @@ def _leave_draws(
 
 
 def _which(popularity: AdapterMix, adapters: int, seed: int) -> Iterator[int]:
-    """Indices into the list of adapters; see `AdapterMix`."""
+    """Yield indices into the list of adapters; see `AdapterMix`."""
     random = np.random.default_rng([seed, *b"which"])
     parameter = popularity.parameter
     match popularity.kind:
@@ -177,7 +177,7 @@ def _which(popularity: AdapterMix, adapters: int, seed: int) -> Iterator[int]:
 
 
 def prompt_ids(spec: LoadSpec, request: Planned) -> tuple[int, ...]:
-    """Random ordinary tokens, so that no two prompts share a prefix."""
+    """Return random ordinary tokens, so that no two prompts share a prefix."""
     random = np.random.default_rng([spec.seed, request.index])
     # The first few hundred ids of most vocabularies are control and byte tokens.
     first = min(1000, spec.vocab // 2)
@@ -185,7 +185,7 @@ def prompt_ids(spec: LoadSpec, request: Planned) -> tuple[int, ...]:
 
 
 def prompt_text(spec: LoadSpec, request: Planned) -> str:
-    """The trace's own text, or common words, about one token each."""
+    """Return the trace's text, or else common words of about one token each."""
     if request.prompt:
         return request.prompt
     random = np.random.default_rng([spec.seed, request.index])

@@ -1,4 +1,4 @@
-"""A load as one round of a measurement: the load generator sends it to its end."""
+"""Send a whole load as one round of a measurement."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _TIMEOUT_S: float = 600.0
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What one load on one system measured.
+    """Measurements of one load on one system.
 
     Attributes:
         wall_s: from the first call to the last token of the last stream.
-        tokens: new tokens in all.
-        first_token_s: one for each stream.
+        tokens: new tokens in total.
+        first_token_s: time to first token of each stream.
         gaps_s: time between tokens, all streams together.
         client_cpu_s: CPU time of the load generator (0 for a system without one).
         cached_prompt_tokens: prompt tokens found in the prefix cache, all streams.
@@ -43,7 +43,7 @@ async def send_round(name: str, load: LoadSpec, target: TargetSpec) -> Round:
     """Send a load from a separate process, as a server's users would.
 
     Args:
-        name: of the server, for errors.
+        name: name of the server, for errors.
 
     Raises:
         TargetFailed: a request failed, or an answer had no token.

@@ -1,4 +1,4 @@
-"""Sends loads to an opened target, one after the other, until done or stopped."""
+"""Send loads to an opened target, one after the other, until done or stopped."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ from veneer_loadtest.results import Level, SloLimits
 from veneer_loadtest.server_metrics import MetricsWatch
 
 _RATE_OF_A_WORKER: float = 300.0
-"""Requests per second; measured with short streams over gRPC, see docs/loadtest.md."""
+"""Requests per second that one worker can send; measured with short streams over gRPC, see
+docs/loadtest.md."""
 
 
 class StopSignal:
-    """Whether the run is to end, and why."""
+    """Signal that ends the run, with the reason."""
 
     def __init__(self) -> None:
         self.event = asyncio.Event()
@@ -41,7 +42,7 @@ class StopSignal:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopSignal]:
-    """Ctrl-C and SIGTERM end the run but keep its report; a second one ends this process."""
+    """Let Ctrl-C and SIGTERM end the run but keep its report; a second one ends the process."""
     loop = asyncio.get_running_loop()
     stop = StopSignal()
     previous = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
@@ -64,7 +65,7 @@ def stop_on_signals() -> Iterator[StopSignal]:
 
 
 def worker_count(asked: int, load: LoadSpec) -> int:
-    """``asked``, or for 0 as many as the load's rate needs, at most one per core."""
+    """Return ``asked``; if 0, as many as the load's rate needs, at most one per core."""
     if asked:
         return asked
     match load.arrivals:
@@ -80,7 +81,7 @@ def worker_count(asked: int, load: LoadSpec) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A target, and how it is loaded."""
+    """A target, and settings for the loads on it."""
 
     opened: Opened
     workers: int
@@ -89,7 +90,7 @@ class Session:
     stop: StopSignal
 
     async def run(self, load: LoadSpec, title: str) -> tuple[Level, LoadOutcome]:
-        """Send one load; returns its results, up to a stop.
+        """Send one load; return its results up to the end or a stop.
 
         Raises:
             TargetFailed: the target can no longer be reached.
@@ -129,5 +130,5 @@ class Session:
 
 
 def with_adapters(load: LoadSpec, adapters: tuple[str, ...], vocab: int) -> LoadSpec:
-    """The same load on these adapters; without a ``vocab`` prompts are words."""
+    """Return the same load on these adapters; without a ``vocab`` prompts are words."""
     return msgspec.structs.replace(load, adapters=adapters, vocab=vocab, text=not vocab)

@@ -1,6 +1,6 @@
 """The definition of a load, from command-line options and as data for worker processes.
 
-All randomness depends only on ``seed`` and the request's number: one worker or eight send
+All randomness depends only on ``seed`` and the request's number, so one worker or eight send
 the same load.
 """
 
@@ -15,13 +15,13 @@ from veneer_loadtest.errors import BadOption
 
 
 class Closed(msgspec.Struct, frozen=True, tag="closed"):
-    """Each of ``streams`` sends its next request when its last one has ended."""
+    """Closed loop: each of ``streams`` sends its next request when its last one has ended."""
 
     streams: int
 
 
 class Open(msgspec.Struct, frozen=True, tag="open"):
-    """Requests arrive at times of their own, however slow the server is.
+    """Open loop: requests arrive at their own times, however slow the server is.
 
     Attributes:
         rate: mean requests a second.
@@ -35,7 +35,7 @@ class Open(msgspec.Struct, frozen=True, tag="open"):
 
 
 class Traced(msgspec.Struct, frozen=True, tag="trace"):
-    """Requests from a file (see `trace`), with its times divided by ``speed``."""
+    """Requests from a trace file (see `trace`), with their times divided by ``speed``."""
 
     path: str
     speed: float = 1.0
@@ -47,13 +47,13 @@ PopularityKind = Literal["identical", "uniform", "zipf", "powerlaw", "distinct",
 
 
 class AdapterMix(msgspec.Struct, frozen=True):
-    """Which adapter a request uses.
+    """How each request's adapter is chosen.
 
     - ``identical``: always the first one
     - ``uniform``: each equally likely
     - ``zipf:S``: the k-th with probability proportional to 1 / k^S
-    - ``powerlaw:A``: the adapter at floor(n * U^(1/A)) of n, U uniform, as S-LoRA's
-      benchmark samples; 1 is uniform, below 1 the first ones are used more often
+    - ``powerlaw:A``: the adapter at floor(n * U^(1/A)) of n, U uniform, as in S-LoRA's
+      benchmark; 1 is uniform, below 1 the first adapters are used more often
     - ``distinct``: each once per cycle, every cycle in a new random order
     - ``roundrobin``: in order, again and again (the worst case for an LRU cache that is
       too small)
@@ -71,9 +71,9 @@ _PLAIN: Final = ("identical", "uniform", "distinct", "roundrobin")
 
 
 class Lengths(msgspec.Struct, frozen=True):
-    """How many tokens: uniform between ``low`` and ``high``, both included; or, with
-    ``mean``, log-normal with that mean and coefficient of variation ``cv``, cut to
-    ``low``..``high``."""
+    """Distribution of a number of tokens: uniform between ``low`` and ``high``, both
+    included; or, if ``mean`` is set, log-normal with that mean and coefficient of variation
+    ``cv``, clipped to ``low``..``high``."""
 
     low: int
     high: int
@@ -91,12 +91,12 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         adapters: names in order of popularity; ``""`` is the base model.
-        duration_s: no request is begun after it; with ``requests`` too, whichever
-            comes first. 0: no limit (for a trace: its end).
-        warmup_s: requests due before it are sent, but not measured.
-        requests: most requests; 0: no limit.
-        cancel_share: share of the requests, 0 to 1, whose caller cancels after 0 to all but
-            one of their tokens, each number equally likely.
+        duration_s: no request is begun after it, or after ``requests``, whichever comes
+            first. 0: no limit (for a trace: its end).
+        warmup_s: requests due before this time are sent but not measured.
+        requests: maximum number of requests; 0: no limit.
+        cancel_share: share of the requests, 0 to 1, whose caller cancels. It does so after
+            0 to all but one of the tokens, each number equally likely.
         text: prompts are words, not token ids.
         vocab: size of the base's vocabulary, from which token ids are sampled.
         ignore_eos: answers continue after an end of sequence, so that all have the requested
@@ -121,10 +121,10 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True):
 def parse_arrivals(
     *, rate: float | None, streams: int | None, arrivals: str, trace: str | None, speed: float
 ) -> Arrivals:
-    """The arrivals that ``--rate``/``--arrivals``, ``--streams`` or ``--trace`` define.
+    """Parse the arrivals from ``--rate``/``--arrivals``, ``--streams`` or ``--trace``.
 
     Raises:
-        BadOption: none or several of them, or an invalid value.
+        BadOption: none or several of these are given, or a value is invalid.
     """
     if (rate is not None) + (streams is not None) + (trace is not None) != 1:
         raise BadOption(
@@ -168,7 +168,7 @@ def _cv(arrivals: str) -> float:
 
 
 def parse_popularity(text: str) -> AdapterMix:
-    """``uniform``, ``zipf:1.2`` ...: see `AdapterMix`.
+    """Parse ``uniform``, ``zipf:1.2`` ...: see `AdapterMix`.
 
     Raises:
         BadOption: anything else.
@@ -188,7 +188,7 @@ def parse_popularity(text: str) -> AdapterMix:
 
 
 def parse_lengths(option: str, text: str) -> Lengths:
-    """``64``, ``16..64`` or ``lognormal:MEAN:CV:MAX``.
+    """Parse ``64``, ``16..64`` or ``lognormal:MEAN:CV:MAX``.
 
     Raises:
         BadOption: anything else; names ``option``.

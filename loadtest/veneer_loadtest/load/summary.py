@@ -39,11 +39,11 @@ KEYS: Final = (
 
 
 def summary(level: Level, first: Level | None = None) -> dict[str, float]:
-    """The figures of `KEYS`.
+    """Return the figures named in `KEYS`.
 
     Args:
-        first: the level that ``*_ratio`` compare with: requests and tokens per second of
-            this level divided by those of ``first``.
+        first: the level to compare with: ``*_ratio`` are this level's requests and tokens per
+            second divided by those of ``first``.
     """
     told = level.requests.ok + level.requests.failed
     base = first if first is not level else None
@@ -72,7 +72,7 @@ def _ratio(value: float, by: float | None) -> float | None:
 
 
 def found_in(level: Level) -> dict[str, float | None]:
-    """Shares of the requests with an adapter, by the tier in which the server found it."""
+    """Return the shares of requests with an adapter, by the tier in which it was found."""
     tiers = {"device": "device_hit_share", "host": "host_hit_share", "disk": "disk_share"}
     counts = {tier: level.by_tier[tier].requests for tier in tiers if tier in level.by_tier}
     of = sum(counts.values())
@@ -96,7 +96,7 @@ _COMPARE: Final[dict[str, Callable[[float, float], bool]]] = {
 
 @dataclass(frozen=True, slots=True)
 class FailLimit:
-    """A condition under which a script is to fail: ``first_token_p99_ms>500``."""
+    """A condition under which a script should fail, such as ``first_token_p99_ms>500``."""
 
     text: str
     key: str
@@ -104,7 +104,7 @@ class FailLimit:
     value: float
 
     def holds(self, figures: Mapping[str, float]) -> bool:
-        """Whether it holds, or there is no such figure because nothing was measured."""
+        """Return whether the condition holds; True too if the figure was not measured."""
         figure = figures.get(self.key)
         return (
             figure is None
@@ -114,10 +114,10 @@ class FailLimit:
 
 
 def parse_limit(text: str, keys: Sequence[str] = KEYS) -> FailLimit:
-    """A ``--fail-if`` condition.
+    """Parse a ``--fail-if`` condition.
 
     Raises:
-        BadOption: it is not a condition, or not on a figure of the summary.
+        BadOption: the text is not a condition, or its figure is not in the summary.
     """
     found = re.fullmatch(r"\s*(\w+)\s*(>=|<=|>|<)\s*([-+0-9.eE]+)\s*", text)
     try:
@@ -142,7 +142,7 @@ _UNITS: Final = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
 
 
 def parse_seconds(option: str, text: str) -> float:
-    """``500ms``, ``30s``, ``5m``, ``1h``, or seconds without a unit.
+    """Parse ``500ms``, ``30s``, ``5m``, ``1h``, or a number of seconds without a unit.
 
     Raises:
         BadOption: anything else.
@@ -161,7 +161,7 @@ def _bad_time(option: str, text: str) -> float:
 
 
 def parse_slo(text: str) -> SloLimits:
-    """``ttft=500ms,tpot=50ms,e2e=10s``, any of them.
+    """Parse limits such as ``ttft=500ms,tpot=50ms,e2e=10s``; each is optional.
 
     Raises:
         BadOption: anything else.

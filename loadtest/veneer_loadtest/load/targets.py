@@ -1,4 +1,4 @@
-"""What is loaded: a Veneer server over gRPC, or any OpenAI-compatible one over HTTP."""
+"""Targets of a load: a Veneer server over gRPC, or an OpenAI-compatible server over HTTP."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class VeneerSpec(msgspec.Struct, frozen=True, tag="veneer"):
     """A Veneer server at ``HOST:PORT``.
 
     Attributes:
-        beginnings: by adapter, token ids that each of its prompts begins with.
+        beginnings: adapter -> token ids with which each of its prompts begins.
     """
 
     address: str
@@ -32,9 +32,9 @@ class OpenAiSpec(msgspec.Struct, frozen=True, tag="openai"):
     """An OpenAI-compatible endpoint.
 
     Attributes:
-        url: without ``/v1``.
+        url: URL of the server, without ``/v1``.
         base_model: `model` of requests without an adapter.
-        fields: by adapter, more fields of the request's body; they override others.
+        fields: adapter -> additional fields of the request's body; they override others.
     """
 
     url: str
@@ -60,10 +60,10 @@ class Facts:
 
 
 class TargetStream(ABC):
-    """A running request; iterate for the number of new tokens in each message.
+    """A running request; iterating yields the number of new tokens in each message.
 
     Attributes:
-        facts: complete when the iteration has ended.
+        facts: complete once the iteration has ended.
     """
 
     def __init__(self) -> None:
@@ -84,7 +84,7 @@ class Target(ABC):
         """Send a request; leaving the ``async with`` early cancels it on the server.
 
         Raises, inside:
-            VeneerError: the server rejected it, failed, or cannot be reached.
+            VeneerError: the server rejected the request, failed, or cannot be reached.
         """
 
     @abstractmethod
@@ -168,7 +168,7 @@ class VeneerTarget(Target):
 
 
 def make_target(load: LoadSpec, target: TargetSpec) -> Target:
-    """The target that ``target`` describes."""
+    """Create the target that ``target`` describes."""
     if isinstance(target, VeneerSpec):
         return VeneerTarget(load, target)
     from veneer_loadtest.load.openai_target import OpenAiTarget  # needs aiohttp

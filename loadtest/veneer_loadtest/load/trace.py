@@ -1,8 +1,8 @@
-"""A trace of requests to replay. JSON, one request per line:
+"""A trace of requests to replay. A trace file has one JSON object per request and line:
 
     {"at_s": 0.25, "adapter": "chat", "prompt_tokens": 40, "tokens": 64}
 
-``at_s``: seconds after the start. ``adapter``: "" or left out is the base model.
+``at_s``: seconds after the start. ``adapter``: if "" or left out, the base model.
 ``tokens``: new tokens. ``prompt``: the text to send, instead of ``prompt_tokens``.
 Lines may be in any order.
 """
@@ -38,10 +38,10 @@ class TraceLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def read_trace(path: Path) -> tuple[TraceLine, ...]:
-    """All requests, in order of time.
+    """Read all requests, in order of time.
 
     Raises:
-        BadTrace: no such file, no request in it, or a line that is not a request.
+        BadTrace: the file cannot be read, holds no request, or has a line that is not one.
     """
     decoder = msgspec.json.Decoder(TraceLine)
     found: list[TraceLine] = []

@@ -1,6 +1,6 @@
 """Messages between the load generator and its worker processes.
 
-MessagePack, each message preceded by its length in four bytes, over the worker's standard
+Messages are MessagePack, each preceded by its length in four bytes, over the worker's standard
 input and output.
 """
 
@@ -31,13 +31,13 @@ class WorkerSetup(WorkerMessage, frozen=True):
 
 
 class BeginLoad(WorkerMessage, frozen=True):
-    """The load starts at ``at`` of ``time.monotonic()``, a clock that processes share."""
+    """Start the load at time ``at`` of ``time.monotonic()``, a clock that processes share."""
 
     at: float
 
 
 class StopLoad(WorkerMessage, frozen=True):
-    """Send no more requests, cancel the running ones, report the rest."""
+    """Send no more requests, cancel the running ones, and report the rest."""
 
 
 ToWorker = WorkerSetup | BeginLoad | StopLoad
@@ -77,13 +77,13 @@ _from_worker: Final[msgspec.msgpack.Decoder[FromWorker]] = msgspec.msgpack.Decod
 
 
 def encode(message: ToWorker | FromWorker) -> bytes:
-    """A frame."""
+    """Encode a message as a frame."""
     body = _encoder.encode(message)
     return len(body).to_bytes(_LENGTH_BYTES, "little") + body
 
 
 async def read_frame(stream: asyncio.StreamReader) -> bytes | None:
-    """The next frame's body; None if the other side has closed the pipe."""
+    """Read the next frame's body; return None if the other side has closed the pipe."""
     try:
         size = await stream.readexactly(_LENGTH_BYTES)
         return await stream.readexactly(int.from_bytes(size, "little"))
@@ -92,10 +92,10 @@ async def read_frame(stream: asyncio.StreamReader) -> bytes | None:
 
 
 def decode_to_worker(body: bytes) -> ToWorker:
-    """The message of a frame."""
+    """Decode a frame's body."""
     return _to_worker.decode(body)
 
 
 def decode_from_worker(body: bytes) -> FromWorker:
-    """The message of a frame."""
+    """Decode a frame's body."""
     return _from_worker.decode(body)

@@ -53,14 +53,14 @@ class WorkerShare:
         self._running: set[asyncio.Task[None]] = set()
         self._stop = asyncio.Event()
         self._requests = self._mine()
-        # Read the first request now, and with it a whole trace, not when it is due.
+        # Read the first request now rather than when it is due: that reads a whole trace.
         first = next(self._requests, None)
         if first is not None:
             self._requests = chain((first,), self._requests)
         self.sent = 0
 
     def take(self) -> list[Record]:
-        """Requests that ended since the last call."""
+        """Return the requests that ended since the last call."""
         ended, self._ended = self._ended, []
         return ended
 
@@ -68,7 +68,7 @@ class WorkerShare:
         """Send every request of the share and wait until the last has ended.
 
         Args:
-            start: of the load, in ``time.monotonic()``.
+            start: start of the load, in ``time.monotonic()``.
         """
         self._start = start
         arrivals = self._setup.load.arrivals
@@ -106,7 +106,7 @@ class WorkerShare:
             self.begin(request, request.at_s)
 
     async def _wait_until(self, at_s: float) -> None:
-        """Return at that time, or at a stop."""
+        """Wait until that time, or until a stop."""
         wait = at_s - self._now()
         if wait <= 0:
             await asyncio.sleep(0)  # let answers be read
@@ -126,7 +126,7 @@ class WorkerShare:
             await asyncio.wait((self.begin(request, self._now()),))
 
     def begin(self, request: Planned, due_s: float) -> asyncio.Task[None]:
-        """Send one request now that was due at ``due_s``; the task ends with it."""
+        """Send now a request that was due at ``due_s``; the task ends with the request."""
         self.sent += 1
         task = asyncio.create_task(self._run(request, due_s))
         self._running.add(task)
@@ -232,10 +232,10 @@ async def _serve() -> None:
             begin = await hear()
             if not isinstance(begin, BeginLoad):
                 return
-            gc.freeze()  # so that collections skip what imports allocated
+            gc.freeze()  # so that garbage collection skips what imports allocated
             cpu = time.process_time()
             work = asyncio.create_task(share.send_all(begin.at))
-            stop = asyncio.create_task(hear())  # `Stop`, or the end of the generator
+            stop = asyncio.create_task(hear())  # `StopLoad`, or the end of the generator
             told = 0
             while not work.done():
                 waiting = {work, stop} if not stop.done() else {work}

@@ -1,4 +1,4 @@
-"""Veneer and its peers under the same load: same base, adapters, prompts and threads.
+"""Run Veneer and its peers under the same load: same base, adapters, prompts and threads.
 
 Rounds run in the order ABC, CBA, ABC ..., one system at a time, so that a temporary
 slowdown of the machine affects all of them. The result is
@@ -40,14 +40,14 @@ _QUIET_PERCENT: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class CompareOptions:
-    """What `compare` measures.
+    """Options of `compare`.
 
     Attributes:
-        levels: a closed loop has one request for each stream, all at once; an open one lasts
-            ``duration_s``.
-        settle_s: longest wait before a round for the machine to become idle.
+        levels: loads to run; a closed loop sends one request for each stream, all at once, and
+            an open loop lasts ``duration_s``.
+        settle_s: longest wait before each round for the machine to become idle.
         adapters: name -> folder; already published on the server.
-        vocab: tokens of the base's vocabulary.
+        vocab: size of the base's vocabulary.
         tokens: new tokens of each stream.
         repeat: rounds of each system at each level.
     """
@@ -64,7 +64,7 @@ class CompareOptions:
     settle_s: float = 5.0
 
     def load(self, arrivals: Closed | Open, tokens: int) -> LoadSpec:
-        """The load of one round."""
+        """Build the load of one round."""
         streams = arrivals.streams if isinstance(arrivals, Closed) else 0
         return LoadSpec(
             adapters=tuple(self.adapters) or ("",),
@@ -81,7 +81,7 @@ class CompareOptions:
         )
 
     def for_the_gate(self) -> tuple[GateRequest, ...]:
-        """One request for each adapter."""
+        """Build the gate's requests, one for each adapter."""
         names = tuple(self.adapters) or ("",)
         return gate_requests(
             names,
@@ -93,7 +93,7 @@ class CompareOptions:
 
 
 def back_and_forth(systems: Sequence[System], repeat: int) -> Iterator[System]:
-    """Each system ``repeat`` times: first to last, then last to first, and so on."""
+    """Yield each system ``repeat`` times: first to last, then last to first, and so on."""
     for number in range(repeat):
         yield from systems if number % 2 == 0 else reversed(systems)
 
@@ -130,10 +130,10 @@ async def measure(
 
 
 async def _wait_until_idle(limit_s: float) -> bool:
-    """Wait until the cores are idle; False if they are not within ``limit_s``.
+    """Wait until the cores are idle; return False if they are not within ``limit_s``.
 
-    Threads of the system that ran before spin on for a while (vLLM's for a second), and
-    would slow down the next one.
+    Threads of the previous system keep spinning for a while (vLLM's for a second), and would
+    slow down the next one.
     """
     end = time.monotonic() + limit_s
     quiet = 0
@@ -149,9 +149,9 @@ async def _wait_until_idle(limit_s: float) -> bool:
 def level_of(
     arrivals: Closed | Open, rounds: Mapping[str, Sequence[Round]], disturbed: int = 0
 ) -> CompareLevel:
-    """The figures of all systems' rounds; ``disturbed`` of them began on a busy machine."""
+    """Compute all systems' figures; ``disturbed``: rounds that began on a busy machine."""
     closed = isinstance(arrivals, Closed)
-    # In both, higher is better.
+    # Higher is better in both kinds of loop.
     better = {
         name: [r.tokens_per_s if closed else 1 / median(r.first_token_s) for r in own]
         for name, own in rounds.items()
@@ -194,7 +194,7 @@ def _ratio(own: Sequence[float], other: Sequence[float]) -> Ratio:
 
 
 def summary(levels: Sequence[CompareLevel]) -> dict[str, float]:
-    """See `results.CompareResult`."""
+    """Return the summary; see `results.CompareResult`."""
     found = {}
     for level in levels:
         if not level.ratios:
@@ -207,5 +207,5 @@ def summary(levels: Sequence[CompareLevel]) -> dict[str, float]:
 
 
 def ratio_key(streams: int, rate: float) -> str:
-    """A level's name in the summary."""
+    """Return a level's key in the summary."""
     return f"ratio_{rate:g}rps" if rate else f"ratio_{streams}"

@@ -34,13 +34,13 @@ between the two systems: otherwise the gate could not detect a mix-up, and fails
 
 
 DISTINCT_PEER: Final = 1.5
-"""The same for a peer whose base rounds the weights differently: vLLM in bfloat16 and
+"""The same bound for a peer whose base rounds the weights differently: vLLM in bfloat16 and
 llama.cpp in Q4_0 measured 1.7 to 3.1, answers of mixed-up adapters less than 1."""
 
 
 ALONE_BOUND: Final = 0.5
-"""About the nats per token by which answers fall short of PEFT's likeliest tokens under a
-wrong adapter; the bound for a peer where there is no other adapter to score under."""
+"""Assumed regret under a wrong adapter, in nats per token, if there is no other adapter to
+score a peer's answers under. Wrong adapters usually have about this."""
 
 
 class GateFailed(VeneerError):
@@ -66,7 +66,7 @@ def gate_requests(
     vocab: int,
     seed: int,
 ) -> tuple[GateRequest, ...]:
-    """``count`` requests; request i uses adapter i modulo the number of adapters.
+    """Make ``count`` requests; request i uses adapter i modulo the number of adapters.
 
     Prompt lengths are spread evenly over ``prompt_tokens`` (both ends included)
     and shuffled; the ids are random ordinary tokens, so that no two prompts
@@ -92,12 +92,12 @@ async def check(
     requests: Sequence[GateRequest],
     tokens: int,
 ) -> ReferenceGate:
-    """Let the server answer ``requests`` (one for each adapter) in one batch; score the answers
-    teacher-forced on both sides, and in PEFT under every adapter.
+    """Let the server answer ``requests`` (one for each adapter) in one batch. Then score the
+    answers, teacher-forced, on both sides, and in PEFT under every adapter.
 
     Raises:
-        GateFailed: the systems differ by more than the bounds, an answer is not its own
-            adapter's, or the adapters are too alike to tell.
+        GateFailed: the systems differ by more than the bounds, an answer is not from its own
+            adapter, or the adapters are too similar to tell.
     """
     rows = await asyncio.gather(*(_answer(client, request, tokens) for request in requests))
     adapters = [request.adapter for request in requests]
@@ -146,9 +146,9 @@ async def check_answers(
 ) -> AnswersGate:
     """Score a peer's answers to ``requests`` (one for each adapter), in PEFT.
 
-    Its base rounds the same weights differently, so its answers diverge from PEFT's at near
-    ties, and repeat themselves where PEFT's would: one answer alone does not show which
-    adapter it came from. All of them together do.
+    The peer's base rounds the same weights differently, so its answers diverge from PEFT's at
+    near ties, and repeat themselves where PEFT's would. One answer alone does not show which
+    adapter it came from; all answers together do.
 
     Raises:
         GateFailed: the answers are not clearly likelier under their own adapters than
@@ -185,7 +185,7 @@ async def check_answers(
 
 
 def gate_line(gate: ReferenceGate) -> str:
-    """The gate's figures in one sentence."""
+    """Describe the gate's figures in one sentence."""
     text = (
         f"gate passed: log-probabilities differ from PEFT's by {gate.mean:.3f} nats on average "
         f"(bound {gate.mean_bound}), p99 {gate.p99:.2f} (bound {gate.p99_bound}), over "
@@ -201,7 +201,7 @@ def gate_line(gate: ReferenceGate) -> str:
 
 
 def answers_line(name: str, gate: AnswersGate) -> str:
-    """The figures of a peer's gate in one sentence."""
+    """Describe the figures of a peer's gate in one sentence."""
     text = (
         f"gate passed: answers of {name} miss PEFT's likeliest tokens by {gate.regret:.3f} "
         "nats a token"
@@ -223,7 +223,8 @@ def _distances(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
 
 
 def _regret(scored: Scored, answer: int) -> float:
-    """Nats per token by which the last ``answer`` tokens fall short of the likeliest ones."""
+    """Return the nats per token by which the last ``answer`` tokens fall short of the likeliest
+    tokens."""
     missed = [best - own for own, best in zip(scored.logprobs, scored.best, strict=True)]
     return _mean(missed[-answer:])
 
@@ -244,7 +245,7 @@ def _passes(gate: ReferenceGate) -> bool:
 
 
 async def _answer(client: AsyncClient, request: GateRequest, tokens: int) -> tuple[int, ...]:
-    """Greedy, and of exactly ``tokens`` tokens."""
+    """Return a greedy answer of exactly ``tokens`` tokens."""
     async with client.generate_stream(
         Tokens(request.prompt),
         adapter=request.adapter,
@@ -257,7 +258,7 @@ async def _answer(client: AsyncClient, request: GateRequest, tokens: int) -> tup
 
 
 async def _server_score(client: AsyncClient, row: list[int], adapter: str) -> list[float]:
-    """Log-probabilities of the row's tokens after the first."""
+    """Return the log-probabilities of the row's tokens after the first."""
     answer = await client.generate(
         Tokens(tuple(row)),
         adapter=adapter,

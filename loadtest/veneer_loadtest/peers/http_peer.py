@@ -1,7 +1,7 @@
-"""A peer that is an HTTP server: its processes are started, awaited, and all ended.
+"""A peer that is an HTTP server: start its processes, wait for it to be ready, end them all.
 
-Each peer's own module has its command line, its environment, and how a request names an
-adapter. Requests are sent elsewhere; this module only manages processes.
+Each peer's own module defines its command line, its environment, and how a request names an
+adapter. This module only manages processes; requests of a load are sent elsewhere.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ GRACE_S: Final = 10.0
 
 
 def _inherited() -> dict[str, str]:
-    """This process's variables, without a setting that helps Veneer and slows a peer: with
-    ``OMP_WAIT_POLICY=passive`` llama.cpp decodes at a half or a third of its speed."""
+    """Return this process's environment without OpenMP's variables, which may help Veneer and
+    slow a peer: with ``OMP_WAIT_POLICY=passive`` llama.cpp decodes at a half or a third of its
+    speed."""
     return {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
 
 
@@ -38,14 +39,14 @@ class HttpPeer:
     """A server in its own process group; use it in an ``async with``.
 
     Inside, the server is ready and answers at `url`. On exit the whole group gets SIGTERM,
-    and what is left of it after `GRACE_S` gets SIGKILL.
+    and processes left after `GRACE_S` get SIGKILL.
 
     Attributes:
         name: the system's name in results.
-        url: where it listens, without a path.
+        url: URL at which it listens, without a path.
         command: how it was started, for a result: the variables that were set, then the
             command line, shell-quoted, with paths cut to their last names.
-        versions: of its packages or its program.
+        versions: versions of its packages or its program.
     """
 
     def __init__(
@@ -61,16 +62,16 @@ class HttpPeer:
         log: Path,
         start_timeout_s: float,
     ) -> None:
-        """Start nothing yet.
+        """Store the settings; the server is not started yet.
 
         Args:
             arguments: the command line, from the program on; it must name ``port``.
-            environment: variables that are set in addition to this process's own, of which
-                those of OpenMP are left out: how threads wait is the peer's choice.
-            ready_path: answered with 200 once the server can take requests.
+            environment: variables to set in addition to this process's own. OpenMP's variables
+                are not inherited: how threads wait is the peer's choice.
+            ready_path: path that the server answers with 200 once it can take requests.
             request_fields: see the method of that name.
             log: file for its output; overwritten.
-            start_timeout_s: longest wait for that answer.
+            start_timeout_s: longest wait for the server to be ready.
         """
         self.name = name
         self.url = f"http://{_HOST}:{port}"
@@ -89,11 +90,11 @@ class HttpPeer:
         self._process: asyncio.subprocess.Process
 
     def request_fields(self, adapter: str) -> dict[str, object]:
-        """The fields of a completion request's JSON body that choose ``adapter``; "" is the
-        base.
+        """Return the fields of a completion request's JSON body that choose ``adapter``; "" is
+        the base.
 
         Raises:
-            PeerError: it was not started with that adapter and cannot load one later.
+            PeerError: the peer was not started with that adapter and cannot load one later.
         """
         return self._request_fields(adapter)
 
@@ -101,8 +102,8 @@ class HttpPeer:
         """Start the server; return when it is ready.
 
         Raises:
-            PeerError: it could not be started, exited, or was not ready in time; shows the
-                end of its log.
+            PeerError: it could not be started, exited, or was not ready in time; the message
+                shows the end of its log.
         """
         try:
             with self._log.open("wb") as log:
@@ -140,7 +141,7 @@ class HttpPeer:
         ended = asyncio.ensure_future(self._process.wait())
         try:
             async with asyncio.timeout(self._start_timeout_s):
-                # Neither server can report that it is ready, so it is polled.
+                # Neither vLLM nor llama-server can report that it is ready, so poll it.
                 while not await self._is_ready():
                     await asyncio.wait((ended,), timeout=_POLL_S)
                     if ended.done():
@@ -171,7 +172,7 @@ class HttpPeer:
             writer.close()
 
     async def _end(self) -> None:
-        # It has no state to save, but it ends its children more cleanly than SIGKILL does.
+        # It has no state to save, but on SIGTERM it ends its children more cleanly.
         self._signal(signal.SIGTERM)
         try:
             with contextlib.suppress(TimeoutError):
@@ -194,7 +195,7 @@ class HttpPeer:
 
 
 def free_port() -> int:
-    """A free loopback port, below the system's ephemeral ones.
+    """Return a free loopback port, below the system's ephemeral ports.
 
     An ephemeral port that was bound and closed again may become the local end of any new
     connection before the peer binds it.

@@ -1,11 +1,11 @@
-"""llama.cpp: its ``llama-server``, built for this machine and given by path.
+"""Peer for llama.cpp: its ``llama-server``, built for this machine and given by path.
 
 A request lists its adapters by their numbers on the command line. ``llama-server`` batches
 only requests whose lists are equal.
 
-Its ``ignore_eos`` bans every token that ends a generation, where vLLM and Veneer continue
-after it: such a token is never in its answers, however likely. It closes connections that
-were idle for a few seconds, so a client must not reuse an old one.
+Its ``ignore_eos`` bans every token that ends a generation, so such a token is never in its
+answers, however likely; vLLM and Veneer continue after such a token. ``llama-server`` closes
+connections that were idle for a few seconds, so a client must not reuse an old one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from veneer_loadtest.errors import PeerError
 from veneer_loadtest.peers.http_peer import HttpPeer, free_port
 
 _ARCHITECTURES: Final = frozenset({"LlamaForCausalLM", "MistralForCausalLM"})
-"""The architectures that are ``llama`` in GGUF."""
+"""The architectures that GGUF calls ``llama``."""
 
 
 def convert_adapter(folder: Path, base_folder: Path, out: Path) -> None:
@@ -63,17 +63,17 @@ def llama_peer(
     context: int = 1024,
     start_timeout_s: float = 120.0,
 ) -> HttpPeer:
-    """``llama-server`` with every adapter loaded and none applied.
+    """Define a ``llama-server`` peer with every adapter loaded and none applied.
 
     It never reuses a prompt, neither from a slot nor from its cache of finished prompts.
 
     Args:
-        program: ``llama-server``.
-        gguf: the base, in the quantization to be measured.
+        program: path of ``llama-server``.
+        gguf: file of the base, in the quantization to be measured.
         base_folder: the same base as a Hugging Face folder, for converting adapters.
         parallel: sequences decoded at once; more requests wait.
-        folder: where the converted adapters go.
-        context: most tokens of one sequence, prompt and answer together.
+        folder: folder for the converted adapters.
+        context: maximum tokens of one sequence, prompt and answer together.
 
     Raises:
         PeerError: the program cannot be run, or the base is not a Llama.
@@ -126,7 +126,7 @@ def llama_peer(
 
 
 def _version(program: Path) -> str:
-    """The version that ``--version`` prints."""
+    """Return the version that ``--version`` prints."""
     try:
         asked = subprocess.run(
             [str(program), "--version"],

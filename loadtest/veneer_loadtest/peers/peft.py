@@ -31,8 +31,8 @@ _LONGEST_LINE: Final = 64 << 20
 """Bytes; asyncio's default limit is shorter than a batch of log-probabilities."""
 
 _IMPORTED: Final = ("torch", "transformers", "accelerate", "bitsandbytes", "peft")
-"""What `peft_process` imports: packages of the extra ``train``, which no other command of
-``veneer-loadtest`` needs."""
+"""Packages that `peft_process` imports. They are in the extra ``train``, which no other command
+of ``veneer-loadtest`` needs."""
 
 Reply = TypeVar("Reply", PeerReady, Generated, Scored)
 
@@ -41,7 +41,7 @@ def require_peft() -> None:
     """Check that the child process can import what it needs, before anything is started.
 
     Raises:
-        PeerError: a package is not installed; says how to install it.
+        PeerError: a package is not installed; the message says how to install it.
     """
     missing = [name for name in _IMPORTED if find_spec(name) is None]
     if missing:

@@ -20,7 +20,7 @@ class PeftSetup(PeftMessage, frozen=True):
 
 
 class Generate(PeftMessage, frozen=True):
-    """One padded batch, greedy, exactly ``tokens`` new tokens per row."""
+    """Decode one padded batch greedily, with exactly ``tokens`` new tokens per row."""
 
     prompts: list[list[int]]
     adapters: list[str]
@@ -28,7 +28,7 @@ class Generate(PeftMessage, frozen=True):
 
 
 class PeftScore(PeftMessage, frozen=True):
-    """Log-probabilities of the tokens of one row after its first, under one adapter."""
+    """Score one row: log-probabilities of its tokens after the first, under one adapter."""
 
     row: list[int]
     adapter: str
@@ -46,7 +46,7 @@ class PeerReady(PeftMessage, frozen=True):
 
 
 class Generated(PeftMessage, frozen=True):
-    """``step_s``: seconds from the call's start to each step's tokens."""
+    """The decoded batch. ``step_s``: seconds from the call's start to each step's tokens."""
 
     rows: list[list[int]]
     step_s: list[float]
@@ -55,8 +55,8 @@ class Generated(PeftMessage, frozen=True):
 
 
 class Scored(PeftMessage, frozen=True):
-    """Log-probabilities of the row's tokens after the first, and of the likeliest token at
-    each of these positions."""
+    """The scored row: log-probabilities of its tokens after the first, and of the likeliest
+    token at each of these positions."""
 
     logprobs: list[float]
     best: list[float]
@@ -76,15 +76,15 @@ _from_peer: Final[msgspec.json.Decoder[FromPeer]] = msgspec.json.Decoder(FromPee
 
 
 def encode(message: ToPeer | FromPeer) -> bytes:
-    """One line, with its newline."""
+    """Encode a message as one line, with its newline."""
     return _encoder.encode(message) + b"\n"
 
 
 def decode_to_peer(line: bytes) -> ToPeer:
-    """The message on one line."""
+    """Decode the message on one line."""
     return _to_peer.decode(line)
 
 
 def decode_from_peer(line: bytes) -> FromPeer:
-    """The message on one line."""
+    """Decode the message on one line."""
     return _from_peer.decode(line)

@@ -2,13 +2,13 @@
 
 Run as ``python -m veneer_loadtest.peers.peft_process``; it reads `peft_messages` from
 standard input and answers on standard output. This is PEFT in its fastest setup:
-the same NF4 base with double quantization and bf16 compute, bitsandbytes' packed
+the same NF4 base, with double quantization and bf16 compute, bitsandbytes' packed
 4-bit weights where the CPU supports them (packed at the first forward pass in eval mode),
 SDPA attention, one padded batch with ``adapter_names``. On a CPU, adapters are widened to
-fp32, PEFT's default: a decode step measured 1.3 to 1.6 times faster than with bf16
-adapters. On CUDA they stay in bf16. OpenMP's threads spin at barriers, its default: on an
-idle machine a step is 10 to 20 % faster than with sleeping threads, but up to 10 times
-slower beside another busy process. So measure on an idle machine, or the comparison is
+fp32, PEFT's default: a decode step was measured to be 1.3 to 1.6 times faster than with bf16
+adapters. On CUDA they stay in bf16. OpenMP's threads spin at barriers, as they do by default:
+on an idle machine a step is 10 to 20 % faster than with sleeping threads, but up to 10 times
+slower next to another busy process. So measure on an idle machine, or the comparison is
 unfair to PEFT.
 """
 
@@ -83,7 +83,7 @@ class PeftPeer:
 
     @torch.inference_mode()
     def generate(self, call: Generate) -> Generated:
-        """Greedy decoding of one left-padded batch."""
+        """Decode one left-padded batch greedily."""
         width = max(len(p) for p in call.prompts)
         ids = torch.zeros(len(call.prompts), width, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -113,7 +113,7 @@ class PeftPeer:
 
     @torch.inference_mode()
     def score(self, call: PeftScore) -> Scored:
-        """Teacher-forced log-probabilities: one row, one active adapter, no padding."""
+        """Compute teacher-forced log-probabilities: one row, one active adapter, no padding."""
         self.model.set_adapter(call.adapter)
         ids = torch.tensor([call.row], device=self.device)
         logits = self.model(input_ids=ids).logits[0, :-1].float()

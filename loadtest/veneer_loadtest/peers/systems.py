@@ -31,7 +31,7 @@ class System(ABC):
     """One system under load; idle between calls.
 
     Attributes:
-        name: its name in results.
+        name: the system's name in results.
     """
 
     def __init__(self, name: str, facts: SystemFacts) -> None:
@@ -48,7 +48,7 @@ class System(ABC):
 
 
 class _Server(System):
-    """A server, loaded from a separate process, as its users would load it."""
+    """A server that gets its load from a separate process, as from its users."""
 
     def __init__(self, name: str, facts: SystemFacts, target: TargetSpec) -> None:
         super().__init__(name, facts)
@@ -88,10 +88,10 @@ class HttpSystem(_Server):
     async def answers(
         self, requests: Sequence[GateRequest], tokens: int
     ) -> list[tuple[int, ...]]:
-        """Greedy answers as token ids, all requests at once, for the gate.
+        """Send all requests at once; return greedy answers as token ids, for the gate.
 
         Raises:
-            PeerError: it rejected a request, or returned no ids.
+            PeerError: the peer rejected a request, or returned no ids.
         """
         return await asyncio.gather(*(self._answer(request, tokens) for request in requests))
 

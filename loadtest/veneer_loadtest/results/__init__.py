@@ -1,6 +1,6 @@
-"""Result files: what each command measures, as JSON.
+"""Result files: the JSON that each command writes.
 
-``docs/loadtest-result.schema.json`` is made from these classes.
+``docs/loadtest-result.schema.json`` is generated from these classes.
 """
 
 from veneer_loadtest.results.compare import (

@@ -10,7 +10,7 @@ from veneer_loadtest.results.facts import FORMAT
 
 
 class SystemFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """One of the systems: how it was started, its versions, its device."""
+    """Facts about one system: how it was started, its versions, its device."""
 
     command: str
     versions: dict[str, str]
@@ -18,16 +18,16 @@ class SystemFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ReferenceGate(msgspec.Struct, frozen=True, kw_only=True):
-    """Veneer against PEFT, both with the same 4-bit weights: what was measured and allowed.
+    """The gate of Veneer against PEFT, both with the same 4-bit weights.
 
     Attributes:
         tokens: teacher-forced tokens compared (prompts and answers).
         mean, p99, worst: absolute difference of log-probabilities, nats.
-        mean_bound, p99_bound: what is allowed.
-        other_adapter_mean: mean absolute difference that another adapter makes in
-            PEFT; None with one adapter.
+        mean_bound, p99_bound: the largest allowed ``mean`` and ``p99``.
+        other_adapter_mean: mean absolute difference in PEFT between another adapter and
+            the right one; None with one adapter.
         regret: how far the worst answer falls short of PEFT's likeliest tokens under
-            its own adapter, nats per token; ``regret_bound`` is what is allowed.
+            its own adapter, nats per token; ``regret_bound``: the largest allowed.
         other_adapter_regret: the same under another adapter, on average; None with
             one adapter.
         answers: number of scored answers.
@@ -47,13 +47,14 @@ class ReferenceGate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AnswersGate(msgspec.Struct, frozen=True, kw_only=True):
-    """A peer with other weights (bfloat16, GGUF), whose log-probabilities cannot equal the
-    reference's: its answers must be clearly likelier, in PEFT, under their own adapters.
+    """The gate of a peer with other weights (bfloat16, GGUF). Its log-probabilities cannot
+    equal the reference's, so its answers must be clearly likelier, in PEFT, under their own
+    adapters.
 
     Attributes:
         regret: nats per token by which answers fall short of PEFT's likeliest tokens under
             their own adapter, on average; ``other_regret``: under all others.
-        own_best: answers that are likeliest under their own adapter, of ``answers``.
+        own_best: how many of ``answers`` are likeliest under their own adapter.
     """
 
     answers: int
@@ -63,7 +64,7 @@ class AnswersGate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FigureRange(msgspec.Struct, frozen=True, kw_only=True):
-    """A figure of several rounds."""
+    """Median and range of a figure over several rounds."""
 
     median: float
     low: float
@@ -71,7 +72,7 @@ class FigureRange(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Ends(msgspec.Struct, frozen=True, kw_only=True):
-    """Milliseconds."""
+    """Percentiles, in milliseconds."""
 
     p50: float
     p99: float
@@ -85,7 +86,7 @@ class RoundFigures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SystemFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """One system at one level.
+    """Figures of one system at one level.
 
     Attributes:
         client_cpu_share: CPU time of the load generator / wall time.
@@ -99,13 +100,13 @@ class SystemFigures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Ratio(msgspec.Struct, frozen=True, kw_only=True):
-    """Veneer against a peer; above 1 Veneer is better. In a closed loop output tokens per
-    second, Veneer / peer; in an open loop, where the request rate limits tokens, the median
-    first token, peer / Veneer.
+    """Veneer compared with a peer; above 1 Veneer is better. In a closed loop this is output
+    tokens per second, Veneer / peer. In an open loop the request rate limits tokens, so this is
+    the median time to first token, peer / Veneer.
 
     Attributes:
-        ratio: of the medians; ``low`` and ``high``: of pairs of successive rounds.
-        ranges_overlap: if so, neither a win nor a loss may be claimed.
+        ratio: ratio of the medians; ``low`` and ``high``: of pairs of successive rounds.
+        ranges_overlap: if true, neither a win nor a loss may be claimed.
     """
 
     ratio: float
@@ -118,8 +119,8 @@ class CompareLevel(msgspec.Struct, frozen=True, kw_only=True):
     """All systems under one load; ``ratios`` by peer.
 
     Attributes:
-        streams: of a closed loop; 0 in an open one.
-        rate: of an open loop, requests per second; 0 in a closed one.
+        streams: number of streams of a closed loop; 0 for an open loop.
+        rate: rate of an open loop, requests per second; 0 for a closed loop.
         disturbed: rounds that began while the machine was busy with something else.
     """
 
@@ -142,9 +143,9 @@ class CompareResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind",
 
     Attributes:
         systems: by name; ``veneer`` is the first.
-        gate: of Veneer; ``peer_gates``: of peers with other weights. Speed is measured only
-            after they have passed.
-        partial: the run was ended early; ``why`` says by what.
+        gate: gate of Veneer; ``peer_gates``: gates of peers with other weights. Speed is
+            measured only after all gates have passed.
+        partial: whether the run was ended early; ``why`` gives the reason.
         summary: ``ratio_N`` for each number of streams (``ratio_Rrps`` for each rate), against
             the best peer; with several peers also ``ratio_N_PEER``.
     """

@@ -1,4 +1,4 @@
-"""Result files: read, written, described."""
+"""Read and write result files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from veneer_loadtest.results.load import FindMaxResult, RunResult
 from veneer_loadtest.results.swap import SwapResult
 
 LoadResult = RunResult | FindMaxResult
-"""Results of loads, with figures over all requests."""
+"""A result of a load, with figures over all requests."""
 Result = LoadResult | SwapResult | CompareResult
 
 _decoder: Final[msgspec.json.Decoder[Result]] = msgspec.json.Decoder(Result)
@@ -29,10 +29,10 @@ class _Head(msgspec.Struct):
 
 
 def read_result(path: Path) -> Result:
-    """A result file.
+    """Read a result file.
 
     Raises:
-        BadResult: it cannot be read, is incomplete, or is something else.
+        BadResult: the file cannot be read, is incomplete, or is something else.
     """
     try:
         text = path.read_bytes()

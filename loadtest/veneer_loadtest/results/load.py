@@ -15,7 +15,8 @@ from veneer_loadtest.results.facts import FORMAT
 
 
 class Distribution(msgspec.Struct, frozen=True, kw_only=True):
-    """Milliseconds. ``cdf``: pairs of milliseconds and the share of values up to that."""
+    """Distribution of a time in milliseconds. ``cdf``: pairs of a time and the share of values
+    up to it."""
 
     count: int
     mean: float
@@ -32,8 +33,8 @@ class Requests(msgspec.Struct, frozen=True, kw_only=True):
     """Requests due in the measured window, by how they ended.
 
     Attributes:
-        left: their caller cancelled, as planned.
-        stopped: the run ended before they did; in no figure.
+        left: requests whose caller cancelled, as planned.
+        stopped: requests that the end of the run stopped; they are in no figure.
     """
 
     ok: int
@@ -43,7 +44,7 @@ class Requests(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RequestSplit(msgspec.Struct, frozen=True, kw_only=True):
-    """A part of the requests; milliseconds, None if there is no value."""
+    """Figures of a part of the requests. Times are in milliseconds, None if there are none."""
 
     requests: int
     failed: int
@@ -56,8 +57,8 @@ class RequestSplit(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SloLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """The limits that a good request keeps; None is no limit. ``tpot_ms``: mean time from
-    one token to the next."""
+    """The limits that a good request keeps; None means no limit. ``tpot_ms``: mean time
+    between tokens."""
 
     ttft_ms: float | None = None
     tpot_ms: float | None = None
@@ -65,8 +66,8 @@ class SloLimits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SloFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """Goodput: requests that kept the limits. A failed request is not good; one whose
-    caller left is not counted."""
+    """Goodput: requests that kept the limits. A failed request is not good; a request whose
+    caller cancelled is not counted."""
 
     limits: SloLimits
     good: int
@@ -79,7 +80,7 @@ class GeneratorFigures(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         cpu_share: its CPU time / wall time; 1 is one core.
-        late_*: how long after its due time a request was sent.
+        late_*: how long after their due times requests were sent.
         lost: requests that were sent but have no record.
     """
 
@@ -92,12 +93,13 @@ class GeneratorFigures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Timeline(msgspec.Struct, frozen=True, kw_only=True):
-    """One value for each ``bucket_s`` seconds, from the load's start, warm-up included.
+    """Figures over time: one value for each ``bucket_s`` seconds from the load's start, warm-up
+    included.
 
     Attributes:
-        due, ended, failed: requests; tokens: new tokens that arrived.
+        due, ended, failed: numbers of requests; tokens: new tokens that arrived.
         running: requests due but not ended at the bucket's end.
-        first_token_*: of requests whose first token arrived in the bucket.
+        first_token_*: time to first token of requests whose first token arrived in the bucket.
     """
 
     bucket_s: float
@@ -111,7 +113,7 @@ class Timeline(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AdapterLoad(msgspec.Struct, frozen=True, array_like=True):
-    """A request that waited for its adapter: ``tier`` is where it was found."""
+    """A request that waited for its adapter; ``tier`` is where the server found the adapter."""
 
     at_s: float
     adapter: str
@@ -139,9 +141,9 @@ class ServerCounts(msgspec.Struct, frozen=True, kw_only=True):
     """The server's own counters, after the load minus before it.
 
     Attributes:
-        agrees: they equal the client's `Totals`. None if some callers left or requests
-            failed, whose tokens only the server counts in full.
-        evictions: by ``tier cause``; lookups: by ``tier result``.
+        agrees: whether they equal the client's `Totals`. None if some requests failed or were
+            cancelled, since only the server counts all of their tokens.
+        evictions: counts by ``tier cause``; lookups: counts by ``tier result``.
     """
 
     requests: int
@@ -153,16 +155,16 @@ class ServerCounts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Level(msgspec.Struct, frozen=True, kw_only=True):
-    """One load on one number of adapters.
+    """Figures of one load on one number of adapters.
 
     Attributes:
-        window_s: measured seconds: the load without its warm-up.
+        window_s: seconds that were measured: the load without its warm-up.
         requests_per_s: requests that succeeded / ``window_s``.
         tokens_per_s: new tokens that arrived in the window / ``window_s``.
         errors: failed requests by reason.
-        by_tier: by the tier in which the server found the adapter.
-        by_adapter: the 200 most requested, and ``_other``.
-        loads: at most 2,000; ``loads_left_out`` says how many more there were.
+        by_tier: requests by the tier in which the server found the adapter.
+        by_adapter: requests by adapter: the 200 most requested, and ``_other``.
+        loads: at most 2,000 waits for adapters; ``loads_left_out``: how many more there were.
     """
 
     adapters: int
@@ -194,9 +196,9 @@ class RunResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag
 
     Attributes:
         conditions: time, command, machine, load average before the run.
-        target: what was loaded: ``api`` (``veneer`` or ``openai``), how it was started,
+        target: the server under load: ``api`` (``veneer`` or ``openai``), how it was started,
             its device and base model if it reports them.
-        partial: the run was ended early; ``why`` says by what.
+        partial: whether the run was ended early; ``why`` gives the reason.
         summary: figures for scripts, of the last level; see `run`.
     """
 
@@ -226,9 +228,9 @@ class FindMaxResult(
     """The file that ``veneer-loadtest find-max --json`` writes.
 
     Attributes:
-        share: of the requests that must keep the limits.
-        max_rate: the highest rate that kept them; 0: none did.
-        bounded: a higher rate was seen to break them.
+        share: share of the requests that must keep the limits.
+        max_rate: the highest rate that kept the limits; 0: none did.
+        bounded: whether a higher rate broke them.
     """
 
     format: int = FORMAT

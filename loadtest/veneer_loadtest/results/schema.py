@@ -14,7 +14,7 @@ from veneer_loadtest.results.files import Result
 
 
 def schema_text() -> str:
-    """The schema, with the classes' docstrings as descriptions."""
+    """Return the schema, with the classes' docstrings as descriptions."""
     schema = msgspec.json.schema(Result)
     for each in schema["$defs"].values():
         if "description" in each:

@@ -1,4 +1,4 @@
-"""The result of ``swap``; milliseconds."""
+"""The result of ``swap``; times are in milliseconds."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import msgspec
 from veneer_loadtest.results.facts import FORMAT
 
 Case = Literal["same", "device", "host", "disk", "disk_cold", "publish"]
-"""Which adapter a first token is of: the same as before (the reference), another one in
-DEVICE, in HOST only, on DISK only (its file in the page cache, or not), or a new one, from its
-acknowledged upload on."""
+"""Which adapter a first token comes from: the same as before (the reference), another one in
+DEVICE, in HOST only, on DISK only (its file in the page cache, or not), or a new one, timed
+from its acknowledged upload."""
 
 ChurnBy = Literal["upload", "load"]
 """What happens while streams decode: adapters are uploaded and activated, or adapters on DISK
@@ -19,7 +19,7 @@ are only activated."""
 
 
 class Spread(msgspec.Struct, frozen=True, kw_only=True):
-    """Several samples."""
+    """Percentiles and range of several samples, in milliseconds."""
 
     p50: float
     p99: float
@@ -28,11 +28,11 @@ class Spread(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CaseFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """One case.
+    """Figures of one case.
 
     Attributes:
-        first_token_ms: since the request.
-        delta_ms: first token minus that of ``same`` in the same round: paired, so that a
+        first_token_ms: time from the request to the first token.
+        delta_ms: ``first_token_ms`` minus that of ``same`` in the same round, so that a
             temporary slowdown of the machine cancels out.
         load_ms: time that the request waited for its adapter, as the server reports.
     """
@@ -44,16 +44,19 @@ class CaseFigures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChurnFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """Streams that decode while adapters are brought to DEVICE.
+    """Figures of streams that decode while adapters are brought to DEVICE.
 
     Attributes:
         by: how adapters are brought there.
-        publishes: uploads, each acknowledged, loaded and activated; or activations.
-        publish_ms: from the start of one until the adapter is in DEVICE.
+        publishes: number of uploads (each acknowledged, loaded and activated), or of
+            activations.
+        publish_ms: time from the start of an upload or activation until the adapter is in
+            DEVICE.
         quiet_ms: time between tokens in phases without uploads.
         inside_ms: time between tokens during an upload or load; ``outside_ms``: in the rest of
             those phases, None if uploads followed one another without a break.
-        longest_ms: the longest of ``inside_ms``; ``steps``: the same in median quiet ones.
+        longest_ms: the longest of ``inside_ms``; ``steps``: this divided by the median of
+            ``quiet_ms``.
     """
 
     by: ChurnBy = "upload"
@@ -73,8 +76,8 @@ class SwapResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", ta
     """The file that ``veneer-loadtest swap --json`` writes.
 
     Attributes:
-        partial: the run was ended early; ``why`` says by what.
-        summary: medians, milliseconds: ``first_token_ms`` (the same adapter again),
+        partial: whether the run was ended early; ``why`` gives the reason.
+        summary: medians in milliseconds: ``first_token_ms`` (the same adapter again),
             ``device_delta_ms``, ``host_delta_ms``, ``disk_delta_ms`` (without the page
             cache if files could be dropped from it), ``disk_cached_delta_ms``,
             ``publish_to_first_token_ms``, ``churn_itl_p99_ratio`` (inside / quiet),

@@ -1,24 +1,24 @@
-"""``veneer-sim``: a cluster in virtual time, with the product's own decisions.
+"""``veneer-sim``: simulates a cluster in virtual time, with the product's own decisions.
 
-What decides is the real code: each replica's step loop with its scheduler, block manager,
-prefix cache and residency, and the router in front. What takes time is modelled: a step, a
-load, a fetch and a message take what `costs` says. Nothing here waits, so a thousand replicas
-fit into one process, and a run depends on its seed only.
+All decisions are made by the real code: each replica's step loop with its scheduler, block
+manager, prefix cache and residency, and the router in front. Durations are modelled: a step, a
+load, a fetch and a message take as long as `costs` says. Nothing here waits, so a thousand
+replicas fit into one process, and a run depends only on its seed.
 
 ::
 
     scenario    what to simulate
     happenings  losses, drains, partitions and publications
     traffic     the requests, from a seed
-    costs       what takes how long, and its file
+    costs       how long each operation takes, and the file of costs
     events      the clock
     replica     one server: the real engine on that clock
-    loader      its reads of adapters
-    registry    names and bytes that replicas get
+    loader      a replica's loads of adapters from disk
+    registry    names and bytes that replicas get from the registry
     cluster     ingress, router, replicas: a run
     figures     the result
     servers     real servers on this machine
-    real        the same load on them
-    fit         costs from one of them
+    real        the same load on real servers
+    fit         costs measured on a real server
     options, command: the program
 """

@@ -1,4 +1,4 @@
-"""Entry of ``veneer-sim``, which names its extra where that is not installed."""
+"""Entry point of ``veneer-sim``; names the extra to install if it is missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An ingress with a router, and its replicas, from the first request to the last."""
+"""Simulate an ingress with a router and its replicas, from the first request to the last."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ _GREEDY: Final = SamplingParams(temperature=0.0)
 
 
 def replica_name(number: int) -> str:
-    """Of replica ``number``, from 0."""
+    """Return the name of replica ``number``, from 0."""
     return f"replica-{number}"
 
 
 def new_router(routing: Routing, seed: int) -> Router:
-    """The router of a name."""
+    """Create the router for a routing policy."""
     match routing:
         case "adapter":
             return AdapterRouter()
@@ -74,8 +74,8 @@ class _Site:
     """A replica and its disk.
 
     Attributes:
-        disk: digests in its cache, least recently used first.
-        fetching: requests that wait for a fetch, by digest.
+        disk: weights digests in its disk cache, least recently used first.
+        fetching: requests that wait for a fetch, by weights digest.
         here: requests at its engine, by number.
     """
 
@@ -86,7 +86,7 @@ class _Site:
 
 
 class SimulatedCluster:
-    """One run; call `run` once."""
+    """One run of the simulation; call `run` once."""
 
     def __init__(self, scenario: Scenario, routing: Routing, costs: Costs) -> None:
         self._scenario = scenario
@@ -180,7 +180,7 @@ class SimulatedCluster:
         self._events.after(self._costs.front_s, lambda: self._reach(opened))
 
     def _reach(self, opened: _Open) -> None:
-        """It has reached the replica's front."""
+        """Handle a request that has reached the replica's front."""
         site = self._sites[opened.choice.replica]
         if site.replica.lost:
             self._fail(opened, "replica_lost")
@@ -232,7 +232,7 @@ class SimulatedCluster:
         )
 
     def _told(self, replica: Replica, messages: list[FromEngine]) -> None:
-        """The engine has sent these."""
+        """Handle messages from a replica's engine."""
         here = self._sites[replica.name].here
         for message in messages:
             if isinstance(message, SequenceOutput):

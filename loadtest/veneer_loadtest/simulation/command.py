@@ -243,7 +243,7 @@ def _fit(
 async def _measure_all(
     servers: Sequence[Served], rounds: int, number: int, measured: Measurements
 ) -> None:
-    """All at once: they share the machine, as they do in a run."""
+    """Measure all servers at once, since they share the machine in a run too."""
     if rounds:
         seeds = itertools.count(100_000 + 100 * number)
         await asyncio.gather(*(measure(s, rounds, next(seeds), measured) for s in servers))

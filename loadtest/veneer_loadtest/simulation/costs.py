@@ -1,4 +1,4 @@
-"""What takes how long: fitted to a real server by ``veneer-sim fit``, and kept in a file."""
+"""How long each operation takes, fitted to a real server by ``veneer-sim fit``."""
 
 from __future__ import annotations
 
@@ -15,31 +15,32 @@ _Positive = Annotated[float, msgspec.Meta(gt=0)]
 
 
 class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Seconds, unless named otherwise. The defaults are about those of one core with the
-    bundled base; fit them before believing a figure.
+    """The cost of each operation, in seconds unless its name says otherwise. The defaults
+    roughly fit one core with the bundled base; fit the costs before believing a figure.
 
     Attributes:
-        cpu: name of the processor that they were fitted on; "" for the defaults.
-        how: the command, and what to know of the measurement.
-        front_s: of a request, from the caller to the engine's queue: network, tokenizing.
+        cpu: name of the processor on which they were fitted; "" for the defaults.
+        how: the command that fitted them, and notes on the measurement.
+        front_s: from the caller to the engine's queue, for a request: network, tokenizing.
         back_s: from the engine to the caller.
-        step_s: of a step, whatever it computes.
-        row_s: for each sequence that decodes in it.
-        prompt_token_s: for each prompt token in it.
-        attention_s: for each token of context of its sequences that decode.
-        adapter_s: for each adapter in it.
-        load_s, load_byte_s: of a load from disk into memory, and for each byte.
-        busy_rate: how fast a load proceeds beside steps, of its speed while the engine is idle.
-        busy_slowdown: by how much a step takes longer while a load is under way.
-        fetch_s, fetch_byte_s: of a fetch from the registry, and for each byte.
-        registry_byte_s: for each byte that the registry sends to anybody.
-        notify_s: for each follower that the registry tells of a change.
-        follow_s: from the registry to a follower, and until that has applied a change.
-        reconnect_s: until a follower is back after a partition.
+        step_s: fixed cost of a step.
+        row_s: cost per sequence that decodes in a step.
+        prompt_token_s: cost per prompt token in a step.
+        attention_s: cost per token computed in a step and token of context before it.
+        adapter_s: cost per adapter in a step.
+        load_s, load_byte_s: fixed cost of a load from disk into memory, and cost per byte.
+        busy_rate: speed of a load while the engine runs steps, as a fraction of its speed
+            while the engine is idle.
+        busy_slowdown: fraction by which a step takes longer while a load is under way.
+        fetch_s, fetch_byte_s: fixed cost of a fetch from the registry, and cost per byte.
+        registry_byte_s: cost per byte that the registry sends, over all replicas.
+        notify_s: cost per follower that the registry notifies of a change.
+        follow_s: from the registry's message until the follower has applied a change.
+        reconnect_s: until a follower is connected again after a partition or a loss.
         detect_s: until the ingress notices that a replica is lost.
-        noise: what steps and loads took where these were fitted, over what the costs say:
-            equally likely factors. A machine that others use too has large ones; without any,
-            everything takes exactly what it costs.
+        noise: equally likely factors: the measured times of steps and loads, divided by their
+            costs. They are large on a machine that others use too. Without any, each operation
+            takes exactly its cost.
     """
 
     cpu: str = ""
@@ -65,7 +66,7 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     noise: tuple[_Positive, ...] = ()
 
     def of_step(self, plan: StepPlan) -> float:
-        """Of a step, with no load beside it."""
+        """Return the seconds that a step takes while no load runs."""
         seconds, adapters = self.step_s, set()
         for planned in plan.sequences:
             count = len(planned.tokens)
@@ -79,15 +80,15 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         return seconds + len(adapters) * self.adapter_s
 
     def of_load(self, size: int) -> float:
-        """Of a load of so many bytes, with no step beside it."""
+        """Return the seconds that a load of ``size`` bytes takes while no step runs."""
         return self.load_s + size * self.load_byte_s
 
 
 def read_costs(path: Path | None) -> Costs:
-    """From a file that `write_costs` wrote; the defaults without one.
+    """Read costs from a file that `write_costs` wrote; without a file, return the defaults.
 
     Raises:
-        BadOption: it cannot be read, or is none.
+        BadOption: the file cannot be read, or is not a file of costs.
     """
     if path is None:
         return Costs()
@@ -101,5 +102,5 @@ def read_costs(path: Path | None) -> Costs:
 
 
 def write_costs(path: Path, costs: Costs) -> None:
-    """A small JSON file."""
+    """Write the costs as a small JSON file."""
     path.write_bytes(msgspec.json.format(msgspec.json.encode(costs), indent=2) + b"\n")

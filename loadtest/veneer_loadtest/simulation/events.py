@@ -1,4 +1,4 @@
-"""The clock: what happens next."""
+"""The clock of a simulation, and its queue of events."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 class Events:
-    """Calls what is due, in order of time; at the same time, in the order of `at`.
+    """Makes calls in order of time, and at the same time in the order of `at`.
 
     Attributes:
         now: seconds since the start.
@@ -22,7 +22,7 @@ class Events:
         return len(self._heap)
 
     def at(self, when: float, what: Callable[[], None]) -> None:
-        """Call ``what`` at a time, which must not be past."""
+        """Call ``what`` at time ``when``, which must not be in the past."""
         assert when >= self.now, f"{when} is past: it is {self.now}"
         self._number += 1
         heapq.heappush(self._heap, (when, self._number, what))
@@ -33,7 +33,7 @@ class Events:
 
     @property
     def next(self) -> float | None:
-        """When the next call is due; None if nothing is."""
+        """When the next call is due; None if there is no call."""
         return self._heap[0][0] if self._heap else None
 
     def step(self) -> None:

@@ -1,4 +1,4 @@
-"""What a run shows, simulated or real: collected request by request, then one record."""
+"""Figures of a run, simulated or real: collected request by request, then put into a record."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from veneer_loadtest.quantiles import percentiles
 
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
-    """One run. Times in seconds; those of a simulation are its own, except ``cpu_s``.
+    """Figures of one run. Times are in seconds; in a simulation, all but ``cpu_s`` are virtual.
 
     Attributes:
-        requests: with a first token, without those at the start.
-        answered: of all requests.
-        failed: of all requests, by reason.
-        hit_rate: share of them whose adapter was in memory when they reached the engine.
-        prefix_rate: share of their prompt tokens that the prefix cache had.
-        ttft_p50_s, ttft_p99_s, ttft_mean_s: from the ingress to the first token.
-        loads, loaded_bytes: from disk into memory, of the whole run.
-        fetched_bytes: from the registry, of the whole run.
-        balance: requests at the replica with most, over the mean of all.
-        fairness: Jain's index of the tenants' mean times to first token: 1 if all wait alike.
-        worst_tenant_p99_s: the largest of the tenants' p99 times to first token, of those with
-            100 requests or more; 0 without any.
-        everywhere_s: of each publication, until every replica answers on it; None if it was not
-            reached before the end.
-        old_revision: requests that were answered on a revision that had been replaced.
+        requests: measured requests: those with a first token, without those at the start.
+        answered: requests that were answered, of all requests.
+        failed: requests that failed, of all requests, by reason.
+        hit_rate: share of the measured requests whose adapter was in memory when they reached
+            the engine.
+        prefix_rate: share of the measured requests' prompt tokens that the prefix cache had.
+        ttft_p50_s, ttft_p99_s, ttft_mean_s: TTFT of the measured requests, from the ingress.
+        loads, loaded_bytes: loads from disk into memory in the whole run, and their bytes.
+        fetched_bytes: bytes fetched from the registry in the whole run.
+        balance: requests at the busiest replica / mean over all replicas.
+        fairness: Jain's index of the tenants' mean TTFT: 1 if all tenants wait equally long.
+        worst_tenant_p99_s: the largest p99 TTFT of a tenant with 100 requests or more; 0 if
+            there is no such tenant.
+        everywhere_s: for each publication, time until every replica answers with it; None if
+            the run ended before that.
+        old_revision: requests that were answered with a revision that had been replaced.
         seconds: length of the run.
         cpu_s: CPU time of the simulation.
     """
@@ -74,14 +75,14 @@ class EndedRequests:
         self._prompt = self._cached = 0
 
     def sent(self, number: int, replica: str) -> None:
-        """A request goes to a replica."""
+        """Count a request that is sent to a replica."""
         if number >= self._first:
             self._by_replica[replica] += 1
 
     def first_token(
         self, number: int, tenant: int, seconds: float, *, hit: bool, prompt: int, cached: int
     ) -> None:
-        """It came so long after the request."""
+        """Record a first token, ``seconds`` after its request."""
         if number < self._first:
             return
         self._times.append(seconds)
@@ -91,9 +92,11 @@ class EndedRequests:
         self._cached += cached
 
     def figures(self, replicas: int, **more: Any) -> Figures:
-        """Args:
-        replicas: how many could have been sent requests.
-        more: what is not counted here.
+        """Return the figures.
+
+        Args:
+            replicas: number of replicas that could have been sent requests.
+            more: fields of `Figures` that are not counted here.
         """
         times = self._times or [0.0]
         p50, p99 = percentiles(times, [0.5, 0.99])
@@ -118,7 +121,8 @@ class EndedRequests:
 
 
 def jain(values: Iterable[float]) -> float:
-    """Jain's fairness index: 1 if all are equal, 1/n if one has everything; 1 for none."""
+    """Return Jain's fairness index: 1 if all values are equal, 1/n if one has everything; 1 if
+    there are no values."""
     found = list(values)
     squares = sum(value * value for value in found)
     return sum(found) ** 2 / (len(found) * squares) if squares else 1.0
@@ -151,7 +155,7 @@ def _everywhere(times: list[float | None]) -> str:
 
 
 def table(runs: Iterable[Figures]) -> str:
-    """Runs side by side."""
+    """Format runs side by side."""
     found = list(runs)
     lines = [["", *(each.routing for each in found)]]
     lines += [[name, *(shown(each) for each in found)] for name, shown in _ROWS.items()]

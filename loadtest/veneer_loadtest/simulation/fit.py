@@ -1,4 +1,4 @@
-"""Costs from a real server: times of single requests and small batches, and least squares."""
+"""Fit costs to a real server: least squares on times of single requests and small batches."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _TOKENS: Final = 16
 _SHARES: Final = tuple((place + 0.5) / 20 for place in range(20))
 """Percentiles of the measured noise that are kept."""
 _STARTED_S: Final = 0.2
-"""Until a sequence decodes beside which loads are timed."""
+"""Seconds until a new sequence decodes, so that loads can be timed beside it."""
 
 
 @dataclass(slots=True)
@@ -37,7 +37,7 @@ class Measurements:
     Attributes:
         first: time to first token by prompt length, one warm request at a time.
         apart: time between tokens by (streams, adapters).
-        load: what a request waits for its adapter, as the server reports it.
+        load: how long a request waits for its adapter, as the server reports it.
         load_beside: the same while another sequence decodes.
     """
 
@@ -49,7 +49,7 @@ class Measurements:
     load_beside: list[float] = field(default_factory=list)
 
     def lines(self) -> Iterator[str]:
-        """The medians, to read."""
+        """Describe the medians, one line each."""
         kinds = {f"first token, prompt {n}": each for n, each in self.first.items()}
         kinds |= {f"between tokens, streams, adapters {n}": e for n, e in self.apart.items()}
         kinds |= {"load": self.load, "load during a step": self.load_beside}
@@ -70,7 +70,7 @@ class _Bench:
         return Tokens(tuple(self._prompts[self._at : self._at + length]))
 
     async def times(self, adapter: int, prompt: int, tokens: int) -> list[float]:
-        """When each token came, seconds after the request."""
+        """Send a request; return when each token came, in seconds after the request."""
         found: list[float] = []
         began = time.monotonic()
         async with self._server.client.generate_stream(
@@ -85,7 +85,7 @@ class _Bench:
         return found
 
     async def load(self, adapter: int) -> float:
-        """What a request waits for an adapter that is on disk."""
+        """Return how long a request waits for an adapter that is on disk."""
         name = workload.adapter_name(adapter)
         await self._server.client.evict(name)
         answer = await self._server.client.generate(
@@ -95,8 +95,8 @@ class _Bench:
 
 
 async def measure(server: Served, rounds: int, seed: int, measured: Measurements) -> None:
-    """Add samples, in ``rounds`` of all kinds so that a disturbance hits all alike. The server
-    needs as many adapters as `_STREAMS` has streams."""
+    """Add samples to ``measured``. Each of the ``rounds`` has all kinds of samples, so that a
+    disturbance affects all kinds alike. The server needs ``max(_STREAMS)`` adapters."""
     bench = _Bench(server, seed)
     for adapter in range(max(_STREAMS)):
         await bench.times(adapter, 16, 2)
@@ -118,7 +118,7 @@ async def measure(server: Served, rounds: int, seed: int, measured: Measurements
 
 
 def _gaps(answers: Sequence[Sequence[float]]) -> list[float]:
-    """Mean times between the tokens of each answer, while all are under way."""
+    """Return the mean time between tokens of each answer, while all answers are under way."""
     begin = max(answer[0] for answer in answers)
     end = min(answer[-1] for answer in answers)
     found = []
@@ -130,25 +130,25 @@ def _gaps(answers: Sequence[Sequence[float]]) -> list[float]:
 
 
 def fit(measured: Measurements, adapter_bytes: int, how: str, before: Costs) -> Costs:
-    """Costs that explain what was measured.
+    """Fit costs to the measurements.
 
     Args:
-        before: for what is not measured: fetches, followers and detection.
+        before: costs to keep where nothing is measured: fetches, followers and detection.
 
     Raises:
         TargetFailed: streams that were sent together never ran together.
     """
-    # On a slow machine, some may have ended before the others began.
+    # On a slow machine, some streams may have ended before the others began.
     apart = {key: samples for key, samples in measured.apart.items() if samples}
     if len(apart) < 2:
         raise TargetFailed(
             "streams that were sent together did not run together: try more rounds of "
             "--fit-rounds, or a machine that does less"
         )
-    # Between tokens: step + streams row + adapters adapter.
+    # Time between tokens: step_s + streams * row_s + adapters * adapter_s.
     rows = [[1.0, streams, adapters, 0.0, 0.0] for streams, adapters in apart]
     times = [median(samples) for samples in apart.values()]
-    # A first token: step + adapter + length prompt + what is around it.
+    # A first token: step_s + adapter_s + length * prompt_token_s + time outside the step.
     rows += [[1.0, 0.0, 1.0, length, 1.0] for length in measured.first]
     times += [median(samples) for samples in measured.first.values()]
     step_s, row_s, adapter_s, prompt_token_s, around = _least(rows, times)
@@ -159,7 +159,7 @@ def fit(measured: Measurements, adapter_bytes: int, how: str, before: Costs) -> 
         for sample in samples
     ]
     load = max(1e-4, median(measured.load))
-    # None where the stream ended sooner than its first load began.
+    # There are no samples if the other stream ended before the first load began.
     beside = median(measured.load_beside) if measured.load_beside else load
     known: dict[str, Any] = msgspec.structs.asdict(before)
     return Costs(
@@ -183,7 +183,7 @@ def fit(measured: Measurements, adapter_bytes: int, how: str, before: Costs) -> 
 
 
 def _least(rows: list[list[float]], seconds: list[float]) -> list[float]:
-    """Least squares of relative errors, with no negative cost: a cost that would be is 0."""
+    """Solve by least squares of relative errors; a cost that would be negative is 0."""
     kept = list(range(len(rows[0])))
     scale = 1 / np.array(seconds)
     while True:

@@ -1,4 +1,4 @@
-"""What a scenario's ``--lose``, ``--drain``, ``--partition`` and ``--publish`` say."""
+"""Parse a scenario's ``--lose``, ``--drain``, ``--partition`` and ``--publish`` options."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FORMS: Final = {
 
 
 def parse_happenings(kind: str, texts: Iterable[str] | None) -> list[Happening]:
-    """Of one kind, a key of `FORMS`.
+    """Parse happenings of one kind, a key of `FORMS`.
 
     Raises:
         BadOption: a text is not of its form.

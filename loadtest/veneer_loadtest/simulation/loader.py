@@ -1,7 +1,7 @@
-"""A replica's loads from disk: one after another, slower while the engine computes.
+"""A replica's loads from disk: one after another, and slower while the engine computes.
 
-A real server has several loader processes, at low priority. On the cores that they share with
-the engine they take turns, so what they achieve together is what one would.
+A real server has several loader processes, at low priority. They take turns on the cores that
+they share with the engine, so together they achieve no more than one would.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from collections import deque
 
 
 class SimulatedLoader:
-    """Attributes:
-    loaded, loaded_bytes: counts since the start.
+    """The queue of a replica's loads.
+
+    Attributes:
+        loaded, loaded_bytes: counts since the start.
     """
 
     def __init__(self) -> None:
@@ -25,23 +27,23 @@ class SimulatedLoader:
 
     @property
     def digests(self) -> set[str]:
-        """What is being loaded."""
+        """Weights digests of the adapters that are being loaded or wait for it."""
         return {digest for digest, _ in self._queue}
 
     @property
     def left_s(self) -> float:
-        """Until the next one is complete, beside an idle engine; there must be one."""
+        """Seconds until the next load is complete on an idle engine; there must be a load."""
         return self._left[0]
 
     def add(self, digest: str, size: int, seconds: float) -> None:
-        """A load begins, or waits for those before it."""
+        """Add a load, which begins when those before it are complete."""
         self._queue.append((digest, size))
         self._left.append(seconds)
 
     def work(self, seconds: float) -> list[str]:
-        """So much is done. Returns the digests that are now complete."""
+        """Advance by ``seconds``; return the digests whose loads are now complete."""
         done = []
-        # Clocks are sums of floats: a load that lacks a nanosecond is complete.
+        # Clocks are sums of floats: a load with a nanosecond left is complete.
         while self._queue and self._left[0] <= seconds + 1e-9:
             seconds = max(0.0, seconds - self._left.popleft())
             digest, size = self._queue.popleft()

@@ -1,4 +1,4 @@
-"""Options of a scenario, which ``run`` and ``real`` share."""
+"""Options of a scenario that ``run`` and ``real`` share."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _BY_NAME: Final[dict[str, Routing]] = {routing: routing for routing in ROUTINGS}
 
 
 def parse_routings(text: str) -> tuple[Routing, ...]:
-    """``all``, or names separated by commas.
+    """Parse ``all``, or routing policies separated by commas.
 
     Raises:
         BadOption: a name is unknown.

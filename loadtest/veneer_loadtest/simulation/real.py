@@ -1,4 +1,4 @@
-"""A scenario's requests sent to real servers, by the router that the simulator uses."""
+"""Send a scenario's requests to real servers, using the same router as the simulator."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Driver:
             router.join(name)
 
     async def run(self) -> float:
-        """Send all requests when they are due; returns seconds until the last has ended."""
+        """Send all requests when they are due; return the seconds until the last has ended."""
         began = time.monotonic()
         reporting = asyncio.create_task(self._report())
         try:
@@ -51,7 +51,7 @@ class Driver:
                 asked = time.monotonic()
                 resident = await server.resident()
                 now = time.monotonic()
-                # This is the only router: it knows itself how many requests are there.
+                # This is the only router, so it knows how many requests each replica has.
                 self._router.report(name, ReplicaReport(resident, 0, now - asked), now)
             await asyncio.sleep(self._scenario.report_s)
 
@@ -94,10 +94,11 @@ class Driver:
 async def run_real(
     scenario: Scenario, routing: Routing, servers: Sequence[Served], run: int
 ) -> Figures:
-    """The figures of a scenario on real servers, whose memory of adapters is emptied first.
+    """Run a scenario on real servers, after evicting all adapters from their memory.
 
     Args:
-        run: number of the run, so that it finds no prompt of another in the prefix cache.
+        run: number of the run; each run has its own prompts, so that the prefix cache has
+            none of them.
     """
     for server in servers:
         await server.empty()

@@ -1,8 +1,8 @@
-"""Names and bytes that replicas get from the registry, and when.
+"""Names and bytes that replicas get from the registry, and when they get them.
 
-What a follower knows, asks for and checks is the product's own code: a registry's `Feed` and
-each follower's `View`. The registry's catalog is a stand-in, and so is the network: messages
-arrive in order after a delay, or not at all while the registry is away.
+Followers run the product's own code: the registry's `Feed` and each follower's `View`. The
+registry's catalog is a stand-in, and so is the network: messages arrive in order after a delay,
+or not at all while the registry cannot be reached.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from veneer_loadtest.simulation.events import Events
 
 _TENANT: Final = "default"
 _IN_STEP_S: Final = 0.05
-"""How long a follower that is out of step waits before it connects again."""
+"""Seconds that a follower that is out of step waits before it connects again."""
 
 
 @dataclass(slots=True)
@@ -32,7 +32,8 @@ class SimulatedPublication:
 
     Attributes:
         waiting: followers that do not have it yet.
-        everywhere_s: from the publication until the last one had it; None before that.
+        everywhere_s: seconds from the publication until the last follower had it; None before
+            that.
     """
 
     adapter: int
@@ -46,8 +47,8 @@ class SimulatedLink:
     """The registry's connection to all replicas, which share it.
 
     Attributes:
-        up: whether it can be reached.
-        bytes: sent so far.
+        up: whether the registry can be reached.
+        bytes: number of bytes sent so far.
     """
 
     def __init__(self, costs: Costs, events: Events) -> None:
@@ -58,7 +59,7 @@ class SimulatedLink:
         self._free = 0.0
 
     def fetch(self, size: int) -> float:
-        """When a fetch that begins now is complete."""
+        """Start a fetch now; return when it is complete."""
         costs, now = self._costs, self._events.now
         begins = max(now, self._free)
         self._free = begins + size * costs.registry_byte_s
@@ -67,8 +68,8 @@ class SimulatedLink:
 
 
 class _Catalog:
-    """A registry's names, for its feed. Adapters without a publication have revision 0 and no
-    name."""
+    """Stand-in for a registry's catalog, for its feed. Adapters without a publication have
+    revision 0 and no name."""
 
     store_id, base_id = "store", "base"
 
@@ -85,7 +86,7 @@ class _Catalog:
         return ()
 
     def publish(self, adapter: int) -> int:
-        """Returns the new revision."""
+        """Publish a new revision of an adapter; return its number."""
         revision = self.current[adapter] = self.current.get(adapter, 0) + 1
         self.last_change += 1
         ref = AdapterRef(str(adapter), str(revision), f"{adapter}@{revision}")
@@ -95,13 +96,15 @@ class _Catalog:
 
 @dataclass(slots=True)
 class _Follower:
-    """Attributes:
-    view: the product's.
-    known: adapter -> revision, as the view has it.
-    connection: number of its connection; messages of earlier ones are not received.
-    connected: messages reach it, unless the registry is away.
-    away: it is lost; it keeps its view, as on its disk.
-    last_s: when its connection's last message arrives; later ones not before.
+    """A follower of the registry.
+
+    Attributes:
+        view: the product's own view.
+        known: adapter -> revision, as the view has it.
+        connection: number of its connection; messages of earlier connections are dropped.
+        connected: whether messages reach it, unless the registry cannot be reached.
+        away: whether it is lost; it keeps its view, as on its disk.
+        last_s: when its connection's last message arrives; later messages arrive no earlier.
     """
 
     view: View = field(default_factory=View)
@@ -113,10 +116,11 @@ class _Follower:
 
 
 class Followers:
-    """What each follower believes a name to mean.
+    """All followers, and the revision of each adapter that each follower knows.
 
     Attributes:
-        out_of_step: messages that did not fit what a follower had: none, unless there is a bug.
+        out_of_step: number of messages that did not fit a follower's view; 0 unless there is a
+            bug.
 
     Args:
         changed: called with a follower and an adapter when its view of it has changed.
@@ -144,16 +148,16 @@ class Followers:
             self._begin(name)
 
     def revision(self, follower: str, adapter: int) -> int:
-        """The revision that a follower answers on: the newest that it knows, never one that was
-        not published."""
+        """Return the revision that a follower answers with: the newest that it knows, or 0
+        before any publication."""
         return self._all[follower].known.get(adapter, 0)
 
     def newest(self, adapter: int) -> int:
-        """The revision that the registry has."""
+        """Return the revision that the registry has."""
         return self._catalog.current.get(adapter, 0)
 
     def published(self, adapter: int) -> SimulatedPublication:
-        """A new revision, now; every follower that stays will have it."""
+        """Publish a new revision now; every follower that is not lost will get it."""
         before = self._feed.sequence
         revision = self._catalog.publish(adapter)
         waiting = {name for name, each in self._all.items() if not each.away}
@@ -171,7 +175,8 @@ class Followers:
         return publication
 
     def leave(self, follower: str) -> None:
-        """It is lost: publications wait for it no longer (its lease expires)."""
+        """Handle the loss of a follower: publications no longer wait for it, since its lease
+        expires."""
         each = self._all[follower]
         each.away, each.connected = True, False
         each.connection += 1
@@ -179,13 +184,13 @@ class Followers:
             self._has(publication, follower)
 
     def come(self, follower: str) -> None:
-        """It is back, with what it knew, and follows again."""
+        """Bring a lost follower back with the view that it had; it follows again."""
         self._all[follower].away = False
         if self._link.up:
             self._connect(follower, 1)
 
     def reconnect(self) -> None:
-        """The registry can be reached again: each follower gets what it missed."""
+        """Reconnect all followers after a partition: each gets the changes that it missed."""
         for number, (name, each) in enumerate(self._all.items(), 1):
             if not each.away:
                 self._connect(name, number)
@@ -206,7 +211,8 @@ class Followers:
         self._events.after(wait_s + number * costs.notify_s + costs.follow_s, begin)
 
     def _begin(self, name: str) -> None:
-        """A connection's first messages, by what the follower asks for."""
+        """Send a connection's first messages: the changes since the follower's place in the
+        feed, or a snapshot."""
         each, feed = self._all[name], self._feed
         run, sequence = each.view.place()
         changes = feed.after(run, sequence)

@@ -1,4 +1,4 @@
-"""One server: the real step loop, on a clock that jumps."""
+"""One simulated server: the real step loop on a virtual clock."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ _NO_TOKEN = SequenceResult()
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSize:
-    """What a server is started with; the defaults are the server's own.
+    """Settings of a server; the defaults are the server's own.
 
     Attributes:
-        adapter_bytes: of memory for adapters.
-        kv_tokens: of the KV cache.
-        load_workers: loader processes; they decide how many loads are planned at once.
+        adapter_bytes: bytes of memory for adapters.
+        kv_tokens: size of the KV cache, in tokens.
+        load_workers: number of loader processes, which limits the loads planned at once.
     """
 
     adapter_bytes: int
@@ -54,14 +54,14 @@ class ReplicaSize:
 
 
 class Replica:
-    """Belongs to the simulation's thread.
+    """One simulated server; belongs to the simulation's thread.
 
     Args:
-        told: called with what the engine sends, at the time at which it does.
-        seed: of `Costs.noise`.
+        told: called with the engine's messages, at the time at which it sends them.
+        seed: seed for choosing from `Costs.noise`.
 
     Attributes:
-        lost: it is gone; nothing of it happens any more.
+        lost: set when the replica is lost; it then does nothing any more.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Replica:
         self._told = told
         self._inbox: Inbox = queue.SimpleQueue()
         self._now = 0.0
-        """Ahead of `events.now` by the step under way."""
+        """The engine's time: ahead of `events.now` by the step under way."""
         self._loaded_until = 0.0
         self.room: int | None = None
         self._busy = False
@@ -120,18 +120,18 @@ class Replica:
             clock=lambda: self._now,
         )
 
-    # ------------------------------------------------------------------ what it is asked
+    # ------------------------------------------------------------------ requests
 
     def submit(self, number: int, request: SequenceRequest) -> None:
-        """A request reaches the engine now."""
+        """Send a request to the engine now."""
         self._inbox.put(Submit(number, request))
         self._wake()
 
     def resident(self) -> frozenset[str]:
-        """Digests of adapters in memory or being loaded."""
+        """Return the weights digests of adapters in memory or being loaded."""
         return frozenset(self.residency.ledger.there["host"] | self.loader.digests)
 
-    # ------------------------------------------------------------------ its time
+    # ------------------------------------------------------------------ the clock
 
     def _wake(self) -> None:
         if not (self._busy or self._awake):
@@ -154,14 +154,14 @@ class Replica:
         self._rest()
 
     def _rest(self) -> None:
-        """Nothing can run before a message or a load arrives."""
+        """Rest until a message arrives or a load is complete, since nothing can run before."""
         self._wakes += 1
         if self.loader:
             number = self._wakes
             self._events.after(self.loader.left_s, lambda: self._loaded(number))
 
     def _loaded(self, number: int) -> None:
-        """A load that was under way when the engine became idle is complete."""
+        """Handle the end of a load that was under way when the engine became idle."""
         if number == self._wakes and not (self._busy or self._awake):
             self._turn()
 
@@ -179,14 +179,14 @@ class Replica:
 
     def _send(self, messages: list[FromEngine]) -> None:
         if self._now > self._events.now:
-            self._sent += messages  # at the end of the step
+            self._sent += messages  # sent at the end of the step
         else:
             self._told(self, messages)
 
-    # ------------------------------------------------------------------ what takes time
+    # ------------------------------------------------------------------ runner and memory
 
     def execute(self, plan: StepPlan) -> tuple[SequenceResult, ...]:
-        """A step: see `Runner`."""
+        """Run a step; see `Runner`."""
         seconds = self._costs.of_step(plan) * self._noise()
         if self.loader:
             seconds *= 1 + self._costs.busy_slowdown
@@ -210,7 +210,7 @@ class Replica:
         self.loader.add(source.weights_digest, size, self._costs.of_load(size) * self._noise())
 
     def move(self, weights_digest: str) -> None:
-        """The copy on the device is the one in memory: nothing moves."""
+        """Report the move at once: the device's copy is the copy in host memory."""
         self._inbox.put(Arrived(weights_digest, "device", {}))
 
     def admit(self, arrived: Arrived) -> None:

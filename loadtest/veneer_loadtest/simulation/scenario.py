@@ -1,4 +1,4 @@
-"""What to simulate: a frozen record, checked once."""
+"""The scenario to simulate: a frozen record, checked once."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ ROUTINGS: Final[tuple[Routing, ...]] = get_args(Routing)
 
 @dataclass(frozen=True, slots=True)
 class Lose:
-    """Replica number ``replica`` is lost at a time with all that it computes, and back, with
-    its disk but nothing in memory, ``back_s`` later (0: never)."""
+    """Replica number ``replica`` is lost with all its running requests. It is back ``back_s``
+    later (0: never), with its disk but nothing in memory."""
 
     at_s: float
     replica: int
@@ -23,7 +23,7 @@ class Lose:
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """Replica number ``replica`` takes no new request from a time on."""
+    """Replica number ``replica`` takes no new requests from then on."""
 
     at_s: float
     replica: int
@@ -39,7 +39,7 @@ class Partition:
 
 @dataclass(frozen=True, slots=True)
 class Publish:
-    """Adapter number ``adapter``, 0 being the most popular, gets a new revision."""
+    """Adapter number ``adapter`` gets a new revision; 0 is the most popular adapter."""
 
     at_s: float
     adapter: int
@@ -50,21 +50,25 @@ Happening = Lose | Drain | Partition | Publish
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """Attributes:
-    in_memory: adapters that fit into a replica's memory.
-    on_disk: adapters that fit into a replica's disk cache, fetched from the registry on
-        first use; 0: all are on its disk from the start.
-    adapter_bytes: of each.
-    zipf: exponent of the adapters' popularity.
-    rate: requests per second in all, on average.
-    burst_share: of the requests, how many arrive in bursts of single tenants.
-    burst: requests of a burst, and how long it lasts.
-    tenants: adapter i belongs to tenant i modulo this.
-    prompt_tokens, answer_tokens: means; lengths are uniform from half to one and a half.
-    session_share: of the requests, how many belong to a session, whose prompts begin alike.
-    warm: share of the requests at the start that figures leave out.
-    report_s: how often a replica reports to the router.
-    kv_tokens: of a replica's KV cache.
+    """A cluster and its load.
+
+    Attributes:
+        in_memory: number of adapters that fit into a replica's memory.
+        on_disk: number of adapters that fit into a replica's disk cache, fetched from the
+            registry on first use; 0: all are on its disk from the start.
+        adapter_bytes: size of each adapter.
+        zipf: exponent of the adapters' popularity.
+        rate: requests per second in all, on average.
+        burst_share: share of the requests that arrive in bursts of single tenants.
+        burst: number of requests in a burst, and its length in seconds.
+        tenants: adapter i belongs to tenant i modulo this.
+        prompt_tokens, answer_tokens: mean lengths; lengths are uniform from half to one and a
+            half times the mean.
+        session_share: share of the requests that belong to a session; prompts of a session
+            share a prefix.
+        warm: share of the requests at the start that figures leave out.
+        report_s: seconds between a replica's reports to the router.
+        kv_tokens: size of a replica's KV cache, in tokens.
     """
 
     replicas: int = 2
@@ -88,7 +92,7 @@ class Scenario:
     happenings: tuple[Happening, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raises BadOption."""
+        """Check the scenario; raises `BadOption`."""
         for name in (
             "replicas",
             "adapters",

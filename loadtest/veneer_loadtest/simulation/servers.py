@@ -1,4 +1,4 @@
-"""Real servers on this machine, a core each, with the adapters of a scenario."""
+"""Real servers on this machine, one core each, with the adapters of a scenario."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Served:
 
     Attributes:
         digests: weights digest of each adapter of the scenario, by number.
-        adapter_bytes: of a resident copy.
+        adapter_bytes: size of an adapter's resident copy.
     """
 
     client: AsyncClient
@@ -33,18 +33,18 @@ class Served:
     adapter_bytes: int
 
     async def resident(self) -> frozenset[str]:
-        """Weights digests of the adapters in memory."""
+        """Return the weights digests of the adapters in memory."""
         found = self.client.list(name_prefix="load-", page_size=1000)
         return frozenset([a.weights_digest async for a in found if a.tier is not Tier.DISK])
 
     async def empty(self) -> None:
-        """Free all adapters' memory."""
+        """Evict all adapters from memory."""
         found = self.client.list(name_prefix="load-", page_size=1000)
         for each in [a.name async for a in found if a.tier is not Tier.DISK]:
             await self.client.evict(each)
 
     async def loads(self) -> int:
-        """From disk, since the server started."""
+        """Return the number of loads from disk since the server started."""
         counters = await read_counters(self.metrics)
         return counters.by("adapter_load_seconds_count", "source", "stage").get("disk read", 0)
 
@@ -89,10 +89,10 @@ async def real_servers(
 
 
 def parse_cores(text: str) -> tuple[int, ...]:
-    """``0,1``.
+    """Parse cores such as ``0,1``.
 
     Raises:
-        BadOption: it is something else.
+        BadOption: the text is something else.
     """
     try:
         return tuple(map(int, text.split(",")))

@@ -1,4 +1,4 @@
-"""The requests of a scenario, from its seed: the same ones whatever routes them."""
+"""Generate a scenario's requests from its seed: the same requests for every router."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from veneer_loadtest.simulation.scenario import Scenario
 
 _POOL = 1 << 16
 _FIRST_TOKEN, _LAST_TOKEN = 1000, 49_000
-"""Ordinary tokens of the bundled base."""
+"""Range of the bundled base's ordinary tokens."""
 _SESSIONS = 4
-"""Sessions of an adapter that are under way at a time."""
+"""Number of sessions of each adapter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +23,9 @@ class Asked:
 
     Attributes:
         at_s: when it reaches the ingress.
-        adapter: its number.
-        session: "" for none.
-        text: where its prompt begins in the pool of `prompts`; alike within a session.
+        adapter: the adapter's number.
+        session: name of its session; "" for none.
+        text: where its prompt begins in the pool of `prompts`; the same within a session.
     """
 
     number: int
@@ -39,7 +39,7 @@ class Asked:
 
 
 def traffic(scenario: Scenario) -> Iterator[Asked]:
-    """All requests in order of arrival."""
+    """Yield all requests in order of arrival."""
     random = np.random.default_rng(scenario.seed)
     count = scenario.requests
     at, adapters = _arrivals(scenario, random)
@@ -70,7 +70,8 @@ def traffic(scenario: Scenario) -> Iterator[Asked]:
 def _arrivals(
     scenario: Scenario, random: np.random.Generator
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-    """When each request arrives, and for which adapter: a Poisson process, and bursts."""
+    """Return when each request arrives and its adapter: random arrivals at a steady rate, and
+    bursts."""
     count, (burst, burst_s) = scenario.requests, scenario.burst
     bursts = round(count * scenario.burst_share / burst)
     steady = count - bursts * burst
@@ -101,7 +102,7 @@ def _lengths(random: np.random.Generator, mean: int, size: int) -> npt.NDArray[n
 
 
 def prompts(seed: int, longest: int) -> list[int]:
-    """A pool of random tokens; a prompt is a part of it."""
+    """Return a pool of random tokens; each prompt is a part of it."""
     random = np.random.default_rng([seed, 1])
     drawn: list[int] = random.integers(_FIRST_TOKEN, _LAST_TOKEN, _POOL + longest).tolist()
     return drawn

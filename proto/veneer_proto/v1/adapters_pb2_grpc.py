@@ -34,8 +34,8 @@ class AdapterServiceStub:
     none of its own. An operator names another tenant in metadata `veneer-tenant`.
 
     A call that changes something is carried out whole or not at all, whether or not its
-    caller waits for the answer. An upload whose caller leaves before the name has moved
-    publishes nothing.
+    caller waits for the answer. An upload publishes nothing if its caller disconnects
+    before the name has moved.
     """
 
     def __init__(self, channel):
@@ -135,35 +135,37 @@ class AdapterServiceServicer:
     none of its own. An operator names another tenant in metadata `veneer-tenant`.
 
     A call that changes something is carried out whole or not at all, whether or not its
-    caller waits for the answer. An upload whose caller leaves before the name has moved
-    publishes nothing.
+    caller waits for the answer. An upload publishes nothing if its caller disconnects
+    before the name has moved.
     """
 
     def UploadAdapter(self, request_iterator, context):
-        """First message: `spec`; then `chunk`s. Nothing is visible before the commit.
+        """Publishes an adapter. The first message is `spec`, all others are `chunk`s. Nothing is
+        visible before the commit.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetUpload(self, request, context):
-        """How much of an upload the server has: what a broken one left, and files whose
-        content it holds already.
+        """Returns how much of an upload the server already has: bytes received before it was
+        interrupted, and files whose content is stored.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RegisterAdapter(self, request, context):
-        """Publish from a URI, which the server fetches: checked and committed as an upload is.
+        """Publishes an adapter that the server fetches from a URI. It is checked and committed
+        like an upload.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DownloadAdapter(self, request, context):
-        """The files of a revision as they were uploaded: first `start`, then `chunk`s, file by
-        file in the order of `start.files`. Only for adapters of the caller's own tenant.
+        """Returns the files of a revision as they were uploaded: first `start`, then `chunk`s, file
+        by file in the order of `start.files`. Only for adapters of the caller's own tenant.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -182,7 +184,7 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ActivateAdapter(self, request, context):
-        """Brings an adapter to a tier before the first request asks for it.
+        """Prefetches an adapter into a tier, before the first request needs it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -202,7 +204,7 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SetAlias(self, request, context):
-        """Moves, rolls back or removes an alias, in one step for all who ask.
+        """Creates, moves, rolls back or removes an alias, atomically for all requests.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -215,21 +217,21 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchAdapters(self, request, context):
-        """What happens to adapters, as it happens: see AdapterEvent.
+        """Streams changes of adapters as they happen: see AdapterEvent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UpdateAdapter(self, request, context):
-        """Pins, labels, retention, and which revision is current.
+        """Changes an adapter's pin, labels, retention, sharing, or current revision.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetHistory(self, request, context):
-        """Who changed what when, newest first; kept when the name is deleted.
+        """Returns who changed what and when, newest first. History is kept when a name is deleted.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -243,8 +245,8 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SelfTest(self, request, context):
-        """Proves that the base and resident adapters answer, mixed in batches, as a
-        reference computed from the files on disk says they must.
+        """Checks that the base and resident adapters, mixed in batches, give the results of a
+        reference that is computed from the files on disk.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -350,8 +352,8 @@ class AdapterService:
     none of its own. An operator names another tenant in metadata `veneer-tenant`.
 
     A call that changes something is carried out whole or not at all, whether or not its
-    caller waits for the answer. An upload whose caller leaves before the name has moved
-    publishes nothing.
+    caller waits for the answer. An upload publishes nothing if its caller disconnects
+    before the name has moved.
     """
 
     @staticmethod

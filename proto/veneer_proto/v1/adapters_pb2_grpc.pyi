@@ -35,8 +35,8 @@ class AdapterServiceStub:
     none of its own. An operator names another tenant in metadata `veneer-tenant`.
 
     A call that changes something is carried out whole or not at all, whether or not its
-    caller waits for the answer. An upload whose caller leaves before the name has moved
-    publishes nothing.
+    caller waits for the answer. An upload publishes nothing if its caller disconnects
+    before the name has moved.
     """
 
     @_typing.overload
@@ -44,38 +44,42 @@ class AdapterServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AdapterServiceAsyncStub: ...
     UploadAdapter: _grpc.StreamUnaryMultiCallable[_adapters_pb2.UploadAdapterRequest, _adapters_pb2.UploadAdapterResponse]
-    """First message: `spec`; then `chunk`s. Nothing is visible before the commit."""
+    """Publishes an adapter. The first message is `spec`, all others are `chunk`s. Nothing is
+    visible before the commit.
+    """
     GetUpload: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.GetUploadRequest, _adapters_pb2.GetUploadResponse]
-    """How much of an upload the server has: what a broken one left, and files whose
-    content it holds already.
+    """Returns how much of an upload the server already has: bytes received before it was
+    interrupted, and files whose content is stored.
     """
     RegisterAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.RegisterAdapterRequest, _adapters_pb2.RegisterAdapterResponse]
-    """Publish from a URI, which the server fetches: checked and committed as an upload is."""
+    """Publishes an adapter that the server fetches from a URI. It is checked and committed
+    like an upload.
+    """
     DownloadAdapter: _grpc.UnaryStreamMultiCallable[_adapters_pb2.DownloadAdapterRequest, _adapters_pb2.DownloadAdapterResponse]
-    """The files of a revision as they were uploaded: first `start`, then `chunk`s, file by
-    file in the order of `start.files`. Only for adapters of the caller's own tenant.
+    """Returns the files of a revision as they were uploaded: first `start`, then `chunk`s, file
+    by file in the order of `start.files`. Only for adapters of the caller's own tenant.
     """
     GetAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterRequest, _adapters_pb2.GetAdapterResponse]
     ListAdapters: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.ListAdaptersRequest, _adapters_pb2.ListAdaptersResponse]
     ActivateAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.ActivateAdapterRequest, _adapters_pb2.ActivateAdapterResponse]
-    """Brings an adapter to a tier before the first request asks for it."""
+    """Prefetches an adapter into a tier, before the first request needs it."""
     EvictAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.EvictAdapterRequest, _adapters_pb2.EvictAdapterResponse]
     """Frees memory; the adapter stays registered. DeleteAdapter removes a revision or a name."""
     DeleteAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.DeleteAdapterRequest, _adapters_pb2.DeleteAdapterResponse]
     SetAlias: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.SetAliasRequest, _adapters_pb2.SetAliasResponse]
-    """Moves, rolls back or removes an alias, in one step for all who ask."""
+    """Creates, moves, rolls back or removes an alias, atomically for all requests."""
     ListAliases: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.ListAliasesRequest, _adapters_pb2.ListAliasesResponse]
     WatchAdapters: _grpc.UnaryStreamMultiCallable[_adapters_pb2.WatchAdaptersRequest, _adapters_pb2.WatchAdaptersResponse]
-    """What happens to adapters, as it happens: see AdapterEvent."""
+    """Streams changes of adapters as they happen: see AdapterEvent."""
     UpdateAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.UpdateAdapterRequest, _adapters_pb2.UpdateAdapterResponse]
-    """Pins, labels, retention, and which revision is current."""
+    """Changes an adapter's pin, labels, retention, sharing, or current revision."""
     GetHistory: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.GetHistoryRequest, _adapters_pb2.GetHistoryResponse]
-    """Who changed what when, newest first; kept when the name is deleted."""
+    """Returns who changed what and when, newest first. History is kept when a name is deleted."""
     UpdateBudgets: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.UpdateBudgetsRequest, _adapters_pb2.UpdateBudgetsResponse]
     """Changes the memory budgets of the running server."""
     SelfTest: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.SelfTestRequest, _adapters_pb2.SelfTestResponse]
-    """Proves that the base and resident adapters answer, mixed in batches, as a
-    reference computed from the files on disk says they must.
+    """Checks that the base and resident adapters, mixed in batches, give the results of a
+    reference that is computed from the files on disk.
     """
 
 @_typing.type_check_only
@@ -88,44 +92,48 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     none of its own. An operator names another tenant in metadata `veneer-tenant`.
 
     A call that changes something is carried out whole or not at all, whether or not its
-    caller waits for the answer. An upload whose caller leaves before the name has moved
-    publishes nothing.
+    caller waits for the answer. An upload publishes nothing if its caller disconnects
+    before the name has moved.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     UploadAdapter: _aio.StreamUnaryMultiCallable[_adapters_pb2.UploadAdapterRequest, _adapters_pb2.UploadAdapterResponse]  # type: ignore[assignment]
-    """First message: `spec`; then `chunk`s. Nothing is visible before the commit."""
+    """Publishes an adapter. The first message is `spec`, all others are `chunk`s. Nothing is
+    visible before the commit.
+    """
     GetUpload: _aio.UnaryUnaryMultiCallable[_adapters_pb2.GetUploadRequest, _adapters_pb2.GetUploadResponse]  # type: ignore[assignment]
-    """How much of an upload the server has: what a broken one left, and files whose
-    content it holds already.
+    """Returns how much of an upload the server already has: bytes received before it was
+    interrupted, and files whose content is stored.
     """
     RegisterAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.RegisterAdapterRequest, _adapters_pb2.RegisterAdapterResponse]  # type: ignore[assignment]
-    """Publish from a URI, which the server fetches: checked and committed as an upload is."""
+    """Publishes an adapter that the server fetches from a URI. It is checked and committed
+    like an upload.
+    """
     DownloadAdapter: _aio.UnaryStreamMultiCallable[_adapters_pb2.DownloadAdapterRequest, _adapters_pb2.DownloadAdapterResponse]  # type: ignore[assignment]
-    """The files of a revision as they were uploaded: first `start`, then `chunk`s, file by
-    file in the order of `start.files`. Only for adapters of the caller's own tenant.
+    """Returns the files of a revision as they were uploaded: first `start`, then `chunk`s, file
+    by file in the order of `start.files`. Only for adapters of the caller's own tenant.
     """
     GetAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterRequest, _adapters_pb2.GetAdapterResponse]  # type: ignore[assignment]
     ListAdapters: _aio.UnaryUnaryMultiCallable[_adapters_pb2.ListAdaptersRequest, _adapters_pb2.ListAdaptersResponse]  # type: ignore[assignment]
     ActivateAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.ActivateAdapterRequest, _adapters_pb2.ActivateAdapterResponse]  # type: ignore[assignment]
-    """Brings an adapter to a tier before the first request asks for it."""
+    """Prefetches an adapter into a tier, before the first request needs it."""
     EvictAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.EvictAdapterRequest, _adapters_pb2.EvictAdapterResponse]  # type: ignore[assignment]
     """Frees memory; the adapter stays registered. DeleteAdapter removes a revision or a name."""
     DeleteAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.DeleteAdapterRequest, _adapters_pb2.DeleteAdapterResponse]  # type: ignore[assignment]
     SetAlias: _aio.UnaryUnaryMultiCallable[_adapters_pb2.SetAliasRequest, _adapters_pb2.SetAliasResponse]  # type: ignore[assignment]
-    """Moves, rolls back or removes an alias, in one step for all who ask."""
+    """Creates, moves, rolls back or removes an alias, atomically for all requests."""
     ListAliases: _aio.UnaryUnaryMultiCallable[_adapters_pb2.ListAliasesRequest, _adapters_pb2.ListAliasesResponse]  # type: ignore[assignment]
     WatchAdapters: _aio.UnaryStreamMultiCallable[_adapters_pb2.WatchAdaptersRequest, _adapters_pb2.WatchAdaptersResponse]  # type: ignore[assignment]
-    """What happens to adapters, as it happens: see AdapterEvent."""
+    """Streams changes of adapters as they happen: see AdapterEvent."""
     UpdateAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.UpdateAdapterRequest, _adapters_pb2.UpdateAdapterResponse]  # type: ignore[assignment]
-    """Pins, labels, retention, and which revision is current."""
+    """Changes an adapter's pin, labels, retention, sharing, or current revision."""
     GetHistory: _aio.UnaryUnaryMultiCallable[_adapters_pb2.GetHistoryRequest, _adapters_pb2.GetHistoryResponse]  # type: ignore[assignment]
-    """Who changed what when, newest first; kept when the name is deleted."""
+    """Returns who changed what and when, newest first. History is kept when a name is deleted."""
     UpdateBudgets: _aio.UnaryUnaryMultiCallable[_adapters_pb2.UpdateBudgetsRequest, _adapters_pb2.UpdateBudgetsResponse]  # type: ignore[assignment]
     """Changes the memory budgets of the running server."""
     SelfTest: _aio.UnaryUnaryMultiCallable[_adapters_pb2.SelfTestRequest, _adapters_pb2.SelfTestResponse]  # type: ignore[assignment]
-    """Proves that the base and resident adapters answer, mixed in batches, as a
-    reference computed from the files on disk says they must.
+    """Checks that the base and resident adapters, mixed in batches, give the results of a
+    reference that is computed from the files on disk.
     """
 
 class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -137,8 +145,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
     none of its own. An operator names another tenant in metadata `veneer-tenant`.
 
     A call that changes something is carried out whole or not at all, whether or not its
-    caller waits for the answer. An upload whose caller leaves before the name has moved
-    publishes nothing.
+    caller waits for the answer. An upload publishes nothing if its caller disconnects
+    before the name has moved.
     """
 
     @_abc_1.abstractmethod
@@ -147,7 +155,9 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_adapters_pb2.UploadAdapterRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.UploadAdapterResponse, _abc.Awaitable[_adapters_pb2.UploadAdapterResponse]]:
-        """First message: `spec`; then `chunk`s. Nothing is visible before the commit."""
+        """Publishes an adapter. The first message is `spec`, all others are `chunk`s. Nothing is
+        visible before the commit.
+        """
 
     @_abc_1.abstractmethod
     def GetUpload(
@@ -155,8 +165,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.GetUploadRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.GetUploadResponse, _abc.Awaitable[_adapters_pb2.GetUploadResponse]]:
-        """How much of an upload the server has: what a broken one left, and files whose
-        content it holds already.
+        """Returns how much of an upload the server already has: bytes received before it was
+        interrupted, and files whose content is stored.
         """
 
     @_abc_1.abstractmethod
@@ -165,7 +175,9 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.RegisterAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.RegisterAdapterResponse, _abc.Awaitable[_adapters_pb2.RegisterAdapterResponse]]:
-        """Publish from a URI, which the server fetches: checked and committed as an upload is."""
+        """Publishes an adapter that the server fetches from a URI. It is checked and committed
+        like an upload.
+        """
 
     @_abc_1.abstractmethod
     def DownloadAdapter(
@@ -173,8 +185,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.DownloadAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_adapters_pb2.DownloadAdapterResponse], _abc.AsyncIterator[_adapters_pb2.DownloadAdapterResponse]]:
-        """The files of a revision as they were uploaded: first `start`, then `chunk`s, file by
-        file in the order of `start.files`. Only for adapters of the caller's own tenant.
+        """Returns the files of a revision as they were uploaded: first `start`, then `chunk`s, file
+        by file in the order of `start.files`. Only for adapters of the caller's own tenant.
         """
 
     @_abc_1.abstractmethod
@@ -197,7 +209,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.ActivateAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.ActivateAdapterResponse, _abc.Awaitable[_adapters_pb2.ActivateAdapterResponse]]:
-        """Brings an adapter to a tier before the first request asks for it."""
+        """Prefetches an adapter into a tier, before the first request needs it."""
 
     @_abc_1.abstractmethod
     def EvictAdapter(
@@ -220,7 +232,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.SetAliasRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.SetAliasResponse, _abc.Awaitable[_adapters_pb2.SetAliasResponse]]:
-        """Moves, rolls back or removes an alias, in one step for all who ask."""
+        """Creates, moves, rolls back or removes an alias, atomically for all requests."""
 
     @_abc_1.abstractmethod
     def ListAliases(
@@ -235,7 +247,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.WatchAdaptersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_adapters_pb2.WatchAdaptersResponse], _abc.AsyncIterator[_adapters_pb2.WatchAdaptersResponse]]:
-        """What happens to adapters, as it happens: see AdapterEvent."""
+        """Streams changes of adapters as they happen: see AdapterEvent."""
 
     @_abc_1.abstractmethod
     def UpdateAdapter(
@@ -243,7 +255,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.UpdateAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.UpdateAdapterResponse, _abc.Awaitable[_adapters_pb2.UpdateAdapterResponse]]:
-        """Pins, labels, retention, and which revision is current."""
+        """Changes an adapter's pin, labels, retention, sharing, or current revision."""
 
     @_abc_1.abstractmethod
     def GetHistory(
@@ -251,7 +263,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.GetHistoryRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.GetHistoryResponse, _abc.Awaitable[_adapters_pb2.GetHistoryResponse]]:
-        """Who changed what when, newest first; kept when the name is deleted."""
+        """Returns who changed what and when, newest first. History is kept when a name is deleted."""
 
     @_abc_1.abstractmethod
     def UpdateBudgets(
@@ -267,8 +279,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.SelfTestRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.SelfTestResponse, _abc.Awaitable[_adapters_pb2.SelfTestResponse]]:
-        """Proves that the base and resident adapters answer, mixed in batches, as a
-        reference computed from the files on disk says they must.
+        """Checks that the base and resident adapters, mixed in batches, give the results of a
+        reference that is computed from the files on disk.
         """
 
 def add_AdapterServiceServicer_to_server(servicer: AdapterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -52,7 +52,7 @@ class InferenceServiceServicer:
     """
 
     def Generate(self, request, context):
-        """Answers once, when the sequence has finished.
+        """Answers once, when all samples have finished.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ReplicationServiceStub:
-    """For followers, which see every tenant's adapters: it takes the role operator.
+    """For followers. They see every tenant's adapters, so these calls need the role operator.
     """
 
     def __init__(self, channel):
@@ -48,19 +48,19 @@ class ReplicationServiceStub:
 
 
 class ReplicationServiceServicer:
-    """For followers, which see every tenant's adapters: it takes the role operator.
+    """For followers. They see every tenant's adapters, so these calls need the role operator.
     """
 
     def Follow(self, request_iterator, context):
-        """Tells a follower what every name means, and each change. The first request is `start`;
-        then the follower reports what it has applied, at least once a lease.
+        """Sends a follower the state of every name, and then each change. The first request is
+        `start`. After it the follower reports what it has applied, at least once per lease.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def FetchWeights(self, request, context):
-        """One of the two weight files of an adapter, from an offset on.
+        """Sends one of the two weight files of an adapter, starting at an offset.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -88,7 +88,7 @@ def add_ReplicationServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ReplicationService:
-    """For followers, which see every tenant's adapters: it takes the role operator.
+    """For followers. They see every tenant's adapters, so these calls need the role operator.
     """
 
     @staticmethod

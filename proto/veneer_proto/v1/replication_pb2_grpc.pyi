@@ -27,33 +27,33 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ReplicationServiceStub:
-    """For followers, which see every tenant's adapters: it takes the role operator."""
+    """For followers. They see every tenant's adapters, so these calls need the role operator."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ReplicationServiceAsyncStub: ...
     Follow: _grpc.StreamStreamMultiCallable[_replication_pb2.FollowRequest, _replication_pb2.FollowResponse]
-    """Tells a follower what every name means, and each change. The first request is `start`;
-    then the follower reports what it has applied, at least once a lease.
+    """Sends a follower the state of every name, and then each change. The first request is
+    `start`. After it the follower reports what it has applied, at least once per lease.
     """
     FetchWeights: _grpc.UnaryStreamMultiCallable[_replication_pb2.FetchWeightsRequest, _replication_pb2.FetchWeightsResponse]
-    """One of the two weight files of an adapter, from an offset on."""
+    """Sends one of the two weight files of an adapter, starting at an offset."""
 
 @_typing.type_check_only
 class ReplicationServiceAsyncStub(ReplicationServiceStub):
-    """For followers, which see every tenant's adapters: it takes the role operator."""
+    """For followers. They see every tenant's adapters, so these calls need the role operator."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Follow: _aio.StreamStreamMultiCallable[_replication_pb2.FollowRequest, _replication_pb2.FollowResponse]  # type: ignore[assignment]
-    """Tells a follower what every name means, and each change. The first request is `start`;
-    then the follower reports what it has applied, at least once a lease.
+    """Sends a follower the state of every name, and then each change. The first request is
+    `start`. After it the follower reports what it has applied, at least once per lease.
     """
     FetchWeights: _aio.UnaryStreamMultiCallable[_replication_pb2.FetchWeightsRequest, _replication_pb2.FetchWeightsResponse]  # type: ignore[assignment]
-    """One of the two weight files of an adapter, from an offset on."""
+    """Sends one of the two weight files of an adapter, starting at an offset."""
 
 class ReplicationServiceServicer(metaclass=_abc_1.ABCMeta):
-    """For followers, which see every tenant's adapters: it takes the role operator."""
+    """For followers. They see every tenant's adapters, so these calls need the role operator."""
 
     @_abc_1.abstractmethod
     def Follow(
@@ -61,8 +61,8 @@ class ReplicationServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_replication_pb2.FollowRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_replication_pb2.FollowResponse], _abc.AsyncIterator[_replication_pb2.FollowResponse]]:
-        """Tells a follower what every name means, and each change. The first request is `start`;
-        then the follower reports what it has applied, at least once a lease.
+        """Sends a follower the state of every name, and then each change. The first request is
+        `start`. After it the follower reports what it has applied, at least once per lease.
         """
 
     @_abc_1.abstractmethod
@@ -71,6 +71,6 @@ class ReplicationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _replication_pb2.FetchWeightsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_replication_pb2.FetchWeightsResponse], _abc.AsyncIterator[_replication_pb2.FetchWeightsResponse]]:
-        """One of the two weight files of an adapter, from an offset on."""
+        """Sends one of the two weight files of an adapter, starting at an offset."""
 
 def add_ReplicationServiceServicer_to_server(servicer: ReplicationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -61,14 +61,14 @@ class ServerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PlanCapacity(self, request, context):
-        """What would fit into this server's budgets: computed, nothing is loaded.
+        """Computes what would fit into this server's budgets. Nothing is loaded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetUsage(self, request, context):
-        """What tenants have used. Counts only grow, and outlive the server.
+        """Returns what tenants have used. Counts only grow, and survive restarts of the server.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,9 +1,9 @@
-"""Becomes ``veneer-server``, and ends when its parent does, however that ends.
+"""Runs ``veneer-server`` in this process, which is killed when its parent ends in any way.
 
     python -P -m veneer_ray.deployments.child PARENT FLAGS...
 
-A replica that is killed cannot stop its server, whose ports and memory the next one needs. The
-server's own children end with it.
+A killed replica cannot stop its server, but the next replica needs the server's ports and
+memory. The server's own children end with it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
-        sys.exit(1)  # it ended before that was set
+        sys.exit(1)  # the parent ended before the signal was set
     command = child_python("-m", "veneer_server", *sys.argv[2:])
     os.execv(command[0], command)  # nosec B606
 

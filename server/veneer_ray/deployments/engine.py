@@ -1,4 +1,4 @@
-"""An engine replica: it owns a server that follows the registry, and passes calls on to it."""
+"""An engine replica: it runs a server that follows the registry, and forwards calls to it."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ _HOPS: Final = frozenset(
         "transfer-encoding",
     )
 )
-"""Headers of one connection (RFC 9110, 7.6.1)."""
+"""Headers that apply to one connection and are not forwarded (RFC 9110, 7.6.1)."""
 
 Answer = AsyncIterator[Started | Head | bytes | CallEnded]
 
 
 class Engine:
-    """Serve calls `call` and `http` with what an ingress sends. A replica that is taken away
-    gets no new calls, and is stopped when those here have ended."""
+    """The engine's deployment: Serve calls `call` and `http` for an ingress. A removed replica
+    gets no new calls, and is stopped once its running calls have ended."""
 
     def __init__(self, settings: str) -> None:
         cluster = RayCluster.of_text(settings)
@@ -62,7 +62,7 @@ class Engine:
     # ------------------------------------------------------------------ calls
 
     async def call(self, call: RayCall) -> Answer:
-        """A gRPC call: `Started`, messages, `CallEnded`."""
+        """Forward a gRPC call; yield `Started`, messages, `CallEnded`."""
         yield Started(self._id)
         self._calls += 1
         made: Any = None
@@ -84,7 +84,7 @@ class Engine:
                 made.cancel()
 
     async def http(self, call: HttpCall) -> Answer:
-        """An HTTP request: `Started`, `Head`, the body in parts, `CallEnded`."""
+        """Forward an HTTP request; yield `Started`, `Head`, the body in parts, `CallEnded`."""
         yield Started(self._id)
         self._calls += 1
         try:
@@ -112,7 +112,7 @@ class Engine:
         await require_healthy(self._channel, "veneer.v1.InferenceService")
 
     async def record_routing_stats(self) -> dict[str, Any]:
-        """For routers: what is in memory, how much is under way, and when that was so."""
+        """Statistics for routers: digests in memory, number of running calls, and the time."""
         at, requests = time.time(), self._calls
         stub: Any = adapters_pb2_grpc.AdapterServiceStub(self._channel)
         resident: set[str] = set()
@@ -123,7 +123,7 @@ class Engine:
         return {"at": at, "requests": requests, "resident": sorted(resident)}
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """For `scaling.policy`."""
+        """Statistics for `scaling.policy`."""
         found = {"veneer_num_requests_waiting": 0.0, "veneer_kv_cache_usage_ratio": 0.0}
         address = f"http://{self._server.metrics}/metrics"
         async with self._session.get(address) as answer:

@@ -1,4 +1,4 @@
-"""Health of a server, and the end of a replica whose server has ended."""
+"""Checks a server's health, and ends a replica whose server has exited."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _log = get_logger(__name__)
 
 
 async def require_healthy(channel: grpc.aio.Channel, service: str) -> None:
-    """Raises RuntimeError unless a server's service is ready. Of the InferenceService the
-    engine's step loop says so, by its heartbeat."""
+    """Raise RuntimeError unless a server's service is ready. The InferenceService is ready
+    while the engine's step loop sends its heartbeat."""
     stub: Any = health_pb2_grpc.HealthStub(channel)
     request = health_pb2.HealthCheckRequest(service=service)
     try:
@@ -28,7 +28,7 @@ async def require_healthy(channel: grpc.aio.Channel, service: str) -> None:
 
 
 def end_replica(code: int) -> None:
-    """The server has ended by itself: end at once, so that Serve starts another replica now and
-    not after some failed health checks."""
+    """Exit at once because the server has exited by itself, so that Serve starts another
+    replica now and not after several failed health checks."""
     _log.error("the server of this replica has exited", status=code)
     os._exit(1)

@@ -1,4 +1,4 @@
-"""The ingress: Serve's proxies call it for each gRPC call and HTTP request. It routes."""
+"""The ingress: Serve's proxies send it each gRPC call and HTTP request, and it routes them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _log = get_logger(__name__)
 
 
 class Raw:
-    """A message as bytes, in the only form that Serve takes: something that serializes."""
+    """A message's bytes with the `SerializeToString` that Serve requires."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -64,7 +64,7 @@ class Ingress:
         self._web = Web(self._digests, self.answers)
 
     async def settings(self) -> str:
-        """For ``veneer-ray scale``."""
+        """The cluster's settings as text, for ``veneer-ray scale``."""
         return self._cluster.as_text()
 
     async def __call__(self, request: Any) -> Any:
@@ -73,7 +73,7 @@ class Ingress:
     # ------------------------------------------------------------------ engines
 
     async def answers(self, method: str, call: Any) -> AsyncIterator[Any]:
-        """What the engine that is chosen for a call answers; `CallEnded` comes last, always."""
+        """Yield the answers of the engine chosen for a call; the last is always `CallEnded`."""
         response = getattr(self._engines, method).remote(call)
         items = aiter(response)
         ended = False
@@ -100,7 +100,7 @@ class Ingress:
     async def by_engine(
         self, method: RayMethod, request: Any, context: Any
     ) -> AsyncIterator[bytes | None]:
-        """The messages of a call; None once it has ended, whose end is then in ``context``."""
+        """Yield the messages of a call, then None once its status is set in ``context``."""
         metadata = passed_on(context.invocation_metadata())
         wanted = await of_request(request, self._digests, metadata)
         data = request.SerializeToString()
@@ -120,7 +120,7 @@ class Ingress:
 
     @property
     def registry(self) -> grpc.aio.Channel:
-        """Made in the loop that uses it."""
+        """Channel to the registry, opened in the loop that uses it."""
         if self._opened is None:
             self._opened = grpc.aio.insecure_channel(
                 self._cluster.registry,
@@ -141,7 +141,7 @@ class Ingress:
     async def by_registry(
         self, method: RayMethod, request: Any, context: Any
     ) -> AsyncIterator[bytes | None]:
-        """The same from the registry."""
+        """As `by_engine`, but the registry answers."""
         metadata = passed_on(context.invocation_metadata())
         published = PublishRequest(request) if method.name in ANSWERS else None
         made = _begin(
@@ -164,7 +164,8 @@ class Ingress:
         yield None
 
     async def _load(self, published: Any, metadata: Metadata) -> bytes:
-        """Load what is published at its first engine. It stands, so a failure is a warning."""
+        """Load a published adapter on an engine. A failure is only a warning, since the
+        publication stands."""
         spec = f"{published.adapter.name}@{published.adapter.revision}"
         request = adapters_pb2.ActivateAdapterRequest(name=spec)
         wanted = await of_request(request, self._digests, metadata)
@@ -181,7 +182,8 @@ class Ingress:
     # ------------------------------------------------------------------ health
 
     async def Check(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802 # the RPC's name
-        """The registry says how it is; engines are ready if one is."""
+        """Health of a service: an engine answers for `_INFERENCE`, the registry for the others;
+        "" is always up."""
         if request.service == "":
             return health_pb2.HealthCheckResponse(status=_UP)
         if request.service in _INFERENCE:
@@ -196,7 +198,8 @@ class Ingress:
             return health_pb2.HealthCheckResponse(status=_DOWN)
 
     async def Watch(self, request: Any, grpc_context: Any) -> AsyncIterator[Any]:  # noqa: N802
-        """Asks again each second: a call that stays at an engine would hold up its drain."""
+        """Yield changes of `Check`, repeated each second: a watch that stays open at an engine
+        would delay its drain."""
         last = None
         while True:
             now = (await self.Check(request, grpc_context)).status
@@ -233,7 +236,7 @@ def _serialized(message: Any) -> bytes:
 
 
 def _end(context: Any, ended: CallEnded, more: Metadata) -> None:
-    """Set how a call ends; it reaches the proxy with the next message."""
+    """Set a call's status; it reaches the proxy with the next message."""
     if ended.code:
         context.set_code(_CODES[ended.code])
         context.set_details(ended.message)
@@ -245,7 +248,7 @@ _CODES: Final = {code.value[0]: code for code in grpc.StatusCode}
 
 def _single(method: RayMethod) -> Callable[..., Any]:
     async def answer(self: Ingress, request: Any, grpc_context: Any) -> Raw:
-        """The last message before the end; none where it failed."""
+        """Return the call's last message; empty if the call failed."""
         last = b""
         ask = self.by_engine if method.by_engine else self.by_registry
         async for message in ask(method, request, grpc_context):
@@ -257,7 +260,7 @@ def _single(method: RayMethod) -> Callable[..., Any]:
 
 def _streaming(method: RayMethod) -> Callable[..., Any]:
     async def answer(self: Ingress, request: Any, grpc_context: Any) -> AsyncIterator[Raw]:
-        """The messages; then an empty one that carries the end (see `servicers`)."""
+        """Yield the messages, then an empty one that carries the status (see `servicers`)."""
         ask = self.by_engine if method.by_engine else self.by_registry
         async for message in ask(method, request, grpc_context):
             yield Raw(message or b"")

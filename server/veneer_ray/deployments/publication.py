@@ -11,17 +11,17 @@ ANSWERS: Final[Mapping[str, Any]] = {
     "UploadAdapter": adapters_pb2.UploadAdapterResponse,
     "RegisterAdapter": adapters_pb2.RegisterAdapterResponse,
 }
-"""What calls that publish answer with, by the method's name."""
+"""Response types of the calls that publish, by method name."""
 
 
 class PublishRequest:
-    """A request that publishes, as the registry may have it: it loads nothing and would refuse
-    ``activate``.
+    """A publishing request as it is sent to the registry: without ``activate``, which a
+    registry refuses since it loads nothing.
 
     Attributes:
         request: a message, or an iterator of an upload's messages.
-        loads: whether what is published is to be loaded; of an upload, once its first message
-            has been read.
+        loads: whether to load the adapter once it is published; for an upload, valid once its
+            first message has been read.
     """
 
     def __init__(self, request: Any) -> None:
@@ -46,5 +46,5 @@ class PublishRequest:
             return
         wanted.activate = False
         if not wanted.HasField("wait"):
-            # The engine that is to load it must have heard of it.
+            # The engine that will load the adapter must know of it by then.
             wanted.wait.replicas = replication_pb2.WAIT_REPLICAS_ALL

@@ -1,4 +1,4 @@
-"""The one registry: a process that others follow."""
+"""The registry's deployment: one server that the engines follow."""
 
 from __future__ import annotations
 

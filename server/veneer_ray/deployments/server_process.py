@@ -1,4 +1,4 @@
-"""A ``veneer-server`` as the child of a replica."""
+"""A ``veneer-server`` that runs as a replica's child process."""
 
 from __future__ import annotations
 
@@ -22,18 +22,20 @@ _CHILD: Final = "veneer_ray.deployments.child"
 _START_S: Final = 1800.0
 """A first start may import a base of many gigabytes."""
 _RAYS: Final = ("OMP_NUM_THREADS",)
-"""Variables that Ray sets for its workers; the server knows better by itself."""
+"""Variables that Ray sets for its workers; without them the server makes better choices."""
 
 
 class ServerProcess:
-    """Started and ready when it is made. Its log goes to the replica's own, which Ray keeps.
+    """A running server: the constructor starts it and waits until it is ready. Its log goes to
+    the replica's log, which Ray keeps.
 
     Args:
-        flags: from the file that the server is to write its ports to.
-        on_lost: called, from another thread, if it ends without `stop`.
+        flags: makes the server's flags; its argument is the file for the server's ports.
+        on_lost: called from another thread with the exit status if the server ends without
+            `stop`.
 
     Raises:
-        RuntimeError: it ended, or was not ready in time.
+        RuntimeError: the server ended, or was not ready in time.
     """
 
     def __init__(
@@ -51,8 +53,8 @@ class ServerProcess:
                 env=environment,
             )
             assert self._process.stdout is not None
-            # Lasts as long as this process does: a parent's death is that of the thread that
-            # started a child, and this may be the constructor of a replica.
+            # Reads the output until the server ends. Note that `child`'s PDEATHSIG fires when
+            # the thread that called Popen ends, and this may be a replica's constructor.
             threading.Thread(
                 target=self._follow, args=(self._process.stdout,), daemon=True
             ).start()
@@ -73,7 +75,7 @@ class ServerProcess:
         return self._process.poll() is None
 
     def stop(self, grace_s: float) -> None:
-        """Let it finish its calls; kill it after ``grace_s``. Idempotent."""
+        """Let the server finish its calls; kill it after ``grace_s``. Idempotent."""
         self._stopping = True
         if not self.running:
             return
@@ -96,8 +98,9 @@ class ServerProcess:
 
 
 class ReplicaFolder:
-    """The first of ``0``, ``1``, ... below a folder that no other process here has. A replica
-    that replaces another finds that one's cached weights."""
+    """A replica's data folder: the first of ``0``, ``1``, ... below a folder that no other
+    process of this machine has locked. So a replacement finds its predecessor's cached
+    weights."""
 
     def __init__(self, below: Path) -> None:
         below.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -1,4 +1,4 @@
-"""HTTP at the ingress: the OpenAI API, by the replica that has the adapter."""
+"""HTTP at the ingress: forwards the OpenAI API to the replica that has the adapter."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from veneer_ray.routing.digests import Digests
 from veneer_ray.routing.wanted import of_body
 
 _MOST_BODY: Final = 32 << 20
-"""Bytes. The servers bound what they read more narrowly, by its parts."""
+"""Maximum bytes of a body. The servers have stricter limits for its parts."""
 
 Ask = Callable[[str, HttpCall], AsyncIterator[Any]]
 
 
 class Web:
-    """Args:
-    ask: sends a call to the engine that is chosen for it.
+    """Answers HTTP requests at the ingress.
+
+    Args:
+        ask: sends a call to the engine that is chosen for it.
     """
 
     def __init__(self, digests: Digests, ask: Ask) -> None:
@@ -31,7 +33,7 @@ class Web:
         self._ask = ask
 
     async def answer(self, request: Request) -> Response:
-        """Passed on whole, and answered in parts as they come."""
+        """Forward a whole request, and stream the answer's parts as they arrive."""
         try:
             body = await _body(request)
         except HttpError as error:
@@ -69,7 +71,8 @@ async def _body(request: Request) -> bytes:
 
 
 async def _parts(items: AsyncIterator[Any]) -> AsyncIterator[bytes]:
-    """The rest of an answer. One that breaks off must not look complete."""
+    """Yield the rest of an answer's body; raise if it breaks off, so that it does not look
+    complete."""
     async for item in items:
         if isinstance(item, bytes):
             yield item

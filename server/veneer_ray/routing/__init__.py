@@ -1,1 +1,1 @@
-"""Which replica gets a request: `veneer_server.routing` behind Serve's routers' interface."""
+"""Chooses the replica of a request: `veneer_server.routing` behind Ray Serve's interface."""

@@ -1,7 +1,7 @@
-"""`AdapterRouter`, told and asked in Serve's order of events. No Ray here.
+"""`AdapterRouter`, driven by Serve's events. Does not import Ray.
 
-Serve asks for a replica, perhaps again if that one refuses; says which replica has taken the
-request; and says when it has ended. A caller may leave at any of these points.
+Serve asks for a replica, perhaps again if that one refuses; then reports which replica has
+taken the request, and later that it has ended. A caller may leave at any of these points.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ class _Waiting:
 
 
 class Assignments:
-    """Belongs to one event loop. Replicas are known by the text of their id.
+    """Tracks which replica each request was assigned to. Belongs to one event loop. Replicas
+    are identified by the text of their id.
 
     Args:
-        wall: seconds since 1970, which replicas' reports have.
-        clock: seconds that do not go back.
+        wall: seconds since 1970, the clock of the replicas' reports.
+        clock: monotonic seconds.
     """
 
     def __init__(self, wall: Callable[[], float], clock: Callable[[], float]) -> None:
@@ -38,13 +39,13 @@ class Assignments:
 
     @property
     def under_way(self) -> int:
-        """Requests that count, waiting ones among them."""
+        """Number of assigned requests, including those not yet taken."""
         return len(self._waiting) + len(self._sent)
 
     def update(self, replicas: Mapping[str, Mapping[str, Any]]) -> None:
-        """The replicas that take requests, with what each last said of itself."""
+        """Set the replicas that take requests, each with its last report."""
         for gone in self._reports.keys() - replicas.keys():
-            # It drains, or it has died: Serve does not say which. Neither gets any more.
+            # It drains or has died: Serve does not say which. Either way it gets no more.
             self._router.leave(gone)
             del self._reports[gone]
         for replica, stats in replicas.items():
@@ -57,15 +58,16 @@ class Assignments:
                 self._router.report(replica, report_of(stats, self._wall()), self._clock())
 
     def gone(self, replica: str) -> None:
-        """A replica has died."""
+        """Remove a replica that has died."""
         self._reports.pop(replica, None)
         self._router.leave(replica)
 
     def choose(self, request: str, wanted: Wanted, left: Callable[[], bool]) -> str:
-        """The replica for a request, which counts as there from now on. There must be one.
+        """Choose a replica for a request, which counts as assigned to it from now on. There
+        must be at least one replica.
 
         Args:
-            left: whether the caller has gone, asked while the request waits.
+            left: whether the caller has gone; called while the request waits.
         """
         self._sweep()
         self._forget(request)
@@ -74,7 +76,7 @@ class Assignments:
         return choice.replica
 
     def sent(self, request: str, replica: str) -> None:
-        """A replica has taken a request."""
+        """Note that a replica has taken a request."""
         waiting = self._waiting.pop(request, None)
         if waiting is None:
             return
@@ -84,7 +86,7 @@ class Assignments:
             self._router.finished(waiting.choice, self._clock())
 
     def ended(self, request: str, replica: str) -> None:
-        """A request, or one attempt to send it, has ended at a replica."""
+        """Note that a request, or one attempt to send it, has ended at a replica."""
         choice = self._sent.get(request)
         if choice is not None and choice.replica == replica:
             self._finish(self._sent.pop(request))
@@ -109,8 +111,8 @@ class Assignments:
 
 
 def report_of(stats: Mapping[str, Any], now: float) -> ReplicaReport:
-    """What a replica's ``record_routing_stats`` says. Its clock may differ from ours: a report
-    from the future is as of now."""
+    """Convert a replica's ``record_routing_stats``. Its clock may differ from ours: a report
+    from the future counts as made now."""
     return ReplicaReport(
         resident=frozenset(stats.get("resident", ())),
         requests=int(stats.get("requests", 0)),

@@ -1,7 +1,7 @@
-"""The weights digest that a name means, for routing: asked from the registry, and remembered.
+"""The weights digest of each adapter name, for routing: looked up in the registry and cached.
 
-A hint only. The engine resolves the name itself, so an answer that is old sends a request to a
-worse replica at most.
+It is only a hint. The engine resolves the name itself, so an outdated digest can at worst send
+a request to a less suitable replica.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ _MOST: Final = 1 << 16
 _CALLERS: Final = frozenset(
     ("authorization", "x-api-key", "api-key", "veneer-tenant", "x-veneer-tenant")
 )
-"""Metadata that decides which tenant's names are meant."""
+"""Metadata that decides which tenant an adapter name belongs to."""
 
 _Key = tuple[str, Metadata]
 
 
 class Digests:
-    """Belongs to one event loop.
+    """Cache of digests. Belongs to one event loop.
 
     Args:
-        look_up: asks the registry with a caller's metadata; may raise anything.
+        look_up: asks the registry with a caller's metadata; may raise any exception.
     """
 
     def __init__(
@@ -44,8 +44,8 @@ class Digests:
         self._asking: dict[_Key, asyncio.Task[str]] = {}
 
     async def of(self, name: str, metadata: Metadata) -> str:
-        """The digest; "" for the base; the name itself, marked, where the registry does not
-        tell. Waits only for a name's first look-up, and not long."""
+        """The digest of a name; "" for the base; ``?NAME`` if the registry does not tell. Waits
+        only for a name's first look-up, at most `_LOOK_UP_S`."""
         if not name:
             return ""
         caller = tuple(pair for pair in metadata if pair[0] in _CALLERS)
@@ -65,7 +65,7 @@ class Digests:
         known = self._known.get(key)
         digest = f"?{name}" if known is None else known[0]
         try:
-            # Whatever fails, the request itself will say.
+            # If the look-up fails, the request itself will report why.
             with suppress(Exception):
                 async with asyncio.timeout(_LOOK_UP_S):
                     digest = await self._look_up(name, caller)

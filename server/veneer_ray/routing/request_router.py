@@ -18,7 +18,8 @@ from veneer_ray.routing.assignments import Assignments
 
 
 class AdapterRequestRouter(RequestRouter):  # type: ignore[misc]  # Ray's types are not read
-    """One in each process that has a handle of the engines. Serve calls it from one loop."""
+    """Routes requests to engines. Each process with a handle of the engines has one, and Serve
+    calls it from one loop."""
 
     def initialize_state(self, **kwargs: Any) -> None:
         self._assignments = Assignments(time.time, time.monotonic)
@@ -34,11 +35,11 @@ class AdapterRequestRouter(RequestRouter):  # type: ignore[misc]  # Ray's types 
         candidate_replicas: list[RunningReplica],
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
-        """The chosen one; then any other, should that one be full."""
+        """The chosen replica, then all others in case it is full."""
         candidates = {str(each.replica_id): each for each in candidate_replicas}
         if pending_request is None or not candidates:
             return [candidate_replicas]
-        # A back-off between rounds in which all were full.
+        # Back off between rounds in which all replicas were full.
         pending_request.routing_context.should_backoff = True
         (call,) = pending_request.args[:1] or (None,)
         chosen = self._assignments.choose(

@@ -1,4 +1,4 @@
-"""What matters of a request to the router, whichever door it came through."""
+"""What the router needs to know of a request, from the gRPC API or the HTTP API."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from veneer_ray.calls import Metadata
 from veneer_ray.routing.digests import Digests
 
 _TOKENS: Final = 128
-"""Output of a request that does not bound it. Of its prompt, 4 bytes count as a token."""
+"""Output tokens assumed for a request without a limit. 4 bytes of prompt count as a token."""
 
 
 async def of_request(request: Any, digests: Digests, metadata: Metadata) -> Wanted:
-    """Of a gRPC request; what names no adapter may go anywhere."""
+    """`Wanted` of a gRPC request. A request that names no adapter may go to any replica."""
     match request:
         case inference_pb2.GenerateRequest():
             size = request.ByteSize() / 4
@@ -31,7 +31,7 @@ async def of_request(request: Any, digests: Digests, metadata: Metadata) -> Want
 async def of_body(
     body: Mapping[str, Any], digests: Digests, headers: tuple[tuple[str, str], ...]
 ) -> Wanted:
-    """Of an HTTP request's JSON, which nobody has checked yet."""
+    """`Wanted` of an HTTP request's JSON, which has not been validated yet."""
     model, session = body.get("model"), body.get("prompt_cache_key") or body.get("user")
     if not isinstance(model, str):
         return Wanted()

@@ -1,18 +1,20 @@
 """The audit log: a JSON line for each call that changes something, and for refusals.
 
-Lines say who, what, on which revision, from where and with which outcome; never a secret, a
-prompt or a path. A thread of their own writes them. A disk that is full or slow stops no call:
-lines that cannot be written are counted.
+A line says who did what, on which revision, from where and with which outcome; it never has a
+secret, a prompt or a path. A separate thread writes the lines, so a full or slow disk never
+blocks a call: lines that cannot be written are counted.
 
-No caller can make the log forget a change that another made within its share, and a caller
-without a key can make it forget none. So lines go to three histories, each rotated by itself:
+No caller can push changes that another caller made within its share out of the log, and a
+caller without a key cannot push out any change. So there are three histories, each rotated
+separately:
 
-- ``audit.jsonl``: calls that change something, of callers who are known, up to a share of bytes
-  for each caller;
-- ``audit.frequent.jsonl``: changes of callers beyond their share, all of them, until newer ones
-  of any caller displace them;
-- ``audit.refused.jsonl``: refusals of callers without a valid key, and other refusals: samples,
-  by host, method and reason. What is left out is counted, and a line a minute says how much.
+- ``audit.jsonl``: calls of known callers that change something, up to a share of bytes for each
+  caller;
+- ``audit.frequent.jsonl``: all changes of callers beyond their share, until newer changes of
+  any caller displace them;
+- ``audit.refused.jsonl``: samples of refusals, of callers without a valid key and others, by
+  host, method and reason. Refusals that are left out are counted; lines once a minute say how
+  many.
 """
 
 from __future__ import annotations
@@ -42,23 +44,23 @@ from veneer_server.queues.connection_places import host_of
 from veneer_server.queues.recent import Recent
 
 MOST_BYTES: Final = 64 << 20
-"""Bytes of the file before it is rotated."""
+"""Most bytes of a file before it is rotated."""
 KEPT: Final = 8
-"""Rotated files of changes that are kept."""
+"""Number of rotated files kept of the history of changes."""
 KEPT_OTHERS: Final = 3
-"""Rotated files that are kept of each other history."""
+"""Number of rotated files kept of each other history."""
 CALLER_BYTES: Final = 16 << 10
-"""Bytes a minute of a caller in the history of changes; 16 minutes' worth at once."""
+"""A caller's bytes per minute in the history of changes; 16 minutes' worth at once."""
 REFUSED_BYTES: Final = 64 << 10
-"""Bytes a minute of refusals; half of them of callers without a valid key."""
+"""Bytes of refusals per minute; half of them for callers without a valid key."""
 
 _WAITING: Final = 10_000
-"""Lines that may wait to be written."""
+"""Most lines that may wait to be written."""
 _LONGEST: Final = 200
 """Most characters of a value."""
 _MINUTE_S: Final = 60.0
 _MOST_COUNTS: Final = 64
-"""Counts of refusals that are left out, kept apart within a minute."""
+"""Most separate counts of left-out refusals within a minute."""
 
 _REFUSALS: Final = frozenset({"UNAUTHENTICATED", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED"})
 _UNCHANGED: Final = _REFUSALS | {
@@ -69,11 +71,13 @@ _UNCHANGED: Final = _REFUSALS | {
     "OUT_OF_RANGE",
     "UNIMPLEMENTED",
 }
-"""Outcomes of calls that have changed nothing, unless they are `ENDED`. Others may have."""
+"""Outcomes of calls that have changed nothing, unless they are `ENDED`. Calls with other
+outcomes may have changed something."""
 
 
 class _History(Enum):
-    """Where a line goes; the value is the share of `_WAITING` that such lines may take."""
+    """The history of a line. Lines of a history are accepted only while the share of `_WAITING`
+    that is in use is below its value."""
 
     CHANGES = 1.0
     FREQUENT = 0.75
@@ -81,7 +85,7 @@ class _History(Enum):
 
 
 class _LeftOut(NamedTuple):
-    """What a count of left-out refusals is about."""
+    """The key of a count of left-out refusals."""
 
     who: str
     tenant: str
@@ -94,11 +98,11 @@ _log = get_logger(__name__)
 
 
 class Audit:
-    """One log; without a path nothing is written.
+    """The audit log; without a path, nothing is written.
 
     Attributes:
-        lost: lines that could not be written.
-        left_out: refusals without a line, since many are alike.
+        lost: number of lines that could not be written.
+        left_out: number of refusals that got no line, because many are alike.
     """
 
     def __init__(
@@ -114,9 +118,10 @@ class Audit:
         on_left_out: Callable[[], None] = lambda: None,
     ) -> None:
         """Args:
-        path: of the history of changes; the others lie beside it. A device or pipe gets all.
-        keyed: whether callers must say who they are; else `ANYONE` is a known caller.
-        clock: seconds.
+        path: file of the history of changes; the other histories are next to it. A device or
+            pipe gets the lines of all histories.
+        keyed: whether callers must authenticate; if not, `ANYONE` is a known caller.
+        clock: returns seconds.
         on_written, on_lost, on_left_out: called for each line, from any thread.
 
         Raises:
@@ -155,7 +160,7 @@ class Audit:
         self._writer.start()
 
     def close(self) -> None:
-        """Write what waits, and close the files. Safe to call again."""
+        """Write the waiting lines, and close the files. Safe to call again."""
         writer, self._writer = self._writer, None
         if writer is not None:
             self._tell_left_out(at_once=True)
@@ -170,12 +175,12 @@ class Audit:
         request: object = None,
         answer: object = None,
     ) -> None:
-        """A call has ended; decides whether it belongs here.
+        """Note a call that has ended, if it belongs into the log.
 
         Args:
-            caller: as far as it is known.
-            error: why it was refused; None if it was answered.
-            request, answer: messages, of which only names and revisions are taken.
+            caller: the caller, as far as it is known.
+            error: why the call was refused; None if it was answered.
+            request, answer: the call's messages, from which only names and revisions are taken.
         """
         if self._writer is None:
             return
@@ -224,7 +229,8 @@ class Audit:
         reason: str,
         size: int,
     ) -> _History | None:
-        """Where a line goes; None if it is left out. ``changed``: it may have taken effect."""
+        """Choose the history of a line; None if it is left out. ``changed``: the call may have
+        changed something."""
         now = self._clock()
         known = principal is not ANYONE or not self._keyed
         who = _account(principal) if known else None
@@ -239,7 +245,7 @@ class Audit:
         return _History.REFUSED if taken else None
 
     def _tell_left_out(self, *, at_once: bool = False) -> None:
-        """Write a line for each count of the last minute, once that is over."""
+        """Write a line for each count of left-out refusals, once the minute is over."""
         now = self._clock()
         if not at_once and now - self._counted_since < _MINUTE_S:
             return
@@ -286,13 +292,13 @@ class Audit:
 
 
 class _Share:
-    """Bytes a minute for each of many keys; the last line may go beyond them."""
+    """A budget of bytes per minute for each of many keys; the last line may exceed it."""
 
     def __init__(self, a_minute: int, *, burst_minutes: float = 2.0) -> None:
         self._rate = a_minute / _MINUTE_S
         self._burst_s = burst_minutes * _MINUTE_S
         self._due: Recent[Hashable, float] = Recent(4096)
-        """When the bytes of a key are paid for."""
+        """When the bytes that a key has taken are paid for."""
 
     def has(self, key: Hashable, now: float) -> bool:
         return self._due.get(key, now) - now < self._burst_s
@@ -302,8 +308,9 @@ class _Share:
 
 
 class _Refusals:
-    """Chooses the refusals that get a line. Whoever sends many alike uses up the share of those
-    only; then that of one caller or host; never that of callers who are known, if it is not."""
+    """Chooses the refusals that get a line. Each refusal counts towards three shares: that of
+    similar refusals from its caller or host, that of its caller or host, and that of all known
+    or all unknown callers. So unknown callers never use up the share of known ones."""
 
     def __init__(self) -> None:
         self._all = _Share(REFUSED_BYTES // 2)
@@ -311,10 +318,10 @@ class _Refusals:
         self._alike = _Share(REFUSED_BYTES // 32)
 
     def take(self, who: str | None, host: str, about: Hashable, size: int, now: float) -> bool:
-        """Whether to write a line of `size` bytes for a refusal.
+        """Decide whether to write a line of `size` bytes for a refusal, and count it if so.
 
         Args:
-            who: the caller; None without a valid key.
+            who: the caller; None if it has no valid key.
         """
         source = who or host
         keys = (
@@ -330,10 +337,10 @@ class _Refusals:
 
 
 class _File:
-    """A private file that is rotated: ``NAME``, then ``NAME.1`` and so on, older ones last."""
+    """A private file that is rotated to ``NAME.1``, ``NAME.2`` and so on, the oldest last."""
 
     def __init__(self, path: Path, most_bytes: int, kept: int, *, later: bool = False) -> None:
-        """Raises OSError if it cannot be opened. ``later``: it is opened for its first line."""
+        """Raises OSError if it cannot be opened. ``later``: open it only for its first line."""
         self._path = path
         self.most = most_bytes
         self._kept = kept
@@ -370,7 +377,7 @@ class _File:
         return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     def _rotate(self) -> None:
-        # The new file first: if the disk has no room for it, no older one is given up.
+        # Make the new file first: if the disk has no room for it, no older file is lost.
         new = self._path.with_name(f"{self._path.name}.new")
         opened = self._opened(new)
         try:
@@ -399,6 +406,6 @@ def _now() -> str:
 
 
 def _account(principal: Principal) -> str:
-    """The same for all calls of a caller, also in other tenants than its own. Callers of two
-    tenants may have one name."""
+    """Return a key that is the same for all calls of a caller, even in other tenants than its
+    own. It includes the tenant, since callers of two tenants may have the same name."""
     return f"{'' if principal.visiting else principal.tenant}/{principal.name}"

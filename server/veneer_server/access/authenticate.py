@@ -1,4 +1,4 @@
-"""Decides whether a call is let in: who it is from, and whether its roles take the method."""
+"""Decides whether a call is admitted: identifies the caller, and checks its roles."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from veneer_server.access.principal import ANYONE, Principal, denied
 from veneer_server.queues.fairness import GATEWAY_HEADERS, Fairness, Routed, fairness_of
 
 PASSED_ON: Final = "veneer-passed-on"
-"""Metadata of a call that a follower passes on: the tenant that it is for."""
+"""Metadata of a call that a follower passes on: the tenant of the original caller."""
 
 _BEARER: Final = "bearer "
 _MAX_CREDENTIAL: Final = 8192
@@ -37,25 +37,25 @@ ONCE: Final = frozenset(
         *GATEWAY_HEADERS,
     )
 )
-"""Headers, or gRPC metadata, that decide who a call is from. Each may be there once: of two, a
-proxy may read one and this server the other."""
+"""Headers or gRPC metadata that identify the caller. Each may be sent only once: of two values,
+a proxy might read one and this server the other."""
 _KEY: Final = "vn_"
 
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """What a call brings.
+    """The credentials of a call.
 
     Attributes:
         authorization: the header of this name, or gRPC metadata.
         api_key: the header ``x-api-key``.
-        certificate: the client's, which TLS has verified.
-        tenant: the header ``x-veneer-tenant``, or gRPC metadata ``veneer-tenant``: an operator
-            acts in this tenant. Empty: the caller's own.
-        routed: what a gateway says about the call.
+        certificate: the client's certificate, which TLS has verified.
+        tenant: the header ``x-veneer-tenant``, or gRPC metadata ``veneer-tenant``: the tenant
+            in which an operator acts. Empty: the caller's own tenant.
+        routed: a gateway's metadata about the call.
         passed_on: gRPC metadata ``veneer-passed-on``: a follower passes the call on for a
-            caller of this tenant. The certificate is then the follower's. Empty: it is the
-            caller's own call.
+            caller of this tenant, so the connection's certificate is the follower's and is not
+            used. Empty: the caller calls directly.
         azure_key: the header ``api-key``, in which Azure's clients send a key.
     """
 
@@ -71,10 +71,10 @@ class Credentials:
     def of_headers(
         cls, headers: Mapping[str, str], certificate: ShownCertificate = NOT_SHOWN
     ) -> Credentials:
-        """From HTTP headers or gRPC metadata, by lower-case name.
+        """Read the credentials from HTTP headers or gRPC metadata, by lower-case name.
 
         Raises:
-            InvalidField: they name two callers.
+            InvalidField: they name two tenants, or one of them has two values.
         """
         authorization = headers.get("authorization", "")
         api_key, azure = headers.get("x-api-key", ""), headers.get("api-key", "")
@@ -94,7 +94,7 @@ class Credentials:
             ("x-veneer-tenant", other),
             (PASSED_ON, passed_on),
         ):
-            if "," in value:  # what some proxies make of a repeated header
+            if "," in value:  # some proxies join a repeated header with commas
                 raise repeated(name)
         return cls(
             authorization,
@@ -119,17 +119,17 @@ class TokenCheck(Protocol):
 
     @property
     def keys(self) -> object:
-        """What tokens are verified with; the same object as long as it has not changed."""
+        """The keys that verify tokens; the same object as long as they have not changed."""
 
     async def principal(self, token: str) -> Principal:
-        """Whose token it is. Raises Unauthenticated."""
+        """Verify a token, and return the caller that it belongs to. Raises Unauthenticated."""
 
     async def refresh(self) -> None:
-        """Bring the keys up to date, where that is cheap."""
+        """Update the keys if that is cheap."""
 
 
 class Access:
-    """Lets calls in. Without identities and tokens every caller is `ANYONE`."""
+    """Admits calls. Without identities and tokens, every caller is `ANYONE`."""
 
     def __init__(
         self, identities: IdentityFile | None = None, tokens: TokenCheck | None = None
@@ -140,11 +140,12 @@ class Access:
 
     @property
     def asks(self) -> bool:
-        """Whether callers must say who they are."""
+        """Whether callers must authenticate."""
         return self._identities is not None or self.tokens is not None
 
     def accepts(self, tenant: str) -> Sequence[str]:
-        """Whose shared adapters a tenant knows by their plain names; see `Identities`."""
+        """The tenants and adapters whose shared adapters a tenant can call by their plain
+        names; see `Identities`."""
         if self._identities is None:
             return ()
         return self._identities.latest.accepts.get(tenant, ())
@@ -152,21 +153,21 @@ class Access:
     async def admit(
         self, method: str, credentials: Credentials, elsewhere: Set[str] = frozenset()
     ) -> Principal:
-        """Who calls, if the call is let in. Raises as `identify` and `check`."""
+        """Admit a call, and return its caller. Raises as `identify` and `check`."""
         principal = await self.identify(method, credentials)
         self.check(method, principal, credentials, elsewhere)
         return principal
 
     async def identify(self, method: str, credentials: Credentials) -> Principal:
-        """Who calls, before it is checked whether it may. An operator who names another tenant
-        acts in that one.
+        """Identify the caller, without checking whether it may call the method. An operator who
+        names another tenant acts in that tenant.
 
         Args:
-            method: as in `methods.METHODS`.
+            method: the method's name, as in `methods.METHODS`.
 
         Raises:
-            Unauthenticated: no credential, or one that is not valid.
-            InvalidField: two credentials.
+            Unauthenticated: the call has no credential, or an invalid one.
+            InvalidField: the call has two different keys.
             PermissionDenied: nobody may call the method.
         """
         roles = roles_for(method)
@@ -190,15 +191,15 @@ class Access:
         credentials: Credentials,
         elsewhere: Set[str] = frozenset(),
     ) -> None:
-        """Check that a call is let in, of a caller that `identify` has found.
+        """Check that the caller found by `identify` may call the method.
 
         Args:
             elsewhere: methods that only another port answers.
 
         Raises:
-            PermissionDenied: none of the caller's roles takes the method, it may not act in
-                the tenant that it names, it belongs to another one than a follower passes its
-                call on for, or the method is on another port.
+            PermissionDenied: the caller has no role for the method, it may not act in the
+                tenant that it names, a follower passed the call on for a tenant that the
+                caller does not belong to, or the method is on another port.
         """
         roles = roles_for(method)
         if roles is OPEN:
@@ -226,7 +227,7 @@ class Access:
             )
 
     def fairness(self, principal: Principal, credentials: Credentials) -> Fairness:
-        """Whose service the call counts as."""
+        """The tenant, and the gateway's user, whose share of the service the call uses."""
         weights = None if self._identities is None else self._identities.latest.weights
         return fairness_of(principal.tenant, principal.gateway, credentials.routed, weights)
 
@@ -237,10 +238,10 @@ class Access:
         credentials: Credentials,
         elsewhere: Set[str] = frozenset(),
     ) -> AbstractContextManager[None]:
-        """A block for a call that `admit` has just let in, with the same arguments. It is
-        cancelled, and raises what `admit` would, once the call would not be let in any more: a
-        key was revoked, or has another tenant or fewer roles, or what the caller showed has
-        expired."""
+        """Return a context manager for a call that `admit` has just admitted with the same
+        arguments. Its block is cancelled, and raises what `admit` would raise, once the call
+        would no longer be admitted: a key was revoked, or has another tenant or fewer roles, or
+        the credential has expired."""
         if not self.asks or roles_for(method) is OPEN:
             return nullcontext()
 
@@ -256,8 +257,8 @@ class Access:
         )
 
     async def _refresh(self) -> bool:
-        """Returns whether that is the last word: a file that is being written may be read when
-        it is empty, or has only the first keys."""
+        """Update the keys. Returns False if they may be about to change again: a file that is
+        being written may be read while it is empty, or has only the first keys."""
         if self.tokens is not None:
             await self.tokens.refresh()
         if self._identities is None:
@@ -274,7 +275,7 @@ class Access:
         ):
             if secret and key not in ("", secret):
                 raise InvalidField(
-                    f"{name} carries another key than another header: send one of them",
+                    f"{name} and another header carry different keys: send one of them",
                     metadata={"field": name},
                 )
         if len(secret) > _MAX_CREDENTIAL:
@@ -299,7 +300,7 @@ class Access:
 
 
 def repeated(name: str) -> InvalidField:
-    """The error of a call with two values of a header or of metadata in `ONCE`."""
+    """The error for a call that has two values for a header or metadata in `ONCE`."""
     return InvalidField(
         f"{name} is sent more than once, or has more than one value: send it once, and check "
         "that no proxy adds another",
@@ -308,7 +309,7 @@ def repeated(name: str) -> InvalidField:
 
 
 def _may_visit(principal: Principal, tenant: str) -> PermissionDenied | None:
-    """Why a caller may not act in another tenant than its own; None if it may."""
+    """The error for a caller that may not act in another tenant; None if it may."""
     if not principal.has({"operator"}):
         return PermissionDenied(
             "only an operator may act in another tenant: leave out the header "

@@ -1,6 +1,7 @@
-"""Who calls: a value that is made once where a call comes in, and passed on as a parameter.
+"""The caller of a call: a value that is made once, when a call arrives, and passed as a
+parameter.
 
-Nothing of it is in a context variable, but for what the log adds to each line (`logs`).
+None of it is kept in context variables, except what the log adds to each line (`logs`).
 """
 
 from __future__ import annotations
@@ -22,16 +23,17 @@ from veneer_server.access.principal import ANYONE, DEFAULT_TENANT, Principal
 from veneer_server.queues.fairness import Fairness, Sender
 
 ACTOR: Final = "veneer-actor"
-"""Metadata of gRPC calls: a name for the history of changes, where callers need not say who
-they are."""
+"""Metadata of gRPC calls: the caller's name for the history of changes, on servers without
+authentication."""
 
 MOST_LAG: Final = "veneer-max-registry-lag"
-"""Metadata: how many seconds old the view may be that the caller's names are looked up in. The
-HTTP header has ``x-`` before it."""
+"""Metadata: the highest age in seconds of the registry view in which the call's names may be
+looked up. The HTTP header is the same with the prefix ``x-``."""
 
 _SECRETS: Final = ("authorization", "x-api-key", "api-key")
 _SHOWN: Final = (*_SECRETS, ACTOR, "veneer-tenant", "x-veneer-tenant")
-"""Metadata that says who calls. A certificate cannot be passed on: `Caller.shows_secret`."""
+"""Metadata that identifies the caller. A certificate cannot be passed on, see
+`Caller.shows_secret`."""
 
 _TRACE: Final = ("traceparent", "tracestate")
 _ANYONES: Final = Fairness(DEFAULT_TENANT)
@@ -41,20 +43,22 @@ _UNPRINTABLE: Final = re.compile(r"[^\x20-\x7e]")
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who makes one call, and what the call says of itself before its request is read.
+    """The caller of one call, and the call's metadata, known before its request is read.
 
     Attributes:
-        principal: who it is; `ANYONE` until that is known.
-        fairness: whose service the call counts as.
-        method: as in `methods.METHODS`.
-        peer: its connection: ``host:port``, over gRPC after ``ipv4:`` or ``ipv6:``.
-        request_id: the call's.
-        deadline: of the call, by `time.monotonic`; None if it has none.
-        began: `time.perf_counter` when it came in.
+        principal: the caller's identity; `ANYONE` until it is known.
+        fairness: the tenant, and the gateway's user, whose share of the service the call uses.
+        method: the method's name, as in `methods.METHODS`.
+        peer: the connection: ``host:port``, over gRPC after ``ipv4:`` or ``ipv6:``.
+        request_id: id of the call.
+        deadline: deadline of the call, by `time.monotonic`; None if it has none.
+        began: `time.perf_counter` when the call arrived.
         trace: its ``traceparent`` and ``tracestate``, as far as it has them.
-        actor: the name that it gives itself; counts where callers need not say who they are.
-        shown: the metadata that says who calls, for the registry that this server follows.
-        most_lag: how old a view of the registry it takes, as it says it; None for any.
+        actor: the name that the caller gives itself, on servers without authentication.
+        shown: the metadata that identifies the caller, for the registry that this server
+            follows.
+        most_lag: the highest age of the registry view that the caller accepts, as it was sent;
+            None for any.
     """
 
     principal: Principal = ANYONE
@@ -80,7 +84,7 @@ class Caller:
         time_left: float | None = None,
         names_itself: bool = False,
     ) -> Caller:
-        """Of a call that comes in now, before it is known who makes it.
+        """Make the caller of a call that arrives now, before its identity is known.
 
         Args:
             headers: HTTP headers or gRPC metadata, by lower-case name.
@@ -100,8 +104,8 @@ class Caller:
         )
 
     def known(self, principal: Principal, fairness: Fairness, request_id: str) -> Caller:
-        """The same call, once more is known of it. `dataclasses.replace` would take four times
-        as long, for every call."""
+        """Return the same caller with what is known by now. `dataclasses.replace` would take
+        four times as long, for every call."""
         return Caller(
             principal,
             fairness,
@@ -118,18 +122,18 @@ class Caller:
 
     @property
     def tenant(self) -> str:
-        """The tenant that it acts in."""
+        """The tenant that the caller acts in."""
         return self.principal.tenant
 
     @property
     def who(self) -> Who:
-        """Its name and address, for the history of changes."""
+        """The caller's name and address, for the history of changes."""
         name = self.principal.name or _UNPRINTABLE.sub("?", self.actor[:_LONGEST])
         return Who(name, self.peer)
 
     @property
     def sender(self) -> Sender:
-        """Whose turn the call uses, wherever one caller could keep others waiting."""
+        """The sender whose turn the call uses, wherever one caller could make others wait."""
         principal, user = self.principal, self.fairness.fairness_id
         key = principal.name or _host(self.peer)
         return Sender(principal.tenant, key, user, "" if user else self.peer)
@@ -141,13 +145,13 @@ class Caller:
 
     @property
     def shows_secret(self) -> bool:
-        """Whether `shown` has a key or token."""
+        """Whether `shown` contains a key or token."""
         return any(name in _SECRETS for name, _ in self.shown)
 
     @property
     def most_lag_s(self) -> float:
-        """The age in seconds of the oldest view that it takes; infinite if any. Raises
-        InvalidField."""
+        """The highest age in seconds of the view that the caller accepts; infinite for any.
+        Raises InvalidField."""
         return math.inf if self.most_lag is None else _seconds(self.most_lag)
 
     def check_most_lag(self) -> None:
@@ -156,8 +160,8 @@ class Caller:
 
 
 def _host(connection: str) -> str:
-    """The host of a connection without its port; of an IPv6 address the first 64 bits, of which
-    a host has as many addresses as it likes."""
+    """The host of a connection, without its port. Of an IPv6 address, only the first 64 bits: a
+    host can use any address in its /64 network."""
     kind, _, rest = connection.partition(":")
     host = (rest if kind in ("ipv4", "ipv6") else connection).rpartition(":")[0]
     if ":" in host or "%" in host:

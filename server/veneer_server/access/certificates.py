@@ -1,7 +1,8 @@
-"""The server's certificate, read again whenever its files have changed.
+"""The server's certificate, which is read again whenever its files have changed; and clients'
+certificates.
 
-Connections that are open keep theirs; each new one gets the newest. Files that do not fit
-together, as in the middle of a renewal, leave the last pair in use.
+Open connections keep their certificate; each new connection gets the newest. If the files do
+not match, as in the middle of a renewal, the last pair stays in use.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ class Pair:
     """One version of the files, in PEM.
 
     Attributes:
-        chain: the certificate, then intermediate ones.
-        client_ca: clients need a certificate of one of these; None if they need none.
+        chain: the certificate, followed by intermediate certificates.
+        client_ca: authorities, one of which must have issued a client's certificate; None if
+            clients need no certificate.
     """
 
     chain: bytes
@@ -42,7 +44,8 @@ class Pair:
 
 
 class Certificates:
-    """Any thread may use it: gRPC asks on threads of its own."""
+    """The newest usable version of the certificate files. Any thread may use it: gRPC calls it
+    from threads of its own."""
 
     def __init__(self, cert: Path, key: Path, client_ca: Path | None = None) -> None:
         """Raises InvalidField if the files cannot be used."""
@@ -52,7 +55,7 @@ class Certificates:
         self._pair, self._context = self._load()
         self._context.sni_callback = self._begin
         self.http_context = self._context
-        """For `asyncio`; new connections get the newest certificate."""
+        """TLS context for `asyncio` servers; new connections get the newest certificate."""
 
     @property
     def current(self) -> Pair:
@@ -80,7 +83,7 @@ class Certificates:
     def _begin(
         self, connection: ssl.SSLObject | ssl.SSLSocket, name: str | None, _: object
     ) -> None:
-        """Called when a client begins a connection."""
+        """Called when a client begins a connection: gives it the newest certificate."""
         _ = self.current
         connection.context = self._context
 
@@ -101,7 +104,8 @@ class Certificates:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.set_alpn_protocols(["http/1.1"])
         try:
-            # Also checks that both belong together. An encrypted key must not ask a terminal.
+            # Also checks that both belong together. The password callback keeps an encrypted
+            # key from prompting on a terminal.
             context.load_cert_chain(cert, key, password=lambda: b"")
         except (ssl.SSLError, OSError, ValueError) as error:
             raise InvalidField(
@@ -123,10 +127,10 @@ class Certificates:
 
 
 class ShownCertificate(NamedTuple):
-    """A client's certificate, which TLS has verified when the client connected.
+    """A client's certificate, which TLS verified when the client connected.
 
     Attributes:
-        names: subject alternative names; none if TLS asked for no certificate.
+        names: subject alternative names; empty if the client showed no certificate.
         until: when it expires, in Unix seconds.
     """
 
@@ -138,7 +142,7 @@ NOT_SHOWN: Final = ShownCertificate()
 
 
 def shown(transport: asyncio.BaseTransport) -> ShownCertificate:
-    """The client's certificate."""
+    """Return the client's certificate of a connection."""
     connection = transport.get_extra_info("ssl_object")
     found = (None if connection is None else connection.getpeercert()) or {}
     names = tuple(name for _, name in found.get("subjectAltName", ()))
@@ -148,14 +152,14 @@ def shown(transport: asyncio.BaseTransport) -> ShownCertificate:
 
 
 def shown_to_grpc(context: Mapping[str, Sequence[bytes]]) -> ShownCertificate:
-    """The client's certificate, of a call's authentication context."""
+    """Return the client's certificate from the authentication context of a gRPC call."""
     names = tuple(context.get("x509_subject_alternative_name", ()))
     return _in_pem(names, context["x509_pem_cert"][0]) if names else NOT_SHOWN
 
 
 @lru_cache(1024)
 def _in_pem(names: tuple[bytes, ...], pem: bytes) -> ShownCertificate:
-    # Imported here, since it makes each start longer.
+    # Imported here, since importing it would slow down every start of the server.
     from cryptography.x509 import load_pem_x509_certificate
 
     until = load_pem_x509_certificate(pem).not_valid_after_utc.timestamp()

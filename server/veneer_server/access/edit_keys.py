@@ -1,4 +1,5 @@
-"""Adds and removes keys in a keys file, whose comments stay. Servers read it again at once."""
+"""Adds and removes keys in a keys file, and keeps its comments. Servers read it again at
+once."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from veneer_server.access.principal import Role
 @dataclass(frozen=True, slots=True)
 class NewKey:
     """Attributes:
-    key: to be given to the caller; it is kept nowhere.
+    key: the key to give to the caller; it is not stored anywhere.
     """
 
     id: str
@@ -39,10 +40,10 @@ def add_key(
     limits: Mapping[str, object] = MappingProxyType({}),
     gateway: bool = False,
 ) -> NewKey:
-    """Make a key, and the file if there is none.
+    """Make a key and add it to the file, which is created if there is none.
 
     Args:
-        limits: as in `quotas.quota.Quota`, by name.
+        limits: limits by name, as in `quotas.quota.Quota`.
 
     Raises:
         InvalidField: a value, or the file, is not valid.
@@ -74,7 +75,7 @@ def revoke_key(path: Path, id: str) -> None:
     Raises:
         InvalidField: there is no such key, or the file is not valid.
     """
-    id = id.split("_")[1] if id.count("_") >= 2 else id  # somebody gave the key itself
+    id = id.split("_")[1] if id.count("_") >= 2 else id  # a whole key was given
     with _edited(path) as document:
         keys = document.get("keys", {})
         if id not in keys:
@@ -86,7 +87,7 @@ def revoke_key(path: Path, id: str) -> None:
 
 
 def list_keys(path: Path) -> list[ApiKey]:
-    """The keys of a file, by name. Raises InvalidField."""
+    """Return the keys of a file, sorted by name. Raises InvalidField."""
     return sorted(_read(path)[1].keys.values(), key=lambda key: (key.principal.name, key.id))
 
 
@@ -103,7 +104,8 @@ def _read(path: Path) -> tuple[str, Identities]:
 
 @contextmanager
 def _edited(path: Path) -> Iterator[tomlkit.TOMLDocument]:
-    """The document, which replaces the file at the end. Other programs that edit it wait."""
+    """Edit the file's document inside the block; the edited document then replaces the file.
+    Other programs that edit it through this function wait."""
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
@@ -138,7 +140,8 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _keep_owner(path: Path, fd: int, before: os.stat_result) -> None:
-    """A server that could not read the new file would go on with the old keys."""
+    """Give the new file the owner and group of the old one: a server that could not read it
+    would keep using the old keys. Raises InvalidField if that is not allowed."""
     if (before.st_uid, before.st_gid) == (os.geteuid(), os.fstat(fd).st_gid):
         return
     try:

@@ -1,7 +1,7 @@
-"""TLS for asyncio servers, with a bound on the connections that are still in their handshake.
+"""TLS for asyncio servers, with a limit on the connections that are still in their handshake.
 
-asyncio's own servers tell a protocol of a connection only after its handshake, and wait a
-minute for each: strangers who never finish theirs could take every file descriptor.
+asyncio's own servers tell the protocol about a connection only after its handshake, and wait a
+minute for it: strangers who never finish their handshakes could take every file descriptor.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Handshakes:
         self, context: ssl.SSLContext, *, most: int = HANDSHAKES, limit_s: float = LIMIT_S
     ) -> None:
         """Args:
-        most: that may be under way. A further one replaces the oldest of the host that has
-            most of them.
+        most: most handshakes at once. A further one replaces the oldest handshake of the host
+            that has the most.
         """
         self.context = context
         self.limit_s = limit_s
@@ -38,19 +38,19 @@ class Handshakes:
         self._hosts: Counter[str] = Counter()
 
     def before(self, factory: _Factory) -> _Factory:
-        """A factory for connections, each of which becomes one of ``factory``'s after its
-        handshake."""
+        """Wrap a protocol factory: a connection gets its protocol from ``factory`` only after
+        its handshake."""
         return lambda *args, **kwargs: _Handshake(self, lambda: factory(*args, **kwargs))
 
     def begin(self, handshake: _Handshake) -> None:
-        """A connection was accepted."""
+        """Register an accepted connection."""
         if len(self._open) >= self._most:
             max(self._open, key=lambda each: self._hosts[each.host]).drop()
         self._open[handshake] = None
         self._hosts[handshake.host] += 1
 
     def end(self, handshake: _Handshake) -> None:
-        """Its handshake has ended, or it was dropped."""
+        """Remove a connection whose handshake has ended, or that was dropped."""
         if handshake in self._open:
             del self._open[handshake]
             self._hosts[handshake.host] -= 1
@@ -72,9 +72,9 @@ class _Handshake(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._task: asyncio.Task[None] | None = None
         self.host = ""
-        """Its peer, see `host_of`."""
+        """The peer's host, see `host_of`."""
         self._hello = bytearray()
-        """What has arrived before `start_tls` took over: uvloop reads at once."""
+        """Data that arrived before `start_tls` took over: uvloop reads at once."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._transport = transport
@@ -131,7 +131,7 @@ class _Handshake(asyncio.Protocol):
     def _pass_on(self, transport: asyncio.Transport) -> None:
         tls: Any = transport.get_protocol()
         if tls is self or transport.is_closing():
-            return  # it has ended already
+            return  # the handshake has ended already
         rest = memoryview(bytes(self._hello))
         while rest:
             buffer = memoryview(tls.get_buffer(len(rest)))
@@ -142,8 +142,8 @@ class _Handshake(asyncio.Protocol):
 
 
 class _Early(asyncio.Protocol):
-    """Keeps what arrives right behind a handshake, before the connection's own protocol is
-    there."""
+    """Keeps the data that arrives right after a handshake, before the connection has its own
+    protocol."""
 
     def __init__(self) -> None:
         self.data = bytearray()

@@ -1,4 +1,4 @@
-"""The file with keys and certificates, read again whenever it has changed."""
+"""Reads the file with keys and certificates, and reads it again whenever it has changed."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from veneer_server.access.keys import MAX_FILE, Identities, parse_identities
 from veneer_server.logs import get_logger
 
 SETTLED_NS: Final = 100_000_000
-"""A file that changed this recently may change again without its times showing it."""
+"""If a file changed within this time, it may change again without a difference in its times."""
 
 _log = get_logger(__name__)
 
 
 class _Stamp(NamedTuple):
-    """What tells one version of a file from another."""
+    """The attributes that distinguish one version of a file from another."""
 
     device: int
     inode: int
@@ -31,10 +31,10 @@ class _Stamp(NamedTuple):
 
 
 class IdentityFile:
-    """Belongs to one event loop.
+    """The current content of the file. Belongs to one event loop.
 
-    Every call compares the file's times: a key that was revoked is refused by the next call. A
-    file that cannot be read or is not valid leaves the keys of the last one in use.
+    Every call checks the file's times, so a revoked key is refused from the next call on. If
+    the file cannot be read or is not valid, the last valid content stays in use.
     """
 
     def __init__(self, path: Path) -> None:
@@ -43,34 +43,36 @@ class IdentityFile:
         self._identities, self._stamp = _read(path)
         self._reading: asyncio.Task[None] | None = None
         self._begun = self._done = 0
-        """Numbers of the last reading that began, and of the last that ended."""
+        """`_begun`, `_done`: numbers of the last reading that began, and of the last that
+        ended."""
         self._reported: tuple[_Stamp | None, ...] = ()
-        """The version that was reported as unusable."""
+        """The version that was reported as unusable, if the file is unusable now."""
 
     @property
     def usable(self) -> bool:
-        """Whether the file as it is now is in use."""
+        """Whether the current version of the file is in use."""
         return not self._reported
 
     @property
     def settled(self) -> bool:
-        """Whether nobody was writing the file when it was last read."""
+        """Whether the file, when it was last read, had not changed for at least
+        `SETTLED_NS`."""
         return self._stamp is not None
 
     @property
     def latest(self) -> Identities:
-        """The file's content when it was last read: the same object until it changes."""
+        """The content that was last read; the same object until the content changes."""
         return self._identities
 
     async def current(self) -> Identities:
-        """The file's content as of this call, or later."""
+        """Return the file's content as of this call, or later."""
         before = self._begun
         while self._stamp is None or _stamp(self._path) != self._stamp:
             if self._reading is None:
                 self._begun += 1
                 self._reading = asyncio.create_task(self._read_again(self._begun))
             await asyncio.shield(self._reading)
-            if self._done > before:  # it began after this call
+            if self._done > before:  # that reading began after this call
                 break
         return self._identities
 
@@ -85,7 +87,7 @@ class IdentityFile:
                 _log.warning("keys file rejected, keeping the previous keys", why=str(error))
         else:
             self._reported = ()
-            if read != before:  # else the object stays: open calls tell changes by it
+            if read != before:  # else keep the object: open calls notice changes by it
                 self._identities = read
                 _log.info("keys loaded", keys=len(read.keys))
         finally:
@@ -103,8 +105,8 @@ def _stamp(path: Path) -> _Stamp | None:
 
 
 def _read(path: Path) -> tuple[Identities, _Stamp | None]:
-    """The content, and its stamp; None if the file changed so recently that the stamp says
-    little.
+    """Read the content and its stamp; the stamp is None if the file changed so recently that it
+    may change again with the same stamp.
 
     Raises:
         InvalidField: it cannot be read or is not valid.

@@ -1,7 +1,7 @@
 """API keys, and the file that lists them.
 
-A key is ``vn_<id>_<secret>``. The file has the SHA-256 of the whole key: whoever reads the
-file learns no key, and 256 random bits need no slow hash.
+A key is ``vn_<id>_<secret>``. The file only has the SHA-256 of the whole key: reading the file
+reveals no key, and 256 random bits need no slow hash.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from veneer_server.queues.fairness import MAX_PRIORITY, MAX_WEIGHT, MIN_WEIGHT, 
 from veneer_server.quotas.quota import UNLIMITED, Account, Quota, QuotaInvalid, parse_quota
 
 MAX_FILE: Final = 4 << 20
-"""Most bytes of a file with keys."""
+"""Most bytes of a keys file."""
 
 _PREFIX: Final = "vn"
 _ID: Final = re.compile(r"[0-9a-z]{8,32}")
 _NAME: Final = re.compile(r"[\x21-\x7e]{1,128}")
 TENANT: Final = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
-"""A tenant's name."""
+"""The form of a tenant's name."""
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _TABLES: Final = {
     "keys": "keys.ID",
@@ -41,17 +41,17 @@ _TABLES: Final = {
     "tenants": "tenants.NAME",
     "objectives": "objectives.NAME",
 }
-"""Tables of the file, and how messages name them."""
+"""Tables of the file, and their names in messages."""
 _NOBODY: Final = hashlib.sha256(b"").digest()
 
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """A key as the file has it.
+    """A key in the file.
 
     Attributes:
         digest: SHA-256 of the whole key.
-        expires: None if it does not.
+        expires: when it expires; None if it does not.
     """
 
     id: str
@@ -65,16 +65,16 @@ class ApiKey:
 
 @dataclass(frozen=True, slots=True)
 class Identities:
-    """What a file with keys and certificates says: who has which.
+    """The content of a keys file.
 
     Attributes:
-        keys: by id.
-        certificates: by subject alternative name.
-        weights: of tenants and objectives.
+        keys: keys by id.
+        certificates: callers with a certificate, by subject alternative name.
+        weights: weights of tenants, and priorities of objectives.
         defaults: limits of each caller that has none of its own.
-        tenants: limits of all of a tenant's calls together, by its name.
+        tenants: limits for all calls of a tenant together, by its name.
         accepts: by a tenant's name, the tenants and adapters (``TENANT`` or ``TENANT/name``)
-            that it knows by their plain names where they are shared.
+            whose shared adapters it can call by their plain names.
     """
 
     keys: Mapping[str, ApiKey]
@@ -85,8 +85,8 @@ class Identities:
     accepts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def by_key(self, key: str, now: datetime) -> Principal | None:
-        """Whose key it is; None if it is unknown or has expired. Takes the same time for a
-        wrong secret as for an unknown id."""
+        """Return the caller that a key belongs to; None if the key is unknown or has expired. A
+        wrong secret takes the same time as an unknown id."""
         _, _, rest = key.partition("_")
         found = self.keys.get(rest.partition("_")[0])
         digest = hashlib.sha256(key.encode()).digest()
@@ -96,26 +96,27 @@ class Identities:
         return found.principal
 
     def by_certificate(self, names: tuple[str, ...]) -> Principal | None:
-        """Whose certificate it is, by the first of its subject alternative names that is
-        listed."""
+        """Return the caller that a certificate belongs to, by the first of its subject
+        alternative names that is listed; None if none is."""
         found = (self.certificates.get(name) for name in names)
         return next((each for each in found if each is not None), None)
 
     def limited(self, principal: Principal) -> Principal:
-        """Somebody that the file does not list, with the limits that it has for such."""
+        """Return a caller that the file does not list (such as a token's), with the file's
+        default limits and its tenant's."""
         own = [replace(account, quota=self.defaults) for account in principal.accounts]
         return _with_accounts(principal, own, self.tenants)
 
 
 def make_key() -> tuple[str, str, str]:
-    """A new key, its id, and the SHA-256 that the file keeps, in hex."""
+    """Make a key. Returns it, its id, and its SHA-256 for the file, in hex."""
     id = base64.b32encode(secrets.token_bytes(10)).decode().lower()
     key = f"{_PREFIX}_{id}_{secrets.token_urlsafe(32)}"
     return key, id, hashlib.sha256(key.encode()).hexdigest()
 
 
 def parse_identities(text: str, path: Path) -> Identities:
-    """Read a file's text.
+    """Parse the text of a keys file.
 
     Raises:
         InvalidField: it is not valid; the message names the entry and the fix.
@@ -175,7 +176,7 @@ def _accepts(path: Path, at: str, given: object) -> tuple[str, ...]:
 
 
 def _tenants(path: Path, document: Mapping[str, Any]) -> tuple[dict[str, Account], FairWeights]:
-    """The limits of tenants; the weights of tenants and objectives."""
+    """Parse the limits and weights of tenants, and the priorities of objectives."""
     accounts: dict[str, Account] = {}
     weights: dict[str, float] = {}
     objectives: dict[str, int] = {}
@@ -226,7 +227,7 @@ def _limited(
     defaults: Quota,
     tenants: Mapping[str, Account],
 ) -> Principal:
-    """An entry's principal, with its limits and its tenant's."""
+    """Make the principal of an entry, with its own limits and its tenant's."""
     quota = _quota(path, f"{at}.limits", entry.get("limits", {}), defaults)
     principal = _principal(path, at, entry, default)
     return _with_accounts(principal, [Account(account, quota)], tenants)
@@ -236,7 +237,7 @@ def _with_accounts(
     principal: Principal, own: list[Account], tenants: Mapping[str, Account]
 ) -> Principal:
     accounts = [*own, tenants.get(principal.tenant)]
-    # Those without a limit cost no call anything.
+    # Accounts without a limit are left out, so they cost calls nothing.
     limited = tuple(a for a in accounts if a is not None and a.quota != UNLIMITED)
     return replace(principal, accounts=limited)
 

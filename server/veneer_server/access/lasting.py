@@ -1,8 +1,8 @@
-"""Calls that last, such as watches: they end once their caller would not be let in any more.
+"""Ends long-running calls, such as watches, once their caller would no longer be admitted.
 
 A key may be revoked, moved to another tenant or given fewer roles, and keys, tokens and
-certificates expire. While such calls are open, one timer for all of them looks every second
-whether the keys have changed, and at the wall clock, which may be set.
+certificates expire. While such calls are open, one timer for all of them checks every second
+whether the keys have changed, and compares expiry with the wall clock, which may be set.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from veneer_registry.errors import PermissionDenied, Unauthenticated, VeneerErro
 from veneer_server.access.principal import Principal
 
 ENDED: Final = "ended"
-"""Metadata of an error that ends a call which had been let in."""
+"""Metadata of an error that ends a call that had been admitted."""
 
 LOOK_S: Final = 1.0
 MOST_PUT_OFF: Final = 3
-"""Looks in a row that wait for the keys: after a clock was set back, a file seems to be written
-for hours."""
+"""Most checks in a row that are put off because the keys may be changing: after the clock was
+set back, a file looks as if it were being written for hours."""
 _BATCH: Final = 16
-"""Calls that are checked before other work gets a turn: a token takes 0.1 ms and more."""
+"""Calls that are checked before other work gets a turn: checking a token takes 0.1 ms or
+more."""
 
 Check = Callable[[], Awaitable[Principal]]
-"""Lets a call in again. Raises as `Access.admit`."""
+"""Admits a call again. Raises as `Access.admit`."""
 
 
 @dataclass(slots=True, eq=False)
@@ -38,10 +39,10 @@ class _Open:
     """An open call.
 
     Attributes:
-        principal: who it was let in as.
-        keys: what was known of keys then.
-        cancelling: of its task, when it was opened.
-        why: it ends by this.
+        principal: the identity with which it was last admitted.
+        keys: the keys that were known then.
+        cancelling: `asyncio.Task.cancelling` of its task when it was opened.
+        why: the error that ends it, if any.
     """
 
     check: Check
@@ -53,12 +54,13 @@ class _Open:
 
 
 class Lasting:
-    """Belongs to one event loop.
+    """Checks open calls, and ends those that would no longer be admitted. Belongs to one event
+    loop.
 
     Args:
-        keys: what is known of keys; the same objects as long as nothing has changed, since
-            comparing thousands of keys for each call would hold up the event loop.
-        refresh: brings that up to date. Returns False while it may be about to change again.
+        keys: returns the known keys; the same objects as long as nothing has changed, since
+            comparing thousands of keys for each call would block the event loop.
+        refresh: updates the keys. Returns False while they may be about to change again.
     """
 
     def __init__(
@@ -70,15 +72,16 @@ class Lasting:
         self._timer: asyncio.TimerHandle | None = None
         self._checking: asyncio.Task[None] | None = None
         self._put_off = 0
-        """Looks since the last that counted."""
+        """Checks that were put off since the last one."""
 
     @contextmanager
     def call(self, principal: Principal, check: Check) -> Iterator[None]:
-        """Holds an open call, which has just been let in.
+        """Watch over a call that has just been admitted, while the block runs.
 
         Raises:
-            Unauthenticated, PermissionDenied: it would not be let in any more (metadata
-                `ENDED`). The block was cancelled; what it had begun may have taken effect.
+            Unauthenticated, PermissionDenied: it would no longer be admitted (metadata
+                `ENDED`). The block was cancelled; changes that it had begun may have taken
+                effect.
         """
         task = asyncio.current_task()
         assert task is not None, "calls are answered in tasks"
@@ -96,7 +99,7 @@ class Lasting:
             self.calls.discard(call)
 
     def _look_later(self) -> None:
-        # In a context of its own: it is no part of the call that happens to start it.
+        # In a context of its own: the timer does not belong to the call that starts it.
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(LOOK_S, self._look, context=Context())
 
@@ -135,13 +138,13 @@ def _same(before: tuple[object, ...], now: tuple[object, ...]) -> bool:
 
 
 async def _refusal(call: _Open) -> VeneerError | None:
-    """Why a call may not go on; None if it may."""
+    """Return the error that ends a call; None if it may continue."""
     try:
         now = await call.check()
     except (Unauthenticated, PermissionDenied) as error:
         return error
     except VeneerError:
-        return None  # nobody knows, as while the issuer of tokens is away
+        return None  # cannot be decided now, for example while the token issuer is unreachable
     if now.tenant != call.principal.tenant:
         return Unauthenticated(
             "this credential now belongs to a different tenant than when the call began: "

@@ -1,4 +1,4 @@
-"""Which roles each method of each port takes. A method that is not listed is refused.
+"""The roles that each method of each port requires. A method that is not listed is refused.
 
 docs/security.md shows this table, and the tests call every method as every kind of caller.
 """
@@ -12,10 +12,10 @@ from typing import Final
 from veneer_server.access.principal import ROLES, Role
 
 OPEN: Final[frozenset[Role]] = frozenset()
-"""Anybody may call it, also without a credential."""
+"""Roles of a method that anybody may call, even without a credential."""
 
 _ANY: Final[frozenset[Role]] = frozenset(ROLES)
-"""Anybody with a credential."""
+"""Roles of a method that anybody with a credential may call."""
 
 _CALLERS: Final[frozenset[Role]] = frozenset({"inference"})
 _READERS: Final[frozenset[Role]] = frozenset({"inference", "publisher"})
@@ -25,7 +25,7 @@ _OPERATORS: Final[frozenset[Role]] = frozenset({"operator"})
 _SCRAPERS: Final[frozenset[Role]] = frozenset({"metrics"})
 
 SCRAPE: Final = "scrape"
-"""Any path of the metrics port."""
+"""The method for any path of the metrics port."""
 
 _GRPC: Final[Mapping[str, Mapping[str, frozenset[Role]]]] = {
     "veneer.v1.InferenceService": {
@@ -125,11 +125,12 @@ METHODS: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
         SCRAPE: _SCRAPERS,
     }
 )
-"""By gRPC path (``/service/method``), or HTTP verb and path."""
+"""The roles of each method, by gRPC path (``/service/method``), or HTTP verb and path. A caller
+needs one of them."""
 
 
 _READING: Final = ("/GetUsage", "/Follow", "/FetchWeights")
-"""Methods that take a high role because of what they show."""
+"""Methods that require a high role only because of the data that they return."""
 
 AUDITED: Final = frozenset(
     name
@@ -157,11 +158,11 @@ is not cut off."""
 ADMIN: Final = frozenset(
     name for name, roles in METHODS.items() if roles in (_PUBLISHERS, _ADMINS, _OPERATORS)
 )
-"""What only the port of ``--admin-listen`` answers, if there is one."""
+"""Methods that only the port of ``--admin-listen`` answers, if there is one."""
 
 
 def roles_for(method: str) -> frozenset[Role] | None:
-    """The roles of which a caller needs one; None if the method is not listed. Whoever may
-    ``GET`` may ``HEAD``."""
+    """Return the roles of which a caller needs one; None if the method is not listed. ``HEAD``
+    requires the same roles as ``GET``."""
     method = f"GET{method[4:]}" if method.startswith("HEAD ") else method
     return METHODS.get(method)

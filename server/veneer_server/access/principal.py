@@ -25,16 +25,16 @@ _INCLUDES: Final[Mapping[Role, frozenset[Role]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who a call is from.
+    """The identity of a caller.
 
     Attributes:
-        name: for the audit log; empty where callers need not say who they are.
-        tenant: whose adapters it sees, beside shared ones.
-        roles: those that were given; see `has`.
-        accounts: whose limits its calls count towards.
-        visiting: it is an operator of another tenant, who named this one.
-        gateway: whether it may say whom it calls for, see `fairness`.
-        until: when what it showed expires, in Unix seconds.
+        name: name for the audit log; empty on servers without authentication.
+        tenant: the tenant whose adapters it sees, besides shared ones.
+        roles: the roles that it was given, without those that they include; see `has`.
+        accounts: the accounts whose limits its calls count towards.
+        visiting: it is an operator of another tenant that acts in this one.
+        gateway: whether it may name the user that it calls for, see `fairness`.
+        until: when its credential expires, in Unix seconds.
     """
 
     name: str
@@ -46,17 +46,17 @@ class Principal:
     until: float = field(default=math.inf, compare=False)
 
     def has(self, any_of: Set[Role]) -> bool:
-        """Whether one of these roles is among its own, or included in one of them: an admin is
-        a publisher too, an operator everything."""
+        """Whether it has one of these roles, or a role that includes one of them: an admin is
+        also a publisher, an operator has all roles."""
         included = (_INCLUDES.get(role, frozenset[Role]()) for role in self.roles)
         return not any_of.isdisjoint(self.roles.union(*included))
 
 
 def require(any_of: Set[Role], principal: Principal, what: str) -> None:
-    """For what takes more than the method's own role.
+    """Check a role for an operation that requires more than the method's own roles.
 
     Args:
-        what: is refused, as the beginning of a sentence.
+        what: the operation, as the beginning of a sentence.
 
     Raises:
         PermissionDenied: the caller has none of these roles.
@@ -76,4 +76,4 @@ def denied(any_of: Set[Role], principal: Principal, what: str, method: str) -> P
 
 
 ANYONE: Final = Principal("", DEFAULT_TENANT, frozenset(ROLES))
-"""Every caller of a server without authentication."""
+"""The identity of every caller of a server without authentication."""

@@ -1,4 +1,4 @@
-"""A certificate that no authority has signed, for a first try of TLS."""
+"""Makes a self-signed certificate, for trying out TLS."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from veneer_registry.errors import InvalidField
 
 
 def self_signed(names: list[str], days: int) -> tuple[bytes, bytes]:
-    """A private key and its certificate, in PEM.
+    """Make a private key and its certificate, in PEM.
 
     Raises:
-        InvalidField: a name is no host's.
+        InvalidField: a name is not a valid host name.
     """
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0][:64])])

@@ -1,13 +1,14 @@
-"""JSON Web Tokens of an OpenID Connect issuer: who has one, by its claims.
+"""Verifies JSON Web Tokens of an OpenID Connect issuer, and identifies callers by their claims.
 
-The issuer's public keys come from a file or a URL. Those of a URL are fetched again
+The issuer's public keys come from a file or a URL. Keys from a URL are fetched again
 
-- when a token names a key that is not known, but not more often than every `FETCH_S`, since
-  strangers can send such tokens;
-- when they are older than `FRESH_S`, beside the call that finds that; a call that finds them
-  older than twice that waits for it. So a key that the issuer has withdrawn ends by then.
+- when a token names an unknown key, but at most every `FETCH_S`, since strangers can send such
+  tokens;
+- when they are older than `FRESH_S`, in the background of the call that notices it; if they are
+  older than twice that, the call waits for the fetch. So a key that the issuer has withdrawn is
+  refused by then.
 
-While the issuer does not answer, known keys stay in use, until they are `KEPT_S` old.
+While the issuer does not answer, known keys stay in use until they are `KEPT_S` old.
 """
 
 from __future__ import annotations
@@ -46,22 +47,23 @@ _ALGORITHMS: Final = (
     "ES512",
     "EdDSA",
 )
-"""Public keys only: with a shared secret, whoever can check a token can make one."""
+"""Public-key algorithms only: with a shared secret, anyone who can check a token can forge
+one."""
 
 _LEEWAY_S: Final = 30.0
 """How far the issuer's clock may differ."""
 FRESH_S: Final = 300.0
-"""Age from which the issuer's keys are fetched again."""
+"""Age in seconds after which the issuer's keys are fetched again."""
 KEPT_S: Final = 86_400.0
-"""Age from which they do not count any more, if the issuer does not answer."""
+"""Age in seconds after which the keys are dropped, if the issuer does not answer."""
 FETCH_S: Final = 5.0
 """Least time between two fetches of the issuer's keys."""
 _RETRY_S: Final = 30.0
-"""The same where keys are merely old and the issuer has not answered."""
+"""As `FETCH_S`, if the keys are only old and the last fetch has failed."""
 _TIMEOUT_S: Final = 5.0
 """How long the issuer may be silent."""
 _WHOLE_S: Final = 15.0
-"""How long a fetch may take."""
+"""Seconds that a fetch may take in total."""
 _MOST_BYTES: Final = 1 << 20
 _DISCOVERY: Final = "/.well-known/openid-configuration"
 
@@ -71,10 +73,10 @@ _log = get_logger(__name__)
 @dataclass(frozen=True, slots=True)
 class TokenSettings:
     """Attributes:
-    issuer, audience: what a token's ``iss`` and ``aud`` must be.
+    issuer, audience: the required ``iss`` and ``aud`` of a token.
     keys: file or URL of the issuer's keys (JWKS); empty to ask the issuer for the URL.
-    tenant_claim: names the tenant; `DEFAULT_TENANT` where a token has none.
-    roles_claim: a list, or words; others than `ROLES` are ignored.
+    tenant_claim: claim that names the tenant; a token without it is for `DEFAULT_TENANT`.
+    roles_claim: claim with the roles, a list or words; roles not in `ROLES` are ignored.
     """
 
     issuer: str
@@ -91,10 +93,10 @@ class TokenVerifier:
         self, settings: TokenSettings, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         """Args:
-        clock: seconds.
+        clock: returns seconds.
 
         Raises:
-            InvalidField: a file with keys cannot be used, or a URL is not safe.
+            InvalidField: the file with keys cannot be used, or the URL is not safe.
         """
         self._settings = settings
         self._clock = clock
@@ -103,7 +105,7 @@ class TokenVerifier:
         self._fetched: float | None = None
         """When the last fetch began."""
         self._as_of = 0.0
-        """When the fetch began that brought the known keys."""
+        """When the fetch of the known keys began."""
         self._failing = False
         """Whether the last fetch has failed."""
         source = settings.keys or settings.issuer
@@ -116,7 +118,7 @@ class TokenVerifier:
             _check_url(source)
 
     async def principal(self, token: str) -> Principal:
-        """Whose token it is.
+        """Verify a token, and return the caller that it belongs to.
 
         Raises:
             Unauthenticated: it is not valid.
@@ -160,7 +162,7 @@ class TokenVerifier:
         roles: list[Role] = [role for role in ROLES if role in words]
         name = claims.get("sub")
         text = name if isinstance(name, str) and name.isprintable() else "token"
-        # Any subject has an account of its own, however long or odd it is.
+        # Every subject has an account of its own; long or odd names are hashed.
         plain = text == name and 0 < len(text) <= 128
         own = text if plain else hashlib.sha256(repr(name).encode()).hexdigest()
         account = Account(f"token:{tenant}/{own}", UNLIMITED)
@@ -171,12 +173,12 @@ class TokenVerifier:
 
     @property
     def keys(self) -> object:
-        """The issuer's keys; another object once they have changed."""
+        """The issuer's keys; a new object whenever they have changed."""
         return self._keys
 
     async def refresh(self) -> None:
-        """Look whether the keys have changed: those of a file now, those of an issuer beside
-        this call, once they are old."""
+        """Update the keys: read a changed file again now, or, once an issuer's keys are old,
+        start to fetch them in the background."""
         if self._file is not None:
             await self._follow_file(self._file)
         elif self._fetched is not None and self._age() > FRESH_S:
@@ -194,7 +196,7 @@ class TokenVerifier:
         return self._keys.get(id)
 
     def _age(self) -> float:
-        """Of the issuer's keys, which are forgotten when they are too old."""
+        """The age of the issuer's keys in seconds. Drops keys that are too old."""
         age = self._clock() - self._as_of
         if age > KEPT_S and self._keys:
             self._keys = {}
@@ -207,7 +209,7 @@ class TokenVerifier:
 
     async def _follow_file(self, file: Path) -> None:
         try:
-            modified = os.stat(file).st_mtime_ns  # as quick as a look-up
+            modified = os.stat(file).st_mtime_ns  # quick enough for the event loop
             if modified == self._modified:
                 return
             self._modified = modified
@@ -216,20 +218,20 @@ class TokenVerifier:
             _log.warning("token keys rejected, keeping the previous ones", why=str(error))
 
     async def _fetch(self, least_s: float) -> None:
-        """`_start`, and wait until it is done."""
+        """As `_start`, but wait until the fetch is done."""
         if (fetching := self._start(least_s)) is not None:
             await asyncio.shield(fetching)
 
     def _start(self, least_s: float) -> asyncio.Task[None] | None:
-        """Fetch the keys, unless that was done less than ``least_s`` ago; callers share a
-        fetch."""
+        """Start to fetch the keys, unless the last fetch began less than ``least_s`` ago.
+        Concurrent callers share a fetch."""
         if self.fetching is None:
             now = self._clock()
             if self._fetched is not None and now - self._fetched < least_s:
                 return None
             self._fetched = now
             self.fetching = asyncio.create_task(self._fetch_once(now))
-            # Perhaps nobody waits for it.
+            # Mark an error as seen, in case nobody waits for the fetch.
             self.fetching.add_done_callback(lambda task: task.cancelled() or task.exception())
         return self.fetching
 
@@ -257,12 +259,12 @@ def _download(keys: str, issuer: str) -> dict[str | None, jwt.PyJWK]:
         keys = str(told.get("jwks_uri", ""))
         _check_url(keys)
     data = _get(keys)
-    # An issuer may withdraw all its keys; a file without one is a mistake.
+    # An issuer may withdraw all its keys; but a file without keys is a mistake.
     return {} if json.loads(data) == {"keys": []} else _parse(data, keys)
 
 
 class _NoUnsafeRedirect(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to addresses that could be configured, too."""
+    """Follows redirects only to addresses that could also be configured."""
 
     def redirect_request(
         self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
@@ -277,7 +279,7 @@ class _NoUnsafeRedirect(urllib.request.HTTPRedirectHandler):
 
 def _get(url: str) -> bytes:
     try:
-        # With the certificates that OpenSSL trusts: SSL_CERT_FILE can name others.
+        # This uses the certificates that OpenSSL trusts: SSL_CERT_FILE can name others.
         opener = urllib.request.build_opener(_NoUnsafeRedirect)
         with opener.open(url, timeout=_TIMEOUT_S) as answer:
             data, began = b"", time.monotonic()
@@ -305,7 +307,7 @@ def _read(file: Path) -> dict[str | None, jwt.PyJWK]:
 
 
 def _parse(data: bytes, where: str) -> dict[str | None, jwt.PyJWK]:
-    """The keys that may sign, by id."""
+    """Parse a key set. Returns the keys that may sign, by id."""
     try:
         found = jwt.PyJWKSet.from_json(data.decode()).keys
     except (jwt.PyJWTError, ValueError, KeyError, TypeError, AttributeError) as error:

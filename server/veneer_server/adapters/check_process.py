@@ -1,8 +1,8 @@
 """A process that checks uploaded adapters for the front process, at low priority.
 
-A thread of the front would hold the GIL now and then, and at low priority it may get no CPU
-time to release it: then the event loop, and every stream, waits. Answers a `CheckFiles` with a
-`Checked`, both as frames on a socket (`wire.frames`).
+A thread of the front would sometimes hold the GIL, and at low priority it might get no CPU time
+to release it: the event loop, and every stream, would then wait. The process answers each
+`CheckFiles` with a `Checked`, both as frames on a socket (`wire.frames`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _NO_MEMORY: Final = "not enough memory to check the adapter; free memory, and pu
 
 
 class CheckFiles(msgspec.Struct, frozen=True, array_like=True):
-    """Check the files in ``folder`` as `read_upload` does."""
+    """A request to check the files in ``folder`` with `read_upload`."""
 
     folder: str
     base: BaseSpec | None
@@ -37,7 +37,7 @@ class CheckFiles(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Checked(msgspec.Struct, frozen=True, array_like=True):
-    """The adapter's manifest, as `manifest_to_json` writes it, or why it is refused."""
+    """The answer: the adapter's manifest, as `manifest_to_json` writes it, or an error."""
 
     manifest: str
     failure: Failure | None = None

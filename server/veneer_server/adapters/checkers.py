@@ -20,7 +20,7 @@ from veneer_server.wire.frames import framed, read_frame
 log = logging.getLogger(__name__)
 
 MODULE: Final = "veneer_server.adapters.check_process"
-"""The module that a process runs."""
+"""The module that each process runs."""
 
 LIMIT_S: Final = 60.0
 """Seconds that a check may take, plus one for each `BYTES_A_SECOND` of its files."""
@@ -28,12 +28,12 @@ LIMIT_S: Final = 60.0
 BYTES_A_SECOND: Final = 4 << 20
 
 _KEPT: Final = 1
-"""Idle processes that wait for the next upload; others end when they have done their check."""
+"""Most idle processes kept for the next upload; others end when they have done their check."""
 
 
 class Checkers:
-    """Checks each adapter in a process of its own; any thread may call `read`. Callers bound
-    how many checks run at once.
+    """Checks adapters in separate processes, one each. Any thread may call `read`; callers
+    must limit how many checks run at once.
 
     Args:
         limit_s: see `LIMIT_S`.
@@ -48,12 +48,12 @@ class Checkers:
     def read(
         self, folder: Path, base: BaseSpec | None, claim: BaseClaim = NO_CLAIM
     ) -> AdapterManifest:
-        """`veneer_registry.format.read_upload`, in another process.
+        """Run `veneer_registry.format.read_upload` in another process.
 
         Raises:
-            VeneerError: as `read_upload`.
-            DiskFailed: every attempt takes too long.
-            InternalError: every process that checks it ends.
+            VeneerError: `read_upload` raised it.
+            DiskFailed: the last attempt took too long.
+            InternalError: the process of the last attempt ended early.
         """
         ask = framed(msgspec.msgpack.encode(CheckFiles(str(folder), base, claim)))
         size = sum(path.stat().st_size for path in folder.iterdir())
@@ -95,7 +95,7 @@ class Checkers:
 
 
 def _ask(child: ChildProcess, ask: bytes, limit_s: float) -> Checked:
-    """The answer of a process; one that ends or takes too long is replaced, once."""
+    """Return a process's answer. A process that ends or takes too long is replaced once."""
     why = ""
     for _ in range(TRIES):
         deadline = time.monotonic() + limit_s
@@ -110,9 +110,9 @@ def _ask(child: ChildProcess, ask: bytes, limit_s: float) -> Checked:
         except TimeoutError:
             late = True
         except OSError:
-            late = False  # it has ended: see below
+            late = False  # the process has ended: see below
         except BaseException:
-            child.end(kill=True)  # what it still sends must not be taken for another answer
+            child.end(kill=True)  # or its late answer would be taken for the next one
             raise
         why = f"killed after {limit_s:.0f} s" if late else child.end()
         if late:

@@ -1,6 +1,6 @@
-"""A child process of ours and the socket to it: started on first use, and ended cleanly.
+"""A child process and the socket to it: started on first use, and ended cleanly.
 
-Uses neither torch nor numpy: the front process, too, has such children.
+Uses neither torch nor numpy, since the front process has such children too.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from veneer_registry.child_python import child_python
 from veneer_server.wire.frames import framed
 
 TRIES: Final = 2
-"""How many processes try to do something: one that ends, or takes too long, is replaced."""
+"""How many processes try a task: a process that ends, or takes too long, is replaced."""
 
 _STOP_S: Final = 5.0
-"""How long a process may take to end before it is killed, and after that."""
+"""Seconds that a process may take to end before it is killed, and again after the kill."""
 
 
 class ChildProcess:
     """One process. Not thread-safe.
 
     Args:
-        module: what it runs; its argument is the socket's file descriptor.
-        setup: the body of the first frame that it gets; None for no such frame.
-        environment: its environment variables; None for ours.
+        module: the module that it runs, with the socket's file descriptor as its argument.
+        setup: body of the first frame that it gets; None for no such frame.
+        environment: its environment variables; None for those of this process.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class ChildProcess:
         self._connection: socket.socket | None = None
 
     def start(self) -> socket.socket:
-        """The connection to the process, which is started if there is none."""
+        """Return the connection to the process, starting it if it is not running."""
         if self._connection is not None:
             return self._connection
         ours, theirs = socket.socketpair()
@@ -68,14 +68,14 @@ class ChildProcess:
         return None if self._connection is None or self._process is None else self._process.pid
 
     def interrupt(self) -> None:
-        """End what another thread waits for on the connection. The one exception to "not
-        thread-safe"."""
+        """Make another thread stop waiting on the connection. The only method that any thread
+        may call."""
         if (connection := self._connection) is not None:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
     def end(self, *, kill: bool = False) -> str:
-        """End the process, or clean up after it; returns how it ended."""
+        """End the process, or clean up after it; return how it ended."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
@@ -87,7 +87,7 @@ class ChildProcess:
 
 
 def _ended(process: subprocess.Popen[bytes] | None, *, kill: bool) -> str:
-    """Wait for a process to end; returns how it did."""
+    """Wait for a process to end; return how it ended."""
     if process is None:
         return "it could not be started"
     if kill:
@@ -96,7 +96,7 @@ def _ended(process: subprocess.Popen[bytes] | None, *, kill: bool) -> str:
         try:
             code = process.wait(_STOP_S)
         except subprocess.TimeoutExpired:
-            # It is suspended, or blocked on a disk that hangs.
+            # The process is suspended, or blocked on a hanging disk.
             process.kill()
             if last:
                 return f"process {process.pid} cannot be killed"

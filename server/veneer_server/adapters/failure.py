@@ -7,7 +7,7 @@ from veneer_registry.errors import VeneerError, error_for_reason
 
 
 class Failure(msgspec.Struct, frozen=True, array_like=True):
-    """A `VeneerError`."""
+    """A `VeneerError` as a record."""
 
     reason: str
     message: str
@@ -17,13 +17,13 @@ class Failure(msgspec.Struct, frozen=True, array_like=True):
 
     @classmethod
     def of(cls, error: VeneerError) -> Failure:
-        """The record of an error."""
+        """Make the record of an error."""
         given = (error.reason, error.message, error.metadata)
         return cls(*given, error.retry_after_s, error.detail)
 
     @property
     def error(self) -> VeneerError:
-        """The error of the record."""
+        """The recorded error."""
         return error_for_reason(self.reason)(
             self.message,
             metadata=self.metadata,

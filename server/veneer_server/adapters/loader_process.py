@@ -1,11 +1,11 @@
-"""A process that reads adapters for the engine, at low priority.
+"""The loader: a process that reads adapters for the engine, at low priority.
 
 A worker thread in the engine would sometimes hold the GIL at low priority, and the step
 would wait for a thread that gets no CPU time. It could also end the engine: truncating a
 file while it is mapped kills the process that reads it.
 
-They exchange frames on a socket (`wire.frames`). The answer to a `LoadRequest` is `Begun`,
-followed by the file descriptor of the memory for the run, and then `LoadDone`; or only
+Engine and loader exchange frames on a socket (`wire.frames`). The answer to a `LoadRequest` is
+`Begun`, followed by the file descriptor of the memory for the run, and then `LoadDone`; or only
 `LoadDone` with an error. So the engine can prepare its side while the run is being filled,
 but must not use any of the run before `LoadDone`.
 """
@@ -55,11 +55,11 @@ _PAUSE_S: Final = 0.0025
 
 
 class LoaderSetup(msgspec.Struct, frozen=True, array_like=True):
-    """The first frame: what all loads have in common.
+    """The first frame: settings of all loads.
 
     Attributes:
         shapes: projection -> (out_features, in_features).
-        dtype: of the runs.
+        dtype: dtype of the runs.
         paired: see `Layout`.
         segment_bytes: see `SEGMENT`.
     """
@@ -72,21 +72,21 @@ class LoaderSetup(msgspec.Struct, frozen=True, array_like=True):
 
 
 class LoadRequest(msgspec.Struct, frozen=True, array_like=True):
-    """Read the weights in ``folder``, which must have ``digest``."""
+    """A request to read the weights in ``folder``, which must have ``digest``."""
 
     folder: str
     digest: str
 
 
 class Begun(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """What is being read.
+    """A load has begun, into this memory.
 
     Attributes:
-        modules: (layer, projection, rank, scaling) of each.
+        modules: (layer, projection, rank, scaling) of each module.
         size: bytes of the run.
-        segment: number of the file of memory that has the run, whose descriptor follows.
+        segment: number of the file in memory that holds the run; its descriptor follows.
         segment_size: bytes of that file.
-        offset: where the run begins in it.
+        offset: where the run begins in the file.
     """
 
     modules: list[tuple[int, Projection, int, float]]
@@ -109,15 +109,16 @@ class LoadDone(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class _Segments:
-    """Files of memory, one after the other, whose ranges are filled by loads (`pages`).
+    """Files in memory, used one after the other; loads fill their ranges (`pages`).
 
     Pages for the next load are made ready after the last one, since allocating and zeroing
     them takes as long as filling them. This is done piece by piece, each after a pause, because
-    a load is immediately followed by the prompt that waited for it: all pages in one go make
-    that 12 ms slower.
+    the prompt that waited for a load follows immediately: making all pages ready in one go
+    slows that prompt by 12 ms.
 
     Attributes:
-        fd, number, size: of the current file; the number is 0 before the first.
+        fd, number, size: descriptor, number and bytes of the current file; the number is 0
+            before the first.
     """
 
     def __init__(self, least: int) -> None:
@@ -128,14 +129,15 @@ class _Segments:
         self._next = 0
         """Where the next range begins."""
         self._ready = 0
-        """Where the pages that are ready end."""
+        """Where the ready pages end."""
         self._wanted = 0
-        """Where they should end."""
+        """Where the ready pages should end."""
         self._taken = os.getpid()
-        """Ranges so far, counted from a number that other loaders do not begin with."""
+        """Number of ranges so far, counted from a different number in each loader."""
 
     def take(self, size: int) -> int:
-        """Where ``size`` zeroed bytes of the current file begin, whose pages are ready.
+        """Take ``size`` zeroed bytes with ready pages; return where they begin in the current
+        file.
 
         Raises:
             MemoryError: there is not enough memory.
@@ -157,7 +159,7 @@ class _Segments:
         return at
 
     def want(self, size: int) -> None:
-        """Have ``size`` bytes ready soon, unless that is too much to keep idle."""
+        """Plan to have ``size`` bytes ready, unless that is too much to keep idle."""
         if 0 < size <= _MOST_SPARE:
             self._have_room(next_range(size))
             self._wanted = self._next + place(self._taken, size) + size
@@ -183,7 +185,7 @@ class _Segments:
 
 
 class _Job:
-    """One load."""
+    """One load: takes its memory and announces it to the engine."""
 
     def __init__(self, segments: _Segments, connection: socket.socket) -> None:
         self.size = 0
@@ -191,7 +193,7 @@ class _Job:
         self._connection = connection
 
     def begin(self, modules: Sequence[LoraModule], size: int) -> memoryview:
-        """Memory of ``size`` bytes, which the engine has received too."""
+        """Return memory of ``size`` bytes, after passing it to the engine too."""
         self.size = size
         segments = self._segments
         offset = segments.take(size)

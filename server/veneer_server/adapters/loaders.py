@@ -48,8 +48,8 @@ class HostCopy:
     """An adapter in HOST memory.
 
     Attributes:
-        run: [layout.length], ready to copy.
-        table: of the run in HOST, made in advance for the first move; see `take_table`.
+        run: the adapter's numbers, [layout.length], ready to copy.
+        table: table of the run in HOST, made in advance for the first move; see `take_table`.
     """
 
     layout: Layout
@@ -57,7 +57,8 @@ class HostCopy:
     table: AdapterTable | None = None
 
     def take_table(self) -> AdapterTable:
-        """The table, made if needed. Not kept: a copy that is only in HOST needs none."""
+        """Return the table, made now if needed. It is not kept, since a copy that is only in
+        HOST needs none."""
         ahead, self.table = self.table, None
         return AdapterTable(self.layout, self.run) if ahead is None else ahead
 
@@ -91,8 +92,8 @@ class Loaders:
         self._idle: queue.SimpleQueue[Loader] = queue.SimpleQueue()
         for process in self._processes:
             self._idle.put(process)
-        # Not on the caller's thread: at low priority, it would hold the GIL, and make the
-        # step wait, while the loader has the CPU.
+        # Not on the caller's thread, which has low priority: it would hold the GIL and make the
+        # step wait while the loader has the CPU.
         self._preparer = ThreadPoolExecutor(1, thread_name_prefix="adapter-map")
 
     def start(self) -> None:
@@ -112,12 +113,12 @@ class Loaders:
         return tuple(p.pid for p in self._processes if p.pid is not None)
 
     def read(self, source: AdapterSource) -> tuple[HostCopy, dict[str, float]]:
-        """Read, verify and convert an adapter; also returns the seconds of each stage.
+        """Read, verify and convert an adapter; also return the seconds of each stage.
 
         Raises:
             AdapterCorrupt: the content no longer matches its digest.
-            DiskFailed: the system cannot read it now, or every attempt takes too long.
-            InternalError: every loader that reads it ends.
+            DiskFailed: the system cannot read it now, or the last attempt took too long.
+            InternalError: the loader of the last attempt ended early.
         """
         size = source.parameters * self._dtype.itemsize
         process = self._idle.get()
@@ -129,7 +130,7 @@ class Loaders:
             )
         finally:
             self._idle.put(process)
-        if self._pinned:  # this copies the run, which is complete only now
+        if self._pinned:  # only now, since this copies the run, which must be complete
             copy.run = copy.run.pin_memory()
         return copy, stages
 
@@ -144,20 +145,20 @@ class Loaders:
 
 
 class _Segments:
-    """The files of memory that one process fills; each is mapped once, by its first range."""
+    """The files in memory that one process fills; each is mapped once, with its first range."""
 
     def __init__(self) -> None:
         self._number = 0
         self._current: MappedSegment | None = None
 
     def take(self, begun: Begun, fd: int) -> memoryview:
-        """The memory of a run.
+        """Return the memory of a run.
 
         Args:
-            fd: of its file; closed when no longer needed.
+            fd: descriptor of the run's file; closed when no longer needed.
 
         Raises:
-            MemoryError: it cannot be mapped.
+            MemoryError: the memory cannot be mapped.
         """
         if self._current is None or begun.segment != self._number:
             self._current = MappedSegment(fd, begun.segment_size)
@@ -167,33 +168,33 @@ class _Segments:
         return self._current.take(begun.offset, begun.size)
 
     def close(self) -> None:
-        """The process has ended: give back what it had ready."""
+        """Give back the memory that the process had ready. Call when it has ended."""
         if self._current is not None:
             self._current.close()
 
 
 _Prepare = Callable[[Begun, int, _Segments], "Future[HostCopy]"]
-"""Starts to make a `HostCopy` from the descriptor of the file that has the run."""
+"""Starts to make a `HostCopy` from the descriptor of the file that holds the run."""
 
 
 class Loader:
-    """One process, started on first use and restarted when it has ended."""
+    """One loader process, started on first use and restarted when it has ended."""
 
     def __init__(self, setup: LoaderSetup) -> None:
         self._child = ChildProcess(MODULE, msgspec.msgpack.encode(setup))
         self._segments = _Segments()
 
     def start(self) -> socket.socket:
-        """The connection to the process, which is started if there is none."""
+        """Return the connection to the process, starting it if it is not running."""
         return self._child.start()
 
     def load(
         self, source: AdapterSource, prepare: _Prepare, limit_s: float
     ) -> tuple[HostCopy, dict[str, float]]:
-        """The copy, complete and verified, and the seconds of each stage.
+        """Load an adapter; return the complete, verified copy and the seconds of each stage.
 
         A process that ends is replaced, and one that takes longer than ``limit_s`` is
-        killed; then a new one tries, once.
+        killed; a new one then tries once more.
         """
         ask = msgspec.msgpack.encode(LoadRequest(source.folder, source.digest))
         began, late = time.monotonic(), False
@@ -211,11 +212,11 @@ class Loader:
             except TimeoutError:
                 late = True
             except OSError:
-                late = False  # it has ended: see below
+                late = False  # the process has ended: see below
             except VeneerError:
                 raise
             except BaseException:
-                self.end()  # what it still sends must not be taken for the next answer
+                self.end()  # or its late answer would be taken for the next one
                 raise
             ended = f"killed after {limit_s:.0f} s" if late else self.end()
             if late:
@@ -237,7 +238,7 @@ class Loader:
     def _loaded(
         self, connection: socket.socket, prepare: _Prepare, deadline: float
     ) -> tuple[HostCopy, dict[str, float]] | None:
-        """As `load`; None if the process has ended. Raises TimeoutError."""
+        """Wait for an attempt of `load`; None if the process has ended. Raises TimeoutError."""
         copy = None
         while (body := read_frame(connection)) is not None:
             connection.settimeout(max(_SOON_S, deadline - time.monotonic()))
@@ -259,7 +260,7 @@ class Loader:
         return self._child.pid
 
     def end(self, *, kill: bool = False) -> str:
-        """End the process, or clean up after it; returns how it ended."""
+        """End the process, or clean up after it; return how it ended."""
         segments, self._segments = self._segments, _Segments()
         try:
             return self._child.end(kill=kill)

@@ -1,8 +1,8 @@
 """HOST and DEVICE copies of adapters, and the workers that make them.
 
-Implements the engine's `AdapterMemory`. Separate processes read, verify and convert
-(`loaders`); worker threads call them, and copy; the loop's thread only puts finished copies
-into dictionaries. On a CPU the DEVICE copy shares the HOST copy's memory, so a move only
+Implements the engine's `AdapterMemory`. Separate processes read, verify and convert adapters
+(`loaders`); worker threads call them and make copies; the loop's thread only puts finished
+copies into dictionaries. On a CPU the DEVICE copy shares the HOST copy's memory, so a move only
 makes a table.
 """
 
@@ -41,24 +41,25 @@ DTYPE_NAMES: Final[Mapping[torch.dtype, Dtype]] = {
 
 
 class Placer(Protocol):
-    """A backend that has memory of its own for DEVICE copies."""
+    """The part of a backend that places DEVICE copies in the backend's own memory."""
 
     def place(self, layout: Layout, run: torch.Tensor) -> AdapterTable:
-        """Copy a HOST copy's numbers; on a worker, which may wait.
+        """Copy a HOST copy's numbers to DEVICE. Called on a worker thread; may block.
 
         Raises:
-            VeneerError: there is no room for it.
+            VeneerError: there is no room for the copy.
         """
 
     def part(self, layout: Layout) -> int:
-        """How many of an adapter's numbers it has memory for, if cards divide them; else 0."""
+        """Return how many of an adapter's numbers each card will hold, if cards divide them;
+        else 0."""
 
     def release(self, table: AdapterTable) -> None:
-        """Steps to come do not use it. On the loop's thread."""
+        """Free a copy that no later step will use. Called on the loop's thread."""
 
 
 class LoraMemory:
-    """Owns all copies. Methods belong to the loop's thread; only workers run elsewhere.
+    """Owns all copies. The public methods are called on the loop's thread.
 
     Args:
         placer: makes DEVICE copies, if the backend has memory of its own for them.
@@ -86,7 +87,7 @@ class LoraMemory:
         self.tables: dict[str, AdapterTable] = {}
         self._host: dict[str, HostCopy] = {}
         self._finished: dict[tuple[str, str], HostCopy | AdapterTable] = {}
-        """Made by a worker, not yet admitted; written before its `Arrived` is sent."""
+        """Copies made by a worker and not admitted yet; stored before `Arrived` is sent."""
         self._inbox = inbox
         self._device = device
         self._references = references
@@ -108,7 +109,7 @@ class LoraMemory:
             dtype,
             count=workers,
             pinned=on_gpu,
-            tables=not on_gpu and placer is None,  # where DEVICE is HOST memory
+            tables=not on_gpu and placer is None,  # only if DEVICE is HOST memory
         )
 
     def start(self) -> None:
@@ -148,7 +149,7 @@ class LoraMemory:
                 self._placer.release(table)
 
     def reference(self, wanted: Reference) -> None:
-        """Compute it from the base's and the adapter's files, on a separate worker."""
+        """Compute a reference from the base's and the adapter's files, on a separate worker."""
         self._references.start(wanted)
 
     # ------------------------------------------------------------ on a worker
@@ -160,7 +161,7 @@ class LoraMemory:
         make: Callable[[_Made], tuple[HostCopy | AdapterTable, dict[str, float]]],
         argument: _Made,
     ) -> None:
-        """Run ``make``; whatever happens, one `Arrived` goes to the loop."""
+        """Run ``make``, and send one `Arrived` to the loop whatever happens."""
         try:
             copy, stages = make(argument)
             self._finished[digest, tier] = copy

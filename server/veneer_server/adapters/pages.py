@@ -1,15 +1,15 @@
-"""Memory that a loader fills and the engine reads, in pages of 2 MB if Linux has them.
+"""Memory that a loader fills and the engine reads, in pages of 2 MB if Linux provides them.
 
 An adapter is 10 MB and each step reads it once. With 4 kB pages, address translation takes
-a tenth of a step with eight adapters, allocating and zeroing 2,400 pages 7.5 ms of a load,
-and mapping them again in the engine 1.5 ms; with large pages, the latter two take 1.6 and
-0.3 ms. Shared memory gets large pages only on request ("never" in shmem_enabled is the
+a tenth of a step with eight adapters, allocating and zeroing 2,400 pages takes 7.5 ms of a
+load, and mapping them again in the engine takes 1.5 ms; with large pages, the latter two take
+1.6 and 0.3 ms. Shared memory gets large pages only on request ("never" in shmem_enabled is the
 default), with MADV_COLLAPSE of Linux 6.1.
 
-A process has 65,530 mappings at most (vm.max_map_count). So adapters do not have one each:
+A process can have at most 65,530 mappings (vm.max_map_count). So adapters do not get one each:
 a loader fills the ranges of a large file in memory, one after the other, and the engine maps
-the file whole. A range is used once: what a process that was killed still writes cannot be
-another adapter.
+the whole file. A range is used only once, so that a process that is being killed but still
+writes cannot overwrite another adapter.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from typing import Final
 
 _LARGE: Final = 2 << 20
 PIECE: Final = 256 << 10
-"""Bytes of small pages that are made ready at once."""
+"""Bytes of small pages that are made ready in one go."""
 _COLLAPSE: Final = 25
 _REMOVE: Final = 9
 _FIXED: Final = 0x10
 _PERIOD: Final = 128 << 10
-"""Addresses so many bytes apart have the same sets in the second cache of today's CPUs."""
+"""Addresses this many bytes apart use the same sets of the L2 cache in today's CPUs."""
 _APART: Final = 5  # pages
 _PUNCH_HOLE: Final = 3  # and keep the size
 _FAILED: Final = ctypes.c_void_p(-1).value
 _LINUX: Final = sys.platform == "linux"
 SEGMENT: Final = 1 << 30 if _LINUX else 0
-"""Bytes of a file whose ranges are adapters, unless one is larger. Elsewhere a range could not
-be released alone, and each adapter has a file."""
+"""Bytes of a file in memory whose ranges hold adapters; a larger adapter gets a larger file. On
+systems other than Linux a range cannot be released alone, so each adapter has its own file."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -57,7 +57,7 @@ if _LINUX:
 
 
 def memory(size: int) -> int:
-    """A file descriptor of ``size`` bytes of zeroed memory."""
+    """Return a file descriptor of ``size`` bytes of zeroed memory."""
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create("veneer-adapter")
     else:
@@ -68,40 +68,42 @@ def memory(size: int) -> int:
 
 
 def next_range(end: int) -> int:
-    """Where a range may begin after one that ended at ``end``: ranges share no large page."""
+    """Return where a range may begin after one that ended at ``end``: no two ranges share a
+    large page."""
     return -(-end // _LARGE) * _LARGE
 
 
 def place(number: int, size: int) -> int:
-    """Where in its range the ``number``-th adapter of ``size`` bytes begins.
+    """Return where in its range the ``number``-th adapter begins, which has ``size`` bytes.
 
-    A step reads the same layer of many adapters. If all began on a large page, these would
-    share a few sets of a core's cache and evict each other: with eight adapters a step took
-    6 to 9 % longer. So they begin some pages apart, as far as the last large page has room
-    and for a 64th of their size: what lies before them is not used.
+    A step reads the same layer of many adapters. If all adapters began at the start of a large
+    page, these layers would share a few sets of a core's cache and evict each other: with eight
+    adapters a step took 6 to 9 % longer. So adapters begin at different pages. The offset is
+    limited by the room in the last large page and to a 64th of the size, since the bytes
+    before an adapter are not used.
     """
     if not _LINUX:
         return 0
     free = min(next_range(size) - size, size // 64) // mmap.PAGESIZE
     places = min(free + 1, _PERIOD // mmap.PAGESIZE)
     if places > _APART and places % _APART == 0:
-        places -= 1  # or some places would not be taken
+        places -= 1  # or some places would never be used
     return number * (_APART if places > _APART else 1) % places * mmap.PAGESIZE
 
 
 def release(fd: int, begin: int, end: int) -> None:
-    """Give back the whole pages from ``begin`` to ``end``; they are zero if read again."""
+    """Give back the whole pages between ``begin`` and ``end``; they are zero if read again."""
     begin = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
     if _LINUX and begin < end:
         _libc.fallocate(fd, _PUNCH_HOLE, begin, end - begin)
 
 
 class MappedSegment:
-    """A file of memory, mapped once; its ranges are released one by one, and the mapping after
+    """A file in memory, mapped once. Its ranges are released one by one, and the mapping after
     the last of them.
 
     Args:
-        fd: closed by this object.
+        fd: the file's descriptor, closed by this object.
         size: bytes of the file.
 
     Raises:
@@ -111,20 +113,21 @@ class MappedSegment:
     def __init__(self, fd: int, size: int) -> None:
         self._size = size
         self._end = 0
-        """Of the last range."""
+        """End of the last range."""
         weakref.finalize(self, os.close, fd).atexit = False
         self._fd = fd
         if _LINUX:
             area, length, self._start = _map(fd, size, 0, 0)
-            # Not at the end of the process: other threads may still read it then.
+            # Not at exit, when other threads may still read it.
             weakref.finalize(self, _libc.munmap, area, length).atexit = False
 
     def take(self, offset: int, size: int) -> memoryview:
-        """A range, with every page populated if the system can: otherwise the first access to
-        each page would fault. Its memory is given back when nothing refers to it any more.
+        """Return the next range, with every page populated if the system can do that: otherwise
+        the first access to each page faults. The memory is given back when nothing refers to it
+        any more.
 
         Raises:
-            MemoryError: it cannot be mapped.
+            MemoryError: the range cannot be mapped.
         """
         if not _LINUX:
             return map_pages(self._fd, size)
@@ -133,14 +136,14 @@ class MappedSegment:
         begin = offset - offset % _LARGE  # a large page is given back whole
         self._end = next_range(offset + size)
         start = self._start + offset
-        # This replaces a part of the mapping by the same, and the kernel merges both.
+        # This replaces part of the mapping with an equal one, and the kernel merges both.
         _map_at(start, self._fd, size, offset, mmap.MAP_POPULATE)
         numbers = (ctypes.c_ubyte * size).from_address(start)
         weakref.finalize(numbers, self._remove, begin, self._end).atexit = False
         return memoryview(numbers).cast("B")
 
     def close(self) -> None:
-        """Give back what was made ready for ranges to come; there will be none."""
+        """Give back the memory made ready for further ranges, since there will be none."""
         self._remove(self._end, self._size)
         self._end = self._size
 
@@ -150,8 +153,8 @@ class MappedSegment:
 
 
 def map_pages(fd: int, size: int, offset: int = 0) -> memoryview:
-    """Map a range of the memory, with every page populated if the system can. Unmapped when
-    nothing refers to it any more.
+    """Map a range of the memory, with every page populated if the system can do that. It is
+    unmapped when nothing refers to it any more.
 
     Raises:
         MemoryError: there is no room for the mapping.
@@ -163,14 +166,14 @@ def map_pages(fd: int, size: int, offset: int = 0) -> memoryview:
             raise MemoryError(str(error)) from error
     area, length, start = _map(fd, size, offset, mmap.MAP_POPULATE)
     numbers = (ctypes.c_ubyte * size).from_address(start)
-    # Not at the end of the process: other threads may still read it then.
+    # Not at exit, when other threads may still read it.
     weakref.finalize(numbers, _libc.munmap, area, length).atexit = False
     return memoryview(numbers).cast("B")
 
 
 def make_ready(fd: int, size: int, begin: int) -> int:
     """Allocate and zero the next pages from ``begin`` on, so that writing to them does not
-    fault. Returns where the pages after them begin; at ``size`` all are ready."""
+    fault. Return where the pages after them begin; if that is ``size``, all are ready."""
     if not _LINUX:
         return size
     begin -= begin % mmap.PAGESIZE  # the last page may be only partly ready
@@ -198,7 +201,7 @@ def _mapped(fd: int, size: int, offset: int, flags: int) -> Iterator[int]:
 
 
 def _map(fd: int, size: int, offset: int, flags: int) -> tuple[int, int, int]:
-    """Map at an address that is as far into a large page as the offset. Returns the area
+    """Map at an address that is as far into a large page as the offset is. Return the area
     reserved around it, the area's length, and the address."""
     within = offset % _LARGE
     length = within + size + _LARGE

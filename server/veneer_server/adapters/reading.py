@@ -1,5 +1,7 @@
-"""Reads an adapter's folder into a run of numbers. Uses only numpy: it runs in loader
-processes, which start without torch, whose operators would add a thread pool.
+"""Reads an adapter's folder into a run of numbers.
+
+Uses numpy and not torch: it runs in loader processes, which do not import torch, since torch's
+operators would add a thread pool.
 """
 
 from __future__ import annotations
@@ -40,22 +42,22 @@ def read_run(
     *,
     paired: bool = False,
 ) -> dict[str, float]:
-    """Read, verify and convert.
+    """Read, verify and convert an adapter.
 
     Args:
         shapes: projection -> (out_features, in_features).
-        dtype: of the run.
-        begin: called with the adapter's modules, not verified yet, and a number of bytes;
-            returns zeroed memory of that size, which holds the run when this returns.
+        dtype: dtype of the run.
+        begin: called with the adapter's modules, not verified yet, and the run's size in bytes;
+            returns zeroed memory of that size, into which the run is written.
         paired: see `Layout`.
 
     Returns:
-        The seconds of each stage: ``read`` (to locate the tensors), ``convert``, and
-        ``verify``, which runs in parallel: only the time it takes longer than these.
+        The seconds of each stage: ``read`` (locating the tensors), ``convert``, and ``verify``.
+        Verification runs in parallel, so ``verify`` is only the extra time after the others.
 
     Raises:
         AdapterCorrupt: the content does not match its digest.
-        DiskFailed: the system cannot read it now.
+        DiskFailed: the system cannot read the files now.
     """
     stages: dict[str, float] = {}
     clock = time.perf_counter()
@@ -90,7 +92,7 @@ def read_run(
 
 
 class _Beside:
-    """A check that runs on its own thread; most of it does not hold the GIL."""
+    """Runs a check on its own thread; most of the check does not hold the GIL."""
 
     def __init__(self, check: Callable[[], None]) -> None:
         self._check = check
@@ -105,7 +107,7 @@ class _Beside:
             self._error = error
 
     def finish(self) -> None:
-        """Wait for the check, and raise what it raised."""
+        """Wait for the check, and raise its error if it failed."""
         self._thread.join()
         if self._error is not None:
             raise self._error
@@ -123,13 +125,13 @@ def _fill(
     even.
 
     Args:
-        shape: in which the stored numbers are written.
-        start, strides: of the matrix in ``memory``, in elements.
+        shape: shape in which to write the stored numbers.
+        start, strides: start and strides of the matrix in ``memory``, in elements.
     """
     size = ITEMSIZE[dtype]
     at, steps = start * size, tuple(step * size for step in strides)
     if stored.dtype == "BF16" and dtype == "float32":
-        # A bfloat16 is the upper half of a float32; the lower one is zero.
+        # A bfloat16 is the upper half of a float32 with a lower half of zeros.
         upper = np.ndarray(shape, "<u2", memory, at + 2, steps)
         upper[:] = np.frombuffer(stored.data, "<u2").reshape(shape)
         return

@@ -1,7 +1,7 @@
 """The worker that computes references for the self-test.
 
-It has its own thread at low priority: a pass takes as long as hundreds of steps, so it must
-delay neither a step nor an adapter that a request waits for.
+It has its own thread at low priority, because a pass takes as long as hundreds of steps, and
+must delay neither a step nor an adapter that a request waits for.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ServedBase:
-    """The base that is served, as its files describe it.
+    """The served base, as its files describe it.
 
     Attributes:
-        fingerprint: of the weights; "" if unknown.
+        fingerprint: fingerprint of the weights; "" if unknown.
     """
 
     folder: Path
@@ -55,7 +55,7 @@ class References:
         )
 
     def start(self, wanted: Reference) -> None:
-        """Return at once; references are computed in order."""
+        """Start to compute a reference and return at once; references are computed in order."""
         self._wanted.put(wanted)
         self._worker.submit(self._answer)
 
@@ -63,7 +63,7 @@ class References:
         """Answer all pending references, with one pass for those of the same text."""
         if self._wanted.empty():
             return  # an earlier call answered this one too
-        changed = self._changed()  # meanwhile more references of the same test arrive
+        changed = self._changed()  # takes a while: more references of the test arrive meanwhile
         texts: dict[tuple[int, ...], list[Reference]] = {}
         while not self._wanted.empty():
             wanted = self._wanted.get()
@@ -114,5 +114,5 @@ class References:
 
 def _begin_worker() -> None:
     lower_priority()
-    # For this thread: otherwise a second thread pool would compete with the step's.
+    # Only for this thread: otherwise a second thread pool would compete with the step's.
     torch.set_num_threads(1)

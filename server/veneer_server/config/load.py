@@ -94,8 +94,8 @@ def _read_file(path: Path) -> Mapping[str, Any]:
 
 
 def _check_names(environ: Mapping[str, str]) -> None:
-    """Raises ConfigInvalid for a variable that looks like a misspelling of ours. Others are
-    ignored: Kubernetes sets VENEER_SERVICE_HOST and the like for a Service of that name."""
+    """Raise ConfigInvalid for a variable that looks like a misspelling of ours. Others are
+    ignored: Kubernetes sets VENEER_SERVICE_HOST and the like for a Service named veneer."""
     ours = {
         name.upper(): option.name.upper()
         for option in OPTIONS
@@ -115,7 +115,7 @@ def _check_names(environ: Mapping[str, str]) -> None:
 
 
 def _lacks(config: ServerConfig) -> list[str]:
-    """The flags that would protect an address which other machines can reach."""
+    """The missing flags that would protect an address reachable from other machines."""
     lacks = []
     if config.tls_cert is None:
         lacks.append("--tls-cert and --tls-key (encryption)")
@@ -175,8 +175,8 @@ def _check_registry(config: ServerConfig) -> None:
 
 
 def _check_backend(config: ServerConfig) -> None:
-    """Settings of which one excludes the other. The engine would find them too, after the base
-    has been fetched and loaded."""
+    """Refuse settings that exclude each other. The engine would find them too, but only after
+    the base has been fetched and loaded."""
 
     def refuse(name: str, why: str) -> NoReturn:
         raise ConfigInvalid(f"{_BY_NAME[name].flag} {why}", metadata={"key": name})
@@ -216,7 +216,7 @@ def _check_backend(config: ServerConfig) -> None:
 
 
 def _check(config: ServerConfig) -> None:
-    """Rules that need more than one setting."""
+    """Check the rules that involve more than one setting."""
     _check_role(config)
     _check_backend(config)
     for name, address in (

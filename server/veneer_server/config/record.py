@@ -44,7 +44,7 @@ class ServerConfig:
         "Client certificate (PEM) for the registry (mTLS).")
     registry_cert_key: Path | None = setting(
         "", kinds.optional(kinds.FILE),
-        "Private key of that certificate (PEM).")
+        "Private key of --registry-cert (PEM).")
     adapter_cache_bytes: int = setting(
         "10GiB", kinds.BYTES,
         "For --role engine: maximum size of the adapter cache on disk; the least recently "
@@ -98,7 +98,7 @@ class ServerConfig:
         "Issuer (URL) of JSON Web Tokens accepted instead of a key; empty: none are accepted.")
     jwt_audience: str = setting(
         "veneer", kinds.TEXT,
-        "Audience that these tokens must have.")
+        "Audience that JSON Web Tokens must have.")
     jwt_keys: str = setting(
         "", kinds.TEXT,
         "File or URL of the issuer's public keys (JWKS); empty: discovered from the issuer "
@@ -211,8 +211,8 @@ class ServerConfig:
         "starting with the tenant that has the most for its weight.")
     max_queue_wait: float = setting(
         "0", kinds.SECONDS,
-        "Longest time that a request may wait for its first token; a request that would wait "
-        "longer, or has, is refused. 0: no limit.")
+        "Longest time that a request may wait for its first token; requests that have waited, "
+        "or would wait, longer are refused. 0: no limit.")
     default_max_tokens: int | None = setting(
         "auto", kinds.optional(kinds.whole(1, 1 << 31), "auto"),
         "Maximum number of new tokens for requests that set no max_tokens; auto: what is left "
@@ -344,8 +344,8 @@ class ServerConfig:
         "Maximum CPU time per token for computing the allowed next tokens.")
     constraint_fuel: int = setting(
         "50000", kinds.whole(1000, 10_000_000),
-        "The same limit in llguidance's own unit (step_lexer_fuel), independent of the "
-        "machine.")
+        "Limit per token like --constraint-mask-seconds, in llguidance's own unit "
+        "(step_lexer_fuel), independent of the machine.")
     constraint_matcher_memory: int = setting(
         "48MiB", kinds.bytes_between("16MiB", "64GiB"),
         "Memory for all running constraints; slow ones get another 50 %.")
@@ -368,7 +368,7 @@ class ServerConfig:
 
     @property
     def asks_callers(self) -> bool:
-        """Whether callers must say who they are."""
+        """Whether callers must authenticate with a key or token."""
         return self.keys_file is not None or bool(self.jwt_issuer)
 
 

@@ -1,4 +1,4 @@
-"""The engine's side of the processes: starts the parent, requests forks, learns of exits."""
+"""The engine's side of the constraint processes: starts the parent and requests forks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class MatcherChild:
             its process id could have been reused by the time we did.
 
     Attributes:
-        connection: does not block.
+        connection: non-blocking socket to the child.
         killed_for: why we ended it; empty if we did not.
     """
 
@@ -68,7 +68,7 @@ class MatcherChild:
 
     @property
     def descriptors(self) -> tuple[int, int]:
-        """For the child: the file for its standard error, and its marker."""
+        """Descriptors for the child: the file for its standard error, and its marker."""
         return self._notes, self._marker
 
     def send(self, message: Reply) -> None:
@@ -150,7 +150,7 @@ class MatcherFamily:
         self._control = ours
 
     def fork(self, role: Role) -> MatcherChild:
-        """Request a child, which the parent forks later; never, if the parent has ended."""
+        """Request a child. The parent forks it later, or never if the parent has ended."""
         self._count += 1
         ours, theirs = pair()
         ours.setblocking(False)
@@ -182,7 +182,7 @@ class MatcherFamily:
 
 
 class Sockets:
-    """What the watching thread waits on: each child, the parent, and `poke`."""
+    """The sockets that the watching thread waits on: each child, the parent, and `poke`."""
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
@@ -208,7 +208,7 @@ class Sockets:
         self._selector.register(child.connection, selectors.EVENT_READ, child)
 
     def add_parent(self, family: MatcherFamily) -> None:
-        """From now on `MatcherFamily.receive` does not block."""
+        """Watch the parent; from now on `MatcherFamily.receive` does not block."""
         family.control.setblocking(False)
         self._selector.register(family.control, selectors.EVENT_READ)
 

@@ -14,12 +14,12 @@ import msgspec
 from veneer_server.wire.messages import Constraint, ConstraintLimits
 
 LONGEST: Final = 160 << 10
-"""Most bytes of a packet; without privileges a Unix socket accepts 208 KiB."""
+"""Maximum bytes of a packet; without privileges a Unix socket accepts 208 KiB."""
 
 Role = Literal["trial", "quick", "slow"]
 
 Limit = Literal["", "compile_seconds", "memory", "mask_seconds", "fuel", "library"]
-"""Which limit stopped a constraint; ``library``: llguidance failed; empty: none of these."""
+"""The limit that stopped a constraint; ``library``: llguidance failed; empty: none of these."""
 
 
 class _Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -84,7 +84,7 @@ class ConstraintCompiled(_Message, frozen=True):
 
 
 class TrialVerdict(_Message, frozen=True):
-    """``problem`` is empty if the constraint may be used."""
+    """Result of a trial; ``problem`` is empty if the constraint may be used."""
 
     limit: Limit
     problem: str
@@ -126,7 +126,7 @@ class Advanced(_Message, frozen=True):
 
 
 class Mask(_Message, frozen=True):
-    """What may follow after ``count`` tokens: a bit for each token of the vocabulary."""
+    """Tokens that may follow after ``count`` tokens: a bit for each token of the vocabulary."""
 
     sequence: int
     count: int

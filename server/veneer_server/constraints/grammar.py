@@ -60,7 +60,7 @@ def library_limits(limits: ConstraintLimits) -> LLParserLimits:
 def compile_matcher(
     tokenizer: LLTokenizer, constraint: Constraint, limits: LLParserLimits
 ) -> LLMatcher:
-    """Raises only Refused, whatever the library raises."""
+    """Compile a constraint. Raises only ConstraintRefused, whatever the library raises."""
     try:
         matcher = LLMatcher(tokenizer, _grammar(constraint), log_level=0, limits=limits)
     except ValueError as error:

@@ -177,8 +177,8 @@ class Grammars:
         done: Callable[[InvalidField | None], None],
         sender: Sender = NOBODY,
     ) -> None:
-        """Prepare a sequence. ``done`` is called with the error, if any, in another thread or,
-        if the outcome is already known, in this one. Call `forget` in the end either way.
+        """Prepare a sequence. ``done`` is called with an error or None: in another thread, or
+        in this one if the outcome is already known. Call `forget` in the end either way.
         """
         with self._news:
             followed = MatchedSequence(sequence, constraint, done)
@@ -202,8 +202,8 @@ class Grammars:
         """Tokens that may come next: [vocab] bool, at least one of them True.
 
         Args:
-            until: when to stop waiting for them, on the monotonic clock. If they are not known
-                by then, the answer is LATE, and the sequence is held until `unhold`.
+            until: time on the monotonic clock at which to stop waiting. If the mask is not
+                known by then, the answer is LATE, and the sequence is held until `unhold`.
 
         Raises:
             GrammarFailed: a limit was exceeded, or nothing may follow.
@@ -226,9 +226,9 @@ class Grammars:
         """Give each sequence the token that was chosen for it.
 
         Returns:
-            COMPLETE for sequences that nothing may follow, LATE for those held until `unhold`,
-            GOES_ON for the rest. If ``until`` is too early to know that a sequence is
-            complete, `allowed` says so later.
+            COMPLETE for sequences that allow no further token, LATE for those held until
+            `unhold`, GOES_ON for the rest. If a sequence is not known to be complete by
+            ``until``, `allowed` says so later.
         """
         with self._news:
             followed = [self._followed[sequence] for sequence in chosen]
@@ -240,7 +240,7 @@ class Grammars:
             return {f.sequence: f.how() for f in followed}
 
     def ending(self, sequence: int) -> ConstraintFailure | ConstraintState:
-        """How a sequence that was held continues."""
+        """The state of a sequence that was held, or why it cannot continue."""
         with self._news:
             followed = self._followed.get(sequence)
             if followed is None:
@@ -253,7 +253,8 @@ class Grammars:
         known: Callable[[MatchedSequence], bool],
         until: float,
     ) -> None:
-        """Wait until ``known`` holds for all sequences that are not slow, or for ``until``."""
+        """Wait until ``known`` holds for all sequences that are not slow, at most until
+        ``until``."""
         while not all(f.slow or known(f) for f in followed):
             if not self._news.wait(until - time.monotonic()):
                 return
@@ -319,7 +320,7 @@ class Grammars:
                 self._news.notify_all()
 
     def _prepare(self, now: float) -> float | None:
-        """Do what is due; returns the seconds until something is due again."""
+        """Do the work that is due; return the seconds until the next is due, None if never."""
         if not self._ready and now - self._started_at > _READY_S:
             self._lose_parent()
             return 0.0

@@ -13,14 +13,14 @@ from veneer_server.step.plan import ConstraintFailure, ConstraintState
 from veneer_server.wire.messages import Constraint
 
 SLOW_MASK_S: Final = 0.005
-"""A sequence with a mask that took longer (CPU time) is followed by the slow process, at low
-priority, and steps never wait for it."""
+"""A sequence is followed by the slow process, at low priority, once a mask took longer than
+this (CPU seconds). Steps never wait for such a sequence."""
 
 SLOW_TRIAL_S: Final = 0.02
 """The same for compiling, which in the quick process would delay other masks."""
 
 _REPLAY: Final = 8192
-"""Most tokens in one packet."""
+"""Maximum number of tokens in one packet."""
 
 DEATHS: Final = 2
 """After this many exits of a process while it worked for a sequence, the sequence is blamed."""
@@ -35,12 +35,12 @@ class MatchedSequence:
         tokens: tokens chosen so far.
         process: the process that follows it; None until its trial has ended.
         confirmed: number of tokens that the process has confirmed.
-        bits: what may follow after ``mask_at`` tokens, a bit for each token.
-        stopped: nothing more may follow.
+        bits: mask of the tokens that may follow after ``mask_at`` tokens, a bit for each.
+        stopped: whether nothing more may follow.
         failure: why it cannot continue.
-        slow: its masks take long; see `SLOW_MASK_S`.
-        held: the step loop waits for the callback that it can continue or has ended.
-        deaths: exits of its process while that worked for this sequence.
+        slow: whether its masks or its trial took long; see `SLOW_MASK_S`.
+        held: whether the step loop waits for the callback that it can continue or has ended.
+        deaths: exits of its process while the process worked for this sequence.
     """
 
     sequence: int
@@ -63,7 +63,7 @@ class MatchedSequence:
         return self.mask_at == len(self.tokens) or self.stopped or self.failure is not None
 
     def how(self) -> ConstraintState:
-        """How it continues; if LATE, it is held from now on."""
+        """The sequence's state after its last token; if LATE, it is held from now on."""
         if self.stopped:
             return ConstraintState.COMPLETE
         if self.slow and not self.ready:
@@ -72,7 +72,7 @@ class MatchedSequence:
         return ConstraintState.GOES_ON
 
     def replay(self) -> list[tuple[list[int], bool]]:
-        """Its tokens in pieces, and whether each is the last."""
+        """The tokens in pieces of at most `_REPLAY`, each with whether it is the last."""
         cuts = range(0, max(1, len(self.tokens)), _REPLAY)
         pieces = [self.tokens[at : at + _REPLAY] for at in cuts]
         return [(piece, at + 1 == len(pieces)) for at, piece in enumerate(pieces)]

@@ -1,7 +1,7 @@
-"""The two processes that follow sequences, and what it means when one ends.
+"""The two processes that follow sequences, and how the end of one is handled.
 
-The quick one has normal priority. A sequence whose masks or compilation took long moves to
-the slow one, which has low priority and follows it again from its tokens. When a process
+The quick one has normal priority. A sequence with slow masks or slow compilation moves to the
+slow one, which has low priority and follows the sequence again from its tokens. When a process
 ends, its successor follows its sequences again in the same way.
 """
 
@@ -148,7 +148,7 @@ class Matchers:
         self._settled(followed)
 
     def _settled(self, followed: MatchedSequence) -> None:
-        """Call back whoever waits for this sequence."""
+        """Call back for a sequence that was waiting: `done` at its start, else `unhold`."""
         if followed.done is not None:
             done, followed.done = followed.done, None
             failure = followed.failure
@@ -161,7 +161,7 @@ class Matchers:
             followed.held = False
             self._unhold(followed.sequence)
 
-    # ------------------------------------------------------------------ ends, and silence
+    # ------------------------------------------------------------------ exits and silence
 
     def ended(self, child: MatcherChild, ended_by: int) -> None:
         """Handle the end of a process, by a signal or (0) by itself."""
@@ -187,7 +187,7 @@ class Matchers:
                 self.follow(followed)
 
     def _meaning(self, child: MatcherChild, ended_by: int) -> tuple[Limit, str]:
-        """What the end means for the sequence that the process worked for."""
+        """The limit and problem to report for the sequence that the process worked for."""
         if ended_by == signal.SIGPROF or child.killed_for == _SILENT:
             return (
                 "mask_seconds",

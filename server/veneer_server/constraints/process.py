@@ -1,12 +1,12 @@
 """The parent of all processes that hold constraints; the engine starts it.
 
 It loads the tokenizer once (0.3 s and 60 MB) and forks a child for each trial and the
-matcher processes. So a child costs milliseconds and shares the vocabulary, a killed one is
-replaced at once, and the time and memory that a child takes end with it.
+matcher processes. So a child starts in milliseconds and shares the vocabulary, a killed one is
+replaced at once, and a child's use of time and memory ends with it.
 
 It has no threads, since only then is forking safe, and runs no caller's constraint itself.
-Only it signals its children: as it reaps them, it alone knows that a process id is still
-theirs.
+Only this process signals its children: since it reaps them, only it knows that a process id is
+still theirs.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ NAMES: Final[dict[Role, str]] = {
     "quick": "veneer-matcher",
     "slow": "veneer-matcher",
 }
-"""What ``ps`` and ``top`` show; at most 15 characters."""
+"""Process names that ``ps`` and ``top`` show; at most 15 characters."""
 
 _NICE: Final = 10
 _DESCRIPTORS: Final = 3
@@ -190,13 +190,13 @@ class _Parent:
 
 def _of_slow(limits: ConstraintLimits) -> ConstraintLimits:
     """Limits of the slow process. Few sequences are slow, but those take the most memory:
-    together they may take half of the quick process's limit, or else one sequence's."""
+    together they may take half of the quick process's limit, and at least one sequence's."""
     most = max(limits.memory, limits.matcher_memory // 2)
     return msgspec.structs.replace(limits, matcher_memory=most)
 
 
 def _bound(role: Role, limits: ConstraintLimits) -> None:
-    """Limit the bytes that this process may take beyond what it shares, and those of notes."""
+    """Limit this process's memory, not counting shared memory, and the size of its notes."""
     own = limits.memory if role == "trial" else 2 * limits.matcher_memory
     most = data_bytes() + own
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))

@@ -1,4 +1,4 @@
-"""A child that compiles one constraint, computes its first mask, and ends.
+"""A child process that compiles one constraint, computes its first mask, and ends.
 
 Signals end it if it exceeds a limit: SIGPROF for CPU time, SIGABRT if the library runs out
 of memory. Messages sent before that remain in its socket.

@@ -1,9 +1,10 @@
 """The queue of constraints to try, and a cache of outcomes. No I/O.
 
-Senders take turns: tenants, in each its keys, and so on (`Sender`), so that many connections
-have one turn. One may use all workers but one: a tenant, once several have asked; else a key or
-host, once several have asked; else a connection. So one's constraints, however many and slow,
-never delay another's by more than its own. A constraint is tried once, whoever asks for it, and
+Senders take turns: tenants, within each tenant its keys, and so on (`Sender`), so that many
+connections of one sender share one turn. One sender may use all workers but one. For this
+rule, a sender is a tenant once several tenants have asked; else a key or host once several have
+asked; else a connection. So one sender's constraints, however many and slow, never delay
+another sender's by more than that sender's own. A constraint is tried once for all senders, and
 its outcome is cached.
 """
 
@@ -26,7 +27,7 @@ REMEMBERED: Final = 1024
 """Outcomes in the cache (LRU): some 500 bytes each, whatever the constraint's size."""
 
 TOO_SLOW_FOR_S: Final = 300.0
-"""How long an outcome that depends on CPU time is cached: others' load makes it longer."""
+"""Seconds that an outcome due to CPU time is cached: other load on the machine increases it."""
 
 _BY_TIME: Final[tuple[Limit, ...]] = ("compile_seconds", "mask_seconds")
 
@@ -50,7 +51,7 @@ class Outcome:
 @dataclass(slots=True)
 class _Job:
     """A constraint to try: the waiting sequences with their senders, and, while it runs, the
-    sender whose turn it uses. Until then it is in the queue of each of the senders."""
+    sender whose turn it uses. Before it runs, it is in the queue of each of the senders."""
 
     waiting: dict[int, Sender] = field(default_factory=dict)
     running_for: Sender | None = None
@@ -60,8 +61,8 @@ class Trials:
     """The queue of trials and their outcomes.
 
     Args:
-        workers: trials that run at once.
-        clock: seconds.
+        workers: maximum number of trials that run at once.
+        clock: monotonic seconds.
     """
 
     def __init__(self, workers: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -71,19 +72,20 @@ class Trials:
         self._waits_for: dict[int, Constraint] = {}
         self._queue: SenderQueue[Constraint] = SenderQueue()
         self._first: Sender | None = None
-        """The first one that asked."""
+        """The first sender that asked."""
         self._depth = len(Sender._fields)
-        """The part of a `Sender` that may not use all workers: the outermost one in which those
-        that asked differ."""
+        """Number of leading fields of a `Sender` that together may not use all workers: up to
+        the outermost field in which the senders so far differ."""
         self._known: OrderedDict[bytes, tuple[Outcome, float]] = OrderedDict()
-        """Outcomes, and until when they hold."""
+        """Outcomes, and the time until which each is valid."""
 
     def __len__(self) -> int:
         """Number of constraints waiting or running."""
         return len(self._jobs)
 
     def ask(self, sequence: int, constraint: Constraint, sender: Sender) -> Outcome | None:
-        """The cached outcome; else None, and the constraint is queued for this sequence."""
+        """Return the cached outcome; else queue the constraint for this sequence and return
+        None."""
         key = _key(constraint)
         known, until = self._known.get(key, (None, 0.0))
         if known is not None and self._clock() < until:
@@ -115,7 +117,7 @@ class Trials:
         return constraint if job.running_for is not None else None
 
     def start(self) -> Constraint | None:
-        """The next constraint to run, which then counts as running; None if none may run."""
+        """Take the next constraint, which then counts as running; None if none may run."""
         running = [
             job.running_for for job in self._jobs.values() if job.running_for is not None
         ]
@@ -137,8 +139,8 @@ class Trials:
         return constraint
 
     def again(self, constraint: Constraint) -> bool:
-        """Put a constraint whose trial ended through no fault of its own at the front of its
-        senders' queues. False if no sequence waits for it any more."""
+        """Put a constraint at the front of its senders' queues, since its trial ended through
+        no fault of its own. Returns False if no sequence waits for it any more."""
         job = self._jobs.get(constraint)
         if job is None or job.running_for is None:
             return False

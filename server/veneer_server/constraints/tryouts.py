@@ -14,10 +14,10 @@ from veneer_server.queues.fairness import Sender
 from veneer_server.wire.messages import Constraint, ConstraintLimits
 
 WALL_FACTOR: Final = 20
-"""Wall-clock limit of a trial per second of its CPU time limit."""
+"""Wall-clock limit of a trial as a multiple of its CPU time limit."""
 
 _TRIES: Final = 2
-"""Attempts at a trial whose process something else kills."""
+"""Attempts at a trial whose process is killed from outside."""
 
 _BRIEF_S: Final = 0.05
 """How long a trial runs at normal priority: nearly all end within this time."""
@@ -63,7 +63,7 @@ class Tryouts:
         """How often a trial's process was killed from outside."""
 
     def ask(self, sequence: int, constraint: Constraint, sender: Sender) -> Outcome | None:
-        """The outcome, if known; else None, and `finish` is called with it later."""
+        """Return the outcome if it is known; else None, and call `finish` with it later."""
         return self._trials.ask(sequence, constraint, sender)
 
     def leave(self, sequence: int) -> None:

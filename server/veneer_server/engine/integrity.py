@@ -1,5 +1,5 @@
-"""Full consistency checks, in slices, so that a request that arrives meanwhile need not
-wait for the end of one.
+"""Full consistency checks, run in slices so that an arriving request need not wait for the end
+of a check.
 
 A check is a generator: it yields between slices, and raises AssertionError on a mismatch.
 The state it checks must not change between slices; a caller that is interrupted drops the
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 def in_slices(items: Iterable[T]) -> Iterator[list[T]]:
-    """The items, in lists of `_SLICE`."""
+    """Yield the items in lists of at most `_SLICE`."""
     iterator = iter(items)
     while part := list(islice(iterator, _SLICE)):
         yield part

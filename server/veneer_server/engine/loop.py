@@ -1,4 +1,4 @@
-"""The step loop: take messages, decide, execute, report. The engine's only actor.
+"""The step loop: take messages, plan a step, run it, report.
 
 One thread owns scheduler, residency and tables, so none of them needs a lock.
 Everything else (socket, load workers) puts messages into the inbox; a step
@@ -66,7 +66,7 @@ log = logging.getLogger(__name__)
 
 CHECK_SECONDS = 60.0
 """How often an idle engine checks everything it holds, which takes milliseconds per thousand
-adapters. That ended sequences left nothing behind is checked after each message."""
+adapters. A cheap check for leftovers of ended sequences runs whenever no sequence is left."""
 CHECK_AGAIN_SECONDS = 1.0
 """Time until the next attempt after a message interrupted a check."""
 
@@ -86,7 +86,7 @@ class GrammarMemory(Protocol):
     def forget(self, sequence: int) -> None: ...
 
     def ending(self, sequence: int) -> ConstraintFailure | ConstraintState:
-        """How a sequence whose constraint was late continues."""
+        """Return how a sequence whose constraint was late continues."""
 
 
 class Turn(Enum):
@@ -100,7 +100,7 @@ class Turn(Enum):
 
 
 class StepLoop:
-    """Runs until `Stop`.
+    """The loop, with the engine's state; see the module docstring.
 
     Args:
         send: writes one frame to the front; called on the loop's thread.
@@ -126,7 +126,7 @@ class StepLoop:
         self._runner = runner
         self._ahead = runner if isinstance(runner, AheadRunner) else None
         self._flying: StepPlan | None = None
-        """The step that is submitted and not read, of an `AheadRunner`."""
+        """With an `AheadRunner`: the step that is submitted, but not read yet."""
         self._stepped = 0.0
         """When the last step ended."""
         self._memory = memory
@@ -142,14 +142,14 @@ class StepLoop:
         self.steps = 0
 
     def run(self) -> None:
-        """Run the loop. An exception raised from here is fatal to the process."""
+        """Run the loop until `Stop`. An exception raised here is fatal to the process."""
         while (turn := self.turn()) is not Turn.STOPPED:
             if turn is Turn.IDLE and not self._take_messages(block=True):
                 return
 
     def turn(self) -> Turn:
         """Take the pending messages, plan, run a step, report. Never waits for a message: if
-        nothing can run, that is up to the caller."""
+        nothing can run, it returns, and the caller may wait."""
         if not self._take_messages(block=False):
             return Turn.STOPPED
         self._transfers.start(self._clock())
@@ -174,8 +174,8 @@ class StepLoop:
         self._scheduler.check_integrity()
 
     def _check_when_due(self) -> None:
-        """`check_integrity` every `CHECK_SECONDS`, stopping if a message arrives. Needs no
-        timer: the front pings an idle engine every second."""
+        """Run `check_integrity` every `CHECK_SECONDS`, stopping if a message arrives. Needs no
+        timer, since the front pings an idle engine every second."""
         now = self._clock()
         if now < self._next_check:
             return
@@ -188,7 +188,7 @@ class StepLoop:
     # ------------------------------------------------------------------ messages
 
     def _take_messages(self, *, block: bool) -> bool:
-        """Handle what is in the inbox; False on `Stop`."""
+        """Handle the messages in the inbox; return False on `Stop`."""
         while True:
             try:
                 message = self._inbox.get(block=block)
@@ -272,7 +272,7 @@ class StepLoop:
         assert self._grammars is not None, "a sequence without a constraint is never late"
         how = self._grammars.ending(number)
         if how is ConstraintState.LATE:
-            return  # sent before the last token was sampled, and now outdated
+            return  # outdated: sent before the last token was sampled
         self._scheduler.unhold(number)
         if how is ConstraintState.GOES_ON:
             return
@@ -314,7 +314,8 @@ class StepLoop:
         self._scheduler.add(Sequence(message.sequence, request, arrived, found))
 
     def _check_deadline(self, message: Submit) -> None:
-        """Refuse a sequence that cannot get its first token in time, before it takes up any."""
+        """Refuse a sequence that cannot get its first token before its deadline, so that no
+        time is spent on it."""
         deadline = message.request.deadline
         if deadline is None:
             return
@@ -342,8 +343,9 @@ class StepLoop:
         self._report(plan, self._runner.execute(plan))
 
     def _step_ahead(self, runner: AheadRunner, plan: StepPlan | None) -> None:
-        """Submit a step, then read the one before: the device has work meanwhile. A token that
-        ends its sequence is so known one step late, and `Scheduler.update` drops the next."""
+        """Submit a step, then read the previous one, so that the device has work meanwhile. A
+        token that ends its sequence is thus known one step late, and `Scheduler.update` drops
+        the next one."""
         flying, self._flying = self._flying, plan
         if plan is not None:
             if flying is None:
@@ -357,7 +359,7 @@ class StepLoop:
             self._report(plan, runner.read())
 
     def _tell_prefill(self) -> None:
-        """Before what ends the sequences."""
+        """Report prefill progress. Call before adding the messages that end sequences."""
         for sequence in self._scheduler.take_prefilled():
             self._outbox.add(
                 Prefilled(

@@ -1,4 +1,4 @@
-"""Messages from the loop to the front: collected during a turn, and sent together."""
+"""Outbox: messages from the loop to the front, collected during a turn and sent together."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from veneer_server.wire.messages import ResidencyChanged as ResidencyMessage
 
 
 class Outbox:
-    """Belongs to the loop's thread.
+    """Collects messages to the front and sends them. Belongs to the loop's thread.
 
     Args:
         send: writes one frame to the front.
@@ -52,7 +52,7 @@ class Outbox:
         self._messages.append(message)
 
     def changed(self, weights_digest: str) -> None:
-        """Report this adapter's residency with the next flush."""
+        """Report the adapter's residency with the next flush."""
         self._changed[weights_digest] = None
 
     def fail_sequence(self, sequence: int, error: VeneerError) -> None:
@@ -62,7 +62,7 @@ class Outbox:
         self._messages.append(OperationDone(operation, wire_error(error)))
 
     def flush(self) -> None:
-        """Send what is pending, residency changes first, occupancy last."""
+        """Send all pending messages, residency changes first, occupancy last."""
         changes = self._changes() if self._changed else []
         occupancy = self._new_occupancy()
         if occupancy != self._occupancy:
@@ -106,7 +106,7 @@ class Outbox:
 
 
 def cannot_follow(sequence: Sequence, failure: ConstraintFailure) -> WireError:
-    """The error of a sequence whose constraint allows no further token."""
+    """Return the error of a sequence whose constraint cannot be followed."""
     metadata = {"field": "constraint"} | ({"limit": failure.limit} if failure.limit else {})
     return wire_error(
         InvalidField(
@@ -118,7 +118,7 @@ def cannot_follow(sequence: Sequence, failure: ConstraintFailure) -> WireError:
 
 
 def output_of(update: SequenceUpdate, step: int) -> FromEngine:
-    """The message that reports a step's update to the front.
+    """Return the message that reports a step's update to the front.
 
     Args:
         step: the step's number.

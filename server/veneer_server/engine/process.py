@@ -1,6 +1,6 @@
 """The engine process: one socket, one loop thread, one reader thread, load workers.
 
-Started by `EngineClient` as ``python -m veneer_server.engine.process FD``. The
+`EngineClient` starts it as ``python -m veneer_server.engine.process FD``. The
 first frame on the socket is an `EngineConfig`; the answer, once the base model
 is loaded, is an `EngineInfo`. When the socket closes, the process ends.
 """
@@ -74,10 +74,10 @@ def build_engine(
     torch.set_num_threads(placement.threads)
     dtype = torch_dtype(config.dtype)
     model = read_decoder_config(Path(config.base_folder))
-    kv_heads = model.num_kv_heads // config.tensor_parallel  # of a card
+    kv_heads = model.num_kv_heads // config.tensor_parallel  # on each card
     token_bytes = 2 * model.num_layers * kv_heads * model.head_dim * dtype.itemsize
     num_blocks = max(2, config.kv_cache_bytes // (token_bytes * config.block_size))
-    # Created first, so that it reads the vocabulary while the weights are loaded.
+    # Created first, so that it reads the vocabulary while the weights load.
     grammars = Grammars.of_base(
         Path(config.base_folder),
         vocab_size=model.vocab_size,
@@ -113,8 +113,8 @@ def build_engine(
         itemsize=lora_dtype.itemsize,
         shared=device.type == "cpu" and chosen.placer is None,
         parts=config.tensor_parallel,
-        # Enough that workers find another load while the loop is in a step; few enough that
-        # an urgent load does not wait long behind loads for adapters that are needed last.
+        # Enough that workers find another load while the loop is in a step, and few enough that
+        # an urgent load does not wait long behind less urgent ones.
         most_loads=4 * config.load_workers,
     )
     # A backend whose results do not depend on the batch is already exact.
@@ -141,7 +141,7 @@ def build_engine(
     blocks = BlockManager(
         num_blocks,
         config.block_size,
-        # A cached prefix was computed in different chunks from those of exact mode.
+        # Cached prefixes are computed in different chunks from those of exact mode.
         prefix_cache=config.prefix_cache and not alone,
         window=model.window,
         # With a step ahead, blocks are given back a step later.
@@ -196,7 +196,8 @@ def _runner(
 
 
 def _stay(placement: Placement) -> None:
-    """Keep this thread, and those that it starts, and their memory where the placement says."""
+    """Keep this thread, the threads that it starts, and their memory where the placement
+    says."""
     if placement.cpus and (why := stay_on(placement.cpus)):
         log.info("threads may run on another CPU package: %s", why)
     if placement.nodes and (why := spread_memory(placement.nodes)):
@@ -250,8 +251,8 @@ def _reader(connection: socket.socket, inbox: Inbox, on_end: Callable[[], None])
 
 
 class WhileLoading:
-    """Reports progress to the front while the base is loading; if the front goes away, ends
-    this process along with the compiler and anything else that it started."""
+    """Reports progress to the front process while the base is loading. If the front goes away,
+    ends this process, along with the compiler and anything else that it started."""
 
     def __init__(self, send: Callable[[list[FromEngine]], None]) -> None:
         self._send = send
@@ -271,7 +272,7 @@ class WhileLoading:
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
     def front_gone(self) -> None:
-        """Called on the reader's thread."""
+        """End this process if it is still loading. Called on the reader's thread."""
         if not self._over:
             signal.pthread_kill(self._main, signal.SIGUSR1)
 
@@ -287,7 +288,7 @@ class WhileLoading:
         try:
             self._send([StartProgress(part)])
         except OSError as error:
-            # Not OSError: the file being read would be taken for damaged.
+            # Not OSError, or the file being read would be reported as damaged.
             raise SystemExit(1) from error
 
 
@@ -295,7 +296,7 @@ def tame_collector() -> None:
     """Keep Python's garbage collector out of the steps.
 
     A collection of the oldest generation visits every object of torch, transformers and
-    the resident adapters: 50 ms or more in which nothing else runs. Objects that exist now
+    the resident adapters: nothing else runs for 50 ms or more. Objects that exist now
     are exempted; later ones are freed by reference counting, and cycles by collections of
     the young generations.
     """
@@ -306,10 +307,10 @@ def tame_collector() -> None:
 
 def main() -> None:
     """Entry point of the engine process."""
-    # It warns about a missing optional package, which must stay missing: that package
-    # would download native code from a hub.
+    # bitsandbytes warns about a missing optional package, which must stay missing: that
+    # package would download native code from a hub.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # Only the front decides when the engine ends, whatever signals anyone else sends.
+    # Only the front decides when the engine ends, so ignore signals from anyone else.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # it must log in the background too
     signal.signal(signal.SIGINT, signal.SIG_IGN)

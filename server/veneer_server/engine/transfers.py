@@ -31,11 +31,11 @@ from veneer_server.wire.messages import (
 
 
 class AdapterMemory(Protocol):
-    """Holds the adapters' bytes (`veneer_server.adapters.memory`). Calls return at once;
-    the outcome of `load` and `move` arrives in the inbox as `Arrived`.
+    """Holds the adapters' bytes (implemented by `veneer_server.adapters.memory`). Calls return
+    at once; the outcome of `load` and `move` arrives in the inbox as `Arrived`.
 
     Attributes:
-        room: bytes for DEVICE copies, if that is fixed when the engine starts; else None.
+        room: bytes for DEVICE copies, if fixed when the engine starts; otherwise None.
     """
 
     room: int | None
@@ -45,16 +45,17 @@ class AdapterMemory(Protocol):
     def move(self, weights_digest: str) -> None: ...
 
     def admit(self, arrived: Arrived) -> None:
-        """Make a complete copy visible to the runner; on the loop's thread."""
+        """Make a complete copy visible to the runner. Called on the loop's thread."""
 
     def drop(self, weights_digest: str, tier: str) -> None: ...
 
     def reference(self, wanted: Reference) -> None:
-        """Start to compute it; the `OperationDone` that answers it arrives in the inbox."""
+        """Start to compute a reference; the answering `OperationDone` arrives in the inbox."""
 
 
 class TierMoves:
-    """Carries out what residency decides, and tracks the operations that wait for it.
+    """Carries out the actions that residency decides on, and tracks the operations that wait
+    for them.
 
     Args:
         ended: called for each sequence that fails because of its adapter.
@@ -125,7 +126,7 @@ class TierMoves:
         except VeneerError as error:
             self._outbox.fail_operation(message.operation, error)
             return
-        self.start(now)  # unused copies are evicted before the answer reports what is held
+        self.start(now)  # evicts unused copies before the answer reports the bytes held
         budgets = BudgetsState(
             host_budget=residency.budget("host"),
             device_budget=residency.budget("device"),
@@ -200,7 +201,7 @@ class TierMoves:
     # ------------------------------------------------------------------ failures
 
     def _fail_adapter(self, digest: str, error: VeneerError) -> None:
-        """The adapter cannot be loaded: fail everything that waits for it."""
+        """Fail everything that waits for an adapter that cannot be loaded."""
         self._fail_operations(digest, error)
         if self._residency.tier(digest) != "device":  # else only a pin's HOST copy is missing
             self._fail_sequences(digest, error)

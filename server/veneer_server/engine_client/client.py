@@ -1,8 +1,8 @@
 """The front's view of the engine: an async facade over the engine process.
 
-`EngineClient` turns the engine's messages into one async iterator per request. It
-knows no names and no text: token ids in, token ids out. `Supervisor` keeps the
-process running; `OutputStream` buffers what a reader has not read yet.
+`EngineClient` turns the engine's messages into one async iterator per sequence. It
+deals in token ids only, and knows no model names or text. `Supervisor` keeps the
+process running; `OutputStream` buffers output that a reader has not read yet.
 """
 
 from __future__ import annotations
@@ -71,32 +71,32 @@ EngineEvent = (
     | ConstraintDone
     | MatcherEnded
 )
-"""What a listener (metrics) receives, on the front's event loop."""
+"""The events that a listener (metrics) receives, on the front's event loop."""
 
 
 class TokenCounter(Protocol):
-    """Counts what is computed for a sequence, whether or not its caller is still there."""
+    """Counts the tokens computed for a sequence, whether or not its caller is still there."""
 
     def prefilled(self, tokens: int, cached: int) -> None:
-        """So many leading tokens of the prompt are computed, or were found in the prefix
-        cache; ``cached`` of them were found."""
+        """Record that the first ``tokens`` tokens of the prompt are done: ``cached`` of them
+        were found in the prefix cache, the others computed."""
 
     def unread(self, tokens: int) -> None:
-        """So many new tokens came that nobody has read, or will."""
+        """Record that ``tokens`` new output tokens arrived that nobody will read."""
 
 
 class EngineClient:
-    """Requests and operations. All methods belong to one asyncio event loop.
+    """Sends requests and operations to the engine. All methods belong to one event loop.
 
-    Contract: every `generate` iterator ends: with its last `SequenceOutput` (with
+    Contract: every `generate` iterator ends with its last `SequenceOutput` (with
     ``finish`` set), with a `VeneerError`, or by being closed (which cancels the
     sequence in the engine). `EngineFailed` is raised into every open iterator
     and operation when the process dies; the process is then restarted.
 
     Attributes:
         info: the running engine's description of itself; set by `start`.
-        places: of requests among the running and waiting sequences.
-        paused: whether no step is to run, see `pause`.
+        places: the requests' places among the running and waiting sequences.
+        paused: whether the engine must run no step, see `pause`.
         quantization, tensor_parallel: as configured.
     """
 
@@ -136,10 +136,10 @@ class EngineClient:
         self._numbers = itertools.count(1)
         self._streams: dict[int, OutputStream] = {}
         self._seats: dict[int, Seat] = {}
-        """By sequence, until the engine has ended it."""
+        """Seats by sequence, until the engine has ended the sequence."""
         self._counts: dict[int, tuple[TokenCounter, int]] = {}
-        """By first samples, until their last message: that of a caller who left as well. And
-        how many tokens the prompt has."""
+        """(counter, tokens of the prompt) by sequence, for first samples. Kept until the
+        sequence's last message, even if the caller has left."""
         self._operations: dict[int, asyncio.Future[OperationDone]] = {}
         self._residents = ResidentSet(
             host_budget=config.host_adapter_bytes,
@@ -175,7 +175,7 @@ class EngineClient:
         """Start the process and wait until it has loaded the base model.
 
         Raises:
-            EngineFailed: it ended before it was ready; its log on stderr says why.
+            EngineFailed: the process ended before it was ready; its log on stderr says why.
         """
         await self._supervisor.start()
         return self.info
@@ -237,13 +237,15 @@ class EngineClient:
                 self._on_event(message)
 
     def _ended(self, number: int) -> None:
-        """The engine has ended a sequence. Others can run, also if nobody reads its outputs."""
+        """Free the place of a sequence that the engine has ended, even if nobody reads its
+        outputs."""
         self._counts.pop(number, None)
         if (seat := self._seats.pop(number, None)) is not None:
             self.places.ended(seat)
 
     def fail_everything(self, error: VeneerError) -> None:
-        """The process has ended: fail what it was running, and report its adapters as gone."""
+        """Fail all requests and operations after the process has ended, and report its adapters
+        as gone."""
         self.places.estimate.restart()
         self.places.fail(error)
         self._counts.clear()
@@ -267,19 +269,20 @@ class EngineClient:
         sibling: bool = False,
         counts: TokenCounter | None = None,
     ) -> AsyncGenerator[SequenceOutput, None]:
-        """Submit a sequence; yields a `SequenceOutput` for each step it took part in.
-        Outputs that are waiting when the caller comes back (a slow reader) are joined. The
-        first one's ``queue_seconds`` begin with the first iteration.
+        """Submit a sequence, and yield a `SequenceOutput` for each step in which it took part.
+        Outputs that a slow reader has not read yet are joined. The first output's
+        ``queue_seconds`` count from the first iteration.
 
         The caller holds a place for its request, see `Places`; a further sample first waits
-        for a place of its own. Raises, at the first iteration,
-        `EngineFailed` (process down, being restarted) or `ModelLoading`; and `QueueFull`
-        if the request is refused before its first output. Use ``contextlib.aclosing`` so
-        that leaving the loop early cancels the sequence.
+        for its own place. Raises `EngineFailed` (process down, being restarted) or
+        `ModelLoading` at the first iteration, and `QueueFull` if the request is refused before
+        its first output. Use ``contextlib.aclosing`` so that leaving the loop early cancels
+        the sequence.
 
         Args:
-            sibling: see `Places.turn`. Its prompt is not counted again.
-            counts: told what is computed.
+            place: the request's place; None to submit without one.
+            sibling: see `Places.turn`. The prompt of a sibling is not counted again.
+            counts: counts the computed and unread tokens.
         """
         seat = None if place is None else self.places.take(place)
         asked, ended = time.monotonic(), False
@@ -291,7 +294,7 @@ class EngineClient:
             try:
                 if place is not None:
                     place.check()
-                self._check_ready()  # it may have waited
+                self._check_ready()  # again, since it may have waited
                 if request.adapter is not None:
                     self._residents.used(request.adapter)
                 number, stream = next(self._numbers), OutputStream()
@@ -308,7 +311,7 @@ class EngineClient:
                     while not ended:
                         output = await stream.get()
                         if output.queue_seconds and request.arrived is not None:
-                            # The engine counts from its request's arrival.
+                            # The engine counts from the request's arrival.
                             waited = output.queue_seconds - (asked - request.arrived)
                             output = msgspec.structs.replace(
                                 output, queue_seconds=max(0.0, waited)
@@ -334,11 +337,11 @@ class EngineClient:
                     self.places.leave(seat)
 
     async def activate(self, adapter: AdapterSource, *, tier: MemoryTier, pin: bool) -> bool:
-        """Load an adapter into a tier; raises what the load raised.
+        """Load an adapter into a tier. Raises the load's error if it fails.
 
         Returns:
-            Whether it is pinned as requested: another call may have removed the pin while
-            this one waited for the load.
+            Whether the adapter is pinned as requested: another call may have removed the pin
+            while this one waited for the load.
         """
         self._residents.used(adapter)
         await self._activate(adapter, tier, pin)
@@ -358,8 +361,9 @@ class EngineClient:
         mode: EvictMode,
         unpin: bool,
     ) -> tuple[bool, int]:
-        """(evicted now, bytes freed), see `messages.Evict`. An eviction that has begun is
-        carried out whether or not the caller waits.
+        """Evict an adapter; return (whether it is evicted now, bytes freed), see
+        `messages.Evict`. An eviction that has begun is carried out whether or not the caller
+        waits.
 
         Raises:
             AdapterInUse, AdapterPinned
@@ -376,9 +380,9 @@ class EngineClient:
         await self._operate(lambda number: Unpin(number, weights_digest))
 
     async def reference(self, tokens: list[int], adapter: AdapterSource | None) -> list[float]:
-        """Log-probability of each token after the first, computed by the engine independently
-        of serving: in float32, one at a time and at low priority, from the base's weights
-        and the adapter's files, which the caller must keep until this returns.
+        """Compute the log-probability of each token after the first. The engine does so
+        independently of serving: in float32, one reference at a time and at low priority, from
+        the base's and the adapter's files. The caller must keep the files until this returns.
 
         Raises:
             AdapterCorrupt: the files no longer match their digest.
@@ -393,13 +397,13 @@ class EngineClient:
         """Change the bytes that adapters may take in memory; None leaves a budget as it is.
         The new budgets also apply after a restart of the engine.
 
-        Unused adapters beyond a lower budget are evicted at once, the rest when the requests
-        that use them have ended. A waiting request whose adapter can no longer fit ends with
-        `AdapterBudgetExceeded`.
+        If a budget is lowered, unused adapters beyond it are evicted at once, and the rest when
+        the requests that use them have ended. A waiting request whose adapter can no longer fit
+        ends with `AdapterBudgetExceeded`.
 
         Raises:
-            AdapterBudgetExceeded: pinned adapters alone take more, or the backend has reserved
-                less device memory at its start. Nothing has changed.
+            AdapterBudgetExceeded: pinned adapters alone take more, or the backend reserved less
+                device memory when it started. Nothing has changed.
         """
         self._residents.check_budgets(host=host_bytes, device=device_bytes)
         done = await self._operate(
@@ -409,16 +413,17 @@ class EngineClient:
         return done.budgets
 
     async def pause(self, paused: bool) -> None:
-        """Run no step from when this returns, until it is called with False; see `Pause`. Also
-        after a restart of the engine. Raises if there is no engine to pause."""
+        """Pause the engine, or resume it if ``paused`` is False; see `Pause`. No step runs
+        between the return of a pause and the next resume, even if the engine restarts. Raises
+        if there is no engine to pause."""
         if paused:
             self._check_ready()
         self.paused = paused
-        if self._supervisor.connection is not None:  # one that starts later is not paused
+        if self._supervisor.connection is not None:  # otherwise it starts without a pause
             await self._operate(lambda number: Pause(number, paused))
 
     async def reset_prefix_cache(self) -> None:
-        """Let no request find a prefix that was computed before; see `ResetPrefixCache`."""
+        """Empty the prefix cache; see `ResetPrefixCache`."""
         await self._operate(ResetPrefixCache)
 
     def _take_budgets(self, budgets: BudgetsState) -> None:
@@ -458,8 +463,8 @@ class EngineClient:
         return self._residents.snapshot()
 
     def expect_residents(self, residents: Iterable[Resident]) -> None:
-        """Call before `start`, with the `resident_set` of the server's last run: it is
-        restored as after a restart of the engine."""
+        """Restore the `resident_set` of the server's last run, as after a restart of the
+        engine. Call before `start`."""
         self._residents.expect(residents)
 
     def _check_ready(self) -> None:

@@ -1,4 +1,4 @@
-"""One started engine process and the front's end of its socket."""
+"""The connection to one engine process: starts it, and owns the front's end of its socket."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ STOP_SECONDS = 5.0
 """How long a process may take to end before it is killed."""
 
 GIVE_UP_SECONDS = 3.0
-"""The same for a process that is still loading: it cleans up what it has begun."""
+"""The same for a process that is still loading, which first cleans up after itself."""
 
 
 class EngineConnection:
-    """Lasts from `open` to `close`; the process ends with it.
+    """A running engine process, from `open` to `close`; the process ends with the connection.
 
     Attributes:
         info: the engine's description of itself, sent once the base model was loaded.
@@ -56,11 +56,11 @@ class EngineConnection:
     @classmethod
     async def open(cls, config: EngineConfig) -> EngineConnection:
         """Start a process and wait until it has loaded the base model, reporting progress to
-        `progress.SINK`. Cancelling ends the process.
+        `progress.SINK`. Cancelling this call ends the process.
 
         Raises:
-            EngineFailed: it could not be started, or ended before it was ready; its log on
-                stderr says why.
+            EngineFailed: the process could not be started, or ended before it was ready; its
+                log on stderr says why.
         """
         try:
             process, ours = await _spawn()
@@ -82,7 +82,7 @@ class EngineConnection:
             begun = bool(messages)
             info = await _loaded(reader, messages)
         except BaseException:
-            writer.close()  # the process then ends by itself, with everything it started
+            writer.close()  # the process then ends by itself, with its child processes
             if begun and process.returncode is None:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(process.wait(), GIVE_UP_SECONDS)
@@ -102,7 +102,7 @@ class EngineConnection:
         self._writer.write(encode([message]))
 
     async def messages(self) -> AsyncIterator[FromEngine]:
-        """The engine's messages, until its socket closes.
+        """Yield the engine's messages, until its socket closes.
 
         Raises:
             EngineFailed: a message cannot be decoded.
@@ -112,7 +112,7 @@ class EngineConnection:
                 yield message
 
     def kill(self) -> None:
-        """End the process at once, if it has not ended; `messages` ends."""
+        """Kill the process if it has not ended; `messages` then ends."""
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
 
@@ -127,9 +127,10 @@ class EngineConnection:
 
 
 async def _loaded(reader: asyncio.StreamReader, messages: list[FromEngine]) -> EngineInfo:
-    """The engine's description of itself, sent once the base model is loaded.
+    """Wait for the engine's description of itself, sent once the base model is loaded.
 
-    Args: messages: the engine's first ones.
+    Args:
+        messages: the engine's first messages.
     """
     parts: dict[str, StartPart] = {}
     try:
@@ -150,12 +151,12 @@ async def _loaded(reader: asyncio.StreamReader, messages: list[FromEngine]) -> E
             "the engine process exited while loading the base model; see its log"
         )
     finally:
-        for part in parts.values():  # it ended in the middle of these
+        for part in parts.values():  # parts that were running when it ended
             SINK.get()(replace(part, state="failed"))
 
 
 async def _spawn() -> tuple[asyncio.subprocess.Process, socket.socket]:
-    """Start a process; also returns our end of its socket. After an OSError nothing is
+    """Start a process; also return our end of its socket. After an OSError nothing is
     left open."""
     ours, theirs = socket.socketpair()
     with contextlib.ExitStack() as failed, theirs:
@@ -175,16 +176,17 @@ async def _spawn() -> tuple[asyncio.subprocess.Process, socket.socket]:
 
 
 def _environment() -> dict[str, str]:
-    """The engine's environment: OpenMP threads sleep at barriers unless it says otherwise.
+    """Return the engine's environment, in which OpenMP threads sleep at barriers unless
+    OMP_WAIT_POLICY is already set.
 
     Spinning is a little faster on an idle machine, but on two cores beside one busy
-    process, such as the front, it makes a step three times as long.
+    process, such as the front, it makes a step take three times as long.
     """
     return {"OMP_WAIT_POLICY": "passive", **os.environ}
 
 
 async def next_frame(reader: asyncio.StreamReader) -> list[FromEngine]:
-    """The messages of the next frame; none when the other side has closed.
+    """Read the messages of the next frame; empty when the other side has closed.
 
     Raises:
         EngineFailed: the frame cannot be decoded, so neither can any later one.

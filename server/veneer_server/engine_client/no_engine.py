@@ -1,4 +1,4 @@
-"""In place of an engine, for a server that keeps adapters and generates nothing."""
+"""A stand-in for the engine, for a server that stores adapters and generates nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from veneer_server.wire.messages import AdapterSource, EngineConfig, EngineInfo,
 
 
 class NoEngine(EngineClient):
-    """Refuses what takes an engine, and has nothing in memory to evict."""
+    """Refuses operations that need an engine, and has nothing in memory to evict."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class NoEngine(EngineClient):
         self._config = config
 
     async def start(self) -> EngineInfo:
-        """There is nothing to start."""
+        """Fill in `info` from the base's config; there is nothing to start."""
         decoder = read_decoder_config(Path(self._config.base_folder))
         self.info = EngineInfo(
             device="none",
@@ -62,11 +62,11 @@ class NoEngine(EngineClient):
 
     @property
     def healthy(self) -> bool:
-        """For ``GET /health``: what this server is for does not fail with an engine."""
+        """Always true, for ``GET /health``: this server's work does not depend on an engine."""
         return True
 
     async def stop(self) -> None:
-        """There is nothing to stop."""
+        """Do nothing, since there is nothing to stop."""
 
     async def evict(
         self, weights_digest: str, *, mode: EvictMode, unpin: bool
@@ -97,7 +97,7 @@ class _NoPlaces(Places):
 
 
 def refuse_engine_work() -> NoReturn:
-    """Raise FailedPrecondition: the role has no engine."""
+    """Raise FailedPrecondition, because this server's role has no engine."""
     raise FailedPrecondition(
         "this server has the role registry: it stores adapters and does not load them or "
         "generate; use a server with --role engine that follows it",

@@ -1,22 +1,23 @@
-"""Places among the running and waiting sequences: a queue per tenant, in one number of places.
+"""Places among the running and waiting sequences: a queue per tenant, with a shared limit.
 
-A request takes one place when it is let in, for its first sample, so that it is refused before
-its first token or not at all. Its further samples wait here, without a place, until they can
-run: while fewer sequences than may run at once have places, and beside that a few in advance
-(`_AHEAD`), so that the engine has somebody to choose. Flows (a tenant, or one of those that a
-gateway calls for) take turns at that: who has least for its weight is next.
+A request takes one place when it is let in, for its first sample, so that it is refused either
+before its first token or not at all. Its further samples wait here, without a place, until they
+can run: while fewer sequences have places than may run at once, and a few more in advance
+(`_AHEAD`), so that the engine has a choice. Flows (a tenant, or one of the users that a gateway
+calls for) take turns at that: the flow with the fewest places for its weight is next.
 
-Any tenant may use all places that are free. When none is, a request is let in at the expense of
-the flow that has most for its weight, if that has more than the newcomer would have. A further
-sample without a token gives its place back, and waits again; if the flow has none, its newest
-request without a token is refused. A sample that has had a token keeps its place until its last
-one, and a request that has had one is never refused. So whoever has less than a share by weight
-gets in, whatever others queue, unless what has places is running.
+Any tenant may use all free places. When there are none, a request is let in at the expense of
+the flow that has most places for its weight, if that has more than the newcomer would have: one
+of its further samples that has no token yet gives its place back and waits again; if there is
+none, its newest request without a token is refused. A sample that has had a token keeps its
+place until its last token, and a request that has had a token is never refused. So a flow with
+less than its share by weight gets in, no matter how much others queue, unless all that could
+make room is already running.
 
-A sample whose last token has come has no place, whether or not its caller reads. While a
-request has such samples unread, its further ones wait: what nobody reads takes memory.
+A sample whose last token has arrived has no place, whether or not its caller reads it. While a
+request has such unread samples, its further samples wait, since unread output takes memory.
 
-Refusals are made here, without asking the engine, and say when to come back.
+Refusals are made here, without asking the engine, and say when to retry.
 """
 
 from __future__ import annotations
@@ -38,18 +39,20 @@ from veneer_server.queues.fairness import Fairness
 from veneer_server.wire.messages import PRIORITY_SECONDS, SequenceRequest, token_work
 
 Refusal = Literal["queue_full", "displaced", "queue_wait", "deadline"]
-"""Why a request was refused: there is no place, its place went to a tenant that had fewer, it
-would wait or has waited longer than `--max-queue-wait`, it would wait past its deadline."""
+"""Why a request was refused. In this order: there is no place; its place went to a tenant that
+had fewer for its weight; it would wait or has waited longer than `--max-queue-wait`; it would
+wait past its deadline."""
 
 REFUSALS: Final[tuple[Refusal, ...]] = get_args(Refusal)
 
 SAMPLES: Final = 8
-"""Samples that requests may have here, with a place or without, for each place. They take
-memory alone; beyond that only those with less than their share are let in."""
+"""Samples that requests may have here, with a place or without, per place. Samples only take
+memory; beyond this limit only flows with less than their share are let in."""
 
 _AHEAD: Final = 4
-"""One further sample may have a place in advance for so many sequences that may run at once;
-and one of each tenant, so that it has its turn in the engine beside those who queue."""
+"""The number of sequences that may run at once, divided by this, is how many further samples
+may have a place in advance. Beyond that, each tenant may still have one such sample, so that it
+gets its turn in the engine beside the tenants that queue there."""
 
 _UNKNOWN_RETRY_S: Final = 1.0
 _LEAST_RETRY_S: Final = 0.1
@@ -63,20 +66,20 @@ class Fails(Protocol):
 
 
 class Place:
-    """What a request has: its places, and its samples that wait for one.
+    """A request's places, and its samples that wait for a place.
 
     Attributes:
-        count: places that it has now.
+        count: number of places that it has now.
         since: when it was let in, in monotonic seconds.
-        priority: of its samples, within its flow; lower is earlier.
-        work: of its sequences, as `WaitEstimate` counts it.
-        started: whether one of them has had an output.
+        priority: priority of its samples within its flow; lower is earlier.
+        work: work of its sequences, as `WaitEstimate` counts it.
+        started: whether one of its samples has had an output.
     """
 
     def __init__(self, flow: _Flow, samples: int, count: int) -> None:
         """Args:
-        samples: all that it asks for.
-        count: places that it takes at once.
+        samples: number of samples that it asks for.
+        count: number of places that it takes at once.
         """
         self.flow = flow
         self.count = count
@@ -87,12 +90,12 @@ class Place:
         self.timer: asyncio.TimerHandle | None = None
         self.samples = samples
         self.unused = count
-        """Of its places, those that no sample has had yet."""
+        """Number of its places that no sample has used yet."""
         self.seats: dict[Seat, None] = {}
         self.backlog: list[tuple[bool, int, asyncio.Future[Seat]]] = []
-        """Its samples that wait, as a heap: those of prompts that are computed first."""
+        """A heap of its waiting samples, beginning with samples of prompts already computed."""
         self.unread = 0
-        """Samples that the engine has ended, and whose end its caller has not read."""
+        """Number of samples that the engine has ended, but whose end is not read yet."""
         self._error: VeneerError | None = None
 
     @property
@@ -100,12 +103,12 @@ class Place:
         return self._error is not None
 
     def check(self) -> None:
-        """Raises QueueFull if the place was taken away."""
+        """Raise the error with which the request was refused, if it was."""
         if self._error is not None:
             raise self._error
 
     def refuse(self, error: VeneerError) -> None:
-        """End its streams, and those that it gets later."""
+        """End the request's streams with an error, and let `check` raise it from now on."""
         self._error = error
         for seat in list(self.seats):
             seat.end(error)
@@ -119,12 +122,12 @@ class Seat:
     """The place of one sample.
 
     Attributes:
-        turn: the order among the request's samples that wait; None if it was the request's
-            from the start.
+        turn: the sample's order among the request's waiting samples; None if the place was
+            the request's from the start.
         started: whether the sample has had an output.
-        returned: the sample must wait again: another request needed the place.
-        unread: the engine has ended the sample, and its caller has not read the end.
-        stream: of the sample.
+        returned: whether the sample must wait again, because another request needed the place.
+        unread: whether the engine has ended the sample and its caller has not read the end.
+        stream: the sample's stream.
     """
 
     place: Place
@@ -142,16 +145,16 @@ class Seat:
 
 @dataclass(slots=True, eq=False)
 class _Flow:
-    """What one fairness key has.
+    """The requests and places of one fairness key.
 
     Attributes:
-        held: places.
-        samples: of its requests, with a place or without.
-        requests: how many there are.
+        held: number of places.
+        samples: number of its requests' samples, with a place or without.
+        requests: number of requests.
         waiting: requests without an output.
         ahead: further samples that have a place and no output.
         backlog: requests with samples that wait for a place.
-        work: of `waiting`.
+        work: total work of `waiting`.
     """
 
     key: tuple[str, str]
@@ -166,13 +169,13 @@ class _Flow:
 
 
 class Places:
-    """Belongs to one asyncio event loop.
+    """Gives places to requests, or refuses them. Belongs to one asyncio event loop.
 
     Attributes:
         capacity: most sequences running and waiting at once.
-        taken: how many there are; samples that wait for a place are not among them.
-        samples: of all requests, with a place or without.
-        estimate: of waiting times.
+        taken: number of places taken; samples that wait for a place have none.
+        samples: number of all requests' samples, with a place or without.
+        estimate: estimates waiting times.
     """
 
     def __init__(
@@ -194,19 +197,19 @@ class Places:
         self._running = running
         self._most_ahead = max(1, running // _AHEAD)
         self._ahead: Counter[str] = Counter()
-        """By tenant: its further samples that have a place and no output."""
+        """Per tenant, the number of its further samples that have a place and no output."""
         self._backlog: dict[_Flow, None] = {}
         self._unread: dict[Place, None] = {}
-        """Requests whose samples wait until what has ended is read; in no backlog."""
+        """Requests whose samples wait until ended samples are read; these are in no backlog."""
         self._turns = itertools.count()
         self._max_wait_s = max_wait_s
         self._on_refused = on_refused
         self._flows: dict[tuple[str, str], _Flow] = {}
         self._ids: Counter[str] = Counter()
-        """By tenant: its flows. They share its weight."""
+        """Per tenant, the number of its flows, which share its weight."""
 
     def waiting(self) -> dict[str, int]:
-        """Places of sequences without a first token by tenant, where there are any. May be
+        """Places of sequences without a first token, counted for each tenant with any. May be
         called from another thread."""
         found: Counter[str] = Counter()
         for flow in list(self._flows.values()):
@@ -224,13 +227,13 @@ class Places:
         within_s: float | None = None,
         at_once: int = 1,
     ) -> Iterator[Place]:
-        """A request's places while the block runs.
+        """Hold a request's places while the block runs.
 
         Args:
-            count: samples that it asks for, of all its prompts.
-            whose: None for the server itself.
-            within_s: seconds in which the first token is due.
-            at_once: places that it must have from the start.
+            count: number of samples that it asks for, over all its prompts.
+            whose: the request's fairness key and weight; None for the server itself.
+            within_s: seconds within which the first token is due.
+            at_once: number of places that it must have from the start.
 
         Raises:
             QueueFull: there is no place, or the wait would be longer than the limit.
@@ -271,7 +274,7 @@ class Places:
             self._hand_out()
 
     def take(self, place: Place) -> Seat | None:
-        """A place that the request has and none of its samples has had; None if there is
+        """Take one of the request's places that no sample has used yet; None if there is
         none. Raises QueueFull if the request was refused meanwhile."""
         place.check()
         if not place.unused:
@@ -287,9 +290,9 @@ class Places:
         """Wait until a further sample of the request can run, and take a place for it.
 
         Args:
-            sibling: the prompt's first sample has been computed: while its prefix is likely to
-                be in the cache, this one goes before samples of other prompts.
-            after: the place that the sample had to give back.
+            sibling: whether the prompt's first sample has been computed. Such a sample goes
+                before samples of other prompts, while the prefix is likely to be in the cache.
+            after: the place that the sample had to give back, if any.
 
         Raises:
             QueueFull: the request was refused meanwhile.
@@ -313,7 +316,7 @@ class Places:
     def resolved(
         self, place: Place, request: SequenceRequest, base_parameters: int = 0
     ) -> None:
-        """A sequence of the place is about to be submitted."""
+        """Record that a sequence of the place is about to be submitted."""
         place.priority = request.priority
         if place in place.flow.waiting:
             each = token_work(request.adapter, base_parameters)
@@ -322,8 +325,8 @@ class Places:
             place.flow.work += work
 
     def started(self, seat: Seat) -> None:
-        """A sequence has had an output: it no longer waits."""
-        if seat.started or seat.returned:  # then the output is dropped
+        """Record that a sequence has had an output and no longer waits."""
+        if seat.started or seat.returned:  # the output of a returned one is dropped
             return
         seat.started = True
         if not seat.place.started:
@@ -332,8 +335,8 @@ class Places:
             self._hand_out()
 
     def ended(self, seat: Seat) -> None:
-        """The engine has ended the sample: its place is free, even if its caller does not read
-        what has come. Idempotent."""
+        """Free the place of a sample that the engine has ended, even if its caller has not read
+        the output. Idempotent."""
         if self._give_back(seat):
             seat.unread = True
             seat.place.unread += 1
@@ -341,7 +344,7 @@ class Places:
             self._hand_out()
 
     def leave(self, seat: Seat) -> None:
-        """The sample's caller has read its end, or does not want it: its place is free.
+        """Free the place of a sample whose caller has read its end, or does not want it.
         Idempotent."""
         if self._give_back(seat) or seat.unread:
             place = seat.place
@@ -349,14 +352,14 @@ class Places:
                 seat.unread = False
                 place.unread -= 1
                 self._wait(place)
-            if place.samples > 1:  # the last one's is the request's, until it ends
+            if place.samples > 1:  # the last sample counts until the request ends
                 place.samples -= 1
                 place.flow.samples -= 1
                 self.samples -= 1
             self._hand_out()
 
     def fail(self, error: VeneerError) -> None:
-        """The engine has ended: so do samples that wait for a place."""
+        """Fail the samples that wait for a place, because the engine has ended."""
         wait = [place for flow in self._backlog for place in flow.backlog]
         for place in (*wait, *self._unread):
             for _, _, waits in place.backlog:
@@ -365,7 +368,7 @@ class Places:
             self._drop_backlog(place)
 
     def expected_wait(self, whose: Fairness) -> float:
-        """Seconds that a new request would wait for its turn; 0 if unknown."""
+        """Estimate the seconds that a new request would wait for its turn; 0 if unknown."""
         key = whose.tenant, whose.fairness_id
         flow = self._flows.get(key)
         if flow is None:
@@ -445,7 +448,8 @@ class Places:
             waits.set_result(seat)
 
     def _next_flow(self) -> _Flow | None:
-        """Whose sample is next: of those that may have one, who has least for its weight."""
+        """Return the flow whose sample is next: of the flows that may get a place, the one with
+        the fewest for its weight."""
         flows: Iterable[_Flow] = self._backlog
         if self.taken >= self._running and self._ahead.total() >= self._most_ahead:
             flows = (flow for flow in flows if not self._ahead[flow.key[0]])
@@ -453,7 +457,8 @@ class Places:
         return min(weighed, key=lambda each: each[0], default=(0.0, None))[1]
 
     def _wait(self, place: Place) -> None:
-        """Have the request's samples that wait, if any, wait for a place, or for its caller."""
+        """Let the request's waiting samples, if any, wait for a place or, while it has unread
+        ended samples, for its caller."""
         flow = place.flow
         if place.backlog and not place.unread:
             self._unread.pop(place, None)
@@ -466,7 +471,7 @@ class Places:
 
     def _drop_backlog(self, place: Place) -> None:
         for _, _, waits in place.backlog:
-            waits.cancel()  # no-op if its caller has left, or was told
+            waits.cancel()  # no-op if the caller has left, or was told already
         place.backlog.clear()
         self._leave_backlog(place)
 
@@ -478,8 +483,8 @@ class Places:
             self._backlog.pop(flow, None)
 
     def _begin(self, place: Place) -> None:
-        """The request is not refused any more; those of its samples that have had no output can
-        wait again."""
+        """Mark a request as started: it can no longer be refused, but its samples without an
+        output can be sent back to wait."""
         place.started = True
         self._stop_waiting(place)
         for seat in place.seats:
@@ -488,7 +493,7 @@ class Places:
                 self._ahead[place.flow.key[0]] += 1
 
     def _settle(self, seat: Seat) -> bool:
-        """It is no longer a place in advance. Returns whether it was."""
+        """Stop counting a place as one in advance; return whether it was."""
         flow = seat.place.flow
         if seat not in flow.ahead:
             return False
@@ -499,7 +504,7 @@ class Places:
         return True
 
     def _give_back(self, seat: Seat) -> bool:
-        """The place is nobody's. Returns whether it was the sample's."""
+        """Free a sample's place; return whether the sample still had it."""
         place = seat.place
         if seat not in place.seats:
             return False
@@ -513,7 +518,8 @@ class Places:
     # --------------------------------------------------------------------- refusals
 
     def _check_samples(self, flow: _Flow, new: bool, count: int) -> None:
-        """Raises QueueFull if there are too many samples, and not too few of the flow's."""
+        """Raise QueueFull if there would be too many samples, and the flow's would exceed its
+        share of them."""
         most = SAMPLES * self.capacity
         if self.samples + count <= most:
             return
@@ -529,7 +535,8 @@ class Places:
         )
 
     def _make_room(self, flow: _Flow, new: bool, count: int) -> None:
-        """Raises QueueFull, and has changed nothing then."""
+        """Make room for ``count`` more places, if need be at the expense of others. Raises
+        QueueFull if that is not possible, and then has changed nothing."""
         lacking = self.taken + count - self.capacity
         if lacking <= 0:
             return
@@ -561,10 +568,12 @@ class Places:
             self._take_away(place, error)
 
     def _victims(self, flow: _Flow, most: float, lacking: int) -> list[Place | Seat] | None:
-        """Those who make room: further samples of the flow itself, all but one, which would
-        wait for ever otherwise; then of those flows that have more than ``most`` places for
-        their weight further samples, and when there is none the newest waiting requests. As
-        many as it takes; None if they do not do."""
+        """Choose as many requests and samples as must make room; None if there are too few.
+
+        First come further samples of the flow itself, all but one, which would wait for ever
+        otherwise. Then come those of the flows that have more than ``most`` places for their
+        weight, always from the one that has most: its further samples, and when there are
+        none, its newest waiting requests."""
         own = list(flow.ahead)[1:]
         found: list[Place | Seat] = []
         found += [*reversed(own)][:lacking]
@@ -580,7 +589,7 @@ class Places:
             if worst is None or worst[0] <= most:
                 return None
             victim = next(queues[worst[2]], None)
-            if victim is None:  # all it has is running
+            if victim is None:  # everything it has is running
                 del held[worst[2]]
                 continue
             count = 1 if isinstance(victim, Seat) else _besides(victim)
@@ -590,14 +599,15 @@ class Places:
         return found
 
     def _retry_s(self, flow: _Flow, *, new: bool = False) -> float:
-        """When a place of the flow, or its turn for one, is likely to come."""
+        """Estimate the seconds until a place of the flow, or its turn for one, is likely to
+        come."""
         rate, mean = self.estimate.rate, self.estimate.mean_work
         if not rate or not mean:
             return _UNKNOWN_RETRY_S
         return _clamped(mean / (rate * self._part(flow, new=new)))
 
     def _part(self, flow: _Flow, *, new: bool) -> float:
-        """The flow's share by weight, of 1."""
+        """The flow's share by weight, as a fraction."""
         weights = sum(self._weight(other, new=False) for other in self._flows.values())
         ours = self._weight(flow, new=new)
         return ours / (weights + ours * new)
@@ -616,7 +626,7 @@ class Places:
             place.timer = None
 
     def _release(self, place: Place) -> None:
-        """Idempotent."""
+        """Give back everything that a request has. Idempotent."""
         self._stop_waiting(place)
         self._drop_backlog(place)
         for seat in list(place.seats):
@@ -639,18 +649,18 @@ class Places:
 
 
 def _order(place: Place) -> float:
-    """Which request's samples are first, as in the engine's queue."""
+    """Sort key of requests whose samples wait; the same order as in the engine's queue."""
     return place.since + PRIORITY_SECONDS * place.priority
 
 
 def _newest(flow: _Flow) -> Iterator[Place | Seat]:
-    """What a flow has that waits, in the order in which it makes room."""
+    """Yield a flow's waiting samples and requests, in the order in which they make room."""
     yield from reversed(flow.ahead)
     yield from filter(_besides, reversed(flow.waiting))
 
 
 def _besides(place: Place) -> int:
-    """Places of a request beside those that its further samples have in advance."""
+    """Number of a request's places, without those that its further samples have in advance."""
     return place.count - sum(seat in place.flow.ahead for seat in place.seats)
 
 

@@ -1,8 +1,8 @@
-"""What the engine holds in memory, tracked in the front so that a new process can reload it.
+"""Tracks the adapters in the engine's memory, so that a new engine process can reload them.
 
 After a restart of the engine, or of the server if it calls `expect`, the adapters are
-activated again in the background: pins first, then the most recently used, one at a time,
-within the budgets, and only while no request is waiting for its adapter.
+activated again in the background: pinned ones first, then the most recently used, one at a
+time, within the budgets, and only while no request is waiting for its adapter.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Hold = Callable[[AdapterSource], AbstractContextManager[object]]
 
 _MOST_TRIES: Final = 2
 MOST_KNOWN: Final = 4096
-"""Most adapters whose source is remembered; beyond it, those not in memory are forgotten."""
+"""Most adapters whose source is remembered; beyond it, adapters not in memory are forgotten."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Resident:
     """An adapter in memory, as recorded for the next start of the server.
 
     Attributes:
-        tier: nearest tier that holds it.
+        tier: the nearest tier that holds it.
         pin: the tier that an operator pinned it to, if any.
     """
 
@@ -53,9 +53,9 @@ class Resident:
 class _Known:
     source: AdapterSource
     now: ResidencyChanged | None = None
-    """As the engine last reported; None if it holds no copy."""
+    """Residency as the engine last reported it; None if the engine holds no copy."""
     pin: MemoryTier | None = None
-    """The tier that an operator pinned it to."""
+    """The tier that an operator pinned it to, if any."""
 
 
 @dataclass(slots=True)
@@ -63,9 +63,9 @@ class Lost:
     """An adapter that a dead engine held and that its successor should load.
 
     Attributes:
-        tier: nearest tier that held it.
-        tries: how often an engine was asked to load it. After two engines died of it, it
-            is not restored.
+        tier: the nearest tier that held it.
+        tries: how often an engine was asked to load it. After two engines died while loading
+            it, it is not restored.
     """
 
     source: AdapterSource
@@ -75,7 +75,7 @@ class Lost:
 
 
 class ResidentSet:
-    """Belongs to one event loop.
+    """Tracks the engine's adapters and restores them. Belongs to one event loop.
 
     Args:
         host_budget, device_budget: bytes; adapters that do not fit are not restored.
@@ -84,7 +84,7 @@ class ResidentSet:
             adapter is gone.
 
     Attributes:
-        restoring: the task that restores what a dead engine held, if one was started.
+        restoring: the task that restores a dead engine's adapters, if one was started.
         version: increases whenever the adapters, tiers or pins of `snapshot` change; a
             change of order alone does not count.
     """
@@ -100,7 +100,7 @@ class ResidentSet:
         self._activate = activate
         self._hold = hold
         self._known: dict[str, _Known] = {}
-        """By digest, least recently used first."""
+        """Remembered adapters by digest, least recently used first."""
         self._lost: dict[str, Lost] = {}
         """Adapters not restored yet, in the order to restore them."""
         self._calm = asyncio.Event()
@@ -115,7 +115,7 @@ class ResidentSet:
         return len(self._known)
 
     def used(self, source: AdapterSource) -> None:
-        """A request wants this adapter now."""
+        """Record that a request wants this adapter now."""
         digest = source.weights_digest
         known = self._known.pop(digest, None) or _Known(source)
         known.source = source
@@ -129,13 +129,14 @@ class ResidentSet:
                 del self._known[idle]
 
     def pinned(self, source: AdapterSource, tier: MemoryTier) -> None:
-        """An operator's pin was set."""
+        """Record that an operator's pin was set."""
         self.used(source)
         self._known[source.weights_digest].pin = tier
         self.version += 1
 
     def unpinned(self, weights_digest: str) -> None:
-        """An operator's pin was removed, perhaps before it was restored."""
+        """Record that an operator's pin is being removed, if it is not restored yet. Otherwise
+        the engine reports the change."""
         if (lost := self._lost.get(weights_digest)) is not None:
             lost.pin = self._known[weights_digest].pin = None
             self.version += 1
@@ -146,8 +147,8 @@ class ResidentSet:
         eviction was refused.
 
         Raises:
-            AdapterPinned: its pin is not restored yet, so that the engine cannot refuse for
-                it, and ``unpin`` is not set.
+            AdapterPinned: ``unpin`` is not set, and the adapter's pin is not restored yet, so
+                that the engine does not know of it and would not refuse.
         """
         lost = self._lost.get(weights_digest)
         if lost is None:
@@ -180,7 +181,7 @@ class ResidentSet:
         ]
 
     def update(self, event: ResidencyChanged) -> None:
-        """The engine has reported a change."""
+        """Record a change of residency that the engine has reported."""
         self._used = {"host": event.host_bytes, "device": event.device_bytes}
         known = self._known.get(event.weights_digest)
         if known is None:
@@ -194,7 +195,7 @@ class ResidentSet:
             self.version += 1
 
     def occupancy(self, event: Occupancy) -> None:
-        """The engine has reported how many requests wait for an adapter."""
+        """Hold back restoring while the engine reports requests that wait for an adapter."""
         if event.waiting_for_adapter:
             self._calm.clear()
         else:
@@ -228,7 +229,7 @@ class ResidentSet:
                 )
 
     def set_budgets(self, *, host: int, device: int) -> None:
-        """The engine's budgets have changed."""
+        """Record the engine's new budgets."""
         self._budgets = {"host": host, "device": device}
 
     def _bytes(self, source: AdapterSource) -> int:
@@ -250,8 +251,8 @@ class ResidentSet:
         return tuple(found)
 
     def expect(self, residents: Iterable[Resident]) -> None:
-        """Call before the first engine is up, with the last `snapshot` of the server's
-        previous run; perhaps once for each tenant."""
+        """Restore the last `snapshot` of the server's previous run. Call before the first
+        engine is up; may be called once for each tenant."""
         expected = list(residents)
         for resident in reversed(expected):
             self.used(resident.source)
@@ -262,7 +263,7 @@ class ResidentSet:
         self._lost = _pins_first(self._lost)
 
     def lose(self) -> list[ResidencyChanged]:
-        """The engine has died. Returns the new residency of each adapter that it held."""
+        """Record that the engine has died; return the new residency of each adapter it held."""
         if self.restoring is not None:
             self.restoring.cancel()
             self.restoring = None
@@ -285,7 +286,7 @@ class ResidentSet:
         return changes
 
     def restore(self, itemsize: int) -> None:
-        """A new engine is up: start to restore what the last one held.
+        """Start to restore the last engine's adapters in a new engine, which is up.
 
         Args:
             itemsize: bytes of one number of a resident adapter.
@@ -297,7 +298,7 @@ class ResidentSet:
     async def _restore(self) -> None:
         wanted = len(self._lost)
         with (
-            suppress(EngineFailed),  # `lose` keeps what is left for the next engine
+            suppress(EngineFailed),  # `lose` keeps the remaining ones for the next engine
             stage("restoring adapters", total=wanted, unit="adapters") as restoring,
         ):
             await self._restore_each(restoring)
@@ -325,7 +326,8 @@ class ResidentSet:
         restoring.update(restored)
 
     def _wants(self, lost: Lost) -> bool:
-        """Whether the adapter is not there yet, fits, and has not been tried too often."""
+        """Whether the adapter is not there yet, fits the budgets, and has not been tried too
+        often."""
         if lost.tries >= _MOST_TRIES:
             log.warning(
                 "adapter %s is not restored: the engine died %d times while loading it",

@@ -1,6 +1,6 @@
-"""Outputs of one sequence on their way from the engine to one reader, joined and bounded.
+"""The stream of one sequence's outputs from the engine to one reader, joined and bounded.
 
-Output that a slow reader has not read yet is kept as one `SequenceOutput`, however many
+Output that a slow reader has not read yet is kept as one `SequenceOutput`, no matter how many
 steps it took; past `MAX_BUFFERED_BYTES` the stream ends with an error instead of growing.
 """
 
@@ -16,7 +16,8 @@ from veneer_registry.errors import Aborted, VeneerError
 from veneer_server.wire.messages import SequenceOutput, Tops
 
 MAX_BUFFERED_BYTES: Final = 4 << 20
-"""Estimated size as Python objects: with gRPC's own buffers, a stream stays under 8 MB."""
+"""Most bytes of buffered output, estimated as the size of the Python objects. With gRPC's own
+buffers, a stream stays under 8 MB."""
 
 # In CPython 3.11: a list slot, and an int or float object.
 _NUMBER_BYTES: Final = 36
@@ -24,11 +25,10 @@ _TOP_BYTES: Final = 128
 
 
 class OutputStream:
-    """Takes the engine's outputs in order, and gives them to one reader, joined.
+    """Takes the engine's outputs in order, and hands them to one reader, joined.
 
-    Contract: `put` and `fail` never block. After an output with ``finish``, or
-    after `fail`, nothing follows. Errors keep their order: the reader first gets
-    the output that came before.
+    Contract: `put` and `fail` never block. An output with ``finish``, or `fail`, ends the
+    stream. Errors keep their order: the reader first gets the output that came before.
     """
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class OutputStream:
         return 0 if self._output is None else len(self._output.tokens)
 
     async def get(self) -> SequenceOutput:
-        """Everything that has arrived since the last call, as one output.
+        """Wait for output, and return all that has arrived since the last call as one output.
 
         Raises:
             VeneerError: the error given to `fail`, once all outputs before it were read.
@@ -84,10 +84,10 @@ class OutputStream:
 
 
 def _joined(first: SequenceOutput, second: SequenceOutput) -> SequenceOutput:
-    """Two consecutive outputs as one; fields that only a first output has are kept.
+    """Join two consecutive outputs; fields that only a first output has are kept.
 
     Appends in place: the stream owns its buffered output, and copying it at every
-    step would make a slow reader's cost grow quadratically with the output waiting.
+    step would make the cost of a slow reader quadratic in its unread output.
     """
     first.tokens.extend(second.tokens)
     _extend(first.logprobs, second.logprobs)

@@ -32,9 +32,9 @@ SILENCE_SECONDS = 5.0
 """An engine that does not answer a ping for this long counts as unhealthy; see
 `Supervisor.silence_limit` for a slow machine."""
 HANG_FACTOR = 12
-"""A silent engine is killed after this many times the silence limit. The measurements before
-serving say nothing about a machine that gets much busier later, or about many large
-adapters."""
+"""A silent engine is killed after this many times the silence limit. The factor is large
+because the measurements before serving do not cover a machine that gets much busier later, or
+many large adapters."""
 FIRST_BACKOFF, LAST_BACKOFF = 0.2, 30.0
 STEADY_SECONDS = 60.0
 """An engine that ran this long was healthy: its failure resets the backoff."""
@@ -45,14 +45,14 @@ class Supervisor:
 
     Args:
         on_message: called with each message of the engine except pongs, in order.
-        on_up: called when the engine was started or restarted.
-        on_down: called when it ended: what it was running is lost, for the given reason.
+        on_up: called when the engine has been started or restarted.
+        on_down: called when the engine has ended, with the error for everything it was running.
         on_health: called when `healthy` has changed.
 
     Attributes:
         starts: how often the engine process was started.
         healthy: whether the process is up and its step loop answered the last ping in time.
-        connection: to the running process, if any.
+        connection: connection to the running process, if any.
     """
 
     def __init__(
@@ -79,8 +79,8 @@ class Supervisor:
 
     @property
     def started(self) -> bool:
-        """Whether the first start succeeded: without a process, it is then restarting or
-        stopped."""
+        """Whether the first start succeeded. If so and there is no process, the engine is
+        restarting or stopped."""
         return self._task is not None
 
     @property
@@ -96,7 +96,7 @@ class Supervisor:
         """Start the process and wait until it has loaded the base model.
 
         Raises:
-            EngineFailed: it ended before it was ready; its log on stderr says why.
+            EngineFailed: the process ended before it was ready; its log on stderr says why.
         """
         connection = await self._launch()
         self._task = asyncio.create_task(self._supervise(connection), name="engine")
@@ -112,11 +112,11 @@ class Supervisor:
         await self._bury()
 
     def reconfigure(self, **changes: int) -> None:
-        """Change fields of the `EngineConfig` that the process gets from its next start on."""
+        """Change fields of the `EngineConfig`, from the next start of the process on."""
         self.config = msgspec.structs.replace(self.config, **changes)
 
     def write(self, message: ToEngine) -> None:
-        """Send a message; without a process it is dropped."""
+        """Send a message, or drop it if there is no process."""
         if self.connection is not None:
             self.connection.write(message)
 
@@ -133,7 +133,7 @@ class Supervisor:
         return connection
 
     async def _supervise(self, connection: EngineConnection) -> None:
-        """Serve the process; when it dies, fail what it ran and start another."""
+        """Serve the process; whenever it dies, report that and start another."""
         loop = asyncio.get_running_loop()
         backoff = FIRST_BACKOFF
         while True:
@@ -154,7 +154,7 @@ class Supervisor:
 
     async def _restart(self, backoff: float) -> tuple[EngineConnection, float]:
         """Start a new process, after one or more backoffs, each twice as long as the last.
-        Also returns the next backoff, in case this process fails soon."""
+        Also return the next backoff, in case this process fails soon."""
         while True:
             log.error("engine process ended; restarting in %.1f s", backoff)
             await asyncio.sleep(backoff)
@@ -164,7 +164,7 @@ class Supervisor:
             except EngineFailed as failure:
                 log.error("%s", failure)
             except Exception:
-                # Whatever the cause, the next attempt may succeed.
+                # Catch everything: whatever the cause, the next attempt may succeed.
                 log.exception("the engine could not be started")
                 await self._bury()
 
@@ -208,7 +208,7 @@ class Supervisor:
 
 
 def _tell(listener: Callable[[_News], None], news: _News) -> None:
-    """Call a listener, whose failure must not leave the engine without its supervisor."""
+    """Call a listener. Its failure is only logged, so that the supervisor keeps running."""
     try:
         listener(news)
     except Exception:

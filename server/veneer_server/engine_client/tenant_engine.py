@@ -23,8 +23,8 @@ from veneer_server.wire.messages import (
 
 
 class TenantEngine:
-    """Translates between weights digests and the keys of a tenant's own copies, in both
-    directions, and leaves out the copies of other tenants. Otherwise as `EngineClient`."""
+    """An `EngineClient` for one tenant: translates between weights digests and the keys of the
+    tenant's own copies, in both directions, and hides the copies of other tenants."""
 
     def __init__(self, engine: EngineClient, tenant: str) -> None:
         self._engine = engine
@@ -38,12 +38,12 @@ class TenantEngine:
 
     @property
     def in_flight(self) -> int:
-        """Unfinished sequences, of all tenants."""
+        """Number of unfinished sequences, of all tenants."""
         return self._engine.in_flight
 
     @property
     def places(self) -> Places:
-        """Those of all tenants."""
+        """The places of all tenants."""
         return self._engine.places
 
     def generate(
@@ -59,7 +59,7 @@ class TenantEngine:
         return self._engine.generate(request, place, sibling=sibling, counts=counts)
 
     async def reference(self, tokens: list[int], adapter: AdapterSource | None) -> list[float]:
-        # It is read from its files, whosever copy is in memory.
+        # A reference is computed from the adapter's files, no matter whose copy is in memory.
         return await self._engine.reference(tokens, adapter)
 
     async def activate(self, adapter: AdapterSource, *, tier: MemoryTier, pin: bool) -> bool:
@@ -78,14 +78,14 @@ class TenantEngine:
         return self._engine.tier(copy_key(self._tenant, weights_digest))
 
     def resident(self) -> list[str]:
-        """Weights digests of its adapters in memory, most recently used first."""
+        """Weights digests of the tenant's adapters in memory, most recently used first."""
         keys = map(split_key, self._engine.resident())
         return [digest for tenant, digest in keys if tenant == self._tenant]
 
     @property
     def residents_version(self) -> object:
-        """Differs whenever the adapters, tiers or pins of `resident_set` do; not because of
-        another tenant's."""
+        """Changes whenever the adapters, tiers or pins of `resident_set` change, but not when
+        only another tenant's do."""
         now = self._engine.residents_version
         if self._version is None or now != self._version:
             self._version = now
@@ -94,7 +94,7 @@ class TenantEngine:
         return self._own
 
     def resident_set(self) -> tuple[Resident, ...]:
-        """Its adapters in memory or being restored, most recently used first."""
+        """The tenant's adapters in memory or being restored, most recently used first."""
         found = []
         for resident in self._engine.resident_set():
             tenant, digest = split_key(resident.source.weights_digest)

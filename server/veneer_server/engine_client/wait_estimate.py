@@ -1,7 +1,7 @@
-"""How long a new request would wait for its turn, from the engine's recent pace.
+"""Estimates how long a new request would wait for its turn, from the engine's recent pace.
 
-Work is counted as the engine's scheduler counts service: prompt tokens, and twice the output
-tokens, each by what its adapter makes of it (`token_work`). Pure: no clock, no I/O.
+Work is counted as the engine's scheduler counts service: prompt tokens plus twice the output
+tokens, each weighted by its adapter's size (`token_work`). Pure: no clock, no I/O.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from veneer_server.wire.messages import StepDone
 OUTPUT_COST: Final = 2.0
 
 _RECENT_S: Final = 10.0
-"""Older steps count less: a step of this many seconds ago 1 / e."""
+"""Older steps count less: a step that lies this many seconds of steps back counts 1 / e."""
 _GUESS: Final = 128
-"""New tokens of a sequence, before one has ended."""
+"""Assumed output tokens of a sequence, before any sequence has ended."""
 _SMOOTHING: Final = 0.05
 """Weight of the newest request in means over requests."""
 
 
 class WaitEstimate:
-    """Observes steps and requests.
+    """Observes steps and requests, and estimates waits from them.
 
     Attributes:
-        mean_work: of recent requests; 0 before the first.
+        mean_work: mean work of recent requests; 0 before the first.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class WaitEstimate:
 
     @property
     def rate(self) -> float:
-        """Recent work per second of steps; 0 if unknown."""
+        """Recent work per second spent in steps; 0 if unknown."""
         return self._work / self._seconds if self._seconds > 0 else 0.0
 
     def step(self, step: StepDone) -> None:
@@ -52,20 +52,21 @@ class WaitEstimate:
             self._found = 0.95 * self._found + step.prefix_found
 
     def restart(self) -> None:
-        """The engine has ended: another one may be faster or slower."""
+        """Forget the engine's pace after it has ended: the next one may be faster or slower."""
         self._work = self._seconds = 0.0
 
     def ended(self, output_tokens: int) -> None:
-        """Observe how many tokens a sequence had when it ended by itself."""
+        """Observe how many output tokens a sequence had when it ended by itself."""
         before = output_tokens if self._output is None else self._output
         self._output = before + _SMOOTHING * (output_tokens - before)
 
     def work(self, prompt_tokens: int, max_tokens: int, each: float = 1.0) -> float:
-        """Work of a sequence, also counted in `mean_work`: as much of its prompt as recent
-        requests did not find in the prefix cache, and as many new tokens as they had.
+        """Estimate the work of a sequence, and count it in `mean_work`. Assumes that it finds
+        as much of its prompt in the prefix cache as recent requests did, and that it has as
+        many output tokens.
 
         Args:
-            each: what one of its tokens takes.
+            each: work of one of its tokens.
         """
         computed = 1.0 - (self._found / self._asked if self._asked else 0.0)
         output = min(max_tokens, _GUESS if self._output is None else self._output)
@@ -75,13 +76,14 @@ class WaitEstimate:
         return work
 
     def wait(self, ours: float, weight: float, others: Iterable[tuple[float, float]]) -> float:
-        """Seconds until a request of a flow would start, if no place is free; 0 if unknown.
+        """Estimate the seconds until a request of a flow would start, if no place is free; 0 if
+        unknown.
 
-        While the flow's own work is done, each other flow gets as much for its weight.
+        While the flow's own work is done, each other flow gets as much service for its weight.
 
         Args:
             ours, weight: waiting work of the flow, and its weight.
-            others: the same of each other flow.
+            others: (waiting work, weight) of each other flow.
         """
         if not self.rate or self._output is None:
             return 0.0

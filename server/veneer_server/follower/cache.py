@@ -3,12 +3,12 @@
 ::
 
     weights/<weights digest>/   adapter_config.json  adapter_model.safetensors
-    partial/<weights digest>/   the same while they are fetched, which resumes there
-    trash/<random>/             what is being removed
+    partial/<weights digest>/   the same files of a running or interrupted fetch
+    trash/<random>/             folders being removed
 
-A folder appears below ``weights/`` by one rename, after its files are durable. What an earlier
-run left there is compared with its digest before it is used: a disk may have lost writes that
-it had acknowledged.
+A folder appears below ``weights/`` by one rename, after its files are durable. Weights left by
+an earlier run are compared with their digest before use: a disk may have lost writes that it
+had acknowledged.
 """
 
 from __future__ import annotations
@@ -33,16 +33,19 @@ from veneer_registry.stored_adapter import verify_weights
 from veneer_server.logs import get_logger
 
 _TOUCH_S: Final = 60.0
-"""How exactly the order of use survives a restart."""
+"""Seconds between updates of a folder's time of use: the accuracy of the order of use after a
+restart."""
 
 _log = get_logger(__name__)
 
 
 class FollowerCache:
-    """Thread-safe. Call `open`, `commit`, `check` and `make_room` from worker threads.
+    """Disk cache of weights, with LRU eviction. Thread-safe. Call `open`, `commit`, `check` and
+    `make_room` from worker threads.
 
     Attributes:
-        most_bytes: of the weights; what is in use may not fit, see `make_room`.
+        most_bytes: maximum size of all weights; weights in use may leave no room for others,
+            see `make_room`.
         evictions, damaged_found: counts since the start.
     """
 
@@ -56,8 +59,9 @@ class FollowerCache:
     ) -> None:
         """Args:
         leased: whether a request uses a weights digest, so that its files must stay.
-        in_memory: whether the engine has it, and may need its files again: they go only if
-            nothing else can, and are then fetched again by the next request.
+        in_memory: whether the engine has these weights in memory and may need their files
+            again: such files are evicted only if no others can be, and the next request then
+            fetches them again.
         clock: Unix seconds.
         """
         self.most_bytes = most_bytes
@@ -75,10 +79,10 @@ class FollowerCache:
         self._touched: dict[str, float] = {}
         self._unchecked: set[str] = set()
         self._reserved: dict[str, int] = {}
-        """Bytes of weights that are being fetched."""
+        """Bytes reserved for weights that are being fetched, by digest."""
 
     def open(self) -> None:
-        """Find what earlier runs left."""
+        """Create the folders, and find the weights that earlier runs left."""
         for folder in (self._weights, self._partial, self._trash):
             with disk_errors(folder.parent):
                 folder.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
@@ -101,7 +105,7 @@ class FollowerCache:
 
     @property
     def bytes(self) -> int:
-        """Bytes of whole weights."""
+        """Total bytes of complete weights."""
         with self._lock:
             return sum(self._sizes.values())
 
@@ -112,16 +116,16 @@ class FollowerCache:
         return digest in self._sizes
 
     def weights_folder(self, digest: str) -> Path:
-        """Where weights are, once they are there."""
+        """The folder of fetched weights, whether or not they are there yet."""
         return self._weights / checked_digest(digest)
 
     def partial_folder(self, digest: str) -> Path:
-        """Where weights are put while they are fetched."""
+        """The folder for weights while they are fetched."""
         return self._partial / checked_digest(digest)
 
     def use(self, digest: str) -> bool | None:
-        """Note that weights are used now. Returns whether they are here; None if that must be
-        found out by `check`."""
+        """Mark weights as used now. Returns whether they are here; None if `check` must verify
+        them first."""
         with self._lock:
             if digest not in self._sizes:
                 return False
@@ -139,8 +143,8 @@ class FollowerCache:
     # -------------------------------------------------------------------- contents
 
     def check(self, digest: str) -> bool:
-        """Compare weights that an earlier run left with their digest; drop them if they
-        differ."""
+        """Compare weights of an earlier run with their digest; return False and drop them if
+        they differ."""
         try:
             verify_weights(self.weights_folder(digest), digest)
         except AdapterCorrupt as error:
@@ -151,12 +155,12 @@ class FollowerCache:
             return digest in self._sizes
 
     def make_room(self, digest: str, size: int) -> None:
-        """Reserve bytes for weights that are about to be fetched, and evict the least recently
-        used ones that nobody uses.
+        """Reserve bytes for weights that are about to be fetched; evict the least recently used
+        weights without a lease until they fit.
 
         Raises:
-            InvalidField: they are larger than the cache.
-            QueueFull: what is in use leaves no room now.
+            InvalidField: the weights are larger than the cache.
+            QueueFull: weights in use leave no room now.
         """
         if size > self.most_bytes:
             raise InvalidField(
@@ -180,8 +184,8 @@ class FollowerCache:
             )
 
     def give_way(self, digest: str) -> bool:
-        """Evict something for weights that the disk has no room for, although the cache has.
-        Returns whether there was anything to evict."""
+        """Evict one entry because the disk is full although the cache is not. Returns False if
+        nothing could be evicted."""
         with self._lock:
             trash = self._evicted(digest)
         if trash is None:
@@ -190,16 +194,17 @@ class FollowerCache:
         return True
 
     def release(self, digest: str) -> None:
-        """A fetch has ended: its bytes are counted as they are on disk, if at all."""
+        """Drop the reservation of a fetch that has ended; committed weights count by their size
+        on disk."""
         with self._lock:
             self._reserved.pop(digest, None)
 
     def commit(self, digest: str) -> None:
-        """Verify fetched weights, make them durable, and move them where they are found.
+        """Verify fetched weights, make them durable, and move them to `weights_folder`.
 
         Raises:
-            AdapterCorrupt: they do not have that digest. They are removed.
-            DiskFull, DiskFailed: the disk.
+            AdapterCorrupt: they do not match the digest; they have been removed.
+            DiskFull, DiskFailed: the disk is full or fails.
         """
         partial, target = self.partial_folder(digest), self.weights_folder(digest)
         try:
@@ -248,7 +253,7 @@ class FollowerCache:
             total -= size
 
     def _evict(self, size: int, *, keep: str) -> bool:
-        """Evict until ``size`` more bytes fit; False if what is in use is too much."""
+        """Evict until ``size`` more bytes fit; return False if weights in use prevent that."""
         while True:
             with self._lock:
                 taken = sum(self._sizes.values()) + sum(self._reserved.values())
@@ -260,8 +265,8 @@ class FollowerCache:
             shutil.rmtree(trash, ignore_errors=True)
 
     def _evicted(self, keep: str) -> Path | None:
-        """Where the least recently used weights that may go have been moved; None if there are
-        none. The lock is held."""
+        """Move the least recently used weights without a lease to the trash and return their
+        folder there; None if all are in use. The caller holds the lock."""
         may_go = [d for d in self._sizes if d != keep and not self._leased(d)]
         if not may_go:
             return None
@@ -271,11 +276,12 @@ class FollowerCache:
         self._touched.pop(digest, None)
         self.evictions += 1
         # A request that takes a lease now asks for the weights afterwards, and finds them gone.
-        # The folder moves under the lock, or it might be a newer one.
+        # The folder moves under the lock: later, it might be a newer one.
         return self._moved(self.weights_folder(digest))
 
     def _moved(self, folder: Path) -> Path:
-        """Move a folder to the trash, if it exists; the caller removes it there."""
+        """Move a folder to the trash, if it exists, and return its path there; the caller
+        removes it."""
         trash = self._trash / secrets.token_hex(8)
         with suppress(FileNotFoundError):
             folder.rename(trash)

@@ -1,4 +1,4 @@
-"""Fetches weights by digest: once for all who ask, each independently of the others."""
+"""Fetches weights by digest: once for all requests that need them."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from veneer_server.follower.standing import Standing
 from veneer_server.logs import get_logger
 
 MOST_AT_ONCE: Final = 64
-"""Different weights that are fetched at once; requests for further ones are refused."""
+"""Maximum number of concurrent fetches; requests for further weights are refused."""
 
 PATIENCE_S: Final = 10.0
-"""How long a fetch may make no progress."""
+"""Seconds that a fetch may make no progress."""
 
 _CHUNK_S: Final = 3.0
-"""How long the next chunk may take before the connection is given up."""
+"""Seconds that the next chunk may take before the transfer is retried."""
 
 _PARTIAL_BYTES: Final = 256 << 20
 
@@ -47,8 +47,8 @@ class FilePart:
     """A part of a file.
 
     Attributes:
-        size: of the whole file.
-        offset: where ``data`` belongs.
+        size: size of the whole file.
+        offset: position of ``data`` in the file.
     """
 
     size: int
@@ -58,18 +58,18 @@ class FilePart:
 
 
 class Remote(Protocol):
-    """Where weights come from."""
+    """A source of weights."""
 
     def chunks(
         self, tenant: str, digest: str, file: str, offset: int
     ) -> AsyncIterator[FilePart]:
         """A file's chunks from an offset on; at least one, which may be empty. Raises
-        Unavailable if the connection fails, and what the other side raises."""
+        Unavailable if the connection fails, and any error of the other side."""
         ...
 
     def distrust(self, digest: str) -> None:
-        """What came last for a digest does not have it: the next must come from elsewhere, if
-        there is a choice."""
+        """Report that the fetched weights did not match their digest: fetch them from another
+        source next time, if there is one."""
         ...
 
 
@@ -78,7 +78,8 @@ class _Broken(Unavailable):
 
 
 class Fetching:
-    """Belongs to one event loop; `weights_folder` and `damaged` may be called from any thread.
+    """Brings weights from a `Remote` into the cache. Belongs to one event loop, except that
+    `weights_folder` and `damaged` may be called from any thread.
 
     Attributes:
         fetched, fetched_bytes, failed: counts since the start.
@@ -116,17 +117,17 @@ class Fetching:
 
     @property
     def running(self) -> int:
-        """Fetches in progress."""
+        """Number of fetches in progress."""
         return len(self._running)
 
     async def present(self, tenant: str, ref: AdapterRef) -> bool:
-        """Make leased weights be in the cache. Returns whether they had to be fetched. A caller
-        that leaves takes the fetch from nobody else.
+        """Ensure that leased weights are in the cache. Returns whether they had to be fetched.
+        If a caller is cancelled, the fetch continues for the others.
 
         Raises:
-            Unavailable: they are not here, and the registry does not answer.
-            QueueFull: too many are being fetched, or the cache has no room.
-            AdapterNotFound, AdapterCorrupt: the registry has them no more.
+            Unavailable: the weights are not here, and the registry does not answer.
+            QueueFull: too many fetches are running, or the cache has no room.
+            AdapterNotFound, AdapterCorrupt: the registry no longer has the weights intact.
         """
         digest = ref.weights_digest
         if self._cache.use(digest):
@@ -167,7 +168,7 @@ class Fetching:
                 await self._fetched(tenant, digest)
                 break
             except AdapterCorrupt as error:
-                # What an interrupted fetch left may be damaged: once more from the beginning.
+                # A resumed file may have been damaged: fetch once more from the beginning.
                 _log.warning("fetched weights do not have their digest", why=str(error))
                 self._remote.distrust(digest)
                 if last:
@@ -179,8 +180,8 @@ class Fetching:
         return True
 
     async def _fetched(self, tenant: str, digest: str) -> None:
-        """Fetch and commit. A disk may have less room than the cache may take: then what was
-        used least recently goes."""
+        """Fetch and commit. If the disk is full before the cache is, evict the least recently
+        used weights and try again."""
         while True:
             try:
                 await self._fetch(tenant, digest)
@@ -262,7 +263,7 @@ class Fetching:
 
 
 def _opened(path: Path) -> tuple[int, int]:
-    """(descriptor, size) of a file to write on."""
+    """Open a file for writing, without truncating it; return (descriptor, size)."""
     with disk_errors(path.parent):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
         return file, os.fstat(file).st_size

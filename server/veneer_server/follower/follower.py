@@ -1,4 +1,4 @@
-"""A follower's parts together: view, mirrors of all tenants, cache, and connections."""
+"""A follower: puts together the view, all tenants' mirrors, the cache, and the connections."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ from veneer_server.logs import get_logger
 from veneer_server.replication.states import Key, NameState
 
 FOLDER: Final = "follower"
-"""In the data folder: what may be deleted while the server is stopped."""
+"""Subfolder of the data folder that may be deleted while the server is stopped."""
 
 _SAVE_S: Final = 1.0
-"""Between two times that the view is kept for the next start."""
+"""Seconds between saves of the view for the next start."""
 
 AGAIN_S: Final = 1.0
 LONGEST_AGAIN_S: Final = 30.0
-"""First and longest time until a name that could not be taken over is tried again."""
+"""First and longest wait before a name that could not be applied is tried again."""
 
 _BATCH: Final = 100
-"""Names that are changed before other work gets a turn."""
+"""Names that are applied before other tasks get a turn."""
 
 _log = get_logger(__name__)
 
@@ -56,8 +56,8 @@ class NameChange:
     """A name has changed.
 
     Attributes:
-        before: what it meant; None if it did not exist.
-        dropped: revisions that it no longer has.
+        before: its revision before the change; None if the name did not exist.
+        dropped: revisions that the name no longer has.
     """
 
     mirror: Mirror
@@ -70,7 +70,7 @@ Applied = Callable[[NameChange], Awaitable[None]]
 
 
 class Follower:
-    """Belongs to one event loop, apart from `open`."""
+    """Follows a registry. Belongs to one event loop, except for `open`."""
 
     def __init__(
         self,
@@ -82,10 +82,10 @@ class Follower:
         view: type[View] = View,
     ) -> None:
         """Args:
-            objects: of the registry's object store, which is asked first for weights.
+            objects: the registry's object store, which is asked first for weights.
 
         Raises:
-            InvalidField: a file that the configuration names cannot be read.
+            InvalidField: a configured file cannot be read.
         """
         self.place = RegistryAddress.of(config)
         self.standing = Standing(
@@ -123,15 +123,16 @@ class Follower:
         self._lock = threading.Lock()
         self._applied: Applied | None = None
         self._changed = asyncio.Event()
-        """Set, and replaced, with the next name that changes."""
+        """Set and replaced whenever a name changes."""
         self._resident: Callable[[str], bool] = lambda digest: False
         self._tasks: set[asyncio.Task[None]] = set()
         self._behind: set[Key] = set()
-        """Names whose last state could not be taken over."""
+        """Names whose last state could not be applied."""
         self._catching_up: asyncio.Task[None] | None = None
 
     def open(self, folder: Path, lock: OwnerLock | None) -> Mirror:
-        """The mirror of the tenant whose folder this would be. Called from worker threads."""
+        """Return the mirror of the tenant that this folder stands for; for the default tenant,
+        also open the cache and restore the saved view. Called from worker threads."""
         if folder == self._config.data_dir:
             self.cache.open()
             self._restore()
@@ -139,10 +140,10 @@ class Follower:
         return self._mirror(folder.name)
 
     def start(self, applied: Applied, resident: Callable[[str], bool]) -> None:
-        """Begin to follow.
+        """Begin to follow the registry.
 
         Args:
-            applied: tells the tenant's other parts of each change.
+            applied: called with each applied change, for the tenant's other parts.
             resident: whether weights are in memory: see `FollowerCache`.
         """
         self._applied = applied
@@ -155,7 +156,8 @@ class Follower:
         return {tenant for tenant, _ in self.view.names}
 
     async def until(self, holds: Callable[[], bool], within_s: float) -> bool:
-        """Wait until something holds of the view; whether it does."""
+        """Wait until the predicate holds; return False on timeout. It is checked again after
+        each change of a name."""
         with suppress(TimeoutError):
             async with asyncio.timeout(within_s):
                 while not holds():
@@ -163,7 +165,7 @@ class Follower:
         return holds()
 
     async def stop(self) -> None:
-        """End the connections. Idempotent."""
+        """End the connections and save the view. Idempotent."""
         await self.link.stop()
         await self.fetching.stop()
         if self._unsaved:
@@ -173,7 +175,7 @@ class Follower:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.channel.close()
 
-    # ------------------------------------------------------------------ what is kept
+    # ------------------------------------------------------------------ saved view
 
     def _restore(self) -> None:
         kept = load(self._kept, self._base_id)
@@ -187,7 +189,7 @@ class Follower:
             store=kept.store,
             catalog_change=kept.catalog_change,
         )
-        if age_s >= 0:  # else the clock was set, and nobody knows how old it is
+        if age_s >= 0:  # otherwise the clock was set back, and the view's age is unknown
             self.standing.restored(age_s)
         for state in kept.names:
             self._mirror(state.tenant).apply(state)
@@ -199,7 +201,7 @@ class Follower:
             self._saving = self._start(self._save_later())
 
     async def _save_later(self) -> None:
-        """Save once for many changes, and rarely where it takes long."""
+        """Save once for many changes, and less often if saving takes long."""
         try:
             await asyncio.sleep(self._save_s)
             await self._save()
@@ -247,8 +249,8 @@ class Follower:
                 await asyncio.sleep(0)
 
     async def _try(self, state: NameState) -> None:
-        """Take over a state; after an error, try again until it succeeds. One name must not
-        keep the others from being followed."""
+        """Apply a state; after an error, retry it in the background until it succeeds. One name
+        must not block the others."""
         try:
             await self._take_over(state)
         except Exception as error:
@@ -262,7 +264,7 @@ class Follower:
         self._changed = asyncio.Event()
 
     async def _catch_up(self) -> None:
-        """Take over names that have failed, as they are by then."""
+        """Retry failed names with their latest states."""
         wait_s = AGAIN_S
         while self._behind:
             await asyncio.sleep(wait_s)
@@ -279,8 +281,7 @@ class Follower:
             await self._applied(NameChange(mirror, state, before, dropped))
 
     def _bring_hot(self, mirror: Mirror, before: AdapterRef | None, state: NameState) -> None:
-        """Fetch the new revision of a name whose old one was used here, before the next request
-        asks for it."""
+        """Prefetch a name's new revision if the weights of the old one are cached here."""
         now = None if state.entry is None else state.entry.current
         if before is None or now is None or before.weights_digest == now.weights_digest:
             return

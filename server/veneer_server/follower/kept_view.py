@@ -1,7 +1,8 @@
-"""A follower's view on disk, so that it can start while its registry is away.
+"""A follower's view on disk, so that the follower can start while its registry is away.
 
-A file of length-prefixed protobuf messages: what `Begin` said, then each name; at its end the
-SHA-256 of all that. It is a copy that may be old or missing: the registry is asked first.
+The file has length-prefixed protobuf messages: a `FollowBegin`, then one for each name; at the
+end, the SHA-256 of everything before it. The file may be outdated or missing: the registry is
+asked first.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _log = get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What a view knows. Names are all there are."""
+    """A copy of a view's content; ``names`` has all names of all tenants."""
 
     run: str
     sequence: int
@@ -42,7 +43,7 @@ class Kept:
 
     @classmethod
     def of(cls, view: View) -> Kept:
-        """A copy, which may be written while the view changes."""
+        """Copy a view, so that it can be saved while the view changes."""
         return cls(
             view.run,
             view.sequence,
@@ -70,7 +71,7 @@ def save(path: Path, kept: Kept, base: str) -> None:
 
 
 def load(path: Path, base: str) -> Kept | None:
-    """Read the file; None if there is none, it is damaged, or it is for another base."""
+    """Read the file; None if it is missing, damaged, or for another base."""
     try:
         whole = path.read_bytes()
     except OSError:

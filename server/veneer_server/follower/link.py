@@ -1,4 +1,4 @@
-"""The connection by which a follower follows: begun again whenever it ends."""
+"""The connection that keeps a follower's view up to date; reconnects whenever it ends."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ from veneer_server.replication.wire import from_wire
 
 _FIRST_WAIT_S: Final = 0.05
 _LONGEST_WAIT_S: Final = 0.8
-"""Between two tries to connect: with the time to connect, less than two seconds."""
+"""Longest wait between attempts to connect. With the time to connect, an attempt takes less
+than two seconds."""
 
 _CONNECT_S: Final = 2.0
-"""How long a connection may take to answer. The peer may be half open, or packets lost."""
+"""Seconds that a connection may take to answer: it may be half open, or packets may be lost."""
 
 _SILENT_BEATS: Final = 4
 """Heartbeats that may be missing before a connection counts as half open."""
 
 _REFUSED: Final = frozenset({"UNAUTHENTICATED", "PERMISSION_DENIED", "UNIMPLEMENTED"})
-"""Codes that another try does not change soon."""
+"""Codes that a quick retry will not change."""
 
 REFUSED_WAIT_S: Final = 5.0
-"""Seconds until the next try after what another try does not change soon."""
+"""Wait before the next attempt after an error that a quick retry will not change."""
 
 _log = get_logger(__name__)
 
@@ -46,8 +47,8 @@ class RegistryLink:
     """Keeps `view` up to date until it is stopped. Belongs to one event loop.
 
     Attributes:
-        connects: connections that have begun.
-        resyncs: those that began with a snapshot although a view was there.
+        connects: number of connections that the registry has answered.
+        resyncs: number of these that began with a snapshot although a view existed.
     """
 
     def __init__(
@@ -62,10 +63,10 @@ class RegistryLink:
         apply: Callable[[Received], Awaitable[None]],
     ) -> None:
         """Args:
-        name: of this follower.
+        name: this follower's name.
         base: identity of this server's base.
-        asks_callers: whether this server wants to know who calls.
-        apply: carries out what a message changes, before the registry is told so.
+        asks_callers: whether this server authenticates callers.
+        apply: applies a message's changes, before they are acknowledged to the registry.
         """
         self.connects = 0
         self.resyncs = 0
@@ -79,15 +80,15 @@ class RegistryLink:
         self._task: asyncio.Task[None] | None = None
         self._synced = asyncio.Event()
         self._answered = asyncio.Event()
-        """The first snapshot is there, or the registry does not fit."""
+        """Set once the first snapshot is applied, or the registry does not fit."""
         self._done = view.run, view.sequence
-        """What is applied: run and sequence."""
+        """Run and sequence up to which changes are applied."""
         self._applied = asyncio.Event()
         self._heartbeat_s = HEARTBEAT_S
         self._lease_s = LEASE_S
 
     def start(self) -> None:
-        """Begin to follow."""
+        """Begin to follow the registry."""
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def stop(self) -> None:
@@ -98,8 +99,8 @@ class RegistryLink:
                 await self._task
 
     async def synced(self, within_s: float) -> bool:
-        """Wait for the first snapshot; False if it did not come in time. Raises
-        FailedPrecondition if the registry knows callers in another way than this server."""
+        """Wait for the first snapshot; return False on timeout. Raises FailedPrecondition if
+        only one of this server and the registry authenticates callers."""
         with suppress(TimeoutError):
             async with asyncio.timeout(within_s):
                 await self._answered.wait()
@@ -125,7 +126,7 @@ class RegistryLink:
                     pause_s = REFUSED_WAIT_S
             except (VeneerError, ValueError) as error:
                 why, pause_s = str(error), REFUSED_WAIT_S
-            except Exception as error:  # whatever comes from there: following must not end
+            except Exception as error:  # no input from there may end the loop
                 why, pause_s = repr(error), REFUSED_WAIT_S
                 _log.error("following failed", error, registry=self._place.address)
             self._tell_cut(why)
@@ -143,7 +144,7 @@ class RegistryLink:
         self._standing.cut()
 
     async def _follow(self) -> None:
-        """One connection, until it ends."""
+        """Follow over one connection until it ends."""
         run, sequence = self._view.place()
         async with self._place.connect() as channel:
             stub: Any = replication_pb2_grpc.ReplicationServiceStub(channel)
@@ -158,7 +159,7 @@ class RegistryLink:
                     first = await call.read()
                 limit_s = _CONNECT_S
                 while first is not grpc.aio.EOF:
-                    if first is None:  # so gRPC gives what it cannot read
+                    if first is None:  # gRPC's value for an unreadable message
                         raise ValueError("the registry sent an invalid message")
                     message = from_wire(first, self._base)
                     if isinstance(message, BeginFeed):
@@ -193,8 +194,8 @@ class RegistryLink:
                 call.cancel()
 
     async def _check_fit(self, begin: BeginFeed, channel: grpc.aio.Channel) -> None:
-        """Raise FailedPrecondition, before anything is taken over, if the registry knows
-        callers in another way than this server."""
+        """Raise FailedPrecondition, before anything is applied, if only one of this server and
+        the registry authenticates callers."""
         asks_there = begin.asks_callers
         if asks_there is None:  # an older version
             asks_there = await refuses_strangers(channel)
@@ -247,7 +248,7 @@ class RegistryLink:
             self._applied.set()
 
     async def _tell(self, call: Any, run: str) -> None:
-        """Tell the registry what is applied: at once, and often enough for the lease."""
+        """Report applied changes to the registry: at once, and in time to keep the lease."""
         with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             while True:
                 with suppress(TimeoutError):
@@ -255,13 +256,13 @@ class RegistryLink:
                         await self._applied.wait()
                 self._applied.clear()
                 done_run, sequence = self._done
-                # Until a snapshot is applied, the number is that of another run.
+                # Until a snapshot is applied, the number belongs to another run.
                 applied = replication_pb2.Applied(sequence=sequence if done_run == run else 0)
                 await call.write(replication_pb2.FollowRequest(applied=applied))
 
 
 async def _say_goodbye(call: Any) -> None:
-    """So that publications need not wait for the lease to expire."""
+    """Leave, so that publications need not wait for the lease to expire."""
     leaving = replication_pb2.FollowRequest(applied=replication_pb2.Applied(leaving=True))
     with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError):
         async with asyncio.timeout(0.2):

@@ -1,4 +1,4 @@
-"""One tenant's names on a follower: the look-ups of `Registry`, and none of its changes."""
+"""One tenant's names on a follower: has the look-ups of `Registry`, and refuses its changes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 class MirrorContent(Protocol):
-    """Where a mirror's weights are: see `cache` and `fetching`."""
+    """Finds and fetches a mirror's weights: see `cache` and `fetching`."""
 
     def weights_folder(self, digest: str) -> Path: ...
 
@@ -45,7 +45,7 @@ class MirrorContent(Protocol):
 
 
 class _Rows(Core):
-    """Rows come from the registry, which may be of another version."""
+    """`Core` for rows of a registry that may run another version."""
 
     def record(self, row: RevisionRow) -> AdapterRecord:
         """As `Core.record`. Raises Unavailable if this version cannot read the row."""
@@ -61,9 +61,9 @@ class _Rows(Core):
 
 
 class Mirror(Lookups):
-    """The names of one tenant as the registry tells them. Thread-safe as `Registry` is.
+    """The names of one tenant as received from the registry. Thread-safe like `Registry`.
 
-    A name that is not known is NOT_FOUND only while the view is current.
+    An unknown name is NOT_FOUND only while the view is current, and otherwise UNAVAILABLE.
     """
 
     def __init__(
@@ -74,10 +74,10 @@ class Mirror(Lookups):
         content: MirrorContent,
         retain: int,
     ) -> None:
-        """Args: retain: for the records of names that set no number of their own."""
+        """Args: retain: for the records of names that set no value of their own."""
         self._rows = MirroredRows()
         index = Index(base.name)
-        nothing = cast(Any, None)  # what only changes use
+        nothing = cast(Any, None)  # for parts that only changes use
         super().__init__(
             _Rows(
                 lock=nothing,
@@ -96,12 +96,12 @@ class Mirror(Lookups):
         self._content = content
 
     def apply(self, state: NameState) -> tuple[AdapterRecord, ...]:
-        """Take over a name's state. Returns the revisions that it no longer has."""
+        """Apply a name's state. Returns the revisions that the name no longer has."""
         index = self._core.index
         before = index.entry(state.name)
         records = {}
         for row in self._rows.revisions(state.name):
-            with suppress(Unavailable):  # so it was never in use here
+            with suppress(Unavailable):  # unreadable here, so it was never in use here
                 records[row.revision] = self._core.record(row)
         if state.entry is None:
             if before is not None:
@@ -111,14 +111,14 @@ class Mirror(Lookups):
         # Rows first: a request that finds a revision in the index reads its row.
         self._rows.put(_with_old_rows(state, before, self._rows))
         index.put(state.name, state.entry)
-        index.take_garbage()  # it is the cache that removes content
+        index.take_garbage()  # the cache removes content instead
         self._rows.put(state)
         for ref in state.entry.revisions:
             records.pop(ref.revision, None)
         return tuple(records.values())
 
     def current(self, name: str) -> AdapterRef | None:
-        """What a plain name means; None if it means nothing."""
+        """A name's current revision; None if there is none."""
         entry = self._core.index.entry(name)
         return None if entry is None else entry.current
 
@@ -156,25 +156,25 @@ class Mirror(Lookups):
             raise self._standing.absent(error) from None
 
     async def present(self, ref: AdapterRef) -> bool:
-        """Bring a leased revision's weights to this machine's disk. Returns whether they had to
-        be fetched. Raises what `Fetching.present` does."""
+        """Ensure that a leased revision's weights are on this machine's disk. Returns whether
+        they had to be fetched. Raises the errors of `Fetching.present`."""
         return await self._content.present(self.tenant, ref)
 
     def fetch(self, ref: AdapterRef) -> None:
-        """Nothing: no list of what was in memory is kept, so that nothing is asked for."""
+        """Do nothing: a follower keeps no list of adapters in memory to load at its start."""
 
     def watch(self, watcher: Callable[[Sequence[HistoryRow]], None]) -> None:
-        """Nothing: changes come from the registry alone, and the follower tells them."""
+        """Do nothing: all changes come from the registry, and the follower reports them."""
 
     def bundle_files(self, ref: AdapterRef) -> NoReturn:
-        """Downloads are passed on to the registry."""
+        """Refuse: downloads are forwarded to the registry."""
         self._refuse("a download")
 
-    # ------------------------------------------------------------- what is local here
+    # ------------------------------------------------------------- local upkeep
 
     @property
     def needs_sweep(self) -> bool:
-        """Never: the cache evicts by itself."""
+        """Always False: the cache evicts by itself."""
         return False
 
     def sweep(self) -> int:
@@ -193,17 +193,17 @@ class Mirror(Lookups):
         return False
 
     def set_residents(self, residents: Sequence[ResidentRow]) -> None:
-        """Not kept: they are loaded again when they are asked for."""
+        """Do nothing: adapters are loaded again on request."""
 
     def note(self, event: str, ref: AdapterRef, who: Who, detail: str = "") -> None:
-        """Pins of this server are not in the registry's history."""
+        """Do nothing: this server's pins are not in the registry's history."""
 
     def quarantine(self, weights_digest: str, why: str) -> tuple[AdapterRef, ...]:
         """Drop the damaged copy; the next request fetches another one."""
         self._content.damaged(weights_digest, why)
         return ()
 
-    # ------------------------------------------------------- what the registry does
+    # ------------------------------------------------------- left to the registry
 
     def committed(self, request: UploadRequest) -> Mapping[str, int]:
         self._refuse("an upload")
@@ -250,7 +250,7 @@ class Mirror(Lookups):
 
 
 def _with_old_rows(state: NameState, before: Entry | None, rows: MirroredRows) -> NameState:
-    """The state, and the rows of revisions that a request may have found just before."""
+    """The state, plus the rows of old revisions that a request may just have looked up."""
     if before is None or state.entry is None:
         return state
     new = {row.revision for row in state.rows}

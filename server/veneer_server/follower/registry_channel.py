@@ -1,4 +1,4 @@
-"""Connections to the registry: where it is, how it is known, and its errors."""
+"""Connections to the registry: its address, TLS and key files, and its errors."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ from veneer_server.errors import DOMAIN
 from veneer_server.follower.fetching import FilePart
 
 _MOST_MESSAGE: Final = 64 << 20
-"""Bytes of the state of one name: it may have a thousand revisions."""
+"""Maximum bytes of a message. One name's state may have a thousand revisions."""
 
 _KEY: Final = "registry_key_file"
 _PEM: Final = ("registry_ca", "registry_cert_key", "registry_cert")
 
 _NOBODYS_KEY: Final = "vn_00000000_nobody"
 _ASK_S: Final = 5.0
-"""How long a registry may take to answer `refuses_strangers`."""
+"""Seconds that a registry may take to answer `refuses_strangers`."""
 
 _OLD_CALLS_S: Final = 600.0
-"""How long calls may go on that began before a certificate was renewed."""
+"""Seconds that calls may continue on the old connection once a certificate was renewed."""
 
 _OPTIONS: Final = (
     ("grpc.max_receive_message_length", _MOST_MESSAGE),
@@ -57,10 +57,10 @@ _OPTIONS: Final = (
 
 
 class RegistryAddress:
-    """Where the registry is, and what this server shows it. Belongs to one event loop.
+    """The registry's address, and this server's credentials for it. Belongs to one event loop.
 
-    Keys and certificates are read anew for each connection and call: they are renewed while the
-    server runs. While a file cannot be read, what it said before holds.
+    Keys and certificates are read again for each connection and call, since they may be renewed
+    while the server runs. While a file cannot be read, its last content is used.
 
     Attributes:
         address: ``HOST:PORT``.
@@ -68,7 +68,7 @@ class RegistryAddress:
 
     def __init__(self, address: str, *, tls: bool, files: Mapping[str, Path]) -> None:
         """Args:
-        files: by configuration key.
+        files: key and certificate files by configuration key.
 
         Raises:
             InvalidField: a file cannot be read.
@@ -80,7 +80,7 @@ class RegistryAddress:
 
     @classmethod
     def of(cls, config: ServerConfig) -> RegistryAddress:
-        """As configured. Raises InvalidField if a file cannot be read."""
+        """The configured address. Raises InvalidField if a file cannot be read."""
         address = config.registry
         tls = address.startswith("https://")
         paths = {key: getattr(config, key) for key in (*_PEM, _KEY)}
@@ -92,19 +92,19 @@ class RegistryAddress:
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """Of this server's own calls."""
+        """Metadata of this server's own calls."""
         key = self._now().get(_KEY)
         if key is None:
             return ()
         return (("authorization", f"Bearer {key.decode().strip()}"),)
 
     def pem(self) -> tuple[bytes | None, ...]:
-        """Authorities, private key and certificate."""
+        """CA certificates, private key and certificate, each None if not configured."""
         known = self._now()
         return tuple(known.get(key) for key in _PEM)
 
     def connect(self) -> grpc.aio.Channel:
-        """A channel with connections of its own; it connects when it is first used."""
+        """A channel that shares no connections with others; it connects on first use."""
         if not self._tls:
             return grpc.aio.insecure_channel(self.address, options=_OPTIONS)
         credentials = grpc.ssl_channel_credentials(*self.pem())
@@ -118,7 +118,7 @@ class RegistryAddress:
 
 
 class RegistryChannel:
-    """The connection for everything but following, which has its own."""
+    """The channel for all calls except `Follow`, which has its own."""
 
     def __init__(self, place: RegistryAddress) -> None:
         self.place = place
@@ -128,7 +128,8 @@ class RegistryChannel:
 
     @property
     def channel(self) -> grpc.aio.Channel:
-        """Another one once a certificate has been renewed; calls of the old one may end."""
+        """The current channel: a new one once a certificate is renewed. Calls on the old one
+        may still finish."""
         pem = self.place.pem()
         if pem != self._pem:
             closing = asyncio.ensure_future(self._channel.close(_OLD_CALLS_S))
@@ -138,13 +139,13 @@ class RegistryChannel:
         return self._channel
 
     async def close(self) -> None:
-        """End its calls."""
+        """End all calls and close the channel."""
         for closing in self._closing:
             closing.cancel()
         await self._channel.close()
 
     def distrust(self, digest: str) -> None:
-        """As `fetching.Remote`: there is no choice."""
+        """Do nothing: the registry has no alternative."""
 
     async def chunks(
         self, tenant: str, digest: str, file: str, offset: int
@@ -165,11 +166,11 @@ class RegistryChannel:
 
 
 async def refuses_strangers(channel: grpc.aio.Channel) -> bool:
-    """Whether a registry refuses a key that nobody has, which one without keys does not look
-    at. For versions that do not tell; it is a line in the audit log there.
+    """Whether a registry refuses a key that nobody has; one without keys ignores it. Used for
+    versions that do not say whether they authenticate. The registry's audit log gets a line.
 
     Raises:
-        grpc.aio.AioRpcError: it did neither.
+        grpc.aio.AioRpcError: the call failed in another way.
     """
     stub: Any = server_pb2_grpc.ServerServiceStub(channel)
     key = (("authorization", f"Bearer {_NOBODYS_KEY}"),)
@@ -185,10 +186,11 @@ async def refuses_strangers(channel: grpc.aio.Channel) -> bool:
 
 
 def to_error(error: grpc.aio.AioRpcError, address: str) -> VeneerError:
-    """What the registry raised, or `Unavailable` if it did not answer."""
+    """Rebuild the error that the registry raised; DeadlineExceeded or Unavailable if it did not
+    answer."""
     for key, value in _pairs(error.trailing_metadata()):
         if key == "grpc-status-details-bin":
-            with suppress(DecodeError):  # something between here and there wrote it
+            with suppress(DecodeError):  # written by something in between
                 if (known := _known(status_pb2.Status.FromString(value))) is not None:
                     return known
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:

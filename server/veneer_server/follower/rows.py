@@ -13,7 +13,7 @@ from veneer_server.replication.states import NameState
 
 
 class MirroredRows:
-    """Takes the place of `Catalog`, read only. Thread-safe: `put` may run beside queries."""
+    """Read-only replacement for `Catalog`. Thread-safe: `put` may run beside queries."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -72,7 +72,7 @@ class MirroredRows:
 
     @property
     def stored_bytes(self) -> int:
-        """As `Catalog.stored_bytes`: what the registry stores, not this server."""
+        """As `Catalog.stored_bytes`: bytes stored by the registry, not by this server."""
         with self._lock:
             sizes = {
                 row.weights: row.bytes for state in self._states.values() for row in state.rows
@@ -80,14 +80,14 @@ class MirroredRows:
         return sum(sizes.values())
 
     def history(self, name: str, before: int | None, limit: int) -> tuple[HistoryRow, ...]:
-        """The registry has it."""
+        """Refuse: only the registry has the history."""
         raise FailedPrecondition(
             "this server follows a registry, which keeps the history: ask the registry",
             metadata={"cause": "follower"},
         )
 
     def residents(self) -> tuple[ResidentRow, ...]:
-        """None: at a start the names are not known yet."""
+        """Always empty: at a start the names are not known yet."""
         return ()
 
     def _rows(self, name: str) -> tuple[RevisionRow, ...]:

@@ -1,4 +1,4 @@
-"""How a follower stands with its registry: connected or not, and how old its view is."""
+"""A follower's state towards its registry: connected or not, and how old its view is."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from veneer_registry.errors import AdapterNotFound, FailedPrecondition, Unavaila
 from veneer_server.replication.states import HEARTBEAT_S
 
 RETRY_S: Final = 1.0
-"""When a caller should ask again for what a cut-off follower does not know."""
+"""Retry-after in seconds for requests that a cut-off follower cannot answer."""
 
 _FRESH_S: Final = 4 * HEARTBEAT_S
-"""A view that was current less than this ago counts as current: heartbeats may be late."""
+"""A view counts as current for this many seconds, since heartbeats may be late."""
 
 
 class Standing:
-    """May be read from any thread.
+    """State of the connection to the registry. May be read from any thread.
 
     Attributes:
-        registry: its address, for messages.
-        connected: whether there is a connection whose snapshot or changes were received.
-        sequence: the last change that was applied.
+        registry: the registry's address, for messages.
+        connected: whether a connection is up and its snapshot or changes have been received.
+        sequence: number of the last applied change.
         fault: why the registry cannot be followed, in words; "" if it can.
-        unfit: the same, where the registry knows callers in another way than this server.
+        unfit: the same if only one of this server and the registry authenticates callers.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Standing:
         *,
         most_lag_s: float = math.inf,
     ) -> None:
-        """Args: most_lag_s: the oldest view by which calls are answered."""
+        """Args: most_lag_s: maximum age of the view for answering calls."""
         self.registry = registry
         self._most_lag_s = most_lag_s
         self.connected = False
@@ -48,16 +48,16 @@ class Standing:
         self._current: float | None = None
 
     def current(self) -> None:
-        """The view was all that there was to know, just now."""
+        """Note that the view is complete and up to date now."""
         self.connected = True
         self._current = self._clock()
 
     def restored(self, age_s: float) -> None:
-        """The view is that of an earlier run, which knew it to be current so long ago."""
+        """Note that the view was restored from an earlier run and was current ``age_s`` ago."""
         self._current = self._clock() - age_s
 
     def cut(self) -> None:
-        """The connection has ended."""
+        """Note that the connection has ended."""
         self.connected = False
 
     @property
@@ -72,8 +72,11 @@ class Standing:
         return max(0.0, self._clock() - since)
 
     def check(self, most_s: float) -> None:
-        """Raise Unavailable if a call, which takes a view of at most this age, or this server
-        takes no view as old as this one. What the server does by itself takes any."""
+        """Raise Unavailable if the view is older than the call or this server allows.
+
+        Args:
+            most_s: maximum age of the view for the call; infinite for no limit.
+        """
         most_s = min(most_s, self._most_lag_s)
         if most_s == math.inf or (self.synced and self.lag_s <= most_s):
             return
@@ -89,8 +92,8 @@ class Standing:
         )
 
     def absent(self, error: AdapterNotFound) -> AdapterNotFound | Unavailable:
-        """The error for a name that the view does not have: `error` only if the view is
-        current."""
+        """The error for a name that the view does not have: ``error`` if the view is current,
+        otherwise Unavailable, since the name may exist."""
         if self.connected and self.lag_s < _FRESH_S:
             return error
         name = error.metadata.get("adapter", "")
@@ -102,11 +105,11 @@ class Standing:
         )
 
     def fit(self, *, asks_here: bool, asks_there: bool) -> None:
-        """Note how this server and its registry know callers. Unless both ask who calls, or
-        neither does, a caller could change at one what the other hides from it.
+        """Note whether this server and its registry authenticate callers. If only one does, a
+        caller could see or change at one of them what the other denies.
 
         Raises:
-            FailedPrecondition: only one of them asks.
+            FailedPrecondition: only one of them authenticates callers.
         """
         self.unfit = ""
         if asks_here and not asks_there:
@@ -124,14 +127,14 @@ class Standing:
         self.check_fit()
 
     def check_fit(self) -> None:
-        """Raise FailedPrecondition if the registry knows callers in another way."""
+        """Raise FailedPrecondition if `unfit` is set."""
         if self.unfit:
             raise FailedPrecondition(
                 self.unfit, metadata={"cause": "callers", "registry": self.registry}
             )
 
     def unreachable(self, what: str, why: str) -> Unavailable:
-        """The error for something that takes the registry, which cannot be reached."""
+        """The error for an operation that needs the registry while it cannot be reached."""
         return Unavailable(
             f"{what} needs the registry, which does not answer: retry",
             metadata={"cause": "registry_away", "lag_s": f"{self.lag_s:.1f}"},
@@ -140,7 +143,7 @@ class Standing:
         )
 
     def refused(self, what: str) -> FailedPrecondition:
-        """The error for a change that this server does not make."""
+        """The error for a change that only the registry can make."""
         return FailedPrecondition(
             f"{what} is not possible on this server, which follows the registry at "
             f"{self.registry}: send it there, or by gRPC to this server, which forwards it",

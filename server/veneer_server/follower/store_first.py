@@ -1,4 +1,4 @@
-"""Weights from the registry's object store, and from the registry where that fails."""
+"""Fetches weights from the registry's object store, or from the registry if that fails."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from veneer_server.logs import get_logger
 
 _PIECE: Final = 1 << 20
 _ACCESS_S: Final = 2.0
-"""How long an access to the store may take: less than a chunk's patience, or the registry would
-never be asked."""
+"""Seconds that an access to the store may take: less than `fetching._CHUNK_S`, as otherwise the
+registry would never be asked."""
 _AWAY_S: Final = 5.0
-"""After a failure, how long the store is not asked."""
+"""Seconds that the store is not asked after a failure."""
 _MOST_DISTRUSTED: Final = 1024
 _THREADS: Final = 16
 
@@ -44,19 +44,19 @@ class StoredObjects(Protocol):
 
 
 ObjectsOf = Callable[[str], StoredObjects]
-"""Objects of the tenant with a name."""
+"""Returns the objects of a tenant, by the tenant's name."""
 
 
 class _NotThere(Exception):
-    """The store has no such object, or not one that can be it."""
+    """The store does not have the object, or its size cannot be right."""
 
 
 class StoreFirst:
-    """A `Remote`. Whatever the store says is compared with the digest, as always; weights that
-    did not have theirs come from the registry the next time.
+    """A `Remote` that asks the store, then the registry. Weights are compared with their digest
+    as always; if they did not match it, the next fetch uses the registry.
 
     Attributes:
-        pieces: that came from the store since the start.
+        pieces: number of pieces that came from the store since the start.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class StoreFirst:
         access_s: float = _ACCESS_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Args: most_bytes: of an object; a larger one is no adapter's file."""
+        """Args: most_bytes: largest size of an adapter's file; larger objects are not used."""
         self.pieces = 0
         self._objects = objects
         self._by_tenant: dict[str, StoredObjects] = {}
@@ -77,7 +77,7 @@ class StoreFirst:
         self._access_s = access_s
         self._clock = clock
         self._away_until = 0.0
-        # A store that hangs must not take the threads that everything else needs.
+        # Own threads: a store that hangs must not block those that everything else needs.
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="store")
         self._distrusted: OrderedDict[str, None] = OrderedDict()
 

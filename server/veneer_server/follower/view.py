@@ -1,9 +1,9 @@
-"""What a follower knows of its registry: a pure state machine, without I/O and without a clock.
+"""A follower's view of its registry: a pure state machine, without I/O and without a clock.
 
-Each connection begins with what the follower knows (`place`). A message that does not fit what
-came before raises `OutOfStep`: the caller ends the connection and connects again, and the next
-one begins with a snapshot. Meanwhile the old view is served, and a snapshot replaces it only
-when it is whole.
+Each connection begins with the follower's position (`place`). A message that does not fit the
+earlier ones raises `OutOfStep`: the caller ends the connection and connects again, and the next
+connection begins with a snapshot. Meanwhile the old view is served; a snapshot replaces it only
+once it is complete.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from veneer_server.replication.states import (
 
 
 class OutOfStep(Exception):
-    """The registry's messages do not fit together, or not with what was applied."""
+    """The registry's messages contradict each other or the applied state."""
 
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """What follows from a message.
+    """The effects of a message.
 
     Attributes:
-        changes: names to change, in order; each was current in the registry.
-        current: when the message was sent, the view was all that there was to know.
-        restored: the registry's catalog has lost changes: a backup was restored.
-        moved: it is another registry than before.
+        changes: new states of names, in order; each was current in the registry.
+        current: whether the view was up to date when the message was sent.
+        restored: whether the registry's catalog has lost changes: a backup was restored.
+        moved: whether this is another registry than before.
     """
 
     changes: tuple[NameState, ...] = ()
@@ -46,11 +46,14 @@ class Received:
 
 
 class View:
-    """Attributes:
-    names: every name that exists, of all tenants.
-    run, sequence: up to where it is applied; "" and 0 before the first snapshot.
-    store, catalog_change: of the registry that was seen last.
-    synced: whether there was a whole snapshot.
+    """All names of a registry, as received so far.
+
+    Attributes:
+        names: every existing name of all tenants.
+        run, sequence: position up to which changes are applied; "" and 0 before the first
+            snapshot.
+        store, catalog_change: of the registry that was seen last.
+        synced: whether a complete snapshot was received, or a saved view restored.
     """
 
     def __init__(self) -> None:
@@ -74,7 +77,7 @@ class View:
         store: str,
         catalog_change: int,
     ) -> None:
-        """Begin with what an earlier run of this server knew."""
+        """Start from the view that an earlier run of this server saved."""
         self.names = {state.key: state for state in names}
         self.run, self.sequence = run, sequence
         self.store, self.catalog_change = store, catalog_change
@@ -84,13 +87,13 @@ class View:
         self.synced = True
 
     def place(self) -> tuple[str, int]:
-        """(run, sequence) to follow from, in a new connection; messages of earlier ones must
-        not be received any more."""
+        """Reset for a new connection and return the (run, sequence) to follow from. After this,
+        do not pass messages of earlier connections to `receive`."""
         self._begun, self._staged = False, None
         return self.run, self.sequence
 
     def receive(self, message: Message) -> Received:
-        """The next message of the connection. Raises OutOfStep."""
+        """Apply the next message of the connection. Raises OutOfStep."""
         try:
             match message:
                 case BeginFeed():

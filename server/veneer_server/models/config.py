@@ -1,4 +1,4 @@
-"""What a checkpoint's ``config.json`` says, as a frozen record. No torch here.
+"""A checkpoint's ``config.json`` as a frozen record. No torch here.
 
 The front process uses it to check adapters and prompts before the engine has
 loaded anything; the engine uses it to build the decoder.
@@ -37,7 +37,7 @@ _NEEDED: Final[Mapping[RopeKind, Mapping[str, float]]] = {
     "llama3": {"factor": 1, "low_freq_factor": 0, "high_freq_factor": 0},
     "yarn": {"factor": 1},
 }
-"""Numbers that a scaling must have, and the smallest value of each."""
+"""Numbers that each kind of rotary scaling must have, and the smallest value of each."""
 
 _OPTIONAL: Final = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
@@ -64,8 +64,9 @@ class DecoderConfig:
         rope: kind of the rotary scaling; transformers computes its frequencies.
         eos_token_ids: any of these ends a sequence.
         windows: for each layer, the sliding window in tokens, or None for full.
-        qk_norm: RMSNorm on each query and key head (Qwen3).
-        quantization: of a folder that is stored in 4 bits, otherwise None.
+        qk_norm: whether each query and key head has an RMSNorm (Qwen3).
+        tied_head: whether the head's weight is the embedding.
+        quantization: quantization of a folder that is stored in 4 bits, otherwise None.
     """
 
     architecture: str
@@ -87,14 +88,14 @@ class DecoderConfig:
 
     @property
     def window(self) -> int | None:
-        """Most tokens that any layer attends to, the current one included; None if a layer
+        """Most tokens that any layer attends to, including the current one; None if a layer
         attends to all."""
         found = [window for window in self.windows if window is not None]
         return max(found) if found and len(found) == len(self.windows) else None
 
     @property
     def smallest_window(self) -> int | None:
-        """Fewest tokens that any layer attends to; None if all attend to all."""
+        """Fewest tokens that any layer attends to; None if all layers attend to all."""
         return min((window for window in self.windows if window is not None), default=None)
 
     @property
@@ -128,7 +129,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _token_ids(raw: Any) -> tuple[int, ...]:
-    """A token id, several, or none: all three occur in published configs."""
+    """Parse one token id, a list of ids, or null: all three occur in published configs."""
     if raw is None:
         return ()
     return tuple(int(token) for token in raw) if isinstance(raw, list) else (int(raw),)
@@ -172,26 +173,29 @@ def _windows(raw: Mapping[str, Any], model_type: str, layers: int) -> tuple[int 
 
 
 def _rope(raw: Mapping[str, Any], positions: int) -> tuple[RopeKind, int]:
-    """The kind of a config's rotary scaling, and its context in tokens. transformers computes
-    the frequencies (`modeling_rope_utils`); what it would fail on is refused here.
+    """Return the kind of a config's rotary scaling, and the context length in tokens.
 
-    * YaRN: ``factor`` times the context before scaling. Configs that turn it on often leave
+    transformers computes the frequencies (`modeling_rope_utils`); configs on which it would
+    fail are refused here. The context length is:
+
+    * YaRN: ``factor`` times the context before scaling. Configs that turn YaRN on often leave
       ``max_position_embeddings`` as it was.
     * Llama 3: ``max_position_embeddings``, which already is the scaled context.
-    * linear: the context before scaling times ``factor`` if the config names it, otherwise
-      ``max_position_embeddings``, which is scaled in some published configs and not in
-      others: more than the model was trained for must not be promised.
-    * dynamic: ``max_position_embeddings``. Up to there it does not scale. Beyond, each
-      frequency would depend on the sequence's length, and cached keys would not fit.
+    * linear: ``factor`` times the context before scaling if the config states that context,
+      otherwise ``max_position_embeddings``, which is scaled in some published configs and not
+      in others: we must not promise more than the model was trained for.
+    * dynamic: ``max_position_embeddings``. Up to that length nothing is scaled. Beyond it,
+      each frequency would depend on the sequence's length, and cached keys would be wrong.
 
     Args:
-        raw: ``config.json``.
+        raw: content of ``config.json``.
         positions: its ``max_position_embeddings``, or the default.
 
     Raises:
-        UnsupportedModel: with the kinds that are supported, or the key that is wrong.
+        UnsupportedModel: the kind or a setting is not supported; metadata has the supported
+            kinds, or the key of the setting.
     """
-    # In this order, as in transformers.
+    # The order of precedence is that of transformers.
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(rope, Mapping):
         raise _wrong("rope_scaling", f"is {rope!r}: it must be a JSON object")
@@ -199,7 +203,7 @@ def _rope(raw: Mapping[str, Any], positions: int) -> tuple[RopeKind, int]:
         raise _wrong(
             "rope_parameters",
             f"differs between layers ({', '.join(map(str, nested))}), which is not supported: "
-            "all layers must have one",
+            "all layers must use the same scaling",
         )
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in SUPPORTED_ROPE:
@@ -223,7 +227,7 @@ def _rope(raw: Mapping[str, Any], positions: int) -> tuple[RopeKind, int]:
             "original_max_position_embeddings", f"is {original!r}: give a number of tokens"
         )
     scales = kind == "yarn" or (kind == "linear" and given is not None)
-    # YaRN without a factor: transformers takes the ratio of the two contexts.
+    # For YaRN without a factor, transformers takes the ratio of the two contexts.
     if not scales or rope["factor"] is None:
         return kind, positions
     return kind, int(rope["factor"] * original)
@@ -258,7 +262,7 @@ def read_decoder_config(folder: Path) -> DecoderConfig:
     """Read ``config.json`` (and ``generation_config.json`` for the end tokens).
 
     Raises:
-        UnsupportedModel: with the list of what is supported.
+        UnsupportedModel: the decoder cannot run the model; the message says what is supported.
     """
     raw = _read_json(folder / "config.json")
     if not raw:

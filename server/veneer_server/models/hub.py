@@ -1,4 +1,4 @@
-"""Download a base model from a hub into the hub's cache; run as a process.
+"""Downloads a base model from a hub into the hub's cache; run as a process.
 
 ``python -m veneer_server.models.hub NAME`` prints the folder's path.
 """
@@ -14,10 +14,10 @@ FILES: Final = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 
 
 def main() -> None:
-    """Entry point; a failure ends with the error's name in the last line."""
+    """Entry point. On failure, the last line of stderr begins with the error's name."""
     try:
         print(snapshot_download(sys.argv[1], allow_patterns=list(FILES)))  # nosec B615 # the user names the base
-    except Exception as error:  # the hub client has no single root for its errors
+    except Exception as error:  # the hub client's errors have no common base class
         sys.exit(f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 

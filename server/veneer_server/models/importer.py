@@ -1,4 +1,4 @@
-"""Convert a GGUF file into a Hugging Face folder; run as a process.
+"""Converts a GGUF file into a Hugging Face folder; run as a process.
 
 ``python -m veneer_server.models.importer FILE OUT [COUNT]`` writes the numbers of converted
 tensors and of all tensors to the file COUNT.
@@ -29,9 +29,9 @@ _SMOLLM: Final = "smollm"
 def convert(file: Path, out: Path) -> None:
     """Write a GGUF file's model as a Hugging Face folder ``out`` in bfloat16.
 
-    Repairs what transformers does not read of the tokenizer: without the digit split, the
-    tokens of "1234" differ from the published model's, and padding with the token that ends
-    a turn would teach a model never to stop.
+    Adds the parts of the tokenizer that transformers does not read from the file: without the
+    digit split, the tokens of "1234" differ from the published model's, and padding with the
+    token that ends a turn would teach a model never to stop.
     """
     facts = _facts(file)
     model = AutoModelForCausalLM.from_pretrained(  # nosec B615 # a local folder
@@ -64,7 +64,7 @@ def convert(file: Path, out: Path) -> None:
 
 
 def _facts(file: Path) -> dict[str, Any]:
-    """The plain values of the file's metadata."""
+    """Return the values from the file's metadata that the conversion needs."""
     fields = GGUFReader(file).fields
     wanted = ("general.architecture", "tokenizer.ggml.pre")
     return {
@@ -75,7 +75,7 @@ def _facts(file: Path) -> dict[str, Any]:
 
 
 def _count_into(file: Path) -> Callable[..., Iterator[Any]]:
-    """A replacement for transformers' progress bar that writes to a file."""
+    """Return a replacement for transformers' progress bar that writes to a file."""
 
     def each(tensors: Sequence[Any], **_: Any) -> Iterator[Any]:
         for done, tensor in enumerate(tensors, 1):

@@ -1,7 +1,7 @@
-"""Linear layers of the frozen base, unquantized or 4-bit, fused where exact.
+"""Linear layers of the frozen base, unquantized or 4-bit, fused where that is exact.
 
-bitsandbytes' NF4 and FP4 blocks run along rows, so stacking the rows of q, k
-and v (or gate and up) gives exactly the numbers of three GEMMs, in one.
+bitsandbytes' NF4 and FP4 blocks run along rows, so one GEMM with the stacked rows of q, k
+and v (or gate and up) gives exactly the numbers of separate GEMMs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Expanded = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class ServedLinear(Protocol):
-    """x [rows, in_features], as `rounded` gives it -> [rows, out_features] in the
+    """A linear: x [rows, in_features], from `rounded` -> [rows, out_features] in the
     serving dtype or float32."""
 
     @property
@@ -27,13 +27,13 @@ class ServedLinear(Protocol):
         """Bytes of weights and biases."""
 
     def rounded(self, x: torch.Tensor) -> torch.Tensor:
-        """x in the dtype in which this many rows are multiplied. Separate from the GEMM,
+        """Return x in the dtype in which this many rows are multiplied. Separate from the GEMM,
         because the conversion is too short for the GEMM's threads."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
     def expanded(self) -> Iterator[Expanded]:
-        """The weight as plain numbers, a few million at a time: its rows in order, with
+        """Yield the weight as plain numbers, a few million at a time: its rows in order, with
         their biases. For callers that compute without this linear's GEMM."""
 
 
@@ -60,7 +60,7 @@ class Dense:
 
 
 class FourBit:
-    """A bitsandbytes 4-bit linear, called as bitsandbytes calls it."""
+    """A bitsandbytes 4-bit linear, called through its module."""
 
     def __init__(self, module: Any) -> None:
         self._module = module
@@ -92,7 +92,7 @@ class FourBit:
                 state.blocksize,
                 state.quant_type,
                 [rows.stop - rows.start, columns],
-                # The GEMM rounds them to this dtype, too.
+                # The GEMM rounds the weights to this dtype, too.
                 state.dtype,
             )
             yield numbers.float(), rows_of(self._module.bias, rows)
@@ -124,12 +124,12 @@ class SideBySide:
 
 
 def fuse(modules: Sequence[nn.Module], dtype: torch.dtype) -> ServedLinear:
-    """One `ServedLinear` for modules that share an input; outputs in the given order.
+    """Make one `ServedLinear` from modules that share an input, with outputs in their order.
 
     Args:
         modules: ``nn.Linear`` or bitsandbytes ``Linear4bit``.
-        dtype: of the activations; the packed CPU GEMM is only used for bfloat16,
-            since it rounds any activations to bfloat16.
+        dtype: dtype of the activations. The packed CPU GEMM is only used for bfloat16, since
+            it rounds any activations to bfloat16.
     """
     import bitsandbytes as bnb
 
@@ -148,7 +148,8 @@ def _fuse_dense(modules: Sequence[Any], dtype: torch.dtype) -> Dense:
 
 
 def stack_biases(modules: Sequence[Any], dtype: torch.dtype) -> torch.Tensor | None:
-    """The modules' biases concatenated, zeros for those without; None if none has one."""
+    """Concatenate the modules' biases, with zeros for modules without one; None if no module
+    has one."""
     if all(m.bias is None for m in modules):
         return None
     parts = [
@@ -159,8 +160,8 @@ def stack_biases(modules: Sequence[Any], dtype: torch.dtype) -> torch.Tensor | N
 
 
 def stack_four_bit(modules: Sequence[Any]) -> Any | None:
-    """A Linear4bit over the stacked rows, its nested absmax expanded; None if
-    the modules differ in kind or blocks would straddle rows.
+    """Make one Linear4bit from the modules' stacked rows, with its nested absmax expanded; None
+    if the modules differ in kind, or blocks would straddle rows.
 
     Raises:
         ValueError: a weight's size does not match its state.
@@ -208,7 +209,8 @@ def stack_four_bit(modules: Sequence[Any]) -> Any | None:
 
 
 def _check_sizes(weight: Any) -> None:
-    """Native code relies on a stored weight's state, and would read past a shorter weight."""
+    """Raise ValueError if a stored weight is not as large as its state says: native code would
+    read past a shorter weight."""
     state = weight.quant_state
     numbers = state.shape.numel()
     blocks = -(-numbers // state.blocksize)

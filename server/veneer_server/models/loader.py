@@ -1,6 +1,6 @@
-"""Load a base model through transformers and bitsandbytes into decoder weights, for torch.
+"""Loads a base model through transformers and bitsandbytes into decoder weights, for torch.
 
-The native backend does without both: see `backends.native.packed.base`.
+The native backend needs neither: see `backends.native.packed.base`.
 
 transformers knows every checkpoint layout and rotary scaling, bitsandbytes the
 4-bit formats; this module only takes their modules apart. 4-bit weights are
@@ -34,7 +34,7 @@ from veneer_server.models.source import BaseDamaged
 from veneer_server.progress import Stage, stage
 
 Fuse = Callable[[Sequence[nn.Module], torch.dtype], ServedLinear]
-"""One linear for modules that share an input; see `models.linear.fuse`."""
+"""Makes one linear from modules that share an input; see `models.linear.fuse`."""
 
 _DTYPES: Final = {
     "bfloat16": torch.bfloat16,
@@ -44,7 +44,7 @@ _DTYPES: Final = {
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """``bfloat16``, ``float16`` or ``float32``."""
+    """Return the torch dtype named ``bfloat16``, ``float16`` or ``float32``."""
     return _DTYPES[name]
 
 
@@ -69,7 +69,7 @@ class DecoderWeights:
     Attributes:
         embedding: [vocab, hidden].
         dense_head: [vocab, hidden]; the same storage as `embedding` if tied. None if only the
-            backend has it, in a form of its own.
+            backend holds the head, in its own format.
         inv_freq: [head_dim / 2] float32, rotary frequencies after scaling.
         rotary_scale: factor on cos and sin (YaRN), otherwise 1.
         parameters: number of the base model's parameters.
@@ -90,7 +90,7 @@ class DecoderWeights:
 
     @property
     def head(self) -> torch.Tensor:
-        """`dense_head`, which must be there."""
+        """`dense_head`, which must not be None."""
         assert self.dense_head is not None
         return self.dense_head
 
@@ -107,18 +107,18 @@ def load_weights(
 ) -> DecoderWeights:
     """Load a Hugging Face folder.
 
-    A folder that is prequantized (``quantization_config`` in its config) is
-    loaded as it is, whatever ``quantization`` says.
+    A prequantized folder (with ``quantization_config`` in its config) is loaded as it is,
+    whatever ``quantization`` says.
 
     Args:
         cache_dir: where 4-bit checkpoints are kept; None to keep none.
-        fingerprint: `BaseFingerprint.weights`: part of the cache's key, which the folder's
-            weights must match when they are read; "" if unknown.
-        fuse: makes the linears; backends may have their own.
+        fingerprint: `BaseFingerprint.weights`, which is part of the cache's key and which the
+            folder's weights must match when they are read; "" if unknown.
+        fuse: makes the linears; backends may have their own function.
 
     Raises:
-        UnsupportedModel: the decoder cannot run it.
-        BaseDamaged: its weights do not match the fingerprint.
+        UnsupportedModel: the decoder cannot run the model.
+        BaseDamaged: the weights do not match the fingerprint.
     """
     config = read_decoder_config(folder)
 
@@ -134,7 +134,7 @@ def load_weights(
             more["device_map"] = {"": device.index or 0}
         name = "quantizing the base" if "quantization_config" in more else "loading the base"
         with stage(name, unit="tensors") as reading:
-            # Imported here because that takes seconds, which the stage should show.
+            # Imported here because the import takes seconds, which the stage should show.
             from transformers import AutoModelForCausalLM
             from transformers.utils import logging
 
@@ -168,7 +168,7 @@ def load_weights(
 
 @contextmanager
 def _counted(reading: Stage) -> Iterator[None]:
-    """Report each tensor while transformers loads weights."""
+    """Report progress for each tensor while transformers loads weights."""
     from transformers.utils import logging
 
     def hook(factory: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -202,11 +202,12 @@ def _four_bit(quantization: Quantization, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def verified(folder: Path, fingerprint: str) -> Iterator[Callable[[], None]]:
-    """Hash the base's weights in a thread while they are loaded. Yields a function that waits
-    for the result.
+    """Hash the base's weights in a thread while they are loaded. Yield a function that waits
+    for the hash and checks it.
 
-    The fingerprint may have been cached by an earlier start, under the files' names, sizes and
-    times: if the disk has lost a bit since, none of these has changed.
+    This is needed because the fingerprint may have been cached by an earlier start, keyed by
+    the files' names, sizes and times: if the disk has lost a bit since, none of these has
+    changed.
 
     Raises:
         BaseDamaged: raised by the yielded function if the weights have changed.
@@ -237,7 +238,7 @@ def verified(folder: Path, fingerprint: str) -> Iterator[Callable[[], None]]:
         except (BaseDamaged, MemoryError):
             raise
         except Exception:
-            verify()  # damage explains the failure better
+            verify()  # if the files are damaged, that explains the failure better
             raise
 
 

@@ -1,7 +1,7 @@
-"""4-bit linears as bitsandbytes packs them for its AVX512-BF16 GEMM.
+"""4-bit linears, packed by bitsandbytes for its AVX512-BF16 GEMM.
 
-That GEMM suits few rows. For many, some CPUs multiply float32 twice as fast as
-bfloat16: there the weights are first expanded to float32, a slice at a time.
+That GEMM suits few rows. For many rows, some CPUs multiply float32 twice as fast as
+bfloat16: on these the weights are first expanded to float32, a slice at a time.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 log = logging.getLogger(__name__)
 
 MANY_ROWS: Final = 128
-"""Rows from which expanding is tried. Expanding takes as long as the GEMM of 50 rows
-(Xeon, AVX512-BF16, 2 cores), so it gains little on fewer than twice as many."""
+"""Least number of rows for which expanding is tried. Expanding takes as long as the GEMM of 50
+rows (Xeon, AVX512-BF16, 2 cores), so it gains little with fewer than twice as many."""
 
 SLICE: Final = 4_000_000
 """Elements expanded at a time: 16 MB, which holds a whole linear of a small model."""
@@ -29,9 +29,9 @@ SLICE: Final = 4_000_000
 class PackedFourBit:
     """A 4-bit linear that bitsandbytes has packed for its AVX512-BF16 GEMM.
 
-    Calls the function of bitsandbytes' library directly if it gives the same result
-    as the operator, which is tried once: on a few rows the module's and the operator's
-    own checks take longer than the GEMM.
+    Calls the function of bitsandbytes' library directly, if one trial shows that it gives the
+    same result as the operator: with few rows, the module's and the operator's own checks take
+    longer than the GEMM.
 
     Args:
         expands: whether `MANY_ROWS` rows or more are multiplied in float32.
@@ -59,7 +59,7 @@ class PackedFourBit:
         return self._direct is not None
 
     def rounded(self, x: torch.Tensor) -> torch.Tensor:
-        """x in float32 if weights will be expanded, otherwise in bfloat16."""
+        """Return x in float32 if weights will be expanded, otherwise in bfloat16."""
         return x.float() if self._expands and len(x) >= MANY_ROWS else x.bfloat16()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -110,13 +110,14 @@ class PackedFourBit:
         return y
 
     def expanded(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """See `Linear.expanded`; the scales were rounded to bfloat16 when it was packed."""
+        """See `ServedLinear.expanded`. Packing has rounded the scales to bfloat16."""
         for rows in row_slices(*self._shape):
             yield self._expand(rows.start, rows.stop), rows_of(self._bias, rows)
 
     def _expand(self, begin: int, end: int) -> torch.Tensor:
-        """Rows ``begin`` to ``end``, multiples of 32: [end - begin, in_features] float32."""
-        # A dozen short operators, each of which would wake the thread pool.
+        """Expand rows ``begin`` to ``end``, multiples of 32: [end - begin, in_features]
+        float32."""
+        # One thread, since each of these dozen short operators would wake the thread pool.
         with torch_threads(1):
             codes = _unpacked(self.packed[begin:end])
             scales = self._absmax[:, begin:end].t().float().contiguous()
@@ -132,25 +133,25 @@ class PackedFourBit:
 
 
 def row_slices(rows: int, columns: int) -> Iterator[slice]:
-    """All rows of a weight in order, `SLICE` elements at a time; each slice begins and
-    ends at a multiple of 32, or at the last row."""
+    """Yield slices of all rows of a weight in order, about `SLICE` elements at a time; each
+    slice begins at a multiple of 32, and ends at one or after the last row."""
     step = max(SLICE // columns // 32, 1) * 32
     for begin in range(0, rows, step):
         yield slice(begin, min(begin + step, rows))
 
 
 def rows_of(bias: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
-    """These rows' biases in float32."""
+    """Return the biases of some rows in float32; None if there are no biases."""
     return None if bias is None else bias[rows].float()
 
 
 def _unpacked(packed: torch.Tensor) -> torch.Tensor:
-    """The codes in the order of bitsandbytes' quantizer: [rows, in_features / 2] uint8, the
-    earlier of two neighbours in the high half of a byte.
+    """Return the codes in the order of bitsandbytes' quantizer: [rows, in_features / 2] uint8,
+    with the earlier of two neighbours in the high half of a byte.
 
-    Packed, a run of 32 bytes holds two neighbouring columns of 32 rows: byte 2 i those
-    of the even column and byte 2 i + 1 of the odd one, row i in the low half and row
-    i + 16 in the high half.
+    In the packed form, a run of 32 bytes holds two neighbouring columns of 32 rows: byte 2 i
+    belongs to the even column and byte 2 i + 1 to the odd one, each with row i in the low half
+    and row i + 16 in the high half.
     """
     rows, pairs = packed.shape
     # [blocks, 16, pairs]: both bytes of rows i and i + 16
@@ -179,8 +180,8 @@ def expanding_pays() -> bool:
     """Whether this CPU multiplies many rows faster in float32, expanding included.
 
     Measured once per process (0.1 s): it depends on how fast the bfloat16 dot product
-    is, which no CPU flag says. Some Xeons do half as many per second as in float32, a
-    Zen 4 twice as many.
+    is, which no CPU flag tells. Compared with float32, some Xeons do half as many operations
+    per second, and a Zen 4 twice as many.
     """
     import bitsandbytes as bnb
 
@@ -204,7 +205,8 @@ def expanding_pays() -> bool:
 
 
 def _seconds(linear: PackedFourBit, x: torch.Tensor) -> float:
-    """Seconds of the fastest of five calls, which other processes disturbed least."""
+    """Return the seconds of the fastest of five calls: the one disturbed least by other
+    processes."""
     took = []
     for _ in range(5):
         begin = time.perf_counter()
@@ -215,9 +217,11 @@ def _seconds(linear: PackedFourBit, x: torch.Tensor) -> float:
 
 @functools.cache
 def _library_product(kind: str) -> Callable[..., None] | None:
-    """(rows, out_features, in_features, x, packed, absmax, y, block size, row strides
-    of x and y) -> None; None if bitsandbytes is of another release than the one that has
-    this signature, since a wrong one would crash."""
+    """Return the GEMM function of bitsandbytes' library: (rows, out_features, in_features, x,
+    packed, absmax, y, block size, row strides of x and y) -> None.
+
+    Return None if bitsandbytes is not of the release known to have this signature, since a call
+    with a wrong one would crash."""
     import bitsandbytes
     from bitsandbytes.cextension import lib
 

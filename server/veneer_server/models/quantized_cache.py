@@ -1,7 +1,7 @@
-"""4-bit weights that are kept between starts, as an ordinary prequantized folder.
+"""Cache of 4-bit weights, kept between starts as ordinary prequantized folders.
 
-A folder is trusted as far as its manifest goes (`models.sealed`): if anything is wrong with
-it, one line is logged and it is rebuilt. If it cannot be written, that only costs time.
+A folder is used only if it matches its manifest (`models.sealed`); otherwise one line is logged
+and it is rebuilt. If a folder cannot be written, the only cost is time at the next start.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ _Weights = TypeVar("_Weights")
 
 
 class QuantizedCache:
-    """The folder of one base, quantization, dtype and version of the libraries.
+    """The cached folder for one base, quantization, dtype and version of the libraries.
 
     Args:
         source: the base's folder. The cache must match its config as well as the fingerprint
-            of its weights, since settings such as rotary scaling are read from the cached one.
+            of its weights, since settings such as rotary scaling are read from the cached
+            config.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class QuantizedCache:
         import bitsandbytes
         import transformers
 
-        # Files written by another library version are not trusted to mean the same.
+        # Files written by another library version may not mean the same.
         version = f"bnb{bitsandbytes.__version__}-tf{transformers.__version__}"
         kind = f"{quantization}-{str(dtype).removeprefix('torch.')}"
         self.folder = cache_dir / "quantized" / f"{fingerprint[:32]}-{kind}-{version}"
@@ -55,11 +56,11 @@ class QuantizedCache:
     def load(
         self, read: Callable[[Path], Any], use: Callable[[Any], _Weights]
     ) -> _Weights | None:
-        """What ``use`` makes of what ``read`` loads from the folder; None if it is missing, or
-        damaged and therefore removed.
+        """Return ``use(read(folder))``; None if the folder is missing, or is damaged and has
+        been removed.
 
-        Both run while a thread hashes the folder, and their result is returned only if the
-        hashes match. What ``use`` raises is raised, if the folder is intact.
+        Both functions run while a thread hashes the folder, and their result is returned only
+        if the hashes match. Errors of ``use`` are raised if the folder is intact.
         """
         if not os.path.lexists(self.folder):
             return None
@@ -85,25 +86,25 @@ class QuantizedCache:
                 self.folder,
                 damage,
             )
-        with contextlib.suppress(OSError):  # then `keep` logs that it cannot write
+        with contextlib.suppress(OSError):  # in that case `keep` logs that it cannot write
             remove(self.folder)
         return None
 
     def keep(self, model: Any) -> None:
-        """Write the folder. Call this before the first forward pass, which packs 4-bit weights
-        for the CPU."""
+        """Write the folder. Call this before the first forward pass, which repacks 4-bit
+        weights for the CPU."""
         parent = self.folder.parent
         try:
             with staged(parent, "quantize-") as scratch:
                 made = scratch / "folder"
                 model.save_pretrained(made)
                 seal(made, self._made_from)
-                # Another process may have finished first: its result is as good as this one.
+                # Another process may have finished first; its result is as good as ours.
                 with contextlib.suppress(FileNotFoundError):
                     self.folder.rename(scratch / "before")
                 made.rename(self.folder)
                 sync(parent)
-        # A full disk raises OSError or an error of safetensors, depending on where it occurs.
+        # A full disk raises OSError or an error of safetensors, depending on where it happens.
         except Exception as error:
             log.warning(
                 "the 4-bit weights cannot be saved in %s; every start will quantize them "
@@ -114,11 +115,11 @@ class QuantizedCache:
 
     @contextlib.contextmanager
     def _marked(self) -> Iterator[bool]:
-        """Mark the folder while it is being loaded; yields whether it was already marked.
+        """Mark the folder while it is being loaded; yield whether it was already marked.
 
-        A leftover mark means that a load ended its process: the disk could not read a page, or
-        no check caught bad weights. Such a folder is verified before it is loaded, not while;
-        so is one that cannot be marked.
+        A leftover mark means that an earlier load ended its process: the disk could not read a
+        page, or no check caught bad weights. Such a folder is verified before it is loaded, not
+        at the same time; so is a folder that cannot be marked.
         """
         mark = self.folder.with_name(f"{self.folder.name}.loading")
         try:

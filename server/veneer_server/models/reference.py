@@ -2,8 +2,8 @@
 
 Written for readability, not for speed, and independent of the serving path: no fused
 projections, no segments, no resident adapter, no KV cache, float32 throughout. An
-adapter's A and B come from its files, verified by their digest; the base's weights come
-from its own files too, not from what was loaded (`models.source_weights`).
+adapter's A and B come from its files, verified by their digest; the base's weights also come
+from its files, not from the weights in memory (`models.source_weights`).
 
 Several adapters share a pass, since reading the base takes most of its time. Weights are
 expanded a slice at a time, to save memory.
@@ -55,14 +55,15 @@ class BaseLayer(Protocol):
 
 
 class BaseLinear(Protocol):
-    """Linears that share an input."""
+    """One or more linears that share an input."""
 
     def expanded(self) -> Iterator[Expanded]:
-        """See `models.linear.Linear.expanded`."""
+        """See `models.linear.ServedLinear.expanded`."""
 
 
 class BaseWeights(Protocol):
-    """Implemented by `SourceWeights`, and by `DecoderWeights`, the loaded ones."""
+    """The base's weights: implemented by `SourceWeights` (from files) and `DecoderWeights` (as
+    loaded)."""
 
     @property
     def config(self) -> DecoderConfig: ...
@@ -86,14 +87,16 @@ class BaseWeights(Protocol):
 def references(
     weights: BaseWeights, tokens: list[int], adapters: Sequence[AdapterSource | None]
 ) -> list[list[float] | AdapterCorrupt]:
-    """Log-probability of each token after the first, given those before it, with each adapter.
+    """Compute the log-probability of each token after the first, given the tokens before it,
+    with each adapter.
 
     Args:
-        tokens: at least one, within the vocabulary.
-        adapters: None for the base alone.
+        tokens: at least one token, all within the vocabulary.
+        adapters: the adapters; None stands for the base alone.
 
-    Returns one item for each adapter: the log-probabilities, or an error if its files do not
-    match their digest.
+    Returns:
+        One item for each adapter: the log-probabilities, or an error if its files do not match
+        their digest.
     """
     found: list[list[float] | AdapterCorrupt] = []
     opened: list[Modules] = []
@@ -127,7 +130,7 @@ def _modules(adapter: AdapterSource | None) -> Iterator[Modules]:
 
 
 class _Reference:
-    """One sequence from its first token on, computed with each of several adapters.
+    """Computes one sequence from its first token on, with each of several adapters.
 
     Arrays are [adapters, tokens, ...].
 
@@ -148,7 +151,7 @@ class _Reference:
         """[query, key]: how many tokens before the query the key is."""
 
     def hidden(self, tokens: list[int]) -> torch.Tensor:
-        """[adapters, tokens, hidden], normalized for the head."""
+        """Compute the hidden states, normalized for the head: [adapters, tokens, hidden]."""
         ids = torch.tensor(tokens, device=self._weights.device)
         hidden = self._weights.embedding[ids].float().expand(len(self._modules), -1, -1)
         for index, layer in enumerate(self._weights.layers):
@@ -191,7 +194,7 @@ class _Reference:
     def _project(
         self, linear: BaseLinear, index: int, members: tuple[Projection, ...], x: torch.Tensor
     ) -> list[torch.Tensor]:
-        """W x + scaling B (A x) of each projection that the linear holds, in order."""
+        """Return W x + scaling B (A x) for each projection that the linear holds, in order."""
         sizes = [self._config.shapes[member][0] for member in members]
         y = _multiply(x.flatten(0, 1), linear.expanded()).view(*x.shape[:2], -1)
         outputs = list(torch.split(y, sizes, dim=2))
@@ -208,7 +211,7 @@ class _Reference:
         return x / torch.sqrt(mean_square + self._config.rms_norm_eps) * weight
 
     def _rotate(self, x: torch.Tensor) -> torch.Tensor:
-        """Rotary embedding, halves convention: [adapters, tokens, heads, head_dim]."""
+        """Apply rotary embedding, halves convention, to [adapters, tokens, heads, head_dim]."""
         half = x.shape[-1] // 2
         first, second = x[..., :half], x[..., half:]
         return torch.cat(
@@ -221,7 +224,7 @@ class _Reference:
 
 
 def _multiply(x: torch.Tensor, weight: Iterable[Expanded]) -> torch.Tensor:
-    """x [tokens, in_features] times a weight, given in slices of its rows."""
+    """Multiply x [tokens, in_features] by a weight that is given in slices of its rows."""
     outputs = []
     for rows, bias in weight:
         y = x @ rows.T
@@ -235,6 +238,6 @@ def _rows_of(head: torch.Tensor) -> Iterator[Expanded]:
 
 
 def _matrix(view: TensorView, device: torch.device) -> torch.Tensor:
-    """A copy in float32: the view is valid only while the file is mapped."""
+    """Return a float32 copy of a view, which is valid only while its file is mapped."""
     stored = torch.frombuffer(view.data, dtype=_DTYPES[view.dtype]).view(view.shape)
     return stored.to(device=device, dtype=torch.float32, copy=True)

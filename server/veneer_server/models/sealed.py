@@ -1,8 +1,9 @@
 """Cached folders whose content is verified by a manifest, which is written last.
 
-``veneer_manifest.json`` lists each file with its size and SHA-256, and what the folder was made
-from. A folder without it, with missing or extra files, or with other content is not used but
-rebuilt. Files up to `SMALL` are hashed at once; weights by a thread, while they are loaded.
+``veneer_manifest.json`` lists each file with its size and SHA-256, and says what the folder was
+made from. A folder without a manifest, with missing or extra files, or with other content is
+not used but rebuilt. Files up to `SMALL` bytes are hashed immediately; larger ones, the
+weights, by a thread while they are loaded.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _FORMAT: Final = 1
 
 
 class FolderDamaged(Exception):
-    """What is wrong with a folder, in words for an operator."""
+    """A folder does not match its manifest. The message tells an operator what is wrong."""
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -45,7 +46,8 @@ def seal(folder: Path, made_from: str) -> None:
     """Write the manifest of all files in the folder, and sync everything to disk.
 
     Args:
-        made_from: tells the folder from another one that could have the same name.
+        made_from: what the folder is made from, to distinguish it from another folder that
+            could have the same name.
     """
     files = {}
     for path in sorted(folder.iterdir()):
@@ -56,7 +58,7 @@ def seal(folder: Path, made_from: str) -> None:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
         files[path.name] = _File(status.st_size, digest, status.st_mtime_ns)
-    # Outside the folder, where another process would take it for an unknown file.
+    # Outside the folder: inside it, another process would take the draft for an unknown file.
     draft = folder.with_name(f"{folder.name}.manifest-{os.getpid()}")
     manifest = _Manifest(_FORMAT, made_from, files)
     draft.write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
@@ -72,10 +74,10 @@ class Sealed:
     hashed are those that have the names now.
 
     Args:
-        ahead: start to hash them now, not in `verify`.
+        ahead: start to hash large files now, rather than in `verify`.
 
     Raises:
-        Damaged: the message says what differs.
+        FolderDamaged: the message says what differs.
     """
 
     def __init__(self, folder: Path, made_from: str, *, ahead: bool = True) -> None:
@@ -95,17 +97,18 @@ class Sealed:
 
     @property
     def unmoved(self) -> bool:
-        """Whether no file was written since it was sealed, judging by their times."""
+        """Whether no file was written since the folder was sealed, judging by the files'
+        times."""
         return all(
             os.fstat(self._open[name]).st_mtime_ns == file.mtime_ns
             for name, file in self._manifest.files.items()
         )
 
     def verify(self) -> None:
-        """Wait until everything is hashed. Only then may loaded data be used.
+        """Wait until all files are hashed and match. Only then may loaded data be used.
 
         Raises:
-            Damaged: a file does not match the manifest.
+            FolderDamaged: a file does not match the manifest, or was replaced.
         """
         for each in self._hash() if self._pending is None else self._pending:
             each.result()

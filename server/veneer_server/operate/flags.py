@@ -1,4 +1,4 @@
-"""Shared by the commands: flags made from settings, and one-line errors."""
+"""Helpers of the commands: flags made from settings, and one-line errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _Command = Callable[..., None]
 
 
 def options(*names: str) -> tuple[Option, ...]:
-    """The settings with these names."""
+    """The options with these names."""
     return tuple(option for option in OPTIONS if option.name in names)
 
 

@@ -141,16 +141,16 @@ def new_key(
 
 
 def _written(path: Path, make: Callable[[], NewKey], revoke: Callable[[str], None]) -> NewKey:
-    """Make a key and write it to a new file; on an error there is neither.
+    """Make a key and write it to a new file; on an error, remove both.
 
     Raises:
-        InvalidField: the file exists or cannot be written, or as ``make``.
+        InvalidField: the file exists or cannot be written, or ``make`` raised it.
     """
     file, made = _new_private_file(path), None
     try:
         with file:
             made = make()
-            file.write(made.key)  # no line break: others make secrets of the whole file
+            file.write(made.key)  # no line break: some tools use the whole file as a secret
     except BaseException as error:
         path.unlink(missing_ok=True)
         if made is None:
@@ -159,7 +159,7 @@ def _written(path: Path, make: Callable[[], NewKey], revoke: Callable[[str], Non
         try:
             revoke(made.id)
         except (OSError, VeneerError):  # the keys file may be on the same full disk
-            left = f"`veneer-server key revoke {made.id}` removes the key that nobody has"
+            left = f"`veneer-server key revoke {made.id}` removes the unused key"
         if isinstance(error, OSError):
             raise InvalidField(
                 f"--out {path}: {error.strerror}; {left}: free space, or choose another file",
@@ -170,7 +170,8 @@ def _written(path: Path, make: Callable[[], NewKey], revoke: Callable[[str], Non
 
 
 def _new_private_file(path: Path) -> TextIO:
-    """Raises InvalidField if it exists or cannot be made."""
+    """Create a file that only this user can read. Raises InvalidField if the file exists or
+    cannot be created."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError as error:
@@ -188,7 +189,8 @@ def _new_private_file(path: Path) -> TextIO:
 
 
 def _readers_of_output() -> str:
-    """Who else can read the file that standard output goes to; "" if nobody, or no file."""
+    """Other users who can read the file that standard output goes to, in words; "" if there are
+    none, or if it is not a file."""
     try:
         found = os.fstat(1)
     except OSError:  # closed
@@ -276,7 +278,7 @@ def _file(flags: dict[str, Any]) -> Path:
 
 
 def _limit(text: str) -> tuple[str, object]:
-    """A limit as the file has it; its name is checked with the file."""
+    """Parse a limit into the keys file's form; its name is checked with the file."""
     name, equals, value = text.partition("=")
     if not equals:
         raise InvalidField(
@@ -288,7 +290,7 @@ def _limit(text: str) -> tuple[str, object]:
 
 
 def _limits_of(key: ApiKey) -> dict[str, int]:
-    """Its own limits, the file's defaults included."""
+    """The key's own limits, including the file's defaults."""
     return {
         name: value
         for account in key.principal.accounts

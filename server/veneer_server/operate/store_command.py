@@ -22,10 +22,10 @@ _MIB = 1 << 20
 def verify(
     data_dir: Path, tell: Callable[[str], None], *, quarantine: bool, as_json: bool
 ) -> bool:
-    """Check every stored byte; True if all are intact.
+    """Check every stored byte; return True if all are intact.
 
     Args:
-        quarantine: quarantine damaged weights; needs the folder's lock.
+        quarantine: whether to quarantine damaged weights; needs the folder's lock.
 
     Raises as `upkeep.verify` and `upkeep.quarantine`.
     """
@@ -46,7 +46,7 @@ def verify_elsewhere(
     quarantine: bool,
     as_json: bool,
 ) -> bool:
-    """The same of a tenant's adapters in an object store with a catalog in PostgreSQL.
+    """As `verify`, for a tenant's adapters in an object store with a catalog in PostgreSQL.
 
     Raises as `verify_shared`, and InvalidField for ``quarantine``.
     """
@@ -157,7 +157,7 @@ def recover(data_dir: Path, tell: Callable[[str], None], *, as_json: bool) -> No
 
 
 def _tell_others(data_dir: Path, tell: Callable[[str], None]) -> None:
-    """Each tenant has a folder of its own, which was left alone."""
+    """Mention the other tenants: each has its own folder, which was not touched."""
     others = sorted(path.name for path in (data_dir / FOLDER).glob("*") if path.is_dir())
     if others:
         tell(

@@ -1,4 +1,4 @@
-"""``veneer-server tls``: a certificate for a first try."""
+"""``veneer-server tls``: creates a self-signed certificate for testing."""
 
 from __future__ import annotations
 

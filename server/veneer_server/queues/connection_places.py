@@ -1,16 +1,17 @@
-"""Which connection gives up its place when more are open than may be.
+"""Decides which connection is closed when more are open than allowed.
 
-A place belongs to who makes progress. Connections are of two kinds: callers, who have shown a
-valid key (on a server without keys: who have had a request answered well), and strangers, as
-all are at first. Each kind has a share of its own: one place in `NEWCOMERS` is kept for
-strangers, so that somebody new always gets in, and no stranger takes a caller's place.
+Connections that make progress keep their places. There are two kinds of connections: callers,
+who have shown a valid key (on a server without keys: who have had a request answered
+successfully), and strangers, as all are at first. Each kind has its own share: one place in
+`NEWCOMERS` is kept for strangers, so that newcomers always get in, and no stranger takes a
+caller's place.
 
-Callers whose requests are all being answered may have all places for a while; once they wait
-again, they give those up that are not theirs, as somebody else comes.
+Callers whose requests are all being answered may have all places for a while. Once they wait
+again and somebody else connects, they give up the places beyond their share.
 
-Within its kind a connection goes first that makes no progress (`STALLED_S`, `PROGRESS`), and
-then the least recently used one of the host or tenant that has most. One whose whole request
-is being answered never goes.
+Within its kind, a connection that makes no progress (`STALLED_S`, `PROGRESS`) is closed first,
+then the least recently used one of the host or tenant with the most connections. A connection
+whose complete request is being answered is never closed.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ STALLED_S: Final = 2.0
 """A connection stalls if it sends fewer than `PROGRESS` bytes for this long."""
 
 PROGRESS: Final = 8 << 10
-"""Bytes in `STALLED_S` that count as progress: 4 KiB a second. A byte now and then does not."""
+"""Bytes in `STALLED_S` that count as progress: 4 KiB a second. Single bytes now and then do
+not."""
 
 NEWCOMERS: Final = 8
 """One place in this many is kept for connections that have shown no valid key yet."""
@@ -34,12 +36,12 @@ NEWCOMERS: Final = 8
 
 @dataclass(slots=True, eq=False)
 class OpenConnection:
-    """One connection's.
+    """One open connection and its place.
 
     Attributes:
         host: its peer, see `host_of`.
-        whose: with whose places it is counted.
-        owner: a caller's tenant, or its host if there are no keys; None: a stranger's.
+        whose: the host or owner whose places it is counted with.
+        owner: a caller's tenant, or its host if there are no keys; None for a stranger.
         since: when it last made progress.
         sent: bytes since then.
     """
@@ -56,23 +58,23 @@ _Queues = dict[str, OrderedDict[OpenConnection, None]]
 
 
 class OpenConnections:
-    """The open connections of one port, of which some wait for their peer. Belongs to one event
-    loop."""
+    """The open connections of one port; those that wait for their peer are queued. Belongs to
+    one event loop."""
 
     def __init__(
         self, most: int, *, keyless: bool, clock: Callable[[], float] = time.monotonic
     ) -> None:
         """Args:
-        most: that should be open; the owner closes `victim` while there are more.
-        keyless: callers need no key.
-        clock: seconds.
+        most: maximum that should be open; the owner closes `victim` while there are more.
+        keyless: whether callers need no key.
+        clock: monotonic seconds.
         """
         self.most = most
         self.keyless = keyless
         self._clock = clock
         self._count = self._callers = 0
         self._of: Counter[str] = Counter()
-        """Places by host of strangers, and by owner of callers."""
+        """Number of places: of strangers by host, of callers by owner."""
         # Places that wait, by host or owner, in order of their last progress. No inner queue
         # is empty.
         self._strangers: _Queues = {}
@@ -85,10 +87,10 @@ class OpenConnections:
         return self._count
 
     def join(self, host: str, since: float | None = None) -> OpenConnection:
-        """A connection was opened; it waits for its first request.
+        """Add a connection that was opened and waits for its first request.
 
         Args:
-            since: when, at the earliest; None: now.
+            since: earliest time at which it was opened; None for now.
         """
         place = OpenConnection(host, f"host {host}", self._clock())
         self._count += 1
@@ -106,14 +108,14 @@ class OpenConnections:
         return place
 
     def leave(self, place: OpenConnection) -> None:
-        """It was closed, or is about to be."""
+        """Remove a connection that was closed, or is about to be."""
         self.busy(place)
         self._count -= 1
         self._callers -= place.owner is not None
         self._less(place.whose)
 
     def progressed(self, place: OpenConnection, size: int = PROGRESS) -> None:
-        """It has sent, or read, so many bytes."""
+        """Count bytes that a connection has sent or read."""
         place.sent += size
         if place.sent >= PROGRESS:
             place.sent, place.since = 0, self._clock()
@@ -121,7 +123,7 @@ class OpenConnections:
                 place.queue.move_to_end(place)
 
     def busy(self, place: OpenConnection) -> None:
-        """Its request is whole, and being answered."""
+        """Note that a connection's request is complete and being answered."""
         if (queue := place.queue) is None:
             return
         del queue[place]
@@ -133,11 +135,11 @@ class OpenConnections:
                         del queues[name]
 
     def waits(self, place: OpenConnection, *, asking: bool) -> None:
-        """It waits for its peer. Without keys a caller is a stranger again until its next
-        request has been answered: everybody may have half of one.
+        """Note that a connection waits for its peer. Without keys, a caller with half a request
+        is a stranger again until the request has been answered: anybody can send half of one.
 
         Args:
-            asking: for the rest of a request.
+            asking: whether it waits for the rest of a request.
         """
         if asking and self.keyless:
             self._whose_is(place, None)
@@ -147,12 +149,13 @@ class OpenConnections:
             self._wait(place, self._sending if asking else self._resting)
 
     def watches(self, place: OpenConnection) -> None:
-        """It has calls that only wait for news: it goes after others of its kind that wait."""
+        """Note that a connection's calls only wait for news: it is closed after others of its
+        kind that wait."""
         self._wait(place, self._watching if place.owner is None else self._callers_watching)
 
     def earns(self, place: OpenConnection, owner: str) -> OpenConnection | None:
-        """It is a caller's from now on. Returns the caller's place that must be given up for
-        it, if any; `leave` it."""
+        """Make a connection a caller's. Returns the caller's connection that must be closed in
+        exchange, if any; call `leave` for it."""
         if place.owner == owner:
             return None
         waiting = place.queue is not None
@@ -170,18 +173,18 @@ class OpenConnections:
 
     @property
     def crowded(self) -> bool:
-        """Whether callers have more places than are theirs."""
+        """Whether callers have more places than their share."""
         return self._callers > self.most - max(1, self.most // NEWCOMERS)
 
     def victim(
         self, delayed: Iterable[OpenConnection] = (), before: float = float("inf")
     ) -> OpenConnection | None:
-        """The place to be given up next, if any.
+        """The connection to be closed next, if any.
 
         Args:
-            delayed: strangers' whose refusal is being delayed. They go after those that make no
-                progress.
-            before: no stranger's that has made progress since then.
+            delayed: strangers whose refusal is being delayed. They are closed after strangers
+                that make no progress.
+            before: do not choose a stranger that has made progress since this time.
         """
         found = self._worst(self._strangers, self._clock() - STALLED_S)
         found = found or next(iter(delayed), None)
@@ -191,7 +194,7 @@ class OpenConnections:
         return self._worst(self._watching) or (self._of_callers(None) if self.keyless else None)
 
     def alone(self, place: OpenConnection) -> bool:
-        """Whether no other place waits that could be given up for this stranger's."""
+        """Whether no other connection waits that could be closed in favour of this stranger."""
         mine = self._strangers.get(place.host)
         others = len(self._strangers) > 1 or mine is None or len(mine) > 1 or self._watching
         callers = self._resting or self._sending or self._callers_watching
@@ -208,7 +211,7 @@ class OpenConnections:
         )
 
     def _of_callers(self, but: OpenConnection | None) -> OpenConnection | None:
-        """A caller's place. Args: but: not this one."""
+        """The caller's connection to be closed next, but not ``but``."""
         late = self._clock() - STALLED_S
         if (found := self._worst(self._sending, late)) not in (None, but):
             return found
@@ -218,8 +221,8 @@ class OpenConnections:
         )
 
     def _worst(self, queues: _Queues, before: float = float("inf")) -> OpenConnection | None:
-        """The place that made progress longest ago, of the host or owner that has most.
-        Args: before: only one that has made none since then."""
+        """The connection that made progress longest ago, of the host or owner with the most;
+        only one without progress since ``before``."""
         return self._of_most(queues.values(), before)
 
     def _of_most(
@@ -251,7 +254,7 @@ class OpenConnections:
         if place.queue is not None and place.queue is queues.get(name):
             return
         self.busy(place)
-        # From now on: it may have rested, or been answered, for an hour before.
+        # Counted from now: it may have rested, or been answered, for an hour before.
         place.since, place.sent = self._clock(), 0
         queue = queues.setdefault(name, OrderedDict())
         queue[place] = None
@@ -264,7 +267,8 @@ class OpenConnections:
 
 
 def host_of(caller: str) -> str:
-    """Who shares one share: an address of IPv4, or a /64 of IPv6, which one machine has whole.
+    """The host that a caller counts as: an IPv4 address, or an IPv6 /64, since one machine may
+    have a whole /64.
 
     Args:
         caller: ``host:port``, with or without brackets.

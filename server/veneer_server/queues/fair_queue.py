@@ -21,7 +21,7 @@ class FairQueue(Generic[K, T]):
 
     def __init__(self) -> None:
         self._queues: OrderedDict[K, deque[T]] = OrderedDict()
-        """None of the queues is empty; the first key's turn is next."""
+        """Items by key, without empty queues; the first key's turn is next."""
         self._count = 0
 
     def __len__(self) -> int:
@@ -46,8 +46,8 @@ class FairQueue(Generic[K, T]):
         return iter(self._queues)
 
     def pop(self, rank: Callable[[K], tuple[float, ...] | None] = lambda key: ()) -> T | None:
-        """The next item: of the keys with the lowest rank, that of the key whose turn is next;
-        keys with rank None are left out. None if there is no item."""
+        """Remove and return the next item: among the keys with the lowest rank, that of the key
+        whose turn is next. Keys with rank None are left out. None if there is no item."""
         found = self.pop_with_key(rank)
         return None if found is None else found[1]
 
@@ -68,7 +68,7 @@ class FairQueue(Generic[K, T]):
         return key, item
 
     def pop_last(self, key: K) -> T:
-        """The last item of a key that has some."""
+        """Remove and return the last item of a key; it must have one."""
         item = self._queues[key].pop()
         self._forget_if_empty(key)
         self._count -= 1
@@ -83,7 +83,8 @@ class FairQueue(Generic[K, T]):
             self._count -= 1
 
     def drop(self, unwanted: Callable[[T], bool]) -> None:
-        """Remove items, all at once: with many of them, one at a time takes far longer."""
+        """Remove all unwanted items at once: with many, removing them one by one takes far
+        longer."""
         for key, queue in list(self._queues.items()):
             kept = [item for item in queue if not unwanted(item)]
             if len(kept) < len(queue):
@@ -99,7 +100,7 @@ class FairQueue(Generic[K, T]):
 
 class SenderQueue(Generic[T]):
     """Items of senders, who take turns by `Sender`: first the tenant whose last turn is longest
-    ago, in it the key, and so on."""
+    ago, then the key within the tenant, and so on."""
 
     def __init__(self) -> None:
         self._queue: FairQueue[Sender, T] = FairQueue()
@@ -127,10 +128,11 @@ class SenderQueue(Generic[T]):
     def pop(
         self, may: Callable[[Sender], bool] = lambda sender: True
     ) -> tuple[Sender, T] | None:
-        """The next item and its sender, which uses the sender's turn. None if there is no item.
+        """Remove and return the next item with its sender, using the sender's turn. None if
+        there is no item.
 
         Args:
-            may: whether it can be a sender's turn.
+            may: whether a sender may have a turn.
         """
         *outer, connections = self._last
         parties: dict[tuple[str, ...], tuple[int, ...]] = {}

@@ -1,4 +1,5 @@
-"""Whose service a call counts as, and how urgent it is: see docs/security.md, "Fairness"."""
+"""The tenant and user that a call is charged to, and its priority: see docs/security.md,
+"Fairness"."""
 
 from __future__ import annotations
 
@@ -9,10 +10,10 @@ from typing import Final, NamedTuple
 
 MIN_WEIGHT: Final = 0.001
 MAX_WEIGHT: Final = 1000.0
-"""Weights of tenants."""
+"""Range of tenants' weights."""
 
 MAX_PRIORITY: Final = 100
-"""Priorities of requests are from minus this to this; lower starts earlier."""
+"""Requests' priorities range from minus this to this; lower starts earlier."""
 
 _FAIRNESS_ID: Final = (
     "x-llm-d-inference-fairness-id",
@@ -32,11 +33,11 @@ _USABLE: Final = re.compile(r"[\x21-\x7e]{1,128}")
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """What a gateway says about a call.
+    """A gateway's headers about a call.
 
     Attributes:
-        fairness_id: whom it calls for; "" if it does not say.
-        objective: name of the objective that the call has; "" if none.
+        fairness_id: the user whom it calls for; "" if it does not say.
+        objective: name of the call's objective; "" for none.
     """
 
     fairness_id: str = ""
@@ -44,14 +45,14 @@ class Routed:
 
     @classmethod
     def of_headers(cls, headers: Mapping[str, str]) -> Routed:
-        """From HTTP headers or gRPC metadata, by lower-case name. What is no name of 1 to 128
-        printable characters is ignored."""
+        """Read HTTP headers or gRPC metadata, given by lower-case name. Values that are not 1
+        to 128 printable characters are ignored."""
         return cls(_first(headers, _FAIRNESS_ID), _first(headers, _OBJECTIVE))
 
 
 @dataclass(frozen=True, slots=True)
 class FairWeights:
-    """What the keys file says about shares.
+    """The keys file's weights and priorities.
 
     Attributes:
         tenants: weights by tenant; 1 for others.
@@ -64,13 +65,13 @@ class FairWeights:
 
 @dataclass(frozen=True, slots=True)
 class Fairness:
-    """Whose service a call counts as.
+    """The tenant and user that a call is charged to.
 
     Attributes:
-        tenant: its tenant's, in proportion to the weight.
-        fairness_id: whom a gateway calls for; "" for the tenant itself.
-        weight: the tenant's.
-        priority: of requests that have none of their own.
+        tenant: the tenant; tenants share the server in proportion to their weights.
+        fairness_id: the user whom a gateway calls for; "" for the tenant itself.
+        weight: the tenant's weight.
+        priority: priority of requests that set none.
     """
 
     tenant: str = ""
@@ -80,17 +81,17 @@ class Fairness:
 
 
 class Sender(NamedTuple):
-    """Whose turn a call uses, from the outside in: tenants take turns, in each tenant its keys,
-    for each key its users, for each user the connections. Whoever opens many connections has
-    one turn.
+    """The sender whose turn a call uses, outermost part first: tenants take turns, then the
+    keys within a tenant, the users within a key, and the connections within a user. So a caller
+    that opens many connections gets no more turns.
 
     Attributes:
-        tenant: the caller's.
+        tenant: the caller's tenant.
         key: name of its key or certificate, or the subject of its token. On a server without
-            keys, the caller's host, an IPv6 network of 64 bits being one host.
-        user: the one a gateway calls for; "" if it does not say.
-        connection: the caller's; "" if ``user`` is set, since a gateway's connections carry
-            the calls of all its users.
+            keys, the caller's host; an IPv6 network of 64 bits counts as one host.
+        user: the user whom a gateway calls for; "" if it does not say.
+        connection: the caller's connection; "" if ``user`` is set, since a gateway's
+            connections carry the calls of all its users.
     """
 
     tenant: str = ""
@@ -100,7 +101,7 @@ class Sender(NamedTuple):
 
     @property
     def party(self) -> tuple[str, str, str]:
-        """The sender without the connection, which anybody can have more of."""
+        """The sender without the connection: anybody can open more connections."""
         return self[:3]
 
 
@@ -111,8 +112,8 @@ NOBODY: Final = Sender()
 def fairness_of(
     tenant: str, gateway: bool, routed: Routed, weights: FairWeights | None
 ) -> Fairness:
-    """Of a caller's call. What it says counts only if it is a gateway, else anybody could take
-    another's share."""
+    """The fairness of a caller's call. Its headers count only if the caller is a gateway:
+    otherwise anybody could take another's share."""
     weight = 1.0 if weights is None else weights.tenants.get(tenant, 1.0)
     if not gateway:
         return Fairness(tenant, weight=weight)

@@ -1,4 +1,4 @@
-"""A dict that cannot grow without bound: callers choose its keys."""
+"""A dict of bounded size, for keys that callers choose."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Delays refusals of invalid requests to hosts that send many of them.
 
 Receiving, parsing and refusing a request costs CPU time, and a client that ignores errors
-retries at once. Only these refusals are delayed: not valid requests, whoever sends them, nor
+retries at once. Only these refusals are delayed: not valid requests from the same host, nor
 refusals because the server is busy.
 """
 
@@ -31,11 +31,11 @@ MOST: Final = 512
 """Refusals that are delayed at the same time; more are sent at once."""
 
 _KNOWN: Final = 4096
-"""Most hosts that are remembered."""
+"""Maximum number of hosts that are remembered."""
 
 
 class RefusalPace:
-    """How long refusals are delayed. Belongs to one event loop."""
+    """Delays refusals. Belongs to one event loop."""
 
     def __init__(
         self, rate: float = RATE, *, clock: Callable[[], float] = time.monotonic
@@ -47,14 +47,14 @@ class RefusalPace:
         self._rate = rate
         self._clock = clock
         self._due: Recent[str, float] = Recent(_KNOWN)
-        """By host: when all its refusals are paid for, at ``rate`` per second."""
+        """By host: the time until which its refusals so far use up ``rate`` per second."""
         self._delayed: dict[str, int] = {}
         """Callers in order of arrival, and how many of their refusals are being delayed."""
         self._count = 0
         self._stopped = asyncio.Event()
 
     def charge(self, caller: str, size: int = 0) -> float:
-        """Count a refusal; returns seconds to delay it by.
+        """Count a refusal; return the seconds to delay it by.
 
         Args:
             caller: ``host:port``; the port is ignored, since a new connection costs nothing.

@@ -1,4 +1,4 @@
-"""How fast uploads are received while sequences run: receiving takes CPU time from the step."""
+"""Limits uploads while sequences run, since receiving takes CPU time from the step."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from typing import Final
 from veneer_server.system.machine import usable_cores
 
 BYTES_A_SECOND: Final = 8 << 20
-"""For each CPU that the server may use. Measured: docs/measurements/swap-and-churn.md."""
+"""Rate for each CPU that the server may use. Measured: docs/measurements/swap-and-churn.md."""
 
 _LOOK_S: Final = 0.05
-"""How often a held upload looks whether sequences still run."""
+"""Seconds between a held upload's checks whether sequences still run."""
 
 
 class UploadFlow:
-    """Limits the rate of all uploads together while sequences run; without any, they are as
-    fast as they can be. Belongs to one event loop.
+    """Limits the total rate of all uploads while sequences run; otherwise uploads are not
+    limited. Belongs to one event loop.
 
     Args:
         busy: whether sequences run.
-        rate: bytes a second; None for `BYTES_A_SECOND` of each CPU.
+        rate: bytes per second; None for `BYTES_A_SECOND` for each CPU.
     """
 
     def __init__(self, busy: Callable[[], bool], rate: float | None = None) -> None:
         self._busy = busy
         self._rate = rate or BYTES_A_SECOND * usable_cores()
         self._next = 0.0
-        """When the bytes so far have had their time."""
+        """Time until which the bytes so far use up the rate."""
 
     async def hold(self, count: int) -> float:
-        """Wait for as long as ``count`` more bytes take at the rate; returns the seconds."""
+        """Wait for as long as ``count`` more bytes take at the rate; return the seconds."""
         clock = asyncio.get_running_loop().time
         began = now = clock()
         until = self._next = max(now, self._next) + count / self._rate
@@ -39,5 +39,5 @@ class UploadFlow:
             await asyncio.sleep(min(_LOOK_S, until - now))
             now = clock()
         if now < until:
-            self._next = now  # nothing runs: nobody else is held back, either
+            self._next = now  # nothing runs, so other uploads need not wait either
         return now - began

@@ -1,1 +1,1 @@
-"""How much each caller and tenant may do, and what it has done."""
+"""Limits on each caller and tenant, and their usage."""

@@ -14,7 +14,7 @@ from veneer_server.quotas.usage import UsageBook
 
 
 class Meter:
-    """Belongs to one event loop."""
+    """Counts requests in `Quotas` and `UsageBook`. Belongs to one event loop."""
 
     def __init__(self, quotas: Quotas, book: UsageBook) -> None:
         self.quotas = quotas
@@ -23,14 +23,14 @@ class Meter:
     def request(
         self, accounts: Sequence[Account], tenant: str, samples: int, prompts: int = 1
     ) -> Metered:
-        """Count a request, until the ``with`` that it is used in ends. Raises as
+        """Count a request. Use the result in a ``with`` statement, which ends it. Raises as
         `Quotas.admit`."""
         reserved = self.quotas.admit(accounts, samples)
         return Metered(self, reserved, accounts, tenant, prompts)
 
 
 class Metered:
-    """A request that is counted. Usage has it once something has been computed for it."""
+    """A counted request. It appears in usage once something has been computed for it."""
 
     __slots__ = ("_accounts", "_gate", "_quotas", "book", "counts", "reserved", "tenant")
 
@@ -62,12 +62,12 @@ class Metered:
         self.reserved.__exit__(kind, error, trace)
 
     async def prompt(self, tokens: int, samples: int) -> Counted:
-        """A prompt has been tokenized. Returns when all of the request's prompts have been let
-        through: otherwise a request whose last one is refused would use tokens each time that
-        it is tried. Raises as `Quotas.admit`.
+        """Count a tokenized prompt. Returns when all of the request's prompts are allowed:
+        otherwise a request whose last prompt is refused would use tokens each time that it is
+        tried. Raises as `Quotas.admit`.
 
         Args:
-            samples: how many it has.
+            samples: number of answers for this prompt.
         """
         self.reserved.prompt(tokens)
         if self._gate is not None:
@@ -75,18 +75,18 @@ class Metered:
         return Counted(self, tokens, samples)
 
     def rate_headers(self) -> tuple[tuple[str, str], ...]:
-        """What is left of its caller's limits."""
+        """Headers with the caller's remaining limits."""
         return rate_headers(self._quotas, self._accounts)
 
 
 class Counted:
-    """One prompt of a request, and its answers. What is computed counts when it is done,
-    whether or not the caller is still there; nothing counts twice."""
+    """One prompt of a request, and its answers. Computed tokens count at once, even if the
+    caller has left; nothing counts twice."""
 
     __slots__ = ("_computed", "_left", "_of", "_prompt", "_samples")
 
     def __init__(self, of: Metered, prompt: int, samples: int) -> None:
-        """Args: prompt: its tokens."""
+        """Args: prompt: number of tokens in the prompt."""
         self._of = of
         self._prompt = prompt
         self._samples = samples
@@ -94,12 +94,17 @@ class Counted:
         self._left = False
 
     def left(self) -> None:
-        """The caller has left, before the end of the answers."""
+        """Note that the caller has left before the end of the answers."""
         self._left = True
 
     def prefilled(self, tokens: int, cached: int) -> None:
-        """So many leading tokens are computed; the prefix cache had ``cached`` of them. Less
-        than before after a preemption: what is computed again is not counted again."""
+        """Count computed tokens.
+
+        Args:
+            tokens: leading tokens of the prompt that are computed so far. Fewer than before
+                after a preemption; recomputed tokens are not counted again.
+            cached: how many of them the prefix cache had.
+        """
         more = tokens - self._computed
         if more <= 0:
             return
@@ -112,23 +117,23 @@ class Counted:
         of.book.touch(of.tenant)
 
     def first_output(self, cached: int) -> None:
-        """The first output for the prompt has come."""
+        """Note the first output for the prompt."""
         self.prefilled(self._prompt, cached)
         self._of.reserved.first_output(self._samples)
 
     def generated(self, tokens: int) -> None:
-        """New tokens have come."""
+        """Count new tokens of an answer."""
         of = self._of
         of.reserved.generated(tokens)
         of.counts.generated_tokens += tokens
         of.book.touch(of.tenant)
 
     def unread(self, tokens: int) -> None:
-        """New tokens have come that nobody reads: the caller has left, or they are past a stop
-        string, and not part of the answer."""
+        """Count new tokens that nobody reads if the caller has left. Otherwise they come after
+        a stop string, are not part of the answer, and do not count."""
         if self._left:
             self.generated(tokens)
 
     def rate_headers(self) -> tuple[tuple[str, str], ...]:
-        """What is left of its caller's limits."""
+        """Headers with the caller's remaining limits."""
         return self._of.rate_headers()

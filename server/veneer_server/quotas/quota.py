@@ -20,7 +20,7 @@ class QuotaInvalid(ValueError):
     """A limit is not valid; the text completes a sentence that begins with its name.
 
     Attributes:
-        name: of the limit; empty if the whole table is wrong.
+        name: name of the limit; empty if the whole table is wrong.
     """
 
     def __init__(self, name: str, why: str) -> None:
@@ -30,16 +30,16 @@ class QuotaInvalid(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """What somebody may do; None for a limit that is not set.
+    """Limits of an account; None for a limit that is not set.
 
     Attributes:
         requests_per_minute: generate requests.
-        tokens_per_minute: of prompts and answers.
+        tokens_per_minute: tokens of prompts and answers.
         running_requests: samples of requests that run or wait at the same time.
-        waiting_requests: those of them that wait for their first token.
-        adapters: names that its tenant stores.
-        adapter_bytes: of all revisions that its tenant stores.
-        upload_bytes_per_day: sent in a calendar day (UTC).
+        waiting_requests: samples of requests that wait for their first token.
+        adapters: adapter names that the tenant stores.
+        adapter_bytes: bytes of all revisions that the tenant stores.
+        upload_bytes_per_day: bytes sent in a calendar day (UTC).
     """
 
     requests_per_minute: int | None = None
@@ -64,11 +64,11 @@ _NAMES: Final = tuple(field.name for field in fields(Quota))
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """Whose limits they are.
+    """A caller or tenant with limits.
 
     Attributes:
         id: ``key:ID``, ``certificate:NAME``, ``token:TENANT/SUBJECT`` or ``tenant:NAME``.
-            What has been used is counted under it.
+            Usage is counted under it.
     """
 
     id: str
@@ -76,13 +76,13 @@ class Account:
 
 
 def parse_quota(given: object, defaults: Quota = UNLIMITED) -> Quota:
-    """The limits of a table.
+    """Parse the limits of a table.
 
     Args:
-        defaults: of names that are not given.
+        defaults: limits for names that are not given.
 
     Raises:
-        QuotaInvalid: a name is unknown, or a value not allowed.
+        QuotaInvalid: a name is unknown, or a value is not allowed.
     """
     if not isinstance(given, Mapping):
         raise QuotaInvalid("", f"must be a table, such as {{{_NAMES[0]} = 60}}")

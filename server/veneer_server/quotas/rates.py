@@ -1,13 +1,13 @@
-"""Limits on generate requests: how many a minute, how many tokens, how many at once.
+"""Limits on generate requests: requests per minute, tokens per minute, and requests at once.
 
 Requests and tokens are counted in token buckets, as OpenAI counts them: a bucket holds as much
 as the limit and is refilled evenly, so that it is full again a minute after it was empty. In
 any T seconds at most ``limit * (1 + T / 60)`` are let through: twice the limit in a minute
 that begins with a full bucket, the limit itself in the long run.
 
-A prompt's tokens are taken when it has been tokenized, those of an answer as they come. So an
-answer that has begun goes on to its end, and the next request waits until the bucket has been
-refilled. Tokens from the prefix cache count like others.
+A prompt's tokens are taken when it has been tokenized, an answer's tokens as they are
+generated. So an answer that has begun always finishes, and the next request waits until the
+bucket has been refilled. Tokens from the prefix cache count like others.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from veneer_registry.errors import QuotaExceeded, RateLimitExceeded, VeneerError
 from veneer_server.quotas.quota import Account
 
 MAX_ACCOUNTS: Final = 32_768
-"""Accounts whose use is remembered: more than a keys file can list. Of others (subjects of
-tokens) the one that was used least recently starts anew."""
+"""Maximum number of accounts whose use is remembered: more than a keys file can list. If there
+are more (subjects of tokens), the least recently used ones are forgotten."""
 
 _MINUTE_S: Final = 60.0
 _BUSY_RETRY_S: Final = 1.0
 
 
 class Bucket:
-    """What has been used of a limit, and not been refilled yet. Knows no limit: that may
-    change at any time."""
+    """A token bucket: the amount that was used and has not been refilled yet. The limit is an
+    argument of each method, since it may change at any time."""
 
     __slots__ = ("_at", "_used")
 
@@ -41,25 +41,25 @@ class Bucket:
         self._used, self._at = 0.0, now
 
     def used(self, limit: int, now: float) -> float:
-        """How much is missing from a full bucket."""
+        """The amount missing from a full bucket."""
         refilled = (now - self._at) * limit / _MINUTE_S
         self._used = max(0.0, self._used - refilled)
         self._at = now
         return self._used
 
     def take(self, count: int, limit: int, now: float) -> None:
-        """Take ``count``, even if the bucket is overdrawn by that."""
+        """Take ``count``, even if that overdraws the bucket."""
         self._used = self.used(limit, now) + count
 
     def give_back(self, count: int, limit: int, taken: float, now: float) -> None:
-        """Undo a `take` at the time ``taken``. What has been refilled since then is not given
+        """Undo a `take` made at the time ``taken``. The amount refilled since then is not given
         back: otherwise more than the limit could be taken at once."""
         rest = count - (now - taken) * limit / _MINUTE_S
         self._used = max(0.0, self.used(limit, now) - max(0.0, rest))
 
 
 class _Use:
-    """What an account has used, and what it is doing."""
+    """An account's use of its limits, and its requests in progress."""
 
     __slots__ = ("requests", "running", "tokens", "waiting")
 
@@ -69,11 +69,11 @@ class _Use:
 
 
 class Quotas:
-    """What all accounts have used. Belongs to one event loop: between a check and what it
-    lets through nothing else runs."""
+    """The use of all accounts. Belongs to one event loop: nothing else runs between a check and
+    the counting of the request."""
 
     def __init__(self, clock: Callable[[], float] | None = None) -> None:
-        """Args: clock: seconds; not the time of day, which may be set."""
+        """Args: clock: monotonic seconds, by default `time.monotonic`."""
         self._clock = clock or monotonic
         self._uses: OrderedDict[str, _Use] = OrderedDict()
 
@@ -83,15 +83,15 @@ class Quotas:
         return len(self._uses)
 
     def admit(self, accounts: Sequence[Account], samples: int = 1) -> Reservation:
-        """Count a request; to be used in a ``with``, which ends it.
+        """Count a request. Use the result in a ``with`` statement, which ends it.
 
         Args:
-            accounts: all of these must allow it.
-            samples: answers that it asks for, of all its prompts.
+            accounts: all of these must allow the request.
+            samples: number of answers that it asks for, over all its prompts.
 
         Raises:
-            RateLimitExceeded: it can be let through later.
-            QuotaExceeded: it asks for more than an account may ever have.
+            RateLimitExceeded: the request may succeed later.
+            QuotaExceeded: it asks for more than an account may ever use.
         """
         now = self._clock() if accounts else 0.0
         held = [(account, self._use(account, now)) for account in accounts]
@@ -105,8 +105,9 @@ class Quotas:
         return Reservation(self, held, samples, now)
 
     def left(self, accounts: Sequence[Account]) -> dict[str, tuple[int, int, float]]:
-        """Limit, rest and seconds until all of it is there again, of ``requests`` and
-        ``tokens``: of the account that has least left, where one has such a limit."""
+        """Limit, remaining amount, and seconds until the bucket is full again, by ``requests``
+        and ``tokens``. Each is of the account with the least remaining, and is left out if no
+        account has such a limit."""
         found: dict[str, tuple[int, int, float]] = {}
         if not accounts:
             return found
@@ -132,9 +133,10 @@ class Quotas:
     def check_prompt(
         self, held: Sequence[tuple[Account, _Use]], count: int, others: int
     ) -> None:
-        """Raises as `admit` unless a prompt's tokens are left.
+        """Check that the limits allow a prompt's tokens. Raises as `admit`.
 
         Args:
+            count: tokens of the prompt.
             others: tokens that the request's other prompts have taken.
         """
         now = self._clock()
@@ -193,8 +195,8 @@ class Quotas:
         return use
 
     def _forget(self) -> None:
-        """Drop what was used least recently; not what is running, of which there can only be
-        as much as the server has places."""
+        """Drop the least recently used accounts, but keep those with running requests; the
+        server's places bound their number."""
         over = len(self._uses) - MAX_ACCOUNTS
         for _ in range(max(0, over)):
             id, use = next(iter(self._uses.items()))
@@ -205,8 +207,9 @@ class Quotas:
 
 
 class Reservation:
-    """What a request has taken. If it is refused or fails before its first output, what was not
-    computed is given back; a caller that leaves gets nothing back."""
+    """A request's share of its accounts' limits. If the request is refused or fails before its
+    first output, the part that was not computed is given back; a caller that leaves gets
+    nothing back."""
 
     __slots__ = (
         "_computed",
@@ -222,7 +225,7 @@ class Reservation:
     def __init__(
         self, quotas: Quotas, held: Sequence[tuple[Account, _Use]], samples: int, taken: float
     ) -> None:
-        """Args: taken: when, by the clock of ``quotas``."""
+        """Args: taken: time of the reservation by the clock of ``quotas``."""
         self.begun = False
         """Whether there was any output."""
         self._quotas = quotas
@@ -248,7 +251,7 @@ class Reservation:
 
     @property
     def counts_tokens(self) -> bool:
-        """Whether tokens are limited."""
+        """Whether an account limits tokens."""
         return any(account.quota.tokens_per_minute for account, _ in self._held)
 
     def prompt(self, tokens: int) -> None:
@@ -259,14 +262,13 @@ class Reservation:
             self._prompts += tokens
 
     def computed(self, tokens: int) -> bool:
-        """So many more tokens of the request's prompts are computed. Returns whether they are
-        the first."""
+        """Count computed tokens of the request's prompts; return whether they are the first."""
         first = not self._computed
         self._computed += tokens
         return first
 
     def first_output(self, samples: int) -> None:
-        """One of the request's prompts, with its samples, waits no longer."""
+        """Note the first output for one of the prompts: its samples no longer wait."""
         for _, use in self._held:
             use.waiting -= samples
         self._waiting -= samples
@@ -296,7 +298,7 @@ class Reservation:
 def _later(
     account: Account, name: str, limit: int, used: float, count: int
 ) -> RateLimitExceeded:
-    # Rounded up, so that a client that waits as told is not refused again.
+    # Rounded up, so that a client that waits this long is not refused again.
     wait_s = math.ceil((used + count - limit) * _MINUTE_S / limit * 1000) / 1000
     what = name.partition("_")[0]
     asked = f"; this one needs {count}" if count > 1 else ""

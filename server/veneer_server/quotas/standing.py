@@ -1,4 +1,4 @@
-"""What is left of a caller's limits, in the headers that OpenAI's clients know."""
+"""A caller's remaining limits, as the headers that OpenAI's clients know."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from veneer_server.quotas.rates import Quotas
 
 
 def rate_headers(quotas: Quotas, accounts: Sequence[Account]) -> tuple[tuple[str, str], ...]:
-    """``x-ratelimit-{limit,remaining,reset}-{requests,tokens}``: HTTP headers, or gRPC
-    metadata. Empty where there is no limit by the minute."""
+    """``x-ratelimit-{limit,remaining,reset}-{requests,tokens}``, as HTTP headers or gRPC
+    metadata. Empty if no account has a limit per minute."""
     return tuple(
         (f"x-ratelimit-{kind}-{name}", value)
         for name, (limit, rest, reset_s) in quotas.left(accounts).items()
@@ -24,7 +24,8 @@ def rate_headers(quotas: Quotas, accounts: Sequence[Account]) -> tuple[tuple[str
 
 
 def duration(seconds: float) -> str:
-    """As OpenAI writes it: ``12ms``, ``8.64s``, ``6m0s``, ``1h0m0s``; rounded up to ms."""
+    """Format a duration as OpenAI does: ``12ms``, ``8.64s``, ``6m0s``, ``1h0m0s``; rounded up
+    to ms."""
     milliseconds = math.ceil(seconds * 1000)
     if 0 < milliseconds < 1000:
         return f"{milliseconds}ms"

@@ -1,4 +1,4 @@
-"""How much tenants store, as limits and usage need it."""
+"""The interface through which limits and usage learn how much tenants store."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from veneer_registry.records import UploadRequest
 
 
 class TenantStorage(NamedTuple):
-    """Attributes:
-    adapters: names.
-    bytes: of all revisions that are kept; content that several share counts once.
+    """An amount of stored adapters.
+
+    Attributes:
+        adapters: number of names.
+        bytes: bytes of all revisions that are kept; shared content counts once.
     """
 
     adapters: int
@@ -19,16 +21,16 @@ class TenantStorage(NamedTuple):
 
 
 class Stores(Protocol):
-    """What tenants store. Called in threads."""
+    """The adapters that tenants store. Called in worker threads."""
 
     def tenants(self) -> Sequence[str]:
-        """Those that may store something."""
+        """The tenants that may store something."""
 
     def stored(self, tenant: str) -> TenantStorage:
-        """What a tenant stores."""
+        """The amount that a tenant stores."""
 
     def adds(self, tenant: str, request: UploadRequest) -> TenantStorage:
-        """What it would store beyond that, were an upload published."""
+        """The amount that publishing an upload would add."""
 
     def there(self, tenant: str, request: UploadRequest) -> int:
-        """Bytes that a resumed upload need not send. Raises as `Registry.committed`."""
+        """Bytes that a resumed upload need not send again. Raises as `Registry.committed`."""

@@ -1,4 +1,4 @@
-"""Limits on uploads: adapters and bytes that a tenant stores, and bytes sent in a day."""
+"""Limits on uploads: adapters and bytes that a tenant stores, and bytes sent per day."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _NOTHING: Final = TenantStorage(0, 0)
 
 
 class UploadQuotas:
-    """What uploads that run have reserved. Belongs to one event loop."""
+    """The reservations of running uploads. Belongs to one event loop."""
 
     def __init__(self, stores: Stores, book: UsageBook) -> None:
         self._stores = stores
         self._book = book
         self._adapters: Counter[str] = Counter()
         self._bytes: Counter[str] = Counter()
-        """By tenant: what running uploads may add."""
+        """Bytes that running uploads may add, by tenant; `_adapters` has the adapters."""
         self._sending: Counter[str] = Counter()
-        """By account: what running uploads have still to send."""
+        """Bytes that running uploads still have to send, by account."""
         self._ended = 0
         """Uploads that have ended so far."""
 
@@ -40,15 +40,15 @@ class UploadQuotas:
         publish: bool,
         resume: bool,
     ) -> UploadReservation:
-        """Reserve what an upload may need; `UploadReservation.close` ends that.
+        """Reserve what an upload may need; `UploadReservation.close` ends the reservation.
 
         Args:
-            accounts: all of these must allow it.
-            publish: whether it is to be stored.
-            resume: whether what is there already need not be sent.
+            accounts: all of these must allow the upload.
+            publish: whether it will be stored.
+            resume: whether bytes that the server already has need not be sent.
 
         Raises:
-            QuotaExceeded: it does not fit; with a time if it will tomorrow.
+            QuotaExceeded: it exceeds a limit; with a retry-after if it will fit tomorrow.
         """
         by_day = [a for a in accounts if a.quota.upload_bytes_per_day is not None]
         by_store = [
@@ -62,7 +62,7 @@ class UploadQuotas:
         stored = adds = _NOTHING
         if publish and by_store:
             stored, adds = await self._look(tenant, request)
-        # From here to the end nothing else runs.
+        # No other task runs from here to the end: there is no await.
         for account in by_store if publish else ():
             self._check_stored(account, tenant, stored, adds)
         for account in by_day:
@@ -76,7 +76,7 @@ class UploadQuotas:
     async def _look(
         self, tenant: str, request: UploadRequest
     ) -> tuple[TenantStorage, TenantStorage]:
-        """What is stored, and what the upload adds."""
+        """Return what is stored, and what the upload adds."""
 
         def look() -> tuple[TenantStorage, TenantStorage]:
             return self._stores.stored(tenant), self._stores.adds(tenant, request)
@@ -86,8 +86,8 @@ class UploadQuotas:
             found = await asyncio.to_thread(look)
             if self._ended == ended:
                 return found
-            # One that has ended is no longer reserved, and may not have been stored yet when
-            # we looked.
+            # Look again: an upload that ended meanwhile is no longer reserved, and may not have
+            # been stored yet when we looked.
 
     def _check_stored(
         self, account: Account, tenant: str, stored: TenantStorage, adds: TenantStorage
@@ -142,7 +142,7 @@ class UploadQuotas:
         )
 
     def received(self, accounts: Sequence[str], size: int, reserved: int) -> None:
-        """Count bytes that have arrived, of which so many were reserved."""
+        """Count bytes that have arrived; ``reserved`` of them were reserved."""
         for account in accounts:
             self._book.upload(account, size)
             self._sending[account] -= reserved
@@ -150,7 +150,7 @@ class UploadQuotas:
     def release(
         self, tenant: str, adds: TenantStorage, accounts: Sequence[str], rest: int
     ) -> None:
-        """Give back what an upload has reserved and not used."""
+        """Give back an upload's reservation; ``rest`` is its number of unsent bytes."""
         self._ended += 1
         for counter, key, count in (
             (self._adapters, tenant, adds.adapters),
@@ -163,7 +163,7 @@ class UploadQuotas:
 
 
 class UploadReservation:
-    """What an upload may still use."""
+    """An upload's reservation in `UploadQuotas`."""
 
     def __init__(
         self,
@@ -173,7 +173,7 @@ class UploadReservation:
         accounts: Sequence[str],
         sending: int,
     ) -> None:
-        """Args: accounts: those whose sent bytes are counted."""
+        """Args: accounts: ids of the accounts whose sent bytes are counted."""
         self._quotas = quotas
         self._tenant = tenant
         self._adds = adds
@@ -181,12 +181,12 @@ class UploadReservation:
         self._rest = sending
 
     def received(self, size: int) -> None:
-        """Bytes have arrived; they count, whatever becomes of the upload."""
+        """Count arrived bytes; they count even if the upload fails."""
         if self._accounts:
             reserved = min(size, self._rest)
             self._quotas.received(self._accounts, size, reserved)
             self._rest -= reserved
 
     def close(self) -> None:
-        """The upload has ended: what it stored is in the store."""
+        """End the reservation: anything that the upload stored is in the store by now."""
         self._quotas.release(self._tenant, self._adds, self._accounts, self._rest)

@@ -1,7 +1,7 @@
-"""What each tenant has used, counted in memory and committed every few seconds.
+"""Usage of each tenant, counted in memory and committed every few seconds.
 
-Counts only grow. A server that is killed loses those of the last `COMMIT_S` seconds, and
-`MEASURE_S` of stored bytes; none is counted twice.
+Counts only grow. A killed server loses the counts of the last `COMMIT_S` seconds, and those of
+stored bytes since the last measurement (`MEASURE_S`); nothing is counted twice.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from veneer_server.quotas.usage_store import HOUR_S, MAX_DAYS, Batch, UsageCount
 COMMIT_S: Final = 5.0
 """Seconds from a count to its commit."""
 MEASURE_S: Final = 60.0
-"""Seconds between two looks at how much tenants store."""
+"""Seconds between measurements of how much tenants store."""
 DAY_S: Final = 86400
 
 _log = get_logger(__name__)
@@ -34,10 +34,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class PeriodUsage:
-    """What was used in a period.
+    """Usage in a period.
 
     Attributes:
-        start, end: of the period, in Unix seconds.
+        counts: counts by tenant.
+        start, end: the period, in Unix seconds.
     """
 
     counts: Mapping[str, UsageCounts]
@@ -46,11 +47,12 @@ class PeriodUsage:
 
 
 class UsageBook:
-    """Belongs to one event loop; `totals` and `stored` may be read by others.
+    """Counts the usage of tenants. Belongs to one event loop; other threads may read `totals`
+    and `stored`.
 
     Attributes:
-        totals: what tenants have used since the server's start.
-        stored: bytes that tenants stored when that was last measured.
+        totals: each tenant's usage since the server's start.
+        stored: bytes that each tenant stored at the last measurement.
     """
 
     def __init__(
@@ -62,8 +64,8 @@ class UsageBook:
         measure_s: float = MEASURE_S,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """Args: clock: Unix seconds. It may be set at any time; that changes only the hour or
-        day under which something is counted."""
+        """Args: clock: Unix seconds. The clock may be set at any time; that changes only the
+        hour or day under which usage is counted."""
         self.totals: defaultdict[str, UsageCounts] = defaultdict(UsageCounts)
         self.stored: dict[str, int] = {}
         self._store = store
@@ -72,17 +74,17 @@ class UsageBook:
         self._measure_s = measure_s
         self._clock = clock
         self._kept: defaultdict[str, UsageCounts] = defaultdict(UsageCounts)
-        """Of the totals, what is in the store or in the batch that waits."""
+        """The part of the totals that is in the store or in the waiting batch."""
         self._changed: set[str] = set()
         self._uploaded = store.uploaded()
         self._uploaded_changed: set[tuple[int, str]] = set()
         self._upload_day = -1
-        """That of the last upload."""
+        """Day of the last upload."""
         self._number = store.batch
         self._waits: Batch | None = None
-        """What is being written, or could not be."""
+        """The batch that is being written, or could not be written yet."""
         self._turn = asyncio.Lock()
-        # One thread: a caller that leaves does not end what the store is doing for it.
+        # One thread of its own: the store finishes its work even if the caller leaves.
         self._thread = ThreadPoolExecutor(1, "usage")
         self._timer: asyncio.TimerHandle | None = None
         self._commits: set[asyncio.Task[None]] = set()
@@ -93,11 +95,11 @@ class UsageBook:
     # ------------------------------------------------------------------- counting
 
     def of(self, tenant: str) -> UsageCounts:
-        """A tenant's counts, to be added to; then call `touch`."""
+        """A tenant's counts. Add to them, then call `touch`."""
         return self.totals[tenant]
 
     def touch(self, tenant: str) -> None:
-        """A tenant's counts have changed."""
+        """Note that a tenant's counts have changed."""
         self._changed.add(tenant)
         if self._timer is None:
             self._schedule()
@@ -107,7 +109,7 @@ class UsageBook:
         return self._uploaded.get((self._day(), account), 0)
 
     def upload(self, account: str, size: int) -> None:
-        """An account has uploaded so many bytes more."""
+        """Count bytes that an account has uploaded."""
         key = (day := self._day(), account)
         if day != self._upload_day:
             self._forget_days(day)
@@ -117,7 +119,7 @@ class UsageBook:
             self._schedule()
 
     def _forget_days(self, now: int) -> None:
-        """Keep no more days than the store does."""
+        """Forget older days, as the store does."""
         self._upload_day = now
         days = sorted({day for day, _ in self._uploaded} | {now})
         for key in [key for key in self._uploaded if key[0] in days[:-MAX_DAYS]]:
@@ -138,12 +140,12 @@ class UsageBook:
     # ------------------------------------------------------------------ life
 
     async def start(self) -> None:
-        """Begin to measure what is stored."""
+        """Begin to measure stored bytes."""
         await self._measure()
         self._measuring = asyncio.create_task(self._keep_measuring())
 
     async def stop(self) -> None:
-        """Commit everything, and close the store. No call may count any more."""
+        """Commit everything, and close the store. Nothing may be counted after this."""
         self._stopped = True
         if self._timer is not None:
             self._timer.cancel()
@@ -157,7 +159,7 @@ class UsageBook:
         self._thread.shutdown()
 
     async def commit(self) -> None:
-        """Write what has been counted so far. If the disk refuses, it is tried again later."""
+        """Write the counts so far. On a disk error, try again later."""
         async with self._turn:
             while self._waits is not None or self._changed or self._uploaded_changed:
                 if self._waits is None:
@@ -175,15 +177,15 @@ class UsageBook:
     async def report(
         self, tenant: str | None, start: float | None, end: float | None
     ) -> PeriodUsage:
-        """What was used in a period of whole hours (UTC), what is not committed yet included.
+        """Return the usage in a period of whole hours (UTC), including uncommitted counts.
 
         Args:
             tenant: None for all.
-            start, end: Unix seconds, rounded down to the hour, so that periods that follow each
-                other count everything once; None for since ever and until now.
+            start, end: Unix seconds, rounded down to the hour, so that consecutive periods
+                count everything once; None for the first count, and for now.
 
         Raises:
-            InvalidField: the period is empty, or began before the hours that are kept.
+            InvalidField: the period is empty, or begins before the first hour that is kept.
         """
         now = self._clock()
         first = None if start is None else max(0, int(start // HOUR_S))
@@ -255,7 +257,7 @@ class UsageBook:
             await self._measure()
 
     async def _measure(self) -> None:
-        """Charge what was stored since the last look, by what is stored now."""
+        """Measure stored bytes, and count them for the time since the last measurement."""
         try:
             found = await self._in_thread(self._look)
         except Exception as error:  # disk errors must not end the loop

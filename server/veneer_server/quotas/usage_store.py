@@ -1,4 +1,4 @@
-"""Usage by tenant and hour, in SQLite: what one bills by must survive the server."""
+"""Usage by tenant and hour, in SQLite: figures for billing must survive a restart."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from veneer_registry.errors import CatalogDamaged, FailedPrecondition
 from veneer_server.logs import get_logger
 
 MAX_HOURS: Final = 2400
-"""Hours for which usage is kept by the hour; what was before is kept as one sum. They are
-hours in which something was used, so that a clock that is set wrongly drops none."""
+"""Number of hours that are kept one by one; older hours are kept as one sum. Only hours with
+usage count, so that a wrong clock drops none."""
 
 MAX_DAYS: Final = 7
-"""Days for which uploaded bytes are kept."""
+"""Number of days for which uploaded bytes are kept."""
 
 HOUR_S: Final = 3600
 _BEFORE: Final = -1
@@ -33,10 +33,10 @@ _log = get_logger(__name__)
 
 @dataclass(slots=True)
 class UsageCounts:
-    """What a tenant has used.
+    """A tenant's usage.
 
     Attributes:
-        cached_prompt_tokens: those of the prompt tokens that the prefix cache had.
+        cached_prompt_tokens: the part of the prompt tokens that the prefix cache had.
         adapter_byte_hours: bytes of stored adapters, times hours.
     """
 
@@ -89,9 +89,9 @@ class Batch(NamedTuple):
     """Changes that are written together, once.
 
     Attributes:
-        number: the next one after that of the last batch.
-        added: by tenant, to be added to the hour's counts.
-        uploaded: bytes by day and account so far; these replace what is there.
+        number: the last batch's number, plus 1.
+        added: counts to add to the hour's counts, by tenant.
+        uploaded: total bytes so far by day and account; these replace the stored values.
     """
 
     number: int
@@ -101,11 +101,12 @@ class Batch(NamedTuple):
 
 
 class UsageFound(NamedTuple):
-    """An answer of `UsageStore.report`.
+    """The result of `UsageStore.report`.
 
     Attributes:
-        batch: number of the last batch that is in it.
-        oldest: the first hour that is kept by the hour, if older ones are not; else None.
+        batch: number of the last batch that the counts include.
+        oldest: the first hour that is kept by itself, if older ones have been summed; else
+            None.
     """
 
     counts: dict[str, UsageCounts]
@@ -114,14 +115,14 @@ class UsageFound(NamedTuple):
 
 
 class UsageStore:
-    """The database at ``path``. One thread at a time."""
+    """The usage database. May be used by one thread at a time."""
 
     def __init__(self, path: Path) -> None:
-        """Open or make the database. One that is damaged is moved aside, and a new one begun.
+        """Open or create the database. A damaged one is moved aside and replaced by a new one.
 
         Raises:
-            FailedPrecondition: it is from a newer Veneer.
-            DiskFull, DiskFailed: it cannot be opened.
+            FailedPrecondition: the database is from a newer Veneer.
+            DiskFull, DiskFailed: the database cannot be opened.
         """
         self._path = path
         try:
@@ -135,7 +136,7 @@ class UsageStore:
         """The hour of the last batch."""
 
     def write(self, batch: Batch) -> None:
-        """Write a batch, unless that has been done. Raises DiskFull, DiskFailed."""
+        """Write a batch unless it has been written already. Raises DiskFull, DiskFailed."""
         with database_errors(self._path), self._transaction():
             ((last,),) = self._db.execute("SELECT batch FROM facts")
             if last >= batch.number:
@@ -155,11 +156,12 @@ class UsageStore:
         self._hour = batch.hour
 
     def report(self, tenant: str | None, start: int | None, end: int) -> UsageFound:
-        """Counts by tenant.
+        """Return the counts by tenant.
 
         Args:
             tenant: None for all.
-            start, end: hours; of these, ``end`` is not included. None for all before.
+            start, end: hours since 1970, ``end`` excluded; ``start`` None for all before
+                ``end``.
         """
         where, values = "hour < ?", [end]
         if start is not None:
@@ -184,7 +186,7 @@ class UsageStore:
         """Uploaded bytes by day and account."""
         with database_errors(self._path):
             rows = self._db.execute("SELECT day, account, bytes FROM uploaded").fetchall()
-        # A bit that flipped may have made another type of one.
+        # A flipped bit may have changed a value's type.
         return {
             (day, account): size
             for day, account, size in rows

@@ -1,1 +1,1 @@
-"""What a registry tells its followers, and what it knows of them."""
+"""A registry's feed of changes to its followers, and its record of the followers."""

@@ -1,8 +1,8 @@
-"""The changes of all tenants' registries in one numbered row, for followers.
+"""The changes of all tenants' registries in one numbered sequence, for followers.
 
-Numbers begin anew with each run of the server, which has an id of its own: a restored backup
-takes a restart, so followers notice it by the run. Rejected: the catalog's own change numbers,
-which a restored backup uses again for other changes, and which each tenant counts apart.
+Numbers start again with each run of the server, and each run has an id: restoring a backup
+needs a restart, so followers notice it by the new id. Rejected: the catalog's own change
+numbers, since a restored backup reuses them for other changes, and each tenant has its own.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ KEPT: Final = 4096
 
 
 class FeedSource(Protocol):
-    """What followers mirror: see `veneer_registry.replicating`."""
+    """A registry that followers mirror: see `veneer_registry.replicating`."""
 
     def follow(self, changed: Callable[[str, Entry | None], None]) -> Mapping[str, Entry]: ...
 
@@ -51,7 +51,7 @@ class FeedSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FeedChange:
-    """One change: a name's entry (None: it is gone), and its number."""
+    """One change: a name's new entry (None if the name is gone), and the change's number."""
 
     sequence: int
     key: Key
@@ -59,7 +59,7 @@ class FeedChange:
 
 
 class Feed:
-    """Belongs to one event loop.
+    """The numbered changes of this run. Belongs to one event loop.
 
     Attributes:
         run: id of this run.
@@ -79,16 +79,16 @@ class Feed:
     def add(
         self, tenant: str, registry: FeedSource, schedule: Callable[..., object] | None = None
     ) -> None:
-        """Follow a registry that has just been opened.
+        """Add the changes of a registry that has just been opened.
 
         Args:
-            schedule: makes a call in the event loop's thread; None for the running loop's own.
+            schedule: schedules a call in the event loop's thread; None uses the running loop.
         """
         in_loop = schedule or asyncio.get_running_loop().call_soon_threadsafe
 
         def changed(name: str, entry: Entry | None) -> None:
-            # Called in the thread of the change, before the change is acknowledged: so an
-            # acknowledged change has a number.
+            # Called in the thread that makes the change, before it acknowledges the change: so
+            # each acknowledged change has a number.
             in_loop(self._note, (tenant, name), entry)
 
         self._registries[tenant] = registry
@@ -98,7 +98,7 @@ class Feed:
     def _note(self, key: Key, entry: Entry | None) -> None:
         before = self._entries.get(key)
         if before == entry:
-            return  # it was in the entries when following began
+            return  # already in the entries that `follow` returned
         self._checksum = add_mark(self._checksum, mark_of(key, before), mark_of(key, entry))
         if entry is None:
             del self._entries[key]
@@ -111,7 +111,7 @@ class Feed:
     # ------------------------------------------------------------------- followers
 
     def heartbeat(self) -> Heartbeat:
-        """Where the row ends now."""
+        """The last number, and the checksum of all names there."""
         return Heartbeat(self.sequence, self._checksum)
 
     def snapshot(self) -> tuple[Heartbeat, dict[Key, Entry]]:
@@ -119,7 +119,8 @@ class Feed:
         return self.heartbeat(), dict(self._entries)
 
     def after(self, run: str, sequence: int) -> tuple[FeedChange, ...] | None:
-        """The changes after a number of a run; None if they are not, or no longer, kept."""
+        """The changes after a number of a run; None if the run is not this one, or the changes
+        are no longer kept."""
         oldest = self.sequence - len(self._row)
         if run != self.run or not oldest <= sequence <= self.sequence:
             return None
@@ -142,8 +143,8 @@ class Feed:
         )
 
     async def beyond(self, sequence: int, within_s: float) -> bool:
-        """Wait for a change after ``sequence``; False if there was none in time. Raises
-        Draining after `close`."""
+        """Wait for a change after ``sequence``; return False on timeout. Raises Draining after
+        `close`."""
         if self._closed:
             raise Draining(
                 "the registry is stopping: follow it again when it has restarted",
@@ -160,7 +161,7 @@ class Feed:
         return self.sequence > sequence
 
     def close(self) -> None:
-        """End all followers' calls, which do not end by themselves."""
+        """Make all followers' calls end; they would not end by themselves."""
         self._closed = True
         self._wake()
 
@@ -172,12 +173,12 @@ class Feed:
     # ---------------------------------------------------------------------- facts
 
     def registry(self, tenant: str) -> FeedSource | None:
-        """The registry of a tenant that is open."""
+        """The registry of an open tenant; None if it is not open."""
         return self._registries.get(tenant)
 
     def facts(self) -> tuple[str, int, str]:
-        """(store's id, number of its last change, identity of the base) of the default tenant.
-        Reads the catalog."""
+        """Return the id of the first tenant's store, the sum of all tenants' last change
+        numbers, and the identity of the base. Reads the catalog."""
         default = next(iter(self._registries.values()))
         changes = sum(each.last_change for each in self._registries.values())
         return default.store_id, changes, default.base_id

@@ -1,4 +1,4 @@
-"""The followers that a registry knows of, and waiting until they have a change."""
+"""A registry's record of its followers, and waiting until they have applied a change."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WaitMode = Literal["none", "quorum", "all"]
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """How many followers a change waits for, and for how long at most (seconds)."""
+    """How many followers a change waits for, and the maximum wait in seconds."""
 
     mode: WaitMode = "none"
     at_most_s: float = 10.0
@@ -24,8 +24,8 @@ class Wait:
 
 @dataclass(frozen=True, slots=True)
 class Reached:
-    """How a wait ended: followers that are alive, those of them that have the change, and
-    whether these are as many as were waited for."""
+    """Result of a wait: the number of live followers, how many of them have applied the change,
+    and whether that was enough."""
 
     live: int
     applied: int
@@ -39,8 +39,9 @@ class _Follower:
 
 
 class Replicas:
-    """Belongs to one event loop. A follower counts until its lease expires: one that is cut
-    off may be back in a moment, and serves old revisions meanwhile."""
+    """The followers and their progress. Belongs to one event loop. A follower counts until its
+    lease expires: one that is cut off may be back in a moment, and serves old revisions
+    meanwhile."""
 
     def __init__(
         self, *, lease_s: float = LEASE_S, clock: Callable[[], float] = time.monotonic
@@ -50,30 +51,30 @@ class Replicas:
         self._followers: dict[str, _Follower] = {}
         self._waiting: set[asyncio.Future[None]] = set()
         self._all_known = -math.inf
-        """From when on every follower that counts is known."""
+        """Time from which every follower that counts is known."""
 
     def begin(self) -> None:
-        """Followers of an earlier run may be on their way back, and serve old revisions until
-        then: for the time of a lease, no wait ends early."""
+        """Let no wait succeed for the time of a lease: followers of an earlier run may not have
+        reconnected yet, and serve old revisions until they do."""
         self._all_known = self._clock() + self.lease_s
 
     def __len__(self) -> int:
-        """Followers whose lease has not expired."""
+        """Number of followers whose lease has not expired."""
         return len(self._live())
 
     def report(self, follower: str, sequence: int) -> None:
-        """A follower has applied the changes up to a number."""
+        """Note that a follower has applied the changes up to a number."""
         self._followers[follower] = _Follower(sequence, self._clock())
         self._wake()
 
     def leave(self, follower: str) -> None:
-        """A follower has said that it stops."""
+        """Remove a follower that has announced that it stops."""
         self._followers.pop(follower, None)
         self._wake()
 
     async def reached(self, sequence: int, wait: Wait) -> Reached | None:
-        """Wait until enough followers have applied a change; None if none was to be waited
-        for."""
+        """Wait until enough followers have applied a change; return None at once for mode
+        "none"."""
         if wait.mode == "none":
             return None
         end = self._clock() + wait.at_most_s
@@ -83,7 +84,7 @@ class Replicas:
             found = _found(live, sequence, wait.mode, known=known)
             if found.enough or now >= end:
                 return found
-            # Neither an expired lease nor the end of that time tells anybody: look again then.
+            # Nothing wakes this when a lease or that time expires: look again then.
             next_look = min((each.heard + self.lease_s for each in live.values()), default=end)
             if not known:
                 next_look = min(next_look, self._all_known)

@@ -1,8 +1,8 @@
-"""What travels from a registry to its followers, as frozen values.
+"""Messages from a registry to its followers, as frozen values.
 
 A registry numbers its changes from the start of each of its runs. A change carries the whole
 state of one name, so applying one twice does no harm. The checksum of all names at a sequence
-number tells a follower whether it has missed anything, whatever the reason.
+number tells a follower whether it has missed anything.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class NameState:
-    """All that is known of one name.
+    """The whole state of one name.
 
     Attributes:
-        entry: None if the name is gone.
-        rows: of the entry's revisions, newest first. One whose row was damaged, or deleted
-            meanwhile, is left out.
+        entry: the name's entry; None if the name is gone.
+        rows: rows of the entry's revisions, newest first. Rows that are damaged, or were
+            deleted meanwhile, are left out.
     """
 
     tenant: str
@@ -53,14 +53,14 @@ class BeginFeed:
     """First message of a connection.
 
     Attributes:
-        run: of the registry, whose sequence numbers follow.
-        store: identity of its data folder.
+        run: id of the registry's run, to which all sequence numbers belong.
+        store: identity of the registry's data folder.
         catalog_change: number of its catalog's last change.
-        snapshot: all names follow, as they were at ``sequence``; otherwise the changes after
-            ``sequence``, which is the follower's own.
+        snapshot: whether all names follow, as they were at ``sequence``; otherwise the changes
+            after ``sequence`` follow, which is the follower's own position.
         base: identity of the base that its adapters were checked against.
         heartbeat_s, lease_s: see `HEARTBEAT_S` and `LEASE_S`.
-        asks_callers: whether the registry wants to know who calls; None if it does not tell.
+        asks_callers: whether the registry authenticates callers; None if it does not say.
     """
 
     run: str
@@ -76,7 +76,8 @@ class BeginFeed:
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """One name of a snapshot (both numbers are 0), or a change, and the one before it."""
+    """One name of a snapshot (both numbers are 0), or a change with its number and the number
+    of the change before it."""
 
     state: NameState
     sequence: int = 0
@@ -85,7 +86,7 @@ class Told:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotEnd:
-    """All names were told."""
+    """All names of the snapshot have been sent."""
 
     sequence: int
     checksum: int
@@ -103,8 +104,8 @@ Message = BeginFeed | Told | SnapshotEnd | Heartbeat
 
 
 def mark_of(key: Key, entry: Entry | None) -> int:
-    """A name's part of the checksum; 0 if it is gone. Two marks are equal only if the name
-    means the same to every request."""
+    """A name's part of the checksum; 0 if the name is gone. Two marks are equal only if the
+    name means the same to every request."""
     if entry is None:
         return 0
     facts = [

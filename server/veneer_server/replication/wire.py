@@ -1,4 +1,4 @@
-"""The same values as protobuf messages."""
+"""Conversion of `states` and `replicas` values to protobuf messages and back."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _LONGEST_WAIT_S: Final = 300.0
 
 
 def to_wire(message: Message) -> replication_pb2.FollowResponse:
-    """A message for a follower."""
+    """Convert a message for a follower."""
     match message:
         case BeginFeed():
             begin = replication_pb2.FollowBegin(
@@ -69,10 +69,10 @@ def from_wire(message: replication_pb2.FollowResponse, base: str) -> Message:
     """Inverse of `to_wire`.
 
     Args:
-        base: identity of this server's base, for which revisions are foreign.
+        base: identity of this server's base; revisions for another base are marked foreign.
 
     Raises:
-        ValueError: of a kind that this version does not know, or out of range.
+        ValueError: the message is of an unknown kind, or a value is out of range.
     """
     match message.WhichOneof("message"):
         case "begin":
@@ -102,7 +102,7 @@ def from_wire(message: replication_pb2.FollowResponse, base: str) -> Message:
 
 
 def state_to_wire(state: NameState) -> replication_pb2.NameState:
-    """A name's state, without its place in the sequence."""
+    """Convert a name's state, without its sequence numbers."""
     message = replication_pb2.NameState(tenant=state.tenant, name=state.name)
     entry = state.entry
     if entry is None:
@@ -213,7 +213,7 @@ def _duration(seconds: float) -> Duration:
 
 
 def wait_for(message: replication_pb2.WaitForReplicas, field: str) -> Wait:
-    """What a change waits for. Raises InvalidField."""
+    """Convert a request to wait for followers. Raises InvalidField."""
     mode = _MODES.get(message.replicas)
     if mode is None:
         raise InvalidField(
@@ -233,7 +233,7 @@ def wait_for(message: replication_pb2.WaitForReplicas, field: str) -> Wait:
 
 
 def reached_to_wire(reached: Reached | None) -> replication_pb2.ReplicasReached | None:
-    """How a wait ended; None if there was none."""
+    """Convert the result of a wait; None stays None."""
     if reached is None:
         return None
     return replication_pb2.ReplicasReached(

@@ -1,4 +1,4 @@
-"""What a server is composed of, by role: `owning` has a registry, `following` mirrors one."""
+"""A server's parts that differ by role: `owning` has a registry, `following` mirrors one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Role", "role_of"]
 
 
 def role_of(config: ServerConfig) -> Role:
-    """The configured role."""
+    """Create the configured role."""
     match config.role:
         case "registry":
             return RegistryOnly(config)

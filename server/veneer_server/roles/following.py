@@ -1,4 +1,4 @@
-"""A server that follows the registry of another one."""
+"""The role of a server that follows another server's registry."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ from veneer_server.telemetry.metrics import Metrics
 from veneer_server.telemetry.replication_series import FollowerSeries
 
 _FIRST_SNAPSHOT_S: Final = 5.0
-"""How long a start waits for the registry. After that, what is not known is refused."""
+"""Seconds that a start waits for the registry. After that, requests for unknown names are
+refused."""
 
 _NEWER_VIEW_S: Final = 1.0
-"""The same if the view of an earlier run can be served."""
+"""The same wait if the view of an earlier run can be served."""
 
 _log = get_logger(__name__)
 
@@ -148,10 +149,10 @@ class FollowerRole:
         return engine_up
 
     async def _applied(self, change: NameChange) -> None:
-        """Tell a tenant's watchers, and free the memory of what no name has any more."""
+        """Tell a tenant's watchers of a change, and unload the revisions that it dropped."""
         assert self._tenants is not None
         try:
-            # Open, since others may use what it shares before it calls here itself.
+            # Open the tenant: others may use adapters that it shares before it calls here.
             tenant = await self._tenants.ensure(change.mirror.tenant)
         except (QuotaExceeded, Unavailable) as error:
             _log.warning("tenant not mirrored", tenant=change.mirror.tenant, why=str(error))

@@ -1,4 +1,5 @@
-"""A server that owns its adapters: with an engine (``all``), or without (``registry``)."""
+"""Roles of a server that owns its adapters: with an engine (``all``), or without
+(``registry``)."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ from veneer_server.telemetry.replication_series import RegistrySeries
 
 
 class Owning:
-    """The default. Other servers may follow it, too."""
+    """``--role all``, the default. Other servers may follow it, too."""
 
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
@@ -139,7 +140,7 @@ class Owning:
 
 
 class RegistryOnly(Owning):
-    """Has no engine: it loads no base and no adapter."""
+    """``--role registry``: has no engine, and loads no base and no adapter."""
 
     def engine(self, make: MakeEngine) -> MakeEngine:
         return NoEngine
@@ -156,7 +157,7 @@ class RegistryOnly(Owning):
         host: int,
         device: int,
     ) -> MemoryPlan:
-        refuse_engine_work()  # before a plan for an engine is said not to fit this machine
+        refuse_engine_work()  # first: a plan for an engine might not fit this machine
 
     def is_ready(self, engine_up: bool) -> bool:
         return True

@@ -1,4 +1,4 @@
-"""What `App` needs of a role."""
+"""The interface between `App` and a server's role."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Role(Protocol):
     """The parts of a server that differ by its role. Belongs to one event loop."""
 
     def engine(self, make: MakeEngine) -> MakeEngine:
-        """What makes the engine's client, where ``make`` is for a server that generates."""
+        """Return the factory of the engine's client: ``make`` for a server that generates."""
         ...
 
     def memory(self, decoder: DecoderConfig, config: ServerConfig) -> MemoryPlan:
-        """The memory plan. May take seconds. Raises MemoryTooSmall."""
+        """Make the memory plan. May take seconds. Raises MemoryTooSmall."""
         ...
 
     def replan(
@@ -45,14 +45,15 @@ class Role(Protocol):
         host: int,
         device: int,
     ) -> MemoryPlan:
-        """The plan with other budgets for adapters. Raises MemoryTooSmall, and
-        FailedPrecondition if the role has none."""
+        """Make the plan again with other adapter budgets. Raises MemoryTooSmall, and
+        FailedPrecondition if the role has no engine."""
         ...
 
     def open(
         self, base: BaseSpec, read: ReadAdapter, metrics: Metrics
     ) -> Callable[[Path, OwnerLock | None], AdapterRegistry]:
-        """What opens the registry of the tenant with a folder; called in worker threads."""
+        """Return a function that opens the registry of a tenant, given the tenant's folder. It
+        is called in worker threads."""
         ...
 
     def adapters(
@@ -62,29 +63,29 @@ class Role(Protocol):
     def replication(self, tenants: Tenants) -> ReplicationService | NoFollowers: ...
 
     def loading(self) -> FolderPublishing:
-        """Publishes what lies in a folder of this machine."""
+        """Return what publishes adapters from a folder of this machine."""
         ...
 
     async def start(self, tenants: Tenants) -> None:
-        """After the tenants are open, and before the engine is loaded."""
+        """Called after the tenants are open, and before the engine is loaded."""
         ...
 
     async def ready(self) -> None:
-        """Before the first call is answered."""
+        """Called before the first call is answered."""
         ...
 
     def drain(self) -> None:
-        """No new calls are answered from now on."""
+        """Called when draining begins: no new calls are answered from now on."""
         ...
 
     async def stop(self) -> None:
-        """Before the registries are closed."""
+        """Called before the registries are closed."""
         ...
 
     def facts(self) -> ReplicationFacts:
-        """For GetServerInfo."""
+        """Replication facts for GetServerInfo."""
         ...
 
     def is_ready(self, engine_up: bool) -> bool:
-        """Whether a server that has finished loading can do what it is for."""
+        """Whether a server that has finished loading can do its role's work."""
         ...

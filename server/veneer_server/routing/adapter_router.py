@@ -1,19 +1,19 @@
-"""Requests go where their adapter is, as long as that does not overload anyone.
+"""Sends requests to replicas that have their adapter, as long as that overloads no replica.
 
 Each adapter orders the replicas by rendezvous hashing of its weights digest. The first two are
-its homes: it is loaded at the one with less to do, and its requests go there until that one
-has about `_LOAD_WORTH` requests more than the other. Three things change that:
+its homes: it is loaded at the less loaded one, and its requests go there until that replica
+has about `_LOAD_WORTH` requests more than the other. Three rules change that:
 
-- **Share.** An adapter with more than a replica's fair share of the requests has as many homes
-  as it takes for each to get half a share. Among them a session has its own; a request without
-  one goes where the least is under way, a copy in memory counting as above.
+- **Share.** An adapter with more than a replica's fair share of the requests gets as many homes
+  as needed for each to get half a share. Each session has its own home among them; a request
+  without a session goes to the least loaded home, where a copy in memory counts as above.
 - **Bound.** No replica gets a request while it has more than 1.15 times the mean (consistent
-  hashing with bounded loads, Mirrokni, Thorup and Zadimoghaddam 2016), both of the requests
-  there now and of the work sent there recently. The next one in the adapter's order does. So
-  over longer periods it stays within 1.25 times.
-- **A copy elsewhere.** Where the homes are nearly at their bound, or beyond it, a less loaded
-  replica that already has the adapter goes first: this makes room without a further load. So
-  what is moved is what costs nothing, the popular adapters that have several copies.
+  hashing with bounded loads, Mirrokni, Thorup and Zadimoghaddam 2016), both of current requests
+  and of work sent recently. The next replica in the adapter's order gets it instead. So over
+  longer periods each replica stays within 1.25 times the mean.
+- **A copy elsewhere.** If the homes are near their bound, or beyond it, a less loaded replica
+  that already has the adapter is preferred: this makes room without another load. So the
+  adapters that move are those that cost nothing to move: popular ones with several copies.
 
 With few requests the mean says little: a replica with up to `_FREE` requests, or whose recent
 work exceeds the mean by no more than a few requests' worth, is not overloaded whatever the
@@ -35,34 +35,34 @@ from veneer_server.routing.rendezvous import Slots, hash_of, ordered, scores
 from veneer_server.routing.router import WINDOW_S, Router
 
 BOUND: Final = 1.25
-"""Most requests of a replica in any longer period, as a multiple of the mean."""
+"""Maximum requests of a replica in any longer period, as a multiple of the mean."""
 _AIM: Final = 1.15
-"""What is kept to over the half minute that counts as recent. Less than the bound, since a
-replica that had little to do may make up for it within the period that somebody looks at."""
+"""The bound applied over the half minute that counts as recent. Less than `BOUND`, since a
+replica that had little to do may catch up within the period that is measured."""
 _NEAR: Final = 1.1
-"""From here on a copy elsewhere is preferred."""
+"""Multiple of the mean from which a copy elsewhere is preferred."""
 _FREE: Final = 4.0
-"""Requests at a replica that are never too many."""
+"""Number of requests at a replica that is never too many."""
 _RECENT_FREE: Final = 8.0
-"""Requests' worth of recent work beyond the mean that is never too much."""
+"""Recent work beyond the mean that is never too much, in typical requests."""
 _HOMES: Final = 2
-"""Homes of any adapter: it is loaded at the one with less to do, and stays there."""
+"""Minimum homes of an adapter: it is loaded at the less loaded one, and stays there."""
 _SHARES: Final = 2.0
-"""Homes for each fair share of the requests that an adapter has."""
+"""Number of homes for each fair share of the requests that an adapter gets."""
 _LOAD_WORTH: Final = 4.0
-"""A load delays a request about as much as so many others beside it."""
+"""A load delays a request about as much as this many other requests on the replica."""
 _MOST_RECENT: Final = 2.0
-"""Requests that recent work counts for at most: as many as it is times the mean."""
+"""Maximum that recent work counts, in requests; it counts as its multiple of the mean."""
 _FEW: Final = 8
-"""Replicas of an adapter's order that are kept; the others are computed when needed."""
+"""Number of replicas of an adapter's order that are cached; others are computed on demand."""
 _MOST_ORDERS: Final = 1 << 17
 
 
 class AdapterRouter(Router):
-    """See the module.
+    """Routes requests by adapter; see the module's docstring.
 
     Args:
-        bound: most load of a replica, as a multiple of the mean.
+        bound: maximum load of a replica, as a multiple of the mean.
         free: see `_FREE`.
     """
 
@@ -117,7 +117,7 @@ class AdapterRouter(Router):
         return slot if self._fits(slot, self._bound, now) else self._next(key, now)
 
     def _home(self, wanted: Wanted, key: str, count: int, now: float) -> int:
-        """Of an adapter's homes, the one for this request; a session of the base has one."""
+        """Choose the home for this request; a session of the base has one home."""
         homes = self._order(key, count)[:count]
         if not wanted.digest:
             return int(homes[0])
@@ -129,7 +129,7 @@ class AdapterRouter(Router):
         return self._least(homes, now, wanted.digest)
 
     def _least(self, slots: Slots, now: float, digest: str = "") -> int:
-        """The one with the least to do; a copy of the adapter counts."""
+        """The least loaded slot, where a copy of the adapter counts as less load."""
         fleet = self.fleet
         recent = fleet.recent[slots] / max(fleet.mean_recent, 1e-300)
         cost = fleet.load[slots] + np.minimum(_MOST_RECENT, recent)
@@ -144,7 +144,7 @@ class AdapterRouter(Router):
         return [slot for slot in found if slot is not None]
 
     def _copy_elsewhere(self, digest: str, home: int, now: float) -> int | None:
-        """The least loaded replica that has the adapter, if it is far from the bound."""
+        """The least loaded other replica with the adapter, if it is well below the bound."""
         load, recent = self.fleet.load, self.fleet.recent
         found = [slot for slot in self._copies(digest) if slot != home]
         if not found:
@@ -168,7 +168,7 @@ class AdapterRouter(Router):
         return int(rest[fleet.recent[rest].argmin()])
 
     def _fits(self, slot: int, bound: float, now: float) -> bool:
-        """Whether a replica has at most ``bound`` times the mean to do."""
+        """Whether a replica's load is at most ``bound`` times the mean."""
         most, most_recent = self._limits(bound, now)
         return bool(self.fleet.load[slot] <= most and self.fleet.recent[slot] <= most_recent)
 
@@ -179,7 +179,7 @@ class AdapterRouter(Router):
         return max(self._free, bound * fleet.mean_load), max(bound * mean, mean + free)
 
     def _order(self, key: str, first: int) -> Slots:
-        """At least the ``first`` replicas of a key's order, or all."""
+        """At least the first ``first`` replicas of a key's order, or all."""
         if self._version != self.fleet.version:
             self._orders.clear()
             self._version = self.fleet.version

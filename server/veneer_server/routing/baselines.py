@@ -1,4 +1,4 @@
-"""The usual routers, which know nothing of adapters: to compare `AdapterRouter` with."""
+"""The usual routers, which ignore adapters, for comparison with `AdapterRouter`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from veneer_server.routing.router import Router
 
 
 class RandomChoice(Router):
-    """Any replica, each as likely as another."""
+    """Chooses a random replica, all with the same probability."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -20,7 +20,7 @@ class RandomChoice(Router):
 
 
 class RoundRobin(Router):
-    """One after another."""
+    """Chooses one replica after another."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class RoundRobin(Router):
 
 
 class LeastLoaded(Router):
-    """The one with the fewest requests; of several, one at random."""
+    """Chooses the replica with the fewest requests; among equals, a random one."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()

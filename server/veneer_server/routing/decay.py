@@ -1,7 +1,7 @@
-"""Sums in which what is longer ago counts less, without visiting every term as time passes.
+"""Sums whose older terms count less, without updating every term as time passes.
 
-Forward decay (Cormode et al. 2009): a new term is multiplied by e^(age of the sum / window)
-instead of all old ones being divided by it. Only ratios of such sums mean anything.
+Forward decay (Cormode et al. 2009): a new term is multiplied by e^(age of the sum / window),
+instead of dividing all old terms by it. Only ratios of such sums have a meaning.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Decay:
     """The weight of a term that is added now.
 
     Args:
-        window_s: a term of so many seconds ago counts 1 / e.
+        window_s: a term this many seconds ago counts 1 / e.
     """
 
     def __init__(self, window_s: float) -> None:
@@ -27,15 +27,15 @@ class Decay:
         self._began: float | None = None
 
     def weight(self, now: float) -> float:
-        """Of a term added now, relative to those added before."""
+        """Weight of a term added now, relative to earlier terms."""
         if self._began is None:
             self._began = now
         # After a long silence old terms count nothing, whatever their exact weight.
         return math.exp(min(_MOST_WINDOWS, max(0.0, now - self._began) / self._window_s))
 
     def restart(self, now: float) -> float | None:
-        """What all sums must be divided by before the next term, if weights have become
-        large."""
+        """If weights have become large, start again and return the number by which all sums
+        must be divided before the next term; else None."""
         weight = self.weight(now)
         if weight < _LARGEST:
             return None
@@ -47,7 +47,7 @@ class Popularity:
     """Each key's share of recent requests.
 
     Args:
-        most: keys that are remembered; beyond it, those with the smallest shares are
+        most: maximum number of keys; beyond it, those with the smallest shares are
             forgotten.
     """
 
@@ -61,8 +61,8 @@ class Popularity:
         return len(self._counts)
 
     def add(self, key: str, now: float) -> float:
-        """Count a request for a key. Returns the share that it has at least, up to noise: two
-        standard deviations below its share of the requests counted."""
+        """Count a request for a key. Returns a lower bound of the key's share: two standard
+        deviations below its share of the counted requests."""
         if (over := self._decay.restart(now)) is not None:
             self._counts = {key: count / over for key, count in self._counts.items()}
             self._total /= over

@@ -1,4 +1,4 @@
-"""The replicas that a router chooses from, and how much each has to do."""
+"""The replicas that a router chooses from, and their loads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from veneer_server.routing.records import ReplicaReport, RoutedTo
 from veneer_server.routing.rendezvous import seeds_of
 
 _HISTORY: Final = 4096
-"""Changes of a replica's count of requests that are kept until its next report."""
+"""Maximum changes of a replica's request count that are kept until its next report."""
 _SMOOTHING: Final = 0.02
 """Weight of the newest request in the mean work of a request."""
 
@@ -24,11 +24,11 @@ class _Known:
     """A replica.
 
     Attributes:
-        joined: number of its arrival.
-        own: requests that this router sent there and that have not finished.
-        others: requests there that other routers sent, as of the last report.
-        changes: when ``own`` changed, and to what; back to the state of the last report.
-        draining: it gets no new request.
+        joined: sequence number of its arrival.
+        own: unfinished requests that this router sent there.
+        others: requests there from other routers, as of the last report.
+        changes: (time, new value) of each change of ``own``, back to the last report.
+        draining: whether it gets no new requests.
         recent: decayed work sent there, see `Decay`.
     """
 
@@ -43,16 +43,16 @@ class _Known:
 
 
 class Fleet:
-    """Belongs to one thread. A *slot* is the index of a replica in `names`.
+    """The known replicas. Belongs to one thread. A *slot* is the index of a replica in `names`.
 
     Args:
-        window_s: of `recent`.
+        window_s: time constant of `recent`.
 
     Attributes:
         names: replicas that take new requests, sorted, so that all routers agree.
-        seeds: of their names, for rendezvous hashing.
-        load: requests at each of them.
-        recent: work sent to each of them recently, in a unit that only ratios may use.
+        seeds: hashes of their names, for rendezvous hashing.
+        load: number of requests at each of them.
+        recent: work sent to each of them recently; only ratios have a meaning.
         version: increases whenever `names` changes.
     """
 
@@ -73,22 +73,22 @@ class Fleet:
         return len(self.names)
 
     def slot(self, replica: str) -> int | None:
-        """None if it takes no new requests."""
+        """A replica's slot; None if it takes no new requests."""
         return self._slots.get(replica)
 
     def knows(self, replica: str) -> bool:
-        """Whether it is there, perhaps draining."""
+        """Whether a replica has joined and not left; it may be draining."""
         return replica in self._known
 
-    # ------------------------------------------------------------------ who is there
+    # ------------------------------------------------------------------ membership
 
     def join(self, replica: str) -> None:
-        """A replica takes requests, from now or again. Idempotent."""
+        """Add a replica, or end its draining: it takes requests from now on. Idempotent."""
         known = self._known.get(replica)
         if known is None:
             self._joined += 1
-            # As much as the others: it is to take a share of the requests to come, not all of
-            # them until it has had as many.
+            # Start at the others' mean: the new replica should take its share of the coming
+            # requests, not all of them until it has caught up.
             typical = float(self.recent.mean()) if self.names else 0.0
             self._known[replica] = _Known(self._joined, recent=typical)
         elif known.draining:
@@ -98,20 +98,21 @@ class Fleet:
         self._arrange()
 
     def drain(self, replica: str) -> None:
-        """It gets no new request; those there go on. Idempotent."""
+        """Send a replica no new requests; its requests continue. Idempotent."""
         known = self._known.get(replica)
         if known is not None and not known.draining:
             known.draining = True
             self._arrange()
 
     def leave(self, replica: str) -> None:
-        """It is gone, and its requests with it. Idempotent."""
+        """Remove a replica that is gone, with its requests. Idempotent."""
         if replica in self._known:
             del self._known[replica]
             self._arrange()
 
     def _arrange(self) -> None:
-        """Rebuild what is by slot: microseconds for each replica, at a change only."""
+        """Rebuild the arrays that are indexed by slot: only at a change of membership, in
+        microseconds for each replica."""
         for name, slot in self._slots.items():
             if name in self._known:
                 self._known[name].recent = float(self.recent[slot])
@@ -124,24 +125,24 @@ class Fleet:
         self._sums = float(self.load.sum()), float(self.recent.sum())
         self.version += 1
 
-    # ------------------------------------------------------------------ what they do
+    # ------------------------------------------------------------------ loads
 
     @property
     def mean_load(self) -> float:
-        """Requests at a replica; there must be one."""
+        """Mean number of requests at a replica; there must be a replica."""
         return self._sums[0] / len(self.names)
 
     @property
     def mean_recent(self) -> float:
-        """Of `recent`."""
+        """Mean of `recent`."""
         return self._sums[1] / len(self.names)
 
     def typical(self, now: float) -> float:
-        """What a request adds to `recent` now; 0 before the first."""
+        """Amount that a typical request adds to `recent` now; 0 before the first request."""
         return self._typical * self._decay.weight(now)
 
     def send(self, slot: int, work: float, now: float) -> RoutedTo:
-        """A request goes there."""
+        """Count a request that is sent to a slot."""
         if (over := self._decay.restart(now)) is not None:
             self.recent /= over
             for other in self._known.values():
@@ -158,7 +159,7 @@ class Fleet:
         return RoutedTo(name, known.joined)
 
     def finished(self, choice: RoutedTo, now: float) -> None:
-        """A request has ended, however it did."""
+        """Note that a request has ended, in whatever way."""
         known = self._known.get(choice.replica)
         if known is None or known.joined != choice.joined or not known.own:
             return
@@ -166,7 +167,7 @@ class Fleet:
         self._add_load(choice.replica, -1)
 
     def report(self, replica: str, report: ReplicaReport, now: float) -> None:
-        """Take over what other routers sent there."""
+        """Update a replica's count of requests from other routers."""
         known = self._known.get(replica)
         if known is None:
             return

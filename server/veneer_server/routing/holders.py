@@ -1,4 +1,4 @@
-"""Which replicas have which adapter in memory, as far as is known."""
+"""Tracks which replicas have which adapters in memory, as far as is known."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from veneer_server.routing.records import ReplicaReport
 
 
 class Holders:
-    """What replicas have reported, and what was sent to them since and they will load.
+    """Adapters that replicas have reported, and those that they will load for requests sent
+    since.
 
-    A report costs as much as what has changed since the one before, apart from a comparison
-    of two sets.
+    The cost of a report is proportional to the changes since the last one, apart from a
+    comparison of two sets.
     """
 
     def __init__(self) -> None:
         self._reported: dict[str, frozenset[str]] = {}
         self._expected: dict[str, dict[str, float]] = {}
-        """By replica and digest: when a request for it was last sent there."""
+        """By replica and digest: when a request for the adapter was last sent there."""
         self._of: dict[str, set[str]] = {}
 
     def of(self, digest: str) -> Collection[str]:
@@ -25,12 +26,13 @@ class Holders:
         return self._of.get(digest, ())
 
     def expect(self, replica: str, digest: str, now: float) -> None:
-        """A request for an adapter was sent to a replica."""
+        """Note that a request for an adapter was sent to a replica."""
         self._expected.setdefault(replica, {})[digest] = now
         self._of.setdefault(digest, set()).add(replica)
 
     def report(self, replica: str, report: ReplicaReport, now: float) -> None:
-        """What a replica has. Requests sent after that was so are still expected to load."""
+        """Take in a replica's report. Adapters of requests sent after the state was taken are
+        still expected."""
         taken = now - report.age_s
         sent = self._expected.get(replica, {})
         expected = {digest: at for digest, at in sent.items() if at > taken}
@@ -43,7 +45,7 @@ class Holders:
         self._expected[replica] = expected
 
     def leave(self, replica: str) -> None:
-        """It is gone. Idempotent."""
+        """Remove a replica that is gone. Idempotent."""
         reported = self._reported.pop(replica, frozenset())
         for digest in reported | self._expected.pop(replica, {}).keys():
             self._remove(replica, digest)

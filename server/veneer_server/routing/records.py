@@ -1,4 +1,4 @@
-"""What a router is told and what it answers."""
+"""Inputs and outputs of a router."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What matters of a request.
+    """The facts of a request that matter for routing.
 
     Attributes:
-        digest: weights digest of its adapter (`copy_key` where tenants have copies of their
-            own); "" for the base.
-        session: requests with the same one are likely to share a prefix; "" for none.
+        digest: weights digest of its adapter (`copy_key` if tenants have their own copies);
+            "" for the base.
+        session: requests with the same session are likely to share a prefix; "" for none.
         work: expected work in any unit, the same for all requests: prompt tokens plus twice
             the output tokens, as the scheduler counts, or 1.
     """
@@ -24,10 +24,10 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class RoutedTo:
-    """Where a request goes. Hand it back with `Router.finished`.
+    """The replica chosen for a request. Pass it to `Router.finished` at the end.
 
     Attributes:
-        joined: tells this replica from a later one with the same name.
+        joined: distinguishes this replica from a later one with the same name.
     """
 
     replica: str
@@ -36,12 +36,12 @@ class RoutedTo:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaReport:
-    """What a replica says of itself.
+    """A replica's report of its state.
 
     Attributes:
         resident: weights digests of the adapters that are in memory or being loaded.
-        requests: running and waiting there, whoever sent them.
-        age_s: seconds since this was so.
+        requests: number of its running and waiting requests, from all routers.
+        age_s: seconds since the state was taken.
     """
 
     resident: frozenset[str]

@@ -1,7 +1,7 @@
 """Rendezvous hashing (Thaler and Ravishankar 1998): each key orders the replicas by a hash of
-the two, so that a replica which joins or leaves moves only the keys that it has.
+the key and the replica, so that a replica that joins or leaves moves only its own keys.
 
-The order is the same in every process: it depends on the names only.
+The order is the same in every process, since it depends only on the names.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def hash_of(text: str) -> np.uint64:
 
 
 def seeds_of(names: Iterable[str]) -> Seeds:
-    """Of each replica's name, for `scores`."""
+    """Hash of each replica's name, for `scores`."""
     return np.array([hash_of(name) for name in names], dtype=np.uint64)
 
 
 def scores(key: np.uint64, seeds: Seeds) -> Seeds:
-    """A score of the key with each replica: the finalizer of SplitMix64 (Steele, Lea and
-    Flood 2014) over both hashes. Costs microseconds for a thousand replicas."""
+    """The key's score with each replica: the finalizer of SplitMix64 (Steele, Lea and
+    Flood 2014) over both hashes. Takes microseconds for a thousand replicas."""
     mixed: Any = seeds ^ key
     mixed = (mixed ^ (mixed >> np.uint64(30))) * _FIRST
     mixed = (mixed ^ (mixed >> np.uint64(27))) * _SECOND
@@ -41,7 +41,7 @@ def scores(key: np.uint64, seeds: Seeds) -> Seeds:
 
 
 def ordered(key: np.uint64, seeds: Seeds, first: int) -> Slots:
-    """Indices of the ``first`` replicas in the key's order, all if there are fewer."""
+    """Indices of the ``first`` replicas in the key's order; of all if there are fewer."""
     rank = ~scores(key, seeds)  # lowest first
     if first < len(rank):
         few = np.argpartition(rank, first - 1)[:first]

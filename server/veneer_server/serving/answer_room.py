@@ -1,16 +1,16 @@
-"""How large an answer may become, and how much of all answers is held at once.
+"""Bounds the size of an answer, and the bytes of all answers that are held at once.
 
-The context bounds an answer's text. Log-probabilities multiply it: with 20 likely tokens at
-each position of a prompt of 3,000 tokens, in 16 choices, an answer had 69 MB. So the most
-bytes that they and token ids can take are computed from the request, once the prompt's tokens
-are known and before the engine gets it, and compared with a bound.
+The context bounds an answer's text, but log-probabilities multiply it: with 20 likely tokens at
+each position of a prompt of 3,000 tokens, in 16 choices, an answer had 69 MB. So the most bytes
+that log-probabilities and token ids can take are computed from the request, once the prompt's
+tokens are known and before the engine gets it, and compared with a limit.
 
-What callers have not read yet counts towards `MAX_HELD`. An answer with scores of its prompt
-waits while its tenant holds half of that, or all tenants hold all of it. Whoever reads slowly,
-or not at all, must keep nobody else waiting. So a party (a key, a host where callers have no
-keys, a gateway's user) that holds nothing is let in, unless several others of its tenant hold
-all of it together; what one of them holds counts up to a quarter. A party of which nothing is
-let in for `PATIENCE_S` is refused.
+Data that callers have not read yet counts towards `MAX_HELD`. An answer with log-probabilities
+of its prompt waits while its tenant holds half of that, or all tenants together hold all of it.
+A caller that reads slowly, or not at all, must not keep others waiting. So a party (a key; a
+host, where callers have no keys; a gateway's user) that holds nothing is admitted, unless
+several other parties of its tenant together hold `MAX_HELD`, where each counts at most a
+quarter. If no answer of a party is admitted for `PATIENCE_S`, its waiting answers are refused.
 """
 
 from __future__ import annotations
@@ -32,34 +32,35 @@ MAX_ANSWER: Final = 64 << 20
 """Most bytes of an answer's log-probabilities and token ids, as they are sent."""
 
 MAX_HELD: Final = 64 << 20
-"""Bytes of all answers' log-probabilities that callers have not read yet, from which on an
-answer with those of its prompt waits. A tenant that holds none is always let in."""
+"""Once the unread log-probabilities of all answers take this many bytes, an answer with
+log-probabilities of its prompt waits. A tenant that holds none is always admitted."""
 
 PATIENCE_S: Final = 120.0
-"""How long an answer waits for that, and no other of its party is let in, before its request is
-refused. A party's many answers let one another in as they end."""
+"""Seconds that an answer waits for room before its request is refused, if no other answer of
+its party is admitted meanwhile. A party with many answers makes room for its own as they
+end."""
 
 _RETRY_S: Final = 10.0
-"""When to come back then: who reads slowly does so for minutes."""
+"""Retry-after of such a refusal: a slow reader is slow for minutes."""
 
 _SCORE_BYTES: Final = 128
-"""Of one token's log-probability, beside those of likely tokens, until it is written."""
+"""Bytes held for one token's log-probability until it is written, without the likely tokens."""
 
 _NUMBERED: Final = 19
-"""A token's name, where tokens are called by their ids, with quotes."""
+"""Characters of a token's name where tokens are named by their ids, with quotes."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreForm:
-    """The most bytes that a door writes for a position's log-probabilities.
+    """The most bytes that an API writes for the log-probabilities at one position.
 
     Attributes:
-        own: of the position's token, beside its name.
-        top: of each likely token, beside its name.
+        own: bytes for the position's token, without its name.
+        top: bytes for each likely token, without its name.
         named: how often the position's token is named.
         listed: characters for each byte that a token stands for.
-        copies: how often the answer has all of them.
-        numbered: tokens are called by their ids.
+        copies: how often the answer repeats the log-probabilities.
+        numbered: tokens are named by their ids.
     """
 
     own: int
@@ -70,7 +71,7 @@ class ScoreForm:
     numbered: bool = False
 
     def position(self, names: TokenNames, tops: int) -> int:
-        """Most bytes of a position with so many likely tokens, once."""
+        """Most bytes of one position with ``tops`` likely tokens, in one copy."""
         texts = [_NUMBERED] * (tops + 1) if self.numbered else names.texts[: tops + 1]
         size = self.own + tops * self.top + sum(texts) + texts[0] * (self.named - 1)
         return size + self.listed * sum(names.data[: tops + 1])
@@ -78,16 +79,16 @@ class ScoreForm:
 
 @dataclass(frozen=True, slots=True)
 class AnswerForm:
-    """What a door makes of log-probabilities and token ids.
+    """How an API writes log-probabilities and token ids.
 
     Attributes:
-        own: those of the answer's tokens.
-        prompts: those of its prompt, in each place where it has them.
-        ids: bytes of each of the answer's token ids, 0 without them.
-        prompt_ids: the same of the prompt's, in all copies.
-        prompt_field: what asks for its prompt's log-probabilities.
-        largest: most bytes of all.
-        instead: what a caller beyond it may do, beside asking for less.
+        own: form of the log-probabilities of the answer's tokens.
+        prompts: forms of the prompt's log-probabilities, one for each place that has them.
+        ids: bytes for each token id of the answer; 0 if it has none.
+        prompt_ids: bytes for each token id of the prompt, in all copies; 0 if it has none.
+        prompt_field: the field that asks for the prompt's log-probabilities.
+        largest: most bytes in total.
+        instead: text for the error of a larger answer: the alternative to asking for less.
     """
 
     own: ScoreForm
@@ -101,13 +102,14 @@ class AnswerForm:
 
 @dataclass(frozen=True, slots=True)
 class AnswerSize:
-    """The most bytes of what one prompt adds to an answer.
+    """The most bytes that one prompt adds to an answer.
 
     Attributes:
-        held: of the prompt's scores, once, and of its text in all copies.
-        fixed: of all that depends on the prompt.
-        token: of each token of the answer.
-        prompt_field, field: what asks for most of `fixed`, and of `token`.
+        held: bytes of the prompt's log-probabilities, in one copy, and of its text in all
+            copies.
+        fixed: bytes of everything that depends on the prompt.
+        token: bytes for each token of the answer.
+        prompt_field, field: the request fields that cause most of `fixed`, and of `token`.
     """
 
     held: int
@@ -128,8 +130,8 @@ class AnswerSize:
         echoed: int,
     ) -> AnswerSize:
         """Args:
-        prompt_tops, tops: likely tokens beside the prompt's log-probabilities and beside the
-            answer's; None: without log-probabilities.
+        prompt_tops, tops: likely tokens with each log-probability of the prompt and of the
+            answer; None: no log-probabilities.
         echoed: characters of the prompt's text in all copies.
         """
         held, prompt, own = echoed, Counter[str](), Counter({"return_token_ids": form.ids})
@@ -147,29 +149,31 @@ class AnswerSize:
 
 
 class AnswerRoom:
-    """What all answers hold. Belongs to one event loop."""
+    """Counts the bytes that all answers hold. Belongs to one event loop."""
 
     def __init__(self, most: int = MAX_HELD, *, patience_s: float = PATIENCE_S) -> None:
         self._most = most
         self._patience_s = patience_s
         self._held: Counter[tuple[str, ...]] = Counter()
-        """Bytes by party, by key, by tenant, and of all."""
+        """Bytes by party, by key, by tenant, and in total (the empty tuple)."""
         self._counted: Counter[tuple[str, ...]] = Counter()
-        """The same by key and by tenant, each member counting up to a quarter."""
+        """As `_held`, by key and by tenant, but each member counts at most a quarter of
+        `_most`."""
         self._waiting: FairQueue[tuple[str, str, str], tuple[int, asyncio.Future[None]]] = (
             FairQueue()
         )
         self._entered: Counter[tuple[str, ...]] = Counter()
-        """How many of a party were let in while others of it wait."""
+        """Number of a party's answers admitted while others of it wait."""
 
     @property
     def held(self) -> int:
-        """Bytes."""
+        """Bytes that all answers hold."""
         return self._held[()]
 
     @contextmanager
     def answer(self, whose: Sender, prompts: int = 1) -> Iterator[AnswerBytes]:
-        """The room of an answer to so many prompts, until the block ends."""
+        """Make the room of an answer to ``prompts`` prompts; it is given back when the block
+        ends."""
         held = AnswerBytes(self, whose, prompts)
         try:
             yield held
@@ -177,8 +181,8 @@ class AnswerRoom:
             self.add(whose, -held.bytes)
 
     async def take(self, whose: Sender, wanted: int) -> None:
-        """Wait until there is room, and take so many bytes of it. Raises QueueFull if nothing
-        of the party is let in for long."""
+        """Wait until there is room, and take ``wanted`` bytes. Raises QueueFull if no answer of
+        the party is admitted for too long."""
         party = whose.party
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         waiter = wanted, turn
@@ -218,16 +222,16 @@ class AnswerRoom:
     def _let_in(self) -> None:
         while (found := self._waiting.pop_with_key(self._rank)) is not None:
             party, (wanted, turn) = found
-            if turn.done():  # its caller has left, and perhaps others with it
+            if turn.done():  # its caller has left; others may have left too
                 self._waiting.drop(lambda waiter: waiter[1].done())
                 continue
             self._entered[party] += 1
-            self.add(Sender(*party), wanted)  # before the call goes on
+            self.add(Sender(*party), wanted)  # before the call resumes
             turn.set_result(None)
 
     def _rank(self, party: tuple[str, str, str]) -> tuple[float, ...] | None:
-        """Who holds least is next: of the tenants, of a tenant's keys, of a key's users. None:
-        it must wait."""
+        """Rank a party; the lowest is next. The tenant that holds least comes first, then its
+        key that holds least, then that key's user. None: the party must wait."""
         tenant, key, own = (self._held[party[:depth]] for depth in (1, 2, 3))
         if own:
             wait = tenant >= self._most // 2 or self.held >= self._most
@@ -238,8 +242,8 @@ class AnswerRoom:
     def _full(self, whose: Sender) -> QueueFull:
         return QueueFull(
             f"{self.held} bytes of log-probabilities have not been read yet, "
-            f"{self._held[whose.party]} of them yours, and there has been no room for those of "
-            f"your prompts for {self._patience_s:g} s: read answers to their end, and retry "
+            f"{self._held[whose.party]} of them yours, so for {self._patience_s:g} s there was "
+            "no room for your prompts' log-probabilities: read answers to their end, and retry "
             "later",
             metadata={"cause": "unread_answers"},
             retry_after_s=_RETRY_S,
@@ -250,7 +254,7 @@ class AnswerBytes:
     """The room of one answer.
 
     Attributes:
-        bytes: held now.
+        bytes: bytes held now.
     """
 
     def __init__(self, room: AnswerRoom, whose: Sender, prompts: int) -> None:
@@ -270,19 +274,19 @@ class AnswerBytes:
         """Count one of the answer's prompts, and wait until there is room for all of them.
 
         Args:
-            wanted: tokens of each sample that the caller asks for, if it says so.
-            most: tokens of each sample, at most.
-            n: samples.
+            wanted: tokens per sample that the caller asked for; None if it did not say.
+            most: most tokens per sample.
+            n: number of samples.
 
         Returns:
-            Tokens of each sample: fewer than ``most`` where the caller set no number and the
-            answer would become too large.
+            Most tokens per sample: fewer than ``most`` if the caller set no number and the
+            answer could become too large.
 
         Raises:
-            InvalidField: the answer may become too large.
-            QueueFull: there was no room for long.
+            InvalidField: the answer could become too large.
+            QueueFull: there was no room for too long.
         """
-        # Each of several prompts may use an equal part of what those before it have left.
+        # Each of several prompts may use an equal part of the bytes that are left.
         left = (form.largest - self._whole) // max(1, self._uncounted) - size.fixed
         if wanted is None and size.token and left >= size.token * n:
             most = min(most, left // (size.token * n))
@@ -297,7 +301,7 @@ class AnswerBytes:
         self._uncounted -= 1
         if not self._uncounted:
             self._counted.set()
-        await self._counted.wait()  # none begins of an answer that is too large
+        await self._counted.wait()  # so that no prompt of a too large answer begins
         async with self._entering:
             if self._prompts and not self._entered:
                 await self._room.take(self._whose, self._prompts)
@@ -306,10 +310,10 @@ class AnswerBytes:
         return most
 
     def generated(self, tokens: int, tops: int) -> None:
-        """Count what is kept until the answer is whole.
+        """Count data that is kept until the answer is complete.
 
         Args:
-            tokens: with their log-probabilities.
+            tokens: number of tokens that are kept with their log-probabilities.
             tops: bytes of packed likely tokens.
         """
         count = tokens * _SCORE_BYTES + tops
@@ -319,8 +323,8 @@ class AnswerBytes:
 
 def _too_large(size: int, form: AnswerForm, field: str, less: str) -> InvalidField:
     """Args:
-    field: what asks for most of it.
-    less: what makes that smaller.
+    field: the request field that causes most of the size.
+    less: what to ask for to make it smaller.
     """
     last = "fewer likely tokens" if field.endswith("logprobs") else "leave it out"
     return InvalidField(

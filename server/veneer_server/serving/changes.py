@@ -1,7 +1,8 @@
 """Changes to adapters: publish, activate, evict, delete, move an alias, update.
 
 A change that has begun is completed even if its caller leaves: `_whole` runs it with
-`outlast`. Only a publish is abandoned with its caller, until the name moves: see `publish`.
+`outlast`. The exception is a publish: if its caller leaves before the name moves, it is
+abandoned, see `publish`.
 """
 
 from __future__ import annotations
@@ -61,9 +62,9 @@ class Replacing:
 
     @contextlib.asynccontextmanager
     async def warm(self, staged: Staged, *, activate: bool) -> AsyncIterator[Warm]:
-        """Load staged content into the tier of the revision that it replaces. Undone when the
-        block ends, unless `Warm.stays` is set: a publish that fails or is cancelled before
-        the name has moved leaves no copy and no pin behind.
+        """Load staged content into the tier of the revision that it replaces. This is undone
+        when the block ends, unless `Warm.stays` is set: a publish that fails or is cancelled
+        before the name has moved leaves no copy and no pin behind.
 
         Publishes of the same weights take turns, so that none undoes another's work.
 
@@ -104,15 +105,15 @@ class Warm:
         self._source = source_of(registry, staged.record)
         self._keep_residents = keep_residents
         self._own_pin = self._pin_of(self._new)
-        """The new weights' pin, if another name already had them pinned."""
+        """The pin of the new weights, if another name had already pinned them."""
         self._passing: MemoryTier | None = None
         """The old revision's pin, if it is to be transferred."""
         self._pinned = False
         self._asked = False
-        """Whether the engine may have been asked to load or pin."""
+        """Whether the engine may have been asked to load or pin the new weights."""
 
     async def up(self, *, activate: bool) -> None:
-        """See `Replacing.warm`."""
+        """Load and pin the new revision, see `Replacing.warm`."""
         wanted: MemoryTier | None = "device" if activate else None
         old = self._old
         if old is not None and old.weights_digest != self._new.weights_digest:
@@ -131,7 +132,7 @@ class Warm:
         except VeneerError as error:
             if activate:
                 raise
-            # The caller did not request it; the next request loads the adapter.
+            # The caller did not ask for the load; the next request loads the adapter.
             _log.warning(
                 "new revision not loaded before the replace",
                 adapter=self._new.short,
@@ -139,8 +140,8 @@ class Warm:
             )
 
     async def _pin_both(self, tier: MemoryTier) -> None:
-        """Pin the new revision as well, so that even if the server is killed, the revision that
-        the name then means is pinned."""
+        """Pin the new revision as well: even if the server is killed during the publish, the
+        revision that the name then points to is pinned."""
         self._asked = True
         try:
             await self._engine.activate(self._source, tier=tier, pin=True)
@@ -196,7 +197,7 @@ class Warm:
         return None
 
     def _means(self, old: AdapterRef) -> bool:
-        """Whether another name still means these weights, and so shares their pin."""
+        """Whether another name still points to these weights, and so shares their pin."""
         for name in self._registry.names(old.weights_digest):
             with contextlib.suppress(VeneerError):
                 ref = self._registry.resolve(name)
@@ -223,13 +224,13 @@ def _whole(
 
 @dataclass(frozen=True, slots=True)
 class AdapterUpdate:
-    """What to change about a revision and its name; None leaves a value as it is.
+    """The changes to make to a revision and its name; None leaves a value unchanged.
 
     Attributes:
         labels, remove_labels: labels to set, and labels to remove.
         retain: number of superseded revisions that the name keeps.
         current: make this the name's current revision.
-        shared: let other tenants use the name, or no longer.
+        shared: whether other tenants may use the name.
         pinned: pin the revision on DEVICE, or unpin it.
         etag: if not empty, the etag that the name must have.
     """
@@ -255,7 +256,7 @@ class AdapterUpdate:
 
 
 class AdapterChanges:
-    """Changes the registry and what is in memory. Belongs to one event loop."""
+    """Makes changes in the registry and in memory. Belongs to one event loop."""
 
     def __init__(
         self,
@@ -277,8 +278,8 @@ class AdapterChanges:
         self._replacing = Replacing(registry, engine, keep_residents=keep_residents)
 
     async def publish(self, upload: Upload, *, activate: bool, who: Who) -> Published:
-        """Stage, warm, commit. If the caller leaves before the name has moved, only the data
-        it sent remains; after that, the publish is completed."""
+        """Stage, warm up and commit an upload. If the caller leaves before the name has moved,
+        only the uploaded data remains; after that, the publish is completed."""
         async with (
             self._uploads.stage(upload) as staged,
             self._replacing.warm(staged, activate=activate) as warm,
@@ -355,12 +356,12 @@ class AdapterChanges:
         await self._removed(
             [record.ref for record in gone], mode="abort" if mode == "abort" else "forget"
         )
-        await self._keep_after()  # else its pin returns with the same content
+        await self._keep_after()  # or else the pin would return with the same content
         return deleted
 
     @_whole
     async def alias(self, alias: str, change: Callable[[], AliasChange]) -> AliasChange:
-        """Move, roll back or remove an alias; ``change`` makes the registry's call."""
+        """Move, roll back or remove an alias; ``change`` makes the change in the registry."""
         changed = await to_the_end(change)
         _log.info(
             "alias",
@@ -382,7 +383,7 @@ class AdapterChanges:
 
     @_whole
     async def update(self, name: str, update: AdapterUpdate, who: Who) -> AdapterRecord:
-        """Change the registry first, then the pin."""
+        """Apply an update: first to the registry, then to the pin."""
         record = await self._get(name)
         if update.registered:
             record = await self._update(update, record, who)
@@ -418,7 +419,7 @@ class AdapterChanges:
         await self._removed(dropped)
         return record
 
-    # --------------------------------------------------------------- what follows
+    # ------------------------------------------------------------ after a change
 
     async def _keep_after(self) -> None:
         """Store the resident set after a change. A failure does not undo the change, since
@@ -437,13 +438,14 @@ class AdapterChanges:
         return await to_the_end(lambda: self._registry.get(name))
 
     async def mirrored(self, dropped: Sequence[AdapterRef]) -> None:
-        """Follow a change that the registry of another server has made."""
+        """Forget revisions that the followed server's registry has dropped, and free their
+        memory."""
         await self._removed(dropped)
 
     async def _removed(
         self, refs: Sequence[AdapterRef], *, mode: Literal["forget", "abort"] = "forget"
     ) -> None:
-        """Forget revisions that their name no longer has, and free their memory."""
+        """Forget revisions that their names no longer have, and free their memory."""
         for ref in refs:
             self._use.forget(ref)
         for weights_digest in {ref.weights_digest for ref in refs}:
@@ -483,7 +485,8 @@ class AdapterBudgets:
         metrics: Metrics,
         plan: Callable[[int, int], MemoryPlan],
     ) -> None:
-        """Args: plan: makes the plan for other budgets; raises `MemoryTooSmall`."""
+        """Args: plan: makes the plan for given host and device budgets; raises
+        `MemoryTooSmall`."""
         self.host = host
         self.device = device
         self.memory = memory
@@ -494,15 +497,15 @@ class AdapterBudgets:
         metrics.set_budgets(host=host, device=device)
 
     async def update(self, host: int | None, device: int | None) -> BudgetsState:
-        """Change the budgets; None keeps one as it is. Adapters over a lowered budget are
-        evicted as soon as no running request uses them.
+        """Change the budgets; None leaves a budget unchanged. Adapters over a lowered budget
+        are evicted as soon as no running request uses them.
 
         Raises:
             AdapterBudgetExceeded: the budgets do not fit the machine together with the rest
                 of the plan, or pinned adapters alone take more. Nothing has changed.
             FailedPrecondition: this server's role has no engine.
         """
-        # One at a time: two changes that each fit the machine may not fit together.
+        # One change at a time: two changes that each fit the machine may not fit together.
         async with self._turn:
             wanted = (
                 self.host if host is None else host,

@@ -1,4 +1,4 @@
-"""Ranges of request fields; every error names the field and the fix.
+"""Checks request fields against their ranges; every error names the field and the fix.
 
 Fields have the names of the gRPC contract; the HTTP gateway translates them.
 """
@@ -29,7 +29,7 @@ MAX_TOP_LOGPROBS: Final = 20
 MAX_SAMPLES: Final = 16
 MAX_CHOICES: Final = 1000
 MAX_SCHEMA: Final = 256 << 10
-"""Most characters, as JSON, of a schema that is sent as an object. `--constraint-bytes` is for
+"""Most characters, as JSON, of a schema that is sent as an object. `--constraint-bytes` limits
 all constraints."""
 
 
@@ -39,13 +39,13 @@ def invalid(field: str, problem: str) -> InvalidField:
 
 
 def refuse(field: str, problem: str) -> NoReturn:
-    """Raises InvalidField."""
+    """Raises InvalidField for a field."""
     raise invalid(field, problem)
 
 
 def check_json_size(field: str, value: object, most: int) -> None:
-    """Raises InvalidField for a value that takes more than ``most`` characters as JSON, before
-    it is written."""
+    """Raises InvalidField for a value that takes more than ``most`` characters as JSON, without
+    writing that JSON."""
     if longer_as_json(value, most):
         refuse(field, f"has more than {most} characters as JSON: send less")
 
@@ -86,7 +86,7 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
 
 
 def check_cache_salt(salt: str) -> None:
-    """Raises InvalidField for one that is too long."""
+    """Raises InvalidField for a salt that is too long."""
     if len(salt) > MAX_CACHE_SALT:
         refuse("cache_salt", f"has {len(salt)} characters: give at most {MAX_CACHE_SALT}")
 
@@ -117,7 +117,7 @@ def check_output(n: int, logprobs: bool, top_logprobs: int) -> None:
 
 
 def check_min_tokens(least: int, most: int | None) -> None:
-    """Raises InvalidField for a least number of tokens above the most, if that is given."""
+    """Raises InvalidField if ``least`` tokens are more than ``most``, if that is set."""
     if most is not None and least > most:
         refuse("stopping.min_tokens", f"is {least}: give at most stopping.max_tokens, {most}")
 
@@ -135,10 +135,10 @@ def check_truncation(tokens: int | None) -> None:
 
 
 def choice(texts: Sequence[str], field: str = "constraint.choice") -> Constraint:
-    """A constraint to one of these texts.
+    """Make a constraint to one of these texts.
 
     Args:
-        field: their name in errors.
+        field: name of the field with the texts, for errors.
 
     Raises:
         InvalidField: there are no texts, too many, or an empty one.
@@ -151,10 +151,10 @@ def choice(texts: Sequence[str], field: str = "constraint.choice") -> Constraint
 
 
 def check_constraint(constraint: Constraint, field: str) -> None:
-    """Raises InvalidField for an empty constraint. The engine finds out whether it compiles.
+    """Raises InvalidField for an empty constraint. The engine checks whether it compiles.
 
     Args:
-        field: what its caller calls it; empty: as the contract does.
+        field: the caller's name for it, for errors; empty for the gRPC contract's name.
     """
     if not constraint.text:
         refuse(

@@ -2,7 +2,7 @@
 
 A lease keeps the content while it is sent. Files are read in threads, piece by piece, and the
 next piece is read when the last one has been taken: a slow reader costs one piece of memory.
-While sequences run, reading is as slow as uploads are, since both take CPU time from the step.
+While sequences run, reading is throttled like uploads, since both take CPU time from the step.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from veneer_server.serving.tenants import Tenant
 from veneer_server.serving.uploads import UploadChunk
 
 MAX_AT_ONCE: Final = 8
-"""Downloads that run at once; once a second tenant has called, one may have half of them."""
+"""Most downloads at once; once a second tenant has called, each tenant may run half of them."""
 
 PIECE: Final = 256 << 10
-"""Bytes of a message. A reader that takes none for ``reader_limit_s`` is ended."""
+"""Bytes per message. A download whose reader takes none for ``reader_limit_s`` is ended."""
 
 _OPEN: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 Start = Callable[[AdapterRecord, Sequence[UploadFile]], bytes]
-"""Makes the first message, of the revision and its files."""
+"""Makes the first message, which describes the revision and its files."""
 Chunk = Callable[[UploadChunk], bytes]
-"""Makes the message of a piece; called in threads."""
+"""Makes the message for a piece of a file; called in threads."""
 Write = Callable[[bytes], Awaitable[None]]
 """Sends a message."""
 T = TypeVar("T")
@@ -54,7 +54,7 @@ class Downloads:
         self, flow: UploadFlow | None = None, *, reader_limit_s: float = READER_LIMIT_S
     ) -> None:
         """Args:
-        flow: how fast files are read; None for as fast as the reader.
+        flow: limits how fast files are read; None for as fast as the reader.
         """
         self._flow = flow or UploadFlow(lambda: False)
         self._reader_limit_s = reader_limit_s
@@ -64,17 +64,17 @@ class Downloads:
         self._background = Background()
 
     async def stop(self) -> None:
-        """Wait for the removal of content that nothing holds any more."""
+        """Wait until the content that is no longer in use has been removed."""
         await self._background.finish()
 
     async def send(
         self, home: Tenant, spec: str, *, start: Start, chunk: Chunk, write: Write
     ) -> None:
-        """Send the files of ``spec`` to ``write``: what they are, then their content.
+        """Send the files of ``spec`` to ``write``: first their description, then their content.
 
         Raises:
             AdapterNotFound, InvalidField, BaseModelMismatch: as `Registry.acquire`.
-            AdapterCorrupt: its content is damaged or gone.
+            AdapterCorrupt: the content is damaged or missing.
             QuotaExceeded: too many downloads are running.
             Aborted: the reader takes nothing.
         """
@@ -114,7 +114,7 @@ class Downloads:
     async def _pieces(
         self, file: LocalFile, use: Callable[[UploadChunk], T]
     ) -> AsyncIterator[T]:
-        """What ``use`` makes, in a thread, of each piece."""
+        """Yield the result of ``use`` for each piece of a file; ``use`` runs in a thread."""
         for at in range(0, file.size, PIECE):
             size = min(PIECE, file.size - at)
             await self._flow.hold(size)
@@ -159,8 +159,8 @@ def _open_all(home: Tenant, lease: RevisionLease, files: list[LocalFile]) -> Non
 
 
 def _open(name: str, path: Path, files: list[LocalFile]) -> None:
-    """Open a file of the store into ``files``, whose owner closes it, also if the caller has
-    left meanwhile. Raises AdapterCorrupt."""
+    """Open a stored file and append it to ``files``, whose owner closes it even if the caller
+    has left meanwhile. Raises AdapterCorrupt."""
     try:
         descriptor = os.open(path, _OPEN)
     except OSError as error:
@@ -173,7 +173,7 @@ def _open(name: str, path: Path, files: list[LocalFile]) -> None:
 
 
 def _read(file: LocalFile, size: int, at: int) -> bytes:
-    """All of it, since a short read would leave a gap. Raises AdapterCorrupt."""
+    """Read exactly ``size`` bytes: a short read would leave a gap. Raises AdapterCorrupt."""
     parts = bytearray()
     try:
         while len(parts) < size:

@@ -1,8 +1,8 @@
 """Adapter events, numbered and kept in a bounded buffer.
 
 `AdapterEvents` receives the engine's messages and the registry's commits. A watcher has a
-position in the buffer instead of its own queue (`watch`), so a slow one costs nothing. The
-buffer holds small values: digests and records, no messages.
+position in the buffer instead of a queue of its own (`AdapterEvents.after`), so a slow watcher
+costs nothing. The buffer holds small values: digests and records, no messages.
 """
 
 from __future__ import annotations
@@ -66,11 +66,11 @@ EventKind = Literal[
 
 @dataclass(frozen=True, slots=True)
 class WeightsState:
-    """Weights, and where they are after an event.
+    """The state of weights after an event.
 
     Attributes:
         names: the names that had a revision with these weights at the time, so that no event
-            for a name precedes its publication. None: all names that have one.
+            for a name precedes its publication. None: all names that have one now.
     """
 
     digest: str
@@ -81,7 +81,7 @@ class WeightsState:
 
 @dataclass(frozen=True, slots=True)
 class Happened:
-    """One event. Events of the engine concern weights, those of the registry a revision."""
+    """One event. Engine events are about weights, registry events about a revision."""
 
     sequence: int
     kind: EventKind
@@ -114,40 +114,45 @@ class AdapterEvents:
 
     @property
     def on_device(self) -> int:
-        """Weights in the DEVICE tier."""
+        """Number of weights in the DEVICE tier."""
         return sum(state.tier == "device" for state in self._residency.values())
 
     # --------------------------------------------------------------------- sources
 
     def name_by(self, names: Callable[[str], Iterable[str]]) -> None:
-        """Set the function that finds the names that have a revision with given weights."""
+        """Set the function that maps a weights digest to the names with such a revision."""
         self._names = names
 
     def on_engine_event(self, event: EngineEvent) -> None:
         """Listener for `EngineClient`."""
         if isinstance(event, ResidencyChanged | AdapterLoaded | AdapterFailed | Evicted):
             if not self._frame:
-                # A new state precedes its cause in the same frame: wait for both.
+                # The new state comes before its cause in the same frame: wait for both.
                 asyncio.get_running_loop().call_soon(self._take_frame)
             self._frame.append(event)
 
     def published(self, published: Published) -> None:
-        """A publish was committed."""
+        """Add the events of a committed publish."""
         if published.published:
             self._append("replaced" if published.replaced else "published", published.record)
-            # If it was loaded before the commit, that event had no name to report.
+            # If it was loaded before the commit, that event could not name it.
             state = self._residency.get(published.record.ref.weights_digest)
             if state is not None and state.tier != "disk":
                 activated = state.tier == "device"
                 self._append("activated" if activated else "loaded", published.record)
 
     def made_current(self, record: AdapterRecord) -> None:
-        """An earlier revision became a name's current one."""
+        """Add the event for an earlier revision that became a name's current one."""
         self._append("replaced", record)
 
     def mirrored(self, record: AdapterRecord, before: AdapterRef | None) -> None:
-        """The registry that this server follows has changed a name: its current revision, and
-        what it meant before. What changed of its aliases and labels is the registry's to tell.
+        """Add the event for a change of a name in the registry that this server follows. A
+        change of its aliases or labels is just ``updated``; only the followed registry knows
+        more.
+
+        Args:
+            record: the name's revision now.
+            before: the name's revision before; None if the name is new.
         """
         kind: EventKind = "updated"
         if before is None:
@@ -157,20 +162,21 @@ class AdapterEvents:
         self._append(kind, record)
 
     def updated(self, record: AdapterRecord) -> None:
-        """Labels, retention or sharing changed."""
+        """Add the event for changed labels, retention or sharing."""
         self._append("updated", record)
 
     def alias_changed(self, record: AdapterRecord, alias: str) -> None:
-        """An alias now points to this revision, or pointed to it and was removed."""
+        """Add the event for an alias that now points to this revision, or pointed to it and was
+        removed."""
         self._append("alias_changed", record, alias)
 
     def quarantined(self, records: Iterable[AdapterRecord], why: str) -> None:
-        """Stored content of these revisions is damaged."""
+        """Add events for revisions whose stored content is damaged."""
         for record in records:
             self._append("quarantined", record, why)
 
     def deleted(self, records: Iterable[AdapterRecord]) -> None:
-        """These revisions were deleted."""
+        """Add events for deleted revisions."""
         for record in records:
             self._append("deleted", record)
 
@@ -208,7 +214,7 @@ class AdapterEvents:
     def _compare(
         self, digest: str, before: ResidencyChanged | None, *, tell_tier: bool
     ) -> None:
-        """Add events for changes that no message has explained."""
+        """Add events for changes of state that no message in the frame has explained."""
         after = self._residency.get(digest)
         was = "disk" if before is None else before.tier
         now = "disk" if after is None else after.tier
@@ -237,7 +243,8 @@ class AdapterEvents:
     # -------------------------------------------------------------------- watchers
 
     def after(self, sequence: int) -> tuple[Happened, ...] | None:
-        """The events after ``sequence``; None if they are not, or no longer, in the buffer."""
+        """Return the events after ``sequence``; None if the buffer does not, or no longer, have
+        all of them."""
         oldest = self.last - len(self._row)
         if not max(self._start, oldest) <= sequence <= self.last:
             return None
@@ -274,7 +281,7 @@ class AdapterEvents:
 
 
 # -------------------- use
-# When adapters were last requested, and where the engine finds their weights.
+# Records when adapters were last requested, and tells the engine where their weights are.
 
 
 class AdapterUse:
@@ -289,7 +296,7 @@ class AdapterUse:
         self._last[ref.name, ref.revision] = self._clock()
 
     def last(self, ref: AdapterRef) -> float | None:
-        """When it was last requested, in Unix seconds; None if it was not."""
+        """When the revision was last requested, in Unix seconds; None if it was not."""
         return self._last.get((ref.name, ref.revision))
 
     def recent(self) -> list[tuple[str, str]]:
@@ -297,12 +304,12 @@ class AdapterUse:
         return sorted(self._last, key=lambda key: self._last[key], reverse=True)
 
     def forget(self, ref: AdapterRef) -> None:
-        """Drop a revision that the name no longer has."""
+        """Remove a revision that its name no longer has."""
         self._last.pop((ref.name, ref.revision), None)
 
 
 def source_of(registry: AdapterRegistry, record: AdapterRecord) -> AdapterSource:
-    """Where the engine finds the weights of a revision."""
+    """Make the source that tells the engine where to find a revision's weights."""
     return AdapterSource(
         weights_digest=record.ref.weights_digest,
         folder=str(registry.weights_folder(record.ref)),
@@ -312,7 +319,7 @@ def source_of(registry: AdapterRegistry, record: AdapterRecord) -> AdapterSource
 
 
 # -------------------- elsewhere
-# Events for what other servers change in a shared catalog.
+# Events for changes that other servers make in a shared catalog.
 
 _REVISION: Final = re.compile(r"[0-9a-f]{64}")
 _UPDATES: Final = ("labels", "retention", "shared", "unshared")
@@ -321,12 +328,12 @@ _log = get_logger(__name__)
 
 
 def tell_of_others(registry: AdapterRegistry, events: AdapterEvents) -> None:
-    """From now on, add an event for each line of the history that another server wrote. Call it
-    on the event loop that the events belong to."""
+    """Add an event for each line that another server writes into the history from now on. Must
+    be called on the event loop that the events belong to."""
     loop = asyncio.get_running_loop()
 
     def told(lines: Sequence[HistoryRow]) -> None:
-        """Called in a thread of the registry's, which may read rows."""
+        """Called in a thread of the registry, so it may read rows."""
         for line in lines:
             try:
                 event = _event(registry, events, line)
@@ -342,7 +349,7 @@ def tell_of_others(registry: AdapterRegistry, events: AdapterEvents) -> None:
 def _event(
     registry: AdapterRegistry, events: AdapterEvents, line: HistoryRow
 ) -> Callable[[], None] | None:
-    """What to call for a line; None if watchers are not told of it."""
+    """Return the function that adds the event for a history line; None if it has no event."""
     match line.event:
         case "published" | "replaced":
             record = _record(registry, line, line.revision)
@@ -366,7 +373,7 @@ def _event(
 
 
 def _record(registry: AdapterRegistry, line: HistoryRow, revision: str) -> AdapterRecord:
-    """The revision as it is now, which may be gone again."""
+    """The line's revision as it is now; it may have been deleted since."""
     try:
         return registry.get(f"{line.name}@{revision}" if revision else line.name)
     except AdapterNotFound:
@@ -374,7 +381,7 @@ def _record(registry: AdapterRegistry, line: HistoryRow, revision: str) -> Adapt
 
 
 def _gone(line: HistoryRow) -> AdapterRecord:
-    """Of a revision whose rows are gone, only the name and the digest are known."""
+    """A record for a deleted revision: only its name and digest are known."""
     nothing = AdapterManifest("", (), 0, (), 0, 0, "", "")
     ref = AdapterRef(line.name, line.revision, "")
     return AdapterRecord(ref, nothing, line.time, {}, False, "", 0)

@@ -1,15 +1,15 @@
-"""What every call passes, at whichever door it comes in: gRPC, a JSON endpoint or a stream.
+"""The gate that every call passes, whether over gRPC, HTTP or a stream.
 
-A door makes a `Caller` of what a call says before its request is read, and puts it into a
-`CallContext`. Then it asks the gate:
+Before it reads a request, an API makes a `Caller` from the call's metadata and puts it into a
+`CallContext`. Then it uses the gate:
 
-1. `Gate.admit`: who calls, and whether that caller may. The block that it returns ends the call
-   once the caller may not any more.
-2. `Gate.answering`: while the call is answered. However that ends, the audit log has it.
-3. `Gate.refuse`: a refusal is noted, counted, logged and paced. The door then sends it.
+1. `Gate.admit` identifies the caller and checks that it may make this call. The context manager
+   that it returns ends the call once the caller may no longer make it.
+2. `Gate.answering` wraps the answering of the call, and notes the outcome in the audit log.
+3. `Gate.refuse` notes, counts, logs and delays a refusal, which the API then sends.
 
-Between the first and the second a door asks `Calls` whether the server's phase lets calls in,
-and reads the request. A caller that is refused is noted as who it was known to be by then.
+Between the first and the second, the API asks `Calls` whether the server's phase admits calls,
+and reads the request. A refused call is noted with as much of its caller as was known by then.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ REQUEST_ID_FORM: Final = re.compile(r"[\x21-\x7e]{1,128}")
 PACED: Final = frozenset(
     {"INVALID_ARGUMENT", "NOT_FOUND", "PERMISSION_DENIED", "UNAUTHENTICATED"}
 )
-"""Codes of errors that are the caller's own; see `queues.refusal_pace`."""
+"""Codes of errors that the caller has caused; see `queues.refusal_pace`."""
 
 _LEFT: Final = Cancelled("the caller left, or its deadline passed")
-"""How the audit log has calls whose end nobody waited for."""
+"""The error in the audit log for calls whose caller left before the end."""
 
 _log = get_logger(__name__)
 
@@ -54,8 +54,8 @@ class CallContext:
     """One call on its way through the server.
 
     Attributes:
-        caller: who calls, as far as it is known.
-        request, answer: what the audit log takes names from, see `Audit.note`.
+        caller: the caller, as far as it is known.
+        request, answer: the messages from which the audit log takes names, see `Audit.note`.
         size: bytes of the request if it is large, else 0.
     """
 
@@ -66,10 +66,11 @@ class CallContext:
 
 
 class Gate:
-    """One for each set of methods that a port answers. Belongs to one event loop.
+    """Admits and refuses calls, and notes how they end. There is one gate for each set of
+    methods that a port answers. Belongs to one event loop.
 
     Attributes:
-        access: lets calls in.
+        access: decides who is admitted.
         pace: delays refusals.
     """
 
@@ -84,10 +85,10 @@ class Gate:
         elsewhere: Set[str] = frozenset(),
     ) -> None:
         """Args:
-        access: None lets everybody in.
-        audit: notes calls that change something or are refused.
-        pace: None for the default.
-        quotas: limits of callers, who are told what is left of them.
+        access: decides who is admitted; None admits everybody.
+        audit: the audit log, for calls that change something or are refused.
+        pace: delays refusals; None for the default.
+        quotas: the callers' limits; answers say what is left of them.
         elsewhere: methods that only another port answers.
         """
         self.access = access or Access()
@@ -100,12 +101,12 @@ class Gate:
     # ------------------------------------------------------------------ letting in
 
     def arrived(self, caller: Caller) -> None:
-        """Give the log's lines of this task the call's id."""
+        """Put the call's request id on the log lines of this task."""
         REQUEST_ID.set(caller.request_id)
         TENANT.set("")
 
     def rename(self, context: CallContext, request_id: str) -> None:
-        """Take the request id that the request itself asks for."""
+        """Set the request id to one given in the request itself."""
         REQUEST_ID.set(request_id)
         caller = context.caller
         context.caller = caller.known(caller.principal, caller.fairness, request_id)
@@ -113,10 +114,11 @@ class Gate:
     async def admit(
         self, context: CallContext, credentials: Credentials
     ) -> AbstractContextManager[None]:
-        """Find out who calls, and check that it may. The call ends, while the result is
-        entered, once it would not be let in any more; but an answer that is being generated is
-        not cut off. Raises as `Access.identify` and `Access.check`, and InvalidField for
-        malformed metadata."""
+        """Identify the caller, and check that it may make this call.
+
+        Returns a context manager, inside which the call ends once it would no longer be
+        admitted; but an answer that is being generated is not cut off. Raises as
+        `Access.identify` and `Access.check`, and InvalidField for malformed metadata."""
         access, caller = self.access, context.caller
         method = caller.method
         principal = await access.identify(method, credentials)
@@ -141,12 +143,12 @@ class Gate:
         left: Callable[[], bool] = lambda: False,
         **logged: object,
     ) -> Iterator[None]:
-        """A block in which a call is answered, and `CallContext.request` and `answer` are set.
+        """Answer a call inside this block, which sets `CallContext.request` and `answer`.
 
         Args:
-            event, logged: the log's line for an error that nobody expected.
-            known: errors that the door sends as they are, after `refuse`.
-            left: whether the caller has left, so that any other error comes from that.
+            event, logged: event and fields of the log line for an unexpected error.
+            known: errors that the API sends unchanged, after `refuse`.
+            left: whether the caller has left; an unexpected error is then taken for its result.
 
         Raises:
             VeneerError: an error in ``known``; an InternalError in place of any other.
@@ -175,23 +177,22 @@ class Gate:
     async def refuse(
         self, context: CallContext, error: VeneerError, *, begun: bool = False, **logged: str
     ) -> None:
-        """Note, count and log a refusal, and wait before it is sent if its caller has sent
-        many.
+        """Note, count and log a refusal, and delay it if its caller has caused many.
 
         Args:
-            begun: a part of the answer has been sent, so there is nothing to delay.
-            logged: fields of the log's line.
+            begun: part of the answer has been sent, so there is nothing to delay.
+            logged: fields of the log line.
         """
         self.failed(context, error)
         await self.delay(context, error, begun=begun, **logged)
 
     def failed(self, context: CallContext, error: VeneerError) -> None:
-        """Note and count an error that a caller is sent."""
+        """Note and count an error that is sent to a caller."""
         self._audit.note(context.caller, error, request=context.request)
         self.count(error)
 
     def count(self, error: VeneerError) -> None:
-        """Count an error that a caller is sent."""
+        """Count an error that is sent to a caller."""
         self._metrics.failures.labels(error.reason).inc()
 
     async def delay(
@@ -204,11 +205,12 @@ class Gate:
             await self.pace.wait(context.caller.peer, context.size)
 
     def log(self, reason: str, error: Exception, **logged: str) -> None:
-        """Log a refusal, unless many alike were logged just now."""
+        """Log a refusal, unless many similar ones were logged just now."""
         _log.often(reason, "call refused", **logged, reason=reason, **detail_for_log(error))
 
     def limits(self, caller: Caller) -> tuple[tuple[str, str], ...]:
-        """What is left of the caller's limits, for calls that count towards them."""
+        """Headers that say what is left of the caller's limits, for calls that count towards
+        them."""
         if caller.method not in GENERATES:
             return ()
         return rate_headers(self._quotas, caller.principal.accounts)

@@ -1,4 +1,4 @@
-"""An admitted generate request: its tokens and its end."""
+"""Runs an admitted generate request; tracks running calls; shortens conversations."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from veneer_server.wire.messages import SequenceOutput, SequenceRequest
 
 
 class Generation:
-    """An admitted request. Iterate `deltas` once; after that the numbers are final.
+    """An admitted generate request. Iterate `deltas` once; after that the numbers are final.
 
-    The other samples ask for their places after the first sample's first token: the prompt is
-    then in the prefix cache, and is not computed again for each of them.
+    The other samples are submitted after the first sample's first token: the prompt is then in
+    the prefix cache, and is not computed again for each of them.
     """
 
     def __init__(
@@ -51,17 +51,17 @@ class Generation:
         fetch_s: float | None = None,
     ) -> None:
         """Args:
-        request: that of the first sample; `sample_request` derives the others.
-        reader: takes the samples' texts apart.
-        fetch_s: how long its adapter's weights took to be fetched; None if they were here.
+        request: the first sample's request; `sample_request` derives the others.
+        reader: makes the parsers of the samples' texts.
+        fetch_s: seconds it took to fetch the adapter's weights; None if they were stored here.
         """
         self.counted = counted
         self.prompt = prompt
         self.completion_tokens = 0
         self.finish: FinishReason | None = None
-        """That of the last sample to end, once all have ended."""
+        """The finish reason of the last sample to end; None until all have ended."""
         self.provenance = provenance
-        """What took how long is in it once all have ended."""
+        """Its timings are filled in once all samples have ended."""
         self.tenant = request.tenant
         self._request = request
         self._fetch_s = fetch_s
@@ -108,12 +108,12 @@ class Generation:
 
     @property
     def reasoning_tokens(self) -> int:
-        """Those of `completion_tokens` that are thinking."""
+        """The number of `completion_tokens` that are reasoning."""
         return sum(sample.thought for sample in self._samples)
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
-        """One delta per output of the engine. Raises what the engine raises; if one
-        sample fails, the request fails."""
+        """Yield one delta per engine output. Raises the engine's errors; if one sample fails,
+        the request fails."""
         outputs = self._engine.generate(self._request, self._place, counts=self.counted)
         self._streams.add(0, outputs)
         ended = 0
@@ -141,7 +141,7 @@ class Generation:
             self.counted.unread(self._streams.dropped)
 
     def _count(self, sample: Sample, output: SequenceOutput, count: int, now: float) -> None:
-        """Update metrics and counts for an output; ``count``: tokens that the caller gets."""
+        """Update metrics and counts for an output of which the caller gets ``count`` tokens."""
         if self._first_output is None:
             self._first(output, now)
         elif sample.last_output is not None:
@@ -174,7 +174,7 @@ class Generation:
 
     @property
     def _load_s(self) -> float:
-        """Fetching its adapter and loading it."""
+        """Seconds it took to fetch and load the adapter."""
         first = self._first_output
         return (self._fetch_s or 0.0) + (first.load_seconds if first is not None else 0.0)
 
@@ -212,9 +212,9 @@ READER_LIMIT_S: Final = 30.0
 _CANCEL_WAIT_S: Final = 2.0
 
 _QUIET_S, _QUIET_MOST_S = 0.1, 1.0
-"""A drain ends when no call has arrived for `_QUIET_S` since calls are refused, or after
-`_QUIET_MOST_S`. gRPC hands calls over one by one; those that it still has when it is stopped
-end with CANCELLED, which clients do not retry, instead of UNAVAILABLE."""
+"""A drain ends when no call has arrived for `_QUIET_S`, but after `_QUIET_MOST_S` at the
+latest. gRPC hands calls over one by one; calls that it still holds when it is stopped end with
+CANCELLED, which clients do not retry, instead of UNAVAILABLE."""
 
 
 class Phase(Enum):
@@ -256,7 +256,7 @@ class Calls:
             self._phase = Phase.SERVING
 
     def check_phase(self) -> None:
-        """To be asked for each call as it arrives.
+        """Raise unless the server serves now. Must be called for each call as it arrives.
 
         Raises:
             ModelLoading, Draining: the phase admits no call.
@@ -306,14 +306,14 @@ class Calls:
     def drain(self) -> None:
         """Admit no new calls from now on; running calls continue."""
         self._phase = Phase.DRAINING
-        self._arrived = time.monotonic()  # those on their way have not been seen yet
+        self._arrived = time.monotonic()  # more calls may be on their way
 
     async def finish(self, grace_s: float) -> int:
-        """Wait for running calls, then cancel the rest; then refuse the calls that are on their
-        way. Returns how many were cancelled."""
+        """Wait for running calls, and cancel those still running after ``grace_s``; then wait
+        for the calls on their way, which are refused. Returns how many were cancelled."""
         cancelled = await self._finish_running(grace_s)
         give_up = time.monotonic() + _QUIET_MOST_S
-        # The end of events is no event.
+        # We wait for calls to stop arriving: no event tells us that.
         while (left := min(self._arrived + _QUIET_S, give_up) - time.monotonic()) > 0:  # noqa: ASYNC110
             await asyncio.sleep(left)
         return cancelled
@@ -335,20 +335,20 @@ class Calls:
 
 
 # -------------------- shortening
-# Leaves the oldest turns of a conversation out, until the rest fits. Its own file because it
-# decides in pure Python what `Generator` then renders and counts.
+# Decides which of the oldest turns of a conversation can be dropped until the rest fits;
+# `Generator` then renders and counts the rest.
 
 ANSWER_TOKENS: Final = 512
-"""Tokens that are left for the answer, if the caller does not say how many; a quarter of the
-context, if that is less."""
+"""Tokens reserved for the answer if the caller does not say how many; a quarter of the context
+if that is less."""
 
 Messages = Sequence[Mapping[str, Any]]
 
 
 def starts(messages: Messages) -> list[int]:
-    """Where what is kept of a conversation may begin, the longest first: 0, and then where a
-    turn of the user begins. If the last turn alone is too long, as an agent's may be, its
-    oldest calls are left out together with their results."""
+    """Return the message indices at which a shortened conversation may begin, the longest
+    first: 0, then the start of each later user turn. If the last turn alone is too long, as an
+    agent's may be, its oldest tool calls are dropped together with their results."""
     users = [at for at, message in enumerate(messages) if message["role"] == "user"]
     last = users[-1] if users else 0
     steps = [
@@ -360,8 +360,8 @@ def starts(messages: Messages) -> list[int]:
 
 
 def without_oldest(messages: Messages, start: int) -> tuple[Mapping[str, Any], ...]:
-    """The messages from ``start`` on, behind what the system said before. If they begin within
-    the last turn, its question is kept as well."""
+    """Return the messages from ``start`` on, preceded by the earlier system messages. If
+    ``start`` is within the last turn, that turn's user message is kept as well."""
     older = messages[:start]
     kept = [message for message in older if message["role"] == "system"]
     if not any(message["role"] == "user" for message in messages[start:]):

@@ -1,7 +1,7 @@
-"""Admits generate requests, for both generate calls.
+"""Admits generate requests from all APIs, streamed or not.
 
-Only `Generator.admit` acquires and releases what a request holds: the revision lease and
-the engine's sequence.
+Only `Generator.admit` acquires and releases a request's resources: the revision lease and the
+engine's sequences.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ class Generator:
         """Args:
         step_seconds: recent duration of a step; 0 if unknown.
         resolving: fetches unknown adapters; None fetches none.
-        tracing: None makes no spans.
+        tracing: makes spans; None makes none.
         constraint_bytes: size of the largest constraint allowed.
-        tool_parser: as the flag has it.
+        tool_parser: value of ``--tool-parser``.
         """
         self.prompts = prompts
         self.answers = AnswerRoom()
@@ -113,11 +113,12 @@ class Generator:
         """Submit a request. When the block ends, however it ends, everything is released.
 
         Args:
-            counted, place: of the request of which this is a part; None if it is the whole.
+            counted, place: the parent request's, if this request is part of another one; None
+                if it stands alone.
             held: the room of the answer, for callers that keep it until it has been read.
 
         Raises:
-            RateLimitExceeded, QuotaExceeded: its caller may not have it, now or ever.
+            RateLimitExceeded, QuotaExceeded: the caller's limits forbid it, now or for good.
             AdapterNotFound, ContextTooLong, DeadlineTooShort, InvalidField,
             TemplateFailed: the request cannot be served as it is.
             QueueFull, EngineFailed, Unavailable: the request cannot be served now.
@@ -138,7 +139,8 @@ class Generator:
                     await self._resolving.fetch(home, call.adapter, caller)
                 owner, lease = self._visible.acquire(home, call.adapter, call.session_key)
                 shown = self._visible.shown(home, owner, lease.ref.name)
-            # Before any work: requests that wait for it then count towards the queue limit.
+            # Taken before any work, so that requests that wait for that work count towards the
+            # queue limit.
             with (
                 self.count(caller, call.n)
                 if counted is None
@@ -192,9 +194,9 @@ class Generator:
     async def _fitting(
         self, call: GenerateCall, prompt: Prompt, held: AnswerBytes
     ) -> GenerateCall:
-        """The call, with fewer tokens if it leaves their number to the server and its answer
-        would become too large. Waits for the room that its answer takes. Raises InvalidField
-        if it asks for too large an answer."""
+        """Wait until there is room for the answer's log-probabilities and token ids. Returns
+        the call, with fewer tokens if it leaves their number to the server and its answer could
+        become too large. Raises InvalidField if it asks for too large an answer."""
         if not call.scored:
             return call
         size = AnswerSize.of(
@@ -210,9 +212,9 @@ class Generator:
         return call if fitting == most else replace(call, max_tokens=fitting)
 
     def _most_tokens(self, call: GenerateCall, prompt_tokens: int) -> int:
-        """Most new tokens of a sample. Raises ContextTooLong if they cannot fit."""
+        """Return the most new tokens of a sample. Raises ContextTooLong if they cannot fit."""
         info = self._engine.info
-        wanted = 1 if call.max_tokens == 0 else call.max_tokens  # it is not shown
+        wanted = 1 if call.max_tokens == 0 else call.max_tokens  # the one token is not shown
         if call.clamped and wanted is not None:
             wanted = min(wanted, max(1, info.longest_sequence - prompt_tokens))
         default = self._defaults.most_tokens(open_ended=call.open_ended)
@@ -223,7 +225,7 @@ class Generator:
         return self._meter.request(caller.principal.accounts, caller.tenant, samples, prompts)
 
     def place(self, caller: Caller, count: int) -> AbstractContextManager[Place]:
-        """Places for ``count`` samples of a call, see `Places.hold`."""
+        """Take places for ``count`` samples of a call, see `Places.hold`."""
         return self._engine.places.hold(count, caller.fairness, within_s=caller.time_left)
 
     def check_text(self, text: bytes, *, cut: bool = False) -> None:
@@ -231,7 +233,7 @@ class Generator:
         protobuf, text and tokens.
 
         Args:
-            cut: only its last tokens will be kept.
+            cut: the prompt will be truncated to its last tokens.
         """
         info = self._engine.info
         space = Room(info.vocab_size, most_prompt_tokens(info))
@@ -242,8 +244,8 @@ class Generator:
         room(self._engine.info, None, tokens)
 
     def reads_calls(self, adapter_template: str | None) -> bool:
-        """Whether answers to chats with an adapter's template, or else the base's, may call
-        tools of the model's own accord."""
+        """Whether the model may choose to call tools in chats with an adapter's template, or
+        else the base's: the server must know the template's format of tool calls."""
         return self.prompts.family(adapter_template, self._tool_parser) is not None
 
     @property
@@ -259,7 +261,7 @@ class Generator:
             )
 
     def _plan(self, call: GenerateCall, lease: RevisionLease | None) -> AnswerPlan:
-        """How the answer may look. Raises InvalidField if nobody could read its calls."""
+        """Plan the answer. Raises InvalidField if the server could not parse its tool calls."""
         family, tokenizer = None, self.prompts.tokenizer
         if call.tools is not None:
             family = self.prompts.family(_template(lease), self._tool_parser)
@@ -286,7 +288,7 @@ class Generator:
         sender: Sender,
         space: Room,
     ) -> Prompt:
-        """The prompt of as many of the latest turns as fit."""
+        """Build the prompt from as many of the latest turns as fit."""
         longest = self._engine.info.longest_sequence
         answer = call.max_tokens or min(ANSWER_TOKENS, longest // 4)
         room = replace(space, tokens=max(1, longest - answer))
@@ -306,7 +308,7 @@ class Generator:
         if (found := await fitting(begin[0])) is not None:
             return found
         low, high = 1, len(begin) - 1
-        while low <= high:  # a shorter one fits if a longer one does
+        while low <= high:  # if a conversation fits, so does every shorter one
             middle = (low + high) // 2
             if (prompt := await fitting(begin[middle])) is None:
                 low = middle + 1
@@ -322,7 +324,8 @@ class Generator:
         space: Room,
         kept: int | None,
     ) -> Prompt:
-        """The whole prompt; of token ids only the last ``kept``, if it is set."""
+        """Build the whole prompt; a prompt of token ids keeps only the last ``kept``, if
+        set."""
         info, echo = self._engine.info, call.echo
         try:
             match call.input:
@@ -339,7 +342,7 @@ class Generator:
                     )
                 case tokens:
                     ids = tokens.ids if kept is None else tokens.ids[-kept:]
-                    room(info, call.max_tokens, len(ids))  # before they are copied
+                    room(info, call.max_tokens, len(ids))  # checked before they are copied
                     return await self.prompts.from_ids(ids, space, sender, with_text=echo)
         except TooManyTokens as error:
             count = error.count
@@ -360,10 +363,10 @@ class Generator:
         owner: Tenant | None,
         lease: RevisionLease | None,
     ) -> SequenceRequest:
-        """The request for the engine, with all defaults filled in.
+        """Make the request for the engine, with all defaults filled in.
 
         Args:
-            owner: whose adapter it is.
+            owner: the tenant that owns the adapter.
         """
         info = self._engine.info
         max_tokens = self._most_tokens(call, len(prompt.ids))
@@ -391,7 +394,8 @@ class Generator:
             min_tokens=call.min_tokens,
             constraint=plan.constraint,
             use_prefix_cache=call.use_prefix_cache is not False,
-            # How many tokens were cached tells what somebody else has asked.
+            # One scope per tenant and salt: the number of cached tokens reveals what others
+            # have asked.
             cache_scope=_cache_scope(caller.tenant, call.cache_salt),
             deadline=caller.deadline,
             sender=sender,
@@ -408,7 +412,8 @@ class Generator:
         outcome: str,
         trace: str,
     ) -> None:
-        """Metrics and one log line for a request that has ended; ``trace`` is its id."""
+        """Write metrics and one log line for a request that has ended; ``trace`` is the trace
+        id."""
         if generation is None:
             return  # the call's own log line says why it was refused
         metrics, facts = self.metrics, generation.facts()
@@ -439,8 +444,9 @@ class Generator:
         outcome: str,
         failed: str,
     ) -> str:
-        """Spans of a request that has ended, under the names of OpenTelemetry's conventions for
-        generative models where it has some. Returns the trace's id, "" without tracing."""
+        """Make the spans of a request that has ended. Attributes have the names of
+        OpenTelemetry's conventions for generative models where there are any. Returns the trace
+        id, or "" without tracing."""
         attributes: dict[str, str | int | tuple[str, ...]] = {
             "gen_ai.system": "veneer",
             "gen_ai.request.model": self.base_name,
@@ -473,17 +479,19 @@ class Generator:
 
 
 def _cache_scope(tenant: str, salt: str) -> str:
-    """Salts have any length; no tenant's name has a line break."""
+    """The scope within which cached prefixes are shared: the tenant, with a hash of the salt if
+    there is one. Salts have any length; no tenant's name has a line break."""
     return f"{tenant}\n{hashlib.sha256(salt.encode()).hexdigest()}" if salt else tenant
 
 
 def _template(lease: RevisionLease | None) -> str | None:
-    """The chat template that an adapter brings along."""
+    """The chat template in an adapter's manifest, if it has one."""
     return None if lease is None else lease.record.manifest.chat_template
 
 
 async def _brought(owner: Tenant, lease: RevisionLease) -> float | None:
-    """Bring an adapter's weights to this machine. Returns seconds; None if they were here."""
+    """Bring an adapter's weights to this machine. Returns the seconds it took; None if they
+    were already here."""
     began = time.perf_counter()
     fetched = await owner.registry.present(lease.ref)
     return time.perf_counter() - began if fetched else None

@@ -29,14 +29,14 @@ _log = get_logger(__name__)
 
 
 class Housekeeping:
-    """Belongs to one event loop.
+    """Runs the background upkeep. Belongs to one event loop.
 
     Args:
         upload_ttl_s: seconds for which the data of an interrupted upload is kept.
-        broken_uploads: most interrupted uploads that are kept, and most bytes of them.
+        broken_uploads: most interrupted uploads that are kept, and most bytes of them together.
         quarantine_bytes, quarantine_ttl_s: most bytes kept in quarantine, and for how long.
         sweep_s: seconds between sweeps.
-        keep_s: seconds between checks for changes of the resident set, which is then stored.
+        keep_s: seconds between checks whether the resident set has changed and must be stored.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class Housekeeping:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self, engine: TenantEngine, *, restore: bool = True) -> None:
-        """Tell the engine what the last run had in memory (``restore``), and begin; `stop` ends
-        the work."""
+        """Start the upkeep, which runs until `stop`. With ``restore``, first tell the engine
+        which adapters were in memory at the end of the last run."""
         self._engine = engine
         if restore:
             engine.expect_residents(await to_the_end(self._expected))
@@ -147,7 +147,7 @@ class Housekeeping:
         except Exception as error:  # tried again at the next start
             _log.error("content stored by an older version was not migrated", error)
 
-    # ------------------------------------------------------------ what is in memory
+    # ----------------------------------------------------------- resident adapters
 
     def _expected(self) -> list[Resident]:
         """The adapters in memory at the end of the last run that can still be loaded."""
@@ -157,7 +157,7 @@ class Housekeeping:
             usable = [r for r in records if r.quarantined is None and not r.foreign]
             if not usable:
                 continue
-            with suppress(VeneerError):  # then it is fetched when a request needs it
+            with suppress(VeneerError):  # if this fails, it is fetched when a request needs it
                 self._registry.fetch(usable[0].ref)
             tier, pin = _tier(row.tier), None if row.pin is None else _tier(row.pin)
             expected.append(Resident(source_of(self._registry, usable[0]), tier, pin))
@@ -171,7 +171,8 @@ class Housekeeping:
                 return
             version, residents = engine.residents_version, engine.resident_set()
             rows = [ResidentRow(r.source.weights_digest, r.tier, r.pin) for r in residents]
-            # Whether it is stored or not if this is cancelled: the next call writes again.
+            # If this is cancelled, the list may or may not be stored: the next call writes
+            # again.
             self._kept_version = None
             await to_the_end(lambda: self._registry.set_residents(rows))
             self._kept_version = version

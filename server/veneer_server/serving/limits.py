@@ -17,15 +17,15 @@ _SEED_BITS: Final = 63
 
 
 def most_prompt_tokens(info: EngineInfo) -> int:
-    """Tokens of the longest prompt that leaves room for one new token."""
+    """Return the length of the longest prompt that leaves room for one new token."""
     return info.longest_sequence - 1
 
 
 def room(
     info: EngineInfo, wanted: int | None, prompt_tokens: int, default: int | None = None
 ) -> int:
-    """Most new tokens of a request: ``wanted``, or else the default, as far as the context
-    has room for it.
+    """Return the most new tokens of a request: ``wanted``, or else the default, limited to the
+    rest of the context.
 
     Raises:
         ContextTooLong: prompt and completion cannot fit.
@@ -53,15 +53,15 @@ def room(
 
 
 def kept_tokens(info: EngineInfo, truncate: int, wanted: int | None) -> int:
-    """How many tokens of a prompt to keep, at least 1.
+    """Return how many tokens of a prompt to keep, at least 1.
 
     Args:
         truncate: `GenerateCall.truncate_prompt`.
         wanted: most new tokens, if set.
 
     Raises:
-        InvalidField: more than the context holds.
-        ContextTooLong: -1, but ``wanted`` leaves no room for a prompt.
+        InvalidField: ``truncate`` is more than the context holds.
+        ContextTooLong: ``truncate`` is -1, but ``wanted`` leaves no room for a prompt.
     """
     most = most_prompt_tokens(info)
     if truncate > most:

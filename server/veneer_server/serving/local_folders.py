@@ -1,8 +1,8 @@
-"""Adapters in folders of this machine, read for an upload without a client.
+"""Reads adapters from folders of this machine, as an upload without a client.
 
-A caller names a path, so nothing is opened but what is below a root that the operator has
-given. Links are followed first, and the result is then opened component by component without
-following any: a link that is put in between is refused, not followed.
+The caller names the path, so only paths below a root that the operator configured are opened.
+Links are resolved first; the resolved path is then opened component by component without
+following links. So a link that somebody creates in between is refused, not followed.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _PASSING: Final = frozenset(
         getattr(errno, "EREMOTEIO", errno.EIO),  # Linux has it
     }
 )
-"""Errors of this machine, its disk or a network disk; others are about the path."""
+"""Errors caused by this machine, its disk or a network disk; all others are about the path."""
 _MOST_PATH: Final = 4096
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
@@ -71,27 +71,27 @@ class LocalFile:
 
 @dataclass(frozen=True, slots=True)
 class LocalFolders:
-    """The folders below which adapters may lie.
+    """The folders below which adapters may be loaded.
 
     Attributes:
-        roots: absolute; empty if none may.
-        most_bytes: of a file.
+        roots: absolute paths; empty if loading from folders is off.
+        most_bytes: largest allowed file, for files without a limit of their own.
     """
 
     roots: tuple[Path, ...] = ()
     most_bytes: int = 2 << 30
     field: str = "lora_path"
-    """Of the request, for errors."""
+    """The request's field that holds the path, for errors."""
     flag: str = "--lora-root"
-    """That gives the roots, for errors."""
+    """The command-line flag that sets the roots, for errors."""
     _reader: ThreadPoolExecutor = dataclasses.field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="local-folder")
     )
-    """One thread, so that a slow disk holds up nothing but other loads."""
+    """One thread, so that a slow disk delays only other loads from folders."""
 
     @asynccontextmanager
     async def opened(self, given: str) -> AsyncIterator[tuple[LocalFile, ...]]:
-        """The files of the adapter in a folder, open while the block runs. Raises as `open`."""
+        """As `open`, but reads the disk in the reader thread."""
         with ExitStack() as stack:
             opening = self.open(given)
             yield await to_the_end(lambda: stack.enter_context(opening), self._reader)
@@ -99,15 +99,16 @@ class LocalFolders:
     async def messages(
         self, files: Sequence[LocalFile], options: UploadOptions
     ) -> AsyncGenerator[UploadMessage, None]:
-        """The messages of an upload of open files, as a client would send them. A file that
-        changes meanwhile does not have its SHA-256 any more, and is refused.
+        """Yield the messages of an upload of open files, as a client would send them. If a file
+        changes meanwhile, it no longer matches its announced SHA-256, and the upload is
+        refused.
 
         Args:
-            options: all but the request's files.
+            options: the upload's options; the request's files are filled in.
 
         Raises:
-            InvalidField: there are none.
-            AdapterInvalid, Unavailable: one cannot be read.
+            InvalidField: there are no files.
+            AdapterInvalid, Unavailable: a file cannot be read.
         """
         check_file_count(len(files))
         announced = []
@@ -125,7 +126,7 @@ class LocalFolders:
     async def _piece(
         self, file: LocalFile, at: int, look: Callable[[bytes], None] = lambda data: None
     ) -> bytes:
-        """A piece of a file, given to ``look`` in the thread."""
+        """Read a piece of a file; ``look`` is called with it in the reader thread."""
 
         def read() -> bytes:
             try:
@@ -135,20 +136,22 @@ class LocalFolders:
             look(data)
             return data
 
-        # To the end, since the descriptor may be closed and used again after it.
+        # Wait even if cancelled: the caller may then close the descriptor, and its number may
+        # be reused.
         return await to_the_end(read, self._reader)
 
     @contextmanager
     def open(self, given: str) -> Iterator[tuple[LocalFile, ...]]:
-        """The files of the adapter in a folder, open while the block runs. Reads the disk.
+        """Open the adapter files in a folder; they stay open while the block runs. Blocks on
+        the disk.
 
         Raises:
-            Unimplemented: there are no roots.
+            Unimplemented: no roots are configured.
             InvalidField: there is no such folder below a root.
-            AdapterInvalid: one of its files is too large, no file, or a link that leads out
-                of the roots.
-            Unavailable: the server has no descriptors or memory for it now, or its disk does
-                not answer.
+            AdapterInvalid: one of its files is too large, is not a regular file, or is a link
+                that leads out of the roots.
+            Unavailable: the server is out of file descriptors or memory, or the disk does not
+                answer.
         """
         folder = Path(self._checked(given))
         with ExitStack() as opened:
@@ -169,7 +172,7 @@ class LocalFolders:
             yield tuple(self._file(real, descriptor, name, opened) for name in names)
 
     def _checked(self, given: str) -> str:
-        """A path that looks right, before the disk is touched."""
+        """Check a path without touching the disk, and return it."""
         if not self.roots:
             raise Unimplemented(
                 "this server loads no adapters from folders: push it with `veneer adapter "
@@ -203,7 +206,7 @@ class LocalFolders:
                 _check_kind(name, status.st_mode)
                 file = self._open_below(target, _FILE)
             else:
-                _check_kind(name, status.st_mode)  # merely opening some has side effects
+                _check_kind(name, status.st_mode)  # opening a device can have side effects
                 file = os.open(name, _FILE, dir_fd=descriptor)
         except (OSError, ValueError) as error:
             raise _unreadable(name, error) from None
@@ -225,7 +228,8 @@ class LocalFolders:
         return LocalFile(name, status.st_size, file)
 
     def _open_below(self, real: str, flags: int) -> int | None:
-        """Open a path without links; None if it is not below a root. Raises OSError."""
+        """Open a path that contains no links; None if it is not below a root. Raises
+        OSError."""
         for root in self.roots:
             base = os.path.realpath(root)
             if os.path.commonpath([base, real]) != base or base == real:
@@ -244,12 +248,12 @@ class LocalFolders:
 
 
 def _words(error: OSError | ValueError) -> str:
-    """Why, without a path."""
+    """The reason of an error, without the path."""
     return (error.strerror or "an error") if isinstance(error, OSError) else "no valid path"
 
 
 def _check_passing(error: OSError | ValueError) -> None:
-    """Raise Unavailable for an error that is neither the path's fault nor its owner's."""
+    """Raise Unavailable for an error caused by this machine or its disks, not by the path."""
     if isinstance(error, OSError) and error.errno in _PASSING:
         raise Unavailable(
             f"the server cannot read the folder now ({_words(error)}): try again; if this "
@@ -261,7 +265,8 @@ def _check_passing(error: OSError | ValueError) -> None:
 
 
 def _unreadable(name: str, error: OSError | ValueError) -> AdapterInvalid:
-    """The error for a file that cannot be read. Raises Unavailable if it may be, later."""
+    """Return the error for a file that cannot be read. Raises Unavailable if a retry may
+    succeed."""
     _check_passing(error)
     return _invalid(name, f"cannot be read by the server ({_words(error)})", "unreadable")
 

@@ -25,7 +25,7 @@ FinishReason = Literal["stop", "length", "cancelled", "tool_calls"]
 
 @dataclass(frozen=True, slots=True)
 class PromptText:
-    """Text to be tokenised as it is."""
+    """Prompt text to tokenise unchanged."""
 
     text: str
 
@@ -36,12 +36,12 @@ class PromptText:
 
 @dataclass(frozen=True, slots=True)
 class ChatMessages:
-    """Messages (role, content, and what `History` adds) for a chat template.
+    """Messages (role, content, and the keys that `History` adds) for a chat template.
 
     Attributes:
-        tools: that the template shows to the model.
-        drop_oldest: leave the oldest turns out, instead of refusing a conversation that is too
-            long; see `serving.generation`.
+        tools: the tools that the template shows to the model.
+        drop_oldest: drop the oldest turns of a conversation that is too long, instead of
+            refusing it; see `serving.generation`.
     """
 
     messages: tuple[Mapping[str, Any], ...]
@@ -95,24 +95,26 @@ class GenerateCall:
     Attributes:
         adapter: ``name``, ``name@revision`` or ``name/alias``; empty for the base model.
         session_key: selects the target of an alias; the same key selects the same target.
-        max_tokens: None means the server's default; 0, with echo, only the prompt.
-        open_ended: without ``max_tokens``, it may use what is left of the context, unless the
-            operator set a default.
-        clamped: ``max_tokens`` may be more than what is left of the context, and means that.
-        min_tokens: neither stop tokens nor stop strings end the output before it has so many.
-        prompt_logprobs: report the prompt's log-probabilities, with so many most likely tokens
-            beside each; None: only if ``echo`` and ``logprobs`` ask for them.
-        truncate_prompt: keep only so many tokens, the prompt's last ones; -1: as many as leave
-            room for ``max_tokens``; None: refuse a prompt that is too long.
-        include_reasoning: whether the caller wants to see what the model thought.
-        n: samples for the same prompt.
+        max_tokens: None means the server's default; 0, with echo, returns only the prompt.
+        open_ended: without ``max_tokens``, the answer may use the rest of the context, unless
+            the operator set a default.
+        clamped: a ``max_tokens`` larger than the rest of the context is reduced to it, not
+            refused.
+        min_tokens: neither stop tokens nor stop strings end the output before it has this many
+            tokens.
+        prompt_logprobs: report the prompt's log-probabilities, each with this many most likely
+            tokens; None: only if ``echo`` and ``logprobs`` ask for them.
+        truncate_prompt: keep only this many tokens at the end of the prompt; -1: as many as
+            leave room for ``max_tokens``; None: refuse a prompt that is too long.
+        include_reasoning: whether the caller wants to see the model's reasoning.
+        n: number of samples for the prompt.
         use_prefix_cache: None means the server's default.
-        cache_salt: prefixes are shared only with calls that have the same.
-        priority: among requests of the same tenant; lower starts earlier.
+        cache_salt: cached prefixes are shared only among calls with the same salt.
+        priority: order among requests of the same tenant; lower starts earlier.
         tools: whether and how the answer may call tools; None if it may not.
-        constraint_field: what its caller calls the constraint, for errors; empty: as the
-            contract does.
-        form: what its door makes of scores.
+        constraint_field: the caller's name for the constraint, for errors; empty means the
+            gRPC contract's name.
+        form: how the caller's API writes log-probabilities and token ids.
     """
 
     adapter: str
@@ -165,14 +167,14 @@ class GenerateCall:
 
     @property
     def scored(self) -> bool:
-        """Whether its answer has more than the text that is generated."""
+        """Whether the answer contains more than generated text."""
         more = self.echo or self.logprobs or self.form.ids > 0
         return more or self.prompt_logprobs is not None
 
     @property
     def prompt_tops(self) -> int | None:
-        """How many most likely tokens to report beside each of the prompt's log-probabilities;
-        None: no such log-probabilities."""
+        """Number of most likely tokens to report with each prompt log-probability; None means
+        no prompt log-probabilities."""
         if self.prompt_logprobs is not None:
             return self.prompt_logprobs
         return self.top_logprobs if self.logprobs and self.echo else None
@@ -194,7 +196,8 @@ class Provenance:
 
     @classmethod
     def of(cls, base_model: str, ref: AdapterRef | None, name: str = "") -> Provenance:
-        """Before anything was measured. Args: name: what the caller calls the adapter."""
+        """Return a provenance without timings. Args: name: the caller's name for the
+        adapter."""
         if ref is None:
             return cls(base_model)
         return cls(base_model, name, ref.revision, ref.weights_digest)

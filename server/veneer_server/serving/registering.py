@@ -1,6 +1,6 @@
-"""Publishes adapters from URIs: fetched into a folder, then uploaded from it.
+"""Publishes adapters from URIs: fetches them into a folder, then uploads them from there.
 
-So what is fetched passes the same checks, limits and events as an upload.
+So a fetched adapter passes the same checks, limits and events as an uploaded one.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from veneer_server.telemetry.watched_series import WatchedSeries
 
 
 class Registering:
-    """Publishes from URIs. Belongs to one event loop."""
+    """Publishes adapters from URIs. Belongs to one event loop."""
 
     def __init__(
         self, fetchers: Fetchers, *, roots: LocalFolders, staging: LocalFolders
@@ -54,7 +54,8 @@ class Registering:
         self._staging = staging
 
     def check(self, uri: Uri) -> None:
-        """Raise InvalidField if a URI may not be fetched, as far as that shows before."""
+        """Raise InvalidField if a URI may not be fetched, as far as that can be known before
+        fetching it."""
         if uri.scheme != "file":
             self._fetchers.check(uri)
 
@@ -66,17 +67,18 @@ class Registering:
         who: Who,
         accounts: Sequence[Account],
     ) -> Published:
-        """Fetch and publish. If the caller leaves before the name moves, nothing is published.
+        """Fetch and publish an adapter. If the caller leaves before the name moves, nothing is
+        published.
 
         Args:
-            wanted: all but the request's files.
-            who: for the history.
-            accounts: whose limits it counts towards.
+            wanted: the upload's options; the request's files are filled in.
+            who: the author, for the history.
+            accounts: the accounts whose limits the upload counts towards.
 
         Raises:
             InvalidField: the URI may not be fetched (metadata ``field``: ``uri``, ``cause``).
             AdapterExists: the name is taken, and ``allow_replace`` is not set.
-            VeneerError: it cannot be fetched, or as an upload.
+            VeneerError: it cannot be fetched, or the upload fails.
         """
         async with (
             self._opened(uri, home.name) as (local, files),
@@ -103,32 +105,32 @@ class Registering:
 
 
 # -------------------- resolving
-# ``--resolve``: an adapter that nobody has published is fetched when it is first asked for.
+# ``--resolve``: an adapter that nobody has published is fetched when it is first requested.
 
 PLACE: Final = "{name}"
 FORGET_S: Final = 30.0
-"""How long a name that could not be fetched is not tried again."""
+"""Seconds before a name that could not be fetched is tried again."""
 MOST_A_MINUTE: Final = 30
-"""Names that a tenant's calls may have tried in a minute: each costs a process."""
+"""Most names that a tenant's calls may try per minute: each try costs a process."""
 MOST_WAITING: Final = 256
-"""Requests that wait for fetches: they have no place in the queue yet."""
+"""Most requests that wait for fetches: they have no place in the queue yet."""
 _MOST_FAILED: Final = 1000
 
 _FINAL: Final = frozenset({"INVALID_ARGUMENT", "FAILED_PRECONDITION", "UNIMPLEMENTED"})
-"""Codes of errors that mean: there is no such adapter."""
+"""Error codes that mean that there is no such adapter."""
 
 _log = get_logger(__name__)
 
 
 class Resolving:
-    """Fetches unknown names, each once for all who ask meanwhile. Belongs to one event loop."""
+    """Fetches unknown names; concurrent requests share one fetch. Belongs to one event loop."""
 
     def __init__(self, template: str, registering: Registering) -> None:
         """Args:
-        template: a URI with ``{name}``; empty for none.
+        template: a URI with ``{name}``; empty to fetch nothing.
 
         Raises:
-            InvalidField: it is malformed, or --fetch-allow does not have it.
+            InvalidField: it is malformed, or --fetch-allow does not allow it.
         """
         self._template = template
         self._registering = registering
@@ -151,12 +153,12 @@ class Resolving:
         return self._template.replace(PLACE, name)
 
     async def fetch(self, home: Tenant, name: str, caller: Caller) -> None:
-        """Fetch and publish ``name``, if it is a plain name that the template may mean. The
-        caller then looks it up, and finds it or not. The first who asks pays for it.
+        """Fetch and publish ``name``, if it is a plain name. The caller then looks it up, and
+        may still not find it. The upload counts towards the limits of the first caller.
 
         Raises:
             Unavailable: it could not be fetched now.
-            QuotaExceeded, QueueFull: too much is being fetched, or waits for it.
+            QuotaExceeded, QueueFull: too many names are fetched, or too many requests wait.
         """
         if not self._template:
             return
@@ -184,7 +186,7 @@ class Resolving:
             )
         self._waiting += 1
         try:
-            # A caller that leaves takes it from nobody else.
+            # A caller that leaves must not cancel it for the others.
             await asyncio.shield(task)
         except VeneerError as error:
             self._answer(error)
@@ -209,7 +211,7 @@ class Resolving:
                 self._failed.popitem(last=False)
 
     def _answer(self, error: VeneerError) -> None:
-        """Raise what a caller gets for a failure; nothing if there is no such adapter."""
+        """Raise the caller's error for a failed fetch; nothing if there is no such adapter."""
         if isinstance(error, QuotaExceeded):
             raise error
         if error.code not in _FINAL:
@@ -238,8 +240,8 @@ class Resolving:
 
 
 class FolderPublishing(Protocol):
-    """How a server publishes what it finds in a folder of its machine: in its own registry, or
-    in the one that it follows."""
+    """Publishes and deletes adapters from folders of this machine, either in the server's own
+    registry or in the one that it follows."""
 
     async def load(
         self, home: Tenant, messages: AsyncIterator[UploadMessage], caller: Caller
@@ -248,12 +250,13 @@ class FolderPublishing(Protocol):
         ...
 
     async def unload(self, home: Tenant, record: AdapterRecord, caller: Caller) -> None:
-        """Delete a name, if it is still as in the record. Running requests keep the weights."""
+        """Delete a name, if it has not changed since the record. Running requests keep the
+        weights."""
         ...
 
 
 class PublishingHere:
-    """In the server's own registry."""
+    """Publishes in the server's own registry."""
 
     async def load(
         self, home: Tenant, messages: AsyncIterator[UploadMessage], caller: Caller
@@ -267,12 +270,12 @@ class PublishingHere:
 
 
 # -------------------- transfers
-# What moves adapters without a client's upload, made from the server's settings.
+# The parts that transfer adapters other than by a client's upload, made from the settings.
 
 
 @dataclass(frozen=True, slots=True)
 class Transfers:
-    """The parts that calls use."""
+    """The parts that answer calls for fetching and downloading adapters."""
 
     registering: Registering
     downloads: Downloads
@@ -288,10 +291,10 @@ class Transfers:
         flow: UploadFlow,
         resources: AsyncExitStack,
     ) -> Transfers:
-        """Start what the settings ask for; ``resources`` stops it.
+        """Start the parts that the settings ask for; ``resources`` stops them.
 
         Args:
-            flow: of uploads, which downloads share.
+            flow: the limit on the speed of uploads, which downloads share.
 
         Raises:
             InvalidField: a setting is malformed.
@@ -310,7 +313,7 @@ class Transfers:
         )
         await asyncio.to_thread(fetchers.clear)
         for folder in config.lora_root:
-            # Not refused: a disk may be mounted later.
+            # Only a warning: a disk may be mounted later.
             if not await asyncio.to_thread(folder.is_dir):
                 _log.warning("there is no such folder: check --lora-root", folder=folder)
         most = config.max_adapter_bytes

@@ -1,9 +1,9 @@
-"""What the server needs of a tenant's registry.
+"""The interface of a tenant's registry, as the server uses it.
 
-Two implementations: `veneer_registry.registry.Registry`, which owns a data folder, and
+It has two implementations: `veneer_registry.registry.Registry`, which owns a data folder, and
 `veneer_server.follower.mirror.Mirror`, which mirrors the registry of another server: it makes
-no changes, and fetches weights when they are asked for. Their docstrings say what each method
-does. `resolve`, `acquire`, `release` and what reads no disk may be called from an event loop.
+no changes, and fetches weights on demand. Their docstrings describe the methods. `resolve`,
+`acquire`, `release` and other methods that read no disk may be called from an event loop.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class AdapterRegistry(Protocol):
         ...
 
     def fetch(self, ref: AdapterRef) -> None:
-        """The same from a worker thread, for what was in memory at the end of the last run."""
+        """Bring a revision's weights to this machine's disk, from a worker thread; used for
+        adapters that were in memory at the end of the last run."""
         ...
 
     def get(self, name: str) -> AdapterRecord: ...
@@ -88,7 +89,7 @@ class AdapterRegistry(Protocol):
     ) -> tuple[HistoryRow, ...]: ...
 
     def watch(self, watcher: Callable[[Sequence[HistoryRow]], None]) -> None:
-        """Have the watcher told of what other servers change in the same catalog."""
+        """Call ``watcher`` with the changes that other servers make in the same catalog."""
         ...
 
     # --------------------------------------------------------------------- changes

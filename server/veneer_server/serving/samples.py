@@ -29,11 +29,11 @@ class Delta:
     """New output of a sample since its previous delta. The last delta has `finish` set.
 
     Attributes:
-        index: the sample's, from 0.
-        text: for the user.
-        reasoning: what the model thought, before its text.
-        parts: both, and calls of tools, in order; empty if the answer is not taken apart.
-        ends: how many of `tokens` had been read when each of `parts` was certain.
+        index: the sample's index, from 0.
+        text: text for the user.
+        reasoning: the model's reasoning, which precedes its text.
+        parts: text, reasoning and tool calls, in order; empty if the answer is not parsed.
+        ends: for each of `parts`, how many of `tokens` had been read when it was certain.
         logprobs, top_logprobs: one entry for each of `tokens`, if requested. The most likely
             tokens are packed, see `unpack_tops`: an answer may hold hundreds of thousands.
         prompt_logprobs, prompt_top_logprobs, prompt_ranks: one entry for each prompt token
@@ -55,7 +55,8 @@ class Delta:
 
 
 def sample_seed(seed: int, index: int) -> int:
-    """The seed of a sample: the request's for the first one, derived from it for others."""
+    """The seed of a sample: the first has the request's seed, the others derive theirs from
+    it."""
     if index == 0:
         return seed
     made = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8)
@@ -91,12 +92,13 @@ class Sample:
         only_prompt: bool = False,
     ) -> None:
         """Args:
-        min_tokens: stop strings within the first so many tokens end nothing.
-        tops: how many most likely tokens the caller wants beside each log-probability, and
-            beside each of the prompt's; None if the engine reports as many as it wants.
-        parser: takes the text apart; None passes it on.
-        ends_with_calls: an answer that ends by itself after a call reports `tool_calls`.
-        show_reasoning: False leaves out what the model thought.
+        min_tokens: stop strings within this many first tokens are ignored.
+        tops: how many most likely tokens the caller wants with each output log-probability and
+            with each prompt log-probability; None keeps all that the engine reports.
+        parser: splits the text into parts; None passes it on unchanged.
+        ends_with_calls: an answer that ends by itself after a tool call has the finish reason
+            `tool_calls`.
+        show_reasoning: False leaves out the model's reasoning.
         only_prompt: the caller wants none of the tokens.
         """
         self.index = index
@@ -106,7 +108,8 @@ class Sample:
         self._only_prompt = only_prompt
         self._count = 0
         self.thought = 0
-        """Tokens of thinking: those between its tags, or up to the end."""
+        """Number of reasoning tokens: those between the reasoning tags, or up to the end of the
+        output."""
         self.finish: FinishReason | None = None
         self.last_output: float | None = None
         """When the last output arrived, for the inter-token latency."""
@@ -172,10 +175,11 @@ class Sample:
     def _parts(
         self, parser: replies.ReplyParser, texts: Sequence[str], *, ended: bool
     ) -> Iterator[tuple[replies.ReplyPart, int]]:
-        """The texts of tokens taken apart, and how many were read for each part. The last text
-        is the end's.
+        """Parse the texts; yield each part with the number of texts read for it. There is one
+        text per token, and a last one that was left when the tokens ended.
 
-        Token by token, so that the counts do not depend on how many tokens an output has.
+        Parsed token by token, so that the counts do not depend on how many tokens an output
+        has.
         """
         last = len(texts) - 1
         for at, text in enumerate(texts):
@@ -191,7 +195,7 @@ class Sample:
                     yield part, at + 1
 
     def _feed(self, output: SequenceOutput) -> tuple[list[str], int]:
-        """The texts of an output's tokens, and how many tokens there are up to the one that
+        """Return the texts of an output's tokens, and the number of tokens up to the one that
         completes a stop string: an output joined from several steps may continue past it."""
         texts = []
         for count, token in enumerate(self._shown(output), 1):
@@ -212,7 +216,7 @@ class Sample:
 
 
 def _first(tops: list[PackedTops] | None, count: int) -> list[PackedTops] | None:
-    """The likeliest ``count`` tokens at each place; None if none are wanted."""
+    """Keep the ``count`` most likely tokens at each position; None if ``count`` is 0."""
     if not tops or not count:
         return tops if count else None
     return [first_tops(each, count) for each in tops]
@@ -230,9 +234,9 @@ class SampleStreams:
         self._streams: dict[int, AsyncGenerator[SequenceOutput, None]] = {}
         self._reads: dict[int, asyncio.Task[SequenceOutput]] = {}
         self._ready: deque[int] = deque()
-        """Samples whose read is done, next one first."""
+        """Indices of samples whose read is done, next one first."""
         self.dropped = 0
-        """Tokens that had been read when `aclose` was called, and that `next` has not given."""
+        """Tokens that were read but not yet returned by `next` when `aclose` was called."""
 
     def add(self, index: int, stream: AsyncGenerator[SequenceOutput, None]) -> None:
         """Add a sample's stream; the first read submits the sample."""
@@ -262,21 +266,21 @@ class SampleStreams:
 
     async def close(self, index: int) -> int:
         """Close a sample's stream; if the engine still works on the sample, it is cancelled.
-        Returns how many tokens had been read that `next` has not given."""
+        Returns the number of tokens that were read but not returned by `next`."""
         dropped, stream = 0, self._streams.pop(index)
         if index in self._ready:
             self._ready.remove(index)
         if (read := self._reads.pop(index, None)) is not None:
             read.cancel()
             await asyncio.wait({read})
-            if not read.cancelled() and read.exception() is None:  # which marks it as seen
+            if not read.cancelled() and read.exception() is None:  # exception() marks it seen
                 dropped = len(read.result().tokens)
         await stream.aclose()
         return dropped
 
     async def aclose(self) -> None:
-        """Close all open streams, even if the caller is cancelled meanwhile: their places are
-        released next."""
+        """Close all open streams, even if the caller is cancelled meanwhile: it releases their
+        places next."""
         if self._streams:
             await outlast(self._close_all())
 

@@ -40,7 +40,7 @@ from veneer_server.text.prompts import Prompts, Room
 from veneer_server.wire.messages import AdapterSource, SamplingParams, SequenceRequest
 
 # -------------------- subjects
-# Chooses the adapters for a self-test: the named ones, or else some that can be loaded.
+# Chooses the adapters for a self-test: the named ones, or else a few that can be loaded.
 
 _DEFAULT_ADAPTERS: Final = 2
 _CANDIDATES: Final = 16
@@ -72,7 +72,7 @@ class Subjects:
         self._use = use
 
     async def named(self, names: Sequence[str], leases: ExitStack) -> list[Subject]:
-        """The adapters with these names, as in requests. Raises AdapterNotFound,
+        """Lease the adapters with these names, written as in requests. Raises AdapterNotFound,
         BaseModelMismatch or AdapterCorrupt."""
         return [
             await self._leased(self._registry.acquire(name), leases)
@@ -80,7 +80,7 @@ class Subjects:
         ]
 
     async def chosen(self, most: int, leases: ExitStack) -> tuple[list[Subject], str]:
-        """Choose and load at most ``most`` adapters; with none, the text says why."""
+        """Choose and load at most ``most`` adapters. If there are none, the text says why."""
         if not len(self._registry):
             return [], "no adapters are registered: only the base was tested"
         if not most:
@@ -106,7 +106,8 @@ class Subjects:
         return found, "" if found else note
 
     async def _leased(self, lease: RevisionLease, leases: ExitStack) -> Subject:
-        """A subject whose files are here, and stay until ``leases`` closes."""
+        """Make the subject of a lease, with its files on this machine until ``leases``
+        closes."""
         leases.enter_context(lease)
         await self._registry.present(lease.ref)
         return Subject(lease.ref.short, source_of(self._registry, lease.record))
@@ -114,7 +115,8 @@ class Subjects:
     async def _take(
         self, candidates: Iterable[Callable[[], RevisionLease]], most: int, leases: ExitStack
     ) -> tuple[list[Subject], str]:
-        """The first candidates that can be loaded, and why the last failed one cannot."""
+        """Load the first candidates that can be loaded. Returns them, and why the last one that
+        failed could not be loaded."""
         found: dict[str, Subject] = {}
         why, tried = "", 0
         for acquire in candidates:
@@ -137,12 +139,14 @@ class Subjects:
         return list(found.values()), why
 
     async def _load(self, source: AdapterSource) -> None:
-        """Raises AdapterBudgetExceeded. Damaged files are reported by the test itself."""
+        """Load an adapter. Raises AdapterBudgetExceeded. Damaged files raise nothing here: the
+        test itself reports them."""
         with suppress(AdapterCorrupt):
             await self._engine.activate(source, tier="device", pin=False)
 
     def _servable(self) -> list[str]:
-        """Some names whose revision is neither in quarantine nor for another base."""
+        """Up to `_CANDIDATES` names whose revision is neither in quarantine nor for another
+        base."""
         found: list[str] = []
         after = ""
         while len(found) < _CANDIDATES:
@@ -166,9 +170,9 @@ class Subjects:
 # four texts of 28 to 32 tokens, over the base and 24 adapters of ranks 1 to 64, on a CPU:
 # 0.00005 in float32, 0.035 in float16, 0.29 in bfloat16; the two example adapters' references
 # are 3.6 to 6.1 apart. So float32 reveals a single matrix scaled by 1.1; bfloat16 reveals a
-# swapped, missing or doubled adapter, but possibly not a small error. With inputs of 8 bits the
-# largest difference on 21 texts, over the base and the three example adapters, was 1.16, so
-# that only an adapter whose answer is farther than 2 from another's is told from it.
+# swapped, missing or doubled adapter, but possibly not a small error. With 8-bit activations
+# the largest difference on 21 texts, over the base and the three example adapters, was 1.16;
+# the bound of 2 only distinguishes adapters whose answers are more than 2 apart.
 
 BOUNDS: Final[Mapping[str, float]] = {
     "float32": 1e-3,
@@ -176,8 +180,8 @@ BOUNDS: Final[Mapping[str, float]] = {
     "bfloat16": 0.5,
     "int8": 2.0,
 }
-"""Largest log-probability difference that passes, by what the base's weights are multiplied by;
-see the module."""
+"""Largest log-probability difference that passes, by the type of the activations that the
+base's weights are multiplied by. The comment above explains the values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +200,8 @@ class ProbeAnswers:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """See `SelfTestResult`. ``max_difference`` is NaN if there is nothing to compare."""
+    """The result for one adapter or the base, see `SelfTestResult`. ``max_difference`` is NaN
+    if there is nothing to compare."""
 
     name: str
     passed: bool
@@ -207,7 +212,8 @@ class Verdict:
 
 
 def judge(answers: Sequence[ProbeAnswers], bound: float) -> list[Verdict]:
-    """One verdict per answer, in order; each is also compared with the others' references."""
+    """Return one verdict per answer, in order. Each answer is also compared with the references
+    of the others."""
     return [_judge(one, [o for o in answers if o is not one], bound) for one in answers]
 
 
@@ -260,12 +266,13 @@ PROBE: Final = (
     "sheep, and finds that two of them are missing."
 )
 PROBE_TOKENS: Final = 28
-"""Upper limit, so that all sequences of a test fit into a step of the default size (512)."""
+"""Most tokens of the probe, so that all sequences of a test fit into a step of the default size
+(512)."""
 MAX_ADAPTERS: Final = 16
 MAX_WAITING: Final = 4
 """Most tests that may wait for their turn."""
 _TRIES: Final = 3
-"""Times that the sequences are submitted until each shares a step with another."""
+"""Most times that the sequences are submitted until each has shared a step with another."""
 
 _RETRY_S: Final = 5.0
 
@@ -277,12 +284,12 @@ _log = get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class SelfTestReport:
-    """See `SelfTestResponse`; the base's verdict is the first.
+    """The result of a self-test, see `SelfTestResponse`. The base's verdict is the first.
 
     Attributes:
         adapters_mixed: adapters whose answer came out of a batch with others.
-        registered: number of registered adapters. If there are any, a test of none of them
-            fails.
+        registered: number of registered adapters. If there are any, but none was tested, the
+            self-test fails.
         note: why no adapter was tested.
     """
 
@@ -328,8 +335,8 @@ class SelfTest:
         """Args:
         use: which adapters were requested most recently.
         dtype: the serving dtype, which sets the bound unless activations are rounded to 8 bits.
-        exact: the engine computes each sequence separately, so that none are mixed.
-        turn: held while a test runs; None for one of its own.
+        exact: the engine computes each sequence separately, so none are mixed.
+        turn: lock that is held while a test runs; None for a lock of its own.
         """
         self._registry = registry
         self._engine = engine
@@ -347,10 +354,10 @@ class SelfTest:
         or its answers differ from the reference. None of these raises an error.
 
         Args:
-            names: adapters, as in requests. If empty, the test takes the two adapters in
-                memory that were used last, or else loads two registered ones. If adapters
-                are registered but none can be tested, the test fails, and the report's note
-                says why.
+            names: adapters, written as in requests. If empty, the test takes the two adapters
+                in memory that were used last, or else loads two registered ones, recently
+                requested ones first. If adapters are registered but none can be tested, the
+                test fails, and the report's note says why.
 
         Raises:
             InvalidField: too many names.
@@ -413,7 +420,7 @@ class SelfTest:
         return max(0, min(MAX_ADAPTERS, self._engine.places.capacity - 2))
 
     async def _run(self, subjects: Sequence[Subject]) -> tuple[list[Verdict], int]:
-        """The verdicts, and how many adapters were mixed with others in a step."""
+        """Return the verdicts, and how many adapters were mixed with others in a step."""
         tokens = await self._probe()
         damaged = await self._activate(subjects)
         served, mixed = await self._serve_mixed(
@@ -450,9 +457,11 @@ class SelfTest:
     async def _serve_mixed(
         self, tokens: list[int], subjects: Sequence[Subject]
     ) -> tuple[dict[str, _Served], int]:
-        """The served results by name, and how many adapters were mixed with others in a step.
+        """Return the served results by name, and how many adapters were mixed with others in a
+        step.
 
-        All of them need not fit into one step, least of all beside streams.
+        Tried several times: the sequences may not all fit into one step, particularly while
+        streams run.
         """
         best: dict[str, _Served] = {}
         most = -1
@@ -491,7 +500,8 @@ class SelfTest:
     async def _score(
         self, tokens: list[int], source: AdapterSource | None, place: Place
     ) -> _Served:
-        """Run the tokens as a request for prompt log-probabilities."""
+        """Get the log-probabilities of the tokens, as a request for prompt
+        log-probabilities."""
         outputs = self._engine.generate(
             SequenceRequest(
                 tokens,

@@ -1,11 +1,11 @@
-"""Work for one caller that must not delay the others: long answers, large requests.
+"""Runs one caller's heavy work (long answers, large requests) without delaying other callers.
 
-Writing an answer of 60 MB takes seconds. On the event loop nobody else would be answered
-meanwhile, and a busy thread takes the interpreter's lock and a core from every stream. So such
-work is cut in pieces of about a millisecond. One thread does them, and sleeps between
-them for longer than it worked. Senders take turns by piece.
+Writing an answer of 60 MB takes seconds. On the event loop it would block every other caller,
+and a busy thread takes the GIL and a core from every stream. So the work is cut into pieces of
+about a millisecond. One thread runs them, and sleeps between them for longer than it worked.
+Senders take turns, one piece each.
 
-A piece must not be one long call into C: the thread would keep the interpreter's lock.
+A piece must not be one long call into C: the thread would keep the GIL.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from veneer_server.queues.fair_queue import SenderQueue
 from veneer_server.queues.fairness import Sender
 
 MAX_WAITING: Final = 32 << 20
-"""Bytes of large requests that wait for their piece of work, or have it done; half of them
-for one tenant. They arrive faster than they are worked at, and nothing else bounds them yet."""
+"""Most bytes of large requests that are waiting or being worked on; one tenant may have half.
+They arrive faster than they are processed, and nothing else bounds them yet."""
 
 _REST: Final = 3
 """How long a thread sleeps, as a multiple of the CPU time it used: on few cores, a thread that
 is always busy slows every step down."""
 _WORK_S: Final = 0.002
-"""CPU time after which it sleeps."""
+"""Seconds of CPU time after which the thread sleeps."""
 _LONGEST_REST_S: Final = 0.25
 """Longest single sleep, since the caller waits for it even on a slow machine."""
 _END: Final = object()
@@ -45,7 +45,8 @@ class WorkBreaks:
 
     def __init__(self) -> None:
         self._rested = self._worked = 0.0
-        """When the thread may continue, by `time.monotonic`; its CPU time when work began."""
+        """`_rested`: when the thread may continue, by `time.monotonic`; `_worked`: its CPU time
+        when it began to work."""
 
     def begin(self) -> None:
         """Wait until the thread may work; time that it was idle counts as sleep."""
@@ -65,8 +66,7 @@ class WorkBreaks:
 
 
 class SpareTime:
-    """One thread, whose next piece is that of the sender whose turn it is. Belongs to one event
-    loop."""
+    """One worker thread for which senders take turns. Belongs to one event loop."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "spare-time")
@@ -100,8 +100,8 @@ class SpareTime:
                 del self._waiting[tenant]
 
     async def run(self, work: Callable[[], T], sender: Sender) -> T:
-        """Do a piece of work, and return what it returns. Its log lines are the call's. If
-        cancelled before its turn, it is not done."""
+        """Run a piece of work in the thread and return its result. It logs with the caller's
+        context. If cancelled before its turn, it does not run."""
         await self._turn(sender)
         try:
             context, loop = contextvars.copy_context(), asyncio.get_running_loop()
@@ -110,7 +110,8 @@ class SpareTime:
             self._next()
 
     async def each(self, items: Iterator[T], sender: Sender) -> AsyncGenerator[T, None]:
-        """The items; each is made as a piece of work, once the one before has been used."""
+        """Yield the items; each is made as one piece of work, after the previous one was
+        used."""
         while (item := await self.run(lambda: _next_or_end(items), sender)) is not _END:
             yield item
 
@@ -141,7 +142,7 @@ class SpareTime:
             if not found[1].done():
                 found[1].set_result(None)
                 return
-            self._queue.drop(asyncio.Future.done)  # others may have left with its caller
+            self._queue.drop(asyncio.Future.done)  # its caller left; drop others that did too
         self._working = False
 
 
@@ -150,7 +151,7 @@ def _next_or_end(items: Iterator[T]) -> Any:
 
 
 # -------------------- threads
-# Work that a cancelled caller must not abandon: blocking work in threads, and cleanup.
+# For work that must finish even if its caller is cancelled: blocking work in threads, cleanup.
 
 _log = get_logger(__name__)
 
@@ -158,8 +159,8 @@ _log = get_logger(__name__)
 async def to_the_end(work: Callable[[], T], executor: Executor | None = None) -> T:
     """Run ``work`` in a thread; if cancelled, wait for it to end, then raise CancelledError.
 
-    A thread cannot be stopped, so what it uses (an upload's staging folder) must
-    not be removed while it still runs.
+    A thread cannot be stopped, so nothing that it uses (an upload's staging folder) may be
+    removed while it still runs.
 
     Args:
         executor: runs the work; None for the event loop's default.

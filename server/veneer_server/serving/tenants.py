@@ -1,4 +1,4 @@
-"""Tenants: what each has to itself, and what it sees of the others."""
+"""Tenants: the parts that each has to itself, how they are opened, and where their data is."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ from veneer_server.wire.messages import (
 )
 
 FOLDER: Final = "tenants"
-"""In the data folder: a folder for each tenant but the default one."""
+"""Folder in the data folder, with one folder for each tenant but the default one."""
 
 
 # -------------------- tenant
-# One tenant: its registry, and what serves it.
+# One tenant: its registry, and the parts that serve it.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,13 +76,14 @@ class Tenant:
 
 @dataclass(frozen=True, slots=True)
 class Furnish:
-    """Makes tenants from what they share.
+    """Makes tenants from the parts that they share.
 
     Attributes:
-        places: for uploads.
-        quotas: what callers may upload; None if that is not limited.
+        places: places for uploads.
+        quotas: limits of callers' uploads; None for no limits.
         shares: whether a tenant of that name shares adapters.
-        turn: self-tests take turns, since each wants to share one step.
+        turn: lock that makes self-tests take turns, since the sequences of each should share a
+            step.
     """
 
     config: ServerConfig
@@ -94,7 +95,7 @@ class Furnish:
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def tenant(self, name: str, registry: AdapterRegistry) -> Tenant:
-        """The parts of one tenant. Its housekeeping has not started."""
+        """Make one tenant. Its housekeeping is not started yet."""
         config = self.config
         engine = TenantEngine(self.engine, name)
         events, use = AdapterEvents(), AdapterUse()
@@ -149,14 +150,13 @@ class Furnish:
 
 
 # -------------------- tenants
-# All tenants of the server: finds the one that a call is from, and opens it when it first
-# calls.
+# All tenants of the server: finds a call's tenant, and opens it at its first call.
 #
-# The data folder itself is the tenant ``default``; the others have a folder each in its
-# ``tenants/``. What one may see of another is in `visible`.
+# The data folder itself belongs to the tenant ``default``; each other tenant has a folder in
+# its ``tenants/``. `visible` decides which adapters a tenant sees of the others.
 
 RETRY_S: Final = 5.0
-"""How long a tenant that cannot be opened is not tried again."""
+"""Seconds before a tenant that could not be opened is tried again."""
 
 _MOST_FAILED: Final = 1000
 """Most such tenants that are remembered."""
@@ -168,12 +168,13 @@ Accepts = Callable[[str], Sequence[str]]
 
 
 class Tenants:
-    """Belongs to one event loop; what metrics read may be called from any thread.
+    """All tenants of the server. Belongs to one event loop; the methods that metrics read may
+    be called from any thread.
 
     Attributes:
-        all: the open ones, ``default`` first, the others by name.
-        accepts: the tenants (``TENANT``) and adapters (``TENANT/name``) that a tenant knows by
-            their plain names where they are shared; the first that has a name counts.
+        all: the open tenants, ``default`` first, the others by name.
+        accepts: returns the tenants (``TENANT``) and adapters (``TENANT/name``) whose shared
+            adapters a tenant can call by their plain names; the first that has a name counts.
     """
 
     def __init__(self, data_dir: Path, accepts: Accepts = lambda tenant: ()) -> None:
@@ -186,20 +187,20 @@ class Tenants:
         self._by_name: dict[str, Tenant] = {}
         self._opening: dict[str, asyncio.Task[Tenant]] = {}
         self._failed: dict[str, float] = {}
-        """When a tenant could not be opened, on the monotonic clock."""
+        """When opening a tenant last failed, on the monotonic clock."""
 
     # ------------------------------------------------------------------- lifecycle
 
     async def start(
         self, furnish: Furnish, default: AdapterRegistry, *, open_: Open, max_tenants: int
     ) -> None:
-        """Furnish the default tenant, and open those whose folder exists. One that cannot be
-        opened is logged, and its calls are refused until it can.
+        """Make the default tenant, and open the tenants whose folder exists. If a tenant cannot
+        be opened, that is logged, and its calls are refused until it can.
 
         Args:
             default: the registry of the data folder itself.
             open_: opens the registry in a folder; called in a thread.
-            max_tenants: most that may be open.
+            max_tenants: most tenants that may be open.
         """
         self._furnish, self._open, self._most = furnish, open_, max_tenants
         await self._add(furnish.tenant(DEFAULT_TENANT, default), restore=True)
@@ -207,7 +208,7 @@ class Tenants:
             try:
                 await self._opened(name, restore=True)
             except Unavailable:
-                pass  # it is logged
+                pass  # already logged
             except QuotaExceeded as error:
                 _log.error("tenant not opened", tenant=name, why=str(error))
 
@@ -241,16 +242,16 @@ class Tenants:
         return tenant is not None and bool(tenant.registry.shared())
 
     async def current(self, caller: Caller, *, publishing: bool = False) -> Tenant:
-        """The caller's tenant; opened now if need be.
+        """Return the caller's tenant, and open it if necessary.
 
         Args:
-            publishing: the call may make a tenant that an operator names.
+            publishing: the call may create the tenant that an operator names.
 
         Raises:
-            QuotaExceeded: the server has as many tenants as it may have.
+            QuotaExceeded: the server already has the most tenants that it may have.
             InvalidField: an operator named a tenant that does not exist.
-            Unavailable: it cannot be opened; the log says why. Or its names are known from a
-                view that is older than the caller wants it, unless it publishes.
+            Unavailable: the tenant cannot be opened (the log says why); or, unless the call
+                publishes, the view of its names is older than the caller allows.
         """
         principal = caller.principal
         found = self._by_name.get(principal.tenant)
@@ -269,19 +270,20 @@ class Tenants:
         return found
 
     async def ensure(self, name: str) -> Tenant:
-        """A tenant by name; opened now if need be. Raises QuotaExceeded or Unavailable."""
+        """Return a tenant by name, and open it if necessary. Raises QuotaExceeded or
+        Unavailable."""
         found = self._by_name.get(name)
         return await self._opened(name) if found is None else found
 
     def _folder(self, name: str) -> Path:
-        # Names come from keys, tokens and headers: checked there, and here again, since this
-        # is where one becomes a path.
+        # Names come from keys, tokens and headers. They are checked there, and again here,
+        # where a name becomes a path.
         assert TENANT.fullmatch(name), "not a tenant's name"
         assert name != DEFAULT_TENANT, "it is always open"
         return self._data_dir / FOLDER / name
 
     async def _opened(self, name: str, *, restore: bool = False) -> Tenant:
-        """Open a tenant, once for all who ask meanwhile."""
+        """Open a tenant; concurrent callers share one attempt."""
         if name in self._failed and time.monotonic() - self._failed[name] < RETRY_S:
             raise _cannot_open(name)
         task = self._opening.get(name)
@@ -299,13 +301,13 @@ class Tenants:
             )
             self._opening[name] = task
             task.add_done_callback(partial(self._opening_ended, name))
-        # A caller that leaves takes it from nobody else.
+        # A caller that leaves must not cancel it for the others.
         return await asyncio.shield(task)
 
     def _opening_ended(self, name: str, task: asyncio.Task[Tenant]) -> None:
         del self._opening[name]
         if not task.cancelled():
-            task.exception()  # marks it as seen, where all who asked have left
+            task.exception()  # marks it as seen, in case all callers have left
 
     async def _open_one(self, name: str, restore: bool) -> Tenant:
         open_, furnish, folder = self._open, self._furnish, self._folder(name)
@@ -321,7 +323,7 @@ class Tenants:
                 await tenant.housekeeping.stop()
                 registry.close()
                 raise
-        except Exception as error:  # whatever is wrong with one must not stop the others
+        except Exception as error:  # a problem with one tenant must not stop the others
             known = isinstance(error, VeneerError | OSError)
             _log.error("tenant cannot be opened", None if known else error, why=str(error))
             if len(self._failed) >= _MOST_FAILED:
@@ -348,8 +350,9 @@ class Tenants:
     # ------------------------------------------------------------------ the engine
 
     def hold(self, source: AdapterSource) -> AbstractContextManager[object]:
-        """Keep an adapter's files while a restarted engine reads them. By digest: the name that
-        the engine knows may be gone while another has them. Raises AdapterNotFound."""
+        """Keep an adapter's files while a restarted engine reads them. They are found by
+        digest: the name that the engine knows may be gone while another name still has the
+        weights. Raises AdapterNotFound."""
         name, digest = split_key(source.weights_digest)
         tenant = self._by_name.get(name)
         if tenant is None:
@@ -357,7 +360,7 @@ class Tenants:
         return tenant.registry.acquire_weights(digest)
 
     def on_engine_event(self, event: EngineEvent) -> None:
-        """Listener for `EngineClient`: tells the tenant whose copy it is, and nobody else."""
+        """Listener for `EngineClient`: passes an event on to the tenant that owns the copy."""
         if not isinstance(event, ResidencyChanged | AdapterLoaded | AdapterFailed | Evicted):
             return
         name, digest = split_key(event.weights_digest)
@@ -372,7 +375,7 @@ class Tenants:
     # ------------------------------------------------------------- metrics and logs
 
     def __len__(self) -> int:
-        """Names of all tenants."""
+        """Number of registered names of all tenants."""
         return sum(len(tenant.registry) for tenant in self.all)
 
     def __contains__(self, name: object) -> bool:
@@ -389,7 +392,7 @@ class Tenants:
         return iter(()) if tenant is None else iter(tenant.registry.names(digest))
 
     def asked_as(self, key: str) -> tuple[str, ...]:
-        """What callers may write now for the weights of a resident copy."""
+        """The specs by which callers can now ask for the weights of a resident copy."""
         name, digest = split_key(key)
         tenant = self._by_name.get(name)
         return () if tenant is None else tenant.registry.asked_as(digest)
@@ -404,7 +407,7 @@ def _cannot_open(name: str) -> Unavailable:
 
 
 def _named(folder: Path) -> list[str]:
-    """The tenants that have a folder."""
+    """The names of the tenants that have a folder."""
     try:
         found = sorted(each.name for each in folder.iterdir() if each.is_dir())
     except OSError:
@@ -413,17 +416,18 @@ def _named(folder: Path) -> list[str]:
 
 
 # -------------------- stores
-# How much the open tenants store, for limits and usage.
+# How much the open tenants have stored, for limits and usage.
 
 
 class TenantStores:
-    """Each tenant's own registry; one that is not open counts as empty."""
+    """Storage of each tenant, from its own registry; a tenant that is not open counts as
+    empty."""
 
     def __init__(self, tenants: Tenants) -> None:
         self._tenants = tenants
 
     def tenants(self) -> Sequence[str]:
-        """The open ones."""
+        """The names of the open tenants."""
         return [tenant.name for tenant in self._tenants.all]
 
     def stored(self, tenant: str) -> TenantStorage:
@@ -453,7 +457,7 @@ class TenantStores:
 
 
 # -------------------- places
-# Where the catalog and the content of each tenant are: its data folder, or elsewhere.
+# Where each tenant's catalog and content are: in its data folder, or elsewhere.
 
 if TYPE_CHECKING:
     from veneer_registry.shared.objects import Objects
@@ -461,7 +465,7 @@ if TYPE_CHECKING:
 
 
 class LocationConfig(Protocol):
-    """The settings that decide it."""
+    """The settings that decide where a tenant's catalog and content are."""
 
     @property
     def data_dir(self) -> Path:
@@ -485,13 +489,14 @@ class LocationConfig(Protocol):
 
 
 def places_of(config: LocationConfig, folder: Path) -> Locations:
-    """The places of the tenant whose folder this is. Connects to nothing.
+    """Return where the catalog and content of the tenant with this folder are. Does not
+    connect.
 
-    Another tenant than the default one has a prefix below ``tenants/``, and a schema with its
+    Tenants other than the default one have a prefix below ``tenants/``, and a schema with their
     name in the same database.
 
     Raises:
-        InvalidField: an address cannot be one.
+        InvalidField: an address is malformed.
         FailedPrecondition: a package is not installed.
     """
     if not config.store:
@@ -504,7 +509,7 @@ def places_of(config: LocationConfig, folder: Path) -> Locations:
 
 
 def address_of(config: LocationConfig, tenant: str) -> PostgresAddress:
-    """Of a tenant's catalog in PostgreSQL. Raises as `places_of`."""
+    """Return the address of a tenant's catalog in PostgreSQL. Raises as `places_of`."""
     with _needs_packages():
         from veneer_registry.shared.postgres import PostgresAddress
     schema = "veneer" if tenant == DEFAULT_TENANT else f"veneer/{tenant}"
@@ -512,7 +517,7 @@ def address_of(config: LocationConfig, tenant: str) -> PostgresAddress:
 
 
 def objects_of(store: str, tenant: str) -> Objects:
-    """A tenant's objects below ``s3://bucket/prefix``. Connects to nothing. Raises as
+    """Return a tenant's objects below ``s3://bucket/prefix``. Does not connect. Raises as
     `places_of`."""
     with _needs_packages():
         from veneer_registry.shared.objects import Objects

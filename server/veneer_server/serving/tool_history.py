@@ -1,4 +1,4 @@
-"""Calls and results of earlier turns, in the form that chat templates expect."""
+"""Tool calls and results of earlier turns, in the form that chat templates expect."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Final
 from veneer_server.serving.checks import refuse
 
 MAX_CALLS: Final = 128
-"""Most calls of one message."""
+"""Most tool calls in one message."""
 
 MAX_ARGUMENT_BYTES: Final = 256 << 10
 """Most bytes of all calls' arguments in a request: they are parsed on the event loop."""
@@ -20,10 +20,10 @@ MAX_JSON_DEPTH: Final = 200
 
 @dataclass(frozen=True, slots=True)
 class PastCall:
-    """A call that the model made.
+    """A tool call that the model made.
 
     Attributes:
-        arguments: as the model wrote them, normally JSON.
+        arguments: the text that the model wrote, normally JSON.
     """
 
     id: str
@@ -32,7 +32,8 @@ class PastCall:
 
 
 def check_calls(count: int, field: str) -> None:
-    """Raises InvalidField for a message with too many calls. Args: field: what has them."""
+    """Raise InvalidField for a message with too many calls. Args: field: the field with
+    them."""
     if count > MAX_CALLS:
         refuse(field, f"brings one turn's calls to more than {MAX_CALLS}: send fewer")
 
@@ -54,14 +55,14 @@ class History:
         reasoning: str = "",
         field: str,
     ) -> dict[str, Any]:
-        """One message.
+        """Build one message.
 
         Args:
-            calls: made in an assistant's message; their number has been checked.
-            call_id, name: of the call whose result the message is.
-            reasoning: what an assistant thought before. It has two names in templates:
-                DeepSeek's and vLLM's newer one.
-            field: what has the calls, in errors.
+            calls: tool calls in an assistant's message; their number has been checked.
+            call_id, name: for a tool's result: id of the call, and name.
+            reasoning: the assistant's reasoning before the message. Templates know it under two
+                names: DeepSeek's, and vLLM's newer one.
+            field: the field with the calls, for errors.
 
         Raises:
             InvalidField: the arguments are too long.
@@ -88,8 +89,8 @@ class History:
         return made
 
     def _arguments(self, text: str, field: str) -> object:
-        """Parsed, as templates expect. What a model wrote need not be valid: it is passed on as
-        text."""
+        """Parse a call's arguments, as templates expect. A model may have written invalid JSON:
+        that is passed on as text."""
         self._bytes += len(text.encode())
         if self._bytes > MAX_ARGUMENT_BYTES:
             refuse(
@@ -104,7 +105,7 @@ class History:
 
 
 def read_json(text: str) -> object:
-    """The value of a JSON text whose size has been checked.
+    """Parse a JSON text whose size has been checked.
 
     Raises:
         ValueError: it is not valid JSON, or nested too deeply.
@@ -115,7 +116,7 @@ def read_json(text: str) -> object:
         raise ValueError("it is nested too deeply") from error
     if text.count("[") + text.count("{") > MAX_JSON_DEPTH and _deep(value):
         raise ValueError(f"it is nested more than {MAX_JSON_DEPTH} deep: flatten it")
-    if "\\u" in text:  # half of a surrogate pair is no character
+    if "\\u" in text:  # a lone surrogate is not a character: encoding it raises ValueError
         json.dumps(value, ensure_ascii=False).encode()
     return value
 

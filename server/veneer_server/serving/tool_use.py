@@ -1,4 +1,4 @@
-"""How a request may use its tools."""
+"""The tools of a request: schemas and grammars of tool calls, and how answers are parsed."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ from veneer_server.text.tool_calls import (
 from veneer_server.wire.messages import Constraint
 
 # -------------------- schema
-# JSON schemas of forced calls: one tool's arguments, or a list of calls.
+# JSON schemas for forced calls: one tool's arguments, or a list of calls.
 
 MAX_FORCED_CALLS: Final = 8
-"""Most calls of one answer that must call. Small models otherwise go on until `max_tokens`, in
-the middle of a call: 4 of 300 requests of `tests.bench.tool_calls` did."""
+"""Most calls in one answer that is forced to call tools. Without a limit, small models may add
+calls until `max_tokens` ends the answer within a call: 4 of 300 requests of
+`tests.bench.tool_calls` did."""
 
 _MAPS: Final = frozenset(
     {"properties", "patternProperties", "dependentSchemas", "$defs", "definitions"}
@@ -41,15 +42,15 @@ _MAPS: Final = frozenset(
 _VALUES: Final = frozenset({"const", "default", "enum", "example", "examples"})
 """Members that hold values, not schemas."""
 _WORDS: Final = frozenset({"$comment", "description", "example", "examples", "title"})
-"""Members that only people and models read."""
+"""Members that only inform people and models, and do not affect what matches."""
 _SAYS_MORE: Final = frozenset(
     {"$ref", "additionalProperties", "allOf", "anyOf", "oneOf", "patternProperties"}
 )
 
 
 def arguments_schema(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The schema of a tool's arguments: an object, and without members that the tool does not
-    have unless it says that it takes others. A tool without parameters has no arguments."""
+    """Return the schema of a tool's arguments: an object, without additional members unless the
+    tool's own schema says more about them. A tool without parameters has no arguments."""
     schema = {"type": "object", **(parameters or {})}
     if not schema.keys() & _SAYS_MORE:
         schema["additionalProperties"] = False
@@ -59,10 +60,10 @@ def arguments_schema(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
 def calls_schema(
     tools: Sequence[tuple[str, Mapping[str, Any] | None]], *, parallel: bool
 ) -> str:
-    """The schema, as JSON, of a list of at least one call.
+    """Return the schema of a list of at least one call, as JSON.
 
     Args:
-        tools: names and parameters.
+        tools: the tools' names and parameters.
         parallel: allow more than one call.
     """
     calls: list[dict[str, Any]] = []
@@ -93,8 +94,8 @@ def calls_schema(
 
 
 def _moved(schema: Any, place: str) -> Any:
-    """A schema with its references to itself changed to a new place. As deep as the schema is
-    nested, which is bounded."""
+    """Rewrite a schema's references to itself for its new place. Recurses as deep as the schema
+    is nested, which is bounded."""
     if isinstance(schema, list):
         return [_moved(each, place) for each in schema]
     if not isinstance(schema, dict):
@@ -111,8 +112,8 @@ def _moved(schema: Any, place: str) -> Any:
 
 
 def without_words(schema: Any) -> Any:
-    """A schema without what has no effect on what fits it. As deep as the schema is nested,
-    which is bounded."""
+    """Remove the members of a schema that do not affect what matches it. Recurses as deep as
+    the schema is nested, which is bounded."""
     if isinstance(schema, list):
         return [without_words(each) for each in schema]
     if not isinstance(schema, dict):
@@ -132,23 +133,24 @@ MAX_TOOL_NAME: Final = 256
 
 
 class CallChoice(Enum):
-    """Whether the model calls a tool. A request that may call none has no `ToolUse`."""
+    """Whether the model must call a tool. A request that may not call tools has no
+    `ToolUse`."""
 
     AUTO = "auto"
-    """As it sees fit."""
+    """The model decides."""
     REQUIRED = "required"
-    """At least one."""
+    """The model must call at least one tool."""
     NAMED = "named"
-    """One, which the request names."""
+    """The model must call the tool that the request names."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """A tool, as chat templates get it.
+    """A tool, in the form that chat templates get.
 
     Attributes:
-        function: has a ``name``; perhaps ``description``, ``parameters`` (a JSON schema) and
-            whatever else the caller says.
+        function: its ``name``, and optionally ``description``, ``parameters`` (a JSON schema)
+            and any other members that the caller sent.
     """
 
     function: Mapping[str, Any]
@@ -168,7 +170,7 @@ class Tool:
         return self.function.get("strict") is True
 
     def for_template(self) -> dict[str, Any]:
-        """In OpenAI's form, which templates expect."""
+        """Return the tool in OpenAI's form, which templates expect."""
         return {"type": "function", "function": self.function}
 
 
@@ -177,8 +179,8 @@ class ToolUse:
     """The tools of a request.
 
     Attributes:
-        named: the tool that must be called, if ``choice`` says so.
-        parallel: whether an answer may hold several calls.
+        named: name of the tool that must be called, if ``choice`` is NAMED.
+        parallel: whether an answer may contain several calls.
     """
 
     tools: tuple[Tool, ...]
@@ -193,18 +195,19 @@ class ToolUse:
 
     @property
     def forced(self) -> bool:
-        """Whether a call is certain, and does not depend on the template's format."""
+        """Whether the model must call a tool; the call then does not use the template's
+        format."""
         return self.choice is not CallChoice.AUTO
 
     @property
     def ends_with_calls(self) -> bool:
-        """Whether an answer that ends by itself after a call reports calls as the reason.
-        After the one call that was asked for by name the reason is a stop, as with OpenAI and
+        """Whether an answer that ends by itself after a call has tool calls as its finish
+        reason. After a call that the request named, the reason is a stop, as with OpenAI and
         vLLM."""
         return self.choice is not CallChoice.NAMED
 
     def constraint(self) -> Constraint | None:
-        """What makes the model call; None if it is free not to."""
+        """The constraint that forces the model to call; None if it need not call."""
         match self.choice:
             case CallChoice.AUTO:
                 return None
@@ -217,13 +220,13 @@ class ToolUse:
                 return Constraint("json_schema", json.dumps(arguments_schema(tool.parameters)))
 
     def parser(self, family: CallFormat | None) -> ReplyParser:
-        """A parser for one answer.
+        """Make a parser for one answer.
 
         Args:
-            family: the format of the chat template.
+            family: the chat template's format of tool calls.
 
         Raises:
-            InvalidField: the model may call, but nobody could read its calls.
+            InvalidField: the model may call, but the server could not parse its calls.
         """
         match self.choice:
             case CallChoice.REQUIRED:
@@ -245,16 +248,17 @@ class ToolUse:
 
 
 def about_constraint(error: VeneerError, field: str) -> VeneerError:
-    """An error about a constraint by its name in the request; any other as it is.
+    """Rename the field in an error about a constraint; any other error is returned unchanged.
 
     Args:
-        field: that name; ``tools`` if they made the constraint; empty: the contract's.
+        field: the request's name for the constraint; ``tools`` if the tools made it; empty
+            keeps the gRPC contract's name.
     """
     given = error.metadata.get("field", "")
     if not field or not isinstance(error, InvalidField) or given.split(".")[0] != "constraint":
         return error
     shown = "the combined schema of the tools" if field == "tools" else field
-    # It begins with the name; behind that, "constraint" is a word.
+    # Only the first occurrence is the field's name: later, "constraint" is an ordinary word.
     message = error.message.replace(given, shown, 1)
     return InvalidField(message, metadata={**error.metadata, "field": field})
 
@@ -264,7 +268,7 @@ def check_tool(tool: Tool, field: str, schema: str = "parameters") -> None:
 
     Args:
         field: the function's name in errors.
-        schema: that of the member with its parameters.
+        schema: the name of the member with its parameters.
     """
     if not 1 <= len(tool.name) <= MAX_TOOL_NAME:
         refuse(f"{field}.name", f"has {len(tool.name)} characters: give 1 to {MAX_TOOL_NAME}")
@@ -273,7 +277,7 @@ def check_tool(tool: Tool, field: str, schema: str = "parameters") -> None:
 
 
 def check_tools(tools: Sequence[Tool]) -> None:
-    """Raises InvalidField for no tools, too many, or too long ones."""
+    """Raises InvalidField for no tools, too many tools, or tools that are too long."""
     if not tools:
         refuse("tools", "is empty: send at least one, or leave it out")
     if len(tools) > MAX_TOOLS:
@@ -287,13 +291,13 @@ def check_tools(tools: Sequence[Tool]) -> None:
 
 
 # -------------------- auto
-# Grammars of answers that may call tools as they see fit.
+# Grammars of answers in which the model may choose to call tools.
 #
-# In Hermes' format only, whose tag is text that nothing else begins with. The other formats'
-# calls begin with what may as well be text, or differ from one version to the next.
+# Only for Hermes' format, whose opening tag cannot be anything else. In other formats, a call
+# begins with something that may also be text, or the format differs between versions.
 
 _SPACES = {"x-guidance": {"whitespace_pattern": " ?"}}
-"""As `veneer_server.constraints.grammar` has it for schemas."""
+"""The same whitespace as `veneer_server.constraints.grammar` sets for schemas."""
 
 _FREE = r"""start: (head call)* TEXT
 TEXT: /(.|\n)*/
@@ -307,12 +311,13 @@ answer: %json {schema}
 def auto_grammar(
     use: ToolUse, answer: Constraint | None = None, *, special: bool = False
 ) -> Constraint:
-    """Text with calls whose arguments fit their schemas, or either calls or an answer.
+    """Return the grammar of an answer that mixes text and calls, or, with ``answer``, of one
+    that is either calls or such an answer.
 
-    The arguments of a tool that is not strict are any object.
+    Arguments must match the tool's schema; for a tool that is not strict, any object matches.
 
     Args:
-        answer: a JSON schema that an answer without calls must fit; None: any text.
+        answer: a JSON schema that an answer without calls must match; None: any text.
         special: the opening tag is a special token.
     """
     tag = HERMES_OPEN if special else json.dumps(HERMES_OPEN)
@@ -333,7 +338,7 @@ def auto_grammar(
 
 
 def _body(tool: Tool) -> str:
-    """What follows the opening tag of a call."""
+    """The grammar of a call to this tool, after the opening tag."""
     name = json.dumps(tool.name, ensure_ascii=False)
     before = json.dumps(f'\n{{"name": {name}, "arguments": ')
     after = json.dumps(f"}}\n{HERMES_CLOSE}")
@@ -345,12 +350,13 @@ def _body(tool: Tool) -> str:
 
 
 def _spaced(schema: Mapping[str, Any] | bool) -> str:
-    """A schema as JSON on one line, whose texts have few blanks between their parts."""
+    """Return a schema as JSON on one line, with an option that limits whitespace in matching
+    texts."""
     return json.dumps({**_SPACES, **schema} if isinstance(schema, Mapping) else schema)
 
 
 # -------------------- reading
-# What it takes to find thinking and calls of tools in the text of an answer.
+# Finds reasoning and tool calls in the text of an answer.
 
 
 class ShownTokens:
@@ -368,13 +374,13 @@ class ShownTokens:
 
 @dataclass(frozen=True, slots=True)
 class AnswerPlan:
-    """How one request's answers may look.
+    """The form that one request's answers may have.
 
     Attributes:
         use: the tools that may be called, if any.
         family: the template's format of calls.
-        constraint: what the output must match.
-        free: whether it may begin with any text, thinking among it.
+        constraint: the constraint that the output must match, if any.
+        free: whether the output may begin with any text, including reasoning.
     """
 
     use: ToolUse | None
@@ -384,7 +390,7 @@ class AnswerPlan:
 
     @property
     def by_tools(self) -> bool:
-        """Whether tools made the constraint."""
+        """Whether the constraint was made from tools."""
         return self.use is not None and self.constraint is not None
 
     @classmethod
@@ -396,7 +402,7 @@ class AnswerPlan:
         tokenizer: TextTokenizer,
     ) -> AnswerPlan:
         """Args:
-        family: of the request's template.
+        family: the format of calls of the request's template.
         wanted: the constraint that the request asks for, or that forces a call.
 
         Raises:
@@ -408,7 +414,7 @@ class AnswerPlan:
         if use.forced or (wanted is None and not any(tool.strict for tool in use.tools)):
             return cls(use, family, wanted, free=wanted is None)
         if family is not CallFormat.HERMES:
-            # Nothing tells a call from other output: an answer in a format holds none.
+            # A call cannot be told from other output, so a constrained answer has no calls.
             return cls(use if wanted is None else None, family, wanted, free=wanted is None)
         special = bool(tokenizer.special_ids(markers(family)[:1]))
         grammar = auto_grammar(use, wanted, special=special)
@@ -420,8 +426,9 @@ class ReplyReader:
     """Reads the samples of one request.
 
     Attributes:
-        tokens: those with which to read.
-        tags: those of the thinking.
+        tokens: the bytes of tokens, as the parsers see them.
+        thinking: whether the answer may contain reasoning.
+        tags: the tags around the reasoning.
         use: the tools that may be called, if any.
         family: the template's format of calls.
     """
@@ -434,11 +441,11 @@ class ReplyReader:
 
     @classmethod
     def of(cls, tokenizer: TextTokenizer, prompt: Prompt, plan: AnswerPlan) -> ReplyReader:
-        """Of answers to a prompt, with the tags that are special tokens of the tokenizer shown
-        to the parsers."""
+        """Make the reader of answers to a prompt. Tags that are special tokens of the tokenizer
+        are shown to its parsers."""
         use, family = plan.use, plan.family
         thinking, tags = prompt.thinking, prompt.tags
-        if not plan.free:  # output of a given format has no thinking in it
+        if not plan.free:  # constrained output has no reasoning in it
             thinking = Thinking.NONE
         read: tuple[str, ...] = ()
         if thinking is not Thinking.NONE:
@@ -455,7 +462,7 @@ class ReplyReader:
         return self.use is not None and self.use.ends_with_calls
 
     def parser(self) -> ReplyParser | None:
-        """For one sample; None if its text is passed on as it is.
+        """Make the parser of one sample; None if its text is passed on unchanged.
 
         Raises:
             InvalidField: see `ToolUse.parser`.

@@ -1,7 +1,7 @@
-"""Receiving an upload: its options, then chunks into a folder of the registry.
+"""Receives uploads: first the options, then chunks, which go into a folder of the registry.
 
-Nothing is visible before the registry's commit. A refused upload leaves
-nothing behind. If the connection breaks, what arrived is kept and the upload can be resumed.
+Nothing is visible before the registry's commit. A refused upload leaves nothing behind. If the
+connection breaks, the received data is kept and the upload can be resumed.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class UploadOptions:
 
     Attributes:
         validate_only: check everything, publish nothing.
-        activate: load it before its name means it.
-        resume: go on with what an interrupted upload has left.
+        activate: load the adapter into memory before its name moves to it.
+        resume: continue an interrupted upload with the data already received.
     """
 
     request: UploadRequest
@@ -67,7 +67,7 @@ UploadMessage = UploadOptions | UploadChunk
 
 
 def check_file_count(count: int) -> None:
-    """Raise InvalidField unless an upload may have so many files."""
+    """Raise InvalidField unless an upload may have ``count`` files."""
     if not 1 <= count <= MAX_FILES:
         raise InvalidField(
             f"spec.files has {count} files: list each file of the adapter, at most {MAX_FILES}",
@@ -76,42 +76,45 @@ def check_file_count(count: int) -> None:
 
 
 # -------------------- upload places
-# Places for uploads: how many run at once, and which one gives way to another.
+# Places for uploads: how many run at once, and which upload loses its place to another.
 #
-# All tenants share the places. A tenant that has fewer than its share gets one that another
-# tenant has beyond its own.
+# All tenants share the places. A tenant with fewer places than its share can take one from a
+# tenant with more than its share.
 
 WINDOW_S: Final = 60.0
-"""Seconds over which an upload's rate is measured; it may be silent for this long."""
+"""Seconds over which an upload's rate is measured; its client may be silent for this long."""
 
 MIN_RATE: Final = 16 << 10
-"""Default of ``--min-upload-rate``, in bytes a second. A 1 Mbit/s line, with 125,000, is far
-above it."""
+"""Default of ``--min-upload-rate``, in bytes per second. A 1 Mbit/s line has 125,000, which is
+far more."""
 
 PATIENCE_S: Final = 10.0
-"""As `WINDOW_S`, for an upload while another one waits for its place."""
+"""As `WINDOW_S`, when another upload needs the place."""
 
 DEADLINE_S: Final = 3600.0
 """Default of ``--upload-deadline``."""
 
 TURN_S: Final = 60.0
 LONG_S: Final = 600.0
-"""An upload that has had its place for `TURN_S`, and at its rate so far would need `LONG_S`
-more, loses the place when another upload needs it."""
+"""An upload that has had its place for `TURN_S`, and would need more than `LONG_S` to finish at
+its rate so far, loses the place when another upload needs it."""
 
 MAX_AT_ONCE: Final = 8
 
 MAX_DISCARDS: Final = 4
-"""Uploads beyond `MAX_AT_ONCE` that may finish sending; each may hold a message."""
+"""Most refused uploads, beyond `MAX_AT_ONCE`, that may finish sending; each may hold a
+message."""
 
 T = TypeVar("T")
 
 
 class UploadPace:
-    """Whether an upload arrives fast enough: in each `WINDOW_S` of waiting for its client,
-    ``min_rate`` bytes a second must arrive, or the upload's end. So the total waiting time
-    is at most its size divided by the rate, plus one window. Our own processing time counts
-    only towards ``deadline_s``, the limit for the whole upload.
+    """Checks that an upload arrives fast enough.
+
+    In each `WINDOW_S` of waiting for the client, ``min_rate`` bytes per second must arrive, or
+    the end of the upload. So the total waiting time is at most its size divided by the rate,
+    plus one window. Our own processing time counts only towards ``deadline_s``, the limit for
+    the whole upload.
     """
 
     def __init__(self, min_rate: int, deadline_s: float = DEADLINE_S) -> None:
@@ -171,7 +174,8 @@ class UploadPace:
             self._timeout.reschedule(asyncio.get_running_loop().time())
 
     def held(self, seconds: float) -> None:
-        """Record time for which the server held the upload back; it does not count."""
+        """Record seconds for which the server throttled the upload; `remaining_s` ignores
+        them."""
         self._held_s += seconds
 
     def progressed(self, count: int, missing: int = 0) -> None:
@@ -183,7 +187,7 @@ class UploadPace:
             self._brought, self._waited_s = 0, 0.0
 
     async def wait(self, receive: Callable[[], Awaitable[T]]) -> T:
-        """The client's next message. Raises TimeoutError if the client is too slow."""
+        """Wait for the client's next message. Raises TimeoutError if the client is too slow."""
         loop = asyncio.get_running_loop()
         began = self._waiting_since = loop.time()
         if self.displaced:
@@ -201,26 +205,27 @@ class UploadPlaces:
     """Places for uploads, and the threads that do their work. Belongs to one event loop.
 
     Attributes:
-        discarding: refused uploads that may finish sending.
-        flow: how fast uploads are received.
-        workers: at normal priority: at a low one, a thread that holds the GIL may get no CPU
-            time to release it, and the event loop would wait for it. What takes long, the
-            check, runs in a process of its own.
+        discarding: number of refused uploads that are finishing sending.
+        flow: limits how fast uploads are received.
+        workers: threads at normal priority: at a low priority, a thread that holds the GIL may
+            get no CPU time to release it, and the event loop would wait for it. The check of
+            an upload, which takes long, runs in a process of its own.
     """
 
     def __init__(self, flow: UploadFlow | None = None) -> None:
         """Args:
-        flow: None for as fast as uploads come.
+        flow: limits how fast uploads are received; None for no limit.
         """
         self.discarding = 0
         self.flow = flow or UploadFlow(lambda: False)
         self.workers = ThreadPoolExecutor(MAX_AT_ONCE, thread_name_prefix="upload")
         self._running: dict[UploadPace, str] = {}
-        """Whose each upload is; oldest first."""
+        """The tenant of each upload; oldest first."""
 
     def take(self, tenant: str, pace: UploadPace) -> None:
-        """Take a place. If none is free, that of an upload that is slow or has long to go, or
-        of a tenant that has more than its share. Raises QuotaExceeded."""
+        """Take a place. If none is free, take it from an upload that is slow or has a long time
+        left, or from a tenant with more than its share. Raises QuotaExceeded if no upload has
+        to give way."""
         if len(self._running) >= MAX_AT_ONCE:
             leaves = self._slow() or self._beyond_share(tenant)
             if leaves is None:
@@ -245,8 +250,8 @@ class UploadPlaces:
         return longest if longest.remaining_s > LONG_S else None
 
     def _beyond_share(self, tenant: str) -> UploadPace | None:
-        """The upload with most bytes to come, of the tenant that has most places; None if that
-        has no more than its share, or this tenant has its own."""
+        """Of the tenant with the most places, the upload with the most bytes to come; None if
+        that tenant has no more than its share, or if ``tenant`` already has its share."""
         held = Counter(self._running.values())
         share = MAX_AT_ONCE // len({*held, tenant})
         most, places = held.most_common(1)[0]
@@ -285,12 +290,12 @@ class Uploads:
         shares: Callable[[str], bool] = lambda name: False,
     ) -> None:
         """Args:
-        min_rate: bytes a second at which each upload must arrive.
+        min_rate: least bytes per second at which each upload must arrive.
         deadline_s: time limit for a whole upload.
-        broken: most interrupted uploads that are kept, and most bytes of them.
-        quotas: what callers may upload; None if that is not limited.
-        tenant: whose uploads these are.
-        places: those of all tenants; None for places of its own.
+        broken: most interrupted uploads that are kept, and most bytes of them together.
+        quotas: limits of callers' uploads; None for no limits.
+        tenant: name of the tenant.
+        places: the places that all tenants share; None for places of its own.
         shares: whether a tenant of that name shares adapters.
         """
         self._shares = shares
@@ -304,7 +309,8 @@ class Uploads:
         self._workers = self._places.workers
 
     async def committed(self, request: UploadRequest) -> Mapping[str, int]:
-        """Bytes of each announced file that the server already has. Raises as `receive`."""
+        """Return how many bytes of each announced file the server already has. Raises as
+        `receive`."""
         return await to_the_end(lambda: self._registry.committed(request), self._workers)
 
     @contextlib.asynccontextmanager
@@ -313,18 +319,19 @@ class Uploads:
         sent: AsyncIterable[UploadMessage | InvalidField],
         accounts: Sequence[Account] = (),
     ) -> AsyncIterator[tuple[UploadOptions, Upload]]:
-        """Receive one upload. It is complete when the block begins, and ends with the block.
+        """Receive one upload. It is complete when the block begins. If it has not been
+        committed when the block ends, it is suspended, or removed if it was refused.
 
         Args:
-            sent: an error stands for a message that is refused; the client may finish sending
-                after it.
-            accounts: whose limits it counts towards.
+            sent: the client's messages; an error stands for a message that is refused, after
+                which the client may finish sending.
+            accounts: the accounts whose limits the upload counts towards.
 
         Raises:
             InvalidField, AdapterInvalid, ChecksumMismatch, DiskFull: the upload is refused.
-            AdapterExists: the name is that of another tenant, which shares adapters.
-            QuotaExceeded: too many uploads are running, or the caller may not store or send as
-                much.
+            AdapterExists: the name is the name of another tenant that shares adapters.
+            QuotaExceeded: too many uploads are running, or the caller may not store or send
+                this much.
             Aborted: the upload arrived too slowly, or was resumed elsewhere.
         """
         pace = UploadPace(self._min_rate, self._deadline_s)
@@ -388,13 +395,13 @@ class Uploads:
             )
 
     async def validate(self, upload: Upload) -> Published:
-        """`Registry.validate`, in a worker thread."""
+        """Run `Registry.validate` in a worker thread."""
         return await to_the_end(lambda: self._registry.validate(upload), self._workers)
 
     @contextlib.asynccontextmanager
     async def stage(self, upload: Upload) -> AsyncIterator[Staged]:
-        """`Registry.stage`, in a worker thread. Discarded at the end of the block, unless
-        committed."""
+        """Run `Registry.stage` in a worker thread. What it staged is discarded at the end of
+        the block, unless it was committed."""
         found: list[Staged] = []
         try:
             await to_the_end(lambda: found.append(self._registry.stage(upload)), self._workers)
@@ -434,7 +441,7 @@ class Uploads:
                 allowed.received(len(chunk.data))
             missing = upload.missing_bytes
             await to_the_end(_write(upload, chunk), self._workers)
-            # Empty chunks, and bytes that were there before, are not progress.
+            # Empty chunks and bytes received before are not progress.
             left = upload.missing_bytes
             pace.progressed(missing - left, left)
             pace.held(await self._places.flow.hold(len(chunk.data)))
@@ -444,7 +451,7 @@ class Uploads:
         messages: AsyncIterator[UploadMessage | InvalidField],
         pace: UploadPace,
     ) -> UploadMessage | None:
-        """The client's next message; None after its last one."""
+        """Return the client's next message; None after its last one."""
         try:
             message = await pace.wait(lambda: anext(messages, None))
         except TimeoutError as error:
@@ -476,10 +483,10 @@ class Uploads:
 
 
 async def _discard(messages: AsyncIterator[UploadMessage | InvalidField]) -> None:
-    """Let a refused client finish sending, within bounds.
+    """Let a refused client finish sending, up to a limit of bytes and time.
 
     A client whose write is cut off reports a write error (INTERNAL in grpc.aio) instead of
-    the refusal; one that finishes sending sees the refusal.
+    the refusal; a client that finishes sending sees the refusal.
     """
     left = DISCARD_BYTES
     with contextlib.suppress(TimeoutError, VeneerError):  # the caller raises the refusal

@@ -1,11 +1,12 @@
-"""What a tenant sees: its own adapters, and those of others that share theirs.
+"""Looks up the adapters that a tenant sees: its own, and those that other tenants share.
 
 Another tenant's adapter is called ``TENANT/name``, ``TENANT/name@revision`` or
-``TENANT/name/alias``, so that nobody can plant a name that others call by mistake. By its plain
-name it is known only to tenants that accept it, as the keys file says. What begins with a name
-of one's own is always one's own, so no tenant's name and alias mean different things in turn.
-A name that neither is one's own nor shared does not exist: the error is the same, and so is the
-work.
+``TENANT/name/alias``, so that nobody can plant a name that others call by mistake. Only tenants
+that accept it, as set in the keys file, can also call it by its plain name. A spec that begins
+with one of the tenant's own adapter names always means that adapter, so ``x/y`` never switches
+between an own adapter's alias and another tenant's adapter. For a name that is neither the
+tenant's own nor shared, the error and the work are the same whether another tenant has it or
+not.
 """
 
 from __future__ import annotations
@@ -29,19 +30,19 @@ from veneer_server.serving.tenants import Tenant, Tenants
 T = TypeVar("T")
 
 _MOST_NEAR: Final = 1000
-"""Shared names among which one that is near is looked for."""
+"""With more shared names than this, no similar name is looked for among them."""
 
 _FIRST: Final = re.compile(r"[^@/]*")
 
 
 @dataclass(frozen=True, slots=True)
 class Meant:
-    """What a spec means.
+    """A resolved adapter spec.
 
     Attributes:
-        owner: whose adapter it is.
-        spec: what the owner calls it: ``name``, ``name@revision`` or ``name/alias``.
-        name: the adapter's name, as the owner calls it.
+        owner: the tenant that owns the adapter.
+        spec: the owner's spec for it: ``name``, ``name@revision`` or ``name/alias``.
+        name: the owner's name for the adapter.
     """
 
     owner: Tenant
@@ -54,7 +55,7 @@ class VisibleAdapter:
     """An adapter that a tenant sees.
 
     Attributes:
-        name: what that tenant calls it.
+        name: the name by which that tenant calls it.
     """
 
     owner: Tenant
@@ -69,8 +70,8 @@ class Visible:
         self._tenants = tenants
 
     def meant(self, home: Tenant, spec: str) -> Meant:
-        """What ``home`` means by a spec: an adapter of its own, which need not exist, unless it
-        is another tenant's."""
+        """Resolve a spec used by ``home``: another tenant's shared adapter, or else one of
+        ``home``'s own, which need not exist."""
         first = _first(spec)
         own = Meant(home, spec, first)
         if home.registry.knows(first):
@@ -86,11 +87,11 @@ class Visible:
         return own if owner is None else Meant(owner, spec, first)
 
     def _accepted(self, home: Tenant, name: str) -> Tenant | None:
-        """The first tenant in ``home``'s list whose shared adapter ``home`` calls by this plain
-        name."""
+        """The first tenant in ``home``'s list of accepted tenants that shares an adapter of
+        this name; None if ``home`` cannot call one by its plain name."""
         accepts = self._tenants.accepts(home.name)
         if not accepts or self._tenants.named(name) is not None:
-            return None  # a tenant's name is the beginning of that tenant's names
+            return None  # a tenant's name is reserved as the prefix of that tenant's adapters
         for accepted in accepts:
             tenant, _, only = accepted.partition("/")
             owner = self._tenants.named(tenant)
@@ -101,7 +102,7 @@ class Visible:
         return None
 
     def shown(self, home: Tenant, owner: Tenant, name: str) -> str:
-        """What ``home`` calls an adapter that ``owner`` calls ``name``."""
+        """Return ``home``'s name for the adapter that ``owner`` calls ``name``."""
         if owner is home:
             return name
         if not home.registry.knows(name) and self._accepted(home, name) is owner:
@@ -109,7 +110,7 @@ class Visible:
         return f"{owner.name}/{name}"
 
     def knows(self, home: Tenant, spec: str) -> bool:
-        """Whether ``spec`` has a name that ``home`` sees."""
+        """Whether ``spec`` names an adapter that ``home`` sees."""
         meant = self.meant(home, spec)
         return meant.owner.registry.knows(meant.name)
 
@@ -119,7 +120,7 @@ class Visible:
         """Look ``spec`` up in its owner's registry.
 
         Args:
-            look: gets what the owner calls it.
+            look: called with the owner's registry and the owner's spec.
 
         Raises:
             AdapterNotFound: with metadata ``did_you_mean`` if there is a similar name that
@@ -131,7 +132,8 @@ class Visible:
         unknown = owner is home and not home.registry.knows(meant.name)
         try:
             if unknown and meant.name != meant.spec:
-                # Also where the rest could not follow a name of its own.
+                # Look up the name alone first: it is not found even if the rest of the spec
+                # would be invalid.
                 home.registry.get(meant.name)
             return owner, look(owner.registry, meant.spec)
         except AdapterNotFound as error:
@@ -142,7 +144,8 @@ class Visible:
             raise
 
     def _missing(self, home: Tenant, spec: str, error: AdapterNotFound) -> AdapterNotFound:
-        """The error for a name that ``home`` does not know, with a similar one that it sees."""
+        """The error for a name that ``home`` does not know; it suggests a similar name that
+        ``home`` sees, if there is one."""
         first, plain = _first(spec), spec.partition("@")[0]
         others = [other for other in self._tenants.all if other is not home]
         called = [
@@ -154,20 +157,20 @@ class Visible:
             return not_found(first, min(called) + spec[len(first) :])
         if "did_you_mean" in error.metadata:
             return error
-        # Looking through them takes 1 ms for a thousand, on the event loop, and anybody may
-        # share as many and ask for what is not there.
+        # The search takes 1 ms per thousand names, on the event loop, and anybody may share
+        # many names and ask for unknown ones.
         few = sum(len(other.registry.shared()) for other in others) <= _MOST_NEAR
         shared = self._shared(home) if few else {}
         near = NearNames(shared).nearest(plain, shared) if shared else None
         return error if near is None and plain == first else not_found(plain, near)
 
     def get(self, home: Tenant, spec: str) -> VisibleAdapter:
-        """`Registry.get`, with the owner."""
+        """Return what `Registry.get` returns, with the owner and ``home``'s name."""
         owner, record = self.find(home, spec, lambda registry, named: registry.get(named))
         return VisibleAdapter(owner, record, self.shown(home, owner, record.ref.name))
 
     def acquire(self, home: Tenant, spec: str, key: str) -> tuple[Tenant, RevisionLease]:
-        """`Registry.acquire`, with the owner."""
+        """Return the owner and the lease from `Registry.acquire`."""
         return self.find(home, spec, lambda registry, named: registry.acquire(named, key))
 
     def page(
@@ -179,7 +182,8 @@ class Visible:
         after: str = "",
         limit: int = 100,
     ) -> list[VisibleAdapter]:
-        """`Registry.list` of what ``home`` sees, in the order of what it calls them."""
+        """As `Registry.list`, for all adapters that ``home`` sees, sorted by its names for
+        them."""
         own = home.registry.list(prefix=prefix, labels=labels, after=after, limit=limit)
         found = [VisibleAdapter(home, record, record.ref.name) for record in own]
         names = {record.ref.name for record in own}
@@ -201,7 +205,8 @@ class Visible:
         return sorted(found + theirs, key=lambda seen: seen.name)[:limit]
 
     def aliases(self, home: Tenant, name: str) -> tuple[AliasRow, ...]:
-        """`Registry.aliases` of a name, or of all that ``home`` sees, as it calls them."""
+        """As `Registry.aliases`, for one adapter or for all that ``home`` sees, with its names
+        for them."""
         if name:
             owner, rows = self.find(home, name, lambda registry, named: registry.aliases(named))
             return tuple(self._called(home, owner, rows))
@@ -221,7 +226,8 @@ class Visible:
             yield replace(row, name=self.shown(home, owner, row.name))
 
     def check_own(self, home: Tenant, spec: str) -> None:
-        """Raises PermissionDenied if ``home`` means another tenant's adapter by ``spec``."""
+        """Raise PermissionDenied if ``spec``, used by ``home``, means another tenant's
+        adapter."""
         meant = self.meant(home, spec)
         if meant.owner is not home:
             raise PermissionDenied(
@@ -235,8 +241,9 @@ class Visible:
             )
 
     def _shared(self, home: Tenant) -> dict[str, tuple[Tenant, str]]:
-        """What other tenants share, by what ``home`` calls it: owner, and the owner's name.
-        What would begin with a name of ``home``'s own cannot be called."""
+        """The adapters that other tenants share: ``home``'s name -> owner, and the owner's
+        name. Left out are adapters whose name would begin with one of ``home``'s own adapter
+        names: they cannot be called."""
         found: dict[str, tuple[Tenant, str]] = {}
         for other in self._tenants.all:
             if other is home:
@@ -250,13 +257,13 @@ class Visible:
 
 
 def _first(spec: str) -> str:
-    """What comes before the first ``@`` or ``/``."""
+    """The part of a spec before the first ``@`` or ``/``."""
     found = _FIRST.match(spec)
     return "" if found is None else found[0]
 
 
 def _renamed(error: AdapterNotFound, name: str, shown: str) -> AdapterNotFound:
-    """The error of a tenant's registry, with what another tenant calls the adapter."""
+    """An error of the owner's registry, with the calling tenant's name for the adapter."""
     metadata = {
         key: shown + value[len(name) :] if _first(value) == name else value
         for key, value in error.metadata.items()

@@ -1,8 +1,8 @@
-"""``--watch-dir``: folders that appear there are published under their names.
+"""``--watch-dir``: publishes the folders that appear there, as adapters of the same names.
 
-A change is a new revision; a folder that goes leaves its adapter. What was published or
-refused is kept in a file, so that a restart does neither again: a rollback or a removal by
-hand stays.
+A changed folder becomes a new revision; removing a folder does not remove its adapter. The
+published content is recorded in a file, so that a restart does not publish it again: a rollback
+or a removal by hand stays. After a restart, folders that were refused are tried again.
 """
 
 from __future__ import annotations
@@ -42,30 +42,30 @@ from veneer_server.serving.uploads import UploadMessage, UploadOptions
 from veneer_server.telemetry.watched_series import WatchedSeries
 
 # -------------------- settled
-# Whether a folder that appears in a watched one is whole, and by what its content is known.
+# Decides whether a folder in the watched one is complete, and detects changes of its content.
 #
 # A folder counts as whole when its config parses, its weights are as long as their header says,
-# nobody has one of its files open for writing, and nothing has changed between two looks. Who
-# copies a folder to a hidden name and renames it never depends on any of this.
+# nobody has one of its files open for writing, and nothing has changed between two scans.
+# Copying a folder to a hidden name and then renaming it avoids depending on any of this.
 
 _MOST: Final = 100_000
-"""Folders that are looked at."""
+"""Most folders that are scanned."""
 
 
 @dataclass(frozen=True, slots=True)
 class FolderSeen:
-    """A folder at one look.
+    """The state of a folder at one scan.
 
     Attributes:
-        signature: of each file of a bundle its name, inode, size and times; empty if one
-            that every adapter has is missing.
+        signature: the real path of the folder, then name, inode, size and times of each bundle
+            file; empty if a required file is missing.
     """
 
     signature: tuple[tuple[str | int, ...], ...]
 
 
 def look(root: Path) -> Mapping[str, FolderSeen]:
-    """The folders below ``root``, by name; hidden ones are left out. Raises OSError."""
+    """Scan the folders in ``root``, by name; hidden ones are left out. Raises OSError."""
     found: dict[str, FolderSeen] = {}
     with os.scandir(root) as entries:
         for entry in entries:
@@ -75,7 +75,7 @@ def look(root: Path) -> Mapping[str, FolderSeen]:
 
 
 def look_at(folder: Path) -> FolderSeen:
-    """One folder."""
+    """Scan one folder."""
     files: list[tuple[str | int, ...]] = []
     try:
         real = os.path.realpath(folder)
@@ -90,12 +90,12 @@ def look_at(folder: Path) -> FolderSeen:
             kind = stat.S_IFMT(status.st_mode)
             files.append((name, status.st_dev, status.st_ino, kind, status.st_size, *times))
     except OSError as error:
-        return FolderSeen(((error.strerror or "",),))  # trying to publish it says why
+        return FolderSeen(((error.strerror or "",),))  # publishing it will report the reason
     return FolderSeen(((real,), *files))
 
 
 def is_whole(files: Sequence[LocalFile]) -> bool:
-    """Whether open files look complete, and nobody writes to one of them."""
+    """Whether the open files look complete and nobody has one open for writing."""
     by_name = {file.name: file for file in files}
     if not {*REQUIRED_FILES} <= by_name.keys():
         return False
@@ -120,12 +120,13 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_written(descriptor: int) -> bool:
-    """Whether a process of this machine has the file open for writing, as far as can be
-    known: the kernel grants a lease for reading only if none has."""
+    """Whether a process of this machine has the file open for writing, as far as we can tell:
+    the kernel grants a read lease only if no process has."""
     if not hasattr(fcntl, "F_SETLEASE"):
         return False
     try:
-        # One that opens it now would send SIGIO, which ends a process; SIGURG does not.
+        # A process that opens it now makes the kernel signal us. The default, SIGIO, would end
+        # this process; SIGURG does not.
         fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
     except BlockingIOError:
@@ -137,17 +138,17 @@ def _is_written(descriptor: int) -> bool:
 
 
 INTERVAL_S: Final = 1.0
-"""Between looks."""
+"""Seconds between scans."""
 STALE_S: Final = 60.0
-"""A folder that is not whole for this long is reported."""
+"""A folder that has not been whole for this many seconds is reported."""
 _FIRST_WAIT_S: Final = 2.0
 _LONGEST_WAIT_S: Final = 300.0
 _FINAL: Final = frozenset(
     {"INVALID_ARGUMENT", "FAILED_PRECONDITION", "ALREADY_EXISTS", "NOT_FOUND", "UNIMPLEMENTED"}
 )
-"""Codes of errors that other content may end, but not time."""
+"""Codes of errors that stay until the content changes: trying again does not help."""
 _PASSING: Final = frozenset({"not_whole", "changed", "unreadable"})
-"""Causes of such errors that time may end nevertheless."""
+"""Causes for which an error with one of these codes may still go away by itself."""
 
 _log = get_logger(__name__)
 
@@ -155,11 +156,11 @@ Outcome = Literal["published", "refused"]
 
 
 class _Done(msgspec.Struct, frozen=True):
-    """What was last done with a folder.
+    """The last outcome for a folder.
 
     Attributes:
-        digest: SHA-256 of its files' names and SHA-256.
-        signature: of the look at which that was found, as JSON.
+        digest: SHA-256 over the names and SHA-256 of its files.
+        signature: SHA-256 of the folder's signature at that scan.
     """
 
     digest: str
@@ -168,7 +169,7 @@ class _Done(msgspec.Struct, frozen=True):
 
 
 class _State(msgspec.Struct):
-    """The file's content."""
+    """The content of the state file."""
 
     root: str
     folders: dict[str, _Done]
@@ -176,23 +177,23 @@ class _State(msgspec.Struct):
 
 @dataclass(slots=True)
 class _Waiting:
-    """A folder that is not whole, or is tried again."""
+    """A folder that is not whole, or that will be tried again."""
 
     since: float
-    """Its first look with this content, on the loop's clock."""
+    """When it was first scanned with this content, on the loop's clock."""
     again: float = 0.0
-    """When it may be tried."""
+    """When it may be tried again, on the loop's clock."""
     wait_s: float = _FIRST_WAIT_S
     told: set[str] = field(default_factory=set)
-    """Reasons that were logged."""
+    """Error reasons that were already logged."""
 
 
 class _Unchanged(Exception):
-    """The folder's content is what was handled before."""
+    """The folder's content has been handled before."""
 
 
 class WatchedFolder:
-    """Belongs to one event loop."""
+    """Scans the watched folder and publishes its adapters. Belongs to one event loop."""
 
     def __init__(
         self,
@@ -207,8 +208,8 @@ class WatchedFolder:
     ) -> None:
         """Args:
         home: the tenant to publish for.
-        state: file for what was done.
-        most_bytes: of an adapter's weights.
+        state: file that records the outcomes.
+        most_bytes: largest size of an adapter's weights.
         ready: whether adapters can be published now.
         """
         self._root = root.absolute()
@@ -226,12 +227,12 @@ class WatchedFolder:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Read what was done, and begin to look."""
+        """Read the recorded outcomes, and start scanning."""
         await to_the_end(self.read_state, self._reader)
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def stop(self) -> None:
-        """Stop, after the publication in progress."""
+        """Stop scanning; a commit in progress is completed first."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -245,11 +246,11 @@ class WatchedFolder:
                     await self.look()
             except Exception as error:  # a bug must not end the watch
                 _log.error("watched folder not scanned", error)
-            # Many folders, or a slow disk: less often.
+            # With many folders or a slow disk, scan less often.
             await asyncio.sleep(max(self._interval_s, 9 * (loop.time() - began)))
 
     async def look(self) -> None:
-        """Look once, and publish what has not changed since the last look."""
+        """Scan once, and publish the folders that have not changed since the last scan."""
         try:
             found = dict(await to_the_end(lambda: look(self._root), self._reader))
         except OSError as error:
@@ -257,7 +258,7 @@ class WatchedFolder:
                 _log.error("the watched folder cannot be read", folder=self._root, why=why)
                 self._series.failed("UNREADABLE")
             self._unreadable = why
-            return  # a disk that is away for a while removes nothing
+            return  # a disk that is unreachable for a while must not remove recorded outcomes
         self._unreadable = ""
         before, self._before = self._before, found
         gone = self._state.folders.keys() - found.keys()
@@ -273,7 +274,7 @@ class WatchedFolder:
         self._count(found)
 
     async def _settled(self, name: str, seen: FolderSeen) -> None:
-        """Publish a folder that is as it was at the last look, unless that is done."""
+        """Publish a folder that has not changed since the last scan, unless that is done."""
         done = self._state.folders.get(name)
         if done is not None and done.signature == _signature(seen):
             return
@@ -285,7 +286,7 @@ class WatchedFolder:
         try:
             await self._publish(name, seen, done, digest)
         except _Unchanged:
-            assert done is not None, "there is something that it equals"
+            assert done is not None, "unchanged implies an earlier outcome"
             await self._do(name, seen, digest[0], done.outcome)
         except VeneerError as error:
             cause = error.metadata.get("cause")
@@ -303,11 +304,11 @@ class WatchedFolder:
     async def _publish(
         self, name: str, seen: FolderSeen, done: _Done | None, digest: list[str]
     ) -> None:
-        """Upload a folder. Its digest is put into ``digest`` as soon as it is known.
+        """Upload and publish a folder. Its digest is appended to ``digest`` once it is known.
 
         Raises:
-            _Unchanged: it is what ``done`` says.
-            VeneerError: as an upload; or it is not whole, or changes meanwhile.
+            _Unchanged: its content is that of ``done``.
+            VeneerError: the upload failed, or the folder is not whole or changed meanwhile.
         """
         check_name(name)
         home, path = self._home(), self._root / name
@@ -325,7 +326,7 @@ class WatchedFolder:
                     aclosing(_joined(first, messages)) as joined,
                     home.uploads.receive(joined) as (_, upload),
                 ):
-                    # What was read while somebody wrote may be a mixture.
+                    # If somebody wrote while we read, the upload may mix old and new data.
                     if await to_the_end(lambda: look_at(path), self._reader) != seen:
                         raise _changed()
                     published = await home.changes.publish(
@@ -363,7 +364,7 @@ class WatchedFolder:
     # ------------------------------------------------------------------------ state
 
     def read_state(self) -> None:
-        """Read what an earlier server has done."""
+        """Read the outcomes recorded by an earlier run of the server."""
         try:
             state = msgspec.json.decode(self._file.read_bytes(), type=_State)
         except FileNotFoundError:
@@ -375,7 +376,7 @@ class WatchedFolder:
             )
             return
         if state.root == str(self._root):
-            # What was refused may pass now, with other settings.
+            # Folders that were refused may pass now, with other settings.
             done = {n: each for n, each in state.folders.items() if each.outcome == "published"}
             self._state.folders.update(done)
 

@@ -1,4 +1,4 @@
-"""How many adapters and sequences fit into the budgets: the arithmetic of `PlanCapacity`."""
+"""Computes how many adapters and sequences fit into the budgets, for `PlanCapacity`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import Enum
 
 
 class Limit(Enum):
-    """What limits the capacity; the value is the flag that changes it."""
+    """A setting that limits the capacity; the value is its flag."""
 
     DEVICE_ADAPTERS = "--device-adapter-bytes"
     HOST_ADAPTERS = "--host-cache-bytes"
@@ -20,14 +20,14 @@ class Budgets:
     """A server's budgets; bytes unless named otherwise.
 
     Attributes:
-        itemsize: of one number of a resident adapter.
-        kv_bytes: of the KV cache, including the padding block.
+        itemsize: bytes of one element of a resident adapter.
+        kv_bytes: size of the KV cache, including the padding block.
         kv_tokens: tokens of all sequences together that fit into it.
-        kv_token_bytes: K and V of one token.
+        kv_token_bytes: bytes of K and V of one token.
         block_tokens: tokens of a KV block; a sequence takes whole blocks.
-        max_running: sequences.
-        window_blocks: blocks that a sequence holds at most, however long it is; None if
-            that is no bound.
+        max_running: maximum number of running sequences.
+        window_blocks: maximum blocks of a sequence, however long it is; None if there is no
+            such maximum.
     """
 
     host_adapters: int
@@ -73,11 +73,11 @@ def plan_capacity(
     context_length: int,
     concurrency: int,
 ) -> Capacity:
-    """What fits if nothing else uses the budgets.
+    """Compute what fits if nothing else uses the budgets.
 
     Args:
-        adapter_parameters: elements of all A and B of one adapter.
-        adapters, concurrency: how many are wanted; 0 for none.
+        adapter_parameters: elements of all A and B matrices of one adapter.
+        adapters, concurrency: wanted number of adapters and of sequences; 0 for none.
         context_length: tokens of one sequence, prompt and completion.
     """
     size = max(1, adapter_parameters * budgets.itemsize)

@@ -23,13 +23,13 @@ BLOCK_TOKENS: Final = 16
 """Tokens that a KV block holds."""
 
 AUTO_KV_SHARE: Final = 4
-"""``auto`` gives the KV cache one part in so many of the memory that is free."""
+"""``auto`` gives the KV cache the free memory divided by this."""
 USUAL_KV_BYTES: Final = 1 << 30
-"""``auto`` gives it at least this much where it fits."""
+"""``auto`` gives the KV cache at least this many bytes if they fit."""
 _SMALLEST_KV_TOKENS: Final = 2048
 _LEAST_KV_TOKENS: Final = 128
-"""A configured cache must hold at least these, or one whole context: a question and a short
-answer."""
+"""A configured cache must hold at least this many tokens (a question and a short answer), or
+one whole context if that is shorter."""
 _USUAL_RANK: Final = 16
 
 _FRONT_BYTES: Final = 280 << 20
@@ -48,10 +48,10 @@ _CUDA_BYTES: Final = 700 << 20
 _EXPANDED_BYTES: Final = 24 << 20
 """4-bit weights expanded for a GEMM of many rows, a slice at a time (`packed.SLICE`)."""
 _SCORED_BYTES: Final = 8
-"""In addition to each logit, while log-probabilities are computed."""
+"""Bytes in addition to each logit while log-probabilities are computed."""
 _DRAWN_BYTES: Final = 64
-"""In addition to each logit, while a token is sampled: copies, probabilities and, if the whole
-vocabulary is sorted, its order and cumulative sums in float64 (measured: up to 62)."""
+"""Bytes in addition to each logit while a token is sampled: copies, probabilities and, if the
+whole vocabulary is sorted, its order and cumulative sums in float64 (measured: up to 62)."""
 
 
 class MemoryTooSmall(VeneerError):
@@ -63,7 +63,7 @@ class MemoryTooSmall(VeneerError):
 
 @dataclass(frozen=True, slots=True)
 class MemoryUse:
-    """One part of a pool, in bytes. ``flag`` is what an operator may lower."""
+    """One part of a pool, in bytes. ``flag`` is the setting that an operator may lower."""
 
     name: Literal["base", "kv_cache", "host_adapters", "device_adapters", "adapters",
                   "scratch", "processes"]  # fmt: skip
@@ -76,7 +76,7 @@ class MemoryPool:
     """Memory of the host, or of a device that has its own.
 
     Attributes:
-        limit: its size.
+        limit: size of the memory in bytes.
     """
 
     name: Literal["host", "device"]
@@ -101,11 +101,11 @@ class KvCachePlan:
     """The KV cache.
 
     Attributes:
-        bytes: as configured, or chosen if that is ``auto``.
-        tokens: that fit into it.
+        bytes: size of the cache, as configured or chosen by ``auto``.
+        tokens: number of tokens that fit into the cache.
         context: longest sequence, in tokens.
-        held: tokens that the longest sequence holds at a time: all, or with windows fewer.
-        chosen: what ``auto`` went by; "" if the size is configured.
+        held: tokens that the longest sequence holds at a time: all, or fewer with windows.
+        chosen: reason for the size that ``auto`` chose; "" if the size is configured.
         short: whether ``auto`` found too little memory for the default size.
     """
 
@@ -127,10 +127,10 @@ class KvCachePlan:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """What `plan_memory` found.
+    """The result of `plan_memory`.
 
     Attributes:
-        kv_token_bytes: K and V of one token in all layers.
+        kv_token_bytes: bytes of K and V of one token in all layers.
     """
 
     pools: tuple[MemoryPool, ...]
@@ -146,7 +146,7 @@ class MemoryPlan:
 
     @property
     def summary(self) -> str:
-        """Only the totals, for a line with other content."""
+        """The totals only, for a line that has other content too."""
         return ", ".join(f"{p.name} {_mib(p.total)} of {_mib(p.limit)} MiB" for p in self.pools)
 
 
@@ -160,8 +160,8 @@ def plan_memory(
             those in HOST and count once.
 
     Raises:
-        MemoryTooSmall: it does not fit; the message has the numbers and the flags to lower.
-            Or a budget holds no adapter at all, or the KV cache no request.
+        MemoryTooSmall: the plan does not fit (the message has the numbers and the flags to
+            lower), or a budget is too small for any adapter, or the KV cache for any request.
     """
     base = MemoryUse("base", base_bytes(model, config), "--base")
     scratch = MemoryUse("scratch", _scratch_bytes(model, config), "--max-batch-tokens")
@@ -198,22 +198,22 @@ def plan_memory(
 
 
 def plan_registry(host: HostMemory) -> MemoryPool:
-    """What a server without an engine may use: the front, and what checks uploads."""
+    """Memory that a server without an engine may use: the front, and the upload checker."""
     return MemoryPool(
         "host", (MemoryUse("processes", _FRONT_BYTES + _LOADER_BYTES),), host.limit
     )
 
 
 def _kv_cache(model: DecoderConfig, config: ServerConfig, left: int, free: int) -> KvCachePlan:
-    """The KV cache, whose size is chosen if it is ``auto``.
+    """Plan the KV cache; choose its size if that is ``auto``.
 
-    The share is taken of what is free, so that it leaves room for other programs, and for
-    larger adapter budgets later. The usual size goes by the limit alone: a server that starts
-    while other programs hold memory for a moment would be left with almost no cache.
+    The share is taken of free memory, so that it leaves room for other programs, and for larger
+    adapter budgets later. The usual size depends on the limit alone: otherwise a server that
+    starts while other programs briefly hold memory would be left with almost no cache.
 
     Args:
-        left: bytes of the limit that nothing else in the plan may use.
-        free: the same of what other programs leave free now.
+        left: bytes of the limit that the rest of the plan leaves.
+        free: bytes that the rest of the plan leaves of the memory that is free now.
     """
     each = token_bytes(model, config.dtype)
     block = each * BLOCK_TOKENS
@@ -224,7 +224,7 @@ def _kv_cache(model: DecoderConfig, config: ServerConfig, left: int, free: int) 
         return most_blocks(tokens, model.window, chunk, BLOCK_TOKENS)
 
     def bytes_of(blocks: int) -> int:
-        """With the block that the engine keeps for padding."""
+        """Bytes of these blocks plus the one that the engine keeps for padding."""
         return (blocks + 1) * block
 
     def planned(size: int, chosen: str = "", *, short: bool = False) -> KvCachePlan:
@@ -252,7 +252,7 @@ def _kv_cache(model: DecoderConfig, config: ServerConfig, left: int, free: int) 
     size, chosen = max(choices)
     if size == left < USUAL_KV_BYTES:
         chosen = "all remaining memory"
-    # Without windows: what a sequence gives back stays in the prefix cache.
+    # Windows are ignored here: blocks that a sequence gives back stay in the prefix cache.
     most = bytes_of(config.max_running * -(-model.context_length // BLOCK_TOKENS))
     if size > most:
         size, chosen = most, f"{config.max_running} sequences of the full context"
@@ -263,8 +263,8 @@ def _kv_cache(model: DecoderConfig, config: ServerConfig, left: int, free: int) 
 
 
 def _adapter_itemsize(config: ServerConfig, gpu: Gpu | None) -> int:
-    """Least bytes of one number of an adapter in memory, see `Chosen.lora_dtype`. With
-    --backend auto, torch may have to serve a CPU that native could serve as well."""
+    """Minimum bytes of one element of an adapter in memory, see `Chosen.lora_dtype`. With
+    --backend auto on a CPU, either native or torch may serve."""
     if config.backend in ("native", "cuda"):
         return 2
     if gpu is not None:
@@ -273,7 +273,7 @@ def _adapter_itemsize(config: ServerConfig, gpu: Gpu | None) -> int:
 
 
 def _check_holds_adapters(model: DecoderConfig, budget: MemoryUse, itemsize: int) -> None:
-    """Raises MemoryTooSmall for a budget that would refuse every adapter of this base."""
+    """Raise MemoryTooSmall for a budget that would refuse every adapter of this base."""
     sizes = [itemsize * model.num_layers * sum(shape) for shape in model.shapes.values()]
     if budget.bytes < min(sizes):
         raise MemoryTooSmall(
@@ -285,7 +285,7 @@ def _check_holds_adapters(model: DecoderConfig, budget: MemoryUse, itemsize: int
 
 
 def _shown(size: int) -> str:
-    """Rounded up, so that it can be given as a budget."""
+    """A size as text, rounded up, so that it can be given as a budget."""
     return f"{-(-size // 1024)}KiB" if size < 1 << 20 else f"{_mib(size)}MiB"
 
 
@@ -306,9 +306,9 @@ def token_bytes(model: DecoderConfig, dtype: Literal["bfloat16", "float16", "flo
 
 
 def base_bytes(model: DecoderConfig, config: ServerConfig) -> int:
-    """Resident weights. In 4 bits: half a byte per weight, and a float32 scale for each
-    block of 64 (bitsandbytes; nested scales are expanded when loaded). A folder stored
-    in 4 bits is served as it is, whatever the flag says."""
+    """Bytes of the resident weights. In 4 bits: half a byte per weight, and a float32 scale for
+    each block of 64 (bitsandbytes; nested scales are expanded when loaded). A folder stored in
+    4 bits is served as it is, whatever the flag says."""
     itemsize = ITEMSIZE[config.dtype]
     linears = model.num_layers * sum(rows * columns for rows, columns in model.shapes.values())
     quantization = model.quantization or config.quantization
@@ -316,8 +316,8 @@ def base_bytes(model: DecoderConfig, config: ServerConfig) -> int:
     embedding = model.vocab_size * model.hidden_size
     embeddings = embedding * (1 if model.tied_head else 2) * itemsize
     if config.backend != "torch" and config.dtype == "bfloat16" and config.device != "cuda":
-        # The native backend has the head in 8 bits, and in no other form unless it is the
-        # embedding. With --backend auto, torch may have to serve.
+        # The native backend keeps the head in 8 bits only, unless it is also the embedding.
+        # With --backend auto, torch may have to serve.
         native = int(embedding * (itemsize + 1 + 4 / 64))
         embeddings = native if config.backend == "native" else max(native, embeddings)
     return int(linears * each) + embeddings

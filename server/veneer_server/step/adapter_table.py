@@ -1,4 +1,4 @@
-"""A resident adapter: one run of numbers, laid out by `layout`, with a table of views."""
+"""A resident adapter: one flat array (its run), laid out by `layout`, with a table of views."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from veneer_server.step.layout import MEMBERS, Group, Layout, Slot
 
 @dataclass(frozen=True, slots=True)
 class GroupViews:
-    """One group of one layer.
+    """Views of one group of one layer.
 
     Attributes:
-        a_t: [fan_in, sum of ranks]; paired: [fan_in / 2, sum of ranks, 2].
-        expands: B transposed, [rank, fan_out], and the scaling of each adapted projection.
-        members: their indices among the group's projections.
-        ranks: their ranks, in order.
+        a_t: A transposed, [fan_in, sum of ranks]; paired: [fan_in / 2, sum of ranks, 2].
+        expands: B transposed, [rank, fan_out], and the scaling, of each adapted projection.
+        members: index of each adapted projection among the group's projections.
+        ranks: rank of each adapted projection.
     """
 
     a_t: torch.Tensor
@@ -27,8 +27,8 @@ class GroupViews:
 
 
 class AdapterTable:
-    """Views of one adapter's run: ``table.views[group][layer]``, None if it does
-    not adapt any member of the group.
+    """Views of one adapter's run: ``table.views[group][layer]``, None if the adapter does not
+    adapt any member of the group.
 
     Attributes:
         ranks: for each group, the largest sum of its ranks in any layer.

@@ -1,7 +1,7 @@
-"""The seam of a backend that takes a step before the last one's tokens are read.
+"""The interface of a backend that accepts a step before the last one's tokens are read.
 
-Such a backend samples tokens itself, where the next step finds them. What it cannot sample, for
-the host must adjust the logits first, it hands over as logits.
+Such a backend samples tokens itself and keeps them for the next step. For rows whose logits the
+host must adjust first, it hands the logits to the host instead.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from veneer_server.step.choice import TokenChoice
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
-    """A step that is enqueued.
+    """An enqueued step.
 
     Attributes:
-        turn: its set of inputs and results.
+        turn: index of its set of inputs and results.
         tops: see `AheadBackend.submit`.
-        handed: rows of logits that the host gets.
+        handed: number of rows of logits that the host gets.
     """
 
     turn: int
@@ -33,14 +33,15 @@ class Submitted:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """What a step gave for each row of its logits.
+    """Results of a step for each row of its logits.
 
     Attributes:
-        tokens: None where nothing could be sampled.
-        finite: whether all of a row's logits are.
-        logprobs: natural logarithm, of the tokens, or of those of ``scored``.
-        tops: the likeliest tokens with theirs, as many as were asked for.
-        handed: [rows, vocab] float32 in host memory, which the step after the next overwrites.
+        tokens: sampled tokens; None for a row from which nothing could be sampled.
+        finite: whether all logits of the row are finite.
+        logprobs: log-probabilities (natural) of the tokens, or of those in ``scored``.
+        tops: the likeliest tokens with their log-probabilities, as many as requested.
+        handed: logits for the host, [rows, vocab] float32 in host memory; the step after the
+            next overwrites them.
     """
 
     tokens: list[int | None]
@@ -59,7 +60,7 @@ class AheadBackend(Backend, Protocol):
 
     @property
     def last_logits(self) -> torch.Tensor:
-        """[rows, vocab] of the last step, on the device."""
+        """Logits [rows, vocab] of the last step, on the device."""
 
     def submit(
         self,
@@ -70,19 +71,20 @@ class AheadBackend(Backend, Protocol):
         handed: Sequence[int] = (),
         scored: Sequence[int] = (),
     ) -> Submitted:
-        """Enqueue a step and the sampling of a token for each row of its logits. The host waits
-        for nothing, unless the step before the last is still running.
+        """Enqueue a step and the sampling of a token for each row of its logits. Does not block
+        unless the step before the last is still running.
 
         Args:
             choices: for each row of logits, without bias, penalties and masks.
             tops: for each row of logits, how many of the likeliest tokens are wanted.
-            carried: for each row of the step the row of the last step's logits whose token it
-                has, or -1. So a step may be submitted before the last one's tokens are read.
+            carried: for each row of the step, the row of the last step's logits whose token is
+                its input, or -1. So a step may be submitted before the last one's tokens are
+                read.
             handed: rows of logits that the host gets.
-            scored: for each row of logits the token whose log-probability is wanted, or -1 for
-                the sampled one; empty for all of these.
+            scored: for each row of logits, the token whose log-probability is wanted, or -1 for
+                the sampled one; empty if all are -1.
         """
 
     def read(self, submitted: Submitted) -> Sampled:
-        """Wait for a step, and return what it gave. Once, before the step after the next is
-        submitted."""
+        """Wait for a step and return its results. Call this once, before the step after the
+        next is submitted."""

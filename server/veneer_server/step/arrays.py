@@ -1,7 +1,7 @@
-"""A step as plain arrays: the seam between scheduling and execution.
+"""A step as plain arrays: the interface between scheduling and execution.
 
-Every backend executes `StepArrays`, be it torch or native code. They are numpy
-arrays, so they have a C layout and no device.
+Every backend, torch or native, executes `StepArrays`. They are numpy arrays, so they have a C
+layout and no device.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class StepArrays:
         positions: [R] int64 position of each row in its sequence.
         slots: [R] int64 place of each row's K and V: block * block_size + offset.
         row_starts: [S + 1] int64; sequence s has rows row_starts[s] to row_starts[s + 1].
-        contexts: [S] int64 tokens of the sequence in the cache after this step.
+        contexts: [S] int64 number of the sequence's tokens in the cache after this step.
         block_tables: [S, B] int64 KV blocks in order, padded with block 0; also 0 for blocks
             that no layer's window reaches.
         segments: rows that share an adapter; rows in no segment have none.
@@ -46,11 +46,11 @@ class Backend(Protocol):
     """Executes a whole step in one call."""
 
     def execute(self, step: StepArrays) -> torch.Tensor:
-        """Write the rows' K and V, and return logits [L, vocab] in float32, which belong to
-        the caller until the next step."""
+        """Write the rows' K and V, and return logits [L, vocab] in float32. The caller may use
+        them until the next step."""
 
     def finite(self, logits: torch.Tensor) -> list[bool]:
-        """For each row of the last `execute`'s logits, whether all of it is finite."""
+        """For each row of the last `execute`'s logits, whether all values are finite."""
 
     def clear(self, blocks: list[int]) -> None:
         """Make these KV blocks finite again. Attention gives positions beyond a sequence's
@@ -59,7 +59,7 @@ class Backend(Protocol):
 
 
 def finite_rows(logits: torch.Tensor) -> list[bool]:
-    """For each row of [rows, vocab], whether all of it is finite."""
+    """For each row of [rows, vocab], whether all values are finite."""
     # A sum is finite only if every term is; one pass and no mask.
     found: list[bool] = logits.sum(dim=-1).isfinite().tolist()
     return found

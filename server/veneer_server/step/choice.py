@@ -1,4 +1,4 @@
-"""How a row's token is chosen, and which part of that a backend may take over."""
+"""The choice of a row's token, and the part of it that a backend may take over."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the step loop receives: messages from the front, reports from the engine's threads."""
+"""The step loop's inbox: messages from the front, reports from the engine's threads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from veneer_server.wire.messages import (
 
 
 class NoSlot(AdapterBudgetExceeded):
-    """There are bytes for a DEVICE copy, but no place between the others."""
+    """The DEVICE budget has room for a copy, but it is too fragmented."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +24,8 @@ class Arrived:
     """A worker's report: the adapter is complete in a tier, or it failed.
 
     Attributes:
-        part: of an adapter in HOST, how many of its numbers each card will have; 0 if they are
-            not divided.
+        part: for an adapter in HOST, the number of elements that each GPU will have; 0 if they
+            are not divided.
     """
 
     weights_digest: str
@@ -45,7 +45,7 @@ class ConstraintReady:
 
 @dataclass(frozen=True, slots=True)
 class Unheld:
-    """The late answer about a held sequence's constraint is here: it continues or ends."""
+    """A held sequence's late constraint answer has arrived: the sequence continues or ends."""
 
     sequence: int
 

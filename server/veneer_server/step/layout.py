@@ -1,10 +1,11 @@
-"""Where each matrix of an adapter lies in its run of numbers. No torch: loaders use it too.
+"""The position of each matrix of an adapter in its run, one flat array of numbers. No torch:
+loaders use it too.
 
 The decoder computes projections in four groups that share an input (q, k, v;
 o; gate, up; down). Within a group the A matrices lie side by side, transposed, so
 that one GEMM shrinks the input for all of them. B is transposed too: on a few rows,
 these GEMMs then read memory up to a third faster than in PEFT's layout. For kernels that
-multiply pairs of neighbouring inputs, two rows of A transposed lie as pairs (``paired``). No
+multiply pairs of neighbouring inputs, two rows of A transposed are interleaved (``paired``). No
 rank, target list or number of adapters is fixed anywhere: the layout follows the manifest.
 """
 
@@ -37,7 +38,7 @@ MEMBERS: Final[Mapping[Group, tuple[Projection, ...]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Where one module's matrices lie in the run, in elements from its start.
+    """The positions of one module's matrices in the run, in elements from its start.
 
     Attributes:
         a: row i of A transposed, [fan_in, rank], begins at ``run[a + i * a_stride]``. Paired:
@@ -58,9 +59,10 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Order of all modules in the run; total length in elements.
+    """The order of all modules in the run.
 
     Attributes:
+        length: total length in elements.
         paired: see `Slot.a`.
     """
 
@@ -78,7 +80,7 @@ class Layout:
         *,
         paired: bool = False,
     ) -> Layout:
-        """Lay out ``modules``: by layer, by group, first the As, then the Bs."""
+        """Lay out ``modules`` by layer and by group; in a group, first all A, then all B."""
         by_place: dict[tuple[int, Projection], LoraModule] = {
             (m.layer, m.projection): m for m in modules
         }

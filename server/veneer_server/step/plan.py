@@ -1,4 +1,4 @@
-"""A step as plain data: what to compute, and the results. No torch."""
+"""A step as plain data: the plan, and the results. No torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ConstraintState(Enum):
     COMPLETE = "complete"
     """Its constraint allows no further token."""
     LATE = "late"
-    """Which tokens may come next is not known yet; until then it is left out of steps."""
+    """Its next allowed tokens are not known yet; until then it is left out of steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,24 +43,24 @@ class PlannedSequence:
         digest: weights digest of its adapter, or None.
         tokens: token ids to compute, from position ``start`` on.
         start: tokens already in the KV cache.
-        blocks: its KV blocks, enough for ``start + len(tokens)`` tokens; 0 for those that no
+        blocks: its KV blocks, enough for ``start + len(tokens)`` tokens; 0 for blocks that no
             layer's window reaches.
         samples: True if the last token's logits give a new token; False for a
             prefill chunk that does not reach the end of the prompt.
         score: for each of `tokens`, the token that follows it, if the prompt's
             log-probabilities are requested; otherwise empty.
-        ranks: whether the ranks of the tokens of `score` are requested.
+        ranks: whether the ranks of the tokens in `score` are requested.
         logprobs: whether the sampled token's log-probability is requested.
         sampling: how to choose the new token.
         position: index of the token to be sampled; with the seed it determines the
             random number, so that a token does not depend on the rest of the batch.
         top_logprobs: how many most likely tokens to report beside each log-probability.
         token_counts: the tokens so far, if a token is sampled with penalties.
-        constraint: what the output must match; the runner has its state.
-        forbidden: tokens that would end it too early.
-        carries: whether the last of `tokens` is what the step before this one samples, which
-            is not read yet; a 0 stands for it.
-        work: what each of `tokens` takes, see `token_work`.
+        constraint: constraint on the output; the runner has its state.
+        forbidden: tokens that would end the sequence too early.
+        carries: whether the last of `tokens` is the token that the previous step samples. It
+            is not read yet, so a 0 stands for it.
+        work: relative cost of each of `tokens`, see `token_work`.
     """
 
     sequence: int
@@ -83,8 +83,8 @@ class PlannedSequence:
 
     @property
     def unadjusted(self) -> bool:
-        """Whether its token is sampled from the logits as they are: no bias, penalty or mask,
-        for which the host must know the tokens before it."""
+        """Whether its token is sampled from the unadjusted logits. A bias, penalty or mask
+        would need the host to know the tokens before it."""
         return not (
             self.constraint is not None
             or self.forbidden
@@ -111,7 +111,7 @@ class StepPlan:
 
     @property
     def extra_work(self) -> tuple[float, float]:
-        """What the size of adapters adds to the tokens of prefill, and to those of decode."""
+        """Extra cost due to the size of adapters, in tokens: of prefill, and of decode."""
         prefill = decode = 0.0
         for planned in self.sequences:
             if planned.work > 1.0:
@@ -128,7 +128,7 @@ class StepPlan:
 
     @property
     def mixed(self) -> bool:
-        """Whether its rows are of several adapters, or of one and the base."""
+        """Whether the step has rows of several adapters, or of an adapter and the base."""
         return self.sequences[0].digest != self.sequences[-1].digest
 
     @property
@@ -142,8 +142,8 @@ class SequenceResult:
     """A step's result for one sequence; filled in by the runner, and read-only afterwards.
 
     Attributes:
-        token: sampled, or None if the plan said ``samples=False``, the logits were not
-            finite, or its constraint allowed none.
+        token: the sampled token, or None if the plan has ``samples=False``, the logits were not
+            finite, or the constraint allowed none.
         finite: False if its logits had NaN or infinity, or nothing could be sampled from
             them.
         logprob: raw log-probability of ``token``, if requested.
@@ -151,9 +151,9 @@ class SequenceResult:
         scores: log-probabilities of `PlannedSequence.score`.
         score_tops: the most likely tokens at each of these positions.
         score_ranks: how many tokens are at least as likely as each of these, if requested.
-        following: how a constrained sequence continues. COMPLETE or LATE without a token: that
-            was so before this step, whose logits are not used.
-        failure: why its constraint could not be followed; the sequence ends.
+        following: how a constrained sequence continues. COMPLETE or LATE without a token is
+            the state before this step, and the step's logits are not used.
+        failure: why the constraint could not be followed; the sequence ends.
     """
 
     token: int | None = None
@@ -176,12 +176,12 @@ class Runner(Protocol):
 
 @runtime_checkable
 class AheadRunner(Runner, Protocol):
-    """A runner that takes a step before the last one's results are read, so that the device
-    goes on while the host reads and plans."""
+    """A runner that accepts a step before the last one's results are read, so that the device
+    keeps working while the host reads and plans."""
 
     def submit(self, plan: StepPlan) -> None:
-        """Start a step; returns before it is done. At most one other is unread then, and its
-        plan has no `StepPlan.scores`."""
+        """Start a step and return before it is done. At most one other step may be unread then,
+        and its plan must not have `StepPlan.scores`."""
 
     def read(self) -> tuple[SequenceResult, ...]:
-        """Wait for the earliest unread step. As for `execute`."""
+        """Wait for the earliest unread step; return its results as `execute` does."""

@@ -1,8 +1,8 @@
-"""Which tokens a sequence contains, updated at every step. No torch.
+"""The tokens that a sequence contains, with counts updated at every step. No torch.
 
 Penalties depend on the distinct tokens and on how often each was generated. Counting
-them in a long text takes milliseconds, at each step and at the cost of the whole batch;
-adding the newest token to the previous counts takes almost no time.
+them in a long text takes milliseconds at each step, for which the whole batch waits; adding
+the newest token to the previous counts takes almost no time.
 """
 
 from __future__ import annotations
@@ -54,5 +54,5 @@ class TokenCounts:
             self.generated += 1
 
     def seen(self) -> Seen:
-        """A copy, which later tokens do not change."""
+        """A copy of the counts, which later tokens do not change."""
         return Seen(np.array(self._ids), np.array(self._counts))

@@ -19,14 +19,15 @@ from veneer_server.system.machine import cpu_quota
 _SYS: Final = Path("/sys/devices/system")
 _PROC: Final = Path("/proc")
 _MOST: Final = 1 << 16
-"""CPUs of a list; a list that names more is taken for damaged."""
+"""Limit of CPU numbers in a list; a list with a larger number is treated as damaged."""
 
 
 @dataclass(frozen=True, slots=True)
 class CpuCore:
-    """
+    """A physical core.
+
     Attributes:
-        cpus: those that the process may use, ascending; never empty.
+        cpus: its CPUs that the process may use, ascending; never empty.
         package: a number that cores of one package share.
     """
 
@@ -36,13 +37,13 @@ class CpuCore:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What the process may use of this machine.
+    """The part of this machine that the process may use.
 
     Attributes:
         cores: ascending by their first CPU.
-        quota: CPUs' worth of time that its container allows, or None.
-        memory: of each package, its NUMA nodes that have memory that the process may use; those
-            of other packages are missing.
+        quota: CPU time that its container allows, in CPUs, or None.
+        memory: for each package with such cores, its NUMA nodes with memory that the process
+            may use.
         free: bytes of free memory of each NUMA node.
     """
 
@@ -62,7 +63,7 @@ class Machine:
             siblings = cpu_list(_text(topology / "thread_siblings_list")) & allowed | {cpu}
             key = tuple(sorted(siblings))
             package = _text(topology / "physical_package_id")
-            # Some machines say -1: they do not know.
+            # Some machines say -1 for unknown.
             by_siblings.setdefault(key, CpuCore(key, int(package) if package.isdigit() else 0))
         memory, free = _memory(tuple(by_siblings.values()), sys, proc)
         return Machine(tuple(by_siblings.values()), quota, memory, free)
@@ -106,7 +107,7 @@ def _nodes(sys: Path) -> Iterator[tuple[int, Path]]:
 
 
 def cpu_list(text: str) -> set[int]:
-    """The numbers of a list as Linux writes it, such as ``0-3,8``; empty if it is not one."""
+    """Parse a list as Linux writes it, such as ``0-3,8``; empty if it is not one."""
     found: set[int] = set()
     for part in text.strip().split(","):
         first, _, last = part.partition("-")

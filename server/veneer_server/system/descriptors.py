@@ -23,14 +23,14 @@ many, none is closed between connecting and sending its request."""
 
 HANDSHAKES: Final = 64
 """Connections to each HTTP port whose TLS handshake is not done. A further one replaces the
-oldest of the host that has most."""
+oldest one of the host with the most."""
 
 UNREAD: Final = 64
-"""Connections to each port beyond its limit, for some milliseconds: what has arrived on the new
-ones is read before it is decided which to close."""
+"""Connections to each port that may exceed its limit for some milliseconds: data that has
+arrived on the new ones is read before deciding which to close."""
 
 TENANT: Final = 16
-"""Descriptors for each tenant beside the first: its lock, its catalog and the log of that."""
+"""Descriptors for each tenant beside the first: its lock, its catalog, the catalog's log."""
 
 _KEPT: Final = RESERVE + SCRAPES + 2 * HANDSHAKES
 
@@ -44,9 +44,9 @@ class Descriptors:
     """How descriptors are divided.
 
     Attributes:
-        limit: of the process.
-        connections: most open connections of each gRPC port, and of the HTTP port.
-        tenants: most that may be open, at least one.
+        limit: the process's limit.
+        connections: maximum open connections of each gRPC port, and of the HTTP port.
+        tenants: maximum number of open tenants, at least one.
     """
 
     limit: int
@@ -73,7 +73,7 @@ def share_descriptors(*, wanted: int, ports: int, tenants: int = 1) -> Descripto
     Args:
         wanted: connections to each port, ``--max-connections``.
         ports: 1, and one more each for the HTTP gateway and the admin port.
-        tenants: ``--max-tenants``. They get what the connections leave.
+        tenants: ``--max-tenants``. They get the descriptors that connections leave.
     """
     needed = (wanted + UNREAD) * ports + _KEPT
     limit = raise_limit(needed + (tenants - 1) * TENANT)

@@ -1,4 +1,4 @@
-"""Folders of the cache: private, and built under another name, on disk before they appear."""
+"""Cache folders: private, and built under a temporary name before they appear."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 _LEAST_AGE_S: Final = 60.0
-"""The creator of a younger folder may be about to lock it."""
+"""Younger folders are kept: their creator may be about to lock them."""
 
 
 def make_private(folder: Path) -> None:

@@ -1,6 +1,6 @@
-"""Whether to serve from the GPU: it must be there, and compute what it should.
+"""Decides whether to serve from the GPU: it must exist, and its kernels must be correct.
 
-The self-test runs in a process of its own: a kernel that goes astray may end it, and the server
+The self-test runs in a separate process: a broken kernel may crash that process, and the server
 can still serve from the CPU.
 """
 
@@ -17,14 +17,17 @@ from veneer_server.system.machine import Gpu, find_gpu
 
 SELF_TEST: Final = "veneer_server.backends.cuda.self_test"
 SECONDS: Final = 300
-"""Compiling the kernels for the first time takes a part of a minute; they are kept."""
+"""Time limit of the self-test. Compiling the kernels for the first time takes a part of a
+minute; later runs find them cached."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceChoice:
-    """Attributes:
-    gpu: what to serve from; None: the CPU.
-    why_not: why a GPU that was found is not used; "" if it is, or none was found.
+    """The device to serve from.
+
+    Attributes:
+        gpu: the GPU to serve from; None for the CPU.
+        why_not: why an existing GPU is not used; "" if it is used, or there is none.
     """
 
     gpu: Gpu | None
@@ -32,7 +35,7 @@ class DeviceChoice:
 
 
 def try_kernels() -> dict[str, Any]:
-    """What the self-test says: ``why`` is empty if all kernels are right."""
+    """Run the self-test and return its result; ``why`` is empty if all kernels are correct."""
     try:
         done = subprocess.run(
             child_python("-m", SELF_TEST),
@@ -52,8 +55,8 @@ def try_kernels() -> dict[str, Any]:
 
 
 def choose_gpu(device: Literal["auto", "cpu", "cuda"]) -> DeviceChoice:
-    """The GPU to serve from. ``auto`` takes one only if its kernels pass their self-test;
-    ``cuda`` is taken at its word. Takes seconds if there may be a GPU."""
+    """Choose the GPU to serve from. ``auto`` takes one only if its kernels pass their
+    self-test; ``cuda`` takes it without a test. Takes seconds if there may be a GPU."""
     gpu = find_gpu(device)
     if gpu is None or device != "auto":
         return DeviceChoice(gpu)

@@ -1,4 +1,4 @@
-"""Which web pages a server without keys may answer: the defence of a local server.
+"""Decides which web pages may call a server without keys: protects a local server.
 
 A browser sends requests for any page that its user opens, also to this machine. Two checks keep
 pages of strangers out:
@@ -29,8 +29,8 @@ ANY_HOST: Final = "*"
 
 _HOST: Final = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]]*))(?::(\d*))?")
 _NOBODYS: Final = (".localhost", ".svc", ".local", ".internal", ".home.arpa", ".test")
-"""Ends of names that no stranger can register: reserved ones (RFC 6761, 6762 and 8375, ICANN's
-.internal), and those of Kubernetes."""
+"""Suffixes of names that no stranger can register: reserved ones (RFC 6761, 6762 and 8375,
+ICANN's .internal), and Kubernetes's."""
 _PORTS: Final = {"http": "80", "https": "443"}
 
 
@@ -44,15 +44,19 @@ class AllowedHosts:
         address: where the server listens. If other machines can reach it, its names are not
             known here, so all are allowed unless some are given.
         names: allowed in addition to the address's own.
-        keyless: callers need no key. Of an address that other machines can reach, names that a
-            stranger could have registered are then refused unless they are given.
+        keyless: whether callers need no key. If other machines can then reach the address,
+            names that a stranger could have registered are refused unless they are given.
         """
         self._private = keyless and not (names or address.loopback)
         self._any = ANY_HOST in names or not (names or address.loopback or keyless)
         self._names = {name.lower() for name in (*names, address.host, socket.gethostname())}
 
     def allow(self, host: bytes | str | None) -> bool:
-        """Args: host: the Host header; None if HTTP/1.0 has none, which no browser sends."""
+        """Whether a request may use this name.
+
+        Args:
+            host: the Host header; None if HTTP/1.0 has none, which no browser sends.
+        """
         if host is None or self._any:
             return True
         text = (host if isinstance(host, str) else host.decode("latin-1")).strip()
@@ -72,12 +76,13 @@ def foreign_page(
     headers: Mapping[str, str],
     allows: Callable[[str], bool] = lambda origin: False,
 ) -> bool:
-    """Whether a browser sends a request for a page of another origin.
+    """Whether a browser sends a request on behalf of a page of another origin.
 
-    A page that the user opens by a link (a navigation) is not: no other page sees the answer.
+    Following a link (a navigation) does not count, since no other page sees the answer.
 
     Args:
-        headers: by lower-case name. Programs that are no browsers send neither of the two.
+        headers: by lower-case name. Programs other than browsers send neither Origin nor
+            Sec-Fetch-Site.
         allows: whether pages of an origin may call; ``*`` stands for every origin.
     """
     origin, site = headers.get("origin"), headers.get("sec-fetch-site")
@@ -95,8 +100,8 @@ def foreign_page(
 
 
 def _same(origin: str, host: str) -> bool:
-    """Whether an origin is that of a Host header. The scheme is not compared: a proxy may have
-    ended TLS."""
+    """Whether an origin matches a Host header. The scheme is not compared: a proxy may have
+    terminated TLS."""
     scheme, colon, rest = origin.lower().partition("://")
     page, own = _HOST.fullmatch(rest), _HOST.fullmatch(host.strip().lower())
     if not colon or page is None or own is None or not rest:

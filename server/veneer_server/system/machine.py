@@ -1,4 +1,4 @@
-"""What this machine offers a process: cores, memory, a GPU; respects a container's limits.
+"""Resources of this machine: cores, memory, a GPU; respects a container's limits.
 
 No torch here. A separate process queries the GPU: the front never imports torch, and
 a broken CUDA installation may crash the process that queries it.
@@ -30,10 +30,10 @@ _ASK_GPU: Final = (
 
 @dataclass(frozen=True, slots=True)
 class HostMemory:
-    """Bytes.
+    """Memory of the machine or its container, in bytes.
 
     Attributes:
-        limit: the most that the process may use: of the machine, or of its container.
+        limit: the most that the process may use.
         available: free now, including reclaimable page cache.
         contained: whether the limit is a container's (cgroup v2 ``memory.max``).
     """
@@ -45,7 +45,7 @@ class HostMemory:
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """The first CUDA device; bytes."""
+    """The first CUDA device; sizes in bytes."""
 
     name: str
     total: int
@@ -62,7 +62,7 @@ def usable_cores(cgroups: Path = _CGROUPS, proc: Path = _PROC) -> int:
 
 
 def cpu_quota(cgroups: Path = _CGROUPS, proc: Path = _PROC) -> float | None:
-    """CPUs' worth of time that the container allows (cgroup v2 ``cpu.max``), or None."""
+    """CPU time that the container allows, in CPUs (cgroup v2 ``cpu.max``), or None."""
     quotas = []
     for group in _own_groups(cgroups, proc):
         quota, _, period = _read(group / "cpu.max").partition(" ")
@@ -88,7 +88,7 @@ def host_memory(cgroups: Path = _CGROUPS, proc: Path = _PROC) -> HostMemory:
 
 
 def peak_bytes(pid: int | Literal["self"], proc: Path = _PROC) -> int:
-    """Largest resident set that a process had so far; 0 if it cannot be read."""
+    """Largest resident set of a process so far; 0 if it cannot be read."""
     return _key_values(proc / str(pid) / "status").get("VmHWM", 0)
 
 

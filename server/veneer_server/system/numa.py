@@ -1,6 +1,6 @@
-"""Where Linux puts this process's memory and threads: by system call, without libnuma.
+"""Controls where Linux puts this process's memory and threads: by system call, without libnuma.
 
-Containers may refuse either call (seccomp); the server then runs as it would without.
+Containers may refuse either call (seccomp); the server then runs without it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ _BITS: Final = 8 * ctypes.sizeof(ctypes.c_ulong)
 
 
 def spread_memory(nodes: Collection[int]) -> str:
-    """Put the pages that this thread, and those that it starts, touch first on these NUMA nodes
-    in turn. Returns why it could not; empty if it did."""
+    """Interleave over these NUMA nodes the pages that this thread, and threads that it starts,
+    touch first. Returns the reason on failure; empty on success."""
     number = _SET_MEMPOLICY.get(platform.machine())
     if number is None:
         return f"no system call is known for {platform.machine()}"
@@ -34,8 +34,8 @@ def spread_memory(nodes: Collection[int]) -> str:
 
 
 def stay_on(cpus: Collection[int]) -> str:
-    """Let this thread, and what it starts, run on these CPUs alone. Returns why it could not;
-    empty if it does."""
+    """Let this thread, and all that it starts, run on these CPUs only. Returns the reason on
+    failure; empty on success."""
     try:
         os.sched_setaffinity(0, cpus)
     except OSError as error:

@@ -1,17 +1,17 @@
-"""How many threads a step gets on a CPU, and where they and their memory are.
+"""The number of threads of a step on a CPU, and the placement of them and their memory.
 
 Rules, and why (docs/decisions/0070-threads-on-cores.md):
 
 - ``--threads auto`` uses one thread for each physical core of one package, or as many as the
   container's quota allows.
-- It binds them only where they fill the package: then another program could not have found a
+- It binds them only if they fill the package: then another program could not have found a
   free core either. With a quota or fewer threads the system decides, since many containers
   on one machine would all be bound to its first cores.
-- Where a core is one CPU and there is one package and one NUMA node, there is nothing to
+- If a core is one CPU and there is one package and one NUMA node, there is nothing to
   choose, and nothing is bound.
 - ``--threads N`` is the operator's choice: nothing is bound.
-- Memory is local where the threads stay next to one NUMA node, and spread evenly over all nodes
-  that they use where there are several.
+- Memory is local if the threads stay next to one NUMA node, and is otherwise spread evenly over
+  all nodes that they use.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from veneer_server.system.cores import CpuCore, Machine
 
 FEWEST = 4
-"""Fewer threads are not tried by halving: their barriers cost less than half the work."""
+"""Fewest threads that halving tries: with fewer, barriers cost less than half the work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Placement:
         threads: at least 1.
         why: in words, for the operator.
         bound: the CPUs of each thread; empty if the system decides.
-        cpus: of everything that the engine process does; empty if it may stay anywhere.
+        cpus: the CPUs of the whole engine process; empty if it may run anywhere.
         nodes: NUMA nodes over which memory is spread; empty if it is local.
         others: other numbers of threads that may be faster, see `engine.execution.faster`;
             they are never bound.
@@ -48,7 +48,7 @@ class Placement:
 
 
 def place(wanted: int, machine: Machine | None = None) -> Placement:
-    """Choose for ``--threads``; 0 is auto."""
+    """Choose the placement for ``--threads``; 0 is auto."""
     machine = machine or Machine.here()
     packages: dict[int, list[CpuCore]] = {}
     for core in machine.cores:
@@ -66,7 +66,7 @@ def place(wanted: int, machine: Machine | None = None) -> Placement:
         nodes = machine.memory.get(package, ())
         return len(packages[package]), sum(machine.free.get(node, 0) for node in nodes)
 
-    # Of equal ones that with most free memory: a second server goes to the other.
+    # Among equal packages, the one with most free memory: a second server uses the other.
     package = max(sorted(packages), key=room)
     cores = packages[package]
     if machine.quota is not None and machine.quota < len(cores):

@@ -1,4 +1,4 @@
-"""How worker threads, of the engine and of the front, yield to the step."""
+"""Makes worker threads, of the engine and of the front, yield to the step."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ class Names(Protocol):
     """The part of `Tenants` that this module uses."""
 
     def names(self, key: str) -> Iterable[str]:
-        """The names that have the weights of a resident copy."""
+        """The names that share the weights of a resident copy."""
 
 
 class AdapterLog:

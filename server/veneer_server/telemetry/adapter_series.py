@@ -21,7 +21,7 @@ from prometheus_client.registry import Collector
 from veneer_server.wire.messages import Occupancy, ResidencyChanged, split_key
 
 MAX_NAMES: Final = 200
-"""Adapter names that become labels; later ones are counted as ``_other``."""
+"""Maximum number of names that become labels; later ones are counted as ``_other``."""
 
 OTHER: Final = "_other"
 
@@ -33,10 +33,10 @@ class TenantCatalogs(Protocol):
         """Whether a (tenant, name) is registered."""
 
     def names(self, key: str) -> Iterable[str]:
-        """The names that have the weights of a resident copy."""
+        """The names that share the weights of a resident copy."""
 
     def asked_as(self, key: str) -> Iterable[str]:
-        """What callers may write now for the weights of a resident copy."""
+        """The names that callers may now use for the weights of a resident copy."""
 
 
 class _Empty:
@@ -52,12 +52,12 @@ class _Empty:
 
 @dataclass(frozen=True, slots=True)
 class ResidentAdapters:
-    """Which adapters are in memory, by weights.
+    """The adapters in memory, by weights.
 
     Attributes:
-        resident: the most recently changed first.
-        running, waiting: digests of those that requests run with, or wait for.
-        at_most: how many of the current mean size the DEVICE tier can hold.
+        resident: resident adapters, most recently changed first.
+        running, waiting: digests of the adapters of running and of waiting requests.
+        at_most: number of adapters of the current mean size that the DEVICE tier can hold.
     """
 
     resident: tuple[ResidencyChanged, ...]
@@ -89,9 +89,9 @@ class AdapterSeries(Collector):
         self._waiting: tuple[str, ...] = ()
         self._changed = clock()
         self._requested: set[tuple[str, str]] = set()
-        """Tenants and names."""
+        """(tenant, name) pairs that are labels."""
         registry.register(self)
-        # After this collector, which removes stale series.
+        # Registered after this collector, since this collector removes stale series.
         self._requests = Series(
             "veneer_adapter_requests_total",
             "Requests by adapter.",
@@ -151,7 +151,7 @@ class AdapterSeries(Collector):
         return loaded, info
 
     def held(self) -> ResidentAdapters:
-        """What is in memory now; thread-safe."""
+        """The adapters in memory now; thread-safe."""
         with self._lock:
             resident = tuple(reversed(self._resident.values()))
             return ResidentAdapters(
@@ -180,7 +180,7 @@ class AdapterSeries(Collector):
         )
 
     def _loaded(self, resident: list[ResidencyChanged]) -> Counter[tuple[str, str, str, str]]:
-        """Number by tenant, name, tier and pin: 1, or more for ``_other``."""
+        """Count of names by tenant, name, tier and pin: 1, or more for ``_other``."""
         # A name may have several revisions in memory.
         found = {
             ((split_key(state.weights_digest)[0], name), state.tier, str(state.pinned).lower())

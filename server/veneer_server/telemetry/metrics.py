@@ -63,7 +63,7 @@ class Metrics:
     """Every series that the server exposes. Cheap enough to call per token."""
 
     def __init__(self) -> None:
-        # Created metrics add a gauge to each counter, which no rule or dashboard reads.
+        # "Created" metrics add a gauge for each counter that no rule or dashboard reads.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
@@ -177,7 +177,7 @@ class Metrics:
             "stored_responses", "Responses and conversations that are stored."
         )
         self.stored_bytes = gauge(
-            "stored_responses_bytes", "Disk space that they take, in bytes."
+            "stored_responses_bytes", "Disk space of stored responses, in bytes."
         )
         self.not_stored = counter(
             "responses_not_stored_total",
@@ -206,8 +206,8 @@ class Metrics:
         self.adapters = AdapterSeries(registry)
         """Metrics by adapter name."""
         self.tenants = TenantSeries(registry)
-        self.watched = WatchedSeries(registry)
         """Metrics by tenant."""
+        self.watched = WatchedSeries(registry)
         self.handled = Counter(
             "grpc_server_handled_total",
             "Completed calls.",
@@ -235,13 +235,13 @@ class Metrics:
                 self.evictions.labels(tier, cause)
 
     def set_budgets(self, *, host: int, device: int) -> None:
-        """Byte budgets of the two memory tiers."""
+        """Set the byte budgets of the two memory tiers."""
         self.adapter_budget.labels("host").set(host)
         self.adapter_budget.labels("device").set(device)
         self.adapters.device_budget = device
 
     def engine_started(self, device: str, backend: str, why_slower: str = "") -> None:
-        """Record what computes from now on.
+        """Record the device and backend in use.
 
         Args:
             why_slower: why torch is used although auto prefers the native kernels.
@@ -255,12 +255,12 @@ class Metrics:
         self.backend_info.labels(name, instructions, reason).set(1)
 
     def ask(self, catalog: SizedCatalog) -> None:
-        """Set the catalog, which each scrape reads from another thread."""
+        """Set the catalog; each scrape reads it in another thread."""
         self.registered.set_function(lambda: len(catalog))
         self.adapters.catalog = catalog
 
     def count_usage(self, book: UsageBook) -> None:
-        """Show what tenants have used."""
+        """Expose the usage of tenants."""
         self.registry.register(UsageSeries(book))
 
     def adapter_found(self, tier: Tier) -> None:

@@ -1,4 +1,4 @@
-"""Pages of metrics, made one at a time whichever port asks for them.
+"""Pages of metrics, made one at a time for all ports.
 
 Making one takes tens of milliseconds, so requests that wait for the same page share it.
 """
@@ -22,8 +22,8 @@ from prometheus_client.exposition import (
 from prometheus_client.openmetrics.exposition import ALLOWUTF8, UNDERSCORES
 
 MAX_PARTIAL: Final = 8
-"""Most pages of selected series (``name[]``) that may wait to be made; more are refused with
-503."""
+"""Maximum number of pages of selected series (``name[]``) that may wait to be made; more are
+refused with 503."""
 
 _OFFERED: Final = (
     "",
@@ -37,8 +37,8 @@ _OFFERED: Final = (
 
 
 def _keeping_names(encode: Any) -> Any:
-    """The encoder, without the escaping of underscores. All our names are valid without any, so
-    it would change none of them; prometheus_client's makes ``vllm_`` of ``vllm:``."""
+    """The encoder without "underscores" escaping. All our names are valid without escaping, but
+    prometheus_client's escaping turns ``vllm:`` into ``vllm_``."""
     if isinstance(encode, partial) and encode.keywords.get("escaping") == UNDERSCORES:
         return partial(encode.func, **{**encode.keywords, "escaping": ALLOWUTF8})
     return encode
@@ -47,7 +47,7 @@ def _keeping_names(encode: Any) -> Any:
 _FORMATS: Final = {
     kind: _keeping_names(encode) for encode, kind in map(choose_encoder, _OFFERED)
 }
-"""By content type. Only a few, which bounds the number of different pages."""
+"""Encoders by content type. There are only a few, which bounds the number of pages."""
 
 
 class MetricsPage(NamedTuple):
@@ -58,7 +58,7 @@ class MetricsPage(NamedTuple):
 
 
 class _Shape(NamedTuple):
-    """All that a page depends on. ``names``: the requested series; None for all."""
+    """Everything that a page depends on. ``names``: the requested series; None for all."""
 
     names: frozenset[str] | None
     format: str
@@ -94,12 +94,12 @@ class Pages:
         self._worker.shutdown(wait=False, cancel_futures=True)
 
     async def page(self, query: str, accept: str, accept_encoding: str) -> MetricsPage | None:
-        """The page that a request selects; None if too many wait for selected series. Requests
-        that wait for the same page share it: it is made after the last of them arrived, or not
-        at all if all of them leave.
+        """The page that a request selects; None if too many pages of selected series wait.
+        Requests that wait for the same page share it: it is made after the last of them
+        arrived, or not at all if all of them leave.
 
         Args:
-            query: of the request's URL; may name series by ``name[]``.
+            query: query of the request's URL; may name series by ``name[]``.
             accept, accept_encoding: headers of the request; "" if it has none.
         """
         shape = _shape(query, accept, accept_encoding)
@@ -120,7 +120,7 @@ class Pages:
 
     @property
     def _partial(self) -> int:
-        """Waiting pages of selected series."""
+        """Number of waiting pages of selected series."""
         return sum(shape.names is not None for shape in self._next)
 
     async def _make(self, shape: _Shape) -> bytes:

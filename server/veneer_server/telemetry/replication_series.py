@@ -15,7 +15,7 @@ _FETCH: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
 class FollowerSeries(Collector):
-    """How a follower stands with its registry, and its disk cache."""
+    """A follower's connection to its registry, and its disk cache."""
 
     def __init__(self) -> None:
         self._follower: Follower | None = None
@@ -34,7 +34,7 @@ class FollowerSeries(Collector):
         registry.register(self.fetch_seconds)
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing: the names are known when they are collected."""
+        """Empty: the names are known only when they are collected."""
         return []
 
     def collect(self) -> Iterable[Metric]:
@@ -89,13 +89,13 @@ class FollowerSeries(Collector):
 
 
 class RegistrySeries(Collector):
-    """Who follows a registry."""
+    """The number of a registry's followers."""
 
     def __init__(self, followers: Callable[[], int]) -> None:
         self._followers = followers
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing: the name is known when it is collected."""
+        """Empty: the name is known only when it is collected."""
         return []
 
     def collect(self) -> Iterable[Metric]:

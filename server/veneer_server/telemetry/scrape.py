@@ -1,6 +1,6 @@
-"""The port that Prometheus scrapes: few connections, little time each, one page at a time.
+"""The port that Prometheus scrapes: few connections with short time limits, one page at a time.
 
-prometheus_client's own server starts a thread for each connection and waits for ever, so idle
+prometheus_client's own server starts a thread for each connection and waits forever, so idle
 connections could take every file descriptor of the process.
 """
 
@@ -28,10 +28,10 @@ from veneer_server.system.hosts import AllowedHosts, foreign_page
 from veneer_server.telemetry.pages import Pages
 
 MAX_HEAD: Final = 8 << 10
-"""Most bytes of a request."""
+"""Maximum bytes of a request."""
 
 LIMIT_S: Final = 10.0
-"""How long a connection may be open, in total."""
+"""Seconds that a connection may be open, in total."""
 
 _END: Final = b"\r\n\r\n"
 _ONCE: Final = ONCE | {"host", "content-length", "content-type", "transfer-encoding"}
@@ -59,13 +59,13 @@ class ScrapeServer:
         tls: ssl.SSLContext | None = None,
     ) -> None:
         """Args:
-        pages: what it answers with; whoever made it closes it.
+        pages: makes the answers; its creator closes it.
         hosts: host names that requests may use.
-        connections: most that may be open. A further one replaces one that has not sent a
-            request, or else one that has not read its answer, or else any: of these the oldest
-            of the host that has most.
-        limit_s: how long each may be open.
-        access: lets scrapes in; None lets everybody in.
+        connections: maximum number of open connections. A further one replaces one that has
+            not sent a request, or else one that has not read its answer, or else any; among
+            these, the oldest one of the host with the most connections.
+        limit_s: seconds that each may be open.
+        access: authenticates scrapes; None lets everybody in.
         tls: None for plain HTTP.
         """
         self.access = access or Access()
@@ -110,7 +110,7 @@ class ScrapeServer:
     def opened(self, connection: _Connection) -> None:
         """Add a new connection, and drop another one if there are too many."""
         if len(self.open) >= self._most:
-            # Never the new one: only a full set of newer ones can displace it in turn.
+            # Never drop the new one: only a full set of newer ones can displace it in turn.
             hosts = Counter(each.host for each in self.open)
             least = min(self.open, key=lambda each: (each.worth(), -hosts[each.host]))
             least.drop()
@@ -143,7 +143,7 @@ class _Connection(asyncio.Protocol):
         self.answered = False
         """Whether the answer has been written; the client may not have read all of it."""
         self.host = ""
-        """Its peer, see `host_of`."""
+        """The peer's host, see `host_of`."""
         self._server = server
         self._head = bytearray()
         self._transport: asyncio.Transport | None = None
@@ -215,7 +215,7 @@ class _Connection(asyncio.Protocol):
             self._refuse(HTTPStatus.BAD_REQUEST)
         except PermissionDenied:
             self._refuse(HTTPStatus.FORBIDDEN)
-        except Unavailable:  # the issuer of tokens is not there
+        except Unavailable:  # the token issuer cannot be reached
             self._refuse(HTTPStatus.SERVICE_UNAVAILABLE)
         except Exception as error:
             _log.error("a scrape failed", error)
@@ -229,7 +229,7 @@ class _Connection(asyncio.Protocol):
 
 
 def _parse(head: bytes) -> _Request | None:
-    """None if it is not valid HTTP."""
+    """Parse a request's head; return None if it is not valid HTTP."""
     line, *fields = head.decode("latin-1").split("\r\n")
     words = line.split(" ")
     if len(words) != 3 or not words[2].startswith("HTTP/1."):

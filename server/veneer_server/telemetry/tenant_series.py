@@ -1,7 +1,7 @@
 """Metrics labelled by tenant: bounded in number.
 
-Names of tenants come from keys and tokens, never from a request; those that a gateway calls for
-are counted as the gateway's tenant.
+Names of tenants come from keys and tokens, never from a request. Users for whom a gateway calls
+are counted under the gateway's tenant.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 MAX_TENANTS: Final = 50
-"""Tenants that become labels; later ones are counted as ``_other``."""
+"""Maximum number of tenants that become labels; later ones are counted as ``_other``."""
 
 OTHER: Final = "_other"
 

@@ -1,8 +1,8 @@
 """Traces of generate requests, sent over OTLP; off unless an endpoint is set.
 
-A request's spans are made when it has ended, from the times that it knows anyway, so a token
-costs nothing. OpenTelemetry's own variables (OTEL_EXPORTER_OTLP_*, OTEL_TRACES_SAMPLER) set
-headers, certificates and what is sampled. No text of prompts or answers is in a span.
+A request's spans are made when it has ended, from times that are recorded anyway, so there is
+no cost per token. OpenTelemetry's own variables (OTEL_EXPORTER_OTLP_*, OTEL_TRACES_SAMPLER) set
+headers, certificates and sampling. Spans contain no text of prompts or answers.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ _log = get_logger(__name__)
 
 _ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _STOP_S: Final = 2.0
-"""Most time that a stopping server waits for the receiver of its spans."""
+"""Maximum seconds that a stopping server waits for the receiver of its spans."""
 
 Attribute = str | int | float | tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Phases:
-    """What an admitted request spent its time on: one after the other, in seconds.
+    """Duration of each phase of an admitted request, in seconds.
 
     Attributes:
-        first_token_s: from its arrival; 0 if it got none.
-        total_s: from its arrival.
+        queue_s, load_s: time in the queue, then time waiting for the adapter's load.
+        first_token_s: from the request's arrival; 0 if it got no token.
+        total_s: from the request's arrival.
     """
 
     queue_s: float = 0.0
@@ -49,19 +50,19 @@ class Tracing:
 
     def __init__(self, tracer: Any = None, stop: Callable[[], None] = lambda: None) -> None:
         """Args:
-        tracer: OpenTelemetry's; None makes no spans.
-        stop: sends what has not been sent.
+        tracer: OpenTelemetry's tracer; None makes no spans.
+        stop: sends the remaining spans.
         """
         self._tracer = tracer
         self.stop = stop
 
     @classmethod
     def to(cls, endpoint: str, version: str) -> Tracing:
-        """Send to an OTLP receiver over gRPC. No endpoint means that of OpenTelemetry's
-        variables; if there is none either, nothing is sent.
+        """Send to an OTLP receiver over gRPC. Without ``endpoint``, OpenTelemetry's variables
+        set it; if they do not either, nothing is sent.
 
         Raises:
-            InvalidField: OpenTelemetry is not installed, or the endpoint is no URL.
+            InvalidField: OpenTelemetry is not installed, or the endpoint is not a URL.
         """
         if not endpoint and not any(os.environ.get(name) for name in _ENDPOINTS):
             return cls()
@@ -92,12 +93,12 @@ class Tracing:
         _log.info("sending traces", endpoint=endpoint or "as OTEL_EXPORTER_OTLP_* say")
 
         def stop() -> None:
-            # Neither flushing nor the provider's end has a limit of its own.
+            # Neither flushing nor the provider's shutdown has a time limit of its own.
             flush = threading.Thread(target=processor.force_flush, daemon=True)
             flush.start()
             flush.join(_STOP_S)
             if flush.is_alive():
-                exporter.shutdown()  # ends its tries
+                exporter.shutdown()  # ends its retries
             provider.shutdown()
 
         return cls(provider.get_tracer("veneer", version), stop)
@@ -111,12 +112,13 @@ class Tracing:
         *,
         failed: str = "",
     ) -> str:
-        """Make the spans of a request that has just ended; returns the trace's id, "" without.
+        """Make the spans of a request that has just ended. Returns the trace's id; "" if no
+        spans are made.
 
         Args:
-            phases: None if it was refused before it was admitted.
-            outcome: its finish reason, or that of its error.
-            failed: why; "" if it did not.
+            phases: None if the request was refused before it was admitted.
+            outcome: the finish reason, or the error's reason.
+            failed: why the request failed; "" if it did not.
         """
         if self._tracer is None:
             return ""
@@ -151,7 +153,7 @@ class Tracing:
 
 
 def _parts(phases: Phases) -> list[tuple[str, float]]:
-    """Name and seconds of the phases that a request came to, in their order."""
+    """Names and seconds of the phases that a request reached, in order."""
     if not phases.first_token_s:
         return [("queue", phases.total_s)]
     waited = phases.queue_s + phases.load_s

@@ -1,4 +1,4 @@
-"""Metrics labelled by tenant: what each has used since the server's start, and stores."""
+"""Metrics labelled by tenant: usage since the server's start, and stored bytes."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ _COUNTERS: Final = {
         "Bytes of stored adapters, times seconds.",
     ),
 }
-"""Metric -> field of `UsageCounts`, times what, and help."""
+"""Metric -> field of `UsageCounts`, factor, and help."""
 
 
 class UsageSeries(Collector):
-    """Read by scrapes. The first `MAX_NAMES` tenants become labels, others are summed."""
+    """Usage by tenant, read by scrapes. The first `MAX_NAMES` tenants become labels; others are
+    summed."""
 
     def __init__(self, book: UsageBook) -> None:
         self._book = book

@@ -1,13 +1,12 @@
-"""The series that routers read, under vLLM's names for them (``--metrics-names vllm``).
+"""The series that routers read, under vLLM's names (``--metrics-names vllm``).
 
 The endpoint pickers of the Gateway API Inference Extension and of llm-d, and AIBrix's gateway,
 read a model server's load and adapters from its metrics page, by vLLM's names. Everything here
-is made from our own series at a scrape: nothing is counted twice, and a token costs nothing.
+is derived from our own series at a scrape: nothing is counted twice, at no cost per token.
 
-Where vLLM's series would mislead a router, the protocol of the endpoint picker is followed
-instead: ``running_lora_adapters`` lists the adapters that are resident and ready, as that
-protocol has it. vLLM lists those of running requests, so that a warm server which is idle
-looks like a cold one.
+Where vLLM's series would mislead a router, the endpoint picker's protocol is followed instead:
+``running_lora_adapters`` lists the adapters that are resident and ready, as that protocol
+defines it. vLLM lists the adapters of running requests, so a warm but idle server looks cold.
 """
 
 from __future__ import annotations
@@ -32,14 +31,15 @@ from veneer_server.telemetry.adapter_series import ResidentAdapters
 from veneer_server.telemetry.metrics import Metrics
 
 MAX_ROUTED: Final = 512
-"""Most adapter names in a list, and most series of `lora_adapter_loaded`. Of more, the running
-and the most recently loaded ones are shown: a router takes the others for not resident."""
+"""Maximum adapter names in a list, and maximum series of `lora_adapter_loaded`. If there are
+more, running and most recently loaded ones take precedence; routers treat the rest as not
+resident."""
 
 _LABELS: Final = ("model_name", "engine")
 _ENGINE: Final = "0"
 _LEVELS: Final = {"device": "gpu", "host": "cpu"}
 _FINISHED: Final = {"cancelled": "abort"}
-"""Finish reasons that vLLM has another word for."""
+"""Finish reasons for which vLLM uses another word."""
 
 
 class VllmSeries(Collector):
@@ -67,7 +67,7 @@ class VllmSeries(Collector):
         self._changed = clock()
 
     def describe(self) -> Iterable[Metric]:
-        """Families as now; `registry.register` needs their names."""
+        """The current families; `registry.register` needs their names."""
         return self.collect()
 
     def collect(self) -> Iterator[Metric]:
@@ -100,7 +100,7 @@ class VllmSeries(Collector):
         ready = [state for state in held.resident if state.tier == "device"]
         first = [state for state in ready if state.weights_digest in held.running]
         running = self._names(state.weights_digest for state in (*first, *ready))
-        # One that is resident has no load to wait for; vLLM would count it twice.
+        # A resident adapter has no load to wait for; vLLM would count it twice.
         waiting = [name for name in self._names(held.waiting) if name not in set(running)]
         most = max(held.at_most, len(ready))
         info = GaugeMetricFamily(
@@ -181,7 +181,7 @@ class VllmSeries(Collector):
                 elif sample.name.endswith("_sum"):
                     total += sample.value
             family = HistogramMetricFamily(f"vllm:{name}", text, labels=_LABELS)
-            if buckets:  # none before the first request, if it has labels of ours
+            if buckets:  # empty before the first request, if our series has labels
                 family.add_metric(self._labels, list(buckets.items()), total)
             yield family
 
@@ -193,13 +193,13 @@ class VllmSeries(Collector):
         return family
 
     def _names(self, digests: Iterable[str]) -> list[str]:
-        """What callers write for these weights, without repetition, at most `MAX_ROUTED`."""
+        """Distinct names that callers use for these weights, at most `MAX_ROUTED`."""
         asked_as = self._metrics.adapters.catalog.asked_as
         names = dict.fromkeys(name for digest in digests for name in asked_as(digest))
         return list(names)[:MAX_ROUTED]
 
     def _since(self, listed: tuple[str, str, str]) -> float:
-        """When the lists became what they are: a router takes the latest of several series."""
+        """Time of the lists' last change: of several series, a router uses the latest."""
         with self._lock:
             if listed != self._listed:
                 self._listed, self._changed = listed, self._clock()
@@ -212,7 +212,7 @@ def _samples(series: Collector) -> Iterator[Sample]:
 
 
 def _sum(series: Collector, **labels: str) -> float:
-    """The sum over the label values that are not given; of a counter, its total."""
+    """Sum of the samples with the given labels; for a counter, its total."""
     return sum(
         sample.value
         for sample in _samples(series)

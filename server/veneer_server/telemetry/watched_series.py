@@ -14,7 +14,7 @@ class WatchedSeries:
     """Folders by state, publications, failures by reason.
 
     Attributes:
-        published: new revisions from the folder.
+        published: counts revisions published from the folder.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -31,7 +31,7 @@ class WatchedSeries:
         )
         self._failures = Counter(
             "veneer_watch_dir_failures_total",
-            "Failures to publish from --watch-dir by reason, once for a content.",
+            "Failures to publish from --watch-dir by reason, counted once per content.",
             ["reason"],
             registry=registry,
         )

@@ -1,4 +1,4 @@
-"""The most bytes of text that a number of tokens can stand for.
+"""Bounds the bytes of text that a number of tokens can stand for; runs text work in threads.
 
 A prompt with more bytes cannot fit, and is refused before it is tokenized. The bound either
 holds for every text or does not exist:
@@ -10,10 +10,10 @@ holds for every text or does not exist:
   (U+1D7D8, 4 bytes, becomes "0"). ASCII is unchanged.
 - A byte-level vocabulary may lack bytes (SmolLM2's lacks some control characters). They are
   silently dropped, so they are not counted.
-- Anything else that is dropped without a token breaks the bound: a normalizer that strips, a
-  pre-tokenizer that removes spaces, runs of unknown characters that become one token, and
+- Any other text that is dropped without a token breaks the bound: by a normalizer that strips,
+  a pre-tokenizer that removes spaces, runs of unknown characters that become one token, or
   added tokens that absorb the spaces around them. If a tokenizer may do any of this, or has a
-  component that is not known here, there is no bound.
+  component that this module does not know, there is no bound.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class TextBound:
     dropped: bytes = b""
 
     def exceeds(self, text: bytes, most: int) -> bool:
-        """Whether more than ``most`` bytes of a text need tokens. Scans no more than
-        necessary: 4 MB take 4 ms with the GIL held."""
+        """Whether more than ``most`` bytes of a text need tokens. Stops scanning once it knows:
+        4 MB take 4 ms with the GIL held."""
         if len(text) <= most or not self.dropped:
             return len(text) > most
         count = 0
@@ -74,10 +74,10 @@ def read_bound(
     alphabet: Mapping[str, int],
     normalize: Callable[[str], str],
 ) -> TextBound | None:
-    """The bound for a ``tokenizer.json``; None if there is none.
+    """Compute the bound for a ``tokenizer.json``; None if there is none.
 
     Args:
-        alphabet: character -> byte, as byte-level vocabularies write bytes.
+        alphabet: character -> byte, in byte-level vocabularies.
         normalize: the tokenizer's normalizer.
     """
     model = description.get("model") or {}
@@ -99,7 +99,7 @@ def read_bound(
         dropped = bytes(byte for char, byte in alphabet.items() if char not in vocabulary)
         longest = max(map(len, vocabulary), default=0)  # a character is a byte
         if normalizer is not None and not _NEVER_IN_UTF8.issuperset(dropped):
-            return None  # the dropped bytes are not those that were sent
+            return None  # dropped bytes cannot be counted in the text before normalization
     else:
         longest = max((len(token.encode()) for token in vocabulary), default=0)
         pieces_of_bytes = (f"<0x{byte:02X}>" for byte in range(256))
@@ -144,7 +144,7 @@ def _shrink(normalizer: Mapping[str, Any] | None) -> int | None:
 
 
 # -------------------- lanes
-# Threads for text, in two lanes by size, so that long texts do not delay short ones.
+# Threads that work on text, in two lanes by size, so that long texts do not delay short ones.
 
 LONG_TEXT: Final = 64 << 10
 """Texts of at least this many bytes are long; tokenizing them takes 50 ms or more."""
@@ -157,9 +157,9 @@ T = TypeVar("T")
 
 
 class Lanes:
-    """Runs work that releases the GIL, or holds it only briefly. In each lane senders take
-    turns, so that one with many texts delays another's by one of them. Belongs to one event
-    loop."""
+    """Threads for work that releases the GIL, or holds it only briefly. In each lane, senders
+    take turns: a sender with many texts delays another sender's text by only one of its own.
+    Belongs to one event loop."""
 
     def __init__(self) -> None:
         self._short = _Lane(SHORT_THREADS, "text")
@@ -200,7 +200,7 @@ class _Lane:
             self._free -= 1
         running = loop.run_in_executor(self._threads, work)
         running.add_done_callback(lambda _: self._freed())
-        # The thread works on if the caller leaves, and is free only when it has ended.
+        # If the caller leaves, the thread continues, and becomes free only when it is done.
         return await asyncio.shield(running)
 
     def close(self) -> None:
@@ -209,10 +209,10 @@ class _Lane:
             found[1].cancel()
 
     def _freed(self) -> None:
-        """Pass a thread on to the next in the queue; it then counts as taken."""
+        """Give a free thread to the next sender in the queue."""
         self._free += 1
         while self._free and (found := self._queue.pop()) is not None:
-            if found[1].done():  # its caller has left, and perhaps others with it
+            if found[1].done():  # its caller has left; others may have left too
                 self._queue.drop(asyncio.Future.done)
                 continue
             self._free -= 1

@@ -1,4 +1,4 @@
-"""Defaults for requests that leave sampling or length unset."""
+"""Default sampling options and length, for requests that leave them unset."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ _SHORT: Final = 512
 
 @dataclass(frozen=True, slots=True)
 class RequestDefaults:
-    """A base's values for what a request leaves unset.
+    """A base's defaults for options that a request leaves unset.
 
     Attributes:
-        max_tokens: most new tokens, as the operator has it; fewer if the context ends first.
+        max_tokens: the operator's default for most new tokens, if set; the context may end
+            first.
     """
 
     sampling: SamplingParams = _OURS
     max_tokens: int | None = None
 
     def most_tokens(self, *, open_ended: bool = False) -> int | None:
-        """Most new tokens of a call that does not say; None: what is left of the context.
+        """Return the most new tokens of a call that sets no number; None: the rest of the
+        context.
 
         Args:
             open_ended: `GenerateCall.open_ended`.
@@ -52,7 +54,7 @@ def read_defaults(
     temperature: float | None = None,
     top_p: float | None = None,
 ) -> RequestDefaults:
-    """A base's defaults: the operator's, else its ``generation_config.json``'s, else ours.
+    """Read a base's defaults: the operator's, else its ``generation_config.json``'s, else ours.
 
     Transformers ignores sampling options unless ``do_sample`` is true, so without it only the
     file's repetition penalty is used. With it, an option that the file leaves out is off.
@@ -62,7 +64,7 @@ def read_defaults(
         folder: the base's folder.
         name: the name that the base is served as.
         max_tokens: the operator's value; None if there is none.
-        temperature, top_p: likewise; None for the base's own.
+        temperature, top_p: the operator's values; None for the base's own.
     """
     found = _from_file(folder, _BUNDLED.get(name, _OURS))
     operators = {"temperature": temperature, "top_p": top_p}

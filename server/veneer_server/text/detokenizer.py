@@ -12,7 +12,7 @@ from typing import Protocol
 
 
 class TokenBytes(Protocol):
-    """What the detokenizer needs from a tokenizer."""
+    """The interface of a tokenizer, as the detokenizer uses it."""
 
     strip_first_space: bool
     """Whether the tokenizer marks word starts by a space, and drops the text's first one."""
@@ -22,7 +22,7 @@ class TokenBytes(Protocol):
 
 
 class Detokenizer:
-    """Incremental decoding of one sequence.
+    """Decodes one sequence incrementally.
 
     Byte-level tokenizers split characters over tokens, so an incremental UTF-8 decoder
     converts the tokens' bytes to text: it holds an incomplete character back until its
@@ -42,7 +42,7 @@ class Detokenizer:
         self._strip = tokens.strip_first_space and not continues
 
     def feed(self, ids: Iterable[int]) -> str:
-        """Text that became complete with these tokens; may be empty."""
+        """Return the text that became complete with these tokens; may be empty."""
         token_bytes = self._tokens.token_bytes
         data = b"".join([token_bytes(token) for token in ids])
         if not data:
@@ -55,7 +55,7 @@ class Detokenizer:
         return self._decoder.getstate()[0]
 
     def flush(self) -> str:
-        """The rest at the end: U+FFFD for an incomplete character, else nothing."""
+        """Return the rest at the end: U+FFFD for an incomplete character, else nothing."""
         return self._decoder.decode(b"", final=True)
 
     def _stripped(self, data: bytes) -> bytes:
@@ -66,7 +66,7 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Cuts text before the first stop string, wherever it is split.
+    """Cuts text before the first stop string, wherever the text is split.
 
     Text that may still turn into a stop string is held back. The stop string that
     is complete first wins (of several that end together, the one that starts
@@ -84,7 +84,8 @@ class StopStrings:
         self.stopped = False
 
     def feed(self, text: str) -> str:
-        """Text that cannot be part of a stop string; sets `stopped` when one is complete."""
+        """Return the text that cannot be part of a stop string. Sets `stopped` when a stop
+        string is complete."""
         if not self._stops:
             return text
         if self.stopped or not text:
@@ -98,13 +99,14 @@ class StopStrings:
         return self._hold(text)
 
     def skip(self, text: str) -> str:
-        """The same for text in which no stop string ends anything; one may begin in it."""
+        """As `feed`, for text in which stop strings are ignored; but a stop string may begin in
+        it."""
         if not self._stops or self.stopped:
             return self.feed(text)
         return self._hold(self._held + text)
 
     def _hold(self, text: str) -> str:
-        """Hold the end of a text back that may begin a stop string; return the rest."""
+        """Hold back the end of a text if it may begin a stop string; return the rest."""
         keep = 0
         for size in range(min(self._reach, len(text)), 0, -1):
             if text[-size:] in self._prefixes:
@@ -115,6 +117,6 @@ class StopStrings:
         return text[:cut]
 
     def flush(self) -> str:
-        """The held text, at the end of a sequence without a stop string."""
+        """Return the held text, at the end of a sequence without a stop string."""
         held, self._held = self._held, ""
         return held

@@ -34,13 +34,13 @@ INLINE_CHARACTERS: Final = 2000
 
 
 MAX_CUT: Final = 1 << 16
-"""Most tokens of a prompt that is to be cut; the context may allow more."""
+"""Most tokens of a prompt that will be truncated, unless the context allows more."""
 
 _log = get_logger(__name__)
 
 Reasoning = Literal["auto", "think", "mistral", "none"]
-"""Which answers to chats may begin with thinking in tags: those whose template names the tags,
-all (and in which tags), or none."""
+"""Which answers to chats may begin with reasoning in tags: ``auto``, those whose template names
+the tags; ``think`` and ``mistral``, all answers, in the tags of that name; ``none``, none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +48,8 @@ class Prompt:
     """A prompt as text and as token ids (at least one).
 
     Attributes:
-        thinking: what may be thinking in the answer.
-        tags: those of the thinking.
+        thinking: which part of the answer may be reasoning.
+        tags: the tags around the reasoning.
     """
 
     text: str
@@ -76,25 +76,25 @@ class Room:
 
     @property
     def to_cut(self) -> Room:
-        """The limits for a prompt of which only the last tokens will be kept."""
+        """The limits for a prompt that will be truncated to its last tokens."""
         return replace(self, tokens=max(self.tokens, MAX_CUT))
 
 
 ROLES: Final = ("system", "user", "assistant", "tool", "developer", "function")
-"""Roles that chat templates and OpenAI's API have in common use."""
+"""Roles in common use in chat templates and in OpenAI's API."""
 
 
 def check_roles(messages: Sequence[Mapping[str, Any]], template: str) -> None:
     """Raises InvalidField for a role that is neither in common use nor named by the template.
 
-    Most templates print whatever role they get, and the model answers a role that it does not
-    know somehow: without this check, nobody would notice a misspelling.
+    Most templates print any role that they get, and the model somehow answers a role that it
+    does not know: without this check, nobody would notice a misspelling.
 
-    A template is looked through once, however many messages there are.
+    The template is searched only once, however many messages there are.
     """
     unknown = {message["role"] for message in messages}.difference(ROLES)
     if unknown:
-        # What is between two quotes, as a template names a role.
+        # A template names a role between quotes: look at all text between two of them.
         unknown = unknown.difference(template.split("'")[1:-1], template.split('"')[1:-1])
     for at, message in enumerate(messages):
         role = message["role"]
@@ -104,7 +104,7 @@ def check_roles(messages: Sequence[Mapping[str, Any]], template: str) -> None:
         near = difflib.get_close_matches(role, ROLES, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise InvalidField(
-            # The role itself may be anything that a caller sent, also a secret.
+            # Not the role itself: it may be anything that a caller sent, even a secret.
             f"{field} is not a role: give {', '.join(ROLES[:4])} or {ROLES[4]}, or one that "
             f"the chat template names{hint}",
             metadata={"field": field} | ({"did_you_mean": near[0]} if near else {}),
@@ -112,7 +112,8 @@ def check_roles(messages: Sequence[Mapping[str, Any]], template: str) -> None:
 
 
 class Prompts:
-    """Tokenises, and renders chats with an adapter's template or the base's.
+    """Makes prompts: tokenizes text, and renders chats with an adapter's template or the
+    base's.
 
     Close it to end its threads and processes.
     """
@@ -128,18 +129,18 @@ class Prompts:
         self.names = self.tokenizer.longest_names()
         source, special = read_base_template(folder)
         if source is not None:
-            ChatTemplate(source, special)  # raises if it is no template
+            ChatTemplate(source, special)  # raises if it is not a valid template
         self._base_source = source
         self._folder = folder
-        # The operator chose it: no caller can have anything else compiled in its process.
+        # The operator chose this template; callers cannot get others compiled in its process.
         self._base = Renderer(special, whose="the base's", compile_limit_s=RENDER_LIMIT_S)
         self._reasoning = reasoning
         self._uploaded = Renderer(special)
         self._lanes = Lanes()
 
     async def start(self) -> None:
-        """Start the process that renders the base's template, and have it compile that, since
-        the first chat would wait for it. Logged if it is slow. Optional."""
+        """Start the process that renders the base's template, and compile the template there,
+        so that the first chat does not wait for it. Logs if it is slow. Optional."""
         if self._base_source is None:
             return
         with contextlib.suppress(TemplateFailed):  # it may reject these messages
@@ -178,10 +179,10 @@ class Prompts:
         )
 
     async def from_text(self, text: str, room: Room, sender: Sender = NOBODY) -> Prompt:
-        """Tokenize text as it is; only the tokenizer's own BOS is added.
+        """Tokenize text unchanged, adding only the tokenizer's own special tokens such as BOS.
 
         Args:
-            sender: senders take turns, here and in the other methods.
+            sender: the call's sender: senders take turns, here and in the other methods.
 
         Raises:
             ContextTooLong: the text has too many bytes to fit into ``room``.
@@ -204,12 +205,13 @@ class Prompts:
         """Render a chat and tokenize it.
 
         Args:
-            tools: for the template; one that does not know tools gets them as text.
-            options: for the template.
+            tools: tools for the template; a template without support for tools gets them as
+                text.
+            options: options for the template.
 
         Raises:
-            TemplateFailed: there is no template, or it rejects these messages, or takes too
-                long for them.
+            TemplateFailed: there is no template, or it rejects these messages, or it takes too
+                long.
             QueueFull: too many of the sender's requests wait for the template.
             InvalidField: a message has an unknown role; see `check_roles`.
             ContextTooLong, TooManyTokens, InvalidField: as `from_text`.
@@ -238,10 +240,12 @@ class Prompts:
         return Prompt(text, checked, thinking_of(text, begun, tags), tags)
 
     def family(self, adapter_template: str | None, chosen: str = "auto") -> CallFormat | None:
-        """The format of tool calls that an adapter's template, or else the base's, asks for.
+        """The format of tool calls for an adapter's template, or else the base's; None if calls
+        are not parsed.
 
         Args:
-            chosen: by the operator, for templates that know tools; ``none``: read none.
+            chosen: the operator's choice for templates that support tools; ``auto``: detect it;
+                ``none``: parse no calls.
         """
         template = self._source(adapter_template)
         if chosen == "auto" or (chosen != "none" and not knows_tools(template)):
@@ -249,7 +253,8 @@ class Prompts:
         return None if chosen == "none" else CallFormat(chosen)
 
     def thinks(self, adapter_template: str | None) -> bool:
-        """Whether answers to chats may begin with thinking that is taken out of them."""
+        """Whether answers to chats may begin with reasoning, which is separated from the
+        text."""
         if self._reasoning == "auto":
             return tags_of(self._source(adapter_template)) is not None
         return self._reasoning in TAGS
@@ -259,8 +264,8 @@ class Prompts:
         return self._source(adapter_template) or ""
 
     def tokenizer_config(self) -> bytes:
-        """The base's ``tokenizer_config.json``, with its chat template wherever the folder has
-        that. Reads a file."""
+        """The base's ``tokenizer_config.json``, with its chat template added, in whichever file
+        of the folder that is. Reads a file."""
         told: dict[str, Any] = {}
         with contextlib.suppress(FileNotFoundError, ValueError):
             read = json.loads((self._folder / "tokenizer_config.json").read_bytes())
@@ -292,7 +297,7 @@ class Prompts:
     async def last(
         self, prompt: Prompt, count: int, sender: Sender = NOBODY, *, with_text: bool
     ) -> Prompt:
-        """The last ``count`` tokens of a prompt.
+        """Return a prompt truncated to its last ``count`` tokens.
 
         Args:
             with_text: decode their text as well.
@@ -307,14 +312,15 @@ class Prompts:
     async def token_ids(
         self, text: str, room: Room, sender: Sender = NOBODY, *, add_special_tokens: bool
     ) -> list[int]:
-        """Tokenize any text, also one that is empty. Raises as `from_text`."""
+        """Tokenize any text, even an empty one. Raises ContextTooLong and TooManyTokens as
+        `from_text`."""
         return await self._tokenize(
             text, room, "prompt", sender, add_special_tokens=add_special_tokens
         )
 
     async def text_of(self, ids: Sequence[int], sender: Sender = NOBODY) -> str:
-        """The text of token ids, which must have been checked; with the names of special
-        tokens."""
+        """Return the text of token ids, with the names of special tokens. The ids must have
+        been checked."""
         return await self._lanes.run(len(ids), lambda: self.tokenizer.decode_all(ids), sender)
 
     async def _tokenize(
@@ -337,7 +343,8 @@ class Prompts:
         )
 
     def _checked(self, ids: list[int], field: str, vocab_size: int) -> list[int]:
-        """The ids. Raises InvalidField if there are none, or the model lacks one."""
+        """Return the ids. Raises InvalidField if there are none, or one is not in the model's
+        vocabulary."""
         if not ids:
             raise InvalidField(
                 "the prompt has no tokens in this base model's vocabulary: send other text",

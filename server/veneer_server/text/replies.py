@@ -1,4 +1,5 @@
-"""Joins parsers: thinking is split off first, another parser gets the content that is left."""
+"""Parses answers into parts: splits off the reasoning, and passes the rest to another
+parser."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from enum import Enum
 from typing import Final, Protocol
 
 # -------------------- deltas
-# Pieces of an answer, as they arrive: both doors, gRPC and OpenAI, send these on.
+# Pieces of an answer, as they arrive; both the gRPC API and the OpenAI API send them on.
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,19 +21,19 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """Text of the model's thinking; an empty one says that its end has been read."""
+    """Text of the model's reasoning; an empty text says that its end has been read."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCallBegun:
-    """A call of a tool begins; its arguments follow.
+    """The beginning of a tool call; its arguments follow.
 
     Attributes:
-        index: of the call within the answer, from 0.
-        id: unique to the call; the tool's result refers to it.
-        name: of the tool.
+        index: index of the call within the answer, from 0.
+        id: unique id of the call; the tool's result refers to it.
+        name: name of the tool.
     """
 
     index: int
@@ -52,25 +53,25 @@ ReplyPart = Content | Reasoning | ToolCallBegun | ToolArguments
 
 
 class ReplyParser(Protocol):
-    """Takes an answer's text apart. However the text is cut into pieces, the deltas joined are
-    the same."""
+    """Parses an answer's text into parts. The joined parts do not depend on how the text is cut
+    into pieces."""
 
     @property
     def thinking(self) -> bool:
-        """Whether what follows the text so far is thinking, unless it is a closing tag."""
+        """Whether the next text is reasoning, unless it is a closing tag."""
         ...
 
     def feed(self, text: str) -> Sequence[ReplyPart]:
-        """The deltas that are certain after more text."""
+        """Read more text. Returns the parts that are certain by then."""
         ...
 
     def finish(self) -> Sequence[ReplyPart]:
-        """The rest, when the answer has ended."""
+        """End the answer. Returns the remaining parts."""
         ...
 
 
 def joined(deltas: Iterable[ReplyPart]) -> list[ReplyPart]:
-    """The same with pieces of one text as one delta, as far as they follow each other."""
+    """Join consecutive pieces of the same text into one part."""
     made: list[ReplyPart] = []
     for delta in deltas:
         last = made[-1] if made else None
@@ -90,16 +91,16 @@ def joined(deltas: Iterable[ReplyPart]) -> list[ReplyPart]:
 
 
 # -------------------- thinking
-# Splits thinking in tags off the beginning of an answer, however its text is cut.
+# Splits reasoning in tags off the beginning of an answer, however its text is cut into pieces.
 #
-# Qwen3, DeepSeek-R1 and models trained after them write ``<think>...</think>``, Mistral's
-# ``[THINK]...[/THINK]``. Some chat templates open the tag in the prompt; the answer then has
-# only the closing one.
+# Qwen3, DeepSeek-R1 and models trained like them write ``<think>...</think>``, Mistral's models
+# write ``[THINK]...[/THINK]``. Some chat templates open the tag in the prompt; the answer then
+# has only the closing tag.
 
 
 @dataclass(frozen=True, slots=True)
 class Tags:
-    """What thinking begins and ends with."""
+    """The tags with which reasoning begins and ends."""
 
     open: str
     close: str
@@ -108,28 +109,28 @@ class Tags:
 THINK: Final = Tags("<think>", "</think>")
 
 TAGS: Final[Mapping[str, Tags]] = {"think": THINK, "mistral": Tags("[THINK]", "[/THINK]")}
-"""By vLLM's name for their parser, roughly."""
+"""The tags by name; the names are roughly those of vLLM's parsers."""
 
 
 class Thinking(Enum):
-    """What may be thinking in an answer."""
+    """Which part of an answer may be reasoning."""
 
     NONE = "none"
-    """Nothing: the answer is passed on as it is."""
+    """No part: the answer is passed on unchanged."""
     TAGGED = "tagged"
-    """What the answer itself opens, at its beginning."""
+    """Text in tags at the beginning of the answer."""
     OPENED = "opened"
-    """The prompt has opened it: everything up to the closing tag."""
+    """Everything up to the closing tag: the prompt contains the opening tag."""
 
 
 def tags_of(template: str | None) -> Tags | None:
-    """The tags that a chat template names; None if it names none of them."""
+    """Return the reasoning tags that a chat template names; None if it names none."""
     named = (tags for tags in TAGS.values() if template and tags.open in template)
     return next(named, None)
 
 
 def thinking_of(prompt: str, begun: str = "", tags: Tags = THINK) -> Thinking:
-    """What may be thinking in an answer to a prompt.
+    """Return which part of an answer to a prompt may be reasoning.
 
     Args:
         begun: the beginning of the answer, if the prompt ends with it.
@@ -146,11 +147,12 @@ class _Where(Enum):
 
 
 class ThinkingParser:
-    """A `ReplyParser`: all `Reasoning` comes before the first `Content`.
+    """A `ReplyParser` that splits off the reasoning: all `Reasoning` comes before the first
+    `Content`.
 
-    Thinking begins where the answer begins, white space before its tag is dropped; a tag
-    further on is ordinary text. An answer that ends before the closing tag is all thinking.
-    Otherwise not a character is changed. Each is looked at a bounded number of times.
+    Reasoning is only at the beginning of the answer; white space before its tag is dropped, and
+    a later tag is ordinary text. If an answer ends before the closing tag, all of it is
+    reasoning. No other character is changed, and each is examined a bounded number of times.
     """
 
     def __init__(self, *, opened: bool, tags: Tags = THINK) -> None:
@@ -160,7 +162,7 @@ class ThinkingParser:
         self._blank: list[str] = []
         """White space before a possible opening tag."""
         self._held = ""
-        """What may become a tag."""
+        """Text that may become a tag."""
 
     @property
     def thinking(self) -> bool:
@@ -187,7 +189,7 @@ class ThinkingParser:
         return (Reasoning(rest) if self._where is _Where.THINKING else Content(rest),)
 
     def _begin(self, text: str) -> str:
-        """Look for the opening tag. Returns what is to be looked at further."""
+        """Look for the opening tag. Returns the text that remains to be parsed."""
         if not self._held:
             stripped = text.lstrip()
             self._blank.append(text[: len(text) - len(stripped)])
@@ -207,7 +209,7 @@ class ThinkingParser:
         return text
 
     def _think(self, text: str, deltas: list[ReplyPart]) -> str:
-        """Take the thinking out of a text. Returns what follows it."""
+        """Take the reasoning out of a text. Returns the text after it."""
         text, tag = self._held + text, self._tags.close
         at = text.find(tag)
         if at >= 0:
@@ -223,7 +225,7 @@ class ThinkingParser:
 
 
 def _overlap(text: str, tag: str) -> int:
-    """Length of the longest end of a text that begins a tag."""
+    """Length of the longest end of a text that is the beginning of a tag."""
     for size in range(min(len(tag) - 1, len(text)), 0, -1):
         if text.endswith(tag[:size]):
             return size
@@ -231,7 +233,8 @@ def _overlap(text: str, tag: str) -> int:
 
 
 class Pipeline:
-    """A `ReplyParser` of two: the second sees the first one's `Content` as its text."""
+    """A `ReplyParser` that chains two parsers: the second gets the `Content` of the first as
+    its text."""
 
     def __init__(self, first: ReplyParser, second: ReplyParser) -> None:
         self._first = first
@@ -263,10 +266,10 @@ class Pipeline:
 def reply_parser(
     thinking: Thinking, then: ReplyParser | None = None, *, tags: Tags = THINK
 ) -> ReplyParser | None:
-    """The parser of one answer; None if its text is passed on as it is.
+    """Make the parser of one answer; None if its text is passed on unchanged.
 
     Args:
-        then: takes apart what is left beside the thinking.
+        then: parser of the text without the reasoning.
     """
     if thinking is Thinking.NONE:
         return then

@@ -1,6 +1,6 @@
-"""Chat templates: sandboxed Jinja with bounds. A template is an untrusted program.
+"""Chat templates: sandboxed Jinja with limits, since a template is an untrusted program.
 
-Rendering is synchronous, in the processes of `veneer_server.text.template_renderer`.
+Rendering is synchronous, and runs in the processes of `veneer_server.text.template_renderer`.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ MAX_ERROR: Final = 500
 _PLAIN: Final = TemplateOptions()
 
 _OPEN_END: Final = f"{secrets.token_hex(8)}:end"
-"""Appended to a last message that is to be continued: the prompt ends where this stands,
-however the template treats the white space and what follows. Nobody else can know it."""
+"""Marker appended to a last message that the output continues. The prompt is cut there, however
+the template treats white space and adds text. It is random, so callers cannot know it."""
 
 _SPECIAL: Final = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -67,7 +67,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """With transformers' arguments, which templates rely on."""
+    """The ``tojson`` filter, with transformers' arguments, which templates rely on."""
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,
@@ -98,7 +98,7 @@ class ChatTemplate:
 
         Raises:
             TemplateFailed: the template is too long, or not valid Jinja.
-            MemoryError: there is not enough to compile it.
+            MemoryError: there is not enough memory to compile it.
         """
         if len(source.encode()) > MAX_TEMPLATE:
             raise _failed(
@@ -122,15 +122,15 @@ class ChatTemplate:
         *,
         options: TemplateOptions = _PLAIN,
     ) -> str:
-        """The prompt for an assistant's answer to ``messages`` (role, content, perhaps
-        reasoning and calls), or for more of the last one.
+        """Render the prompt for an assistant's answer to ``messages`` (role, content, and
+        optionally reasoning and calls), or for a continuation of the last message.
 
         Args:
-            tools: in OpenAI's form; without any, the template's ``tools`` is undefined.
+            tools: tools in OpenAI's form; without any, the template's ``tools`` is undefined.
 
         Raises:
-            TemplateFailed: the template rejects these messages, or exceeds a bound.
-            MemoryError: there is not enough to render it.
+            TemplateFailed: the template rejects these messages, or exceeds a limit.
+            MemoryError: there is not enough memory to render it.
         """
         if not options.continue_final:
             return self._render(messages, tools, options)
@@ -175,7 +175,7 @@ class ChatTemplate:
                 pieces.append(piece)
         except (TemplateFailed, MemoryError):
             raise
-        except Exception as error:  # a template may raise anything Python can
+        except Exception as error:  # a template may raise any exception
             raise _failed(
                 "rendering", f"the chat template cannot render these messages: {_words(error)}"
             ) from error
@@ -187,13 +187,13 @@ def _failed(cause: Cause, message: str) -> TemplateFailed:
 
 
 def _words(error: Exception) -> str:
-    """The error's message, truncated: a template may raise a text of any length."""
+    """The error's message, truncated: a template may raise a message of any length."""
     text = str(error)
     return text if len(text) <= MAX_ERROR else text[: MAX_ERROR - 1] + "…"
 
 
 def read_base_template(folder: Path) -> tuple[str | None, dict[str, str]]:
-    """(template source or None, special tokens) of a base model's folder.
+    """Read (template source or None, special tokens) from a base model's folder.
 
     ``chat_template.jinja`` takes precedence over ``tokenizer_config.json``.
     """
@@ -215,10 +215,11 @@ def read_base_template(folder: Path) -> tuple[str | None, dict[str, str]]:
 
 
 # -------------------- tool words
-# Tools for chat templates that do not know them.
+# Tools for chat templates that do not support them.
 #
-# The model gets them in its system message, in the words of the Hermes and Qwen templates, and
-# calls in their format; calls and results of earlier turns are written into messages likewise.
+# The tools are described in the system message, in the words of the Hermes and Qwen templates,
+# so that the model calls them in their format. Calls and results of earlier turns are written
+# into messages in the same way.
 
 _BEFORE: Final = (
     "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
@@ -234,7 +235,7 @@ _AFTER: Final = (
 def needs_words(
     messages: Iterable[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
 ) -> bool:
-    """Whether there is anything that a template without tools would leave out."""
+    """Whether a template without support for tools would leave anything out."""
     return bool(tools) or any(
         "tool_calls" in message or message["role"] == "tool" for message in messages
     )
@@ -243,7 +244,7 @@ def needs_words(
 def in_words(
     messages: Iterable[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The chat with its tools, calls and results as text: messages of role and content."""
+    """Write the tools, calls and results of a chat as text, in messages of role and content."""
     said: list[dict[str, Any]] = []
     results: list[str] = []
     for message in messages:
@@ -262,7 +263,8 @@ def in_words(
 
 
 def _say_results(said: list[dict[str, Any]], results: list[str]) -> None:
-    """As a user's message, as in Qwen's template: many templates know no other role."""
+    """Add results as a user message, as in Qwen's template: many templates have no other role
+    for them."""
     if results:
         texts = [f"<tool_response>\n{each}\n</tool_response>" for each in results]
         said.append({"role": "user", "content": "\n".join(texts)})

@@ -1,6 +1,7 @@
-"""The process that renders chat templates, under limits of CPU time and memory.
+"""The process that renders chat templates, with limits on CPU time and memory.
 
-Started by `veneer_server.text.template_worker`. Frames (`wire.frames`) on stdin and stdout.
+It is started by `veneer_server.text.template_worker`, and exchanges frames (`wire.frames`) over
+stdin and stdout.
 
 A rendering that takes too long is interrupted by an exception at the next Python
 instruction: the process continues and keeps its compiled templates. An operation that takes
@@ -43,7 +44,7 @@ _COMPILED: Final = 64
 
 
 class TooSlow(StrEnum):
-    """What exceeded its limit of CPU time, or the process's of memory."""
+    """The phase that exceeded its limit of CPU time, or the process's limit of memory."""
 
     NOTHING = ""
     COMPILING = "compiling"
@@ -51,7 +52,7 @@ class TooSlow(StrEnum):
 
 
 class ChatToRender(msgspec.Struct, frozen=True, array_like=True):
-    """What is rendered, and by which template.
+    """A chat to render, with its template.
 
     Attributes:
         kwargs: `TemplateOptions.kwargs` as JSON text.
@@ -73,7 +74,7 @@ class ChatToRender(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RenderJob(msgspec.Struct, frozen=True, array_like=True):
-    """Compile a template, unless it is compiled already, and render a chat with it.
+    """A job: compile a template, unless it is compiled already, and render a chat with it.
 
     Attributes:
         compile_limit_s: limit on the CPU time of compiling.
@@ -86,13 +87,13 @@ class RenderJob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RenderDone(msgspec.Struct, frozen=True, array_like=True):
-    """The text, an error, or what was too slow.
+    """The result of a job: the text, an error, or the phase that was too slow.
 
     Attributes:
         cause: cause of the error. Restricted to known values, since a template may have
-            taken the process over.
+            taken over the process.
         seconds: CPU time used.
-        worn: the process keeps so much memory that it should be replaced.
+        worn: the process holds so much memory that it should be replaced.
     """
 
     text: str = ""
@@ -104,7 +105,8 @@ class RenderDone(msgspec.Struct, frozen=True, array_like=True):
 
 
 class _Interrupted(BaseException):
-    """Not an `Exception`, since Jinja and templates' filters catch those."""
+    """A job's time is up. Not an `Exception`, since Jinja and templates' filters catch
+    those."""
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -130,7 +132,7 @@ def _do(job: RenderJob, compiled: Recent[str, ChatTemplate]) -> RenderDone:
         if template is None:
             with _limited(job.compile_limit_s):
                 template = ChatTemplate(chat.source, chat.special_tokens)
-        compiled[chat.source] = template  # also if it was there: those used last are kept
+        compiled[chat.source] = template  # even if it was there: the last used ones are kept
         doing = TooSlow.RENDERING
         with _limited(job.limit_s):
             return RenderDone(template.render(chat.messages, chat.tools, options=chat.options))
@@ -139,13 +141,13 @@ def _do(job: RenderJob, compiled: Recent[str, ChatTemplate]) -> RenderDone:
     except (_Interrupted, MemoryError):
         return RenderDone(too_slow=doing)
     finally:
-        # Here, because an interruption can no longer skip it.
+        # Stopped here, where an interruption can no longer skip it.
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
 
 def _worn() -> bool:
-    """Whether half of the address space is taken, as by long constants of templates that are
-    kept: others' chats would run out of memory. False where the system does not tell."""
+    """Whether half of the address space is used, for example by long constants of kept
+    templates: other chats would run out of memory. False if the system does not report it."""
     try:
         pages, _, _ = Path("/proc/self/statm").read_text().partition(" ")
     except OSError:
@@ -157,7 +159,7 @@ def _worn() -> bool:
 def main(jobs: BinaryIO, answers: BinaryIO) -> None:
     """Do jobs until the front closes the pipe."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the front, which drains
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the front process
     signal.signal(signal.SIGPROF, _interrupt)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     compiled: Recent[str, ChatTemplate] = Recent(_COMPILED)

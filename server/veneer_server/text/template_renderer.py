@@ -2,21 +2,23 @@
 
 A sandbox isolates a template, but cannot stop it from looping for ever or doubling a string
 until memory runs out, and a thread that does so cannot be stopped. The base's own template is
-no exception: public ones take quadratic time on some messages, and callers choose the messages.
-So all templates are rendered in separate processes, under limits of memory and CPU time. The
-base's has processes of its own, since an adapter's template might take its process over.
+no exception: public templates take quadratic time on some messages, and callers choose the
+messages. So all templates are rendered in separate processes, with limits on memory and CPU
+time. The base's template has processes of its own, since an adapter's template might take over
+its process.
 
 A `Renderer` has two processes. The quick one interrupts a rendering after `QUICK_LIMIT_S`. The
 rendering is then repeated in the slow one, at low priority and for up to `RENDER_LIMIT_S`.
 Compiling, which happens once, may take `COMPILE_LIMIT_S` in the quick process, behind all
-others, and `RENDER_LIMIT_S` for the base's template, which the operator chose. In both, the
-sender with the least recent CPU time is next.
+others, and `RENDER_LIMIT_S` for the base's template, which the operator chose. In both
+processes, the sender with the least recent CPU time is next.
 
-What was slow is remembered for a while: for the same template, inputs at least as large, and
-the same party, which is a tenant's key (or a host, where callers have no keys). So slow chats
-delay only their sender and other slow ones, and nobody can make a template slow for somebody
-else, or for small inputs. Only a template that could not be interrupted, so that the quick
-process was ended, is slow for that party whatever the input.
+The renderer remembers slow inputs for a while. An input then counts as slow if it has the same
+template, is at least as large, and is from the same party: a tenant's key, or a host, where
+callers have no keys. So slow chats delay only their sender and other slow chats, and nobody can
+make a template slow for somebody else, or for small inputs. The exception is a template that
+could not be interrupted, so that the quick process had to be ended: it is slow for that party
+with any input.
 """
 
 from __future__ import annotations
@@ -49,11 +51,11 @@ RENDER_LIMIT_S: Final = 2.0
 template look bad."""
 
 QUICK_LIMIT_S: Final = 0.02
-"""The limit in the quick process. Rendering hundreds of messages takes less."""
+"""CPU time limit for a rendering in the quick process. Hundreds of messages take less."""
 
 COMPILE_LIMIT_S: Final = 0.25
-"""Limit for compiling an uploaded template in the quick process. One of 32 KB takes 0.2 s, the
-largest about 0.4 s."""
+"""Limit for compiling an uploaded template in the quick process. A template of 32 KB takes
+0.2 s, the largest about 0.4 s."""
 
 SLOW_FOR_S: Final = 60.0
 """How long an input counts as slow, or is refused if the machine may be at fault."""
@@ -62,15 +64,15 @@ REFUSED_FOR_S: Final = 300.0
 """How long an input that exceeded the limits is refused at once."""
 
 _TRIES: Final = 2
-"""Attempts at a rendering whose process something else kills."""
+"""Attempts at a rendering, if its process is killed for other reasons."""
 
 _COMPILE_LIMITS: Final = 1000
 
 _PARTIES: Final = 1000
 MOST_TEMPLATES: Final = 16
 MOST_SIZES: Final = 8
-"""Most parties, templates of one and sizes of one that something is remembered about. A party
-that sends more forgets its own."""
+"""Most parties, templates per party and sizes per template that are remembered. If a party
+sends more, only its own are forgotten."""
 
 _PLAIN: Final = TemplateOptions()
 
@@ -81,15 +83,15 @@ class Size(NamedTuple):
     """Size of an input to a template.
 
     Attributes:
-        items: messages and tools.
-        bytes_: of everything, as it is sent to the process.
+        items: number of messages and tools.
+        bytes_: bytes of the whole input, in the form sent to the process.
     """
 
     items: int
     bytes_: int
 
     def covers(self, other: Size) -> bool:
-        """Whether this one is not smaller than another."""
+        """Whether this size is at least as large as another, in both numbers."""
         return self.items >= other.items and self.bytes_ >= other.bytes_
 
 
@@ -98,7 +100,8 @@ ANY: Final = Size(0, 0)
 
 @dataclass(frozen=True, slots=True)
 class _Verdict:
-    """About inputs of at least a size: they are slow, or refused because of ``cause``."""
+    """A finding about inputs of at least ``size``: they are slow, or refused because of
+    ``cause``."""
 
     size: Size
     until: float
@@ -109,9 +112,9 @@ class Input(NamedTuple):
     """A chat to render.
 
     Attributes:
-        template: digest.
-        with_options: digest of the template and the caller's variables for it, which may steer
-            its loops.
+        template: digest of the template.
+        with_options: digest of the template and the caller's variables for it, which may
+            control its loops.
     """
 
     sender: Sender
@@ -126,11 +129,11 @@ class Input(NamedTuple):
 
 @dataclass(slots=True)
 class _Known:
-    """What is known about a party's inputs to a template.
+    """Findings about a party's inputs to a template.
 
     Attributes:
-        quick: sizes of inputs that were quick. Where a larger one was quick, it is not the size
-            that makes one slow, and nothing is concluded from it.
+        quick: sizes of inputs that were quick. If a larger input was quick, an input's size is
+            not what makes it slow, so nothing is concluded about its size.
     """
 
     verdicts: list[_Verdict] = field(default_factory=list)
@@ -138,15 +141,15 @@ class _Known:
 
 
 class Verdicts:
-    """What is remembered about inputs, by party and template."""
+    """Remembers findings about inputs, by party and template."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        """Args: clock: seconds."""
+        """Args: clock: returns seconds."""
         self._clock = clock
         self.parties: Recent[tuple[str, ...], Recent[bytes, _Known]] = Recent(_PARTIES)
 
     def slow(self, what: Input) -> bool:
-        """Whether such an input was too slow for the quick process."""
+        """Whether such an input is known to be too slow for the quick process."""
         return any(each.cause is None for each in self._about(what))
 
     def refused(self, what: Input) -> Cause | None:
@@ -157,10 +160,11 @@ class Verdicts:
     def note(
         self, what: Input, seconds: float, cause: Cause | None, *, any_size: bool = False
     ) -> None:
-        """Remember for so many seconds that an input is slow, or refused.
+        """Remember for ``seconds`` that an input is slow, or refused because of ``cause``.
 
         Args:
-            any_size: whatever the input, as when the template takes too long to compile.
+            any_size: the finding holds for any input, as when the template takes too long to
+                compile.
         """
         size, known = ANY if any_size else what.size, self.known(what)
         if not any_size and any(each.covers(size) for each in known.quick):
@@ -175,7 +179,8 @@ class Verdicts:
         known.verdicts = [*kept[1 - MOST_SIZES :], _Verdict(size, now + seconds, cause)]
 
     def quick(self, what: Input) -> None:
-        """An input was quick, and so what is known about smaller ones may be wrong."""
+        """Remember that an input was quick, and drop findings about smaller inputs, which may
+        be wrong."""
         known, size = self.known(what), what.size
         if any(each.covers(size) for each in known.quick):
             return
@@ -203,8 +208,8 @@ class Verdicts:
 class Renderer:
     """Renders with templates of one origin. Belongs to one event loop.
 
-    An input that exceeds a limit is refused from then on, for minutes. One that is not answered
-    in time, or whose process something else kills, is refused for a shorter while.
+    An input that exceeds a limit is refused for the next `REFUSED_FOR_S`. An input that is not
+    answered in time, or whose process is killed for other reasons, is refused for `SLOW_FOR_S`.
     """
 
     def __init__(
@@ -217,8 +222,8 @@ class Renderer:
         compile_limit_s: float | None = None,
     ) -> None:
         """Args:
-        whose: the templates are, for messages.
-        compile_limit_s: in the quick process; None: `COMPILE_LIMIT_S`.
+        whose: owner of the templates, for error messages.
+        compile_limit_s: limit for compiling in the quick process; None: `COMPILE_LIMIT_S`.
         """
         self._special = dict(special_tokens)
         self._whose = whose
@@ -233,8 +238,9 @@ class Renderer:
         """Limits for templates that take more than the quick limit to compile."""
         self._verdicts = Verdicts(_now)
         self._ended: Recent[tuple[tuple[str, ...], bytes], float] = Recent(_PARTIES)
-        """Until when a party's template, whatever the input, is kept out of the quick process,
-        which it had ended: whoever was next had to wait for another one to start."""
+        """Until when a party's template is kept out of the quick process, with any input,
+        because the process had to be ended for it: the next sender had to wait for a new
+        process."""
 
     async def close(self) -> None:
         """End the processes."""
@@ -252,7 +258,8 @@ class Renderer:
         *,
         options: TemplateOptions = _PLAIN,
     ) -> str:
-        """The prompt for an assistant's answer to ``messages``, see `ChatTemplate.render`.
+        """Render the prompt for an assistant's answer to ``messages``, see
+        `ChatTemplate.render`.
 
         Args:
             tools: see `ChatTemplate.render`.
@@ -289,12 +296,12 @@ class Renderer:
         return done.text
 
     async def _quickly(self, what: Input, job: RenderJob) -> RenderDone | None:
-        """Render in the quick process; None if the input is too slow for it. Raises Ended
-        if something else killed the process."""
+        """Render in the quick process; None if the input is too slow for it. Raises RenderEnded
+        if the process was killed for other reasons."""
         key = what.template
         while not self._slow(what):
             async with self._quick_turns.turn(what.key):
-                if self._slow(what):  # found out while it waited
+                if self._slow(what):  # noticed while it waited
                     break
                 self._check(what)
                 limit = self._compile_limit.get(key, self._quick_limit_s)
@@ -326,7 +333,7 @@ class Renderer:
         return None
 
     def _slow(self, what: Input) -> bool:
-        """Whether it is kept out of the quick process."""
+        """Whether an input is kept out of the quick process."""
         until = self._ended.get((what.sender.party, what.template), 0.0)
         return _now() < until or self._verdicts.slow(what)
 
@@ -349,7 +356,7 @@ class Renderer:
                 return done
 
     async def _do(self, worker: RenderWorker, what: Input, job: RenderJob) -> RenderDone:
-        """Do a job and charge its CPU time. Raises Ended."""
+        """Do a job, and charge its CPU time to the sender. Raises RenderEnded."""
 
         def charge(seconds: float, done: RenderDone | None) -> None:
             quick = worker is self.quick and done is not None and not done.too_slow

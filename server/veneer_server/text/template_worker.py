@@ -1,4 +1,5 @@
-"""The front's side of one template process: starts it, sends jobs, says why it ended."""
+"""Controls one template process from the front process: starts it, sends jobs, tells why it
+ended."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from veneer_server.text.template_process import OUT_OF_TIME, RenderDone, RenderJ
 from veneer_server.wire.frames import LENGTH, framed
 
 MAX_ANSWER: Final = 4 * (MAX_OUTPUT + 2 * MAX_ERROR)
-"""Most bytes of an answer; the front reads no more, whatever the process sends."""
+"""Most bytes of an answer; the front process refuses to read a longer one."""
 
 WALL_FACTOR: Final = 15
 """Wall-clock limit of a job per second of its CPU time limit: the machine may be busy."""
@@ -27,10 +28,10 @@ WALL_LEAST_S: Final = 5.0
 """Lowest wall-clock limit; starting a process takes part of it."""
 
 START_S: Final = 0.3
-"""CPU time that another process takes to start: charged to the job that ended this one."""
+"""CPU time that a new process takes to start; charged to the job that ended the old one."""
 
 _BY_OTHERS: Final = (-signal.SIGKILL, -signal.SIGTERM)
-"""Exit statuses when the kernel (out of memory) or an operator ends the process."""
+"""Exit statuses if the kernel (out of memory) or an operator kills the process."""
 
 
 class Cause(Enum):
@@ -43,7 +44,7 @@ class Cause(Enum):
 
 
 class RenderEnded(Exception):
-    """The process has ended: by a limit, by us, or by something else."""
+    """The process has ended during a job: by a limit, by us, or for other reasons."""
 
     def __init__(self, cause: Cause) -> None:
         super().__init__(cause.value)
@@ -61,18 +62,19 @@ class RenderWorker:
     def __init__(self, *, low_priority: bool = False) -> None:
         self.process: asyncio.subprocess.Process | None = None
         self._doing: asyncio.Task[RenderDone] | None = None
-        """The last job. If its caller leaves it is done to its end, since starting another
-        process takes longer than most jobs, and whoever is next would wait for that."""
+        """The last job. If its caller leaves, it still runs to its end: starting a new process
+        takes longer than most jobs, and the next sender would wait for that."""
         self._low_priority = low_priority
 
     async def do(
         self, job: RenderJob, charge: Callable[[float, RenderDone | None], None]
     ) -> RenderDone:
-        """Do a job. Raises Ended.
+        """Do a job. Raises RenderEnded.
 
         Args:
-            charge: called when the job has ended, also if the caller has left by then, with
-                its CPU time, and with what came of it if it was not ended by a limit.
+            charge: called when the job has ended, even if the caller has left by then, with
+                its CPU time and its result; None if the process ended or the job was
+                cancelled.
         """
         while self._doing is not None and not self._doing.done():
             await asyncio.wait({self._doing})
@@ -110,12 +112,12 @@ class RenderWorker:
             await self.kill()
             raise RenderEnded(Cause.ITSELF) from error
         except BaseException:
-            # Halfway: the answer would be mistaken for the next job's.
+            # Stopped halfway: the answer would be taken for the next job's.
             await self.kill()
             raise
 
     async def close(self) -> None:
-        """End the process, and the job that it is doing."""
+        """Cancel the current job, and end the process."""
         if self._doing is not None:
             self._doing.cancel()
             await asyncio.wait({self._doing})
@@ -138,7 +140,7 @@ class RenderWorker:
         return self.process
 
     async def _why(self) -> Cause:
-        """Why a process that has closed a pipe ended."""
+        """Find out why the process, which has closed a pipe, ended."""
         process, self.process = self.process, None
         assert process is not None, "it was running"
         try:

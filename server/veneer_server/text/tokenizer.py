@@ -1,4 +1,4 @@
-"""Text to tokens, by a Hugging Face folder's ``tokenizer.json`` and without transformers.
+"""Tokenizes text with a Hugging Face folder's ``tokenizer.json``, without transformers.
 
 The `tokenizers` library does the encoding. Decoding uses each token's bytes (see
 `veneer_server.text.detokenizer`), derived here for the two decoders that supported models
@@ -23,7 +23,7 @@ from veneer_server.text.bound import TextBound, read_bound
 from veneer_server.text.detokenizer import Detokenizer
 
 # By default, the library runs batches in a thread pool that all callers share: two long texts
-# would keep short ones waiting, whichever of our threads they run in.
+# would delay short ones, no matter which of our threads call it.
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 _BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -43,14 +43,14 @@ _SPARSE: Final = 8
 most text has fewer characters per token, so it is probably too long."""
 
 PIECE: Final = 32 << 10
-"""Characters of such a piece. The library needs some 120 bytes for each while it works."""
+"""Characters per piece. The library needs about 120 bytes per character while it works."""
 
 
 class TooManyTokens(Exception):
     """A text has more tokens than the caller can use.
 
     Attributes:
-        count: number of tokens; None if it was not worth computing.
+        count: number of tokens; None if counting was stopped early.
     """
 
     def __init__(self, count: int | None) -> None:
@@ -75,11 +75,11 @@ _CHARACTERS: Final = {byte: character for character, byte in ALPHABET.items()}
 
 @dataclass(frozen=True, slots=True)
 class TokenNames:
-    """The longest names of tokens in a vocabulary, longest first.
+    """Sizes of the longest tokens in a vocabulary, longest first.
 
     Attributes:
-        texts: bytes of labels as JSON strings, see `TextTokenizer.token_label`.
-        data: bytes that tokens stand for.
+        texts: sizes in bytes of labels as JSON strings, see `TextTokenizer.token_label`.
+        data: numbers of bytes that tokens stand for.
     """
 
     texts: Sequence[int]
@@ -147,13 +147,13 @@ class TextTokenizer:
     def encode(
         self, text: str, *, add_special_tokens: bool, most: int | None = None
     ) -> list[int]:
-        """Token ids. Releases the GIL while it works, unlike the library's plain ``encode``,
-        which also computes offsets.
+        """Return the token ids of a text. Releases the GIL, unlike the library's plain
+        ``encode``, which also computes offsets.
 
         Args:
             add_special_tokens: let the tokenizer add its own (such as BOS); a
-                rendered chat template already holds them.
-            most: tokens that the caller can use; a longer list is never built, since
+                rendered chat template already contains them.
+            most: most tokens that the caller can use; a longer list is never built, since
                 each token takes 36 bytes as a Python object.
 
         Raises:
@@ -171,7 +171,7 @@ class TextTokenizer:
         to encode all of it.
 
         A cut changes the tokens next to it, so the sum over the pieces is not exactly the
-        text's number of tokens, but it is nowhere near twice that number.
+        text's number of tokens, but it is far below twice that number.
         """
         count = 0
         for at in range(0, len(text), PIECE):
@@ -187,12 +187,12 @@ class TextTokenizer:
         return self._bound
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The whole text of a finished sequence, special tokens left out."""
+        """Return the whole text of a finished sequence, without special tokens."""
         stream = Detokenizer(self)
         return stream.feed(ids) + stream.flush()
 
     def decode_all(self, ids: Sequence[int]) -> str:
-        """The whole text of a sequence, with the names of its special tokens."""
+        """Return the whole text of a sequence, with the names of its special tokens."""
         return self._rust.decode(ids, skip_special_tokens=False)
 
     def token_bytes(self, token: int) -> bytes:
@@ -207,8 +207,8 @@ class TextTokenizer:
         return self._rust.id_to_token(token) or ""
 
     def special_ids(self, names: Iterable[str]) -> dict[int, bytes]:
-        """Those of some texts that are special tokens, by id. The text of an answer has none,
-        but a parser may need to see them."""
+        """Return which of these names are special tokens: token id -> name. An answer's text
+        has no special tokens, but a parser may need to see them."""
         found = ((self._rust.token_to_id(name), name.encode()) for name in names)
         return {
             token: name for token, name in found if token is not None and token in self._special
@@ -229,7 +229,8 @@ class TextTokenizer:
         return known
 
     def longest_names(self, count: int = 32) -> TokenNames:
-        """The ``count`` longest labels of tokens, as JSON, and the most bytes of tokens."""
+        """Return the sizes of the ``count`` longest labels as JSON, and of the ``count`` tokens
+        with the most bytes."""
         texts: list[int] = []
         data: list[int] = []
         bounds = [(_most_bytes(name), token) for name, token in self._rust.get_vocab().items()]
@@ -241,7 +242,7 @@ class TextTokenizer:
             if len(texts) % count == 0:
                 texts, data = (sorted(each)[-count:][::-1] for each in (texts, data))
         texts, data = (sorted(each)[-count:][::-1] for each in (texts, data))
-        # A small vocabulary has fewer.
+        # A small vocabulary has fewer than ``count``: repeat the last.
         return TokenNames(
             texts + texts[-1:] * (count - len(texts)), data + data[-1:] * (count - len(data))
         )
@@ -295,11 +296,11 @@ class TextTokenizer:
 
 
 def _most_bytes(name: str) -> int:
-    """Of a token's label as JSON, by its name in the vocabulary."""
+    """Upper bound on the bytes of a token's label as JSON, from its name in the vocabulary."""
     plain = name.replace("Ġ", " ").replace("▁", " ")
     if plain.isascii() and plain.isprintable() and '"' not in plain and "\\" not in plain:
         return max(len(plain) + 2, 17)  # ``token_id:`` and a number
-    # A character may be four bytes, or stand for one that takes six characters.
+    # A character may take four bytes, or stand for a byte that takes six characters of JSON.
     return 8 + 6 * len(name)
 
 

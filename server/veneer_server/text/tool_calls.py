@@ -1,4 +1,4 @@
-"""Which format of calls a chat template has, and the parser for it."""
+"""Finds a chat template's format of tool calls, and parses calls in that format."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from veneer_server.text.replies import (
 )
 
 # -------------------- call object
-# One call, written as a JSON object: ``{"name": ..., "arguments": {...}}``, as it arrives.
+# Parses one call, a JSON object ``{"name": ..., "arguments": {...}}``, as its text arrives.
 
 _ALPHABET: Final = string.ascii_letters + string.digits
 _SPACE: Final = re.compile(r"[ \t\n\r]*")
@@ -31,22 +31,21 @@ _CLOSES: Final = {"{": "}", "[": "]"}
 
 
 def new_id() -> str:
-    """An id for a call: nine letters and digits, which is the form that Mistral's templates
-    insist on."""
+    """Make an id for a call: nine letters and digits, as Mistral's templates require."""
     return "".join(secrets.choice(_ALPHABET) for _ in range(9))
 
 
 class State(Enum):
-    """How far a call is."""
+    """How much of a call or value has been read."""
 
     OPEN = "open"
     WHOLE = "whole"
     BROKEN = "broken"
-    """It is not JSON, or not a call."""
+    """The text is not JSON, or not a call."""
 
 
 class _At(Enum):
-    """What comes next in the object."""
+    """The element that comes next in the object."""
 
     BRACE = "brace"
     KEY = "key"
@@ -56,9 +55,9 @@ class _At(Enum):
 
 
 class _Value:
-    """A JSON value's text, up to its end. Nested values are only checked for their brackets.
+    """Finds the end of a JSON value. Of nested values, only the brackets are checked.
 
-    Each of its methods takes a text and a position, and returns the position that it reached.
+    The reading methods take a text and a position, and return the position that they reached.
     """
 
     __slots__ = ("_closers", "_escaped", "_in_string", "_scalar", "ended")
@@ -105,7 +104,7 @@ class _Value:
         elif self._closers and found == self._closers[-1]:
             self._closers.pop()
             self._check()
-        else:  # a tag, or a bracket that closes another kind
+        else:  # a tag, or a bracket that does not match the open one
             self.ended = State.BROKEN
             return at
         return at + 1
@@ -116,12 +115,12 @@ class _Value:
 
 
 class CallObject:
-    """Reads one object. The call begins with its arguments' first character, once its name is
-    known; from then on it cannot be taken back.
+    """Reads the object of one call. The call begins at the first character of its arguments,
+    once its name is known; from then on it cannot be taken back.
 
     Attributes:
         state: whether the object has ended.
-        begun: whether `ToolCallBegun` was given.
+        begun: whether `ToolCallBegun` was returned.
     """
 
     __slots__ = (
@@ -139,7 +138,7 @@ class CallObject:
 
     def __init__(self, index: int, keys: Collection[str] = ("arguments",)) -> None:
         """Args:
-        index: of the call within the answer.
+        index: index of the call within the answer.
         keys: names that the arguments may have in the object.
         """
         self.state = State.OPEN
@@ -155,7 +154,8 @@ class CallObject:
         """Arguments that came before the name."""
 
     def feed(self, text: str, at: int) -> tuple[int, list[ReplyPart]]:
-        """Read on from a position. Returns the one that was reached, and what is certain."""
+        """Continue reading at a position. Returns the position that was reached, and the parts
+        that are certain by then."""
         deltas: list[ReplyPart] = []
         while at < len(text) and self.state is State.OPEN:
             if self._value is not None:
@@ -206,7 +206,7 @@ class CallObject:
 
     @property
     def _streams(self) -> bool:
-        """Whether the current value is passed on as it comes."""
+        """Whether the current value is passed on as it arrives."""
         return self.begun and self._at is _At.VALUE and self._key in self._keys
 
     def _value_ended(self) -> None:
@@ -260,28 +260,29 @@ def _is_json(raw: str) -> bool:
 
 
 # -------------------- parsing
-# What the parsers of all families share: text outside calls, and what became no call.
+# Base class of all parsers: handles text outside calls, and text that turns out to be no call.
 
 
 class ParserState(Enum):
-    """Where a parser is."""
+    """The state of a parser."""
 
     TEXT = "text"
     """Before the first call."""
     CALL = "call"
     BETWEEN = "between"
-    """After a call; text here is dropped, as vLLM does."""
+    """After a call; text here is dropped, as in vLLM."""
     PLAIN = "plain"
-    """What looked like the first call is none, so all of the answer is text."""
+    """The apparent first call was not a call, so the whole answer is text."""
     SILENT = "silent"
     """No further call is wanted, or one was broken."""
 
 
 class CallParser(ABC):
-    """Finds calls in an answer's text. A `ReplyParser`, in time linear in the text.
+    """Finds calls in an answer's text. A `ReplyParser`; takes time linear in the text.
 
-    A call is given out once its name and its arguments' first character are known. What
-    turns out to be no call before that is text, if no call came before it.
+    A call is reported once its name and the first character of its arguments are known. If the
+    text turns out before that not to be a call, it is passed on as text, unless a call came
+    before it.
     """
 
     thinking: Final = False
@@ -290,7 +291,7 @@ class CallParser(ABC):
         self, *, parallel: bool = True, keys: Collection[str] = ("arguments",)
     ) -> None:
         """Args:
-        parallel: give out all calls, rather than only the first one.
+        parallel: report all calls, not only the first one.
         keys: names that a call's arguments may have.
         """
         self._parallel = parallel
@@ -298,9 +299,9 @@ class CallParser(ABC):
         self._place = ParserState.TEXT
         self._calls = 0
         self._pending = ""
-        """Text that is not understood without more of it."""
+        """Text that cannot be interpreted before more of it arrives."""
         self._raw: list[str] = []
-        """Text of a call that has not begun."""
+        """Text of a possible call that has not begun."""
         self._object = CallObject(0, keys)
 
     def feed(self, text: str) -> Sequence[ReplyPart]:
@@ -329,12 +330,12 @@ class CallParser(ABC):
 
     @abstractmethod
     def _step(self, text: str, at: int, deltas: list[ReplyPart]) -> int:
-        """Read on from a position, at which there is a character. Returns the next position;
-        at the end, text that must be read again goes into `_pending`."""
+        """Continue reading at a position before the text's end. Returns the next position. At
+        the end of the text, the part that must be read again goes into `_pending`."""
 
     def _outside(self, text: str, at: int, tags: Sequence[str], deltas: list[ReplyPart]) -> int:
-        """Pass text on up to the first of ``tags``. Returns where that begins, or the text's
-        end."""
+        """Pass on text up to the first of ``tags``. Returns the position of that tag, or the
+        end of the text."""
         found = [place for tag in tags if (place := text.find(tag, at)) >= 0]
         end = min(found, default=len(text) - held_back(text, at, tags))
         if self._place is ParserState.TEXT:
@@ -345,13 +346,14 @@ class CallParser(ABC):
         return end
 
     def _begin_object(self, opener: str) -> None:
-        """An object begins, behind the text that announced it."""
+        """Begin to read an object, after its ``opener``, the text that announces it."""
         self._place = ParserState.CALL
         self._raw = [opener]
         self._object = CallObject(self._calls, self._keys)
 
     def _read_object(self, text: str, at: int, deltas: list[ReplyPart]) -> int:
-        """Read on in an object. `State.BROKEN` before it began ends all calls."""
+        """Continue reading the object. If it is broken before its call began, no more calls are
+        read."""
         begun = self._object.begun
         end, more = self._object.feed(text, at)
         deltas += more
@@ -377,7 +379,7 @@ class CallParser(ABC):
 
 
 def held_back(text: str, at: int, tags: Sequence[str]) -> int:
-    """How many characters at the end of ``text[at:]`` may be the beginning of a tag."""
+    """Return how many characters at the end of ``text[at:]`` may be the beginning of a tag."""
     longest = min(max(map(len, tags)) - 1, len(text) - at)
     for size in range(longest, 0, -1):
         if any(tag.startswith(text[-size:]) for tag in tags):
@@ -391,11 +393,11 @@ def _say(deltas: list[ReplyPart], text: str) -> None:
 
 
 # -------------------- forced
-# Calls that a constraint made the model write: see `veneer_server.serving.tool_use`.
+# Calls that a constraint forces the model to write: see `veneer_server.serving.tool_use`.
 
 
 class NamedParser:
-    """The answer is the arguments of one known tool."""
+    """Parser of an answer that consists of the arguments of one known tool."""
 
     thinking: Final = False
 
@@ -419,12 +421,12 @@ class NamedParser:
 
 
 class RequiredParser(CallParser):
-    """The answer is a list of calls."""
+    """Parser of an answer that is a list of calls."""
 
     def _step(self, text: str, at: int, deltas: list[ReplyPart]) -> int:
         if self._place is not ParserState.CALL:
             self._begin_object(text[at])
-            return at + 1  # behind the list's bracket
+            return at + 1  # after the list's bracket
         if self._object.state is State.OPEN:
             return self._read_object(text, at, deltas)
         if self._object.state is State.BROKEN:
@@ -453,7 +455,7 @@ class HermesParser(CallParser):
             return at
         if self._object.state is State.OPEN:
             return self._read_object(text, at, deltas)
-        # Behind the object, or behind what made it broken.
+        # After the object, or after the text that broke it.
         found = text.find(HERMES_CLOSE, at)
         if found < 0:
             self._pending = text[len(text) - held_back(text, at, [HERMES_CLOSE]) :]
@@ -465,7 +467,8 @@ class HermesParser(CallParser):
 # -------------------- llama3
 # ``{"name": ..., "parameters": ...}``, several separated by semicolons: Llama 3.
 #
-# ``<|python_tag|>`` may come first. An answer whose first ``{`` begins no call is text.
+# ``<|python_tag|>`` may come first. If the first ``{`` does not begin a call, the whole answer
+# is text.
 
 LLAMA3_TAG: Final = "<|python_tag|>"
 
@@ -494,24 +497,24 @@ class Llama3Parser(CallParser):
 
 
 # -------------------- mistral
-# ``[TOOL_CALLS]``, and then the calls: Mistral.
+# ``[TOOL_CALLS]``, followed by the calls: Mistral.
 #
-# Up to version 7 of its tokenizer they are a list, ``[{"name": ..., "arguments": ...}, ...]``,
-# from version 11 on each follows a tag of its own, ``[TOOL_CALLS]name{...}`` or
+# Up to version 7 of its tokenizer, the calls are a list, ``[{"name": ..., "arguments": ...},
+# ...]``. From version 11 on, each call has a tag of its own, ``[TOOL_CALLS]name{...}`` or
 # ``[TOOL_CALLS]name[ARGS]{...}``.
 
 MISTRAL_TAG: Final = "[TOOL_CALLS]"
 MISTRAL_ARGS: Final = "[ARGS]"
 
 _LONGEST_NAME: Final = 256
-"""Most characters before the arguments: otherwise a long text could be held back."""
+"""Most characters before the arguments; without a limit, a long text could be held back."""
 
 
 class _Part(Enum):
-    """What is read behind a tag."""
+    """The element that is read after a tag."""
 
     FIRST = "first"
-    """Its first character, which tells the format."""
+    """The first character, which tells the format."""
     LIST = "list"
     NAME = "name"
     ARGUMENTS = "arguments"
@@ -603,7 +606,7 @@ class MistralParser(CallParser):
 
 
 class CallFormat(StrEnum):
-    """A format, by vLLM's name for its parser."""
+    """A format of tool calls, with vLLM's name for its parser."""
 
     HERMES = "hermes"
     LLAMA3 = "llama3_json"
@@ -612,7 +615,7 @@ class CallFormat(StrEnum):
 
 _TOOLS: Final = re.compile(r"\btools\b")
 _OTHERS: Final = ("<function=", "<arg_key>", "<｜tool", "<|channel|>")
-"""Signs of formats that are not served, though some of them use Hermes' tags as well."""
+"""Text in templates with unsupported formats; some of these use Hermes' tags as well."""
 
 _MARKERS: Final[Mapping[CallFormat, tuple[str, ...]]] = {
     CallFormat.HERMES: (HERMES_OPEN, HERMES_CLOSE),
@@ -633,9 +636,9 @@ def knows_tools(template: str | None) -> bool:
 
 
 def family_of(template: str | None) -> CallFormat | None:
-    """The format in which a chat template asks for calls; None if it is not served.
+    """Return the format in which a chat template asks for calls; None if it is not supported.
 
-    A template that does not know tools gets them in Hermes' format; see
+    For a template that does not show tools, they are added to the chat in Hermes' format; see
     `veneer_server.text.template`.
     """
     if template is None or not knows_tools(template):
@@ -652,15 +655,15 @@ def family_of(template: str | None) -> CallFormat | None:
 
 
 def markers(family: CallFormat) -> tuple[str, ...]:
-    """Texts that announce calls. Where they are special tokens, they must be shown to the
-    parser, though the text of an answer has none."""
+    """Return the texts that mark calls. If these are special tokens, they must be shown to the
+    parser, although an answer's text normally has no special tokens."""
     return _MARKERS[family]
 
 
 def parser_of(family: CallFormat, *, parallel: bool) -> ReplyParser:
-    """A parser for one answer.
+    """Make a parser for one answer.
 
     Args:
-        parallel: give out all calls, rather than only the first one.
+        parallel: report all calls, not only the first one.
     """
     return _PARSERS[family](parallel=parallel)

@@ -1,10 +1,11 @@
-"""Whose chat a template process renders next: the sender's with the least recent CPU time.
+"""Turns at the template processes, and the options that callers may give a chat template.
 
-CPU time is charged to the tenant, to its key, to the key's user, to the connection and to the
-template, and compared in this order, so that a sender's share does not depend on how many
-connections it opens or templates it uploads. New templates cannot be told from slow ones. So a
-party's template counts as having used `NEW_S` until it has been quick once. What one party's
-chats cost with a template does not count for another party's.
+The sender with the least recent CPU time is next. CPU time is charged to the tenant, to its
+key, to the key's user, to the connection and to the template, and compared in this order, so
+that a sender's share does not depend on how many connections it opens or templates it uploads.
+New templates cannot be told from slow ones. So a party's template counts as having used `NEW_S`
+until it has been quick once. CPU time that one party uses with a template does not count for
+other parties.
 """
 
 from __future__ import annotations
@@ -30,16 +31,16 @@ NEW_S: Final = 0.25
 """CPU time charged to a template until it has been quick once."""
 
 CREDIT_S: Final = 0.05
-"""CPU time that one who comes back may have used less than those who are waiting: so nobody is
-first for long."""
+"""A sender that returns counts as having used at most this much less CPU time than those that
+are waiting, so nobody is first for long."""
 
 _HALF_LIFE_S: Final = 10.0
-"""Time after which used CPU time counts half."""
+"""Seconds after which used CPU time counts half."""
 
 _KNOWN: Final = 1000
 
 Key = tuple[Sender, bytes]
-"""Whose renderings wait for which template (a digest)."""
+"""A sender, and the digest of the template that it uses."""
 
 N = TypeVar("N", bound=Hashable)
 
@@ -48,7 +49,7 @@ class Accounts:
     """Recent CPU time of senders, at each level, and of their templates."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        """Args: clock: seconds."""
+        """Args: clock: returns seconds."""
         self._clock = clock
         self._levels = [_Used[tuple[str, ...]](clock) for _ in Sender._fields]
         self._templates = _Used[tuple[tuple[str, ...], bytes]](clock)
@@ -64,8 +65,9 @@ class Accounts:
             self._quick[sender.party, template] = True
 
     def begin(self, key: Key, active: Iterable[Key]) -> None:
-        """A sender comes: at each level it counts as having used not much less than those
-        that have renderings waiting, or running."""
+        """Register a sender that starts to wait: at each level, it counts as having used at
+        most `CREDIT_S` less than those in ``active``, which have renderings waiting or
+        running."""
         mine, others = key[0], {each for each, _ in active}
         now = self._clock()
         for depth, level in enumerate(self._levels, start=1):
@@ -76,11 +78,11 @@ class Accounts:
                 level.add(mine[:depth], least - CREDIT_S - level.of(mine[:depth], now))
 
     def ranks(self) -> Callable[[Key], tuple[float, ...]]:
-        """Sort key as of now: the lowest is next. The last figure orders a connection's own
-        templates."""
+        """Return a sort key as of now: the lowest is next. The last figure orders a
+        connection's own templates."""
         now = self._clock()
         *outer, connections = self._levels
-        # Hundreds of connections may wait, most of them of one party.
+        # Hundreds of connections may wait, most of them from one party, so cache its figures.
         parties: dict[tuple[str, ...], tuple[float, ...]] = {}
         templates: dict[tuple[tuple[str, ...], bytes], tuple[float, float]] = {}
 
@@ -104,7 +106,7 @@ class Accounts:
 
 
 class _Used(Recent[N, tuple[float, float]]):
-    """CPU seconds, and when they were counted."""
+    """Used CPU seconds by name, with the time when they were counted; they decay."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         super().__init__(_KNOWN)
@@ -132,7 +134,7 @@ class Turns:
 
     @asynccontextmanager
     async def turn(self, key: Key) -> AsyncIterator[None]:
-        """Hold the process exclusively. Raises QueueFull."""
+        """Wait for the key's turn, and hold the process exclusively. Raises QueueFull."""
         if self._busy is not None:
             await self._wait(key, self._busy)
         self._busy = key
@@ -166,23 +168,23 @@ class Turns:
             if not waiter.done():
                 waiter.set_result(None)
                 return
-            # Its caller has left, and others perhaps with it: all at once.
+            # Its caller has left; others may have left too: drop them all at once.
             self._queue.drop(asyncio.Future.done)
         self._busy = None
 
 
 # -------------------- options
-# What a caller may tell a chat template, beside the messages.
+# The options that a caller may give a chat template, apart from the messages.
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 EFFORTS: Final[tuple[str, ...]] = get_args(Effort)
 
 MAX_KWARGS: Final = 16 << 10
-"""Most characters of a template's variables as JSON: a caller's loops over them stay short."""
+"""Most characters of a template's variables as JSON, so that loops over them stay short."""
 
 MAX_DEPTH: Final = 64
-"""Most nested lists and objects in them."""
+"""Deepest nesting of lists and objects in them."""
 
 _OWN: Final = (
     "messages",
@@ -192,18 +194,18 @@ _OWN: Final = (
     "chat_template",
     "tokenize",
 )
-"""Names that are the server's to set."""
+"""Names that only the server sets."""
 
 
 @dataclass(frozen=True, slots=True)
 class TemplateOptions:
-    """How to render messages.
+    """Options for rendering messages.
 
     Attributes:
-        kwargs: variables of the template, JSON values. The base's special tokens and the
-            messages cannot be replaced by them.
+        kwargs: variables of the template, as JSON values. They cannot replace the messages or
+            the base's special tokens.
         add_generation_prompt: begin an answer of the assistant after the messages.
-        continue_final: leave the last message open, for the output to continue it.
+        continue_final: leave the last message open, so that the output continues it.
     """
 
     kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -240,7 +242,7 @@ class TemplateOptions:
         add_generation_prompt: bool | None,
         continue_final: bool,
     ) -> TemplateOptions:
-        """From what a caller sent; None is unset.
+        """Make the options from a caller's values; None means unset.
 
         As in vLLM, an effort is passed on as ``reasoning_effort``, and as ``enable_thinking``
         for templates that only know that.
@@ -265,16 +267,16 @@ class TemplateOptions:
 
 
 def kwargs_of(text: str) -> dict[str, Any]:
-    """Variables of a template from a JSON object as text.
+    """Parse the variables of a template from a JSON object.
 
     Raises:
-        InvalidField: it is none, or too long.
+        InvalidField: it is not a JSON object, or too long.
     """
     found: object = None
     if len(text) <= MAX_KWARGS:
         with contextlib.suppress(ValueError, RecursionError):
             read = json.loads(text, parse_constant=_no_constant)
-            json.dumps(read, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+            json.dumps(read, ensure_ascii=False).encode()  # a lone surrogate raises ValueError
             found = read
     if not isinstance(found, dict):
         raise _invalid(
@@ -285,11 +287,11 @@ def kwargs_of(text: str) -> dict[str, Any]:
 
 
 def longer_as_json(value: object, most: int) -> bool:
-    """Whether a value surely takes more than ``most`` characters as JSON.
+    """Whether a value certainly takes more than ``most`` characters as JSON.
 
-    Writing it is one call, which keeps the interpreter's lock however long it takes. So it is
-    counted first, no further than to ``most``. Numbers with fractions, commas and escapes
-    count as less than they are.
+    Writing the JSON is one call, which holds the GIL however long it takes. So the characters
+    are counted first, up to ``most``. The count is a lower bound: fractions, commas and escapes
+    are undercounted.
     """
     left, todo = most, [value]
     while todo and left >= 0:
@@ -315,7 +317,7 @@ def _no_constant(name: str) -> None:
 
 
 def _nested(value: object) -> int:
-    """How deeply a JSON value is nested, as far as `MAX_DEPTH` + 1."""
+    """How deeply a JSON value is nested, counted up to `MAX_DEPTH` + 1."""
     level, depth = [value], 0
     while level and depth <= MAX_DEPTH:
         inside = [each for each in level if isinstance(each, list | dict)]

@@ -23,13 +23,13 @@ _TOP: Final = struct.Struct("<id")
 
 
 def pack_tops(tops: Sequence[tuple[int, float]]) -> PackedTops:
-    """The tokens of one position in one object."""
+    """Pack the tokens of one position."""
     pack = _TOP.pack
     return b"".join([pack(token, logprob) for token, logprob in tops])
 
 
 def unpack_tops(packed: PackedTops) -> Iterator[tuple[int, float]]:
-    """The tokens of one position, likeliest first."""
+    """Unpack the tokens of one position, likeliest first."""
     return _TOP.iter_unpack(packed)
 
 

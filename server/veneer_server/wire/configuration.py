@@ -1,4 +1,4 @@
-"""What the engine process is started with."""
+"""The configuration of the engine process."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ class ConstraintLimits(Message, frozen=True):
     """Resource limits of one constraint, and of all of them. Times are CPU time, sizes bytes.
 
     Attributes:
-        workers: constraints that are compiled at once.
+        workers: maximum number of constraints that are compiled at once.
         compile_seconds, memory: for compiling one; ``memory`` also for following it.
-        mask_seconds: for finding the tokens that may come next, each time.
+        mask_seconds: for each computation of the tokens that may come next.
         fuel: the same in the library's own units (`step_lexer_fuel`).
-        matcher_memory: of the process that follows sequences, for all of them together; the
-            process for slow ones has half of it.
-        number_digits: most digits in a row of a number in JSON, if the schema allows fewer as
-            well; 0 is off.
+        matcher_memory: for all sequences of the process that follows them; the process for slow
+            ones has half of it, but at least ``memory``.
+        number_digits: maximum digits in a row of a JSON number, if the schema allows that few;
+            0: no limit.
     """
 
     workers: int = 2
@@ -35,33 +35,33 @@ class EngineConfig(Message, frozen=True):
 
     Attributes:
         base_folder: local Hugging Face folder of the base model.
-        cache_folder: where quantized and packed bases are kept.
+        cache_folder: folder for quantized and packed bases.
         base_name: logical name, for messages.
-        log_format: of the engine's lines on standard error, see `logs`.
-        weights_fingerprint: `BaseFingerprint.weights`; keys what is kept there.
+        log_format: format of the engine's lines on standard error, see `logs`.
+        weights_fingerprint: `BaseFingerprint.weights`, the key of bases in ``cache_folder``.
         device: ``cpu`` or ``cuda``; ``auto``, which the front resolves, is CUDA if there is
-        any.
+            any.
         quantization: ``nf4`` and ``fp4`` are bitsandbytes with double quantization; ``fp8``
             needs the backend for CUDA.
-        dtype: of activations, KV cache and adapters.
-        backend: all but ``auto`` require that one, see
+        dtype: data type of activations, KV cache and adapters.
+        backend: values other than ``auto`` require that backend, see
             `engine.execution.backend_choice`.
-        native_instructions: of the native kernels; ``auto`` is the best set the CPU has.
+        native_instructions: instruction set of the native kernels; ``auto`` is the CPU's best.
         int8_activations: round the inputs of the base's linears to 8 bits; needs the native
             backend and 4-bit weights.
-        threads: of a step; 0 chooses, see `system.placement`.
-        tensor_parallel: cards that the base is divided among; budgets are for each. More than 1
-            needs the backend for CUDA.
-        max_batch_tokens: most tokens computed in one step.
-        max_prefill_tokens: most prompt tokens in a step that also decodes.
-        max_prefill_seconds: by which they may extend such a step; 0: no limit of its own.
-        max_running: most sequences running at once.
-        block_size: tokens a KV block holds.
+        threads: threads of a step; 0 chooses, see `system.placement`.
+        tensor_parallel: number of GPUs that the base is divided among; budgets are for each.
+            More than 1 needs the backend for CUDA.
+        max_batch_tokens: maximum number of tokens computed in one step.
+        max_prefill_tokens: maximum number of prompt tokens in a step that also decodes.
+        max_prefill_seconds: maximum time by which they may extend such a step; 0: no limit.
+        max_running: maximum number of sequences running at once.
+        block_size: tokens in a KV block.
         kv_cache_bytes, host_adapter_bytes, device_adapter_bytes: budgets.
         load_workers: threads that read and convert adapters.
         prefix_cache: keep the K and V of prefixes and share them.
-        exact: results do not depend on the rest of the batch. Disables the prefix cache if
-            the backend's results do, see `engine.execution.exact`.
+        exact: make results independent of the rest of the batch. Disables the prefix cache if
+            the backend's results depend on it, see `engine.execution.exact`.
         constraints: limits of constrained output.
     """
 

@@ -7,11 +7,11 @@ import struct
 from typing import Final
 
 LENGTH: Final = struct.Struct(">I")
-"""Prefix of a frame: bytes that follow."""
+"""Prefix of a frame: the number of bytes that follow."""
 
 
 def framed(body: bytes) -> bytes:
-    """One frame."""
+    """Make a frame of a body."""
     return LENGTH.pack(len(body)) + body
 
 

@@ -20,23 +20,24 @@ class EngineInfo(Message, frozen=True):
     """First message once an engine has started; sizes in bytes unless named otherwise.
 
     Attributes:
-        backend: what executes a step: ``native (avx512-bf16)``, ``native (avx2)``, with
+        backend: backend that executes steps: ``native (avx512-bf16)``, ``native (avx2)``, with
             ``, int8 activations`` inside if inputs are rounded to 8 bits, and ``, prebuilt`` if
             the kernels came with the wheel, or ``torch``.
-        why_not_native: in words; empty if the native backend is used.
-        threads: of a step on a CPU, and in words why so many.
+        why_not_native: reason in words; empty if the native backend is used.
+        threads, why_threads: threads of a step on a CPU, and the reason for the number in
+            words.
         kv_cache_tokens: capacity of the KV cache.
-        longest_sequence: most tokens of prompt and completion: the context length, or fewer if
-            the KV cache can never hold so many of one sequence.
-        window_blocks: KV blocks that a sequence holds at most, however long it is; None if a
-            layer has no window.
-        adapter_itemsize: bytes of one number of a resident adapter.
+        longest_sequence: maximum tokens of prompt and completion: the context length, or fewer
+            if the KV cache can never hold that many of one sequence.
+        window_blocks: maximum KV blocks of a sequence, however long it is; None if a layer has
+            no window.
+        adapter_itemsize: bytes of one element of a resident adapter.
         load_seconds: from start to ready.
-        max_batch_tokens, max_prefill_tokens: as configured, or fewer if a step of that many
-            would take too long on this machine.
-        step_seconds: a step of one token, as measured before serving.
-        token_seconds: each further token of it.
-        longest_step_seconds: estimate, from these, of the longest step that can be planned.
+        max_batch_tokens, max_prefill_tokens: as configured, or fewer if such a step would take
+            too long on this machine.
+        step_seconds: duration of a step of one token, measured before serving.
+        token_seconds: additional duration for each further token.
+        longest_step_seconds: estimated duration of the longest step that can be planned.
     """
 
     device: str
@@ -71,26 +72,26 @@ class WireError(Message, frozen=True):
 
 
 class SequenceOutput(Message, frozen=True):
-    """What one step produced for one sequence.
+    """Output of one step for one sequence.
 
     Attributes:
-        tokens: new token ids (one, or none if it was cancelled).
+        tokens: new token ids (one, or none if the sequence was cancelled).
         logprobs: raw log-probabilities of `tokens`, if requested.
         prompt_logprobs: one for each prompt token after the first, if requested; first
             output only.
-        tier: tier where its adapter was found at submission; first output only.
-        load_seconds: time it waited for its adapter; first output only.
-        queue_seconds: other time before its first step; first output only.
+        tier: tier where the adapter was found at submission; first output only.
+        load_seconds: time that the sequence waited for its adapter; first output only.
+        queue_seconds: other waiting time before its first step; first output only.
         finish: set in the last output.
         top_logprobs: for each of `tokens` the most likely tokens with their
             log-probabilities, likeliest first, if requested.
         prompt_top_logprobs: the same for `prompt_logprobs`, packed.
-        prompt_ranks: for each of `prompt_logprobs`, how many tokens have at least this one's
-            probability: 1 for the likeliest, if requested.
+        prompt_ranks: rank of each of these prompt tokens, if requested: the number of tokens
+            that are at least as probable, so 1 for the likeliest.
         cached_tokens: prompt tokens found in the prefix cache; first output only.
         step: number of the step that produced it (see `StepDone`); first output only.
-        mixed: if `prompt_logprobs` are requested, whether a step that computed a part of its
-            prompt had rows of another adapter or the base, too; first output only.
+        mixed: if `prompt_logprobs` are requested, whether a step that computed a part of the
+            prompt also had rows of another adapter or of the base; first output only.
     """
 
     sequence: int
@@ -110,12 +111,11 @@ class SequenceOutput(Message, frozen=True):
 
 
 class Prefilled(Message, frozen=True):
-    """A step computed a part of a sequence's prompt, and gave no token for it: one chunk of
-    several, or all that there will be.
+    """A step computed a part of a sequence's prompt and gave no token for the sequence.
 
     Attributes:
-        tokens: leading prompt tokens that are computed now, or were found in the prefix cache.
-        cached_tokens: those found there.
+        tokens: leading prompt tokens computed so far, including those from the prefix cache.
+        cached_tokens: prompt tokens found in the prefix cache.
     """
 
     sequence: int
@@ -138,10 +138,10 @@ class StepDone(Message, frozen=True):
         seconds: wall time of the step.
         prefill_tokens, decode_rows: what the step computed.
         adapters: number of distinct adapters in the step.
-        prefix_asked, prefix_found: prompt tokens of the sequences that started in it, and
-            how many of them were in the prefix cache.
-        extra_prefill, extra_decode: what their adapters' size adds to `prefill_tokens` and
-            `decode_rows`, see `token_work`.
+        prefix_asked, prefix_found: prompt tokens of the sequences that started in the step,
+            and how many of them were in the prefix cache.
+        extra_prefill, extra_decode: extra cost due to the size of adapters, in tokens, in
+            addition to `prefill_tokens` and `decode_rows`; see `token_work`.
     """
 
     step: int
@@ -156,15 +156,15 @@ class StepDone(Message, frozen=True):
 
 
 class Occupancy(Message, frozen=True):
-    """How full the engine is; sent whenever it differs from the last one sent.
+    """The engine's load; sent whenever it has changed.
 
     Attributes:
-        running, waiting: sequences.
-        waiting_for_adapter: of `waiting`, those whose adapter is not resident.
-        kv_blocks_used, kv_blocks: the pool.
+        running, waiting: number of sequences.
+        waiting_for_adapter: number of waiting sequences whose adapter is not resident.
+        kv_blocks_used, kv_blocks: KV blocks in use, and in total.
         kv_blocks_cached: unused blocks that hold a prefix.
-        running_adapters, waiting_adapters: weights digests, sorted; of those that wait, 256
-            at most, the longest waiting ones.
+        running_adapters, waiting_adapters: weights digests, sorted; at most 256 waiting ones,
+            those that have waited longest.
     """
 
     running: int
@@ -181,7 +181,7 @@ class ResidencyChanged(Message, frozen=True):
     """New state of one adapter; sent on every change.
 
     Attributes:
-        tier: nearest memory tier that holds it, or ``disk`` for none.
+        tier: nearest memory tier that holds the adapter, or ``disk`` for none.
         host_bytes, device_bytes: bytes used by all adapters in each tier.
         host_count, device_count: adapters in each tier; one may be in both.
     """
@@ -202,8 +202,8 @@ LOST: Final = "lost"
 class AdapterLoaded(Message, frozen=True):
     """A load (to HOST) or activation (to DEVICE) succeeded; for metrics.
 
-    ``stages`` maps ``read``, ``verify``, ``convert`` or ``copy`` to seconds; and ``lost``
-    (`LOST`), if a loader process ended or was killed before another did the work.
+    ``stages`` maps ``read``, ``verify``, ``convert`` or ``copy`` to seconds. It also has
+    ``lost`` (`LOST`) if a loader process ended or was killed before another did the work.
     """
 
     weights_digest: str
@@ -237,8 +237,8 @@ class AdapterFailed(Message, frozen=True):
 ConstraintOutcome = Literal[
     "ok", "invalid", "compile_seconds", "memory", "mask_seconds", "fuel", "library"
 ]
-"""``ok``, ``invalid`` (wrong or not supported), or what stopped it: a limit, or a fault in
-the library."""
+"""``ok``, ``invalid`` (wrong or not supported), or the cause of the failure: a limit, or
+``library``, a fault in the library."""
 
 
 class ConstraintDone(Message, frozen=True):
@@ -254,7 +254,7 @@ class ConstraintDone(Message, frozen=True):
 
 
 class MatcherEnded(Message, frozen=True):
-    """A process that follows constraints ended, and another took over; for metrics.
+    """A matcher process ended, and another one took over; for metrics.
 
     ``cause``: ``limit`` (CPU time), ``killed`` (from outside), or ``fault``.
     """
@@ -263,9 +263,9 @@ class MatcherEnded(Message, frozen=True):
 
 
 class BudgetsState(Message, frozen=True):
-    """The budgets of adapters and how much of them is used now, in bytes.
+    """The budgets of adapters and their current use, in bytes.
 
-    Use may exceed a budget while running sequences use adapters that must leave.
+    Use may exceed a budget while running sequences use adapters that will be evicted.
     """
 
     host_budget: int

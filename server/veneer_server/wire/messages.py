@@ -139,15 +139,15 @@ _from_engine = msgspec.msgpack.Decoder(list[FromEngine])
 
 
 def encode(messages: Sequence[ToEngine] | Sequence[FromEngine]) -> bytes:
-    """One frame that holds all messages, in order."""
+    """Encode all messages into one frame, in order."""
     return framed(_encoder.encode(messages))
 
 
 def decode_to_engine(body: bytes) -> list[ToEngine]:
-    """The messages of one frame, without its length prefix."""
+    """Decode the messages of one frame, given without its length prefix."""
     return _to_engine.decode(body)
 
 
 def decode_from_engine(body: bytes) -> list[FromEngine]:
-    """The messages of one frame, without its length prefix."""
+    """Decode the messages of one frame, given without its length prefix."""
     return _from_engine.decode(body)

@@ -12,16 +12,16 @@ from veneer_server.wire.base import Message
 from veneer_server.wire.sampling import SamplingParams
 
 PRIORITY_SECONDS: Final = 10.0
-"""A priority is worth this many seconds of waiting for each of its steps: so a request is
-overtaken for its priority only by those that arrive within so long after it."""
+"""Each step of priority is worth this many seconds of waiting. So a request whose priority is
+better by n overtakes only requests that arrived at most n times this long before it."""
 
 _MARK: Final = ":"
-"""In neither a tenant's name nor a digest."""
+"""Occurs in neither a tenant's name nor a digest."""
 
 
 def copy_key(tenant: str, weights_digest: str) -> str:
-    """The key of a tenant's resident copy of these weights: two tenants with the same weights
-    have a copy each, so that neither can see or touch what the other has in memory."""
+    """The key of a tenant's resident copy of these weights. Two tenants with the same weights
+    have a copy each, so that neither can see or touch the other's copy in memory."""
     if tenant == DEFAULT_TENANT:
         return weights_digest
     return f"{tenant}{_MARK}{weights_digest}"
@@ -38,17 +38,17 @@ _LARGE_ADAPTER: Final = 2.0
 
 
 def token_work(adapter: AdapterSource | None, base_parameters: int) -> float:
-    """What a token under an adapter takes, beside one of the base alone, which is 1.
+    """Relative cost of a token with an adapter; a token of the base alone costs 1.
 
-    An adapter's matrices are multiplied as the base's are, once for each element. Up to a sixth
-    of the base's parameters (rank 64 in all projections of a base of 135M takes 0.15) that
-    counts as nothing: such steps take about as long as the base's. Beyond, an element counts
-    as two of the base. Measured in CPU time at rank 512 and 1,024 (AMD EPYC, Zen 3, AVX2): 1.1
-    for prompts, 1.3 for eight rows that decode under one adapter, 2.4 for one row, which reads
-    the adapter from memory for itself as rows under different adapters do.
+    Each element of an adapter's matrices is used once per token, as for the base's. Elements
+    up to a sixth of the base's parameters (rank 64 in all projections of a base of 135M is
+    0.15) count as nothing: such steps take about as long as the base's. Beyond that, an element
+    counts as two of the base. Measured in CPU time at rank 512 and 1,024 (AMD EPYC, Zen 3,
+    AVX2): 1.1 for prompts, 1.3 for eight rows that decode under one adapter, 2.4 for one row,
+    which reads the adapter from memory for itself alone, as rows under different adapters do.
 
     Args:
-        base_parameters: 0 if unknown: all tokens take the same.
+        base_parameters: the base's parameters; 0 if unknown, and then all tokens cost 1.
     """
     if adapter is None or not base_parameters:
         return 1.0
@@ -57,14 +57,14 @@ def token_work(adapter: AdapterSource | None, base_parameters: int) -> float:
 
 
 class AdapterSource(Message, frozen=True):
-    """Where the engine finds the weights of one revision.
+    """The source of one revision's weights for the engine.
 
     Attributes:
         weights_digest: key of the resident copy, see `copy_key`; the digest in it is verified
             when the weights are read.
         folder: local folder with ``adapter_config.json`` and
             ``adapter_model.safetensors`` (made by the registry's store).
-        parameters: elements of all A and B; a resident copy takes this many times
+        parameters: elements of all A and B matrices; a resident copy takes this many times
             `EngineInfo.adapter_itemsize` bytes.
         name: for messages only.
     """
@@ -81,12 +81,13 @@ class AdapterSource(Message, frozen=True):
 
     @property
     def digest(self) -> str:
-        """The weights digest, whosever copy it is."""
+        """The weights digest without the tenant."""
         return split_key(self.weights_digest)[1]
 
 
 class Constraint(Message, frozen=True):
-    """What the output must match; the front has checked that it compiles.
+    """A constraint that the output must match. The front has checked its size only; the engine
+    tries whether it compiles.
 
     Attributes:
         text: a JSON schema, a regular expression, a JSON array of strings, or a grammar in
@@ -98,30 +99,31 @@ class Constraint(Message, frozen=True):
 
 
 class SequenceRequest(Message, frozen=True):
-    """A request for one sequence: made once, by `serving.generator`, and then only passed on.
+    """A request for one sequence: made once, by `serving.generator`, then passed on unchanged.
 
     Lengths and ranges have been checked.
 
     Attributes:
         prompt: token ids, at least one.
-        max_tokens: most new tokens, at least 1, within the context.
+        max_tokens: maximum number of new tokens, at least 1, within the context.
         prompt_logprobs: also report the prompt's log-probabilities.
-        prompt_ranks: and with them each token's rank among all tokens.
+        prompt_ranks: with these, also report each prompt token's rank among all tokens.
         top_logprobs: how many most likely tokens to report beside each log-probability.
-        stop_token_ids: end the sequence, in addition to the model's own.
-        min_tokens: neither these nor the model's own are sampled earlier, unless a constraint
-            allows nothing else; at most ``max_tokens``.
+        stop_token_ids: tokens that end the sequence, in addition to the model's own.
+        min_tokens: neither `stop_token_ids` nor the model's own are sampled before this many
+            tokens, unless a constraint allows nothing else; at most ``max_tokens``.
         use_prefix_cache: whether to share K and V with other sequences of the same prefix.
         cache_scope: prefixes are shared only within a scope, the caller's tenant.
         deadline: when the first token is due, on the monotonic clock, which the processes
             of a machine share; a sequence that cannot meet it is refused.
-        sender: whose turn it uses in the queue for compiling constraints.
-        tenant, fairness_id: whose service it counts as: a tenant's, and within a gateway's
-            that of one whom the gateway calls for.
-        weight: the tenant's.
-        priority: within those; lower starts earlier, see `PRIORITY_SECONDS`.
-        arrived: for a further sample, when its request arrived, on the monotonic clock: it goes
-            before requests that arrived later. None for a first sample.
+        sender: sender whose turn is used in the queue for compiling constraints.
+        tenant, fairness_id: tenant, and user of a gateway, that the request is charged to in
+            fair scheduling.
+        weight: the tenant's weight.
+        priority: among requests of the same tenant and user; lower starts earlier, see
+            `PRIORITY_SECONDS`.
+        arrived: arrival of the request on the monotonic clock, for all its samples but the
+            first: these go before requests that arrived later. None for the first sample.
     """
 
     prompt: list[int]

@@ -1,4 +1,4 @@
-"""How a token is chosen: the only list of sampling options, with the range of each.
+"""Sampling options: the only list of them, with the range of each.
 
 Both APIs pass on the options that a caller set (`serving.records.Sampling`), under these names;
 the base's defaults fill in the rest, and the record crosses the wire unchanged.
@@ -43,7 +43,7 @@ class SamplingParams(Message, frozen=True):
         seed: the random stream of this request; the same seed, request and
             logits give the same tokens.
         repetition_penalty: for tokens in the prompt or output; 1 is off. Logits are divided
-            by it: divided by much less than 0.01, they would overflow.
+            by it, and would overflow if it were much less than 0.01.
         presence_penalty, frequency_penalty: for tokens in the output; 0 is off.
         logit_bias: added to the logits of these token ids; see `serving.checks`.
     """
@@ -81,7 +81,7 @@ RANGES: Final[Mapping[str, Range]] = {
     for name, hint in _HINTS.items()
     if (said := getattr(hint, "__metadata__", ()))
 }
-"""For each numeric option, except seeds, all of which are valid; biases are checked
+"""Range of each numeric option except ``seed``: all seeds are valid. Biases are checked
 separately."""
 
 FRACTIONS: Final = tuple(name for name in RANGES if _HINTS[name].__origin__ is float)

@@ -40,10 +40,10 @@ class Activate(Message, frozen=True):
 class Evict(Message, frozen=True):
     """Free an adapter's memory; answered by `OperationDone`.
 
-    ``drain`` frees it when the sequences now running have ended; others wait, and load it
-    again. ``fail_if_busy`` refuses while any sequence uses it; ``abort`` ends those with
-    ADAPTER_EVICTED. ``forget`` is for weights that no registered name has any more: it frees
-    them when the last of their sequences, waiting ones included, has ended.
+    ``drain`` frees it when the sequences now running have ended; other sequences wait and load
+    it again. ``fail_if_busy`` refuses while any sequence uses it; ``abort`` ends such sequences
+    with ADAPTER_EVICTED. ``forget`` is for weights that no registered name has any more: it
+    frees them when the last of their sequences, including waiting ones, has ended.
     """
 
     operation: int
@@ -62,8 +62,8 @@ class Unpin(Message, frozen=True):
 class UpdateBudgets(Message, frozen=True):
     """Change the bytes that adapters may take; answered by `OperationDone`.
 
-    None leaves a budget as it is. Unused adapters beyond a lower one are evicted at once, the
-    rest when their sequences have ended. Refused if pinned adapters alone take more.
+    None leaves a budget as it is. Unused adapters beyond a lower budget are evicted at once,
+    others when their sequences have ended. Refused if pinned adapters alone exceed the budget.
     """
 
     operation: int
@@ -72,17 +72,17 @@ class UpdateBudgets(Message, frozen=True):
 
 
 class Pause(Message, frozen=True):
-    """Run no further step until one with ``paused`` unset; answered by `OperationDone`, after
-    which none runs. Sequences keep what they hold, new ones are queued, and adapters are
-    loaded as ever."""
+    """Run no further step until a `Pause` with ``paused`` unset. Answered by `OperationDone`,
+    after which no step runs. Sequences keep their KV blocks and adapters, new sequences are
+    queued, and adapters are still loaded."""
 
     operation: int
     paused: bool
 
 
 class ResetPrefixCache(Message, frozen=True):
-    """Find no prefix that was computed before; answered by `OperationDone`. Running sequences
-    keep what they use."""
+    """Forget all prefixes that were computed before; answered by `OperationDone`. Running
+    sequences keep the blocks that they use."""
 
     operation: int
 
@@ -93,7 +93,7 @@ class Reference(Message, frozen=True):
 
     Attributes:
         tokens: at least one; each after the first gets its log-probability.
-        adapter: read from its files, whether it is resident or not. None: the base alone.
+        adapter: read from its files even if it is resident. None: the base alone.
     """
 
     operation: int
@@ -102,7 +102,7 @@ class Reference(Message, frozen=True):
 
 
 class Ping(Message, frozen=True):
-    """Answered by the step loop itself, so an answer proves that it is making progress."""
+    """A heartbeat. The step loop itself answers, which proves that it makes progress."""
 
     number: int
 

@@ -1,5 +1,5 @@
-"""Prompts under an adapter of a rank past a thousand: a step with as many of their tokens as of
-others' took seconds."""
+"""Prompts with an adapter of rank over a thousand: a step with as many of their tokens as of
+other prompts' tokens took seconds."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ BUG = Bug(
 )
 
 HIDDEN, WIDE, LAYERS = 576, 1536, 30
-"""Of the bundled base."""
+"""Sizes of the bundled base."""
 SHAPES: Final = {
     "gate_proj": (HIDDEN, WIDE),
     "up_proj": (HIDDEN, WIDE),
     "down_proj": (WIDE, HIDDEN),
 }
 CHUNK = 128 + 32
-"""Most prompt tokens of a step that decodes too."""
+"""Maximum prompt tokens of a step that also decodes."""
 
 
 async def attack(target: Target) -> list[str]:
-    """While such a prompt is computed, another's stream gets a token in each step: there must
-    be as many steps as its work takes."""
+    """While such a prompt is computed, another caller's stream gets a token in each step. The
+    stream's tokens show whether the prompt's work was split into enough steps."""
     rank = target.rng.randint(768, 1280)
     folder = target.work / f"rank-{rank}"
     _write(folder, rank)
@@ -60,7 +60,7 @@ async def attack(target: Target) -> list[str]:
                 break
 
     listening = asyncio.create_task(listen())
-    await hog.inference.Generate(_request(1, 1, target, "large"))  # it is in memory then
+    await hog.inference.Generate(_request(1, 1, target, "large"))  # loads it into memory
     before = tokens
     await hog.inference.Generate(_request(count, 1, target, "large"))
     steps = tokens - before
@@ -69,7 +69,7 @@ async def attack(target: Target) -> list[str]:
     await asyncio.wait({listening})
     for caller in callers:
         await caller.channel.close()
-    # Each of its tokens is the work of three at least; half of it, for what comes late.
+    # Each of its tokens is the work of at least three; half of that, since tokens come late.
     least = 3 * count / CHUNK / 2
     if steps < least:
         return [

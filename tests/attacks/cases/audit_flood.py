@@ -1,4 +1,4 @@
-"""Refusals without end, to have the audit log forget what others did."""
+"""Endless refused calls, to make the audit log forget what others did."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BUG = Bug(
 )
 
 _LINES: Final = 300
-"""More than two hosts' share at once, and what else is written meanwhile."""
+"""Limit on written lines: more than two hosts' share at once, and other lines meanwhile."""
 _METHODS: Final = (
     "/veneer.v1.InferenceService/Generate",
     "/veneer.v1.AdapterService/DeleteAdapter",
@@ -36,7 +36,7 @@ _PATHS: Final = (
 
 
 async def attack(target: Target) -> list[str]:
-    """Every call is refused, few are written, and the rest is counted."""
+    """Every call is refused; few are written to the log, and the others are counted."""
     wrong: list[str] = []
     sent = 0
     ends = asyncio.get_running_loop().time() + target.seconds
@@ -74,7 +74,7 @@ async def attack(target: Target) -> list[str]:
 
         before = await lines("written"), await lines("left_out")
         await asyncio.gather(*(each() for _ in range(150) for each in (over_grpc, over_http)))
-        for _ in range(50):  # a thread of its own writes them
+        for _ in range(50):  # a separate thread writes them
             written = await lines("written") - before[0]
             left_out = await lines("left_out") - before[1]
             if written + left_out >= sent:

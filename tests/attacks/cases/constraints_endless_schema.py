@@ -12,7 +12,7 @@ TITLE = "schemas whose automata have a hundred million states"
 
 
 async def attack(target: Target) -> list[str]:
-    """Several at once, each new, since a known one is refused without compiling it again."""
+    """Send several at once, each new, since a known schema is refused without compiling it."""
     async with caller(target.grpc) as bad:
 
         async def work() -> list[str]:

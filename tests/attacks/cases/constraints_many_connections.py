@@ -1,5 +1,5 @@
-"""Constraints that take a second to compile, from 150 connections of one key: another tenant's
-constraint waited for 98 s."""
+"""Constraints that take a second to compile, from 150 connections with one key: another
+tenant's constraint waited for 98 s."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ BUG = Bug(
 
 _CONNECTIONS: Final = 150
 _OVERTAKEN: Final = 40
-"""Most slow constraints that may be tried while another tenant's waits. If each connection had
-its turn, all would be."""
+"""Maximum number of slow constraints that may be tried while another tenant's constraint waits.
+If each connection had its own turn, all would be tried."""
 
 
 def _slow(target: Target) -> Hostile:
-    """Compiles to an automaton of a hundred million states; no two are the same."""
+    """Make a constraint that compiles to a hundred million states; no two are the same."""
     number = target.rng.randrange(90_000_000, 100_000_000)
     return Hostile("json_schema", f'{{"type": "integer", "multipleOf": {number * 2 + 1}}}')
 
 
 async def attack(target: Target) -> list[str]:
-    """Another tenant's constraint is compiled after a few of them."""
+    """Another tenant's constraint is compiled after only a few of the slow ones."""
     wrong: list[str] = []
     async with contextlib.AsyncExitStack() as stack:
 

@@ -14,7 +14,7 @@ TITLE = "a regular expression that panics inside the library"
 
 
 async def attack(target: Target) -> list[str]:
-    """Twenty at once, half of them new to the server."""
+    """Send twenty at once, half of them new to the server."""
     timeout = aiohttp.ClientTimeout(ANSWER_S)
     async with (
         caller(target.grpc) as bad,

@@ -12,7 +12,7 @@ TITLE = "60 requests whose every mask takes 100 ms"
 
 
 async def attack(target: Target) -> list[str]:
-    """60 calls with the same constraint, then 60 with different ones."""
+    """Send 60 calls with the same constraint, then 60 with different ones."""
     async with caller(target.grpc) as bad:
 
         async def work() -> list[str]:

@@ -21,7 +21,7 @@ def _wide(mark: int) -> Hostile:
 
 
 async def attack(target: Target) -> list[str]:
-    """Four at a time: more would slow the streams as any requests do."""
+    """Send four at a time: more would slow the streams as any requests would."""
     async with caller(target.grpc) as bad:
 
         async def work() -> list[str]:

@@ -12,7 +12,7 @@ TITLE = "nested quantifiers, recursive references, unicode classes, a megabyte a
 
 
 async def attack(target: Target) -> list[str]:
-    """From four connections; some answers are long, so that masks are followed too."""
+    """Send them over four connections; some answers are long, to compute masks too."""
     async with (
         caller(target.grpc) as first,
         caller(target.grpc) as second,

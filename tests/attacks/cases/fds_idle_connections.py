@@ -1,5 +1,5 @@
-"""Idle connections to every port, which could use up all file descriptors, so that an engine
-that ended could not be restarted."""
+"""Idle connections to every port, which could use up all file descriptors and so prevent a
+restart of an engine that ended."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _connect(stack: ExitStack, address: str, count: int) -> None:
 
 
 async def _get(address: str, path: str) -> str:
-    """The first line of a response, or why there is none."""
+    """Return the first line of a response, or why there is none."""
     host, port = address.rsplit(":", 1)
     try:
         async with asyncio.timeout(30):

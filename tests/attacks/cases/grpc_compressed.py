@@ -18,7 +18,7 @@ GENERATE = "/veneer.v1.InferenceService/Generate"
 
 
 async def attack(target: Target) -> list[str]:
-    """The limit of a message's bytes applies after decompression."""
+    """The limit on a message's size applies after decompression."""
     wrong: list[str] = []
     options = [("grpc.max_send_message_length", -1)]
     fits, large = (

@@ -1,4 +1,4 @@
-"""gRPC connections whose calls never arrive, or only wait: health checks need no key."""
+"""gRPC connections whose calls never arrive or only wait; health checks need no key."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ BUG = Bug(
 
 _CHECK, _WATCH = (f"/grpc.health.v1.Health/{name}" for name in ("Check", "Watch"))
 _HALF_HEADERS = b"\0\0\1\1\0\0\0\0\1\x83"
-"""Frame of headers that a CONTINUATION frame should follow."""
+"""A HEADERS frame that should be followed by a CONTINUATION frame."""
 _EACH = 20
 _ROUNDS = 16
-"""At least so many, however slow the machine is: half of their connections watch, and hold a
-place if that counts as a call, and gRPC takes 64 more than there may be. Half messages do not
-show that for long: they lose their turn to be read."""
+"""Minimum number of rounds, however slow the machine is. Half of their connections watch, and
+hold a place if a watch counts as a call; and gRPC accepts 64 connections more than the limit.
+Half-sent messages do not show the bug for long, because they lose their turn to be read."""
 _SHAPES = (0, 1, 2, 4, 5, 6, *(3,) * 6)
 _KEPT = 400
 
 
 async def _half(target: Target) -> Connection | None:
-    """A connection that goes as far as is drawn. None if the server refused it."""
+    """Open a connection and send a random part of a call; return None if it was refused."""
     host, port = target.grpc.rsplit(":", 1)
     local = (f"127.0.0.{target.rng.randrange(2, 12)}", 0)
     shape = target.rng.choice(_SHAPES)
@@ -58,7 +58,8 @@ async def _half(target: Target) -> Connection | None:
 
 
 async def attack(target: Target) -> list[str]:
-    """Some 100 connections a second. New clients must be answered, and an open one stays."""
+    """Open some 100 connections a second. New clients must be answered, and an open connection
+    must stay open."""
     loop, wrong = asyncio.get_running_loop(), []
     until = loop.time() + target.seconds
     held: list[Connection] = []

@@ -1,4 +1,4 @@
-"""Requests that are never sent completely, on few connections, and would hold 1.4 GB."""
+"""Requests that are never sent completely, on few connections; they would hold 1.4 GB."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a web page makes its reader's browser send to a server without keys on this machine."""
+"""Requests that a web page makes its reader's browser send to a local server without keys."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _SIMPLE: Final = (
 
 
 async def attack(target: Target) -> list[str]:
-    """Each must be refused, and nothing may be paused."""
+    """Each request must be refused, and nothing may be paused."""
     loop, wrong = asyncio.get_running_loop(), []
     until, rng = loop.time() + target.seconds, target.rng
     port = target.openai.rsplit(":", 1)[1]

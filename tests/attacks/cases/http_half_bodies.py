@@ -1,5 +1,5 @@
-"""HTTP connections whose requests never become whole, more than the server takes, from several
-addresses: none of them may take the place of somebody who sends a whole one."""
+"""HTTP connections whose requests are never complete, more than the server accepts, from
+several addresses. None of them may take the place of a client that sends a complete request."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ BUG = Bug(
 
 COUNT = 80
 ROUNDS = 3
-"""At least so many, however slow the machine is: two of three connections of a round hold a
-place if half a body counts as a whole one."""
+"""Minimum number of rounds, however slow the machine is: two of three connections of a round
+hold a place if half a body counts as a whole one."""
 _BODY = json.dumps({"model": "smollm2-135m", "prompt": "Hello", "max_tokens": 1}).encode()
 
 
 @dataclass
 class Flood:
-    """The attacker's connections, and one shape for each."""
+    """The attacker's connections, each with a random part of a request."""
 
     target: Target
     key: str = ""
-    """Of the half requests; "" for none."""
+    """Key of the half-sent requests; "" for none."""
     open: list[asyncio.StreamWriter] = field(default_factory=list)
 
     def shape(self) -> bytes:
-        """A part of a request, drawn at random."""
+        """Return a random part of a request."""
         rng = self.target.rng
         head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
         head += b"Content-Type: application/json\r\n"
@@ -50,7 +50,7 @@ class Flood:
         return rng.choice((length.join((head, part)), chunked.join((head, part)), whole + head))
 
     async def more(self, count: int = COUNT) -> None:
-        """Open some more, each from one of several addresses."""
+        """Open more connections, each from one of several addresses."""
         host, port = self.target.openai.rsplit(":", 1)
         for _ in range(count):
             local = f"127.0.0.{self.target.rng.randrange(2, 12)}"
@@ -62,7 +62,7 @@ class Flood:
                 self.open.append(writer)
 
     async def drip(self) -> None:
-        """A byte on each of them: that is no progress."""
+        """Send a byte on each connection, which the server must not count as progress."""
         for writer in self.open:
             if not writer.is_closing():
                 writer.write(b" ")
@@ -74,7 +74,7 @@ class Flood:
 
 
 class Client:
-    """One that sends whole requests."""
+    """A client that sends complete requests."""
 
     def __init__(self, target: Target, key: str = "") -> None:
         self._host, port = target.openai.rsplit(":", 1)
@@ -88,7 +88,7 @@ class Client:
         self._writer: asyncio.StreamWriter | None = None
 
     async def ask(self) -> str:
-        """Ask on the open connection, or on a new one if there is none; what was wrong."""
+        """Send a request on the open or a new connection; return what was wrong, or ""."""
         try:
             async with asyncio.timeout(60):
                 if self._writer is None or self._reader is None:
@@ -110,11 +110,11 @@ class Client:
 
 
 async def attack(target: Target, key: str = "", flooding: str = "") -> list[str]:
-    """A kept connection and new ones must be served throughout.
+    """Flood the server: an open connection and new ones must be served throughout.
 
     Args:
-        key: of the callers who must be served.
-        flooding: of the attacker's half requests.
+        key: key of the callers who must be served.
+        flooding: key of the attacker's half-sent requests.
     """
     loop, wrong = asyncio.get_running_loop(), []
     until = loop.time() + target.seconds

@@ -1,5 +1,5 @@
-"""Hundreds of thousands of numbers where a request may have any JSON: as a schema, as variables
-of a chat template, as a tool, as the input of a call, or as token ids."""
+"""Hundreds of thousands of numbers in fields that accept any JSON: a schema, variables of a
+chat template, a tool, the input of a call, or token ids."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BUG = Bug(
 
 AT_ONCE = 4
 SIZE = (4 << 20) - 1000
-"""Bytes of the numbers, at most."""
+"""Maximum bytes of the numbers."""
 
 
 def _numbers(rng: random.Random) -> list[int]:
@@ -73,8 +73,8 @@ def _body(rng: random.Random, model: str) -> tuple[str, dict[str, Any]]:
 
 
 async def attack(target: Target) -> list[str]:
-    """Each must be refused, and what is JSON before it has been written: the error then says
-    that it has more than are allowed, and not how many it has."""
+    """Each request must be refused, and a JSON field before the server writes it as text: the
+    error then says that it has more values than allowed, but not how many."""
     wrong: list[str] = []
 
     async def one(path: str, given: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Log-probabilities of whole prompts in every choice: of 3,000 tokens an answer had 69 MB, and
+"""Log-probabilities of whole prompts in every choice. For 3,000 tokens an answer had 69 MB, and
 `/livez` waited for 8 s while it was written."""
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ AT_ONCE = 4
 
 
 def _within(rng: random.Random, model: str) -> tuple[str, dict[str, Any]]:
-    """A request that must be answered, of any shape."""
+    """Make a request of any shape that must be answered."""
     prompt = [rng.randrange(100, 20_000) for _ in range(rng.randrange(2, 60))]
     given: dict[str, Any] = {
         "model": model,
@@ -43,7 +43,7 @@ def _within(rng: random.Random, model: str) -> tuple[str, dict[str, Any]]:
 
 
 def _beyond(rng: random.Random, model: str) -> tuple[str, dict[str, Any]]:
-    """A request that must be refused before any work."""
+    """Make a request that must be refused before any work."""
     n = rng.randrange(8, 17)
     if rng.random() < 0.5:
         given = {"prompt": "Hi", "logprobs": 20, "max_tokens": rng.randrange(7000, 8000)}

@@ -1,4 +1,4 @@
-"""Half-sent HTTP bodies beside callers with keys: of strangers, and of another tenant."""
+"""Half-sent HTTP bodies from strangers and from another tenant, beside callers with keys."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ BUG = Bug(
 
 
 async def attack(target: Target) -> list[str]:
-    """Both must leave a caller with a key its connection, and let new ones in."""
+    """In both attacks, a caller with a key keeps its connection, and new ones are accepted."""
     mine, wrong = target.keys["inference-a"], []
-    # Each time both: strangers alone would not show a tenant that takes the places of others.
+    # Always run both: strangers alone do not show a tenant that takes the places of others.
     for flooding in target.rng.sample(("", target.keys["inference-b"]), 2):
         part = replace(target, seconds=target.seconds / 2)
         wrong += await http_half_bodies.attack(part, mine, flooding)

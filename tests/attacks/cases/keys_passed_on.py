@@ -1,4 +1,4 @@
-"""A follower that knows callers in another way passes their changes on to its registry."""
+"""A follower passes changes on to its registry, but identifies callers differently."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ BUG = Bug(
 
 
 async def attack(target: Target) -> list[str]:
-    """The registry tells followers that it asks who calls, and refuses what is passed on for
-    another tenant than its caller's: the adapter that the follower hides stays."""
+    """The registry tells followers that it identifies callers, and refuses changes passed on
+    for a tenant other than the caller's: the adapter that the follower tries to hide stays."""
     wrong: list[str] = []
     until = time.monotonic() + target.seconds
     async with grpc.aio.insecure_channel(target.grpc) as channel:

@@ -1,4 +1,5 @@
-"""Calls with two values of what says who calls: a proxy may have checked the other one."""
+"""Calls with two values of a header that identifies the caller: a proxy may have checked only
+the other one."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ _USERS: Final = (
 
 
 async def attack(target: Target) -> list[str]:
-    """Both doors must refuse each with 400 and INVALID_ARGUMENT."""
+    """The HTTP API must refuse each with 400, and the gRPC API with INVALID_ARGUMENT."""
     loop, wrong = asyncio.get_running_loop(), []
     until, rng = loop.time() + target.seconds, target.rng
 

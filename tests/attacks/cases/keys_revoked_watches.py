@@ -1,4 +1,4 @@
-"""Watches, follows and uploads go on with a key that is revoked, demoted or moved meanwhile."""
+"""Watches, follows and uploads whose key is revoked, demoted or moved while they run."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ BUG = Bug(
     "if False",
 )
 LIMIT_S = 10.0
-"""Until a call has ended."""
+"""Seconds within which a call must end."""
 
 
 async def attack(target: Target) -> list[str]:
-    """Each ends with UNAUTHENTICATED within seconds, and those of other keys go on."""
+    """Each must end with UNAUTHENTICATED within seconds; calls with other keys continue."""
     wrong: list[str] = []
     until = time.monotonic() + target.seconds
     async with grpc.aio.insecure_channel(target.grpc) as channel:
@@ -62,7 +62,7 @@ async def attack(target: Target) -> list[str]:
                     start = replication_pb2.FollowStart(follower=f"leaver-{number}")
                     await call.write(replication_pb2.FollowRequest(start=start))
                     await call.read()
-                elif "upload" not in calls.values():  # a tenant has few places for these
+                elif "upload" not in calls.values():  # a tenant may have only few uploads
                     call = adapters.UploadAdapter(_begun(), metadata=leaver)
                 else:
                     continue
@@ -77,7 +77,7 @@ async def attack(target: Target) -> list[str]:
 
 
 async def _begun() -> AsyncIterator[Any]:
-    """An upload whose files never come."""
+    """Begin an upload whose files never come."""
     spec = adapters_pb2.UploadSpec(name="leaver")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         spec.files.add(name=name, size=1000, sha256="0" * 64)
@@ -86,7 +86,7 @@ async def _begun() -> AsyncIterator[Any]:
 
 
 async def _end(call: Any, kind: str) -> str:
-    """What is wrong with how a call ends."""
+    """Wait for the end of a call; return what is wrong with it, or ""."""
     began = time.monotonic()
     try:
         async with asyncio.timeout(LIMIT_S):

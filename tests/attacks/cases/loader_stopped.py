@@ -1,4 +1,4 @@
-"""A loader process that hangs: requests that wait for it must not wait for ever."""
+"""A loader process that hangs: requests that wait for it must not wait forever."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _LIMIT_S: Final = 90
 
 
 async def attack(target: Target) -> list[str]:
-    """A cold request is still answered, or told to retry; one to the base is answered at
-    once."""
+    """A request for a cold adapter is still answered, or told to retry; a request to the base
+    is answered at once."""
     port = int(target.grpc.rsplit(":", 1)[1])
     loaders = _loaders_of(port)
     if not loaders:
@@ -53,7 +53,7 @@ async def attack(target: Target) -> list[str]:
 
 
 async def _ask(stub: Any, request: inference_pb2.GenerateRequest) -> grpc.StatusCode | None:
-    """The error's status code; None if the request was answered."""
+    """Send a request; return the error's status code, or None if it was answered."""
     try:
         await stub.Generate(request, timeout=_LIMIT_S)
     except grpc.aio.AioRpcError as error:
@@ -62,7 +62,7 @@ async def _ask(stub: Any, request: inference_pb2.GenerateRequest) -> grpc.Status
 
 
 def _loaders_of(port: int) -> list[int]:
-    """Loader processes of the server that listens on ``port``."""
+    """Return the loader processes of the server that listens on ``port``."""
     for process in psutil.process_iter():
         try:
             listens = any(

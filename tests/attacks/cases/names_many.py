@@ -18,7 +18,7 @@ PAGE_GROWTH = 16 << 10
 
 
 async def attack(target: Target) -> list[str]:
-    """Each is refused, and the metrics page does not change."""
+    """Each call is refused, and the metrics page does not grow."""
     wrong: list[str] = []
     at = 0
     async with (

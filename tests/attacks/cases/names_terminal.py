@@ -1,4 +1,4 @@
-"""A shared adapter whose manifest has escape sequences, looked at on a terminal by others."""
+"""A shared adapter whose manifest has escape sequences, shown on another tenant's terminal."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _HIDDEN: Final = 576
 
 
 async def attack(target: Target) -> list[str]:
-    """Neither an answer nor what the client writes to a terminal has a control character."""
+    """Neither the server's answer nor the client's output has a control character."""
     wrong: list[str] = []
     ends = asyncio.get_running_loop().time() + target.seconds
     async with grpc.aio.insecure_channel(target.grpc) as channel:
@@ -85,7 +85,7 @@ def _text(target: Target) -> str:
 
 
 async def _shown(target: Target, name: str) -> str:
-    """What `veneer adapter show NAME --full` writes to a terminal, as the other tenant."""
+    """Return the terminal output of `veneer adapter show NAME --full` for the other tenant."""
     ours, theirs = pty.openpty()
     tty.setraw(theirs)
     arguments = ("-m", "veneer_client.cli.main", "adapter", "show", name, "--full")

@@ -1,4 +1,4 @@
-"""Folders to load an adapter from that no file system opens, each in its own way."""
+"""Adapter folders that cannot be opened, each for a different reason."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _CODES: Final = ("invalid_field", "adapter_invalid")
 
 
 async def attack(target: Target) -> list[str]:
-    """Each is the caller's error, and says which field is wrong."""
+    """Each answer blames the caller, and says which field is wrong."""
     wrong: list[str] = []
     kinds = _kinds(target)
     ends = asyncio.get_running_loop().time() + target.seconds
@@ -49,7 +49,7 @@ async def attack(target: Target) -> list[str]:
 
 
 def _kinds(target: Target) -> Mapping[str, Callable[[], str]]:
-    """Makes a path of each kind, below the root."""
+    """Return, by kind, functions that make a path below the root."""
     work, rng = target.work.resolve(), target.rng
     (work / "loop").symlink_to("pool")
     (work / "pool").symlink_to("loop")

@@ -1,5 +1,5 @@
-"""Completions of many prompts with many samples, which had all places of the queue until their
-end."""
+"""Completions of many prompts with many samples, which took all places of the queue until they
+ended."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ BUG = Bug(
 )
 
 PLACES = 32
-"""As the flags have it."""
+"""Places that the flags allow."""
 
 
 async def attack(target: Target) -> list[str]:
-    """One tenant's are all answered in full, and another's request is never refused."""
+    """One tenant's completions are all answered in full, and another tenant's requests are
+    never refused."""
     wrong: list[str] = []
     ends = time.monotonic() + target.seconds
     url = f"http://{target.openai}/v1/completions"
@@ -52,7 +53,7 @@ async def attack(target: Target) -> list[str]:
                 asking.set()
                 new = target.rng.randint(4, 10)
                 status, said = await post("inference-a", prompt=prompts, n=n, max_tokens=new)
-                if status == 429:  # another of its own is there: with a share, it may wait
+                if status == 429:  # another of its own runs; it may wait for its share
                     await asyncio.sleep(0.1)
                     continue
                 indexes = [choice["index"] for choice in said.get("choices", ())]

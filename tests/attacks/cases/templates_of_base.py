@@ -1,5 +1,5 @@
-"""Chats with a base whose own template takes quadratic time: one of 4,096 system messages ran
-for 48 s in a thread of the front, which nothing could end."""
+"""Chats with a base whose own template takes quadratic time. A chat of 4,096 system messages
+ran for 48 s in a thread of the front, which nothing could end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.places import cache_dir
 
 
 def _base() -> str:
-    """Folder of the bundled base with the template."""
+    """Make a folder of the bundled base with the slow template; return its path."""
     name = hashlib.sha256(ACCUMULATING.encode()).hexdigest()[:16]
     folder = cache_dir() / "attacks" / name / "smollm2-135m"
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ DOORS = (
 
 
 async def attack(target: Target) -> list[str]:
-    """Each is refused after its limit, over each door; other chats are answered meanwhile."""
+    """Each is refused after its time limit, over each API; meanwhile others are answered."""
     wrong: list[str] = []
     async with contextlib.AsyncExitStack() as stack:
         bad, mate, other = [
@@ -82,7 +82,7 @@ async def attack(target: Target) -> list[str]:
         loop = asyncio.get_running_loop()
         until = loop.time() + target.seconds
         await asyncio.gather(over_grpc(), good())
-        # Rendering them takes long at low priority: they are left when the time is over.
+        # Rendering takes long at low priority, so do not wait for these at the end.
         door = target.rng.choice(DOORS)
         beside = [asyncio.create_task(over_http(*door)), asyncio.create_task(over_grpc())]
         while True:
@@ -96,7 +96,7 @@ async def attack(target: Target) -> list[str]:
 
 
 def post(body: bytes, path: str, headers: dict[str, str]) -> bytes:
-    """A request that closes its connection."""
+    """Build a request that closes its connection."""
     named = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     return (
         f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{named}"

@@ -1,5 +1,5 @@
-"""Chats that make a template look bad: one of 4,096 system messages switched DeepSeek V3's
-public template off for everybody, and for ever."""
+"""Chats that make a template look too slow: a chat of 4,096 system messages switched DeepSeek
+V3's public template off for everybody, forever."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.attacks.case import Bug, Target
 TITLE = "chats that a public template renders in quadratic time, and others' chats with it"
 KEYS = True
 LOADS = 60 << 20
-"""The two processes that render adapters' templates start with it."""
+"""Bytes: the two processes that render adapters' templates start during the attack."""
 BUG = Bug("veneer_server.queues.fairness", "return self[:3]", 'return ("", "", "")')
 
 NAME = "deepseek-like"
@@ -20,8 +20,8 @@ REFUSED = ("TEMPLATE_FAILED", "QUEUE_FULL", "RATE_LIMIT_EXCEEDED")
 
 
 async def attack(target: Target) -> list[str]:
-    """Others' chats with the template must be answered after slow ones and beside them, also
-    large ones, and so must the attacker's own small ones, also after a new push."""
+    """Other callers' chats with the template, even large ones, must be answered after slow
+    chats and beside them. So must the attacker's own small chats, even after a new push."""
     wrong: list[str] = []
     async with contextlib.AsyncExitStack() as stack:
         bad, mate, other = [
@@ -38,7 +38,7 @@ async def attack(target: Target) -> list[str]:
 
         async def good() -> None:
             small = chat(["Hi there"] * target.rng.randint(1, 20))
-            # As large as a slow one, but no system messages: only the context is too short.
+            # As large as a slow chat, but no system messages: too long only for the context.
             large = chat(["x" * 900] * 4096)
             for who, caller in (("its own", bad), ("its tenant's", mate), ("another", other)):
                 if (said := await caller.says(NAME, small)) != "OK":
@@ -50,7 +50,7 @@ async def attack(target: Target) -> list[str]:
         until = loop.time() + target.seconds
         await slow()
         await good()
-        # Rendering them takes long at low priority: they are left when the time is over.
+        # Rendering takes long at low priority, so do not wait for these at the end.
         beside = [asyncio.create_task(slow()) for _ in range(2)]
         while True:
             await good()

@@ -1,8 +1,8 @@
 """Chats with slow templates: sixteen can delay another adapter's chat by 3 s.
 
 Sixteen adapters have different templates, which take 0.05 to 0.4 s each, and each is called
-over a separate connection, so neither turns by template nor turns by caller alone bound the
-wait of a chat.
+over a separate connection. So neither turns by template nor turns by caller alone bound a
+chat's wait.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ _PATIENCE_S: Final = 30
 _ALONE: Final = 10
 """Number of quick chats without slow ones; the first one has a new template."""
 _LATER_S: Final = 0.5
-"""Most that a quick chat may wait longer than without slow ones. If all took turns, it would be
-3 s."""
+"""Seconds that a quick chat may wait longer than without slow chats. If all took turns, it
+would wait for 3 s."""
 _OVERTAKEN: Final = _TEMPLATES - 2
-"""Most slow chats that may be answered meanwhile, if times are not judged. If each had its
-turn, all would be."""
+"""Maximum number of slow chats answered meanwhile, if times are not judged. If each had its own
+turn, all would be answered."""
 _ALLOWED: Final = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED)
 
 
 async def attack(target: Target) -> list[str]:
-    """Chats of an adapter with a quick template must be answered meanwhile."""
+    """Chats with an adapter whose template is quick must be answered meanwhile."""
     wrong: list[str] = []
     slow = [f"slow-chat-{n}" for n in range(_TEMPLATES)]
     async with AsyncExitStack() as stack:
@@ -62,7 +62,8 @@ async def attack(target: Target) -> list[str]:
         answered = 0
 
         async def quick() -> tuple[float, int]:
-            """Seconds of a quick chat, and the number of slow ones answered meanwhile."""
+            """Return the seconds of a quick chat, and the number of slow chats answered
+            meanwhile."""
             began, before = loop.time(), answered
             if (code := await _chat(stubs[0], "quick-chat", _PATIENCE_S)) is not None:
                 wrong.append(f"a quick chat: {code.name}")
@@ -84,7 +85,7 @@ async def attack(target: Target) -> list[str]:
             for stub, name in zip(stubs[1:], slow, strict=True)
             for _ in range(4 if target.full else 1)
         ]
-        # The first chat waits once for the check of each new template: not judged.
+        # The first chat also waits for the check of each new template, so it is not judged.
         chatted = []
         while loop.time() < until:
             chatted.append(await quick())
@@ -115,7 +116,7 @@ async def _chat(stub: Any, adapter: str, limit_s: float) -> grpc.StatusCode | No
 
 
 def _upload(folder: Path, name: str, template: str) -> list[pb.UploadAdapterRequest]:
-    """Upload messages of a small adapter for the bundled base, with a template."""
+    """Return the upload messages of a small adapter for the bundled base, with a template."""
     stem = "base_model.model.model.layers.0.self_attn.q_proj"
     generator = np.random.default_rng(len(name))
     write_adapter(

@@ -30,7 +30,7 @@ _ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 
 async def attack(target: Target) -> list[str]:
-    """The other tenant's calls get NOT_FOUND, which names TENANT/name, and that works."""
+    """The other tenant's calls get NOT_FOUND with the name TENANT/name, which works."""
     wrong: list[str] = []
     until = time.monotonic() + target.seconds
     files = read_files(_ADAPTER)

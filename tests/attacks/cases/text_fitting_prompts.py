@@ -1,5 +1,5 @@
-"""Prompts of the most bytes that could fit, but do not: they are tokenized in a separate lane,
-and small prompts beside them are answered."""
+"""Prompts with as many bytes as could fit the context, but too many tokens. They are tokenized
+in a separate lane, and small prompts beside them are answered."""
 
 from __future__ import annotations
 

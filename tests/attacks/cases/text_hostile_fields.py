@@ -20,7 +20,7 @@ LEFT_OUT = ("UpdateBudgets", "SelfTest")
 
 
 def _least(method: MethodDescriptor) -> bytes:
-    """A minimal request with a short answer; otherwise one could fill the context."""
+    """Return a minimal request for a short answer; a longer one could fill the context."""
     if method.input_type.name != "GenerateRequest":
         return b""
     few = inference_pb2.StoppingOptions(max_tokens=2)

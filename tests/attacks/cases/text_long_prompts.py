@@ -32,7 +32,7 @@ def _texts() -> list[str]:
 
 
 async def attack(target: Target) -> list[str]:
-    """Each exceeds the context and must be refused for that."""
+    """Each prompt exceeds the context and must be refused for that reason."""
     wrong: list[str] = []
     texts = _texts()
     requests = [
@@ -64,7 +64,7 @@ async def attack(target: Target) -> list[str]:
 
 
 def post(body: bytes, path: str = "/v1/completions") -> bytes:
-    """A request that closes its connection."""
+    """Build a request that closes its connection."""
     return (
         f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"

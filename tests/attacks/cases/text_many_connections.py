@@ -1,5 +1,5 @@
-"""Long texts to tokenize, from a hundred connections of one key: they were tokenized one after
-the other, and another tenant's waited for all of them."""
+"""Long texts to tokenize, from a hundred connections with one key: they were tokenized one
+after the other, and another tenant's text waited for all of them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ BUG = Bug(
 
 _CONNECTIONS: Final = 100
 _OVERTAKEN: Final = 85
-"""Most of them that may be tokenized while another tenant's text waits; without turns all are.
+"""Maximum number of them tokenized while another tenant's text waits; without turns, all are.
 The attacker has the lowest priority, so a while passes before that text is sent."""
 
 
 async def attack(target: Target) -> list[str]:
-    """Another tenant's long text is tokenized after a few of them."""
+    """Another tenant's long text is tokenized after only a few of them."""
     wrong: list[str] = []
     ended = 0
 

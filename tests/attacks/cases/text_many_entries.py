@@ -61,7 +61,7 @@ async def attack(target: Target) -> list[str]:
 
         async def one(name: str, path: str, data: bytes) -> None:
             said = await grpc_outcome(channel, path, [data])
-            slow = said == "RESOURCE_EXHAUSTED QUEUE_FULL"  # to send it, while others waited
+            slow = said == "RESOURCE_EXHAUSTED QUEUE_FULL"  # sent slowly, others waited
             if not slow and (said.partition(" ")[0] != "INVALID_ARGUMENT" or " " not in said):
                 wrong.append(f"{name}: {said}")
 

@@ -22,7 +22,7 @@ _CONFIG: Final = b"{}"
 
 
 async def attack(target: Target) -> list[str]:
-    """Afterwards at most four of them can be resumed."""
+    """Break off uploads; afterwards at most four of them can be resumed."""
     count, chunks = (40, 20) if target.full else (10, 2)
     async with grpc.aio.insecure_channel(target.grpc) as channel:
         stub: Any = adapters_pb2_grpc.AdapterServiceStub(channel)

@@ -1,4 +1,4 @@
-"""Uploads that send no data, eight of which could block all others for ever."""
+"""Uploads that send no data; eight of them could block all other uploads forever."""
 
 from __future__ import annotations
 

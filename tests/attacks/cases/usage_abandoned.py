@@ -1,4 +1,4 @@
-"""Long prompts whose caller leaves before the first token, which were computed for nothing."""
+"""Long prompts whose caller leaves before the first token; their work was not counted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BUG = Bug(
 
 
 async def attack(target: Target) -> list[str]:
-    """What was computed is in the tenant's usage, and no more than was asked for."""
+    """The tenant's usage counts what was computed, and no more than was requested."""
     callers = [
         Server(None, target.grpc, target.metrics, key=target.keys[key])  # type: ignore[arg-type]
         for key in ("inference-a", "team-a")
@@ -44,7 +44,7 @@ async def attack(target: Target) -> list[str]:
                     stopping=inference_pb2.StoppingOptions(max_tokens=1),
                 )
             )
-            # Long enough for a chunk of 128 tokens, not for a dozen.
+            # Long enough for one chunk of 128 tokens, but not for a dozen chunks.
             done, _ = await asyncio.wait({_ended(call)}, timeout=1 + target.rng.random())
             answered |= bool(done)
             call.cancel()

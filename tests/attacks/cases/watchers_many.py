@@ -1,4 +1,4 @@
-"""As many watchers as possible, during changes: each event could stall the loop for 2 s."""
+"""As many watchers as possible during changes: each event could stall the loop for 2 s."""
 
 from __future__ import annotations
 

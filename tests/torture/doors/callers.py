@@ -1,4 +1,4 @@
-"""The same request through every door, whole and streamed; answers in one form."""
+"""Send the same request over gRPC and HTTP, whole and streamed; return answers in one form."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Case:
     """A request. ``prompts`` are texts or token ids; a chat has ``messages`` instead.
 
     Attributes:
-        logprobs: None for none, else the number of most likely tokens.
+        logprobs: number of most likely tokens; None: no log-probabilities.
     """
 
     number: int
@@ -50,13 +50,13 @@ class Case:
 
 
 Score = tuple[str, float | None, dict[str, float]]
-"""A token's label, its log-probability in float32, and those of the most likely tokens. A
-completion's over HTTP have the token's own too."""
+"""A token's label, its log-probability in float32, and the log-probabilities of the most likely
+tokens. For a completion over HTTP these include the token itself."""
 
 
 @dataclass(slots=True)
 class Found:
-    """One choice of an answer. The prompt's scores come first."""
+    """One choice of an answer. Scores of the prompt come first."""
 
     text: str = ""
     finish: str = ""
@@ -66,40 +66,43 @@ class Found:
 
 @dataclass(slots=True)
 class Answer:
-    """Choices by index (sample of a prompt), and the tokens of prompt, completion, cache."""
+    """Choices by index (sample of a prompt), and the numbers of prompt, completion and cached
+    tokens."""
 
     choices: dict[int, Found]
     usage: tuple[int, int, int]
 
 
 def narrow(number: float | None) -> float | None:
-    """As gRPC's floats have it."""
+    """Round to float32, as in gRPC's messages."""
     return None if number is None else float(np.float32(number))
 
 
 class WrongShape(Exception):
-    """An answer that is not of the form that its door promises."""
+    """An answer that does not have the form that its API promises."""
 
 
 def check(holds: object, problem: str) -> None:
-    """Raises WrongShape."""
+    """Raise `WrongShape` unless the condition holds."""
     if not holds:
         raise WrongShape(problem)
 
 
 class Callers:
-    """Calls both doors of one server."""
+    """Calls the gRPC API and the HTTP API of one server."""
 
     def __init__(self, inference: Any, http: aiohttp.ClientSession) -> None:
-        """Args:
-        inference: a stub.
-        http: whose base URL is the gateway's.
+        """Create callers.
+
+        Args:
+            inference: a gRPC stub.
+            http: a session with the gateway's base URL.
         """
         self._inference = inference
         self._http = http
 
     async def all(self, case: Case) -> dict[str, Answer]:
-        """By form."""
+        """Send a request in each form; return the answers by form."""
         calls: tuple[Callable[[Case], Any], ...] = (
             self._grpc_whole,
             self._grpc_stream,
@@ -207,7 +210,7 @@ class Callers:
 
 
 def grpc_requests(case: Case) -> list[inference_pb2.GenerateRequest]:
-    """One for each prompt, as a request has one."""
+    """Build one gRPC request for each prompt, since a request has only one."""
     inputs: list[dict[str, Any]] = [
         {"prompt": prompt}
         if isinstance(prompt, str)
@@ -245,7 +248,7 @@ def grpc_requests(case: Case) -> list[inference_pb2.GenerateRequest]:
 
 
 def http_body(case: Case) -> dict[str, Any]:
-    """Fields at their defaults are left out in every second case."""
+    """Build the HTTP body. In every second case, fields at their defaults are left out."""
     body: dict[str, Any] = {
         "model": case.adapter or BASE,
         "max_tokens": case.max_tokens,

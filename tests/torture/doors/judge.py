@@ -1,4 +1,4 @@
-"""Random requests through both doors, each answer compared with what it must be."""
+"""Send random requests over gRPC and HTTP, and compare each answer with the expected one."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ MOST_FAILURES: Final = 20
 
 @dataclass(slots=True)
 class Report:
-    """What a run saw.
+    """Counts of a run.
 
     Attributes:
-        cut: choices that end within a character; ``stopped``: at a stop string.
+        cut: number of choices that end within a character; ``stopped``: at a stop string.
     """
 
     cases: int = 0
@@ -59,7 +59,7 @@ class Report:
 
 
 def cases(rng: random.Random, count: int, script: Script) -> Iterator[Case]:
-    """Random requests that may be sent. Seeds are all different."""
+    """Yield random valid requests, all with different seeds."""
     for number, seed in enumerate(rng.sample(range(1 << 48), count)):
         chat = rng.random() < 0.4
         prompts: list[str | tuple[int, ...]] = []
@@ -96,7 +96,7 @@ def _text(rng: random.Random) -> str:
 
 
 def _ids(rng: random.Random, script: Script) -> tuple[int, ...]:
-    """A prompt that may end, and begin, within a character."""
+    """Make a prompt that may begin and end within a character."""
     found = [token for _ in range(rng.randint(1, 4)) for token in script.piece(rng)]
     return tuple(found[rng.randrange(len(found)) :])
 
@@ -161,7 +161,8 @@ class _Judge:
                         yield f"{form}, choice {at}: offsets {found.offsets}, not {places}"
 
     def _made(self, case: Case) -> list[Asked] | str:
-        """What the engine made, by choice; a problem if the doors asked it differently."""
+        """Return the engine's output by choice, or a problem if the APIs sent it different
+        requests."""
         made: list[Asked] = []
         samples = []
         for index in range(case.n):
@@ -212,7 +213,7 @@ class _Judge:
         given = list(zip(made.tokens, made.logprobs, made.tops, strict=True))[:count]
         scores: list[Score] = []
         if case.echo:
-            if form.startswith("HTTP"):  # which has the first token too
+            if form.startswith("HTTP"):  # which includes the first token
                 scores.append((label(made.prompt[0]), None, {}))
             parts = made.prompt[1:], made.prompt_logprobs, made.prompt_tops
             given = [*zip(*parts, strict=True), *given]
@@ -225,7 +226,7 @@ class _Judge:
 
 
 def _apart(found: Sequence[Score], wanted: Sequence[Score]) -> str:
-    """Where two lists of scores differ first."""
+    """Describe the first difference between two lists of scores."""
     for at, (one, other) in enumerate(zip(found, wanted, strict=False)):
         if one != other:
             return f"score {at} is {one}, not {other}"
@@ -236,7 +237,7 @@ def _apart(found: Sequence[Score], wanted: Sequence[Score]) -> str:
 
 
 class Doors:
-    """Sends random requests through each door of a running front, whole and streamed."""
+    """Sends random requests over each API of a running front, whole and streamed."""
 
     def __init__(self, front: Front, http: aiohttp.ClientSession, script: Script) -> None:
         self._callers = Callers(front.inference, http)
@@ -244,7 +245,7 @@ class Doors:
         self._judge = _Judge(script, cast(ScriptedEngine, front.engine))
 
     async def ask(self, rng: random.Random, count: int, *, until_one: bool = False) -> Report:
-        """Send ``count`` requests. Args: until_one: stop at the first failure."""
+        """Send ``count`` requests; if ``until_one``, stop at the first failure."""
         report = Report()
         todo = cases(rng, count, self._script)
         workers = (self._work(todo, report, until_one) for _ in range(AT_ONCE))
@@ -267,7 +268,7 @@ class Doors:
 
 @asynccontextmanager
 async def open_doors(base: Path, folder: Path, rng: random.Random) -> AsyncIterator[Doors]:
-    """A front with adapters over the scripted engine. Args: folder: exists."""
+    """Run a front with adapters over the scripted engine, in ``folder``, which exists."""
     ScriptedEngine.script_of = script = Script(base)
     ScriptedEngine.splits = random.Random(rng.random())
     flags = {"openai_listen": "127.0.0.1:0", "max_queue": "1000"}

@@ -1,8 +1,8 @@
-"""A FAKE engine whose tokens are made to be hard to turn into text, and what the text must be.
+"""A FAKE engine whose tokens are hard to turn into text, and the expected text.
 
-Tokens are a function of weights, prompt and seed (greedy: not of the seed): whole characters,
-characters cut at every token, bytes that never become one, special tokens. How they are split
-over outputs differs from call to call, as on a busy server.
+Tokens are a function of weights, prompt and seed (greedy: without the seed). They are whole
+characters, characters cut at every token, bytes that never become a character, and special
+tokens. How they are split into outputs differs from call to call, as on a busy server.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ CONTEXT: Final = 1024
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What the engine was asked, and what it made of it.
+    """A request to the engine, and its output.
 
     Attributes:
-        tokens: up to the one that ends the sequence.
+        tokens: tokens up to the one that ends the sequence.
         logprobs, tops: one entry for each of ``tokens``.
         prompt_logprobs: one for each prompt token after the first.
-        fields: those of the request that do not depend on the door.
+        fields: fields of the request that do not depend on the API.
     """
 
     prompt: tuple[int, ...]
@@ -67,7 +67,7 @@ class Asked:
 
 
 class Script:
-    """Makes the tokens."""
+    """Makes the engine's tokens."""
 
     def __init__(self, base: Path) -> None:
         self.tokenizer = TextTokenizer.from_folder(base)
@@ -83,11 +83,11 @@ class Script:
         )
 
     def cut(self, text: str) -> list[int]:
-        """A token for each byte (where the vocabulary has one)."""
+        """Return a token for each byte (if the vocabulary has one)."""
         return [self._bytes[byte] for byte in text.encode() if byte in self._bytes]
 
     def piece(self, rng: random.Random) -> list[int]:
-        """Some tokens that belong together, or should."""
+        """Return some tokens that belong together, or should."""
         emoji = rng.choice(EMOJI)
         match rng.randrange(20):
             case 0 | 1 | 2 | 3 | 4 | 5:
@@ -107,7 +107,7 @@ class Script:
                 return self._usual[rng.choice(WORDS)]
 
     def ask(self, request: SequenceRequest) -> Asked:
-        """What the engine makes of a request."""
+        """Return the engine's output for a request."""
         weights = request.adapter.digest if request.adapter is not None else ""
         # Greedy answers do not depend on the seed.
         seed = request.sampling.seed if request.sampling.temperature else 0
@@ -167,7 +167,7 @@ class ScriptedEngine(FakeEngine):
     """FAKE, like `FakeEngine`, with the tokens of `script`.
 
     Attributes:
-        asked: by seed, everything that was asked with it.
+        asked: seed -> all requests with that seed.
     """
 
     script_of: Script
@@ -186,7 +186,7 @@ class ScriptedEngine(FakeEngine):
     def _outputs(self, request: SequenceRequest) -> list[SequenceOutput]:
         made = self.script_of.ask(request)
         self.asked[request.sampling.seed].append(made)
-        self.submitted.clear()  # thousands are not kept
+        self.submitted.clear()  # do not keep thousands of them
         outputs: list[SequenceOutput] = []
         at = 0
         while at < len(made.tokens):
@@ -219,7 +219,7 @@ class ScriptedEngine(FakeEngine):
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What a caller must get of a sequence. ``count``: tokens, of those that were made."""
+    """The answer that a caller must get. ``count``: how many of the made tokens it has."""
 
     text: str
     count: int
@@ -229,7 +229,8 @@ class Expected:
 def expected(
     made: Asked, tokenizer: TextTokenizer, stops: Sequence[str], stop_ids: Collection[int]
 ) -> Expected:
-    """By the plainest way there is: after each token, look for a stop in all the text."""
+    """Compute the answer in the simplest way: after each token, look for a stop in all the
+    text."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     hides_last = made.ended == "stop" and made.tokens[-1] in stop_ids
     text = ""
@@ -244,11 +245,11 @@ def expected(
 
 
 def offsets(tokens: Sequence[int], tokenizer: TextTokenizer, begin: int) -> list[int | None]:
-    """Where each token's first byte is in the text, in characters; None for a token without
-    text, which is anywhere.
+    """Return where each token's first byte is in the text, in characters; None for a token
+    without text, which may be anywhere.
 
     Args:
-        begin: characters before the first token.
+        begin: number of characters before the first token.
     """
     parts = [tokenizer.token_bytes(token) for token in tokens]
     data, at = b"".join(parts), 0
@@ -274,6 +275,6 @@ def offsets(tokens: Sequence[int], tokenizer: TextTokenizer, begin: int) -> list
 
 
 def _stopped(text: str, stops: Sequence[str]) -> int | None:
-    """Where the text ends: before the stop string that is complete first."""
+    """Return where the text ends: before the stop string that is complete first."""
     found = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
     return min(found)[1] if found else None

@@ -1,2 +1,2 @@
-"""One module per row of the scoreboard: ``row_<number>_<what>.py``. `tests.torture.row`
+"""The rows of the scoreboard, one module each: ``row_<number>_<what>.py``. `tests.torture.row`
 describes their interface; ``python -m tests.torture`` runs them."""

@@ -46,12 +46,12 @@ def torture(work: Path, count: int, seed: int, planted: str = "") -> Outcome:
 
 
 def run(scale: Scale) -> Outcome:
-    """10,000 mutants, or 500."""
+    """Push 10,000 mutants, or 500."""
     return torture(scale.work, scale.pick(500, 10_000), scale.seed)
 
 
 def controls(scale: Scale) -> Iterator[Control]:
-    """The same judge on a reader with a planted bug, without the size bombs."""
+    """Use the same judge on readers with a planted bug, without the size bombs."""
     for number, planted in enumerate(PLANTED):
         found = torture(scale.folder(str(number)), 200, scale.seed, planted)
         yield Control.of(planted, found)

@@ -21,7 +21,7 @@ INSTALL = (
 
 
 def fuzz(seconds: int, seed: int, work: Path, *flags: str) -> Outcome:
-    """Run the fuzzer in a separate process, which a finding may end."""
+    """Run the fuzzer in a separate process, since a finding may end it."""
     command = [sys.executable, "-m", "tests.torture.fuzzing", "--seconds", str(seconds)]
     command += ["--seed", str(seed), *flags, str(work)]
     ended = subprocess.run(
@@ -44,12 +44,13 @@ def fuzz(seconds: int, seed: int, work: Path, *flags: str) -> Outcome:
 
 
 def run(scale: Scale) -> Outcome:
-    """Twenty minutes, or eight seconds."""
+    """Fuzz for twenty minutes, or eight seconds."""
     return fuzz(scale.pick(8, 1200), scale.seed, scale.work)
 
 
 def controls(scale: Scale) -> Iterator[Control]:
-    """A crash behind three bytes, or behind two without coverage; ends when it is found."""
+    """Plant a crash behind three bytes, or behind two without coverage; each run ends when it
+    is found."""
     if has_atheris():
         found = fuzz(60, scale.seed, scale.folder("deep"), "--planted")
         yield Control.of("a crash behind three bytes, found by coverage", found)

@@ -1,5 +1,5 @@
-"""Row 3: kill -9 at any moment of uploads and changes; the next server has everything that was
-acknowledged."""
+"""Row 3: kill -9 at any moment of uploads and changes; the next server has all acknowledged
+changes."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ SHARING = ("legal", "mail")
 LONGEST_S = 0.6
 """Longest time that a front may work before it is killed."""
 POINTS = 400
-"""A front dies at one of its first changes of the data folder, up to this number, or earlier by
-the clock."""
+"""A front dies at one of its first ``POINTS`` changes of the data folder, or earlier by the
+clock."""
 MOMENTS = ("while starting", "at a change of the folder", "by the clock")
 
 SHOWS = {
@@ -59,7 +59,8 @@ KINDS = {
 
 
 class Front:
-    """One `tests.torture.killed_front`, imported and waiting for `go`."""
+    """A `tests.torture.killed_front` process that has imported everything and waits for
+    `go`."""
 
     def __init__(self, work: Path, planted: str) -> None:
         cache = cache_dir()
@@ -86,7 +87,7 @@ class Front:
             self.process.stdin.flush()
 
     def ready(self) -> dict[str, float] | None:
-        """Seconds until it is ready, including imports; None if it died before."""
+        """Return the seconds until it is ready, including imports; None if it died before."""
         told = self._said()
         if not told:
             return None
@@ -132,13 +133,14 @@ class Kills:
         self.moments: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
         self.lost = False
-        """Whether something is so wrong that nothing more can be judged."""
+        """Whether something is so wrong that no more can be judged."""
 
     def run(self, count: int, until: str = "") -> Outcome:
         """Kill ``count`` times; then start once more and check.
 
         Args:
-            until: a pattern; stop at the first failure that matches it, and count only that.
+            until: a pattern; stop at the first failure that matches it, and count only matching
+                failures.
         """
         front = spare = Front(self.work, self.planted)
         try:
@@ -241,7 +243,7 @@ class Kills:
 
 
 def not_whole(data: Path, client: Client) -> list[str]:
-    """Files of kept revisions that differ from what was sent."""
+    """Return files of kept revisions that differ from the files sent."""
     wrong = []
     for number in client.state.kept:
         content = client.contents[number]
@@ -256,12 +258,12 @@ def not_whole(data: Path, client: Client) -> list[str]:
 
 
 def run(scale: Scale) -> Outcome:
-    """500 kills, or 12."""
+    """Kill 500 times, or 12."""
     return Kills(scale, "kills").run(scale.pick(12, 500))
 
 
 def controls(scale: Scale) -> Iterator[Control]:
-    """The same checks on fronts that lose changes."""
+    """Use the same checks on fronts that lose changes."""
     for planted in list(PLANTED)[: scale.pick(2, None)]:
         # Kill times are random: a second or third run may be needed.
         for attempt in range(3):

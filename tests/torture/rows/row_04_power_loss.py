@@ -1,4 +1,4 @@
-"""Row 4: possible disk contents after a power cut, each opened and checked."""
+"""Row 4: open and check possible disk contents after a power cut."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class Story:
     """A history to record.
 
     Attributes:
-        seed: of the history and of the cuts.
-        steps: changes in it.
+        seed: seed of the history and of the cuts.
+        steps: number of changes in it.
         states: number of disks to judge.
         planted: a bug of `PLANTED`, or "".
         data: the data folder below the disk's root. "." is the root, which is durable; any
@@ -73,10 +73,11 @@ def record(work: Path, story: Story) -> Disk:
 
 
 def choices(disk: Disk, count: int, rng: random.Random) -> Iterator[tuple[str, Choice]]:
-    """``count`` different cuts with what each keeps; the first one keeps nothing, at the end.
+    """Yield ``count`` cuts, each with the changes that it keeps; the first one is at the end
+    and keeps nothing.
 
-    At each cut, of the changes that are not durable: none, all, only one, all but one, and
-    random halves with torn writes.
+    Of the changes that are not durable, a cut keeps none, all, only one, all but one, or a
+    random half with torn writes.
     """
     ends = [disk.events + 1]
     cuts = ends + [rng.randrange(1, disk.events + 2) for _ in range(count - 1)]
@@ -101,10 +102,10 @@ def choices(disk: Disk, count: int, rng: random.Random) -> Iterator[tuple[str, C
 
 
 def promises(disk: Disk, cut: int) -> list[Promise]:
-    """Allowed states: the last acknowledged one before ``cut``, or that of the change in
-    flight.
+    """Return the allowed states: the last one acknowledged before ``cut``, or the one after the
+    change in flight.
 
-    Empty if not even the first opening was acknowledged.
+    There is none if not even the first opening was acknowledged.
     """
     before = [(at, line) for at, line in disk.said if at < cut]
     after = [line for at, line in disk.said if at >= cut and line != "begin"]
@@ -114,7 +115,7 @@ def promises(disk: Disk, cut: int) -> list[Promise]:
 
 
 def judge(data: Path, allowed: list[Promise], adapter: Path) -> str:
-    """What is wrong with this disk, or ""."""
+    """Return what is wrong with this disk, or ""."""
     try:
         with open_registry(data) as registry:
             return _differs(registry, allowed) or _goes_on(registry, adapter)
@@ -166,7 +167,7 @@ def _misses(
 
 
 def torture(work: Path, story: Story) -> Outcome:
-    """Record a history and judge possible disks of it."""
+    """Record a history, and judge possible disks after it."""
     disk = record(work, story)
     failures, pending, states = [], 0, story.states
     rng = random.Random(story.seed)
@@ -190,7 +191,7 @@ def torture(work: Path, story: Story) -> Outcome:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Recovery warns about what it finds, which is the normal case here."""
+    """Silence recovery's warnings about its findings, which are normal here."""
     logging.disable(logging.WARNING)
     try:
         yield
@@ -199,7 +200,7 @@ def quiet() -> Iterator[None]:
 
 
 def run(scale: Scale) -> Outcome:
-    """600 disks of six histories, or 60 of two."""
+    """Judge 600 disks of six histories, or 60 of two."""
     if missing_strace():
         return Outcome("", BAR, skipped=missing_strace())
     stories = [
@@ -214,7 +215,7 @@ def run(scale: Scale) -> Outcome:
 
 
 def controls(scale: Scale) -> Iterator[Control]:
-    """The same judge on programs that omit an fsync."""
+    """Use the same judge on programs that omit an fsync."""
     for number, planted in enumerate(PLANTED):
         with quiet():
             story = Story(str(scale.seed), steps=3, states=12, planted=planted)

@@ -39,7 +39,8 @@ class Fault:
 
 
 def places(calls: Iterable[Call], data: Path) -> list[Call]:
-    """Calls that belong to a change: between ``begin`` and ``end``, on the data folder."""
+    """Return the calls that belong to a change: between ``begin`` and ``end``, on the data
+    folder."""
     found, inside = [], False
     opened: dict[str, str] = {}
     for call in calls:
@@ -53,7 +54,7 @@ def places(calls: Iterable[Call], data: Path) -> list[Call]:
 
 
 def call_path(call: Call, opened: dict[str, str]) -> str:
-    """The path that the call concerns; updates ``opened`` (descriptor -> path)."""
+    """Return the path that the call concerns; update ``opened`` (descriptor -> path)."""
     if call.name == "openat":
         path = call.path(1)
         if call.result >= 0:
@@ -66,7 +67,7 @@ def call_path(call: Call, opened: dict[str, str]) -> str:
 
 
 def faults(calls: list[Call], data: Path) -> list[Fault]:
-    """Every call with both errors, except that opening for reading has no ENOSPC."""
+    """Return every call with both errors, except that opening for reading has no ENOSPC."""
     opened: dict[str, str] = {}
     paths = {(call.name, call.number): call_path(call, opened) for call in calls}
     found = []
@@ -81,7 +82,7 @@ def faults(calls: list[Call], data: Path) -> list[Fault]:
 def break_once(
     work: Path, adapters: Path, fault: Fault, planted: str = ""
 ) -> tuple[list[str], str]:
-    """Run the program with one fault. Returns failures and the resulting error."""
+    """Run the program with one fault; return failures and the resulting error."""
     data = work / "data"
     arguments = [str(data), str(adapters), *(["--planted", planted] if planted else [])]
     log = work / "calls"
@@ -103,7 +104,7 @@ def break_once(
 
 
 def judge(data: Path, fault: Fault, events: list[dict[str, Any]]) -> list[str]:
-    """What is wrong with the program's output and with what it left."""
+    """Return what is wrong with the program's output and with the files that it left."""
     wrong = [
         f"after {event['after']}: {event.get('name', '')} {event['error']}"
         for event in events
@@ -129,7 +130,8 @@ def judge(data: Path, fault: Fault, events: list[dict[str, Any]]) -> list[str]:
 def torture_disk(
     work: Path, most: int, rng: random.Random, planted: str = "", only: str = ""
 ) -> Outcome:
-    """Inject up to ``most`` faults (``only``: calls of this name), evenly over the kinds."""
+    """Inject up to ``most`` faults, evenly over the kinds; ``only``: only in calls of this
+    name."""
     adapters = work / "adapters"
     make_contents(adapters)
     arguments = [str(work / "data"), str(adapters)]
@@ -151,7 +153,7 @@ def torture_disk(
 
 
 def pick(everything: list[Fault], most: int, rng: random.Random) -> list[Fault]:
-    """At most ``most`` faults, taken in turn from each kind of call and error."""
+    """Pick at most ``most`` faults, taken in turn from each kind of call and error."""
     kinds: dict[tuple[str, str], list[Fault]] = {}
     for fault in rng.sample(everything, len(everything)):
         kinds.setdefault((fault.call, fault.error), []).append(fault)
@@ -164,7 +166,7 @@ def pick(everything: list[Fault], most: int, rng: random.Random) -> list[Fault]:
 
 
 def run(scale: Scale) -> Outcome:
-    """Every place (quick: 20 of them), a disk that fills up, and memory that runs out."""
+    """Test faults in every place (quick: 20 places), a full disk, and memory that runs out."""
     parts = [no_memory.torture(scale), full_disk.torture(scale)]
     notes: tuple[str, ...] = ()
     if missing_strace():
@@ -181,7 +183,7 @@ def run(scale: Scale) -> Outcome:
 
 
 def controls(scale: Scale) -> Iterator[Control]:
-    """The same judges on a registry that ignores one kind of failure."""
+    """Use the same judges on a registry that ignores one kind of failure."""
     if not missing_strace():
         for planted, only in zip(PLANTED, ("fsync", "rename"), strict=True):
             found = torture_disk(scale.folder(only), 6, scale.random(), planted, only=only)

@@ -33,8 +33,8 @@ BAR = (
 
 HARMLESS = frozenset(
     {
-        # The registry's keys without effect on the result (`lora_config`) that the adapters
-        # here have, and those for which the tensors' names decide.
+        # Keys that the registry ignores (`lora_config`) and that the adapters here have, and
+        # keys whose value follows from the tensors' names.
         "lora_dropout",
         "inference_mode",
         "target_modules",
@@ -43,7 +43,7 @@ HARMLESS = frozenset(
         "base_model_name_or_path",
     }
 )
-"""Keys of the config that a flip may change undetected, since it changes nothing served."""
+"""Keys of the config that a flip may change undetected, since answers do not depend on them."""
 
 Load = Callable[[AdapterRef, Path], HostCopy]
 
@@ -67,7 +67,7 @@ def load_copy(ref: AdapterRef, folder: Path) -> HostCopy:
 
 
 def same(one: HostCopy, other: HostCopy) -> bool:
-    """Whether both have bit-identical numbers in the same places, and the same scalings."""
+    """Return whether both have bit-identical numbers in the same places and equal scalings."""
     return one.layout == other.layout and torch.equal(
         one.run.view(torch.int32), other.run.view(torch.int32)
     )
@@ -97,7 +97,7 @@ def publish_all(registry: Registry, work: Path) -> dict[str, AdapterRef]:
 
 
 def random_flip(files: dict[tuple[str, str], bytes], rng: random.Random) -> Flip:
-    """A random flip, with equal chance in the config, the header or the tensors."""
+    """Make a random flip: equally likely in the config, the header or the tensors."""
     name = rng.choice(sorted({name for name, _ in files}))
     data = files[name, WEIGHTS]
     header = 8 + int.from_bytes(data[:8], "little")
@@ -112,9 +112,9 @@ def random_flip(files: dict[tuple[str, str], bytes], rng: random.Random) -> Flip
 
 
 def uncounted(file: str, before: bytes, after: bytes) -> str:
-    """The irrelevant part that differs; "" if a relevant one does.
+    """Return the part that differs if it is irrelevant; "" if a relevant part differs.
 
-    Uses nothing of the registry: both texts are parsed and compared.
+    This uses no code of the registry: both texts are parsed and compared.
     """
     if file == WEIGHTS:
         length = int.from_bytes(before[:8], "little")
@@ -126,8 +126,8 @@ def uncounted(file: str, before: bytes, after: bytes) -> str:
             return "__metadata__ of the weights" if changed == {"__metadata__"} else ""
         if changed <= HARMLESS:
             return f"{', '.join(sorted(changed)) or 'white space'} of the config"
-        # A key may turn into another: then the old value must mean "not used", and the new
-        # key must be harmless or have such a value.
+        # A key may turn into another key. Then the old value must mean "not used", and the new
+        # key must be harmless or have such a value too.
         spelled = {key for key in changed if key not in HARMLESS}
         if all(_means_unused(key, old, new) for key in spelled):
             return "a key of the config that holds its default"
@@ -143,8 +143,8 @@ def _means_unused(key: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
 
 
 def after_loss(registry: Registry, ref: AdapterRef, neighbour: str, folder: Path) -> str:
-    """Check the quarantine: the revision is refused, its neighbour is not, and a push ends
-    it."""
+    """Check the quarantine: the revision is refused, its neighbour is not, and a push ends the
+    quarantine."""
     if registry.quarantine(ref.weights_digest, "a flipped bit") != (ref,):
         return "the registry did not know it"
     with contextlib.suppress(AdapterCorrupt):
@@ -221,12 +221,12 @@ def torture(scale: Scale, count: int, load: Load) -> Outcome:
 
 
 def run(scale: Scale) -> Outcome:
-    """1,000 flips, or 150."""
+    """Make 1,000 flips, or 150."""
     return torture(scale, scale.pick(150, 1000), load_copy)
 
 
 def controls(scale: Scale) -> Iterator[Control]:
-    """A load that trusts files of the right size."""
+    """Plant a load that trusts files of the right size."""
     sizes: dict[str, list[int]] = {}
 
     def by_size(ref: AdapterRef, folder: Path) -> HostCopy:

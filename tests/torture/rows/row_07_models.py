@@ -1,4 +1,4 @@
-"""Row 7: random histories of registry and adapter memory, against models in plain Python."""
+"""Row 7: random histories of registry and adapter memory, checked by plain Python models."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Machine = type[RegistryRules]
 
 
 def histories(machine: Machine, count: int, seed: int, phases: Sequence[Phase]) -> str:
-    """Play ``count`` histories; returns "" or the first divergence, minimal if ``phases``
+    """Play ``count`` histories; return "" or the first divergence, shrunk if ``phases``
     allows."""
     wanted = settings(
         max_examples=count,
@@ -75,7 +75,7 @@ def _where(error: BaseException) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Recovery and repair warn about what they find, which is the normal case here."""
+    """Silence warnings of recovery and repair about their findings, which are normal here."""
     logging.disable(logging.WARNING)
     try:
         yield
@@ -84,7 +84,7 @@ def quiet() -> Iterator[None]:
 
 
 def run(scale: Scale) -> Outcome:
-    """2,000 histories of each machine, or 50."""
+    """Play 2,000 histories of each machine, or 50."""
     count = scale.pick(50, 2000)
     RegistryRules.seen.clear()
     # Shrinking a divergence to the shortest history may take minutes.
@@ -147,7 +147,7 @@ PLANTED: dict[str, tuple[Machine, Plant]] = {
 
 
 def controls(scale: Scale) -> Iterator[Control]:
-    """The same machines on broken products; the first three in the quick form."""
+    """Use the same machines on broken products; the quick form has the first three."""
     for name in list(PLANTED)[: scale.pick(3, None)]:
         machine, plant = PLANTED[name]
         with plant():

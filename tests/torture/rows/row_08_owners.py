@@ -27,11 +27,11 @@ BAR = (
 SECONDS = 2
 HEAVY = ("torch", "transformers", "bitsandbytes", "grpc", "uvloop")
 LEAD = 0.05
-"""Seconds until both owners of a pair try: enough for both to have read the time."""
+"""Seconds until both owners of a pair try, so that both have read the time by then."""
 
 
 class Owner:
-    """One `tests.torture.owners`."""
+    """A `tests.torture.owners` process."""
 
     def __init__(self, data: Path, planted: str = "") -> None:
         command = [sys.executable, "-m", "tests.torture.owners", str(data)]
@@ -65,7 +65,7 @@ class Owner:
 
 
 def race(data: Path, planted: str = "") -> str:
-    """Two owners at the same moment, then a kill; returns "" or what was wrong."""
+    """Let two owners try at the same moment, then kill the winner; return what was wrong."""
     pair = [Owner(data, planted) for _ in range(2)]
     for owner in pair:
         owner.wait_ready()
@@ -95,7 +95,7 @@ def race(data: Path, planted: str = "") -> str:
 
 
 def races(work: Path, count: int, planted: str = "") -> Outcome:
-    """``count`` pairs, each on a new folder."""
+    """Race ``count`` pairs, each on a new folder."""
     results = [race(work / f"race-{number}", planted) for number in range(count)]
     failures = [f"pair {number}: {wrong}" for number, wrong in enumerate(results) if wrong]
     return Outcome(
@@ -104,7 +104,7 @@ def races(work: Path, count: int, planted: str = "") -> Outcome:
 
 
 def second_server(data: Path, pid: int, before: str = "") -> tuple[float, str]:
-    """Start a server on an owned folder; returns the seconds until it refused, and failures.
+    """Start a server on an owned folder; return the seconds until it refused, and failures.
 
     Args:
         pid: process id of the owner.
@@ -137,9 +137,9 @@ def second_server(data: Path, pid: int, before: str = "") -> tuple[float, str]:
 
 
 def second_servers(data: Path, pid: int, count: int, before: str = "") -> Outcome:
-    """``count`` servers one after another on a folder that ``pid`` owns.
+    """Start ``count`` servers, one after another, on a folder that ``pid`` owns.
 
-    One alone is judged by what it imported: how long it takes is the machine's, too.
+    A single server is judged only by its imports, since its time depends on the machine too.
     """
     results = [second_server(data, pid, before) for _ in range(count)]
     failures = [wrong for _, wrong in results if wrong]
@@ -153,7 +153,7 @@ def second_servers(data: Path, pid: int, count: int, before: str = "") -> Outcom
 
 
 async def beside_a_real_server(work: Path, count: int) -> Outcome:
-    """The owner is a real server on the bundled base."""
+    """Start second servers while the owner is a real server on the bundled base."""
     from tests.server_harness import running_server
 
     cache = cache_dir()
@@ -169,7 +169,7 @@ async def beside_a_real_server(work: Path, count: int) -> Outcome:
 
 
 def with_small_owner(work: Path, count: int, before: str = "") -> Outcome:
-    """The owner is the simplest program that owns a folder."""
+    """Start second servers while the owner is the simplest program that owns a folder."""
     owner = Owner(work / "small")
     owner.wait_ready()
     owner.go()
@@ -181,7 +181,8 @@ def with_small_owner(work: Path, count: int, before: str = "") -> Outcome:
 
 
 def run(scale: Scale) -> Outcome:
-    """50 pairs and a real server as the owner, or 10 pairs and a small owner."""
+    """Race 50 pairs and start servers beside a small and a real owner; or race 10 pairs and
+    start one beside a small owner."""
     parts = [races(scale.work, scale.pick(10, 50))]
     parts.append(with_small_owner(scale.work, scale.pick(1, 5)))
     if scale.full:
@@ -191,7 +192,7 @@ def run(scale: Scale) -> Outcome:
 
 
 def controls(scale: Scale) -> Iterator[Control]:
-    """Locks that do not exclude or do not end, and a server that imports first."""
+    """Plant locks that do not exclude or do not end, and a server that imports first."""
     for number, planted in enumerate(PLANTED):
         yield Control.of(planted, races(scale.folder(str(number)), 2, planted))
     found = with_small_owner(scale.folder("late"), 1, before="import torch")

@@ -1,10 +1,10 @@
-"""Row 9: adapters come, go and change under traffic, and no token is from a wrong one.
+"""Row 9: adapters come, go and change under traffic, and no token is from a wrong adapter.
 
-First the whole server in this process with a FAKE decoder, whose tokens are a hash of what
-was read (`tests.torture.hash_backend`), so that any mix-up is an exact mismatch. Then real
-server processes on a tiny Llama: torch in float32, with PEFT as the reference, and the native
-kernels in each supported instruction set, with an engine that computes one request at a time
-as the reference.
+First this runs the whole server in this process with a FAKE decoder, whose tokens are a hash of
+everything that it read (`tests.torture.hash_backend`), so that any mix-up is an exact mismatch.
+Then it runs real server processes on a tiny Llama: torch in float32, with PEFT as the
+reference; and the native kernels in each supported instruction set, with an engine that
+computes one request at a time as the reference.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ ROUNDS = 10
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """A server's memory: small, so that adapters and prefixes are constantly swapped."""
+    """A server's memory, so small that adapters and prefixes are constantly swapped."""
 
     device: str
     host: str
@@ -61,14 +61,14 @@ class Memory:
         }
 
 
-# Per rank, an adapter of one module takes 1,536 bytes, one of all modules 20,736.
+# Bytes per rank: 1,536 for an adapter of one module, 20,736 for one of all modules.
 ONE_MODULE = ("self_attn.q_proj",)
 HASHED = Memory(device="24KiB", host="48KiB")
 TIGHT = Memory(device="6KiB", host="24KiB")
 ROOMY = Memory(device="48KiB", host="96KiB")
 SMALL = Memory(device="256KiB", host="512KiB")
 LARGE = Memory(device="1MiB", host="2MiB")
-# The native backend stores both in bfloat16: half the bytes hold as many of them.
+# The native backend stores adapters and KV in bfloat16, so half the bytes hold as many.
 HALF = {
     SMALL: Memory(device="128KiB", host="256KiB", kv="0.25MiB"),
     LARGE: Memory(device="0.5MiB", host="1MiB", kv="0.25MiB"),
@@ -77,7 +77,7 @@ SERVED = Traffic(requests=2_000, most_tokens=16, sampled=0.3, logprobs=True)
 
 
 def run(scale: Scale) -> Outcome:
-    """Both forms, one after another."""
+    """Run the hashing decoder, then real servers in all forms."""
     base = make_tiny_llama(scale.work / "base", seed=scale.seed)
     hashed = _hashed(scale, base)
     traffic = replace(SERVED, requests=scale.pick(150, 2_000))
@@ -94,7 +94,7 @@ def run(scale: Scale) -> Outcome:
 
 
 def controls(scale: Scale) -> Iterator[Control]:
-    """Each bug with the hashing decoder; some in a real engine process too."""
+    """Plant each bug with the hashing decoder, and some in a real engine process too."""
     base = make_tiny_llama(scale.work / "base", seed=scale.seed)
     for name, planted in PLANTED.items():
         yield _control(scale, base, name, planted)
@@ -132,7 +132,8 @@ def _hashed(scale: Scale, base: Path) -> Outcome:
 async def _in_process(
     scale: Scale, base: Path, traffic: Traffic, memory: Memory, folder: Path
 ) -> tuple[Churn, Counter[str], list[str]]:
-    """The record of a run, the counts of the engine's messages, and leaks."""
+    """Run a server in this process; return its record, counts of the engine's messages, and
+    leaks."""
     async with in_process(base, folder, **memory.settings()) as server:
         record = await churn(server, traffic, scale.random(folder.name), folder / "adapters")
         leaks = await _leaks(server)
@@ -140,7 +141,7 @@ async def _in_process(
 
 
 async def _leaks(server: InProcess) -> list[str]:
-    """Leaked blocks, holds and leases, and an ended loop."""
+    """Return leaked blocks, holds and leases, and whether the loop ended."""
     if server.engine_error is not None:
         return [f"the step loop ended: {server.engine_error!r}"]
     try:
@@ -175,7 +176,8 @@ def _control(scale: Scale, base: Path, name: str, planted: Planted) -> Control:
 
 
 def _real_control(scale: Scale, base: Path, name: str, traffic: Traffic, form: Form) -> Control:
-    """In some runs nobody asks for a replaced name while its old weights are in memory."""
+    """Plant a bug in a real engine process. Repeat the run, since in some runs no request uses
+    a replaced name while its old weights are in memory."""
     planted = f"{name}, in a real engine process, {form.name}"
     for attempt in range(ROUNDS):
         folder = scale.folder(f"{name} served by {form.name} {attempt}")
@@ -217,7 +219,7 @@ async def _served(
 
 
 def _judged(record: Churn, base: Path, form: Form, cache: Path) -> tuple[tuple[str, ...], str]:
-    """Failures, and the bound that was used."""
+    """Return failures, and a description of the bound that was used."""
     if form.native:
         alone = AloneReference(base, form, cache)
         failures = failures_of(record, alone)
@@ -231,7 +233,7 @@ def _judged(record: Churn, base: Path, form: Form, cache: Path) -> tuple[tuple[s
 
 
 async def _left(server: Server) -> list[str]:
-    """Leaked places, blocks and leases, and restarts of the engine."""
+    """Return leaked places, blocks and leases, and restarts of the engine."""
     try:
         async with asyncio.timeout(FREE_SECONDS):
             await all_free(server)
@@ -241,7 +243,7 @@ async def _left(server: Server) -> list[str]:
 
 
 async def _counted(server: Server) -> Counter[str]:
-    """Number of swaps, from the server's metrics."""
+    """Count swaps, from the server's metrics."""
     names = {
         "evictions": "veneer_adapter_evictions_total",
         "activations": "veneer_adapter_activate_seconds_count",

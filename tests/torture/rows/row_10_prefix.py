@@ -2,16 +2,16 @@
 
 After each replace, a request continues the answer of the old weights: none of it may be found
 in the prefix cache. Then the request is repeated (all of it must be found), and repeated
-without the cache; the three answers agree within 1e-4 of a log-probability, in float32, and
-with PEFT. Meanwhile another name and the base get the same requests. In exact mode nothing is
-cached, and all answers are bit-identical whatever else is in the batch.
+without the cache. The log-probabilities of the three answers must agree within 1e-4, in
+float32, and with PEFT. Meanwhile another name and the base get the same requests. In exact mode
+nothing is cached, and all answers are bit-identical whatever else is in the batch.
 
-That is torch in float32. The native kernels, in each supported instruction set, use the prefix
-cache too, and their answers are still bit-identical, also to those of an engine that computes
-one request at a time.
+This is for torch in float32. The native kernels, in each supported instruction set, use the
+prefix cache too. Their answers are still bit-identical, even to the answers of an engine that
+computes one request at a time.
 
-All on a tiny Llama, served in this process over real sockets; isolation scopes are tested in
-the engine, since no caller can choose one.
+All of this runs on a tiny Llama, served in this process over real sockets. Isolation scopes are
+tested in the engine, since no caller can choose one.
 """
 
 from __future__ import annotations
@@ -58,12 +58,13 @@ NAMES: Final = ("replaced", "beside")
 
 @dataclass(slots=True)
 class Prefixes:
-    """What may be found in the cache: everything that the same weights have computed."""
+    """The prefixes that may be found in the cache: all that the same weights have computed."""
 
     computed: dict[str, list[list[int]]] = field(default_factory=lambda: defaultdict(list))
 
     def most(self, digest: str, prompt: list[int]) -> int:
-        """Most tokens of ``prompt`` that these weights ("" is the base) may find."""
+        """Return how many tokens of ``prompt`` these weights ("" is the base) may find at
+        most."""
         longest = max((_common(prompt, old) for old in self.computed[digest]), default=0)
         return min(longest, len(prompt) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
 
@@ -79,7 +80,7 @@ def _common(one: list[int], other: list[int]) -> int:
 
 @dataclass(slots=True)
 class Found:
-    """What a run found in the cache."""
+    """Results of a run, and its hits in the cache."""
 
     failures: list[str] = field(default_factory=list)
     cases: list[Case] = field(default_factory=list)
@@ -90,7 +91,7 @@ class Found:
 
 
 def run(scale: Scale) -> Outcome:
-    """With the prefix cache, in exact mode, and across scopes."""
+    """Run with the prefix cache, in exact mode, and across scopes."""
     base = make_tiny_llama(scale.work / "base", seed=scale.seed)
     replaces = scale.pick(25, 200)
     cached = _run(scale, base, replaces, exact=False)
@@ -114,7 +115,7 @@ def run(scale: Scale) -> Outcome:
 
 
 def _native(scale: Scale, base: Path, replaces: int) -> tuple[str, list[str]]:
-    """The figure and the failures of the native forms."""
+    """Run the native forms; return the figure and the failures."""
     figure, failures = "", []
     for form in forms():
         if not form.native:
@@ -132,7 +133,7 @@ def _native(scale: Scale, base: Path, replaces: int) -> tuple[str, list[str]]:
 
 
 def controls(scale: Scale) -> Iterator[Control]:
-    """Cache keys that omit something, and an exact mode that is not exact."""
+    """Plant cache keys that omit something, and an exact mode that is not exact."""
     base = make_tiny_llama(scale.work / "base", seed=scale.seed)
     without = "prefix cache keyed without the weights"
     for planted, bug in (
@@ -229,7 +230,7 @@ class _Asker:
     bound: float
 
     async def all(self, contents: dict[str, Content]) -> list[int]:
-        """Send and compare them; returns the answer of the replaced name."""
+        """Send and compare the requests; return the answer of the replaced name."""
         content = contents["replaced"]
         first = await self._ask("replaced", content)
         again, beside, bare = await asyncio.gather(
@@ -279,8 +280,8 @@ class _Asker:
         return answer
 
     def _same(self, what: str, answer: Any, cold: Any) -> None:
-        """Compare as long as both have the same history: where greedy tokens differ, each took
-        a likeliest one, and the rest is a different text."""
+        """Compare two answers as long as they have the same history. If greedy tokens differ,
+        each is a likeliest one, and the rest is a different text."""
         pairs = list(zip(answer.logprobs, cold.logprobs, strict=True))
         parts = (at for at, (a, b) in enumerate(pairs) if a.token_id != b.token_id)
         end = next(parts, None)
@@ -298,7 +299,7 @@ class _Asker:
 
 
 def _scopes(scale: Scale) -> list[str]:
-    """Alternate two scopes and two adapters: each finds its own prefix and no other's."""
+    """Alternate two scopes and two adapters: each must find its own prefix and no other."""
     folder = Path(tempfile.mkdtemp(dir=scale.work))
     adapters = {n: source(make_lora(folder / n, seed=i)) for i, n in enumerate(NAMES)}
     prompt = list(range(3, 3 + PREFIX))

@@ -46,7 +46,7 @@ SERVING: tuple[ServingDtype, ...] = ("bfloat16", "float16", "float32")
 
 
 def encode(value: float, dtype: str) -> np.ndarray[Any, Any]:
-    """``value`` as one element of a file's dtype (BF16: its bits)."""
+    """Return ``value`` as one element of a file's dtype (BF16: its bits)."""
     with np.errstate(over="ignore"):
         single = np.array([value], dtype=np.float32)
         if dtype == "BF16":
@@ -55,7 +55,7 @@ def encode(value: float, dtype: str) -> np.ndarray[Any, Any]:
 
 
 def poisoned(dtype: str, value: float, place: int, rank: int) -> tuple[Tensors, str]:
-    """Valid tensors with one bad element; ``place`` selects tensor and position."""
+    """Make valid tensors with one bad element; ``place`` selects its tensor and position."""
     tensors = make_tensors(rank, dtype=dtype, projections=("q_proj", "down_proj"))
     name = sorted(tensors)[place % len(tensors)]
     flat = tensors[name].reshape(-1)
@@ -64,7 +64,7 @@ def poisoned(dtype: str, value: float, place: int, rank: int) -> tuple[Tensors, 
 
 
 def refuses(registry: Registry, folder: Path, tensors: Tensors, bad: str, rank: int) -> str:
-    """Push; returns what is wrong with the answer, or "" if it is the expected refusal."""
+    """Push; return what is wrong with the answer, or "" if it is the expected refusal."""
     try:
         push(registry, "bad", make_adapter(folder, {"r": rank}, tensors), allow_replace=True)
     except AdapterInvalid as error:
@@ -76,7 +76,8 @@ def refuses(registry: Registry, folder: Path, tensors: Tensors, bad: str, rank: 
 
 
 def torture_uploads(work: Path, most: int, scale: Scale) -> Outcome:
-    """Every dtype, bad number, serving dtype and position; quick: ``most`` of them."""
+    """Push every combination of dtype, bad number, serving dtype and position, at most
+    ``most``."""
     cases = list(itertools.product(("F32", "F16", "BF16"), BAD, SERVING, range(6)))
     chosen = scale.random("uploads").sample(cases, min(most, len(cases)))
     failures = []
@@ -86,7 +87,7 @@ def torture_uploads(work: Path, most: int, scale: Scale) -> Outcome:
         )
         with Registry.open(work / serving, base) as registry:
             for dtype, what, _, place in (case for case in chosen if case[2] == serving):
-                # Rank 4, or one whose tensors pass the reader's buffer of 1 MiB.
+                # Rank 4, or a rank with tensors larger than the reader's buffer of 1 MiB.
                 rank = 4096 if place == 5 else 4
                 tensors, name = poisoned(dtype, BAD[what], place, rank)
                 wrong = refuses(registry, work / "adapter", tensors, name, rank)
@@ -129,11 +130,11 @@ Answer = tuple[tuple[int, ...], tuple[float, ...]]
 def mates_of(
     harness: EngineHarness, third: AdapterSource, good: AdapterSource
 ) -> tuple[list[Answer], str | None]:
-    """Tokens and log-probabilities of the base and of a good adapter in a batch with ``third``,
-    and the error of ``third``.
+    """Run a batch; return tokens and log-probabilities of the base and of a good adapter beside
+    ``third``, and the error of ``third``.
 
     All prompts run in one step and request one token, so that shapes are the same whatever
-    happens to the third.
+    happens to ``third``.
     """
     batch = [
         ask(1, max_tokens=1),
@@ -155,9 +156,9 @@ def mates_of(
 
 
 def torture_batches(work: Path, scale: Scale, form: Form = TORCH) -> Outcome:
-    """Each bad number in A or in B, beside others, compared with a harmless twin.
+    """Run each bad number in A or in B beside others, and compare with a harmless adapter.
 
-    There are few KV blocks, so that a later batch reuses those of the broken one.
+    There are few KV blocks, so that a later batch reuses the blocks of the broken one.
     """
     numbers = {**BAD, "3e38": 3e38}
     cases = list(itertools.product((False, True), numbers, "AB"))
@@ -191,7 +192,7 @@ def torture_batches(work: Path, scale: Scale, form: Form = TORCH) -> Outcome:
 
 @contextlib.contextmanager
 def masked_sum() -> Iterator[None]:
-    """A planted bug: every row goes through every adapter, times 1 or 0."""
+    """A planted bug: every row goes through every adapter, multiplied by 1 or 0."""
     real = LoraBatch.__init__, LoraBatch.add
 
     def remember(self: LoraBatch, segments: Any, rows: int, buffers: Any) -> None:
@@ -223,7 +224,7 @@ def masked_sum() -> Iterator[None]:
 
 @contextlib.contextmanager
 def nothing_cleared() -> Iterator[None]:
-    """A planted bug: neither backend makes a KV block finite again."""
+    """A planted bug: neither backend clears a KV block with non-finite numbers."""
     real = NativeDecoder.clear, KvCache.clear
     NativeDecoder.clear = KvCache.clear = lambda self, blocks: None  # type: ignore[method-assign, assignment]
     try:
@@ -243,7 +244,7 @@ def quiet() -> Iterator[None]:
 
 
 def run(scale: Scale) -> Outcome:
-    """All combinations, or 60 uploads and some batches, on each backend."""
+    """Run all combinations, or 60 uploads and some batches, on each backend."""
     uploads = torture_uploads(scale.folder("uploads"), scale.pick(60, 1000), scale)
     with quiet():
         batches = [torture_batches(scale.folder(f.name), scale, f) for f in forms()]
@@ -255,8 +256,8 @@ def run(scale: Scale) -> Outcome:
 
 
 def controls(scale: Scale) -> Iterator[Control]:
-    """Without the check, uploads are accepted; a mask instead of segments spreads NaN; and
-    blocks that are not cleared pass it on to the next sequence."""
+    """Plant bugs: without the check, uploads are accepted; a mask instead of segments spreads
+    NaN; and blocks that are not cleared pass NaN on to the next sequence."""
     with without_check():
         found = torture_uploads(scale.folder("uploads"), 6, scale)
     yield Control.of("numbers are not checked", found)

@@ -1,19 +1,19 @@
-"""Row 12: prompts x adapters of every kind, mixed in batches, against PEFT with one at a time.
+"""Row 12: prompts x adapters of every kind, mixed in batches, compared with PEFT one at a time.
 
-Each pair is a request for its prompt's log-probabilities and a few greedy tokens with
-theirs. The bounds and their reasons:
+Each pair is a request for the log-probabilities of its prompt and of a few greedy tokens. The
+bounds and their reasons:
 
-* float32: 1e-4 of a log-probability, for the order of sums. Greedy tokens are equal where the
-  two likeliest are further apart than 1e-3. At one position in some thousands, random adapters
-  make the model so ill-conditioned that PEFT itself is further than that from PEFT in float64.
-  So each number is compared with both, and the nearer one counts.
+* float32: log-probabilities within 1e-4, because sums have another order. Greedy tokens are
+  equal if the two likeliest are further apart than 1e-3. At one position in some thousands,
+  random adapters make the model so ill-conditioned that PEFT itself is further than that from
+  PEFT in float64. So each number is compared with both, and the nearer one counts.
 * NF4 with float32 activations: the same 1e-4, since both sides expand the same codes.
 * NF4 with bfloat16 activations, as served by default: the reference is the same NF4
   weights in float32, and the bound is PEFT's own distance from it with bfloat16
   activations, measured in the same run: the rounding of bfloat16 and nothing more.
   Both are samples of the same rounding, so the means may differ a little: by a tenth over
   all, by a quarter for one adapter (some hundreds of numbers each). At ill-conditioned
-  positions rounding can have any effect: the largest one in a thousand is left out.
+  positions rounding can have any effect, so the largest of each thousand distances is left out.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ ROW = 12
 TITLE = "parity with PEFT"
 NEW_TOKENS = 4
 AT_ONCE = 64
-"""Most requests in a batch, in which adapters alternate."""
+"""Maximum number of requests in a batch, in which adapters alternate."""
 MEAN_RATIO, ADAPTER_RATIO, LARGEST_RATIO = 1.1, 1.25, 1.5
-"""Largest ratios of our differences in bfloat16 to PEFT's: of the mean over all, of one
+"""Largest allowed ratios of our differences in bfloat16 to PEFT's: of the mean over all, of one
 adapter's mean, and of the 99.9th percentile (extremes of two samples)."""
 
 BAR = (
@@ -69,7 +69,8 @@ class Distances:
         return np.concatenate([np.array(found) for found in self.by_adapter.values()])
 
     def or_from(self, other: Distances) -> Distances:
-        """The smaller distance of each number, and the tokens that are wrong in both."""
+        """Combine: the smaller distance of each number, and the tokens that are wrong in
+        both."""
         nearer = {
             name: np.minimum(apart, other.by_adapter[name]).tolist()
             for name, apart in self.by_adapter.items()
@@ -79,7 +80,7 @@ class Distances:
 
 
 def run(scale: Scale) -> Outcome:
-    """The tiny base; in the full form the bundled one too, with fewer prompts."""
+    """Test the tiny base; in the full form also the bundled base, with fewer prompts."""
     transformers_logging.disable_progress_bar()
     matrices = {"tiny": tiny_matrix(scale, scale.pick(24, 256))}
     if scale.full:
@@ -93,9 +94,9 @@ def run(scale: Scale) -> Outcome:
 
 
 def controls(scale: Scale) -> Iterator[Control]:
-    """Wrong numbers in the product, with each kind of bound."""
+    """Plant wrong numbers in the product, with each kind of bound."""
     transformers_logging.disable_progress_bar()
-    # Of 8 prompts, bfloat16's own distance hides the last one for seeds such as 88531830.
+    # With 8 prompts, bfloat16's own distance hides the last bug for seeds such as 88531830.
     matrix = tiny_matrix(scale, 24)
     digests = {n: source(f).weights_digest for n, f in matrix.folders.items()}
     cache = scale.folder("cache")
@@ -120,7 +121,7 @@ def _control(
 
 
 def _held(matrix: Matrix, cache: Path) -> tuple[str, list[str]]:
-    """The figure and the failures of all three settings."""
+    """Judge all three settings; return the figure and the failures."""
     figures, failures = [], []
     for judge in (_float32, _nf4, judge_bfloat16):
         figure, wrong = judge(matrix, cache, nullcontext())
@@ -142,7 +143,7 @@ def _nf4(
 
 
 def _exact(base: Path, quantization: str) -> Any:
-    """PEFT's base in float64."""
+    """Load PEFT's base in float64."""
     model = load_reference(base, quantization, torch.float32)
     return (model.dequantize() if quantization != "none" else model).double()
 
@@ -154,7 +155,8 @@ def _within(
     quantization: Any,
     what: str,
 ) -> tuple[str, list[str]]:
-    """Both sides in float32: every number is within the bound, every clear choice the same."""
+    """Compare both sides in float32: every number must be within the bound, and every clear
+    choice the same."""
     with bug:
         answers, mixed = _ours(matrix, cache, quantization, "float32")
     single = load_reference(matrix.base, quantization, torch.float32)
@@ -176,7 +178,8 @@ def _within(
 def judge_bfloat16(
     matrix: Matrix, cache: Path, bug: AbstractContextManager[None]
 ) -> tuple[str, list[str]]:
-    """Compare only scores of prompts, since greedy texts diverge at the first near tie."""
+    """Compare with bfloat16 activations; only scores of prompts, since greedy texts diverge at
+    the first near tie."""
     with bug:
         answers, _ = _ours(matrix, cache, "nf4", "bfloat16")
     exact = _exact(matrix.base, "nf4")
@@ -211,7 +214,8 @@ def judge_bfloat16(
 def _ours(
     matrix: Matrix, cache: Path, quantization: Any, dtype: Any
 ) -> tuple[dict[tuple[str, int], Answer], float]:
-    """The engine's answers to all pairs, and the number of adapters in its mixed steps."""
+    """Return the engine's answers to all pairs, and the number of adapters in its mixed
+    steps."""
     config = EngineConfig(
         base_folder=str(matrix.base),
         cache_folder=str(cache),
@@ -302,7 +306,7 @@ def _compare(
 
 
 def _prompt_distances(matrix: Matrix, exact: Any, told: Any) -> dict[str, list[float]]:
-    """|told - exact| of the prompts' log-probabilities, by adapter."""
+    """Return |told - exact| of the prompts' log-probabilities, by adapter."""
     found: dict[str, list[float]] = {}
     for pair, right in _prompt_scores(matrix, exact).items():
         apart = np.abs(np.array(told(pair)) - np.array(right))

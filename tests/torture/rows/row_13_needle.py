@@ -1,12 +1,13 @@
-"""Row 13: one request in the company of random others gives the same answer.
+"""Row 13: one request in a batch with random others gives the same answer.
 
-A needle (fixed prompt, adapter, greedy and sampled) is asked for alone, then in batches that
+A needle (fixed prompt and adapter, greedy and sampled) is sent alone, then in batches that
 differ in size, in its position, in how often memory runs out and it starts over, and in
-adapters that are swapped meanwhile. In exact mode tokens and log-probabilities must be bitwise
-those of the needle alone. In the default mode torch's rounding depends on the batch: the rate
-of differences is published. The native kernels promise bitwise equality there too.
+adapters that are swapped meanwhile. In exact mode, tokens and log-probabilities must be bitwise
+equal to those of the needle alone. In the default mode torch's rounding depends on the batch,
+so the rate of differences is published. The native kernels promise bitwise equality in this
+mode too.
 
-On a tiny Llama, in the real engine, in each form that this machine can run.
+It runs on a tiny Llama, in the real engine, in each form that this machine can run.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ BAR = "bitwise equal in exact mode, native in the default mode too; its rate pub
 
 MODULES: Final = ("self_attn.q_proj", "self_attn.v_proj")
 ADAPTERS, ROOM = 8, 3
-"""Adapters, and how many of them fit into memory."""
+"""Number of adapters, and how many of them fit into memory."""
 NEW = 24
 SAMPLINGS: Final = (
     SamplingParams(temperature=0),
@@ -43,12 +44,12 @@ SAMPLINGS: Final = (
 
 
 def crowded(seen: Counter[str]) -> bool:
-    """Whether sequences were preempted, and adapters swapped."""
+    """Return whether sequences were preempted, and adapters swapped."""
     return seen["preempted"] > 0 and seen["loads"] > ROOM
 
 
 class Found:
-    """What a form's batches gave."""
+    """Results of a form's batches."""
 
     def __init__(self) -> None:
         self.batches = self.tokens = self.other_tokens = self.other_logprobs = 0
@@ -57,7 +58,7 @@ class Found:
 
 
 def run(scale: Scale) -> Outcome:
-    """All forms, exact and default."""
+    """Run all forms, in exact and default mode."""
     figure, failures = [], []
     for form in forms():
         for exact in (True, False):
@@ -77,8 +78,8 @@ def run(scale: Scale) -> Outcome:
 
 
 def controls(scale: Scale) -> Iterator[Control]:
-    """Exact mode that computes all sequences of a step together, with torch; and another seed
-    each time."""
+    """Plant an exact mode that computes all sequences of a step together, with torch; and
+    another seed each time."""
     torch = forms()[0]
     with not_exact():
         found = _batches(scale, torch, exact=True, count=scale.pick(16, 40), name="not exact")
@@ -136,8 +137,8 @@ def _batches(
     )
     found = Found()
     with _counted() as seen, engine(config) as harness:
-        # Batches are drawn by chance, and how many sequences run at once depends on the
-        # machine: go on until there was what this row is about.
+        # Batches are random, and how many sequences run at once depends on the machine:
+        # continue until sequences were preempted and adapters swapped.
         for number in range(count if name else 4 * count):
             if number >= count and crowded(seen):
                 break
@@ -156,7 +157,7 @@ def _batch(
     exact: bool,
     seeds: bool,
 ) -> None:
-    """The needle alone, then in one batch."""
+    """Run the needle alone, then in one batch."""
     sampling = SAMPLINGS[number % len(SAMPLINGS)]
     needle = {
         "prompt": [3 + (n * 29) % (VOCABULARY - 3) for n in range(21)],

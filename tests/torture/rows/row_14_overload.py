@@ -1,11 +1,11 @@
-"""Row 14: twice as much as the server can do, for an hour: it does as much as before.
+"""Row 14: under twice the load that it can serve, for an hour, a server does as much as before.
 
-On the real base, over gRPC, by two tenants. First as many requests as run at once are kept
-open: what is completed then is the capacity. Then requests come at twice that rate, whether
-earlier ones have ended or not. Each must end once; those that are completed are as many as
-before; refusals are quick and say when to come back; memory does not grow.
+The load is on the real base, over gRPC, from two tenants. First as many requests as can run at
+once are kept open: the completed tokens per second are the capacity. Then requests come at
+twice that rate, whether earlier ones have ended or not. Each must end once; as much must be
+completed as before; refusals must be quick and say when to retry; memory must not grow.
 
-Servers whose refusals lack RetryInfo, or take a tenth of a second, must fail the same bar.
+Servers whose refusals lack RetryInfo, or take a tenth of a second, must fail this bar.
 """
 
 from __future__ import annotations
@@ -60,12 +60,13 @@ PLANTED: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What came of a run.
+    """Measurements of a run.
 
     Attributes:
         capacity: completed tokens per second at 1 x.
-        goodput: the same at 2 x.
-        growth: of the memory of front and engine, from the first tenth of the run to its end.
+        goodput: completed tokens per second at 2 x.
+        growth: growth of the memory of front and engine, from the first tenth of the run to its
+            end.
     """
 
     capacity: float
@@ -76,7 +77,7 @@ class Measured:
 
 
 def run(scale: Scale) -> Outcome:
-    """Both loads, and the bars."""
+    """Run both loads, and check the bars."""
     seconds = scale.pick(30.0, 3600.0)
     found = asyncio.run(_measure(scale, scale.folder("overload"), seconds, scale.pick(15, 60)))
     refused = [each for each in found.calls if each.refused is not None]
@@ -96,7 +97,7 @@ def run(scale: Scale) -> Outcome:
 
 
 def controls(scale: Scale) -> Iterator[Control]:
-    """A shorter run of each planted bug."""
+    """Do a shorter run with each planted bug."""
     for number, (name, edit) in enumerate(PLANTED.items()):
         folder = scale.folder(f"planted {number}")
         with edited_server(edit, folder / "bin"):
@@ -107,7 +108,8 @@ def controls(scale: Scale) -> Iterator[Control]:
 
 
 def _p99(refused: list[Call]) -> float:
-    """Of those refused on arrival; a request that loses its place has waited."""
+    """Return the p99 time of requests refused on arrival; a request that lost its place later
+    had waited."""
     at_once = [
         each.total_s
         for each in refused
@@ -141,7 +143,7 @@ async def _measure(scale: Scale, folder: Path, seconds: float, alone_s: float) -
     keys = make_keys(folder / "keys.toml", *TENANTS)
     flags = ["--keys-file", str(folder / "keys.toml")]
     flags += ["--max-running", str(RUNNING), "--max-queue", str(QUEUE)]
-    # Its memory is committed as it is first written to: small enough to be full soon.
+    # The KV cache grows as it is first written: small enough to be full soon.
     flags += ["--kv-cache-bytes", "64MiB"]
     generator = scale.random(folder.name)
     async with running_server(folder / "data", cache_dir(), *flags) as server:
@@ -169,7 +171,7 @@ async def _measure(scale: Scale, folder: Path, seconds: float, alone_s: float) -
 
 
 async def _at_capacity(one: Any, seconds: float) -> tuple[float, float]:
-    """Completed tokens and requests per second, with as many open as may run."""
+    """Return completed tokens and requests per second with `RUNNING` requests open."""
     clock = asyncio.get_running_loop().time
     end, found = clock() + seconds, list[Call]()
 
@@ -191,7 +193,7 @@ async def _memory_after(server: Server, seconds: float) -> int:
 
 
 def _memory(server: Server) -> int:
-    """Private bytes of front and engine process."""
+    """Return the private bytes of front and engine process."""
     front = psutil.Process(server.process.pid)
     processes = [front, *front.children(recursive=True)]
     return sum(process.memory_full_info().uss for process in processes)

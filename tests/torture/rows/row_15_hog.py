@@ -1,12 +1,12 @@
-"""Row 15: one tenant asks for ten times as much as the others; theirs come as before.
+"""Row 15: one tenant requests ten times as much as the others, who are served as before.
 
-On the real base, over gRPC with keys. Light tenants send a request, and pause for twice as long
-as it took; alone, and while a hog keeps ten times as many requests open, in turns, so that
-a change of the machine's speed meets both. The figure is their time to first token. The bound
-of fairness is checked by counts, in histories of the scheduler
+It runs on the real base, over gRPC with keys. Light tenants send a request, and then pause for
+twice as long as it took. They do so alone, and while a hog keeps ten times as many requests
+open, in turns, so that a change of the machine's speed affects both. The figure is their TTFT.
+The bound of fairness is checked by counts, in histories of the scheduler
 (`tests.unit.server.engine.test_fair_histories`).
 
-A server that is told that all are one tenant must fail the same bar.
+A server that takes all callers for one tenant must fail this bar.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LIGHT: Final = ("light-1", "light-2", "light-3")
 HOG: Final = 10 * len(LIGHT)
 """Requests that the hog keeps open; each light tenant keeps one."""
 LIGHT_TOKENS, HOG_TOKENS = (192, 8), (48, 32)
-"""Of a prompt and its answer."""
+"""Numbers of tokens of a prompt and of its answer."""
 PAUSE = 2.0
 
 ONE_TENANT: Final = (
@@ -47,7 +47,7 @@ ONE_TENANT: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Seconds to the first token of the light tenants' requests."""
+    """TTFT of the light tenants' requests, in seconds."""
 
     alone: list[float]
     beside: list[float]
@@ -87,7 +87,7 @@ def run(scale: Scale) -> Outcome:
 
 
 def controls(scale: Scale) -> Iterator[Control]:
-    """All are one tenant, so the light ones wait behind the hog."""
+    """Plant that all callers are one tenant, so that light tenants wait behind the hog."""
     folder = scale.folder("one tenant")
     with edited_server(ONE_TENANT, folder / "bin"):
         measured = asyncio.run(_measure(scale, folder, 1, 3))

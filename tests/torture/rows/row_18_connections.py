@@ -1,12 +1,13 @@
-"""Row 18: thousands of connections, pings, resets and messages that are too large.
+"""Row 18: thousands of connections, pings, resets and messages that are too large, while
+healthy clients are served.
 
-A real server over a tiny Llama. One after the other: idle connections to every port; a flood of
-HTTP/2 pings; calls that are reset as they begin; messages over the limit, on both doors.
-Throughout, two clients ask for tokens: one keeps its connection, the other opens one for each
-call. None of their calls may fail, or take longer than its deadline.
+A real server on a tiny Llama gets, one after the other: idle connections to every port; a flood
+of HTTP/2 pings; calls that are reset as they begin; messages over the limit, over gRPC and
+HTTP. Throughout, two clients request tokens: one keeps its connection, the other opens a
+connection for each call. None of their calls may fail, or take longer than its deadline.
 
 A server that closes no idle connection, and one that stops for a message that is too large,
-must fail the same bar.
+must fail this bar.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ TOO_LARGE: Final = 5 << 20
 PINGS_AT_ONCE: Final = 1000
 RESETS_AT_ONCE: Final = 100
 SENDERS: Final = 8
-"""Of large messages, at a time."""
+"""Number of concurrent senders of large messages."""
 
 KEEPS_IDLE: Final = (
     "from veneer_server.rpc.transport.connections import Connections\n"
@@ -61,7 +62,7 @@ STOPS: Final = (
 
 @dataclass(frozen=True)
 class Counts:
-    """How much of each."""
+    """How many of each to send."""
 
     idle: int
     pings: int
@@ -71,7 +72,7 @@ class Counts:
 
 @dataclass
 class Found:
-    """What the two clients saw."""
+    """Results of the two clients."""
 
     seconds: list[float] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
@@ -79,7 +80,7 @@ class Found:
 
 
 def run(scale: Scale) -> Outcome:
-    """All of them, on one server."""
+    """Run all parts on one server."""
     counts = scale.pick(Counts(400, 5_000, 1_000, 10), Counts(2_000, 100_000, 10_000, 400))
     found = asyncio.run(_measure(scale.folder("served"), counts, scale.seed))
     return Outcome(
@@ -96,7 +97,7 @@ def run(scale: Scale) -> Outcome:
 
 
 def controls(scale: Scale) -> Iterator[Control]:
-    """A server that closes no idle connection, and one that stops for a large message."""
+    """Plant a server that closes no idle connection, and one that stops for a large message."""
     for number, (planted, edit, counts) in enumerate(
         (
             ("no idle connection is closed", KEEPS_IDLE, Counts(400, 0, 0, 0)),
@@ -140,7 +141,7 @@ async def _measure(folder: Path, counts: Counts, seed: int) -> Found:
 async def _beside(
     server: Server, what: str, part: Callable[[], Awaitable[None]], found: Found
 ) -> None:
-    """Run a part, with both clients beside it."""
+    """Run one part, with both clients beside it."""
     done, clock = asyncio.Event(), asyncio.get_running_loop().time
 
     async def ask(
@@ -177,7 +178,7 @@ async def _beside(
 
 @contextlib.asynccontextmanager
 async def _new(server: Server) -> AsyncIterator[Any]:
-    """A stub with a connection of its own."""
+    """Yield a stub with its own connection."""
     own = (("grpc.use_local_subchannel_pool", 1),)
     async with grpc.aio.insecure_channel(server.address, options=own) as channel:
         yield inference_pb2_grpc.InferenceServiceStub(channel)
@@ -195,14 +196,14 @@ def _request() -> inference_pb2.GenerateRequest:
 
 
 async def _idle(server: Server, count: int) -> None:
-    """Open connections that never call, to every port, and look that HTTP still answers."""
+    """Open connections that never call, to every port, and check that HTTP still answers."""
     if not count:
         return
     async with contextlib.AsyncExitStack() as stack:
         for address in (server.metrics, server.openai):
             host, port = address.rsplit(":", 1)
             for _ in range(count):
-                with contextlib.suppress(OSError):  # refused: that is the server's right
+                with contextlib.suppress(OSError):  # the server may refuse them
                     _, writer = await asyncio.open_connection(host, int(port))
                     stack.callback(writer.transport.abort)
         for _ in range(count):
@@ -217,7 +218,7 @@ async def _idle(server: Server, count: int) -> None:
 
 
 async def _pings(server: Server, count: int) -> None:
-    """gRPC may close a connection that pings too often; then another one is opened."""
+    """Send pings. gRPC may close a connection that pings too often; then open another one."""
     sent = 0
     while sent < count:
         async with await Connection.open(server.address) as connection:
@@ -275,6 +276,6 @@ async def _large_http(server: Server, count: int) -> None:
 
 
 async def _shared(send: Callable[[int], Awaitable[None]], count: int) -> None:
-    """``count`` messages by ``SENDERS`` at a time."""
+    """Send ``count`` messages, shared by ``SENDERS`` concurrent senders."""
     shares = [count // SENDERS + (each < count % SENDERS) for each in range(SENDERS)]
     await asyncio.gather(*(send(share) for share in shares if share))

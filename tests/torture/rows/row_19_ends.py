@@ -1,14 +1,14 @@
-"""Row 19: servers that are told to stop under load, and engines that fail or hang.
+"""Row 19: servers are stopped under load, and engines fail or hang.
 
-Real processes over a tiny Llama. SIGTERM comes at a random moment beside streams, short calls
-and uploads: health must say NOT_SERVING before anybody is refused, each call must end with OK
-or UNAVAILABLE, and the process must end with status 0 in its grace and 2 s. An engine is
-killed, crashes, raises in a step or hangs: health must say so in 2 s (10 s for a hang),
-running calls end with UNAVAILABLE, and the next engine gives the same answer. The wait before a
-restart, which grows with each failure, is kept short here.
+These are real processes on a tiny Llama. SIGTERM comes at a random moment during streams, short
+calls and uploads: health must say NOT_SERVING before any call is refused, each call must end
+with OK or UNAVAILABLE, and the process must end with status 0 within its grace period plus 2 s.
+When an engine is killed, crashes, raises in a step or hangs, health must say NOT_SERVING within
+2 s (10 s for a hang), running calls must end with UNAVAILABLE, and the next engine must give
+the same answer. The wait before a restart, which grows with each failure, is kept short here.
 
-A server that forgets to tell health, one that waits for streams for ever, and one that
-believes a silent engine must fail the same bar.
+A server that does not tell health, a server that waits for streams forever, and a server that
+trusts a silent engine must fail this bar.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ RAISES_ON_USR2: Final = (
     "    raise RuntimeError('planted: an exception in a step')\n"
     "signal.signal(signal.SIGUSR2, fail)\n"
 )
-"""Of every process of the server; only the engine gets the signal."""
+"""Runs in every process of the server, but only the engine gets the signal."""
 
 SILENT_DRAIN: Final = (
     "from veneer_server.rpc.server_service import Health\n"
@@ -76,7 +76,7 @@ BELIEVING: Final = (
 
 @dataclass
 class Found:
-    """What came of some ends."""
+    """Results of some ends."""
 
     failures: list[str] = field(default_factory=list)
     statuses: Counter[str] = field(default_factory=Counter)
@@ -91,7 +91,7 @@ class Found:
 
 
 def run(scale: Scale) -> Outcome:
-    """Both kinds of ends."""
+    """Test both kinds of ends."""
     stops, failures = scale.pick(2, 100), scale.pick(4, 50)
     base = make_tiny_llama(scale.folder("base"), seed=scale.seed)
     found = Found()
@@ -110,7 +110,7 @@ def run(scale: Scale) -> Outcome:
 
 
 def controls(scale: Scale) -> Iterator[Control]:
-    """Servers that get one thing wrong."""
+    """Plant servers that get one thing wrong."""
     base = make_tiny_llama(scale.folder("base"), seed=scale.seed)
     for number, (planted, edit) in enumerate(
         (("health is not told", SILENT_DRAIN), ("a drain without an end", ENDLESS_DRAIN))
@@ -127,7 +127,8 @@ def controls(scale: Scale) -> Iterator[Control]:
 
 @contextmanager
 def _raising(folder: Path) -> Iterator[None]:
-    """Servers that are started in the block raise an exception in the engine on SIGUSR2."""
+    """Make servers that are started in the block raise an exception in the engine on
+    SIGUSR2."""
     (folder / "sitecustomize.py").write_text(RAISES_ON_USR2)
     with patch.dict(os.environ, {"PYTHONPATH": str(folder)}):
         yield
@@ -183,7 +184,7 @@ async def _one_stop(
             gone = "details" not in str(error.trailing_metadata())
             status = "connection closed" if gone else refusal(error).reason
             if status == "DRAINING" and not refused.is_set():
-                try:  # the two come on one connection, but not to one task
+                try:  # both arrive on one connection, but in different tasks
                     await asyncio.wait_for(down.wait(), 0.25)
                 except TimeoutError:
                     found.failures.append(f"{which}: refused before health said NOT_SERVING")
@@ -244,7 +245,7 @@ async def _engines(
 async def _one_engine(
     server: Server, kind: str, streams: list[Stream], which: str, found: Found
 ) -> bool:
-    """Whether it serves again."""
+    """Make an engine fail; return whether the server serves again."""
     engine = server.engine
     began, limit = time.monotonic(), HUNG_S if kind == "hang" else DEAD_S
     numbers = {"exception": signal.SIGUSR2, "hang": signal.SIGSTOP}

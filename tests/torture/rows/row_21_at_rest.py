@@ -1,6 +1,6 @@
-"""Row 21: a file of the data or cache folder removed, emptied, halved or with a flipped bit.
+"""Row 21: a file of the data or cache folder is removed, emptied, halved or has a bit flipped.
 
-Real starts of the whole server on a tiny Llama in NF4, each in a separate process
+The whole server really starts on a tiny Llama in NF4, each time in a separate process
 (`tests.torture.at_rest_worker`).
 """
 
@@ -42,7 +42,7 @@ def _adapters(work: Path) -> dict[str, Path]:
 
 
 def run(scale: Scale) -> Outcome:
-    """Damages of every kind on every file, spread over workers."""
+    """Apply damages of every kind to files, spread over workers."""
     base = str(make_tiny_llama(scale.work / "base"))
     workers = [Worker(base) for _ in range(scale.pick(1, WORKERS))]
     try:
@@ -76,7 +76,7 @@ def _outcome(judges: list[Judge], count: int, *, full: bool) -> Outcome:
 
 
 def controls(scale: Scale) -> Iterator[Control]:
-    """Broken servers on damage that they cannot handle."""
+    """Start broken servers on damage that they cannot handle."""
     rng = scale.random("controls")
     worker = Worker(str(make_tiny_llama(scale.work / "base")))
     try:
@@ -91,7 +91,7 @@ def controls(scale: Scale) -> Iterator[Control]:
 
 
 def _unbearable(planted: str, golden: Golden, rng: random.Random) -> Damage:
-    """A damage that reveals a planted bug."""
+    """Return a damage that reveals a planted bug."""
     if "catalog" in planted:
         return Damage("stopped", "data/catalog.sqlite", "removed")
     top = "cache/quantized" if "cache" in planted else "data/store/weights"

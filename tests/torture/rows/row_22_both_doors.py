@@ -1,11 +1,11 @@
-"""Row 22: random requests through gRPC and HTTP, whole and streamed.
+"""Row 22: random requests over gRPC and HTTP, whole and streamed.
 
-All four answers have the text, the usage, the finish reasons and the log-probabilities that a
-plain reference computes from the tokens: emoji and other characters are cut at every token, by
-`max_tokens` and by stop strings, some bytes never become a character, tokens are split over
-outputs at random. Prompts as text, as ids that begin and end within characters, several at
-once, and chats; adapters, one of which has a template; several samples; echo. The real front
-process on real sockets, with a FAKE engine.
+All four answers must have the text, the usage, the finish reasons and the log-probabilities
+that a plain reference computes from the tokens. Emoji and other characters are cut at every
+token, by `max_tokens` and by stop strings; some bytes never become a character; tokens are
+randomly split into outputs. There are prompts as text, prompts as ids that begin and end within
+characters, several prompts at once, and chats; adapters, one with a template; several samples;
+and echo. The real front process runs on real sockets, with a FAKE engine.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ PLANTED: Final[tuple[tuple[str, ModuleType, str, str], ...]] = (
 
 
 def run(scale: Scale) -> Outcome:
-    """10,000 requests, or 150."""
+    """Send 10,000 requests, or 150."""
     report = asyncio.run(_asked(scale, scale.pick(150, 10_000)))
     return Outcome(
         figure=(
@@ -86,7 +86,7 @@ def run(scale: Scale) -> Outcome:
 
 
 def controls(scale: Scale) -> list[Control]:
-    """Each is to be seen within 150 requests."""
+    """Plant bugs; each must be noticed within 150 requests."""
     return asyncio.run(_controls(scale))
 
 

@@ -1,8 +1,8 @@
 """Row 23: rows 3 to 5 for a catalog in PostgreSQL and a store of objects.
 
-Two registries publish while one is killed, the database is killed, or the object store fails,
-and answers to COMMIT are lost. Afterwards everything acknowledged is there, and nothing is half
-visible.
+Two registries publish while one of them is killed, the database is killed, or the object store
+fails, and while answers to COMMIT are lost. Afterwards everything acknowledged must be there,
+and nothing may be half visible.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ADAPTERS = 6
 
 
 class Worker:
-    """One `shared_worker`, and what it was answered."""
+    """A `shared_worker` process, and the answers that it got."""
 
     def __init__(self, given: dict[str, Any]) -> None:
         self.acknowledged: list[tuple[str, str]] = []
@@ -65,7 +65,7 @@ class Worker:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if not line.endswith("\n"):
-                break  # killed while it said so: nothing was acknowledged
+                break  # killed while printing this line: nothing was acknowledged
             kind, *rest = line.split()
             with self._more:
                 self._count += 1
@@ -83,13 +83,13 @@ class Worker:
         self._errors += self.process.stderr.readlines()
 
     def wait(self, count: int) -> None:
-        """Wait for that many more lines, or its end."""
+        """Wait for ``count`` more lines, or the worker's end."""
         with self._more:
             wanted = self._count + count
             self._more.wait_for(lambda: self._count >= wanted, 60)
 
     def kill(self) -> str:
-        """Kill it. Returns what it said if it had ended by itself."""
+        """Kill the worker; if it had ended by itself, return its errors."""
         alive = self.process.poll() is None
         self.process.kill()
         self.process.wait()
@@ -102,7 +102,7 @@ class Worker:
 
 
 class Round:
-    """Two workers on a new catalog and store, something that goes wrong, the judgement."""
+    """One round: two workers on a new catalog and store, one fault, and the judgement."""
 
     def __init__(self, services: Services, work: Path, name: str, bug: str) -> None:
         self._services, self._work, self._name, self._bug = services, work, name, bug
@@ -118,7 +118,8 @@ class Round:
         }
 
     def run(self, event: str, rng: Any) -> tuple[list[str], int, Counter[str]]:
-        """(failures, acknowledged publications, refusals by reason)."""
+        """Run the round; return failures, the number of acknowledged publications, and refusals
+        by reason."""
         workers = [
             Worker(
                 {
@@ -149,7 +150,7 @@ class Round:
         return [f"{event}: {failure}" for failure in failures], len(told), reasons
 
     def _wrong(self, event: str, worker: Worker, rng: Any) -> None:
-        # At any moment of a publication, not only between two.
+        # At any moment of a publication, not only between two publications.
         threading.Event().wait(rng.random() * 0.3)
         if event == "a registry":
             worker.process.kill()
@@ -234,12 +235,12 @@ def _tortured(
 
 
 def run(scale: Scale) -> Outcome:
-    """Each kind of event in turn; the first three in the quick form."""
+    """Run each kind of event in turn; the first three in the quick form."""
     return _tortured(scale, "run", scale.pick(3, 120))
 
 
 def controls(scale: Scale) -> Iterator[Control]:
-    """What the check must find."""
+    """Plant bugs that the check must find."""
     for number, bug in enumerate(PLANTED):
         outcome = _tortured(scale, f"planted {number}", 4, bug, EVENTS[:1])
         yield Control.of(bug, outcome)

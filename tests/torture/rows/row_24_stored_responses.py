@@ -1,4 +1,4 @@
-"""Row 24: stored responses after a power cut or kill -9, judged on possible disks."""
+"""Row 24: judge stored responses on possible disks after a power cut or kill -9."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def record(work: Path, seed: str, steps: int, planted: str = "") -> Disk:
 
 
 def judge(data: Path, allowed: list[Found], steps: int) -> str:
-    """What is wrong with this disk, or ""."""
+    """Return what is wrong with this disk, or ""."""
     try:
         with contextlib.closing(open_database(data)) as database:
             return _differs(database, allowed, steps)
@@ -62,7 +62,7 @@ def _differs(database: ResponseDatabase, allowed: list[Found], steps: int) -> st
 
 
 def torture(work: Path, seed: str, steps: int, states: int, planted: str = "") -> Outcome:
-    """Record a history and judge possible disks of it."""
+    """Record a history, and judge possible disks after it."""
     disk = record(work, seed, steps, planted)
     failures, rng = [], random.Random(seed)
     for number, (what, choice) in enumerate(choices(disk, states, rng)):
@@ -78,7 +78,7 @@ def torture(work: Path, seed: str, steps: int, states: int, planted: str = "") -
 
 
 def run(scale: Scale) -> Outcome:
-    """600 disks of six histories, or 20 of one."""
+    """Judge 600 disks of six histories, or 20 of one."""
     if missing_strace():
         return Outcome("", BAR, skipped=missing_strace())
     with quiet():
@@ -91,7 +91,7 @@ def run(scale: Scale) -> Outcome:
 
 
 def controls(scale: Scale) -> Iterator[Control]:
-    """The same judge on programs that omit an fsync."""
+    """Use the same judge on programs with a planted bug."""
     for number, planted in enumerate(PLANTED):
         with quiet():
             folder = scale.folder(str(number))

@@ -225,6 +225,7 @@ def complete(server: str, *words: str) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.push
 def test_names_and_revisions_are_completed(server: FakeServer) -> None:
     for name in ("sql", "sql-long", "chat"):
         server.add(name)
@@ -235,6 +236,7 @@ def test_names_and_revisions_are_completed(server: FakeServer) -> None:
     assert complete("127.0.0.1:1", *elsewhere, "adapter", "rm", "ch") == ["chat"]
 
 
+@pytest.mark.push
 def test_without_a_server_tab_is_silent() -> None:
     assert complete("127.0.0.1:1", "generate", "-a", "sq") == []
     with socket.create_server(("127.0.0.1", 0)) as deaf:

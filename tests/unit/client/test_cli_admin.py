@@ -356,6 +356,7 @@ def test_a_chat_stays_with_its_share(server: FakeServer, run: Run) -> None:
     assert sessions(server)[3:] == ["ada", ""], "a name means one revision"
 
 
+@pytest.mark.push
 def test_aliases_and_revisions_are_completed(server: FakeServer, run: Run) -> None:
     older, newer = two(server)
     run("adapter", "alias", "chat/prod", older)

@@ -138,7 +138,7 @@ def test_ctrl_c_in_a_push_says_that_it_goes_on(
     stopped = run("push", str(adapter_folder), "--name", "x")
     assert stopped.exit_code == 130
     assert "nothing was published" in stopped.stderr
-    assert "the same command goes on" in stopped.stderr
+    assert "the same command resumes" in stopped.stderr
 
 
 def test_ctrl_c_says_what_is_left_of_a_uri_s_push_and_of_a_pull(
@@ -150,7 +150,7 @@ def test_ctrl_c_says_what_is_left_of_a_uri_s_push_and_of_a_pull(
     monkeypatch.setattr(Client, "register", interrupted)
     monkeypatch.setattr(Client, "pull", interrupted)
     pushed = run("push", "hf://org/sql-lora", "--name", "x")
-    assert (pushed.exit_code, "`veneer show x` says whether" in pushed.stderr) == (130, True)
+    assert (pushed.exit_code, "`veneer show x` shows which" in pushed.stderr) == (130, True)
     pulled = run("pull", "x", str(tmp_path / "x"))
     assert (pulled.exit_code, "nothing of it is kept" in pulled.stderr) == (130, True)
 

@@ -36,6 +36,7 @@ def test_server_that_is_not_ready_in_time_is_ended() -> None:
         LocalServer(start_timeout_s=0.001)
 
 
+@pytest.mark.push
 @pytest.mark.real_base
 def test_a_whole_session(base_folder: Path, cache_dir: Path, tmp_path: Path) -> None:
     shape = read_base_shape(base_folder)

@@ -145,6 +145,7 @@ def test_a_dropped_connection_is_one_more_interruption(
     assert arrived(server, adapter_folder)
 
 
+@pytest.mark.push
 def test_a_server_that_is_away_for_a_while_is_waited_for(
     kind: str, server: FakeServer, adapter_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,6 +80,7 @@ def test_health_says_what_is_done(server: LoadingServer) -> None:
     assert done.stderr == f"loading: {DOING}\n"
 
 
+@pytest.mark.push
 def test_health_that_waits_says_each_part_once(server: LoadingServer) -> None:
     found: list[Any] = []
     waiting = threading.Thread(target=lambda: found.append(run(server, "health", "--wait=60s")))

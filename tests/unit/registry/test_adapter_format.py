@@ -327,7 +327,7 @@ BAD_TENSORS: dict[str, tuple[Callable[[], dict[str, Any]], str | None, str]] = {
     "adapter name inside": (
         with_tensor(STEM + ".lora_A.default.weight"),
         STEM + ".lora_A.default.weight",
-        "named in another way",
+        "named differently",
     ),
     "path": (with_tensor("../../etc/x"), "../../etc/x", "not a LoRA matrix"),
     "wrong block": (

@@ -161,6 +161,7 @@ COLUMNS = {
 }
 
 
+@pytest.mark.push
 def test_any_changes_beside_any_damaged_row(tmp_path: Path, adapters: Adapters) -> None:
     """What nobody deleted or replaced is there after a recovery; what was deleted is not."""
     seed = random.randrange(1 << 30)

@@ -31,6 +31,8 @@ from tests.refused import refused
 from tests.unit.registry.kit import SHAPES
 from tests.unit.registry.test_peft_agreement import make_model, save
 
+pytestmark = pytest.mark.push
+
 HEADS = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}
 """Of the examples' base."""
 

@@ -105,6 +105,7 @@ def damage_anywhere(filled: Path, scratch: Path, cases: int, seed: int) -> Count
     return seen
 
 
+@pytest.mark.push
 def test_damage_anywhere(filled: Path, tmp_path: Path) -> None:
     seed = random.randrange(1 << 30)
     print("seed", seed)

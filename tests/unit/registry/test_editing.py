@@ -47,6 +47,7 @@ def events(registry: Registry, name: str = "chat") -> list[str]:
 # ----------------------------------------------------------------------- aliases
 
 
+@pytest.mark.push
 @everywhere
 def test_an_alias_moves_and_rolls_back(registry: Registry, revisions: list[str]) -> None:
     old, new = revisions[0], revisions[1]
@@ -176,6 +177,7 @@ def test_an_etag_guards_an_alias(registry: Registry, revisions: list[str]) -> No
     assert events(registry)[0] == "alias_removed"
 
 
+@pytest.mark.push
 @everywhere
 def test_what_an_alias_means_is_kept(
     registry: Registry, revisions: list[str], adapters: Adapters
@@ -238,6 +240,7 @@ def test_labels_are_set_and_removed(registry: Registry, adapters: Adapters) -> N
         registry.update("chat", labels={"team": "c"}, etag=etag)
 
 
+@pytest.mark.push
 @everywhere
 def test_a_name_keeps_as_many_as_it_is_told(
     data: Path, registry: Registry, revisions: list[str], adapters: Adapters

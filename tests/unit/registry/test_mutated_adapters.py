@@ -125,6 +125,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.push
 @settings(deadline=None, print_blob=True, max_examples=150)
 @given(changes=st.dictionaries(KEYS, JSON, max_size=4))
 def test_any_config(folder: Path, changes: dict[str, Any]) -> None:

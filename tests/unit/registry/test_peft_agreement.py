@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
 from veneer_registry.adapter import BaseFingerprint, BaseSpec
 from veneer_registry.errors import AdapterInvalid
 from veneer_registry.format import read_adapter
@@ -19,6 +17,8 @@ from veneer_registry.tensor_names import module_path
 
 from tests.refused import refused
 from tests.unit.registry.kit import SHAPES
+
+pytestmark = pytest.mark.push
 
 LAYERS = 3
 BASE = BaseSpec(
@@ -52,7 +52,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_model() -> LlamaForCausalLM:
+def make_model() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     config = LlamaConfig(
         hidden_size=32,
         intermediate_size=64,
@@ -66,7 +68,9 @@ def make_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def save(folder: Path, **options: Any) -> PeftModel:
+def save(folder: Path, **options: Any) -> Any:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
     torch.manual_seed(0)
     config = LoraConfig(**{"task_type": "CAUSAL_LM", **options})
     with warnings.catch_warnings():

@@ -79,6 +79,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.push
 def test_kill_at_every_kind_of_moment(tmp_path: Path, adapters: Path) -> None:
     whole = run(tmp_path / "whole", adapters, 0)
     assert whole[-1][0] == "done"

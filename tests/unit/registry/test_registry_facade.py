@@ -76,6 +76,7 @@ def open_files() -> int:
     return found
 
 
+@pytest.mark.push
 def test_publish_and_look_up(
     anywhere: Kept,
     registry: Registry,

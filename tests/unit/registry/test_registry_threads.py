@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from veneer_registry.errors import AdapterNotFound
 from veneer_registry.registry import Registry
 from veneer_registry.stored_adapter import verify_weights
@@ -34,6 +35,7 @@ def run(*jobs: Callable[[], None]) -> None:
         raise errors[0]
 
 
+@pytest.mark.push
 def test_requests_go_on_while_everything_changes(tmp_path: Path) -> None:
     adapters = [
         make_adapter(

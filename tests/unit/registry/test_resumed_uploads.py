@@ -54,6 +54,7 @@ def broken_off(registry: Registry, request: UploadRequest, files: dict[str, byte
     upload.suspend()
 
 
+@pytest.mark.push
 @everywhere
 @pytest.mark.parametrize("restart", [False, True])
 def test_goes_on_where_it_broke_off(

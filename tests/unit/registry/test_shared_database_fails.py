@@ -26,6 +26,7 @@ from tests.unit.registry.shared_kit import Adapters, Open, execute
 # ------------------------------------------------------------------- the database fails
 
 
+@pytest.mark.push
 def test_lookups_go_on_without_the_database(
     services: Services, opened: Open, adapters: Adapters
 ) -> None:
@@ -50,6 +51,7 @@ def test_lookups_go_on_without_the_database(
     assert [r.ref for r in opened().revisions("chat")] == [after.ref, before.ref]
 
 
+@pytest.mark.push
 @pytest.mark.parametrize("made", [True, False])
 @pytest.mark.parametrize("back", [True, False])
 def test_a_commit_whose_answer_is_lost(
@@ -88,6 +90,7 @@ def test_a_commit_whose_answer_is_lost(
     assert opened().list() == registry.list()
 
 
+@pytest.mark.push
 def test_a_hung_database_is_given_up(
     opened: Open, adapters: Adapters, services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,6 +55,7 @@ def test_what_one_publishes_the_other_serves(opened: Open, adapters: Adapters) -
     assert len(one) == 1
 
 
+@pytest.mark.push
 def test_changes_at_once_are_all_made_and_none_is_missed(
     opened: Open, adapters: Adapters
 ) -> None:
@@ -108,6 +109,7 @@ def test_who_was_slower_is_refused(opened: Open, adapters: Adapters) -> None:
     assert one.resolve("chat") == ref
 
 
+@pytest.mark.push
 def test_a_request_never_loses_its_name_to_a_replace_elsewhere(
     opened: Open, adapters: Adapters
 ) -> None:

@@ -21,6 +21,7 @@ from tests.unit.registry.shared_kit import Adapters, Open, Watched, flipped
 # ------------------------------------------------------------------ the store fails
 
 
+@pytest.mark.push
 @pytest.mark.parametrize(("kind", "skip"), [("refuse", 0), ("cut", 2), ("lose", 1), ("cut", 3)])
 def test_a_store_that_fails_publishes_nothing(
     services: Services, opened: Open, adapters: Adapters, kind: str, skip: int

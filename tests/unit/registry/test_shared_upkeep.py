@@ -6,6 +6,7 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
 from veneer_registry.child_python import child_python
 from veneer_registry.errors import FailedPrecondition, InvalidField, Unavailable
 from veneer_registry.registry import Registry
@@ -96,6 +97,7 @@ def test_what_cannot_be_looked_at_is_no_verdict(
         verify_shared(address, objects)
 
 
+@pytest.mark.push
 def test_the_command(services: Services, adapters: Adapters, name: str, tmp_path: Path) -> None:
     def command(*flags: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

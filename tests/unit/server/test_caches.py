@@ -159,6 +159,7 @@ def test_damaged_four_bit_weights_are_made_again(
     assert told(caplog) == []
 
 
+@pytest.mark.push
 def test_a_flipped_bit_anywhere_is_never_served(
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -192,6 +193,7 @@ def test_a_cache_that_cannot_be_written_costs_time_only(
         assert "cannot be saved" in line
 
 
+@pytest.mark.push
 def test_a_full_disk_costs_time_only(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     """A real limit on the size of files, in a process of its own."""
     code = (
@@ -212,6 +214,7 @@ def test_a_full_disk_costs_time_only(bench: Bench, caplog: pytest.LogCaptureFixt
     assert list((folder / "cache" / "quantized").iterdir()) == []
 
 
+@pytest.mark.push
 def test_a_load_that_ended_its_process_is_verified_before_the_next(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -400,6 +403,7 @@ def test_a_copied_bundled_base_is_hashed_and_used(
     assert imported() == 1
 
 
+@pytest.mark.push
 @pytest.mark.real_base
 def test_a_base_from_before_there_were_manifests_is_used_if_it_is_the_known_one(
     base_folder: Path, cache_dir: Path, tmp_path: Path

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
@@ -80,7 +80,7 @@ BLOCK = 16
 
 def save_random(config: Any, folder: Path, seed: int = 0) -> Any:
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for parameter in model.parameters():
         # Norms and biases that are not 1 and 0, or a forgotten one goes unseen.
         parameter.data.add_(torch.randn_like(parameter) * 0.05)
@@ -188,7 +188,7 @@ def test_fused_four_bit_linears_are_exact(quantization: str, tmp_path: Path) -> 
     from transformers import BitsAndBytesConfig
 
     save_random(SHAPES["qwen2"], tmp_path)
-    oracle = AutoModelForCausalLM.from_pretrained(
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path,
         dtype=torch.float32,
         quantization_config=BitsAndBytesConfig(
@@ -301,7 +301,7 @@ def test_a_prequantized_folder_loads_as_it_is(tmp_path: Path) -> None:
     from transformers import BitsAndBytesConfig
 
     save_random(SHAPES["llama"], tmp_path / "full")
-    quantized = AutoModelForCausalLM.from_pretrained(
+    quantized = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "full",
         dtype=torch.float32,
         quantization_config=BitsAndBytesConfig(
@@ -332,7 +332,7 @@ def test_a_stored_weight_that_is_shorter_than_its_state_says_is_refused(
     from transformers import BitsAndBytesConfig
 
     save_random(SHAPES["llama"], tmp_path / "full")
-    AutoModelForCausalLM.from_pretrained(
+    transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "full",
         dtype=torch.float32,
         quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
@@ -441,6 +441,7 @@ print(sum(kept.nbytes for kept in (*cache.keys, *cache.values)), resident() - be
 """
 
 
+@pytest.mark.push
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_cache_takes_memory_only_as_it_is_written_to(dtype: str) -> None:
     # In a process of its own, as an engine is: other tests leave free memory behind, which the

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+import transformers
 from veneer_registry.errors import AdapterCorrupt
 from veneer_server.models import linear, packed
 from veneer_server.models.linear import SideBySide, fuse
@@ -124,10 +124,10 @@ def test_a_prompt_of_one_token_has_no_log_probability(tmp_path: Path) -> None:
 def test_four_bit_weights_are_expanded_as_bitsandbytes_does(kind: str, tmp_path: Path) -> None:
     """Activations in float32 on both sides, so the bound stays that of float32."""
     save_random(SHAPES["qwen2"], tmp_path)
-    oracle = AutoModelForCausalLM.from_pretrained(
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path,
         dtype=torch.float32,
-        quantization_config=BitsAndBytesConfig(
+        quantization_config=transformers.BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=kind,
             bnb_4bit_use_double_quant=True,
@@ -185,10 +185,12 @@ def test_a_bfloat16_server_packs_and_the_reference_reads_what_it_packed(
     """Against the same 4-bit weights that nobody packed. The bound is that of rounding
     weights to bfloat16 (2 ** -9 each), not that of computing in it."""
     save_random(SHAPES["qwen3"], tmp_path / "base")
-    AutoModelForCausalLM.from_pretrained(
+    transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "base",
         dtype=torch.bfloat16,
-        quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+        quantization_config=transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4"
+        ),
     ).save_pretrained(tmp_path / "stored")
     tokens = prompt(40)
     weights: DecoderWeights = load(tmp_path / "stored", dtype=torch.bfloat16)
@@ -271,10 +273,10 @@ def test_the_files_of_a_base_give_what_was_loaded_of_it(
 def test_the_files_of_a_base_that_is_stored_in_four_bits(tmp_path: Path) -> None:
     """One of its linears is not."""
     save_random(SHAPES["llama"], tmp_path / "base")
-    AutoModelForCausalLM.from_pretrained(
+    transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "base",
         dtype=torch.float32,
-        quantization_config=BitsAndBytesConfig(
+        quantization_config=transformers.BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,

@@ -1,6 +1,6 @@
-"""Fetches adapters from URIs, in a process that sees a staging folder and not the store.
+"""Fetches adapters from URIs, in a process that has access to a staging folder, not the store.
 
-`uris` reads a URI, `allowed` says what may be fetched, `fetchers` runs the process and
-`process` is what it runs: `sandbox` takes away what it does not need, `addresses` connects,
-`web` speaks HTTP, `hub` and `buckets` know where files are.
+`uris` parses URIs, `allowed` is the allow-list, `fetchers` starts the process, and `process` is
+its main module. In the process, `sandbox` drops the rights that it does not need, `addresses`
+connects, `web` speaks HTTP, and `places` and `buckets` know where files are.
 """

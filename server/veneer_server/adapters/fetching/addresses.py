@@ -1,7 +1,7 @@
 """Connects to a host by an address that has been checked.
 
-A name is resolved once, and the connection goes to what was checked: a name server that
-answers differently the second time gains nothing.
+A name is resolved only once, and the connection goes to the address that was checked, so a name
+server gains nothing by answering differently the second time.
 """
 
 from __future__ import annotations
@@ -40,14 +40,13 @@ _IPV4_REFUSED: Final = tuple(
         ),
     )
 )
-"""What IANA's IPv4 Special-Purpose Address Registry (by public copies, 2026-11) does not list
-as globally
-reachable, and multicast. Python's `is_global` lacks some, and differs between versions.
-192.0.0.0/24 is refused whole: the two addresses in it that are "global" are anycast and lead to
-the nearest router, in this server's own network."""
+"""Networks that IANA's IPv4 Special-Purpose Address Registry (by public copies, 2026-11) does
+not list as globally reachable, and multicast. Python's `is_global` misses some of them, and
+differs between versions. 192.0.0.0/24 is refused as a whole: the two "global" addresses in it
+are anycast and lead to the nearest router, in this server's own network."""
 
 _IPV6_GLOBAL: Final = ipaddress.IPv6Network("2000::/3")
-"""IANA has allocated no other global unicast addresses."""
+"""The only global unicast addresses that IANA has allocated."""
 
 _IPV6_REFUSED: Final = tuple(
     map(
@@ -55,13 +54,12 @@ _IPV6_REFUSED: Final = tuple(
         ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20"),
     )
 )
-"""What IANA's IPv6 Special-Purpose Address Registry (by public copies, 2026-11; the newest
-entry
-is RFC 9780's) does not list as globally
-reachable within `_IPV6_GLOBAL`; all that it lists beside that is refused, since it is not in it
-(::/8, 64:ff9b:1::/48, 100::/64, 100:0:0:1::/64, 5f00::/16, fc00::/7, fe80::/10; fec0::/10 and
-multicast too). 2001::/23 (Teredo, benchmarks, ORCHID, anycast) is refused whole: the parts of
-it that are "global" have no hosts with adapters."""
+"""Networks within `_IPV6_GLOBAL` that IANA's IPv6 Special-Purpose Address Registry (by public
+copies, 2026-11; the newest entry is RFC 9780's) does not list as globally reachable. Its other
+entries are refused because they are outside `_IPV6_GLOBAL` (::/8, 64:ff9b:1::/48, 100::/64,
+100:0:0:1::/64, 5f00::/16, fc00::/7, fe80::/10; also fec0::/10 and multicast). 2001::/23
+(Teredo, benchmarks, ORCHID, anycast) is refused as a whole: its "global" parts have no hosts
+with adapters."""
 
 _NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
 
@@ -69,8 +67,8 @@ _NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
 def may_contact(text: str, named: Iterable[Network]) -> bool:
     """Whether an address is public, or in a network that the operator has named.
 
-    An IPv4 address inside an IPv6 one that a gateway or this machine would take apart (mapped,
-    NAT64) counts as itself. Other tunnels (6to4, Teredo) are not contacted.
+    An IPv4 address inside an IPv6 address that a gateway or this machine would unwrap (mapped,
+    NAT64) is checked as the IPv4 address. Other tunnels (6to4, Teredo) are refused.
     """
     try:
         address: Address = ipaddress.ip_address(text)
@@ -91,11 +89,11 @@ def may_contact(text: str, named: Iterable[Network]) -> bool:
 
 
 def connect(origin: Origin, named: Iterable[Network], timeout_s: float) -> socket.socket:
-    """A connection to the first of the host's addresses that may be contacted and answers.
+    """Connect to the first of the host's addresses that may be contacted and answers.
 
     Raises:
-        InvalidField: none may be contacted (metadata ``cause``: ``address``).
-        Aborted: it does not resolve, or none answers (``cause``: ``unreachable``).
+        InvalidField: no address may be contacted (metadata ``cause``: ``address``).
+        Aborted: the host does not resolve, or no address answers (``cause``: ``unreachable``).
     """
     named = tuple(named)
     try:

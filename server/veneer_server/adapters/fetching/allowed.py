@@ -1,8 +1,8 @@
-"""What may be fetched: the operator's list, and nothing without one.
+"""The operator's allow-list of URIs that may be fetched; without a list, none may.
 
-An entry is the beginning of URIs, such as ``https://models.example.com/lora/`` or
-``s3://bucket/prefix/``, perhaps followed by networks: private addresses that its host may
-have.
+An entry is a prefix of URIs, such as ``https://models.example.com/lora/`` or
+``s3://bucket/prefix/``, optionally followed by private networks that its host's addresses may
+be in.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _LOOPBACK: Final = (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network(":
 
 @dataclass(frozen=True, slots=True)
 class AllowedEntry:
-    """One entry.
+    """One entry of the allow-list.
 
     Attributes:
-        prefix: what it allows.
-        networks: private ones that the host's addresses may be in.
+        prefix: prefix of the URIs that it allows.
+        networks: private networks that the host's addresses may be in.
     """
 
     prefix: Uri
@@ -34,7 +34,7 @@ class AllowedEntry:
 
     @classmethod
     def parse(cls, text: str) -> AllowedEntry:
-        """An entry from ``PREFIX [NETWORK...]``. Raises InvalidField or ValueError."""
+        """Parse ``PREFIX [NETWORK...]``. Raises InvalidField or ValueError."""
         first, *rest = text.split()
         prefix = parse_uri(first, prefix=True)
         if prefix.scheme == "file":
@@ -46,7 +46,7 @@ class AllowedEntry:
 
 
 class AllowList:
-    """The entries."""
+    """The list of allowed URI prefixes."""
 
     def __init__(self, entries: Iterable[str]) -> None:
         """Raises InvalidField for a malformed entry (metadata ``key``)."""
@@ -66,11 +66,11 @@ class AllowList:
         self._entries = tuple(found)
 
     def entry(self, uri: Uri) -> AllowedEntry | None:
-        """The first entry that allows ``uri``."""
+        """Return the first entry that allows ``uri``, or None."""
         return next((each for each in self._entries if each.prefix.covers(uri)), None)
 
     def check(self, uri: Uri) -> AllowedEntry:
-        """`entry`. Raises InvalidField if there is none."""
+        """Return the first entry that allows ``uri``. Raises InvalidField if there is none."""
         found = self.entry(uri)
         if found is None:
             refuse_uri(
@@ -82,7 +82,8 @@ class AllowList:
 
 
 def named_by(host: str) -> list[Network]:
-    """The networks that a host names by itself: one that is an address, or localhost."""
+    """Return the networks that a host names directly: its own address if it is written as one,
+    the loopback networks for localhost."""
     if host == "localhost":
         return list(_LOOPBACK)
     try:

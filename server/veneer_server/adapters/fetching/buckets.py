@@ -1,6 +1,6 @@
-"""Folders in object stores, by fsspec: ``s3`` and ``gs``.
+"""Source folders in object stores (``s3`` and ``gs``), read with fsspec.
 
-Credentials and endpoint are those of the environment, which the operator sets. Imported by the
+Credentials and endpoint come from the environment, which the operator sets. Imported by the
 fetching process only.
 """
 
@@ -29,10 +29,10 @@ _FILES: Final = (
 
 
 class BucketFolder:
-    """A folder of a bucket."""
+    """A `SourceFolder` in a bucket."""
 
     def __init__(self, uri: Uri, networks: Iterable[Network]) -> None:
-        """Raises Unimplemented without the extra."""
+        """Raises Unimplemented if the packages of the extra ``remote`` are missing."""
         self._refused = _guard(tuple(networks))
         try:
             import fsspec
@@ -48,7 +48,7 @@ class BucketFolder:
         self._uri = uri
 
     def get(self, file: str, into: IO[bytes], most: int) -> None:
-        """See `places.Folder`."""
+        """See `places.SourceFolder`."""
         path = "/".join([self._uri.place, *self._uri.parts, file])
         try:
             before = self._state(path)
@@ -73,7 +73,7 @@ class BucketFolder:
             ) from error
         except (Aborted, AdapterInvalid, Missing):
             raise
-        except Exception as error:  # each library has its own
+        except Exception as error:  # each library has its own exceptions
             if self._refused:
                 refuse_uri(
                     "its bucket's endpoint has an address that this server may not contact: "
@@ -103,7 +103,7 @@ class BucketFolder:
 
 
 def credential_files() -> list[Path]:
-    """Files that the libraries read credentials from."""
+    """Return the files and folders that the libraries read credentials from."""
     named = [Path(os.environ[name]) for name in _FILES if os.environ.get(name)]
     home = Path.home()
     return [
@@ -130,9 +130,9 @@ def _options(uri: Uri) -> dict[str, Any]:
 
 
 def _guard(networks: tuple[Network, ...]) -> set[str]:
-    """Let no connection of this process go to an address that may not be contacted: the
-    libraries connect by themselves. Returns the addresses that were refused, as that
-    happens."""
+    """Patch `socket` so that this process connects to no address that may not be contacted,
+    since the libraries connect by themselves. Return a set to which refused addresses are
+    added."""
     refused: set[str] = set()
     before = socket.socket.connect
     before_ex = socket.socket.connect_ex

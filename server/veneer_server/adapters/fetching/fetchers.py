@@ -1,4 +1,4 @@
-"""The front's side of fetching: runs a process for each fetch, and ends it."""
+"""The front's side of fetching: starts a process for each fetch, and ends it."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _log = logging.getLogger(__name__)
 
 MODULE: Final = "veneer_server.adapters.fetching.process"
 MAX_AT_ONCE: Final = 4
-"""Fetches that run at once; each may fill its folder up to the largest adapter."""
+"""Most fetches that run at once; each may fill its folder up to the largest adapter."""
 GRACE_S: Final = 10.0
-"""After its deadline a process is killed."""
+"""Seconds after its deadline at which a process is killed."""
 LONGEST_TOKEN: Final = 16 << 10
 
 _HUB: Final = "https://huggingface.co"
@@ -50,29 +50,30 @@ _KEPT: Final = (
 )
 _KEPT_PREFIXES: Final = ("AWS_", "GOOGLE_", "CLOUDSDK_")
 _DEFAULTS: Final = {
-    # Addresses that no entry of --fetch-allow names: only if the operator says so.
+    # Cloud metadata services, which no entry of --fetch-allow names, are used only if the
+    # operator sets these variables.
     "AWS_EC2_METADATA_DISABLED": "true",
     "NO_GCE_CHECK": "true",
 }
 _FORCED: Final = {
     "PYTHONDONTWRITEBYTECODE": "1",
-    # gcsfs then connects by gRPC, which no check of addresses sees.
+    # If true, gcsfs connects by gRPC, which bypasses the check of addresses.
     "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class FetchSettings:
-    """What the operator allows.
+    """The operator's settings for fetching.
 
     Attributes:
-        staging: folder for what is being fetched.
-        allowed: see `allowed`.
-        tokens: ``PREFIX FILE`` or ``PREFIX env:NAME``.
+        staging: folder for files being fetched.
+        allowed: entries of the allow-list, see the module `allowed`.
+        tokens: where to read tokens: ``PREFIX FILE`` or ``PREFIX env:NAME``.
         hub: the hub's URL; "" for HF_ENDPOINT, or Hugging Face's.
-        most_bytes: of an adapter's weights.
-        deadline_s: for a fetch.
-        least_rate: bytes a second, over half a minute.
+        most_bytes: most bytes of an adapter's weights.
+        deadline_s: seconds that a fetch may take.
+        least_rate: minimum bytes a second, over half a minute.
     """
 
     staging: Path
@@ -86,7 +87,7 @@ class FetchSettings:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """One fetch, whose caller may leave."""
+    """One fetch, which can be stopped because its caller has left."""
 
     uri: Uri
     folder: Path
@@ -94,7 +95,7 @@ class _Run:
     stopped: threading.Event = field(default_factory=threading.Event)
 
     def stop(self) -> None:
-        """End it, whether or not its process has started."""
+        """Stop the fetch, whether or not its process has started."""
         self.stopped.set()
         self.child.interrupt()
 
@@ -116,14 +117,15 @@ class Fetchers:
 
     @asynccontextmanager
     async def fetched(self, uri: Uri, tenant: str) -> AsyncIterator[Path]:
-        """A folder with the files of ``uri``, which is removed after the block.
+        """Fetch ``uri`` and yield a folder with its files, which is removed after the block.
 
         Args:
-            tenant: one may have half of the places while others fetch.
+            tenant: the caller's tenant. While others fetch, it may use half of the places.
 
         Raises:
-            InvalidField: it may not be fetched.
-            AdapterInvalid, Aborted, Unimplemented: it cannot be; see `web`.
+            InvalidField: ``uri`` may not be fetched.
+            AdapterInvalid, Aborted, Unimplemented: it cannot be fetched; see `web` and
+                `buckets`.
             QuotaExceeded: too many fetches are running.
         """
         self.check(uri)
@@ -162,7 +164,7 @@ class Fetchers:
                 await asyncio.wait({removing})
 
     def clear(self) -> None:
-        """Remove what a killed server has left."""
+        """Remove files that a killed server has left behind."""
         shutil.rmtree(self._settings.staging, ignore_errors=True)
 
     def _new_folder(self) -> Path:
@@ -203,7 +205,8 @@ class Fetchers:
 
 
 def environment(ours: Mapping[str, str]) -> dict[str, str]:
-    """The process's environment: what Python, TLS and the libraries of buckets need."""
+    """Return the process's environment: the variables that Python, TLS and the libraries for
+    buckets need."""
     kept = {
         name: value
         for name, value in ours.items()
@@ -214,7 +217,7 @@ def environment(ours: Mapping[str, str]) -> dict[str, str]:
 
 
 def _token_setting(text: str) -> tuple[str, str]:
-    """Prefix, and where its token is."""
+    """Parse a token setting into its prefix and the place of its token."""
     prefix, _, place = text.strip().partition(" ")
     try:
         scheme = parse_uri(prefix, prefix=True).scheme
@@ -229,7 +232,7 @@ def _token_setting(text: str) -> tuple[str, str]:
 
 
 def _read_token(place: str) -> str:
-    """The token that a setting refers to. Raises InternalError, which does not show it."""
+    """Read the token that a setting refers to. Raises InternalError without the token in it."""
     try:
         if place.startswith("env:"):
             token = os.environ[place.removeprefix("env:")]

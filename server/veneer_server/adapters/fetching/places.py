@@ -1,4 +1,4 @@
-"""Where the files of a URI are, and how one of them is got."""
+"""Source folders: where the files of a URI are, and how to download one of them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from veneer_server.adapters.fetching.web import Hop, WebClient, parse_hop
 
 _HUB: Final = "huggingface.co"
 _HUB_STORAGE: Final = (".huggingface.co", ".hf.co")
-"""Where the hub keeps large files: its answers lead there."""
+"""Domains where the hub keeps large files: its responses redirect there."""
 _CACHE: Final = ("api", "resolve-cache", "models")
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 
 
 class SourceFolder(Protocol):
-    """A folder that is fetched."""
+    """A folder to fetch files from."""
 
     def get(self, file: str, into: IO[bytes], most: int) -> None:
-        """Write a file's content to ``into``. Raises as `WebClient.get`."""
+        """Write a file's content to ``into``; at most ``most`` bytes. Raises the errors of
+        `WebClient.get`."""
         ...
 
 
@@ -50,8 +51,8 @@ class WebFolder:
 
 
 class HubFolder:
-    """An ``hf`` folder. All files are of the commit that the first one is of, although a
-    branch may move meanwhile."""
+    """An ``hf`` folder. All files come from the same commit as the first one, even if the
+    branch moves meanwhile."""
 
     def __init__(
         self,
@@ -91,8 +92,8 @@ class HubFolder:
         return None if entry is None else entry.networks
 
     def _permit_own(self, hop: Hop) -> tuple[Network, ...] | None:
-        """The hub leads to its cache, and from a repository that was renamed to another: that
-        one must be allowed too."""
+        """Permit a hop within the hub. The hub redirects to its cache, and from a renamed
+        repository to the new name, which must be allowed too."""
         parts = tuple(hop.path.strip("/").split("/"))
         if parts[: len(_CACHE)] == _CACHE:
             parts = parts[len(_CACHE) :]
@@ -111,7 +112,8 @@ def _parsed(tokens: Mapping[str, str]) -> tuple[tuple[Uri, str], ...]:
 
 
 def _token_for(uri: Uri, tokens: tuple[tuple[Uri, str], ...]) -> str:
-    """The Authorization header for a URI: the token of the longest prefix; "" for none."""
+    """Return the Authorization header for a URI, with the token of the longest matching prefix;
+    "" for none."""
     fitting = [(prefix, token) for prefix, token in tokens if prefix.covers(uri)]
     if not fitting:
         return ""

@@ -1,7 +1,7 @@
-"""A process that fetches one adapter into a staging folder.
+"""The process that fetches one adapter into a staging folder.
 
-It gets a `Fetch` and answers with a `Fetched`, both as frames on a socket (`wire.frames`), and
-ends. It also ends when the other side closes the socket.
+It receives a `Fetch` and answers with a `Fetched`, both as frames on a socket (`wire.frames`),
+and ends. It also ends when the other side closes the socket.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ _PICKLE: Final = "adapter_model.bin"
 
 
 class Fetch(msgspec.Struct, frozen=True, array_like=True):
-    """Fetch the adapter of ``uri`` into ``folder``, which is empty.
+    """A request to fetch the adapter of ``uri`` into the empty ``folder``.
 
     Attributes:
         allowed: the entries of the allow-list.
-        tokens: by the prefix that each is for.
+        tokens: tokens, by the URI prefix that each is for.
         hub: the hub's URL.
-        most_bytes: of the weights; other files have their own limits.
-        deadline_s: for all of it.
-        least_rate: bytes a second.
+        most_bytes: most bytes of the weights; other files have their own limits.
+        deadline_s: seconds that the whole fetch may take.
+        least_rate: minimum bytes a second.
     """
 
     uri: str
@@ -61,11 +61,12 @@ class Fetch(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Fetched(msgspec.Struct, frozen=True, array_like=True):
-    """What has been fetched, or why not.
+    """The answer to a `Fetch`.
 
     Attributes:
-        files: their names.
-        confined: whether the kernel kept the process to its folder.
+        files: names of the fetched files.
+        confined: whether the kernel confined the process to its folder.
+        failure: why the fetch failed, or None.
     """
 
     files: tuple[str, ...]
@@ -74,14 +75,14 @@ class Fetched(msgspec.Struct, frozen=True, array_like=True):
 
 
 class _Late(BaseException):
-    """The deadline has passed. Not an Exception, which libraries catch."""
+    """The deadline has passed. Not an Exception, since libraries catch those."""
 
 
 def fetch(wanted: Fetch) -> tuple[str, ...]:
-    """Fetch the files that a bundle may have. Returns their names.
+    """Fetch the files that an adapter bundle may have; return their names.
 
     Raises:
-        VeneerError: it cannot be fetched.
+        VeneerError: the adapter cannot be fetched.
     """
     source, folder, found = _source(wanted), Path(wanted.folder), []
     for file, bound in ALLOWED_FILES.items():
@@ -160,7 +161,7 @@ def _readable(uri: str) -> list[Path]:
 
 
 def _end_with(connection: socket.socket) -> None:
-    """End with the other side, whatever is waited for."""
+    """End this process when the other side closes the socket, even in the middle of a fetch."""
     try:
         connection.recv(1)
     finally:
@@ -188,7 +189,7 @@ def main() -> None:
     try:
         connection.sendall(framed(answer))
     finally:
-        # Threads of the libraries may still wait for something.
+        # Exit at once: threads of the libraries may still be waiting.
         os._exit(0)
 
 

@@ -1,8 +1,8 @@
-"""Takes away from the fetching process what it does not need.
+"""The sandbox of the fetching process: drops the rights that it does not need.
 
-Landlock (Linux 5.13) leaves it its staging folder to write, and Python, the system's
-libraries and the named files to read: the store, keys and logs cannot be opened, whatever a
-source sends. Where the kernel has no Landlock, the limits remain.
+With Landlock (Linux 5.13), the process can write only to its staging folder, and read only
+Python, the system's libraries and the named files: it cannot open the store, keys or logs,
+whatever a source sends. If the kernel has no Landlock, the resource limits remain.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ _PR_SET_DUMPABLE: Final = 4
 _PR_SET_NO_NEW_PRIVS: Final = 38
 
 _RIGHTS: Final = {1: 0x1FFF, 2: 0x3FFF, 3: 0x7FFF, 5: 0xFFFF}
-"""Rights of the file system that Landlock handles, by the version that has them first."""
+"""File system rights that Landlock handles, by the first Landlock version that has them."""
 _READ: Final = 0x1 | 0x4 | 0x8
 """Execute, read files, read folders."""
 _OF_FILES: Final = 0x1 | 0x2 | 0x4 | 0x4000 | 0x8000
 _SCOPED: Final = (6, 0x3)
-"""From this version on: no abstract sockets and no signals outside."""
+"""(Landlock version, scopes): from this version on, no abstract sockets and no signals outside
+the sandbox."""
 
 _SYSTEM: Final = ("/usr", "/lib", "/lib32", "/lib64", "/etc", "/dev", "/opt/lib")
 _RESOLVER: Final = "/etc/resolv.conf"
@@ -37,7 +38,7 @@ _MEMORY: Final = 2 << 30
 
 
 def limit(*, file_bytes: int, cpu_s: int) -> None:
-    """Bound what the process may use: bytes of a file, CPU time, memory, open files."""
+    """Limit the process's resources: bytes of a file, CPU time, memory, open files."""
     for what, most in (
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_FSIZE, file_bytes),
@@ -53,13 +54,12 @@ def limit(*, file_bytes: int, cpu_s: int) -> None:
 
 
 def confine(writable: Path, readable: Iterable[Path]) -> bool:
-    """Leave this thread, and those that it starts, one folder to write and some to read.
+    """Confine this thread, and the threads that it starts, to one folder to write and some
+    files and folders to read. Return whether the kernel does so.
 
     Args:
-        readable: besides Python and the system's libraries; those that do not exist are left
-            out.
-
-    Returns whether the kernel does so.
+        readable: files and folders to read besides Python and the system's libraries; paths
+            that do not exist are left out.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
@@ -69,7 +69,7 @@ def confine(writable: Path, readable: Iterable[Path]) -> bool:
         return False
     rights = max(rights for first, rights in _RIGHTS.items() if first <= version)
     scoped = _SCOPED[1] if version >= _SCOPED[0] else 0
-    # The attributes grew: file system, network, scopes.
+    # Later versions have more attributes: file system, network, scopes.
     size = 8 if version < 4 else 16 if version < _SCOPED[0] else 24
     attributes = struct.pack("=QQQ", rights, 0, scoped)[:size]
     rules = libc.syscall(_CREATE, attributes, len(attributes), 0)
@@ -85,7 +85,8 @@ def confine(writable: Path, readable: Iterable[Path]) -> bool:
 
 
 def _python() -> Iterable[Path]:
-    """What a program needs for its imports, for names of hosts and for certificates."""
+    """Yield the paths that a program needs for imports, host name resolution and
+    certificates."""
     yield from map(Path, _SYSTEM)
     yield from map(Path, (sys.prefix, sys.base_prefix, sys.exec_prefix))
     yield from (Path(entry) for entry in sys.path if entry)

@@ -1,7 +1,7 @@
-"""URIs of adapters, read strictly: what could be read in two ways is refused.
+"""URIs of adapters, parsed strictly: a URI that could be read in two ways is refused.
 
-A URI names a folder. Its path has plain segments only, no ``..``, no percent-encoding, no
-query: so the path that is checked is the path that is fetched.
+A URI names a folder. Its path has plain segments only, without ``..``, percent-encoding or
+query, so that the path that is checked is the path that is fetched.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LABEL: Final = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a connection goes: host and port. Tokens are for one origin."""
+    """Host and port of a connection. A token is for one origin."""
 
     host: str
     port: int
@@ -34,7 +34,7 @@ class Origin:
         return self.written(0)
 
     def written(self, default: int) -> str:
-        """As in a URL, where the default port is left out."""
+        """The origin as written in a URL, without the port if it is ``default``."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == default else f"{host}:{self.port}"
 
@@ -46,7 +46,7 @@ class Uri:
     Attributes:
         place: host and port, or bucket; "" for ``hf`` and ``file``.
         parts: segments of the path; for ``hf`` organisation, repository, subfolders.
-        revision: of ``hf``: a branch, tag or commit; "" if none is given.
+        revision: for ``hf``, a branch, tag or commit; "" if none is given.
     """
 
     scheme: Scheme
@@ -63,11 +63,11 @@ class Uri:
 
     @property
     def origin(self) -> Origin:
-        """Of ``https``."""
+        """Host and port of an ``https`` URI."""
         return parse_origin(self.place)
 
     def covers(self, other: Uri) -> bool:
-        """Whether the other one is this folder, or below it."""
+        """Whether the other URI is this folder, or below it."""
         return (
             self.scheme == other.scheme
             and self.place == other.place
@@ -82,10 +82,10 @@ def refuse_uri(why: str, *, cause: str = "malformed", detail: str = "") -> NoRet
 
 
 def parse_uri(text: str, *, prefix: bool = False) -> Uri:
-    """Read a URI.
+    """Parse a URI.
 
     Args:
-        prefix: it may also be the beginning of one, such as ``hf://`` or ``hf://org/``.
+        prefix: also accept the beginning of a URI, such as ``hf://`` or ``hf://org/``.
 
     Raises:
         InvalidField: metadata ``field`` and ``cause`` (``scheme`` or ``malformed``).
@@ -146,7 +146,7 @@ def _parts(path: str, more: str = "") -> tuple[str, ...]:
 
 
 def parse_origin(text: str) -> Origin:
-    """``HOST`` or ``HOST:PORT`` of an https URI. Raises InvalidField."""
+    """Parse ``HOST`` or ``HOST:PORT`` of an https URI. Raises InvalidField."""
     if "@" in text:
         refuse_uri(
             "it contains a user or password: the operator sets credentials with --fetch-token"

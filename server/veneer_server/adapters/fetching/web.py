@@ -1,6 +1,6 @@
-"""GET over HTTPS: to checked addresses only, within bounds, following few redirects.
+"""HTTPS client for GET: only to checked addresses, within bounds, following few redirects.
 
-Each redirect is checked as the first address was, and a token goes to its own origin only.
+Each redirect is checked as the first URL was, and a token is sent to its own origin only.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from veneer_server.adapters.fetching.uris import Origin, parse_origin, refuse_ur
 
 MOST_REDIRECTS: Final = 5
 IDLE_S: Final = 30.0
-"""How long a host may be silent."""
+"""Seconds that a host may be silent."""
 WINDOW_S: Final = 30.0
-"""Over which the least rate counts."""
+"""Seconds over which the minimum rate is measured."""
 
 _PIECE: Final = 256 << 10
 _LONGEST_URL: Final = 8192
 _PRINTABLE: Final = re.compile(r"[\x21-\x7e]+")
 _DISGUISED: Final = re.compile(r"(?i)%2e|%2f|%5c|%00|\\|//|/\.\.?(/|$)")
-"""In a path: what one side could read as another path."""
+"""Parts of a path that one side could read as another path."""
 _GONE: Final = (404, 410)
 _MOVED: Final = (301, 302, 303, 307, 308)
 
 
 class Missing(Exception):
-    """There is no such file."""
+    """The file does not exist."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """One URL, taken apart."""
+    """One parsed URL: the first one, or that of a redirect."""
 
     secure: bool
     origin: Origin
@@ -63,12 +63,12 @@ class Hop:
         return f"{'https' if self.secure else 'http'}://{self.place}{self.target}"
 
     def __str__(self) -> str:
-        """Without the query, which may be a signature."""
+        """The URL without its query, which may contain a signature."""
         return self.url.partition("?")[0]
 
 
 def parse_hop(url: str) -> Hop:
-    """A URL of http or https. Raises InvalidField (``cause``: ``redirect``)."""
+    """Parse a URL of http or https. Raises InvalidField (``cause``: ``redirect``)."""
     if len(url) > _LONGEST_URL or not _PRINTABLE.fullmatch(url):
         _no_redirect("a URL that is malformed")
     try:
@@ -90,7 +90,7 @@ def parse_hop(url: str) -> Hop:
 
 
 def _led(hop: Hop, location: str) -> Hop:
-    """Where a redirect leads. Raises InvalidField."""
+    """Return the URL that a redirect leads to. Raises InvalidField."""
     try:
         return parse_hop(urljoin(hop.url, location))
     except ValueError:  # such as brackets that are no IPv6 address
@@ -98,18 +98,18 @@ def _led(hop: Hop, location: str) -> Hop:
 
 
 Permit = Callable[[Hop], tuple[Network, ...] | None]
-"""The private networks that a hop's host may be in; None if it may not be contacted."""
+"""Returns the private networks that a hop's host may be in; None if it may not be contacted."""
 
 
 @dataclass(slots=True)
 class WebClient:
-    """Gets files.
+    """Downloads files.
 
     Attributes:
-        permit: decides on each hop.
-        token: the Authorization header of a hop; "" for none. Asked for hops of the first
-            origin only.
-        least_rate: bytes a second, over `WINDOW_S`.
+        permit: decides whether a hop may be contacted.
+        token: returns the Authorization header for a hop; "" for none. Only called for hops to
+            the first origin.
+        least_rate: minimum bytes a second, measured over `WINDOW_S`.
     """
 
     permit: Permit
@@ -118,18 +118,19 @@ class WebClient:
     context: ssl.SSLContext = field(default_factory=ssl.create_default_context)
 
     def get(self, url: str, into: IO[bytes], *, most: int, file: str) -> Mapping[str, str]:
-        """Write the body of ``url`` to ``into``. Returns its headers, with those of the hops
-        before (names in lower case).
+        """Write the body of ``url`` to ``into``. Return the response's headers, merged with
+        those of the redirects before it (names in lower case).
 
         Args:
-            most: bytes that it may have.
-            file: its name, for errors.
+            most: most bytes that the file may have.
+            file: name of the file, for errors.
 
         Raises:
-            Missing: there is none.
+            Missing: the file does not exist.
             InvalidField: a hop may not be contacted.
-            AdapterInvalid: it is too large.
-            Aborted: it is cut short, too slow or refused.
+            AdapterInvalid: the file is too large or sent compressed, or access is denied.
+            Aborted: the file is cut short or arrives too slowly, or the host fails otherwise.
+            DiskFull: the disk has no room for the file.
         """
         hop = first = parse_hop(url)
         headers: dict[str, str] = {}
@@ -188,7 +189,7 @@ class WebClient:
 
 
 class _Connection(http.client.HTTPConnection):
-    """Connects to a checked address, and speaks TLS with the host's own name."""
+    """Connects to a checked address; with https, TLS still verifies the host's own name."""
 
     def __init__(
         self, hop: Hop, networks: tuple[Network, ...], context: ssl.SSLContext
@@ -254,12 +255,12 @@ def _no_redirect(where: str, detail: str = "") -> NoReturn:
 
 def _refused(file: str, why: str, cause: str) -> AdapterInvalid:
     return AdapterInvalid(
-        f"{file} {why}: put the file itself there", metadata={"file": file, "cause": cause}
+        f"{file} {why}: serve the file uncompressed", metadata={"file": file, "cause": cause}
     )
 
 
 def too_large(file: str, most: int) -> AdapterInvalid:
-    """The error for a file with more bytes than are allowed."""
+    """Return the error for a file with more than ``most`` bytes."""
     return AdapterInvalid(
         f"{file} has more than {most} bytes: make it smaller, or start the server with a "
         "larger --max-adapter-bytes",

@@ -1,13 +1,14 @@
 """Kernels for NVIDIA GPUs, in Triton, and the backend over them (``--backend cuda``).
 
-Checked on a CPU by Triton's interpreter; docs/gpu.md says what ran on a GPU.
+The kernels are checked on a CPU by Triton's interpreter; docs/gpu.md says what ran on a GPU.
 
-Each folder is one subject. A file has one kernel, or two that only work together, with the
-layouts of its tensors on top; ``reference.py`` beside it computes the same in plain torch.
-Kernels use no inline assembly, so that Triton's interpreter runs on a CPU what a card runs
-(``python -m tests.gpu``).
+Each folder is one subject. A file has one kernel, or two that only work together, and describes
+the layouts of its tensors at the top; ``reference.py`` beside it computes the same in plain
+torch. Kernels use no inline assembly, so that Triton's interpreter can run the same code on a
+CPU (``python -m tests.gpu``).
 
-What a row's result may depend on: its own inputs, and sizes that a model fixes. Never which
-rows share the launch, where it is among them, or in which order programs run. So splits of a
-sum have fixed lengths, their parts are added in order, and nothing is added atomically.
+A row's result may depend on its own inputs and on sizes that the model fixes, but never on
+which rows share the launch, on the row's place among them, or on the order in which programs
+run. So a sum is split into parts of fixed length, the parts are added in order, and nothing is
+added atomically.
 """

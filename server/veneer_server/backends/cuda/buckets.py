@@ -1,4 +1,4 @@
-"""Which sizes a step is rounded up to, so that few graphs serve all steps. No torch."""
+"""The sizes that a step is rounded up to, so that few graphs serve all steps. No torch."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ class LaunchBucket:
     """The shape of a step's launches. Steps of one bucket that only decode share a graph.
 
     Attributes:
-        rows: of the step, padded.
-        pieces: of the longest context, padded; see `attention.decode.SPLIT`.
-        adapters: whether any row has one.
+        rows: rows of the step, padded.
+        pieces: pieces of the longest context, padded; see `attention.decode.SPLIT`.
+        adapters: whether any row has an adapter.
     """
 
     rows: int
@@ -22,7 +22,7 @@ class LaunchBucket:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """The largest steps.
+    """The limits of a step.
 
     Attributes:
         rows: most tokens of a step.
@@ -36,8 +36,9 @@ class Sizes:
 
 
 def rows_for(rows: int) -> int:
-    """Rows of the bucket: powers of two, and from 16 on also halfway between them, so that a
-    step computes at most half as many rows again as it has (a third from 16 on)."""
+    """Round ``rows`` up to the rows of a bucket: a power of two or, from 16 on, also the value
+    halfway between two of them. So padding adds less than the step's own rows (less than half
+    of them from 16 on)."""
     size = 1
     while size < rows:
         size *= 2
@@ -46,7 +47,8 @@ def rows_for(rows: int) -> int:
 
 
 def pieces_for(pieces: int) -> int:
-    """Pieces of the bucket: powers of four. Programs beyond a context return at once."""
+    """Round ``pieces`` up to the pieces of a bucket, a power of four. Programs beyond the end
+    of a context return at once."""
     size = 1
     while size < pieces:
         size *= 4

@@ -1,4 +1,4 @@
-"""Builds the backend for CUDA for an engine, or says why it cannot serve."""
+"""Builds the CUDA backend for an engine, or says why it cannot serve."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class CudaUnavailable(Exception):
-    """Why the kernels cannot serve, as a phrase."""
+    """The CUDA backend cannot serve; the message gives the reason as a phrase."""
 
 
 def build(
@@ -38,14 +38,14 @@ def build(
     num_blocks: int,
     repaired: Callable[[Callable[[], DecoderWeights]], DecoderWeights],
 ) -> tuple[CudaDecoder | Leading, CudaDraws]:
-    """A decoder over the base, and what samples from its logits.
+    """Build a decoder over the base, and the sampler for its logits.
 
     Args:
-        repaired: calls what loads the base, which may find it damaged.
+        repaired: calls the function that loads the base, and handles a damaged base.
 
     Raises:
-        CudaUnavailable: there is no card, or the kernels do not support the base.
-        UnsupportedModel: the base cannot be divided so.
+        CudaUnavailable: there is no GPU, or the kernels do not support the base.
+        UnsupportedModel: the base cannot be divided among the processes.
     """
     count = config.tensor_parallel
     if dtype != torch.bfloat16:
@@ -58,7 +58,7 @@ def build(
         )
     if config.exact and count > 2:
         raise CudaUnavailable(
-            f"sums of {count} cards have no order of their own, so --exact needs "
+            f"the order of sums over {count} GPUs is not fixed, so --exact needs "
             "--tensor-parallel 2 or 1"
         )
     try:
@@ -72,7 +72,7 @@ def build(
     if shard is None:
         decoder = of(None)
     else:
-        # Imported here: it imports this module.
+        # Imported here, since it imports this module.
         from veneer_server.backends.cuda.follower import lead
 
         decoder = lead(config, num_blocks, card.join, of)
@@ -86,11 +86,11 @@ def build(
 
 
 def loaded(config: EngineConfig, card: Device, shard: Shard | None) -> DecoderWeights:
-    """The base, or a part of it, in device memory.
+    """Load the base, or one process's part of it, into device memory.
 
     Raises:
-        ValueError: the kernels do not read its weights.
-        UnsupportedModel: it cannot be divided so.
+        ValueError: the kernels cannot read its weights.
+        UnsupportedModel: the base cannot be divided among the processes.
     """
     return load(
         card,
@@ -109,10 +109,10 @@ def decoder_of(
     num_blocks: int,
     member: Member | None,
 ) -> CudaDecoder:
-    """A decoder over `loaded` weights.
+    """Build a decoder over weights from `loaded`.
 
     Args:
-        member: this process, if they are a part.
+        member: this process's place among the others, if the weights are a part of a base.
     """
     sizes = Sizes(
         rows=config.max_batch_tokens + config.max_running,

@@ -1,11 +1,11 @@
-"""The backend for CUDA: a whole step over `StepArrays` by kernels, in static memory.
+"""The CUDA backend: executes whole steps (`StepArrays`) with our kernels, in static memory.
 
-A step that only decodes is one graph, captured for its bucket by `prepare`, else when the
-bucket is first used. A step with prefill is enqueued operation by operation. Neither waits for
-the device: `execute` returns once a step is enqueued, and `finite` waits for it.
+A step that only decodes is one graph, captured for its bucket by `prepare` or, failing that,
+when the bucket is first used. A step with prefill is enqueued operation by operation. Neither
+waits for the device: `execute` returns once a step is enqueued, and `finite` waits for it.
 
-The residual stream and the norms' sums are float32, as in the torch backend; all between is
-bfloat16. LoRA's sums are float32, added to the linear's bfloat16 output.
+The residual stream and the norms' sums are float32, as in the torch backend; everything in
+between is bfloat16. LoRA's sums are float32 and are added to the linear's bfloat16 output.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from veneer_server.step.layout import MEMBERS
 from veneer_server.wire.messages import SamplingParams
 
 MOST_RANK: Final = 256
-"""Of an adapter."""
+"""The largest rank of an adapter's matrices."""
 SLOTS: Final = 1024
 """Most adapters in device memory."""
 
@@ -51,7 +51,7 @@ _EMPTY: Final = StepArrays(
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """See `CudaDecoder.submit`."""
+    """The arguments of `CudaDecoder.submit`, apart from the step."""
 
     choices: Sequence[TokenChoice]
     tops: Sequence[int]
@@ -64,17 +64,17 @@ class CudaDecoder:
     """Implements `AheadBackend` over weights whose linears are all `CudaLinear`.
 
     Args:
-        blocks: of the KV cache, block 0 included.
-        adapter_bytes: of device memory, for adapters.
-        exact: whether a row's numbers are bit-identical whatever shares its step.
-        graphs: whether steps that only decode are captured; the numbers are the same.
-        member: this process, if ``weights`` are a part of a base. All processes get the same
-            steps and adapters, and have the same logits.
+        blocks: number of blocks of the KV cache, block 0 included.
+        adapter_bytes: bytes of device memory for adapters.
+        exact: whether a row's results are bit-identical whatever shares its step.
+        graphs: whether steps that only decode are captured as graphs; results are the same.
+        member: this process's place among the others, if ``weights`` are a part of a base. All
+            processes get the same steps and adapters, and compute the same logits.
 
     Attributes:
-        adapters: those in device memory.
-        weights: the base's.
-        last_logits: what the last `execute` returned.
+        adapters: the adapters in device memory.
+        weights: the base's weights.
+        last_logits: the logits of the last step.
     """
 
     def __init__(
@@ -138,8 +138,8 @@ class CudaDecoder:
         self._told = device.pinned(self._inputs.rows, dtype=torch.float32)
 
     def prepare(self) -> int:
-        """Compile all kernels and capture all graphs, so that no step of a request has to: over
-        rows that no sequence uses, before the first step. Returns the number of graphs."""
+        """Compile all kernels and capture all graphs before the first step, so that no request
+        waits for it. Runs on rows that no sequence uses. Returns the number of graphs."""
         for shape in chain(self._inputs.mixed(), self._inputs.decoding()):
             turn = ("inputs", self._inputs.turn())
             self._timeline.until_free(turn)
@@ -152,7 +152,7 @@ class CudaDecoder:
         return len(self._graphs)
 
     def execute(self, step: StepArrays) -> torch.Tensor:
-        """See `Backend.execute`. The logits are in device memory, and not there yet."""
+        """See `Backend.execute`. The logits are in device memory, perhaps not computed yet."""
         self._enqueue(step, None)
         return self.last_logits
 
@@ -178,7 +178,7 @@ class CudaDecoder:
     def _enqueue(self, step: StepArrays, sampled: _Wanted | None) -> None:
         wanted = len(step.logit_rows)
         turn = ("inputs", self._inputs.turn())
-        self._timeline.until_free(turn)  # of the step before the last
+        self._timeline.until_free(turn)  # the step before the last used this set
         with self._timeline.lock:
             segments = [(s.begin, s.end, self.adapters.slot(s.table)) for s in step.segments]
             slots, tables, regions = self._arena.map(step)
@@ -230,6 +230,7 @@ class CudaDecoder:
         if graph is not None:
             graph.replay()
             return
-        operations()  # not replayed: kernels are compiled when they are first launched
+        # Run once uncaptured: kernels are compiled when they are first launched.
+        operations()
         if self._captures:
             self._graphs[shape.bucket] = self._device.capture(operations)

@@ -1,11 +1,11 @@
-"""The only module that needs a card: streams, events, pinned memory, captured graphs.
+"""The only module that needs a GPU: streams, events, pinned memory, captured graphs.
 
-The rest of the backend goes through `Device`, which tests replace by a simulated one that
-executes on the CPU what was enqueued (``tests/gpu/engine/simulated.py``). So of this module no
-line but the protocol is checked without a card; docs/gpu.md lists what it does.
+The rest of the backend goes through `Device`, which tests replace by a simulated device that
+executes enqueued operations on the CPU (``tests/gpu/engine/simulated.py``). So only the
+protocols of this module are checked without a GPU; docs/gpu.md lists what the module does.
 
-An operation is a function with its arguments: one of the kernels' Python functions, or one of
-torch's that writes to a given tensor. Neither allocates device memory or waits for the device.
+An operation is a function with its arguments: one of our kernels' Python functions, or a torch
+function that writes to a given tensor. Neither allocates device memory or waits for the device.
 """
 
 from __future__ import annotations
@@ -21,77 +21,79 @@ from veneer_server.backends.parallel.peers import GroupPeers, Peers
 
 
 class Event(Protocol):
-    """A point in a stream: after all that was enqueued before it was recorded."""
+    """A point in a stream, reached once everything enqueued before it has finished."""
 
 
 class Graph(Protocol):
-    """Operations that were captured: their launches with the addresses they had then."""
+    """Captured operations: their launches, with the addresses used at capture."""
 
     def replay(self) -> None:
-        """Enqueue all of them on the stream of steps."""
+        """Enqueue all the operations on the stream for steps."""
 
 
 class Device(Protocol):
-    """Two streams that execute operations in their own order, later.
+    """A GPU with two streams, one for steps and one for copies. Each executes its operations
+    asynchronously and in order.
 
     Attributes:
-        torch_device: where its tensors are.
+        torch_device: the device that its tensors are on.
     """
 
     torch_device: torch.device
 
     def empty(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-        """Device memory. Its address stays the same as long as the tensor lives."""
+        """Allocate device memory. Its address stays the same as long as the tensor lives."""
 
     def keep(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Numbers that never change, in device memory; the same tensor if they are there. Not
-        while serving: it may wait."""
+        """Return constant data in device memory; the same tensor if it is there already. Not
+        for use while serving: it may wait for the device."""
 
     def pinned(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-        """Host memory that the device copies from or to while the host does something else."""
+        """Allocate pinned host memory, which the device can copy from and to asynchronously."""
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Enqueue an operation on the current stream: that of steps, or see `copying`."""
+        """Enqueue an operation on the current stream: the one for steps, or see `copying`."""
 
     def copying(self) -> AbstractContextManager[None]:
-        """Within it, the current stream of this thread is that of copies."""
+        """Make the stream for copies this thread's current stream within the context."""
 
     def record(self) -> Event:
-        """An event in the current stream."""
+        """Record an event in the current stream."""
 
     def wait(self, event: Event) -> None:
-        """What the current stream gets from now on begins after the event. The host goes on."""
+        """Make everything enqueued on the current stream from now on start after the event. The
+        host does not wait."""
 
     def done(self, event: Event) -> bool:
-        """Whether the device has reached the event. The host goes on."""
+        """Return True if the device has reached the event. The host does not wait."""
 
     def sync(self, event: Event) -> None:
-        """The host waits until the device has reached the event."""
+        """Block the host until the device has reached the event."""
 
     def capture(self, operations: Callable[[], None]) -> Graph:
-        """A graph of what a function enqueues, which is not executed now. It must have been
-        called before: kernels are compiled when they are first launched."""
+        """Capture a graph of the operations that a function enqueues, without executing them.
+        The function must have run before, since kernels are compiled when first launched."""
 
     def join(self, file: str, index: int, count: int) -> Peers:
-        """Process ``index`` of ``count``, each with a card of its own, meets the others by a
-        new file."""
+        """Join a group of ``count`` processes as process ``index``. Each has its own GPU; they
+        find each other through ``file``, which must be new."""
 
 
 def matmul(device: Device, x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> None:
-    """Enqueue ``y`` = ``x`` times the transposed weight, by cuBLAS. [rows, in], [out, in],
-    [rows, out], one dtype."""
+    """Enqueue ``y`` = ``x`` times the transposed weight, by cuBLAS. All have one dtype: ``x``
+    [rows, in], ``weight`` [out, in], ``y`` [rows, out]."""
     device.call(torch.mm, x, weight.t(), out=y)
 
 
 class CudaDevice:
-    """`Device` on a card. No test executes it without one."""
+    """`Device` on a real GPU. Tests only execute it where there is one."""
 
     def __init__(self, index: int) -> None:
         self.torch_device = torch.device("cuda", index)
         # cuBLAS and Triton may use TF32 or reduced sums where torch allows it.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         with torch.cuda.device(index):
-            # Not the default stream: that one waits for others, and cannot be captured.
+            # Not the default stream, which waits for other streams and cannot be captured.
             self._steps = torch.cuda.Stream()
             self._copies = torch.cuda.Stream()
         torch.cuda.set_stream(self._steps)
@@ -109,7 +111,8 @@ class CudaDevice:
         return torch.empty(shape, dtype=dtype, pin_memory=True)
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """See `Device.call`. The engine's threads begin with torch's default stream."""
+        """See `Device.call`. The engine's threads start on torch's default stream, so that one
+        is replaced by the stream for steps."""
         if torch.cuda.current_stream(self.torch_device) in (self._steps, self._copies):
             function(*args, **kwargs)
             return
@@ -165,7 +168,7 @@ class CudaDevice:
 
 
 class _Replayed:
-    """`Graph` of a card."""
+    """`Graph` on a real GPU."""
 
     def __init__(self, graph: Any, stream: Any) -> None:
         self._graph = graph
@@ -178,10 +181,10 @@ class _Replayed:
 
 
 def open_device(device: torch.device) -> Device:
-    """The card with this index.
+    """Open the GPU with this index.
 
     Raises:
-        RuntimeError: it is no card, or torch finds none.
+        RuntimeError: the device is not a GPU, or torch finds none with this index.
     """
     if device.type != "cuda":
         raise RuntimeError(f"the device is {device.type}")

@@ -1,4 +1,4 @@
-"""Samples tokens on the device (`sampling.draw`); one wait for all rows of a step."""
+"""Samples tokens on the device (`sampling.draw`), with one wait for all rows of a step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class CudaDraws:
     """Implements `step.choice.Draws`.
 
     Args:
-        rows: most at once; more take turns.
+        rows: most rows sampled at once; a larger batch is sampled in several rounds.
     """
 
     def __init__(self, device: Device, rows: int, vocab: int) -> None:
@@ -46,7 +46,7 @@ class CudaDraws:
         count = len(choices)
         here = {name: pinned[:count] for name, pinned in self._here.items()}
         there = {name: tensor[:count] for name, tensor in self._there.items()}
-        # The last draw's tokens were read, so nothing reads the settings any more.
+        # The last round's tokens were read, so nothing reads its settings any more.
         for name, numbers in given(choices).items():
             here[name].numpy()[:] = numbers
             self._device.call(there[name].copy_, here[name], non_blocking=True)

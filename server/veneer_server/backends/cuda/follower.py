@@ -1,8 +1,8 @@
-"""The processes of a base that is divided among cards (``--tensor-parallel``), one for each.
+"""The processes that serve a base divided among GPUs (``--tensor-parallel``), one per GPU.
 
-The engine's process leads and has the first card. It loads its part, then starts the others,
-which find the quantized base on disk; they end when it closes its connections, or is gone. If
-one of them ends before, the engine does too, and is started again.
+The engine's process leads and uses the first GPU. It loads its part, then starts the others,
+which find the quantized base on disk. They end when the leader closes its connections or dies.
+If a follower fails before that, the engine ends too, and is restarted.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ _LOST: Final = 70
 
 @dataclass(frozen=True, slots=True)
 class _Given:
-    """What a follower is started with.
+    """The first message to a follower: its settings.
 
     Attributes:
-        file: by which the processes find each other.
+        file: see `Device.join`.
     """
 
     config: EngineConfig
@@ -64,13 +64,13 @@ def lead(
     module: str = "",
     lost: Callable[[int], Any] = lambda _status: os._exit(_LOST),
 ) -> Leading:
-    """Start the followers, and build the decoder of all.
+    """Start the followers, and build a decoder that leads them.
 
     Args:
         join: see `Device.join`.
-        build: this process's decoder.
-        module: the followers' program.
-        lost: called with a follower's status if it ends although this process needs it.
+        build: builds this process's decoder.
+        module: the Python module that followers run, instead of this one.
+        lost: called with a follower's exit status if it is not 0.
 
     Raises:
         CudaUnavailable: a follower cannot serve.
@@ -116,7 +116,11 @@ def _watch(process: subprocess.Popen[bytes], index: int, lost: Callable[[int], A
 
 
 def _answers(links: list[MemberLink]) -> None:
-    """Wait until each follower has gone one step further."""
+    """Wait until each follower has reported success for its current stage of starting.
+
+    Raises:
+        CudaUnavailable: a follower has failed.
+    """
     for index, link in enumerate(links, 1):
         try:
             why = link.steps.recv()
@@ -133,13 +137,13 @@ def _close(links: list[MemberLink]) -> None:
 
 
 def _end(links: list[MemberLink], folder: tempfile.TemporaryDirectory[str]) -> None:
-    # The group of processes may use its file as long as it lives.
+    # Removed only now: the process group may use its file as long as it exists.
     _close(links)
     folder.cleanup()
 
 
 def run(link: MemberLink, ended: Callable[[], Any]) -> None:
-    """A follower: build the decoder, then do what the leader says."""
+    """Run a follower: build its decoder, then carry out the leader's messages."""
     given: _Given = link.steps.recv()
     config, index, count = given.config, given.index, given.config.tensor_parallel
     logs.configure(config.log_format, process="engine")
@@ -164,7 +168,7 @@ def run(link: MemberLink, ended: Callable[[], Any]) -> None:
 
 
 def main(ended: Callable[[], Any] = lambda: os._exit(0)) -> None:
-    """Entry point: the two connections' descriptors are its arguments."""
+    """Entry point. The program's arguments are the file descriptors of its two connections."""
     steps, copies = (Connection(int(descriptor)) for descriptor in sys.argv[1:])
     with contextlib.suppress(EOFError):  # the leader is gone
         run(MemberLink(steps, copies), ended)

@@ -1,4 +1,4 @@
-"""Enqueues a step's launches, from token ids to logits, in static memory."""
+"""Enqueues a step's kernel launches, from token ids to logits, in static memory."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ from veneer_server.models.loader import DecoderWeights
 from veneer_server.step.layout import MEMBERS, Group
 
 ATTENTION_SCRATCH: Final = 1 << 26
-"""Numbers for the pieces of contexts: 256 MB. Sequences that need more take turns."""
+"""Most float32 numbers (256 MB) for attention's partial sums over pieces of contexts. If the
+sequences of a step need more, they attend in several launches."""
 KEPT_LOGITS: Final = 64
-"""Rows of logits in static memory, at least. More, for scored prompts, are allocated."""
+"""Fewest rows of logits in static memory. A step that needs more, for scored prompts, allocates
+them."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Lora:
-    """Memory for the shrunk rows of one group, and the columns of its output, in blocks for
-    each of both kernels."""
+    """One group's scratch memory for shrunk rows, and its column tables (`lora.tables`), for
+    each of the two LoRA kernels: the one for few rows and the one for many."""
 
     few: torch.Tensor
     many: torch.Tensor
@@ -40,18 +42,18 @@ class _Lora:
 
 
 class Forward:
-    """A base's launches, and the memory between them.
+    """The kernel launches of a base, and the static memory for its activations.
 
     Args:
-        rows: most of a step, padded.
+        rows: most rows of a step, padded.
         decodes: most sequences of a step that decode, padded.
         positions: most tokens of a sequence.
-        most_ranks: by group, the largest sum of an adapter's ranks.
+        most_ranks: for each group, the largest sum of an adapter's ranks.
         exact: whether each row's sums have one order, whatever shares the step.
         peers: the other processes, if ``weights`` are a part of a base.
 
     Attributes:
-        logits: [rows, vocab] float32, static.
+        logits: [rows, vocab] float32, static memory.
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class Forward:
 
         def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
             made = device.empty(*shape, dtype=dtype)
-            device.call(torch.Tensor.zero_, made)  # NaN in unused rows would be found
+            device.call(torch.Tensor.zero_, made)  # checks for NaN would find it in unused rows
             return made
 
         self._hidden = empty(rows, hidden, dtype=torch.float32)
@@ -124,7 +126,7 @@ class Forward:
         ]
 
     def enqueue(self, step: Filled, shape: LaunchShape, logits: torch.Tensor) -> None:
-        """All of a step. ``logits`` [logits, vocab] float32 is written to."""
+        """Enqueue a whole step, which writes to ``logits``, [logits, vocab] float32."""
         call, weights = self._device.call, self._weights
         rows = shape.bucket.rows
         hidden, x = self._hidden[:rows], self._x[:rows]
@@ -153,7 +155,7 @@ class Forward:
             call(torch.Tensor.copy_, logits[begin : begin + len(part)], spoken)
 
     def _summed(self, partial: torch.Tensor) -> torch.Tensor:
-        """What o or down gives, of all processes: parts are added in float32."""
+        """Add up the partial outputs of o or down from all processes, in float32."""
         if self._peers is None:
             return partial
         whole = self._sum[: len(partial)]
@@ -198,7 +200,7 @@ class Forward:
             pieces, heads = shape.bucket.pieces, config.num_heads
             each = pieces * heads
             most = max(1, len(self._sums) // (each * config.head_dim))
-            if most > 4:  # addresses in multiples of 16 bytes: Triton compiles again for others
+            if most > 4:  # Triton compiles again for addresses that are no multiple of 16 bytes
                 most -= most % 4
             for begin in range(0, shape.decodes, most):
                 end = min(begin + most, shape.decodes)
@@ -241,7 +243,7 @@ class Forward:
     def _project(
         self, index: int, group: Group, x: torch.Tensor, y: torch.Tensor, step: Filled
     ) -> None:
-        """``y`` = base(x) + LoRA(x)."""
+        """Enqueue ``y`` = base(x) + LoRA(x)."""
         device, memory = self._device, self._lora[group.value]
         linear = self._of(index)[group.value]
         linear.multiply(device, x, y, self._scratch, exact=self._exact)
@@ -275,7 +277,7 @@ class Forward:
     def _lora_memory(self, group: Group, most: int, rows: int) -> _Lora:
         outs = [self._config.shapes[member][0] for member in MEMBERS[group]]
         parts = lora_rows.splits(self._config.shapes[MEMBERS[group][0]][1])
-        # Decode steps, and in exact mode all, take the kernel for few rows.
+        # Rows that decode take the kernel for few rows; in exact mode all rows do.
         return _Lora(
             self._device.empty(parts * rows * most, dtype=torch.float32),
             self._device.empty(rows, most, dtype=torch.float32),
@@ -288,7 +290,7 @@ class Forward:
 
 
 def _turns(device: Device, weights: DecoderWeights, positions: int) -> torch.Tensor:
-    """[positions, 2, head_dim / 2]: see `pointwise.rotary`."""
+    """Return the rotary table, [positions, 2, head_dim / 2]: see `pointwise.rotary`."""
     frequencies = weights.inv_freq.cpu()
     angles = torch.arange(positions).unsqueeze(1).float() * frequencies
     turns = torch.stack((angles.cos(), angles.sin()), dim=1) * weights.rotary_scale

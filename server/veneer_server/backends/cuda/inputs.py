@@ -1,7 +1,7 @@
-"""A step's arrays in static device memory, at the addresses that captured graphs know.
+"""A step's arrays in static device memory, at the addresses that captured graphs use.
 
-The host writes a step's arrays to pinned memory, of which there are two sets: it fills one
-while the device may still read the other. Only what the step uses is copied.
+The host writes a step's arrays to one of two sets of pinned memory, so that it can fill one
+while the device may still read the other. Only the part that the step uses is copied.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ SETS: Final = 2
 
 @dataclass(frozen=True, slots=True)
 class LaunchShape:
-    """What a step's launches depend on, apart from numbers in device memory.
+    """The sizes of a step's launches: they depend on nothing else but data in device memory.
 
     Attributes:
-        bucket: its sizes.
-        graph: whether they depend on the bucket alone: every sequence adds one row.
-        decodes: sequences that the kernel for decoding attends with; the first ones of
-            `Filled.tables`. In a step with a graph, all rows of the bucket.
-        tiles, few, many: tiles of attention's other kernel, of LoRA's for few rows, and of its
-            for many.
-        width: of the block tables.
+        bucket: the step's padded sizes.
+        graph: whether the launches depend on the bucket alone, since every sequence adds one
+            row and needs its logits.
+        decodes: number of sequences for attention's decode kernel: the first ones of
+            `Filled.tables`. In a step with a graph, all rows of the bucket; in exact mode 0.
+        tiles: number of tiles for attention's prefill kernel.
+        few, many: number of tiles for the LoRA kernels for few and for many rows.
+        width: columns of the block tables.
         logits: rows of logits, padded.
     """
 
@@ -53,15 +54,15 @@ class LaunchShape:
 
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """Device tensors of a step; the same addresses for all.
+    """A step's arrays on the device, at the same addresses for all steps.
 
     Attributes:
         tokens: [rows] int64.
         positions: [rows] int32.
         slots: [rows] int64, -1 for unused rows.
-        contexts: [decodes] int32, 0 for unused places.
-        tables: [sequences, width] int32.
-        decoding: [decodes] int64: their rows.
+        contexts: [decodes] int32, 0 for unused entries.
+        tables: [sequences, width] int32, decoding sequences first.
+        decoding: [decodes] int64, the rows of the decoding sequences.
         tiles: [tiles, 4] int32, see `attention.prefill`.
         few, many: [tiles, 3] int32, see `lora.tables`.
         logit_rows: [logits] int64.
@@ -80,15 +81,15 @@ class Filled:
 
 
 class StaticInputs:
-    """The static arrays.
+    """The static arrays that all steps use.
 
     Args:
-        sizes: of the largest steps.
+        sizes: the limits of a step.
         exact: whether each row's sums have one order, whatever shares the step.
 
     Attributes:
-        rows, sequences: the largest of a step, padded.
-        current: the set that was filled last.
+        rows, sequences: most rows and sequences of a step, padded.
+        current: the set of pinned memory that `turn` chose last.
     """
 
     def __init__(self, device: Device, sizes: Sizes, block_size: int, *, exact: bool) -> None:
@@ -120,12 +121,13 @@ class StaticInputs:
         self.current = 0
 
     def turn(self) -> int:
-        """The set that the next `fill` writes to; it must be free."""
+        """Switch to the other set of pinned memory and return its index. The device must be
+        done with that set before the next `fill`, which writes to it."""
         self.current = (self.current + 1) % SETS
         return self.current
 
     def shape(self, step: StepArrays, segments: list[tuple[int, int, int]]) -> LaunchShape:
-        """The shape of a step; ``segments`` as for `fill`."""
+        """Return the shape of a step's launches. ``segments`` is as for `fill`."""
         counts = np.diff(step.row_starts)
         rows, longest = len(step.tokens), int(step.contexts.max())
         up = self._up
@@ -147,7 +149,7 @@ class StaticInputs:
         )
 
     def decoding(self) -> Iterator[LaunchShape]:
-        """The shapes of all steps that only decode: one for each graph."""
+        """Yield the shapes of all steps that only decode: one for each graph."""
         most = decode.splits(self._sizes.context)
         sizes = {self._up(rows_for(n + 1)) for n in range(self._sizes.sequences)}
         lengths = {min(pieces_for(n + 1), most) for n in range(most)}
@@ -155,14 +157,15 @@ class StaticInputs:
             yield self._decoding(rows, pieces, adapters=adapters)
 
     def mixed(self) -> Iterator[LaunchShape]:
-        """Shapes of steps with prompts, one for each way that Triton compiles the kernels."""
+        """Yield shapes of steps with prompts. Between them they make Triton compile every
+        variant of the kernels."""
         sizes = sorted({self._up(rows_for(n + 1)) for n in range(self._sizes.rows)})
         few = _kinds(size for size in sizes if size <= PANEL)
         many = _kinds(size for size in sizes if size > PANEL)
         lengths = _kinds(n + 1 for n in range(decode.splits(self._sizes.context)))
         widths = _kinds(n + 1 for n in range(self._width))
         tables = list(product(lengths, widths))
-        # No kernel gets the rows and one of the others.
+        # No kernel gets both the rows and one of the other sizes, so not every pair is needed.
         for rows, table in zip_longest(few + many, tables):
             pieces, width = table or tables[-1]
             bucket = LaunchBucket(rows or few[0], pieces, True)
@@ -170,7 +173,7 @@ class StaticInputs:
             yield LaunchShape(bucket, False, alone, 1, 1, alone, width, self._up(1))
 
     def _up(self, rows: int) -> int:
-        """Rows of the launches for so many of a bucket."""
+        """Return the rows of the launches for a bucket of ``rows``: padded in exact mode."""
         return min(padded(rows) if self._exact else rows, self.rows)
 
     def _decoding(self, rows: int, pieces: int, *, adapters: bool) -> LaunchShape:
@@ -191,11 +194,11 @@ class StaticInputs:
         segments: list[tuple[int, int, int]],
         shape: LaunchShape,
     ) -> Filled:
-        """Write a step's arrays to the set of `turn`, and enqueue their copies.
+        """Write a step's arrays to the set chosen by `turn`, and enqueue their copies.
 
         Args:
-            slots, tables: with the kernels' numbers of blocks.
-            segments: first row, one past the last, slot of the adapter.
+            slots, tables: as in `StepArrays`, but with the kernels' block numbers.
+            segments: tuples of first row, one past the last row, slot of the adapter.
         """
         counts = np.diff(step.row_starts)
         rows, sequences = shape.bucket.rows, len(step.contexts)
@@ -233,8 +236,9 @@ class StaticInputs:
     def _cut(
         self, step: StepArrays, segments: list[tuple[int, int, int]]
     ) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
-        """Segments cut into tiles, for LoRA's kernel for few rows and the one for many. Which
-        one a row takes follows from its sequence: decoding, or a part of a prompt."""
+        """Cut segments into tiles for LoRA's kernel for few rows and for the one for many. A
+        row's kernel depends on whether its sequence decodes or adds a part of its prompt; in
+        exact mode all rows take the kernel for few rows."""
         few: list[tuple[int, int, int]] = []
         many: list[tuple[int, int, int]] = []
         # [rows] how many rows the row's sequence has
@@ -253,14 +257,15 @@ class StaticInputs:
     def _table(
         self, name: str, tiles: Sequence[tuple[int, ...]], count: int, fields: int
     ) -> torch.Tensor:
-        """[count, fields]: tiles, then unused ones."""
+        """Put tiles into a device array [count, fields], followed by unused tiles."""
         flat = np.array(tiles, dtype=np.int32).reshape(-1)
         return self._put(name, flat, count * fields).view(count, fields)
 
     def _put(
         self, name: str, numbers: NDArray[Any], size: int, filler: int = 0
     ) -> torch.Tensor:
-        """The first ``size`` numbers of a device array: these, then the filler."""
+        """Copy ``numbers``, padded with the filler to ``size``, to the start of a device array,
+        and return that part of it."""
         here, there = self._here[self.current][name][:size], self._there[name][:size]
         if size:
             target = here.numpy()
@@ -271,8 +276,8 @@ class StaticInputs:
 
 
 def _kinds(numbers: Iterable[int]) -> list[int]:
-    """One number of each kind: Triton compiles a kernel once more for an argument that is 1,
-    and for one that is a multiple of 16."""
+    """Return one number of each kind for which Triton compiles a kernel separately: an argument
+    that is 1, one that is a multiple of 16, and any other."""
     found: dict[tuple[bool, bool], int] = {}
     for number in numbers:
         found.setdefault((number == 1, number % 16 == 0), number)

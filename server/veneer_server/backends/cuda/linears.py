@@ -1,7 +1,7 @@
-"""The base's linears on a card: NF4 and FP8 by the kernels, dense by cuBLAS.
+"""The base's linears on a GPU: NF4 and FP8 by our kernels, dense by cuBLAS.
 
 In exact mode a row's sums have one order whatever else is in the step: packed weights always
-take the kernel for few rows, and cuBLAS, which chooses an order by shape, always gets `PANEL`
+use the kernel for few rows, and cuBLAS, which chooses an order by shape, always gets `PANEL`
 rows.
 """
 
@@ -29,15 +29,15 @@ from veneer_server.models.config import Quantization
 from veneer_server.models.linear import stack_biases
 
 PANEL: Final = 64
-"""Most rows that the kernel for few rows multiplies at once, and all that a cuBLAS call
-multiplies in exact mode."""
+"""Most rows of one call of the kernel for few rows, and the rows of every cuBLAS call in exact
+mode."""
 EXPANDED: Final = 32 << 20
-"""Most numbers of a packed weight that are expanded at once."""
+"""Most elements of a packed weight that are expanded at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scratch:
-    """Memory that linears share, one after the other.
+    """Scratch memory that all linears use in turn.
 
     Attributes:
         partials: float32, for sums over a part of the inputs.
@@ -60,20 +60,21 @@ class CudaLinear(Protocol):
         """Bytes of weights and biases."""
 
     def kept(self, device: Device) -> CudaLinear:
-        """With its weights in device memory."""
+        """Return this linear with its weights in device memory."""
 
     def part(
         self, outputs: Sequence[slice], inputs: slice, bias: torch.Tensor | None
     ) -> CudaLinear:
-        """Some outputs and inputs, with this bias: a process's part. No weight changes.
+        """Return a process's part: some of the outputs and inputs, with this bias. Weights are
+        not quantized again.
 
         Raises:
-            ValueError: a block of weights with one scale would be cut.
+            ValueError: the part would cut a block of weights that share a scale.
         """
 
     @property
     def scratch(self) -> tuple[int, int]:
-        """Elements that it needs of each part of `Scratch`."""
+        """Elements that it needs of ``Scratch.partials`` and of ``Scratch.panel``."""
 
     def multiply(
         self, device: Device, x: torch.Tensor, y: torch.Tensor, scratch: Scratch, *, exact: bool
@@ -94,14 +95,14 @@ def _kept(device: Device, bias: torch.Tensor | None) -> torch.Tensor | None:
 def fuse(
     modules: Sequence[Any], dtype: torch.dtype, quantization: Quantization = "none"
 ) -> CudaLinear:
-    """One linear for modules that share an input; outputs in the given order. See
-    `models.linear.fuse`.
+    """Fuse modules that share an input into one linear, with their outputs in the given order.
+    See `models.linear.fuse`.
 
     Args:
-        quantization: of weights that are not quantized already.
+        quantization: the format for weights that are not quantized already.
 
     Raises:
-        ValueError: the kernels do not read these weights.
+        ValueError: the kernels cannot read these weights.
     """
     bias = stack_biases(modules, dtype)
     states = [getattr(module.weight, "quant_state", None) for module in modules]
@@ -116,10 +117,10 @@ def fuse(
 def linear_of(
     weights: Sequence[torch.Tensor], bias: torch.Tensor | None, quantization: Quantization
 ) -> CudaLinear:
-    """A linear of weights [out, in] that share an input, quantized without bitsandbytes.
+    """Make one linear of weights [out, in] that share an input, quantized without bitsandbytes.
 
     Raises:
-        ValueError: the kernels have no such weights.
+        ValueError: the kernels do not support this quantization.
     """
     match quantization:
         case "none":
@@ -133,7 +134,7 @@ def linear_of(
 
 
 class DenseLinear:
-    """An unquantized weight, bfloat16."""
+    """A `CudaLinear` with an unquantized bfloat16 weight."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self.weight = weight
@@ -177,7 +178,7 @@ Packed = PackedNf4 | PackedFp8
 
 @dataclass(frozen=True, slots=True)
 class _Format:
-    """What is done with packed weights of a kind."""
+    """The functions for one format of packed weights."""
 
     splits: Callable[[Any], int]
     multiply: Callable[..., None]
@@ -205,7 +206,7 @@ _FORMATS: Final = {
 
 
 class PackedLinear:
-    """A packed weight, NF4 or FP8."""
+    """A `CudaLinear` with a packed weight, NF4 or FP8."""
 
     def __init__(self, weight: Packed, bias: torch.Tensor | None = None) -> None:
         self.weight = weight
@@ -239,7 +240,7 @@ class PackedLinear:
 
     @property
     def _outputs(self) -> int:
-        """Of a panel."""
+        """Outputs that are expanded at once, as one panel."""
         return min(self.out_features, max(1, EXPANDED // self.in_features))
 
     def multiply(

@@ -1,8 +1,8 @@
-"""Tokens and log-probabilities of a step, sampled on the device behind its logits.
+"""Samples a step's tokens and log-probabilities on the device, right after its logits.
 
-The host writes a step's settings to pinned memory and reads its results from there, one set for
-each of two steps: so the next step may be enqueued before the last one's tokens are known, even
-to the host, since a row's token may come from the last step's results (`carry`).
+The host writes a step's settings to pinned memory and reads its results from there. There are
+two sets, and a row can take its token from the last step's results on the device (`carry`). So
+the next step may be enqueued before the host knows the last one's tokens.
 """
 
 from __future__ import annotations
@@ -22,8 +22,12 @@ from veneer_server.step.choice import TokenChoice
 
 
 class SampledRows:
-    """Static memory for at most so many ``rows`` of logits, and ``sequences`` whose logits the
-    host gets."""
+    """The sampling of all steps, in static memory.
+
+    Args:
+        rows: most rows of logits of a step.
+        sequences: most rows of logits that the host gets from a step.
+    """
 
     def __init__(self, device: Device, rows: int, sequences: int, vocab: int) -> None:
         self._device = device
@@ -55,18 +59,18 @@ class SampledRows:
             for _ in range(SETS)
         ]
         self._known = device.empty(rows, dtype=torch.int64)
-        """The last step's tokens, 0 where nothing could be sampled."""
+        """The last step's tokens; 0 where nothing could be sampled."""
         self._picked = device.empty(rows, dtype=torch.int64)
         self._asked = device.empty(rows, dtype=torch.int64)
         """The tokens whose log-probabilities are wanted."""
         device.call(torch.Tensor.zero_, self._known)
 
     def carry(self, turn: int, carried: Sequence[int], tokens: torch.Tensor) -> None:
-        """Enqueue that rows take their token from the last step's results.
+        """Enqueue the replacement of rows' tokens by tokens that the last step sampled.
 
         Args:
-            carried: for each row of the step the row of the last one's logits, or -1.
-            tokens: [rows] int64, of the step.
+            carried: for each row of the step, the row of the last step's logits, or -1.
+            tokens: [rows] int64, the step's tokens, which are written to.
         """
         count = len(carried)
         rows = np.array(carried, dtype=np.int64)
@@ -87,13 +91,13 @@ class SampledRows:
         tops: Sequence[int],
         scored: Sequence[int] = (),
     ) -> None:
-        """Enqueue sampling, and the way of its results to the host.
+        """Enqueue sampling, and the copies of its results to the host.
 
         Args:
-            turn: the set of pinned memory.
+            turn: index of the set of pinned memory.
             logits: [rows, vocab] float32.
             choices: one for each row; bias, penalties and masks are not supported.
-            tops: for each row, how many of the likeliest are wanted.
+            tops: for each row, how many of the likeliest tokens are wanted.
             scored: see `AheadBackend.submit`.
         """
         count, call = len(choices), self._device.call
@@ -116,12 +120,12 @@ class SampledRows:
             call(self._here[turn][name][:count].copy_, t[name], non_blocking=True)
 
     def hand(self, turn: int, logits: torch.Tensor, rows: Sequence[int]) -> None:
-        """Enqueue the way of some rows of logits to the host."""
+        """Enqueue copies of some rows of logits to the host."""
         for at, row in enumerate(rows):
             self._device.call(self._handed[turn][at].copy_, logits[row], non_blocking=True)
 
     def read(self, submitted: Submitted) -> Sampled:
-        """The results of a step that is done."""
+        """Return the results of a step that has finished."""
         turn, tops = submitted.turn, submitted.tops
         here = {name: self._here[turn][name][: len(tops)] for name in self._results}
         ids, values = here["tops"].tolist(), here["top_own"].tolist()

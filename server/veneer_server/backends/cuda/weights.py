@@ -1,4 +1,4 @@
-"""The base's weights as the decoder for CUDA reads them."""
+"""Loads the base's weights for the CUDA decoder."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ def load(
     fingerprint: str = "",
     shard: Shard | None = None,
 ) -> DecoderWeights:
-    """See `load_weights`; every linear is a `CudaLinear`, and all is in device memory.
+    """Load a base into device memory, with every linear as a `CudaLinear`. See `load_weights`.
 
-    With bitsandbytes NF4 is quantized by it, since that is kept in ``cache_dir``; without, by
-    `nf4.quantizing`, to the same bits.
+    If bitsandbytes is installed, it quantizes to NF4, since that result is kept in
+    ``cache_dir``. Without it `nf4.quantizing` does, to the same bits.
 
     Args:
-        shard: only this part of the base.
+        shard: the part of the base to load; None for the whole base.
 
     Raises:
-        ValueError: the kernels do not read these weights.
-        UnsupportedModel: the base cannot be divided so.
+        ValueError: the kernels cannot read these weights.
+        UnsupportedModel: the base cannot be divided among the processes.
     """
     own = quantization
     if quantization == "nf4" and find_spec("bitsandbytes") is not None:
         own = "none"
     elif read_decoder_config(folder).quantization is not None:
-        own = "none"  # what such a folder has unquantized stays so
+        own = "none"  # weights that a quantized checkpoint leaves unquantized stay so
     made = load_weights(
         folder,
         quantization="none" if quantization == own else quantization,
@@ -60,7 +60,7 @@ def load(
 
 
 def keep(device: Device, made: DecoderWeights) -> DecoderWeights:
-    """Weights whose linears are all `CudaLinear`, in device memory."""
+    """Copy weights to device memory. Their linears must all be `CudaLinear`."""
 
     def norm(weight: torch.Tensor | None) -> torch.Tensor | None:
         return None if weight is None else device.keep(weight)
@@ -116,5 +116,6 @@ def _cut(
 
 
 def _as_linear(linear: CudaLinear) -> ServedLinear:
-    """Nothing but the decoder for CUDA, which knows, calls the linears of these weights."""
+    """Cast to the declared type. Only the CUDA decoder uses these weights, and it knows that
+    their linears are `CudaLinear`."""
     return cast(ServedLinear, linear)

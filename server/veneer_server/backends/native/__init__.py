@@ -1,1 +1,1 @@
-"""The CPU backend in C++: a whole step in one call, compiled at first start."""
+"""The CPU backend in C++: executes a whole step in one call; compiled at the first start."""

@@ -1,7 +1,7 @@
-"""Chooses the library: one compiled here, or else a prebuilt one from the wheel.
+"""Chooses the kernel library: one compiled here, or else a prebuilt one from the wheel.
 
-Prebuilt libraries exist for some instruction sets (`native.forms`). They are loaded under the
-same rules as compiled ones: see `native.kept`.
+Prebuilt libraries exist for some instruction sets (`native.forms`). They must pass the same
+checks as compiled ones before they are loaded: see `native.kept`.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _FIX: Final = "install Veneer's wheel again, as this user or root, with umask 02
 
 @dataclass(frozen=True, slots=True)
 class UsableLibrary:
-    """A library that runs here.
+    """A library that runs on this machine.
 
     Attributes:
-        why_prebuilt: why it is a prebuilt one; empty if it was compiled here.
+        why_prebuilt: why a prebuilt library is used; empty if it was compiled here.
     """
 
     file: Path
@@ -40,7 +40,8 @@ class UsableLibrary:
 
 
 def find_library(cache_dir: Path, instructions: str = "auto") -> UsableLibrary:
-    """The library from `build`, or else a prebuilt one, tried in a separate process.
+    """Return the library from `build`, or else a prebuilt one. Either is tried in a separate
+    process first.
 
     Args:
         cache_dir, instructions: as for `build`.
@@ -61,8 +62,8 @@ def find_library(cache_dir: Path, instructions: str = "auto") -> UsableLibrary:
 
 
 def _prebuilt(flags: frozenset[str], instructions: str) -> Path:
-    """The prebuilt library for the best instruction set that this CPU has and the operating
-    system allows."""
+    """Return the prebuilt library for the best instruction set that this CPU has and the
+    operating system allows."""
     wanted = [form for form in FORMS if instructions in ("auto", form.name)]
     names = [form.name for form in wanted if form.needs <= flags]
     if not names:
@@ -76,7 +77,7 @@ def _prebuilt(flags: frozenset[str], instructions: str) -> Path:
 
 
 def _prebuilt_form(name: str) -> Path:
-    # Only from exactly these sources: otherwise, structs may differ from Python's.
+    # It must be built from exactly these sources: otherwise structs may differ from Python's.
     sources = digest_sources(Path(__file__).with_name("cpp"))
     file = next(iter(sorted(PREBUILT.glob(f"{name}-{sources}-*.so"))), None)
     if file is None:

@@ -1,6 +1,6 @@
 """Compiles the C++ of this package for the machine it runs on, once.
 
-Like PyTorch's inductor and Triton: with the system's compiler, the CPU's own instructions,
+Like PyTorch's inductor and Triton, it uses the system's compiler, the CPU's own instructions,
 and a cache keyed by everything that changes the result. Without a compiler, a prebuilt
 library is used (`native.chosen`).
 """
@@ -48,7 +48,7 @@ COMPILE_SECONDS: Final = 900.0
 _ASK_SECONDS: Final = 60.0
 _LEAST_FREE: Final = 16 << 20
 NOT_PERMITTED: Final = 3
-"""Exit status of the trial where `veneer_permit` says no."""
+"""Exit status of the trial if `veneer_permit` returns 0."""
 CPUINFO: Final = Path("/proc/cpuinfo")
 _TRIAL: Final = Path(__file__).with_name("trial.py")
 
@@ -60,12 +60,12 @@ _FLAGS: Final = {
     AVX2.name: AVX2.flags,
     SOFTWARE_MATRIX.name: SOFTWARE_MATRIX.flags,
 }
-"""Of the compiler, by the form that is asked for, on x86-64. On ARM each form has its own
-flags, with which it is tested."""
+"""The compiler's flags on x86-64, by requested form. On ARM the flags of the `InstructionSet`
+are used, with which it is tested."""
 
 
 class NativeUnavailable(Exception):
-    """Why the native backend cannot serve here, in words for an operator."""
+    """The native backend cannot serve here; the message tells an operator why."""
 
 
 class NotPermitted(NativeUnavailable):
@@ -73,17 +73,17 @@ class NotPermitted(NativeUnavailable):
 
 
 def build(cache_dir: Path, instructions: str = "auto") -> Path:
-    """The shared library, compiled if it is not there yet, and tried in a separate process.
+    """Return the shared library, which is compiled if need be, and tried in a separate process.
 
     Args:
-        cache_dir: the library is kept in ``native`` there; see `kept.places` for the case
-            that this cannot be written or trusted.
-        instructions: the name of a form; ``auto`` selects the best that the CPU has and the
-            operating system allows.
+        cache_dir: the library is kept in its subfolder ``native``, or elsewhere if that folder
+            cannot be written or trusted; see `kept.places`.
+        instructions: the name of a form; ``auto`` selects the best one that the CPU has and
+            the operating system allows.
 
     Raises:
-        NativeUnavailable: no compiler, a CPU without the instructions, or a library that does
-            not run here.
+        NativeUnavailable: there is no compiler, the CPU lacks the instructions, or the library
+            does not run here.
     """
     try:
         return _build(cache_dir, instructions)
@@ -113,7 +113,7 @@ def _build(cache_dir: Path, instructions: str) -> Path:
 
 
 def cpu_flags() -> frozenset[str]:
-    """The CPU's instructions, as Linux names them.
+    """Return the names of the CPU's instruction sets, as Linux reports them.
 
     Raises:
         NativeUnavailable: there are no kernels for this CPU.
@@ -135,8 +135,8 @@ def cpu_flags() -> frozenset[str]:
 
 
 def check_instructions(flags: frozenset[str], instructions: str) -> None:
-    """Raise NativeUnavailable if a CPU with these flags cannot run a form. Whether an x86 CPU
-    runs one of x86's, the compiler knows better; the library's name then tells."""
+    """Raise NativeUnavailable if a CPU with these flags cannot run a form. Forms for x86 are
+    not checked on an x86 CPU: the compiler knows better whether it runs them."""
     best = best_form(flags)
     known = (*FORMS, SOFTWARE_MATRIX)
     wanted = next((form for form in known if form.name == instructions), None)
@@ -151,7 +151,7 @@ def check_instructions(flags: frozenset[str], instructions: str) -> None:
 def _form_flags(
     compiler: list[str], flags: frozenset[str], instructions: str
 ) -> tuple[str, ...]:
-    """The compiler's flags for a form that this CPU runs; for "auto" for the best one."""
+    """Return the compiler's flags for a form that this CPU runs; "auto" means the best one."""
     best = best_form(flags)
     if best is None or best.machine == AVX2.machine:
         return _FLAGS[instructions]
@@ -165,7 +165,8 @@ def _form_flags(
 
 
 def _compiler() -> list[str]:
-    """The words of CXX, or the system's compiler; the first is an absolute path."""
+    """Return the command in CXX, as words, or the system's compiler. The first word is an
+    absolute path."""
     words = shlex.split(os.environ.get("CXX", ""))
     # Skips empty and relative entries of PATH, which depend on the current folder.
     folders = [f for f in os.get_exec_path() if os.path.isabs(f)]
@@ -180,7 +181,8 @@ def _compiler() -> list[str]:
 
 
 def _key(folder: Path, command: list[str], flags: frozenset[str]) -> str:
-    """Cache key: the sources, the command, the compiler it runs and the CPU's instructions."""
+    """Return the cache key: a digest of the sources, the command, the compiler that the command
+    runs, and the CPU's instructions."""
     digest = hashlib.sha256(digest_sources(folder).encode())
     digest.update("\0".join(command[1:]).encode() + b"\0" + _identity(command))
     digest.update(" ".join(sorted(flags)).encode())
@@ -188,7 +190,7 @@ def _key(folder: Path, command: list[str], flags: frozenset[str]) -> str:
 
 
 def _identity(command: list[str]) -> bytes:
-    """What the command would run, and which files those are.
+    """Describe the programs that the command would run, and their files.
 
     The command itself may be a wrapper (ccache, distcc), whose version says nothing. With
     ``-###`` GCC and Clang print version, target and the command of the compiler proper, with
@@ -215,7 +217,8 @@ def _identity(command: list[str]) -> bytes:
 
 
 def _compile(command: list[str], source: Path, places: Iterable[Path], key: str) -> Path:
-    """Compile the library, which appears in one rename: servers may start at the same time."""
+    """Compile the library and move it to its place in one rename, since several servers may
+    start at the same time."""
     why: Exception | None = None
     for place in places:
         try:
@@ -233,7 +236,7 @@ def _compile(command: list[str], source: Path, places: Iterable[Path], key: str)
 
 
 def _run(command: list[str], folder: Path) -> None:
-    """Run the compiler in ``folder``, which holds nothing that it could read by accident.
+    """Run the compiler in ``folder``, which has no files that it could read by accident.
 
     Raises:
         NativeUnavailable: it failed, or took too long.
@@ -273,11 +276,13 @@ def try_out(file: Path, fix: str = "") -> str:
     instruction or a crash in the library only ends that process. Takes 40 ms.
 
     Args:
-        fix: what to do if it does not run; empty advises to have it compiled again.
+        fix: what the user should do if it does not run; empty advises to recompile it.
 
-    Returns the set of instructions that it uses.
+    Returns:
+        The name of the instruction set that it uses.
 
     Raises:
+        NotPermitted: the operating system denies the matrix registers to this process.
         NativeUnavailable: it does not run here, or others could have written it.
     """
     made = "prebuilt" if fix else "compiled"
@@ -303,7 +308,7 @@ def try_out(file: Path, fix: str = "") -> str:
     finally:
         os.close(fd)
     if done.returncode == NOT_PERMITTED:
-        raise NotPermitted("the operating system denies them to this process")
+        raise NotPermitted("the operating system denies matrix registers to this process")
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
         raise NativeUnavailable(f"the {made} kernels crash with {name}; {fix}")

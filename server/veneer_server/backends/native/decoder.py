@@ -1,4 +1,4 @@
-"""The native backend: `StepArrays` in, logits out, one call."""
+"""The native backend: executes a step (`StepArrays`) in one call of the library."""
 
 from __future__ import annotations
 
@@ -64,16 +64,17 @@ class NativeDecoder:
 
     Args:
         threads, bound: see `NativeEngine`.
-        head: how the head is stored: `EIGHT_BIT` halves what a step of one row reads of it,
-            with an error of up to half a 127th of the largest weight of 64; or `BFLOAT16`.
+        head: how the output head is stored, `BFLOAT16` or `EIGHT_BIT`. Eight bits halve the
+            bytes that a step of one row reads of it, with an error of up to half a 127th of
+            the largest weight of each block of 64.
         packed_head: the head, if it is packed already.
         int8_activations: round the inputs of linears of 4 and 8 bits to 8 bits
             (``cpp/kernels/gemm/int8_rows.h``).
 
     Attributes:
         draws: samples tokens from logits, on the same threads.
-        engine_in_use: its threads.
-        weights: the base's; kept alive, since the kernels have their addresses.
+        engine_in_use: the engine whose threads execute steps.
+        weights: the base's weights; kept alive, since the kernels have their addresses.
     """
 
     def __init__(
@@ -139,11 +140,11 @@ class NativeDecoder:
 
     @property
     def handle(self) -> int:
-        """Identifies the engine in use to the library's functions."""
+        """The handle of the engine in use, for the library's functions."""
         return self.engine_in_use.handle
 
     def engine(self, threads: int, bound: Sequence[Sequence[int]] = ()) -> NativeEngine:
-        """An engine for `use`, see `NativeEngine`."""
+        """Make another engine, to be passed to `use`; see `NativeEngine`."""
         return NativeEngine(self._library, self._model, threads, bound)
 
     def use(self, engine: NativeEngine) -> None:
@@ -207,7 +208,7 @@ def _with_inputs(linear: NativeLinear, *, int8: bool) -> Linear:
 
 
 class _Adapter:
-    """An adapter's pointers, valid for as long as its table lives."""
+    """An adapter's structs for the kernels, valid for as long as its table lives."""
 
     def __init__(self, table: AdapterTable) -> None:
         is_float = table.run.dtype == torch.float32

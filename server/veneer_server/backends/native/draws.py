@@ -14,13 +14,13 @@ from veneer_server.wire.messages import SamplingParams
 _SAME: Final = tuple(
     name
     for name in SamplingParams.__struct_fields__
-    if hasattr(SampleRow, name) and name != "seed"  # truncated to 64 bits
+    if hasattr(SampleRow, name) and name != "seed"  # the seed is truncated to 64 bits
 )
-"""Options that are passed on as they are."""
+"""Options that are passed to the kernels unchanged."""
 _IN_LOGITS: Final = frozenset(
     {"repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias"}
 )
-"""Options that have changed the logits before."""
+"""Options that have already been applied to the logits."""
 assert {*_SAME, "seed", *_IN_LOGITS} == {*SamplingParams.__struct_fields__}, (
     "an option that the kernels do not have would be ignored"
 )
@@ -30,8 +30,8 @@ class NativeDraws:
     """Implements `step.choice.Draws`.
 
     Args:
-        engine: from `Library.create`; its threads share the rows. None uses the calling
-            thread. May be set to another one.
+        engine: handle from `Library.create`; that engine's threads share the rows. None uses
+            the calling thread. May be changed later.
     """
 
     def __init__(self, library: Library, engine: int | None = None) -> None:

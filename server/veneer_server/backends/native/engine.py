@@ -1,4 +1,4 @@
-"""A decoder's threads, with the buffers of its steps."""
+"""The threads and step buffers of a native decoder."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ class NativeEngine:
 
     Args:
         model: must outlive the engine.
-        bound: the CPUs of each thread; empty if the system places them. Where it refuses, the
-            thread may run anywhere.
+        bound: the CPUs of each thread; empty if the system places them. A thread that the
+            system refuses to bind may run anywhere.
 
     Attributes:
         handle: identifies the engine to the library's functions.
-        refused: threads that the system did not let be bound.
+        refused: number of threads that the system refused to bind.
 
     Raises:
         NativeUnavailable: the threads cannot be started.

@@ -1,7 +1,8 @@
-"""The builds of the kernels that a wheel contains, for machines without a compiler.
+"""The forms of the kernels, one for each instruction set, and how a wheel's are compiled.
 
-Imports only the standard library, and nothing of the package: ``hatch_build.py`` loads this
-file where Veneer is not installed.
+A wheel contains them for machines without a compiler. This file imports only the standard
+library and nothing of the package, since ``hatch_build.py`` loads it where Veneer is not
+installed.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ class InstructionSet:
 
     Attributes:
         name: as the library reports it.
-        flags: for the compiler.
+        flags: the compiler's flags.
         needs: CPU features that the flags allow the compiler to use, as Linux names them.
-        machine: the CPUs' architecture, as `platform.machine` has it.
+        machine: the CPUs' architecture, as `platform.machine` returns it.
     """
 
     name: str
@@ -66,22 +67,22 @@ NEON_BF16: Final = InstructionSet(
 )
 """Graviton 3 and 4, Apple's M2 and later."""
 FORMS: Final = (AMX, AVX512, AVX2, NEON_BF16, NEON)
-"""Of each architecture the fastest one first, and last the one that every compiler knows."""
+"""For each architecture the fastest form is first, and one that every compiler knows last."""
 
 SOFTWARE_MATRIX: Final = InstructionSet(
     "software-matrix", (*AVX2.flags, "-DVENEER_SOFTWARE_MATRIX"), AVX2.needs
 )
-"""For tests: the kernels for matrix registers on any CPU. No wheel contains it."""
+"""For tests: runs the kernels for matrix registers on any CPU with AVX2. Not in any wheel."""
 
 PLATFORM: Final = "manylinux_2_28"
-"""The wheel's platform, as of PyTorch's wheels: from Debian 10, RHEL 8 and Ubuntu 20.04 on."""
+"""The wheel's platform, the same as PyTorch's: Debian 10, RHEL 8, Ubuntu 20.04 and later."""
 SYMBOLS: Final[Mapping[str, tuple[int, ...]]] = {
     "GLIBC": (2, 28),
     "GLIBCXX": (3, 4, 24),
     "CXXABI": (1, 3, 11),
     "GCC": (7, 0, 0),
 }
-"""The newest symbol versions that `PLATFORM` has, as ``auditwheel`` knows them."""
+"""The newest symbol versions that `PLATFORM` has, according to ``auditwheel``."""
 _VERSION: Final = re.compile(
     rb"\0(%s)_(\d+(?:\.\d+)*)(?=\0)" % "|".join(SYMBOLS).encode(), re.ASCII
 )
@@ -91,7 +92,8 @@ HEX: Final = 32
 
 
 def digest_sources(folder: Path) -> str:
-    """Digest of the names and content of all files in ``cpp`` and its subfolders."""
+    """Return a digest of the names and contents of all files in ``folder`` and its
+    subfolders."""
     digest = hashlib.sha256()
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = file.relative_to(folder).as_posix()
@@ -100,17 +102,17 @@ def digest_sources(folder: Path) -> str:
 
 
 def best_form(flags: frozenset[str]) -> InstructionSet | None:
-    """The fastest form for a CPU with these features; None: there are no kernels for it."""
+    """Return the fastest form for a CPU with these features, or None if there is none."""
     return next((form for form in FORMS if form.needs <= flags), None)
 
 
 def forms_of(machine: str) -> list[InstructionSet]:
-    """The forms for an architecture, the fastest one first."""
+    """Return the forms for an architecture, the fastest one first."""
     return [form for form in FORMS if form.machine == machine]
 
 
 def target(command: Sequence[str]) -> str:
-    """The architecture that a compiler compiles for: this machine's, unless it says another.
+    """Return the architecture that a compiler compiles for; this machine's if it names none.
 
     Raises:
         OSError: the compiler does not run.
@@ -122,15 +124,15 @@ def target(command: Sequence[str]) -> str:
 
 def compile_forms(command: Sequence[str], sources: Path, out: Path) -> list[Path]:
     """Compile each form of the compiler's architecture into ``out``, as
-    ``<form>-<sources>-<SHA-256>.so``, but for those whose flags the compiler does not know: GCC
-    10 does not know AMX, GCC 9 not ARM's BF16.
+    ``<form>-<sources>-<SHA-256>.so``. Forms whose flags the compiler does not know are skipped:
+    GCC 10 does not know AMX, GCC 9 does not know ARM's BF16.
 
-    The C++ runtime is linked dynamically: torch needs it too. ``cpp/isa/symbols.h`` keeps to
-    old symbols.
+    The C++ runtime is linked dynamically, since torch needs it too. ``cpp/isa/symbols.h`` keeps
+    to old symbols.
 
     Raises:
         OSError: the compiler does not run.
-        subprocess.CalledProcessError: it fails; ``stderr`` has its messages.
+        subprocess.CalledProcessError: compiling fails; ``stderr`` has the compiler's messages.
     """
     key = digest_sources(sources)
     made = []
@@ -151,21 +153,21 @@ def compile_forms(command: Sequence[str], sources: Path, out: Path) -> list[Path
 
 
 def knows(command: Sequence[str], form: InstructionSet) -> bool:
-    """Whether the compiler takes a form's flags. Those of an architecture's last form it must
-    take: if it does not, compiling fails and says why."""
+    """Return True if the compiler accepts a form's flags. Not needed for an architecture's last
+    form: every compiler must know it, and if one does not, compiling fails and says why."""
     asked = [*command, *form.flags, "-E", "-x", "c++", os.devnull]
     return subprocess.run(asked, capture_output=True, check=False).returncode == 0
 
 
 def symbol_versions(file: Path) -> frozenset[str]:
-    """Versions of system libraries' symbols that a library refers to, such as ``GLIBC_2.14``:
-    their names are strings of its symbol table. musl has none."""
+    """Return the symbol versions of system libraries that a library refers to, such as
+    ``GLIBC_2.14``. They are strings in its symbol table. With musl there are none."""
     found = _VERSION.findall(file.read_bytes())
     return frozenset(f"{kind.decode()}_{number.decode()}" for kind, number in found)
 
 
 def too_new(versions: Iterable[str]) -> list[str]:
-    """Those of the symbol versions that `PLATFORM` lacks."""
+    """Return the symbol versions that `PLATFORM` lacks."""
     newer = []
     for version in sorted(versions):
         kind, _, number = version.rpartition("_")

@@ -1,10 +1,10 @@
-"""Compiled libraries on disk. One is loaded only if nobody else could have written it.
+"""Keeps compiled libraries on disk, and loads one only if nobody else could have written it.
 
-A library is ``<key>-<SHA-256>.so``: its name holds its checksum, so that both appear in one
-rename. File and folder must belong to this user or to root, and only they may write to them;
-a group without other members is harmless. Parent folders need no check: whoever can rename
-those can replace our folder, but not by one that this user owns, and a file is checked and
-loaded through the same descriptor.
+A library is named ``<key>-<SHA-256>.so``. The name holds its checksum, so that both appear in
+one rename. File and folder must belong to this user or to root, and only these two may write to
+them; write permission for a group without other members is harmless. Parent folders need no
+check: somebody who can rename those can replace our folder, but not by one that this user
+owns. A file is checked and loaded through the same descriptor.
 """
 
 from __future__ import annotations
@@ -35,18 +35,19 @@ _OTHERS: Final = stat.S_IWGRP | stat.S_IWOTH
 
 
 class FileRefused(Exception):
-    """Why a file or folder is not used, in words for an operator."""
+    """A file or folder is not used; the message tells an operator why."""
 
 
 def places(cache_dir: Path) -> tuple[Path, ...]:
-    """Folders to search for libraries, which are kept in the first that can be written: the
-    cache, then a folder of this user that lasts until the next boot."""
+    """Return the folders to search for libraries: the cache, then a folder of this user that
+    lasts until the next boot. New libraries are kept in the first one that can be written."""
     own = Path(tempfile.gettempdir()) / f"veneer-{os.geteuid()}"
     return cache_dir / "native", own / "native"
 
 
 def find(place: Path, key: str) -> Path | None:
-    """The library with this key; libraries that must not be loaded are removed if possible."""
+    """Return the library with this key, or None. Libraries that must not be loaded are removed
+    if possible."""
     try:
         files = sorted(place.glob(f"{key}-*.so"))
         if not files:
@@ -69,15 +70,15 @@ def find(place: Path, key: str) -> Path | None:
 def scratch(
     place: Path, prefix: str = "veneer-build-", names: re.Pattern[str] = _NAME
 ) -> Iterator[Path]:
-    """A folder in ``place`` to make a file in.
+    """Context with a temporary folder in ``place``, in which to make a file.
 
     Args:
-        prefix: of the folder's name.
-        names: of the files in ``place`` that are made this way.
+        prefix: prefix of the folder's name.
+        names: pattern of the names of files in ``place`` that are made this way.
 
     Raises:
-        Refused: others can write to the place.
-        OSError: this user cannot.
+        FileRefused: others can write to ``place``.
+        OSError: this user cannot write to it.
     """
     make_private(place)
     _tighten(place, names)
@@ -87,7 +88,7 @@ def scratch(
 
 
 def keep(place: Path, key: str, draft: Path) -> Path:
-    """Move a new library from `scratch` to its name."""
+    """Move a new library from `scratch` to its final name, and return that."""
     draft.chmod(0o644)  # whatever the umask
     digest = hashlib.sha256(draft.read_bytes()).hexdigest()
     sync(draft)
@@ -100,10 +101,11 @@ def keep(place: Path, key: str, draft: Path) -> Path:
 
 
 def open_checked(file: Path) -> int:
-    """A descriptor of a library that may be loaded, through ``/proc/self/fd``.
+    """Open a library, check that it may be loaded, and return the descriptor, through which it
+    can be loaded (``/proc/self/fd``).
 
     Raises:
-        Refused: it is damaged, or others could have written it.
+        FileRefused: it is damaged, or others could have written it.
         OSError: it cannot be read.
     """
     fd = open_own(file)
@@ -119,10 +121,10 @@ def open_checked(file: Path) -> int:
 
 
 def open_own(file: Path) -> int:
-    """A descriptor of a file that nobody else could have written.
+    """Open a file that nobody else could have written, and return the descriptor.
 
     Raises:
-        Refused: others could.
+        FileRefused: others could have written it.
         OSError: it cannot be read.
     """
     fd = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -135,7 +137,7 @@ def open_own(file: Path) -> int:
 
 
 def check_folder(place: Path) -> None:
-    """Raise Refused if others can write to the folder, OSError if it is missing."""
+    """Raise FileRefused if others can write to the folder, OSError if it is missing."""
     _check(place.lstat(), stat.S_ISDIR, "a folder")
 
 
@@ -150,7 +152,7 @@ def _check(found: os.stat_result, is_kind: Callable[[int], bool], kind: str) -> 
 
 
 def _is_private(group: int, user: int) -> bool:
-    """Whether this is a user private group, which has the user's name and no other member.
+    """Return True for a user private group: one with the user's name and no other member.
     Systems with such groups often use umask 002. Debian's OpenSSH has the same rule."""
     try:
         name = pwd.getpwuid(user).pw_name
@@ -162,7 +164,7 @@ def _is_private(group: int, user: int) -> bool:
 
 
 def _tighten(place: Path, names: re.Pattern[str]) -> None:
-    """If others could write to a folder of ours, make it private and remove its files:
+    """If others could write to a folder of ours, make it private and remove its files, since
     anybody may have written them."""
     found = place.lstat()
     if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and found.st_mode & _OTHERS:

@@ -1,4 +1,4 @@
-"""The compiled library's functions (``cpp/library.cpp``)."""
+"""Calls the compiled library's functions (``cpp/library.cpp``)."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ EIGHT_BIT: Final = 2
 BLOCK: Final = 64
 """Inputs are divided into blocks of this size."""
 
-# What each function in ``cpp/library.cpp`` returns and takes.
+# The result and argument types of each function in ``cpp/library.cpp``.
 SIGNATURES: Final[dict[str, tuple[Any, Sequence[Any]]]] = {
     "veneer_fields": (ctypes.POINTER(Field), ()),
     "veneer_instructions": (c_char_p, ()),
@@ -86,7 +86,7 @@ SIGNATURES: Final[dict[str, tuple[Any, Sequence[Any]]]] = {
 
 
 STORED: Final = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-"""``Stored`` in ``cpp/kernels/gemm/quantize.h``."""
+"""The values of ``Stored`` in ``cpp/kernels/gemm/quantize.h``."""
 
 
 class Status(IntEnum):
@@ -107,7 +107,7 @@ SENTENCES: Final = {
 
 
 def address(tensor: torch.Tensor | None) -> int | None:
-    """The address of a tensor's data; the caller must keep the tensor alive."""
+    """Return the address of a tensor's data; the caller must keep the tensor alive."""
     if tensor is None:
         return None
     assert tensor.is_contiguous()
@@ -115,9 +115,9 @@ def address(tensor: torch.Tensor | None) -> int | None:
 
 
 class _HugePages:
-    """Memory for weights in pages of 2 MB if the system has them: with these, one thread reads
-    29 GB/s instead of 20, and two 35 instead of 30. Many small linears share a piece, and none
-    is ever freed alone."""
+    """Allocates memory for weights, in pages of 2 MB if the system has them: with these, one
+    thread reads 29 GB/s instead of 20, and two threads 35 instead of 30. Many small linears
+    share a piece of memory, and none is ever freed alone."""
 
     _PIECE: Final = 32 << 20
     _LINE: Final = 64
@@ -127,17 +127,17 @@ class _HugePages:
         self._used = 0
 
     def take(self, size: int) -> torch.Tensor:
-        """``size`` bytes, aligned to a cache line."""
+        """Allocate ``size`` bytes, aligned to a cache line."""
         begin = -(-self._used // self._LINE) * self._LINE
         if begin + size > len(self._piece):
-            # Private: memory that could be shared with other processes gets no such pages.
+            # Private: memory that could be shared with other processes gets no huge pages.
             kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
             try:
                 memory = mmap.mmap(-1, max(size, self._PIECE), flags=kind)
             except OSError as error:
                 raise MemoryError(f"there is no memory for {size} bytes of weights") from error
             if hasattr(mmap, "MADV_HUGEPAGE"):
-                with contextlib.suppress(OSError):  # a kernel without them
+                with contextlib.suppress(OSError):  # the kernel has no huge pages
                     memory.madvise(mmap.MADV_HUGEPAGE)
             self._piece, begin = torch.frombuffer(memory, dtype=torch.uint8), 0
         self._used = begin + size
@@ -145,16 +145,17 @@ class _HugePages:
 
 
 class Library:
-    """The library's functions.
+    """A loaded library and its functions.
 
     Raises:
-        NativeUnavailable: the file cannot be loaded, or is of another version.
+        NativeUnavailable: the file cannot be loaded, is of another version, or needs matrix
+            registers that the operating system denies.
     """
 
     def __init__(self, file: Path) -> None:
         self._memory = _HugePages()
         try:
-            # Load the file that was checked, even if its name means another one by now. The
+            # Load the file that was checked, even if its name refers to another one by now. The
             # descriptor stays open: the dynamic loader identifies libraries by name, and must
             # not see the same name for two of them.
             self.fd = kept.open_checked(file)
@@ -186,11 +187,11 @@ class Library:
 
     @property
     def layout(self) -> int:
-        """The version of the packed weights' layout."""
+        """The version of the layout of packed weights."""
         return int(self.functions.veneer_layout())
 
     def packed_bytes(self, kind: int, outputs: int, inputs: int) -> int:
-        """Size of a packed weight."""
+        """Return the size of a packed weight in bytes."""
         return int(self.functions.veneer_packed_bytes(kind, outputs, inputs))
 
     def quantize(
@@ -204,10 +205,11 @@ class Library:
 
         Args:
             weights: bfloat16, float16 or float32; inputs are a multiple of 64.
-            bounds: [15] float32, between neighbours of the code book's sorted numbers.
+            bounds: [15] float32, bounds between neighbours of the code book's sorted numbers.
             book: [16] uint8, the codes of the sorted numbers.
 
-        Returns codes and scales as `pack_four_bit` takes them.
+        Returns:
+            Codes and scales as `pack_four_bit` takes them.
         """
         outputs, inputs = weights.shape
         codes = torch.empty(outputs, inputs // 2, dtype=torch.uint8)
@@ -233,10 +235,12 @@ class Library:
         to: torch.Tensor | None = None,
         threads: int = 1,
     ) -> torch.Tensor:
-        """Args:
-        codes: [outputs, inputs / 2] uint8, the earlier of two neighbours in the high half.
-        scales: [outputs, inputs / 64] float32.
-        to: where to, aligned to a cache line; memory of this library by default.
+        """Pack a 4-bit weight for the kernels.
+
+        Args:
+            codes: [outputs, inputs / 2] uint8, the earlier of two neighbours in the high half.
+            scales: [outputs, inputs / 64] float32.
+            to: memory for the result, aligned to a cache line; allocated by default.
         """
         outputs, inputs = codes.shape[0], 2 * codes.shape[1]
         packed = self._packed(FOUR_BIT, outputs, inputs, to)
@@ -254,10 +258,12 @@ class Library:
         to: torch.Tensor | None = None,
         threads: int = 1,
     ) -> torch.Tensor:
-        """Args:
-        kind: `BFLOAT16`, or `EIGHT_BIT` in blocks of 64 with a scale each.
-        weight: [outputs, inputs] bfloat16.
-        to: as for `pack_four_bit`.
+        """Pack a bfloat16 weight for the kernels.
+
+        Args:
+            kind: `BFLOAT16`, or `EIGHT_BIT` in blocks of 64 with a scale each.
+            weight: [outputs, inputs] bfloat16.
+            to: as for `pack_four_bit`.
         """
         outputs, inputs = weight.shape
         packed = self._packed(kind, outputs, inputs, to)
@@ -279,22 +285,28 @@ class Library:
         return to
 
     def bytes(self, size: int) -> torch.Tensor:
-        """``size`` bytes in huge pages, zeroed and aligned to a cache line."""
+        """Allocate ``size`` bytes in huge pages, zeroed and aligned to a cache line."""
         return self._memory.take(size)
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """A zeroed tensor in huge pages."""
+        """Allocate a zeroed tensor in huge pages."""
         size = math.prod(shape) * dtype.itemsize
         return self._memory.take(size).view(dtype).view(*shape)
 
     def multiply(self, linear: Linear, x: torch.Tensor) -> torch.Tensor:
-        """x [rows, inputs] bfloat16 -> [rows, outputs] float32, on this thread."""
+        """Multiply ``x``, [rows, inputs] bfloat16, by a packed weight on the calling thread.
+        Returns [rows, outputs] float32."""
         y = torch.empty(len(x), linear.outputs)
         self.functions.veneer_multiply(ctypes.byref(linear), address(x), len(x), address(y))
         return y
 
     def create(self, model: Model, threads: int) -> int:
-        """The handle of a decoder over ``model``, which the caller must keep alive."""
+        """Create an engine over ``model``, which the caller must keep alive, and return its
+        handle.
+
+        Raises:
+            NativeUnavailable: there is not enough memory, or the threads cannot be started.
+        """
         engine = c_void_p()
         status = self.functions.veneer_create(
             ctypes.byref(model), threads, ctypes.byref(engine)
@@ -305,8 +317,8 @@ class Library:
         return engine.value
 
     def bind(self, engine: int, thread: int, cpus: Sequence[int]) -> bool:
-        """Let a thread run on these CPUs alone. The calling thread of steps, number 0, does so
-        during steps only. False if the system refuses."""
+        """Bind a thread to these CPUs. Thread 0 is the one that calls `step`; it is only bound
+        during steps. Returns False if the system refuses."""
         numbers = (c_int32 * len(cpus))(*cpus)
         return bool(self.functions.veneer_bind(engine, thread, numbers, len(cpus)))
 
@@ -314,22 +326,28 @@ class Library:
         """Execute a step.
 
         Raises:
-            MemoryError: there is not enough for its buffers.
+            MemoryError: there is not enough memory for the step's buffers.
         """
         check(self.functions.veneer_step(engine, ctypes.byref(step)), "a step")
 
     def sample(self, engine: int | None, draws: ctypes.Array[SampleRow], vocab: int) -> None:
-        """Fill in the token of each row.
+        """Sample the token of each row, and write it to the row's ``token``.
 
         Raises:
-            MemoryError: there is not enough for the probabilities.
+            MemoryError: there is not enough memory for the probabilities.
         """
         check(self.functions.veneer_sample(engine, draws, len(draws), vocab), "sampling tokens")
 
     def log_sums(
         self, engine: int | None, logits: int | None, shape: Sequence[int], to: int | None
     ) -> None:
-        """log(sum of e^logit) of each row of [rows, vocab] float32."""
+        """Compute log(sum of e^logit) of each row.
+
+        Args:
+            logits: address of [rows, vocab] float32.
+            shape: (rows, vocab).
+            to: address of [rows] float32, for the results.
+        """
         rows, vocab = shape
         check(
             self.functions.veneer_log_sums(engine, logits, rows, vocab, to),
@@ -337,7 +355,7 @@ class Library:
         )
 
     def destroy(self, engine: int) -> None:
-        """Destroy a decoder and end its threads."""
+        """Destroy an engine and end its threads."""
         self.functions.veneer_destroy(engine)
 
 
@@ -346,7 +364,7 @@ def _sentence(status: int, what: str) -> str:
 
 
 def check(status: int, what: str) -> None:
-    """Raise the error of a status, if it is one."""
+    """Raise MemoryError or RuntimeError if a status reports a failure."""
     if status == Status.NO_MEMORY:
         raise MemoryError(_sentence(status, what))
     if status != Status.OK:
@@ -354,7 +372,7 @@ def check(status: int, what: str) -> None:
 
 
 def pointer(array: NDArray[np.int64]) -> int:
-    """The address of a step's array; the caller must keep it alive."""
+    """Return the address of a step's array; the caller must keep the array alive."""
     assert array.flags.c_contiguous
     assert array.dtype == np.int64
     return int(array.ctypes.data)

@@ -1,4 +1,4 @@
-"""The base's linears, packed as the kernels read them (``cpp/kernels/linear.h``)."""
+"""The base's linears, packed for the kernels (``cpp/kernels/gemm/linear.h``)."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from veneer_server.models.packed import row_slices, rows_of
 
 _TILE = 32
 _TOGETHER = 64
-"""Consecutive outputs of one part, where two parts are interleaved."""
+"""If two parts are interleaved, they take turns by this many consecutive outputs."""
 
 
 class NativeLinear:
-    """A `models.linear.Linear` in the kernels' order.
+    """A `models.linear.ServedLinear` whose weights are in the kernels' order.
 
     Attributes:
-        struct: passed to the kernels; valid as long as this object lives.
+        struct: the linear as the kernels take it; valid as long as this object lives.
         packed: the weights.
     """
 
@@ -76,7 +76,7 @@ class NativeLinear:
         return self._library.multiply(self.struct, x.contiguous())
 
     def expanded(self) -> Iterator[Expanded]:
-        """See `models.linear.Linear.expanded`: exactly the numbers that the kernels use."""
+        """See `ServedLinear.expanded`. Numbers are exactly those that the kernels use."""
         outputs, inputs = self.shape
         tiles = self.packed.view(-(-outputs // _TILE), inputs // BLOCK, -1)
         if self.struct.parts == 2:
@@ -88,7 +88,7 @@ class NativeLinear:
             yield numbers[: rows.stop - rows.start], rows_of(self._bias, rows)
 
     def _numbers(self, tiles: torch.Tensor) -> torch.Tensor:
-        """The weights of some tiles: [outputs, inputs] float32."""
+        """Dequantize some tiles: [outputs, inputs] float32."""
         count, blocks, _ = tiles.shape
         if self.struct.kind == BFLOAT16:
             pairs = tiles.view(torch.bfloat16).view(count, blocks * BLOCK // 2, _TILE, 2)
@@ -100,10 +100,10 @@ class NativeLinear:
             plain = pairs.permute(0, 3, 1, 2, 4).reshape(count, _TILE, blocks, BLOCK).float()
         else:
             assert self._table is not None
-            # half, group, output of the half, which of its pair
+            # dimensions: tile, block, half, group, output within the half, position in its pair
             words = codes.view(torch.int16).view(count, blocks, 2, 8, 16, 2).int()
             fours = torch.stack([(words >> 4 * q) & 15 for q in range(4)], dim=4)
-            # [tile, half, output, block, group, q, which of its pair]
+            # [tile, half, output, block, group, q, position in its pair]
             ordered = fours.permute(0, 2, 5, 1, 3, 4, 6).reshape(count, _TILE, blocks, BLOCK)
             plain = self._table.float()[ordered]
         scaled = plain * scales.transpose(1, 2).unsqueeze(-1)
@@ -111,18 +111,18 @@ class NativeLinear:
 
 
 def table_bits(table: torch.Tensor) -> tuple[int, ...]:
-    """The bits of a code book's numbers in bfloat16."""
+    """Return the bits of a bfloat16 code book's numbers."""
     return tuple(code & 0xFFFF for code in table.view(torch.int16).tolist())
 
 
 @functools.cache
 def table_bytes(bits: tuple[int, ...]) -> tuple[tuple[int, ...], float]:
-    """A code book's numbers as bytes, and the unit that they are multiples of: that with the
-    least mean square error, of units of which the largest number has 64 to 127.
+    """Approximate a code book's numbers by integer multiples of a unit. Returns the integers,
+    of 8 bits, and the unit. Units are tried for which the largest number is 64 to 127; the one
+    with the least mean square error is taken.
 
     Args:
-        bits: of the numbers in bfloat16. Those of NF4 are taken as they were before they were
-            rounded.
+        bits: bits of the numbers in bfloat16. For NF4 its exact numbers are used instead.
     """
     numbers = (
         torch.tensor(bits, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).double()
@@ -138,7 +138,7 @@ def table_bytes(bits: tuple[int, ...]) -> tuple[tuple[int, ...], float]:
 
 
 def fuse(library: Library, modules: Sequence[nn.Module], dtype: torch.dtype) -> NativeLinear:
-    """As `models.linear.fuse`.
+    """Fuse modules that share an input into one linear, as `models.linear.fuse` does.
 
     Raises:
         NativeUnavailable: the kernels do not support these linears.
@@ -158,13 +158,14 @@ def fuse(library: Library, modules: Sequence[nn.Module], dtype: torch.dtype) -> 
 
 
 def parts_of(modules: int, outputs: int) -> int:
-    """Two linears, gate and up, are interleaved: a thread computes the same columns of both
-    and still reads memory in order."""
+    """Return how many parts of a fused linear are interleaved: 2 for gate and up, if their size
+    allows it, else 1. A thread then computes the same columns of gate and up, and still reads
+    memory in order."""
     return 2 if modules == 2 and outputs % (2 * _TOGETHER) == 0 else 1
 
 
 def by_turns(rows: torch.Tensor, parts: int) -> torch.Tensor:
-    """[outputs, ...] in the order in which they are packed."""
+    """Put ``rows``, [outputs, ...], into the order of packing: two parts are interleaved."""
     if parts == 1:
         return rows.contiguous()
     turns = rows.view(2, -1, _TOGETHER, *rows.shape[1:]).transpose(0, 1)
@@ -178,7 +179,11 @@ def pack_dense(
     bias: torch.Tensor | None = None,
     parts: int = 1,
 ) -> NativeLinear:
-    """Pack a weight [outputs, inputs] in bfloat16, as it is or in 8 bits."""
+    """Pack a bfloat16 weight [outputs, inputs], unchanged or in 8 bits.
+
+    Raises:
+        NativeUnavailable: the number of inputs is no multiple of 64.
+    """
     outputs, inputs = weight.shape
     if inputs % BLOCK:
         raise NativeUnavailable(f"a linear has {inputs} inputs, not a multiple of {BLOCK}")

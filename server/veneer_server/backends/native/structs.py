@@ -1,5 +1,5 @@
-"""The structs of the C interface (``step.h``, ``linear.h``, ``lora.h`` and ``sample.h`` in
-``cpp``), and a check that a compiled library has the same."""
+"""The structs of the C interface (``step.h``, ``linear.h``, ``lora.h`` and ``sample.h`` under
+``cpp``), and a check that a compiled library has the same ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _Fields = Sequence[tuple[str, Any]]
 
 
 class Linear(ctypes.Structure):
-    """A packed weight."""
+    """A packed weight; see ``cpp/kernels/gemm/linear.h``."""
 
     _fields_: ClassVar[_Fields] = [
         ("weights", c_void_p),
@@ -40,7 +40,7 @@ class Linear(ctypes.Structure):
 
 
 class Layer(ctypes.Structure):
-    """A layer's weights and its part of the cache."""
+    """A layer's weights and its part of the KV cache."""
 
     _fields_: ClassVar[_Fields] = [
         ("linears", Linear * 4),
@@ -89,7 +89,7 @@ class LoraMember(ctypes.Structure):
 
 
 class LoraGroup(ctypes.Structure):
-    """An adapter in one group of one layer."""
+    """An adapter's matrices for one group of one layer."""
 
     _fields_: ClassVar[_Fields] = [
         ("a", c_void_p),
@@ -110,7 +110,7 @@ class LoraAdapter(ctypes.Structure):
 
 
 class Segment(ctypes.Structure):
-    """Neighbouring rows with one adapter."""
+    """Adjacent rows that share an adapter."""
 
     _fields_: ClassVar[_Fields] = [
         ("begin", c_int64),
@@ -120,7 +120,7 @@ class Segment(ctypes.Structure):
 
 
 class Step(ctypes.Structure):
-    """`StepArrays`, and where its logits go."""
+    """`StepArrays`, and where to write the results."""
 
     _fields_: ClassVar[_Fields] = [
         ("tokens", c_void_p),
@@ -182,7 +182,7 @@ class Field(ctypes.Structure):
 
 
 def mismatch(table: Any) -> str | None:
-    """The first difference between Python's structs and a library's, in words, if any.
+    """Describe the first difference between Python's structs and a library's, or return None.
 
     Args:
         table: array of `Field`, ended by a row without a struct.

@@ -1,10 +1,10 @@
 """Loads a compiled library and runs small GEMMs: ``python -I -S trial.py DESCRIPTOR``.
 
-Runs in a separate process, which a broken library may end: with an instruction that this CPU
-does not run although its flags say so, or because the file is damaged. Imports only the
-standard library, and nothing of the package: it runs at every start, and more imports would
-take longer than the trial. Prints the instruction set; exits with a message if a result is
-wrong.
+It runs in a separate process, since a broken library may end the process: by an instruction
+that this CPU does not run although its flags say so, or because the file is damaged. It imports
+only the standard library and nothing of the package: it runs at every start, and more imports
+would take longer than the trial. It prints the instruction set, and exits with a message if a
+result is wrong.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ OUTPUTS: Final = 64
 INPUTS: Final = 128
 ROWS: Final = 5
 NOT_PERMITTED: Final = 3
-"""Exit status where the operating system refuses what the kernels need; see `compiler`."""
+"""Exit status if the operating system denies the matrix registers; see `compiler`."""
 _LINE: Final = 64
 """Bytes of a cache line, to which weights are aligned."""
 
 
 class TrialLinear(ctypes.Structure):
-    """As `veneer_server.backends.native.structs` has it."""
+    """A copy of ``Linear`` in `veneer_server.backends.native.structs`."""
 
     _fields_: ClassVar[Any] = [
         ("weights", c_void_p),
@@ -43,7 +43,8 @@ class TrialLinear(ctypes.Structure):
 
 
 class TrialField(ctypes.Structure):
-    """As `veneer_server.backends.native.structs` has it; the first row is of `TrialLinear`."""
+    """A copy of ``Field`` in `veneer_server.backends.native.structs`. The first row describes
+    ``Linear``."""
 
     _fields_: ClassVar[Any] = [
         ("struct", c_char_p),
@@ -54,20 +55,21 @@ class TrialField(ctypes.Structure):
 
 
 def bf16(number: float) -> int:
-    """The upper half of a float: exact for the small integers of this trial."""
+    """Return the upper half of a float, which is exact for this trial's small integers."""
     return int(ctypes.c_uint32.from_buffer_copy(c_float(number)).value) >> 16
 
 
 def weight(kind: int, output: int, place: int) -> int:
-    """Integers, so that sums are exact in any order: from -7 to 8 and, in each 8-bit block,
-    127 as the largest, since the block's scale is a 127th of that."""
+    """Return a weight of the trial. Weights are integers from -7 to 8, so that sums are exact
+    in any order. Each 8-bit block also has one 127, so that its scale, a 127th of the largest
+    weight, is 1."""
     if kind == EIGHT_BIT and place % 64 == 0:
         return 127
     return (5 * output + 3 * place) % 16 - 7
 
 
 def main(descriptor: int) -> None:
-    """See the module."""
+    """Run the trial; see the module's docstring."""
     library = ctypes.CDLL(f"/proc/self/fd/{descriptor}")
     library.veneer_fields.restype = ctypes.POINTER(TrialField)
     first = library.veneer_fields()[0]
@@ -88,7 +90,8 @@ def main(descriptor: int) -> None:
 
 
 def int8_trial(library: Any) -> None:
-    """Inputs of 8 bits: integers, the largest of each 64 is 127, so that none is rounded."""
+    """Try GEMMs with 8-bit inputs: integers, and 127 as the largest of each 64, so that none is
+    rounded."""
     inputs = [
         [127 if place % 64 == 0 else (7 * row + place) % 9 - 4 for place in range(INPUTS)]
         for row in range(ROWS)
@@ -99,7 +102,7 @@ def int8_trial(library: Any) -> None:
         largest = 127 if kind == FOUR_BIT else 8
         weights = [[largest if n == 8 else n for n in row] for row in numbers]
         wanted = [sum(map(mul, row, column)) for row in inputs for column in weights]
-        for rows in (2, ROWS):  # few rows and many may take other instructions
+        for rows in (2, ROWS):  # few and many rows may use different instructions
             got = product(library, kind, numbers, x, rows, int8=True)
             if got != wanted[: rows * OUTPUTS]:
                 raise SystemExit(f"a GEMM of kind {kind} and 8-bit inputs has a wrong result")
@@ -114,8 +117,8 @@ def product(
     *,
     int8: bool = False,
 ) -> list[float]:
-    """The first rows of x times the numbers, packed as ``kind``. With inputs of 8 bits, 127
-    takes the place of 8 in the code book."""
+    """Multiply the first rows of x by the numbers, packed as ``kind``. With inputs of 8 bits,
+    the code book has 127 in place of 8."""
     library.veneer_packed_bytes.restype = c_int64
     size = library.veneer_packed_bytes(kind, OUTPUTS, INPUTS)
     memory = (c_uint8 * (size + _LINE))()

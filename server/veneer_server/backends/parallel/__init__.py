@@ -1,6 +1,6 @@
-"""Tensor parallelism: each process has a part of every layer, and two sums a layer are shared.
+"""Tensor parallelism: each process has a part of every layer; two all-reduces join each layer.
 
-The rules are those of Megatron-LM (arXiv 1909.08053), and for adapters of S-LoRA (2311.03285)
+The base is divided as in Megatron-LM (arXiv 1909.08053), adapters as in S-LoRA (2311.03285)
 with one change: B of o and down is not divided, so that no gather is needed.
 
 | projection | base | A | B |
@@ -8,9 +8,11 @@ with one change: B of o and down is not divided, so that no gather is needed.
 | q, k, v, gate, up | divided by output | whole | divided by output |
 | o, down | divided by input | divided by input | whole |
 
-What o and down give is a partial sum, the adapter's included: one all-reduce adds both. Keys
-and values are divided by head. Embedding, norms and head are whole everywhere.
+The output of o and of down is a partial sum that includes the adapter's part, so one all-reduce
+adds both. Keys and values are divided by head. Every process has the whole embedding, the norms
+and the output head.
 
-`sharding` says who has what, `adapters` and `weights` cut, `peers` adds, `decoder` executes in
-torch; the backend for CUDA has its own (`backends.cuda`).
+`sharding` computes each process's ranges, `adapters` and `weights` cut tensors to them, `peers`
+adds the partial sums, and `decoder` executes steps in torch. The CUDA backend has its own
+decoder (`backends.cuda`), which `leading` drives: one process leads, the others follow.
 """

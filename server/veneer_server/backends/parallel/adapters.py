@@ -1,4 +1,4 @@
-"""A process's part of an adapter: a run of its own, laid out for its share of the model."""
+"""Cuts one process's part out of an adapter, with its own layout and run of numbers."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from veneer_server.step.layout import Layout
 def shard_adapter(
     layout: Layout, run: torch.Tensor, config: DecoderConfig, shard: Shard
 ) -> AdapterTable:
-    """A process's part of an adapter; see `cut_run`."""
+    """Return a process's part of an adapter as a table; see `cut_run`."""
     return AdapterTable(*cut_run(layout, run, config, shard))
 
 
 def cut_layout(layout: Layout, config: DecoderConfig, shard: Shard) -> Layout:
-    """Of the part. ``layout`` and ``config`` are the whole's."""
+    """Return the layout of a process's part. ``layout`` and ``config`` are of the whole."""
     modules = [slot.module for slot in layout.slots]
     return Layout.of(modules, shard.config(config).shapes, layout.num_layers)
 
@@ -26,14 +26,14 @@ def cut_layout(layout: Layout, config: DecoderConfig, shard: Shard) -> Layout:
 def cut_run(
     layout: Layout, run: torch.Tensor, config: DecoderConfig, shard: Shard
 ) -> tuple[Layout, torch.Tensor]:
-    """Cut an adapter's run.
+    """Cut a process's part out of an adapter's run.
 
     Args:
         layout, run: the whole adapter.
-        config: the whole model's.
+        config: the whole model's config.
 
     Returns:
-        Layout and run of the part, pinned if the whole run is.
+        Layout and run of the part. The run is pinned if ``run`` is.
     """
     cut = cut_layout(layout, config, shard)
     pinned = run.is_pinned()

@@ -1,4 +1,4 @@
-"""The torch decoder of one process of several."""
+"""The torch decoder of a tensor-parallel process."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from veneer_server.step.layout import Group
 
 
 class ParallelDecoder(Decoder):
-    """Implements `Backend`. All processes execute the same steps, with tables of their own
-    parts of the adapters, and get the same logits.
+    """Implements `Backend`. All processes execute the same steps, each with its own parts of
+    the adapters, and get the same logits.
 
     Args:
-        weights: this process's part.
+        weights: this process's part of the base.
     """
 
     def __init__(

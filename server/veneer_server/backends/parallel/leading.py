@@ -1,10 +1,11 @@
-"""One process leads, others follow: what its decoder does, theirs do, in the same order.
+"""One process leads and the others follow: their decoders get the same calls in the same order.
 
-The leader has the engine. It sends each step before it enqueues it, so all enqueue the same
-steps, and their sums of partial results meet. Adapters go by a connection of their own, that a
-long copy keeps no step waiting: the leader has an adapter once all have it.
+The engine runs in the leader, which sends each step to the followers before it enqueues the
+step itself. So all processes enqueue the same steps, and their all-reduces match. Adapters
+travel over a separate connection, so that a long copy delays no step. `LeadingAdapters.place`
+returns once every process has the adapter.
 
-Steps name adapters by numbers, since each process has tables of its own.
+Messages name adapters by number, since each process has its own tables.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from veneer_server.step.layout import Layout
 
 
 class PartMemory(Protocol):
-    """A process's memory for adapters."""
+    """A process's memory for its parts of adapters."""
 
     def place(self, layout: Layout, run: torch.Tensor) -> AdapterTable:
         """See `adapters.memory.Placer`."""
@@ -44,15 +45,15 @@ class PartMemory(Protocol):
 
 
 class PartDecoder(AheadBackend, Protocol):
-    """What a process executes."""
+    """The decoder of one process."""
 
     @property
     def weights(self) -> DecoderWeights:
-        """Its part of the base."""
+        """This process's part of the base."""
 
     @property
     def adapters(self) -> PartMemory:
-        """Its parts of adapters."""
+        """This process's parts of adapters."""
 
     def prepare(self) -> int:
         """See `CudaDecoder.prepare`."""
@@ -63,8 +64,8 @@ class MemberLink:
     """The connections between the leader and one follower.
 
     Attributes:
-        steps: written by the thread of steps.
-        copies: written, and read for an answer, by the thread that places adapters.
+        steps: written by the thread that executes steps.
+        copies: written by the thread that places adapters, which reads the answers from it.
     """
 
     steps: Connection
@@ -78,11 +79,11 @@ class MemberLink:
 Numbered = tuple[int, int, int]
 """A segment: begin, end, the adapter's number."""
 _NUMBERS: Final = torch.int16
-"""What numpy has for numbers of 16 bits."""
+"""numpy has no bfloat16, so numbers are sent with the same bits in this dtype."""
 
 
 class LeadingAdapters:
-    """`PartMemory` of all processes. See `Leading`."""
+    """The leader's `PartMemory`: places and releases an adapter in all processes."""
 
     def __init__(self, own: PartMemory, links: Sequence[MemberLink]) -> None:
         self._own, self._links = own, links
@@ -92,10 +93,10 @@ class LeadingAdapters:
         )
 
     def place(self, layout: Layout, run: torch.Tensor) -> AdapterTable:
-        """Place it everywhere, or nowhere. One at a time.
+        """Place an adapter in every process, or in none. Not for concurrent calls.
 
         Raises:
-            NoPlace: it does not fit into one's memory.
+            NoSlot: it does not fit into a follower's memory.
             VeneerError: this process refuses it.
         """
         number = next(self._count)
@@ -108,7 +109,8 @@ class LeadingAdapters:
         except VeneerError as error:
             failed = error
         answers = [link.copies.recv() for link in self._links]
-        # What others refuse although this one does not is a place: only their holes differ.
+        # If only a follower refuses, it has no room: the processes differ only in where their
+        # memory has gaps.
         failed = failed or next((NoSlot(answer) for answer in answers if answer), None)
         if table is not None and failed is None:
             self._numbers[table] = number
@@ -122,7 +124,7 @@ class LeadingAdapters:
         raise failed
 
     def part(self, layout: Layout) -> int:
-        """See `PartMemory.part`. All parts of an adapter have one size."""
+        """See `PartMemory.part`. All processes' parts of an adapter have the same size."""
         return self._own.part(layout)
 
     def release(self, table: AdapterTable) -> None:
@@ -133,15 +135,15 @@ class LeadingAdapters:
         self._own.release(table)
 
     def number(self, table: AdapterTable) -> int:
-        """What followers know it by."""
+        """The number by which followers know an adapter."""
         return self._numbers[table]
 
 
 class Leading:
-    """Implements `AheadBackend` by all processes: this one's decoder, and its followers'.
+    """Implements `AheadBackend` over all processes: this one's decoder and its followers'.
 
     Attributes:
-        adapters: of all.
+        adapters: places adapters in all processes.
         weights: this process's part of the base.
     """
 
@@ -184,7 +186,8 @@ class Leading:
         handed: Sequence[int] = (),
         scored: Sequence[int] = (),
     ) -> Submitted:
-        """See `AheadBackend.submit`. Followers sample too: the next step may carry tokens."""
+        """See `AheadBackend.submit`. Followers sample too, since the next step may carry tokens
+        over from this one."""
         more = [list(each) for each in (choices, tops, carried, handed, scored)]
         self._tell("submit", *self._numbered(step), more)
         return self._decoder.submit(step, choices, tops, carried, handed, scored)
@@ -205,10 +208,11 @@ class Leading:
 
 
 class PartMember:
-    """Does what the leader says, by ``decoder``.
+    """A follower: carries out the leader's messages with ``decoder``.
 
     Args:
-        pinned: makes host memory [numbers] bfloat16 that adapters are copied from.
+        pinned: allocates host memory [numbers] bfloat16, from which adapters are copied to
+            the device.
     """
 
     def __init__(self, decoder: PartDecoder, pinned: Any) -> None:
@@ -216,7 +220,7 @@ class PartMember:
         self._tables: dict[int, AdapterTable] = {}
 
     def step(self, name: str, *given: Any) -> None:
-        """A message of `MemberLink.steps`."""
+        """Carry out one message from `MemberLink.steps`."""
         match name, given:
             case "prepare", ():
                 self._decoder.prepare()
@@ -236,7 +240,8 @@ class PartMember:
                 raise AssertionError(f"the leader says {name}")
 
     def copy(self, copies: Connection) -> None:
-        """Answers messages of `MemberLink.copies`, until the leader closes it."""
+        """Carry out and answer the messages from `MemberLink.copies` until the leader closes
+        it."""
         while True:
             try:
                 name, number, *given = copies.recv()
@@ -261,12 +266,12 @@ class PartMember:
 
 
 def follow(decoder: PartDecoder, link: MemberLink, pinned: Any, ended: Any) -> None:
-    """Do what the leader says. For a process of its own.
+    """Run a follower: carry out the leader's messages forever. Needs a process of its own.
 
     Args:
         pinned: see `PartMember`.
-        ended: called in another thread when the leader has closed its connections or is gone.
-            This thread may be in a sum that no process adds to any more.
+        ended: called in another thread when the leader has closed its connections or died.
+            This thread may then be stuck in an all-reduce that other processes never join.
     """
     follower = PartMember(decoder, pinned)
     told: SimpleQueue[tuple[Any, ...]] = SimpleQueue()

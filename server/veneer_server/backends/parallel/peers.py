@@ -1,4 +1,4 @@
-"""The processes that have the other parts of a model."""
+"""The all-reduce among the processes that share a model."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from veneer_server.models.config import DecoderConfig
 
 
 class Peers(Protocol):
-    """The processes that have the other parts."""
+    """The processes that hold the other parts of a model."""
 
     def add(self, partial: torch.Tensor) -> None:
-        """Replace ``partial`` by the sum of all processes' ones, of the same bits in each."""
+        """Replace ``partial`` by its sum over all processes; each gets the same bits."""
 
 
 class GroupPeers:
-    """A process group of torch.distributed: gloo on CPUs, NCCL on cards."""
+    """`Peers` over a torch.distributed process group: gloo on CPUs, NCCL on GPUs."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self._group = group
@@ -32,10 +32,10 @@ class GroupPeers:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """This process among those that serve a model together.
+    """This process's place among those that serve a model together.
 
     Attributes:
-        whole: the whole model.
+        whole: the whole model's config.
     """
 
     shard: Shard

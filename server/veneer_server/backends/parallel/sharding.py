@@ -1,4 +1,4 @@
-"""Which part of a model a process has. Pure numbers, no torch."""
+"""Which part of each projection a tensor-parallel process holds. Plain arithmetic, no torch."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from veneer_server.models.config import DecoderConfig, UnsupportedModel
 
 _BY_INPUT: Final = ("o_proj", "down_proj")
 BLOCK: Final = 64
-"""Inputs that a quantized weight's scale is for: what is divided by input is cut between
-them."""
+"""Inputs that share one scale of a quantized weight. A projection that is divided by input is
+only cut between such blocks."""
 
 
 def divided_inputs(projection: Projection) -> bool:
-    """Whether a projection is divided by its inputs; else by its outputs."""
+    """Return True if a projection is divided by its inputs, False if by its outputs."""
     return projection in _BY_INPUT
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Process ``index`` of ``count``."""
+    """The part of a model that process ``index`` of ``count`` holds."""
 
     index: int
     count: int
 
     def config(self, config: DecoderConfig) -> DecoderConfig:
-        """The model as this process sees it: its heads, its share of the inner size.
+        """Return the config of this process's part: its heads, its share of the inner size.
 
         Raises:
-            UnsupportedModel: the model cannot be divided among so many.
+            UnsupportedModel: the model cannot be divided among ``count`` processes.
         """
         if self.count == 1:
             return config
@@ -61,9 +61,9 @@ class Shard:
         return slice(self.index * each, (self.index + 1) * each)
 
     def outputs(self, projection: Projection, size: int) -> slice:
-        """Its outputs of a projection that has ``size`` of them."""
+        """This process's range of the ``size`` outputs of a projection."""
         return slice(0, size) if divided_inputs(projection) else self.part(size)
 
     def inputs(self, projection: Projection, size: int) -> slice:
-        """Its inputs of a projection that has ``size`` of them."""
+        """This process's range of the ``size`` inputs of a projection."""
         return self.part(size) if divided_inputs(projection) else slice(0, size)

@@ -1,4 +1,4 @@
-"""A process's part of a base."""
+"""Cuts one process's part out of a base's weights."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from veneer_server.models.loader import DecoderWeights
 from veneer_server.step.layout import MEMBERS, Group
 
 Cut = Callable[[ServedLinear, Group, DecoderConfig, Shard], ServedLinear]
-"""A process's part of a group's linear; given the whole model's config."""
+"""Returns a process's part of a group's linear. The config is the whole model's."""
 
 
 def output_ranges(group: Group, config: DecoderConfig, shard: Shard) -> list[slice]:
-    """The outputs of a fused linear that a process has: a range for each projection in it."""
+    """Return a process's outputs of a fused linear: one range for each projection in it."""
     found, begin = [], 0
     for member in MEMBERS[group]:
         size = config.shapes[member][0]
@@ -31,8 +31,8 @@ def output_ranges(group: Group, config: DecoderConfig, shard: Shard) -> list[sli
 def shard_dense(
     linear: ServedLinear, group: Group, config: DecoderConfig, shard: Shard
 ) -> ServedLinear:
-    """See `Cut`. A bias of what is divided by input is the first process's: it is added
-    once."""
+    """Implements `Cut` for unquantized weights. If the group is divided by input, only the
+    first process keeps the bias, so that the all-reduce adds it once."""
     assert isinstance(linear, Dense), "quantized bases are cut as they are packed"
     ranges = output_ranges(group, config, shard)
     inputs = shard.inputs(MEMBERS[group][0], linear.weight.shape[1])
@@ -48,10 +48,10 @@ def shard_dense(
 def shard_weights(
     weights: DecoderWeights, shard: Shard, cut: Cut = shard_dense
 ) -> DecoderWeights:
-    """A process's part of a base.
+    """Return a process's part of a base.
 
     Raises:
-        UnsupportedModel: the model cannot be divided among so many.
+        UnsupportedModel: the model cannot be divided among ``shard.count`` processes.
     """
     config = weights.config
 

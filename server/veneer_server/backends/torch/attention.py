@@ -62,8 +62,8 @@ class KvCache:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros whose memory the system gives as it is first written to: a cache may be gigabytes
-    that few requests ever need. `torch.zeros` writes all of it."""
+    """Return zeros. On a CPU the system only backs pages once they are written to: a cache may
+    be gigabytes that few requests ever need, and `torch.zeros` writes all of it."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     numbers = np.zeros(shape, dtype=f"int{8 * dtype.itemsize}")
@@ -75,8 +75,9 @@ class _Decode:
     """Sequences of similar length that add one row each.
 
     Attributes:
-        rows: [n] their rows, or None if the batch is exactly these rows in order.
-        blocks: [n * width] their blocks, padded; with windows those that a layer reaches.
+        rows: [n] their rows, or None if the step has exactly these rows in order.
+        blocks: [n * width] their blocks, padded. If every layer has a window, they start at the
+            first block that any layer reaches.
         bias: window -> [n, 1, width * block_size] float32, 0 or -inf.
     """
 
@@ -90,10 +91,11 @@ class _Prefill:
     """One sequence with several rows.
 
     Attributes:
-        seen: tokens from the first that a layer reaches, a block's first, to the last.
-        blocks: [width] the blocks of these, or None if it starts at position 0 and its
-            K and V are all in this step.
-        mask: window -> [new, seen] bool, or None for plain causal.
+        seen: number of tokens from the start of the first block that any layer reaches to the
+            last token.
+        blocks: [width] the blocks of these tokens, or None if the K and V of all of them are
+            computed in this step.
+        mask: window -> [new, seen] bool, or None for a plain causal mask.
     """
 
     begin: int
@@ -105,7 +107,7 @@ class _Prefill:
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """What all layers of a step share, computed once per step."""
+    """The indices and masks that all layers of a step share, computed once per step."""
 
     decodes: tuple[_Decode, ...]
     prefills: tuple[_Prefill, ...]
@@ -145,9 +147,9 @@ def _similar(
     widths: np.ndarray[tuple[int], np.dtype[np.int64]],
     block_numbers: int,
 ) -> list[np.ndarray[tuple[int], np.dtype[np.int64]]]:
-    """Groups of sequences to read together, each in the given order.
+    """Group sequences of similar length to be read together, each group in the given order.
 
-    Sequences are padded to the widest of their group; those of the next smaller width
+    Sequences are padded to the widest of their group. Those of the next smaller width
     join a group as long as all its padding costs less than another group would.
     """
     groups: list[np.ndarray[tuple[int], np.dtype[np.int64]]] = []
@@ -186,7 +188,7 @@ def _decode(
     everyone = len(chosen) == len(step.tokens)
     rows = None if everyone else torch.from_numpy(step.row_starts[chosen]).to(device)
     if first.any():
-        # Past a table's end whatever block: nothing attends to it.
+        # Past a table's end any block will do: nothing attends to it.
         columns = first[:, np.newaxis] + np.arange(width)
         columns = np.minimum(columns, step.block_tables.shape[1] - 1)
         table = step.block_tables[chosen[:, np.newaxis], columns]
@@ -283,7 +285,7 @@ def _pick(cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
 def _attend_decode(
     group: _Decode, cache: KvCache, layer: int, window: int | None, query: torch.Tensor
 ) -> torch.Tensor:
-    """One query row per sequence: [n, heads, head_dim] -> the same."""
+    """Attend with one query row per sequence: [n, heads, head_dim] -> the same shape."""
     # torch's fused attention is made for many query rows; for one it takes 20
     # times as long as two plain batched GEMMs (AVX512 CPU, bfloat16).
     n, heads, dim = query.shape

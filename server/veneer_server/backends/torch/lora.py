@@ -1,10 +1,10 @@
-"""The torch reference of batched LoRA: rows sorted by adapter, one pair of GEMMs
-for each segment and group.
+"""The torch reference of batched LoRA: rows sorted by adapter; for each segment and group one
+GEMM by all As, then one by each B.
 
-Never gathers A or B per row, and never multiplies rows by a mask: 0 x NaN is NaN,
+It never gathers A or B per row, and never multiplies rows by a mask: 0 x NaN is NaN,
 so with a mask one adapter's overflow would reach its neighbours' rows.
 
-On small models the GEMMs take microseconds, as does making a view of a tensor.
+On small models the GEMMs take microseconds, and so does making a view of a tensor.
 So inputs and outputs of a group live in buffers that all layers share, and a
 step's views into them are made once (`LoraBatch`), not once per layer.
 """
@@ -21,7 +21,8 @@ __all__ = ["LoraBatch", "LoraBuffers", "Segment"]
 
 
 class LoraBuffers:
-    """Input and output of each group, [rows, features], grown to the largest step.
+    """Buffers for the input and output of each group, [rows, features], which grow to the
+    largest step.
 
     Args:
         fan_in: features of a group's input.
@@ -44,7 +45,7 @@ class LoraBuffers:
         self._y: list[torch.Tensor] = []
 
     def take(self, group: Group, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first ``rows`` rows of a group's input and output."""
+        """Return the first ``rows`` rows of a group's input and output buffer."""
         if rows > self._rows:
             self._rows = max(rows, 2 * self._rows)
             self._x = [self._empty(self.fan_in[g]) for g in Group]
@@ -56,12 +57,12 @@ class LoraBuffers:
 
 
 class _Part:
-    """A segment's views in one group.
+    """A segment's views into one group's buffers.
 
     Attributes:
-        views: the adapter's, by layer.
-        x: [rows, fan_in].
-        whole: [rows, sum of ranks], the shrunk input.
+        views: the adapter's matrices, by layer.
+        x: [rows, fan_in], the input.
+        whole: [rows, sum of ranks], the shrunk input (x times all As).
         pairs: for each adapted projection, its columns of the output and of ``whole``.
     """
 
@@ -78,7 +79,8 @@ class _Part:
         self._shape: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     def fit(self, views: GroupViews) -> None:
-        """Prepare scratch memory for a layer; most adapters have the same ranks in each."""
+        """Allocate ``whole`` for a layer, if its ranks differ from the last layer's. Most
+        adapters have the same ranks in every layer."""
         shape = (views.ranks, views.members)
         if shape == self._shape:
             return
@@ -121,7 +123,8 @@ class LoraBatch:
         ]
 
     def add(self, layer: int, group: Group, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """``y`` plus each segment's update; valid until the next layer's `add`.
+        """Return ``y`` plus each segment's update. The result is valid until the next layer's
+        `add`.
 
         Args:
             x: [rows, fan_in].

@@ -19,15 +19,17 @@ from veneer_server.models.packed import torch_threads
 POOL_WORK: Final = 10_000_000
 """Multiplications from which a GEMM is worth the thread pool: 0.2 to 0.4 ms on one thread
 (4-bit weights, AVX512-BF16). Whole steps of 8 rows were fastest from about here on, and
-the other core stays free for the front meanwhile."""
+the other core stays free for the front process meanwhile."""
 
 SMALL_STEP: Final = 4_000_000
-"""Elements of a step's widest activation up to which element-wise operators are slower on
-several threads: a norm of 320 rows of 576 took 80 us on one thread and 380 us on two."""
+"""Steps run on one thread if their widest activation has at most this many elements, since
+element-wise operators are then slower on several: a norm of 320 rows of 576 took 80 us on one
+thread and 380 us on two."""
 
 
 class Threads:
-    """Sizes the calling thread's thread pool (0.2 us a switch). Does nothing on CUDA."""
+    """Sets the size of the calling thread's thread pool (0.2 us per switch). Does nothing on
+    CUDA."""
 
     def __init__(self, device: torch.device) -> None:
         self._all = torch.get_num_threads()
@@ -36,13 +38,13 @@ class Threads:
 
     @contextmanager
     def step(self, numbers: int) -> Iterator[None]:
-        """A step whose widest activation has this many elements."""
+        """Context for a step whose widest activation has ``numbers`` elements."""
         self._narrow = self._switches and numbers <= SMALL_STEP
         with torch_threads(1) if self._narrow else nullcontext():
             yield
 
     def product(self, work: int) -> AbstractContextManager[None]:
-        """A GEMM of ``work`` multiplications, or several of that size each."""
+        """Context for a GEMM of ``work`` multiplications, or for several of that size each."""
         if not self._switches or self._narrow == (work < POOL_WORK):
             return nullcontext()
         return torch_threads(1 if work < POOL_WORK else self._all)

@@ -1,1 +1,1 @@
-"""What runs in a matcher process: it follows sequences and computes their masks."""
+"""The code of a matcher process, which follows sequences and computes their masks."""

@@ -1,4 +1,4 @@
-"""A child that follows sequences: consumes their tokens and computes their masks.
+"""A child process that follows sequences: consumes their tokens and computes their masks.
 
 One thread runs one job at a time, the cheapest first: sequences with slow masks wait for
 those with quick ones, and compilations wait for both. The marker always holds the current
@@ -49,10 +49,11 @@ MARKER: Final = struct.Struct("<q")
 """At the start of the marker's memory: the current job's sequence; 0 between jobs."""
 
 _PROTOTYPES: Final = 32
-"""Most compiled constraints kept: a copy takes microseconds, compiling milliseconds."""
+"""Maximum number of compiled constraints kept: copying one takes microseconds, compiling it
+milliseconds."""
 
 _PROTOTYPES_SHARE: Final = 8
-"""They may take one part in this many of the process's memory."""
+"""Kept constraints may take the process's memory limit divided by this."""
 
 _LARGE: Final = 4 << 20
 """If a sequence grew the process by more bytes than this, its memory is returned to the
@@ -67,7 +68,7 @@ _FORGETTING: Final = 0.8
 _PAGE: Final = resource.getpagesize()
 
 _trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-"""glibc's; without it, freed memory still counts as used."""
+"""glibc's function; without it, freed memory still counts as used."""
 
 
 @dataclass(slots=True)
@@ -120,7 +121,7 @@ class _Matching:
         self._to_mask: dict[int, None] = {}
         self._prototypes: OrderedDict[Constraint, _Prototype] = OrderedDict()
         self._masks: list[Mask] = []
-        """Computed but not sent yet, since `_since`."""
+        """Masks that are computed but not sent yet; the first dates from `_since`."""
         self._since = 0.0
         self._freed = False
         """Whether a large sequence was forgotten since memory was last returned."""
@@ -282,7 +283,7 @@ class _Matching:
         self._masks.append(Mask(sequence, followed.count, seconds, bits))
 
     def _send_masks(self) -> None:
-        """Send the masks if no more are to be computed, they have waited long, or are many."""
+        """Send the masks if no more are due, they have waited long, or they are many."""
         if not self._masks:
             return
         now = time.monotonic()
@@ -294,7 +295,7 @@ class _Matching:
             self._say(Masks(masks))
 
     def _bits(self, matcher: LLMatcher) -> tuple[bytes, float]:
-        """What may follow, and the CPU seconds to compute it."""
+        """Compute the mask; return it and the CPU seconds it took."""
         self._guard(HARD_FACTOR * self._limits.mask_seconds)
         began = time.thread_time()
         bits = matcher.compute_bitmask()
@@ -330,7 +331,8 @@ class _Matching:
             self._fail(largest, _too_large(self._followed[largest].grown))
 
     def _shrunk(self) -> int:
-        """Return freed memory to the system; gives the bytes beyond the vocabulary."""
+        """Give freed memory back to the system; return the process's bytes beyond the size that
+        it had at its start."""
         if _trim is not None:
             _trim(0)
         self._size = self._resident()

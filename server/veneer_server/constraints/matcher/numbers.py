@@ -1,10 +1,9 @@
-"""Bounds the digits of numbers in JSON that a schema leaves unbounded.
+"""Limits the digits of JSON numbers, for schemas that do not limit them.
 
 A schema says that a number ends somewhere, not where: a small model writes 0.8499999999...
-until its tokens are used up, and the answer is no JSON. So after so many digits in a row,
-tokens that begin with a digit are left out of the mask, unless the schema allows no others.
-What is written stays valid by the schema, and nothing that only a longer number matches is
-refused.
+until its tokens are used up, and the answer is not JSON. So after a number of digits in a row,
+tokens that begin with a digit are removed from the mask, unless the schema allows no others.
+The output stays valid by the schema, and a schema that needs longer numbers still gets them.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 EXPONENT: Final = 3
-"""Most digits of an exponent: no floating-point number has more."""
+"""Maximum digits of an exponent: no floating-point number has more."""
 
 _QUOTE, _BACKSLASH = ord('"'), ord("\\")
 _DIGITS: Final = frozenset(b"0123456789")
@@ -24,8 +23,8 @@ class Digits:
     """Follows one output, a JSON text.
 
     Args:
-        most: digits in a row that a number may have, before the point and behind it.
-        bytes_of: the bytes of a token.
+        most: maximum digits in a row, before the decimal point and after it.
+        bytes_of: returns the bytes of a token.
     """
 
     def __init__(self, most: int, bytes_of: Callable[[int], bytes]) -> None:
@@ -37,13 +36,13 @@ class Digits:
         self._exponent = False
 
     def take(self, tokens: Sequence[int]) -> None:
-        """More of the output."""
+        """Follow more tokens of the output."""
         for token in tokens:
             for byte in self._bytes_of(token):
                 self._byte(byte)
 
     def bounded(self, bits: bytes) -> bytes:
-        """A mask of allowed tokens (little-endian bits), without those that go too far.
+        """Remove tokens that would make a number too long from a mask (little-endian bits).
 
         Cheap: it looks at single tokens only while a number is long, when few are allowed.
         """

@@ -1,4 +1,4 @@
-"""Executes plans by a backend that takes a step before the last one's tokens are read."""
+"""Executes plans with a backend that accepts a step before the last one's tokens are read."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from veneer_server.step.plan import PlannedSequence, SequenceResult, StepPlan
 from veneer_server.wire.messages import SamplingParams
 
 _IGNORED = TokenChoice(SamplingParams(temperature=0), 0)
-"""For rows of logits whose token nobody wants."""
+"""The choice for rows of logits that need no token."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Unread:
-    """A step that is submitted."""
+    """A step that is submitted, but not read yet."""
 
     plan: StepPlan
     places: list[LogitRows]
     submitted: Submitted
     handed: list[int]
-    """Indices of sequences whose token the host samples."""
+    """Indices of the sequences whose tokens the host samples."""
 
 
 class AheadModelRunner(ModelRunner):
-    """Implements `AheadRunner`.
+    """A model runner that implements `AheadRunner`.
 
-    Rows that need a bias, penalties or a mask are sampled by the host, from their logits, once
-    the step is read; so their sequences miss every other step while others go on.
+    Rows that need a bias, penalties or a mask are sampled by the host from their logits, once
+    the step is read. So their sequences miss every other step while other sequences continue.
 
-    It never clears KV blocks, see `AheadBackend`: when it reads that a sequence was not finite,
-    a later step may have been submitted in which the blocks belong to another.
+    It never clears KV blocks, see `AheadBackend`: by the time it reads that a sequence's logits
+    were not finite, a later step may be submitted in which the blocks belong to another.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class AheadModelRunner(ModelRunner):
         self._ahead = backend
         self._unread: deque[_Unread] = deque()
         self._rows: dict[int, int] = {}
-        """Of the last step: the row of logits of each sequence, by id."""
+        """Each sequence's row of logits in the last submitted step, by id."""
 
     def execute(self, plan: StepPlan) -> tuple[SequenceResult, ...]:
         assert not self._unread, "a step is not read yet"
@@ -118,7 +118,7 @@ class AheadModelRunner(ModelRunner):
     def _score(
         self, result: SequenceResult, planned: PlannedSequence, sampled: Sampled, begin: int
     ) -> None:
-        """Add log-probabilities of a chunk of the prompt."""
+        """Add the log-probabilities of a chunk of the prompt to the result."""
         end = begin + len(planned.score)
         result.scores = tuple(sampled.logprobs[begin:end])
         if planned.top_logprobs:
@@ -141,7 +141,7 @@ class AheadModelRunner(ModelRunner):
 
 
 def _fill(result: SequenceResult, planned: PlannedSequence, sampled: Sampled, at: int) -> None:
-    """Take over what the device sampled."""
+    """Copy the token that the device sampled, and its log-probabilities, into the result."""
     result.token = sampled.tokens[at]
     result.finite = result.token is not None
     if planned.logprobs and result.finite:

@@ -52,14 +52,14 @@ class Chosen:
         name: ``native (avx512-bf16)`` or ``native (avx2)``, with ``, int8 activations`` inside
             if inputs are rounded to 8 bits, and ``, prebuilt`` if the kernels came with the
             wheel; ``torch``; or ``cuda``.
-        why_not_native: empty if it is native.
-        lora_dtype: of resident adapters.
-        placement: how many threads a step has, and where.
+        why_not_native: why it is not the native backend; empty if it is.
+        lora_dtype: dtype of resident adapters.
+        placement: how many threads a step has, and where they run.
         invariant: whether a row's numbers are bit-identical whatever else is in the batch.
-        draws: samples tokens from its logits.
+        draws: samples tokens from the backend's logits.
         placer: makes DEVICE copies of adapters; None if any memory of the device will do.
-        ahead: the backend, if it takes a step before the last one's tokens are read.
-        paired: whether its adapters lie in pairs, see `Layout`.
+        ahead: the same backend, if it accepts a step before the previous one's tokens are read.
+        paired: whether its adapters are stored in pairs, see `Layout`.
     """
 
     backend: Backend
@@ -85,10 +85,11 @@ def choose(
     """Load the base for the best backend that `EngineConfig.backend` allows.
 
     Args:
-        placement: of a step's threads; that of `EngineConfig.threads` here, if it is None.
+        placement: placement of a step's threads; if None, it follows from
+            `EngineConfig.threads`.
 
     Raises:
-        BackendUnavailable: it requires the native backend, which cannot serve here.
+        BackendUnavailable: the config requires a backend that cannot serve here.
         UnsupportedModel: no backend can run the base.
     """
     if config.int8_activations:
@@ -129,12 +130,12 @@ def choose(
 
 
 def _check_int8(config: EngineConfig) -> None:
-    """Raise BackendUnavailable if nothing could multiply by inputs of 8 bits."""
+    """Raise BackendUnavailable if the backend or the weights do not allow 8-bit inputs."""
     if config.backend not in ("auto", "native"):
         raise BackendUnavailable(
             f"--int8-activations needs --backend native or auto, not {config.backend}"
         )
-    # A folder that is stored in 4 bits is served as it is.
+    # A base that is stored in 4 bits is served as stored.
     stored = read_decoder_config(Path(config.base_folder)).quantization
     served = stored or config.quantization
     if served not in ("nf4", "fp4"):
@@ -144,7 +145,8 @@ def _check_int8(config: EngineConfig) -> None:
 
 
 def _repaired(config: EngineConfig, load: Callable[[], _Base]) -> _Base:
-    """What ``load`` loads; a bundled base that turns out damaged is imported again first."""
+    """Return the result of ``load``. If a bundled base turns out to be damaged, import it again
+    and retry."""
     try:
         return load()
     except BaseDamaged as damage:
@@ -196,7 +198,7 @@ def _native(
     if placement.others:
         with stage("measuring threads"):
             placement = settle(decoder, placement, config.block_size)
-    # Torch is left with little work: a second torch thread would cost more than it gains,
+    # Torch has little left to do: a second torch thread would cost more than it gains,
     # and spin on a core that a thread of the step could use.
     torch.set_num_threads(1)
     int8 = ", int8 activations" if config.int8_activations else ""
@@ -216,10 +218,10 @@ def _native(
 def _cuda(
     config: EngineConfig, device: torch.device, dtype: torch.dtype, num_blocks: int
 ) -> Chosen:
-    """Never chosen by ``auto``: see docs/gpu.md.
+    """Load the base for the CUDA backend, which ``auto`` never chooses: see docs/gpu.md.
 
     Raises:
-        BackendUnavailable: it cannot serve here.
+        BackendUnavailable: the CUDA backend cannot serve here.
     """
     try:
         # Imported here: triton takes 77 MB in a process that imports it.
@@ -250,7 +252,8 @@ def _cuda(
 
 
 def _library(config: EngineConfig) -> tuple[Library, str]:
-    """The kernels for the configured instructions, and the suffix of the backend's name."""
+    """Return the kernels for the configured instructions, and a suffix for the backend's
+    name."""
     wanted = config.native_instructions
     cache = Path(config.cache_folder)
     found = find_library(cache, wanted)

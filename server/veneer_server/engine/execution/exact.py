@@ -1,4 +1,4 @@
-"""Exact mode: a sequence's numbers do not depend on what shares the step.
+"""Exact mode: a sequence's numbers do not depend on the other sequences in the step.
 
 GEMMs, reductions and fused attention choose their order of summation by shape, so a
 row's last bits change with the batch. Here every sequence gets its own backend call and
@@ -10,8 +10,8 @@ Only used if the backend needs it (`Chosen.invariant`): the native backend's row
 are bit-identical anyway.
 
 The price: weights are read once per sequence, so a step of n sequences takes about as
-long as n steps; there is no prefix cache; and a preempted sequence recomputes the tokens
-that it generated one per step.
+long as n steps; there is no prefix cache; and a preempted sequence recomputes its generated
+tokens one per step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from veneer_server.step.plan import Runner, SequenceResult, StepPlan
 
 
 class ExactRunner:
-    """Executes each sequence of a plan alone. Implements `Runner` over another."""
+    """A `Runner` that executes each sequence of a plan alone, with another runner."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner

@@ -1,10 +1,10 @@
-"""Whether another number of threads is faster: measured before serving, on the loaded base.
+"""Measures, before serving and on the loaded base, whether another number of threads is faster.
 
-One thread for each physical core is right for most bases and machines. But a small base's step
-has so little work for each of dozens of threads that half of them may be faster, and on some
-CPUs two threads on a core get more done than one. So these are tried, where there are any, for
-well under a second. Another number must be clearly faster, by the fastest of its steps, since
-the choice stands until the next start and a machine is seldom quiet.
+One thread for each physical core is right for most bases and machines. But a step of a small
+base has so little work for each of dozens of threads that half of them may be faster, and on
+some CPUs two threads on a core get more done than one. So such alternatives are tried, if there
+are any, for well under a second. Another number must be clearly faster, judged by the fastest
+of its steps, since the choice stands until the next start and a machine is seldom quiet.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from veneer_server.engine.execution.step_cost import first_tokens
 from veneer_server.system.placement import Placement
 
 CLEARLY: Final = 0.9
-"""Another number of threads is used if its steps take less than this share."""
+"""Another number of threads is used if its steps take less than this fraction of the time."""
 ROUNDS: Final = 5
 FEWEST_ROUNDS: Final = 2
 LONGEST_S: Final = 0.1
-"""Steps that take longer have enough work for each thread, and would take too long to try."""
+"""Nothing is tried if steps take longer than this: each thread then has enough work, and trying
+would take too long."""
 BUDGET_S: Final = 0.6
 
 
@@ -37,11 +38,13 @@ def faster(
     seconds: Callable[[int], float],
     clock: Callable[[], float] = time.monotonic,
 ) -> tuple[int, dict[int, float]]:
-    """The number of threads to use, and the least seconds of each that was tried.
+    """Return the number of threads to use, and the least seconds of each number tried.
 
     Args:
-        others: tried in this order; of those below ``first``, one only if that before it won.
-        seconds: of a step with a number of threads.
+        first: the number to use unless another one is clearly faster.
+        others: numbers to try, in this order. Below ``first``, trying stops at the first one
+            that is not clearly faster.
+        seconds: runs steps with a number of threads and returns the seconds they took.
     """
     began = clock()
     best = first
@@ -50,11 +53,11 @@ def faster(
         return best, least
     for other in others:
         if other < first and best > first:
-            break  # more were faster
+            break  # more threads were faster, so fewer are not tried
         rounds = 0
         tried = float("inf")
         while rounds < ROUNDS and clock() - began < BUDGET_S:
-            # In turns, so that what else the machine does meanwhile meets both.
+            # Alternate, so that other load on the machine affects both.
             tried = min(tried, seconds(other))
             least[best] = min(least[best], seconds(best))
             rounds += 1
@@ -70,8 +73,9 @@ def faster(
 
 @torch.inference_mode()
 def settle(decoder: NativeDecoder, placement: Placement, block_size: int) -> Placement:
-    """Let a decoder use the fastest of a placement's numbers of threads. Its steps write to KV
-    block 1, which is cleared afterwards."""
+    """Let a decoder use the fastest number of threads that a placement offers; return the
+    placement with that number. The steps tried write to KV block 1, which is cleared
+    afterwards."""
     steps = [first_tokens(rows, block_size) for rows in (1, min(8, block_size))]
     engines: dict[int, NativeEngine] = {}
 

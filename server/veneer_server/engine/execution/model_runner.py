@@ -1,4 +1,4 @@
-"""Executes a `StepPlan`: plain arrays in, one backend call, tokens out."""
+"""Executes a `StepPlan`: turns it into arrays, calls the backend once, and samples tokens."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from veneer_server.step.plan import (
 )
 
 _PATIENCE_S: Final = 0.002
-"""How long a step waits for masks, and again for whether its tokens completed a constraint.
-A later answer costs its own sequence a step, and the other sequences nothing."""
+"""How long a step waits for masks, and again to learn whether tokens completed a constraint.
+An answer that comes later costs its own sequence a step, and the other sequences nothing."""
 
 
 class ModelRunner:
@@ -40,14 +40,14 @@ class ModelRunner:
 
     Args:
         tables: resident adapters by weights digest, kept up to date by the loop;
-            every digest of a plan is in it.
-        grammars: what constrained sequences may generate; None if the base's tokenizer does
-            not support constraints, so that no plan has any.
-        draws: samples tokens; torch's if None.
-        window: fewest tokens that any layer attends to; None if all attend to all.
+            it contains every digest of a plan.
+        grammars: say which tokens constrained sequences may generate; None if the base's
+            tokenizer does not support constraints, so that no plan has any.
+        draws: samples tokens; `TorchDraws` if None.
+        window: fewest tokens that any layer attends to; None if all layers attend to all.
 
     Attributes:
-        backend: what computes the logits.
+        backend: computes the logits.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class ModelRunner:
         rows = []
         for sequence, place, result in zip(plan.sequences, places, results, strict=True):
             if not result.finite:
-                # The blocks that this step wrote; earlier chunks passed this check.
+                # Clear the blocks that this step wrote; earlier chunks passed this check.
                 written = sequence.blocks[sequence.start // self._block_size :]
                 self.backend.clear(list(written))
                 continue
@@ -117,7 +117,8 @@ class ModelRunner:
             _add_logprobs(logits[wanted], [ready[k] for k in wanted], self._draws)
 
     def _choice(self, row: SampledRow, until: float) -> TokenChoice | None:
-        """None if the row's constraint has no next token, or its mask is late."""
+        """Return how to sample the row; None if its constraint has no next token, or the mask
+        is late."""
         sequence, allowed = row.sequence, None
         if sequence.constraint is not None:
             assert self._grammars is not None, "the loop refuses constraints without grammars"
@@ -150,7 +151,8 @@ class ModelRunner:
 def _others_left(
     forbidden: tuple[int, ...], allowed: NDArray[np.bool_] | None
 ) -> tuple[int, ...]:
-    """The forbidden tokens; none if the constraint allows no others: it is then complete."""
+    """Return the forbidden tokens, or none if the constraint allows no others: it is then
+    complete."""
     if not forbidden or allowed is None:
         return forbidden
     inside = [token for token in forbidden if token < len(allowed)]
@@ -159,7 +161,7 @@ def _others_left(
 
 @dataclass(frozen=True, slots=True)
 class SampledRow:
-    """A sequence that takes a token, and the index ``at`` of its row of logits."""
+    """A sequence that gets a token, the index ``at`` of its row of logits, and its result."""
 
     sequence: PlannedSequence
     at: int
@@ -167,7 +169,7 @@ class SampledRow:
 
 
 def _add_logprobs(logits: torch.Tensor, rows: list[SampledRow], draws: Draws) -> None:
-    """Add raw log-probabilities of the sampled tokens and, if requested, the likeliest."""
+    """Add raw log-probabilities of the sampled tokens and, if requested, of the likeliest."""
     tokens = [row.result.token or 0 for row in rows]
     for row, value in zip(
         rows, token_logprobs(logits, _index(tokens, logits), draws).tolist(), strict=True
@@ -187,7 +189,7 @@ def _score(
     result: SequenceResult,
     draws: Draws,
 ) -> None:
-    """Add log-probabilities of a chunk of the prompt."""
+    """Add the log-probabilities of a chunk of the prompt to the result."""
     rows = logits[place.begin : place.begin + len(sequence.score)]
     following = _index(list(sequence.score), logits)
     result.scores = tuple(token_logprobs(rows, following, draws).tolist())
@@ -199,8 +201,8 @@ def _score(
 
 @dataclass(frozen=True, slots=True)
 class LogitRows:
-    """A sequence's rows among the logits: scored or only checked ones from ``begin``, then
-    the sampled one at ``sample`` if there is one; ``end`` is past both."""
+    """A sequence's rows of logits: scored or only checked ones from ``begin``, then
+    the sampled one at ``sample`` if there is one; ``end`` is past the last."""
 
     begin: int
     end: int
@@ -217,7 +219,7 @@ def to_arrays(
     block_size: int,
     window: int | None = None,
 ) -> tuple[StepArrays, list[LogitRows]]:
-    # Lists, since most steps have few rows, and each numpy call costs as much as a few rows.
+    # Use lists: most steps have few rows, and each numpy call costs as much as a few rows.
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -238,8 +240,8 @@ def to_arrays(
         begin = len(logit_rows)
         logit_rows += range(first, first + len(sequence.score))
         if window is not None and not sequence.score:
-            # In every layer each row must be seen by one whose logits are checked, and the last
-            # one sees no further than its window: a NaN before it would stay in the cache.
+            # In every layer, each row must be seen by a row whose logits are checked. The last
+            # row sees no further than its window: a NaN before that would stay in the cache.
             logit_rows += range(first + window - 1, len(tokens) - 1, window)
         sampled = None
         if sequence.samples:
@@ -263,8 +265,8 @@ def to_arrays(
 
 
 def _block_tables(blocks: list[array[int]]) -> NDArray[np.int64]:
-    """[S, B], padded with block 0. Copies memory: with 64 sequences of 1,024 blocks that takes
-    0.06 ms, where lists of Python numbers took 1.3 ms."""
+    """Return the block tables, [S, B], padded with block 0. Copies memory: with 64 sequences of
+    1,024 blocks that takes 0.06 ms, where lists of Python numbers took 1.3 ms."""
     width = max(map(len, blocks))
     table = array("q", [0]) * (width * len(blocks))
     for row, each in enumerate(blocks):
@@ -277,7 +279,7 @@ def _segments(
     row_starts: list[int],
     tables: Mapping[str, AdapterTable],
 ) -> tuple[Segment, ...]:
-    """Runs of rows with the same adapter; the plan is sorted by adapter."""
+    """Return the runs of rows with the same adapter; the plan is sorted by adapter."""
     segments: list[Segment] = []
     begin = 0
     for i, sequence in enumerate(sequences):

@@ -1,16 +1,16 @@
-"""From logits to tokens, all rows of a step at once.
+"""Sampling: from logits to tokens, for all rows of a step at once.
 
-The order is the usual one:
+The order of operations is the usual one:
 
 1. logit bias, added
-2. repetition penalty, of tokens in prompt or output (Keskar et al. 2019; as in
+2. repetition penalty, on tokens in prompt or output (Keskar et al. 2019; as in
    transformers: a positive logit is divided by it, a negative one multiplied)
-3. presence and frequency penalties, of tokens in the output (as OpenAI defines them)
+3. presence and frequency penalties, on tokens in the output (as OpenAI defines them)
 4. the constraint's mask, and the tokens that are forbidden because they would end the output
    too early
-5. temperature; 0 takes the likeliest token here, and nothing below matters
-6. top-k, then top-p over what it left, then min-p: each keeps the likeliest tokens
-7. one sample, with the random number of the request's seed and the token's position
+5. temperature; 0 takes the likeliest token here, and skips the steps below
+6. top-k, then top-p over the tokens left, then min-p: each keeps the likeliest tokens
+7. one sample, with a random number from the request's seed and the token's position
 
 A token is a function of its own row, settings and position: nothing is shared between
 rows, so it does not depend on the rest of the batch (unless the logits do). A batch that
@@ -18,7 +18,7 @@ only decodes greedily costs one argmax.
 
 Steps 5 to 7 are `Draws`: in torch here, or by the native backend (``native/draws.py``).
 
-Log-probabilities are of the logits as the model gave them, before all of this.
+Log-probabilities are those of the model's own logits, before all of these steps.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ __all__ = [
 
 _HEAD = 512
 """How many of the likeliest tokens top-k, top-p and min-p look at first; sorting a whole
-vocabulary takes milliseconds per row and is almost never needed. The same for all
-rows: if the size depended on the batch, so could the order of ties."""
+vocabulary takes milliseconds per row and is almost never needed. The number is the same for
+all rows: if it depended on the batch, so could the order of ties."""
 
 _TOPS = 20
 """Most tokens that `top_tokens` returns per row; it always finds this many, for the same
@@ -57,19 +57,19 @@ _COLDEST = 1e-5
 _LOWEST = -torch.inf
 
 _NOTHING = -1
-"""In place of a token: the row's probabilities are NaN."""
+"""Stands for a missing token where the row's probabilities are NaN."""
 
 
 def sample(
     logits: torch.Tensor, choices: Sequence[TokenChoice], draws: Draws | None = None
 ) -> list[int | None]:
-    """One token per row; None for a row with nothing to sample from, which no validated
+    """Sample one token per row; None for a row with nothing to sample from, which no validated
     request can cause.
 
     Args:
         logits: [rows, vocab] float32, finite; not changed.
         choices: one per row.
-        draws: torch's if None.
+        draws: samples the tokens; `TorchDraws` if None.
     """
     draws = draws or TorchDraws()
     changed = [i for i, choice in enumerate(choices) if _changes(choice)]
@@ -79,7 +79,8 @@ def sample(
     adjusted = penalized(logits[torch.tensor(changed, device=logits.device)], those)
     if len(changed) == len(choices):
         return draws.tokens(adjusted, those)
-    tokens = draws.tokens(logits, choices)  # some are replaced below: rare, and one call
+    # One call for all rows; the changed ones are replaced below. Such mixed batches are rare.
+    tokens = draws.tokens(logits, choices)
     for i, token in zip(changed, draws.tokens(adjusted, those), strict=True):
         tokens[i] = token
     return tokens
@@ -131,7 +132,7 @@ def penalized(logits: torch.Tensor, choices: Sequence[TokenChoice]) -> torch.Ten
         _penalise_repetition(logits, repeated, choices)
     if counted:
         _penalise_output(logits, counted, choices)
-    # The sums and products may have overflowed, and infinity minus infinity is NaN.
+    # Sums and products may have overflowed, and infinity minus infinity is NaN.
     logits.nan_to_num_()
     if masks:
         allowed = torch.from_numpy(np.stack(list(masks.values())))
@@ -183,8 +184,8 @@ def _seen(choice: TokenChoice) -> Seen:
 def _places(
     logits: torch.Tensor, rows: list[int], ids: Sequence[NDArray[np.int64]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each row's token ids: their row, and their index in the flattened logits, which
-    reads and writes them in a third of the time that two indices take."""
+    """Return the row of each token id, and its index in the flattened logits. With one flat
+    index, reads and writes take a third of the time that they take with two indices."""
     owner = torch.from_numpy(np.repeat(np.array(rows), [len(i) for i in ids]))
     token = torch.from_numpy(np.concatenate(ids))
     place = owner * logits.shape[1] + token
@@ -192,7 +193,7 @@ def _places(
 
 
 def _column(logits: torch.Tensor, choices: Sequence[TokenChoice], name: str) -> torch.Tensor:
-    """[rows]: the values of one setting."""
+    """Return the values of one sampling setting, [rows]."""
     return logits.new_tensor([getattr(c.params, name) for c in choices])
 
 
@@ -200,7 +201,8 @@ def _column(logits: torch.Tensor, choices: Sequence[TokenChoice], name: str) -> 
 
 
 def draw(logits: torch.Tensor, choices: Sequence[TokenChoice]) -> torch.Tensor:
-    """[rows] int64: inverse transform sampling of what top-k, top-p and min-p leave."""
+    """Sample a token per row from those that top-k, top-p and min-p leave, by inverse transform
+    sampling: [rows] int64."""
     # Relative to the maximum, so that huge logits at a low temperature can only overflow to
     # minus infinity.
     logits = logits - logits.amax(dim=-1, keepdim=True)
@@ -237,9 +239,9 @@ def _pick_cut(
     picked = tokens.gather(1, _pick(weights, randoms).unsqueeze(1)).squeeze(1)
     if vocab <= _HEAD:
         return picked
-    # The kept tokens must end before the head does, and not among ties with the head's
-    # last token: which of those the head holds is arbitrary. Nor does the head show what
-    # share a larger top-k leaves.
+    # The head suffices if the kept tokens end before it does, and not among ties with its
+    # last token, since it is arbitrary which of these the head holds. It does not suffice for
+    # a larger top-k, whose total probability it does not show.
     short = ((weights > 0) & (values <= values[:, -1:])).any(dim=-1)
     short |= torch.tensor([p.top_k > _HEAD for p in params], device=values.device)
     if short.any():
@@ -251,14 +253,14 @@ def _pick_cut(
 
 
 def _in_order(values: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Likeliest first, ties by lower id first, as a stable sort of all tokens would give."""
+    """Sort likeliest first, and ties by lower id, as a stable sort of all tokens would."""
     tokens, order = tokens.sort(dim=-1)
     values, order = values.gather(-1, order).sort(dim=-1, descending=True, stable=True)
     return values, tokens.gather(-1, order)
 
 
 def _kept(values: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """The probabilities that top-k, top-p and min-p leave, with the others set to 0.
+    """Return the probabilities that top-k, top-p and min-p leave, with the others set to 0.
 
     Args:
         values: [rows, n] probabilities, likeliest first.
@@ -271,18 +273,19 @@ def _kept(values: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tenso
     top_p = values.new_tensor([p.top_p for p in params], dtype=torch.float64)
     min_p = values.new_tensor([p.min_p for p in params]).unsqueeze(1)
     weights = values.double().masked_fill(rank >= top_k.unsqueeze(1), 0)
-    # top-p is a share of what top-k left; without top-k, of everything: of 1.
+    # top-p is a fraction of the total that top-k left; without top-k, of 1.
     total = torch.where(top_k > values.shape[1], 1.0, weights.sum(dim=-1))
     before = weights.cumsum(dim=-1) - weights
     # A top_p of 1 keeps all, whatever the sums round to.
     spent = (before >= (top_p * total).unsqueeze(1)) & (top_p < 1).unsqueeze(1)
-    # The likeliest stays, even if a tiny top_p's share rounds to 0.
+    # The likeliest token stays, even if a tiny top_p times the total rounds to 0.
     left = (spent | (values < min_p * values[:, :1])) & (rank > 0)
     return weights.masked_fill(left, 0)
 
 
 def _pick(weights: torch.Tensor, randoms: torch.Tensor) -> torch.Tensor:
-    """[rows]: index of the first cumulative sum above the random fraction of the total.
+    """Return the index of the first cumulative sum above the random fraction of the total,
+    [rows].
 
     Weights are float64, so that rare tokens keep their share, and need not sum to 1.
     """
@@ -301,12 +304,12 @@ def _pick(weights: torch.Tensor, randoms: torch.Tensor) -> torch.Tensor:
 def token_logprobs(
     logits: torch.Tensor, tokens: torch.Tensor, draws: Draws | None = None
 ) -> torch.Tensor:
-    """Raw log-probabilities, natural logarithm.
+    """Return the tokens' raw log-probabilities, as natural logarithms.
 
     Args:
         logits: [rows, vocab] float32.
         tokens: [rows] int64.
-        draws: torch's if None.
+        draws: computes the sums; `TorchDraws` if None.
 
     Returns:
         [rows] float32.
@@ -316,8 +319,8 @@ def token_logprobs(
 
 
 def token_ranks(logits: torch.Tensor, tokens: torch.Tensor) -> list[int]:
-    """How many tokens of each row have at least the given token's logit: 1 for the likeliest.
-    So does vLLM count.
+    """Return how many tokens of each row have at least the given token's logit: 1 for the
+    likeliest. vLLM counts ranks in the same way.
 
     Args:
         logits: [rows, vocab] float32.
@@ -326,7 +329,7 @@ def token_ranks(logits: torch.Tensor, tokens: torch.Tensor) -> list[int]:
     picked = logits.gather(1, tokens.unsqueeze(1))
     if logits.device.type != "cpu":
         return (logits >= picked).sum(dim=1).tolist()
-    # A row at a time, and by numpy, which counts in a tenth of the time that torch takes.
+    # One row at a time with numpy, which takes a tenth of the time that torch takes.
     rows, values = logits.numpy(), picked.squeeze(1).numpy()
     return [
         int(np.count_nonzero(row >= value)) for row, value in zip(rows, values, strict=True)
@@ -336,12 +339,12 @@ def token_ranks(logits: torch.Tensor, tokens: torch.Tensor) -> list[int]:
 def top_tokens(
     logits: torch.Tensor, counts: Sequence[int], draws: Draws | None = None
 ) -> list[Tops]:
-    """The most likely tokens of each row with their raw log-probabilities.
+    """Return the most likely tokens of each row with their raw log-probabilities.
 
     Args:
         logits: [rows, vocab] float32.
         counts: how many to return for each row, at most 20.
-        draws: torch's if None.
+        draws: computes the sums; `TorchDraws` if None.
     """
     values, tokens = logits.topk(min(logits.shape[1], _TOPS))
     values, tokens = _in_order(values, tokens)

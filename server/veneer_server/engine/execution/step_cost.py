@@ -1,8 +1,8 @@
-"""How long a step takes on this machine: measured before serving, on the loaded base.
+"""Measures, before serving and on the loaded base, how long a step takes on this machine.
 
-Two things depend on it. A step takes no more prompt tokens than fit into `STEP_SECONDS`, so
-that other streams continue and pings are answered soon. And the supervisor knows how long
-the longest step may take, so that it does not take a slow engine for a hung one.
+The measurement has two uses. A step takes no more prompt tokens than fit into `STEP_SECONDS`,
+so that other streams continue and pings are answered soon. And the supervisor knows how long
+the longest step may take, so that it does not mistake a slow engine for a hung one.
 """
 
 from __future__ import annotations
@@ -21,13 +21,18 @@ from veneer_server.step.arrays import Backend, StepArrays
 _ROWS: Final = 8
 """Rows of the larger step that is timed."""
 _ATTENTION_FACTOR: Final = 2.0
-"""Attention over a context takes about this many times longer per operation than the GEMMs
-with the weights, which use every loaded number for many rows."""
+"""How many times longer attention over a context takes per operation than the GEMMs with the
+weights, which use every loaded number for many rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Timed:
-    """Wall-clock seconds, and an estimate of them had nothing else used the cores."""
+    """Timing of one step.
+
+    Attributes:
+        passed: wall-clock seconds.
+        alone: estimate of them if nothing else had used the cores.
+    """
 
     passed: float
     alone: float
@@ -42,12 +47,13 @@ def measure(
     block_size: int,
     threads: int,
 ) -> StepCost:
-    """Time three small steps. They write to KV block 1, which is cleared afterwards.
+    """Measure the cost of a step with three small steps. They write to KV block 1, which is
+    cleared afterwards.
 
     Args:
-        parameters: of the base.
-        threads: of a step; 0 if it does not run on this CPU, so that only wall-clock time
-            is meaningful.
+        parameters: number of parameters of the base.
+        threads: number of threads of a step; 0 if steps do not run on this CPU, so that only
+            wall-clock time is meaningful.
     """
     rows = min(_ROWS, block_size)
     try:
@@ -74,7 +80,7 @@ def _time(backend: Backend, rows: int, block_size: int, threads: int) -> _Timed:
 
 
 def first_tokens(rows: int, block_size: int) -> StepArrays:
-    """A step of one sequence of ``rows`` tokens, in block 1."""
+    """Return a step of one sequence of ``rows`` tokens, in KV block 1."""
     places = np.arange(rows, dtype=np.int64)
     return StepArrays(
         tokens=np.zeros(rows, dtype=np.int64),

@@ -1,6 +1,7 @@
-"""Eviction order of one memory tier: the copy whose loss costs least. Decisions only.
+"""Eviction order of one memory tier: the copy that costs least to lose goes first.
 
-GreedyDual-Size-Frequency (Cherkasova 1998, after Cao and Irani 1997): a copy's rank is
+This module only decides; it moves and frees nothing. The policy is GreedyDual-Size-Frequency
+(Cherkasova 1998, after Cao and Irani 1997): a copy's rank is
 
     age of the tier at its last use + uses x seconds to reload it / bytes
 
@@ -10,10 +11,11 @@ so copies used now overtake those used long ago, however often they were used th
 A new copy is on trial, with no uses, as in LIRS (Jiang and Zhang 2002): it is evicted
 before all others, the newest first, until two requests for it have arrived since the last use
 of some other copy in the tier. So adapters that are used once, in a scan or a loop longer
-than the tier, take turns in the room of one and leave the rest in place, where LRU would
-evict each just before it is needed.
+than the tier, take turns in the room of one adapter and leave the rest in place, where LRU
+would evict each just before it is needed.
 
-Requests that wait for a copy are not known here: `load_planner` keeps what they want.
+This module does not know the requests that wait for a copy: `load_planner` keeps the copies
+that they want.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from veneer_server.wire.messages import MemoryTier
 Key = tuple[float, float, int]
 
 _MOST_USES: Final = 8
-"""Cap on counted uses: a copy that was popular once must not stay long after."""
+"""Cap on counted uses, so that a once popular copy does not stay for long afterwards."""
 _SMOOTHING: Final = 0.2
 """Weight of the newest measurement."""
 _GUESS: Final[dict[MemoryTier, float]] = {"host": 2.5e-9, "device": 1e-10}
@@ -43,7 +45,7 @@ class ReloadCost:
     """Measured seconds per byte to copy an adapter into a tier from the one below.
 
     Averages are kept by size class (powers of two), since a small adapter takes longer per
-    byte: files are opened and headers read whatever their size.
+    byte: opening files and reading headers takes the same time for any size.
     """
 
     def __init__(self) -> None:
@@ -51,7 +53,7 @@ class ReloadCost:
         self._overall = dict(_GUESS)
 
     def observe(self, tier: MemoryTier, count: int, seconds: float) -> None:
-        """A transfer of ``count`` bytes to a tier has taken ``seconds``."""
+        """Record that a transfer of ``count`` bytes to a tier has taken ``seconds``."""
         if count <= 0 or seconds <= 0:
             return
         each, key = seconds / count, (tier, count.bit_length())
@@ -64,7 +66,7 @@ class ReloadCost:
         return self._by_class.get((tier, count.bit_length()), self._overall[tier])
 
     def of_losing(self, entry: LedgerEntry, tier: MemoryTier, *, shared: bool) -> float:
-        """Seconds per byte to reload what is lost with the copy in ``tier``."""
+        """Seconds per byte to restore what is lost if the copy in ``tier`` is evicted."""
         cost = self.per_byte(tier, entry.sizes[tier])
         if tier == "device" and entry.host is not Presence.THERE:
             return cost + self.per_byte("host", entry.sizes["host"])
@@ -77,8 +79,8 @@ class EvictionOrder:
     """The copies of one tier: when they were used, and which may be evicted.
 
     Attributes:
-        age: see the module.
-        idle_bytes: total of the copies on offer: not withdrawn or taken since.
+        age: the tier's age, see the module docstring.
+        idle_bytes: total bytes of the copies on offer, neither withdrawn nor taken since.
     """
 
     def __init__(self, tier: MemoryTier) -> None:
@@ -86,7 +88,7 @@ class EvictionOrder:
         self.age = 0.0
         self.idle_bytes = 0
         self._last_uses: OrderedDict[str, int] = OrderedDict()
-        """Of the copies in this tier, the least recently used first."""
+        """Time of the last use of each copy in this tier, least recently used first."""
         self._offered: dict[str, tuple[Key, LedgerEntry]] = {}
         self._heap: list[tuple[Key, str]] = []
         """May also hold outdated keys; `_offered` has the valid ones."""
@@ -104,7 +106,7 @@ class EvictionOrder:
         standing = entry.standing[self.tier]
         here = entry.digest in self._last_uses
         if again and entry.at(self.tier) is not Presence.THERE:
-            return  # the requests share one load, so they are one use
+            return  # the requests share one load, so they count as one use
         others = (use for digest, use in self._last_uses.items() if digest != entry.digest)
         oldest = next(others, None)
         near = before is not None and (oldest is None or before > oldest)
@@ -115,39 +117,43 @@ class EvictionOrder:
             self._last_uses.move_to_end(entry.digest)
 
     def expect(self, entry: LedgerEntry) -> None:
-        """An operator wants the adapter here: it need not pass a trial."""
+        """Record that an operator wants the adapter here: it needs no trial."""
         standing = entry.standing[self.tier]
         standing.uses = max(1, standing.uses)
 
     def came(self, entry: LedgerEntry, now: int) -> None:
-        """A copy is here, or its room is reserved."""
+        """Record that a copy is here, or that its room is reserved."""
         self._last_uses[entry.digest] = now
         self._last_uses.move_to_end(entry.digest)
         entry.standing[self.tier].age = self.age
 
     def went(self, entry: LedgerEntry) -> None:
-        """The copy is no longer here."""
+        """Record that the copy is no longer here."""
         self.withdraw(entry)
         del self._last_uses[entry.digest]
         entry.standing[self.tier].uses = 0
 
     def rested(self, entry: LedgerEntry) -> None:
-        """The adapter's last request has ended."""
+        """Record that the adapter's last request has ended."""
         entry.standing[self.tier].age = self.age
 
     # --------------------------------------------------------------- what may go
 
     def offer(self, entry: LedgerEntry, cost: float) -> None:
-        """The copy may be evicted; ``cost``: seconds per byte to reload it. Idempotent."""
+        """Offer a copy for eviction. Idempotent.
+
+        Args:
+            cost: seconds per byte to reload it.
+        """
         self._put(entry, self.key(entry, cost))
 
     def withdraw(self, entry: LedgerEntry) -> None:
-        """The copy must not be evicted now. Idempotent."""
+        """Withdraw the offer: the copy must not be evicted now. Idempotent."""
         if self._offered.pop(entry.digest, None) is not None:
             self.idle_bytes -= entry.sizes[self.tier]
 
     def take(self) -> tuple[Key, LedgerEntry] | None:
-        """Remove and return the offered copy whose loss costs least; None if there is none."""
+        """Remove and return the offered copy that costs least to lose, or None."""
         while self._heap:
             key, digest = heapq.heappop(self._heap)
             offered = self._offered.get(digest)
@@ -158,12 +164,12 @@ class EvictionOrder:
         return None
 
     def put_back(self, taken: tuple[Key, LedgerEntry]) -> None:
-        """Offer a taken copy again: it stays after all."""
+        """Offer a taken copy again, because it was not evicted after all."""
         key, entry = taken
         self._put(entry, key)
 
     def evicted(self, taken: tuple[Key, LedgerEntry]) -> None:
-        """A taken copy is evicted to make room for another: the tier ages."""
+        """Record that a taken copy is evicted to make room for another, which ages the tier."""
         self.age = max(self.age, taken[0][0])
 
     @property
@@ -172,7 +178,7 @@ class EvictionOrder:
         return len(self._heap)
 
     def key(self, entry: LedgerEntry, cost: float) -> Key:
-        """The copy with the lowest key is evicted first."""
+        """Sort key of a copy: the one with the lowest key is evicted first."""
         standing = entry.standing[self.tier]
         if not standing.uses:
             return standing.age, cost, -entry.used
@@ -191,15 +197,15 @@ class EvictionOrder:
             heapq.heapify(self._heap)
 
     def check_entry(self, entry: LedgerEntry, *, idle: bool) -> None:
-        """Assert that this tier's lists hold the entry where they should and nowhere else."""
+        """Assert that exactly the lists of this tier that should hold the entry do."""
         here = entry.at(self.tier) is not Presence.ABSENT
         digest = entry.digest
         assert (digest in self._last_uses) == here, f"uses of copies in {self.tier} differ"
         assert (digest in self._offered) == idle, f"what may leave {self.tier} differs"
 
     def integrity(self, here: int, idle: int, idle_bytes: int) -> Iterator[None]:
-        """After `check_entry` of every entry: check that the totals match, so that nothing
-        else is listed. In slices, see `integrity`."""
+        """Check that the totals match, so that nothing else is listed. Call after `check_entry`
+        of every entry. Runs in slices, see the module `integrity`."""
         assert len(self._last_uses) == here, f"uses of copies in {self.tier} differ"
         assert len(self._offered) == idle, f"what may leave {self.tier} differs"
         assert self.idle_bytes == idle_bytes, f"bytes that may leave {self.tier} differ"

@@ -1,7 +1,7 @@
-"""Every adapter's copies, how much of the budgets they take, and which may be evicted.
+"""The ledger: every adapter's copies, their share of the budgets, and which may be evicted.
 
 `Residency` decides on changes; the rules and sums that every change must keep are here.
-Nothing costs more than the logarithm of the number of adapters, except checks and
+Every operation takes time at most logarithmic in the number of adapters, except checks and
 `Ledger.pinned_bytes`.
 """
 
@@ -29,19 +29,20 @@ _MOST_REMEMBERED: Final = 8192
 
 
 class Ledger:
-    """See the module, and `residency` for the meaning of holds, pins and `shared`.
+    """Records copies, leases, holds and pins, and keeps their sums. The module `residency`
+    explains holds, pins and `shared`.
 
     Attributes:
         entries: by weights digest; adapters with a copy, a lease or an operator's want.
-        budgets: bytes, as set; see `budget`.
-        parts: cards that DEVICE copies are divided among.
-        ceilings: bytes that a tier may hold now: its budget, or what it still held when the
-            budget was lowered.
-        there: of each tier, digests of its complete copies.
+        budgets: budget of each tier in bytes, as set; see `budget`.
+        parts: number of cards that DEVICE copies are divided among.
+        ceilings: bytes that each tier may hold now: its budget, or the bytes it still held when
+            the budget was lowered.
+        there: digests of the complete copies in each tier.
         leased: entries that waiting or running sequences use.
-        draining: entries with that flag.
-        loads: loads to HOST in progress.
-        holds: total over all entries.
+        draining: entries with the flag `LedgerEntry.draining`.
+        loads: number of loads to HOST in progress.
+        holds: total number of holds over all entries.
     """
 
     def __init__(
@@ -92,8 +93,8 @@ class Ledger:
     def pinned_bytes(
         self, tier: MemoryTier, *, beside: LedgerEntry | None = None, there: bool = False
     ) -> int:
-        """Bytes of all adapters that pins keep in a tier; with ``there``, only of those that
-        already take room in it."""
+        """Bytes of all adapters that pins keep in a tier, without ``beside``; with ``there``,
+        only of those that already take room in it."""
         return sum(
             e.sizes[tier]
             for e in self._pinned.values()
@@ -111,7 +112,7 @@ class Ledger:
         return entry.pinned == tier or (self.shared and tier == "host")
 
     def check_pin_fits(self, entry: LedgerEntry, tier: MemoryTier) -> None:
-        """Raises AdapterBudgetExceeded: the pin would leave too little room for the others."""
+        """Raise AdapterBudgetExceeded if the pin does not fit beside other pinned adapters."""
         for kept in TIERS if self.shared and tier == "device" else (tier,):
             others = self.pinned_bytes(kept, beside=entry)
             budget = self.budget(kept)
@@ -136,13 +137,13 @@ class Ledger:
     # ------------------------------------------------------------------ changes
 
     def find_or_make(self, source: AdapterSource, itemsize: int) -> LedgerEntry:
-        """The adapter's entry, or a new one that the caller may add to `entries`.
+        """Return the adapter's entry, or a new one that the caller may add to `entries`.
 
         Raises:
-            AdapterBudgetExceeded: it can never fit.
+            AdapterBudgetExceeded: the adapter is larger than a budget.
         """
         whole = source.parameters * itemsize
-        # Some matrices are not divided: `Residency.loaded` knows how many.
+        # A lower bound: some matrices are not divided, see `Residency.loaded`.
         sizes: dict[MemoryTier, int] = {"device": -(-whole // self.parts), "host": whole}
         for tier in TIERS:
             budget, size = self.budget(tier), sizes[tier]
@@ -155,7 +156,7 @@ class Ledger:
         return self.entries.get(source.weights_digest) or LedgerEntry(source, sizes)
 
     def request(self, entry: LedgerEntry) -> None:
-        """Count a sequence that requests an adapter, whose entry is in `entries`."""
+        """Count a sequence that requests an adapter with an entry in `entries`."""
         before, again = self._last_requests.pop(entry.digest, None), entry.leases > 0
         self.touch(entry)
         for order in self.orders.values():
@@ -168,7 +169,7 @@ class Ledger:
         self.sort(entry)
 
     def expect(self, entry: LedgerEntry, tier: MemoryTier) -> None:
-        """An operator wants the adapter in a tier: it need not pass a trial there."""
+        """Record that an operator wants the adapter in a tier: it needs no trial there."""
         self.orders["host"].expect(entry)
         if tier == "device":
             self.orders["device"].expect(entry)
@@ -176,20 +177,20 @@ class Ledger:
         self.sort(entry)
 
     def rest(self, entry: LedgerEntry) -> None:
-        """The adapter's last sequence has ended."""
+        """Record that the adapter's last sequence has ended."""
         del self.leased[entry.digest]
         for order in self.orders.values():
             order.rested(entry)
         self.sort(entry)
 
     def hold(self, entry: LedgerEntry) -> None:
-        """A sequence that uses the adapter is scheduled."""
+        """Record that a sequence that uses the adapter is scheduled."""
         entry.holds += 1
         self.holds += 1
         self.touch(entry)
 
     def unhold(self, entry: LedgerEntry) -> None:
-        """A sequence that used the adapter is no longer scheduled."""
+        """Record that a sequence that used the adapter is no longer scheduled."""
         assert entry.holds > 0, "hold released twice"
         entry.holds -= 1
         self.holds -= 1
@@ -208,7 +209,7 @@ class Ledger:
         self.sort(entry)
 
     def drain(self, entry: LedgerEntry, *, draining: bool) -> None:
-        """Set or remove the flag."""
+        """Set or remove the entry's flag ``draining``."""
         entry.draining = draining
         if draining:
             self.draining[entry.digest] = entry
@@ -216,7 +217,7 @@ class Ledger:
             self.draining.pop(entry.digest, None)
 
     def place(self, entry: LedgerEntry, tier: MemoryTier, presence: Presence) -> None:
-        """A copy is on its way, complete, or gone."""
+        """Record that a copy is now on its way, complete, or gone."""
         before = entry.at(tier)
         here = presence is not Presence.ABSENT
         self._bytes[tier] += entry.sizes[tier] * (here - (before is not Presence.ABSENT))
@@ -255,7 +256,7 @@ class Ledger:
             self.draining.pop(entry.digest, None)
 
     def sort(self, entry: LedgerEntry) -> None:
-        """Offer the entry's idle copies for eviction, and withdraw the others."""
+        """Offer the entry's idle copies for eviction, and withdraw its other copies."""
         for tier, order in self.orders.items():
             if self._idle(entry, tier):
                 order.offer(entry, self.cost.of_losing(entry, tier, shared=self.shared))
@@ -263,7 +264,7 @@ class Ledger:
                 order.withdraw(entry)
 
     def lower_ceilings(self) -> None:
-        """Let no tier grow past its budget or, if that is more, past what it holds now."""
+        """Let no tier grow past its budget or, if that is more, past the bytes it holds now."""
         for tier in TIERS:
             self.ceilings[tier] = max(self.budget(tier), self._bytes[tier])
 
@@ -279,7 +280,7 @@ class Ledger:
 
     def integrity(self, held: Iterable[str], leased: Iterable[str]) -> Iterator[None]:
         """Check that holds and leases match the sequences that claim them, and that sums are
-        right and within the ceilings. In slices, see `integrity`."""
+        right and within the ceilings. Runs in slices, see the module `integrity`."""
         holds, leases = Counter(held), Counter(leased)
         assert self.holds == holds.total(), "holds differ"
         found = {tier: _Found() for tier in TIERS}
@@ -328,9 +329,9 @@ class _Found:
     """Sums over the entries of one tier.
 
     Attributes:
-        here, bytes: copies that take room, and how much.
-        there: complete copies.
-        idle, idle_bytes: copies that may be evicted.
+        here, bytes: number and bytes of copies that take room.
+        there: number of complete copies.
+        idle, idle_bytes: number and bytes of copies that may be evicted.
     """
 
     here: int = 0

@@ -1,13 +1,14 @@
-"""What to load for waiting sequences and operators, and what to evict for it. Decisions only.
+"""Plans which adapters to load for waiting sequences and operators, and what to evict for them.
 
-A *want* is an adapter that they need in memory. Wants are served in the order given
-(operators' first, then waiting sequences' in order of arrival). To make room, copies are
-dropped in this order, until there is enough:
+A *want* is an adapter that a waiting sequence or an operator needs in memory. Wants are served
+in the order given (operators' first, then waiting sequences' in order of arrival). To make
+room, copies are dropped in this order, until there is enough:
 
 1. idle copies, in the order of `eviction`;
 2. HOST copies of adapters that run from a separate DEVICE copy;
-3. copies that later wants need, the last want's first: it is needed last. Before them go those
-   of wants that are not planned yet, since there are too many older ones.
+3. copies that later wants need: first those of wants that are not planned yet, since there are
+   too many older ones; then those of planned wants from the last one backwards, since the last
+   one is needed last.
 
 A copy that an earlier want needs is never dropped for a later one, so two adapters cannot
 evict each other forever, and a loaded adapter serves the sequences it was loaded for. After
@@ -16,9 +17,9 @@ memory. Once it has been blocked for too long (`Admission` decides), they get no
 memory at all and, if HOST is what the blocked want lacks, no HOST memory either.
 
 Wants past the first `Wants.near` belong to sequences that cannot start soon. These, and
-those after a want that lacks DEVICE memory, are prefetched into HOST: into free room, or
-that of idle copies, up to a share `AHEAD` of HOST. Few loads run at once, so that a worker
-that becomes free always takes the oldest want.
+wants after one that lacks DEVICE memory, are prefetched into HOST: into free room, or
+in place of idle copies, up to the fraction `AHEAD` of HOST. Few loads run at once, so that a
+worker that becomes free always takes the oldest want.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from veneer_server.engine.residency.tiers import (
 from veneer_server.wire.messages import MemoryTier
 
 AHEAD: Final = 0.5
-"""Largest share of HOST for which a prefetch may evict idle copies."""
+"""Largest fraction of HOST that prefetches may fill by evicting idle copies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ class Wants:
 
 
 class LoadPlanner:
-    """Plans once, and is then discarded."""
+    """Makes one `ResidencyPlan`, and is then discarded."""
 
     def __init__(self, ledger: Ledger, wants: Wants) -> None:
         self._ledger = ledger
@@ -80,11 +81,11 @@ class LoadPlanner:
         self._blocked: str | None = None
         self._impossible: list[str] = []
         self._left: dict[MemoryTier, int] | None = None
-        """Free bytes that wants may still fill; None while they may also evict."""
+        """Free bytes of each tier that wants may still fill; None while they may also evict."""
         self._may_read_ahead = 0
-        """Bytes for which those wants may still evict idle HOST copies."""
+        """Bytes of HOST that later wants may still fill by evicting idle copies."""
         self._for_operators = 0
-        """Loads to HOST that operators wait for."""
+        """Number of loads to HOST that operators wait for."""
 
     def plan(self) -> ResidencyPlan:
         for index, entry in enumerate(self._queue):
@@ -105,7 +106,7 @@ class LoadPlanner:
         return ResidencyPlan(tuple(self._actions), self._blocked, tuple(self._impossible))
 
     def _too_large(self, entry: LedgerEntry) -> bool:
-        """Whether it fits no more: budgets may have been lowered."""
+        """Whether the adapter no longer fits: budgets may have been lowered."""
         return any(entry.sizes[tier] > most for tier, most in self._largest)
 
     # -------------------------------------------------------------------- one want
@@ -148,7 +149,7 @@ class LoadPlanner:
         self._bring(entry, target)
 
     def _fill_up_from(self, index: int) -> dict[MemoryTier, int]:
-        """From this want on, only fill free DEVICE memory and prefetch into HOST."""
+        """From want ``index`` on, only fill free DEVICE memory and prefetch into HOST."""
         ledger = self._ledger
         self._left = {tier: ledger.budget(tier) - ledger.bytes_in(tier) for tier in TIERS}
         ahead = sum(
@@ -185,10 +186,10 @@ class LoadPlanner:
     def _make_room(
         self, tier: MemoryTier, missing: int, entry: LedgerEntry, index: int | None
     ) -> bool:
-        """Free ``missing`` bytes of a tier, or nothing.
+        """Free ``missing`` bytes of a tier; free nothing and return False if that cannot be.
 
         Args:
-            index: of the want; None evicts idle copies only.
+            index: index of the want; None evicts idle copies only.
         """
         if missing <= 0:
             return True
@@ -223,7 +224,7 @@ class LoadPlanner:
     def _take_in_demand(
         self, tier: MemoryTier, missing: int, index: int
     ) -> list[tuple[int, LedgerEntry]]:
-        """Copies that sequences need but want ``index`` may evict, best victim first:
+        """Take copies that sequences need but want ``index`` may evict, best victim first:
         ``missing`` bytes, or all there are."""
         if tier not in self._in_demand:
             self._in_demand[tier] = self._find_in_demand(tier)
@@ -240,8 +241,8 @@ class LoadPlanner:
         found = [(i, e) for i, e in enumerate(queue) if e.leases and ledger.evictable(e, tier)]
         planned = {entry.digest for entry in queue}
         leased = ledger.leased.keys()
-        # Wants that are not planned yet, since so many are older; of the others, adapters that
-        # run from their DEVICE copy.
+        # later: wants that are not planned yet, since too many are older.
+        # running: adapters that run from their DEVICE copy.
         later: list[tuple[int, LedgerEntry]] = []
         running: list[tuple[int, LedgerEntry]] = []
         for digest in sorted((leased & ledger.there[tier]) - planned):
@@ -252,11 +253,11 @@ class LoadPlanner:
 
 
 def _next_tier(entry: LedgerEntry) -> MemoryTier | None:
-    """The tier to load a wanted adapter into now; None if it is there or on its way."""
+    """Return the tier to load a wanted adapter into now; None if it is there or on its way."""
     if entry.host is Presence.COMING or entry.device is Presence.COMING:
         return None
     if entry.host is Presence.ABSENT:
-        # A pin to HOST needs its own copy even if DEVICE has one, which may be evicted.
+        # A pin to HOST needs a HOST copy even if DEVICE has one, which may be evicted.
         wanted = entry.device is Presence.ABSENT or entry.wanted == "host"
         return "host" if wanted else None
     if entry.device is Presence.THERE:
@@ -269,7 +270,7 @@ def shrink(ledger: Ledger, waiting: tuple[LedgerEntry, ...]) -> list[Drop]:
     """Drop unused copies beyond the budgets, and mark copies in use that must leave later.
 
     Args:
-        waiting: wants of waiting sequences, oldest first; the last are dropped first.
+        waiting: wants of waiting sequences, oldest first; the last one's copy is dropped first.
     """
     drops: list[Drop] = []
     queue = set(waiting)
@@ -287,11 +288,11 @@ def shrink(ledger: Ledger, waiting: tuple[LedgerEntry, ...]) -> list[Drop]:
 
 
 def _mark_leaving(ledger: Ledger) -> None:
-    """Mark as many running adapters as exceed the budgets to leave when their holds end:
-    first those that are too large, then those worth least."""
+    """Mark enough running adapters to leave, when their holds end, to meet the budgets: first
+    those that are too large, then those worth least."""
     everyone = ledger.entries.values()
     coming = [e.sizes for e in everyone if Presence.COMING in (e.host, e.device)]
-    # Adapters on their way can be evicted when they arrive.
+    # Adapters on their way do not count: they can be evicted when they arrive.
     excess = {tier: ledger.excess(tier) - sum(s[tier] for s in coming) for tier in TIERS}
     order = ledger.orders["device"]
 

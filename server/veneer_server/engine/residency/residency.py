@@ -1,26 +1,26 @@
-"""Which adapters are in which tier: decisions only, no torch, no I/O.
+"""Residency: decides which adapters are in which tier. No torch, no I/O.
 
-The step loop tells this class what happened and carries out the `Action`s it
+The step loop tells `Residency` what happened and carries out the `Action`s it
 returns. There are three kinds of claim on an adapter:
 
 * a *lease* counts sequences submitted and not finished: the adapter's identity is in use;
 * a *hold* counts scheduled sequences: the DEVICE copy is in use right now and is
   never evicted;
 * a *pin* is an operator's flag for one tier: the copy there is never evicted for
-  capacity. A pin to HOST says nothing about DEVICE, or one to DEVICE about HOST.
+  capacity. A pin to HOST does not protect the DEVICE copy, nor the other way round.
 
-So room is made in DEVICE by dropping copies that are neither held nor pinned there,
-and in HOST by dropping copies that are neither pinned there nor being moved to DEVICE.
+So DEVICE makes room by dropping copies that are neither held nor pinned there, and HOST by
+dropping copies that are neither pinned there nor being moved to DEVICE.
 
-Where the tiers share memory (on a CPU), a DEVICE copy is the same as its HOST copy, and
-dropping only one frees nothing. DEVICE is then a subset of HOST: whatever keeps the DEVICE
-copy also keeps the HOST copy, and room in HOST is made by dropping both. HOST then counts
-each byte held exactly once, and may use the larger of the two budgets, which is what the
-memory plan counts.
+If the tiers share memory (on a CPU), an adapter's DEVICE copy is the same memory as its HOST
+copy, and dropping only one frees nothing. DEVICE is then a subset of HOST: whatever keeps the
+DEVICE copy also keeps the HOST copy, and HOST makes room by dropping both. HOST then counts
+each byte held exactly once, and may use the larger of the two budgets, as the memory plan
+assumes.
 
-`load_planner` loads adapters in order of arrival; `eviction` says what makes room for them.
-If a budget is lowered below what is held, it is met when holds end: unused copies are
-dropped at once, and as many adapters in use as exceed the budget take no further sequence.
+`load_planner` loads adapters in order of arrival; `eviction` chooses the copies to drop for
+them. If a budget is lowered below the bytes held, it is met when holds end: unused copies are
+dropped at once, and enough adapters in use to meet the budget take no further sequence.
 """
 
 from __future__ import annotations
@@ -52,22 +52,24 @@ from veneer_server.wire.messages import (
 )
 
 _MOST_OPERATORS: Final = 64
-"""Most activations planned at once; the rest wait, so that planning does not delay a step."""
+"""Most activations planned at once. The rest wait, so that planning does not delay a step."""
 
 
 class Residency:
-    """The state machine.
+    """The state machine of all adapters' residency.
 
     Args:
         host_budget, device_budget: bytes.
         itemsize: bytes of one number of a resident adapter.
-        shared: the DEVICE copy is the HOST copy (on a CPU); see the module.
-        parts: cards that a DEVICE copy is divided among; its budget is for each.
+        shared: whether a DEVICE copy is the same memory as the HOST copy (on a CPU); see the
+            module docstring.
+        parts: number of cards that a DEVICE copy is divided among; the DEVICE budget is per
+            card.
         most_loads: most loads from disk in progress at once.
         order: makes the eviction order of a tier.
 
     Attributes:
-        ledger: every copy, lease, hold and pin; only changed here.
+        ledger: record of every copy, lease, hold and pin; only changed here.
         operator_wants: weights digests of pending activations, oldest first.
     """
 
@@ -93,7 +95,7 @@ class Residency:
     # ------------------------------------------------------------- inspection
 
     def budget(self, tier: MemoryTier) -> int:
-        """Bytes, as set; more may still be held after it was lowered."""
+        """The budget in bytes, as set. After it was lowered, more may still be held."""
         return self.ledger.budgets[tier]
 
     def bytes_in(self, tier: MemoryTier) -> int:
@@ -121,7 +123,8 @@ class Residency:
         return entry.device is Presence.THERE
 
     def ready_among(self, digests: Set[str | None]) -> Set[str]:
-        """Those that are `ready`, in time by the smaller of both numbers."""
+        """Return the digests that are `ready`. Takes time in proportion to the smaller of their
+        number and the number of DEVICE copies."""
         return {d for d in self.ledger.there["device"] & digests if self.ready(d)}
 
     def pinned(self, digest: str, tier: MemoryTier | None = None) -> bool:
@@ -130,18 +133,18 @@ class Residency:
         return entry is not None and entry.pinned in ([tier] if tier else TIERS)
 
     def bytes_of(self, digest: str) -> int:
-        """Of the whole adapter."""
+        """Bytes of the whole adapter; 0 if it is unknown."""
         entry = self.ledger.entries.get(digest)
         return entry.sizes["host"] if entry else 0
 
     # ----------------------------------------------------------- lease and hold
 
     def lease(self, source: AdapterSource) -> TierName:
-        """Count a new sequence; returns the tier where the adapter was found, ``disk`` if its
+        """Count a new sequence; return the tier where the adapter was found, ``disk`` if its
         copies are about to be freed.
 
         Raises:
-            AdapterBudgetExceeded: it can never fit.
+            AdapterBudgetExceeded: the adapter is larger than a budget.
         """
         entry = self.ledger.find_or_make(source, self._itemsize)
         self.ledger.entries[entry.digest] = entry
@@ -151,7 +154,8 @@ class Residency:
         return found
 
     def release(self, digest: str) -> list[Action]:
-        """A sequence has ended; may free an adapter whose eviction was waiting for that."""
+        """Record that a sequence has ended. May free an adapter whose eviction was waiting for
+        that."""
         entry = self.ledger.entries[digest]
         assert entry.leases > 0, "lease released twice"
         entry.leases -= 1
@@ -177,7 +181,7 @@ class Residency:
     def plan(
         self, wants: Sequence[str], overdue: str | None = None, near: int | None = None
     ) -> ResidencyPlan:
-        """What to start now so that the wanted adapters become resident.
+        """Plan the actions to start now so that the wanted adapters become resident.
 
         Args:
             wants: digests of waiting sequences, oldest first, without duplicates.
@@ -189,7 +193,7 @@ class Residency:
             return ResidencyPlan()
         entries = self.ledger.entries
         waiting = tuple(entries[digest] for digest in wants)
-        # The sequences that held them may have been preempted since.
+        # The sequences that held draining adapters may have been preempted since.
         drops = [drop for digest in list(self.ledger.draining) for drop in self.settle(digest)]
         drops += self._shrink(waiting)
         operators = islice(self.operator_wants, _MOST_OPERATORS)
@@ -209,9 +213,10 @@ class Residency:
         return ResidencyPlan((*drops, *plan.actions), plan.blocked, plan.impossible)
 
     def loaded(self, digest: str, seconds: float = 0.0, part: int = 0) -> None:
-        """The HOST copy is complete; reading it took ``seconds``, if measured.
+        """Record that the HOST copy is complete.
 
         Args:
+            seconds: time that reading it took; 0 if not measured.
             part: how many of its numbers each card has, if they are divided.
         """
         entry = self.ledger.entries[digest]
@@ -224,7 +229,8 @@ class Residency:
         self.ledger.touch(entry)
 
     def moved(self, digest: str, seconds: float = 0.0) -> None:
-        """The DEVICE copy is complete; copying it took ``seconds``, if measured."""
+        """Record that the DEVICE copy is complete. Copying it took ``seconds``; 0 if not
+        measured."""
         entry = self.ledger.entries[digest]
         self.ledger.cost.observe("device", entry.sizes["device"], seconds)
         self.ledger.place(entry, "device", Presence.THERE)
@@ -232,8 +238,10 @@ class Residency:
         self.ledger.touch(entry)
 
     def find_place(self, digest: str) -> list[Drop] | None:
-        """A move found no place, although there are bytes. The next `plan` tries again, after
-        an idle copy was dropped or while others are in use; None if neither can help."""
+        """Handle a move that found no place in DEVICE, although there are enough bytes.
+
+        The next `plan` tries again. Return the drop of an idle copy; an empty list if there is
+        none but other copies are in use, which may leave; None if neither can help."""
         ledger, entry = self.ledger, self.ledger.entries[digest]
         idle = ledger.orders["device"].take()
         if idle is None and not ledger.leased.keys() & ledger.there["device"]:
@@ -245,10 +253,11 @@ class Residency:
         return ledger.drop(idle[1], "device", "capacity")
 
     def failed(self, digest: str) -> None:
-        """A load or move failed, or can never start: the pin that it was for is removed."""
+        """Record that a load or move failed or can never start. Removes the pin that it was
+        for."""
         entry = self.ledger.entries.get(digest)
         if entry is None:
-            return  # it was forgotten with its last sequence, which failed first
+            return  # already forgotten with its last sequence, which failed first
         for tier in TIERS:
             if entry.at(tier) is Presence.COMING:
                 self.ledger.place(entry, tier, Presence.ABSENT)
@@ -260,12 +269,12 @@ class Residency:
     # ------------------------------------------------------------ operator calls
 
     def activate(self, source: AdapterSource, tier: MemoryTier, pin: bool) -> bool:
-        """Request a tier; True if the adapter is already there. Ends a drain: the later call
-        counts.
+        """Request a tier for an operator; return True if the adapter is already there. Ends a
+        drain, since the later call counts.
 
         Raises:
-            AdapterBudgetExceeded: it can never fit, or pins leave no room for it.
-                Nothing has changed.
+            AdapterBudgetExceeded: the adapter is larger than a budget, or it is to be pinned
+                and does not fit beside other pinned adapters. Nothing has changed.
         """
         entry = self.ledger.find_or_make(source, self._itemsize)
         if pin:
@@ -278,7 +287,7 @@ class Residency:
         if not pin:  # DEVICE is nearer than HOST, but a pin to HOST does not keep a DEVICE copy
             there = there or entry.device is Presence.THERE
         if not there:
-            if entry.wanted != "device":  # what an earlier call requested still counts
+            if entry.wanted != "device":  # an earlier call's request for DEVICE still counts
                 entry.wanted = tier
             self.operator_wants[entry.digest] = None
         self.ledger.expect(entry, tier)
@@ -287,7 +296,8 @@ class Residency:
     def evict(
         self, digest: str, mode: EvictMode, unpin: bool
     ) -> tuple[bool, int, list[Action]]:
-        """Free an adapter: (freed now, bytes, actions). See `messages.Evict`.
+        """Free an adapter; return (whether it is freed now, freed bytes, actions). See
+        `messages.Evict`.
 
         With ``abort`` the caller ends the adapter's sequences first. Copies not freed now are
         freed by the call that ends their last use: `release`, `settle` or `plan`.
@@ -321,7 +331,7 @@ class Residency:
         return True, sum(entry.sizes[tier] for tier in freed), actions
 
     def unpin(self, digest: str) -> None:
-        """Remove the operator's flag, if set; the adapter stays until room is needed."""
+        """Remove the operator's pin, if set; the adapter stays until room is needed."""
         entry = self.ledger.entries.get(digest)
         if entry is not None:
             self.ledger.pin(entry, None)
@@ -344,7 +354,7 @@ class Residency:
 
     def set_budgets(self, *, host: int | None, device: int | None) -> None:
         """Change budgets, in bytes; None leaves one as it is. The next `plan` drops unused
-        copies beyond the budgets, and later ones the rest, once no longer in use.
+        copies beyond the budgets; later calls of `plan` drop the rest once they are not in use.
 
         Raises:
             AdapterBudgetExceeded: pinned adapters alone take more. Nothing has changed.
@@ -392,8 +402,8 @@ class Residency:
         self.ledger.check_unused()
 
     def integrity(self, held: Iterable[str], leased: Iterable[str]) -> Iterator[None]:
-        """Check that holds and leases match the sequences that claim them, and that budgets
-        are kept or, after they were lowered, approached. In slices, see `integrity`."""
+        """Check that holds and leases match the sequences that claim them, and that no tier is
+        past its ceiling. Runs in slices, see the module `integrity`."""
         yield from self.ledger.integrity(held, leased)
         entries = self.ledger.entries
         for part in in_slices(self.operator_wants):

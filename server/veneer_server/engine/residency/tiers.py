@@ -1,4 +1,4 @@
-"""What `residency` records for each adapter, and the actions it gives the step loop."""
+"""The state that `residency` keeps of each adapter, and the actions it gives the step loop."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ class Presence(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Read from disk into HOST, in a worker thread."""
+    """Read an adapter from disk into HOST, in a worker thread."""
 
     source: AdapterSource
 
 
 @dataclass(frozen=True, slots=True)
 class MoveToDevice:
-    """Copy from HOST to DEVICE."""
+    """Copy an adapter from HOST to DEVICE."""
 
     weights_digest: str
 
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """Free the copy in a tier."""
+    """Free an adapter's copy in a tier."""
 
     weights_digest: str
     tier: MemoryTier
@@ -48,10 +48,10 @@ Action = Load | MoveToDevice | Drop
 
 @dataclass(frozen=True, slots=True)
 class ResidencyPlan:
-    """What `Residency.plan` decided.
+    """The decisions of `Residency.plan`.
 
     Attributes:
-        actions: to carry out, in order.
+        actions: actions to carry out, in order.
         blocked: the first want that finds no room now, because all other copies are held
             or wanted by earlier sequences. It will fit when holds end.
         impossible: wants that can never fit, because of the budgets or pinned adapters.
@@ -80,8 +80,8 @@ class LedgerEntry:
     """One adapter's copies and the claims on them; only `Residency` changes them.
 
     Attributes:
-        sizes: bytes of the copy in each tier. In DEVICE, of a card; if they are divided among
-            several, the least that is possible until the adapter is read.
+        sizes: bytes of the copy in each tier. For DEVICE, bytes on each card; if copies are
+            divided among several cards, this is a lower bound until the adapter is read.
     """
 
     source: AdapterSource
@@ -92,12 +92,13 @@ class LedgerEntry:
     holds: int = 0
     pinned: MemoryTier | None = None
     wanted: MemoryTier | None = None
-    """Tier that an operator requested and the adapter has not reached yet."""
+    """A tier that an operator requested and that the adapter has not reached yet."""
     draining: bool = False
     """An operator is evicting it: both copies are freed when the last hold ends, and until
     then no further sequence may hold it. Waiting sequences load it again."""
     forgotten: bool = False
-    """No registered name has it any more: both copies are freed when the last lease ends."""
+    """No registered name refers to it any more: both copies are freed when the last lease
+    ends."""
     used: int = 0
     """Logical time of the last use."""
     leaving: bool = False

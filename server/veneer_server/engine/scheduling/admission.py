@@ -1,23 +1,23 @@
-"""Which waiting sequences may start, in what order, and how long one can be overtaken.
+"""Which waiting sequences may start, in what order, and for how long one can be overtaken.
 
-* Preempted sequences go first, the last one first.
-* Then goes the tenant that has had the least service (`fair_shares`); below a gateway's tenant,
-  of those that it calls for, the one that has had the least.
-* Of its sequences, those of the most urgent priority (`Sequence.urgency`): a priority is worth
-  seconds of waiting, so none waits for ever.
-* Of those, adapters take turns; within an adapter, in order of arrival.
+* Preempted sequences go first, the most recently preempted one first.
+* Next comes the tenant that has had the least service (`fair_shares`), and for a gateway's
+  tenant, its user that has had the least.
+* Within such a share, the sequences of the most urgent priority go first (`Sequence.urgency`).
+  A priority is worth seconds of waiting, so no sequence waits for ever.
+* Within a priority, adapters take turns; within an adapter, sequences go in order of arrival.
 
-Two rules about adapters stand inside this order, each with a bound:
+Two rules about adapters modify this order, each within a bound:
 
-* While more sequences are ready than there are places, of a tenant's adapters those that
-  the batch already has go first, since each further one makes a step more expensive. This
+* While more sequences are ready than there are places, a tenant's adapters that are already
+  in the batch go first, since each further adapter makes a step more expensive. This
   stops for a sequence `max_wait` seconds after its arrival: from then on each other adapter
   of its tenant, at the same priority, starts at most one sequence before it.
-* A sequence whose adapter is being loaded is passed over. If it finds no *room*, it is
-  passed over for `patience` seconds. From then on nothing starts that could keep the room
-  occupied and is behind it: younger sequences of its share, and those of other shares whose
-  turn to load an adapter is later. So the room becomes free when the sequences now running
-  have ended.
+* A sequence whose adapter is being loaded is passed over. If there is no *room* for the
+  adapter, the sequence is passed over for `patience` seconds. From then on, no sequence behind
+  it starts that could keep the room occupied: neither younger sequences of its share, nor
+  those of other shares whose turn to load an adapter is later. So the room becomes free when
+  the sequences now running have ended.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from veneer_server.engine.scheduling.sequence import Sequence, SequenceState
 from veneer_server.engine.scheduling.waiting import Flow, WaitingGroup, WaitingSequences
 
 _Order = tuple[float, int]
-"""As `WaitingGroup.order`."""
+"""A value of `WaitingGroup.order`."""
 
 _BEFORE_ALL: Final[_Order] = (float("-inf"), -sys.maxsize)
 
@@ -44,7 +44,7 @@ class Admission:
     """Decides the order; the scheduler starts the sequences.
 
     Args:
-        patience, max_wait: seconds; see the module.
+        patience, max_wait: seconds; see the module docstring.
     """
 
     def __init__(self, residency: Residency, *, patience: float, max_wait: float) -> None:
@@ -52,7 +52,7 @@ class Admission:
         self._patience = patience
         self._max_wait = max_wait
         self._lacking: tuple[str, float] | None = None
-        """(adapter, since): the first want that finds no room."""
+        """(adapter, since when): the first want that finds no room."""
 
     @property
     def lacking(self) -> str | None:
@@ -60,7 +60,7 @@ class Admission:
         return self._lacking[0] if self._lacking else None
 
     def note_lack_of_room(self, digest: str | None, now: float) -> None:
-        """Record, after each planning of adapters, which want finds no room, if any."""
+        """Record which want finds no room, if any. Call after each planning of adapters."""
         if digest is None:
             self._lacking = None
         elif self._lacking is None or self._lacking[0] != digest:
@@ -73,7 +73,7 @@ class Admission:
         return self._lacking[0]
 
     def note(self, waiting: WaitingSequences, now: float) -> None:
-        """Which sequences could start; once per step, before `order`."""
+        """Record which sequences could start. Call once per step, before `order`."""
         waiting.note_resident(self._residency.ready_among(waiting.keys), now)
 
     def order(
@@ -84,10 +84,12 @@ class Admission:
         places: int,
         now: float,
     ) -> Iterator[Sequence]:
-        """Sequences that may start now, in order. Lazy: the caller starts each before it asks
-        for the next one, so that its service counts, or leaves it waiting: then nothing of its
-        share follows. It must stop at the first one that gets no blocks, or others would take
-        the blocks that it waits for.
+        """Yield the sequences that may start now, in order.
+
+        The iterator is lazy: the caller starts each sequence before it asks for the next one,
+        so that its service counts. If the caller leaves one waiting instead, no more of its
+        share follow. The caller must stop at the first sequence that gets no blocks, or others
+        would take the blocks that it waits for.
 
         Args:
             in_batch: adapters of running sequences.
@@ -96,7 +98,7 @@ class Admission:
         if places <= 0:
             return iter(())
         lacking = self._lacking_group(waiting, now)
-        # A sequence that is preempted keeps its place; it may be passed over by the caller.
+        # A list: preempted sequences stay in the queue, and the caller may pass them over.
         first = list(self._preempted(waiting.preempted, lacking))
         flows = [flow for flow in waiting.flows.values() if flow.ready]
         if not flows:
@@ -111,24 +113,24 @@ class Admission:
         return chain(first, _fairly(flows, {flow: turns.of(flow) for flow in flows}))
 
     def _preempted(self, flow: Flow, lacking: _Lacking | None) -> Iterator[Sequence]:
-        """Those that may start."""
+        """Yield the preempted sequences that may start, in order."""
         return heapq.merge(
             *(_until(group, self._end(group, lacking)) for group in flow.ready),
             key=lambda s: s.urgency,
         )
 
     def _end(self, group: WaitingGroup, lacking: _Lacking | None) -> _Order | None:
-        """From here on nothing of the group may start; None if all may."""
+        """Return the order from which on none of the group may start; None if all may."""
         if lacking is None or not keeps_room(self._residency, group.digest):
             return None
         return lacking.end(group)
 
     def _lacking_group(self, waiting: WaitingSequences, now: float) -> _Lacking | None:
-        """Who has waited too long for room, if anybody has."""
+        """Return the want that has waited too long for room, if there is one."""
         digest = self.lacking_too_long(now)
         if digest is None:
             return None
-        # If no queued sequence has this want, it is an operator's, which precedes them all.
+        # If no queued sequence has this want, an operator does, and operators come first.
         found = min(
             ((_standing(group), group) for group in waiting.groups(digest)),
             key=lambda each: each[0],
@@ -142,17 +144,19 @@ class _Lacking:
     """A want that has found no room for too long.
 
     Attributes:
-        group: the sequences whose want it is; None if it is an operator's.
-        rank: how many wants of its flow are before it.
+        group: the sequences that want the adapter; None if an operator does.
+        rank: how many wants of its flow come before it.
     """
 
     group: WaitingGroup | None
     rank: int
 
     def end(self, group: WaitingGroup) -> _Order | None:
-        """From here on nothing of another group may start that keeps an adapter's room; None
-        if all may. Those before the want are the ones whose adapters are planned before it,
-        see `WaitingSequences.wanted`: were they held back, neither would get on."""
+        """Return the order from which on no sequence of ``group`` may start; None if all may.
+
+        Only for groups whose sequences would keep an adapter's room occupied. Those whose
+        adapters are planned before the want (see `WaitingSequences.wanted`) may start: if they
+        were held back, neither they nor the want would make progress."""
         lacking = self.group
         if lacking is None:
             return _BEFORE_ALL
@@ -167,14 +171,14 @@ class _Lacking:
 
 
 def _standing(group: WaitingGroup) -> tuple[int, int]:
-    """Its order among all groups, to be loaded."""
+    """Sort key: the order in which the adapters of groups are loaded."""
     if group.flow is None:
         return -1, group.first.place
     return group.flow.in_order.index(group), group.flow.since
 
 
 def _ready(flows: Iterable[Flow]) -> int:
-    """Sequences whose adapters are resident; some may be held back."""
+    """Number of sequences whose adapters are resident; some may be held back."""
     return sum(len(group.sequences) for flow in flows for group in flow.ready)
 
 
@@ -192,12 +196,13 @@ def keeps_room(residency: Residency, digest: str | None) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Turns:
-    """Read-only context of a step's order.
+    """Orders the sequences of each flow in one step.
 
     Attributes:
-        overdue: what arrived by then has waited for `max_wait`.
+        in_batch: adapters of running sequences.
+        overdue: sequences that arrived by this time have waited for `max_wait`.
         contended: whether more sequences are ready than there are places.
-        end: from where on nothing of a group may start; None if all may.
+        end: returns the order from which on no sequence of a group may start; None if all may.
     """
 
     in_batch: Collection[str]
@@ -206,7 +211,8 @@ class _Turns:
     end: Callable[[WaitingGroup], _Order | None]
 
     def of(self, flow: Flow) -> Iterator[Sequence]:
-        """The ready sequences of a flow that may start: by priority, then adapters in turns."""
+        """Yield the ready sequences of a flow that may start: by priority, then adapters in
+        turns."""
         levels = self._levels(flow)
         heap = [self._entry(group, levels) for group in flow.ready]
         heapq.heapify(heap)
@@ -225,7 +231,8 @@ class _Turns:
 
     @staticmethod
     def _levels(flow: Flow) -> dict[int, _Order]:
-        """By priority: the order of its first sequence. Empty if there is only one."""
+        """Map each priority to the order of its first sequence; empty if there is only one
+        priority."""
         levels: dict[int, _Order] = {}
         priorities = {group.priority for group in flow.ready}
         if len(priorities) > 1:
@@ -251,7 +258,7 @@ class _Turns:
 
 
 def _fairly(flows: list[Flow], turns: dict[Flow, Iterator[Sequence]]) -> Iterator[Sequence]:
-    """Of all flows, the sequences in the order of their shares' counters."""
+    """Yield the sequences of all flows, in the order of their shares' counters."""
     if len(flows) == 1:
         return turns[flows[0]]
     tenants: dict[Share, list[tuple[Share, Iterator[Sequence]]]] = {}
@@ -264,9 +271,10 @@ def _fairly(flows: list[Flow], turns: dict[Flow, Iterator[Sequence]]) -> Iterato
 
 
 def _least_first(parts: list[tuple[Share, Iterator[Sequence]]]) -> Iterator[Sequence]:
-    """The next sequence of the share with the least counter, over and over; of equal ones, of
-    that which came last. It has just been lifted to the others' counter, and they have had
-    service meanwhile."""
+    """Repeatedly yield the next sequence of the share with the lowest counter.
+
+    Of shares with equal counters, the last one in ``parts`` goes first: it has just been lifted
+    to the counter of the others, which have had service meanwhile."""
     if len(parts) == 1:
         yield from parts[0][1]
         return
@@ -281,7 +289,7 @@ def _least_first(parts: list[tuple[Share, Iterator[Sequence]]]) -> Iterator[Sequ
             continue
         yield sequence
         if sequence.state is SequenceState.WAITING:
-            heapq.heappop(heap)  # it is passed over, and so is its share
+            heapq.heappop(heap)  # the caller passed it over, so its share is passed over too
             continue
         # It has started, and was charged.
         heapq.heapreplace(heap, (share.counter, at))

@@ -5,12 +5,12 @@ because it holds a prefix that another sequence may need. Idle blocks count as
 free, and are evicted when the free list is empty. A sequence writes only to
 blocks that it allocated itself and that are not full; only full blocks are shared.
 
-Where every layer has a window, a running sequence gives back the blocks that no layer reaches
-any more, full ones into the prefix cache. A prefix can then be used if the blocks of the window
-before its end are cached, whatever became of earlier ones. The idea is vLLM's.
+If every layer has an attention window, a running sequence gives back the blocks that no layer
+reaches any more; full ones go into the prefix cache. A prefix can then be used if the blocks of
+the window before its end are cached, even if earlier blocks are gone. The idea is vLLM's.
 
-Block 0 is never allocated: block tables point to it where they are padded, and where a block
-was given back.
+Block 0 is never allocated: block tables point to it for padding, and in place of blocks that
+were given back.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from veneer_server.step.reach import first_reached, most_blocks
 
 
 class BlockManager:
-    """Owns ``num_blocks`` blocks of ``block_size`` tokens, one of them padding.
+    """Owns ``num_blocks`` blocks of ``block_size`` tokens; one of them is padding.
 
     Args:
         prefix_cache: whether sequences may share blocks at all.
         window: most tokens that any layer attends to; None if a layer attends to all.
-        chunk: most tokens of a sequence that a step computes; needed with a window.
+        chunk: most tokens of one sequence that a step computes; needed with a window.
 
     Attributes:
         cache: which blocks hold which prefixes; only changed here.
@@ -79,7 +79,7 @@ class BlockManager:
         return -(-tokens // self.block_size)
 
     def most_blocks(self, tokens: int) -> int:
-        """Most blocks that a sequence of so many tokens holds at a time."""
+        """Most blocks that a sequence of this many tokens holds at a time."""
         return most_blocks(tokens, self._window, self._chunk, self.block_size)
 
     @property
@@ -88,7 +88,7 @@ class BlockManager:
         return None if self._window is None else self.most_blocks(sys.maxsize)
 
     def longest(self, context: int) -> int:
-        """Most tokens of a sequence: ``context``, or fewer if more can never be held."""
+        """Most tokens of a sequence: ``context``, or fewer if the cache can never hold that."""
         fits = self.can_ever_hold(context)
         return context if fits else min(context, self.total * self.block_size)
 
@@ -99,8 +99,8 @@ class BlockManager:
         """Give a sequence that has no blocks yet the cached blocks of its prefix.
 
         Returns:
-            Tokens in those blocks: a multiple of the block size, and fewer than the
-            sequence has, since the logits of its last token are still needed.
+            The number of tokens in those blocks: a multiple of the block size, and fewer than
+            the sequence has, since the logits of its last token are still needed.
         """
         assert not sequence.blocks, "the sequence already has blocks"
         sequence.blocks = self._cached(sequence)
@@ -118,8 +118,8 @@ class BlockManager:
         return len(self._cached(sequence)) * self.block_size
 
     def _cached(self, sequence: Sequence) -> array[int]:
-        """The cached blocks of its longest prefix that can be used; 0 for those that no layer
-        reaches from its end."""
+        """Return the cached blocks of the longest prefix that can be used, with 0 in place of
+        blocks that no layer reaches from the end of that prefix."""
         found = array("q")
         if not self.shares(sequence):
             return found
@@ -146,8 +146,9 @@ class BlockManager:
         return first_reached(computed, self._window, self.block_size)
 
     def common_prefix(self, sequence: Sequence, other: Sequence) -> int:
-        """Leading tokens that ``sequence`` has in common with the running sequence ``other``
-        and whose K and V it may share; 0 if ``other`` adds nothing to the cached blocks."""
+        """Number of leading tokens that ``sequence`` has in common with the running sequence
+        ``other`` and may share the K and V of; 0 if ``other`` adds nothing to the cached
+        blocks."""
         start = other.published * self.block_size
         may_share = (
             self.shares(sequence)
@@ -157,15 +158,15 @@ class BlockManager:
         )
         if not may_share or start >= len(sequence.tokens):
             return 0
-        # Compares keys as far as they go: except in a prefill, few tokens come after them.
+        # Compare keys first, then the tokens after them: these are few, except in a prefill.
         mine, theirs = (self._keys(s, other.published)[-1:] for s in (sequence, other))
         end = min(len(sequence.tokens), len(other.tokens))
         differ = (i for i in range(start, end) if sequence.tokens[i] != other.tokens[i])
         return next(differ, end) if mine == theirs else 0
 
     def grow(self, sequence: Sequence, tokens: int, *, spare: int = 0) -> bool:
-        """Allocate blocks for the first ``tokens`` tokens of ``sequence``: all of them, or
-        none if fewer than ``spare`` blocks would be left free."""
+        """Allocate blocks for the first ``tokens`` tokens of ``sequence``. Allocate none and
+        return False if fewer than ``spare`` blocks would be left free."""
         missing = self.blocks_for(tokens) - len(sequence.blocks)
         if missing > 0 and missing + spare > self.free:
             return False
@@ -203,7 +204,7 @@ class BlockManager:
             self.cache.forget(block)
 
     def reset_cache(self) -> None:
-        """Let nobody find a block that is full now. Sequences keep those that they use."""
+        """Empty the prefix cache. Sequences keep the blocks that they use."""
         self._free.extend(self.cache.clear())
 
     def release(self, sequence: Sequence) -> None:
@@ -221,7 +222,7 @@ class BlockManager:
             self._free.append(block)
 
     def shares(self, sequence: Sequence) -> bool:
-        """Whether the sequence may use cached blocks of others, and publishes its own."""
+        """Whether the sequence may use blocks cached by others, and publishes its own."""
         # Prompt log-probabilities need the whole prompt computed; it can still be published.
         return self._publishes(sequence) and not sequence.request.prompt_logprobs
 
@@ -229,7 +230,8 @@ class BlockManager:
         return self._enabled and sequence.request.use_prefix_cache
 
     def _keys(self, sequence: Sequence, count: int) -> list[bytes]:
-        """Keys of the first ``count`` blocks; these never change: tokens are only appended."""
+        """Keys of the first ``count`` blocks. They never change, since tokens are only
+        appended."""
         extend_chain(
             sequence.block_keys,
             count,
@@ -245,8 +247,8 @@ class BlockManager:
         assert not self.used, f"{self.used} KV blocks are in use without a sequence"
 
     def integrity(self, owners: list[Sequence]) -> Iterator[None]:
-        """Check that every block is free, idle or in use, and its references are counted
-        right. In slices, see `integrity`."""
+        """Check that every block is free, idle or in use, and that reference counts are
+        right. Runs in slices, see the module `integrity`."""
         counted = Counter(
             block for sequence in owners for block in sequence.blocks[sequence.given_back :]
         )

@@ -1,21 +1,21 @@
-"""Who gets the next place: whoever has had the least, by virtual token counters.
+"""Fair shares: the tenant with the lowest virtual token counter starts the next sequence.
 
-After VTC ("Fairness in Serving Large Language Models", arXiv 2401.00588), on two levels:
-tenants by weight, and below a gateway's tenant those that it calls for, in equal parts. A
-counter rises by the prompt tokens that a sequence computes when it first starts, and by its
-output tokens as they are generated, divided by the weight; a token under a large adapter counts
-for several (`token_work`). What was found in the prefix cache
-takes no computing and is not charged, nor is what a preempted sequence computes again.
+Based on VTC ("Fairness in Serving Large Language Models", arXiv 2401.00588), on two levels:
+tenants share by weight, and the users of a gateway's tenant share equally below it. A counter
+rises by the prompt tokens that a sequence computes when it first starts, and by its output
+tokens as they are generated, divided by the weight; a token under a large adapter counts for
+several (`token_work`). Tokens found in the prefix cache are not computed and not charged, nor
+are tokens that a preempted sequence computes again.
 
 A share is *runnable* while it has a waiting sequence that could start: one whose adapter is
-resident. Among runnable shares the one with the least counter goes first. One that becomes
-runnable is lifted to the least counter of those that are, so that nobody saves up service by
-being idle; waiting for an adapter counts as being idle.
+resident. Among runnable shares the one with the lowest counter goes first. A share that
+becomes runnable is lifted to the lowest counter of those that already are, so that nobody
+saves up service by being idle; waiting for an adapter counts as being idle.
 
-So the counters of shares that stay runnable differ by at most U = (P + 2 M) / w, with the
-longest prompt P, the most output tokens M that sequences of one share still get once they have
-started (both by their work), and the least weight w; between two moments their service differs
-by at most 2 U.
+So the counters of shares that stay runnable differ by at most U = (P + 2 M) / w, where P is
+the longest prompt, M the most output tokens that sequences of one share still get once they
+have started (both weighted by their work), and w the lowest weight; between two moments their
+service differs by at most 2 U.
 """
 
 from __future__ import annotations
@@ -26,22 +26,21 @@ from typing import Final
 PROMPT_COST: Final = 1.0
 """Cost of a prompt token that is computed."""
 OUTPUT_COST: Final = 2.0
-"""Cost of a generated token, as in the paper: it takes a row of a step of its own."""
+"""Cost of a generated token, as in the paper: it takes its own row of a step."""
 MOST_IDLE: Final = 4096
-"""Shares without a sequence that are remembered. A forgotten one begins again at the least
-counter of the runnable ones, as it would have to anyway if it had less."""
+"""How many shares without a sequence are remembered. A forgotten one begins again at the lowest
+counter of the runnable ones, to which it would be lifted anyway if its own were lower."""
 
 
 class Share:
-    """A tenant, or one of those that a gateway calls for.
+    """A tenant, or one of the users that a gateway calls for.
 
     Attributes:
-        owner: the tenant; None for a tenant itself.
+        owner: the user's tenant; None if the share is a tenant itself.
         weight: finite and above 0.
-        members: of a tenant; one with the name "" if it is no gateway.
-        live: sequences that wait or run.
-        turn: grows each time a prompt of it is the first one of a step, see
-            `FairShares.take_turn`.
+        members: a tenant's users; one with the name "" if it is not a gateway.
+        live: number of sequences that wait or run.
+        turn: number of the turn that it last took, see `FairShares.take_turn`.
     """
 
     __slots__ = ("counter", "live", "members", "name", "owner", "turn", "weight")
@@ -56,14 +55,14 @@ class Share:
         self.turn = 0
 
     def charge(self, cost: float) -> None:
-        """Count service."""
+        """Add service to the counter of the share, and to its tenant's."""
         self.counter += cost / self.weight
         if self.owner is not None:
             self.owner.charge(cost)
 
 
 class Members:
-    """The shares of one level."""
+    """The shares of one level: all tenants, or the users of one tenant."""
 
     __slots__ = ("_last", "by_name", "runnable")
 
@@ -71,10 +70,10 @@ class Members:
         self.by_name: dict[str, Share] = {}
         self.runnable: dict[Share, None] = {}
         self._last: Share | None = None
-        """The last one that was runnable."""
+        """The share that most recently stopped being runnable."""
 
     def enter(self, share: Share) -> None:
-        """A share becomes runnable."""
+        """Make a share runnable, with its counter lifted to the lowest of the others."""
         if self.runnable:
             least = min(other.counter for other in self.runnable)
         else:
@@ -83,13 +82,13 @@ class Members:
         self.runnable[share] = None
 
     def leave(self, share: Share) -> None:
-        """A share is no longer runnable."""
+        """Mark a share as no longer runnable."""
         del self.runnable[share]
         self._last = share
 
 
 class FairShares:
-    """All shares, by tenant and by whom a gateway calls for."""
+    """All shares, by tenant and by the users that a gateway calls for."""
 
     def __init__(self, most_idle: int = MOST_IDLE) -> None:
         self._tenants = Members()
@@ -103,16 +102,16 @@ class FairShares:
 
     @property
     def several(self) -> bool:
-        """Whether charges matter: a share that is alone gains nothing by what it has had, since
-        a second one begins at its counter."""
+        """Whether there are several shares, so that charges matter. The counter of a lone share
+        makes no difference, since a second one begins at the same value."""
         return self._count > 1
 
     def hold(self, tenant: str, fairness_id: str, weight: float) -> Share:
-        """The share of a new sequence, until `release`.
+        """Return the share of a new sequence, and count the sequence in it until `release`.
 
         Args:
-            fairness_id: whom a gateway calls for; "" for the tenant itself.
-            weight: the tenant's, from now on.
+            fairness_id: the user that a gateway calls for; "" for the tenant itself.
+            weight: the tenant's weight, from now on.
         """
         owner = self._tenants.by_name.get(tenant)
         if owner is None:
@@ -130,15 +129,15 @@ class FairShares:
         return share
 
     def take_turn(self, share: Share) -> None:
-        """Note that a prompt of a share is the first one of a step. A share that is new is
-        behind those that are there, or a gateway could go first with a new name each time."""
+        """Record that one of the share's prompts is the first of a step. New shares start
+        behind the existing ones, or a gateway could go first with a new name each time."""
         self._turns += 1
         share.turn = self._turns
         if share.owner is not None:
             share.owner.turn = self._turns
 
     def release(self, share: Share) -> None:
-        """A sequence has ended."""
+        """Count a sequence of the share as ended."""
         share.live -= 1
         if share.live:
             return
@@ -152,7 +151,7 @@ class FairShares:
                 del self._tenants.by_name[owner.name]
 
     def set_runnable(self, share: Share, runnable: bool) -> None:
-        """Whether a waiting sequence of the share could start; call it when that changes."""
+        """Set whether a waiting sequence of the share could start; call when that changes."""
         owner = _owner(share)
         siblings = owner.members
         if runnable:
@@ -165,7 +164,7 @@ class FairShares:
                 self._tenants.leave(owner)
 
     def check_unused(self) -> None:
-        """Assert, when there is no sequence, that no share counts as live or runnable."""
+        """Assert that no tenant is runnable; call when there is no sequence."""
         assert not self._tenants.runnable, "a tenant is runnable without a sequence"
 
 

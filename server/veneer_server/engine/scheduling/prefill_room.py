@@ -1,4 +1,4 @@
-"""The prompt tokens of a step: how many it may take, and how many each prompt gets."""
+"""Prefill budget of a step: the prompt tokens it may take, and how many each prompt gets."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from veneer_server.step.plan import PlannedSequence
 
 @dataclass(slots=True)
 class PrefillRoom:
-    """Prompt tokens that a step may still take. Those under a large adapter count for several
-    (`Sequence.work`).
+    """Prompt tokens that a step may still take. A token under a large adapter counts for
+    several (`Sequence.work`).
 
     Attributes:
-        left: tokens still available, under no adapter.
-        exact: whether chunks are those of exact mode, see `SchedulerLimits`.
-        crumb: extra tokens allowed if they finish a prompt: its leftover tokens would cost
-            every stream another step with prefill.
+        left: tokens still available, counted as tokens without an adapter.
+        exact: whether chunks have the sizes of exact mode, see `SchedulerLimits`.
+        crumb: extra tokens allowed if they finish a prompt: otherwise its leftover tokens would
+            cost every stream another step with prefill.
         cost: measured cost of a step; None if steps may take any time.
         seconds: time left for prompt tokens.
         crumb_s: extra time allowed if it finishes a prompt.
-        given: tokens handed out, each counted by its work; `SMALLEST_CHUNK` are, however long
-            they take, or prompts would never finish.
+        given: tokens handed out, each counted by its work. At least `SMALLEST_CHUNK` may be
+            handed out however long they take, or prompts would never finish.
     """
 
     left: float
@@ -44,7 +44,7 @@ class PrefillRoom:
     def beside(
         cls, decoding: Mapping[int, PlannedSequence], limits: SchedulerLimits
     ) -> PrefillRoom:
-        """What is available in a step that decodes ``decoding``."""
+        """Return the room of a step that decodes ``decoding``."""
         left: float = limits.max_batch_tokens - len(decoding)
         crumb, beside = 0, limits.prefill_beside_decode
         if decoding and left > beside:
@@ -52,7 +52,7 @@ class PrefillRoom:
             left = beside
         if limits.exact:
             return cls(left, limits.exact, crumb)
-        # Half at least is for prompts, however large the adapters of streams are.
+        # At least half is for prompts, however large the adapters of streams are.
         extra = sum(planned.work - 1.0 for planned in decoding.values())
         left = max(left - extra, min(left, beside / 2))
         if limits.cost is None:
@@ -62,11 +62,12 @@ class PrefillRoom:
         return cls(left, limits.exact, crumb, limits.cost, seconds, crumb_s)
 
     def chunk(self, sequence: Sequence, given: int = 0, *, part: float = 1.0) -> int:
-        """Tokens of this prefill to compute in the step; 0 if no room is left.
+        """Number of this prompt's tokens to compute in the step; 0 if no room is left.
 
         Args:
-            given: tokens that it has been given in this step.
-            part: of the room, what it may take, unless all of it finishes the prompt.
+            given: tokens that the prompt has been given in this step already.
+            part: fraction of the room that it may take, unless the whole room is enough to
+                finish the prompt.
         """
         if self.left + self.crumb <= 0:
             return 0
@@ -81,12 +82,12 @@ class PrefillRoom:
                 return remaining
         count = int(max(0.0, self.left) * part / work)
         if not count and not self.given and self.left > 0:
-            count = 1  # a token that takes more than all that there is
+            count = 1  # a single token that takes more than the whole room
         count = min(count, self._affordable(sequence, given, self.seconds * part))
         return max(0, min(count, most, remaining))
 
     def _affordable(self, sequence: Sequence, given: int, seconds: float) -> int:
-        """Most tokens of a prompt that can be computed in that time."""
+        """Most tokens of a prompt that can be computed in ``seconds``."""
         if self.cost is None:
             return sequence.remaining
         work = sequence.prompt_work
@@ -107,5 +108,5 @@ class PrefillRoom:
         if self.cost is not None:
             self.seconds -= count * self.cost.row_s(sequence.begun + given + count, work)
         if count < sequence.remaining - given:
-            self.crumb = 0  # otherwise a younger prompt would finish first
+            self.crumb = 0  # or a younger prompt would finish first
             self.crumb_s = 0.0

@@ -1,4 +1,4 @@
-"""Which KV block holds which prefix: content keys, and LRU order over unused blocks.
+"""Prefix cache index: content keys of KV blocks, and LRU order over unused blocks.
 
 Only full blocks have a key. Keys form a hash chain: the key of a block covers its own
 tokens and, through its parent's key, everything before them, the weights that
@@ -33,7 +33,7 @@ def extend_chain(
     Args:
         scope: prefixes are shared within a scope only.
         digest: weights digest of the adapter; None is the base model.
-        tokens: at least ``count * block_size`` of them.
+        tokens: the sequence's tokens, at least ``count * block_size``.
     """
     while len(keys) < count:
         begin = len(keys) * block_size
@@ -48,7 +48,8 @@ def _root(scope: str, digest: str | None) -> bytes:
 
 
 def _framed(part: bytes) -> bytes:
-    """The part after its length, so that no two lists of parts encode to the same bytes."""
+    """Return the part prefixed with its length, so that no two lists of parts encode to the
+    same bytes."""
     return len(part).to_bytes(8, "little") + part
 
 
@@ -67,17 +68,17 @@ class PrefixCache:
         return len(self._idle)
 
     def find(self, key: bytes) -> int | None:
-        """The block with this content, used or idle."""
+        """Return the block with this content, used or idle, or None."""
         return self._block_of.get(key)
 
     def insert(self, key: bytes, block: int) -> None:
-        """Remember a full block. Of several blocks with one key, `find` returns the first."""
+        """Remember a full block. If several have the same key, `find` returns the first."""
         if key not in self._block_of:
             self._block_of[key] = block
             self._key_of[block] = key
 
     def wake(self, block: int) -> None:
-        """An idle block is in use again."""
+        """Mark an idle block as in use again."""
         del self._idle[block]
 
     def keep(self, block: int) -> bool:
@@ -94,13 +95,13 @@ class PrefixCache:
         return block
 
     def forget(self, block: int) -> None:
-        """Let the block's content not be found any more; a no-op if it has no key."""
+        """Remove the block's key, so that it is no longer found; a no-op if it has none."""
         key = self._key_of.pop(block, None)
         if key is not None:
             del self._block_of[key]
 
     def clear(self) -> list[int]:
-        """Let no block be found any more; returns the idle ones, which are free now."""
+        """Remove all keys; return the blocks that were idle, which are free now."""
         idle = list(self._idle)
         self._block_of.clear()
         self._key_of.clear()
@@ -109,7 +110,7 @@ class PrefixCache:
 
     def integrity(self, used: Container[int]) -> Iterator[None]:
         """Check that keys and blocks agree, and that a block with a key is idle unless it is
-        used. In slices, see `integrity`."""
+        used. Runs in slices, see the module `integrity`."""
         assert len(self._block_of) == len(self._key_of), "keys and blocks differ"
         idle = 0
         for part in in_slices(self._key_of.items()):

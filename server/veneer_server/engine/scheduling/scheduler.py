@@ -1,13 +1,13 @@
-"""Which sequences take part in the next step. Pure Python: no torch, no clock, no I/O.
+"""The scheduler: which sequences take part in the next step. No torch, no clock, no I/O.
 
 A step is filled in this order: every running sequence that decodes gets its one token,
 so that no stream is left out; then running prefills get their chunks, see
 `Scheduler._continue_prompts`; then waiting sequences start in the order that `Admission`
 gives, fair between tenants, while tokens, places and KV blocks last. A step that decodes
 takes only a few prompt tokens (`prefill_beside_decode`), since every stream waits for the
-whole step. For the same reason a token under a large adapter counts for as many as it
-takes the time of, and sequences that decode under such adapters take turns if a step for
-all would be long.
+whole step. For the same reason a token under a large adapter counts for several, in proportion
+to its time, and sequences that decode under such adapters take turns if a step with all of
+them would be long.
 
 When KV blocks run out, the sequence that started last is preempted: it loses its blocks
 and goes back to the head of the queue. The one that started first is never preempted,
@@ -47,8 +47,8 @@ class Scheduler:
     however the sequence ends.
 
     Attributes:
-        admission: in what order waiting sequences start.
-        shares: what each tenant has had.
+        admission: decides in what order waiting sequences start.
+        shares: the service that each tenant has had.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Scheduler:
         self._running: OrderedDict[int, Sequence] = OrderedDict()
         self._by_id: dict[int, Sequence] = {}
         self._held: set[int] = set()
-        """Sequences that are left out of steps until `unhold`, by id."""
+        """Ids of sequences that are left out of steps until `unhold`."""
         self.admission = Admission(
             residency, patience=limits.patience, max_wait=limits.max_wait
         )
@@ -75,7 +75,8 @@ class Scheduler:
         self._preempted = self._ahead = False
         self._turn = 0
         self._prefilled: dict[int, Sequence] = {}
-        """Sequences of which a step computed a part of the prompt, and gave no token."""
+        """Sequences with part of their prompt computed and no token yet, by id, for
+        `take_prefilled`."""
 
     # --------------------------------------------------------------- inspection
 
@@ -99,7 +100,7 @@ class Scheduler:
 
     @property
     def waiting_for_adapter(self) -> int:
-        """Sequences whose adapter is not where a step needs it."""
+        """Number of waiting sequences whose adapter is not ready in DEVICE."""
         ready = self.residency.ready_among(self._waiting.keys)
         return len(self._waiting) - sum(map(self._waiting.count, (None, *ready)))
 
@@ -115,8 +116,8 @@ class Scheduler:
         return tuple(sorted(self._waiting.wanted(0, self.limits.planned_adapters)[0]))
 
     def least_tokens(self, sequence: Sequence) -> tuple[int, int]:
-        """Fewest tokens to compute before a sequence that is not queued yet can get its
-        first token, if nothing ends early: its own, and those of running sequences.
+        """Return a lower bound on the tokens to compute before a sequence that is not queued
+        yet can get its first token, if nothing ends early: (its own, running sequences').
 
         To stay a lower bound, this leaves out waiting sequences, any of which may be passed
         over, and running ones that could be preempted, which may be overtaken.
@@ -127,7 +128,7 @@ class Scheduler:
             # A sequence is preempted if it does not fit beside those that started before it.
             request = other.request
             longest += self.blocks.most_blocks(len(request.prompt) + request.max_tokens)
-            # One under a large adapter takes turns, and leaves room for others in its own.
+            # One under a large adapter takes turns, and leaves room for others in its turn.
             in_each_step = other.work == 1.0 or self.limits.exact
             if in_each_step and longest <= self.blocks.total:
                 if other.remaining == 1 or self.limits.exact:
@@ -135,7 +136,7 @@ class Scheduler:
                     ahead += PrefillRoom(other.remaining, self.limits.exact).chunk(other)
                 else:
                     prompts.append(other)
-            # The prefix that it is about to publish is computed once, for both.
+            # A prefix that it is about to publish is computed only once, for both.
             known = max(known, self.blocks.common_prefix(sequence, other))
         own = max(1, sequence.prompt_length - known)
         if own >= 2 * self.limits.max_batch_tokens:
@@ -166,12 +167,12 @@ class Scheduler:
         sequence = self._by_id.get(sequence_id)
         if sequence is None:
             return None, []
-        sequence.computed = sequence.begun  # what is under way is computed, too
+        sequence.computed = sequence.begun  # a submitted step's tokens count as computed
         self._note_prefill(sequence)
         return sequence, self._end(sequence)
 
     def _end(self, sequence: Sequence) -> list[Action]:
-        """The only place where a sequence releases everything."""
+        """End a sequence: the only place where it releases everything."""
         if sequence.state is SequenceState.RUNNING:
             self._leave_running(sequence)
         else:
@@ -195,8 +196,8 @@ class Scheduler:
     # ---------------------------------------------------------------- adapters
 
     def plan_adapters(self, now: float) -> tuple[tuple[Action, ...], tuple[str, ...]]:
-        """Loads, moves and drops to start for the waiting sequences, and the
-        adapters that pins leave no room for (their sequences must be failed)."""
+        """Return the loads, moves and drops to start for the waiting sequences, and the
+        adapters that can never fit (their sequences must be failed)."""
         limits = self.limits
         wanted, near = self._waiting.wanted(limits.max_running, limits.planned_adapters)
         plan = self.residency.plan(wanted, self.admission.lacking_too_long(now), near)
@@ -206,7 +207,7 @@ class Scheduler:
     # ---------------------------------------------------------------- the step
 
     def schedule(self, now: float) -> StepPlan | None:
-        """The next step, or None if no sequence can run."""
+        """Plan the next step; None if no sequence can run."""
         self._preempted = False
         self.admission.note(self._waiting, now)
         chosen: dict[int, PlannedSequence] = {}
@@ -250,12 +251,13 @@ class Scheduler:
         room: PrefillRoom,
         chosen: dict[int, PlannedSequence],
     ) -> list[Sequence]:
-        """Give the room to prompts that have started.
+        """Give room to prompts that have started; return those that this step does not finish.
 
-        Tenants take turns, and so do the callers of each: the oldest prompt of whose turn it is
-        gets half of the room, or what finishes it. Then come those that finish in what is left.
-        The rest of the room is for prompts that start now, so that a short one does not wait
-        for the end of a long one, and last for those that are returned (`_lengthen`).
+        Tenants take turns, and so do the callers of each: the oldest prompt of the caller whose
+        turn it is gets half of the room, or enough to finish it. Then come prompts that can be
+        finished in the room left. The rest is for prompts that start now, so that a short one
+        does not wait for the end of a long one, and finally for the returned prompts
+        (`_lengthen`).
         """
         cut: list[Sequence] = []
         if self.limits.exact:
@@ -294,7 +296,7 @@ class Scheduler:
         room: PrefillRoom,
         chosen: dict[int, PlannedSequence],
     ) -> None:
-        """Give what is left of the room to prompts that were cut, where there are blocks."""
+        """Give the remaining room to prompts that were cut, as far as there are blocks."""
         for sequence in cut:
             if sequence.state is SequenceState.WAITING:
                 continue  # preempted meanwhile
@@ -308,10 +310,12 @@ class Scheduler:
     def _choose_in_turns(
         self, heavy: list[Sequence], chosen: dict[int, PlannedSequence], *, prompts: bool
     ) -> None:
-        """Add running sequences under large adapters that decode: as many as together take no
-        more beside the base's part than the prompt tokens of such a step may, or half of that
-        if there are prompts to compute, and one at least. Tenants take turns, and in each the
-        sequences: those that have waited longest are first."""
+        """Add decoding sequences under large adapters, in turns.
+
+        At least one is added, and further ones while their extra work (beyond one token of the
+        base each) fits in `prefill_beside_decode`, or in half of that if there are prompts to
+        compute. Tenants take turns, and so do the sequences of each: those that have waited
+        longest go first."""
         self._turn += 1
         left = self.limits.prefill_beside_decode / (2 if prompts else 1)
         for at, sequence in enumerate(_in_turns(heavy)):
@@ -324,9 +328,9 @@ class Scheduler:
     def _choose(
         self, sequence: Sequence, count: int, chosen: dict[int, PlannedSequence]
     ) -> int:
-        """Add a running sequence to the step; returns its tokens, 0 if it is preempted."""
+        """Add a running sequence to the step; return its token count, 0 if it is preempted."""
         if sequence.state is not SequenceState.RUNNING:
-            return 0  # just preempted for an older one
+            return 0  # just preempted for an older sequence
         if not self._grow_or_preempt(sequence, count, chosen):
             return 0
         chosen[sequence.id] = plan_sequence(sequence, count, self._eos)
@@ -346,8 +350,8 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Move a sequence back to the head of the queue. Its tokens stay; its K and V are
-        recomputed."""
+        """Move a sequence back to the head of the queue. It keeps its tokens; their K and V
+        will be recomputed."""
         self._preempted = True
         self._leave_running(sequence)
         sequence.state = SequenceState.WAITING
@@ -374,8 +378,9 @@ class Scheduler:
         cut: list[Sequence],
         now: float,
     ) -> bool:
-        """Start a waiting sequence, unless it has to wait for prompts that go on. False if
-        there is no room or there are no blocks for it: then nothing else may start."""
+        """Start a waiting sequence, unless it has to wait for unfinished prompts. Return False
+        if nothing else may start in this step: there is no room or there are no blocks for it,
+        or it was preempted, and none may overtake it."""
         sequence.computed = self.blocks.adopt(sequence)
         count = room.chunk(sequence)
         whole = count == sequence.remaining
@@ -383,8 +388,8 @@ class Scheduler:
             self.blocks.release(sequence)
             sequence.computed = 0
             return sequence.place >= 0  # nothing overtakes one that was preempted
-        # Each running sequence soon needs another block: without one to spare for each, this
-        # sequence would be preempted a few steps later, and its work lost.
+        # Each running sequence soon needs another block. Without a spare one for each, this
+        # sequence would be preempted a few steps later, and its work would be lost.
         spare = len(self._running)
         if not count or not self.blocks.grow(sequence, sequence.computed + count, spare=spare):
             self.blocks.release(sequence)
@@ -415,10 +420,11 @@ class Scheduler:
     def _may_be_cut(self, sequence: Sequence, count: int, cut: list[Sequence]) -> bool:
         """Whether a prompt may start with ``count`` tokens although this step cannot finish it.
 
-        Without others that go on it may. Beside them it needs KV blocks for all of these
-        prompts: they would preempt each other, and compute again what they had. And it is
-        its caller's only one, unless it takes about two steps: long prompts of one caller are
-        computed one after another, so that the first answer comes as soon as it can.
+        It may if no other prompt is unfinished. Otherwise there must be KV blocks for all of
+        these prompts, or they would preempt each other and be computed again. It must also be
+        its caller's only one, unless it takes about two steps or was preempted: long prompts of
+        one caller are computed one after another, so that the first answer comes as soon as
+        possible.
         """
         if not cut or self.limits.exact:
             return True
@@ -435,18 +441,18 @@ class Scheduler:
             self._prefilled[sequence.id] = sequence
 
     def take_prefilled(self) -> Collection[Sequence]:
-        """The sequences of which a part of the prompt was computed since the last call, and
-        that have no token."""
+        """Return the sequences that had part of their prompt computed since the last call and
+        have no token yet."""
         found, self._prefilled = self._prefilled, {}
         return found.values()
 
     def take_lookups(self) -> PrefixLookups:
-        """The prefix cache lookups since the last call."""
+        """Return the prefix cache lookups since the last call."""
         lookups, self._lookups = self._lookups, PrefixLookups()
         return lookups
 
     def submitted(self, plan: StepPlan) -> None:
-        """A step is under way: `schedule` may be called before `update`, once."""
+        """Record that a step is submitted: `schedule` may be called once before `update`."""
         self._ahead = True
         for planned in plan.sequences:
             self._running[planned.sequence].submitted(planned)
@@ -455,8 +461,8 @@ class Scheduler:
         self, plan: StepPlan, results: tuple[SequenceResult, ...]
     ) -> tuple[list[SequenceUpdate], list[Action]]:
         """Apply a step's tokens and end the sequences that stop. Sequences that have ended or
-        were preempted since it was planned are left out. The caller must carry out the actions
-        next."""
+        been preempted since it was planned are left out. The caller must carry out the returned
+        actions next."""
         updates: list[SequenceUpdate] = []
         actions: list[Action] = []
         charged = self.shares.several
@@ -528,11 +534,11 @@ class Scheduler:
         self.residency.check_unused()
 
     def check_integrity(self) -> None:
-        """Check that blocks, holds, leases and queues agree; raises AssertionError."""
+        """Check that blocks, holds, leases and queues agree; raise AssertionError if not."""
         integrity.run(self.integrity())
 
     def integrity(self) -> Iterator[None]:
-        """`check_integrity` in slices, see the module `integrity`."""
+        """Run `check_integrity` in slices, see the module `integrity`."""
         running, waiting = list(self._running.values()), list(self._waiting)
         assert {s.id for s in running} | {s.id for s in waiting} == set(self._by_id)
         assert all(not s.blocks for s in waiting), "a waiting sequence owns KV blocks"
@@ -545,21 +551,21 @@ class Scheduler:
 
 
 def _last_turn(sequence: Sequence) -> tuple[int, int]:
-    """When its tenant had its last turn, and then its caller. A sort by it keeps the order of
-    arrival among the prompts of one caller."""
+    """Sort key: when its tenant last had a turn, then when its caller did. Sorting by it keeps
+    the order of arrival among the prompts of one caller."""
     share = sequence.share
     return (share.owner.turn if share.owner else 0), share.turn
 
 
 def _same_caller(one: Sequence, other: Sequence) -> bool:
-    """Whether they are of one share, also before they are queued."""
+    """Whether two sequences belong to one share; also works before they are queued."""
     ones, others = one.request, other.request
     return (ones.tenant, ones.fairness_id) == (others.tenant, others.fairness_id)
 
 
 def _in_turns(sequences: Iterable[Sequence]) -> list[Sequence]:
-    """The first of each tenant, then the second of each, and so on: first of the tenant whose
-    last turn is longest ago."""
+    """Return the first sequence of each tenant, then the second of each, and so on, beginning
+    with the tenant whose last turn is longest ago."""
     by_turn = sorted(sequences, key=lambda each: each.turn)
     last, rank = dict[str, int](), Counter[str]()
     order: list[tuple[int, int, Sequence]] = []

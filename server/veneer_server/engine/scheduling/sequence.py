@@ -1,7 +1,7 @@
-"""One request inside the engine, and its part of a step as plain data. No torch.
+"""A request inside the engine, and its part of a step as plain data. No torch.
 
 A `Sequence` is mutable and belongs to the step loop alone. A `PlannedSequence` is
-frozen: it is all that a model runner may know of a sequence.
+frozen, and is all that a model runner sees of a sequence.
 """
 
 from __future__ import annotations
@@ -40,33 +40,34 @@ class Sequence:
     """A request from submission to its end.
 
     Attributes:
-        id: chosen by the front.
-        request: what was submitted.
+        id: chosen by the front process.
+        request: the request as submitted.
         arrived: monotonic seconds.
         found_in: tier of its adapter at submission; None for the base model.
         tokens: prompt, then generated tokens.
         computed: leading tokens whose K and V are in the cache.
         blocks: its KV blocks, in order; full ones may be shared.
-        given_back: leading blocks that no layer reaches any more; in `blocks` these are 0.
+        given_back: number of leading blocks that no layer reaches any more; they are 0 in
+            `blocks`.
         block_keys: prefix cache keys of its leading blocks, computed as needed.
-        published: leading blocks that other sequences may find.
+        published: number of leading blocks that other sequences may find.
         cached_tokens: prompt tokens that it found in the prefix cache when it first started.
         prompt_logprobs: filled chunk by chunk during prefill, if requested.
-        mixed: if they are requested, whether a step that computed some of them had rows of
-            another adapter or the base.
+        mixed: whether a step that computed some of the prompt's log-probabilities also had
+            rows of another adapter or the base.
         place: its order of arrival among waiting sequences; negative once it was preempted.
-        urgency: its order in its flow, see `WaitingSequences`.
+        urgency: its sort key in its flow, see `WaitingSequences`.
         load_seconds: time spent waiting for the adapter; complete while it runs.
         admitted: monotonic seconds of its first step.
-        token_counts: for penalties; None until a token first needs them.
-        ahead: tokens after the computed ones whose step is submitted and not read yet.
-        awaited: tokens that such steps sample: 1 at most when a step is planned.
-        carried: whether the next step can take the last of those from the device.
-        work: what each of its tokens takes, see `token_work`; set when it is queued.
-        score_work: what a token of its prompt takes beyond that if its log-probability is
-            requested: the model's head, and its part of the vocabulary's softmax.
-        turn: the step in which it last decoded, of those that take turns.
-        share: whose service it counts as; set when it is queued.
+        token_counts: token counts for penalties; None until a token first needs them.
+        ahead: tokens after the computed ones whose step is submitted, but not read yet.
+        awaited: tokens that such steps sample: at most 1 when a step is planned.
+        carried: whether the next step can take the last awaited token from the device.
+        work: cost of each of its tokens, see `token_work`; set when it is queued.
+        score_work: extra cost of a prompt token whose log-probability is requested: the
+            model's head, and the softmax over the vocabulary.
+        turn: number of the turn in which it last decoded, see `Scheduler._choose_in_turns`.
+        share: the share that its service is charged to; set when it is queued.
     """
 
     id: int
@@ -125,7 +126,7 @@ class Sequence:
 
     @property
     def prompt_work(self) -> float:
-        """What each token of its prompt takes, beside one of the base's without a score."""
+        """Cost of each of its prompt tokens, relative to one of the base without a score."""
         return self.work + self.score_work if self.scores_prompt else self.work
 
     @property
@@ -135,7 +136,7 @@ class Sequence:
 
     @property
     def length(self) -> int:
-        """Its tokens, with the one that is awaited."""
+        """Number of its tokens, including one that is awaited."""
         return len(self.tokens) + self.awaited
 
     @property
@@ -144,27 +145,32 @@ class Sequence:
         return len(self.tokens) + self.awaited - self.computed - self.ahead
 
     def may_follow(self, context: int) -> bool:
-        """Whether it can be in the next step although the last one's token is not known: it
-        surely goes on, unless that token ends it. ``context``: most tokens of a sequence."""
+        """Whether it can be in the next step although its awaited token is not known yet: it
+        certainly continues, unless that token ends it.
+
+        Args:
+            context: most tokens of a sequence.
+        """
         if not self.awaited:
             return True
         goes_on = self.generated + self.awaited < self.request.max_tokens
         return self.carried and goes_on and self.length < context
 
     def submitted(self, planned: PlannedSequence) -> None:
-        """A step is under way that computes and samples this."""
+        """Record that a step with this part of the sequence is submitted."""
         self.ahead += len(planned.tokens)
         if planned.samples:
             self.awaited += 1
             self.carried = planned.unadjusted
 
     def returned(self, planned: PlannedSequence) -> None:
-        """That step's results are here."""
+        """Record that the results of a submitted step are here."""
         self.ahead -= len(planned.tokens)
         self.awaited -= planned.samples
 
     def seen(self) -> Seen:
-        """The distinct tokens so far. Only counts those appended since the last call."""
+        """Return the distinct tokens so far. Each call only counts the tokens appended since
+        the last one."""
         if self.token_counts is None:
             self.token_counts = TokenCounts(self.request.prompt)
         self.token_counts.add(self.tokens[self.prompt_length + self.token_counts.generated :])
@@ -174,12 +180,12 @@ class Sequence:
 def plan_sequence(
     sequence: Sequence, count: int, eos: frozenset[int] = frozenset()
 ) -> PlannedSequence:
-    """The part of ``sequence`` in a step that computes its next ``count`` tokens.
+    """Return the part of ``sequence`` in a step that computes its next ``count`` tokens.
 
     Args:
         eos: the model's own stop tokens.
     """
-    # Each decoding sequence is planned in each step: attributes are read once.
+    # Every decoding sequence is planned in every step, so read attributes only once.
     request, known = sequence.request, len(sequence.tokens)
     start = sequence.computed + sequence.ahead
     end, length = start + count, known + sequence.awaited
@@ -212,8 +218,8 @@ def plan_sequence(
 
 
 def _forbidden(sequence: Sequence, eos: frozenset[int]) -> tuple[int, ...]:
-    """The tokens that would end it before it has its least number of tokens. As in vLLM, the
-    model's own are among them even if they would not end it."""
+    """Return the tokens that would end the sequence before it has ``min_tokens``. As in vLLM,
+    the model's own stop tokens are included even if they would not end it."""
     request = sequence.request
     if sequence.generated >= request.min_tokens:
         return ()

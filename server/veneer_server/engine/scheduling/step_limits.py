@@ -8,30 +8,30 @@ from typing import Final
 STEP_SECONDS: Final = 5.0
 """Prompt tokens may extend a step to this duration at most, as estimated by `StepCost`."""
 SMALLEST_CHUNK: Final = 16
-"""But a step takes at least this many: smaller chunks would take longer in total, since
-each step reads all weights."""
+"""A step takes at least this many prompt tokens even then: smaller chunks would take longer in
+total, since each step reads all weights."""
 
 FIXED_CHUNK = 128
-"""Prompt tokens of one sequence in a step: at most this many if their log-probabilities
-are requested, since each costs a row of logits; exactly this many, except in the last
-chunk, in exact mode."""
+"""Prompt tokens of one sequence in a step: in exact mode exactly this many, except in the last
+chunk; otherwise at most this many if their log-probabilities are requested, since each costs
+a row of logits."""
 
 
 SCORED_WORK: Final = 2.0
-"""An element of the model's head counts as so many of the base where a prompt token gets a
-log-probability: its row of logits is computed, and read for a softmax. Measured on the bundled
-base, whose head has a fifth of its parameters: a scored token took 1.3 to 1.4 times as much CPU
-time (AMD EPYC, Zen 3, AVX2)."""
+"""For a prompt token that gets a log-probability, each parameter of the model's head counts as
+this many parameters of the base: its row of logits is computed, then read for a softmax.
+Measured on the bundled base, whose head has a fifth of its parameters: a scored token took 1.3
+to 1.4 times as much CPU time (AMD EPYC, Zen 3, AVX2)."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """Seconds that parts of a step take, as measured before serving (`step_cost.measure`).
+    """Seconds that the parts of a step take, measured before serving (`step_cost.measure`).
 
     Attributes:
-        step_s: a step of one token.
-        token_s: each further token of it.
-        attention_s: one token's attention to one token before it.
+        step_s: time of a step with one token.
+        token_s: time of each further token in the step.
+        attention_s: time of one token's attention to one earlier token.
     """
 
     step_s: float
@@ -54,8 +54,8 @@ class StepCost:
         least: int = SMALLEST_CHUNK,
         work: float = 1.0,
     ) -> int:
-        """Prompt tokens, each after ``context`` others, that can be computed in ``seconds``;
-        at least ``least``."""
+        """Number of prompt tokens, each after ``context`` others, that can be computed in
+        ``seconds``; at least ``least``."""
         row_s = self.row_s(context, work)
         return max(least, int(seconds / row_s) if row_s > 0 else 1 << 30)
 
@@ -63,27 +63,27 @@ class StepCost:
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
     """Attributes:
-    max_batch_tokens: tokens computed in one step; at least ``max_running``.
-    max_running: sequences running at once.
-    context_length: longest sequence.
+    max_batch_tokens: most tokens computed in one step; at least ``max_running``.
+    max_running: most sequences running at once.
+    context_length: tokens of the longest sequence.
     prefill_beside_decode: of `max_batch_tokens`, the most that prefill may use in a
         step that also decodes, and a quarter more if that finishes a prompt; at least 1.
     prefill_beside_decode_s: seconds by which prefill may extend such a step, as estimated by
-        `cost`, and a quarter more if that finishes a prompt; 0: no limit of its own.
-    patience: seconds that the oldest want may fail to find room for its adapter before
+        `cost`, and a quarter more if that finishes a prompt; 0 sets no such limit.
+    patience: seconds that the first blocked want may lack room for its adapter before
         others are held back, see `Admission`.
-    max_wait: seconds after which nothing younger starts before a sequence that is ready.
-    planned_adapters: of the adapters that waiting sequences use, how many are planned at once,
-        those of the oldest: each takes time, and few are loaded at a time.
+    max_wait: seconds that a ready sequence may wait before each other adapter of its tenant
+        may start at most one more sequence ahead of it, see `Admission`.
+    planned_adapters: how many of the adapters that waiting sequences use are planned at once,
+        those of the oldest first: planning each takes time, and few are loaded at a time.
     exact: chunks depend only on position and prompt length, not on the rest of the
         batch: `FIXED_CHUNK` prompt tokens, then one token per step, even when generated
         tokens are recomputed. A step may then exceed its token limits by one chunk.
     cost: measured cost of a step; None if a step may take any time. Unless `exact`, it
         further limits the prompt tokens of a step.
-    score_work: what a prompt token takes beyond itself if its log-probability is requested, in
-        tokens.
-    base_parameters: of the base; with them a token under a large adapter counts for several
-        in the limits above, unless `exact`. 0 counts all tokens alike.
+    score_work: extra work of a prompt token whose log-probability is requested, in tokens.
+    base_parameters: number of parameters of the base. With it, a token under a large adapter
+        counts for several in the limits above, unless `exact`. 0 counts all tokens alike.
     """
 
     max_batch_tokens: int
@@ -111,7 +111,7 @@ class SchedulerLimits:
 
     @property
     def prompt_tokens_beside_decode(self) -> int:
-        """The same for a step that decodes `max_running` sequences."""
+        """Most prompt tokens of a step that decodes `max_running` sequences."""
         return self._affordable(self.prefill_beside_decode, self.max_running)
 
     def prompt_s(
@@ -121,8 +121,8 @@ class SchedulerLimits:
         many more if that finishes a prompt.
 
         Args:
-            context: tokens before those sequences' own.
-            adapters: what their large adapters add, in tokens of the base (`token_work`).
+            context: sum of those sequences' context lengths, in tokens.
+            adapters: extra work of their large adapters, in tokens of the base (`token_work`).
         """
         assert self.cost is not None
         adapters_s = adapters * self.cost.token_s
@@ -130,7 +130,7 @@ class SchedulerLimits:
         most = self.prefill_beside_decode_s
         if not decoding or not most:
             return left, 0.0
-        # Half at least is for prompts, however large the adapters of streams are.
+        # At least half is for prompts, however large the adapters of streams are.
         seconds = min(left, max(most - adapters_s, most / 2))
         return seconds, max(0.0, min(seconds / 4, left - seconds))
 

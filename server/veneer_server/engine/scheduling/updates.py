@@ -19,8 +19,8 @@ class PrefixLookups:
 
 @dataclass(slots=True)
 class SequenceUpdate:
-    """What a step produced for one sequence. Read-only; not frozen, since a frozen one takes
-    three times as long to make.
+    """What a step produced for one sequence. Read-only, but not frozen: a frozen dataclass
+    takes three times as long to make.
 
     Attributes:
         token, logprob: the new token; None if the sequence only prefilled.

@@ -1,7 +1,7 @@
-"""Sequences that wait: preempted ones, and per share those that have not started, by adapter.
+"""The queue: preempted sequences, and those that have not started, by share and adapter.
 
-What a step asks of them (who may start, which adapters to load) takes time by the number of
-adapters, shares and places, not by the number of sequences: thousands may wait.
+The queries of a step (which sequences may start, which adapters to load) take time proportional
+to the number of adapters, shares and places, not of sequences: thousands may wait.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class WaitingGroup:
     """The waiting sequences of one flow, adapter (or the base) and priority; never empty.
 
     Attributes:
-        digest: None for the base.
-        flow: None for preempted ones.
+        digest: weights digest of the adapter; None for the base.
+        flow: None for preempted sequences.
         sequences: by id, in the order in which they may start.
-        turn: the group of a flow with the lowest one is next.
+        turn: in each flow, the group with the lowest turn is next.
     """
 
     digest: str | None
@@ -40,11 +40,11 @@ class WaitingGroup:
     sequences: OrderedDict[int, Sequence] = field(default_factory=OrderedDict)
     turn: int = 0
     _new: list[Sequence] = field(default_factory=list)
-    """Their wait for the adapter has not begun yet."""
+    """Sequences that joined since the last `note`: their wait is not measured yet."""
     _since: float | None = None
     """When the adapter was last found missing; None while it is resident."""
     _missed: float = 0.0
-    """Seconds without the adapter before that."""
+    """Total seconds without the adapter before `_since`."""
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -58,12 +58,12 @@ class WaitingGroup:
 
     @property
     def order(self) -> tuple[float, int]:
-        """`Sequence.urgency` of the first one."""
+        """`Sequence.urgency` of the first sequence."""
         return self.first.urgency
 
     def join(self, sequence: Sequence) -> None:
-        """Add a sequence, by its urgency: that of a preempted one is before all, and that of a
-        further sample is its request's."""
+        """Add a sequence in order of urgency. It need not go last: a preempted one goes before
+        all others, and a further sample counts as having arrived with its request."""
         behind = takewhile(
             lambda other: other.urgency > sequence.urgency, reversed(self.sequences.values())
         )
@@ -74,7 +74,8 @@ class WaitingGroup:
         self._new.append(sequence)
 
     def note(self, resident: bool, now: float) -> None:
-        """Whether the adapter is resident now: measures waits for it, not for a place."""
+        """Record whether the adapter is resident now. This measures the wait for the adapter,
+        not for a place."""
         if resident and self._since is not None:
             self._missed += now - self._since
             self._since = None
@@ -85,7 +86,7 @@ class WaitingGroup:
         self._new.clear()
 
     def started(self, sequence: Sequence, now: float) -> None:
-        """Complete a sequence's ``load_seconds``; after `note` in the same step."""
+        """Complete a sequence's ``load_seconds``. Call after `note`, in the same step."""
         sequence.load_seconds += self._waited(now)
 
     def _waited(self, now: float) -> float:
@@ -94,13 +95,13 @@ class WaitingGroup:
 
 @dataclass(slots=True, eq=False)
 class Flow:
-    """The waiting sequences of one share, or all preempted ones; empty only in the latter case.
+    """The waiting sequences of one share, or all preempted ones; only the latter may be empty.
 
     Attributes:
-        share: None for preempted ones.
+        share: None for preempted sequences.
         groups: by adapter and priority.
-        in_order: the same, by `WaitingGroup.order`.
-        ready: those whose adapter is resident.
+        in_order: the same groups, sorted by `WaitingGroup.order`.
+        ready: groups whose adapter is resident.
         since: its turn to load an adapter; lower is earlier.
     """
 
@@ -114,7 +115,7 @@ class Flow:
         return _merged(self.in_order)
 
     def put(self, group: WaitingGroup) -> None:
-        """Into `in_order`, after its first sequence has changed."""
+        """Insert a group into `in_order`, after its first sequence has changed."""
         order = group.order
         if not self.in_order or self.in_order[-1].order < order:
             self.in_order.append(group)
@@ -123,35 +124,35 @@ class Flow:
         self.in_order.insert(at, group)
 
     def take_out(self, group: WaitingGroup) -> None:
-        """Out of `in_order`, before its first sequence changes."""
+        """Remove a group from `in_order`, before its first sequence changes."""
         at = bisect_left(self.in_order, group.order, key=_order)
         assert self.in_order[at] is group, "groups are out of order"
         del self.in_order[at]
 
     def groups_of_first(self, count: int) -> int:
-        """How many groups the first ``count`` sequences are in: the first ones in order."""
+        """How many of the first groups in `in_order` the first ``count`` sequences are in."""
         if count <= 1 or len(self.in_order) <= 1:
             return min(count, len(self.in_order))
-        # Each group before the last of them has one of those sequences at least.
+        # A group has one of these sequences exactly if its first is not behind their last.
         *_, last = islice(_merged(self.in_order[:count]), count)
         return bisect_right(self.in_order, last.urgency, key=_order)
 
 
 class WaitingSequences:
-    """All of them.
+    """All waiting sequences.
 
-    A sequence's ``place`` is its order of arrival among all, and negative if it was preempted;
-    its ``urgency`` is its order in its flow: by arrival, moved by its priority.
+    A sequence's ``place`` is its order of arrival among all sequences, and negative if it was
+    preempted. Its ``urgency`` is its order in its flow: time of arrival, shifted by priority.
     """
 
     def __init__(self, shares: FairShares) -> None:
         self._shares = shares
         self.preempted = Flow(None)
         self.flows: dict[Share, Flow] = {}
-        """By share; none is empty."""
+        """Flows by share; none is empty."""
         self._by_digest: dict[str | None, dict[WaitingGroup, None]] = {}
         self._changed: set[str | None] = set()
-        """Adapters whose groups sequences joined since residency was last noted."""
+        """Adapters that sequences have started to wait for since the last `note_resident`."""
         self._resident: Set[str] = frozenset()
         self._count = self._front = self._back = self._turn = 0
 
@@ -159,32 +160,33 @@ class WaitingSequences:
         return self._count
 
     def __iter__(self) -> Iterator[Sequence]:
-        """In order: preempted sequences, the last one first, then those that arrived."""
+        """Preempted sequences, the last one first, then the others in order of arrival."""
         groups = (group for found in self._by_digest.values() for group in found)
         return iter(sorted((s for group in groups for s in group), key=_place))
 
     def groups(self, digest: str | None) -> Iterable[WaitingGroup]:
-        """Those that wait for an adapter, or for the base."""
+        """The groups that wait for an adapter, or for the base."""
         return self._by_digest.get(digest, ())
 
     def count(self, digest: str | None) -> int:
-        """Sequences that wait for an adapter, or for the base."""
+        """Number of sequences that wait for an adapter, or for the base."""
         return sum(map(len, self.groups(digest)))
 
     @property
     def keys(self) -> KeysView[str | None]:
-        """Weights digests, and None if sequences of the base wait."""
+        """Weights digests of wanted adapters, and None if sequences of the base wait."""
         return self._by_digest.keys()
 
     # ------------------------------------------------------------------ wanted adapters
 
     def wanted(self, count: int, planned: int) -> tuple[list[str], int]:
-        """Weights digests in the order in which to load them, and how many of them the
-        ``count`` sequences use that are first; ``planned`` of them, or as many as those use.
+        """Return weights digests in the order in which to load them, and how many of these the
+        first ``count`` sequences use. There are at most ``planned`` digests, or as many as
+        those sequences use if that is more.
 
-        Preempted sequences are first. Then flows take turns, each with its adapters in the
-        order of their first sequences: one that waits for many delays only itself. A flow's
-        turn ends when a sequence of the adapter at its head starts.
+        Preempted sequences come first. Then flows take turns, each with its adapters in the
+        order of their first sequences, so that a flow that waits for many adapters delays only
+        itself. A flow's turn ends when a sequence of the adapter at its head starts.
         """
         front, flows = self.preempted, self.flows.values()
         queued = sum(map(len, front.groups.values()))
@@ -251,7 +253,7 @@ class WaitingSequences:
         """Remove a sequence.
 
         Args:
-            now: it starts; None if it ends.
+            now: the time, if the sequence starts; None if it ends.
         """
         key, flow = (sequence.digest, sequence.request.priority), self.flows.get(sequence.share)
         if sequence.place < 0:
@@ -283,10 +285,10 @@ class WaitingSequences:
     # ------------------------------------------------------------------ adapters
 
     def note_resident(self, resident: Set[str], now: float) -> None:
-        """Measure waits for adapters, and which flows could start a sequence.
+        """Record which adapters are resident, to measure waits and mark the ready groups.
 
         Args:
-            resident: of the adapters that sequences wait for, those that are resident.
+            resident: the resident ones among the adapters that sequences wait for.
         """
         for digest in (resident ^ self._resident) | self._changed:
             ready = digest is None or digest in resident
@@ -318,8 +320,8 @@ def _merged(groups: Iterable[WaitingGroup]) -> Iterator[Sequence]:
 def _in_turns(
     flows: Collection[Flow], begins: list[int], ends: list[int]
 ) -> Iterator[WaitingGroup]:
-    """The first group of each flow, then the second of each, and so on; of each flow those from
-    its begin to its end."""
+    """Yield the first group of each flow, then the second of each, and so on; each flow takes
+    part with its groups from its begin to its end."""
     parts = [
         (flow.since, flow.in_order[begin:end])
         for flow, begin, end in zip(flows, begins, ends, strict=True)
@@ -335,7 +337,7 @@ def _in_turns(
 
 
 def _digests(groups: Iterable[WaitingGroup], most: int) -> list[str]:
-    """The adapters of groups, each once."""
+    """Return the first ``most`` distinct adapters of groups, in order."""
     found: dict[str, None] = {}
     for group in groups:
         if len(found) >= most:

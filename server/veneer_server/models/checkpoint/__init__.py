@@ -1,1 +1,1 @@
-"""A base's own files, read without transformers."""
+"""Reads a base's own files without transformers, which only computes rotary frequencies."""

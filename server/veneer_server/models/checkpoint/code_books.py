@@ -1,4 +1,4 @@
-"""Numbers that 4-bit codes stand for."""
+"""The numbers that 4-bit codes stand for."""
 
 from __future__ import annotations
 
@@ -22,4 +22,4 @@ NF4: Final = (
     0.7229568362236023,
     1.0,
 )
-"""bitsandbytes' constants, which are those of QLoRA's authors."""
+"""NF4's numbers: bitsandbytes' constants, which are those of QLoRA's authors."""

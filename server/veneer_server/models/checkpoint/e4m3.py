@@ -1,8 +1,8 @@
-"""Weights in 8 bits: e4m3, a scale for each output.
+"""Quantizes weights to 8 bits: e4m3, with one scale for each output.
 
-Scales are powers of two: a scaled weight then is a bfloat16 number, so that weights may be
-scaled before or after they are multiplied, with the same result. A number of e4m3 is as precise
-in one octave as in another, so nothing is lost by it but where the smallest ones become
+Scales are powers of two, so that a scaled weight is a bfloat16 number: weights may be scaled
+before or after the GEMM, with the same result. e4m3 is equally precise in every octave, so
+rounding scales to powers of two loses nothing, except where the smallest weights become
 subnormal.
 """
 
@@ -13,14 +13,15 @@ from typing import Final
 import torch
 
 LARGEST: Final = 448.0
-"""Of e4m3."""
+"""The largest number in e4m3."""
 LEAST: Final = -100
-"""Exponent of the smallest scale: 2 ** 8 times it, and a number of e4m3 times it, are
-normal."""
+"""Exponent of the smallest scale. 2 ** 8 times that scale, and any e4m3 number times that
+scale, are normal numbers."""
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``weight`` [out, in] as [out, in] float8_e4m3fn times [out] float32.
+    """Quantize ``weight`` [out, in]; return numbers [out, in] float8_e4m3fn and scales [out]
+    float32.
 
     Raises:
         ValueError: a number is not finite.

@@ -1,7 +1,7 @@
-"""Reads a base's tensors one at a time, into memory that each read uses again.
+"""Reads a base's tensors one at a time, into memory that every read reuses.
 
-Files are read, not mapped: pages of a map would count towards the process's memory until the
-system takes them back, and a first start would seem to need the whole checkpoint.
+Files are read, not mapped: mapped pages would count towards the process's memory until the
+system takes them back, so a first start would seem to need memory for the whole checkpoint.
 """
 
 from __future__ import annotations
@@ -43,9 +43,11 @@ class Matrix:
     """The names of a linear's weight and bias in the files.
 
     Attributes:
+        name: name of the weight.
         shape: (outputs, inputs).
-        bias: empty if there is none.
-        state: of a weight that is stored in 4 bits: its tensors, by bitsandbytes' names.
+        bias: name of the bias; empty if there is none.
+        state: names of the tensors that belong to a weight stored in 4 bits, by bitsandbytes'
+            names for them.
     """
 
     name: str
@@ -55,14 +57,15 @@ class Matrix:
 
 
 class Checkpoint:
-    """A context manager, which keeps the files open.
+    """A base's checkpoint. A context manager that keeps the files open.
 
     Attributes:
-        body: what the names of the decoder's tensors begin with.
+        body: prefix of the names of the decoder's tensors.
 
     Raises:
         InvalidField: the folder holds no readable weights.
-        UnsupportedModel: the decoder cannot run it.
+        UnsupportedModel: the decoder cannot run the model.
+        BaseDamaged: the header of a file is not valid.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -112,7 +115,7 @@ class Checkpoint:
         )
 
     def matrix(self, layer: int, projection: Projection) -> Matrix:
-        """A linear of a layer."""
+        """Return the names of a layer's linear."""
         block = "mlp" if projection in ("gate_proj", "up_proj", "down_proj") else "self_attn"
         stem = f"{self.body}layers.{layer}.{block}.{projection}"
         name, bias = f"{stem}.weight", f"{stem}.bias"
@@ -124,21 +127,21 @@ class Checkpoint:
         )
 
     def state(self, name: str) -> Mapping[str, str]:
-        """The tensors that belong to a 4-bit weight; none if it is not one."""
+        """Return the names of the tensors that belong to a 4-bit weight; empty for others."""
         if self.config.quantization is None:
             return {}
         begin = f"{name}."
         return {key[len(begin) :]: key for key in self._of if key.startswith(begin)}
 
     def read(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
-        """A tensor in the dtype of its file, valid until the next read.
+        """Read a tensor in the dtype of its file; it is valid until the next read.
 
         Args:
-            shape: which it must have.
+            shape: the shape that it must have; None for any.
 
         Raises:
-            BaseDamaged: it is missing, cut off or of another shape.
-            UnsupportedModel: its dtype is not one of weights.
+            BaseDamaged: the tensor is missing, cut off or of another shape.
+            UnsupportedModel: its dtype is not supported for weights.
         """
         if name not in self._of:
             raise _damaged(self.folder, f"it has no tensor {name}")
@@ -168,7 +171,7 @@ class Checkpoint:
         return found.view(dtype).view(info.shape)
 
     def rounded(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
-        """A copy in bfloat16; see `read`."""
+        """Read a tensor and return a copy in bfloat16; see `read`."""
         return self.read(name, shape).to(torch.bfloat16, copy=True)
 
 

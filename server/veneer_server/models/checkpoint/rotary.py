@@ -1,4 +1,4 @@
-"""Rotary frequencies of a base: the one thing that its weights' files do not hold."""
+"""Rotary frequencies of a base: the only part of it that its weight files do not contain."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 
 
 def rotary(folder: Path) -> tuple[torch.Tensor, float]:
-    """Frequencies, [head_dim / 2] float32, and the factor on cos and sin, for the folder's
-    config. By transformers' formulas, from a model without layers."""
+    """Return the frequencies, [head_dim / 2] float32, and the factor on cos and sin, for the
+    folder's config. transformers computes them, in a model without layers."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)  # nosec B615 # a local folder

@@ -1,4 +1,4 @@
-"""Which backend would execute a step here, tested in separate processes."""
+"""Checks of the backend that would execute steps here, tested in separate processes."""
 
 from __future__ import annotations
 
@@ -74,10 +74,10 @@ def torch_checks(config: ServerConfig) -> Iterator[Check]:
 
 
 def cuda_check(found: Mapping[str, Any], *, chosen: bool) -> Check:
-    """What the self-test of the kernels for CUDA says.
+    """Report the self-test of the CUDA kernels.
 
     Args:
-        chosen: by --device cuda; else a GPU that fails is not used.
+        chosen: whether --device cuda was given; otherwise a GPU that fails is not used.
     """
     card = (
         f"{found.get('name', 'the GPU')} (sm_{found.get('capability', '?').replace('.', '')})"
@@ -96,8 +96,8 @@ def cuda_check(found: Mapping[str, Any], *, chosen: bool) -> Check:
 
 
 def native_check(config: ServerConfig) -> Check:
-    """Whether the native kernels can execute steps: compiles them, and tries them in a separate
-    process."""
+    """Check whether the native kernels can execute steps: compile them, and try them in a
+    separate process."""
     fix = "see --backend; the torch backend takes several times as long"
     if config.dtype != "bfloat16":
         return Check("native kernels", "warning", f"not for {config.dtype}", fix)

@@ -61,9 +61,9 @@ def _shape(name: str, decoder: DecoderConfig) -> Check:
 
 
 def _tokenizer(folder: Path, decoder: DecoderConfig) -> Check:
-    """The parts of the base that the front process reads: tokenizer and chat template."""
+    """Check the parts of the base that the front process reads: tokenizer and chat template."""
     try:
-        # Not at the top: the doctor itself must report a missing package.
+        # Imported here, since the doctor itself must report a missing package.
         from veneer_server.text.template import ChatTemplate, read_base_template
         from veneer_server.text.tokenizer import TextTokenizer
 
@@ -128,7 +128,8 @@ def memory_check(config: ServerConfig) -> Check:
 
 
 def _registry_memory(host: HostMemory, free: str) -> Check:
-    """It loads no base and no adapter, whatever the budgets say."""
+    """Check the memory of a registry, which loads no base and no adapter, whatever the budgets
+    say."""
     pool = plan_registry(host)
     if not pool.fits:
         return Check("memory", "problem", f"{pool}; {free}", "give it more memory")

@@ -74,7 +74,7 @@ def open_files_check() -> Check:
 
 
 def clock_check() -> Check:
-    """If the clock is earlier than these files, revisions would be sorted wrongly."""
+    """Check that the clock is not earlier than these files; revisions are sorted by time."""
     now, written = time.time(), Path(__file__).stat().st_mtime
     found = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(now))
     if now >= written - 86400:

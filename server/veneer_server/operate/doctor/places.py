@@ -1,4 +1,4 @@
-"""Checks of folders and ports, and of who is using them."""
+"""Checks of folders and ports, and of a server that already uses them."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ def _on_tmpfs(folder: Path) -> bool:
 
 
 def owner_of(data_dir: Path) -> int | None:
-    """The process that owns the data folder now (see `OwnerLock`); 0 if unknown."""
+    """Id of the process that owns the data folder now (see `OwnerLock`); 0 if unknown, None if
+    there is none."""
     try:
         with (data_dir / "LOCK").open("rb") as file:
             try:

@@ -1,4 +1,4 @@
-"""``python -m veneer_server.operate.doctor.probe DEVICE``: what torch and bitsandbytes do here.
+"""``python -m veneer_server.operate.doctor.probe DEVICE``: tries out torch and bitsandbytes.
 
 Runs in a separate process, since the front never imports torch, and a broken installation
 may crash the process. Prints one JSON object.
@@ -34,7 +34,8 @@ def main() -> None:
 
 
 def _four_bit(device: str) -> dict[str, Any]:
-    """Compare a small 4-bit matmul with one in full precision: does it agree, is it packed?"""
+    """Compare a small 4-bit matmul with full precision; return the problem ("" if they agree)
+    and whether the weights are packed."""
     try:
         import bitsandbytes as bnb
 

@@ -1,4 +1,4 @@
-"""``veneer-server doctor``: whether this configuration would serve here; if not, what to do.
+"""``veneer-server doctor``: checks whether this configuration can serve on this machine.
 
 Each check says what it found; a problem or warning also names the fix.
 """
@@ -15,7 +15,7 @@ from veneer_server.operate.doctor.check import Check
 
 
 def report(config: ServerConfig, say: Callable[[str], None], *, as_json: bool) -> bool:
-    """Print the checks; True if the server could start."""
+    """Print the checks; return True if the server could start."""
     checks = list(examine(config))
     healthy = all(check.status != "problem" for check in checks)
     if as_json:
@@ -33,7 +33,7 @@ def examine(config: ServerConfig) -> Iterator[Check]:
     yield machine.python_check()
     yield from map(machine.package_check, machine.PACKAGES)
     yield machine.no_kernels_check()
-    if config.role != "registry":  # which has no engine
+    if config.role != "registry":  # a registry has no engine
         yield from backends.torch_checks(config)
     yield from base.base_checks(config)
     yield base.memory_check(config)

@@ -110,6 +110,7 @@ async def both(
         yield Both(front, replace(front, channel=channel), keys)
 
 
+@pytest.mark.push
 @pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize("method", GRPC)
 async def test_each_port_answers_what_the_page_says(both: Both, method: str) -> None:

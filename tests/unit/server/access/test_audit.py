@@ -55,6 +55,7 @@ def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
 
 
+@pytest.mark.push
 async def test_changes_and_refusals_are_noted_with_who_and_what(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:
@@ -132,6 +133,7 @@ async def test_a_change_whose_caller_leaves_is_noted(
     ]
 
 
+@pytest.mark.push
 async def test_without_keys_there_is_none_unless_it_is_asked_for(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:
@@ -213,6 +215,7 @@ FLOODS: dict[str, tuple[Principal, VeneerError | None, tuple[str, ...]]] = {
 }
 
 
+@pytest.mark.push
 @pytest.mark.parametrize("flood", FLOODS)
 def test_no_caller_flushes_what_others_changed(tmp_path: Path, flood: str) -> None:
     """Two hours of 3 to 6 calls a second, from hosts and with names at random; files are
@@ -348,6 +351,7 @@ def test_a_full_disk_stops_no_call(tmp_path: Path) -> None:
     assert audit.lost == 5
 
 
+@pytest.mark.push
 async def test_lost_and_written_lines_are_metrics(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:

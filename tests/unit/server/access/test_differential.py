@@ -375,6 +375,7 @@ async def other(world: World) -> Other:
     return made
 
 
+@pytest.mark.push
 async def test_the_script_calls_every_method(world: World) -> None:
     called = {what for what, _ in world.alone}
     for service, (module, _) in SERVICES.items():
@@ -384,6 +385,7 @@ async def test_the_script_calls_every_method(world: World) -> None:
     assert {name for name in METHODS if " /" in name} <= paths
 
 
+@pytest.mark.push
 async def test_another_tenant_changes_nothing(world: World, other: Other) -> None:
     beside = await world.run(other)
     assert len(beside) == len(world.alone) > 100
@@ -391,6 +393,7 @@ async def test_another_tenant_changes_nothing(world: World, other: Other) -> Non
         assert found == expected, what
 
 
+@pytest.mark.verify
 @pytest.mark.parametrize(
     ("module", "right", "wrong"),
     [

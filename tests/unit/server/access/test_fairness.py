@@ -103,6 +103,7 @@ priority = 20
 """
 
 
+@pytest.mark.push
 async def test_only_a_gateway_says_whom_it_calls_for(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:
@@ -235,6 +236,7 @@ async def test_a_backlog_takes_no_place_of_another_tenant(
         assert 'veneer_tenant_queue_time_seconds_count{tenant="light"} 2.0' in text
 
 
+@pytest.mark.push
 async def test_a_call_that_has_begun_holds_no_more_than_what_runs(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:
@@ -271,6 +273,7 @@ async def test_a_call_that_has_begun_holds_no_more_than_what_runs(
     assert answer.json()["usage"]["completion_tokens"] == 60
 
 
+@pytest.mark.push
 async def test_samples_that_wait_end_with_their_call(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:
@@ -303,6 +306,7 @@ async def _rest(call: Any) -> None:
         pass
 
 
+@pytest.mark.push
 async def test_a_sample_that_gave_its_place_back_is_computed_later(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:
@@ -335,6 +339,7 @@ async def test_a_sample_that_gave_its_place_back_is_computed_later(
         await until(lambda: engine.places.taken == engine.places.samples == 0)
 
 
+@pytest.mark.push
 async def test_what_expires_or_leaves_gives_back_its_place_at_once(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:

@@ -255,6 +255,7 @@ async def test_a_role_that_is_missing_is_named(file: Path) -> None:
         await access.admit(GENERATE, Credentials(f"Bearer {key}"))
 
 
+@pytest.mark.push
 def test_the_command_line(file: Path) -> None:
     """As an operator uses it."""
 

@@ -97,6 +97,7 @@ ENDS: dict[str, tuple[Callable[[Path, str], None], grpc.StatusCode]] = {
 }
 
 
+@pytest.mark.push
 @pytest.mark.parametrize("how", ENDS)
 async def test_a_watch_ends_without_another_call(
     base_folder: Path, front_cache: Path, tmp_path: Path, how: str
@@ -115,6 +116,7 @@ async def test_a_watch_ends_without_another_call(
         assert again.code in (code, grpc.StatusCode.NOT_FOUND)
 
 
+@pytest.mark.push
 async def test_more_roles_and_other_keys_end_nothing(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:

@@ -136,6 +136,7 @@ async def scrape_told(front: Front, token: str) -> int:
         return (await http.get(url, headers=headers)).status_code
 
 
+@pytest.mark.push
 async def test_a_client_calls_with_a_token_of_the_issuer(
     front: Front, realm: Realm, tmp_path: Path
 ) -> None:
@@ -153,6 +154,7 @@ async def test_a_client_calls_with_a_token_of_the_issuer(
     assert (await http_told(front, trainer))[0] == 403
 
 
+@pytest.mark.push
 async def test_the_issuer_rotates_its_keys_and_goes_away(front: Front, realm: Realm) -> None:
     old = await realm.issue("app")
     assert await grpc_told(front, old) == "yes"
@@ -172,6 +174,7 @@ async def test_the_issuer_rotates_its_keys_and_goes_away(front: Front, realm: Re
     assert await grpc_told(front, unknown) == "yes"
 
 
+@pytest.mark.push
 async def test_an_issuer_that_was_never_there_is_told(front: Front, realm: Realm) -> None:
     token = await realm.issue("app")
     realm.up = False
@@ -229,6 +232,7 @@ def forged(realm: Realm) -> dict[str, str]:
     return wrong
 
 
+@pytest.mark.push
 async def test_forged_tokens_are_refused_at_both_doors(front: Front, realm: Realm) -> None:
     assert await grpc_told(front, realm.token()) == "yes"
     for what, token in forged(realm).items():

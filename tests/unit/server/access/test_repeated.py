@@ -59,6 +59,7 @@ def cases(mine: str, other: str) -> list[tuple[tuple[str, str], ...]]:
     ]
 
 
+@pytest.mark.push
 async def test_both_doors_refuse_two_values(both: Shared) -> None:
     mine, other = both.caller("team-a", "operator"), both.caller("team-b", "admin")
     front = both.front

@@ -7,6 +7,7 @@ import itertools
 from pathlib import Path
 
 import grpc
+import pytest
 from veneer_server.access import edit_keys
 from veneer_server.access.edit_keys import add_key
 
@@ -37,6 +38,7 @@ async def rotated(base: Path, cache: Path, folder: Path, rotations: int) -> Repo
         return await rotation.run(4, lambda: next(done) < rotations, 0.0)
 
 
+@pytest.mark.push
 async def test_no_valid_call_fails_and_no_old_key_is_taken(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:

@@ -281,6 +281,7 @@ def folders(*paths: Path) -> set[str]:
     return {str(path) for path in (*paths, Path.home(), Path(__file__).parents[4])} - {"/"}
 
 
+@pytest.mark.push
 async def test_none_of_ten_thousand_lines_has_a_secret_a_prompt_or_a_path(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:
@@ -345,6 +346,7 @@ async def test_who_is_told_of_a_damaged_disk_is_not_told_of_its_folders(
     assert any(str(tmp_path) in line for line in refused), "the operator's log must say where"
 
 
+@pytest.mark.verify
 @pytest.mark.parametrize(
     ("module", "right", "wrong"),
     [

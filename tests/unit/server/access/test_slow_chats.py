@@ -17,7 +17,7 @@ from veneer_server.queues.fairness import Fairness, Sender
 from tests.unit.server.access.tenants_kit import Caller, Shared, shared
 from tests.unit.server.rpc.front_harness import failure, make_adapter
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.push, pytest.mark.asyncio(loop_scope="module")]
 
 ACCUMULATING = (
     "{% set ns = namespace(system_prompt='', first=true) %}"

@@ -56,6 +56,7 @@ async def made(call: Call) -> tuple[str, str, str]:
     return response["id"], talk, response["output"][0]["id"]
 
 
+@pytest.mark.push
 async def test_another_tenant_cannot_tell_that_they_exist(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:

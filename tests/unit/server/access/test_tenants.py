@@ -610,6 +610,7 @@ def test_the_store_commands_say_that_other_tenants_were_left_alone(tmp_path: Pat
 # --------------------------------------------------------------- start, stop and trouble
 
 
+@pytest.mark.push
 async def test_tenants_come_back_after_a_restart_and_one_that_cannot_stops_no_other(
     base_folder: Path, front_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -666,6 +667,7 @@ async def test_tenants_come_back_after_a_restart_and_one_that_cannot_stops_no_ot
         assert {p.name for p in tenants.iterdir()} >= {"Upper", "..x", "default", "a b"}
 
 
+@pytest.mark.push
 async def test_the_number_of_tenants_is_bounded(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:
@@ -688,6 +690,7 @@ async def test_the_number_of_tenants_is_bounded(
         assert await callers[0].names() == []
 
 
+@pytest.mark.push
 async def test_a_tenant_whose_folder_is_deleted_harms_no_other(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:

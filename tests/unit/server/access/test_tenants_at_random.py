@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import grpc
+import pytest
 from veneer_server.serving import visible
 
 from tests.planted import planted
@@ -110,6 +111,7 @@ class World:
                 await caller.call("UpdateAdapter", name=name, shared=False)
 
 
+@pytest.mark.push
 async def test_whatever_the_order_each_gets_its_own_or_what_is_shared(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:

@@ -75,6 +75,7 @@ async def front_with(
         yield front
 
 
+@pytest.mark.push
 async def test_every_port_speaks_tls_and_renews_without_a_failed_call(
     base_folder: Path, front_cache: Path, tmp_path: Path, pki: Pki
 ) -> None:
@@ -294,6 +295,7 @@ async def test_handshakes_of_one_host_end_none_of_another(
                 writer.close()
 
 
+@pytest.mark.push
 async def test_a_client_is_told_what_is_wrong_with_its_address(
     base_folder: Path, front_cache: Path, tmp_path: Path, pki: Pki
 ) -> None:

@@ -103,6 +103,7 @@ def test_memory_that_cannot_fit_is_refused_before_anything_is_loaded(
     assert "engine" not in done.stderr
 
 
+@pytest.mark.push
 def test_store_recover_says_what_it_did(tmp_path: Path) -> None:
     data = tmp_path / "data"
     with Registry.open(data, BASE) as registry:
@@ -135,6 +136,7 @@ def test_allow_base_name_may_be_given_twice(tmp_path: Path) -> None:
 PROGRAMS = ("veneer", "veneer-server", "veneer-train", "veneer-loadtest")
 
 
+@pytest.mark.push
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_every_program_has_the_usual_flags(program: str) -> None:
     def run(flag: str) -> subprocess.CompletedProcess[str]:
@@ -222,6 +224,7 @@ def test_a_missing_package_of_no_extra_is_shown_with_its_trace() -> None:
     assert "pip install" not in done.stderr
 
 
+@pytest.mark.push
 def test_no_cuda_device_is_one_sentence(base_folder: Path, tmp_path: Path) -> None:
     done = command(
         *("--base", str(base_folder), "--device", "cuda", "--data-dir", str(tmp_path / "d")),

@@ -119,6 +119,7 @@ def token_of(mask: NDArray[np.bool_]) -> int:
     return int(np.flatnonzero(mask)[-1])
 
 
+@pytest.mark.push
 @pytest.mark.parametrize("name", ["veneer-matcher", "veneer-constrai"])
 def test_sequences_outlive_the_process_that_follows_them(
     name: str, make: Callable[..., Constraints]
@@ -158,6 +159,7 @@ def test_a_mask_that_is_late_is_not_waited_for(make: Callable[..., Constraints])
     assert made.grammars.allowed(1, now).any()  # type: ignore[union-attr]
 
 
+@pytest.mark.push
 def test_what_a_full_socket_does_not_take_waits_for_room(
     make: Callable[..., Constraints],
 ) -> None:
@@ -182,6 +184,7 @@ def test_what_a_full_socket_does_not_take_waits_for_room(
     assert made.allowed(1).any()
 
 
+@pytest.mark.push
 def test_a_process_that_says_nothing_is_replaced(
     make: Callable[..., Constraints], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +210,7 @@ def test_what_fails_in_the_middle_ends_alone(make: Callable[..., Constraints]) -
     assert made.allowed(2).any()
 
 
+@pytest.mark.push
 def test_many_different_constraints_do_not_fill_a_process(
     make: Callable[..., Constraints],
 ) -> None:

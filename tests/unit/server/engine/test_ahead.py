@@ -298,6 +298,7 @@ def _history(seed: int) -> Ahead:
     return runner
 
 
+@pytest.mark.push
 def test_sequences_are_told_the_same_one_step_ahead() -> None:
     runners = [_history(seed) for seed in range(400)]
     assert sum(r.carried for r in runners) > 2000

@@ -91,6 +91,7 @@ def test_who_asks_for_torch_gets_it(base: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "native").exists()
 
 
+@pytest.mark.push
 @pytest.mark.skipif(not native_possible(), reason="no AVX2 or no compiler")
 def test_who_asks_for_avx2_gets_it(base: Path, cache_dir: Path) -> None:
     found = asked(base, cache_dir, backend="native", native_instructions="avx2")
@@ -121,6 +122,7 @@ def test_int8_activations_are_not_left_out_where_the_kernels_cannot_serve(
         asked(base, tmp_path, backend="auto", quantization="nf4", int8_activations=True)
 
 
+@pytest.mark.verify
 def test_instructions_that_the_kernels_do_not_have_are_refused(
     base: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,6 +137,7 @@ def test_instructions_that_the_kernels_do_not_have_are_refused(
     assert "supports at most avx2" in found.why_not_native
 
 
+@pytest.mark.verify
 @pytest.mark.skipif(not native_possible(), reason="no AVX2 or no compiler")
 def test_prebuilt_kernels_serve_under_a_name_that_says_so(
     base: Path,

@@ -92,6 +92,7 @@ def by_zipf(count: int, requests: int, seed: int) -> list[str]:
     return [str(n) for n in random.Random(seed).choices(range(count), weights, k=requests)]
 
 
+@pytest.mark.push
 @pytest.mark.parametrize("seed", range(3))
 def test_popular_adapters_stay(seed: int) -> None:
     print(f"seed {seed}")
@@ -102,6 +103,7 @@ def test_popular_adapters_stay(seed: int) -> None:
     assert rates[EvictionOrder] > rates[LeastRecentlyUsed] + 0.05
 
 
+@pytest.mark.push
 def test_what_was_popular_gives_way_to_what_is() -> None:
     def rate(order: Order) -> float:
         server = Server(device=8 * SIZE, host=40 * SIZE, order=order)

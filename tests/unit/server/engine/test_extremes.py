@@ -102,6 +102,7 @@ def choices(draw: st.DrawFn, vocab: int) -> TokenChoice:
     )
 
 
+@pytest.mark.push
 @settings(max_examples=300, print_blob=True)
 @given(st.data(), st.sampled_from([2, 40, 600]))
 def test_whatever_a_request_may_ask_for_gives_a_token_of_the_vocabulary(
@@ -115,6 +116,7 @@ def test_whatever_a_request_may_ask_for_gives_a_token_of_the_vocabulary(
         assert choice.allowed is None or choice.allowed[token]
 
 
+@pytest.mark.push
 def test_a_top_p_that_rounds_to_nothing_keeps_the_likeliest_token(draws: Draws) -> None:
     logits = torch.randn(1, 600, generator=torch.Generator().manual_seed(3))
     for top_k in (0, 1, 5, 550):

@@ -217,6 +217,7 @@ def histories(count: int, seed: int) -> Counter[str]:
     return seen
 
 
+@pytest.mark.push
 def test_the_bound_of_fairness_holds_in_random_histories() -> None:
     seed = int(os.environ.get("VENEER_TEST_SEED", random.randrange(1 << 30)))
     print(f"seed {seed}")
@@ -260,6 +261,7 @@ PLANTED: dict[str, tuple[ModuleType, str, str]] = {
 }
 
 
+@pytest.mark.verify
 @pytest.mark.parametrize("bug", PLANTED)
 def test_a_planted_bug_is_caught(bug: str) -> None:
     with planted(*PLANTED[bug]), pytest.raises(AssertionError):

@@ -297,6 +297,7 @@ def run_histories(count: int, **options: Any) -> None:
     )
 
 
+@pytest.mark.push
 @pytest.mark.timeout(900)  # a minute, and the search for the shortest if one fails
 def test_random_histories() -> None:
     Histories.seen.clear()
@@ -663,6 +664,7 @@ BUGS = [
 ]
 
 
+@pytest.mark.verify
 @pytest.mark.parametrize("plant", BUGS, ids=lambda plant: plant.__name__.strip("_"))
 def test_a_planted_bug_is_caught(
     plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch

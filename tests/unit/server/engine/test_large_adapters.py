@@ -130,6 +130,7 @@ def test_tenants_take_turns_at_decoding_under_large_adapters(seed: int) -> None:
     assert 99 in world.finished
 
 
+@pytest.mark.push
 def test_service_under_a_large_adapter_counts_for_what_it_takes() -> None:
     """Two backlogged tenants: the one under a large adapter gets as much work, so fewer
     tokens."""

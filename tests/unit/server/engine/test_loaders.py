@@ -192,6 +192,7 @@ def test_an_adapter_that_ends_every_loader_is_an_error_and_no_more(
     assert reader.read(wanted)[0].run.numel()
 
 
+@pytest.mark.push
 def test_loaders_end_with_the_engine(tmp_path: Path) -> None:
     """Even with one that is killed."""
     program = f"""
@@ -219,6 +220,7 @@ os.kill(os.getpid(), signal.SIGKILL)
         os.close(fd)
 
 
+@pytest.mark.push
 def test_loads_of_other_sizes_follow_one_another(
     make: Callable[[str], Loaders], tmp_path: Path
 ) -> None:
@@ -294,6 +296,7 @@ def hurried() -> Iterator[Loaders]:
     reader.close()
 
 
+@pytest.mark.push
 def test_a_loader_that_is_stopped_is_killed_and_the_load_done_by_another(
     hurried: Loaders, tmp_path: Path
 ) -> None:
@@ -348,6 +351,7 @@ def test_a_large_adapter_has_more_time(
     assert given[1] - given[0] == pytest.approx(500_000_000 * 4 / loaders.BYTES_A_SECOND)
 
 
+@pytest.mark.push
 def test_a_stopped_loader_does_not_hold_up_the_end(tmp_path: Path) -> None:
     setup = LoaderSetup(dict(SHAPES), 2, "float32")
     reader = Loaders(setup, torch.float32, count=1, pinned=False)

@@ -310,6 +310,7 @@ def search(check: Check, **options: Any) -> None:
     settings(max_examples=400, deadline=None, **options)(look)()
 
 
+@pytest.mark.push
 @pytest.mark.parametrize("check", [check_budgets, check_service])
 def test_whatever_happens(check: Check) -> None:
     search(check)

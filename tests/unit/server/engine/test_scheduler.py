@@ -500,6 +500,7 @@ def test_of_many_waiting_adapters_the_longest_waiting_are_reported() -> None:
     assert world.scheduler.waiting_adapters == ("f", "g", "h", "i")
 
 
+@pytest.mark.push
 @pytest.mark.parametrize("adapters", [0, 50, 3000])
 def test_a_step_does_no_more_work_when_more_sequences_wait(adapters: int) -> None:
     """A step must not become longer for those that run."""

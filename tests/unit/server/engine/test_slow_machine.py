@@ -66,6 +66,7 @@ async def generate(client: EngineClient, prompt: int, new: int) -> int:
         return sum([len(output.tokens) async for output in outputs])
 
 
+@pytest.mark.push
 async def test_an_engine_whose_steps_are_longer_than_the_old_limit_is_not_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,6 +92,7 @@ async def test_an_engine_whose_steps_are_longer_than_the_old_limit_is_not_killed
     assert info.longest_step_seconds >= 2
 
 
+@pytest.mark.push
 async def test_an_engine_that_hangs_is_killed_and_started_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

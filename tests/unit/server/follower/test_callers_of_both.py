@@ -85,6 +85,7 @@ def following(registry: Front) -> dict[str, str]:
     return {"role": "engine", "registry": registry.addresses["grpc"]}
 
 
+@pytest.mark.push
 @pytest.mark.parametrize("tells", [nullcontext, not_telling])
 @pytest.mark.parametrize("asks", ["follower", "registry"])
 async def test_a_follower_does_not_start_if_only_one_of_them_asks_who_calls(
@@ -100,6 +101,7 @@ async def test_a_follower_does_not_start_if_only_one_of_them_asks_who_calls(
                     pytest.fail("it serves")
 
 
+@pytest.mark.push
 @pytest.mark.parametrize("tells", [nullcontext, not_telling])
 @pytest.mark.parametrize("asking", [True, False])
 async def test_a_follower_follows_what_knows_callers_as_it_does(
@@ -117,6 +119,7 @@ async def test_a_follower_follows_what_knows_callers_as_it_does(
             await registry.adapters.GetAdapter(pb.GetAdapterRequest(name="one"), **who)
 
 
+@pytest.mark.push
 async def test_a_registry_that_asks_nobody_after_its_restart_is_not_followed(
     start: Any, keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,6 +171,7 @@ async def _succeeds(call: Awaitable[Any]) -> bool:
     return True
 
 
+@pytest.mark.push
 async def test_a_key_of_another_tenant_at_the_registry_changes_nothing(
     start: Any, keys: Keys, tmp_path: Path
 ) -> None:
@@ -191,6 +195,7 @@ async def test_a_key_of_another_tenant_at_the_registry_changes_nothing(
         await follower.adapters.DeleteAdapter(request, metadata=visiting)
 
 
+@pytest.mark.push
 async def test_nobody_acts_by_the_certificate_of_the_follower(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:

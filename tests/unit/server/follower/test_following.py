@@ -44,6 +44,7 @@ async def both(
         yield found
 
 
+@pytest.mark.push
 async def test_what_is_published_is_generated_by_the_follower(both: Pair) -> None:
     pushed = await both.push("greeter", 1)
     await both.agreed()
@@ -118,6 +119,7 @@ async def _cut(both: Pair) -> bool:
     return not (await both.facts()).connected
 
 
+@pytest.mark.push
 async def test_a_half_open_connection_is_noticed(both: Pair) -> None:
     await both.agreed()
     both.proxy.freeze()
@@ -149,6 +151,7 @@ async def test_changes_are_passed_on_with_their_errors(both: Pair) -> None:
     assert (await failure(generate(both.follower, "passed-on"))).reason == "ADAPTER_NOT_FOUND"
 
 
+@pytest.mark.push
 async def test_what_a_silent_registry_does_not_answer_ends_with_an_error(
     both: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,6 +324,7 @@ async def test_one_fetch_for_all_who_ask(both: Pair) -> None:
     assert sum(each.provenance.tier == inference_pb2.TIER_REMOTE for each in asked) >= 1
 
 
+@pytest.mark.push
 async def test_the_registry_comes_back_from_a_backup(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:
@@ -358,6 +362,7 @@ async def test_the_registry_comes_back_from_a_backup(
                     )
 
 
+@pytest.mark.push
 async def test_whoever_may_not_change_adapters_may_not_by_a_follower(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:
@@ -415,6 +420,7 @@ async def _answers(call: Awaitable[Any]) -> bool:
     return True
 
 
+@pytest.mark.push
 async def test_a_follower_starts_while_its_registry_is_away(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:
@@ -442,6 +448,7 @@ async def test_a_follower_starts_while_its_registry_is_away(
                 assert (await generate(follower, "one")).text == before.text
 
 
+@pytest.mark.push
 async def test_a_registry_that_has_just_started_does_not_know_its_followers_yet(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:
@@ -457,6 +464,7 @@ async def test_a_registry_that_has_just_started_does_not_know_its_followers_yet(
         assert not answer.replicas.enough
 
 
+@pytest.mark.push
 async def test_a_registry_generates_nothing_and_says_who_does(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:
@@ -491,6 +499,7 @@ async def test_a_registry_generates_nothing_and_says_who_does(
         await registry.adapters.DeleteAdapter(pb.DeleteAdapterRequest(name="one"))
 
 
+@pytest.mark.push
 async def test_a_torn_file_of_an_earlier_run_is_noticed(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:
@@ -519,6 +528,7 @@ async def test_a_torn_file_of_an_earlier_run_is_noticed(
             assert kept.provenance.tier == inference_pb2.TIER_DISK
 
 
+@pytest.mark.push
 async def test_a_follower_shows_renewed_keys_without_a_restart(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:
@@ -581,6 +591,7 @@ async def _known(call: Awaitable[Any]) -> bool:
     return True
 
 
+@pytest.mark.push
 async def test_a_follower_trusts_a_renewed_authority_without_a_restart(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:

@@ -178,6 +178,7 @@ async def test_a_store_that_hangs_delays_one_fetch_only(kit: Kit) -> None:
     assert (len(kit.objects.asked), kit.from_registry) == (1, {one, two})
 
 
+@pytest.mark.push
 async def test_weights_come_from_a_real_store(
     base_folder: Path, front_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

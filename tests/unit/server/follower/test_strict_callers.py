@@ -109,6 +109,7 @@ async def test_the_client_asks_for_it(both: Pair) -> None:
         AsyncClient(address, max_registry_lag_s=-1)
 
 
+@pytest.mark.push
 async def test_an_operator_may_ask_for_all_callers(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:

@@ -55,6 +55,7 @@ def checks(**flags: str) -> dict[str, Check]:
     return {check.name: check for check in examine(load_config(flags, {}))}
 
 
+@pytest.mark.push
 def test_a_healthy_machine_by_the_command(flags: dict[str, str]) -> None:
     words = [w for name, v in flags.items() for w in ("--" + name.replace("_", "-"), v)]
     done = run(*words, "--json")
@@ -70,6 +71,7 @@ def test_a_healthy_machine_by_the_command(flags: dict[str, str]) -> None:
     assert "auto: " in found["memory"]["found"], "what the KV cache's size goes by"
 
 
+@pytest.mark.push
 def test_without_a_compiler_it_says_who_would_serve_and_why(
     flags: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,6 +100,7 @@ def test_memory_that_cannot_fit(flags: dict[str, str]) -> None:
     assert "--host-cache-bytes" in check.fix
 
 
+@pytest.mark.push
 def test_a_registry_needs_no_engine(
     flags: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +174,7 @@ def test_the_report_shows_each_fix(flags: dict[str, str], tmp_path: Path) -> Non
     assert "-> choose another --base" in lines[problem + 1]
 
 
+@pytest.mark.push
 @pytest.mark.usefixtures("quick")
 def test_the_gateway_needs_its_packages(
     flags: dict[str, str], monkeypatch: pytest.MonkeyPatch
@@ -199,6 +203,7 @@ def change(path: Path, **fields: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
+@pytest.mark.push
 @pytest.mark.usefixtures("quick")
 def test_text_that_could_not_be_served(flags: dict[str, str], base: Path) -> None:
     flags |= {"base": str(base)}

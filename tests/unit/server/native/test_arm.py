@@ -31,6 +31,8 @@ from tests.unit.server.engine import test_sampler
 from tests.unit.server.native import test_int8, test_kernels, test_native, test_packing
 from tests.unit.server.native.model_kit import Served, adapter_of, make_base, table_of
 
+pytestmark = pytest.mark.verify
+
 CPUS = {"neon-bf16": "max", "neon": "cortex-a72"}
 """A CPU for each form, as QEMU names it."""
 

@@ -40,6 +40,7 @@ def allowed(task: str) -> str:
     return next(line.split()[1] for line in lines if line.startswith("Cpus_allowed_list"))
 
 
+@pytest.mark.verify
 def test_results_do_not_depend_on_the_threads(served: Served) -> None:
     logits = step(served)
     cpu = min(os.sched_getaffinity(0))

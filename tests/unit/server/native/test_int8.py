@@ -127,6 +127,7 @@ def test_what_is_no_number_stays_none_in_its_own_row(library: Library, rows: int
     torch.testing.assert_close(linear(nothing), bias.expand(rows, -1), rtol=0, atol=1e-30)
 
 
+@pytest.mark.verify
 @pytest.mark.parametrize("kind", INT8_KINDS)
 def test_every_instruction_set_gives_the_same_bits(
     tmp_path_factory: pytest.TempPathFactory, kind: str

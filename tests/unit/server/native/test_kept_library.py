@@ -187,6 +187,7 @@ def test_a_user_private_group_may_write(bench: Bench, monkeypatch: pytest.Monkey
         kept.open_checked(file)
 
 
+@pytest.mark.push
 def test_one_flipped_bit_anywhere_is_seen(bench: Bench) -> None:
     print("seed 19")
     chance = random.Random(19)

@@ -18,6 +18,8 @@ from tests.unit.server.native import test_native as native
 from tests.unit.server.test_decoder import SHAPES, build, save_random, step
 from tests.unit.server.test_rope import SCALINGS, scaled
 
+pytestmark = pytest.mark.push
+
 SEED = 5
 ORIGINAL = 64
 """Context before scaling."""

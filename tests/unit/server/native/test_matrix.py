@@ -24,7 +24,10 @@ from tests.places import REPOSITORY
 from tests.unit.server.native.test_kept_library import broken
 from tests.unit.server.native.test_native import KINDS
 
-pytestmark = pytest.mark.skipif(not native_possible(), reason="no AVX2 or no compiler")
+pytestmark = [
+    pytest.mark.verify,
+    pytest.mark.skipif(not native_possible(), reason="no AVX2 or no compiler"),
+]
 
 HERE = Path(__file__).parent
 SOURCES = Path(compiler.__file__).with_name("cpp")

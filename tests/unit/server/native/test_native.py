@@ -294,6 +294,7 @@ def test_threads_change_nothing(library: Library, tmp_path: Path) -> None:
         assert torch.equal(result, results[0])
 
 
+@pytest.mark.verify
 def test_threads_that_are_put_aside_change_nothing(
     library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from veneer_registry.fingerprint import weights_fingerprint
 from veneer_server.backends.native import library
 from veneer_server.backends.native import linear as native_linear
@@ -180,7 +180,7 @@ def test_a_checkpoint_of_sixteen_bits_too(
 
 
 def test_a_checkpoint_in_several_files_too(bench: Bench) -> None:
-    model = AutoModelForCausalLM.from_pretrained(bench.base)
+    model = transformers.AutoModelForCausalLM.from_pretrained(bench.base)
     (bench.base / "model.safetensors").unlink()
     model.save_pretrained(bench.base, max_shard_size="200KB")
     assert len(list(bench.base.glob("*.safetensors"))) > 2
@@ -192,10 +192,10 @@ def test_a_base_that_is_stored_in_four_bits_is_packed_as_it_is(
     kernels: Library, tmp_path: Path, nested: bool
 ) -> None:
     bench = Bench(kernels, tmp_path)
-    AutoModelForCausalLM.from_pretrained(
+    transformers.AutoModelForCausalLM.from_pretrained(
         bench.base,
         dtype=torch.bfloat16,
-        quantization_config=BitsAndBytesConfig(
+        quantization_config=transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=nested
         ),
     ).save_pretrained(tmp_path / "stored")
@@ -311,6 +311,7 @@ def test_a_place_where_others_could_write_is_emptied(
     assert told(caplog) == []
 
 
+@pytest.mark.push
 @pytest.mark.usefixtures("_both_ways")
 def test_a_flipped_bit_anywhere_is_never_served(
     bench: Bench, caplog: pytest.LogCaptureFixture
@@ -475,6 +476,7 @@ def process(
         each.stderr.close()
 
 
+@pytest.mark.push
 def test_a_full_disk_costs_time_only(
     bench: Bench, process: Callable[[str], subprocess.Popen[str]]
 ) -> None:
@@ -489,6 +491,7 @@ def test_a_full_disk_costs_time_only(
     assert list((bench.cache / "packed").iterdir()) == []
 
 
+@pytest.mark.push
 def test_what_a_killed_start_left_is_removed(
     bench: Bench, process: Callable[[str], subprocess.Popen[str]]
 ) -> None:
@@ -504,6 +507,7 @@ def test_what_a_killed_start_left_is_removed(
     assert bench.served()
 
 
+@pytest.mark.push
 def test_two_servers_that_start_at_once_do_not_clash(
     bench: Bench,
     process: Callable[[str], subprocess.Popen[str]],

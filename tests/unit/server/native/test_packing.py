@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from bitsandbytes.functional import quantize_4bit
 from veneer_server.backends.native.library import BFLOAT16, BLOCK, EIGHT_BIT, Library
 from veneer_server.backends.native.packed.quantizing import quantize
 
@@ -15,6 +15,13 @@ SEED = 41
 THREADS = (1, 3)
 TINY = 2.0**-140
 """Subnormal in float32 and bfloat16, and zero in float16."""
+
+
+def _bnb() -> Any:
+    """bitsandbytes' functions; its import takes every worker a second."""
+    from bitsandbytes import functional
+
+    return functional
 
 
 def weights(dtype: torch.dtype) -> torch.Tensor:
@@ -40,7 +47,7 @@ def weights(dtype: torch.dtype) -> torch.Tensor:
     # The numbers and the bounds of both code books, in blocks whose largest is 1.
     rows[17] = 1.0
     for place, kind in ((0, "nf4"), (64, "fp4")):
-        book = quantize_4bit(torch.ones(64), quant_type=kind)[1].code.sort().values
+        book = _bnb().quantize_4bit(torch.ones(64), quant_type=kind)[1].code.sort().values
         rows[17, place + 1 : place + 17] = book
         rows[17, place + 17 : place + 32] = (book[:-1] + book[1:]) / 2
     return rows.to(dtype)
@@ -58,7 +65,7 @@ def test_codes_and_scales_are_those_of_bitsandbytes(
     given = weights(dtype)
     if nested:
         given = torch.cat([given[:11], given[17:]])
-    codes, state = quantize_4bit(given, quant_type=kind, compress_statistics=nested)
+    codes, state = _bnb().quantize_4bit(given, quant_type=kind, compress_statistics=nested)
     scales = state.absmax
     if nested:
         from bitsandbytes.functional import dequantize_blockwise
@@ -76,7 +83,7 @@ def test_every_number_of_sixteen_bits_is_quantized_alike(library: Library) -> No
     bits = torch.arange(1 << 16).to(torch.int32).to(torch.int16)
     for dtype in (torch.float16, torch.bfloat16):
         given = bits.view(dtype).view(-1, 128)
-        codes, state = quantize_4bit(given, quant_type="nf4")
+        codes, state = _bnb().quantize_4bit(given, quant_type="nf4")
         made = quantize(library, given, "nf4", nested=False, threads=2)
         assert torch.equal(made.codes.view(-1), codes.view(-1))
         assert torch.equal(made.scales.view(-1).nan_to_num(), state.absmax.nan_to_num())

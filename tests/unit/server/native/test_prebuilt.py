@@ -33,7 +33,10 @@ from tests.backends_ran import native_possible
 from tests.kernels_once import forms_built
 from tests.unit.server.native.test_kept_library import broken, for_a_group
 
-pytestmark = pytest.mark.skipif(not native_possible(), reason="no AVX2 or no compiler")
+pytestmark = [
+    pytest.mark.verify,
+    pytest.mark.skipif(not native_possible(), reason="no AVX2 or no compiler"),
+]
 
 ROOT = os.geteuid() == 0
 SOMEBODY = 54321

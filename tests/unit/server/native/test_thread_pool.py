@@ -15,6 +15,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Pool:
     return Pool(Path(tmp_path_factory.mktemp("pool")))
 
 
+@pytest.mark.push
 def test_operations_of_a_thread_do_not_grow_with_the_number_of_threads(pool: Pool) -> None:
     # Counts: of 8 own chunks and the phase's beginning and end, in lockstep. The pool before
     # decision 70, which looked at every thread's share, made 73 and 145.

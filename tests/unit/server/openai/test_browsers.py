@@ -141,6 +141,7 @@ async def test_an_own_page_says_json(front: Front, http: httpx.AsyncClient) -> N
     assert (await http.post("/resume", headers=own | JSON)).is_success
 
 
+@pytest.mark.push
 async def test_pages_that_are_allowed_are_served(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:

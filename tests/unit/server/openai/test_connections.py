@@ -65,6 +65,7 @@ async def flood(
             writer.write(data)
 
 
+@pytest.mark.push
 @pytest.mark.parametrize("asks", ["without keys", "with keys"])
 @pytest.mark.parametrize("sent", SENT)
 async def test_half_requests_take_no_place_of_others(
@@ -104,6 +105,7 @@ async def test_half_requests_take_no_place_of_others(
                     assert answer.status_code == 200, answer.text
 
 
+@pytest.mark.push
 async def test_another_tenant_takes_no_place_either(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:
@@ -165,6 +167,7 @@ async def test_a_pool_of_another_tenant_takes_no_place_either(
                         assert answer.status_code == 200, answer.text
 
 
+@pytest.mark.push
 async def test_where_all_are_answered_a_new_one_is_told_so(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:

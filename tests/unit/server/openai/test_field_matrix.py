@@ -32,6 +32,8 @@ from veneer_server.openai.responses import ResponseFields
 
 from tests.refused import refused
 
+pytestmark = pytest.mark.push
+
 SDKS = [
     (chat_params.CompletionCreateParamsStreaming, ChatFields),
     (completion_params.CompletionCreateParamsStreaming, CompletionFields),

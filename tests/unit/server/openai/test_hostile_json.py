@@ -39,6 +39,7 @@ def shape(status: int, body: bytes) -> str:
     return ""
 
 
+@pytest.mark.push
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
 async def test_no_field_of_a_body_is_our_fault(
     path: str, front: Front, caplog: pytest.LogCaptureFixture

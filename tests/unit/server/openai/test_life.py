@@ -105,6 +105,7 @@ async def test_the_grace_ends_a_stream_with_an_error_event(
             assert json.loads(last.removeprefix("data: "))["error"]["code"] == "draining"
 
 
+@pytest.mark.push
 async def test_a_reader_that_stops_is_bounded_and_loses_its_place(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:
@@ -195,6 +196,7 @@ async def test_a_body_that_never_comes_whole(
         writer.close()
 
 
+@pytest.mark.push
 async def test_connections_that_never_ask_for_anything_are_dropped(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:
@@ -223,6 +225,7 @@ async def test_connections_that_never_ask_for_anything_are_dropped(
             assert (await slow).status_code == 200
 
 
+@pytest.mark.push
 @pytest.mark.parametrize(
     ("line", "status"),
     [("POST /nope", 404), ("GET /version", 200)],

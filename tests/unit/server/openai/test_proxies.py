@@ -282,6 +282,7 @@ async def test_no_header_says_who_calls(proxy: Proxy, front: Front, tmp_path: Pa
     assert "127.0.0.1" in json.loads(line)["from"]
 
 
+@pytest.mark.push
 @pytest.mark.parametrize("name", PROGRAMS)
 async def test_a_draining_server_is_unhealthy_and_its_streams_end_well(
     base_folder: Path, front_cache: Path, tmp_path: Path, name: str

@@ -266,6 +266,7 @@ async def test_other_names_may_be_allowed(
         assert (await get(address, "evil.example")).status_code == 403
 
 
+@pytest.mark.push
 async def test_what_others_can_reach_has_the_names_that_are_given(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:

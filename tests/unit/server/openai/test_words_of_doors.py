@@ -57,6 +57,7 @@ def only(door: str, message: str, *expected: str) -> None:
         assert word not in message, message
 
 
+@pytest.mark.push
 async def test_an_adapter_that_is_not_there(front: Front, http: httpx.AsyncClient) -> None:
     shown = await through_cli(front, "generate", "-a", "nothing", "Hi")
     only("cli", shown, "`veneer adapter ls`")

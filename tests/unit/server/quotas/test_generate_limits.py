@@ -38,6 +38,7 @@ def left(headers: Any, what: str = "requests") -> tuple[str, str, str]:
     return tuple(headers[MINUTE.format(kind, what)] for kind in kinds)  # type: ignore[return-value]
 
 
+@pytest.mark.push
 async def test_requests_a_minute(limited: Limited) -> None:
     caller = limited.caller(requests_per_minute=3)
     assert left(await caller.trailing(prompt())) == ("3", "2", "20s")
@@ -227,6 +228,7 @@ async def test_a_stream_that_is_cut_counts_what_came(limited: Limited) -> None:
     assert left(found, "tokens")[1] == str(1000 - 25 - 2)
 
 
+@pytest.mark.push
 @pytest.mark.parametrize("door", ["grpc", "http"])
 async def test_of_a_thousand_at_once_exactly_as_many_as_allowed(
     limited: Limited, door: str

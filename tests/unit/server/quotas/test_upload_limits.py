@@ -185,6 +185,7 @@ async def test_bytes_uploaded_a_day(limited: Limited, folders: list[Path]) -> No
     assert "RetryInfo" not in failed.details, "tomorrow is no better"
 
 
+@pytest.mark.push
 async def test_sent_bytes_and_usage_survive_a_restart(
     base_folder: Path, front_cache: Path, tmp_path: Path, folders: list[Path]
 ) -> None:

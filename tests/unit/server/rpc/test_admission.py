@@ -24,6 +24,7 @@ def chat(text: str, **fields: str) -> pb.GenerateRequest:
     return pb.GenerateRequest(messages=pb.ChatInput(messages=messages), **fields)
 
 
+@pytest.mark.push
 async def test_text_whose_tokens_the_model_does_not_have_is_refused(
     front: Front, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

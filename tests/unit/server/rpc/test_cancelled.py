@@ -161,6 +161,7 @@ async def test_a_replace_of_what_is_pinned(
     assert waits > 5
 
 
+@pytest.mark.push
 async def test_a_replace_by_what_another_name_has(
     everywhere: Everywhere, folders: Folders
 ) -> None:

@@ -258,6 +258,7 @@ async def half(address: str, shape: str, number: int) -> Connection | None:
     return connection
 
 
+@pytest.mark.push
 @pytest.mark.parametrize("asks", ["without keys", "with keys"])
 @pytest.mark.parametrize("shape", SHAPES)
 async def test_calls_that_do_not_arrive_take_no_place_of_others(

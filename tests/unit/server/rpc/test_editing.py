@@ -285,6 +285,7 @@ async def test_budgets_change_while_serving(front: Front) -> None:
     )
 
 
+@pytest.mark.push
 async def test_pins_and_memory_outlive_the_server(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:

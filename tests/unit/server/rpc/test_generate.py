@@ -41,6 +41,7 @@ async def stream(front: Front, request: pb.GenerateRequest) -> list[pb.GenerateS
     return [message async for message in front.inference.GenerateStream(request)]
 
 
+@pytest.mark.push
 async def test_both_calls_give_the_same_text_and_tokens(
     front: Front, tokenizer: TextTokenizer
 ) -> None:

@@ -67,6 +67,7 @@ async def _each(messages: list[bytes]) -> AsyncIterator[bytes]:
         await asyncio.sleep(0)
 
 
+@pytest.mark.push
 @pytest.mark.parametrize("name", sorted(METHODS))
 async def test_no_field_of_a_call_is_our_fault(
     name: str, front: Front, tmp_path: Path, caplog: pytest.LogCaptureFixture

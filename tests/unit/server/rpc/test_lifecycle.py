@@ -164,6 +164,7 @@ async def test_after_the_grace_running_calls_end_with_a_status(flags: dict[str, 
         assert front.engine.cancelled == 1
 
 
+@pytest.mark.push
 async def test_what_was_published_is_there_after_a_restart(
     flags: dict[str, Path], tmp_path: Path
 ) -> None:

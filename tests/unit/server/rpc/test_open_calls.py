@@ -71,6 +71,7 @@ async def test_a_tenant_does_not_fill_the_places_of_others() -> None:
     assert hold(here, MAX_OTHER_CALLS) == MAX_OTHER_CALLS // 2
 
 
+@pytest.mark.push
 async def test_self_tests_that_wait_keep_nobody_else_out(
     front: Front, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -110,6 +110,7 @@ async def all_pages(
             request.page_token = page.next_page_token
 
 
+@pytest.mark.push
 @pytest.mark.parametrize("size", [0, 7, 1000])
 async def test_a_page_of_adapters_is_bounded_in_bytes(many: Front, size: int) -> None:
     found, sizes = await all_pages(

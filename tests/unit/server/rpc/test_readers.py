@@ -25,6 +25,7 @@ async def front(base_folder: Path, front_cache: Path, tmp_path: Path) -> AsyncIt
         yield f
 
 
+@pytest.mark.push
 @pytest.mark.parametrize(
     ("readers", "tokens"),
     [

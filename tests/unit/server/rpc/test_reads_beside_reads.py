@@ -29,6 +29,7 @@ def push(front: Front, folder: Path) -> Any:
     return front.adapters.UploadAdapter(upload(folder, "chat"))
 
 
+@pytest.mark.push
 @pytest.mark.parametrize(
     ("call", "words"),
     [

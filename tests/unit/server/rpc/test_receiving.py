@@ -312,6 +312,7 @@ async def attack(address: str, connections: int, streams: int) -> tuple[list[Con
     return opened, sum(sent)
 
 
+@pytest.mark.push
 async def test_half_sent_requests_hold_little_and_others_are_answered(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:
@@ -328,6 +329,7 @@ async def test_half_sent_requests_hold_little_and_others_are_answered(
             connection.close()
 
 
+@pytest.mark.push
 async def test_a_half_sent_request_is_ended_in_time(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:

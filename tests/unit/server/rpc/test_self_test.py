@@ -141,6 +141,7 @@ async def test_names_that_mean_the_same_weights_cannot_be_told_apart(tmp_path: P
         assert (base.detail, two.detail) == ("", "")
 
 
+@pytest.mark.push
 async def test_it_passes_beside_requests_and_leaves_them_alone(tmp_path: Path) -> None:
     """Streams of all adapters run before, during and after it. No choice of theirs is
     closer than 8e-4, and float32 rounds by less than 1e-5, so their tokens must be equal."""

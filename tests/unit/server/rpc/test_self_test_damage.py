@@ -56,6 +56,7 @@ def not_finite(made: Bench) -> None:
     made.table("two").run.fill_(torch.inf)
 
 
+@pytest.mark.push
 @pytest.mark.parametrize(
     ("damage", "wrong"),
     [
@@ -109,6 +110,7 @@ async def test_a_base_whose_files_changed_cannot_be_compared(tmp_path: Path) -> 
             await made.failed()
 
 
+@pytest.mark.push
 async def test_an_exchange_says_whose_answer_it_is(tmp_path: Path) -> None:
     async with bench(tmp_path) as made:
         await made.run(*NAMES)

@@ -176,6 +176,7 @@ async def test_what_the_caller_does_not_sample_is_not_sent(
         assert not root.parent_span_id
 
 
+@pytest.mark.push
 @pytest.mark.timeout(60)
 async def test_a_receiver_that_is_away_disturbs_nobody(
     base_folder: Path, front_cache: Path, tmp_path: Path

@@ -243,6 +243,7 @@ async def test_an_upload_past_the_deadline_is_ended_and_kept(
         await until(lambda: len(kept(front)) == 1)
 
 
+@pytest.mark.push
 async def test_one_that_is_too_large_is_told_before_it_is_sent(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:
@@ -283,6 +284,7 @@ async def test_one_that_brings_too_little_is_ended_and_kept(
         assert (await front.push(adapter, "slow", resume=True)).published
 
 
+@pytest.mark.push
 async def test_broken_uploads_are_kept_by_number_and_bytes_the_newest_first(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:

@@ -99,6 +99,7 @@ def test_calls_or_an_answer(
         assert not accepts(text), text
 
 
+@pytest.mark.push
 def test_any_schema_can_be_an_answer(base_folder: Path, limits: ConstraintLimits) -> None:
     for schema, text in (({}, "[1, 2]"), (True, '"x"'), ({"const": "a\n/é"}, '"a\\n/é"')):
         answer = Constraint("json_schema", json.dumps(schema))

@@ -126,6 +126,7 @@ async def test_a_thread_is_free_when_its_work_has_ended(lanes: Lanes) -> None:
     assert ran == [1]
 
 
+@pytest.mark.push
 @pytest.mark.parametrize("text", ["a" * 4_000_000, "é" * 2_000_000, " " * 700_000])
 async def test_a_text_that_cannot_fit_is_not_tokenized(
     prompts: Prompts, text: str, monkeypatch: pytest.MonkeyPatch

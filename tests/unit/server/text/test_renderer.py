@@ -64,6 +64,7 @@ async def test_an_endless_template_is_killed_and_refused_from_then_on(
     assert templates.quick.process is running
 
 
+@pytest.mark.push
 async def test_memory_is_bounded(templates: Renderer) -> None:
     with pytest.raises(TemplateFailed):
         await templates.render(DOUBLING, USER)
@@ -159,6 +160,7 @@ def chat(content: str) -> list[dict[str, str]]:
 WORK = "60000"
 
 
+@pytest.mark.push
 async def test_slow_templates_do_not_hold_up_another(hurried: Renderer) -> None:
     """Sixteen slow ones delayed the chat of another adapter by 3 s."""
     first = await hurried.render(slow(), chat(WORK))
@@ -170,6 +172,7 @@ async def test_slow_templates_do_not_hold_up_another(hurried: Renderer) -> None:
     assert set(await asyncio.gather(*waiting)) == {first}
 
 
+@pytest.mark.push
 async def test_slow_templates_take_turns(hurried: Renderer) -> None:
     order: list[str] = []
 
@@ -183,6 +186,7 @@ async def test_slow_templates_take_turns(hurried: Renderer) -> None:
     assert order.index("one") <= 2
 
 
+@pytest.mark.push
 async def test_a_process_that_hangs_is_replaced(
     hurried: Renderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,6 +240,7 @@ async def test_too_many_of_one_template_are_refused(
     assert await hurried.render(slow("other"), chat("3")) == "012"
 
 
+@pytest.mark.push
 async def test_sixteen_slow_templates_do_not_hold_up_another() -> None:
     """Each of them was quick enough for the quick process; a chat waited for all of them."""
     processes = Renderer({"bos_token": "<s>"}, limit_s=10)
@@ -252,6 +257,7 @@ async def test_sixteen_slow_templates_do_not_hold_up_another() -> None:
         await processes.close()
 
 
+@pytest.mark.push
 async def test_a_process_outlives_what_it_interrupts(templates: Renderer) -> None:
     """Starting another one takes far longer than a chat."""
     assert await templates.render(GOOD, USER) == "<s>Hi"
@@ -282,6 +288,7 @@ async def test_what_cannot_be_interrupted_is_killed_and_refused_from_then_on(
     assert templates.quick.process is running, "it was not tried again"
 
 
+@pytest.mark.push
 async def test_a_template_that_ends_processes_ends_one_of_the_quick_ones(
     templates: Renderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -400,6 +407,7 @@ async def test_the_base_s_template_has_all_its_time_to_be_compiled(
         await prompts.close()
 
 
+@pytest.mark.push
 async def test_a_template_that_takes_too_much_memory_is_refused_from_then_on() -> None:
     """It was called invalid Jinja, with nothing behind the colon, and tried again each time."""
     processes = Renderer({})
@@ -453,6 +461,7 @@ async def test_a_chat_outlives_a_kill_of_the_process(
         assert await templates.render(GOOD, USER) == "<s>Hi"
 
 
+@pytest.mark.push
 async def test_a_chat_outlives_a_kill_of_the_slow_process(
     hurried: Renderer, killer: list[int]
 ) -> None:
@@ -507,6 +516,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
+@pytest.mark.push
 async def test_a_verdict_is_about_a_size_and_a_party(
     templates: Renderer, jobs: list[int]
 ) -> None:
@@ -523,6 +533,7 @@ async def test_a_verdict_is_about_a_size_and_a_party(
     assert len(jobs) > before + 1, "another party's is tried"
 
 
+@pytest.mark.push
 async def test_a_verdict_is_forgotten_after_minutes(
     templates: Renderer, jobs: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

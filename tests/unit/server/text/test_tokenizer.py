@@ -212,6 +212,7 @@ def test_a_text_that_is_far_too_long_is_refused_by_its_beginning(
     assert caught.value.count == 10_000
 
 
+@pytest.mark.push
 def test_no_text_that_fits_is_refused_by_its_pieces(
     base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

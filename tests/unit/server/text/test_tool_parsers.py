@@ -155,6 +155,7 @@ def test_one_call_where_several_are_not_wanted(family: str) -> None:
             assert parsed(read(parser, [row["text"]])[1]) == parsed(row["calls"][:1])
 
 
+@pytest.mark.push
 def test_a_long_answer_takes_linear_time() -> None:
     for family, text in [
         ("hermes", '<tool_call>{"name": "f", "arguments": {"x": "' + "<" * 100_000),

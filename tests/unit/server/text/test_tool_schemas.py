@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 from veneer_server.constraints.grammar import compile_matcher, library_limits, load_tokenizer
 from veneer_server.serving.tool_use import (
@@ -72,26 +71,32 @@ def schema(**options: Any) -> str:
     return constraint.text
 
 
+def valid(calls: Any, **options: Any) -> bool:
+    import jsonschema  # a second of every worker
+
+    checked: bool = jsonschema.Draft202012Validator(json.loads(schema(**options))).is_valid(
+        calls
+    )
+    return checked
+
+
 @pytest.mark.parametrize("calls", GOOD)
 def test_calls_of_the_tools(calls: Any) -> None:
-    jsonschema.validate(calls, json.loads(schema()))
+    assert valid(calls)
 
 
 @pytest.mark.parametrize("calls", BAD)
 def test_nothing_else(calls: Any) -> None:
-    with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(calls, json.loads(schema()))
+    assert not valid(calls)
 
 
 def test_a_list_of_calls_ends() -> None:
-    jsonschema.validate([CLOCK] * MAX_FORCED_CALLS, json.loads(schema()))
-    with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate([CLOCK] * (MAX_FORCED_CALLS + 1), json.loads(schema()))
+    assert valid([CLOCK] * MAX_FORCED_CALLS)
+    assert not valid([CLOCK] * (MAX_FORCED_CALLS + 1))
 
 
 def test_one_call_where_several_are_not_wanted() -> None:
-    with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate([CLOCK, CLOCK], json.loads(schema(parallel=False)))
+    assert not valid([CLOCK, CLOCK], parallel=False)
 
 
 @pytest.fixture(scope="module")

@@ -67,6 +67,7 @@ def bucket(s3: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.push
 async def test_s3(bucket: Path, tmp_path: Path) -> None:
     allowed = ("s3://adapters/lora/ 127.0.0.0/8", "s3://adapters/else 127.0.0.0/8")
     found = await fetched(tmp_path, "s3://adapters/lora/sql", *allowed)

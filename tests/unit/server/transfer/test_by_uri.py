@@ -113,6 +113,7 @@ async def site(module_site: Site) -> AsyncIterator[Site]:
 # --------------------------------------------------------------------------- what works
 
 
+@pytest.mark.push
 async def test_a_web_folder(site: Site, tmp_path: Path) -> None:
     folder = make_adapter(site.root.parent / "with-template", seed=3, template="{{ 1 }}")
     site.web.serve("/lora/sql", folder)
@@ -282,6 +283,7 @@ async def test_redirects_are_checked(site: Site, location: str) -> None:
     assert all(path.startswith("/lora/sql/") for path in site.web.paths())
 
 
+@pytest.mark.push
 async def test_hostile_bodies(site: Site) -> None:
     endings = {
         "endless": (

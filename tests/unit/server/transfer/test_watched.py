@@ -253,6 +253,7 @@ async def test_a_check_that_is_left_out_is_seen(watch: Watch) -> None:
         assert [*await watch.look()] == ["sql"]
 
 
+@pytest.mark.push
 async def test_the_flag(base_folder: Path, front_cache: Path, tmp_path: Path) -> None:
     root = tmp_path / "drop"
     make_adapter(root / "sql")

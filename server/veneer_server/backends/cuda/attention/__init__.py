@@ -1,1 +1,1 @@
-"""Attention over paged keys and values: decode with split contexts, prefill by chunks."""
+"""Attention over paged keys and values: decode splits contexts, prefill works in chunks."""

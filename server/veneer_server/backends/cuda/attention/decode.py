@@ -3,16 +3,16 @@
 A context is split into pieces of `SPLIT` tokens, so that one long sequence keeps many
 multiprocessors busy. `attend_splits` attends to one piece; `join_splits` joins the pieces in
 order (Flash-Decoding, Dao et al. 2023). Pieces begin at multiples of `SPLIT` whatever the
-batch, so a row's sums have one order.
+batch, so a row's sums always have the same order.
 
 Layouts:
     query      [sequences, heads, dim] bfloat16; row stride given
-    keys       [blocks, kv_heads, block_size, dim] bfloat16, of one layer; the new row's are
-               written
+    keys       [blocks, kv_heads, block_size, dim] bfloat16, of one layer, with the new row's
+               keys already written
     values     the same
     tables     [sequences, width] int32: a sequence's blocks in order
-    contexts   [sequences] int32: tokens of each sequence, the new one included; 0: an unused
-               place
+    contexts   [sequences] int32: tokens of each sequence, the new one included; 0 for an unused
+               entry
     sinks      [heads] float32: a logit that takes part in the softmax and has no value
                (gpt-oss)
     sums       [sequences, heads, splits, dim] float32: weighted values, not divided by the
@@ -33,13 +33,13 @@ import triton
 import triton.language as tl
 
 SPLIT: Final = 256
-"""Tokens that one program attends to. Part of the order of summation: fixed."""
+"""Tokens that one program attends to. Fixed, since it determines the order of summation."""
 BLOCK_TOKENS: Final = 64
 
 
 @triton.jit
 def capped(scores, CAP: tl.constexpr):
-    """CAP * tanh(scores / CAP), or the scores if CAP is 0."""
+    """Return CAP * tanh(scores / CAP), or the scores if CAP is 0."""
     if CAP > 0:
         scores = CAP - 2 * CAP / (tl.exp(scores * (2 / CAP)) + 1)
     return scores
@@ -73,7 +73,7 @@ def attend_splits(
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
     context = tl.load(contexts + sequence)
-    # The window reaches back to this token. Tiles begin at multiples of BLOCK_T all the same.
+    # The window reaches back to this token. Tiles still begin at multiples of BLOCK_T.
     first = tl.maximum(context - window, 0)
     begin = tl.maximum(split * SPLIT, first // BLOCK_T * BLOCK_T)
     end = tl.minimum(split * SPLIT + SPLIT, context)
@@ -167,7 +167,7 @@ def join_splits(
 
 
 def splits(context: int) -> int:
-    """Pieces of a context."""
+    """Number of pieces of a context of ``context`` tokens."""
     return -(-context // SPLIT)
 
 
@@ -189,15 +189,15 @@ def attend(
     """Attend with every sequence's new row. ``sums`` and ``weights`` are overwritten.
 
     Args:
-        scale: of the scores, before the cap.
+        scale: factor for the scores, applied before the cap.
         window: tokens that a row sees, itself included; None for all.
-        cap: scores are cap * tanh(score / cap); 0 for none.
+        cap: scores become cap * tanh(score / cap); 0 for no cap.
     """
     sequences, heads, pieces, dim = sums.shape
     kv_heads, block_size = keys.shape[1:3]
     assert query.stride()[1:] == out.stride()[1:] == (dim, 1)
     assert heads % kv_heads == 0
-    # Longer than any context: one kernel for layers with and without a window.
+    # No window is a window longer than any context, so one kernel serves both.
     window = 1 << 30 if window is None else window
     width = triton.next_power_of_2(max(dim, 16))
     attend_splits[(sequences, kv_heads, pieces)](

@@ -1,12 +1,12 @@
 """Attention of sequences with several new rows (prefill), over paged keys and values.
 
-The new rows' keys and values are in the cache already, so a chunk after others is no special
-case. A program attends with a tile of rows of one head, to tiles of tokens in order
-(FlashAttention-2, Dao 2023). Tiles of tokens begin at multiples of their size, and one that a
-row does not see changes nothing for it: so its bits do not depend on the other rows of its
-tile, nor on where chunks begin.
+The new rows' keys and values are in the cache already, so a later chunk of a prompt needs no
+special case. A program attends with a tile of rows of one head to tiles of tokens in order
+(FlashAttention-2, Dao 2023). Tiles of tokens begin at multiples of their size, and a tile that
+a row does not see leaves the row's result unchanged. So a row's bits depend neither on the
+other rows of its tile nor on where chunks begin.
 
-Layouts (others as in `decode`):
+Layouts (for the others see `decode`):
     query      [rows, heads, dim] bfloat16; row stride given
     tiles      [tiles, 4] int32: sequence, first row, number of rows (0: an unused tile),
                position of the first row in its sequence. Rows of a tile are adjacent.
@@ -84,7 +84,7 @@ def attend_tiles(
         ).to(tl.int64)
         place = ((block * KV_HEADS + kv_head) * BLOCK_SIZE + token % BLOCK_SIZE) * DIM
         known = stored[:, None] & (d[None, :] < DIM)
-        # Of a block that no row's window reaches, anything may be left.
+        # A block that no row's window reaches may hold anything by now.
         known &= (token > position - window)[:, None]
         key = tl.load(keys + place[:, None] + d[None, :], mask=known, other=0.0)
         value = tl.load(values + place[:, None] + d[None, :], mask=known, other=0.0)
@@ -92,7 +92,7 @@ def attend_tiles(
         seen = (token[None, :] <= last[:, None]) & (token[None, :] > last[:, None] - window)
         scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(peak, tl.max(scores, axis=1))
-        # A row that has seen nothing yet: minus infinity minus itself would be NaN.
+        # For a row that has seen nothing yet, minus infinity minus itself would be NaN.
         level = tl.where(higher == float("-inf"), 0.0, higher)
         shrink = tl.exp(peak - level)
         each = tl.exp(scores - level[:, None])
@@ -112,13 +112,13 @@ def attend_tiles(
 def tile_table(
     chunks: Iterable[tuple[int, int, int, int]], tiles: int, device: torch.device
 ) -> torch.Tensor:
-    """[tiles, 4]: chunks cut into tiles of at most `ROWS` rows; the rest unused.
+    """Cut chunks into tiles of at most `ROWS` rows: [tiles, 4], padded with unused tiles.
 
     Args:
-        chunks: sequence, first row, one past the last, position of the first row.
+        chunks: tuples of sequence, first row, one past the last row, position of the first row.
 
     Raises:
-        ValueError: more tiles are needed.
+        ValueError: more than ``tiles`` tiles are needed.
     """
     cut = [
         (sequence, row, min(ROWS, end - row), position + row - begin)
@@ -144,7 +144,8 @@ def attend(
     window: int | None,
     cap: float,
 ) -> None:
-    """Attend with all rows of ``tiles``; see `decode.attend` for the last three."""
+    """Attend with all rows of ``tiles``. `decode.attend` describes ``scale``, ``window`` and
+    ``cap``."""
     heads, dim = query.shape[1:]
     kv_heads, block_size = keys.shape[1:3]
     assert query.stride()[1:] == out.stride()[1:] == (dim, 1)

@@ -1,4 +1,4 @@
-"""What `decode` and `prefill` compute, sequence by sequence in float64."""
+"""Reference for `decode` and `prefill`: one sequence at a time, in float64."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def attend(
     window: int | None,
     cap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of one sequence's new rows, and the weighted sum of the values' magnitudes.
+    """Compute the attention of one sequence's new rows, and the same sum over the values'
+    magnitudes.
 
     Args:
         query: [rows, heads, dim], the rows from ``position`` on.
@@ -25,14 +26,14 @@ def attend(
         blocks: the sequence's blocks in order.
 
     Returns:
-        Two of [rows, heads, dim] float64; the second bounds what rounding may change.
+        Two tensors [rows, heads, dim] float64; rounding errors are judged against the second.
     """
     rows, heads, _ = query.shape
     _, kv_heads, block_size, _ = keys.shape
     tokens = torch.arange(position + rows)
     chosen = (blocks.long()[tokens // block_size], slice(None), tokens % block_size)
     group = heads // kv_heads
-    # [heads, tokens, dim]; what no row sees may be NaN.
+    # [heads, tokens, dim]; tokens that no row sees may be NaN.
     key, value = (
         cache[chosen].double().transpose(0, 1).repeat_interleave(group, dim=0)
         for cache in (keys, values)

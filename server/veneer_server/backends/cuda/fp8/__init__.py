@@ -1,1 +1,1 @@
-"""FP8 weights (e4m3), a scale for each output: half of what bfloat16 takes, on every card."""
+"""FP8 weights (e4m3) with a scale per output: half the memory of bfloat16, on any GPU."""

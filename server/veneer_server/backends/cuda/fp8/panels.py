@@ -1,4 +1,4 @@
-"""FP8 for many rows: outputs of a weight as bfloat16 numbers, for cuBLAS to multiply.
+"""FP8 for many rows: expands a range of a weight's outputs to bfloat16 for cuBLAS.
 
 Layouts (see `packing` for the weight's):
     panel      [end - begin, 64 * k] bfloat16

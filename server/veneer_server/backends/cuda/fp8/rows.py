@@ -1,8 +1,9 @@
 """FP8 matrix multiply for few rows: weights stay 8 bits until they reach tensor cores.
 
-The same on cards with and without FP8 tensor cores (sm_80 has none): bits become float16, of
-which e4m3 is a part but for a factor of 2 ** 8, then bfloat16. `multiply_rows` writes sums over
-`SPLIT` blocks of inputs each; `add_scaled` adds these in order and scales them.
+It works the same on GPUs with and without FP8 tensor cores (sm_80 has none). The bits are
+converted to float16, which has all of e4m3's numbers up to a factor of 2 ** 8, then to
+bfloat16. `multiply_rows` writes sums over `SPLIT` blocks of inputs each; `add_scaled` adds
+these in order and scales them.
 
 Layouts (see `packing` for the weight's):
     x          [rows, 64 * k] bfloat16; row stride given
@@ -24,15 +25,16 @@ import triton.language as tl
 from veneer_server.backends.cuda.fp8.packing import PackedFp8
 
 ROWS: Final = 16
-"""Rows of a tile: the smallest that tensor cores multiply."""
+"""Rows of a tile: the fewest that tensor cores multiply."""
 SPLIT: Final = 16
-"""Blocks of 64 inputs that one program adds up. Part of the order of summation: fixed."""
+"""Blocks of 64 inputs that one program adds up. Fixed, since it determines the order of
+summation."""
 BLOCK_OUTPUTS: Final = 32
 
 
 @triton.jit
 def halves(bits):
-    """float16 numbers that are 2 ** -8 of what e4m3's ``bits`` (uint8) stand for."""
+    """Return 2 ** -8 times the numbers with these e4m3 ``bits`` (uint8), as float16."""
     wide = bits.to(tl.int32)
     moved = ((wide & 128) << 8) | ((wide & 127) << 7)
     return moved.to(tl.int16).to(tl.float16, bitcast=True)
@@ -94,7 +96,7 @@ def add_scaled(
 
 
 def splits(weight: PackedFp8) -> int:
-    """Parts of a sum over all inputs."""
+    """Number of parts into which a sum over all inputs is split."""
     return -(-len(weight.numbers) // SPLIT)
 
 

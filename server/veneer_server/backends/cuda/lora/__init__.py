@@ -1,1 +1,1 @@
-"""LoRA: for each group of projections one launch that shrinks and one that expands."""
+"""LoRA: for each group of projections, one launch that multiplies by A and one by B."""

@@ -1,9 +1,9 @@
-"""LoRA for segments of many rows (prefill): tensor cores, both multiplies by `tl.dot`.
+"""LoRA for segments of many rows (prefill): both multiplies use tensor cores (`tl.dot`).
 
-Sums over all inputs are one program's, 64 at a time, so there is no second pass. The shrunk
-rows are rounded to bfloat16 for the second multiply, as PEFT's bfloat16 linears do. So a row's
-bits differ from those of `rows`: which of the two a row takes must follow from its sequence
-(prompt or decode), not from how many rows its segment has.
+One program sums over all inputs, 64 at a time, so partial sums need not be joined. The product
+with A is rounded to bfloat16 before it is multiplied by B, as in PEFT's bfloat16 linears. So a
+row's bits differ from those that `rows` computes: which of the two kernels a row uses must
+depend on its sequence (prompt or decode), not on how many rows its segment has.
 
 Layouts (see `tables` for the others):
     x          [rows, fan_in] bfloat16; row stride given
@@ -28,7 +28,7 @@ ROWS: Final = 32
 """Rows of a tile."""
 BLOCK_COLUMNS: Final = 64
 LANES: Final = 4
-"""Programs that share a tile's ranks. Has no influence on results."""
+"""Programs that share a tile's ranks. Does not affect results."""
 
 
 @triton.jit
@@ -150,8 +150,8 @@ def add_panels(
     """Add each row's update to ``y``; `tables` and the top of this file give the layouts.
 
     Args:
-        tiles: of at most `ROWS` rows each.
-        columns: in blocks of at most `BLOCK_COLUMNS`.
+        tiles: tiles of at most `ROWS` rows each.
+        columns: blocks of at most `BLOCK_COLUMNS` columns.
         shrunk: scratch memory, overwritten.
     """
     members = len(adapters.fan_outs)

@@ -1,4 +1,4 @@
-"""What `rows` and `panels` compute, segment by segment in float64."""
+"""Reference for `rows` and `panels`: one segment at a time, in float64."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ def add(
     *,
     rounded: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``y`` plus each segment's update, and the sum of its terms' magnitudes.
+    """Compute ``y`` plus each segment's update, and the sum of its terms' magnitudes.
 
     Args:
-        x: [rows, fan_in]. y: [rows, sum of fan_outs].
-        segments: first row, one past the last, slot.
-        rounded: round what A gives to bfloat16, as `panels` does.
+        x: [rows, fan_in].
+        y: [rows, sum of fan_outs].
+        segments: tuples of first row, one past the last row, slot.
+        rounded: whether x times A is rounded to bfloat16, as in `panels`.
 
     Returns:
-        Two tensors like ``y``, in float64; the second bounds what rounding may change.
+        Two tensors like ``y``, in float64; rounding errors are judged against the second.
     """
     total, magnitude = y.double(), y.double().abs()
     places, scalings = adapters.places.tolist(), adapters.scalings.tolist()

@@ -1,8 +1,8 @@
 """LoRA for segments of few rows (decode): vectors times matrices, without tensor cores.
 
-`shrink_rows` writes sums over `SPLIT` inputs each; `expand_rows` adds these in order and
-multiplies by B. Two passes, so that one row keeps many multiprocessors busy and still has one
-order of summation.
+`shrink_rows` multiplies by A and writes sums over `SPLIT` inputs each; `expand_rows` adds these
+in order and multiplies by B. With two passes one row keeps many multiprocessors busy, and its
+sums still have a fixed order.
 
 Layouts (see `tables` for the others):
     x          [rows, fan_in], any float; row stride given
@@ -27,10 +27,11 @@ from veneer_server.backends.cuda.lora.tables import AdapterSlots, fields
 ROWS: Final = 4
 """Rows of a tile."""
 SPLIT: Final = 512
-"""Inputs whose products one program adds up. Part of the order of summation: fixed."""
+"""Inputs whose products one program adds up. Fixed, since it determines the order of
+summation."""
 BLOCK_COLUMNS: Final = 128
 LANES: Final = 4
-"""Programs that share a tile's ranks. Has no influence on results."""
+"""Programs that share a tile's ranks. Does not affect results."""
 
 
 @triton.jit
@@ -65,7 +66,7 @@ def shrink_rows(
     inputs = tl.minimum(SPLIT, fan_in - split * SPLIT)
     for begin in range(lane * BLOCK_R, ranks, tl.num_programs(2) * BLOCK_R):
         rank = begin + tl.arange(0, BLOCK_R)
-        # Products are added up input by input; across inputs once, at the end.
+        # Each of BLOCK_K partial sums is added up separately; they are joined at the end.
         sums = tl.zeros((ROWS, BLOCK_K, BLOCK_R), tl.float32)
         for step in range(0, inputs, BLOCK_K):
             k = split * SPLIT + step + tl.arange(0, BLOCK_K)
@@ -151,7 +152,7 @@ def expand_rows(
 
 
 def splits(fan_in: int) -> int:
-    """Parts of a sum over ``fan_in`` inputs."""
+    """Number of parts into which a sum over ``fan_in`` inputs is split."""
     return -(-fan_in // SPLIT)
 
 
@@ -167,8 +168,8 @@ def add_rows(
     """Add each row's update to ``y``; `tables` and the top of this file give the layouts.
 
     Args:
-        tiles: of at most `ROWS` rows each.
-        columns: in blocks of at most `BLOCK_COLUMNS`.
+        tiles: tiles of at most `ROWS` rows each.
+        columns: blocks of at most `BLOCK_COLUMNS` columns.
         partials: scratch memory, overwritten.
     """
     members = len(adapters.fan_outs)

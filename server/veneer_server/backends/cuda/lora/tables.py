@@ -1,12 +1,12 @@
-"""Where the kernels find adapters and rows: numbers in tables, never addresses in a launch.
+"""Tables in which the kernels look up adapters and rows, so that launches need no addresses.
 
-A captured graph replays its launches with the same pointers. So all adapters lie in one arena,
-and a swap writes new offsets into `AdapterSlots`; a batch writes new `tiles`.
+A captured graph replays its launches with the same pointers. So all adapters lie in one arena;
+a swap writes new offsets into `AdapterSlots`, and a batch writes new `tiles`.
 
 Layouts (contiguous, last index fastest):
-    arena      [elements] bfloat16. An adapter's A of a group, transposed: [fan_in, ranks],
-               where ``ranks`` is the sum over the group's members; its B of a member,
-               transposed: [rank, fan_out]. Both as `veneer_server.step.layout` has them.
+    arena      [elements] bfloat16. Holds an adapter's As of a group, transposed: [fan_in,
+               ranks], where ``ranks`` is the sum over the group's members; and the B of each
+               member, transposed: [rank, fan_out]. Both as in `veneer_server.step.layout`.
     places     [slots, 2 + 3 * members] int64: A's offset, ``ranks``; then for each member
                B's offset, its rank (0: not adapted), the first of its columns of A.
     scalings   [slots, members] float32.
@@ -28,18 +28,18 @@ MEMBER_FIELDS: Final = 3
 
 
 def fields(members: int) -> int:
-    """Numbers in a row of ``places``."""
+    """Number of columns of ``places``."""
     return FIRST_MEMBER + MEMBER_FIELDS * members
 
 
 class AdapterSlots:
-    """One group's adapters of one layer, by slot.
+    """The tables of one group in one layer: where each slot's adapter is.
 
     Args:
         fan_outs: features of each member's output.
 
     Attributes:
-        places, scalings: see above.
+        places, scalings: see the module's docstring.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class AdapterSlots:
         fan_in: int,
         fan_outs: Sequence[int],
     ) -> AdapterSlots:
-        """Over tables that exist."""
+        """Make `AdapterSlots` over existing tables."""
         made = cls(0, fan_in, fan_outs, places.device)
         made.places, made.scalings = places, scalings
         return made
@@ -87,10 +87,10 @@ class AdapterSlots:
 def place_row(
     members: int, a: int, adapted: Iterable[tuple[int, int, int, float]]
 ) -> tuple[list[int], list[float]]:
-    """An adapter's rows of ``places`` and ``scalings``; see `AdapterSlots.put`.
+    """Return an adapter's rows of ``places`` and ``scalings``; see `AdapterSlots.put`.
 
     Args:
-        members: of the group.
+        members: number of members of the group.
     """
     row = [0] * fields(members)
     scalings = [0.0] * members
@@ -106,13 +106,13 @@ def place_row(
 def tile_table(
     segments: Iterable[tuple[int, int, int]], rows: int, tiles: int, device: torch.device
 ) -> torch.Tensor:
-    """[tiles, 3]: segments cut into tiles of at most ``rows`` rows; the rest unused.
+    """Cut segments into tiles of at most ``rows`` rows: [tiles, 3], padded with unused tiles.
 
     Args:
-        segments: first row, one past the last, slot.
+        segments: tuples of first row, one past the last row, slot.
 
     Raises:
-        ValueError: more tiles are needed.
+        ValueError: more than ``tiles`` tiles are needed.
     """
     cut = [
         (row, min(rows, end - row), slot)
@@ -126,7 +126,7 @@ def tile_table(
 
 
 def column_table(fan_outs: Sequence[int], block: int, device: torch.device) -> torch.Tensor:
-    """[blocks, 5]: each member's columns in blocks of at most ``block``."""
+    """Cut each member's columns into blocks of at most ``block``: [blocks, 5]."""
     blocks, before = [], 0
     for member, fan_out in enumerate(fan_outs):
         blocks += [

@@ -1,1 +1,1 @@
-"""Device memory that KV blocks and adapters share, and what waits before it is used again."""
+"""Device memory that KV blocks and adapters share, and the waits before it is reused."""

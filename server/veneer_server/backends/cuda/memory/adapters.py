@@ -1,9 +1,9 @@
-"""Adapters in the arena: where their matrices lie, their copies, and their slots.
+"""Copies adapters into the arena, and assigns them memory and slots.
 
-A launch finds an adapter by its slot, in tables of offsets that never move (`lora.tables`). So
-a captured graph stays right whatever is swapped: a swap copies matrices on the stream of
-copies, and the next step that uses the adapter first writes its rows of the tables, on the
-stream of steps.
+A launch finds an adapter by its slot, in tables of offsets whose addresses never change
+(`lora.tables`). So a captured graph stays valid whatever is swapped. A swap copies matrices on
+the stream for copies. The first step that uses the adapter writes its rows of the tables
+beforehand, on the stream for steps.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from veneer_server.step.inbox import NoSlot
 from veneer_server.step.layout import MEMBERS, Group, Layout, Slot
 
 COPY_BYTES: Final = 8 << 20
-"""Most bytes of one copy, so that copies and steps take turns on the way to the device."""
+"""Most bytes of one copy, so that copies and steps take turns on the bus to the device."""
 
 
 @dataclass(eq=False, slots=True)
@@ -40,9 +40,10 @@ class _Placed:
     """An adapter in the arena.
 
     Attributes:
-        pieces: first unit and units of each.
-        rows: by group, [layers, fields] int64 and [layers, members] float32 of the tables.
-        slot: None until a step uses it.
+        pieces: first unit and number of units of each piece.
+        rows: for each group, its rows of ``places``, [layers, fields] int64, and of
+            ``scalings``, [layers, members] float32.
+        slot: None until a step uses the adapter.
     """
 
     pieces: list[tuple[int, int]]
@@ -55,11 +56,11 @@ class Adapters:
 
     Args:
         slots: most adapters at once.
-        most_ranks: by group, the largest sum of an adapter's ranks.
-        member: this process, if it has a part of each adapter.
+        most_ranks: for each group, the largest sum of an adapter's ranks.
+        member: this process's place among the others, if it has a part of each adapter.
 
     Attributes:
-        places: by group and layer: where kernels look.
+        places: the kernels' tables, by group and layer.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class Adapters:
         layers = config.num_layers
         self._tables: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._staged: list[tuple[torch.Tensor, torch.Tensor]] = []
-        """Pinned: the rows of one adapter on their way into the tables."""
+        """Pinned memory from which one adapter's rows are copied into the tables."""
         self.places: list[list[AdapterSlots]] = []
         for members in MEMBERS.values():
             width, fan_in = fields(len(members)), config.shapes[members[0]][1]
@@ -110,18 +111,18 @@ class Adapters:
             )
 
     def place(self, layout: Layout, run: torch.Tensor) -> AdapterTable:
-        """Copy an adapter into the arena. For any thread but the one of steps: it waits until
-        the copy is done.
+        """Copy an adapter into the arena, and wait until the copy is done. Not for the thread
+        that executes steps.
 
         Args:
             run: the adapter's numbers, bfloat16 in pinned memory.
 
         Returns:
-            A table without numbers of its own, for `Segment`.
+            A table for `Segment`. Its run has no data (meta device).
 
         Raises:
             AdapterBudgetExceeded: its ranks are too large.
-            NoPlace: it does not fit beside the others.
+            NoSlot: it does not fit beside the others.
         """
         if (member := self._member) is not None:
             layout, run = cut_run(layout, run, member.whole, member.shard)
@@ -163,8 +164,9 @@ class Adapters:
         return table
 
     def _find_places(self, layout: Layout) -> tuple[list[int], list[tuple[int, int]]] | None:
-        """Where pieces end in the run, and their first units and units: as few pieces as find
-        room between the others. None if there is no room for each matrix alone."""
+        """Take memory for an adapter in few large pieces or, failing that, in smaller ones.
+        Returns where pieces end in the run, and their first unit and number of units. None if
+        there is no room even with each matrix as a piece of its own, or no slot."""
         if self._count == self._slots:
             return None
         unit = self._arena.unit
@@ -184,7 +186,8 @@ class Adapters:
         return 0 if member is None else cut_layout(layout, member.whole, member.shard).length
 
     def release(self, table: AdapterTable) -> None:
-        """No further step uses it. Steps that are enqueued still may."""
+        """Free an adapter's memory and slot. Enqueued steps may still use it, later ones must
+        not."""
         with self._timeline.lock:
             placed = self._placed.pop(table)
             self._arena.pool.give(placed.pieces)
@@ -193,11 +196,12 @@ class Adapters:
                 self._free.append(placed.slot)
 
     def chunks(self, table: AdapterTable) -> list[int]:
-        """Where it lies: what a step that uses it must name as its regions."""
+        """Return an adapter's chunks: the regions that a step must name if it uses it."""
         return self._arena.pool.chunks_of(self._placed[table].pieces)
 
     def slot(self, table: AdapterTable) -> int:
-        """Its slot. A new one's rows are enqueued on the stream of steps."""
+        """Return an adapter's slot. If it has none yet, it gets one, and the copies of its rows
+        into the tables are enqueued on the stream for steps."""
         placed = self._placed[table]
         if placed.slot is None:
             placed.slot = self._free.pop()
@@ -214,7 +218,7 @@ class Adapters:
 
 
 def _groups(layout: Layout) -> dict[tuple[Group, int], list[Slot]]:
-    """The adapted projections of each group and layer, in the order of A's columns."""
+    """Return the adapted projections of each group and layer, in the order of A's columns."""
     group_of = {p: group for group, members in MEMBERS.items() for p in members}
     found: dict[tuple[Group, int], list[Slot]] = {}
     for slot in layout.slots:
@@ -223,8 +227,8 @@ def _groups(layout: Layout) -> dict[tuple[Group, int], list[Slot]]:
 
 
 def _matrices(layout: Layout) -> list[tuple[int, int]]:
-    """Begin and end of each in the run, in order: of a group's As, which lie side by side, and
-    of each B."""
+    """Return where each matrix begins and ends in the run, in order. A group's As, which lie
+    side by side, count as one matrix."""
     found = []
     for slots in _groups(layout).values():
         first = slots[0]
@@ -234,7 +238,8 @@ def _matrices(layout: Layout) -> list[tuple[int, int]]:
 
 
 def _pieces(layout: Layout, most: int) -> list[int]:
-    """Ends of pieces: whole matrices, together at most ``most`` numbers unless one is more."""
+    """Return where pieces of the run end. A piece consists of whole matrices and has at most
+    ``most`` numbers, unless a single matrix has more."""
     ends: list[int] = []
     first = 0
     for begin, end in _matrices(layout):
@@ -247,7 +252,12 @@ def _pieces(layout: Layout, most: int) -> list[int]:
 def _rows(
     layout: Layout, begins: list[int], places: list[int]
 ) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-    """The adapter's rows of the tables, by group."""
+    """Return the adapter's rows of the tables, by group.
+
+    Args:
+        begins: where each piece begins in the run.
+        places: where each piece begins in the arena, in elements.
+    """
 
     def at(number: int) -> int:
         piece = bisect.bisect_right(begins, number) - 1

@@ -1,12 +1,16 @@
 """The device memory that KV blocks and adapters share, as one tensor.
 
-Layouts (E = kv_heads * block_size * head_dim numbers: a block's K or V of one layer, a unit):
-    numbers    [chunks, pages, layers, 2, E] bfloat16: a page is a KV block, K before V
-    keys       of a layer: ``numbers`` from its K in the first page on, as [units, kv_heads,
-               block_size, head_dim]. So the kernels' number of a block is the unit in which
-               its page begins, and every layer has the same block table.
+A unit is E = kv_heads * block_size * head_dim numbers: a block's K or V of one layer. A page is
+the memory of a KV block: its K and V of all layers.
 
-An adapter's matrices lie in units too, each in one piece.
+Layouts:
+    numbers    [chunks, pages, layers, 2, E] bfloat16; 2: K, then V
+    keys       one view per layer: ``numbers`` from that layer's K in the first page on, as
+               [units, kv_heads, block_size, head_dim]. So to the kernels a block's number is
+               the unit at which its page begins, and all layers share one block table.
+    values     the same, from the layer's V on
+
+Adapters use whole units too; each of their matrices is contiguous.
 """
 
 from __future__ import annotations
@@ -24,21 +28,23 @@ from veneer_server.step.arrays import StepArrays
 
 CHUNK_BYTES: Final = 2 << 20
 SPARE: Final = 8
-"""One chunk for each so many of adapters, beyond their bytes: pieces begin at units."""
+"""There is one spare chunk for every 8 chunks of adapters: since pieces of adapters begin at
+units, they take more memory than their bytes."""
 
 
 class Arena:
-    """KV blocks by page, and the chunks of all.
+    """The shared device memory, and the map from KV blocks to pages.
 
     Args:
-        blocks: of the KV cache, block 0 included. All can be mapped whatever adapters take.
-        adapter_bytes: room for adapters.
+        blocks: number of blocks of the KV cache, block 0 included. All of them can be mapped,
+            whatever adapters take.
+        adapter_bytes: bytes of room for adapters.
 
     Attributes:
-        unit: numbers of a unit.
-        numbers: flat.
-        keys, values: by layer.
-        pool: who has which chunk.
+        unit: number of elements of a unit.
+        numbers: the whole memory, flat.
+        keys, values: views for each layer.
+        pool: tracks the owner of each chunk.
     """
 
     def __init__(
@@ -56,7 +62,7 @@ class Arena:
         self._block_size = block_size
         self.unit = heads * block_size * dim
         self._page = 2 * layers
-        """Units."""
+        """Units of a page."""
         self._pages = max(1, chunk_bytes // (2 * self.unit * self._page))
         units = self._pages * self._page
         promised = -(-blocks // self._pages)
@@ -78,8 +84,8 @@ class Arena:
         self.values = [of(2 * layer + 1) for layer in range(layers)]
 
     def map(self, step: StepArrays) -> tuple[NDArray[np.int64], NDArray[np.int64], list[int]]:
-        """A step's slots and block tables with the kernels' numbers of blocks, and the chunks
-        of all its blocks. Blocks that it writes to get a page if they have none."""
+        """Return a step's slots and block tables with the kernels' block numbers, and the
+        chunks of all its blocks. A block that the step writes to gets a page if it has none."""
         written = step.slots // self._block_size
         for block in np.unique(written[~self._mapped[written]]).tolist():
             place = self._kv.map(block)
@@ -92,16 +98,16 @@ class Arena:
         return slots, tables, chunks.tolist()
 
     def chunks_of(self, blocks: list[int]) -> list[int]:
-        """The chunks of those of the blocks that have a page."""
+        """Return the chunks of these blocks. Blocks without a page are skipped."""
         units = self._units[[block for block in blocks if self._mapped[block]]]
         found: list[int] = np.unique(units // (self._page * self._pages)).tolist()
         return found
 
     def clear(self, blocks: list[int]) -> None:
-        """Enqueue that these blocks are zeros.
+        """Enqueue the zeroing of these blocks.
 
-        No kernel reads a place of a block before a step of the same sequence has written to
-        it, so nothing depends on it; it is `Backend`'s promise.
+        No result depends on it, since no kernel reads a place of a block before a step of the
+        same sequence has written to it. It only fulfils the contract of `Backend.clear`.
         """
         for block in blocks:
             if self._mapped[block]:
@@ -110,7 +116,7 @@ class Arena:
                 self._device.call(torch.Tensor.zero_, page)
 
     def release(self, blocks: list[int]) -> None:
-        """These blocks have nothing worth keeping: their chunks may go to adapters, as far as
-        `ChunkPool.promised` allows."""
+        """Unmap blocks whose contents are no longer needed. Their chunks may go to adapters, as
+        far as `ChunkPool.promised` allows."""
         self._kv.unmap(blocks)
         self._mapped[blocks] = False

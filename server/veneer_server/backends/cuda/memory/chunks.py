@@ -1,9 +1,9 @@
-"""One pool of chunks for KV blocks and adapters: who has which. No torch.
+"""Tracks which parts of a pool of chunks belong to KV blocks and to adapters. No torch.
 
-A chunk, some 2 MB, belongs to KV, to adapters, or to nobody, and moves between them by
-demand. KV takes whole chunks, from the end. An adapter takes places of a few units (fractions
-of a chunk) each, from the beginning: each of its matrices is in one piece, but the pieces may
-lie anywhere, so that holes are filled. Small adapters share a chunk.
+A chunk of about 2 MB belongs to KV, to adapters, or to nobody, and changes owner on demand. KV
+takes whole chunks, from the end. Adapters take pieces of some units each (fractions of a
+chunk), from the beginning: each matrix is contiguous, but the pieces may lie anywhere, so that
+holes are filled. Small adapters share a chunk.
 
 (S-LoRA pages by the hidden size, which fits neither grouped queries nor MLP targets.)
 """
@@ -16,34 +16,34 @@ _FREE, _ADAPTER, _KV = 0, 1, 2
 
 
 class ChunkPool:
-    """Who has which units.
+    """The owner of each unit of the pool.
 
     Args:
-        chunks: of the pool.
-        units: of a chunk.
+        chunks: number of chunks of the pool.
+        units: number of units of a chunk.
 
     Attributes:
-        promised: chunks that are kept for KV although it has not taken them yet. An adapter
-            gets none of them; lowered, they are adapters' to take.
+        promised: number of free chunks that are reserved for KV. Adapters cannot take them
+            unless this is lowered.
     """
 
     def __init__(self, chunks: int, units: int, promised: int = 0) -> None:
         self.units = units
         self.promised = promised
         self._map = bytearray(chunks * units)
-        """Who has each unit."""
+        """The owner of each unit."""
         self._taken = [0] * chunks
         """Units of each chunk that are not free."""
         self._whole = bytearray(chunks)
-        """0: a chunk is free as a whole."""
+        """For each chunk 0 if all of it is free, else 1."""
 
     @property
     def free_chunks(self) -> int:
-        """Chunks that nobody has a part of."""
+        """Number of chunks that are free as a whole."""
         return self._whole.count(0)
 
     def take_chunk(self) -> int | None:
-        """A chunk for KV, a promised one if there is any; None if all are taken."""
+        """Take a chunk for KV, a promised one if there is any. None if no chunk is free."""
         chunk = self._whole.rfind(0)
         if chunk < 0:
             return None
@@ -52,21 +52,22 @@ class ChunkPool:
         return chunk
 
     def give_chunk(self, chunk: int, *, keep: bool = True) -> None:
-        """KV returns a chunk; with ``keep`` it stays promised to KV."""
+        """Return a chunk from KV to the pool. With ``keep`` it stays promised to KV."""
         assert self._map[chunk * self.units] == _KV, "not a chunk of KV"
         self._set(chunk * self.units, self.units, _FREE)
         self.promised += keep
 
     def take(self, pieces: Sequence[int]) -> list[int] | None:
-        """Places for an adapter's pieces: the first unit of each; None if they do not fit.
+        """Take memory for an adapter. Returns the first unit of each piece, or None if the
+        pieces do not fit.
 
         Args:
-            pieces: units of each.
+            pieces: number of units of each piece.
         """
         places: list[int] = []
         after = 0
         for size in pieces:
-            # Behind the piece before it, so that copies are long; else in any hole.
+            # After the previous piece, so that copies are long; else in any hole.
             place = self._map.find(bytes(size), after)
             if place < 0:
                 place = self._map.find(bytes(size))
@@ -80,13 +81,13 @@ class ChunkPool:
         return places
 
     def give(self, places: Iterable[tuple[int, int]]) -> None:
-        """An adapter returns pieces: first unit and units of each."""
+        """Return an adapter's pieces to the pool, given the first unit and units of each."""
         for place, size in places:
             assert self._map[place : place + size] == bytes([_ADAPTER]) * size
             self._set(place, size, _FREE)
 
     def chunks_of(self, places: Iterable[tuple[int, int]]) -> list[int]:
-        """The chunks that these pieces lie in."""
+        """Return the chunks that these pieces lie in."""
         found: set[int] = set()
         for place, size in places:
             found.update(range(place // self.units, (place + size - 1) // self.units + 1))
@@ -104,13 +105,13 @@ class ChunkPool:
 
 
 class KvPages:
-    """Where KV blocks lie: a page is a block's K and V of all layers, in one piece.
+    """The page of each KV block: contiguous memory for the block's K and V of all layers.
 
     Args:
-        pages: of a chunk.
+        pages: number of pages of a chunk.
 
     Attributes:
-        places: of each mapped block: chunk * pages + the page's number in it.
+        places: for each mapped block chunk * pages + the page's number in the chunk.
     """
 
     def __init__(self, pool: ChunkPool, pages: int) -> None:
@@ -122,7 +123,7 @@ class KvPages:
         self.places: dict[int, int] = {}
 
     def map(self, block: int) -> int | None:
-        """The block's place, a new one if it has none; None if no chunk is free."""
+        """Return the block's place; if it has none, map it. None if no chunk is free."""
         place = self.places.get(block)
         if place is not None:
             return place
@@ -138,8 +139,8 @@ class KvPages:
         return place
 
     def unmap(self, blocks: Iterable[int], *, keep: bool = True) -> None:
-        """These blocks have nothing worth keeping; a chunk without a mapped page goes back to
-        the pool, see `ChunkPool.give_chunk`."""
+        """Unmap blocks whose contents are no longer needed. A chunk without a mapped page goes
+        back to the pool; see `ChunkPool.give_chunk`."""
         for block in blocks:
             place = self.places.pop(block, None)
             if place is None:

@@ -1,14 +1,15 @@
-"""What a stream must wait for before it uses memory that another one used: decisions only.
+"""Decides what a stream must wait for before it reuses memory that the other stream used.
 
-A device executes steps on one stream and copies of adapters on another, each in its order and
-neither in the other's. The host runs ahead of both. So memory that it gives to a new owner may
-still be read by a step, or written by a copy, that was started for the old one. Every operation
-has a number on its stream. For each region the last number of each stream is kept, and an
-operation waits, on the device, for the last one of the other stream that used a region of its.
+A device executes steps on one stream and copies of adapters on another. Each stream runs in
+order, but the two are not ordered with each other, and the host runs ahead of both. So when
+the host gives memory to a new owner, a step or copy for the old owner may still be using it.
+Operations are numbered on each stream. For each region the number of each stream's last
+operation that used it is kept. A new operation waits, on the device, for the other stream's
+last operation that used any of its regions.
 
 A region is anything that is used as a whole: a chunk, pinned memory that a copy reads, a buffer
-of a step's inputs. All uses count as writes. Memory that the host itself writes is free once
-`pending` is empty.
+of a step's inputs. All uses count as writes. The host itself may write to a region once
+`pending` is empty for it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from enum import Enum
 
 
 class DeviceStream(Enum):
-    """Where operations execute in their order."""
+    """A stream of the device, which executes its operations in order."""
 
     STEPS = "steps"
     COPIES = "copies"
@@ -35,9 +36,9 @@ class Issued:
     """An operation that may be enqueued now.
 
     Attributes:
-        number: on its stream, from 1.
-        wait: it must begin after this number of the other stream; 0 if it need not wait, also
-            because an operation before it on its stream has waited.
+        number: the operation's number on its stream, from 1.
+        wait: number of the operation of the other stream after which it must begin; 0 if it
+            need not wait, or if an earlier operation of its own stream has waited already.
     """
 
     number: int
@@ -45,17 +46,17 @@ class Issued:
 
 
 class Fences:
-    """Numbers of operations by stream and region. One thread at a time."""
+    """The last operations of each stream and region. Not thread-safe."""
 
     def __init__(self) -> None:
         self._last = dict.fromkeys(DeviceStream, 0)
         self._done = dict.fromkeys(DeviceStream, 0)
         self._waited = dict.fromkeys(DeviceStream, 0)
-        """By stream: it has waited for this number of the other."""
+        """For each stream, the operation of the other stream that it has waited for."""
         self._uses: dict[Hashable, dict[DeviceStream, int]] = {}
 
     def issue(self, stream: DeviceStream, regions: Iterable[Hashable]) -> Issued:
-        """The next operation on a stream, which uses these regions."""
+        """Number the next operation on a stream, which uses these regions."""
         number = self._last[stream] = self._last[stream] + 1
         other = stream.other
         wait = 0
@@ -69,20 +70,21 @@ class Fences:
         return Issued(number, wait)
 
     def done(self, stream: DeviceStream, number: int) -> None:
-        """The device has executed this operation, and so all before it on its stream."""
+        """Note that the device has executed this operation, and so all before it on its
+        stream."""
         assert number <= self._last[stream], "an operation that was never issued"
         self._done[stream] = max(self._done[stream], number)
 
     def last(self, stream: DeviceStream) -> int:
-        """The last number that was issued."""
+        """The number of the last operation issued on a stream."""
         return self._last[stream]
 
     def pending(self, region: Hashable) -> dict[DeviceStream, int]:
-        """The last operations that use a region and are not known to be done."""
+        """Return each stream's last operation on a region, if it is not known to be done."""
         uses = self._uses.get(region, {})
         return {s: number for s, number in uses.items() if number > self._done[s]}
 
     def forget(self, region: Hashable) -> None:
-        """A region ceases to exist: memory that nobody gets again, such as a copy's source."""
+        """Drop a region that will not be used again, such as the source of a copy."""
         assert not self.pending(region), "a region that is still in use"
         self._uses.pop(region, None)

@@ -1,4 +1,4 @@
-"""Enqueues operations on a device's streams behind what `Fences` says that they wait for."""
+"""Enqueues operations on a device's streams, with the waits that `Fences` demands."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from veneer_server.backends.cuda.device import Device, Event
 from veneer_server.backends.cuda.memory.fencing import DeviceStream, Fences
 
 BYTES_PER_STEP: Final = 32 << 20
-"""Of adapters that are copied beside one step: about a millisecond of PCIe 4.0 x16."""
+"""Bytes of adapters that may be copied beside one step: about a millisecond of PCIe 4.0 x16."""
 
 
 class DeviceTimeline:
-    """The events of a device's operations. Several threads may use it.
+    """Orders a device's operations by events. Thread-safe.
 
     Attributes:
-        lock: held while an operation is enqueued, and by whoever changes who has which memory.
+        lock: held while an operation is enqueued, and while memory changes its owner.
     """
 
     def __init__(self, device: Device, bytes_per_step: int = BYTES_PER_STEP) -> None:
@@ -29,13 +29,14 @@ class DeviceTimeline:
         self._events: dict[DeviceStream, deque[tuple[int, Event]]] = {
             s: deque() for s in DeviceStream
         }
-        """Of operations that are not known to be done."""
+        """The events of operations that are not known to be done."""
         self._most = bytes_per_step
         self._left = bytes_per_step
 
     @contextmanager
     def operation(self, stream: DeviceStream, regions: Iterable[Hashable]) -> Iterator[None]:
-        """What is enqueued within it is one operation, which uses these regions."""
+        """Context for one operation: all that is enqueued within it counts as one, which uses
+        these regions."""
         copies = stream is DeviceStream.COPIES
         with self.lock, self._device.copying() if copies else nullcontext():
             self.poll()
@@ -50,14 +51,14 @@ class DeviceTimeline:
                 self._events[stream].append((issued.number, self._device.record()))
 
     def poll(self) -> None:
-        """Note what the device has done meanwhile. Waits for nothing."""
+        """Note which operations the device has finished, without waiting."""
         with self.lock:
             for stream, events in self._events.items():
                 while events and self._device.done(events[0][1]):
                     self._fences.done(stream, events.popleft()[0])
 
     def until_free(self, region: Hashable) -> None:
-        """The host waits until no operation uses a region. It does not hold the lock then."""
+        """Block the host until no operation uses a region. The lock is not held meanwhile."""
         while True:
             with self.lock:
                 self.poll()
@@ -74,8 +75,8 @@ class DeviceTimeline:
             self._fences.forget(region)
 
     def allow_copy(self, size: int) -> None:
-        """The host waits until a copy of so many bytes may be enqueued: a step shares the way
-        to the device with few copies, and an idle device with any."""
+        """Block the host until a copy of ``size`` bytes may be enqueued. While steps run,
+        copies are limited, since both share the bus; on an idle device they are not."""
         while True:
             with self.lock:
                 self.poll()

@@ -1,1 +1,2 @@
-"""NF4 weights: repacked once; multiplied from 4 bits for few rows, else expanded by panels."""
+"""NF4 weights, repacked once. Few rows are multiplied from 4 bits; for many, panels are
+expanded to bfloat16."""

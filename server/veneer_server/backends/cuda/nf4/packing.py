@@ -1,9 +1,9 @@
-"""bitsandbytes' NF4 weights in the order in which the kernels read them.
+"""Repacks bitsandbytes' NF4 weights in the order that the kernels read.
 
-bitsandbytes stores a weight [out, in] row by row, two numbers a byte, the first in the high
-half. 64 numbers share a scale (absmax); with double quantization scales are bytes: one of 256
-numbers times a scale that 256 of them share, plus an offset. Every number stays what it is:
-`reference.expand` gives bit for bit what bitsandbytes' own dequantization gives.
+bitsandbytes stores a weight [out, in] row by row, two numbers per byte, the first in the high
+half. 64 numbers share a scale (absmax). With double quantization, scales are bytes: each stands
+for one of 256 levels, times a scale that 256 of them share, plus an offset. Repacking does not
+change any number: `reference.expand` equals bitsandbytes' own dequantization bit for bit.
 
 Layouts (n: output, k: block of 64 inputs):
     numbers    [k, n, 32] uint8: byte j has input j of the block in its low half, input j + 32
@@ -12,10 +12,10 @@ Layouts (n: output, k: block of 64 inputs):
     scales     [k, n] uint8 (double quantization) or float32
     first      [n] int32: 256 * (n's first group) + place of n's first scale in it; scale k of n
                is in group (first[n] + k) >> 8
-    offsets    [n] float32
+    offsets    [n] float32, added to the scales
     groups     [groups] float32: scales of scales
     levels     [256] float32: the numbers that bytes of ``scales`` stand for
-    codes      [16] float32: NF4's
+    codes      [16] float32: the numbers that NF4 codes stand for
 Without double quantization ``first``, ``offsets``, ``groups`` and ``levels`` have one element
 each, unused.
 """
@@ -36,7 +36,7 @@ GROUP: Final = 256
 
 @dataclass(frozen=True, slots=True)
 class PackedNf4:
-    """One weight, or several stacked: see above."""
+    """One weight, or several stacked. The module's docstring gives the layouts."""
 
     numbers: torch.Tensor
     scales: torch.Tensor
@@ -58,7 +58,7 @@ class PackedNf4:
 
     @property
     def nested(self) -> bool:
-        """Whether scales are bytes."""
+        """Whether scales are bytes (double quantization)."""
         return self.scales.dtype == torch.uint8
 
     @property
@@ -68,14 +68,14 @@ class PackedNf4:
 
 
 def pack(weights: Sequence[tuple[torch.Tensor, Any]]) -> PackedNf4:
-    """Pack weights that share an input; their outputs follow each other.
+    """Pack weights that share an input, with their outputs one after the other.
 
     Args:
-        weights: bitsandbytes' bytes and ``QuantState`` of each.
+        weights: bitsandbytes' bytes and ``QuantState`` of each weight.
 
     Raises:
-        ValueError: a weight is not NF4 in blocks of 64 along its inputs, or they differ in
-        kind.
+        ValueError: a weight is not NF4 in blocks of 64 along its inputs, or the weights are
+            quantized in different ways.
     """
     for _, state in weights:
         _check(state, weights[0][1])
@@ -83,7 +83,7 @@ def pack(weights: Sequence[tuple[torch.Tensor, Any]]) -> PackedNf4:
 
 
 def stack(weights: Sequence[PackedNf4]) -> PackedNf4:
-    """Weights that share an input as one; their outputs follow each other."""
+    """Stack weights that share an input, with their outputs one after the other."""
     if len(weights) == 1:
         return weights[0]
     made = replace(
@@ -134,7 +134,7 @@ def _check(state: Any, other: Any) -> None:
         )
     if state.shape[1] % BLOCK or state.shape[1] != other.shape[1]:
         raise ValueError(
-            f"{state.shape[1]} inputs: must be a multiple of {BLOCK}, alike in a group"
+            f"{state.shape[1]} inputs: must be a multiple of {BLOCK}, the same in a group"
         )
     if state.nested != other.nested:
         raise ValueError("weights with and without double quantization in one group")
@@ -147,7 +147,7 @@ def _check(state: Any, other: Any) -> None:
 
 
 def _reordered(data: torch.Tensor, state: Any) -> torch.Tensor:
-    """[k, n, 32] from bitsandbytes' bytes."""
+    """Reorder bitsandbytes' bytes to [k, n, 32]."""
     outputs, inputs = state.shape
     stored = data.contiguous().view(torch.uint8).view(-1)
     if len(stored) != outputs * inputs // 2:

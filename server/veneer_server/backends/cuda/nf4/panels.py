@@ -1,7 +1,7 @@
-"""NF4 for many rows: outputs of a weight as bfloat16 numbers, for cuBLAS to multiply.
+"""NF4 for many rows: expands a range of a weight's outputs to bfloat16 for cuBLAS.
 
-Multiplying many rows takes longer than expanding a weight. A panel is a range of its outputs,
-so the buffer stays small.
+With many rows, multiplying takes longer than expanding the weight. A panel is only a range of
+its outputs, so the buffer stays small.
 
 Layouts (see `packing` for the weight's):
     panel      [end - begin, 64 * k] bfloat16

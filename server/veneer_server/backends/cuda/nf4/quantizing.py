@@ -1,9 +1,9 @@
 """Quantizes weights to NF4 without bitsandbytes, to the same bits, in the kernels' layout.
 
-For cards without bitsandbytes: what is served must not depend on which of the two quantized the
-base. Equal to bitsandbytes' (0.50) functions for CPUs (`quantize_4bit` in blocks of 64, and
-with
-``nested`` its ``compress_statistics``); the kernels that it has for CUDA may round otherwise.
+It is for machines without bitsandbytes. Results must not depend on which of the two quantized
+the base, so this computes the same as bitsandbytes' (0.50) functions for CPUs: `quantize_4bit`
+in blocks of 64, where ``nested`` means its ``compress_statistics``. The CUDA kernels of
+bitsandbytes may round differently.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from veneer_server.backends.cuda.nf4.packing import BLOCK, GROUP, PackedNf4
 from veneer_server.models.checkpoint.code_books import NF4
 
 CODES: Final = NF4
-"""What the 16 codes stand for."""
+"""The numbers that the 16 codes stand for."""
 STEPS: Final = 65535
 SMALLEST: Final = 1e-38
-"""A block of zeros is divided by this."""
+"""Divisor for a block of zeros, in place of its largest magnitude."""
 
 
 @functools.cache
 def levels() -> torch.Tensor:
-    """[256] float32: what the bytes of nested scales stand for. bitsandbytes' "dynamic" map:
-    seven decades, the larger ones in finer steps, with 0 and 1."""
+    """Return the numbers that the bytes of nested scales stand for, [256] float32. They are
+    bitsandbytes' "dynamic" map: seven decades, larger ones in finer steps, plus 0 and 1."""
     found = [0.0, 1.0]
     for decade in range(7):
         edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
@@ -40,7 +40,7 @@ def quantize(weight: torch.Tensor, *, nested: bool = True) -> PackedNf4:
 
     Args:
         weight: [out, in], any float; in is a multiple of 64.
-        nested: quantize the scales to bytes, too.
+        nested: whether to quantize the scales to bytes, too.
 
     Raises:
         ValueError: the inputs cannot be divided into blocks, or a number is not finite.
@@ -55,7 +55,7 @@ def quantize(weight: torch.Tensor, *, nested: bool = True) -> PackedNf4:
     codes = torch.tensor(CODES)
     scaled = blocks * (1.0 / largest.clamp(min=SMALLEST)).unsqueeze(1)
     between = (codes[:-1] + codes[1:]) / 2
-    # A number halfway is the smaller one.
+    # A number halfway between two codes gets the smaller one.
     found = torch.bucketize(scaled.clamp(-1, 1), between, out_int32=True).to(torch.uint8)
     low, high = found.view(outputs, -1, BLOCK).chunk(2, dim=-1)
     numbers = (low | (high << 4)).transpose(0, 1).contiguous()
@@ -79,7 +79,7 @@ def quantize(weight: torch.Tensor, *, nested: bool = True) -> PackedNf4:
 
 @functools.cache
 def _nearest() -> torch.Tensor:
-    """[65536] uint8: the level nearest to each of as many places from -1 to 1."""
+    """Return the nearest level to each of 65536 evenly spaced places from -1 to 1, as uint8."""
     book = levels()
     places = torch.arange(STEPS + 1).float() / (STEPS / 2) - 1
     upper = torch.searchsorted(book, places, right=True).clamp(1, len(book) - 1)
@@ -88,8 +88,9 @@ def _nearest() -> torch.Tensor:
 
 
 def _bytes(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bytes for ``scales``, and the largest magnitude of each 256. bitsandbytes looks bytes up
-    in a table, so that one near the middle of two levels may get the farther one."""
+    """Quantize ``scales`` to bytes. Returns these and the largest magnitude of each group of
+    256. Bytes come from a table, as in bitsandbytes, so a scale near the middle of two levels
+    may get the farther one."""
     padded = torch.zeros(-(-len(scales) // GROUP) * GROUP)
     padded[: len(scales)] = scales
     of_group = padded.view(-1, GROUP)

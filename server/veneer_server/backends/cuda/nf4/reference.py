@@ -1,4 +1,4 @@
-"""What the kernels compute from packed weights, in torch."""
+"""Reference for the NF4 kernels, in torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from veneer_server.backends.cuda.nf4.packing import BLOCK, PackedNf4
 
 
 def scales(weight: PackedNf4) -> torch.Tensor:
-    """[k, n] float32. Two roundings, as bitsandbytes has them: never a fused multiply-add."""
+    """Return the scales, [k, n] float32. They are rounded twice, as in bitsandbytes: never with
+    a fused multiply-add."""
     if not weight.nested:
         return weight.scales
     blocks = torch.arange(weight.numbers.shape[0]).unsqueeze(1)
@@ -17,7 +18,7 @@ def scales(weight: PackedNf4) -> torch.Tensor:
 
 
 def expand(weight: PackedNf4) -> torch.Tensor:
-    """[n, 64 * k] float32."""
+    """Dequantize a weight: [n, 64 * k] float32."""
     halves = torch.cat((weight.numbers & 15, weight.numbers >> 4), dim=-1)
     numbers = weight.codes[halves.long()] * scales(weight).unsqueeze(-1)
     assert numbers.shape[-1] == BLOCK
@@ -25,7 +26,8 @@ def expand(weight: PackedNf4) -> torch.Tensor:
 
 
 def multiply(x: torch.Tensor, weight: PackedNf4) -> tuple[torch.Tensor, torch.Tensor]:
-    """``x`` [rows, in] bfloat16 times the transposed weight, rounded to bfloat16 as the kernels
-    do, and the sums of the terms' magnitudes; both [rows, n] float64."""
+    """Multiply ``x``, [rows, in] bfloat16, by the transposed weight, which is rounded to
+    bfloat16 as in the kernels. Returns the product and the sums of its terms' magnitudes, both
+    [rows, n] float64."""
     numbers = expand(weight).bfloat16().double()
     return x.double() @ numbers.t(), x.double().abs() @ numbers.t().abs()

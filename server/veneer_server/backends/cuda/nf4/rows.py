@@ -1,8 +1,8 @@
 """NF4 matrix multiply for few rows: weights stay 4 bits until they reach tensor cores.
 
-Reading the weights is what takes the time. `multiply_rows` writes sums over `SPLIT` blocks of
+Reading the weights takes most of the time. `multiply_rows` writes sums over `SPLIT` blocks of
 inputs each; `add_splits` adds these in order. Weights are scaled and rounded to bfloat16 before
-they are multiplied, as bitsandbytes does.
+they are multiplied, as in bitsandbytes.
 
 Layouts (see `packing` for the weight's):
     x          [rows, 64 * k] bfloat16; row stride given
@@ -12,8 +12,8 @@ Layouts (see `packing` for the weight's):
 
 Grids: multiply (blocks of outputs, splits, tiles of rows); add (rows, blocks of outputs).
 
-Launched with `enable_fp_fusion=False`: a fused multiply-add would round a scale once where
-bitsandbytes rounds twice.
+`multiply_rows` is launched with `enable_fp_fusion=False`, since a fused multiply-add would
+round a scale once where bitsandbytes rounds twice.
 """
 
 from __future__ import annotations
@@ -27,20 +27,21 @@ import triton.language as tl
 from veneer_server.backends.cuda.nf4.packing import PackedNf4
 
 ROWS: Final = 16
-"""Rows of a tile: the smallest that tensor cores multiply. One size for every number of rows,
-since another takes other instructions, which need not add in the same order."""
+"""Rows of a tile: the fewest that tensor cores multiply. One size for every number of rows,
+since another size would use other instructions, which may add in another order."""
 SPLIT: Final = 16
-"""Blocks of 64 inputs that one program adds up. Part of the order of summation: fixed."""
+"""Blocks of 64 inputs that one program adds up. Fixed, since it determines the order of
+summation."""
 
 BLOCK_OUTPUTS: Final = 32
-"""With 64, compiled for sm_100, four bytes spill."""
+"""With 64, compiled for sm_100, four bytes of registers spill."""
 
 
 @triton.jit
 def scales_of(
     scales, first, offsets, groups, levels, k, n, known, outputs, NESTED: tl.constexpr
 ):
-    """[BLOCK_N]: the scales of block ``k`` of outputs ``n``."""
+    """Return the scales of block ``k`` of outputs ``n``: [BLOCK_N]."""
     place = k * outputs + n
     if NESTED:
         level = tl.load(scales + place, mask=known, other=0)
@@ -119,7 +120,7 @@ def add_splits(
 
 
 def splits(weight: PackedNf4) -> int:
-    """Parts of a sum over all inputs."""
+    """Number of parts into which a sum over all inputs is split."""
     return -(-len(weight.numbers) // SPLIT)
 
 

@@ -1,5 +1,7 @@
-"""Parts of a packed NF4 weight, for tensor parallelism. No number changes: both the blocks and
-the scales of scales are cut where they lie."""
+"""Cuts parts out of a packed NF4 weight, for tensor parallelism, without quantizing again.
+
+Scales keep their groups, even if a part holds only some of a group's scales.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from veneer_server.backends.cuda.nf4.packing import BLOCK, PackedNf4
 
 
 def of_outputs(weight: PackedNf4, ranges: Sequence[slice]) -> PackedNf4:
-    """Some outputs, of all inputs."""
+    """Return some of the outputs, with all inputs."""
 
     def cut(numbers: torch.Tensor, dim: int) -> torch.Tensor:
         parts = [numbers.narrow(dim, r.start, r.stop - r.start) for r in ranges]
@@ -25,10 +27,10 @@ def of_outputs(weight: PackedNf4, ranges: Sequence[slice]) -> PackedNf4:
 
 
 def of_inputs(weight: PackedNf4, inputs: slice) -> PackedNf4:
-    """Some inputs, for all outputs.
+    """Return some of the inputs, for all outputs.
 
     Raises:
-        ValueError: a block of 64 would be cut.
+        ValueError: the range would cut a block of 64 inputs.
     """
     if inputs.start % BLOCK or inputs.stop % BLOCK:
         raise ValueError(f"inputs {inputs.start} to {inputs.stop} cut a block of {BLOCK}")

@@ -1,1 +1,1 @@
-"""What lies between the multiplies of a layer: norms, rotary positions, the gate."""
+"""The operations between a layer's matrix multiplies: norms, rotary embedding, the gate."""

@@ -1,4 +1,4 @@
-"""RMSNorm, with the addition to the residual stream before it.
+"""The addition to the residual stream, followed by RMSNorm, in one kernel.
 
 One program holds a whole row, so a row is read once.
 
@@ -52,7 +52,7 @@ def normalize(
     out: torch.Tensor,
     epsilon: float,
 ) -> None:
-    """``hidden`` += ``added``, then ``out`` = its RMSNorm."""
+    """Add ``added`` to ``hidden`` in place, and write the RMSNorm of the sum to ``out``."""
     rows, features = hidden.shape
     assert hidden.is_contiguous()
     normalize_rows[(rows,)](

@@ -1,4 +1,4 @@
-"""What `norm`, `rotary` and `gate` compute, in float64."""
+"""Reference for `norm`, `rotary` and `gate`, in float64."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch.nn import functional as F
 
 
 def normalize(numbers: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """RMSNorm of [..., features]."""
+    """Apply RMSNorm to ``numbers``, [..., features]."""
     numbers = numbers.double()
     scale = torch.rsqrt(numbers.square().mean(dim=-1, keepdim=True) + epsilon)
     return numbers * scale * weight.double()
 
 
 def turn(heads: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding.
+    """Apply the rotary embedding.
 
     Args:
         heads: [rows, heads, dim].
@@ -26,6 +26,6 @@ def turn(heads: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
 
 
 def gate(pairs: torch.Tensor) -> torch.Tensor:
-    """SiLU of the first half of [rows, 2 * features] times the second."""
+    """Return SiLU of the first half of ``pairs`` [rows, 2 * features] times the second half."""
     left, right = pairs.double().chunk(2, dim=-1)
     return F.silu(left) * right

@@ -1,7 +1,7 @@
-"""From q, k and v as they were projected to the query, and to K and V in the cache.
+"""Turns projected q, k and v into the query and the cache's K and V, in one pass.
 
-Norms of single heads (Qwen3), the rotary embedding (halves convention) and the write to the
-cache in one pass.
+The pass applies the norms of single heads (Qwen3) and the rotary embedding (halves convention),
+and writes K and V to the cache.
 
 Layouts:
     qkv        [rows, heads + 2 * kv_heads, dim], any float; row stride given
@@ -91,7 +91,7 @@ def place(
     values: torch.Tensor,
     epsilon: float,
 ) -> None:
-    """Write the rows' queries, keys and values. ``epsilon`` is of ``norms``."""
+    """Write the rows' queries, keys and values. ``epsilon`` is for the norms of heads."""
     rows, all_heads, dim = qkv.shape
     kv_heads, block_size = keys.shape[1:3]
     heads = all_heads - 2 * kv_heads

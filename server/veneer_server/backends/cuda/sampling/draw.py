@@ -1,20 +1,18 @@
-"""One token a row by temperature, top-k, top-p and min-p, as the CPU's sampler has them.
+"""Samples one token per row by temperature, top-k, top-p and min-p, as the CPU sampler does.
 
-Bias, penalties and masks are in the logits already. A token is drawn by inverse transform:
-tokens in an order, the first whose sum of probabilities exceeds a random share of the total.
-Without cuts the order is the vocabulary's; with cuts it is likeliest first, equal ones by lower
-id.
+Bias, penalties and masks are in the logits already. Sampling is by inverse transform: tokens
+are put in order, and the first one whose cumulative probability exceeds a random share of the
+total is taken. Without top-k, top-p and min-p the order is the vocabulary's. With any of them
+it is by falling probability, equal ones by rising id.
 
-Nothing is sorted. The bits of a probability, read as an integer, have its order, so what a sort
-would find is found by bisection: the value at which the sum of all probabilities that are no
-smaller passes a bound, then a place among the tokens that have this value. A bisection reads a
-row of logits some 30 times, from the cache of one multiprocessor's neighbourhood; top-k, top-p
-and the draw take one each.
+Nothing is sorted. Probabilities are ordered like their bits read as integers, so bisection can
+find what a sort would: the value at which the sum of all probabilities that are no smaller
+passes a bound, then a place among the tokens with this value. A bisection reads a row of logits
+about 30 times, from cache. Top-k, top-p and the final sampling take one bisection each.
 
 Layouts:
     logits     [rows, vocab] float32; row stride given; finite, or minus infinity
-    settings   [rows, 2] float32: temperature (below `COLDEST`: the likeliest token), min_p (0:
-               off)
+    settings   [rows, 2] float32: temperature (below `COLDEST`: greedy), min_p (0: off)
     top_k      [rows] int32, 0: off
     shares     [rows, 2] float64: top_p (1: off), the random number in [0, 1)
     tokens     [rows] int64; -1: the row has no probabilities (NaN)
@@ -34,19 +32,21 @@ import triton.language as tl
 from veneer_server.step.choice import TokenChoice, uniform
 
 COLDEST: Final = 1e-5
-"""Lower temperatures are greedy: dividing by them would overflow."""
+"""Lower temperatures mean greedy sampling: dividing by them would overflow."""
 
 
 @triton.jit
 def probabilities(row, token, known, peak, temperature, total):
-    """[BLOCK] float32, 0 where not known. Always computed the same way: bits are compared."""
+    """Return the tokens' probabilities, [BLOCK] float32, 0 where not ``known``. They must
+    always be computed in the same way, since their bits are compared."""
     logits = tl.load(row + token, mask=known, other=float("-inf"))
     return tl.exp((logits - peak) / temperature) / total
 
 
 @triton.jit
 def above(row, vocab, peak, temperature, total, least, BLOCK: tl.constexpr):
-    """Sum (float64) and number of the probabilities whose bits are at least ``least``."""
+    """Return the sum (float64) and the number of the probabilities whose bits are at least
+    ``least``."""
     sums = tl.zeros((BLOCK,), tl.float64)
     counts = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, vocab, BLOCK):
@@ -119,7 +119,7 @@ def draw_rows(
     # The likeliest token's probability; its bits are the highest.
     highest = 1.0 / total
     top = highest.to(tl.int32, bitcast=True)
-    # Kept: all whose bits are above `cut`, and the first `ties` of those whose bits are `cut`.
+    # Tokens are kept whose bits are above `cut`, and the first `ties` whose bits are `cut`.
     cut = top * 0
     ties = vocab
     mass = tl.full((), 1.0, tl.float64)
@@ -162,7 +162,8 @@ def draw_rows(
     ties = tl.minimum(ties, equal - count)
     value = cut.to(tl.float32, bitcast=True).to(tl.float64)
     bound = (mass + ties * value) * random
-    # The highest bits at which the sum of all that are no lower is above the bound.
+    # Find the highest bits for which the sum of all probabilities that are no lower is above
+    # the bound.
     found = cut
     over = top + 1
     while over - found > 1:
@@ -176,7 +177,7 @@ def draw_rows(
     value = found.to(tl.float32, bitcast=True).to(tl.float64)
     place = tl.minimum((bound - mass) / tl.maximum(value, 1e-300), 1e9).to(tl.int32)
     place = tl.maximum(tl.minimum(place, equal - 1), 0)
-    # The token in this place among those with these bits, in the vocabulary's order.
+    # Find the token at this place among those with these bits, in the vocabulary's order.
     passed = vocab * 0
     chosen = vocab * 0
     for start in range(0, vocab, BLOCK):
@@ -215,7 +216,7 @@ def draw(
 
 
 def given(choices: Sequence[TokenChoice]) -> dict[str, list[Any]]:
-    """What `draw` is to be given for these rows, by name."""
+    """Return the arguments of `draw` that follow from these choices, by name."""
     params = [choice.params for choice in choices]
     return {
         "settings": [(p.temperature, p.min_p) for p in params],

@@ -1,14 +1,15 @@
-"""Log-probabilities of the model's own logits: of each row's token, and the likeliest tokens.
+"""Computes log-probabilities of each row's token and of the likeliest tokens, from raw logits.
 
 Layouts:
     logits     [rows, vocab] float32; row stride given; finite
     tokens     [rows] int64
     counts     [rows] int32: how many of the likeliest are wanted; the rest is not written
-    own        [rows] float32: the token's
-    tops       [rows, TOPS] int32: likeliest first, equal ones by lower id
-    top_own    [rows, TOPS] float32: theirs
+    own        [rows] float32: the token's log-probability
+    tops       [rows, TOPS] int32: the likeliest tokens, likeliest first; equal ones by rising
+               id
+    top_own    [rows, TOPS] float32: their log-probabilities
 
-Grid: (rows,). One program reads a whole row, once more for each of the likeliest.
+Grid: (rows,). One program reads a whole row, and again for each of the likeliest tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import triton
 import triton.language as tl
 
 TOPS: Final = 20
-"""The most that a request may ask for."""
+"""The most likeliest tokens that a request may ask for."""
 
 
 @triton.jit

@@ -1,5 +1,6 @@
-"""Whether the kernels compute on this card what they should: before they serve, and in doctor.
+"""Checks that the kernels compute the right results on this GPU, before serving and in doctor.
 
-``python -m veneer_server.backends.cuda.self_test`` runs it in a process of its own, which a
-kernel that goes astray may end. `cases` has the kernels with small shapes, `report` the answer.
+``python -m veneer_server.backends.cuda.self_test`` runs it in a separate process, since a
+faulty kernel may end the process. `cases` runs the kernels on small shapes; `report` collects
+the results.
 """

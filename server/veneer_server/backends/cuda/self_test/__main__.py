@@ -10,7 +10,7 @@ import torch
 
 
 def main() -> None:
-    """Entry point. Without a card it says so, and runs nothing."""
+    """Entry point. Without a GPU it says so and runs nothing."""
     facts: dict[str, object] = {"torch": torch.__version__, "cuda": torch.version.cuda or ""}
     if not torch.cuda.is_available():
         print(json.dumps({**facts, "why": "torch finds no CUDA device"}))

@@ -1,7 +1,7 @@
-"""Each kernel on small random inputs, beside its reference on the CPU.
+"""Runs each kernel on small random inputs, and its reference on the CPU.
 
-Smaller than ``tests/gpu`` has them, and with nothing around the buffers: it is to find a
-compiler or a card that computes something else, not a wrong kernel.
+The shapes are smaller than in ``tests/gpu``, and writes beyond a buffer are not looked for. The
+aim is to find a compiler or a GPU with wrong results, not a bug in a kernel.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from veneer_server.backends.cuda.sampling import draw, logprobs
 
 CPU: Final = torch.device("cpu")
 ROUNDED: Final = 2**-8
-"""Of a number, by rounding to bfloat16."""
+"""Bound of the relative error of rounding to bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """A kernel's result and what it should be, on the CPU; ``tolerance`` per element."""
+    """A kernel's result and the expected one, both on the CPU; ``tolerance`` is per element."""
 
     got: torch.Tensor
     expected: torch.Tensor
@@ -44,34 +44,34 @@ class Compared:
 
     @property
     def wrong(self) -> int:
-        """Elements that differ by more. A NaN does."""
+        """Number of elements that differ by more than the tolerance. A NaN counts."""
         difference = (self.got.double() - self.expected.double()).abs()
         return int((~(difference <= self.tolerance)).sum())
 
 
 class CaseInputs:
-    """Random numbers, the same on every machine, and where they are copied to."""
+    """Makes random inputs, the same on every machine, and copies them to the device."""
 
     def __init__(self, device: torch.device, seed: int) -> None:
         self.device = device
         self._generator = torch.Generator().manual_seed(seed)
 
     def numbers(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        """Normally distributed, on the CPU."""
+        """Return normally distributed numbers on the CPU."""
         return torch.randn(shape, generator=self._generator).to(dtype)
 
     def put(self, values: torch.Tensor) -> torch.Tensor:
-        """A copy on the device."""
+        """Copy a tensor to the device."""
         return values.to(self.device, copy=True)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        """Memory on the device that has NaN in it, or -7."""
+        """Allocate memory on the device, filled with NaN, or -7 for integers."""
         filler = torch.nan if dtype.is_floating_point else -7
         return torch.full(shape, filler, dtype=dtype, device=self.device)
 
 
 def _put_all(inputs: CaseInputs, weight: Any) -> Any:
-    """A packed weight on the device."""
+    """Copy a packed weight to the device."""
     return replace(weight, **{n: inputs.put(getattr(weight, n)) for n in weight.__slots__})
 
 
@@ -235,7 +235,7 @@ def _attention(inputs: CaseInputs) -> Iterator[Compared]:
 def _sampling(inputs: CaseInputs) -> Iterator[Compared]:
     logits = inputs.numbers(2, 4099, dtype=torch.float32)
     best, tokens = logits.argmax(dim=1), inputs.empty(2, dtype=torch.int64)
-    # Greedy, and a draw among one.
+    # One row is greedy; the other has top_k = 1.
     draw.draw(
         inputs.put(logits),
         inputs.put(torch.tensor([[0.0, 0.0], [1.0, 0.0]])),
@@ -265,4 +265,4 @@ CASES: Final[dict[str, Callable[[CaseInputs], Iterator[Compared]]]] = {
     "attention": _attention,
     "sampling": _sampling,
 }
-"""By subject."""
+"""The cases by name."""

@@ -1,4 +1,4 @@
-"""Runs the self-test and says what it found, as plain data."""
+"""Runs the self-test and returns its findings as plain data."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from veneer_server.backends.cuda.self_test.cases import CASES, CaseInputs
 
 @dataclass(frozen=True, slots=True)
 class CudaReport:
-    """Attributes:
-    wrong: for each subject that computes something else, what is wrong; by its name.
-    checked: subjects that were run.
-    seconds: of all, compilation included.
+    """The findings of a self-test.
+
+    Attributes:
+        wrong: for each case that failed, a description of the failure.
+        checked: names of all cases that were run.
+        seconds: duration of the whole test, compilation included.
     """
 
     wrong: dict[str, str]
@@ -24,7 +26,7 @@ class CudaReport:
 
 
 def run(device: torch.device, seeds: int = 1) -> CudaReport:
-    """Run every case ``seeds`` times with other numbers."""
+    """Run every case ``seeds`` times, with different numbers each time."""
     began, wrong = time.perf_counter(), {}
     for name, case in CASES.items():
         try:

@@ -1,4 +1,4 @@
-// Which CPUs a thread may run on.
+// Sets of CPUs, and binding threads to them.
 #pragma once
 
 #include <pthread.h>
@@ -10,7 +10,7 @@
 
 namespace veneer {
 
-// A set of CPUs of any number, as Linux takes it.
+// A set of CPUs of any size, in Linux's format.
 class CpuSet {
   public:
     CpuSet() = default;
@@ -24,14 +24,15 @@ class CpuSet {
 
     bool empty() const { return words_.empty(); }
 
-    // Let a thread run on these CPUs alone; false if the system refuses.
+    // Bind a thread to these CPUs; false if the system refuses.
     bool bind(pthread_t thread) const {
         return pthread_setaffinity_np(thread, words_.size() * sizeof(long), set()) == 0;
     }
 
-    // Become where a thread may run; empty if the system does not say. Allocates the first time.
+    // Read the CPUs on which a thread may run; empty if the system does not say. Only allocates on
+    // the first call.
     void read(pthread_t thread) {
-        for (size_t words = 16; words <= 1024; words *= 4) {  // the kernel says if they are too few
+        for (size_t words = 16; words <= 1024; words *= 4) {  // the call fails if they are too few
             words_.assign(words, 0);
             if (pthread_getaffinity_np(thread, words * sizeof(long),
                                        reinterpret_cast<cpu_set_t*>(words_.data())) == 0)

@@ -1,5 +1,5 @@
-// The memory layout of the structs that Python has too. Beside each such struct stands a table of
-// its fields, for the caller to compare with its own.
+// Tables of the fields of the structs that Python declares too. Each such struct has a table beside
+// it, which the caller compares with its own declaration.
 #pragma once
 
 #include <cstddef>
@@ -7,7 +7,7 @@
 
 namespace veneer {
 
-// A field; with an empty name, the struct itself.
+// A field of a struct or, with an empty name, the struct itself.
 struct Field {
     const char* of;
     const char* name;

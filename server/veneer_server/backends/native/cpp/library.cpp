@@ -16,10 +16,10 @@ using namespace veneer;
 
 namespace {
 
-// The caller knows these numbers (`_Status` of library.py).
+// The caller has the same numbers (`Status` of library.py).
 enum Status : int32_t { kOk = 0, kNoMemory = 1, kNoThreads = 2, kInternal = 3 };
 
-// The tables one after the other, and a row without a struct.
+// Concatenate the tables, and add a row without a struct.
 template <size_t... Sizes>
 std::vector<Field> joined(const Field (&... tables)[Sizes]) {
     std::vector<Field> all;
@@ -28,7 +28,7 @@ std::vector<Field> joined(const Field (&... tables)[Sizes]) {
     return all;
 }
 
-// Call `function`; an exception becomes a status.
+// Call `function`, and turn an exception into a status.
 template <class Function>
 Status caught(const Function& function) noexcept {
     try {
@@ -53,8 +53,8 @@ struct Engine {
     std::vector<Sampler> samplers;  // by thread
 };
 
-// Call `function(row, sampler)` for each row, on an engine's threads if there is more than one row.
-// Returns the status of a row that failed, if any did.
+// Call `function(row, sampler)` for each row, on an engine's threads if there is an engine and more
+// than one row. Returns the status of a row that failed, or kOk.
 template <class Function>
 Status each_row(void* handle, int64_t rows, const Function& function) noexcept {
     if (handle == nullptr) {
@@ -75,8 +75,8 @@ Status each_row(void* handle, int64_t rows, const Function& function) noexcept {
     return status;
 }
 
-// Call `function(part)` for each part, on threads of its own: packing comes before there is an
-// engine, and takes far longer than starting threads.
+// Call `function(part)` for each part, on new threads: packing is done before there is an engine,
+// and takes far longer than starting threads.
 template <class Function>
 Status each_part(int64_t parts, int threads, const Function& function) noexcept {
     return caught([&] {
@@ -87,7 +87,7 @@ Status each_part(int64_t parts, int threads, const Function& function) noexcept 
     });
 }
 
-// Call `function(tile, where it is packed to)` for each tile of a weight.
+// Call `function(tile, at)` for each tile of a weight; `at` is where the tile is packed to.
 template <class Function>
 Status each_tile(Kind kind, int outputs, int inputs, uint8_t* to, int threads,
                  const Function& function) noexcept {
@@ -110,8 +110,8 @@ const Field* veneer_fields() {
 
 const char* veneer_instructions() { return matrix::kPresent ? matrix::kName : kInstructions; }
 
-// Ask the operating system for what the kernels need of it; 0 if it refuses. Once in a process,
-// before all functions that compute.
+// Ask the operating system for the matrix registers, if the kernels need them; 0 if it refuses.
+// Call once per process, before any function that computes.
 int32_t veneer_permit() { return matrix::permit() ? 1 : 0; }
 
 int64_t veneer_packed_bytes(int32_t kind, int32_t outputs, int32_t inputs) {
@@ -122,8 +122,7 @@ int64_t veneer_packed_bytes(int32_t kind, int32_t outputs, int32_t inputs) {
 // The version of the packed weights' layout.
 int32_t veneer_layout() { return kLayout; }
 
-// Quantize blocks of 64 weights; `stored` is a `Stored`, and the last two pointers are a
-// `CodeBook`.
+// Quantize blocks of 64 weights. `stored` is a `Stored`; `bounds` and `book` make up a `CodeBook`.
 Status veneer_quantize(const void* weights, int32_t stored, int64_t blocks, const float* bounds,
                        const uint8_t* book, uint8_t* codes, float* largest, int32_t threads) {
     constexpr int64_t together = 512;
@@ -167,13 +166,13 @@ void veneer_multiply(const Linear* linear, const bf16* x, int64_t rows, float* y
     matrix::give_up();
 }
 
-// Creates an engine into *to, for `veneer_destroy`; null where it fails.
+// Create an engine and store it in *to, or null on failure. Free it with `veneer_destroy`.
 Status veneer_create(const Model* model, int32_t threads, void** to) {
     *to = nullptr;
     return caught([&] { *to = new Engine(*model, threads); });
 }
 
-// Let an engine's thread run on these CPUs alone; 0 if the system refuses. See `ThreadPool::bind`.
+// Bind an engine's thread to these CPUs; 0 if the system refuses. See `ThreadPool::bind`.
 int32_t veneer_bind(void* handle, int32_t thread, const int32_t* cpus, int32_t count) {
     bool bound = false;
     const Status status = caught(
@@ -191,21 +190,22 @@ Status veneer_step(void* handle, const Step* step) {
     return status;
 }
 
-// Samples a token for each row; on the calling thread if there is no engine.
+// Sample a token for each row, on the calling thread if there is no engine.
 Status veneer_sample(void* engine, SampleRow* rows, int64_t count, int64_t vocab) {
     return each_row(engine, count, [&](int64_t row, Sampler& sampler) {
         store_number(&rows[row].token, sampler.token(rows[row], vocab));
     });
 }
 
-// log(sum of e^logit) of each row.
+// Compute log(sum of e^logit) of each row.
 Status veneer_log_sums(void* engine, const float* logits, int64_t rows, int64_t vocab, float* to) {
     return each_row(engine, rows, [&](int64_t row, Sampler&) {
         store_number(to + row, log_sum(logits + row * vocab, vocab));
     });
 }
 
-// Seconds in each phase of all steps so far (`Time`); zeros unless compiled with VENEER_TIMES.
+// Get the seconds spent in each kind of phase (`Time`) in all steps so far. Zeros unless compiled
+// with VENEER_TIMES.
 void veneer_times(void* handle, double* to) {
     const Decoder& decoder = static_cast<Engine*>(handle)->decoder;
     std::memcpy(to, decoder.seconds, sizeof decoder.seconds);

@@ -1,5 +1,5 @@
-// Each thread's share of a phase's chunks, and which shares have chunks that nobody has begun (see
-// thread_pool.h).
+// Tracks each thread's share of a phase's chunks, and which shares still have chunks that no thread
+// has begun (see thread_pool.h).
 #pragma once
 
 #include <algorithm>
@@ -10,8 +10,8 @@
 
 namespace veneer {
 
-// A word of a phase: its number (the lower half) and two small numbers, which change together. A
-// late thread finds another phase's number there, and leaves the word alone.
+// A 64-bit word with the lower half of a phase's number and two small numbers, which change
+// together. A late thread finds another phase's number there and does not change the word.
 struct PhaseWord {
     static uint64_t packed(uint64_t phase, int high, int low) {
         return phase << 32 | uint64_t(high) << 16 | uint64_t(low);
@@ -19,7 +19,7 @@ struct PhaseWord {
     static bool is_of(uint64_t word, uint64_t phase) {
         return uint32_t(word >> 32) == uint32_t(phase);
     }
-    // Right across an overflow of the lower half, for phases of one program.
+    // Correct even if the lower half overflows, for phases of one program.
     static bool is_before(uint64_t word, uint64_t phase) {
         return int32_t(uint32_t(phase) - uint32_t(word >> 32)) > 0;
     }
@@ -35,14 +35,15 @@ class Shares {
           shares_(new Share[size_t(size)]),
           open_(new Open[size_t(words_)]) {}
 
-    // Before a program whose first phase has this number, while no thread is in one.
+    // Call before a program whose first phase has this number, while no thread is in a phase.
     void reset(uint64_t first) {
         for (int thread = 0; thread < size_; ++thread)
             shares_[thread].left.store(PhaseWord::packed(first - 1, 0, 0),
                                        std::memory_order_relaxed);
     }
 
-    // Before a phase: any share may have chunks. Threads cut the shares themselves.
+    // Call before a phase: mark all shares as possibly having chunks. Threads cut the shares
+    // themselves.
     void open(uint64_t phase) {
         for (int share = 0; share < size_; share += kBits) {
             const uint64_t bits = (uint64_t(1) << std::min(size_ - share, kBits)) - 1;
@@ -50,8 +51,9 @@ class Shares {
         }
     }
 
-    // A chunk of a share from its beginning for the owner, from its end for others; -1 where none
-    // is left. `begin_of(owner)` is where a share begins; the first to look cuts it.
+    // Take a chunk of a share: the owner from its beginning, other threads from its end. Returns -1
+    // if none is left. `begin_of(owner)` returns where a share begins; the first thread to look at
+    // a share cuts it.
     template <class BeginOf>
     int take(uint64_t phase, int owner, int thread, const BeginOf& begin_of) {
         std::atomic<uint64_t>& left = shares_[owner].left;
@@ -75,10 +77,11 @@ class Shares {
         }
     }
 
-    // The next thread in turn whose share may have chunks left; -1 where there is none.
+    // The next thread after `thread`, cyclically, whose share may have chunks left; -1 if none has.
     int next_open(uint64_t phase, int thread) const {
         const uint32_t above = ~uint32_t(0) << thread % kBits;
-        // The first word's bits from this thread on, then all others, then its other bits.
+        // The first word's bits from this thread on, then the other words, then the first word's
+        // remaining bits.
         for (int turn = 0; turn <= words_; ++turn) {
             const int word = (thread / kBits + turn) % words_;
             const uint64_t seen = open_[word].shares.load(std::memory_order_relaxed);
@@ -93,12 +96,12 @@ class Shares {
 
   private:
     struct alignas(64) Share {
-        // The chunks that nobody has begun, from `high` to `low` - 1. Of an older phase until a
-        // thread takes the first one.
+        // The chunks that no thread has begun, `high` to `low` - 1. The word is of an older phase
+        // until a thread takes the first chunk.
         std::atomic<uint64_t> left{0};
     };
     struct alignas(64) Open {
-        // In place of the two numbers a bit for each of 32 shares that may have chunks left.
+        // In place of the two numbers, a bit for each of 32 shares: it may have chunks left.
         std::atomic<uint64_t> shares{0};
     };
 

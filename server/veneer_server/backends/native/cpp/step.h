@@ -1,5 +1,5 @@
 // The structs of the C interface: plain pointers and numbers, owned by the caller.
-// Python has the same: see layout.h.
+// Python declares the same structs: see layout.h.
 #pragma once
 
 #include "kernels/attention/attention.h"
@@ -9,7 +9,7 @@
 
 namespace veneer {
 
-constexpr int kGroups = 4;  // projections with one input: q, k, v; o; gate, up; down
+constexpr int kGroups = 4;  // projections that share an input: q, k, v; o; gate, up; down
 enum Group { kQkv, kOutput, kGateUp, kDown };
 
 struct Layer {
@@ -67,7 +67,7 @@ inline const LoraGroup& group_of(const LoraAdapter& adapter, int layer, Group gr
     return adapter.groups[layer * kGroups + group];
 }
 
-// `StepArrays` of step/arrays.py, and where its logits go.
+// `StepArrays` of step/arrays.py, and where to write its results.
 struct Step {
     const int64_t* tokens;
     const int64_t* positions;
@@ -78,7 +78,7 @@ struct Step {
     const Segment* segments;
     const int64_t* logit_rows;
     float* logits;    // [logit_count, vocab]
-    uint8_t* finite;  // [logit_count] 1 where all of a row's logits are finite, else 0
+    uint8_t* finite;  // [logit_count] 1 if all of a row's logits are finite, else 0
     int64_t rows, sequences, table_width, segment_count, logit_count;
 };
 constexpr Field kStepFields[] = {

@@ -1,29 +1,29 @@
 // A thread pool that executes a program of phases, and that hardly ever waits for a thread which
 // the OS has preempted.
 //
-// A program is a list of phases with a barrier between them; a phase is a number of chunks. Each
+// A program is a list of phases with a barrier between them; a phase is cut into chunks. Each
 // thread has a share of a phase's chunks and takes them in order, so that it reads memory in order
-// and finds in its caches what its share of an earlier phase brought there. A thread that has
-// finished its own share steals chunks from the end of another's.
+// and finds data in its caches from its share of an earlier phase. A thread that has finished its
+// own share steals chunks from the end of another thread's.
 //
-// What a thread does in a phase beside its chunks does not grow with the number of threads. It cuts
-// its own share itself. A bit for each share, 32 to a word, says whether it has chunks that nobody
-// has begun, so one look finds a share to steal from, or that there is none. A thread that is
-// through with the phase adds what it has finished to one count, and the thread that completes the
-// count leads to the next phase; the others wait for that alone.
+// A thread's work in a phase besides its chunks does not grow with the number of threads. It cuts
+// its own share itself. A bit per share, 32 to a word, says whether the share has chunks that no
+// thread has begun, so one look finds a share to steal from, or that there is none. A thread that
+// has done its part of the phase adds the number of chunks it finished to one count. The thread
+// that completes the count leads to the next phase; the others only wait for that.
 //
-// On few cores the OS now and then preempts a thread for long enough to execute dozens of phases,
-// and that thread may hold a chunk: it is then a straggler. So a thread that has waited longer for
-// a chunk than one takes executes it again. A chunk only reads what earlier phases wrote and only
+// On few cores the OS now and then preempts a thread for long enough to execute dozens of phases.
+// If that thread holds a chunk, it is a straggler. So a thread that has waited for a chunk longer
+// than a chunk takes executes it again. A chunk only reads what earlier phases wrote and only
 // writes its own results, so executing it twice is the same as executing it once, and all threads
-// but the straggler go on. When the straggler resumes it writes the chunk's results once more.
-// Until then nothing may be put where it reads or writes: a program is told of stragglers when it
-// prepares a phase, and has that phase write elsewhere (see `Program::prepare`). Both threads may
-// write at one time: see kernels/shared.h.
+// but the straggler can continue. When the straggler resumes, it writes the chunk's results once
+// more. Until then nothing else may use the memory that it reads or writes: a program is told of
+// stragglers when it prepares a phase, and makes that phase write elsewhere (see
+// `Program::prepare`). Both threads may write at the same time: see kernels/shared.h.
 //
-// Any thread can lead from one phase to the next. All threads wait for a straggler only where it
-// was preempted while it led (it prepares lists, no more), at a program's end, and where a program
-// has no room left to write elsewhere.
+// Any thread can lead from one phase to the next. All threads wait for a straggler only in three
+// cases: it was preempted while it led (a leader only prepares lists), the program ends, or the
+// program has no other memory left to write to.
 #pragma once
 
 #include <linux/futex.h>
@@ -53,7 +53,7 @@ namespace veneer {
 
 class ThreadPool {
   public:
-    // `patient`: no chunk is executed twice; for tests.
+    // `patient`: never execute a chunk twice; for tests.
     explicit ThreadPool(int size, bool patient = false)
         : size_(size),
           patient_(patient),
@@ -77,9 +77,9 @@ class ThreadPool {
 
     int size() const { return size_; }
 
-    // Let a thread run on these CPUs alone; false if the system refuses. The caller of `run`,
-    // number 0, is bound from `wake` to `let_sleep` only: the threads and processes that it starts
-    // at other times inherit where it may run.
+    // Bind a thread to these CPUs; false if the system refuses. Thread 0, the caller of `run`, is
+    // only bound from `wake` to `let_sleep`, since threads and processes that it starts inherit the
+    // binding.
     bool bind(int thread, const CpuSet& cpus) {
         if (thread > 0) return cpus.bind(threads_[size_t(thread - 1)].native_handle());
         callers_ = cpus;
@@ -104,7 +104,7 @@ class ThreadPool {
         before_.clear();
     }
 
-    // Execute a program. On return no thread is in it any more.
+    // Execute a program. On return no thread is executing it any more.
     void run(Program& program) {
         if (size_ == 1) return run_alone(program);
         program_ = &program;
@@ -117,7 +117,7 @@ class ThreadPool {
             wait([&] { return inside_[other].phase.load(std::memory_order_seq_cst) == 0; });
     }
 
-    // Call `function(number, thread)` for 0 to count - 1.
+    // Call `function(number, thread)` for the numbers 0 to count - 1.
     template <class Function>
     void each(int64_t count, const Function& function) {
         Each<Function> program(count, function);
@@ -125,15 +125,15 @@ class ThreadPool {
     }
 
   private:
-    // Numbered from 1 and on from program to program.
+    // Phases are numbered from 1, and on from program to program.
     struct Phase {
         uint64_t number;
         int chunks;
     };
-    // What a thread did in a phase.
+    // A thread's work in a phase.
     struct Worked {
-        int finished;       // chunks, first of all threads
-        uint64_t patience;  // how long to wait for other threads' before they are executed again
+        int finished;       // chunks that this thread was the first to finish
+        uint64_t patience;  // cycles to wait for other threads' chunks before executing them again
     };
 
     template <class Function>
@@ -153,7 +153,7 @@ class ThreadPool {
     };
 
     struct alignas(64) Inside {
-        // The phase that a thread is in, or 0: it may read and write what that phase does.
+        // The phase that a thread is in, or 0. It may read and write all that phase's memory.
         std::atomic<uint64_t> phase{0};
     };
 
@@ -170,9 +170,9 @@ class ThreadPool {
         for (int64_t turns = 0; !holds(); ++turns) pause(turns);
     }
 
-    // One turn of a wait. A wait that lasts is for a thread that the OS has preempted, perhaps on
-    // this very core. Yielding does not give it the core: Linux lets a thread that yields go on
-    // until its time slice ends, for milliseconds. Sleeping does.
+    // One turn of a wait. A long wait is for a thread that the OS has preempted, perhaps on this
+    // very core. Yielding does not give that thread the core: Linux lets a thread that yields
+    // continue for milliseconds, until its time slice ends. Sleeping does.
     static void pause(int64_t turns) {
         if (turns < kSpins) return spin_pause();
         const timespec nap{0, kNap};
@@ -202,7 +202,7 @@ class ThreadPool {
         }
     }
 
-    // Execute chunks of the current program until it has ended. Returns whether there was one.
+    // Execute chunks of the current program until it has ended. Returns false if there was none.
     bool help(int thread) {
         for (bool any = false;; any = true) {
             const uint64_t current = current_.load(std::memory_order_acquire);
@@ -220,8 +220,8 @@ class ThreadPool {
         }
     }
 
-    // Begin to read and write what a phase does, unless it is over. Either this thread sees that it
-    // is over, or the thread that ends it sees this one.
+    // Enter a phase, unless it is over; from then on this thread may use the phase's memory. Either
+    // this thread sees that the phase is over, or the thread that ends it sees this thread.
     bool enter(Phase phase, int thread) {
         stall();
         std::atomic<uint64_t>& inside = inside_[thread].phase;
@@ -233,7 +233,7 @@ class ThreadPool {
     }
     void leave(int thread) { inside_[thread].phase.store(0, std::memory_order_release); }
 
-    // Execute the chunks that nobody has begun.
+    // Execute chunks that no thread has begun.
     Worked work(Phase phase, int thread) {
         int finished = 0;
         uint64_t longest = 0, before = cycles();
@@ -254,7 +254,7 @@ class ThreadPool {
         return {finished, longest > 0 ? kPatience + 2 * longest : kGuess};
     }
 
-    // Returns whether this thread is the first to finish the chunk.
+    // Execute a chunk. Returns true if this thread is the first to finish it.
     bool do_chunk(Phase phase, int chunk, int thread) {
         stall();
         program_->chunk(int(phase.number - first_), chunk, thread);
@@ -268,8 +268,8 @@ class ThreadPool {
         return false;
     }
 
-    // Count this thread and what it was the first to finish, once it has left the phase. Returns
-    // whether that was the rest.
+    // Count this thread, and the chunks that it was the first to finish, once it has left the
+    // phase. Returns true if that completes the phase.
     bool arrive(Phase phase, int finished) {
         stall();
         uint64_t seen = arrived_.load(std::memory_order_relaxed), next;
@@ -281,7 +281,8 @@ class ThreadPool {
         return finished > 0 && PhaseWord::low(next) == phase.chunks;
     }
 
-    // Enter a phase once more, after arriving: so not all threads have left it.
+    // Enter a phase again after arriving, and take this thread out of the count: not all threads
+    // have left the phase then.
     bool enter_again(Phase phase, int thread) {
         uint64_t seen = arrived_.load(std::memory_order_relaxed), next;
         do {
@@ -291,8 +292,8 @@ class ThreadPool {
         return enter(phase, thread);
     }
 
-    // Wait until another thread has led to the next phase. Where that takes too long, execute again
-    // what is not finished, and lead.
+    // Wait until another thread has led to the next phase. If that takes too long, execute the
+    // unfinished chunks again, and lead.
     void wait_for_others(Phase phase, uint64_t current, uint64_t patience, int thread) {
         const uint64_t began = cycles();
         for (int turns = 0; current_.load(std::memory_order_acquire) == current;) {
@@ -312,15 +313,15 @@ class ThreadPool {
         }
     }
 
-    // Lead from a phase whose chunks are all finished, unless another thread does.
+    // Lead on from a phase whose chunks are all finished, unless another thread does.
     void claim(Phase phase, int thread) {
         uint64_t expected = phase.number;
         if (claimed_.compare_exchange_strong(expected, phase.number + 1))
             lead(phase.number + 1, thread);
     }
 
-    // Prepare the next phase and let all threads begin it, or end the program. Only the thread that
-    // has claimed the phase is here.
+    // Prepare the next phase and let all threads begin it, or end the program. Only called by the
+    // thread that has claimed the phase.
     void lead(uint64_t phase, int thread) {
         stall();
         for (;; claimed_.store(++phase, std::memory_order_seq_cst)) {
@@ -338,17 +339,17 @@ class ThreadPool {
         }
     }
 
-    // The phases that other threads are still in. A thread that is just leaving is given a moment.
+    // The phases that other threads are still in. Threads that are just leaving are given a moment.
     Stragglers stragglers(int thread) {
-        // All threads have left the last phase that had chunks. A thread that enters it again has
-        // taken itself out of the count, or sees that the phase is claimed.
+        // If all threads are counted, they have left the last phase that had chunks. A thread that
+        // enters it again has taken itself out of the count, or sees that the phase is claimed.
         if (PhaseWord::high(arrived_.load(std::memory_order_seq_cst)) == size_) return {nullptr, 0};
         int count = 0;
         for (int turns = 0; turns < kMoment; ++turns) {
             count = 0;
             for (int other = 0; other < size_; ++other) {
                 const uint64_t inside = inside_[other].phase.load(std::memory_order_seq_cst);
-                // An older one belongs to a program that is over; its thread will notice.
+                // An older phase belongs to a program that is over; its thread will notice.
                 if (other != thread && inside >= first_)
                     straggling_[count++] = int(inside - first_);
             }
@@ -366,10 +367,10 @@ class ThreadPool {
 #endif
     }
 
-    static constexpr int kChunkBits = 11;  // below a phase's number; kMaxChunks fits
+    static constexpr int kChunkBits = 11;  // bits below a phase's number; kMaxChunks fits
     static constexpr uint64_t kChunkBit = uint64_t(1) << kChunkBits;
     static constexpr uint64_t kPatience = 20000;  // cycles, 5 to 10 us
-    static constexpr uint64_t kGuess = 100000;    // where this thread executed none
+    static constexpr uint64_t kGuess = 100000;    // if this thread executed no chunk
     static constexpr int kSpins = 2000;           // turns of a wait, 30 to 100 us
     static constexpr long kNap = 20'000;          // ns, to which Linux adds up to 50,000
     static constexpr int kMoment = 20;
@@ -380,7 +381,7 @@ class ThreadPool {
     std::unique_ptr<Inside[]> inside_;                   // by thread
     std::unique_ptr<std::atomic<uint64_t>[]> finished_;  // by chunk, its last finished phase
     std::unique_ptr<int[]> straggling_;                  // written by the thread that leads
-    // Of the current program: set before its first phase, and read by threads that have entered it.
+    // The current program's: set before its first phase, read by threads that have entered a phase.
     Program* program_ = nullptr;
     uint64_t first_ = 1;
     int phases_ = 0;
@@ -389,8 +390,8 @@ class ThreadPool {
     alignas(64) std::atomic<uint64_t> claimed_{1};  // no phase before this one can be entered
     alignas(64) std::atomic<uint32_t> awake_{0};
     std::atomic<bool> stopping_{false};
-    CpuSet callers_, before_;           // where the caller is bound to, and where it ran before
-    std::vector<std::thread> threads_;  // last: they use the members above
+    CpuSet callers_, before_;           // the caller's CPUs while bound, and those before that
+    std::vector<std::thread> threads_;  // last, since they use the members above
 };
 
 }  // namespace veneer

@@ -1,1 +1,1 @@
-"""The packed form of a base: how it is made from a checkpoint, and kept between starts."""
+"""Packs a base for the native kernels, and keeps the packed form between starts."""

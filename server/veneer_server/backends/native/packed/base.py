@@ -1,9 +1,9 @@
-"""Loads a base for the native backend: from its packed file, else from its own files.
+"""Loads a base for the native backend, from its packed file or else from the checkpoint.
 
-A packed file is read into huge pages where the system has them, else mapped. Threads that read
+A packed file is read into huge pages if the system has them, else mapped. Threads that read
 weights in pages of 4 KB are a fifth slower, and the page cache has few larger ones before
-Linux 6.16 on ext4. What is read is hashed in memory, so the bytes that are served are the
-bytes that were verified.
+Linux 6.16 on ext4. When a file is read, its bytes are hashed in memory, so the bytes that are
+served are the bytes that were verified.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from veneer_server.progress import stage
 THP: Final = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 _At = Callable[[int, int], torch.Tensor]
-"""(offset, bytes) -> that part of the run, uint8."""
+"""Returns a part of the run, uint8, given its offset and number of bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class PackedBase:
     """A base whose linears are all `NativeLinear`.
 
     Attributes:
-        head: in 8 bits.
+        head: the output head, in 8 bits.
     """
 
     weights: DecoderWeights
@@ -62,7 +62,8 @@ def load_packed(
     """Load a Hugging Face folder; see `models.loader.load_weights`.
 
     Args:
-        fingerprint: `BaseFingerprint.weights`; "" if unknown, and then nothing is kept.
+        fingerprint: `BaseFingerprint.weights`; "" if unknown, in which case no packed file is
+            read or written.
 
     Raises:
         NativeUnavailable: the kernels do not support its linears.
@@ -106,7 +107,7 @@ def load_packed(
 
 
 def huge_pages() -> bool:
-    """Whether the system gives huge pages to a process that asks for them."""
+    """Return True if the system gives huge pages to a process that asks for them."""
     try:
         return "[never]" not in THP.read_text("utf-8")
     except OSError:

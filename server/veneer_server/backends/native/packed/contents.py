@@ -1,6 +1,6 @@
-"""What a packed base consists of, and where each part of it lies in one run of bytes.
+"""The table of contents of a packed base: the offset of each part in one run of bytes.
 
-Offsets are multiples of a cache line. The records are written into the file as JSON.
+Offsets are multiples of a cache line. These records are written into the file as JSON.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TensorPart(_Record, frozen=True):
-    """A tensor."""
+    """An unpacked tensor."""
 
     offset: int
     dtype: Literal["BF16", "F32"]
@@ -31,7 +31,7 @@ class LinearPart(_Record, frozen=True):
     """A packed weight, and its bias; see `library.Linear`.
 
     Attributes:
-        table: of 4-bit codes, as the bits of bfloat16; empty if it has none.
+        table: the numbers of 4-bit codes, as bits of bfloat16; empty for other kinds.
     """
 
     offset: int
@@ -45,7 +45,7 @@ class LinearPart(_Record, frozen=True):
 
 
 class LayerParts(_Record, frozen=True):
-    """As `models.loader.LayerWeights`."""
+    """The parts of a layer, as in `models.loader.LayerWeights`."""
 
     input_norm: TensorPart
     post_norm: TensorPart
@@ -58,10 +58,10 @@ class LayerParts(_Record, frozen=True):
 
 
 class Contents(_Record, frozen=True):
-    """A whole base. Its head is packed in 8 bits.
+    """The parts of a whole base. The output head is packed in 8 bits.
 
     Attributes:
-        size: of the run.
+        size: bytes of the run.
     """
 
     size: int

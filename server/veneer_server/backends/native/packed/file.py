@@ -1,4 +1,4 @@
-"""The file of a packed base: a run of bytes, its description, and digests of everything.
+"""Reads and writes packed files: a base's run of bytes, a record of its contents, and digests.
 
 The run comes first, then a JSON record (`_Record`), then a footer with the record's length and
 SHA-256. The record has the SHA-256 of each `CHUNK` of the run, so that all cores can verify
@@ -25,9 +25,9 @@ from veneer_server.progress import Stage
 
 CHUNK: Final = 8 << 20
 _PIECE: Final = 1 << 20
-"""Bytes that are hashed after they are read, while a cache has them."""
+"""Bytes that are read or written at once, and hashed while they are in a CPU cache."""
 _SYNC: Final = 256 << 20
-"""Bytes after which the disk is waited for, so that little is left to do at the end."""
+"""Bytes after which written data is synced to disk, so that little is left to do at the end."""
 _FORMAT: Final = 1
 _MAGIC: Final = b"VNRPACK1"
 _FOOTER: Final = struct.Struct("<8sQ64s")
@@ -35,7 +35,7 @@ _LONGEST: Final = 64 << 20
 
 
 class PackedFileDamaged(Exception):
-    """What is wrong with a file, in words for an operator."""
+    """A packed file cannot be used; the message tells an operator what is wrong with it."""
 
 
 class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -47,10 +47,10 @@ class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Writer:
-    """Writes a file in a thread, while what follows is being made.
+    """Writes a packed file in a thread, while the caller makes the next part.
 
     Args:
-        fd: of a new file. It stays the caller's.
+        fd: descriptor of a new file. The caller closes it.
     """
 
     def __init__(self, fd: int) -> None:
@@ -115,13 +115,14 @@ class Writer:
 
 
 class PackedReader:
-    """An open file whose record is whole and of the right base.
+    """An open packed file. Its record has been verified and belongs to the right base.
 
     Args:
-        fd: of the file. It stays the caller's.
+        fd: descriptor of the file. The caller closes it.
+        made_from: see `PackedStore.made_from`; must equal the record's.
 
     Raises:
-        Damaged: the message says what is wrong.
+        PackedFileDamaged: the message says what is wrong.
     """
 
     def __init__(self, fd: int, made_from: str) -> None:
@@ -135,22 +136,22 @@ class PackedReader:
         return self._record.contents
 
     def read(self, to: torch.Tensor, threads: int, part: Stage) -> None:
-        """Read the run, on several threads.
+        """Read and verify the run, on several threads.
 
         Args:
-            to: [`Contents.size`] uint8.
+            to: memory for it, [`Contents.size`] uint8.
 
         Raises:
-            Damaged: it is not what was written, or cannot be read.
+            PackedFileDamaged: it is not what was written, or cannot be read.
         """
         run = to.numpy().data
         self._each(threads, part, lambda begin, end: self._read(begin, run[begin:end]))
 
     def map(self, threads: int, part: Stage) -> torch.Tensor:
-        """Verify the run, and map it: its pages are shared with other processes that do.
+        """Verify the run and map it. Its pages are shared with other processes that map it.
 
         Raises:
-            Damaged: see `read`.
+            PackedFileDamaged: see `read`.
         """
 
         def check(begin: int, end: int) -> None:

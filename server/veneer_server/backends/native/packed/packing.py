@@ -1,5 +1,5 @@
-"""Packs a base's own files, a linear at a time: memory peaks at the packed base and one of its
-matrices."""
+"""Packs a checkpoint, one linear at a time, so that memory peaks at the packed base plus one of
+its matrices."""
 
 from __future__ import annotations
 
@@ -41,15 +41,18 @@ def pack(
     threads: int,
     put: Callable[[torch.Tensor], None],
 ) -> tuple[Contents, dict[int, torch.Tensor]]:
-    """Args:
-        quantization: of linears that are not stored in 4 bits already.
+    """Pack a checkpoint.
+
+    Args:
+        quantization: the format for linears that are not stored in 4 bits already.
         put: receives the run of bytes, part by part.
 
-    Returns where everything is, and the run's parts by offset.
+    Returns:
+        The table of contents, and the run's parts by offset.
 
     Raises:
         NativeUnavailable: the kernels do not support its linears.
-        BaseDamaged: a tensor is missing, or not as its config says.
+        BaseDamaged: a tensor is missing, or is not as the config says.
     """
     config = checkpoint.config
     packer = _Packer(library, checkpoint, quantization, threads, put)
@@ -59,8 +62,8 @@ def pack(
         vocabulary = (config.vocab_size, config.hidden_size)
         embedding_name = f"{checkpoint.body}embed_tokens.weight"
         head_name = embedding_name if config.tied_head else "lm_head.weight"
-        # In the order of tensors' names, as their digest is computed at the same time: a disk
-        # then reads most of it once.
+        # In the order of the tensors' names: their digest is computed in that order at the same
+        # time, so most bytes are only read from disk once.
         head = packer.dense(EIGHT_BIT, checkpoint.read(head_name, vocabulary))
         embedding = packer.tensor(checkpoint.read(embedding_name, vocabulary).bfloat16())
         layers = {}
@@ -83,9 +86,11 @@ def pack(
 
 
 class _Packer:
-    """Attributes:
-    parts: the run's parts by offset.
-    size: bytes so far.
+    """Packs tensors one after the other, and appends them to the run.
+
+    Attributes:
+        parts: the run's parts by offset.
+        size: bytes of the run so far.
     """
 
     def __init__(
@@ -127,7 +132,7 @@ class _Packer:
         return self.tensor(self._checkpoint.rounded(name, (length,)).float())
 
     def tensor(self, data: torch.Tensor) -> TensorPart:
-        """A tensor in bfloat16 or float32, which is copied."""
+        """Append a copy of a bfloat16 or float32 tensor."""
         memory = self._library.bytes(data.nbytes)
         memory.copy_(data.contiguous().view(-1).view(torch.uint8))
         dtype: Final = "BF16" if data.dtype == torch.bfloat16 else "F32"
@@ -146,7 +151,7 @@ class _Packer:
         return self._packed(kind, packed, (outputs, inputs), parts, (), bias)
 
     def _linear(self, index: int, projections: Sequence[Projection]) -> LinearPart:
-        """Linears that share an input, as one."""
+        """Pack linears that share an input as one."""
         matrices = [self._checkpoint.matrix(index, each) for each in projections]
         outputs = sum(each.shape[0] for each in matrices)
         inputs = matrices[0].shape[1]
@@ -189,12 +194,12 @@ class _Packer:
     def _quantized(self, matrix: Matrix) -> FourBitBlocks:
         _check_inputs(matrix, BLOCK)
         weight = self._checkpoint.read(matrix.name, matrix.shape)
-        # As it would be served without quantization.
+        # Quantize the numbers that would be served without quantization.
         weight = weight.to(torch.bfloat16)
         return quantize(self._library, weight, self._quantization, threads=self._threads)
 
     def _stored(self, matrix: Matrix) -> FourBitBlocks:
-        """A weight that the checkpoint has in bitsandbytes' 4-bit form."""
+        """Read a weight that the checkpoint stores in bitsandbytes' 4-bit form."""
         from bitsandbytes.functional import QuantState, dequantize_blockwise
 
         read = self._checkpoint.read

@@ -1,8 +1,8 @@
 """Quantizes weights to 4 bits as bitsandbytes does, bit for bit, on several threads.
 
-bitsandbytes' own quantizer for CPUs is a dozen torch operators over float32 copies and takes
-50 ns per weight: a minute for a billion. Scales are nested by bitsandbytes itself, as they are
-a 64th of the weights.
+bitsandbytes' own quantizer for CPUs runs a dozen torch operators over float32 copies and takes
+50 ns per weight: a minute for a billion. The scales are quantized by bitsandbytes itself, since
+there are only a 64th as many of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class FourBitBlocks:
     Attributes:
         codes: [outputs, inputs / 2] uint8, the earlier of two neighbours in the high half.
         scales: [outputs, inputs / 64] float32.
-        book: [16] float32, the numbers that the codes mean.
+        book: [16] float32, the numbers that the codes stand for.
     """
 
     codes: torch.Tensor
@@ -32,7 +32,7 @@ class FourBitBlocks:
 
 @functools.cache
 def code_book(kind: str) -> torch.Tensor:
-    """[16] float32: the numbers of ``nf4`` or ``fp4``."""
+    """Return the numbers that the codes of ``nf4`` or ``fp4`` stand for: [16] float32."""
     from bitsandbytes.functional import get_4bit_type
 
     book: torch.Tensor = get_4bit_type(kind, device="cpu")
@@ -42,11 +42,12 @@ def code_book(kind: str) -> torch.Tensor:
 def quantize(
     library: Library, weight: torch.Tensor, kind: str, *, nested: bool = True, threads: int = 1
 ) -> FourBitBlocks:
-    """As `bitsandbytes.functional.quantize_4bit` on a CPU, and with its scales expanded.
+    """Quantize a weight as `bitsandbytes.functional.quantize_4bit` does on a CPU, but return
+    nested scales expanded.
 
     Args:
         weight: [outputs, inputs], contiguous; inputs are a multiple of 64.
-        nested: quantize the scales too, in blocks of 256 to 8 bits, and back.
+        nested: round the scales too, to 8 bits in blocks of 256.
     """
     book = code_book(kind)
     order = torch.argsort(book)
@@ -56,8 +57,7 @@ def quantize(
 
 
 def nested_scales(scales: torch.Tensor) -> torch.Tensor:
-    """Scales after their own quantization and back, as `quantize_4bit` has them with
-    ``compress_statistics``."""
+    """Quantize and dequantize scales, as `quantize_4bit` does with ``compress_statistics``."""
     from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
 
     flat = scales.view(-1)

@@ -1,9 +1,9 @@
-"""Where packed bases are kept between starts.
+"""Keeps packed bases on disk between starts.
 
-One file in ``<cache>/packed`` for each base, quantization, layout and version of the libraries.
-It is used under the rules of compiled kernels (`native.kept`): nobody else could have written
-it. It appears in one rename. Whatever is wrong with a file costs a line and the time to make
-it again, and so does a place that cannot be written.
+There is one file in ``<cache>/packed`` for each base, quantization, layout and version of the
+libraries. As with compiled kernels (`native.kept`), it is only used if nobody else could have
+written it, and it appears in one rename. A file that cannot be used only costs a log line and
+the time to pack again; so does a folder that cannot be written.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ class PackedStore:
         self._made_from = f"weights {fingerprint}, config {config}, {self.file.stem}"
 
     def load(self, use: Callable[[PackedReader], _Base]) -> _Base | None:
-        """What ``use`` makes of the file; None if there is none that can be used.
+        """Return the result of ``use`` on the file, or None if there is no usable file.
 
         The file stays open and locked for as long as this process lives, so that a server of
-        another version leaves it alone.
+        another version does not remove it.
         """
         if not os.path.lexists(self.file):
             return None
@@ -90,7 +90,7 @@ class PackedStore:
 
     @contextlib.contextmanager
     def draft(self) -> Iterator[Draft]:
-        """A new file, which is removed at the end unless it was kept."""
+        """Context with a new file, which is removed at the end unless `Draft.keep` is used."""
         draft = Draft(self)
         with contextlib.ExitStack() as stack:
             try:
@@ -102,7 +102,7 @@ class PackedStore:
             yield draft
 
     def keep(self, made: Path) -> None:
-        """Give a finished file its name, and remove those of other versions."""
+        """Give a finished file its name, and remove this base's files of other versions."""
         made.chmod(0o644)  # whatever the umask
         if self.file.is_dir():
             remove(self.file)
@@ -118,11 +118,11 @@ class PackedStore:
             kept.discard(folder)
 
     def made_from(self) -> str:
-        """What the file is made from, in words."""
+        """A description of the file's sources, which a usable file must match."""
         return self._made_from
 
     def tell(self, reason: Exception) -> None:
-        """Log why nothing is kept."""
+        """Log why the packed base is not kept."""
         log.warning(
             "the packed weights cannot be saved in %s; every start will pack them again: %s",
             self._place,
@@ -131,7 +131,7 @@ class PackedStore:
 
 
 class Draft:
-    """A file being written. If it cannot be, one line is logged and the rest is ignored."""
+    """A file being written. If a write fails, one line is logged and later calls do nothing."""
 
     def __init__(self, store: PackedStore) -> None:
         self._store = store
@@ -165,7 +165,7 @@ class Draft:
             self.fail(reason)
 
     def fail(self, reason: Exception) -> None:
-        """Do without the file; a full disk gets its space back at once."""
+        """Give up the file and remove it at once, so that a full disk gets its space back."""
         self.close()
         with contextlib.suppress(OSError):
             self._path.unlink()
@@ -182,7 +182,7 @@ class Draft:
 
 
 def _unused(file: Path) -> bool:
-    """Whether no server has the file open, as far as can be told."""
+    """Return True if no server has the file open, as far as its lock tells."""
     try:
         fd = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:

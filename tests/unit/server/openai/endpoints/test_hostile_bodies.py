@@ -220,6 +220,7 @@ def templates(path: str) -> Iterator[dict[str, Any]]:
             yield {**GOOD[path], **each}
 
 
+@pytest.mark.push
 @pytest.mark.parametrize("path", GOOD)
 async def test_no_field_is_our_fault(
     path: str, front: Front, caplog: pytest.LogCaptureFixture

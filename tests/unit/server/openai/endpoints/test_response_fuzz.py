@@ -16,6 +16,7 @@ from tests.unit.server.rpc.front_harness import Front
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
+@pytest.mark.push
 async def test_random_requests_say_the_same_in_every_form(
     front: Front, http: httpx.AsyncClient, tokenizer: TextTokenizer, tmp_path: Path
 ) -> None:

@@ -38,6 +38,7 @@ async def gateway(base: Path, cache: Path, data: Path, **flags: str) -> AsyncIte
 # ------------------------------------------------------------------------------ paths
 
 
+@pytest.mark.push
 @pytest.mark.parametrize(
     "path",
     [

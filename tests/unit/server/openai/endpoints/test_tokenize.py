@@ -113,6 +113,7 @@ async def test_empty_tokens_are_an_empty_text(http: httpx.AsyncClient) -> None:
     assert (await http.post("/detokenize", json={"tokens": []})).json() == {"prompt": ""}
 
 
+@pytest.mark.push
 async def test_another_tenants_adapter_is_not_found(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:

@@ -1,5 +1,5 @@
-// The buffers that the phases of a step hand on to each other, versioned so that no phase
-// overwrites what a straggler may still read or write (see thread_pool.h).
+// The buffers by which the phases of a step pass data on, versioned so that no phase overwrites
+// memory that a straggler may still read or write (see thread_pool.h).
 //
 // Each kind of array has a few versions. A phase writes each of its results to a version that no
 // straggler uses, and reads the version written last. Without stragglers that is always the same
@@ -22,7 +22,7 @@ class Buffer {
   public:
     Number* take(size_t count) {
         if (count > size_) {
-            at_.reset(), size_ = 0;  // the old memory first: never both at once
+            at_.reset(), size_ = 0;  // free the old memory first, so as never to hold both
             at_.reset(static_cast<Number*>(::operator new(count * sizeof(Number), kAlign)));
             size_ = count;
         }
@@ -38,9 +38,9 @@ class Buffer {
     size_t size_ = 0;
 };
 
-constexpr int kVersions = 4;  // beyond these, wait for stragglers
+constexpr int kVersions = 4;  // if all are in use, wait for stragglers
 
-// One kind of array in all its versions. Versions that are never used take no memory.
+// All versions of one kind of array. Versions that are never used take no memory.
 template <class Number>
 class VersionedBuffer {
   public:
@@ -65,8 +65,8 @@ class BufferVersions {
   public:
     void reset(int phases) { phases_.resize(size_t(phases)); }
 
-    // Choose the versions that a phase writes (`writes`: bits of `Array`). False where stragglers
-    // use all of them.
+    // Choose the versions that a phase writes (`writes`: bits of `Array`). Returns false if
+    // stragglers use all versions.
     bool prepare(int phase, unsigned writes, Stragglers stragglers) {
         Phase& now = phases_[size_t(phase)];
         now = phase > 0 ? phases_[size_t(phase - 1)] : Phase{};
@@ -87,7 +87,8 @@ class BufferVersions {
         return true;
     }
 
-    // The version of an array that a phase wrote, or else the last phase before it that did.
+    // The version of an array that a phase writes or, if it writes none, the version written last
+    // before it.
     int wrote(int phase, Array array) const { return phases_[size_t(phase)].version[array]; }
 
   private:

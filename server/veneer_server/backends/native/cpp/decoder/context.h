@@ -11,8 +11,8 @@
 
 namespace veneer {
 
-// The arrays that a phase reads and writes. A chunk may be executed twice at one time: see
-// kernels/shared.h for how they are accessed.
+// The arrays that a phase reads and writes. A chunk may be executed by two threads at the same
+// time: see kernels/shared.h for how the arrays are accessed.
 struct Arrays {
     const float* hidden_before;
     const bf16* rounded_before;
@@ -23,10 +23,10 @@ struct Arrays {
     float* y;        // [rows, wide] a GEMM's results, without the adapters' updates
     float* shrunk;   // [rows, ranks]
     bf16* queries;   // [rows, query width]
-    float* results;  // of attention's pieces
+    float* results;  // results of attention's pieces
 };
 
-// Neighbouring rows of one adapter, or of none, whose updates are computed together.
+// Adjacent rows with one adapter, or without any, whose updates are computed together.
 struct RowTile {
     const LoraAdapter* adapter;  // or null
     int64_t row;
@@ -34,28 +34,29 @@ struct RowTile {
     bool first;  // the first row tile of its adapter's rows
 };
 
-// The number of chunks for so many pieces of work: no more than threads need to share it well.
+// The number of chunks for `count` items of work: one per item, but no more than `most`, which is
+// what threads need to share the work well.
 inline int chunk_count(int64_t count, int most) {
     return int(std::min<int64_t>(count, std::min(most, kMaxChunks)));
 }
 
-// Items of a phase, which are cut into chunks, and these into the threads' shares.
+// The items of a phase, which are grouped into chunks, and these into the threads' shares.
 struct Items {
     int64_t count;
     int chunks;
 
     int64_t of_chunk(int chunk) const { return count * chunk / chunks; }
-    // The first item of a thread's share; for thread `threads` the end of all.
+    // The first item of a thread's share; for thread `threads`, the end of all items.
     int64_t of_thread(int thread, int threads) const {
         return chunks == 0 ? 0 : of_chunk(int(int64_t(chunks) * thread / threads));
     }
 };
 
-// How a linear's tiles are cut into chunks. A gate and the up that it multiplies are computed by
-// one thread, which finds both in its cache when it multiplies them.
+// How a linear's tiles are cut into chunks. Matching columns of gate and up are computed by the
+// same thread, which then finds both in its cache when it multiplies them.
 struct Columns {
-    int unit;   // tiles that lie together
-    int tiles;  // of each part
+    int unit;   // tiles that stay together
+    int tiles;  // tiles of each part
     int chunks;
 
     Columns(const Linear& linear, int most)
@@ -67,7 +68,7 @@ struct Columns {
     int begin(int chunk) const { return tiles / unit * chunk / chunks * unit; }
 };
 
-constexpr int kShrinks = 512;  // chunks of a GEMM phase that are not tiles, at most
+constexpr int kShrinks = 512;  // most chunks of a GEMM phase that compute shrinks, not tiles
 
 struct StepContext {
     StepContext(const Model& model_, int threads_)
@@ -91,19 +92,20 @@ struct StepContext {
         cut_row_tiles();
     }
 
-    // Whether a group's inputs are rounded to 8 bits. Attention writes them by the heads that share
-    // a key, or 12 of these: whole blocks, or it does not round them.
+    // Whether a group's inputs are rounded to 8 bits. Attention writes the inputs of `o` by the
+    // heads that share a key head, or 12 of them at a time; unless these are whole blocks, the
+    // inputs are not rounded.
     bool int8_inputs(int layer, Group group) const {
         static_assert(kMaxQueries * kLanes % kBlock == 0);  // a head has a multiple of 16 numbers
         const bool whole = model.heads / model.kv_heads * model.dim % kBlock == 0;
         return model.layers[layer].linears[group].int8_inputs && (group != kOutput || whole);
     }
-    // A GEMM's inputs, which the phase before has written; in 8 bits too if it did.
+    // A GEMM's inputs, written by the previous phase; in 8 bits too, if `int8`.
     Inputs inputs(const Arrays& at, bool int8) const {
         return {at.rounded_before, size_t(width),
                 Int8Rows{int8 ? at.int8_before : nullptr, size_t(int8_stride), size_t(int8_width)}};
     }
-    // Round columns `first` to end - 1 of a row of `at.rounded`, whole blocks.
+    // Round columns `first` to end - 1, whole blocks, of a row of `at.rounded` to 8 bits.
     void write_int8(const Arrays& at, int64_t row, int first, int end) const {
         const Int8Output to{at.int8, size_t(int8_stride), size_t(int8_width)};
         to.write(row, at.rounded + row * width, first / kBlock, end / kBlock);
@@ -112,7 +114,7 @@ struct StepContext {
     // See `chunk_count`.
     int chunks(int64_t count) const { return chunk_count(count, threads * kChunks); }
 
-    // Where a thread's share begins of so many chunks.
+    // Where a thread's share of `count` chunks begins, if all shares are equal.
     int even(int count, int thread) const { return int(int64_t(count) * thread / threads); }
 
     Columns columns(int layer, Group group) const {
@@ -135,8 +137,8 @@ struct StepContext {
         }
     }
 
-    // One projection of a row tile with its adapter's update: `count` outputs from `first` on,
-    // which are `at.y` from `column` on plus the update, into `to` [rows, stride].
+    // Compute a row tile's outputs of one projection, with its adapter's update: `count` outputs
+    // from output `first` on, to `to` [rows, stride]. In `at.y` they begin at `column`.
     void updated(const Arrays& at, int layer, Group group, int member, const RowTile& row_tile,
                  int column, int first, int count, float* to, size_t stride) const {
         for (int row = 0; row < row_tile.rows; ++row)
@@ -147,7 +149,7 @@ struct StepContext {
                {at.shrunk + row_tile.row * ranks, size_t(ranks), to, stride});
     }
 
-    // Prefetch what `updated` reads of B for the same arguments.
+    // Prefetch the part of B that `updated` reads with the same arguments.
     void prefetch_update(int layer, Group group, int member, const RowTile& row_tile, int first,
                          int count) const {
         if (row_tile.adapter == nullptr) return;
@@ -160,8 +162,8 @@ struct StepContext {
             for (size_t i = 0; i < bytes; i += kLine) prefetch_near(line + i);
     }
 
-    // Prefetch a row tile's y[first to first + count - 1]: another thread has just written half of
-    // it, and its core may be far away.
+    // Prefetch a row tile's y[first to first + count - 1]: other threads have just written some of
+    // it, and their cores may be far away.
     void prefetch_y(const Arrays& at, const RowTile& row_tile, int first, int count) const {
         for (int64_t row = row_tile.row; row < row_tile.row + row_tile.rows; ++row)
             for (int i = 0; i < count; i += kLanes)
@@ -172,19 +174,19 @@ struct StepContext {
     const int threads;
     const KvShape kv;
     const int query_width, kv_width;
-    const int width;                    // numbers in memory of a row of `rounded`
-    const int int8_width, int8_stride;  // numbers, and bytes, of a row of `int8`
-    const int wide;                     // of `y`
+    const int width;                    // numbers that a row of `rounded` takes in memory
+    const int int8_width, int8_stride;  // numbers of a row of `int8`, and the bytes it takes
+    const int wide;                     // numbers that a row of `y` takes in memory
     const Step* step = nullptr;
-    int ranks = 0;  // of the group and adapter with the most
+    int ranks = 0;  // largest sum of ranks of any group of any adapter in the step
     std::vector<RowTile> row_tiles;
 
   private:
     static constexpr int kChunks =
-        8;  // per thread and phase: bounds what the slowest still has to do
+        8;  // per thread and phase; bounds the work that the slowest thread still has to do
 
-    // A row's length in memory. Rows an even number of cache lines apart, as those of most bases
-    // are, share a few sets of a cache and evict each other.
+    // A row's length in memory: an odd number of cache lines. With an even number, as most bases
+    // have, rows would share a few sets of a cache and evict each other.
     template <class Number>
     static int padded(int width) {
         constexpr int line = kLine / sizeof(Number);
@@ -192,7 +194,7 @@ struct StepContext {
     }
 
     void cut_row_tiles() {
-        // As many row tiles as the threads can share, and none larger than `expand` takes.
+        // Cut enough row tiles for all threads, and none larger than `expand` takes.
         const int64_t most = std::clamp<int64_t>(step->rows / threads, 1, kRowTile);
         row_tiles.clear();
         int64_t row = 0;

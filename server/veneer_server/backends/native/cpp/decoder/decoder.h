@@ -1,9 +1,9 @@
-// A whole step as a program of phases (see thread_pool.h), ten a layer, made of the kernels of
-// these headers alone.
+// Executes a whole step as a program of phases (see thread_pool.h), ten per layer, with the kernels
+// of these headers alone.
 //
-// A chunk of a phase may be executed twice, at one time too. So a phase never changes what it
-// reads, and writes nothing but results, by the functions of kernels/shared.h, to memory that other
-// threads see. Intermediate values are in registers and in the thread's own scratch.
+// A chunk of a phase may be executed twice, even by two threads at the same time. So a phase never
+// changes what it reads, and writes only results to memory that other threads see, by the functions
+// of kernels/shared.h. Intermediate values are in registers and in the thread's own scratch.
 #pragma once
 
 #include <algorithm>
@@ -22,7 +22,7 @@
 
 namespace veneer {
 
-// The phases whose time is measured, where compiled with VENEER_TIMES (by the benchmark).
+// The kinds of phases whose time is measured if compiled with VENEER_TIMES (by the benchmark).
 enum Time {
     kNormTime,
     kQkvTime,
@@ -83,7 +83,7 @@ class Decoder final : Program {
         Op op;
         int layer = 0;
         Group group = kQkv;
-        const float* norm = nullptr;  // after the addition; null after the last layer
+        const float* norm = nullptr;  // norm after the addition; null after the last layer
     };
 
     void prepare(const Step& step) {
@@ -115,7 +115,7 @@ class Decoder final : Program {
         return chunks(phase);
     }
 
-    // The arrays that a phase writes for later ones; none where it has nothing to do.
+    // The arrays that a phase writes for later phases; none if it has nothing to do.
     unsigned writes(const Work& work) const {
         switch (work.op) {
             case kEmbed:
@@ -162,8 +162,8 @@ class Decoder final : Program {
             const Items items{of, count};
             for (int64_t i = items.of_chunk(chunk); i < items.of_chunk(chunk + 1); ++i) function(i);
         };
-        // Whether to prefetch an item's B. A row tile has `parts` items. If the row tile before has
-        // the same adapter and this chunk has its item too, B is in the cache.
+        // Whether to prefetch an item's B. A row tile has `parts` items. If the previous row tile
+        // has the same adapter, and this chunk has its matching item too, B is in the cache.
         auto new_b = [&](int64_t of, int64_t item, int64_t parts) {
             return matrix::kPresent && (ctx_.row_tiles[size_t(item / parts)].first ||
                                         item - parts < Items{of, count}.of_chunk(chunk));
@@ -285,7 +285,7 @@ class Decoder final : Program {
     Gemms gemms_;
     Heads heads_;
     Rows rows_;
-    // What phases write.
+    // The arrays that phases write.
     VersionedBuffer<float> hidden_, y_, shrunk_, results_;
     VersionedBuffer<bf16> rounded_, queries_;
     VersionedBuffer<uint8_t> int8_;

@@ -1,5 +1,5 @@
-// A step's matrix multiplies, cut into chunks: y = W x of a group's fused linear (GEMM) and h = A x
-// of all its adapters (LoRA's shrink). Meanwhile, what later phases read is prefetched.
+// A step's matrix multiplies, cut into chunks: y = W x for a group's fused linear (GEMM), and
+// h = A x for all adapters (LoRA's shrink). Meanwhile memory for later phases is prefetched.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,7 @@ class Gemms {
   public:
     explicit Gemms(const StepContext& context) : ctx_(context), prefetches_(context) {}
 
-    // `list` must not allocate, since other threads are at work.
+    // Reserve memory before a step: `list` must not allocate, since other threads are running then.
     void prepare(const KvReads& reads) {
         prefetches_.prepare(reads);
         for (Lists& lists : lists_) {
@@ -24,7 +24,7 @@ class Gemms {
         }
     }
 
-    // List what a phase's chunks compute and prefetch, in one of the versions.
+    // List what a phase's chunks compute and prefetch, in the given version of the lists.
     void list(int layer, Group group, int version) {
         std::vector<ShrinkItem>& shrinks = lists_[version].shrinks;
         shrinks.clear();
@@ -37,8 +37,8 @@ class Gemms {
         return shrink_chunks(version) + ctx_.columns(layer, group).chunks;
     }
 
-    // The first chunk of a thread's share: an even part of the shrinks, which come first since a
-    // tile takes less time, then an even part of the tiles, all neighbours.
+    // The first chunk of a thread's share. A share is an equal part of the shrinks, then an equal
+    // part of the tiles, all adjacent. Shrinks come first, since a tile takes less time.
     int begin(int chunks, int version, int thread) const {
         const int shrinks = shrink_chunks(version);
         return even(shrinks, thread) + even(chunks - shrinks, thread);
@@ -65,7 +65,7 @@ class Gemms {
     }
 
   private:
-    // What a phase's chunks compute and prefetch.
+    // The shrinks and prefetches of a phase's chunks.
     struct Lists {
         std::vector<ShrinkItem> shrinks;
         PrefetchLists prefetches;
@@ -78,8 +78,8 @@ class Gemms {
     int shrink_chunks(int version) const {
         return shrink_items(int64_t(lists_[version].shrinks.size())).chunks;
     }
-    // The thread whose share has a chunk. Shares begin at most two chunks below an even cut, so the
-    // search from there is short.
+    // The thread whose share has this chunk. Shares begin at most two chunks below an even cut, so
+    // the search from there is short.
     int owner(int chunks, int version, int chunk) const {
         int thread = int(int64_t(chunk) * ctx_.threads / chunks);
         while (thread + 1 < ctx_.threads && begin(chunks, version, thread + 1) <= chunk) ++thread;
@@ -95,7 +95,7 @@ class Gemms {
         const int first = cut.begin(chunk), last = cut.begin(chunk + 1);
         prefetcher.spread(row_groups(linear, inputs, rows) * linear.blocks() * (last - first) *
                           linear.parts);
-        // In the order in which they lie in memory.
+        // Multiply tiles in the order in which they lie in memory.
         const int run = linear.parts == 1 ? last - first : 2;
         for (int tile = first; tile < last; tile += run)
             for (int p = 0; p < linear.parts; ++p)

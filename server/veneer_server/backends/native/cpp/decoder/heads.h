@@ -1,6 +1,6 @@
-// A step's attention, cut into chunks: queries, keys and values are finished and written to the KV
-// cache, then a few rows' queries at a time attend to one key head. Long contexts are cut into
-// pieces that threads share, as in flash-decoding.
+// A step's attention, cut into chunks. First queries, keys and values are finished, and keys and
+// values written to the KV cache; then a few rows' queries at a time attend to one key head. Long
+// contexts are cut into pieces that threads share, as in flash-decoding.
 #pragma once
 
 #include <algorithm>
@@ -25,16 +25,16 @@ class Heads {
         prepare_reads();
     }
 
-    // Floats of a thread's scratch that attention takes.
+    // Floats of scratch that attention takes per thread.
     size_t scratch() const {
         return attention_scratch(m_.dim) + results_of_item() + size_t(longest_);
     }
     // Floats of `Arrays::results`.
     size_t results() const { return results_; }
-    // What is read of the KV cache.
+    // The parts of the KV cache that attention reads.
     const KvReads& reads() const { return reads_; }
 
-    // Whether threads share an item's pieces, whose results the next phase merges.
+    // Whether threads share an item's pieces. The next phase then merges the pieces' results.
     bool shares_pieces() const { return !shared_pieces_.empty(); }
     int64_t items() const { return int64_t(items_.size()); }
     int64_t shared_pieces() const { return int64_t(shared_pieces_.size()); }
@@ -43,7 +43,7 @@ class Heads {
                                : chunk_count(items(), kAttentionChunks * ctx_.threads);
     }
 
-    // Prefetch what `rotate` reads of B.
+    // Prefetch the part of B that `rotate` reads.
     void prefetch_rotate(int index, const RowTile& row_tile, int head) const {
         const int dim = m_.dim, queries = m_.heads / m_.kv_heads * dim;
         ctx_.prefetch_update(index, kQkv, 0, row_tile, head * queries, queries);
@@ -51,7 +51,8 @@ class Heads {
         ctx_.prefetch_update(index, kQkv, 2, row_tile, head * dim, dim);
     }
 
-    // Finish the queries, keys and values of a row tile and a key head.
+    // Finish the queries, keys and values of a row tile for a key head: LoRA's updates, norms and
+    // the rotary embedding.
     void rotate(int index, const Arrays& at, const RowTile& row_tile, int head,
                 float* scratch) const {
         const Layer& layer = m_.layers[index];
@@ -83,7 +84,7 @@ class Heads {
         }
     }
 
-    // One piece of one item.
+    // Attend to one piece of one item.
     void attend_piece(int layer, const Arrays& at, int64_t number, float* scratch) const {
         const auto& [item, piece] = shared_pieces_[size_t(number)];
         attend(layer, at, items_[item], piece, scratch, at.results + items_[item].results_at);
@@ -93,7 +94,7 @@ class Heads {
               scratch);
     }
 
-    // One item as a whole.
+    // Attend to all pieces of one item, and merge them.
     void attend_item(int layer, const Arrays& at, int64_t number, float* scratch) const {
         const Item& item = items_[size_t(number)];
         float* results = scratch + attention_scratch(m_.dim);
@@ -108,12 +109,12 @@ class Heads {
         return size_t(longest_) * kMaxQueries * Piece::numbers(m_.dim);
     }
 
-    // A few rows' queries that attend to one key head.
+    // The queries of a few rows that attend to one key head.
     struct Item {
         int64_t sequence, row;
         int rows, kv_head, first_head, head_count;
-        int pieces;         // of the longest row's context
-        size_t results_at;  // of its pieces, where threads share them
+        int pieces;         // pieces of its longest row's context
+        size_t results_at;  // where its pieces' results begin, if threads share them
     };
 
     void prepare_angles() {
@@ -150,7 +151,7 @@ class Heads {
         }
     }
 
-    // Where few items have long contexts, threads share their pieces.
+    // If there are few items with long contexts, let threads share their pieces.
     void prepare_shared_pieces() {
         shared_pieces_.clear();
         results_ = 0;
@@ -177,8 +178,9 @@ class Heads {
         }
     }
 
-    // Add what an item reads for one piece, or for all of them (-1): where the thread's last read
-    // is of the same blocks, one head more of them. A thread's reads begin with number `first`.
+    // Add the blocks that an item reads for one piece, or for all pieces (-1). If the thread's last
+    // read is of the same blocks, only add a head to it. The thread's reads begin with number
+    // `first`.
     void add_read(size_t first, const Item& item, int piece) {
         const auto blocks = [&](int64_t tokens) {
             return int((tokens + m_.block_size - 1) / m_.block_size);
@@ -214,7 +216,7 @@ class Heads {
         }
     }
 
-    // An item's queries, row by row; returns their number.
+    // Write an item's queries to `to`, row by row, and return their number.
     int queries(const Layer& layer, const Arrays& at, const Item& item, Query* to) const {
         int count = 0;
         for (int64_t row = item.row; row < item.row + item.rows; ++row) {
@@ -228,7 +230,7 @@ class Heads {
         return count;
     }
 
-    // Attend to one piece of an item: its queries' results go to results[piece][query].
+    // Attend to one piece of an item. The results go to results[piece][query].
     void attend(int index, const Arrays& at, const Item& item, int piece, float* scratch,
                 float* results) const {
         const Layer& layer = m_.layers[index];
@@ -257,7 +259,7 @@ class Heads {
     }
 
     static constexpr int kAttentionChunks = 16;  // per thread
-    static constexpr int kItemsToShare = 8;  // per thread; more items are shared well enough whole
+    static constexpr int kItemsToShare = 8;  // per thread; with more items, whole ones balance well
 
     const StepContext& ctx_;
     const Model& m_;

@@ -1,4 +1,5 @@
-// What a group's GEMM prefetches for the phases after it, for each thread what it will read itself.
+// Lists the memory that a group's GEMM prefetches for later phases. Each thread prefetches the
+// memory that it will itself read.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +10,7 @@
 
 namespace veneer {
 
-// A part of h = A x: up to 16 rows of a segment, and up to 64 ranks.
+// A part of h = A x: up to 16 rows of a segment and up to 64 ranks.
 struct ShrinkItem {
     const Segment* segment;
     const LoraGroup* group;
@@ -17,7 +18,7 @@ struct ShrinkItem {
     int chunk;
 };
 
-// Call `function` for all items of a group's shrinks; `group`: layer * kGroups + group.
+// Call `function` for all items of a group's shrinks. `group` is layer * kGroups + group.
 template <class Function>
 inline void each_shrink(const Step& step, int group, const Function& function) {
     constexpr int64_t rows = kMatrixRows;
@@ -35,15 +36,16 @@ inline void each_shrink(const Step& step, int group, const Function& function) {
 
 inline Items shrink_items(int64_t count) { return {count, chunk_count(count, kShrinks)}; }
 
-// What attention reads of the KV cache: some heads of a sequence's blocks `first` to end - 1.
+// A part of the KV cache that attention reads: some heads of one sequence, in its blocks `first` to
+// end - 1.
 struct KvRead {
     int64_t sequence;
     int first, end;
     int head, heads;
 };
 struct KvReads {
-    std::vector<KvRead> all;   // one thread's after the other's
-    std::vector<size_t> ends;  // by thread
+    std::vector<KvRead> all;   // thread by thread
+    std::vector<size_t> ends;  // where each thread's reads end
 };
 
 using PrefetchLists = PrefetchList[PrefetchList::kLists];
@@ -58,7 +60,7 @@ class Prefetches {
         for (const KvRead& read : reads.all) blocks_ += size_t(read.end - read.first);
     }
 
-    // For the most that `list` adds.
+    // Reserve memory for the most that `list` adds.
     void reserve(PrefetchLists& lists) const {
         const size_t threads = size_t(ctx_.threads), tiles = ctx_.row_tiles.size();
         const size_t segments = size_t(ctx_.step->segment_count);
@@ -69,11 +71,11 @@ class Prefetches {
         lists[kWeights].reserve(threads, ctx_.threads);
     }
 
-    // What is read after a group's GEMM: its adapters' B; after the GEMM of gate and up the next
-    // layer's KV cache; the adapters' A of the next group; and where each thread begins to read the
-    // next group's weights. On matrix registers a GEMM of several rows takes so little time that
-    // this would delay it by as much as it saves: there B is prefetched where it is read, the KV
-    // cache for a few rows only.
+    // List what is read after a group's GEMM: the adapters' B; after the GEMM of gate and up, the
+    // next layer's KV cache; the adapters' A of the next group; and the weights with which each
+    // thread begins the next group. On matrix registers a GEMM of several rows takes so little time
+    // that these prefetches would cost as much as they save: there B is prefetched by the phase
+    // that reads it, and the KV cache only if the step has few rows.
     void list(int layer, Group group, PrefetchLists& lists) const {
         for (PrefetchList& list : lists) list.clear();
         const int next = layer * kGroups + group + 1;
@@ -104,7 +106,7 @@ class Prefetches {
                 const RowTile& tile = ctx_.row_tiles[size_t(item / heads)];
                 const int first = int(item % heads);
                 const int last = int(std::min<int64_t>(heads, first + end - item));
-                // Neighbouring row tiles may have one adapter.
+                // Adjacent row tiles may have the same adapter.
                 if (tile.adapter != before && tile.adapter != nullptr)
                     for (int member = 0; member < kMembers; ++member)
                         add_outputs(layer, group, member, *tile.adapter, first, last, heads, list);
@@ -115,7 +117,7 @@ class Prefetches {
         }
     }
 
-    // B's columns of parts first to last - 1 of so many.
+    // Add B's columns of the parts first to last - 1, of `parts` equal ones.
     void add_outputs(int layer, Group group, int member, const LoraAdapter& adapter, int first,
                      int last, int parts, PrefetchList& list) const {
         const LoraMember& update = group_of(adapter, layer, group).members[member];
@@ -127,7 +129,7 @@ class Prefetches {
                  part * size_t(last - first), size_t(update.rank), line);
     }
 
-    // The columns of B of gate and up that belong to each thread's tiles.
+    // List the columns of gate's and up's B that belong to each thread's tiles.
     void list_columns(int layer, PrefetchList& list) const {
         const Columns cut = ctx_.columns(layer, kGateUp);
         const int64_t segments = ctx_.step->segment_count;
@@ -183,7 +185,8 @@ class Prefetches {
         };
         each_shrink(*ctx_.step, next, [&](const ShrinkItem& shrink) {
             end_threads();
-            // Several items may read one A; each thread prefetches all of it, also for some ranks.
+            // Several items may read one A. Each thread prefetches all of it, even if it only
+            // computes some ranks.
             if (shrink.group != before)
                 list.add(shrink.group->a, number_bytes(*shrink.segment->adapter) *
                                               size_t(shrink.group->ranks) * size_t(inputs));
@@ -193,8 +196,8 @@ class Prefetches {
         end_threads();
     }
 
-    // Where each thread begins to read a group's weights, or after the last group the head's. The
-    // GEMM itself prefetches what comes some blocks later.
+    // List the weights with which each thread begins a group or, after the last group, the head.
+    // The GEMM itself prefetches later blocks.
     void list_weights(int next, PrefetchList& weights) const {
         const bool head = next == model_.layer_count * kGroups;
         const int layer = next / kGroups;
@@ -216,7 +219,7 @@ class Prefetches {
     const StepContext& ctx_;
     const Model& model_;
     const KvReads* reads_ = nullptr;
-    size_t blocks_ = 0;  // that are read, of all sequences
+    size_t blocks_ = 0;  // number of blocks that are read, in all sequences
 };
 
 }  // namespace veneer

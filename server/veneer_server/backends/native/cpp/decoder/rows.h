@@ -1,4 +1,4 @@
-// A step's work on single rows: embeddings, norms, residual sums, gates; and the head's logits.
+// A step's work on single rows (embeddings, norms, residual sums, gates), and the head's logits.
 #pragma once
 
 #include <algorithm>
@@ -20,12 +20,12 @@ class Rows {
         if (ctx_.int8_inputs(0, kQkv)) ctx_.write_int8(at, row, 0, m_.hidden);
     }
 
-    // Prefetch what `add` reads of B.
+    // Prefetch the part of B that `add` reads.
     void prefetch_add(int layer, Group group, const RowTile& row_tile) const {
         ctx_.prefetch_update(layer, group, 0, row_tile, 0, m_.hidden);
     }
 
-    // hidden + y, then the next norm, unless `norm` is null.
+    // Compute hidden + y, with the adapter's update, then the next norm unless `norm` is null.
     void add(int layer, Group group, const float* norm, const Arrays& at, const RowTile& row_tile,
              float* scratch) const {
         ctx_.prefetch_y(at, row_tile, 0, m_.hidden);
@@ -49,8 +49,8 @@ class Rows {
         }
     }
 
-    // Prefetch what `gate` reads of B for the row tile after number i: in this chunk or the next
-    // one, which is mostly this thread's too.
+    // Prefetch the part of B that `gate` reads for the row tile after number i, in this chunk or
+    // the next one, which usually belongs to this thread too.
     void prefetch_gate(int layer, size_t i, int chunk, const Columns& cut) const {
         if (++i == ctx_.row_tiles.size()) i = 0, ++chunk;
         if (chunk == cut.chunks || !ctx_.row_tiles[i].first) return;
@@ -59,7 +59,7 @@ class Rows {
             ctx_.prefetch_update(layer, kGateUp, member, ctx_.row_tiles[i], first, count);
     }
 
-    // silu(gate) * up of the columns that this thread has computed.
+    // Compute silu(gate) * up for some columns of a row tile, with the adapter's updates.
     void gate(int layer, const Arrays& at, const RowTile& row_tile, int first, int count,
               float* scratch) const {
         const float* from = at.y + row_tile.row * ctx_.wide + first;
@@ -84,17 +84,17 @@ class Rows {
         }
     }
 
-    // The final norm of the i-th row that logits are asked for.
+    // Compute the final norm of the i-th row whose logits are needed.
     void normalize_last(const Arrays& at, int64_t i) const {
         normalize(at.hidden + ctx_.step->logit_rows[i] * m_.hidden, m_.final_norm,
                   at.rounded + i * ctx_.width);
         if (m_.head.int8_inputs) ctx_.write_int8(at, i, 0, m_.hidden);
     }
 
-    // Logits of the head's tiles `tile` to end - 1, and whether all of them are finite.
+    // Compute the logits of the head's tiles `tile` to end - 1, and check that they are finite.
     void logits(const Arrays& at, int tile, int end) const {
         const Step& step = *ctx_.step;
-        Prefetcher prefetcher;  // with nothing to prefetch: no phase comes after
+        Prefetcher prefetcher;  // with nothing to prefetch, since this is the last phase
         multiply_tiles(m_.head, tile, end, ctx_.inputs(at, m_.head.int8_inputs),
                        int(step.logit_count), step.logits, size_t(m_.vocab), prefetcher);
         const int first = tile * kTile, count = std::min(end * kTile, m_.vocab) - first;
@@ -104,7 +104,7 @@ class Rows {
     }
 
   private:
-    // RMS norm of a row, as the next GEMM's input.
+    // Compute the RMS norm of a row, the next GEMM's input.
     void normalize(const float* from, const float* weight, bf16* to) const {
         Floats squares = zeros();
         for (int i = 0; i < m_.hidden; i += kLanes) {

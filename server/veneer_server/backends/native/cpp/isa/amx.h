@@ -14,13 +14,13 @@ namespace veneer::matrix {
 constexpr char kName[] = "amx-bf16";
 constexpr bool kPresent = true;
 
-// Ask Linux for the registers' state; it is for the whole process. False: it was refused.
+// Ask Linux to let this process use the registers. False if it refuses.
 inline bool permit() {
     constexpr long kRequestPermission = 0x1023, kTileData = 18;
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
-// Layout that LDTILECFG expects.
+// The layout that LDTILECFG expects.
 struct alignas(64) Configuration {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {};

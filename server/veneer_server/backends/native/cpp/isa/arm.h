@@ -1,4 +1,4 @@
-// What all ARM instruction sets share.
+// Functions that all ARM instruction sets share.
 #pragma once
 
 #include <arm_neon.h>
@@ -7,13 +7,13 @@
 
 namespace veneer {
 
-// Into the second cache.
+// Prefetch into the L2 cache.
 inline void prefetch(const void* at) { __builtin_prefetch(at, 0, 2); }
-// Into the first cache.
+// Prefetch into the L1 cache.
 inline void prefetch_near(const void* at) { __builtin_prefetch(at, 0, 3); }
 
-// A clock of about 2.5 GHz, the same on every core. The CPU's own counter ticks at 24 MHz to 1 GHz:
-// each tick counts for as many as that takes.
+// A clock of about 2.5 GHz, the same on every core. The CPU's own counter runs at 24 MHz to 1 GHz,
+// so it is multiplied by `ticks_per_count`.
 inline uint64_t ticks_per_count() noexcept {
     uint64_t frequency;
     asm("mrs %0, cntfrq_el0" : "=r"(frequency));
@@ -27,7 +27,7 @@ inline uint64_t cycles() {
     return count * kTicksPerCount;
 }
 
-// For spin loops. Takes some ten nanoseconds on every core; `yield` takes none on most.
+// For spin loops. Takes about ten nanoseconds on every core; `yield` takes no time on most.
 inline void spin_pause() { asm volatile("isb" : : : "memory"); }
 
 }  // namespace veneer

@@ -1,5 +1,5 @@
-// AVX2 with FMA: sixteen floats in two registers. A pair takes two fused multiply-adds, each of
-// its halves widened to a float by a shift or a mask.
+// AVX2 with FMA: sixteen floats in two registers. A pair takes two fused multiply-adds, after each
+// half is widened to a float by a shift or a mask.
 #pragma once
 
 #include <cstddef>
@@ -14,8 +14,8 @@ namespace veneer {
 constexpr char kInstructions[] = "avx2";
 constexpr int kLanes = 16;
 
-// Tile sizes, so that a tile's sums and operands fit 16 registers. `rows`: rows of a GEMM's tile of
-// 32 outputs that are multiplied at once. `chains`: sums of each row and output.
+// Tile sizes, so that a tile's sums and operands fit 16 registers. `Rows`: rows that a GEMM
+// multiplies at once, by a tile of 32 outputs. `Chains`: partial sums per row and output.
 namespace tiles {
 constexpr int kFourBitRows = 3, kFourBitChains = 1;  // 12 registers
 constexpr int kBf16Rows = 3;
@@ -115,13 +115,13 @@ inline __m256 power_of_two(__m256 n) {
 inline Floats scale_by_power(Floats a, Floats n) {
     return {_mm256_mul_ps(a.lo, power_of_two(n.lo)), _mm256_mul_ps(a.hi, power_of_two(n.hi))};
 }
-// Bit i: is a[i] > b[i]?
+// Bit i is set if a[i] > b[i].
 inline uint32_t above(Floats a, Floats b) {
     const int lo = _mm256_movemask_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_GT_OQ));
     const int hi = _mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_GT_OQ));
     return uint32_t(lo | hi << 8);
 }
-// a where not x < limit, else 0.
+// a, or 0 where x < limit.
 inline Floats keep_above(Floats a, Floats x, Floats limit) {
     return {_mm256_and_ps(a.lo, _mm256_cmp_ps(x.lo, limit.lo, _CMP_NLT_UQ)),
             _mm256_and_ps(a.hi, _mm256_cmp_ps(x.hi, limit.hi, _CMP_NLT_UQ))};
@@ -179,7 +179,7 @@ inline __m256i look_up_half(const Table& table, __m256i codes) {
     const __m256i code = _mm256_and_si256(_mm256_srli_epi16(codes, 4 * Q), _mm256_set1_epi16(15));
     const __m256i low = _mm256_shuffle_epi8(table.low, code);
     const __m256i high = _mm256_shuffle_epi8(table.high, code);
-    // The upper bytes looked up entry 0: they are masked or shifted out.
+    // The upper index bytes look up entry 0; these results are masked or shifted out.
     return _mm256_or_si256(_mm256_and_si256(low, _mm256_set1_epi16(255)),
                            _mm256_slli_epi16(high, 8));
 }
@@ -188,7 +188,7 @@ inline Pairs look_up(const Table& table, Codes codes) {
     return {look_up_half<Q>(table, codes.lo), look_up_half<Q>(table, codes.hi)};
 }
 
-// What kernels/gemm/by_int8.h needs: 64 bytes, and sixteen sums.
+// For kernels/gemm/by_int8.h: 64 bytes, and sixteen sums.
 constexpr int kInt8Offset = 0;
 struct Int8s {
     __m256i lo, hi;
@@ -196,14 +196,14 @@ struct Int8s {
 struct Int32s {
     __m256i lo, hi;
 };
-// The byte of each of the sixteen codes, ...
+// The byte that each of the sixteen codes stands for.
 struct Int8Table {
     __m256i v;
     Int8Table(const int8_t* numbers, int)
         : v(_mm256_broadcastsi128_si256(
               _mm_loadu_si128(reinterpret_cast<const __m128i*>(numbers)))) {}
 };
-// ... the bytes whose codes are the lower (0) or upper (1) halves of bytes, ...
+// Look up the bytes for the codes in the lower (0) or upper (1) halves of bytes.
 template <int Half>
 inline Int8s look_up_bytes(const Int8Table& table, Codes codes) {
     const auto each = [&](__m256i part) {
@@ -222,12 +222,13 @@ inline void store_int8s(int8_t* at, Int8s a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), a.lo);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(at) + 1, a.hi);
 }
-// ... those of two vectors in turn, within each 16: the first eight, and the second, ...
+// Interleave two vectors within each 16 bytes: `low` from their first eight, `high` from the
+// others.
 inline void interleave(Int8s a, Int8s b, Int8s& low, Int8s& high) {
     low = {_mm256_unpacklo_epi8(a.lo, b.lo), _mm256_unpacklo_epi8(a.hi, b.hi)};
     high = {_mm256_unpackhi_epi8(a.lo, b.lo), _mm256_unpackhi_epi8(a.hi, b.hi)};
 }
-// ... sums, to which the products of four bytes with `four` are added, ...
+// Sums. `dot` adds the products of four bytes of `w` with those of `four` to each.
 inline Int32s int32s(int32_t value) { return {_mm256_set1_epi32(value), _mm256_set1_epi32(value)}; }
 inline Int32s load_int32s(const int32_t* at) {
     const __m256i* halves = reinterpret_cast<const __m256i*>(at);
@@ -247,7 +248,7 @@ inline Int32s dot(Int32s sums, Int8s w, int32_t four) {
     return {dot(sums.lo, w.lo, x), dot(sums.hi, w.hi, x)};
 }
 inline Floats to_floats(Int32s a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
-// ... from fours of two vectors in turn to their order, ...
+// Undo the effect of `interleave` on two vectors of sums, whose fours take turns.
 inline void quads_in_turn(Floats& low, Floats& high) {
     const Floats first{_mm256_permute2f128_ps(low.lo, high.lo, 0x20),
                        _mm256_permute2f128_ps(low.lo, high.lo, 0x31)};
@@ -255,10 +256,9 @@ inline void quads_in_turn(Floats& low, Floats& high) {
             _mm256_permute2f128_ps(low.hi, high.hi, 0x31)};
     low = first;
 }
-// ... and integers of -127 to 127 as bytes, in the order of int8_rows.h.
+// Store integers from -127 to 127 as bytes, in the order of int8_rows.h.
 inline void store_int8(int8_t* at, Floats a) {
-    // Packing works within 128 bits: 0-3, 8-11, 4-7, 12-15, each eight of which are neighbours
-    // then.
+    // Packing works within 128 bits, so `halves` has the numbers 0-3, 8-11, 4-7, 12-15.
     const __m256i halves = _mm256_packs_epi32(_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi));
     const __m128i bytes =
         _mm_packs_epi16(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
@@ -266,28 +266,28 @@ inline void store_int8(int8_t* at, Floats a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(at), _mm_shuffle_epi8(bytes, order));
 }
 
-// Sixteen pairs of signed bytes, each of which bfloat16 represents exactly.
+// Load sixteen pairs of signed bytes, widened to bfloat16, which represents them exactly.
 inline __m256i widened_bytes(const int8_t* at) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
     const __m256 lo = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
     const __m256 hi = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)));
-    // Their lower halves are zero. Packing works within 128 bits, so the result is permuted.
+    // The floats' lower halves are zero. Packing works within 128 bits, so the result is permuted.
     const __m256i packed = _mm256_packus_epi32(_mm256_srli_epi32(_mm256_castps_si256(lo), 16),
                                                _mm256_srli_epi32(_mm256_castps_si256(hi), 16));
     return _mm256_permute4x64_epi64(packed, 0b11011000);
 }
 inline Pairs load_bytes(const int8_t* at) { return {widened_bytes(at), widened_bytes(at + 16)}; }
 
-// What kernels/gemm/few_rows.h needs: the float of each of the sixteen codes, ...
+// For kernels/gemm/few_rows.h: the float that each of the sixteen codes stands for.
 struct NumberTable {
     Floats v;
     explicit NumberTable(const bf16* entries) : v(load(entries)) {}
 };
-// ... the floats whose codes are the N-th four bits of each 32, ...
+// Look up the floats for the codes in the N-th four bits of each 32.
 inline __m256 look_up_numbers(const NumberTable& table, __m256i codes) {
     const __m256 lower = _mm256_permutevar8x32_ps(table.v.lo, codes);
     const __m256 upper = _mm256_permutevar8x32_ps(table.v.hi, codes);
-    // By the code's fourth bit.
+    // Choose by the code's highest bit.
     return _mm256_blendv_ps(lower, upper, _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28)));
 }
 template <int N>
@@ -296,16 +296,16 @@ inline Floats look_up_number(const NumberTable& table, const uint8_t* at) {
     return {look_up_numbers(table, _mm256_srli_epi32(codes.lo, 4 * N)),
             look_up_numbers(table, _mm256_srli_epi32(codes.hi, 4 * N))};
 }
-// ... the first numbers of pairs, and the second ones, ...
+// The first numbers of pairs, and the second ones.
 inline Floats firsts(Pairs a) { return {even(a.lo), even(a.hi)}; }
 inline Floats seconds(Pairs a) { return {odd(a.lo), odd(a.hi)}; }
-// ... sixteen signed bytes, ...
+// Load sixteen signed bytes.
 inline Floats load_numbers_of(const int8_t* at) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
     return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
             _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
 }
-// ... two numbers in turn, and the sums of neighbours: a[0] + a[1] to b[14] + b[15].
+// Repeat two numbers in turn; and add neighbours: a[0] + a[1] to b[14] + b[15].
 inline Floats broadcast_two(const float* at) {
     const __m256 both = _mm256_setr_ps(at[0], at[1], at[0], at[1], at[0], at[1], at[0], at[1]);
     return {both, both};

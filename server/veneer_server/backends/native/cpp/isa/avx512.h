@@ -13,8 +13,8 @@ namespace veneer {
 constexpr char kInstructions[] = "avx512-bf16";
 constexpr int kLanes = 16;
 
-// Tile sizes, so that a tile's sums and operands fit 32 registers. `rows`: rows of a GEMM's tile of
-// 32 outputs that are multiplied at once. `chains`: sums of each row and output.
+// Tile sizes, so that a tile's sums and operands fit 32 registers. `Rows`: rows that a GEMM
+// multiplies at once, by a tile of 32 outputs. `Chains`: partial sums per row and output.
 namespace tiles {
 constexpr int kFourBitRows = 6, kFourBitChains = 2;  // 24 registers
 constexpr int kBf16Rows = 12;
@@ -40,12 +40,12 @@ struct Codes {
     __m512i v;
 };
 
-// The bfloat16 of each of the sixteen codes.
+// The bfloat16 that each of the sixteen codes stands for.
 struct Table {
     __m512i v;
     explicit Table(const bf16* entries) {
         const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(entries));
-        v = _mm512_broadcast_i64x4(half);  // twice: bit 4 of an index is ignored
+        v = _mm512_broadcast_i64x4(half);  // twice, so that bit 4 of an index is ignored
     }
 };
 
@@ -78,9 +78,9 @@ inline Floats min(Floats a, Floats b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline Floats round(Floats a) { return {_mm512_roundscale_ps(a.v, 0)}; }
 // a * 2^n
 inline Floats scale_by_power(Floats a, Floats n) { return {_mm512_scalef_ps(a.v, n.v)}; }
-// Bit i: is a[i] > b[i]?
+// Bit i is set if a[i] > b[i].
 inline uint32_t above(Floats a, Floats b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
-// a where not x < limit, else 0.
+// a, or 0 where x < limit.
 inline Floats keep_above(Floats a, Floats x, Floats limit) {
     return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, limit.v, _CMP_NLT_UQ), a.v)};
 }
@@ -102,34 +102,34 @@ inline Floats dot(Floats sums, Pairs w, Pairs x) {
 }
 
 inline Codes load_codes(const uint8_t* at) { return {_mm512_loadu_si512(at)}; }
-// The pairs whose codes are the Q-th four bits of each 16.
+// Look up the pairs for the codes in the Q-th four bits of each 16.
 template <int Q>
 inline Pairs look_up(const Table& table, Codes codes) {
     return {_mm512_permutexvar_epi16(_mm512_srli_epi16(codes.v, 4 * Q), table.v)};
 }
 
-// What kernels/gemm/few_rows.h needs: the float of each of the sixteen codes, ...
+// For kernels/gemm/few_rows.h: the float that each of the sixteen codes stands for.
 struct NumberTable {
     __m512 v;
     explicit NumberTable(const bf16* entries) : v(load(entries).v) {}
 };
-// ... the floats whose codes are the N-th four bits of each 32, ...
+// Look up the floats for the codes in the N-th four bits of each 32.
 template <int N>
 inline Floats look_up_number(const NumberTable& table, const uint8_t* at) {
     const __m512i codes = _mm512_loadu_si512(at + N / 2);
     return {_mm512_permutexvar_ps(N % 2 == 0 ? codes : _mm512_srli_epi32(codes, 4), table.v)};
 }
-// ... the first numbers of pairs, and the second ones, ...
+// The first numbers of pairs, and the second ones.
 inline Floats firsts(Pairs a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16))}; }
 inline Floats seconds(Pairs a) {
     return {_mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32(int(0xffff0000u))))};
 }
-// ... sixteen signed bytes, ...
+// Load sixteen signed bytes.
 inline Floats load_numbers_of(const int8_t* at) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
     return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))};
 }
-// ... two numbers in turn, and the sums of neighbours: a[0] + a[1] to b[14] + b[15].
+// Repeat two numbers in turn; and add neighbours: a[0] + a[1] to b[14] + b[15].
 inline Floats broadcast_two(const float* at) {
     double both;
     std::memcpy(&both, at, sizeof both);
@@ -143,8 +143,8 @@ inline Floats add_neighbours(Floats a, Floats b) {
     return {_mm512_add_ps(even, _mm512_permutex2var_ps(a.v, next, b.v))};
 }
 
-// What kernels/gemm/by_int8.h needs: 64 bytes, and sixteen sums. One instruction multiplies
-// unsigned bytes by signed ones, so weights have an offset that makes them unsigned.
+// For kernels/gemm/by_int8.h: 64 bytes, and sixteen sums. The instruction multiplies unsigned bytes
+// by signed ones, so weights have an offset that makes them unsigned.
 constexpr int kInt8Offset = 128;
 struct Int8s {
     __m512i v;
@@ -152,7 +152,7 @@ struct Int8s {
 struct Int32s {
     __m512i v;
 };
-// The byte of each of the sixteen codes, plus an offset, ...
+// The byte that each of the sixteen codes stands for, plus an offset.
 struct Int8Table {
     __m512i v;
     Int8Table(const int8_t* numbers, int offset) {
@@ -160,25 +160,26 @@ struct Int8Table {
         v = _mm512_broadcast_i32x4(_mm_add_epi8(all, _mm_set1_epi8(char(offset))));
     }
 };
-// ... the bytes whose codes are the lower (0) or upper (1) halves of bytes, ...
+// Look up the bytes for the codes in the lower (0) or upper (1) halves of bytes.
 template <int Half>
 inline Int8s look_up_bytes(const Int8Table& table, Codes codes) {
     const __m512i half = Half == 0 ? codes.v : _mm512_srli_epi16(codes.v, 4);
     return {_mm512_shuffle_epi8(table.v, _mm512_and_si512(half, _mm512_set1_epi8(15)))};
 }
-// ... bytes plus an offset of 0 or 128, ...
+// Load bytes and add an offset of 0 or 128.
 template <int Offset>
 inline Int8s load_int8s(const uint8_t* at) {
     const __m512i bytes = _mm512_loadu_si512(at);
     return {Offset == 0 ? bytes : _mm512_xor_si512(bytes, _mm512_set1_epi8(char(Offset)))};
 }
 inline void store_int8s(int8_t* at, Int8s a) { _mm512_storeu_si512(at, a.v); }
-// ... those of two vectors in turn, within each 16: the first eight, and the second, ...
+// Interleave two vectors within each 16 bytes: `low` from their first eight, `high` from the
+// others.
 inline void interleave(Int8s a, Int8s b, Int8s& low, Int8s& high) {
     low.v = _mm512_unpacklo_epi8(a.v, b.v);
     high.v = _mm512_unpackhi_epi8(a.v, b.v);
 }
-// ... sums, to which the products of four bytes with `four` are added, ...
+// Sums. `dot` adds the products of four bytes of `w` with those of `four` to each.
 inline Int32s int32s(int32_t value) { return {_mm512_set1_epi32(value)}; }
 inline Int32s load_int32s(const int32_t* at) { return {_mm512_loadu_si512(at)}; }
 inline Int32s add(Int32s a, Int32s b) { return {_mm512_add_epi32(a.v, b.v)}; }
@@ -186,7 +187,7 @@ inline Int32s dot(Int32s sums, Int8s w, int32_t four) {
     return {_mm512_dpbusd_epi32(sums.v, w.v, _mm512_set1_epi32(four))};
 }
 inline Floats to_floats(Int32s a) { return {_mm512_cvtepi32_ps(a.v)}; }
-// ... from fours of two vectors in turn to their order, ...
+// Undo the effect of `interleave` on two vectors of sums, whose fours take turns.
 inline void quads_in_turn(Floats& low, Floats& high) {
     const __m512i order = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i next = _mm512_add_epi32(order, _mm512_set1_epi32(8));
@@ -194,14 +195,14 @@ inline void quads_in_turn(Floats& low, Floats& high) {
     high.v = _mm512_permutex2var_ps(low.v, next, high.v);
     low.v = first;
 }
-// ... and integers of -127 to 127 as bytes, in the order of int8_rows.h.
+// Store integers from -127 to 127 as bytes, in the order of int8_rows.h.
 inline void store_int8(int8_t* at, Floats a) {
     const __m128i order = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
     const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(at), _mm_shuffle_epi8(bytes, order));
 }
 
-// Sixteen pairs of signed bytes, each of which bfloat16 represents exactly.
+// Load sixteen pairs of signed bytes, widened to bfloat16, which represents them exactly.
 inline Pairs load_bytes(const int8_t* at) {
     const __m128i* halves = reinterpret_cast<const __m128i*>(at);
     const __m512 lo = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(halves)));

@@ -1,21 +1,22 @@
-// The instruction set that this library is compiled for. Nothing outside this folder names one.
-// Each set's header defines the same names, which are all that the kernels use:
+// Includes the header of the instruction set that this library is compiled for. Code outside this
+// folder names no instruction set. Each set's header defines the same names, and the kernels use
+// nothing else of it:
 //
-//     kInstructions           the library's name for its set (`Form.name` of forms.py)
+//     kInstructions           the set's name (`InstructionSet.name` of forms.py)
 //     kLanes                  lanes of a vector
 //     Floats, Pairs           vectors of floats, and of pairs of bfloat16
-//     Codes, Table            4-bit codes, and the bfloat16 of each
+//     Codes, Table            4-bit codes, and the bfloat16 that each stands for
 //     Int8s, Int32s, Int8Table
 //                             bytes and their sums, for kernels/gemm/by_int8.h
 //     tiles                   tile sizes that the registers allow
 //     prefetch, prefetch_near, cycles, spin_pause
-//                             prefetches into two caches, a clock, the pause of a spin loop
+//                             prefetches into L2 and L1, a clock, the pause of a spin loop
 //
-// A set whose vectors take several registers may define VENEER_BY_REGISTERS, and what
-// kernels/gemm/by_registers.h uses.
+// A set whose vectors take several registers may define VENEER_BY_REGISTERS, along with the
+// functions that kernels/gemm/by_registers.h uses.
 //
-// matrix.h adds the matrix registers, which only some CPUs have. A set that they come with also
-// defines what kernels/gemm/few_rows.h and kernels/attention/few_queries.h use.
+// matrix.h adds the matrix registers, which only some CPUs have. The vector set of such CPUs also
+// defines the functions that kernels/gemm/few_rows.h and kernels/attention/few_queries.h use.
 //
 // The GEMM's inner product multiplies pairs of bfloat16 and adds both to a float:
 //     sum[lane] += w[lane].first * x.first + w[lane].second * x.second

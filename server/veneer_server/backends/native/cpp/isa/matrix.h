@@ -1,7 +1,7 @@
 // Matrix registers: 16 rows of 64 bytes. One instruction multiplies a register of inputs by one of
 // weights.
 //
-// A CPU may have none: then `kPresent` is false, and `permit`, `set_up` and `give_up` do nothing.
+// If the CPU has none, `kPresent` is false, and `permit`, `set_up` and `give_up` do nothing.
 #pragma once
 
 #include <cstddef>
@@ -15,7 +15,7 @@ namespace veneer::matrix {
 constexpr int kRegisters = 8;
 constexpr int kRows = 16;
 
-// What of a register is used; no rows: nothing.
+// The part of a register that is used; nothing if it has no rows.
 struct Shape {
     int rows = 0, row_bytes = 64;
 };
@@ -23,11 +23,11 @@ struct Shape {
 // Ask the operating system for the registers, for the whole process. False if it refuses.
 bool permit();
 
-// Set up the calling thread's registers, which takes as long as ten multiplies, and give them up.
+// Set up the calling thread's registers, which takes as long as ten multiplies; and release them.
 void configure(const Shape (&shapes)[kRegisters]);
 void release();
 
-// Of register R. `stride`: bytes from one row to the next.
+// Zero, load and store register R. `stride`: bytes from one row to the next.
 template <int R>
 void zero();
 template <int R>
@@ -48,7 +48,7 @@ void dot_int8();
 
 }  // namespace veneer::matrix
 
-// VENEER_MATRIX: there are registers.
+// VENEER_MATRIX is defined if there are matrix registers.
 #if defined(VENEER_SOFTWARE_MATRIX)
 #define VENEER_MATRIX
 #include "software_matrix.h"
@@ -63,18 +63,18 @@ void dot_int8();
 #ifdef VENEER_MATRIX
 namespace veneer::matrix {
 
-// How the calling thread's registers are set up; no rows: they are not.
+// How the calling thread's registers are set up; without rows if they are not set up.
 inline thread_local Shape present[kRegisters];
 
-// Set the registers up unless they are so. They stay until `give_up`.
+// Set up the registers unless they already have these shapes. They keep them until `give_up`.
 inline void set_up(const Shape (&shapes)[kRegisters]) {
     if (std::memcmp(present, shapes, sizeof present) == 0) return;
     configure(shapes);
     std::memcpy(present, shapes, sizeof present);
 }
 
-// Give the registers up, if there are any: others may use them too, and the operating system would
-// save them whenever another thread gets the CPU.
+// Give up the registers, if they are set up: other code may use them too, and the operating system
+// would save them whenever another thread gets the CPU.
 inline void give_up() {
     if (present[0].rows == 0) return;
     release();

@@ -1,6 +1,6 @@
 // NEON (ARMv8-A): sixteen floats in four registers. With ARMv8.6's BF16 one instruction multiplies
-// four pairs. Without, a pair takes two fused multiply-adds, each of its halves widened to a float
-// by a shift or a mask.
+// four pairs. Without it, a pair takes two fused multiply-adds, after each half is widened to a
+// float by a shift or a mask.
 #pragma once
 
 #include <cstddef>
@@ -19,8 +19,8 @@ constexpr char kInstructions[] = "neon";
 #endif
 constexpr int kLanes = 16;
 
-// Tile sizes, so that a tile's sums and operands fit 32 registers. `rows`: rows of a GEMM's tile of
-// 32 outputs that are multiplied at once. `chains`: sums of each row and output.
+// Tile sizes, so that a tile's sums and operands fit 32 registers. `Rows`: rows that a GEMM
+// multiplies at once, by a tile of 32 outputs. `Chains`: partial sums per row and output.
 namespace tiles {
 constexpr int kFourBitRows = 3, kFourBitChains = 1;  // 24 registers
 constexpr int kBf16Rows = 3;
@@ -50,7 +50,7 @@ struct Table {
         : bytes(vld2q_u8(reinterpret_cast<const uint8_t*>(entries))) {}
 };
 
-// Each register of the result from those of the operands.
+// Compute each register of the result from the operands' registers.
 template <class Vector, class Function, class... Operands>
 inline Vector each_part(const Function& function, const Operands&... operands) {
     return {{function(operands.v[0]...), function(operands.v[1]...), function(operands.v[2]...),
@@ -96,7 +96,7 @@ inline uint16x8_t rounded(float32x4_t lo, float32x4_t hi) {
     return vreinterpretq_u16_bf16(vcvtq_high_bf16_f32(vcvtq_low_bf16_f32(lo), hi));
 }
 #else
-// As `to_bf16`.
+// Round as `to_bf16` does.
 inline uint16x4_t rounded(float32x4_t a) {
     const uint32x4_t bits = vreinterpretq_u32_f32(a);
     const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
@@ -146,7 +146,7 @@ inline Floats scale_by_power(Floats a, Floats n) {
     return each_part<Floats>(
         [](float32x4_t a, float32x4_t n) { return vmulq_f32(a, power_of_two(n)); }, a, n);
 }
-// Bit i: is a[i] > b[i]?
+// Bit i is set if a[i] > b[i].
 inline uint32_t above(Floats a, Floats b) {
     constexpr uint32_t first_bits[4] = {1, 2, 4, 8};
     const uint32x4_t bits = vld1q_u32(first_bits);
@@ -155,7 +155,7 @@ inline uint32_t above(Floats a, Floats b) {
         found |= vaddvq_u32(vandq_u32(vcgtq_f32(a.v[i], b.v[i]), bits)) << (4 * i);
     return found;
 }
-// a where not x < limit, else 0.
+// a, or 0 where x < limit.
 inline Floats keep_above(Floats a, Floats x, Floats limit) {
     return each_part<Floats>(
         [](float32x4_t a, float32x4_t x, float32x4_t limit) {
@@ -210,7 +210,8 @@ inline Floats dot(Floats sums, Pairs w, Pairs x) {
 inline Codes load_codes(const uint8_t* at) {
     return {{vld1q_u8(at), vld1q_u8(at + 16), vld1q_u8(at + 32), vld1q_u8(at + 48)}};
 }
-// The pairs whose codes are the Q-th four bits of each 16: Q is the half of a byte, and the byte.
+// Look up the pairs for the codes in the Q-th four bits of each 16. Q % 2 is the half of a byte,
+// Q / 2 the byte.
 template <int Q>
 inline uint16x8_t look_up(const Table& table, uint8x16_t codes) {
     const uint8x16_t each = Q % 2 == 0 ? vandq_u8(codes, vdupq_n_u8(15)) : vshrq_n_u8(codes, 4);
@@ -223,7 +224,7 @@ inline Pairs look_up(const Table& table, Codes codes) {
     return each_part<Pairs>([&table](uint8x16_t part) { return look_up<Q>(table, part); }, codes);
 }
 
-// What kernels/gemm/by_int8.h needs: 64 bytes, and sixteen sums.
+// For kernels/gemm/by_int8.h: 64 bytes, and sixteen sums.
 constexpr int kInt8Offset = 0;
 struct Int8s {
     int8x16_t v[kParts];
@@ -231,12 +232,12 @@ struct Int8s {
 struct Int32s {
     int32x4_t v[kParts];
 };
-// The byte of each of the sixteen codes, ...
+// The byte that each of the sixteen codes stands for.
 struct Int8Table {
     int8x16_t v;
     Int8Table(const int8_t* numbers, int) : v(vld1q_s8(numbers)) {}
 };
-// ... the bytes whose codes are the lower (0) or upper (1) halves of bytes, ...
+// Look up the bytes for the codes in the lower (0) or upper (1) halves of bytes.
 template <int Half>
 inline Int8s look_up_bytes(const Int8Table& table, Codes codes) {
     return each_part<Int8s>(
@@ -252,12 +253,13 @@ inline Int8s load_int8s(const uint8_t* at) {
     const int8_t* from = reinterpret_cast<const int8_t*>(at);
     return {{vld1q_s8(from), vld1q_s8(from + 16), vld1q_s8(from + 32), vld1q_s8(from + 48)}};
 }
-// ... those of two vectors in turn, within each 16: the first eight, and the second, ...
+// Interleave two vectors within each 16 bytes: `low` from their first eight, `high` from the
+// others.
 inline void interleave(Int8s a, Int8s b, Int8s& low, Int8s& high) {
     low = each_part<Int8s>([](auto... each) { return vzip1q_s8(each...); }, a, b);
     high = each_part<Int8s>([](auto... each) { return vzip2q_s8(each...); }, a, b);
 }
-// ... sums, to which the products of four bytes with `four` are added, ...
+// Sums. `dot` adds the products of four bytes of `w` with those of `four` to each.
 inline Int32s int32s(int32_t value) {
     const int32x4_t all = vdupq_n_s32(value);
     return {{all, all, all, all}};
@@ -277,13 +279,13 @@ inline Int32s dot(Int32s sums, Int8s w, int32_t four) {
 inline Floats to_floats(Int32s a) {
     return each_part<Floats>([](int32x4_t each) { return vcvtq_f32_s32(each); }, a);
 }
-// ... from fours of two vectors in turn to their order, ...
+// Undo the effect of `interleave` on two vectors of sums, whose fours take turns.
 inline void quads_in_turn(Floats& low, Floats& high) {
     const Floats first{{low.v[0], high.v[0], low.v[1], high.v[1]}};
     high = {{low.v[2], high.v[2], low.v[3], high.v[3]}};
     low = first;
 }
-// ... and integers of -127 to 127 as bytes, in the order of int8_rows.h.
+// Store integers from -127 to 127 as bytes, in the order of int8_rows.h.
 inline void store_int8(int8_t* at, Floats a) {
     const auto narrow = [](float32x4_t lo, float32x4_t hi) {
         return vmovn_s16(vcombine_s16(vmovn_s32(vcvtq_s32_f32(lo)), vmovn_s32(vcvtq_s32_f32(hi))));
@@ -293,12 +295,12 @@ inline void store_int8(int8_t* at, Floats a) {
     vst1q_s8(at, vqtbl1q_s8(bytes, vld1q_u8(order)));
 }
 
-// Sixteen pairs of signed bytes, each of which bfloat16 represents exactly.
+// Load sixteen pairs of signed bytes, widened to bfloat16, which represents them exactly.
 inline uint16x8_t widened(int8x8_t bytes) {
     const int16x8_t halves = vmovl_s8(bytes);
     const float32x4_t lo = vcvtq_f32_s32(vmovl_s16(vget_low_s16(halves)));
     const float32x4_t hi = vcvtq_f32_s32(vmovl_high_s16(halves));
-    // Their lower halves are zero.
+    // The floats' lower halves are zero.
     return vuzp2q_u16(vreinterpretq_u16_f32(lo), vreinterpretq_u16_f32(hi));
 }
 inline Pairs load_bytes(const int8_t* at) {
@@ -306,7 +308,7 @@ inline Pairs load_bytes(const int8_t* at) {
              widened(vld1_s8(at + 24))}};
 }
 
-// What VENEER_BY_REGISTERS needs: four pairs of inputs for each of four outputs, ...
+// For VENEER_BY_REGISTERS: the weights of four outputs for four pairs of inputs.
 struct FourWeights {
     uint16x8_t pairs[4];
 };
@@ -315,7 +317,7 @@ inline FourWeights look_up_four(const Table& table, const uint8_t* at) {
     return {{look_up<0>(table, codes), look_up<1>(table, codes), look_up<2>(table, codes),
              look_up<3>(table, codes)}};
 }
-// ... `stride` numbers from one pair to the next, ...
+// Load them, `stride` numbers from one pair of inputs to the next.
 inline FourWeights load_four(const bf16* at, int stride) {
     return {{vld1q_u16(at), vld1q_u16(at + stride), vld1q_u16(at + 2 * stride),
              vld1q_u16(at + 3 * stride)}};
@@ -325,7 +327,8 @@ inline FourWeights load_four(const int8_t* at, int stride) {
              widened(vld1_s8(at + 3 * stride))}};
 }
 
-// ... a row's four pairs of inputs, and their products, added to four sums as `dot` adds them.
+// A row's four pairs of inputs. `dot` adds their products with the weights to four sums, in the
+// same order as `dot` of whole vectors.
 #ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
 struct FourInputs {
     bfloat16x8_t pairs;
@@ -338,7 +341,7 @@ inline float32x4_t dot(float32x4_t sums, const FourWeights& w, const FourInputs&
 }
 #else
 struct FourInputs {
-    float32x4_t first, second;  // of the pairs
+    float32x4_t first, second;  // numbers of the pairs
     FourInputs() = default;
     explicit FourInputs(const bf16* at) : first(even(vld1q_u16(at))), second(odd(vld1q_u16(at))) {}
 };

@@ -1,4 +1,4 @@
-// No matrix registers: the kernels multiply with vectors.
+// For CPUs without matrix registers: the kernels multiply with vectors.
 #pragma once
 
 namespace veneer::matrix {

@@ -1,5 +1,5 @@
-// Matrix registers in memory, for tests on CPUs without any: the same results as AMX's, bit by bit
-// (Intel's Software Developer's Manual, volume 2, TDPBF16PS and TDPBSSD).
+// Matrix registers simulated in memory, for tests on CPUs without any. Results are the same as
+// AMX's, bit for bit (Intel's Software Developer's Manual, volume 2, TDPBF16PS and TDPBSSD).
 #pragma once
 
 #include <cstring>
@@ -50,8 +50,9 @@ inline void store(void* to, size_t stride) {
                     size_t(at(R).shape.row_bytes));
 }
 
-// All lines of pairs of a row are summed from zero, the first numbers of the pairs apart from the
-// second ones; then both sums are added to each other, and to the row's old numbers.
+// The products of a row's pairs are summed from zero, those of the pairs' first numbers separately
+// from those of the second ones. Then the two sums are added, and the result is added to the row's
+// old numbers.
 template <int Sums, int A, int B>
 inline void dot() {
     const FlushDenormals flush;

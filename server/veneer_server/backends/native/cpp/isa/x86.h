@@ -1,4 +1,4 @@
-// What all x86-64 instruction sets share.
+// Functions that all x86-64 instruction sets share.
 #pragma once
 
 #include <immintrin.h>
@@ -8,9 +8,9 @@
 
 namespace veneer {
 
-// Into the second cache.
+// Prefetch into the L2 cache.
 inline void prefetch(const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T1); }
-// Into the first cache.
+// Prefetch into the L1 cache.
 inline void prefetch_near(const void* at) {
     _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0);
 }
@@ -18,12 +18,12 @@ inline void prefetch_near(const void* at) {
 // A clock at the CPU's nominal frequency, the same on every core.
 inline uint64_t cycles() { return __rdtsc(); }
 
-// For the length of a scope denormals count as zero, and results become zero rather than denormal.
+// While an object lives, denormal operands count as zero, and denormal results become zero.
 class FlushDenormals {
   public:
     FlushDenormals() : before_(_mm_getcsr()) {
         _mm_setcsr(before_ | 0x8040);
-        asm volatile("" : : : "memory");  // no arithmetic moves before
+        asm volatile("" : : : "memory");  // no arithmetic moves before this
     }
     ~FlushDenormals() {
         asm volatile("" : : : "memory");

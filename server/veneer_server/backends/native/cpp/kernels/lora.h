@@ -1,11 +1,11 @@
 // Low-rank updates of the rows that have an adapter: h = x A^T (shrink), then y += s h B^T
 // (expand).
 //
-// Rows of one adapter are neighbours (a segment). Its matrices lie transposed, as the server's
-// loaders lay them out (step/layout.py): A^T [inputs, ranks of a group side by side] and, for each
-// projection, B^T [rank, outputs]; in bfloat16 or float, of any rank. A^T of bfloat16 lies in pairs
-// of inputs: [inputs / 2, ranks, 2]. x is the bfloat16 input of the base's GEMM too; sums and h are
-// float.
+// Rows with the same adapter are adjacent (a segment). The adapter's matrices are transposed, as
+// laid out by the server's loaders (step/layout.py): A^T [inputs, ranks of a group side by side]
+// and, for each projection, B^T [rank, outputs], in bfloat16 or float, of any rank. In bfloat16,
+// A^T is stored in pairs of inputs: [inputs / 2, ranks, 2]. x is the bfloat16 input of the base's
+// GEMM too; sums and h are float.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +19,7 @@ namespace veneer {
 
 constexpr int kMembers = 3;  // projections that share an input: q, k, v
 
-// One adapted projection. Python has the same four structs: see layout.h.
+// One adapted projection. Python declares this struct and the next three too: see layout.h.
 struct LoraMember {
     const void* b;  // null: not adapted
     int32_t rank;
@@ -84,7 +84,7 @@ template <>
 struct TwoInputs<bf16> {
     Pairs pairs;
     TwoInputs() = default;
-    // Of inputs k and k + 1, from a rank on.
+    // Load the weights of inputs k and k + 1, from `rank` on.
     TwoInputs(const bf16* a, size_t k, int ranks, int rank)
         : pairs(load_pairs(a + k * size_t(ranks) + 2 * rank)) {}
     TwoInputs(const bf16* a, size_t k, int ranks, int rank, int count)
@@ -113,14 +113,15 @@ struct TwoInputs<float> {
 template <int Rows, int Vectors, class Number>
 inline void shrink_rows(const Number* a, int ranks, int first, int width, const bf16* x,
                         size_t x_stride, int inputs, float* h, size_t h_stride) {
-    // Several sums each, so that an FMA need not wait for the one before. Their number does not
-    // depend on the number of rows: a row's result is bit-identical whatever else is in the batch.
+    // Several sums per result, so that an FMA need not wait for the previous one. Their number does
+    // not depend on the number of rows, so a row's result is bit-identical whatever else is in the
+    // batch.
     constexpr int chains = Vectors == 1 ? 4 : 2;
     Floats sums[chains][Rows][Vectors];
     for (auto& chain : sums)
         for (auto& row : chain)
             for (auto& each : row) each = zeros();
-    // The last vector may be short: past it lies the next input's row, or memory that is not ours.
+    // The last vector may be short: past it is the next input's row, or memory that is not ours.
     const int tail = width - (Vectors - 1) * kLanes;
     for (int k = 0; k < inputs; k += 2 * chains) {  // inputs: a multiple of 64
         for (int c = 0; c < chains; ++c) {
@@ -161,11 +162,12 @@ inline void shrink_width(const Number* a, int ranks, int first, int width, const
     }
 }
 
-// Up to 32 ranks from `first` on, on matrix registers, for a short vector of them: its pairs are
-// copied, since a register would be loaded from beyond A.
+// Add the products for up to 32 ranks on matrix registers, if one of the two vectors of ranks is
+// short. Pairs are copied first, since loading a whole register would read beyond A.
 inline void shrink_copied(const SquareRegisters& registers, const bf16* a, int ranks, int left,
                           int right, const bf16* x, size_t x_stride, int inputs) {
-    // Two of each in turn, so that a block's pairs are copied while the one before is multiplied.
+    // Two copies, used in turn, so that a block's pairs are copied while the previous block is
+    // multiplied.
     alignas(64) bf16 pairs[2][2][kMatrixInputs / 2][2 * kLanes];
     int turn = 0;
     for (int k = 0; k < inputs; k += kMatrixInputs, turn ^= 1) {
@@ -213,7 +215,8 @@ inline void shrink_by_matrix(const bf16* a, int ranks, int first, int width, con
     }
 }
 
-// Columns chunk * 64 and up to 63 more of h [rows, ranks]; at most kMatrixRows rows.
+// Compute up to 64 columns of h [rows, ranks], from column chunk * 64 on, for at most kMatrixRows
+// rows.
 template <class Number>
 inline void shrink(const LoraGroup& group, int chunk, const bf16* x, size_t x_stride, int inputs,
                    int rows, float* h, size_t h_stride) {
@@ -223,7 +226,7 @@ inline void shrink(const LoraGroup& group, int chunk, const bf16* x, size_t x_st
     h += n;
     if constexpr (matrix::kPresent && sizeof(Number) == sizeof(bf16))
         return shrink_by_matrix(a, ranks, n, width, x, x_stride, inputs, rows, h, h_stride);
-    switch ((width + kLanes - 1) / kLanes) {  // 16 to 24 sums
+    switch ((width + kLanes - 1) / kLanes) {  // each case has 16 to 24 sums
         case 1:
             return shrink_width<4, 1>(a, ranks, n, width, x, x_stride, inputs, rows, h, h_stride);
         case 2:
@@ -235,11 +238,11 @@ inline void shrink(const LoraGroup& group, int chunk, const bf16* x, size_t x_st
     }
 }
 
-// The most rows in a row tile. Their updates are computed together: B is read and widened once for
-// them.
+// Most rows of a row tile. Their updates are computed together, so that B is read and widened once
+// for all of them.
 constexpr int kRowTile = 4;
 
-// Rows of h [rows, h_stride], and of y, to which their updates are added.
+// Rows of h [rows, h_stride], and of y [rows, y_stride], to which the updates are added.
 struct Expanded {
     const float* h;
     size_t h_stride;
@@ -247,8 +250,8 @@ struct Expanded {
     size_t y_stride;
 };
 
-// y[row][n to n + width - 1] += s (h B^T)[the same], and on while whole widths are left; returns
-// where it ended. Sums run over the ranks in order, whatever rows share them.
+// y[row][n to n + width - 1] += s (h B^T)[the same], repeated while a whole width is left. Returns
+// the column where it stopped. Sums run over the ranks in order, whatever the number of rows.
 template <int Rows, int Vectors, class Number>
 inline int expand_vectors(const LoraMember& member, int outputs, const Number* b,
                           const Expanded& rows, int n, int count) {

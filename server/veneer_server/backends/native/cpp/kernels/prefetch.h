@@ -1,8 +1,8 @@
-// Prefetching memory while a GEMM computes.
+// Prefetches memory while a GEMM computes.
 //
-// A GEMM of several rows is compute-bound: meanwhile there is memory bandwidth for what comes
-// after, which is adapters, scattered in memory and read once, and the KV cache. A prefetch brings
-// memory to the core's own caches, so each thread prefetches what it will read itself.
+// A GEMM of several rows is compute-bound, so there is memory bandwidth left to prefetch what later
+// phases read: adapters, which are scattered in memory and read once, and the KV cache. A prefetch
+// brings memory to the core's own caches, so each thread prefetches what it will itself read.
 #pragma once
 
 #include <algorithm>
@@ -16,10 +16,10 @@ namespace veneer {
 
 constexpr size_t kLine = 64;  // bytes
 
-// Pieces of memory in the order in which they will be read, one thread's after the other's.
+// Pieces of memory in the order in which they will be read, thread by thread.
 class PrefetchList {
   public:
-    static constexpr size_t kLists = 4;  // that a `Prefetcher` takes at most
+    static constexpr size_t kLists = 4;  // most lists that a `Prefetcher` takes
 
     void clear() { pieces_.clear(), ends_.clear(), lines_ = 0; }
     void reserve(size_t pieces, int threads) {
@@ -28,7 +28,7 @@ class PrefetchList {
 
     void add(const void* at, size_t bytes) { add(at, bytes, 1, 0); }
 
-    // `runs` runs of bytes, `stride` bytes apart.
+    // Add `runs` runs of `bytes` bytes each, which begin `stride` bytes apart.
     void add(const void* at, size_t bytes, size_t runs, size_t stride) {
         const size_t lines = (bytes + kLine - 1) / kLine;
         assert(pieces_.size() < pieces_.capacity());  // see Gemms::prepare
@@ -36,7 +36,7 @@ class PrefetchList {
         pieces_.push_back({static_cast<const char*>(at), lines, stride, lines_});
     }
 
-    // What has been added since the last call is what the next thread will read.
+    // End a thread's pieces: the next thread will read all that was added since the last call.
     void end_thread() {
         assert(ends_.size() < ends_.capacity());
         ends_.push_back(lines_);
@@ -44,27 +44,28 @@ class PrefetchList {
 
   private:
     friend class Prefetcher;
-    // More is not prefetched for a thread: its core's cache would not keep it until it is read.
+    // A thread's part of a list is not prefetched if it has more lines than this: its core's cache
+    // would not keep them until they are read.
     static constexpr size_t kMax = (2 << 20) / kLine;
     struct Piece {
         const char* at;
-        size_t run, stride;  // lines of a run, bytes from one to the next
+        size_t run, stride;  // lines of a run; bytes from one run to the next
         size_t end;          // lines of all pieces up to this one's end
     };
     std::vector<Piece> pieces_;
-    std::vector<size_t> ends_;  // lines, by thread; none: nothing to prefetch
+    std::vector<size_t> ends_;  // lines up to each thread's end; empty: nothing to prefetch
     size_t lines_ = 0;
 };
 
-// Prefetches a share of a thread's part of each of some lists, one list after the other, a few
-// lines at a time.
+// Prefetches a share of a thread's part of some lists, one list after the other, a few lines at a
+// time.
 class Prefetcher {
   public:
-    bool inputs = true;  // prefetch the GEMM's inputs too: no tile has read them yet
+    bool inputs = true;  // whether the GEMM's inputs are prefetched too, as no tile has read them
 
     Prefetcher() = default;
 
-    // Share number `share` of `shares` equal ones of what a thread will read.
+    // Prefetch share number `share` of `shares` equal shares of what a thread will read.
     template <size_t Count>
     Prefetcher(const PrefetchList (&lists)[Count], int thread, int share, int shares) {
         static_assert(Count <= PrefetchList::kLists);
@@ -76,8 +77,9 @@ class Prefetcher {
         }
     }
 
-    // Prefetch all that is left in so many calls of `prefetch_some`. More than a few lines at once
-    // would fill the queue of loads to memory, and the GEMM's own would wait behind them.
+    // Spread all that is left evenly over `calls` calls of `prefetch_some`. More than a few lines
+    // at once would fill the queue of memory loads, and the GEMM's own loads would wait behind
+    // them.
     void spread(size_t calls) { at_once_ = (left_ + calls - 1) / calls; }
 
     void prefetch_some() {
@@ -108,7 +110,7 @@ class Prefetcher {
             in_piece = piece->end - first;
         }
 
-        // Prefetch up to `count` lines of one run; returns how many.
+        // Prefetch up to `count` lines of one run, and return their number.
         size_t prefetch_some(size_t count) {
             count = std::min({count, in_run, left});
             for (const char* end = next + count * kLine; next < end; next += kLine) prefetch(next);
@@ -126,8 +128,8 @@ class Prefetcher {
         }
 
         const PrefetchList::Piece* piece = nullptr;
-        const char* run = nullptr;   // the current run's beginning
-        const char* next = nullptr;  // the next line of it
+        const char* run = nullptr;   // where the current run begins
+        const char* next = nullptr;  // the run's next line
         size_t in_run = 0, in_piece = 0, left = 0;
     };
 

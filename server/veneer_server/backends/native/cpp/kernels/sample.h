@@ -1,4 +1,4 @@
-// Samples a token from a row of logits: what the torch backend's sampler does, row by row.
+// Samples a token from a row of logits, as the torch backend's sampler does.
 //
 // A row's token is a function of its logits, its settings, its seed and its position.
 #pragma once
@@ -12,7 +12,7 @@
 
 namespace veneer {
 
-// A row of logits, how to sample it, and its token. Python has the same: see layout.h.
+// A row of logits, how to sample it, and its token. Python declares the same struct: see layout.h.
 struct SampleRow {
     const float* logits;  // [vocab]
     uint64_t seed, position;
@@ -20,7 +20,7 @@ struct SampleRow {
     int64_t top_k;      // 0: keep all
     float temperature;  // below `kMinTemperature`: greedy
     float min_p;        // 0: keep all
-    int64_t token;      // the result; -1 where the logits are not finite
+    int64_t token;      // the result; -1 if the logits are not finite
 };
 constexpr Field kSampleRowFields[] = {
     VENEER_STRUCT(SampleRow),
@@ -35,7 +35,7 @@ constexpr Field kSampleRowFields[] = {
 };
 
 constexpr float kMinTemperature = 1e-5f;  // dividing by less would overflow
-constexpr float kFloor = 4.5e-5f;         // e^-10 of the likeliest: candidates at first
+constexpr float kFloor = 4.5e-5f;         // e^-10; less likely tokens are no candidates at first
 constexpr int kSumWidth = 1024;           // probabilities in each partial sum
 
 // The first double in [0, 1) of the random number generator Philox 4x64-10 (Salmon et al. 2011)
@@ -69,7 +69,7 @@ inline float largest(const float* at, int64_t count) {
     return largest(most);
 }
 
-// The token with the largest logit; of equals the first.
+// The token with the largest logit; the first one if several are equal.
 inline int64_t argmax(const float* logits, int64_t vocab) {
     const float most = largest(logits, vocab);
     for (int64_t i = 0; i < vocab; ++i)
@@ -77,7 +77,7 @@ inline int64_t argmax(const float* logits, int64_t vocab) {
     return -1;  // NaN
 }
 
-// Samples tokens. Its buffers are kept from row to row.
+// Samples tokens, and keeps its buffers from row to row.
 class Sampler {
   public:
     int64_t token(const SampleRow& row, int64_t vocab) {
@@ -98,7 +98,7 @@ class Sampler {
         }
     };
 
-    // e^((logit - maximum) / temperature) of each token, and their sums.
+    // Compute e^((logit - maximum) / temperature) of each token, and their sums.
     void weigh(const SampleRow& row, int64_t vocab) {
         weights_.resize(size_t(vocab + kLanes));
         sums_.clear();
@@ -122,7 +122,8 @@ class Sampler {
         }
     }
 
-    // Without a cut: in the order of tokens, the first whose running sum exceeds the random share.
+    // Sample without a cut: return the first token, in order of ids, at which the running sum
+    // exceeds the random share of the total.
     int64_t among_all(int64_t vocab, double random) const {
         const double target = total_ * random;
         double before = 0;
@@ -132,7 +133,7 @@ class Sampler {
                 before += sums_[s];
                 continue;
             }
-            // Sums of floats and of doubles differ a little: a share that falls between them
+            // Sums of floats and of doubles differ a little. A share that falls between the two
             // belongs to the next token.
             const int64_t begin = int64_t(s) * kSumWidth;
             for (int64_t i = begin; i < std::min<int64_t>(begin + kSumWidth, vocab); ++i) {
@@ -145,7 +146,8 @@ class Sampler {
         return last;
     }
 
-    // With a cut: likeliest first, among the tokens that top-k, then top-p and min-p keep.
+    // Sample with a cut: the same, likeliest tokens first, among those that top-k, then top-p and
+    // min-p keep.
     int64_t among_kept(const SampleRow& row, int64_t vocab, double random) {
         collect(kFloor, vocab);
         if (!enough(row)) collect(0, vocab);
@@ -188,7 +190,7 @@ class Sampler {
         }
     }
 
-    // Whether the collected candidates include all that are kept.
+    // Whether the collected candidates include all tokens that the cuts keep.
     bool enough(const SampleRow& row) const {
         if (row.min_p > 2 * kFloor) return true;
         if (row.top_k > 0 && candidates_.size() >= size_t(row.top_k)) return true;

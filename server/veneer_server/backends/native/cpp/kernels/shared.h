@@ -1,15 +1,15 @@
-// Access to memory that the chunks of a step hand on to later chunks.
+// Access to memory by which the chunks of a step pass data to later chunks.
 //
 // A chunk may be executed twice (see thread_pool.h). Then two threads write the same numbers to the
-// same place, and the later one may do so while other threads already read them. What is read is
-// the same either way, but to C++ it is a data race unless each access is atomic. So all that a
-// chunk writes for others, and all that it reads of what other chunks wrote, goes through these
-// functions.
+// same place, and the later one may do so while other threads already read them. The numbers read
+// are the same either way, but to C++ it is a data race unless each access is atomic. So a chunk
+// uses these functions for everything that it writes for other chunks, and for everything that it
+// reads and other chunks wrote.
 //
 // Single numbers are stored as relaxed atomics. There are no atomic vectors: the kernels store and
-// load a vector by one or two instructions, where atomics would take one for each of its numbers.
-// With VENEER_ATOMIC_NUMBERS they take one for each: ThreadSanitizer then checks in the real
-// decoder that no other memory is accessed by two threads at one time (tests/sanitize).
+// load a vector by one or two instructions, where atomics would take one per number. With
+// VENEER_ATOMIC_NUMBERS they do take one per number: ThreadSanitizer then checks in the real
+// decoder that two threads access no other memory at the same time (tests/sanitize).
 #pragma once
 
 #include <cstring>
@@ -52,7 +52,7 @@ inline void load_numbers(Number* to, const Number* at, int count) {
     for (int i = 0; i < count; ++i) to[i] = load_number(at + i);
 }
 
-// A multiple of eight bytes, to an address that is such a multiple.
+// Store `bytes` bytes. Both `bytes` and the address must be multiples of eight.
 inline void store_words(uint8_t* at, const uint8_t* from, size_t bytes) {
     if constexpr (!kAtomicNumbers) {
         std::memcpy(at, from, bytes);
@@ -79,7 +79,7 @@ inline void store_shared(float* at, Floats a, int count) {
     store_numbers(at, numbers, count);
 }
 
-// Rounded to bfloat16.
+// Round to bfloat16 and store.
 inline void store_shared(bf16* at, Floats a) {
     if constexpr (!kAtomicNumbers) return store_bf16(at, a);
     alignas(64) bf16 numbers[kLanes];

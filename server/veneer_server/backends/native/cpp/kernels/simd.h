@@ -6,8 +6,8 @@
 
 namespace veneer {
 
-// e^x within 2 units in the last place, for x in [-87, 88]; x is clamped to that, where floats
-// over- and underflow. NaN stays NaN: max and min give the second operand if one is NaN.
+// e^x to within 2 units in the last place. x is clamped to [-87, 88], beyond which floats overflow
+// or underflow. NaN stays NaN: max and min return the second operand if one is NaN.
 inline Floats exp(Floats x) {
     const Floats clamped = min(broadcast(88.0f), max(broadcast(-87.0f), x));
     const Floats n = round(mul(clamped, broadcast(1.44269504088896341f)));

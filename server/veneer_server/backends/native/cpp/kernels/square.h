@@ -1,4 +1,4 @@
-// Up to 16 rows times 32 columns over 64 inputs, on matrix registers.
+// Multiplies up to 16 rows by 32 columns, over 64 inputs, on matrix registers.
 #pragma once
 
 #include <algorithm>
@@ -12,17 +12,18 @@ constexpr int kMatrixInputs = 64;
 
 inline int divide_up(int count, int by) { return (count + by - 1) / by; }
 
-// Registers for up to 16 rows of A and a B of 64 inputs and 32 columns. 0 and 1: sums; 2 and 3: the
-// halves of A's inputs; 4 to 7: B's left columns and right ones for the first half of the inputs,
-// then for the second. Each operand has a register of its own, since CPUs do not rename these: to
-// load a register, they wait for the product before it.
+// The registers for up to 16 rows of A, and for a B of 64 inputs and 32 columns. 0 and 1: sums; 2
+// and 3: the halves of A's inputs; 4 to 7: B's left columns and right ones for the first half of
+// the inputs, then for the second half. Each operand has its own register, since CPUs do not rename
+// these: loading a register waits for the previous multiply that uses it.
 class SquareRegisters {
   public:
     explicit SquareRegisters(int rows) { matrix::set_up(shapes(rows).all); }
 
     void zero() const { matrix::zero<0>(), matrix::zero<1>(); }
 
-    // sums += a [rows, 64] B, loading B: 32 lines of pairs for 16 columns each, left and right.
+    // sums += a [rows, 64] B. Loads B: `left` and `right` are each 32 lines of pairs for 16
+    // columns.
     void add(const bf16* a, size_t a_stride, const bf16* left, const bf16* right,
              size_t b_stride) const {
         const size_t line = b_stride * sizeof(bf16), half = matrix::kRows * b_stride;
@@ -35,8 +36,8 @@ class SquareRegisters {
         matrix::dot<0, 3, 6>(), matrix::dot<1, 3, 7>();
     }
 
-    // The same for a B that comes by quarters: left columns and right ones, for the first half of
-    // the inputs, then for the second; see `Quarters`.
+    // The same for a B that is loaded by quarters (see `Quarters`): left columns and right ones for
+    // the first half of the inputs, then for the second half.
     template <class Quarters>
     void add_quarters(const bf16* a, size_t a_stride, Quarters& quarters) const {
         constexpr size_t line = 2 * kLanes * sizeof(bf16);
@@ -52,7 +53,7 @@ class SquareRegisters {
         matrix::dot<1, 3, 7>();
     }
 
-    // The same for a B of 16 columns; the others' sums stay.
+    // The same for a B of 16 columns. The sums of the right columns do not change.
     void add(const bf16* a, size_t a_stride, const bf16* left, size_t b_stride) const {
         const size_t line = b_stride * sizeof(bf16), half = matrix::kRows * b_stride;
         const size_t stride = a_stride * sizeof(bf16);
@@ -70,7 +71,7 @@ class SquareRegisters {
         matrix::dot<0, 3, 6>(), matrix::dot<1, 3, 7>();
     }
 
-    // to [rows][32]
+    // Store the sums to `to` [rows][32].
     void store(float* to) const {
         constexpr size_t line = 2 * kLanes * sizeof(float);
         matrix::store<0>(to, line), matrix::store<1>(to + kLanes, line);

@@ -1,9 +1,9 @@
 // Paged attention with grouped queries (GQA), for one key head and up to 12 queries of one
 // sequence.
 //
-// A context is cut into pieces of 512 tokens, always at the same places, as flash-decoding does.
-// Any thread may compute any piece, and the pieces are merged in order: a query's result does not
-// depend on which threads computed it, and all threads can share one long context.
+// A context is cut into pieces of 512 tokens, always at the same places, as in flash-decoding. Any
+// thread may compute any piece, so all threads can share one long context. The pieces are merged in
+// order, so a query's result does not depend on which threads computed it.
 #pragma once
 
 #include <algorithm>
@@ -16,8 +16,8 @@
 
 namespace veneer {
 
-// Floats of scratch that `attend` takes: scores, weights, and the queries side by side. Few queries
-// may be floats themselves: the room is for many.
+// Floats of scratch that `attend` takes: scores, weights, and the queries side by side. A few
+// queries may be stored as floats: they fit, since there is room for kMaxQueries.
 constexpr size_t attention_scratch(int dim) {
     return size_t(kMaxQueries) * size_t(kPiece + kPiece / 2 + dim / 2);
 }
@@ -44,7 +44,8 @@ inline void attend(const Sequence& sequence, const KvShape& shape, const Query* 
                     to[q]);
     };
 #ifdef VENEER_MATRIX
-    // Registers hold 32 numbers of a query. Of another head dimension all is done on vectors.
+    // A register holds 32 numbers of a query. With a head dimension that is not a multiple of 32,
+    // everything is done on vectors.
     if (shape.dim % (2 * matrix::kRows) == 0) {
         const auto scale_to_weights = [&] {
             for (size_t i = 0; i < Queries * stride; i += kLanes)
@@ -78,7 +79,7 @@ inline void attend(const Sequence& sequence, const KvShape& shape, const Query* 
     combine<Queries>(sequence, shape, first_run, end_run, weights, stride, to);
 }
 
-// Attend to one piece, for up to 12 queries of one sequence: results go to to[query].
+// Attend to one piece, with up to 12 queries of one sequence. Results go to to[query].
 inline void attend(const Sequence& sequence, const KvShape& shape, const Query* queries, int count,
                    int number, float scale, float* scratch, const Piece* to) {
     switch (count) {
@@ -93,8 +94,8 @@ inline void attend(const Sequence& sequence, const KvShape& shape, const Query* 
     }
 }
 
-// Merge a query's pieces, which lie `stride` floats apart. `shares`: [count], the caller's own
-// scratch.
+// Merge the results of a query's pieces, which are `stride` floats apart. `shares` [count] is
+// scratch memory of the calling thread.
 inline void merge(const KvShape& shape, float* first, int count, size_t stride, float* shares,
                   bf16* out) {
     float top = -std::numeric_limits<float>::infinity(), total = 0;
@@ -106,7 +107,7 @@ inline void merge(const KvShape& shape, float* first, int count, size_t stride, 
     for (int i = 0; i < count; ++i) {
         const Piece piece{first + i * stride};
         if (piece.total() == 0) continue;
-        shares[i] = std::exp(piece.top() - top);  // e^(its maximum - that of all pieces)
+        shares[i] = std::exp(piece.top() - top);  // e^(its maximum - maximum of all pieces)
         total += shares[i] * piece.total();
     }
     for (int d = 0; d < shape.dim; d += kLanes) {

@@ -1,4 +1,4 @@
-// Attention's two products on matrix registers.
+// Attention's two matrix multiplies on matrix registers.
 #pragma once
 
 #include <type_traits>
@@ -7,17 +7,17 @@
 
 namespace veneer {
 
-// Both products on matrix registers: a run's K lies there as B of the scores' product, its V as B
-// of the weighted sum's. Registers 0 and 1: sums; 2: queries; 3: weights; 4 and 5: K;
-// 6 and 7: V. They are set up once for both, since that takes longer than to load all of them.
+// The registers for both multiplies: a run's K is the B operand of the scores, its V the B operand
+// of the weighted sum. Registers 0 and 1: sums; 2: queries; 3: weights; 4 and 5: K; 6 and 7: V.
+// They are set up once for both, since setting up takes longer than loading all of them.
 class AttentionRegisters {
   public:
     explicit AttentionRegisters(int queries) : queries_(queries) {
         matrix::set_up(shapes(queries).all);
     }
 
-    // Products of the queries [queries][dim] with the runs' keys: to
-    // scores[query * stride + (run - first_run) * 16 + token], not scaled yet.
+    // Multiply the queries [queries][dim] by the runs' keys. The products, not scaled yet, go to
+    // scores[query * stride + (run - first_run) * 16 + token].
     void score(const Sequence& sequence, const KvShape& shape, const bf16* queries, int first_run,
                int end_run, float* scores, size_t stride) const {
         for (int run = first_run; run < end_run; run += 2, scores += 2 * kRun) {
@@ -52,7 +52,7 @@ class AttentionRegisters {
             keys[i] = sequence.keys + sequence.run(shape, run + i);
             const bf16* values = sequence.values + sequence.run(shape, run + i);
             for (size_t line = 0; line < shape.run_numbers(); line += 2 * kRun)
-                prefetch(values + line);  // for later
+                prefetch(values + line);  // for `combine`
         }
         each_register<Runs>([](auto i) { matrix::zero<i>(); });
         for (int d = 0; d < shape.dim; d += 2 * matrix::kRows) {
@@ -65,7 +65,7 @@ class AttentionRegisters {
             [&](auto i) { matrix::store<i>(scores + i * kRun, stride * sizeof(float)); });
     }
 
-    // 32 dimensions.
+    // Compute 32 dimensions of the weighted sum of V.
     void combine_part(const Sequence& sequence, const KvShape& shape, int first_run, int end_run,
                       const bf16* weights, size_t stride, int d, const Piece* to) const {
         constexpr int vectors = 2;

@@ -1,11 +1,12 @@
-// Attention's two products on vectors.
+// Attention's two matrix multiplies on vectors.
 #pragma once
 
 #include "cache.h"
 
 namespace veneer {
 
-// Scores of the runs [first_run, end_run): scores[query][(run - first_run) * 16 + token].
+// Compute the scores of the runs [first_run, end_run):
+// scores[query * stride + (run - first_run) * 16 + token].
 template <int Queries>
 inline void score(const Sequence& sequence, const KvShape& shape, const Query* queries,
                   int first_run, int end_run, float scale, float* scores, size_t stride) {
@@ -22,7 +23,7 @@ inline void score(const Sequence& sequence, const KvShape& shape, const Query* q
             for (int c = 0; c < 2; ++c) {
                 const size_t line = size_t(pair + c) * 2 * kRun;
                 // The KV cache of many sequences does not fit the CPU's caches: prefetch the next
-                // K, and V for later.
+                // run's K, and this run's V, which `combine` reads.
                 prefetch(next_keys + line);
                 prefetch(values + line);
                 const Pairs key = load_pairs_shared(keys + line);

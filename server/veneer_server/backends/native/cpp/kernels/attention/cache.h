@@ -1,4 +1,4 @@
-// What attention reads and writes: the KV cache's layout, queries, and results of pieces.
+// The data that attention reads and writes: the KV cache's layout, queries, and results of pieces.
 //
 // A KV block is cut into runs of 16 tokens. In a run of a key head, K lies as pairs of dimensions,
 // each for 16 tokens [dim / 2][16][2]: a lane is a token, and a score needs no sum across lanes. V
@@ -23,7 +23,7 @@ struct KvShape {
     int32_t kv_heads, dim, block_size;  // block_size: a multiple of 16
 
     size_t run_numbers() const { return size_t(kRun) * dim; }
-    // Where the run of a token's slot and a head begins.
+    // Where a head's run that has a token's slot begins.
     size_t run(int64_t slot, int head) const {
         const int64_t block = slot / block_size;
         const int64_t within = slot % block_size / kRun;
@@ -44,8 +44,8 @@ inline void write_value(bf16* values, const KvShape& shape, int64_t slot, int he
     for (int d = 0; d < shape.dim; ++d) store_number(to + 2 * d, to_bf16(value[d]));
 }
 
-// Prefetch what a token's key and value will be written to: a cache line for each pair of
-// dimensions.
+// Prefetch the memory to which a token's key and value will be written. The key has a cache line
+// for each pair of dimensions.
 inline void prefetch_slot(const bf16* keys, const bf16* values, const KvShape& shape, int64_t slot,
                           int head) {
     const size_t run = shape.run(slot, head);
@@ -69,7 +69,7 @@ struct Sequence {
     }
 };
 
-// query: [dim] bfloat16; tokens first to end - 1 are seen.
+// A query, [dim] bfloat16, that sees the tokens first to end - 1.
 struct Query {
     const bf16* query;
     int first, end;
@@ -87,14 +87,15 @@ struct Piece {
     void set(float top, float total) const { store_number(at, top), store_number(at + 1, total); }
 };
 
-// Softmax of one query's scores, in place, and as bfloat16 weights; their maximum and sum go to
-// `piece`.
+// Compute the softmax weights, not yet divided by their sum, of one query's scores, as bfloat16.
+// The largest score and the sum of the weights go to `piece`. Scores of unseen tokens are
+// overwritten.
 inline void softmax(const Query& query, int first_run, int end_run, float* scores, bf16* weights,
                     const Piece& piece) {
     const float none = -std::numeric_limits<float>::infinity();
     const int begin = first_run * kRun, count = (end_run - first_run) * kRun;
-    const int unseen = std::max(query.first - begin, 0);  // before the first, ...
-    const int seen = std::min(query.end - begin, count);  // ... and past the last
+    const int unseen = std::max(query.first - begin, 0);  // number of unseen tokens at the start
+    const int seen = std::min(query.end - begin, count);  // end of the seen tokens
     if (seen <= unseen) {
         std::fill(weights, weights + count, bf16(0));
         piece.set(none, 0);
@@ -107,8 +108,7 @@ inline void softmax(const Query& query, int first_run, int end_run, float* score
     const Floats top = broadcast(largest(most));
     Floats total = zeros();
     for (int t = 0; t < count; t += kRun) {
-        // The mask made unseen scores -inf, which `exp` takes as -87: their weights are set to 0
-        // below.
+        // `exp` clamps the -inf of unseen scores to -87, so their weights are set to 0 below.
         store_bf16(weights + t, exp(sub(load(scores + t), top)));
         total = add(total, load(weights + t));
     }

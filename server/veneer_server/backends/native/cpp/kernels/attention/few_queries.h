@@ -1,9 +1,9 @@
-// Attention's two products for a few queries where there are matrix registers, on vectors.
+// Attention's two matrix multiplies for a few queries, on vectors, for CPUs with matrix registers.
 //
-// A run's K or V is loaded into registers for all queries, which takes longer than to multiply it
-// by those of a decoding row. So these are multiplied on vectors, by the same additions in the same
-// order as the registers make (software_matrix.h): a query's bits are the same with any number of
-// queries.
+// Loading a run's K or V into matrix registers takes longer than multiplying it by the few queries
+// of a decoding row. So few queries are multiplied on vectors, with the same additions in the same
+// order as in the registers (see the software model): a query's bits are the same with any number
+// of queries.
 #pragma once
 
 #include "cache.h"
@@ -14,7 +14,7 @@ namespace veneer {
 
 constexpr int kFewQueries = 4;
 
-// The sums of the products of pairs: the first ones' and the second ones' have chains of their own.
+// The sums of the products of pairs: first and second numbers are summed separately.
 struct PairSums {
     Floats first = zeros(), second = zeros();
 
@@ -25,7 +25,7 @@ struct PairSums {
     Floats added_to(Floats total) const { return veneer::add(total, veneer::add(first, second)); }
 };
 
-// Of Runs runs from `run` on; queries: [Queries][dim].
+// Compute the scores of Runs runs from `run` on. `queries` is [Queries][dim].
 template <int Queries, int Runs>
 inline void score_few_runs(const Sequence& sequence, const KvShape& shape, const float* queries,
                            int run, int end_run, float* scores, size_t stride) {
@@ -43,7 +43,7 @@ inline void score_few_runs(const Sequence& sequence, const KvShape& shape, const
         for (int i = d; i < d + 2 * kRun; i += 2) {
             const size_t line = size_t(i) * kRun;
             for (int r = 0; r < Runs; ++r) {
-                // As `score` does.
+                // Prefetch as `score` does.
                 prefetch(next[r] + line), prefetch(values[r] + line);
                 const Pairs key = load_pairs_shared(keys[r] + line);
                 const Floats first = firsts(key), second = seconds(key);

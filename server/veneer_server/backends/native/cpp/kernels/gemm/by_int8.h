@@ -1,10 +1,10 @@
-// The GEMM with inputs of 8 bits (int8_rows.h): weights become bytes too, and products are added up
-// as integers over a block, which is exact in any order. Then the sum is multiplied by the scales
-// of the weights and of the inputs, and added to the row's total in float.
+// The GEMM with inputs of 8 bits (int8_rows.h). Weights are converted to bytes too, and products
+// are added up as integers over a block, which is exact in any order. Then the sum is multiplied by
+// the scales of the weights and of the inputs, and added to the row's total in float.
 //
-// A 4-bit code's byte is its number as a multiple of `Linear::unit` (`Linear::bytes`). Results are
-// the same bits with every instruction set, but for denormals, which those with matrix registers
-// flush. A row's do not depend on the others.
+// A 4-bit code's byte is its number as a multiple of `Linear::unit` (`Linear::bytes`). Results have
+// the same bits with every instruction set, except for denormals, which are flushed if there are
+// matrix registers. A row's results do not depend on the other rows.
 #pragma once
 
 #include <cassert>
@@ -16,9 +16,9 @@
 
 namespace veneer {
 
-// A group of eight inputs' weights: for outputs 0 to 15 and 16 to 31 (or in turn by fours, see
-// `in_order`), each of the inputs 0 4 1 5 and of 2 6 3 7: four bytes an output. `Offset` is added
-// to every byte.
+// The weights of a group of eight inputs. First index: outputs 0 to 15 or 16 to 31 (or by turns of
+// four outputs, see `in_order`). Second index: the inputs 0 4 1 5 or 2 6 3 7, four bytes per
+// output. The sources below add `Offset` to every byte.
 using GroupBytes = Int8s[2][2];
 
 template <int Offset>
@@ -54,8 +54,8 @@ struct BytesOfBytes {
     static void in_order(Floats& low, Floats& high) { quads_in_turn(low, high); }
 };
 
-// Totals of 32 outputs, to which sums of a block are added, times the scales of the weights and of
-// the inputs.
+// A row's totals of 32 outputs. `add` adds a block's sums, multiplied by the scales of the weights
+// and of the inputs.
 template <class Source>
 struct Int8Totals {
     Floats low, high;
@@ -76,8 +76,8 @@ inline int32_t four_bytes(const int8_t* at) {
     return four;
 }
 
-// Before block b of a tile is multiplied: prefetch where its results go, and the next block's
-// inputs if no tile has read them yet.
+// Call before block b of a tile is multiplied: prefetch a part of the tile's results, and the next
+// block's inputs if no tile has read them yet.
 inline void prefetch_int8(const Linear& w, int tile, int b, const Int8Rows& x, int rows, float* y,
                           size_t y_stride, const Prefetcher& prefetcher) {
     prefetch_results(w, tile, b, rows, y, y_stride);
@@ -90,7 +90,7 @@ template <int Rows, class Source>
 inline void add_int8_block(const Source& source, const uint8_t* block, const float* scales,
                            const Int8Rows& x, int b, bool first, float unit,
                            Int8Totals<Source>* totals) {
-    constexpr int chains = Rows == 1 ? 2 : 1;  // or each product would wait for the one before
+    constexpr int chains = Rows == 1 ? 2 : 1;  // with 1, a row's products would wait for each other
     Int32s sums[Rows][2][chains];
     for (int r = 0; r < Rows; ++r) {
         const Int32s offset = int32s(-kInt8Offset * x.sum(r, b));
@@ -120,7 +120,7 @@ inline void add_int8_block(const Source& source, const uint8_t* block, const flo
     }
 }
 
-// Totals [row][32] of Rows rows and a tile.
+// Compute the totals [row][32] of Rows rows and a tile.
 template <int Rows, class Source, class Before>
 inline void multiply_int8_rows(const Linear& w, const Source& source, int tile, const Int8Rows& x,
                                bool first, const Before& before, float* totals) {
@@ -137,7 +137,7 @@ inline void multiply_int8_rows(const Linear& w, const Source& source, int tile, 
     }
 }
 
-// The same for 1 to Rows rows, a number known at run time.
+// The same for 1 to Rows rows, where the number is only known at run time.
 template <int Rows, class Source, class Before>
 inline void multiply_int8_rows(const Linear& w, const Source& source, int tile, const Int8Rows& x,
                                int rows, bool first, const Before& before, float* totals) {
@@ -173,7 +173,7 @@ inline void int8_by_vectors(const Linear& w, int first, int last, const Int8Rows
 
 #ifdef VENEER_MATRIX
 
-// The GEMM on matrix registers: a register has all 64 inputs of a block for 16 rows, or for 16
+// The GEMM on matrix registers. A register holds all 64 inputs of a block, for 16 rows or for 16
 // outputs.
 template <class Source>
 class Int8Groups {
@@ -184,7 +184,7 @@ class Int8Groups {
           x_(x),
           rows_(rows),
           groups_(divide_up(rows, kMatrixRows)),
-          // All groups have the same number of rows; the last may begin within the one before.
+          // All groups have the same number of rows; the last may overlap the one before.
           size_(divide_up(rows, groups_)),
           tile_(first),
           last_(last),
@@ -195,7 +195,7 @@ class Int8Groups {
         go_on();
     }
 
-    // [row][32]
+    // The totals, [row][32].
     const float* totals() {
         static_assert(sizeof totals_[0] == kTile * sizeof(float));
         return reinterpret_cast<const float*>(totals_);
@@ -204,7 +204,8 @@ class Int8Groups {
         for (int r = 0; r < rows_; ++r) totals_[r].clear();
     }
 
-    // totals += block b of a tile, which has these scales. The next one is decoded meanwhile.
+    // totals += products of block b of a tile, which has these scales. Meanwhile the next block is
+    // decoded.
     void multiply(int b, const float* scales, Prefetcher& prefetcher) {
         for (int g = 0; g < groups_; ++g) {
             const int row = std::min(g * size_, rows_ - size_), skip = g * size_ - row;
@@ -229,7 +230,7 @@ class Int8Groups {
         }
     }
 
-    // Add the last group's sums too.
+    // Add the last group's sums to the totals.
     void finish() {
         for (int r = 0; r < left_.rows; ++r) {
             const int32_t* sums = left_.sums + r * kTile;
@@ -241,7 +242,7 @@ class Int8Groups {
     }
 
   private:
-    // Groups 4 * part to 4 * part + 3 of the next block.
+    // Decode groups 4 * part to 4 * part + 3 of the next block.
     void decode(int part) {
         if (next_ == nullptr) return;
         for (int group = 4 * part; group < 4 * part + 4; ++group) {
@@ -302,7 +303,7 @@ template <template <int> class Source>
 inline void multiply_int8_tiles(const Linear& w, int first, int last, const Int8Rows& x, int rows,
                                 float* y, size_t y_stride, Prefetcher& prefetcher) {
 #ifdef VENEER_MATRIX
-    constexpr int few = 3, most = kMatrixPanel;  // rows that are faster on vectors
+    constexpr int few = 3, most = kMatrixPanel;  // up to `few` rows are faster on vectors
 #else
     constexpr int most = kInt8Panel;
 #endif
@@ -328,7 +329,7 @@ inline int int8_row_groups(int rows) {
     return divide_up(rows, tiles::kInt8Rows);
 }
 
-// Tiles first to last - 1 of a weight of 4 or 8 bits.
+// Multiply rows by tiles first to last - 1 of a weight of 4 or 8 bits.
 inline void multiply_int8_tiles(const Linear& w, int first, int last, const Int8Rows& x, int rows,
                                 float* y, size_t y_stride, Prefetcher& prefetcher) {
     assert(w.kind != Kind::bfloat16);

@@ -1,9 +1,9 @@
 // The GEMM on matrix registers: 16 rows and 32 outputs at a time.
 //
-// A block's weights are decoded to pairs of bfloat16 once for all rows of a panel, and the next
-// one's while it is multiplied. The registers sum up a block's products; the scale multiplies the
-// sum in float, as on vectors. A row's result must not depend on how many others are in the batch:
-// for a few rows, few_rows.h has the same sums on vectors.
+// A block's weights are decoded to pairs of bfloat16 once for all rows of a panel; the next block
+// is decoded while this one is multiplied. The registers sum up a block's products, and the sum is
+// multiplied by the scale in float, as on vectors. A row's result must not depend on how many other
+// rows are in the batch, so few_rows.h computes the same sums on vectors.
 #pragma once
 
 #include "../square.h"
@@ -11,14 +11,15 @@
 
 namespace veneer {
 
-// Rows at a time, so that a panel's totals and inputs stay in the L1 cache.
+// Most rows that are multiplied as one panel, so that its totals and inputs stay in the L1 cache.
 constexpr int kMatrixPanel = 8 * kMatrixRows;
 
-// The blocks of tiles first to last - 1, one after the other, decoded by quarters. Quarter q is for
-// outputs 16 * (q % 2) and up, and inputs 32 * (q / 2) and up: as many as a register has.
+// Decodes the blocks of tiles first to last - 1, one after the other, by quarters. Quarter q has 16
+// outputs from 16 * (q % 2) on, and 32 inputs from 32 * (q / 2) on: as many as a register holds.
 //
-// A quarter is decoded two quarters before it is loaded: registers are loaded from the cache alone,
-// so what is decoded must have got there. One quarter before was slower, three were no faster.
+// A quarter is decoded two quarters before it is loaded, since registers are only loaded from the
+// cache, and the decoded numbers must have got there by then. One quarter before was slower, three
+// were no faster.
 template <class Source>
 class Quarters {
   public:
@@ -27,7 +28,7 @@ class Quarters {
         decode<0>(), decode<1>();
     }
 
-    // Quarter Q of the next block: pairs of inputs, each for 16 outputs.
+    // Return quarter Q of the next block: pairs of inputs, each for 16 outputs.
     template <int Q>
     const bf16* next() {
         if constexpr (Q == 2) go_on();
@@ -68,7 +69,7 @@ class Quarters {
     bool ended_ = false;
 };
 
-// The groups of up to 16 rows, in all panels.
+// The number of groups of up to 16 rows in all panels.
 inline int matrix_groups(int rows) {
     const int panels = divide_up(rows, kMatrixPanel);
     int groups = 0;
@@ -77,7 +78,7 @@ inline int matrix_groups(int rows) {
     return groups;
 }
 
-// totals [row][32] += sums [row][32], times the scales of the outputs.
+// totals [row][32] += sums [row][32] times the outputs' scales.
 inline void add_scaled(const float* sums, int rows, const float* scales, float* totals) {
     const Floats low = scales != nullptr ? load(scales) : broadcast(1.0f);
     const Floats high = scales != nullptr ? load(scales + kLanes) : low;
@@ -87,21 +88,21 @@ inline void add_scaled(const float* sums, int rows, const float* scales, float* 
     }
 }
 
-// A panel's rows in groups of up to 16, and their totals. The sums of a group are added to them
+// A panel's rows in groups of up to 16, and their totals. A group's sums are added to the totals
 // while the next group is multiplied.
 class RowGroups {
   public:
     explicit RowGroups(int rows)
         : rows_(rows),
           groups_(divide_up(rows, kMatrixRows)),
-          // All groups have the same number of rows; the last may begin within the one before.
+          // All groups have the same number of rows; the last may overlap the one before.
           size_(divide_up(rows, groups_)),
           registers_(size_) {}
 
     const float* totals() const { return totals_; }
     void clear() { std::fill(totals_, totals_ + size_t(rows_) * kTile, 0.0f); }
 
-    // totals += the next block times its 64 inputs of each row.
+    // totals += the next block times each row's 64 inputs.
     template <class Source>
     void multiply(Quarters<Source>& quarters, const float* scales, const bf16* x, size_t x_stride,
                   Prefetcher& prefetcher) {
@@ -119,7 +120,7 @@ class RowGroups {
         }
     }
 
-    // Add the last group's sums too.
+    // Add the last group's sums to the totals.
     void finish() {
         add_scaled(left_.sums, left_.rows, left_.scales, left_.totals);
         left_.rows = 0;
@@ -140,7 +141,7 @@ class RowGroups {
     SquareRegisters registers_;
 };
 
-// Tiles first to last - 1 for a panel's rows.
+// Multiply a panel's rows by tiles first to last - 1.
 template <class Source>
 inline void multiply_panel(const Linear& w, int first, int last, const bf16* x, size_t x_stride,
                            int rows, float* y, size_t y_stride, Prefetcher& prefetcher) {

@@ -1,6 +1,6 @@
-// The GEMM's inner loop for vectors of several registers: one register of weights at a time, four
-// outputs with four pairs of inputs. By whole vectors, a group's weights would need as many
-// registers as the sums, and be written to memory and read again.
+// The GEMM's inner loop for vectors of several registers. It takes one register of weights at a
+// time: four outputs with four pairs of inputs. With whole vectors, a group's weights would need as
+// many registers as the sums, and would be spilled to memory.
 #pragma once
 
 #include "linear.h"
@@ -26,7 +26,8 @@ inline FourInputs load_inputs_shared(const bf16* at) {
     return FourInputs(numbers);
 }
 
-// sums [row][half] += a group's four pairs of inputs. The same bits as `dot` gives.
+// sums [row][half] += products of a group's four pairs of inputs. The bits are the same as with
+// `dot` of whole vectors.
 template <int Rows, class Source>
 inline void add_group(const Source& source, int group, const bf16* x, size_t stride,
                       Floats (&sums)[Rows][2]) {

@@ -8,8 +8,8 @@ namespace veneer {
 
 // Add a block's products with Rows rows to `totals` [row][32].
 //
-// A row's sums are added in one order, whatever rows share the GEMM: its result is bit-identical
-// whatever else is in the batch.
+// A row's sums are added in the same order whatever rows share the GEMM, so its result is
+// bit-identical whatever else is in the batch.
 template <int Rows, class Source>
 inline void add_block(const Source& source, bool first, const float* scales, const bf16* x,
                       size_t stride, float* totals) {
@@ -53,7 +53,7 @@ inline void add_block(const Source& source, bool first, const float* scales, con
     }
 }
 
-// The same for 1 to Rows rows, a number known at run time.
+// The same for 1 to Rows rows, where the number is only known at run time.
 template <int Rows, class Source>
 inline void add_block(const Source& source, bool first, const float* scales, const bf16* x,
                       size_t stride, int rows, float* totals) {
@@ -63,7 +63,7 @@ inline void add_block(const Source& source, bool first, const float* scales, con
     }
 }
 
-// Rows at a time, so that a panel's totals and inputs stay in the L1 cache.
+// Most rows that are multiplied as one panel, so that its totals and inputs stay in the L1 cache.
 constexpr int kPanel = 96;
 
 // The number of groups of about equal size in which rows are multiplied.
@@ -72,7 +72,7 @@ inline int row_groups(int rows) {
     return (rows + Source::rows - 1) / Source::rows;
 }
 
-// One tile for up to kPanel rows.
+// Multiply up to kPanel rows by one tile.
 template <class Source>
 inline void multiply_tile(const Linear& w, int tile, const bf16* x, size_t x_stride, int rows,
                           float* y, size_t y_stride, Prefetcher& prefetcher) {

@@ -1,9 +1,10 @@
-// The GEMM for a few rows where there are matrix registers, on vectors.
+// The GEMM for a few rows, on vectors, for CPUs with matrix registers.
 //
-// To decode a block for the registers takes longer than to multiply a row or two by it. So these
-// are multiplied on vectors, by the same additions in the same order as the registers make
-// (matrix.h): a row's bits are the same with any number of rows. That is why the first inputs of
-// pairs are summed apart from the second ones, 32 inputs at a time, by FMAs that flush denormals.
+// Decoding a block for the registers takes longer than multiplying a row or two by it. So few rows
+// are multiplied on vectors, with the same additions in the same order as in the registers (see the
+// software model): a row's bits are the same with any number of rows. That is why the first inputs
+// of pairs are summed separately from the second ones, 32 inputs at a time, by FMAs that flush
+// denormals.
 #pragma once
 
 #include <type_traits>
@@ -14,20 +15,21 @@
 
 namespace veneer {
 
-// Two vectors of weights, and of the inputs that multiply them. Each weight has a sum of its own,
-// and `both` adds up those of the same output.
+// Two vectors of weights, of the inputs that multiply them, or of sums. Each weight has its own
+// sum, and `both` adds up the sums of the same output.
 struct TwoVectors {
     Floats first, second;
 };
 
-// For weights whose vectors are the first numbers of pairs, and the second ones.
+// For weights whose first vector has the first numbers of pairs, and the second one the second
+// numbers.
 struct PairsApart {
     static TwoVectors inputs(const float* pair) { return {broadcast(pair[0]), broadcast(pair[1])}; }
     static Floats both(const TwoVectors& sums) { return add(sums.first, sums.second); }
 };
 
-// Weights as floats: of the Q-th pair of a group, for 16 outputs. `rows`: up to how many it is
-// faster than the registers.
+// Weights as floats; `weights` returns the Q-th pair of a group for 16 outputs. `rows`: the most
+// rows for which this is faster than the registers.
 struct NumbersOfCodes : PairsApart {
     static constexpr Kind kind = Kind::four_bit;
     static constexpr int rows = 1;
@@ -54,7 +56,7 @@ struct NumbersOfPairs : PairsApart {
     }
 };
 
-// Here the pairs of eight outputs, and of eight more: as they lie.
+// Here the two vectors are the pairs of eight outputs, and of the next eight, as they are stored.
 struct NumbersOfBytes {
     static constexpr Kind kind = Kind::eight_bit;
     static constexpr int rows = 3;
@@ -72,22 +74,22 @@ struct NumbersOfBytes {
     static Floats both(const TwoVectors& sums) { return add_neighbours(sums.first, sums.second); }
 };
 
-// Inputs as floats: Rows rows of Count.
+// Convert inputs to floats: Rows rows of Count numbers.
 template <int Rows, int Count>
 inline void widen(const bf16* x, size_t x_stride, float (&to)[Rows][Count]) {
     for (int r = 0; r < Rows; ++r)
         for (int i = 0; i < Count; i += kLanes) store(to[r] + i, load_shared(x + r * x_stride + i));
 }
 
-// sums [row][half] = products of a block's groups first to first + 3: of 32 inputs.
+// sums [row][half] = products of a block's groups first to first + 3, which are 32 inputs.
 template <int Rows, class Numbers>
 inline void sum_groups(const Numbers& numbers, const uint8_t* block, int first,
                        const float (&x)[Rows][kBlock], Floats (&sums)[Rows][2]) {
     TwoVectors chains[Rows][2];
     for (auto& row : chains)
         for (auto& each : row) each = {zeros(), zeros()};
-    // Not unrolled: GCC would take single inputs out of vectors, by instructions that the look-up
-    // of codes needs.
+    // Not unrolled: GCC would extract single inputs from vectors, by instructions that compete with
+    // the look-up of codes.
 #pragma GCC unroll 1
     for (int group = first; group < first + 4; ++group) {
         auto multiply = [&](auto q) {
@@ -140,7 +142,7 @@ inline void multiply_rows(const Linear& w, int first, int last, const bf16* x, s
     }
 }
 
-// Tiles first to last - 1 for a few rows; false where they are too many.
+// Multiply a few rows by tiles first to last - 1. Returns false if there are too many rows.
 template <class Numbers, int Rows = Numbers::rows>
 inline bool multiply_few(const Linear& w, int first, int last, const bf16* x, size_t x_stride,
                          int rows, float* y, size_t y_stride, Prefetcher& prefetcher) {

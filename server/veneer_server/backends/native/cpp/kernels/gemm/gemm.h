@@ -1,5 +1,5 @@
-// y = x W^T: by matrix registers where the CPU has them, else by vectors; with inputs of bfloat16,
-// or of 8 bits.
+// y = x W^T, on matrix registers if the CPU has them, else on vectors. Inputs are bfloat16 or 8
+// bits.
 #pragma once
 
 #include "by_int8.h"
@@ -13,10 +13,10 @@ namespace veneer {
 struct Inputs {
     const bf16* x;
     size_t stride;
-    Int8Rows int8;  // the same in 8 bits; null: multiply by bfloat16
+    Int8Rows int8;  // the same in 8 bits; if null, multiply by bfloat16
 };
 
-// How often `multiply_tiles` prefetches in each block of a tile.
+// How often `multiply_tiles` calls `prefetch_some` in each block of a tile.
 inline int row_groups(const Linear& w, const Inputs& inputs, int rows) {
     if (inputs.int8.at != nullptr) return int8_row_groups(rows);
     if constexpr (matrix::kPresent) return matrix_groups(rows);
@@ -36,7 +36,8 @@ inline void multiply_tiles(const Linear& w, int first, int last, const bf16* x, 
         multiply_by_vectors<Source>(w, first, last, x, x_stride, rows, y, y_stride, prefetcher);
 }
 
-// Tiles first to last - 1 for any number of rows; between its blocks, prefetch what comes next.
+// Multiply any number of rows by tiles first to last - 1. In each block, prefetch memory for later
+// phases.
 inline void multiply_tiles(const Linear& w, int first, int last, const Inputs& inputs, int rows,
                            float* y, size_t y_stride, Prefetcher& prefetcher) {
 #ifdef VENEER_MATRIX

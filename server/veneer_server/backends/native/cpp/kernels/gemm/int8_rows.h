@@ -1,9 +1,9 @@
 // Rows of a GEMM's inputs, rounded to 8 bits.
 //
-// A block of 64 inputs becomes 127ths of its largest magnitude, rounded to the nearest, ties to
-// even. In memory a row has its blocks' numbers, then a scale for each block, then the sum of each
-// block's numbers. Eight neighbours lie in the order 0 4 1 5 2 6 3 7: as the weights' bytes come
-// out of 4-bit codes (by_int8.h).
+// The inputs of a block of 64 are expressed in 127ths of its largest magnitude, rounded to nearest,
+// ties to even. In memory a row has its blocks' numbers, then a scale for each block, then the sum
+// of each block's numbers. Eight neighbours are stored in the order 0 4 1 5 2 6 3 7, in which the
+// weights' bytes are decoded from 4-bit codes (by_int8.h).
 #pragma once
 
 #include <algorithm>
@@ -19,7 +19,7 @@ struct Int8Rows {
     size_t stride;  // bytes
     size_t width;   // numbers of a row, a multiple of 64
 
-    // Bytes of a row of so many numbers.
+    // Bytes of a row of `width` numbers.
     static constexpr size_t bytes(size_t width) {
         return width + width / kBlock * (sizeof(float) + sizeof(int32_t));
     }
@@ -35,8 +35,8 @@ struct Int8Rows {
         const uint8_t* sums = tail(row) + width / kBlock * sizeof(float);
         return load_number(reinterpret_cast<const int32_t*>(sums) + block);
     }
-    // Prefetch a row's block, which another thread may have just written; with the second one the
-    // scales and sums.
+    // Prefetch a row's block, which another thread may have just written; with block 1 also the
+    // row's scales and sums.
     void prefetch_block(int row, int block) const {
         __builtin_prefetch(numbers(row, block));
         if (block != 1) return;
@@ -48,13 +48,13 @@ struct Int8Rows {
     const uint8_t* tail(int row) const { return at + size_t(row) * stride + width; }
 };
 
-// Where rows are written.
+// Memory to which rows are written.
 struct Int8Output {
     uint8_t* at;
     size_t stride, width;
 
-    // Round blocks first to last - 1 of a row x. NaN and infinities become a scale that is not
-    // finite: the result shows them.
+    // Round blocks first to last - 1 of a row x. With a NaN or infinity the block's scale is not
+    // finite, so that it shows in the result.
     void write(int64_t row, const bf16* x, int first, int last) const {
         uint8_t* to = at + size_t(row) * stride;
         float* scales = reinterpret_cast<float*>(to + width);
@@ -69,7 +69,7 @@ struct Int8Output {
     }
 
   private:
-    // Returns the scale.
+    // Round a block, and return its scale.
     static float round_block(const bf16* x, int8_t (&numbers)[kBlock], int32_t& sum) {
         constexpr int vectors = kBlock / kLanes;
         Floats all[vectors], most = zeros(), total = zeros();
@@ -85,7 +85,7 @@ struct Int8Output {
             all[i] = round(mul(all[i], inverse));
             total = add(total, all[i]);
         }
-        // Exact, unless a number is NaN, or infinite: that times 0 is NaN.
+        // Exact, or NaN if a number is NaN or infinite (times an inverse of 0).
         const float exact = veneer::sum(total);
         const bool finite = exact == exact;
         sum = finite ? int32_t(exact) : 0;

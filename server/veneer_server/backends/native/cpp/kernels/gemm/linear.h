@@ -1,15 +1,15 @@
 // y = x W^T for a frozen weight W [outputs, inputs], over tiles of 32 outputs.
 //
-// Weights lie in the order in which the GEMM reads them, tile by tile. Inputs are cut into blocks
-// of 64, which is the block for which bitsandbytes has a scale:
+// Weights are stored in the order in which the GEMM reads them, tile by tile. Inputs are cut into
+// blocks of 64, the blocks for which bitsandbytes has a scale:
 //
 //     4 bits:  for each block: codes of outputs 0-15 (512 bytes), of outputs 16-31 (512 bytes),
 //              32 scales (float)
 //     8 bits:  for each block: 32 pairs of inputs, each for 32 outputs (2048 bytes), 32 scales
 //     bf16:    for each block: 32 pairs of inputs, each for 32 outputs (4096 bytes)
 //
-// Products of bfloat16 are added up in float over a block, and the scale multiplies the sum: a
-// weight is rounded only as its code book is. Padding past the last output is zero.
+// Products of bfloat16 are added up in float over a block, and the sum is multiplied by the scale.
+// So a 4-bit weight is only rounded in its code book. Padding past the last output is zero.
 #pragma once
 
 #include <algorithm>
@@ -34,7 +34,7 @@ constexpr size_t block_bytes(Kind kind) {
     return code_bytes(kind) + (kind == Kind::bfloat16 ? 0 : kTile * sizeof(float));
 }
 
-// Python has the same: see layout.h.
+// A packed weight. Python declares the same struct: see layout.h.
 struct Linear {
     const uint8_t* weights;
     const float* bias;  // or null
@@ -43,9 +43,9 @@ struct Linear {
     Kind kind;
     int32_t parts;        // 2: gate and up, interleaved by pairs of tiles; else 1
     int32_t int8_inputs;  // 1: multiply by inputs of 8 bits, see by_int8.h
-    float unit;           // of `bytes`; 1 for weights of 8 bits
-    bf16 table[16];       // of 4-bit codes
-    int8_t bytes[16];     // the same as multiples of `unit`
+    float unit;           // unit of `bytes`; 1 for weights of 8 bits
+    bf16 table[16];       // the numbers that 4-bit codes stand for
+    int8_t bytes[16];     // the same numbers as multiples of `unit`
 
     int tiles() const { return (outputs + kTile - 1) / kTile; }
     int blocks() const { return inputs / kBlock; }
@@ -54,7 +54,7 @@ struct Linear {
         const int place = (within / 2 * parts + index / each) * 2 + within % 2;
         return weights + size_t(parts == 1 ? index : place) * blocks() * block_bytes(kind);
     }
-    // Of a block's outputs; null where weights have none.
+    // The scales of a block's outputs; null for bfloat16, which has none.
     const float* scales(const uint8_t* block) const {
         if (kind == Kind::bfloat16) return nullptr;
         return reinterpret_cast<const float*>(block + code_bytes(kind));
@@ -67,10 +67,11 @@ constexpr Field kLinearFields[] = {
     VENEER_FIELD(Linear, table),   VENEER_FIELD(Linear, bytes),
 };
 
-// How far ahead of what is read weights are prefetched, in bytes.
+// How many bytes ahead of the current block weights are prefetched.
 constexpr size_t kAhead = 6 * block_bytes(Kind::four_bit);
 
-// Prefetch an eighth of a block ahead, and more where a block's lines are not a multiple of eight.
+// Prefetch an eighth of a block, kAhead bytes ahead; some groups prefetch a line more if a block's
+// lines are not a multiple of eight.
 template <size_t Bytes, void (*Prefetch)(const void*) = prefetch>
 inline void prefetch_ahead(const void* block, int group) {
     const char* line = static_cast<const char*>(block) + kAhead;
@@ -79,13 +80,14 @@ inline void prefetch_ahead(const void* block, int group) {
     if (size_t(group) < lines % 8) Prefetch(line + (8 * each + group) * kLine);
 }
 
-// A block's weights as pairs: eight groups of four. `chains` is the number of sums that a row and
-// an output have, added up at a block's end: with one sum, each FMA of a single row would wait for
-// the one before. `rows`: how many are multiplied at once, as the registers allow.
+// The sources below return a block's weights as pairs: eight groups of four pairs. `chains`:
+// partial sums per row and output, added up at a block's end. With one sum, each FMA of a single
+// row would wait for the previous one. `rows`: rows multiplied at once, as many as the registers
+// allow.
 
-// From 4-bit codes; the Q-th pair of a group is the Q-th four bits of its codes. Looking codes up
-// again for each row group costs less than keeping the weights: a GEMM of 32 rows was 20 % slower
-// so.
+// Weights from 4-bit codes. The Q-th pair of a group is the Q-th four bits of its codes. Looking
+// codes up again for each row group costs less than keeping the weights: with the latter, a GEMM of
+// 32 rows was 20 % slower.
 struct FromCodes {
     static constexpr int chains = tiles::kFourBitChains, rows = tiles::kFourBitRows;
     const uint8_t* at;
@@ -103,15 +105,15 @@ struct FromCodes {
         high = look_up<Q>(table, load_codes(at + 512 + group * 64));
     }
 
-    // Of outputs 16 * half and up, from a byte further on where that saves a shift: it may read a
-    // byte past the codes, of the scales.
+    // The pairs of 16 outputs from 16 * half on. Codes are loaded a byte further on if that saves a
+    // shift, so this may read one byte past the codes, of the scales.
     template <int Q>
     Pairs half(int half, int group) const {
         return look_up<Q % 2>(table, load_codes(at + Q / 2 + half * 512 + group * 64));
     }
 };
 
-// From weights in bf16.
+// Weights from bf16.
 struct FromPairs {
     static constexpr int chains = 1, rows = tiles::kBf16Rows;
     const bf16* at;
@@ -135,7 +137,8 @@ struct FromPairs {
     }
 };
 
-// From 8-bit numbers. Widening them takes time, which more rows share.
+// Weights from 8-bit numbers. Widening them takes time, which is shared by the rows multiplied at
+// once.
 struct FromBytes {
     static constexpr int chains = 1, rows = tiles::kEightBitRows;
     const int8_t* at;
@@ -159,8 +162,8 @@ struct FromBytes {
     }
 };
 
-// Before block b of a tile is multiplied: prefetch where its results go, which another thread has
-// read since they were last written.
+// Call before block b of a tile is multiplied: prefetch a part of the tile's results, which another
+// thread has read since they were last written.
 inline void prefetch_results(const Linear& w, int tile, int b, int rows, float* y,
                              size_t y_stride) {
     for (int r = rows * b / w.blocks(); r < rows * (b + 1) / w.blocks(); ++r)
@@ -168,8 +171,8 @@ inline void prefetch_results(const Linear& w, int tile, int b, int rows, float* 
             __builtin_prefetch(y + r * y_stride + tile * kTile + i, 1);
 }
 
-// The same, and the next block's inputs if no tile has read them yet: another thread has just
-// written half of them.
+// The same, and prefetch the next block's inputs if no tile has read them yet: other threads have
+// just written some of them.
 inline void prefetch_rows(const Linear& w, int tile, int b, const bf16* x, size_t x_stride,
                           int rows, float* y, size_t y_stride, const Prefetcher& prefetcher) {
     prefetch_results(w, tile, b, rows, y, y_stride);

@@ -1,7 +1,8 @@
-// Packing weights as linear.h lays them out, a tile at a time.
+// Packs weights in the layout of linear.h, a tile at a time.
 //
-// A change of the layout needs another kLayout: files of packed weights outlive this library. A
-// tile may be packed twice (see thread_pool.h), so it is put together aside and stored once.
+// If the layout changes, kLayout must change too, since files of packed weights outlive this
+// library. A tile may be packed twice (see thread_pool.h), so its blocks are assembled in local
+// memory and then stored.
 #pragma once
 
 #include <algorithm>
@@ -30,14 +31,14 @@ struct PackedBlock {
     }
 };
 
-// Four bytes' high or low halves (shifted by 4 or 0) as 16 bits, the first byte's lowest.
+// The high or low halves (`shift` 4 or 0) of four bytes as 16 bits, with the first byte's lowest.
 inline uint32_t halves(uint32_t four, int shift) {
     uint32_t half = four >> shift & 0x0f0f0f0fu;
     half = (half | half >> 4) & 0x00ff00ffu;
     return (half | half >> 8) & 0xffffu;
 }
 
-// Pack a tile of what bitsandbytes stores: codes [outputs, inputs / 2], the earlier of two
+// Pack a tile of a weight in bitsandbytes' format: codes [outputs, inputs / 2], the earlier of two
 // neighbours in the high half of a byte; scales [outputs, inputs / 64].
 inline void pack_four_bit(const uint8_t* codes, const float* scales, int outputs, int inputs,
                           int tile, uint8_t* to) {
@@ -51,8 +52,8 @@ inline void pack_four_bit(const uint8_t* codes, const float* scales, int outputs
             for (int group = 0; group < 8; ++group) {
                 uint32_t four;
                 std::memcpy(&four, row + group * 4, sizeof four);
-                // Each output has 16 bits for each half of a pair: four codes of four bits, one
-                // for each pair of the group.
+                // An output has 16 bits for the first inputs of the group's four pairs, and 16 for
+                // the second ones: four codes of four bits each.
                 const uint32_t both = halves(four, 4) | halves(four, 0) << 16;
                 std::memcpy(block.codes + (n / 16 * 128 + group * 16 + n % 16) * 4, &both,
                             sizeof both);
@@ -62,8 +63,8 @@ inline void pack_four_bit(const uint8_t* codes, const float* scales, int outputs
     }
 }
 
-// Pack a tile of weights [outputs, inputs] in bf16 as 8-bit numbers: 127ths of the largest of
-// their block.
+// Pack a tile of weights [outputs, inputs] in bf16 as 8-bit numbers: 127ths of the largest
+// magnitude of their block.
 inline void pack_eight_bit(const bf16* weights, int outputs, int inputs, int tile, uint8_t* to) {
     const int blocks = inputs / kBlock, count = std::min(kTile, outputs - tile * kTile);
     for (int b = 0; b < blocks; ++b) {

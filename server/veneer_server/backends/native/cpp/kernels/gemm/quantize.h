@@ -1,4 +1,4 @@
-// Quantizing weights to four bits, with the bits of bitsandbytes' `quantize_4bit` on a CPU.
+// Quantizes weights to four bits, to the same bits as bitsandbytes' `quantize_4bit` on a CPU.
 #pragma once
 
 #include <algorithm>
@@ -22,7 +22,9 @@ inline float to_float(float value) { return value; }
 
 inline float to_float(Float16 value) {
     const uint32_t rest = value.bits & 0x7fffu, sign = uint32_t(value.bits & 0x8000u) << 16;
-    // An exponent of 15 is 1: so for subnormal numbers too. Infinity and NaN stay what they are.
+    // With its bits moved, a number's exponent is too low by 112, the difference of the biases.
+    // Multiplying by 2^112 corrects that, for subnormal numbers too. Infinity and NaN are restored
+    // afterwards.
     uint32_t bits = rest << 13;
     float result;
     std::memcpy(&result, &bits, sizeof result);
@@ -34,17 +36,18 @@ inline float to_float(Float16 value) {
     return result;
 }
 
-// A code book as its quantizer needs it.
+// A code book, prepared for quantizing.
 struct CodeBook {
-    const float* bounds;   // 15: between neighbours of the sorted numbers
-    const uint8_t* codes;  // 16: of the sorted numbers
+    const float* bounds;   // [15] bounds between neighbours of the sorted numbers
+    const uint8_t* codes;  // [16] codes of the sorted numbers
 };
 
-// A block of 64 weights: 32 bytes of codes, the earlier of two neighbours in the high half, and
-// the largest magnitude.
+// Quantize a block of 64 weights to 32 bytes of codes, the earlier of two neighbours in the high
+// half, and the largest magnitude.
 //
-// With a NaN the largest is NaN and all codes are the last; with an infinity it is infinite and
-// what is infinite has the last code. So a broken checkpoint shows in what is served.
+// If a weight is NaN, the largest is NaN and all codes are the last one. If a weight is infinite,
+// so is the largest, and infinite weights have the last code. So a broken checkpoint shows in the
+// server's outputs.
 template <class Number>
 inline void quantize_block(const Number* weights, const CodeBook& book, uint8_t* codes,
                            float* largest) {
@@ -54,7 +57,7 @@ inline void quantize_block(const Number* weights, const CodeBook& book, uint8_t*
         numbers[k] = to_float(weights[k]);
         int32_t bits;
         std::memcpy(&bits, &numbers[k], sizeof bits);
-        // Magnitudes are ordered as their bits are, and NaN is above all.
+        // Magnitudes are ordered like their bits, with NaN above all others.
         most = std::max(most, bits & 0x7fffffff);
     }
     float magnitude;
@@ -81,7 +84,7 @@ inline void quantize_blocks(const void* weights, int64_t first, int64_t last, co
         quantize_block(from + b * kBlock, book, codes + b * kBlock / 2, largest + b);
 }
 
-// Blocks first to last - 1.
+// Quantize blocks first to last - 1.
 inline void quantize_blocks(Stored stored, const void* weights, int64_t first, int64_t last,
                             const CodeBook& book, uint8_t* codes, float* largest) {
     switch (stored) {
