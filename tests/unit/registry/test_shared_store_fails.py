@@ -89,6 +89,21 @@ def test_half_a_multipart_upload_is_never_seen(
     assert objects.drop_stale_parts(time.time() + 2 * 86400) == 1
 
 
+@pytest.mark.parametrize("whole_bucket", [False, True])
+def test_all_interrupted_uploads_are_removed(
+    services: Services, name: str, whole_bucket: bool
+) -> None:
+    """More than the store lists in one answer; and in a bucket without a prefix."""
+    objects = services.s3.objects(BUCKET if whole_bucket else name)
+    call, folder = objects.fs.call_s3, "" if whole_bucket else f"{name}/"
+    for at in range(5):  # the fake lists two at a time
+        key = f"{folder}weights/{at:064x}/{WEIGHTS_FILE}"
+        call("create_multipart_upload", Bucket=BUCKET, Key=key)
+    assert objects.drop_stale_parts(time.time() + 2 * 86400) == 5
+    left = call("list_multipart_uploads", Bucket=BUCKET, Prefix=f"{folder}weights/")
+    assert "Uploads" not in left
+
+
 # ------------------------------------------------------------------ cache and garbage
 
 
