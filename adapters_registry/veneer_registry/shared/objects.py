@@ -175,7 +175,9 @@ class Objects:
             while True:
                 page = self.fs.call_s3("list_multipart_uploads", **where)
                 for each in page.get("Uploads") or ():
-                    if each["Initiated"].timestamp() < now - _STALE_PARTS_S:
+                    if each["Initiated"].timestamp() >= now - _STALE_PARTS_S:
+                        continue
+                    with contextlib.suppress(FileNotFoundError):  # another server was faster
                         self.fs.call_s3(
                             "abort_multipart_upload",
                             Bucket=self._bucket,
@@ -185,8 +187,8 @@ class Objects:
                         dropped += 1
                 if not page.get("IsTruncated"):
                     return dropped
-                where["KeyMarker"] = page["NextKeyMarker"]
-                where["UploadIdMarker"] = page["NextUploadIdMarker"]
+                where["KeyMarker"] = page.get("NextKeyMarker")
+                where["UploadIdMarker"] = page.get("NextUploadIdMarker")
 
     @contextlib.contextmanager
     def _errors(self, local: Path | None = None) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 from veneer_registry.errors import (
@@ -102,6 +103,25 @@ def test_all_interrupted_uploads_are_removed(
     assert objects.drop_stale_parts(time.time() + 2 * 86400) == 5
     left = call("list_multipart_uploads", Bucket=BUCKET, Prefix=f"{folder}weights/")
     assert "Uploads" not in left
+
+
+def test_servers_that_start_at_once_remove_the_same_interrupted_upload(
+    services: Services, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FAKE: another server removes it between the listing and the removal."""
+    objects = services.s3.objects(name)
+    call = objects.fs.call_s3
+    key = f"{name}/weights/{'cd' * 32}/{WEIGHTS_FILE}"
+    call("create_multipart_upload", Bucket=BUCKET, Key=key)
+
+    def after_the_other(method: str, **asked: Any) -> Any:
+        if method == "abort_multipart_upload":
+            call(method, **asked)
+        return call(method, **asked)
+
+    monkeypatch.setattr(objects.fs, "call_s3", after_the_other)
+    assert objects.drop_stale_parts(time.time() + 2 * 86400) == 0
+    assert "Uploads" not in call("list_multipart_uploads", Bucket=BUCKET, Prefix=key)
 
 
 # ------------------------------------------------------------------ cache and garbage
