@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
+from urllib.parse import quote
 
 from veneer_registry.catalog import Catalog
 from veneer_registry.errors import AdapterCorrupt, FailedPrecondition, InvalidField
@@ -91,7 +92,7 @@ def _reading(data_dir: Path) -> Iterator[sqlite3.Connection]:
         )
     try:
         with contextlib.closing(
-            sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None)
+            sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, isolation_level=None)
         ) as connection:
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             if version != VERSION:

@@ -61,6 +61,16 @@ def test_whole(data: Path, filled: dict[str, Path]) -> None:
     assert seen[-1] == (5, 5)
 
 
+def test_a_folder_whose_name_means_something_in_a_uri(
+    tmp_path: Path, adapters: Adapters
+) -> None:
+    data = tmp_path / "50%3f of it?mode=rw#1"
+    with Registry.open(data, BASE) as registry:
+        push(registry, "chat", adapters(1))
+    assert verify(data).names == 1
+    assert collect(data, **GC).unreferenced == 0
+
+
 def test_beside_a_server(data: Path, filled: dict[str, Path]) -> None:
     with Registry.open(data, BASE):
         assert verify(data).damaged == []
