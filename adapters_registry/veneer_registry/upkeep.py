@@ -204,12 +204,14 @@ def quarantine(data_dir: Path, damaged: list[Damage]) -> int:
         contextlib.closing(Catalog(data_dir / "catalog.sqlite")) as catalog,
     ):
         store = Store(data_dir / "store")
+        rows = tuple(catalog.names())
         for damage in weights:
             with catalog.change(COMMAND, time.time()) as change:
                 change.quarantine(damage.digest, damage.why)
-                for adapter in damage.adapters:
-                    name, _, revision = adapter.partition("@")
-                    change.note("quarantined", name, revision, damage.why)
+                for row in rows:
+                    for revision, digest, _ in row.revisions:
+                        if digest == damage.digest:
+                            change.note("quarantined", row.name, revision, damage.why)
             store.quarantine.add(damage.digest)
     return len(weights)
 

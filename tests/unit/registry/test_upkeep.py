@@ -100,7 +100,9 @@ def test_quarantine_by_hand(data: Path, filled: dict[str, Path], adapters: Adapt
         for name in ("chat", "twin"):
             with pytest.raises(AdapterCorrupt):
                 registry.resolve(name)
-            assert registry.history(name)[0].who.peer == "command line"
+            line, published = registry.history(name)
+            assert (line.event, line.who.peer) == ("quarantined", "command line")
+            assert line.revision == published.revision
         push(registry, "chat", adapters(1))
         assert registry.resolve("twin")
     assert collect(data, **{**GC, "quarantine": True}).quarantined == 1
