@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ from veneer_registry.errors import (
     Unavailable,
 )
 from veneer_registry.shared import unneeded
+from veneer_registry.shared.object_store import ObjectStore
 from veneer_registry.stored_adapter import verify_weights
 from veneer_registry.weights import WEIGHTS_FILE
 
@@ -142,6 +146,39 @@ def test_the_cache_is_bounded_but_for_what_is_leased(opened: Open, adapters: Ada
     other.fetch(refs[1])
     assert other.is_local(refs[1])
     assert sum(map(other.is_local, refs)) == 2
+
+
+def test_weights_are_fetched_once_at_a_time_also_after_a_failure(
+    services: Services, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each download takes disk and network for a whole adapter. All of these fail."""
+    store = ObjectStore(services.s3.objects(name), tmp_path / "cache", 1 << 30)
+    store.keep_while(lambda weights: 0, lambda digest: True)
+    get, lock = store.objects.get, threading.Lock()
+    now, most = 0, 0
+
+    def counted(key: str, to: Path) -> bool:
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(now, most)
+        try:
+            return get(key, to)
+        finally:
+            with lock:
+                now -= 1
+
+    monkeypatch.setattr(store.objects, "get", counted)
+
+    def fetch() -> None:
+        for _ in range(5):
+            with refused(AdapterCorrupt, why="gone"):
+                store.fetch("ab" * 32)
+
+    with ThreadPoolExecutor(4) as threads:
+        for done in [threads.submit(fetch) for _ in range(4)]:
+            done.result()
+    assert most == 1
 
 
 def test_a_revision_is_given_back_where_nothing_of_it_lies(
