@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
+from urllib.parse import quote
 
 from veneer_registry.catalog import Catalog
 from veneer_registry.errors import AdapterCorrupt, FailedPrecondition, InvalidField
@@ -91,7 +92,7 @@ def _reading(data_dir: Path) -> Iterator[sqlite3.Connection]:
         )
     try:
         with contextlib.closing(
-            sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None)
+            sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, isolation_level=None)
         ) as connection:
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             if version != VERSION:
@@ -203,12 +204,14 @@ def quarantine(data_dir: Path, damaged: list[Damage]) -> int:
         contextlib.closing(Catalog(data_dir / "catalog.sqlite")) as catalog,
     ):
         store = Store(data_dir / "store")
+        rows = tuple(catalog.names())
         for damage in weights:
             with catalog.change(COMMAND, time.time()) as change:
                 change.quarantine(damage.digest, damage.why)
-                for adapter in damage.adapters:
-                    name, _, revision = adapter.partition("@")
-                    change.note("quarantined", name, revision, damage.why)
+                for row in rows:
+                    for revision, digest, _ in row.revisions:
+                        if digest == damage.digest:
+                            change.note("quarantined", row.name, revision, damage.why)
             store.quarantine.add(damage.digest)
     return len(weights)
 

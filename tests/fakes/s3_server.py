@@ -9,6 +9,9 @@ POST to ``/_faults`` sets what goes wrong from then on (JSON)::
     kind      "refuse" (503), "cut" (takes the bytes and closes), "lose" (does what is asked and
               closes), "hang" (answers nothing for `seconds`), "rot" (flips a bit of each read)
     key       only requests whose path contains this
+
+Multipart uploads are listed `UPLOADS_A_PAGE` at a time, as S3 lists them a thousand at a time;
+moto lists all at once.
 """
 
 from __future__ import annotations
@@ -19,13 +22,41 @@ import socket
 import sys
 import threading
 import time
+import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Final
 
+from moto.s3.responses import S3Response
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 Wsgi = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
+
+UPLOADS_A_PAGE: Final = 2
+_XML: Final = "{http://s3.amazonaws.com/doc/2006-03-01/}"
+
+_all_uploads = S3Response.list_multipart_uploads
+
+
+def _uploads(self: S3Response) -> Any:
+    """A page of `ListMultipartUploads`: what follows the markers of the request."""
+    status, headers, body = _all_uploads(self)
+    root = ET.fromstring(body)
+    names = ("Key", "UploadId")
+    after = tuple(self.querystring.get(f"{n}-marker", [""])[0] for n in ("key", "upload-id"))
+    found = {
+        tuple(each.findtext(_XML + name, "") for name in names): each
+        for each in root.findall(f"{_XML}Upload")
+    }
+    following = sorted(marks for marks in found if marks > after)
+    page, rest = following[:UPLOADS_A_PAGE], following[UPLOADS_A_PAGE:]
+    for marks in found.keys() - set(page):
+        root.remove(found[marks])
+    if rest:
+        for name, mark in zip(names, page[-1], strict=True):
+            ET.SubElement(root, f"{_XML}Next{name}Marker").text = mark
+        root.find(f"{_XML}IsTruncated").text = "true"  # type: ignore[union-attr]
+    return status, headers, ET.tostring(root, encoding="unicode")
 
 
 class Faulty:
@@ -96,6 +127,7 @@ class Quiet(WSGIRequestHandler):
 def main() -> None:
     """Serve until standard input ends."""
     logging.disable(logging.CRITICAL)
+    S3Response.list_multipart_uploads = _uploads  # type: ignore[method-assign]
     app = Faulty(DomainDispatcherApplication(create_backend_app))
     server = make_server("127.0.0.1", 0, app, threaded=True, request_handler=Quiet)
     print(server.server_port, flush=True)

@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
+from weakref import WeakValueDictionary
 
 from veneer_registry.bundle import Bundle
 from veneer_registry.bundle_files import REQUIRED_FILES
@@ -56,7 +57,8 @@ class ObjectStore(Store):
         self.objects = objects
         self.quarantine = ObjectQuarantine(self, objects)
         self.cache = SharedWeightsCache(self, super().present()[0], cache_bytes)
-        self._fetching: dict[str, threading.Lock] = {}
+        self._fetching: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
+        """A lock lives as long as a thread holds it or waits for it."""
         self._guard = threading.Lock()
 
     # ------------------------------------------------------------------ stored content
@@ -242,11 +244,7 @@ class ObjectStore(Store):
         with self._guard:
             lock = self._fetching.setdefault(weights, threading.Lock())
         with lock:
-            try:
-                yield
-            finally:
-                with self._guard:
-                    self._fetching.pop(weights, None)
+            yield
 
 
 def _gone(weights: str) -> AdapterCorrupt:

@@ -170,20 +170,25 @@ class Objects:
     def drop_stale_parts(self, now: float) -> int:
         """Abort multipart uploads that were interrupted long ago. Return how many."""
         dropped = 0
+        where = {"Bucket": self._bucket, "Prefix": self._prefix and f"{self._prefix}/"}
         with self._errors():
-            page = self.fs.call_s3(
-                "list_multipart_uploads", Bucket=self._bucket, Prefix=f"{self._prefix}/"
-            )
-            for each in page.get("Uploads") or ():
-                if each["Initiated"].timestamp() < now - _STALE_PARTS_S:
-                    self.fs.call_s3(
-                        "abort_multipart_upload",
-                        Bucket=self._bucket,
-                        Key=each["Key"],
-                        UploadId=each["UploadId"],
-                    )
-                    dropped += 1
-        return dropped
+            while True:
+                page = self.fs.call_s3("list_multipart_uploads", **where)
+                for each in page.get("Uploads") or ():
+                    if each["Initiated"].timestamp() >= now - _STALE_PARTS_S:
+                        continue
+                    with contextlib.suppress(FileNotFoundError):  # another server was faster
+                        self.fs.call_s3(
+                            "abort_multipart_upload",
+                            Bucket=self._bucket,
+                            Key=each["Key"],
+                            UploadId=each["UploadId"],
+                        )
+                        dropped += 1
+                if not page.get("IsTruncated"):
+                    return dropped
+                where["KeyMarker"] = page.get("NextKeyMarker")
+                where["UploadIdMarker"] = page.get("NextUploadIdMarker")
 
     @contextlib.contextmanager
     def _errors(self, local: Path | None = None) -> Iterator[None]:

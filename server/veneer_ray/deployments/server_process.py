@@ -12,15 +12,18 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from itertools import count
 from pathlib import Path
-from typing import IO, Final
+from typing import Final
 
 from veneer_registry.child_python import child_python
 
 _CHILD: Final = "veneer_ray.deployments.child"
 _START_S: Final = 1800.0
 """A first start may import a base of many gigabytes."""
+_READY: Final = b"veneer ready"
+"""Begins the line with which the server says so; it has written its ports before."""
 _RAYS: Final = ("OMP_NUM_THREADS",)
 """Variables that Ray sets for its workers; without them the server makes better choices."""
 
@@ -32,10 +35,11 @@ class ServerProcess:
     Args:
         flags: makes the server's flags; its argument is the file for the server's ports.
         on_lost: called from another thread with the exit status if the server ends without
-            `stop`.
+            `stop` after it was ready.
 
     Raises:
         RuntimeError: the server ended, or was not ready in time.
+        OSError: it could not be started.
     """
 
     def __init__(
@@ -43,21 +47,14 @@ class ServerProcess:
     ) -> None:
         self._on_lost = on_lost
         self._stopping = False
+        self._started: Future[subprocess.Popen[bytes]] = Future()
         self._ready: queue.SimpleQueue[bool] = queue.SimpleQueue()
         environment = {key: value for key, value in os.environ.items() if key not in _RAYS}
         with tempfile.TemporaryDirectory(prefix="veneer-ray-") as folder:
             ports = Path(folder) / "ports.json"
-            self._process = subprocess.Popen(
-                child_python("-m", _CHILD, str(os.getpid()), *flags(ports)),
-                stdout=subprocess.PIPE,
-                env=environment,
-            )
-            assert self._process.stdout is not None
-            # Reads the output until the server ends. Note that `child`'s PDEATHSIG fires when
-            # the thread that called Popen ends, and this may be a replica's constructor.
-            threading.Thread(
-                target=self._follow, args=(self._process.stdout,), daemon=True
-            ).start()
+            command = child_python("-m", _CHILD, str(os.getpid()), *flags(ports))
+            threading.Thread(target=self._run, args=(command, environment), daemon=True).start()
+            self._process = self._started.result()
             try:
                 ready = self._ready.get(timeout=_START_S)
             except queue.Empty:
@@ -86,14 +83,27 @@ class ServerProcess:
             self._process.kill()
             self._process.wait()
 
-    def _follow(self, output: IO[bytes]) -> None:
-        for line in output:
-            sys.stderr.write(line.decode(errors="replace"))
-            if b"ready" in line:
-                self._ready.put(True)
-        code = self._process.wait()
+    def _run(self, command: list[str], environment: dict[str, str]) -> None:
+        """Start the server and pass on its output until it ends. Runs in a thread of its own,
+        because `child`'s PDEATHSIG fires when the thread that called Popen ends, and a
+        replica's constructor may run in one that does."""
+        try:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
+        except BaseException as error:
+            self._started.set_exception(error)
+            return
+        self._started.set_result(process)
+        assert process.stdout is not None
+        ready = False
+        with process.stdout as output:
+            for line in output:
+                sys.stderr.write(line.decode(errors="replace"))
+                if line.startswith(_READY):
+                    ready = True
+                    self._ready.put(True)
+        code = process.wait()
         self._ready.put(False)
-        if not self._stopping:
+        if ready and not self._stopping:
             self._on_lost(code)
 
 

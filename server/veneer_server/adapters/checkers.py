@@ -96,7 +96,7 @@ class Checkers:
 
 def _ask(child: ChildProcess, ask: bytes, limit_s: float) -> Checked:
     """Return a process's answer. A process that ends or takes too long is replaced once."""
-    why = ""
+    ends: list[str] = []
     for _ in range(TRIES):
         deadline = time.monotonic() + limit_s
         try:
@@ -114,19 +114,21 @@ def _ask(child: ChildProcess, ask: bytes, limit_s: float) -> Checked:
         except BaseException:
             child.end(kill=True)  # or its late answer would be taken for the next one
             raise
-        why = f"killed after {limit_s:.0f} s" if late else child.end()
+        ends.append(f"killed after {limit_s:.0f} s" if late else child.end())
         if late:
             child.end(kill=True)
-        log.warning("a process that checks uploads ended (%s)", why)
+        log.warning("a process that checks uploads ended (%s)", ends[-1])
+    told = ", then ".join(ends)
     if late:
         raise DiskFailed(
-            f"the adapter could not be checked within {limit_s:.0f} s, tried {TRIES} times: "
-            "the server's disk is hanging or the machine is overloaded; push it again",
+            f"the adapter could not be checked within {limit_s:.0f} s, tried {TRIES} times "
+            f"({told}): the server's disk is hanging or the machine is overloaded; push it "
+            "again",
             metadata={"tries": str(TRIES)},
             retry_after_s=5.0,
         )
     raise InternalError(
-        f"the adapter could not be checked: the process that checks it ended {TRIES} times "
-        f"({why}); the machine may be short of memory; push it again",
+        f"the adapter could not be checked, tried {TRIES} times: the process that checks it "
+        f"ended early ({told}); the machine may be short of memory; push it again",
         metadata={"tries": str(TRIES)},
     )

@@ -197,7 +197,7 @@ class Loader:
         killed; a new one then tries once more.
         """
         ask = msgspec.msgpack.encode(LoadRequest(source.folder, source.digest))
-        began, late = time.monotonic(), False
+        began, late, ends = time.monotonic(), False, list[str]()
         for attempt in range(TRIES):
             try:
                 connection = self.start()
@@ -218,20 +218,22 @@ class Loader:
             except BaseException:
                 self.end()  # or its late answer would be taken for the next one
                 raise
-            ended = f"killed after {limit_s:.0f} s" if late else self.end()
+            ends.append(f"killed after {limit_s:.0f} s" if late else self.end())
             if late:
                 self.end(kill=True)
-            log.warning("a loader ended (%s) while reading %s", ended, source.name)
+            log.warning("a loader ended (%s) while reading %s", ends[-1], source.name)
+        told = ", then ".join(ends)
         if late:
             raise DiskFailed(
                 f"adapter {source.name} could not be read within {limit_s:.0f} s, tried "
-                f"{TRIES} times: the disk is hanging or the machine is overloaded; retry",
+                f"{TRIES} times ({told}): the disk is hanging or the machine is overloaded; "
+                "retry",
                 metadata={"adapter": source.name, "loaders": str(TRIES)},
                 retry_after_s=5.0,
             )
         raise InternalError(
-            f"adapter {source.name} could not be loaded: the process that reads it ended "
-            f"{TRIES} times ({ended}); check the disk and push it again",
+            f"adapter {source.name} could not be loaded, tried {TRIES} times: the process "
+            f"that reads it ended early ({told}); check the disk and push it again",
             metadata={"loaders": str(TRIES)},
         )
 

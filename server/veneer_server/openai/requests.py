@@ -101,20 +101,30 @@ def stops_of(given: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def template_variables(
-    given: Mapping[str, Any], enable_thinking: bool | None, verbosity: Verbosity | None
+    given: Mapping[str, Any],
+    enable_thinking: bool | None,
+    verbosity: Verbosity | None,
+    verbosity_field: str = "verbosity",
 ) -> Mapping[str, Any]:
     """Merge a caller's chat template variables with those that have a field of their own.
 
+    Args:
+        verbosity_field: the request's field that holds it, for errors.
+
     Raises:
-        InvalidField: ``enable_thinking`` has different values in the two.
+        InvalidField: a variable has different values in the two.
     """
-    if enable_thinking is not None:
-        if given.get("enable_thinking", enable_thinking) is not enable_thinking:
-            raise invalid(
-                "enable_thinking", "differs from chat_template_kwargs: send one of them"
-            )
-        given = {**given, "enable_thinking": enable_thinking}
-    return given if verbosity is None else {"verbosity": verbosity, **given}
+    for name, field, value in (
+        ("enable_thinking", "enable_thinking", enable_thinking),
+        ("verbosity", verbosity_field, verbosity),
+    ):
+        if value is None:
+            continue
+        sent = given.get(name, value)
+        if (type(sent), sent) != (type(value), value):  # 1 is not true
+            raise invalid(field, "differs from chat_template_kwargs: send one of them")
+        given = {**given, name: value}
+    return given
 
 
 def continues(messages: Sequence[MessageItem]) -> bool:

@@ -462,7 +462,10 @@ def response_call(
     )
     options = TemplateOptions.of(
         template_variables(
-            fields.chat_template_kwargs, fields.enable_thinking, fields.text.verbosity
+            fields.chat_template_kwargs,
+            fields.enable_thinking,
+            fields.text.verbosity,
+            "text.verbosity",
         ),
         fields.reasoning.effort,
         None,

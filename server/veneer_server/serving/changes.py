@@ -379,7 +379,7 @@ class AdapterChanges:
         for revision, _ in row.targets or changed.before:
             with contextlib.suppress(AdapterNotFound):  # deleted meanwhile
                 record = await self._get(f"{row.name}@{revision}")
-                self._events.alias_changed(record, f"{row.name}/{row.alias}")
+                self._events.alias_changed((record,), f"{row.name}/{row.alias}")
 
     @_whole
     async def update(self, name: str, update: AdapterUpdate, who: Who) -> AdapterRecord:

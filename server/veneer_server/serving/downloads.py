@@ -163,12 +163,15 @@ def _open(name: str, path: Path, files: list[LocalFile]) -> None:
     has left meanwhile. Raises AdapterCorrupt."""
     try:
         descriptor = os.open(path, _OPEN)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise _damaged(name, "not a regular file")
+        except BaseException:
+            os.close(descriptor)
+            raise
     except OSError as error:
         raise _damaged(name, str(error)) from error
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode):
-        os.close(descriptor)
-        raise _damaged(name, "not a regular file")
     files.append(LocalFile(name, status.st_size, descriptor))
 
 

@@ -165,10 +165,11 @@ class AdapterEvents:
         """Add the event for changed labels, retention or sharing."""
         self._append("updated", record)
 
-    def alias_changed(self, record: AdapterRecord, alias: str) -> None:
-        """Add the event for an alias that now points to this revision, or pointed to it and was
-        removed."""
-        self._append("alias_changed", record, alias)
+    def alias_changed(self, records: Iterable[AdapterRecord], alias: str) -> None:
+        """Add an event for each revision that an alias now points to, or pointed to before it
+        was removed."""
+        for record in records:
+            self._append("alias_changed", record, alias)
 
     def quarantined(self, records: Iterable[AdapterRecord], why: str) -> None:
         """Add events for revisions whose stored content is damaged."""
@@ -349,7 +350,7 @@ def tell_of_others(registry: AdapterRegistry, events: AdapterEvents) -> None:
 def _event(
     registry: AdapterRegistry, events: AdapterEvents, line: HistoryRow
 ) -> Callable[[], None] | None:
-    """Return the function that adds the event for a history line; None if it has no event."""
+    """Return the function that adds the events for a history line; None if it has none."""
     match line.event:
         case "published" | "replaced":
             record = _record(registry, line, line.revision)
@@ -360,28 +361,29 @@ def _event(
         case event if event in _UPDATES:
             return partial(events.updated, _record(registry, line, line.revision))
         case "alias_set" | "alias_removed":
-            alias, _, targets = line.detail.partition(": ")
-            revision = line.revision or (_REVISION.findall(targets) or [""])[0]
-            record = _record(registry, line, revision)
-            return partial(events.alias_changed, record, f"{line.name}/{alias}")
+            # A line has room for seven targets; those after them have no event.
+            alias, _, words = line.detail.partition(": ")
+            targets = _REVISION.findall(words.partition(", before: ")[0])
+            records = [_record(registry, line, each) for each in targets or [line.revision]]
+            return partial(events.alias_changed, records, f"{line.name}/{alias}")
         case "quarantined":
             record = _record(registry, line, line.revision)
             return partial(events.quarantined, (record,), line.detail)
         case "deleted" | "superseded":
-            return partial(events.deleted, (_gone(line),))
+            return partial(events.deleted, (_gone(line, line.revision),))
     return None
 
 
 def _record(registry: AdapterRegistry, line: HistoryRow, revision: str) -> AdapterRecord:
-    """The line's revision as it is now; it may have been deleted since."""
+    """A revision of the line's name as it is now; it may have been deleted since."""
     try:
         return registry.get(f"{line.name}@{revision}" if revision else line.name)
     except AdapterNotFound:
-        return _gone(line)
+        return _gone(line, revision)
 
 
-def _gone(line: HistoryRow) -> AdapterRecord:
+def _gone(line: HistoryRow, revision: str) -> AdapterRecord:
     """A record for a deleted revision: only its name and digest are known."""
     nothing = AdapterManifest("", (), 0, (), 0, 0, "", "")
-    ref = AdapterRef(line.name, line.revision, "")
+    ref = AdapterRef(line.name, revision, "")
     return AdapterRecord(ref, nothing, line.time, {}, False, "", 0)

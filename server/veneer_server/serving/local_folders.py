@@ -56,6 +56,7 @@ _PASSING: Final = frozenset(
 )
 """Errors caused by this machine, its disk or a network disk; all others are about the path."""
 _MOST_PATH: Final = 4096
+_NO_LINK: Final = "put the file itself there"
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
@@ -222,8 +223,16 @@ class LocalFolders:
         _check_kind(name, status.st_mode)
         most = ALLOWED_FILES[name] or self.most_bytes
         if status.st_size > most:
+            fix = (
+                "start the server with a larger --max-adapter-bytes"
+                if ALLOWED_FILES[name] is None
+                else "make it smaller"
+            )
             raise _invalid(
-                name, f"has {status.st_size} bytes, more than the {most} allowed", "size"
+                name,
+                f"has {status.st_size} bytes, more than the {most} allowed",
+                "size",
+                fix,
             )
         return LocalFile(name, status.st_size, file)
 
@@ -268,7 +277,13 @@ def _unreadable(name: str, error: OSError | ValueError) -> AdapterInvalid:
     """Return the error for a file that cannot be read. Raises Unavailable if a retry may
     succeed."""
     _check_passing(error)
-    return _invalid(name, f"cannot be read by the server ({_words(error)})", "unreadable")
+    denied = isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM)
+    return _invalid(
+        name,
+        f"cannot be read by the server ({_words(error)})",
+        "unreadable",
+        "let the server's user read it" if denied else _NO_LINK,
+    )
 
 
 def _check_kind(name: str, mode: int) -> None:
@@ -276,7 +291,5 @@ def _check_kind(name: str, mode: int) -> None:
         raise _invalid(name, "is not a regular file", "kind")
 
 
-def _invalid(name: str, why: str, cause: str) -> AdapterInvalid:
-    return AdapterInvalid(
-        f"{name} {why}: put the file itself there", metadata={"file": name, "cause": cause}
-    )
+def _invalid(name: str, why: str, cause: str, fix: str = _NO_LINK) -> AdapterInvalid:
+    return AdapterInvalid(f"{name} {why}: {fix}", metadata={"file": name, "cause": cause})

@@ -16,6 +16,7 @@ from veneer_registry.errors import (
     Unavailable,
 )
 from veneer_registry.rebuild import recover
+from veneer_registry.records import AdapterRecord
 from veneer_registry.registry import Registry
 from veneer_registry.shared import catalog as shared_catalog
 from veneer_registry.shared.locations import SharedLocations
@@ -23,7 +24,7 @@ from veneer_registry.shared.objects import check_url
 from veneer_registry.shared.postgres import PostgresAddress
 from veneer_registry.stored_adapter import verify_weights
 from veneer_registry.upkeep import collect, verify
-from veneer_server.serving.events import AdapterEvents, tell_of_others
+from veneer_server.serving.events import AdapterEvents, Happened, tell_of_others
 
 from tests.refused import refused
 from tests.shared_services import Services
@@ -177,6 +178,40 @@ async def test_watchers_of_a_server_are_told_of_the_others(
         "deleted",
         "updated",
         "deleted",
+    ]
+
+
+async def test_each_target_of_an_alias_that_another_changes_has_an_event(
+    opened: Open, adapters: Adapters
+) -> None:
+    """The contract: "one event for each target that it has now, or had before"."""
+    one, two = opened(), opened()
+    for n in range(3):
+        push(one, "chat", adapters(n), allow_replace=True)
+    targets = [record.ref.revision for record in one.revisions("chat")]
+    events = AdapterEvents()
+    start = events.last
+    tell_of_others(two, events)
+
+    def change() -> None:
+        one.set_alias("chat/prod", [(targets[2], 1)])
+        one.set_alias("chat/prod", [(targets[0], 9), (targets[1], 1)])
+        one.remove_alias("chat/prod")
+        one.update("chat", labels={"the": "end"})
+
+    await asyncio.to_thread(change)
+    told: tuple[Happened, ...] = ()
+    async with asyncio.timeout(WAIT_S):
+        while not told or told[-1].kind != "updated":
+            await events.beyond(told[-1].sequence if told else start)
+            told = events.after(start) or ()
+    changed = [each for each in told if each.kind == "alias_changed"]
+    assert {each.detail for each in changed} == {"chat/prod"}
+    records = [each.subject for each in changed if isinstance(each.subject, AdapterRecord)]
+    assert [record.ref.revision for record in records] == [
+        targets[2],
+        *targets[:2],
+        *targets[:2],
     ]
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import pytest
 from veneer_registry.errors import (
@@ -10,6 +14,7 @@ from veneer_registry.errors import (
     Unavailable,
 )
 from veneer_registry.shared import unneeded
+from veneer_registry.shared.object_store import ObjectStore
 from veneer_registry.stored_adapter import verify_weights
 from veneer_registry.weights import WEIGHTS_FILE
 
@@ -89,6 +94,40 @@ def test_half_a_multipart_upload_is_never_seen(
     assert objects.drop_stale_parts(time.time() + 2 * 86400) == 1
 
 
+@pytest.mark.parametrize("whole_bucket", [False, True])
+def test_all_interrupted_uploads_are_removed(
+    services: Services, name: str, whole_bucket: bool
+) -> None:
+    """More than the store lists in one answer; and in a bucket without a prefix."""
+    objects = services.s3.objects(BUCKET if whole_bucket else name)
+    call, folder = objects.fs.call_s3, "" if whole_bucket else f"{name}/"
+    for at in range(5):  # the fake lists two at a time
+        key = f"{folder}weights/{at:064x}/{WEIGHTS_FILE}"
+        call("create_multipart_upload", Bucket=BUCKET, Key=key)
+    assert objects.drop_stale_parts(time.time() + 2 * 86400) == 5
+    left = call("list_multipart_uploads", Bucket=BUCKET, Prefix=f"{folder}weights/")
+    assert "Uploads" not in left
+
+
+def test_servers_that_start_at_once_remove_the_same_interrupted_upload(
+    services: Services, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FAKE: another server removes it between the listing and the removal."""
+    objects = services.s3.objects(name)
+    call = objects.fs.call_s3
+    key = f"{name}/weights/{'cd' * 32}/{WEIGHTS_FILE}"
+    call("create_multipart_upload", Bucket=BUCKET, Key=key)
+
+    def after_the_other(method: str, **asked: Any) -> Any:
+        if method == "abort_multipart_upload":
+            call(method, **asked)
+        return call(method, **asked)
+
+    monkeypatch.setattr(objects.fs, "call_s3", after_the_other)
+    assert objects.drop_stale_parts(time.time() + 2 * 86400) == 0
+    assert "Uploads" not in call("list_multipart_uploads", Bucket=BUCKET, Prefix=key)
+
+
 # ------------------------------------------------------------------ cache and garbage
 
 
@@ -107,6 +146,39 @@ def test_the_cache_is_bounded_but_for_what_is_leased(opened: Open, adapters: Ada
     other.fetch(refs[1])
     assert other.is_local(refs[1])
     assert sum(map(other.is_local, refs)) == 2
+
+
+def test_weights_are_fetched_once_at_a_time_also_after_a_failure(
+    services: Services, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each download takes disk and network for a whole adapter. All of these fail."""
+    store = ObjectStore(services.s3.objects(name), tmp_path / "cache", 1 << 30)
+    store.keep_while(lambda weights: 0, lambda digest: True)
+    get, lock = store.objects.get, threading.Lock()
+    now, most = 0, 0
+
+    def counted(key: str, to: Path) -> bool:
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(now, most)
+        try:
+            return get(key, to)
+        finally:
+            with lock:
+                now -= 1
+
+    monkeypatch.setattr(store.objects, "get", counted)
+
+    def fetch() -> None:
+        for _ in range(5):
+            with refused(AdapterCorrupt, why="gone"):
+                store.fetch("ab" * 32)
+
+    with ThreadPoolExecutor(4) as threads:
+        for done in [threads.submit(fetch) for _ in range(4)]:
+            done.result()
+    assert most == 1
 
 
 def test_a_revision_is_given_back_where_nothing_of_it_lies(

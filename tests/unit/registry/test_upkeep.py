@@ -61,6 +61,16 @@ def test_whole(data: Path, filled: dict[str, Path]) -> None:
     assert seen[-1] == (5, 5)
 
 
+def test_a_folder_whose_name_means_something_in_a_uri(
+    tmp_path: Path, adapters: Adapters
+) -> None:
+    data = tmp_path / "50%3f of it?mode=rw#1"
+    with Registry.open(data, BASE) as registry:
+        push(registry, "chat", adapters(1))
+    assert verify(data).names == 1
+    assert collect(data, **GC).unreferenced == 0
+
+
 def test_beside_a_server(data: Path, filled: dict[str, Path]) -> None:
     with Registry.open(data, BASE):
         assert verify(data).damaged == []
@@ -90,7 +100,9 @@ def test_quarantine_by_hand(data: Path, filled: dict[str, Path], adapters: Adapt
         for name in ("chat", "twin"):
             with pytest.raises(AdapterCorrupt):
                 registry.resolve(name)
-            assert registry.history(name)[0].who.peer == "command line"
+            line, published = registry.history(name)
+            assert (line.event, line.who.peer) == ("quarantined", "command line")
+            assert line.revision == published.revision
         push(registry, "chat", adapters(1))
         assert registry.resolve("twin")
     assert collect(data, **{**GC, "quarantine": True}).quarantined == 1

@@ -27,7 +27,7 @@ from veneer_registry.weights import WEIGHTS_FILE
 from veneer_server.adapters.checkers import Checkers
 
 from tests.adapter_files import write_safetensors
-from tests.child_module import run_instead
+from tests.child_module import run_in_turn, run_instead
 from tests.refused import refused
 from tests.unit.server.rpc.front_harness import HIDDEN, make_adapter
 
@@ -161,6 +161,21 @@ def test_a_process_that_takes_too_long_each_time_may_be_tried_again(
     with refused(DiskFailed, tries="2") as caught:
         checkers.read(make_adapter(tmp_path / "a"), BASE)
     assert caught.value.retry_after_s
+    assert checkers.pids == ()
+
+
+@pytest.mark.parametrize("first", ["sleeps", "ends"])
+def test_each_try_is_told_as_it_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    """One takes too long and one ends by itself: an operator looks for different causes."""
+    run_in_turn(tmp_path, monkeypatch, first)
+    checkers = Checkers(limit_s=2.0)
+    wanted = InternalError if first == "sleeps" else DiskFailed
+    with refused(wanted, tries="2") as caught:
+        checkers.read(make_adapter(tmp_path / "a"), BASE)
+    ends = ["killed after 2 s", "status 3"]
+    assert ", then ".join(ends if first == "sleeps" else ends[::-1]) in caught.value.message
     assert checkers.pids == ()
 
 

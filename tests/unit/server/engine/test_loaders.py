@@ -23,7 +23,7 @@ from veneer_server.adapters.loaders import Loaders
 from veneer_server.step.adapter_table import AdapterTable
 from veneer_server.wire.messages import LOST, AdapterSource
 
-from tests.child_module import run_instead
+from tests.child_module import run_in_turn, run_instead
 from tests.planted import planted
 from tests.refused import refused
 from tests.unit.registry.kit import PROJECTIONS, SHAPES, make_adapter, make_tensors
@@ -331,6 +331,21 @@ def test_a_load_that_takes_too_long_each_time_may_be_tried_again(
     assert caught.value.metadata["loaders"] == "2"
     assert reader.pids == ()
     reader.close()
+
+
+@pytest.mark.push
+@pytest.mark.parametrize("first", ["sleeps", "ends"])
+def test_each_try_is_told_as_it_ended(
+    hurried: Loaders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    """One takes too long and one ends by itself: an operator looks for different causes."""
+    run_in_turn(tmp_path, monkeypatch, first)
+    wanted = InternalError if first == "sleeps" else DiskFailed
+    with refused(wanted, loaders=2) as caught:
+        hurried.read(source(make_adapter(tmp_path / "a")))
+    ends = ["killed after 2 s", "status 3"]
+    assert ", then ".join(ends if first == "sleeps" else ends[::-1]) in caught.value.message
+    assert hurried.pids == ()
 
 
 def test_a_large_adapter_has_more_time(

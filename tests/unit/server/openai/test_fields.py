@@ -398,6 +398,11 @@ def test_constraints(given: dict[str, Any], expected: Constraint | None) -> None
             "enable_thinking",
             "differs from chat_template_kwargs",
         ),
+        (
+            {"verbosity": "low", "chat_template_kwargs": {"verbosity": "high"}},
+            "verbosity",
+            "differs from chat_template_kwargs",
+        ),
         ({"add_special_tokens": True}, "add_special_tokens", "False"),
         ({"response_format": {"type": "regex"}}, "response_format.value", "not a string"),
         (
@@ -579,6 +584,7 @@ def test_other_names_of_the_same() -> None:
     assert chat(enable_thinking=False) == chat(chat_template_kwargs={"enable_thinking": False})
     kwargs = {"verbosity": "low"}
     assert chat(verbosity="low") == chat(chat_template_kwargs=kwargs)
+    assert chat(verbosity="low", chat_template_kwargs=kwargs) == chat(verbosity="low")
     tool = {"type": "function", "function": {"name": "f"}}
     forced = chat(tools=[tool], tool_choice="required")
     assert chat(tools=[tool], tool_choice="any") == forced

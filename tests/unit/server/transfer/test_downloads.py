@@ -115,6 +115,25 @@ async def test_damage_is_not_handed_out(front: Front, tmp_path: Path) -> None:
     weights.write_bytes(data)
 
 
+async def test_a_file_whose_state_cannot_be_read_is_closed(
+    front: Front, tmp_path: Path
+) -> None:
+    """A FAKE fault: the system, such as a network disk, refuses to describe an open file."""
+    await front.push(full(tmp_path / "a"), "sql")
+
+    def held() -> list[str]:
+        files = (Path("/proc/self/fd") / each for each in os.listdir("/proc/self/fd"))
+        links = [os.path.realpath(file) for file in files]
+        return sorted(link for link in links if link.startswith(str(front.data_dir)))
+
+    before = held()
+    with planted(downloads, "os.fstat(descriptor)", "os.fstat(-1)"):
+        async with AsyncClient(front.addresses["grpc"]) as client:
+            with refused(AdapterCorrupt, cause="files"):
+                await client.pull("sql", tmp_path / "out")
+    assert held() == before
+
+
 async def test_content_stays_while_it_is_sent(front: Front, tmp_path: Path) -> None:
     """The name is deleted after the first message: the rest arrives all the same."""
     folder = full(tmp_path / "a")

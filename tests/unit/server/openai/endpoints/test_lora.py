@@ -28,6 +28,8 @@ from tests.unit.server.rpc.front_harness import Front, make_adapter, running, up
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 ROLES = ("inference", "publisher", "admin")
+OF_LINKS = "put the file itself there"
+"""The fix of a link that leads nowhere or away, and of what is no file."""
 
 
 @dataclass
@@ -292,6 +294,44 @@ async def test_files_that_are_not_the_adapters_are_refused(
     assert answer.status_code == 400, answer.text
     assert error_of(answer)["code"] == "adapter_invalid"
     assert await loading.models() == [BASE]
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "fix"),
+    [
+        ("adapter_model.safetensors", 65 << 10, "--max-adapter-bytes"),
+        ("chat_template.jinja", 65 << 10, "make it smaller"),
+    ],
+)
+async def test_who_sends_too_large_a_file_is_told_what_to_change(
+    loading: Loading, name: str, size: int, fix: str
+) -> None:
+    folder = make_adapter(loading.root / "a")
+    (folder / name).write_bytes(bytes(size))
+    told = error_of(await loading.load("large", folder))
+    assert (told["code"], fix in told["message"]) == ("adapter_invalid", True), told
+    assert OF_LINKS not in told["message"]
+
+
+@pytest.mark.parametrize(
+    ("number", "of_links"),
+    [(errno.EACCES, False), (errno.EPERM, False), (errno.ENOENT, True), (errno.ELOOP, True)],
+)
+async def test_a_file_is_to_be_made_readable_where_it_is(
+    loading: Loading, monkeypatch: pytest.MonkeyPatch, number: int, of_links: bool
+) -> None:
+    """A FAKE fault: tests may run as root, whom file modes do not stop."""
+    folder = make_adapter(loading.root / "a")
+
+    def fails(path: Any, *rest: Any, **more: Any) -> int:
+        if path == "adapter_config.json":
+            raise OSError(number, os.strerror(number))
+        return os.open(path, *rest, **more)
+
+    faulty = SimpleNamespace(**{**vars(os), "open": fails})
+    monkeypatch.setattr(local_folders, "os", faulty)
+    told = error_of(await loading.load("locked", folder))
+    assert (told["code"], OF_LINKS in told["message"]) == ("adapter_invalid", of_links), told
 
 
 async def test_links_inside_the_roots_are_followed(loading: Loading) -> None:

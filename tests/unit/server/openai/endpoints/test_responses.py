@@ -254,6 +254,10 @@ def item(**members: Any) -> dict[str, Any]:
         ({"return_token_ids": True}, "return_token_ids"),
         ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "text.format.schema"),
         ({"text": {"format": {"type": "grammar"}}}, "text.format.type"),
+        (
+            {"text": {"verbosity": "low"}, "chat_template_kwargs": {"verbosity": "high"}},
+            "text.verbosity",
+        ),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"max_tokens": 5}, "max_tokens"),
         ({"n": 2}, "n"),
