@@ -16,7 +16,7 @@ A token is a function of its own row, settings and position: nothing is shared b
 rows, so it does not depend on the rest of the batch (unless the logits do). A batch that
 only decodes greedily costs one argmax.
 
-Steps 5 to 7 are `Draws`: in torch here, or by the native backend (``native/draws.py``).
+The last three steps are `Draws`: in torch here, or by the native backend (``native/draws.py``).
 
 Log-probabilities are those of the model's own logits, before all of these steps.
 """
