@@ -76,6 +76,9 @@ _REFUSED: Final[Mapping[str, str]] = MappingProxyType(
     }
 )
 
+_USED_UNLESS_NULL: Final = frozenset({"arrow_config"})
+"""Keys that only null turns off: PEFT reads ``{}`` as a configuration with all its defaults."""
+
 # Initialisations that do not change the base. The others (PiSSA, OLoRA, CorDA,
 # LoftQ, LoRA-GA) subtract something from it, so the adapter alone is not enough.
 _INITS: Final = frozenset({"gaussian", "eva", "orthogonal", "mica"})
@@ -159,7 +162,7 @@ def parse_config(data: bytes) -> LoraSettings:
         _bad("fan_in_fan_out", "must be false: decoder projections are plain Linear layers")
     _check_init(config.get("init_lora_weights"))
     for key, value in config.items():
-        if key not in _WITHOUT_EFFECT and key not in _READ and not _is_default(value):
+        if key not in _WITHOUT_EFFECT and key not in _READ and not _is_unused(key, value):
             _bad(key, _REFUSED.get(key, "is unknown and may change the result; remove it"))
     rslora = config.get("use_rslora")
     if rslora is not None and not isinstance(rslora, bool):
@@ -187,8 +190,11 @@ def _bad(key: str, why: str) -> NoReturn:
     refuse(CONFIG_FILE, why, key=key)
 
 
-def _is_default(value: object) -> bool:
-    """Null, false and empty mean "not used", for every key that PEFT has had so far."""
+def _is_unused(key: str, value: object) -> bool:
+    """Whether a value turns its key off: null does; so do false and empty, for all keys but
+    those in `_USED_UNLESS_NULL`."""
+    if key in _USED_UNLESS_NULL:
+        return value is None
     return value is None or value is False or value in ("", [], {})
 
 

@@ -173,6 +173,8 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str, str]] = {
     "qalora": ({"use_qalora": True}, "use_qalora", "QA-LoRA"),
     "bdlora": ({"use_bdlora": {"nblocks": 2}}, "use_bdlora", "block-diagonal"),
     "arrow": ({"arrow_config": {"top_k": 3}}, "arrow_config", "Arrow"),
+    "arrow by default": ({"arrow_config": {}}, "arrow_config", "Arrow"),
+    "arrow switch": ({"arrow_config": False}, "arrow_config", "Arrow"),
     "kasa": ({"kasa_config": {"beta": 1}}, "kasa_config", "KaSA"),
     "monteclora": ({"monteclora_config": {"a": 1}}, "monteclora_config", "MonteCLoRA"),
     "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights", "changes the base"),
