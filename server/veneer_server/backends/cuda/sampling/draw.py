@@ -30,9 +30,22 @@ import triton
 import triton.language as tl
 
 from veneer_server.step.choice import TokenChoice, uniform
+from veneer_server.wire.messages import SamplingParams
 
 COLDEST: Final = 1e-5
 """Lower temperatures mean greedy sampling: dividing by them would overflow."""
+
+_MOST: Final = (1 << 31) - 1
+"""Largest top_k that the kernel takes: more tokens than any vocabulary has."""
+_TAKEN: Final = frozenset({"temperature", "min_p", "top_k", "top_p", "seed"})
+"""Options that `given` passes on."""
+_IN_LOGITS: Final = frozenset(
+    {"repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias"}
+)
+"""Options that have already been applied to the logits."""
+assert {*_TAKEN, *_IN_LOGITS} == {*SamplingParams.__struct_fields__}, (
+    "an option that the kernel does not have would be ignored"
+)
 
 
 @triton.jit
@@ -220,6 +233,6 @@ def given(choices: Sequence[TokenChoice]) -> dict[str, list[Any]]:
     params = [choice.params for choice in choices]
     return {
         "settings": [(p.temperature, p.min_p) for p in params],
-        "top_k": [p.top_k for p in params],
+        "top_k": [min(p.top_k, _MOST) for p in params],
         "shares": [(c.params.top_p, uniform(c.params.seed, c.position)) for c in choices],
     }
