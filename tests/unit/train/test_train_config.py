@@ -188,7 +188,9 @@ def test_the_shipped_configs_are_valid() -> None:
 def test_the_documented_keys_are_the_real_ones_with_their_defaults() -> None:
     text = (Path(__file__).parents[3] / "docs" / "training.md").read_text("utf-8")
     documented: dict[str, str] = {}
-    for keys, told in re.findall(r"^\| ((?:`\w+\.\w+`(?:, )?)+) \| (.+?) \|", text, re.M):
+    sections = "|".join(field.name for field in dataclasses.fields(TrainConfig))
+    row = rf"^\| ((?:`(?:{sections})\.\w+`(?:, )?)+) \| (.+?) \|"
+    for keys, told in re.findall(row, text, re.M):
         names = re.findall(r"`(.+?)`", keys)
         documented |= zip(names, itertools.cycle(told.replace("`", "").split(", ")))
     assert documented == dict(_defaults())
