@@ -66,7 +66,10 @@ def may_hold(path: Path, tier: str) -> bool:
     whole = _WHOLE_FILE.search(text)
     if whole is not None:
         return tier == whole[1] or (tier == "verify" and "mark.verify" in text)
-    return tier == DEFAULT or f"pytest.mark.{tier}" in text
+    if tier == DEFAULT or f"pytest.mark.{tier}" in text:
+        return True
+    fixtures = path.with_name("conftest.py")  # whose parameters may have marks
+    return fixtures.is_file() and f"pytest.mark.{tier}" in fixtures.read_text("utf-8")
 
 
 def _folder(path: Path) -> str | None:

@@ -13,7 +13,7 @@ from tests.backends_ran import skip_or_fail
 from tests.kernels_once import kernels_built
 
 
-@pytest.fixture(params=["torch", "best", "avx2"])
+@pytest.fixture(params=["torch", "best", pytest.param("avx2", marks=pytest.mark.push)])
 def draws(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Draws:
     """Each sampler implementation, for tests of what all of them must do."""
     if request.param == "torch":

@@ -21,7 +21,14 @@ POISON = 7
 KV_BLOCKS = 5
 
 
-@pytest.fixture(params=forms(), ids=lambda form: form.name)
+# torch and the best kernels in `make test`; other kernels take long to compile.
+@pytest.fixture(
+    params=[
+        pytest.param(form, marks=pytest.mark.push if at > 1 else ())
+        for at, form in enumerate(forms())
+    ],
+    ids=lambda form: form.name,
+)
 def form(request: pytest.FixtureRequest) -> Form:
     chosen: Form = request.param
     return chosen

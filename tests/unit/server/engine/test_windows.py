@@ -118,7 +118,14 @@ def test_a_prefix_without_its_window_is_not_used() -> None:
     assert sequence.cached_tokens == 16
 
 
-@pytest.fixture(params=forms(), ids=lambda form: form.name)
+# torch and the best kernels in `make test`; other kernels take long to compile.
+@pytest.fixture(
+    params=[
+        pytest.param(form, marks=pytest.mark.push if at > 1 else ())
+        for at, form in enumerate(forms())
+    ],
+    ids=lambda form: form.name,
+)
 def form(request: pytest.FixtureRequest) -> Form:
     chosen: Form = request.param
     return chosen

@@ -9,8 +9,11 @@ from veneer_server.backends.native.library import Library
 from tests.backends_ran import skip_or_fail
 from tests.kernels_once import kernels_built
 
+_OTHERS = [pytest.param(name, marks=pytest.mark.push) for name in ("avx2", "software-matrix")]
+"""They take long to compile."""
 
-@pytest.fixture(scope="session", params=["best", "avx2", "software-matrix"])
+
+@pytest.fixture(scope="session", params=["best", *_OTHERS])
 def library(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Library:
