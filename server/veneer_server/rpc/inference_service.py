@@ -85,10 +85,12 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             async with aclosing(generation.deltas()) as deltas:
                 async for delta in deltas:
                     samples[delta.index].add(delta)
-                    async for scores in self._scores(_own(delta), sender):
-                        samples[delta.index].logprobs.extend(scores)
-                    async for scores in self._scores(_prompts(generation, delta), sender):
-                        response.prompt_logprobs.extend(scores)
+                    if (given := _own(delta)) is not _NONE:
+                        async for scores in self._scores(given, sender):
+                            samples[delta.index].logprobs.extend(scores)
+                    if (given := _prompts(generation, delta)) is not _NONE:
+                        async for scores in self._scores(given, sender):
+                            response.prompt_logprobs.extend(scores)
             prefix = generation.prompt.text if call.echo else ""
             for at, sample in enumerate(samples):
                 sample.fill(response.others.add() if at else response, prefix)
@@ -111,13 +113,14 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 async for delta in deltas:
                     # A long prompt's scores take several messages: clients take 4 MiB each.
                     before: list[inference_pb2.TokenLogprob] = []
-                    async for scores in self._scores(_prompts(generation, delta), sender):
-                        if before:
-                            part = inference_pb2.GenerateStreamResponse(
-                                request_id=request_id, prompt_logprobs=before
-                            )
-                            await self._write(context, part)
-                        before = scores
+                    if (given := _prompts(generation, delta)) is not _NONE:
+                        async for scores in self._scores(given, sender):
+                            if before:
+                                part = inference_pb2.GenerateStreamResponse(
+                                    request_id=request_id, prompt_logprobs=before
+                                )
+                                await self._write(context, part)
+                            before = scores
                     message = inference_pb2.GenerateStreamResponse(
                         request_id=request_id,
                         text=prefixes[delta.index] + delta.text,
@@ -127,8 +130,9 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                         index=delta.index,
                         tool_calls=convert.call_deltas(delta.parts),
                     )
-                    async for scores in self._scores(_own(delta), sender):
-                        message.logprobs.extend(scores)
+                    if (given := _own(delta)) is not _NONE:
+                        async for scores in self._scores(given, sender):
+                            message.logprobs.extend(scores)
                     prefixes[delta.index] = ""
                     if delta.finish is not None:
                         message.finish_reason = convert.finish_reason(delta.finish)
@@ -152,7 +156,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self, given: _Scores, sender: Sender
     ) -> AsyncGenerator[list[inference_pb2.TokenLogprob], None]:
         """Yield log-probabilities, some positions at a time. If there are many, they are made
-        off the event loop."""
+        off the event loop. Most outputs have none, and skip the generator."""
         pieces = given.pieces(self._label)
         if len(given.tokens) <= _AT_ONCE:
             for piece in pieces:
@@ -234,17 +238,20 @@ class _Scores:
         return entry
 
 
+_NONE: Final = _Scores()
+
+
 def _own(delta: Delta) -> _Scores:
     """The new tokens' log-probabilities; empty if not requested."""
     if delta.logprobs is None:
-        return _Scores()
+        return _NONE
     return _Scores(delta.tokens, delta.logprobs, delta.top_logprobs or ())
 
 
 def _prompts(generation: Generation, delta: Delta) -> _Scores:
     """The prompt's log-probabilities, if requested; empty after the first delta."""
     if delta.prompt_logprobs is None:
-        return _Scores()
+        return _NONE
     return _Scores(
         generation.prompt.ids[1:],
         delta.prompt_logprobs,
