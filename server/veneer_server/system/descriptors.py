@@ -18,8 +18,11 @@ RESERVE: Final = 256
 child processes and their pipes, sockets that listen or are about to be refused."""
 
 SCRAPES: Final = 64
-"""Connections to the metrics port. Idle ones are closed to make room for new ones; with this
-many, none is closed between connecting and sending its request."""
+"""Connections to the metrics port. Idle ones are closed to make room for new ones."""
+
+UNREAD_SCRAPES: Final = 64
+"""Connections to the metrics port that may exceed `SCRAPES` for some milliseconds. The event
+loop accepts half as many at once, and twice before it reads what the first ones sent."""
 
 HANDSHAKES: Final = 64
 """Connections to each HTTP port whose TLS handshake is not done. A further one replaces the
@@ -32,7 +35,7 @@ arrived on the new ones is read before deciding which to close."""
 TENANT: Final = 16
 """Descriptors for each tenant beside the first: its lock, its catalog, the catalog's log."""
 
-_KEPT: Final = RESERVE + SCRAPES + 2 * HANDSHAKES
+_KEPT: Final = RESERVE + SCRAPES + UNREAD_SCRAPES + 2 * HANDSHAKES
 
 _FEWEST: Final = 8
 

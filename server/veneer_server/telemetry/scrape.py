@@ -23,12 +23,16 @@ from veneer_server.access.methods import SCRAPE
 from veneer_server.config import Address
 from veneer_server.logs import get_logger
 from veneer_server.queues.connection_places import host_of
-from veneer_server.system.descriptors import SCRAPES
+from veneer_server.system.descriptors import SCRAPES, UNREAD_SCRAPES
 from veneer_server.system.hosts import AllowedHosts, foreign_page
 from veneer_server.telemetry.pages import Pages
 
 MAX_HEAD: Final = 8 << 10
 """Maximum bytes of a request."""
+
+_LOOK_S: Final = 0.005
+"""How long there may be too many connections. Data that has arrived on the new ones is read
+first, so that a whole request is never dropped unread."""
 
 LIMIT_S: Final = 10.0
 """Seconds that a connection may be open, in total."""
@@ -87,7 +91,7 @@ class ScrapeServer:
         if self._handshakes is not None:
             connect = self._handshakes.before(connect)
         self._server = await asyncio.get_running_loop().create_server(
-            connect, address.host, address.port, backlog=self._most
+            connect, address.host, address.port, backlog=UNREAD_SCRAPES // 2
         )
         return Address(address.host, self._server.sockets[0].getsockname()[1])
 
@@ -108,14 +112,21 @@ class ScrapeServer:
     # ------------------------------------------------------- for the connections
 
     def opened(self, connection: _Connection) -> None:
-        """Add a new connection, and drop another one if there are too many."""
-        if len(self.open) >= self._most:
-            # Never drop the new one: only a full set of newer ones can displace it in turn.
+        """Add a new connection; if there are too many, others are dropped soon."""
+        self.open[connection] = None
+        if len(self.open) > self._most + UNREAD_SCRAPES:
+            self._trim()
+        elif len(self.open) == self._most + 1:
+            asyncio.get_running_loop().call_later(_LOOK_S, self._trim)
+
+    def _trim(self) -> None:
+        """Drop connections while there are too many."""
+        while len(self.open) > self._most:
             hosts = Counter(each.host for each in self.open)
+            # The oldest of those that are equal.
             least = min(self.open, key=lambda each: (each.worth(), -hosts[each.host]))
             least.drop()
             self.open.pop(least, None)
-        self.open[connection] = None
 
     def closed(self, connection: _Connection) -> None:
         """Remove a connection that has ended."""
