@@ -35,6 +35,11 @@ _PYTEST: Final = "OMP_WAIT_POLICY=passive .venv/bin/python -m pytest -n 3 --dist
 _ATTACKS: Final = "OMP_WAIT_POLICY=passive .venv/bin/python -m tests.attacks --full"
 
 
+_TRAINING: Final = tuple(
+    f"tests/integration/test_{name}.py"
+    for name in ("train_and_swap", "trainer_and_server", "push_while_training", "llama_cpp")
+)
+_PAGES: Final = "tests/integration/test_report_page.py"
 _ELSEWHERE: Final = (
     "tests/unit/server/native",
     "tests/unit/server/engine/test_backends.py",
@@ -43,6 +48,8 @@ _ELSEWHERE: Final = (
     "tests/unit/loadtest",
     "tests/integration/test_programs.py",
     "tests/integration/test_agents.py",
+    *_TRAINING,
+    _PAGES,
 )
 """Tests of the tier ``verify`` that have a stage of their own."""
 
@@ -112,13 +119,20 @@ STAGES: Final[Mapping[str, Stage]] = {
         ),
     ),
     "training": Stage(
-        _tier("tests/unit/train"),
-        "veneer-train: runs, resumes, exports, labs, the judges of answers",
-        "3 min",
-        ("training", "clients", "adapters_registry", "examples/adapters", "tests/unit/train"),
+        _tier(" ".join(("tests/unit/train", *_TRAINING))),
+        "veneer-train: runs, resumes, exports, labs, judges of answers, from data to a swap",
+        "5 min",
+        (
+            "training",
+            "clients",
+            "adapters_registry",
+            "examples",
+            "tests/unit/train",
+            *_TRAINING,
+        ),
     ),
     "loadtest": Stage(
-        _tier("tests/unit/loadtest"),
+        _tier(f"tests/unit/loadtest {_PAGES}"),
         "veneer-loadtest: figures, pages, peers, the simulator",
         "2 min",
         (
@@ -132,7 +146,7 @@ STAGES: Final[Mapping[str, Stage]] = {
     ),
     "controls": Stage(
         f"{_tier('tests')} " + " ".join(f"--ignore={folder}" for folder in _ELSEWHERE),
-        "planted bugs that tests must notice, llama.cpp, int8 inputs",
+        "planted bugs that tests must notice, a pod that drains, int8 inputs",
         "5 min",
     ),
     "matrix": Stage(

@@ -24,7 +24,7 @@ from tests.chart.pods import pods_of
 from tests.chart.render import CHART, VALUES, render
 from tests.server_harness import refusal, request
 
-pytestmark = [pytest.mark.push, pytest.mark.real_base]
+pytestmark = [pytest.mark.verify, pytest.mark.real_base]
 
 TOKENS = 100
 """Of each stream: long enough to run while the pod is being deleted."""

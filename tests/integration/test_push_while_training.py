@@ -22,7 +22,7 @@ from tests.refused import refused
 from tests.server_harness import Server
 
 pytestmark = [
-    pytest.mark.push,
+    pytest.mark.verify,
     pytest.mark.real_base,
     pytest.mark.asyncio(loop_scope="session"),
 ]

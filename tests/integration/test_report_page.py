@@ -15,7 +15,7 @@ from veneer_loadtest.html.page import write_page
 from tests.browser_harness import Scheme, dump_dom, screenshot
 from tests.unit.loadtest import results_kit as kit
 
-pytestmark = pytest.mark.push
+pytestmark = pytest.mark.verify
 
 LONG = "adapter_whose_name_has_no_end_" * 6
 MEASURE = """

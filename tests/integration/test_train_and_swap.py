@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.push, pytest.mark.real_base, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.verify, pytest.mark.real_base, pytest.mark.timeout(1800)]
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_and_swap" / "run.py"
 

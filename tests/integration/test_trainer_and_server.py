@@ -19,7 +19,7 @@ from veneer_train.model import load_base, load_tokenizer
 from tests.server_harness import Server
 
 pytestmark = [
-    pytest.mark.push,
+    pytest.mark.verify,
     pytest.mark.real_base,
     pytest.mark.asyncio(loop_scope="session"),
 ]
