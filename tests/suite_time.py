@@ -17,7 +17,7 @@ FILE = Path(__file__).parents[1] / ".cache" / "suite-time.json"
 """Of the last whole runs in this checkout, by tier."""
 ALL = "all"
 """Every tier in one run."""
-RECORDED = {"test": (0, 0.0), "push": (0, 0.0), ALL: (0, 0.0)}
+RECORDED = {"test": (6290, 4.1), "push": (1470, 11.0), ALL: (9440, 21.0)}
 """Tests and minutes of a run on the CPU of `RECORDED_LOOPS_PER_S`, by tier (tests/tiers.py)."""
 RECORDED_LOOPS_PER_S = 62e6
 """Two cores of an Intel Xeon (AMX, 2 GHz), nothing beside it, 2026-12-01."""

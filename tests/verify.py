@@ -212,7 +212,9 @@ STAGES: Final[Mapping[str, Stage]] = {
     "bench-guard": Stage("make bench-guard", "native speed against this CPU's record", "5 min"),
 }
 
-_COUNTS: Final = re.compile(r"^=*\s*((?:\d+ \w+(?:, )?)+)(?: in .*)?$")
+_COUNTS: Final = re.compile(
+    r"^=*\s*((?:\d+ (?:passed|failed|skipped|errors?)(?:, )?)+)(?: in .*)?$"
+)
 _SHOWN: Final = 80
 """Lines of output that are printed of a stage that failed."""
 _RESULT, _DIGEST = 3, 7
