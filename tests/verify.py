@@ -142,6 +142,7 @@ STAGES: Final[Mapping[str, Stage]] = {
             "server/veneer_server/routing",
             "server/veneer_server/step",
             "tests/unit/loadtest",
+            _PAGES,
         ),
     ),
     "controls": Stage(
