@@ -42,13 +42,15 @@ async def attack(target: Target) -> list[str]:
 
         async def hog() -> None:
             while time.monotonic() < ends:
-                n = target.rng.randint(2, 16)
+                # Often such that one call alone would take every place.
+                n = target.rng.choice((2, 4, 8, 16, target.rng.randint(2, 16)))
+                total = target.rng.choice((PLACES, target.rng.randint(20, PLACES)))
                 prompts = [
                     [
                         target.rng.randrange(1000, 40_000)
                         for _ in range(target.rng.randint(1, 8))
                     ]
-                    for _ in range(max(2, target.rng.randint(20, PLACES) // n))
+                    for _ in range(max(2, total // n))
                 ]
                 asking.set()
                 new = target.rng.randint(4, 10)
