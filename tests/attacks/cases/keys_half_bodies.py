@@ -11,9 +11,9 @@ TITLE = "half-sent HTTP bodies of strangers and of another tenant"
 FLAGS = http_half_bodies.FLAGS
 KEYS = True
 BUG = Bug(
-    "veneer_server.openai.http.connection",
-    "if (other := places.earns(self._place, owner or self._place.host)) is not None:",
-    "if (other := places.earns(self._place, owner or self._place.host)) is True:",
+    "veneer_server.queues.connection_places",
+    "return self._callers > self.most - max(1, self.most // NEWCOMERS)",
+    "return False",
 )
 
 

@@ -36,7 +36,7 @@ async def attack(target: Target) -> list[str]:
     while True:
         before, asked, answered = await used(), 0, False
         for _ in range(3):
-            count = target.rng.randint(1500, 6000)
+            count = target.rng.randint(5500, 8000)
             ids = [target.rng.randrange(1000, 40_000) for _ in range(count)]
             call = hog.inference.Generate(
                 inference_pb2.GenerateRequest(
