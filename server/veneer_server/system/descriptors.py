@@ -20,7 +20,7 @@ child processes and their pipes, sockets that listen or are about to be refused.
 SCRAPES: Final = 64
 """Connections to the metrics port. Idle ones are closed to make room for new ones."""
 
-UNREAD_SCRAPES: Final = 64
+UNREAD_SCRAPES: Final = 32
 """Connections to the metrics port that may exceed `SCRAPES` for some milliseconds. The event
 loop accepts half as many at once, and twice before it reads what the first ones sent."""
 
