@@ -1,8 +1,8 @@
 """A FAKE slow machine: ``python -m tests.slow_engine STEP ROW HANG FD`` is the engine process
 on a backend that waits before each call.
 
-STEP and ROW are the seconds to wait per step and per row. From call number HANG on (0: never),
-calls do not return at all. Calls made for measuring count too.
+STEP and ROW are the seconds to wait per step and per row. From step number HANG on (0: never),
+calls do not return at all. Calls made for measuring do not count.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from unittest.mock import patch
 
 from veneer_server.engine import process
 from veneer_server.engine.execution.backend_choice import Chosen, choose
+from veneer_server.engine.execution.step_cost import measure
+from veneer_server.engine.scheduling.step_limits import StepCost
 
 
 class Slow:
@@ -46,8 +48,15 @@ def main() -> None:
         object.__setattr__(chosen, "backend", Slow(chosen.backend, step_s, row_s, hang))
         return chosen
 
+    def measured(backend: Any, *arguments: Any, **named: Any) -> StepCost:
+        return measure(backend._backend if hang else backend, *arguments, **named)
+
     # Waiting uses no CPU time, so measure wall-clock time, as if no core were shared.
-    with patch.object(process, "choose", slow), patch("time.process_time", time.perf_counter):
+    with (
+        patch.object(process, "choose", slow),
+        patch.object(process, "measure", measured),
+        patch("time.process_time", time.perf_counter),
+    ):
         process.main()
 
 

@@ -193,11 +193,11 @@ class ServerConfig:
         "128", kinds.whole(1, 1 << 20),
         "Maximum number of prompt tokens in a step that also decodes (25 % more to finish a "
         "prompt).")
-    max_prefill_seconds: float = setting(
-        "0.2", kinds.SECONDS,
+    max_prefill_seconds: float | None = setting(
+        "auto", kinds.auto_number(0, 3600),
         "Longest time by which prompt tokens may extend a step that also decodes (25 % more to "
         "finish a prompt), as measured at start; 16 prompt tokens are always allowed. 0: no "
-        "limit.")
+        "limit; auto: as long as four steps without them, at most 0.2 s.")
     prefix_cache: bool = setting(
         "true", kinds.SWITCH,
         "Cache the keys and values of prompts and share them between requests.")

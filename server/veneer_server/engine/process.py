@@ -123,8 +123,8 @@ def build_engine(
         cost = measure(
             chosen.backend,
             model,
-            weights.parameters,
             block_size=config.block_size,
+            blocks=num_blocks,
             threads=chosen.placement.threads if device.type == "cpu" else 0,
         )
     limits = SchedulerLimits(
@@ -132,7 +132,9 @@ def build_engine(
         max_running=config.max_running,
         context_length=model.context_length,
         prefill_beside_decode=config.max_prefill_tokens,
-        prefill_beside_decode_s=config.max_prefill_seconds,
+        prefill_beside_decode_s=cost.prefill_beside_decode_s
+        if config.max_prefill_seconds is None
+        else config.max_prefill_seconds,
         exact=alone,
         cost=cost,
         score_work=SCORED_WORK * model.vocab_size * model.hidden_size / weights.parameters,

@@ -54,7 +54,8 @@ class EngineConfig(Message, frozen=True):
             More than 1 needs the backend for CUDA.
         max_batch_tokens: maximum number of tokens computed in one step.
         max_prefill_tokens: maximum number of prompt tokens in a step that also decodes.
-        max_prefill_seconds: maximum time by which they may extend such a step; 0: no limit.
+        max_prefill_seconds: maximum time by which they may extend such a step; 0: no limit,
+            None: by the time of a step (`StepCost.prefill_beside_decode_s`).
         max_running: maximum number of sequences running at once.
         block_size: tokens in a KV block.
         kv_cache_bytes, host_adapter_bytes, device_adapter_bytes: budgets.
@@ -82,7 +83,7 @@ class EngineConfig(Message, frozen=True):
     tensor_parallel: int = 1
     max_batch_tokens: int = 512
     max_prefill_tokens: int = 128
-    max_prefill_seconds: float = 0.2
+    max_prefill_seconds: float | None = None
     max_running: int = 64
     block_size: int = 16
     kv_cache_bytes: int = 1 << 30

@@ -19,7 +19,7 @@ import torch
 from veneer_server.backends.native.compiler import NativeUnavailable
 from veneer_server.backends.native.decoder import NativeDecoder
 from veneer_server.backends.native.engine import NativeEngine
-from veneer_server.engine.execution.step_cost import first_tokens
+from veneer_server.engine.execution.step_cost import tokens_after
 from veneer_server.system.placement import Placement
 
 CLEARLY: Final = 0.9
@@ -76,7 +76,7 @@ def settle(decoder: NativeDecoder, placement: Placement, block_size: int) -> Pla
     """Let a decoder use the fastest number of threads that a placement offers; return the
     placement with that number. The steps tried write to KV block 1, which is cleared
     afterwards."""
-    steps = [first_tokens(rows, block_size) for rows in (1, min(8, block_size))]
+    steps = [tokens_after(0, rows, block_size, 1) for rows in (1, min(8, block_size))]
     engines: dict[int, NativeEngine] = {}
 
     def seconds(threads: int) -> float:

@@ -113,8 +113,11 @@ class ModelRunner:
         if constrained:
             self._advance(constrained)
         wanted = [k for k, row in enumerate(ready) if row.sequence.logprobs]
+        if wanted and 2 * len(wanted) < len(ready):
+            logits = logits.index_select(0, _index(wanted, logits))
+            ready = [ready[k] for k in wanted]
         if wanted:
-            _add_logprobs(logits[wanted], [ready[k] for k in wanted], self._draws)
+            _add_logprobs(logits, ready, self._draws)
 
     def _choice(self, row: SampledRow, until: float) -> TokenChoice | None:
         """Return how to sample the row; None if its constraint has no next token, or the mask
@@ -169,17 +172,19 @@ class SampledRow:
 
 
 def _add_logprobs(logits: torch.Tensor, rows: list[SampledRow], draws: Draws) -> None:
-    """Add raw log-probabilities of the sampled tokens and, if requested, of the likeliest."""
-    tokens = [row.result.token or 0 for row in rows]
-    for row, value in zip(
-        rows, token_logprobs(logits, _index(tokens, logits), draws).tolist(), strict=True
+    """Add raw log-probabilities of the sampled tokens and, if requested, of the likeliest. They
+    are computed for rows that do not request them, too: copying the others takes longer."""
+    tokens = _index([row.result.token or 0 for row in rows], logits)
+    sums = draws.log_sums(logits)
+    counts = [row.sequence.top_logprobs for row in rows]
+    tops = top_tokens(logits, counts, sums) if any(counts) else [None] * len(rows)
+    for row, value, top in zip(
+        rows, token_logprobs(logits, tokens, sums).tolist(), tops, strict=True
     ):
-        row.result.logprob = value
-    topped = [k for k, row in enumerate(rows) if row.sequence.top_logprobs]
-    if topped:
-        counts = [rows[k].sequence.top_logprobs for k in topped]
-        for k, tops in zip(topped, top_tokens(logits[topped], counts, draws), strict=True):
-            rows[k].result.tops = tops
+        if row.sequence.logprobs:
+            row.result.logprob = value
+            if row.sequence.top_logprobs:
+                row.result.tops = top
 
 
 def _score(
@@ -191,12 +196,12 @@ def _score(
 ) -> None:
     """Add the log-probabilities of a chunk of the prompt to the result."""
     rows = logits[place.begin : place.begin + len(sequence.score)]
-    following = _index(list(sequence.score), logits)
-    result.scores = tuple(token_logprobs(rows, following, draws).tolist())
+    following, sums = _index(list(sequence.score), logits), draws.log_sums(rows)
+    result.scores = tuple(token_logprobs(rows, following, sums).tolist())
     if sequence.ranks:
         result.score_ranks = tuple(token_ranks(rows, following))
     if sequence.top_logprobs:
-        result.score_tops = tuple(top_tokens(rows, [sequence.top_logprobs] * len(rows), draws))
+        result.score_tops = tuple(top_tokens(rows, [sequence.top_logprobs] * len(rows), sums))
 
 
 @dataclass(frozen=True, slots=True)

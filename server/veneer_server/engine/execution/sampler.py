@@ -302,20 +302,20 @@ def _pick(weights: torch.Tensor, randoms: torch.Tensor) -> torch.Tensor:
 
 
 def token_logprobs(
-    logits: torch.Tensor, tokens: torch.Tensor, draws: Draws | None = None
+    logits: torch.Tensor, tokens: torch.Tensor, sums: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Return the tokens' raw log-probabilities, as natural logarithms.
 
     Args:
         logits: [rows, vocab] float32.
         tokens: [rows] int64.
-        draws: computes the sums; `TorchDraws` if None.
+        sums: `Draws.log_sums` of the logits; computed if None.
 
     Returns:
         [rows] float32.
     """
     picked = logits.gather(1, tokens.unsqueeze(1)).squeeze(1)
-    return picked - (draws or TorchDraws()).log_sums(logits)
+    return picked - (TorchDraws().log_sums(logits) if sums is None else sums)
 
 
 def token_ranks(logits: torch.Tensor, tokens: torch.Tensor) -> list[int]:
@@ -337,18 +337,18 @@ def token_ranks(logits: torch.Tensor, tokens: torch.Tensor) -> list[int]:
 
 
 def top_tokens(
-    logits: torch.Tensor, counts: Sequence[int], draws: Draws | None = None
+    logits: torch.Tensor, counts: Sequence[int], sums: torch.Tensor | None = None
 ) -> list[Tops]:
     """Return the most likely tokens of each row with their raw log-probabilities.
 
     Args:
         logits: [rows, vocab] float32.
         counts: how many to return for each row, at most 20.
-        draws: computes the sums; `TorchDraws` if None.
+        sums: `Draws.log_sums` of the logits; computed if None.
     """
     values, tokens = logits.topk(min(logits.shape[1], _TOPS))
     values, tokens = _in_order(values, tokens)
-    values = values - (draws or TorchDraws()).log_sums(logits).unsqueeze(1)
+    values = values - (TorchDraws().log_sums(logits) if sums is None else sums).unsqueeze(1)
     return [
         list(zip(ids[:count], logprobs[:count], strict=True))
         for ids, logprobs, count in zip(tokens.tolist(), values.tolist(), counts, strict=True)

@@ -42,9 +42,14 @@ class PrefillRoom:
 
     @classmethod
     def beside(
-        cls, decoding: Mapping[int, PlannedSequence], limits: SchedulerLimits
+        cls,
+        decoding: Mapping[int, PlannedSequence],
+        limits: SchedulerLimits,
+        *,
+        shared: bool = False,
     ) -> PrefillRoom:
-        """Return the room of a step that decodes ``decoding``."""
+        """Return the room of a step that decodes ``decoding``; ``shared``: see
+        `SchedulerLimits.prompt_s`."""
         left: float = limits.max_batch_tokens - len(decoding)
         crumb, beside = 0, limits.prefill_beside_decode
         if decoding and left > beside:
@@ -58,7 +63,7 @@ class PrefillRoom:
         if limits.cost is None:
             return cls(left, limits.exact, crumb)
         context = sum(planned.start for planned in decoding.values())
-        seconds, crumb_s = limits.prompt_s(len(decoding), context, extra)
+        seconds, crumb_s = limits.prompt_s(len(decoding), context, extra, shared=shared)
         return cls(left, limits.exact, crumb, limits.cost, seconds, crumb_s)
 
     def chunk(self, sequence: Sequence, given: int = 0, *, part: float = 1.0) -> int:

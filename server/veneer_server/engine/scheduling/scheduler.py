@@ -5,9 +5,10 @@ so that no stream is left out; then running prefills get their chunks, see
 `Scheduler._continue_prompts`; then waiting sequences start in the order that `Admission`
 gives, fair between tenants, while tokens, places and KV blocks last. A step that decodes
 takes only a few prompt tokens (`prefill_beside_decode`), since every stream waits for the
-whole step. For the same reason a token under a large adapter counts for several, in proportion
-to its time, and sequences that decode under such adapters take turns if a step with all of
-them would be long.
+whole step. A step without decode is limited in time, too, while there are several callers:
+who comes next waits for all of it. For the same reason a token under a large adapter counts
+for several, in proportion to its time, and sequences that decode under such adapters take
+turns if a step with all of them would be long.
 
 When KV blocks run out, the sequence that started last is preempted: it loses its blocks
 and goes back to the head of the queue. The one that started first is never preempted,
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Iterator
+from itertools import islice
 
 from veneer_server.engine import integrity
 from veneer_server.engine.residency.residency import Residency
@@ -33,7 +35,7 @@ from veneer_server.engine.scheduling.sequence import (
     SequenceState,
     plan_sequence,
 )
-from veneer_server.engine.scheduling.step_limits import SchedulerLimits
+from veneer_server.engine.scheduling.step_limits import SEVERAL_S, SchedulerLimits
 from veneer_server.engine.scheduling.updates import PrefixLookups, SequenceUpdate
 from veneer_server.engine.scheduling.waiting import WaitingSequences
 from veneer_server.step.plan import ConstraintState, PlannedSequence, SequenceResult, StepPlan
@@ -74,6 +76,10 @@ class Scheduler:
         self._lookups = PrefixLookups()
         self._preempted = self._ahead = False
         self._turn = 0
+        self._parties: OrderedDict[tuple[str, str, str], float] = OrderedDict()
+        """When each caller of the last `SEVERAL_S` last had a sequence, by `Sender.party`."""
+        self._now = 0.0
+        """Time of the last `schedule`."""
         self._prefilled: dict[int, Sequence] = {}
         """Sequences with part of their prompt computed and no token yet, by id, for
         `take_prefilled`."""
@@ -161,6 +167,7 @@ class Scheduler:
         sequence.score_work = self.limits.score_work
         sequence.share = self.shares.hold(request.tenant, request.fairness_id, request.weight)
         self._waiting.append(sequence)
+        self._note_caller(sequence)
 
     def cancel(self, sequence_id: int) -> tuple[Sequence | None, list[Action]]:
         """End a sequence now, whatever its state; None if it has already ended."""
@@ -179,6 +186,7 @@ class Scheduler:
             self._waiting.remove(sequence)
         sequence.state = SequenceState.FINISHED
         del self._by_id[sequence.id]
+        self._note_caller(sequence)
         self.shares.release(sequence.share)
         self._held.discard(sequence.id)
         return self.residency.release(sequence.digest) if sequence.digest else []
@@ -192,6 +200,18 @@ class Scheduler:
         self.blocks.release(sequence)
         if sequence.digest is not None:
             self.residency.unhold(sequence.digest)
+
+    def _note_caller(self, sequence: Sequence) -> None:
+        party = sequence.request.sender.party
+        self._parties[party] = self._now
+        self._parties.move_to_end(party)
+
+    def _several_callers(self) -> bool:
+        """Whether more than one caller has had a sequence within the last `SEVERAL_S`."""
+        while self._parties and next(iter(self._parties.values())) < self._now - SEVERAL_S:
+            self._parties.popitem(last=False)
+        running = {sequence.request.sender.party for sequence in self._running.values()}
+        return len(running.union(self._parties)) > 1
 
     # ---------------------------------------------------------------- adapters
 
@@ -208,7 +228,7 @@ class Scheduler:
 
     def schedule(self, now: float) -> StepPlan | None:
         """Plan the next step; None if no sequence can run."""
-        self._preempted = False
+        self._preempted, self._now = False, now
         self.admission.note(self._waiting, now)
         chosen: dict[int, PlannedSequence] = {}
         started = [s for s in self._running.values() if s.id not in self._held]
@@ -229,8 +249,10 @@ class Scheduler:
         if heavy:
             may_start = self._waiting and len(self._running) < self.limits.max_running
             self._choose_in_turns(heavy, chosen, prompts=bool(prefilling or may_start))
-        room = PrefillRoom.beside(chosen, self.limits)
+        shared = not chosen and self._several_callers()
+        room = PrefillRoom.beside(chosen, self.limits, shared=shared)
         cut = self._continue_prompts(prefilling, room, chosen)
+        continued = len(chosen)
         # A step that preempted has no blocks to spare: admitting would only thrash.
         for sequence in () if self._preempted else self._candidates(now):
             if sequence.id in self._held:
@@ -239,7 +261,8 @@ class Scheduler:
                 break
             if not self._start(sequence, room, chosen, cut, now):
                 break
-        self._lengthen(cut, room, chosen)
+        if not any(planned.samples for planned in islice(chosen.values(), continued, None)):
+            self._lengthen(cut, room, chosen)
         if not chosen:
             return None
         # A stable sort: within an adapter, order of arrival.
@@ -257,7 +280,8 @@ class Scheduler:
         turn it is gets half of the room, or enough to finish it. Then come prompts that can be
         finished in the room left. The rest is for prompts that start now, so that a short one
         does not wait for the end of a long one, and finally for the returned prompts
-        (`_lengthen`).
+        (`_lengthen`), unless a prompt has started that this step finishes: its first token
+        would come later.
         """
         cut: list[Sequence] = []
         if self.limits.exact:

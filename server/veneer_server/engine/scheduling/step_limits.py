@@ -11,6 +11,10 @@ SMALLEST_CHUNK: Final = 16
 """A step takes at least this many prompt tokens even then: smaller chunks would take longer in
 total, since each step reads all weights."""
 
+SEVERAL_S: Final = 5.0
+"""A caller counts for this many seconds after its last sequence, see
+`Scheduler._several_callers`."""
+
 FIXED_CHUNK = 128
 """Prompt tokens of one sequence in a step: in exact mode exactly this many, except in the last
 chunk; otherwise at most this many if their log-probabilities are requested, since each costs
@@ -37,6 +41,13 @@ class StepCost:
     step_s: float
     token_s: float
     attention_s: float
+
+    @property
+    def prefill_beside_decode_s(self) -> float:
+        """Default of `SchedulerLimits.prefill_beside_decode_s`: as long as four steps, so that
+        a long prompt takes at most a quarter more time for being computed in pieces; at most
+        0.2 s."""
+        return min(0.2, 4 * self.step_s)
 
     def row_s(self, context: int, work: float = 1.0) -> float:
         """Seconds for one more token, after ``context`` others; ``work``: see `token_work`."""
@@ -69,7 +80,8 @@ class SchedulerLimits:
     prefill_beside_decode: of `max_batch_tokens`, the most that prefill may use in a
         step that also decodes, and a quarter more if that finishes a prompt; at least 1.
     prefill_beside_decode_s: seconds by which prefill may extend such a step, as estimated by
-        `cost`, and a quarter more if that finishes a prompt; 0 sets no such limit.
+        `cost`, and a quarter more if that finishes a prompt; 0 sets no such limit. While
+        several callers use the server, a step that does not decode is limited in time, too.
     patience: seconds that the first blocked want may lack room for its adapter before
         others are held back, see `Admission`.
     max_wait: seconds that a ready sequence may wait before each other adapter of its tenant
@@ -115,7 +127,7 @@ class SchedulerLimits:
         return self._affordable(self.prefill_beside_decode, self.max_running)
 
     def prompt_s(
-        self, decoding: int, context: int, adapters: float = 0.0
+        self, decoding: int, context: int, adapters: float = 0.0, *, shared: bool = False
     ) -> tuple[float, float]:
         """Seconds that prompt tokens may take in a step beside ``decoding`` sequences, and how
         many more if that finishes a prompt.
@@ -123,12 +135,14 @@ class SchedulerLimits:
         Args:
             context: sum of those sequences' context lengths, in tokens.
             adapters: extra work of their large adapters, in tokens of the base (`token_work`).
+            shared: whether several callers use the server, so that a step without decode is
+                limited in the same way.
         """
         assert self.cost is not None
         adapters_s = adapters * self.cost.token_s
         left = self.cost.prompt_s(decoding, context) - adapters_s
         most = self.prefill_beside_decode_s
-        if not decoding or not most:
+        if not (decoding or shared) or not most:
             return left, 0.0
         # At least half is for prompts, however large the adapters of streams are.
         seconds = min(left, max(most - adapters_s, most / 2))

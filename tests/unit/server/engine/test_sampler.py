@@ -281,16 +281,14 @@ def test_repetition_penalty_is_that_of_transformers() -> None:
 def test_top_tokens_are_sorted_and_raw(draws: Draws) -> None:
     logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(4))
     counts: Sequence[int] = (0, 3, 20)
-    tops = top_tokens(logits, counts, draws)
+    tops = top_tokens(logits, counts, draws.log_sums(logits))
     assert [len(t) for t in tops] == list(counts)
     for row, entries in enumerate(tops):
         tokens = [token for token, _ in entries]
         order = logits[row].argsort(descending=True)[: len(tokens)].tolist()
         assert tokens == order
         if tokens:
-            raw = token_logprobs(
-                logits[row].expand(len(tokens), -1), torch.tensor(tokens), draws
-            )
+            raw = token_logprobs(logits[row].expand(len(tokens), -1), torch.tensor(tokens))
             assert [value for _, value in entries] == pytest.approx(raw.tolist())
 
 
@@ -308,7 +306,7 @@ def test_thousands_of_impossible_tokens_weigh_nothing(draws: Draws) -> None:
     """e^-40 each: 1e-14 in all. One in float32 is exact to 1e-7."""
     logits = torch.full((1, VOCAB), -40.0)
     logits[0, 5] = 0
-    (sure,) = token_logprobs(logits, torch.tensor([5]), draws).tolist()
+    (sure,) = token_logprobs(logits, torch.tensor([5]), draws.log_sums(logits)).tolist()
     assert sure == pytest.approx(0, abs=2e-7)
-    (rare,) = token_logprobs(logits, torch.tensor([6]), draws).tolist()
+    (rare,) = token_logprobs(logits, torch.tensor([6]), draws.log_sums(logits)).tolist()
     assert rare == pytest.approx(-40, abs=1e-5)

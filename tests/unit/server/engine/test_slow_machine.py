@@ -8,11 +8,13 @@ import random
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import msgspec
 import pytest
 from veneer_registry.errors import EngineFailed
+from veneer_server.engine.execution.step_cost import measure
 from veneer_server.engine.scheduling.step_limits import (
     SMALLEST_CHUNK,
     STEP_SECONDS,
@@ -22,6 +24,7 @@ from veneer_server.engine.scheduling.step_limits import (
 from veneer_server.engine_client import supervisor
 from veneer_server.engine_client.client import EngineClient
 from veneer_server.engine_client.supervisor import HANG_FACTOR, SILENCE_SECONDS, Supervisor
+from veneer_server.step.arrays import StepArrays
 from veneer_server.wire.messages import (
     EngineConfig,
     EngineInfo,
@@ -100,7 +103,7 @@ async def test_an_engine_that_hangs_is_killed_and_started_again(
     monkeypatch.setattr(supervisor, "SILENCE_SECONDS", SILENCE_SECONDS / 100)
     monkeypatch.setattr(supervisor, "PING_SECONDS", 0.02)
     health: asyncio.Queue[bool] = asyncio.Queue()
-    with engine_of("tests.slow_engine", "0", "0", "5"):
+    with engine_of("tests.slow_engine", "0", "0", "2"):
         client = EngineClient(
             config(make_tiny_llama(tmp_path)), max_queue=2, on_health=health.put_nowait
         )
@@ -262,6 +265,104 @@ def test_prompts_lengthen_a_step_beside_a_stream_by_so_many_seconds(
         assert seconds <= 1.25 * most + cost.row_s(512, each)
         beside += bool(prompts)
     assert beside > 5
+
+
+def test_prompts_may_lengthen_a_step_fourfold_but_never_by_more_than_a_fifth_of_a_second() -> (
+    None
+):
+    assert StepCost(0.005, 0.001, 1e-7).prefill_beside_decode_s == pytest.approx(0.02)
+    assert StepCost(0.5, 0.05, 1e-6).prefill_beside_decode_s == 0.2
+
+
+def limited(most: float) -> World:
+    """A world of steps of 10 ms, in which each prompt token takes 1 ms."""
+    world = World(budget=512, beside_decode=128, blocks=2000, max_running=6)
+    world.limits = world.scheduler.limits = SchedulerLimits(
+        512,
+        6,
+        context_length=4096,
+        prefill_beside_decode=128,
+        prefill_beside_decode_s=most,
+        cost=StepCost(0.01, 0.001, 0.0),
+    )
+    return world
+
+
+def lengths(world: World) -> dict[int, int]:
+    """Run a step; return how many tokens each sequence had in it."""
+    plan = world.step()
+    assert plan is not None
+    return {planned.sequence: len(planned.tokens) for planned in plan.sequences}
+
+
+def test_who_comes_between_two_answers_waits_for_no_whole_prompt() -> None:
+    """A prompt of somebody else is computed in short steps while others come and go, though
+    nobody decodes at the moment."""
+    world = limited(0.04)
+    world.ask(1, [-1] * 2000, 2, key="hog")
+    assert lengths(world) == {1: 512}, "alone it has the whole step"
+    world.ask(2, [-2] * 3, 1, key="other")
+    lengths(world)
+    assert world.finished.keys() == {2}
+    world.now += 4.0
+    assert lengths(world) == {1: 40}
+    world.now += 6.0
+    assert lengths(world) == {1: 512}, "the other has not been there for a while"
+
+
+def test_connections_of_one_caller_are_no_others() -> None:
+    world = limited(0.04)
+    world.ask(1, [-1] * 2000, 2, key="one")
+    world.ask(2, [-2] * 3, 1, key="one")
+    lengths(world)
+    lengths(world)
+    assert world.finished.keys() == {2}
+    assert lengths(world) == {1: 512}
+
+
+def test_a_first_token_waits_for_half_of_what_a_long_prompt_may_take() -> None:
+    world = limited(0.04)
+    world.ask(1, [-1] * 2, 50, key="stream")
+    lengths(world)
+    world.ask(2, [-2] * 2000, 2, key="hog")
+    lengths(world)
+    assert lengths(world) == {1: 1, 2: 40}
+    world.ask(3, [-3] * 4, 1, key="other")
+    assert lengths(world) == {1: 1, 2: 20, 3: 4}
+    assert 3 in world.finished
+    assert lengths(world) == {1: 1, 2: 40}
+
+
+def test_the_cost_of_a_step_is_measured_and_not_guessed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """FAKE: a backend that takes as long as its rows and their contexts say, by a clock that
+    nothing else moves. Something else on the machine holds up one call in four."""
+    clock, calls = 0.0, 0
+
+    class Timed:
+        def execute(self, step: StepArrays) -> None:
+            nonlocal clock, calls
+            calls += 1
+            rows = len(step.tokens)
+            clock += 0.004 + 0.0002 * rows + 1e-7 * rows * int(step.contexts[0])
+            clock += 0.01 * (calls % 4 == 0)
+
+        def finite(self, logits: object) -> None:
+            pass
+
+        def clear(self, blocks: list[int]) -> None:
+            cleared.extend(blocks)
+
+    cleared: list[int] = []
+    monkeypatch.setattr("time.perf_counter", lambda: clock)
+    monkeypatch.setattr("time.process_time", lambda: clock)
+    model = cast(Any, SimpleNamespace(context_length=8192))
+    cost = measure(cast(Any, Timed()), model, block_size=16, blocks=100, threads=1)
+    assert cost.step_s == pytest.approx(0.0042, rel=0.01)
+    assert cost.token_s == pytest.approx(0.0002, rel=0.1)
+    assert 1e-7 < cost.attention_s < 1.5e-7  # more than measured, since here K and V are cached
+    assert cleared == [1, 2, 3, 4]
 
 
 # ------------------------------------------------------------------- what measuring leaves

@@ -24,6 +24,7 @@ from veneer_server.engine.scheduling.block_manager import BlockManager
 from veneer_server.engine.scheduling.scheduler import Scheduler
 from veneer_server.engine.scheduling.sequence import Finish, Sequence, SequenceState
 from veneer_server.engine.scheduling.step_limits import FIXED_CHUNK, SchedulerLimits
+from veneer_server.queues.fairness import Sender
 from veneer_server.step.plan import PlannedSequence, SequenceResult, StepPlan
 from veneer_server.wire.messages import (
     AdapterSource,
@@ -170,8 +171,10 @@ class World:
         tenant: str = "",
         weight: float = 1.0,
         priority: int = 0,
+        key: str = "",
     ) -> Sequence:
         request = SequenceRequest(
+            sender=Sender(tenant, key),
             prompt=prompt,
             max_tokens=new,
             sampling=SamplingParams(frequency_penalty=0.5 if penalties else 0.0),
