@@ -220,7 +220,8 @@ async def run_attack(
             f"memory grew by {memory.growth >> 20} MB, more than {MEMORY >> 20} "
             f"({memory.largest()})"
         )
-    if control is not None and noticed.longest > control.longest + GAP_S:
+    waits = getattr(case(name), "WAITS", 0)
+    if control is not None and noticed.longest > (1 + waits) * control.longest + GAP_S:
         failures.append(
             f"longest gap {noticed.longest * 1e3:.0f} ms ({noticed.worst}), "
             f"{control.longest * 1e3:.0f} without"

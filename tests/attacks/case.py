@@ -5,7 +5,8 @@ An attack is a module in ``tests/attacks/cases``; the runner finds it by its fil
     TITLE = "a schema whose grammar has a hundred million states"
     FLAGS = ("--max-queue", "64")            # optional: flags of the server
     KEYS = True                              # optional: a server with keys, see `Target.keys`
-    LOADS = 1 << 30                          # optional: bytes that it has the server load
+    LOADS = 1 << 30                          # optional: bytes that the server may hold for it
+    WAITS = 10                               # optional: see below
     BUG = Bug("veneer_server.a.b", "if size > limit:", "if False:")  # with it, the attack fails
 
     async def attack(target: Target) -> list[str]:
@@ -18,6 +19,7 @@ flags allow, and a server that has been harmed is replaced. The runner checks th
 longest gap between tokens, the growth of the processes' memory, that all other callers were
 answered and that the server works afterwards. So a module only attacks, and only the addresses
 that it is given. With
+``WAITS`` of control gaps more than others a new caller may wait, where that is by design. With
 ``--bugs`` each attack runs against a server that has its `BUG`, and must fail.
 """
 
@@ -93,8 +95,8 @@ class Target:
 
 
 class AttackModule(Protocol):
-    """What an attack's module must define, besides the optional ``FLAGS``, ``KEYS``, ``LOADS``
-    and ``BUG``."""
+    """What an attack's module must define, besides the optional ``FLAGS``, ``KEYS``, ``LOADS``,
+    ``WAITS`` and ``BUG``."""
 
     TITLE: str
 

@@ -18,6 +18,9 @@ TITLE = "prompts under an adapter of a rank past a thousand"
 FLAGS = ("--device-adapter-bytes", "1GiB", "--max-adapter-bytes", "1GiB")
 KEYS = True
 LOADS = 1 << 30
+WAITS = 10
+"""Each step reads all of the adapter's matrices, several times as much as the 4-bit base, and a
+new caller waits for two steps."""
 BUG = Bug(
     "veneer_server.wire.requests",
     "if adapter is None or not base_parameters:",

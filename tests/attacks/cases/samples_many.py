@@ -14,6 +14,9 @@ from tests.attacks.case import Bug, Target
 TITLE = "completions of many prompts with many samples each"
 FLAGS = ("--max-running", "6", "--max-queue", "26")
 KEYS = True
+WAITS = 10
+"""Somebody else's answer starts when one of six running sequences ends: none is preempted, and
+each gets at most ten tokens."""
 BUG = Bug(
     "veneer_server.engine_client.places",
     'whose = whose or Fairness("")',

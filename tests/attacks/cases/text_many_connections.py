@@ -14,6 +14,8 @@ from tests.hostile.callers import http_answer
 TITLE = "long texts to tokenize, from a hundred connections of one key"
 KEYS = True
 FLAGS = ("--max-connections", "512")
+LOADS = 100 * 450_000
+"""Bytes of the bodies that wait for their turn."""
 BUG = Bug(
     "veneer_server.access.caller",
     'return Sender(principal.tenant, key, user, "" if user else self.peer)',
