@@ -24,7 +24,7 @@ COPY clients clients
 COPY loadtest loadtest
 COPY training training
 COPY examples/adapters examples/adapters
-RUN /opt/veneer/bin/pip install --no-cache-dir '.[server,gateway]'
+RUN /opt/veneer/bin/pip install --no-cache-dir '.[server,gateway,scale]'
 
 FROM python:3.12-slim-trixie
 # A C library for OpenMP is all that torch and bitsandbytes need beside Python.

@@ -44,7 +44,7 @@ from veneer_server.serving.generation import Calls, Phase
 from veneer_server.serving.generator import Generator
 from veneer_server.serving.registering import Transfers
 from veneer_server.serving.spare_time import Background
-from veneer_server.serving.tenants import Furnish, Tenants, TenantStores
+from veneer_server.serving.tenants import CatalogTenants, Furnish, Tenants, TenantStores
 from veneer_server.serving.uploads import UploadPlaces
 from veneer_server.sizing.memory_plan import MemoryPlan
 from veneer_server.startup import engine_config, fingerprint_of, vocabulary_of
@@ -218,6 +218,7 @@ class App:
             default,
             open_=open_,
             max_tenants=descriptors.tenants,
+            elsewhere=self._catalog_tenants(),
         )
         self._resources.push_async_callback(self._role.stop)
         await self._role.start(tenants)
@@ -334,6 +335,14 @@ class App:
             on_health=self._engine_health,
             hold=self._tenants.hold,
         )
+
+    def _catalog_tenants(self) -> CatalogTenants | None:
+        """What lists the tenants of the catalog; None if no other registry uses this one's."""
+        if not self._config.catalog:
+            return None
+        found = CatalogTenants(self._config)
+        self._resources.callback(found.close)
+        return found
 
     async def _open_usage(self, stores: TenantStores) -> UsageBook:
         """Open the usage book; it is stopped with the app's resources, before the registries

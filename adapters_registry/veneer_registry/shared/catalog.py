@@ -13,6 +13,9 @@ and they read the changes after the last one they know. That one must still be i
 the same token. If not, the database was restored from a backup, or the log has been cut since,
 and everything is read again.
 
+A registry that is paused while it holds the lock loses it after `HOLD_S`: PostgreSQL ends its
+session. Its change then fails, or is made if nobody else has made one meanwhile.
+
 If the connection is lost before COMMIT was sent, nothing was changed. If it is lost after that,
 the token tells whether the commit was made; it can be read once the lock shows that the old
 session has ended.
@@ -53,6 +56,8 @@ _log = logging.getLogger(__name__)
 
 POLL_S: Final = 5.0
 """How often the log of changes is read without being woken: a notification may be lost."""
+HOLD_S: Final = 30.0
+"""Seconds without a statement after which PostgreSQL takes the lock away."""
 FIND_OUT_S: Final = 15.0
 """Seconds to keep asking whether a commit was made after its answer was lost."""
 _PAUSE_S: Final = 0.2
@@ -94,6 +99,8 @@ class PostgresCatalog(Catalog):
         """Number and token of the last change that the copy has."""
         self._sent: tuple[int, str] | None = None
         self._line = 0
+        self._holder: Connection | None = None
+        """The connection whose session has the lock."""
         self._ended = threading.Event()
         self._watcher: threading.Thread | None = None
         self.exclusive: SharedExclusive = SharedExclusive(self._enter, self._leave)
@@ -177,10 +184,31 @@ class PostgresCatalog(Catalog):
 
     def _lock(self, connection: Connection) -> None:
         connection.execute("SELECT pg_advisory_lock(%s)", [self.lock_key])
+        self._may_idle(connection, HOLD_S)
+        self._holder = connection
 
     def _unlock(self) -> None:
+        self._holder = None
         if self._link.connected:
-            self._link.open().execute("SELECT pg_advisory_unlock(%s)", [self.lock_key])
+            connection = self._link.open()
+            connection.execute("SELECT pg_advisory_unlock(%s)", [self.lock_key])
+            self._may_idle(connection, 0)
+
+    def _may_idle(self, connection: Connection, seconds: float) -> None:
+        """Set after how many seconds without a statement the session ends; 0: never. PostgreSQL
+        13 cannot do that."""
+        if connection.info.server_version >= 140000:
+            milliseconds = str(round(1000 * seconds))
+            connection.execute(
+                "SELECT set_config('idle_session_timeout', %s, false)", [milliseconds]
+            )
+
+    def check_held(self) -> None:
+        """Raise Unavailable if the lock was taken away. The caller holds `exclusive`."""
+        with self._link.answering() as connection:
+            if connection is not self._holder:
+                raise unavailable("the lock was taken away while this registry was paused")
+            connection.execute("SELECT 1")
 
     def _begin(self) -> None:
         assert self.exclusive.held, "a change needs `exclusive`"

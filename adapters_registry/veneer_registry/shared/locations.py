@@ -92,11 +92,15 @@ class SharedLocations:
     def open_store(self) -> ObjectStore:
         """See `Locations`."""
         store = ObjectStore(self._objects, self._data_dir / _CACHE, self._cache_bytes)
+        if self._catalog is not None:
+            store.quarantine.check_held = self._catalog.check_held
         try:
             if dropped := self._objects.drop_stale_parts(time.time()):
                 _log.warning("removed %d interrupted multipart uploads", dropped)
+            if broken := store.mark_broken():
+                _log.warning("%d folders of interrupted uploads will be removed", broken)
         except VeneerError as error:  # the store may forbid listing them
-            _log.warning("interrupted multipart uploads are not removed: %s", error)
+            _log.warning("interrupted uploads are not removed: %s", error)
         return store
 
     def write_id(self, data: bytes) -> None:

@@ -23,8 +23,10 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final
 from weakref import WeakValueDictionary
@@ -44,6 +46,10 @@ _log = logging.getLogger(__name__)
 
 _BUNDLE: Final = "bundle.json"
 _LAST: Final = REQUIRED_FILES[-1]
+_BROKEN_S: Final = 24 * 3600.0
+"""Age of a folder without its last file after which no upload is going on."""
+_READS: Final = 3
+"""How often an object is read before it counts as damaged: a read may be damaged on its way."""
 
 
 class ObjectStore(Store):
@@ -65,18 +71,33 @@ class ObjectStore(Store):
 
     def present(self) -> tuple[set[str], set[str]]:
         """See `Store`."""
-        return (
-            {
-                key.split("/")[1]
-                for key in self.objects.list("weights")
-                if key.endswith(f"/{_LAST}")
-            },
-            {
-                key.split("/")[1]
-                for key in self.objects.list("revisions")
-                if key.endswith(f"/{_BUNDLE}")
-            },
-        )
+        whole = {kind: self._listed(kind)[0] for kind in ("weights", "revisions")}
+        return whole["weights"], whole["revisions"]
+
+    def _listed(self, kind: str) -> tuple[set[str], dict[str, float]]:
+        """Return the digests of complete folders, and those of the others, each with the time
+        of its last write."""
+        last = _LAST if kind == "weights" else _BUNDLE
+        newest: dict[str, float] = {}
+        whole: set[str] = set()
+        for key, stat in self.objects.list(kind).items():
+            _, digest, *rest = key.split("/")
+            if len(rest) != 1 or len(digest) != 64:
+                continue  # not ours
+            newest[digest] = max(newest.get(digest, 0.0), stat.modified)
+            if rest == [last]:
+                whole.add(digest)
+        return whole, {digest: newest[digest] for digest in newest.keys() - whole}
+
+    def mark_broken(self) -> int:
+        """Mark folders as unneeded whose upload broke off long ago. Return how many."""
+        marked = 0
+        for kind in ("weights", "revisions"):
+            for digest, when in self._listed(kind)[1].items():
+                if when < time.time() - _BROKEN_S:
+                    self.objects.write(f"{UNNEEDED}/{kind}/{checked_digest(digest)}", b"")
+                    marked += 1
+        return marked
 
     def has(self, digest: str, file: str) -> bool:
         """See `Store`."""
@@ -107,41 +128,67 @@ class ObjectStore(Store):
         self, staged: Path, bundle: Bundle, registration: tuple[str, bytes] | None = None
     ) -> bool:
         """See `Store`. Stored weights are not read: their size must match."""
-        if registration is not None:
-            name, data = registration
-            self.objects.write(f"revisions/{bundle.revision}/{name}", data)
-        fresh = self._send(staged, bundle)
-        self.quarantine.unmark([bundle.weights], [bundle.revision])
+        fresh = self._send(staged, bundle, registration, unmark=True)
         with disk_errors(self.root):
             if not self._weights_intact(bundle.weights):
                 self._place(staged, self.weights_folder(bundle.weights), REQUIRED_FILES)
             self.cache.add(bundle.weights)
         return fresh
 
-    def _send(self, source: Path, bundle: Bundle) -> bool:
-        """Upload the files that are missing. Return True if any weights file was."""
-        fresh = False
-        for name in REQUIRED_FILES:
-            fresh |= self._put(f"weights/{bundle.weights}/{name}", source / name)
-        for name in bundle.files:
-            self._put(f"revisions/{bundle.revision}/{name}", source / name)
-        key = f"revisions/{bundle.revision}/{_BUNDLE}"
-        there = self.objects.stat(key)
-        if there is None or there.size != len(bundle.document):
-            self.objects.write(key, bundle.document)
-        return fresh
+    def _send(
+        self,
+        source: Path,
+        bundle: Bundle,
+        registration: tuple[str, bytes] | None = None,
+        *,
+        unmark: bool = False,
+    ) -> bool:
+        """Upload the files that are missing. Return True if any weights file was. Whatever may
+        be done at the same time is, since others may wait for the lock meanwhile.
 
-    def _put(self, key: str, path: Path) -> bool:
+        Args:
+            registration: name and content of the revision's registration, to be written, too.
+            unmark: also remove the content's marks.
+        """
+        weights, revision = f"weights/{bundle.weights}", f"revisions/{bundle.revision}"
+        document = f"{revision}/{_BUNDLE}"
+        sizes = {f"{weights}/{name}": (source / name).stat().st_size for name in REQUIRED_FILES}
+        sizes |= {f"{revision}/{name}": (source / name).stat().st_size for name in bundle.files}
+        sizes[document] = len(bundle.document)
+        calls = [partial(self._lacks, key, size) for key, size in sizes.items()]
+        if unmark:
+            calls.append(partial(self._unmark, bundle))
+        if registration is not None:
+            name, data = registration
+            calls.append(partial(self._write, f"{revision}/{name}", data))
+        lacking = [key for key in self.objects.at_once(calls) if key]
+        # Those that make a folder count as present come last.
+        last = {f"{weights}/{_LAST}", document}
+        for keys in (set(lacking) - last, last & set(lacking)):
+            self.objects.at_once(
+                partial(self._write, key, bundle.document)
+                if key == document
+                else partial(self.objects.put, key, source / key.rpartition("/")[2])
+                for key in sorted(keys)
+            )
+        return any(key.startswith(weights) for key in lacking)
+
+    def _lacks(self, key: str, size: int) -> str:
+        """Return the key if the store has no such object of that size, otherwise ""."""
         there = self.objects.stat(key)
-        if there is not None and there.size == path.stat().st_size:
-            return False
-        self.objects.put(key, path)
-        return True
+        return "" if there is not None and there.size == size else key
+
+    def _unmark(self, bundle: Bundle) -> str:
+        self.quarantine.unmark([bundle.weights], [bundle.revision])
+        return ""
+
+    def _write(self, key: str, data: bytes) -> str:
+        self.objects.write(key, data)
+        return ""
 
     def still_there(self, staged: Path, bundle: Bundle) -> None:
         """See `Store`."""
-        self._send(staged, bundle)
-        self.quarantine.unmark([bundle.weights], [bundle.revision])
+        self._send(staged, bundle, unmark=True)
 
     def bundle(self, revision: str) -> Bundle:
         """See `Store`."""
@@ -232,12 +279,15 @@ class ObjectStore(Store):
     def heal(self, weights: str) -> bool:
         """See `Store`. The local copy may be damaged while the object is intact."""
         self.cache.remove(weights)
-        try:
-            self.fetch(weights)
-        except AdapterCorrupt as error:
-            _log.error("the stored object is also damaged: %s", error)
-            return False
-        return True
+        for _ in range(_READS):
+            try:
+                self.fetch(weights)
+            except AdapterCorrupt as error:
+                why = error
+            else:
+                return True
+        _log.error("the stored object is also damaged: %s", why)
+        return False
 
     @contextmanager
     def _alone(self, weights: str) -> Iterator[None]:

@@ -7,11 +7,12 @@ import errno
 import functools
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import fsspec
 from aiobotocore.session import get_session
@@ -24,9 +25,12 @@ from veneer_registry.errors import InvalidField, Unavailable
 
 _log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _URL: Final = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])((?:/[A-Za-z0-9._-]+)*)/?")
 RETRY_S: Final = 5.0
 _DELETED_AT_ONCE: Final = 500
+_CALLS: Final = ThreadPoolExecutor(16, thread_name_prefix="objects")
 _STALE_PARTS_S: Final = 24 * 3600.0
 """Age at which an interrupted multipart upload is removed: it is invisible but costs money."""
 
@@ -161,6 +165,13 @@ class Objects:
                 )
                 if failed := answer.get("Errors"):
                     raise OSError(errno.EIO, f"delete: {failed[0].get('Code')}")
+
+    def at_once(self, calls: Iterable[Callable[[], T]]) -> tuple[T, ...]:
+        """Make independent calls at the same time, since each takes a round trip; return their
+        results in order. Waits for all, then raises the first error."""
+        made = [_CALLS.submit(call) for call in calls]
+        wait(made)
+        return tuple(each.result() for each in made)
 
     def copy(self, key: str, to: str) -> None:
         """Copy an object inside the store. Raises Unavailable."""

@@ -27,6 +27,8 @@ class ObjectQuarantine(Quarantine):
         super().__init__(folders)
         self._objects = objects
         self.needed: Callable[[str], bool] = lambda digest: True
+        self.check_held: Callable[[], None] = lambda: None
+        """Raises Unavailable if this registry no longer has the catalog's lock."""
 
     @property
     def place(self) -> str:
@@ -90,6 +92,7 @@ class ObjectQuarantine(Quarantine):
 
     def _delete(self, folder: str) -> int:
         found = self._objects.list(folder)
+        self.check_held()  # or another registry may be storing it again
         # The file that makes the folder count as present goes first.
         last = [key for key in found if key.endswith(("bundle.json", REQUIRED_FILES[-1]))]
         self._objects.delete(last)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -25,7 +26,7 @@ from veneer_server.access.principal import DEFAULT_TENANT
 from veneer_server.config import ServerConfig
 from veneer_server.follower.cache import FollowerCache
 from veneer_server.follower.fetching import Fetching, Remote
-from veneer_server.follower.kept_view import Kept, load, save
+from veneer_server.follower.kept_view import Kept, append, load, save, saved_at
 from veneer_server.follower.link import RegistryLink
 from veneer_server.follower.mirror import Mirror
 from veneer_server.follower.registry_channel import RegistryAddress, RegistryChannel
@@ -33,13 +34,17 @@ from veneer_server.follower.standing import Standing
 from veneer_server.follower.store_first import ObjectsOf, StoreFirst
 from veneer_server.follower.view import Received, View
 from veneer_server.logs import get_logger
-from veneer_server.replication.states import Key, NameState
+from veneer_server.replication.states import Key, NameState, Told
 
 FOLDER: Final = "follower"
 """Subfolder of the data folder that may be deleted while the server is stopped."""
 
-_SAVE_S: Final = 1.0
-"""Seconds between saves of the view for the next start."""
+_MOST_CHANGES: Final = 1 << 20
+"""Bytes of changes after which the whole view is saved again, or its own size if that is more:
+then most saves are short."""
+
+_AGE_S: Final = 1.0
+"""Seconds between two notes on disk that the view is current."""
 
 AGAIN_S: Final = 1.0
 LONGEST_AGAIN_S: Final = 30.0
@@ -111,14 +116,18 @@ class Follower:
             base=base_identity(base),
             asks_callers=config.asks_callers,
             apply=self._apply,
+            keep=self._keep,
         )
         self._config = config
         self._base = base
         self._base_id = base_identity(base)
         self._kept = config.data_dir / FOLDER / "view"
-        self._unsaved = False
-        self._saving: asyncio.Task[None] | None = None
-        self._save_s = _SAVE_S
+        self._durable: tuple[str, int] | None = None
+        """Place up to which the view on disk has all changes."""
+        self._unsaved: list[Told] | None = []
+        """Changes since; None if the whole view must be saved."""
+        self._view_bytes = self._changes_bytes = 0
+        self._aged = -math.inf
         self._mirrors: dict[str, Mirror] = {}
         self._lock = threading.Lock()
         self._applied: Applied | None = None
@@ -165,11 +174,9 @@ class Follower:
         return holds()
 
     async def stop(self) -> None:
-        """End the connections and save the view. Idempotent."""
+        """End the connections. Idempotent."""
         await self.link.stop()
         await self.fetching.stop()
-        if self._unsaved:
-            await self._save()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -181,7 +188,7 @@ class Follower:
         kept = load(self._kept, self._base_id)
         if kept is None:
             return
-        age_s = time.time() - self._kept.stat().st_mtime
+        age_s = time.time() - saved_at(self._kept)
         self.view.restore(
             kept.names,
             run=kept.run,
@@ -195,27 +202,41 @@ class Follower:
             self._mirror(state.tenant).apply(state)
         _log.info("view restored", names=len(kept.names), age_s=round(age_s, 1))
 
-    def _save_soon(self) -> None:
-        self._unsaved = True
-        if self._saving is None:
-            self._saving = self._start(self._save_later())
-
-    async def _save_later(self) -> None:
-        """Save once for many changes, and less often if saving takes long."""
+    async def _keep(self) -> bool:
+        """Make the view durable, whichever messages brought it here; return whether it is. What
+        fails is tried again with the next message, which is a heartbeat at the latest."""
+        place = self.view.run, self.view.sequence
+        if not self.view.run:  # out of step: a snapshot comes
+            return False
+        if place == self._durable:
+            self._note_age()
+            return True
+        changes, known = self._unsaved, self._durable is not None
+        most = max(_MOST_CHANGES, self._view_bytes)
         try:
-            await asyncio.sleep(self._save_s)
-            await self._save()
-        finally:
-            self._saving = None
-
-    async def _save(self) -> None:
-        self._unsaved = False
-        kept, began = Kept.of(self.view), time.monotonic()
-        try:
-            await asyncio.to_thread(save, self._kept, kept, self._base_id)
+            if changes and known and self._changes_bytes < most:
+                work = partial(append, self._kept, self.view.run, changes)
+                self._changes_bytes = await asyncio.to_thread(work)
+            else:
+                kept = Kept.of(self.view)
+                self._view_bytes = await asyncio.to_thread(
+                    save, self._kept, kept, self._base_id
+                )
+                self._changes_bytes = 0
         except VeneerError as error:
-            _log.warning("view not saved for the next start", why=str(error))
-        self._save_s = max(_SAVE_S, 20 * (time.monotonic() - began))
+            _log.warning("view not saved: changes are not acknowledged", why=str(error))
+            self._durable = None  # what is in the files is not known
+            return False
+        self._durable, self._unsaved = place, []
+        return True
+
+    def _note_age(self) -> None:
+        """Note on disk, once in a while, that the view is still current."""
+        now = time.monotonic()
+        if self.standing.connected and now >= self._aged + _AGE_S:
+            self._aged = now
+            with suppress(OSError):
+                os.utime(self._kept)
 
     def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
@@ -242,7 +263,10 @@ class Follower:
         return any(mirror.leases(digest) for mirror in list(self._mirrors.values()))
 
     async def _apply(self, received: Received) -> None:
-        self._save_soon()
+        if received.told is None:
+            self._unsaved = None
+        elif self._unsaved is not None:
+            self._unsaved.append(received.told)
         for number, state in enumerate(received.changes, 1):
             await self._try(state)
             if number % _BATCH == 0:

@@ -61,12 +61,14 @@ class RegistryLink:
         base: str,
         asks_callers: bool,
         apply: Callable[[Received], Awaitable[None]],
+        keep: Callable[[], Awaitable[bool]],
     ) -> None:
         """Args:
         name: this follower's name.
         base: identity of this server's base.
         asks_callers: whether this server authenticates callers.
         apply: applies a message's changes, before they are acknowledged to the registry.
+        keep: makes the view durable, before that, too; returns whether it is.
         """
         self.connects = 0
         self.resyncs = 0
@@ -77,6 +79,7 @@ class RegistryLink:
         self._base = base
         self._asks_callers = asks_callers
         self._apply = apply
+        self._keep = keep
         self._task: asyncio.Task[None] | None = None
         self._synced = asyncio.Event()
         self._answered = asyncio.Event()
@@ -236,7 +239,8 @@ class RegistryLink:
         if received.changes:
             await self._apply(received)
         # The view is ahead of the mirrors while a change, or a snapshot, is being applied.
-        self._done = self._view.run, self._view.sequence
+        if await self._keep():
+            self._done = self._view.run, self._view.sequence
         self._standing.sequence = self._view.sequence
         if received.current:
             self._standing.current()

@@ -66,6 +66,11 @@ class Standing:
         return self._current is not None
 
     @property
+    def usable(self) -> bool:
+        """Whether there is a view, and it is not older than this server allows."""
+        return self.synced and self.lag_s <= self._most_lag_s
+
+    @property
     def lag_s(self) -> float:
         """Seconds since the view was known to be current, or since the start."""
         since = self._started if self._current is None else self._current

@@ -34,12 +34,14 @@ class Received:
 
     Attributes:
         changes: new states of names, in order; each was current in the registry.
+        told: the change of a single name, with its number; None if it is not one.
         current: whether the view was up to date when the message was sent.
         restored: whether the registry's catalog has lost changes: a backup was restored.
         moved: whether this is another registry than before.
     """
 
     changes: tuple[NameState, ...] = ()
+    told: Told | None = None
     current: bool = False
     restored: bool = False
     moved: bool = False
@@ -139,7 +141,7 @@ class View:
             raise OutOfStep(f"changes between {self.sequence} and {told.sequence} are missing")
         self.sequence = told.sequence
         self._put(state)
-        return Received((state,))
+        return Received((state,), told)
 
     def _snapshot_end(self, end: SnapshotEnd) -> Received:
         self._check_begun()

@@ -32,12 +32,13 @@ from veneer_server.startup import memory_for, replan
 from veneer_server.telemetry.metrics import Metrics
 from veneer_server.telemetry.replication_series import FollowerSeries
 
-_FIRST_SNAPSHOT_S: Final = 5.0
-"""Seconds that a start waits for the registry. After that, requests for unknown names are
-refused."""
-
 _NEWER_VIEW_S: Final = 1.0
-"""The same wait if the view of an earlier run can be served."""
+"""Seconds that a start waits for the registry if the view of an earlier run can be served.
+Otherwise it waits until the registry answers: a server that knows no names must not replace one
+that does."""
+
+_TOLD_S: Final = 30.0
+"""Seconds between two log lines about a registry that does not answer."""
 
 _log = get_logger(__name__)
 
@@ -119,13 +120,22 @@ class FollowerRole:
         )
 
     async def ready(self) -> None:
-        standing = self._following.standing
-        within_s = _NEWER_VIEW_S if standing.synced else _FIRST_SNAPSHOT_S
-        if not await self._following.link.synced(within_s):
+        standing, within_s = self._following.standing, _NEWER_VIEW_S
+        while not await self._following.link.synced(within_s):
+            within_s = _TOLD_S
+            known = {"registry": standing.registry, "why": standing.fault}
+            if standing.usable:
+                _log.warning(
+                    "registry not answering yet: serving the view of an earlier run", **known
+                )
+                return
             _log.warning(
-                "registry not answering yet: serving the view of an earlier run",
-                registry=standing.registry,
-                why=standing.fault,
+                "registry not answering: waiting for it, since there is no view of an earlier "
+                "run"
+                if not standing.synced
+                else "registry not answering: waiting for it, since the view of an earlier run "
+                "is older than --max-registry-lag",
+                **known,
             )
 
     def drain(self) -> None:

@@ -12,7 +12,6 @@ from typing import cast
 from veneer_registry.adapter import BaseSpec
 from veneer_registry.core import ReadAdapter
 from veneer_registry.lock import OwnerLock
-from veneer_registry.lookups import Lookups
 from veneer_registry.registry import Registry
 
 from veneer_server.access.principal import DEFAULT_TENANT
@@ -100,7 +99,7 @@ class Owning:
         )
 
     def replication(self, tenants: Tenants) -> ReplicationService:
-        def source(name: str) -> Lookups | None:
+        def source(name: str) -> Registry | None:
             tenant = tenants.named(name)
             return None if tenant is None else cast(Registry, tenant.registry)
 

@@ -24,7 +24,7 @@ from veneer_registry.errors import (
     Unimplemented,
 )
 from veneer_registry.lease import RevisionLease
-from veneer_registry.lookups import Lookups
+from veneer_registry.registry import Registry
 
 from veneer_server.access.authenticate import PASSED_ON
 from veneer_server.access.caller import Caller
@@ -50,7 +50,7 @@ _NAME: Final = 128
 _log = get_logger(__name__)
 
 Write = Callable[[Any], Awaitable[None]]
-Source = Callable[[str], Lookups | None]
+Source = Callable[[str], Registry | None]
 """Returns the registry of a tenant, if it is open."""
 
 
@@ -196,11 +196,13 @@ class ReplicationService(replication_pb2_grpc.ReplicationServiceServicer):
             )
         lease = await to_the_end(lambda: _leased(registry, request.weights_digest))
         with lease:
+            # The object store alone may have them: pushed at another registry, or evicted here.
+            await registry.present(lease.ref)
             await self._file(registry, lease, request, context.write)
 
     async def _file(
         self,
-        registry: Lookups,
+        registry: Registry,
         lease: RevisionLease,
         request: replication_pb2.FetchWeightsRequest,
         write: Write,
@@ -227,7 +229,7 @@ class ReplicationService(replication_pb2_grpc.ReplicationServiceServicer):
                 os.close(file)
 
 
-def _leased(registry: Lookups, digest: str) -> RevisionLease:
+def _leased(registry: Registry, digest: str) -> RevisionLease:
     """A lease on weights. Raises AdapterNotFound, or the error that says why the revision with
     these weights is not served."""
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -161,6 +161,9 @@ RETRY_S: Final = 5.0
 _MOST_FAILED: Final = 1000
 """Most such tenants that are remembered."""
 
+ELSEWHERE_S: Final = 2.0
+"""Seconds between two looks for tenants that other registries of a shared catalog have made."""
+
 _log = get_logger(__name__)
 
 Open = Callable[[Path, OwnerLock | None], AdapterRegistry]
@@ -188,11 +191,22 @@ class Tenants:
         self._opening: dict[str, asyncio.Task[Tenant]] = {}
         self._failed: dict[str, float] = {}
         """When opening a tenant last failed, on the monotonic clock."""
+        self._elsewhere: Callable[[], Iterable[str]] | None = None
+        self._looking: asyncio.Task[None] | None = None
+        self._look = asyncio.Lock()
+        self._too_many: set[str] = set()
+        """Tenants that were not opened because there are too many."""
 
     # ------------------------------------------------------------------- lifecycle
 
     async def start(
-        self, furnish: Furnish, default: AdapterRegistry, *, open_: Open, max_tenants: int
+        self,
+        furnish: Furnish,
+        default: AdapterRegistry,
+        *,
+        open_: Open,
+        max_tenants: int,
+        elsewhere: Callable[[], Iterable[str]] | None = None,
     ) -> None:
         """Make the default tenant, and open the tenants whose folder exists. If a tenant cannot
         be opened, that is logged, and its calls are refused until it can.
@@ -201,19 +215,55 @@ class Tenants:
             default: the registry of the data folder itself.
             open_: opens the registry in a folder; called in a thread.
             max_tenants: most tenants that may be open.
+            elsewhere: returns the names of all tenants in a catalog that other registries use,
+                too; called in a thread, now and every `ELSEWHERE_S`.
         """
         self._furnish, self._open, self._most = furnish, open_, max_tenants
+        self._elsewhere = elsewhere
         await self._add(furnish.tenant(DEFAULT_TENANT, default), restore=True)
         for name in await asyncio.to_thread(_named, self._data_dir / FOLDER):
-            try:
-                await self._opened(name, restore=True)
-            except Unavailable:
-                pass  # already logged
-            except QuotaExceeded as error:
+            await self._open_unasked(name)
+        if elsewhere is not None:
+            await self._look_elsewhere()
+            self._looking = asyncio.get_running_loop().create_task(self._keep_looking())
+
+    async def _open_unasked(self, name: str) -> None:
+        """Open a tenant without a call of its own."""
+        try:
+            await self._opened(name, restore=True)
+        except Unavailable:
+            pass  # already logged
+        except QuotaExceeded as error:
+            if name not in self._too_many:
                 _log.error("tenant not opened", tenant=name, why=str(error))
+            self._too_many.add(name)
+
+    async def _keep_looking(self) -> None:
+        while True:
+            await asyncio.sleep(ELSEWHERE_S)
+            try:
+                await self._look_elsewhere()
+            except Exception as error:  # nothing of the database may end the loop
+                _log.error("tenants of the catalog cannot be listed", error)
+
+    async def _look_elsewhere(self) -> None:
+        """Open the tenants that other registries have made, so that followers of this one, and
+        callers of adapters that those share, find them."""
+        assert self._elsewhere is not None
+        async with self._look:
+            try:
+                names = await to_the_end(self._elsewhere)
+            except VeneerError:  # tried again soon; the catalog's watcher logs why
+                return
+            for name in names:
+                if name not in self._by_name and TENANT.fullmatch(name):
+                    await self._open_unasked(name)
 
     async def stop(self) -> None:
         """Stop all upkeep and close the registries."""
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.gather(self._looking, return_exceptions=True)
         await asyncio.gather(*self._opening.values(), return_exceptions=True)
         for tenant in self.all:
             await tenant.housekeeping.stop()
@@ -257,6 +307,8 @@ class Tenants:
         found = self._by_name.get(principal.tenant)
         if found is None and principal.visiting and not publishing:
             folder = self._folder(principal.tenant)
+            if self._elsewhere is not None:
+                await self._look_elsewhere()
             if not await asyncio.to_thread(folder.is_dir):
                 raise InvalidField(
                     f"there is no tenant {principal.tenant!r}: its own first call, or an "
@@ -514,6 +566,30 @@ def address_of(config: LocationConfig, tenant: str) -> PostgresAddress:
         from veneer_registry.shared.postgres import PostgresAddress
     schema = "veneer" if tenant == DEFAULT_TENANT else f"veneer/{tenant}"
     return PostgresAddress(config.catalog, config.catalog_password_file, schema)
+
+
+class CatalogTenants:
+    """Lists the tenants that have adapters in the catalog, whichever registry made them. Each
+    tenant but the default one has a schema of its own, see `address_of`."""
+
+    def __init__(self, config: LocationConfig) -> None:
+        """Does not connect. Raises as `places_of`."""
+        with _needs_packages():
+            from veneer_registry.shared.postgres import PostgresLink
+        self._link = PostgresLink(address_of(config, DEFAULT_TENANT), "tenants")
+
+    def __call__(self) -> list[str]:
+        """Return the names, sorted. Called by one thread at a time. Raises Unavailable."""
+        with self._link.answering() as connection:
+            rows = connection.execute(
+                "SELECT nspname FROM pg_namespace WHERE starts_with(nspname, 'veneer/')"
+            ).fetchall()
+        return sorted(schema.removeprefix("veneer/") for (schema,) in rows)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._link.close()
+        self._link.drop()
 
 
 def objects_of(store: str, tenant: str) -> Objects:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psycopg
 import pytest
@@ -15,12 +15,14 @@ from veneer_registry.errors import (
 )
 from veneer_registry.registry import Registry
 from veneer_registry.shared import catalog as shared_catalog
+from veneer_registry.shared import unneeded
 from veneer_registry.shared.catalog import PostgresCatalog
 from veneer_registry.shared.locations import SharedLocations
+from veneer_registry.shared.object_store import ObjectStore
 
 from tests.refused import refused
 from tests.shared_services import Services
-from tests.unit.registry.kit import BASE, catalog_of, push
+from tests.unit.registry.kit import BASE, catalog_of, core_of, push
 from tests.unit.registry.shared_kit import Adapters, Open, execute
 
 # ------------------------------------------------------------------- the database fails
@@ -169,3 +171,53 @@ def test_another_store_is_refused(
     )
     with refused(StoreMismatch, found="store empty"):
         Registry.open(tmp_path / "two", BASE, places=places)
+
+
+def test_a_registry_that_is_paused_with_the_lock_stops_others_only_for_a_while(
+    opened: Open, adapters: Adapters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever comes to a halt between two statements, as with SIGSTOP, loses the lock."""
+    monkeypatch.setattr(shared_catalog, "HOLD_S", 0.5)
+    one, other = opened(), opened()
+    revision = push(one, "chat", adapters(1)).record.ref.revision
+    paused, catalog = core_of(one), cast(PostgresCatalog, catalog_of(one))
+    with paused.changes:
+        other.set_alias("chat/prod", [(revision, 1)])
+        with refused(Unavailable, cause="catalog"):
+            one.set_alias("chat/late", [(revision, 1)])
+        with refused(Unavailable, cause="catalog"):
+            catalog.check_held()
+    one.set_alias("chat/again", [(revision, 1)])
+    assert {alias.alias for alias in one.aliases("chat")} == {"prod", "again"}
+    with paused.changes:
+        catalog.check_held()
+
+
+def test_a_registry_that_lost_the_lock_deletes_nothing_from_the_store(
+    services: Services,
+    opened: Open,
+    adapters: Adapters,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another may be storing the same content again."""
+    registry = opened()
+    weights = push(registry, "chat", adapters(1)).record.ref.weights_digest
+    registry.delete("chat")
+    registry.sweep()
+    monkeypatch.setattr(unneeded, "GRACE_S", -60.0)
+    objects = services.s3.objects(name)
+
+    def paused(*_: object) -> None:
+        """What PostgreSQL does with the session of a registry that says nothing."""
+        with services.postgres.connect() as connection:
+            connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'"
+            )
+
+    quarantine = cast(ObjectStore, core_of(registry).store).quarantine
+    held = quarantine.check_held
+    monkeypatch.setattr(quarantine, "check_held", lambda: (paused(), held()))
+    with refused(Unavailable, cause="catalog"):
+        registry.prune_quarantine(1 << 30, 3600)
+    assert objects.any(f"weights/{weights}")

@@ -13,7 +13,7 @@ from veneer_registry.errors import (
     AdapterCorrupt,
     Unavailable,
 )
-from veneer_registry.shared import unneeded
+from veneer_registry.shared import object_store, unneeded
 from veneer_registry.shared.object_store import ObjectStore
 from veneer_registry.stored_adapter import verify_weights
 from veneer_registry.weights import WEIGHTS_FILE
@@ -251,3 +251,46 @@ def test_what_nobody_needs_is_deleted_later_unless_it_is_pushed_again(
     assert there(back)
     assert not objects.list("unneeded")
     assert not objects.list(f"revisions/{gone.revision}")
+
+
+def test_a_read_that_was_damaged_on_its_way_condemns_no_intact_object(
+    services: Services, opened: Open, adapters: Adapters
+) -> None:
+    """The copy on this disk is damaged, and so is what is read to replace it, once."""
+    registry = opened()
+    ref = push(registry, "chat", adapters(1)).record.ref
+    file = registry.weights_folder(ref) / WEIGHTS_FILE
+    file.chmod(0o600)
+    file.write_bytes(flipped(file.read_bytes()))
+    services.s3.fail(kind="rot", methods=["GET"], key="safetensors", count=1)
+    try:
+        assert registry.quarantine(ref.weights_digest, "a bit has flipped") == ()
+    finally:
+        services.s3.fail()
+    assert opened().resolve("chat") == ref
+    verify_weights(registry.weights_folder(ref), ref.weights_digest)
+
+
+def test_what_an_upload_that_broke_off_left_is_deleted(
+    services: Services,
+    opened: Open,
+    adapters: Adapters,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Once it is old; and nothing of a push that goes on, nor what a name has."""
+    registry, objects = opened(), services.s3.objects(name)
+    kept = push(registry, "kept", adapters(1)).record.ref
+    broken = {f"weights/{'a' * 64}/adapter_config.json", f"revisions/{'b' * 64}/README.md"}
+    lost = f"weights/{kept.weights_digest}/{WEIGHTS_FILE}"
+    for key in broken:
+        objects.write(key, b"{}")
+    objects.delete([lost])
+    opened()
+    assert not objects.list("unneeded"), "they may be on their way"
+    monkeypatch.setattr(object_store, "_BROKEN_S", -60.0)
+    monkeypatch.setattr(unneeded, "GRACE_S", -60.0)
+    opened().prune_quarantine(1 << 30, 3600)
+    left = {*objects.list("weights"), *objects.list("revisions")}
+    assert not broken & left
+    assert f"weights/{kept.weights_digest}/adapter_config.json" in left

@@ -5,22 +5,29 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import AsyncIterator, Awaitable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 import pytest_asyncio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from veneer_client import AsyncClient, ReplicasReached, ServingStatus, Text, WaitReplicas
 from veneer_proto.v1 import adapters_pb2 as pb
 from veneer_proto.v1 import inference_pb2, replication_pb2, server_pb2
 from veneer_registry.errors import AdapterBudgetExceeded
 from veneer_server.access.edit_keys import add_key, revoke_key
 from veneer_server.access.principal import Role
+from veneer_server.follower.link import RegistryLink
+from veneer_server.roles import following
 from veneer_server.rpc import replication_service
 
 from tests.pki import Pki
+from tests.ports import free_port
 from tests.scale.proxy import Proxy
+from tests.shared_services import BUCKET
+from tests.shared_services import running as services_running
 from tests.unit.server.follower.pair import Pair, bearer, generate, pair, until
 from tests.unit.server.rpc.front_harness import (
     Front,
@@ -410,6 +417,66 @@ async def test_whoever_may_not_change_adapters_may_not_by_a_follower(
         assert [entry.actor for entry in history.entries] == ["publisher"]
 
 
+@pytest.mark.push
+async def test_a_tenant_that_another_registry_made_is_served_by_followers_of_this_one(
+    base_folder: Path, front_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two registries on one catalog and store. Also after this one lost its data folder."""
+    file, token = tmp_path / "keys.toml", tmp_path / "token"
+
+    def key(name: str, role: Role, tenant: str) -> str:
+        return add_key(file, name=name, tenant=tenant, roles=[role], expires=None).key
+
+    operator = key("operator", "operator", "default")
+    token.write_text(operator + "\n")
+    publisher, user = key("publisher", "publisher", "far"), key("user", "inference", "far")
+    keys = {"keys_file": str(file)}
+    with services_running() as services:
+        for name, value in services.s3.environment().items():
+            monkeypatch.setenv(name, value)
+        shared = {
+            **keys,
+            "store": f"s3://{BUCKET}/own",
+            "catalog": services.postgres.url,
+            "catalog_password_file": str(services.postgres.password_file),
+        }
+
+        def registry(data: str) -> AbstractAsyncContextManager[Front]:
+            return running(base_folder, front_cache, tmp_path / data, **shared)
+
+        async def followed(owner: Front, data: str, adapter: str) -> None:
+            async with running(
+                base_folder,
+                front_cache,
+                tmp_path / data,
+                role="engine",
+                registry=owner.addresses["grpc"],
+                registry_key_file=str(token),
+                **keys,
+            ) as follower:
+                request = prompt(adapter=adapter)
+                await until(
+                    lambda: _answers(
+                        follower.inference.Generate(request, metadata=bearer(user))
+                    )
+                )
+
+        async with registry("a") as one:
+            async with registry("b") as other:
+                await one.adapters.UploadAdapter(
+                    upload(make_adapter(tmp_path / "one", seed=1), "one"),
+                    metadata=bearer(publisher),
+                )
+                await followed(other, "follower", "one")
+                visiting = (*bearer(operator), ("veneer-tenant", "far"))
+                listed = await other.adapters.ListAdapters(
+                    pb.ListAdaptersRequest(), metadata=visiting
+                )
+                assert [each.name for each in listed.adapters] == ["one"]
+            async with registry("c") as anew:
+                await followed(anew, "another", "one")
+
+
 async def _answers(call: Awaitable[Any]) -> bool:
     try:
         await call
@@ -431,21 +498,104 @@ async def test_a_follower_starts_while_its_registry_is_away(
             base_folder, front_cache, tmp_path / "follower", **follow
         ) as follower:
             before = await generate(follower, "one")
-    view = tmp_path / "follower/data/follower/view"
-    for damaged in (False, True):
-        if damaged:
-            view.write_bytes(view.read_bytes()[:-40] + bytes(40))
-        async with running(
-            base_folder, front_cache, tmp_path / "follower", **follow
-        ) as follower:
-            assert (await failure(generate(follower, "two"))).code is (
-                grpc.StatusCode.UNAVAILABLE
-            )
-            if damaged:  # it knows nothing, and says that it does not
-                refused = await failure(generate(follower, "one"))
-                assert refused.metadata["cause"] == "registry_away"
+    async with running(base_folder, front_cache, tmp_path / "follower", **follow) as follower:
+        assert (await failure(generate(follower, "two"))).code is grpc.StatusCode.UNAVAILABLE
+        assert (await generate(follower, "one")).text == before.text
+
+
+@pytest.mark.push
+@pytest.mark.parametrize("view", ["none", "damaged", "too old"])
+async def test_a_follower_that_knows_no_names_is_not_ready_until_it_meets_its_registry(
+    base_folder: Path,
+    front_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    view: str,
+) -> None:
+    """A rollout would otherwise replace servers that answer by one that refuses everything."""
+    monkeypatch.setattr(following, "_NEWER_VIEW_S", 0.01)
+    monkeypatch.setattr(following, "_TOLD_S", 0.01)
+    waited: list[float] = []
+    synced = RegistryLink.synced
+
+    async def waiting(link: RegistryLink, within_s: float) -> bool:
+        found = await synced(link, within_s)
+        waited.append(within_s)
+        return found
+
+    monkeypatch.setattr(RegistryLink, "synced", waiting)
+    place = f"127.0.0.1:{free_port()}"
+    data, follow = tmp_path / "follower", {"role": "engine", "registry": place}
+    if view != "none":
+        async with (
+            running(base_folder, front_cache, tmp_path / "registry", listen=place),
+            running(base_folder, front_cache, data, **follow) as follower,
+        ):
+            await until(lambda: _serving(follower))
+        file = data / "data/follower/view"
+        if view == "damaged":
+            file.write_bytes(file.read_bytes()[:-40] + bytes(40))
+        else:
+            follow["max_registry_lag"] = "0.001"
+    waited.clear()
+    async with running(base_folder, front_cache, data, loading=True, **follow) as follower:
+        follower.engine.load_gate.set()
+        await until(lambda: _is(len(waited) > 5))
+        assert not await _serving(follower)
+        assert not follower.ready.is_set()
+        async with running(base_folder, front_cache, tmp_path / "registry", listen=place):
+            await follower.ready.wait()
+            await until(lambda: _serving(follower))
+
+
+@pytest.mark.push
+async def test_what_a_follower_has_acknowledged_outlives_kill_9(
+    base_folder: Path, front_cache: Path, tmp_path: Path
+) -> None:
+    """A replace and a delete that all followers have; then this one starts again, without its
+    registry, from what its disk had at that moment."""
+    wait = replication_pb2.WaitForReplicas(replicas=replication_pb2.WAIT_REPLICAS_ALL)
+    async with pair(base_folder, front_cache, tmp_path) as both:
+        for name in ("replaced", "deleted"):
+            await both.push(name, 1)
+        await both.agreed()
+        for name in ("replaced", "deleted"):
+            await generate(both.follower, name)
+        for number in range(3):
+            killed = tmp_path / f"killed-{number}"
+            if number == 2:
+                answer = await both.registry.adapters.DeleteAdapter(
+                    pb.DeleteAdapterRequest(name="deleted", wait=wait)
+                )
             else:
-                assert (await generate(follower, "one")).text == before.text
+                answer = await both.push("replaced", 2 + number, allow_replace=True, wait=wait)
+                now = answer.adapter.revision
+            assert (answer.replicas.live, answer.replicas.applied) == (1, 1)
+            shutil.copytree(tmp_path / "follower/data", killed / "data")
+            nowhere = {"role": "engine", "registry": f"127.0.0.1:{free_port()}"}
+            async with running(base_folder, front_cache, killed, **nowhere) as again:
+                found = await asyncio.gather(
+                    generate(again, "replaced"), return_exceptions=True
+                )
+                if isinstance(found[0], grpc.aio.AioRpcError):
+                    assert found[0].code() is grpc.StatusCode.UNAVAILABLE
+                else:
+                    assert found[0].provenance.revision == now
+                if number == 2:
+                    gone = await failure(generate(again, "deleted"))
+                    assert gone.code is grpc.StatusCode.UNAVAILABLE
+
+
+async def _is(found: bool) -> bool:
+    return found
+
+
+async def _serving(server: Front) -> bool:
+    health = health_pb2_grpc.HealthStub(server.channel)
+    answer = await health.Check(
+        health_pb2.HealthCheckRequest(service="veneer.v1.InferenceService")
+    )
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
 @pytest.mark.push

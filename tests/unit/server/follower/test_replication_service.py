@@ -9,13 +9,19 @@ from typing import Any
 
 import pytest
 from veneer_proto.v1 import replication_pb2
-from veneer_registry.errors import AdapterCorrupt, AdapterNotFound, InvalidField
+from veneer_registry.errors import (
+    AdapterCorrupt,
+    AdapterNotFound,
+    InvalidField,
+    Unavailable,
+)
 from veneer_registry.registry import Registry
 from veneer_server.replication.feed import Feed
 from veneer_server.replication.replicas import Replicas
 from veneer_server.rpc.replication_service import ReplicationService
 
 from tests.refused import refused
+from tests.shared_services import running
 from tests.unit.registry.kit import BASE, make_adapter, push
 
 
@@ -119,3 +125,26 @@ async def test_only_a_place_of_this_run_is_gone_on_from(
         assert kinds[:2] == ["begin", "heartbeat"]
     else:
         assert kinds[:3] == ["begin", "state", "heartbeat"]
+
+
+@pytest.mark.push
+async def test_weights_that_only_the_object_store_has_are_fetched(tmp_path: Path) -> None:
+    """Pushed at another registry on the same store. A store that is away is no absence."""
+    with running() as services:
+
+        def opened(folder: str) -> Registry:
+            places = services.places("own", tmp_path / folder, cache_bytes=1 << 30)
+            return Registry.open(tmp_path / folder, BASE, places=places)
+
+        with opened("a") as one:
+            ref = push(one, "one", make_adapter(tmp_path / "one")).record.ref
+            whole = (one.weights_folder(ref) / "adapter_model.safetensors").read_bytes()
+            with opened("b") as other:
+                service, _ = service_of(other)
+                services.s3.fail(kind="refuse")
+                with refused(Unavailable, cause="object_store"):
+                    await service.FetchWeights(fetching(other), Context())
+                services.s3.fail()
+                context = Context()
+                await service.FetchWeights(fetching(other), context)
+    assert b"".join(each.data for each in context.written) == whole
