@@ -40,12 +40,14 @@ class FollowStart(_message.Message):
     def __init__(self, follower: _Optional[str] = ..., run: _Optional[str] = ..., sequence: _Optional[int] = ...) -> None: ...
 
 class Applied(_message.Message):
-    __slots__ = ("sequence", "leaving")
+    __slots__ = ("sequence", "leaving", "stamp")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     LEAVING_FIELD_NUMBER: _ClassVar[int]
+    STAMP_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     leaving: bool
-    def __init__(self, sequence: _Optional[int] = ..., leaving: _Optional[bool] = ...) -> None: ...
+    stamp: int
+    def __init__(self, sequence: _Optional[int] = ..., leaving: _Optional[bool] = ..., stamp: _Optional[int] = ...) -> None: ...
 
 class FollowResponse(_message.Message):
     __slots__ = ("begin", "state", "snapshot_end", "heartbeat")
@@ -60,7 +62,7 @@ class FollowResponse(_message.Message):
     def __init__(self, begin: _Optional[_Union[FollowBegin, _Mapping]] = ..., state: _Optional[_Union[NameState, _Mapping]] = ..., snapshot_end: _Optional[_Union[SnapshotEnd, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
 
 class FollowBegin(_message.Message):
-    __slots__ = ("run", "store", "catalog_change", "snapshot", "sequence", "base", "heartbeat", "lease", "asks_callers")
+    __slots__ = ("run", "store", "catalog_change", "snapshot", "sequence", "base", "heartbeat", "lease", "asks_callers", "echoes")
     RUN_FIELD_NUMBER: _ClassVar[int]
     STORE_FIELD_NUMBER: _ClassVar[int]
     CATALOG_CHANGE_FIELD_NUMBER: _ClassVar[int]
@@ -70,6 +72,7 @@ class FollowBegin(_message.Message):
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     LEASE_FIELD_NUMBER: _ClassVar[int]
     ASKS_CALLERS_FIELD_NUMBER: _ClassVar[int]
+    ECHOES_FIELD_NUMBER: _ClassVar[int]
     run: str
     store: str
     catalog_change: int
@@ -79,7 +82,8 @@ class FollowBegin(_message.Message):
     heartbeat: _duration_pb2.Duration
     lease: _duration_pb2.Duration
     asks_callers: bool
-    def __init__(self, run: _Optional[str] = ..., store: _Optional[str] = ..., catalog_change: _Optional[int] = ..., snapshot: _Optional[bool] = ..., sequence: _Optional[int] = ..., base: _Optional[str] = ..., heartbeat: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., lease: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., asks_callers: _Optional[bool] = ...) -> None: ...
+    echoes: bool
+    def __init__(self, run: _Optional[str] = ..., store: _Optional[str] = ..., catalog_change: _Optional[int] = ..., snapshot: _Optional[bool] = ..., sequence: _Optional[int] = ..., base: _Optional[str] = ..., heartbeat: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., lease: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., asks_callers: _Optional[bool] = ..., echoes: _Optional[bool] = ...) -> None: ...
 
 class NameState(_message.Message):
     __slots__ = ("tenant", "name", "sequence", "previous", "gone", "current", "generation", "retain", "shared", "revisions", "aliases")
@@ -163,12 +167,14 @@ class SnapshotEnd(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., checksum: _Optional[bytes] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ("sequence", "checksum")
+    __slots__ = ("sequence", "checksum", "echo")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    ECHO_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     checksum: bytes
-    def __init__(self, sequence: _Optional[int] = ..., checksum: _Optional[bytes] = ...) -> None: ...
+    echo: int
+    def __init__(self, sequence: _Optional[int] = ..., checksum: _Optional[bytes] = ..., echo: _Optional[int] = ...) -> None: ...
 
 class FetchWeightsRequest(_message.Message):
     __slots__ = ("tenant", "weights_digest", "file", "offset")

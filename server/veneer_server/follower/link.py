@@ -20,7 +20,7 @@ from veneer_server.follower.registry_channel import (
 from veneer_server.follower.standing import Standing
 from veneer_server.follower.view import OutOfStep, Received, View
 from veneer_server.logs import get_logger
-from veneer_server.replication.states import HEARTBEAT_S, LEASE_S, BeginFeed
+from veneer_server.replication.states import HEARTBEAT_S, LEASE_S, BeginFeed, Heartbeat
 from veneer_server.replication.wire import from_wire
 
 _FIRST_WAIT_S: Final = 0.05
@@ -30,6 +30,8 @@ than two seconds."""
 
 _CONNECT_S: Final = 2.0
 """Seconds that a connection may take to answer: it may be half open, or packets may be lost."""
+
+_STAMPS_A_SECOND: Final = 1_000_000_000
 
 _SILENT_BEATS: Final = 4
 """Heartbeats that may be missing before a connection counts as half open."""
@@ -87,6 +89,9 @@ class RegistryLink:
         self._done = view.run, view.sequence
         """Run and sequence up to which changes are applied."""
         self._applied = asyncio.Event()
+        self._echoes = False
+        self._asked = 0.0
+        """When the registry was asked to be followed, on `Standing`'s clock."""
         self._heartbeat_s = HEARTBEAT_S
         self._lease_s = LEASE_S
 
@@ -152,6 +157,7 @@ class RegistryLink:
         async with self._place.connect() as channel:
             stub: Any = replication_pb2_grpc.ReplicationServiceStub(channel)
             call = stub.Follow(metadata=self._place.metadata)
+            self._asked = self._standing.now
             telling: asyncio.Task[None] | None = None
             try:
                 begin = replication_pb2.FollowStart(
@@ -213,6 +219,7 @@ class RegistryLink:
 
     def _begun(self, begin: BeginFeed) -> None:
         self.connects += 1
+        self._echoes = begin.echoes
         self._heartbeat_s, self._lease_s = begin.heartbeat_s, begin.lease_s
         self._standing.fault = ""
         if begin.base and begin.base != self._base:
@@ -243,25 +250,38 @@ class RegistryLink:
             self._done = self._view.run, self._view.sequence
         self._standing.sequence = self._view.sequence
         if received.current:
-            self._standing.current()
+            self._standing.current(self._known_at(message))
             self._synced.set()
             self._answered.set()
-        elif received.changes and self._standing.connected:
+        elif received.changes and self._standing.connected and not self._echoes:
             self._standing.current()
         if received.changes or received.current:
             self._applied.set()
 
+    def _known_at(self, message: object) -> float | None:
+        """When the registry had no more than the view has now: at this server's time that it
+        echoes, however long its messages took; None for now, if it echoes none."""
+        if not self._echoes:
+            return None
+        if isinstance(message, Heartbeat) and message.echo:
+            return message.echo / _STAMPS_A_SECOND
+        return self._asked
+
     async def _tell(self, call: Any, run: str) -> None:
-        """Report applied changes to the registry: at once, and in time to keep the lease."""
+        """Report applied changes to the registry: at once, and in time to keep the lease. Each
+        report has the time, for `Heartbeat.echo`."""
         with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             while True:
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(self._lease_s / 4):
+                    async with asyncio.timeout(min(self._lease_s / 4, self._heartbeat_s)):
                         await self._applied.wait()
                 self._applied.clear()
                 done_run, sequence = self._done
                 # Until a snapshot is applied, the number belongs to another run.
-                applied = replication_pb2.Applied(sequence=sequence if done_run == run else 0)
+                applied = replication_pb2.Applied(
+                    sequence=sequence if done_run == run else 0,
+                    stamp=int(self._standing.now * _STAMPS_A_SECOND),
+                )
                 await call.write(replication_pb2.FollowRequest(applied=applied))
 
 

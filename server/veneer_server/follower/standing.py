@@ -47,10 +47,16 @@ class Standing:
         self._started = clock()
         self._current: float | None = None
 
-    def current(self) -> None:
-        """Note that the view is complete and up to date now."""
+    def current(self, at: float | None = None) -> None:
+        """Note that the view is complete and has all that the registry had.
+
+        Args:
+            at: when, on this object's clock; None for now.
+        """
         self.connected = True
-        self._current = self._clock()
+        now = self._clock()
+        at = now if at is None else min(at, now)
+        self._current = at if self._current is None else max(self._current, at)
 
     def restored(self, age_s: float) -> None:
         """Note that the view was restored from an earlier run and was current ``age_s`` ago."""
@@ -59,6 +65,11 @@ class Standing:
     def cut(self) -> None:
         """Note that the connection has ended."""
         self.connected = False
+
+    @property
+    def now(self) -> float:
+        """The time of the clock by which ages are measured."""
+        return self._clock()
 
     @property
     def synced(self) -> bool:

@@ -61,6 +61,7 @@ class BeginFeed:
         base: identity of the base that its adapters were checked against.
         heartbeat_s, lease_s: see `HEARTBEAT_S` and `LEASE_S`.
         asks_callers: whether the registry authenticates callers; None if it does not say.
+        echoes: whether its heartbeats have an echo.
     """
 
     run: str
@@ -72,6 +73,7 @@ class BeginFeed:
     heartbeat_s: float = HEARTBEAT_S
     lease_s: float = LEASE_S
     asks_callers: bool | None = None
+    echoes: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +96,15 @@ class SnapshotEnd:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """The last sequence number, and the checksum of all names there."""
+    """The last sequence number, and the checksum of all names there.
+
+    Attributes:
+        echo: the follower's last stamp that the registry had; 0: none.
+    """
 
     sequence: int
     checksum: int
+    echo: int = 0
 
 
 Message = BeginFeed | Told | SnapshotEnd | Heartbeat

@@ -47,6 +47,7 @@ def to_wire(message: Message) -> replication_pb2.FollowResponse:
                 heartbeat=_duration(message.heartbeat_s),
                 lease=_duration(message.lease_s),
                 asks_callers=message.asks_callers,
+                echoes=message.echoes,
             )
             return replication_pb2.FollowResponse(begin=begin)
         case Told():
@@ -60,7 +61,9 @@ def to_wire(message: Message) -> replication_pb2.FollowResponse:
             return replication_pb2.FollowResponse(snapshot_end=end)
         case Heartbeat():
             beat = replication_pb2.Heartbeat(
-                sequence=message.sequence, checksum=_checksum(message.checksum)
+                sequence=message.sequence,
+                checksum=_checksum(message.checksum),
+                echo=message.echo,
             )
             return replication_pb2.FollowResponse(heartbeat=beat)
 
@@ -87,6 +90,7 @@ def from_wire(message: replication_pb2.FollowResponse, base: str) -> Message:
                 heartbeat_s=_seconds(begin.heartbeat),
                 lease_s=_seconds(begin.lease),
                 asks_callers=begin.asks_callers if begin.HasField("asks_callers") else None,
+                echoes=begin.echoes,
             )
         case "state":
             state = message.state
@@ -96,7 +100,8 @@ def from_wire(message: replication_pb2.FollowResponse, base: str) -> Message:
             return SnapshotEnd(end.sequence, int.from_bytes(end.checksum, "big"))
         case "heartbeat":
             beat = message.heartbeat
-            return Heartbeat(beat.sequence, int.from_bytes(beat.checksum, "big"))
+            checksum = int.from_bytes(beat.checksum, "big")
+            return Heartbeat(beat.sequence, checksum, beat.echo)
         case _:
             raise ValueError("the registry sent a message that this version does not know")
 

@@ -8,6 +8,7 @@ import time
 import zlib
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -54,6 +55,19 @@ Source = Callable[[str], Registry | None]
 """Returns the registry of a tenant, if it is open."""
 
 
+class _Stamps:
+    """A follower's last stamp, for one connection.
+
+    Attributes:
+        last: see `Heartbeat.echo`.
+        new: set when there is another one.
+    """
+
+    def __init__(self) -> None:
+        self.last = 0
+        self.new = asyncio.Event()
+
+
 class ReplicationService(replication_pb2_grpc.ReplicationServiceServicer):
     """Serves followers. Reading the catalog and the store happens in worker threads."""
 
@@ -92,8 +106,9 @@ class ReplicationService(replication_pb2_grpc.ReplicationServiceServicer):
                 f"start.follower must have 1 to {_NAME} characters",
                 metadata={"field": "start.follower"},
             )
-        telling = asyncio.ensure_future(self._tell(start, context.write))
-        hearing = asyncio.ensure_future(self._hear(start.follower, requests))
+        stamps = _Stamps()
+        telling = asyncio.ensure_future(self._tell(start, context.write, stamps))
+        hearing = asyncio.ensure_future(self._hear(start.follower, requests, stamps))
         try:
             await asyncio.wait({telling, hearing}, return_when=asyncio.FIRST_COMPLETED)
             for ended in (telling, hearing):
@@ -104,7 +119,7 @@ class ReplicationService(replication_pb2_grpc.ReplicationServiceServicer):
                 task.cancel()
             await asyncio.gather(telling, hearing, return_exceptions=True)
 
-    async def _hear(self, follower: str, requests: Any) -> None:
+    async def _hear(self, follower: str, requests: Any, stamps: _Stamps) -> None:
         """Record which changes a follower has applied. One that goes silent without leaving
         keeps its lease."""
         async for request in requests:
@@ -116,8 +131,13 @@ class ReplicationService(replication_pb2_grpc.ReplicationServiceServicer):
                 self._replicas.leave(follower)
                 return
             self._replicas.report(follower, request.applied.sequence)
+            if request.applied.stamp:
+                stamps.last = request.applied.stamp
+                stamps.new.set()
 
-    async def _tell(self, start: replication_pb2.FollowStart, write: Write) -> None:
+    async def _tell(
+        self, start: replication_pb2.FollowStart, write: Write, stamps: _Stamps
+    ) -> None:
         feed = self._feed
         store, catalog_change, base = await to_the_end(feed.facts)
         begin = partial(
@@ -149,8 +169,24 @@ class ReplicationService(replication_pb2_grpc.ReplicationServiceServicer):
                 place = change.sequence
             beat = feed.heartbeat()
             if beat.sequence == place:
-                await self._send(write, beat)
-                await feed.beyond(place, self._heartbeat_s)
+                stamps.new.clear()
+                await self._send(write, replace(beat, echo=stamps.last))
+                await self._news(place, stamps)
+
+    async def _news(self, place: int, stamps: _Stamps) -> None:
+        """Wait for a change after ``place``, or a stamp to echo, or the next heartbeat."""
+        waiting = [
+            asyncio.ensure_future(self._feed.beyond(place, self._heartbeat_s)),
+            asyncio.ensure_future(stamps.new.wait()),
+        ]
+        try:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for each in done:
+                each.result()
+        finally:
+            for each in waiting:
+                each.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
 
     async def _snapshot(self, begin: Callable[..., BeginFeed], write: Write) -> int:
         beat, entries = self._feed.snapshot()

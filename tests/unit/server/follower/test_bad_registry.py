@@ -21,6 +21,7 @@ from veneer_server.follower import follower as follower_module
 from veneer_server.follower import link
 from veneer_server.follower.follower import Follower, NameChange
 from veneer_server.follower.mirror import Mirror
+from veneer_server.follower.standing import Standing
 from veneer_server.replication.feed import Feed
 from veneer_server.replication.replicas import Replicas
 from veneer_server.replication.states import NameState
@@ -45,12 +46,14 @@ class Scripted:
     Attributes:
         spoil: for each connection in turn; the last one for all others.
         refuse: raw status details with which the next connections end.
+        delay_s: how long each message is on its way.
     """
 
     registry: Registry
     spoil: list[Spoil] = field(default_factory=lambda: [honest])
     refuse: list[bytes] = field(default_factory=list)
     connections: int = 0
+    delay_s: float = 0.0
     replicas: Replicas = field(default_factory=Replicas)
     address: str = ""
 
@@ -68,12 +71,13 @@ class Scripted:
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "no", details)
             spoil = self.spoil[min(self.connections, len(self.spoil) - 1)]
             self.connections += 1
-            sent = 0
+            sent, delay_s = 0, self.delay_s
 
             class Written:
                 async def write(self, message: pb.FollowResponse) -> None:
                     nonlocal sent
                     sent += 1
+                    await asyncio.sleep(delay_s)
                     await context.write(spoil(sent - 1, message))
 
             await service.Follow(requests, Written())
@@ -284,6 +288,32 @@ async def test_why_a_registry_was_never_followed_is_known(
     scripted.address = f"127.0.0.1:{free_port()}"
     async with following(scripted, tmp_path) as (follower, _):
         await until(lambda: scripted.address in follower.standing.fault)
+
+
+@pytest.mark.parametrize("echoes", [True, False])
+async def test_how_long_messages_took_counts_for_the_age_of_a_view(
+    scripted: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, echoes: bool
+) -> None:
+    """A registry of an older version does not echo the follower's time: then it is unknown."""
+
+    def older(number: int, message: pb.FollowResponse) -> bytes:
+        if number == 0:
+            message.begin.echoes = False
+        return honest(number, message)
+
+    scripted.delay_s = 0.3
+    scripted.spoil = [honest if echoes else older]
+    ages: list[float] = []
+    current = Standing.current
+
+    def noting(standing: Standing, at: float | None = None) -> None:
+        current(standing, at)
+        ages.append(standing.lag_s)
+
+    monkeypatch.setattr(Standing, "current", noting)
+    async with scripted.serving(), following(scripted, tmp_path):
+        await until(lambda: len(ages) > 5)
+    assert (min(ages) >= scripted.delay_s) is echoes
 
 
 @pytest.mark.parametrize("clock_s", [-3600.0, 3600.0])
