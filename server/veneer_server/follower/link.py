@@ -246,6 +246,7 @@ class RegistryLink:
         if received.changes:
             await self._apply(received)
         # The view is ahead of the mirrors while a change, or a snapshot, is being applied.
+        before = self._done
         if await self._keep():
             self._done = self._view.run, self._view.sequence
         self._standing.sequence = self._view.sequence
@@ -255,7 +256,8 @@ class RegistryLink:
             self._answered.set()
         elif received.changes and self._standing.connected and not self._echoes:
             self._standing.current()
-        if received.changes or received.current:
+        # Not for each heartbeat: the registry sends one for each report.
+        if self._done != before or isinstance(message, BeginFeed):
             self._applied.set()
 
     def _known_at(self, message: object) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -288,6 +289,22 @@ async def test_why_a_registry_was_never_followed_is_known(
     scripted.address = f"127.0.0.1:{free_port()}"
     async with following(scripted, tmp_path) as (follower, _):
         await until(lambda: scripted.address in follower.standing.fault)
+
+
+async def test_heartbeats_and_reports_do_not_answer_each_other_for_ever(
+    scripted: Scripted, tmp_path: Path
+) -> None:
+    """While nothing changes, one goes each way for each heartbeat's time, which is 0.1 s."""
+    sent: list[float] = []
+
+    def counted(number: int, message: pb.FollowResponse) -> bytes:
+        sent.append(time.monotonic())
+        return honest(number, message)
+
+    scripted.spoil = [counted]
+    async with scripted.serving(), following(scripted, tmp_path) as (follower, _):
+        await until(lambda: follower.standing.connected and len(sent) > 20)
+    assert sent[20] - sent[5] > 0.5, "at least half of fifteen times 0.1 s, and no round trips"
 
 
 @pytest.mark.parametrize("echoes", [True, False])
