@@ -143,8 +143,8 @@ class ObjectStore(Store):
         *,
         unmark: bool = False,
     ) -> bool:
-        """Upload the files that are missing. Return True if any weights file was. Whatever may
-        be done at the same time is, since others may wait for the lock meanwhile.
+        """Upload the files that are missing. Return True if any weights file was. Under the
+        lock nearly all are there, and the rest takes one round trip, since others wait.
 
         Args:
             registration: name and content of the revision's registration, to be written, too.
@@ -164,13 +164,12 @@ class ObjectStore(Store):
         lacking = [key for key in self.objects.at_once(calls) if key]
         # Those that make a folder count as present come last.
         last = {f"{weights}/{_LAST}", document}
-        for keys in (set(lacking) - last, last & set(lacking)):
-            self.objects.at_once(
-                partial(self._write, key, bundle.document)
-                if key == document
-                else partial(self.objects.put, key, source / key.rpartition("/")[2])
-                for key in sorted(keys)
-            )
+        for key in sorted(lacking, key=lambda each: each in last):
+            # In this thread: large files must not take all of those that `at_once` has.
+            if key == document:
+                self.objects.write(key, bundle.document)
+            else:
+                self.objects.put(key, source / key.rpartition("/")[2])
         return any(key.startswith(weights) for key in lacking)
 
     def _lacks(self, key: str, size: int) -> str:
