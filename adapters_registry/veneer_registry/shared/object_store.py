@@ -81,11 +81,12 @@ class ObjectStore(Store):
         newest: dict[str, float] = {}
         whole: set[str] = set()
         for key, stat in self.objects.list(kind).items():
-            _, digest, *rest = key.split("/")
-            if len(rest) != 1 or len(digest) != 64:
+            parts = key.split("/")
+            if len(parts) != 3 or len(parts[1]) != 64:
                 continue  # not ours
+            _, digest, name = parts
             newest[digest] = max(newest.get(digest, 0.0), stat.modified)
-            if rest == [last]:
+            if name == last:
                 whole.add(digest)
         return whole, {digest: newest[digest] for digest in newest.keys() - whole}
 

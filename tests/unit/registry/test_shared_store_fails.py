@@ -295,6 +295,8 @@ def test_what_an_upload_that_broke_off_left_is_deleted(
     for key in broken:
         objects.write(key, b"{}")
     objects.delete([lost])
+    for key in ("weights", "revisions/odd", f"weights/{'c' * 64}/deep/er"):
+        objects.write(key, b"of somebody else")
     opened()
     assert not objects.list("unneeded"), "they may be on their way"
     monkeypatch.setattr(object_store, "_BROKEN_S", -60.0)
