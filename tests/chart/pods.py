@@ -13,7 +13,9 @@ from veneer_server.config import OPTIONS, ServerConfig, load_config
 from tests.packaging.dockerfile import parse
 
 _OF_REGISTRY = ("registry-key-file", "registry-ca", "registry-cert", "registry-cert-key")
-_SECRET_FLAGS = ("keys-file", "tls-cert", "tls-key", "tls-client-ca", *_OF_REGISTRY)
+_OWN = ("keys-file", "tls-cert", "tls-key", "tls-client-ca", "catalog-password-file")
+_SECRET_FLAGS = (*_OWN, *_OF_REGISTRY)
+_SECRET_VARIABLES = ("AWS_SHARED_CREDENTIALS_FILE", "PGSSLROOTCERT")
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,16 @@ class Pod:
         return dict(found)
 
     @property
+    def preparing(self) -> dict[str, Any] | None:
+        """The init container that prepares the base; None if there is none."""
+        found = self.spec.get("initContainers", ())
+        return dict(found[0]) if found else None
+
+    @property
+    def env(self) -> dict[str, str]:
+        return {each["name"]: each.get("value", "") for each in self.container.get("env", ())}
+
+    @property
     def ports(self) -> dict[str, int]:
         """Container ports by name."""
         return {port["name"]: port["containerPort"] for port in self.container["ports"]}
@@ -75,8 +87,10 @@ class Pod:
 
     @property
     def secret_paths(self) -> list[str]:
-        """Files that the arguments and probes name and that are secrets, or belong to them."""
+        """Files that arguments, variables and probes name and that are secrets, or belong to
+        them."""
         paths = [self.flag(name) for name in _SECRET_FLAGS]
+        paths += [self.env.get(name, "") for name in _SECRET_VARIABLES]
         for probe in ("startupProbe", "readinessProbe"):
             command = self.container[probe].get("exec", {}).get("command", ())
             paths += [word.partition("=")[2] for word in command if "=/" in word]
@@ -88,11 +102,7 @@ class Pod:
         context = group.commands["serve"].make_context("serve", self.args)
         names = {option.name for option in OPTIONS}
         given = {key: value for key, value in context.params.items() if key in names}
-        variables = {
-            **image_variables(),
-            **{each["name"]: each.get("value", "") for each in self.container.get("env", ())},
-        }
-        return load_config(given, variables)
+        return load_config(given, {**image_variables(), **self.env})
 
 
 def image_variables() -> dict[str, str]:
@@ -103,6 +113,7 @@ def image_variables() -> dict[str, str]:
 
 
 def pods_of(objects: list[dict[str, Any]]) -> list[Pod]:
-    """The pod templates of all workloads."""
+    """The pod templates of all servers."""
     kinds = ("StatefulSet", "Deployment")
-    return [Pod(each) for each in objects if each["kind"] in kinds]
+    found = [Pod(each) for each in objects if each["kind"] in kinds]
+    return [pod for pod in found if pod.component != "picker"]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from veneer_registry.command_line import Program
 
-from veneer_server.config import load_config
+from veneer_server.config import OPTIONS, load_config
 from veneer_server.operate.flags import Debug, guarded, options, with_flags
 
 model_cli = Program(help="Manage base models on this machine.")
@@ -29,6 +30,45 @@ def import_model(name: _Name, *, debug: Debug = False, **flags: Any) -> None:
 def model_path(name: _Name, *, debug: Debug = False, **flags: Any) -> None:
     """Print the local Hugging Face folder of a base model, downloading it if necessary."""
     guarded(lambda: _resolve(name, flags), debug)
+
+
+@model_cli.command(
+    "prepare",
+    epilog="""
+Examples:
+
+  veneer-server model prepare --base Qwen/Qwen3-1.7B --cache-dir /srv/bases
+
+  veneer-server model prepare --config veneer.toml
+""",
+)
+@with_flags(OPTIONS)
+def prepare_model(
+    *,
+    config: Annotated[
+        Path | None, typer.Option("--config", metavar="FILE", help="TOML file of settings.")
+    ] = None,
+    debug: Debug = False,
+    **flags: Any,
+) -> None:
+    """Write everything that a server's first start would write to --cache-dir.
+
+    Downloads and converts the base, and loads it once. Several servers may share the folder;
+    if several of these commands run at once, one does the work and the others wait. Takes the
+    flags of `serve`.
+    """
+
+    def run() -> None:
+        from veneer_server.logs import configure
+        from veneer_server.operate.preparing import prepare
+        from veneer_server.progress import SINK, Display
+
+        settings = load_config(flags, os.environ, config)
+        configure(settings.log_format)
+        SINK.set(Display(structured=settings.log_format == "json"))
+        print(prepare(settings, lambda line: print(line, file=sys.stderr, flush=True)))
+
+    guarded(run, debug)
 
 
 def _resolve(name: str, flags: dict[str, Any]) -> None:

@@ -71,6 +71,11 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- add .Values.drain.preStopSeconds .Values.drain.graceSeconds 15 -}}
 {{- end -}}
 
+{{/* "true" if the chart installs the endpoint picker. */}}
+{{- define "veneer.ownPicker" -}}
+{{- if and .Values.inferencePool.enabled (not .Values.inferencePool.endpointPicker.name) -}}true{{- end -}}
+{{- end -}}
+
 {{- define "veneer.metricsNames" -}}
 {{- ternary "vllm" .Values.metrics.names .Values.inferencePool.enabled -}}
 {{- end -}}
@@ -98,4 +103,24 @@ default of every switch but one.
 - {{ printf "--%s=%v" $name $value | quote }}
 {{- end }}
 {{- end }}
+{{- end -}}
+
+{{/* Values that exclude each other, with the way out. The schema has what concerns one value alone. */}}
+{{- define "veneer.validate" -}}
+{{- $v := .Values -}}
+{{- if ne (empty $v.catalog.url) (empty $v.store.url) -}}
+{{- fail (printf "%s is empty: catalog.url and store.url belong together, set both, or neither to keep adapters on a volume" (ternary "catalog.url" "store.url" (empty $v.catalog.url))) -}}
+{{- end -}}
+{{- if regexMatch "^[a-z]+://[^/@]*:[^/@]*@" $v.catalog.url -}}
+{{- fail "catalog.url has a password, which would be in the release: put it into a Secret, and set catalog.passwordSecret" -}}
+{{- end -}}
+{{- if and (gt (int $v.registry.replicas) 1) (not $v.catalog.url) -}}
+{{- fail (printf "registry.replicas is %d, but one volume has one owner: set catalog.url and store.url, or registry.replicas: 1" (int $v.registry.replicas)) -}}
+{{- end -}}
+{{- if and $v.bases.claim $v.bases.hostPath -}}
+{{- fail "bases.claim and bases.hostPath are both set: remove one of them" -}}
+{{- end -}}
+{{- if and (eq $v.bases.prepare "job") (not $v.bases.claim) -}}
+{{- fail "bases.prepare: job fills a claim that all pods share: set bases.claim, or bases.prepare: pod" -}}
+{{- end -}}
 {{- end -}}

@@ -25,27 +25,26 @@ spec:
   {{- end }}
   terminationGracePeriodSeconds: {{ include "veneer.terminationSeconds" $root }}
   securityContext:
-    runAsNonRoot: true
-    runAsUser: 10001
-    runAsGroup: 10001
-    fsGroup: 10001
-    fsGroupChangePolicy: OnRootMismatch
-    seccompProfile: {type: RuntimeDefault}
+    {{- include "veneer.podSecurity" . | nindent 4 }}
   {{- if and $v.tls.enabled $v.tls.clients.enabled }}
   # The probe calls this pod by a name in its certificate.
   hostAliases:
     - ip: 127.0.0.1
       hostnames: [{{ include "veneer.probeHost" $root | quote }}]
   {{- end }}
+  {{- if and (include "veneer.sharedBases" $root) (eq $v.bases.prepare "pod") }}
+  initContainers:
+    - {{- include "veneer.prepare" . | nindent 6 }}
+  {{- end }}
   containers:
     - name: veneer
-      image: {{ printf "%s:%s" $v.image.repository (default $root.Chart.AppVersion $v.image.tag) | quote }}
+      image: {{ include "veneer.image" $root }}
       imagePullPolicy: {{ $v.image.pullPolicy }}
       args:
         {{- include "veneer.args" . | trim | nindent 8 }}
-      {{- with $v.env }}
+      {{- with include "veneer.env" . | trim }}
       env:
-        {{- toYaml . | nindent 8 }}
+        {{- . | nindent 8 }}
       {{- end }}
       ports:
         - {name: grpc, containerPort: {{ $v.ports.grpc }}, protocol: TCP}
@@ -57,16 +56,13 @@ spec:
           exec:
             command: ["sleep", {{ $v.drain.preStopSeconds | toString | quote }}]
       resources:
-        {{- toYaml .values.resources | nindent 8 }}
+        {{- include "veneer.resources" . | nindent 8 }}
       securityContext:
-        allowPrivilegeEscalation: false
-        readOnlyRootFilesystem: true
-        capabilities: {drop: [ALL]}
+        {{- include "veneer.containerSecurity" . | nindent 8 }}
       volumeMounts:
-        - {name: data, mountPath: /var/lib/veneer}
-        - {name: tmp, mountPath: /tmp}
-        {{- if and (eq .component "engine") $v.engine.cache.claim }}
-        - {name: cache, mountPath: /var/cache/veneer}
+        {{- include "veneer.dataMounts" . | nindent 8 }}
+        {{- range $name, $secret := include "veneer.storageSecrets" . | fromYaml }}
+        - {name: {{ $name }}, mountPath: /run/secrets/{{ $name }}, readOnly: true}
         {{- end }}
         {{- if $v.keys.enabled }}
         - {name: keys, mountPath: /run/secrets/keys, readOnly: true}
@@ -87,17 +83,10 @@ spec:
         {{- toYaml . | nindent 8 }}
         {{- end }}
   volumes:
-    - name: tmp
-      emptyDir: {}
-    {{- if eq .component "engine" }}
-    - name: data
-      emptyDir:
-        sizeLimit: {{ $v.engine.cache.size }}
-    {{- with $v.engine.cache.claim }}
-    - name: cache
-      persistentVolumeClaim:
-        claimName: {{ . }}
-    {{- end }}
+    {{- include "veneer.dataVolumes" . | nindent 4 }}
+    {{- range $name, $secret := include "veneer.storageSecrets" . | fromYaml }}
+    - name: {{ $name }}
+      secret: {secretName: {{ $secret }}, defaultMode: 0440}
     {{- end }}
     # Folders, not single files: those would stay the old ones when a Secret changes.
     {{- if $v.keys.enabled }}
@@ -135,10 +124,57 @@ spec:
   tolerations:
     {{- toYaml . | nindent 4 }}
   {{- end }}
-  {{- with .values.affinity }}
-  affinity:
-    {{- toYaml . | nindent 4 }}
-  {{- end }}
+  {{- include "veneer.spread" . | nindent 2 }}
+{{- end -}}
+
+{{/*
+Replicas away from each other, as far as the cluster allows. A pool of one node, or one without
+zones, still gets all of them.
+*/}}
+{{- define "veneer.spread" -}}
+{{- $affinity := deepCopy .values.affinity -}}
+{{- if not (or (include "veneer.owns" .) (hasKey $affinity "podAntiAffinity")) -}}
+{{- $own := dict "matchLabels" (include "veneer.selector" . | fromYaml) -}}
+{{- $term := dict "weight" 100 "podAffinityTerm" (dict "topologyKey" "kubernetes.io/hostname" "labelSelector" $own) -}}
+{{- $_ := set $affinity "podAntiAffinity" (dict "preferredDuringSchedulingIgnoredDuringExecution" (list $term)) -}}
+{{- end }}
+{{- with $affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- if .values.topologySpreadConstraints }}
+topologySpreadConstraints:
+  {{- toYaml .values.topologySpreadConstraints | nindent 2 }}
+{{- else if not (or (include "veneer.owns" .) (kindIs "slice" .values.topologySpreadConstraints)) }}
+topologySpreadConstraints:
+  - topologyKey: topology.kubernetes.io/zone
+    maxSkew: 1
+    whenUnsatisfiable: ScheduleAnyway
+    labelSelector:
+      matchLabels:
+        {{- include "veneer.selector" . | nindent 8 }}
+    # Of one version: in an update, old pods are no reason to avoid a zone.
+    matchLabelKeys: [pod-template-hash]
+{{- end }}
+{{- end -}}
+
+{{- define "veneer.image" -}}
+{{- printf "%s:%s" .Values.image.repository (default .Chart.AppVersion .Values.image.tag) | quote -}}
+{{- end -}}
+
+{{- define "veneer.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: 10001
+runAsGroup: 10001
+fsGroup: 10001
+fsGroupChangePolicy: OnRootMismatch
+seccompProfile: {type: RuntimeDefault}
+{{- end -}}
+
+{{- define "veneer.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities: {drop: [ALL]}
 {{- end -}}
 
 {{/* What engines show to the registry, and check it by: name of the volume, and Secret. */}}
@@ -178,10 +214,19 @@ cert: {name: registry-cert, secret: {{ required "engine.registry.certSecret: nam
 - {{ printf "--metrics-listen=0.0.0.0:%v" $v.ports.metrics | quote }}
 - {{ printf "--metrics-names=%s" (include "veneer.metricsNames" .root) | quote }}
 - "--data-dir=/var/lib/veneer/data"
-{{- if and (eq .component "engine") $v.engine.cache.claim }}
-- "--cache-dir=/var/cache/veneer"
-{{- else }}
-- "--cache-dir=/var/lib/veneer/cache"
+- {{ printf "--cache-dir=%s" (include "veneer.cacheDir" .root) | quote }}
+{{- if eq .component "engine" }}
+- {{ printf "--adapter-cache-bytes=%s" (include "veneer.bytes" $v.engine.adapterCache) | quote }}
+{{- end }}
+{{- with $v.store.url }}
+- {{ printf "--store=%s" . | quote }}
+{{- end }}
+{{- if and $v.catalog.url (ne .component "engine") }}
+- {{ printf "--catalog=%s" $v.catalog.url | quote }}
+- {{ printf "--store-cache-bytes=%s" (include "veneer.bytes" $v.store.cache) | quote }}
+{{- if $v.catalog.passwordSecret }}
+- "--catalog-password-file=/run/secrets/catalog/password"
+{{- end }}
 {{- end }}
 - "--log-format=json"
 - {{ printf "--grace=%v" $v.drain.graceSeconds | quote }}

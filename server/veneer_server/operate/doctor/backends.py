@@ -20,17 +20,9 @@ from veneer_server.system.placement import place
 
 
 def torch_checks(config: ServerConfig) -> Iterator[Check]:
-    done = subprocess.run(
-        child_python("-m", "veneer_server.operate.doctor.probe", config.device),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    try:
-        facts: dict[str, Any] = json.loads(done.stdout)
-    except ValueError:
-        last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
-        yield Check("torch", "problem", last, "install the torch build that fits this machine")
+    facts = _probe(config.device)
+    if isinstance(facts, str):
+        yield Check("torch", "problem", facts, "install the torch build that fits this machine")
         return
     if facts["device"] == "cuda":
         kernels = cuda_check(try_kernels(), chosen=config.device == "cuda")
@@ -69,6 +61,8 @@ def torch_checks(config: ServerConfig) -> Iterator[Check]:
     if facts["device"] == "cpu":
         if native is not None:
             yield native
+            if native.status == "ok" and by != "torch":
+                yield from _int8(config)
         if by == "torch":
             yield _packed(facts["packed"])
 
@@ -118,6 +112,36 @@ def native_check(config: ServerConfig) -> Check:
     return Check(
         "native kernels", "ok", f"compiled for this CPU, and runs here ({instructions})"
     )
+
+
+def _int8(config: ServerConfig) -> Iterator[Check]:
+    if config.quantization not in ("nf4", "fp4"):
+        return
+    if config.int8_activations:
+        yield Check("8-bit inputs", "ok", "used, as --int8-activations says")
+        return
+    kernels = find_library(config.cache_dir, config.native_instructions).file
+    facts = _probe("cpu", str(kernels))
+    if isinstance(facts, str):
+        yield Check("8-bit inputs", "warning", facts, "see `native kernels`")
+    else:
+        found = facts["int8_gain"] or "--int8-activations would gain little on this CPU"
+        yield Check("8-bit inputs", "ok", found)
+
+
+def _probe(*arguments: str) -> dict[str, Any] | str:
+    """Run the probe in a separate process; return what it found, or its last line."""
+    done = subprocess.run(
+        child_python("-m", "veneer_server.operate.doctor.probe", *arguments),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    try:
+        facts: dict[str, Any] = json.loads(done.stdout)
+    except ValueError:
+        return (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
+    return facts
 
 
 def _packed(packed: bool) -> Check:

@@ -9,7 +9,12 @@ from veneer_registry.errors import VeneerError
 
 from veneer_server.config import ServerConfig
 from veneer_server.models.config import DecoderConfig, read_decoder_config
-from veneer_server.models.source import BUNDLED, bundled_damage, bundled_folder
+from veneer_server.models.source import (
+    BUNDLED,
+    bundled_damage,
+    bundled_folder,
+    resolve_base,
+)
 from veneer_server.operate.doctor.check import Check
 from veneer_server.operate.doctor.places import folder_checks
 from veneer_server.sizing.memory_plan import plan_memory, plan_registry
@@ -18,7 +23,12 @@ from veneer_server.system.machine import HostMemory, host_memory
 
 
 def base_checks(config: ServerConfig) -> Iterator[Check]:
-    folder = _base_folder(config)
+    try:
+        folder = _base_folder(config)
+    except VeneerError as error:  # of a GGUF file
+        found, _, fix = str(error).partition(": ")
+        yield Check("base", "problem", found, fix or "choose another --base")
+        return
     if folder is None:
         fix = f"veneer-server model import {config.base}" if config.base == BUNDLED else ""
         if any(check.status == "problem" for check in folder_checks("", "", config.cache_dir)):
@@ -57,6 +67,14 @@ def _shape(name: str, decoder: DecoderConfig) -> Check:
             f"{found}: beyond that, its frequencies would depend on each sequence's length",
             "for longer contexts set rope_scaling in its config.json to yarn",
         )
+    if decoder.stored is not None and decoder.stored.is_codes:
+        return Check(
+            "base",
+            "warning",
+            f"{found}, stored as {decoder.stored.format}: only the torch backend serves it, "
+            "several times slower than the native kernels",
+            "for speed, give the original's folder, which is quantized to NF4",
+        )
     return Check("base", "ok", found)
 
 
@@ -90,7 +108,13 @@ def _tokenizer(folder: Path, decoder: DecoderConfig) -> Check:
 
 
 def _base_folder(config: ServerConfig) -> Path | None:
-    """The base's folder, if it is or should be on this machine."""
+    """The base's folder, if it is or should be on this machine. For a GGUF file it is made now.
+
+    Raises:
+        UnsupportedModel, BaseUnavailable: the GGUF file cannot be served.
+    """
+    if config.base.lower().endswith(".gguf"):
+        return resolve_base(config.base, config.cache_dir).path
     bundled = bundled_folder(config.cache_dir)
     if config.base == BUNDLED:
         return bundled if bundled.is_dir() else None
@@ -100,14 +124,15 @@ def _base_folder(config: ServerConfig) -> Path | None:
 
 
 def memory_check(config: ServerConfig) -> Check:
-    folder, host = _base_folder(config), host_memory()
+    host = host_memory()
     where = "this container" if host.contained else "this machine"
     free = f"{host.available >> 20} MiB of {host.limit >> 20} available in {where}"
     if config.role == "registry":
         return _registry_memory(host, free)
-    if folder is None:
-        return Check("memory", "ok", f"{free}; no plan: the base is not local")
     try:
+        folder = _base_folder(config)
+        if folder is None:
+            return Check("memory", "ok", f"{free}; no plan: the base is not local")
         decoder = read_decoder_config(folder)
     except (VeneerError, KeyError, ValueError):  # the check of the base says why
         return Check("memory", "ok", f"{free}; no plan without a supported base")

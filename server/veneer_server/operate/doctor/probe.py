@@ -1,4 +1,5 @@
-"""``python -m veneer_server.operate.doctor.probe DEVICE``: tries out torch and bitsandbytes.
+"""``python -m veneer_server.operate.doctor.probe DEVICE [KERNELS]``: tries out torch and
+bitsandbytes, or times the native kernels in the file KERNELS.
 
 Runs in a separate process, since the front never imports torch, and a broken installation
 may crash the process. Prints one JSON object.
@@ -8,15 +9,22 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from veneer_server.backends.native.library import Library
+from veneer_server.backends.native.linear import int8_gain
+
 
 def main() -> None:
     """Entry point; ``auto`` uses CUDA if available."""
-    wanted = sys.argv[1]
+    wanted, *kernels = sys.argv[1:]
+    if kernels:
+        print(json.dumps({"int8_gain": int8_gain(Library(Path(kernels[0])))}))
+        return
     cuda = torch.cuda.is_available()
     device = "cuda" if cuda and wanted != "cpu" else "cpu"
     print(
