@@ -20,6 +20,14 @@ class BadTrace(VeneerError):
     reason = "BAD_TRACE"
 
 
+class SloMissed(VeneerError):
+    """No number of replicas that was allowed keeps the limits (metadata ``limit``: the ones
+    that were missed with the most replicas)."""
+
+    code = "FAILED_PRECONDITION"
+    reason = "SLO_MISSED"
+
+
 class TargetFailed(VeneerError):
     """The server under test cannot be measured: it is unreachable, fails, or does not match the
     options."""

@@ -2,6 +2,6 @@
 it, and an ingress that sends each request to a replica that has its adapter.
 
 Ray starts, watches, scales and replaces the servers, which are ordinary ``veneer-server``
-processes.
-Only `deployments`, `routing.request_router`, `application` and the commands import Ray.
+processes. Calls go from the ingress (`ingress_server`, `web`) directly to them.
+Only `deployments`, `ray_api`, `application` and the commands import Ray.
 """

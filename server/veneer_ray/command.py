@@ -6,10 +6,9 @@ import os
 import signal
 import sys
 import threading
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 import typer
 from veneer_registry.command_line import Program
@@ -30,6 +29,7 @@ Examples:
 """
 
 _DEFAULT_DATA: Final = Path.home() / ".local/share/veneer/ray"
+_NAME: Final = "veneer"
 _STATUS_ROW: Final = "{:<10} {:<12} {}"
 
 cli = Program(
@@ -40,6 +40,11 @@ cli = Program(
 Address = Annotated[
     str,
     typer.Option(metavar="ADDRESS", help="A running Ray cluster; auto: this machine's."),
+]
+
+Name = Annotated[
+    str,
+    typer.Option(metavar="NAME", help="Name of the Serve application, for several of them."),
 ]
 
 
@@ -102,6 +107,7 @@ def _up(
         Path | None, typer.Option(help="File with an operator's key, for the engines.")
     ] = None,
     address: Address = "",
+    name: Name = _NAME,
 ) -> None:
     """Deploy the registry, the engines and the ingress; run until Ctrl-C unless --address is
     given."""
@@ -121,77 +127,87 @@ def _up(
         key_file=registry_key_file and registry_key_file.absolute(),
         server_args=tuple(server_args or ()),
     )
-    stopped = threading.Event()
-    if not address:
-        for kind in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(kind, lambda *_: stopped.set())
-    ray = _connect(address)
+    _connect(address)
+    from ray import serve
+
     from veneer_ray.application import deploy
 
-    deploy(cluster)
-    print(
-        f"ready: gRPC on port {grpc_port}, HTTP on http://{http_host}:{http_port}, "
-        f"{replicas} engines",
-        flush=True,
-    )
-    if not address:
-        try:
-            stopped.wait()
-        finally:
-            _shut_down()
-            ray.shutdown()
+    # After Ray has set its own. A second signal must not stop the clean-up.
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, _stop)
+    try:
+        here = deploy(cluster, name)
+        print(
+            f"ready: gRPC on port {grpc_port} and HTTP on http://{http_host}:{http_port} of "
+            f"{here}, {replicas} engines",
+            flush=True,
+        )
+        if not address:
+            threading.Event().wait()
+    except _Stopped:
+        if address:
+            raise typer.Exit(130) from None
+    finally:
+        if not address:  # this Ray is ours
+            serve.shutdown()
+
+
+class _Stopped(BaseException):
+    """A signal has asked the program to stop."""
+
+
+def _stop(*_: object) -> None:
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, signal.SIG_IGN)
+    raise _Stopped
 
 
 @cli.command("scale")
 def _scale(
-    replicas: Annotated[int, typer.Argument(help="Engines.")], address: Address = "auto"
+    replicas: Annotated[int, typer.Argument(help="Engines.")],
+    address: Address = "auto",
+    name: Name = _NAME,
 ) -> None:
     """Change the number of engines. Removed engines finish their requests first."""
     _connect(address)
-    from ray import serve
+    from veneer_ray.application import scale
 
-    from veneer_ray.application import NAME, deploy
-
-    now = serve.get_app_handle(NAME).settings.remote().result(timeout_s=30)
-    deploy(replace(RayCluster.of_text(now), replicas=replicas, most_replicas=0))
+    scale(replicas, name)
 
 
 @cli.command("status")
-def _status(address: Address = "auto") -> None:
+def _status(address: Address = "auto", name: Name = _NAME) -> None:
     """Show the deployments and their status."""
     _connect(address)
-    from ray import serve
+    from veneer_ray.application import status
 
-    from veneer_ray.application import NAME
-
-    found = serve.status().applications.get(NAME)
+    found = status(name)
     if found is None:
         print("not deployed")
         raise typer.Exit(1)
     print(f"{found.status.value} {found.message}".strip())
     print(_STATUS_ROW.format("", "status", "replicas"))
-    for name, deployment in found.deployments.items():
+    for part, deployment in found.deployments.items():
         states = ", ".join(
             f"{count} {state.value}" if hasattr(state, "value") else f"{count} {state}"
             for state, count in deployment.replica_states.items()
         )
-        print(_STATUS_ROW.format(name, deployment.status.value, states))
+        print(_STATUS_ROW.format(part, deployment.status.value, states))
 
 
 @cli.command("down")
-def _down(address: Address = "auto") -> None:
-    """Stop the application once running requests have finished."""
+def _down(address: Address = "auto", name: Name = _NAME) -> None:
+    """Remove the application once its running requests have finished. Other applications, Serve
+    and Ray stay."""
     _connect(address)
-    _shut_down()
+    from veneer_ray.application import remove
+
+    if not remove(name):
+        print("not deployed")
+        raise typer.Exit(1)
 
 
-def _shut_down() -> None:
-    from ray import serve
-
-    serve.shutdown()
-
-
-def _connect(address: str) -> Any:
+def _connect(address: str) -> None:
     """Connect to a Ray cluster, or start one on this machine only."""
     # Ray sends usage statistics to its makers by default.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -206,7 +222,6 @@ def _connect(address: str) -> Any:
     else:
         # "local" starts a new cluster: otherwise Ray would join one that runs, or ran, here.
         ray.init(address="local", include_dashboard=False)
-    return ray
 
 
 def main() -> None:

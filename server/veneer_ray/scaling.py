@@ -22,18 +22,17 @@ _QUIET: Final = 0.5
 """An engine is removed if the others then stay below this share of both targets."""
 
 
-def engines_wanted(current: int, waiting: float, kv: float, held_back: float) -> int:
+def engines_wanted(current: int, waiting: float, kv: float) -> int:
     """Return the number of engines to run, from sums over all engines.
 
     Args:
         current: number of running engines.
         waiting: sequences that wait in them.
         kv: sum of the used shares of their KV caches.
-        held_back: requests that no engine has accepted yet.
     """
     if current == 0:
         return 1
-    load = max(kv / _KV_TARGET, (waiting + held_back) / _WAITING_TARGET)
+    load = max(kv / _KV_TARGET, waiting / _WAITING_TARGET)
     if load > current:
         return min(math.ceil(load), 2 * current)  # at most doubled, as loads lag behind
     if current > 1 and load <= _QUIET * (current - 1):
@@ -48,6 +47,5 @@ def policy(context: Any) -> tuple[int, dict[str, Any]]:
         context.current_num_replicas,
         sum(metrics.get(WAITING, {}).values()),
         sum(metrics.get(KV, {}).values()),
-        float(context.total_queued_requests or 0),
     )
     return wanted, {}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
 
@@ -40,7 +42,7 @@ class RayCluster:
             the others' requests from the engines' reports.
         registry: ``HOST:PORT`` where the registry listens.
         http_host, http_port: address of the OpenAI API.
-        grpc_port: port of the gRPC API, on all interfaces: Serve's proxy has no other way.
+        grpc_port: port of the gRPC API, on all interfaces.
         cpus: CPUs that Ray reserves for each engine, and threads of the engine's steps; with 0
             it may use all.
         gpus: GPUs for each engine.
@@ -121,14 +123,29 @@ class RayCluster:
             *self.server_args,
         ]
 
-    def engine_flags(self, data_dir: Path, port_file: Path) -> list[str]:
+    def engine_host(self, here: str) -> str:
+        """The address on which a machine's engines listen for the ingress: loopback if the
+        registry is there too, since then all is on one machine.
+
+        Args:
+            here: the machine's address.
+        """
+        host = self.registry.rpartition(":")[0].strip("[]")
+        with suppress(ValueError):
+            if ip_address(host).is_loopback:
+                return "127.0.0.1"
+        return "127.0.0.1" if host == "localhost" else here
+
+    def engine_flags(self, data_dir: Path, port_file: Path, host: str) -> list[str]:
         """Flags of an engine's process."""
+        listen = f"[{host}]:0" if ":" in host else f"{host}:0"
         key = () if self.key_file is None else ("--registry-key-file", str(self.key_file))
         threads = ("--threads", str(int(self.cpus))) if self.cpus >= 1 else ()
         return [
-            *("--role", "engine", "--registry", self.registry, "--listen", "127.0.0.1:0"),
-            *("--openai-listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"),
+            *("--role", "engine", "--registry", self.registry, "--listen", listen),
+            *("--openai-listen", listen, "--metrics-listen", "127.0.0.1:0"),
             *("--data-dir", str(data_dir), "--port-file", str(port_file)),
+            *("--grace", str(self.drain_s)),
             *key,
             *threads,
             *self.server_args,

@@ -1,8 +1,10 @@
-"""Starts a registry and two engines under Ray Serve here, with the real base, and checks what
-users rely on: ``python -m tests.ray``, some minutes. It needs the extra ``ray``.
+"""Starts a registry and two engines under Ray Serve here, with the real base, beside another
+team's application, and checks what users rely on: ``python -m tests.ray``, some minutes. It
+needs the extra ``ray``.
 
 With ``--running GRPC HTTP DATA_DIR ADDRESS`` it checks a deployment that is there, with two
-engines; ``--only NAME`` runs some checks.
+engines, and leaves it there; ``--only NAME`` runs some checks; ``--base FOLDER`` takes another
+base.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from tests.ray.checks import CHECKS, Seen
+from tests.ray.checks import CHECKS, NEED_NEIGHBOUR, Seen
 from tests.ray.deployed import Deployed, deployed
 
 FLAGS = ("--device", "cpu", "--threads", "1", "--kv-cache-bytes", "256MiB")
@@ -26,6 +28,9 @@ async def check(found: Deployed, only: list[str]) -> int:
     server, seen, failed = found.server(), Seen(), 0
     for each in CHECKS:
         if only and each.__name__ not in only:
+            continue
+        if found.other is None and each in NEED_NEIGHBOUR:
+            print(f"{each.__name__:12} skipped: it needs a deployment of its own")
             continue
         began = time.monotonic()
         try:
@@ -44,6 +49,7 @@ def main() -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", action="append", default=[], metavar="NAME")
+    parser.add_argument("--base", default="")
     parser.add_argument("--running", nargs=4, metavar=("GRPC", "HTTP", "DATA_DIR", "ADDRESS"))
     given = parser.parse_args()
     load = os.getloadavg()[0]
@@ -53,7 +59,8 @@ def main() -> int:
             grpc, http, data_dir, address = given.running
             found = Deployed(grpc, http, Path(data_dir), address, dict(os.environ))
         else:
-            found = stack.enter_context(deployed(FLAGS))
+            base = ("--base", given.base) if given.base else ()
+            found = stack.enter_context(deployed((*FLAGS, *base)))
         failed = asyncio.run(check(found, given.only))
     print(f"{failed} failed" if failed else "all well")
     return 1 if failed else 0

@@ -8,10 +8,13 @@ import os
 import signal
 import statistics
 import struct
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from http.client import HTTPException
+from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -19,8 +22,10 @@ from urllib.request import Request, urlopen
 import grpc
 import psutil
 from veneer_proto.v1 import adapters_pb2, inference_pb2, replication_pb2
+from veneer_ray.ingress_server import is_free
 
 from tests.places import REPOSITORY
+from tests.ports import free_port
 from tests.ray.deployed import Deployed, sequences_of
 from tests.server_harness import Refusal, Server, read_files, refusal
 
@@ -56,6 +61,17 @@ async def replica_of(call: Any) -> str:
 
 
 # ------------------------------------------------------------------ one thing after another
+
+
+async def interfaces(deployed: Deployed, server: Server, seen: Seen) -> str:
+    """Of each Ray version that is supported: it has what `veneer_ray.ray_api` needs of it."""
+    from veneer_ray import ray_api
+
+    import ray
+
+    ray_api.check()
+    assert ray.__version__.startswith(f"{ray_api.SUPPORTED}."), ray.__version__
+    return f"Ray {ray.__version__} has all that is not stable"
 
 
 async def health(deployed: Deployed, server: Server, seen: Seen) -> str:
@@ -181,6 +197,127 @@ async def publication(deployed: Deployed, server: Server, seen: Seen) -> str:
     return f"p50 {p50:.0f} ms, worst {worst:.0f} ms of 10 (the bar is 300 ms, undisturbed)"
 
 
+async def fails(deployed: Deployed, server: Server, seen: Seen) -> str:
+    """An `up` that fails says why, and leaves nothing; it touches nothing else."""
+    engines, registry = _replicas(deployed), deployed.registry()
+    other = deployed.other
+    assert other is not None, "it needs another team's application"
+    mine = int(deployed.grpc.rpartition(":")[2])
+    with tempfile.TemporaryDirectory(prefix="veneer-ray-") as folder:
+
+        async def tried(*arguments: str) -> str:
+            done = await asyncio.to_thread(
+                deployed.tried,
+                *("up", "--data-dir", folder, "--registry", f"127.0.0.1:{free_port()}"),
+                *arguments,
+                *("--", *deployed.flags),
+            )
+            assert done.returncode, done.stdout
+            assert "ready" not in done.stdout
+            return done.stderr.strip().splitlines()[-1]
+
+        said = [
+            await tried(
+                *("--name", "second", "--grpc-port", str(free_port())),
+                *("--http-port", str(other.port)),
+            )
+        ]
+        assert "--http-port" in said[0], said
+        second = ("--name", "second", "--http-port", str(free_port()))
+        said.append(await tried(*second, "--grpc-port", str(mine)))
+        assert "--grpc-port" in said[1], said
+        said.append(await tried("--name", "greets"))  # the other team's
+        said.append(await tried())  # ours, with other data
+        assert all("--name" in each for each in said[2:]), said
+        assert not deployed.servers_below(Path(folder)), "a failed up has left servers"
+    missing = deployed.tried("status", "--name", "second")
+    assert (missing.returncode, missing.stdout) == (1, "not deployed\n"), missing
+    other.check()
+    assert (_replicas(deployed), deployed.registry()) == (engines, registry)
+    return "; ".join(each.removeprefix("veneer-ray: ") for each in said)
+
+
+async def cost(deployed: Deployed, server: Server, seen: Seen) -> str:
+    """HTTP through the ingress for HTTP to its server, in turns; with one engine, since
+    two would share the cores."""
+    await asyncio.to_thread(deployed.run, "scale", "1")
+    await deployed.engines_are(1)
+    (engine,) = deployed.engines()
+    direct = next(
+        f"127.0.0.1:{each.laddr.port}"
+        for each in engine.net_connections("tcp")
+        if each.status == psutil.CONN_LISTEN and _base_of(each.laddr.port)
+    )
+    model = _base_of(int(direct.rpartition(":")[2]))
+    places = {"direct": direct, "through": deployed.http}
+    for place in places.values():
+        await _speed(place, model, 4, 1.0)
+    figures: dict[str, list[tuple[float, float, float]]] = {name: [] for name in places}
+    for _ in range(3):
+        for name, place in places.items():
+            small = [await _stream(place, model, 1) for _ in range(20)]
+            one = await _speed(place, model, 1, 4.0)
+            four = await _speed(place, model, 4, 4.0)
+            figures[name].append((1000 * statistics.median(small), one, four))
+    await asyncio.to_thread(deployed.run, "scale", "2")
+    await deployed.engines_are(2)
+    table = {
+        name: [statistics.median(column) for column in zip(*rows, strict=True)]
+        for name, rows in figures.items()
+    }
+    (d_token, d_one, d_four), (t_token, t_one, t_four) = table["direct"], table["through"]
+    return (
+        f"one token {t_token:.1f} ms for {d_token:.1f} direct; tokens/s at one stream "
+        f"{t_one:.0f} for {d_one:.0f} ({t_one / d_one:.2f}), at four {t_four:.0f} for "
+        f"{d_four:.0f} ({t_four / d_four:.2f})"
+    )
+
+
+def _base_of(port: int) -> str:
+    """The base's name, if the OpenAI API is at this port; otherwise ""."""
+    try:
+        with urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5) as answer:
+            models = json.load(answer)["data"]
+    except (OSError, HTTPException, ValueError):
+        return ""
+    return str(next(each for each in models if each["parent"] is None)["id"])
+
+
+async def _speed(place: str, model: str, streams: int, seconds: float) -> float:
+    """Tokens/s of streams that are repeated for some seconds."""
+    began, tokens = time.monotonic(), 200
+
+    async def repeat() -> int:
+        sent = 0
+        while time.monotonic() - began < seconds:
+            await _stream(place, model, tokens)
+            sent += tokens
+        return sent
+
+    total = sum(await asyncio.gather(*(repeat() for _ in range(streams))))
+    return total / (time.monotonic() - began)
+
+
+async def _stream(place: str, model: str, tokens: int) -> float:
+    """Seconds of a streamed answer, over a connection of its own."""
+    body = {"model": model, "prompt": "Tell me", "max_tokens": tokens, "stream": True}
+    body |= {"temperature": 0, "ignore_eos": True}
+    sent = json.dumps(body).encode()
+    began = time.monotonic()
+    reader, writer = await asyncio.open_connection(*place.split(":"))
+    writer.write(
+        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
+        b"content-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(sent)
+    )
+    writer.write(sent)
+    last = b""
+    while part := await reader.read(1 << 16):
+        last = (last + part)[-40:]
+    writer.close()
+    assert b"[DONE]" in last, last
+    return time.monotonic() - began
+
+
 # ------------------------------------------------------------------ under load
 
 
@@ -271,7 +408,9 @@ async def killed(deployed: Deployed, server: Server, seen: Seen) -> str:
 
     outcome = await _under_load(server, seen, "killed", kill)
     codes = Counter(f"{r.code}/{r.metadata.get('cause', r.reason)}" for r in outcome.refused)
+    # Only what ran there: at most six callers, each with one call.
     assert set(codes) <= {"UNAVAILABLE/replica_lost"}, codes
+    assert codes.total() <= 6, f"calls were sent to a dead replica: {codes}"
     assert all(r.retry_after_s is not None for r in outcome.refused), "no RetryInfo"
     await _nothing_lost(server, seen)
     return (
@@ -340,6 +479,8 @@ async def grown(deployed: Deployed, server: Server, seen: Seen) -> str:
     assert len(found) == 2, f"only {found} answers"
     assert stays in found, f"{stays} is gone: {found}"
     await _nothing_lost(server, seen)
+    if deployed.other is not None:
+        deployed.other.check()
     return f"{outcome.finished} streams finished, none failed; the first is the same process"
 
 
@@ -364,8 +505,24 @@ async def _at_once(server: Server, count: int) -> list[Any]:
     return streams
 
 
+async def down(deployed: Deployed, server: Server, seen: Seen) -> str:
+    """The last check: ours is gone, and nothing else."""
+    assert await asyncio.to_thread(deployed.run, "down") == ""
+    assert not deployed.servers_below(deployed.data_dir), "its servers are there"
+    for place in (deployed.grpc, deployed.http):
+        assert is_free("127.0.0.1", int(place.rpartition(":")[2])), f"{place} is kept"
+    again = await asyncio.to_thread(deployed.tried, "down")
+    assert (again.returncode, again.stdout) == (1, "not deployed\n"), again
+    assert deployed.other is not None
+    deployed.other.check()
+    return "ours is gone; another team's application is the same process"
+
+
+NEED_NEIGHBOUR = (fails, down)
+"""Checks that are only for a deployment of our own, beside another team's application."""
 Check = Callable[[Deployed, Server, Seen], Awaitable[str]]
 CHECKS: tuple[Check, ...] = (
+    interfaces,
     health,
     uploads,
     loads,
@@ -375,7 +532,10 @@ CHECKS: tuple[Check, ...] = (
     cancels,
     affinity,
     publication,
+    fails,
+    cost,
     killed,
     drained,
     grown,
+    down,
 )

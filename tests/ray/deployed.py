@@ -1,4 +1,5 @@
-"""A deployment of ``veneer-ray`` on this machine, and the processes that belong to it."""
+"""A deployment of ``veneer-ray`` on this machine, on a Ray that another team has started and
+uses, and the processes that belong to it."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from typing import Any
 import psutil
 
 from tests.ports import free_port
+from tests.ray.neighbour import Neighbour, neighbour
 from tests.server_harness import Server
 
 START_S = 600.0
@@ -24,13 +26,20 @@ START_S = 600.0
 
 @dataclass(frozen=True)
 class Deployed:
-    """Where it answers, and what it is made of."""
+    """Where it answers, and what it is made of.
+
+    Attributes:
+        other: whose Ray it runs on; None if that is not known.
+        flags: the servers' flags.
+    """
 
     grpc: str
     http: str
     data_dir: Path
     address: str
     environment: dict[str, str]
+    flags: tuple[str, ...] = ()
+    other: Neighbour | None = None
 
     def server(self) -> Server:
         """Stubs that talk to its ingress; it has no process of its own."""
@@ -46,17 +55,12 @@ class Deployed:
         (found,) = self._servers("registry")
         return found
 
+    def servers_below(self, folder: Path) -> list[psutil.Process]:
+        """All servers whose data is below a folder."""
+        return _servers_of(str(folder))
+
     def _servers(self, folder: str) -> list[psutil.Process]:
-        below = str(self.data_dir / folder)
-        found = []
-        for process in psutil.process_iter():
-            try:
-                line = process.cmdline()
-            except psutil.Error:
-                continue
-            if "veneer_server" in line and any(part.startswith(below) for part in line):
-                found.append(process)
-        return found
+        return _servers_of(str(self.data_dir / folder))
 
     def sequences(self) -> float:
         """Running and waiting, in all engines that answer."""
@@ -64,15 +68,20 @@ class Deployed:
 
     def run(self, *arguments: str) -> str:
         """Another ``veneer-ray`` command on it."""
-        done = subprocess.run(
-            [sys.executable, "-m", "veneer_ray", *arguments, "--address", self.address],
+        done = self.tried(*arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def tried(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """A command that may fail."""
+        command, *rest = arguments
+        return subprocess.run(
+            [sys.executable, "-m", "veneer_ray", command, "--address", self.address, *rest],
             capture_output=True,
             text=True,
             check=False,
             env=self.environment,
         )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
 
     async def engines_are(self, count: int, seconds: float = START_S) -> float:
         """Seconds until ``veneer-ray status`` says that so many run, and no others."""
@@ -85,6 +94,18 @@ class Deployed:
                 return time.monotonic() - began
             assert time.monotonic() - began < seconds, status
             await asyncio.sleep(1)
+
+
+def _servers_of(below: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            line = process.cmdline()
+        except psutil.Error:
+            continue
+        if "veneer_server" in line and any(part.startswith(below) for part in line):
+            found.append(process)
+    return found
 
 
 def sequences_of(process: psutil.Process) -> float:
@@ -117,41 +138,28 @@ def sequences_of(process: psutil.Process) -> float:
 
 @contextmanager
 def deployed(flags: tuple[str, ...]) -> Iterator[Deployed]:
-    """Deploy on a Ray of its own, and end all of it."""
+    """Deploy beside another team's application, and end all of it."""
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
-    with tempfile.TemporaryDirectory(prefix="veneer-ray-") as folder:
-        data_dir = Path(folder)
-        grpc, http, registry = free_port(), free_port(), free_port()
-        log = data_dir / "up.log"
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "veneer_ray",
-                    "up",
-                    "--replicas",
-                    "2",
-                    *("--data-dir", folder, "--registry", f"127.0.0.1:{registry}"),
-                    *("--grpc-port", str(grpc), "--http-port", str(http), "--", *flags),
-                ],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-            )
-        try:
-            began = time.monotonic()
-            while "\nready: " not in "\n" + log.read_text("utf-8", "replace"):
-                assert process.poll() is None, log.read_text("utf-8", "replace")
-                assert time.monotonic() - began < START_S, log.read_text("utf-8", "replace")
-                time.sleep(0.5)
-            print(f"  deployed in {time.monotonic() - began:.0f} s")
-            yield Deployed(
-                f"127.0.0.1:{grpc}", f"127.0.0.1:{http}", data_dir, "auto", environment
-            )
-        finally:
-            process.terminate()
-            try:
-                process.wait(120)
-            except subprocess.TimeoutExpired:
-                process.kill()
+    with (
+        tempfile.TemporaryDirectory(prefix="veneer-ray-") as folder,
+        neighbour(environment) as other,
+    ):
+        grpc, http = free_port(), free_port()
+        made = Deployed(
+            f"127.0.0.1:{grpc}",
+            f"127.0.0.1:{http}",
+            Path(folder),
+            other.address,
+            environment,
+            flags,
+            other,
+        )
+        began = time.monotonic()
+        said = made.run(
+            *("up", "--replicas", "2", "--data-dir", folder),
+            *("--registry", f"127.0.0.1:{free_port()}"),
+            *("--grpc-port", str(grpc), "--http-port", str(http), "--", *flags),
+        )
+        assert "ready: " in said, said
+        print(f"  deployed in {time.monotonic() - began:.0f} s")
+        yield made

@@ -38,6 +38,9 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         follow_s: from the registry's message until the follower has applied a change.
         reconnect_s: until a follower is connected again after a partition or a loss.
         detect_s: until the ingress notices that a replica is lost.
+        base_parameters: number of parameters of the base. Tokens of an adapter that is large
+            beside it count for several, as the server counts them (`token_work`); 0 counts all
+            tokens alike. The default is the bundled base's.
         noise: equally likely factors: the measured times of steps and loads, divided by their
             costs. They are large on a machine that others use too. Without any, each operation
             takes exactly its cost.
@@ -63,6 +66,7 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     follow_s: _Seconds = 20e-3
     reconnect_s: _Seconds = 1.0
     detect_s: _Seconds = 1.0
+    base_parameters: Annotated[int, msgspec.Meta(ge=0)] = 134_515_008
     noise: tuple[_Positive, ...] = ()
 
     def of_step(self, plan: StepPlan) -> float:
@@ -70,10 +74,8 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         seconds, adapters = self.step_s, set()
         for planned in plan.sequences:
             count = len(planned.tokens)
-            if count > 1:
-                seconds += count * self.prompt_token_s
-            else:
-                seconds += self.row_s
+            each = self.prompt_token_s if count > 1 else self.row_s
+            seconds += count * each * planned.work
             seconds += count * planned.start * self.attention_s
             adapters.add(planned.digest)
         adapters.discard(None)

@@ -59,10 +59,11 @@ class Driver:
         began = time.monotonic()
         any_server = next(iter(self._servers.values()))
         work = float(asked.prompt_tokens + 2 * asked.answer_tokens)
+        assert asked.adapter is not None, "a real run has no trace"
         wanted = Wanted(any_server.digests[asked.adapter], asked.session, work)
         choice = self._router.choose(wanted, began)
         self.collected.sent(asked.number, choice.replica)
-        first = None
+        first, last = None, 0.0
         try:
             async with self._servers[choice.replica].client.generate_stream(
                 Tokens(tuple(self._prompts[asked.text : asked.text + asked.prompt_tokens])),
@@ -71,16 +72,23 @@ class Driver:
                 temperature=0.0,
                 ignore_eos=True,
             ) as stream:
-                async for _ in stream:
-                    first = first or time.monotonic()
+                async for chunk in stream:
+                    if not chunk.token_ids:
+                        continue
+                    now = time.monotonic()
+                    if first is None:
+                        first = now
+                    else:
+                        self.collected.next_token(asked.number, now - last)
+                    last = now
                 final = stream.final
         except VeneerError as error:
             self.collected.failed[error.reason.lower()] += 1
             return
         finally:
             self._router.finished(choice, time.monotonic())
-        self.collected.answered += 1
-        assert first is not None, "an answer has at least one chunk"
+        self.collected.has_answered(asked.prompt_tokens + asked.answer_tokens)
+        assert first is not None, "an answer has at least one token"
         self.collected.first_token(
             asked.number,
             asked.tenant,

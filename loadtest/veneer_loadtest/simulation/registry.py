@@ -71,7 +71,7 @@ class _Catalog:
     """Stand-in for a registry's catalog, for its feed. Adapters without a publication have
     revision 0 and no name."""
 
-    store_id, base_id = "store", "base"
+    store_id, base_id, told, lag_s, closed = "store", "base", 0, 0.0, False
 
     def __init__(self) -> None:
         self.last_change = 0
@@ -174,6 +174,12 @@ class Followers:
                 self._send(name, messages, told * self._costs.notify_s + self._costs.follow_s)
         return publication
 
+    def add(self, follower: str) -> None:
+        """Add a follower that knows nothing yet; it gets all names now. The registry must be
+        reachable."""
+        self._all[follower] = _Follower()
+        self._begin(follower)
+
     def leave(self, follower: str) -> None:
         """Handle the loss of a follower: publications no longer wait for it, since its lease
         expires."""
@@ -217,15 +223,15 @@ class Followers:
         run, sequence = each.view.place()
         changes = feed.after(run, sequence)
         each.connected, each.last_s = True, self._events.now
-        store, change, base = feed.facts()
+        (store, base), numbers = feed.facts(), feed.catalogs({})
         messages: tuple[Message, ...]
         if changes is None:
             now, entries = feed.snapshot()
-            begin = BeginFeed(feed.run, store, change, True, now.sequence, base)
+            begin = BeginFeed(feed.run, store, numbers, True, now.sequence, base)
             states = (Told(feed.state(*entry)) for entry in entries.items())
             messages = (begin, *states, SnapshotEnd(now.sequence, now.checksum))
         else:
-            begin = BeginFeed(feed.run, store, change, False, sequence, base)
+            begin = BeginFeed(feed.run, store, numbers, False, sequence, base)
             messages = (begin, *map(feed.told, changes), feed.heartbeat())
         self._receive(name, messages)
 

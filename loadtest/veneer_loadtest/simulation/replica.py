@@ -16,6 +16,7 @@ from veneer_server.step.inbox import Arrived, Inbox
 from veneer_server.step.plan import SequenceResult, StepPlan
 from veneer_server.wire.messages import (
     AdapterSource,
+    Cancel,
     FromEngine,
     Reference,
     SequenceRequest,
@@ -61,7 +62,7 @@ class Replica:
         seed: seed for choosing from `Costs.noise`.
 
     Attributes:
-        lost: set when the replica is lost; it then does nothing any more.
+        lost: set when the replica is lost or removed; it then does nothing any more.
     """
 
     def __init__(
@@ -83,20 +84,23 @@ class Replica:
             shared=True,
             most_loads=4 * size.load_workers,
         )
+        cost = StepCost(costs.step_s, costs.prompt_token_s, costs.attention_s)
         limits = SchedulerLimits(
             size.max_batch_tokens,
             max_running=size.max_running,
             context_length=size.context_length,
             prefill_beside_decode=size.prefill_beside_decode,
-            cost=StepCost(costs.step_s, costs.prompt_token_s, costs.attention_s),
+            prefill_beside_decode_s=cost.prefill_beside_decode_s,
+            cost=cost,
+            base_parameters=costs.base_parameters,
         )
-        blocks = BlockManager(
+        self.blocks = BlockManager(
             size.kv_tokens // size.block_size + 1,
             size.block_size,
             prefix_cache=size.prefix_cache,
             chunk=limits.chunk,
         )
-        self.scheduler = Scheduler(limits, blocks, self.residency, frozenset())
+        self.scheduler = Scheduler(limits, self.blocks, self.residency, frozenset())
         self._costs = costs
         self._random = random.Random(f"{seed} {name}")  # nosec B311 # not for secrets
         self._events = events
@@ -126,6 +130,16 @@ class Replica:
         """Send a request to the engine now."""
         self._inbox.put(Submit(number, request))
         self._wake()
+
+    def cancel(self, number: int) -> None:
+        """Cancel a request; its last output says so."""
+        self._inbox.put(Cancel(number))
+        self._wake()
+
+    @property
+    def kv_used(self) -> float:
+        """Used share of the KV cache, 0 to 1."""
+        return self.blocks.used / self.blocks.total
 
     def resident(self) -> frozenset[str]:
         """Return the weights digests of adapters in memory or being loaded."""

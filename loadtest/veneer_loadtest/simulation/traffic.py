@@ -1,13 +1,15 @@
-"""Generate a scenario's requests from its seed: the same requests for every router."""
+"""A scenario's adapters and requests, from its seed or a trace: the same for every router."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from veneer_loadtest.load.trace import TraceLine
 from veneer_loadtest.simulation.scenario import Scenario
 
 _POOL = 1 << 16
@@ -23,14 +25,14 @@ class Asked:
 
     Attributes:
         at_s: when it reaches the ingress.
-        adapter: the adapter's number.
+        adapter: the adapter's number; None for the base.
         session: name of its session; "" for none.
         text: where its prompt begins in the pool of `prompts`; the same within a session.
     """
 
     number: int
     at_s: float
-    adapter: int
+    adapter: int | None
     tenant: int
     prompt_tokens: int
     answer_tokens: int
@@ -41,30 +43,62 @@ class Asked:
 def traffic(scenario: Scenario) -> Iterator[Asked]:
     """Yield all requests in order of arrival."""
     random = np.random.default_rng(scenario.seed)
-    count = scenario.requests
-    at, adapters = _arrivals(scenario, random)
-    order = np.argsort(at, kind="stable")
-    prompt = _lengths(random, scenario.prompt_tokens, count)
-    answer = _lengths(random, scenario.answer_tokens, count)
+    count, trace = scenario.count, scenario.trace
+    adapters: list[int | None]
+    if trace:
+        order = np.arange(count)
+        at = np.array([line.at_s for line in trace]) / scenario.speed
+        adapters = numbered(trace)
+        if not any(line.adapter for line in trace):
+            adapters = _zipf(random, scenario.adapters, scenario.zipf, count).tolist()
+        prompt = np.array([line.prompt_tokens for line in trace])
+        answer = np.array([line.tokens for line in trace])
+    else:
+        at, drawn = _arrivals(scenario, random)
+        adapters, order = drawn.tolist(), np.argsort(at, kind="stable")
+        prompt = _lengths(random, scenario.prompt_tokens, count)
+        answer = _lengths(random, scenario.answer_tokens, count)
     in_session = random.random(count) < scenario.session_share  # nosec B311 # not for secrets
     which = random.integers(0, _SESSIONS, count)
     text = random.integers(0, _POOL, count)
     for number, place in enumerate(order.tolist()):
-        adapter = int(adapters[place])
+        adapter = adapters[place]
         session, begin = "", int(text[place])
         if in_session[place]:
             session = f"{adapter}/{which[place]}"
-            begin = (adapter * 7919 + int(which[place]) * 104_729) % _POOL
+            begin = ((adapter or 0) * 7919 + int(which[place]) * 104_729) % _POOL
         yield Asked(
             number=number,
             at_s=float(at[place]),
             adapter=adapter,
-            tenant=adapter % scenario.tenants,
+            tenant=(number if adapter is None else adapter) % scenario.tenants,
             prompt_tokens=int(prompt[place]),
             answer_tokens=int(answer[place]),
             session=session,
             text=begin,
         )
+
+
+def numbered(trace: Sequence[TraceLine]) -> list[int | None]:
+    """Return the number of each request's adapter: 0 for the one that is asked for most often,
+    None for the base."""
+    counts = Counter(line.adapter for line in trace if line.adapter)
+    numbers = {name: number for number, (name, _) in enumerate(counts.most_common())}
+    return [numbers.get(line.adapter) for line in trace]
+
+
+def adapter_sizes(scenario: Scenario) -> list[int]:
+    """Return each adapter's size in bytes. Ranks go to adapters at random, in numbers that come
+    as close to their shares as whole adapters can."""
+    count = scenario.adapters
+    if not scenario.ranks:
+        return [scenario.adapter_bytes] * count
+    weights = np.array([weight for _, weight in scenario.ranks])
+    ends = np.rint(np.cumsum(weights) / weights.sum() * count).astype(int)
+    ranks = np.repeat([rank for rank, _ in scenario.ranks], np.diff(ends, prepend=0))
+    np.random.default_rng([scenario.seed, 2]).shuffle(ranks)
+    sizes: list[int] = (ranks * scenario.rank_bytes).tolist()
+    return sizes
 
 
 def _arrivals(

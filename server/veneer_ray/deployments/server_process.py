@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from itertools import count
@@ -24,6 +25,8 @@ _START_S: Final = 1800.0
 """A first start may import a base of many gigabytes."""
 _READY: Final = b"veneer ready"
 """Begins the line with which the server says so; it has written its ports before."""
+_SAID: Final = 3
+"""Lines of the output of a server that does not start that are told."""
 _RAYS: Final = ("OMP_NUM_THREADS",)
 """Variables that Ray sets for its workers; without them the server makes better choices."""
 
@@ -49,6 +52,7 @@ class ServerProcess:
         self._stopping = False
         self._started: Future[subprocess.Popen[bytes]] = Future()
         self._ready: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._said: deque[str] = deque(maxlen=_SAID)
         environment = {key: value for key, value in os.environ.items() if key not in _RAYS}
         with tempfile.TemporaryDirectory(prefix="veneer-ray-") as folder:
             ports = Path(folder) / "ports.json"
@@ -61,7 +65,7 @@ class ServerProcess:
                 ready = False
             if not ready:
                 self.stop(0)
-                raise RuntimeError("veneer-server did not start: see its output above")
+                raise RuntimeError(f"veneer-server did not start: {' '.join(self._said)}")
             told = json.loads(ports.read_text("utf-8"))
         self.grpc = str(told["grpc"])
         self.openai = str(told["openai"])
@@ -97,7 +101,9 @@ class ServerProcess:
         ready = False
         with process.stdout as output:
             for line in output:
-                sys.stderr.write(line.decode(errors="replace"))
+                text = line.decode(errors="replace")
+                sys.stderr.write(text)
+                self._said.append(text.strip())
                 if line.startswith(_READY):
                     ready = True
                     self._ready.put(True)

@@ -25,6 +25,7 @@ from veneer_loadtest.load.spec import (
     parse_popularity,
 )
 from veneer_loadtest.load.summary import parse_limit, parse_seconds, parse_slo
+from veneer_loadtest.load.trace import TraceLine, read_trace
 
 from tests.refused import refused
 
@@ -181,6 +182,59 @@ def test_bad_traces_name_the_line_and_the_field(
     with refused(BadTrace, file=trace, **named) as caught:
         list(plan(load(Traced(str(trace)))))
     assert field in caught.value.message
+
+
+def test_a_trace_as_csv(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text('tokens,at_s,adapter,prompt_tokens\n3,4,"b",7\n\n2,1.5,,9\n')
+    assert read_trace(trace) == (TraceLine(1.5, 2, "", 9), TraceLine(4.0, 3, "b", 7))
+
+
+@pytest.mark.parametrize("zone", ["", "+00:00"])
+def test_a_trace_with_azures_columns_starts_at_its_earliest_time(
+    tmp_path: Path, zone: str
+) -> None:
+    trace = tmp_path / "azure.csv"
+    trace.write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\r\n"
+        f"2023-11-16 18:17:04.2500000{zone},4808,10\r\n"
+        f"2023-11-16 18:17:03.9799600{zone},110,27\r\n"
+    )
+    first, second = read_trace(trace)
+    assert (first.at_s, first.prompt_tokens, first.tokens) == (0.0, 110, 27)
+    assert second.at_s == pytest.approx(0.27004, abs=1e-5)
+    assert (second.prompt_tokens, second.tokens, second.adapter) == (4808, 10, "")
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "named"),
+    [
+        ("at_s,prompt_tokens,tokens\n0,1,1\n1,2\n", 3, "3 columns"),
+        ("at_s,prompt_tokens,tokens\n0,1,1\n1,2,x\n", 3, "$.tokens"),
+        ("at_s,prompt_tokens,tokens\n\nnan,1,1\n", 3, "`at_s`"),
+        ("at_s,prompt_tokens\n0,1\n", 1, "`tokens`"),
+        ("at_s,prompt_tokens,tokens,model\n0,1,1,a\n", 1, "`model`"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\nnoon,1,1\n", 2, "2023-11-16 18:17:03.979"),
+        (
+            "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03,1,0\n",
+            2,
+            "`GeneratedTokens` must be 1 or more",
+        ),
+        (
+            "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03,many,1\n",
+            2,
+            "`ContextTokens`",
+        ),
+    ],
+)
+def test_a_bad_row_of_a_csv_trace_names_its_line_and_the_column_as_written(
+    tmp_path: Path, text: str, line: int, named: str
+) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text(text)
+    with refused(BadTrace, file=trace, line=line) as caught:
+        read_trace(trace)
+    assert named in caught.value.message
 
 
 def test_a_trace_that_is_not_there() -> None:

@@ -6,8 +6,8 @@ import asyncio
 
 from veneer_proto.v1 import adapters_pb2, inference_pb2
 from veneer_ray.calls import Metadata
-from veneer_ray.routing.digests import Digests
-from veneer_ray.routing.wanted import of_body, of_request
+from veneer_ray.digests import Digests
+from veneer_ray.wanted import of_body, of_request
 
 ALICE: Metadata = (("authorization", "Bearer alice"), ("traceparent", "00-1"))
 BOB: Metadata = (("authorization", "Bearer bob"),)

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from veneer_proto.v1 import adapters_pb2, replication_pb2
-from veneer_ray.deployments.publication import PublishRequest
+from veneer_ray.publication import PublishRequest
 
 ALL = replication_pb2.WAIT_REPLICAS_ALL
 

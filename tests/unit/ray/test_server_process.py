@@ -23,6 +23,7 @@ def stop(*_):
 signal.signal(signal.SIGTERM, stop)
 print("base already packed", flush=True)
 if does == "fails":
+    print("error: port 1 is taken: choose another with --listen", flush=True)
     sys.exit(3)
 told = {"grpc": "a:1", "openai": "b:2", "metrics": "c:3"}
 pathlib.Path(ports).write_text(json.dumps(told))
@@ -55,7 +56,7 @@ def fake_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_line_with_ready_in_a_word_is_not_the_line_that_says_so(tmp_path: Path) -> None:
     lost: list[int] = []
-    with pytest.raises(RuntimeError, match="did not start"):
+    with pytest.raises(RuntimeError, match=r"did not start.* choose another with --listen"):
         ServerProcess(lambda ports: [str(ports), "", "fails"], lost.append)
     assert lost == [], "the error says it, which Serve shows"
 

@@ -52,7 +52,8 @@ def test_the_servers_know_their_flags() -> None:
     serve: Any = get_command(veneer_server.__main__.cli)
     serve = serve.commands["serve"]
     known = {flag for parameter in serve.params for flag in parameter.opts}
-    registry, engine = cluster.registry_flags(PORTS), cluster.engine_flags(HERE / "0", PORTS)
+    registry = cluster.registry_flags(PORTS)
+    engine = cluster.engine_flags(HERE / "0", PORTS, "127.0.0.1")
     for flags in (registry, engine):
         assert {flag for flag in flags if flag.startswith("--")} <= known
         assert flags[-2:] == ["--kv-cache-bytes", "1GiB"]
@@ -60,7 +61,27 @@ def test_the_servers_know_their_flags() -> None:
     assert engine[engine.index("--registry") + 1] == cluster.registry
     assert engine[engine.index("--registry-key-file") + 1] == "/data/key"
     assert engine[engine.index("--threads") + 1] == "2", "threads are what Ray sets aside"
-    assert "--threads" not in RayCluster(HERE).engine_flags(HERE, PORTS)
+    assert "--threads" not in RayCluster(HERE).engine_flags(HERE, PORTS, "127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    ("registry", "host"),
+    [
+        ("127.0.0.1:50060", "127.0.0.1"),
+        ("localhost:50060", "127.0.0.1"),
+        ("[::1]:50060", "127.0.0.1"),
+        ("10.0.0.1:50060", "10.0.0.7"),
+        ("registry.example:50060", "10.0.0.7"),
+    ],
+)
+def test_engines_are_reached_over_the_network_only_if_the_registry_is(
+    registry: str, host: str
+) -> None:
+    cluster = RayCluster(HERE, registry=registry)
+    assert cluster.engine_host("10.0.0.7") == host
+    flags = cluster.engine_flags(HERE, PORTS, host)
+    assert flags[flags.index("--listen") + 1] == f"{host}:0"
+    assert flags[flags.index("--openai-listen") + 1] == f"{host}:0"
 
 
 def test_settings_come_back_from_their_text() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import msgspec
@@ -65,6 +68,25 @@ def test_a_run_depends_on_its_seed_only() -> None:
     first, again = (without_cpu(run(busy)) for _ in range(2))
     assert first == again
     assert without_cpu(run(replace(busy, seed=4))) != first
+
+
+def test_a_run_is_the_same_in_every_process() -> None:
+    """Sets of names are iterated in another order in each process."""
+    options = ["--requests", "400", "--rate", "60", "--seed", "2", "--in-memory", "8"]
+    options += ["--routing", "adapter"]
+    printed = []
+    for hashes in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, "-m", "veneer_loadtest.simulation", "run", *options],
+            env={**os.environ, "PYTHONHASHSEED": hashes},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        lines = done.stdout.splitlines()
+        printed.append([line for line in lines if not line.startswith("CPU s")])
+    assert printed[0] == printed[1]
+    assert len(printed[0]) > 10
 
 
 def test_noise_makes_waits_longer_and_still_depends_on_the_seed_only() -> None:

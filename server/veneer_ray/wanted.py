@@ -9,7 +9,7 @@ from veneer_proto.v1 import adapters_pb2, inference_pb2
 from veneer_server.routing.records import Wanted
 
 from veneer_ray.calls import Metadata
-from veneer_ray.routing.digests import Digests
+from veneer_ray.digests import Digests
 
 _TOKENS: Final = 128
 """Output tokens assumed for a request without a limit. 4 bytes of prompt count as a token."""
