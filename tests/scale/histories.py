@@ -140,11 +140,11 @@ class Replica:
 
     follower: Follower
     proxy: Proxy
-    mirror: Any
+    registry: Any
 
     def meanings(self) -> dict[str, str]:
-        found = {name: self.mirror.current(name) for name in NAMES}
-        return {name: ref.revision for name, ref in found.items() if ref is not None}
+        found = {name: self.registry.entry(name) for name in NAMES}
+        return {name: entry.current.revision for name, entry in found.items() if entry}
 
 
 async def _started(folder: Path, proxy: Proxy, seed: int, view: type[View]) -> Replica:
@@ -160,13 +160,13 @@ async def _started(folder: Path, proxy: Proxy, seed: int, view: type[View]) -> R
         {},
     )
     follower = Follower(config, BASE, view=view)
-    mirror = await asyncio.to_thread(follower.open, folder, None)
+    registry = await asyncio.to_thread(follower.open, folder, None)
 
     async def applied(*_: object) -> None:
         pass
 
     follower.start(applied, lambda digest: False)
-    return Replica(follower, proxy, mirror)
+    return Replica(follower, proxy, registry)
 
 
 class History:
@@ -272,9 +272,9 @@ class History:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(0.5):
                 try:
-                    with replica.mirror.acquire(name) as lease:
-                        await replica.mirror.present(lease.ref)
-                        assert replica.mirror.weights_folder(lease.ref).is_dir()
+                    with replica.registry.acquire(name) as lease:
+                        await replica.registry.present(lease.ref)
+                        assert replica.registry.weights_folder(lease.ref).is_dir()
                         self.fetched += 1
                 except VeneerError:
                     self.refused += 1
@@ -298,8 +298,8 @@ class History:
         assert reached.enough, f"not all have told that they have it: {reached}"
         for replica in self.replicas:
             for name in wanted:
-                with replica.mirror.acquire(name) as lease:
-                    await replica.mirror.present(lease.ref)
+                with replica.registry.acquire(name) as lease:
+                    await replica.registry.present(lease.ref)
 
 
 def _quiet() -> None:

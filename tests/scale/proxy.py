@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import suppress
-from typing import Self
+from typing import Final, Self
+
+_Read = asyncio.Queue[tuple[float, bytes]]
+
+_MOST_ON_THE_WAY: Final = 1024
+"""Pieces of data of one connection and direction; more wait at their sender."""
 
 
 class Proxy:
@@ -14,13 +20,19 @@ class Proxy:
         target: ``host:port`` of the server.
         address: ``host:port`` of the proxy.
         forwarded: bytes forwarded from the server.
+        accepted: number of connections.
+        delay_s: seconds for which each piece of data holds up those after it.
+        late_s: seconds by which everything arrives late, as on a long link.
+        ports: the local ports of the connections to the server.
     """
 
     def __init__(self, target: str) -> None:
         self.target = target
         self.address = ""
-        self.forwarded = 0
+        self.forwarded = self.accepted = 0
         self.delay_s = 0.0
+        self.late_s = 0.0
+        self.ports: set[int] = set()
         self._open = asyncio.Event()
         self._open.set()
         self._refusing = False
@@ -69,10 +81,11 @@ class Proxy:
 
     def heal(self) -> None:
         """Forward again."""
-        self._refusing, self._budget, self.delay_s = False, None, 0.0
+        self._refusing, self._budget, self.delay_s, self.late_s = False, None, 0.0, 0.0
         self._open.set()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.accepted += 1
         if self._refusing:
             writer.transport.abort()
             return
@@ -86,16 +99,37 @@ class Proxy:
             writer.transport.abort()
             return
         self._writers.add(to)
+        port = to.get_extra_info("sockname")[1]
+        self.ports.add(port)
         for source, sink, counted in ((reader, to, False), (there, writer, True)):
             task = asyncio.get_running_loop().create_task(self._pump(source, sink, counted))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+            if counted:
+                task.add_done_callback(lambda _, port=port: self.ports.discard(port))
+
+    async def _read(self, source: asyncio.StreamReader, read: _Read) -> None:
+        """Note when each piece of data is to be sent on; b"" is the end."""
+        data = b"more"
+        while data:
+            try:
+                data = await source.read(64 << 10)
+            except ConnectionError:
+                data = b""
+            await read.put((time.monotonic() + self.late_s, data))
 
     async def _pump(
         self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, counted: bool
     ) -> None:
+        read: _Read = asyncio.Queue(_MOST_ON_THE_WAY)
+        reading = asyncio.get_running_loop().create_task(self._read(source, read))
         try:
-            while data := await source.read(64 << 10):
+            while True:
+                due, data = await read.get()
+                if (left := due - time.monotonic()) > 0:
+                    await asyncio.sleep(left)
+                if not data:
+                    break
                 if self.delay_s:
                     await asyncio.sleep(self.delay_s)
                 await self._open.wait()
@@ -116,6 +150,7 @@ class Proxy:
         except (ConnectionError, asyncio.CancelledError):
             pass
         finally:
+            reading.cancel()
             with suppress(RuntimeError):  # the loop is closing
                 sink.transport.abort()
             self._writers.discard(sink)

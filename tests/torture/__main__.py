@@ -28,7 +28,7 @@ from tests.torture.row import Control, Outcome, RowModule, Scale
 ROWS = Path(__file__).parent / "rows"
 MODULE = re.compile(r"row_(\d+)_\w+")
 TIMED = frozenset({14, 15, 18, 19})
-LONG = frozenset({23})
+LONG = frozenset({23, 25})
 """Rows that take minutes even in their quick form; the suite tests each of their faults
 alone."""
 SLOWEST = (9, 21, 7, 5, 12)

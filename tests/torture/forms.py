@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from veneer_server.backends.native.forms import AMX, FORMS
+from veneer_server.backends.native.forms import AMX, FORMS, forms_of
 
 from tests.backends_ran import asked, native_possible
 from tests.places import cache_dir
@@ -58,7 +58,7 @@ def _native(instructions: str) -> Form:
 
 _SHARED: Final = cache_dir()
 TORCH: Final = Form("torch", {"dtype": "float32", "quantization": "none", "backend": "torch"})
-NATIVE: Final = {name: _native(name) for name in ("amx-bf16", "avx512-bf16", "avx2")}
+NATIVE: Final = {form.name: _native(form.name) for form in forms_of("x86_64")}
 
 
 def forms() -> tuple[Form, ...]:

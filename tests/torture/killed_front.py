@@ -126,8 +126,16 @@ def _commit_later() -> None:
             (number,) = self._writer.execute(sql).fetchone()
             yield Change(self._writer, number, who, time)
 
+    @contextmanager
+    def own(self: Catalog) -> Iterator[sqlite3.Connection]:
+        with self._write_lock:
+            if not self._writer.in_transaction:
+                self._writer.execute("BEGIN IMMEDIATE")
+            yield self._writer
+
     Catalog.__init__ = made  # type: ignore[method-assign]
     Catalog.change = change  # type: ignore[method-assign,assignment]
+    Catalog._own = own  # type: ignore[method-assign,assignment]
 
 
 def _empty_uploads() -> None:

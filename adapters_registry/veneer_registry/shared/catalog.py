@@ -13,8 +13,8 @@ and they read the changes after the last one they know. That one must still be i
 the same token. If not, the database was restored from a backup, or the log has been cut since,
 and everything is read again.
 
-A registry that is paused while it holds the lock loses it after `HOLD_S`: PostgreSQL ends its
-session. Its change then fails, or is made if nobody else has made one meanwhile.
+A registry that is paused while it holds the lock loses it after `postgres.HOLD_S`: PostgreSQL
+ends its session. Its change then fails, or is made if nobody else has made one meanwhile.
 
 If the connection is lost before COMMIT was sent, nothing was changed. If it is lost after that,
 the token tells whether the commit was made; it can be read once the lock shows that the old
@@ -23,14 +23,12 @@ session has ended.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import secrets
-import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -38,10 +36,10 @@ from psycopg.types.json import Jsonb
 
 from veneer_registry.catalog import Catalog
 from veneer_registry.checked_rows import history_row
-from veneer_registry.database import database_errors
 from veneer_registry.errors import Unavailable, VeneerError
+from veneer_registry.freshness import HEARTBEAT_S, CopyAge
 from veneer_registry.rows import Foreign, HistoryRow
-from veneer_registry.shared import mirror
+from veneer_registry.shared import mirror, postgres
 from veneer_registry.shared.exclusive import SharedExclusive
 from veneer_registry.shared.postgres import (
     Connection,
@@ -54,10 +52,6 @@ from veneer_registry.shared.transfer import keys_of, read_rows, residents_of, wr
 
 _log = logging.getLogger(__name__)
 
-POLL_S: Final = 5.0
-"""How often the log of changes is read without being woken: a notification may be lost."""
-HOLD_S: Final = 30.0
-"""Seconds without a statement after which PostgreSQL takes the lock away."""
 FIND_OUT_S: Final = 15.0
 """Seconds to keep asking whether a commit was made after its answer was lost."""
 _PAUSE_S: Final = 0.2
@@ -68,7 +62,11 @@ Follower = Callable[[Foreign], None]
 
 
 class PostgresCatalog(Catalog):
-    """The catalog at ``address``. Its local copy at ``path`` is replaced."""
+    """The catalog at ``address``. Its local copy at ``path`` is replaced.
+
+    Attributes:
+        age: how old the copy is. The log of changes is read at least every `HEARTBEAT_S`.
+    """
 
     def __init__(
         self, address: PostgresAddress, path: Path, *, after_change: Callable[[int, str], None]
@@ -94,13 +92,15 @@ class PostgresCatalog(Catalog):
         self._channel = f"veneer_{key.hex()[:16]}"
         self._link = PostgresLink(address, "registry")
         self._listening = PostgresLink(address, "watcher")
+        self.age = CopyAge("its catalog in PostgreSQL")
         self._follower: Follower | None = None
         self._known: tuple[int, str] = (-1, "")
         """Number and token of the last change that the copy has."""
         self._sent: tuple[int, str] | None = None
+        self._sent_at = 0.0
+        """When the last change of this registry was sent, on the clock of `age`."""
+        self._told = -1
         self._line = 0
-        self._holder: Connection | None = None
-        """The connection whose session has the lock."""
         self._ended = threading.Event()
         self._watcher: threading.Thread | None = None
         self.exclusive: SharedExclusive = SharedExclusive(self._enter, self._leave)
@@ -114,12 +114,7 @@ class PostgresCatalog(Catalog):
             with self.exclusive.here():
                 self._catch_up(self._link)
             mirror.capture(self._writer)
-            if residents:
-                with self._write_lock:
-                    self._writer.executemany(
-                        "INSERT INTO residents VALUES (?, ?, ?, ?)",
-                        [(at, r.weights, r.tier, r.pin) for at, r in enumerate(residents)],
-                    )
+            self.set_residents(residents)
         except BaseException:
             self.close()
             raise
@@ -175,6 +170,7 @@ class PostgresCatalog(Catalog):
             raise
 
     def _leave(self) -> None:
+        self._told = self._known[0]  # own changes are in the index by now
         try:
             with self._link.answering():
                 self._unlock()
@@ -183,12 +179,11 @@ class PostgresCatalog(Catalog):
             self._link.drop()
 
     def _lock(self, connection: Connection) -> None:
+        # First: this process may be paused while it waits for the lock.
+        self._may_idle(connection, postgres.HOLD_S)
         connection.execute("SELECT pg_advisory_lock(%s)", [self.lock_key])
-        self._may_idle(connection, HOLD_S)
-        self._holder = connection
 
     def _unlock(self) -> None:
-        self._holder = None
         if self._link.connected:
             connection = self._link.open()
             connection.execute("SELECT pg_advisory_unlock(%s)", [self.lock_key])
@@ -203,13 +198,6 @@ class PostgresCatalog(Catalog):
                 "SELECT set_config('idle_session_timeout', %s, false)", [milliseconds]
             )
 
-    def check_held(self) -> None:
-        """Raise Unavailable if the lock was taken away. The caller holds `exclusive`."""
-        with self._link.answering() as connection:
-            if connection is not self._holder:
-                raise unavailable("the lock was taken away while this registry was paused")
-            connection.execute("SELECT 1")
-
     def _begin(self) -> None:
         assert self.exclusive.held, "a change needs `exclusive`"
         self._sent = None
@@ -217,9 +205,10 @@ class PostgresCatalog(Catalog):
 
     def _before_commit(self, number: int) -> None:
         keys = mirror.touched(self._writer)
-        if not keys:  # only this registry's own rows changed, such as its residents
+        if not keys:
             self._writer.execute("UPDATE counter SET value = value - 1")
             return
+        self._sent_at = self.age.now
         there, gone = mirror.values(self._writer, keys)
         token = secrets.token_hex(16)
         with self._link.answering() as connection:
@@ -273,6 +262,7 @@ class PostgresCatalog(Catalog):
         """Record that the copy has committed this registry's own change, and report it."""
         if self._sent is not None:
             self._known = self._sent
+            self.age.current(self._sent_at)
             ((self._line,),) = self._reader.rows(
                 "SELECT coalesce(max(sequence), 0) FROM history"
             )
@@ -297,6 +287,7 @@ class PostgresCatalog(Catalog):
                 self._listen(connection)
             except VeneerError as error:
                 self._listening.drop()
+                self.age.cut()
                 if not away and not self._ended.is_set():
                     _log.warning("changes from other registries are delayed: %s", error)
                 away = True
@@ -308,17 +299,37 @@ class PostgresCatalog(Catalog):
 
     def _listen(self, connection: Connection) -> None:
         while not self._ended.is_set():
-            with self.exclusive.here():
-                if self._ended.is_set():
-                    return
-                self._catch_up(self._listening)
+            if not self._is_current(connection):
+                with self.exclusive.here():
+                    if self._ended.is_set():
+                        return
+                    self._catch_up(self._listening)
             with self._listening.errors():
-                for _ in connection.notifies(timeout=POLL_S, stop_after=1):
+                for _ in connection.notifies(timeout=HEARTBEAT_S, stop_after=1):
                     pass
+
+    def _is_current(self, connection: Connection) -> bool:
+        """Whether the copy has all changes. Waits for no change of this registry, which may be
+        waiting for the lock."""
+        asked, known = self.age.now, self._known
+        with self._listening.answering():
+            row = connection.execute(
+                "SELECT number, token FROM changes ORDER BY number DESC LIMIT 1"
+            ).fetchone()
+        if row is None or tuple(row) != known:
+            return False
+        self.age.current(asked)
+        return True
+
+    @property
+    def told(self) -> int:
+        """Number of the last change that the index has."""
+        return self._told
 
     def _catch_up(self, link: PostgresLink) -> None:
         """Apply the changes after the last known one. The caller holds `exclusive.here`."""
         names: frozenset[str]
+        asked = self.age.now
         with link.answering() as connection, connection.transaction():
             connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
             changes = connection.execute(
@@ -333,6 +344,7 @@ class PostgresCatalog(Catalog):
             else:
                 last, names = self._read_all(connection)
         if goes_on and last == self._known:
+            self.age.current(asked)
             return
         if goes_on:
             names = self._apply(there, keys, last[0])
@@ -341,6 +353,8 @@ class PostgresCatalog(Catalog):
             self._follower(Foreign(names, lines))
         # Only now: if the follower failed, all this is done again.
         self._known = last
+        self._told = last[0]
+        self.age.current(asked)
         if lines:
             self._line = lines[-1].sequence
 
@@ -364,27 +378,15 @@ class PostgresCatalog(Catalog):
             table: gone.pop(table) for table in ("revisions", "labels") if table in gone
         }
         if late and there.get("names"):
-            with self._mirror() as writer:
+            with self._own() as writer:
                 mirror.apply(writer, there, gone)
+                writer.execute("UPDATE counter SET value = ?", [number])
             if self._follower is not None:
                 self._follower(Foreign(names, ()))
-        with self._mirror() as writer:
+        with self._own() as writer:
             mirror.apply(writer, there, {**gone, **late})
             writer.execute("UPDATE counter SET value = ?", [number])
         return names
-
-    @contextlib.contextmanager
-    def _mirror(self) -> Iterator[sqlite3.Connection]:
-        """A write transaction on the copy, for rows that PostgreSQL already has."""
-        with self._write_lock, database_errors(self._path):
-            self._writer.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._writer
-                self._writer.execute("COMMIT")
-            except BaseException:
-                if self._writer.in_transaction:
-                    self._writer.execute("ROLLBACK")
-                raise
 
     def _lines(self, number: int) -> tuple[HistoryRow, ...]:
         """Return the history lines after the last known one. After a restored backup there are
@@ -420,7 +422,7 @@ class PostgresCatalog(Catalog):
                 "reading the catalog again: its change log does not continue from the known "
                 "state"
             )
-        with self._mirror() as writer:
+        with self._own() as writer:
             mirror.empty(writer)
             for table in TABLES:
                 query = f"SELECT {', '.join(table.columns)} FROM {table.name}"  # nosec B608 # names of ours

@@ -13,8 +13,10 @@ from typing import Final
 from veneer_registry.catalog import Catalog
 from veneer_registry.disk import make_private
 from veneer_registry.errors import InvalidField, VeneerError
+from veneer_registry.freshness import Freshness
 from veneer_registry.pairing import COPY, Sides, Survey, line_of, value_of
 from veneer_registry.shared.catalog import PostgresCatalog
+from veneer_registry.shared.marks import ContentMarks
 from veneer_registry.shared.object_store import ObjectStore
 from veneer_registry.shared.objects import Objects
 from veneer_registry.shared.postgres import PostgresAddress
@@ -41,6 +43,7 @@ class SharedLocations:
         self._objects = objects
         self._cache_bytes = cache_bytes
         self._catalog: PostgresCatalog | None = None
+        self._marks = ContentMarks(address)
         self._mark = ObjectMark(objects)
         self.sides = Sides(
             store=objects.url,
@@ -68,6 +71,12 @@ class SharedLocations:
         )
         return self._catalog
 
+    @property
+    def freshness(self) -> Freshness:
+        """See `Locations`."""
+        assert self._catalog is not None, "`open_catalog` comes first"
+        return self._catalog.age
+
     def survey(self) -> Survey:
         """See `Locations`."""
         number, token = self._mark.read()
@@ -91,10 +100,11 @@ class SharedLocations:
 
     def open_store(self) -> ObjectStore:
         """See `Locations`."""
-        store = ObjectStore(self._objects, self._data_dir / _CACHE, self._cache_bytes)
-        if self._catalog is not None:
-            store.quarantine.check_held = self._catalog.check_held
+        store = ObjectStore(
+            self._objects, self._data_dir / _CACHE, self._cache_bytes, self._marks
+        )
         try:
+            store.adopt_marks()
             if dropped := self._objects.drop_stale_parts(time.time()):
                 _log.warning("removed %d interrupted multipart uploads", dropped)
             if broken := store.mark_broken():
@@ -112,6 +122,7 @@ class SharedLocations:
         if self._catalog is not None:
             self._catalog.join()
         self._mark.close()
+        self._marks.close()
 
 
 class ObjectMark:

@@ -3,19 +3,17 @@
 ::
 
     weights/<weights digest>/   adapter_config.json, and last adapter_model.safetensors
-    revisions/<revision>/       the bundle's other files, registrations, and last bundle.json
-    unneeded/<kind>/<digest>    marks content that no name has any more; deleted an hour later
-    aside/<kind>/<digest>       marks content that no name had at start-up; kept like quarantine
-    quarantine/<digest>/        weights that were found damaged
+    revisions/<revision>/       the bundle's other files, and last bundle.json
     id  changes                 as in the folder store
 
 A folder counts as present if its last file exists, so a partly written one is never seen, and
-the next push completes it. Keys contain the content's digest, so writing twice writes the same.
-Content is compared with its digest when it is read.
+the next push completes it. Keys contain the content's digest, so writing twice writes the
+same. Content is compared with its digest when it is read. Damaged weights stay until a push
+overwrites them.
 
-Deletion is delayed because another registry may be about to read the content. A registry that
-stores content again removes its mark. This and the deletion of marked content both happen under
-the catalog's lock.
+What no name has any more is deleted an hour later, since another registry may be about to read
+it. Who stores, who deletes and what is marked stands in the catalog's database (`marks`), so no
+object is read, written or deleted under the catalog's lock while a registry serves.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -33,14 +31,14 @@ from weakref import WeakValueDictionary
 
 from veneer_registry.bundle import Bundle
 from veneer_registry.bundle_files import REQUIRED_FILES
-from veneer_registry.disk import disk_errors, remove
-from veneer_registry.errors import AdapterCorrupt
-from veneer_registry.shared.cache import SharedWeightsCache
+from veneer_registry.disk import FOLDER_MODE, disk_errors, link, remove
+from veneer_registry.errors import AdapterCorrupt, InvalidField, QueueFull
+from veneer_registry.shared.marks import ASIDE, UNNEEDED, ContentMarks
 from veneer_registry.shared.objects import Objects
-from veneer_registry.shared.unneeded import UNNEEDED, ObjectQuarantine
-from veneer_registry.store import REGISTRATION, Store
+from veneer_registry.shared.unneeded import ObjectQuarantine
+from veneer_registry.store import Store
 from veneer_registry.store_folders import checked_digest
-from veneer_registry.stored_adapter import verify_weights
+from veneer_registry.weights_cache import WeightsCache
 
 _log = logging.getLogger(__name__)
 
@@ -55,14 +53,25 @@ _READS: Final = 3
 class ObjectStore(Store):
     """Committed content is in ``objects``; uploads, staging and the cache are in ``root``."""
 
+    remote = True
     quarantine: ObjectQuarantine
 
-    def __init__(self, objects: Objects, root: Path, cache_bytes: int) -> None:
-        """``cache_bytes``: bound on the weights on the local disk; see `SharedWeightsCache`."""
+    def __init__(
+        self, objects: Objects, root: Path, cache_bytes: int, marks: ContentMarks
+    ) -> None:
+        """``cache_bytes``: bound on the weights on the local disk; see `WeightsCache`."""
         super().__init__(root)
         self.objects = objects
-        self.quarantine = ObjectQuarantine(self, objects)
-        self.cache = SharedWeightsCache(self, super().present()[0], cache_bytes)
+        self._marks = marks
+        self.quarantine = ObjectQuarantine(self, objects, marks)
+        self._leases: Callable[[str], int] = lambda digest: 0
+        self.cache = WeightsCache(
+            root,
+            cache_bytes,
+            lambda digest: self._leases(digest) > 0,
+            flag="--store-cache-bytes",
+        )
+        self.cache.open()
         self._fetching: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
         """A lock lives as long as a thread holds it or waits for it."""
         self._guard = threading.Lock()
@@ -94,11 +103,21 @@ class ObjectStore(Store):
         """Mark folders as unneeded whose upload broke off long ago. Return how many."""
         marked = 0
         for kind in ("weights", "revisions"):
-            for digest, when in self._listed(kind)[1].items():
-                if when < time.time() - _BROKEN_S:
-                    self.objects.write(f"{UNNEEDED}/{kind}/{checked_digest(digest)}", b"")
-                    marked += 1
+            before = time.time() - _BROKEN_S
+            broken = [digest for digest, when in self._listed(kind)[1].items() if when < before]
+            if broken:
+                self._marks.mark(UNNEEDED, kind, broken)
+            marked += len(broken)
         return marked
+
+    def adopt_marks(self) -> None:
+        """Take over the marks of versions before December 2026, which were objects."""
+        for why in (UNNEEDED, ASIDE):
+            for key in self.objects.list(why):
+                parts = key.split("/")
+                if len(parts) == 3 and parts[1] in ("weights", "revisions"):
+                    self._marks.mark(why, parts[1], [parts[2]])
+                    self.objects.delete([key])
 
     def has(self, digest: str, file: str) -> bool:
         """See `Store`."""
@@ -121,56 +140,31 @@ class ObjectStore(Store):
 
     # ------------------------------------------------------------------------- commit
 
-    def prepare(self, staged: Path, bundle: Bundle) -> bool:
-        """Upload the content while others commit, since it may be large. See `Store`."""
-        return self._send(staged, bundle)
+    def claim(self, bundle: Bundle) -> AbstractContextManager[None]:
+        """See `Store`."""
+        return self._marks.claim([bundle.weights, bundle.revision])
 
-    def commit(
-        self, staged: Path, bundle: Bundle, registration: tuple[str, bytes] | None = None
-    ) -> bool:
-        """See `Store`. Stored weights are not read: their size must match."""
-        fresh = self._send(staged, bundle, registration, unmark=True)
-        with disk_errors(self.root):
-            if not self._weights_intact(bundle.weights):
-                self._place(staged, self.weights_folder(bundle.weights), REQUIRED_FILES)
-            self.cache.add(bundle.weights)
-        return fresh
-
-    def _send(
-        self,
-        source: Path,
-        bundle: Bundle,
-        registration: tuple[str, bytes] | None = None,
-        *,
-        unmark: bool = False,
-    ) -> bool:
-        """Upload the files that are missing. Return True if any weights file was. Under the
-        lock nearly all are there, and the rest takes one round trip, since others wait.
-
-        Args:
-            registration: name and content of the revision's registration, to be written, too.
-            unmark: also remove the content's marks.
-        """
+    def prepare(self, staged: Path, bundle: Bundle, *, damaged: bool) -> bool:
+        """Upload the files that are missing. See `Store`. Stored files are not read: their size
+        must match."""
         weights, revision = f"weights/{bundle.weights}", f"revisions/{bundle.revision}"
         document = f"{revision}/{_BUNDLE}"
-        sizes = {f"{weights}/{name}": (source / name).stat().st_size for name in REQUIRED_FILES}
-        sizes |= {f"{revision}/{name}": (source / name).stat().st_size for name in bundle.files}
+        sizes = {f"{weights}/{name}": (staged / name).stat().st_size for name in REQUIRED_FILES}
+        sizes |= {f"{revision}/{name}": (staged / name).stat().st_size for name in bundle.files}
         sizes[document] = len(bundle.document)
         calls = [partial(self._lacks, key, size) for key, size in sizes.items()]
-        if unmark:
-            calls.append(partial(self._unmark, bundle))
-        if registration is not None:
-            name, data = registration
-            calls.append(partial(self._write, f"{revision}/{name}", data))
-        lacking = [key for key in self.objects.at_once(calls) if key]
+        lacking = {key for key in self.objects.at_once(calls) if key}
+        if damaged:
+            lacking |= {key for key in sizes if key.startswith(weights)}
         # Those that make a folder count as present come last.
         last = {f"{weights}/{_LAST}", document}
-        for key in sorted(lacking, key=lambda each: each in last):
+        for key in sorted(lacking, key=lambda each: (each in last, each)):
             # In this thread: large files must not take all of those that `at_once` has.
             if key == document:
                 self.objects.write(key, bundle.document)
             else:
-                self.objects.put(key, source / key.rpartition("/")[2])
+                self.objects.put(key, staged / key.rpartition("/")[2])
+        self._cache(staged, bundle.weights)
         return any(key.startswith(weights) for key in lacking)
 
     def _lacks(self, key: str, size: int) -> str:
@@ -178,17 +172,19 @@ class ObjectStore(Store):
         there = self.objects.stat(key)
         return "" if there is not None and there.size == size else key
 
-    def _unmark(self, bundle: Bundle) -> str:
-        self.quarantine.unmark([bundle.weights], [bundle.revision])
-        return ""
+    def commit(
+        self, staged: Path, bundle: Bundle, registration: tuple[str, bytes] | None = None
+    ) -> bool:
+        """Do nothing: `prepare` has stored everything, and this is called under the lock."""
+        return False
 
-    def _write(self, key: str, data: bytes) -> str:
-        self.objects.write(key, data)
-        return ""
-
-    def still_there(self, staged: Path, bundle: Bundle) -> None:
-        """See `Store`."""
-        self._send(staged, bundle, unmark=True)
+    def _cache(self, staged: Path, weights: str) -> None:
+        """Put pushed weights into the cache, if it has room: they need not be fetched then."""
+        if weights in self.cache and self.cache.check(weights):
+            return
+        size = sum((staged / name).stat().st_size for name in REQUIRED_FILES)
+        with self._alone(weights), suppress(QueueFull, InvalidField):
+            self._fill(weights, size, lambda name, to: link(staged / name, to))
 
     def bundle(self, revision: str) -> Bundle:
         """See `Store`."""
@@ -199,32 +195,33 @@ class ObjectStore(Store):
         return Bundle(document["weights"], document["files"])
 
     # ------------------------------------------------------------------ registrations
+    # There are none: a lost catalog comes from the database's backup.
 
     def registered(self, revision: str) -> bool:
-        """See `Store`."""
-        folder = f"revisions/{checked_digest(revision)}"
-        return any(REGISTRATION in key for key in self.objects.list(folder))
+        """True: what a damaged row of the catalog may refer to stays."""
+        return True
+
+    def keep_registered(self, revision: str, name: str, data: bytes) -> None:
+        """Do nothing."""
 
     def register(self, revision: str, name: str, data: bytes) -> None:
-        """See `Store`."""
-        if self.has(revision, _BUNDLE):
-            self.objects.write(f"revisions/{revision}/{name}", data)
+        """Do nothing."""
 
     def complete(self, weights: str, revision: str, name: str, data: bytes) -> None:
-        """Do nothing: no older version of Veneer wrote objects."""
+        """Do nothing."""
 
     def unregister(self, revision: str, name: str) -> None:
-        """See `Store`."""
-        self.objects.delete([f"revisions/{checked_digest(revision)}/{name}"])
+        """Do nothing."""
 
     def discard(self, weights: Iterable[str], revisions: Iterable[str]) -> Path:
         """Mark content, and move cached weights to a staging folder; see `Store`."""
         weights = tuple(weights)
         trash = self.new_staging()
         try:
-            self.quarantine.mark(UNNEEDED, weights, revisions)
+            self._marks.mark(UNNEEDED, "weights", weights)
+            self._marks.mark(UNNEEDED, "revisions", revisions)
             for digest in weights:
-                self.cache.remove(digest, trash)
+                self.cache.remove(digest)
         except BaseException:
             remove(trash)
             raise
@@ -234,31 +231,48 @@ class ObjectStore(Store):
 
     def keep_while(self, leases: Callable[[str], int], named: Callable[[str], bool]) -> None:
         """See `Store`."""
-        self.cache.leases = leases
+        self._leases = leases
         self.quarantine.needed = lambda digest: named(digest) or leases(digest) > 0
 
     def is_local(self, weights: str) -> bool:
         """See `Store`."""
-        return self.cache.has(weights)
+        return self.cache.use(weights) is True
 
-    def fetch(self, weights: str) -> None:
+    def fetch(self, weights: str) -> bool:
         """See `Store`. Concurrent calls for the same weights share one download."""
         with self._alone(weights):
             if self.cache.has(weights):
-                return
-            staged = self.new_staging()
-            try:
+                return False
+            key = f"weights/{checked_digest(weights)}"
+            looks = [partial(self.objects.stat, f"{key}/{name}") for name in REQUIRED_FILES]
+            found = self.objects.at_once(looks)
+            size = sum(stat.size for stat in found if stat is not None)
+
+            def get(name: str, to: Path) -> None:
+                if not self.objects.get(f"{key}/{name}", to):
+                    raise _gone(weights)
+
+            self._fill(weights, size, get)
+            return True
+
+    def _fill(self, weights: str, size: int, get: Callable[[str, Path], None]) -> None:
+        """Put weights into the cache. The caller holds their lock.
+
+        Args:
+            get: brings a file, by name, to a path that does not exist.
+        """
+        folder = self.cache.partial_folder(weights)
+        remove(folder)
+        self.cache.make_room(weights, size)
+        try:
+            with disk_errors(self.root):
+                folder.mkdir(FOLDER_MODE)
                 for name in REQUIRED_FILES:
-                    if not self.objects.get(
-                        f"weights/{checked_digest(weights)}/{name}", staged / name
-                    ):
-                        raise _gone(weights)
-                verify_weights(staged, weights)
-                with disk_errors(self.root):
-                    self._place(staged, self.weights_folder(weights), REQUIRED_FILES)
-                self.cache.add(weights)
-            finally:
-                remove(staged)
+                    get(name, folder / name)
+            self.cache.commit(weights)
+        finally:
+            self.cache.release(weights)
+            remove(folder)
 
     @contextmanager
     def files_of(self, bundle: Bundle) -> Iterator[Mapping[str, Path]]:
@@ -284,6 +298,8 @@ class ObjectStore(Store):
                 self.fetch(weights)
             except AdapterCorrupt as error:
                 why = error
+            except QueueFull:  # the next request fetches them, once others need no more room
+                return True
             else:
                 return True
         _log.error("the stored object is also damaged: %s", why)

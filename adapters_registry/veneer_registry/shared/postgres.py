@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, LiteralString
@@ -33,6 +33,9 @@ CONNECT_S: Final = 5
 ANSWER_S: Final = 30.0
 """Seconds within which the database must answer. After that the connection counts as lost: a
 stopped server still acknowledges packets, so the kernel does not notice."""
+HOLD_S: Final = 30.0
+"""Seconds without a statement after which PostgreSQL ends a session that may hold a lock: its
+registry may be paused."""
 LOCK_S: Final = 20
 """Seconds to wait for another process to finish its change."""
 RETRY_S: Final = 2.0
@@ -120,6 +123,8 @@ class PostgresLink:
                     tcp_user_timeout=15_000,
                     # Never a standby, which may lag behind.
                     target_session_attrs="read-write",
+                    # Each statement is one message (see `execute_many`).
+                    cursor_factory=psycopg.ClientCursor,
                     password=self._address.password(),
                 )
             with self._guard:
@@ -142,7 +147,7 @@ class PostgresLink:
             "synchronous_commit": "on",
             "lock_timeout": f"{LOCK_S}s",
             "statement_timeout": f"{ANSWER_S:.0f}s",
-            "idle_in_transaction_session_timeout": f"{ANSWER_S:.0f}s",
+            "idle_in_transaction_session_timeout": f"{1000 * HOLD_S:.0f}ms",
             "tcp_keepalives_idle": "5",
             "tcp_keepalives_interval": "2",
             "tcp_keepalives_count": "3",
@@ -209,6 +214,21 @@ class PostgresLink:
         self.wake()
 
 
+def execute_many(
+    connection: Connection, query: LiteralString, rows: Iterable[Sequence[Any]]
+) -> None:
+    """Execute a statement for each row, all in one message.
+
+    PostgreSQL ends idle sessions (`HOLD_S`) only between a message that is answered and the
+    end of the next one. psycopg's own cursors and its ``executemany`` send a statement as
+    several messages with one answer: a registry that is paused between two of them would keep
+    the lock for as long as it is paused.
+    """
+    cursor = psycopg.ClientCursor(connection)
+    if statements := [cursor.mogrify(query, row) for row in rows]:
+        connection.execute("; ".join(statements))
+
+
 def unavailable(why: object, *, outcome: str = "unchanged") -> Unavailable:
     """The error for a database that cannot be reached.
 
@@ -248,7 +268,12 @@ def _translated(error: psycopg.Error) -> VeneerError:
             metadata={"field": "text"},
             detail=str(error),
         )
-    if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
+    if isinstance(
+        error,
+        psycopg.OperationalError
+        | psycopg.InterfaceError
+        | psycopg.errors.IdleInTransactionSessionTimeout,
+    ):
         return unavailable(error)
     return FailedPrecondition(
         "the catalog's database rejected the registry's query, nothing was changed; see the "

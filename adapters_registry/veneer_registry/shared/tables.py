@@ -181,6 +181,13 @@ TABLES: Final = (
 its own."""
 
 
+def create_missing(connection: Connection, last: str, tables: LiteralString) -> None:
+    """Create further tables unless ``last``, which is created last, is there: the right to
+    create is only needed once."""
+    if connection.execute("SELECT to_regclass(%s)", [last]).fetchone() == (None,):
+        connection.execute(tables)
+
+
 def create(connection: Connection, schema: str) -> None:
     """Create the tables unless they exist; the caller holds the lock of the catalog.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from veneer_registry.rows import ResidentRow
 from veneer_registry.shared import mirror
-from veneer_registry.shared.postgres import Connection
+from veneer_registry.shared.postgres import Connection, execute_many
 from veneer_registry.shared.tables import TABLES
 
 
@@ -34,13 +34,10 @@ def read_rows(connection: Connection, keys: dict[str, set[mirror.Key]]) -> dict[
 
 
 def write_rows(connection: Connection, there: mirror.Rows, gone: mirror.Rows) -> None:
-    with connection.cursor() as cursor:
-        for table in reversed(TABLES):
-            if keys := gone.get(table.name):
-                cursor.executemany(table.delete("%s"), keys)
-        for table in TABLES:
-            if rows := there.get(table.name):
-                cursor.executemany(table.upsert("%s"), rows)
+    for table in reversed(TABLES):
+        execute_many(connection, table.delete("%s"), gone.get(table.name, ()))
+    for table in TABLES:
+        execute_many(connection, table.upsert("%s"), there.get(table.name, ()))
 
 
 def residents_of(path: Path) -> Sequence[ResidentRow]:

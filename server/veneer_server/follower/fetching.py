@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
-from veneer_registry.adapter import AdapterRef
 from veneer_registry.bundle_files import REQUIRED_FILES
 from veneer_registry.disk import FILE_MODE, FOLDER_MODE, disk_errors
 from veneer_registry.errors import (
@@ -23,8 +22,8 @@ from veneer_registry.errors import (
     Unavailable,
     VeneerError,
 )
+from veneer_registry.weights_cache import WeightsCache
 
-from veneer_server.follower.cache import FollowerCache
 from veneer_server.follower.standing import Standing
 from veneer_server.logs import get_logger
 
@@ -78,8 +77,7 @@ class _Broken(Unavailable):
 
 
 class Fetching:
-    """Brings weights from a `Remote` into the cache. Belongs to one event loop, except that
-    `weights_folder` and `damaged` may be called from any thread.
+    """Brings weights from a `Remote` into the cache. Belongs to one event loop.
 
     Attributes:
         fetched, fetched_bytes, failed: counts since the start.
@@ -87,7 +85,7 @@ class Fetching:
 
     def __init__(
         self,
-        cache: FollowerCache,
+        cache: WeightsCache,
         remote: Remote,
         standing: Standing,
         *,
@@ -107,20 +105,12 @@ class Fetching:
         self._on_fetched = on_fetched
         self._running: dict[str, asyncio.Task[bool]] = {}
 
-    def weights_folder(self, digest: str) -> Path:
-        """As `FollowerCache.weights_folder`."""
-        return self._cache.weights_folder(digest)
-
-    def damaged(self, digest: str, why: str) -> None:
-        """As `FollowerCache.drop`."""
-        self._cache.drop(digest, why)
-
     @property
     def running(self) -> int:
         """Number of fetches in progress."""
         return len(self._running)
 
-    async def present(self, tenant: str, ref: AdapterRef) -> bool:
+    async def present(self, tenant: str, digest: str) -> bool:
         """Ensure that leased weights are in the cache. Returns whether they had to be fetched.
         If a caller is cancelled, the fetch continues for the others.
 
@@ -129,7 +119,6 @@ class Fetching:
             QueueFull: too many fetches are running, or the cache has no room.
             AdapterNotFound, AdapterCorrupt: the registry no longer has the weights intact.
         """
-        digest = ref.weights_digest
         if self._cache.use(digest):
             return False
         task = self._running.get(digest)

@@ -1,4 +1,17 @@
-"""A follower: puts together the view, all tenants' mirrors, the cache, and the connections."""
+"""A follower: puts together the view, the registries of all tenants, the cache, and the
+connections.
+
+::
+
+    follower/names/TENANT/   the tenant's registry: see `veneer_registry.registry_copy`
+    follower/current         its time of change is when the names were last known to be current
+    follower/weights/ ...    see `cache`
+
+Each change is durable before it is acknowledged to the registry. Changes are applied one after
+the other, so the newest number in all copies is the place up to which they have everything.
+Only while a snapshot is applied they are at different places: then the default tenant's copy
+has no run, which it is given last. The folder may be deleted while the server is stopped.
+"""
 
 from __future__ import annotations
 
@@ -6,52 +19,52 @@ import asyncio
 import math
 import os
 import secrets
+import shutil
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from veneer_registry.adapter import AdapterRef, BaseSpec
-from veneer_registry.errors import VeneerError
+from veneer_registry.disk import FOLDER_MODE, disk_errors
+from veneer_registry.errors import CatalogDamaged, FailedPrecondition, VeneerError
 from veneer_registry.lock import OwnerLock
 from veneer_registry.records import AdapterRecord
 from veneer_registry.recovery import base_identity
+from veneer_registry.registry_copy import Changed, NewName, RegistryCopy, open_copy
+from veneer_registry.weights_cache import WeightsCache
 
+from veneer_server.access.keys import TENANT
 from veneer_server.access.principal import DEFAULT_TENANT
 from veneer_server.config import ServerConfig
-from veneer_server.follower.cache import FollowerCache
+from veneer_server.follower.fetched_store import FetchedStore
 from veneer_server.follower.fetching import Fetching, Remote
-from veneer_server.follower.kept_view import Kept, append, load, save, saved_at
 from veneer_server.follower.link import RegistryLink
-from veneer_server.follower.mirror import Mirror
 from veneer_server.follower.registry_channel import RegistryAddress, RegistryChannel
 from veneer_server.follower.standing import Standing
 from veneer_server.follower.store_first import ObjectsOf, StoreFirst
-from veneer_server.follower.view import Received, View
+from veneer_server.follower.view import KnownName, Received, View
 from veneer_server.logs import get_logger
-from veneer_server.replication.states import Key, NameState, Told
+from veneer_server.replication.states import Key, NameState
 
 FOLDER: Final = "follower"
 """Subfolder of the data folder that may be deleted while the server is stopped."""
 
-_MOST_CHANGES: Final = 1 << 20
-"""Bytes of changes after which the whole view is saved again, or its own size if that is more:
-then most saves are short."""
-
 _AGE_S: Final = 1.0
-"""Seconds between two notes on disk that the view is current."""
+"""Seconds between two notes on disk that the names are current."""
 
 AGAIN_S: Final = 1.0
 LONGEST_AGAIN_S: Final = 30.0
 """First and longest wait before a name that could not be applied is tried again."""
 
-_BATCH: Final = 100
-"""Names that are applied before other tasks get a turn."""
+_BATCH: Final = 200
+"""Names of a snapshot that are applied in one transaction, before other tasks get a turn."""
 
 _log = get_logger(__name__)
 
@@ -65,7 +78,7 @@ class NameChange:
         dropped: revisions that the name no longer has.
     """
 
-    mirror: Mirror
+    registry: RegistryCopy
     state: NameState
     before: AdapterRef | None
     dropped: tuple[AdapterRecord, ...]
@@ -97,7 +110,7 @@ class Follower:
             self.place.address, most_lag_s=config.max_registry_lag or math.inf
         )
         self.view = view()
-        self.cache = FollowerCache(
+        self.cache = WeightsCache(
             config.data_dir / FOLDER,
             config.adapter_cache_bytes,
             self._leased,
@@ -116,45 +129,61 @@ class Follower:
             base=base_identity(base),
             asks_callers=config.asks_callers,
             apply=self._apply,
-            keep=self._keep,
         )
         self._config = config
         self._base = base
         self._base_id = base_identity(base)
-        self._kept = config.data_dir / FOLDER / "view"
-        self._durable: tuple[str, int] | None = None
-        """Place up to which the view on disk has all changes."""
-        self._unsaved: list[Told] | None = []
-        """Changes since; None if the whole view must be saved."""
-        self._view_bytes = self._changes_bytes = 0
+        self._folder = config.data_dir / FOLDER
         self._aged = -math.inf
-        self._mirrors: dict[str, Mirror] = {}
+        self._given: set[str] = set()
+        """Tenants whose registries were returned by `open`."""
+        self._copies: dict[str, RegistryCopy] = {}
         self._lock = threading.Lock()
         self._applied: Applied | None = None
         self._changed = asyncio.Event()
         """Set and replaced whenever a name changes."""
         self._resident: Callable[[str], bool] = lambda digest: False
         self._tasks: set[asyncio.Task[None]] = set()
-        self._behind: set[Key] = set()
-        """Names whose last state could not be applied."""
+        self._behind: dict[Key, NameState] = {}
+        """Last states of names that could not be applied."""
+        self._mixed = False
+        """Whether the copies are at different places, since a snapshot is not complete."""
+        self._voided = False
+        """Whether the default tenant's copy says so."""
+        self._applying = asyncio.Lock()
+        """Held from the decision to write a state until it is written."""
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="follower")
+        self._admits: Callable[[str], bool] = lambda tenant: True
+        self._refused: set[str] = set()
         self._catching_up: asyncio.Task[None] | None = None
 
-    def open(self, folder: Path, lock: OwnerLock | None) -> Mirror:
-        """Return the mirror of the tenant that this folder stands for; for the default tenant,
-        also open the cache and restore the saved view. Called from worker threads."""
+    def open(self, folder: Path, lock: OwnerLock | None) -> RegistryCopy:
+        """Return the registry of the tenant that this folder stands for; for the default
+        tenant, also open the cache and what earlier runs left. Called from worker threads. The
+        caller closes it, after `stop`, and the caller's lock stays the caller's.
+        """
+        tenant = folder.name
         if folder == self._config.data_dir:
+            tenant = DEFAULT_TENANT
             self.cache.open()
             self._restore()
-            return self._mirror(DEFAULT_TENANT)
-        return self._mirror(folder.name)
+        self._given.add(tenant)
+        return self._copy(tenant)
 
-    def start(self, applied: Applied, resident: Callable[[str], bool]) -> None:
+    def start(
+        self,
+        applied: Applied,
+        resident: Callable[[str], bool],
+        admits: Callable[[str], bool] = lambda tenant: True,
+    ) -> None:
         """Begin to follow the registry.
 
         Args:
             applied: called with each applied change, for the tenant's other parts.
-            resident: whether weights are in memory: see `FollowerCache`.
+            resident: whether weights are in memory: see `WeightsCache`.
+            admits: whether this server may open a tenant; names of others are left out.
         """
+        self._admits = admits
         self._applied = applied
         self._resident = resident
         self.link.start()
@@ -181,62 +210,73 @@ class Follower:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.channel.close()
+        await asyncio.to_thread(self._writer.shutdown)  # waits for a running change
+        for tenant, copy in list(self._copies.items()):
+            if tenant not in self._given:  # otherwise whoever has it closes it
+                await asyncio.to_thread(copy.close)
 
-    # ------------------------------------------------------------------ saved view
+    # ------------------------------------------------------------- from earlier runs
 
     def _restore(self) -> None:
-        kept = load(self._kept, self._base_id)
-        if kept is None:
-            return
-        age_s = time.time() - saved_at(self._kept)
-        self.view.restore(
-            kept.names,
-            run=kept.run,
-            sequence=kept.sequence,
-            store=kept.store,
-            catalog_change=kept.catalog_change,
-        )
-        if age_s >= 0:  # otherwise the clock was set back, and the view's age is unknown
-            self.standing.restored(age_s)
-        for state in kept.names:
-            self._mirror(state.tenant).apply(state)
-        _log.info("view restored", names=len(kept.names), age_s=round(age_s, 1))
-
-    async def _keep(self) -> bool:
-        """Make the view durable, whichever messages brought it here; return whether it is. What
-        fails is tried again with the next message, which is a heartbeat at the latest."""
-        place = self.view.run, self.view.sequence
-        if not self.view.run:  # out of step: a snapshot comes
-            return False
-        if place == self._durable:
-            self._note_age()
-            return True
-        changes, known = self._unsaved, self._durable is not None
-        most = max(_MOST_CHANGES, self._view_bytes)
+        """Open the copies of an earlier run. If one is damaged, or they do not belong together,
+        remove all of them: the registry is asked again."""
+        names = self._folder / "names"
+        # Files of versions before December 2026.
+        for old in (self._folder / "view", self._folder / "view.changes"):
+            old.unlink(missing_ok=True)
+        found = sorted(each.name for each in names.iterdir()) if names.is_dir() else []
+        others = [each for each in found if TENANT.fullmatch(each) and each != DEFAULT_TENANT]
+        for tenant in others[self._config.max_tenants - 1 :]:
+            # It would be out of date if the limit were raised later.
+            shutil.rmtree(names / tenant, ignore_errors=True)
         try:
-            if changes and known and self._changes_bytes < most:
-                work = partial(append, self._kept, self.view.run, changes)
-                self._changes_bytes = await asyncio.to_thread(work)
-            else:
-                kept = Kept.of(self.view)
-                self._view_bytes = await asyncio.to_thread(
-                    save, self._kept, kept, self._base_id
-                )
-                self._changes_bytes = 0
-        except VeneerError as error:
-            _log.warning("view not saved: changes are not acknowledged", why=str(error))
-            self._durable = None  # what is in the files is not known
-            return False
-        self._durable, self._unsaved = place, []
-        return True
+            for tenant in others[: self._config.max_tenants - 1]:
+                self._copy(tenant)
+            place = self._copy(DEFAULT_TENANT).place
+        except (CatalogDamaged, FailedPrecondition, ValueError) as error:
+            _log.warning("names of an earlier run are damaged, ignoring them", why=str(error))
+            place = {}
+        if not place.get("run") or place.get("base") != self._base_id:
+            for copy in self._copies.values():
+                copy.close()
+            self._copies.clear()
+            shutil.rmtree(names, ignore_errors=True)
+            return
+        self.view.restore(
+            {
+                (tenant, name): KnownName.of((tenant, name), entry, len(entry.revisions))
+                for tenant, copy in self._copies.items()
+                for name, entry in copy.entries().items()
+            },
+            # If a name was behind, only a snapshot tells which one.
+            run=""
+            if any(each.place.get("behind") for each in self._copies.values())
+            else place["run"],
+            sequence=max(
+                each.place.get("sequence", 0)
+                for each in self._copies.values()
+                if each.place.get("run") == place["run"]
+            ),
+            store=place["store"],
+            catalogs={
+                tenant: each.place.get("catalog", 0) for tenant, each in self._copies.items()
+            },
+        )
+        with suppress(FileNotFoundError):
+            age_s = time.time() - (self._folder / "current").stat().st_mtime
+            if age_s >= 0:  # otherwise the clock was set back, and the age is unknown
+                self.standing.restored(age_s)
+            _log.info("names restored", names=len(self.view.names), age_s=round(age_s, 1))
 
     def _note_age(self) -> None:
-        """Note on disk, once in a while, that the view is still current."""
+        """Note on disk, once in a while, that the names are current."""
         now = time.monotonic()
-        if self.standing.connected and now >= self._aged + _AGE_S:
+        if now >= self._aged + _AGE_S:
             self._aged = now
+            file, then = self._folder / "current", time.time() - self.standing.lag_s
             with suppress(OSError):
-                os.utime(self._kept)
+                file.touch(0o600)
+                os.utime(file, (then, then))
 
     def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
@@ -246,75 +286,159 @@ class Follower:
 
     # ------------------------------------------------------------------------ names
 
-    def _mirror(self, tenant: str) -> Mirror:
+    def _copy(self, tenant: str) -> RegistryCopy:
+        """The registry of a tenant; opened if it is not open yet. Blocks."""
         with self._lock:
-            mirror = self._mirrors.get(tenant)
-            if mirror is None:
-                mirror = self._mirrors[tenant] = Mirror(
-                    tenant,
+            copy = self._copies.get(tenant)
+            if copy is not None and not copy.closed:
+                return copy
+            folder = self._folder / "names" / tenant
+            with disk_errors(self._folder):
+                folder.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
+            refuse, lock = self.standing.refuse, OwnerLock(folder)
+            try:
+                copy = open_copy(
+                    folder,
                     self._base,
-                    self.standing,
-                    self.fetching,
-                    self._config.retain_superseded,
+                    lock=lock,
+                    store=FetchedStore(folder, tenant, self.cache, self.fetching, refuse),
+                    freshness=self.standing,
+                    refuse=refuse,
+                    retain=self._config.retain_superseded,
                 )
-            return mirror
+            except BaseException:
+                lock.release()
+                raise
+            self._copies[tenant] = copy
+            return copy
 
     def _leased(self, digest: str) -> bool:
-        return any(mirror.leases(digest) for mirror in list(self._mirrors.values()))
+        return any(copy.leases(digest) for copy in list(self._copies.values()))
 
-    async def _apply(self, received: Received) -> None:
-        if received.told is None:
-            self._unsaved = None
-        elif self._unsaved is not None:
-            self._unsaved.append(received.told)
-        for number, state in enumerate(received.changes, 1):
-            await self._try(state)
-            if number % _BATCH == 0:
-                await asyncio.sleep(0)
+    async def _apply(self, received: Received) -> bool:
+        """Apply a message's changes. Return whether the copies have, durably, all that the view
+        has."""
+        async with self._applying:
+            if received.snapshot:
+                self._mixed, self._voided = True, False
+            by_tenant: dict[str, list[NameState]] = {}
+            for state in received.changes:
+                by_tenant.setdefault(state.tenant, []).append(state)
+            for tenant, states in by_tenant.items():
+                left = iter(states)
+                while batch := tuple(islice(left, _BATCH)):
+                    await self._try(tenant, batch)
+            await self._finish()
+        done = bool(self.view.run) and not self._mixed and not self._behind
+        if done and received.current:
+            self._note_age()
+        return done
 
-    async def _try(self, state: NameState) -> None:
-        """Apply a state; after an error, retry it in the background until it succeeds. One name
-        must not block the others."""
+    async def _finish(self) -> None:
+        """Note in the default tenant's copy that a snapshot is complete."""
+        if self._mixed and not self._behind:
+            self._mixed = False
+            if not await self._try(DEFAULT_TENANT, ()):
+                self._mixed = True
+
+    def _place(self, tenant: str) -> Mapping[str, Any]:
+        """What is written with a tenant's changes; see `_restore`."""
+        place = {
+            "run": self.view.run,
+            "sequence": self.view.sequence,
+            "catalog": self.view.catalogs.get(tenant, 0),
+            "behind": bool(self._behind),
+        }
+        if tenant != DEFAULT_TENANT:
+            return place
+        if self._mixed:
+            return {}
+        return place | {
+            "base": self._base_id,
+            "store": self.view.store,
+        }
+
+    async def _try(self, tenant: str, states: Iterable[NameState]) -> bool:
+        """Apply states of different names; after an error, retry those that failed in the
+        background until they succeed. One name must not block the others. Return whether all
+        succeeded. The caller holds `_applying`."""
+        states = tuple(states)
         try:
-            await self._take_over(state)
+            await self._take_over(tenant, states)
         except Exception as error:
-            _log.error("not followed yet", error, tenant=state.tenant, name=state.name)
-            self._behind.add(state.key)
+            if len(states) > 1:
+                return all([await self._try(tenant, [each]) for each in states])
+            _log.error("not followed yet", error, tenant=tenant, name=[s.name for s in states])
+            self._behind.update((each.key, each) for each in states)
             if self._catching_up is None or self._catching_up.done():
                 self._catching_up = self._start(self._catch_up())
-        else:
-            self._behind.discard(state.key)
-        self._changed.set()
-        self._changed = asyncio.Event()
+            return False
+        finally:
+            self._changed.set()
+            self._changed = asyncio.Event()
+        for each in states:
+            self._behind.pop(each.key, None)
+        return True
 
     async def _catch_up(self) -> None:
         """Retry failed names with their latest states."""
         wait_s = AGAIN_S
-        while self._behind:
+        while self._behind or self._mixed:
             await asyncio.sleep(wait_s)
-            for key in tuple(self._behind):
-                await self._try(self.view.names.get(key) or NameState(*key, None))
+            for state in tuple(self._behind.values()):
+                async with self._applying:
+                    if self._behind.get(state.key) is state:  # otherwise it is older
+                        await self._try(state.tenant, [state])
+            async with self._applying:
+                await self._finish()
             wait_s = min(LONGEST_AGAIN_S, 2 * wait_s)
 
-    async def _take_over(self, state: NameState) -> None:
-        mirror = self._mirror(state.tenant)
-        before = mirror.current(state.name)
-        dropped = mirror.apply(state)
-        self._bring_hot(mirror, before, state)
-        if self._applied is not None:
-            await self._applied(NameChange(mirror, state, before, dropped))
+    async def _take_over(self, tenant: str, states: Iterable[NameState]) -> None:
+        if not self._admits(tenant):
+            if tenant not in self._refused:
+                _log.error("tenant not followed: see --max-tenants", tenant=tenant)
+            self._refused.add(tenant)
+            return
+        if self._mixed and not self._voided:
+            # Before anything of a snapshot is written: the old place must not count any more.
+            await self._write(DEFAULT_TENANT, {}, {})
+            self._voided = True
+        names = {each.name: NewName(each.entry, each.rows) for each in states}
+        copy, found = await self._write(tenant, names, self._place(tenant))
+        for state in states:
+            before, dropped = found[state.name].before, found[state.name].dropped
+            self._bring_hot(copy, before, state)
+            if self._applied is None:
+                continue
+            try:
+                await self._applied(NameChange(copy, state, before, dropped))
+            except Exception as error:  # it is applied, and the next names go on
+                _log.error("change not announced", error, tenant=tenant, name=state.name)
 
-    def _bring_hot(self, mirror: Mirror, before: AdapterRef | None, state: NameState) -> None:
+    async def _write(
+        self, tenant: str, names: Mapping[str, NewName], place: Mapping[str, Any]
+    ) -> tuple[RegistryCopy, Mapping[str, Changed]]:
+        """Change a tenant's copy, in the thread of which there is one."""
+
+        def write() -> tuple[RegistryCopy, Mapping[str, Changed]]:
+            copy = self._copy(tenant)
+            return copy, copy.apply(names, place)
+
+        return await asyncio.get_running_loop().run_in_executor(self._writer, write)
+
+    def _bring_hot(
+        self, copy: RegistryCopy, before: AdapterRef | None, state: NameState
+    ) -> None:
         """Prefetch a name's new revision if the weights of the old one are cached here."""
         now = None if state.entry is None else state.entry.current
         if before is None or now is None or before.weights_digest == now.weights_digest:
             return
         if before.weights_digest in self.cache and now.weights_digest not in self.cache:
-            self._start(self._bring(mirror, now))
+            self._start(self._bring(copy, now))
 
-    async def _bring(self, mirror: Mirror, ref: AdapterRef) -> None:
+    async def _bring(self, copy: RegistryCopy, ref: AdapterRef) -> None:
         try:
-            with mirror.acquire(f"{ref.name}@{ref.revision}"):
-                await mirror.present(ref)
+            with copy.acquire(f"{ref.name}@{ref.revision}"):
+                await copy.present(ref)
         except VeneerError as error:
             _log.info("adapter not fetched ahead", adapter=ref.short, reason=error.reason)

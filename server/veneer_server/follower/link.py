@@ -11,6 +11,7 @@ from typing import Any, Final
 import grpc
 from veneer_proto.v1 import replication_pb2, replication_pb2_grpc
 from veneer_registry.errors import FailedPrecondition, VeneerError
+from veneer_registry.freshness import HEARTBEAT_S
 
 from veneer_server.follower.registry_channel import (
     RegistryAddress,
@@ -20,7 +21,7 @@ from veneer_server.follower.registry_channel import (
 from veneer_server.follower.standing import Standing
 from veneer_server.follower.view import OutOfStep, Received, View
 from veneer_server.logs import get_logger
-from veneer_server.replication.states import HEARTBEAT_S, LEASE_S, BeginFeed, Heartbeat
+from veneer_server.replication.states import LEASE_S, BeginFeed, Heartbeat
 from veneer_server.replication.wire import from_wire
 
 _FIRST_WAIT_S: Final = 0.05
@@ -62,15 +63,14 @@ class RegistryLink:
         name: str,
         base: str,
         asks_callers: bool,
-        apply: Callable[[Received], Awaitable[None]],
-        keep: Callable[[], Awaitable[bool]],
+        apply: Callable[[Received], Awaitable[bool]],
     ) -> None:
         """Args:
         name: this follower's name.
         base: identity of this server's base.
         asks_callers: whether this server authenticates callers.
-        apply: applies a message's changes, before they are acknowledged to the registry.
-        keep: makes the view durable, before that, too; returns whether it is.
+        apply: applies a message's changes; returns whether this server has, durably, all that
+            the view has, so that it may be acknowledged to the registry.
         """
         self.connects = 0
         self.resyncs = 0
@@ -81,7 +81,6 @@ class RegistryLink:
         self._base = base
         self._asks_callers = asks_callers
         self._apply = apply
-        self._keep = keep
         self._task: asyncio.Task[None] | None = None
         self._synced = asyncio.Event()
         self._answered = asyncio.Event()
@@ -90,6 +89,7 @@ class RegistryLink:
         """Run and sequence up to which changes are applied."""
         self._applied = asyncio.Event()
         self._echoes = False
+        self._registry_lag_s = 0.0
         self._asked = 0.0
         """When the registry was asked to be followed, on `Standing`'s clock."""
         self._heartbeat_s = HEARTBEAT_S
@@ -161,7 +161,10 @@ class RegistryLink:
             telling: asyncio.Task[None] | None = None
             try:
                 begin = replication_pb2.FollowStart(
-                    follower=self._name, run=run, sequence=sequence
+                    follower=self._name,
+                    run=run,
+                    sequence=sequence,
+                    catalogs=self._view.catalogs,
                 )
                 async with asyncio.timeout(_CONNECT_S):
                     await call.write(replication_pb2.FollowRequest(start=begin))
@@ -220,6 +223,7 @@ class RegistryLink:
     def _begun(self, begin: BeginFeed) -> None:
         self.connects += 1
         self._echoes = begin.echoes
+        self._registry_lag_s = begin.lag_s
         self._heartbeat_s, self._lease_s = begin.heartbeat_s, begin.lease_s
         self._standing.fault = ""
         if begin.base and begin.base != self._base:
@@ -243,19 +247,22 @@ class RegistryLink:
             _log.warning("the registry was restored from a backup: taking over its names again")
         if received.moved:
             _log.warning("it is another registry than before: taking over its names again")
-        if received.changes:
-            await self._apply(received)
-        # The view is ahead of the mirrors while a change, or a snapshot, is being applied.
+        # The view is ahead of the copies while a change, or a snapshot, is being applied.
         before = self._done
-        if await self._keep():
+        whole = await self._apply(received)
+        if whole:
             self._done = self._view.run, self._view.sequence
         self._standing.sequence = self._view.sequence
-        if received.current:
-            self._standing.current(self._known_at(message))
+        if received.current and whole:
+            if isinstance(message, Heartbeat):
+                self._registry_lag_s = message.lag_s
+            at = self._known_at(message)
+            now = self._standing.now if at is None else at
+            self._standing.current(now - self._registry_lag_s)
             self._synced.set()
             self._answered.set()
-        elif received.changes and self._standing.connected and not self._echoes:
-            self._standing.current()
+        elif received.changes and whole and self._standing.connected and not self._echoes:
+            self._standing.current(self._standing.now - self._registry_lag_s)
         # Not for each heartbeat: the registry sends one for each report.
         if self._done != before or isinstance(message, BeginFeed):
             self._applied.set()

@@ -8,8 +8,11 @@ once it is complete.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
+
+from veneer_registry.entry import Entry
 
 from veneer_server.replication.states import (
     BeginFeed,
@@ -38,6 +41,7 @@ class Received:
         current: whether the view was up to date when the message was sent.
         restored: whether the registry's catalog has lost changes: a backup was restored.
         moved: whether this is another registry than before.
+        snapshot: whether a snapshot is complete.
     """
 
     changes: tuple[NameState, ...] = ()
@@ -45,6 +49,24 @@ class Received:
     current: bool = False
     restored: bool = False
     moved: bool = False
+    snapshot: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class KnownName:
+    """What a view remembers of a name: enough to tell whether a snapshot has another state.
+
+    Attributes:
+        mark: see `mark_of`.
+        rows: number of revisions whose rows are known.
+    """
+
+    mark: int
+    rows: int
+
+    @classmethod
+    def of(cls, key: Key, entry: Entry | None, rows: int) -> Self:
+        return cls(mark_of(key, entry), rows)
 
 
 class View:
@@ -54,38 +76,41 @@ class View:
         names: every existing name of all tenants.
         run, sequence: position up to which changes are applied; "" and 0 before the first
             snapshot.
-        store, catalog_change: of the registry that was seen last.
+        store: of the registry that was seen last.
+        catalogs: by tenant, the number of the registry's catalog that this view has.
         synced: whether a complete snapshot was received, or a saved view restored.
     """
 
     def __init__(self) -> None:
-        self.names: dict[Key, NameState] = {}
+        self.names: dict[Key, KnownName] = {}
         self.run = ""
         self.sequence = 0
         self.store = ""
-        self.catalog_change = 0
+        self.catalogs: dict[str, int] = {}
         self.synced = False
         self._checksum = 0
         self._begun = False
         self._staged: dict[Key, NameState] | None = None
         self._next_run = ""
+        self._next_catalogs: dict[str, int] = {}
+        self._starts_anew = False
 
     def restore(
         self,
-        names: Iterable[NameState],
+        names: Mapping[Key, KnownName],
         *,
         run: str,
         sequence: int,
         store: str,
-        catalog_change: int,
+        catalogs: Mapping[str, int],
     ) -> None:
         """Start from the view that an earlier run of this server saved."""
-        self.names = {state.key: state for state in names}
+        self.names = dict(names)
         self.run, self.sequence = run, sequence
-        self.store, self.catalog_change = store, catalog_change
+        self.store, self.catalogs = store, dict(catalogs)
         self._checksum = 0
-        for key, state in self.names.items():
-            self._checksum = add_mark(self._checksum, 0, mark_of(key, state.entry))
+        for seen in self.names.values():
+            self._checksum = add_mark(self._checksum, 0, seen.mark)
         self.synced = True
 
     def place(self) -> tuple[str, int]:
@@ -120,11 +145,18 @@ class View:
             raise OutOfStep("the registry has gone back in the same run")
         known = bool(self.store)
         moved = known and begin.store != self.store
-        restored = known and not moved and begin.catalog_change < self.catalog_change
+        restored = (
+            known
+            and not moved
+            and any(begin.catalogs.get(t, n) < n for t, n in self.catalogs.items())
+        )
         self._begun = True
         self._staged = {} if begin.snapshot else None
         self._next_run = begin.run
-        self.store, self.catalog_change = begin.store, begin.catalog_change
+        self.store = begin.store
+        # A snapshot has all that these have; without one, its changes bring their numbers.
+        self._next_catalogs = dict(begin.catalogs)
+        self._starts_anew = restored or moved
         return Received(restored=restored, moved=moved)
 
     def _told(self, told: Told) -> Received:
@@ -140,6 +172,7 @@ class View:
         if told.previous != self.sequence:
             raise OutOfStep(f"changes between {self.sequence} and {told.sequence} are missing")
         self.sequence = told.sequence
+        self._reach({state.tenant: told.catalog})
         self._put(state)
         return Received((state,), told)
 
@@ -148,17 +181,21 @@ class View:
         staged = self._staged
         if staged is None:
             raise OutOfStep("a snapshot ended that had not begun")
+        names = {key: _seen(state) for key, state in staged.items()}
         checksum = 0
-        for key, state in staged.items():
-            checksum = add_mark(checksum, 0, mark_of(key, state.entry))
+        for seen in names.values():
+            checksum = add_mark(checksum, 0, seen.mark)
         if checksum != end.checksum:
             raise OutOfStep("the snapshot is not whole")
         gone = [NameState(*key, None) for key in sorted(self.names.keys() - staged.keys())]
-        changed = [state for key, state in staged.items() if self.names.get(key) != state]
-        self.names, self._staged = staged, None
+        changed = [state for key, state in staged.items() if self.names.get(key) != names[key]]
+        self.names, self._staged = names, None
         self.run, self.sequence, self._checksum = self._next_run, end.sequence, checksum
+        if self._starts_anew:
+            self.catalogs = {}
+        self._reach(self._next_catalogs)
         self.synced = True
-        return Received((*gone, *changed), current=True)
+        return Received((*gone, *changed), current=True, snapshot=True)
 
     def _heartbeat(self, beat: Heartbeat) -> Received:
         self._check_begun()
@@ -170,18 +207,22 @@ class View:
             raise OutOfStep(f"its names at {beat.sequence} are not those of this view")
         return Received(current=True)
 
+    def _reach(self, catalogs: Mapping[str, int]) -> None:
+        for tenant, number in catalogs.items():
+            self.catalogs[tenant] = max(number, self.catalogs.get(tenant, 0))
+
     def _put(self, state: NameState) -> None:
-        before = self.names.get(state.key)
+        before, after = self.names.pop(state.key, None), _seen(state)
         self._checksum = add_mark(
-            self._checksum,
-            mark_of(state.key, None if before is None else before.entry),
-            mark_of(state.key, state.entry),
+            self._checksum, 0 if before is None else before.mark, after.mark
         )
-        if state.entry is None:
-            self.names.pop(state.key, None)
-        else:
-            self.names[state.key] = state
+        if state.entry is not None:
+            self.names[state.key] = after
 
     def _check_begun(self) -> None:
         if not self._begun:
             raise OutOfStep("a message came before the beginning")
+
+
+def _seen(state: NameState) -> KnownName:
+    return KnownName.of(state.key, state.entry, len(state.rows))

@@ -46,16 +46,27 @@ class FeedSource(Protocol):
     def last_change(self) -> int: ...
 
     @property
+    def told(self) -> int: ...
+
+    @property
+    def closed(self) -> bool: ...
+
+    @property
+    def lag_s(self) -> float: ...
+
+    @property
     def base_id(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
 class FeedChange:
-    """One change: a name's new entry (None if the name is gone), and the change's number."""
+    """One change: a name's new entry (None if the name is gone), the change's number, and the
+    number of the tenant's catalog that has it."""
 
     sequence: int
     key: Key
     entry: Entry | None
+    catalog: int = 0
 
 
 class Feed:
@@ -64,6 +75,7 @@ class Feed:
     Attributes:
         run: id of this run.
         sequence: number of the last change; 0 if there is none.
+        closed: whether `close` was called.
     """
 
     def __init__(self, *, kept: int = KEPT) -> None:
@@ -71,10 +83,11 @@ class Feed:
         self.sequence = 0
         self._registries: dict[str, FeedSource] = {}
         self._entries: dict[Key, Entry] = {}
+        self._catalogs: dict[str, int] = {}
         self._checksum = 0
         self._row: deque[FeedChange] = deque(maxlen=kept)
         self._waiting: set[asyncio.Future[None]] = set()
-        self._closed = False
+        self.closed = False
 
     def add(
         self, tenant: str, registry: FeedSource, schedule: Callable[..., object] | None = None
@@ -89,13 +102,16 @@ class Feed:
         def changed(name: str, entry: Entry | None) -> None:
             # Called in the thread that makes the change, before it acknowledges the change: so
             # each acknowledged change has a number.
-            in_loop(self._note, (tenant, name), entry)
+            in_loop(self._note, (tenant, name), entry, registry.last_change)
 
         self._registries[tenant] = registry
+        number = registry.last_change
         for name, entry in registry.follow(changed).items():
-            self._note((tenant, name), entry)
+            self._note((tenant, name), entry, number)
+        self._catalogs[tenant] = max(number, self._catalogs.get(tenant, 0))
 
-    def _note(self, key: Key, entry: Entry | None) -> None:
+    def _note(self, key: Key, entry: Entry | None, catalog: int) -> None:
+        self._catalogs[key[0]] = max(catalog, self._catalogs.get(key[0], 0))
         before = self._entries.get(key)
         if before == entry:
             return  # already in the entries that `follow` returned
@@ -105,14 +121,14 @@ class Feed:
         else:
             self._entries[key] = entry
         self.sequence += 1
-        self._row.append(FeedChange(self.sequence, key, entry))
+        self._row.append(FeedChange(self.sequence, key, entry, catalog))
         self._wake()
 
     # ------------------------------------------------------------------- followers
 
     def heartbeat(self) -> Heartbeat:
-        """The last number, and the checksum of all names there."""
-        return Heartbeat(self.sequence, self._checksum)
+        """The last number, the checksum of all names there, and how old that may be."""
+        return Heartbeat(self.sequence, self._checksum, lag_s=self.lag_s)
 
     def snapshot(self) -> tuple[Heartbeat, dict[Key, Entry]]:
         """All names now."""
@@ -127,9 +143,18 @@ class Feed:
         return tuple(itertools.islice(self._row, sequence - oldest, None))
 
     def told(self, change: FeedChange) -> Told:
-        """A change with its rows. Reads the catalog: call it from a worker thread."""
-        state = self.state(change.key, change.entry)
-        return Told(state, change.sequence, change.sequence - 1)
+        """A change with its rows. Reads the catalog: call it from a worker thread.
+
+        It has the name's state now, which may be newer than the change: rows of revisions that
+        were dropped since are gone, and a follower may as well have what comes later.
+        """
+        state = self.state(change.key, self._entries.get(change.key))
+        while len(state.rows) < len(state.entry.revisions if state.entry else ()):
+            entry = self._entries.get(change.key)
+            if entry == state.entry:  # a row is damaged, or being deleted
+                break
+            state = self.state(change.key, entry)
+        return Told(state, change.sequence, change.sequence - 1, change.catalog)
 
     def state(self, key: Key, entry: Entry | None) -> NameState:
         """A name's state with its rows, as `told`."""
@@ -145,7 +170,7 @@ class Feed:
     async def beyond(self, sequence: int, within_s: float) -> bool:
         """Wait for a change after ``sequence``; return False on timeout. Raises Draining after
         `close`."""
-        if self._closed:
+        if self.closed:
             raise Draining(
                 "the registry is stopping: follow it again when it has restarted",
                 retry_after_s=0.5,
@@ -162,7 +187,7 @@ class Feed:
 
     def close(self) -> None:
         """Make all followers' calls end; they would not end by themselves."""
-        self._closed = True
+        self.closed = True
         self._wake()
 
     def _wake(self) -> None:
@@ -172,13 +197,31 @@ class Feed:
 
     # ---------------------------------------------------------------------- facts
 
+    def told_by_tenant(self) -> dict[str, int]:
+        """By tenant, see `Catalog.told`: all of it is numbered here after the event loop's next
+        turn."""
+        return {tenant: each.told for tenant, each in self._registries.items()}
+
     def registry(self, tenant: str) -> FeedSource | None:
         """The registry of an open tenant; None if it is not open."""
         return self._registries.get(tenant)
 
-    def facts(self) -> tuple[str, int, str]:
-        """Return the id of the first tenant's store, the sum of all tenants' last change
-        numbers, and the identity of the base. Reads the catalog."""
+    @property
+    def lag_s(self) -> float:
+        """How old the oldest of all registries' views of their catalogs is, in seconds."""
+        found = (each.lag_s for each in self._registries.values() if not each.closed)
+        return max(found, default=0.0)
+
+    def catalogs(self, told: Mapping[str, int]) -> dict[str, int]:
+        """By tenant, the number of its catalog that all names have here.
+
+        Args:
+            told: `told_by_tenant` of an earlier turn of the event loop.
+        """
+        return {each: max(told.get(each, 0), at) for each, at in self._catalogs.items()}
+
+    def facts(self) -> tuple[str, str]:
+        """Return the id of the first tenant's store, and the identity of the base. Reads the
+        catalog."""
         default = next(iter(self._registries.values()))
-        changes = sum(each.last_change for each in self._registries.values())
-        return default.store_id, changes, default.base_id
+        return default.store_id, default.base_id

@@ -72,6 +72,17 @@ class Replicas:
         self._followers.pop(follower, None)
         self._wake()
 
+    def count(self, sequence: int, mode: WaitMode) -> Reached:
+        """How many followers have applied a change now."""
+        return _found(self._live(), sequence, mode, known=self._clock() >= self._all_known)
+
+    def everywhere(self, sequence: int) -> int:
+        """The last change that all live followers have applied; ``sequence`` if there are none;
+        0 while that cannot be known."""
+        if self._clock() < self._all_known:
+            return 0
+        return min((each.sequence for each in self._live().values()), default=sequence)
+
     async def reached(self, sequence: int, wait: Wait) -> Reached | None:
         """Wait until enough followers have applied a change; return None at once for mode
         "none"."""
@@ -88,7 +99,7 @@ class Replicas:
             next_look = min((each.heard + self.lease_s for each in live.values()), default=end)
             if not known:
                 next_look = min(next_look, self._all_known)
-            await self._changed(max(0.001, min(end, next_look) - now))
+            await self.changed(max(0.001, min(end, next_look) - now))
 
     def _live(self) -> dict[str, _Follower]:
         oldest = self._clock() - self.lease_s
@@ -97,7 +108,8 @@ class Replicas:
         }
         return self._followers
 
-    async def _changed(self, within_s: float) -> None:
+    async def changed(self, within_s: float) -> None:
+        """Wait until a follower reports or leaves, or until the timeout."""
         told: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.add(told)
         try:
@@ -115,5 +127,11 @@ def _found(
     live: Mapping[str, _Follower], sequence: int, mode: WaitMode, *, known: bool
 ) -> Reached:
     applied = sum(each.sequence >= sequence for each in live.values())
-    needed = len(live) if mode == "all" else len(live) // 2 + 1 if live else 0
-    return Reached(len(live), applied, known and applied >= needed)
+    return Reached(len(live), applied, known and enough(len(live), applied, mode))
+
+
+def enough(live: int, applied: int, mode: WaitMode) -> bool:
+    """Whether as many have applied a change as a wait asks for."""
+    if mode == "none" or not live:
+        return True
+    return applied >= (live if mode == "all" else live // 2 + 1)

@@ -8,15 +8,14 @@ number tells a follower whether it has missed anything.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from veneer_registry.entry import Entry
+from veneer_registry.freshness import HEARTBEAT_S
 from veneer_registry.rows import RevisionRow
 from veneer_registry.strict_json import canonical_json
-
-HEARTBEAT_S: Final = 0.5
-"""Time between a registry's heartbeats."""
 
 LEASE_S: Final = 5.0
 """A follower that has reported nothing for this long counts as gone."""
@@ -55,18 +54,19 @@ class BeginFeed:
     Attributes:
         run: id of the registry's run, to which all sequence numbers belong.
         store: identity of the registry's data folder.
-        catalog_change: number of its catalog's last change.
+        catalogs: by tenant, the number of its catalog's last change.
         snapshot: whether all names follow, as they were at ``sequence``; otherwise the changes
             after ``sequence`` follow, which is the follower's own position.
         base: identity of the base that its adapters were checked against.
         heartbeat_s, lease_s: see `HEARTBEAT_S` and `LEASE_S`.
         asks_callers: whether the registry authenticates callers; None if it does not say.
         echoes: whether its heartbeats have an echo.
+        lag_s: as in `Heartbeat`.
     """
 
     run: str
     store: str
-    catalog_change: int
+    catalogs: Mapping[str, int]
     snapshot: bool
     sequence: int
     base: str = ""
@@ -74,16 +74,18 @@ class BeginFeed:
     lease_s: float = LEASE_S
     asks_callers: bool | None = None
     echoes: bool = True
+    lag_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """One name of a snapshot (both numbers are 0), or a change with its number and the number
-    of the change before it."""
+    """One name of a snapshot (all numbers are 0), or a change with its number, the number of
+    the change before it, and the number of the tenant's catalog that has it."""
 
     state: NameState
     sequence: int = 0
     previous: int = 0
+    catalog: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +102,13 @@ class Heartbeat:
 
     Attributes:
         echo: the follower's last stamp that the registry had; 0: none.
+        lag_s: how old the registry's own view of its catalog was.
     """
 
     sequence: int
     checksum: int
     echo: int = 0
+    lag_s: float = 0.0
 
 
 Message = BeginFeed | Told | SnapshotEnd | Heartbeat

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Final
 
@@ -12,6 +13,7 @@ from veneer_registry.entry import Entry
 from veneer_registry.errors import InvalidField
 from veneer_registry.rows import AliasRow, RevisionRow
 
+from veneer_server.access.keys import TENANT
 from veneer_server.replication.replicas import Reached, Wait, WaitMode
 from veneer_server.replication.states import (
     BeginFeed,
@@ -40,7 +42,9 @@ def to_wire(message: Message) -> replication_pb2.FollowResponse:
             begin = replication_pb2.FollowBegin(
                 run=message.run,
                 store=message.store,
-                catalog_change=message.catalog_change,
+                catalog_change=sum(message.catalogs.values()),
+                catalogs=message.catalogs,
+                lag=message.lag_s,
                 snapshot=message.snapshot,
                 sequence=message.sequence,
                 base=message.base,
@@ -53,6 +57,7 @@ def to_wire(message: Message) -> replication_pb2.FollowResponse:
         case Told():
             state = state_to_wire(message.state)
             state.sequence, state.previous = message.sequence, message.previous
+            state.catalog = message.catalog
             return replication_pb2.FollowResponse(state=state)
         case SnapshotEnd():
             end = replication_pb2.SnapshotEnd(
@@ -64,6 +69,7 @@ def to_wire(message: Message) -> replication_pb2.FollowResponse:
                 sequence=message.sequence,
                 checksum=_checksum(message.checksum),
                 echo=message.echo,
+                lag=message.lag_s,
             )
             return replication_pb2.FollowResponse(heartbeat=beat)
 
@@ -83,7 +89,8 @@ def from_wire(message: replication_pb2.FollowResponse, base: str) -> Message:
             return BeginFeed(
                 run=begin.run,
                 store=begin.store,
-                catalog_change=begin.catalog_change,
+                catalogs=dict(begin.catalogs),
+                lag_s=_lag(begin.lag),
                 snapshot=begin.snapshot,
                 sequence=begin.sequence,
                 base=begin.base,
@@ -94,14 +101,16 @@ def from_wire(message: replication_pb2.FollowResponse, base: str) -> Message:
             )
         case "state":
             state = message.state
-            return Told(state_from_wire(state, base), state.sequence, state.previous)
+            return Told(
+                state_from_wire(state, base), state.sequence, state.previous, state.catalog
+            )
         case "snapshot_end":
             end = message.snapshot_end
             return SnapshotEnd(end.sequence, int.from_bytes(end.checksum, "big"))
         case "heartbeat":
             beat = message.heartbeat
             checksum = int.from_bytes(beat.checksum, "big")
-            return Heartbeat(beat.sequence, checksum, beat.echo)
+            return Heartbeat(beat.sequence, checksum, beat.echo, _lag(beat.lag))
         case _:
             raise ValueError("the registry sent a message that this version does not know")
 
@@ -141,6 +150,8 @@ def state_to_wire(state: NameState) -> replication_pb2.NameState:
 def state_from_wire(message: replication_pb2.NameState, base: str) -> NameState:
     """Inverse of `state_to_wire`; ``base`` as in `from_wire`."""
     tenant, name = message.tenant, message.name
+    if not TENANT.fullmatch(tenant):  # it becomes the name of a folder
+        raise ValueError(f"the registry sent the tenant {tenant[:80]!r}, which cannot be one")
     if message.gone:
         return NameState(tenant, name, None)
     refs, rows, current = [], [], None
@@ -202,6 +213,12 @@ def _pairs(
 
 def _checksum(value: int) -> bytes:
     return value.to_bytes(_CHECKSUM, "big")
+
+
+def _lag(seconds: float) -> float:
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"the registry says that its view is {seconds:g} s old")
+    return seconds
 
 
 def _seconds(duration: Duration) -> float:

@@ -20,6 +20,7 @@ from veneer_registry.adapter import AdapterRef
 from veneer_registry.errors import AdapterBudgetExceeded, AdapterNotFound, VeneerError
 from veneer_registry.publishing import Staged
 from veneer_registry.records import AdapterRecord, AliasChange, Published
+from veneer_registry.registry import Registry
 from veneer_registry.rows import Who
 from veneer_registry.upload import Upload
 
@@ -27,7 +28,6 @@ from veneer_server.engine_client.client import EngineClient
 from veneer_server.engine_client.tenant_engine import TenantEngine
 from veneer_server.logs import get_logger
 from veneer_server.serving.events import AdapterEvents, AdapterUse, source_of
-from veneer_server.serving.registry import AdapterRegistry
 from veneer_server.serving.spare_time import outlast, to_the_end
 from veneer_server.serving.uploads import Uploads
 from veneer_server.sizing.memory_plan import MemoryPlan, MemoryTooSmall
@@ -49,7 +49,7 @@ class Replacing:
 
     def __init__(
         self,
-        registry: AdapterRegistry,
+        registry: Registry,
         engine: TenantEngine,
         *,
         keep_residents: Callable[[], Awaitable[None]],
@@ -92,7 +92,7 @@ class Warm:
 
     def __init__(
         self,
-        registry: AdapterRegistry,
+        registry: Registry,
         engine: TenantEngine,
         staged: Staged,
         keep_residents: Callable[[], Awaitable[None]],
@@ -260,7 +260,7 @@ class AdapterChanges:
 
     def __init__(
         self,
-        registry: AdapterRegistry,
+        registry: Registry,
         engine: TenantEngine,
         use: AdapterUse,
         uploads: Uploads,

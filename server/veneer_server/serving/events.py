@@ -18,13 +18,13 @@ from functools import partial
 from typing import Final, Literal
 
 from veneer_registry.adapter import AdapterManifest, AdapterRef, Tier
-from veneer_registry.errors import AdapterNotFound, Draining, VeneerError
+from veneer_registry.errors import AdapterNotFound, Draining, Unavailable, VeneerError
 from veneer_registry.records import AdapterRecord, Published
+from veneer_registry.registry import Registry
 from veneer_registry.rows import HistoryRow
 
 from veneer_server.engine_client.client import EngineEvent
 from veneer_server.logs import get_logger
-from veneer_server.serving.registry import AdapterRegistry
 from veneer_server.wire.messages import (
     AdapterFailed,
     AdapterLoaded,
@@ -309,7 +309,7 @@ class AdapterUse:
         self._last.pop((ref.name, ref.revision), None)
 
 
-def source_of(registry: AdapterRegistry, record: AdapterRecord) -> AdapterSource:
+def source_of(registry: Registry, record: AdapterRecord) -> AdapterSource:
     """Make the source that tells the engine where to find a revision's weights."""
     return AdapterSource(
         weights_digest=record.ref.weights_digest,
@@ -328,7 +328,7 @@ _UPDATES: Final = ("labels", "retention", "shared", "unshared")
 _log = get_logger(__name__)
 
 
-def tell_of_others(registry: AdapterRegistry, events: AdapterEvents) -> None:
+def tell_of_others(registry: Registry, events: AdapterEvents) -> None:
     """Add an event for each line that another server writes into the history from now on. Must
     be called on the event loop that the events belong to."""
     loop = asyncio.get_running_loop()
@@ -348,7 +348,7 @@ def tell_of_others(registry: AdapterRegistry, events: AdapterEvents) -> None:
 
 
 def _event(
-    registry: AdapterRegistry, events: AdapterEvents, line: HistoryRow
+    registry: Registry, events: AdapterEvents, line: HistoryRow
 ) -> Callable[[], None] | None:
     """Return the function that adds the events for a history line; None if it has none."""
     match line.event:
@@ -374,11 +374,11 @@ def _event(
     return None
 
 
-def _record(registry: AdapterRegistry, line: HistoryRow, revision: str) -> AdapterRecord:
+def _record(registry: Registry, line: HistoryRow, revision: str) -> AdapterRecord:
     """A revision of the line's name as it is now; it may have been deleted since."""
     try:
         return registry.get(f"{line.name}@{revision}" if revision else line.name)
-    except AdapterNotFound:
+    except (AdapterNotFound, Unavailable):  # Unavailable: the names are not current yet
         return _gone(line, revision)
 
 

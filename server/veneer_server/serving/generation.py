@@ -58,6 +58,8 @@ class Generation:
         self.counted = counted
         self.prompt = prompt
         self.completion_tokens = 0
+        self.accepted_tokens = self.rejected_tokens = 0
+        """Those of them that speculation had drafted, and tokens that it drafted in vain."""
         self.finish: FinishReason | None = None
         """The finish reason of the last sample to end; None until all have ended."""
         self.provenance = provenance
@@ -149,6 +151,8 @@ class Generation:
                 self._metrics.inter_token.observe((now - sample.last_output) / count)
         sample.last_output = now
         self.completion_tokens += count
+        self.accepted_tokens += min(output.accepted, count)
+        self.rejected_tokens += output.rejected
         self._metrics.generation_tokens.inc(count)
         self.counted.generated(count)
 

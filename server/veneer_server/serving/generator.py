@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import replace
 from typing import get_args
 
+import msgspec
 from veneer_registry.errors import ContextTooLong, DeadlineTooShort, VeneerError
 from veneer_registry.lease import RevisionLease
 
@@ -159,6 +160,8 @@ class Generator:
                 counts = await measured.prompt(len(prompt.ids), call.n)
                 call = await self._fitting(call, prompt, answer)
                 request = self._resolve(call, caller, sender, prompt, plan, owner, lease)
+                if call.prediction and self._engine.info.speculation:
+                    request = await self._expecting(request, call.prediction)
                 ref = lease.ref if lease is not None else None
                 generation = Generation(
                     call,
@@ -190,6 +193,13 @@ class Generator:
                     self._background.start(f"sweep {owner.name}", owner.registry.sweep)
             trace = self._trace(caller, generation, lease, outcome, failed)
             self._record(generation, lease, outcome, trace)
+
+    async def _expecting(self, request: SequenceRequest, prediction: str) -> SequenceRequest:
+        """Add the answer that the caller expects."""
+        info = self._engine.info
+        space = Room(info.vocab_size, info.longest_sequence)
+        expected = await self.prompts.expected(prediction, space, request.sender)
+        return msgspec.structs.replace(request, prediction=expected)
 
     async def _fitting(
         self, call: GenerateCall, prompt: Prompt, held: AnswerBytes

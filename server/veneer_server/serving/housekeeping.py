@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any, Final
 
 from veneer_registry.errors import AdapterCorrupt, VeneerError
+from veneer_registry.registry import Registry
 from veneer_registry.rows import ResidentRow
 
 from veneer_server.engine_client.client import EngineEvent
@@ -16,7 +17,6 @@ from veneer_server.engine_client.resident_set import Resident
 from veneer_server.engine_client.tenant_engine import TenantEngine
 from veneer_server.logs import get_logger
 from veneer_server.serving.events import AdapterEvents, source_of
-from veneer_server.serving.registry import AdapterRegistry
 from veneer_server.serving.spare_time import to_the_end
 from veneer_server.serving.uploads import MAX_BROKEN, MAX_BROKEN_BYTES
 from veneer_server.wire.messages import AdapterFailed, MemoryTier
@@ -41,7 +41,7 @@ class Housekeeping:
 
     def __init__(
         self,
-        registry: AdapterRegistry,
+        registry: Registry,
         events: AdapterEvents,
         *,
         upload_ttl_s: float,

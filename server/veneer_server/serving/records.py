@@ -110,6 +110,8 @@ class GenerateCall:
         n: number of samples for the prompt.
         use_prefix_cache: None means the server's default.
         cache_salt: cached prefixes are shared only among calls with the same salt.
+        prediction: the answer that the caller expects: a draft, which makes an answer like it
+            faster and never changes one. Without speculation it has no effect.
         priority: order among requests of the same tenant; lower starts earlier.
         tools: whether and how the answer may call tools; None if it may not.
         constraint_field: the caller's name for the constraint, for errors; empty means the
@@ -140,6 +142,7 @@ class GenerateCall:
     open_ended: bool = False
     clamped: bool = False
     cache_salt: str = ""
+    prediction: str = ""
     constraint_field: str = field(default="", compare=False)
     form: AnswerForm = field(default=_PLAIN, compare=False)
 

@@ -29,12 +29,12 @@ from veneer_registry.errors import (
     VeneerError,
 )
 from veneer_registry.lease import RevisionLease
+from veneer_registry.registry import Registry
 
 from veneer_server.engine_client.places import Place
 from veneer_server.engine_client.tenant_engine import TenantEngine
 from veneer_server.logs import get_logger
 from veneer_server.serving.events import AdapterUse, source_of
-from veneer_server.serving.registry import AdapterRegistry
 from veneer_server.serving.spare_time import outlast, to_the_end
 from veneer_server.text.prompts import Prompts, Room
 from veneer_server.wire.messages import AdapterSource, SamplingParams, SequenceRequest
@@ -63,9 +63,7 @@ class Subject:
 class Subjects:
     """Finds and leases subjects. Their files stay until the caller closes ``leases``."""
 
-    def __init__(
-        self, registry: AdapterRegistry, engine: TenantEngine, use: AdapterUse
-    ) -> None:
+    def __init__(self, registry: Registry, engine: TenantEngine, use: AdapterUse) -> None:
         """Args: use: which adapters were requested most recently."""
         self._registry = registry
         self._engine = engine
@@ -322,7 +320,7 @@ class SelfTest:
 
     def __init__(
         self,
-        registry: AdapterRegistry,
+        registry: Registry,
         engine: TenantEngine,
         prompts: Prompts,
         use: AdapterUse,

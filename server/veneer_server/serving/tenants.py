@@ -24,6 +24,7 @@ from veneer_registry.extras import install_extra
 from veneer_registry.lock import OwnerLock
 from veneer_registry.opening import FolderLocations, Locations
 from veneer_registry.records import UploadRequest
+from veneer_registry.registry import Registry
 
 from veneer_server.access.caller import Caller
 from veneer_server.access.keys import TENANT
@@ -34,10 +35,10 @@ from veneer_server.engine_client.tenant_engine import TenantEngine
 from veneer_server.logs import get_logger, upkeep_of
 from veneer_server.quotas.stores import TenantStorage
 from veneer_server.quotas.uploads import UploadQuotas
+from veneer_server.replication.states import LEASE_S
 from veneer_server.serving.changes import AdapterChanges
 from veneer_server.serving.events import AdapterEvents, AdapterUse, tell_of_others
 from veneer_server.serving.housekeeping import Housekeeping
-from veneer_server.serving.registry import AdapterRegistry
 from veneer_server.serving.self_test import SelfTest
 from veneer_server.serving.spare_time import to_the_end
 from veneer_server.serving.uploads import UploadPlaces, Uploads
@@ -64,7 +65,7 @@ class Tenant:
     """The parts that a tenant has to itself."""
 
     name: str
-    registry: AdapterRegistry
+    registry: Registry
     engine: TenantEngine
     events: AdapterEvents
     use: AdapterUse
@@ -94,7 +95,7 @@ class Furnish:
     shares: Callable[[str], bool] = lambda name: False
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    def tenant(self, name: str, registry: AdapterRegistry) -> Tenant:
+    def tenant(self, name: str, registry: Registry) -> Tenant:
         """Make one tenant. Its housekeeping is not started yet."""
         config = self.config
         engine = TenantEngine(self.engine, name)
@@ -166,7 +167,7 @@ ELSEWHERE_S: Final = 2.0
 
 _log = get_logger(__name__)
 
-Open = Callable[[Path, OwnerLock | None], AdapterRegistry]
+Open = Callable[[Path, OwnerLock | None], Registry]
 Accepts = Callable[[str], Sequence[str]]
 
 
@@ -202,7 +203,7 @@ class Tenants:
     async def start(
         self,
         furnish: Furnish,
-        default: AdapterRegistry,
+        default: Registry,
         *,
         open_: Open,
         max_tenants: int,
@@ -321,11 +322,34 @@ class Tenants:
             found.registry.check_age(caller.most_lag_s)
         return found
 
-    async def ensure(self, name: str) -> Tenant:
+    async def there(self, names: Iterable[str]) -> list[Tenant]:
+        """The tenants with these names that exist, opened if other registries of the catalog
+        have made them. Raises Unavailable if one cannot be opened."""
+        wanted = set(names)
+        if self._elsewhere is not None and wanted - self._by_name.keys():
+            async with self._look:
+                made = await to_the_end(self._elsewhere)
+            for name in sorted(wanted.intersection(made)):
+                try:
+                    await self.ensure(name, restore=True)
+                except QuotaExceeded as error:  # here it has no names
+                    _log.error("tenant not opened", tenant=name, why=str(error))
+        return [self._by_name[name] for name in sorted(wanted & self._by_name.keys())]
+
+    async def ensure(self, name: str, *, restore: bool = False) -> Tenant:
         """Return a tenant by name, and open it if necessary. Raises QuotaExceeded or
-        Unavailable."""
+        Unavailable.
+
+        Args:
+            restore: load what it had in memory at the end of the last run.
+        """
         found = self._by_name.get(name)
-        return await self._opened(name) if found is None else found
+        return await self._opened(name, restore=restore) if found is None else found
+
+    def admits(self, name: str) -> bool:
+        """Whether a tenant is open or may be opened."""
+        known = self._by_name.keys() | self._opening.keys()
+        return name in known or len(known) < self._most
 
     def _folder(self, name: str) -> Path:
         # Names come from keys, tokens and headers. They are checked there, and again here,
@@ -503,7 +527,7 @@ class TenantStores:
         registry = self._registry(tenant)
         return 0 if registry is None else sum(registry.committed(request).values())
 
-    def _registry(self, tenant: str) -> AdapterRegistry | None:
+    def _registry(self, tenant: str) -> Registry | None:
         found = self._tenants.named(tenant)
         return None if found is None else found.registry
 
@@ -513,6 +537,7 @@ class TenantStores:
 
 if TYPE_CHECKING:
     from veneer_registry.shared.objects import Objects
+    from veneer_registry.shared.peers import RegistryPeers
     from veneer_registry.shared.postgres import PostgresAddress
 
 
@@ -566,6 +591,14 @@ def address_of(config: LocationConfig, tenant: str) -> PostgresAddress:
         from veneer_registry.shared.postgres import PostgresAddress
     schema = "veneer" if tenant == DEFAULT_TENANT else f"veneer/{tenant}"
     return PostgresAddress(config.catalog, config.catalog_password_file, schema)
+
+
+def peers_of(config: LocationConfig, run: str) -> RegistryPeers:
+    """Return the other registries of the catalog, for the run of that id. Does not connect.
+    Raises as `places_of`."""
+    with _needs_packages():
+        from veneer_registry.shared.peers import RegistryPeers
+    return RegistryPeers(address_of(config, DEFAULT_TENANT), run, LEASE_S)
 
 
 class CatalogTenants:

@@ -23,6 +23,7 @@ from veneer_registry.errors import (
 )
 from veneer_registry.publishing import Staged
 from veneer_registry.records import Published, UploadRequest
+from veneer_registry.registry import Registry
 from veneer_registry.upload import Upload
 
 from veneer_server.access.principal import DEFAULT_TENANT
@@ -30,7 +31,6 @@ from veneer_server.logs import get_logger
 from veneer_server.queues.upload_flow import UploadFlow
 from veneer_server.quotas.quota import Account
 from veneer_server.quotas.uploads import UploadQuotas, UploadReservation
-from veneer_server.serving.registry import AdapterRegistry
 from veneer_server.serving.spare_time import to_the_end
 
 MAX_FILES: Final = 16
@@ -279,7 +279,7 @@ class Uploads:
 
     def __init__(
         self,
-        registry: AdapterRegistry,
+        registry: Registry,
         *,
         min_rate: int = MIN_RATE,
         deadline_s: float = DEADLINE_S,

@@ -21,10 +21,10 @@ from veneer_registry.errors import AdapterCorrupt, AdapterNotFound, PermissionDe
 from veneer_registry.index import not_found
 from veneer_registry.lease import RevisionLease
 from veneer_registry.records import AdapterRecord
+from veneer_registry.registry import Registry
 from veneer_registry.rows import AliasRow
 from veneer_registry.suggest import NearNames
 
-from veneer_server.serving.registry import AdapterRegistry
 from veneer_server.serving.tenants import Tenant, Tenants
 
 T = TypeVar("T")
@@ -115,7 +115,7 @@ class Visible:
         return meant.owner.registry.knows(meant.name)
 
     def find(
-        self, home: Tenant, spec: str, look: Callable[[AdapterRegistry, str], T]
+        self, home: Tenant, spec: str, look: Callable[[Registry, str], T]
     ) -> tuple[Tenant, T]:
         """Look ``spec`` up in its owner's registry.
 

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from veneer_registry.shared.locations import SharedLocations
+from veneer_registry.shared.marks import UNNEEDED, ContentMarks
 
 from tests.shared_services import Services
 from tests.unit.registry.kit import Kept
@@ -30,6 +31,8 @@ class KeptElsewhere(Kept):
 
     def stored(self, kind: str) -> set[str]:
         """See `Kept`: objects that are not marked as unneeded."""
-        objects = self.services.s3.objects(self.name(self.data))
-        marked = {key.split("/")[2] for key in objects.list(f"unneeded/{kind}")}
-        return {key.split("/")[1] for key in objects.list(kind)} - marked
+        name = self.name(self.data)
+        marks = ContentMarks(self.services.address(name))
+        marked = {mark.digest for mark in marks.marked() if mark.why == UNNEEDED}
+        marks.close()
+        return {key.split("/")[1] for key in self.services.s3.objects(name).list(kind)} - marked

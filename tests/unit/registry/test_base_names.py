@@ -8,7 +8,13 @@ from pathlib import Path
 
 import pytest
 from veneer_registry.adapter import NO_CLAIM, BaseClaim, BaseFingerprint
-from veneer_registry.base_names import is_copy, is_named, known_names, says_its_origin
+from veneer_registry.base_names import (
+    declared_origin,
+    is_copy,
+    is_named,
+    known_names,
+    says_its_origin,
+)
 from veneer_registry.errors import AdapterInvalid, BaseModelMismatch
 from veneer_registry.fingerprint import vocabulary_digest
 from veneer_registry.format import read_adapter
@@ -302,3 +308,98 @@ def test_what_a_vocabulary_is() -> None:
     assert plain != vocabulary_digest(tokenizer(merges=[]))
     for broken in (b"", b"[]", b"{}", b'{"model": 1}', b"[" * 100_000, b"\xff"):
         assert vocabulary_digest(broken) == ""
+
+
+# --------------------------------------------------- a base that was quantized by others
+
+QUANTIZED = replace(
+    BASE,
+    name="SmolLM2-135M-Instruct-Q4_K_M",
+    names=("SmolLM2-135M-Instruct-Q4_K_M", HUB),
+    fingerprint=replace(BASE.fingerprint, weights="7" * 64),
+    vocabulary="5" * 64,
+    origin=HUB,
+)
+STRICT = replace(QUANTIZED, require_same_weights=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "origin"),
+    [
+        ("SmolLM2-135M-Instruct-Q4_K_M", {}, "SmolLM2-135M-Instruct"),
+        ("smollm2-135m-instruct.Q8_0", {}, "smollm2-135m-instruct"),
+        ("TheBloke/Llama-2-7B-GPTQ", {}, "TheBloke/Llama-2-7B"),
+        ("Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4", {}, "Qwen/Qwen2.5-7B-Instruct"),
+        ("RedHatAI/Llama-3.1-8B-quantized.w4a16", {}, "RedHatAI/Llama-3.1-8B"),
+        ("a/Model-UD-Q4_K_XL", {}, "a/Model"),
+        ("a/Model-Q4", {}, "a/Model-Q4"),
+        ("/srv/models/Model-AWQ", {}, "Model"),
+        ("x", {"config.json": json.dumps({"_name_or_path": "org/Model-AWQ"})}, "org/Model"),
+        ("x", {"README.md": "---\nbase_model: org/Model\n---\n"}, "org/Model"),
+        ("x", {"README.md": "---\nbase_model:\n- org/Model\n---\n"}, "org/Model"),
+        ("x-AWQ", {"README.md": "base_model: org/Model\n"}, "x"),
+        ("x-AWQ", {"config.json": "["}, "x"),
+    ],
+)
+def test_the_origin_of_a_quantized_base_is_what_its_files_declare(
+    name: str, files: dict[str, str], origin: str, tmp_path: Path
+) -> None:
+    for file, text in files.items():
+        (tmp_path / file).write_text(text)
+    assert declared_origin(name, tmp_path) == origin
+
+
+def trained_on(folder: Path, **parts: str) -> Path:
+    """An adapter whose training manifest has the original's fingerprint, but for ``parts``."""
+    printed = replace(BASE.fingerprint, **parts)
+    (folder / TRAINING_FILE).write_text(json.dumps({"base_fingerprint": asdict(printed)}))
+    return folder
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("named", [HUB, "smollm2-135m"])
+def test_an_adapter_of_the_original_is_accepted_with_a_warning_that_names_both(
+    recorded: bool, named: str, tmp_path: Path
+) -> None:
+    folder = make_adapter(tmp_path / "a", {"base_model_name_or_path": named})
+    if recorded:
+        trained_on(folder)
+    manifest = read_adapter(folder, QUANTIZED)
+    assert manifest.base_word == "rule"
+    (warning,) = [each for each in manifest.warnings if QUANTIZED.name in each]
+    assert HUB in warning
+    with refused(BaseModelMismatch, cause="same_weights", origin=HUB, base=STRICT.name):
+        read_adapter(folder, STRICT)
+
+
+def test_an_adapter_of_this_very_base_needs_no_warning(tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path / "a", {"base_model_name_or_path": QUANTIZED.name})
+    for base in (QUANTIZED, STRICT):
+        assert read_adapter(folder, base).base_word == "name"
+    trained_on(folder, weights=QUANTIZED.fingerprint.weights)
+    for base in (QUANTIZED, STRICT):
+        manifest = read_adapter(folder, base)
+        assert manifest.base_word == "fingerprint"
+        assert not [each for each in manifest.warnings if HUB in each]
+
+
+def test_an_adapter_of_another_model_is_still_refused(tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path / "a", {"base_model_name_or_path": "org/Another"})
+    with refused(BaseModelMismatch, adapter_base="org/Another"):
+        read_adapter(folder, QUANTIZED)
+    trained_on(folder)
+    with refused(BaseModelMismatch, adapter_weights=BASE.fingerprint.weights):
+        read_adapter(folder, QUANTIZED)
+
+
+def test_another_tokenizer_is_refused_unless_its_tokens_are_the_base_s(tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path / "a", {"base_model_name_or_path": HUB})
+    other = BaseClaim(vocabulary="6" * 64)
+    with refused(BaseModelMismatch):
+        read_adapter(folder, QUANTIZED, other)
+    trained_on(folder, tokenizer="8" * 64)
+    for claim in (NO_CLAIM, other):
+        with refused(BaseModelMismatch, adapter_tokenizer="8" * 64):
+            read_adapter(folder, QUANTIZED, claim)
+    same = BaseClaim(vocabulary=QUANTIZED.vocabulary)
+    assert read_adapter(folder, QUANTIZED, same).base_word == "rule"

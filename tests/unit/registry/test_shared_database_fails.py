@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import logging
+import socket
 import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import parse_qs, urlsplit
 
 import psycopg
 import pytest
@@ -15,15 +20,16 @@ from veneer_registry.errors import (
 )
 from veneer_registry.registry import Registry
 from veneer_registry.shared import catalog as shared_catalog
-from veneer_registry.shared import unneeded
+from veneer_registry.shared import postgres, unneeded
 from veneer_registry.shared.catalog import PostgresCatalog
 from veneer_registry.shared.locations import SharedLocations
 from veneer_registry.shared.object_store import ObjectStore
+from veneer_registry.shared.postgres import PostgresLink
 
 from tests.refused import refused
 from tests.shared_services import Services
 from tests.unit.registry.kit import BASE, catalog_of, core_of, push
-from tests.unit.registry.shared_kit import Adapters, Open, execute
+from tests.unit.registry.shared_kit import WAIT_S, Adapters, Open, execute
 
 # ------------------------------------------------------------------- the database fails
 
@@ -177,47 +183,186 @@ def test_a_registry_that_is_paused_with_the_lock_stops_others_only_for_a_while(
     opened: Open, adapters: Adapters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever comes to a halt between two statements, as with SIGSTOP, loses the lock."""
-    monkeypatch.setattr(shared_catalog, "HOLD_S", 0.5)
+    monkeypatch.setattr(postgres, "HOLD_S", 0.5)
     one, other = opened(), opened()
     revision = push(one, "chat", adapters(1)).record.ref.revision
-    paused, catalog = core_of(one), cast(PostgresCatalog, catalog_of(one))
+    paused = core_of(one)
     with paused.changes:
         other.set_alias("chat/prod", [(revision, 1)])
         with refused(Unavailable, cause="catalog"):
             one.set_alias("chat/late", [(revision, 1)])
-        with refused(Unavailable, cause="catalog"):
-            catalog.check_held()
     one.set_alias("chat/again", [(revision, 1)])
     assert {alias.alias for alias in one.aliases("chat")} == {"prod", "again"}
-    with paused.changes:
-        catalog.check_held()
 
 
-def test_a_registry_that_lost_the_lock_deletes_nothing_from_the_store(
+def test_a_registry_that_is_paused_while_it_waits_for_the_lock_does_not_keep_it(
+    services: Services, opened: Open, adapters: Adapters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gets the lock, and does not go on to its next statement."""
+    monkeypatch.setattr(postgres, "HOLD_S", 0.5)
+    one, other = opened(), opened()
+    revision = push(one, "chat", adapters(1)).record.ref.revision
+    real, paused, end = psycopg.Connection.execute, threading.Event(), threading.Event()
+
+    def execute(self: Any, query: Any, *more: Any, **options: Any) -> Any:
+        found = real(self, query, *more, **options)
+        if "pg_advisory_lock" in str(query) and threading.current_thread().name == "paused":
+            paused.set()
+            end.wait()
+        return found
+
+    def change() -> None:
+        one.set_alias("chat/late", [(revision, 1)])
+
+    monkeypatch.setattr(psycopg.Connection, "execute", execute)
+    monkeypatch.setattr(PostgresLink, "wake", lambda link: None)  # all of it is paused
+    thread = threading.Thread(target=change, name="paused")
+    thread.start()
+    assert paused.wait(WAIT_S)
+    try:
+        other.set_alias("chat/prod", [(revision, 1)])
+    finally:
+        end.set()
+        thread.join()
+    assert {alias.alias for alias in one.aliases("chat")} == {"late", "prod"}
+
+
+class Line:
+    """Forwards a registry's connections to PostgreSQL, through Unix sockets.
+
+    Attributes:
+        url: what the registry connects to.
+        sent: bytes that the registry has sent.
+    """
+
+    def __init__(self, folder: Path, url: str) -> None:
+        place = parse_qs(urlsplit(url).query)["host"][0]
+        self.url = url.replace(place, str(folder))
+        self.sent = 0
+        self._server = f"{place}/.s.PGSQL.5432"
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(folder / ".s.PGSQL.5432"))
+        self._listener.listen()
+        self._lock = threading.Lock()
+        self._left: int | None = None
+        self._paused = threading.Event()
+        self._open: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    @contextmanager
+    def paused_after(self, size: int) -> Iterator[threading.Event]:
+        """Forward ``size`` more bytes of the registry, then nothing, as if it were paused.
+        Yield what is set then. At the end the connections are cut."""
+        self._paused.clear()
+        self._left = size
+        try:
+            yield self._paused
+        finally:
+            with self._lock:
+                self._left = None
+                for each in self._open:
+                    with suppress(OSError):  # it has been closed
+                        each.shutdown(socket.SHUT_RDWR)
+                self._open.clear()
+
+    def close(self) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                here, _ = self._listener.accept()
+                there = socket.socket(socket.AF_UNIX)
+                there.connect(self._server)
+                self._open += [here, there]
+                threading.Thread(target=self._to_server, args=(here, there)).start()
+                threading.Thread(target=self._to_registry, args=(there, here)).start()
+
+    def _to_server(self, here: socket.socket, there: socket.socket) -> None:
+        with suppress(OSError), here:
+            while data := here.recv(65536):
+                with self._lock:
+                    if self._left is not None:
+                        data, self._left = data[: self._left], self._left - len(data)
+                        if self._left <= 0:
+                            self._left = 0
+                            self._paused.set()
+                    self.sent += len(data)
+                    there.sendall(data)
+
+    def _to_registry(self, there: socket.socket, here: socket.socket) -> None:
+        with suppress(OSError), there:
+            while data := there.recv(65536):
+                here.sendall(data)
+            here.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.push
+def test_wherever_a_registry_is_paused_in_a_change_it_stops_others_only_for_a_while(
+    services: Services,
+    opened: Open,
+    adapters: Adapters,
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also with half of a statement sent, or in the middle of several."""
+    monkeypatch.setattr(postgres, "HOLD_S", 0.3)
+    other = opened()
+    chosen = [(push(other, "chat", adapters(1)).record.ref.revision, 1)]
+    (folder := tmp_path / "line").mkdir()
+    line = Line(folder, services.address(name).url)
+    places = SharedLocations(
+        tmp_path / "paused",
+        replace(services.address(name), url=line.url),
+        services.s3.objects(name),
+        cache_bytes=1 << 30,
+    )
+    with closing(line), Registry.open(tmp_path / "paused", BASE, places=places) as one:
+        one.set_alias("chat/first", chosen)
+        before = line.sent
+        one.set_alias("chat/counted", chosen)
+        change = line.sent - before
+        for part in range(1, 13):
+
+            def paused(part: int = part) -> None:
+                with suppress(Unavailable):
+                    one.set_alias(f"chat/paused-{part}", chosen)
+
+            with line.paused_after(change * part // 13) as stopped:
+                thread = threading.Thread(target=paused)
+                thread.start()
+                assert stopped.wait(WAIT_S)
+                other.set_alias(f"chat/other-{part}", chosen)
+            thread.join()
+        assert len(other.aliases("chat")) >= 2 + 12
+
+
+def test_a_registry_that_was_paused_while_it_deleted_stops(
     services: Services,
     opened: Open,
     adapters: Adapters,
     name: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Another may be storing the same content again."""
-    registry = opened()
+    """Another has stored the same content again meanwhile."""
+    registry, other = opened(), opened()
     weights = push(registry, "chat", adapters(1)).record.ref.weights_digest
     registry.delete("chat")
     registry.sweep()
     monkeypatch.setattr(unneeded, "GRACE_S", -60.0)
-    objects = services.s3.objects(name)
-
-    def paused(*_: object) -> None:
-        """What PostgreSQL does with the session of a registry that says nothing."""
-        with services.postgres.connect() as connection:
-            connection.execute(
-                "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'"
-            )
-
     quarantine = cast(ObjectStore, core_of(registry).store).quarantine
-    held = quarantine.check_held
-    monkeypatch.setattr(quarantine, "check_held", lambda: (paused(), held()))
-    with refused(Unavailable, cause="catalog"):
+    remove = quarantine.remove
+
+    def paused(chosen: Any) -> Any:
+        execute(services, name, "UPDATE deleting SET until = now() - interval '1 second'")
+        push(other, "again", adapters(1))
+        return remove(chosen)
+
+    monkeypatch.setattr(quarantine, "remove", paused)
+    with pytest.raises(Unavailable, match="paused"):
         registry.prune_quarantine(1 << 30, 3600)
-    assert objects.any(f"weights/{weights}")
+    assert services.s3.objects(name).any(f"weights/{weights}")
+    monkeypatch.setattr(quarantine, "remove", remove)
+    assert not registry.prune_quarantine(1 << 30, 3600)
+    opened().fetch(other.resolve("again"))

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Final
 
-from veneer_registry.adapter import AdapterRef
 from veneer_registry.errors import AdapterNotFound, Unavailable
 from veneer_registry.format import read_adapter
 from veneer_server.follower.fetching import FilePart
@@ -61,7 +60,3 @@ class Remote:
 
     def distrust(self, digest: str) -> None:
         self.distrusted.append(digest)
-
-
-def ref(digest: str) -> AdapterRef:
-    return AdapterRef("name", "r" * 64, digest)

@@ -15,17 +15,16 @@ import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from veneer_proto.v1 import replication_pb2 as pb
-from veneer_registry.errors import Unavailable
+from veneer_registry.errors import DiskFull, Unavailable
 from veneer_registry.registry import Registry
+from veneer_registry.registry_copy import RegistryCopy
 from veneer_server.config import load_config
 from veneer_server.follower import follower as follower_module
 from veneer_server.follower import link
 from veneer_server.follower.follower import Follower, NameChange
-from veneer_server.follower.mirror import Mirror
 from veneer_server.follower.standing import Standing
 from veneer_server.replication.feed import Feed
 from veneer_server.replication.replicas import Replicas
-from veneer_server.replication.states import NameState
 from veneer_server.rpc.replication_service import ReplicationService
 
 from tests.ports import free_port
@@ -133,6 +132,7 @@ async def following(
         yield follower, mirror
     finally:
         await follower.stop()
+        mirror.close()
 
 
 async def until(holds: Callable[[], bool]) -> None:
@@ -169,11 +169,7 @@ async def test_a_follower_connects_again_after_garbage(
     scripted.spoil = [spoil, honest]
     async with scripted.serving(), following(scripted, tmp_path) as (follower, mirror):
         await until(lambda: scripted.connections > 1 and follower.standing.connected)
-        assert {name for name in ("one", "two", "three") if mirror.current(name)} == {
-            "one",
-            "two",
-            "three",
-        }
+        assert {"one", "two", "three"} == mirror.entries().keys()
 
 
 async def test_a_follower_connects_again_after_status_details_that_are_garbage(
@@ -182,7 +178,7 @@ async def test_a_follower_connects_again_after_status_details_that_are_garbage(
     scripted.refuse = [b"\xff" * 9]
     async with scripted.serving(), following(scripted, tmp_path) as (follower, mirror):
         await until(lambda: follower.standing.connected)
-        assert mirror.current("one")
+        assert mirror.resolve("one")
 
 
 def _of_another_version(number: int, message: pb.FollowResponse) -> bytes:
@@ -202,7 +198,7 @@ async def test_what_a_follower_cannot_read_is_refused_and_takes_nothing_else_alo
 
     async def applied(change: NameChange) -> None:
         if (now := change.state.entry and change.state.entry.current) is not None:
-            change.mirror.get(f"{now.name}@{now.revision}")  # as the server does
+            change.registry.get(f"{now.name}@{now.revision}")  # as the server does
         told.append(change.state.name)
 
     registry = scripted.registry
@@ -217,9 +213,9 @@ async def test_what_a_follower_cannot_read_is_refused_and_takes_nothing_else_alo
         for name in ("two", "one"):
             push(registry, name, again, allow_replace=True)
         now = registry.resolve("one").revision
-        await until(lambda: mirror.current("one").revision == now)
+        await until(lambda: mirror.resolve("one").revision == now)
         registry.delete("two")
-        await until(lambda: mirror.current("two") is None)
+        await until(lambda: "two" not in mirror)
 
 
 async def test_a_name_that_could_not_be_taken_over_is_tried_again(
@@ -227,26 +223,26 @@ async def test_a_name_that_could_not_be_taken_over_is_tried_again(
 ) -> None:
     """Else its old weights would serve until its next change, which may be never."""
     monkeypatch.setattr(follower_module, "AGAIN_S", 0.02)
-    apply, tries = Mirror.apply, 0
+    apply, tries = RegistryCopy.apply, 0
 
-    def broken(mirror: Mirror, state: NameState) -> Any:
+    def broken(replica: RegistryCopy, states: Any, place: Any) -> Any:
         nonlocal tries
-        if state.name == "two" and state.entry is not None and state.entry.current != first:
+        if (two := states.get("two")) is not None and two.entry.current != first:
             tries += 1
             if tries < 3:
                 raise MemoryError
-        return apply(mirror, state)
+        return apply(replica, states, place)
 
     async with scripted.serving(), following(scripted, tmp_path) as (_, mirror):
-        await until(lambda: mirror.current("three") is not None)
-        first = mirror.current("two")
-        monkeypatch.setattr(Mirror, "apply", broken)
+        await until(lambda: "three" in mirror)
+        first = mirror.resolve("two")
+        monkeypatch.setattr(RegistryCopy, "apply", broken)
         again = make_adapter(tmp_path / "again", seed=9)
         for name in ("two", "one"):
             push(scripted.registry, name, again, allow_replace=True)
         now = scripted.registry.resolve("one")
-        await until(lambda: mirror.current("one") == now)
-        await until(lambda: mirror.current("two") == scripted.registry.resolve("two"))
+        await until(lambda: mirror.resolve("one") == now)
+        await until(lambda: mirror.resolve("two") == scripted.registry.resolve("two"))
         assert tries == 3
 
 
@@ -339,9 +335,126 @@ async def test_a_kept_view_does_not_look_current_after_the_clock_was_set(
 ) -> None:
     async with scripted.serving(), following(scripted, tmp_path) as (follower, _):
         await until(lambda: follower.standing.connected)
-    view = tmp_path / "follower/follower/view"
-    os.utime(view, (0, view.stat().st_mtime - clock_s))
+    noted = tmp_path / "follower/follower/current"
+    os.utime(noted, (0, noted.stat().st_mtime - clock_s))
     async with following(scripted, tmp_path) as (follower, mirror):
-        assert mirror.current("one")
+        assert mirror.resolve("one")
+        with refused(Unavailable, cause="registry_lag"):
+            follower.standing.check(60)
+
+
+def _tenant(name: str) -> Spoil:
+    def spoil(number: int, message: pb.FollowResponse) -> bytes:
+        if message.HasField("state"):
+            message.state.tenant = name
+        return message.SerializeToString()
+
+    return spoil
+
+
+@pytest.mark.parametrize("tenant", ["../../outside", "/tmp/outside", "", ".."])
+async def test_a_tenant_that_cannot_be_one_becomes_no_folder(
+    scripted: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tenant: str
+) -> None:
+    monkeypatch.setattr(link, "REFUSED_WAIT_S", 0.01)
+    scripted.spoil = [_tenant(tenant), honest]
+    async with scripted.serving(), following(scripted, tmp_path) as (follower, mirror):
+        await until(lambda: scripted.connections > 1 and follower.standing.connected)
+        assert mirror.resolve("one")
+        names = tmp_path / "follower/follower/names"
+        assert [each.name for each in names.iterdir()] == ["default"]
+
+
+async def test_names_of_a_tenant_that_this_server_may_not_open_are_left_out(
+    scripted: Scripted, tmp_path: Path
+) -> None:
+    """Each open tenant takes descriptors, and a registry may have any number of them."""
+    scripted.spoil = [_tenant("acme")]
+    values = {
+        "role": "engine",
+        "data_dir": str(tmp_path / "follower"),
+        "cache_dir": str(tmp_path / "cache"),
+    }
+    async with scripted.serving():
+        follower = Follower(load_config(values | {"registry": scripted.address}, {}), BASE)
+        default = await asyncio.to_thread(follower.open, tmp_path / "follower", None)
+        follower.start(_nothing, lambda digest: False, lambda tenant: tenant == "default")
+        # The checksum is that of the tenant's real name.
+        await until(lambda: scripted.connections > 1)
+        await follower.stop()
+        default.close()
+    assert not (tmp_path / "follower/follower/names/acme").exists()
+
+
+async def _nothing(change: NameChange) -> None:
+    pass
+
+
+async def test_a_place_is_not_kept_while_a_name_is_behind(
+    scripted: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next start would acknowledge a change that it does not have."""
+    apply = RegistryCopy.apply
+
+    def broken(copy: RegistryCopy, states: Any, place: Any) -> Any:
+        if (two := states.get("two")) is not None and two.entry.current != first:
+            raise OSError("no space")
+        return apply(copy, states, place)
+
+    async with scripted.serving(), following(scripted, tmp_path) as (follower, mirror):
+        await until(lambda: follower.standing.connected)
+        first = mirror.resolve("two")
+        monkeypatch.setattr(RegistryCopy, "apply", broken)
+        again = make_adapter(tmp_path / "again", seed=9)
+        for name in ("two", "one"):
+            push(scripted.registry, name, again, allow_replace=True)
+        now = scripted.registry.resolve("one")
+        await until(lambda: mirror.resolve("one") == now)
+    async with following(scripted, tmp_path) as (follower, mirror):
+        assert mirror.resolve("one") == now
+        assert follower.view.place()[0] == "", "only a snapshot tells what is missing"
+
+
+async def test_a_disk_that_is_full_at_the_start_costs_no_names(
+    scripted: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with scripted.serving(), following(scripted, tmp_path) as (follower, _):
+        await until(lambda: follower.standing.connected)
+
+    def full(*given: Any, **named: Any) -> Any:
+        raise DiskFull("no space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(follower_module, "open_copy", full)
+        opening = following(scripted, tmp_path)
+        with pytest.raises(DiskFull):
+            await opening.__aenter__()
+    async with following(scripted, tmp_path) as (_, mirror):
+        assert mirror.resolve("one")
+
+
+async def test_how_old_the_registrys_own_view_was_is_kept(
+    scripted: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is cut off from its catalog, and so is the follower after its restart."""
+    monkeypatch.setattr(follower_module, "_AGE_S", 0.0)
+
+    def old(number: int, message: pb.FollowResponse) -> bytes:
+        if message.HasField("begin"):
+            message.begin.lag = 3600
+        if message.HasField("heartbeat"):
+            message.heartbeat.lag = 3600
+        return message.SerializeToString()
+
+    scripted.spoil = [old]
+    noted = tmp_path / "follower/follower/current"
+    async with scripted.serving(), following(scripted, tmp_path) as (follower, _):
+        await until(lambda: follower.standing.connected and noted.exists())
+        before = noted.stat().st_ino
+        await until(lambda: noted.stat().st_mtime < time.time() - 3000)
+        assert noted.stat().st_ino == before
+        assert follower.standing.lag_s > 3000
+    async with following(scripted, tmp_path) as (follower, mirror):
+        assert mirror.resolve("one")
         with refused(Unavailable, cause="registry_lag"):
             follower.standing.check(60)

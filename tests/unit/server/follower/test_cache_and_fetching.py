@@ -18,12 +18,12 @@ from veneer_registry.errors import (
     QueueFull,
     Unavailable,
 )
-from veneer_server.follower.cache import FollowerCache
+from veneer_registry.weights_cache import WeightsCache
 from veneer_server.follower.fetching import Fetching
 from veneer_server.follower.standing import Standing
 
 from tests.refused import refused
-from tests.unit.server.follower.remote import CHUNK, FILES, Remote, ref
+from tests.unit.server.follower.remote import CHUNK, FILES, Remote
 
 
 class Kit:
@@ -41,14 +41,14 @@ class Kit:
 
     def start(self) -> None:
         """As a start of the server does."""
-        self.cache = FollowerCache(
+        self.cache = WeightsCache(
             self.root, self.most, self.used.__contains__, self.in_memory.__contains__
         )
         self.cache.open()
         self.fetching = Fetching(self.cache, self.remote, self.standing, patience_s=0.5)
 
     async def present(self, digest: str) -> bool:
-        return await self.fetching.present("default", ref(digest))
+        return await self.fetching.present("default", digest)
 
     def whole(self, digest: str) -> bool:
         folder = self.cache.weights_folder(digest)

@@ -17,10 +17,10 @@ from veneer_client import AsyncClient, ReplicasReached, ServingStatus, Text, Wai
 from veneer_proto.v1 import adapters_pb2 as pb
 from veneer_proto.v1 import inference_pb2, replication_pb2, server_pb2
 from veneer_registry.errors import AdapterBudgetExceeded
+from veneer_server import roles
 from veneer_server.access.edit_keys import add_key, revoke_key
 from veneer_server.access.principal import Role
 from veneer_server.follower.link import RegistryLink
-from veneer_server.roles import following
 from veneer_server.rpc import replication_service
 
 from tests.pki import Pki
@@ -513,8 +513,8 @@ async def test_a_follower_that_knows_no_names_is_not_ready_until_it_meets_its_re
     view: str,
 ) -> None:
     """A rollout would otherwise replace servers that answer by one that refuses everything."""
-    monkeypatch.setattr(following, "_NEWER_VIEW_S", 0.01)
-    monkeypatch.setattr(following, "_TOLD_S", 0.01)
+    monkeypatch.setattr(roles, "_NEWER_VIEW_S", 0.01)
+    monkeypatch.setattr(roles, "_TOLD_S", 0.01)
     waited: list[float] = []
     synced = RegistryLink.synced
 
@@ -532,9 +532,9 @@ async def test_a_follower_that_knows_no_names_is_not_ready_until_it_meets_its_re
             running(base_folder, front_cache, data, **follow) as follower,
         ):
             await until(lambda: _serving(follower))
-        file = data / "data/follower/view"
+        file = data / "data/follower/names/default/catalog.sqlite"
         if view == "damaged":
-            file.write_bytes(file.read_bytes()[:-40] + bytes(40))
+            file.write_bytes(file.read_bytes()[:4096] + bytes(4096))
         else:
             follow["max_registry_lag"] = "0.001"
     waited.clear()

@@ -148,3 +148,30 @@ async def test_weights_that_only_the_object_store_has_are_fetched(tmp_path: Path
                 context = Context()
                 await service.FetchWeights(fetching(other), context)
     assert b"".join(each.data for each in context.written) == whole
+
+
+async def test_a_follower_that_is_behind_gets_no_state_whose_rows_are_gone(
+    tmp_path: Path,
+) -> None:
+    """Revisions were dropped after the changes that it has missed."""
+    with Registry.open(tmp_path / "data", BASE) as registry:
+        feed = Feed()
+        feed.add("default", registry)
+        for seed in range(4):
+            push(
+                registry,
+                "one",
+                make_adapter(tmp_path / str(seed), seed=seed),
+                allow_replace=True,
+            )
+            registry.update("one", retain=0)
+        await asyncio.sleep(0)  # what the registry's changes have scheduled
+        changes = feed.after(feed.run, 0)
+        assert changes is not None
+        assert len(changes) > 4
+        for change in changes:
+            state = feed.told(change).state
+            assert state.entry is not None
+            assert {row.revision for row in state.rows} == {
+                ref.revision for ref in state.entry.revisions
+            }

@@ -13,14 +13,14 @@ import pytest
 from veneer_proto.v1 import inference_pb2
 from veneer_registry.errors import Unavailable
 from veneer_registry.shared.objects import Stat
-from veneer_server.follower.cache import FollowerCache
+from veneer_registry.weights_cache import WeightsCache
 from veneer_server.follower.fetching import Fetching
 from veneer_server.follower.standing import Standing
 from veneer_server.follower.store_first import StoreFirst
 
 from tests.shared_services import BUCKET, S3Server
 from tests.unit.server.follower.pair import generate, pair
-from tests.unit.server.follower.remote import FILES, Remote, ref
+from tests.unit.server.follower.remote import FILES, Remote
 
 
 class Objects:
@@ -51,7 +51,7 @@ class Kit:
     registry: Remote
     objects: Objects
     remote: StoreFirst
-    cache: FollowerCache
+    cache: WeightsCache
     fetching: Fetching
     now: list[float]
 
@@ -60,7 +60,7 @@ class Kit:
 
     async def present(self, digest: str) -> None:
         """Fetch, and compare with what was published."""
-        assert await self.fetching.present("default", ref(digest))
+        assert await self.fetching.present("default", digest)
         for name in FILES:
             found = (self.cache.weights_folder(digest) / name).read_bytes()
             assert found == (self.registry.folders[digest] / name).read_bytes()
@@ -76,7 +76,7 @@ def kit(tmp_path: Path) -> Kit:
     for digest, folder in registry.folders.items():
         for name in FILES:
             objects.content[f"weights/{digest}/{name}"] = (folder / name).read_bytes()
-    cache = FollowerCache(tmp_path / "cache", 1 << 30, lambda digest: False)
+    cache = WeightsCache(tmp_path / "cache", 1 << 30, lambda digest: False)
     cache.open()
     standing = Standing("registry:1")
     standing.current()

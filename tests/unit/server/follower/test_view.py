@@ -36,6 +36,7 @@ class _Rows:
     """A registry whose rows do not matter here."""
 
     store_id, last_change, base_id = "store", 0, "base"
+    told, lag_s, closed = 0, 0.0, False
 
     def follow(self, changed: Callable[[str, Entry | None], None]) -> dict[str, Entry]:
         self.changed = changed
@@ -101,7 +102,7 @@ class Connection:
     def __init__(self, registry: Registry, run: str, sequence: int) -> None:
         self.registry, self.feed = registry, registry.feed
         self.sent: list[Message] = []
-        begin: dict[str, Any] = {"store": "s", "catalog_change": registry.changes}
+        begin: dict[str, Any] = {"store": "s", "catalogs": {"default": registry.changes}}
         if self.feed.after(run, sequence) is None:
             beat, entries = self.feed.snapshot()
             self.sent.append(
